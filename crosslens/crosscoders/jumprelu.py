@@ -1,0 +1,180 @@
+"""JumpReLU crosscoder: one value per feature, one gate per (feature, snapshot) (Ge et al., arXiv 2509.17196).
+
+g_is = 1[h_i n_is > t_i],  f_is = h_i g_is,  x_hat_s = sum_i f_is W_dec[i, s] + b_dec[s],  t_i = exp(log_threshold_i).
+
+Straight-through gradients (a rectangle of width w around the threshold stands for the step's derivative):
+    df_is/dh_i = g_is,   df_is/dt_i = -(t_i / (w n_is)) 1[|h_i n_is - t_i| < w/2 and h_i n_is > 0],   df_is/dn_is = 0.
+
+loss = mean_{B,S} |x_hat_s - x_s|^2 + lambda * sum_i phi_i (1 + phi_i / frequency_scale),
+phi_i = mean_{B,S} tanh(stretch * f_is n_is); the norms get their gradient from this penalty and from the decoder alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+from torch import Tensor, nn
+from typing_extensions import override
+
+from crosslens.crosscoders.base import (
+    Crosscoder,
+    CrosscoderConfig,
+    CrosscoderTrainingConfig,
+    CrosscoderTrainingSAE,
+)
+from crosslens.errors import UserError
+
+
+class SnapshotJumpReLU(torch.autograd.Function):
+    """`f_is = h_i 1[h_i n_is > t_i]` for every snapshot, (B, F) -> (B, S, F), with the straight-through threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_pre: Tensor, norms: Tensor, threshold: Tensor, window: float) -> Tensor:
+        """`hidden_pre` (B, F), `norms` (F, S), `threshold` (F,)."""
+        scores = hidden_pre[:, None, :] * norms.T
+        ctx.save_for_backward(scores, norms, threshold)
+        ctx.window = window
+        return hidden_pre[:, None, :] * (scores > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+        """Gradients for `hidden_pre` (B, F) and `threshold` (F,); none for the norms."""
+        scores, norms, threshold = ctx.saved_tensors
+        near = ((scores - threshold).abs() < ctx.window / 2) & (scores > 0)
+        # where n_is is 0 no score is positive, so nothing is divided by it
+        slope = -threshold / (ctx.window * norms.T)
+        grad_threshold = torch.where(near, slope * grad, torch.zeros_like(grad)).sum((0, 1))
+        return (grad * (scores > threshold)).sum(1), None, grad_threshold, None
+
+
+class _JumpReLUGate(Crosscoder):
+    """What training and inference share: the threshold parameter and the per-snapshot gate."""
+
+    log_threshold: nn.Parameter
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.log_threshold = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
+
+    @property
+    def threshold(self) -> Float[Tensor, " F"]:
+        """`t_i`, compared with `h_i n_is`."""
+        return self.log_threshold.exp()
+
+    @override
+    def gate(self, hidden_pre: Tensor) -> Tensor:
+        """`h_i` where the gate of any snapshot is open: that of the largest decoder norm opens first."""
+        return hidden_pre * (hidden_pre * self.decoder_norms.amax(-1) > self.threshold)
+
+    @override
+    def snapshot_acts(self, feature_acts: Tensor, snapshot: int) -> Tensor:
+        """`f_is`, from the gates that follow from `f_i`, `n_is` and `t_i`: exact for features as encoded."""
+        return feature_acts * (feature_acts * self.decoder_norms[:, snapshot] > self.threshold)
+
+    @override
+    def decode_flat(self, feature_acts: Tensor) -> Tensor:
+        decoder = self.W_dec_by_snapshot
+        decoded = [self.snapshot_acts(feature_acts, s) @ decoder[:, s] for s in range(self.n_snapshots)]
+        return torch.cat(decoded, dim=-1) + self.b_dec
+
+
+@dataclass(kw_only=True)
+class JumpReLUCrosscoderConfig(CrosscoderConfig):
+    """Configuration of a `JumpReLUCrosscoder`; its thresholds are saved with the weights."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "jumprelu_crosscoder"
+
+
+class JumpReLUCrosscoder(_JumpReLUGate):
+    """Inference crosscoder with one gate per (feature, snapshot)."""
+
+    cfg: JumpReLUCrosscoderConfig
+
+
+@dataclass(kw_only=True)
+class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
+    """Configuration of a `JumpReLUCrosscoderTrainingSAE`.
+
+    Args:
+        jumprelu_init_threshold: t_i at the start.
+        jumprelu_window: w, the width of the rectangle in the straight-through gradient.
+        jumprelu_threshold_lr_factor: learning rate of the thresholds relative to the other parameters.
+        sparsity_coefficient: lambda, the weight of the penalty.
+        sparsity_warm_up_steps: steps over which lambda grows linearly from 0.
+        tanh_stretch: stretch of the tanh in the penalty.
+        frequency_scale: frequency at which the quadratic part of the penalty equals the linear part.
+    """
+
+    jumprelu_init_threshold: float = 0.1
+    jumprelu_window: float = 4.0
+    jumprelu_threshold_lr_factor: float = 0.1
+    sparsity_coefficient: float = 0.3
+    sparsity_warm_up_steps: int = 0
+    tanh_stretch: float = 4.0
+    frequency_scale: float = 0.01
+    decoder_init_norm: float | None = None
+    decoder_init: Literal["independent", "shared"] = "shared"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("jumprelu_init_threshold", "jumprelu_window", "frequency_scale"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "jumprelu_crosscoder"
+
+
+class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
+    """Training of the JumpReLU crosscoder."""
+
+    cfg: JumpReLUCrosscoderTrainingConfig
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        with torch.no_grad():
+            self.log_threshold.fill_(math.log(self.cfg.jumprelu_init_threshold))
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {"sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps)}
+
+    @override
+    def training_acts(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B S F"]:
+        acts = SnapshotJumpReLU.apply(hidden_pre, self.decoder_norms.detach(), self.threshold, self.cfg.jumprelu_window)
+        assert isinstance(acts, Tensor)
+        return acts
+
+    @override
+    def shared_acts(self, acts: Float[Tensor, "B S F"]) -> Float[Tensor, "B F"]:
+        # every open gate passes the same positive h_i
+        return acts.amax(1)
+
+    @override
+    def decode_training(self, acts: Float[Tensor, "B S F"]) -> Float[Tensor, "B SD"]:
+        return torch.einsum("bsf,fsd->bsd", acts, self.W_dec_by_snapshot).flatten(1) + self.b_dec
+
+    @override
+    def reconstruction_loss(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
+        """The mean over tokens and snapshots of `|x_hat_s - x_s|^2`."""
+        return super().reconstruction_loss(sae_out, sae_in) / self.n_snapshots
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        phi = (self.cfg.tanh_stretch * feature_acts * self.decoder_norms.T).tanh().mean((0, 1))
+        penalty = (phi * (1 + phi / self.cfg.frequency_scale)).sum()
+        return {"sparsity_loss": step_input.coefficients["sparsity"] * penalty}

@@ -1,0 +1,78 @@
+"""Standard crosscoder: ReLU and a decoder-norm-weighted L1 penalty (Bayazit et al., arXiv 2509.05291).
+
+f = relu(h);  loss = mean_B[ sum_s |x_hat_s - x_s|^2 + lambda * sum_i f_i n_i ],  n_i = sum_s |W_dec[i, s]|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
+from torch import Tensor
+from typing_extensions import override
+
+from crosslens.crosscoders.base import (
+    Crosscoder,
+    CrosscoderConfig,
+    CrosscoderTrainingConfig,
+    CrosscoderTrainingSAE,
+)
+
+
+@dataclass(kw_only=True)
+class StandardCrosscoderConfig(CrosscoderConfig):
+    """Configuration of a `StandardCrosscoder`; see `CrosscoderConfig` for the fields."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "standard_crosscoder"
+
+
+class StandardCrosscoder(Crosscoder):
+    """Inference crosscoder with a ReLU gate."""
+
+    cfg: StandardCrosscoderConfig
+
+    @override
+    def gate(self, hidden_pre: Tensor) -> Tensor:
+        return hidden_pre.relu()
+
+
+@dataclass(kw_only=True)
+class StandardCrosscoderTrainingConfig(CrosscoderTrainingConfig):
+    """Configuration of a `StandardCrosscoderTrainingSAE`.
+
+    Args:
+        l1_coefficient: lambda, the weight of the penalty `sum_i f_i n_i`.
+        l1_warm_up_steps: steps over which lambda grows linearly from 0.
+    """
+
+    l1_coefficient: float = 2.0
+    l1_warm_up_steps: int = 0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "standard_crosscoder"
+
+
+class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
+    """Training of the L1 crosscoder."""
+
+    cfg: StandardCrosscoderTrainingConfig
+
+    @override
+    def gate(self, hidden_pre: Tensor) -> Tensor:
+        return hidden_pre.relu()
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        penalty = (feature_acts * self.decoder_norms.sum(-1)).sum(-1).mean()
+        return {"l1_loss": step_input.coefficients["l1"] * penalty}

@@ -1,0 +1,320 @@
+"""TopK and BatchTopK crosscoders.
+
+Score u_i = relu(h_i) * n_i with n_i = sum_s |W_dec[i, s]|; the k largest per token (TopK), or k * B over the batch
+(BatchTopK), keep their value f_i = relu(h_i). The selection carries no gradient. BatchTopK learns a threshold for
+inference, an exponential moving average of the smallest kept score: f_i = relu(h_i) * 1[u_i > threshold].
+
+loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat is
+detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
+2406.04093, section A.2, with the residual in the direction the decoder must learn).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAEConfig
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from torch import Tensor
+from typing_extensions import override
+
+from crosslens.crosscoders.base import (
+    Crosscoder,
+    CrosscoderConfig,
+    CrosscoderTrainingConfig,
+    CrosscoderTrainingSAE,
+)
+from crosslens.crosscoders.sparse import Pairs, batch_top_pairs, decode_pairs, token_top_pairs
+from crosslens.errors import UserError
+
+
+def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "... F"]:
+    """`u_i = relu(h_i) * sum_s n_is`, what features are ranked by."""
+    return hidden_pre.relu() * decoder_norms.sum(-1)
+
+
+def keep_top(hidden_pre: Float[Tensor, "... F"], ranking: Float[Tensor, "... F"], k: int) -> Float[Tensor, "... F"]:
+    """`relu(h)` at the k largest entries of `ranking` in the last dimension, zero elsewhere."""
+    kept = ranking.topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(hidden_pre).scatter(-1, kept, hidden_pre.relu().gather(-1, kept))
+
+
+@dataclass(kw_only=True)
+class TopKCrosscoderConfig(CrosscoderConfig):
+    """Configuration of a `TopKCrosscoder`.
+
+    Args:
+        k: features kept per token.
+    """
+
+    k: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_k(self.k, self.d_sae)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_crosscoder"
+
+
+class TopKCrosscoder(Crosscoder):
+    """Inference crosscoder that keeps the k highest-scoring features of each token."""
+
+    cfg: TopKCrosscoderConfig
+
+    @override
+    def gate(self, hidden_pre: Tensor) -> Tensor:
+        return keep_top(hidden_pre, scores(hidden_pre, self.decoder_norms), self.cfg.k)
+
+
+@dataclass(kw_only=True)
+class BatchTopKCrosscoderConfig(CrosscoderConfig):
+    """Configuration of a `BatchTopKCrosscoder`; its threshold is a buffer saved with the weights."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "batchtopk_crosscoder"
+
+
+class BatchTopKCrosscoder(Crosscoder):
+    """Inference crosscoder that keeps the features whose score exceeds the threshold learnt in training."""
+
+    cfg: BatchTopKCrosscoderConfig
+    threshold: Tensor
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=self.device))
+
+    @override
+    def gate(self, hidden_pre: Tensor) -> Tensor:
+        return _above_threshold(hidden_pre, self.decoder_norms, self.threshold)
+
+
+@dataclass(kw_only=True)
+class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
+    """Configuration of a `TopKCrosscoderTrainingSAE`.
+
+    Args:
+        k: features kept per token.
+        k_start: k at the first step, annealed linearly to `k`; None keeps `k` throughout.
+        k_anneal_steps: steps over which k goes from `k_start` to `k`.
+        aux_loss_coefficient: alpha, the weight of the auxiliary loss for dead features.
+    """
+
+    k: int = 64
+    k_start: float | None = None
+    k_anneal_steps: int = 0
+    aux_loss_coefficient: float = 1 / 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_k(self.k, self.d_sae)
+        if self.k_start is not None:
+            _check_k(self.k_start, self.d_sae, "k_start")
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_crosscoder"
+
+
+class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
+    """Training of the TopK crosscoder."""
+
+    cfg: TopKCrosscoderTrainingConfig
+
+    def __init__(self, cfg: TopKCrosscoderTrainingConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.current_k: float = cfg.k
+
+    @override
+    def gate(self, hidden_pre: Tensor) -> Tensor:
+        with torch.no_grad():
+            ranking = scores(hidden_pre, self.decoder_norms)
+        return self.select(hidden_pre, ranking)
+
+    def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
+        """`relu(h)` at the entries that the ranking keeps."""
+        return keep_top(hidden_pre, ranking, round(self.current_k))
+
+    @override
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {}
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The step on active pairs (`sparse`); equal to `dense_forward_pass`, and several times faster."""
+        self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
+        flat = self.process_sae_in(step_input.sae_in)
+        with torch.no_grad():
+            hidden_pre = self.hidden_pre(flat)
+            norms = self.decoder_norms.sum(-1)
+            pairs = self.select_pairs(hidden_pre, hidden_pre.relu() * norms)
+        decoded = decode_pairs(flat, pairs, self.W_enc, self.b_enc, self.W_dec)
+        sae_out = self.hook_sae_recons(decoded + self.b_dec)
+        auxiliary = self._auxiliary_loss_on_pairs(flat, sae_out, hidden_pre, norms, step_input.dead_neuron_mask)
+        losses = {
+            "mse_loss": self.reconstruction_loss(sae_out, flat),
+            "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
+        }
+        feature_acts = pairs.to_sparse()
+        return TrainStepOutput(
+            sae_in=flat,
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=losses["mse_loss"] + losses["auxiliary_reconstruction_loss"],
+            losses=losses,
+            metrics=self.snapshot_metrics(flat.detach(), sae_out.detach(), feature_acts),
+        )
+
+    def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The same step in plain, dense autograd: the reference."""
+        self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
+        return super().training_forward_pass(step_input)
+
+    def select_pairs(self, hidden_pre: Tensor, ranking: Tensor) -> Pairs:
+        """The active pairs of a batch."""
+        return token_top_pairs(hidden_pre, ranking, round(self.current_k))
+
+    def _auxiliary_loss_on_pairs(
+        self, flat: Tensor, sae_out: Tensor, hidden_pre: Tensor, norms: Tensor, dead: Tensor | None
+    ) -> Tensor:
+        ids = None if dead is None else dead.nonzero().flatten()
+        residual = (flat - sae_out).detach()
+        variance = (residual - residual.mean(0)).square().sum(-1).mean()
+        if ids is None or not len(ids) or variance == 0:
+            return residual.new_zeros(())
+        with torch.no_grad():
+            candidates = hidden_pre[:, ids]
+            count = max(1, min(self.d_model // 2, len(ids)))
+            among = token_top_pairs(candidates, candidates.relu() * norms[ids], count)
+            pairs = Pairs(among.tokens, ids[among.features], among.values, tuple(hidden_pre.shape))
+        rebuilt = decode_pairs(flat, pairs, self.W_enc, self.b_enc, self.W_dec)
+        return (rebuilt - residual).square().sum(-1).mean() / variance
+
+    @override
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        loss = auxiliary_loss(
+            (step_input.sae_in - sae_out).detach(),
+            hidden_pre,
+            self.W_dec,
+            self.decoder_norms.detach(),
+            step_input.dead_neuron_mask,
+        )
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+
+
+@dataclass(kw_only=True)
+class BatchTopKCrosscoderTrainingConfig(TopKCrosscoderTrainingConfig):
+    """Configuration of a `BatchTopKCrosscoderTrainingSAE`.
+
+    Args:
+        k: features kept per token on average over the batch; may be a fraction.
+        topk_threshold_lr: weight of the newest batch in the moving average of the threshold.
+    """
+
+    k: float = 64  # type: ignore[assignment]
+    topk_threshold_lr: float = 0.01
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "batchtopk_crosscoder"
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return BatchTopKCrosscoderConfig
+
+
+class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
+    """Training of the BatchTopK crosscoder; in `eval()` mode it gates with the learnt threshold."""
+
+    cfg: BatchTopKCrosscoderTrainingConfig  # type: ignore[assignment]
+    threshold: Tensor
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=self.device))
+
+    @override
+    def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
+        if not self.training:
+            return _above_threshold(hidden_pre, self.decoder_norms, self.threshold)
+        kept = max(1, round(self.current_k * ranking.shape[:-1].numel()))
+        return keep_top(hidden_pre.flatten(), ranking.flatten(), kept).view_as(hidden_pre)
+
+    @override
+    def select_pairs(self, hidden_pre: Tensor, ranking: Tensor) -> Pairs:
+        count = max(1, round(self.current_k * len(ranking)))
+        pairs = batch_top_pairs(hidden_pre, ranking, count)
+        self.update_threshold(ranking[pairs.tokens, pairs.features])
+        return pairs
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super().training_forward_pass(step_input)
+        output.metrics["threshold"] = self.threshold
+        return output
+
+    @torch.no_grad()
+    def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
+        """Move the threshold towards the smallest positive score that a batch kept."""
+        smallest = torch.where(kept > 0, kept, torch.inf).amin() if len(kept) else kept.new_tensor(torch.inf)
+        moved = self.threshold.lerp(smallest.float(), self.cfg.topk_threshold_lr)
+        first = torch.where(self.threshold > 0, moved, smallest.float())
+        self.threshold.copy_(torch.where(smallest.isfinite(), first, self.threshold))
+
+
+def annealed_k(cfg: TopKCrosscoderTrainingConfig, step: int) -> float:
+    """k at a training step: linear from `k_start` to `k` over `k_anneal_steps`."""
+    if cfg.k_start is None or step >= cfg.k_anneal_steps:
+        return cfg.k
+    return cfg.k_start + (cfg.k - cfg.k_start) * step / cfg.k_anneal_steps
+
+
+def auxiliary_loss(
+    residual: Float[Tensor, "B SD"],
+    hidden_pre: Float[Tensor, "B F"],
+    W_dec: Float[Tensor, "F SD"],
+    decoder_norms: Float[Tensor, "F S"],
+    dead: Tensor | None,
+) -> Tensor:
+    """Share of the residual's variance that the strongest dead features leave unexplained; 0 without dead features.
+
+    Args:
+        residual: x - x_hat, detached.
+        hidden_pre: pre-activations h of the batch.
+        W_dec: flat decoder.
+        decoder_norms: detached; ranks the dead features.
+        dead: (F,) boolean mask of features that have not fired for the dead-feature window.
+    """
+    n_dead = 0 if dead is None else int(dead.sum())
+    variance = (residual - residual.mean(0)).square().sum(-1).mean()
+    if n_dead == 0 or variance == 0:
+        return residual.new_zeros(())
+    d_model = W_dec.shape[1] // decoder_norms.shape[1]
+    with torch.no_grad():
+        ranking = scores(hidden_pre, decoder_norms).masked_fill(~dead, -torch.inf)  # type: ignore[arg-type]
+    acts = keep_top(hidden_pre, ranking, max(1, min(d_model // 2, n_dead)))
+    return (acts @ W_dec - residual).square().sum(-1).mean() / variance
+
+
+def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:
+    return hidden_pre.relu() * (scores(hidden_pre, decoder_norms) > threshold)
+
+
+def _check_k(k: Any, d_sae: int, name: str = "k") -> None:
+    if not 0 < k <= d_sae:
+        raise UserError(f"{name}={k} is not in (0, d_sae={d_sae}]; choose {name} between 1 and the number of features")
