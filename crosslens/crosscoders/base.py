@@ -93,16 +93,20 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
     Args:
         decoder_init_norm: norm of every decoder row (feature, snapshot) at the start; W_enc starts as W_dec transposed.
             None lets `train` choose the norm that reconstructs a batch best.
+        bias_init: "mean" starts b_dec at the mean scaled activation of each snapshot, and b_enc so that features read the
+            deviation from it; "zero" starts both at 0. The mean needs data: `train` sets it.
         decoder_init: "independent" draws a row per (feature, snapshot); "shared" starts all snapshots of a feature equal.
     """
 
     decoder_init_norm: float | None = 0.1
+    bias_init: Literal["mean", "zero"] = "mean"
     decoder_init: Literal["independent", "shared"] = "independent"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decoder_init not in ("independent", "shared"):
-            raise UserError(f"decoder_init={self.decoder_init!r} is unknown; use 'independent' or 'shared'")
+        for name, options in (("bias_init", ("mean", "zero")), ("decoder_init", ("independent", "shared"))):
+            if getattr(self, name) not in options:
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; use {options[0]!r} or {options[1]!r}")
         if self.decoder_init_norm is not None:
             _positive("decoder_init_norm", self.decoder_init_norm)
 

@@ -1,0 +1,88 @@
+"""crosslens watches a language model learn: crosscoders over pretraining snapshots, for SAELens and TransformerLens.
+
+    import crosslens as cl
+
+    snaps = cl.Snapshots.demo(seed=0)
+    acts = cl.Activations(snaps, "blocks.1.hook_resid_post", dataset="text.txt", n_tokens=250_000)
+    cc = cl.train(acts, cl.BatchTopKCrosscoderTrainingConfig(d_sae=1024, k=16))
+    table = cl.evolve(cc, acts)
+
+Names are loaded when they are first used, for SAELens and TransformerLens take seconds to import. The architectures are
+registered with SAELens at that moment, or at once when sae_lens is already imported; `register()` does it by hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+_MODULES = {
+    "crosslens.ablation": ("ablate", "exact_effects"),
+    "crosslens.activations": ("Activations",),
+    "crosslens.attribution": ("Attribution", "PromptRuns", "attribute", "relie"),
+    "crosslens.crosscoders": (
+        "Crosscoder",
+        *(
+            f"{architecture}Crosscoder{suffix}"
+            for architecture in ("Standard", "TopK", "BatchTopK", "JumpReLU")
+            for suffix in ("", "Config", "TrainingSAE", "TrainingConfig")
+        ),
+        "register",
+    ),
+    "crosslens.errors": ("UserError",),
+    "crosslens.evaluation": ("evaluate",),
+    "crosslens.evolution": ("evolve",),
+    "crosslens.pretrained": ("from_pretrained", "load"),
+    "crosslens.probing": ("probe", "probe_correlation"),
+    "crosslens.report": ("write_report",),
+    "crosslens.snapshots": ("Snapshot", "Snapshots"),
+    "crosslens.tasks": ("Task",),
+    "crosslens.training": ("TrainConfig", "train"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = ("recipes",)
+
+__all__ = sorted([*_HOME, *_SUBMODULES])  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from crosslens import recipes as recipes
+    from crosslens.ablation import ablate as ablate
+    from crosslens.ablation import exact_effects as exact_effects
+    from crosslens.activations import Activations as Activations
+    from crosslens.attribution import Attribution as Attribution
+    from crosslens.attribution import PromptRuns as PromptRuns
+    from crosslens.attribution import attribute as attribute
+    from crosslens.attribution import relie as relie
+    from crosslens.crosscoders import *  # noqa: F403
+    from crosslens.errors import UserError as UserError
+    from crosslens.evaluation import evaluate as evaluate
+    from crosslens.evolution import evolve as evolve
+    from crosslens.pretrained import from_pretrained as from_pretrained
+    from crosslens.pretrained import load as load
+    from crosslens.probing import probe as probe
+    from crosslens.probing import probe_correlation as probe_correlation
+    from crosslens.report import write_report as write_report
+    from crosslens.snapshots import Snapshot as Snapshot
+    from crosslens.snapshots import Snapshots as Snapshots
+    from crosslens.tasks import Task as Task
+    from crosslens.training import TrainConfig as TrainConfig
+    from crosslens.training import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"crosslens.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'crosslens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+if "sae_lens" in sys.modules:
+    importlib.import_module("crosslens.crosscoders")

@@ -1,0 +1,457 @@
+"""The same tokens through every snapshot: (B, S, D) activations, live or from a cache, in one and the same order.
+
+1. Documents become sequences of `context_size` tokens (SAELens's own packing: BOS first, documents separated by BOS).
+2. Sequences are permuted once by `seed`; the last ones are held out, the others form blocks.
+3. Every epoch visits the blocks in an order drawn from (seed, epoch), and shuffles the positions inside a block by
+   (seed, epoch, block). The order is a function of these numbers alone, so training can continue at any batch.
+4. A block's activations come from the models, which stop at the hook's layer, or from the cache.
+
+Positions whose token is the BOS or padding are left out (`keep_special=True` keeps them): their activations are
+outliers that say nothing about the text.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crosslens.cache import ActivationCache
+from crosslens.errors import UserError
+from crosslens.hooks import canonical_hook, hook_layer
+from crosslens.snapshots import Snapshots
+from crosslens.tokens import Dataset, describe_dataset, token_sequences
+
+BLOCK_BYTES = 1 << 30
+BLOCK_TOKENS = 1 << 16
+
+
+@torch.no_grad()
+def harvest(
+    snapshots: Snapshots,
+    tokens: Int[Tensor, "N T"],
+    hook_name: str,
+    *,
+    device: str = "cpu",
+    batch_tokens: int = 16_384,
+    backend: str = "bridge",
+    only: int | None = None,
+) -> Float[Tensor, "N T S D"]:
+    """Activations of all snapshots at a hook point, one snapshot after the other; only blocks up to the hook are run.
+
+    Args:
+        snapshots: models of one pretraining run.
+        tokens: sequences of equal length.
+        hook_name: TransformerLens name such as `blocks.1.hook_resid_post`.
+        device: where the models run; the result is on the CPU.
+        batch_tokens: tokens per forward pass.
+        backend: "bridge" or "hooked_transformer".
+        only: harvest this snapshot alone; S is then 1.
+
+    Raises:
+        UserError: an activation is not finite; snapshot and hook are named.
+    """
+    chosen = range(len(snapshots)) if only is None else [only]
+    name, layer = canonical_hook(hook_name), hook_layer(hook_name)
+    out = torch.empty(*tokens.shape, len(chosen), snapshots.d_model)
+    step = max(1, batch_tokens // tokens.shape[1])
+    for column, s in enumerate(chosen):
+        model = snapshots.model(s, device=device, backend=backend)
+        for start in range(0, len(tokens), step):
+            batch = tokens[start : start + step].long().to(device)
+            _, cache = model.run_with_cache(
+                batch, names_filter=name, stop_at_layer=layer, return_cache_object=False
+            )
+            out[start : start + step, :, column] = cache[name].float().cpu()
+        if not torch.isfinite(out[:, :, column]).all():
+            raise UserError(
+                f"snapshot {snapshots.labels[s]} has non-finite activations at {hook_name}: leave this snapshot out, "
+                "or check its weights"
+            )
+    return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a harvest costs, before anything is run.
+
+    Attributes:
+        n_tokens: tokens per snapshot for training, special positions left out.
+        n_sequences: sequences for training and held-out evaluation.
+        n_snapshots: S.
+        d_model: D.
+        forwards: tokens through a model, summed over snapshots, for one pass over the data.
+        live_bytes: memory of one block of activations while training live.
+        cache_bytes: disk space of the cache in bfloat16; twice that in float32.
+        seconds: estimate for one pass from a measured forward of the first snapshot, NaN when not measured.
+    """
+
+    n_tokens: int
+    n_sequences: int
+    n_snapshots: int
+    d_model: int
+    forwards: int
+    live_bytes: int
+    cache_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        estimate = "not measured" if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
+        return "\n".join(
+            [
+                f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
+                f"snapshots   {self.n_snapshots} x d_model {self.d_model}",
+                f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
+                f"memory      {self.live_bytes / 2**20:,.0f} MiB of activations at a time",
+                f"cache       {self.cache_bytes / 2**20:,.0f} MiB on disk in bfloat16, if cached",
+            ]
+        )
+
+
+class Activations:
+    """Activations of one dataset in all snapshots at one hook point.
+
+    Args:
+        snapshots: the models, checked against each other and the hook point at once.
+        hook_name: TransformerLens name of a residual-stream or block-output hook.
+        dataset: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or token array (N, T).
+        n_tokens: tokens to train on, counted without the positions that are left out; None takes the whole dataset.
+        context_size: tokens per sequence; defaults to the models' context, at most 1024. Ignored for 2-D token arrays.
+        held_out_tokens: tokens kept for evaluation; defaults to n_tokens / 20, between 2,000 and 100,000.
+        text_column: column of the documents.
+        split: split of a hub dataset.
+        sample_by: "line" or "paragraph", what a document is in a text file.
+        prepend_bos: begin every sequence with the tokenizer's BOS.
+        keep_special: keep positions whose token is BOS or padding.
+        seed: of every permutation.
+        device: where the models run.
+        batch_tokens: tokens per forward pass.
+        backend: "bridge" or "hooked_transformer".
+    """
+
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        hook_name: str,
+        dataset: Dataset,
+        n_tokens: int | None = None,
+        context_size: int | None = None,
+        *,
+        held_out_tokens: int | None = None,
+        text_column: str = "text",
+        split: str = "train",
+        sample_by: str = "line",
+        prepend_bos: bool = True,
+        keep_special: bool = False,
+        seed: int = 0,
+        device: str = "cpu",
+        batch_tokens: int = 16_384,
+        backend: str = "bridge",
+    ) -> None:
+        if n_tokens is not None and n_tokens <= 0:
+            raise UserError(f"n_tokens={n_tokens} must be positive, or None for the whole dataset")
+        longest = snapshots.n_ctx
+        if isinstance(dataset, (Tensor, np.ndarray)) and dataset.ndim == 2:
+            context_size = int(dataset.shape[1])
+        elif context_size is None:
+            context_size = min(longest, 1024)
+        if not 2 <= context_size <= longest:
+            raise UserError(f"context_size={context_size} is not in [2, {longest}], the models' context")
+        # the weights are compared before the first harvest: until then nothing is downloaded
+        snapshots.check(hook_name, weights=False)
+        self.snapshots = snapshots
+        self.hook_name = hook_name
+        self.dataset = dataset
+        self.context_size = context_size
+        self.prepend_bos = prepend_bos
+        self.keep_special = keep_special
+        self.seed = seed
+        self.device = device
+        self.batch_tokens = batch_tokens
+        self.backend = backend
+        self._requested = n_tokens
+        self._requested_held_out = held_out_tokens
+        self._reading = {"text_column": text_column, "split": split, "sample_by": sample_by}
+        self._compared = False
+        self._cache: ActivationCache | None = None
+        self._tokens: Tensor | None = None
+        self._n_train = 0
+
+    # ------------------------------------------------------------------ tokens
+    @property
+    def n_snapshots(self) -> int:
+        """S."""
+        return len(self.snapshots)
+
+    @property
+    def d_model(self) -> int:
+        """D."""
+        return self.snapshots.d_model
+
+    @property
+    def tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences for training, then those held out; read and tokenised at the first use."""
+        if self._tokens is None:
+            self._tokens, self._n_train = self._read()
+        return self._tokens
+
+    def train_tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences that training sees."""
+        return self.tokens[: self._n_train]
+
+    def held_out_tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences that training never sees."""
+        return self.tokens[self._n_train :]
+
+    @property
+    def n_tokens(self) -> int:
+        """Activations per epoch of training: positions of the training sequences that are kept."""
+        return int(self.keep(self.train_tokens()).sum())
+
+    def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
+        """Positions that training uses: all but BOS and padding, unless `keep_special`."""
+        kept = torch.ones_like(tokens, dtype=torch.bool)
+        return kept if self.keep_special else special_positions(tokens, self.snapshots.tokenizer).logical_not_()
+
+    def _read(self) -> tuple[Tensor, int]:
+        wanted = self._requested
+        held_out = self._requested_held_out
+        if held_out is None:
+            held_out = 100_000 if wanted is None else min(max(wanted // 20, 2_000), 100_000)
+        sequences = token_sequences(
+            self.dataset,
+            self.snapshots.tokenizer,
+            self.context_size,
+            prepend_bos=self.prepend_bos,
+            n_tokens=None if wanted is None else wanted + held_out,
+            count=lambda rows: self.keep(rows).sum(-1),
+            **self._reading,
+        )
+        lowest, highest = (int(sequences.min()), int(sequences.max())) if sequences.numel() else (0, 0)
+        if lowest < 0 or highest >= len(self.snapshots.tokenizer):
+            raise UserError(
+                f"token id {lowest if lowest < 0 else highest} in {describe_dataset(self.dataset)} is outside the "
+                f"tokenizer's vocabulary of {len(self.snapshots.tokenizer)}: was it tokenised with another tokenizer?"
+            )
+        order = torch.randperm(len(sequences), generator=generator(self.seed))
+        sequences = sequences[order]
+        per_sequence = self.keep(sequences).sum(-1)
+        total = int(per_sequence.sum())
+        if wanted is None:
+            held_out = min(held_out, total // 10)
+        if total < (wanted or 1) + held_out:
+            raise UserError(
+                f"n_tokens={wanted} (and {held_out} held out) is more than {describe_dataset(self.dataset)} holds: "
+                f"{total} usable tokens; ask for at most {max(0, total - held_out)}"
+            )
+        from_the_end = per_sequence.flip(0).cumsum(0)
+        n_held_out = int((from_the_end < held_out).sum()) + 1 if held_out else 0
+        n_train = len(sequences) - n_held_out
+        if n_train < 1:
+            raise UserError(
+                f"{describe_dataset(self.dataset)} makes {len(sequences)} sequence(s) of {sequences.shape[1]} tokens: "
+                "too few to hold some out; use more text or a smaller context_size"
+            )
+        return sequences, n_train
+
+    # ------------------------------------------------------------------ activations
+    def block(self, first: int, last: int) -> Float[Tensor, "n T S D"]:
+        """Activations of the sequences `first` to `last` of `tokens`."""
+        if self._cache is not None:
+            return self._cache.read(first, last)
+        return self._harvest(self.tokens[first:last])
+
+    def _harvest(self, tokens: Tensor, only: int | None = None) -> Tensor:
+        if not self._compared:
+            self.snapshots.check(self.hook_name)
+            self._compared = True
+        return harvest(
+            self.snapshots,
+            tokens,
+            self.hook_name,
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            backend=self.backend,
+            only=only,
+        )
+
+    @property
+    def block_sequences(self) -> int:
+        """Sequences that are in memory, and shuffled, together."""
+        per_token = self.n_snapshots * self.d_model * 4
+        return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+
+    def batches(
+        self, batch_size: int, *, start: int = 0, epochs: int | None = None
+    ) -> Iterator[Float[Tensor, "B S D"]]:
+        """Shuffled batches of raw float32 activations: a SAELens data provider.
+
+        Args:
+            batch_size: B; what is left of an epoch goes into the next one's first batch.
+            start: batches to skip; the stream continues as if they had been read.
+            epochs: passes over the data, without end when None; the last incomplete batch is not given.
+        """
+        per_epoch = self.n_tokens
+        if batch_size > per_epoch:
+            raise UserError(
+                f"batch_size={batch_size} is more than one epoch of {per_epoch} activations; take more tokens or a "
+                f"batch size of at most {per_epoch}"
+            )
+        epoch, skip = divmod(start * batch_size, per_epoch)
+        left: Tensor | None = None
+        while epochs is None or epoch < epochs:
+            for rows in self._shuffled_blocks(epoch, skip):
+                rows = rows if left is None else torch.cat([left, rows])
+                whole = len(rows) // batch_size * batch_size
+                if whole:  # an empty tensor splits into one empty batch
+                    yield from rows[:whole].split(batch_size)
+                left = rows[whole:].clone()
+            epoch, skip = epoch + 1, 0
+
+    def _shuffled_blocks(self, epoch: int, skip: int) -> Iterator[Float[Tensor, "n S D"]]:
+        size = self.block_sequences
+        counts = [int(c.sum()) for c in self.keep(self.train_tokens()).sum(-1).split(size)]
+        for block in torch.randperm(len(counts), generator=generator(self.seed, epoch)).tolist():
+            if skip >= counts[block]:
+                skip -= counts[block]
+                continue
+            first, last = block * size, min((block + 1) * size, self._n_train)
+            rows = self.block(first, last)[self.keep(self.tokens[first:last])]
+            order = torch.randperm(len(rows), generator=generator(self.seed, epoch, block))
+            yield rows[order[skip:]]
+            skip = 0
+
+    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
+        """Activations of the held-out sequences in reading order; the last batch may be smaller."""
+        for first in range(self._n_train or len(self.train_tokens()), len(self.tokens), self.block_sequences):
+            last = min(first + self.block_sequences, len(self.tokens))
+            yield from self.block(first, last)[self.keep(self.tokens[first:last])].split(batch_size)
+
+    def cache(self, folder: str | Path, dtype: str = "bfloat16") -> Activations:
+        """The same activations, written once to a folder and read from there; an interrupted harvest continues.
+
+        Args:
+            folder: made when missing; the cache of another request is refused.
+            dtype: "bfloat16" or "float32" on disk; batches are float32 in either case.
+        """
+        cache = ActivationCache(
+            Path(folder), self.tokens, self.block_sequences, self.n_snapshots, self.d_model, dtype, self.fingerprint()
+        )
+        missing = cache.missing()
+        progress = tqdm(total=len(missing), desc="Harvesting", unit="shard", disable=not missing)
+        for s in range(self.n_snapshots):
+            for shard in (shard for shard, snapshot in missing if snapshot == s):
+                first, last = cache.span(shard)
+                cache.write(shard, s, self._harvest(self.tokens[first:last], only=s).squeeze(2))
+                progress.update()
+        progress.close()
+        cached = Activations.__new__(Activations)
+        cached.__dict__.update(self.__dict__)
+        cached._cache = cache
+        return cached
+
+    # ------------------------------------------------------------------ description
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the activations: two requests with equal fingerprints give equal activations."""
+        return {
+            "snapshots": self.snapshots.fingerprints,
+            "hook_name": self.hook_name,
+            "context_size": self.context_size,
+            "prepend_bos": self.prepend_bos,
+            "backend": self.backend,
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """What a crosscoder trained on these activations records about them."""
+        return {
+            "model_name": self.snapshots.name,
+            "hook_name": self.hook_name,
+            "dataset_path": describe_dataset(self.dataset),
+            "context_size": self.context_size,
+            "prepend_bos": self.prepend_bos,
+            "keep_special": self.keep_special,
+            "snapshots": [
+                {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
+                for s in self.snapshots
+            ],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` makes the same activations from.
+
+        Raises:
+            UserError: the dataset is in memory, and cannot be named.
+        """
+        if not isinstance(self.dataset, (str, Path)):
+            raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
+        dataset = str(Path(self.dataset).resolve()) if Path(self.dataset).is_file() else str(self.dataset)
+        return {
+            "snapshots": self.snapshots.to_dict(),
+            "hook_name": self.hook_name,
+            "dataset": dataset,
+            "n_tokens": self._requested,
+            "context_size": self.context_size,
+            "held_out_tokens": self._requested_held_out,
+            **self._reading,
+            "prepend_bos": self.prepend_bos,
+            "keep_special": self.keep_special,
+            "seed": self.seed,
+            "backend": self.backend,
+        }
+
+    @classmethod
+    def from_dict(cls, recorded: dict[str, Any], **changes: Any) -> Activations:
+        """The activations that `to_dict` described; `changes` replace arguments such as `device`."""
+        arguments = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
+        return cls(**arguments)
+
+    def plan(self, measure: bool = True) -> Plan:
+        """Bytes, forwards and time of one pass over the data; runs at most one small forward.
+
+        Args:
+            measure: time a forward of the first snapshot; that loads (and, from a hub, downloads) it.
+        """
+        S, D = self.n_snapshots, self.d_model
+        seconds = float("nan")
+        if measure:
+            probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
+            self._harvest(probe, only=0)
+            began = time.perf_counter()
+            self._harvest(probe, only=0)
+            seconds = (time.perf_counter() - began) / probe.numel() * self.tokens.numel() * S
+        return Plan(
+            n_tokens=self.n_tokens,
+            n_sequences=len(self.tokens),
+            n_snapshots=S,
+            d_model=D,
+            forwards=self.tokens.numel() * S,
+            live_bytes=self.block_sequences * self.tokens.shape[1] * S * D * 4,
+            cache_bytes=self.tokens.numel() * S * D * 2,
+            seconds=seconds,
+        )
+
+
+def special_positions(tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
+    """Positions whose token is the tokenizer's BOS or padding token."""
+    ids = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
+    special = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in ids:
+        special |= tokens == token
+    return special
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A random generator that is a function of a few integers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,353 @@
+"""What all figures share: colours, the snapshot axis, lines with bands, and text that is safe to draw.
+
+Colours stand in the figures as those of the light page; `THEME` maps each to its counterpart on the dark page, and the
+page's script swaps them, so that a figure is drawn once. Every pair keeps a contrast of 3:1 or more to its background.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+if TYPE_CHECKING:
+    Frame: TypeAlias = Any  # pandas annotates what is taken out of a frame as a union of whatever it could be
+else:
+    Frame = pd.DataFrame
+
+INK = "#2b3036"
+MUTED = "#6b747e"
+GRID = "#e3e6e9"
+SURFACE = "#ffffff"
+# light, dark; at least 15 CIELAB units apart with full protanopia, deuteranopia or tritanopia, and told apart by symbol
+_SERIES = (
+    ("#1a6ac8", "#6db3ff"),
+    ("#b8380a", "#e0702c"),
+    ("#0c5a44", "#64f2b0"),
+    ("#d267aa", "#d94fa6"),
+    ("#a39014", "#f0dc5a"),
+    ("#35147c", "#8265f0"),
+)
+SERIES = tuple(light for light, _ in _SERIES)
+# low to high; both start near their page, so that what is absent is quiet
+HEAT = ("#eef1f4", "#b9d3e6", "#6ea8d2", "#2372ad", "#073763")
+_HEAT_DARK = ("#20262d", "#23486a", "#2f74ab", "#69b1e3", "#dff1ff")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
+_DASHES = ("solid", "dash", "dot")
+_BAND = 0.16
+
+
+def _rgba(color: str, alpha: float) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+_DARK_MUTED = "#9aa4ae"
+THEME = {
+    INK: "#e4e8ec",
+    MUTED: _DARK_MUTED,
+    GRID: "#2c333b",
+    SURFACE: "#242a31",
+    **dict(_SERIES),
+    **dict(zip(HEAT, _HEAT_DARK, strict=True)),
+    **{_rgba(light, _BAND): _rgba(dark, _BAND) for light, dark in ((MUTED, _DARK_MUTED), *_SERIES)},
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, the numbers it shows, and what is to be said of them.
+
+    Attributes:
+        figure: without title; it fills the width it is given.
+        data: every number drawn, at full precision.
+        note: a plain sentence below the figure: counts, what was left out.
+    """
+
+    figure: go.Figure
+    data: Frame
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table; `weight` in [-1, 1] tints it, red-orange below zero and blue above."""
+
+    text: str
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of numbers: the first cell of a row names it."""
+
+    header: list[str]
+    rows: list[list[Cell]]
+    data: Frame
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one series is told from the others: by colour, symbol and dash together."""
+
+    color: str
+    symbol: str = "circle"
+    dash: str = "solid"
+
+    @classmethod
+    def of(cls, index: int) -> Style:
+        """The style of the series of this index; 18 are distinct."""
+        return cls(SERIES[index % 6], _SYMBOLS[index % 6], _DASHES[index // 6 % 3])
+
+
+@dataclass(frozen=True)
+class SnapshotAxis:
+    """Snapshots along x: at log10(step), step 0 set apart to the left; evenly spaced where steps are not known.
+
+    Attributes:
+        labels: by snapshot.
+        steps: by snapshot; empty when unknown, repeated or not wanted.
+        tokens: by snapshot, where known.
+    """
+
+    labels: dict[int, str]
+    steps: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: Frame, *, even: bool = False) -> SnapshotAxis:
+        """The axis of a table with columns snapshot, label, step and perhaps tokens.
+
+        Args:
+            table: any number of rows per snapshot.
+            even: evenly spaced, by label, whatever the steps.
+        """
+        rows = table.drop_duplicates("snapshot").sort_values("snapshot")
+        ids = [int(s) for s in rows["snapshot"]]
+        labels = dict(zip(ids, (str(label) for label in rows["label"]), strict=True))
+        steps = _known(ids, rows, "step")
+        if even or len(set(steps.values())) < len(ids):
+            steps = {}
+        return cls(labels, steps, _known(ids, rows, "tokens"))
+
+    @property
+    def positions(self) -> dict[int, float]:
+        """Where each snapshot stands."""
+        if not self.steps:
+            return {snapshot: float(i) for i, snapshot in enumerate(self.labels)}
+        logs = [math.log10(step) for step in self.steps.values() if step > 0]
+        low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
+        zero = low - max(0.15, 0.1 * (high - low))
+        return {s: round(math.log10(step) if step > 0 else zero, 6) for s, step in self.steps.items()}
+
+    def x(self, snapshots: Sequence[int]) -> list[float]:
+        """Positions of these snapshots."""
+        positions = self.positions
+        return [positions[int(s)] for s in snapshots]
+
+    def hover(self, snapshots: Sequence[int]) -> list[str]:
+        """Label, step and tokens of these snapshots, to be drawn."""
+        return [self._hover(int(s)) for s in snapshots]
+
+    def _hover(self, snapshot: int) -> str:
+        parts = [shown(self.labels[snapshot], 40)]
+        if snapshot in self.steps:
+            parts.append(f"step {self.steps[snapshot]:,}")
+        if snapshot in self.tokens:
+            parts.append(f"{short_count(self.tokens[snapshot])} tokens")
+        return ", ".join(parts)
+
+    def apply(self, figure: go.Figure) -> None:
+        """Make this the x axis of a figure.
+
+        `layout.meta` tells the page's script the true steps, for its linear scale, and that it may thin the ticks out.
+        """
+        positions = list(self.positions.values())
+        if self.steps:
+            ticks = [short_count(step) for step in self.steps.values()]
+            apart = 0 in self.steps.values() and len(self.steps) > 1
+            title = "training steps (log scale, 0 set apart)" if apart else "training steps (log scale)"
+            meta = {"axis": "steps", "positions": positions, "steps": list(self.steps.values())}
+        else:
+            ticks, title, meta = [shown(label, 24) for label in self.labels.values()], "snapshot", {"axis": "labels"}
+        figure.update_layout(meta=meta)
+        figure.update_xaxes(title_text=title, tickmode="array", tickvals=positions, ticktext=ticks, zeroline=False)
+
+
+def _known(ids: list[int], rows: Frame, column: str) -> dict[int, int]:
+    """A column by snapshot, or nothing when any value is missing."""
+    if column not in rows:
+        return {}
+    values: Any = pd.to_numeric(rows[column], errors="coerce")
+    return {} if values.isna().any() else dict(zip(ids, (int(v) for v in values), strict=True))
+
+
+def shown(text: object, width: int = 32) -> str:
+    """Data as text to be drawn by plotly: escaped, and cut in the middle if long.
+
+    Plotly reads a subset of HTML in every text, and `%{...}` in hover templates.
+    """
+    plain = " ".join(str(text).split())
+    if len(plain) > width:
+        keep = (width - 1) // 2
+        plain = f"{plain[:keep]}…{plain[-keep:]}"
+    return html.escape(plain, quote=False).replace("{", "&#123;")
+
+
+def short_count(value: float) -> str:
+    """1, 512, 1k, 143k, 4.2M: four significant digits at most."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def new_figure(y_title: str, *, height: int = 380, **layout: object) -> go.Figure:
+    """An empty figure of the house style: no background, quiet grid, legend below the axes.
+
+    Args:
+        y_title: with its unit.
+        height: pixels without the legend; the page's script adds the room that the legend takes.
+        layout: more of plotly's layout.
+    """
+    axis = {"gridcolor": GRID, "linecolor": GRID, "zerolinecolor": GRID, "automargin": True, "title_standoff": 10}
+    title = {"title_font_size": 13, "tickfont_size": 12}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+            "margin": {"l": 56, "r": 16, "t": 28, "b": 48},
+            "height": height,
+            "hovermode": "closest",
+            "hoverlabel": {
+                "bgcolor": SURFACE,
+                "bordercolor": MUTED,
+                "font": {"color": INK, "size": 13},
+                "align": "left",
+            },
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 0,
+                "yref": "container",
+                "yanchor": "bottom",
+                "traceorder": "normal",
+                "title_font_size": 13,
+            },
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": MUTED, "activecolor": INK},
+            "xaxis": {**axis, **title, "showgrid": False, "ticks": "outside", "tickcolor": GRID},
+            "yaxis": {**axis, **title, "title_text": y_title},
+            **layout,
+        }
+    )
+
+
+def _outline(
+    x: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> list[tuple[float | None, float | None]]:
+    """Corners of a band: along its upper bound and back along the lower one, once for each run of finite bounds."""
+    corners: list[tuple[float | None, float | None]] = []
+    run: list[tuple[float, float, float]] = []
+    for point in (*zip(x, low, high, strict=True), (0.0, math.nan, math.nan)):
+        if math.isfinite(point[1]) and math.isfinite(point[2]):
+            run.append(point)
+        elif run:
+            corners += [(None, None)] if corners else []
+            corners += [(a, c) for a, _, c in run] + [(a, b) for a, b, _ in reversed(run)]
+            run = []
+    return corners
+
+
+def add_line(
+    figure: go.Figure,
+    x: Sequence[float],
+    y: Sequence[float],
+    name: str,
+    style: Style,
+    *,
+    hover: Sequence[str],
+    unit: str = "",
+    number: str = ".3f",
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    markers: bool = True,
+) -> None:
+    """A line with markers, over a band from `low` to `high`. `name` and `hover` are already safe to draw."""
+    if low is not None and high is not None:
+        outline = _outline(x, low, high)
+        figure.add_scatter(
+            x=[a for a, _ in outline],
+            y=[b for _, b in outline],
+            fill="toself",
+            fillcolor=_rgba(style.color, _BAND),
+            mode="none",
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=name,
+            name=name,
+            meta="band",
+        )
+    figure.add_scatter(
+        x=list(x),
+        y=list(y),
+        mode="lines+markers" if markers else "lines",
+        name=name,
+        legendgroup=name,
+        line={"color": style.color, "dash": style.dash, "width": 2},
+        marker={"color": style.color, "symbol": style.symbol, "size": 7},
+        customdata=list(hover),
+        hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>%{{y:{number}}}{unit}<extra></extra>",
+    )
+
+
+def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None:
+    """A thin horizontal line, named in the legend, where no curve can run over its name."""
+    figure.add_hline(y=y, line={"color": MUTED, "dash": dash, "width": 1.5}, name=name, showlegend=True)
+
+
+def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, str]) -> None:
+    """Give a figure a colour axis from the first to the last tick, with its bar above the figure on the right."""
+    # beside a colour bar, plotly writes an x title that has a standoff over the tick labels
+    figure.update_xaxes(title_standoff=None)
+    figure.update_layout(margin_t=84)
+    figure.layout["coloraxis"] = {
+        "cmin": min(ticks),
+        "cmax": max(ticks),
+        "colorscale": [[i / (len(colors) - 1), color] for i, color in enumerate(colors)],
+        "colorbar": {
+            "orientation": "h",
+            "thickness": 10,
+            "len": 0.5,
+            "x": 1,
+            "xanchor": "right",
+            "xpad": 32,
+            "y": 1.01,
+            "yanchor": "bottom",
+            "outlinewidth": 0,
+            "tickvals": list(ticks),
+            "ticktext": list(ticks.values()),
+            "ticklabelposition": "outside top",
+            "ticklabeloverflow": "allow",
+        },
+    }
+
+
+def floats(values: pd.Series | np.ndarray) -> list[float]:
+    """Plain floats, missing ones as NaN."""
+    numbers: Any = pd.to_numeric(pd.Series(values), errors="coerce")
+    return numbers.to_numpy(dtype=float, na_value=math.nan).tolist()
+
+
+def ints(values: pd.Series | np.ndarray) -> list[int]:
+    """Plain integers."""
+    return [int(v) for v in values]

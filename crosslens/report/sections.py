@@ -1,0 +1,274 @@
+"""What stands on the page, in order: figures with their titles and definitions, and words for when one is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from crosslens.report import effects, figures
+from crosslens.report.chart import Chart, Grid
+
+Draw = Callable[..., Chart | Grid | str]
+
+_EVALUATE = "Nothing has been evaluated: crosslens train RUN_DIR writes evaluation.parquet when it ends."
+_EVOLVE = "No evolution has been computed: crosslens evolve RUN_DIR."
+_ATTRIBUTE = "No attribution has been run: crosslens attribute RUN_DIR --task TASK."
+_ABLATE = "No ablation has been run: crosslens ablate RUN_DIR --task TASK, after crosslens attribute."
+_ACCURACY = "No task has been measured: crosslens attribute RUN_DIR --task TASK measures its accuracy too."
+_PROBE = "No probes have been fitted: crosslens evolve RUN_DIR fits some of them."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of the page.
+
+    Attributes:
+        name: stem of its anchor and CSV file.
+        title: what is shown.
+        definition: one or two sentences: what, in which unit, how computed.
+        draw: from the tables to the figure, or to the reason why there is nothing to draw.
+        tables: names of the tables that `draw` takes, in order. "{task}" stands for the task; "kind/*" is all tasks'
+            tables of a kind, one below the other, with a column `task`; "snapshots" is the list in run.json.
+        wide: takes the full width also where two figures fit side by side.
+    """
+
+    name: str
+    title: str
+    definition: str
+    draw: Draw
+    tables: tuple[str, ...]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading.
+
+    Attributes:
+        name: its anchor.
+        title: its heading.
+        intro: a sentence or two before the figures.
+        empty: what is said in place of a figure whose table is missing.
+        entries: figures of the whole run.
+        per_task: figures drawn once per task.
+        kind: "attribution" or "ablation": whose tasks.
+    """
+
+    name: str
+    title: str
+    intro: str
+    empty: str
+    entries: tuple[Entry, ...] = ()
+    per_task: tuple[Entry, ...] = ()
+    kind: str = ""
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "accuracy",
+        "Accuracy",
+        "When the model learns each task, without the crosscoder.",
+        _ACCURACY,
+        (
+            Entry(
+                "accuracy",
+                "Accuracy per task",
+                "Share of items whose correct continuation has a higher logit than the wrong one, at the last "
+                "position. The bands are Wilson 95 % intervals over items.",
+                figures.accuracy,
+                ("accuracy",),
+                wide=True,
+            ),
+        ),
+    ),
+    Section(
+        "reconstruction",
+        "Reconstruction",
+        "How much of each snapshot the crosscoder keeps, on held-out tokens.",
+        _EVALUATE,
+        (
+            Entry(
+                "explained-variance",
+                "Explained variance",
+                "1 − E‖x̂ − x‖² / E‖x − mean‖² over all tokens, and the mean over tokens of 1 − ‖x̂ − x‖² / ‖x − "
+                "mean‖². 1 is a perfect reconstruction.",
+                figures.explained_variance,
+                ("evaluation",),
+            ),
+            Entry(
+                "l0",
+                "L0",
+                "Mean number of features that are not zero, per token. "
+                "Snapshots differ only where the gate is per snapshot.",
+                figures.l0,
+                ("evaluation",),
+            ),
+            Entry(
+                "cross-entropy",
+                "Cross-entropy",
+                "Next-token loss of the clean model, of the model whose hook point holds the reconstruction (spliced), "
+                "and of the one whose hook point holds zeros, in nats per token.",
+                figures.cross_entropy,
+                ("evaluation",),
+            ),
+            Entry(
+                "kl",
+                "KL to the clean model",
+                "Mean KL divergence from the clean model's next-token distribution to the spliced model's, "
+                "in nats per token. 0 means that nothing is lost.",
+                figures.kl,
+                ("evaluation",),
+            ),
+        ),
+    ),
+    Section(
+        "evolution",
+        "Evolution",
+        "A feature is present at a snapshot where its decoder norm is at least half of its largest. It is initial if "
+        "present at the first snapshot, else emergent, born at the first snapshot from which it stays; never if it "
+        "does not stay anywhere. Transient features are absent for good later on.",
+        _EVOLVE,
+        (
+            Entry(
+                "evolution-map",
+                "Decoder norms over training",
+                "Normalised decoder norm v = norm / largest norm over snapshots (0 to 1), a row per feature, ordered "
+                "by origin, then birth, then peak. Snapshots are evenly spaced.",
+                figures.evolution_map,
+                ("evolution", "snapshots"),
+                wide=True,
+            ),
+            Entry(
+                "births",
+                "Births",
+                "Number of emergent features by the snapshot of their birth, by what becomes of them.",
+                figures.births,
+                ("evolution", "snapshots"),
+            ),
+            Entry(
+                "origins",
+                "Origin and fate",
+                "Number of features by origin, and whether they persist to the last snapshot.",
+                figures.origins,
+                ("evolution",),
+            ),
+        ),
+    ),
+    Section(
+        "effects",
+        "Effects on tasks",
+        "IE is the indirect effect of a feature on logit(correct) − logit(wrong) at the last position, by integrated "
+        "gradients from the baseline to the clean features: positive effects support the correct answer. RelIE is a "
+        "snapshot's share of a feature's effect, |IE| / sum over snapshots of |IE|; it hides the sign, so signed IE "
+        "stands beside it.",
+        _ATTRIBUTE,
+        (
+            Entry(
+                "completeness",
+                "Completeness error",
+                "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of "
+                "|clean − baseline metric|. 0 means that the effects account for the whole metric.",
+                effects.completeness,
+                ("attribution/*.snapshots",),
+                wide=True,
+            ),
+        ),
+        (
+            Entry(
+                "relie",
+                "Relative effect (RelIE)",
+                "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with an effect above "
+                "two standard errors somewhere.",
+                effects.relative_effects,
+                ("attribution/{task}",),
+            ),
+            Entry(
+                "ie",
+                "Signed effect (IE)",
+                "Mean over prompts of the effect in logits, of the features of largest |IE|. Above zero a feature "
+                "supports the correct answer, below it opposes it.",
+                effects.signed_effects,
+                ("attribution/{task}",),
+            ),
+            Entry(
+                "budget",
+                "What the metric is made of",
+                "Clean metric, baseline metric, and the summed effects of all features and of the error node, in "
+                "logits. Features + error node + baseline make up the clean metric.",
+                effects.effect_budget,
+                ("attribution/{task}.snapshots", "attribution/{task}"),
+                wide=True,
+            ),
+            Entry(
+                "ie-table",
+                "Features of largest effect",
+                "IE ± standard error over prompts, in logits, by snapshot. Blue supports the correct answer, orange "
+                "opposes it.",
+                effects.effect_table,
+                ("attribution/{task}",),
+                wide=True,
+            ),
+        ),
+        "attribution",
+    ),
+    Section(
+        "ablation",
+        "Ablation",
+        "The metric when a set of features is removed (ablate), or is all that is kept (keep), measured exactly, at "
+        "all positions; removed features are zero unless a mean or a paired prompt was asked for. Shares are 1 + "
+        "(metric − clean) / |clean|, which is metric / clean where the clean metric is positive. Random sets are of as"
+        " many active features; size-matched ones of about the same activation times decoder norm.",
+        _ABLATE,
+        per_task=(
+            Entry(
+                "ablate-size",
+                "Ablating k features, last snapshot",
+                "Share of the clean metric that is left when k features are removed, the error node kept. "
+                "Top features are those of largest signed IE.",
+                partial(effects.ablation_by_size, mode="ablate"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "keep-size",
+                "Keeping k features, last snapshot",
+                "Share of the clean metric when only k features are kept, without the error node. Top features are "
+                "those of largest |IE|; reconstruction alone keeps all.",
+                partial(effects.ablation_by_size, mode="keep"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "ablate-snapshots",
+                "Ablating over snapshots",
+                "The same at one size of the set; the features are chosen anew at each snapshot.",
+                partial(effects.ablation_over_snapshots, mode="ablate"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "keep-snapshots",
+                "Keeping over snapshots",
+                "The same at one size of the set; the features are chosen anew at each snapshot.",
+                partial(effects.ablation_over_snapshots, mode="keep"),
+                ("ablation/{task}",),
+            ),
+        ),
+        kind="ablation",
+    ),
+    Section(
+        "probes",
+        "Probes",
+        "Whether a feature's decoder norm at a snapshot tells how well the feature can be read off that snapshot.",
+        _PROBE,
+        (
+            Entry(
+                "probe",
+                "Probe error against decoder norm",
+                "Share of held-out tokens on which a linear probe on one snapshot's activations is wrong about whether "
+                "the feature is active, against the feature's decoder norm there divided by its largest.",
+                figures.probe,
+                ("probe",),
+                wide=True,
+            ),
+        ),
+    ),
+)

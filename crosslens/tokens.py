@@ -1,0 +1,175 @@
+"""From a dataset to sequences of tokens: hub names, local files, lists of documents, token arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from torch import Tensor
+
+from crosslens.errors import UserError, did_you_mean
+
+Dataset: TypeAlias = str | Path | Sequence[str] | Tensor | NDArray[Any]
+
+_BUILDERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+
+
+def describe_dataset(dataset: Dataset) -> str:
+    """A short name of a dataset for messages and metadata; never a folder of the user's machine."""
+    if isinstance(dataset, (str, Path)):
+        return Path(dataset).name if _is_file(dataset) else str(dataset)
+    kind = "token array" if isinstance(dataset, (Tensor, np.ndarray)) else "list of documents"
+    return f"{kind} of {len(dataset):,}"
+
+
+def token_sequences(
+    dataset: Dataset,
+    tokenizer: Any,
+    context_size: int,
+    *,
+    prepend_bos: bool = True,
+    n_tokens: int | None = None,
+    count: Callable[[Tensor], Tensor],
+    text_column: str = "text",
+    split: str = "train",
+    sample_by: str = "line",
+) -> Int[Tensor, "N T"]:
+    """Sequences of equal length from a dataset, until `n_tokens` of them count.
+
+    Args:
+        dataset: hub name, path, list of documents, or tokens: (N, T) sequences as they are, (N,) one long stream.
+        tokenizer: a Hugging Face tokenizer.
+        context_size: T, for everything but a 2-D token array.
+        prepend_bos: begin sequences with BOS and separate documents by it, where the tokenizer has one.
+        n_tokens: stop when `count` over the sequences reaches it; None takes all.
+        count: tokens of each sequence that count, (n, T) -> (n,).
+        text_column: column of the documents.
+        split: split of a hub dataset.
+        sample_by: "line" or "paragraph", what a document is in a text file.
+
+    Returns:
+        int32 tokens, in the order of the dataset.
+    """
+    bos = tokenizer.bos_token_id if prepend_bos else None
+    if isinstance(dataset, (Tensor, np.ndarray)):
+        tokens = torch.as_tensor(dataset)
+        if tokens.ndim not in (1, 2) or tokens.is_floating_point():
+            raise UserError(
+                f"a token array of shape {tuple(tokens.shape)} and dtype {tokens.dtype} cannot be used; give whole "
+                "numbers, (N, T) sequences or (N,) one long stream"
+            )
+        if tokens.ndim == 2:
+            return _until(tokens.to(torch.int32), n_tokens, count)
+        streams = iter([tokens.long()])
+    else:
+        streams = _tokenised(_documents(dataset, text_column, split, sample_by), tokenizer)
+    packed = concat_and_batch_sequences(
+        streams, context_size, begin_batch_token_id=bos, sequence_separator_token_id=bos
+    )
+    rows: list[Tensor] = []
+    counted = 0
+    while n_tokens is None or counted < n_tokens:
+        chunk = list(islice(packed, 1024))
+        if not chunk:
+            break
+        stacked = torch.stack(chunk).to(torch.int32)
+        stacked = _until(stacked, None if n_tokens is None else n_tokens - counted, count)
+        counted += int(count(stacked).sum())
+        rows.append(stacked)
+    if not rows:
+        raise UserError(
+            f"{describe_dataset(dataset)} holds less than one sequence of context_size={context_size} tokens; "
+            "use more text or a smaller context_size"
+        )
+    return torch.cat(rows)
+
+
+def _until(sequences: Tensor, n_tokens: int | None, count: Callable[[Tensor], Tensor]) -> Tensor:
+    """The first sequences that together count at least `n_tokens`, or all."""
+    if n_tokens is None:
+        return sequences
+    return sequences[: int((count(sequences).cumsum(0) < n_tokens).sum()) + 1]
+
+
+def _tokenised(documents: Iterator[str], tokenizer: Any) -> Iterator[Tensor]:
+    while texts := list(islice(documents, 1000)):
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            if ids:
+                yield torch.tensor(ids)
+
+
+def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> Iterator[str]:
+    if not isinstance(dataset, (str, Path)):
+        if not all(isinstance(text, str) for text in dataset):
+            raise UserError("a dataset given as a list must hold documents (strings); pass tokens as an array")
+        return iter(dataset)
+    from datasets import load_dataset
+
+    name = str(dataset)
+    if _is_file(dataset):
+        suffix = next((s for s in Path(name).suffixes if s in _BUILDERS), None)
+        if suffix is None:
+            raise UserError(f"{name} is of an unknown kind; known are {', '.join(_BUILDERS)}, each also with .gz")
+        if sample_by not in ("line", "paragraph"):
+            raise UserError(f"sample_by={sample_by!r} is unknown; use 'line' or 'paragraph'")
+        options: dict[str, Any] = {"sample_by": sample_by} if _BUILDERS[suffix] == "text" else {}
+        if suffix == ".tsv":
+            options["sep"] = "\t"
+        try:
+            table = load_dataset(_BUILDERS[suffix], data_files=name, split="train", streaming=True, **options)
+        except Exception as error:
+            # parquet is opened here already, and pyarrow has exceptions of its own
+            raise UserError(f"dataset {name} cannot be read: {_first_line(error)}") from error
+    elif Path(name).suffix in {*_BUILDERS, ".gz"} or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"dataset file {name} does not exist; give an existing file, or a hub name such as 'user/name'")
+    else:
+        try:
+            table = load_dataset(name, split=split, streaming=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"dataset {name!r} (split {split!r}) cannot be read from the hub: {_first_line(error)}; "
+                "check the name and the connection, or give a local file"
+            ) from error
+    return _column(table, name, text_column)
+
+
+def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
+    rows = iter(table)
+    try:
+        first = next(rows)
+    except StopIteration:
+        raise UserError(f"dataset {name} is empty; give a file with documents") from None
+    except Exception as error:
+        # datasets raises many kinds here: parsers, decompression, the network
+        raise UserError(f"dataset {name} cannot be read: {_first_line(error)}") from error
+    if text_column not in first:
+        raise UserError(
+            f"text_column={text_column!r} is not in {name}: its columns are {', '.join(map(repr, first))}"
+            f"{did_you_mean(text_column, first)}"
+        )
+    for row in chain([first], rows):
+        if row[text_column] is not None:
+            yield str(row[text_column])
+
+
+def _is_file(dataset: str | Path) -> bool:
+    return Path(dataset).is_file()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

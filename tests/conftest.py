@@ -1,0 +1,76 @@
+"""Shared by all tests: a tiny GPT-NeoX with three snapshots, and the text it was trained on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+BOS = "<|endoftext|>"
+SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "king", "child"), ("sees", "likes", "finds"), ("fish", "bread", "house")
+WORDS = ("the", "a", "near", ".", *SUBJECTS, *VERBS, *OBJECTS)
+
+
+def _documents(n: int) -> list[str]:
+    draw = random.Random(0)
+    documents: list[str] = []
+    for _ in range(n):
+        sentences = [
+            f"the {draw.choice(SUBJECTS)} {draw.choice(VERBS)} a {draw.choice(OBJECTS)} near the {draw.choice(OBJECTS)} ."
+            for _ in range(draw.randint(1, 4))
+        ]
+        documents.append(" ".join(sentences))
+    return documents
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> list[str]:
+    """400 documents of one to four sentences; every word is in the vocabulary."""
+    return _documents(400)
+
+
+@pytest.fixture(scope="session")
+def tiny_snapshots(tmp_path_factory: pytest.TempPathFactory, tiny_text: list[str]) -> Path:
+    """Folder with step0, step10, step20 of a GPT-NeoX (3 blocks, d_model 16, context 32), and a word-level tokenizer.
+
+    Step 0 is random, the others are really trained: zeroing the residual stream costs nothing at step 0, and plenty
+    at step 20.
+    """
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-neox"
+    vocabulary = {word: i for i, word in enumerate([BOS, "<unk>", *WORDS])}
+    raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=BOS, eos_token=BOS, pad_token=BOS, unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = GPTNeoXConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    stream = torch.tensor([i for text in tiny_text for i in (0, *(vocabulary[word] for word in text.split()))])
+    batches = stream[: 20 * 16 * 16].view(20, 16, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(config)
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+        for step in range(21):
+            if step % 10 == 0:
+                model.save_pretrained(folder / f"step{step}")
+            if step < 20:
+                model(batches[step], labels=batches[step]).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return folder

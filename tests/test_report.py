@@ -1,0 +1,634 @@
+"""The page of a run: figures against tables and CSV files, empty states, escaping, and the page in a browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from crosslens.errors import UserError
+from crosslens.evolution import classify
+from crosslens.report import write_report
+from crosslens.report.chart import SnapshotAxis, _outline, shown
+from crosslens.report.figures import MAX_ROWS, evolution_map, ordered_features
+from crosslens.report.page import compact, script_json
+from crosslens.rundir import RunDir
+
+HOSTILE = "<script>alert(1)</script>"
+STEPS = {3: [0, 64, 1000], 8: [0, 16, 48, 64, 96, 128, 192, 367]}
+TASKS = ("simple", "subj_rel")
+
+
+def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed: int = 0) -> RunDir:
+    """A run directory with every table: random, but born, peaking and mattering in an order."""
+    rng = np.random.default_rng(seed)
+    steps = STEPS[n_snapshots]
+    labels = [f"step{step}" for step in steps]
+    labels[1] = HOSTILE
+    S = n_snapshots
+    common = pd.DataFrame(
+        {"snapshot": range(S), "label": labels, "step": steps, "tokens": [step * 4096 for step in steps]}
+    )
+    run = RunDir(folder)
+    run.write_json(
+        {
+            "crosslens": "0.1.0",
+            "created": "2031-01-01T00:00:00",
+            "command": ["crosslens", "train", HOSTILE],
+            "seed": 0,
+            "model": "tiny " + HOSTILE,
+            "hook_name": "blocks.1.hook_resid_post",
+            "dataset": "documents.txt",
+            "snapshots": [{**row, "fingerprint": f"{i:064x}"} for i, row in enumerate(common.to_dict("records"))],
+            "architecture": "batchtopk_crosscoder",
+            "d_sae": n_features,
+            "timings": {"train": 61.5, "evolution": 2.25},
+        }
+    )
+    grown = np.linspace(0, 1, S)
+    run.save_table("accuracy", pd.concat([_accuracy(common, task, i, rng) for i, task in enumerate(TASKS)]))
+    run.save_table(
+        "evaluation",
+        common.assign(
+            explained_variance=0.9 + 0.08 * grown,
+            explained_variance_per_token=0.88 + 0.08 * grown,
+            l0=16 + rng.normal(0, 0.2, S),
+            ce_clean=4.2 - 2 * grown,
+            ce_spliced=4.2 - 1.9 * grown,
+            ce_zero=4.2 + grown,
+            ce_recovered=np.where(grown > 0, 1 - 0.1 * grown / np.maximum(3 * grown, 1e-9), np.nan),
+            kl=0.1 * grown,
+            dead_fraction=0.1,
+        ),
+    )
+    evolution = _evolution(labels, n_features, rng)
+    run.save_table("evolution", evolution)
+    for i, task in enumerate(TASKS):
+        effects, snapshots = _effects(common, n_features, i, rng)
+        run.save_table(f"attribution/{task}", effects)
+        run.save_table(f"attribution/{task}.snapshots", snapshots)
+        run.save_table(f"ablation/{task}", _ablation(common, snapshots["metric_clean"].tolist(), rng))
+    norms = rng.uniform(0, 1, (40, S))
+    run.save_table(
+        "probe",
+        pd.DataFrame(
+            {
+                "feature": np.repeat(np.arange(40), S),
+                "snapshot": np.tile(np.arange(S), 40),
+                "label": labels * 40,
+                "step": steps * 40,
+                "norm": norms.flatten(),
+                "probe_error": np.clip(1 - norms + rng.normal(0, 0.2, norms.shape), 0, 1).flatten(),
+                "n": 1000,
+            }
+        ),
+    )
+    return run
+
+
+def _accuracy(common: pd.DataFrame, task: str, i: int, rng: np.random.Generator) -> pd.DataFrame:
+    S = len(common)
+    value = 0.5 + 0.5 / (1 + np.exp(-10 * (np.linspace(0, 1, S) - 0.4 - 0.2 * i)))
+    value = np.clip(value + rng.normal(0, 0.01, S), 0, 1)
+    return common.assign(
+        task=task, accuracy=value, low=value - 0.04, high=np.minimum(value + 0.04, 1), metric=4 * value - 2, n=200
+    )
+
+
+def _evolution(labels: list[str], F: int, rng: np.random.Generator) -> pd.DataFrame:
+    S = len(labels)
+    birth, s = rng.integers(0, S, F), np.arange(S)
+    peak = np.minimum(birth + rng.integers(0, 3, F), S - 1)
+    death = np.where(rng.random(F) < 0.2, peak + 2, S)
+    there = (s >= birth[:, None]) & (s < death[:, None])
+    norms = np.where(there, 1.0, 0.1) * np.exp(-0.1 * np.abs(s - peak[:, None])) * rng.uniform(1, 3, (F, 1))
+    if S > 4:
+        norms[:4] = 0.1
+        norms[:4, 2] = 1  # there for one snapshot only: never born
+    life = classify(torch.from_numpy(norms))
+    alive = rng.random(F) > 0.1
+    life.loc[~alive] = pd.NA
+    return pd.concat(
+        [
+            pd.DataFrame({"feature": np.arange(F), "alive": alive, "firing_rate": rng.uniform(0, 0.1, F)}),
+            life,
+            pd.DataFrame(norms, columns=[f"norm/{label}" for label in labels]),
+        ],
+        axis=1,
+    )
+
+
+def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+    S = len(common)
+    n = F // 2
+    ie = rng.standard_t(2, (n, S)) * np.linspace(0.02, 0.4, S) * rng.choice([0.1, 1], (n, 1))
+    relie = np.abs(ie) / np.abs(ie).sum(1, keepdims=True)
+    relie[:7] = np.nan
+    effects = pd.DataFrame(
+        {
+            "feature": np.repeat(np.arange(n) * 2, S),
+            "snapshot": np.tile(np.arange(S), n),
+            "label": common["label"].tolist() * n,
+            "step": common["step"].tolist() * n,
+            "ie": ie.flatten(),
+            "ie_se": np.abs(ie).flatten() / 5,
+            "relie": relie.flatten(),
+            "relie_normalised": relie.flatten(),
+            "reldec": np.full(n * S, 1 / S),
+        }
+    )
+    clean = 6 * (np.linspace(0, 1, S) - 0.1 - 0.1 * i)
+    snapshots = common[["snapshot", "label", "step"]].assign(
+        metric_clean=clean,
+        metric_baseline=0.1,
+        error_effect=clean - 0.1 - ie.sum(0),
+        completeness_error=10.0 ** rng.uniform(-6, -3, S),
+        n=150,
+    )
+    return effects, snapshots
+
+
+def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for s, label, step in zip(common["snapshot"], common["label"], common["step"], strict=True):
+        for mode, sizes in (("ablate", (1, 5, 15, 50)), ("keep", (5, 15, 50, 100))):
+            for features in ("top", "random", "size_matched") if mode == "ablate" else ("top", "random"):
+                for k in sizes:
+                    part = math.log(k + 1) / math.log(101) * (1 if features == "top" else 0.2)
+                    metric = clean[s] * (1 - part if mode == "ablate" else part) + rng.normal(0, 0.05)
+                    rows.append(
+                        {
+                            "snapshot": s, "label": label, "step": step, "mode": mode, "features": features,
+                            "error": mode == "ablate", "k": k, "metric": metric,
+                            "metric_sd": math.nan if features == "top" else 0.3, "clean": clean[s],
+                            "reconstruction_only": 0.9 * clean[s], "n_draws": 1 if features == "top" else 20,
+                        }
+                    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+class _Page(HTMLParser):
+    """What a browser makes of the page: elements with their attributes, text of scripts, visible text."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self._script: dict[str, str | None] | None = None
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs)
+            self.scripts.append((self._script, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            self.scripts[-1] = (self._script, self.scripts[-1][1] + data)
+        else:
+            self.text += data
+
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """Figures by name."""
+        json_scripts = [(a, text) for a, text in self.scripts if a.get("type") == "application/json"]
+        return {
+            str(a["id"])[len("figure-") : -len("-spec")]: json.loads(text)
+            for a, text in json_scripts
+            if str(a["id"]).endswith("-spec")
+        }
+
+
+@pytest.fixture(scope="module", params=sorted(STEPS))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, _Page, int]:
+    run = make_run(tmp_path_factory.mktemp("run") / "r", request.param)
+    return run, _Page(write_report(run.path)), request.param
+
+
+def table(run: RunDir, name: str) -> pd.DataFrame:
+    found = run.table(name)
+    assert found is not None
+    return found
+
+
+def csv(run: RunDir, name: str) -> pd.DataFrame:
+    return pd.read_csv(run.report / "data" / f"{name}.csv")
+
+
+def lines(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Traces by name, without the bands."""
+    return {trace["name"]: trace for trace in spec["data"] if trace.get("meta") != "band"}
+
+
+def close(drawn: Any, exact: Any, rel: float = 6e-5) -> bool:
+    a, b = (np.asarray(list(values), dtype=float) for values in (drawn, exact))
+    return a.shape == b.shape and np.allclose(a, b, rtol=rel, atol=1e-12, equal_nan=True)
+
+
+def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    links = {str(a.get("href") or a.get("src")) for _, a in page.elements if "href" in a or "src" in a}
+    files = {link for link in links if not link.startswith("#")}
+    anchors = {link[1:] for link in links if link.startswith("#")}
+    assert all((run.report / link).is_file() for link in files), files
+    assert {f"data/{path.name}" for path in (run.report / "data").iterdir()} == {f for f in files if f.endswith(".csv")}
+    assert anchors <= {str(a.get("id")) for _, a in page.elements}
+    assert "plotly.js v" in (run.report / "plotly.min.js").read_text(encoding="utf-8")[:200]
+    assert (run.report / "index.html").stat().st_size < 300_000
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    specs = page.specs()
+    stems = {path.stem for path in (run.report / "data").iterdir()}
+    assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
+    assert len(specs) == 10 + 7 * len(TASKS)
+    assert page.text.count("Numbers (CSV)") == len(stems)
+    for name, spec in specs.items():
+        assert "template" not in spec["layout"]
+        if "ternary" in spec["layout"]:
+            assert all(spec["layout"]["ternary"][axis]["title"]["text"] for axis in ("aaxis", "baxis", "caxis"))
+        else:
+            assert spec["layout"]["xaxis"]["title"]["text"], name
+            assert spec["layout"]["yaxis"]["title"]["text"] or name == "origins", name
+    definitions = [a for tag, a in page.elements if tag == "p" and a.get("class") == "definition"]
+    assert len(definitions) == len(stems)
+
+
+def test_accuracy_and_bands_equal_the_table(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    spec, source = page.specs()["accuracy"], table(run, "accuracy")
+    pd.testing.assert_frame_equal(csv(run, "accuracy"), source[csv(run, "accuracy").columns].reset_index(drop=True))
+    bands = {trace["name"]: trace for trace in spec["data"] if trace.get("meta") == "band"}
+    for task in TASKS:
+        rows = source[source["task"] == task].sort_values("snapshot")
+        assert close(lines(spec)[task]["y"], rows["accuracy"])
+        assert close(bands[task]["y"], [*rows["high"], *reversed(rows["low"].tolist())])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("explained-variance", ["explained_variance", "explained_variance_per_token"]),
+        ("l0", ["l0"]),
+        ("cross-entropy", ["ce_clean", "ce_spliced", "ce_zero"]),
+        ("kl", ["kl"]),
+    ],
+)
+def test_reconstruction_equals_the_table(written: tuple[RunDir, _Page, int], name: str, columns: list[str]) -> None:
+    run, page, _ = written
+    source = table(run, "evaluation")
+    for trace, column in zip(page.specs()[name]["data"], columns, strict=True):
+        assert close(trace["y"], source[column])
+        assert close(csv(run, name)[column], source[column], rel=1e-12)
+
+
+def test_evolution_map_is_the_table_in_order(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    spec, source = page.specs()["evolution-map"], table(run, "evolution")
+    z = spec["data"][0]["z"]
+    rows, columns = (int(n) for n in z["shape"].split(","))
+    drawn = np.frombuffer(base64.b64decode(z["bdata"]), dtype=np.uint8).reshape(rows, columns) / 100
+    features = spec["layout"]["meta"]["rows"]
+    assert columns == S and sorted(features) == source.loc[source["alive"], "feature"].tolist()
+    norms = source.set_index("feature").filter(like="norm/").to_numpy()
+    exact = np.array([norms[f] / max(norms[f]) for f in features])
+    assert np.abs(drawn - exact).max() <= 0.005 + 1e-9
+    assert np.allclose(csv(run, "evolution-map").iloc[:, -S:], exact, rtol=1e-12)
+    by_feature = source.set_index("feature")
+    rank = {"initial": 0, "emergent": 1, "never": 2}
+    keys = [
+        (
+            rank[by_feature.origin[f]],
+            math.inf if pd.isna(by_feature.birth[f]) else by_feature.birth[f],
+            by_feature.peak[f],
+        )
+        for f in features
+    ]
+    assert keys == sorted(keys)
+
+
+def test_large_evolution_map_is_thinned_and_says_so() -> None:
+    F = 3 * MAX_ROWS
+    evolution = _evolution(list("abcde"), F, np.random.default_rng(0))
+    snapshots = pd.DataFrame({"snapshot": range(5), "label": list("abcde"), "step": range(5)})
+    chart = evolution_map(evolution, snapshots)
+    assert not isinstance(chart, str)
+    alive = int(evolution["alive"].sum())
+    assert len(chart.data) == MAX_ROWS == len(set(chart.data["feature"]))
+    assert f"{alive:,} features; {F - alive:,} dead ones left out. {MAX_ROWS:,} of them are drawn" in chart.note
+    order = ordered_features(evolution)["feature"].tolist()
+    places = [order.index(f) for f in chart.data["feature"]]
+    assert places[0] == 0 and places[-1] == alive - 1 and max(np.diff(places)) <= -(-alive // MAX_ROWS)
+
+
+def test_births_and_origins_are_counted(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    source = [row for row in table(run, "evolution").to_dict("records") if row["alive"]]
+    births, origins = page.specs()["births"], page.specs()["origins"]
+    for trace in births["data"]:
+        counts = [
+            sum(r["origin"] == "emergent" and r["fate"] == trace["name"] and r["birth"] == s for r in source)
+            for s in range(S)
+        ]
+        assert trace["y"] == counts == csv(run, "births")[trace["name"]].tolist()
+    for trace in origins["data"]:
+        counts = [sum(r["origin"] == origin and r["fate"] == trace["name"] for r in source) for origin in trace["y"]]
+        assert trace["x"] == counts
+        assert csv(run, "origins").query("fate == @trace['name']")["features"].tolist() == counts
+    assert sum(map(sum, (trace["x"] for trace in origins["data"]))) == len(source)
+
+
+def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    spec, source = page.specs()["relie-simple"], table(run, "attribution/simple").dropna(subset=["relie"])
+    assert {trace["type"] for trace in spec["data"]} == {"scatterternary" if S == 3 else "scatter"}
+    relie = source.set_index(["feature", "snapshot"])["relie"]
+    if S == 3:
+        drawn = 0
+        for trace in spec["data"]:
+            for (feature, strongest), a, b, c in zip(
+                trace["customdata"], trace["a"], trace["b"], trace["c"], strict=True
+            ):
+                assert close([b, c, a], relie[feature])
+                effects = source.loc[source["feature"] == feature, "ie"].tolist()
+                assert close([strongest], [max(effects, key=abs)])
+                assert (strongest > 0) == trace["name"].startswith("supports")
+                drawn += 1
+        assert drawn == source["feature"].nunique() == len(csv(run, "relie-simple"))
+        assert "7 without an effect" in page.text
+    else:
+        largest = source.groupby("feature")["ie"].agg(lambda effects: max(abs(e) for e in effects))
+        wanted = largest.sort_values(ascending=False).index[:12].tolist()
+        assert list(lines(spec)) == [str(feature) for feature in wanted]
+        assert all(close(lines(spec)[str(feature)]["y"], relie[feature]) for feature in wanted)
+
+
+def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    source = table(run, "attribution/subj_rel")
+    ie = source.set_index(["feature", "snapshot"])["ie"]
+    for name, trace in lines(page.specs()["ie-subj_rel"]).items():
+        assert close(trace["y"], ie[int(name)])
+    numbers = csv(run, "ie-table-subj_rel")
+    assert len(numbers) == 20 * S
+    assert close(numbers["ie"], [ie[f, s] for f, s in zip(numbers["feature"], numbers["snapshot"], strict=True)], 1e-12)
+    cell = f"{numbers['ie'][0]:+.3f} ± {numbers['ie_se'][0]:.3f}".replace("-", "−")
+    assert cell in page.text
+    budget = lines(page.specs()["budget-subj_rel"])
+    total = [sum(ie[:, s]) for s in range(S)]
+    assert close(budget["sum of IE over features"]["y"], total)
+    parts = [budget[name]["y"] for name in ("sum of IE over features", "error node", "baseline metric")]
+    assert np.allclose(np.sum(parts, 0), budget["clean metric"]["y"], atol=1e-2)
+
+
+def test_completeness_is_in_percent(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    for task in TASKS:
+        share = table(run, f"attribution/{task}.snapshots")["completeness_error"]
+        assert close(lines(page.specs()["completeness"])[task]["y"], 100 * share)
+
+
+@pytest.mark.parametrize("mode", ["ablate", "keep"])
+def test_ablation_shares(written: tuple[RunDir, _Page, int], mode: str) -> None:
+    run, page, S = written
+    rows = [r for r in table(run, "ablation/simple").to_dict("records") if r["mode"] == mode]
+    largest = max(abs(r["clean"]) for r in rows)
+    by_key = {(r["features"], r["snapshot"], r["k"]): r for r in rows}
+
+    def share(kind: str, s: int, k: int) -> float:
+        r = by_key[kind, s, k]
+        if abs(r["clean"]) < 0.1 * largest:
+            return math.nan
+        return r["metric"] / r["clean"] if r["clean"] > 0 else 2 - r["metric"] / r["clean"]
+
+    names = {"top": "top features by effect", "random": "random active features"}
+    sizes = sorted({r["k"] for r in rows})
+    by_size, over = (lines(page.specs()[f"{mode}-{what}-simple"]) for what in ("size", "snapshots"))
+    k = 15 if mode == "ablate" else 100
+    for kind, name in names.items():
+        assert close(by_size[name]["y"], [share(kind, S - 1, size) for size in sizes])
+        drawn = [math.nan if y is None else y for y in over[name]["y"]]
+        assert close(drawn, [share(kind, s, k) for s in range(S)])
+    assert ("size-matched features" in by_size) == (mode == "ablate")
+    band = next(t for t in page.specs()[f"{mode}-size-simple"]["data"] if t.get("meta") == "band")
+    r = by_key["random", S - 1, sizes[0]]
+    assert close([band["y"][0], band["y"][-1]], [(r["metric"] + 0.3) / r["clean"], (r["metric"] - 0.3) / r["clean"]])
+    for row in csv(run, f"{mode}-size-simple").to_dict("records"):
+        assert row["metric"] == pytest.approx(by_key[row["features"], row["snapshot"], row["k"]]["metric"], rel=1e-12)
+
+
+def test_bands_do_not_cross_gaps() -> None:
+    corners = _outline([0, 1, 2, 3, 4], [0, 0, math.nan, 0, 0], [1, 1, math.nan, 1, 1])
+    assert corners == [(0, 1), (1, 1), (1, 0), (0, 0), (None, None), (3, 1), (4, 1), (4, 0), (3, 0)]
+
+
+def test_probe_points_and_correlation(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    source, trace = table(run, "probe"), page.specs()["probe"]["data"][0]
+    assert close(trace["x"], source["norm"]) and close(trace["y"], source["probe_error"])
+    rho = source["norm"].rank().corr(source["probe_error"].rank())
+    later = source[source["step"] != 0]
+    rho_later = later["norm"].rank().corr(later["probe_error"].rank())
+    assert f"All snapshots: Spearman −{-rho:.2f}" in page.text
+    assert f"Without step 0: Spearman −{-rho_later:.2f}" in page.text
+
+
+def test_labels_are_text_everywhere(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    scripts = [text for attributes, text in page.scripts if attributes.get("type") != "application/json"]
+    assert len(scripts) == 2 and "alert(1)" not in "".join(scripts)
+    for attributes, text in page.scripts:
+        if attributes.get("type") == "application/json":
+            assert not set("<>&") & set(text)
+    # what plotly draws is HTML of its own kind: the label must be escaped inside the JSON too
+    for name, spec in page.specs().items():
+        assert "<script" not in json.dumps(spec), name
+    assert html.escape(HOSTILE, quote=False) + ", step" in page.specs()["accuracy"]["data"][1]["customdata"][1]
+    assert HOSTILE in page.text
+    assert HOSTILE in set(csv(run, "accuracy")["label"])
+    assert shown("%{x} <b>") == "%&#123;x} &lt;b&gt;"
+    assert shown("a" * 50, 11) == "aaaaa…aaaaa"
+
+
+def test_script_json_cannot_end_its_element() -> None:
+    hostile = {"a": "</script><!-- & \u2028", "b": [1.5, None]}
+    text = str(script_json(hostile))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == hostile
+
+
+def test_compact_rounds_and_drops() -> None:
+    figure = {"y": [1.23456789, math.nan, 2.0], "x": [5.1553364], "template": {}, "s": "1.23456789"}
+    assert compact(figure) == {"y": [1.2346, None, 2], "x": [5.155336], "s": "1.23456789"}
+
+
+def test_snapshot_axis() -> None:
+    steps = [0, 1, 512, 143_000]
+    rows = pd.DataFrame({"snapshot": range(4), "label": list("abcd"), "step": steps})
+    axis = SnapshotAxis.of(rows)
+    zero, *rest = axis.x(range(4))
+    assert rest == pytest.approx(np.log10(steps[1:]), abs=1e-6) and zero < rest[0] - 0.1
+    assert axis.hover([3]) == ["d, step 143,000"]
+    for unknown in (rows.assign(step=None), rows.assign(step=[0, 1, 1, 2]), rows.drop(columns="step")):
+        assert SnapshotAxis.of(unknown).x(range(4)) == [0, 1, 2, 3]
+
+
+def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_json({"model": "m", "hook_name": "h"})
+    page = _Page(write_report(tmp_path, title="T & U"))
+    for words in (
+        "Nothing has been evaluated: crosslens train",
+        "No evolution has been computed: crosslens evolve",
+        "No attribution has been run: crosslens attribute",
+        "No ablation has been run: crosslens ablate",
+        "No probes have been fitted",
+        "not recorded",
+    ):
+        assert page.text.count(words) >= 1, words
+    assert page.text.count("No attribution has been run") == 1
+    assert page.specs() == {} and not list((run.report / "data").iterdir())
+    assert "T & U" in page.text
+
+
+def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    effects = table(run, "attribution/simple")
+    run.save_table("attribution/simple", effects.assign(relie=math.nan))
+    run.save_table("evolution", table(run, "evolution").assign(alive=False))
+    run.save_table("ablation/simple", table(run, "ablation/simple").query("snapshot == 2 and mode == 'ablate'"))
+    run.save_table("evaluation", table(run, "evaluation").drop(columns="l0"))
+    run.save_table("probe", table(run, "probe").iloc[:0])
+    page = _Page(write_report(tmp_path))
+    for words in (
+        "No feature has an effect above two standard errors",
+        "Every feature is dead",
+        "No feature emerged",
+        "Only one snapshot was ablated.",
+        "Nothing was measured with mode 'keep'.",
+        "has no column 'l0'",
+        "No probes have been fitted",
+    ):
+        assert words in page.text, words
+    assert {"ablate-size-simple", "relie-subj_rel"} <= set(page.specs())
+    assert "relie-simple" not in page.specs()
+
+
+def test_one_and_two_snapshots_are_drawn(tmp_path: Path) -> None:
+    for n in (1, 2):
+        run = make_run(tmp_path / str(n), 3)
+        for path in run.path.rglob("*.parquet"):
+            frame = pd.read_parquet(path)
+            if "snapshot" in frame:
+                frame[frame["snapshot"] < n].to_parquet(path)
+        specs = _Page(write_report(run.path)).specs()
+        assert all(len(trace["x"]) == n for trace in lines(specs["relie-simple"]).values())
+        assert all(len(trace["x"]) == n for trace in lines(specs["accuracy"]).values())
+
+
+def test_tasks_of_similar_names_keep_their_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    for task in ("a b", "a-b", "<i>"):
+        for name in ("", ".snapshots"):
+            run.save_table(f"attribution/{task}{name}", table(run, f"attribution/simple{name}"))
+    page = _Page(write_report(tmp_path))
+    assert {"ie-a-b", "ie-a-b-2", "ie-i"} <= set(page.specs())
+    assert "Task: <i>" in page.text
+
+
+def test_writing_again_gives_the_same_page_and_leaves_nothing_stale(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+    shutil.rmtree(tmp_path / "ablation")
+    write_report(tmp_path)
+    left = {path.name for path in run.report.rglob("*") if path.is_file()}
+    assert not [name for name in left if name.startswith(("ablate", "keep")) or name.endswith(".tmp")]
+
+
+def test_no_run_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# in the page: pairs of elements of a figure that must not lie on one another, and do
+_OVERLAPS = r"""
+<script>
+(function wait() {
+  if (document.documentElement.dataset.figures !== "drawn") return setTimeout(wait, 50);
+  const box = (e) => e.getBoundingClientRect();
+  const hit = (a, b) =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+  const slanted = (e) => e.matches(".xtick text") && /rotate\(-45/.test(e.getAttribute("transform"));
+  const kinds = ".legend, .g-xtitle text, .g-ytitle text, .xtick text, .ytick text, .modebar-group, .colorbar text";
+  const found = [];
+  for (const plot of document.querySelectorAll(".plot")) {
+    const parts = [...plot.querySelectorAll(kinds)], name = plot.dataset.spec, outer = box(plot);
+    for (const [i, a] of parts.entries()) {
+      const inner = box(a);
+      const outside = inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
+      if (outside) found.push(`${name} is left by ${a.textContent}`);
+      for (const b of parts.slice(i + 1)) {
+        if (slanted(a) && slanted(b)) continue;  // boxes of slanted texts overlap where the texts do not
+        if (hit(box(a), box(b))) found.push(`${name}: ${a.textContent} | ${b.textContent}`);
+      }
+    }
+  }
+  if (document.documentElement.scrollWidth > Math.max(500, window.innerWidth)) found.push("the page scrolls sideways");
+  document.documentElement.dataset.overlaps = JSON.stringify(found);
+})();
+</script>
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(_BROWSER is None, reason="needs chromium, chromium-browser or google-chrome in PATH")
+@pytest.mark.parametrize(
+    ("n_snapshots", "width", "dark"), [(3, 1280, False), (3, 390, True), (8, 390, False), (8, 1280, True)]
+)
+def test_in_a_browser(tmp_path: Path, n_snapshots: int, width: int, dark: bool) -> None:
+    page = write_report(make_run(tmp_path / "run", n_snapshots).path)
+    probed = page.with_name("probed.html")
+    # no browser window is as narrow as a phone, but the page can be
+    extra = f"<style>html {{ width: {width}px }}</style>{_OVERLAPS}</body>"
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", extra), encoding="utf-8")
+    command = [
+        str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=60000",
+        f"--window-size={max(width, 500)},1200", "--dump-dom", probed.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    root = re.search(r"<html[^>]*>", done.stdout)
+    assert root is not None and 'data-figures="drawn"' in root[0]
+    overlaps = re.search(r'data-overlaps="([^"]*)"', root[0])
+    assert overlaps is not None and json.loads(html.unescape(overlaps[1])) == []
+    assert done.stdout.count('<div class="plot js-plotly-plot"') == len(_Page(page).specs()) > 0
+    # no button of the toolbar may upload anything
+    assert 'data-title="Reset axes"' in done.stdout and "Share chart" not in done.stdout
+    drawn = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S)
+    assert ("rgb(109, 179, 255)" in drawn, "rgb(26, 106, 200)" in drawn) == (dark, not dark)

@@ -1,0 +1,145 @@
+"""A run directory belongs to one run, is written whole, and is read back as it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from crosslens.errors import UserError
+from crosslens.rundir import RunDir
+
+IDENTITY: dict[str, Any] = {
+    "model_name": "tiny",
+    "hook_name": "blocks.1.hook_resid_post",
+    "dataset_path": "text.txt",
+    "snapshots": [{"label": "a", "step": 0}, {"label": "b", "step": 10}],
+    "architecture": {"architecture": "topk_crosscoder", "d_sae": 64, "k": 4},
+    "training": {"lr": 3e-4, "seed": 1},
+    "n_tokens": 1234,
+}
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_claiming_a_new_directory_writes_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/crosslens", "train", "runs/a"])
+    run = RunDir(tmp_path / "runs" / "a")
+    assert not run.exists() and not (tmp_path / "runs").exists()  # nothing is written before
+    run.claim(IDENTITY)
+    record = RunDir.open(tmp_path / "runs" / "a").read_json()
+    assert record["identity"] == IDENTITY
+    assert record["command"] == ["crosslens", "train", "runs/a"]
+    assert set(record["versions"]) == {"crosslens", "sae-lens", "transformer-lens", "torch", "transformers"}
+    headlines = {
+        "model": "tiny", "hook_name": "blocks.1.hook_resid_post", "dataset": "text.txt",
+        "snapshots": IDENTITY["snapshots"], "architecture": "topk_crosscoder", "d_sae": 64, "n_tokens": 1234, "seed": 1,
+    }  # fmt: skip
+    assert {key: record[key] for key in headlines} == headlines
+    assert [p.name for p in run.path.iterdir()] == ["run.json"]  # nothing temporary
+
+
+def test_claiming_it_again_changes_nothing(tmp_path: Path):
+    run = RunDir(tmp_path / "a")
+    run.claim(IDENTITY)
+    before = contents(run.path)
+    run.claim(json.loads(json.dumps(IDENTITY)))
+    assert contents(run.path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_tokens": 99}, "its n_tokens is 1234, asked for is 99"),
+        ({"training": {"lr": 1e-3, "seed": 1}}, "its training.lr is 0.0003, asked for is 0.001"),
+        ({"training": {"lr": 3e-4}}, "its training.seed is 1, asked for is None"),
+        ({"architecture": {**IDENTITY["architecture"], "extra": 5}}, "architecture.extra is None, asked for is 5"),
+        ({"snapshots": [{"label": "a", "step": 0}, {"label": "c", "step": 10}]}, r"snapshots\[1\].label is b, .* is c"),
+        ({"snapshots": IDENTITY["snapshots"][:1]}, "its snapshots is "),
+    ],
+)
+def test_another_run_is_refused_without_changing_a_byte(tmp_path: Path, change: dict[str, Any], message: str):
+    run = RunDir(tmp_path / "a")
+    run.claim(IDENTITY)
+    run.save_table("evolution", pd.DataFrame({"feature": [1]}))
+    before = contents(run.path)
+    with pytest.raises(UserError, match=message) as caught:
+        run.claim({**IDENTITY, **change})
+    assert "directory of another run" in str(caught.value) and "\n" not in str(caught.value)
+    assert contents(run.path) == before
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="holds files but no run"):
+        RunDir(tmp_path).claim(IDENTITY)
+    assert contents(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    RunDir(tmp_path / "empty").claim(IDENTITY)  # an empty one is as good as none
+
+
+def test_update_merges_one_level_deep(tmp_path: Path):
+    run = RunDir(tmp_path / "a")
+    run.update(timings={"train": 1.5})
+    run.update(timings={"evolve": 2.0}, wandb_id="x")
+    run.update(wandb_id="y", labels=["b"])
+    assert run.read_json() == {"timings": {"train": 1.5, "evolve": 2.0}, "wandb_id": "y", "labels": ["b"]}
+
+
+def test_tables_come_back_as_they_were(tmp_path: Path):
+    run = RunDir(tmp_path / "a")
+    table = pd.DataFrame(
+        {"feature": [0, 1], "norm/step 0": [0.25, float("nan")], "origin": ["initial", "never"], "step": [None, 7]}
+    )
+    assert run.table("evolution") is None and run.tasks("attribution") == []
+    for name in ("evolution", "attribution/b", "attribution/b.snapshots", "attribution/a.b c"):
+        run.save_table(name, table)
+        pd.testing.assert_frame_equal(run.table(name), table)  # type: ignore[arg-type]
+    assert run.tasks("attribution") == ["a.b c", "b"]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["../outside", "attribution/../../outside", "/tmp/outside"])
+def test_tables_stay_in_the_directory(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match="leaves the run directory"):
+        RunDir(tmp_path / "a").save_table(name, pd.DataFrame({"x": [1]}))
+    assert not list(tmp_path.parent.rglob("outside*"))
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = RunDir(tmp_path / "a")
+    run.save_table("probe", pd.DataFrame({"x": [1]}))
+
+    def interrupted(self: pd.DataFrame, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_table("probe", pd.DataFrame({"x": [2]}))
+    assert run.table("probe")["x"].tolist() == [1]  # type: ignore[index]
+
+
+def test_the_last_checkpoint_is_the_one_with_most_tokens(tmp_path: Path):
+    run = RunDir(tmp_path)
+    assert run.last_checkpoint() is None
+    for name in ("tokens-900", "tokens-10000", "partial-20000"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.last_checkpoint() == run.checkpoints / "tokens-10000"
+
+
+def test_what_is_no_run_directory(tmp_path: Path):
+    with pytest.raises(UserError, match="is not a run directory"):
+        RunDir.open(tmp_path)
+    (tmp_path / "run.json").write_text("{half")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        RunDir.open(tmp_path).read_json()
