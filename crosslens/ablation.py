@@ -77,11 +77,20 @@ def set_metrics(
     return torch.cat(out, -1)
 
 
-def exact_effects(runs: PromptRuns, snapshot: int, features: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """What the metric loses, on average, when each feature alone is set to zero: the exact effect."""
+def exact_effects(
+    runs: PromptRuns, snapshot: int, features: Int[Tensor, " n"], value: str = "zero"
+) -> Float[Tensor, " n"]:
+    """What the metric loses, on average, when each feature alone is edited: the exact effect, in logits.
+
+    Args:
+        runs: clean runs of the task's prompts.
+        snapshot: index of the snapshot.
+        features: ids of the features.
+        value: what each becomes: "zero", "mean" or "patch"; the baseline of the attribution it is compared with.
+    """
     nothing = torch.empty(1, 0, dtype=torch.long)
     clean = set_metrics(runs, snapshot, nothing).mean()
-    return clean - set_metrics(runs, snapshot, features[:, None]).mean(-1)
+    return clean - set_metrics(runs, snapshot, features[:, None], value=value).mean(-1)
 
 
 def ablate(

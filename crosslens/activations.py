@@ -68,9 +68,7 @@ def harvest(
         model = snapshots.model(s, device=device, backend=backend)
         for start in range(0, len(tokens), step):
             batch = tokens[start : start + step].long().to(device)
-            _, cache = model.run_with_cache(
-                batch, names_filter=name, stop_at_layer=layer, return_cache_object=False
-            )
+            _, cache = model.run_with_cache(batch, names_filter=name, stop_at_layer=layer, return_cache_object=False)
             out[start : start + step, :, column] = cache[name].float().cpu()
         if not torch.isfinite(out[:, :, column]).all():
             raise UserError(

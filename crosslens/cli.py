@@ -201,7 +201,7 @@ def attribute(
     rule: Annotated[
         str, typer.Option("--rule", help="gauss_legendre, midpoint or crosscoding_through_time.")
     ] = "gauss_legendre",
-    steps: Annotated[int, typer.Option("--steps", help="Nodes of the rule.")] = 32,
+    steps: Annotated[int, typer.Option("--steps", help="Nodes of the rule.")] = 20,
     baseline: Annotated[str, typer.Option("--baseline", help="zero, mean or patch.")] = "zero",
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
@@ -263,8 +263,17 @@ def ablate(
     sizes = parse_numbers(k, "--k")
     tables = [
         ablate_features(
-            crosscoder, acts.snapshots, prompts.split(seed)[1], ie, sizes, keep=keep, value=value, n_draws=n_draws,
-            seed=seed, device=device, backend=acts.backend,
+            crosscoder,
+            acts.snapshots,
+            prompts.split(seed)[1],
+            ie,
+            sizes,
+            keep=keep,
+            value=value,
+            n_draws=n_draws,
+            seed=seed,
+            device=device,
+            backend=acts.backend,
         )
         for keep in (False, True)
     ]

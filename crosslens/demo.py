@@ -146,18 +146,34 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
 def _causes(
     run: RunDir, crosscoder: Crosscoder, snaps: Snapshots, task: Task, seed: int, config: DemoConfig
 ) -> dict[str, Any]:
-    """Effects on one half of the prompts; everything that judges them on the other half."""
+    """Effects on one half of the prompts; everything that judges them on the other half.
+
+    The prompts come in pairs that differ in the number of the head noun, so the baseline, and what an ablated feature is
+    set to, is its value on the paired prompt: effects are of the number, not of being there at all.
+    """
     choosing, judging = task.split(seed)
-    ie = attribute(crosscoder, snaps, choosing)
-    gradient = attribute(crosscoder, snaps, choosing, method="gradient")
+    chosen_runs = PromptRuns(crosscoder, snaps, choosing, paired=True)
+    judged_runs = PromptRuns(crosscoder, snaps, judging, paired=True)
+    ie, gradient = (
+        attribute(crosscoder, snaps, choosing, method, baseline="patch", runs=chosen_runs)
+        for method in ("ig", "gradient")
+    )
     run.save_table(f"attribution/{task.name}", ie.to_frame(crosscoder.decoder_norms))
     run.save_table(f"attribution/{task.name}.snapshots", ie.snapshot_frame())
     last = len(snaps) - 1
-    chosen_runs = PromptRuns(crosscoder, snaps, choosing)
-    judged_runs = PromptRuns(crosscoder, snaps, judging)
     curves = [
         ablate(
-            crosscoder, snaps, judging, ie, k, keep=keep, n_draws=draws, controls=controls, at=at, seed=seed,
+            crosscoder,
+            snaps,
+            judging,
+            ie,
+            k,
+            keep=keep,
+            value="patch",
+            controls=controls,
+            n_draws=draws,
+            at=at,
+            seed=seed,
             runs=judged_runs,
         )
         for keep, k, draws, controls, at in (
@@ -172,7 +188,7 @@ def _causes(
     )
     run.save_table(f"ablation/{task.name}", table)
     largest = ie.top(min(config.n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
-    exact = exact_effects(chosen_runs, last, largest)
+    exact = exact_effects(chosen_runs, last, largest, value="patch")
     rank = {
         name: float(spearmanr(exact, values.effects[largest, last]).statistic)
         for name, values in (("ig", ie), ("gradient", gradient))

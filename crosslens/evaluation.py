@@ -107,9 +107,7 @@ def splice_losses(
             sums += _losses(model, batch, kept, decoded, acts.hook_name)
         clean, spliced, zero, kl = (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
         recovered = 1 - (spliced - clean) / (zero - clean) if zero - clean >= MIN_ZERO_COST else math.nan
-        rows.append(
-            {"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_recovered": recovered, "kl": kl}
-        )
+        rows.append({"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_recovered": recovered, "kl": kl})
     return rows
 
 

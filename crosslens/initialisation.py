@@ -72,7 +72,7 @@ def first_moments(
     means = torch.zeros(acts.n_snapshots, acts.d_model, dtype=torch.float64)
     stream = acts.batches(batch_size, epochs=1)
     batch = torch.empty(0, acts.n_snapshots, acts.d_model)
-    for batch, _ in zip(stream, range(n_batches), strict=False):
+    for _, batch in zip(range(n_batches), stream, strict=False):
         norms += batch.double().norm(dim=-1).mean(0)
         means += batch.double().mean(0)
     return norms / n_batches, means / n_batches, batch

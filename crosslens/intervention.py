@@ -57,9 +57,7 @@ def clean_run(
     return CleanRun(tokens, acts, crosscoder.encode(acts) * keep[..., None], keep)
 
 
-def replace_at(
-    replacement: Float[Tensor, "B T D"], keep: Bool[Tensor, "B T"]
-) -> Callable[[Tensor, Any], Tensor]:
+def replace_at(replacement: Float[Tensor, "B T D"], keep: Bool[Tensor, "B T"]) -> Callable[[Tensor, Any], Tensor]:
     """A hook function that puts `replacement` at the kept positions and leaves the others clean."""
 
     def hook(activation: Tensor, hook: Any) -> Tensor:

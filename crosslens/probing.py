@@ -93,9 +93,7 @@ def probe(
             continue
         for s in range(crosscoder.n_snapshots):
             error = _probe_error(*((x[indices, s].numpy(), y) for indices, y in halves))
-            rows.append(
-                {"feature": feature, "snapshot": s, "norm": float(v[feature, s]), "probe_error": error, "n": n}
-            )
+            rows.append({"feature": feature, "snapshot": s, "norm": float(v[feature, s]), "probe_error": error, "n": n})
     table = pd.DataFrame(rows, columns=["feature", "snapshot", "norm", "probe_error", "n"])
     for place, name in ((2, "label"), (3, "step")):
         table.insert(place, name, snapshots[name].take(table["snapshot"].tolist()).array)

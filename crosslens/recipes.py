@@ -20,9 +20,7 @@ def evolution_of_concepts(
         training: other fields of `TrainConfig`, such as `run_dir`.
     """
     steps = training_tokens // batch_size
-    architecture = JumpReLUCrosscoderTrainingConfig(
-        d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero"
-    )
+    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero")
     config = TrainConfig(
         training_tokens=training_tokens,
         batch_size=batch_size,

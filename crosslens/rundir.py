@@ -1,13 +1,13 @@
 """The layout of a run directory. This module alone knows it.
 
-    run.json                        what was run: versions, command, data and snapshot fingerprints, timings
-    crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
-    checkpoints/                    the last whole checkpoint of an unfinished training
-    evaluation.parquet              explained variance, L0, CE and KL per snapshot
-    evolution.parquet               one row per feature
-    attribution/<task>.parquet      effects per feature and snapshot
-    ablation/<task>.parquet         ablation curves
-    report/                         the page
+run.json                        what was run: versions, command, data and snapshot fingerprints, timings
+crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
+checkpoints/                    the last whole checkpoint of an unfinished training
+evaluation.parquet              explained variance, L0, CE and KL per snapshot
+evolution.parquet               one row per feature
+attribution/<task>.parquet      effects per feature and snapshot
+ablation/<task>.parquet         ablation curves
+report/                         the page
 """
 
 from __future__ import annotations

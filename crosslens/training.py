@@ -109,9 +109,7 @@ class TrainConfig:
             )
 
 
-def train(
-    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None
-) -> Crosscoder:
+def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
     """Train a crosscoder on the activations of all snapshots.
 
     Args:
@@ -319,9 +317,7 @@ def training_identity(
     acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, total: int
 ) -> dict[str, Any]:
     """What makes two training runs the same run; a run directory holds one."""
-    details = {
-        key: value for key, value in architecture.to_dict().items() if key not in ("metadata", "device")
-    }
+    details = {key: value for key, value in architecture.to_dict().items() if key not in ("metadata", "device")}
     kept = (
         *("batch_size", "lr", "lr_warm_up", "lr_decay", "lr_end_factor", "adam_beta1", "adam_beta2", "max_grad_norm"),
         *("dead_tokens", "scale_tokens", "seed"),

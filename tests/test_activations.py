@@ -113,9 +113,7 @@ def test_non_finite_activations_name_the_snapshot(tiny_snapshots: Path, tiny_tex
 
 @pytest.mark.parametrize(("keep_special", "size"), [(False, 37), (True, 37), (False, 250)])  # 250: more than a block
 @pytest.mark.usefixtures("small_blocks")
-def test_every_kept_position_once_per_epoch(
-    snapshots: Snapshots, tiny_text: list[str], keep_special: bool, size: int
-):
+def test_every_kept_position_once_per_epoch(snapshots: Snapshots, tiny_text: list[str], keep_special: bool, size: int):
     acts = make(snapshots, tiny_text, keep_special=keep_special)
     everything = harvest(snapshots, acts.train_tokens(), HOOK)
     kept = torch.ones_like(acts.train_tokens(), dtype=torch.bool) if keep_special else acts.train_tokens() != 0
@@ -266,7 +264,9 @@ def test_mistakes_are_told_at_once(snapshots: Snapshots, tiny_text: list[str], o
 
 
 def test_more_tokens_than_there_are(snapshots: Snapshots, tiny_text: list[str]):
-    with pytest.raises(UserError, match=r"n_tokens=100000 \(and 200 held out\) is more than .* ask for at most") as error:
+    with pytest.raises(
+        UserError, match=r"n_tokens=100000 \(and 200 held out\) is more than .* ask for at most"
+    ) as error:
         _ = make(snapshots, tiny_text, n_tokens=100_000).tokens
     most = int(str(error.value).split()[-1])
     assert make(snapshots, tiny_text, n_tokens=most).n_tokens > most - T  # the remedy works

@@ -202,9 +202,7 @@ def slow_jumprelu(
         [float(b_enc[i]) + sum(float(x[b, s] @ W_enc[part[s], i]) for s in range(S)) for i in range(n_features)]
         for b in range(n_tokens)
     ]
-    gate = {
-        (b, i, s): h[b][i] * n[i][s] > t[i] for b in range(n_tokens) for i in range(n_features) for s in range(S)
-    }
+    gate = {(b, i, s): h[b][i] * n[i][s] > t[i] for b in range(n_tokens) for i in range(n_features) for s in range(S)}
     f = {key: h[key[0]][key[1]] if is_open else 0.0 for key, is_open in gate.items()}
     error: dict[tuple[int, int], Tensor] = {}
     for b in range(n_tokens):
@@ -384,7 +382,7 @@ def test_descending_the_auxiliary_loss_makes_dead_features_explain_the_residual(
         scores = h.relu() * sae.decoder_norms.detach().sum(-1)
         rest = residual.clone()
         for b in range(len(x)):
-            for i in sorted(dead, key=lambda i: -float(scores[b, i]))[: D // 2]:  # noqa: B023
+            for i in sorted(dead, key=lambda i: -float(scores[b, i]))[: D // 2]:
                 rest[b] -= h[b, i].relu() * sae.W_dec[i].detach()
         return float(rest.square().sum() / residual.square().sum())
 
@@ -439,15 +437,11 @@ def test_jumprelu_encode_and_decode_repeat_the_gates_of_training(S: int):
     for s in range(S):
         of_snapshot = sae.snapshot_acts(features, s)
         n, t = sae.decoder_norms[:, s].tolist(), sae.log_threshold.exp().tolist()  # type: ignore[operator,union-attr]
-        expected = [
-            [f if f * n[i] > t[i] else 0.0 for i, f in enumerate(row)] for row in features.tolist()
-        ]
+        expected = [[f if f * n[i] > t[i] else 0.0 for i, f in enumerate(row)] for row in features.tolist()]
         close(of_snapshot, torch.tensor(expected, dtype=torch.float64), "gate of one snapshot")
         close(sae.decode_snapshot(of_snapshot, s), decoded[:, s], "decode_snapshot")
     if S > 1:  # the gates do differ, or this test shows nothing
-        assert any(
-            bool((sae.snapshot_acts(features, 0) != sae.snapshot_acts(features, s)).any()) for s in range(1, S)
-        )
+        assert any(bool((sae.snapshot_acts(features, 0) != sae.snapshot_acts(features, s)).any()) for s in range(1, S))
 
 
 # ---------------------------------------------------------------------- inference
@@ -462,7 +456,7 @@ def test_inference_gate_and_decoder(architecture: str, S: int):
     cc, slow = sae.to_inference(), Slow(sae, x)
     wanted = torch.zeros(B, F, dtype=torch.float64)
     for b in range(B):
-        strongest = sorted(range(F), key=lambda i: -slow.score(b, i))[:3]  # noqa: B023
+        strongest = sorted(range(F), key=lambda i: -slow.score(b, i))[:3]
         for i in range(F):
             h, norms = slow.h[b][i].item(), [n.item() for n in slow.n[i]]
             passes = {

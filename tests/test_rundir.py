@@ -26,7 +26,9 @@ IDENTITY: dict[str, Any] = {
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
-        p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+        p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file()
     }
 
 

@@ -670,7 +670,11 @@ def check_online(_: Path) -> None:
     snaps.check()
     assert snaps.tokenizer("c a")["input_ids"] == [4, 2]
     for repo, revision, message in [
-        (PYTHIA, "step7", f"snapshot 'step7': {PYTHIA} has no revision 'step7': see https://huggingface.co/{PYTHIA}/tree"),
+        (
+            PYTHIA,
+            "step7",
+            f"snapshot 'step7': {PYTHIA} has no revision 'step7': see https://huggingface.co/{PYTHIA}/tree",
+        ),
         ("no/such", "main", "snapshot 'main': there is no repository 'no/such' on the hub: check its spelling"),
         ("gated/model", "main", "snapshot 'main': gated/model@main is gated: accept its terms on huggingface.co"),
     ]:

@@ -72,10 +72,7 @@ def slow_prompt(tokenizer: Any, prefix: str, correct: str, wrong: str) -> tuple[
     """All ways to cut both strings into prompt, one token, and a common end; the longest prompt wins."""
     blank = "" if correct[0].isspace() else " "
     a, b = rewrite(prefix + blank + correct, tokenizer), rewrite(prefix + blank + wrong, tokenizer)
-    cuts = [
-        i for i in range(1, min(len(a), len(b)))
-        if a[:i] == b[:i] and a[i] != b[i] and a[i + 1 :] == b[i + 1 :]
-    ]
+    cuts = [i for i in range(1, min(len(a), len(b))) if a[:i] == b[:i] and a[i] != b[i] and a[i + 1 :] == b[i + 1 :]]
     return (a[: cuts[-1]], a[cuts[-1]], b[cuts[-1]]) if cuts else None
 
 
@@ -156,7 +153,8 @@ def test_an_item_whose_pair_does_not_fit_stays_without_it(words: Any) -> None:
     prompts = encode(words, items)
     assert len(prompts) == 4 and not prompts.skipped
     assert prompts.unpaired == {
-        "the paired prompt has another number of tokens": 1, "a word is unknown to the tokenizer": 1
+        "the paired prompt has another number of tokens": 1,
+        "a word is unknown to the tokenizer": 1,
     }
     paired, alone = prompts.batches(10)
     assert paired.patch is not None and paired.index.tolist() == [0]
@@ -221,7 +219,7 @@ def test_sva_drops_and_counts_duplicates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["jsonl", "array", "csv", "tsv"])
 def test_local_reads_the_same_items_from_every_layout(tmp_path: Path, layout: str) -> None:
-    rows = [("The dog, the\u2028cat", "is", "are"), ("The \"dogs\"", "are", "is")]
+    rows = [("The dog, the\u2028cat", "is", "are"), ('The "dogs"', "are", "is")]
     keyed = [dict(zip(("p", "good", "bad"), row, strict=True)) for row in rows]
     path = tmp_path / f"mine.{layout if layout != 'array' else 'json'}"
     if layout == "array":
@@ -301,8 +299,14 @@ BLIMP = {
 
 def test_blimp_from_a_file_from_a_folder_and_from_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
     uid = BLIMP["UID"]
-    short = {**BLIMP, "sentence_good": "Paula sleeps.", "sentence_bad": "Paula sleep.", "one_prefix_prefix": "Paula",
-             "one_prefix_word_good": "sleeps", "one_prefix_word_bad": "sleep"}
+    short = {
+        **BLIMP,
+        "sentence_good": "Paula sleeps.",
+        "sentence_bad": "Paula sleep.",
+        "one_prefix_prefix": "Paula",
+        "one_prefix_word_good": "sleeps",
+        "one_prefix_word_bad": "sleep",
+    }
     same = {**BLIMP, "sentence_bad": BLIMP["sentence_good"], "one_prefix_word_bad": "works with"}
     path = write(tmp_path / f"{uid}.jsonl", BLIMP, short)
     task = Task.blimp(path)

@@ -41,6 +41,7 @@ _HEAT_DARK = ("#20262d", "#23486a", "#2f74ab", "#69b1e3", "#dff1ff")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 _DASHES = ("solid", "dash", "dot")
 _BAND = 0.16
+_LABEL_WIDTH = 14  # characters that fit below an axis, and at a corner of a triangle on a phone
 
 
 def _rgba(color: str, alpha: float) -> str:
@@ -113,13 +114,15 @@ class SnapshotAxis:
 
     Attributes:
         labels: by snapshot.
-        steps: by snapshot; empty when unknown, repeated or not wanted.
-        tokens: by snapshot, where known.
+        steps: by snapshot; empty when unknown or repeated.
+        tokens: by snapshot; empty when unknown.
+        even: evenly spaced although the steps are known.
     """
 
     labels: dict[int, str]
     steps: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
+    even: bool = False
 
     @classmethod
     def of(cls, table: Frame, *, even: bool = False) -> SnapshotAxis:
@@ -127,20 +130,20 @@ class SnapshotAxis:
 
         Args:
             table: any number of rows per snapshot.
-            even: evenly spaced, by label, whatever the steps.
+            even: evenly spaced, whatever the steps.
         """
         rows = table.drop_duplicates("snapshot").sort_values("snapshot")
         ids = [int(s) for s in rows["snapshot"]]
         labels = dict(zip(ids, (str(label) for label in rows["label"]), strict=True))
         steps = _known(ids, rows, "step")
-        if even or len(set(steps.values())) < len(ids):
+        if len(set(steps.values())) < len(ids):
             steps = {}
-        return cls(labels, steps, _known(ids, rows, "tokens"))
+        return cls(labels, steps, _known(ids, rows, "tokens"), even or not steps)
 
     @property
     def positions(self) -> dict[int, float]:
         """Where each snapshot stands."""
-        if not self.steps:
+        if self.even:
             return {snapshot: float(i) for i, snapshot in enumerate(self.labels)}
         logs = [math.log10(step) for step in self.steps.values() if step > 0]
         low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
@@ -164,19 +167,25 @@ class SnapshotAxis:
             parts.append(f"{short_count(self.tokens[snapshot])} tokens")
         return ", ".join(parts)
 
+    def names(self) -> dict[int, str]:
+        """Labels by snapshot, to be drawn; their steps where a label is too long to stand below an axis."""
+        if self.steps and max(map(len, self.labels.values())) > _LABEL_WIDTH:
+            return {snapshot: f"step {short_count(step)}" for snapshot, step in self.steps.items()}
+        return {snapshot: shown(label, _LABEL_WIDTH) for snapshot, label in self.labels.items()}
+
     def apply(self, figure: go.Figure) -> None:
         """Make this the x axis of a figure.
 
         `layout.meta` tells the page's script the true steps, for its linear scale, and that it may thin the ticks out.
         """
         positions = list(self.positions.values())
-        if self.steps:
+        if self.even:
+            ticks, title, meta = list(self.names().values()), "snapshot", {"axis": "labels"}
+        else:
             ticks = [short_count(step) for step in self.steps.values()]
             apart = 0 in self.steps.values() and len(self.steps) > 1
             title = "training steps (log scale, 0 set apart)" if apart else "training steps (log scale)"
             meta = {"axis": "steps", "positions": positions, "steps": list(self.steps.values())}
-        else:
-            ticks, title, meta = [shown(label, 24) for label in self.labels.values()], "snapshot", {"axis": "labels"}
         figure.update_layout(meta=meta)
         figure.update_xaxes(title_text=title, tickmode="array", tickvals=positions, ticktext=ticks, zeroline=False)
 

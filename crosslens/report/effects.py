@@ -25,7 +25,6 @@ from crosslens.report.chart import (
     floats,
     ints,
     new_figure,
-    short_count,
     shown,
 )
 
@@ -205,7 +204,7 @@ def _triangle(table: Frame) -> Chart:
     shares = defined.pivot(index="feature", columns="snapshot", values="relie").reindex(features)[corners].fillna(0.0)
     ie = defined.pivot(index="feature", columns="snapshot", values="ie").reindex(features)[corners].fillna(0.0)
     strongest: Any = pd.Series([row[np.abs(row).argmax()] for row in ie.to_numpy()], features)
-    texts = [_corner(axis, c) for c in corners]
+    texts = list(axis.names().values())
     figure = new_figure("", height=520)
     for i, (name, inside) in enumerate((("supports the answer", strongest > 0), ("opposes it", strongest <= 0))):
         part = shares[inside]
@@ -264,14 +263,6 @@ def _triangle(table: Frame) -> Chart:
     if len(features) < len(size):
         note += f" {len(size) - len(features):,} of smaller effect are not drawn."
     return Chart(figure, data, note)
-
-
-def _corner(axis: SnapshotAxis, snapshot: int) -> str:
-    """A name short enough to stand at a corner on a phone."""
-    label = axis.labels[snapshot]
-    if len(label) > 14 and snapshot in axis.steps:
-        return f"step {short_count(axis.steps[snapshot])}"
-    return shown(label, 14)
 
 
 def _relie_lines(table: Frame) -> Chart:

@@ -141,7 +141,7 @@ def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
         # the script spreads these over the rows and columns, as the hover texts of each cell
         meta={"axis": "labels", "rows": ints(chosen["feature"]), "columns": axis.hover(list(axis.labels))},
     )
-    apply_colors(figure, HEAT, {0: "v = 0", 50: "0.5", 100: "1"})
+    apply_colors(figure, HEAT, {0: "v = 0", 100: "1"})
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,
@@ -236,7 +236,7 @@ def probe(table: Frame) -> Chart | str:
     figure = new_figure("probe error (share of tokens)", height=480)
     figure.update_yaxes(rangemode="tozero")
     add_level(figure, 0.5, "chance")
-    first, last = (shown(axis.labels[snapshot], 18) for snapshot in (min(order), max(order)))
+    names = list(axis.names().values())
     figure.add_scatter(
         x=floats(drawn["norm"]),
         y=floats(drawn["probe_error"]),
@@ -247,8 +247,8 @@ def probe(table: Frame) -> Chart | str:
         hovertemplate="feature %{customdata[0]}<br>%{customdata[1]}<br>norm %{x:.3f}, error %{y:.3f}<extra></extra>",
     )
     # without the faint shades: a point needs more contrast than an area
-    apply_colors(figure, HEAT[2:], {0: first, max(1, len(order) - 1): last})
-    figure.update_xaxes(title_text="decoder norm / its largest over snapshots (share)", showgrid=True, zeroline=False)
+    apply_colors(figure, HEAT[2:], {0: names[0], max(1, len(order) - 1): names[-1]})
+    figure.update_xaxes(title_text="decoder norm / its largest (share)", showgrid=True, zeroline=False)
     untrained = sorted(set(ints(points.loc[pd.to_numeric(points["step"], errors="coerce") == 0, "snapshot"])))
     note = f"All snapshots: {_correlation(points, [])}."
     if untrained and len(order) > 1:

@@ -29,10 +29,10 @@
     return holder.value;
   }
 
-  // which ticks can be read side by side, and at which angle: the last first, then the others from the right
+  // which ticks can be read side by side on so many pixels, and at which angle: the last first, then from the right
   function thinned(positions, texts, width, slanting) {
     const low = Math.min(...positions), span = Math.max(...positions) - low || 1;
-    const at = positions.map((position) => ((position - low) / span) * width);
+    const at = positions.map((position) => ((position - low) / span) * 0.88 * width);  // the rest is before and after
     const sizes = texts.map((text) => 7.2 * plain(text).length + 10);
     const fits = (i, j, slanted) => at[j] - at[i] >= (slanted ? 20 : (sizes[i] + sizes[j]) / 2);
     const order = positions.map((_, i) => i).sort((a, b) => positions[a] - positions[b]);
@@ -59,7 +59,7 @@
       Object.assign(xaxis, { tickmode: "auto", nticks: Math.max(3, Math.floor(width / 90)), title: { ...xaxis.title, text: "training steps" } });
       return;
     }
-    const [kept, angle] = thinned(xaxis.tickvals, xaxis.ticktext, width - 90, meta.axis === "labels");
+    const [kept, angle] = thinned(xaxis.tickvals, xaxis.ticktext, width, meta.axis === "labels");
     xaxis.tickvals = kept.map((i) => xaxis.tickvals[i]);
     xaxis.ticktext = kept.map((i) => xaxis.ticktext[i]);
     xaxis.tickangle = angle;
@@ -73,10 +73,11 @@
     figure.data[0].text = meta.rows.map(() => meta.columns);
   }
 
-  function prepared(plot) {
+  // the figure for this window, its axes on so many pixels
+  function prepared(plot, width) {
     const figure = structuredClone(specs.get(plot));
-    spread(figure);
-    along(figure, plot.clientWidth);
+    spread(figur);
+    along(figure, width);
     if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
     figure.layout.width = plot.clientWidth;
     // a triangle is about as high as it is wide
@@ -85,16 +86,13 @@
   }
 
   async function draw(plot) {
-    const figure = prepared(plot);
-    const base = figure.layout.height;
+    let figure = prepared(plot, plot.clientWidth - 90);
     await Plotly.react(plot, figure.data, figure.layout, config);
-    // the legend gets room of its own, however many rows it has at this width
-    const legend = plot.querySelector(".legend .bg");
-    const room = legend ? Math.ceil(legend.getBBox().height) : 0;
-    if (room) {
-      figure.layout.height = base + room;
-      await Plotly.react(plot, figure.data, figure.layout, config);
-    }
+    // now that margins and legend have been laid out: ticks for the width that is left, and room for the legend's rows
+    const area = plot.querySelector(".nsewdrag"), legend = plot.querySelector(".legend .bg");
+    figure = prepared(plot, area ? area.getBBox().width : plot.clientWidth - 90);
+    figure.layout.height += legend ? Math.ceil(legend.getBBox().height) : 0;
+    await Plotly.react(plot, figure.data, figure.layout, config);
     plot.style.minHeight = `${figure.layout.height}px`;
   }
 
