@@ -2,7 +2,7 @@
 
 With the gates of the clean run frozen, editing the features A of snapshot s moves its activation by a linear amount:
 
-    ablate A    x = a_s  - sum_{i in A} (f_is - f'_is) W_dec[i, s] / c_s        (a_s without its error node if error=False)
+    ablate A    x = a_s  - sum_{i in A} (f_is - f'_is) W_dec[i, s] / c_s        (a_s - e_s if error=False)
     keep A      x = decode(f') + sum_{i in A} (f_is - f'_is) W_dec[i, s] / c_s  (+ e_s if error=True)
 
 f' is zero, the mean over the prompts, or the paired prompt's features. Many sets run as one batch.
@@ -148,7 +148,7 @@ def ablate(
         raise UserError(f"k={list(k)} and n_draws={n_draws} must be positive")
     if len(ie.labels) != len(snapshots):
         raise UserError(
-            f"the effects are of {len(ie.labels)} snapshots, {len(snapshots)} are given; attribute these snapshots first"
+            f"the effects are of {len(ie.labels)} snapshots, {len(snapshots)} are given; attribute these first"
         )
     error = (not keep) if error is None else error
     if runs is None:

@@ -121,9 +121,10 @@ class Activations:
     Args:
         snapshots: the models, checked against each other and the hook point at once.
         hook_name: TransformerLens name of a residual-stream or block-output hook.
-        dataset: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or token array (N, T).
+        dataset: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or tokens: (N, T)
+            sequences, or (N,) one long stream.
         n_tokens: tokens to train on, counted without the positions that are left out; None takes the whole dataset.
-        context_size: tokens per sequence; defaults to the models' context, at most 1024. Ignored for 2-D token arrays.
+        context_size: tokens per sequence; defaults to the models' context, at most 1024. T for (N, T) tokens.
         held_out_tokens: tokens kept for evaluation; defaults to n_tokens / 20, between 2,000 and 100,000.
         text_column: column of the documents.
         split: split of a hub dataset.
@@ -409,7 +410,7 @@ class Activations:
     @classmethod
     def from_dict(cls, recorded: dict[str, Any], **changes: Any) -> Activations:
         """The activations that `to_dict` described; `changes` replace arguments such as `device`."""
-        arguments = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
+        arguments: dict[str, Any] = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
         return cls(**arguments)
 
     def plan(self, measure: bool = True) -> Plan:

@@ -5,8 +5,8 @@ For a prompt and snapshot s (gates frozen, see `intervention`):
 1. f_s are the clean features, e_s = a_s - decode(f_s) the error node; f0, e0 their baseline: zeros, the mean over the
    prompts, or the paired prompt's. `error="frozen"` keeps e0 = e_s.
 2. The path f0 + alpha (f_s - f0), e0 + alpha (e_s - e0) is a straight line of activations x(alpha) at the hook, for the
-   decoder is linear. One backward pass per node alpha gives the gradient of the metric m at x(alpha); the rule's weights
-   average it: g = sum_k w_k dm/dx(alpha_k)   (Sundararajan et al., arXiv 1703.01365).
+   decoder is linear. One backward pass per node alpha gives the gradient of the metric m at x(alpha); the weights of
+   the rule average it: g = sum_k w_k dm/dx(alpha_k)   (Sundararajan et al., arXiv 1703.01365).
 3. IE_is = sum_t (f_is - f0_is)(t) <W_dec[i, s] / c_s, g(t)>, summed over real positions, averaged over prompts; the
    error node's effect is sum_t <e_s - e0, g>. Together they must make up m(clean) - m(baseline): completeness.
 

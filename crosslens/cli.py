@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +34,7 @@ TaskOption = Annotated[
     str,
     typer.Option(
         "--task",
-        help="demo:simple, sva:FILE, blimp:UID, blimp:FILE, or FILE (jsonl or csv with columns prefix, correct, wrong).",
+        help="demo:simple, sva:FILE, blimp:UID, blimp:FILE, or FILE (jsonl, csv: columns prefix, correct, wrong).",
     ),
 ]
 SnapshotsOption = Annotated[
@@ -67,8 +68,8 @@ def list_snapshots(
     from crosslens import families
 
     if not what:
-        for name in families.names():
-            typer.echo(name)
+        for family in families.FAMILIES.values():
+            typer.echo(f"{family.name}: {', '.join(family.sizes)} (steps {family.steps_in_words})")
         return
     if what.startswith("pythia-"):
         for label, revision, _, tokens in families.pythia_revisions(what.removeprefix("pythia-"), _steps(steps)):
@@ -182,6 +183,8 @@ def train(
 @app.command()
 def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
     """Date every feature: birth, peak, origin, fate; and probe some of them."""
+    import pandas as pd
+
     from crosslens.evolution import evolve as evolve_features
     from crosslens.probing import probe
 
@@ -189,7 +192,7 @@ def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
     table = evolve_features(crosscoder, acts)
     run.save_table("evolution", table)
     run.save_table("probe", probe(crosscoder, acts))
-    counts = ", ".join(f"{count} {name}" for name, count in table[table["alive"]]["origin"].value_counts().items())
+    counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
     typer.echo(f"{int(table['alive'].sum())} live features: {counts}")
 
 
@@ -229,7 +232,7 @@ def attribute(
     accuracy = prompts.accuracy(acts.snapshots, device=device)
     before = run.table("accuracy")
     if before is not None:
-        accuracy = pd.concat([before[before["task"] != prompts.name], accuracy], ignore_index=True)
+        accuracy = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
     run.save_table("accuracy", accuracy)
     for s, label in enumerate(ie.labels):
         top = ", ".join(str(i) for i in ie.top(min(5, int(ie.active[:, s].sum())), s).tolist())
@@ -282,7 +285,7 @@ def ablate(
     last = table[table["snapshot"] == table["snapshot"].max()]
     for row in last.itertuples():
         typer.echo(
-            f"{row.label:>12}  {row.mode:>6} {row.features:>12} {row.k:>4}: metric {row.metric:+.3f} of {row.clean:+.3f}"
+            f"{row.label:>12}  {row.mode:>6} {row.features:>12} {row.k:>4}: {row.metric:+.3f} of {row.clean:+.3f}"
         )
 
 
@@ -369,6 +372,8 @@ def open_run(path: Path, device: str) -> tuple[RunDir, Crosscoder, Activations]:
 
 def main() -> None:
     """Entry point: a mistake of the user is one line on stderr and exit code 2."""
+    # before torch is imported: threads that spin while they wait slow a busy machine down several times over
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

@@ -2,8 +2,8 @@
 
 1. `Snapshots.demo(seed)` pretrains a tiny GPT-NeoX on a generated two-language agreement grammar.
 2. A BatchTopK crosscoder is trained on the output of its middle block, with attention above it.
-3. Features are dated (`evolve`), probed, attributed on three constructions, and ablated. Features are chosen on one half
-   of the prompts and judged on the other.
+3. Features are dated (`evolve`), probed, attributed on three constructions, and ablated. They are chosen on one half of
+   the prompts and judged on the other.
 4. `summary.json` holds the figures, `report/index.html` shows them.
 """
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from crosslens import grammar
 from crosslens.ablation import ablate, exact_effects
@@ -47,6 +48,9 @@ class DemoConfig:
         epochs: passes over them.
         d_sae: features.
         k: features kept per token.
+        k_start: k at the first step; annealing it over the first half of the steps leaves few features dead.
+        batch_size: activations per step.
+        lr: learning rate.
         n_prompts: prompts per task and language.
         n_random: draws of random and size-matched features at the last snapshot.
         n_exact: features of the largest effect whose single ablation is measured exactly.
@@ -54,14 +58,15 @@ class DemoConfig:
     """
 
     hook_name: str = "blocks.1.hook_resid_post"
-    n_documents: int = 12_000
-    n_tokens: int = 250_000
+    n_documents: int = 8_000
+    n_tokens: int = 200_000
     epochs: int = 4
     d_sae: int = 1024
     k: int = 16
+    k_start: float = 192
     batch_size: int = 1024
-    lr: float = 1e-3
-    n_prompts: int = 150
+    lr: float = 1.5e-3
+    n_prompts: int = 80
     n_random: int = 100
     n_exact: int = 100
     n_probes: int = 50
@@ -87,6 +92,7 @@ def run_demo(
     config = config or DemoConfig()
     began = time.perf_counter()
     run = RunDir(out)
+    run.claim({"seed": seed, **asdict(config)}, part="demo")
     timings: dict[str, float] = {}
 
     def lap(name: str, since: float) -> float:
@@ -120,7 +126,6 @@ def run_demo(
 
 
 def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> tuple[Activations, Crosscoder]:
-    run.path.mkdir(parents=True, exist_ok=True)
     corpus = run.path / "documents.txt"
     text = "\n".join(grammar.documents(config.n_documents, seed + 1_000_003))
     if not corpus.exists():
@@ -130,7 +135,14 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
     cached = acts.cache(cache)
     crosscoder = train(
         cached,
-        BatchTopKCrosscoderTrainingConfig(d_sae=config.d_sae, k=config.k),
+        BatchTopKCrosscoderTrainingConfig(
+            d_sae=config.d_sae,
+            k=config.k,
+            k_start=config.k_start,
+            k_anneal_steps=config.epochs * config.n_tokens // config.batch_size // 2,
+            topk_threshold_lr=0.02,
+            decoder_init_norm=None,
+        ),
         TrainConfig(
             run_dir=run.path,
             training_tokens=config.epochs * config.n_tokens,
@@ -148,8 +160,8 @@ def _causes(
 ) -> dict[str, Any]:
     """Effects on one half of the prompts; everything that judges them on the other half.
 
-    The prompts come in pairs that differ in the number of the head noun, so the baseline, and what an ablated feature is
-    set to, is its value on the paired prompt: effects are of the number, not of being there at all.
+    The prompts come in pairs that differ in the number of the head noun, so the baseline, and what an ablated feature
+    is set to, is its value on the paired prompt: effects are of the number, not of being there at all.
     """
     choosing, judging = task.split(seed)
     chosen_runs = PromptRuns(crosscoder, snaps, choosing, paired=True)
@@ -177,9 +189,9 @@ def _causes(
             runs=judged_runs,
         )
         for keep, k, draws, controls, at in (
-            (False, (1, 5, 15, 50), 8, ("random", "size_matched"), None),
+            (False, (1, 5, 15, 50), 4, ("random", "size_matched"), None),
             (False, (15,), config.n_random, ("random", "size_matched"), [last]),
-            (True, (5, 15, 50, 100), 8, ("random",), None),
+            (True, (5, 15, 50, 100), 4, ("random",), None),
         )
     ]
     # the many draws at the last snapshot replace the few
@@ -190,10 +202,15 @@ def _causes(
     largest = ie.top(min(config.n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
     exact = exact_effects(chosen_runs, last, largest, value="patch")
     rank = {
-        name: float(spearmanr(exact, values.effects[largest, last]).statistic)
+        name: spearman(exact, values.effects[largest, last])
         for name, values in (("ig", ie), ("gradient", gradient))
     }
     return {"ie": ie, "ablation": _ablation_summary(table, last, ie), "spearman": rank}
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation of two vectors."""
+    return float(np.corrcoef(rankdata(a.numpy()), rankdata(b.numpy()))[0, 1])
 
 
 def _ablation_summary(table: pd.DataFrame, last: int, ie: Attribution) -> dict[str, float]:

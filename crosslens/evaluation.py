@@ -6,7 +6,7 @@ Per snapshot, over held-out tokens:
     l0                            features that are not zero
     ce_*, kl                      cross-entropy (nats per token) of the clean model, of the model whose hook point holds
                                   the reconstruction, and of the one whose hook point holds zeros; KL(clean | spliced)
-    ce_recovered                  1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean); NaN where zeros cost less than .1 nat
+    ce_recovered                  1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean); NaN where zeros cost < .1 nat
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 On the first activations of the data:
 
 1. c_s = sqrt(D) / mean |a_s|, kept in the model as `activation_scale`.
-2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], so that features read, and write,
-   deviations from the mean. Without it every feature shares in the mean, and a reconstruction without features is a
-   vector near zero, where layer normalisation makes a nonsense of it.
+2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], so that features read, and
+   write, deviations from the mean. Without it every feature shares in the mean, and a reconstruction without features
+   is a vector near zero, where layer normalisation makes a nonsense of it.
 3. `decoder_init_norm=None`: the norm of all decoder rows is chosen by grid search for the least reconstruction error.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,8 @@ def initialise(
         architecture = dataclasses.replace(architecture, decoder_init_norm=1.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sae = TRAINING_ARCHITECTURES[architecture.architecture()][0](architecture)
+        sae_class: Any = TRAINING_ARCHITECTURES[architecture.architecture()][0]
+        sae: CrosscoderTrainingSAE = sae_class(architecture)
     norms, means, batch = first_moments(acts, batch_size, scale_tokens)
     for label, norm in zip(acts.snapshots.labels, norms.tolist(), strict=True):
         if not (math.isfinite(norm) and norm > 0):

@@ -3,7 +3,7 @@
 For a batch of tokens the features come once from the clean activations of *all* snapshots (`clean_run`) and are frozen.
 For snapshot s the block output becomes
 
-    with the error node      a_s + (f'_s - f_s) W_dec[:, s] / c_s          (nothing edited: exactly the clean activation)
+    with the error node      a_s + (f'_s - f_s) W_dec[:, s] / c_s      (nothing edited: the clean activation)
     without it               (f'_s W_dec[:, s] + b_dec[s]) / c_s
 
 where f_s are the clean features as snapshot s gates them, and f'_s the edited ones. Edits act on f_s through the linear

@@ -153,7 +153,7 @@ def pretrain_demo(
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our id
     try:
         _write_demo(partial, seed, config, progress)
-        if overwrite and folder.exists():
+        if overwrite and folder.exists() and not demo_is_intact(folder, seed, config):
             shutil.rmtree(folder)
         try:
             partial.rename(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
@@ -24,16 +25,13 @@ def evolution_of_concepts(
     config = TrainConfig(
         training_tokens=training_tokens,
         batch_size=batch_size,
-        **{
-            "lr": 5e-5,
-            "lr_warm_up": 0.1,
-            "lr_decay": 0.2,
-            "lr_end_factor": 1 / 32,
-            "max_grad_norm": None,
-            **training,
-        },
+        lr=5e-5,
+        lr_warm_up=0.1,
+        lr_decay=0.2,
+        lr_end_factor=1 / 32,
+        max_grad_norm=None,
     )
-    return architecture, config
+    return architecture, dataclasses.replace(config, **training)
 
 
 def crosscoding_through_time(
@@ -56,8 +54,6 @@ def crosscoding_through_time(
         bias_init="zero",
     )
     config = TrainConfig(
-        training_tokens=training_tokens,
-        batch_size=batch_size,
-        **{"lr": 5e-5, "lr_decay": 0.2, "max_grad_norm": 1.0, **training},
+        training_tokens=training_tokens, batch_size=batch_size, lr=5e-5, lr_decay=0.2, max_grad_norm=1.0
     )
-    return architecture, config
+    return architecture, dataclasses.replace(config, **training)

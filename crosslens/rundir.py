@@ -77,35 +77,39 @@ class RunDir:
             contents[key] = {**contents.get(key, {}), **value} if isinstance(value, dict) else value
         self.write_json(contents)
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: dict[str, Any], part: str = "identity") -> None:
         """Make this the directory of a run, or make sure that it already is.
+
+        Args:
+            identity: what makes two runs the same run.
+            part: entry of run.json that records it; a run may be claimed by what leads to it, and by what it is.
 
         Raises:
             UserError: the directory holds another run; the first difference is named, nothing is written.
         """
         wanted = json.loads(json.dumps(identity, default=str))
-        if not self.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise UserError(
-                    f"{self.path} holds files but no run; give a new directory, nothing in this one was changed"
-                )
-            stamp = {
-                "versions": {package: version(package) for package in _PACKAGES},
-                "crosslens": version("crosslens"),
-                "python": sys.version.split()[0],
-                "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            }
-            self.write_json({**stamp, "identity": wanted, **_headlines(wanted)})
-            return
-        found = self.read_json().get("identity", {})
-        difference = _first_difference(found, wanted)
-        if difference is not None:
-            key, old, new = difference
+        contents = self.read_json() if self.exists() else {}
+        if not contents and self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(
-                f"{self.path} is the directory of another run: its {key} is {_short(old)}, asked for is {_short(new)}; "
-                "give another directory, nothing in this one was changed"
+                f"{self.path} holds files but no run; give a new directory, nothing in this one was changed"
             )
+        if part in contents:
+            difference = _first_difference(contents[part], wanted)
+            if difference is not None:
+                key, old, new = difference
+                raise UserError(
+                    f"{self.path} is the directory of another run: its {key} is {_short(old)}, asked for is "
+                    f"{_short(new)}; give another directory, nothing in this one was changed"
+                )
+            return
+        stamp = contents or {
+            "versions": {package: version(package) for package in _PACKAGES},
+            "crosslens": version("crosslens"),
+            "python": sys.version.split()[0],
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        }
+        self.write_json({**stamp, part: wanted, **(_headlines(wanted) if part == "identity" else {})})
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of an unfinished training."""

@@ -1,4 +1,4 @@
-"""Training: SAELens's trainer with per-snapshot scales, parameter groups, a stop at the first non-finite loss, and resume.
+"""Training: SAELens's trainer with per-snapshot scales, parameter groups, a stop at a non-finite loss, and resume.
 
 `train(acts, architecture, config)` fills the architecture's shapes and metadata in from the data, estimates one
 activation scale per snapshot on the first tokens (c_s = sqrt(D) / mean |a_s|), trains, and returns the inference
@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -336,7 +336,7 @@ def _non_finite(output: TrainStepOutput, batch: Tensor, trainer: CrosscoderTrain
     bad = (~torch.isfinite(batch)).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
     labels = trainer.sae.cfg.snapshot_labels
     cause = f"non-finite activations of {', '.join(labels[s] for s in bad)}" if bad else "finite activations"
-    losses = ", ".join(f"{name} {float(value):.4g}" for name, value in output.losses.items())
+    losses = ", ".join(f"{name} {value.item():.4g}" for name, value in output.losses.items())
     return (
         f"the loss is not finite at step {trainer.n_training_steps} ({losses}; {cause}); training stopped before the "
         "parameters changed, the last checkpoint is intact: lower lr, or leave the snapshot out"
@@ -348,7 +348,7 @@ def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[s
 
 
 @contextmanager
-def _wandb_run(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None) -> Iterator[None]:
+def _wandb_run(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None) -> Generator[None, None, None]:
     if config.wandb_project is None:
         yield
         return

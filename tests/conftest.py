@@ -22,7 +22,8 @@ def _documents(n: int) -> list[str]:
     documents: list[str] = []
     for _ in range(n):
         sentences = [
-            f"the {draw.choice(SUBJECTS)} {draw.choice(VERBS)} a {draw.choice(OBJECTS)} near the {draw.choice(OBJECTS)} ."
+            f"the {draw.choice(SUBJECTS)} {draw.choice(VERBS)} a {draw.choice(OBJECTS)} "
+            f"near the {draw.choice(OBJECTS)} ."
             for _ in range(draw.randint(1, 4))
         ]
         documents.append(" ".join(sentences))

@@ -132,6 +132,14 @@ def test_every_kept_position_once_per_epoch(snapshots: Snapshots, tiny_text: lis
     assert torch.equal(torch.cat(once), stream[: n // size * size])
 
 
+def test_a_single_block_is_shuffled_anew_in_every_epoch(snapshots: Snapshots, tiny_text: list[str]):
+    acts = make(snapshots, tiny_text, n_tokens=300)
+    n = acts.n_tokens
+    assert len(acts.train_tokens()) <= acts.block_sequences
+    first, second = itertools.islice(acts.batches(n), 2)
+    assert keys(first) == keys(second) and not torch.equal(first, second)
+
+
 def test_bos_and_padding_are_special(snapshots: Snapshots):
     class Tokenizer:
         bos_token_id, pad_token_id = 3, 5

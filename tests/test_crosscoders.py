@@ -32,6 +32,7 @@ from crosslens.crosscoders import (
     register,
 )
 from crosslens.crosscoders.jumprelu import SnapshotJumpReLU
+from crosslens.crosscoders.sparse import batch_top_pairs, token_top_pairs
 from crosslens.errors import UserError
 
 ALL = list(TRAINING_ARCHITECTURES)
@@ -352,13 +353,27 @@ def test_no_active_feature_at_all(architecture: str, dense: bool):
           (sae.b_dec - output.sae_in).square().sum(-1).mean(), "only the decoder bias is left")  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize(("architecture", "dense"), DENSE)
+def test_a_parameter_that_is_nan_shows_in_the_loss(architecture: str, dense: bool, name: str):
+    """Or training would go on with it."""
+    for where in (slice(None), slice(3, 4)):
+        sae = make(architecture, 2)
+        with torch.no_grad():
+            sae.b_enc.add_(1)
+            parameter = getattr(sae, name)
+            (parameter.T if name == "W_enc" else parameter)[where] = math.nan
+        forward = sae.dense_forward_pass if dense else sae.training_forward_pass  # type: ignore[operator,union-attr]
+        assert forward(step_input(raw(2))).loss.isnan()
+
+
 @pytest.mark.parametrize("S", [1, 3, 8])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("architecture", ["topk_crosscoder", "batchtopk_crosscoder"])
 def test_auxiliary_loss_and_its_gradients(architecture: str, dense: bool, S: int):
     for dead in ([5], [1, 4, 9], [0, 2, 3, 6, 7, 10, 11]):  # fewer than D/2, as many, more
         output = compare(make(architecture, S, seed=5), raw(S, seed=5), dead=dead, dense=dense)
-        assert float(output.losses["auxiliary_reconstruction_loss"]) > 0
+        assert output.losses["auxiliary_reconstruction_loss"].item() > 0
     without = compare(make(architecture, S, seed=5), raw(S, seed=5), dead=[], dense=dense)
     assert float(without.losses["auxiliary_reconstruction_loss"]) == 0
 
@@ -396,6 +411,55 @@ def test_descending_the_auxiliary_loss_makes_dead_features_explain_the_residual(
         optimizer.step()
     assert before == pytest.approx(1, abs=0.02)
     assert left() < 0.9  # the opposite sign would leave more than all
+
+
+@pytest.mark.parametrize("sample", [1 << 16, 8])  # 8: the bound comes from every n-th entry only
+@pytest.mark.parametrize("kind", ["random", "ties", "ascending", "few positive", "constant"])
+def test_selection_on_pairs(kind: str, sample: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crosslens.crosscoders.sparse.SAMPLE", sample)
+    h = torch.randn(13, 31, generator=torch.Generator().manual_seed(0))
+    if kind == "ties":
+        h = (h * 2).round()
+    elif kind == "ascending":
+        h = h.flatten().sort().values.view(13, 31)
+    elif kind == "few positive":
+        h = h - 2
+    elif kind == "constant":
+        h = torch.ones_like(h)
+    scores = h.relu() * (1 + torch.arange(31) % 3)
+    order = sorted((-float(scores[b, i]), b, i) for b in range(13) for i in range(31))
+    for count in (1, 30, 200, 402, 403):
+        pairs = batch_top_pairs(h, scores, count)
+        kept = sorted((b, i) for u, b, i in order[:count] if u < 0)  # of equal scores the earlier ones
+        assert list(zip(pairs.tokens.tolist(), pairs.features.tolist(), strict=True)) == kept
+        assert pairs.values.tolist() == [float(h[b, i]) for b, i in kept] and pairs.shape == (13, 31)
+    for k in (1, 5, 31):
+        pairs = token_top_pairs(h, scores, k)
+        assert pairs.tokens.tolist() == [b for b in range(13) for _ in range(k)]
+        found = scores[pairs.tokens, pairs.features].view(13, k).sort(descending=True).values
+        assert torch.equal(found, scores.sort(descending=True).values[:, :k])
+        assert torch.equal(pairs.values, h[pairs.tokens, pairs.features].relu())
+        for features in pairs.features.view(13, k).tolist():
+            assert features == sorted(set(features))
+
+
+@pytest.mark.parametrize("architecture", ["topk_crosscoder", "batchtopk_crosscoder"])
+def test_active_pairs_equal_dense_autograd_in_float32(architecture: str):
+    S, width, n_features, n_tokens = 3, 32, 1024, 256  # large enough for the sampled bound
+    config = CONFIGS[architecture](d_in=S * width, d_sae=n_features, n_snapshots=S, k=16)
+    sae = TRAINING_ARCHITECTURES[architecture][0](config)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    x = torch.randn(n_tokens, S, width, generator=draw)
+    dead = torch.rand(n_features, generator=draw) < 0.1
+    outputs = [sae.training_forward_pass(step_input(x, dead)), sae.dense_forward_pass(step_input(x, dead))]  # type: ignore[operator,union-attr]
+    fast, dense = (gradients(sae, output.loss) for output in outputs)
+    for name, gradient in dense.items():
+        assert float((fast[name] - gradient).abs().max()) < 1e-5 * float(gradient.abs().max()), name
+    assert outputs[0].loss.item() == pytest.approx(outputs[1].loss.item(), rel=1e-5)
+    assert torch.equal(outputs[0].feature_acts.to_dense(), outputs[1].feature_acts)
 
 
 # ---------------------------------------------------------------------- JumpReLU's gate
@@ -499,7 +563,7 @@ def test_views_and_norms(S: int):
         assert torch.equal(sae.b_dec_by_snapshot[s], sae.b_dec[rows])
         for i in range(F):
             norm = math.sqrt(sum(v * v for v in sae.W_dec[i, rows].tolist()))
-            assert float(sae.decoder_norms[i, s]) == pytest.approx(norm, rel=1e-12)
+            assert sae.decoder_norms[i, s].item() == pytest.approx(norm, rel=1e-12)
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -530,7 +594,7 @@ def test_a_snapshot_ten_times_louder_gives_the_same_features(architecture: str):
     if architecture == "batchtopk_crosscoder":
         cc.threshold.fill_(0.5)  # type: ignore[operator,union-attr]
     features, decoded = cc.encode(x), cc.decode(cc.encode(x))
-    losses = {k: float(v) for k, v in sae.training_forward_pass(step_input(x)).losses.items()}
+    losses = {k: v.item() for k, v in sae.training_forward_pass(step_input(x)).losses.items()}
     louder = x.clone()
     louder[:, 1] *= 16  # a power of two, so that nothing is rounded
     cc.activation_scale[1] /= 16
@@ -539,7 +603,7 @@ def test_a_snapshot_ten_times_louder_gives_the_same_features(architecture: str):
     expected[:, 1] *= 16
     assert torch.equal(cc.decode(features), expected)
     close(cc.decode_snapshot(cc.snapshot_acts(features, 1), 1), expected[:, 1], "decode_snapshot")
-    assert {k: float(v) for k, v in sae.training_forward_pass(step_input(louder)).losses.items()} == losses
+    assert {k: v.item() for k, v in sae.training_forward_pass(step_input(louder)).losses.items()} == losses
     # ten times, and applied exactly once: the features of scaled activations under a scale of 1
     cc.activation_scale[1] *= 1.6
     ten = x.clone()
@@ -705,8 +769,20 @@ def test_k_out_of_range(architecture: str):
     for k in (0, -1, F + 1):
         with pytest.raises(UserError, match=rf"k={k} is not in \(0, d_sae={F}\]"):
             CONFIGS[architecture](d_sae=F, k=k)
+    for k in (2.5, 3.0):
+        if architecture == "topk_crosscoder":
+            with pytest.raises(UserError, match=f"k={k} is not a whole number"):
+                _build_topk(k)
+        else:
+            assert CONFIGS[architecture](d_sae=F, k=k).k == k
     with pytest.raises(UserError, match="k_start=99 is not in"):
         CONFIGS[architecture](d_sae=F, k=3, k_start=99)
+
+
+def _build_topk(k: float) -> None:
+    config = TopKCrosscoderTrainingConfig(d_sae=F, k=2)
+    config.k = k  # type: ignore[assignment]
+    config.__post_init__()
 
 
 def test_activations_of_another_shape_are_refused():

@@ -66,7 +66,10 @@ def kept_activations(acts: Activations) -> Tensor:
     return harvest(acts.snapshots, tokens, acts.hook_name)[tokens != 0].double()
 
 
-def test_reconstruction_in_loops_over_tokens(acts: Activations, crosscoder: Crosscoder):
+def test_reconstruction_in_loops_over_tokens(
+    acts: Activations, crosscoder: Crosscoder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("crosslens.activations.BLOCK_TOKENS", 5 * T)  # several portions
     x = kept_activations(acts)
     f = crosscoder.encode(x.float())
     x_hat = crosscoder.decode(f).double()

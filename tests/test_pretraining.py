@@ -201,17 +201,23 @@ def test_a_failing_run_leaves_what_was_there(demo: Path, tmp_path: Path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["demo"] and (folder / "mine.txt").read_text() == "kept"
 
 
-def test_a_faster_twin_is_no_error(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two processes fill the same folder; the second to finish finds it whole."""
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_faster_twin_is_no_error(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool):
+    """Two processes fill the same folder; the second to finish finds it whole, and leaves it alone."""
     folder, train = tmp_path / "demo", pretraining._train
+    if overwrite:
+        shutil.copytree(demo / "step0", folder)  # something of another kind, to be replaced
 
     def overtaken(seed: int, config: PretrainingConfig, progress: bool):
         yield from train(seed, config, progress)
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(demo, folder)
+        (folder / "of the twin").touch()
 
     monkeypatch.setattr(pretraining, "_train", overtaken)
-    assert pretrain_demo(folder, 0, config=TINY, progress=False) == folder
-    assert demo_is_intact(folder, 0, TINY) and [p.name for p in tmp_path.iterdir()] == ["demo"]
+    assert pretrain_demo(folder, 0, config=TINY, overwrite=overwrite, progress=False) == folder
+    assert demo_is_intact(folder, 0, TINY) and (folder / "of the twin").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
 @pytest.mark.parametrize(

@@ -80,15 +80,15 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
         run.save_table(f"attribution/{task}", effects)
         run.save_table(f"attribution/{task}.snapshots", snapshots)
         run.save_table(f"ablation/{task}", _ablation(common, snapshots["metric_clean"].tolist(), rng))
-    norms = rng.uniform(0, 1, (40, S))
+    norms = rng.uniform(0, 1, (12, S))
     run.save_table(
         "probe",
         pd.DataFrame(
             {
-                "feature": np.repeat(np.arange(40), S),
-                "snapshot": np.tile(np.arange(S), 40),
-                "label": labels * 40,
-                "step": steps * 40,
+                "feature": np.repeat(np.arange(12), S),
+                "snapshot": np.tile(np.arange(S), 12),
+                "label": labels * 12,
+                "step": steps * 12,
                 "norm": norms.flatten(),
                 "probe_error": np.clip(1 - norms + rng.normal(0, 0.2, norms.shape), 0, 1).flatten(),
                 "n": 1000,
@@ -591,6 +591,10 @@ _OVERLAPS = r"""
   const found = [];
   for (const plot of document.querySelectorAll(".plot")) {
     const parts = [...plot.querySelectorAll(kinds)], name = plot.dataset.spec, outer = box(plot);
+    const title = plot.querySelector(".g-xtitle text");
+    const ticks = [...plot.querySelectorAll(".xtick text")];
+    const among = title && ticks.some((tick) => box(tick).bottom > box(title).top + 1);
+    if (among) found.push(`${name}: x title among the ticks`);
     for (const [i, a] of parts.entries()) {
       const inner = box(a);
       const outside = inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;

@@ -121,7 +121,7 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     run = RunDir(tmp_path / "a")
     run.save_table("probe", pd.DataFrame({"x": [1]}))
 
-    def interrupted(self: pd.DataFrame, path: Path, **_: Any) -> None:
+    def interrupted(_: pd.DataFrame, path: Path, **__: Any) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 

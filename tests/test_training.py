@@ -170,6 +170,28 @@ def test_the_state_of_the_trainer_comes_back(acts: Activations, tmp_path: Path):
     assert not list((tmp_path / "run" / "checkpoints").glob("partial-*"))
 
 
+def test_a_checkpoint_cut_short_leaves_the_one_before(
+    acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=5)
+    save, calls = SAETrainer.save_trainer_state, []
+
+    def cut_short(self: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise Interrupted
+        save(self, path)
+
+    monkeypatch.setattr(SAETrainer, "save_trainer_state", cut_short)
+    with pytest.raises(Interrupted):
+        train(acts, ALL["topk_crosscoder"](), settings)
+    found = RunDir(tmp_path / "run").last_checkpoint()
+    assert found is not None and (found / "trainer_state.pt").is_file() and calls[2].name.startswith("partial-")
+    assert int(found.name.removeprefix("tokens-")) < int(calls[2].name.removeprefix("partial-"))
+    resumed = train(acts, ALL["topk_crosscoder"](), settings)
+    assert same(weights(resumed), weights(train(acts, ALL["topk_crosscoder"](), config())))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["batchtopk_crosscoder", "jumprelu_crosscoder"])
 def test_killed_and_resumed(acts: Activations, tiny_snapshots: Path, architecture: str, tmp_path: Path):
@@ -328,18 +350,22 @@ def test_clipping_leaves_the_thresholds_alone(acts: Activations, limit: float | 
 
 
 def test_dead_features_are_those_silent_for_dead_tokens(acts: Activations):
-    trainer = trainer_of(acts, ALL["batchtopk_crosscoder"](), config(dead_tokens=3 * B))
+    few = 4  # tokens per step, so that a feature often fires on one of them only
+    settings = config(batch_size=few, training_tokens=400, dead_tokens=3 * few)
+    trainer = trainer_of(acts, ALL["batchtopk_crosscoder"](), settings)
     with torch.no_grad():
         trainer.sae.b_enc[:7] = -1e3
-    silent, seen = torch.zeros(40), []
-    for _ in range(6):
+    silent, fired, seen = torch.zeros(40), torch.zeros(40), []
+    for _ in range(12):
         seen.append(trainer.dead_neurons.nonzero().flatten().tolist())
-        acts_of_step = trainer.step(next(trainer.data_provider)).feature_acts.to_dense()
-        silent = torch.where((acts_of_step != 0).any(0), torch.zeros(40), silent + B)
+        active = trainer.step(next(trainer.data_provider)).feature_acts.to_dense() != 0
+        silent = torch.where(active.any(0), torch.zeros(40), silent + few)
+        fired += active.sum(0)
         trainer.n_training_steps += 1
-        assert trainer.dead_neurons.tolist() == (silent > 3 * B).tolist()
+        assert trainer.dead_neurons.tolist() == (silent > 3 * few).tolist()
+        assert torch.equal(trainer.act_freq_scores, fired)
     assert seen[3] == [] and set(range(7)) <= set(seen[4])
-    assert trainer.n_frac_active_samples == 6 * B
+    assert trainer.n_frac_active_samples == 12 * few and bool((fired == 1).any())
 
 
 # ---------------------------------------------------------------------- before the first step
@@ -518,7 +544,7 @@ def test_the_directory_of_another_run_is_refused(acts: Activations, live: Activa
 
     attempts: list[tuple[Activations, CrosscoderTrainingConfig, TrainConfig, str]] = [
         (acts, ALL["batchtopk_crosscoder"](), settings, "architecture.architecture is topk_crosscoder"),
-        (acts, TopKCrosscoderTrainingConfig(d_sae=40, k=5, k_start=12.0, k_anneal_steps=18), settings, "architecture.k is"),
+        (acts, dataclasses.replace(ALL["topk_crosscoder"](), **{"k": 5}), settings, "architecture.k is 4"),
         *(
             (acts, ALL["topk_crosscoder"](), dataclasses.replace(settings, **{name: value}), f"training.{name} is")
             for name, value in {

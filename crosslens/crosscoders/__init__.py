@@ -60,7 +60,7 @@ def register() -> None:
 
 register()
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Crosscoder",
     "CrosscoderConfig",
     "CrosscoderTrainingConfig",

@@ -16,6 +16,7 @@ folding would change decoder norms, and with them TopK selection and JumpReLU ga
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,9 +94,9 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
     Args:
         decoder_init_norm: norm of every decoder row (feature, snapshot) at the start; W_enc starts as W_dec transposed.
             None lets `train` choose the norm that reconstructs a batch best.
-        bias_init: "mean" starts b_dec at the mean scaled activation of each snapshot, and b_enc so that features read the
-            deviation from it; "zero" starts both at 0. The mean needs data: `train` sets it.
-        decoder_init: "independent" draws a row per (feature, snapshot); "shared" starts all snapshots of a feature equal.
+        bias_init: "mean" starts b_dec at the mean scaled activation of each snapshot, and b_enc so that features read
+            the deviation from it; "zero" starts both at 0. The mean needs data: `train` sets it.
+        decoder_init: "independent" draws a row per (feature, snapshot); "shared" starts a feature's snapshots equal.
     """
 
     decoder_init_norm: float | None = 0.1
@@ -323,7 +324,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         feature_acts = self.hook_sae_acts_post(self.shared_acts(acts))
         sae_out = self.hook_sae_recons(self.decode_training(acts))
         mse_loss = self.reconstruction_loss(sae_out, flat)
-        scaled_input = TrainStepInput(**{**vars(step_input), "sae_in": flat})
+        scaled_input = dataclasses.replace(step_input, sae_in=flat)
         aux_losses = self.calculate_aux_loss(scaled_input, acts, hidden_pre, sae_out)
         losses: dict[str, Tensor] = {"mse_loss": mse_loss, **aux_losses}
         return TrainStepOutput(

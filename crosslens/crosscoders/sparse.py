@@ -57,7 +57,8 @@ def batch_top_pairs(hidden_pre: Float[Tensor, "B F"], scores: Float[Tensor, "B F
     """The `count` largest positive scores of a whole batch; of equal scores the earlier ones."""
     flat = scores.flatten()
     threshold = kth_largest(flat, count)
-    chosen = ((flat >= threshold) & (flat > 0)).nonzero().flatten()
+    # what is not smaller, instead of what is larger: NaN is chosen, and shows in the loss
+    chosen = ((flat < threshold) | (flat <= 0)).logical_not_().nonzero().flatten()
     if len(chosen) > count:
         values = flat[chosen]
         tied = (values == threshold).nonzero().flatten()
@@ -75,7 +76,9 @@ def token_top_pairs(hidden_pre: Float[Tensor, "B F"], scores: Float[Tensor, "B F
     """The k largest scores of every token."""
     features = scores.topk(k, dim=-1, sorted=False).indices.sort(-1).values
     tokens = torch.arange(len(scores), device=scores.device).repeat_interleave(k)
-    return Pairs(tokens, features.flatten(), hidden_pre.gather(1, features).relu().flatten(), tuple(scores.shape))
+    return Pairs(
+        tokens, features.flatten(), hidden_pre.gather(1, features).relu().flatten(), (len(scores), scores.shape[1])
+    )
 
 
 def kth_largest(flat: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:

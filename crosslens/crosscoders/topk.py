@@ -54,7 +54,7 @@ class TopKCrosscoderConfig(CrosscoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_k(self.k, self.d_sae)
+        _check_k(self.k, self.d_sae, whole=True)
 
     @override
     @classmethod
@@ -116,7 +116,7 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_k(self.k, self.d_sae)
+        _check_k(self.k, self.d_sae, whole=self.architecture() == "topk_crosscoder")
         if self.k_start is not None:
             _check_k(self.k_start, self.d_sae, "k_start")
 
@@ -197,7 +197,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
             candidates = hidden_pre[:, ids]
             count = max(1, min(self.d_model // 2, len(ids)))
             among = token_top_pairs(candidates, candidates.relu() * norms[ids], count)
-            pairs = Pairs(among.tokens, ids[among.features], among.values, tuple(hidden_pre.shape))
+            pairs = Pairs(among.tokens, ids[among.features], among.values, (len(hidden_pre), hidden_pre.shape[1]))
         rebuilt = decode_pairs(flat, pairs, self.W_enc, self.b_enc, self.W_dec)
         return (rebuilt - residual).square().sum(-1).mean() / variance
 
@@ -272,8 +272,9 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
     def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
         """Move the threshold towards the smallest positive score that a batch kept."""
         smallest = torch.where(kept > 0, kept, torch.inf).amin() if len(kept) else kept.new_tensor(torch.inf)
-        moved = self.threshold.lerp(smallest.float(), self.cfg.topk_threshold_lr)
-        first = torch.where(self.threshold > 0, moved, smallest.float())
+        smallest = smallest.to(self.threshold.dtype)
+        moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)
+        first = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), first, self.threshold))
 
 
@@ -315,6 +316,8 @@ def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tenso
     return hidden_pre.relu() * (scores(hidden_pre, decoder_norms) > threshold)
 
 
-def _check_k(k: Any, d_sae: int, name: str = "k") -> None:
+def _check_k(k: Any, d_sae: int, name: str = "k", whole: bool = False) -> None:
     if not 0 < k <= d_sae:
         raise UserError(f"{name}={k} is not in (0, d_sae={d_sae}]; choose {name} between 1 and the number of features")
+    if whole and not isinstance(k, int):
+        raise UserError(f"{name}={k} is not a whole number; TopK keeps {name} features of every token, use BatchTopK")

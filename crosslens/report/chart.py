@@ -325,10 +325,8 @@ def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None
 
 
 def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, str]) -> None:
-    """Give a figure a colour axis from the first to the last tick, with its bar above the figure on the right."""
-    # beside a colour bar, plotly writes an x title that has a standoff over the tick labels
-    figure.update_xaxes(title_standoff=None)
-    figure.update_layout(margin_t=84)
+    """Give a figure a colour axis from the first to the last tick, with its bar above the figure on the left."""
+    figure.update_layout(margin_t=60)
     figure.layout["coloraxis"] = {
         "cmin": min(ticks),
         "cmax": max(ticks),
@@ -337,11 +335,13 @@ def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, st
             "orientation": "h",
             "thickness": 10,
             "len": 0.5,
-            "x": 1,
-            "xanchor": "right",
-            "xpad": 32,
-            "y": 1.01,
-            "yanchor": "bottom",
+            "x": 0,
+            "xanchor": "left",
+            "xpad": 20,
+            # placed against the paper, plotly would write the x title over the tick labels
+            "yref": "container",
+            "y": 0.99,
+            "yanchor": "top",
             "outlinewidth": 0,
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),

@@ -76,7 +76,7 @@
   // the figure for this window, its axes on so many pixels
   function prepared(plot, width) {
     const figure = structuredClone(specs.get(plot));
-    spread(figur);
+    spread(figure);
     along(figure, width);
     if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
     figure.layout.width = plot.clientWidth;
