@@ -59,14 +59,14 @@ class DemoConfig:
 
     hook_name: str = "blocks.1.hook_resid_post"
     n_documents: int = 8_000
-    n_tokens: int = 200_000
-    epochs: int = 4
+    n_tokens: int = 160_000
+    epochs: int = 5
     d_sae: int = 1024
     k: int = 16
     k_start: float = 192
     batch_size: int = 1024
     lr: float = 1.5e-3
-    n_prompts: int = 80
+    n_prompts: int = 60
     n_random: int = 100
     n_exact: int = 100
     n_probes: int = 50
@@ -202,8 +202,7 @@ def _causes(
     largest = ie.top(min(config.n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
     exact = exact_effects(chosen_runs, last, largest, value="patch")
     rank = {
-        name: spearman(exact, values.effects[largest, last])
-        for name, values in (("ig", ie), ("gradient", gradient))
+        name: spearman(exact, values.effects[largest, last]) for name, values in (("ig", ie), ("gradient", gradient))
     }
     return {"ie": ie, "ablation": _ablation_summary(table, last, ie), "spearman": rank}
 

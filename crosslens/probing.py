@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int, Int8
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -91,9 +92,16 @@ def probe(
         n = sum(len(indices) for indices, _ in halves)
         if n < min_samples:
             continue
-        for s in range(crosscoder.n_snapshots):
-            error = _probe_error(*((x[indices, s].numpy(), y) for indices, y in halves))
-            rows.append({"feature": feature, "snapshot": s, "norm": float(v[feature, s]), "probe_error": error, "n": n})
+        # the problems are small: handing their products to several threads costs more than it saves
+        with threadpool_limits(1):
+            errors = [
+                _probe_error(*((x[indices, s].numpy(), y) for indices, y in halves))
+                for s in range(crosscoder.n_snapshots)
+            ]
+        rows += [
+            {"feature": feature, "snapshot": s, "norm": float(v[feature, s]), "probe_error": error, "n": n}
+            for s, error in enumerate(errors)
+        ]
     table = pd.DataFrame(rows, columns=["feature", "snapshot", "norm", "probe_error", "n"])
     for place, name in ((2, "label"), (3, "step")):
         table.insert(place, name, snapshots[name].take(table["snapshot"].tolist()).array)

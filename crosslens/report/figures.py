@@ -137,6 +137,9 @@ def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
     groups = chosen["origin"].to_numpy()
     middles = {origin: float(np.flatnonzero(groups == origin).mean()) for origin in ORIGINS if (groups == origin).any()}
     totals = alive["origin"].value_counts()
+    # a label takes a good twentieth of the height: thin groups next to each other would print over each other
+    labelled = {origin: y for origin, y in middles.items() if (groups == origin).mean() > 0.06}
+    thin = ", ".join(f"{totals[origin]:,} {origin}" for origin in middles if origin not in labelled)
     figure.update_layout(
         # the script spreads these over the rows and columns, as the hover texts of each cell
         meta={"axis": "labels", "rows": ints(chosen["feature"]), "columns": axis.hover(list(axis.labels))},
@@ -147,8 +150,8 @@ def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
         showgrid=False,
         zeroline=False,
         tickmode="array",
-        tickvals=list(middles.values()),
-        ticktext=[f"{origin}<br>({totals[origin]:,})" for origin in middles],
+        tickvals=list(labelled.values()),
+        ticktext=[f"{origin}<br>({totals[origin]:,})" for origin in labelled],
     )
     for origin in middles:
         first = float(np.flatnonzero(groups == origin)[0])
@@ -158,6 +161,8 @@ def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
     note = f"{len(alive):,} features; {dead:,} dead ones left out."
     if len(chosen) < len(alive):
         note += f" {len(chosen):,} of them are drawn, evenly spaced in this order."
+    if thin:
+        note += f" Too thin for a label, from top to bottom: {thin}."
     data = chosen[[c for c in ("feature", "origin", "fate", "birth", "peak") if c in chosen]].reset_index(drop=True)
     return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
 
