@@ -336,7 +336,7 @@ def _attribute_snapshot(
         else:
             error0 = torch.zeros_like(error)
         start = crosscoder.decode_snapshot(f0, s) + error0
-        slope = _mean_gradient(runs, model, batch, run, start, clean, nodes, weights)
+        slope = mean_gradient(runs, model, batch, run, start, clean, nodes, weights)
         with torch.no_grad():
             ends = [spliced_metric(runs, model, batch, run, x[None])[0] for x in (clean, start)]
         effects.append(((f - f0) * (slope @ directions.T)).sum(1).double().cpu())
@@ -358,7 +358,7 @@ def _attribute_snapshot(
     }
 
 
-def _mean_gradient(
+def mean_gradient(
     runs: PromptRuns,
     model: Any,
     batch: PromptBatch,

@@ -116,6 +116,9 @@ def run_demo(
     mark = lap("causes", mark)
     run.update(timings=timings)
     summary = _summary(run, snaps, causes, probes)
+    for name, find in (("late_feature", late_feature), ("sign_change", sign_change)):
+        finding = find({task: cause["ie"] for task, cause in causes.items()})
+        summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
     lap("report", mark)
     write_report(run.path, title=f"crosslens demo, seed {seed}")
     summary = {"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary}
@@ -249,8 +252,6 @@ def _summary(run: RunDir, snaps: Snapshots, causes: dict[str, Any], probes: pd.D
         "ablation": {name: cause["ablation"] for name, cause in causes.items()},
         "spearman_ie_exact": {name: cause["spearman"] for name, cause in causes.items()},
         "probe": {**probe_correlation(probes), "without_step0": probe_correlation(probes, without=(0,))},
-        "late_feature": late_feature(effects),
-        "sign_change": sign_change(effects),
     }
 
 
@@ -276,6 +277,25 @@ def sign_change(effects: dict[str, Attribution]) -> dict[str, Any]:
         swing = torch.minimum(sure.amax(1), -sure.amin(1))
         found.append(_finding(ie, int(swing.argmax()), swing=float(swing.max())))
     return max(found, key=lambda finding: finding["swing"])
+
+
+@torch.no_grad()
+def top_examples(crosscoder: Crosscoder, acts: Activations, feature: int, n: int = 8) -> list[str]:
+    """Where a feature is most active in the held-out text: up to six words, the last one in brackets being the place."""
+    tokens = acts.held_out_tokens()
+    values = crosscoder.encode(acts.block(len(acts.tokens) - len(tokens), len(acts.tokens)))[..., feature]
+    values = values * acts.keep(tokens)
+    examples: list[str] = []
+    for place in values.flatten().argsort(descending=True).tolist():
+        row, position = divmod(place, tokens.shape[1])
+        words = acts.snapshots.tokenizer.convert_ids_to_tokens(tokens[row, : position + 1].tolist())
+        sentence = words[max(0, len(words) - 6) :]
+        example = " ".join([*sentence[:-1], f"[{sentence[-1]}]"])
+        if values[row, position] > 0 and example not in examples:
+            examples.append(example)
+        if len(examples) == n or values[row, position] <= 0:
+            break
+    return examples
 
 
 def _finding(ie: Attribution, feature: int, **figures: float) -> dict[str, Any]:
