@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "crosslens.ablation": ("ablate", "exact_effects"),
     "crosslens.activations": ("Activations",),
-    "crosslens.attribution": ("Attribution", "PromptRuns", "attribute", "relie"),
+    "crosslens.attribution": ("Attribution", "attribute", "relie"),
     "crosslens.crosscoders": (
         "Crosscoder",
         *(
@@ -36,6 +36,7 @@ _MODULES = {
     "crosslens.pretrained": ("from_pretrained", "load"),
     "crosslens.probing": ("probe", "probe_correlation"),
     "crosslens.report": ("write_report",),
+    "crosslens.runs": ("PromptRuns",),
     "crosslens.snapshots": ("Snapshot", "Snapshots"),
     "crosslens.tasks": ("Task",),
     "crosslens.training": ("TrainConfig", "train"),
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from crosslens.ablation import exact_effects as exact_effects
     from crosslens.activations import Activations as Activations
     from crosslens.attribution import Attribution as Attribution
-    from crosslens.attribution import PromptRuns as PromptRuns
     from crosslens.attribution import attribute as attribute
     from crosslens.attribution import relie as relie
     from crosslens.crosscoders import *  # noqa: F403
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from crosslens.probing import probe as probe
     from crosslens.probing import probe_correlation as probe_correlation
     from crosslens.report import write_report as write_report
+    from crosslens.runs import PromptRuns as PromptRuns
     from crosslens.snapshots import Snapshot as Snapshot
     from crosslens.snapshots import Snapshots as Snapshots
     from crosslens.tasks import Task as Task

@@ -24,9 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from crosslens.attribution import BASELINES, BATCH_TOKENS, Attribution, PromptRuns, spliced_metric
+from crosslens.attribution import BASELINES, BATCH_TOKENS, Attribution, spliced_metric
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError, did_you_mean
+from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 

@@ -12,10 +12,8 @@ outliers that say nothing about the text.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,92 +25,12 @@ from tqdm.auto import tqdm
 
 from crosslens.cache import ActivationCache
 from crosslens.errors import UserError
-from crosslens.hooks import canonical_hook, hook_layer
+from crosslens.harvest import Plan, harvest, special_positions
 from crosslens.snapshots import Snapshots
 from crosslens.tokens import Dataset, describe_dataset, token_sequences
 
 BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
-
-
-@torch.no_grad()
-def harvest(
-    snapshots: Snapshots,
-    tokens: Int[Tensor, "N T"],
-    hook_name: str,
-    *,
-    device: str = "cpu",
-    batch_tokens: int = 16_384,
-    backend: str = "bridge",
-    only: int | None = None,
-) -> Float[Tensor, "N T S D"]:
-    """Activations of all snapshots at a hook point, one snapshot after the other; only blocks up to the hook are run.
-
-    Args:
-        snapshots: models of one pretraining run.
-        tokens: sequences of equal length.
-        hook_name: TransformerLens name such as `blocks.1.hook_resid_post`.
-        device: where the models run; the result is on the CPU.
-        batch_tokens: tokens per forward pass.
-        backend: "bridge" or "hooked_transformer".
-        only: harvest this snapshot alone; S is then 1.
-
-    Raises:
-        UserError: an activation is not finite; snapshot and hook are named.
-    """
-    chosen = range(len(snapshots)) if only is None else [only]
-    name, layer = canonical_hook(hook_name), hook_layer(hook_name)
-    out = torch.empty(*tokens.shape, len(chosen), snapshots.d_model)
-    step = max(1, batch_tokens // tokens.shape[1])
-    for column, s in enumerate(chosen):
-        model = snapshots.model(s, device=device, backend=backend)
-        for start in range(0, len(tokens), step):
-            batch = tokens[start : start + step].long().to(device)
-            _, cache = model.run_with_cache(batch, names_filter=name, stop_at_layer=layer, return_cache_object=False)
-            out[start : start + step, :, column] = cache[name].float().cpu()
-        if not torch.isfinite(out[:, :, column]).all():
-            raise UserError(
-                f"snapshot {snapshots.labels[s]} has non-finite activations at {hook_name}: leave this snapshot out, "
-                "or check its weights"
-            )
-    return out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a harvest costs, before anything is run.
-
-    Attributes:
-        n_tokens: tokens per snapshot for training, special positions left out.
-        n_sequences: sequences for training and held-out evaluation.
-        n_snapshots: S.
-        d_model: D.
-        forwards: tokens through a model, summed over snapshots, for one pass over the data.
-        live_bytes: memory of one block of activations while training live.
-        cache_bytes: disk space of the cache in bfloat16; twice that in float32.
-        seconds: estimate for one pass from a measured forward of the first snapshot, NaN when not measured.
-    """
-
-    n_tokens: int
-    n_sequences: int
-    n_snapshots: int
-    d_model: int
-    forwards: int
-    live_bytes: int
-    cache_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        estimate = "not measured" if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
-        return "\n".join(
-            [
-                f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
-                f"snapshots   {self.n_snapshots} x d_model {self.d_model}",
-                f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
-                f"memory      {self.live_bytes / 2**20:,.0f} MiB of activations at a time",
-                f"cache       {self.cache_bytes / 2**20:,.0f} MiB on disk in bfloat16, if cached",
-            ]
-        )
 
 
 class Activations:
@@ -299,12 +217,8 @@ class Activations:
             start: batches to skip; the stream continues as if they had been read.
             epochs: passes over the data, without end when None; the last incomplete batch is not given.
         """
+        self.check_batch(batch_size)
         per_epoch = self.n_tokens
-        if batch_size > per_epoch:
-            raise UserError(
-                f"batch_size={batch_size} is more than one epoch of {per_epoch} activations; take more tokens or a "
-                f"batch size of at most {per_epoch}"
-            )
         epoch, skip = divmod(start * batch_size, per_epoch)
         left: Tensor | None = None
         while epochs is None or epoch < epochs:
@@ -315,6 +229,11 @@ class Activations:
                     yield from rows[:whole].split(batch_size)
                 left = rows[whole:].clone()
             epoch, skip = epoch + 1, 0
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse batches larger than an epoch, for which there would never be enough."""
+        if not 0 < batch_size <= self.n_tokens:
+            raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
     def _shuffled_blocks(self, epoch: int, skip: int) -> Iterator[Float[Tensor, "n S D"]]:
         size = self.block_sequences
@@ -437,15 +356,6 @@ class Activations:
             cache_bytes=self.tokens.numel() * S * D * 2,
             seconds=seconds,
         )
-
-
-def special_positions(tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-    """Positions whose token is the tokenizer's BOS or padding token."""
-    ids = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
-    special = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in ids:
-        special |= tokens == token
-    return special
 
 
 def generator(*numbers: int) -> torch.Generator:

@@ -24,12 +24,13 @@ from scipy.stats import rankdata
 from crosslens import grammar
 from crosslens.ablation import ablate, exact_effects
 from crosslens.activations import Activations
-from crosslens.attribution import Attribution, PromptRuns, attribute, relie
+from crosslens.attribution import Attribution, attribute, relie
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.evolution import evolve
 from crosslens.probing import probe, probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
+from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 from crosslens.training import TrainConfig, train
@@ -281,7 +282,7 @@ def sign_change(effects: dict[str, Attribution]) -> dict[str, Any]:
 
 @torch.no_grad()
 def top_examples(crosscoder: Crosscoder, acts: Activations, feature: int, n: int = 8) -> list[str]:
-    """Where a feature is most active in the held-out text: up to six words, the last one in brackets being the place."""
+    """Where a feature is most active in the held-out text: up to six words, the place itself in brackets."""
     tokens = acts.held_out_tokens()
     values = crosscoder.encode(acts.block(len(acts.tokens) - len(tokens), len(acts.tokens)))[..., feature]
     values = values * acts.keep(tokens)

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
-from crosslens.activations import Activations, harvest
+from crosslens.activations import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.harvest import harvest
 from crosslens.intervention import spliced_logits
 
 MIN_ZERO_COST = 0.1  # nats; below this, "recovered" divides by noise

@@ -126,6 +126,7 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
     """
     config = config or TrainConfig()
     architecture = complete(architecture, acts, config.device)
+    acts.check_batch(config.batch_size)
     total = config.training_tokens or acts.n_tokens
     run = RunDir(config.run_dir) if config.run_dir is not None else None
     if run is not None:

@@ -15,10 +15,11 @@ from transformers import GPTNeoXForCausalLM
 
 from crosslens import crosscoders
 from crosslens.ablation import _size_matched, ablate, exact_effects, feature_sizes, set_metrics
-from crosslens.attribution import Attribution, PromptRuns, attribute, quadrature, relie
+from crosslens.attribution import Attribution, attribute, quadrature, relie
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.intervention import spliced_logits
+from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 
