@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -122,9 +123,9 @@ def run_demo(
         summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
     lap("report", mark)
     write_report(run.path, title=f"crosslens demo, seed {seed}")
-    summary = {"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary}
+    summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     partial = run.path / "summary.json.tmp"
-    partial.write_text(json.dumps(summary, indent=1))
+    partial.write_text(json.dumps(summary, indent=1, allow_nan=False))
     os.replace(partial, run.path / "summary.json")
     return summary
 
@@ -297,6 +298,15 @@ def top_examples(crosscoder: Crosscoder, acts: Activations, feature: int, n: int
         if len(examples) == n or values[row, position] <= 0:
             break
     return examples
+
+
+def _strict(value: Any) -> Any:
+    """The same in strict JSON: what is not a number is null."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finding(ie: Attribution, feature: int, **figures: float) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def test_the_river(command: Command, trained: Path, tiny_snapshots: Path, files:
     assert (code, err) == (0, "")
     assert (trained / "crosscoder" / "sae_weights.safetensors").read_bytes() == weights
     recorded = run.read_json()
-    assert recorded["hook_name"] == HOOK and [s["label"] for s in recorded["snapshots"]] == [
+    assert recorded["hook_name"] == HOOK
+    assert [s["label"] for s in recorded["snapshots"]] == [
         "step0",
         "step10",
         "step20",
