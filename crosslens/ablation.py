@@ -163,6 +163,7 @@ def ablate(
             "label": snapshots.labels[s],
             "step": snapshots.steps[s],
             "mode": "keep" if keep else "ablate",
+            "value": value,
             "error": error,
             "clean": _mean(runs, s, torch.empty(1, 0, dtype=torch.long)),
             "reconstruction_only": _mean(runs, s, torch.empty(1, 0, dtype=torch.long), error=False),

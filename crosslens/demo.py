@@ -258,13 +258,15 @@ def _summary(run: RunDir, snaps: Snapshots, causes: dict[str, Any], probes: pd.D
 
 
 def late_feature(effects: dict[str, Attribution]) -> dict[str, Any]:
-    """Of the features that carry an attractor task at the end, the one whose RelIE lies latest."""
+    """Of the features that carry a tenth of an attractor task's metric at the end, the one whose RelIE lies latest."""
     found: list[dict[str, Any]] = []
     for name in ("pp", "subj_rel"):
         ie = effects[name]
         share = relie(ie)
         S = share.shape[1]
         top = ie.top(min(15, int(ie.active[:, -1].sum())), S - 1)
+        carried = ie.effects[top, -1] >= 0.1 * ie.metric_clean[-1]
+        top = top[carried] if carried.any() else top[:1]
         centre = (share[top] * torch.arange(S) / (S - 1)).sum(-1).nan_to_num(0.0)
         feature = int(top[centre.argmax()])
         found.append(_finding(ie, feature, centre_of_mass=float(centre.max())))

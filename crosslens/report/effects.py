@@ -40,6 +40,13 @@ _SETS = {
     "size_matched": ("size-matched features", Style(SERIES[1], "diamond", "dot")),
 }
 
+EDITED = {
+    "zero": "Features outside what is left are set to zero.",
+    "mean": "Features outside what is left are set to their mean over the prompts.",
+    "patch": "Features outside what is left are set to their value on the paired prompt.",
+}
+"""What became of the edited features, by the column `value` of an ablation table."""
+
 
 def top_features(table: Frame, n: int) -> list[int]:
     """Features of the largest max over snapshots of |IE|, largest first, among those whose RelIE is defined."""
@@ -155,6 +162,8 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     )
     draws = int(rows["n_draws"].max())
     note = f"At {label}; the clean metric is {clean:.3f} logits."
+    if "value" in rows:
+        note += f" {EDITED[str(rows['value'].iloc[0])]}"
     note += f" Bands: ± 1 standard deviation over up to {draws:,} draws."
     return Chart(figure, _ablation_data(rows), note)
 
