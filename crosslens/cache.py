@@ -73,7 +73,12 @@ class ActivationCache:
     def _claim(self, request: dict[str, Any]) -> None:
         manifest = self.folder / "manifest.json"
         if manifest.exists():
-            found = json.loads(manifest.read_text())
+            try:
+                found: dict[str, Any] = dict(json.loads(manifest.read_text()))
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{manifest} is damaged ({error}); delete the folder {self.folder} and harvest again"
+                ) from error
             for key, value in request.items():
                 if found.get(key) != value:
                     raise UserError(

@@ -191,3 +191,12 @@ def test_runs_of_sequences_across_shards(tmp_path: Path, size: int):
     for first in range(10):
         for last in range(first + 1, 11):
             assert torch.equal(cache.read(first, last), values[first:last])
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
+    tokens = torch.arange(12, dtype=torch.int32).view(4, 3)
+    ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"})
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:40])
+    with pytest.raises(UserError, match="manifest.json is damaged .* delete the folder"):
+        ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"})
