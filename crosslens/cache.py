@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, first_line, shortened
 
 FORMAT = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,8 +82,8 @@ class ActivationCache:
             for key, value in request.items():
                 if found.get(key) != value:
                     raise UserError(
-                        f"{self.folder} is the cache of another request: its {key} is {_short(found.get(key))}, asked "
-                        f"for is {_short(value)}; give another folder, or delete this one"
+                        f"{self.folder} is the cache of another request: its {key} is {shortened(found.get(key))}, "
+                        f"asked for is {shortened(value)}; give another folder, or delete this one"
                     )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,15 +136,10 @@ class ActivationCache:
                 if path not in self._verified and file.metadata()["crc32"] != _checksum(tensor):
                     raise UserError(f"{path} does not match its checksum; {remedy}")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}); {remedy}") from error
         self._verified.add(path)
         return tensor
 
 
 def _checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor.view(torch.uint8).numpy().data):08x}"
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

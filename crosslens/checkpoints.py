@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError, did_you_mean, first_line
 
 LanguageModel: TypeAlias = Any
 """A TransformerBridge or a HookedTransformer; both have run_with_cache, run_with_hooks and stop_at_layer."""
@@ -159,10 +159,6 @@ def _quiet() -> Generator[None, None, None]:
             logging.disable(logged)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class _DamagedFileError(Exception):
     """A file of weights that cannot be read."""
 
@@ -220,7 +216,7 @@ class Snapshot:
             with _quiet():
                 return AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise self._error(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}") from error
+            raise self._error(f"transformers cannot read {folder / 'config.json'}: {first_line(error)}") from error
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in `tokenizer_source`."""
@@ -229,7 +225,7 @@ class Snapshot:
             with _quiet():
                 return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise self._error(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+            raise self._error(f"transformers cannot read the tokenizer in {folder}: {first_line(error)}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -314,7 +310,7 @@ class Snapshot:
         except UserError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise self._error(f"transformers cannot load {self.folder()}: {_first_line(error)}") from error
+            raise self._error(f"transformers cannot load {self.folder()}: {first_line(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise self._error(
                 f"{self.folder()} lacks {len(missing)} tensors, such as {missing[0]}, which would be random numbers: "

@@ -7,7 +7,7 @@ from pathlib import Path
 from sae_lens import SAE
 
 from crosslens.crosscoders import ARCHITECTURES, Crosscoder
-from crosslens.errors import UserError
+from crosslens.errors import UserError, first_line
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Crosscoder:
@@ -34,9 +34,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Cro
         ) from error
     except Exception as error:
         # safetensors, json and torch each have their own exceptions for damaged files
-        raise UserError(
-            f"{path} cannot be loaded ({str(error).splitlines()[0]}); train or download it again"
-        ) from error
+        raise UserError(f"{path} cannot be loaded ({first_line(error)}); train or download it again") from error
     return _as_crosscoder(loaded, str(path))
 
 

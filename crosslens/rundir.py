@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, shortened
 
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
@@ -98,8 +98,8 @@ class RunDir:
             if difference is not None:
                 key, old, new = difference
                 raise UserError(
-                    f"{self.path} is the directory of another run: its {key} is {_short(old)}, asked for is "
-                    f"{_short(new)}; give another directory, nothing in this one was changed"
+                    f"{self.path} is the directory of another run: its {key} is {shortened(old)}, asked for is "
+                    f"{shortened(new)}; give another directory, nothing in this one was changed"
                 )
             return
         stamp = contents or {
@@ -170,8 +170,3 @@ def _first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any,
                 return inner
         return None
     return None if found == wanted else (key, found, wanted)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -24,7 +24,7 @@ from scipy.stats import norm
 from tqdm.auto import tqdm
 
 from crosslens import grammar
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError, did_you_mean, first_line
 from crosslens.prompts import Item, Prompts, encode, logit_difference
 from crosslens.prompts import PromptBatch as PromptBatch
 
@@ -326,7 +326,7 @@ def _hub_rows(uid: str) -> list[tuple[str, Mapping[str, Any]]]:
     try:
         rows: Any = datasets.load_dataset("nyu-mll/blimp", uid, split="train")
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"BLiMP paradigm {uid!r} cannot be read from the hub ({reason}): check its name and the connection, "
             "or give its .jsonl file"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError, did_you_mean, first_line
 
 Dataset: TypeAlias = str | Path | Sequence[str] | Tensor | NDArray[Any]
 
@@ -134,7 +134,7 @@ def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> It
             table = load_dataset(_BUILDERS[suffix], data_files=name, split="train", streaming=True, **options)
         except Exception as error:
             # parquet is opened here already, and pyarrow has exceptions of its own
-            raise UserError(f"dataset {name} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
     elif Path(name).suffix in {*_BUILDERS, ".gz"} or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"dataset file {name} does not exist; give an existing file, or a hub name such as 'user/name'")
     else:
@@ -142,7 +142,7 @@ def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> It
             table = load_dataset(name, split=split, streaming=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"dataset {name!r} (split {split!r}) cannot be read from the hub: {_first_line(error)}; "
+                f"dataset {name!r} (split {split!r}) cannot be read from the hub: {first_line(error)}; "
                 "check the name and the connection, or give a local file"
             ) from error
     return _column(table, name, text_column)
@@ -156,7 +156,7 @@ def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
         raise UserError(f"dataset {name} is empty; give a file with documents") from None
     except Exception as error:
         # datasets raises many kinds here: parsers, decompression, the network
-        raise UserError(f"dataset {name} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
     if text_column not in first:
         raise UserError(
             f"text_column={text_column!r} is not in {name}: its columns are {', '.join(map(repr, first))}"
@@ -169,7 +169,3 @@ def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
 
 def _is_file(dataset: str | Path) -> bool:
     return Path(dataset).is_file()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
