@@ -39,7 +39,8 @@ _MODULES = {
     "crosslens.runs": ("PromptRuns",),
     "crosslens.snapshots": ("Snapshot", "Snapshots"),
     "crosslens.tasks": ("Task",),
-    "crosslens.training": ("TrainConfig", "train"),
+    "crosslens.trainer": ("TrainConfig",),
+    "crosslens.training": ("train",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 _SUBMODULES = ("recipes",)
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from crosslens.snapshots import Snapshot as Snapshot
     from crosslens.snapshots import Snapshots as Snapshots
     from crosslens.tasks import Task as Task
-    from crosslens.training import TrainConfig as TrainConfig
+    from crosslens.trainer import TrainConfig as TrainConfig
     from crosslens.training import train as train
 
 

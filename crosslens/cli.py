@@ -142,7 +142,7 @@ def train(
     """Train a crosscoder; the same command continues after an interruption."""
     from crosslens import crosscoders
     from crosslens.activations import Activations
-    from crosslens.training import TrainConfig
+    from crosslens.trainer import TrainConfig
     from crosslens.training import train as train_crosscoder
 
     if architecture not in ARCHITECTURES:

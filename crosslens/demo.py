@@ -34,7 +34,8 @@ from crosslens.rundir import RunDir
 from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
-from crosslens.training import TrainConfig, train
+from crosslens.trainer import TrainConfig
+from crosslens.training import train
 
 TASKS = ("simple", "pp", "subj_rel")
 

@@ -100,7 +100,7 @@ def search_decoder_norm(sae: CrosscoderTrainingSAE, batch: Float[Tensor, "B S D"
         sae.W_enc.copy_(sae.W_dec.T)
         centre(sae)
         flat = sae.process_sae_in(batch)
-        return float(sae.reconstruction_loss(sae.decode_training(sae.training_acts(sae.hidden_pre(flat))), flat))
+        return float(sae.reconstruction_loss(sae.decode_flat(sae.gate(sae.hidden_pre(flat))), flat))
 
     best = min((0.1 * i for i in range(1, 51)), key=error)
     best = min((max(0.01, best - 0.1 + 0.01 * i) for i in range(21)), key=error)

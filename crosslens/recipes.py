@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
-from crosslens.training import TrainConfig
+from crosslens.trainer import TrainConfig
 
 
 def evolution_of_concepts(

@@ -13,100 +13,26 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from sae_lens import LoggingConfig, SAETrainer
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from torch import Tensor
-from torch.optim import Adam
-from torch.optim.lr_scheduler import LambdaLR
-from typing_extensions import override
 
 from crosslens.activations import Activations
 from crosslens.crosscoders import (
     Crosscoder,
     CrosscoderTrainingConfig,
     CrosscoderTrainingSAE,
-    JumpReLUCrosscoderTrainingConfig,
 )
 from crosslens.errors import UserError
 from crosslens.evaluation import evaluate, quick_metrics
 from crosslens.initialisation import initialise
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """How a crosscoder is trained.
-
-    Args:
-        run_dir: where run.json, checkpoints and the crosscoder are written; None keeps nothing on disk.
-        training_tokens: activations to train on; more than the data holds means several epochs. None: one epoch.
-        batch_size: B, activations per step.
-        lr: learning rate after the warmup.
-        lr_warm_up: share of the steps over which the learning rate grows linearly from 0.
-        lr_decay: share of the steps, at the end, over which it falls linearly.
-        lr_end_factor: what it falls to, relative to `lr`.
-        adam_beta1: first-moment decay of Adam.
-        adam_beta2: second-moment decay of Adam.
-        max_grad_norm: gradients are clipped to this global norm (thresholds excepted); None does not clip.
-        dead_tokens: a feature that has not fired for so many activations counts as dead and joins the auxiliary loss.
-        scale_tokens: activations on which the scale of each snapshot is estimated.
-        n_checkpoints: checkpoints besides the final one, evenly spaced; only with a `run_dir`.
-        resume: continue from the last checkpoint in `run_dir`.
-        evaluate: measure EV, L0, CE and KL per snapshot on held-out tokens at the end (`run_dir` or W&B).
-        seed: of the initial weights; the order of the data has its own seed in `Activations`.
-        device: of the crosscoder.
-        wandb_project: log to this Weights & Biases project; None does not log. WANDB_MODE=offline works.
-        wandb_run_name: name of the W&B run.
-        wandb_log_frequency: steps between logged losses and metrics.
-        wandb_eval_frequency: logged steps between held-out evaluations.
-    """
-
-    run_dir: str | Path | None = None
-    training_tokens: int | None = None
-    batch_size: int = 4096
-    lr: float = 3e-4
-    lr_warm_up: float = 0.0
-    lr_decay: float = 0.2
-    lr_end_factor: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float | None = 1.0
-    dead_tokens: int = 10_000_000
-    scale_tokens: int = 100_000
-    n_checkpoints: int = 0
-    resume: bool = True
-    evaluate: bool = True
-    seed: int = 0
-    device: str = "cpu"
-    wandb_project: str | None = None
-    wandb_run_name: str | None = None
-    wandb_log_frequency: int = 10
-    wandb_eval_frequency: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "lr", "dead_tokens", "scale_tokens", "wandb_log_frequency", "wandb_eval_frequency"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
-        if self.training_tokens is not None and self.training_tokens < self.batch_size:
-            raise UserError(
-                f"training_tokens={self.training_tokens} is less than one batch of batch_size={self.batch_size}"
-            )
-        if not (self.lr_warm_up >= 0 and self.lr_decay >= 0 and self.lr_warm_up + self.lr_decay <= 1):
-            raise UserError(
-                f"lr_warm_up={self.lr_warm_up} and lr_decay={self.lr_decay} are shares of the steps: "
-                "not negative, and at most 1 together"
-            )
+from crosslens.trainer import CrosscoderTrainer, TrainConfig
 
 
 def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
@@ -145,6 +71,7 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
     trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
     with _wandb_run(config, sae, run):
         trainer.fit()
+        trainer.check_finite()
         crosscoder = sae.to_inference()
         table = evaluate(crosscoder, acts) if config.evaluate and (run or config.wandb_project) else None
         _log_final(config, table)
@@ -179,141 +106,6 @@ def complete(
     return dataclasses.replace(architecture, d_in=S * D, n_snapshots=S, device=device, metadata=metadata)
 
 
-class CrosscoderTrainer(SAETrainer[Any, Any]):
-    """SAELens's trainer with its public seams used: `step`, `optimizer`, `lr_scheduler`, `save_checkpoint`.
-
-    Its own step always clips at 1.0, and its schedulers end at zero; the recipes of both papers need more.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        sae: CrosscoderTrainingSAE,
-        data_provider: Iterator[Tensor],
-        total: int,
-        evaluator: Any = None,
-        run: RunDir | None = None,
-    ) -> None:
-        logger = LoggingConfig(
-            log_to_wandb=config.wandb_project is not None,
-            log_weights_to_wandb=False,
-            wandb_project=config.wandb_project or "",
-            run_name=config.wandb_run_name,
-            wandb_log_frequency=config.wandb_log_frequency,
-            eval_every_n_wandb_logs=config.wandb_eval_frequency,
-        )
-        super().__init__(
-            SAETrainerConfig(
-                total_training_samples=total // config.batch_size * config.batch_size,
-                train_batch_size_samples=config.batch_size,
-                lr=config.lr,
-                lr_end=config.lr,
-                device=config.device,
-                dead_feature_window=max(1, config.dead_tokens // config.batch_size),
-                n_checkpoints=config.n_checkpoints if run is not None else 0,
-                checkpoint_path=None if run is None else str(run.checkpoints),
-                logger=logger,
-            ),
-            sae,
-            data_provider,
-            evaluator,
-        )
-        self.config = config
-        self.run = run
-        thresholds = [p for name, p in sae.named_parameters() if name == "log_threshold"]
-        self.clipped = [p for name, p in sae.named_parameters() if name != "log_threshold"]
-        groups: list[dict[str, Any]] = [{"params": self.clipped, "lr": config.lr}]
-        if thresholds:
-            assert isinstance(sae.cfg, JumpReLUCrosscoderTrainingConfig)
-            groups.append({"params": thresholds, "lr": config.lr * sae.cfg.jumprelu_threshold_lr_factor})
-        self.optimizer = Adam(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True)
-        self.lr_scheduler = LambdaLR(
-            self.optimizer, partial(lr_factor, config=config, total_steps=self.cfg.total_training_steps)
-        )
-
-    @override
-    def step(self, batch: Tensor) -> TrainStepOutput:
-        """One step on raw activations (B, S, D)."""
-        self.sae.train()
-        self.n_training_samples += batch.shape[0]
-        output = self.sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=batch.to(self.sae.device),
-                dead_neuron_mask=self.dead_neurons,
-                coefficients=self.get_coefficients(),
-                n_training_steps=self.n_training_steps,
-                is_logging_step=self.cfg.logger.log_to_wandb
-                and (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0,
-            )
-        )
-        if not torch.isfinite(output.loss):
-            raise FloatingPointError(_non_finite(output, batch, self))
-        output.loss.backward()
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.clipped, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
-        self._count_firings(output.feature_acts)
-        return output
-
-    @torch.no_grad()
-    def _count_firings(self, feature_acts: Tensor) -> None:
-        if feature_acts.is_sparse:
-            active = feature_acts.indices()[1][feature_acts.values() > 0]
-            fired = torch.bincount(active, minlength=feature_acts.shape[1])
-        else:
-            fired = feature_acts.count_nonzero(0)
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[fired > 0] = 0
-        self.act_freq_scores += fired
-        self.n_frac_active_samples += len(feature_acts)
-
-    @override
-    def save_checkpoint(
-        self, checkpoint_name: str, base_path: Path | str | None = None, wandb_aliases: list[str] | None = None
-    ) -> None:
-        """Write a checkpoint under a temporary name, rename it, and only then drop the one before."""
-        if self.run is None:
-            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-            return
-        partial_path = self.run.checkpoints / f"partial-{checkpoint_name}"
-        shutil.rmtree(partial_path, ignore_errors=True)
-        super().save_checkpoint(partial_path.name, base_path, wandb_aliases)
-        # SAELens checkpoints before it counts the step that it has just made
-        whole = self.run.checkpoints / f"tokens-{self.n_training_samples}"
-        shutil.rmtree(whole, ignore_errors=True)
-        os.replace(partial_path, whole)
-        for other in self.run.checkpoints.iterdir():
-            if other != whole:
-                shutil.rmtree(other)
-
-    def resume(self) -> None:
-        """Continue from the last whole checkpoint of the run directory, if there is one."""
-        assert self.run is not None
-        whole = self.run.last_checkpoint()
-        if whole is None:
-            return
-        self.sae.load_weights_from_checkpoint(whole)
-        self.load_trainer_state(whole)
-        self.n_training_steps = self.n_training_samples // self.config.batch_size
-        for scheduler in self.coefficient_schedulers.values():
-            # SAELens restores the step of a warmup, but not the value that belongs to it
-            scheduler.current_step -= 1
-            scheduler.step()
-        self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
-
-
-def lr_factor(step: int, config: TrainConfig, total_steps: int) -> float:
-    """Learning rate at a step relative to `lr`: linear warmup, flat, linear decay to `lr_end_factor`."""
-    warm_up, decay = config.lr_warm_up * total_steps, config.lr_decay * total_steps
-    rising = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
-    left = (total_steps - step) / decay if decay else 1.0
-    return min(rising, config.lr_end_factor + (1 - config.lr_end_factor) * max(0.0, min(1.0, left)))
-
-
 def training_identity(
     acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, total: int
 ) -> dict[str, Any]:
@@ -331,17 +123,6 @@ def training_identity(
         "n_tokens": acts.n_tokens,
         "tokens_sha256": hashlib.sha256(acts.tokens.contiguous().numpy().tobytes()).hexdigest(),
     }
-
-
-def _non_finite(output: TrainStepOutput, batch: Tensor, trainer: CrosscoderTrainer) -> str:
-    bad = (~torch.isfinite(batch)).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
-    labels = trainer.sae.cfg.snapshot_labels
-    cause = f"non-finite activations of {', '.join(labels[s] for s in bad)}" if bad else "finite activations"
-    losses = ", ".join(f"{name} {value.item():.4g}" for name, value in output.losses.items())
-    return (
-        f"the loss is not finite at step {trainer.n_training_steps} ({losses}; {cause}); training stopped before the "
-        "parameters changed, the last checkpoint is intact: lower lr, or leave the snapshot out"
-    )
 
 
 def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import subprocess
 import sys
@@ -248,12 +249,28 @@ def slow_jumprelu(
     return features, {"mse_loss": mse, "sparsity_loss": penalty}, g
 
 
-def close(found: Tensor, wanted: Tensor, what: str) -> None:
-    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-9, atol=1e-11, msg=lambda m: f"{what}: {m}")
+def close(found: Tensor, wanted: Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    torch.testing.assert_close(found.detach(), wanted.detach(), rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
+WAYS = ("pairs", "dense products", "reference")
+
+
+def forward(sae: CrosscoderTrainingSAE, way: str, inputs: TrainStepInput) -> TrainStepOutput:
+    """One forward pass: on active pairs, by the same functions' dense products, or in plain autograd."""
+    if way == "reference":
+        return sae.dense_forward_pass(inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crosslens.crosscoders.sparse.DENSE_ABOVE", 2.0 if way == "pairs" else -1.0)
+        return sae.training_forward_pass(inputs)
 
 
 def compare(
-    sae: CrosscoderTrainingSAE, x: Tensor, dead: list[int] | None = None, dense: bool = False, coefficient: float = 0.7
+    sae: CrosscoderTrainingSAE,
+    x: Tensor,
+    dead: list[int] | None = None,
+    way: str = "pairs",
+    coefficient: float = 0.7,
 ) -> TrainStepOutput:
     """Losses, features and every gradient of one step against the slow implementation."""
     architecture = sae.cfg.architecture()
@@ -261,8 +278,7 @@ def compare(
     if dead is not None:
         mask = torch.zeros(F, dtype=torch.bool)
         mask[dead] = True
-    forward = sae.dense_forward_pass if dense else sae.training_forward_pass  # type: ignore[operator,union-attr]
-    output = forward(step_input(x, mask, coefficient))
+    output = forward(sae, way, step_input(x, mask, coefficient))
     found = gradients(sae, output.loss)
     if architecture == "jumprelu_crosscoder":
         features, losses, wanted = slow_jumprelu(sae, x, coefficient)
@@ -286,17 +302,13 @@ def compare(
     return output
 
 
-DENSE = [pytest.param(a, False, id=a) for a in ALL] + [
-    pytest.param(a, True, id=f"{a}-dense") for a in ("topk_crosscoder", "batchtopk_crosscoder")
-]
-
-
 @pytest.mark.parametrize("S", [1, 2, 3, 8])
-@pytest.mark.parametrize(("architecture", "dense"), DENSE)
-def test_loss_and_every_gradient(architecture: str, dense: bool, S: int):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ALL)
+def test_loss_and_every_gradient(architecture: str, way: str, S: int):
     for seed in range(2):
         sae, x = make(architecture, S, seed), raw(S, seed)
-        output = compare(sae, x, dense=dense)
+        output = compare(sae, x, way=way)
         assert output.loss.item() > 0 and int((output.feature_acts.to_dense() != 0).sum()) > 0
         scaled = (x * sae.activation_scale.double()[:, None]).flatten(1)
         close(output.sae_in, scaled, "sae_in is in the scaled space")
@@ -306,8 +318,9 @@ def test_loss_and_every_gradient(architecture: str, dense: bool, S: int):
 
 
 @pytest.mark.parametrize("S", [1, 3])
-@pytest.mark.parametrize(("architecture", "dense"), DENSE)
-def test_silent_features_zero_rows_and_ties(architecture: str, dense: bool, S: int):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ALL)
+def test_silent_features_zero_rows_and_ties(architecture: str, way: str, S: int):
     sae, x = make(architecture, S, seed=3), raw(S, seed=3)
     with torch.no_grad():
         sae.b_enc[0] = -1e3  # never fires
@@ -317,11 +330,10 @@ def test_silent_features_zero_rows_and_ties(architecture: str, dense: bool, S: i
         if architecture == "jumprelu_crosscoder":
             sae.log_threshold[4] = sae.log_threshold[3]  # type: ignore[operator,index]
     if "topk" not in architecture:
-        compare(sae, x, dense=dense)
+        compare(sae, x, way=way)
         return
     # which of the twins is kept is free: what they do together is not
-    forward = sae.dense_forward_pass if dense else sae.training_forward_pass  # type: ignore[operator,union-attr]
-    output = forward(step_input(x))
+    output = forward(sae, way, step_input(x))
     found = gradients(sae, output.loss)
     slow = Slow(sae, x)
     f, losses = slow_topk(slow, sae.cfg.k, architecture == "batchtopk_crosscoder", [])  # type: ignore[attr-defined]
@@ -342,20 +354,22 @@ def test_silent_features_zero_rows_and_ties(architecture: str, dense: bool, S: i
         close(a, b, f"gradient of {name}")
 
 
-@pytest.mark.parametrize(("architecture", "dense"), DENSE)
-def test_no_active_feature_at_all(architecture: str, dense: bool):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ALL)
+def test_no_active_feature_at_all(architecture: str, way: str):
     sae, x = make(architecture, 2), raw(2)
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)
-    output = compare(sae, x, dense=dense)
+    output = compare(sae, x, way=way)
     assert not bool(output.feature_acts.to_dense().any())
     close(output.losses["mse_loss"] * (2 if architecture.startswith("jump") else 1),
           (sae.b_dec - output.sae_in).square().sum(-1).mean(), "only the decoder bias is left")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
-@pytest.mark.parametrize(("architecture", "dense"), DENSE)
-def test_a_parameter_that_is_nan_shows_in_the_loss(architecture: str, dense: bool, name: str):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_parameter_that_is_nan_shows_in_the_loss(architecture: str, way: str, name: str):
     """Or training would go on with it."""
     for where in (slice(None), slice(3, 4)):
         sae = make(architecture, 2)
@@ -363,18 +377,17 @@ def test_a_parameter_that_is_nan_shows_in_the_loss(architecture: str, dense: boo
             sae.b_enc.add_(1)
             parameter = getattr(sae, name)
             (parameter.T if name == "W_enc" else parameter)[where] = math.nan
-        forward = sae.dense_forward_pass if dense else sae.training_forward_pass  # type: ignore[operator,union-attr]
-        assert forward(step_input(raw(2))).loss.isnan()
+        assert forward(sae, way, step_input(raw(2))).loss.isnan()
 
 
 @pytest.mark.parametrize("S", [1, 3, 8])
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ["topk_crosscoder", "batchtopk_crosscoder"])
-def test_auxiliary_loss_and_its_gradients(architecture: str, dense: bool, S: int):
+def test_auxiliary_loss_and_its_gradients(architecture: str, way: str, S: int):
     for dead in ([5], [1, 4, 9], [0, 2, 3, 6, 7, 10, 11]):  # fewer than D/2, as many, more
-        output = compare(make(architecture, S, seed=5), raw(S, seed=5), dead=dead, dense=dense)
+        output = compare(make(architecture, S, seed=5), raw(S, seed=5), dead=dead, way=way)
         assert output.losses["auxiliary_reconstruction_loss"].item() > 0
-    without = compare(make(architecture, S, seed=5), raw(S, seed=5), dead=[], dense=dense)
+    without = compare(make(architecture, S, seed=5), raw(S, seed=5), dead=[], way=way)
     assert float(without.losses["auxiliary_reconstruction_loss"]) == 0
 
 
@@ -415,32 +428,35 @@ def test_descending_the_auxiliary_loss_makes_dead_features_explain_the_residual(
 
 @pytest.mark.parametrize("sample", [1 << 16, 8])  # 8: the bound comes from every n-th entry only
 @pytest.mark.parametrize("kind", ["random", "ties", "ascending", "few positive", "constant"])
-def test_selection_on_pairs(kind: str, sample: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("width", [31, 32])  # 32: features are bounded in groups
+@pytest.mark.parametrize("numpy", [True, False])
+def test_selection_on_pairs(kind: str, sample: int, width: int, numpy: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("crosslens.crosscoders.sparse.SAMPLE", sample)
-    h = torch.randn(13, 31, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("crosslens.crosscoders.sparse.NUMPY_THREADS", 1000 if numpy else 0)
+    h = torch.randn(13, width, generator=torch.Generator().manual_seed(0))
     if kind == "ties":
         h = (h * 2).round()
     elif kind == "ascending":
-        h = h.flatten().sort().values.view(13, 31)
+        h = h.flatten().sort().values.view(13, width)
     elif kind == "few positive":
         h = h - 2
     elif kind == "constant":
         h = torch.ones_like(h)
-    scores = h.relu() * (1 + torch.arange(31) % 3)
-    order = sorted((-float(scores[b, i]), b, i) for b in range(13) for i in range(31))
-    for count in (1, 30, 200, 402, 403):
-        pairs = batch_top_pairs(h, scores, count)
+    norms = (1 + torch.arange(width) % 3).float()
+    scores = h.relu() * norms
+    order = sorted((-float(scores[b, i]), b, i) for b in range(13) for i in range(width))
+    for count in (1, 30, 200, 402, 13 * width):
+        pairs, found = batch_top_pairs(h, norms, count)
+        assert torch.equal(found, scores[pairs.tokens, pairs.features])
         kept = sorted((b, i) for u, b, i in order[:count] if u < 0)  # of equal scores the earlier ones
         assert list(zip(pairs.tokens.tolist(), pairs.features.tolist(), strict=True)) == kept
-        assert pairs.values.tolist() == [float(h[b, i]) for b, i in kept] and pairs.shape == (13, 31)
-    for k in (1, 5, 31):
-        pairs = token_top_pairs(h, scores, k)
-        assert pairs.tokens.tolist() == [b for b in range(13) for _ in range(k)]
-        found = scores[pairs.tokens, pairs.features].view(13, k).sort(descending=True).values
-        assert torch.equal(found, scores.sort(descending=True).values[:, :k])
-        assert torch.equal(pairs.values, h[pairs.tokens, pairs.features].relu())
-        for features in pairs.features.view(13, k).tolist():
-            assert features == sorted(set(features))
+        assert pairs.values.tolist() == [float(h[b, i]) for b, i in kept] and pairs.shape == (13, width)
+    for k in (1, 5, width):
+        pairs = token_top_pairs(h, norms, k)
+        rows = [[(u, b, i) for u, b, i in order if b == row][:k] for row in range(13)]
+        kept = sorted((b, i) for row in rows for u, b, i in row if u < 0)
+        assert list(zip(pairs.tokens.tolist(), pairs.features.tolist(), strict=True)) == kept
+        assert pairs.values.tolist() == [float(h[b, i]) for b, i in kept] and pairs.shape == (13, width)
 
 
 @pytest.mark.parametrize("architecture", ["topk_crosscoder", "batchtopk_crosscoder"])
@@ -478,7 +494,7 @@ def test_jumprelu_gives_the_norms_no_gradient():
     output = compare(sae, x, coefficient=0.0)
     found = gradients(sae, sae.training_forward_pass(step_input(x, coefficient=0.0)).loss)["W_dec"]
     error = (output.sae_out - output.sae_in).detach().unflatten(-1, (3, D))
-    f = torch.stack([sae.snapshot_acts(output.feature_acts.detach(), s) for s in range(3)], 1)
+    f = torch.stack([sae.snapshot_acts(output.feature_acts.detach().to_dense(), s) for s in range(3)], 1)
     close(found, torch.einsum("bsf,bsd->fsd", f, error).flatten(1) * 2 / (B * 3), "gradient of W_dec")
 
 
@@ -548,7 +564,8 @@ def test_inference_gate_and_decoder(architecture: str, S: int):
     close(cc(x), decoded, "forward")
     close(cc.encode(x.expand(2, 5, B, S, D))[1, 3], wanted, "leading dimensions are free")
     assert not cc.training and not any(p.requires_grad for p in cc.parameters())
-    assert cc.W_dec.data_ptr() == sae.W_dec.data_ptr()  # shared, as it says
+    for name, parameter in cc.named_parameters():
+        assert parameter.data_ptr() == sae.get_parameter(name).data_ptr()  # shared, as it says
     assert all(p.requires_grad for p in sae.parameters())
 
 
@@ -756,12 +773,36 @@ def test_loading_what_is_no_crosscoder(tmp_path: Path):
         ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input=True is not available"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not available"),
         ({"decoder_init_norm": 0.0}, "decoder_init_norm=0.0 must be positive"),
+        (
+            {"encoder_precision": "float8"},
+            "encoder_precision='float8' is unknown; use 'float32' or 'tf32' or 'bfloat16'",
+        ),
+        ({"encoder_precision": "tf32"}, "encoder_precision='tf32' needs a CUDA device, not device='cpu'"),
     ],
 )
 @pytest.mark.parametrize("architecture", ALL)
 def test_configs_that_cannot_be(architecture: str, options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         CONFIGS[architecture](**{"d_sae": F, **EXTRAS.get(architecture, {}), **options})
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_encoder_precision_touches_the_encoder_product_alone(architecture: str):
+    sae, x = make(architecture, 3, dtype="float32"), raw(3).float()
+    exact = sae.training_forward_pass(step_input(x))
+    sae.cfg.encoder_precision = "bfloat16"
+    rounded = sae.training_forward_pass(step_input(x))
+    flat = sae.process_sae_in(x)
+    product = (flat.bfloat16() @ sae.W_enc.bfloat16()).float() + sae.b_enc
+    assert torch.equal(rounded.hidden_pre, product) and rounded.hidden_pre.dtype == torch.float32
+    assert 0 < float((rounded.hidden_pre - exact.hidden_pre).abs().max()) < 0.05 * float(exact.hidden_pre.abs().max())
+    # given those pre-activations, everything else is the float32 step
+    acts = rounded.feature_acts.to_dense()
+    if architecture != "jumprelu_crosscoder":
+        close(rounded.sae_out, acts @ sae.W_dec + sae.b_dec, "reconstruction", rtol=1e-5, atol=1e-5)
+    assert torch.equal(acts, torch.where(acts > 0, product, 0.0))
+    sae.cfg.encoder_precision = "float32"
+    assert torch.equal(sae.training_forward_pass(step_input(x)).hidden_pre, exact.hidden_pre)
 
 
 @pytest.mark.parametrize("architecture", ["topk_crosscoder", "batchtopk_crosscoder"])
@@ -805,9 +846,9 @@ def test_threshold_is_a_moving_average_of_the_smallest_kept_score():
         kept = sorted((slow.score(b, i) for b in range(B) for i in range(F)), reverse=True)[: 3 * B]
         smallest = min(u for u in kept if u > 0)
         expected = smallest if expected is None else 0.75 * expected + 0.25 * smallest
-        output = sae.training_forward_pass(step_input(x))
+        output = sae.training_forward_pass(dataclasses.replace(step_input(x), is_logging_step=True))
         assert float(sae.threshold) == pytest.approx(expected, rel=1e-6)
-        assert output.metrics["threshold"] is sae.threshold
+        assert float(output.metrics["threshold"]) == float(sae.threshold)
     before = sae.threshold.clone()
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)
@@ -863,10 +904,11 @@ def test_saelens_hooks_see_flat_activations_and_features():
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_train_step_output_has_saelens_fields_and_lazy_metrics(architecture: str):
+def test_train_step_output_has_saelens_fields_and_metrics_when_logged(architecture: str):
     sae, x = make(architecture, 3), raw(3)
     sae.cfg.metadata.snapshots = [{"label": name} for name in ("early", "mid", "late")]
-    output = sae.training_forward_pass(step_input(x))
+    assert sae.training_forward_pass(step_input(x)).metrics == {}
+    output = sae.training_forward_pass(dataclasses.replace(step_input(x), is_logging_step=True))
     fields = ("sae_in", "sae_out", "feature_acts", "hidden_pre", "loss", "losses", "metrics")
     assert isinstance(output, TrainStepOutput) and all(hasattr(output, name) for name in fields)
     for s, label in enumerate(("early", "mid", "late")):
@@ -874,10 +916,10 @@ def test_train_step_output_has_saelens_fields_and_lazy_metrics(architecture: str
         found = output.sae_out.detach().unflatten(-1, (3, D))[:, s]
         unexplained = sum(float((target[b] - found[b]).square().sum()) for b in range(B))
         spread = sum(float((target[b] - target.mean(0)).square().sum()) for b in range(B))
-        assert float(output.metrics[f"explained_variance/{label}"]()) == pytest.approx(1 - unexplained / spread)  # type: ignore[operator]
+        assert float(output.metrics[f"explained_variance/{label}"]) == pytest.approx(1 - unexplained / spread)
         per_snapshot = sae.snapshot_acts(output.feature_acts.detach().to_dense(), s)
         fired = sum(int(v != 0) for row in per_snapshot.tolist() for v in row)
-        assert float(output.metrics[f"l0/{label}"]()) == pytest.approx(fired / B)  # type: ignore[operator]
+        assert float(output.metrics[f"l0/{label}"]) == pytest.approx(fired / B)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from crosslens.crosscoders import (
 )
 from crosslens.evaluation import evaluate, quick_metrics, reconstruction_table, splice_losses
 from crosslens.snapshots import Snapshots
-from crosslens.training import TrainConfig, complete, train
+from crosslens.trainer import TrainConfig
+from crosslens.training import complete, train
 
 T = 16
 STEPS = (0, 10, 20)

@@ -20,7 +20,7 @@ import torch
 from sae_lens import LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
-from torch import Tensor
+from torch import Tensor, nn
 
 import crosslens.training
 from crosslens import recipes
@@ -40,7 +40,8 @@ from crosslens.initialisation import initialise, search_decoder_norm
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
 from crosslens.snapshots import Snapshots
-from crosslens.training import CrosscoderTrainer, TrainConfig, complete, train
+from crosslens.trainer import CrosscoderTrainer, TrainConfig
+from crosslens.training import complete, train
 
 T, B, STEPS = 16, 64, 24
 ALL: dict[str, Callable[[], CrosscoderTrainingConfig]] = {
@@ -263,7 +264,7 @@ def test_learning_rates_follow_the_schedule(acts: Activations, warm_up: float, d
     )
     architecture = JumpReLUCrosscoderTrainingConfig(d_sae=8, decoder_init_norm=0.5, jumprelu_threshold_lr_factor=0.25)
     trainer = trainer_of(acts, architecture, settings)
-    groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    groups = {p.data_ptr(): group for group in trainer.optimizer.param_groups for p in group["params"]}
     assert len(groups) == 5  # every parameter, once
     for step in range(total):
         expected = 2e-3
@@ -274,7 +275,7 @@ def test_learning_rates_follow_the_schedule(acts: Activations, warm_up: float, d
             expected = min(expected, 2e-3 * (end + (1 - end) * share))
         for name, parameter in trainer.sae.named_parameters():
             factor = 0.25 if name == "log_threshold" else 1.0
-            assert groups[id(parameter)]["lr"] == pytest.approx(factor * expected, rel=1e-12), (step, name)
+            assert groups[parameter.data_ptr()]["lr"] == pytest.approx(factor * expected, rel=1e-12), (step, name)
         trainer.step(next(trainer.data_provider))
         trainer.n_training_steps += 1
 
@@ -339,7 +340,10 @@ def test_clipping_leaves_the_thresholds_alone(acts: Activations, limit: float | 
     used: dict[str, Tensor] = {}
 
     def spy(*_: Any) -> None:
-        used.update({name: p.grad.clone() for name, p in trainer.sae.named_parameters() if p.grad is not None})
+        divisor = getattr(trainer.optimizer, "grad_scale", 1.0)  # fused Adam divides by it
+        used.update({name: p.grad / divisor for name, p in trainer.sae.named_parameters() if p.grad is not None})
+        assert trainer.encoder_rows.grad is not None and trainer.sae.W_enc.grad is None
+        used["W_enc"] = trainer.encoder_rows.grad.T / divisor
 
     monkeypatch.setattr(trainer.optimizer, "step", spy)
     trainer.step(batch)
@@ -515,6 +519,46 @@ def test_a_non_finite_loss_stops_before_the_parameters_change(
     assert same(
         weights(train(acts, ALL[architecture](), settings)), weights(train(acts, ALL[architecture](), config()))
     )
+
+
+def test_the_check_may_come_a_step_late(acts: Activations, tmp_path: Path):
+    trainer = trainer_of(acts, ALL["jumprelu_crosscoder"](), config())
+    trainer.check_late = True
+    batch = next(acts.batches(B))
+    trainer.step(batch)
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    spoilt = batch.clone()
+    spoilt[3, 1, 2] = math.nan
+    for cause in (lambda: trainer.step(batch), lambda: trainer.save_checkpoint("late", tmp_path)):
+        trainer.step(spoilt)
+        with pytest.raises(FloatingPointError, match="non-finite activations of step10"):
+            cause()
+        assert all(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
+    assert not any(tmp_path.iterdir())
+    trainer.step(batch)
+    assert not any(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
+
+
+def test_fused_adam_divides_by_grad_scale_and_skips_at_found_inf():
+    """The seams that the trainer clips and guards by are those of torch.amp.GradScaler."""
+    draw = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(5, 3, generator=draw), torch.randn(5, 3, generator=draw)
+
+    def after(**attributes: Tensor) -> Tensor:
+        p = nn.Parameter(start.clone())
+        optimizer = torch.optim.Adam([p], lr=0.1, eps=1.0, fused=True)  # eps: else the scale of a gradient is lost
+        p.grad = gradient.clone()
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        optimizer.step()
+        return p.detach()
+
+    gradient = gradient / 4
+    wanted = after()
+    gradient = gradient * 4
+    torch.testing.assert_close(after(grad_scale=torch.tensor(4.0)), wanted)
+    assert not torch.allclose(after(), wanted)
+    assert torch.equal(after(found_inf=torch.tensor(1.0)), start)
 
 
 def test_a_loss_that_explodes_on_finite_activations(acts: Activations):

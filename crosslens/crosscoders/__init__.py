@@ -5,12 +5,7 @@ from __future__ import annotations
 from sae_lens import register_sae_class, register_sae_training_class
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from crosslens.crosscoders.base import (
-    Crosscoder,
-    CrosscoderConfig,
-    CrosscoderTrainingConfig,
-    CrosscoderTrainingSAE,
-)
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
 from crosslens.crosscoders.jumprelu import (
     JumpReLUCrosscoder,
     JumpReLUCrosscoderConfig,
@@ -33,6 +28,7 @@ from crosslens.crosscoders.topk import (
     TopKCrosscoderTrainingConfig,
     TopKCrosscoderTrainingSAE,
 )
+from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
 
 ARCHITECTURES = {
     "standard_crosscoder": (StandardCrosscoder, StandardCrosscoderConfig),

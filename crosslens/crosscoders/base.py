@@ -16,21 +16,21 @@ folding would change decoder norms, and with them TopK selection and JumpReLU ga
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
-from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
+from sae_lens import SAE, SAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
 from typing_extensions import override
 
+from crosslens.crosscoders.sparse import encoder_product
 from crosslens.errors import UserError
 
 T_CROSSCODER = TypeVar("T_CROSSCODER", bound="Crosscoder")
@@ -57,8 +57,8 @@ class CrosscoderConfig(SAEConfig, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("d_sae", self.d_sae)
-        _positive("n_snapshots", self.n_snapshots)
+        positive("d_sae", self.d_sae)
+        positive("n_snapshots", self.n_snapshots)
         if self.d_in < 0 or self.d_in % self.n_snapshots:
             raise UserError(
                 f"d_in={self.d_in} is not a multiple of n_snapshots={self.n_snapshots}; "
@@ -87,31 +87,6 @@ class CrosscoderConfig(SAEConfig, ABC):
         return [str(s["label"]) for s in recorded] or [str(s) for s in range(self.n_snapshots)]
 
 
-@dataclass(kw_only=True)
-class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
-    """Configuration shared by all crosscoders in training.
-
-    Args:
-        decoder_init_norm: norm of every decoder row (feature, snapshot) at the start; W_enc starts as W_dec transposed.
-            None lets `train` choose the norm that reconstructs a batch best.
-        bias_init: "mean" starts b_dec at the mean scaled activation of each snapshot, and b_enc so that features read
-            the deviation from it; "zero" starts both at 0. The mean needs data: `train` sets it.
-        decoder_init: "independent" draws a row per (feature, snapshot); "shared" starts a feature's snapshots equal.
-    """
-
-    decoder_init_norm: float | None = 0.1
-    bias_init: Literal["mean", "zero"] = "mean"
-    decoder_init: Literal["independent", "shared"] = "independent"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, options in (("bias_init", ("mean", "zero")), ("decoder_init", ("independent", "shared"))):
-            if getattr(self, name) not in options:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; use {options[0]!r} or {options[1]!r}")
-        if self.decoder_init_norm is not None:
-            _positive("decoder_init_norm", self.decoder_init_norm)
-
-
 class Crosscoder(SAE[Any], ABC):
     """A trained crosscoder: `encode` raw activations, `decode` features, read `decoder_norms`."""
 
@@ -123,7 +98,8 @@ class Crosscoder(SAE[Any], ABC):
     def initialize_weights(self) -> None:
         S, D, F = self.cfg.n_snapshots, self.cfg.d_model, self.cfg.d_sae
         zeros: Callable[..., Tensor] = partial(torch.zeros, dtype=self.dtype, device=self.device)
-        self.W_enc = nn.Parameter(zeros(S * D, F))
+        # (SD, F) in the memory layout of (F, SD): a feature is a row in both matrices, and its gradient needs no copy
+        self.W_enc = nn.Parameter(zeros(F, S * D).T)
         self.W_dec = nn.Parameter(zeros(F, S * D))
         self.b_enc = nn.Parameter(zeros(F))
         self.b_dec = nn.Parameter(zeros(S * D))
@@ -192,11 +168,12 @@ class Crosscoder(SAE[Any], ABC):
 
     @override
     def process_sae_in(self, sae_in: Float[Tensor, "... S D"]) -> Float[Tensor, "... SD"]:
-        return super().process_sae_in(self.scale(sae_in))
+        # SAELens subtracts a decoder bias and normalises here; a crosscoder's config rules both out
+        return self.hook_sae_input(self.reshape_fn_in(self.scale(sae_in).to(self.dtype)))
 
     def hidden_pre(self, flat: Float[Tensor, "... SD"]) -> Float[Tensor, "... F"]:
         """Pre-activations `h` of scaled, flat activations."""
-        return self.hook_sae_acts_pre(flat @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_pre(encoder_product(flat, self.W_enc, self.b_enc))
 
     @override
     def encode(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... F"]:
@@ -238,6 +215,7 @@ class Crosscoder(SAE[Any], ABC):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors stores no strides
         # SAELens's loaders cast every tensor to the requested dtype; the metadata keeps the exact values.
         self.cfg.metadata.activation_scale = self.activation_scale.tolist()
 
@@ -248,6 +226,7 @@ class Crosscoder(SAE[Any], ABC):
         # a float32 scale is as it was saved, and the metadata may be older than it (a checkpoint of a live trainer)
         if exact is not None and loaded.dtype != torch.float32:
             state_dict["activation_scale"] = torch.tensor(exact, dtype=torch.float32, device=loaded.device)
+        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T  # loaders assign tensors: keep the layout
 
     def save(self, path: str | Path) -> Path:
         """Write `cfg.json` and `sae_weights.safetensors` of the inference crosscoder into a folder.
@@ -278,116 +257,12 @@ class Crosscoder(SAE[Any], ABC):
         raise _never_folded("fold_activation_whitening")
 
 
-class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
-    """A crosscoder in training, in plain autograd: the readable reference for the losses of all architectures."""
-
-    cfg: CrosscoderTrainingConfig
-
-    @override
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        S, D, F = self.cfg.n_snapshots, self.cfg.d_model, self.cfg.d_sae
-        drawn = 1 if self.cfg.decoder_init == "shared" else S
-        rows = torch.randn(F, drawn, D, dtype=self.dtype, device=self.device)
-        rows = rows / rows.norm(dim=-1, keepdim=True) * (self.cfg.decoder_init_norm or 1.0)
-        with torch.no_grad():
-            self.W_dec.copy_(rows.expand(F, S, D).flatten(1))
-            self.W_enc.copy_(self.W_dec.T)
-
-    @override
-    def encode_with_hidden_pre(self, x: Float[Tensor, "... S D"]) -> tuple[Tensor, Tensor]:
-        hidden_pre = self.hidden_pre(self.process_sae_in(x))
-        return self.hook_sae_acts_post(self.gate(hidden_pre)), hidden_pre
-
-    def training_acts(self, hidden_pre: Float[Tensor, "B F"]) -> Tensor:
-        """What the losses see: the features (B, F), or (B, S, F) where every snapshot has its own gate."""
-        return self.gate(hidden_pre)
-
-    def shared_acts(self, acts: Tensor) -> Float[Tensor, "B F"]:
-        """One value per feature from what `training_acts` returned."""
-        return acts
-
-    def decode_training(self, acts: Tensor) -> Float[Tensor, "B SD"]:
-        """Scaled reconstruction from what `training_acts` returned."""
-        return self.decode_flat(acts)
-
-    def reconstruction_loss(self, sae_out: Float[Tensor, "B SD"], sae_in: Float[Tensor, "B SD"]) -> Tensor:
-        """`mean_B sum_s |x_hat_s - x_s|^2` in the scaled space."""
-        return self.mse_loss_fn(sae_out, sae_in).sum(dim=-1).mean()
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Loss of one batch of raw activations (B, S, D); losses, `sae_in` and `sae_out` are in the scaled space."""
-        flat = self.process_sae_in(step_input.sae_in)
-        hidden_pre = self.hidden_pre(flat)
-        acts = self.training_acts(hidden_pre)
-        feature_acts = self.hook_sae_acts_post(self.shared_acts(acts))
-        sae_out = self.hook_sae_recons(self.decode_training(acts))
-        mse_loss = self.reconstruction_loss(sae_out, flat)
-        scaled_input = dataclasses.replace(step_input, sae_in=flat)
-        aux_losses = self.calculate_aux_loss(scaled_input, acts, hidden_pre, sae_out)
-        losses: dict[str, Tensor] = {"mse_loss": mse_loss, **aux_losses}
-        return TrainStepOutput(
-            sae_in=flat,
-            sae_out=sae_out,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
-            loss=torch.stack(list(losses.values())).sum(),
-            losses=losses,
-            metrics=self.snapshot_metrics(flat.detach(), sae_out.detach(), feature_acts.detach()),
-        )
-
-    @override
-    @abstractmethod
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        """The loss terms besides reconstruction, by the name they are logged under."""
-
-    def snapshot_metrics(
-        self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor
-    ) -> dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]:
-        """Explained variance and L0 per snapshot, evaluated only when something logs them."""
-        S, D = self.n_snapshots, self.d_model
-
-        def explained_variance(s: int) -> Tensor:
-            x, x_hat = flat[:, s * D : (s + 1) * D], sae_out[:, s * D : (s + 1) * D]
-            return 1 - (x_hat - x).square().sum() / (x - x.mean(0)).square().sum()
-
-        def l0(s: int) -> Tensor:
-            return self.snapshot_acts(feature_acts.to_dense(), s).count_nonzero(-1).float().mean()
-
-        return {
-            f"{name}/{label}": partial(metric, s)
-            for name, metric in (("explained_variance", explained_variance), ("l0", l0))
-            for s, label in enumerate(self.cfg.snapshot_labels[:S])
-        }
-
-    @override
-    def save(self, path: str | Path) -> Path:
-        self.save_inference_model(path)
-        return Path(path)
-
-    def to_inference(self) -> Crosscoder:
-        """The inference crosscoder over the same parameters (shared, not copied)."""
-        config = self.cfg.get_inference_sae_cfg_dict()
-        state_dict = self.state_dict()
-        self.process_state_dict_for_saving_inference(state_dict)
-        crosscoder = SAE.from_dict({**config, "device": "meta"})
-        crosscoder.load_state_dict(state_dict, assign=True)
-        crosscoder.requires_grad_(False)
-        # `.to` on the same device and dtype copies nothing; it tells SAELens where the parameters are.
-        crosscoder.to(device=self.device, dtype=self.dtype)
-        assert isinstance(crosscoder, Crosscoder)
-        return crosscoder.eval()
-
-
 def _unflatten(x: Tensor, d_head: int | None, shape: tuple[int, int]) -> Tensor:
     del d_head  # SAELens passes the head width of hook_z; crosscoders have none
     return x.unflatten(-1, shape)
 
 
-def _positive(name: str, value: float) -> None:
+def positive(name: str, value: float) -> None:
     if value <= 0:
         raise UserError(f"{name}={value} must be positive")
 

@@ -21,12 +21,9 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor, nn
 from typing_extensions import override
 
-from crosslens.crosscoders.base import (
-    Crosscoder,
-    CrosscoderConfig,
-    CrosscoderTrainingConfig,
-    CrosscoderTrainingSAE,
-)
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
+from crosslens.crosscoders.gated import Gates, reconstruct_gated
+from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 
 
@@ -152,6 +149,25 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         return {"sparsity": TrainCoefficientConfig(self.cfg.sparsity_coefficient, self.cfg.sparsity_warm_up_steps)}
 
     @override
+    def losses_on_pairs(
+        self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        norms, threshold = self.decoder_norms.detach(), self.threshold
+        gates = Gates(hidden_pre, norms, threshold.detach(), self.cfg.jumprelu_window, self.cfg.tanh_stretch)
+        pairs = gates.open_pairs()
+        sae_out, phi = reconstruct_gated(flat, gates, pairs, self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold)
+        sae_out = self.hook_sae_recons(sae_out)
+        losses = {
+            "mse_loss": self.reconstruction_loss(sae_out, flat),
+            "sparsity_loss": step_input.coefficients["sparsity"] * self.frequency_penalty(phi),
+        }
+        return sae_out, self.gate(hidden_pre).detach() if pairs is None else pairs.to_sparse(), losses
+
+    def frequency_penalty(self, phi: Float[Tensor, " F"]) -> Tensor:
+        """`sum_i phi_i (1 + phi_i / frequency_scale)`."""
+        return (phi * (1 + phi / self.cfg.frequency_scale)).sum()
+
+    @override
     def training_acts(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B S F"]:
         acts = SnapshotJumpReLU.apply(hidden_pre, self.decoder_norms.detach(), self.threshold, self.cfg.jumprelu_window)
         assert isinstance(acts, Tensor)
@@ -176,5 +192,4 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
         phi = (self.cfg.tanh_stretch * feature_acts * self.decoder_norms.T).tanh().mean((0, 1))
-        penalty = (phi * (1 + phi / self.cfg.frequency_scale)).sum()
-        return {"sparsity_loss": step_input.coefficients["sparsity"] * penalty}
+        return {"sparsity_loss": step_input.coefficients["sparsity"] * self.frequency_penalty(phi)}

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
-from crosslens.crosscoders.base import (
-    Crosscoder,
-    CrosscoderConfig,
-    CrosscoderTrainingConfig,
-    CrosscoderTrainingSAE,
-)
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
+from crosslens.crosscoders.sparse import dense_is_faster, density, pairs_above, reconstruct
+from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
 
 
 @dataclass(kw_only=True)
@@ -69,6 +67,22 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
+
+    @override
+    def losses_on_pairs(
+        self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        zero = torch.zeros_like(hidden_pre[0])
+        acts = hidden_pre.relu() if dense_is_faster(density(hidden_pre, zero)) else pairs_above(hidden_pre, zero)
+        norms = self.decoder_norms.detach()
+        sae_out, weighted, _ = reconstruct(flat, acts, self.W_enc, self.b_enc, self.W_dec, self.b_dec, norms)
+        assert weighted is not None
+        sae_out = self.hook_sae_recons(sae_out)
+        losses = {
+            "mse_loss": self.reconstruction_loss(sae_out, flat),
+            "l1_loss": step_input.coefficients["l1"] * weighted.sum(),
+        }
+        return sae_out, acts if isinstance(acts, Tensor) else acts.to_sparse(), losses
 
     @override
     def calculate_aux_loss(

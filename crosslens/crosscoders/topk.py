@@ -19,15 +19,20 @@ from jaxtyping import Float
 from sae_lens import SAEConfig
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor
+from torch.nn.functional import mse_loss
 from typing_extensions import override
 
-from crosslens.crosscoders.base import (
-    Crosscoder,
-    CrosscoderConfig,
-    CrosscoderTrainingConfig,
-    CrosscoderTrainingSAE,
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
+from crosslens.crosscoders.sparse import (
+    Acts,
+    Pairs,
+    batch_top_pairs,
+    dense_is_faster,
+    first_largest,
+    reconstruct,
+    token_top_pairs,
 )
-from crosslens.crosscoders.sparse import Pairs, batch_top_pairs, decode_pairs, token_top_pairs
+from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 
 
@@ -37,9 +42,9 @@ def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S
 
 
 def keep_top(hidden_pre: Float[Tensor, "... F"], ranking: Float[Tensor, "... F"], k: int) -> Float[Tensor, "... F"]:
-    """`relu(h)` at the k largest entries of `ranking` in the last dimension, zero elsewhere."""
-    kept = ranking.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(hidden_pre).scatter(-1, kept, hidden_pre.relu().gather(-1, kept))
+    """`relu(h)` at the k largest entries of `ranking` in the last dimension, of equal ones the earlier; else zero."""
+    kth = ranking.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return hidden_pre.relu() * first_largest(ranking, kth, k)
 
 
 @dataclass(kw_only=True)
@@ -150,56 +155,47 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         return {}
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The step on active pairs (`sparse`); equal to `dense_forward_pass`, and several times faster."""
+    def losses_on_pairs(
+        self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
-        flat = self.process_sae_in(step_input.sae_in)
-        with torch.no_grad():
-            hidden_pre = self.hidden_pre(flat)
-            norms = self.decoder_norms.sum(-1)
-            pairs = self.select_pairs(hidden_pre, hidden_pre.relu() * norms)
-        decoded = decode_pairs(flat, pairs, self.W_enc, self.b_enc, self.W_dec)
-        sae_out = self.hook_sae_recons(decoded + self.b_dec)
-        auxiliary = self._auxiliary_loss_on_pairs(flat, sae_out, hidden_pre, norms, step_input.dead_neuron_mask)
+        norms = self.decoder_norms.detach().sum(-1)
+        pairs = self.select_pairs(hidden_pre, norms)
+        acts = pairs.to_dense() if dense_is_faster(len(pairs.values) / hidden_pre.numel()) else pairs
+        dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
+        sae_out, _, rebuilt = reconstruct(flat, acts, self.W_enc, self.b_enc, self.W_dec, self.b_dec, dead=dead)
+        sae_out = self.hook_sae_recons(sae_out)
+        auxiliary = flat.new_zeros(())
+        if rebuilt is not None:
+            auxiliary = unexplained((flat - sae_out).detach(), rebuilt)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
         }
-        feature_acts = pairs.to_sparse()
-        return TrainStepOutput(
-            sae_in=flat,
-            sae_out=sae_out,
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
-            loss=losses["mse_loss"] + losses["auxiliary_reconstruction_loss"],
-            losses=losses,
-            metrics=self.snapshot_metrics(flat.detach(), sae_out.detach(), feature_acts),
-        )
+        return sae_out, pairs.to_sparse(), losses
 
+    @override
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The same step in plain, dense autograd: the reference."""
         self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
-        return super().training_forward_pass(step_input)
+        return super().dense_forward_pass(step_input)
 
-    def select_pairs(self, hidden_pre: Tensor, ranking: Tensor) -> Pairs:
+    def select_pairs(self, hidden_pre: Tensor, norms: Float[Tensor, " F"]) -> Pairs:
         """The active pairs of a batch."""
-        return token_top_pairs(hidden_pre, ranking, round(self.current_k))
+        return token_top_pairs(hidden_pre, norms, round(self.current_k))
 
-    def _auxiliary_loss_on_pairs(
-        self, flat: Tensor, sae_out: Tensor, hidden_pre: Tensor, norms: Tensor, dead: Tensor | None
-    ) -> Tensor:
+    @torch.no_grad()
+    def _dead_acts(self, hidden_pre: Tensor, norms: Tensor, dead: Tensor | None) -> tuple[Tensor, Acts] | None:
+        """Ids of the dead features, and the strongest of them for each token."""
         ids = None if dead is None else dead.nonzero().flatten()
-        residual = (flat - sae_out).detach()
-        variance = (residual - residual.mean(0)).square().sum(-1).mean()
-        if ids is None or not len(ids) or variance == 0:
-            return residual.new_zeros(())
-        with torch.no_grad():
-            candidates = hidden_pre[:, ids]
-            count = max(1, min(self.d_model // 2, len(ids)))
-            among = token_top_pairs(candidates, candidates.relu() * norms[ids], count)
-            pairs = Pairs(among.tokens, ids[among.features], among.values, (len(hidden_pre), hidden_pre.shape[1]))
-        rebuilt = decode_pairs(flat, pairs, self.W_enc, self.b_enc, self.W_dec)
-        return (rebuilt - residual).square().sum(-1).mean() / variance
+        if ids is None or not len(ids):
+            return None
+        among, norms = hidden_pre.index_select(1, ids), norms[ids]
+        count = max(1, min(self.d_model // 2, len(ids)))
+        if count == len(ids):
+            return ids, among.relu_()
+        if dense_is_faster(count / len(ids)):
+            return ids, keep_top(among, among.relu() * norms, count)
+        return ids, token_top_pairs(among, norms, count)
 
     @override
     def calculate_aux_loss(
@@ -256,22 +252,20 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
         return keep_top(hidden_pre.flatten(), ranking.flatten(), kept).view_as(hidden_pre)
 
     @override
-    def select_pairs(self, hidden_pre: Tensor, ranking: Tensor) -> Pairs:
-        count = max(1, round(self.current_k * len(ranking)))
-        pairs = batch_top_pairs(hidden_pre, ranking, count)
-        self.update_threshold(ranking[pairs.tokens, pairs.features])
+    def select_pairs(self, hidden_pre: Tensor, norms: Tensor) -> Pairs:
+        count = max(1, round(self.current_k * len(hidden_pre)))
+        pairs, kept = batch_top_pairs(hidden_pre, norms, count)
+        self.update_threshold(kept)
         return pairs
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        output = super().training_forward_pass(step_input)
-        output.metrics["threshold"] = self.threshold
-        return output
+    def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:
+        return {**super().snapshot_metrics(flat, sae_out, feature_acts), "threshold": self.threshold.clone()}
 
     @torch.no_grad()
     def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
-        """Move the threshold towards the smallest positive score that a batch kept."""
-        smallest = torch.where(kept > 0, kept, torch.inf).amin() if len(kept) else kept.new_tensor(torch.inf)
+        """Move the threshold towards the smallest score, always positive, that a batch kept."""
+        smallest = kept.amin() if len(kept) else kept.new_tensor(torch.inf)
         smallest = smallest.to(self.threshold.dtype)
         moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)
         first = torch.where(self.threshold > 0, moved, smallest)
@@ -302,14 +296,20 @@ def auxiliary_loss(
         dead: (F,) boolean mask of features that have not fired for the dead-feature window.
     """
     n_dead = 0 if dead is None else int(dead.sum())
-    variance = (residual - residual.mean(0)).square().sum(-1).mean()
-    if n_dead == 0 or variance == 0:
+    if n_dead == 0:
         return residual.new_zeros(())
     d_model = W_dec.shape[1] // decoder_norms.shape[1]
     with torch.no_grad():
         ranking = scores(hidden_pre, decoder_norms).masked_fill(~dead, -torch.inf)  # type: ignore[arg-type]
     acts = keep_top(hidden_pre, ranking, max(1, min(d_model // 2, n_dead)))
-    return (acts @ W_dec - residual).square().sum(-1).mean() / variance
+    return unexplained(residual, acts @ W_dec)
+
+
+def unexplained(residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"]) -> Tensor:
+    """`mean_B |r_hat - r|^2 / mean_B |r - mean r|^2`; 0 where the residual does not vary over the batch."""
+    variance = (residual - residual.mean(0)).square().sum()
+    share = mse_loss(rebuilt, residual, reduction="sum") / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+    return torch.where(variance > 0, share, 0.0)
 
 
 def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:
