@@ -33,10 +33,12 @@ _MODULES = {
     "crosslens.errors": ("UserError",),
     "crosslens.evaluation": ("evaluate",),
     "crosslens.evolution": ("evolve",),
+    "crosslens.intervention": ("CleanRun", "Edit", "Splice"),
     "crosslens.pretrained": ("from_pretrained", "load"),
     "crosslens.probing": ("probe", "probe_correlation"),
     "crosslens.report": ("write_report",),
     "crosslens.runs": ("PromptRuns",),
+    "crosslens.views": ("snapshot_view",),
     "crosslens.snapshots": ("Snapshot", "Snapshots"),
     "crosslens.tasks": ("Task",),
     "crosslens.trainer": ("TrainConfig",),
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
     from crosslens.errors import UserError as UserError
     from crosslens.evaluation import evaluate as evaluate
     from crosslens.evolution import evolve as evolve
+    from crosslens.intervention import CleanRun as CleanRun
+    from crosslens.intervention import Edit as Edit
+    from crosslens.intervention import Splice as Splice
     from crosslens.pretrained import from_pretrained as from_pretrained
     from crosslens.pretrained import load as load
     from crosslens.probing import probe as probe
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from crosslens.tasks import Task as Task
     from crosslens.trainer import TrainConfig as TrainConfig
     from crosslens.training import train as train
+    from crosslens.views import snapshot_view as snapshot_view
 
 
 def __getattr__(name: str) -> Any:

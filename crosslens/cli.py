@@ -330,7 +330,7 @@ def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
 
 
 def parse_task(spec: str) -> Task:
-    """A task from what a user types: demo:NAME, sva:FILE, blimp:UID, blimp:FILE, or FILE."""
+    """A task from what a user types: KIND:WHAT, as in the error below, or a file."""
     from crosslens.tasks import Task
 
     kind, _, rest = spec.partition(":")
@@ -340,8 +340,18 @@ def parse_task(spec: str) -> Task:
         return Task.sva(rest)
     if kind == "blimp":
         return Task.blimp(rest)
+    if kind == "clams":
+        return Task.clams(rest)
+    if kind == "multiblimp":
+        language, _, phenomenon = rest.partition(":")
+        return Task.multiblimp(language, phenomenon or None)
+    if kind == "ioi":
+        return Task.ioi(rest or None)
     if not Path(spec).is_file():
-        raise UserError(f"--task {spec!r} is no file and no task; give demo:simple, sva:FILE, blimp:UID, or a file")
+        raise UserError(
+            f"--task {spec!r} is no file and no task; give demo:simple, sva:FILE, blimp:UID, clams:FILE, "
+            "multiblimp:LANGUAGE, ioi, or a file"
+        )
     return Task.local(spec)
 
 

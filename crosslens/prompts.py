@@ -2,12 +2,15 @@
 
 1. Join the prefix with each answer (by one blank, unless the answer brings its own) and tokenise both strings whole, so
    that the tokens are those the model has met in text.
-2. The tokens that both begin with are the prompt; of what remains, the tokens that both end in are left away
-   ("works with" against "work with" is decided at the verb).
-3. Exactly one token must then be left of each: the answers. Anything else is skipped, and counted with its reason.
+2. The longest beginning in tokens that both share is the prompt; what remains of each is its answer.
+3. `encode`, for one differing token: tokens that both answers end in are left away ("works with" against "work with" is
+   decided at the verb), and exactly one token must then be left of each.
+4. `encode_answers`, for any number of tokens: answers stay whole, and are scored by the sum of the log-probabilities of
+   their tokens. Of whole sentences that is the difference of their log-probabilities, for what they share cancels.
 
-The paired prefix is treated in the same way; its prompt must have as many tokens, and its answers must be the same
-tokens. Batches hold prompts of one length: there is no padding anywhere. Letters: B prompts, T positions, V vocabulary.
+Anything else is skipped, and counted with its reason. The paired prefix is treated in the same way; its prompt must
+have as many tokens, and its answers must be the same tokens. Batches hold strings of one length: there is no padding
+anywhere. Letters: B prompts or strings, T positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,8 +35,19 @@ def logit_difference(logits: Float[Tensor, "B V"], batch: PromptBatch) -> Float[
     return correct - wrong
 
 
+def summed_log_probability(logits: Float[Tensor, "B T V"], batch: AnswerBatch) -> Float[Tensor, " B"]:
+    """Log-probability of every answer after its prompt: the sum over its tokens, in nats and float64."""
+    targets = batch.targets.to(logits.device)
+    scored = torch.arange(targets.shape[1], device=logits.device) >= batch.start.to(logits.device)[:, None]
+    # a softmax over the vocabulary at the scored positions alone
+    log_p = logits[scored].float().log_softmax(-1).gather(-1, targets[scored][:, None])[:, 0]
+    each = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
+    each[scored] = log_p.double()
+    return each.sum(-1)
+
+
 def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_length: int | None = None) -> Prompts:
-    """The usable items as tokens, and why the others are not usable.
+    """The items whose answers differ in one token, as prompts, and why the others are not usable.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -41,7 +55,7 @@ def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_
         prepend_bos: begin prompts with the BOS token, where the tokenizer has one.
         max_length: tokens that the model takes, BOS included; longer prompts are skipped.
     """
-    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+    bos = _bos(tokenizer, prepend_bos)
     clean = _divided(tokenizer, [(item.prefix, item) for item in items])
     paired = [(item.patch_prefix, item) for item in items if item.patch_prefix is not None]
     patched = iter(_divided(tokenizer, paired))
@@ -60,6 +74,36 @@ def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_
         patch = bos + pair.prompt if isinstance(pair, _Divided) else None
         prompts.usable.append(_Prompt(index, bos + found.prompt, found.correct, found.wrong, patch))
     return prompts
+
+
+def encode_answers(
+    tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_length: int | None = None
+) -> Answers:
+    """Both answers of the items in any number of tokens, and why the other items are not usable.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        items: minimal pairs; paired prefixes are of no use here.
+        prepend_bos: begin prompts with the BOS token, where the tokenizer has one.
+        max_length: tokens that the model takes, BOS included and the last, which is only predicted, not counted.
+    """
+    bos = _bos(tokenizer, prepend_bos)
+    answers = Answers(items)
+    texts = _tokenised(tokenizer, [(item.prefix, item) for item in items])
+    for index, (correct, wrong) in enumerate(texts):
+        shared = _n_shared(correct, wrong)
+        reason = _indistinct(correct, wrong, tokenizer.unk_token_id)
+        if reason is None and shared == min(len(correct), len(wrong)):
+            reason = "one answer is the beginning of the other"
+        if reason is None and not bos and not shared:
+            reason = "the first tokens differ, and no BOS token stands before them"
+        if reason is None and max_length is not None and len(bos) + max(len(correct), len(wrong)) - 1 > max_length:
+            reason = f"longer than {max_length} tokens"
+        if reason is not None:
+            answers.skipped[reason] += 1
+            continue
+        answers.usable.append(_Pair(index, len(bos) + shared, bos + correct, bos + wrong))
+    return answers
 
 
 @dataclass(frozen=True)
@@ -128,14 +172,66 @@ class Prompts:
 
     def batches(self, max_size: int) -> Iterator[PromptBatch]:
         """Batches of at most `max_size` prompts, by length and those with a pair first, else in the items' order."""
-        if max_size < 1:
-            raise UserError(f"a batch of {max_size} prompts is not possible: give 1 or more")
+        _check_size(max_size)
         groups: dict[tuple[int, bool], list[_Prompt]] = {}
         for prompt in self.usable:
             groups.setdefault((len(prompt.tokens), prompt.patch is None), []).append(prompt)
         for _, group in sorted(groups.items(), key=lambda entry: entry[0]):
             for start in range(0, len(group), max_size):
                 yield _stack(group[start : start + max_size])
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Prompts with one of their answers, all of one length.
+
+    Attributes:
+        tokens: (B, T) what the model reads: prompt and answer without the last token.
+        targets: (B, T) the token that follows each.
+        start: (B,) position from which targets are the answer's.
+        correct: (B,) whether it is the correct answer.
+        index: (B,) position of the item in `Answers.items`.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    start: Int[Tensor, " B"]
+    correct: Bool[Tensor, " B"]
+    index: Int[Tensor, " B"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Answers:
+    """Both answers of a task's items as one tokenizer sees them; `len` is the number of usable items.
+
+    Attributes:
+        items: all items; `AnswerBatch.index` points into it.
+        skipped: items that cannot be used, counted by reason.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.skipped: Counter[str] = Counter()
+        self.usable: list[_Pair] = []
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def __repr__(self) -> str:
+        return f"Answers({len(self)} of {len(self.items)} items, skipped={dict(self.skipped)})"
+
+    def batches(self, max_size: int) -> Iterator[AnswerBatch]:
+        """Batches of at most `max_size` strings, two for every usable item, by length."""
+        _check_size(max_size)
+        groups: dict[int, list[tuple[_Pair, bool]]] = {}
+        for pair in self.usable:
+            for correct in (True, False):
+                groups.setdefault(len(pair.correct if correct else pair.wrong), []).append((pair, correct))
+        for _, group in sorted(groups.items(), key=lambda entry: entry[0]):
+            for start in range(0, len(group), max_size):
+                yield _stack_answers(group[start : start + max_size])
 
 
 class _Prompt(NamedTuple):
@@ -146,10 +242,26 @@ class _Prompt(NamedTuple):
     patch: list[int] | None
 
 
+class _Pair(NamedTuple):
+    item: int
+    start: int
+    correct: list[int]
+    wrong: list[int]
+
+
 class _Divided(NamedTuple):
     prompt: list[int]
     correct: int
     wrong: int
+
+
+def _bos(tokenizer: Any, prepend: bool) -> list[int]:
+    return [tokenizer.bos_token_id] if prepend and tokenizer.bos_token_id is not None else []
+
+
+def _check_size(max_size: int) -> None:
+    if max_size < 1:
+        raise UserError(f"a batch of {max_size} prompts is not possible: give 1 or more")
 
 
 def _joined(prefix: str, answer: str) -> str:
@@ -157,20 +269,29 @@ def _joined(prefix: str, answer: str) -> str:
     return prefix + answer if apart else f"{prefix} {answer}"
 
 
-def _divided(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[_Divided | str]:
-    """Prompt and answers in tokens of every (prefix, item), or the reason why there are none."""
+def _tokenised(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[tuple[list[int], list[int]]]:
+    """Tokens of every prefix with the correct and with the wrong answer."""
     if not items:
         return []
     texts = [_joined(prefix, answer) for prefix, item in items for answer in (item.correct, item.wrong)]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [_divide(ids[i], ids[i + 1], tokenizer.unk_token_id) for i in range(0, len(ids), 2)]
+    return [(ids[i], ids[i + 1]) for i in range(0, len(ids), 2)]
+
+
+def _divided(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[_Divided | str]:
+    """Prompt and answers in tokens of every (prefix, item), or the reason why there are none."""
+    return [_divide(correct, wrong, tokenizer.unk_token_id) for correct, wrong in _tokenised(tokenizer, items)]
+
+
+def _indistinct(correct: list[int], wrong: list[int], unknown: int | None) -> str | None:
+    if unknown is not None and unknown in (*correct, *wrong):
+        return "a word is unknown to the tokenizer"
+    return "the answers are the same tokens" if correct == wrong else None
 
 
 def _divide(correct: list[int], wrong: list[int], unknown: int | None) -> _Divided | str:
-    if unknown is not None and unknown in (*correct, *wrong):
-        return "a word is unknown to the tokenizer"
-    if correct == wrong:
-        return "the answers are the same tokens"
+    if reason := _indistinct(correct, wrong, unknown):
+        return reason
     shared = _n_shared(correct, wrong)
     prompt, rest, other = correct[:shared], correct[shared:], wrong[shared:]
     after = _n_shared(rest[::-1], other[::-1])
@@ -200,4 +321,16 @@ def _stack(prompts: Sequence[_Prompt]) -> PromptBatch:
         wrong=torch.tensor([prompt.wrong for prompt in prompts]),
         patch=torch.tensor(patches) if patches else None,
         index=torch.tensor([prompt.item for prompt in prompts]),
+    )
+
+
+def _stack_answers(strings: Sequence[tuple[_Pair, bool]]) -> AnswerBatch:
+    tokens = torch.tensor([pair.correct if correct else pair.wrong for pair, correct in strings])
+    return AnswerBatch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        # the token at `start` of the string is predicted one position earlier
+        start=torch.tensor([pair.start - 1 for pair, _ in strings]),
+        correct=torch.tensor([correct for _, correct in strings]),
+        index=torch.tensor([pair.item for pair, _ in strings]),
     )

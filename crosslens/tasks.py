@@ -1,133 +1,220 @@
-"""Tasks: minimal pairs of a prefix and two answers, one right and one wrong, told apart by the next token.
+"""Tasks: minimal pairs of a prefix and two answers, one right and one wrong.
 
 Every source gives items (prefix, correct, wrong, paired prefix or none); `crosslens.prompts` makes prompts of them, by
-one rule for every tokenizer. The metric is logit(correct) - logit(wrong) at the last position of the prompt.
+one rule for every tokenizer. With `answers="single"` one token tells the answers apart, and the metric is
+logit(correct) - logit(wrong) at the last position of the prompt, which attribution needs. With `answers="multi"` it is
+the difference of the answers' log-probabilities, summed over their tokens: for words of several tokens and for full
+sentences. Where single-token answers end their sentences the two are the same number.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
-import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import norm
-from tqdm.auto import tqdm
 
-from crosslens import grammar
-from crosslens.errors import UserError, did_you_mean, first_line
-from crosslens.prompts import Item, Prompts, encode, logit_difference
-from crosslens.prompts import PromptBatch as PromptBatch
+from crosslens import corpora, grammar, synthetic
+from crosslens.accuracy import Models, accuracy_table
+from crosslens.errors import UserError, did_you_mean
+from crosslens.prompts import Answers, Item, Prompts, encode, encode_answers
 
 _COLUMNS = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
 _SVA = {"prefix": "clean_prefix", "correct": "clean_answer", "wrong": "patch_answer", "patch_prefix": "patch_prefix"}
-_BLIMP = {"prefix": "one_prefix_prefix", "correct": "one_prefix_word_good", "wrong": "one_prefix_word_bad"}
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_JSON = (".jsonl", ".json", ".ndjson")
-
-
-def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; `successes` may be fractional, for a tie is half a success."""
-    z = float(norm.ppf((1 + level) / 2))
-    p, shrink = successes / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@runtime_checkable
-class Models(Protocol):
-    """What `Task.accuracy` asks of `Snapshots`."""
-
-    @property
-    def labels(self) -> list[str]: ...
-    @property
-    def steps(self) -> list[int | None]: ...
-    @property
-    def tokens(self) -> list[int | None]: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def n_ctx(self) -> int: ...
-    def __len__(self) -> int: ...
-    def model(self, i: int, /, *, device: str, backend: str) -> Any: ...
+ANSWERS = ("single", "multi")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of minimal pairs without exact duplicates; made by `sva`, `blimp`, `local`, `demo`, `from_items`.
+    """A named list of minimal pairs without exact duplicates; made by one of the class methods.
 
     Raises:
-        UserError: a name that cannot be part of a file name.
+        UserError: a name that cannot be part of a file name, or unknown `answers`.
     """
 
     name: str
     items: tuple[Item, ...] = field(repr=False)
     duplicates: int = 0
     """Exact duplicates that were dropped: they are no new evidence, and would make standard errors too small."""
+    answers: str = "single"
+    """"single": one token tells the answers apart; "multi": their summed log-probabilities are compared."""
 
     def __post_init__(self) -> None:
         if not self.name or {"/", "\\"} & set(self.name):
             raise UserError(f"task name {self.name!r} must name a file: give one without '/' and '\\'")
+        _check_answers(self.answers)
 
     def __len__(self) -> int:
         return len(self.items)
 
     # ------------------------------------------------------------------ sources
     @classmethod
-    def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]]) -> Task:
+    def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]], answers: str = "single") -> Task:
         """A task from `Item`s, or dictionaries with `prefix`, `correct`, `wrong` and, if there is one, `patch_prefix`.
 
         Raises:
             UserError: no items, or one that lacks a key or has an empty answer; it is named.
         """
         made = [
-            item if isinstance(item, Item) else _item(item, _with_patch(_COLUMNS, item), f"task {name!r}, item {i}")
+            item if isinstance(item, Item) else _make_item(corpora.Row(f"task {name!r}, item {i}", item), _COLUMNS)
             for i, item in enumerate(items)
         ]
         if not made:
             raise UserError(f"task {name!r} has no items: give at least one")
         kept = tuple(dict.fromkeys(made))
-        return cls(name, kept, len(made) - len(kept))
+        return cls(name, kept, len(made) - len(kept), answers)
 
     @classmethod
-    def sva(cls, path: str | Path, name: str | None = None) -> Task:
+    def from_sentences(
+        cls,
+        name: str,
+        rows: Iterable[Mapping[str, Any]],
+        good: str = "sentence_good",
+        bad: str = "sentence_bad",
+        answers: str = "multi",
+    ) -> Task:
+        """A task from pairs of sentences, compared as a whole, or with `answers="single"` at the word that differs.
+
+        Args:
+            name: of the task.
+            rows: dictionaries with a right and a wrong sentence; what else they hold is the item's `info`.
+            good: key of the right sentences.
+            bad: key of the wrong sentences.
+            answers: "multi" or "single".
+
+        Raises:
+            UserError: no rows, one that lacks a key or has an empty sentence, or unknown `answers`.
+        """
+        _check_answers(answers)
+        numbered = (corpora.Row(f"task {name!r}, row {i}", row) for i, row in enumerate(rows))
+        return cls.from_items(name, [corpora.make_pair(row, good, bad, answers) for row in numbered], answers)
+
+    @classmethod
+    def sva(cls, path: str | Path, name: str | None = None, answers: str = "single") -> Task:
         """Pairs in the format of feature-circuits (Marks et al., arXiv 2403.19647): JSON lines with `clean_prefix`,
         `patch_prefix`, `clean_answer`, `patch_answer`.
 
         Raises:
             UserError: the file cannot be read, or a line lacks a key; file, line and key are named.
         """
-        return cls.local(path, **_SVA, name=name)
+        return cls.local(path, **_SVA, name=name, answers=answers)
 
     @classmethod
-    def blimp(cls, uid_or_path: str | Path, folder: str | Path | None = None) -> Task:
-        """A BLiMP paradigm (Warstadt et al. 2020) of the one-prefix method: the first word that differs decides.
+    def blimp(cls, uid_or_path: str | Path, folder: str | Path | None = None, answers: str | None = None) -> Task:
+        """A BLiMP paradigm (Warstadt et al. 2020).
+
+        Paradigms of the one-prefix method are judged by the first word that differs, the others, whose difference lies
+        elsewhere, as full sentences.
 
         Args:
-            uid_or_path: a JSON-lines file, or a paradigm such as "regular_plural_subject_verb_agreement_1".
+            uid_or_path: a file, or a paradigm such as "regular_plural_subject_verb_agreement_1".
             folder: where `<uid>.jsonl` lies; None downloads the paradigm from the hub dataset nyu-mll/blimp.
+            answers: "multi" compares full sentences in any paradigm; None takes what the paradigm is made for.
 
         Raises:
-            UserError: no such file or paradigm, or one that is not judged by the one-prefix method.
+            UserError: no such file or paradigm, or "single" where the one-prefix method does not hold.
         """
-        path, uid = Path(uid_or_path), str(uid_or_path)
-        if folder is not None:
-            path = Path(folder) / f"{uid}.jsonl"
-            if not path.is_file():
-                hint = did_you_mean(uid, (found.stem for found in Path(folder).glob("*.jsonl")))
-                raise UserError(f"{folder} has no {path.name}: give a paradigm that lies there{hint}")
-        rows = _read_rows(path) if path.suffix in _JSON else _hub_rows(uid)
-        return cls.from_items(path.stem, [_blimp_item(row, where) for where, row in rows])
+        _check_answers(answers or "single")
+        rows = corpora.blimp_rows(uid_or_path, folder)
+        items, answers = corpora.blimp_items(rows, answers)
+        path = Path(uid_or_path)
+        return cls.from_items(path.stem if path.suffix in corpora.FILES else str(uid_or_path), items, answers)
+
+    @classmethod
+    def clams(
+        cls,
+        language_or_path: str | Path,
+        case: str | None = None,
+        folder: str | Path | None = None,
+        answers: str = "single",
+        capitalise: bool = False,
+        end: str = "",
+    ) -> Task:
+        """A CLAMS evaluation set (Mueller et al. 2020): lines of `True|False`, a tab and a sentence, in pairs.
+
+        Args:
+            language_or_path: a .txt file, or a language such as "fr".
+            case: such as "simple_agrmt".
+            folder: a clone of github.com/aaronmueller/clams, where `<language>_evalset/<case>.txt` lies.
+            answers: "single" compares the word that differs, "multi" full sentences.
+            capitalise: begin sentences with a capital; the sets are in lower case.
+            end: such as "."; the sets have none, so a full sentence that begins another is skipped without it.
+
+        Raises:
+            UserError: no such file, or lines that are no pairs.
+        """
+        _check_answers(answers)
+        path = Path(language_or_path)
+        info: dict[str, str] = {}
+        if path.suffix != ".txt":
+            path = corpora.clams_file(str(language_or_path), case, folder)
+            info = {"language": str(language_or_path), "case": path.stem}
+        rows = corpora.read_clams(path, capitalise, end, info)
+        items = [corpora.make_pair(row, "good", "bad", answers) for row in rows]
+        return cls.from_items("-".join(("clams", *info.values())) if info else path.stem, items, answers)
+
+    @classmethod
+    def multiblimp(
+        cls,
+        language: str,
+        phenomenon: str | None = None,
+        path: str | Path | None = None,
+        answers: str = "single",
+    ) -> Task:
+        """Agreement in one language of MultiBLiMP (Jumelet et al., arXiv 2504.02768).
+
+        The word that differs need not be the last; with `answers="single"` what follows it plays no part.
+
+        Args:
+            language: ISO 639-3, such as "fra".
+            phenomenon: such as "SV-#"; None takes all.
+            path: a folder of `<language>/data.tsv`, or a file with `sen` and `wrong_sen`, and perhaps several values of
+                `language`; None downloads the hub dataset jumelet/multiblimp.
+            answers: "single" compares the word that differs, "multi" full sentences.
+
+        Raises:
+            UserError: no such file, language or phenomenon, or a row lacks a key.
+        """
+        _check_answers(answers)
+        rows = corpora.multiblimp_rows(language, path)
+        if phenomenon is not None:
+            rows = corpora.select(rows, "phenomenon", phenomenon)
+        name = "-".join(("multiblimp", language, *([] if phenomenon is None else [phenomenon])))
+        return cls.from_items(name, [corpora.make_pair(row, "sen", "wrong_sen", answers) for row in rows], answers)
+
+    @classmethod
+    def ioi(cls, path: str | Path | None = None, n: int = 200, seed: int = 0) -> Task:
+        """Indirect-object identification (Wang et al., arXiv 2211.00593), paired by who gives.
+
+        Args:
+            path: a file with the keys of `sva`; None generates items.
+            n: items that are generated.
+            seed: of the draw.
+
+        Raises:
+            UserError: the file cannot be read, or more items than there are.
+        """
+        return cls.from_items("ioi", synthetic.ioi_items(n, seed)) if path is None else cls.sva(path)
+
+    @classmethod
+    def induction(cls, tokenizer: Any, n: int = 200, length: int = 8, seed: int = 0) -> Task:
+        """Random words of one token each, said twice; the second time breaks off, and must go on as the first did.
+
+        Args:
+            tokenizer: of the models, such as `snapshots.tokenizer`.
+            n: items.
+            length: words that are repeated.
+            seed: of the draw.
+
+        Raises:
+            UserError: n or length out of range, or a tokenizer with too few words of one token.
+        """
+        return cls.from_items("induction", synthetic.induction_items(tokenizer, n, length, seed))
 
     @classmethod
     def local(
@@ -138,26 +225,59 @@ class Task:
         wrong: str = "wrong",
         patch_prefix: str | None = None,
         name: str | None = None,
+        answers: str = "single",
     ) -> Task:
-        """A task from a file: JSON lines, a JSON array, csv or tsv with a header.
+        """A task from a file: JSON lines, a JSON array, csv or tsv with a header, parquet.
 
         Args:
-            path: .jsonl, .json, .ndjson, .csv or .tsv.
+            path: .jsonl, .json, .ndjson, .csv, .tsv or .parquet.
             prefix: key or column of the prefixes.
             correct: key or column of the right answers.
             wrong: key or column of the wrong answers.
             patch_prefix: that of the paired prefixes; None takes "patch_prefix" from the rows that have it.
             name: of the task; that of the file by default.
+            answers: "single" or "multi", see `Task`.
 
         Raises:
             UserError: the file cannot be read, or a line lacks a key; file, line and key are named.
         """
-        path = Path(path)
-        columns = {"prefix": prefix, "correct": correct, "wrong": wrong}
-        if patch_prefix is not None:
-            columns["patch_prefix"] = patch_prefix
-        items = [_item(row, _with_patch(columns, row), where) for where, row in _read_rows(path)]
-        return cls.from_items(name or path.stem, items)
+        columns = _columns(prefix, correct, wrong, patch_prefix)
+        rows = corpora.read_rows(Path(path))
+        return cls.from_items(name or Path(path).stem, [_make_item(row, columns) for row in rows], answers)
+
+    @classmethod
+    def hub(
+        cls,
+        repository: str,
+        config: str | None = None,
+        split: str = "train",
+        prefix: str = "prefix",
+        correct: str = "correct",
+        wrong: str = "wrong",
+        patch_prefix: str | None = None,
+        name: str | None = None,
+        answers: str = "single",
+    ) -> Task:
+        """A task from a dataset of the Hugging Face hub; the columns are those of `local`.
+
+        Args:
+            repository: such as "user/dataset".
+            config: its configuration, where it has several.
+            split: its split.
+            prefix: column of the prefixes.
+            correct: column of the right answers.
+            wrong: column of the wrong answers.
+            patch_prefix: that of the paired prefixes; None takes "patch_prefix" where there is one.
+            name: of the task; that of the configuration or repository by default.
+            answers: "single" or "multi", see `Task`.
+
+        Raises:
+            UserError: no such dataset, configuration or split, no connection, or a column that is not there.
+        """
+        columns = _columns(prefix, correct, wrong, patch_prefix)
+        rows = corpora.read_hub(repository, config, split)
+        items = [_make_item(row, columns) for row in rows]
+        return cls.from_items(name or config or repository.rpartition("/")[2], items, answers)
 
     @classmethod
     def demo(cls, construction: str, language: str | None = None, n: int = 200, seed: int = 0) -> Task:
@@ -181,18 +301,31 @@ class Task:
         """The items as tokens of a Hugging Face tokenizer; see `crosslens.prompts` for the rule and the arguments.
 
         Raises:
-            UserError: no item is usable; the reasons are named.
+            UserError: no item is usable, the reasons are named; or a task whose answers are "multi".
         """
+        if self.answers != "single":
+            raise UserError(
+                f"task {self.name!r} compares answers of many tokens (answers='multi'), so no single position decides "
+                "and effects cannot be attributed to it: use accuracy, or make the task with answers='single'"
+            )
         prompts = encode(tokenizer, self.items, prepend_bos, max_length)
+        self._check_usable(prompts, "whose answers differ in one token of this tokenizer")
+        return prompts
+
+    def strings(self, tokenizer: Any, prepend_bos: bool = True, max_length: int | None = None) -> Answers:
+        """Prompts with both answers, of any number of tokens; see `prompts` for the rule, arguments and errors."""
+        answers = encode_answers(tokenizer, self.items, prepend_bos, max_length)
+        self._check_usable(answers, "with two answers that this tokenizer tells apart")
+        return answers
+
+    def _check_usable(self, prompts: Prompts | Answers, wanted: str) -> None:
         if not len(prompts):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in prompts.skipped.most_common())
             raise UserError(
-                f"task {self.name!r}: none of its {len(self)} items can be used ({reasons}): give items whose answers "
-                "differ in one token of this tokenizer, after prompts that fit the model"
+                f"task {self.name!r}: none of its {len(self)} items can be used ({reasons}): give items {wanted}, "
+                "after prompts that fit the model"
             )
-        return prompts
 
-    @torch.no_grad()
     def accuracy(
         self,
         snaps: Models,
@@ -202,7 +335,7 @@ class Task:
         prepend_bos: bool = True,
         backend: str = "bridge",
     ) -> pd.DataFrame:
-        """How often the right answer has the larger logit, a row per snapshot; a tie counts as half right.
+        """How often the right answer is preferred, a row per snapshot; a tie counts as half right.
 
         Args:
             snaps: the models; prompts longer than their context are skipped.
@@ -212,38 +345,16 @@ class Task:
             backend: "bridge" or "hooked_transformer".
 
         Returns:
-            task, snapshot, label, step, tokens, accuracy, low and high (Wilson's 95 % interval), metric (mean logit
-            difference), n (prompts).
+            task, snapshot, label, step, tokens, accuracy, low and high (Wilson's 95 % interval), metric (mean
+            difference of the logits, or of the summed log-probabilities), n (items), skipped (items that cannot be
+            used) and reasons (why, with their counts).
 
         Raises:
             UserError: no usable item, or a snapshot whose logits are not finite.
         """
-        prompts = self.prompts(snaps.tokenizer, prepend_bos=prepend_bos, max_length=snaps.n_ctx)
-        batches, n = list(prompts.batches(batch_size)), len(prompts)
-        rows: list[dict[str, float]] = []
-        for s in tqdm(range(len(snaps)), desc=f"Accuracy on {self.name}", unit="snapshot", leave=False):
-            model = snaps.model(s, device=device, backend=backend)
-            found = [
-                logit_difference(model(batch.tokens.to(device), return_type="logits")[:, -1].float(), batch)
-                for batch in batches
-            ]
-            metric = torch.cat(found).double().cpu()
-            if not torch.isfinite(metric).all():
-                raise UserError(
-                    f"snapshot {snaps.labels[s]} has non-finite logits on task {self.name!r}: leave this snapshot out, "
-                    "or check its weights"
-                )
-            right = float((metric > 0).sum() + 0.5 * (metric == 0).sum())
-            low, high = wilson_interval(right, n)
-            rows.append({"accuracy": right / n, "low": low, "high": high, "metric": float(metric.mean()), "n": n})
-        where = {
-            "task": [self.name] * len(snaps),
-            "snapshot": range(len(snaps)),
-            "label": snaps.labels,
-            "step": pd.array(snaps.steps, dtype="Int64"),
-            "tokens": pd.array(snaps.tokens, dtype="Int64"),
-        }
-        return pd.concat([pd.DataFrame(where), pd.DataFrame(rows)], axis=1)
+        make = self.prompts if self.answers == "single" else self.strings
+        prompts = make(snaps.tokenizer, prepend_bos, snaps.n_ctx)
+        return accuracy_table(self.name, snaps, prompts, device, batch_size, backend)
 
     def split(self, seed: int = 0) -> tuple[Task, Task]:
         """Two halves, drawn by `seed`, that share no prefix, paired ones included.
@@ -270,82 +381,18 @@ class Task:
         return one, other
 
 
-def _read_rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """(file and line, row) of every row of a file; in a JSON array, the entry instead of the line."""
-    if path.suffix not in (*_JSON, *_DELIMITERS):
-        kinds = ", ".join((*_JSON, *_DELIMITERS))
-        raise UserError(f"{path} is of an unknown kind {path.suffix!r}: give one of {kinds}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): give an existing UTF-8 file") from error
-    rows: list[tuple[str, Any]]
-    if path.suffix in _DELIMITERS:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix])
-        rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
-    elif text.lstrip().startswith("["):
-        rows = [(f"{path}, entry {i}", row) for i, row in enumerate(_parsed(text, str(path)), start=1)]
-    else:
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [(where, _parsed(line, where)) for where, line in lines]
-    for where, row in rows:
-        if not isinstance(row, Mapping):
-            raise UserError(f"{where}: {row!r} is no JSON object; give objects with keys such as 'prefix'")
-    return rows
+def _check_answers(answers: str) -> None:
+    if answers not in ANSWERS:
+        raise UserError(f"answers={answers!r} is unknown: use 'single' or 'multi'{did_you_mean(answers, ANSWERS)}")
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); give one JSON object per line") from error
+def _columns(prefix: str, correct: str, wrong: str, patch_prefix: str | None) -> dict[str, str]:
+    columns = {"prefix": prefix, "correct": correct, "wrong": wrong}
+    return columns if patch_prefix is None else {**columns, "patch_prefix": patch_prefix}
 
 
-def _with_patch(columns: dict[str, str], row: Mapping[str, Any]) -> dict[str, str]:
-    """The columns with that of the paired prefix: optional, unless it was named."""
-    return {"patch_prefix": "patch_prefix", **columns} if row.get("patch_prefix") else columns
-
-
-def _item(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Item:
-    for key in columns.values():
-        if key not in row:
-            present = ", ".join(repr(name) for name in row)
-            raise UserError(f"{where}: the key {key!r} is missing; present are {present}{did_you_mean(key, row)}")
-        if not isinstance(row[key], str):
-            raise UserError(f"{where}: the key {key!r} is {row[key]!r}; give text")
-    info = {key: value for key, value in row.items() if key not in columns.values()}
-    try:
-        return Item(**{role: row[key] for role, key in columns.items()}, info=info)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _hub_rows(uid: str) -> list[tuple[str, Mapping[str, Any]]]:
-    import datasets  # takes half a second, and is needed for the hub alone
-
-    try:
-        rows: Any = datasets.load_dataset("nyu-mll/blimp", uid, split="train")
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"BLiMP paradigm {uid!r} cannot be read from the hub ({reason}): check its name and the connection, "
-            "or give its .jsonl file"
-        ) from error
-    return [(f"nyu-mll/blimp {uid}, row {i}", row) for i, row in enumerate(rows)]
-
-
-def _blimp_item(row: Mapping[str, Any], where: str) -> Item:
-    if row.get("one_prefix_method") is False:
-        raise UserError(
-            f"{where}: {row.get('UID', 'this paradigm')!r} is not judged by the one-prefix method; choose a paradigm "
-            "whose rows say one_prefix_method: true"
-        )
-    if _BLIMP["prefix"] in row or not {"sentence_good", "sentence_bad"} <= set(row):
-        return _item(row, _BLIMP, where)
-    # on the hub the rows have the sentences alone
-    good, bad = str(row["sentence_good"]).split(), str(row["sentence_bad"]).split()
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(good, bad, strict=False)))
-    shared = max(0, min(shared, len(good) - 1, len(bad) - 1))  # a few rows have the same sentence twice
-    answers = ("".join(words[shared : shared + 1]).rstrip(".,?!") for words in (good, bad))
-    derived = dict(zip(_BLIMP.values(), (" ".join(good[:shared]), *answers), strict=True))
-    return _item({**row, **derived}, _BLIMP, where)
+def _make_item(row: corpora.Row, columns: Mapping[str, str]) -> Item:
+    """An item, its paired prefix optional unless the columns name one."""
+    if row.values.get("patch_prefix"):
+        columns = {"patch_prefix": "patch_prefix", **columns}
+    return corpora.make_item(row, columns)

@@ -1,26 +1,34 @@
-"""Tasks: the tokenisation rule against a slow search, every source and error, accuracy against transformers."""
+"""Tasks: every source and error, the hub by a server on this machine, accuracy against transformers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import binomtest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from crosslens import grammar
+from crosslens.accuracy import wilson_interval
 from crosslens.errors import UserError
-from crosslens.prompts import Item, encode
+from crosslens.prompts import Item
 from crosslens.snapshots import Snapshots
-from crosslens.tasks import Task, logit_difference, wilson_interval
+from crosslens.tasks import Task
 
 SVA = [
     {"clean_prefix": "The uncle", "patch_prefix": "The uncles", "clean_answer": " has", "patch_answer": " have"},
@@ -44,18 +52,6 @@ def words() -> PreTrainedTokenizerFast:
     return word_tokenizer(grammar.vocabulary())
 
 
-@pytest.fixture(scope="module")
-def pieces() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which frequent words are one token and rare ones are several; it has no BOS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    text = ["The uncle has uncles that have seen what is and are here with us . The farmer works . The farmers work ."]
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(text * 20, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 def write(path: Path, *rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -63,136 +59,6 @@ def write(path: Path, *rows: Any) -> Path:
 
 def rewrite(text: str, tokenizer: Any) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-# ---- from words to tokens
-
-
-def slow_prompt(tokenizer: Any, prefix: str, correct: str, wrong: str) -> tuple[list[int], int, int] | None:
-    """All ways to cut both strings into prompt, one token, and a common end; the longest prompt wins."""
-    blank = "" if correct[0].isspace() else " "
-    a, b = rewrite(prefix + blank + correct, tokenizer), rewrite(prefix + blank + wrong, tokenizer)
-    cuts = [i for i in range(1, min(len(a), len(b))) if a[:i] == b[:i] and a[i] != b[i] and a[i + 1 :] == b[i + 1 :]]
-    return (a[: cuts[-1]], a[cuts[-1]], b[cuts[-1]]) if cuts else None
-
-
-@given(
-    st.lists(st.sampled_from(["The", "uncle", "uncles", "farmers", "works", "have", "here", "zebra"]), max_size=4),
-    st.sampled_from([" works", " has", " zebra", " works with", "has"]),
-    st.sampled_from([" work", " have", " uncles", " work with", "have"]),
-)
-def test_prompts_are_what_a_slow_search_finds(pieces: Any, prefix: list[str], correct: str, wrong: str) -> None:
-    if correct[0].isspace() != wrong[0].isspace() or not prefix:
-        return
-    text = " ".join(prefix)
-    prompts = encode(pieces, [Item(text, correct, wrong)])
-    expected = slow_prompt(pieces, text, correct, wrong)
-    assert len(prompts) == (expected is not None)
-    assert sum(prompts.skipped.values()) == (expected is None)
-    if expected is not None:
-        (batch,) = prompts.batches(8)
-        assert (batch.tokens[0].tolist(), int(batch.correct), int(batch.wrong)) == expected
-
-
-def test_answers_are_joined_by_exactly_one_blank(pieces: Any) -> None:
-    one = encode(pieces, [Item("The uncle", " has", " have"), Item("The uncle", "has", "have")])
-    first, second = one.usable
-    assert first[1:4] == second[1:4]
-    assert pieces.decode(first.tokens) == "The uncle" and pieces.decode([first.correct]) == " has"
-
-
-def test_what_both_answers_end_in_is_left_away(pieces: Any) -> None:
-    items = [Item("The farmers", "have seen", "has seen"), Item("The farmers", "have", "has")]
-    long, short = encode(pieces, items).usable
-    assert long[1:] == short[1:]
-
-
-def test_skipped_items_are_counted_by_reason(words: Any) -> None:
-    items = [
-        Item("the dog", "sleeps", "sleep"),
-        Item("the dog", "sleeps", "zebra"),
-        Item("the unicorn", "sleeps", "sleep"),
-        Item("the dog", "sleeps", "sleeps"),
-        Item("the dog", "sleeps now", "sleep"),
-        Item("", "sleeps", "sleep"),
-        Item("the dog near the old farmer", "sleeps", "sleep"),
-    ]
-    prompts = encode(words, items, max_length=5)
-    assert prompts.skipped == {
-        "a word is unknown to the tokenizer": 2,
-        "the answers are the same tokens": 1,
-        "the answers do not differ in exactly one token": 1,
-        "the prompt is empty": 1,
-        "longer than 5 tokens": 1,
-    }
-    assert len(prompts) + sum(prompts.skipped.values()) == len(items)
-    assert len(encode(words, items, prepend_bos=True, max_length=7)) == 2
-    assert len(encode(words, items, prepend_bos=False, max_length=6)) == 2
-    assert len(encode(words, items, prepend_bos=True, max_length=6)) == 1
-
-
-def test_bos_is_prepended_to_prompt_and_pair_where_there_is_one(words: Any, pieces: Any) -> None:
-    item = Item("the dog", "sleeps", "sleep", "the dogs")
-    (batch,) = encode(words, [item]).batches(1)
-    assert batch.tokens.tolist() == [[words.bos_token_id, *rewrite("the dog", words)]]
-    assert batch.patch is not None
-    assert batch.patch.tolist() == [[words.bos_token_id, *rewrite("the dogs", words)]]
-    (batch,) = encode(words, [item], prepend_bos=False).batches(1)
-    assert batch.tokens.tolist() == [rewrite("the dog", words)]
-    (batch,) = encode(pieces, [Item("The uncle", " has", " have")]).batches(1)
-    assert batch.tokens.tolist() == [rewrite("The uncle", pieces)]
-
-
-def test_an_item_whose_pair_does_not_fit_stays_without_it(words: Any) -> None:
-    items = [
-        Item("the dog", "sleeps", "sleep", "the dogs"),
-        Item("the cat", "sleeps", "sleep", "the old cats"),
-        Item("the cow", "sleeps", "sleep", "the unicorns"),
-        Item("the pig", "sleeps", "sleep"),
-    ]
-    prompts = encode(words, items)
-    assert len(prompts) == 4 and not prompts.skipped
-    assert prompts.unpaired == {
-        "the paired prompt has another number of tokens": 1,
-        "a word is unknown to the tokenizer": 1,
-    }
-    paired, alone = prompts.batches(10)
-    assert paired.patch is not None and paired.index.tolist() == [0]
-    assert alone.patch is None and alone.index.tolist() == [1, 2, 3]
-    assert "4 of 4 items" in repr(prompts)
-
-
-def test_batches_have_one_length_lead_back_to_the_items_and_hold_each_once(words: Any) -> None:
-    task = Task.from_items("all", [item for c in grammar.CONSTRUCTIONS for item in Task.demo(c, n=9).items])
-    prompts = task.prompts(words)
-    for max_size in (1, 4, 100):
-        seen: list[int] = []
-        for batch in prompts.batches(max_size):
-            assert 1 <= len(batch) <= max_size
-            assert batch.patch is not None and batch.patch.shape == batch.tokens.shape
-            for i in range(len(batch)):
-                item = task.items[int(batch.index[i])]
-                assert words.decode(batch.tokens[i, 1:]) == item.prefix
-                assert words.decode(batch.patch[i, 1:]) == item.patch_prefix
-                assert words.decode([int(batch.correct[i]), int(batch.wrong[i])]) == f"{item.correct} {item.wrong}"
-            seen += batch.index.tolist()
-        assert sorted(seen) == list(range(len(task)))
-    lengths = [batch.tokens.shape[1] for batch in prompts.batches(4)]
-    assert lengths == sorted(lengths)
-    with pytest.raises(UserError, match="a batch of 0 prompts"):
-        next(prompts.batches(0))
-
-
-def test_select_and_metric(words: Any) -> None:
-    (batch,) = Task.demo("simple", "en", n=8).prompts(words).batches(8)
-    logits = torch.randn(8, len(words), generator=torch.Generator().manual_seed(0))
-    expected = [float(logits[i, batch.correct[i]] - logits[i, batch.wrong[i]]) for i in range(8)]
-    assert logit_difference(logits, batch).tolist() == pytest.approx(expected)
-    some = batch.select(torch.arange(8) % 2 == 0)
-    assert some.index.tolist() == batch.index[::2].tolist() and some.patch is not None
-    assert some.patch.tolist() == batch.patch[::2].tolist()  # pyright: ignore[reportOptionalSubscript]
-    assert logit_difference(logits[::2], some).tolist() == pytest.approx(expected[::2])
-    assert len(batch.select(torch.zeros(8, dtype=torch.bool))) == 0
 
 
 def test_no_usable_item_is_an_error_with_the_reasons(words: Any) -> None:
@@ -217,7 +83,7 @@ def test_sva_drops_and_counts_duplicates(tmp_path: Path) -> None:
     assert named.name == "b" and named.items[0].info == {"case": "singular"}
 
 
-@pytest.mark.parametrize("layout", ["jsonl", "array", "csv", "tsv"])
+@pytest.mark.parametrize("layout", ["jsonl", "array", "csv", "tsv", "parquet"])
 def test_local_reads_the_same_items_from_every_layout(tmp_path: Path, layout: str) -> None:
     rows = [("The dog, the\u2028cat", "is", "are"), ('The "dogs"', "are", "is")]
     keyed = [dict(zip(("p", "good", "bad"), row, strict=True)) for row in rows]
@@ -226,6 +92,8 @@ def test_local_reads_the_same_items_from_every_layout(tmp_path: Path, layout: st
         path.write_text(json.dumps(keyed))
     elif layout == "jsonl":
         path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in keyed), encoding="utf-8")
+    elif layout == "parquet":
+        pd.DataFrame(keyed).to_parquet(path)
     else:
         import csv
 
@@ -267,8 +135,12 @@ def test_errors_name_file_line_key_and_what_is_there(tmp_path: Path) -> None:
         Task.local(tmp_path / "t.csv")
     with pytest.raises(UserError, match="cannot read .*missing.json"):
         Task.sva(tmp_path / "missing.json")
-    with pytest.raises(UserError, match="unknown kind '.parquet': give one of .jsonl, .json, .ndjson, .csv, .tsv"):
-        Task.local(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").write_text("none")
+    for name in ("t.parquet", "missing.parquet"):
+        with pytest.raises(UserError, match=f"cannot read .*{name} .*: give an existing parquet file"):
+            Task.local(tmp_path / name)
+    with pytest.raises(UserError, match="unknown kind '.xlsx': give one of .jsonl, .json, .ndjson, .csv, .tsv, .parq"):
+        Task.local(tmp_path / "t.xlsx")
 
 
 def test_from_items_takes_items_and_dictionaries() -> None:
@@ -297,56 +169,378 @@ BLIMP = {
 }
 
 
-def test_blimp_from_a_file_from_a_folder_and_from_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
-    uid = BLIMP["UID"]
-    short = {
-        **BLIMP,
-        "sentence_good": "Paula sleeps.",
-        "sentence_bad": "Paula sleep.",
-        "one_prefix_prefix": "Paula",
-        "one_prefix_word_good": "sleeps",
-        "one_prefix_word_bad": "sleep",
-    }
-    same = {**BLIMP, "sentence_bad": BLIMP["sentence_good"], "one_prefix_word_bad": "works with"}
-    path = write(tmp_path / f"{uid}.jsonl", BLIMP, short)
+SHORT = {
+    **BLIMP,
+    "sentence_good": "Paula sleeps.",
+    "sentence_bad": "Paula sleep.",
+    "one_prefix_prefix": "Paula",
+    "one_prefix_word_good": "sleeps",
+    "one_prefix_word_bad": "sleep",
+}
+ISLAND = {
+    "sentence_good": "Who should Derek hug after shocking Richard?",
+    "sentence_bad": "Who should Derek hug Richard after shocking?",
+    "UID": "adjunct_island",
+    "one_prefix_method": False,
+}
+UID = "distractor_agreement_relative_clause"
+WHOLE = [  # of BLIMP and SHORT
+    ("The girl who annoys these adults", "works with Bob.", "work with Bob."),
+    ("Paula", "sleeps.", "sleep."),
+]
+
+
+def words_of(task: Task) -> list[tuple[str, str, str]]:
+    return [(item.prefix, item.correct, item.wrong) for item in task.items]
+
+
+def test_blimp_from_a_file_and_from_a_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / f"{UID}.jsonl", BLIMP, SHORT)
     task = Task.blimp(path)
-    assert task.name == uid and task.items == Task.blimp(str(uid), folder=tmp_path).items
-    assert task.items[0] == Item("The girl who annoys these adults", "works with", "work with")
-    asked: list[Any] = []
-
-    def load_dataset(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        asked.append((args, kwargs))
-        only = ("sentence_good", "sentence_bad", "UID", "one_prefix_method")
-        return [{key: row[key] for key in only} for row in (BLIMP, short, same)]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    hub = Task.blimp(str(uid))
-    assert asked == [(("nyu-mll/blimp", uid), {"split": "train"})]
-    assert [(i.prefix, i.correct, i.wrong) for i in hub.items] == [
+    assert task.name == UID and task.answers == "single" and task == Task.blimp(UID, folder=tmp_path)
+    assert words_of(task) == [
+        ("The girl who annoys these adults", "works with", "work with"),
+        ("Paula", "sleeps", "sleep"),
+    ]
+    whole = Task.blimp(path, answers="multi")
+    assert whole.answers == "multi" and words_of(whole) == WHOLE
+    # without the columns of the one-prefix method the words come from the sentences
+    columns = ("sentence_good", "sentence_bad", "UID", "one_prefix_method")
+    same = {**BLIMP, "sentence_bad": BLIMP["sentence_good"]}
+    path = write(tmp_path / "short.jsonl", *({key: row[key] for key in columns} for row in (BLIMP, SHORT, same)))
+    assert words_of(Task.blimp(path)) == [
         ("The girl who annoys these adults", "works", "work"),
         ("Paula", "sleeps", "sleep"),
         ("The girl who annoys these adults works with", "Bob", "Bob"),  # no pair: skipped as the same tokens
     ]
 
 
-def test_blimp_errors(tmp_path: Path, monkeypatch: Any) -> None:
-    uid = "distractor_agreement_relative_clause"
-    path = write(tmp_path / f"{uid}.jsonl", {**BLIMP, "one_prefix_method": False, "UID": "adjunct_island"})
+def test_blimp_whose_difference_lies_elsewhere_is_of_full_sentences(tmp_path: Path, words: Any) -> None:
+    path = write(tmp_path / "adjunct_island.jsonl", ISLAND)
+    task = Task.blimp(path)
+    assert task.answers == "multi"
+    assert words_of(task) == [("Who should Derek hug", "after shocking Richard?", "Richard after shocking?")]
     with pytest.raises(UserError, match="line 1: 'adjunct_island' is not judged by the one-prefix method"):
-        Task.blimp(path)
-    with pytest.raises(UserError, match=f"did you mean '{uid}'"):
-        Task.blimp("distractor_agreement_relative_clauses", folder=tmp_path)
-
-    def offline(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach 'nyu-mll/blimp' on the Hub\nand more")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
+        Task.blimp(path, answers="single")
+    pd.DataFrame([ISLAND]).to_csv(tmp_path / "adjunct_island.csv", index=False)
+    assert Task.blimp(tmp_path / "adjunct_island.csv").answers == "multi"
     with pytest.raises(UserError) as caught:
-        Task.blimp("nothing")
+        task.prompts(words)
     assert str(caught.value) == (
-        "BLiMP paradigm 'nothing' cannot be read from the hub (Couldn't reach 'nyu-mll/blimp' on the Hub): "
-        "check its name and the connection, or give its .jsonl file"
+        "task 'adjunct_island' compares answers of many tokens (answers='multi'), so no single position decides and "
+        "effects cannot be attributed to it: use accuracy, or make the task with answers='single'"
     )
+    with pytest.raises(UserError, match="none of its 1 items can be used .*unknown to the tokenizer: 1.*tells apart"):
+        task.strings(words)
+    with pytest.raises(UserError, match=f"does not exist: give one that is there; did you mean '{UID}'"):
+        Task.blimp(f"{UID}s", folder=write(tmp_path / f"{UID}.jsonl", BLIMP).parent)
+    for make in (
+        lambda: Task.blimp(path, answers="mutli"),
+        lambda: Task.from_sentences("x", [], answers="mutli"),
+        lambda: Task.from_items("x", [Item("a", "b", "c")], answers="mutli"),
+    ):
+        with pytest.raises(
+            UserError, match="answers='mutli' is unknown: use 'single' or 'multi'; did you mean 'multi'"
+        ):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "single", "multi"),
+    [
+        ("the dog sleeps", "the dog sleep", ("the dog", "sleeps", "sleep"), ("the dog", "sleeps", "sleep")),
+        ("Il dort ici.", "Ils dort ici.", ("", "Il", "Ils"), ("", "Il dort ici.", "Ils dort ici.")),
+        ("he walked", "he talked", ("he", "walked", "talked"), None),
+        ("a b c d", "a c b d", ("a", "b c", "c b"), ("a", "b c d", "c b d")),
+        ("a b c d.", "a d.", ("a", "b c d", "d"), ("a", "b c d.", "d.")),
+        ("a b", "a b c", ("a", "b", "b c"), ("a", "b", "b c")),
+        ("He said\u00a0: «\u00a0no »", "He said\u00a0: «\u00a0yes »", ("He said\u00a0: «", "no", "yes"), None),
+        ("say (it)", "say (me)", ("say", "(it", "(me"), ("say", "(it)", "(me)")),
+        ("?", "!", ("", "?", "!"), ("", "?", "!")),
+        ("no.", ".", ("", "no.", "."), ("", "no.", ".")),
+    ],
+)
+def test_sentences_are_divided_at_the_words_that_differ(
+    good: str, bad: str, single: tuple[str, str, str], multi: tuple[str, str, str] | None
+) -> None:
+    (one,) = Task.from_sentences("t", [{"sentence_good": good, "sentence_bad": bad}], answers="single").items
+    assert (one.prefix, one.correct, one.wrong) == single
+    if multi is not None:
+        (whole,) = Task.from_sentences("t", [{"g": good, "b": bad, "note": 1}], "g", "b").items
+        assert (whole.prefix, whole.correct, whole.wrong) == multi and whole.info == {"note": 1}
+
+
+CLAMS = "True\tles auteurs sont vieux\nFalse\tles auteurs est vieux\nFalse\tl' auteur rient\nTrue\tl' auteur rit\n"
+
+
+def test_clams_pairs_are_adjacent_lines(tmp_path: Path) -> None:
+    (tmp_path / "fr_evalset").mkdir()
+    path = tmp_path / "fr_evalset" / "simple_agrmt.txt"
+    path.write_text(CLAMS + "\n", encoding="utf-8")
+    task = Task.clams("fr", "simple_agrmt", tmp_path)
+    assert task.name == "clams-fr-simple_agrmt" and task.answers == "single"
+    assert words_of(task) == [("les auteurs", "sont", "est"), ("l' auteur", "rit", "rient")]
+    assert task.items[0].info == {"language": "fr", "case": "simple_agrmt"}
+    whole = Task.clams(path, answers="multi", capitalise=True, end=" .")
+    assert whole.name == "simple_agrmt" and whole.answers == "multi"
+    assert words_of(whole) == [("Les auteurs", "sont vieux .", "est vieux ."), ("L' auteur", "rit .", "rient .")]
+    for content, message in (
+        ("True\ta b\nTrue\ta c\n", "lines 1 and 2 are both True: pairs must be adjacent"),
+        ("True\ta b\nFalse\ta c\nTrue\ta d", "has 3 sentences, which do not pair up"),
+        ("\nTrue a b\n", "line 2: 'True a b' is not 'True' or 'False', a tab, and a sentence"),
+        ("True\t \nFalse\ta", "line 1: 'True' is not 'True' or 'False', a tab"),
+        ("", "has no items"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            Task.clams(path)
+    for make, message in (
+        (lambda: Task.clams("fr", "simple_agrm", tmp_path), "does not exist: .*did you mean 'simple_agrmt'"),
+        (lambda: Task.clams("frr", "simple_agrmt", tmp_path), "has no frr_evalset: give one of its languages"),
+        (
+            lambda: Task.clams("fr", "simple_agrmt"),
+            "CLAMS 'fr', 'simple_agrmt': the evaluation sets are not on the hub",
+        ),
+        (lambda: Task.clams(tmp_path / "none.txt"), "cannot read .*none.txt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+MULTIBLIMP = [  # the word that differs stands in the middle, or is the last
+    {"sen": 'Il le dit, "bien".', "wrong_sen": 'Il le dis, "bien".', "phenomenon": "SV-P", "verb": "dit"},
+    {"sen": "Les rois voient", "wrong_sen": "Les rois voit", "phenomenon": "SV-#", "verb": "voient"},
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "tsv", "jsonl", "parquet"])
+def test_multiblimp_by_language_and_phenomenon(tmp_path: Path, kind: str) -> None:
+    frame = pd.DataFrame(MULTIBLIMP)
+    several = pd.concat([frame.assign(language="fra"), frame.assign(language="spa", sen="no")], ignore_index=True)
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "folder":
+        (tmp_path / "fra").mkdir()
+        frame.to_csv(tmp_path / "fra" / "data.tsv", sep="\t", index=False)
+        path = tmp_path
+    elif kind == "jsonl":
+        several.to_json(path, orient="records", lines=True)
+    elif kind == "parquet":
+        several.to_parquet(path)
+    else:
+        several.to_csv(path, sep="," if kind == "csv" else "\t", index=False)
+    task = Task.multiblimp("fra", path=path)
+    assert task.name == "multiblimp-fra" and words_of(task) == [("Il le", "dit", "dis"), ("Les rois", "voient", "voit")]
+    assert task.items[1].info == {"language": "fra", "phenomenon": "SV-#", "verb": "voient"}
+    number = Task.multiblimp("fra", "SV-#", path)
+    assert number.name == "multiblimp-fra-SV-#" and number.items == task.items[1:]
+    whole = Task.multiblimp("fra", "SV-P", path, answers="multi")
+    assert words_of(whole) == [("Il le", 'dit, "bien".', 'dis, "bien".')] and whole.answers == "multi"
+    with pytest.raises(UserError, match="no row has phenomenon 'SV-N': choose one of 'SV-#', 'SV-P'"):
+        Task.multiblimp("fra", "SV-N", path)
+    message = "did you mean 'fra'" if kind == "folder" else "no row has language 'frau': choose one of 'fra', 'spa'"
+    with pytest.raises(UserError, match=message):
+        Task.multiblimp("frau", path=path)
+
+
+def test_ioi_from_a_file_and_made_here(tmp_path: Path) -> None:
+    row = {
+        "clean_prefix": "Emma and Anna met. Anna handed a ring to",
+        "patch_prefix": "Emma and Anna met. Emma handed a ring to",
+        "abc_prefix": "Emma and Anna met. Henry handed a ring to",
+        "clean_answer": " Emma",
+        "patch_answer": " Anna",
+        "case": "ABBA",
+    }
+    (item,) = Task.ioi(write(tmp_path / "ioi.jsonl", row)).items
+    assert item == Item(row["clean_prefix"], " Emma", " Anna", row["patch_prefix"])
+    assert item.info == {"case": "ABBA", "abc_prefix": row["abc_prefix"]}
+
+    task = Task.ioi(n=60, seed=1)
+    assert len(task) == 60 and task == Task.ioi(n=60, seed=1) != Task.ioi(n=60, seed=2)
+    assert Counter(item.info["case"] for item in task.items) == {"ABBA": 30, "BABA": 30}
+    for item in task.items:
+        receiver, giver = item.correct.strip(), item.wrong.strip()
+        names = re.findall(r"[A-Z][a-z]+", item.prefix)[1:]  # the first word is none
+        assert names == ([receiver, giver, giver] if item.info["case"] == "ABBA" else [giver, receiver, giver])
+        assert item.patch_prefix is not None
+        cut = item.prefix.rindex(giver)
+        assert item.patch_prefix == item.prefix[:cut] + receiver + item.prefix[cut + len(giver) :]
+        open_prefix = item.info["abc_prefix"]
+        third = re.findall(r"[A-Z][a-z]+", open_prefix)[-1]
+        assert third not in names and open_prefix == item.prefix[:cut] + third + item.prefix[cut + len(giver) :]
+    for n in (0, 10**8):
+        with pytest.raises(UserError, match=f"n={n} is not possible: there are .* items"):
+            Task.ioi(n=n)
+
+
+def test_induction_repeats_words_of_one_token(words: Any) -> None:
+    for tokenizer in (words, bytes_tokenizer()):
+        task = Task.induction(tokenizer, n=40, length=6, seed=1)
+        assert task == Task.induction(tokenizer, n=40, length=6, seed=1) != Task.induction(tokenizer, n=40, length=6)
+        prompts = task.prompts(tokenizer, prepend_bos=False)
+        assert len(prompts) == len(task) == 40 and not prompts.unpaired
+        repeats: set[int] = set()
+        for batch in prompts.batches(100):
+            assert batch.patch is not None
+            rows = zip(batch.tokens, batch.patch, batch.correct, batch.wrong, strict=True)
+            for tokens, patch, correct, wrong in rows:
+                first, again = tokens[:6].tolist(), tokens[6:].tolist()
+                repeats.add(len(again))
+                assert len(set(first)) == 6 and again == first[: len(again)]
+                assert int(correct) == first[len(again)] and int(wrong) not in first
+                first[len(again)] = int(wrong)
+                assert patch.tolist() == first + again
+        assert repeats == {1, 2, 3, 4, 5}
+    for options, message in (
+        ({"length": 1}, "length=1: give n >= 1 and length >= 2"),
+        ({"n": 0}, "n=0"),
+        ({"length": 10_000}, r"the tokenizer has \d+ words of one token, too few for length=10000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Task.induction(words, **options)
+    with pytest.raises(UserError, match="the tokenizer has 0 words of one token"):
+        Task.induction(word_tokenizer(["1", "2"]))
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: a word has another token at the very beginning than after a blank."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    text = "the uncle has uncles that have seen what is here , and the farmers work"
+    tokenizer.train_from_iterator([text, *text.split()] * 20, trainer)  # words are one token at the beginning, too
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+# ---- the hub
+
+
+HUB = """
+import sys
+from crosslens.errors import UserError
+from crosslens.tasks import Task
+
+def told(make):
+    try:
+        make()
+    except UserError as error:
+        print(str(error).replace("\\n", "|"))
+
+for task in (
+    Task.blimp("adjunct_island"),
+    Task.blimp("distractor_agreement_relative_clause"),
+    Task.multiblimp("fra", "SV-#"),
+    Task.hub("jumelet/multiblimp", "fra", prefix="phenomenon", correct="verb", wrong="sen"),
+):
+    print(task.name, task.answers, [(item.prefix, item.correct, item.wrong) for item in task.items])
+if sys.argv[1] == "online":
+    told(lambda: Task.blimp("adjunct_iland"))
+    told(lambda: Task.hub("no/such"))
+    told(lambda: Task.hub("jumelet/multiblimp", "fra", "test"))
+    told(lambda: Task.hub("jumelet/multiblimp", "fra"))
+told(lambda: Task.multiblimp("deu"))
+"""
+BLIMP_WORDS = [("The girl who annoys these adults", "works", "work"), ("Paula", "sleeps", "sleep")]
+EXPECTED = [
+    "adjunct_island multi [('Who should Derek hug', 'after shocking Richard?', 'Richard after shocking?')]",
+    f"distractor_agreement_relative_clause single {BLIMP_WORDS}",
+    "multiblimp-fra-SV-# single [('Les rois', 'voient', 'voit')]",
+    f"fra single {[(row['phenomenon'], row['verb'], row['sen']) for row in MULTIBLIMP]}",
+]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that `datasets` asks for: cards, trees and files of the folders below `root`."""
+
+    root: Path
+    commit = "c" * 40
+
+    def do_GET(self) -> None:
+        kind, *parts = urlsplit(self.path).path.strip("/").removeprefix("api/").split("/")
+        folder = self.root / "/".join(parts[:2])
+        what, rest = parts[2:3], "/".join(parts[4:])
+        if kind != "datasets" or len(parts) < 2 or not folder.is_dir():
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif what == ["resolve"] and (folder / rest).is_file():
+            data = (folder / rest).read_bytes()
+            self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.commit})
+        elif what == ["resolve"]:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+        elif what == ["tree"]:
+            self.answer(200, json.dumps([self.entry(folder, each) for each in (folder / rest).iterdir()]).encode())
+        else:
+            self.answer(200, json.dumps({"id": "/".join(parts[:2]), "sha": self.commit, "siblings": []}).encode())
+
+    do_HEAD = do_GET
+
+    def entry(self, folder: Path, path: Path) -> dict[str, Any]:
+        kind = "file" if path.is_file() else "directory"
+        return {"type": kind, "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0"}
+
+    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+
+def card(configs: dict[str, str], extra: str = "") -> str:
+    lines = [f"- config_name: {name}\n  data_files: {files}\n{extra}" for name, files in configs.items()]
+    return "---\nconfigs:\n" + "".join(lines) + "---\n"
+
+
+@pytest.mark.slow
+def test_the_hub_online_and_then_from_its_cache(tmp_path: Path) -> None:
+    blimp, multiblimp = tmp_path / "hub" / "nyu-mll" / "blimp", tmp_path / "hub" / "jumelet" / "multiblimp"
+    columns = ["sentence_good", "sentence_bad", "UID", "one_prefix_method"]
+    for uid, rows in (("adjunct_island", [ISLAND]), (UID, [BLIMP, SHORT])):
+        (blimp / uid).mkdir(parents=True)
+        pd.DataFrame(rows)[columns].to_parquet(blimp / uid / "train-00000-of-00001.parquet")
+    (blimp / "README.md").write_text(card({uid: f"{uid}/train-*" for uid in ("adjunct_island", UID)}))
+    (multiblimp / "fra").mkdir(parents=True)
+    pd.DataFrame(MULTIBLIMP).to_csv(multiblimp / "fra" / "data.tsv", sep="\t", index=False)
+    (multiblimp / "README.md").write_text(card({"fra": "fra/data.tsv"}, '  sep: "\\t"\n'))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"root": tmp_path / "hub"}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+
+    def run(mode: str, **env: str) -> list[str]:
+        found = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **env}
+        for key in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"):
+            found.pop(key, None)
+        command = [sys.executable, "-c", HUB, mode]
+        done = subprocess.run(command, env=found, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    try:
+        online = run("online", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert online == [
+        *EXPECTED,
+        "nyu-mll/blimp has no configuration 'adjunct_iland': it has 2, such as 'adjunct_island', "
+        f"'{UID}'; did you mean 'adjunct_island'?",
+        "no/such (split 'train') cannot be read from the hub (Dataset 'no/such' doesn't exist on the Hub or cannot be "
+        "accessed.): check the name and the connection, or give a local file",
+        "jumelet/multiblimp fra (split 'test') cannot be read from the hub (Unknown split \"test\". Should be one of "
+        "['train'].): check the name and the connection, or give a local file",
+        "jumelet/multiblimp fra, row 1: the key 'prefix' is missing; present are 'sen', 'wrong_sen', "
+        "'phenomenon', 'verb'",
+        "jumelet/multiblimp has no configuration 'deu': it has 1, such as 'fra'",
+    ]
+    assert run("offline", HF_HUB_OFFLINE="1") == [
+        *EXPECTED,
+        "jumelet/multiblimp deu (split 'train') cannot be read from the hub (Couldn't find cache for "
+        "jumelet/multiblimp for config 'deu'): check the name and the connection, or give a local file",
+    ]
 
 
 def test_demo_pools_the_languages() -> None:
@@ -428,7 +622,8 @@ def test_accuracy_is_what_transformers_says_item_by_item(snapshots: Snapshots, w
     items = [item for c in ("simple", "pp", "obj_rel") for item in Task.demo(c, n=10).items]
     task = Task.from_items("mixed", items)
     table = task.accuracy(snapshots, batch_size=7)
-    assert list(table) == ["task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "metric", "n"]
+    numbers = ["accuracy", "low", "high", "metric", "n", "skipped", "reasons"]
+    assert list(table) == ["task", "snapshot", "label", "step", "tokens", *numbers]
     assert table["label"].tolist() == ["step0", "step10", "step20"] and table["step"].tolist() == [0, 10, 20]
     assert table["tokens"].isna().all() and (table["n"] == 60).all() and (table["task"] == "mixed").all()
     for s, row in table.iterrows():
@@ -449,8 +644,55 @@ def test_accuracy_is_what_transformers_says_item_by_item(snapshots: Snapshots, w
 
 def test_accuracy_skips_what_does_not_fit_the_context(snapshots: Snapshots) -> None:
     long = Item(" ".join(["the dog"] * 6), "sleeps", "sleep")
-    table = Task.from_items("t", [long, Item("the dog", "sleeps", "sleep")]).accuracy(snapshots[[0]])
-    assert table["n"].tolist() == [1]
+    other, odd = Item(" ".join(["a dog"] * 6), "sleeps", "sleep"), Item("the unicorn", "sleeps", "sleep")
+    for answers in ("single", "multi"):
+        task = Task.from_items("t", [long, Item("the dog", "sleeps", "sleep"), other, odd], answers)
+        table = task.accuracy(snapshots[[0]])
+        assert table["n"].tolist() == [1] and table["skipped"].tolist() == [3]
+        assert table["reasons"].tolist() == ["longer than 12 tokens: 2, a word is unknown to the tokenizer: 1"]
+        with pytest.raises(
+            UserError, match=r"none of its 1 items can be used \(longer than 12 tokens: 1\): give items"
+        ):
+            Task.from_items("t", [long], answers).accuracy(snapshots[[0]])
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_accuracy_of_many_tokens_is_that_of_whole_sentences(
+    snapshots: Snapshots, words: Any, prepend_bos: bool
+) -> None:
+    rows: list[dict[str, str]] = []
+    for item in Task.demo("pp", n=4).items:
+        rows.append({"good": f"{item.prefix} {item.correct} .", "bad": f"{item.prefix} {item.wrong} ."})
+        rows.append({"good": f"{item.prefix} {item.correct} {item.wrong}", "bad": f"{item.prefix} {item.wrong} ."})
+        other = " ".join(reversed(item.prefix.split()))
+        rows.append({"good": f"{item.prefix} .", "bad": f"{other} ."})
+    task = Task.from_sentences("whole", rows, "good", "bad")
+    table = task.accuracy(snapshots, batch_size=5, prepend_bos=prepend_bos)
+    assert table["reasons"][0] == ("" if prepend_bos else f"{NO_BOS}: {table['skipped'][0]}")
+    assert table["skipped"][0] == (0 if prepend_bos else 8) and (table["n"] + table["skipped"] == 24).all()
+    for s, row in table.iterrows():
+        model = GPTNeoXForCausalLM.from_pretrained(snapshots[int(str(s))].name)
+        metric: list[float] = []
+        for pair in rows:
+            strings = [rewrite(pair[key], words) for key in ("good", "bad")]
+            if not prepend_bos and strings[0][0] != strings[1][0]:
+                continue
+            totals: list[float] = []
+            for ids in ([0, *tokens] if prepend_bos else tokens for tokens in strings):
+                with torch.no_grad():
+                    log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                totals.append(sum(float(log_p[t, token]) for t, token in enumerate(ids[1:])))
+            metric.append(totals[0] - totals[1])
+        accuracy = sum((m > 1e-9) + 0.5 * (abs(m) <= 1e-9) for m in metric) / len(metric)
+        assert row["n"] == len(metric)
+        assert row["metric"] == pytest.approx(sum(metric) / len(metric), abs=1e-5)
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert (row["low"], row["high"]) == wilson_interval(accuracy * len(metric), len(metric))
+    # where all words are equally likely, sentences of one length tie
+    assert table["accuracy"][1] == 0.5 and table["metric"].abs().max() > 0.1
+
+
+NO_BOS = "the first tokens differ, and no BOS token stands before them"
 
 
 def test_non_finite_logits_name_the_snapshot(snapshots: Snapshots, monkeypatch: Any) -> None:
