@@ -32,11 +32,9 @@ def main() -> None:
         for share in map(float, arguments.shares.split(",")):
             pairs, dense = both_ways(S * D, F, B, share, arguments.rounds, arguments.device)
             ratios = sorted(b / a for a, b in zip(pairs, dense, strict=True))
-            print(
-                f"| {shape} | {share:.2f} | {statistics.median(pairs) * 1e3:.1f} | {statistics.median(dense) * 1e3:.1f} "
-                f"| {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) |",
-                flush=True,
-            )
+            times = f"{statistics.median(pairs) * 1e3:.1f} | {statistics.median(dense) * 1e3:.1f}"
+            spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+            print(f"| {shape} | {share:.2f} | {times} | {spread} |", flush=True)
 
 
 def both_ways(N: int, F: int, B: int, share: float, rounds: int, device: str) -> tuple[list[float], list[float]]:

@@ -149,7 +149,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
 
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """One step on raw activations (B, S, D).
+        """One step on raw activations (B, S, D); `hidden_pre` of its output is empty, to save memory.
 
         Raises:
             FloatingPointError: the loss is not finite; no parameter has changed.
@@ -180,6 +180,8 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
         self._count_firings(output.feature_acts)
+        # SAELens's `fit` holds on to the last output during the next step, and nothing reads this (B, F) tensor
+        output.hidden_pre = output.hidden_pre.new_empty(0, self.sae.cfg.d_sae)
         self._unchecked = output, batch
         if not self.check_late:
             self.check_finite()

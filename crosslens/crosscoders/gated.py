@@ -13,8 +13,8 @@ Gradients, with p_bis = d phi-penalty / d f_bis:
 
 The last sum runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
 of the encoder's. It is made once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over
-all b with h_bi > 0 is <M_is, W_dec[i, s]>; the pairs above the window are open ones, known one by one, and are taken off;
-pairs below it exist only for features with t_i >= w/2, which are summed densely.
+all b with h_bi > 0 is <M_is, W_dec[i, s]>; the pairs above the window are open ones, known one by one, and are taken
+off; pairs below it exist only for features with t_i >= w/2, which are summed densely.
 Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, one snapshot at a time.
 """
 

@@ -1,0 +1,269 @@
+"""What the training benchmarks compare: crosslens, and the same losses in plain dense autograd. Peers are in `peers`.
+
+A contestant is built from a `Setting`, takes whole training steps (forward, backward, clipping, Adam, firing counts),
+and encodes and decodes for the evaluation. Contestants that know no snapshots take activations flat, (B, S * D).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosslens.crosscoders import (
+    TRAINING_ARCHITECTURES,
+    BatchTopKCrosscoderTrainingConfig,
+    CrosscoderTrainingConfig,
+    CrosscoderTrainingSAE,
+    JumpReLUCrosscoderTrainingConfig,
+    StandardCrosscoderTrainingConfig,
+    TopKCrosscoderTrainingConfig,
+)
+from crosslens.crosscoders.sparse import Precision
+from crosslens.initialisation import search_decoder_norm
+from crosslens.training import CrosscoderTrainer, TrainConfig
+
+SEARCH_TOKENS = 64  # of the batch on which a fresh JumpReLU chooses its decoder norm: densely, (64, S, F) at a time
+THRESHOLD_PACE = 0.02  # weight of the newest batch in the moving average of a BatchTopK threshold, for all
+LOOK_TOKENS = 256  # of the batch on which thresholds and biases are set
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants of one comparison share.
+
+    Attributes:
+        architecture: "batchtopk", "topk", "jumprelu" or "standard".
+        S, D, F, B: snapshots, width, features, activations per step.
+        k: features kept per token; for JumpReLU and L1 the L0 that they are set to.
+        lr: learning rate.
+        steps: steps of the whole run; the learning rate falls linearly over the last `lr_decay` of them.
+        lr_decay: a share of the steps.
+        dead_tokens: a feature that has not fired for so many activations is dead.
+        device: where everything is.
+        seed: of the weights.
+    """
+
+    architecture: str
+    S: int
+    D: int
+    F: int
+    B: int
+    k: int = 48
+    lr: float = 1e-7
+    steps: int = 1_000_000
+    lr_decay: float = 0.0
+    dead_tokens: int = 10_000_000
+    device: str = "cpu"
+    seed: int = 0
+
+
+class Contestant(ABC):
+    """One way to train.
+
+    Attributes:
+        name: in the tables.
+        flat: takes activations of all snapshots side by side, (B, S * D), scaled; otherwise raw ones, (B, S, D).
+        has_threshold: learns a threshold, so that it can select features of a token without a batch around it.
+    """
+
+    name: str
+    flat = True
+    has_threshold = True
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The model."""
+
+    @abstractmethod
+    def step(self, x: Tensor) -> Any:
+        """One whole training step."""
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Tensor:
+        """View (S * D, F) of the encoder's weights."""
+
+    @abstractmethod
+    def mark_dead(self, dead: Tensor) -> None:
+        """Before a step: these features (F,) count as dead, no others."""
+
+    @torch.no_grad()
+    def silence(self, dead: Tensor) -> None:
+        """Make features (F,) too weak to be selected, their pre-activations as often positive as before."""
+        self.encoder[:, dead] *= 0.1
+
+    @abstractmethod
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        """Pre-activations (B, F)."""
+
+    def set_l0(self, x: Tensor) -> None:
+        """Move thresholds or biases so that `k` features are active per token."""
+        del x
+
+    def encode(self, x: Tensor, own_threshold: bool) -> Tensor:
+        """Features (B, F): selected as in training, or by the threshold that was learnt."""
+        raise NotImplementedError
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Reconstruction (B, S * D) in the scaled space."""
+        raise NotImplementedError
+
+
+class Crosslens(Contestant):
+    """`CrosscoderTrainer.step` on raw activations (B, S, D)."""
+
+    name = "crosslens"
+    flat = False
+    encoder_precision: Precision = "float32"
+
+    def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
+        super().__init__(setting)
+        self.sae = sae if sae is not None else fresh(setting, self.encoder_precision)
+        config = TrainConfig(
+            batch_size=setting.B,
+            lr=setting.lr,
+            lr_decay=setting.lr_decay,
+            dead_tokens=max(setting.dead_tokens, setting.B),
+            device=setting.device,
+        )
+        self.trainer = CrosscoderTrainer(config, self.sae, iter(()), setting.steps * setting.B)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.sae
+
+    @property
+    def encoder(self) -> Tensor:
+        return self.sae.W_enc
+
+    def step(self, x: Tensor) -> Any:
+        output = self.trainer.step(x)
+        self.trainer.n_training_steps += 1
+        return output
+
+    def mark_dead(self, dead: Tensor) -> None:
+        self.trainer.n_forward_passes_since_fired.zero_().masked_fill_(dead, 1e9)
+
+    @torch.no_grad()
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        return self.sae.hidden_pre(self.sae.process_sae_in(x))
+
+    @torch.no_grad()
+    def set_l0(self, x: Tensor) -> None:
+        h = self.hidden_pre(x[:LOOK_TOKENS])
+        if self.setting.architecture == "standard":
+            self.sae.b_enc.sub_(exceeded_by(h, self.setting.k / self.setting.F))
+
+    @torch.no_grad()
+    def set_gates(self, x: Tensor, window: float) -> None:
+        """A JumpReLU as it is after training, not as it starts: `k` features open, a share of all pairs in the window.
+
+        Thresholds hardly move in training (their learning rate is a tenth, of a logarithm); what makes features sparse
+        is that pre-activations become negative. So thresholds stay, norms are spread over the snapshots (factors of .5
+        to 1.6), and the encoder's gain and its biases are chosen: positive for the share of pairs that the window shall
+        hold, above the threshold at some snapshot for k / F of them.
+        """
+        spread = torch.rand(
+            self.setting.F, self.setting.S, 1, generator=torch.Generator().manual_seed(self.setting.seed)
+        )
+        self.sae.W_dec_by_snapshot.mul_((0.5 + 1.1 * spread).to(x.device))
+        h = self.hidden_pre(x[:LOOK_TOKENS])
+        zero = exceeded_by(h, window)
+        largest = self.sae.decoder_norms.amax(-1)
+        gain = self.sae.threshold[0] / exceeded_by((h - zero) * largest, self.setting.k / self.setting.F)
+        self.sae.W_enc.mul_(gain)
+        self.sae.b_enc.sub_(zero).mul_(gain)
+
+    @torch.no_grad()
+    def gate_shares(self, x: Tensor) -> dict[str, float]:
+        """Of all (token, feature, snapshot): the share whose gate is open, and that inside the threshold's window."""
+        assert isinstance(self.sae.cfg, JumpReLUCrosscoderTrainingConfig)
+        h, threshold = self.hidden_pre(x), self.sae.threshold
+        half = self.sae.cfg.jumprelu_window / 2
+        opened, inside = 0.0, 0.0
+        for norm in self.sae.decoder_norms.unbind(1):
+            score = h * norm
+            opened += float((score > threshold).float().mean())
+            inside += float((((score - threshold).abs() < half) & (score > 0)).float().mean())
+        return {"open_share": opened / self.setting.S, "window_share": inside / self.setting.S}
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, own_threshold: bool) -> Tensor:
+        self.sae.train(not own_threshold)
+        return self.sae.encode(x)
+
+    @torch.no_grad()
+    def decode(self, features: Tensor) -> Tensor:
+        return self.sae.decode_flat(features)
+
+
+class CrosslensBfloat16(Crosslens):
+    """With the encoder product in bfloat16."""
+
+    name = "crosslens, bfloat16"
+    encoder_precision = "bfloat16"
+
+
+class CrosslensTF32(Crosslens):
+    """With the encoder product in tf32, on CUDA."""
+
+    name = "crosslens, tf32"
+    encoder_precision = "tf32"
+
+
+class Dense(Crosslens):
+    """The same trainer on the same crosscoder, forward and backward in plain dense autograd."""
+
+    name = "dense"
+    has_threshold = False
+
+    def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
+        super().__init__(setting, sae)
+        self.sae.training_forward_pass = self.sae.dense_forward_pass  # type: ignore[method-assign]
+
+
+def fresh(setting: Setting, encoder_precision: Precision = "float32") -> CrosscoderTrainingSAE:
+    """A crosscoder as `train` would start it on activations of mean zero and scale one."""
+    shape: dict[str, Any] = {
+        "d_sae": setting.F,
+        "n_snapshots": setting.S,
+        "d_in": setting.S * setting.D,
+        "device": setting.device,
+        "encoder_precision": encoder_precision,
+    }
+    architectures: dict[str, CrosscoderTrainingConfig] = {
+        "batchtopk": BatchTopKCrosscoderTrainingConfig(k=setting.k, topk_threshold_lr=THRESHOLD_PACE, **shape),
+        "topk": TopKCrosscoderTrainingConfig(k=setting.k, **shape),
+        "jumprelu": JumpReLUCrosscoderTrainingConfig(decoder_init_norm=1.0, **shape),
+        "standard": StandardCrosscoderTrainingConfig(**shape),
+    }
+    config = architectures[setting.architecture]
+    with torch.random.fork_rng():
+        torch.manual_seed(setting.seed)
+        sae_class: Any = TRAINING_ARCHITECTURES[config.architecture()][0]
+        sae: CrosscoderTrainingSAE = sae_class(config)
+        if setting.architecture == "jumprelu":
+            search_decoder_norm(sae, torch.randn(SEARCH_TOKENS, setting.S, setting.D, device=setting.device))
+    return sae
+
+
+def exceeded_by(values: Tensor, share: float) -> Tensor:
+    """The value that a share of the entries exceeds."""
+    flat = values.flatten()
+    return flat.topk(max(1, round(share * flat.numel())), sorted=False).values.amin()
+
+
+def mean_l0(output: Any) -> float:
+    """Active features per token of a SAELens `TrainStepOutput`."""
+    acts = output.feature_acts
+    if acts.is_sparse:
+        return float((acts.coalesce().values() > 0).sum()) / len(acts)
+    return float(acts.count_nonzero()) / len(acts)

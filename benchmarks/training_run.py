@@ -1,0 +1,228 @@
+"""Quality for time: explained variance at a fixed L0 against training time, on the demo's activations.
+
+    python benchmarks/training_run.py                    # crosslens, the dense reference, SAELens
+    python benchmarks/training_run.py --peers --report   # and the peers from PyPI; writes a report
+    python benchmarks/training_run.py --json             # the points of the curves, one line each
+
+All contestants train side by side: every batch is given to each in turn (in rotated order), so the data, their order
+and the number of steps are the same, and whatever slows the machine down slows all of them. Only steps are timed. The
+demo's model is pretrained at the first use and its activations are harvested once, a minute each; both are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import measure
+import peers
+import torch
+from contestants import THRESHOLD_PACE, Contestant, Crosslens, Dense, Setting
+from torch import Tensor
+
+import crosslens as cl
+from crosslens import grammar
+from crosslens.crosscoders import CrosscoderTrainingSAE
+from crosslens.demo import DemoConfig
+from crosslens.initialisation import initialise
+from crosslens.training import complete
+
+PACKAGES = ("crosslens", "torch", "sae-lens", "eai-sparsify", "dictionary-learning")
+DEAD_TOKENS = 50_000  # as in the demo
+N_POINTS = 8  # of each curve
+
+NOTES = """
+Activations of the demo's model (output of the middle block, ten snapshots side by side, each scaled as crosslens scales
+it) go to all contestants in the same order. k, batch size, number of steps, learning rate, its schedule, the window for
+dead features and the pace of learnt thresholds are the same; initial weights, normalisation and auxiliary losses are
+each one's own. EV is 1 - E|x_hat - x|^2 / E|x - mean x|^2 of a snapshot in the scaled space, averaged over snapshots,
+on held-out tokens, from one function for all. *EV*: features selected as in training (sparsify k per token, the others
+k per token on average over a batch). *by threshold*: by the learnt threshold, as the trained model is used; the dense
+reference and sparsify have none. *to the common EV*: seconds until the EV that every contestant reaches in the end.
+*annealed*: k falls from 12 k to k over the first half of the steps, as in the demo.
+"""
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    acts = activations(args)
+    steps = args.tokens // args.batch_size
+    setting = Setting(
+        "batchtopk", acts.n_snapshots, acts.d_model, args.d_sae, args.batch_size, k=args.k, lr=args.lr, steps=steps,
+        lr_decay=0.2, dead_tokens=DEAD_TOKENS, seed=args.seed,
+    )  # fmt: skip
+    contestants = build(setting, acts, args)
+    points = train(contestants, acts, setting, args.threads)
+    rows = summary(points)
+    table = measure.markdown(rows, COLUMNS)
+    print("\n".join(map(json.dumps, points)) if args.json else table)
+    if args.report:
+        body = f"{table}\n{NOTES}"
+        path = measure.write_report("training-run", "Quality for time", body, "cpu", args.threads, PACKAGES)
+        print(path, file=sys.stderr)
+
+
+def arguments() -> argparse.Namespace:
+    demo = DemoConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="also the peers from PyPI that are installed")
+    parser.add_argument("--tokens", type=int, default=320_000, help="activations to train on, each")
+    parser.add_argument("--batch-size", type=int, default=demo.batch_size)
+    parser.add_argument("--d-sae", type=int, default=demo.d_sae)
+    parser.add_argument("--k", type=int, default=demo.k)
+    parser.add_argument("--lr", type=float, default=demo.lr, help="of all contestants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "crosslens-benchmark",
+        help="where the activations are kept (420 MB)",
+    )
+    parser.add_argument("--json", action="store_true", help="the points of the curves instead of the table")
+    parser.add_argument("--report", action="store_true", help="write a dated file under benchmarks/reports")
+    return parser.parse_args()
+
+
+def activations(args: argparse.Namespace) -> cl.Activations:
+    """The demo's activations, from a cache that all runs share."""
+    demo = DemoConfig()
+    snaps = cl.Snapshots.demo(args.seed)
+    documents = list(grammar.documents(demo.n_documents, args.seed + 1_000_003))
+    acts = cl.Activations(snaps, demo.hook_name, documents, demo.n_tokens, seed=args.seed)
+    return acts.cache(args.cache / f"demo-seed{args.seed}")
+
+
+def build(setting: Setting, acts: cl.Activations, args: argparse.Namespace) -> dict[str, Contestant]:
+    """The contestants by name, crosslens first: its scales are those of all."""
+    annealed = {"k_start": 12.0 * setting.k, "k_anneal_steps": setting.steps // 2}
+    contestants: dict[str, Contestant] = {
+        "crosslens": Crosslens(setting, crosscoder(setting, acts)),
+        "crosslens, annealed": Crosslens(setting, crosscoder(setting, acts, **annealed)),
+        "dense": Dense(setting, crosscoder(setting, acts)),
+        "saelens": peers.SAELens(setting),
+    }
+    if args.peers:
+        absent = peers.missing()
+        for reason in absent.values():
+            print(reason, file=sys.stderr)
+        contestants |= {c.name: c(setting) for c in (peers.DictionaryLearning, peers.Sparsify) if c.name not in absent}
+    return contestants
+
+
+def crosscoder(setting: Setting, acts: cl.Activations, **options: Any) -> CrosscoderTrainingSAE:
+    """A crosscoder as `train` would start it."""
+    architecture = cl.BatchTopKCrosscoderTrainingConfig(
+        d_sae=setting.F, k=setting.k, topk_threshold_lr=THRESHOLD_PACE, decoder_init_norm=None, **options
+    )
+    return initialise(complete(architecture, acts), acts, batch_size=setting.B, scale_tokens=100_000, seed=setting.seed)
+
+
+def train(
+    contestants: Mapping[str, Contestant], acts: cl.Activations, setting: Setting, threads: int
+) -> list[dict[str, Any]]:
+    """Points of the curves: what each contestant has reached after so many steps and seconds."""
+    first = contestants["crosslens"]
+    assert isinstance(first, Crosslens)
+    scale = first.sae.activation_scale.clone()
+    held_out = torch.cat(list(acts.held_out()))
+    spent = dict.fromkeys(contestants, measure.Seconds(0.0, 0.0))
+    marks = {round(setting.steps * i / N_POINTS) for i in range(1, N_POINTS + 1)}
+    points: list[dict[str, Any]] = []
+    for step, raw in enumerate(acts.batches(setting.B)):
+        if step in marks:
+            for name, contestant in contestants.items():
+                points.append(
+                    {
+                        "benchmark": "training_run",
+                        "date": datetime.date.today().isoformat(),
+                        "threads": threads,
+                        "name": name,
+                        "step": step,
+                        "cpu_s": spent[name].cpu,
+                        "wall_s": spent[name].wall,
+                        **quality(contestant, held_out, scale),
+                    }
+                )
+            print(f"step {step} of {setting.steps}", file=sys.stderr)
+        if step == setting.steps:
+            break
+        flat = (raw * scale[:, None]).flatten(1)
+        for name in measure.rotated(contestants, step):
+            contestant = contestants[name]
+            took = measure.timed(lambda c=contestant, x=flat if contestant.flat else raw: c.step(x), "cpu")
+            spent[name] = measure.Seconds(spent[name].cpu + took.cpu, spent[name].wall + took.wall)
+    return points
+
+
+@torch.no_grad()
+def quality(contestant: Contestant, held_out: Tensor, scale: Tensor) -> dict[str, float | None]:
+    """Explained variance (mean and least over snapshots), L0 and dead features on held-out activations (N, S, D)."""
+    result: dict[str, float | None] = {"ev_threshold": None, "l0_threshold": None}
+    for by_threshold in (False, True) if contestant.has_threshold else (False,):
+        target, error, fired, active = [], [], torch.zeros(contestant.setting.F), 0.0
+        for raw in held_out.split(contestant.setting.B):
+            x = raw * scale[:, None]
+            features = contestant.encode(x.flatten(1) if contestant.flat else raw, by_threshold)
+            target.append(x)
+            error.append((contestant.decode(features).view_as(x) - x).square().sum(-1))
+            fired += features.count_nonzero(0)
+            active += float(features.count_nonzero())
+        x = torch.cat(target)
+        ev = 1 - torch.cat(error).mean(0) / (x - x.mean(0)).square().sum(-1).mean(0)
+        if by_threshold:
+            result |= {"ev_threshold": float(ev.mean()), "l0_threshold": active / len(x)}
+        else:
+            result |= {"ev": float(ev.mean()), "ev_least": float(ev.amin()), "l0": active / len(x)}
+            result["dead_share"] = float((fired == 0).float().mean())
+    return result
+
+
+def summary(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last point of every curve, and when the curve reached what all of them reach."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        curves.setdefault(point["name"], []).append(point)
+    common = min(curve[-1]["ev"] for curve in curves.values())
+    return [
+        {**curve[-1], "ms": 1e3 * curve[-1]["cpu_s"] / curve[-1]["step"], "to_common": reached(curve, common)}
+        for curve in curves.values()
+    ]
+
+
+def reached(curve: list[dict[str, Any]], ev: float) -> float:
+    """CPU seconds at which a curve first reaches an explained variance, linear between its points."""
+    before = {"cpu_s": 0.0, "ev": 0.0}
+    for point in curve:
+        if point["ev"] >= ev:
+            share = (ev - before["ev"]) / (point["ev"] - before["ev"])
+            return before["cpu_s"] + share * (point["cpu_s"] - before["cpu_s"])
+        before = point
+    return float("nan")
+
+
+COLUMNS = {
+    "trainer": lambda r: r["name"],
+    "steps": measure.number("step", "d"),
+    "CPU s": measure.number("cpu_s", ".1f"),
+    "wall s": measure.number("wall_s", ".1f"),
+    "CPU ms a step": measure.number("ms", ".0f"),
+    "EV": measure.number("ev", ".4f"),
+    "least EV": measure.number("ev_least", ".4f"),
+    "L0": measure.number("l0", ".1f"),
+    "EV by threshold": measure.number("ev_threshold", ".4f"),
+    "L0 by threshold": measure.number("l0_threshold", ".1f"),
+    "dead": measure.number("dead_share", ".1%"),
+    "CPU s to the common EV": measure.number("to_common", ".1f"),
+}
+
+
+if __name__ == "__main__":
+    main()
