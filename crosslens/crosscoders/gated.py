@@ -13,8 +13,9 @@ Gradients, with p_bis = d phi-penalty / d f_bis:
 
 The last sum runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
 of the encoder's. It is made once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over
-all b with h_bi > 0 is <M_is, W_dec[i, s]>; the pairs above the window are open ones, known one by one, and are taken
-off; pairs below it exist only for features with t_i >= w/2, which are summed densely.
+all b with h_bi > 0 is <M_is, W_dec[i, s]>; the open pairs are known one by one, and those above the window are taken
+off. Features with pairs below the window (t_i >= w/2), and those that are open nearly always, where the difference of
+two large sums would be rounding, are summed over their closed pairs densely.
 Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, one snapshot at a time.
 """
 
@@ -210,7 +211,7 @@ def _pair_sums(
     F, S = gates.norms.shape
     by_snapshot, decoder = e.view(len(e), S, -1), W_dec.view(F, S, -1)
     dW_dec, dnorms = torch.empty_like(W_dec), torch.zeros_like(gates.norms)
-    in_window = _positive_sums(gates, e, W_dec, slope)
+    in_window, apart = _closed_sums(gates, pairs, e, W_dec, slope)
     df = torch.zeros_like(pairs.values)
     for s in range(S):
         opened, errors = _open(gates, pairs, s), by_snapshot[:, s].contiguous()
@@ -220,9 +221,10 @@ def _pair_sums(
         df_open = at_open + at_zero * sech2
         df[opened.which] += df_open
         dnorms[:, s].index_add_(0, opened.features, slope[opened.features] * sech2 * opened.values)
-        # the sum over h > 0 holds every open pair with the slope of a closed one
         near = (opened.scores - gates.threshold[opened.features]).abs() < gates.window / 2
-        in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - (at_open + at_zero))
+        # a sum over h > 0 holds every open pair with the slope of a closed one
+        held = torch.where(apart[opened.features], 0.0, at_open + at_zero)
+        in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - held)
         rows = row_pointers(pairs.features[opened.by_feature], F)
         values = pairs.values[opened.by_feature]
         dW_dec.view(F, S, -1)[:, s] = _bag(pairs.tokens[opened.by_feature], errors, rows, values)
@@ -231,24 +233,33 @@ def _pair_sums(
     return dW_dec, dnorms, dW_enc, torch.zeros_like(slope).index_add_(0, pairs.features, df), in_window
 
 
-def _positive_sums(gates: Gates, e: Tensor, W_dec: Tensor, slope: Tensor) -> Float[Tensor, "F S"]:
-    """`sum_b (G + p0)` over `h n > 0`, less what lies below the window; p0 is the slope of the penalty at f = 0."""
+def _closed_sums(
+    gates: Gates, pairs: Pairs, e: Tensor, W_dec: Tensor, slope: Tensor
+) -> tuple[Float[Tensor, "F S"], Bool[Tensor, " F"]]:
+    """`sum_b (G + p0)` over the closed pairs of the window (p0: slope of the penalty at f = 0), and of which features.
+
+    Of all others the sum is over `h n > 0`, the open pairs included.
+    """
     F, S = gates.norms.shape
-    sums = torch.empty_like(gates.norms)
+    sums, positives = torch.empty_like(gates.norms), torch.empty_like(gates.threshold)
     for columns in _columns(F):
         positive = (gates.hidden_pre[:, columns] > 0).to(e.dtype)
+        positives[columns] = positive.sum(0)
         products = (positive.T @ e).mul_(W_dec[columns])
         sums[columns] = products.view(-1, S, e.shape[1] // S).sum(-1)
-        sums[columns] += positive.sum(0)[:, None] * slope[columns, None] * gates.norms[columns]
-    high = (gates.threshold >= gates.window / 2).nonzero().flatten()
-    if len(high):
-        scores, decoder = gates.hidden_pre[:, high], W_dec[high].view(len(high), S, -1)
+        sums[columns] += positives[columns, None] * slope[columns, None] * gates.norms[columns]
+    # a pair below the window needs a threshold of w/2; where next to all are open, rounding would be all that is left
+    apart = (gates.threshold >= gates.window / 2) | (torch.bincount(pairs.features, minlength=F) > 0.9 * positives)
+    ids = apart.nonzero().flatten()
+    if len(ids):
+        hidden_pre, decoder = gates.hidden_pre[:, ids], W_dec[ids].view(len(ids), S, -1)
         for s in range(S):
-            norm = gates.norms[high, s]
-            below = (scores > 0) & (scores * norm - gates.threshold[high] <= -gates.window / 2)
-            at = e.view(len(e), S, -1)[:, s] @ decoder[:, s].T + slope[high] * norm
-            sums[high, s] -= at.mul_(below).sum(0)
-    return sums
+            scores = hidden_pre * gates.norms[ids, s]
+            closed = (scores > 0) & (scores <= gates.threshold[ids])
+            closed &= (scores - gates.threshold[ids]).abs() < gates.window / 2
+            at = e.view(len(e), S, -1)[:, s] @ decoder[:, s].T + slope[ids] * gates.norms[ids, s]
+            sums[ids, s] = at.mul_(closed).sum(0)
+    return sums, apart
 
 
 def _columns(n: int) -> Iterator[slice]:

@@ -42,9 +42,9 @@ def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S
 
 
 def keep_top(hidden_pre: Float[Tensor, "... F"], ranking: Float[Tensor, "... F"], k: int) -> Float[Tensor, "... F"]:
-    """`relu(h)` at the k largest entries of `ranking` in the last dimension, of equal ones the earlier; else zero."""
+    """`relu(h)` at the k largest positive entries of `ranking` in the last dimension, of equal ones the earlier."""
     kth = ranking.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return hidden_pre.relu() * first_largest(ranking, kth, k)
+    return hidden_pre.relu() * (first_largest(ranking, kth, k) & ~(ranking <= 0))
 
 
 @dataclass(kw_only=True)
@@ -192,7 +192,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         among, norms = hidden_pre.index_select(1, ids), norms[ids]
         count = max(1, min(self.d_model // 2, len(ids)))
         if count == len(ids):
-            return ids, among.relu_()
+            return ids, among.relu_().mul_(norms > 0)
         if dense_is_faster(count / len(ids)):
             return ids, keep_top(among, among.relu() * norms, count)
         return ids, token_top_pairs(among, norms, count)
