@@ -131,7 +131,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.config = config
         self.run = run
         self.check_late = sae.device.type != "cpu"
-        self._unchecked: tuple[TrainStepOutput, Tensor] | None = None
+        self._unchecked: tuple[TrainStepOutput, Tensor, Tensor] | None = None
         self.unclipped = [p for name, p in sae.named_parameters() if name == "log_threshold"]
         sae.to(config.device)
         # the encoder as fused Adam wants it: contiguous, a feature a row, in the same memory
@@ -171,9 +171,10 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         assert self.sae.W_enc.grad is not None
         self.encoder_rows.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
         # two seams that torch.amp uses: fused Adam divides gradients by `grad_scale`, and skips all if `found_inf`
-        self.optimizer.found_inf = (~torch.isfinite(output.loss.detach())).float()  # type: ignore[attr-defined]
+        spoilt = ~torch.isfinite(output.loss.detach())
         if self.config.max_grad_norm is not None:
-            self._clip(self.config.max_grad_norm)
+            spoilt |= ~torch.isfinite(self._clip(self.config.max_grad_norm))
+        self.optimizer.found_inf = spoilt.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -182,31 +183,34 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self._count_firings(output.feature_acts)
         # SAELens's `fit` holds on to the last output during the next step, and nothing reads this (B, F) tensor
         output.hidden_pre = output.hidden_pre.new_empty(0, self.sae.cfg.d_sae)
-        self._unchecked = output, batch
+        self._unchecked = output, batch, spoilt
         if not self.check_late:
             self.check_finite()
         return output
 
     def check_finite(self) -> None:
-        """Stop if the last step's loss was not finite; that step has changed no parameter.
+        """Stop if the last step's loss, or the norm that its gradient is clipped by, was not finite.
+
+        That step has changed no parameter.
 
         A look at the loss makes the host wait for a GPU, so there (`check_late`) it is taken one step later.
         """
         if self._unchecked is None:
             return
-        output, batch = self._unchecked
+        output, batch, spoilt = self._unchecked
         self._unchecked = None
-        if not torch.isfinite(output.loss):
+        if spoilt:
             raise FloatingPointError(_non_finite(output, batch, self))
 
     @torch.no_grad()
-    def _clip(self, max_norm: float) -> None:
+    def _clip(self, max_norm: float) -> Tensor:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.clipped if p.grad is not None], foreach=True)
         divisor = ((norm + 1e-6) / max_norm).clamp_min(1.0)
         self.optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
         for threshold in self.unclipped:
             if threshold.grad is not None:
                 threshold.grad.mul_(divisor)  # thresholds are not clipped: undoes the division
+        return norm
 
     @torch.no_grad()
     def _count_firings(self, feature_acts: Tensor) -> None:
@@ -269,7 +273,8 @@ def _non_finite(output: TrainStepOutput, batch: Tensor, trainer: CrosscoderTrain
     labels = trainer.sae.cfg.snapshot_labels
     cause = f"non-finite activations of {', '.join(labels[s] for s in bad)}" if bad else "finite activations"
     losses = ", ".join(f"{name} {value.item():.4g}" for name, value in output.losses.items())
+    what = "gradient" if torch.isfinite(output.loss) else "loss"
     return (
-        f"the loss is not finite at step {trainer.n_training_steps} ({losses}; {cause}); training stopped before the "
+        f"the {what} is not finite at step {trainer.n_training_steps} ({losses}; {cause}); training stopped before the "
         "parameters changed, the last checkpoint is intact: lower lr, or leave the snapshot out"
     )

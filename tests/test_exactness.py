@@ -172,13 +172,13 @@ def test_few_and_many_kept(architecture: str, way: str, k: float):
         assert kept <= min(k * B, positive)
 
 
-def on_a_grid(architecture: str, S: int, seed: int = 0, **options: Any) -> CrosscoderTrainingSAE:
-    """With raw activations of whole numbers, all pre-activations and scores are whole numbers, in any order of summing.
+def on_a_grid(architecture: str, S: int, seed: int = 0, window: float = 4.0, **options: Any) -> CrosscoderTrainingSAE:
+    """With raw activations of whole numbers, pre-activations are whole numbers, and scores halves of them, exactly.
 
-    Decoder rows have the norms 0, 1 or 2, thresholds are 1 and the window is 4: gates and both edges of the window (it
-    ends at 3) are met exactly, and so is h = 0.
+    Decoder rows have the norms 0, 1/2 or 1, and thresholds are 1: gates are met exactly, and so are h = 0 and the edges
+    of the window, 3 where it is 4 wide, 1/2 and 3/2 where it is 1.
     """
-    sae = make(architecture, S, seed, **{**options, **({"jumprelu_window": 4.0} if "jump" in architecture else {})})
+    sae = make(architecture, S, seed, **{**options, **({"jumprelu_window": window} if "jump" in architecture else {})})
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         sae.activation_scale.fill_(1.0)
@@ -191,7 +191,7 @@ def on_a_grid(architecture: str, S: int, seed: int = 0, **options: Any) -> Cross
         rows[torch.arange(F)[:, None], torch.arange(S), torch.randint(D, (F, S), generator=draw)] = torch.randint(
             -2, 3, (F, S), generator=draw
         ).float()
-        sae.W_dec.copy_(rows.flatten(1))
+        sae.W_dec.copy_(rows.flatten(1) / 2)
         if "jump" in architecture:
             sae.log_threshold.zero_()  # type: ignore[operator,union-attr]
     return sae
@@ -201,8 +201,8 @@ def on_a_grid(architecture: str, S: int, seed: int = 0, **options: Any) -> Cross
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_ties(architecture: str, way: str, S: int):
-    for seed in range(2):
-        sae, x = on_a_grid(architecture, S, seed), raw(S, seed).mul(1.5).round().float()
+    for seed, window in enumerate((4.0, 1.0)):
+        sae, x = on_a_grid(architecture, S, seed, window), raw(S, seed).mul(1.5).round().float()
         output = same_step(sae, step_input(x, mask(0, 1, 2, 3, 20, 21, 22) if architecture in TOP else None), way)
         h, features = output.hidden_pre, output.feature_acts.to_dense()
         assert h is not None and torch.equal(h, h.round()) and bool((h == 0).any())
@@ -214,7 +214,8 @@ def test_ties(architecture: str, way: str, S: int):
             assert bool((scores[features == 0] == scores[features != 0].min()).any()), "no tie was broken"
         elif architecture == "jumprelu_crosscoder":
             z = h[:, None, :] * sae.decoder_norms.T
-            assert bool((z == 1).any()) and bool((z == 3).any()), "neither the gate nor the window's edge was met"
+            edges = (1 - window / 2, 1, 1 + window / 2)
+            assert all(bool((z == edge).any()) for edge in edges if edge > 0), "neither a gate nor an edge is met"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -296,10 +297,13 @@ def test_zero_decoder_rows(architecture: str, way: str, S: int):
         rows[20:30, 1:] = 0  # and at all others
         rows[30:40, S // 2] *= 1e-30  # its square is smaller than any number
         sae.b_enc[:10] += 4  # and they do fire
-    same_step(sae, step_input(raw(S).float(), mask(0, 1, 2, 7, 8, 9, 21, 33)), way)
+    some, all_strongest = mask(0, 1, 2, 7, 8, 9, 21, 33), mask(0, 7)  # more than D / 2, and fewer
+    for dead in (some, all_strongest):
+        same_step(sae, step_input(raw(S).float(), dead), way)
     with torch.no_grad():
         sae.W_dec.zero_()
-    same_step(sae, step_input(raw(S).float(), mask(0, 1, 2, 7, 8, 9, 21, 33)), way)
+    for dead in (some, all_strongest):
+        same_step(sae, step_input(raw(S).float(), dead), way)
 
 
 @pytest.mark.parametrize("window", [0.02, 0.5, 4.0, 100.0])

@@ -96,6 +96,23 @@ def test_the_largest_of_a_batch(data: tuple[Tensor, Tensor], share: float, numpy
     assert scores.tolist() == [u[b][i] for b, i in wanted] and pairs.shape == tuple(h.shape)
 
 
+@pytest.mark.parametrize("sample", [1, 3, 20])
+def test_any_number_of_a_batch(sample: int, monkeypatch: pytest.MonkeyPatch):
+    """With the bound of a small sample more survive than are wanted, as many, one less, or none."""
+    with_blocks(monkeypatch, True, 20, sample)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        h, norms = torch.randn(7, 9), torch.rand(9)
+        u = h.relu() * norms
+        n_positive = int((u > 0).sum())
+        for count in range(1, h.numel() + 1):
+            pairs, _ = batch_top_pairs(h, norms, count)
+            assert len(pairs.values) == min(count, n_positive)
+            assert (
+                u[pairs.tokens, pairs.features].min() == u.flatten().sort(descending=True).values[len(pairs.values) - 1]
+            )
+
+
 @many
 @given(data=selections(), share=st.floats(0, 1), **BLOCKS)
 def test_the_largest_of_every_token(data: tuple[Tensor, Tensor], share: float, numpy: bool, block: int, sample: int):

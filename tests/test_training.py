@@ -539,6 +539,17 @@ def test_the_check_may_come_a_step_late(acts: Activations, tmp_path: Path):
     assert not any(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
 
 
+def test_a_gradient_that_overflows_under_a_finite_loss_changes_nothing(acts: Activations):
+    trainer = trainer_of(acts, ALL["topk_crosscoder"](), config(max_grad_norm=1.0))
+    batch = next(acts.batches(B))
+    trainer.step(batch)
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    trainer.sae.b_dec.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step"):
+        trainer.step(batch)
+    assert all(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
+
+
 def test_fused_adam_divides_by_grad_scale_and_skips_at_found_inf():
     """The seams that the trainer clips and guards by are those of torch.amp.GradScaler."""
     draw = torch.Generator().manual_seed(0)
