@@ -18,9 +18,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 _MODULES = {
-    "crosslens.ablation": ("ablate", "exact_effects"),
+    "crosslens.ablation": ("ablate", "change_shares", "exact_effects"),
     "crosslens.activations": ("Activations",),
+    "crosslens.additivity": ("Additivity", "pair_additivity"),
+    "crosslens.areas": ("curve_areas",),
     "crosslens.attribution": ("Attribution", "attribute", "relie"),
+    "crosslens.circuits": ("connect_features",),
     "crosslens.crosscoders": (
         "Crosscoder",
         *(
@@ -30,19 +33,23 @@ _MODULES = {
         ),
         "register",
     ),
+    "crosslens.edges": ("Edges",),
     "crosslens.errors": ("UserError",),
     "crosslens.evaluation": ("evaluate",),
     "crosslens.evolution": ("evolve",),
     "crosslens.intervention": ("CleanRun", "Edit", "Splice"),
+    "crosslens.languages": ("compare_languages", "count_languages", "list_languages"),
     "crosslens.pretrained": ("from_pretrained", "load"),
     "crosslens.probing": ("probe", "probe_correlation"),
     "crosslens.report": ("write_report",),
     "crosslens.runs": ("PromptRuns",),
-    "crosslens.views": ("snapshot_view",),
     "crosslens.snapshots": ("Snapshot", "Snapshots"),
     "crosslens.tasks": ("Task",),
+    "crosslens.timeline": ("find_examples", "follow_features"),
     "crosslens.trainer": ("TrainConfig",),
     "crosslens.training": ("train",),
+    "crosslens.transfer": ("transfer_matrix",),
+    "crosslens.views": ("snapshot_view",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 _SUBMODULES = ("recipes",)
@@ -52,18 +59,27 @@ __all__ = sorted([*_HOME, *_SUBMODULES])  # pyright: ignore[reportUnsupportedDun
 if TYPE_CHECKING:
     from crosslens import recipes as recipes
     from crosslens.ablation import ablate as ablate
+    from crosslens.ablation import change_shares as change_shares
     from crosslens.ablation import exact_effects as exact_effects
     from crosslens.activations import Activations as Activations
+    from crosslens.additivity import Additivity as Additivity
+    from crosslens.additivity import pair_additivity as pair_additivity
+    from crosslens.areas import curve_areas as curve_areas
     from crosslens.attribution import Attribution as Attribution
     from crosslens.attribution import attribute as attribute
     from crosslens.attribution import relie as relie
+    from crosslens.circuits import connect_features as connect_features
     from crosslens.crosscoders import *  # noqa: F403
+    from crosslens.edges import Edges as Edges
     from crosslens.errors import UserError as UserError
     from crosslens.evaluation import evaluate as evaluate
     from crosslens.evolution import evolve as evolve
     from crosslens.intervention import CleanRun as CleanRun
     from crosslens.intervention import Edit as Edit
     from crosslens.intervention import Splice as Splice
+    from crosslens.languages import compare_languages as compare_languages
+    from crosslens.languages import count_languages as count_languages
+    from crosslens.languages import list_languages as list_languages
     from crosslens.pretrained import from_pretrained as from_pretrained
     from crosslens.pretrained import load as load
     from crosslens.probing import probe as probe
@@ -73,8 +89,11 @@ if TYPE_CHECKING:
     from crosslens.snapshots import Snapshot as Snapshot
     from crosslens.snapshots import Snapshots as Snapshots
     from crosslens.tasks import Task as Task
+    from crosslens.timeline import find_examples as find_examples
+    from crosslens.timeline import follow_features as follow_features
     from crosslens.trainer import TrainConfig as TrainConfig
     from crosslens.training import train as train
+    from crosslens.transfer import transfer_matrix as transfer_matrix
     from crosslens.views import snapshot_view as snapshot_view
 
 

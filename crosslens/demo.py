@@ -193,6 +193,7 @@ def _causes(
             at=at,
             seed=seed,
             runs=judged_runs,
+            cut=True,
         )
         for keep, k, draws, controls, at in (
             (False, (1, 5, 15, 50), 4, ("random", "size_matched"), None),

@@ -1,21 +1,38 @@
-"""Clean activations and features of a task's prompts in all snapshots, computed once and shared by every analysis."""
+"""Clean activations and features of a task's prompts in all snapshots, computed once and shared by every analysis.
+
+The activations of all prompts lie in the computer's memory, N T S D numbers (or in a temporary file); features are kept
+as (token, feature) pairs. What is dense, or on the device, is of one batch.
+
+An analysis that works snapshot by snapshot reads `at(s)`: batches with the clean activation, the pairs, and the model
+above the hook.
+
+Letters: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, n
+pairs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslens.crosscoders import Crosscoder
+from crosslens.changes import BatchAt, Pairs
+from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.harvest import harvest, special_positions
-from crosslens.intervention import CleanRun, clean_run
+from crosslens.intervention import CleanRun
+from crosslens.intervention import check_snapshots as check_snapshots
 from crosslens.prompts import PromptBatch
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
+from crosslens.upper import Upper
+
+_ENTRIES = 1 << 24  # entries of a dense (token, feature) matrix that is held at a time
 
 
 class PromptRuns:
@@ -25,10 +42,17 @@ class PromptRuns:
         crosscoder: trained on these snapshots.
         snapshots: the models.
         task: its prompts are tokenised with the snapshots' tokenizer.
-        batch_size: prompts per forward pass.
+        batch_size: prompts per forward pass below the hook, and of everything dense.
         device: where models and crosscoder run.
         backend: "bridge" or "hooked_transformer".
         paired: also run the paired prompts; prompts without one are left out.
+        on_disk: keep the activations in a temporary file instead of memory.
+
+    Attributes:
+        batches: the prompts; the same order whatever the batch size.
+        features: (A,) ids of the features that are active on any prompt, or paired prompt, at any snapshot.
+        active: (F, S) which are active on any prompt at each snapshot.
+        active_paired: (F, S) which are on any paired prompt.
 
     Raises:
         UserError: a crosscoder of other snapshots, a task without usable (or without paired) prompts.
@@ -44,12 +68,16 @@ class PromptRuns:
         device: str = "cpu",
         backend: str = "bridge",
         paired: bool = False,
+        on_disk: bool = False,
     ) -> None:
         check_snapshots(crosscoder, snapshots)
+        self._given = crosscoder
         metadata = crosscoder.cfg.metadata
+        if isinstance(crosscoder, CrosscoderTrainingSAE):
+            crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
         self.crosscoder, self.snapshots, self.task = crosscoder, snapshots, task
         self.hook_name: str = metadata.hook_name
-        self.device, self.backend = device, backend
+        self.device, self.backend, self.paired = device, backend, paired
         self.keep_special = bool(metadata.keep_special)
         bos = True if metadata.prepend_bos is None else bool(metadata.prepend_bos)
         self.prompts = task.prompts(snapshots.tokenizer, prepend_bos=bos, max_length=snapshots.n_ctx)
@@ -60,80 +88,182 @@ class PromptRuns:
                 raise UserError(
                     f"task {task.name!r} has no paired prompts, which the 'patch' baseline needs; use 'zero' or 'mean'"
                 )
-        self._clean = self._run([batch.tokens for batch in self.batches])
-        self._patch = self._run([_patch(batch) for batch in self.batches]) if paired else None
+        tokens = [batch.tokens for batch in self.batches] + [_patch(batch) for batch in self.batches if paired]
+        self._file = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115 (it lives as long as the runs)
+        self._acts = self._harvest(tokens)
+        self._widths: dict[int, Sequence[int | None]] = {}
+        found = [self._encode(ids, acts) for ids, acts in zip(tokens, self._acts, strict=True)]
+        self.features = torch.cat([part.features for part in found]).unique()
+        n, F = len(self.batches), crosscoder.cfg.d_sae
+        self.active, self.active_paired = _active(found[:n], len(snapshots), F), _active(found[n:], len(snapshots), F)
+        self._found = [_merged(found[i], found[n + i] if paired else None, self.features) for i in range(n)]
 
-    def _run(self, tokens: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        out: list[tuple[Tensor, Tensor, Tensor]] = []
-        by_length: dict[int, list[int]] = {}
-        for i, batch in enumerate(tokens):
-            by_length.setdefault(batch.shape[1], []).append(i)
-        acts: dict[int, Tensor] = {}
-        for members in by_length.values():
-            together = torch.cat([tokens[i] for i in members])
-            harvested = harvest(self.snapshots, together, self.hook_name, device=self.device, backend=self.backend)
-            acts.update(zip(members, harvested.split([len(tokens[i]) for i in members]), strict=True))
-        for i, batch in enumerate(tokens):
-            keep = torch.ones_like(batch, dtype=torch.bool)
-            if not self.keep_special:
-                keep = ~special_positions(batch, self.snapshots.tokenizer)
-            run = clean_run(self.crosscoder, batch, acts[i].to(self.crosscoder.device), keep.to(self.device))
-            # features are kept sparse: dense (B, T, F) exists for one batch at a time
-            out.append((run.acts, run.features.to_sparse(), run.keep))
-        return out
+    def _harvest(self, tokens: Sequence[Tensor]) -> list[Float[Tensor, "S B T D"]]:
+        """Activations of every batch; one snapshot's model after the other."""
+        S, D = len(self.snapshots), self.snapshots.d_model
+        sizes = [S * ids.numel() * D for ids in tokens]
+        if self._file is None:
+            whole = torch.empty(sum(sizes))
+        else:
+            whole = torch.from_numpy(np.memmap(self._file, np.float32, "w+", shape=(sum(sizes),)))
+        acts = [part.view(S, *ids.shape, D) for part, ids in zip(whole.split(sizes), tokens, strict=True)]
+        for s in range(S):
+            for ids, place in zip(tokens, acts, strict=True):
+                place[s] = harvest(
+                    self.snapshots, ids, self.hook_name, device=self.device, backend=self.backend, only=s
+                )[:, :, 0]
+        return acts
+
+    @torch.no_grad()
+    def _encode(self, tokens: Int[Tensor, "B T"], acts: Float[Tensor, "S B T D"]) -> _Found:
+        """Features of the kept tokens at every snapshot, as pairs; dense for a block of tokens at a time."""
+        crosscoder = self.crosscoder
+        S, F = crosscoder.n_snapshots, crosscoder.cfg.d_sae
+        by_token = acts.flatten(1, 2).transpose(0, 1)
+        found: list[_Found] = []
+        for block in self._keep(tokens).flatten().nonzero().flatten().split(max(1, _ENTRIES // F)):
+            dense = crosscoder.encode(by_token[block].to(crosscoder.device))
+            row, feature = dense.nonzero(as_tuple=True)
+            at = [crosscoder.snapshot_acts(dense, s) for s in range(S)]
+            if all(each is dense for each in at):
+                values = dense[row, feature][:, None].float().cpu().expand(-1, S)  # in the room of one
+            else:
+                values = torch.stack([each[row, feature] for each in at], -1).float().cpu()
+            found.append(_Found(block[row.cpu()], feature.cpu(), values, None))
+        if not found:  # no position is kept
+            nothing = torch.empty(0, dtype=torch.long)
+            return _Found(nothing, nothing, torch.empty(0, S), None)
+        if len(found) == 1:
+            return found[0]
+        tokens, features, values = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:3])
+        return _Found(tokens, features, values, None)
+
+    def _keep(self, tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        if self.keep_special:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return ~special_positions(tokens, self.snapshots.tokenizer)
+
+    def are_of(self, crosscoder: Crosscoder, snapshots: Snapshots, task: Task) -> bool:
+        """Whether they were made from these."""
+        return self._given is crosscoder and self.snapshots == snapshots and self.task == task
 
     def __len__(self) -> int:
         """Prompts."""
         return sum(len(batch.tokens) for batch in self.batches)
 
-    def clean(self) -> Iterator[tuple[PromptBatch, CleanRun, CleanRun | None]]:
-        """Batches with their clean run and, when paired, the clean run of the paired prompts."""
-        for i, batch in enumerate(self.batches):
-            patch = None
-            if self._patch is not None:
-                acts, features, keep = self._patch[i]
-                patch = CleanRun(_patch(batch).to(self.device), acts, features.to_dense(), keep)
-            acts, features, keep = self._clean[i]
-            yield batch, CleanRun(batch.tokens.to(self.device), acts, features.to_dense(), keep), patch
+    @torch.no_grad()
+    def at(self, snapshot: int) -> Iterator[BatchAt]:
+        """The batches at one snapshot, with its model above the hook."""
+        s, crosscoder = snapshot, self.crosscoder
+        device = crosscoder.device
+        scale = crosscoder.activation_scale[s]
+        directions = crosscoder.W_dec_by_snapshot[self.features.to(device), s].float() / scale
+        bias = crosscoder.b_dec_by_snapshot[s].float() / scale
+        model = self.snapshots.model(s, device=self.device, backend=self.backend)
+        upper = Upper(model, self.hook_name, self.batches[0].tokens[:1].to(self.device), self._widths.get(s))
+        self._widths[s] = upper.widths
+        first, n = 0, len(self.batches)
+        for i, (batch, found) in enumerate(zip(self.batches, self._found, strict=True)):
+            yield BatchAt(
+                prompts=batch,
+                first=first,
+                keep=self._keep(batch.tokens).to(device),
+                clean=self._acts[i][s].to(device),
+                patch=self._acts[n + i][s].to(device) if self.paired else None,
+                pairs=Pairs(found.tokens, found.features, found.values[:, s]).to(device),
+                patch_values=None if found.patch_values is None else found.patch_values[:, s].to(device),
+                directions=directions,
+                bias=bias,
+                upper=upper.on(batch.tokens.to(self.device)),
+            )
+            first += len(batch.tokens)
+
+    def mean(self, snapshot: int) -> Float[Tensor, " A"]:
+        """Mean of `f_is` over the kept positions of all prompts, of the features that are active on any."""
+        total = torch.zeros(len(self.features), dtype=torch.float64)
+        for found in self._found:
+            total.index_add_(0, found.features, found.values[:, snapshot].double())
+        count = sum(int(self._keep(batch.tokens).sum()) for batch in self.batches)
+        return (total / count).float()
 
     def mean_features(self, snapshot: int) -> Float[Tensor, " F"]:
         """Mean of `f_is` over the kept positions of all prompts."""
-        total = torch.zeros(self.crosscoder.cfg.d_sae, device=self.crosscoder.device)
-        count = 0
-        for _, run, _ in self.clean():
-            total += run.snapshot_acts(self.crosscoder, snapshot).sum((0, 1))
-            count += int(run.keep.sum())
-        return total / count
+        mean = torch.zeros(self.crosscoder.cfg.d_sae)
+        mean[self.features] = self.mean(snapshot)
+        return mean.to(self.crosscoder.device)
 
-    def baseline(self, kind: str, snapshot: int, run: CleanRun, patch: CleanRun | None, mean: Tensor | None) -> Tensor:
-        """Baseline features f0 (B, T, F), zero where positions are left out."""
-        if kind == "patch":
-            assert patch is not None
-            return patch.snapshot_acts(self.crosscoder, snapshot)
-        if kind == "mean":
-            assert mean is not None
-            return mean * run.keep[..., None]
-        return torch.zeros_like(run.features)
+    def clean(self) -> Iterator[tuple[PromptBatch, CleanRun, CleanRun | None]]:
+        """Batches with their clean run and, when paired, the clean run of the paired prompts; features are dense."""
+        for i, (batch, found) in enumerate(zip(self.batches, self._found, strict=True)):
+            patch = None
+            if found.patch_values is not None:
+                patch = self._clean_run(_patch(batch), self._acts[len(self.batches) + i], found, found.patch_values)
+            yield batch, self._clean_run(batch.tokens, self._acts[i], found, found.values), patch
+
+    def _clean_run(self, tokens: Tensor, acts: Tensor, found: _Found, values: Tensor) -> CleanRun:
+        device = self.crosscoder.device
+        features = torch.zeros(tokens.numel(), self.crosscoder.cfg.d_sae, dtype=values.dtype)
+        # where the gates differ, a feature has its value at the snapshots whose gate is open, and 0 at the others
+        features[found.tokens, self.features[found.features]] = values.amax(-1)
+        features = features.view(*tokens.shape, -1).to(device)
+        return CleanRun(
+            tokens.to(self.device), acts.permute(1, 2, 0, 3).to(device), features, self._keep(tokens).to(device)
+        )
 
 
-def check_snapshots(crosscoder: Crosscoder, snapshots: Snapshots) -> None:
-    """Refuse a crosscoder that was trained on other snapshots.
+def check_features(features: Sequence[int] | Int[Tensor, " n"], d_sae: int) -> Int[Tensor, " n"]:
+    """Feature ids as a tensor.
 
     Raises:
-        UserError: another number of snapshots, or the first one whose weights differ.
+        UserError: none, one twice, or one that the crosscoder does not have.
     """
-    recorded: list[dict[str, Any]] = crosscoder.cfg.metadata.snapshots or []
-    if len(snapshots) != crosscoder.n_snapshots:
-        raise UserError(
-            f"the crosscoder was trained on {crosscoder.n_snapshots} snapshots, {len(snapshots)} are given; "
-            "give the ones of its metadata.snapshots"
-        )
-    for trained, given in zip(recorded, snapshots, strict=False):
-        if trained.get("fingerprint") not in (None, given.fingerprint):
-            raise UserError(
-                f"the crosscoder was trained on other weights: its snapshot {trained.get('label')} is not the given "
-                f"{given.label}; load the snapshots it was trained on"
-            )
+    ids = torch.as_tensor(features, dtype=torch.long).flatten().cpu()
+    if not len(ids):
+        raise UserError("no features are given: name one or more")
+    if outside := ids[(ids < 0) | (ids >= d_sae)].tolist():
+        raise UserError(f"feature {outside[0]} is not in [0, {d_sae - 1}]: give features of this crosscoder")
+    if len(ids.unique()) < len(ids):
+        raise UserError("a feature is given twice: give each once")
+    return ids
+
+
+class _Found(NamedTuple):
+    """Pairs of a batch: token, feature (id at first, then column), values at every snapshot."""
+
+    tokens: Int[Tensor, " n"]
+    features: Int[Tensor, " n"]
+    values: Float[Tensor, "n S"]
+    patch_values: Float[Tensor, "n S"] | None
+
+
+def _merged(clean: _Found, patch: _Found | None, features: Int[Tensor, " A"]) -> _Found:
+    """Both runs on one list of pairs, features as columns of `features`."""
+    A = len(features)
+    keys = [
+        part.tokens * A + torch.searchsorted(features, part.features) for part in (clean, patch) if part is not None
+    ]
+    if patch is None:
+        return _Found(clean.tokens, keys[0] % max(A, 1), clean.values, None)
+    union, place = torch.cat(keys).unique(return_inverse=True)
+    own, other = place[: len(clean.tokens)], place[len(clean.tokens) :]
+    return _Found(
+        union // A, union % A, _spread(clean.values, own, len(union)), _spread(patch.values, other, len(union))
+    )
+
+
+def _spread(values: Float[Tensor, "n S"], place: Int[Tensor, " n"], size: int) -> Float[Tensor, "m S"]:
+    S = values.shape[1]
+    if values.stride(1) == 0:  # one value that all snapshots share
+        return torch.zeros(size, 1, dtype=values.dtype).index_copy_(0, place, values[:, :1]).expand(-1, S)
+    return torch.zeros(size, S, dtype=values.dtype).index_copy_(0, place, values)
+
+
+def _active(found: Sequence[_Found], S: int, F: int) -> Bool[Tensor, "F S"]:
+    active = torch.zeros(F, S, dtype=torch.bool)
+    for part in found:
+        for s in range(S):
+            active[part.features[part.values[:, s] != 0], s] = True
+    return active
 
 
 def _patch(batch: PromptBatch) -> Tensor:

@@ -1,0 +1,55 @@
+"""Crosscoders whose decoders are given, and activations that are given: what the analyses of features are tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from crosslens.activations import Activations
+from crosslens.crosscoders import (
+    JumpReLUCrosscoder,
+    JumpReLUCrosscoderConfig,
+    StandardCrosscoder,
+    StandardCrosscoderConfig,
+)
+
+
+class Held(Activations):
+    """Held-out activations that are given, not harvested; they come in batches of five at most."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def held_out(self, batch_size: int = 4096) -> Iterator[torch.Tensor]:
+        return iter(self.x.split(min(batch_size, 5)))
+
+
+def snapshots_at(*steps: int) -> list[dict[str, Any]]:
+    """What a crosscoder records of its snapshots, of seven tokens a step."""
+    return [{"label": f"step{n}", "step": n, "tokens": 7 * n} for n in steps]
+
+
+def of_rows(rows: Any, recorded: Any = None, *, jumprelu: bool = False) -> Any:
+    """A crosscoder with the given decoder rows (F, S, D); the encoder is the decoder transposed."""
+    rows = torch.as_tensor(rows, dtype=torch.float32)
+    F, S, D = rows.shape
+    shape = {"d_in": S * D, "d_sae": F, "n_snapshots": S}
+    made = (
+        JumpReLUCrosscoder(JumpReLUCrosscoderConfig(**shape))
+        if jumprelu
+        else StandardCrosscoder(StandardCrosscoderConfig(**shape))
+    )
+    made.W_dec.data = rows.flatten(1).clone()
+    made.W_enc.data = rows.flatten(1).T.clone()
+    if recorded is not None:
+        made.cfg.metadata.snapshots = recorded
+    return made.requires_grad_(False)
+
+
+def of_norms(norms: Any, recorded: Any = None, D: int = 4, seed: int = 0, *, jumprelu: bool = False) -> Any:
+    """A crosscoder with random directions and the given decoder norms (F, S)."""
+    norms = torch.as_tensor(norms, dtype=torch.float32)
+    rows = torch.randn(*norms.shape, D, generator=torch.Generator().manual_seed(seed))
+    return of_rows(rows * (norms / rows.norm(dim=-1))[..., None], recorded, jumprelu=jumprelu)
