@@ -11,8 +11,9 @@ SEED   ?= 0
 demo: $(STAMP)
 	$(BIN)/crosslens demo --out $(OUT) --seed $(SEED)
 
+# a process a core, one thread each
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -12,7 +12,6 @@ import argparse
 
 import crosslens as cl
 from crosslens import grammar
-from crosslens.attribution import mean_gradient, quadrature
 
 
 def main() -> None:
@@ -26,16 +25,10 @@ def main() -> None:
         acts = cl.Activations(snaps, hook, documents, 40_000, seed=seed)
         config = cl.TrainConfig(batch_size=1024, lr=1.5e-3, dead_tokens=50_000, evaluate=False, training_tokens=80_000)
         cc = cl.train(acts, cl.BatchTopKCrosscoderTrainingConfig(d_sae=512, k=16, decoder_init_norm=None), config)
-        runs = cl.PromptRuns(cc, snaps, cl.Task.demo("pp", n=50, seed=seed), paired=True)
-        nodes, weights = quadrature("gauss_legendre", 10)
-        last, total = 0.0, 0.0
-        for batch, run, patch in runs.clean():
-            end, start = run.acts[:, :, -1], patch.acts[:, :, -1]
-            model = snaps.model(len(snaps) - 1)
-            gradient = mean_gradient(runs, model, batch, run, start, end, nodes, weights)
-            size = ((end - start) * gradient).sum(-1).abs()
-            last, total = last + float(size[:, -1].sum()), total + float(size.sum())
-        print(f"{hook}: {last / total:.4%} of the absolute effect sits at the last position")
+        task = cl.Task.demo("pp", n=50, seed=seed)
+        ie = cl.attribute(cc, snaps, task, steps=10, baseline="patch", positions=True)
+        row = ie.positions.shares().query("position == 0").iloc[-1]
+        print(f"{hook}: {row['share']:.4%} of the absolute effect sits at the last position")
 
 
 if __name__ == "__main__":

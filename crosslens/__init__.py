@@ -22,7 +22,7 @@ _MODULES = {
     "crosslens.activations": ("Activations",),
     "crosslens.additivity": ("Additivity", "pair_additivity"),
     "crosslens.areas": ("curve_areas",),
-    "crosslens.attribution": ("Attribution", "attribute", "relie"),
+    "crosslens.attribution": ("attribute",),
     "crosslens.circuits": ("connect_features",),
     "crosslens.crosscoders": (
         "Crosscoder",
@@ -34,6 +34,7 @@ _MODULES = {
         "register",
     ),
     "crosslens.edges": ("Edges",),
+    "crosslens.effects": ("Attribution",),
     "crosslens.errors": ("UserError",),
     "crosslens.evaluation": ("evaluate",),
     "crosslens.evolution": ("evolve",),
@@ -43,6 +44,7 @@ _MODULES = {
     "crosslens.probing": ("probe", "probe_correlation"),
     "crosslens.report": ("write_report",),
     "crosslens.runs": ("PromptRuns",),
+    "crosslens.shares": ("classify", "pairwise_relie", "reldec", "relie", "relie_interval", "sign_changes"),
     "crosslens.snapshots": ("Snapshot", "Snapshots"),
     "crosslens.tasks": ("Task",),
     "crosslens.timeline": ("find_examples", "follow_features"),
@@ -65,12 +67,11 @@ if TYPE_CHECKING:
     from crosslens.additivity import Additivity as Additivity
     from crosslens.additivity import pair_additivity as pair_additivity
     from crosslens.areas import curve_areas as curve_areas
-    from crosslens.attribution import Attribution as Attribution
     from crosslens.attribution import attribute as attribute
-    from crosslens.attribution import relie as relie
     from crosslens.circuits import connect_features as connect_features
     from crosslens.crosscoders import *  # noqa: F403
     from crosslens.edges import Edges as Edges
+    from crosslens.effects import Attribution as Attribution
     from crosslens.errors import UserError as UserError
     from crosslens.evaluation import evaluate as evaluate
     from crosslens.evolution import evolve as evolve
@@ -86,6 +87,12 @@ if TYPE_CHECKING:
     from crosslens.probing import probe_correlation as probe_correlation
     from crosslens.report import write_report as write_report
     from crosslens.runs import PromptRuns as PromptRuns
+    from crosslens.shares import classify as classify
+    from crosslens.shares import pairwise_relie as pairwise_relie
+    from crosslens.shares import reldec as reldec
+    from crosslens.shares import relie as relie
+    from crosslens.shares import relie_interval as relie_interval
+    from crosslens.shares import sign_changes as sign_changes
     from crosslens.snapshots import Snapshot as Snapshot
     from crosslens.snapshots import Snapshots as Snapshots
     from crosslens.tasks import Task as Task

@@ -40,9 +40,7 @@ from crosslens.errors import UserError
 from crosslens.prompts import logit_difference
 from crosslens.quadrature import BASELINES as BASELINES
 from crosslens.quadrature import Estimator
-from crosslens.quadrature import quadrature as quadrature
 from crosslens.runs import PromptRuns, check_features
-from crosslens.shares import relie as relie
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 

@@ -200,10 +200,8 @@ def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
 def attribute(
     run_dir: RunArgument,
     task: TaskOption,
-    method: Annotated[str, typer.Option("--method", help="ig or gradient.")] = "ig",
-    rule: Annotated[
-        str, typer.Option("--rule", help="gauss_legendre, midpoint or crosscoding_through_time.")
-    ] = "gauss_legendre",
+    method: Annotated[str, typer.Option("--method", help="ig, gradient or exact.")] = "ig",
+    rule: Annotated[str, typer.Option("--rule", help="gauss_legendre, midpoint or left.")] = "gauss_legendre",
     steps: Annotated[int, typer.Option("--steps", help="Nodes of the rule.")] = 20,
     baseline: Annotated[str, typer.Option("--baseline", help="zero, mean or patch.")] = "zero",
     seed: SeedOption = 0,

@@ -25,13 +25,15 @@ from scipy.stats import rankdata
 from crosslens import grammar
 from crosslens.ablation import ablate, exact_effects
 from crosslens.activations import Activations
-from crosslens.attribution import Attribution, attribute, relie
+from crosslens.attribution import attribute
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
+from crosslens.effects import Attribution
 from crosslens.evolution import evolve
 from crosslens.probing import probe, probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
 from crosslens.runs import PromptRuns
+from crosslens.shares import relie
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 from crosslens.trainer import TrainConfig
