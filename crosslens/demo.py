@@ -17,29 +17,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 
 from crosslens import grammar
-from crosslens.ablation import ablate, exact_effects
 from crosslens.activations import Activations
-from crosslens.attribution import attribute
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
-from crosslens.effects import Attribution
 from crosslens.evolution import evolve
+from crosslens.findings import late_feature, sign_change, top_examples
 from crosslens.probing import probe, probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
-from crosslens.runs import PromptRuns
-from crosslens.shares import relie
 from crosslens.snapshots import Snapshots
+from crosslens.study import Study, study_task
 from crosslens.tasks import Task
 from crosslens.trainer import TrainConfig
 from crosslens.training import train
 
 TASKS = ("simple", "pp", "subj_rel")
+ATTRACTORS = ("pp", "subj_rel")  # a noun of the other number stands between head and verb
 
 
 @dataclass(frozen=True)
@@ -117,12 +113,21 @@ def run_demo(
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
     run.save_table("accuracy", pd.concat([task.accuracy(snaps) for task in tasks.values()], ignore_index=True))
     mark = lap("accuracy", mark)
-    causes = {name: _causes(run, crosscoder, snaps, task, seed, config) for name, task in tasks.items()}
+    # prompts come in pairs that differ in the number of the head noun: effects are of the number, not of being there
+    studies = {
+        name: study_task(crosscoder, snaps, task, n_draws_last=config.n_random, n_exact=config.n_exact, seed=seed)
+        for name, task in tasks.items()
+    }
+    for each in studies.values():
+        each.save(run)
     mark = lap("causes", mark)
     run.update(timings=timings)
-    summary = _summary(run, snaps, causes, probes)
-    for name, find in (("late_feature", late_feature), ("sign_change", sign_change)):
-        finding = find({task: cause["ie"] for task, cause in causes.items()})
+    summary = _summary(run, snaps, studies, probes)
+    effects = {name: each.ie for name, each in studies.items()}
+    for name, finding in (
+        ("late_feature", late_feature(effects[name] for name in ATTRACTORS)),
+        ("sign_change", sign_change(effects.values())),
+    ):
         summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
     lap("report", mark)
     write_report(run.path, title=f"crosslens demo, seed {seed}")
@@ -163,66 +168,9 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
     return cached, crosscoder
 
 
-def _causes(
-    run: RunDir, crosscoder: Crosscoder, snaps: Snapshots, task: Task, seed: int, config: DemoConfig
-) -> dict[str, Any]:
-    """Effects on one half of the prompts; everything that judges them on the other half.
-
-    The prompts come in pairs that differ in the number of the head noun, so the baseline, and what an ablated feature
-    is set to, is its value on the paired prompt: effects are of the number, not of being there at all.
-    """
-    choosing, judging = task.split(seed)
-    chosen_runs = PromptRuns(crosscoder, snaps, choosing, paired=True)
-    judged_runs = PromptRuns(crosscoder, snaps, judging, paired=True)
-    ie, gradient = (
-        attribute(crosscoder, snaps, choosing, method, baseline="patch", runs=chosen_runs)
-        for method in ("ig", "gradient")
-    )
-    run.save_table(f"attribution/{task.name}", ie.to_frame(crosscoder.decoder_norms))
-    run.save_table(f"attribution/{task.name}.snapshots", ie.snapshot_frame())
-    last = len(snaps) - 1
-    curves = [
-        ablate(
-            crosscoder,
-            snaps,
-            judging,
-            ie,
-            k,
-            keep=keep,
-            value="patch",
-            controls=controls,
-            n_draws=draws,
-            at=at,
-            seed=seed,
-            runs=judged_runs,
-            cut=True,
-        )
-        for keep, k, draws, controls, at in (
-            (False, (1, 5, 15, 50), 4, ("random", "size_matched"), None),
-            (False, (15,), config.n_random, ("random", "size_matched"), [last]),
-            (True, (5, 15, 50, 100), 4, ("random",), None),
-        )
-    ]
-    # the many draws at the last snapshot replace the few
-    table = pd.concat([curves[1], curves[0], curves[2]]).drop_duplicates(
-        ["snapshot", "mode", "features", "k"], ignore_index=True
-    )
-    run.save_table(f"ablation/{task.name}", table)
-    largest = ie.top(min(config.n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
-    exact = exact_effects(chosen_runs, last, largest, value="patch")
-    rank = {
-        name: spearman(exact, values.effects[largest, last]) for name, values in (("ig", ie), ("gradient", gradient))
-    }
-    return {"ie": ie, "ablation": _ablation_summary(table, last, ie), "spearman": rank}
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation of two vectors."""
-    return float(np.corrcoef(rankdata(a.numpy()), rankdata(b.numpy()))[0, 1])
-
-
-def _ablation_summary(table: pd.DataFrame, last: int, ie: Attribution) -> dict[str, float]:
-    at_last = table[table["snapshot"] == last].set_index(["mode", "features", "k"])
+def _ablation_summary(found: Study) -> dict[str, float]:
+    table = found.tables[f"ablation/{found.task}"]
+    at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"])
 
     def metric(mode: str, features: str, k: int, column: str = "metric") -> float:
         return float(at_last.loc[(mode, features, k), column])
@@ -236,15 +184,26 @@ def _ablation_summary(table: pd.DataFrame, last: int, ie: Attribution) -> dict[s
         "size_matched_k_sd": metric("ablate", "size_matched", 15, "metric_sd"),
         "keep_k": metric("keep", "top", 100),
         "reconstruction_only": metric("ablate", "top", 15, "reconstruction_only"),
-        "n_active": int(ie.active[:, last].sum()),
+        "n_active": int(found.ie.active[:, -1].sum()),
     }
 
 
-def _summary(run: RunDir, snaps: Snapshots, causes: dict[str, Any], probes: pd.DataFrame) -> dict[str, Any]:
+def _additivity_summary(found: Study) -> dict[str, float]:
+    row = found.tables[f"additivity/{found.task}.snapshots"].iloc[-1]
+    return {name: float(row[name]) for name in ("correlation", "deviation")}
+
+
+def _transfer_summary(found: Study) -> list[float]:
+    """Share of the metric's whole change at the last snapshot that ablating the top features of each one makes."""
+    table = found.tables[f"transfer/{found.task}"]
+    at_last = table[table["judged"] == table["judged"].max()]  # rows are in order of `chosen`
+    return [round(float(share), 4) for share in at_last["share"]]
+
+
+def _summary(run: RunDir, snaps: Snapshots, studies: dict[str, Study], probes: pd.DataFrame) -> dict[str, Any]:
     evaluation, accuracy = run.table("evaluation"), run.table("accuracy")
     assert evaluation is not None and accuracy is not None
-    effects: dict[str, Attribution] = {name: cause["ie"] for name, cause in causes.items()}
-    completeness = torch.stack([ie.completeness for ie in effects.values()])
+    completeness = torch.stack([each.ie.completeness for each in studies.values()])
     return {
         "snapshots": snaps.labels,
         "accuracy": {
@@ -255,55 +214,15 @@ def _summary(run: RunDir, snaps: Snapshots, causes: dict[str, Any], probes: pd.D
         "l0": float(evaluation["l0"].mean()),
         "dead_fraction": float(evaluation["dead_fraction"].iloc[0]),
         "completeness_error": completeness.amax(0).tolist(),
-        "ablation": {name: cause["ablation"] for name, cause in causes.items()},
-        "spearman_ie_exact": {name: cause["spearman"] for name, cause in causes.items()},
+        "ablation": {name: _ablation_summary(each) for name, each in studies.items()},
+        "spearman_ie_exact": {
+            name: {method: each.rank_agreement(method) for method in ("ig", "gradient")}
+            for name, each in studies.items()
+        },
+        "additivity": {name: _additivity_summary(each) for name, each in studies.items()},
+        "transfer_to_last": {name: _transfer_summary(each) for name, each in studies.items()},
         "probe": {**probe_correlation(probes), "without_step0": probe_correlation(probes, without=(0,))},
     }
-
-
-def late_feature(effects: dict[str, Attribution]) -> dict[str, Any]:
-    """Of the features that carry a tenth of an attractor task's metric at the end, the one whose RelIE lies latest."""
-    found: list[dict[str, Any]] = []
-    for name in ("pp", "subj_rel"):
-        ie = effects[name]
-        share = relie(ie)
-        S = share.shape[1]
-        top = ie.top(min(15, int(ie.active[:, -1].sum())), S - 1)
-        carried = ie.effects[top, -1] >= 0.1 * ie.metric_clean[-1]
-        top = top[carried] if carried.any() else top[:1]
-        centre = (share[top] * torch.arange(S) / (S - 1)).sum(-1).nan_to_num(0.0)
-        feature = int(top[centre.argmax()])
-        found.append(_finding(ie, feature, centre_of_mass=float(centre.max())))
-    return max(found, key=lambda finding: finding["centre_of_mass"])
-
-
-def sign_change(effects: dict[str, Attribution]) -> dict[str, Any]:
-    """The feature whose significant effects differ most in sign: harmful at one snapshot, helpful at another."""
-    found: list[dict[str, Any]] = []
-    for ie in effects.values():
-        sure = torch.where(ie.effects.abs() > 2 * ie.standard_errors, ie.effects, torch.zeros_like(ie.effects))
-        swing = torch.minimum(sure.amax(1), -sure.amin(1))
-        found.append(_finding(ie, int(swing.argmax()), swing=float(swing.max())))
-    return max(found, key=lambda finding: finding["swing"])
-
-
-@torch.no_grad()
-def top_examples(crosscoder: Crosscoder, acts: Activations, feature: int, n: int = 8) -> list[str]:
-    """Where a feature is most active in the held-out text: up to six words, the place itself in brackets."""
-    tokens = acts.held_out_tokens()
-    values = crosscoder.encode(acts.block(len(acts.tokens) - len(tokens), len(acts.tokens)))[..., feature]
-    values = values * acts.keep(tokens)
-    examples: list[str] = []
-    for place in values.flatten().argsort(descending=True).tolist():
-        row, position = divmod(place, tokens.shape[1])
-        words = acts.snapshots.tokenizer.convert_ids_to_tokens(tokens[row, : position + 1].tolist())
-        sentence = words[max(0, len(words) - 6) :]
-        example = " ".join([*sentence[:-1], f"[{sentence[-1]}]"])
-        if values[row, position] > 0 and example not in examples:
-            examples.append(example)
-        if len(examples) == n or values[row, position] <= 0:
-            break
-    return examples
 
 
 def _strict(value: Any) -> Any:
@@ -313,14 +232,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list):
         return [_strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _finding(ie: Attribution, feature: int, **figures: float) -> dict[str, Any]:
-    return {
-        "feature": feature,
-        "task": ie.task,
-        **figures,
-        "ie": [round(v, 4) for v in ie.effects[feature].tolist()],
-        "ie_se": [round(v, 4) for v in ie.standard_errors[feature].tolist()],
-        "relie": [round(v, 4) for v in relie(ie)[feature].tolist()],
-    }

@@ -14,7 +14,8 @@ sets anew from the features that could have been in both:
    such features n_l are in the set of language l, so one of them is with probability n_l / N, and the number of its
    languages is a sum of independent draws. With two languages this is 1 again.
 
-    effects = {language: attribute(cc, snaps, Task.demo("pp", language)) for language in ("en", "fr")}
+    parts = split_languages(Task.demo("pp"))
+    effects = {language: attribute(cc, snaps, part) for language, part in parts.items()}
     compare_languages(effects, k=10)
 
 Letters: L languages, S snapshots, F features.
@@ -23,6 +24,7 @@ Letters: L languages, S snapshots, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -35,6 +37,23 @@ from torch import Tensor
 
 from crosslens.effects import Attribution
 from crosslens.errors import UserError
+from crosslens.tasks import Task
+
+
+def split_languages(task: Task) -> dict[str, Task]:
+    """The items of a task by `item.info["language"]`, in order of first appearance; empty where an item states none."""
+    named = [item.info.get("language") for item in task.items]
+    if None in named:
+        return {}
+    return {
+        language: replace(
+            task,
+            name=f"{task.name}-{language}",
+            items=tuple(item for item, own in zip(task.items, named, strict=True) if own == language),
+            duplicates=0,
+        )
+        for language in dict.fromkeys(str(name) for name in named)
+    }
 
 
 def compare_languages(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crosslens.demo import DemoConfig, run_demo, spearman
+from crosslens.demo import DemoConfig, run_demo
 from crosslens.errors import UserError
 from crosslens.pretraining import PretrainingConfig
 from crosslens.snapshots import Snapshots
@@ -41,10 +41,3 @@ def test_every_stage_and_a_second_time(tmp_path: Path) -> None:
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in summary.items() if k not in timed}
     with pytest.raises(UserError, match="its seed is 0, asked for is 1"):
         run_demo(out, 1, SMALL, snaps)
-
-
-def test_rank_correlation() -> None:
-    import torch
-
-    assert spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 40.0, 90.0])) == pytest.approx(1)
-    assert spearman(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([4.0, 3.0, 1.0, 2.0])) == pytest.approx(-0.8)

@@ -98,6 +98,61 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
     return run
 
 
+def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
+    """The tables that `study` adds for a task: random ones of their form."""
+    rng = np.random.default_rng(seed)
+    effects = table(run, f"attribution/{task}")
+    common = effects.drop_duplicates("snapshot")[["snapshot", "label", "step"]].reset_index(drop=True)
+    S = len(common)
+    features = effects["feature"].unique()[10:22]
+    followed = effects[effects["feature"].isin(features)].assign(
+        norm=1.0, strength=rng.uniform(0, 1, 12 * S), rank=1, top=rng.random(12 * S) < 0.3, centre_of_mass=0.5,
+        signed_class="emerged", examples=f"the {HOSTILE} [boy]",
+    )  # fmt: skip
+    order = {feature: i for i, feature in enumerate(features)}
+    run.save_table(f"timeline/{task}", followed.assign(order=followed["feature"].map(order), **{"class": "emerged"}))
+    run.save_table(
+        f"languages/{task}",
+        common.assign(language="en", other=HOSTILE, k=10, shared=rng.integers(0, 10, S), expected=3.2, low=1, high=6,
+                      p=0.2, level=0.95),
+    )  # fmt: skip
+    areas = [
+        common.assign(
+            quantity=quantity, features=kind, area=rng.uniform(0, 1, S),
+            area_low=np.nan if kind == "top" else 0.1, area_high=np.nan if kind == "top" else 0.3,
+        )
+        for quantity in ("necessity", "sufficiency")
+        for kind in ("top", "random")
+    ]  # fmt: skip
+    joined = pd.concat(areas, ignore_index=True)
+    joined["area"] = joined["area"].where(joined["snapshot"] > 0)
+    run.save_table(f"areas/{task}", joined)
+    grid = common.rename(columns=lambda name: "judged" if name == "snapshot" else f"judged_{name}").merge(
+        common.rename(columns=lambda name: "chosen" if name == "snapshot" else f"chosen_{name}"), how="cross"
+    )
+    share = rng.uniform(-0.5, 2, S * S)
+    run.save_table(
+        f"transfer/{task}",
+        grid.assign(share=np.where(grid["judged"] == 0, np.nan, share), k=15, shared=7)
+        .sort_values(["chosen", "judged"], ignore_index=True),
+    )  # fmt: skip
+    last, n = common.iloc[-1], 30
+    total = rng.normal(size=n)
+    run.save_table(
+        f"additivity/{task}",
+        pd.DataFrame(
+            {**{name: [last[name]] * n for name in common}, "feature_a": range(n), "feature_b": range(1, n + 1),
+             "effect_a": total / 2, "effect_b": total / 2, "sum": total, "joint": total * 0.9}
+        ),
+    )  # fmt: skip
+    figures = {f"{name}{edge}": 0.9 for name in ("correlation", "deviation") for edge in ("", "_low", "_high")}
+    run.save_table(
+        f"additivity/{task}.snapshots",
+        pd.DataFrame([{**last.to_dict(), "n_pairs": n, "k": 15, "n_prompts": 60, **figures}]),
+    )
+    return run
+
+
 def _accuracy(common: pd.DataFrame, task: str, i: int, rng: np.random.Generator) -> pd.DataFrame:
     S = len(common)
     value = 0.5 + 0.5 / (1 + np.exp(-10 * (np.linspace(0, 1, S) - 0.4 - 0.2 * i)))
@@ -173,6 +228,8 @@ def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator
                             "snapshot": s, "label": label, "step": step, "mode": mode, "features": features,
                             "error": mode == "ablate", "k": k, "metric": metric,
                             "metric_sd": math.nan if features == "top" else 0.3, "clean": clean[s],
+                            "metric_low": math.nan if features == "top" else metric - 0.3,
+                            "metric_high": math.nan if features == "top" else metric + 0.2,
                             "reconstruction_only": 0.9 * clean[s], "n_draws": 1 if features == "top" else 20,
                         }
                     )  # fmt: skip
@@ -432,9 +489,35 @@ def test_ablation_shares(written: tuple[RunDir, _Page, int], mode: str) -> None:
     assert ("size-matched features" in by_size) == (mode == "ablate")
     band = next(t for t in page.specs()[f"{mode}-size-simple"]["data"] if t.get("meta") == "band")
     r = by_key["random", S - 1, sizes[0]]
-    assert close([band["y"][0], band["y"][-1]], [(r["metric"] + 0.3) / r["clean"], (r["metric"] - 0.3) / r["clean"]])
+    assert close([band["y"][0], band["y"][-1]], [(r["metric"] + 0.2) / r["clean"], (r["metric"] - 0.3) / r["clean"]])
     for row in csv(run, f"{mode}-size-simple").to_dict("records"):
         assert row["metric"] == pytest.approx(by_key[row["features"], row["snapshot"], row["k"]]["metric"], rel=1e-12)
+
+
+def test_what_effects_are_held_against(tmp_path: Path) -> None:
+    run = add_study(make_run(tmp_path, 8), "simple")
+    page = _Page(write_report(tmp_path))
+    names = {"timeline", "languages", "areas", "transfer", "additivity"}
+    assert {f"{name}-simple" for name in names} <= set(page.specs())
+    assert not any(f"{name}-subj_rel" in page.specs() for name in names), "a task that was not studied has none"
+    assert "has no column" not in page.text
+    drawn = lines(page.specs()["areas-simple"])
+    areas = table(run, "areas/simple")
+    for quantity in ("necessity", "sufficiency"):
+        rows = areas[(areas["quantity"] == quantity) & (areas["features"] == "top")].dropna(subset=["area"])
+        assert close(drawn[f"{quantity}, top features"]["y"], rows["area"])
+    assert "Not defined at step0" in page.text
+    matrix = page.specs()["transfer-simple"]["data"][0]
+    shares = table(run, "transfer/simple")
+    for a in range(8):
+        row = shares[shares["chosen"] == a].sort_values("judged")["share"]
+        assert close([math.nan if z is None else z for z in matrix["z"][a]], row)
+    top = page.specs()["transfer-simple"]["layout"]["coloraxis"]
+    assert top["cmax"] == pytest.approx(shares["share"].max(), rel=1e-4) and top["cmin"] == -top["cmax"]
+    assert "chosen at step1000" not in matrix["text"][0][0] and "ablated at step0" in matrix["text"][0][0]
+    pairs = table(run, "additivity/simple")
+    points = page.specs()["additivity-simple"]["data"][1]
+    assert close(points["x"], pairs["sum"]) and close(points["y"], pairs["joint"])
 
 
 def test_bands_do_not_cross_gaps() -> None:
@@ -618,7 +701,7 @@ _OVERLAPS = r"""
     ("n_snapshots", "width", "dark"), [(3, 1280, False), (3, 390, True), (8, 390, False), (8, 1280, True)]
 )
 def test_in_a_browser(tmp_path: Path, n_snapshots: int, width: int, dark: bool) -> None:
-    page = write_report(make_run(tmp_path / "run", n_snapshots).path)
+    page = write_report(add_study(make_run(tmp_path / "run", n_snapshots), "simple").path)
     probed = page.with_name("probed.html")
     # no browser window is as narrow as a phone, but the page can be
     text = page.read_text(encoding="utf-8").replace("</head>", f"<style>html {{ width: {width}px }}</style></head>")

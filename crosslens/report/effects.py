@@ -164,7 +164,7 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     note = f"At {label}; the clean metric is {clean:.3f} logits."
     if "value" in rows:
         note += f" {EDITED[str(rows['value'].iloc[0])]}"
-    note += f" Bands: ± 1 standard deviation over up to {draws:,} draws."
+    note += f" Bands: the interval that holds 95 % of up to {draws:,} draws, unless another was asked for."
     return Chart(figure, _ablation_data(rows), note)
 
 
@@ -192,7 +192,7 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
             low=low, high=high,
         )  # fmt: skip
     axis.apply(figure)
-    note = f"Sets of k = {k}. Bands: ± 1 standard deviation over draws."
+    note = f"Sets of k = {k}. Bands: the interval that holds 95 % of the draws, unless another was asked for."
     if small:
         labels = ", ".join(axis.labels[int(s)] for s in small)
         note += f" Not shown at {labels}: there |clean| is below {MIN_CLEAN:.0%} of its largest value."
@@ -309,7 +309,8 @@ def _shares(table: Frame, mode: str) -> Frame:
     size = rows["clean"].abs()
     size = size.where(size >= MIN_CLEAN * size.max())
     rows["share"] = 1 + (rows["metric"] - rows["clean"]) / size
-    rows["share_sd"] = rows["metric_sd"] / size
+    for edge in ("low", "high"):
+        rows[f"share_{edge}"] = 1 + (rows[f"metric_{edge}"] - rows["clean"]) / size
     return rows
 
 
@@ -326,11 +327,9 @@ def _sets(rows: Frame) -> list[tuple[str, Style, Frame]]:
 
 
 def _band(lines: Frame) -> tuple[list[float] | None, list[float] | None]:
-    """One standard deviation over draws; none when there was a single set."""
-    share, sd = lines["share"].to_numpy(dtype=float), lines["share_sd"].to_numpy(dtype=float)
-    if not (sd > 0).any():
-        return None, None
-    return floats(share - sd), floats(share + sd)
+    """The band over draws; none when there was a single set."""
+    low, high = floats(lines["share_low"]), floats(lines["share_high"])
+    return (low, high) if np.isfinite(low).any() else (None, None)
 
 
 def _levels(figure: go.Figure, rows: Frame, mode: str) -> None:

@@ -155,12 +155,23 @@ def script_json(value: Any) -> Markup:
 
 
 def _part(section: Section, tables: _Tables, run: RunDir, csv: dict[str, pd.DataFrame]) -> Part:
-    blocks = [_block(entry, section, tables, csv) for entry in section.entries]
+    blocks = _blocks(section.entries, section, tables, csv)
     names = run.tasks(section.kind) if section.per_task else []
-    tasks = [(task, [_block(entry, section, tables, csv, task) for entry in section.per_task]) for task in names]
+    tasks = [(task, _blocks(section.per_task, section, tables, csv, task)) for task in names]
     if not tasks and all(block.words == section.empty for block in blocks):
         return Part(section, [], words=section.empty)  # once, not under every title
     return Part(section, blocks, tasks)
+
+
+def _blocks(
+    entries: Iterable[Entry],
+    section: Section,
+    tables: _Tables,
+    csv: dict[str, pd.DataFrame],
+    task: str | None = None,
+) -> list[Block]:
+    made = [(entry, _block(entry, section, tables, csv, task)) for entry in entries]
+    return [block for entry, block in made if not (entry.optional and block.words == section.empty)]
 
 
 def _block(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from crosslens.report import effects, figures
+from crosslens.report import checks, effects, figures, timelines
 from crosslens.report.chart import Chart, Grid
 
 Draw = Callable[..., Chart | Grid | str]
@@ -31,6 +31,7 @@ class Entry:
         tables: names of the tables that `draw` takes, in order. "{task}" stands for the task; "kind/*" is all tasks'
             tables of a kind, one below the other, with a column `task`; "snapshots" is the list in run.json.
         wide: takes the full width also where two figures fit side by side.
+        optional: left out where a table is missing, instead of named as missing.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Entry:
     draw: Draw
     tables: tuple[str, ...]
     wide: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,26 @@ SECTIONS: tuple[Section, ...] = (
                 ("attribution/{task}",),
                 wide=True,
             ),
+            Entry(
+                "timeline",
+                "Features over the snapshots",
+                "The features of largest |IE| at any snapshot, a row each: decoder norm, signed effect and share of "
+                "the effect (RelIE) at every snapshot. Left of the word is the number of the feature.",
+                timelines.feature_timeline,
+                ("timeline/{task}",),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
+                "languages",
+                "Features that languages share",
+                "Number of features that are among those of largest |IE| in both languages, beside what random sets of "
+                "as many features that are active in both would share.",
+                timelines.language_overlap,
+                ("languages/{task}",),
+                wide=True,
+                optional=True,
+            ),
         ),
         "attribution",
     ),
@@ -250,6 +272,35 @@ SECTIONS: tuple[Section, ...] = (
                 "The same at one size of the set; the features are chosen anew at each snapshot.",
                 partial(effects.ablation_over_snapshots, mode="keep"),
                 ("ablation/{task}",),
+            ),
+            Entry(
+                "areas",
+                "Necessity and sufficiency",
+                "Area under the share of the whole change against log(1 + k) / log(1 + active features): necessity "
+                "when the k features are ablated, sufficiency when they alone are kept. 1 where the first feature does "
+                "what all do, near 0 where only the whole will do.",
+                checks.areas,
+                ("areas/{task}",),
+                optional=True,
+            ),
+            Entry(
+                "additivity",
+                "Do effects add up?",
+                "Pairs of features ablated together, against the sum of both ablated alone, measured exactly. Where "
+                "points leave the line, sums of effects are not the effect of the set.",
+                checks.additivity,
+                ("additivity/{task}", "additivity/{task}.snapshots"),
+                optional=True,
+            ),
+            Entry(
+                "transfer",
+                "Features of one snapshot at another",
+                "Share of the whole change that ablating the top features of one snapshot (rows) makes at another "
+                "(columns). Where a row falls short of the diagonal of the column, other features have come to matter.",
+                checks.transfer,
+                ("transfer/{task}",),
+                wide=True,
+                optional=True,
             ),
         ),
         kind="ablation",

@@ -26,7 +26,7 @@ from crosslens.report.chart import (
 )
 
 N_ROWS = 40  # features, or pairs of them, that are drawn
-_GAP = 0.05  # between panels, as a share of the width
+_GAP = 0.1  # between panels, as a share of the width
 _SIGNED = (SERIES[1], HEAT[0], SERIES[0])  # below zero, zero, above
 
 
@@ -210,8 +210,9 @@ def _panels(table: Frame, panels: tuple[_Panel, ...], names: dict[str, str], tex
                 "outlinewidth": 0,
                 "ticklabelposition": "outside top",
                 "ticklabeloverflow": "allow",
-                "tickvals": sorted({low, 0.0, high}),
-                "ticktext": [_written(tick, ".2g") for tick in sorted({low, 0.0, high})],
+                # the two ends: three numbers do not fit above a third of a phone
+                "tickvals": [low, high],
+                "ticktext": [_written(tick, ".2g") for tick in (low, high)],
             },
         }
         # a title of the colour bar would stand on it in a low figure

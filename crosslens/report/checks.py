@@ -1,0 +1,150 @@
+"""Figures of what effects are held against: areas under ablation curves, one snapshot's features at another, and pairs
+of features ablated together. Tables in, charts out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import plotly.graph_objects as go
+
+from crosslens.report.chart import (
+    GRID,
+    HEAT,
+    INK,
+    MUTED,
+    SERIES,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_level,
+    add_line,
+    apply_colors,
+    floats,
+    ints,
+    new_figure,
+)
+
+_SIGNED = (SERIES[1], HEAT[0], SERIES[0])  # below zero, zero, above
+_SETS = {"top": "top features", "random": "random features", "size_matched": "size-matched features"}
+
+
+def areas(table: Frame) -> Chart | str:
+    """Necessity and sufficiency over snapshots, beside those of random and size-matched sets.
+
+    Args:
+        table: of `curve_areas`.
+    """
+    known = table.dropna(subset=["area"])
+    if known.empty:
+        return "The metric changes too little at every snapshot to divide by."
+    axis = SnapshotAxis.of(known)
+    figure = new_figure("area under the curve")
+    add_level(figure, 1, "one feature does it all", "dash")
+    for i, ((quantity, kind), rows) in enumerate(known.groupby(["quantity", "features"], sort=False)):
+        rows = rows.sort_values("snapshot")
+        low, high = floats(rows["area_low"]), floats(rows["area_high"])
+        if not np.isfinite(low).any():
+            low = high = None
+        name = f"{quantity}, {_SETS.get(str(kind), str(kind))}"
+        ids = ints(rows["snapshot"])
+        add_line(
+            figure, axis.x(ids), floats(rows["area"]), name, Style.of(i), hover=axis.hover(ids), low=low, high=high
+        )  # fmt: skip
+    figure.update_yaxes(rangemode="tozero")
+    axis.apply(figure)
+    missing = sorted(set(table["label"]) - set(known["label"]))
+    note = "Bands: between the edges of the bands over draws."
+    if missing:
+        note += f" Not defined at {', '.join(missing)}, where the whole change is too small to divide by."
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def transfer(table: Frame) -> Chart | str:
+    """What ablating the top features of one snapshot does at each other, as a matrix.
+
+    Args:
+        table: of `transfer_matrix`.
+    """
+    if table["share"].notna().sum() == 0:
+        return "The metric changes too little at every snapshot to divide by."
+    wide = table.pivot(index="chosen", columns="judged", values="share").to_numpy(dtype=float)
+    rows = table.drop_duplicates("judged").rename(columns={"judged_label": "label", "judged_step": "step"})
+    axis = SnapshotAxis.of(rows.assign(snapshot=rows["judged"])[["snapshot", "label", "step"]], even=True)
+    ids = list(axis.labels)
+    names, positions, hover = axis.names(), list(axis.positions.values()), axis.hover(ids)
+    shared = table.pivot(index="chosen", columns="judged", values="shared").to_numpy(dtype=int)
+    figure = new_figure("features chosen at", height=160 + 30 * len(ids))
+    figure.add_heatmap(
+        z=[floats(line) for line in wide],
+        x=positions,
+        y=positions,
+        coloraxis="coloraxis",
+        text=[
+            [
+                f"chosen at {hover[a]}<br>ablated at {hover[b]}<br>" + _written(wide[a, b])
+                + f"<br>{shared[a, b]} of them are in its own set"
+                for b in range(len(ids))
+            ]
+            for a in range(len(ids))
+        ],
+        hovertemplate="%{text}<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+    )  # fmt: skip
+    largest = max(1.0, float(np.nanmax(np.abs(wide))))
+    apply_colors(figure, _SIGNED, {-largest: f"−{largest:.0%}", largest: f"{largest:.0%} of the change"})
+    axis.apply(figure)
+    figure.update_xaxes(title_text="ablated at", showgrid=False)
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=positions,
+        ticktext=[names[i] for i in ids],
+    )  # fmt: skip
+    k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
+    note = f"Sets of k = {k}. 100 %: as much as ablating all features at that snapshot."
+    blank = sorted({str(label) for label in table.loc[table["share"].isna(), "judged_label"]})
+    if blank:
+        note += f" Blank at {', '.join(blank)}, where that is too little to divide by."
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def additivity(pairs: Frame, summary: Frame) -> Chart:
+    """Joint effects of pairs against the sum of both alone, at the last snapshot measured.
+
+    Args:
+        pairs: `Additivity.pairs`.
+        summary: `Additivity.summary`.
+    """
+    row = summary.sort_values("snapshot").iloc[-1]
+    points = pairs[pairs["snapshot"] == row["snapshot"]]
+    figure = new_figure("both ablated together (logits)", height=420)
+    ends = [float(np.nanmin(points[["sum", "joint"]])), float(np.nanmax(points[["sum", "joint"]]))]
+    figure.add_trace(
+        go.Scatter(x=ends, y=ends, mode="lines", name="effects add up", line={"color": MUTED, "dash": "dot"})
+    )
+    figure.add_scatter(
+        x=floats(points["sum"]),
+        y=floats(points["joint"]),
+        mode="markers",
+        name="a pair of features",
+        marker={"size": 6, "opacity": 0.7, "color": SERIES[0]},
+        customdata=points[["feature_a", "feature_b", "effect_a", "effect_b"]].to_numpy(dtype=float).tolist(),
+        hovertemplate="features %{customdata[0]} and %{customdata[1]}<br>alone %{customdata[2]:.3f} and "
+        "%{customdata[3]:.3f}<br>sum %{x:.3f}, together %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="sum of both ablated alone (logits)", showgrid=True, gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(zeroline=False, linecolor=INK)
+    note = (
+        f"At {row['label']}: {int(row['n_pairs'])} pairs of the {int(row['k'])} features of largest |IE|, on "
+        f"{int(row['n_prompts'])} prompts. Correlation {row['correlation']:.3f} "
+        f"({row['correlation_low']:.3f} to {row['correlation_high']:.3f}); sum of |deviations| / sum of |sums| "
+        f"{row['deviation']:.1%} ({row['deviation_low']:.1%} to {row['deviation_high']:.1%})."
+    )
+    return Chart(figure, points.reset_index(drop=True), note)
+
+
+def _written(share: float) -> str:
+    return "not known" if math.isnan(share) else f"{share:.0%} of the change".replace("-", "−")

@@ -1,0 +1,170 @@
+"""All that is asked of one task, in one call: effects on one half of the prompts, what judges them on the other.
+
+The parts are `attribute`, `ablate`, `curve_areas`, `transfer_matrix`, `pair_additivity`, `follow_features` and
+`compare_languages`; they share the clean runs of the two halves, so nothing below the hook is run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from scipy.stats import spearmanr
+
+from crosslens.ablation import ablate, exact_effects
+from crosslens.additivity import pair_additivity
+from crosslens.areas import curve_areas
+from crosslens.attribution import attribute
+from crosslens.crosscoders import Crosscoder
+from crosslens.effects import Attribution
+from crosslens.errors import UserError
+from crosslens.languages import compare_languages, split_languages
+from crosslens.rundir import RunDir
+from crosslens.runs import PromptRuns
+from crosslens.snapshots import Snapshots
+from crosslens.tasks import Task
+from crosslens.timeline import follow_features
+from crosslens.transfer import transfer_matrix
+
+ABLATE = (1, 5, 15, 50)
+KEEP = (5, 15, 50, 100)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found of one task.
+
+    Attributes:
+        task: its name.
+        ie: integrated gradients on the half that chooses features.
+        gradient: one gradient on the same half.
+        exact: columns feature, ig, gradient, exact (logits): the features of largest |IE| at the last snapshot, each
+            ablated alone.
+        tables: by the name under which a run directory keeps them: attribution/<task>, attribution/<task>.snapshots,
+            ablation/<task>, areas/<task>, transfer/<task>, additivity/<task>, timeline/<task>, and languages/<task>
+            where the items are of several languages.
+    """
+
+    task: str
+    ie: Attribution
+    gradient: Attribution
+    exact: pd.DataFrame
+    tables: dict[str, pd.DataFrame]
+
+    def save(self, run: RunDir) -> None:
+        """Write the tables into a run directory."""
+        for name, table in self.tables.items():
+            run.save_table(name, table)
+
+    def rank_agreement(self, method: str = "ig") -> float:
+        """Spearman correlation of a method, "ig" or "gradient", with exact single ablations, at the last snapshot."""
+        if method not in ("ig", "gradient"):
+            raise UserError(f"method={method!r} must be 'ig' or 'gradient'")
+        found: Any = spearmanr(self.exact[method], self.exact["exact"])
+        return float(found.statistic)
+
+
+def study_task(
+    crosscoder: Crosscoder,
+    snapshots: Snapshots,
+    task: Task,
+    *,
+    value: str = "patch",
+    ablate_k: Sequence[int] = ABLATE,
+    keep_k: Sequence[int] = KEEP,
+    k: int = 15,
+    n_draws: int = 4,
+    n_draws_last: int = 100,
+    n_exact: int = 100,
+    n_pairs: int = 100,
+    seed: int = 0,
+    device: str = "cpu",
+    backend: str = "bridge",
+) -> Study:
+    """Attribute a task on half of its prompts, and judge by intervention on the other half.
+
+    Sizes that exceed the features active at some snapshot are left out.
+
+    Args:
+        crosscoder: trained on these snapshots.
+        snapshots: the models.
+        task: minimal pairs; with value "patch" every item needs a paired prompt.
+        value: what features are set to, and the baseline of their effects: "patch", "zero" or "mean".
+        ablate_k: sizes of the sets that are ablated.
+        keep_k: sizes of the sets that alone are kept.
+        k: features of a set in the transfer matrix, features that are paired for additivity, and the size whose
+            controls are drawn `n_draws_last` times at the last snapshot.
+        n_draws: random and size-matched sets at all snapshots.
+        n_draws_last: the same at the last one, of size k.
+        n_exact: features of largest |IE| that are ablated one by one, at the last snapshot.
+        n_pairs: pairs of features ablated together, at the last snapshot.
+        seed: of the halves and of every draw.
+        device: where everything runs.
+        backend: "bridge" or "hooked_transformer".
+
+    Raises:
+        UserError: one snapshot only, a task that cannot be halved or has no usable items, items without a paired
+            prompt, fewer than three features active at a snapshot.
+    """
+    paired = value == "patch"
+    choosing, judging = task.split(seed)
+    chosen, judged = (
+        PromptRuns(crosscoder, snapshots, half, paired=paired, device=device, backend=backend)
+        for half in (choosing, judging)
+    )
+    ie, gradient = (
+        attribute(crosscoder, snapshots, choosing, method, baseline=value, runs=chosen) for method in ("ig", "gradient")
+    )
+    last, most = len(snapshots) - 1, int(ie.active.sum(0).min())
+    if most < 3:
+        raise UserError(f"only {most} features are active on {task.name!r} at a snapshot: three are needed")
+    k = min(k, most)
+    ablate_k, keep_k = ([size for size in sizes if size <= most] for sizes in (ablate_k, keep_k))
+
+    def curve(keep: bool, sizes: Sequence[int], draws: int, at: list[int] | None = None) -> pd.DataFrame:
+        controls = ("random",) if keep else ("random", "size_matched")
+        return ablate(
+            crosscoder, snapshots, judging, ie, sizes, keep=keep, value=value, controls=controls, n_draws=draws,
+            at=at, seed=seed, runs=judged, cut=True,
+        )  # fmt: skip
+
+    # the many draws at the last snapshot replace the few
+    curves = pd.concat(
+        [curve(False, [k], n_draws_last, [last]), curve(False, ablate_k, n_draws), curve(True, keep_k, n_draws)]
+    ).drop_duplicates(["snapshot", "mode", "features", "k"], ignore_index=True)
+    pairs = pair_additivity(
+        crosscoder, snapshots, judging, ie, k, n_pairs, value=value, at=[last], seed=seed, runs=judged
+    )
+    tables = {
+        f"attribution/{task.name}": ie.to_frame(crosscoder.decoder_norms),
+        f"attribution/{task.name}.snapshots": ie.snapshot_frame(),
+        f"ablation/{task.name}": curves,
+        f"areas/{task.name}": curve_areas(curves),
+        f"transfer/{task.name}": transfer_matrix(
+            crosscoder, snapshots, judging, ie, k, value=value, runs=judged
+        ),
+        f"additivity/{task.name}": pairs.pairs,
+        f"additivity/{task.name}.snapshots": pairs.summary,
+        f"timeline/{task.name}": follow_features(crosscoder, snapshots, choosing, ie, min(5, most), runs=chosen),
+    }  # fmt: skip
+    parts = split_languages(choosing) if split_languages(task) else {}
+    if len(parts) > 1:
+        by_language = {
+            language: attribute(
+                crosscoder, snapshots, part, "ig", baseline=value, device=device, backend=backend
+            )
+            for language, part in parts.items()
+        }  # fmt: skip
+        tables[f"languages/{task.name}"] = compare_languages(by_language, min(10, most))
+    largest = ie.top(min(n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
+    exact = pd.DataFrame(
+        {
+            "feature": largest.numpy(),
+            "ig": ie.effects[largest, last].numpy(),
+            "gradient": gradient.effects[largest, last].numpy(),
+            "exact": exact_effects(chosen, last, largest, value=value).numpy(),
+        }
+    )
+    return Study(task.name, ie, gradient, exact, tables)
