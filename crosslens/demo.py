@@ -23,8 +23,8 @@ import torch
 from crosslens import grammar
 from crosslens.activations import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
-from crosslens.evolution import evolve
 from crosslens.findings import late_feature, sign_change, top_examples
+from crosslens.history import study_evolution
 from crosslens.probing import probe, probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
@@ -105,7 +105,7 @@ def run_demo(
     mark = lap("pretraining", began)
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
-    run.save_table("evolution", evolve(crosscoder, acts))
+    study_evolution(crosscoder, acts, seed=seed).save(run)
     mark = lap("evolution", mark)
     probes = probe(crosscoder, acts, n_features=config.n_probes, seed=seed)
     run.save_table("probe", probes)

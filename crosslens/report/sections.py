@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from crosslens.report import checks, effects, figures, timelines
+from crosslens.report import checks, effects, figures, lives, timelines
 from crosslens.report.chart import Chart, Grid
 
 Draw = Callable[..., Chart | Grid | str]
@@ -154,6 +154,61 @@ SECTIONS: tuple[Section, ...] = (
                 "Number of features by origin, and whether they persist to the last snapshot.",
                 figures.origins,
                 ("evolution",),
+            ),
+            Entry(
+                "turning",
+                "Where features turn",
+                "Number of features whose decoder row turns more between these two snapshots than between any other "
+                "neighbours. Rows below a twentieth of the feature's largest norm have no direction.",
+                lives.turning,
+                ("turning",),
+                optional=True,
+            ),
+            Entry(
+                "cosines",
+                "Directions over time",
+                "Median over live features of the cosine between their decoder rows at two snapshots. 1 is the same "
+                "direction; random ones have 0.",
+                lives.cosines,
+                ("cosines",),
+                optional=True,
+            ),
+            Entry(
+                "dimensionality",
+                "Room that features take",
+                "Sum over present features of their dimensionality, |w|⁴ / Σ (w · w')², divided by d_model, with "
+                "w = rms activation times decoder row; and the same for as many random directions of these lengths.",
+                lives.dimensionality,
+                ("dimensionality",),
+                optional=True,
+            ),
+            Entry(
+                "takeovers",
+                "What takes over from what",
+                "Pairs of features of one direction, active on the same tokens, of which the second is born when the "
+                "first dies; and pairs that share their direction up to a snapshot (part) or from it on (merge).",
+                lives.takeovers,
+                ("successions", "partings", "snapshots"),
+                optional=True,
+            ),
+            Entry(
+                "scaling",
+                "Can small norms be believed?",
+                "Latent scaling: the least-squares coefficient of the feature's direction at its peak on what the "
+                "other features leave unexplained, against the decoder norm, both divided by the largest norm. Above "
+                "the line there is more of the direction than the norm says.",
+                lives.scaling,
+                ("scaling", "evolution"),
+                optional=True,
+            ),
+            Entry(
+                "encoder",
+                "From which snapshots features are read",
+                "Share of every snapshot in what makes a feature active (rise of its part of the pre-activation from "
+                "all tokens to those where the feature is active), median by the snapshot of birth.",
+                lives.encoder,
+                ("encoder", "evolution"),
+                optional=True,
             ),
         ),
     ),

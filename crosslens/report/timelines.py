@@ -153,8 +153,9 @@ def _panels(table: Frame, panels: tuple[_Panel, ...], names: dict[str, str], tex
     """
     axis = SnapshotAxis.of(table, even=True)
     ids, rows = list(axis.labels), list(names)
-    figure = new_figure("", height=160 + 20 * len(rows))
-    figure.update_layout(margin_t=84)
+    height = 190 + 20 * len(rows)
+    figure = new_figure("", height=height)
+    figure.update_layout(margin_t=114)
     width = (1 - _GAP * (len(panels) - 1)) / len(panels)
     positions, ticks = list(axis.positions.values()), list(axis.names().values())
     ends = sorted({0, len(ids) - 1})
@@ -205,7 +206,7 @@ def _panels(table: Frame, panels: tuple[_Panel, ...], names: dict[str, str], tex
                 "xanchor": "left",
                 "xpad": 0,
                 "yref": "container",
-                "y": 0.99,
+                "y": 1 - 30 / height,  # below the toolbar
                 "yanchor": "top",
                 "outlinewidth": 0,
                 "ticklabelposition": "outside top",

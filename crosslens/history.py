@@ -1,0 +1,107 @@
+"""All that is asked of the features of one crosscoder, in one call: their lives, directions, room, and controls.
+
+The parts are `evolve`, `decoder_cosines`, `turning`, `rotation`, `total_dimensionality`, `latent_scaling`,
+`encoder_share`, `successions` and `partings`; what fires how often is measured once. Letters: S snapshots, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from crosslens.activations import Activations
+from crosslens.controls import encoder_share, latent_scaling
+from crosslens.crosscoders import Crosscoder
+from crosslens.evolution import evolve, measure_firing, rotation, snapshot_columns
+from crosslens.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.rundir import RunDir
+from crosslens.succession import partings, successions
+
+
+@dataclass(frozen=True)
+class History:
+    """What was found of the features.
+
+    Attributes:
+        tables: by the name under which a run directory keeps them. Per feature: evolution (of `evolve`), room
+            (dimensionality/<label>), directions (cosine/<label>, to the row at the last snapshot), scaling
+            (coefficients of `latent_scaling`), encoder (share/<label>, of `encoder_share`). Per pair of features:
+            successions, partings. Per snapshot: dimensionality (of `total_dimensionality`). Per pair of snapshots:
+            turning (neighbours), cosines (snapshot, other, n, and mean and quartiles of the cosines of live features).
+    """
+
+    tables: dict[str, pd.DataFrame]
+
+    def save(self, run: RunDir) -> None:
+        """Write the tables into a run directory."""
+        for name, table in self.tables.items():
+            run.save_table(name, table)
+
+
+def study_evolution(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    *,
+    presence: float = 0.5,
+    min_run: int = 2,
+    min_firing_rate: float = 0.0,
+    seed: int = 0,
+) -> History:
+    """Everything about features over time that needs no task.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots; the held-out ones are used.
+        presence: share of a feature's largest norm from which it counts as present.
+        min_run: snapshots in a row from which presence counts as a birth.
+        min_firing_rate: features that fire on no larger share of the held-out tokens are dead.
+        seed: of the random directions beside the dimensionality.
+
+    Raises:
+        UserError: one snapshot only, a threshold out of range, activations of other snapshots or another hook point.
+    """
+    firing = measure_firing(crosscoder, acts)
+    lives = evolve(crosscoder, firing, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate)
+    alive = torch.tensor(lives["alive"].to_numpy(dtype=bool))
+    labels = snapshot_columns(crosscoder)["label"].tolist()
+    tables = {
+        "evolution": lives,
+        "turning": turning(crosscoder, alive),
+        "cosines": _cosines(crosscoder, alive),
+        "directions": _per_feature("cosine", rotation(crosscoder), labels),
+        "dimensionality": total_dimensionality(crosscoder, firing, presence=presence, seed=seed),
+        "room": _per_feature("dimensionality", feature_dimensionality(crosscoder, firing, presence=presence), labels),
+        "scaling": latent_scaling(crosscoder, acts).to_frame(labels),
+        "encoder": _per_feature("share", encoder_share(crosscoder, acts), labels),
+        "successions": successions(
+            crosscoder, acts, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate
+        ),
+        "partings": partings(crosscoder, alive, presence=presence),
+    }  # fmt: skip
+    return History(tables)
+
+
+def _per_feature(name: str, values: Float[Tensor, "F S"], labels: list[str]) -> pd.DataFrame:
+    columns = {f"{name}/{label}": values[:, s].numpy() for s, label in enumerate(labels)}
+    return pd.DataFrame({"feature": np.arange(len(values)), **columns})
+
+
+def _cosines(crosscoder: Crosscoder, alive: Bool[Tensor, " F"]) -> pd.DataFrame:
+    """Mean and quartiles over live features of the cosine between two snapshots, for every two."""
+    found = decoder_cosines(crosscoder, alive.nonzero().flatten()).double().numpy()
+    snapshots, S = snapshot_columns(crosscoder), crosscoder.n_snapshots
+    one, other = (index.flatten() for index in np.indices((S, S)))
+    table = pd.DataFrame({"snapshot": one, "other": other})
+    table["label"], table["other_label"] = snapshots["label"].array[one], snapshots["label"].array[other]
+    table["step"], table["other_step"] = snapshots["step"].array[one], snapshots["step"].array[other]
+    known = [found[~np.isnan(found[:, s, t]), s, t] for s, t in zip(one, other, strict=True)]
+    table["n"] = [len(values) for values in known]
+    table["mean"] = [values.mean() if len(values) else np.nan for values in known]
+    for name, share in (("low", 0.25), ("median", 0.5), ("high", 0.75)):
+        table[name] = [np.quantile(values, share) if len(values) else np.nan for values in known]
+    return table
