@@ -224,7 +224,7 @@ def test_the_picture_of_features(snaps: Snapshots, task: Task, runs: PromptRuns,
     top = table[table["top"]]
     assert places == set(zip(top["feature"], top["snapshot"], strict=True)) and marks["xaxis"] == "x2"
     layout = drawn["layout"]
-    assert layout["yaxis"]["ticktext"][0].startswith(str(features[0])) and layout["height"] == 160 + 20 * len(features)
+    assert layout["yaxis"]["ticktext"][0].startswith(str(features[0])) and layout["height"] == 190 + 20 * len(features)
     largest = table["ie"].abs().max()
     assert layout["coloraxis2"]["cmax"] == pytest.approx(largest, rel=1e-3) == -layout["coloraxis2"]["cmin"]
     assert layout["coloraxis3"]["cmax"] == pytest.approx(table["relie"].max(), rel=1e-3)
