@@ -1,0 +1,115 @@
+"""How long the analyses of a large crosscoder take, and how much memory beyond its weights.
+
+    python benchmarks/evolution.py [--shape 16384,8,512]
+
+The crosscoder is random, of F features, S snapshots, D wide (`--shape F,S,D`); so are 4,096 held-out activations, on
+which about 32 features are active per token. Every analysis runs in a process of its own; memory is the kernel's peak
+less what the process held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor
+
+import crosslens as cl
+from crosslens.controls import encoder_share, latent_scaling
+from crosslens.evolution import evolve, measure_firing
+from crosslens.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.succession import partings, successions
+
+N_TOKENS, L0 = 4096, 32
+
+
+class Random(cl.Activations):
+    """Held-out activations from a normal distribution, the same at every call."""
+
+    def __init__(self, S: int, D: int) -> None:
+        self.shape = (S, D)
+
+    def held_out(self, batch_size: int = 1024) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        for start in range(0, N_TOKENS, batch_size):
+            yield torch.randn(min(batch_size, N_TOKENS - start), *self.shape, generator=generator)
+
+
+def make(F: int, S: int, D: int) -> cl.Crosscoder:
+    """Rows that are born, turn and fade at random; a bias that leaves about `L0` features active."""
+    generator = torch.Generator().manual_seed(0)
+    cc = cl.StandardCrosscoder(cl.StandardCrosscoderConfig(d_in=S * D, d_sae=F, n_snapshots=S))
+    with torch.no_grad():
+        first, last = (torch.randn(F, 1, D, generator=generator) for _ in range(2))
+        way = torch.linspace(0, 1, S)[None, :, None]
+        rows = torch.nn.functional.normalize(first * (1 - way) + last * way, dim=-1)
+        cc.W_dec.copy_((rows * torch.rand(F, S, 1, generator=generator)).flatten(1))
+        cc.W_enc.copy_(cc.W_dec.T)
+        sample = next(iter(Random(S, D).held_out())).flatten(1)
+        h = sample @ cc.W_enc
+        cc.b_enc.copy_(-h.quantile(1 - L0 / F, dim=0) if len(sample) * L0 >= F else -h.amax(0) * 0.9)
+    return cc.requires_grad_(False)
+
+
+# each takes the crosscoder, and activations, what `measure_firing` made of them, or nothing more
+ANALYSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "activity (one pass over held-out tokens)": (measure_firing, "acts"),
+    "evolution table": (evolve, "firing"),
+    "dimensionality, per feature": (feature_dimensionality, "firing"),
+    "dimensionality, total and of random directions": (total_dimensionality, "firing"),
+    "turning point": (turning, ""),
+    "cosines between snapshots": (decoder_cosines, ""),
+    "latent scaling": (latent_scaling, "acts"),
+    "encoder share": (encoder_share, "acts"),
+    "successions": (successions, "acts"),
+    "partings": (partings, ""),
+}
+
+
+def measure_one(name: str, shape: tuple[int, int, int], threads: int) -> dict[str, Any]:
+    """Seconds of one analysis, and the kernel's peak less what was resident before (None where it does not say)."""
+    torch.set_num_threads(threads)
+    measure.return_freed_memory()
+    F, S, D = shape
+    cc, acts = make(F, S, D), Random(S, D)
+    function, wanted = ANALYSES[name]
+    given = {"acts": lambda: [acts], "firing": lambda: [measure_firing(cc, acts)], "": list}[wanted]()
+    before = measure.reset_resident_peak()
+    began = time.perf_counter()
+    function(cc, *given)
+    seconds, after = time.perf_counter() - began, measure.resident("VmHWM")
+    memory = None if before is None or after is None else (after - before) / 1e6
+    return {"analysis": name, "seconds": seconds, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="16384,8,512", help="F,S,D; %(default)s by default")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-evolution-…")
+    arguments = parser.parse_args()
+    F, S, D = (int(size) for size in arguments.shape.split(","))
+    rows: list[dict[str, Any]] = []
+    for name in ANALYSES:
+        rows.append(measure.in_child(measure_one, name, (F, S, D), arguments.threads))
+        print(rows[-1], flush=True)
+    table = measure.markdown(
+        rows,
+        {
+            "analysis": lambda row: row["analysis"],
+            "seconds": measure.number("seconds", ".2f"),
+            "memory beyond what was held before, MB": measure.number("memory", ".0f"),
+        },
+    )
+    body = f"F = {F:,}, S = {S}, D = {D}; the two weight matrices take {8 * F * S * D / 1e6:,.0f} MB.\n\n{table}"
+    if arguments.report:
+        title = "Analyses of a large crosscoder"
+        print(measure.write_report("evolution", title, body, "cpu", arguments.threads, ("crosslens", "torch")))
+
+
+if __name__ == "__main__":
+    main()
