@@ -29,7 +29,7 @@ from crosslens import grammar
 from crosslens.evaluation import reconstruction_table
 from crosslens.evolution import evolve
 from crosslens.pretraining import PretrainingConfig
-from crosslens.stability import agreement, dependence
+from crosslens.stability import compare_evolutions, compare_features
 
 HOOK = "blocks.1.hook_resid_post"
 PARTS = ("frontier", "seed", "size", "snapshots", "warmup")
@@ -107,11 +107,13 @@ def compare(bench: Bench, acts: cl.Activations, others: dict[str, tuple[cl.Cross
     first = bench.crosscoder(acts, "all")
     alive = torch.tensor(evolve(first, acts)["alive"].to_numpy())
     agreements = {
-        name: agreement(first, other, alive_a=alive, alive_b=torch.tensor(evolve(other, own)["alive"].to_numpy()))
+        name: compare_features(
+            first, other, alive_a=alive, alive_b=torch.tensor(evolve(other, own)["alive"].to_numpy())
+        )
         for name, (other, own) in others.items()
     }
     table = pd.DataFrame(agreements).T.rename_axis("crosscoder").reset_index()
-    return _markdown(table) + "\n\n" + _markdown(dependence({"the demo's": (first, acts), **others}))
+    return _markdown(table) + "\n\n" + _markdown(compare_evolutions({"the demo's": (first, acts), **others}))
 
 
 def seed(bench: Bench, snaps: cl.Snapshots) -> str:
@@ -137,7 +139,7 @@ def warmup(bench: Bench) -> str:
         snaps = cl.Snapshots.demo(0, config=PretrainingConfig(warmup_steps=steps, snapshot_steps=DENSE_STEPS))
         acts = bench.acts(snaps, f"warmup{steps}")
         found[f"warmup of {steps} steps"] = (bench.crosscoder(acts, f"warmup{steps}"), acts)
-    return _markdown(dependence(found))
+    return _markdown(compare_evolutions(found))
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -1,9 +1,9 @@
 """Stability: would another run find the same features, and date them alike?
 
-`match` pairs the features of two crosscoders by the cosine of their decoders over the snapshots that both have;
-`agreement` says which share has a partner, and whether partners have the same life: over seeds, dictionary sizes, and
-choices of snapshots. `dependence` puts what one reads off several crosscoders side by side, such as the turning point,
-also where the models differ (two warmups) and no features can be matched.
+`match_features` pairs the features of two crosscoders by the cosine of their decoders over the snapshots that both
+have; `compare_features` says which share has a partner, and whether partners have the same life: over seeds, dictionary
+sizes, and choices of snapshots. `compare_evolutions` puts what one reads off several crosscoders side by side, such as
+the turning point, also where the models differ (two warmups) and no features can be matched.
 
 Letters: S snapshots, D d_model, F and G features.
 """
@@ -28,10 +28,10 @@ from crosslens.evolution import Firing, classify, evolve, measure_firing, snapsh
 from crosslens.geometry import total_dimensionality, turning
 
 _BLOCK = 4096  # features at a time
-HUNGARIAN = 4096  # features up to which `match` looks for the best assignment
+HUNGARIAN = 4096  # features up to which `match_features` looks for the best assignment
 
 
-def match(
+def match_features(
     a: Crosscoder,
     b: Crosscoder,
     *,
@@ -74,7 +74,7 @@ def match(
     return table.sort_values("cosine", ascending=False, ignore_index=True, kind="stable")
 
 
-def agreement(
+def compare_features(
     a: Crosscoder,
     b: Crosscoder,
     *,
@@ -95,7 +95,7 @@ def agreement(
         b: another, of the same model.
         alive_a: features of `a` to match; all with a decoder when None.
         alive_b: the same of `b`.
-        method: of `match`.
+        method: of `match_features`.
         min_cosine: from which two features are the same one.
         presence: share of a feature's largest norm from which it counts as present.
         min_run: snapshots in a row from which presence counts as a birth.
@@ -107,13 +107,13 @@ def agreement(
         NaN where there is no pair.
 
     Raises:
-        UserError: as `match` and `classify`.
+        UserError: as `match_features` and `classify`.
     """
     shared = shared_snapshots(a, b)
     S = len(shared[0])
     if S < 2:
         raise UserError(f"the crosscoders have {S} snapshot in common: lives need 2 or more to be compared")
-    pairs = match(a, b, alive_a=alive_a, alive_b=alive_b, method=method)
+    pairs = match_features(a, b, alive_a=alive_a, alive_b=alive_b, method=method)
     kept = pairs.loc[pairs["cosine"] >= min_cosine]
     left, right = (
         classify(crosscoder.decoder_norms.detach().cpu()[:, at], presence, min_run=min_run)
@@ -139,7 +139,7 @@ def agreement(
     }
 
 
-def dependence(
+def compare_evolutions(
     crosscoders: Mapping[str, tuple[Crosscoder, Activations | Firing]], *, presence: float = 0.5, min_run: int = 2
 ) -> pd.DataFrame:
     """What one reads off several crosscoders, side by side: does it depend on their size, snapshots, seed, or warmup?
@@ -207,7 +207,7 @@ def shared_snapshots(a: Crosscoder, b: Crosscoder) -> tuple[list[int], list[int]
         raise UserError(
             f"the crosscoders have no snapshot in common ({', '.join(snapshot_columns(a)['label'])} and "
             f"{', '.join(snapshot_columns(b)['label'])}, of other weights where labels are equal): directions of "
-            "different models cannot be compared, use `dependence`"
+            "different models cannot be compared, use `compare_evolutions`"
         )
     return [i for i, _ in pairs], [j for _, j in pairs]
 

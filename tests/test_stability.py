@@ -16,7 +16,7 @@ import crosslens.stability
 from crosslens.errors import UserError
 from crosslens.evolution import classify, evolve, measure_firing
 from crosslens.geometry import total_dimensionality, turning
-from crosslens.stability import agreement, dependence, match, shared_snapshots
+from crosslens.stability import compare_evolutions, compare_features, match_features, shared_snapshots
 
 
 def cosines(a: Any, b: Any) -> np.ndarray:
@@ -35,7 +35,7 @@ def pairs_of(table: pd.DataFrame) -> set[tuple[int, int]]:
 @pytest.mark.parametrize(("F", "G", "seed"), [(5, 5, 0), (4, 6, 1), (6, 3, 2)])
 def test_hungarian_is_the_best_of_all_assignments(F: int, G: int, seed: int) -> None:
     a, b = of_norms(torch.ones(F, 3), D=2, seed=seed), of_norms(torch.ones(G, 3), D=2, seed=seed + 50)
-    table, c = match(a, b), cosines(a, b)
+    table, c = match_features(a, b), cosines(a, b)
     n = min(F, G)
     assert len(table) == n and table["feature"].is_unique and table["partner"].is_unique
     assert table["cosine"].tolist() == pytest.approx([c[i, j] for i, j in table[["feature", "partner"]].to_numpy()])
@@ -54,7 +54,7 @@ def test_mutual_pairs_are_each_others_nearest(seed: int, block: int, monkeypatch
     a, b = of_norms(torch.rand(11, 2) + 0.1, D=3, seed=seed), of_norms(torch.rand(8, 2) + 0.1, D=3, seed=seed + 50)
     c = cosines(a, b)
     slow = {(i, int(c[i].argmax())) for i in range(11) if int(c[:, c[i].argmax()].argmax()) == i}
-    table = match(a, b, method="mutual")
+    table = match_features(a, b, method="mutual")
     assert pairs_of(table) == slow and len(slow) >= 2
     assert table["cosine"].tolist() == pytest.approx([c[i, j] for i, j in table[["feature", "partner"]].to_numpy()])
 
@@ -66,7 +66,7 @@ def test_a_shuffled_copy_is_found_again(method: str | None, monkeypatch: pytest.
     order = torch.randperm(30, generator=generator)
     rows = torch.randn(30, 4, 8, generator=generator)
     a, b = of_rows(rows), of_rows((rows + 0.1 * torch.randn(30, 4, 8, generator=generator))[order])
-    table = match(a, b, method=method)
+    table = match_features(a, b, method=method)
     assert pairs_of(table) == {(int(i), j) for j, i in enumerate(order)}
     assert table["cosine"].min() > 0.97
 
@@ -75,12 +75,12 @@ def test_only_live_features_are_matched() -> None:
     a = of_norms([[1, 1], [1, 1], [0, 0], [1, 1]])
     alive = torch.tensor([True, False, True, True])
     for method in ("hungarian", "mutual"):
-        assert pairs_of(match(a, a, alive_a=alive, method=method)) == {(0, 0), (3, 3)}
-        assert pairs_of(match(a, a, alive_b=alive, method=method)) == {(0, 0), (3, 3)}
+        assert pairs_of(match_features(a, a, alive_a=alive, method=method)) == {(0, 0), (3, 3)}
+        assert pairs_of(match_features(a, a, alive_b=alive, method=method)) == {(0, 0), (3, 3)}
     with pytest.raises(UserError, match="the second crosscoder has no live feature to match"):
-        match(a, a, alive_b=torch.zeros(4, dtype=torch.bool))
+        match_features(a, a, alive_b=torch.zeros(4, dtype=torch.bool))
     with pytest.raises(UserError, match="method='best' is unknown: choose 'hungarian', 'mutual', or None"):
-        match(a, a, method="best")
+        match_features(a, a, method="best")
 
 
 def test_only_common_snapshots_are_compared() -> None:
@@ -89,7 +89,7 @@ def test_only_common_snapshots_are_compared() -> None:
     other = rows[:, [1, 3]].clone()
     b = of_rows(torch.cat([torch.randn(6, 1, 5), other], 1), snapshots_at(5, 1, 100))
     assert shared_snapshots(a, b) == ([1, 3], [1, 2])
-    table = match(a, b)
+    table = match_features(a, b)
     assert pairs_of(table) == {(i, i) for i in range(6)} and table["cosine"].tolist() == pytest.approx([1.0] * 6)
 
 
@@ -100,11 +100,11 @@ def test_snapshots_of_other_weights_are_not_common() -> None:
     a, b = of_norms(torch.ones(3, 2), recorded("x", "y")), of_norms(torch.ones(3, 2), recorded("x", "z"))
     assert shared_snapshots(a, b) == ([0], [0])
     with pytest.raises(UserError, match="have 1 snapshot in common: lives need 2 or more"):
-        agreement(a, b)
+        compare_features(a, b)
     with pytest.raises(UserError, match=r"no snapshot in common \(step0, step1 and step0, step1, of other weights"):
-        match(a, of_norms(torch.ones(3, 2), recorded("p", "q")))
+        match_features(a, of_norms(torch.ones(3, 2), recorded("p", "q")))
     with pytest.raises(UserError, match="of models of d_model 4 and 5: they share no directions"):
-        match(a, of_norms(torch.ones(3, 2), D=5))
+        match_features(a, of_norms(torch.ones(3, 2), D=5))
 
 
 # ---- agreement
@@ -120,17 +120,17 @@ def test_agreement_by_hand() -> None:
     ]  # dies one snapshot later: another direction in one of four snapshots, still the same feature
     rows[0] = torch.randn(4, 64, generator=torch.Generator().manual_seed(9))  # is another feature
     b = of_rows(torch.cat([rows, torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(8))]))
-    found = agreement(a, b)
+    found = compare_features(a, b)
     assert found["snapshots"] == 4 and found["matched"] == 4
     assert found["share_a"] == pytest.approx(4 / 5) and found["share_b"] == pytest.approx(4 / 7)
     assert found["same_origin"] == 1.0 and found["same_fate"] == 1.0
     # births 1, 2, (never), 0 against 2, 2, (never), 0
     assert found["same_birth"] == pytest.approx(2 / 3) and found["birth_within_1"] == 1.0
     assert found["same_birth_by_chance"] == pytest.approx((1 * 0 + 1 * 2 + 1 * 1) / 9)
-    strict = agreement(a, b, min_cosine=0.999999)
+    strict = compare_features(a, b, min_cosine=0.999999)
     assert strict["matched"] == 2  # 2 and 3 are copies
-    assert agreement(a, b, min_run=1)["same_birth"] == pytest.approx(3 / 4)
-    nothing = agreement(a, b, alive_a=torch.tensor([True, False, False, False, False]))
+    assert compare_features(a, b, min_run=1)["same_birth"] == pytest.approx(3 / 4)
+    nothing = compare_features(a, b, alive_a=torch.tensor([True, False, False, False, False]))
     assert nothing["matched"] == 0 and math.isnan(nothing["same_birth"]) and math.isnan(nothing["median_cosine"])
 
 
@@ -141,9 +141,9 @@ def test_agreement_against_a_slow_count(seed: int) -> None:
     a = of_norms(norms, D=16, seed=seed)
     noise = torch.randn(25, 5, 16, generator=generator) * 0.12
     b = of_rows(a.W_dec_by_snapshot + noise * torch.linspace(0, 3, 25)[:, None, None])
-    found = agreement(a, b, min_cosine=0.6, presence=0.4, min_run=1)
+    found = compare_features(a, b, min_cosine=0.6, presence=0.4, min_run=1)
     lives = [classify(cc.decoder_norms, 0.4, min_run=1) for cc in (a, b)]
-    kept = [row for row in match(a, b).to_dict("records") if row["cosine"] >= 0.6]
+    kept = [row for row in match_features(a, b).to_dict("records") if row["cosine"] >= 0.6]
     assert 5 < len(kept) < 25 and found["matched"] == len(kept)
     assert found["median_cosine"] == pytest.approx(np.median([row["cosine"] for row in kept]))
     partners = [(lives[0].iloc[row["feature"]], lives[1].iloc[row["partner"]]) for row in kept]
@@ -167,7 +167,7 @@ def test_dependence_puts_side_by_side_what_each_says() -> None:
     narrow = of_norms(torch.rand(9, 4, generator=generator), snapshots_at(0, 1, 10, 100), D=6, seed=2)
     narrow.b_enc.data[0] = -99
     still = of_rows(torch.ones(3, 2, 6), None)
-    table = dependence(
+    table = compare_evolutions(
         {"32x": (wide, Held(x)), "8x": (narrow, measure_firing(narrow, Held(x))), "still": (still, Held(x[:, :2]))}
     ).set_index("name")
     assert table["features"].tolist() == [30, 9, 3] and table["snapshots"].tolist() == [4, 4, 2]
@@ -188,4 +188,4 @@ def test_dependence_puts_side_by_side_what_each_says() -> None:
         assert [row[f"dimensionality_{k}"] for k in ("first", "least", "last")] == [share[0], min(share), share[-1]]
     assert table.loc["still", ["turning_from", "turning_to_step", "turning_share", "median_birth"]].isna().all()
     with pytest.raises(UserError, match="no crosscoder"):
-        dependence({})
+        compare_evolutions({})
