@@ -24,8 +24,8 @@ from crosslens import grammar
 from crosslens.activations import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.findings import late_feature, sign_change, top_examples
-from crosslens.history import study_evolution
-from crosslens.probing import probe, probe_correlation
+from crosslens.history import History, study_dynamics, study_evolution, study_probes
+from crosslens.probing import probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
 from crosslens.snapshots import Snapshots
@@ -107,12 +107,16 @@ def run_demo(
     mark = lap("crosscoder", mark)
     study_evolution(crosscoder, acts, seed=seed).save(run)
     mark = lap("evolution", mark)
-    probes = probe(crosscoder, acts, n_features=config.n_probes, seed=seed)
-    run.save_table("probe", probes)
+    probes = study_probes(crosscoder, acts, n_features=config.n_probes, seed=seed)
+    probes.save(run)
     mark = lap("probes", mark)
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
-    run.save_table("accuracy", pd.concat([task.accuracy(snaps) for task in tasks.values()], ignore_index=True))
+    accuracy = pd.concat([task.accuracy(snaps) for task in tasks.values()], ignore_index=True)
+    run.save_table("accuracy", accuracy)
     mark = lap("accuracy", mark)
+    dynamics = study_dynamics(crosscoder, acts, accuracy=accuracy, seed=seed)
+    dynamics.save(run)
+    mark = lap("dynamics", mark)
     # prompts come in pairs that differ in the number of the head noun: effects are of the number, not of being there
     studies = {
         name: study_task(crosscoder, snaps, task, n_draws_last=config.n_random, n_exact=config.n_exact, seed=seed)
@@ -122,7 +126,7 @@ def run_demo(
         each.save(run)
     mark = lap("causes", mark)
     run.update(timings=timings)
-    summary = _summary(run, snaps, studies, probes)
+    summary = _summary(run, snaps, studies, probes.tables["probe"], dynamics)
     effects = {name: each.ie for name, each in studies.items()}
     for name, finding in (
         ("late_feature", late_feature(effects[name] for name in ATTRACTORS)),
@@ -168,6 +172,13 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
     return cached, crosscoder
 
 
+def _plain(value: Any) -> Any:
+    """A cell of a table as JSON has it."""
+    if pd.isna(value):
+        return None
+    return value if isinstance(value, str) else float(value)
+
+
 def _ablation_summary(found: Study) -> dict[str, float]:
     table = found.tables[f"ablation/{found.task}"]
     at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"])
@@ -200,7 +211,9 @@ def _transfer_summary(found: Study) -> list[float]:
     return [round(float(share), 4) for share in at_last["share"]]
 
 
-def _summary(run: RunDir, snaps: Snapshots, studies: dict[str, Study], probes: pd.DataFrame) -> dict[str, Any]:
+def _summary(
+    run: RunDir, snaps: Snapshots, studies: dict[str, Study], probes: pd.DataFrame, dynamics: History
+) -> dict[str, Any]:
     evaluation, accuracy = run.table("evaluation"), run.table("accuracy")
     assert evaluation is not None and accuracy is not None
     completeness = torch.stack([each.ie.completeness for each in studies.values()])
@@ -211,12 +224,20 @@ def _summary(run: RunDir, snaps: Snapshots, studies: dict[str, Study], probes: p
             for name, table in accuracy.groupby("task", sort=False)
         },
         "explained_variance": evaluation["explained_variance"].tolist(),
+        "phases": {
+            str(row["event"]): {name: _plain(row[name]) for name in ("label", "low_step", "high_step", "lead")}
+            for row in dynamics.tables["phases"].to_dict("records")
+        },
         "l0": float(evaluation["l0"].mean()),
         "dead_fraction": float(evaluation["dead_fraction"].iloc[0]),
         "completeness_error": completeness.amax(0).tolist(),
         "ablation": {name: _ablation_summary(each) for name, each in studies.items()},
         "spearman_ie_exact": {
-            name: {method: each.rank_agreement(method) for method in ("ig", "gradient")}
+            name: {
+                "ig": each.rank_agreement(),
+                "gradient": each.rank_agreement("gradient"),
+                "ig_both_ends": each.rank_agreement(end="both"),
+            }
             for name, each in studies.items()
         },
         "additivity": {name: _additivity_summary(each) for name, each in studies.items()},

@@ -1,7 +1,8 @@
 """All that is asked of the features of one crosscoder, in one call: their lives, directions, room, and controls.
 
 The parts are `evolve`, `decoder_cosines`, `turning`, `rotation`, `total_dimensionality`, `latent_scaling`,
-`encoder_share`, `successions` and `partings`; what fires how often is measured once. Letters: S snapshots, F features.
+`encoder_share`, `successions` and `partings`; what fires how often is measured once. `study_dynamics` sets predictions
+beside them. Letters: S snapshots, F features.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from crosslens.activations import Activations
+from crosslens.alignment import top_agreement
 from crosslens.controls import encoder_share, latent_scaling
 from crosslens.crosscoders import Crosscoder
+from crosslens.dynamics import dynamics_table, measure_dynamics
 from crosslens.evolution import evolve, measure_firing, rotation, snapshot_columns
 from crosslens.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.ngrams import NgramCounts, count_ngrams
+from crosslens.phases import find_phases
+from crosslens.probing import probe, probe_parts
 from crosslens.rundir import RunDir
+from crosslens.selection import propose_snapshots, snapshot_similarity
 from crosslens.succession import partings, successions
 
 
@@ -33,6 +40,7 @@ class History:
             (coefficients of `latent_scaling`), encoder (share/<label>, of `encoder_share`). Per pair of features:
             successions, partings. Per snapshot: dimensionality (of `total_dimensionality`). Per pair of snapshots:
             turning (neighbours), cosines (snapshot, other, n, and mean and quartiles of the cosines of live features).
+            Per feature and pair of neighbours: agreement (of `top_agreement`).
     """
 
     tables: dict[str, pd.DataFrame]
@@ -82,8 +90,69 @@ def study_evolution(
             crosscoder, acts, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate
         ),
         "partings": partings(crosscoder, alive, presence=presence),
+        "agreement": top_agreement(crosscoder, acts),
     }  # fmt: skip
     return History(tables)
+
+
+def study_dynamics(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    counts: NgramCounts | None = None,
+    *,
+    accuracy: pd.DataFrame | None = None,
+    n_proposed: int = 5,
+    presence: float = 0.5,
+    seed: int = 0,
+) -> History:
+    """How predictions and features move together, and which snapshots tell it best.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots; predictions are measured on the held-out tokens.
+        counts: unigrams and bigrams of the corpus that the model was pretrained on, by `count_ngrams`; of the tokens
+            that the crosscoder is trained on when None, which is as good where these are a sample of that corpus.
+        accuracy: of `Task.accuracy`, of one task or several, for the proposal of snapshots.
+        n_proposed: snapshots to propose, fewer where there are not so many.
+        presence: share of a feature's largest norm from which it counts as present.
+        seed: of intervals and random directions.
+
+    Returns:
+        The tables dynamics (of `dynamics_table`), phases (of `find_phases`), similarity (of `snapshot_similarity`) and
+        selection (of `propose_snapshots`).
+
+    Raises:
+        UserError: one snapshot only, counts of another tokenizer, activations of other snapshots.
+    """
+    snapshots, firing = acts.snapshots, measure_firing(crosscoder, acts)
+    counts = count_ngrams(acts.train_tokens(), snapshots.tokenizer) if counts is None else counts
+    measured = measure_dynamics(snapshots, counts, acts.held_out_tokens(), device=acts.device, backend=acts.backend)
+    similarity = snapshot_similarity(acts)
+    chosen = min(n_proposed, len(snapshots))
+    return History(
+        {
+            "dynamics": dynamics_table(measured, crosscoder, firing, presence=presence, seed=seed),
+            "phases": find_phases(measured, crosscoder, firing, presence=presence, seed=seed),
+            "similarity": similarity,
+            "selection": propose_snapshots(similarity, chosen, accuracy, steps=snapshots.steps),
+        }
+    )
+
+
+def study_probes(crosscoder: Crosscoder, acts: Activations, *, n_features: int = 50, seed: int = 0) -> History:
+    """Linear probes of some features at every snapshot: the tables probe (of `probe`) and probe_parts.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots.
+        n_features: to probe, drawn from those that are active often enough.
+        seed: of the draws.
+
+    Raises:
+        UserError: as `probe`.
+    """
+    probes = probe(crosscoder, acts, n_features=n_features, seed=seed)
+    return History({"probe": probes, "probe_parts": probe_parts(probes, seed=seed)})
 
 
 def _per_feature(name: str, values: Float[Tensor, "F S"], labels: list[str]) -> pd.DataFrame:

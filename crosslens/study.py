@@ -7,7 +7,7 @@ The parts are `attribute`, `ablate`, `curve_areas`, `transfer_matrix`, `pair_add
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -40,8 +40,9 @@ class Study:
         task: its name.
         ie: integrated gradients on the half that chooses features.
         gradient: one gradient on the same half.
-        exact: columns feature, ig, gradient, exact (logits): the features of largest |IE| at the last snapshot, each
-            ablated alone.
+        exact: the features of largest |IE| at the last snapshot, one by one, in logits: feature, ig, gradient, removed
+            (what the metric loses when the feature alone is set to its baseline) and, with paired prompts, added (what
+            the metric of the paired prompt gains when the feature alone is set to its clean value).
         tables: by the name under which a run directory keeps them: attribution/<task>, attribution/<task>.snapshots,
             ablation/<task>, areas/<task>, transfer/<task>, additivity/<task>, timeline/<task>, and languages/<task>
             where the items are of several languages.
@@ -58,11 +59,27 @@ class Study:
         for name, table in self.tables.items():
             run.save_table(name, table)
 
-    def rank_agreement(self, method: str = "ig") -> float:
-        """Spearman correlation of a method, "ig" or "gradient", with exact single ablations, at the last snapshot."""
+    def rank_agreement(self, method: str = "ig", end: str = "removed") -> float:
+        """Spearman correlation of a method with exact effects of single features, at the last snapshot.
+
+        Integrated gradients average over the whole way from the baseline to the clean run, ablation looks at its clean
+        end alone; where the model is not additive in between, both differ although neither is wrong.
+
+        Args:
+            method: "ig" or "gradient".
+            end: "removed" (from the clean run), "added" (to the baseline), or "both", the mean of the two.
+
+        Raises:
+            UserError: an unknown method or end, or effects of adding without paired prompts.
+        """
         if method not in ("ig", "gradient"):
             raise UserError(f"method={method!r} must be 'ig' or 'gradient'")
-        found: Any = spearmanr(self.exact[method], self.exact["exact"])
+        if end not in ("removed", "added", "both"):
+            raise UserError(f"end={end!r} must be 'removed', 'added' or 'both'")
+        ends = ["removed", "added"] if end == "both" else [end]
+        if missing := [name for name in ends if name not in self.exact]:
+            raise UserError(f"effects of features {missing[0]} alone were not measured: they need value='patch'")
+        found: Any = spearmanr(self.exact[method], self.exact[ends].mean(axis=1))
         return float(found.statistic)
 
 
@@ -164,7 +181,19 @@ def study_task(
             "feature": largest.numpy(),
             "ig": ie.effects[largest, last].numpy(),
             "gradient": gradient.effects[largest, last].numpy(),
-            "exact": exact_effects(chosen, last, largest, value=value).numpy(),
+            "removed": exact_effects(chosen, last, largest, value=value).numpy(),
         }
     )
+    if paired:
+        swapped = PromptRuns(crosscoder, snapshots, _swapped(choosing), paired=True, device=device, backend=backend)
+        exact["added"] = -exact_effects(swapped, last, largest, value=value).numpy()
     return Study(task.name, ie, gradient, exact, tables)
+
+
+def _swapped(task: Task) -> Task:
+    """Every prompt in the place of its paired prompt, with the same answers."""
+    items = tuple(
+        item if item.patch_prefix is None else replace(item, prefix=item.patch_prefix, patch_prefix=item.prefix)
+        for item in task.items
+    )
+    return replace(task, items=items)

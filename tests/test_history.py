@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,23 @@ import pandas as pd
 import pytest
 import torch
 from given import Held, of_norms, snapshots_at
+from plain_model import make_crosscoder
 
+from crosslens.activations import Activations
+from crosslens.alignment import top_agreement
 from crosslens.controls import encoder_share, latent_scaling
+from crosslens.dynamics import dynamics_table, measure_dynamics
 from crosslens.errors import UserError
 from crosslens.evolution import evolve, rotation
 from crosslens.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
-from crosslens.history import History, study_evolution
+from crosslens.history import History, study_dynamics, study_evolution, study_probes
+from crosslens.ngrams import count_ngrams
+from crosslens.phases import find_phases
+from crosslens.probing import probe, probe_parts
 from crosslens.report import lives
 from crosslens.rundir import RunDir
+from crosslens.selection import propose_snapshots, snapshot_similarity
+from crosslens.snapshots import Snapshots
 from crosslens.succession import partings, successions
 
 LABELS = ["step0", "step8", "step64", "step512"]
@@ -52,6 +62,7 @@ def test_parts_by_themselves(crosscoder: Any, acts: Held, found: History) -> Non
         "scaling": latent_scaling(crosscoder, acts).to_frame(LABELS),
         "successions": successions(crosscoder, acts, presence=0.4),
         "partings": partings(crosscoder, alive, presence=0.4),
+        "agreement": top_agreement(crosscoder, acts),
     }
     for name, table in expected.items():
         pd.testing.assert_frame_equal(tables[name], table)
@@ -108,6 +119,35 @@ def test_figures_show_the_tables(found: History, tmp_path: Path) -> None:
         pd.DataFrame({"birth": [1, 1, 3]}), pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), snapshots
     )
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_dynamics_of_the_corpus_or_of_other_counts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    snaps = Snapshots.local(tiny_snapshots)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 2000, 16, held_out_tokens=300)
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    own = count_ngrams(acts.train_tokens(), snaps.tokenizer)
+    found = study_dynamics(cc, acts, seed=4).tables
+    measured = measure_dynamics(snaps, own, acts.held_out_tokens())
+    pd.testing.assert_frame_equal(found["dynamics"], dynamics_table(measured, cc, acts, seed=4))
+    pd.testing.assert_frame_equal(found["phases"], find_phases(measured, cc, acts, seed=4))
+    pd.testing.assert_frame_equal(
+        found["selection"], propose_snapshots(snapshot_similarity(acts), 3, steps=snaps.steps)
+    )
+    other = study_dynamics(cc, acts, count_ngrams(acts.held_out_tokens(), snaps.tokenizer), seed=4).tables
+    assert (other["dynamics"]["kl1"] != found["dynamics"]["kl1"]).all()
+    strange = deepcopy(snaps.tokenizer)
+    strange.add_tokens(["another"])
+    with pytest.raises(UserError, match="tokenizer"):
+        study_dynamics(cc, acts, count_ngrams(acts.train_tokens(), strange))
+
+
+def test_probes_and_their_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 2000, 16)
+    cc = make_crosscoder(acts.snapshots, "standard_crosscoder")
+    found = study_probes(cc, acts, n_features=3, seed=2).tables
+    probes = probe(cc, acts, n_features=3, seed=2)
+    pd.testing.assert_frame_equal(found["probe"], probes)
+    pd.testing.assert_frame_equal(found["probe_parts"], probe_parts(probes, seed=2))
 
 
 def test_nothing_to_draw_is_said(found: History) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from plain_model import ITEMS, make_crosscoder
+from plain_model import ITEMS, make_crosscoder, slow_runs
 from scipy.stats import spearmanr
 
 from crosslens.ablation import ablate
@@ -74,17 +75,36 @@ def test_parts_by_themselves(crosscoder: Crosscoder, snaps: Snapshots, task: Tas
     assert set(got.loc[got["mode"] == "ablate", "k"]) == {1, K}, "no size exceeds the features that are active"
 
 
-def test_single_ablations(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+    """Removed from the clean run, and added to the paired one: the latter by splices of one prompt at a time."""
     choosing = task.split(3)[0]
     largest = found.exact["feature"].tolist()
     assert largest == found.ie.top(6, 2, by="magnitude").tolist()
     singles = attribute(crosscoder, snaps, choosing, "exact", baseline="patch", features=largest)
-    assert found.exact["exact"].to_numpy() == pytest.approx(singles.effects[largest, 2].numpy(), abs=1e-5)
+    assert found.exact["removed"].to_numpy() == pytest.approx(singles.effects[largest, 2].numpy(), abs=1e-5)
+    items = [{"prefix": i.prefix, "correct": i.correct, "wrong": i.wrong} for i in choosing.items]
+    clean = slow_runs(snaps, crosscoder, items=items)
+    paired = slow_runs(
+        snaps,
+        crosscoder,
+        items=[{**row, "prefix": i.patch_prefix} for row, i in zip(items, choosing.items, strict=True)],
+    )
+    for feature, added in zip(largest, found.exact["added"], strict=True):
+        gains: list[float] = []
+        for run, base in zip(clean, paired, strict=True):
+            f = base.f[2].clone()
+            f[1:, feature] = run.f[2][1:, feature]
+            before, after = (base.metric(2, base.decode(each, 2) + base.error(2)) for each in (base.f[2], f))
+            gains.append(float(after - before))
+        assert added == pytest.approx(np.mean(gains), abs=1e-4)
     for method in ("ig", "gradient"):
-        expected = spearmanr(found.exact[method], singles.effects[largest, 2].numpy())
-        assert found.rank_agreement(method) == pytest.approx(expected[0])
+        both = (found.exact["removed"] + found.exact["added"]) / 2
+        assert found.rank_agreement(method) == pytest.approx(spearmanr(found.exact[method], found.exact["removed"])[0])
+        assert found.rank_agreement(method, "both") == pytest.approx(spearmanr(found.exact[method], both)[0])
     with pytest.raises(UserError, match="method='exact' must be"):
         found.rank_agreement("exact")
+    with pytest.raises(UserError, match="end='start' must be"):
+        found.rank_agreement(end="start")
 
 
 def test_languages(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study, tmp_path: Path) -> None:
@@ -107,4 +127,6 @@ def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Ta
     unpaired = replace(task, items=tuple(replace(item, patch_prefix=None) for item in task.items))
     with pytest.raises(UserError, match="patch"):
         study_task(crosscoder, snaps, unpaired)
-    assert study_task(crosscoder, snaps, unpaired, value="zero", ablate_k=(1,), keep_k=(1,), n_draws_last=2).tables
+    plain = study_task(crosscoder, snaps, unpaired, value="zero", ablate_k=(1,), keep_k=(1,), n_draws_last=2)
+    with pytest.raises(UserError, match="features added alone were not measured"):
+        plain.rank_agreement(end="both")

@@ -23,8 +23,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from crosslens.report.chart import THEME, Chart, Grid
+from crosslens.report.entries import Entry, Section
 from crosslens.report.overview import Overview, overview
-from crosslens.report.sections import SECTIONS, Entry, Section
+from crosslens.report.sections import SECTIONS
 from crosslens.rundir import RunDir
 
 _PLOTLY = "plotly.min.js"

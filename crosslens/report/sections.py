@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from crosslens.report import checks, effects, figures, lives, timelines
-from crosslens.report.chart import Chart, Grid
-
-Draw = Callable[..., Chart | Grid | str]
+from crosslens.report import checks, effects, figures, lives, phases, timelines
+from crosslens.report.entries import Entry, Section
 
 _EVALUATE = "Nothing has been evaluated: crosslens train RUN_DIR writes evaluation.parquet when it ends."
 _EVOLVE = "No evolution has been computed: crosslens evolve RUN_DIR."
@@ -17,53 +13,6 @@ _ATTRIBUTE = "No attribution has been run: crosslens attribute RUN_DIR --task TA
 _ABLATE = "No ablation has been run: crosslens ablate RUN_DIR --task TASK, after crosslens attribute."
 _ACCURACY = "No task has been measured: crosslens attribute RUN_DIR --task TASK measures its accuracy too."
 _PROBE = "No probes have been fitted: crosslens evolve RUN_DIR fits some of them."
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A figure of the page.
-
-    Attributes:
-        name: stem of its anchor and CSV file.
-        title: what is shown.
-        definition: one or two sentences: what, in which unit, how computed.
-        draw: from the tables to the figure, or to the reason why there is nothing to draw.
-        tables: names of the tables that `draw` takes, in order. "{task}" stands for the task; "kind/*" is all tasks'
-            tables of a kind, one below the other, with a column `task`; "snapshots" is the list in run.json.
-        wide: takes the full width also where two figures fit side by side.
-        optional: left out where a table is missing, instead of named as missing.
-    """
-
-    name: str
-    title: str
-    definition: str
-    draw: Draw
-    tables: tuple[str, ...]
-    wide: bool = False
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """Figures under one heading.
-
-    Attributes:
-        name: its anchor.
-        title: its heading.
-        intro: a sentence or two before the figures.
-        empty: what is said in place of a figure whose table is missing.
-        entries: figures of the whole run.
-        per_task: figures drawn once per task.
-        kind: "attribution" or "ablation": whose tasks.
-    """
-
-    name: str
-    title: str
-    intro: str
-    empty: str
-    entries: tuple[Entry, ...] = ()
-    per_task: tuple[Entry, ...] = ()
-    kind: str = ""
 
 
 SECTIONS: tuple[Section, ...] = (
@@ -154,6 +103,27 @@ SECTIONS: tuple[Section, ...] = (
                 "Number of features by origin, and whether they persist to the last snapshot.",
                 figures.origins,
                 ("evolution",),
+            ),
+            Entry(
+                "dynamics",
+                "Statistics first, features later?",
+                "KL divergence from unigram and bigram shares of the corpus to the predictions, and loss, in nats per "
+                "token; below, shares: fall of the bigram KL done, features settled (cosine to the final direction at "
+                "least .5 from here on), present, and total dimensionality / d_model.",
+                phases.dynamics,
+                ("dynamics", "phases"),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
+                "selection",
+                "Which snapshots tell it best",
+                "The snapshots that leave the least distance, in accuracy and activation similarity, to those that "
+                "they stand for.",
+                phases.proposal,
+                ("selection",),
+                wide=True,
+                optional=True,
             ),
             Entry(
                 "turning",
@@ -374,6 +344,25 @@ SECTIONS: tuple[Section, ...] = (
                 figures.probe,
                 ("probe",),
                 wide=True,
+            ),
+            Entry(
+                "probe-parts",
+                "What the correlation is made of",
+                "Correlation of probe error and relative decoder norm, with 95 % intervals over features: of all "
+                "points, without step 0, less the means of each feature, less those of each snapshot, and corrected "
+                "for the noise of single probes.",
+                phases.probe_parts,
+                ("probe_parts",),
+                optional=True,
+            ),
+            Entry(
+                "agreement",
+                "Do neighbouring snapshots agree?",
+                "Share of the 20 held-out tokens on which a feature is strongest that two neighbouring snapshots have "
+                "in common, each read from that snapshot alone.",
+                phases.agreement,
+                ("agreement",),
+                optional=True,
             ),
         ),
     ),

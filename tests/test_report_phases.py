@@ -1,0 +1,126 @@
+"""Figures of the phases: what is drawn is what the tables say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from crosslens.report import phases
+from crosslens.report.chart import Grid
+
+
+def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
+    rng = np.random.default_rng(S)
+    steps = [10 * s for s in range(S)]
+    table = pd.DataFrame({"snapshot": range(S), "label": [f"step{n}" for n in steps], "step": steps, "tokens": steps})
+    for name in ("kl1", "kl2", "loss"):
+        table[name] = rng.uniform(1, 5, S)
+        table[f"{name}_low"], table[f"{name}_high"] = table[name] - 0.1, table[name] + 0.1
+    table = table.assign(bigram_progress=np.linspace(0, 1, S), h1=5.0, h2=3.0, n=700, known=1.0)
+    for name, values in (("present", [8] * S), ("settled", range(S)), ("alive", [16] * S)):
+        table[name] = pd.array(list(values), dtype="Int64")
+    table["dimensionality"] = rng.uniform(size=S)
+    if gap:
+        table.loc[1, ["present", "settled", "alive"]] = pd.NA
+        table.loc[1, "dimensionality"] = np.nan
+    return table
+
+
+def turning_point(snapshot: Any) -> pd.DataFrame:
+    row = {"event": "turning_point", "snapshot": snapshot, "label": "step20", "low": 1, "high": 3}
+    row |= {"lead": 0.81, "lead_low": 0.7, "lead_high": 0.9}
+    return pd.DataFrame([row, {"event": "settling", "snapshot": 3, "label": "step30"}])
+
+
+def traces(chart: Any) -> dict[str, Any]:
+    return {trace.name: trace for trace in chart.figure.data if trace.meta != "band"}
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_dynamics_draws_the_table(gap: bool) -> None:
+    table = dynamics_of(gap=gap)
+    chart = phases.dynamics(table.sample(frac=1, random_state=0), turning_point(2))
+    drawn = traces(chart)
+    for name, column in (("unigram KL", "kl1"), ("bigram KL", "kl2"), ("loss", "loss")):
+        assert list(drawn[name].y) == table[column].tolist() and drawn[name].yaxis is None
+    kept = [0, 2, 3, 4] if gap else [0, 1, 2, 3, 4]
+    for name, values in (
+        ("features settled", [s / 16 for s in range(5)]),
+        ("features present", [0.5] * 5),
+        ("total dimensionality / d_model", table["dimensionality"].tolist()),
+    ):
+        assert list(drawn[name].y) == [values[s] for s in kept] and drawn[name].yaxis == "y2"
+        assert list(drawn[name].x) == [drawn["loss"].x[s] for s in kept]
+    assert list(drawn["turning point"].x) == [drawn["loss"].x[2]] * 2
+    band = next(trace for trace in chart.figure.data if trace.meta == "band" and trace.yaxis == "y2")
+    assert set(band.x) == {drawn["loss"].x[1], drawn["loss"].x[3]}
+    assert "The turning point is step20 (95 % interval, with the spacing of snapshots, step10 to step30)" in chart.note
+    assert (
+        "by 0.81 (0.70 to 0.90)" in chart.note and "settled by step30" in chart.note and "700 predictions" in chart.note
+    )
+    assert sorted(shape.y0 for shape in chart.figure.layout.shapes) == [3, 5]
+
+
+def test_dynamics_without_features_or_turning_point() -> None:
+    plain = dynamics_of().drop(columns=["present", "settled", "alive", "dimensionality", "bigram_progress"])
+    chart = phases.dynamics(plain)
+    assert set(traces(chart)) == {"unigram KL", "bigram KL", "loss"} and "yaxis2" not in chart.figure.layout
+    assert "There is no turning point" in phases.dynamics(dynamics_of(), turning_point(pd.NA)).note
+    assert "turning point" not in traces(phases.dynamics(dynamics_of(), turning_point(pd.NA)))
+
+
+def test_probe_parts_draws_the_table() -> None:
+    names = ["all", "trained", "within_features", "within_snapshots", "disattenuated"]
+    table = pd.DataFrame(
+        {"part": names, "n": 90, "n_features": 9, "sd_norm": 0.2, "sd_error": 0.05, "reliability": 0.9}
+    )
+    for measure in ("spearman", "pearson"):
+        table[measure] = np.linspace(-0.9, -0.1, 5)
+        table[f"{measure}_low"], table[f"{measure}_high"] = table[measure] - 0.05, table[measure] + 0.08
+    chart = phases.probe_parts(table)
+    for trace, measure in zip(chart.figure.data, ("spearman", "pearson"), strict=True):
+        assert list(trace.x) == table[measure].tolist()
+        assert list(trace.error_x.array) == pytest.approx([0.08] * 5)
+        assert list(trace.error_x.arrayminus) == pytest.approx([0.05] * 5)
+    assert "probe errors vary by 0.050 and relative norms by 0.20" in chart.note and "reliability is 0.90" in chart.note
+
+
+def test_agreement_means_are_those_of_the_bands() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [(i, s) for i in range(30) for s in range(3)]
+    table = pd.DataFrame(pairs, columns=["feature", "snapshot"]).assign(chance=0.01)
+    table["other"] = table["snapshot"] + 1
+    for end, column in (("", "snapshot"), ("other_", "other")):
+        table[f"{end}label"], table[f"{end}step"] = "step" + table[column].astype(str), table[column] * 10
+    table["norm"], table["agreement"] = rng.uniform(size=90), rng.uniform(size=90)
+    table.loc[5, "agreement"] = np.nan
+    chart: Any = phases.agreement(table)
+    drawn = traces(chart)
+    for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)):
+        band = table[(table["norm"] > low) & (table["norm"] <= high)].dropna()
+        expected = [band.loc[band["other"] == s, "agreement"].mean() for s in (1, 2, 3)]
+        assert list(drawn[f"norm {low:g} to {high:g}"].y) == pytest.approx([m for m in expected if not math.isnan(m)])
+    assert (
+        phases.agreement(table.assign(agreement=np.nan)) == "No feature has a direction at two neighbouring snapshots."
+    )
+
+
+def test_proposal_lists_the_chosen_ones_and_escapes_what_it_shows() -> None:
+    table = pd.DataFrame(
+        {
+            "snapshot": range(3),
+            "label": ["a", "b", "<b>c</b>"],
+            "chosen": [True, False, True],
+            "distance": [0, 0.25, 0],
+            "stands_for": ["a, b", "", "<b>c</b>"],
+            "reason": ["the first snapshot", "", "the last snapshot"],
+        }
+    )
+    grid = phases.proposal(table)
+    assert isinstance(grid, Grid) and [row[0].text for row in grid.rows] == ["a", "&lt;b&gt;c&lt;/b&gt;"]
+    assert grid.rows[0][1].text == "a, b" and "2 of 3 snapshots" in grid.note and "0.250" in grid.note
+    assert len(grid.data) == 3
