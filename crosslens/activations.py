@@ -12,8 +12,11 @@ outliers that say nothing about the text.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,12 @@ from tqdm.auto import tqdm
 
 from crosslens.cache import ActivationCache
 from crosslens.errors import UserError
-from crosslens.harvest import Plan, harvest, special_positions
+from crosslens.harvest import fill, harvest, special_positions
+from crosslens.plan import Plan, make_plan
+from crosslens.prefetch import Prefetch
+from crosslens.shards import DamagedShardError, check_dtype, check_space, describe_rounding, row_bytes
 from crosslens.snapshots import Snapshots
-from crosslens.tokens import Dataset, describe_dataset, token_sequences
+from crosslens.tokens import Dataset, describe_dataset, generator, split_sequences, token_sequences
 
 BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
@@ -54,6 +60,11 @@ class Activations:
         batch_tokens: tokens per forward pass.
         backend: "bridge" or "hooked_transformer".
     """
+
+    waited = 0.0
+    """Seconds for which the last stream of batches waited for data."""
+    waited_first = 0.0
+    """Those of them that went by before its first batch, when there was nothing else to do."""
 
     def __init__(
         self,
@@ -140,8 +151,7 @@ class Activations:
         return kept if self.keep_special else special_positions(tokens, self.snapshots.tokenizer).logical_not_()
 
     def _read(self) -> tuple[Tensor, int]:
-        wanted = self._requested
-        held_out = self._requested_held_out
+        wanted, held_out = self._requested, self._requested_held_out
         if held_out is None:
             held_out = 100_000 if wanted is None else min(max(wanted // 20, 2_000), 100_000)
         sequences = token_sequences(
@@ -149,7 +159,8 @@ class Activations:
             self.snapshots.tokenizer,
             self.context_size,
             prepend_bos=self.prepend_bos,
-            n_tokens=None if wanted is None else wanted + held_out,
+            # whole sequences are held out, so that training may want one more
+            n_tokens=None if wanted is None else wanted + held_out + self.context_size,
             count=lambda rows: self.keep(rows).sum(-1),
             **self._reading,
         )
@@ -159,47 +170,34 @@ class Activations:
                 f"token id {lowest if lowest < 0 else highest} in {describe_dataset(self.dataset)} is outside the "
                 f"tokenizer's vocabulary of {len(self.snapshots.tokenizer)}: was it tokenised with another tokenizer?"
             )
-        order = torch.randperm(len(sequences), generator=generator(self.seed))
-        sequences = sequences[order]
-        per_sequence = self.keep(sequences).sum(-1)
-        total = int(per_sequence.sum())
-        if wanted is None:
-            held_out = min(held_out, total // 10)
-        if total < (wanted or 1) + held_out:
-            raise UserError(
-                f"n_tokens={wanted} (and {held_out} held out) is more than {describe_dataset(self.dataset)} holds: "
-                f"{total} usable tokens; ask for at most {max(0, total - held_out)}"
-            )
-        from_the_end = per_sequence.flip(0).cumsum(0)
-        n_held_out = int((from_the_end < held_out).sum()) + 1 if held_out else 0
-        n_train = len(sequences) - n_held_out
-        if n_train < 1:
-            raise UserError(
-                f"{describe_dataset(self.dataset)} makes {len(sequences)} sequence(s) of {sequences.shape[1]} tokens: "
-                "too few to hold some out; use more text or a smaller context_size"
-            )
-        return sequences, n_train
+        place = describe_dataset(self.dataset)
+        order, n_train = split_sequences(self.keep(sequences).sum(-1), wanted, held_out, self.seed, place)
+        return sequences[order], n_train
 
     # ------------------------------------------------------------------ activations
-    def block(self, first: int, last: int) -> Float[Tensor, "n T S D"]:
-        """Activations of the sequences `first` to `last` of `tokens`."""
-        if self._cache is not None:
-            return self._cache.read(first, last)
-        return self._harvest(self.tokens[first:last])
+    def block(self, first: int, last: int, abandoned: Callable[[], bool] | None = None) -> Float[Tensor, "n T S D"]:
+        """Activations of the sequences `first` to `last` of `tokens`.
 
-    def _harvest(self, tokens: Tensor, only: int | None = None) -> Tensor:
+        Args:
+            first: first sequence.
+            last: the one after the last.
+            abandoned: tells when nobody waits for them any more.
+        """
+        if self._cache is not None:
+            return self._cache.read(first, last, self._repair)
+        self._compare()
+        return harvest(self.snapshots, self.tokens[first:last], cut=True, abandoned=abandoned, **self._running)
+
+    @property
+    def _running(self) -> dict[str, Any]:
+        names = ("hook_name", "device", "batch_tokens", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def _compare(self) -> None:
+        """Compare the weights of the snapshots, once."""
         if not self._compared:
             self.snapshots.check(self.hook_name)
             self._compared = True
-        return harvest(
-            self.snapshots,
-            tokens,
-            self.hook_name,
-            device=self.device,
-            batch_tokens=self.batch_tokens,
-            backend=self.backend,
-            only=only,
-        )
 
     @property
     def block_sequences(self) -> int:
@@ -209,8 +207,8 @@ class Activations:
 
     def batches(
         self, batch_size: int, *, start: int = 0, epochs: int | None = None
-    ) -> Iterator[Float[Tensor, "B S D"]]:
-        """Shuffled batches of raw float32 activations: a SAELens data provider.
+    ) -> Generator[Float[Tensor, "B S D"], None, None]:
+        """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
 
         Args:
             batch_size: B; what is left of an epoch goes into the next one's first batch.
@@ -218,35 +216,39 @@ class Activations:
             epochs: passes over the data, without end when None; the last incomplete batch is not given.
         """
         self.check_batch(batch_size)
-        per_epoch = self.n_tokens
-        epoch, skip = divmod(start * batch_size, per_epoch)
+        epoch, skip = divmod(start * batch_size, self.n_tokens)
         left: Tensor | None = None
-        while epochs is None or epoch < epochs:
-            for rows in self._shuffled_blocks(epoch, skip):
+        with closing(Prefetch(partial(self._shuffled_blocks, epoch, skip, epochs))) as blocks:
+            for rows in blocks:
+                self.waited, self.waited_first = blocks.waited, blocks.waited_first
                 rows = rows if left is None else torch.cat([left, rows])
                 whole = len(rows) // batch_size * batch_size
                 if whole:  # an empty tensor splits into one empty batch
                     yield from rows[:whole].split(batch_size)
                 left = rows[whole:].clone()
-            epoch, skip = epoch + 1, 0
+                del rows  # the next block is made meanwhile: one too many would be in memory
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse batches larger than an epoch, for which there would never be enough."""
         if not 0 < batch_size <= self.n_tokens:
             raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
-    def _shuffled_blocks(self, epoch: int, skip: int) -> Iterator[Float[Tensor, "n S D"]]:
+    def _shuffled_blocks(
+        self, epoch: int, skip: int, epochs: int | None, abandoned: Callable[[], bool]
+    ) -> Iterator[Float[Tensor, "n S D"]]:
         size = self.block_sequences
         counts = [int(c.sum()) for c in self.keep(self.train_tokens()).sum(-1).split(size)]
-        for block in torch.randperm(len(counts), generator=generator(self.seed, epoch)).tolist():
-            if skip >= counts[block]:
-                skip -= counts[block]
-                continue
-            first, last = block * size, min((block + 1) * size, self._n_train)
-            rows = self.block(first, last)[self.keep(self.tokens[first:last])]
-            order = torch.randperm(len(rows), generator=generator(self.seed, epoch, block))
-            yield rows[order[skip:]]
-            skip = 0
+        while epochs is None or epoch < epochs:
+            for block in torch.randperm(len(counts), generator=generator(self.seed, epoch)).tolist():
+                if skip >= counts[block]:
+                    skip -= counts[block]
+                    continue
+                first, last = block * size, min((block + 1) * size, self._n_train)
+                kept = self.keep(self.tokens[first:last]).flatten().nonzero()[:, 0]
+                order = torch.randperm(len(kept), generator=generator(self.seed, epoch, block))
+                yield self.block(first, last, abandoned).flatten(0, 1)[kept[order[skip:]]]
+                skip = 0
+            epoch += 1
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
         """Activations of the held-out sequences in reading order; the last batch may be smaller."""
@@ -254,28 +256,48 @@ class Activations:
             last = min(first + self.block_sequences, len(self.tokens))
             yield from self.block(first, last)[self.keep(self.tokens[first:last])].split(batch_size)
 
-    def cache(self, folder: str | Path, dtype: str = "bfloat16") -> Activations:
+    # ------------------------------------------------------------------ cache
+    def cache(
+        self, folder: str | Path, dtype: str = "bfloat16", *, evict: bool = False, verify: bool = False
+    ) -> Activations:
         """The same activations, written once to a folder and read from there; an interrupted harvest continues.
+
+        Several processes may do this with one folder at once, started by torchrun or by hand; each returns when all is
+        there. A damaged file is made anew when it is read.
 
         Args:
             folder: made when missing; the cache of another request is refused.
-            dtype: "bfloat16" or "float32" on disk; batches are float32 in either case.
+            dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
+            evict: afterwards delete the weights that were downloaded for this from the hub's cache.
+            verify: compare the checksums of all files now.
+
+        Raises:
+            UserError: the cache of another request, a full disk, or activations that are not finite.
         """
-        cache = ActivationCache(
-            Path(folder), self.tokens, self.block_sequences, self.n_snapshots, self.d_model, dtype, self.fingerprint()
-        )
-        missing = cache.missing()
-        progress = tqdm(total=len(missing), desc="Harvesting", unit="shard", disable=not missing)
-        for s in range(self.n_snapshots):
-            for shard in (shard for shard, snapshot in missing if snapshot == s):
-                first, last = cache.span(shard)
-                cache.write(shard, s, self._harvest(self.tokens[first:last], only=s).squeeze(2))
-                progress.update()
-        progress.close()
+        path = Path(folder)
+        needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
+        if not path.exists():
+            check_space(path, needed)  # before anything is downloaded; what is there already is counted further down
+        shape = self.block_sequences, self.n_snapshots, self.d_model
+        cache = ActivationCache(path, self.tokens, *shape, dtype, self.fingerprint())
+        if missing := cache.missing(verify=verify):
+            check_space(path, cache.needed_bytes(missing))
+            self._compare()
+            fill(cache, self.snapshots, pairs=missing, **self._running)
+            if dtype != "float32":
+                tqdm.write(describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors()), file=sys.stderr)
+        if evict:
+            freed = sum(snapshot.evict() for snapshot in self.snapshots)
+            tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
         cached = Activations.__new__(Activations)
         cached.__dict__.update(self.__dict__)
         cached._cache = cache
         return cached
+
+    def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
+        assert self._cache is not None
+        warnings.warn(f"{error.path} {error.what}: it is harvested again", stacklevel=2)
+        fill(self._cache, self.snapshots, pairs=[(shard, snapshot)], **self._running)
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:
@@ -332,35 +354,20 @@ class Activations:
         arguments: dict[str, Any] = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
         return cls(**arguments)
 
-    def plan(self, measure: bool = True) -> Plan:
-        """Bytes, forwards and time of one pass over the data; runs at most one small forward.
+    def plan(
+        self,
+        measure: bool = True,
+        *,
+        training_tokens: int | None = None,
+        folder: str | Path = ".",
+        dtype: str = "bfloat16",
+    ) -> Plan:
+        """Disk, memory, forwards and time of training on these activations, live or cached, and which is better.
 
         Args:
-            measure: time a forward of the first snapshot; that loads (and, from a hub, downloads) it.
+            measure: time a small forward of a snapshot whose weights are on this disk; nothing is downloaded.
+            training_tokens: activations to train on; more than there are means several passes. None: one pass.
+            folder: where a cache would lie.
+            dtype: of a cache.
         """
-        S, D = self.n_snapshots, self.d_model
-        seconds = float("nan")
-        if measure:
-            probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
-            self._harvest(probe, only=0)
-            began = time.perf_counter()
-            self._harvest(probe, only=0)
-            seconds = (time.perf_counter() - began) / probe.numel() * self.tokens.numel() * S
-        return Plan(
-            n_tokens=self.n_tokens,
-            n_sequences=len(self.tokens),
-            n_snapshots=S,
-            d_model=D,
-            forwards=self.tokens.numel() * S,
-            live_bytes=self.block_sequences * self.tokens.shape[1] * S * D * 4,
-            cache_bytes=self.tokens.numel() * S * D * 2,
-            seconds=seconds,
-        )
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """A random generator that is a function of a few integers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(seed)
+        return make_plan(self, measure=measure, training_tokens=training_tokens, folder=folder, dtype=dtype)

@@ -3,8 +3,11 @@
     manifest.json                  what the cache is for; another request is refused
     tokens-00000.safetensors       int32 tokens of a shard (n, T)
     acts-00000-s03.safetensors     activations of the shard at one snapshot (n, T, D), with their checksum
+    harvest.lock                   while it is filled: who fills what
 
-Every file is written under a temporary name and renamed, so that a file that is there is whole.
+Every file is written under a temporary name and renamed, so that a file that is there is whole, whatever is killed.
+Several processes may fill one cache: each takes a lock on the pair that it harvests, and the system drops the locks of
+a process that dies. Were a pair harvested twice nevertheless, both files would be the same.
 """
 
 from __future__ import annotations
@@ -12,20 +15,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslens.errors import UserError, first_line, shortened
+from crosslens.errors import UserError, shortened
+from crosslens.shards import (
+    DamagedShardError,
+    Rounding,
+    check_dtype,
+    decode,
+    is_whole,
+    read_rounding,
+    read_tensors,
+    row_bytes,
+    write_shard,
+    write_tensors,
+)
+
+try:
+    import fcntl
+except ImportError:  # a system without them: processes may do the same work twice, and nothing worse
+    fcntl = None
 
 FORMAT = 1
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class ActivationCache:
@@ -37,7 +56,7 @@ class ActivationCache:
         shard_sequences: sequences per shard.
         n_snapshots: S.
         d_model: D.
-        dtype: "bfloat16" or "float32".
+        dtype: "bfloat16", "float32" or "int8".
         fingerprint: what else decides the activations; compared with the manifest of an existing cache.
 
     Raises:
@@ -54,46 +73,57 @@ class ActivationCache:
         dtype: str,
         fingerprint: dict[str, Any],
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype!r} is unknown for a cache; use one of {', '.join(map(repr, DTYPES))}")
+        check_dtype(dtype)
         self.folder, self.tokens, self.size = folder, tokens, shard_sequences
-        self.n_snapshots, self.d_model, self.dtype = n_snapshots, d_model, DTYPES[dtype]
+        self.n_snapshots, self.d_model, self.dtype = n_snapshots, d_model, dtype
         self.n_shards = -(-len(tokens) // shard_sequences)
         self._verified: set[Path] = set()
-        request = {
-            "format": FORMAT,
-            **fingerprint,
-            "dtype": dtype,
-            "shard_sequences": shard_sequences,
-            "n_sequences": len(tokens),
-            "tokens": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
-        }
-        self._claim(request)
+        self._broken: set[Path] = set()
+        self._claim(
+            {
+                "format": FORMAT,
+                **fingerprint,
+                "dtype": dtype,
+                "shard_sequences": shard_sequences,
+                "n_sequences": len(tokens),
+                "tokens": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
+            }
+        )
 
     def _claim(self, request: dict[str, Any]) -> None:
         manifest = self.folder / "manifest.json"
         if manifest.exists():
-            try:
-                found: dict[str, Any] = dict(json.loads(manifest.read_text()))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{manifest} is damaged ({error}); delete the folder {self.folder} and harvest again"
-                ) from error
-            for key, value in request.items():
-                if found.get(key) != value:
-                    raise UserError(
-                        f"{self.folder} is the cache of another request: its {key} is {shortened(found.get(key))}, "
-                        f"asked for is {shortened(value)}; give another folder, or delete this one"
-                    )
+            self._compare(manifest, request)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for shard in range(self.n_shards):
-            first, last = self.span(shard)
-            self._write(self.folder / f"tokens-{shard:05d}.safetensors", self.tokens[first:last])
-        partial = manifest.with_suffix(".tmp")
-        partial.write_text(json.dumps(request, indent=1))
-        os.replace(partial, manifest)
+        with self._locks() as locks:
+            locks.wait(0)
+            if manifest.exists():  # another process was quicker
+                self._compare(manifest, request)
+                return
+            _remove(self.folder.glob("*.tmp"))
+            for shard in range(self.n_shards):
+                first, last = self.span(shard)
+                write_tensors(self._tokens_path(shard), {"data": self.tokens[first:last].contiguous()})
+            partial = manifest.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
+            partial.write_text(json.dumps(request, indent=1))
+            os.replace(partial, manifest)
 
+    def _compare(self, manifest: Path, request: dict[str, Any]) -> None:
+        try:
+            found: dict[str, Any] = dict(json.loads(manifest.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{manifest} is damaged ({error}); delete the folder {self.folder} and harvest again"
+            ) from error
+        for key, value in request.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{self.folder} is the cache of another request: its {key} is {shortened(found.get(key))}, "
+                    f"asked for is {shortened(value)}; give another folder, or delete this one"
+                )
+
+    # ------------------------------------------------------------------ what is there
     def span(self, shard: int) -> tuple[int, int]:
         """First and last (excluded) sequence of a shard."""
         return shard * self.size, min((shard + 1) * self.size, len(self.tokens))
@@ -102,44 +132,163 @@ class ActivationCache:
         """File of one shard at one snapshot."""
         return self.folder / f"acts-{shard:05d}-s{snapshot:02d}.safetensors"
 
-    def missing(self) -> list[tuple[int, int]]:
-        """(shard, snapshot) pairs that are not on disk, snapshot by snapshot."""
+    def _tokens_path(self, shard: int) -> Path:
+        return self.folder / f"tokens-{shard:05d}.safetensors"
+
+    def missing(self, *, verify: bool = False) -> list[tuple[int, int]]:
+        """(shard, snapshot) pairs that are not whole on disk, snapshot by snapshot.
+
+        Args:
+            verify: also compare the checksums of all files, which reads the whole cache.
+        """
         pairs = ((shard, s) for s in range(self.n_snapshots) for shard in range(self.n_shards))
-        return [pair for pair in pairs if not self.path(*pair).exists()]
+        return [pair for pair in pairs if not self._is_good(self.path(*pair), verify)]
+
+    def _is_good(self, path: Path, verify: bool) -> bool:
+        if not verify or path in self._verified:
+            return is_whole(path)
+        try:
+            read_tensors(path)
+        except DamagedShardError:
+            self._broken.add(path)
+            return False
+        self._verified.add(path)
+        return True
+
+    def needed_bytes(self, pairs: list[tuple[int, int]]) -> int:
+        """Disk space that pairs will take."""
+        sequences = sum(last - first for first, last in (self.span(shard) for shard, _ in pairs))
+        return sequences * self.tokens.shape[1] * row_bytes(self.d_model, self.dtype) + 512 * len(pairs)
+
+    def rounding_errors(self) -> list[float]:
+        """Of every snapshot: share of its squared norm that storing it rounded away."""
+        found: list[float] = []
+        for s in range(self.n_snapshots):
+            parts = [read_rounding(self.path(shard, s)) for shard in range(self.n_shards)]
+            total = Rounding(sum(part.squared_error for part in parts), sum(part.squares for part in parts))
+            found.append(total.squared_error / total.squares if total.squares else 0.0)
+        return found
+
+    # ------------------------------------------------------------------ writing
+    @contextmanager
+    def harvesting(
+        self, pairs: list[tuple[int, int]], first: int = 0
+    ) -> Generator[Iterator[tuple[int, int]], None, None]:
+        """The pairs that this process is to harvest, each locked while it is at hand; those of others are waited for.
+
+        Args:
+            pairs: what is missing.
+            first: place in `pairs` to begin at, so that several processes begin at different snapshots.
+        """
+        with self._locks() as locks, closing(self._turns(pairs[first:] + pairs[:first], locks)) as turns:
+            yield turns
+        if fcntl is not None and not self.missing():
+            (self.folder / "harvest.lock").unlink(missing_ok=True)
+
+    def _turns(self, pairs: list[tuple[int, int]], locks: _Locks) -> Generator[tuple[int, int], None, None]:
+        busy: list[tuple[int, int]] = []
+        for pair in pairs:
+            if locks.take(self._number(pair)):
+                yield from self._turn(pair, locks)
+            else:
+                busy.append(pair)
+        for pair in busy:  # at another process, which may die over it
+            locks.wait(self._number(pair))
+            yield from self._turn(pair, locks)
+
+    def _turn(self, pair: tuple[int, int], locks: _Locks) -> Iterator[tuple[int, int]]:
+        path = self.path(*pair)
+        try:
+            if not is_whole(path) or path in self._broken:
+                _remove(self.folder.glob(f"{path.stem}.*.tmp"))
+                yield pair
+        finally:
+            locks.release(self._number(pair))
+
+    def _number(self, pair: tuple[int, int]) -> int:
+        return 1 + pair[1] * self.n_shards + pair[0]
 
     def write(self, shard: int, snapshot: int, acts: Float[Tensor, "n T D"]) -> None:
-        """Store one shard of one snapshot."""
-        self._write(self.path(shard, snapshot), acts.to(self.dtype))
+        """Store one shard of one snapshot.
 
-    def _write(self, path: Path, tensor: Tensor) -> None:
-        tensor = tensor.contiguous()
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"data": tensor}, partial, metadata={"crc32": _checksum(tensor)})
-        os.replace(partial, path)
+        Raises:
+            UserError: the disk is full.
+        """
+        path = self.path(shard, snapshot)
+        write_shard(path, acts, self.dtype)
+        self._verified.discard(path)
+        self._broken.discard(path)
 
-    def read(self, first: int, last: int) -> Float[Tensor, "n T S D"]:
-        """Float32 activations of a run of sequences, all snapshots."""
+    # ------------------------------------------------------------------ reading
+    def read(
+        self, first: int, last: int, repair: Callable[[int, int, DamagedShardError], None] | None = None
+    ) -> Float[Tensor, "n T S D"]:
+        """Float32 activations of a run of sequences, all snapshots.
+
+        Args:
+            first: first sequence.
+            last: the one after the last.
+            repair: makes a (shard, snapshot) anew that turns out to be damaged.
+
+        Raises:
+            DamagedShardError: a file is not what was written.
+        """
         out = torch.empty(last - first, self.tokens.shape[1], self.n_snapshots, self.d_model)
         for shard in range(first // self.size, -(-last // self.size)):
             begin, end = self.span(shard)
             low, high = max(first, begin), min(last, end)
             for s in range(self.n_snapshots):
-                out[low - first : high - first, :, s] = self._load(shard, s)[low - begin : high - begin]
+                here = out[low - first : high - first, :, s]
+                try:
+                    here.copy_(self._load(shard, s, low - begin, high - begin))
+                except DamagedShardError as error:
+                    if repair is None:
+                        raise
+                    self._broken.add(error.path)
+                    repair(shard, s, error)
+                    here.copy_(self._load(shard, s, low - begin, high - begin))
         return out
 
-    def _load(self, shard: int, snapshot: int) -> Tensor:
+    def _load(self, shard: int, snapshot: int, low: int, high: int) -> Tensor:
         path = self.path(shard, snapshot)
-        remedy = f"delete {path.name} and harvest again: only that file is made anew"
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor("data")
-                if path not in self._verified and file.metadata()["crc32"] != _checksum(tensor):
-                    raise UserError(f"{path} does not match its checksum; {remedy}")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)}); {remedy}") from error
+        tensors = read_tensors(path, verify=path not in self._verified)
         self._verified.add(path)
-        return tensor
+        return decode({name: tensor[low:high] for name, tensor in tensors.items()})
+
+    @contextmanager
+    def _locks(self) -> Generator[_Locks, None, None]:
+        with open(self.folder / "harvest.lock", "wb") as file:
+            yield _Locks(file.fileno())
 
 
-def _checksum(tensor: Tensor) -> str:
-    return f"{zlib.crc32(tensor.view(torch.uint8).numpy().data):08x}"
+def _remove(left: Iterable[Path]) -> None:
+    """Delete what a process left behind that was killed; a lock is held, so nobody is at it now."""
+    for path in left if fcntl is not None else ():
+        path.unlink(missing_ok=True)
+
+
+class _Locks:
+    """Locks on single bytes of a file, which the system drops when their process ends, however it ends."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+
+    def take(self, byte: int) -> bool:
+        """Lock a byte; False where another process has it."""
+        try:
+            self._lock(byte, wait=False)
+        except OSError:
+            return False
+        return True
+
+    def wait(self, byte: int) -> None:
+        """Lock a byte as soon as no other process has it."""
+        self._lock(byte, wait=True)
+
+    def _lock(self, byte: int, *, wait: bool) -> None:
+        if fcntl is not None:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+
+    def release(self, byte: int) -> None:
+        if fcntl is not None:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)

@@ -11,29 +11,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
 import logging
-import pickle
+import threading
 import warnings
-import zipfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import huggingface_hub
 import torch
-from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from crosslens.errors import UserError, did_you_mean, first_line
+from crosslens.hub import (
+    WEIGHTS,
+    evict,
+    hub_file,
+    hub_folder,
+    is_on_disk,
+    mark_download,
+    record_fingerprint,
+    recorded_fingerprint,
+    unreachable,
+)
+from crosslens.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
 
 LanguageModel: TypeAlias = Any
 """A TransformerBridge or a HookedTransformer; both have run_with_cache, run_with_hooks and stop_at_layer."""
@@ -43,8 +49,8 @@ BACKENDS = ("bridge", "hooked_transformer")
 # one of the first makes a tokenizer, the others go with it
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TOKENIZER_EXTRAS = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-# masks and tables that follow from the config: older files of a model hold them, newer ones do not
-_BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+_LOADING = threading.RLock()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -61,90 +67,13 @@ def hash_files(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
-def _hub_folder(repo: str, revision: str) -> Path:
-    """Folder of a revision's commit in the hub's cache, with config.json in it; looked up once per process."""
-    where = f"{repo}@{revision}"
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)).parent
-    except hub_errors.HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a repository: give one such as 'EleutherAI/pythia-14m'") from error
-    except hub_errors.GatedRepoError as error:
-        raise UserError(f"{where} is gated: accept its terms on huggingface.co, then run `hf auth login`") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"there is no repository {repo!r} on the hub: check its spelling; if it is private, run `hf auth login`"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"{repo} has no revision {revision!r}: see https://huggingface.co/{repo}/tree/main for those it has"
-        ) from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
-        raise UserError(f"{where} is not in the local cache and {_unreachable(repo, revision)}") from error
-    except hub_errors.EntryNotFoundError as error:
-        raise UserError(f"{where} has no config.json: choose a repository in the layout of transformers") from error
-
-
-def _hub_file(repo: str, commit: str, filename: str) -> Path | None:
-    """A file of a commit, downloaded where it is not in the cache yet; None where it cannot be had."""
-    cached = huggingface_hub.try_to_load_from_cache(repo, filename, revision=commit)
-    if isinstance(cached, str):
-        return Path(cached)
-    if cached is not None:  # the hub said earlier that this commit has no such file
-        return None
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=commit))
-    except (hub_errors.EntryNotFoundError, hub_errors.OfflineModeIsEnabled):
-        return None
-
-
-def _unreachable(repo: str, revision: str) -> str:
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
-    return (
-        f"{'HF_HUB_OFFLINE is set' if offline else 'the hub cannot be reached'}: "
-        f"run `hf download {repo} --revision {revision}` once {'without it' if offline else 'with a connection'}"
-    )
-
-
-@functools.cache
-def _hash_tensors(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor, by name.
-
-    Args:
-        files: path, size and time of change of each file; the latter two let the cache see a change.
-    """
-    digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        readers: dict[str, Callable[[], Tensor]] = {}
-        for path, _, _ in files:
-            readers.update(_open_weights(path, stack))
-        for name in sorted(readers):
-            if not name.endswith(_BUFFERS):
-                tensor = readers[name]()
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each tensor of a file, which stays open and mapped into memory as long as `stack` does."""
-    try:
-        if path.suffix == ".safetensors":
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            return {name: functools.partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-        # early checkpoints of some families have nothing else; weights_only lets no code in
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {name: functools.partial(state.get, name) for name in state}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise _DamagedFileError(path) from error
-
-
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
     """Hold back warnings, log lines and bars of the libraries that load models; afterwards all is as it was."""
-    logged = logging.root.manager.disable
-    bars, no_hub_bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # what is changed here belongs to the whole process: two threads that load must take turns
+    with _LOADING, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        logged = logging.root.manager.disable
+        bars, no_hub_bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
         warnings.simplefilter("ignore")
         logging.disable(max(logged, logging.WARNING))
         if bars:
@@ -157,14 +86,6 @@ def _quiet() -> Generator[None, None, None]:
                 if no_hub_bars:
                     disable_progress_bars()
             logging.disable(logged)
-
-
-class _DamagedFileError(Exception):
-    """A file of weights that cannot be read."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self.path = path
 
 
 @dataclass(frozen=True)
@@ -187,6 +108,8 @@ class Snapshot:
     """Branch, tag or commit of the repository."""
     tokenizer_folder: str | None = None
     """Local folder of the tokenizer; None: it lies with the weights."""
+    tokenizer_repository: str | None = None
+    """Repository of the tokenizer; None: it lies with the weights."""
 
     def __post_init__(self) -> None:
         if self.revision is not None and Path(self.name).is_dir():
@@ -199,7 +122,7 @@ class Snapshot:
         """The local folder with config.json in it; of a repository, that of the commit in the hub's cache."""
         if self.revision is not None:
             try:
-                return _hub_folder(self.name, self.revision)
+                return hub_folder(self.name, self.revision)
             except UserError as error:
                 raise self._error(str(error)) from error
         folder = Path(self.name)
@@ -229,17 +152,53 @@ class Snapshot:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tensors, however they are split into files; computed once per process."""
+        """sha256 of the tensors, however they are split into files; computed once per process.
+
+        Of a commit on the hub whose weights are no longer on this disk, it is the one that was computed before.
+        """
+        if self.revision is not None and not self.is_on_disk():
+            known = recorded_fingerprint(self.name, self.folder().name)
+            if known is not None:
+                return known
         files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self._weights())
         try:
-            return _hash_tensors(files)
-        except _DamagedFileError as error:
+            found = hash_tensors(files)
+        except DamagedFileError as error:
             raise self._damaged(error.path) from error
+        if self.revision is not None and recorded_fingerprint(self.name, self.folder().name) != found:
+            record_fingerprint(self.name, self.folder().name, found)
+        return found
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type in which most numbers of the weights are stored."""
+        counts: dict[torch.dtype, int] = {}
+        try:
+            with contextlib.ExitStack() as stack:
+                for path in self._weights():
+                    for dtype, n in stored_dtypes(path, stack):
+                        counts[dtype] = counts.get(dtype, 0) + n
+        except DamagedFileError as error:
+            raise self._damaged(error.path) from error
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def is_on_disk(self) -> bool:
+        """Whether the weights are on this disk; downloads nothing."""
+        return self.revision is None or is_on_disk(self.name, self.revision)
+
+    def evict(self) -> int:
+        """Delete the weights from the hub's cache, and return the bytes that this freed.
+
+        A local folder stays, and so do weights that were in the cache before crosslens first wanted them.
+        """
+        return 0 if self.revision is None else evict(self.name, self.folder().name)
 
     def tokenizer_source(self) -> Path:
         """The folder of the tokenizer; the repository's main branch where the revision has none."""
         if self.tokenizer_folder is not None:
             return Path(self.tokenizer_folder)
+        if self.tokenizer_repository is not None:
+            return self._final().tokenizer_source()
         if self._fetch_tokenizer():
             return self.folder()
         if self.revision not in (None, "main"):
@@ -249,11 +208,15 @@ class Snapshot:
                     return main.folder()
         remedy = "save one there with save_pretrained"
         if self.revision is not None:
-            remedy = f"the repository has none, or {_unreachable(self.name, self.revision)}"
+            remedy = f"the repository has none, or {unreachable(self.name, self.revision)}"
         raise self._error(f"there is no tokenizer in {self.folder()}: {remedy}")
 
     def load(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, backend: str = "bridge"
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "bridge",
+        n_blocks: int | None = None,
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients.
 
@@ -262,6 +225,8 @@ class Snapshot:
             dtype: of its parameters.
             backend: "bridge" for a raw TransformerBridge; "hooked_transformer" for a HookedTransformer without weight
                 processing, for hub repositories that TransformerLens knows by name.
+            n_blocks: load the first blocks alone; what lies above them is neither read nor in memory. Such a model
+                is good for activations, its logits mean nothing.
         """
         if backend not in BACKENDS:
             raise self._error(
@@ -269,43 +234,56 @@ class Snapshot:
             )
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise self._error(f"device={str(device)!r} needs CUDA, which is not available here: use device='cpu'")
-        if backend == "hooked_transformer":
-            self._require_hooked_transformer()
+        official = self._official() if backend == "hooked_transformer" else self
         tokenizer = self.read_tokenizer()
-        original = self._load_transformers(dtype)
+        original = self._load_transformers(dtype, n_blocks)
         # imported late: it takes seconds
         from transformer_lens import HookedTransformer
         from transformer_lens.model_bridge import TransformerBridge
 
-        with _quiet():
-            if backend == "bridge":
-                model = TransformerBridge.boot_transformers(
+        if backend == "bridge":
+            with _quiet():
+                model: Any = TransformerBridge.boot_transformers(
                     self.name, hf_model=original.to(device), tokenizer=tokenizer, device=str(device), dtype=dtype
                 )
-            else:
+            return model.requires_grad_(False).eval()
+        try:
+            with _quiet():
                 # checkpoint_value= would look for weights of its own; revision= is for the config, read once more
                 model = HookedTransformer.from_pretrained_no_processing(
-                    self.name,
+                    official.name,
                     hf_model=original,
                     tokenizer=tokenizer,
                     device=str(device),
                     dtype=dtype,
-                    revision=self.folder().name,
+                    revision=official.folder().name,
+                    first_n_layers=n_blocks,
                 )
+        except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+            # it takes the sizes of some families from a list of its own
+            raise self._error(
+                f"HookedTransformer cannot load {self.name} as {official.name} ({first_line(error)}): use "
+                "backend='bridge'"
+            ) from error
         return model.requires_grad_(False).eval()
 
-    def _load_transformers(self, dtype: torch.dtype) -> Any:
+    def _load_transformers(self, dtype: torch.dtype, n_blocks: int | None) -> Any:
         """The model of transformers on the CPU, with the attention that TransformerLens's hooks need."""
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        config: Any = self.config()
+        if n_blocks is not None:
+            config.num_hidden_layers = n_blocks
+            if getattr(config, "layer_types", None):  # one a block
+                config.layer_types = config.layer_types[:n_blocks]
         try:
             with contextlib.ExitStack() as stack:
                 for path in self._weights():
-                    _open_weights(path, stack)
+                    open_weights(path, stack)
             with _quiet():
                 model, report = from_pretrained(
-                    self.folder(), dtype=dtype, attn_implementation="eager", output_loading_info=True
+                    self.folder(), config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
                 )
-        except _DamagedFileError as error:
+        except DamagedFileError as error:
             raise self._damaged(error.path) from error
         except UserError:
             raise
@@ -318,25 +296,31 @@ class Snapshot:
             )
         return model
 
-    def _require_hooked_transformer(self) -> None:
-        known = self.revision is not None
-        if known:
-            from transformer_lens.loading_from_pretrained import get_official_model_name
+    def _final(self) -> Snapshot:
+        """The repository of the tokenizer, as a checkpoint."""
+        assert self.tokenizer_repository is not None
+        return replace(self, name=self.tokenizer_repository, revision="main", tokenizer_repository=None)
 
-            try:
-                get_official_model_name(self.name)
-            except ValueError:
-                known = False
-        if not known:
-            raise self._error(
-                f"HookedTransformer cannot load {self.name}, only hub repositories that TransformerLens knows by name: "
-                "use backend='bridge'"
-            )
+    def _official(self) -> Snapshot:
+        """The checkpoint by whose name TransformerLens knows the configuration: this one, or that of the tokenizer."""
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+
+        candidates: list[Snapshot] = [] if self.revision is None else [self]
+        if self.tokenizer_repository is not None:
+            candidates.append(self._final())
+        for candidate in candidates:
+            with contextlib.suppress(ValueError):
+                get_official_model_name(candidate.name)
+                return candidate
+        raise self._error(
+            f"HookedTransformer cannot load {self.name}, only hub repositories that TransformerLens knows by name: "
+            "use backend='bridge'"
+        )
 
     def _file(self, filename: str) -> Path | None:
         """A file beside the config, downloaded at need; None where there is none."""
         if self.revision is not None:
-            return _hub_file(self.name, self.folder().name, filename)
+            return hub_file(self.name, self.folder().name, filename)
         path = self.folder() / filename
         return path if path.is_file() else None
 
@@ -350,7 +334,9 @@ class Snapshot:
 
     def _weights(self) -> list[Path]:
         """The files of the weights, chosen as transformers chooses them."""
-        for filename in ("model.safetensors", "pytorch_model.bin"):
+        if not self.is_on_disk():
+            mark_download(self.name, self.folder().name)
+        for filename in WEIGHTS:
             if single := self._file(filename):
                 return [single]
             if index := self._file(f"{filename}.index.json"):
@@ -367,7 +353,7 @@ class Snapshot:
     def _absent(self, what: str) -> UserError:
         remedy = "copy the weights there"
         if self.revision is not None:
-            remedy = f"the repository has none, or {_unreachable(self.name, self.revision)}"
+            remedy = f"the repository has none, or {unreachable(self.name, self.revision)}"
         return self._error(f"there is no {what} in {self.folder()}: {remedy}")
 
     def _damaged(self, path: Path) -> UserError:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from crosslens.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from crosslens.activations import Activations
-    from crosslens.crosscoders import Crosscoder
-    from crosslens.rundir import RunDir
-    from crosslens.snapshots import Snapshots
-    from crosslens.tasks import Task
+from crosslens.specs import open_run, parse_numbers, parse_snapshots, parse_task
 
 app = typer.Typer(
     name="crosslens",
@@ -41,16 +35,22 @@ SnapshotsOption = Annotated[
     str,
     typer.Option(
         "--snapshots",
-        help="Folder with snapshots, pythia-160m (with --steps), a hub name with @ and revisions such as "
-        "org/model@step0,step1000, or demo.",
+        help="Folder with snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (with --steps); "
+        "a hub name with @ and revisions such as org/model@step0,step1000, or their pattern such as "
+        "org/model@step{step}; or demo.",
     ),
 ]
 StepsOption = Annotated[
-    str | None, typer.Option("--steps", help="Steps such as 0,512,143000, or 'paper' for the 32 of the paper.")
+    str | None,
+    typer.Option("--steps", help="Steps such as 0,512,143000, revisions, or a set: paper, triplet, log:12, linear:12."),
 ]
 HookOption = Annotated[str, typer.Option("--hook", help="Hook point such as blocks.6.hook_resid_post.")]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Hub name, or a text, jsonl, csv or parquet file.")]
 TokensOption = Annotated[int | None, typer.Option("--n-tokens", help="Activations to train on; all when left out.")]
+EpochsOption = Annotated[
+    int | None, typer.Option("--training-tokens", help="More than --n-tokens means several epochs.")
+]
+DtypeOption = Annotated[str, typer.Option("--cache-dtype", help="bfloat16, float32 or int8 on disk.")]
 ContextOption = Annotated[int | None, typer.Option("--context-size", help="Tokens per sequence.")]
 ColumnOption = Annotated[str, typer.Option("--text-column", help="Column of the documents.")]
 SampleOption = Annotated[str, typer.Option("--sample-by", help="What a document is in a text file: line or paragraph.")]
@@ -60,24 +60,24 @@ BackendOption = Annotated[str, typer.Option("--backend", help="bridge or hooked_
 
 
 @app.command("ls")
-def list_snapshots(
-    what: Annotated[str, typer.Argument(help="A folder, pythia-160m, or demo; families when left out.")] = "",
-    steps: StepsOption = "all",
+def list_what(
+    what: Annotated[
+        str, typer.Argument(help="A model such as pythia-160m, a folder, releases, or one; families when left out.")
+    ] = "",
+    steps: StepsOption = None,
 ) -> None:
-    """List the families, or the snapshots of one model."""
-    from crosslens import families
+    """List the families, the snapshots of one model and which are on this disk, or the releases of crosscoders."""
+    from crosslens import families, listing
 
-    if not what:
-        for family in families.FAMILIES.values():
-            typer.echo(f"{family.name}: {', '.join(family.sizes)} (steps {family.steps_in_words})")
-        return
-    if what.startswith("pythia-"):
-        for label, revision, _, tokens in families.pythia_revisions(what.removeprefix("pythia-"), _steps(steps)):
-            typer.echo(f"{label:>12}  {revision:>12}  {tokens:>16,} tokens")
-        return
-    for snapshot in parse_snapshots(what, None):
-        tokens = "" if snapshot.tokens is None else f"{snapshot.tokens:>16,} tokens"
-        typer.echo(f"{snapshot.label:>12}  {snapshot.revision or '':>12}  {tokens}")
+    if what and not Path(what).exists() and "@" not in what and families.match_model(what) is None:
+        from crosslens.registry import describe_releases, list_releases
+
+        if what == "releases" or what in list_releases():
+            for line in describe_releases(None if what == "releases" else what):
+                typer.echo(line)
+            return
+    for line in listing.list_snapshots(what, steps) if what else listing.list_families():
+        typer.echo(line)
 
 
 @app.command()
@@ -86,13 +86,17 @@ def plan(
     hook: HookOption,
     dataset: DatasetOption,
     n_tokens: TokensOption = None,
+    training_tokens: EpochsOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
+    cache: Annotated[Path, typer.Option("--cache", help="Where a cache would lie.")] = Path("."),
+    cache_dtype: DtypeOption = "bfloat16",
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     device: DeviceOption = "cpu",
+    backend: BackendOption = "bridge",
 ) -> None:
-    """Say what a harvest costs, before anything is run."""
+    """Say what a harvest costs, before anything is run or downloaded."""
     from crosslens.activations import Activations
 
     acts = Activations(
@@ -104,8 +108,46 @@ def plan(
         text_column=text_column,
         sample_by=sample_by,
         device=device,
+        backend=backend,
     )
-    typer.echo(str(acts.plan()))
+    typer.echo(str(acts.plan(training_tokens=training_tokens, folder=cache, dtype=cache_dtype)))
+
+
+@app.command()
+def harvest(
+    snapshots: SnapshotsOption,
+    hook: HookOption,
+    dataset: DatasetOption,
+    cache: Annotated[Path, typer.Option("--cache", help="Folder of the activations; made when missing.")],
+    n_tokens: TokensOption = None,
+    context_size: ContextOption = None,
+    steps: StepsOption = None,
+    cache_dtype: DtypeOption = "bfloat16",
+    evict: Annotated[bool, typer.Option("--evict", help="Afterwards delete the weights downloaded for it.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the checksums of what is there.")] = False,
+    text_column: ColumnOption = "text",
+    sample_by: SampleOption = "line",
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = "bridge",
+) -> None:
+    """Write activations to disk; the same command goes on after an interruption, and may run several times at once."""
+    from crosslens.activations import Activations
+
+    acts = Activations(
+        parse_snapshots(snapshots, steps),
+        hook,
+        dataset,
+        n_tokens,
+        context_size,
+        text_column=text_column,
+        sample_by=sample_by,
+        seed=seed,
+        device=device,
+        backend=backend,
+    )
+    acts.cache(cache, cache_dtype, evict=evict, verify=verify)
+    typer.echo(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
 
 
 @app.command()
@@ -120,9 +162,7 @@ def train(
     ] = "batchtopk",
     k: Annotated[int, typer.Option("--k", help="Features kept per token (topk, batchtopk).")] = 64,
     n_tokens: TokensOption = None,
-    training_tokens: Annotated[
-        int | None, typer.Option("--training-tokens", help="More than --n-tokens means several epochs.")
-    ] = None,
+    training_tokens: EpochsOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Activations per step.")] = 4096,
@@ -132,6 +172,7 @@ def train(
     ] = 10_000_000,
     n_checkpoints: Annotated[int, typer.Option("--n-checkpoints", help="Checkpoints to resume from.")] = 4,
     cache: Annotated[Path | None, typer.Option("--cache", help="Write activations here once, and read them.")] = None,
+    cache_dtype: DtypeOption = "bfloat16",
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
@@ -142,7 +183,9 @@ def train(
     """Train a crosscoder; the same command continues after an interruption."""
     from crosslens import crosscoders
     from crosslens.activations import Activations
+    from crosslens.shards import check_dtype
     from crosslens.trainer import TrainConfig
+    from crosslens.training import claim
     from crosslens.training import train as train_crosscoder
 
     if architecture not in ARCHITECTURES:
@@ -176,22 +219,27 @@ def train(
         wandb_project=wandb_project,
     )
     architecture_config = config_class(d_sae=d_sae, **options)
-    crosscoder = train_crosscoder(acts if cache is None else acts.cache(cache), architecture_config, config)
+    if cache is not None:
+        check_dtype(cache_dtype)
+        claim(acts, architecture_config, config)  # the run directory of another run is refused before the harvest
+        acts = acts.cache(cache, cache_dtype)
+    crosscoder = train_crosscoder(acts, architecture_config, config)
     typer.echo(f"{type(crosscoder).__name__} with {d_sae} features saved in {run_dir}")
 
 
 @app.command()
 def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
-    """Date every feature: birth, peak, origin, fate; and probe some of them."""
+    """Lives, directions and controls of every feature, the phases of training, and probes of some features."""
     import pandas as pd
 
-    from crosslens.evolution import evolve as evolve_features
-    from crosslens.probing import probe
+    from crosslens.history import study_dynamics, study_evolution, study_probes
 
     run, crosscoder, acts = open_run(run_dir, device)
-    table = evolve_features(crosscoder, acts)
-    run.save_table("evolution", table)
-    run.save_table("probe", probe(crosscoder, acts))
+    history = study_evolution(crosscoder, acts)
+    history.save(run)
+    study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")).save(run)
+    study_probes(crosscoder, acts).save(run)
+    table = history.tables["evolution"]
     counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
     typer.echo(f"{int(table['alive'].sum())} live features: {counts}")
 
@@ -297,6 +345,21 @@ def report(run_dir: RunArgument) -> None:
 
 
 @app.command()
+def push(
+    source: Annotated[Path, typer.Argument(help="Run directory, or folder of a crosscoder.", metavar="RUN")],
+    repository: Annotated[str, typer.Argument(help="Repository on the hub, such as someone/name; made when missing.")],
+    sae_id: Annotated[str | None, typer.Option("--id", help="Folder in it; the hook point when left out.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    licence: Annotated[str | None, typer.Option("--licence", help="Of the weights, such as mit.")] = None,
+) -> None:
+    """Publish a crosscoder on the hub, with a model card."""
+    from crosslens.publishing import push_to_hub
+
+    typer.echo(str(push_to_hub(source, repository, sae_id, private=private, dry_run=dry_run, licence=licence)))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run directory of the demo.")] = Path("runs/demo"),
     seed: SeedOption = 0,
@@ -306,76 +369,6 @@ def demo(
 
     summary = run_demo(out, seed)
     typer.echo(f"done in {summary['seconds']:.0f} s; open {out / 'report' / 'index.html'}")
-
-
-def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
-    """Snapshots from what a user types: a folder, a Pythia name, `org/model@revision,revision`, or demo."""
-    from crosslens.snapshots import Snapshots
-
-    if spec == "demo":
-        return Snapshots.demo()
-    if Path(spec).is_dir():
-        return Snapshots.local(spec)
-    if spec.startswith("pythia-"):
-        return Snapshots.pythia(spec.removeprefix("pythia-"), steps=_steps(steps or "paper"))
-    repository, at, revisions = spec.partition("@")
-    if at and revisions:
-        return Snapshots.from_hub(repository, revisions.split(","))
-    raise UserError(
-        f"--snapshots {spec!r} is no folder and no known model; give a folder, pythia-160m, "
-        "org/model@revision,revision, or demo"
-    )
-
-
-def parse_task(spec: str) -> Task:
-    """A task from what a user types: KIND:WHAT, as in the error below, or a file."""
-    from crosslens.tasks import Task
-
-    kind, _, rest = spec.partition(":")
-    if kind == "demo":
-        return Task.demo(rest)
-    if kind == "sva":
-        return Task.sva(rest)
-    if kind == "blimp":
-        return Task.blimp(rest)
-    if kind == "clams":
-        return Task.clams(rest)
-    if kind == "multiblimp":
-        language, _, phenomenon = rest.partition(":")
-        return Task.multiblimp(language, phenomenon or None)
-    if kind == "ioi":
-        return Task.ioi(rest or None)
-    if not Path(spec).is_file():
-        raise UserError(
-            f"--task {spec!r} is no file and no task; give demo:simple, sva:FILE, blimp:UID, clams:FILE, "
-            "multiblimp:LANGUAGE, ioi, or a file"
-        )
-    return Task.local(spec)
-
-
-def parse_numbers(text: str, option: str) -> list[int]:
-    """Whole numbers separated by commas."""
-    try:
-        return [int(part.replace("_", "")) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text!r} must be whole numbers separated by commas, such as 0,512,143000") from None
-
-
-def _steps(text: str | None) -> Any:
-    return text if text is None or text.isalpha() else parse_numbers(text, "--steps")
-
-
-def open_run(path: Path, device: str) -> tuple[RunDir, Crosscoder, Activations]:
-    """The run in a directory: its crosscoder, and the activations it was trained on."""
-    from crosslens.activations import Activations
-    from crosslens.pretrained import load
-    from crosslens.rundir import RunDir
-
-    run = RunDir.open(path)
-    source = run.read_json().get("source")
-    if source is None:
-        raise UserError(f"{path} does not record where its activations came from; use the functions from Python")
-    return run, load(run.crosscoder, device=device), Activations.from_dict(source, device=device)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from crosslens.errors import UserError, did_you_mean, first_line
+from crosslens.errors import UserError, did_you_mean, first_line, shortened
 from crosslens.prompts import Item
 
 _BLIMP = {"prefix": "one_prefix_prefix", "correct": "one_prefix_word_good", "wrong": "one_prefix_word_bad"}
@@ -50,7 +50,10 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[tuple[str, Any]]
     if path.suffix in _DELIMITERS:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix])
-        rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+        try:
+            rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path} is no table ({first_line(error)}): write it again") from error
     elif text.lstrip().startswith("["):
         rows = [(f"{path}, entry {i}", row) for i, row in enumerate(_parsed(text, str(path)), start=1)]
     else:
@@ -58,7 +61,13 @@ def read_rows(path: Path) -> list[Row]:
         rows = [(where, _parsed(line, where)) for where, line in lines]
     for where, row in rows:
         if not isinstance(row, Mapping):
-            raise UserError(f"{where}: {row!r} is no JSON object; give objects with keys such as 'prefix'")
+            raise UserError(
+                f"{where}: {shortened(repr(row))} is no JSON object; give objects with keys such as 'prefix'"
+            )
+        if None in row:
+            raise UserError(
+                f"{where} has more fields than the header has: put quotes around those with separators in them"
+            )
     return [Row(*row) for row in rows]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ def run_demo(
         summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
     lap("report", mark)
     write_report(run.path, title=f"crosslens demo, seed {seed}")
+    shutil.rmtree(run.path / "activations")  # 450 MB; harvested again in seconds where they are wanted again
     summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     partial = run.path / "summary.json.tmp"
     partial.write_text(json.dumps(summary, indent=1, allow_nan=False))

@@ -17,7 +17,7 @@ Letters: B tokens, S snapshots, D d_model, N planted features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,7 @@ class Planted(Activations):
         seed: of the truth and of the activations.
         n_tokens: activations that count as one epoch; every epoch is new.
         n_held_out: activations to judge on.
+        keep: hold every batch in memory once it is drawn, 4 B S D bytes each, for several trainings on one truth.
 
     Attributes:
         rows: (N, S, D), size times strength times direction: what a feature of value 1 adds at each snapshot.
@@ -124,8 +125,17 @@ class Planted(Activations):
             snapshot of its turn, split or merge), angle, partner, firing (probability); missing where there is none.
     """
 
-    def __init__(self, regime: Regime, seed: int = 0, *, n_tokens: int = 1_000_000, n_held_out: int = 20_000) -> None:
+    def __init__(
+        self,
+        regime: Regime,
+        seed: int = 0,
+        *,
+        n_tokens: int = 1_000_000,
+        n_held_out: int = 20_000,
+        keep: bool = False,
+    ) -> None:
         self.regime, self.seed = regime, seed
+        self.kept: dict[tuple[int, int], Tensor] | None = {} if keep else None
         self.n_held_out, self._n_tokens = n_held_out, n_tokens
         rng = np.random.default_rng(seed)
         self.truth = _lives(regime, rng)
@@ -137,11 +147,12 @@ class Planted(Activations):
         )
         self.source = ActivationGenerator(
             regime.n_features,
-            torch.from_numpy(self.truth["firing"].to_numpy()).float(),
+            torch.tensor(self.truth["firing"].to_numpy(), dtype=torch.float32),
             std_firing_magnitudes=regime.amplitude_sd,
             correlation_matrix=_groups(regime) if regime.correlation else None,
         )
         self.members = list(range(regime.n_snapshots))
+        self.whole: Planted | None = None
         self.hook_name, self.dataset = "planted", f"planted, seed {seed}"
         self._name_snapshots()
 
@@ -152,9 +163,10 @@ class Planted(Activations):
         )
 
     def only(self, snapshot: int) -> Planted:
-        """The same activations at one snapshot."""
+        """The same activations at one snapshot; what the whole keeps is drawn once for both."""
         part = Planted.__new__(Planted)
         part.__dict__.update(self.__dict__)
+        part.whole = self.whole or self
         part.members = [self.members[snapshot]]
         part.rows, part.sizes = self.rows[:, [snapshot]], self.sizes[[snapshot]]
         part._name_snapshots()
@@ -194,18 +206,26 @@ class Planted(Activations):
     @override
     def batches(
         self, batch_size: int, *, start: int = 0, epochs: int | None = None
-    ) -> Iterator[Float[Tensor, "B S D"]]:
+    ) -> Generator[Float[Tensor, "B S D"], None, None]:
         last = None if epochs is None else self.n_tokens * epochs // batch_size
         i = start
         while last is None or i < last:
-            yield self.draw(batch_size, i)[1]
+            yield self._activations(batch_size, i)
             i += 1
 
     @override
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
         # the same tokens for every batch size
         for i, first in enumerate(range(0, self.n_held_out, _HELD_OUT)):
-            yield from self.draw(min(_HELD_OUT, self.n_held_out - first), -1 - i)[1].split(batch_size)
+            yield from self._activations(min(_HELD_OUT, self.n_held_out - first), -1 - i).split(batch_size)
+
+    def _activations(self, n: int, index: int) -> Float[Tensor, "B S D"]:
+        if self.kept is None:
+            return self.draw(n, index)[1]
+        if (n, index) not in self.kept:
+            self.kept[n, index] = (self.whole or self).draw(n, index)[1]
+        kept = self.kept[n, index]
+        return kept if self.whole is None else kept[:, self.members]
 
     def draw(self, n: int, index: int) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B S D"]]:
         """Values of the planted features on n tokens, and the activations; a function of seed, n and index alone."""

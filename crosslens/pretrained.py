@@ -1,13 +1,31 @@
-"""Trained crosscoders from a folder or the hub, through SAELens's own loaders."""
+"""Trained crosscoders from a folder, a release or the hub, looked at before they are loaded.
+
+The files are SAELens's, and `sae_lens.SAE` loads them as well; here they are inspected first (`crosslens.inspection`).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from sae_lens import SAE
 
-from crosslens.crosscoders import ARCHITECTURES, Crosscoder
-from crosslens.errors import UserError, first_line
+from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError, shortened
+from crosslens.imports import import_crosscoder, layout_files
+from crosslens.inspection import (
+    CONFIG,
+    DTYPES,
+    WEIGHTS,
+    brief,
+    check_inside,
+    check_scale,
+    inside,
+    inspect_config,
+    inspect_crosscoder,
+)
+from crosslens.registry import Entry, Release, find_release, list_releases
+from crosslens.repositories import check_repository, fetch
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Crosscoder:
@@ -19,38 +37,88 @@ def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Cro
         dtype: of the parameters; as saved when None.
 
     Raises:
-        UserError: no crosscoder in this folder, or its files are damaged.
+        UserError: no crosscoder in this folder, its files are damaged, or do not fit each other.
     """
     folder = Path(path)
-    if not (folder / "cfg.json").is_file():
-        raise UserError(f"{path} holds no crosscoder (no cfg.json); give the folder that `save` wrote")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{path} holds no crosscoder (no {CONFIG}); give the folder that `save` wrote")
+    if dtype is not None:
+        _as_dtype(dtype)
+    inspect_crosscoder(folder)
     try:
         loaded = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(
-            f"{path} is of an architecture that crosslens does not know: {error}; known are {', '.join(ARCHITECTURES)}"
-        ) from error
     except Exception as error:
         # safetensors, json and torch each have their own exceptions for damaged files
-        raise UserError(f"{path} cannot be loaded ({first_line(error)}); train or download it again") from error
-    return _as_crosscoder(loaded, str(path))
+        raise UserError(f"{path} cannot be loaded ({brief(error)}); train or download it again") from error
+    assert isinstance(loaded, Crosscoder)  # its architecture was inspected
+    check_scale(str(path), loaded.activation_scale)
+    return loaded.eval().requires_grad_(False)
 
 
-def from_pretrained(release: str, sae_id: str, device: str = "cpu", dtype: str = "float32") -> Crosscoder:
-    """A crosscoder from the hub, laid out as SAELens has it (`<sae_id>/cfg.json` and the weights).
+def from_pretrained(
+    release: str, sae_id: str, device: str = "cpu", dtype: str = "float32", *, revision: str | None = None
+) -> Crosscoder:
+    """A crosscoder of a release, of a local folder, or of a repository on the hub, by its id.
 
     Args:
-        release: hub repository.
-        sae_id: folder inside it.
+        release: name of a release (`crosslens ls releases`); a local folder; or a repository such as "someone/name".
+        sae_id: of the release; else the folder below it, with `cfg.json` and `sae_weights.safetensors` in it.
         device: where to put it.
         dtype: of the parameters.
+        revision: branch, tag or commit of the repository; that of the release, or the main branch, when None.
+
+    Raises:
+        UserError: no such release, id, folder, repository or revision; files that do not fit it, or each other.
     """
-    return _as_crosscoder(SAE.from_pretrained(release, sae_id, device=device, dtype=dtype), f"{release}/{sae_id}")
+    if release in list_releases():
+        found = find_release(release)
+        return _from_release(found, found.entry(sae_id), device, dtype, revision)
+    if Path(release).is_dir():
+        if revision is not None:
+            raise UserError(f"{release} is a local folder, which has no revision {revision!r}: leave it out")
+        return load(inside(Path(release), sae_id, "id"), device, dtype)
+    if "/" not in release:
+        find_release(release)  # tells which there are
+    return load(_download(check_repository(release), check_inside(sae_id, "id"), revision), device, dtype)
 
 
-def _as_crosscoder(loaded: object, name: str) -> Crosscoder:
-    if not isinstance(loaded, Crosscoder):
-        raise UserError(f"{name} is a {type(loaded).__name__}, not a crosscoder; load it with sae_lens.SAE")
-    return loaded.eval().requires_grad_(False)
+def _from_release(release: Release, entry: Entry, device: str, dtype: str, revision: str | None) -> Crosscoder:
+    if release.repo_id is None:
+        assert release.folder is not None
+        if revision is not None:
+            raise UserError(f"release {release.name!r} is a folder, which has no revision {revision!r}: leave it out")
+        place = inside(release.folder, entry.path, "path")
+    else:
+        place = _download(release.repo_id, entry.path, revision or release.revision, release.layout)
+    if release.layout is None:
+        loaded = load(place, device, dtype)
+    else:
+        loaded = import_crosscoder(place, release.layout).to(device=device, dtype=_as_dtype(dtype))
+    for key, value in entry.config.items():
+        found = loaded.cfg.architecture() if key == "architecture" else getattr(loaded.cfg, key, None)
+        if found != value:
+            raise UserError(
+                f"{entry.id} of release {release.name!r} has {key}={shortened(found)}, where the release says "
+                f"{shortened(value)}: its files have changed; pin a revision"
+            )
+    return loaded
+
+
+def _download(repo: str, path: str, revision: str | None, layout: str | None = None) -> Path:
+    """Where a crosscoder is in the hub's cache; its config is inspected before its weights are fetched."""
+    names = [f"{path}/{CONFIG}", f"{path}/{WEIGHTS}"] if layout is None else layout_files(layout, path)
+    config = fetch(repo, names[0], revision)
+    if layout is None:
+        inspect_config(config)
+    # of the commit that the config is of: a branch may have moved on in between
+    commit = config.parents[names[0].count("/")]
+    fetch(repo, names[1], commit.name)
+    return commit / path
+
+
+def _as_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"dtype={name!r} is unknown: use one of {', '.join(DTYPES)}")
+    return getattr(torch, name)

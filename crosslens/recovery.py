@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -33,10 +34,10 @@ FALSE = 0.7  # a found feature is near a planted one from this cosine on
 TURN = 0.3  # radians from which the snapshot of a planted turn is asked for
 
 
-def recovery(
+def matched(
     planted: Planted, found: Float[Tensor, "F S D"], scale: Float[Tensor, " S"], *, min_cosine: float = 0.9
-) -> dict[str, float]:
-    """Scores of found features.
+) -> pd.DataFrame:
+    """The truth, a row per planted feature, beside the found feature it is assigned to.
 
     Args:
         planted: the truth.
@@ -45,39 +46,55 @@ def recovery(
         min_cosine: from which a planted feature counts as recovered.
 
     Returns:
+        The columns of `planted.truth`, and feature (row of `found`), cosine (of the two rows), recovered,
+        claimed_birth, claimed_death; missing where nothing is assigned (fewer found than planted) or claimed.
+
+    Raises:
+        UserError: no found features, or rows of another shape.
+    """
+    cosines = _cosines(planted, found, scale)
+    pairs = linear_sum_assignment(cosines, maximize=True)
+    feature = pd.array([pd.NA] * len(cosines), dtype="Int64")
+    feature[pairs[0]] = pairs[1]
+    cosine = np.full(len(cosines), np.nan)
+    cosine[pairs[0]] = cosines[pairs]
+    life = classify(found.norm(dim=-1))[["birth", "death"]].reindex(feature).reset_index(drop=True)
+    return planted.truth.assign(
+        feature=feature,
+        cosine=cosine,
+        recovered=cosine > min_cosine,
+        claimed_birth=life["birth"].astype("Int64"),
+        claimed_death=life["death"].astype("Int64"),
+    )
+
+
+def recovery(
+    planted: Planted, found: Float[Tensor, "F S D"], scale: Float[Tensor, " S"], *, min_cosine: float = 0.9
+) -> dict[str, float]:
+    """Scores of found features; arguments and errors are those of `matched`.
+
+    Returns:
         found (how many features), cosine (mean over planted features of the best cosine); then shares of planted
         features, which count those that are not recovered as missed: recovered; dated (recovered, with the exact
         birth); death (of those that die: with the exact death); turn (of those that turn by .3 rad or more: the largest
         turn lies at the planted snapshot); partings (of pairs that split or merge: both recovered, and apart exactly
         where they should be). Of the recovered alone: birth (share with the exact birth), birth_error (mean distance in
         snapshots, where a birth is claimed), rotation_error (mean over those that turn of the distance of found and
-        planted angle, in degrees). false_births: of found features that claim a birth after the first snapshot, the
-        share that no planted feature born at that snapshot is near to (cosine above .7).
+        planted angle, in degrees). birth_error_all is birth_error of all that are assigned, recovered or not.
+        false_births: of found features that claim a birth after the first snapshot, the share that no planted feature
+        born at that snapshot is near to (cosine above .7).
         NaN where nothing of the kind is planted, recovered, or claimed.
-
-    Raises:
-        UserError: no found features, or rows of another shape.
     """
-    if found.ndim != 3 or not len(found) or found.shape[1:] != planted.rows.shape[1:]:
-        raise UserError(
-            f"found features of shape {tuple(found.shape)}: give (F, S, D) = (1 or more, "
-            f"{planted.n_snapshots}, {planted.d_model})"
-        )
+    table, cosines = matched(planted, found, scale, min_cosine=min_cosine), _cosines(planted, found, scale)
     rows, truth = planted.rows * scale[:, None], planted.truth
-    cosines = (normalize(rows.flatten(1), dim=1) @ normalize(found.flatten(1), dim=1).T).double().numpy()
-    pairs = linear_sum_assignment(cosines, maximize=True)
-    partner = np.zeros(len(rows), dtype=np.int64)
-    best = np.full(len(rows), -1.0)
-    partner[pairs[0]], best[pairs[0]] = pairs[1], cosines[pairs]
-    got = best > min_cosine
+    got, partner = table["recovered"].to_numpy(), table["feature"].fillna(0).to_numpy(dtype=np.int64)
+    birth, death = (truth[name].to_numpy(dtype=float, na_value=np.nan) for name in ("birth", "death"))
+    apart = np.abs(table["claimed_birth"].to_numpy(dtype=float, na_value=np.nan) - birth)
+    died = got & (table["claimed_death"].to_numpy(dtype=float, na_value=np.nan) == death)
     life = classify(found.norm(dim=-1))
-    claimed = life["birth"].to_numpy(dtype=float, na_value=np.nan)
-    birth = truth["birth"].to_numpy(dtype=float)
-    apart = np.abs(claimed[partner] - birth)[got]
-    death = truth["death"].to_numpy(dtype=float, na_value=np.nan)
-    died = got & (life["death"].to_numpy(dtype=float, na_value=np.nan)[partner] == death)
     born = np.flatnonzero((life["origin"] == "emergent").to_numpy())
-    near = (cosines[:, born] > FALSE) & (birth[:, None] == claimed[born])
+    claimed = life["birth"].to_numpy(dtype=float, na_value=np.nan)[born]
+    near = (cosines[:, born] > FALSE) & (birth[:, None] == claimed)
     at = truth["at"].fillna(1).to_numpy(dtype=np.int64)
     turning = (truth["kind"] == "turning").to_numpy()
     turns, sharp = np.flatnonzero(turning & got), np.flatnonzero(turning & (truth["angle"].to_numpy() >= TURN))
@@ -86,15 +103,26 @@ def recovery(
         "found": len(found),
         "recovered": float(got.mean()),
         "cosine": float(cosines.max(1).mean()),
-        "dated": float((apart == 0).sum() / len(got)),
-        "birth": _mean(apart == 0),
-        "birth_error": _mean(apart[np.isfinite(apart)]),
+        "dated": float((apart[got] == 0).sum() / len(got)),
+        "birth": _mean(apart[got] == 0),
+        "birth_error": _mean(apart[got & np.isfinite(apart)]),
+        "birth_error_all": _mean(apart[np.isfinite(apart)]),
         "false_births": _mean(~near.any(0)),
         "death": _mean(died[np.isfinite(death)]),
         "turn": _mean(got[sharp] & (_largest_turn(found[partner[sharp]]) == at[sharp])),
         "rotation_error": _mean(np.abs(angles[0] - angles[1])),
         "partings": _partings(planted, rows, found[partner], got),
     }
+
+
+def _cosines(planted: Planted, found: Float[Tensor, "F S D"], scale: Float[Tensor, " S"]) -> Float64[np.ndarray, "N F"]:
+    if found.ndim != 3 or not len(found) or found.shape[1:] != planted.rows.shape[1:]:
+        raise UserError(
+            f"found features of shape {tuple(found.shape)}: give (F, S, D) = (1 or more, "
+            f"{planted.n_snapshots}, {planted.d_model})"
+        )
+    rows = planted.rows * scale[:, None]
+    return (normalize(rows.flatten(1), dim=1) @ normalize(found.flatten(1), dim=1).T).double().numpy()
 
 
 @torch.no_grad()

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import operator
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -24,9 +22,12 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from crosslens import families
-from crosslens.checkpoints import LanguageModel, Snapshot, hash_files, tokenizer_files
+from crosslens.checkpoints import LanguageModel, Snapshot
+from crosslens.comparison import check_configs, check_distinct, check_dtypes, check_tokenizers
 from crosslens.errors import UserError
+from crosslens.folders import read_run
 from crosslens.hooks import canonical_hook, check_hook, hook_layer
+from crosslens.hub import list_revisions
 
 if TYPE_CHECKING:
     import crosslens.pretraining
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Snapshot", "Snapshots", "canonical_hook", "hook_layer"]
 
 _FORMAT = 1
-_KEEP_BYTES = 2 * 2**30
+KEEP_BYTES = 2 * 2**30
+"""Models are kept in memory when all of them together take at most so much."""
 
 
 def _n_bytes(model: LanguageModel) -> int:
@@ -45,50 +47,6 @@ def _cache_folder() -> Path:
     if ours := os.environ.get("CROSSLENS_CACHE"):
         return Path(ours).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crosslens"
-
-
-def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Name and rows (label, path, step, tokens) of a `snapshots.json`."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        rows: list[dict[str, Any]] = [
-            {"label": row["label"], "path": row["path"], "step": row.get("step"), "tokens": row.get("tokens")}
-            for row in manifest["snapshots"]
-        ]
-        if not rows:
-            raise ValueError("it lists none")
-        for row in rows:
-            if not (isinstance(row["label"], str) and isinstance(row["path"], str)):
-                raise TypeError("label and path are strings")
-            if any(type(row[key]) not in (int, type(None)) for key in ("step", "tokens")):
-                raise TypeError("step and tokens are whole numbers")
-        return str(manifest.get("name", path.parent.name)), rows
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no manifest of snapshots ({type(error).__name__}: {error}): write "
-            '{"snapshots": [{"label": "start", "path": "folder", "step": 0, "tokens": 0}, ...]}'
-        ) from error
-
-
-def _step_folders(root: Path) -> list[dict[str, Any]]:
-    """Rows like a manifest's for the sub-folders `stepN`, by N."""
-    matches = [re.fullmatch(r"step(\d+)", path.name) for path in root.iterdir() if path.is_dir()]
-    found = sorted((int(match[1]), match[0]) for match in matches if match)
-    if not found:
-        hint = " (it holds a single model)" if (root / "config.json").is_file() else ""
-        raise UserError(
-            f"{root} has no sub-folders step0, step1000, ... and no snapshots.json{hint}: name the folders of the "
-            'snapshots after their steps, or list them in {"snapshots": [{"label": ..., "path": ...}, ...]}'
-        )
-    return [{"label": name, "path": name, "step": step, "tokens": None} for step, name in found]
-
-
-def _local_tokenizer(folder: Path, root: Path) -> str:
-    """The folder of the tokenizer of a local snapshot: its own, `tokenizer/` or the root."""
-    for candidate in (folder, root / "tokenizer", root):
-        if tokenizer_files(candidate):
-            return str(candidate)
-    raise UserError(f"there is no tokenizer in {folder}, {root / 'tokenizer'} or {root}: put one into any of them")
 
 
 class Snapshots(Sequence[Snapshot]):
@@ -107,7 +65,7 @@ class Snapshots(Sequence[Snapshot]):
         self._snapshots = tuple(snapshots)
         self.name = name
         self._demo = demo
-        self._models: dict[tuple[int, str, torch.dtype, str], LanguageModel] = {}
+        self._models: dict[tuple[int, str, torch.dtype, str, int | None], LanguageModel] = {}
         if not self._snapshots:
             raise UserError(f"{name} without snapshots: give one or more")
         labels = self.labels
@@ -126,17 +84,7 @@ class Snapshots(Sequence[Snapshot]):
         Raises:
             UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
         """
-        root = Path(folder).expanduser().resolve()
-        if not root.is_dir():
-            raise UserError(f"there is no folder {root}: give one with sub-folders step0, step1000, ...")
-        manifest = root / "snapshots.json"
-        name, rows = _read_manifest(manifest) if manifest.is_file() else (root.name, _step_folders(root))
-        snapshots: list[Snapshot] = []
-        for row in rows:
-            path = root / row["path"]
-            tokenizer = _local_tokenizer(path, root)
-            snapshots.append(Snapshot(row["label"], row["step"], row["tokens"], str(path), None, tokenizer))
-            snapshots[-1].folder()
+        name, snapshots = read_run(Path(folder).expanduser().resolve())
         return cls(snapshots, name)
 
     @classmethod
@@ -174,23 +122,67 @@ class Snapshots(Sequence[Snapshot]):
         )
 
     @classmethod
-    def pythia(cls, size: str, steps: str | Sequence[int] = "paper") -> Snapshots:
+    def pythia(cls, size: str, steps: str | Sequence[int | str] = "paper") -> Snapshots:
         """Pythia's checkpoints, such as `Snapshots.pythia("160m", steps=[0, 512, 143_000])`.
 
         Args:
             size: 14m, 31m, 70m, 160m, 410m, 1b, 1.4b, 2.8b, 6.9b or 12b, also with `-deduped`.
-            steps: of the 154 that exist; "paper" for the 32 of Ge et al. (arXiv 2509.17196), "all".
+            steps: of the 154 that exist; "paper" for the 32 of Ge et al. (arXiv 2509.17196), "triplet" for the three of
+                Bayazit et al. (arXiv 2509.05291), "log:12" or "linear:12" for evenly spaced ones, "all".
 
         Raises:
             UserError: a size or step that does not exist.
         """
-        rows = families.pythia_revisions(size, steps)
-        return cls.from_hub(
-            families.repository("pythia", size),
-            [row.revision for row in rows],
-            steps=[row.step for row in rows],
-            tokens=[row.tokens for row in rows],
-            labels=[row.label for row in rows],
+        return cls.from_model(families.find_model("pythia", size), steps)
+
+    @classmethod
+    def olmo(
+        cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
+    ) -> Snapshots:
+        """OLMo's checkpoints (1b, 1b-0724, 7b, 7b-0724), such as `Snapshots.olmo("1b-0724", steps="log:12")`.
+
+        Args:
+            size: as it is written above.
+            steps: of those on the hub's list; "triplet" for the three of Bayazit et al. (arXiv 2509.05291).
+            revisions: instead of steps, such as `["step1000-tokens2B"]`; they need no list.
+
+        Raises:
+            UserError: a size, step or revision that does not exist, or steps without a connection to the hub.
+        """
+        return cls.from_model(families.find_model("olmo", size), steps if revisions is None else revisions)
+
+    @classmethod
+    def olmo2(
+        cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
+    ) -> Snapshots:
+        """OLMo 2's checkpoints (1b, 7b, 13b); steps are of stage 1, `steps="stage2-ingredient1"` of one of stage 2."""
+        return cls.from_model(families.find_model("olmo2", size), steps if revisions is None else revisions)
+
+    @classmethod
+    def bloom(
+        cls, size: str, steps: str | Sequence[int | str] = "all", *, revisions: Sequence[str] | None = None
+    ) -> Snapshots:
+        """BLOOM's checkpoints (560m, 1b1, 1b7, 3b, 7b1), with the tokenizer of the final model's repository."""
+        return cls.from_model(families.find_model("bloom", size), steps if revisions is None else revisions)
+
+    @classmethod
+    def from_model(cls, model: families.Model, steps: str | Sequence[int | str] = "all") -> Snapshots:
+        """Checkpoints of a model of the table, or of any repository through `families.pattern_model`.
+
+        Args:
+            model: what `families.find_model` or `families.pattern_model` gives.
+            steps: steps or revisions, or a set: "all", "paper", "log:12", "linear:12", ...
+
+        Raises:
+            UserError: a step or set that does not exist; the nearest that do are named.
+        """
+        rows = model.revisions(steps, lambda: list_revisions(model.repository))
+        return cls(
+            [
+                Snapshot(row.label, row.step, row.tokens, model.repository, row.revision, None, model.tokenizer)
+                for row in rows
+            ],
+            model.repository.rsplit("/", 1)[-1],
         )
 
     @classmethod
@@ -292,21 +284,31 @@ class Snapshots(Sequence[Snapshot]):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: str = "bridge",
+        n_blocks: int | None = None,
     ) -> LanguageModel:
         """The i-th snapshot's model, as `Snapshot.load` gives it, and the same object the next time.
 
-        All are kept when the weights of all snapshots together take at most 2 GiB, otherwise the last one only. A
-        caller that holds on to the model before keeps two in memory.
+        All are kept when the weights of all snapshots together take at most 2 GiB, otherwise the last one only; whole
+        models and those of `n_blocks` apart. A caller that holds on to the model before keeps two in memory.
         """
         place = range(len(self))[operator.index(i)]
-        key = (place, str(torch.device(device)), dtype, backend)
+        key = (place, str(torch.device(device)), dtype, backend, n_blocks)
         if key not in self._models:
-            largest = max((_n_bytes(model) for model in self._models.values()), default=0)
-            if largest * max(len(self), len(self._models) + 1) > _KEEP_BYTES:
-                self._models.clear()
+            # another thread may run the models of other depths meanwhile
+            alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
+            largest = max((_n_bytes(model) for model in alike.values()), default=0)
+            if largest * max(len(self), len(alike) + 1) > KEEP_BYTES:
+                for other in alike:
+                    del self._models[other]
+                alike.clear()
                 gc.collect()  # the hooks tie a model's parts into cycles
-            self._models[key] = self[place].load(device, dtype, backend)
+            self._models[key] = self[place].load(device, dtype, backend, n_blocks)
         return self._models[key]
+
+    def release(self) -> None:
+        """Let go of all models that are kept in memory."""
+        self._models.clear()
+        gc.collect()
 
     def check(self, hook_name: str | None = None, *, weights: bool = True) -> None:
         """Refuse what would make a comparison across the snapshots void.
@@ -316,56 +318,16 @@ class Snapshots(Sequence[Snapshot]):
             weights: also compare the weights, which downloads those that are not in the hub's cache yet.
 
         Raises:
-            UserError: two snapshots of different width, depth or vocabulary, or of equal weights, both named; a hook
-                point that does not exist.
+            UserError: two snapshots of different configuration, vocabulary or stored type, or of equal weights, both
+                named; a hook point that does not exist.
         """
         if hook_name is not None:
             check_hook(hook_name, self._config)
-        self._check_shapes()
-        self._check_tokenizers()
+        check_configs(self)
+        check_tokenizers(self, self.tokenizer, self._config.vocab_size)
         if weights:
-            self._check_distinct(self.fingerprints)
-
-    def _check_shapes(self) -> None:
-        self._check_distinct([str(s.folder().resolve()) for s in self])
-        first = self[0]
-        for snapshot in self._snapshots[1:]:
-            config = snapshot.config()
-            for key, what in (("hidden_size", "width"), ("num_hidden_layers", "depth"), ("model_type", "architecture")):
-                ours, theirs = getattr(self._config, key), getattr(config, key)
-                if ours != theirs:
-                    raise UserError(
-                        f"snapshots {first.label!r} and {snapshot.label!r} differ in {what}, {ours} and {theirs}: "
-                        "take snapshots of one pretraining run"
-                    )
-
-    def _check_tokenizers(self) -> None:
-        """Tokenizers of different files may still have one vocabulary: only those are loaded and compared."""
-        if len(self.tokenizer) > self._config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model {self._config.vocab_size}: give the "
-                "tokenizer that the model was trained with"
-            )
-        vocabulary = self.tokenizer.get_vocab()
-        seen: set[str] = set()
-        for snapshot in self:
-            files = hash_files(tokenizer_files(snapshot.tokenizer_source()))
-            if files not in seen and snapshot.read_tokenizer().get_vocab() != vocabulary:
-                raise UserError(
-                    f"snapshots {self[0].label!r} and {snapshot.label!r} have tokenizers of different vocabulary: "
-                    "take snapshots of one pretraining run"
-                )
-            seen.add(files)
-
-    def _check_distinct(self, identities: Sequence[str]) -> None:
-        first: dict[str, str] = {}
-        for label, identity in zip(self.labels, identities, strict=True):
-            if identity in first:
-                raise UserError(
-                    f"snapshots {first[identity]!r} and {label!r} have equal weights: leave one of them out, or check "
-                    "that each folder or revision holds its own checkpoint"
-                )
-            first[identity] = label
+            check_distinct(self.labels, self.fingerprints)
+            check_dtypes(self)
 
     @property
     def fingerprints(self) -> list[str]:

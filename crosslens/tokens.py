@@ -99,6 +99,56 @@ def token_sequences(
     return torch.cat(rows)
 
 
+def split_sequences(
+    counts: Int[Tensor, N], wanted: int | None, held_out: int, seed: int, name: str
+) -> tuple[Int[Tensor, n], int]:
+    """Which sequences are trained on, and which are held out, in an order drawn from the seed.
+
+    Args:
+        counts: tokens of each sequence that count.
+        wanted: tokens to train on, at least; all that are not held out when None.
+        held_out: tokens to hold out, at least; a tenth of all at most when `wanted` is None.
+        seed: of the order.
+        name: of the dataset, for messages.
+
+    Returns:
+        Sequences to train on, then those held out; and how many are to train on.
+
+    Raises:
+        UserError: fewer tokens than that.
+    """
+    total, largest = int(counts.sum()), int(counts.max()) if len(counts) else 0
+    too_many = UserError(
+        f"n_tokens={wanted} (and {held_out} held out) is more than {name} holds: {total} usable tokens; ask for at "
+        f"most {max(0, total - held_out - max(0, largest - 1))}"
+    )
+    if wanted is None:
+        held_out = min(held_out, total // 10)
+    if total < (wanted or 1) + held_out:
+        raise too_many
+    enough = len(counts) if wanted is None else int((counts.cumsum(0) < wanted + held_out).sum()) + 1
+    order = torch.randperm(enough, generator=generator(seed))
+    n_held_out = int((counts[order].flip(0).cumsum(0) < held_out).sum()) + 1 if held_out else 0
+    if n_held_out >= enough:
+        raise UserError(
+            f"{name} makes too few sequences to hold some out ({len(counts)}): use more text or a smaller context_size"
+        )
+    training, spare = order[: enough - n_held_out], enough
+    while int(counts[training].sum()) < (wanted or 0):  # what is held out is whole sequences, and may be too much
+        if spare == len(counts):
+            raise too_many
+        training, spare = torch.cat([training, torch.tensor([spare])]), spare + 1
+    return torch.cat([training, order[enough - n_held_out :]]), len(training)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A random generator that is a function of a few integers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
 def _until(sequences: Tensor, n_tokens: int | None, count: Callable[[Tensor], Tensor]) -> Tensor:
     """The first sequences that together count at least `n_tokens`, or all."""
     if n_tokens is None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,10 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
     """
     config = config or TrainConfig()
-    architecture = complete(architecture, acts, config.device)
-    acts.check_batch(config.batch_size)
+    architecture, run = claim(acts, architecture, config)
     total = config.training_tokens or acts.n_tokens
-    run = RunDir(config.run_dir) if config.run_dir is not None else None
-    if run is not None:
-        run.claim(training_identity(acts, architecture, config, total))
-        if isinstance(acts.dataset, (str, Path)):
-            run.update(source=acts.to_dict())
-        if config.resume and (run.crosscoder / "cfg.json").is_file():
-            return load(run.crosscoder, device=config.device)
+    if run is not None and config.resume and (run.crosscoder / "cfg.json").is_file():
+        return load(run.crosscoder, device=config.device)
     began = time.perf_counter()
     sae = initialise(
         architecture, acts, batch_size=config.batch_size, scale_tokens=config.scale_tokens, seed=config.seed
@@ -70,7 +64,8 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
         trainer.resume()
     trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
     with _wandb_run(config, sae, run):
-        trainer.fit()
+        with closing(trainer.data_provider):  # nothing is harvested ahead while the result is evaluated
+            trainer.fit()
         trainer.check_finite()
         crosscoder = sae.to_inference()
         table = evaluate(crosscoder, acts) if config.evaluate and (run or config.wandb_project) else None
@@ -82,8 +77,30 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
         shutil.rmtree(run.crosscoder, ignore_errors=True)  # of a run that was trained anew with resume=False
         os.replace(run.path / "crosscoder.partial", run.crosscoder)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-        run.update(timings={"train": time.perf_counter() - began})
+        run.update(timings={"train": time.perf_counter() - began, "waited_for_data": acts.waited})
     return crosscoder
+
+
+def claim(
+    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
+) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
+    """Make `config.run_dir` the directory of this training, if there is to be one; `train` begins with it.
+
+    Returns:
+        The completed architecture, and the run directory.
+
+    Raises:
+        UserError: shapes that contradict the data, or the run directory of another run.
+    """
+    architecture = complete(architecture, acts, config.device)
+    acts.check_batch(config.batch_size)
+    if config.run_dir is None:
+        return architecture, None
+    run = RunDir(config.run_dir)
+    run.claim(training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens))
+    if isinstance(acts.dataset, (str, Path)):
+        run.update(source=acts.to_dict())
+    return architecture, run
 
 
 def complete(

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from crosslens.activations import Activations, harvest, special_positions
 from crosslens.errors import UserError
-from crosslens.snapshots import Snapshots
+from crosslens.snapshots import Snapshot, Snapshots
 
 HOOK = "blocks.1.hook_resid_post"
 T = 16
@@ -85,7 +86,7 @@ def test_only_the_blocks_up_to_the_hook_are_run(snapshots: Snapshots, hook_name:
     ran: list[int] = []
     model = snapshots.model(0)
     handles = [
-        block.register_forward_hook(lambda *_, i=i: ran.append(i))  # type: ignore[misc]
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))  # type: ignore[misc]
         for i, block in enumerate(model.blocks)
     ]
     try:
@@ -104,7 +105,7 @@ def test_non_finite_activations_name_the_snapshot(tiny_snapshots: Path, tiny_tex
     tensors[name][0, 0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
     acts = make(Snapshots.local(tmp_path / "broken"), tiny_text)
-    with pytest.raises(UserError, match=f"snapshot step10 has non-finite activations at {HOOK}"):
+    with pytest.raises(UserError, match=rf"snapshot step10 has non-finite activations at {HOOK} \(\d+ positions, the"):
         next(acts.batches(100))
 
 
@@ -189,8 +190,7 @@ def test_held_out_sequences_are_others_than_those_of_training(snapshots: Snapsho
         assert not train & held and (train + held) <= sequences(grid)
         kept = int((acts.held_out_tokens() != 0).sum())
         assert held_out <= kept < held_out + 7  # at least what was asked for, not one sequence more
-        assert acts.n_tokens + kept >= 1000 + held_out
-        assert acts.n_tokens > 1000 - 7
+        assert 1000 <= acts.n_tokens < 1000 + 2 * 7
         stream = torch.cat(list(acts.held_out(50)))
         expected = harvest(snapshots, acts.held_out_tokens(), HOOK)[acts.held_out_tokens() != 0]
         torch.testing.assert_close(stream, expected)  # in reading order
@@ -208,7 +208,7 @@ def test_arrays_are_taken_as_they_are(snapshots: Snapshots):
     grid = (np.arange(200 * 10).reshape(200, 10) % 13 + 2).astype(np.uint16)
     acts = make(snapshots, grid, n_tokens=500, held_out_tokens=50, context_size=None)
     assert acts.tokens.shape[1] == 10 and acts.context_size == 10 and acts.metadata()["context_size"] == 10
-    assert 500 <= acts.n_tokens + 9 <= 520  # n_tokens counts here too
+    assert 500 <= acts.n_tokens < 520  # n_tokens counts here too
     stream = torch.arange(3000) % 13 + 2
     acts = make(snapshots, stream, n_tokens=500, prepend_bos=False)
     assert acts.tokens.shape[1] == T and not bool((acts.tokens == 0).any())
@@ -223,20 +223,77 @@ def test_default_held_out_and_the_whole_dataset(snapshots: Snapshots, tiny_text:
     assert 2000 <= int((acts.held_out_tokens() != 0).sum()) < 2000 + T
 
 
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.2.hook_mlp_out"])
+def test_cut_models_hold_no_more_blocks_and_give_the_same(snapshots: Snapshots, hook_name: str):
+    tokens = torch.randint(1, 16, (5, T), generator=torch.Generator().manual_seed(2))
+    n_blocks = int(hook_name[7]) + (not hook_name.endswith("pre"))
+    for s in range(3):
+        model = snapshots.model(s, n_blocks=n_blocks)
+        assert len(model.blocks) == n_blocks and model is not snapshots.model(s)
+        assert not any(f"layers.{n_blocks}." in name for name, _ in model.original_model.named_parameters())
+    assert torch.equal(harvest(snapshots, tokens, hook_name, cut=True), harvest(snapshots, tokens, hook_name))
+
+
+def test_live_batches_use_cut_models_alone(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch):
+    asked: set[int | None] = set()
+    load = Snapshot.load
+
+    def watched(*args: Any, n_blocks: int | None = None, **options: Any) -> Any:
+        asked.add(n_blocks if len(args) < 5 else args[4])
+        return load(*args, **options) if len(args) == 5 else load(*args, n_blocks=n_blocks, **options)
+
+    monkeypatch.setattr(Snapshot, "load", watched)
+    fresh = Snapshots(list(snapshots), "fresh")
+    next(make(fresh, tiny_text).batches(50))
+    assert asked == {2}
+
+
+def test_the_stream_ends_its_thread(snapshots: Snapshots, tiny_text: list[str]):
+    def threads() -> int:
+        return sum(thread.name == "crosslens-prefetch" for thread in threading.enumerate())
+
+    acts = make(snapshots, tiny_text)
+    before = threads()
+    stream = acts.batches(50)
+    next(stream)
+    assert threads() == before + 1
+    stream.close()
+    assert threads() == before
+    assert len(list(acts.batches(50, epochs=1))) == acts.n_tokens // 50 and threads() == before
+    assert 0 < acts.waited_first <= acts.waited
+
+
 # ---------------------------------------------------------------------- plan, record, mistakes
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_plan(snapshots: Snapshots, tiny_text: list[str]):
+def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     acts = make(snapshots, tiny_text)
     N = len(acts.tokens)
-    plan = acts.plan(measure=False)
+    plan = acts.plan(measure=False, folder=tmp_path / "not" / "yet")
     assert (plan.n_tokens, plan.n_sequences, plan.n_snapshots, plan.d_model) == (acts.n_tokens, N, 3, 16)
     assert plan.forwards == N * T * 3 and plan.cache_bytes == N * T * 3 * 16 * 2
-    assert plan.live_bytes == 13 * T * 3 * 16 * 4 and math.isnan(plan.seconds)
-    assert "not measured" in str(plan)
+    cut = snapshots[0].load(n_blocks=2).original_model
+    n = sum(p.numel() for p in cut.parameters())
+    assert plan.model_bytes == pytest.approx(4 * n, rel=0.01) and plan.models_fit
+    assert plan.block_bytes == 13 * T * 3 * 16 * 4
+    assert plan.live_bytes == 3 * plan.model_bytes + 3 * plan.block_bytes and plan.cached_bytes == 3 * plan.block_bytes
+    assert plan.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05) and plan.n_downloads == 0
+    assert math.isnan(plan.seconds) and "not measured" in str(plan)
+    assert plan.recommendation == ("live", "one pass over the data, and the models fit into memory together")
+    assert acts.plan(measure=False, dtype="int8").cache_bytes == N * T * 3 * (16 + 4)
+    several = acts.plan(measure=False, training_tokens=5 * acts.n_tokens)
+    assert several.passes == 5 and several.recommendation[0] == "cached" and "better      cached: 5 p" in str(several)
+    monkeypatch.setattr("crosslens.plan.KEEP_BYTES", 3 * plan.model_bytes - 1)
+    large = acts.plan(measure=False)
+    assert not large.models_fit and large.recommendation[0] == "cached"
+    assert large.live_bytes == plan.model_bytes + 3 * plan.block_bytes
+    monkeypatch.setattr("crosslens.plan.free_bytes", lambda _: large.cache_bytes - 1)
+    assert "no room for a cache" in acts.plan(measure=False).recommendation[1]
     measured = acts.plan()
     assert 0 < measured.seconds < 60 and "about" in str(measured)
+    with pytest.raises(UserError, match="dtype='int4' is unknown for a cache.*did you mean 'int8'"):
+        acts.plan(dtype="int4")
 
 
 def test_recorded_and_made_again(snapshots: Snapshots, tiny_text: list[str], tmp_path: Path):
@@ -277,9 +334,19 @@ def test_more_tokens_than_there_are(snapshots: Snapshots, tiny_text: list[str]):
     ) as error:
         _ = make(snapshots, tiny_text, n_tokens=100_000).tokens
     most = int(str(error.value).split()[-1])
-    assert make(snapshots, tiny_text, n_tokens=most).n_tokens > most - T  # the remedy works
-    with pytest.raises(UserError, match=f"n_tokens={most + 1}"):
-        _ = make(snapshots, tiny_text, n_tokens=most + 1).tokens
+    assert make(snapshots, tiny_text, n_tokens=most).n_tokens >= most  # the remedy works
+    with pytest.raises(UserError, match=f"n_tokens={most + T}"):
+        _ = make(snapshots, tiny_text, n_tokens=most + T).tokens
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_training_is_never_a_sequence_short(snapshots: Snapshots, tiny_text: list[str], seed: int):
+    for n_tokens in (300, 305, 311):
+        acts = make(snapshots, tiny_text, n_tokens=n_tokens, seed=seed)
+        assert n_tokens <= acts.n_tokens < n_tokens + 2 * T
+        held = int((acts.held_out_tokens() != 0).sum())
+        assert 200 <= held < 200 + T
+        assert not sequences(acts.train_tokens()) & sequences(acts.held_out_tokens())
 
 
 def test_other_mistakes_of_the_data(snapshots: Snapshots, tiny_text: list[str]):

@@ -109,15 +109,47 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     code, out, _ = command("ls", "pythia-14m", "--steps", "0,512,143000")
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines()] == [[f"step{n}"] * 2 for n in (0, 512, 143000)]
-    assert "299,892,736,000 tokens" in out
+    assert "299,892,736,000 tokens" in out and out.count("not on this disk") == 3
+    assert [line.split()[0] for line in command("ls", "bloom-1b1", "--steps", "triplet")[1].splitlines()] == [
+        *("step10000", "step100000", "main")
+    ]
+    assert "step16000-tokens33B" in command("ls", "olmo-1b-0724", "--steps", "triplet")[1]
+    assert len(command("ls", "pythia-160m")[1].splitlines()) == 154
+    assert len(command("ls", "pythia-160m", "--steps", "log:9")[1].splitlines()) == 9
+    assert all(line.endswith(" on this disk") for line in command("ls", tiny_snapshots)[1].splitlines())
     assert [line.split()[0] for line in command("ls", tiny_snapshots)[1].splitlines()] == ["step0", "step10", "step20"]
-    assert "pythia: 14m" in command("ls")[1]
+    families = command("ls")[1]
+    assert "pythia: 14m" in families and "olmo2: 1b, 7b" in families and "bloom: 560m" in families
     code, out, _ = command(
         *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
-        *("--n-tokens", 1000, "--context-size", 16),
+        *("--n-tokens", 1000, "--context-size", 16, "--training-tokens", 5000),
     )
     assert code == 0
-    assert "snapshots   3 x d_model 16" in out
+    assert "snapshots   3 x d_model 16; all are on this disk" in out and "better      cached: " in out
+
+
+def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path, trained: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    data = [
+        *("--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt", "--n-tokens", 2000),
+        *("--context-size", 16, "--cache", cache, "--cache-dtype", "float32"),
+    ]
+    code, out, err = command("harvest", *data)
+    assert (code, err) == (0, "")
+    assert f"tokens x 3 snapshots at {HOOK} in {cache}" in out
+    written = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(written) == 1 + 1 + 3
+    more = ("--cache", cache, "--cache-dtype", "float32")
+    assert command(*train_arguments(tiny_snapshots, files, tmp_path / "run", *more))[0] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    # from a float32 cache a crosscoder is what it is live
+    weights = [(run / "crosscoder" / "sae_weights.safetensors").read_bytes() for run in (trained, tmp_path / "run")]
+    assert weights[0] == weights[1]
+    assert RunDir.open(tmp_path / "run").read_json()["timings"]["waited_for_data"] >= 0
+    # the directory of another run is refused before anything is harvested
+    other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
+    code, _, err = command(*other)
+    assert code == 2 and "training.lr is 0.0003" in err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +158,9 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
         (["ls", "pythia-15m"], "15m"),
         (["ls", "pythia-14m", "--steps", "0,3"], "3"),
         (["ls", "nowhere"], "is no folder and no known model"),
+        (["ls", "pythia-14m", "--steps", "log:1"], "log:1 asks for 1 of 154 steps"),
+        (["ls", "olmo-1b", "--steps", "triplet"], "olmo-1b has no step set 'triplet'"),
+        (["{train}", "--cache", "{files}/c", "--cache-dtype", "int7"], "int7.*did you mean 'int8'"),
         (["evolve", "{files}"], "is not a run directory"),
         (["attribute", "{run}", "--task", "sva:{files}/missing.json"], "the key 'patch_answer' is missing"),
         (["attribute", "{run}", "--task", "sva:{files}/broken.json"], "the key 'clean_answer' is None"),
@@ -197,7 +232,8 @@ def test_help_and_import_load_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
     out = subprocess.run([sys.executable, "-m", "crosslens", "--help"], check=True, capture_output=True, text=True)
     assert all(
-        verb in out.stdout for verb in ("ls", "plan", "train", "evolve", "attribute", "ablate", "report", "demo")
+        verb in out.stdout
+        for verb in ("ls", "plan", "harvest", "train", "evolve", "attribute", "ablate", "report", "demo")
     )
 
 

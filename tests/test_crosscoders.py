@@ -718,6 +718,7 @@ def test_saved_and_loaded_outputs_are_identical(architecture: str, tmp_path: Pat
         return str(tmp_path / "repo" / filename)
 
     monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     loaded: list[Any] = [
         cc,
         TrainingSAE.load_from_disk(tmp_path / "training").eval(),

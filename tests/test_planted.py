@@ -126,6 +126,15 @@ def test_it_streams_as_activations_do() -> None:
     held = [torch.cat(list(planted.held_out(size))) for size in (100, 4096, 10_000)]
     assert held[0].shape == (5000, 6, 16) and torch.equal(held[0], held[1]) and torch.equal(held[1], held[2])
     assert [len(b) for b in planted.held_out(3000)] == [3000, 1096, 904]
+    keeping = Planted(SMALL, 0, n_tokens=640, n_held_out=5000, keep=True)
+    part, alone = keeping.only(2), planted.only(2)
+    for _ in range(2):  # drawn, and kept
+        for one, other in ((part, alone), (keeping, planted), (keeping.only(2).only(0), alone)):
+            for start in (3, 0):
+                assert torch.equal(next(one.batches(64, start=start)), next(other.batches(64, start=start)))
+            assert torch.equal(torch.cat(list(one.held_out(300))), torch.cat(list(other.held_out(300))))
+    assert next(keeping.batches(64, start=3)) is next(keeping.batches(64, start=3)) and planted.kept is None
+    assert keeping.kept is not None and sorted({n for n, _ in keeping.kept}) == [64, 904, 4096]
     row = planted.metadata()["snapshots"][2]
     assert row == {"label": "step2000", "step": 2000, "tokens": 4_000_000_000}
 

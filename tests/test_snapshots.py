@@ -11,18 +11,17 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import commit_of, revision_folder, run_program, serve
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -241,7 +240,7 @@ def test_models_are_kept_where_they_fit(run: Path, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(last(TOKENS), plain_logits(run / "step10"), atol=1e-5, rtol=0)
 
     size = sum(p.numel() * 4 for p in first.parameters())
-    monkeypatch.setattr(snapshots_module, "_KEEP_BYTES", 3 * size - 1)
+    monkeypatch.setattr(snapshots_module, "KEEP_BYTES", 3 * size - 1)
     snaps = Snapshots.local(run)
     gone = weakref.ref(snaps.model(0))
     kept = snaps.model(1)
@@ -388,6 +387,56 @@ def test_different_tokenizers_are_refused(copy: Path) -> None:
         Snapshots.local(copy).check()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotary_pct": 0.5}, "rope_parameters of their configuration"),
+        ({"layer_norm_eps": 1e-4}, "layer_norm_eps of their configuration, 1e-05 and 0.0001: take snapshots of one"),
+        ({"use_parallel_residual": False}, "use_parallel_residual of their configuration, True and False"),
+    ],
+)
+def test_configurations_that_compute_something_else_are_refused(
+    copy: Path, change: dict[str, Any], message: str
+) -> None:
+    write_model(copy / "step2", 2, **change)
+    with pytest.raises(UserError, match=f"snapshots 'step0' and 'step2' differ in {message}") as caught:
+        Snapshots.local(copy).check(weights=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_a_release_or_the_training_writes_may_differ(copy: Path) -> None:
+    path = copy / "step2" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"transformers_version": "4.0.0", "use_cache": False, "initializer_range": 0.5, "attention_dropout": 0.1}
+    config |= {"offset_of_an_older_release": 100}
+    path.write_text(json.dumps(config))
+    Snapshots.local(copy).check()
+
+
+def test_weights_that_were_rounded_differently_are_refused(copy: Path) -> None:
+    weights = load_file(copy / "step2" / "model.safetensors")
+    halves = {name: tensor.half() for name, tensor in weights.items()}
+    save_file(halves, copy / "step2" / "model.safetensors", metadata={"format": "pt"})
+    snaps = Snapshots.local(copy)
+    assert [str(s.stored_dtype) for s in snaps] == ["torch.float32", "torch.float16", "torch.float32"]
+    snaps.check(weights=False)
+    with pytest.raises(UserError, match="'step0' and 'step2' differ in the type of their weights, float32 and float16"):
+        snaps.check()
+
+
+def test_whole_and_cut_models_are_kept_apart(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snaps = Snapshots.local(run)
+    whole, cut = snaps.model(0), snaps.model(0, n_blocks=1)
+    assert (len(whole.blocks), len(cut.blocks)) == (3, 1)
+    assert snaps.model(0) is whole and snaps.model(0, n_blocks=1) is cut
+    size = sum(p.numel() * 4 for p in cut.parameters())
+    monkeypatch.setattr(snapshots_module, "KEEP_BYTES", 3 * size)
+    assert snaps.model(1, n_blocks=1) is not cut and snaps.model(0, n_blocks=1) is cut
+    assert snaps.model(1) is not whole and snaps.model(0) is not whole  # three whole ones are too many
+    snaps.release()
+    assert snaps.model(0, n_blocks=1) is not cut
+
+
 HOOKS = [
     f"blocks.{layer}.{point}"
     for layer in range(3)
@@ -498,19 +547,10 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
 PYTHIA = "EleutherAI/pythia-14m"
 
 
-def commit_of(revision: str) -> str:
-    return hashlib.sha1(revision.encode()).hexdigest()
-
-
 def write_hub(hub: Path) -> None:
     """A hub cache: Pythia at three steps, one in the old format and without tokenizer, and one without weights."""
 
-    def folder(repo: str, revision: str) -> Path:
-        base = hub / f"models--{repo.replace('/', '--')}"
-        (base / "refs").mkdir(parents=True, exist_ok=True)
-        (base / "refs" / revision).write_text(commit_of(revision))
-        return base / "snapshots" / commit_of(revision)
-
+    folder = partial(revision_folder, hub)
     for seed, (repo, revision) in enumerate(
         [(PYTHIA, "main"), (PYTHIA, "step0"), (PYTHIA, "step512"), (PYTHIA, "step1000"), ("some/other", "main")]
     ):
@@ -524,11 +564,7 @@ def write_hub(hub: Path) -> None:
 
 
 def in_process(mode: str, home: Path, **env: str) -> None:
-    command = [sys.executable, __file__, mode, str(home)]
-    found = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    for key in ("HF_HUB_CACHE", "HF_TOKEN"):
-        found.pop(key, None)
-    done = subprocess.run(command, env=found, capture_output=True, text=True, cwd=home, check=False)
+    done = run_program([__file__, mode, str(home)], home, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "fine", done.stdout
 
@@ -546,63 +582,6 @@ def test_a_hub_server(tmp_path: Path) -> None:
     commit = commit_of("step1000")
     assert asked.count(f"GET /{PYTHIA}/resolve/{commit}/model.safetensors") == 1
     assert not any(line.startswith("GET") and "pytorch_model" in line and commit in line for line in asked)
-
-
-class serve:
-    """The part of the hub that downloads need, on this machine; `asked` records method and path of every request."""
-
-    def __init__(self, hub: Path) -> None:
-        asked: list[str] = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                asked.append(f"{self.command} {self.path}")
-                owner, repo, _, revision, file = self.path.strip("/").split("/", 4)
-                base = hub / f"models--{owner}--{repo}"
-                ref = base / "refs" / revision
-                commit = ref.read_text() if ref.is_file() else revision
-                path = base / "snapshots" / commit / file
-                if owner == "gated":
-                    self.refuse(403, "GatedRepo")
-                elif not base.is_dir():
-                    self.refuse(404, "RepoNotFound")
-                elif not (base / "snapshots" / commit).is_dir():
-                    self.refuse(404, "RevisionNotFound")
-                elif not path.is_file():
-                    self.refuse(404, "EntryNotFound", commit)
-                else:
-                    data = path.read_bytes()
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-                    self.send_header("X-Repo-Commit", commit)
-                    self.end_headers()
-                    if self.command == "GET":
-                        self.wfile.write(data)
-
-            do_GET = do_HEAD
-
-            def refuse(self, status: int, code: str, commit: str = "") -> None:
-                self.send_response(status)
-                self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                if commit:
-                    self.send_header("X-Repo-Commit", commit)
-                self.end_headers()
-
-            def log_message(self, *_: object, **__: object) -> None:
-                """Nothing: the requests are recorded."""
-
-        self.asked = asked
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-    def __enter__(self) -> tuple[str, list[str]]:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}", self.asked
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def check_offline(home: Path) -> None:
@@ -673,7 +652,7 @@ def check_online(_: Path) -> None:
         (
             PYTHIA,
             "step7",
-            f"snapshot 'step7': {PYTHIA} has no revision 'step7': see https://huggingface.co/{PYTHIA}/tree",
+            f"snapshot 'step7': {PYTHIA} has no revision 'step7': the nearest are step1 and step0",
         ),
         ("no/such", "main", "snapshot 'main': there is no repository 'no/such' on the hub: check its spelling"),
         ("gated/model", "main", "snapshot 'main': gated/model@main is gated: accept its terms on huggingface.co"),

@@ -1,0 +1,157 @@
+"""What harvesting costs, before anything is run: disk, memory, model forwards, time; and which of two ways is better.
+
+*Live*, every pass over the data runs all models again: right for one pass, and where the models fit into memory
+together. *Cached*, each model runs once, alone, and every pass reads the disk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from crosslens.harvest import run_to_hook
+from crosslens.hooks import hook_layer
+from crosslens.shards import check_dtype, free_bytes, row_bytes
+from crosslens.snapshots import KEEP_BYTES
+
+if TYPE_CHECKING:
+    from crosslens.activations import Activations
+
+READ_BYTES_PER_SECOND = 200e6
+"""A slow disk, for the estimate of a pass over the cache."""
+
+
+def model_bytes(config: Any, n_blocks: int) -> int:
+    """Memory of a float32 bridge of this configuration (of transformers) with its first blocks alone."""
+    config.num_hidden_layers = n_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n_blocks]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    # where queries, keys and values are one matrix, TransformerLens holds the three beside it
+    return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
+
+
+def make_plan(acts: Activations, *, measure: bool, training_tokens: int | None, folder: str | Path, dtype: str) -> Plan:
+    """See `Activations.plan`."""
+    S, D, T = acts.n_snapshots, acts.d_model, acts.tokens.shape[1]
+    downloads = sum(not snapshot.is_on_disk() for snapshot in acts.snapshots)
+    one_model = model_bytes(acts.snapshots[0].config(), hook_layer(acts.hook_name))
+    fit = one_model * S <= KEEP_BYTES
+    block = min(acts.block_sequences, len(acts.tokens)) * T * S * D * 4
+    return Plan(
+        n_tokens=acts.n_tokens,
+        n_sequences=len(acts.tokens),
+        n_snapshots=S,
+        d_model=D,
+        forwards=acts.tokens.numel() * S,
+        passes=max(1.0, (training_tokens or acts.n_tokens) / acts.n_tokens),
+        model_bytes=one_model,
+        models_fit=fit,
+        block_bytes=block,
+        live_bytes=one_model * (S if fit else 1) + 3 * block,
+        cached_bytes=3 * block,
+        cache_bytes=acts.tokens.numel() * S * row_bytes(D, check_dtype(dtype)),
+        cache_dtype=dtype,
+        free_bytes=free_bytes(folder),
+        n_downloads=downloads,
+        seconds=_measured(acts) * acts.tokens.numel() * S if measure else math.nan,
+    )
+
+
+def _measured(acts: Activations) -> float:
+    """Seconds a token takes in one model; NaN where no weights are on this disk."""
+    found = next((snapshot for snapshot in acts.snapshots if snapshot.is_on_disk()), None)
+    if found is None:
+        return math.nan
+    model = found.load(acts.device, backend=acts.backend, n_blocks=hook_layer(acts.hook_name))
+    probe = acts.tokens[: max(1, 2048 // acts.tokens.shape[1])]
+    out = torch.empty(*probe.shape, acts.d_model)
+    seconds: list[float] = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run_to_hook(model, probe, acts.hook_name, out, device=acts.device, batch_tokens=acts.batch_tokens)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) / probe.numel()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a harvest costs, before anything is run.
+
+    Attributes:
+        n_tokens: tokens per snapshot for training, special positions left out.
+        n_sequences: sequences for training and held-out evaluation.
+        n_snapshots: S.
+        d_model: D.
+        forwards: tokens through a model, summed over snapshots, for one pass over the data.
+        passes: passes over the data that training takes.
+        model_bytes: one float32 model, cut at the hook.
+        models_fit: whether the models of all snapshots are kept in memory together.
+        block_bytes: one block of activations of all snapshots in float32.
+        live_bytes: memory while training live: the models that are kept, and three blocks (the one in use, the one
+            that is made meanwhile, and its shuffled copy).
+        cached_bytes: memory while training from a cache, three blocks; harvesting it takes less, one model and a shard.
+        cache_bytes: disk space of the cache.
+        cache_dtype: its type.
+        free_bytes: free disk space there.
+        n_downloads: snapshots whose weights are not on this disk yet.
+        seconds: estimate for one pass of all models, from a measured forward of one snapshot; NaN when not measured.
+    """
+
+    n_tokens: int
+    n_sequences: int
+    n_snapshots: int
+    d_model: int
+    forwards: int
+    passes: float
+    model_bytes: int
+    models_fit: bool
+    block_bytes: int
+    live_bytes: int
+    cached_bytes: int
+    cache_bytes: int
+    cache_dtype: str
+    free_bytes: int
+    n_downloads: int
+    seconds: float
+
+    @property
+    def recommendation(self) -> tuple[str, str]:
+        """ "live" or "cached", and the reason."""
+        if self.passes <= 1 and self.models_fit:
+            return "live", "one pass over the data, and the models fit into memory together"
+        reason = f"{self.passes:.3g} passes over the data, of which all but the first would run the models again"
+        if not self.models_fit:
+            reason = "the models do not fit into memory together, and live would load each again for every block"
+        if self.cache_bytes > self.free_bytes:
+            return "live", f"the disk has no room for a cache, which would be quicker ({reason})"
+        return "cached", reason
+
+    def __str__(self) -> str:
+        unknown = "not measured" if not self.n_downloads else "not measured, for nothing is downloaded yet"
+        estimate = unknown if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
+        reading = self.cache_bytes / READ_BYTES_PER_SECOND
+        way, reason = self.recommendation
+        there = "all are on this disk" if not self.n_downloads else f"{self.n_downloads} to be downloaded"
+        lines = [
+            f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
+            f"snapshots   {self.n_snapshots} x d_model {self.d_model}; {there}",
+            f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
+            f"live        {_mib(self.live_bytes)} of memory; the models run once a pass, {self.passes:.3g} planned",
+            f"cached      {_mib(self.cached_bytes)} of memory, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
+            f"({_mib(self.free_bytes)} free); reading it takes some {reading:,.0f} s a pass",
+            f"better      {way}: {reason}",
+        ]
+        return "\n".join(lines)
+
+
+def _mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"

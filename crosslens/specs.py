@@ -1,0 +1,104 @@
+"""What a user types on the command line, turned into snapshots, tasks, numbers and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crosslens.errors import UserError
+
+if TYPE_CHECKING:
+    from crosslens.activations import Activations
+    from crosslens.crosscoders import Crosscoder
+    from crosslens.rundir import RunDir
+    from crosslens.snapshots import Snapshots
+    from crosslens.tasks import Task
+
+
+def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
+    """Snapshots from what a user types.
+
+    Args:
+        spec: a folder; a model of the families' table, such as `pythia-160m`; `org/model@revision,revision`;
+            `org/model@pattern` with {step} in it; or demo.
+        steps: steps, revisions or the name of a set, for a model of the table and for a pattern.
+
+    Raises:
+        UserError: nothing of these, or steps that do not exist.
+    """
+    from crosslens import families
+    from crosslens.snapshots import Snapshots
+
+    if spec == "demo":
+        return Snapshots.demo()
+    if Path(spec).is_dir():
+        return Snapshots.local(spec)
+    if model := families.match_model(spec):
+        default = "paper" if "paper" in model.sets else "log:8" if model.steps is None else "all"
+        return Snapshots.from_model(model, parse_steps(steps or default))
+    repository, at, revisions = spec.partition("@")
+    if at and "{step}" in revisions:
+        return Snapshots.from_model(families.pattern_model(repository, revisions), parse_steps(steps or "all"))
+    if at and revisions:
+        return Snapshots.from_hub(repository, revisions.split(","))
+    raise UserError(
+        f"--snapshots {spec!r} is no folder and no known model; give a folder, pythia-160m, "
+        "org/model@revision,revision, or demo"
+    )
+
+
+def parse_steps(text: str) -> str | list[int | str]:
+    """Steps (`0,512,143000`), revisions (`step1000-tokens2B,main`), or the name of a set (`paper`, `log:12`)."""
+    parts: list[int | str] = [int(p.replace("_", "")) if _is_number(p) else p for p in text.split(",")]
+    return parts if len(parts) > 1 or isinstance(parts[0], int) else text
+
+
+def _is_number(text: str) -> bool:
+    return text.replace("_", "").isdecimal()
+
+
+def parse_task(spec: str) -> Task:
+    """A task from what a user types: KIND:WHAT, as in the error below, or a file."""
+    from crosslens.tasks import Task
+
+    kind, _, rest = spec.partition(":")
+    if kind == "demo":
+        return Task.demo(rest)
+    if kind == "sva":
+        return Task.sva(rest)
+    if kind == "blimp":
+        return Task.blimp(rest)
+    if kind == "clams":
+        return Task.clams(rest)
+    if kind == "multiblimp":
+        language, _, phenomenon = rest.partition(":")
+        return Task.multiblimp(language, phenomenon or None)
+    if kind == "ioi":
+        return Task.ioi(rest or None)
+    if not Path(spec).is_file():
+        raise UserError(
+            f"--task {spec!r} is no file and no task; give demo:simple, sva:FILE, blimp:UID, clams:FILE, "
+            "multiblimp:LANGUAGE, ioi, or a file"
+        )
+    return Task.local(spec)
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Whole numbers separated by commas."""
+    try:
+        return [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r} must be whole numbers separated by commas, such as 0,512,143000") from None
+
+
+def open_run(path: Path, device: str) -> tuple[RunDir, Crosscoder, Activations]:
+    """The run in a directory: its crosscoder, and the activations it was trained on."""
+    from crosslens.activations import Activations
+    from crosslens.pretrained import load
+    from crosslens.rundir import RunDir
+
+    run = RunDir.open(path)
+    source = run.read_json().get("source")
+    if source is None:
+        raise UserError(f"{path} does not record where its activations came from; use the functions from Python")
+    return run, load(run.crosscoder, device=device), Activations.from_dict(source, device=device)

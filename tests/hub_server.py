@@ -1,0 +1,148 @@
+"""A small Hugging Face hub on 127.0.0.1, over a folder in the layout of the hub's cache, that can be made to fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+Fault = Callable[[str, str, str, int], str | None]
+"""Fault of a request, by method, repository, file and number of requests of this kind before it: None, or one of
+"drop" (half of the file, then the line is cut), "cut" (the line is cut before the file), "short" (half of the file,
+told to be whole), or a status code."""
+
+
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+def revision_folder(hub: Path, repo: str, revision: str, commit: str | None = None) -> Path:
+    """The folder of a revision in a hub cache, its ref written; not made."""
+    base = hub / f"models--{repo.replace('/', '--')}"
+    (base / "refs").mkdir(parents=True, exist_ok=True)
+    (base / "refs" / revision).write_text(commit or commit_of(revision))
+    return base / "snapshots" / (commit or commit_of(revision))
+
+
+def run_program(program: list[str], home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python with a Hugging Face home of its own."""
+    found = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    for key in ("HF_HUB_CACHE", "HF_TOKEN"):
+        found.pop(key, None)
+    command = [sys.executable, *program]
+    return subprocess.run(command, env=found, capture_output=True, text=True, cwd=home, check=False)
+
+
+class serve:
+    """The part of the hub that downloads and lists need; `asked` records method and path of every request.
+
+    A repository whose owner is `gated` is gated.
+    """
+
+    def __init__(self, hub: Path, fault: Fault = lambda *_: None) -> None:
+        asked: list[str] = []
+        counts: Counter[tuple[str, str, str]] = Counter()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                asked.append(f"{self.command} {self.path}")
+                parts = self.path.strip("/").split("/")
+                if parts[:2] == ["api", "models"]:
+                    self.answer_api(parts[2:])
+                else:
+                    self.answer_file(*parts[:2], parts[3], "/".join(parts[4:]))
+
+            do_GET = do_HEAD
+
+            def answer_file(self, owner: str, repo: str, revision: str, file: str) -> None:
+                base = hub / f"models--{owner}--{repo}"
+                ref = base / "refs" / revision
+                commit = ref.read_text() if ref.is_file() else revision
+                path = base / "snapshots" / commit / file
+                if owner == "gated":
+                    self.refuse(403, "GatedRepo")
+                elif not base.is_dir():
+                    self.refuse(404, "RepoNotFound")
+                elif not (base / "snapshots" / commit).is_dir():
+                    self.refuse(404, "RevisionNotFound")
+                elif not path.is_file():
+                    self.refuse(404, "EntryNotFound", commit)
+                else:
+                    self.send_file(f"{owner}/{repo}", path, commit)
+
+            def send_file(self, repo: str, path: Path, commit: str) -> None:
+                kind = self.command, repo, path.name
+                found = fault(*kind, counts[kind])
+                counts[kind] += 1
+                if found is not None and found.isdecimal():
+                    self.refuse(int(found), "")
+                    return
+                whole = path.read_bytes()
+                begin = 0
+                if (span := self.headers.get("Range")) is not None:
+                    begin = int(span.removeprefix("bytes=").split("-")[0])
+                data = whole[begin:]
+                told = len(data) // 2 if found == "short" and self.command == "GET" else len(data)
+                self.send_response(206 if span else 200)
+                self.send_header("Content-Length", str(told))
+                if span:
+                    self.send_header("Content-Range", f"bytes {begin}-{len(whole) - 1}/{len(whole)}")
+                self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
+                self.send_header("X-Repo-Commit", commit)
+                self.end_headers()
+                if self.command == "GET":
+                    sent = {"drop": len(data) // 2, "short": told, "cut": 0}.get(found or "", len(data))
+                    self.wfile.write(data[:sent])
+                    if found in ("drop", "cut"):
+                        self.wfile.flush()
+                        # closed with a reset, as a line that is cut
+                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        self.connection.close()
+
+            def answer_api(self, parts: list[str]) -> None:
+                refs = hub / f"models--{'--'.join(parts[:2])}" / "refs"
+                if parts[2:] != ["refs"] or not refs.is_dir():
+                    self.refuse(404, "RepoNotFound")
+                    return
+                branches = [{"name": r.name, "ref": r.name, "targetCommit": r.read_text()} for r in refs.iterdir()]
+                data = json.dumps({"branches": branches, "converts": [], "tags": []}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def refuse(self, status: int, code: str, commit: str = "") -> None:
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                if commit:
+                    self.send_header("X-Repo-Commit", commit)
+                self.end_headers()
+
+            def log_message(self, *_: object, **__: object) -> None:
+                """Nothing: the requests are recorded."""
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                """Nothing: clients that go away, and lines that are cut on purpose."""
+
+        self.asked = asked
+        self.server = Server(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> tuple[str, list[str]]:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}", self.asked
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
