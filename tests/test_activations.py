@@ -175,7 +175,9 @@ def test_deterministic_in_the_seed_and_off_the_global_generator(snapshots: Snaps
     assert all(torch.equal(a, b) for a, b in zip(batches, again.batches(50), strict=False))
     other = make(snapshots, tiny_text, seed=6)
     assert not torch.equal(first.tokens, other.tokens)
-    assert sequences(first.tokens) == sequences(other.tokens)
+    one, two = sequences(first.tokens), sequences(other.tokens)
+    # of the same sequences; n_tokens is a minimum, which one more may be needed to reach
+    assert (one <= two or two <= one) and abs(one.total() - two.total()) <= 1
     torch.random.set_rng_state(state)
     next(again.batches(50))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -358,7 +360,7 @@ def test_other_mistakes_of_the_data(snapshots: Snapshots, tiny_text: list[str]):
     acts = make(snapshots, tiny_text)
     with pytest.raises(UserError, match=rf"batch_size=5000 is not in \[1, {acts.n_tokens}\]"):
         next(acts.batches(5000))
-    with pytest.raises(UserError, match="too few to hold some out"):
+    with pytest.raises(UserError, match="too few sequences to hold some out"):
         _ = make(snapshots, torch.ones(1, T, dtype=torch.long), n_tokens=1, held_out_tokens=1).tokens
 
 
