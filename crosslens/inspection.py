@@ -200,7 +200,7 @@ def check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
     found = read_header(path)
     for name in sorted({*expected, *found}):
         if name not in found:
-            raise UserError(f"{path} cannot be loaded: it lacks {name}; download it again")
+            raise UserError(f"{path} cannot be loaded: it lacks {shortened(name)}; download it again")
         if name not in expected:
             raise UserError(f"{path} cannot be loaded: {shortened(repr(name))} is no tensor of this architecture")
         dtype, shape = found[name]
