@@ -67,6 +67,13 @@ def hash_files(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def cut_config(config: Any, n_blocks: int) -> None:
+    """Make a configuration of transformers that of the model's first blocks alone."""
+    config.num_hidden_layers = n_blocks
+    if getattr(config, "layer_types", None):  # one a block
+        config.layer_types = config.layer_types[:n_blocks]
+
+
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
     """Hold back warnings, log lines and bars of the libraries that load models; afterwards all is as it was."""
@@ -272,9 +279,7 @@ class Snapshot:
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
         config: Any = self.config()
         if n_blocks is not None:
-            config.num_hidden_layers = n_blocks
-            if getattr(config, "layer_types", None):  # one a block
-                config.layer_types = config.layer_types[:n_blocks]
+            cut_config(config, n_blocks)
         try:
             with contextlib.ExitStack() as stack:
                 for path in self._weights():

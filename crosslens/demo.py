@@ -174,13 +174,6 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
     return cached, crosscoder
 
 
-def _plain(value: Any) -> Any:
-    """A cell of a table as JSON has it."""
-    if pd.isna(value):
-        return None
-    return value if isinstance(value, str) else float(value)
-
-
 def _ablation_summary(found: Study) -> dict[str, float]:
     table = found.tables[f"ablation/{found.task}"]
     at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"])
@@ -227,7 +220,7 @@ def _summary(
         },
         "explained_variance": evaluation["explained_variance"].tolist(),
         "phases": {
-            str(row["event"]): {name: _plain(row[name]) for name in ("label", "low_step", "high_step", "lead")}
+            str(row["event"]): {name: row[name] for name in ("label", "low_step", "high_step", "lead")}
             for row in dynamics.tables["phases"].to_dict("records")
         },
         "l0": float(evaluation["l0"].mean()),
@@ -254,4 +247,5 @@ def _strict(value: Any) -> Any:
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    missing = value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
+    return None if missing else value

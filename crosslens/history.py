@@ -87,7 +87,7 @@ def study_evolution(
         "scaling": latent_scaling(crosscoder, acts).to_frame(labels),
         "encoder": _per_feature("share", encoder_share(crosscoder, acts), labels),
         "successions": successions(
-            crosscoder, acts, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate
+            crosscoder, acts, firing=firing, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate
         ),
         "partings": partings(crosscoder, alive, presence=presence),
         "agreement": top_agreement(crosscoder, acts),

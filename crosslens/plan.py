@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from crosslens.checkpoints import cut_config
 from crosslens.harvest import run_to_hook
 from crosslens.hooks import hook_layer
 from crosslens.shards import check_dtype, free_bytes, row_bytes
@@ -29,9 +30,7 @@ READ_BYTES_PER_SECOND = 200e6
 
 def model_bytes(config: Any, n_blocks: int) -> int:
     """Memory of a float32 bridge of this configuration (of transformers) with its first blocks alone."""
-    config.num_hidden_layers = n_blocks
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:n_blocks]
+    cut_config(config, n_blocks)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

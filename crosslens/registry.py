@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Any
 
 from crosslens.errors import UserError, did_you_mean, shortened
+from crosslens.imports import LAYOUTS
 from crosslens.inspection import check_inside, inside, read_yaml
 from crosslens.repositories import check_repository, check_revision
 from crosslens.snapshots import Snapshots
 
 EMBEDDED = Path(__file__).parent / "pretrained.yaml"
 VARIABLE = "CROSSLENS_REGISTRY"
-LAYOUTS = ("crosscoding_through_time", "ckkissane", "openmoss")
 
 _RELEASE_KEYS = {
     "model": str,

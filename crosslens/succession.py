@@ -25,6 +25,7 @@ from crosslens.activations import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution import (
+    Firing,
     classify,
     held_out_features,
     measure_firing,
@@ -41,6 +42,7 @@ def successions(
     crosscoder: Crosscoder,
     acts: Activations,
     *,
+    firing: Firing | None = None,
     presence: float = 0.5,
     min_run: int = 2,
     min_firing_rate: float = 0.0,
@@ -53,6 +55,7 @@ def successions(
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
+        firing: what `measure_firing` made of them; measured here when None.
         presence: share of a feature's largest norm from which it counts as present.
         min_run: snapshots in a row from which presence counts as a birth.
         min_firing_rate: features that fire on no larger share of the held-out tokens are dead.
@@ -74,7 +77,8 @@ def successions(
         raise UserError(f"max_gap={max_gap} is not possible: give 0 or more snapshots")
     norms = crosscoder.decoder_norms.detach().cpu()
     classify(norms[:1], presence, min_run=min_run)  # thresholds are refused before anything is read
-    firing = measure_firing(crosscoder, acts)
+    if firing is None:
+        firing = measure_firing(crosscoder, acts)
     life = classify(norms.masked_fill((firing.rate <= min_firing_rate)[:, None], 0.0), presence, min_run=min_run)
     found = _candidates(crosscoder, life, max_gap, min_cosine)
     overlap = _overlap(crosscoder, acts, found, firing.rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from crosslens.snapshots import Snapshots
+    from crosslens.tasks import Task
 
 BOS = "<|endoftext|>"
 SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "king", "child"), ("sees", "likes", "finds"), ("fish", "bread", "house")
@@ -75,3 +80,21 @@ def tiny_snapshots(tmp_path_factory: pytest.TempPathFactory, tiny_text: list[str
                 optimizer.step()
                 optimizer.zero_grad()
     return folder
+
+
+@pytest.fixture(scope="module")
+def snaps(tiny_snapshots: Path) -> Snapshots:
+    """The three snapshots; a module's tests share the models that they load."""
+    from crosslens.snapshots import Snapshots
+
+    return Snapshots.local(tiny_snapshots)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    """Four paired prompts that the plain model's slow runs know."""
+    from plain_model import ITEMS
+
+    from crosslens.tasks import Task
+
+    return Task.from_items("tiny", ITEMS)

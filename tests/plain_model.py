@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from crosslens import crosscoders
-from crosslens.crosscoders import Crosscoder
+from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.snapshots import Snapshots
 
 F = 24
@@ -22,9 +22,8 @@ ITEMS = [
 ]
 
 
-def make_crosscoder(snaps: Snapshots, architecture: str, seed: int = 0, layer: int = 1) -> Crosscoder:
-    """A random crosscoder whose features are active on about half of the positions, with unequal scales and norms."""
-    S, D = len(snaps), snaps.d_model
+def draw_crosscoder(architecture: str, S: int, D: int, seed: int = 0) -> CrosscoderTrainingSAE:
+    """A random one in training, its features active on about half of the positions, with unequal scales and norms."""
     options: dict[str, Any] = {"k": 8} if "topk" in architecture else {}
     sae_class, config_class = crosscoders.TRAINING_ARCHITECTURES[architecture]
     with torch.random.fork_rng():
@@ -39,6 +38,12 @@ def make_crosscoder(snaps: Snapshots, architecture: str, seed: int = 0, layer: i
                 sae.log_threshold.normal_(0.0, 0.5)
             if "batchtopk" in architecture:
                 sae.threshold.fill_(1.0)
+    return sae
+
+
+def make_crosscoder(snaps: Snapshots, architecture: str, seed: int = 0, layer: int = 1) -> Crosscoder:
+    """A random crosscoder of these snapshots, as `draw_crosscoder` draws it."""
+    sae = draw_crosscoder(architecture, len(snaps), snaps.d_model, seed)
     metadata = sae.cfg.metadata
     metadata.hook_name, metadata.prepend_bos = f"blocks.{layer}.hook_resid_post", True
     metadata.snapshots = [{"label": s.label, "step": s.step, "fingerprint": s.fingerprint} for s in snaps]

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,6 @@ from crosslens.intervention import CleanRun, Edit, Splice
 from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return Task.from_items("tiny", ITEMS)
 
 
 # ---------------------------------------------------------------------- metrics of feature sets

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,6 @@ from crosslens.errors import UserError
 from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return Task.from_items("tiny", ITEMS)
 
 
 @pytest.mark.parametrize(("architecture", "value"), [("jumprelu_crosscoder", "zero"), ("topk_crosscoder", "patch")])

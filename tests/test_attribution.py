@@ -43,16 +43,6 @@ MANY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return Task.from_items("tiny", ITEMS)
-
-
 def same(found: Tensor, expected: Tensor, rtol: float = 1e-4, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=atol)
 

@@ -26,11 +26,6 @@ from crosslens.phases import find_phases
 from crosslens.snapshots import Snapshots
 
 
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
 def random_tokens(N: int, T: int, V: int, seed: int) -> torch.Tensor:
     """Sequences in which low ids are frequent, each beginning with id 0."""
     generator = torch.Generator().manual_seed(seed)

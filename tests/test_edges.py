@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_model import ITEMS, F, Slow, baselines, make_crosscoder, slow_runs
+from plain_model import F, Slow, baselines, make_crosscoder, slow_runs
 from scipy.stats import linregress, spearmanr
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -29,16 +29,6 @@ from crosslens.upper import Upper
 
 LOWER, UPPER = [3, 0, 7, 11, 20], [5, 2, 16, 9, 1, 23]
 ALL = 10_000  # pairs: every chosen lower feature is intervened on
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return Task.from_items("tiny", ITEMS)
 
 
 def carried(low: Slow, s: int, x: Tensor, layer: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from plain_model import F, draw_crosscoder
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -21,33 +22,14 @@ from crosslens.errors import UserError
 from crosslens.intervention import CleanRun, Edit, Splice, clean_run, replace_at, spliced_logits
 from crosslens.snapshots import Snapshots
 
-HOOK, LAYER, F = "blocks.1.hook_resid_post", 1, 24
+HOOK, LAYER = "blocks.1.hook_resid_post", 1
 TEXTS = ["the cat near the house", "a child finds the fish"]
 
 
 def make_crosscoder(architecture: str, S: int, D: int, hook_name: str = HOOK, seed: int = 0) -> Crosscoder:
-    """A random crosscoder in training whose features are active on about half of the positions."""
-    options: dict[str, Any] = {"k": 8} if "topk" in architecture else {}
-    sae_class, config_class = crosscoders.TRAINING_ARCHITECTURES[architecture]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        sae = sae_class(config_class(d_sae=F, d_in=S * D, n_snapshots=S, decoder_init_norm=1.0, **options))
-        with torch.no_grad():
-            sae.W_dec.add_(0.5 * torch.randn_like(sae.W_dec)).mul_(torch.rand(F, 1) + 0.2)
-            sae.b_dec.normal_(0, 0.5)
-            sae.b_enc.normal_(0, 0.5)
-            sae.activation_scale.copy_(torch.rand(S) + 0.5)
-            if "jumprelu" in architecture:
-                sae.log_threshold.normal_(0.0, 0.5)
-            if "batchtopk" in architecture:
-                sae.threshold.fill_(1.0)
+    sae = draw_crosscoder(architecture, S, D, seed)
     sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = hook_name, True
     return sae
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from plain_model import ITEMS, F, make_crosscoder, slow_runs
@@ -18,16 +16,6 @@ from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 
 UNPAIRED = [*ITEMS, {"prefix": "the king near the dog", "correct": "sees", "wrong": "finds"}]
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return Task.from_items("tiny", ITEMS)
 
 
 def dense(tokens: Tensor, features: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -27,11 +27,6 @@ K = 4
 
 
 @pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
 def task() -> Task:
     """Two languages, eight items: the verbs swapped make another item of the same prompt's words."""
     more = [{**item, "prefix": f"the bread near {item['prefix']}", "language": "fr"} for item in ITEMS]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,6 @@ from crosslens.tasks import Task
 from crosslens.timeline import SEPARATOR, find_examples, follow_features
 
 MORE = [*ITEMS, *({"prefix": f"the {who} near", "correct": "the", "wrong": "a"} for who in ("cat", "dog", "king"))]
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
 
 
 @pytest.fixture(scope="module")

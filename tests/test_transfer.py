@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from plain_model import ITEMS, F, make_crosscoder, slow_runs
+from plain_model import F, make_crosscoder, slow_runs
 
 from crosslens.ablation import ablate
 from crosslens.attribution import attribute
@@ -18,16 +17,6 @@ from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
 from crosslens.transfer import transfer_matrix
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return Task.from_items("tiny", ITEMS)
 
 
 @pytest.mark.parametrize(("architecture", "keep"), [("jumprelu_crosscoder", False), ("standard_crosscoder", True)])

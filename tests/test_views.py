@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plain_model import F, draw_crosscoder
 from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
@@ -18,31 +18,13 @@ from crosslens.intervention import CleanRun, Edit, Splice
 from crosslens.snapshots import Snapshots
 from crosslens.views import snapshot_view
 
-F, S, D = 24, 3, 16
+S, D = 3, 16
 
 
 def make_crosscoder(architecture: str, hook_name: str = "blocks.1.hook_resid_post") -> Crosscoder:
-    options: dict[str, Any] = {"k": 8} if "topk" in architecture else {}
-    sae_class, config_class = crosscoders.TRAINING_ARCHITECTURES[architecture]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sae = sae_class(config_class(d_sae=F, d_in=S * D, n_snapshots=S, decoder_init_norm=1.0, **options))
-        with torch.no_grad():
-            sae.W_dec.add_(0.5 * torch.randn_like(sae.W_dec)).mul_(torch.rand(F, 1) + 0.2)
-            sae.b_dec.normal_(0, 0.5)
-            sae.b_enc.normal_(0, 0.5)
-            sae.activation_scale.copy_(torch.rand(S) + 0.5)
-            if "jumprelu" in architecture:
-                sae.log_threshold.normal_(0.0, 0.5)
-            if "batchtopk" in architecture:
-                sae.threshold.fill_(1.0)
+    sae = draw_crosscoder(architecture, S, D)
     sae.cfg.metadata.hook_name = hook_name
     return sae.to_inference()
-
-
-@pytest.fixture(scope="module")
-def snaps(tiny_snapshots: Path) -> Snapshots:
-    return Snapshots.local(tiny_snapshots)
 
 
 @pytest.fixture(scope="module")

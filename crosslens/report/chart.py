@@ -324,6 +324,41 @@ def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None
     figure.add_hline(y=y, line={"color": MUTED, "dash": dash, "width": 1.5}, name=name, showlegend=True)
 
 
+def add_bars(figure: go.Figure, axis: SnapshotAxis, counts: Frame, unit: str) -> None:
+    """Bars over the snapshots, a series for each column of `counts`, whose rows are the snapshots of the axis."""
+    ids = list(axis.labels)
+    for i, name in enumerate(counts):
+        figure.add_bar(
+            x=axis.x(ids),
+            y=ints(counts[name]),
+            name=str(name),
+            marker={"color": SERIES[i]},
+            customdata=axis.hover(ids),
+            hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>%{{y}} {unit}<extra></extra>",
+        )
+
+
+def add_matrix(
+    figure: go.Figure, values: np.ndarray, texts: Sequence[Sequence[str]], x: Sequence[float], rows: Sequence[str]
+) -> None:
+    """Cells on the figure's colour axis, blank where a value is missing; `rows` are named from top to bottom."""
+    places = list(range(len(rows)))
+    figure.add_heatmap(
+        z=[floats(line) for line in values],
+        x=list(x),
+        y=places,
+        coloraxis="coloraxis",
+        text=texts,
+        hovertemplate="%{text}<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+    )
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=places, ticktext=list(rows)
+    )
+
+
 def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, str]) -> None:
     """Give a figure a colour axis from the first to the last tick, with its bar above the figure on the left."""
     figure.update_layout(margin_t=60)

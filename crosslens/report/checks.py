@@ -21,6 +21,7 @@ from crosslens.report.chart import (
     Style,
     add_level,
     add_line,
+    add_matrix,
     apply_colors,
     floats,
     ints,
@@ -74,35 +75,22 @@ def transfer(table: Frame) -> Chart | str:
     rows = table.drop_duplicates("judged").rename(columns={"judged_label": "label", "judged_step": "step"})
     axis = SnapshotAxis.of(rows.assign(snapshot=rows["judged"])[["snapshot", "label", "step"]], even=True)
     ids = list(axis.labels)
-    names, positions, hover = axis.names(), list(axis.positions.values()), axis.hover(ids)
+    hover = axis.hover(ids)
     shared = table.pivot(index="chosen", columns="judged", values="shared").to_numpy(dtype=int)
     figure = new_figure("features chosen at", height=160 + 30 * len(ids))
-    figure.add_heatmap(
-        z=[floats(line) for line in wide],
-        x=positions,
-        y=positions,
-        coloraxis="coloraxis",
-        text=[
-            [
-                f"chosen at {hover[a]}<br>ablated at {hover[b]}<br>" + _written(wide[a, b])
-                + f"<br>{shared[a, b]} of them are in its own set"
-                for b in range(len(ids))
-            ]
-            for a in range(len(ids))
-        ],
-        hovertemplate="%{text}<extra></extra>",
-        hoverongaps=False,
-        xgap=1,
-        ygap=1,
-    )  # fmt: skip
+    texts = [
+        [
+            f"chosen at {hover[a]}<br>ablated at {hover[b]}<br>{_written(wide[a, b])}<br>{shared[a, b]} of them are in "
+            "its own set"
+            for b in range(len(ids))
+        ]
+        for a in range(len(ids))
+    ]
+    add_matrix(figure, wide, texts, axis.x(ids), list(axis.names().values()))
     largest = max(1.0, float(np.nanmax(np.abs(wide))))
     apply_colors(figure, _SIGNED, {-largest: f"−{largest:.0%}", largest: f"{largest:.0%} of the change"})
     axis.apply(figure)
-    figure.update_xaxes(title_text="ablated at", showgrid=False)
-    figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=positions,
-        ticktext=[names[i] for i in ids],
-    )  # fmt: skip
+    figure.update_xaxes(title_text="ablated at")
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
     note = f"Sets of k = {k}. 100 %: as much as ablating all features at that snapshot."
     blank = sorted({str(label) for label in table.loc[table["share"].isna(), "judged_label"]})

@@ -16,6 +16,7 @@ from crosslens.report.chart import (
     Frame,
     SnapshotAxis,
     Style,
+    add_bars,
     add_level,
     add_line,
     apply_colors,
@@ -188,15 +189,7 @@ def births(table: Frame, snapshots: Frame) -> Chart | str:
          for fate in FATES}
     )  # fmt: skip
     figure = new_figure("features born", barmode="stack", bargap=0.25)
-    for i, fate in enumerate(FATES):
-        figure.add_bar(
-            x=axis.x(ids),
-            y=ints(counts[fate]),
-            name=fate,
-            marker={"color": SERIES[i]},
-            customdata=axis.hover(ids),
-            hovertemplate="<b>%{fullData.name}</b><br>%{customdata}<br>%{y} features<extra></extra>",
-        )
+    add_bars(figure, axis, counts, "features")
     axis.apply(figure)
     figure.update_xaxes(title_text="snapshot of birth")
     data = pd.DataFrame({"snapshot": ids, "label": [axis.labels[i] for i in ids]})

@@ -16,7 +16,9 @@ from crosslens.report.chart import (
     Frame,
     SnapshotAxis,
     Style,
+    add_bars,
     add_line,
+    add_matrix,
     apply_colors,
     floats,
     ints,
@@ -72,37 +74,23 @@ def cosines(table: Frame) -> Chart | str:
     if not table["n"].sum():
         return "No feature has a direction at two snapshots."
     axis = SnapshotAxis.of(table, even=True)
-    ids, positions, names = list(axis.labels), list(axis.positions.values()), axis.names()
+    ids = list(axis.labels)
     median = table.pivot(index="snapshot", columns="other", values="median").to_numpy(dtype=float)
     low, high, n = (table.pivot(index="snapshot", columns="other", values=c).to_numpy() for c in ("low", "high", "n"))
     hover = axis.hover(ids)
     figure = new_figure("", height=180 + 30 * len(ids))
-    figure.add_heatmap(
-        z=[floats(line) for line in median],
-        x=positions,
-        y=positions,
-        coloraxis="coloraxis",
-        text=[
-            [
-                f"{hover[a]}<br>{hover[b]}<br>median {median[a, b]:.3f}, half of the {int(n[a, b]):,} features from "
-                f"{low[a, b]:.3f} to {high[a, b]:.3f}"
-                for b in range(len(ids))
-            ]
-            for a in range(len(ids))
-        ],
-        hovertemplate="%{text}<extra></extra>",
-        hoverongaps=False,
-        xgap=1,
-        ygap=1,
-    )
+    texts = [
+        [
+            f"{hover[a]}<br>{hover[b]}<br>median {median[a, b]:.3f}, half of the {int(n[a, b]):,} features from "
+            f"{low[a, b]:.3f} to {high[a, b]:.3f}"
+            for b in range(len(ids))
+        ]
+        for a in range(len(ids))
+    ]
+    add_matrix(figure, median, texts, axis.x(ids), list(axis.names().values()))
     least = min(0.0, float(np.nanmin(median)))
     apply_colors(figure, HEAT, {least: f"{least:.1f}".replace("-", "−"), 1.0: "1, the same direction"})
     axis.apply(figure)
-    figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=positions,
-        ticktext=[names[i] for i in ids],
-    )  # fmt: skip
     return Chart(figure, table.reset_index(drop=True))
 
 
@@ -196,27 +184,15 @@ def encoder(table: Frame, evolution: Frame) -> Chart | str:
     shares = rows.to_numpy(dtype=float)
     figure = new_figure("born at", height=180 + 28 * len(rows))
     names = [f"{shown(labels[int(b)], 14)} ({int(counts[b])})" for b in rows.index]
-    figure.add_heatmap(
-        z=[floats(line) for line in shares],
-        x=list(range(len(labels))),
-        y=list(range(len(rows))),
-        coloraxis="coloraxis",
-        text=[
-            [f"born at {name}<br>read at {shown(label)}: {value:.1%}" for label, value in zip(labels, row, strict=True)]
-            for name, row in zip(names, shares, strict=True)
-        ],
-        hovertemplate="%{text}<extra></extra>",
-        xgap=1,
-        ygap=1,
-    )  # fmt: skip
+    texts = [
+        [f"born at {name}<br>read at {shown(label)}: {value:.1%}" for label, value in zip(labels, row, strict=True)]
+        for name, row in zip(names, shares, strict=True)
+    ]
+    add_matrix(figure, shares, texts, range(len(labels)), names)
     apply_colors(figure, HEAT, {0.0: "0 %", float(shares.max()): f"{shares.max():.0%} of what makes it active"})
     figure.update_xaxes(
-        title_text="read at", showgrid=False, tickmode="array", tickvals=list(range(len(labels))),
+        title_text="read at", tickmode="array", tickvals=list(range(len(labels))),
         ticktext=[shown(label, 14) for label in labels], tickangle=-45,
-    )  # fmt: skip
-    figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(rows))),
-        ticktext=names,
     )  # fmt: skip
     before = [line[: int(b)].sum() for b, line in zip(rows.index, shares, strict=True) if b > 0]
     note = "Below the diagonal: features are read at snapshots before their birth."
@@ -247,15 +223,7 @@ def takeovers(found: Frame, partings: Frame, snapshots: Frame) -> Chart | str:
     if not counts.to_numpy().sum():
         return "No feature splits, merges, or is taken over by another at these thresholds."
     figure = new_figure("pairs of features", barmode="group", bargap=0.25)
-    for i, name in enumerate(kinds):
-        figure.add_bar(
-            x=axis.x(ids),
-            y=ints(counts[name]),
-            name=name,
-            marker={"color": SERIES[i]},
-            customdata=axis.hover(ids),
-            hovertemplate="<b>%{fullData.name}</b><br>%{customdata}<br>%{y} pairs<extra></extra>",
-        )
+    add_bars(figure, axis, counts, "pairs")
     axis.apply(figure)
     data = counts.rename_axis("snapshot").reset_index()
     data.insert(1, "label", [axis.labels[i] for i in ids])
