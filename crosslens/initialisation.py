@@ -22,10 +22,17 @@ from torch import Tensor
 from crosslens.activations import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConfig, CrosscoderTrainingSAE
 from crosslens.errors import UserError
+from crosslens.parallel import ALONE, Parallel
 
 
 def initialise(
-    architecture: CrosscoderTrainingConfig, acts: Activations, *, batch_size: int, scale_tokens: int, seed: int
+    architecture: CrosscoderTrainingConfig,
+    acts: Activations,
+    *,
+    batch_size: int,
+    scale_tokens: int,
+    seed: int,
+    parallel: Parallel = ALONE,
 ) -> CrosscoderTrainingSAE:
     """A crosscoder ready to train.
 
@@ -35,6 +42,7 @@ def initialise(
         batch_size: activations that are looked at together.
         scale_tokens: activations that scales and means are estimated on.
         seed: of the weights.
+        parallel: processes that share the crosscoder; together they start from what one would start from.
 
     Raises:
         UserError: a snapshot whose activations are all zero, or not finite.
@@ -45,7 +53,7 @@ def initialise(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae_class: Any = TRAINING_ARCHITECTURES[architecture.architecture()][0]
-        sae: CrosscoderTrainingSAE = sae_class(architecture)
+        sae: CrosscoderTrainingSAE = sae_class(architecture, parallel=parallel)
     norms, means, batch = first_moments(acts, batch_size, scale_tokens)
     for label, norm in zip(acts.snapshots.labels, norms.tolist(), strict=True):
         if not (math.isfinite(norm) and norm > 0):
@@ -99,8 +107,8 @@ def search_decoder_norm(sae: CrosscoderTrainingSAE, batch: Float[Tensor, "B S D"
         sae.W_dec.copy_(directions * norm)
         sae.W_enc.copy_(sae.W_dec.T)
         centre(sae)
-        flat = sae.process_sae_in(batch)
-        return float(sae.reconstruction_loss(sae.decode_flat(sae.gate(sae.hidden_pre(flat))), flat))
+        flat = sae.process_sae_in(batch[sae.parallel.tokens(len(batch))])
+        return float(sae.parallel.sum_data_(sae.reconstruction_loss(sae.rebuilt(flat), flat)))
 
     best = min((0.1 * i for i in range(1, 51)), key=error)
     best = min((max(0.01, best - 0.1 + 0.01 * i) for i in range(21)), key=error)

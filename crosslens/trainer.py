@@ -22,6 +22,7 @@ from typing_extensions import override
 from crosslens.crosscoders import CrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
+from crosslens.state import load_state, save_state
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,8 @@ class TrainConfig:
         dead_tokens: a feature that has not fired for so many activations counts as dead and joins the auxiliary loss.
         scale_tokens: activations on which the scale of each snapshot is estimated.
         n_checkpoints: checkpoints besides the final one, evenly spaced; only with a `run_dir`.
+        data_parallel: of the processes that torchrun has started, groups among which the tokens of a batch are split;
+            in a group, features are.
         resume: continue from the last checkpoint in `run_dir`.
         evaluate: measure EV, L0, CE and KL per snapshot on held-out tokens at the end (`run_dir` or W&B).
         seed: of the initial weights; the order of the data has its own seed in `Activations`.
@@ -65,6 +68,7 @@ class TrainConfig:
     dead_tokens: int = 10_000_000
     scale_tokens: int = 100_000
     n_checkpoints: int = 0
+    data_parallel: int = 1
     resume: bool = True
     evaluate: bool = True
     seed: int = 0
@@ -112,6 +116,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             wandb_log_frequency=config.wandb_log_frequency,
             eval_every_n_wandb_logs=config.wandb_eval_frequency,
         )
+        sae.to(config.device)
         super().__init__(
             SAETrainerConfig(
                 total_training_samples=total // config.batch_size * config.batch_size,
@@ -130,14 +135,22 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         )
         self.config = config
         self.run = run
+        self.parallel = sae.parallel
+        self.stop = False
+        self._agreed: Tensor | None = None
+        self._busy = False
+        self.act_freq_scores = torch.zeros(sae.n_own, device=config.device)
+        self.n_forward_passes_since_fired = torch.zeros(sae.n_own, device=config.device)
         self.check_late = sae.device.type != "cpu"
         self._unchecked: tuple[TrainStepOutput, Tensor, Tensor] | None = None
         self.unclipped = [p for name, p in sae.named_parameters() if name == "log_threshold"]
-        sae.to(config.device)
         # the encoder as fused Adam wants it: contiguous, a feature a row, in the same memory
         self.encoder_rows = nn.Parameter(sae.W_enc.detach().T)
-        others = [p for name, p in sae.named_parameters() if name not in ("log_threshold", "W_enc")]
-        self.clipped = [self.encoder_rows, *others]
+        others = {name: p for name, p in sae.named_parameters() if name not in ("log_threshold", "W_enc")}
+        self.clipped = [self.encoder_rows, *others.values()]
+        self.trained = {"W_enc": self.encoder_rows, **others}
+        self.trained.update(("log_threshold", p) for p in self.unclipped)
+        """What the optimiser changes, by name and in its order; the encoder as (F, S D)."""
         groups: list[dict[str, Any]] = [{"params": self.clipped, "lr": config.lr}]
         if self.unclipped:
             assert isinstance(sae.cfg, JumpReLUCrosscoderTrainingConfig)
@@ -151,12 +164,31 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
     def step(self, batch: Tensor) -> TrainStepOutput:
         """One step on raw activations (B, S, D); `hidden_pre` of its output is empty, to save memory.
 
+        Of several processes each is given the whole batch, and takes its tokens.
+
         Raises:
             FloatingPointError: the loss is not finite; no parameter has changed.
+            StoppedError: `stop` was set, in any process.
         """
+        self._check()
+        self._busy = True
+        try:
+            output = self._step(batch)
+        finally:
+            self._busy = False
+        if not self.check_late:
+            self._check()
+        return output
+
+    def _check(self) -> None:
         self.check_finite()
+        if bool(self._agreed) if self._agreed is not None else self.stop:
+            raise StoppedError
+
+    def _step(self, batch: Tensor) -> TrainStepOutput:
         self.sae.train()
         self.n_training_samples += batch.shape[0]
+        batch = batch[self.parallel.tokens(len(batch))]
         output = self.sae.training_forward_pass(
             TrainStepInput(
                 sae_in=batch.to(self.sae.device),
@@ -170,10 +202,15 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         output.loss.backward()
         assert self.sae.W_enc.grad is not None
         self.encoder_rows.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
+        self._mean_gradients(output)
         # two seams that torch.amp uses: fused Adam divides gradients by `grad_scale`, and skips all if `found_inf`
         spoilt = ~torch.isfinite(output.loss.detach())
         if self.config.max_grad_norm is not None:
             spoilt |= ~torch.isfinite(self._clip(self.config.max_grad_norm))
+        if not self.parallel.alone:
+            # of one mind: what spoils the step of one process would spoil the others', and all stop together
+            flags = torch.stack([spoilt.float(), torch.full_like(spoilt, self.stop, dtype=torch.float32)])
+            spoilt, self._agreed = self.parallel.sum_(flags) > 0
         self.optimizer.found_inf = spoilt.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -184,8 +221,6 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         # SAELens's `fit` holds on to the last output during the next step, and nothing reads this (B, F) tensor
         output.hidden_pre = output.hidden_pre.new_empty(0, self.sae.cfg.d_sae)
         self._unchecked = output, batch, spoilt
-        if not self.check_late:
-            self.check_finite()
         return output
 
     def check_finite(self) -> None:
@@ -202,9 +237,25 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         if spoilt:
             raise FloatingPointError(_non_finite(output, batch, self))
 
+    def request_stop(self, *_: Any) -> None:
+        """End the training where a checkpoint can go on: a signal handler.
+
+        Raises:
+            StoppedError: at once, where this process waits for data; else the next `step` raises it, in all processes.
+        """
+        self.stop = True
+        if self.parallel.alone and not self._busy:
+            raise StoppedError
+
     @torch.no_grad()
     def _clip(self, max_norm: float) -> Tensor:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.clipped if p.grad is not None], foreach=True)
+        if self.parallel.n_shares == 1:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.clipped if p.grad is not None], foreach=True)
+        else:  # b_dec is the same in all processes
+            parts = [p.grad for p in self.clipped if p.grad is not None and p is not self.sae.b_dec]
+            assert self.sae.b_dec.grad is not None
+            square = self.parallel.sum_features_(torch.nn.utils.get_total_norm(parts, foreach=True).square())
+            norm = (square + self.sae.b_dec.grad.square().sum()).sqrt()
         divisor = ((norm + 1e-6) / max_norm).clamp_min(1.0)
         self.optimizer.grad_scale = divisor.float()  # type: ignore[attr-defined]
         for threshold in self.unclipped:
@@ -213,16 +264,63 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         return norm
 
     @torch.no_grad()
+    def _mean_gradients(self, output: TrainStepOutput) -> None:
+        """Average gradients and losses over the processes that split the tokens."""
+        if self.parallel.n_slices == 1:
+            return
+        for parameter in self.trained.values():
+            if parameter.grad is not None:
+                self.parallel.sum_data_(parameter.grad).div_(self.parallel.n_slices)
+        output.losses = {name: self.parallel.mean_data(value.detach()) for name, value in output.losses.items()}
+        output.loss = torch.stack(list(output.losses.values())).sum()
+
+    @torch.no_grad()
     def _count_firings(self, feature_acts: Tensor) -> None:
         if feature_acts.is_sparse:
             active = feature_acts.indices()[1][feature_acts.values() > 0]
             fired = torch.bincount(active, minlength=feature_acts.shape[1])
         else:
             fired = feature_acts.count_nonzero(0)
+        self.parallel.sum_data_(fired)
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(fired > 0, 0)
         self.act_freq_scores += fired
-        self.n_frac_active_samples += len(feature_acts)
+        self.n_frac_active_samples += len(feature_acts) * self.parallel.n_slices
+
+    # ------------------------------------------------------------------ what is logged is of all features
+    @property
+    @override
+    def feature_sparsity(self) -> Tensor:
+        return self.parallel.of_features(super().feature_sparsity).flatten()
+
+    @override
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        logged = super().maybe_reset_sparsity()
+        if logged:  # SAELens makes room for all features
+            self.act_freq_scores = self.act_freq_scores.new_zeros(self.sae.n_own)
+        return logged
+
+    @override
+    def set_final_sae_metadata(self) -> None:
+        super().set_final_sae_metadata()
+        self.sae.cfg.metadata.num_dead_features = int(self.parallel.sum_features_(self.dead_neurons.sum()))
+
+    @override
+    @torch.no_grad()
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        logged = super().build_train_step_log_dict(output, n_training_samples)
+        parts = torch.tensor(
+            [logged["metrics/l0"], logged["sparsity/dead_features"], logged["sparsity/mean_passes_since_fired"]],
+            dtype=torch.float64,
+            device=self.sae.device,
+        )
+        l0, dead, silent = self.parallel.sum_features_(parts).tolist()
+        return {
+            **logged,
+            "metrics/l0": l0,
+            "sparsity/dead_features": int(dead),
+            "sparsity/mean_passes_since_fired": silent / self.parallel.n_shares,
+        }
 
     @override
     def save_checkpoint(
@@ -233,16 +331,26 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         if self.run is None:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
             return
-        partial_path = self.run.checkpoints / f"partial-{checkpoint_name}"
-        shutil.rmtree(partial_path, ignore_errors=True)
-        super().save_checkpoint(partial_path.name, base_path, wandb_aliases)
-        # SAELens checkpoints before it counts the step that it has just made
-        whole = self.run.checkpoints / f"tokens-{self.n_training_samples}"
-        shutil.rmtree(whole, ignore_errors=True)
-        os.replace(partial_path, whole)
-        for other in self.run.checkpoints.iterdir():
-            if other != whole:
-                shutil.rmtree(other)
+        self._busy = True
+        try:
+            self._save(self.run.checkpoints)
+        finally:
+            self._busy = False
+
+    def _save(self, folder: Path) -> None:
+        partial_path, whole = (folder / f"{kind}-{self.n_training_samples}" for kind in ("partial", "tokens"))
+        with self.parallel.first() as mine:
+            if mine:
+                shutil.rmtree(partial_path, ignore_errors=True)
+                partial_path.mkdir(parents=True)
+        save_state(self, partial_path)
+        with self.parallel.first() as mine:
+            if mine:
+                shutil.rmtree(whole, ignore_errors=True)
+                os.replace(partial_path, whole)
+                for other in folder.iterdir():
+                    if other != whole:
+                        shutil.rmtree(other)
 
     def resume(self) -> None:
         """Continue from the last whole checkpoint of the run directory, if there is one."""
@@ -250,14 +358,14 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         whole = self.run.last_checkpoint()
         if whole is None:
             return
-        self.sae.load_weights_from_checkpoint(whole)
-        self.load_trainer_state(whole)
+        load_state(self, whole)
+        # SAELens checkpoints before it counts the step that it has just made
         self.n_training_steps = self.n_training_samples // self.config.batch_size
-        for scheduler in self.coefficient_schedulers.values():
-            # SAELens restores the step of a warmup, but not the value that belongs to it
-            scheduler.current_step -= 1
-            scheduler.step()
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]
+
+
+class StoppedError(Exception):
+    """The training was asked to stop; the state of the trainer is that after a whole step."""
 
 
 def lr_factor(step: int, config: TrainConfig, total_steps: int) -> float:

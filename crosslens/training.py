@@ -12,9 +12,13 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from typing import Any
 import pandas as pd
 
 from crosslens.activations import Activations
+from crosslens.assembly import save_whole
 from crosslens.crosscoders import (
     Crosscoder,
     CrosscoderTrainingConfig,
@@ -30,9 +35,10 @@ from crosslens.crosscoders import (
 from crosslens.errors import UserError
 from crosslens.evaluation import evaluate, quick_metrics
 from crosslens.initialisation import initialise
+from crosslens.parallel import Parallel, join, n_processes
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
-from crosslens.trainer import CrosscoderTrainer, TrainConfig
+from crosslens.trainer import CrosscoderTrainer, StoppedError, TrainConfig
 
 
 def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
@@ -51,34 +57,95 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
     """
     config = config or TrainConfig()
-    architecture, run = claim(acts, architecture, config)
-    total = config.training_tokens or acts.n_tokens
+    if n_processes() > 1 and config.run_dir is None:
+        raise UserError(
+            f"{n_processes()} processes train one crosscoder, and none of them holds all of it: give a run_dir, a "
+            "folder that all of them see"
+        )
+    parallel, device = join(config.device, config.data_parallel)
+    with ExitStack() as logging:
+        trained = _fit(acts, architecture, dataclasses.replace(config, device=device), parallel, logging)
+        crosscoder = load(trained.crosscoder, device=device) if isinstance(trained, RunDir) else trained
+        if config.evaluate and parallel.rank == 0:
+            _evaluate(crosscoder, acts, config)
+    return crosscoder
+
+
+def _fit(
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig,
+    parallel: Parallel,
+    logging: ExitStack,
+) -> Crosscoder | RunDir:
+    """Train, and save where there is a run directory: that, or the crosscoder."""
+    with parallel.first() as mine:
+        architecture, run = claim(acts, architecture, config) if mine else _claimed(acts, architecture, config)
+    parallel.check(architecture.d_sae, config.batch_size)
     if run is not None and config.resume and (run.crosscoder / "cfg.json").is_file():
-        return load(run.crosscoder, device=config.device)
+        return run
     began = time.perf_counter()
     sae = initialise(
-        architecture, acts, batch_size=config.batch_size, scale_tokens=config.scale_tokens, seed=config.seed
+        architecture,
+        acts,
+        batch_size=config.batch_size,
+        scale_tokens=config.scale_tokens,
+        seed=config.seed,
+        parallel=parallel,
     )
-    trainer = CrosscoderTrainer(config, sae, iter(()), total, evaluator=partial(_evaluator, acts), run=run)
+    total = config.training_tokens or acts.n_tokens
+    evaluator = partial(_evaluator, acts) if parallel.alone else None  # several hold no whole crosscoder yet
+    trainer = CrosscoderTrainer(config, sae, iter(()), total, evaluator=evaluator, run=run)
     if run is not None and config.resume:
         trainer.resume()
     trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
-    with _wandb_run(config, sae, run):
-        with closing(trainer.data_provider):  # nothing is harvested ahead while the result is evaluated
-            trainer.fit()
-        trainer.check_finite()
-        crosscoder = sae.to_inference()
-        table = evaluate(crosscoder, acts) if config.evaluate and (run or config.wandb_project) else None
-        _log_final(config, table)
-    if run is not None:
-        if table is not None:
-            run.save_table("evaluation", table)
-        crosscoder.save(run.path / "crosscoder.partial")
-        shutil.rmtree(run.crosscoder, ignore_errors=True)  # of a run that was trained anew with resume=False
-        os.replace(run.path / "crosscoder.partial", run.crosscoder)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-        run.update(timings={"train": time.perf_counter() - began, "waited_for_data": acts.waited})
-    return crosscoder
+    trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, logging)
+    resumed, started = trainer.n_training_samples, time.perf_counter()
+    # nothing is harvested ahead while the result is evaluated
+    with closing(trainer.data_provider), _checkpoint_at_sigterm(trainer):
+        trainer.fit()
+    trainer.check_finite()
+    rate = (trainer.n_training_samples - resumed) / (time.perf_counter() - started)
+    if run is None:
+        return sae.to_inference()
+    partial_path = run.path / "crosscoder.partial"
+    if parallel.alone:
+        sae.to_inference().save(partial_path)
+    else:
+        save_whole(sae, partial_path)
+    with parallel.first() as mine:
+        if mine:
+            shutil.rmtree(run.crosscoder, ignore_errors=True)  # of a run that was trained anew with resume=False
+            os.replace(partial_path, run.crosscoder)
+            (run.path / "evaluation.parquet").unlink(missing_ok=True)
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            seconds = {"train": time.perf_counter() - began, "waited_for_data": acts.waited}
+            run.update(timings={**seconds, "tokens_per_second": rate}, processes=n_processes())
+    return run
+
+
+@contextmanager
+def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, None]:
+    """On SIGTERM, which batch schedulers send before they kill, write a checkpoint and exit with status 0."""
+    if trainer.run is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, trainer.request_stop)
+    try:
+        yield
+    except StoppedError:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # impatient schedulers repeat it
+        if trainer.n_training_samples:
+            trainer.save_checkpoint("stopped")
+        if trainer.parallel.rank == 0:
+            print(  # noqa: T201
+                f"stopped by SIGTERM after {trainer.n_training_samples:,} activations: a checkpoint is in "
+                f"{trainer.run.checkpoints}; the same call goes on from there",
+                file=sys.stderr,
+            )
+        raise SystemExit(0) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def claim(
@@ -92,15 +159,22 @@ def claim(
     Raises:
         UserError: shapes that contradict the data, or the run directory of another run.
     """
-    architecture = complete(architecture, acts, config.device)
-    acts.check_batch(config.batch_size)
-    if config.run_dir is None:
+    architecture, run = _claimed(acts, architecture, config)
+    if run is None:
         return architecture, None
-    run = RunDir(config.run_dir)
     run.claim(training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens))
     if isinstance(acts.dataset, (str, Path)):
         run.update(source=acts.to_dict())
     return architecture, run
+
+
+def _claimed(
+    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
+) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
+    """What `claim` returns, when it has been called, perhaps by another process."""
+    acts.check_batch(config.batch_size)
+    run = None if config.run_dir is None else RunDir(config.run_dir)
+    return complete(architecture, acts, config.device), run
 
 
 def complete(
@@ -146,28 +220,52 @@ def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[s
     return quick_metrics(sae.to_inference(), acts)
 
 
-@contextmanager
-def _wandb_run(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None) -> Generator[None, None, None]:
+def _evaluate(crosscoder: Crosscoder, acts: Activations, config: TrainConfig) -> None:
+    """Evaluate a crosscoder where the result is kept, unless that has been done."""
+    run = None if config.run_dir is None else RunDir(config.run_dir)
+    table = None if run is None else run.table("evaluation")
+    if table is None and (run is not None or config.wandb_project):
+        table = evaluate(crosscoder, acts)
+        if run is not None:
+            run.save_table("evaluation", table)
+    _log_final(config, table)
+
+
+def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None, logging: ExitStack) -> bool:
+    """Start the W&B run, which ends with `logging`, or continue that of a run directory; whether to log at all.
+
+    Without a connection, or without a key, the run is recorded on this disk: no training is lost for its log.
+    """
     if config.wandb_project is None:
-        yield
-        return
+        return False
     import wandb
 
-    recorded = run.read_json().get("wandb_id") if run is not None and run.exists() else None
-    started = wandb.init(
-        project=config.wandb_project,
-        name=config.wandb_run_name,
-        id=recorded,
-        resume="allow" if recorded else None,
-        dir=None if run is None else str(run.path),
-        config={**dataclasses.asdict(config), "run_dir": None, "crosscoder": sae.cfg.to_dict()},
-    )
+    recorded = run.read_json().get("wandb_id") if run is not None else None
+    patience = float(os.environ.get("WANDB_INIT_TIMEOUT", 60))
+    options: dict[str, Any] = {
+        "project": config.wandb_project,
+        "name": config.wandb_run_name,
+        "id": recorded,
+        "resume": "allow" if recorded else None,
+        "dir": None if run is None else str(run.path),
+        "config": {**dataclasses.asdict(config), "run_dir": None, "crosscoder": sae.cfg.to_dict()},
+    }
+    if sae.parallel.rank:  # all take part in what is logged, one logs it
+        wandb.init(mode="disabled")
+        logging.callback(wandb.finish)
+        return True
+    try:
+        started = wandb.init(**options, settings=wandb.Settings(init_timeout=patience))
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(
+            f"W&B cannot be reached ({reason}); this run is logged offline: `wandb sync` sends it later", stacklevel=2
+        )
+        started = wandb.init(**options, mode="offline")
+    logging.callback(wandb.finish)
     if run is not None:
         run.update(wandb_id=started.id)
-    try:
-        yield
-    finally:
-        wandb.finish()
+    return True
 
 
 def _log_final(config: TrainConfig, table: pd.DataFrame | None) -> None:
@@ -175,4 +273,5 @@ def _log_final(config: TrainConfig, table: pd.DataFrame | None) -> None:
         return
     import wandb
 
-    wandb.log({"evaluation": wandb.Table(dataframe=table)})
+    if wandb.run is not None:
+        wandb.log({"evaluation": wandb.Table(dataframe=table)})

@@ -22,6 +22,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor, nn
 
+import crosslens.trainer
 import crosslens.training
 from crosslens import recipes
 from crosslens.activations import Activations
@@ -175,19 +176,20 @@ def test_a_checkpoint_cut_short_leaves_the_one_before(
     acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = config(run_dir=tmp_path / "run", n_checkpoints=5)
-    save, calls = SAETrainer.save_trainer_state, []
+    save, calls = crosslens.trainer.save_state, []
 
-    def cut_short(self: Any, path: Path) -> None:
+    def cut_short(trainer: CrosscoderTrainer, path: Path) -> None:
         calls.append(path)
+        save(trainer, path)
         if len(calls) == 3:
+            (path / "state.json").unlink()
             raise Interrupted
-        save(self, path)
 
-    monkeypatch.setattr(SAETrainer, "save_trainer_state", cut_short)
+    monkeypatch.setattr(crosslens.trainer, "save_state", cut_short)
     with pytest.raises(Interrupted):
         train(acts, ALL["topk_crosscoder"](), settings)
     found = RunDir(tmp_path / "run").last_checkpoint()
-    assert found is not None and (found / "trainer_state.pt").is_file() and calls[2].name.startswith("partial-")
+    assert found is not None and (found / "state.json").is_file() and calls[2].name.startswith("partial-")
     assert int(found.name.removeprefix("tokens-")) < int(calls[2].name.removeprefix("partial-"))
     resumed = train(acts, ALL["topk_crosscoder"](), settings)
     assert same(weights(resumed), weights(train(acts, ALL["topk_crosscoder"](), config())))

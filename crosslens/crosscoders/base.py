@@ -96,7 +96,7 @@ class Crosscoder(SAE[Any], ABC):
 
     @override
     def initialize_weights(self) -> None:
-        S, D, F = self.cfg.n_snapshots, self.cfg.d_model, self.cfg.d_sae
+        S, D, F = self.cfg.n_snapshots, self.cfg.d_model, self.n_own
         zeros: Callable[..., Tensor] = partial(torch.zeros, dtype=self.dtype, device=self.device)
         # (SD, F) in the memory layout of (F, SD): a feature is a row in both matrices, and its gradient needs no copy
         self.W_enc = nn.Parameter(zeros(F, S * D).T)
@@ -106,6 +106,11 @@ class Crosscoder(SAE[Any], ABC):
         self.register_buffer("activation_scale", torch.ones(S, dtype=torch.float32, device=self.device))
 
     # ------------------------------------------------------------------ shapes and views
+    @property
+    def n_own(self) -> int:
+        """Features whose weights are here: all F, unless several processes train them (`Parallel`)."""
+        return self.cfg.d_sae
+
     @property
     def n_snapshots(self) -> int:
         """S."""

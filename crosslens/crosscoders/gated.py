@@ -39,6 +39,7 @@ from crosslens.crosscoders.sparse import (
     row_pointers,
     sampled_product,
 )
+from crosslens.parallel import ALONE, Parallel
 
 COLUMNS = 1024  # features whose window sums are made at a time
 
@@ -82,6 +83,7 @@ def reconstruct_gated(
     W_dec: Float[Tensor, "F N"],
     b_dec: Float[Tensor, " N"],
     threshold: Float[Tensor, " F"],
+    parallel: Parallel = ALONE,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"]]:
     """Reconstruction and phi, with the gradients of the module's docstring for all parameters.
 
@@ -94,8 +96,9 @@ def reconstruct_gated(
         W_dec: decoder.
         b_dec: decoder bias.
         threshold: t_i, for its gradient.
+        parallel: processes that share the features; the reconstruction is of all.
     """
-    return _ReconstructGated.apply(x, gates, pairs, W_enc, b_enc, W_dec, b_dec, threshold)  # type: ignore[return-value]
+    return _ReconstructGated.apply(x, gates, pairs, W_enc, b_enc, W_dec, b_dec, threshold, parallel)  # type: ignore[return-value]
 
 
 class _ReconstructGated(torch.autograd.Function):
@@ -110,6 +113,7 @@ class _ReconstructGated(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         threshold: Tensor,
+        parallel: Parallel,
     ) -> tuple[Tensor, Tensor]:
         del W_enc, b_enc, threshold
         ctx.set_materialize_grads(False)
@@ -129,7 +133,7 @@ class _ReconstructGated(torch.autograd.Function):
                 opened = _open(gates, pairs, s)
                 into.copy_(_bag(opened.features * S + s, W_dec.view(F * S, -1), opened.rows, opened.values))
                 phi.index_add_(0, opened.features, (gates.stretch * opened.scores).tanh())
-        return x_hat.add_(b_dec), phi / (len(x) * S)
+        return parallel.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -150,7 +154,7 @@ class _ReconstructGated(torch.autograd.Function):
             add_norm_gradient(dW_dec, W_dec, gates.norms, dnorms)
         scaled = torch.where(gates.norms > 0, in_window / gates.norms, 0.0)
         dthreshold = -gates.threshold / gates.window * scaled.sum(-1)
-        return None, None, None, dW_enc.T, db_enc, dW_dec, e.sum(0), dthreshold
+        return None, None, None, dW_enc.T, db_enc, dW_dec, e.sum(0), dthreshold, None
 
 
 def _dense_acts(gates: Gates, s: int) -> Float[Tensor, "B F"]:

@@ -57,7 +57,7 @@ class _JumpReLUGate(Crosscoder):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.log_threshold = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
+        self.log_threshold = nn.Parameter(torch.zeros(self.n_own, dtype=self.dtype, device=self.device))
 
     @property
     def threshold(self) -> Float[Tensor, " F"]:
@@ -155,11 +155,14 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         norms, threshold = self.decoder_norms.detach(), self.threshold
         gates = Gates(hidden_pre, norms, threshold.detach(), self.cfg.jumprelu_window, self.cfg.tanh_stretch)
         pairs = gates.open_pairs()
-        sae_out, phi = reconstruct_gated(flat, gates, pairs, self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold)
+        sae_out, phi = reconstruct_gated(
+            flat, gates, pairs, self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold, self.parallel
+        )
         sae_out = self.hook_sae_recons(sae_out)
+        penalty = self.parallel.total_features(self.frequency_penalty(self.parallel.mean_data(phi)))
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
-            "sparsity_loss": step_input.coefficients["sparsity"] * self.frequency_penalty(phi),
+            "sparsity_loss": step_input.coefficients["sparsity"] * penalty,
         }
         return sae_out, self.gate(hidden_pre).detach() if pairs is None else pairs.to_sparse(), losses
 

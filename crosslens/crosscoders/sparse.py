@@ -28,6 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
+from crosslens.parallel import ALONE, Parallel
+
 # torch says so once per process; the sampled product is all that is used of CSR
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -115,35 +117,49 @@ def encoder_product(
 # ---------------------------------------------------------------------- selection
 @torch.no_grad()
 def batch_top_pairs(
-    hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], count: int
+    hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], count: int, parallel: Parallel = ALONE
 ) -> tuple[Pairs, Float[Tensor, " n"]]:
     """The `count` largest positive scores `relu(h) n` of a whole batch, of equal ones the earlier; and those scores.
 
     A sample bounds the threshold from below, the exact k-th value is taken among the survivors: nothing of size
-    B * F is sorted.
+    B * F is sorted. Of several processes each returns its own pairs among the `count` of all.
     """
     # a little lower, for the rounding of the division
-    pairs = pairs_above(hidden_pre, 0.999 * _sampled_bound(hidden_pre, norms, count).clamp_min(0) / norms)
-    if len(pairs.values) < count:
+    bound = 0.999 * _sampled_bound(hidden_pre, norms, count, parallel).clamp_min(0)
+    pairs = pairs_above(hidden_pre, bound / norms)
+    if parallel.count(len(pairs.values)) < count:
         pairs = pairs_above(hidden_pre, torch.zeros_like(norms))
     scores = pairs.values * norms.index_select(0, pairs.features)
     pairs, scores = _keep(pairs, scores, scores > 0)
-    if len(scores) <= count:
+    if parallel.count(len(scores)) <= count:
         return pairs, scores
-    return _keep(pairs, scores, first_largest(scores, scores.topk(count, sorted=False).values.amin(), count))
+    if parallel.alone:
+        return _keep(pairs, scores, first_largest(scores, scores.topk(count, sorted=False).values.amin(), count))
+    kth, n_tied = parallel.kth_largest(scores, count)
+    kept = (scores > kth) | scores.isnan()
+    tied = (scores == kth).nonzero().flatten()
+    # tokens and features of the whole batch and dictionary: a process holds a range of either
+    first_token, first_feature, n_features = parallel.corner(*hidden_pre.shape)
+    places = (pairs.tokens[tied] + first_token) * n_features + pairs.features[tied] + first_feature
+    kept[tied] = torch.isin(places, parallel.earliest(places, n_tied))
+    return _keep(pairs, scores, kept)
 
 
 @torch.no_grad()
-def token_top_pairs(hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], k: int) -> Pairs:
+def token_top_pairs(
+    hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], k: int, parallel: Parallel = ALONE
+) -> Pairs:
     """The k largest positive scores `relu(h) n` of every token, of equal ones the earlier.
 
     The k-th largest of the maxima of groups of features bounds a token's threshold from below; its exact k-th value is
-    taken among the survivors.
+    taken among the survivors. Of several processes each returns its own pairs among the k of all: they exchange the
+    k largest scores that each has for a token.
     """
-    found: list[Tensor] = []
-    for start, block in _blocks(hidden_pre):
+    here = min(k, hidden_pre.shape[1])
+    found = [torch.empty(0, dtype=torch.long, device=hidden_pre.device)]
+    for start, block in _blocks(hidden_pre) if here else ():
         scores = block * norms
-        bound = _grouped(scores, k).topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        bound = _grouped(scores, here).topk(here, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         found.append(_where_above(scores, _below(bound)).add_(start * hidden_pre.shape[1]))
     pairs = _pairs_at(hidden_pre, torch.cat(found))
     scores = pairs.values * norms.index_select(0, pairs.features)
@@ -151,8 +167,21 @@ def token_top_pairs(hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"]
     widest = max(k, int((pairs.rows[1:] - pairs.rows[:-1]).max()))
     padded = scores.new_full((len(hidden_pre), widest), -torch.inf)
     padded[pairs.tokens, rank] = scores
-    kept = first_largest(padded, padded.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True), k)
-    return _keep(pairs, scores, kept[pairs.tokens, rank])[0]
+    largest = padded.topk(k, dim=-1, sorted=False).values
+    kth, allowed = largest.amin(-1, keepdim=True), k
+    if not parallel.alone:
+        kth, allowed = _share_of_largest(largest, k, parallel)
+    return _keep(pairs, scores, first_largest(padded, kth, allowed)[pairs.tokens, rank])[0]
+
+
+def _share_of_largest(largest: Float[Tensor, "B k"], k: int, parallel: Parallel) -> tuple[Tensor, Tensor]:
+    """The k-th largest score (B, 1) of every token over processes, and how many of the k (B, 1) are in this one."""
+    parts = parallel.of_features(largest)
+    kth = parts.transpose(0, 1).flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1)
+    larger, tied = ((parts > kth[:, None]) | parts.isnan()).sum(-1), (parts == kth[:, None]).sum(-1)
+    before = (tied.cumsum(0) - tied)[parallel.share]
+    tied_here = (k - larger.sum(0) - before).clamp_min(0)
+    return kth[:, None], (larger[parallel.share] + tied_here)[:, None]
 
 
 @torch.no_grad()
@@ -162,7 +191,7 @@ def pairs_above(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -
     return _pairs_at(hidden_pre, torch.cat(found))
 
 
-def first_largest(scores: Float[Tensor, "*B n"], kth: Tensor, k: int) -> Tensor:
+def first_largest(scores: Float[Tensor, "*B n"], kth: Tensor, k: int | Tensor) -> Tensor:
     """Mask of the k largest entries in the last dimension, of equal ones the earlier, from the k-th largest value."""
     larger, tied = (scores > kth) | scores.isnan(), scores == kth
     return larger | (tied & (tied.cumsum(-1) <= k - larger.sum(-1, keepdim=True)))
@@ -176,14 +205,14 @@ def _grouped(scores: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B G"]:
     return scores.unflatten(1, (-1, size)).amax(-1)
 
 
-def _sampled_bound(hidden_pre: Tensor, norms: Tensor, count: int) -> Tensor:
+def _sampled_bound(hidden_pre: Tensor, norms: Tensor, count: int, parallel: Parallel) -> Tensor:
     flat = hidden_pre.flatten()
     # an odd stride visits all features of a dictionary whose size is a power of two
     stride = max(1, flat.numel() // SAMPLE) | 1
     which = torch.arange(0, flat.numel(), stride, device=flat.device)
     sample = flat.index_select(0, which) * norms.index_select(0, which % len(norms))
-    rank = min(sample.numel(), int(1.2 * count / stride) + 64)
-    return sample.topk(rank).values[-1]
+    rank = min(parallel.count(len(sample)), int(1.2 * count / stride) + 64)
+    return sample.topk(rank).values[-1] if parallel.alone else parallel.kth_largest(sample.clamp_min(0), rank)[0]
 
 
 def _where_above(block: Float[Tensor, "b F"], bounds: Tensor) -> Int[Tensor, " n"]:
@@ -292,6 +321,7 @@ def reconstruct(
     b_dec: Float[Tensor, " N"],
     norms: Float[Tensor, "F S"] | None = None,
     dead: tuple[Int[Tensor, " m"], Acts] | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"] | None, Float[Tensor, "B N"] | None]:
     """What the losses are made of, with exact gradients for all four parameters.
 
@@ -304,13 +334,16 @@ def reconstruct(
         b_dec: decoder bias.
         norms: decoder norms n_is, detached, where a penalty needs them.
         dead: ids of features, and their activations among themselves, for a second reconstruction.
+        parallel: processes that share the features; both reconstructions are of all.
 
     Returns:
         `f W_dec + b_dec`; per feature `sum_s n_is * mean_B f_i`, or None without `norms`; the reconstruction of the
         dead features without bias, or None.
     """
     ids, dead_acts = dead if dead is not None else (None, None)
-    x_hat, weighted, rebuilt = _Reconstruct.apply(x, W_enc, b_enc, W_dec, b_dec, acts, norms, ids, dead_acts)  # type: ignore[misc]
+    x_hat, weighted, rebuilt = _Reconstruct.apply(  # type: ignore[misc]
+        x, W_enc, b_enc, W_dec, b_dec, acts, norms, ids, dead_acts, parallel
+    )
     return x_hat, weighted, rebuilt
 
 
@@ -327,6 +360,7 @@ class _Reconstruct(torch.autograd.Function):
         norms: Tensor | None,
         ids: Tensor | None,
         dead_acts: Acts | None,
+        parallel: Parallel,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         del W_enc, b_enc
         ctx.set_materialize_grads(False)
@@ -334,8 +368,8 @@ class _Reconstruct(torch.autograd.Function):
         ctx.save_for_backward(x, W_dec, norms, mean_f, ids)
         ctx.acts, ctx.dead_acts = acts, dead_acts
         weighted = None if norms is None or mean_f is None else norms.sum(-1) * mean_f
-        rebuilt = None if ids is None or dead_acts is None else decode(dead_acts, W_dec[ids])
-        return decode(acts, W_dec).add_(b_dec), weighted, rebuilt
+        rebuilt = None if ids is None or dead_acts is None else parallel.sum_features_(decode(dead_acts, W_dec[ids]))
+        return parallel.sum_features_(decode(acts, W_dec)).add_(b_dec), weighted, rebuilt
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -352,7 +386,7 @@ class _Reconstruct(torch.autograd.Function):
                 (dW_dec, dW_enc, db_enc), gradients(ctx.dead_acts, drebuilt, x, W_dec[ids]), strict=True
             ):
                 total.index_add_(0, ids, part)
-        return None, dW_enc.T, db_enc, dW_dec, e.sum(0), None, None, None, None
+        return None, dW_enc.T, db_enc, dW_dec, e.sum(0), None, None, None, None, None
 
 
 def _mean(acts: Acts) -> Float[Tensor, " F"]:

@@ -34,6 +34,7 @@ from crosslens.crosscoders.sparse import (
 )
 from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
 from crosslens.errors import UserError
+from crosslens.parallel import ALONE, Parallel
 
 
 def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "... F"]:
@@ -136,8 +137,10 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
 
     cfg: TopKCrosscoderTrainingConfig
 
-    def __init__(self, cfg: TopKCrosscoderTrainingConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
+    def __init__(
+        self, cfg: TopKCrosscoderTrainingConfig, use_error_term: bool = False, parallel: Parallel = ALONE
+    ) -> None:
+        super().__init__(cfg, use_error_term, parallel)
         self.current_k: float = cfg.k
 
     @override
@@ -163,11 +166,13 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         pairs = self.select_pairs(hidden_pre, norms)
         acts = pairs.to_dense() if dense_is_faster(len(pairs.values) / hidden_pre.numel()) else pairs
         dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
-        sae_out, _, rebuilt = reconstruct(flat, acts, self.W_enc, self.b_enc, self.W_dec, self.b_dec, dead=dead)
+        sae_out, _, rebuilt = reconstruct(
+            flat, acts, self.W_enc, self.b_enc, self.W_dec, self.b_dec, dead=dead, parallel=self.parallel
+        )
         sae_out = self.hook_sae_recons(sae_out)
         auxiliary = flat.new_zeros(())
         if rebuilt is not None:
-            auxiliary = unexplained((flat - sae_out).detach(), rebuilt)
+            auxiliary = unexplained((flat - sae_out).detach(), rebuilt, self.parallel)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
@@ -181,19 +186,30 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
 
     def select_pairs(self, hidden_pre: Tensor, norms: Float[Tensor, " F"]) -> Pairs:
         """The active pairs of a batch."""
-        return token_top_pairs(hidden_pre, norms, round(self.current_k))
+        return token_top_pairs(hidden_pre, norms, round(self.current_k), self.parallel)
+
+    @override
+    def selected(self, hidden_pre: Tensor) -> Tensor:
+        norms = self.decoder_norms.sum(-1)
+        return token_top_pairs(hidden_pre, norms, round(self.current_k), self.parallel).to_dense()
 
     @torch.no_grad()
     def _dead_acts(self, hidden_pre: Tensor, norms: Tensor, dead: Tensor | None) -> tuple[Tensor, Acts] | None:
         """Ids of the dead features, and the strongest of them for each token."""
-        ids = None if dead is None else dead.nonzero().flatten()
-        if ids is None or not len(ids):
+        if dead is None:
+            return None
+        ids = dead.nonzero().flatten()
+        n_dead = int(self.parallel.sum_features_(dead.sum()))
+        if n_dead == 0:
             return None
         among, norms = hidden_pre.index_select(1, ids), norms[ids]
-        count = max(1, min(self.d_model // 2, len(ids)))
-        if count == len(ids):
+        count = max(1, min(self.d_model // 2, n_dead))
+        if count == n_dead:
             return ids, among.relu_().mul_(norms > 0)
-        if dense_is_faster(count / len(ids)):
+        if not self.parallel.alone:
+            pairs = token_top_pairs(among, norms, count, self.parallel)
+            return ids, pairs.to_dense() if dense_is_faster(count / n_dead) else pairs
+        if dense_is_faster(count / n_dead):
             return ids, keep_top(among, among.relu() * norms, count)
         return ids, token_top_pairs(among, norms, count)
 
@@ -253,10 +269,17 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
 
     @override
     def select_pairs(self, hidden_pre: Tensor, norms: Tensor) -> Pairs:
-        count = max(1, round(self.current_k * len(hidden_pre)))
-        pairs, kept = batch_top_pairs(hidden_pre, norms, count)
+        pairs, kept = self._kept_pairs(hidden_pre, norms)
         self.update_threshold(kept)
         return pairs
+
+    @override
+    def selected(self, hidden_pre: Tensor) -> Tensor:
+        return self._kept_pairs(hidden_pre, self.decoder_norms.sum(-1))[0].to_dense()
+
+    def _kept_pairs(self, hidden_pre: Tensor, norms: Tensor) -> tuple[Pairs, Tensor]:
+        count = max(1, round(self.current_k * len(hidden_pre) * self.parallel.n_slices))
+        return batch_top_pairs(hidden_pre, norms, count, self.parallel)
 
     @override
     def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:
@@ -266,7 +289,7 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
     def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
         """Move the threshold towards the smallest score, always positive, that a batch kept."""
         smallest = kept.amin() if len(kept) else kept.new_tensor(torch.inf)
-        smallest = smallest.to(self.threshold.dtype)
+        smallest = self.parallel.smallest(smallest.to(self.threshold.dtype))
         moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)
         first = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), first, self.threshold))
@@ -305,9 +328,9 @@ def auxiliary_loss(
     return unexplained(residual, acts @ W_dec)
 
 
-def unexplained(residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"]) -> Tensor:
+def unexplained(residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"], parallel: Parallel = ALONE) -> Tensor:
     """`mean_B |r_hat - r|^2 / mean_B |r - mean r|^2`; 0 where the residual does not vary over the batch."""
-    variance = (residual - residual.mean(0)).square().sum()
+    variance = parallel.mean_data((residual - parallel.mean_data(residual.mean(0))).square().sum())
     share = mse_loss(rebuilt, residual, reduction="sum") / variance.clamp_min(torch.finfo(variance.dtype).tiny)
     return torch.where(variance > 0, share, 0.0)
 

@@ -19,6 +19,9 @@ from typing_extensions import override
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, positive
 from crosslens.crosscoders.sparse import Precision, encoder_product
 from crosslens.errors import UserError
+from crosslens.parallel import ALONE, Parallel
+
+DRAWN = 1 << 22  # numbers drawn at a time; a multiple of 16 rows, for torch draws in groups of 16
 
 
 @dataclass(kw_only=True)
@@ -68,15 +71,25 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     cfg: CrosscoderTrainingConfig
 
+    def __init__(self, cfg: CrosscoderTrainingConfig, use_error_term: bool = False, parallel: Parallel = ALONE) -> None:
+        self.parallel = parallel  # before the weights, of which it says which are here
+        super().__init__(cfg, use_error_term)
+
+    @property
+    @override
+    def n_own(self) -> int:
+        return self.cfg.d_sae // self.parallel.n_shares
+
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        S, D, F = self.cfg.n_snapshots, self.cfg.d_model, self.cfg.d_sae
+        S, D = self.cfg.n_snapshots, self.cfg.d_model
         drawn = 1 if self.cfg.decoder_init == "shared" else S
-        rows = torch.randn(F, drawn, D, dtype=self.dtype, device=self.device)
+        rows = drawn_rows(self.cfg.d_sae, drawn * D, self.parallel.features(self.cfg.d_sae), self.dtype)
+        rows = rows.to(self.device).unflatten(1, (drawn, D))
         rows = rows / rows.norm(dim=-1, keepdim=True) * (self.cfg.decoder_init_norm or 1.0)
         with torch.no_grad():
-            self.W_dec.copy_(rows.expand(F, S, D).flatten(1))
+            self.W_dec.copy_(rows.expand(-1, S, D).flatten(1))
             self.W_enc.copy_(self.W_dec.T)
 
     @override
@@ -95,6 +108,16 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     def decode_training(self, acts: Tensor) -> Float[Tensor, "B SD"]:
         """Scaled reconstruction from what `training_acts` returned."""
         return self.decode_flat(acts)
+
+    @torch.no_grad()
+    def rebuilt(self, flat: Float[Tensor, "B SD"]) -> Float[Tensor, "B SD"]:
+        """Scaled reconstruction of scaled activations by the features of all processes, gated as in training."""
+        decoded = self.decode_flat(self.selected(self.hidden_pre(flat)))
+        return decoded if self.parallel.alone else self.parallel.sum_features_(decoded - self.b_dec) + self.b_dec
+
+    def selected(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
+        """The features that the gate of training keeps, among those of all processes."""
+        return self.gate(hidden_pre)
 
     def reconstruction_loss(self, sae_out: Float[Tensor, "B SD"], sae_in: Float[Tensor, "B SD"]) -> Tensor:
         """`mean_B sum_s |x_hat_s - x_s|^2` in the scaled space."""
@@ -171,12 +194,11 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         variance = (flat - flat.mean(0)).square().unflatten(-1, (S, -1)).sum((0, 2))
         acts = feature_acts.to_dense()
         labels = self.cfg.snapshot_labels[:S]
+        active = torch.stack([self.snapshot_acts(acts, s).count_nonzero().float() for s in range(S)])
+        l0 = self.parallel.sum_features_(active) / len(flat)
         return {
             **{f"explained_variance/{label}": 1 - error[s] / variance[s] for s, label in enumerate(labels)},
-            **{
-                f"l0/{label}": self.snapshot_acts(acts, s).count_nonzero(-1).float().mean()
-                for s, label in enumerate(labels)
-            },
+            **{f"l0/{label}": l0[s] for s, label in enumerate(labels)},
         }
 
     @override
@@ -197,3 +219,13 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         crosscoder.to(device=self.device, dtype=self.dtype)
         assert isinstance(crosscoder, Crosscoder)
         return crosscoder.eval()
+
+
+def drawn_rows(n: int, width: int, keep: slice, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
+    """The rows `keep` of `torch.randn(n, width)`, drawn in blocks: the same for every number of processes."""
+    size = max(1, DRAWN // (16 * width)) * 16
+    parts = [torch.empty(0, width, dtype=dtype)]
+    for first in range(0, keep.stop, size):
+        rows = torch.randn(min(size, n - first), width, dtype=dtype)
+        parts.append(rows[max(0, keep.start - first) : max(0, keep.stop - first)])
+    return torch.cat(parts)

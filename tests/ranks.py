@@ -1,0 +1,40 @@
+"""Several processes on this machine, forked from the test: they share what it has made, and start at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(world: int, folder: Path, body: Callable[[int], Any]) -> list[Any]:
+    """What `body(rank)` returns in each of `world` processes, started as torchrun starts them.
+
+    Args:
+        world: number of processes.
+        folder: for their results.
+        body: called in each; what it returns must be something that `torch.save` and a weights-only load can carry.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    mp.start_processes(_enter, (world, port, folder, body), nprocs=world, start_method="fork")
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _enter(rank: int, world: int, port: int, folder: Path, body: Callable[[int], Any]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    try:
+        torch.save(body(rank), folder / f"rank-{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        raise
