@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,11 +29,15 @@ from tqdm.auto import tqdm
 from crosslens.cache import ActivationCache
 from crosslens.errors import UserError
 from crosslens.harvest import fill, harvest, special_positions
+from crosslens.parallel import own_device
 from crosslens.plan import Plan, make_plan
 from crosslens.prefetch import Prefetch
 from crosslens.shards import DamagedShardError, check_dtype, check_space, describe_rounding, row_bytes
 from crosslens.snapshots import Snapshots
 from crosslens.tokens import Dataset, describe_dataset, generator, split_sequences, token_sequences
+
+if TYPE_CHECKING:
+    from crosslens.crosscoders import CrosscoderTrainingConfig
 
 BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
@@ -103,7 +107,7 @@ class Activations:
         self.prepend_bos = prepend_bos
         self.keep_special = keep_special
         self.seed = seed
-        self.device = device
+        self.device = own_device(device)
         self.batch_tokens = batch_tokens
         self.backend = backend
         self._requested = n_tokens
@@ -361,6 +365,10 @@ class Activations:
         training_tokens: int | None = None,
         folder: str | Path = ".",
         dtype: str = "bfloat16",
+        architecture: CrosscoderTrainingConfig | None = None,
+        batch_size: int = 4096,
+        processes: int = 1,
+        data_parallel: int = 1,
     ) -> Plan:
         """Disk, memory, forwards and time of training on these activations, live or cached, and which is better.
 
@@ -369,5 +377,19 @@ class Activations:
             training_tokens: activations to train on; more than there are means several passes. None: one pass.
             folder: where a cache would lie.
             dtype: of a cache.
+            architecture: of the crosscoder that is to be trained; its memory is stated too.
+            batch_size: activations per step.
+            processes: among which the crosscoder is to be split.
+            data_parallel: groups of them among which the tokens of a batch are split.
         """
-        return make_plan(self, measure=measure, training_tokens=training_tokens, folder=folder, dtype=dtype)
+        return make_plan(
+            self,
+            measure=measure,
+            training_tokens=training_tokens,
+            folder=folder,
+            dtype=dtype,
+            architecture=architecture,
+            batch_size=batch_size,
+            processes=processes,
+            data_parallel=data_parallel,
+        )

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from crosslens.errors import UserError, did_you_mean
-from crosslens.specs import open_run, parse_numbers, parse_snapshots, parse_task
+from crosslens.errors import UserError
+from crosslens.specs import open_activations, open_run, parse_architecture, parse_numbers, parse_task
 
 app = typer.Typer(
     name="crosslens",
@@ -20,8 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 
 RunArgument = Annotated[Path, typer.Argument(help="Run directory that `crosslens train` made.", metavar="RUN")]
 TaskOption = Annotated[
@@ -54,6 +52,12 @@ DtypeOption = Annotated[str, typer.Option("--cache-dtype", help="bfloat16, float
 ContextOption = Annotated[int | None, typer.Option("--context-size", help="Tokens per sequence.")]
 ColumnOption = Annotated[str, typer.Option("--text-column", help="Column of the documents.")]
 SampleOption = Annotated[str, typer.Option("--sample-by", help="What a document is in a text file: line or paragraph.")]
+ArchitectureOption = Annotated[str, typer.Option("--architecture", help="standard, topk, batchtopk or jumprelu.")]
+KOption = Annotated[int, typer.Option("--k", help="Features kept per token (topk, batchtopk).")]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Activations per step.")]
+SlicesOption = Annotated[
+    int, typer.Option("--data-parallel", help="Groups of processes that split a batch; in a group they split features.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="bridge or hooked_transformer.")]
@@ -91,26 +95,32 @@ def plan(
     steps: StepsOption = None,
     cache: Annotated[Path, typer.Option("--cache", help="Where a cache would lie.")] = Path("."),
     cache_dtype: DtypeOption = "bfloat16",
+    d_sae: Annotated[
+        int | None, typer.Option("--d-sae", help="Features; with it, memory of training is stated.")
+    ] = None,
+    architecture: ArchitectureOption = "batchtopk",
+    k: KOption = 64,
+    batch_size: BatchOption = 4096,
+    processes: Annotated[int, typer.Option("--processes", help="That torchrun is to start.")] = 1,
+    data_parallel: SlicesOption = 1,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     device: DeviceOption = "cpu",
     backend: BackendOption = "bridge",
 ) -> None:
-    """Say what a harvest costs, before anything is run or downloaded."""
-    from crosslens.activations import Activations
-
-    acts = Activations(
-        parse_snapshots(snapshots, steps),
-        hook,
-        dataset,
-        n_tokens,
-        context_size,
-        text_column=text_column,
-        sample_by=sample_by,
-        device=device,
-        backend=backend,
+    """Say what a harvest, and a training, cost, before anything is run or downloaded."""
+    options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
+    acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, **options)
+    planned = acts.plan(
+        training_tokens=training_tokens,
+        folder=cache,
+        dtype=cache_dtype,
+        architecture=None if d_sae is None else parse_architecture(architecture, d_sae, k),
+        batch_size=batch_size,
+        processes=processes,
+        data_parallel=data_parallel,
     )
-    typer.echo(str(acts.plan(training_tokens=training_tokens, folder=cache, dtype=cache_dtype)))
+    typer.echo(str(planned))
 
 
 @app.command()
@@ -132,22 +142,10 @@ def harvest(
     backend: BackendOption = "bridge",
 ) -> None:
     """Write activations to disk; the same command goes on after an interruption, and may run several times at once."""
-    from crosslens.activations import Activations
-
-    acts = Activations(
-        parse_snapshots(snapshots, steps),
-        hook,
-        dataset,
-        n_tokens,
-        context_size,
-        text_column=text_column,
-        sample_by=sample_by,
-        seed=seed,
-        device=device,
-        backend=backend,
-    )
+    options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
+    acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, seed=seed, **options)
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
-    typer.echo(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
+    _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
 
 
 @app.command()
@@ -157,20 +155,19 @@ def train(
     dataset: DatasetOption,
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Directory of the run; made when missing.")],
     d_sae: Annotated[int, typer.Option("--d-sae", help="Number of features.")],
-    architecture: Annotated[
-        str, typer.Option("--architecture", help="standard, topk, batchtopk or jumprelu.")
-    ] = "batchtopk",
-    k: Annotated[int, typer.Option("--k", help="Features kept per token (topk, batchtopk).")] = 64,
+    architecture: ArchitectureOption = "batchtopk",
+    k: KOption = 64,
     n_tokens: TokensOption = None,
     training_tokens: EpochsOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Activations per step.")] = 4096,
+    batch_size: BatchOption = 4096,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-4,
     dead_tokens: Annotated[
         int, typer.Option("--dead-tokens", help="A feature silent for so many activations counts as dead.")
     ] = 10_000_000,
     n_checkpoints: Annotated[int, typer.Option("--n-checkpoints", help="Checkpoints to resume from.")] = 4,
+    data_parallel: SlicesOption = 1,
     cache: Annotated[Path | None, typer.Option("--cache", help="Write activations here once, and read them.")] = None,
     cache_dtype: DtypeOption = "bfloat16",
     text_column: ColumnOption = "text",
@@ -180,33 +177,17 @@ def train(
     backend: BackendOption = "bridge",
     wandb_project: Annotated[str | None, typer.Option("--wandb-project", help="Log to this W&B project.")] = None,
 ) -> None:
-    """Train a crosscoder; the same command continues after an interruption."""
-    from crosslens import crosscoders
-    from crosslens.activations import Activations
+    """Train a crosscoder, in one process or under torchrun; the same command continues after an interruption."""
+    from crosslens.parallel import n_processes
+    from crosslens.rundir import RunDir
     from crosslens.shards import check_dtype
     from crosslens.trainer import TrainConfig
     from crosslens.training import claim
     from crosslens.training import train as train_crosscoder
 
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"--architecture {architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}"
-            f"{did_you_mean(architecture, ARCHITECTURES)}"
-        )
-    options: dict[str, Any] = {"k": k} if architecture in ("topk", "batchtopk") else {}
-    config_class = crosscoders.TRAINING_ARCHITECTURES[f"{architecture}_crosscoder"][1]
-    acts = Activations(
-        parse_snapshots(snapshots, steps),
-        hook,
-        dataset,
-        n_tokens,
-        context_size,
-        text_column=text_column,
-        sample_by=sample_by,
-        seed=seed,
-        device=device,
-        backend=backend,
-    )
+    architecture_config = parse_architecture(architecture, d_sae, k)
+    options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
+    acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, seed=seed, **options)
     config = TrainConfig(
         run_dir=run_dir,
         training_tokens=training_tokens,
@@ -214,17 +195,33 @@ def train(
         lr=lr,
         dead_tokens=dead_tokens,
         n_checkpoints=n_checkpoints,
+        data_parallel=data_parallel,
         seed=seed,
         device=device,
         wandb_project=wandb_project,
     )
-    architecture_config = config_class(d_sae=d_sae, **options)
     if cache is not None:
         check_dtype(cache_dtype)
-        claim(acts, architecture_config, config)  # the run directory of another run is refused before the harvest
+        if _first():
+            claim(acts, architecture_config, config)  # the run directory of another run is refused before the harvest
         acts = acts.cache(cache, cache_dtype)
+    planned = acts.plan(
+        measure=False,
+        training_tokens=training_tokens,
+        architecture=architecture_config,
+        batch_size=batch_size,
+        processes=n_processes(),
+        data_parallel=data_parallel,
+    )
+    steps_to_do = (training_tokens or acts.n_tokens) // batch_size
+    _say(f"{steps_to_do:,} steps of {batch_size:,} activations\n{planned.training}")
     crosscoder = train_crosscoder(acts, architecture_config, config)
-    typer.echo(f"{type(crosscoder).__name__} with {d_sae} features saved in {run_dir}")
+    timings = RunDir(run_dir).read_json().get("timings", {})
+    _say(
+        f"{type(crosscoder).__name__} with {d_sae} features saved in {run_dir}: {timings.get('train', 0):,.0f} s, "
+        f"{timings.get('tokens_per_second', 0):,.0f} activations a second, "
+        f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB of memory"
+    )
 
 
 @app.command()
@@ -369,6 +366,17 @@ def demo(
 
     summary = run_demo(out, seed)
     typer.echo(f"done in {summary['seconds']:.0f} s; open {out / 'report' / 'index.html'}")
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(words: str) -> None:
+    """Print a result, once for all processes."""
+    if _first():
+        typer.echo(words)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ together. *Cached*, each model runs once, alone, and every pass reads the disk.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from crosslens.snapshots import KEEP_BYTES
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
+    from crosslens.crosscoders import CrosscoderTrainingConfig
 
 READ_BYTES_PER_SECOND = 200e6
 """A slow disk, for the estimate of a pass over the cache."""
@@ -38,8 +40,54 @@ def model_bytes(config: Any, n_blocks: int) -> int:
     return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
 
 
-def make_plan(acts: Activations, *, measure: bool, training_tokens: int | None, folder: str | Path, dtype: str) -> Plan:
+# tensors of the size (B, F) that a training step holds at its densest, which for the last two is at the beginning
+_BATCH_TENSORS = {"topk_crosscoder": 2.0, "batchtopk_crosscoder": 2.0, "standard_crosscoder": 4.5}
+_MOST_BATCH_TENSORS = 12.0
+_WORKSPACE = 48 << 20
+
+
+def training_bytes(
+    architecture: CrosscoderTrainingConfig, n_snapshots: int, d_model: int, batch_size: int, n_shares: int = 1
+) -> int:
+    """Memory of one process for training a crosscoder in float32: weights, gradients, Adam's moments, and a step.
+
+    Args:
+        architecture: d_sae and the gate.
+        n_snapshots: S.
+        d_model: D.
+        batch_size: tokens of a step that this process sees.
+        n_shares: processes among which the features are split.
+    """
+    wide, F = n_snapshots * d_model, architecture.d_sae / n_shares
+    held = 4 * (2 * wide * F + 2 * F)  # value, gradient, and two moments of each parameter
+    factor = _BATCH_TENSORS.get(architecture.architecture(), _MOST_BATCH_TENSORS)
+    step = factor * batch_size * F + 6 * batch_size * wide + wide * F
+    return int(4 * (held + step)) + _WORKSPACE
+
+
+def peak_memory() -> int:
+    """The most memory that this program has held so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def make_plan(
+    acts: Activations,
+    *,
+    measure: bool,
+    training_tokens: int | None,
+    folder: str | Path,
+    dtype: str,
+    architecture: CrosscoderTrainingConfig | None = None,
+    batch_size: int = 4096,
+    processes: int = 1,
+    data_parallel: int = 1,
+) -> Plan:
     """See `Activations.plan`."""
+    process = peak_memory()
     S, D, T = acts.n_snapshots, acts.d_model, acts.tokens.shape[1]
     downloads = sum(not snapshot.is_on_disk() for snapshot in acts.snapshots)
     one_model = model_bytes(acts.snapshots[0].config(), hook_layer(acts.hook_name))
@@ -62,6 +110,11 @@ def make_plan(acts: Activations, *, measure: bool, training_tokens: int | None, 
         free_bytes=free_bytes(folder),
         n_downloads=downloads,
         seconds=_measured(acts) * acts.tokens.numel() * S if measure else math.nan,
+        process_bytes=process,
+        training_bytes=0
+        if architecture is None
+        else training_bytes(architecture, S, D, batch_size // data_parallel, processes // data_parallel),
+        processes=processes,
     )
 
 
@@ -103,6 +156,9 @@ class Plan:
         free_bytes: free disk space there.
         n_downloads: snapshots whose weights are not on this disk yet.
         seconds: estimate for one pass of all models, from a measured forward of one snapshot; NaN when not measured.
+        process_bytes: memory of the program itself and its libraries, with the tokens that it has read.
+        training_bytes: what training takes besides, in each process; 0 when no architecture was named.
+        processes: among which the crosscoder is split.
     """
 
     n_tokens: int
@@ -121,6 +177,9 @@ class Plan:
     free_bytes: int
     n_downloads: int
     seconds: float
+    process_bytes: int
+    training_bytes: int
+    processes: int
 
     @property
     def recommendation(self) -> tuple[str, str]:
@@ -133,6 +192,22 @@ class Plan:
         if self.cache_bytes > self.free_bytes:
             return "live", f"the disk has no room for a cache, which would be quicker ({reason})"
         return "cached", reason
+
+    @property
+    def memory(self) -> int:
+        """Bytes that each process holds at the most while it trains; without an architecture, for activations alone."""
+        activations = self.live_bytes if self.recommendation[0] == "live" else self.cached_bytes
+        return self.process_bytes + activations + self.training_bytes
+
+    @property
+    def training(self) -> str:
+        """What the memory of training is made of, in words."""
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        activations = self.memory - self.process_bytes - self.training_bytes
+        return (
+            f"training    {_mib(self.memory)} of memory{each}: {_mib(self.training_bytes)} for weights, gradients, "
+            f"Adam and a step, {_mib(activations)} for activations, {_mib(self.process_bytes)} for the program"
+        )
 
     def __str__(self) -> str:
         unknown = "not measured" if not self.n_downloads else "not measured, for nothing is downloaded yet"
@@ -149,6 +224,8 @@ class Plan:
             f"({_mib(self.free_bytes)} free); reading it takes some {reading:,.0f} s a pass",
             f"better      {way}: {reason}",
         ]
+        if self.training_bytes:
+            lines.append(self.training)
         return "\n".join(lines)
 
 

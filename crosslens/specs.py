@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
-    from crosslens.crosscoders import Crosscoder
+    from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
     from crosslens.rundir import RunDir
     from crosslens.snapshots import Snapshots
     from crosslens.tasks import Task
+
+ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 
 
 def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
@@ -102,3 +104,27 @@ def open_run(path: Path, device: str) -> tuple[RunDir, Crosscoder, Activations]:
     if source is None:
         raise UserError(f"{path} does not record where its activations came from; use the functions from Python")
     return run, load(run.crosscoder, device=device), Activations.from_dict(source, device=device)
+
+
+def open_activations(snapshots: str, steps: str | None, *arguments: Any, **options: Any) -> Activations:
+    """The `Activations` that options of several verbs describe; `snapshots` and `steps` as in `parse_snapshots`."""
+    from crosslens.activations import Activations
+
+    return Activations(parse_snapshots(snapshots, steps), *arguments, **options)
+
+
+def parse_architecture(name: str, d_sae: int, k: int) -> CrosscoderTrainingConfig:
+    """The training config of an architecture by its short name.
+
+    Raises:
+        UserError: no such name.
+    """
+    from crosslens import crosscoders
+
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"--architecture {name!r} is unknown; use one of {', '.join(ARCHITECTURES)}"
+            f"{did_you_mean(name, ARCHITECTURES)}"
+        )
+    options: dict[str, Any] = {"k": k} if name in ("topk", "batchtopk") else {}
+    return crosscoders.TRAINING_ARCHITECTURES[f"{name}_crosscoder"][1](d_sae=d_sae, **options)

@@ -36,6 +36,7 @@ from crosslens.errors import UserError
 from crosslens.evaluation import evaluate, quick_metrics
 from crosslens.initialisation import initialise
 from crosslens.parallel import Parallel, join, n_processes
+from crosslens.plan import peak_memory
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
 from crosslens.trainer import CrosscoderTrainer, StoppedError, TrainConfig
@@ -120,7 +121,9 @@ def _fit(
             (run.path / "evaluation.parquet").unlink(missing_ok=True)
             shutil.rmtree(run.checkpoints, ignore_errors=True)
             seconds = {"train": time.perf_counter() - began, "waited_for_data": acts.waited}
-            run.update(timings={**seconds, "tokens_per_second": rate}, processes=n_processes())
+            run.update(
+                timings={**seconds, "tokens_per_second": rate, "peak_memory": peak_memory()}, processes=n_processes()
+            )
     return run
 
 
@@ -261,6 +264,7 @@ def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | 
         warnings.warn(
             f"W&B cannot be reached ({reason}); this run is logged offline: `wandb sync` sends it later", stacklevel=2
         )
+        wandb.teardown()  # what has failed still holds the id
         started = wandb.init(**options, mode="offline")
     logging.callback(wandb.finish)
     if run is not None:
