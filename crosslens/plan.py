@@ -40,9 +40,13 @@ def model_bytes(config: Any, n_blocks: int) -> int:
     return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
 
 
-# tensors of the size (B, F) that a training step holds at its densest, which for the last two is at the beginning
-_BATCH_TENSORS = {"topk_crosscoder": 2.0, "batchtopk_crosscoder": 2.0, "standard_crosscoder": 4.5}
-_MOST_BATCH_TENSORS = 12.0
+# measured: tensors of (B, F) that a step holds at its densest, which for the last two is at the beginning; and of (B, .)
+_BATCH_TENSORS = {
+    "topk_crosscoder": (2.0, 0),
+    "batchtopk_crosscoder": (2.0, 0),
+    "standard_crosscoder": (4.5, 0),
+    "jumprelu_crosscoder": (4.0, 8192),
+}
 _WORKSPACE = 48 << 20
 
 
@@ -60,8 +64,8 @@ def training_bytes(
     """
     wide, F = n_snapshots * d_model, architecture.d_sae / n_shares
     held = 4 * (2 * wide * F + 2 * F)  # value, gradient, and two moments of each parameter
-    factor = _BATCH_TENSORS.get(architecture.architecture(), _MOST_BATCH_TENSORS)
-    step = factor * batch_size * F + 6 * batch_size * wide + wide * F
+    factor, columns = _BATCH_TENSORS[architecture.architecture()]
+    step = batch_size * (factor * F + columns + 6 * wide) + wide * F
     return int(4 * (held + step)) + _WORKSPACE
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from crosslens.activations import Activations, harvest, special_positions
+from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
 from crosslens.errors import UserError
+from crosslens.plan import training_bytes
 from crosslens.snapshots import Snapshot, Snapshots
 
 HOOK = "blocks.1.hook_resid_post"
@@ -292,6 +294,15 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert large.live_bytes == plan.model_bytes + 3 * plan.block_bytes
     monkeypatch.setattr("crosslens.plan.free_bytes", lambda _: large.cache_bytes - 1)
     assert "no room for a cache" in acts.plan(measure=False).recommendation[1]
+    assert plan.training_bytes == 0 and "training" not in str(plan)
+    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=4096)
+    alone, split = (acts.plan(measure=False, architecture=architecture, processes=n) for n in (1, 4))
+    held = 16 * 4096 * (2 * 48 + 2)  # value, gradient, two moments
+    assert held < split.training_bytes * 4 and 3 * held < 4 * (alone.training_bytes - split.training_bytes)
+    assert alone.memory == alone.process_bytes + alone.training_bytes + alone.live_bytes > 100e6
+    assert "for weights, gradients, Adam and a step" in str(alone) and "in each of 4 processes" in str(split)
+    halved = acts.plan(measure=False, architecture=architecture, processes=4, data_parallel=2)
+    assert halved.training_bytes == training_bytes(architecture, 3, 16, 2048, 2) < alone.training_bytes
     measured = acts.plan()
     assert 0 < measured.seconds < 60 and "about" in str(measured)
     with pytest.raises(UserError, match="dtype='int4' is unknown for a cache.*did you mean 'int8'"):

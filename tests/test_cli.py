@@ -126,6 +126,12 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     )
     assert code == 0
     assert "snapshots   3 x d_model 16; all are on this disk" in out and "better      cached: " in out
+    assert "training" not in out
+    code, out, _ = command(
+        *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
+        *("--context-size", 16, "--d-sae", 4096, "--architecture", "standard", "--processes", 2),
+    )
+    assert code == 0 and "MiB of memory in each of 2 processes" in out
 
 
 def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path, trained: Path, tmp_path: Path) -> None:

@@ -194,6 +194,29 @@ def test_each_process_holds_its_share(acts: Activations, tmp_path: Path):
     assert [2 * part for part in run_ranks(2, tmp_path, body)] == [alone, alone]
 
 
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_what_spoils_one_process_changes_none(acts: Activations, tmp_path: Path, limit: float | None):
+    """The loss of one process alone is not finite, or the gradients of its own features."""
+
+    def body(rank: int) -> Any:
+        parallel, _ = join("cpu")
+        trainer = trainer_of(acts, ALL["standard_crosscoder"](), parallel)
+        trainer.config.max_grad_norm = limit
+        go_on(trainer, acts, 2)
+        before = state_of(trainer)
+        if rank == 1:
+            if limit:
+                trainer.sae.W_dec.register_hook(lambda gradient: gradient * math.nan)
+            else:
+                trainer.get_coefficients = lambda: {"l1": math.inf}
+        with pytest.raises(FloatingPointError, match="is not finite at step 2"):
+            go_on(trainer, acts, 3)
+        trained = [name for name in before if name in trainer.trained]
+        return [torch.equal(before[name], trainer.trained[name]) for name in trained]
+
+    assert all(all(same) and len(same) == 4 for same in run_ranks(2, tmp_path, body))
+
+
 # ---------------------------------------------------------------------- which scores are the largest
 
 

@@ -16,7 +16,7 @@ of the encoder's. It is made once for all snapshots: with M_i = sum_b 1[h_bi > 0
 all b with h_bi > 0 is <M_is, W_dec[i, s]>; the open pairs are known one by one, and those above the window are taken
 off. Features with pairs below the window (t_i >= w/2), and those that are open nearly always, where the difference of
 two large sums would be rounding, are summed over their closed pairs densely.
-Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, one snapshot at a time.
+Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, some features at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from crosslens.crosscoders.sparse import (
 )
 from crosslens.parallel import ALONE, Parallel
 
-COLUMNS = 1024  # features whose window sums are made at a time
+COLUMNS = 1024  # features whose dense sums are made at a time
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Gates:
     threshold: Float[Tensor, " F"]
     window: float
     stretch: float
+
+    def of(self, columns: slice) -> Gates:
+        """Those of some features."""
+        parts = self.hidden_pre[:, columns].contiguous(), self.norms[columns], self.threshold[columns]
+        return Gates(*parts, self.window, self.stretch)
 
     def open_pairs(self) -> Pairs | None:
         """The pairs with any gate open, or None where dense sums are faster."""
@@ -121,15 +126,17 @@ class _ReconstructGated(torch.autograd.Function):
         ctx.gates, ctx.pairs = gates, pairs
         F, S = gates.norms.shape
         decoder = W_dec.view(F, S, -1)
-        x_hat = torch.empty_like(x)
+        x_hat = torch.zeros_like(x)
         phi = x.new_zeros(F)
-        for s in range(S):
-            into = x_hat.view(len(x), S, -1)[:, s]
-            if pairs is None:
-                acts = _dense_acts(gates, s)
-                torch.matmul(acts, decoder[:, s], out=into)
-                phi += (gates.stretch * acts * gates.norms[:, s]).tanh_().sum(0)
-            else:
+        for columns in _columns(F) if pairs is None else ():
+            part = gates.of(columns)
+            for s in range(S):
+                acts = _dense_acts(part, s)
+                x_hat.view(len(x), S, -1)[:, s] += acts @ decoder[columns, s]
+                phi[columns] += acts.mul_(part.norms[:, s] * gates.stretch).tanh_().sum(0)
+        if pairs is not None:
+            for s in range(S):
+                into = x_hat.view(len(x), S, -1)[:, s]
                 opened = _open(gates, pairs, s)
                 into.copy_(_bag(opened.features * S + s, W_dec.view(F * S, -1), opened.rows, opened.values))
                 phi.index_add_(0, opened.features, (gates.stretch * opened.scores).tanh())
@@ -168,16 +175,20 @@ def _dense_sums(
     F, S = gates.norms.shape
     by_snapshot, decoder = e.view(len(e), S, -1), W_dec.view(F, S, -1)
     dW_dec, dnorms, in_window = torch.empty_like(W_dec), torch.empty_like(gates.norms), torch.empty_like(gates.norms)
-    dh = torch.zeros_like(gates.hidden_pre)
-    for s in range(S):
-        norm, acts = gates.norms[:, s], _dense_acts(gates, s)
-        dW_dec.view(F, S, -1)[:, s] = acts.T @ by_snapshot[:, s]
-        sech2 = 1 - (gates.stretch * acts * norm).tanh_().square_()
-        dnorms[:, s] = slope * (sech2 * acts).sum(0)
-        df = torch.addcmul(by_snapshot[:, s] @ decoder[:, s].T, sech2, slope * norm)
-        dh.addcmul_(df, acts != 0)
-        in_window[:, s] = df.mul_(_in_window(gates.hidden_pre * norm, gates)).sum(0)
-    return dW_dec, dnorms, dh.T @ x, dh.sum(0), in_window
+    dW_enc, db_enc = torch.empty_like(W_dec), torch.empty_like(slope)
+    for columns in _columns(F):
+        part = gates.of(columns)
+        dh = torch.zeros_like(part.hidden_pre)
+        for s in range(S):
+            norm, acts = part.norms[:, s], _dense_acts(part, s)
+            dW_dec.view(F, S, -1)[columns, s] = acts.T @ by_snapshot[:, s]
+            sech2 = 1 - (gates.stretch * acts * norm).tanh_().square_()
+            dnorms[columns, s] = slope[columns] * (sech2 * acts).sum(0)
+            df = torch.addcmul(by_snapshot[:, s] @ decoder[columns, s].T, sech2, slope[columns] * norm)
+            dh.addcmul_(df, acts != 0)
+            in_window[columns, s] = df.mul_(_in_window(part.hidden_pre * norm, part)).sum(0)
+        dW_enc[columns], db_enc[columns] = dh.T @ x, dh.sum(0)
+    return dW_dec, dnorms, dW_enc, db_enc, in_window
 
 
 def _in_window(scores: Float[Tensor, "B F"], gates: Gates) -> Bool[Tensor, "B F"]:
