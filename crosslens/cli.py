@@ -229,11 +229,12 @@ def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
     """Lives, directions and controls of every feature, the phases of training, and probes of some features."""
     import pandas as pd
 
-    from crosslens.history import study_dynamics, study_evolution, study_probes
+    from crosslens.history import study_dynamics, study_evolution, study_features, study_probes
 
     run, crosscoder, acts = open_run(run_dir, device)
     history = study_evolution(crosscoder, acts)
     history.save(run)
+    study_features(crosscoder, acts).save(run)
     study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")).save(run)
     study_probes(crosscoder, acts).save(run)
     table = history.tables["evolution"]

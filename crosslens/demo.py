@@ -25,7 +25,7 @@ from crosslens import grammar
 from crosslens.activations import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.findings import late_feature, sign_change, top_examples
-from crosslens.history import History, study_dynamics, study_evolution, study_probes
+from crosslens.history import History, study_dynamics, study_evolution, study_features, study_probes
 from crosslens.probing import probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
@@ -107,6 +107,7 @@ def run_demo(
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
     study_evolution(crosscoder, acts, seed=seed).save(run)
+    study_features(crosscoder, acts).save(run)
     mark = lap("evolution", mark)
     probes = study_probes(crosscoder, acts, n_features=config.n_probes, seed=seed)
     probes.save(run)

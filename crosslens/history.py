@@ -21,6 +21,7 @@ from crosslens.controls import encoder_share, latent_scaling
 from crosslens.crosscoders import Crosscoder
 from crosslens.dynamics import dynamics_table, measure_dynamics
 from crosslens.evolution import evolve, measure_firing, rotation, snapshot_columns
+from crosslens.feature_data import feature_tables
 from crosslens.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
 from crosslens.ngrams import NgramCounts, count_ngrams
 from crosslens.phases import find_phases
@@ -153,6 +154,21 @@ def study_probes(crosscoder: Crosscoder, acts: Activations, *, n_features: int =
     """
     probes = probe(crosscoder, acts, n_features=n_features, seed=seed)
     return History({"probe": probes, "probe_parts": probe_parts(probes, seed=seed)})
+
+
+def study_features(crosscoder: Crosscoder, acts: Activations, *, n_examples: int = 8, n_logits: int = 8) -> History:
+    """What there is to see of every feature: the tables examples, example_tokens, lens and nearest (`feature_tables`).
+
+    Args:
+        crosscoder: any.
+        acts: activations of the same snapshots; examples are of the held-out tokens.
+        n_examples: strongest positions of each feature, at most one of a sequence.
+        n_logits: tokens at either end of the logit lens of each snapshot.
+
+    Raises:
+        UserError: as `feature_tables`.
+    """
+    return History(feature_tables(crosscoder, acts, n_examples=n_examples, n_logits=n_logits))
 
 
 def _per_feature(name: str, values: Float[Tensor, "F S"], labels: list[str]) -> pd.DataFrame:

@@ -40,7 +40,7 @@ def model_bytes(config: Any, n_blocks: int) -> int:
     return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
 
 
-# measured: tensors of (B, F) that a step holds at its densest, which for the last two is at the beginning; and of (B, .)
+# measured: arrays (B, F) that a step holds at its densest, which for the last two is at the beginning; columns besides
 _BATCH_TENSORS = {
     "topk_crosscoder": (2.0, 0),
     "batchtopk_crosscoder": (2.0, 0),

@@ -5,9 +5,13 @@ crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens
 checkpoints/                    the last whole checkpoint of an unfinished training
 evaluation.parquet              explained variance, L0, CE and KL per snapshot
 evolution.parquet               one row per feature
+examples.parquet                where features are most active, and the tokens around: example_tokens.parquet
+lens.parquet                    tokens promoted and suppressed by each feature at each snapshot
+nearest.parquet                 features nearest to each
+labels.parquet                  feature and label, where features have been named
 attribution/<task>.parquet      effects per feature and snapshot
 ablation/<task>.parquet         ablation curves
-report/                         the page
+report/                         the pages
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from crosslens.activations import Activations
     from crosslens.snapshots import Snapshots
     from crosslens.tasks import Task
 
@@ -98,3 +101,30 @@ def task() -> Task:
     from crosslens.tasks import Task
 
     return Task.from_items("tiny", ITEMS)
+
+
+@pytest.fixture(scope="module")
+def live(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
+    """About 1,000 activations of the middle block for training, and 200 held out, in sequences of 16 tokens."""
+    from crosslens.activations import Activations
+    from crosslens.snapshots import Snapshots
+
+    return Activations(
+        Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, n_tokens=1000, context_size=16,
+        held_out_tokens=200,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def acts(live: Activations, tmp_path_factory: pytest.TempPathFactory) -> Activations:
+    """The same from a cache."""
+    return live.cache(tmp_path_factory.mktemp("cache") / "acts", "float32")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For comparisons with forked processes, which have one: in several threads sums differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

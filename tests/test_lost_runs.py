@@ -27,32 +27,11 @@ import crosslens.trainer
 from crosslens.activations import Activations
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
-from crosslens.snapshots import Snapshots
 from crosslens.trainer import CrosscoderTrainer
 from crosslens.training import claim, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HOOK = "blocks.1.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def live(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
-    return Activations(
-        Snapshots.local(tiny_snapshots), HOOK, tiny_text, n_tokens=1000, context_size=T, held_out_tokens=200
-    )
-
-
-@pytest.fixture(scope="module")
-def acts(live: Activations, tmp_path_factory: pytest.TempPathFactory) -> Activations:
-    return live.cache(tmp_path_factory.mktemp("cache") / "acts", "float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Forked processes have one thread; sums in several would differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def forked(body: Callable[[], Any]) -> Any:
@@ -261,6 +240,15 @@ def torchrun(acts: Activations, run: Path, tmp_path: Path) -> Any:
     )  # fmt: skip
 
 
+def until_checkpoint(process: Any, run: Path) -> float:
+    """Wait for the first checkpoint; the time then."""
+    deadline = time.monotonic() + 240
+    while RunDir(run).last_checkpoint() is None:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+    return time.monotonic()
+
+
 def workers(process: Any) -> list[int]:
     """Process ids of what torchrun has started, by rank."""
     found = {}
@@ -280,11 +268,7 @@ def workers(process: Any) -> list[int]:
 def test_torchrun_one_rank_dies_and_the_next_call_goes_on(acts: Activations, tmp_path: Path):
     run = tmp_path / "run"
     first = torchrun(acts, run, tmp_path)
-    deadline = time.monotonic() + 240
-    while RunDir(run).last_checkpoint() is None:
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[1]
-        time.sleep(0.01)
-    began = time.monotonic()
+    began = until_checkpoint(first, run)
     os.kill(workers(first)[1], signal.SIGKILL)
     _, errors = first.communicate(timeout=120)
     assert time.monotonic() - began < 60 and first.returncode != 0
@@ -304,11 +288,7 @@ def test_torchrun_one_rank_dies_and_the_next_call_goes_on(acts: Activations, tmp
 def test_torchrun_sigterm_to_one_process_stops_all_with_a_checkpoint(acts: Activations, tmp_path: Path):
     run = tmp_path / "run"
     process = torchrun(acts, run, tmp_path)
-    deadline = time.monotonic() + 240
-    while RunDir(run).last_checkpoint() is None:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
-    began = time.monotonic()
+    began = until_checkpoint(process, run)
     os.kill(workers(process)[1], signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and time.monotonic() - began < 30, errors

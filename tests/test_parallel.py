@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from ranks import run_ranks
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
-from test_training import ALL, B, T, config
+from test_training import ALL, B, config
 from torch import Tensor
 
 import crosslens.assembly
@@ -28,30 +27,12 @@ from crosslens.initialisation import initialise
 from crosslens.parallel import ALONE, Parallel, join, n_processes
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
-from crosslens.snapshots import Snapshots
 from crosslens.trainer import CrosscoderTrainer, TrainConfig
 from crosslens.training import complete, train
 
 STEPS = 50
+pytestmark = pytest.mark.usefixtures("one_thread")
 GRIDS = [(2, 1), (4, 1), (2, 2), (4, 2)]  # processes, and groups of them among which tokens are split
-
-
-@pytest.fixture(scope="module")
-def acts(tiny_snapshots: Path, tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Activations:
-    live = Activations(
-        Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, n_tokens=1000, context_size=T,
-        held_out_tokens=200,
-    )  # fmt: skip
-    return live.cache(tmp_path_factory.mktemp("cache") / "acts", "float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Processes of one thread each are compared with one process of one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def settings(**options: Any) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The page of a run: figures against tables and CSV files, empty states, escaping, and the page in a browser."""
+"""The pages of a run: figures against tables and CSV files, empty states, escaping."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import base64
 import html
 import json
 import math
-import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ import torch
 from crosslens.errors import UserError
 from crosslens.evolution import classify
 from crosslens.report import write_report
+from crosslens.report.blocks import compact, script_json
 from crosslens.report.chart import SnapshotAxis, _outline, shown
 from crosslens.report.figures import MAX_ROWS, evolution_map, ordered_features
-from crosslens.report.page import compact, script_json
 from crosslens.rundir import RunDir
 
 HOSTILE = "<script>alert(1)</script>"
@@ -236,16 +234,20 @@ def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator
     return pd.DataFrame(rows)
 
 
-class _Page(HTMLParser):
-    """What a browser makes of the page: elements with their attributes, text of scripts, visible text."""
+PAGES = ("index", "evolution", "causes")
 
-    def __init__(self, page: Path) -> None:
+
+class _Page(HTMLParser):
+    """What a browser makes of pages: elements with their attributes, text of scripts, visible text."""
+
+    def __init__(self, index: Path, names: tuple[str, ...] = PAGES) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.text = ""
         self._script: dict[str, str | None] | None = None
-        self.feed(page.read_text(encoding="utf-8"))
+        for name in names:
+            self.feed(index.with_name(f"{name}.html").read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -301,24 +303,33 @@ def close(drawn: Any, exact: Any, rel: float = 6e-5) -> bool:
 
 def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
-    links = {str(a.get("href") or a.get("src")) for _, a in page.elements if "href" in a or "src" in a}
-    files = {link for link in links if not link.startswith("#")}
-    anchors = {link[1:] for link in links if link.startswith("#")}
-    assert all((run.report / link).is_file() for link in files), files
-    assert {f"data/{path.name}" for path in (run.report / "data").iterdir()} == {f for f in files if f.endswith(".csv")}
-    assert anchors <= {str(a.get("id")) for _, a in page.elements}
-    assert "plotly.js v" in (run.report / "plotly.min.js").read_text(encoding="utf-8")[:200]
-    assert (run.report / "index.html").stat().st_size < 300_000
-    ids = [a["id"] for _, a in page.elements if "id" in a]
-    assert len(ids) == len(set(ids))
+    linked: set[str] = set()
+    for name in (*PAGES, "features", "feature"):
+        one = _Page(run.report / "index.html", (name,))
+        links = {str(a.get("href") or a.get("src")) for _, a in one.elements if a.get("href") or a.get("src")}
+        ids = [a["id"] for _, a in one.elements if "id" in a]
+        assert len(ids) == len(set(ids)), name
+        assert {link[1:] for link in links if link.startswith("#") and len(link) > 1} <= set(ids), name
+        linked |= {link.partition("#")[0] for link in links if not link.startswith(("#", "data:,"))}
+        assert (run.report / f"{name}.html").stat().st_size < 300_000
+        current = [a["href"] for _, a in one.elements if a.get("aria-current") == "page"]
+        assert current == [f"{'features' if name == 'feature' else name}.html"]
+    assert all((run.report / link).is_file() for link in linked), linked
+    data = {f"data/{path.name}" for path in (run.report / "data").iterdir()}
+    shards = {"data/features-00000.js", "data/features-00001.js"}
+    assert data == {link for link in linked if link.startswith("data/")} | shards
+    assert "plotly.js v" in (run.report / "assets" / "plotly.min.js").read_text(encoding="utf-8")[:200]
+    assert {path.name for path in run.report.iterdir()} == {
+        *(f"{name}.html" for name in (*PAGES, "features", "feature")), "assets", "data",
+    }  # fmt: skip
 
 
 def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
     specs = page.specs()
-    stems = {path.stem for path in (run.report / "data").iterdir()}
+    stems = {path.stem for path in (run.report / "data").glob("*.csv")}
     assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
-    assert len(specs) == 10 + 7 * len(TASKS)
+    assert len(specs) == 11 + 8 * len(TASKS)
     assert page.text.count("Numbers (CSV)") == len(stems)
     for name, spec in specs.items():
         assert "template" not in spec["layout"]
@@ -329,6 +340,8 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
             assert spec["layout"]["yaxis"]["title"]["text"] or name == "origins", name
     definitions = [a for tag, a in page.elements if tag == "p" and a.get("class") == "definition"]
     assert len(definitions) == len(stems)
+    for kind in ("png", "svg"):
+        assert sum(a.get("data-picture") == kind for _, a in page.elements) == len(specs)
 
 
 def test_accuracy_and_bands_equal_the_table(written: tuple[RunDir, _Page, int]) -> None:
@@ -449,6 +462,8 @@ def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> 
     numbers = csv(run, "ie-table-subj_rel")
     assert len(numbers) == 20 * S
     assert close(numbers["ie"], [ie[f, s] for f, s in zip(numbers["feature"], numbers["snapshot"], strict=True)], 1e-12)
+    links = {str(a.get("href")) for _, a in page.elements}
+    assert {f"feature.html#{feature}" for feature in numbers["feature"]} <= links
     cell = f"{numbers['ie'][0]:+.3f} ± {numbers['ie_se'][0]:.3f}".replace("-", "−")
     assert cell in page.text
     budget = lines(page.specs()["budget-subj_rel"])
@@ -456,6 +471,21 @@ def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> 
     assert close(budget["sum of IE over features"]["y"], total)
     parts = [budget[name]["y"] for name in ("sum of IE over features", "error node", "baseline metric")]
     assert np.allclose(np.sum(parts, 0), budget["clean metric"]["y"], atol=1e-2)
+
+
+def test_effects_against_shares_are_pairs_of_the_table(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    spec, numbers = page.specs()["ie-relie-simple"], csv(run, "ie-relie-simple")
+    source = table(run, "attribution/simple").set_index(["feature", "snapshot"])
+    trace = spec["data"][0]
+    names = spec["layout"]["coloraxis"]["colorbar"]["ticktext"]
+    for (feature, _), s, x, y in zip(
+        trace["customdata"], trace["marker"]["color"], trace["x"], trace["y"], strict=True
+    ):
+        row = source.loc[(feature, s)]
+        assert close([x, y], [row["relie"], row["ie"]])
+    assert len(trace["x"]) == len(numbers) == S * source["relie"].dropna().index.get_level_values(0).nunique()
+    assert names == ["step 0", "step 1k" if S == 3 else "step 367"]
 
 
 def test_completeness_is_in_percent(written: tuple[RunDir, _Page, int]) -> None:
@@ -539,7 +569,7 @@ def test_probe_points_and_correlation(written: tuple[RunDir, _Page, int]) -> Non
 def test_labels_are_text_everywhere(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
     scripts = [text for attributes, text in page.scripts if attributes.get("type") != "application/json"]
-    assert len(scripts) == 2 and "alert(1)" not in "".join(scripts)
+    assert "alert(1)" not in "".join(scripts)
     for attributes, text in page.scripts:
         if attributes.get("type") == "application/json":
             assert not set("<>&") & set(text)
@@ -596,6 +626,8 @@ def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
     assert page.text.count("No attribution has been run") == 1
     assert page.specs() == {} and not list((run.report / "data").iterdir())
     assert "T & U" in page.text
+    for name in ("features", "feature"):
+        assert "No evolution has been computed: crosslens evolve" in _Page(run.report / "index.html", (name,)).text
 
 
 def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
@@ -645,8 +677,10 @@ def test_tasks_of_similar_names_keep_their_files(tmp_path: Path) -> None:
 
 def test_writing_again_gives_the_same_page_and_leaves_nothing_stale(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
-    first = write_report(tmp_path).read_bytes()
-    assert write_report(tmp_path).read_bytes() == first
+    write_report(tmp_path)
+    first = {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()}
+    write_report(tmp_path)
+    assert {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()} == first
     shutil.rmtree(tmp_path / "ablation")
     write_report(tmp_path)
     left = {path.name for path in run.report.rglob("*") if path.is_file()}
@@ -659,68 +693,14 @@ def test_no_run_is_a_user_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# in the page: pairs of elements of a figure that must not lie on one another, and do
-_OVERLAPS = r"""
-<script>
-(function wait() {
-  if (document.documentElement.dataset.figures !== "drawn") return setTimeout(wait, 50);
-  const box = (e) => e.getBoundingClientRect();
-  const hit = (a, b) =>
-    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
-    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
-  const slanted = (e) => e.matches(".xtick text") && /rotate\(-45/.test(e.getAttribute("transform"));
-  const kinds = ".legend, .g-xtitle text, .g-ytitle text, .xtick text, .ytick text, .modebar-group, .colorbar text";
-  const found = [];
-  for (const plot of document.querySelectorAll(".plot")) {
-    const parts = [...plot.querySelectorAll(kinds)], name = plot.dataset.spec, outer = box(plot);
-    const title = plot.querySelector(".g-xtitle text");
-    const ticks = [...plot.querySelectorAll(".xtick text")];
-    const among = title && ticks.some((tick) => box(tick).bottom > box(title).top + 1);
-    if (among) found.push(`${name}: x title among the ticks`);
-    for (const [i, a] of parts.entries()) {
-      const inner = box(a);
-      const outside = inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
-      if (outside) found.push(`${name} is left by ${a.textContent}`);
-      for (const b of parts.slice(i + 1)) {
-        if (slanted(a) && slanted(b)) continue;  // boxes of slanted texts overlap where the texts do not
-        if (hit(box(a), box(b))) found.push(`${name}: ${a.textContent} | ${b.textContent}`);
-      }
-    }
-  }
-  if (document.body.scrollWidth > document.body.clientWidth + 1) found.push("the page scrolls sideways");
-  document.documentElement.dataset.overlaps = JSON.stringify(found);
-})();
-</script>
-"""
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(_BROWSER is None, reason="needs chromium, chromium-browser or google-chrome in PATH")
-@pytest.mark.parametrize(
-    ("n_snapshots", "width", "dark"), [(3, 1280, False), (3, 390, True), (8, 390, False), (8, 1280, True)]
-)
-def test_in_a_browser(tmp_path: Path, n_snapshots: int, width: int, dark: bool) -> None:
-    page = write_report(add_study(make_run(tmp_path / "run", n_snapshots), "simple").path)
-    probed = page.with_name("probed.html")
-    # no browser window is as narrow as a phone, but the page can be
-    text = page.read_text(encoding="utf-8").replace("</head>", f"<style>html {{ width: {width}px }}</style></head>")
-    probed.write_text(text.replace("</body>", _OVERLAPS + "</body>"), encoding="utf-8")
-    command = [
-        str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=60000",
-        f"--window-size={max(width, 500)},1200", "--dump-dom", probed.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    root = re.search(r"<html[^>]*>", done.stdout)
-    assert root is not None and 'data-figures="drawn"' in root[0]
-    overlaps = re.search(r'data-overlaps="([^"]*)"', root[0])
-    assert overlaps is not None
-    assert not json.loads(html.unescape(overlaps[1])), html.unescape(overlaps[1])
-    assert done.stdout.count('<div class="plot js-plotly-plot"') == len(_Page(page).specs()) > 0
-    # no button of the toolbar may upload anything
-    assert 'data-title="Reset axes"' in done.stdout and "Share chart" not in done.stdout
-    drawn = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S)
-    assert ("rgb(109, 179, 255)" in drawn, "rgb(26, 106, 200)" in drawn) == (dark, not dark)
+def test_axes_know_the_tokens_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 8)
+    tokens = [step * 4096 for step in STEPS[8]]
+    specs = _Page(write_report(tmp_path)).specs()
+    for name in ("accuracy", "l0", "budget-simple", "completeness"):
+        assert specs[name]["layout"]["meta"]["tokens"] == tokens, name
+    info = run.read_json()
+    run.write_json({**info, "snapshots": [{**row, "tokens": None} for row in info["snapshots"]]})
+    specs = _Page(write_report(tmp_path)).specs()
+    assert "tokens" not in specs["budget-simple"]["layout"]["meta"]
+    assert specs["accuracy"]["layout"]["meta"]["tokens"] == tokens

@@ -40,7 +40,6 @@ from crosslens.errors import UserError
 from crosslens.initialisation import initialise, search_decoder_norm
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
-from crosslens.snapshots import Snapshots
 from crosslens.trainer import CrosscoderTrainer, TrainConfig
 from crosslens.training import complete, train
 
@@ -51,19 +50,6 @@ ALL: dict[str, Callable[[], CrosscoderTrainingConfig]] = {
     "batchtopk_crosscoder": lambda: BatchTopKCrosscoderTrainingConfig(d_sae=40, k=3.5),
     "jumprelu_crosscoder": lambda: JumpReLUCrosscoderTrainingConfig(d_sae=40, sparsity_warm_up_steps=16),
 }
-
-
-@pytest.fixture(scope="module")
-def live(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
-    return Activations(
-        Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, n_tokens=1000, context_size=T,
-        held_out_tokens=200,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def acts(live: Activations, tmp_path_factory: pytest.TempPathFactory) -> Activations:
-    return live.cache(tmp_path_factory.mktemp("cache") / "acts", "float32")
 
 
 def config(**options: Any) -> TrainConfig:

@@ -176,7 +176,7 @@ class SnapshotAxis:
     def apply(self, figure: go.Figure) -> None:
         """Make this the x axis of a figure.
 
-        `layout.meta` tells the page's script the true steps, for its linear scale, and that it may thin the ticks out.
+        `layout.meta` tells the page's script the true steps and tokens, and that it may thin the ticks out.
         """
         positions = list(self.positions.values())
         if self.even:
@@ -186,6 +186,8 @@ class SnapshotAxis:
             apart = 0 in self.steps.values() and len(self.steps) > 1
             title = "training steps (log scale, 0 set apart)" if apart else "training steps (log scale)"
             meta = {"axis": "steps", "positions": positions, "steps": list(self.steps.values())}
+            if len(set(self.tokens.values())) == len(positions):
+                meta["tokens"] = list(self.tokens.values())
         figure.update_layout(meta=meta)
         figure.update_xaxes(title_text=title, tickmode="array", tickvals=positions, ticktext=ticks, zeroline=False)
 

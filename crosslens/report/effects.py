@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from crosslens.report.chart import (
     GRID,
+    HEAT,
     INK,
     MUTED,
     SERIES,
@@ -22,6 +23,7 @@ from crosslens.report.chart import (
     Style,
     add_level,
     add_line,
+    apply_colors,
     floats,
     ints,
     new_figure,
@@ -31,6 +33,7 @@ from crosslens.report.chart import (
 N_LINES = 12  # features drawn as lines
 N_ROWS = 20  # features in the table
 MAX_POINTS = 2000  # of the triangle
+MAX_PAIRS = 800  # of a feature and a snapshot
 ABLATE_K, KEEP_K = 15, 100  # sizes wanted over snapshots; the nearest that was measured is drawn
 MIN_CLEAN = 0.1  # of the largest |clean metric|: below it a share divides by noise
 _NOTHING = "No feature has an effect above two standard errors on this task."
@@ -68,6 +71,34 @@ def signed_effects(table: Frame) -> Chart | str:
     chart = _feature_lines(table, "ie", "IE (logits)")
     chart.figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     return chart
+
+
+def effects_against_shares(table: Frame) -> Chart | str:
+    """Signed IE against RelIE, a point per feature and snapshot, of the features of largest effect."""
+    axis = SnapshotAxis.of(table, even=True)
+    features = top_features(table, max(1, MAX_PAIRS // len(axis.labels)))
+    if not features:
+        return _NOTHING
+    rows = table[table["feature"].isin(features)].dropna(subset=["relie"])
+    order = {snapshot: i for i, snapshot in enumerate(axis.labels)}
+    ids, names = ints(rows["snapshot"]), list(axis.names().values())
+    figure = new_figure("IE (logits)", height=440)
+    figure.add_scatter(
+        x=floats(rows["relie"]),
+        y=floats(rows["ie"]),
+        mode="markers",
+        showlegend=False,
+        marker={"size": 6, "opacity": 0.75, "color": [order[s] for s in ids], "coloraxis": "coloraxis"},
+        customdata=[[feature, names[order[s]]] for feature, s in zip(ints(rows["feature"]), ids, strict=True)],
+        hovertemplate="feature %{customdata[0]}<br>%{customdata[1]}<br>RelIE %{x:.3f}, IE %{y:+.3f}<extra></extra>",
+    )
+    # without the faint shades: a point needs more contrast than an area
+    apply_colors(figure, HEAT[2:], {0: names[0], max(1, len(names) - 1): names[-1]})
+    figure.update_xaxes(title_text="RelIE (share)", showgrid=True, gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
+    note = f"The {len(features)} features of largest |IE| at any snapshot."
+    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "relie") if c in rows]
+    return Chart(figure, rows[columns].reset_index(drop=True), note)
 
 
 def effect_table(table: Frame) -> Grid | str:

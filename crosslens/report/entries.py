@@ -1,4 +1,4 @@
-"""What a section of the page is made of."""
+"""What a page is made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Draw = Callable[..., Chart | Grid | str]
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure of the page.
+    """A figure of a page.
 
     Attributes:
         name: stem of its anchor and CSV file.
@@ -55,3 +55,20 @@ class Section:
     entries: tuple[Entry, ...] = ()
     per_task: tuple[Entry, ...] = ()
     kind: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Sections in one file.
+
+    Attributes:
+        name: stem of the file.
+        title: its heading, and its name in the navigation.
+        intro: a sentence or two at its top.
+        sections: in order.
+    """
+
+    name: str
+    title: str
+    intro: str
+    sections: tuple[Section, ...]

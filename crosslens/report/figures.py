@@ -76,6 +76,15 @@ def l0(table: Frame) -> Chart:
     return Chart(chart.figure, chart.data, note)
 
 
+def dead(table: Frame) -> Chart:
+    """Share of features that no held-out token activates."""
+    percent = table.assign(dead=100 * table["dead_fraction"])
+    chart = _per_snapshot(percent, {"dead": "dead features"}, "dead features (%)", number=".2f")
+    chart.figure.update_yaxes(rangemode="tozero")
+    low, high = percent["dead"].min(), percent["dead"].max()
+    return Chart(chart.figure, chart.data, f"{low:.1f} % at every snapshot." if low == high else "")
+
+
 def cross_entropy(table: Frame) -> Chart:
     """Cross-entropy of the clean, spliced and zeroed models."""
     names = {"ce_clean": "clean", "ce_spliced": "spliced", "ce_zero": "zeroed"}

@@ -1,21 +1,19 @@
-"""What stands on the page, in order: figures with their titles and definitions, and words for when one is missing."""
+"""What stands on the pages Overview and Evolution, in order: figures with their titles and definitions, and words for
+when one is missing.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-
-from crosslens.report import checks, effects, figures, lives, phases, timelines
+from crosslens.report import figures, lives
+from crosslens.report import phases as phase_figures
 from crosslens.report.entries import Entry, Section
 
+_ACCURACY = "No task has been measured: crosslens attribute RUN_DIR --task TASK measures its accuracy too."
 _EVALUATE = "Nothing has been evaluated: crosslens train RUN_DIR writes evaluation.parquet when it ends."
 _EVOLVE = "No evolution has been computed: crosslens evolve RUN_DIR."
-_ATTRIBUTE = "No attribution has been run: crosslens attribute RUN_DIR --task TASK."
-_ABLATE = "No ablation has been run: crosslens ablate RUN_DIR --task TASK, after crosslens attribute."
-_ACCURACY = "No task has been measured: crosslens attribute RUN_DIR --task TASK measures its accuracy too."
 _PROBE = "No probes have been fitted: crosslens evolve RUN_DIR fits some of them."
 
-
-SECTIONS: tuple[Section, ...] = (
+OVERVIEW: tuple[Section, ...] = (
     Section(
         "accuracy",
         "Accuracy",
@@ -56,6 +54,15 @@ SECTIONS: tuple[Section, ...] = (
                 ("evaluation",),
             ),
             Entry(
+                "dead",
+                "Dead features",
+                "Share of features that are active on no held-out token, in percent. Snapshots differ only where the "
+                "gate is per snapshot.",
+                figures.dead,
+                ("evaluation",),
+                optional=True,
+            ),
+            Entry(
                 "cross-entropy",
                 "Cross-entropy",
                 "Next-token loss of the clean model, of the model whose hook point holds the reconstruction (spliced), "
@@ -74,8 +81,40 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "phases",
+        "Phases",
+        "What the predictions learn first, when the features settle, and which snapshots show it.",
+        _EVOLVE,
+        (
+            Entry(
+                "dynamics",
+                "Statistics first, features later?",
+                "KL divergence from unigram and bigram shares of the corpus to the predictions, and loss, in nats per "
+                "token; below, shares: fall of the bigram KL done, features settled (cosine to the final direction at "
+                "least .5 from here on), present, and total dimensionality / d_model.",
+                phase_figures.dynamics,
+                ("dynamics", "phases"),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
+                "selection",
+                "Which snapshots tell it best",
+                "The snapshots that leave the least distance, in accuracy and activation similarity, to those that "
+                "they stand for.",
+                phase_figures.proposal,
+                ("selection",),
+                wide=True,
+                optional=True,
+            ),
+        ),
+    ),
+)
+
+EVOLUTION: tuple[Section, ...] = (
+    Section(
         "evolution",
-        "Evolution",
+        "Lives of features",
         "A feature is present at a snapshot where its decoder norm is at least half of its largest. It is initial if "
         "present at the first snapshot, else emergent, born at the first snapshot from which it stays; never if it "
         "does not stay anywhere. Transient features are absent for good later on.",
@@ -103,27 +142,6 @@ SECTIONS: tuple[Section, ...] = (
                 "Number of features by origin, and whether they persist to the last snapshot.",
                 figures.origins,
                 ("evolution",),
-            ),
-            Entry(
-                "dynamics",
-                "Statistics first, features later?",
-                "KL divergence from unigram and bigram shares of the corpus to the predictions, and loss, in nats per "
-                "token; below, shares: fall of the bigram KL done, features settled (cosine to the final direction at "
-                "least .5 from here on), present, and total dimensionality / d_model.",
-                phases.dynamics,
-                ("dynamics", "phases"),
-                wide=True,
-                optional=True,
-            ),
-            Entry(
-                "selection",
-                "Which snapshots tell it best",
-                "The snapshots that leave the least distance, in accuracy and activation similarity, to those that "
-                "they stand for.",
-                phases.proposal,
-                ("selection",),
-                wide=True,
-                optional=True,
             ),
             Entry(
                 "turning",
@@ -183,154 +201,6 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
-        "effects",
-        "Effects on tasks",
-        "IE is the indirect effect of a feature on logit(correct) − logit(wrong) at the last position, by integrated "
-        "gradients from the baseline to the clean features: positive effects support the correct answer. RelIE is a "
-        "snapshot's share of a feature's effect, |IE| / sum over snapshots of |IE|; it hides the sign, so signed IE "
-        "stands beside it.",
-        _ATTRIBUTE,
-        (
-            Entry(
-                "completeness",
-                "Completeness error",
-                "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of "
-                "|clean − baseline metric|. 0 means that the effects account for the whole metric.",
-                effects.completeness,
-                ("attribution/*.snapshots",),
-                wide=True,
-            ),
-        ),
-        (
-            Entry(
-                "relie",
-                "Relative effect (RelIE)",
-                "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with an effect above "
-                "two standard errors somewhere.",
-                effects.relative_effects,
-                ("attribution/{task}",),
-            ),
-            Entry(
-                "ie",
-                "Signed effect (IE)",
-                "Mean over prompts of the effect in logits, of the features of largest |IE|. Above zero a feature "
-                "supports the correct answer, below it opposes it.",
-                effects.signed_effects,
-                ("attribution/{task}",),
-            ),
-            Entry(
-                "budget",
-                "What the metric is made of",
-                "Clean metric, baseline metric, and the summed effects of all features and of the error node, in "
-                "logits. Features + error node + baseline make up the clean metric.",
-                effects.effect_budget,
-                ("attribution/{task}.snapshots", "attribution/{task}"),
-                wide=True,
-            ),
-            Entry(
-                "ie-table",
-                "Features of largest effect",
-                "IE ± standard error over prompts, in logits, by snapshot. Blue supports the correct answer, orange "
-                "opposes it.",
-                effects.effect_table,
-                ("attribution/{task}",),
-                wide=True,
-            ),
-            Entry(
-                "timeline",
-                "Features over the snapshots",
-                "The features of largest |IE| at any snapshot, a row each: decoder norm, signed effect and share of "
-                "the effect (RelIE) at every snapshot. Left of the word is the number of the feature.",
-                timelines.feature_timeline,
-                ("timeline/{task}",),
-                wide=True,
-                optional=True,
-            ),
-            Entry(
-                "languages",
-                "Features that languages share",
-                "Number of features that are among those of largest |IE| in both languages, beside what random sets of "
-                "as many features that are active in both would share.",
-                timelines.language_overlap,
-                ("languages/{task}",),
-                wide=True,
-                optional=True,
-            ),
-        ),
-        "attribution",
-    ),
-    Section(
-        "ablation",
-        "Ablation",
-        "The metric when a set of features is removed (ablate), or is all that is kept (keep), measured exactly, at "
-        "all positions; removed features are zero unless a mean or a paired prompt was asked for. Shares are 1 + "
-        "(metric − clean) / |clean|, which is metric / clean where the clean metric is positive. Random sets are of as"
-        " many active features; size-matched ones of about the same activation times decoder norm.",
-        _ABLATE,
-        per_task=(
-            Entry(
-                "ablate-size",
-                "Ablating k features, last snapshot",
-                "Share of the clean metric that is left when k features are removed, the error node kept. "
-                "Top features are those of largest signed IE.",
-                partial(effects.ablation_by_size, mode="ablate"),
-                ("ablation/{task}",),
-            ),
-            Entry(
-                "keep-size",
-                "Keeping k features, last snapshot",
-                "Share of the clean metric when only k features are kept, without the error node. Top features are "
-                "those of largest |IE|; reconstruction alone keeps all.",
-                partial(effects.ablation_by_size, mode="keep"),
-                ("ablation/{task}",),
-            ),
-            Entry(
-                "ablate-snapshots",
-                "Ablating over snapshots",
-                "The same at one size of the set; the features are chosen anew at each snapshot.",
-                partial(effects.ablation_over_snapshots, mode="ablate"),
-                ("ablation/{task}",),
-            ),
-            Entry(
-                "keep-snapshots",
-                "Keeping over snapshots",
-                "The same at one size of the set; the features are chosen anew at each snapshot.",
-                partial(effects.ablation_over_snapshots, mode="keep"),
-                ("ablation/{task}",),
-            ),
-            Entry(
-                "areas",
-                "Necessity and sufficiency",
-                "Area under the share of the whole change against log(1 + k) / log(1 + active features): necessity "
-                "when the k features are ablated, sufficiency when they alone are kept. 1 where the first feature does "
-                "what all do, near 0 where only the whole will do.",
-                checks.areas,
-                ("areas/{task}",),
-                optional=True,
-            ),
-            Entry(
-                "additivity",
-                "Do effects add up?",
-                "Pairs of features ablated together, against the sum of both ablated alone, measured exactly. Where "
-                "points leave the line, sums of effects are not the effect of the set.",
-                checks.additivity,
-                ("additivity/{task}", "additivity/{task}.snapshots"),
-                optional=True,
-            ),
-            Entry(
-                "transfer",
-                "Features of one snapshot at another",
-                "Share of the whole change that ablating the top features of one snapshot (rows) makes at another "
-                "(columns). Where a row falls short of the diagonal of the column, other features have come to matter.",
-                checks.transfer,
-                ("transfer/{task}",),
-                wide=True,
-                optional=True,
-            ),
-        ),
-        kind="ablation",
-    ),
-    Section(
         "probes",
         "Probes",
         "Whether a feature's decoder norm at a snapshot tells how well the feature can be read off that snapshot.",
@@ -351,7 +221,7 @@ SECTIONS: tuple[Section, ...] = (
                 "Correlation of probe error and relative decoder norm, with 95 % intervals over features: of all "
                 "points, without step 0, less the means of each feature, less those of each snapshot, and corrected "
                 "for the noise of single probes.",
-                phases.probe_parts,
+                phase_figures.probe_parts,
                 ("probe_parts",),
                 optional=True,
             ),
@@ -360,7 +230,7 @@ SECTIONS: tuple[Section, ...] = (
                 "Do neighbouring snapshots agree?",
                 "Share of the 20 held-out tokens on which a feature is strongest that two neighbouring snapshots have "
                 "in common, each read from that snapshot alone.",
-                phases.agreement,
+                phase_figures.agreement,
                 ("agreement",),
                 optional=True,
             ),

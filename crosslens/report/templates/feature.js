@@ -1,0 +1,232 @@
+"use strict";
+// One feature, whose number stands in the address. What is known of it comes from the script of its shard.
+(() => {
+  const { element, save, visible } = crosslens;
+  const byId = (id) => document.getElementById(id);
+  const about = JSON.parse(byId("about").textContent), S = about.labels.length;
+  const report = document.title;
+  const waiting = new Map(), loaded = new Map();
+  let feature, words;
+
+  // ------------------------------------------------------------------ loading
+  crosslens.load = (shard, data) => {
+    loaded.set(shard, data);
+    if (loaded.size > 4) loaded.delete(loaded.keys().next().value);
+    waiting.get(shard)?.resolve(data);
+  };
+
+  function fetchShard(shard) {
+    if (loaded.has(shard)) return Promise.resolve(loaded.get(shard));
+    if (!waiting.has(shard)) {
+      const waited = {};
+      waited.promise = new Promise((resolve, reject) => Object.assign(waited, { resolve, reject }));
+      waiting.set(shard, waited);
+      const script = element("script", { src: `data/features-${String(shard).padStart(5, "0")}.js` });
+      script.addEventListener("error", () => waited.reject(new Error(`${script.getAttribute("src")} was not found`)));
+      script.addEventListener("load", () => script.remove());
+      document.body.append(script);
+      waited.promise.catch(() => {}).finally(() => waiting.delete(shard));
+    }
+    return waiting.get(shard).promise;
+  }
+
+  async function open() {
+    const asked = location.hash.slice(1) || String(about.first);
+    const id = /^\d{1,9}$/.test(asked) ? Number(asked) : -1;
+    byId("feature").hidden = true;
+    byId("label").textContent = "";
+    byId("name").textContent = id < 0 ? "Feature" : `Feature ${id}`;
+    try {
+      if (id < 0) throw new Error(`“${visible(decodeURIComponent(asked))}” is no feature`);
+      steps(id);
+      if (id < about.first || id > about.last) throw new Error(`There is no feature ${id}`);
+      const data = await fetchShard(Math.floor(id / about.shard));
+      if (byId("name").textContent !== `Feature ${id}`) return;  // another one was asked for meanwhile
+      feature = data.features.find((one) => one.id === id);
+      words = data.words;
+      if (!feature) throw new Error(`There is no feature ${id}`);
+    } catch (error) {
+      byId("trouble").textContent = `${error.message}. Features are numbered ${about.first} to ${about.last}.`;
+      byId("trouble").hidden = false;
+      return;
+    }
+    byId("trouble").hidden = true;
+    byId("feature").hidden = false;
+    document.title = `${byId("name").textContent}${feature.name ? `: ${visible(feature.name)}` : ""} · ${report.replace(/^Feature · /, "")}`;
+    describe();
+    norms();
+    effects();
+    examples();
+    lens();
+    nearest();
+    crosslens.say(`${byId("name").textContent} is shown.`);
+  }
+
+  function steps(id) {
+    for (const [name, other] of [["before", id - 1], ["after", id + 1]]) {
+      const there = other >= about.first && other <= about.last, place = byId(name);
+      if (there) place.href = `#${other}`;
+      else place.removeAttribute("href");
+    }
+    byId("number").value = id;
+  }
+
+  // ------------------------------------------------------------------ parts
+  function part(name, shown, reason) {
+    const place = byId(name), words_ = place.parentElement.querySelector("[data-missing]");
+    place.hidden = !shown;
+    words_.hidden = shown;
+    words_.textContent = shown ? "" : words_.dataset.missing || reason;
+    for (const filled of place.querySelectorAll("ol, tbody")) filled.replaceChildren();
+    return shown;
+  }
+
+  function describe() {
+    const label = (snapshot) => (snapshot === null ? null : about.labels[snapshot]);
+    const facts = [
+      ["class", feature.kind],
+      ["born at", label(feature.birth)],
+      ["peak at", label(feature.peak)],
+      ["absent for good from", label(feature.death)],
+      ["present at, of all snapshots", feature.lifetime === null ? null : `${feature.lifetime} of ${S}`],
+      ["of held-out tokens active", feature.rate === null ? null : `${Number((100 * feature.rate).toPrecision(3))} %`],
+    ].filter(([, value]) => value);
+    byId("label").textContent = visible(feature.name);
+    byId("facts").replaceChildren(...facts.map(([name, value]) => element("div", {}, [element("dt", { text: name }), element("dd", { text: value })])));
+    byId("facts").hidden = !facts.length;
+    for (const id of ["figure-norms", "figure-effects"]) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
+  }
+
+  function norms() {
+    const plot = byId("figure-norms").querySelector(".plot"), spec = crosslens.spec(plot);
+    spec.data[0].y = feature.norms;
+    const half = Math.max(...feature.norms) / 2;
+    Object.assign(spec.layout.shapes[0], { y0: half, y1: half });
+    crosslens.show(plot, spec);
+  }
+
+  function effects() {
+    const figure = byId("figure-effects"), plot = figure.querySelector(".plot"), missing = figure.querySelector("[data-missing]");
+    const there = feature.effects.length > 0;
+    for (const one of figure.querySelectorAll(".plot, figcaption")) one.hidden = !there;
+    missing.hidden = there;
+    missing.textContent = missing.dataset.missing || "It is active on no prompt of the tasks that were attributed.";
+    if (!there) return;
+    const spec = crosslens.spec(plot), traces = [];
+    for (const [task, ie, se] of feature.effects) {
+      const [band, line] = spec.data.slice(2 * task, 2 * task + 2);
+      line.y = ie;
+      if (ie.every((value, s) => value !== null && se[s] !== null)) {
+        const low = ie.map((value, s) => value - 2 * se[s]), high = ie.map((value, s) => value + 2 * se[s]);
+        traces.push({ ...band, y: [...high, ...low.reverse()] });
+      }
+      traces.push(line);
+    }
+    crosslens.show(plot, { ...spec, data: traces });
+  }
+
+  // what the feature writes at a snapshot where its activation is f
+  function written(f, s) {
+    const strength = f * feature.norms[s];
+    return strength > feature.examples.threshold ? strength : 0;
+  }
+
+  function strip(name, values, largest) {
+    const cells = values.map((value, s) => element("i", {
+      class: value < 0 ? "below" : "above",
+      style: { "--w": Math.min(1, Math.abs(value) / largest).toFixed(2) },
+      title: `${about.labels[s]}: ${name} ${Number(value.toPrecision(3))}`,
+    }));
+    return element("div", { class: "read" }, [element("span", { text: name }), element("span", { class: "strip", role: "img", "aria-label": `${name}, by snapshot`, style: { "--n": S } }, cells)]);
+  }
+
+  function examples() {
+    const list = feature.examples?.list ?? [];
+    if (!part("examples", list.length > 0, "It is active on no held-out token.")) return;
+    const strongest = feature.norms.indexOf(Math.max(...feature.norms));
+    const top = Math.max(...list.map(([, , , , activations]) => written(Math.max(...activations), strongest)), 1e-30);
+    const reads = Math.max(...list.flatMap(([, , , , , read]) => read.map(Math.abs)), 1e-30);
+    const items = list.map(([sequence, position, first, tokens, activations, read]) => {
+      const text = element("p", { class: "text", dir: "auto" }, tokens.map((token, t) => element("bdi", { class: first + t === position ? "token peak" : "token", text: visible(words[token]) })));
+      const at = activations[position - first];
+      return element("li", {}, [
+        text,
+        strip("writes", feature.norms.map((_, s) => written(at, s)), top),
+        strip("reads", read, reads),
+        element("p", { class: "where", text: `sequence ${sequence}, position ${position}, activation ${at}` }),
+      ]);
+    });
+    byId("examples").querySelector("ol").replaceChildren(...items);
+    const slider = byId("at");
+    Object.assign(slider, { max: S - 1, value: strongest });
+    const color = () => {
+      const s = Number(slider.value);
+      byId("at-label").textContent = about.labels[s];
+      slider.setAttribute("aria-valuetext", about.labels[s]);
+      list.forEach(([, , , , activations], i) => activations.forEach((f, t) => {
+        const token = items[i].firstChild.children[t], strength = written(f, s);
+        token.style.setProperty("--w", Math.min(1, strength / top).toFixed(3));
+        token.title = `activation ${f}, writes ${Number(strength.toPrecision(3))} at ${about.labels[s]}`;
+      }));
+    };
+    slider.oninput = color;
+    color();
+  }
+
+  function lens() {
+    const there = (feature.lens ?? []).some(([promoted]) => promoted.length);
+    if (!part("lens", there, "The logit lens of this feature is not known.")) return;
+    const largest = Math.max(...feature.lens.flatMap((row) => [...row[1], ...row[3]].map(Math.abs)), 1e-30);
+    const chips = (tokens, logits, kind) => element("td", { class: "word", "data-column": kind === "up" ? "promotes" : "suppresses" }, tokens.map((token, i) => element("bdi", {
+      class: `chip ${kind}`, style: { "--w": (Math.abs(logits[i]) / largest).toFixed(2) }, text: visible(words[token]), title: signed(logits[i]),
+    })));
+    byId("lens").querySelector("tbody").replaceChildren(...feature.lens.map(([up, ups, down, downs], s) =>
+      element("tr", {}, [element("th", { scope: "row", text: about.labels[s] }), chips(up, ups, "up"), chips(down, downs, "down")])));
+  }
+
+  const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value)}`;
+
+  function nearest() {
+    if (!part("nearest", (feature.nearest ?? []).length > 0, "There is no other feature.")) return;
+    byId("nearest").querySelector("ol").replaceChildren(...feature.nearest.map(([id, cosine, name]) => element("li", {}, [
+      element("a", { href: `#${id}`, text: `Feature ${id}` }),
+      name ? element("bdi", { class: "chip", text: visible(name) }) : "",
+      element("span", { text: `cosine ${String(cosine).replace("-", "−")}` }),
+    ])));
+  }
+
+  // ------------------------------------------------------------------ numbers
+  const dates = (s) => [s, about.labels[s], about.steps[s], about.tokens[s]];
+  const dated = ["snapshot", "label", "step", "tokens"];
+  const tables = {
+    "figure-norms": () => [[...dated, "norm"], ...feature.norms.map((norm, s) => [...dates(s), norm])],
+    "figure-effects": () => [["task", ...dated, "ie", "ie_se"], ...feature.effects.flatMap(([task, ie, se]) => ie.map((value, s) => [about.tasks[task], ...dates(s), value, se[s]]))],
+    examples: () => [
+      ["rank", "sequence", "position", "token", "activation", ...about.labels.map((label) => `writes/${label}`), ...about.labels.map((label) => `reads/${label}`)],
+      ...feature.examples.list.flatMap(([sequence, position, first, tokens, activations, read], rank) => tokens.map((token, t) => [
+        rank, sequence, first + t, words[token], activations[t], ...feature.norms.map((_, s) => Number(written(activations[t], s).toPrecision(4))), ...(first + t === position ? read : read.map(() => "")),
+      ])),
+    ],
+    lens: () => [[...dated, "rank", "promoted", "promoted_logit", "suppressed", "suppressed_logit"], ...feature.lens.flatMap(([up, ups, down, downs], s) => up.map((token, rank) => [...dates(s), rank, words[token], ups[rank], words[down[rank]], downs[rank]]))],
+  };
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-numbers]");
+    if (!button) return;
+    const name = button.closest("figure, #examples, #lens").id;
+    save(`feature-${feature.id}-${name.replace("figure-", "")}.csv`, tables[name]());
+  });
+
+  byId("jump").addEventListener("submit", (event) => {
+    event.preventDefault();
+    location.hash = String(Number(byId("number").value));
+  });
+  window.addEventListener("hashchange", () => {
+    // who steps through features stays at the links; who follows a link further down begins at the top
+    if (!document.activeElement?.closest(".steps")) {
+      byId("name").focus({ preventScroll: true });
+      window.scrollTo(0, 0);
+    }
+    open();
+  });
+  open();
+})();

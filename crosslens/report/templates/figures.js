@@ -1,0 +1,282 @@
+"use strict";
+// What all pages share: figures drawn when they come into view, their scales and pictures, and text that is safe to show.
+window.crosslens = (() => {
+  const theme = JSON.parse(document.getElementById("theme").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const coarse = window.matchMedia("(pointer: coarse)").matches;
+  const specs = new Map();  // by plot
+  const config = {
+    // nothing on the page may lead to a network: newer plotly offers to upload charts
+    displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
+    displayModeBar: coarse ? false : "hover",
+    modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+  };
+  const chosen = { unit: "steps", scale: "log" };
+  let printing = false;
+
+  // the figure with each colour of the light page replaced by its counterpart on the dark one
+  function themed(value, key = "") {
+    if (Array.isArray(value)) return /colorscale$|^annotations$|^shapes$/.test(key) ? value.map((part) => themed(part, key)) : value;
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, themed(part, name)]));
+    }
+    return typeof value === "string" && /color(scale)?$/.test(key) && Object.hasOwn(theme, value) ? theme[value] : value;
+  }
+
+  function plain(text) {
+    const holder = document.createElement("textarea");
+    holder.innerHTML = text;
+    return holder.value;
+  }
+
+  // which ticks can be read side by side on so many pixels, and at which angle: the last first, then from the right
+  function thinned(positions, texts, width, slanting) {
+    const low = Math.min(...positions), span = Math.max(...positions) - low || 1;
+    const at = positions.map((position) => ((position - low) / span) * 0.88 * width);  // the rest is before and after
+    const sizes = texts.map((text) => 7.2 * plain(text).length + 10);
+    const fits = (i, j, slanted) => at[j] - at[i] >= (slanted ? 20 : (sizes[i] + sizes[j]) / 2);
+    const order = positions.map((_, i) => i).sort((a, b) => positions[a] - positions[b]);
+    const keep = (slanted) => {
+      const kept = [order[order.length - 1]];
+      for (const i of order.slice(0, -1).reverse()) {
+        if (fits(i, kept[kept.length - 1], slanted)) kept.push(i);
+      }
+      return kept.reverse();
+    };
+    const level = keep(false);
+    return slanting && level.length < positions.length ? [keep(true), -45] : [level, 0];
+  }
+
+  // 1, 512, 1k, 143k, 4.2M
+  function short(value) {
+    for (const [size, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+      if (Math.abs(value) >= size) return `${Number((value / size).toPrecision(4))}${suffix}`;
+    }
+    return String(Number(value.toPrecision(4)));
+  }
+
+  // log10 of each value; 0, which has none, stands apart to the left
+  function logarithms(values) {
+    const logs = values.filter((value) => value > 0).map(Math.log10);
+    const low = logs.length ? Math.min(...logs) : 0, high = logs.length ? Math.max(...logs) : 0;
+    const zero = low - Math.max(0.15, 0.1 * (high - low));
+    return values.map((value) => (value > 0 ? Math.log10(value) : zero));
+  }
+
+  // x of each snapshot on the chosen scale, and ticks that fit the width
+  function along(figure, width) {
+    const { meta, xaxis } = figure.layout;
+    if (!meta || !xaxis || !xaxis.tickvals) return;
+    if (meta.axis === "steps") {
+      const unit = chosen.unit === "tokens" && meta.tokens ? "tokens" : "steps", values = meta[unit];
+      const linear = chosen.scale === "linear";
+      const positions = linear ? values : logarithms(values);
+      const moved = new Map(meta.positions.map((position, i) => [position, positions[i]]));
+      for (const trace of figure.data) if (Array.isArray(trace.x)) trace.x = trace.x.map((x) => moved.get(x) ?? null);
+      const apart = values.length > 1 && values.includes(0) ? ", 0 set apart" : "";
+      xaxis.title = { ...xaxis.title, text: `training ${unit}${linear ? "" : ` (log scale${apart})`}` };
+      if (linear) {
+        delete xaxis.tickvals;
+        delete xaxis.ticktext;
+        Object.assign(xaxis, { tickmode: "auto", nticks: Math.max(3, Math.floor(width / 90)) });
+        return;
+      }
+      Object.assign(xaxis, { tickvals: positions, ticktext: values.map(short) });
+    }
+    const [kept, angle] = thinned(xaxis.tickvals, xaxis.ticktext, width, meta.axis === "labels");
+    xaxis.tickvals = kept.map((i) => xaxis.tickvals[i]);
+    xaxis.ticktext = kept.map((i) => xaxis.ticktext[i]);
+    xaxis.tickangle = angle;
+  }
+
+  // what is written beside colour bars and panels, where there is little room: without what explains it
+  function shortened(layout, width) {
+    if (width > 480) return;
+    for (const name of Object.keys(layout)) {
+      const part = layout[name];
+      if (/^coloraxis/.test(name)) {
+        const bar = part.colorbar;
+        Object.assign(bar, { ticktext: bar.ticktext.map((text) => text.replace(/(, | of ).*/, "")), tickangle: 0 });
+        bar.tickfont = { ...bar.tickfont, size: 10 };
+      } else if (/^xaxis/.test(name) && part.domain && part.ticktext) {
+        const numbers = part.ticktext.every((text) => /^step ?[\d.]+\w?$/.test(text));
+        if (numbers) part.ticktext = part.ticktext.map((text) => text.replace(/^step ?/, ""));
+        const room = (part.domain[1] - part.domain[0]) * width;
+        if (part.ticktext.reduce((sum, text) => sum + 7 * plain(text).length, 10) > room) {
+          Object.assign(part, { tickvals: part.tickvals.slice(-1), ticktext: part.ticktext.slice(-1) });
+        }
+        part.tickangle = 0;
+      }
+    }
+    for (const note of layout.annotations ?? []) {
+      note.text = note.text.replace(/^decoder | [/(].*/g, "");
+    }
+  }
+
+  // the heat map's hover texts, which are the same along rows and columns and so are not in the page
+  function spread(figure) {
+    const { meta } = figure.layout;
+    if (!meta || !meta.rows) return;
+    figure.data[0].customdata = meta.rows.map((row) => meta.columns.map(() => row));
+    figure.data[0].text = meta.rows.map(() => meta.columns);
+  }
+
+  // the figure for this window, its axes on so many pixels
+  function prepared(plot, width) {
+    const figure = structuredClone(specs.get(plot));
+    spread(figure);
+    along(figure, width);
+    shortened(figure.layout, width);
+    if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
+    figure.layout.width = plot.clientWidth;
+    // a triangle is about as high as it is wide
+    if (figure.layout.ternary) figure.layout.height = Math.min(figure.layout.height, Math.round(0.87 * plot.clientWidth) + 20);
+    return dark.matches && !printing ? { data: figure.data.map((trace) => themed(trace)), layout: themed(figure.layout) } : figure;
+  }
+
+  async function draw(plot) {
+    try {
+      let figure = prepared(plot, plot.clientWidth - 90);
+      await Plotly.react(plot, figure.data, figure.layout, config);
+      // now that margins and legend have been laid out: ticks for the width that is left, and room for the legend's rows
+      const area = plot.querySelector(".nsewdrag"), legend = plot.querySelector(".legend .bg");
+      const [left, right] = figure.layout.xaxis?.domain ?? [0, 1];  // the first of several panels
+      figure = prepared(plot, area ? area.getBBox().width / (right - left) : plot.clientWidth - 90);
+      figure.layout.height += legend ? Math.ceil(legend.getBBox().height) : 0;
+      await Plotly.react(plot, figure.data, figure.layout, config);
+      plot.style.minHeight = `${figure.layout.height}px`;
+    } catch (error) {
+      plot.textContent = "This figure could not be drawn; its numbers are in the CSV file.";
+      console.error(error);
+    }
+  }
+
+  // figures are drawn one at a time, those in view or close to it; the others when they come there
+  const stale = new Set(), near = new Set();
+  let running = false;
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) near[entry.isIntersecting ? "add" : "delete"](entry.target);
+    drawNear();
+  }, { rootMargin: "600px 0px" });
+
+  async function drawNear() {
+    if (running || !window.Plotly) return;
+    running = true;
+    delete document.documentElement.dataset.figures;
+    for (let plot; (plot = [...stale].find((one) => near.has(one) && one.clientWidth > 0)); ) {
+      stale.delete(plot);
+      await draw(plot);
+      await new Promise((done) => setTimeout(done, 0));
+    }
+    running = false;
+    document.documentElement.dataset.figures = "drawn";
+  }
+
+  function redraw() {
+    for (const plot of specs.keys()) stale.add(plot);
+    drawNear();
+  }
+
+  async function drawAll() {
+    for (const plot of specs.keys()) await draw(plot);
+  }
+
+  // which scales there is a use for
+  function offer() {
+    const steps = [...specs.values()].map((spec) => spec.layout.meta).filter((meta) => meta && meta.axis === "steps");
+    document.getElementById("switches").hidden = !steps.length;
+    document.getElementById("unit").hidden = !steps.some((meta) => meta.tokens);
+  }
+
+  // draw a figure, or another in its place
+  function show(plot, spec) {
+    specs.set(plot, spec);
+    stale.add(plot);
+    watcher.observe(plot);
+    offer();
+    drawNear();
+  }
+
+  // the page can be read while plotly, which is large, is on its way
+  function await_(script) {
+    if (window.Plotly) return drawNear();
+    script.addEventListener("load", drawNear);
+    script.addEventListener("error", () => {
+      for (const plot of specs.keys()) plot.textContent = "assets/plotly.min.js was not found beside this page, so the figure cannot be drawn.";
+    });
+  }
+
+  const spec = (plot) => JSON.parse(document.getElementById(plot.dataset.spec).textContent);
+
+  async function picture(button) {
+    const figure = button.closest("figure"), plot = figure.querySelector(".plot");
+    if (stale.delete(plot)) await draw(plot);
+    const paper = getComputedStyle(document.body).backgroundColor;
+    const layout = { ...plot.layout, paper_bgcolor: paper, plot_bgcolor: paper };
+    const format = button.dataset.picture, filename = figure.dataset.file || figure.id.replace(/^figure-/, "");
+    const size = { width: plot.clientWidth, height: plot.layout.height };
+    await Plotly.downloadImage({ data: plot.data, layout }, { format, filename, ...size, scale: format === "png" ? 2 : 1 });
+    say(`${filename}.${format} is saved.`);
+  }
+
+  // rows of cells as a CSV file
+  function save(filename, rows) {
+    const cell = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+    const text = rows.map((row) => row.map((value) => cell(String(value ?? ""))).join(",")).join("\n");
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text, "\n"], { type: "text/csv;charset=utf-8" }));
+    link.download = filename;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    say(`${filename} is saved.`);
+  }
+
+  const say = (words) => { document.getElementById("said").textContent = words; };
+
+  // characters that cannot be seen, or that turn the direction of what follows, by name
+  function visible(text) {
+    const names = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u007f": "␡" };
+    return text.replace(/[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, (character) => {
+      const code = character.codePointAt(0);
+      if (Object.hasOwn(names, character)) return names[character];
+      return code < 32 ? String.fromCodePoint(0x2400 + code) : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
+    });
+  }
+
+  // an element with text and attributes; style properties by their names
+  function element(tag, { text, style, ...attributes } = {}, children = []) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    for (const [name, value] of Object.entries(style ?? {})) made.style.setProperty(name, value);
+    if (text !== undefined) made.textContent = text;
+    made.append(...children);
+    return made;
+  }
+
+  for (const plot of document.querySelectorAll(".plot")) if (!plot.closest("[data-later]")) show(plot, spec(plot));
+  if (!specs.size) document.documentElement.dataset.figures = "drawn";
+  // the address says what is shown: a jump must not change it
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    document.getElementById("main").focus();
+  });
+  document.getElementById("switches").addEventListener("change", (event) => {
+    chosen[event.target.name] = event.target.value;
+    redraw();
+  });
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-picture]");
+    if (button) picture(button);
+  });
+  dark.addEventListener("change", redraw);
+  let width = window.innerWidth, timer = 0;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return;  // a phone's address bar comes and goes
+    width = window.innerWidth;
+    clearTimeout(timer);
+    timer = setTimeout(redraw, 150);
+  });
+  window.addEventListener("beforeprint", () => { printing = true; drawAll(); });
+  window.addEventListener("afterprint", () => { printing = false; redraw(); });
+  return { await: await_, element, save, say, show, spec, visible };
+})();
