@@ -40,12 +40,12 @@ def model_bytes(config: Any, n_blocks: int) -> int:
     return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
 
 
-# measured: arrays (B, F) that a step holds at its densest, which for the last two is at the beginning; columns besides
+# measured: arrays (B, F) of a step at its densest, which for the last two is the first one, and columns besides
 _BATCH_TENSORS = {
     "topk_crosscoder": (2.0, 0),
     "batchtopk_crosscoder": (2.0, 0),
     "standard_crosscoder": (4.5, 0),
-    "jumprelu_crosscoder": (4.0, 8192),
+    "jumprelu_crosscoder": (3.0, 8192),
 }
 _WORKSPACE = 48 << 20
 
