@@ -1,10 +1,22 @@
 """`python -m crosslens` is the command line; torchrun starts it several times."""
 
 import os
+import sys
+import traceback
 
 if os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough; tqdm asks when it is imported
 
 from crosslens.cli import main
 
-main()
+try:
+    main()
+except BaseException as error:
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not code or os.environ.get("WORLD_SIZE", "1") == "1":
+        raise
+    if not isinstance(error, SystemExit):
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)  # the others may be waiting for this process: torchrun ends them

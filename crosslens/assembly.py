@@ -41,8 +41,8 @@ def save_whole(sae: CrosscoderTrainingSAE, folder: Path) -> None:
         finally:
             os.close(file)
     elif sae.parallel.part == 0:
-        for tensor in _rows(sae).values():
-            for block in _blocks(tensor):
+        for name, tensor in _rows(sae).items():
+            for block in _strips(tensor, sae.cfg.d_sae) if name == "W_enc" else _blocks(tensor):
                 dist.send(block.contiguous(), 0)
     sae.parallel.barrier()
 
@@ -54,9 +54,9 @@ def _rows(sae: CrosscoderTrainingSAE) -> dict[str, Tensor]:
 
 
 def _write_all(sae: CrosscoderTrainingSAE, file: int) -> None:
-    F, rows = sae.cfg.d_sae, _rows(sae)
+    rows = _rows(sae)
     tensors = {**sae.state_dict(), **rows}
-    shapes = {name: [F, *t.shape[1:]] if name in rows else list(t.shape) for name, t in tensors.items()}
+    shapes = {name: [sae.cfg.d_sae, *t.shape[1:]] if name in rows else list(t.shape) for name, t in tensors.items()}
     shapes["W_enc"].reverse()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -73,12 +73,13 @@ def _write_all(sae: CrosscoderTrainingSAE, file: int) -> None:
         if name not in rows:
             _write(file, tensor, at)
             continue
+        if name == "W_enc":
+            for strip in _strips_of_all(sae, tensor):
+                _write(file, strip, at)
+                at += strip.numel() * size
+            continue
         for first, block in _blocks_of_all(sae, tensor):
-            if name != "W_enc":
-                _write(file, block, at + first * block[0].numel() * size)
-                continue
-            for d, column in enumerate(block.T.contiguous()):
-                _write(file, column, at + (d * F + first) * size)
+            _write(file, block, at + first * block[0].numel() * size)
 
 
 def _blocks_of_all(sae: CrosscoderTrainingSAE, own: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -91,6 +92,25 @@ def _blocks_of_all(sae: CrosscoderTrainingSAE, own: Tensor) -> Iterator[tuple[in
                 dist.recv(block, owner)
             yield first, block
             first += len(block)
+
+
+def _strips_of_all(sae: CrosscoderTrainingSAE, own: Tensor) -> Iterator[Tensor]:
+    """Rows of `W_enc` with the features of all processes, some at a time."""
+    n = len(own)
+    for mine in _strips(own, sae.cfg.d_sae):
+        strip = mine.new_empty(len(mine), sae.cfg.d_sae)
+        strip[:, :n] = mine
+        for owner in range(1, sae.parallel.n_shares):
+            theirs = torch.empty_like(mine)
+            dist.recv(theirs, owner)
+            strip[:, owner * n : (owner + 1) * n] = theirs
+        yield strip
+
+
+def _strips(rows: Tensor, n_features: int) -> Iterator[Tensor]:
+    """Rows of `W_enc`, some at a time, from its transposed: (d, F / n)."""
+    for columns in rows.split(max(1, BLOCK_BYTES // (n_features * rows.element_size())), dim=1):
+        yield columns.T.contiguous()
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:

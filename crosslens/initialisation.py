@@ -108,7 +108,8 @@ def search_decoder_norm(sae: CrosscoderTrainingSAE, batch: Float[Tensor, "B S D"
         sae.W_enc.copy_(sae.W_dec.T)
         centre(sae)
         flat = sae.process_sae_in(batch[sae.parallel.tokens(len(batch))])
-        return float(sae.parallel.sum_data_(sae.reconstruction_loss(sae.rebuilt(flat), flat)))
+        # summed over all, so that all have the same bits and choose the same
+        return float(sae.parallel.sum_(sae.reconstruction_loss(sae.rebuilt(flat), flat)))
 
     best = min((0.1 * i for i in range(1, 51)), key=error)
     best = min((max(0.01, best - 0.1 + 0.01 * i) for i in range(21)), key=error)

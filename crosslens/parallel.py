@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,12 +50,12 @@ class Parallel:
         """Whether nothing is shared."""
         return self.mesh is None
 
-    @property
+    @cached_property
     def n_shares(self) -> int:
         """n, processes among which the features are split."""
         return 1 if self.mesh is None else self.mesh["features"].size()
 
-    @property
+    @cached_property
     def n_slices(self) -> int:
         """m, processes among which the tokens of a batch are split."""
         return 1 if self.mesh is None else self.mesh["data"].size()
@@ -63,30 +65,25 @@ class Parallel:
         """Number of this process; 0 speaks, logs, and writes what is written once."""
         return 0 if self.mesh is None else dist.get_rank()
 
-    @property
+    @cached_property
     def share(self) -> int:
         """r, number of this process among those that split the features."""
         return 0 if self.mesh is None else self.mesh["features"].get_local_rank()
 
-    @property
+    @cached_property
     def part(self) -> int:
         """d, number of this process among those that split the tokens."""
         return 0 if self.mesh is None else self.mesh["data"].get_local_rank()
 
-    def check(self, d_sae: int, batch_size: int) -> None:
-        """Refuse sizes that cannot be split evenly.
+    @cached_property
+    def feature_group(self) -> Any:
+        """The processes that split the features of the same tokens; to look it up in the mesh takes time."""
+        return None if self.mesh is None else self.mesh["features"].get_group()
 
-        Raises:
-            UserError: names the size, the number of processes, and the nearest sizes that can be.
-        """
-        for name, size, parts, what in (
-            ("d_sae", d_sae, self.n_shares, "features"),
-            ("batch_size", batch_size, self.n_slices, "tokens"),
-        ):
-            if size % parts:
-                below = size // parts * parts
-                near = " or ".join(str(n) for n in (below, below + parts) if n)
-                raise UserError(f"{name}={size} cannot be split over {parts} processes by {what}: {near} can")
+    @cached_property
+    def data_group(self) -> Any:
+        """The processes that see other tokens with the same features."""
+        return None if self.mesh is None else self.mesh["data"].get_group()
 
     def features(self, d_sae: int) -> slice:
         """The features that this process owns."""
@@ -105,11 +102,11 @@ class Parallel:
     # ------------------------------------------------------------------ exchange
     def sum_features_(self, x: Tensor) -> Tensor:
         """Sum in place over the processes that split the features; the same bits in all of them."""
-        return x if self.mesh is None or self.n_shares == 1 else _reduced(x, self.mesh["features"].get_group())
+        return x if self.mesh is None or self.n_shares == 1 else _reduced(x, self.feature_group)
 
     def sum_data_(self, x: Tensor) -> Tensor:
         """Sum in place over the processes that split the tokens."""
-        return x if self.mesh is None or self.n_slices == 1 else _reduced(x, self.mesh["data"].get_group())
+        return x if self.mesh is None or self.n_slices == 1 else _reduced(x, self.data_group)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum in place over all processes."""
@@ -129,7 +126,7 @@ class Parallel:
         """Sum over features of something that losses are made of: its gradient stays in the process it came from."""
         if self.mesh is None or self.n_shares == 1:
             return x
-        total = _SumOnce.apply(x, self.mesh["features"].get_group(), 1)
+        total = _SumOnce.apply(x, self.feature_group, 1)
         assert isinstance(total, Tensor)
         return total
 
@@ -137,7 +134,7 @@ class Parallel:
         """Mean over the processes that split the tokens; its gradient is left for the average over processes."""
         if self.mesh is None or self.n_slices == 1:
             return x
-        mean = _SumOnce.apply(x, self.mesh["data"].get_group(), self.n_slices)
+        mean = _SumOnce.apply(x, self.data_group, self.n_slices)
         assert isinstance(mean, Tensor)
         return mean
 
@@ -146,7 +143,7 @@ class Parallel:
         if self.mesh is None:
             return x[None]
         parts = [torch.empty_like(x) for _ in range(self.n_shares)]
-        dist.all_gather(parts, x.contiguous(), group=self.mesh["features"].get_group())
+        dist.all_gather(parts, x.contiguous(), group=self.feature_group)
         return torch.stack(parts)
 
     def of_all(self, x: Tensor) -> Tensor:
@@ -226,6 +223,33 @@ def n_processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_split(world: int, n_slices: int, d_sae: int | None = None, batch_size: int | None = None) -> None:
+    """Refuse what cannot be split evenly.
+
+    Args:
+        world: number of processes.
+        n_slices: m, processes among which the tokens of a batch are split.
+        d_sae: features, if they are known.
+        batch_size: tokens of a batch, if they are known.
+
+    Raises:
+        UserError: names the size, the number of processes, and the nearest sizes that can be split.
+    """
+    if n_slices < 1 or world % n_slices:
+        raise UserError(
+            f"data_parallel={n_slices} does not divide the {world} process{'es' * (world > 1)} of this run: features "
+            "are split over the others"
+        )
+    for name, size, parts, what in (
+        ("d_sae", d_sae, world // n_slices, "features"),
+        ("batch_size", batch_size, n_slices, "tokens"),
+    ):
+        if size is not None and size % parts:
+            below = size // parts * parts
+            near = " or ".join(str(n) for n in (below, below + parts) if n)
+            raise UserError(f"{name}={size} cannot be split over {parts} processes by {what}: {near} can")
+
+
 def join(device: str, n_slices: int = 1) -> tuple[Parallel, str]:
     """Join the processes that torchrun has started; one process without them is `ALONE`.
 
@@ -242,11 +266,7 @@ def join(device: str, n_slices: int = 1) -> tuple[Parallel, str]:
         UserError: the number of processes is not a multiple of `n_slices`.
     """
     world = n_processes()
-    if n_slices < 1 or world % n_slices:
-        raise UserError(
-            f"data_parallel={n_slices} does not divide the {world} process{'es' * (world > 1)} of this run: features "
-            "are split over the others"
-        )
+    check_split(world, n_slices)
     if world == 1:
         return ALONE, device
     device = own_device(device)
@@ -254,9 +274,15 @@ def join(device: str, n_slices: int = 1) -> tuple[Parallel, str]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     shape = (n_slices, world // n_slices)
     return Parallel(init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("data", "features"))), device
+
+
+def _leave() -> None:
+    # after an error, others may be waiting for this process: to take leave of them would be to wait as well
+    if not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
 
 
 def own_device(device: str) -> str:

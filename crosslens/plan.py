@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from crosslens.checkpoints import cut_config
 from crosslens.harvest import run_to_hook
 from crosslens.hooks import hook_layer
+from crosslens.parallel import check_split
 from crosslens.shards import check_dtype, free_bytes, row_bytes
 from crosslens.snapshots import KEEP_BYTES
 
@@ -91,6 +92,7 @@ def make_plan(
     data_parallel: int = 1,
 ) -> Plan:
     """See `Activations.plan`."""
+    check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
     process = peak_memory()
     S, D, T = acts.n_snapshots, acts.d_model, acts.tokens.shape[1]
     downloads = sum(not snapshot.is_on_disk() for snapshot in acts.snapshots)

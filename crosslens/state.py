@@ -8,6 +8,8 @@ shard-*.safetensors        the tensors, a file for each and for each process tha
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -50,7 +52,11 @@ def save_state(trainer: CrosscoderTrainer, folder: Path) -> None:
             "lr_scheduler": trainer.lr_scheduler.state_dict(),
             "coefficients": {name: s.state_dict() for name, s in trainer.coefficient_schedulers.items()},
         }
-        (folder / "state.json").write_text(json.dumps(numbers, indent=1))
+        with (folder / "state.json").open("w") as file:
+            file.write(json.dumps(numbers, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(folder)
 
 
 def load_state(trainer: CrosscoderTrainer, folder: Path) -> None:
@@ -81,6 +87,22 @@ def load_state(trainer: CrosscoderTrainer, folder: Path) -> None:
         # SAELens restores the step of a warmup, but not the value that belongs to it
         scheduler.current_step -= 1
         scheduler.step()
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, first of all what makes it one; what cannot be deleted stays."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk before anything else is done, where the system knows how."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _tensors(

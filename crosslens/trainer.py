@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing_extensions import override
 from crosslens.crosscoders import CrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
-from crosslens.state import load_state, save_state
+from crosslens.state import discard, load_state, save_state, sync_folder
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     dead_tokens: int = 10_000_000
     scale_tokens: int = 100_000
-    n_checkpoints: int = 0
+    n_checkpoints: int = 4
     data_parallel: int = 1
     resume: bool = True
     evaluate: bool = True
@@ -139,6 +140,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.stop = False
         self._agreed: Tensor | None = None
         self._busy = False
+        self._saved = -1  # activations seen at the last checkpoint
         self.act_freq_scores = torch.zeros(sae.n_own, device=config.device)
         self.n_forward_passes_since_fired = torch.zeros(sae.n_own, device=config.device)
         self.check_late = sae.device.type != "cpu"
@@ -205,8 +207,9 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self._mean_gradients(output)
         # two seams that torch.amp uses: fused Adam divides gradients by `grad_scale`, and skips all if `found_inf`
         spoilt = ~torch.isfinite(output.loss.detach())
-        if self.config.max_grad_norm is not None:
-            spoilt |= ~torch.isfinite(self._clip(self.config.max_grad_norm))
+        spoilt |= ~torch.isfinite(self._clip(self.config.max_grad_norm or math.inf))
+        for threshold in self.unclipped:
+            spoilt |= ~torch.isfinite(threshold.grad.sum()) if threshold.grad is not None else False
         if not self.parallel.alone:
             # of one mind: what spoils the step of one process would spoil the others', and all stop together
             flags = torch.stack([spoilt.float(), torch.full_like(spoilt, self.stop, dtype=torch.float32)])
@@ -331,11 +334,14 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         if self.run is None:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
             return
+        if self._saved == self.n_training_samples:
+            return  # nothing has happened since: what is there is whole
         self._busy = True
         try:
             self._save(self.run.checkpoints)
         finally:
             self._busy = False
+        self._saved = self.n_training_samples
 
     def _save(self, folder: Path) -> None:
         partial_path, whole = (folder / f"{kind}-{self.n_training_samples}" for kind in ("partial", "tokens"))
@@ -346,19 +352,23 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         save_state(self, partial_path)
         with self.parallel.first() as mine:
             if mine:
-                shutil.rmtree(whole, ignore_errors=True)
+                discard(whole)
                 os.replace(partial_path, whole)
+                sync_folder(folder)
                 for other in folder.iterdir():
                     if other != whole:
-                        shutil.rmtree(other)
+                        discard(other)
 
     def resume(self) -> None:
         """Continue from the last whole checkpoint of the run directory, if there is one."""
         assert self.run is not None
-        whole = self.run.last_checkpoint()
-        if whole is None:
+        found = self.run.last_checkpoint() if self.parallel.rank == 0 else None
+        # rank 0 says which: on a network, others may not see it yet, or still see the one before
+        samples = self.parallel.count(0 if found is None else int(found.name.removeprefix("tokens-")))
+        if not samples:
             return
-        load_state(self, whole)
+        load_state(self, self.run.checkpoints / f"tokens-{samples}")
+        self._saved = samples
         # SAELens checkpoints before it counts the step that it has just made
         self.n_training_steps = self.n_training_samples // self.config.batch_size
         self.checkpoint_thresholds = [t for t in self.checkpoint_thresholds if t >= self.n_training_samples]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from sae_lens import SAE
 
 from crosslens.activations import Activations
 from crosslens.assembly import save_whole
@@ -35,10 +37,11 @@ from crosslens.crosscoders import (
 from crosslens.errors import UserError
 from crosslens.evaluation import evaluate, quick_metrics
 from crosslens.initialisation import initialise
-from crosslens.parallel import Parallel, join, n_processes
+from crosslens.parallel import Parallel, check_split, join, n_processes
 from crosslens.plan import peak_memory
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
+from crosslens.state import discard
 from crosslens.trainer import CrosscoderTrainer, StoppedError, TrainConfig
 
 
@@ -51,7 +54,8 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
         config: how to train.
 
     Returns:
-        The inference crosscoder, in eval mode, without gradients.
+        The inference crosscoder, in eval mode, without gradients. Of several processes, which torchrun has started, the
+        first returns it, on the CPU; the others return its outline on the meta device, without weights.
 
     Raises:
         UserError: shapes that contradict the data, a silent snapshot, a run directory of another run.
@@ -66,7 +70,12 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
     parallel, device = join(config.device, config.data_parallel)
     with ExitStack() as logging:
         trained = _fit(acts, architecture, dataclasses.replace(config, device=device), parallel, logging)
-        crosscoder = load(trained.crosscoder, device=device) if isinstance(trained, RunDir) else trained
+        if not isinstance(trained, RunDir):
+            crosscoder = trained
+        elif parallel.alone:
+            crosscoder = load(trained.crosscoder, device=device)
+        else:  # all of it may fit into no GPU, and not as often as there are processes into a machine
+            crosscoder = load(trained.crosscoder, device="cpu") if parallel.rank == 0 else _outline(trained)
         if config.evaluate and parallel.rank == 0:
             _evaluate(crosscoder, acts, config)
     return crosscoder
@@ -80,10 +89,18 @@ def _fit(
     logging: ExitStack,
 ) -> Crosscoder | RunDir:
     """Train, and save where there is a run directory: that, or the crosscoder."""
+    check_split(n_processes(), config.data_parallel, architecture.d_sae, config.batch_size)
+    finished = False
     with parallel.first() as mine:
-        architecture, run = claim(acts, architecture, config) if mine else _claimed(acts, architecture, config)
-    parallel.check(architecture.d_sae, config.batch_size)
-    if run is not None and config.resume and (run.crosscoder / "cfg.json").is_file():
+        if mine:
+            architecture, run = claim(acts, architecture, config)
+            if run is not None and not config.resume:
+                for checkpoint in run.checkpoints.glob("*"):
+                    discard(checkpoint)
+            finished = run is not None and config.resume and (run.crosscoder / "cfg.json").is_file()
+        else:
+            architecture, run = _claimed(acts, architecture, config)
+    if run is not None and parallel.count(int(finished)):  # rank 0 has seen it: on a network others may not yet
         return run
     began = time.perf_counter()
     sae = initialise(
@@ -105,7 +122,9 @@ def _fit(
     # nothing is harvested ahead while the result is evaluated
     with closing(trainer.data_provider), _checkpoint_at_sigterm(trainer):
         trainer.fit()
-    trainer.check_finite()
+        trainer.check_finite()
+        if run is not None and trainer.n_training_samples > resumed:
+            trainer.save_checkpoint("final")  # to write the result takes time, and may fail
     rate = (trainer.n_training_samples - resumed) / (time.perf_counter() - started)
     if run is None:
         return sae.to_inference()
@@ -138,17 +157,18 @@ def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, 
         yield
     except StoppedError:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # impatient schedulers repeat it
+        saved = "there is nothing to save yet"
         if trainer.n_training_samples:
             trainer.save_checkpoint("stopped")
+            saved = f"a checkpoint is in {trainer.run.checkpoints}; the same call goes on from there"
         if trainer.parallel.rank == 0:
-            print(  # noqa: T201
-                f"stopped by SIGTERM after {trainer.n_training_samples:,} activations: a checkpoint is in "
-                f"{trainer.run.checkpoints}; the same call goes on from there",
-                file=sys.stderr,
-            )
+            done = f"{trainer.n_training_samples:,} activations"
+            print(f"stopped by SIGTERM after {done}: {saved}", file=sys.stderr)  # noqa: T201
         raise SystemExit(0) from None
-    finally:
+    except BaseException:
         signal.signal(signal.SIGTERM, before)
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def claim(
@@ -219,6 +239,13 @@ def training_identity(
     }
 
 
+def _outline(run: RunDir) -> Crosscoder:
+    """The crosscoder of a run without its weights."""
+    outline = SAE.from_dict({**json.loads((run.crosscoder / "cfg.json").read_text()), "device": "meta"})
+    assert isinstance(outline, Crosscoder)
+    return outline.eval()
+
+
 def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[str, Any]:
     return quick_metrics(sae.to_inference(), acts)
 
@@ -257,8 +284,11 @@ def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | 
         wandb.init(mode="disabled")
         logging.callback(wandb.finish)
         return True
+    limits = {"init_timeout": patience}
+    if hasattr(wandb.Settings(), "finish_timeout"):  # younger than the oldest release that is allowed
+        limits["finish_timeout"] = 5 * patience
     try:
-        started = wandb.init(**options, settings=wandb.Settings(init_timeout=patience))
+        started = wandb.init(**options, settings=wandb.Settings(**limits))
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         warnings.warn(

@@ -200,6 +200,31 @@ def test_sigterm_before_the_first_step_loses_nothing(acts: Activations, tmp_path
     assert process.exitcode == 0 and RunDir(tmp_path / "run").last_checkpoint() is None
 
 
+def test_a_checkpoint_of_the_same_step_is_not_written_again(acts: Activations, tmp_path: Path):
+    """To replace a whole one by itself would mean a moment without any."""
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(breaking(acts, 9), ALL["topk_crosscoder"](), config(run_dir=run))
+    found = RunDir(run).last_checkpoint()
+    assert found is not None
+    before = {path.name: path.stat().st_ino for path in found.iterdir()}
+    at = tmp_path / "at"
+
+    class _Never(Exception):
+        def __init__(self) -> None:
+            at.touch()
+            time.sleep(600)
+
+    process = forked(lambda: train(breaking(acts, 0, error=_Never), ALL["topk_crosscoder"](), config(run_dir=run)))
+    while not at.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0 and RunDir(run).last_checkpoint() == found
+    assert {path.name: path.stat().st_ino for path in found.iterdir()} == before
+
+
 def test_a_handler_of_the_user_comes_back(acts: Activations, tmp_path: Path):
     def mine(*_: Any) -> None: ...
 
@@ -285,16 +310,19 @@ def test_torchrun_one_rank_dies_and_the_next_call_goes_on(acts: Activations, tmp
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
-def test_torchrun_sigterm_to_one_process_stops_all_with_a_checkpoint(acts: Activations, tmp_path: Path):
+@pytest.mark.parametrize("told", ["a worker", "torchrun"])
+def test_sigterm_to_one_of_several_stops_all_with_a_checkpoint(acts: Activations, tmp_path: Path, told: str):
     run = tmp_path / "run"
     process = torchrun(acts, run, tmp_path)
     began = until_checkpoint(process, run)
-    os.kill(workers(process)[1], signal.SIGTERM)
+    os.kill(workers(process)[1] if told == "a worker" else process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and time.monotonic() - began < 30, errors
+    assert time.monotonic() - began < 30, errors
+    assert process.returncode == (0 if told == "a worker" else 1)  # torchrun calls its own end a failure
     assert errors.count("stopped by SIGTERM") == 1
     found = RunDir(run).last_checkpoint()
-    assert found is not None and json.loads((found / "state.json").read_text())["n_training_samples"] < 400 * B
+    assert found is not None and f"after {int(found.name.removeprefix('tokens-')):,} activations" in errors
+    assert json.loads((found / "state.json").read_text())["n_training_samples"] < 400 * B
 
 
 # ---------------------------------------------------------------------- W&B
@@ -336,6 +364,7 @@ def test_wandb_out_of_reach_stops_nothing(
             cc = train(acts, ALL["topk_crosscoder"](), settings)
         assert time.monotonic() - began < 60
     assert same(weights(cc), weights(train(acts, ALL["topk_crosscoder"](), config())))
+    wandb.teardown()
     (log,) = (offline_folder / "run").rglob("offline-run-*/run-*.wandb")
     assert [row["_step"] for row in history(log) if "losses/overall_loss" in row] == [4, 9, 14, 19]
 
@@ -356,6 +385,7 @@ def test_a_resumed_run_is_the_same_wandb_run(acts: Activations, offline_folder: 
     assert found is not None
     done = int(found.name.removeprefix("tokens-")) // B
     train(acts, ALL["topk_crosscoder"](), settings)
+    wandb.teardown()  # its service has written everything when it ends
     logs = sorted((offline_folder / "run").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(logs) == 2 and len({log.name for log in logs}) == 1  # two parts of one run
     steps = [[row["_step"] for row in history(log) if "losses/overall_loss" in row] for log in logs]

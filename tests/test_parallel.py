@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
 from test_training import ALL, B, config
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 
 import crosslens.assembly
 from crosslens.activations import Activations
@@ -100,9 +103,16 @@ def first_gradients(acts: Activations, architecture: Any, parallel: Parallel) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "slices"), GRIDS)
+@pytest.mark.parametrize(("world", "slices", "way"), [*((*grid, "pairs") for grid in GRIDS), (2, 1, "as it is")])
 @pytest.mark.parametrize("architecture", ALL)
-def test_several_processes_are_one(acts: Activations, tmp_path: Path, architecture: str, world: int, slices: int):
+def test_several_processes_are_one(
+    acts: Activations, tmp_path: Path, architecture: str, world: int, slices: int, way: str,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """On active pairs, as large dictionaries are trained, and by what so small a one would choose."""
+    if way == "pairs":
+        monkeypatch.setattr("crosslens.crosscoders.sparse.DENSE_ABOVE", 2.0)
+
     def course(parallel: Parallel) -> Any:
         gradients = first_gradients(acts, ALL[architecture](), parallel)
         trainer = trainer_of(acts, ALL[architecture](), parallel)
@@ -127,8 +137,12 @@ def test_several_processes_are_one(acts: Activations, tmp_path: Path, architectu
         assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 2
 
 
-def test_more_dead_features_than_the_auxiliary_loss_takes(acts: Activations, tmp_path: Path):
+@pytest.mark.parametrize("dense_above", [0.0, 2.0])
+def test_more_dead_features_than_the_auxiliary_loss_takes(
+    acts: Activations, tmp_path: Path, dense_above: float, monkeypatch: pytest.MonkeyPatch
+):
     """The strongest of the dead features are chosen among those of all processes; here one of the two has few."""
+    monkeypatch.setattr("crosslens.crosscoders.sparse.DENSE_ABOVE", dense_above)
     dead = torch.arange(40) < 23
     dead[30] = True
 
@@ -382,12 +396,15 @@ def test_train_in_two_processes(acts: Activations, tmp_path: Path, slices: int):
         first = train(acts, ALL["batchtopk_crosscoder"](), options)
         assert n_processes() == 2
         again = train(acts, ALL["batchtopk_crosscoder"](), options)  # it is finished: this loads it
+        if rank:
+            assert [p.shape for p in first.parameters()] == [p.shape for p in again.parameters()]
+            assert first.device.type == again.device.type == "meta"
+            return []
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-        return [rank, *(p.detach() for p in first.parameters())]
+        return [p.detach() for p in first.parameters()]
 
-    (_, *first), (rank, *second) = run_ranks(2, tmp_path, body)
+    first, _ = run_ranks(2, tmp_path, body)
     alone = train(acts, ALL["batchtopk_crosscoder"](), settings())
-    assert rank == 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     close(dict(enumerate(first)), dict(enumerate(alone.parameters())))  # type: ignore[arg-type]
     run = RunDir(tmp_path / "run")
     files = {p.relative_to(run.path).as_posix() for p in run.path.rglob("*") if p.is_file()}
@@ -395,6 +412,35 @@ def test_train_in_two_processes(acts: Activations, tmp_path: Path, slices: int):
     assert run.read_json()["processes"] == 2
     assert load(run.crosscoder).cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
     assert load(run.crosscoder).cfg.metadata.l0 == pytest.approx(alone.cfg.metadata.l0)
+
+
+@pytest.mark.slow
+def test_killed_together_and_resumed(acts: Activations, tmp_path: Path):
+    """Both processes are killed between two checkpoints; the weights at the end are those of an uninterrupted pair."""
+    whole_run, run = settings(run_dir=tmp_path / "whole"), settings(run_dir=tmp_path / "run", n_checkpoints=6)
+    step = CrosscoderTrainer.step
+
+    def trains(options: TrainConfig, until: int) -> Any:
+        def body(rank: int) -> int:
+            def stepping(self: CrosscoderTrainer, batch: Tensor) -> Any:
+                if self.n_training_steps == until:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(self, batch)
+
+            CrosscoderTrainer.step = stepping  # type: ignore[method-assign]
+            train(acts, ALL["batchtopk_crosscoder"](), options)
+            return rank
+
+        return body
+
+    for until in (12, 31):
+        with pytest.raises(ProcessExitedException):
+            run_ranks(2, tmp_path, trains(run, until))
+        assert RunDir(tmp_path / "run").last_checkpoint() is not None
+    run_ranks(2, tmp_path, trains(run, -1))
+    run_ranks(2, tmp_path, trains(whole_run, -1))
+    files = [load_file(tmp_path / name / "crosscoder" / "sae_weights.safetensors") for name in ("run", "whole")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
 
 
 def test_what_several_processes_refuse(acts: Activations, tmp_path: Path):
@@ -423,6 +469,7 @@ def test_what_several_processes_refuse(acts: Activations, tmp_path: Path):
     assert "data_parallel=3 does not divide the 2 processes" in first[2]
     assert first[3] == "batch_size=63 cannot be split over 2 processes by tokens: 62 or 64 can"
     assert first[:4] == second[:4]
+    assert not (tmp_path / "a0").exists()  # refused before it was claimed: another size may be given
     assert "holds files but no run" in first[4] and second[4] == "rank 0 has stopped; its message says why"
 
 

@@ -134,8 +134,10 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 def test_the_last_checkpoint_is_the_one_with_most_tokens(tmp_path: Path):
     run = RunDir(tmp_path)
     assert run.last_checkpoint() is None
-    for name in ("tokens-900", "tokens-10000", "partial-20000"):
+    for name in ("tokens-900", "tokens-10000", "partial-20000", "tokens-30000"):
         (run.checkpoints / name).mkdir(parents=True)
+        if name != "tokens-30000":  # one that is being deleted
+            (run.checkpoints / name / "state.json").touch()
     assert run.last_checkpoint() == run.checkpoints / "tokens-10000"
 
 

@@ -193,7 +193,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_training as t
-acts = t.Activations(t.Snapshots.local({str(tiny_snapshots)!r}), "blocks.1.hook_resid_post", {str(text)!r},
+from crosslens.snapshots import Snapshots
+acts = t.Activations(Snapshots.local({str(tiny_snapshots)!r}), "blocks.1.hook_resid_post", {str(text)!r},
     n_tokens=1000, context_size=t.T, held_out_tokens=200)
 step = t.CrosscoderTrainer.step
 t.CrosscoderTrainer.step = lambda self, batch: (time.sleep(0.05), step(self, batch))[1]
