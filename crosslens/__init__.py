@@ -45,6 +45,7 @@ _MODULES = {
     "crosslens.history": ("History", "study_dynamics", "study_evolution", "study_features", "study_probes"),
     "crosslens.feature_data": ("export_features", "feature_tables"),
     "crosslens.imports": ("import_crosscoder",),
+    "crosslens.interpretation": ("complexity_correlation", "label_features"),
     "crosslens.intervention": ("CleanRun", "Edit", "Splice"),
     "crosslens.languages": ("compare_languages", "count_languages", "list_languages", "split_languages"),
     "crosslens.ngrams": ("NgramCounts", "count_ngrams"),
@@ -52,6 +53,7 @@ _MODULES = {
     "crosslens.pretrained": ("from_pretrained", "load"),
     "crosslens.probing": ("probe", "probe_correlation", "probe_parts"),
     "crosslens.publishing": ("push_to_hub",),
+    "crosslens.raters": ("Rater",),
     "crosslens.registry": ("list_releases", "load_snapshots", "register_release"),
     "crosslens.report": ("write_report",),
     "crosslens.runs": ("PromptRuns",),
@@ -110,6 +112,8 @@ if TYPE_CHECKING:
     from crosslens.history import study_evolution as study_evolution
     from crosslens.history import study_probes as study_probes
     from crosslens.imports import import_crosscoder as import_crosscoder
+    from crosslens.interpretation import complexity_correlation as complexity_correlation
+    from crosslens.interpretation import label_features as label_features
     from crosslens.intervention import CleanRun as CleanRun
     from crosslens.intervention import Edit as Edit
     from crosslens.intervention import Splice as Splice
@@ -126,6 +130,7 @@ if TYPE_CHECKING:
     from crosslens.probing import probe_correlation as probe_correlation
     from crosslens.probing import probe_parts as probe_parts
     from crosslens.publishing import push_to_hub as push_to_hub
+    from crosslens.raters import Rater as Rater
     from crosslens.registry import list_releases as list_releases
     from crosslens.registry import load_snapshots as load_snapshots
     from crosslens.registry import register_release as register_release

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from crosslens.errors import UserError
+from crosslens.label_command import label_run
 from crosslens.specs import open_activations, open_run, parse_architecture, parse_numbers, parse_task
 
 app = typer.Typer(
@@ -342,6 +343,9 @@ def report(run_dir: RunArgument) -> None:
     typer.echo(str(write_report(RunDir.open(run_dir).path)))
 
 
+app.command("label")(label_run)
+
+
 @app.command()
 def push(
     source: Annotated[Path, typer.Argument(help="Run directory, or folder of a crosscoder.", metavar="RUN")],
@@ -392,7 +396,3 @@ def main() -> None:
     except FloatingPointError as error:
         typer.echo(f"crosslens: {error}", err=True)
         sys.exit(3)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ evolution.parquet               one row per feature
 examples.parquet                where features are most active, and the tokens around: example_tokens.parquet
 lens.parquet                    tokens promoted and suppressed by each feature at each snapshot
 nearest.parquet                 features nearest to each
-labels.parquet                  feature and label, where features have been named
+labels.parquet                  what features are called: feature, label, complexity; answers in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
 ablation/<task>.parquet         ablation curves
 report/                         the pages
@@ -117,7 +117,7 @@ class RunDir:
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of an unfinished training."""
-        whole = [p for p in self.checkpoints.glob("tokens-*") if p.is_dir()]
+        whole = [p for p in self.checkpoints.glob("tokens-*") if (p / "state.json").is_file()]
         return max(whole, key=lambda p: int(p.name.removeprefix("tokens-")), default=None)
 
     def table(self, name: str) -> pd.DataFrame | None:
