@@ -2,9 +2,10 @@
 
 A random model of Pythia-70m's shape at S snapshots, hooked at half its depth. Three tables:
 
-1. Tokens per second (counted once per snapshot) and bytes per token; writing a cache includes loading the models. *full
-   forward* is what one would write by hand: `run_with_cache(tokens, names_filter=hook)` on each of S whole models.
-   Contestants alternate; ratios are of CPU seconds within a round (of wall seconds with more threads, or CUDA).
+1. Tokens per second (counted once per snapshot) and bytes per token. *full forward* is what one would write by hand:
+   `run_with_cache(tokens, names_filter=hook)` on each of S whole models that are in memory already, or are loaded one
+   after the other as they are for a cache. Contestants alternate; ratios are of CPU seconds within a round (of wall
+   seconds with more threads, or CUDA).
 2. The share of its time that a training loop waits for data. Its step takes a set multiple of the time that harvesting
    its batch takes; it sleeps, as a loop does whose work is on an accelerator.
 3. Peak memory of a process that harvests into a cache and then reads it, at several S.
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,10 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     step = max(1, args.batch_tokens // args.context_size)
 
     @torch.no_grad()
-    def full() -> None:
+    def full(loading: bool = False) -> None:
         out = torch.empty(*acts.tokens.shape, S, D)
         for s in range(S):
-            model = snapshots.model(s, device=args.device)
+            model = snapshots[s].load(args.device) if loading else snapshots.model(s, device=args.device)
             for first in range(0, len(acts.tokens), step):
                 batch = acts.tokens[first : first + step].long().to(args.device)
                 _, cache = model.run_with_cache(batch, names_filter=HOOK, return_cache_object=False)
@@ -92,10 +94,11 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
         return run
 
     kept = {dtype: acts.cache(folder / f"kept-{dtype}", dtype) for dtype in args.dtypes}
-    calls: dict[str, Callable[[], None]] = {"full forward": full, "live": live}
-    calls |= {f"cache, write {dtype}": write(dtype) for dtype in args.dtypes}
-    calls |= {f"cache, read {dtype}": read(dtype) for dtype in args.dtypes}
-    for s in range(S):  # loading models is not part of what is compared, except where a cache is written
+    calls: dict[str, Callable[[], None]] = {"full forward": full, "full forward, loading": partial(full, True)}
+    calls["live"] = live
+    calls |= {f"cache, loading and writing {dtype}": write(dtype) for dtype in args.dtypes}
+    calls |= {f"cache, reading {dtype}": read(dtype) for dtype in args.dtypes}
+    for s in range(S):  # only what says so loads models
         snapshots.model(s, device=args.device), snapshots.model(s, device=args.device, n_blocks=hook_layer(HOOK))
     timings = measure.alternate(calls, args.rounds, args.warm_up, args.device)
     clock = "cpu" if args.threads == 1 and args.device == "cpu" else "wall"
@@ -142,14 +145,14 @@ def peak_memory(n_snapshots: int, root: str, folder: str, args: argparse.Namespa
     measure.return_freed_memory()
     torch.set_num_threads(args.threads)
     activations.BLOCK_BYTES = args.block_mb << 20
-    acts = activations_of(Snapshots.local(root)[:n_snapshots], args.tokens, args)
+    acts = activations_of(Snapshots.local(root)[:n_snapshots], args.memory_tokens, args)
     _ = acts.fingerprint(), acts.tokens
     found: dict[str, float] = {"S": n_snapshots}
     before = measure.reset_resident_peak() or 0
     cached = acts.cache(Path(folder) / f"memory-{n_snapshots}")
     found["write"] = ((measure.resident("VmHWM") or 0) - before) / 2**20
     before = measure.reset_resident_peak() or 0
-    for _ in cached.batches(1024, epochs=1):
+    for _ in cached.batches(64, epochs=1):  # small, for batches grow with S
         pass
     found["read"] = ((measure.resident("VmHWM") or 0) - before) / 2**20
     return found
@@ -159,8 +162,11 @@ def peak_memory(n_snapshots: int, root: str, folder: str, args: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--snapshots", type=int, default=4, help="S")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the tables of speed and memory")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the table of speed")
     parser.add_argument("--waiting-tokens", type=int, default=4096, help="tokens of the table of waiting")
+    parser.add_argument(
+        "--memory-tokens", type=int, default=8192, help="tokens of the table of memory: several blocks at every S"
+    )
     parser.add_argument("--context-size", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a forward pass")
     parser.add_argument("--rounds", type=int, default=3)
@@ -168,7 +174,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--step", type=float, nargs="*", default=[0.5, 2.0], help="time of a step / of its data")
     parser.add_argument("--memory", type=int, nargs="*", default=[1, 2, 4], help="S of the table of memory")
-    parser.add_argument("--block-mb", type=int, default=8, help="size of a block in the table of memory")
+    parser.add_argument("--block-mb", type=int, default=4, help="size of a block in the table of memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/")
@@ -207,7 +213,7 @@ def main() -> None:
                     "first block, s": number("first", ".2f"),
                 },
             ),
-            f"Peak memory above the start, MiB, blocks of {args.block_mb} MiB:",
+            f"Peak memory above the start, MiB; {args.memory_tokens:,} tokens in blocks of {args.block_mb} MiB:",
             measure.markdown(
                 memory,
                 {"S": number("S", "d"), "harvesting": number("write", ".0f"), "reading": number("read", ".0f")},

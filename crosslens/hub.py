@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import os
 import re
 import time
@@ -28,6 +29,14 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 PAUSES = (1.0, 4.0, 16.0)
 """Seconds between the attempts to fetch a file."""
+
+_NO_ANSWER: tuple[type[Exception], ...] = (
+    hub_errors.HfHubHTTPError.__bases__[0],  # of the HTTP library below the client: httpx or requests, by its release
+    OSError,
+    hub_errors.HFValidationError,
+    json.JSONDecodeError,  # somebody else answers: a proxy, or a page to log in
+)
+"""What the hub's client raises where there is no connection, no repository, or no hub at the other end."""
 
 
 @functools.cache
@@ -119,7 +128,7 @@ def list_revisions(repo: str) -> tuple[str, ...]:
     """
     try:
         refs = huggingface_hub.list_repo_refs(repo)
-    except Exception:  # out of reach, for one of many reasons; what follows tells the user if it matters
+    except _NO_ANSWER:  # what follows tells the user if it matters
         root = _repository_folder(repo) / "refs"
         return tuple(sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()))
     return tuple(ref.name for ref in [*refs.branches, *refs.tags])

@@ -184,7 +184,7 @@ def expected_shapes(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, 
         cfg.device = "meta"
         state = sae_class(cfg).state_dict()
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {brief(error)}") from error
     except Exception as error:
         # values of wrong types meet arithmetic of many kinds
         raise UserError(f"{path} is no config of a crosscoder ({brief(error)}); download it again") from error
@@ -249,7 +249,7 @@ def check_scale(where: str, scale: torch.Tensor) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """What another library says of a file, in one line; it may repeat what is in the file at any length."""
+    """What an error says of a file, in one line; it may repeat what is in the file at any length."""
     line = first_line(error)
     return line if len(line) <= 240 else line[:237] + "..."
 

@@ -168,6 +168,7 @@ def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> It
         if not all(isinstance(text, str) for text in dataset):
             raise UserError("a dataset given as a list must hold documents (strings); pass tokens as an array")
         return iter(dataset)
+    from datasets import Dataset as Table
     from datasets import load_dataset
 
     name = str(dataset)
@@ -180,8 +181,10 @@ def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> It
         options: dict[str, Any] = {"sample_by": sample_by} if _BUILDERS[suffix] == "text" else {}
         if suffix == ".tsv":
             options["sep"] = "\t"
+        # not load_dataset, which reports to the hub that somebody has read a file
+        read: Any = getattr(Table, f"from_{_BUILDERS[suffix]}")
         try:
-            table = load_dataset(_BUILDERS[suffix], data_files=name, split="train", streaming=True, **options)
+            table = read(name, split="train", streaming=True, **options)
         except Exception as error:
             # parquet is opened here already, and pyarrow has exceptions of its own
             raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
@@ -199,14 +202,10 @@ def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> It
 
 
 def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
-    rows = iter(table)
-    try:
-        first = next(rows)
-    except StopIteration:
-        raise UserError(f"dataset {name} is empty; give a file with documents") from None
-    except Exception as error:
-        # datasets raises many kinds here: parsers, decompression, the network
-        raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
+    rows = _rows(table, name)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"dataset {name} is empty; give a file with documents")
     if text_column not in first:
         raise UserError(
             f"text_column={text_column!r} is not in {name}: its columns are {', '.join(map(repr, first))}"
@@ -215,6 +214,19 @@ def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
     for row in chain([first], rows):
         if row[text_column] is not None:
             yield str(row[text_column])
+
+
+def _rows(table: Any, name: str) -> Iterator[dict[str, Any]]:
+    rows = iter(table)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            # datasets raises many kinds here, at any row: parsers, decompression, the network
+            raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
+        yield row
 
 
 def _is_file(dataset: str | Path) -> bool:

@@ -86,12 +86,15 @@ def make(out: Path, seed: int) -> None:
     crosscoder.cfg.metadata.dataset_path = f"crosslens.grammar, {DEMO.n_documents} documents"
     crosscoder.to(torch.float16).save(folder / DEMO.hook_name)
     table = cl.evaluate(cl.load(folder / DEMO.hook_name, dtype="float32"), acts)
+    # what SAELens has noted there is a mean over training, while k was still annealed
+    crosscoder.cfg.metadata.l0 = round(float(table["l0"].mean()), 2)
+    crosscoder.save(folder / DEMO.hook_name)
     entry = {
         "id": DEMO.hook_name,
         "path": DEMO.hook_name,
         "hook_name": DEMO.hook_name,
         "variance_explained": round(float(table["explained_variance"].mean()), 4),
-        "l0": round(float(table["l0"].mean()), 2),
+        "l0": crosscoder.cfg.metadata.l0,
         "config": {"architecture": "batchtopk_crosscoder", "d_sae": DEMO.d_sae, "n_snapshots": len(snapshots)},
     }
     release = {

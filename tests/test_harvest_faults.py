@@ -228,6 +228,11 @@ def check_share(folder: Path, root: Path) -> None:
         done = log.read_text().split()
         assert len(done) == len(set(done)) == N_PAIRS, name
         equal(root / name / "cache", whole)
+    # a rank begins at a part of its own, so that each loads another snapshot
+    (root / "second").mkdir()
+    assert died_of(fork(lambda: rank(1, 3, root / "second" / "log"))) == 0
+    assert (root / "second" / "log").read_text().split()[0] == "acts-00000-s01.safetensors"
+    equal(root / "second" / "cache", whole)
     # one that dies over a pair leaves it to the one that waits for it
     (root / "dies").mkdir()
     first = fork(lambda: rank(0, 1, root / "dies" / "log1", slow=30))

@@ -5,12 +5,16 @@ What needs a Hugging Face home and an endpoint of its own runs in a second proce
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import commit_of, revision_folder, run_program, serve
@@ -36,7 +40,7 @@ PASSING: dict[str, Callable[[str, int], str | None]] = {
     "short": lambda method, n: "short" if method == "GET" and n < 1 else None,
     "head": lambda method, n: "500" if method == "HEAD" and n < 2 else None,
 }
-LASTING = ("cut", "503", "short")
+LASTING = ("cut", "429", "503", "short")
 
 
 def fault(method: str, repo: str, file: str, n: int) -> str | None:
@@ -89,12 +93,39 @@ def test_what_passes_is_tried_again_and_what_lasts_is_one_clear_line(origin: Pat
 @pytest.mark.slow
 def test_downloads_are_given_back_and_only_ours(origin: Path, tmp_path: Path) -> None:
     asked = in_process(origin, tmp_path / "home", "evict")
-    assert len(asked) == 3  # one for each snapshot; nothing is fetched again when the cache is read
+    assert len(asked) == 3  # every file once; nothing is fetched again when the cache is read
 
 
 @pytest.mark.slow
 def test_revisions_are_resolved_against_the_hubs_own_list(origin: Path, tmp_path: Path) -> None:
     in_process(origin, tmp_path / "home", "resolve")
+
+
+@pytest.mark.slow
+def test_a_hub_out_of_reach_leaves_the_revisions_in_the_cache(tmp_path: Path) -> None:
+    for revision in STEPS:
+        revision_folder(tmp_path / "hub", REPO, revision)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that nobody else answers at
+        closed = f"http://127.0.0.1:{server.getsockname()[1]}"
+    for environment in ({"HF_ENDPOINT": closed, "HF_HUB_OFFLINE": "0"}, {"HF_HUB_OFFLINE": "1"}):
+        done = run_program([__file__, "unreachable"], tmp_path, **environment)
+        assert done.stdout.strip() == "fine", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("error", [json.JSONDecodeError("no JSON", "<html>", 0), ConnectionResetError("cut")])
+def test_a_list_that_does_not_come_is_no_error_and_a_wrong_program_is(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing: Exception = error
+
+    def fail(_: str) -> None:
+        raise failing
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_refs", fail)
+    assert hub.list_revisions.__wrapped__("nobody/nothing") == ()
+    failing = AttributeError("a mistake of ours")
+    with pytest.raises(AttributeError, match="a mistake of ours"):
+        hub.list_revisions.__wrapped__("nobody/nothing")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +153,8 @@ def weights(home: Path, revision: str) -> Path:
 
 def check_faults() -> None:
     hub.PAUSES = (0.01, 0.02)
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.05))  # those of the hub's client, a minute in all
     for name in PASSING:
         snaps = Snapshots.from_hub(f"passing/{name}", ["main"])
         assert not snaps[0].is_on_disk()
@@ -142,16 +175,21 @@ def check_faults() -> None:
 
 def check_evict() -> None:
     home = Path.cwd()
-    by_the_user = Path(hub.huggingface_hub.hf_hub_download(REPO, "model.safetensors", revision="step0"))
+    # main has the weights of step3000, and the cache holds them once
+    by_the_user = [
+        Path(hub.huggingface_hub.hf_hub_download(REPO, "model.safetensors", revision=revision))
+        for revision in ("step0", "main")
+    ]
     snaps = Snapshots.pythia("14m", [0, 1000, 3000])
     acts = Activations(snaps, "blocks.0.hook_resid_post", TOKENS, 150, held_out_tokens=20, prepend_bos=False)
     plan = acts.plan()
     assert plan.n_downloads == 2 and plan.seconds > 0
     cached = acts.cache("cache", "float32", evict=True)
     first = next(cached.batches(50))
-    assert by_the_user.is_file() and not weights(home, "step1000").exists() and not weights(home, "step3000").exists()
+    assert all(path.is_file() for path in by_the_user)
+    assert not weights(home, "step1000").exists() and not weights(home, "step3000").exists()
     blobs = list((home / "hub").rglob("blobs/*"))
-    assert sum(blob.stat().st_size > 10_000 for blob in blobs) == 1, blobs
+    assert sum(blob.stat().st_size > 10_000 for blob in blobs) == 2, blobs
     # the cache is opened and read without them
     hub.hub_folder.cache_clear()
     again = Activations(
@@ -174,6 +212,11 @@ def check_resolve() -> None:
     refused(snaps.check, "'step3000' and 'main' have equal weights")
 
 
+def check_unreachable() -> None:
+    assert hub.list_revisions(REPO) == STEPS
+    assert hub.list_revisions("nobody/nothing") == hub.list_revisions("no//name") == ()
+
+
 def refused(attempt: Any, message: str) -> None:
     try:
         attempt()
@@ -185,5 +228,7 @@ def refused(attempt: Any, message: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"faults": check_faults, "evict": check_evict, "resolve": check_resolve}[sys.argv[1]]()
+    {"faults": check_faults, "evict": check_evict, "resolve": check_resolve, "unreachable": check_unreachable}[
+        sys.argv[1]
+    ]()
     sys.stdout.write("fine\n")

@@ -67,6 +67,7 @@ def test_the_embedded_release_fits_its_snapshots_and_needs_no_network(monkeypatc
     check_snapshots(crosscoder, snapshots)  # by the fingerprints of the weights
     assert snapshots.labels == crosscoder.cfg.snapshot_labels and len(snapshots) == 10
     assert crosscoder.dtype == torch.float32 and not crosscoder.training
+    assert crosscoder.cfg.metadata.l0 == find_release(DEMO).entry(HOOK).l0
     assert sum(path.stat().st_size for path in EMBEDDED.parent.glob("releases/**/*")) < 7 * 2**20
     recorded = (EMBEDDED.parent / "releases" / "demo" / HOOK / "cfg.json").read_text()
     assert "/" not in recorded.replace(f"crosslens.grammar, {8000} documents", "")

@@ -84,6 +84,17 @@ def test_files_of_every_kind(name: str, tmp_path: Path, tokenizer: Any, document
     assert describe_dataset(tmp_path / name) == name  # no folder of the user's
 
 
+def test_a_file_is_read_without_asking_anybody(
+    tmp_path: Path, tokenizer: Any, documents: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[Any] = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
+    for name, write in WRITERS.items():
+        write(tmp_path / name, documents)
+        assert len(read(tmp_path / name, tokenizer)) and not asked, name
+
+
 @pytest.mark.parametrize("size", [2, 7, 8, 9, 10, 32])
 @pytest.mark.parametrize("prepend_bos", [True, False])
 def test_lists_are_packed_with_bos_between_documents(
@@ -169,6 +180,10 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any)
         with pytest.raises(UserError, match=f"{name} (cannot be read|is empty)") as caught:
             read(tmp_path / name, tokenizer)
         assert "\n" not in str(caught.value)
+    (tmp_path / "late.jsonl").write_bytes(b'{"text": "the cat"}\n' * 5 + b'{"text": "the \xe6 cat"}\n')
+    with pytest.raises(UserError, match="late.jsonl cannot be read: .*utf-8") as caught:
+        read(tmp_path / "late.jsonl", tokenizer)
+    assert "\n" not in str(caught.value)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="empty.jsonl (is empty|cannot be read)"):
         read(tmp_path / "empty.jsonl", tokenizer)
