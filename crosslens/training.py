@@ -284,7 +284,7 @@ def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | 
         wandb.init(mode="disabled")
         logging.callback(wandb.finish)
         return True
-    limits = {"init_timeout": patience}
+    limits: dict[str, Any] = {"init_timeout": patience}
     if hasattr(wandb.Settings(), "finish_timeout"):  # younger than the oldest release that is allowed
         limits["finish_timeout"] = 5 * patience
     try:
