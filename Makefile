@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs-installed
 OUT    ?= runs/demo
 SEED   ?= 0
 
-.PHONY: demo test test-fast lint types layers check clean
+.PHONY: demo test test-fast lint types layers docs check clean
 
 demo: $(STAMP)
 	$(BIN)/crosslens demo --out $(OUT) --seed $(SEED)
@@ -28,7 +29,11 @@ types: $(STAMP)
 layers: $(STAMP)
 	$(BIN)/lint-imports
 
-check: test lint types layers
+# the site, with a reference from the docstrings, in build/site; a broken link or name is an error
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: test lint types layers docs
 
 # torch first and alone: an open range would take the newest build with gigabytes of GPU libraries
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +41,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
+
+$(DOCS): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	touch $(DOCS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from crosslens.evolution import measure_firing as measure_firing
     from crosslens.evolution import rotation as rotation
     from crosslens.feature_data import export_features as export_features
+    from crosslens.feature_data import feature_tables as feature_tables
     from crosslens.geometry import decoder_cosines as decoder_cosines
     from crosslens.geometry import feature_dimensionality as feature_dimensionality
     from crosslens.geometry import total_dimensionality as total_dimensionality
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from crosslens.history import History as History
     from crosslens.history import study_dynamics as study_dynamics
     from crosslens.history import study_evolution as study_evolution
+    from crosslens.history import study_features as study_features
     from crosslens.history import study_probes as study_probes
     from crosslens.imports import import_crosscoder as import_crosscoder
     from crosslens.interpretation import complexity_correlation as complexity_correlation

@@ -204,7 +204,7 @@ class Parallel:
             bits = bits[digits == digit]
         return found.to(kind).view(precise.dtype).to(values.dtype), left
 
-    def earliest(self, positions: Int[Tensor, " n"], count: Tensor) -> Int[Tensor, " n"]:
+    def earliest(self, positions: Int[Tensor, " n"], count: Tensor) -> Int[Tensor, " m"]:
         """Those of this process's positions that are among the `count` smallest of all; they differ."""
         numbers = self.of_all(torch.tensor(len(positions), device=positions.device))
         if count >= numbers.sum():

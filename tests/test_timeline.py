@@ -19,8 +19,8 @@ from crosslens import timeline
 from crosslens.attribution import attribute
 from crosslens.effects import Attribution
 from crosslens.errors import UserError
+from crosslens.report.blocks import compact
 from crosslens.report.chart import THEME
-from crosslens.report.page import compact
 from crosslens.report.timelines import N_ROWS, edge_timeline, feature_timeline, language_overlap
 from crosslens.runs import PromptRuns
 from crosslens.snapshots import Snapshots
