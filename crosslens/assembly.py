@@ -69,29 +69,21 @@ def _write_all(sae: CrosscoderTrainingSAE, file: int) -> None:
     os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
     os.truncate(file, 8 + len(text) + end)
     for name, tensor in tensors.items():
-        at, size = 8 + len(text) + header[name]["data_offsets"][0], tensor.element_size()
-        if name not in rows:
-            _write(file, tensor, at)
-            continue
-        if name == "W_enc":
-            for strip in _strips_of_all(sae, tensor):
-                _write(file, strip, at)
-                at += strip.numel() * size
-            continue
-        for first, block in _blocks_of_all(sae, tensor):
-            _write(file, block, at + first * block[0].numel() * size)
+        at = 8 + len(text) + header[name]["data_offsets"][0]
+        in_order = _strips_of_all if name == "W_enc" else _blocks_of_all
+        for part in in_order(sae, tensor) if name in rows else [tensor]:
+            _write(file, part, at)
+            at += part.numel() * part.element_size()
 
 
-def _blocks_of_all(sae: CrosscoderTrainingSAE, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of rows of all processes in order, with the number of their first feature."""
-    first = 0
+def _blocks_of_all(sae: CrosscoderTrainingSAE, own: Tensor) -> Iterator[Tensor]:
+    """Rows of all processes in order, some at a time."""
     for owner in range(sae.parallel.n_shares):
         for block in _blocks(own):
             if owner:
                 block = torch.empty_like(block, memory_format=torch.contiguous_format)
                 dist.recv(block, owner)
-            yield first, block
-            first += len(block)
+            yield block
 
 
 def _strips_of_all(sae: CrosscoderTrainingSAE, own: Tensor) -> Iterator[Tensor]:

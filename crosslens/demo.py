@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from crosslens.findings import late_feature, sign_change, top_examples
 from crosslens.history import History, study_dynamics, study_evolution, study_features, study_probes
 from crosslens.probing import probe_correlation
 from crosslens.report import write_report
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, write_text
 from crosslens.snapshots import Snapshots
 from crosslens.study import Study, study_task
 from crosslens.tasks import Task
@@ -139,9 +138,7 @@ def run_demo(
     write_report(run.path, title=f"crosslens demo, seed {seed}")
     shutil.rmtree(run.path / "activations")  # 450 MB; harvested again in seconds where they are wanted again
     summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
-    partial = run.path / "summary.json.tmp"
-    partial.write_text(json.dumps(summary, indent=1, allow_nan=False))
-    os.replace(partial, run.path / "summary.json")
+    write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
 
 

@@ -191,7 +191,7 @@ def measure_firing(crosscoder: Crosscoder, acts: Activations) -> Firing:
     check_activations(crosscoder, acts)
     F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
     # one column is enough where one gate serves all snapshots
-    gates = 1 if type(crosscoder).snapshot_acts is Crosscoder.snapshot_acts else S
+    gates = S if crosscoder.gate_per_snapshot else 1
     counts, sums = torch.zeros(F, gates).double(), torch.zeros(F, gates).double()
     active, squares, n = torch.zeros(F).double(), torch.zeros(F).double(), 0
     for _, features in held_out_features(crosscoder, acts):

@@ -77,7 +77,7 @@ def collect_examples(
     first, E = len(acts.tokens) - N, min(n_examples, N)
     best = _none(n, E, 2 * window + 1, S)
     # one column is enough where one gate serves all snapshots
-    gates = 1 if type(crosscoder).snapshot_acts is Crosscoder.snapshot_acts else S
+    gates = S if crosscoder.gate_per_snapshot else 1
     fired, highest = torch.zeros(n, gates), torch.zeros(n)
     total, count = torch.zeros(S, crosscoder.d_model).double(), 0
     size = max(1, batch_tokens(crosscoder.cfg.d_sae) // T)

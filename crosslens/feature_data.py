@@ -27,7 +27,6 @@ vocabulary is subtracted, for it changes no probability.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from crosslens.errors import UserError
 from crosslens.evolution import check_activations, snapshot_columns
 from crosslens.examples import Examples, collect_examples
 from crosslens.intervention import check_snapshots
+from crosslens.rundir import write_text
 
 FORMAT = "crosslens-features/1"
 _DIGITS = 5
@@ -129,9 +129,7 @@ def export_features(
     }
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".tmp")
-    partial.write_text(json.dumps(contents, allow_nan=False, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, target)
+    write_text(target, json.dumps(contents, allow_nan=False, ensure_ascii=False))
     return target
 
 
@@ -263,8 +261,7 @@ def _example_tables(crosscoder: Crosscoder, acts: Activations, examples: Example
     tokens = acts.held_out_tokens()
     feature, rank = (column.numpy() for column in (examples.values > 0).nonzero(as_tuple=True))
     sequence, position = (found[feature, rank] for found in (examples.sequences, examples.positions))
-    shared = type(crosscoder).snapshot_acts is Crosscoder.snapshot_acts  # one gate for all snapshots
-    threshold: Any = torch.zeros(crosscoder.cfg.d_sae) if shared else crosscoder.threshold
+    threshold: Any = crosscoder.threshold if crosscoder.gate_per_snapshot else torch.zeros(crosscoder.cfg.d_sae)
     labels = snapshot_columns(crosscoder)["label"]
     table = {
         "feature": feature.astype(np.int32),

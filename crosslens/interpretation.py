@@ -101,18 +101,20 @@ def label_features(
     }
     estimate = Estimate.of(wanted, rater, len(chosen), prices)
     spent = Counter[str]()
-    if wanted and not dry_run:
+    if dry_run:
+        return Labels(_table(keys, answers, rater), estimate, 0, 0)
+    if wanted:
         check_client(rater)
-        try:
+    try:
+        if wanted:
             with closing(ask_all(rater, wanted, answers)) as replies:
                 for _, reply in tqdm(replies, total=len(wanted), desc="Labels", unit="request", leave=False):
                     spent.update({"in": reply.tokens_in, "out": reply.tokens_out} if reply else {})
-        finally:
-            if run is not None:
-                _save(run, before, _table(keys, answers, rater))
-    elif run is not None and not dry_run:
-        _save(run, before, _table(keys, answers, rater))
-    return Labels(_table(keys, answers, rater), estimate, spent["in"], spent["out"])
+    finally:
+        table = _table(keys, answers, rater)
+        if run is not None:
+            _save(run, before, table)
+    return Labels(table, estimate, spent["in"], spent["out"])
 
 
 def complexity_correlation(

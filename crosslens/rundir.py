@@ -70,9 +70,7 @@ class RunDir:
     def write_json(self, contents: dict[str, Any]) -> None:
         """Replace run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / "run.json.tmp"
-        partial.write_text(json.dumps(contents, indent=1, default=str), encoding="utf-8")
-        os.replace(partial, self.path / "run.json")
+        write_text(self.path / "run.json", json.dumps(contents, indent=1, default=str))
 
     def update(self, **entries: Any) -> None:
         """Add entries to run.json; dictionaries are merged one level deep."""
@@ -143,6 +141,13 @@ class RunDir:
         if self.path.resolve() not in path.resolve().parents:
             raise UserError(f"table name {name!r} leaves the run directory; use a plain name")
         return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _headlines(identity: dict[str, Any]) -> dict[str, Any]:

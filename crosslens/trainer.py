@@ -145,13 +145,13 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired = torch.zeros(sae.n_own, device=config.device)
         self.check_late = sae.device.type != "cpu"
         self._unchecked: tuple[TrainStepOutput, Tensor, Tensor] | None = None
-        self.unclipped = [p for name, p in sae.named_parameters() if name == "log_threshold"]
+        thresholds = {name: p for name, p in sae.named_parameters() if name == "log_threshold"}
+        self.unclipped = list(thresholds.values())
         # the encoder as fused Adam wants it: contiguous, a feature a row, in the same memory
         self.encoder_rows = nn.Parameter(sae.W_enc.detach().T)
         others = {name: p for name, p in sae.named_parameters() if name not in ("log_threshold", "W_enc")}
         self.clipped = [self.encoder_rows, *others.values()]
-        self.trained = {"W_enc": self.encoder_rows, **others}
-        self.trained.update(("log_threshold", p) for p in self.unclipped)
+        self.trained = {"W_enc": self.encoder_rows, **others, **thresholds}
         """What the optimiser changes, by name and in its order; the encoder as (F, S D)."""
         groups: list[dict[str, Any]] = [{"params": self.clipped, "lr": config.lr}]
         if self.unclipped:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from crosslens.crosscoders import ARCHITECTURES
 from crosslens.errors import UserError
-from crosslens.inspection import MAX_HEADER, MAX_TEXT, expected_shapes, inside, inspect_crosscoder, read_header
+from crosslens.inspection import MAX_HEADER, MAX_TEXT, brief, expected_shapes, inside, inspect_crosscoder, read_header
 from crosslens.pretrained import load
 from crosslens.snapshots import Snapshots
 
@@ -101,6 +101,14 @@ def test_configs_that_lie(folder: Path, changes: dict[str, Any], message: str) -
     with pytest.raises(UserError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_what_an_error_repeats_is_cut_to_a_line() -> None:
+    """Where types are not checked as they are here, the library's own message holds the value, at any length."""
+    assert (
+        brief(UserError("apply_b_dec_to_input=" + "x" * 5000 + "\nand more")) == f"apply_b_dec_to_input={'x' * 216}..."
+    )
+    assert brief(UserError("short\nlong")) == "short"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Visitor:
             accept_downloads=True, **options,
         )  # fmt: skip
         self.page, self.report, self.troubles = context.new_page(), report, list[str]()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(90_000)
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
         # drivers say how fast WebGL is
@@ -90,7 +90,7 @@ class Visitor:
         """Go down the page as a reader would, so that all its figures are drawn."""
         for plot in self.page.query_selector_all(".plot"):
             if plot.is_visible():
-                plot.scroll_into_view_if_needed()
+                plot.evaluate("plot => plot.scrollIntoView()")  # a busy machine may draw no two frames to compare
                 plot.wait_for_selector(".main-svg", state="attached")
         self.page.wait_for_selector(DRAWN)
 
@@ -105,8 +105,15 @@ class Visitor:
         return [row[titles.index(title)] for row in self.rows()]
 
 
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
+
+
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     with playwright.sync_playwright() as started:
         found = started.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox", "--disable-gpu"])

@@ -112,6 +112,11 @@ class Crosscoder(SAE[Any], ABC):
         return self.cfg.d_sae
 
     @property
+    def gate_per_snapshot(self) -> bool:
+        """Whether `snapshot_acts` differs between snapshots; else one gate serves all."""
+        return False
+
+    @property
     def n_snapshots(self) -> int:
         """S."""
         return self.cfg.n_snapshots

@@ -64,6 +64,11 @@ class _JumpReLUGate(Crosscoder):
         """`t_i`, compared with `h_i n_is`."""
         return self.log_threshold.exp()
 
+    @property
+    @override
+    def gate_per_snapshot(self) -> bool:
+        return True
+
     @override
     def gate(self, hidden_pre: Tensor) -> Tensor:
         """`h_i` where the gate of any snapshot is open: that of the largest decoder norm opens first."""

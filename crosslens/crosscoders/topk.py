@@ -199,19 +199,18 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         if dead is None:
             return None
         ids = dead.nonzero().flatten()
-        n_dead = int(self.parallel.sum_features_(dead.sum()))
+        n_dead = len(ids) if self.parallel.alone else int(self.parallel.sum_features_(dead.sum()))
         if n_dead == 0:
             return None
         among, norms = hidden_pre.index_select(1, ids), norms[ids]
         count = max(1, min(self.d_model // 2, n_dead))
         if count == n_dead:
             return ids, among.relu_().mul_(norms > 0)
-        if not self.parallel.alone:
-            pairs = token_top_pairs(among, norms, count, self.parallel)
-            return ids, pairs.to_dense() if dense_is_faster(count / n_dead) else pairs
-        if dense_is_faster(count / n_dead):
+        dense = dense_is_faster(count / n_dead)
+        if dense and self.parallel.alone:
             return ids, keep_top(among, among.relu() * norms, count)
-        return ids, token_top_pairs(among, norms, count)
+        pairs = token_top_pairs(among, norms, count, self.parallel)
+        return ids, pairs.to_dense() if dense else pairs
 
     @override
     def calculate_aux_loss(

@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 
 from crosslens.report.chart import (
     GRID,
-    HEAT,
     INK,
     MUTED,
     SERIES,
@@ -23,12 +22,12 @@ from crosslens.report.chart import (
     Style,
     add_level,
     add_line,
-    apply_colors,
     floats,
     ints,
     new_figure,
     shown,
 )
+from crosslens.report.points import add_points
 
 N_LINES = 12  # features drawn as lines
 N_ROWS = 20  # features in the table
@@ -80,20 +79,9 @@ def effects_against_shares(table: Frame) -> Chart | str:
     if not features:
         return _NOTHING
     rows = table[table["feature"].isin(features)].dropna(subset=["relie"])
-    order = {snapshot: i for i, snapshot in enumerate(axis.labels)}
-    ids, names = ints(rows["snapshot"]), list(axis.names().values())
     figure = new_figure("IE (logits)", height=440)
-    figure.add_scatter(
-        x=floats(rows["relie"]),
-        y=floats(rows["ie"]),
-        mode="markers",
-        showlegend=False,
-        marker={"size": 6, "opacity": 0.75, "color": [order[s] for s in ids], "coloraxis": "coloraxis"},
-        customdata=[[feature, names[order[s]]] for feature, s in zip(ints(rows["feature"]), ids, strict=True)],
-        hovertemplate="feature %{customdata[0]}<br>%{customdata[1]}<br>RelIE %{x:.3f}, IE %{y:+.3f}<extra></extra>",
-    )
-    # without the faint shades: a point needs more contrast than an area
-    apply_colors(figure, HEAT[2:], {0: names[0], max(1, len(names) - 1): names[-1]})
+    texts = [axis.names()[s] for s in ints(rows["snapshot"])]
+    add_points(figure, axis, rows, "relie", "ie", texts, "RelIE %{x:.3f}, IE %{y:+.3f}")
     figure.update_xaxes(title_text="RelIE (share)", showgrid=True, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     note = f"The {len(features)} features of largest |IE| at any snapshot."

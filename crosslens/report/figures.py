@@ -25,6 +25,7 @@ from crosslens.report.chart import (
     new_figure,
     shown,
 )
+from crosslens.report.points import add_points
 
 MAX_ROWS = 2000  # of the heat map; more are thinner than a pixel
 MAX_POINTS = 3000  # of a scatter; more make the page slow
@@ -238,27 +239,15 @@ def probe(table: Frame) -> Chart | str:
         return f"Only {len(points)} features could be probed; too few to draw."
     drawn = points.iloc[np.unique(np.linspace(0, len(points) - 1, min(MAX_POINTS, len(points))).round().astype(int))]
     axis = SnapshotAxis.of(table, even=True)
-    order = {snapshot: i for i, snapshot in enumerate(axis.labels)}
-    ids = ints(drawn["snapshot"])
     figure = new_figure("probe error (share of tokens)", height=480)
     figure.update_yaxes(rangemode="tozero")
     add_level(figure, 0.5, "chance")
-    names = list(axis.names().values())
-    figure.add_scatter(
-        x=floats(drawn["norm"]),
-        y=floats(drawn["probe_error"]),
-        mode="markers",
-        showlegend=False,
-        marker={"size": 6, "opacity": 0.75, "color": [order[s] for s in ids], "coloraxis": "coloraxis"},
-        customdata=[[feature, text] for feature, text in zip(ints(drawn["feature"]), axis.hover(ids), strict=True)],
-        hovertemplate="feature %{customdata[0]}<br>%{customdata[1]}<br>norm %{x:.3f}, error %{y:.3f}<extra></extra>",
-    )
-    # without the faint shades: a point needs more contrast than an area
-    apply_colors(figure, HEAT[2:], {0: names[0], max(1, len(order) - 1): names[-1]})
+    texts = axis.hover(ints(drawn["snapshot"]))
+    add_points(figure, axis, drawn, "norm", "probe_error", texts, "norm %{x:.3f}, error %{y:.3f}")
     figure.update_xaxes(title_text="decoder norm / its largest (share)", showgrid=True, zeroline=False)
     untrained = sorted(set(ints(points.loc[pd.to_numeric(points["step"], errors="coerce") == 0, "snapshot"])))
     note = f"All snapshots: {_correlation(points, [])}."
-    if untrained and len(order) > 1:
+    if untrained and len(axis.labels) > 1:
         note += f" Without step 0: {_correlation(points, untrained)}."
     if len(drawn) < len(points):
         note += f" {len(drawn):,} of {len(points):,} points are drawn, evenly spaced in the table."

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from crosslens.report.features import SHARD, FeatureSet, write_features
 from crosslens.report.overview import overview
 from crosslens.report.sections import EVOLUTION, OVERVIEW
 from crosslens.report.tables import Tables
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, write_text
 
 PAGES = (
     Page("index", "Overview", "What the model learns when, and how well the crosscoder describes it.", OVERVIEW),
@@ -62,7 +61,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
     data.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, text: str) -> None:
-        _replace(data / name, text)
+        write_text(data / name, text)
         written.add(name)
 
     features = write_features(tables, write)
@@ -102,10 +101,10 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
     assets = run.report / "assets"
     assets.mkdir(exist_ok=True)
     for name in _ASSETS:
-        _replace(assets / name, (files("crosslens.report") / "templates" / name).read_text(encoding="utf-8"))
-    _replace(assets / _PLOTLY, get_plotlyjs())
+        write_text(assets / name, (files("crosslens.report") / "templates" / name).read_text(encoding="utf-8"))
+    write_text(assets / _PLOTLY, get_plotlyjs())
     for name, page in pages.items():
-        _replace(run.report / name, page)
+        write_text(run.report / name, page)
     return run.report / "index.html"
 
 
@@ -148,9 +147,3 @@ def _render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**context)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
