@@ -55,7 +55,7 @@ _MODULES = {
     "crosslens.publishing": ("push_to_hub",),
     "crosslens.raters": ("Rater",),
     "crosslens.registry": ("list_releases", "load_snapshots", "register_release"),
-    "crosslens.report": ("write_report",),
+    "crosslens.report": ("log_report", "write_report"),
     "crosslens.runs": ("PromptRuns",),
     "crosslens.selection": ("propose_snapshots", "snapshot_similarity"),
     "crosslens.shares": ("classify", "pairwise_relie", "reldec", "relie", "relie_interval", "sign_changes"),
@@ -136,6 +136,7 @@ if TYPE_CHECKING:
     from crosslens.registry import list_releases as list_releases
     from crosslens.registry import load_snapshots as load_snapshots
     from crosslens.registry import register_release as register_release
+    from crosslens.report import log_report as log_report
     from crosslens.report import write_report as write_report
     from crosslens.runs import PromptRuns as PromptRuns
     from crosslens.selection import propose_snapshots as propose_snapshots

@@ -11,6 +11,7 @@ import typer
 
 from crosslens.errors import UserError
 from crosslens.label_command import label_run
+from crosslens.report_command import report_run
 from crosslens.specs import open_activations, open_run, parse_architecture, parse_numbers, parse_task
 
 app = typer.Typer(
@@ -334,15 +335,7 @@ def ablate(
         )
 
 
-@app.command()
-def report(run_dir: RunArgument) -> None:
-    """Write the page of a run directory."""
-    from crosslens.report import write_report
-    from crosslens.rundir import RunDir
-
-    typer.echo(str(write_report(RunDir.open(run_dir).path)))
-
-
+app.command("report")(report_run)
 app.command("label")(label_run)
 
 

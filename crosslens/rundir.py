@@ -136,6 +136,11 @@ class RunDir:
         names = (p.name.removesuffix(".parquet") for p in (self.path / kind).glob("*.parquet"))
         return sorted(name for name in names if not name.endswith(".snapshots"))
 
+    def table_names(self) -> list[str]:
+        """All saved tables, by name."""
+        found = [*self.path.glob("*.parquet"), *self.path.glob("*/*.parquet")]
+        return sorted(path.relative_to(self.path).with_suffix("").as_posix() for path in found)
+
     def _table_path(self, name: str) -> Path:
         path = self.path / f"{name}.parquet"
         if self.path.resolve() not in path.resolve().parents:

@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -42,6 +41,7 @@ from crosslens.plan import peak_memory
 from crosslens.pretrained import load
 from crosslens.rundir import RunDir
 from crosslens.state import discard
+from crosslens.tracking import wandb_run
 from crosslens.trainer import CrosscoderTrainer, StoppedError, TrainConfig
 
 
@@ -262,43 +262,19 @@ def _evaluate(crosscoder: Crosscoder, acts: Activations, config: TrainConfig) ->
 
 
 def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None, logging: ExitStack) -> bool:
-    """Start the W&B run, which ends with `logging`, or continue that of a run directory; whether to log at all.
-
-    Without a connection, or without a key, the run is recorded on this disk: no training is lost for its log.
-    """
+    """Start the W&B run, which ends with `logging`, or continue that of a run directory; whether to log at all."""
     if config.wandb_project is None:
         return False
-    import wandb
-
-    recorded = run.read_json().get("wandb_id") if run is not None else None
-    patience = float(os.environ.get("WANDB_INIT_TIMEOUT", 60))
-    options: dict[str, Any] = {
-        "project": config.wandb_project,
-        "name": config.wandb_run_name,
-        "id": recorded,
-        "resume": "allow" if recorded else None,
-        "dir": None if run is None else str(run.path),
-        "config": {**dataclasses.asdict(config), "run_dir": None, "crosscoder": sae.cfg.to_dict()},
-    }
-    if sae.parallel.rank:  # all take part in what is logged, one logs it
-        wandb.init(mode="disabled")
-        logging.callback(wandb.finish)
-        return True
-    limits: dict[str, Any] = {"init_timeout": patience}
-    if hasattr(wandb.Settings(), "finish_timeout"):  # younger than the oldest release that is allowed
-        limits["finish_timeout"] = 5 * patience
-    try:
-        started = wandb.init(**options, settings=wandb.Settings(**limits))
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        warnings.warn(
-            f"W&B cannot be reached ({reason}); this run is logged offline: `wandb sync` sends it later", stacklevel=2
+    recorded = {**dataclasses.asdict(config), "run_dir": None, "crosscoder": sae.cfg.to_dict()}
+    logging.enter_context(
+        wandb_run(
+            config.wandb_project,
+            run=run,
+            name=config.wandb_run_name,
+            config=recorded,
+            disabled=sae.parallel.rank > 0,  # all take part in what is logged, one logs it
         )
-        wandb.teardown()  # what has failed still holds the id
-        started = wandb.init(**options, mode="offline")
-    logging.callback(wandb.finish)
-    if run is not None:
-        run.update(wandb_id=started.id)
+    )
     return True
 
 

@@ -6,5 +6,6 @@ and list it. What there is of single features is written by `features`, and draw
 """
 
 from crosslens.report.page import write_report
+from crosslens.report.tracked import log_report
 
-__all__ = ["write_report"]
+__all__ = ["log_report", "write_report"]

@@ -1,0 +1,80 @@
+"""What a run found, added to its run on Weights & Biases.
+
+Every table goes into one artifact as the parquet file that it is on disk. The heat map of decoder norms goes in as a
+page of its own: W&B draws plotly figures with a script that cannot read the typed arrays of plotly 6 and newer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from crosslens.errors import UserError
+from crosslens.report.figures import evolution_map
+from crosslens.report.tables import Tables
+from crosslens.rundir import RunDir
+from crosslens.tracking import wandb_run
+
+MAX_ROWS = 10_000  # of a table to be browsed; the files hold all
+
+
+def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
+    """Add the tables of a run directory and the heat map of its features to W&B.
+
+    Logged are `evolution/decoder_norms` (HTML), `evolution/features` (the features as a table, where there are at most
+    10,000), and an artifact `<id>-tables` of type "tables" with all tables as parquet files. The W&B run is the one
+    that training began, continued, or a new one. WANDB_MODE=offline logs to this disk.
+
+    Args:
+        run_dir: a directory with run.json.
+        project: of a run that has not been logged before; None takes the one recorded.
+
+    Returns:
+        The id of the W&B run.
+
+    Raises:
+        UserError: there is no run in the directory, it has no tables, or no project is known.
+    """
+    run = RunDir.open(run_dir)
+    info = run.read_json()
+    project = project or info.get("wandb_project")
+    if project is None:
+        raise UserError(f"{run_dir} was trained without W&B, so it has no project there; name one")
+    names = run.table_names()
+    if not names:
+        raise UserError(f"{run_dir} has no tables yet; `crosslens evolve {run_dir}` makes some")
+    tables = Tables(run, info)
+    evolution, snapshots = tables["evolution"], tables["snapshots"]
+    import wandb
+
+    with wandb_run(project, run=run) as started:
+        if evolution is not None and snapshots is not None:
+            chart = evolution_map(evolution, snapshots)
+            if not isinstance(chart, str):
+                page = standalone(chart.figure).to_html(include_plotlyjs="cdn")
+                started.log({"evolution/decoder_norms": wandb.Html(page, inject=False)}, commit=False)
+            if len(evolution) <= MAX_ROWS:
+                # W&B knows None alone as what is missing
+                known = evolution.astype(object).where(evolution.notna(), None)
+                started.log({"evolution/features": wandb.Table(dataframe=known)}, commit=False)
+            started.log({})
+        artifact = wandb.Artifact(f"{started.id}-tables", type="tables", description=f"Tables of {run.path.name}.")
+        for name in names:
+            artifact.add_file(str(run.path / f"{name}.parquet"), name=f"{name}.parquet")
+        started.log_artifact(artifact)
+        return str(started.id)
+
+
+def standalone(figure: go.Figure) -> go.Figure:
+    """A heat map with the texts that, on the report's pages, a script spreads over rows and columns."""
+    figure = go.Figure(figure)
+    meta: dict[str, Any] = figure.layout.meta or {}
+    if "rows" in meta:
+        figure.update_traces(
+            customdata=[[row] * len(meta["columns"]) for row in meta["rows"]],
+            text=[meta["columns"]] * len(meta["rows"]),
+            selector={"type": "heatmap"},
+        )
+    return figure
