@@ -240,7 +240,7 @@ def test_the_table_by_keyboard_and_its_address(browser: Any, run: RunDir) -> Non
     assert outline == "solid"
     page.keyboard.type("persistent")
     page.keyboard.press("Tab")  # the scrolling region
-    for _ in range(3):
+    for _ in ("Feature", "Label", "Complexity", "Top token"):
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Top token"
     page.keyboard.press("Enter")

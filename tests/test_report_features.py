@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import HOSTILE, PAGES, STEPS, TASKS, _Page, make_run, table
+from test_report import HOSTILE, PAGES, STEPS, TASKS, _Page, csv, lines, make_run, table
 
+from crosslens.interpretation import complexity_correlation
 from crosslens.report import write_report
 from crosslens.report.features import SHARD
 from crosslens.rundir import RunDir
@@ -67,7 +68,9 @@ def add_features(run: RunDir, seed: int = 0) -> RunDir:
         pd.DataFrame({"feature": np.repeat(np.arange(F), 2), "rank": np.tile([0, 1], F), "other": other,
                       "cosine": rng.uniform(-1, 1, 2 * F)}),
     )  # fmt: skip
-    run.save_table("labels", pd.DataFrame({"feature": [5, 7], "label": [f"plural {HOSTILE}", "verbs"]}))
+    complexity = pd.array([4, None], dtype="Int8")
+    labels = {"feature": [5, 7], "label": [f"plural {HOSTILE}", "verbs"], "complexity": complexity}
+    run.save_table("labels", pd.DataFrame(labels))
     return run
 
 
@@ -247,3 +250,37 @@ def test_pages_of_features_hold_no_label_as_markup(written: RunDir) -> None:
         page = _Page(written.report / "index.html", (name,))
         assert "alert(1)" not in "".join(text for a, text in page.scripts if a.get("type") != "application/json")
         assert not any("alert" in str(value) for _, a in page.elements for value in a.values())
+
+
+def test_complexity_is_shown_and_dated(tmp_path: Path) -> None:
+    run = add_features(make_run(tmp_path / "r", 8))
+    lives, rng = table(run, "evolution"), np.random.default_rng(0)
+    judged = rng.permutation(lives["feature"])[:90]
+    complexity = pd.array(rng.integers(1, 6, 90), dtype="Int8")
+    complexity[:5] = pd.NA
+    run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs", "complexity": complexity}))
+    page = _Page(write_report(run.path), ("evolution",))
+    known = {int(f): int(c) for f, c in zip(judged, complexity, strict=True) if c is not pd.NA}
+    index = script(run, "features.js")
+    assert index["complexity"] == [known.get(feature) for feature in index["id"]]
+    assert {id: feature["complexity"] for id, (feature, _) in shards(run).items()} == {
+        feature: known.get(feature) for feature in index["id"]
+    }
+    drawn = lines(page.specs()["complexity"])
+    numbers = csv(run, "complexity")
+    for event, name in (("birth", "born here"), ("peak", "strongest here")):
+        dates = {row["feature"]: row[event] for row in lives.to_dict("records") if not pd.isna(row[event])}
+        for s in range(8):
+            values = [c for feature, c in known.items() if dates.get(feature) == s]
+            row = numbers[(numbers["event"] == event) & (numbers["snapshot"] == s)]
+            assert len(row) == bool(values)
+            if values:
+                assert row["mean"].item() == pytest.approx(np.mean(values)) and row["n"].item() == len(values)
+            if len(values) > 1:
+                assert row["se"].item() == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+        assert drawn[name]["y"] == pytest.approx(numbers.loc[numbers["event"] == event, "mean"].tolist(), rel=1e-4)
+    found = complexity_correlation(table(run, "labels"), lives, unit="index").set_index("event")
+    assert f"With birth: Spearman {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in page.text
+    run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs"}))
+    write_report(run.path)
+    assert script(run, "features.js")["complexity"] is None

@@ -97,6 +97,7 @@ class _Features:
         self.nearest: Nearest | None = self._part("nearest", tables, ("nearest",), lambda table: Nearest(table, ids))
         nothing = [""] * len(ids)
         self.names = _names(tables["labels"], ids) or nothing
+        self.complexities = _complexities(tables["labels"], ids)
         self.top = self.examples.tops() if self.examples else nothing
         self.promoted = self.lens.tops(self.norms.argmax(1)) if self.lens else nothing
         known = zip(ids.tolist(), self.names, self.top, strict=True)
@@ -119,6 +120,7 @@ class _Features:
             "snapshots": self.labels,
             "id": self.ids.tolist(),
             "label": self.names if any(self.names) else None,
+            "complexity": self.complexities if any(self.complexities) else None,
             "token": _coded(self.top),
             "promoted": _coded(self.promoted),
             "kind": _coded(self.kinds),
@@ -136,6 +138,7 @@ class _Features:
             {
                 "id": int(self.ids[row]),
                 "name": self.names[row],
+                "complexity": self.complexities[row],
                 "kind": self.kinds[row],
                 "rate": self.rates[row],
                 **{name: values[row] for name, values in self.life.items()},
@@ -179,6 +182,15 @@ def _names(labels: Frame | None, ids: np.ndarray) -> list[str]:
         return []
     found = dict(zip(labels["feature"], labels["label"], strict=True))
     return [_text(found.get(feature)) for feature in ids.tolist()]
+
+
+def _complexities(labels: Frame | None, ids: np.ndarray) -> list[int | None]:
+    """From 1 to 5 where a feature was judged."""
+    if labels is None or not {"feature", "complexity"} <= set(labels):
+        return [None] * len(ids)
+    judged = labels.dropna(subset=["complexity"])
+    found = dict(zip(judged["feature"], judged["complexity"].astype(int), strict=True))
+    return [found.get(feature) for feature in ids.tolist()]
 
 
 def _short(values: np.ndarray) -> list[float | None]:

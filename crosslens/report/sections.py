@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from crosslens.report import figures, lives
 from crosslens.report import phases as phase_figures
+from crosslens.report.complexity import complexity
 from crosslens.report.entries import Entry, Section
 
 _ACCURACY = "No task has been measured: crosslens attribute RUN_DIR --task TASK measures its accuracy too."
@@ -196,6 +197,16 @@ EVOLUTION: tuple[Section, ...] = (
                 "all tokens to those where the feature is active), median by the snapshot of birth.",
                 lives.encoder,
                 ("encoder", "evolution"),
+                optional=True,
+            ),
+            Entry(
+                "complexity",
+                "Are later features more complex?",
+                "Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), that a language "
+                "model gave the features born, and those strongest, at a snapshot. Bands are two standard errors "
+                "either way; correlations have 95 % bootstrap intervals over features.",
+                complexity,
+                ("labels", "evolution", "snapshots"),
                 optional=True,
             ),
         ),

@@ -85,6 +85,7 @@
     const label = (snapshot) => (snapshot === null ? null : about.labels[snapshot]);
     const facts = [
       ["class", feature.kind],
+      ["complexity, of 5", feature.complexity],
       ["born at", label(feature.birth)],
       ["peak at", label(feature.peak)],
       ["absent for good from", label(feature.death)],

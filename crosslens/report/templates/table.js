@@ -16,6 +16,7 @@
     columns = [
       { name: "id", title: "Feature", value: (i) => data.id[i], cell: link },
       data.label && { name: "label", title: "Label", value: (i) => data.label[i], cell: (i) => data.label[i], words: true },
+      data.complexity && { name: "complexity", title: "Complexity", value: (i) => data.complexity[i], cell: (i) => data.complexity[i] ?? "", largest: true },
       { title: "Decoder norm", cell: strip, words: true },
       data.token && { name: "token", title: "Top token", value: word(data.token), cell: (i) => token(word(data.token)(i)), words: true },
       data.promoted && { name: "promoted", title: "Promotes", value: word(data.promoted), cell: (i) => token(word(data.promoted)(i)), words: true },
