@@ -6,6 +6,9 @@
 3. At the end the mean of each part over all tokens is taken from it: a part says how much more than usual the snapshot
    speaks for the feature.
 
+One list serves all snapshots: what a feature writes at a snapshot, `f_i n_is`, grows with `f_i`, so the strongest
+examples are the same at every snapshot where its gate is open, and only their strengths differ.
+
 What is kept does not grow with the number of tokens. Letters: N sequences, T positions, S snapshots, D d_model, F
 features, n of them asked for, E examples, W = 2 window + 1 positions around one.
 """

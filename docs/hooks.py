@@ -1,14 +1,16 @@
 """Hooks of mkdocs: what docstrings and notebooks hold that a page of the site does not.
 
-Docstrings are written for the terminal, and hold no HTML: `<label>` in them is text. Tutorials link to each other and to
-these pages as files of the repository.
+Docstrings are written for the terminal, and hold no HTML: `<label>` in them is text. Tutorials link to each other and
+to these pages as files of the repository; their formulas become MathML, which browsers draw without a network.
 """
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
+from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 
 
@@ -26,9 +28,22 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Links of a tutorial, made links of the site."""
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Links and formulas of a tutorial."""
     if not page.file.src_uri.startswith("tutorials/"):
-        return html
-    html = re.sub(r'href="([\w.-]+)\.ipynb', r'href="\1.html', html)
-    return re.sub(r'href="\.\./docs/([\w./-]+)\.md', r'href="../\1.html', html)
+        return content
+    content = re.sub(r'href="([\w.-]+)\.ipynb', r'href="\1.html', content)
+    content = re.sub(r'href="\.\./docs/([\w./-]+)\.md', r'href="../\1.html', content)
+    # code, styles and scripts may hold a $, too
+    parts = re.split(r"(<(pre|code|style|script)\b.*?</\2>)", content, flags=re.S)
+    return "".join(part if i % 3 == 1 else _with_formulas(part) for i, part in enumerate(parts) if i % 3 < 2)
+
+
+def _with_formulas(text: str) -> str:
+    blocks = r"\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\s](?:[^$\n]*[^$\s])?)\$"
+    return re.sub(blocks, _formula, text, flags=re.S)
+
+
+def _formula(found: re.Match[str]) -> str:
+    block, line = found.group("block", "line")
+    return convert(html.unescape(block or line), display="block" if block else "inline")
