@@ -9,7 +9,8 @@ the paired prompt) and gates frozen from the clean run, editing moves the activa
 Every (set, prompt) in which anything changes is one version of the prompt; versions go through the model above the hook
 in full batches, and nothing below it is run again.
 
-`ablate` makes curves over the size of the set, beside random and size-matched sets (see `feature_sets`).
+`ablate` makes curves over the size of the set, as Ge et al. (arXiv 2509.17196) do, beside random and size-matched sets
+(see `feature_sets`). These controls, and `change_shares`, are this project's own.
 
 Letters: B prompts of a batch, P of all, T positions, D d_model, A features active on any prompt, n sets.
 """

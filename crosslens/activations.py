@@ -7,7 +7,7 @@
 4. A block's activations come from the models, which stop at the hook's layer, or from the cache.
 
 Positions whose token is the BOS or padding are left out (`keep_special=True` keeps them): their activations are
-outliers that say nothing about the text.
+outliers that say nothing about the text. Letters: N sequences, B tokens, T positions, S snapshots, D d_model.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class Activations:
         device: where the models run.
         batch_tokens: tokens per forward pass.
         backend: "bridge" or "hooked_transformer".
+
+    Raises:
+        UserError: a number out of range, snapshots that cannot be compared, or no such hook point; and in every method,
+            for data and models are read when they are needed: what is missing, damaged, too small or not finite.
     """
 
     waited = 0.0
@@ -121,12 +125,12 @@ class Activations:
     # ------------------------------------------------------------------ tokens
     @property
     def n_snapshots(self) -> int:
-        """S."""
+        """S, the number of snapshots."""
         return len(self.snapshots)
 
     @property
     def d_model(self) -> int:
-        """D."""
+        """D, the width of the residual stream."""
         return self.snapshots.d_model
 
     @property
@@ -150,7 +154,7 @@ class Activations:
         return int(self.keep(self.train_tokens()).sum())
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
-        """Positions that training uses: all but BOS and padding, unless `keep_special`."""
+        """Which positions of `tokens` training uses: all but BOS and padding, unless `keep_special`."""
         kept = torch.ones_like(tokens, dtype=torch.bool)
         return kept if self.keep_special else special_positions(tokens, self.snapshots.tokenizer).logical_not_()
 
@@ -215,7 +219,7 @@ class Activations:
         """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
 
         Args:
-            batch_size: B; what is left of an epoch goes into the next one's first batch.
+            batch_size: B tokens; what is left of an epoch goes into the next one's first batch.
             start: batches to skip; the stream continues as if they had been read.
             epochs: passes over the data, without end when None; the last incomplete batch is not given.
         """
@@ -233,7 +237,7 @@ class Activations:
                 del rows  # the next block is made meanwhile: one too many would be in memory
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse batches larger than an epoch, for which there would never be enough."""
+        """Refuse a `batch_size` above the activations of an epoch, for which there would never be enough."""
         if not 0 < batch_size <= self.n_tokens:
             raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
@@ -255,7 +259,7 @@ class Activations:
             epoch += 1
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        """Activations of the held-out sequences in reading order; the last batch may be smaller."""
+        """Activations of the held-out sequences in reading order, `batch_size` tokens at a time, at the end fewer."""
         for first in range(self._n_train or len(self.train_tokens()), len(self.tokens), self.block_sequences):
             last = min(first + self.block_sequences, len(self.tokens))
             yield from self.block(first, last)[self.keep(self.tokens[first:last])].split(batch_size)
@@ -354,7 +358,7 @@ class Activations:
 
     @classmethod
     def from_dict(cls, recorded: dict[str, Any], **changes: Any) -> Activations:
-        """The activations that `to_dict` described; `changes` replace arguments such as `device`."""
+        """The activations whose `to_dict` gave `recorded`; `changes` replace arguments such as `device`."""
         arguments: dict[str, Any] = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
         return cls(**arguments)
 
@@ -379,8 +383,8 @@ class Activations:
             dtype: of a cache.
             architecture: of the crosscoder that is to be trained; its memory is stated too.
             batch_size: activations per step.
-            processes: among which the crosscoder is to be split.
-            data_parallel: groups of them among which the tokens of a batch are split.
+            processes: number of processes among which the crosscoder is to be split.
+            data_parallel: groups of these processes among which the tokens of a batch are split.
         """
         return make_plan(
             self,

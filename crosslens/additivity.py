@@ -12,7 +12,7 @@ All are exact, with the error node kept, and averaged over prompts before they a
     deviation      sum over pairs |joint - sum| / sum over pairs |sum|: 0 if effects add up
 
 The intervals are percentiles of bootstrap replicates that draw prompts and pairs anew, both with replacement; pairs
-with a feature in common are drawn as if they were independent.
+with a feature in common are drawn as if they were independent. Both measures are this project's own.
 
 Letters: P prompts, n features, m pairs, R replicates.
 """

@@ -19,7 +19,7 @@ agree on a feature: they are the same number. This check reads every snapshot by
 
 What this does not see: strengths still overlap with features of similar direction, so low agreement at low norms may be
 theirs and not the feature's; and two snapshots may agree on tokens for a reason that is not the feature, such as the
-word. The filter needs more held-out tokens than D.
+word. The filter needs more held-out tokens than D. The check is this project's own.
 Letters: B tokens, S snapshots, D d_model, F features.
 """
 

@@ -8,7 +8,8 @@ k = 0 to 1 at k = A, both by definition; the measured sizes lie between. The are
     u = k / A                      "linear": the mean share over all sizes
 
 is 1 if the first feature does all that all features do, and lies near 0 if only the whole will do. A curve that
-overshoots, because features that oppose the answer come last, can have an area above 1.
+overshoots, because features that oppose the answer come last, can have an area above 1. These areas are this project's
+own.
 """
 
 from __future__ import annotations

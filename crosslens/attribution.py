@@ -6,7 +6,8 @@ For a prompt and snapshot s (gates frozen from the clean run, see `changes`):
    prompts, or the paired prompt's. `error="frozen"` keeps e0 = e_s.
 2. The path f0 + alpha (f_s - f0), e0 + alpha (e_s - e0) is a straight line of activations x(alpha) at the hook, for the
    decoder is linear. One backward pass per node alpha gives the gradient of the metric m at x(alpha); the weights of
-   the rule average it: g = sum_k w_k dm/dx(alpha_k)   (Sundararajan et al., arXiv 1703.01365).
+   the rule average it: g = sum_k w_k dm/dx(alpha_k)   (Sundararajan et al., arXiv 1703.01365; for features Marks et
+   al., arXiv 2403.19647; the rule "left" is that of Bayazit et al., arXiv 2509.05291).
 3. IE_is = sum_t (f_is - f0_is)(t) <W_dec[i, s] / c_s, g(t)>, summed over real positions, averaged over prompts; the
    error node's effect is sum_t <e_s - e0, g>. Together they must make up m(clean) - m(baseline): completeness.
 

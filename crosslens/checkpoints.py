@@ -99,8 +99,9 @@ def _quiet() -> Generator[None, None, None]:
 class Snapshot:
     """One checkpoint of a pretraining run. Nothing is looked up before it is asked for.
 
-    Every method raises `UserError` for a folder, repository, revision or file that is missing or damaged; the message
-    names the snapshot, the file and the remedy.
+    Raises:
+        UserError: a revision of a local folder; and in every method a folder, repository, revision or file that is
+            missing or damaged. The message names the snapshot, the file and the remedy.
     """
 
     label: str

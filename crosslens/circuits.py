@@ -18,6 +18,7 @@ the clean activations at the lower and the upper hook, both crosscoders read fro
 To first order the edge is (f_is - f0_is) <W_dec[i, s] / c_s, d target_j / d a_s> at the clean run, with the upper gates
 of the clean run: one backward pass per upper feature gives the edges from all lower features, and from the error node.
 The largest are then measured exactly, by the intervention itself, and `agreement` says how far the two are apart.
+Edges between crosscoders, and what the upper one is given, are this project's own.
 
 Letters: B prompts of a batch, T positions, S snapshots, D d_model, F upper features, L and U chosen lower and upper
 features, n versions of prompts.

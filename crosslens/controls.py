@@ -11,7 +11,7 @@
    r = x_s - b_dec[s], the activation as a whole, does not care what other features claim.
 2. Encoder share: the pre-activation is a sum over snapshots, h_i = sum_s x_s W_enc[s, i] + b_i. The share of s is its
    part of the rise of h_i from all tokens to those where the feature is active. It shows features that are read off
-   later snapshots than those they are said to live at.
+   later snapshots than those they are said to live at. This measure is this project's own.
 
 The sums run over the held-out tokens once, in blocks, and over active (token, feature) pairs alone. x is scaled.
 Letters: B tokens, S snapshots, D d_model, F features.
@@ -54,7 +54,11 @@ class LatentScaling:
     norms: Float[Tensor, "F S"]
 
     def to_frame(self, labels: list[str]) -> pd.DataFrame:
-        """feature, and a column `<name>/<label>` per coefficient and snapshot."""
+        """A row per feature: feature, own/<label>, peak/<label>, activation_own/<label>, activation_peak/<label>.
+
+        Args:
+            labels: S names of the snapshots.
+        """
         columns: dict[str, Any] = {"feature": np.arange(len(self.norms))}
         for name in ("own", "peak", "activation_own", "activation_peak"):
             values = getattr(self, name).numpy()
@@ -65,6 +69,10 @@ class LatentScaling:
 @torch.no_grad()
 def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
     """How much of each feature's direction there is at every snapshot, beside what its decoder norm says.
+
+    Args:
+        crosscoder: any.
+        acts: activations of its snapshots; the held-out ones are used.
 
     Raises:
         UserError: no activations are held out, or they are not the crosscoder's.
@@ -106,6 +114,10 @@ def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F
     With p_is = x_s W_enc[s, i] the part of snapshot s, and expectations over all tokens and over those where f_i > 0:
     `(E[p_is | active] - E[p_is]) / sum_s' (E[p_is' | active] - E[p_is'])`. A share can be negative, where a snapshot
     speaks against the feature, and others then exceed 1.
+
+    Args:
+        crosscoder: any.
+        acts: activations of its snapshots; the held-out ones are used.
 
     Returns:
         Shares, NaN for features that are never active, or always.

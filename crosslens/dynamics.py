@@ -49,8 +49,8 @@ class Dynamics:
         loss: (N, S) sums of -log p_s.
         n: (N,) predictions.
         known: (N,) predictions whose context the counts know.
-        unigram_entropy: H1 of the counts.
-        bigram_entropy: H2 of the counts.
+        unigram_entropy: H1 of the counts, in nats per token.
+        bigram_entropy: H2 of the counts, in nats per token.
     """
 
     snapshots: pd.DataFrame
@@ -63,24 +63,35 @@ class Dynamics:
     bigram_entropy: float
 
     def draws(self, name: str, n_bootstrap: int, seed: int = 0) -> Float[np.ndarray, "draws S"]:
-        """Means over predictions of kl1, kl2 or loss, over sequences drawn with replacement; equal seeds draw alike."""
+        """Means over predictions, in nats, over sequences drawn with replacement; equal seeds draw alike.
+
+        Args:
+            name: kl1, kl2 or loss.
+            n_bootstrap: number of draws.
+            seed: of the draws.
+        """
         N = len(self.n)
         weights = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), n_bootstrap).astype(float)
         return (weights @ getattr(self, name).numpy()) / (weights @ self._counts(name).numpy())[:, None]
 
     def mean(self, name: str) -> Float[np.ndarray, " S"]:
-        """Mean over all predictions of kl1, kl2 or loss."""
+        """Mean over all predictions of what `name` says: kl1, kl2 or loss, in nats."""
         return (getattr(self, name).sum(0) / self._counts(name).sum()).numpy()
 
     def _counts(self, name: str) -> Float[Tensor, " N"]:
         return (self.known if name == "kl2" else self.n).double()
 
     def to_frame(self, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """A row per snapshot: snapshot, label, step, tokens; kl1, kl2 and loss, each with _low and _high;
+        """A row per snapshot: snapshot, label, step, tokens; kl1, kl2 and loss, each with _low and _high, in nats;
         bigram_progress, h1, h2, n, known.
 
         `bigram_progress` is what the function of this name makes of kl2, `n` the number of predictions, `known` the
         share of them that KL2 is taken over.
+
+        Args:
+            level: of the intervals.
+            n_bootstrap: draws of the intervals.
+            seed: of the draws.
         """
         columns: dict[str, Any] = {name: self.snapshots[name].array for name in self.snapshots}
         columns = {"snapshot": np.arange(len(self.snapshots)), **columns}
@@ -218,7 +229,7 @@ def dynamics_table(
         crosscoder: two snapshots or more.
         acts: its activations, or what `measure_firing` made of them: features that never fire are left out.
         presence: share of a feature's largest norm from which it counts as present.
-        min_cosine: to the last snapshot's direction, from which a feature counts as settled.
+        min_cosine: cosine to the last snapshot's direction, from which a feature counts as settled.
         n_bootstrap: draws of the intervals.
         seed: of the draws, and of the random directions.
 

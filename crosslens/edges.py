@@ -1,6 +1,7 @@
 """Effects of features at one hook point on features at another, and how far they are from linear.
 
-Letters: S snapshots, L lower features, U upper features.
+Effects are in the unit of the upper feature's target: its activation, or its pre-activation. The measures are this
+project's own. Letters: S snapshots, L lower features, U upper features.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """The result of an attribution: effects per feature and snapshot, and where in the prompts they arise.
 
+Completeness, that effects add up to the change of the metric, is an axiom of integrated gradients (Sundararajan et al.,
+arXiv 1703.01365); effects by position are this project's own.
+
 Letters: S snapshots, F features, A features that are active on any prompt, O positions counted from the end (0 the
 last), R bootstrap replicates.
 """
@@ -176,7 +179,15 @@ class Attribution:
         return ranking.masked_fill(~self.active[:, snapshot], -math.inf).topk(k).indices
 
     def to_frame(self, decoder_norms: Float[Tensor, "F S"]) -> pd.DataFrame:
-        """Long table of the features that are active somewhere: a row per feature and snapshot."""
+        """Long table of the features that are active somewhere: a row per feature and snapshot.
+
+        Args:
+            decoder_norms: those of the crosscoder, for RelDec.
+
+        Returns:
+            feature, snapshot, label, step, ie and ie_se (its standard error), both in logits, relie, relie_normalised
+            (effects divided by the metric first), reldec, active; with replicates relie_low and relie_high.
+        """
         features = self.active.any(-1).nonzero().flatten()
         S = len(self.labels)
         columns = {
@@ -200,7 +211,12 @@ class Attribution:
         )
 
     def snapshot_frame(self) -> pd.DataFrame:
-        """One row per snapshot: metric, baseline, error node, completeness, and how all was estimated."""
+        """One row per snapshot: the metric, what became of it, and how all was estimated.
+
+        Returns:
+            snapshot, label, step; metric_clean, metric_baseline and error_effect, in logits; completeness_error,
+            n_active (features), n (prompts), method, rule, ig_steps, baseline, error, threshold (in logits).
+        """
         how = self.estimator
         return pd.DataFrame(
             {
@@ -225,6 +241,12 @@ class Attribution:
     @classmethod
     def from_frames(cls, task: str, frame: pd.DataFrame, snapshots: pd.DataFrame, d_sae: int) -> Attribution:
         """The attribution that `to_frame` and `snapshot_frame` were made from; replicates and positions are not kept.
+
+        Args:
+            task: name of the task.
+            frame: from `to_frame`.
+            snapshots: from `snapshot_frame`.
+            d_sae: F, the number of features.
 
         Raises:
             UserError: a table of another release, which does not say how it was made.

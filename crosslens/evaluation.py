@@ -7,6 +7,9 @@ Per snapshot, over held-out tokens:
     ce_*, kl                      cross-entropy (nats per token) of the clean model, of the model whose hook point holds
                                   the reconstruction, and of the one whose hook point holds zeros; KL(clean | spliced)
     ce_recovered                  1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean); NaN where zeros cost < .1 nat
+
+The first is the measure of Ge et al. (arXiv 2509.17196), the second and ce_recovered are those of Bayazit et al. (arXiv
+2509.05291), all by their code.
 """
 
 from __future__ import annotations
@@ -81,6 +84,14 @@ def evaluate(crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192)
         crosscoder: the crosscoder.
         acts: held-out activations of the snapshots it was trained on.
         n_tokens: tokens on which the spliced models are run; reconstruction is measured on all held-out tokens.
+
+    Returns:
+        A row per snapshot: snapshot, label, step, tokens, explained_variance, explained_variance_per_token, l0
+        (features per token), dead_fraction (share of the features that never fire here), ce_clean, ce_spliced, ce_zero,
+        kl (nats per token), ce_recovered.
+
+    Raises:
+        UserError: activations that do not fit the crosscoder, or are not finite.
     """
     table = reconstruction_table(crosscoder, acts)
     held_out = acts.held_out_tokens()

@@ -112,8 +112,9 @@ def evolve(
     Returns:
         feature, alive, firing_rate (share of held-out tokens, NaN without `acts`), origin, fate; birth, peak, death
         (indices of snapshots) and lifetime (number of snapshots where it is present), each followed by its date in
-        steps and in tokens. `lifetime_step` is the time from every snapshot where the feature is present to the next
-        one: of a single life that ends, death minus birth. Dates are missing where the metadata lack them.
+        steps and in tokens: birth_step, birth_tokens and so on. `lifetime_step` is the time from every snapshot where
+        the feature is present to the next one: of a single life that ends, death minus birth. Dates are missing where
+        the metadata lack them.
         Then, per snapshot, norm/<label> (the decoder norm), strength/<label> (v), reldec/<label>, present/<label>, and
         with `acts` firing_rate/<label> (share of tokens with f_is > 0) and mean_activation/<label> (mean of f_is n_is,
         the length of what the feature writes, over those tokens).
@@ -184,6 +185,10 @@ class Firing:
 @torch.no_grad()
 def measure_firing(crosscoder: Crosscoder, acts: Activations) -> Firing:
     """Firing of every feature on the held-out activations, in one pass and in float64.
+
+    Args:
+        crosscoder: any.
+        acts: activations of its snapshots.
 
     Raises:
         UserError: no activations are held out, or they are not the crosscoder's.

@@ -21,7 +21,7 @@
 The logit lens of a feature at a snapshot is what its decoder row adds to the logits when nothing lies between the hook
 point and the unembedding: `W_U^T (g * (w - mean w))`, w the row in raw space, g the weight of the final norm, whose
 division by the norm of the whole residual is left out (RMSNorm does not subtract the mean); the mean over the
-vocabulary is subtracted, for it changes no probability.
+vocabulary is subtracted, for it changes no probability. The schema and this form of the lens are this project's own.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
 1. Cosines between the decoder rows of a feature at all pairs of snapshots, where both rows are long enough to point
    anywhere (`min_norm` of the feature's largest). `turning` finds the pair of neighbouring snapshots between which most
    features make their largest turn.
-2. Dimensionality (after Elhage et al., Toy Models of Superposition, with the activity of features in it). With
+2. Dimensionality (after Elhage et al., arXiv 2209.10652, with the activity of features in it). With
    `w_is = rms(f_i) W_dec[i, s]` and j over the features that are present at s, i among them,
 
        D_is = |w_is|^4 / sum_j (w_is . w_js)^2
 
    is 1 for a feature that shares its direction with none, and 1/n for one of n equals. The sum over features is at most
    D. Since `sum_j (w_i . w_j)^2 = w_i (sum_j w_j^T w_j) w_i^T`, a D x D matrix is enough: no F x F one is ever made.
+
+Ge et al. (arXiv 2509.17196) show how rows turn and how much room features take, without formulas; the turning point,
+the measure `D_is` as it stands here and the random directions beside it are this project's own.
 
 Letters: S snapshots, D d_model, F features.
 """
@@ -52,6 +55,9 @@ def decoder_cosines(
 
     Returns:
         Cosines in [-1, 1], NaN where either row has no direction. All features take F * S * S * 4 bytes.
+
+    Raises:
+        UserError: decoder norms that are not finite.
     """
     chosen = torch.arange(crosscoder.cfg.d_sae) if features is None else features
     S = crosscoder.n_snapshots
@@ -153,8 +159,8 @@ def total_dimensionality(
         seed: of the random directions, as many as there are features present and as long as these.
 
     Returns:
-        A row per snapshot: snapshot, label, step, tokens, present (features), total (the sum of `D_is`), share (total /
-        D), random_total, random_share.
+        A row per snapshot: snapshot, label, step, tokens, present (features), total (the sum of `D_is`), share (of D,
+        total / D), random_total, random_share.
 
     Raises:
         UserError: activations that are not the crosscoder's.

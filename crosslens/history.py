@@ -47,7 +47,7 @@ class History:
     tables: dict[str, pd.DataFrame]
 
     def save(self, run: RunDir) -> None:
-        """Write the tables into a run directory."""
+        """Write the tables into the run directory `run`."""
         for name, table in self.tables.items():
             run.save_table(name, table)
 
@@ -146,7 +146,7 @@ def study_probes(crosscoder: Crosscoder, acts: Activations, *, n_features: int =
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
-        n_features: to probe, drawn from those that are active often enough.
+        n_features: features to probe, drawn from those that are active often enough.
         seed: of the draws.
 
     Raises:

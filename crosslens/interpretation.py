@@ -2,8 +2,8 @@
 
 1. A feature's strongest examples are given as JSON, the strongest token apart from what stands before and after it, so
    that no token can be mistaken for a mark.
-2. Asked for are a label and the complexity of *Evolution of Concepts* (arXiv 2509.17196), from 1 to 5: a single token;
-   one word in several forms; a phrase, category or structure; a semantic structure; diverse contexts with one theme.
+2. Asked for are a label and the complexity of Ge et al. (arXiv 2509.17196), from 1 to 5: a single token; one word in
+   several forms; a phrase, category or structure; a semantic structure; diverse contexts with one theme.
 3. What such a run costs is estimated first, and an answer is never asked for twice: see `crosslens.raters`.
 
 The passages are sent to whoever runs the model. Letters: n features, R bootstrap replicates, A x B a table of counts.
@@ -71,7 +71,7 @@ def label_features(
             or the tables examples and example_tokens of `feature_tables`.
         rater: the language model.
         features: ids; all that have examples when None.
-        n_features: so many of them, drawn at random.
+        n_features: so many features, drawn at random.
         n_examples: strongest examples shown of each.
         attempts: how often, over all runs, a feature is asked for at most whose answer is a refusal or malformed.
         prices: of a million tokens in and out, in any currency, for the estimate.

@@ -8,7 +8,8 @@ For snapshot s the block output becomes
 
 where f_s are the clean features as snapshot s gates them, and f'_s the edited ones. Edits act on f_s through the linear
 decoder, never through a gate computed anew. Positions that training leaves out (BOS, padding) keep their clean
-activation in every splice.
+activation in every splice. The splice is this project's own. Letters: B prompts, T positions, S snapshots, D d_model,
+F features, V tokens of the vocabulary.
 
     run = CleanRun.of(crosscoder, snapshots, tokens)
     splice = Splice(crosscoder, run, s, [Edit([3, 5]), Edit([8], factor=2.0, positions=[-1])])
@@ -63,6 +64,13 @@ class CleanRun:
     ) -> CleanRun:
         """Run all snapshots on tokens without padding, up to the crosscoder's hook.
 
+        Args:
+            crosscoder: trained on these snapshots.
+            snapshots: the models.
+            tokens: prompts of one length, with BOS where the models are given one.
+            device: where the models run; what they give goes to the crosscoder's device.
+            backend: "bridge" or "hooked_transformer".
+
         Raises:
             UserError: a crosscoder of other snapshots, or tokens that are longer than the models' context.
         """
@@ -81,7 +89,7 @@ class CleanRun:
         return clean_run(crosscoder, tokens.to(place), acts.to(place), keep.to(place))
 
     def snapshot_acts(self, crosscoder: Crosscoder, snapshot: int) -> Float[Tensor, "B T F"]:
-        """`f_is` of the clean run at one snapshot."""
+        """`f_is` of the clean run at the index `snapshot`, as `crosscoder` gates it."""
         return crosscoder.snapshot_acts(self.features, snapshot)
 
 
@@ -191,7 +199,7 @@ class Splice:
 
     @contextmanager
     def on(self, model: Any) -> Generator[Any, None, None]:
-        """While it lasts, the model (TransformerBridge or HookedTransformer) is spliced.
+        """While it lasts, `model` (a TransformerBridge or HookedTransformer) is spliced.
 
         Raises:
             UserError: at its end, when nothing passed the hook.
@@ -200,7 +208,11 @@ class Splice:
             yield model
 
     def logits(self, model: Any) -> Float[Tensor, "B T V"]:
-        """Logits of the spliced model on the batch."""
+        """Logits of `model`, spliced, on the batch.
+
+        Raises:
+            UserError: the model lacks the hook point, or puts out another shape there.
+        """
         return spliced_logits(model, self.run.tokens, self.hook_name, self.replacement, self.run.keep)
 
 

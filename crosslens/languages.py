@@ -14,6 +14,8 @@ sets anew from the features that could have been in both:
    such features n_l are in the set of language l, so one of them is with probability n_l / N, and the number of its
    languages is a sum of independent draws. With two languages this is 1 again.
 
+Both comparisons with chance are this project's own.
+
     parts = split_languages(Task.demo("pp"))
     effects = {language: attribute(cc, snaps, part) for language, part in parts.items()}
     compare_languages(effects, k=10)
@@ -41,7 +43,7 @@ from crosslens.tasks import Task
 
 
 def split_languages(task: Task) -> dict[str, Task]:
-    """The items of a task by `item.info["language"]`, in order of first appearance; empty where an item states none."""
+    """The items of `task` by `item.info["language"]`, in order of first appearance; empty where an item states none."""
     named = [item.info.get("language") for item in task.items]
     if None in named:
         return {}

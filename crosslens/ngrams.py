@@ -8,6 +8,9 @@
    These are the least losses of a model that knows nothing but the counts. Counts of few tokens make H2 too small: a
    context that was seen once seems certain.
 
+Ge et al. (arXiv 2509.17196) hold models against such counts without saying how they count: the rules are this project's
+own.
+
 Letters: N sequences, T positions, V tokens of the vocabulary, n different pairs.
 """
 
@@ -84,7 +87,7 @@ class NgramCounts:
         return torch.arange(len(self.unigrams)).repeat_interleave(self.starts.diff())
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse another tokenizer than that of the counts.
+        """Refuse a `tokenizer` other than that of the counts.
 
         Raises:
             UserError: a vocabulary of another size, or of other tokens.
@@ -102,14 +105,14 @@ class NgramCounts:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the counts to a safetensors file."""
+        """Write the counts to the safetensors file `path`."""
         tensors = {name: getattr(self, name).contiguous() for name in ("unigrams", "starts", "followers", "counts")}
         save_file(tensors, path, {"format": _FORMAT, "about": json.dumps({"vocabulary": self.vocabulary})})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> NgramCounts:
-        """The counts that `save` wrote.
+        """The counts that `save` wrote to `path`.
 
         Raises:
             UserError: no such file, or something else in it.

@@ -24,6 +24,7 @@ comes late by definition, and the lead is too large. The same holds for P where 
 already trained has no 0 of P. KL2 needs counts of enough text: contexts seen once seem certain, and inflate it
 (`min_count` leaves rare ones out). A warmup of the learning rate that ends near the turning point may be what sets it.
 The order of two events is no cause. And the intervals do not contain the randomness of another pretraining run.
+The two phases are those of Ge et al. (arXiv 2509.17196); the definitions are this project's own.
 
 Letters: S snapshots, F features.
 """
@@ -67,7 +68,7 @@ def find_phases(
         crosscoder: of some of these snapshots; without it there is no turning point, only events of the predictions.
         acts: its activations, or what `measure_firing` made of them.
         presence: share of a feature's largest norm from which it counts as present.
-        min_cosine: to the last snapshot's direction, from which a feature counts as settled.
+        min_cosine: cosine to the last snapshot's direction, from which a feature counts as settled.
         level: of the intervals.
         n_bootstrap: draws.
         seed: of the draws.

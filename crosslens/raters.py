@@ -205,9 +205,12 @@ class Rater:
             ANTHROPIC_BASE_URL, or the company's own).
         max_tokens: most tokens of an answer, hidden reasoning included.
         requests_per_minute: most requests, spaced evenly; retries count.
-        max_retries: of one request, by the client, with growing pauses.
+        max_retries: how many times the client tries one request again, with growing pauses.
         timeout: seconds that one request may take.
         workers: requests under way at once.
+
+    Raises:
+        UserError: an unknown client, no model, a number out of range, or a base_url that is none.
     """
 
     client: str

@@ -19,6 +19,9 @@ def evolution_of_concepts(
         training_tokens: activations to train on; the warmups are shares of the steps they make.
         batch_size: activations per step.
         training: other fields of `TrainConfig`, such as `run_dir`.
+
+    Raises:
+        UserError: a number out of range, or fewer activations than one batch.
     """
     steps = training_tokens // batch_size
     architecture = JumpReLUCrosscoderTrainingConfig(d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero")
@@ -44,6 +47,9 @@ def crosscoding_through_time(
         training_tokens: activations to train on; the warmup is a share of the steps they make.
         batch_size: activations per step.
         training: other fields of `TrainConfig`, such as `run_dir`.
+
+    Raises:
+        UserError: a number out of range, or fewer activations than one batch.
     """
     steps = training_tokens // batch_size
     architecture = StandardCrosscoderTrainingConfig(

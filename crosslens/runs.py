@@ -144,7 +144,7 @@ class PromptRuns:
         return ~special_positions(tokens, self.snapshots.tokenizer)
 
     def are_of(self, crosscoder: Crosscoder, snapshots: Snapshots, task: Task) -> bool:
-        """Whether they were made from these."""
+        """Whether they were made from this `crosscoder`, these `snapshots` and this `task`."""
         return self._given is crosscoder and self.snapshots == snapshots and self.task == task
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class PromptRuns:
 
     @torch.no_grad()
     def at(self, snapshot: int) -> Iterator[BatchAt]:
-        """The batches at one snapshot, with its model above the hook."""
+        """The batches at the index `snapshot`, with its model above the hook."""
         s, crosscoder = snapshot, self.crosscoder
         device = crosscoder.device
         scale = crosscoder.activation_scale[s]
@@ -179,7 +179,7 @@ class PromptRuns:
             first += len(batch.tokens)
 
     def mean(self, snapshot: int) -> Float[Tensor, " A"]:
-        """Mean of `f_is` over the kept positions of all prompts, of the features that are active on any."""
+        """Mean of `f_is` at the index `snapshot` over the kept positions of all prompts, of `features`."""
         total = torch.zeros(len(self.features), dtype=torch.float64)
         for found in self._found:
             total.index_add_(0, found.features, found.values[:, snapshot].double())
@@ -187,7 +187,7 @@ class PromptRuns:
         return (total / count).float()
 
     def mean_features(self, snapshot: int) -> Float[Tensor, " F"]:
-        """Mean of `f_is` over the kept positions of all prompts."""
+        """Mean of `f_is` at the index `snapshot` over the kept positions of all prompts."""
         mean = torch.zeros(self.crosscoder.cfg.d_sae)
         mean[self.features] = self.mean(snapshot)
         return mean.to(self.crosscoder.device)

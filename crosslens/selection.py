@@ -9,7 +9,7 @@
    subtracted from the square, divided by its largest value.
 3. `propose_snapshots` takes the first and the last snapshot, and between them those k - 2 that leave the least sum of
    distances from every snapshot to the nearer of the two chosen ones around it. Snapshots are in order, so this is
-   found exactly, by dynamic programming: never by chance, and never a local optimum.
+   found exactly, by dynamic programming: never by chance, and never a local optimum. The search is this project's own.
 
 The proposal represents what was measured: a stretch that was never saved, or on which no task and no activation of this
 hook point moves, is not seen. Letters: B tokens, S snapshots, D d_model.
@@ -98,7 +98,7 @@ def propose_snapshots(
         accuracy: of `Task.accuracy`, of one task or several one below the other, on the same snapshots.
         measure: "cosine", "pearson" or "cka".
         weight: of accuracy against similarity, in [0, 1]; 0 without accuracy.
-        steps: of the snapshots, for the table.
+        steps: training steps of the snapshots, for the table.
 
     Returns:
         A row per snapshot: snapshot, label, step, chosen, stands_for (labels, of a chosen one), nearest (label of the

@@ -7,7 +7,8 @@ With x_is >= 0 the size of feature i at snapshot s (|IE_is| for RelIE, the decod
 
 Both are NaN where nothing matters (Bayazit et al., arXiv 2509.05291, section 3, put .5 there and call it shared).
 The absolute value is taken after averaging over prompts. It hides the sign: a feature can turn from harmful to helpful,
-so `sign_changes` lists those, and `classify` puts the signed class beside the other.
+so `sign_changes` lists those, and `classify` puts the signed class beside the other. Bayazit et al. class features at
+two and three snapshots; centres of mass, signed classes and intervals are this project's own.
 
 Letters: S snapshots, F features, R bootstrap replicates, A features with an effect on any prompt.
 """
@@ -70,11 +71,14 @@ def relie(
 
     Args:
         effects: from `attribute`.
-        min_effect: a row is NaN where no |IE| is above it; two standard errors when None (with a single prompt there
-            are none, and all is NaN).
+        min_effect: a row is NaN where no |IE| is above it, in logits; two standard errors when None (with a single
+            prompt there are none, and all is NaN).
         normalised: divide the effects of each snapshot by its clean metric first, for logits grow with training.
-        floor: smallest |metric| that is divided by.
+        floor: smallest |metric| that is divided by, in logits.
         snapshots: compare these alone, such as the two or three that a plot has room for.
+
+    Raises:
+        UserError: no such snapshot, or a floor that is not positive.
     """
     chosen = _chosen(effects, snapshots)
     matters = _matters(effects, min_effect)[:, chosen].any(-1, keepdim=True)
@@ -88,6 +92,9 @@ def pairwise_relie(
     """`[i, a, b]`: the share of snapshot b in |IE| at a and b; NaN where neither is above `min_effect`.
 
     Between two snapshots it is what Bayazit et al. plot for pairs; arguments as in `relie`.
+
+    Raises:
+        UserError: a floor that is not positive.
     """
     matters = _matters(effects, min_effect)
     sizes = _sizes(effects.effects, effects.metric_clean, normalised, floor)
@@ -95,7 +102,7 @@ def pairwise_relie(
 
 
 def reldec(decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "F S"]:
-    """Relative decoder norm `n_is / sum_s' n_is'`; NaN where all are 0. Its pairwise form is `pairwise_shares`."""
+    """Relative decoder norm `n_is / sum_s' n_is'` of `decoder_norms`; NaN where all are 0."""
     return shares(decoder_norms.detach())
 
 
@@ -146,8 +153,9 @@ def sign_changes(effects: Effects, min_z: float = 2.0) -> pd.DataFrame:
         min_z: an effect is sure when it exceeds so many of its standard errors.
 
     Returns:
-        A row per change, the surest first: feature, the two snapshots, the effects there in logits, z (the smaller of
-        the two) and p (two-sided, of the weaker one, not corrected for the number of features).
+        A row per change, the surest first: feature, from_snapshot and to_snapshot (indices), from_label, to_label,
+        from_ie and to_ie (the effects there, in logits), z (the smaller of the two) and p (two-sided, of the weaker
+        one, not corrected for the number of features).
     """
     z = effects.effects / effects.standard_errors
     rows: list[dict[str, Any]] = []
@@ -188,6 +196,14 @@ def classes(share: Float[Tensor, "F S"], low: float = 0.3, high: float = 0.7) ->
     "transient" where a single interior snapshot has more than `high`; otherwise by the centre of mass "discontinued"
     (below `low`), "emerged" (above `high`) or "maintained"; "undefined" where the shares are NaN. With two snapshots
     these are the thresholds of Bayazit et al. on the share of the second.
+
+    Args:
+        share: of each snapshot, such as `relie` gives it.
+        low: centre of mass below which a feature is discontinued.
+        high: centre of mass above which it has emerged, and share of one interior snapshot above which it is transient.
+
+    Raises:
+        UserError: one snapshot, or thresholds out of order.
     """
     _check_thresholds(low, high)
     centre = centre_of_mass(share)
@@ -233,6 +249,10 @@ def signed_classes(effects: Effects, min_z: float = 2.0) -> np.ndarray:
 
     "helpful" or "harmful" where all sure effects (beyond `min_z` standard errors) have one sign, "turns helpful" or
     "turns harmful" where they change it once, "wavers" where more often, "undefined" where none is sure.
+
+    Args:
+        effects: from `attribute`.
+        min_z: an effect is sure when it exceeds so many of its standard errors.
     """
     z = effects.effects / effects.standard_errors
     signs = torch.where(z.abs() > min_z, z.sign(), 0.0).tolist()
@@ -262,6 +282,9 @@ def classify(
 
     Columns: feature, class (of RelIE), centre_of_mass, peak (the snapshot of the largest share, -1 where undefined),
     signed_class, and three_way where there are three snapshots. Arguments as in `relie`, `classes`, `signed_classes`.
+
+    Raises:
+        UserError: one snapshot, a floor that is not positive, or low and high that are not shares in order.
     """
     share = relie(effects, min_effect, normalised=normalised, floor=floor)
     kept = effects.active.any(-1)

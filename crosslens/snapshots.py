@@ -75,7 +75,7 @@ class Snapshots(Sequence[Snapshot]):
 
     @classmethod
     def local(cls, folder: str | Path) -> Snapshots:
-        """Snapshots in the sub-folders of a folder, each in the layout of transformers.
+        """Snapshots in the sub-folders of `folder`, each in the layout of transformers.
 
         The sub-folders are `step0`, `step1000`, ..., taken by step; or any, where `snapshots.json` lists them in order:
         `{"snapshots": [{"label": "start", "path": "a", "step": 0, "tokens": 0}, ...]}` (step and tokens may be absent).
@@ -127,8 +127,8 @@ class Snapshots(Sequence[Snapshot]):
 
         Args:
             size: 14m, 31m, 70m, 160m, 410m, 1b, 1.4b, 2.8b, 6.9b or 12b, also with `-deduped`.
-            steps: of the 154 that exist; "paper" for the 32 of Ge et al. (arXiv 2509.17196), "triplet" for the three of
-                Bayazit et al. (arXiv 2509.05291), "log:12" or "linear:12" for evenly spaced ones, "all".
+            steps: steps of the 154 that exist; "paper" for the 32 of Ge et al. (arXiv 2509.17196), "triplet" for the
+                three of Bayazit et al. (arXiv 2509.05291), "log:12" or "linear:12" for evenly spaced ones, "all".
 
         Raises:
             UserError: a size or step that does not exist.
@@ -143,7 +143,8 @@ class Snapshots(Sequence[Snapshot]):
 
         Args:
             size: as it is written above.
-            steps: of those on the hub's list; "triplet" for the three of Bayazit et al. (arXiv 2509.05291).
+            steps: steps on the hub's list; "log:8" or "linear:8" for evenly spaced ones, "all"; for 1b-0724 "triplet",
+                the three of Bayazit et al. (arXiv 2509.05291).
             revisions: instead of steps, such as `["step1000-tokens2B"]`; they need no list.
 
         Raises:
@@ -155,14 +156,20 @@ class Snapshots(Sequence[Snapshot]):
     def olmo2(
         cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
     ) -> Snapshots:
-        """OLMo 2's checkpoints (1b, 7b, 13b); steps are of stage 1, `steps="stage2-ingredient1"` of one of stage 2."""
+        """OLMo 2's checkpoints (1b, 7b, 13b); steps are of stage 1, `steps="stage2-ingredient1"` of one of stage 2.
+
+        Arguments and errors as in `olmo`, but that no size has a "triplet".
+        """
         return cls.from_model(families.find_model("olmo2", size), steps if revisions is None else revisions)
 
     @classmethod
     def bloom(
         cls, size: str, steps: str | Sequence[int | str] = "all", *, revisions: Sequence[str] | None = None
     ) -> Snapshots:
-        """BLOOM's checkpoints (560m, 1b1, 1b7, 3b, 7b1), with the tokenizer of the final model's repository."""
+        """BLOOM's checkpoints (560m, 1b1, 1b7, 3b, 7b1), with the tokenizer of the final model's repository.
+
+        Arguments and errors as in `olmo`, but that "triplet" is of 1b1.
+        """
         return cls.from_model(families.find_model("bloom", size), steps if revisions is None else revisions)
 
     @classmethod
@@ -215,7 +222,7 @@ class Snapshots(Sequence[Snapshot]):
 
     @classmethod
     def from_dict(cls, recipe: Mapping[str, Any]) -> Snapshots:
-        """The collection of a `to_dict`. The demo's is pretrained again where it is gone.
+        """The collection whose `to_dict` gave `recipe`. The demo's is pretrained again where it is gone.
 
         Raises:
             UserError: not such a dictionary.
@@ -290,6 +297,16 @@ class Snapshots(Sequence[Snapshot]):
 
         All are kept when the weights of all snapshots together take at most 2 GiB, otherwise the last one only; whole
         models and those of `n_blocks` apart. A caller that holds on to the model before keeps two in memory.
+
+        Args:
+            i: index of the snapshot.
+            device: where the model lives.
+            dtype: of its parameters.
+            backend: "bridge" or "hooked_transformer".
+            n_blocks: load the first blocks alone; all when None.
+
+        Raises:
+            UserError: an unknown backend, no CUDA, or files of the model that are missing or damaged.
         """
         place = range(len(self))[operator.index(i)]
         key = (place, str(torch.device(device)), dtype, backend, n_blocks)

@@ -3,7 +3,8 @@
 `match_features` pairs the features of two crosscoders by the cosine of their decoders over the snapshots that both
 have; `compare_features` says which share has a partner, and whether partners have the same life: over seeds, dictionary
 sizes, and choices of snapshots. `compare_evolutions` puts what one reads off several crosscoders side by side, such as
-the turning point, also where the models differ (two warmups) and no features can be matched.
+the turning point, also where the models differ (two warmups) and no features can be matched. These comparisons are this
+project's own.
 
 Letters: S snapshots, D d_model, F and G features.
 """
@@ -50,7 +51,7 @@ def match_features(
             nearest, in blocks for any number of features; None takes the former up to 4,096 features.
 
     Returns:
-        feature (of `a`), partner (of `b`), cosine; by falling cosine. No feature occurs twice.
+        A row per pair: feature (of `a`), partner (of `b`), cosine; by falling cosine. No feature occurs twice.
 
     Raises:
         UserError: no snapshot in common, other widths, nothing to match, an unknown method.
@@ -96,7 +97,7 @@ def compare_features(
         alive_a: features of `a` to match; all with a decoder when None.
         alive_b: the same of `b`.
         method: of `match_features`.
-        min_cosine: from which two features are the same one.
+        min_cosine: cosine from which two features are the same one.
         presence: share of a feature's largest norm from which it counts as present.
         min_run: snapshots in a row from which presence counts as a birth.
 

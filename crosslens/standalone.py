@@ -11,6 +11,7 @@ fitted, and what it gives are estimates of the features:
 
 How good the estimate is on held-out tokens stands in the metadata: explained variance beside the crosscoder's own, and
 of each feature how well the SAE agrees with the crosscoder on when it is active (F1) and on its value (Pearson).
+The procedure is this project's own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """All that is asked of one task, in one call: effects on one half of the prompts, what judges them on the other.
 
 The parts are `attribute`, `ablate`, `curve_areas`, `transfer_matrix`, `pair_additivity`, `follow_features` and
-`compare_languages`; they share the clean runs of the two halves, so nothing below the hook is run twice.
+`compare_languages`; they share the clean runs of the two halves, so nothing below the hook is run twice. The division
+of prompts, and `rank_agreement`, are this project's own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Study:
     tables: dict[str, pd.DataFrame]
 
     def save(self, run: RunDir) -> None:
-        """Write the tables into a run directory."""
+        """Write the tables into the run directory `run`."""
         for name, table in self.tables.items():
             run.save_table(name, table)
 
@@ -113,8 +114,8 @@ def study_task(
         keep_k: sizes of the sets that alone are kept.
         k: features of a set in the transfer matrix, features that are paired for additivity, and the size whose
             controls are drawn `n_draws_last` times at the last snapshot.
-        n_draws: random and size-matched sets at all snapshots.
-        n_draws_last: the same at the last one, of size k.
+        n_draws: sets drawn per control, random and size-matched, at all snapshots.
+        n_draws_last: sets drawn per control at the last one, of size k.
         n_exact: features of largest |IE| that are ablated one by one, at the last snapshot.
         n_pairs: pairs of features ablated together, at the last snapshot.
         seed: of the halves and of every draw.

@@ -9,7 +9,8 @@ A crosscoder can tell of a split in two ways, and each has its function:
    model writes two concepts as one, until it tells them apart. This costs one active feature per token, the former two,
    so it is what a sparse dictionary prefers. The reverse is a merger.
 
-Pairs are found in blocks; no F x F matrix is kept. Letters: B tokens, S snapshots, D d_model, F features.
+Pairs are found in blocks; no F x F matrix is kept. Both definitions are this project's own. Letters: B tokens, S
+snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ def successions(
         min_run: snapshots in a row from which presence counts as a birth.
         min_firing_rate: features that fire on no larger share of the held-out tokens are dead.
         max_gap: snapshots that may lie between the death of the one and the birth of the other, in either order.
-        min_cosine: of the predecessor's row at its last snapshot with the successor's at its birth.
+        min_cosine: least cosine of the predecessor's row at its last snapshot with the successor's at its birth.
         min_overlap: how much oftener both are active together than by chance, relative to the most that is possible at
             their firing rates: `(p_ij / min(p_i, p_j) - max(p_i, p_j)) / (1 - max(p_i, p_j))` (Loevinger's H), 1 where
             the rarer of the two is active only where the other is, 0 by chance.
 
     Returns:
-        predecessor, successor, death (of the predecessor) and birth (of the successor) with their steps, cosine,
-        overlap, successors (of the predecessor), predecessors (of the successor), and kind: "split" with several
-        successors, "merger" with several predecessors, "split and merger", else "succession".
+        A row per pair: predecessor, successor, death (of the predecessor), death_step, birth (of the successor),
+        birth_step, cosine, overlap, successors (of the predecessor), predecessors (of the successor), and kind: "split"
+        with several successors, "merger" with several predecessors, "split and merger", else "succession".
 
     Raises:
         UserError: one snapshot only, a threshold out of range, activations that are not the crosscoder's.
@@ -122,8 +123,9 @@ def partings(
         apart: cosine below which two rows have directions of their own.
 
     Returns:
-        feature, partner (the larger index), kind ("split" or "merger"), at (first snapshot of the new state), at_step,
-        at_tokens, cosine_before and cosine_after (at the first and last snapshot at which both are present).
+        A row per pair: feature, partner (the larger index), kind ("split" or "merger"), at (first snapshot of the new
+        state), at_step, at_tokens, cosine_before and cosine_after (at the first and last snapshot at which both are
+        present).
 
     Raises:
         UserError: one snapshot only, or thresholds that are out of order.

@@ -2,9 +2,10 @@
 
 Every source gives items (prefix, correct, wrong, paired prefix or none); `crosslens.prompts` makes prompts of them, by
 one rule for every tokenizer. With `answers="single"` one token tells the answers apart, and the metric is
-logit(correct) - logit(wrong) at the last position of the prompt, which attribution needs. With `answers="multi"` it is
-the difference of the answers' log-probabilities, summed over their tokens: for words of several tokens and for full
-sentences. Where single-token answers end their sentences the two are the same number.
+logit(correct) - logit(wrong) at the last position of the prompt, which attribution needs (Bayazit et al., arXiv
+2509.05291, have the opposite sign). With `answers="multi"` it is the difference of the answers' log-probabilities,
+summed over their tokens: for words of several tokens and for full sentences (as BLiMP has them, Warstadt et al. 2020).
+Where single-token answers end their sentences the two are the same number.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Task:
     """
 
     name: str
+    """Of its tables and files."""
     items: tuple[Item, ...] = field(repr=False)
+    """The pairs in words."""
     duplicates: int = 0
     """Exact duplicates that were dropped: they are no new evidence, and would make standard errors too small."""
     answers: str = "single"
@@ -55,7 +58,8 @@ class Task:
     # ------------------------------------------------------------------ sources
     @classmethod
     def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]], answers: str = "single") -> Task:
-        """A task from `Item`s, or dictionaries with `prefix`, `correct`, `wrong` and, if there is one, `patch_prefix`.
+        """A task called `name`, with `answers` as in `Task`, from `items`: `Item`s, or dictionaries with `prefix`,
+        `correct`, `wrong` and, if there is one, `patch_prefix`.
 
         Raises:
             UserError: no items, or one that lacks a key or has an empty answer; it is named.
@@ -97,10 +101,7 @@ class Task:
     @classmethod
     def sva(cls, path: str | Path, name: str | None = None, answers: str = "single") -> Task:
         """Pairs in the format of feature-circuits (Marks et al., arXiv 2403.19647): JSON lines with `clean_prefix`,
-        `patch_prefix`, `clean_answer`, `patch_answer`.
-
-        Raises:
-            UserError: the file cannot be read, or a line lacks a key; file, line and key are named.
+        `patch_prefix`, `clean_answer`, `patch_answer`; arguments and errors as in `local`.
         """
         return cls.local(path, **_SVA, name=name, answers=answers)
 
@@ -258,18 +259,13 @@ class Task:
         name: str | None = None,
         answers: str = "single",
     ) -> Task:
-        """A task from a dataset of the Hugging Face hub; the columns are those of `local`.
+        """A task from a dataset of the Hugging Face hub; other arguments as in `local`.
 
         Args:
             repository: such as "user/dataset".
             config: its configuration, where it has several.
             split: its split.
-            prefix: column of the prefixes.
-            correct: column of the right answers.
-            wrong: column of the wrong answers.
-            patch_prefix: that of the paired prefixes; None takes "patch_prefix" where there is one.
             name: of the task; that of the configuration or repository by default.
-            answers: "single" or "multi", see `Task`.
 
         Raises:
             UserError: no such dataset, configuration or split, no connection, or a column that is not there.
@@ -298,7 +294,7 @@ class Task:
 
     # ------------------------------------------------------------------ use
     def prompts(self, tokenizer: Any, prepend_bos: bool = True, max_length: int | None = None) -> Prompts:
-        """The items as tokens of a Hugging Face tokenizer; see `crosslens.prompts` for the rule and the arguments.
+        """The items as tokens, by the rule of `crosslens.prompts`; arguments as in `crosslens.prompts.encode`.
 
         Raises:
             UserError: no item is usable, the reasons are named; or a task whose answers are "multi".
@@ -313,7 +309,11 @@ class Task:
         return prompts
 
     def strings(self, tokenizer: Any, prepend_bos: bool = True, max_length: int | None = None) -> Answers:
-        """Prompts with both answers, of any number of tokens; see `prompts` for the rule, arguments and errors."""
+        """Prompts with both answers, of any number of tokens; arguments as in `crosslens.prompts.encode_answers`.
+
+        Raises:
+            UserError: no item is usable, the reasons are named.
+        """
         answers = encode_answers(tokenizer, self.items, prepend_bos, max_length)
         self._check_usable(answers, "with two answers that this tokenizer tells apart")
         return answers

@@ -7,7 +7,8 @@
 4. `find_examples` says what they are: the words of the task's prompts at which they are most active.
 
 This says which features matter when, and nothing of how they act on one another: it is no circuit, for which see
-`crosslens.circuits`. Letters: B prompts, T positions, S snapshots, F features.
+`crosslens.circuits`. Choice and order of features are this project's own. Letters: B prompts, T positions, S snapshots,
+F features.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def follow_features(
         ie: effects on the task, or on other prompts of it.
         k: features taken from each snapshot.
         by: what ranks them: "magnitude", "signed" (the most helpful) or "negative" (the most harmful ones).
-        min_effect: features of no larger |IE| at a snapshot are not taken from it; two standard errors when None (with
-            a single prompt there are none, and nothing is taken).
-        n_examples: of each feature; with 0 nothing is run.
+        min_effect: features of no larger |IE|, in logits, at a snapshot are not taken from it; two standard errors when
+            None (with a single prompt there are none, and nothing is taken).
+        n_examples: examples of each feature; with 0 nothing is run.
         batch_size: prompts per forward pass below the hook.
         device: where everything runs.
         backend: "bridge" or "hooked_transformer".
@@ -138,8 +139,8 @@ def find_examples(runs: PromptRuns, features: Sequence[int] | Int[Tensor, " n"],
         n: positions of each feature; fewer where it is active at fewer.
 
     Returns:
-        feature, rank (0 the strongest), activation, item (index in the task of one that begins so), position (BOS is
-        0), from_end (0 is the last), token, text (from the beginning, the token in brackets).
+        A row per example: feature, rank (0 the strongest), activation, item (index in the task of one that begins so),
+        position (BOS is 0), from_end (0 is the last), token, text (from the beginning, the token in brackets).
 
     Raises:
         UserError: a feature that the crosscoder does not have, or n below 1.

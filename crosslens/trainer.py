@@ -44,8 +44,7 @@ class TrainConfig:
         dead_tokens: a feature that has not fired for so many activations counts as dead and joins the auxiliary loss.
         scale_tokens: activations on which the scale of each snapshot is estimated.
         n_checkpoints: checkpoints besides the final one, evenly spaced; only with a `run_dir`.
-        data_parallel: of the processes that torchrun has started, groups among which the tokens of a batch are split;
-            in a group, features are.
+        data_parallel: groups of torchrun's processes among which the tokens of a batch are split; in a group, features.
         resume: continue from the last checkpoint in `run_dir`.
         evaluate: measure EV, L0, CE and KL per snapshot on held-out tokens at the end (`run_dir` or W&B).
         seed: of the initial weights; the order of the data has its own seed in `Activations`.
@@ -54,6 +53,9 @@ class TrainConfig:
         wandb_run_name: name of the W&B run.
         wandb_log_frequency: steps between logged losses and metrics.
         wandb_eval_frequency: logged steps between held-out evaluations.
+
+    Raises:
+        UserError: a number that is not positive, less than one batch, or warmup and decay beyond the steps there are.
     """
 
     run_dir: str | Path | None = None
@@ -229,9 +231,8 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
     def check_finite(self) -> None:
         """Stop if the last step's loss, or the norm that its gradient is clipped by, was not finite.
 
-        That step has changed no parameter.
-
-        A look at the loss makes the host wait for a GPU, so there (`check_late`) it is taken one step later.
+        That step has changed no parameter. A look at the loss makes the host wait for a GPU, so there (`check_late`) it
+        is taken one step later.
         """
         if self._unchecked is None:
             return

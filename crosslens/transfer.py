@@ -3,7 +3,7 @@
 Entry (s, s') of the matrix is what ablating, or keeping only, the top k features of snapshot s does to the metric of
 snapshot s'. The diagonal judges every snapshot by its own features. Where row s falls short of the diagonal of column
 s', the model has come to use other features; where it does not, the old ones serve on. All sets of a column are judged
-together, on the clean activations that all snapshots share.
+together, on the clean activations that all snapshots share. The matrix is this project's own.
 """
 
 from __future__ import annotations

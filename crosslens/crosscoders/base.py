@@ -47,6 +47,11 @@ class CrosscoderConfig(SAEConfig, ABC):
         dtype: dtype of the parameters (`activation_scale` stays float32).
         device: device of the parameters.
         metadata: where the activations came from; `metadata.snapshots` lists label, step and tokens of each snapshot.
+        apply_b_dec_to_input: False; an option of SAELens that crosscoders do not have.
+
+    Raises:
+        UserError: d_sae or n_snapshots not positive, a d_in that is no multiple of n_snapshots, or an option of SAELens
+            that crosscoders do not have.
     """
 
     d_in: int = 0
@@ -88,7 +93,16 @@ class CrosscoderConfig(SAEConfig, ABC):
 
 
 class Crosscoder(SAE[Any], ABC):
-    """A trained crosscoder: `encode` raw activations, `decode` features, read `decoder_norms`."""
+    """A trained crosscoder: `encode` raw activations, `decode` features, read `decoder_norms`.
+
+    Attributes:
+        cfg: its configuration.
+        W_enc: (S * D, F) encoder.
+        b_enc: (F,) encoder bias.
+        W_dec: (F, S * D) decoder.
+        b_dec: (S * D,) decoder bias, in the scaled space.
+        activation_scale: (S,) c_s, in float32 whatever the type of the parameters.
+    """
 
     cfg: CrosscoderConfig
     b_enc: nn.Parameter
@@ -118,12 +132,12 @@ class Crosscoder(SAE[Any], ABC):
 
     @property
     def n_snapshots(self) -> int:
-        """S."""
+        """S, the number of snapshots."""
         return self.cfg.n_snapshots
 
     @property
     def d_model(self) -> int:
-        """D."""
+        """D, the width of one snapshot's activations."""
         return self.cfg.d_model
 
     @property
@@ -156,15 +170,19 @@ class Crosscoder(SAE[Any], ABC):
     # ------------------------------------------------------------------ encode and decode
     @abstractmethod
     def gate(self, hidden_pre: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
-        """Feature activations from pre-activations `h`: which features are kept, and their value."""
+        """Feature activations from pre-activations `hidden_pre`: which features are kept, and their value."""
 
     def snapshot_acts(self, feature_acts: Float[Tensor, "... F"], snapshot: int) -> Float[Tensor, "... F"]:
-        """`f_is`: what each feature contributes at one snapshot. Equal to `f` where the gate is shared."""
+        """`f_is`: what `feature_acts` contribute at the index `snapshot`. Equal to `f` where the gate is shared."""
         del snapshot
         return feature_acts
 
     def scale(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... S D"]:
-        """Raw activations to the space the crosscoder is trained in, `c_s * x_s`."""
+        """Raw activations `x` to the space the crosscoder is trained in, `c_s * x_s`.
+
+        Raises:
+            UserError: the last two dimensions of `x` are not (n_snapshots, d_model).
+        """
         if tuple(x.shape[-2:]) != (self.n_snapshots, self.d_model):
             raise UserError(
                 f"activations of shape {tuple(x.shape)} do not fit this crosscoder: the last two dimensions must be "
@@ -173,7 +191,7 @@ class Crosscoder(SAE[Any], ABC):
         return x * self.activation_scale[:, None]
 
     def unscale(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... S D"]:
-        """The inverse of `scale`."""
+        """The inverse of `scale`: raw activations from scaled ones `x`."""
         return (x / self.activation_scale[:, None]).to(self.dtype)
 
     @override
@@ -182,12 +200,12 @@ class Crosscoder(SAE[Any], ABC):
         return self.hook_sae_input(self.reshape_fn_in(self.scale(sae_in).to(self.dtype)))
 
     def hidden_pre(self, flat: Float[Tensor, "... SD"]) -> Float[Tensor, "... F"]:
-        """Pre-activations `h` of scaled, flat activations."""
+        """Pre-activations `h` of scaled activations `flat`."""
         return self.hook_sae_acts_pre(encoder_product(flat, self.W_enc, self.b_enc))
 
     @override
     def encode(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... F"]:
-        """Features of raw activations.
+        """Features of raw activations `x`.
 
         Raises:
             UserError: the last two dimensions of `x` are not (n_snapshots, d_model).
@@ -195,19 +213,25 @@ class Crosscoder(SAE[Any], ABC):
         return self.hook_sae_acts_post(self.gate(self.hidden_pre(self.process_sae_in(x))))
 
     def decode_flat(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... SD"]:
-        """Reconstruction in the scaled space, snapshots concatenated."""
+        """Reconstruction from `feature_acts` in the scaled space, snapshots concatenated."""
         return feature_acts @ self.W_dec + self.b_dec
 
     @override
     def decode(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... S D"]:
-        """Raw reconstruction of every snapshot from features."""
+        """Raw reconstruction of every snapshot from features `feature_acts`."""
         flat = self.hook_sae_recons(self.decode_flat(feature_acts))
         return self.unscale(self.reshape_fn_out(flat, self.d_head))
 
     def decode_snapshot(
         self, snapshot_acts: Float[Tensor, "... F"], snapshot: int, bias: bool = True
     ) -> Float[Tensor, "... D"]:
-        """Raw reconstruction of one snapshot, linear in `f_is`; `bias=False` decodes a difference of features."""
+        """Raw reconstruction of one snapshot, linear in `f_is`.
+
+        Args:
+            snapshot_acts: `f_is`, as `snapshot_acts` gives them.
+            snapshot: index of the snapshot.
+            bias: add the decoder bias; False decodes a difference of features.
+        """
         decoded = snapshot_acts @ self.W_dec_by_snapshot[:, snapshot]
         if bias:
             decoded = decoded + self.b_dec_by_snapshot[snapshot]

@@ -114,6 +114,9 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         sparsity_warm_up_steps: steps over which lambda grows linearly from 0.
         tanh_stretch: stretch of the tanh in the penalty.
         frequency_scale: frequency at which the quadratic part of the penalty equals the linear part.
+
+    Raises:
+        UserError: a threshold, window or frequency_scale that is not positive.
     """
 
     jumprelu_init_threshold: float = 0.1
@@ -172,7 +175,7 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         return sae_out, self.gate(hidden_pre).detach() if pairs is None else pairs.to_sparse(), losses
 
     def frequency_penalty(self, phi: Float[Tensor, " F"]) -> Tensor:
-        """`sum_i phi_i (1 + phi_i / frequency_scale)`."""
+        """`sum_i phi_i (1 + phi_i / frequency_scale)` of mean activities `phi`, a scalar."""
         return (phi * (1 + phi / self.cfg.frequency_scale)).sum()
 
     @override
@@ -192,7 +195,12 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
 
     @override
     def reconstruction_loss(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
-        """The mean over tokens and snapshots of `|x_hat_s - x_s|^2`."""
+        """A scalar, the mean of `|x_hat_s - x_s|^2` over tokens and snapshots.
+
+        Args:
+            sae_out: (B, S * D) reconstruction.
+            sae_in: (B, S * D) what is reconstructed, both in the scaled space.
+        """
         return super().reconstruction_loss(sae_out, sae_in) / self.n_snapshots
 
     @override

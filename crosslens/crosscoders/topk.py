@@ -1,8 +1,9 @@
 """TopK and BatchTopK crosscoders.
 
 Score u_i = relu(h_i) * n_i with n_i = sum_s |W_dec[i, s]|; the k largest per token (TopK), or k * B over the batch
-(BatchTopK), keep their value f_i = relu(h_i). The selection carries no gradient. BatchTopK learns a threshold for
-inference, an exponential moving average of the smallest kept score: f_i = relu(h_i) * 1[u_i > threshold].
+(BatchTopK), keep their value f_i = relu(h_i). The selection carries no gradient. BatchTopK (Bussmann et al., arXiv
+2412.06410) learns a threshold for inference, an exponential moving average of the smallest kept score:
+f_i = relu(h_i) * 1[u_i > threshold].
 
 loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat is
 detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
@@ -54,6 +55,9 @@ class TopKCrosscoderConfig(CrosscoderConfig):
 
     Args:
         k: features kept per token.
+
+    Raises:
+        UserError: a k that is not a whole number from 1 to d_sae.
     """
 
     k: int = 64
@@ -89,7 +93,11 @@ class BatchTopKCrosscoderConfig(CrosscoderConfig):
 
 
 class BatchTopKCrosscoder(Crosscoder):
-    """Inference crosscoder that keeps the features whose score exceeds the threshold learnt in training."""
+    """Inference crosscoder that keeps the features whose score exceeds the threshold learnt in training.
+
+    Attributes:
+        threshold: a scalar, that score.
+    """
 
     cfg: BatchTopKCrosscoderConfig
     threshold: Tensor
@@ -113,6 +121,9 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         k_start: k at the first step, annealed linearly to `k`; None keeps `k` throughout.
         k_anneal_steps: steps over which k goes from `k_start` to `k`.
         aux_loss_coefficient: alpha, the weight of the auxiliary loss for dead features.
+
+    Raises:
+        UserError: k or k_start is not in (0, d_sae], or k is no whole number, which BatchTopK alone can have.
     """
 
     k: int = 64
@@ -150,7 +161,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         return self.select(hidden_pre, ranking)
 
     def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
-        """`relu(h)` at the entries that the ranking keeps."""
+        """`relu(h)` of `hidden_pre` (B, F) at the entries that `ranking` (B, F) keeps, 0 elsewhere: (B, F)."""
         return keep_top(hidden_pre, ranking, round(self.current_k))
 
     @override
@@ -185,7 +196,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         return super().dense_forward_pass(step_input)
 
     def select_pairs(self, hidden_pre: Tensor, norms: Float[Tensor, " F"]) -> Pairs:
-        """The active pairs of a batch."""
+        """The active pairs of `hidden_pre` (B, F), ranked by it times `norms`, those summed over snapshots."""
         return token_top_pairs(hidden_pre, norms, round(self.current_k), self.parallel)
 
     @override
@@ -249,7 +260,11 @@ class BatchTopKCrosscoderTrainingConfig(TopKCrosscoderTrainingConfig):
 
 
 class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
-    """Training of the BatchTopK crosscoder; in `eval()` mode it gates with the learnt threshold."""
+    """Training of the BatchTopK crosscoder; in `eval()` mode it gates with the learnt threshold.
+
+    Attributes:
+        threshold: a scalar, the moving average of the smallest score kept; 0 before the first batch.
+    """
 
     cfg: BatchTopKCrosscoderTrainingConfig  # type: ignore[assignment]
     threshold: Tensor
@@ -286,7 +301,7 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
 
     @torch.no_grad()
     def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
-        """Move the threshold towards the smallest score, always positive, that a batch kept."""
+        """Move the threshold towards the smallest of `kept`, the scores that a batch kept, all of them positive."""
         smallest = kept.amin() if len(kept) else kept.new_tensor(torch.inf)
         smallest = self.parallel.smallest(smallest.to(self.threshold.dtype))
         moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)

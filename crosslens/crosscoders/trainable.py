@@ -1,4 +1,8 @@
-"""What every crosscoder in training shares: its config, the fast step, and the dense reference of that step."""
+"""What every crosscoder in training shares: its config, the fast step, and the dense reference of that step.
+
+A start with equal rows in all snapshots, of the norm that reconstructs a batch best, is that of Ge et al. (arXiv
+2509.17196).
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,9 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
         encoder_precision: of the encoder product in the training step; the parameters and all other sums stay in
             `dtype`. "tf32" (CUDA) and "bfloat16" are faster and change the result: rounding moves features across the
             gate, and parameters drift by some per cent from a float32 run.
+
+    Raises:
+        UserError: an unknown option, "tf32" without CUDA, or a decoder_init_norm that is not positive.
     """
 
     decoder_init_norm: float | None = 0.1
@@ -67,6 +74,11 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     `training_forward_pass` works on active pairs (`sparse`); `dense_forward_pass` is the same loss in plain autograd,
     the readable reference that every gradient is compared with.
+
+    Args:
+        cfg: its configuration.
+        use_error_term: add what is not reconstructed to the output, as SAELens does.
+        parallel: processes that share the features.
     """
 
     cfg: CrosscoderTrainingConfig
