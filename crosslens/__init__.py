@@ -51,6 +51,7 @@ _MODULES = {
     "crosslens.ngrams": ("NgramCounts", "count_ngrams"),
     "crosslens.phases": ("find_phases",),
     "crosslens.pretrained": ("from_pretrained", "load"),
+    "crosslens.pretraining": ("PretrainingConfig",),
     "crosslens.probing": ("probe", "probe_correlation", "probe_parts"),
     "crosslens.publishing": ("push_to_hub",),
     "crosslens.raters": ("Rater",),
@@ -128,6 +129,7 @@ if TYPE_CHECKING:
     from crosslens.phases import find_phases as find_phases
     from crosslens.pretrained import from_pretrained as from_pretrained
     from crosslens.pretrained import load as load
+    from crosslens.pretraining import PretrainingConfig as PretrainingConfig
     from crosslens.probing import probe as probe
     from crosslens.probing import probe_correlation as probe_correlation
     from crosslens.probing import probe_parts as probe_parts

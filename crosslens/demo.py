@@ -14,6 +14,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from crosslens.activations import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.findings import late_feature, sign_change, top_examples
 from crosslens.history import History, study_dynamics, study_evolution, study_features, study_probes
+from crosslens.ngrams import NgramCounts, count_ngrams
+from crosslens.pretraining import PretrainingConfig, demo_batches
 from crosslens.probing import probe_correlation
 from crosslens.report import write_report
 from crosslens.rundir import RunDir, write_text
@@ -115,7 +118,8 @@ def run_demo(
     accuracy = pd.concat([task.accuracy(snaps) for task in tasks.values()], ignore_index=True)
     run.save_table("accuracy", accuracy)
     mark = lap("accuracy", mark)
-    dynamics = study_dynamics(crosscoder, acts, accuracy=accuracy, seed=seed)
+    counts = _pretraining_counts(snaps, seed) if snapshots is None else None
+    dynamics = study_dynamics(crosscoder, acts, counts, accuracy=accuracy, seed=seed)
     dynamics.save(run)
     mark = lap("dynamics", mark)
     # prompts come in pairs that differ in the number of the head noun: effects are of the number, not of being there
@@ -140,6 +144,11 @@ def run_demo(
     summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
+
+
+def _pretraining_counts(snaps: Snapshots, seed: int) -> NgramCounts:
+    """Of all that the model was pretrained on: the crosscoder's tokens are too few for the entropy of bigrams."""
+    return count_ngrams(islice(demo_batches(seed), PretrainingConfig().n_steps), snaps.tokenizer)
 
 
 def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> tuple[Activations, Crosscoder]:

@@ -112,7 +112,8 @@ def study_dynamics(
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots; predictions are measured on the held-out tokens.
         counts: unigrams and bigrams of the corpus that the model was pretrained on, by `count_ngrams`; of the tokens
-            that the crosscoder is trained on when None, which is as good where these are a sample of that corpus.
+            that the crosscoder is trained on when None. Few tokens make the entropy of bigrams too small, their KL too
+            large, and a loss below that entropy too late: count as much text as there is.
         accuracy: of `Task.accuracy`, of one task or several, for the proposal of snapshots.
         n_proposed: snapshots to propose, fewer where there are not so many.
         presence: share of a feature's largest norm from which it counts as present.

@@ -42,32 +42,36 @@ _MANIFEST = "snapshots.json"
 
 @dataclass(frozen=True)
 class PretrainingConfig:
-    """The recipe of the demo's model. The defaults were chosen by measurement."""
+    """The recipe of the demo's model. The defaults were chosen by measurement.
+
+    Raises:
+        UserError: a number out of range, heads that do not split the width, steps that do not rise to the last one.
+    """
 
     n_layers: int = 3
-    """Blocks. Three, so that the middle one has attention below and above it."""
+    """Number of blocks: three, so that the middle one has attention below and above it."""
     d_model: int = 128
-    """Width of the residual stream."""
+    """D, the width of the residual stream."""
     n_heads: int = 4
     """Attention heads; divides `d_model`."""
     d_mlp: int = 512
     """Width of the hidden layer of the MLPs."""
     context_size: int = 48
-    """Tokens per row, the leading `<|endoftext|>` included."""
+    """Length of a row in tokens, the leading `<|endoftext|>` included."""
     batch_size: int = 32
-    """Rows per step."""
+    """Rows, sequences of tokens, per step."""
     n_steps: int = 640
     """Optimiser steps."""
     lr: float = 3e-3
     """Highest learning rate, reached at the end of the warmup."""
     warmup_steps: int = 30
-    """Steps over which the learning rate rises linearly."""
+    """Optimiser steps over which the learning rate rises linearly."""
     final_lr_fraction: float = 0.05
-    """Learning rate of the last step as a share of `lr`."""
+    """The learning rate of the last step as a share of `lr`."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay, on every parameter."""
     snapshot_steps: tuple[int, ...] = (0, 48, 96, 128, 176, 224, 272, 336, 448, 640)
-    """Steps after which the weights are kept, rising; the last is `n_steps`."""
+    """Optimiser steps after which the weights are kept, rising; the last is `n_steps`."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_mlp", "batch_size", "n_steps"):
@@ -196,7 +200,7 @@ def _train(seed: int, config: PretrainingConfig, progress: bool) -> Iterator[tup
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
-    batches = _batches(seed, config)
+    batches = demo_batches(seed, config)
     for step in tqdm(range(config.n_steps + 1), desc=f"pretraining, seed {seed}", unit="step", disable=not progress):
         if step in config.snapshot_steps:
             yield step, model
@@ -239,8 +243,9 @@ def _initial_model(seed: int, config: PretrainingConfig) -> GPTNeoXForCausalLM:
         return GPTNeoXForCausalLM(model_config)
 
 
-def _batches(seed: int, config: PretrainingConfig) -> Iterator[Int[Tensor, "rows context"]]:
-    """Batches of fresh rows (batch_size, context_size), without end."""
+def demo_batches(seed: int = 0, config: PretrainingConfig | None = None) -> Iterator[Int[Tensor, "rows context"]]:
+    """What the demo's model is pretrained on: a batch of token ids for each step, and more of the same without end."""
+    config = config or PretrainingConfig()
     rows = _rows(seed, config.context_size)
     while True:
         yield torch.tensor([next(rows) for _ in range(config.batch_size)])

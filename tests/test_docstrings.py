@@ -63,7 +63,10 @@ UNITS = {
     r"presence|min_norm": r"share of (a|the) feature's largest norm",
     r"(min|max)_cosine|together|apart": r"cosine",
     r"min_overlap": r"relative",
-    r"lr|\w+_lr|lr_end_factor|\w+_lr_factor|adam_beta\d": r"learning rate|relative|weight|decay",
+    r"n_heads": r"heads",
+    r"d_mlp": r"[Ww]idth",
+    r"lr|\w+_lr|final_lr_fraction|lr_end_factor|\w+_lr_factor": r"learning rate|relative",
+    r"weight_decay|adam_beta\d": r"weight|decay",
     r"frequency_scale": r"frequency",
     r"ridge": r"mean variance",
     r"min_z": r"standard errors",
@@ -150,8 +153,9 @@ COMPUTES = {
 }
 # modules of public names that compute none, or have the modules above compute them
 OTHERS = {
-    "activations", "checkpoints", "crosscoders", "errors", "history", "imports", "pretrained", "publishing", "raters",
-    "registry", "report.page", "report.tracked", "runs", "snapshots", "trainer", "training", "views",
+    "activations", "checkpoints", "crosscoders", "errors", "history", "imports", "pretrained", "pretraining",
+    "publishing", "raters", "registry", "report.page", "report.tracked", "runs", "snapshots", "trainer",
+    "training", "views",
 }  # fmt: skip
 # what the calls that are followed could raise, but these never do
 NEVER = {
