@@ -37,7 +37,7 @@ SnapshotsOption = Annotated[
         "--snapshots",
         help="Folder with snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (with --steps); "
         "a hub name with @ and revisions such as org/model@step0,step1000, or their pattern such as "
-        "org/model@step{step}; or demo.",
+        "org/model@step{step}; a release such as crosslens-demo; or demo.",
     ),
 ]
 StepsOption = Annotated[
@@ -110,7 +110,7 @@ def plan(
     device: DeviceOption = "cpu",
     backend: BackendOption = "bridge",
 ) -> None:
-    """Say what a harvest, and a training, cost, before anything is run or downloaded."""
+    """Say what a harvest, and a training, cost, before models are run and weights are downloaded."""
     options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
     acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, **options)
     planned = acts.plan(

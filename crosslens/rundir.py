@@ -109,7 +109,7 @@ class RunDir:
             "crosslens": version("crosslens"),
             "python": sys.version.split()[0],
             "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [_program(sys.argv[0]), *sys.argv[1:]],
         }
         self.write_json({**stamp, part: wanted, **(_headlines(wanted) if part == "identity" else {})})
 
@@ -153,6 +153,12 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _program(path: str) -> str:
+    """What a person calls it: `python -m crosslens`, as torchrun starts it, is crosslens."""
+    place = Path(path)
+    return place.parent.name if place.name == "__main__.py" else place.name
 
 
 def _headlines(identity: dict[str, Any]) -> dict[str, Any]:

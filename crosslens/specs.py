@@ -22,19 +22,22 @@ def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
 
     Args:
         spec: a folder; a model of the families' table, such as `pythia-160m`; `org/model@revision,revision`;
-            `org/model@pattern` with {step} in it; or demo.
-        steps: steps, revisions or the name of a set, for a model of the table and for a pattern.
+            `org/model@pattern` with {step} in it; a release, such as crosslens-demo; or demo.
+        steps: steps, labels or revisions, or the name of a set; all snapshots of a folder or release when None.
 
     Raises:
         UserError: nothing of these, or steps that do not exist.
     """
     from crosslens import families
+    from crosslens.registry import list_releases, load_snapshots
     from crosslens.snapshots import Snapshots
 
     if spec == "demo":
-        return Snapshots.demo()
+        return _among(Snapshots.demo(), steps)
     if Path(spec).is_dir():
-        return Snapshots.local(spec)
+        return _among(Snapshots.local(spec), steps)
+    if spec in list_releases():
+        return _among(load_snapshots(spec), steps)
     if model := families.match_model(spec):
         default = "paper" if "paper" in model.sets else "log:8" if model.steps is None else "all"
         return Snapshots.from_model(model, parse_steps(steps or default))
@@ -42,11 +45,33 @@ def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
     if at and "{step}" in revisions:
         return Snapshots.from_model(families.pattern_model(repository, revisions), parse_steps(steps or "all"))
     if at and revisions:
+        if steps is not None:
+            raise UserError(f"--steps {steps} beside {spec!r}, which names revisions already; leave one of them out")
         return Snapshots.from_hub(repository, revisions.split(","))
     raise UserError(
         f"--snapshots {spec!r} is no folder and no known model; give a folder, pythia-160m, "
-        "org/model@revision,revision, or demo"
+        "org/model@revision,revision, a release, or demo"
     )
+
+
+def _among(found: Snapshots, steps: str | None) -> Snapshots:
+    """Those of these steps or labels, in the order of training."""
+    if steps is None or steps == "all":
+        return found
+    scale, colon, count = steps.partition(":")
+    if colon and scale in ("log", "linear") and count.isdecimal() and None not in found.steps:
+        from crosslens.families import spaced
+
+        wanted: set[int | str] = {*spaced([step for step in found.steps if step is not None], int(count), scale)}
+    else:
+        parsed = parse_steps(steps)
+        wanted = {parsed} if isinstance(parsed, str) else {*parsed}
+    if unknown := wanted - {*found.labels, *found.steps}:
+        raise UserError(
+            f"--steps {steps!r}: {found.name} has no snapshot {sorted(map(str, unknown))[0]}; it has "
+            f"{', '.join(found.labels)}"
+        )
+    return found[[i for i, names in enumerate(zip(found.labels, found.steps, strict=True)) if wanted & {*names}]]
 
 
 def parse_steps(text: str) -> str | list[int | str]:

@@ -65,7 +65,7 @@ UNITS = {
     r"min_overlap": r"relative",
     r"n_heads": r"heads",
     r"d_mlp": r"[Ww]idth",
-    r"lr|\w+_lr|final_lr_fraction|lr_end_factor|\w+_lr_factor": r"learning rate|relative",
+    r"lr|\w+_lr|final_lr_fraction|lr_end_factor|\w+_lr_factor": r"learning rate|relative|weight",
     r"weight_decay|adam_beta\d": r"weight|decay",
     r"frequency_scale": r"frequency",
     r"ridge": r"mean variance",

@@ -32,8 +32,9 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_claiming_a_new_directory_writes_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/crosslens", "train", "runs/a"])
+@pytest.mark.parametrize("program", ["/somewhere/bin/crosslens", "/somewhere/crosslens/__main__.py"])
+def test_claiming_a_new_directory_writes_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str):
+    monkeypatch.setattr(sys, "argv", [program, "train", "runs/a"])
     run = RunDir(tmp_path / "runs" / "a")
     assert not run.exists() and not (tmp_path / "runs").exists()  # nothing is written before
     run.claim(IDENTITY)

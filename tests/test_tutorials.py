@@ -32,6 +32,7 @@ def test_every_cell_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The kernel "python3" is that of the interpreter that runs the tests. Cells hold the assertions."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy machine has no cores for threads that spin
     notebook = _read(path)
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, kernel_name="python3", resources=where, timeout=600, startup_timeout=180).execute()
