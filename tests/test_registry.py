@@ -74,6 +74,13 @@ def test_the_embedded_release_fits_its_snapshots_and_needs_no_network(monkeypatc
 
 
 @pytest.mark.slow
+def test_a_crosscoder_says_what_it_is() -> None:
+    cc = from_pretrained("crosslens-demo", "blocks.1.hook_resid_post")
+    F, S, D = cc.cfg.d_sae, cc.n_snapshots, cc.d_model
+    wanted = f"{F} features, snapshots step0 ... step640 ({S}), d_model {D}, blocks.1.hook_resid_post"
+    assert wanted in repr(cc)
+
+
 def test_the_embedded_release_is_as_good_as_the_registry_says() -> None:
     crosscoder, snapshots = from_pretrained(DEMO, HOOK), load_snapshots(DEMO)
     documents = list(grammar.documents(800, seed=77))  # others than it was trained on

@@ -119,6 +119,13 @@ class Crosscoder(SAE[Any], ABC):
         self.b_dec = nn.Parameter(zeros(S * D))
         self.register_buffer("activation_scale", torch.ones(S, dtype=torch.float32, device=self.device))
 
+    @override
+    def extra_repr(self) -> str:
+        labels = self.cfg.snapshot_labels
+        of = f"snapshots {labels[0]} ... {labels[-1]} ({len(labels)})"
+        sizes = f"{self.cfg.d_sae} features, {of}, d_model {self.d_model}"
+        return f"{sizes}, {self.cfg.metadata.hook_name}" if self.cfg.metadata.hook_name else sizes
+
     # ------------------------------------------------------------------ shapes and views
     @property
     def n_own(self) -> int:
