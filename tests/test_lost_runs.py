@@ -66,10 +66,11 @@ def test_killed_again_and_again(source: str, architecture: str, request: pytest.
     draw, kills, resumed = random.Random(0), 0, set()
 
     def body() -> None:
-        CrosscoderTrainer.step = slowly(0.1)  # type: ignore[method-assign]
+        # 8 steps at most before the longest draw ends: no two processes can do all of them
+        CrosscoderTrainer.step = slowly(0.25)  # type: ignore[method-assign]
         train(acts, ALL[architecture](), settings)
 
-    for _ in range(40):
+    for _ in range(60):
         found = RunDir(tmp_path / "run").last_checkpoint()
         resumed.add(None if found is None else found.name)
         process = forked(body)
