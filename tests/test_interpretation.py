@@ -210,8 +210,8 @@ def test_a_key_or_a_model_that_is_refused(run: RunDir, client: str, status: int)
 
 
 def test_no_answer_in_time(run: RunDir, client: str) -> None:
-    with label_server.serve(lambda _, n: label() if n else ("slow", 1.0, label())) as server:
-        labels = label_features(run, rater(server, client, timeout=0.3), features=[0])
+    with label_server.serve(lambda _, n: label() if n else ("slow", 3.0, label())) as server:
+        labels = label_features(run, rater(server, client, timeout=1.0), features=[0])
         assert rows(labels.table)[0][2] == "answered" and len(server.asked) == 2
 
 
