@@ -137,6 +137,12 @@ def spaced(steps: Sequence[int], n: int, scale: str) -> list[int]:
     return [steps[place] for place in places]
 
 
+def read_spaced(name: str) -> tuple[int, str] | None:
+    """Number and scale of a set such as log:12 or linear:8, as `spaced` takes them; None of any other name."""
+    scale, _, count = name.partition(":")
+    return (int(count), scale) if scale in ("log", "linear") and count.isdecimal() else None
+
+
 @functools.cache
 def read_table() -> dict[str, dict[str, Any]]:
     """The table, by family."""
@@ -255,10 +261,9 @@ class Model:
         return sorted(rows, key=lambda row: row.step or 0)
 
     def _choose(self, name: str, listing: Listing) -> list[int | str]:
-        scale, colon, count = name.partition(":")
-        if colon and scale in ("log", "linear") and count.isdecimal():
+        if even := read_spaced(name):
             rows = {row.step: row.revision for row in self.listed(listing, next(iter(self.patterns)))}
-            return [rows[step] for step in spaced([step for step in rows if step is not None], int(count), scale)]
+            return [rows[step] for step in spaced([step for step in rows if step is not None], *even)]
         if name in self.sets:
             return list(self.sets[name])
         if name in self.patterns:

@@ -58,11 +58,11 @@ def _among(found: Snapshots, steps: str | None) -> Snapshots:
     """Those of these steps or labels, in the order of training."""
     if steps is None or steps == "all":
         return found
-    scale, colon, count = steps.partition(":")
-    if colon and scale in ("log", "linear") and count.isdecimal() and None not in found.steps:
-        from crosslens.families import spaced
+    from crosslens.families import read_spaced, spaced
 
-        wanted: set[int | str] = {*spaced([step for step in found.steps if step is not None], int(count), scale)}
+    even = read_spaced(steps)
+    if even and None not in found.steps:
+        wanted: set[int | str] = {*spaced([step for step in found.steps if step is not None], *even)}
     else:
         parsed = parse_steps(steps)
         wanted = {parsed} if isinstance(parsed, str) else {*parsed}

@@ -96,8 +96,9 @@ class _Features:
         self.lens: Lens | None = self._part("lens", tables, ("lens",), lambda table: Lens(table, ids, S))
         self.nearest: Nearest | None = self._part("nearest", tables, ("nearest",), lambda table: Nearest(table, ids))
         nothing = [""] * len(ids)
-        self.names = _names(tables["labels"], ids) or nothing
-        self.complexities = _complexities(tables["labels"], ids)
+        self.names = [_text(name) for name in _labelled(tables["labels"], ids, "label")]
+        judged = _labelled(tables["labels"], ids, "complexity")
+        self.complexities = [None if complexity is None else int(complexity) for complexity in judged]
         self.top = self.examples.tops() if self.examples else nothing
         self.promoted = self.lens.tops(self.norms.argmax(1)) if self.lens else nothing
         known = zip(ids.tolist(), self.names, self.top, strict=True)
@@ -176,20 +177,12 @@ def _kinds(lives: Frame) -> list[str]:
     return [kind if lives else "dead" for kind, lives in zip(kinds, alive, strict=True)]
 
 
-def _names(labels: Frame | None, ids: np.ndarray) -> list[str]:
-    """What features were named, where there is a table of labels with the columns feature and label."""
-    if labels is None or not {"feature", "label"} <= set(labels):
-        return []
-    found = dict(zip(labels["feature"], labels["label"], strict=True))
-    return [_text(found.get(feature)) for feature in ids.tolist()]
-
-
-def _complexities(labels: Frame | None, ids: np.ndarray) -> list[int | None]:
-    """From 1 to 5 where a feature was judged."""
-    if labels is None or not {"feature", "complexity"} <= set(labels):
+def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
+    """What a column of the table of labels says of each feature; None where it says nothing."""
+    if labels is None or not {"feature", column} <= set(labels):
         return [None] * len(ids)
-    judged = labels.dropna(subset=["complexity"])
-    found = dict(zip(judged["feature"], judged["complexity"].astype(int), strict=True))
+    said = labels.dropna(subset=[column])
+    found = dict(zip(said["feature"], said[column], strict=True))
     return [found.get(feature) for feature in ids.tolist()]
 
 
