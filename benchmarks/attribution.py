@@ -40,13 +40,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import crosslens as cl
-from crosslens.attribution import BATCH_TOKENS, attribute
-from crosslens.changes import BatchAt
+from crosslens.causal.attribution import BATCH_TOKENS, attribute, quadrature
 from crosslens.crosscoders import Crosscoder
-from crosslens.hooks import hook_layer
-from crosslens.intervention import spliced_logits
-from crosslens.quadrature import quadrature
-from crosslens.runs import PromptRuns
+from crosslens.intervention.prompt_runs import BatchAt, PromptRuns
+from crosslens.intervention.splice import spliced_logits
+from crosslens.snapshots.hooks import hook_layer
 
 
 def main() -> None:

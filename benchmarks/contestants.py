@@ -22,9 +22,9 @@ from crosslens.crosscoders import (
     StandardCrosscoderTrainingConfig,
     TopKCrosscoderTrainingConfig,
 )
-from crosslens.crosscoders.sparse import Precision
-from crosslens.initialisation import search_decoder_norm
-from crosslens.training import CrosscoderTrainer, TrainConfig
+from crosslens.crosscoders.kernels.sparse import Precision
+from crosslens.training.initialisation import search_decoder_norm
+from crosslens.training.run import CrosscoderTrainer, TrainConfig
 
 SEARCH_TOKENS = 64  # of the batch on which a fresh JumpReLU chooses its decoder norm: densely, (64, S, F) at a time
 THRESHOLD_PACE = 0.02  # weight of the newest batch in the moving average of a BatchTopK threshold, for all

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from crosslens.crosscoders.sparse import pairs_above, reconstruct
+from crosslens.crosscoders.kernels.sparse import pairs_above, reconstruct
 
 
 def main() -> None:

@@ -25,11 +25,11 @@ import pandas as pd
 import torch
 
 import crosslens as cl
-from crosslens import grammar
-from crosslens.evaluation import reconstruction_table
-from crosslens.evolution import evolve
-from crosslens.pretraining import PretrainingConfig
-from crosslens.stability import compare_evolutions, compare_features
+from crosslens.evolution.lifecycles import evolve
+from crosslens.evolution.seeds import compare_evolutions, compare_features
+from crosslens.synthetic import grammar
+from crosslens.synthetic.pretraining import PretrainingConfig
+from crosslens.training.evaluation import reconstruction_table
 
 HOOK = "blocks.1.hook_resid_post"
 PARTS = ("frontier", "seed", "size", "snapshots", "warmup")
@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, folder: Path, n_tokens: int, steps: int) -> None:
         self.folder, self.n_tokens, self.steps = folder, n_tokens, steps
         self.documents = list(grammar.documents(n_tokens // 20, 1_000_003))
-        self._made: dict[Any, cl.Crosscoder] = {}
+        self._made: dict[Any, cl.crosscoders.Crosscoder] = {}
 
     def acts(self, snaps: cl.Snapshots, name: str) -> cl.Activations:
         return cl.Activations(snaps, HOOK, self.documents, self.n_tokens, seed=0).cache(self.folder / name)
@@ -102,7 +102,9 @@ def frontier(bench: Bench, snaps: cl.Snapshots) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare(bench: Bench, acts: cl.Activations, others: dict[str, tuple[cl.Crosscoder, cl.Activations]]) -> str:
+def compare(
+    bench: Bench, acts: cl.Activations, others: dict[str, tuple[cl.crosscoders.Crosscoder, cl.Activations]]
+) -> str:
     """Agreement of crosscoders of the same model with the demo's, and what one reads off each."""
     first = bench.crosscoder(acts, "all")
     alive = torch.tensor(evolve(first, acts)["alive"].to_numpy())
@@ -134,7 +136,7 @@ def snapshots(bench: Bench, snaps: cl.Snapshots) -> str:
 
 def warmup(bench: Bench) -> str:
     """Two pretraining runs that differ in the warmup alone, with snapshots that lie close enough to see it."""
-    found: dict[str, tuple[cl.Crosscoder, cl.Activations]] = {}
+    found: dict[str, tuple[cl.crosscoders.Crosscoder, cl.Activations]] = {}
     for steps in WARMUPS:
         snaps = cl.Snapshots.demo(0, config=PretrainingConfig(warmup_steps=steps, snapshot_steps=DENSE_STEPS))
         acts = bench.acts(snaps, f"warmup{steps}")

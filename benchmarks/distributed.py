@@ -24,12 +24,12 @@ import torch
 from measure import markdown, number, resident, return_freed_memory, write_report
 from torch import Tensor
 
-import crosslens.parallel
+import crosslens.distributed.parallel
+from crosslens.activations.plan import peak_memory, training_bytes
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
-from crosslens.initialisation import search_decoder_norm
-from crosslens.parallel import join
-from crosslens.plan import peak_memory, training_bytes
-from crosslens.trainer import CrosscoderTrainer, TrainConfig
+from crosslens.distributed.parallel import join
+from crosslens.training.initialisation import search_decoder_norm
+from crosslens.training.trainer import CrosscoderTrainer, TrainConfig
 
 MIB = 2**20
 # of one H100: dense TF32 and memory; of its links: NVLink inside a machine, 400 Gb/s between machines; at 60 and 80 %
@@ -60,7 +60,7 @@ def worker(task: dict[str, Any]) -> None:
         exchanged["calls"] += 1
         return result
 
-    distributed: Any = crosslens.parallel.dist
+    distributed: Any = crosslens.distributed.parallel.dist
     for name in ("all_reduce", "all_gather"):
         setattr(distributed, name, partial(counted, getattr(distributed, name)))
     S, D, F, B = task["shape"]

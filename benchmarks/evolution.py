@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import crosslens as cl
-from crosslens.controls import encoder_share, latent_scaling
-from crosslens.evolution import evolve, measure_firing
-from crosslens.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
-from crosslens.succession import partings, successions
+from crosslens.evolution.controls import encoder_share, latent_scaling
+from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.lifecycles import evolve, measure_firing
+from crosslens.evolution.splitting import partings, successions
 
 N_TOKENS, L0 = 4096, 32
 
@@ -39,10 +39,10 @@ class Random(cl.Activations):
             yield torch.randn(min(batch_size, N_TOKENS - start), *self.shape, generator=generator)
 
 
-def make(F: int, S: int, D: int) -> cl.Crosscoder:
+def make(F: int, S: int, D: int) -> cl.crosscoders.Crosscoder:
     """Rows that are born, turn and fade at random; a bias that leaves about `L0` features active."""
     generator = torch.Generator().manual_seed(0)
-    cc = cl.StandardCrosscoder(cl.StandardCrosscoderConfig(d_in=S * D, d_sae=F, n_snapshots=S))
+    cc = cl.crosscoders.StandardCrosscoder(cl.crosscoders.StandardCrosscoderConfig(d_in=S * D, d_sae=F, n_snapshots=S))
     with torch.no_grad():
         first, last = (torch.randn(F, 1, D, generator=generator) for _ in range(2))
         way = torch.linspace(0, 1, S)[None, :, None]

@@ -28,10 +28,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from crosslens import activations
-from crosslens.activations import Activations
-from crosslens.hooks import hook_layer
-from crosslens.snapshots import Snapshots
+from crosslens.activations import loader as activations
+from crosslens.activations.loader import Activations
+from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.hooks import hook_layer
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
 VOCABULARY = 50_304

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import crosslens as cl
-from crosslens import grammar
+from crosslens.synthetic import grammar
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Planted ground truth: are features found whose births, turns, splits, mergers and deaths are known?
 
 The four architectures, and one dictionary per snapshot matched afterwards, on activations in which the truth is planted
-(`crosslens.planted`), scored by `crosslens.recovery`. All get the same features, steps and activations; what has a k
-gets the true number of active features, the dictionaries that of their own snapshot.
+(`crosslens.planted`), and scored by it. All get the same features, steps and activations; what has a k gets
+the true number of active features, the dictionaries that of their own snapshot.
 
     python benchmarks/recovery.py --quick                          # the easy regime, one seed: three CPU minutes
     python benchmarks/recovery.py --out recovery.jsonl             # three regimes, three seeds: fifty CPU minutes
@@ -28,8 +28,8 @@ import torch
 
 import crosslens as cl
 from crosslens.crosscoders import CrosscoderTrainingConfig
-from crosslens.planted import REGIMES, Planted
-from crosslens.recovery import crosscoder_rows, linked_rows, matched, recovery
+from crosslens.planted.regimes import REGIMES, Planted
+from crosslens.planted.scores import crosscoder_rows, linked_rows, matched, recovery
 
 Row = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ def architecture(method: str, acts: Planted, steps: int) -> CrosscoderTrainingCo
     return cl.BatchTopKCrosscoderTrainingConfig(d_sae=d_sae, k=acts.l0, **annealed)
 
 
-def fit(method: str, regime: str, acts: Planted, steps: int, seed: int) -> cl.Crosscoder:
+def fit(method: str, regime: str, acts: Planted, steps: int, seed: int) -> cl.crosscoders.Crosscoder:
     """A crosscoder of one method, trained on `steps` batches."""
     config = cl.TrainConfig(
         training_tokens=steps * BATCH,
@@ -102,7 +102,7 @@ def fit(method: str, regime: str, acts: Planted, steps: int, seed: int) -> cl.Cr
 
 
 @torch.no_grad()
-def quality(crosscoder: cl.Crosscoder, acts: Planted) -> tuple[float, float]:
+def quality(crosscoder: cl.crosscoders.Crosscoder, acts: Planted) -> tuple[float, float]:
     """Explained variance, averaged over snapshots, and L0 on the held-out activations."""
     x = torch.cat(list(acts.held_out()))
     features = crosscoder.encode(x)

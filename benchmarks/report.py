@@ -34,7 +34,7 @@ def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDi
     """A run directory of F features and S snapshots."""
     import torch  # here: the process that builds the report must not have it in memory
 
-    from crosslens.evolution import classify
+    from crosslens.evolution.lifecycles import classify
 
     rng = np.random.default_rng(seed)
     steps = [0, *np.unique(np.geomspace(1, 143_000, S - 1).round().astype(int) + np.arange(S - 1)).tolist()]

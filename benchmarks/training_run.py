@@ -27,11 +27,11 @@ from contestants import THRESHOLD_PACE, Contestant, Crosslens, Dense, Setting
 from torch import Tensor
 
 import crosslens as cl
-from crosslens import grammar
+from crosslens.cli.demo import DemoConfig
 from crosslens.crosscoders import CrosscoderTrainingSAE
-from crosslens.demo import DemoConfig
-from crosslens.initialisation import initialise
-from crosslens.training import complete
+from crosslens.synthetic import grammar
+from crosslens.training.initialisation import initialise
+from crosslens.training.run import complete
 
 PACKAGES = ("crosslens", "torch", "sae-lens", "eai-sparsify", "dictionary-learning")
 DEAD_TOKENS = 50_000  # as in the demo

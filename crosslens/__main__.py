@@ -7,7 +7,7 @@ import traceback
 if os.environ.get("RANK", "0") != "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough; tqdm asks when it is imported
 
-from crosslens.cli import main
+from crosslens.cli.app import main
 
 try:
     main()

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,11 @@ class RunDir:
         partial = path.with_name(path.name + ".tmp")
         table.to_parquet(partial, index=False)
         os.replace(partial, path)
+
+    def save_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
+        """Write several tables, each under its name."""
+        for name, table in tables.items():
+            self.save_table(name, table)
 
     def tasks(self, kind: str) -> list[str]:
         """Tasks with a table under "attribution" or "ablation", by name."""

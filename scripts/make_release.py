@@ -2,7 +2,7 @@
 
     python scripts/make_release.py [--seed 0] [--out crosslens]
 
-1. The demo's language is learnt by `crosslens.pretraining` with d_model 64; weights are rounded to float16.
+1. The demo's language is learnt by `crosslens.synthetic.pretraining` with d_model 64; weights are rounded to float16.
 2. A BatchTopK crosscoder is trained on the rounded snapshots, by the demo's recipe with 512 features.
 3. Its weights are rounded to float16, and what is left is measured on held-out tokens.
 
@@ -23,9 +23,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import crosslens as cl
-from crosslens import grammar
-from crosslens.demo import DemoConfig
-from crosslens.pretraining import PretrainingConfig, pretrain_demo
+from crosslens.cli.demo import DemoConfig
+from crosslens.synthetic import grammar
+from crosslens.synthetic.pretraining import PretrainingConfig, pretrain_demo
 
 RELEASE = "crosslens-demo"
 MODEL = PretrainingConfig(d_model=64, d_mlp=256, lr=6e-3)
@@ -52,7 +52,7 @@ def write_snapshots(folder: Path, seed: int) -> cl.Snapshots:
     return cl.Snapshots.local(folder)
 
 
-def train_crosscoder(snapshots: cl.Snapshots, seed: int) -> tuple[cl.Activations, cl.Crosscoder]:
+def train_crosscoder(snapshots: cl.Snapshots, seed: int) -> tuple[cl.Activations, cl.crosscoders.Crosscoder]:
     """The demo's crosscoder on these snapshots."""
     documents = list(grammar.documents(DEMO.n_documents, seed + 1_000_003))
     acts = cl.Activations(snapshots, DEMO.hook_name, documents, DEMO.n_tokens, seed=seed)
@@ -83,7 +83,7 @@ def make(out: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     snapshots = write_snapshots(folder / "snapshots", seed)
     acts, crosscoder = train_crosscoder(snapshots, seed)
-    crosscoder.cfg.metadata.dataset_path = f"crosslens.grammar, {DEMO.n_documents} documents"
+    crosscoder.cfg.metadata.dataset_path = f"crosslens.synthetic.grammar, {DEMO.n_documents} documents"
     crosscoder.to(torch.float16).save(folder / DEMO.hook_name)
     table = cl.evaluate(cl.load(folder / DEMO.hook_name, dtype="float32"), acts)
     # what SAELens has noted there is a mean over training, while k was still annealed

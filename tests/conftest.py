@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,13 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from crosslens.activations import Activations
-    from crosslens.snapshots import Snapshots
-    from crosslens.tasks import Task
+    from crosslens.activations.loader import Activations
+    from crosslens.snapshots.collection import Snapshots
+    from crosslens.tasks.task import Task
+
+ROOT = Path(__file__).parent.parent
+# programs that tests start import from `tests`, too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 BOS = "<|endoftext|>"
 SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "king", "child"), ("sees", "likes", "finds"), ("fish", "bread", "house")
@@ -88,7 +93,7 @@ def tiny_snapshots(tmp_path_factory: pytest.TempPathFactory, tiny_text: list[str
 @pytest.fixture(scope="module")
 def snaps(tiny_snapshots: Path) -> Snapshots:
     """The three snapshots; a module's tests share the models that they load."""
-    from crosslens.snapshots import Snapshots
+    from crosslens.snapshots.collection import Snapshots
 
     return Snapshots.local(tiny_snapshots)
 
@@ -96,9 +101,8 @@ def snaps(tiny_snapshots: Path) -> Snapshots:
 @pytest.fixture(scope="module")
 def task() -> Task:
     """Four paired prompts that the plain model's slow runs know."""
-    from plain_model import ITEMS
-
-    from crosslens.tasks import Task
+    from crosslens.tasks.task import Task
+    from tests.plain_model import ITEMS
 
     return Task.from_items("tiny", ITEMS)
 
@@ -106,8 +110,8 @@ def task() -> Task:
 @pytest.fixture(scope="module")
 def live(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
     """About 1,000 activations of the middle block for training, and 200 held out, in sequences of 16 tokens."""
-    from crosslens.activations import Activations
-    from crosslens.snapshots import Snapshots
+    from crosslens.activations.loader import Activations
+    from crosslens.snapshots.collection import Snapshots
 
     return Activations(
         Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, n_tokens=1000, context_size=16,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crosslens.activations import Activations
+from crosslens.activations.loader import Activations
 from crosslens.crosscoders import (
     JumpReLUCrosscoder,
     JumpReLUCrosscoderConfig,

@@ -11,7 +11,7 @@ from transformers import GPTNeoXForCausalLM
 
 from crosslens import crosscoders
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
-from crosslens.snapshots import Snapshots
+from crosslens.snapshots.collection import Snapshots
 
 F = 24
 ITEMS = [

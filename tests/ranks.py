@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-import crosslens.parallel
+import crosslens.distributed.parallel
 
 
 def run_ranks(world: int, folder: Path, body: Callable[[int], Any]) -> list[Any]:
@@ -35,7 +35,7 @@ def _enter(rank: int, world: int, port: int, folder: Path, body: Callable[[int],
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    crosslens.parallel.TIMEOUT = timedelta(seconds=100)  # a fault of a test should not hold up the others
+    crosslens.distributed.parallel.TIMEOUT = timedelta(seconds=100)  # a fault of a test should not hold up the others
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     try:
         torch.save(body(rank), folder / f"rank-{rank}.pt")

@@ -118,7 +118,6 @@ COMPUTES = {
     "ablation": ("Ge et al.", OWN),
     "additivity": (OWN,),
     "alignment": (OWN,),
-    "areas": (OWN,),
     "attribution": ("Sundararajan et al.", "Marks et al.", "Bayazit et al."),
     "circuits": (OWN,),
     "controls": ("Minder et al.", OWN),
@@ -159,10 +158,10 @@ OTHERS = {
 }  # fmt: skip
 # what the calls that are followed could raise, but these never do
 NEVER = {
-    "crosslens.effects.Attribution.to_frame",  # gives `relie` and `relie_interval` what they take
-    "crosslens.history.History.save",  # its tables have plain names
-    "crosslens.runs.PromptRuns.at",  # the hook point was read when the runs were made
-    "crosslens.study.Study.save",  # its tables have plain names, for `Task` takes no other
+    "crosslens.causal.attribution.Attribution.to_frame",  # gives `relie` and `relie_interval` what they take
+    "crosslens.evolution.study.History.save",  # its tables have plain names
+    "crosslens.intervention.prompt_runs.PromptRuns.at",  # the hook point was read when the runs were made
+    "crosslens.causal.study.Study.save",  # its tables have plain names, for `Task` takes no other
 }
 
 
@@ -828,8 +827,8 @@ class Result:
 )
 def test_checks_find_faults(check, old: str, new: str, fault: str):
     def faults(source: str) -> list[str]:
-        package = Package({"crosslens.phases": source})
-        objects = package.public({"crosslens.phases": {"measure", "again", "of_result", "Result"}})
+        package = Package({"crosslens.evolution.phases": source})
+        objects = package.public({"crosslens.evolution.phases": {"measure", "again", "of_result", "Result"}})
         assert [each.name for each in objects] == ["Result", "again", "measure", "of_result"]
         return [found for each in objects for found in check(package, each)]
 

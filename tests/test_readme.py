@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import crosslens as cl
-from crosslens import cli
+from crosslens.cli import app as cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,9 +30,12 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Monke
     names: dict[str, Any] = {}
     for number, code in enumerate(local):
         exec(compile(code, f"README.md, block {number}", "exec"), names)
-    assert isinstance(names["cc"], cl.BatchTopKCrosscoder) and (tmp_path / "my-crosscoder" / "cfg.json").is_file()
+    assert (
+        isinstance(names["cc"], cl.crosscoders.BatchTopKCrosscoder)
+        and (tmp_path / "my-crosscoder" / "cfg.json").is_file()
+    )
     assert names["ie"].completeness.max() < 0.01
-    assert {"turning", "evolution"} <= set(names["history"].tables) and "transfer/pp" in names["study"].tables
+    assert {"turning", "evolution"} <= set(names["history"]) and "transfer/pp" in names["study"].tables
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

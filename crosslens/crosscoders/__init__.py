@@ -1,69 +1,16 @@
-"""The four crosscoder architectures, registered with SAELens when this package is imported."""
+"""The four crosscoder architectures, as SAELens classes.
 
-from __future__ import annotations
+In: activations `(..., S, D)` or flat `(..., S D)`. Out: features `(..., F)`, reconstructions, and in training the loss.
 
-from sae_lens import register_sae_class, register_sae_training_class
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+Start with `base`, which all architectures share, then `topk`, `standard` or `jumprelu`. `kernels` holds the sparse
+training step; `loading` reads saved crosscoders, after `inspection` has looked at their files. Importing this package
+registers the architectures with SAELens (`registration`).
+"""
 
-from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
-from crosslens.crosscoders.jumprelu import (
-    JumpReLUCrosscoder,
-    JumpReLUCrosscoderConfig,
-    JumpReLUCrosscoderTrainingConfig,
-    JumpReLUCrosscoderTrainingSAE,
-)
-from crosslens.crosscoders.standard import (
-    StandardCrosscoder,
-    StandardCrosscoderConfig,
-    StandardCrosscoderTrainingConfig,
-    StandardCrosscoderTrainingSAE,
-)
-from crosslens.crosscoders.topk import (
-    BatchTopKCrosscoder,
-    BatchTopKCrosscoderConfig,
-    BatchTopKCrosscoderTrainingConfig,
-    BatchTopKCrosscoderTrainingSAE,
-    TopKCrosscoder,
-    TopKCrosscoderConfig,
-    TopKCrosscoderTrainingConfig,
-    TopKCrosscoderTrainingSAE,
-)
-from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
+import importlib
 
-ARCHITECTURES = {
-    "standard_crosscoder": (StandardCrosscoder, StandardCrosscoderConfig),
-    "topk_crosscoder": (TopKCrosscoder, TopKCrosscoderConfig),
-    "batchtopk_crosscoder": (BatchTopKCrosscoder, BatchTopKCrosscoderConfig),
-    "jumprelu_crosscoder": (JumpReLUCrosscoder, JumpReLUCrosscoderConfig),
-}
-TRAINING_ARCHITECTURES = {
-    "standard_crosscoder": (StandardCrosscoderTrainingSAE, StandardCrosscoderTrainingConfig),
-    "topk_crosscoder": (TopKCrosscoderTrainingSAE, TopKCrosscoderTrainingConfig),
-    "batchtopk_crosscoder": (BatchTopKCrosscoderTrainingSAE, BatchTopKCrosscoderTrainingConfig),
-    "jumprelu_crosscoder": (JumpReLUCrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig),
-}
+import lazy_loader
 
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-def register() -> None:
-    """Add the crosscoder architectures to SAELens's registries; calling it again changes nothing."""
-    for name, (sae_class, config_class) in ARCHITECTURES.items():
-        if name not in SAE_CLASS_REGISTRY:
-            register_sae_class(name, sae_class, config_class)
-    for name, (sae_class, config_class) in TRAINING_ARCHITECTURES.items():
-        if name not in SAE_TRAINING_CLASS_REGISTRY:
-            register_sae_training_class(name, sae_class, config_class)
-
-
-register()
-
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    "Crosscoder",
-    "CrosscoderConfig",
-    "CrosscoderTrainingConfig",
-    "CrosscoderTrainingSAE",
-    *(cls.__name__ for pair in ARCHITECTURES.values() for cls in pair),
-    *(cls.__name__ for pair in TRAINING_ARCHITECTURES.values() for cls in pair),
-    "ARCHITECTURES",
-    "TRAINING_ARCHITECTURES",
-    "register",
-]
+importlib.import_module("crosslens.crosscoders.registration")

@@ -21,9 +21,8 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor, nn
 from typing_extensions import override
 
-from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
-from crosslens.crosscoders.gated import Gates, reconstruct_gated
-from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
 from crosslens.errors import UserError
 
 

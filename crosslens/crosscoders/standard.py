@@ -12,9 +12,8 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
-from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
-from crosslens.crosscoders.sparse import dense_is_faster, density, pairs_above, reconstruct
-from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.kernels.sparse import dense_is_faster, density, pairs_above, reconstruct
 
 
 @dataclass(kw_only=True)

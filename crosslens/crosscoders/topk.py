@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from typing_extensions import override
 
-from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
-from crosslens.crosscoders.sparse import (
+from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.kernels.sparse import (
     Acts,
     Pairs,
     batch_top_pairs,
@@ -33,9 +33,8 @@ from crosslens.crosscoders.sparse import (
     reconstruct,
     token_top_pairs,
 )
-from crosslens.crosscoders.trainable import CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
-from crosslens.parallel import ALONE, Parallel
 
 
 def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "... F"]:

@@ -138,16 +138,6 @@ CAUSES: tuple[Section, ...] = (
                 ("ablation/{task}",),
             ),
             Entry(
-                "areas",
-                "Necessity and sufficiency",
-                "Area under the share of the whole change against log(1 + k) / log(1 + active features): necessity "
-                "when the k features are ablated, sufficiency when they alone are kept. 1 where the first feature does "
-                "what all do, near 0 where only the whole will do.",
-                checks.areas,
-                ("areas/{task}",),
-                optional=True,
-            ),
-            Entry(
                 "additivity",
                 "Do effects add up?",
                 "Pairs of features ablated together, against the sum of both ablated alone, measured exactly. Where "

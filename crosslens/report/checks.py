@@ -1,6 +1,4 @@
-"""Figures of what effects are held against: areas under ablation curves, one snapshot's features at another, and pairs
-of features ablated together. Tables in, charts out.
-"""
+"""Figures that check effects: one snapshot's features at another, and pairs of features ablated together."""
 
 from __future__ import annotations
 
@@ -18,9 +16,6 @@ from crosslens.report.chart import (
     Chart,
     Frame,
     SnapshotAxis,
-    Style,
-    add_level,
-    add_line,
     add_matrix,
     apply_colors,
     floats,
@@ -30,37 +25,6 @@ from crosslens.report.chart import (
 
 _SIGNED = (SERIES[1], HEAT[0], SERIES[0])  # below zero, zero, above
 _SETS = {"top": "top features", "random": "random features", "size_matched": "size-matched features"}
-
-
-def areas(table: Frame) -> Chart | str:
-    """Necessity and sufficiency over snapshots, beside those of random and size-matched sets.
-
-    Args:
-        table: of `curve_areas`.
-    """
-    known = table.dropna(subset=["area"])
-    if known.empty:
-        return "The metric changes too little at every snapshot to divide by."
-    axis = SnapshotAxis.of(known)
-    figure = new_figure("area under the curve")
-    add_level(figure, 1, "one feature does it all", "dash")
-    for i, ((quantity, kind), rows) in enumerate(known.groupby(["quantity", "features"], sort=False)):
-        rows = rows.sort_values("snapshot")
-        low, high = floats(rows["area_low"]), floats(rows["area_high"])
-        if not np.isfinite(low).any():
-            low = high = None
-        name = f"{quantity}, {_SETS.get(str(kind), str(kind))}"
-        ids = ints(rows["snapshot"])
-        add_line(
-            figure, axis.x(ids), floats(rows["area"]), name, Style.of(i), hover=axis.hover(ids), low=low, high=high
-        )  # fmt: skip
-    figure.update_yaxes(rangemode="tozero")
-    axis.apply(figure)
-    missing = sorted(set(table["label"]) - set(known["label"]))
-    note = "Bands: between the edges of the bands over draws."
-    if missing:
-        note += f" Not defined at {', '.join(missing)}, where the whole change is too small to divide by."
-    return Chart(figure, table.reset_index(drop=True), note)
 
 
 def transfer(table: Frame) -> Chart | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from crosslens.interpretation import complexity_correlation
+from crosslens.features.labels import complexity_correlation
 from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_line, floats, ints, new_figure
 
 _EVENTS = {"birth": "born here", "peak": "strongest here"}

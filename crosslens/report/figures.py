@@ -256,7 +256,7 @@ def probe(table: Frame) -> Chart | str:
 
 def _correlation(points: Frame, without: list[int]) -> str:
     """Rank correlation of norm and error with its interval, in words."""
-    from crosslens.probing import (
+    from crosslens.evolution.probes import (
         probe_correlation,
     )  # here, for it loads SAELens: seconds that most reports can do without
 

@@ -15,7 +15,7 @@ from crosslens.errors import UserError
 from crosslens.report.figures import evolution_map
 from crosslens.report.tables import Tables
 from crosslens.rundir import RunDir
-from crosslens.tracking import wandb_run
+from crosslens.training.logging import wandb_run
 
 MAX_ROWS = 10_000  # of a table to be browsed; the files hold all
 

@@ -1,0 +1,12 @@
+"""Activations of the same tokens at one hook point of every snapshot.
+
+In: snapshots, a hook point, a dataset. Out: batches of activations `(B, S, D)` in an order that depends on the seed
+alone, computed live or read from a cache on disk.
+
+Start with `loader.Activations`. `tokens` turns a dataset into sequences, `harvest` runs the models up to the hook,
+`cache` is the format on disk, and `plan` says what all of it costs before anything runs.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,443 @@
+"""The same tokens through every snapshot: (B, S, D) activations, live or from a cache, in one and the same order.
+
+1. Documents become sequences of `context_size` tokens (SAELens's own packing: BOS first, documents separated by BOS).
+2. Sequences are permuted once by `seed`; the last ones are held out, the others form blocks.
+3. Every epoch visits the blocks in an order drawn from (seed, epoch), and shuffles the positions inside a block by
+   (seed, epoch, block). The order is a function of these numbers alone, so training can continue at any batch.
+4. A block's activations come from the models, which stop at the hook's layer, or from the cache.
+
+Positions whose token is the BOS or padding are left out (`keep_special=True` keeps them): their activations are
+outliers that say nothing about the text. Letters: N sequences, B tokens, T positions, S snapshots, D d_model.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crosslens.activations.cache import (
+    ActivationCache,
+    DamagedShardError,
+    check_dtype,
+    check_space,
+    describe_rounding,
+    free_bytes,
+    row_bytes,
+)
+from crosslens.activations.harvest import fill, harvest, run_to_hook, special_positions
+from crosslens.activations.plan import Plan, model_bytes, peak_memory, training_bytes
+from crosslens.activations.prefetch import Prefetch
+from crosslens.activations.tokens import Dataset, describe_dataset, generator, split_sequences, token_sequences
+from crosslens.distributed.parallel import check_split, own_device
+from crosslens.errors import UserError
+from crosslens.snapshots.collection import KEEP_BYTES, Snapshots
+from crosslens.snapshots.hooks import hook_layer
+
+if TYPE_CHECKING:
+    from crosslens.crosscoders import CrosscoderTrainingConfig
+
+BLOCK_BYTES = 1 << 30
+BLOCK_TOKENS = 1 << 16
+
+
+class Activations:
+    """Activations of one dataset in all snapshots at one hook point.
+
+    Args:
+        snapshots: the models, checked against each other and the hook point at once.
+        hook_name: TransformerLens name of a residual-stream or block-output hook.
+        dataset: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or tokens: (N, T)
+            sequences, or (N,) one long stream.
+        n_tokens: tokens to train on, counted without the positions that are left out; None takes the whole dataset.
+        context_size: tokens per sequence; defaults to the models' context, at most 1024. T for (N, T) tokens.
+        held_out_tokens: tokens kept for evaluation; defaults to n_tokens / 20, between 2,000 and 100,000.
+        text_column: column of the documents.
+        split: split of a hub dataset.
+        sample_by: "line" or "paragraph", what a document is in a text file.
+        prepend_bos: begin every sequence with the tokenizer's BOS.
+        keep_special: keep positions whose token is BOS or padding.
+        seed: of every permutation.
+        device: where the models run.
+        batch_tokens: tokens per forward pass.
+        backend: "bridge" or "hooked_transformer".
+
+    Raises:
+        UserError: a number out of range, snapshots that cannot be compared, or no such hook point; and in every method,
+            for data and models are read when they are needed: what is missing, damaged, too small or not finite.
+    """
+
+    waited = 0.0
+    """Seconds for which the last stream of batches waited for data."""
+    waited_first = 0.0
+    """Those of them that went by before its first batch, when there was nothing else to do."""
+
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        hook_name: str,
+        dataset: Dataset,
+        n_tokens: int | None = None,
+        context_size: int | None = None,
+        *,
+        held_out_tokens: int | None = None,
+        text_column: str = "text",
+        split: str = "train",
+        sample_by: str = "line",
+        prepend_bos: bool = True,
+        keep_special: bool = False,
+        seed: int = 0,
+        device: str = "cpu",
+        batch_tokens: int = 16_384,
+        backend: str = "bridge",
+    ) -> None:
+        if n_tokens is not None and n_tokens <= 0:
+            raise UserError(f"n_tokens={n_tokens} must be positive, or None for the whole dataset")
+        longest = snapshots.n_ctx
+        if isinstance(dataset, (Tensor, np.ndarray)) and dataset.ndim == 2:
+            context_size = int(dataset.shape[1])
+        elif context_size is None:
+            context_size = min(longest, 1024)
+        if not 2 <= context_size <= longest:
+            raise UserError(f"context_size={context_size} is not in [2, {longest}], the models' context")
+        # the weights are compared before the first harvest: until then nothing is downloaded
+        snapshots.check(hook_name, weights=False)
+        self.snapshots = snapshots
+        self.hook_name = hook_name
+        self.dataset = dataset
+        self.context_size = context_size
+        self.prepend_bos = prepend_bos
+        self.keep_special = keep_special
+        self.seed = seed
+        self.device = own_device(device)
+        self.batch_tokens = batch_tokens
+        self.backend = backend
+        self._requested = n_tokens
+        self._requested_held_out = held_out_tokens
+        self._reading = {"text_column": text_column, "split": split, "sample_by": sample_by}
+        self._compared = False
+        self._cache: ActivationCache | None = None
+        self._tokens: Tensor | None = None
+        self._n_train = 0
+
+    # ------------------------------------------------------------------ tokens
+    @property
+    def n_snapshots(self) -> int:
+        """S, the number of snapshots."""
+        return len(self.snapshots)
+
+    @property
+    def d_model(self) -> int:
+        """D, the width of the residual stream."""
+        return self.snapshots.d_model
+
+    @property
+    def tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences for training, then those held out; read and tokenised at the first use."""
+        if self._tokens is None:
+            self._tokens, self._n_train = self._read()
+        return self._tokens
+
+    def train_tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences that training sees."""
+        return self.tokens[: self._n_train]
+
+    def held_out_tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences that training never sees."""
+        return self.tokens[self._n_train :]
+
+    @property
+    def n_tokens(self) -> int:
+        """Activations per epoch of training: positions of the training sequences that are kept."""
+        return int(self.keep(self.train_tokens()).sum())
+
+    def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
+        """Which positions of `tokens` training uses: all but BOS and padding, unless `keep_special`."""
+        kept = torch.ones_like(tokens, dtype=torch.bool)
+        return kept if self.keep_special else special_positions(tokens, self.snapshots.tokenizer).logical_not_()
+
+    def _read(self) -> tuple[Tensor, int]:
+        wanted, held_out = self._requested, self._requested_held_out
+        if held_out is None:
+            held_out = 100_000 if wanted is None else min(max(wanted // 20, 2_000), 100_000)
+        sequences = token_sequences(
+            self.dataset,
+            self.snapshots.tokenizer,
+            self.context_size,
+            prepend_bos=self.prepend_bos,
+            # whole sequences are held out, so that training may want one more
+            n_tokens=None if wanted is None else wanted + held_out + self.context_size,
+            count=lambda rows: self.keep(rows).sum(-1),
+            **self._reading,
+        )
+        lowest, highest = (int(sequences.min()), int(sequences.max())) if sequences.numel() else (0, 0)
+        if lowest < 0 or highest >= len(self.snapshots.tokenizer):
+            raise UserError(
+                f"token id {lowest if lowest < 0 else highest} in {describe_dataset(self.dataset)} is outside the "
+                f"tokenizer's vocabulary of {len(self.snapshots.tokenizer)}: was it tokenised with another tokenizer?"
+            )
+        place = describe_dataset(self.dataset)
+        order, n_train = split_sequences(self.keep(sequences).sum(-1), wanted, held_out, self.seed, place)
+        return sequences[order], n_train
+
+    # ------------------------------------------------------------------ activations
+    def block(self, first: int, last: int, abandoned: Callable[[], bool] | None = None) -> Float[Tensor, "n T S D"]:
+        """Activations of the sequences `first` to `last` of `tokens`.
+
+        Args:
+            first: first sequence.
+            last: the one after the last.
+            abandoned: tells when nobody waits for them any more.
+        """
+        if self._cache is not None:
+            return self._cache.read(first, last, self._repair)
+        self._compare()
+        return harvest(self.snapshots, self.tokens[first:last], cut=True, abandoned=abandoned, **self._running)
+
+    @property
+    def _running(self) -> dict[str, Any]:
+        names = ("hook_name", "device", "batch_tokens", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def _compare(self) -> None:
+        """Compare the weights of the snapshots, once."""
+        if not self._compared:
+            self.snapshots.check(self.hook_name)
+            self._compared = True
+
+    @property
+    def block_sequences(self) -> int:
+        """Sequences that are in memory, and shuffled, together."""
+        per_token = self.n_snapshots * self.d_model * 4
+        return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+
+    def batches(
+        self, batch_size: int, *, start: int = 0, epochs: int | None = None
+    ) -> Generator[Float[Tensor, "B S D"], None, None]:
+        """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
+
+        Args:
+            batch_size: B tokens; what is left of an epoch goes into the next one's first batch.
+            start: batches to skip; the stream continues as if they had been read.
+            epochs: passes over the data, without end when None; the last incomplete batch is not given.
+        """
+        self.check_batch(batch_size)
+        epoch, skip = divmod(start * batch_size, self.n_tokens)
+        left: Tensor | None = None
+        with closing(Prefetch(partial(self._shuffled_blocks, epoch, skip, epochs))) as blocks:
+            for rows in blocks:
+                self.waited, self.waited_first = blocks.waited, blocks.waited_first
+                rows = rows if left is None else torch.cat([left, rows])
+                whole = len(rows) // batch_size * batch_size
+                if whole:  # an empty tensor splits into one empty batch
+                    yield from rows[:whole].split(batch_size)
+                left = rows[whole:].clone()
+                del rows  # the next block is made meanwhile: one too many would be in memory
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a `batch_size` above the activations of an epoch, for which there would never be enough."""
+        if not 0 < batch_size <= self.n_tokens:
+            raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
+
+    def _shuffled_blocks(
+        self, epoch: int, skip: int, epochs: int | None, abandoned: Callable[[], bool]
+    ) -> Iterator[Float[Tensor, "n S D"]]:
+        size = self.block_sequences
+        counts = [int(c.sum()) for c in self.keep(self.train_tokens()).sum(-1).split(size)]
+        while epochs is None or epoch < epochs:
+            for block in torch.randperm(len(counts), generator=generator(self.seed, epoch)).tolist():
+                if skip >= counts[block]:
+                    skip -= counts[block]
+                    continue
+                first, last = block * size, min((block + 1) * size, self._n_train)
+                kept = self.keep(self.tokens[first:last]).flatten().nonzero()[:, 0]
+                order = torch.randperm(len(kept), generator=generator(self.seed, epoch, block))
+                yield self.block(first, last, abandoned).flatten(0, 1)[kept[order[skip:]]]
+                skip = 0
+            epoch += 1
+
+    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
+        """Activations of the held-out sequences in reading order, `batch_size` tokens at a time, at the end fewer."""
+        for first in range(self._n_train or len(self.train_tokens()), len(self.tokens), self.block_sequences):
+            last = min(first + self.block_sequences, len(self.tokens))
+            yield from self.block(first, last)[self.keep(self.tokens[first:last])].split(batch_size)
+
+    # ------------------------------------------------------------------ cache
+    def cache(
+        self, folder: str | Path, dtype: str = "bfloat16", *, evict: bool = False, verify: bool = False
+    ) -> Activations:
+        """The same activations, written once to a folder and read from there; an interrupted harvest continues.
+
+        Several processes may do this with one folder at once, started by torchrun or by hand; each returns when all is
+        there. A damaged file is made anew when it is read.
+
+        Args:
+            folder: made when missing; the cache of another request is refused.
+            dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
+            evict: afterwards delete the weights that were downloaded for this from the hub's cache.
+            verify: compare the checksums of all files now.
+
+        Raises:
+            UserError: the cache of another request, a full disk, or activations that are not finite.
+        """
+        path = Path(folder)
+        needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
+        if not path.exists():
+            check_space(path, needed)  # before anything is downloaded; what is there already is counted further down
+        shape = self.block_sequences, self.n_snapshots, self.d_model
+        cache = ActivationCache(path, self.tokens, *shape, dtype, self.fingerprint())
+        if missing := cache.missing(verify=verify):
+            check_space(path, cache.needed_bytes(missing))
+            self._compare()
+            fill(cache, self.snapshots, pairs=missing, **self._running)
+            if dtype != "float32":
+                tqdm.write(describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors()), file=sys.stderr)
+        if evict:
+            freed = sum(snapshot.evict() for snapshot in self.snapshots)
+            tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
+        cached = Activations.__new__(Activations)
+        cached.__dict__.update(self.__dict__)
+        cached._cache = cache
+        return cached
+
+    def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
+        assert self._cache is not None
+        warnings.warn(f"{error.path} {error.what}: it is harvested again", stacklevel=2)
+        fill(self._cache, self.snapshots, pairs=[(shard, snapshot)], **self._running)
+
+    # ------------------------------------------------------------------ description
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the activations: two requests with equal fingerprints give equal activations."""
+        return {
+            "snapshots": self.snapshots.fingerprints,
+            "hook_name": self.hook_name,
+            "context_size": self.context_size,
+            "prepend_bos": self.prepend_bos,
+            "backend": self.backend,
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """What a crosscoder trained on these activations records about them."""
+        return {
+            "model_name": self.snapshots.name,
+            "hook_name": self.hook_name,
+            "dataset_path": describe_dataset(self.dataset),
+            "context_size": self.context_size,
+            "prepend_bos": self.prepend_bos,
+            "keep_special": self.keep_special,
+            "snapshots": [
+                {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
+                for s in self.snapshots
+            ],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` makes the same activations from.
+
+        Raises:
+            UserError: the dataset is in memory, and cannot be named.
+        """
+        if not isinstance(self.dataset, (str, Path)):
+            raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
+        dataset = str(Path(self.dataset).resolve()) if Path(self.dataset).is_file() else str(self.dataset)
+        return {
+            "snapshots": self.snapshots.to_dict(),
+            "hook_name": self.hook_name,
+            "dataset": dataset,
+            "n_tokens": self._requested,
+            "context_size": self.context_size,
+            "held_out_tokens": self._requested_held_out,
+            **self._reading,
+            "prepend_bos": self.prepend_bos,
+            "keep_special": self.keep_special,
+            "seed": self.seed,
+            "backend": self.backend,
+        }
+
+    @classmethod
+    def from_dict(cls, recorded: dict[str, Any], **changes: Any) -> Activations:
+        """The activations whose `to_dict` gave `recorded`; `changes` replace arguments such as `device`."""
+        arguments: dict[str, Any] = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
+        return cls(**arguments)
+
+    def plan(
+        self,
+        measure: bool = True,
+        *,
+        training_tokens: int | None = None,
+        folder: str | Path = ".",
+        dtype: str = "bfloat16",
+        architecture: CrosscoderTrainingConfig | None = None,
+        batch_size: int = 4096,
+        processes: int = 1,
+        data_parallel: int = 1,
+    ) -> Plan:
+        """Disk, memory, forwards and time of training on these activations, live or cached, and which is better.
+
+        Args:
+            measure: time a small forward of a snapshot whose weights are on this disk; nothing is downloaded.
+            training_tokens: activations to train on; more than there are means several passes. None: one pass.
+            folder: where a cache would lie.
+            dtype: of a cache.
+            architecture: of the crosscoder that is to be trained; its memory is stated too.
+            batch_size: activations per step.
+            processes: number of processes among which the crosscoder is to be split.
+            data_parallel: groups of these processes among which the tokens of a batch are split.
+        """
+        check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
+        process = peak_memory()
+        S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
+        downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
+        one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name))
+        fit = one_model * S <= KEEP_BYTES
+        block = min(self.block_sequences, len(self.tokens)) * T * S * D * 4
+        return Plan(
+            n_tokens=self.n_tokens,
+            n_sequences=len(self.tokens),
+            n_snapshots=S,
+            d_model=D,
+            forwards=self.tokens.numel() * S,
+            passes=max(1.0, (training_tokens or self.n_tokens) / self.n_tokens),
+            model_bytes=one_model,
+            models_fit=fit,
+            block_bytes=block,
+            live_bytes=one_model * (S if fit else 1) + 3 * block,
+            cached_bytes=3 * block,
+            cache_bytes=self.tokens.numel() * S * row_bytes(D, check_dtype(dtype)),
+            cache_dtype=dtype,
+            free_bytes=free_bytes(folder),
+            n_downloads=downloads,
+            seconds=self._seconds_per_token() * self.tokens.numel() * S if measure else math.nan,
+            process_bytes=process,
+            training_bytes=0
+            if architecture is None
+            else training_bytes(architecture, S, D, batch_size // data_parallel, processes // data_parallel),
+            processes=processes,
+        )
+
+    def _seconds_per_token(self) -> float:
+        """Seconds a token takes in one model; NaN where no weights are on this disk."""
+        found = next((snapshot for snapshot in self.snapshots if snapshot.is_on_disk()), None)
+        if found is None:
+            return math.nan
+        model = found.load(self.device, backend=self.backend, n_blocks=hook_layer(self.hook_name))
+        probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
+        out = torch.empty(*probe.shape, self.d_model)
+        seconds: list[float] = []
+        for _ in range(3):
+            began = time.perf_counter()
+            run_to_hook(model, probe, self.hook_name, out, device=self.device, batch_tokens=self.batch_tokens)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds) / probe.numel()

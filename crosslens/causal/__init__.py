@@ -1,0 +1,12 @@
+"""What features do for a task, at every snapshot.
+
+In: a crosscoder, its snapshots and a task. Out: indirect effects `(F, S)`, how they are spread over the snapshots
+(RelIE), and exact ablations that check them.
+
+Start with `attribution.attribute`, then `ablation.ablate`; `study.study_task` runs the whole analysis. `relative` has
+RelIE and its classes; `additivity`, `transfer`, `timeline`, `languages` and `circuits` each ask one further question.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,11 @@
+"""The command line, `crosslens VERB`.
+
+In: the arguments of a verb (`ls`, `plan`, `harvest`, `train`, `evolve`, `attribute`, `ablate`, `label`, `report`,
+`push`, `demo`). Out: a run directory. Start with `app`: each verb is one function there that calls the library function
+of the same name. `arguments` turns strings into snapshots, tasks and configs; `demo` is the whole pipeline on a tiny
+model.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

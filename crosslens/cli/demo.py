@@ -1,0 +1,259 @@
+"""The whole river in a few minutes on two cores: pretrain, crosscode, watch evolve, attribute, ablate, report.
+
+1. `Snapshots.demo(seed)` pretrains a tiny GPT-NeoX on a generated two-language agreement grammar.
+2. A BatchTopK crosscoder is trained on the output of its middle block, with attention above it.
+3. Features are dated (`evolve`), probed, attributed on three constructions, and ablated. They are chosen on one half of
+   the prompts and judged on the other.
+4. `summary.json` holds the figures, `report/index.html` shows them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from crosslens.activations.loader import Activations
+from crosslens.causal.study import Study, study_task
+from crosslens.causal.timeline import late_feature, sign_change, top_examples
+from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
+from crosslens.evolution.ngrams import NgramCounts, count_ngrams
+from crosslens.evolution.probes import probe_correlation
+from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
+from crosslens.features.tables import feature_tables
+from crosslens.report import write_report
+from crosslens.rundir import RunDir, write_text
+from crosslens.snapshots.collection import Snapshots
+from crosslens.synthetic import grammar
+from crosslens.synthetic.pretraining import PretrainingConfig, demo_batches
+from crosslens.tasks.task import Task
+from crosslens.training.run import train
+from crosslens.training.trainer import TrainConfig
+
+TASKS = ("simple", "pp", "subj_rel")
+ATTRACTORS = ("pp", "subj_rel")  # a noun of the other number stands between head and verb
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo; the defaults fit five minutes on two cores.
+
+    Attributes:
+        hook_name: output of the middle block.
+        n_documents: documents of the grammar whose activations are crosscoded.
+        n_tokens: activations to train on.
+        epochs: passes over them.
+        d_sae: features.
+        k: features kept per token.
+        k_start: k at the first step; annealing it over the first half of the steps leaves few features dead.
+        batch_size: activations per step.
+        lr: learning rate.
+        n_prompts: prompts per task and language.
+        n_random: draws of random and size-matched features at the last snapshot.
+        n_exact: features of the largest effect whose single ablation is measured exactly.
+        n_probes: features that are probed.
+    """
+
+    hook_name: str = "blocks.1.hook_resid_post"
+    n_documents: int = 8_000
+    n_tokens: int = 160_000
+    epochs: int = 5
+    d_sae: int = 1024
+    k: int = 16
+    k_start: float = 192
+    batch_size: int = 1024
+    lr: float = 1.5e-3
+    n_prompts: int = 60
+    n_random: int = 100
+    n_exact: int = 100
+    n_probes: int = 50
+
+
+def run_demo(
+    out: str | Path, seed: int = 0, config: DemoConfig | None = None, snapshots: Snapshots | None = None
+) -> dict[str, Any]:
+    """Run the demo into a run directory; what is already there and whole is used again.
+
+    Args:
+        out: the run directory.
+        seed: of the model, its data, the crosscoder and every draw.
+        config: sizes.
+        snapshots: a pretraining run to use instead of the embedded one.
+
+    Returns:
+        The contents of `summary.json`.
+
+    Raises:
+        UserError: `out` holds another run.
+    """
+    config = config or DemoConfig()
+    began = time.perf_counter()
+    run = RunDir(out)
+    run.claim({"seed": seed, **asdict(config)}, part="demo")
+    timings: dict[str, float] = {}
+
+    def lap(name: str, since: float) -> float:
+        now = time.perf_counter()
+        timings[name] = round(now - since, 1)
+        return now
+
+    snaps = snapshots or Snapshots.demo(seed)
+    mark = lap("pretraining", began)
+    acts, crosscoder = _crosscoder(run, snaps, seed, config)
+    mark = lap("crosscoder", mark)
+    run.save_tables(study_evolution(crosscoder, acts, seed=seed))
+    run.save_tables(feature_tables(crosscoder, acts))
+    mark = lap("evolution", mark)
+    probes = study_probes(crosscoder, acts, n_features=config.n_probes, seed=seed)
+    run.save_tables(probes)
+    mark = lap("probes", mark)
+    tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
+    accuracy = pd.concat([task.accuracy(snaps) for task in tasks.values()], ignore_index=True)
+    run.save_table("accuracy", accuracy)
+    mark = lap("accuracy", mark)
+    counts = _pretraining_counts(snaps, seed) if snapshots is None else None
+    dynamics = study_dynamics(crosscoder, acts, counts, accuracy=accuracy, seed=seed)
+    run.save_tables(dynamics)
+    mark = lap("dynamics", mark)
+    # prompts come in pairs that differ in the number of the head noun: effects are of the number, not of being there
+    studies = {
+        name: study_task(crosscoder, snaps, task, n_draws_last=config.n_random, n_exact=config.n_exact, seed=seed)
+        for name, task in tasks.items()
+    }
+    for each in studies.values():
+        run.save_tables(each.tables)
+    mark = lap("causes", mark)
+    run.update(timings=timings)
+    summary = _summary(run, snaps, studies, probes["probe"], dynamics)
+    effects = {name: each.ie for name, each in studies.items()}
+    for name, finding in (
+        ("late_feature", late_feature(effects[name] for name in ATTRACTORS)),
+        ("sign_change", sign_change(effects.values())),
+    ):
+        summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
+    lap("report", mark)
+    write_report(run.path, title=f"crosslens demo, seed {seed}")
+    shutil.rmtree(run.path / "activations")  # 450 MB; harvested again in seconds where they are wanted again
+    summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
+    write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+    return summary
+
+
+def _pretraining_counts(snaps: Snapshots, seed: int) -> NgramCounts:
+    """Of all that the model was pretrained on: the crosscoder's tokens are too few for the entropy of bigrams."""
+    return count_ngrams(islice(demo_batches(seed), PretrainingConfig().n_steps), snaps.tokenizer)
+
+
+def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> tuple[Activations, Crosscoder]:
+    corpus = run.path / "documents.txt"
+    text = "\n".join(grammar.documents(config.n_documents, seed + 1_000_003))
+    if not corpus.exists():
+        corpus.write_text(text, encoding="utf-8")
+    acts = Activations(snaps, config.hook_name, corpus, config.n_tokens, seed=seed)
+    cache = run.path / "activations"
+    cached = acts.cache(cache)
+    crosscoder = train(
+        cached,
+        BatchTopKCrosscoderTrainingConfig(
+            d_sae=config.d_sae,
+            k=config.k,
+            k_start=config.k_start,
+            k_anneal_steps=config.epochs * config.n_tokens // config.batch_size // 2,
+            topk_threshold_lr=0.02,
+            decoder_init_norm=None,
+        ),
+        TrainConfig(
+            run_dir=run.path,
+            training_tokens=config.epochs * config.n_tokens,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            dead_tokens=50_000,
+            seed=seed,
+        ),
+    )
+    return cached, crosscoder
+
+
+def _ablation_summary(found: Study) -> dict[str, float]:
+    table = found.tables[f"ablation/{found.task}"]
+    at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"])
+
+    def metric(mode: str, features: str, k: int, column: str = "metric") -> float:
+        return float(at_last.loc[(mode, features, k), column])
+
+    return {
+        "clean": metric("ablate", "top", 15, "clean"),
+        "top_k": metric("ablate", "top", 15),
+        "random_k": metric("ablate", "random", 15),
+        "random_k_sd": metric("ablate", "random", 15, "metric_sd"),
+        "size_matched_k": metric("ablate", "size_matched", 15),
+        "size_matched_k_sd": metric("ablate", "size_matched", 15, "metric_sd"),
+        "keep_k": metric("keep", "top", 100),
+        "reconstruction_only": metric("ablate", "top", 15, "reconstruction_only"),
+        "n_active": int(found.ie.active[:, -1].sum()),
+    }
+
+
+def _additivity_summary(found: Study) -> dict[str, float]:
+    row = found.tables[f"additivity/{found.task}.snapshots"].iloc[-1]
+    return {name: float(row[name]) for name in ("correlation", "deviation")}
+
+
+def _transfer_summary(found: Study) -> list[float]:
+    """Share of the metric's whole change at the last snapshot that ablating the top features of each one makes."""
+    table = found.tables[f"transfer/{found.task}"]
+    at_last = table[table["judged"] == table["judged"].max()]  # rows are in order of `chosen`
+    return [round(float(share), 4) for share in at_last["share"]]
+
+
+def _summary(
+    run: RunDir, snaps: Snapshots, studies: dict[str, Study], probes: pd.DataFrame, dynamics: dict[str, pd.DataFrame]
+) -> dict[str, Any]:
+    evaluation, accuracy = run.table("evaluation"), run.table("accuracy")
+    assert evaluation is not None and accuracy is not None
+    completeness = torch.stack([each.ie.completeness for each in studies.values()])
+    return {
+        "snapshots": snaps.labels,
+        "accuracy": {
+            name: table.sort_values("snapshot")["accuracy"].round(4).tolist()
+            for name, table in accuracy.groupby("task", sort=False)
+        },
+        "explained_variance": evaluation["explained_variance"].tolist(),
+        "phases": {
+            str(row["event"]): {name: row[name] for name in ("label", "low_step", "high_step", "lead")}
+            for row in dynamics["phases"].to_dict("records")
+        },
+        "l0": float(evaluation["l0"].mean()),
+        "dead_fraction": float(evaluation["dead_fraction"].iloc[0]),
+        "completeness_error": completeness.amax(0).tolist(),
+        "ablation": {name: _ablation_summary(each) for name, each in studies.items()},
+        "spearman_ie_exact": {
+            name: {
+                "ig": each.rank_agreement(),
+                "gradient": each.rank_agreement("gradient"),
+                "ig_both_ends": each.rank_agreement(end="both"),
+            }
+            for name, each in studies.items()
+        },
+        "additivity": {name: _additivity_summary(each) for name, each in studies.items()},
+        "transfer_to_last": {name: _transfer_summary(each) for name, each in studies.items()},
+        "probe": {**probe_correlation(probes), "without_step0": probe_correlation(probes, without=(0,))},
+    }
+
+
+def _strict(value: Any) -> Any:
+    """The same in strict JSON: what is not a number is null."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_strict(inner) for inner in value]
+    missing = value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
+    return None if missing else value

@@ -1,0 +1,263 @@
+"""Files from elsewhere, looked at before anything is made of them.
+
+A config says how large the weights are, a header of safetensors says how large they are in the file. Both are small and
+are read first; only where they agree is memory taken, and then no more than the file is long. Nothing here, or after
+here, runs code out of a file: no pickle, no YAML tags, no names of classes but the registered ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.sae import SAEMetadata
+from safetensors import SafetensorError, safe_open
+
+from crosslens.crosscoders.registration import ARCHITECTURES
+from crosslens.errors import UserError, did_you_mean, first_line, shortened
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+MAX_TEXT = 16 * 2**20
+"""Bytes of a config or a registry; the config of 1,000 snapshots has a quarter of a megabyte."""
+MAX_HEADER = 2**20
+MAX_SIZE = 2**31 - 1
+_DEPTH = 12
+_FLOATS = ("F16", "BF16", "F32", "F64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def read_text(path: Path, what: str) -> str:
+    """A small text file.
+
+    Raises:
+        UserError: there is none, it is too large, or no UTF-8.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_TEXT:
+            raise UserError(f"{path} is no {what}: it has {size:,} bytes, at most {MAX_TEXT:,} are read")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no {what}: it is not UTF-8 text; download it again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shortened(path)} cannot be read as {what}: {brief(error)}; check the path") from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        found = json.loads(read_text(path, what))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({brief(error)}); download or write it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where an object is needed")
+    return found
+
+
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """A YAML mapping, by the safe loader and without aliases, whose expansion can be as large as it likes.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    text = read_text(path, what)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path} uses a YAML alias (*{shortened(event.anchor)}): write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH:
+                raise UserError(f"{path} is no {what}: it is nested deeper than {_DEPTH} levels")
+        found = yaml.safe_load(text)
+    except UserError:
+        raise
+    # beside its own errors, the loader lets those of dates, numbers and keys through
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{path} is not valid YAML ({brief(error)}); correct it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where a mapping is needed")
+    return found
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a safetensors file, whose data are not read.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.read(8)
+        if len(first) == 8 and struct.unpack("<Q", first)[0] > MAX_HEADER:
+            raise UserError(f"{path} cannot be loaded: its header is longer than {MAX_HEADER:,} bytes")
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be loaded ({brief(error)}); train or download it again") from error
+
+
+def inside(root: Path, name: str, what: str) -> Path:
+    """A path below `root`.
+
+    Raises:
+        UserError: `name` is absolute, or leads out of `root`, by dots or by a link.
+    """
+    place = root / name if _is_plain(name) else None
+    if place is None or not place.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{what} {shortened(name)!r} is not below its folder: give a relative path without '..'")
+    return place
+
+
+def check_inside(name: str, what: str) -> str:
+    """`name`, a path inside a repository of the hub.
+
+    Raises:
+        UserError: it is absolute, or has a part such as "..".
+    """
+    if not _is_plain(name):
+        raise UserError(f"{what} {shortened(name)!r} is no path inside a repository: give one without '..' and '\\'")
+    return name
+
+
+def inspect_crosscoder(folder: Path) -> dict[str, Any]:
+    """The config of a crosscoder in a folder whose weights fit it.
+
+    Raises:
+        UserError: no crosscoder, unknown architecture, values of a wrong type or size, or weights of other names,
+            shapes or dtypes.
+    """
+    config = inspect_config(folder / CONFIG)
+    check_header(folder / WEIGHTS, expected_shapes(folder / CONFIG, config))
+    return config
+
+
+def inspect_config(path: Path) -> dict[str, Any]:
+    """The config of a crosscoder, its values of the right types.
+
+    Raises:
+        UserError: as in `inspect_crosscoder`.
+    """
+    config = read_json(path, "config of a crosscoder")
+    architecture = config.get("architecture")
+    if architecture not in tuple(ARCHITECTURES):
+        known = SAE_CLASS_REGISTRY.get(architecture) if isinstance(architecture, str) else None
+        if known is not None:
+            raise UserError(f"{path.parent} is a {known[0].__name__}, not a crosscoder; load it with sae_lens.SAE")
+        raise UserError(
+            f"{path.parent} is of an architecture that crosslens does not know: {shortened(repr(architecture))}; "
+            f"known are {', '.join(ARCHITECTURES)}{did_you_mean(architecture, ARCHITECTURES)}"
+        )
+    for name in ("d_in", "d_sae", "n_snapshots"):
+        value = config.get(name)
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise UserError(f"{path}: {name}={shortened(repr(value))} is no whole number from 1 to {MAX_SIZE:,}")
+    if config.get("dtype", "float32") not in DTYPES:
+        raise UserError(f"{path}: dtype={shortened(repr(config['dtype']))} is not one of {', '.join(DTYPES)}")
+    _check_metadata(path, config.get("metadata", {}), config["n_snapshots"])
+    return config
+
+
+def expected_shapes(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a crosscoder of this config has, found without memory."""
+    # the product first: torch cannot even imagine a matrix of more than 2^63 bytes
+    if config["d_in"] * config["d_sae"] > 2**40:
+        raise UserError(f"{path}: d_in={config['d_in']:,} by d_sae={config['d_sae']:,} is more than any file holds")
+    sae_class, config_class = ARCHITECTURES[config["architecture"]]
+    try:
+        cfg = config_class.from_dict({**config, "device": "meta", "dtype": "float32"})
+        cfg.device = "meta"
+        state = sae_class(cfg).state_dict()
+    except UserError as error:
+        raise UserError(f"{path}: {brief(error)}") from error
+    except Exception as error:
+        # values of wrong types meet arithmetic of many kinds
+        raise UserError(f"{path} is no config of a crosscoder ({brief(error)}); download it again") from error
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a safetensors file that holds other names, shapes or dtypes than expected.
+
+    Raises:
+        UserError: the first difference is named.
+    """
+    found = read_header(path)
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            raise UserError(f"{path} cannot be loaded: it lacks {shortened(name)}; download it again")
+        if name not in expected:
+            raise UserError(f"{path} cannot be loaded: {shortened(repr(name))} is no tensor of this architecture")
+        dtype, shape = found[name]
+        if shape != expected[name]:
+            raise UserError(f"{path} cannot be loaded: {name} has shape {shape}, the config says {expected[name]}")
+        if dtype not in _FLOATS:
+            raise UserError(f"{path} cannot be loaded: {name} is of dtype {dtype}, known are {', '.join(_FLOATS)}")
+
+
+def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: metadata is a {type(metadata).__name__}, where an object is needed")
+    for name in metadata:
+        # they become attributes of an object whose methods must stay what they are
+        if name.startswith("_") or hasattr(SAEMetadata, name):
+            raise UserError(f"{path}: metadata has a key {shortened(repr(name))}, which is reserved: rename it")
+    release = metadata.get("sae_lens_version", "6")
+    if not isinstance(release, str) or not release[:1].isdigit() or int(release.split(".")[0][:9] or 0) < 6:
+        raise UserError(f"{path}: sae_lens_version={shortened(repr(release))} is no release from 6 on")
+    recorded = metadata.get("snapshots")
+    if recorded and not (isinstance(recorded, list) and len(recorded) == n_snapshots):
+        raise UserError(f"{path}: metadata.snapshots does not list the {n_snapshots} snapshots; download it again")
+    for row in recorded or []:
+        numbers = [row.get(key) for key in ("step", "tokens")] if isinstance(row, dict) else [""]
+        if any(type(number) not in (int, type(None)) for number in numbers) or not isinstance(row.get("label"), str):
+            raise UserError(
+                f"{path}: {shortened(row)} in metadata.snapshots is no snapshot: it has a label, a string, and perhaps "
+                "step and tokens, whole numbers"
+            )
+    scale = metadata.get("activation_scale")
+    if scale is not None and not (isinstance(scale, list) and len(scale) == n_snapshots and all(map(_is_scale, scale))):
+        raise UserError(
+            f"{path}: metadata.activation_scale={shortened(scale)} is no list of {n_snapshots} positive numbers"
+        )
+
+
+def check_scale(where: str, scale: torch.Tensor) -> None:
+    """Refuse scales that encode would multiply, and decode divide, into nothing.
+
+    Raises:
+        UserError: one is not a positive, finite number.
+    """
+    for s, value in enumerate(scale.tolist()):
+        if not _is_scale(value):
+            raise UserError(f"{where}: activation_scale of snapshot {s} is {value}, which must be positive and finite")
+
+
+def brief(error: BaseException) -> str:
+    """What an error says of a file, in one line; it may repeat what is in the file at any length."""
+    line = first_line(error)
+    return line if len(line) <= 240 else line[:237] + "..."
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_plain(name: str) -> bool:
+    parts = name.split("/")
+    return not ({"", ".", ".."} & set(parts) or set("\\:\0") & set(name) or any(ord(c) < 32 for c in name))

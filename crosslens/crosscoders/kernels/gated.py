@@ -1,0 +1,282 @@
+"""The JumpReLU step with one gate per (feature, snapshot), without a tensor of B * S * F.
+
+With n_is the decoder norms, t_i the thresholds, w the window, e = d loss / d x_hat and G_bis = <e_bs, W_dec[i, s]>:
+
+    f_bis = h_bi 1[h_bi n_is > t_i],  x_hat_bs = sum_i f_bis W_dec[i, s] + b_dec[s],
+    phi_i = mean_{b,s} tanh(stretch f_bis n_is)
+
+Gradients, with p_bis = d phi-penalty / d f_bis:
+
+    dh_bi      = sum_s 1[open] (G_bis + p_bis)
+    dW_dec     = sum_b f_bis e_bs, and what reaches n_is through phi
+    dt_i       = -t_i / w * sum_{b,s: |h n - t| < w/2, h n > 0} (G_bis + p_bis) / n_is
+
+The last sum runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
+of the encoder's. It is made once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over
+all b with h_bi > 0 is <M_is, W_dec[i, s]>; the open pairs are known one by one, and those above the window are taken
+off. Features with pairs below the window (t_i >= w/2), and those that are open nearly always, where the difference of
+two large sums would be rounding, are summed over their closed pairs densely.
+Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, some features at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from crosslens.crosscoders.kernels.sparse import (
+    Pairs,
+    add_norm_gradient,
+    dense_is_faster,
+    density,
+    pairs_above,
+    row_pointers,
+    sampled_product,
+)
+from crosslens.distributed.parallel import ALONE, Parallel
+
+COLUMNS = 1024  # features whose dense sums are made at a time
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What decides which gates are open.
+
+    Attributes:
+        hidden_pre: h (B, F).
+        norms: n_is (F, S), detached.
+        threshold: t_i (F,).
+        window: w.
+        stretch: of the tanh.
+    """
+
+    hidden_pre: Float[Tensor, "B F"]
+    norms: Float[Tensor, "F S"]
+    threshold: Float[Tensor, " F"]
+    window: float
+    stretch: float
+
+    def of(self, columns: slice) -> Gates:
+        """Those of some features."""
+        parts = self.hidden_pre[:, columns].contiguous(), self.norms[columns], self.threshold[columns]
+        return Gates(*parts, self.window, self.stretch)
+
+    def open_pairs(self) -> Pairs | None:
+        """The pairs with any gate open, or None where dense sums are faster."""
+        largest = self.norms.amax(-1)
+        # a little lower, for the rounding of the division; the gates themselves decide
+        bounds = 0.999 * self.threshold / largest
+        if dense_is_faster(density(self.hidden_pre, bounds)):
+            return None
+        pairs = pairs_above(self.hidden_pre, bounds)
+        closed = pairs.values * largest[pairs.features] <= self.threshold[pairs.features]
+        return pairs.select(closed.logical_not_().nonzero().flatten())
+
+
+def reconstruct_gated(
+    x: Float[Tensor, "B N"],
+    gates: Gates,
+    pairs: Pairs | None,
+    W_enc: Float[Tensor, "N F"],
+    b_enc: Float[Tensor, " F"],
+    W_dec: Float[Tensor, "F N"],
+    b_dec: Float[Tensor, " N"],
+    threshold: Float[Tensor, " F"],
+    parallel: Parallel = ALONE,
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"]]:
+    """Reconstruction and phi, with the gradients of the module's docstring for all parameters.
+
+    Args:
+        x: what the encoder read.
+        gates: with `hidden_pre`, norms and thresholds detached.
+        pairs: `gates.open_pairs()`.
+        W_enc: encoder; its gradient comes in the memory layout of a (F, N) matrix.
+        b_enc: encoder bias.
+        W_dec: decoder.
+        b_dec: decoder bias.
+        threshold: t_i, for its gradient.
+        parallel: processes that share the features; the reconstruction is of all.
+    """
+    return _ReconstructGated.apply(x, gates, pairs, W_enc, b_enc, W_dec, b_dec, threshold, parallel)  # type: ignore[return-value]
+
+
+class _ReconstructGated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gates: Gates,
+        pairs: Pairs | None,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        parallel: Parallel,
+    ) -> tuple[Tensor, Tensor]:
+        del W_enc, b_enc, threshold
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W_dec)
+        ctx.gates, ctx.pairs = gates, pairs
+        F, S = gates.norms.shape
+        decoder = W_dec.view(F, S, -1)
+        x_hat = torch.zeros_like(x)
+        phi = x.new_zeros(F)
+        for columns in _columns(F) if pairs is None else ():
+            part = gates.of(columns)
+            for s in range(S):
+                acts = _dense_acts(part, s)
+                x_hat.view(len(x), S, -1)[:, s] += acts @ decoder[columns, s]
+                phi[columns] += acts.mul_(part.norms[:, s] * gates.stretch).tanh_().sum(0)
+        if pairs is not None:
+            for s in range(S):
+                into = x_hat.view(len(x), S, -1)[:, s]
+                opened = _open(gates, pairs, s)
+                into.copy_(_bag(opened.features * S + s, W_dec.view(F * S, -1), opened.rows, opened.values))
+                phi.index_add_(0, opened.features, (gates.stretch * opened.scores).tanh())
+        return parallel.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, e: Tensor | None, dphi: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, W_dec = ctx.saved_tensors
+        gates: Gates = ctx.gates
+        F, S = gates.norms.shape
+        e = torch.zeros_like(x) if e is None else e
+        # d penalty / d f_bis at f = 0, divided by n_is
+        slope = x.new_zeros(F) if dphi is None else dphi * gates.stretch / (len(x) * S)
+        pairs: Pairs | None = ctx.pairs
+        if pairs is None:
+            dW_dec, dnorms, dW_enc, db_enc, in_window = _dense_sums(gates, e, x, W_dec, slope)
+        else:
+            dW_dec, dnorms, dW_enc, db_enc, in_window = _pair_sums(gates, pairs, e, x, W_dec, slope)
+        if dphi is not None:
+            add_norm_gradient(dW_dec, W_dec, gates.norms, dnorms)
+        scaled = torch.where(gates.norms > 0, in_window / gates.norms, 0.0)
+        dthreshold = -gates.threshold / gates.window * scaled.sum(-1)
+        return None, None, None, dW_enc.T, db_enc, dW_dec, e.sum(0), dthreshold, None
+
+
+def _dense_acts(gates: Gates, s: int) -> Float[Tensor, "B F"]:
+    return gates.hidden_pre * (gates.hidden_pre * gates.norms[:, s] > gates.threshold)
+
+
+def _dense_sums(
+    gates: Gates, e: Tensor, x: Tensor, W_dec: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for W_dec, norms, W_enc transposed, b_enc; and `sum_b (G + p)` over the window (F, S)."""
+    F, S = gates.norms.shape
+    by_snapshot, decoder = e.view(len(e), S, -1), W_dec.view(F, S, -1)
+    dW_dec, dnorms, in_window = torch.empty_like(W_dec), torch.empty_like(gates.norms), torch.empty_like(gates.norms)
+    dW_enc, db_enc = torch.empty_like(W_dec), torch.empty_like(slope)
+    for columns in _columns(F):
+        part = gates.of(columns)
+        dh = torch.zeros_like(part.hidden_pre)
+        for s in range(S):
+            norm, acts = part.norms[:, s], _dense_acts(part, s)
+            dW_dec.view(F, S, -1)[columns, s] = acts.T @ by_snapshot[:, s]
+            sech2 = 1 - (gates.stretch * acts * norm).tanh_().square_()
+            dnorms[columns, s] = slope[columns] * (sech2 * acts).sum(0)
+            df = torch.addcmul(by_snapshot[:, s] @ decoder[columns, s].T, sech2, slope[columns] * norm)
+            dh.addcmul_(df, acts != 0)
+            in_window[columns, s] = df.mul_(_in_window(part.hidden_pre * norm, part)).sum(0)
+        dW_enc[columns], db_enc[columns] = dh.T @ x, dh.sum(0)
+    return dW_dec, dnorms, dW_enc, db_enc, in_window
+
+
+def _in_window(scores: Float[Tensor, "B F"], gates: Gates) -> Bool[Tensor, "B F"]:
+    return ((scores - gates.threshold).abs() < gates.window / 2) & (scores > 0)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """The open gates of one snapshot: which of the pairs (in their own order, and by feature), and the pairs."""
+
+    which: Int[Tensor, " m"]
+    by_feature: Int[Tensor, " m"]
+    features: Int[Tensor, " m"]
+    values: Float[Tensor, " m"]
+    scores: Float[Tensor, " m"]
+    rows: Int[Tensor, " r"]
+
+
+def _open(gates: Gates, pairs: Pairs, s: int) -> _Open:
+    scores = pairs.values * gates.norms[:, s][pairs.features]
+    opened = (scores <= gates.threshold[pairs.features]).logical_not_()
+    which, (order, _) = opened.nonzero().flatten(), pairs.by_feature
+    rows = row_pointers(pairs.tokens[which], pairs.shape[0])
+    return _Open(which, order[opened[order]], pairs.features[which], pairs.values[which], scores[which], rows)
+
+
+def _bag(ids: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(ids, table, rows[:-1], mode="sum", per_sample_weights=weights)
+
+
+def _pair_sums(
+    gates: Gates, pairs: Pairs, e: Tensor, x: Tensor, W_dec: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_dense_sums`, on the open pairs, and one dense product for the window."""
+    F, S = gates.norms.shape
+    by_snapshot, decoder = e.view(len(e), S, -1), W_dec.view(F, S, -1)
+    dW_dec, dnorms = torch.empty_like(W_dec), torch.zeros_like(gates.norms)
+    in_window, apart = _closed_sums(gates, pairs, e, W_dec, slope)
+    df = torch.zeros_like(pairs.values)
+    for s in range(S):
+        opened, errors = _open(gates, pairs, s), by_snapshot[:, s].contiguous()
+        at_open = sampled_product(opened.rows, opened.features, errors, decoder[:, s].contiguous())
+        sech2 = 1 - (gates.stretch * opened.scores).tanh_().square_()
+        at_zero = (slope * gates.norms[:, s])[opened.features]
+        df_open = at_open + at_zero * sech2
+        df[opened.which] += df_open
+        dnorms[:, s].index_add_(0, opened.features, slope[opened.features] * sech2 * opened.values)
+        near = (opened.scores - gates.threshold[opened.features]).abs() < gates.window / 2
+        # a sum over h > 0 holds every open pair with the slope of a closed one
+        held = torch.where(apart[opened.features], 0.0, at_open + at_zero)
+        in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - held)
+        rows = row_pointers(pairs.features[opened.by_feature], F)
+        values = pairs.values[opened.by_feature]
+        dW_dec.view(F, S, -1)[:, s] = _bag(pairs.tokens[opened.by_feature], errors, rows, values)
+    order, rows = pairs.by_feature
+    dW_enc = _bag(pairs.tokens[order], x, rows, df[order])
+    return dW_dec, dnorms, dW_enc, torch.zeros_like(slope).index_add_(0, pairs.features, df), in_window
+
+
+def _closed_sums(
+    gates: Gates, pairs: Pairs, e: Tensor, W_dec: Tensor, slope: Tensor
+) -> tuple[Float[Tensor, "F S"], Bool[Tensor, " F"]]:
+    """`sum_b (G + p0)` over the closed pairs of the window (p0: slope of the penalty at f = 0), and of which features.
+
+    Of all others the sum is over `h n > 0`, the open pairs included.
+    """
+    F, S = gates.norms.shape
+    sums, positives = torch.empty_like(gates.norms), torch.empty_like(gates.threshold)
+    for columns in _columns(F):
+        positive = (gates.hidden_pre[:, columns] > 0).to(e.dtype)
+        positives[columns] = positive.sum(0)
+        products = (positive.T @ e).mul_(W_dec[columns])
+        sums[columns] = products.view(-1, S, e.shape[1] // S).sum(-1)
+        sums[columns] += positives[columns, None] * slope[columns, None] * gates.norms[columns]
+    # a pair below the window needs a threshold of w/2; where next to all are open, rounding would be all that is left
+    apart = (gates.threshold >= gates.window / 2) | (torch.bincount(pairs.features, minlength=F) > 0.9 * positives)
+    ids = apart.nonzero().flatten()
+    if len(ids):
+        hidden_pre, decoder = gates.hidden_pre[:, ids], W_dec[ids].view(len(ids), S, -1)
+        for s in range(S):
+            scores = hidden_pre * gates.norms[ids, s]
+            closed = (scores > 0) & (scores <= gates.threshold[ids])
+            closed &= (scores - gates.threshold[ids]).abs() < gates.window / 2
+            at = e.view(len(e), S, -1)[:, s] @ decoder[:, s].T + slope[ids] * gates.norms[ids, s]
+            sums[ids, s] = at.mul_(closed).sum(0)
+    return sums, apart
+
+
+def _columns(n: int) -> Iterator[slice]:
+    for start in range(0, n, COLUMNS):
+        yield slice(start, start + COLUMNS)

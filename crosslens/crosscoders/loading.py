@@ -1,0 +1,50 @@
+"""A saved crosscoder, loaded from its folder.
+
+`sae_lens.SAE.load_from_disk` reads the same files; here they are inspected first (`crosslens.crosscoders.inspection`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sae_lens import SAE
+
+from crosslens.crosscoders.base import Crosscoder
+from crosslens.crosscoders.inspection import CONFIG, DTYPES, brief, check_scale, inspect_crosscoder
+from crosslens.errors import UserError
+
+
+def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Crosscoder:
+    """A crosscoder that `save` wrote.
+
+    Args:
+        path: folder with `cfg.json` and `sae_weights.safetensors`.
+        device: where to put it.
+        dtype: of the parameters; as saved when None.
+
+    Raises:
+        UserError: no crosscoder in this folder, its files are damaged, or do not fit each other.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{path} holds no crosscoder (no {CONFIG}); give the folder that `save` wrote")
+    if dtype is not None:
+        as_dtype(dtype)
+    inspect_crosscoder(folder)
+    try:
+        loaded = SAE.load_from_disk(folder, device=device, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors, json and torch each have their own exceptions for damaged files
+        raise UserError(f"{path} cannot be loaded ({brief(error)}); train or download it again") from error
+    assert isinstance(loaded, Crosscoder)  # its architecture was inspected
+    check_scale(str(path), loaded.activation_scale)
+    return loaded.eval().requires_grad_(False)
+
+
+def as_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"dtype={name!r} is unknown: use one of {', '.join(DTYPES)}")
+    return getattr(torch, name)

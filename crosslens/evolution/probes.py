@@ -1,0 +1,354 @@
+"""Is a feature there before its decoder says so? Linear probes for single features, snapshot by snapshot.
+
+For a feature i and a snapshot s (after Ge et al., arXiv 2509.17196, who do not publish their settings):
+
+1. Every token is labelled by the crosscoder, "f_i is active" or not, from the clean activations of all snapshots. The
+   labels are the same for every snapshot.
+2. Equally many active and inactive tokens are taken from the shuffled training activations, `n_samples` at most.
+3. Half of each class trains a logistic regression on the raw activations of snapshot s, standardised by that half. It
+   is tested on the other half; then the other way round. The probe error is the share of all tokens that the probe
+   which has not seen them gets wrong: .5 is chance.
+
+The claim to test is that the error is low where the decoder norm is high (`probe_correlation`). Rare features are
+judged on fewer tokens, which raises their error: `n` says on how many. `min_samples = n_samples` makes them equal.
+`probe_parts` tells what such a correlation is made of.
+
+A feature of a single word can be read off any snapshot that keeps words apart, and an untrained one does. Against
+inactive tokens of any kind its error is low everywhere, and so is everyone's who is active on few words. With
+`negatives="same_token"` the inactive tokens are the same words in other places, in the same number: what is left to
+read is what the context adds.
+
+The settings, scikit-learn's `lbfgs` with C = 1 and tolerance 1e-3, were chosen by error and time alone on 12 features
+of 10 snapshots with D = 128. C = .01 made .03 more errors; C = 10, a tolerance of 1e-4, or 4000 tokens at most .005
+fewer for up to twice the time; `newton-cholesky` as many, no faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int, Int8
+from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError
+from crosslens.evolution.lifecycles import batch_tokens, firing_rates, relative_norms, snapshot_columns
+
+NEGATIVES = ("any", "same_token")
+_MARGIN = 1.5  # a feature is tried when it should fire so much more often than it must
+
+
+def probe(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    *,
+    n_features: int = 50,
+    n_samples: int = 2000,
+    seed: int = 0,
+    min_samples: int = 400,
+    max_tokens: int = 50_000,
+    negatives: str = "any",
+) -> pd.DataFrame:
+    """Held-out error of a linear probe for some live features at every snapshot.
+
+    Args:
+        crosscoder: trained on the snapshots of `acts`.
+        acts: features are chosen by their firing rates on the held-out activations, probes use the training ones.
+        n_features: features to draw at random from those that fire often enough; fewer when there are fewer.
+        n_samples: tokens per feature at most, half of them active; train and test together.
+        seed: of the features and of the halves.
+        min_samples: tokens per feature at least; features with less are not probed.
+        max_tokens: training activations to look at, in whole batches; those that are used stay in memory, S * D * 4
+            bytes each.
+        negatives: "any" inactive tokens, or "same_token": for every active token an inactive one of the same id, out of
+            the same batch. Features that are active on nearly all tokens of an id, or on none, have too few of them
+            and are left out.
+
+    Returns:
+        A row per feature and snapshot: feature, snapshot, label, step, norm (relative to the feature's largest),
+        probe_error, n (tokens), first_error and second_error (those of the two halves, whose mean probe_error is).
+
+    Raises:
+        UserError: a number that is out of range, unknown `negatives`, or no feature that fires often enough, and seldom
+            enough.
+    """
+    if negatives not in NEGATIVES:
+        raise UserError(f"negatives={negatives!r} is unknown: use {' or '.join(map(repr, NEGATIVES))}")
+    for name, value, least in (("n_features", n_features, 1), ("min_samples", min_samples, 4)):
+        if value < least:
+            raise UserError(f"{name}={value} is too small: give {least} or more")
+    if n_samples < min_samples:
+        raise UserError(f"n_samples={n_samples} is less than min_samples={min_samples}: raise it, or lower min_samples")
+    available = min(max_tokens, acts.n_tokens)
+    rates = firing_rates(crosscoder, acts)
+    expected = torch.minimum(rates, 1 - rates) * available
+    eligible = (expected >= _MARGIN * min_samples / 2).nonzero().squeeze(1).numpy()
+    if not len(eligible):
+        raise UserError(
+            f"no feature is active, and inactive, on {min_samples // 2} of {available} tokens: lower "
+            f"min_samples={min_samples}, or raise max_tokens={max_tokens} and the tokens of the activations"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(eligible, min(n_features, len(eligible)), replace=False))
+    x, labels, tokens = _samples(crosscoder, acts, torch.from_numpy(chosen), n_samples // 2, available, negatives)
+    v, snapshots = relative_norms(crosscoder.decoder_norms), snapshot_columns(crosscoder)
+    rows: list[dict[str, Any]] = []
+    for column, feature in enumerate(tqdm(chosen.tolist(), desc="Probing", unit="feature", leave=False)):
+        label = labels[:, column].numpy()
+        if tokens is not None:
+            halves = _paired_halves(label, tokens.numpy(), n_samples // 4, rng)
+        else:
+            halves = _halves(label, n_samples // 4, rng)
+        n = sum(len(indices) for indices, _ in halves)
+        if n < min_samples:
+            continue
+        # the problems are small: handing their products to several threads costs more than it saves
+        with threadpool_limits(1):
+            for s in range(crosscoder.n_snapshots):
+                one, other = ((x[indices, s].numpy(), y) for indices, y in halves)
+                errors = _probe_error(one, other), _probe_error(other, one)
+                row = {"feature": feature, "snapshot": s, "norm": float(v[feature, s]), "probe_error": sum(errors) / 2}
+                rows.append({**row, "n": n, "first_error": errors[0], "second_error": errors[1]})
+    if not rows:
+        raise UserError(
+            f"of the {len(chosen)} features drawn none has {min_samples} tokens to be told apart: lower "
+            f"min_samples={min_samples}, or raise max_tokens={max_tokens} or n_features={n_features}"
+        )
+    table = pd.DataFrame(rows)
+    for place, name in ((2, "label"), (3, "step")):
+        table.insert(place, name, snapshots[name].take(table["snapshot"].tolist()).array)
+    return table
+
+
+def probe_correlation(
+    table: pd.DataFrame, *, without: Collection[int] = (), n_bootstrap: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """Correlation of probe error and relative decoder norm over features and snapshots.
+
+    The intervals (95 %, percentiles) come from drawing whole features with replacement: the snapshots of one feature
+    are no independent evidence.
+
+    Args:
+        table: as `probe` returns it.
+        without: indices of snapshots to leave out, such as the untrained one.
+        n_bootstrap: draws.
+        seed: of the draws.
+
+    Returns:
+        spearman, spearman_low, spearman_high, pearson, pearson_low, pearson_high (NaN where either is constant),
+        n (points) and n_features.
+
+    Raises:
+        UserError: a snapshot that the table does not have, or fewer than two features.
+    """
+    kept, members, picks = _prepare(table, without, n_bootstrap, seed)
+    pair = kept[["norm", "probe_error"]].to_numpy(dtype=float).T
+    return {**_correlations(pair, members, picks), "n": len(kept), "n_features": len(members)}
+
+
+def probe_parts(
+    table: pd.DataFrame, *, without: Collection[int] | None = None, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """What the correlation of probe error and relative decoder norm is made of.
+
+    - all: as `probe_correlation`; trained: without the snapshots of `without`. All other rows are of these too.
+    - within_features: both less their means over a feature's snapshots. This is the claim itself: does the error of a
+      feature fall where its norm rises?
+    - within_snapshots: both less their means over a snapshot's features. This compares features with one another, and
+      has nothing to do with training.
+    - disattenuated: what Pearson would be without the noise of single probes: divided by the square root of the
+      reliability of the error, which is 2r / (1 + r) for the correlation r of the two halves (Spearman and Brown).
+      The same for Spearman.
+
+    A correlation is small, too, where all errors or all norms are much alike: `sd_error` and `sd_norm` say how much
+    they vary.
+
+    Args:
+        table: as `probe` returns it.
+        without: indices of snapshots to leave out; those of step 0 when None.
+        n_bootstrap: draws of whole features, for the 95 % intervals.
+        seed: of the draws.
+
+    Returns:
+        A row per part: part, spearman, pearson, each with _low and _high, reliability (of the error; NaN but in the
+        last row), sd_norm, sd_error, n (points), n_features.
+
+    Raises:
+        UserError: a snapshot that the table does not have, or fewer than two features.
+    """
+    if without is None:
+        steps = table.drop_duplicates("snapshot")[["snapshot", "step"]].dropna().astype(int)
+        without = [s for s, step in steps.to_numpy().tolist() if step == 0]
+    columns = ["norm", "probe_error", "first_error", "second_error"]
+    rows: list[dict[str, Any]] = []
+    for part in ("all", "trained", "within_features", "within_snapshots", "disattenuated"):
+        kept, members, picks = _prepare(table, () if part == "all" else without, n_bootstrap, seed)
+        values: Any = kept[columns].astype(float)
+        if part.startswith("within"):
+            values -= values.groupby(kept[part.removeprefix("within_").removesuffix("s")]).transform("mean")
+        found = values.to_numpy().T
+        correct = part == "disattenuated"
+        row: dict[str, Any] = {"part": part, **_correlations(found if correct else found[:2], members, picks)}
+        row["reliability"] = _reliability(found) if correct else np.nan
+        row |= {"sd_norm": found[0].std(), "sd_error": found[1].std(), "n": len(kept), "n_features": len(members)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _prepare(
+    table: pd.DataFrame, without: Collection[int], n_bootstrap: int, seed: int
+) -> tuple[pd.DataFrame, list[Any], Any]:
+    """The rows that are kept, the places of each feature's, and which features every draw takes."""
+    known = sorted(set(table["snapshot"].tolist()))
+    for s in without:
+        if s not in known:
+            raise UserError(f"without={s} is no snapshot of this table: it has {', '.join(map(str, known))}")
+    kept: Any = table[~table["snapshot"].isin(list(without))].reset_index(drop=True)
+    members = [np.asarray(rows) for rows in kept.groupby("feature").indices.values()]
+    if len(members) < 2:
+        raise UserError(f"a correlation over {len(members)} feature(s) says nothing: probe 2 or more, at some snapshot")
+    return kept, members, np.random.default_rng(seed).integers(len(members), size=(n_bootstrap, len(members)))
+
+
+def _correlations(values: Any, members: list[Any], picks: Any) -> dict[str, float]:
+    """Both correlations of the first two rows, and their intervals; corrected for noise where there are two more."""
+    draws = [np.concatenate([members[i] for i in pick]) for pick in picks]
+    result: dict[str, float] = {}
+    measures: dict[str, Callable[[Any], Any]] = {"spearman": lambda rows: rankdata(rows, axis=1), "pearson": np.asarray}
+    for name, transform in measures.items():
+        result[name] = _corrected(transform(values))
+        resampled = [_corrected(transform(values[:, draw])) for draw in draws]
+        low, high = np.nanquantile(resampled, [0.025, 0.975]) if np.isfinite(resampled).any() else (np.nan, np.nan)
+        result |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return result
+
+
+def _corrected(rows: Any) -> float:
+    found = _correlation(rows[:2])
+    return found if len(rows) == 2 else found / _reliability(rows) ** 0.5
+
+
+def _reliability(rows: Any) -> float:
+    """Of the mean of two errors, the third and fourth row; NaN where they do not agree at all."""
+    alike = _correlation(rows[2:])
+    return 2 * alike / (1 + alike) if alike > 0 else float("nan")
+
+
+@torch.no_grad()
+def _samples(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    features: Int[Tensor, " n"],
+    per_class: int,
+    max_tokens: int,
+    negatives: str = "any",
+) -> tuple[Float[Tensor, "N S D"], Int8[Tensor, "N n"], Int[Tensor, " N"] | None]:
+    """Raw activations of the first tokens of the shuffled stream on which a feature is active, or is not.
+
+    Labels are 1 for active, 0 for inactive, -1 where a token is not for this feature: of each class the first
+    `per_class`. Tokens that are for no feature are dropped at once. The ids of the others come last, with
+    `negatives="same_token"`.
+    """
+    size = min(batch_tokens(crosscoder.cfg.d_sae), max_tokens)
+    have = torch.zeros(2, len(features), dtype=torch.int64)  # of the inactive, and of the active
+    kept: list[Tensor] = []
+    labels: list[Tensor] = []
+    ids: list[Tensor] = []
+    matched = negatives == "same_token"
+    stream = _with_tokens(acts, size) if matched else ((x, None) for x in acts.batches(size, epochs=1))
+    seen = 0
+    for x, tokens in stream:
+        active = (crosscoder.encode(x.to(crosscoder.W_dec.device))[:, features.to(crosscoder.W_dec.device)] != 0).cpu()
+        both = torch.stack([~active, active]) if tokens is None else _same_tokens(active, tokens)
+        wanted = both & (have[:, None] + both.cumsum(1) <= per_class)
+        have += both.sum(1)
+        label = torch.where(wanted[1], 1, torch.where(wanted[0], 0, -1)).to(torch.int8)
+        used = (label >= 0).any(1)
+        kept.append(x[used].cpu())
+        labels.append(label[used])
+        if tokens is not None:
+            ids.append(tokens[used])
+        seen += len(x)
+        if seen >= max_tokens or (have >= per_class).all():
+            break
+    return torch.cat(kept), torch.cat(labels), torch.cat(ids) if matched else None
+
+
+def _with_tokens(acts: Activations, size: int) -> Iterator[tuple[Float[Tensor, "B S D"], Int[Tensor, " B"]]]:
+    """Training activations and their tokens, sequence by sequence, which `Activations` has put into a random order."""
+    sequences = acts.train_tokens()
+    for first in range(0, len(sequences), acts.block_sequences):
+        tokens = sequences[first : first + acts.block_sequences]
+        kept = acts.keep(tokens)
+        yield from zip(acts.block(first, first + len(tokens))[kept].split(size), tokens[kept].split(size), strict=True)
+
+
+def _same_tokens(active: Bool[Tensor, "B n"], tokens: Int[Tensor, " B"]) -> Bool[Tensor, "2 B n"]:
+    """Inactive and active places, of every token id equally many, the first ones."""
+    order = tokens.argsort(stable=True)
+    _, group = tokens[order].unique_consecutive(return_inverse=True)
+    both = torch.stack([~active, active])[:, order].long()
+    counts = torch.zeros(2, int(group.max()) + 1, active.shape[1], dtype=torch.int64).index_add(1, group, both)
+    before = counts.cumsum(1) - counts  # of the ids that come earlier
+    place = both.cumsum(1) - before[:, group]
+    chosen = both.bool() & (place <= counts.amin(0)[group])
+    return torch.zeros_like(chosen).index_copy(1, order, chosen)
+
+
+def _halves(labels: Any, per_half: int, rng: np.random.Generator) -> list[tuple[Any, Any]]:
+    """(indices, labels) for training and for testing, each with equally many tokens of both classes."""
+    classes = [rng.permutation(np.flatnonzero(labels == label)) for label in (0, 1)]
+    m = min(per_half, *(len(indices) // 2 for indices in classes))
+    y = np.repeat([0, 1], m)
+    return [(np.concatenate([indices[start : start + m] for indices in classes]), y) for start in (0, m)]
+
+
+def _paired_halves(labels: Any, tokens: Any, per_half: int, rng: np.random.Generator) -> list[tuple[Any, Any]]:
+    """The same from pairs of one token id, one active and one not; no pair is torn apart.
+
+    Were it, a half with more active tokens of an id would leave the other with fewer, and a probe that reads nothing
+    but ids would be wrong more often than chance.
+    """
+    classes: list[Any] = []
+    for label in (0, 1):
+        indices = rng.permutation(np.flatnonzero(labels == label))
+        classes.append(indices[np.argsort(tokens[indices], kind="stable")])
+    # of every id the first of each class, as many as both have
+    places = [_place(tokens[indices]) for indices in classes]
+    size = [dict(zip(*np.unique(tokens[indices], return_counts=True), strict=True)) for indices in classes]
+    both = [
+        indices[[place < min(one.get(t, 0) for one in size) for t, place in zip(tokens[indices], where, strict=True)]]
+        for indices, where in zip(classes, places, strict=True)
+    ]
+    pairs = rng.permutation(np.stack(both, 1))
+    m = min(per_half, len(pairs) // 2)
+    y = np.repeat([0, 1], m)
+    return [(pairs[start : start + m].T.reshape(-1), y) for start in (0, m)]
+
+
+def _place(sorted_ids: Any) -> Any:
+    """How many of the same id come before, in a sorted list."""
+    return np.arange(len(sorted_ids)) - np.searchsorted(sorted_ids, sorted_ids)
+
+
+def _probe_error(train: tuple[Any, Any], test: tuple[Any, Any]) -> float:
+    (x, y), (other, truth) = train, test
+    mean, scale = x.mean(0), x.std(0)
+    scale[scale == 0] = 1  # a constant coordinate tells nothing
+    regression = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit((x - mean) / scale, y)
+    return float((regression.predict((other - mean) / scale) != truth).mean())
+
+
+def _correlation(pair: Any) -> float:
+    a, b = pair - pair.mean(1, keepdims=True)
+    norm = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / norm if norm > 0 else float("nan")

@@ -1,0 +1,259 @@
+"""Which snapshots to crosscode: similarity of activations, accuracy on tasks, and a proposal of k.
+
+1. `snapshot_similarity` compares the activations of every two snapshots on the same tokens: the mean over tokens of the
+   cosine, and of the Pearson correlation over coordinates; and linear CKA (Kornblith et al., arXiv 1905.00414),
+   `|X'Y|^2 / (|X'X| |Y'Y|)` in Frobenius norms with columns centred over tokens, which a rotation of the space does not
+   change. Cosine and Pearson are those by which Bayazit et al. (arXiv 2509.05291) choose snapshots by eye.
+2. The distance of two snapshots is `(1 - weight) a + weight b`. a is 1 - similarity, divided by its largest value. b is
+   the root mean square over tasks of the difference in accuracy, that of chance (the binomial variances of both)
+   subtracted from the square, divided by its largest value.
+3. `propose_snapshots` takes the first and the last snapshot, and between them those k - 2 that leave the least sum of
+   distances from every snapshot to the nearer of the two chosen ones around it. Snapshots are in order, so this is
+   found exactly, by dynamic programming: never by chance, and never a local optimum. The search is this project's own.
+
+The proposal represents what was measured: a stretch that was never saved, or on which no task and no activation of this
+hook point moves, is not seen. Letters: B tokens, S snapshots, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from crosslens.activations.loader import Activations
+from crosslens.errors import UserError
+
+MEASURES = ("cosine", "pearson", "cka")
+
+
+@torch.no_grad()
+def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.DataFrame:
+    """Similarity of the activations of every two snapshots on the same held-out tokens.
+
+    Args:
+        acts: of all snapshots that could be chosen; they are harvested one model after the other.
+        max_tokens: held-out tokens to compare on; their activations are in memory together.
+
+    Returns:
+        A row per pair, each with itself too: snapshot, other (indices, the first the smaller), label, other_label,
+        cosine, pearson, cka, n (tokens). All in [-1, 1], CKA in [0, 1]; Pearson and CKA are NaN where activations are
+        constant.
+
+    Raises:
+        UserError: one snapshot, or fewer than two tokens.
+    """
+    S = acts.n_snapshots
+    if S < 2:
+        raise UserError(f"similarity needs at least 2 snapshots, there is {S}: give more")
+    if max_tokens < 2:
+        raise UserError(f"max_tokens={max_tokens} is too small: give 2 or more")
+    x = _first(acts, max_tokens)
+    if len(x) < 2:
+        raise UserError(f"{len(x)} token(s) are held out: give Activations(held_out_tokens=...) of 2 or more")
+    labels = acts.snapshots.labels
+    around = [x[:, s].double() - x[:, s].double().mean(0) for s in range(S)]
+    own = [_overlap(one, one) for one in around]
+    rows: list[dict[str, Any]] = []
+    for s, t in combinations_with_replacement(range(S), 2):
+        a, b = x[:, s].double(), x[:, t].double()
+        shared = _overlap(around[s], around[t])
+        scale = (own[s] * own[t]) ** 0.5
+        rows.append(
+            {
+                "snapshot": s,
+                "other": t,
+                "label": labels[s],
+                "other_label": labels[t],
+                "cosine": float(cosine_similarity(a, b).mean()),
+                "pearson": float(_pearson(a, b).mean()),
+                "cka": shared / scale if scale > 0 else float("nan"),
+                "n": len(x),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def propose_snapshots(
+    similarity: pd.DataFrame,
+    k: int,
+    accuracy: pd.DataFrame | None = None,
+    *,
+    measure: str = "cka",
+    weight: float = 0.5,
+    steps: Sequence[int | None] | None = None,
+) -> pd.DataFrame:
+    """The k snapshots that best stand for all, and why.
+
+    Args:
+        similarity: of `snapshot_similarity`.
+        k: how many, from 2 to all.
+        accuracy: of `Task.accuracy`, of one task or several one below the other, on the same snapshots.
+        measure: "cosine", "pearson" or "cka".
+        weight: of accuracy against similarity, in [0, 1]; 0 without accuracy.
+        steps: training steps of the snapshots, for the table.
+
+    Returns:
+        A row per snapshot: snapshot, label, step, chosen, stands_for (labels, of a chosen one), nearest (label of the
+        chosen one that stands for it), distance (to that one), previous_similarity (to the snapshot before), cost
+        (of a chosen one: by how much the sum of distances would grow without it), and reason, in words; with
+        `accuracy`, accuracy/<task>.
+
+    Raises:
+        UserError: k out of range, an unknown measure, a weight outside [0, 1], accuracy of other snapshots.
+    """
+    ends = [similarity[["snapshot", "label"]], similarity[["other", "other_label"]]]
+    labels: dict[int, str] = {s: label for rows in ends for s, label in rows.itertuples(index=False)}
+    S = max(labels) + 1
+    names = [labels.get(s, str(s)) for s in range(S)]
+    if not 2 <= k <= S:
+        raise UserError(f"k={k} is not in [2, {S}]: the first and the last of {S} snapshots are always among them")
+    if measure not in MEASURES:
+        raise UserError(f"measure={measure!r} is unknown: use {', '.join(map(repr, MEASURES))}")
+    if not 0 <= weight <= 1:
+        raise UserError(f"weight={weight} is not in [0, 1]: it is the share of accuracy in the distance")
+    if steps is not None and len(steps) != S:
+        raise UserError(f"{len(steps)} steps for {S} snapshots: give one for each")
+    alike = np.full((S, S), np.nan)
+    pairs = similarity[["snapshot", "other"]].to_numpy()
+    alike[pairs[:, 0], pairs[:, 1]] = alike[pairs[:, 1], pairs[:, 0]] = similarity[measure].to_numpy(dtype=float)
+    if np.isnan(alike).any():
+        raise UserError(
+            f"{measure} is not known for every pair of the {S} snapshots: give the whole table of snapshot_similarity"
+        )
+    distance = _scaled(1 - alike)
+    curves = _curves(accuracy, names) if accuracy is not None else {}
+    if curves:
+        distance = (1 - weight) * distance + weight * _scaled(_accuracy_distance(curves))
+    cost = _segments(distance)
+    chosen = _best_path(cost, k)
+    table = pd.DataFrame({"snapshot": np.arange(S), "label": names})
+    table["step"] = pd.array([None] * S if steps is None else list(steps), dtype="Int64")
+    table["chosen"] = np.isin(np.arange(S), chosen)
+    around = np.array(chosen)
+    later = np.clip(np.searchsorted(around, np.arange(S)), 1, k - 1)
+    both = np.stack([around[later - 1], around[later]], 1)
+    near = distance[np.arange(S)[:, None], both].argmin(1)
+    nearest = np.where(table["chosen"], np.arange(S), both[np.arange(S), near])
+    table["nearest"] = [names[i] for i in nearest]
+    table["distance"] = distance[np.arange(S), nearest]
+    table["stands_for"] = [
+        ", ".join(names[i] for i in np.flatnonzero(nearest == s)) if s in chosen else "" for s in range(S)
+    ]
+    table["previous_similarity"] = [np.nan, *(alike[s - 1, s] for s in range(1, S))]
+    table["cost"] = np.nan
+    for a, b, c in zip(chosen, chosen[1:], chosen[2:], strict=False):
+        table.loc[b, "cost"] = cost[a, c] - cost[a, b] - cost[b, c]
+    for task, (value, _) in curves.items():
+        table[f"accuracy/{task}"] = value
+    table["reason"] = [_reason(table, s, chosen, alike, measure, curves) if s in chosen else "" for s in range(S)]
+    return table
+
+
+def _first(acts: Activations, n: int) -> Float[Tensor, "B S D"]:
+    kept: list[Tensor] = []
+    for x in acts.held_out(min(n, 4096)):
+        kept.append(x[: n - sum(map(len, kept))].cpu())
+        if sum(map(len, kept)) >= n:
+            break
+    return torch.cat(kept) if kept else torch.zeros(0, acts.n_snapshots, acts.d_model)
+
+
+def _overlap(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> float:
+    return float((a.mT @ b).square().sum())
+
+
+def _pearson(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+    """Correlation over coordinates, NaN for vectors of equal ones."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def _scaled(distance: Any) -> Any:
+    """Divided by the largest; all zero where there is no difference. Rounding can leave a negative one."""
+    distance = np.clip(distance, 0, None)
+    np.fill_diagonal(distance, 0)
+    return distance / distance.max() if distance.max() > 0 else distance
+
+
+def _curves(accuracy: pd.DataFrame, names: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Accuracy and its binomial variance, by task, in the order of the snapshots."""
+    curves: dict[str, tuple[Any, Any]] = {}
+    for task, rows in accuracy.groupby("task", sort=False):
+        rows = rows.sort_values("snapshot")
+        if rows["label"].tolist() != names:
+            raise UserError(
+                f"accuracy on {task!r} is of the snapshots {', '.join(map(str, rows['label']))}, the similarity of "
+                f"{', '.join(names)}: measure both on the same"
+            )
+        value, n = rows["accuracy"].to_numpy(dtype=float), rows["n"].to_numpy(dtype=float)
+        curves[str(task)] = (value, value * (1 - value) / n)
+    return curves
+
+
+def _accuracy_distance(curves: dict[str, tuple[Any, Any]]) -> Any:
+    squares = [(value[:, None] - value) ** 2 - (variance[:, None] + variance) for value, variance in curves.values()]
+    return np.sqrt(np.clip(np.mean(squares, 0), 0, None))
+
+
+def _segments(distance: Any) -> Any:
+    """(S, S): sum of the distances of what lies between two chosen snapshots to the nearer of them."""
+    S = len(distance)
+    cost = np.zeros((S, S))
+    for a in range(S):
+        for b in range(a + 2, S):
+            between = slice(a + 1, b)
+            cost[a, b] = np.minimum(distance[a, between], distance[b, between]).sum()
+    return cost
+
+
+def _best_path(cost: Any, k: int) -> list[int]:
+    """k indices from the first to the last of the least summed cost; of equals the earliest."""
+    S = len(cost)
+    best = np.full((k, S), np.inf)
+    came = np.zeros((k, S), dtype=int)
+    best[0, 0] = 0
+    for j in range(1, k):
+        for b in range(j, S):
+            through = best[j - 1, :b] + cost[:b, b]
+            came[j, b] = through.argmin()
+            best[j, b] = through[came[j, b]]
+    path = [S - 1]
+    for j in range(k - 1, 0, -1):
+        path.append(int(came[j, path[-1]]))
+    return path[::-1]
+
+
+def _reason(
+    table: pd.DataFrame, s: int, chosen: list[int], alike: Any, measure: str, curves: dict[str, tuple[Any, Any]]
+) -> str:
+    """Why a snapshot is among the chosen ones."""
+    place = chosen.index(s)
+    parts = ["the first snapshot"] if place == 0 else ["the last snapshot"] if place == len(chosen) - 1 else []
+    others = table["stands_for"].iloc[s].count(",")
+    if others:
+        parts.append(f"stands for {others} other{'s' * (others > 1)}")
+    if place:
+        before = chosen[place - 1]
+        label = table["label"].iloc[before]
+        parts.append(f"{measure} {alike[before, s]:.2f} to {label}, the one chosen before")
+        moves = {task: value[s] - value[before] for task, (value, _) in curves.items()}
+        sure = {
+            task: move
+            for task, move in moves.items()
+            if abs(move) > 2 * (curves[task][1][s] + curves[task][1][before]) ** 0.5
+        }
+        if sure:
+            task = max(sure, key=lambda name: abs(sure[name]))
+            value = curves[task][0]
+            parts.append(f"accuracy on {task} {value[before]:.0%} to {value[s]:.0%} since then")
+    if np.isfinite(table["cost"].iloc[s]):
+        parts.append(f"without it the summed distance grows by {table['cost'].iloc[s]:.3f}")
+    return "; ".join(parts)

@@ -1,0 +1,10 @@
+from .examples import Examples as Examples
+from .examples import collect_examples as collect_examples
+from .explainers import Rater as Rater
+from .labels import Labels as Labels
+from .labels import complexity_correlation as complexity_correlation
+from .labels import label_features as label_features
+from .tables import export_features as export_features
+from .tables import feature_tables as feature_tables
+from .tables import logit_lens as logit_lens
+from .tables import nearest_features as nearest_features

@@ -1,0 +1,156 @@
+"""Where features are most active, collected in one pass over the held-out sequences.
+
+1. Sequences are encoded a few at a time; of every sequence a feature's strongest position is a candidate.
+2. The E strongest candidates so far are kept, with the activations around them, and with what the encoder reads off
+   each snapshot there: `(c_s x_s) . W_enc[s, :, i]`, the snapshot's part of the pre-activation.
+3. At the end the mean of each part over all tokens is taken from it: a part says how much more than usual the snapshot
+   speaks for the feature.
+
+One list serves all snapshots: what a feature writes at a snapshot, `f_i n_is`, grows with `f_i`, so the strongest
+examples are the same at every snapshot where its gate is open, and only their strengths differ.
+
+What is kept does not grow with the number of tokens. Letters: N sequences, T positions, S snapshots, D d_model, F
+features, n of them asked for, E examples, W = 2 window + 1 positions around one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
+from crosslens.evolution.lifecycles import batch_tokens
+
+_ENTRIES = 1 << 24  # numbers gathered at a time
+
+
+@dataclass
+class Examples:
+    """The strongest positions of each feature, the strongest first, one of a sequence at most.
+
+    Attributes:
+        values: (n, E) activations f_i, 0 where a feature is active in fewer sequences.
+        sequences: (n, E) of the held-out sequences.
+        positions: (n, E) in the sequence.
+        activations: (n, E, W) activations around, 0 outside the sequence and where positions are left out.
+        read: (n, E, S) parts of the pre-activation there, less their means.
+    """
+
+    values: Float[Tensor, "n E"]
+    sequences: Int[Tensor, "n E"]
+    positions: Int[Tensor, "n E"]
+    activations: Float[Tensor, "n E W"]
+    read: Float[Tensor, "n E S"]
+
+    def window(self, i: int, e: int, length: int) -> tuple[int, int]:
+        """First position shown of an example, and the one after the last, in a sequence of this length."""
+        half, at = self.activations.shape[-1] // 2, int(self.positions[i, e])
+        return max(0, at - half), min(length, at + half + 1)
+
+    def shown(self, i: int, e: int, length: int) -> Float[Tensor, " w"]:
+        """The activations at the positions of `window`."""
+        begin, end = self.window(i, e, length)
+        first = int(self.positions[i, e]) - self.activations.shape[-1] // 2
+        return self.activations[i, e, begin - first : end - first]
+
+
+@torch.no_grad()
+def collect_examples(
+    crosscoder: Crosscoder, acts: Activations, index: Int[Tensor, " n"], n_examples: int, window: int
+) -> tuple[Examples, Float[Tensor, "n S"], Float[Tensor, " n"]]:
+    """Examples of features, the shares of tokens on which they are active at each snapshot, and their largest values.
+
+    Args:
+        crosscoder: the crosscoder.
+        acts: its activations; the held-out ones are used.
+        index: features.
+        n_examples: E; fewer are kept where there are fewer sequences.
+        window: positions on each side.
+    """
+    if isinstance(crosscoder, CrosscoderTrainingSAE):
+        crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
+    device, S, n = crosscoder.W_dec.device, crosscoder.n_snapshots, len(index)
+    tokens, chosen = acts.held_out_tokens(), index.to(device)
+    N, T = tokens.shape
+    first, E = len(acts.tokens) - N, min(n_examples, N)
+    best = _none(n, E, 2 * window + 1, S)
+    # one column is enough where one gate serves all snapshots
+    gates = S if crosscoder.gate_per_snapshot else 1
+    fired, highest = torch.zeros(n, gates), torch.zeros(n)
+    total, count = torch.zeros(S, crosscoder.d_model).double(), 0
+    size = max(1, batch_tokens(crosscoder.cfg.d_sae) // T)
+    for begin in tqdm(range(first, len(acts.tokens), acts.block_sequences), desc="Examples", unit="block", leave=False):
+        block = acts.block(begin, min(begin + acts.block_sequences, len(acts.tokens)))
+        for start in range(0, len(block), size):
+            x = block[start : start + size].to(device)
+            at = begin - first + start
+            keep = acts.keep(tokens[at : at + len(x)])
+            encoded = crosscoder.encode(x)
+            values = encoded[..., chosen] * keep[..., None].to(device)
+            for s in range(gates):
+                active = crosscoder.snapshot_acts(encoded, s)[..., chosen] != 0
+                fired[:, s] += (active & keep[..., None].to(device)).sum((0, 1)).cpu()
+            scaled = crosscoder.scale(x)
+            total += scaled[keep.to(device)].double().sum(0).cpu()
+            count += int(keep.sum())
+            highest = torch.maximum(highest, values.amax((0, 1)).float().cpu())
+            if E:
+                _merge(best, _candidates(crosscoder, scaled, values, chosen, best, at, window))
+    mean = (total / max(1, count)).to(device).float()
+    usual = torch.stack([mean[s] @ crosscoder.W_enc_by_snapshot[s][:, chosen].float() for s in range(S)], 1).cpu()
+    best.read = (best.read - usual[:, None]) * (best.values > 0)[..., None]
+    return best, (fired / max(1, count)).expand(n, S), highest
+
+
+def _none(n: int, E: int, W: int, S: int) -> Examples:
+    places = torch.zeros(n, E, dtype=torch.long)
+    return Examples(torch.zeros(n, E), places, places.clone(), torch.zeros(n, E, W), torch.zeros(n, E, S))
+
+
+def _candidates(
+    crosscoder: Crosscoder,
+    scaled: Float[Tensor, "b T S D"],
+    values: Float[Tensor, "b T n"],
+    chosen: Int[Tensor, " n"],
+    best: Examples,
+    at: int,
+    window: int,
+) -> Examples:
+    """The strongest positions in a few sequences, the first of which has the number `at`; weaker ones than are kept
+    already have nothing read."""
+    T, device = values.shape[1], values.device
+    strongest, places = values.max(1)  # (b, n), the first of equals
+    order = strongest.T.sort(dim=1, descending=True, stable=True).indices[:, : best.values.shape[1]]  # (n, e)
+    top, positions = strongest.T.gather(1, order), places.T.gather(1, order)
+    around = positions[..., None] + torch.arange(-window, window + 1, device=device)
+    features = torch.arange(len(top), device=device)[:, None, None]
+    activations = values[order[..., None], around.clamp(0, T - 1), features]
+    activations = activations * ((around >= 0) & (around < T))
+    entering: Bool[Tensor, "n e"] = (top > best.values[:, -1:].to(device)) & (top > 0)
+    read = torch.zeros(*top.shape, scaled.shape[2], device=device)
+    rows, columns = entering.nonzero(as_tuple=True)
+    parts: list[Tensor] = []
+    for part in torch.arange(len(rows), device=device).split(max(1, _ENTRIES // crosscoder.W_enc.shape[0])):
+        row, column = rows[part], columns[part]
+        x = scaled[order[row, column], positions[row, column]].float()  # (m, S, D)
+        parts.append(torch.einsum("msd,sdm->ms", x, crosscoder.W_enc_by_snapshot[:, :, chosen[row]].float()))
+    if parts:
+        read[rows, columns] = torch.cat(parts)
+    found = Examples(top.float(), order + at, positions, activations.float(), read)
+    return Examples(*(getattr(found, field.name).cpu() for field in fields(found)))
+
+
+def _merge(best: Examples, found: Examples) -> None:
+    """The strongest of both; the earlier of equals."""
+    E = best.values.shape[1]
+    # sorting is stable, `topk` is not
+    order = torch.cat([best.values, found.values], 1).sort(dim=1, descending=True, stable=True).indices[:, :E]
+    for field in fields(best):
+        both = torch.cat([getattr(best, field.name), getattr(found, field.name)], 1)
+        where = order if both.ndim == 2 else order[..., None].expand(-1, -1, both.shape[-1])
+        setattr(best, field.name, both.gather(1, where))

@@ -1,0 +1,327 @@
+"""What there is to see of each feature: examples, logit lens, densities, the features nearest to it.
+
+`feature_tables` gives it as tables, which the report shows; `export_features` as one JSON file that any viewer reads:
+
+    {"format": "crosslens-features/1",
+     "crosscoder": {"architecture", "d_sae", "d_model", "model_name", "hook_name"},
+     "data": {"dataset", "context_size", "tokens"},         tokens: number that the densities are of
+     "snapshots": [{"label", "step", "tokens"}, ...],        step and tokens may be null
+     "features": [
+       {"feature": 17,
+        "density": [S],              share of the tokens on which it is active, at each snapshot
+        "decoder_norm": [S],         in the normalised space
+        "max_activation": 3.2,       over those tokens
+        "examples": [                the strongest first, one of each sequence
+          {"sequence": 5, "position": 12,                    of the held-out sequences; BOS is position 0
+           "tokens": ["the", ...], "activations": [0.0, ...],  around it
+           "peak": 8}],                                      place of the activation in the two lists
+        "logit_lens": [              of each snapshot
+          {"positive": [["sleeps", 0.31], ...], "negative": [["sleep", -0.28], ...]}]}]}
+
+The logit lens of a feature at a snapshot is what its decoder row adds to the logits when nothing lies between the hook
+point and the unembedding: `W_U^T (g * (w - mean w))`, w the row in raw space, g the weight of the final norm, whose
+division by the norm of the whole residual is left out (RMSNorm does not subtract the mean); the mean over the
+vocabulary is subtracted, for it changes no probability. The schema and this form of the lens are this project's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError
+from crosslens.evolution.lifecycles import check_activations, snapshot_columns
+from crosslens.features.examples import Examples, collect_examples
+from crosslens.intervention.splice import check_snapshots
+from crosslens.rundir import write_text
+
+FORMAT = "crosslens-features/1"
+_DIGITS = 5
+_ENTRIES = 1 << 24  # logits, or cosines, at a time
+
+
+def export_features(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    path: str | Path,
+    *,
+    features: Sequence[int] | None = None,
+    n_examples: int = 10,
+    window: int = 8,
+    n_logits: int = 10,
+) -> Path:
+    """Write the data of features, in the schema of this module's docstring.
+
+    Args:
+        crosscoder: the crosscoder.
+        acts: activations of the snapshots it was trained on; the held-out tokens are used.
+        path: of the JSON file.
+        features: ids; all when None.
+        n_examples: strongest positions of each feature, at most one of a sequence.
+        window: tokens shown on each side of an example.
+        n_logits: tokens at either end of the logit lens.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: a crosscoder of other snapshots, a feature that it does not have, or a number below 0.
+    """
+    check_snapshots(crosscoder, acts.snapshots)
+    _check_sizes(n_examples=n_examples, window=window, n_logits=n_logits)
+    F = crosscoder.cfg.d_sae
+    ids = list(range(F)) if features is None else [int(feature) for feature in features]
+    if wrong := [feature for feature in ids if not 0 <= feature < F]:
+        raise UserError(f"feature {wrong[0]} is not in [0, {F - 1}], the features of this crosscoder")
+    index = torch.tensor(ids, dtype=torch.long)
+    tokens = acts.held_out_tokens()
+    examples, density, highest = collect_examples(crosscoder, acts, index, n_examples, window)
+    words = acts.snapshots.tokenizer.convert_ids_to_tokens
+    lens_ids, lens_logits = logit_lens(crosscoder, acts, index, n_logits)
+    norms = crosscoder.decoder_norms[index.to(crosscoder.device)].cpu()
+    table = [
+        {
+            "feature": feature,
+            "density": _rounded(density[i]),
+            "decoder_norm": _rounded(norms[i]),
+            "max_activation": round(float(highest[i]), _DIGITS),
+            "examples": _windows(tokens, examples, i, words),
+            "logit_lens": [
+                {
+                    side: [list(pair) for pair in zip(words(ids.tolist()), _rounded(logits), strict=True)]
+                    for side, ids, logits in zip(
+                        ("positive", "negative"), lens_ids[i, s], lens_logits[i, s], strict=True
+                    )
+                }
+                for s in range(crosscoder.n_snapshots)
+            ],
+        }
+        for i, feature in enumerate(ids)
+    ]
+    metadata = acts.metadata()
+    contents = {
+        "format": FORMAT,
+        "crosscoder": {
+            "architecture": crosscoder.cfg.architecture(),
+            "d_sae": F,
+            "d_model": crosscoder.d_model,
+            "model_name": metadata["model_name"],
+            "hook_name": metadata["hook_name"],
+        },
+        "data": {
+            "dataset": metadata["dataset_path"],
+            "context_size": metadata["context_size"],
+            "tokens": int(acts.keep(tokens).sum()),
+        },
+        "snapshots": [{"label": s.label, "step": s.step, "tokens": s.tokens} for s in acts.snapshots],
+        "features": table,
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(contents, allow_nan=False, ensure_ascii=False))
+    return target
+
+
+def feature_tables(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    *,
+    n_examples: int = 8,
+    window: int = 8,
+    n_logits: int = 8,
+    n_nearest: int = 8,
+) -> dict[str, pd.DataFrame]:
+    """The same of all features as tables, with the features nearest to each.
+
+    Args:
+        crosscoder: the crosscoder.
+        acts: activations of the snapshots it was trained on; the held-out tokens are used.
+        n_examples: strongest positions of each feature, at most one of a sequence.
+        window: tokens on each side of an example.
+        n_logits: tokens at either end of the logit lens.
+        n_nearest: features of the largest cosine.
+
+    Returns:
+        examples: feature, rank, sequence, position, activation (f_i there), threshold (at a snapshot the feature is
+        active where its activation times its decoder norm exceeds it; 0 where the gate is shared), and read/<label>
+        (the snapshot's part of the pre-activation there, less its mean over all tokens).
+        example_tokens: feature, rank, position, token, activation; the tokens around each example.
+        lens: feature, snapshot, rank, promoted, promoted_logit, suppressed, suppressed_logit.
+        nearest: feature, rank, other, cosine (of the decoder rows of all snapshots, joined).
+
+    Raises:
+        UserError: a crosscoder of other snapshots or another hook point, or a number below 0.
+    """
+    check_activations(crosscoder, acts)
+    check_snapshots(crosscoder, acts.snapshots)
+    _check_sizes(n_examples=n_examples, window=window, n_logits=n_logits, n_nearest=n_nearest)
+    index = torch.arange(crosscoder.cfg.d_sae)
+    examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, window)
+    return {
+        **_example_tables(crosscoder, acts, examples),
+        "lens": _lens_table(acts, *logit_lens(crosscoder, acts, index, n_logits)),
+        "nearest": _nearest_table(*nearest_features(crosscoder, n_nearest)),
+    }
+
+
+@torch.no_grad()
+def logit_lens(
+    crosscoder: Crosscoder, acts: Activations, index: Int[Tensor, " n"], k: int
+) -> tuple[Int[Tensor, "n S 2 k"], Float[Tensor, "n S 2 k"]]:
+    """Tokens that the decoder rows write to most, and against most, with what they add to the logits."""
+    # rows of the unembedding beyond the tokenizer are padding, and no token
+    S, vocabulary = crosscoder.n_snapshots, len(acts.snapshots.tokenizer)
+    k = min(k, vocabulary)
+    ids, values = torch.zeros(len(index), S, 2, k, dtype=torch.long), torch.zeros(len(index), S, 2, k)
+    for s in tqdm(range(S), desc="Logit lens", unit="snapshot", leave=False):
+        model = acts.snapshots.model(s, device=acts.device, backend=acts.backend)
+        for part in torch.arange(len(index)).split(max(1, _ENTRIES // vocabulary)):
+            rows = crosscoder.W_dec_by_snapshot[index[part].to(crosscoder.device), s]
+            rows = (rows / crosscoder.activation_scale[s]).to(acts.device)
+            logits = direct_logits(model, rows)[:, :vocabulary].cpu()
+            for side, sign in enumerate((1, -1)):
+                found = (sign * logits).topk(k)
+                ids[part, s, side], values[part, s, side] = found.indices, sign * found.values
+    return ids, values
+
+
+def direct_logits(model: Any, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+    """What rows of the residual stream add to the logits but for the norm of the whole, centred over the vocabulary."""
+    if "RMS" not in str(model.cfg.normalization_type):
+        rows = rows - rows.mean(-1, keepdim=True)
+    gain = getattr(model.ln_final, "w", None)  # OLMo's norm has none
+    logits = (rows.float() if gain is None else rows.float() * gain.float()) @ model.W_U.float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def nearest_features(crosscoder: Crosscoder, n: int) -> tuple[Int[Tensor, "F n"], Float[Tensor, "F n"]]:
+    """Features of the largest cosine between the decoder rows of all snapshots, joined; none is nearest to itself."""
+    F = crosscoder.cfg.d_sae
+    rows = torch.nn.functional.normalize(crosscoder.W_dec.detach().float(), dim=-1)
+    n = min(n, F - 1)
+    ids, cosines = torch.zeros(F, n, dtype=torch.long), torch.zeros(F, n)
+    for part in torch.arange(F).split(max(1, _ENTRIES // F)):
+        found = rows[part.to(rows.device)] @ rows.T
+        found[torch.arange(len(part)), part] = -torch.inf
+        top = found.topk(n)
+        ids[part], cosines[part] = top.indices.cpu(), top.values.clamp(-1, 1).cpu()
+    return ids, cosines
+
+
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """Tokens as a reader sees them: decoded one by one, by name where that gives no whole character."""
+    texts: dict[int, str] = {}
+    for token in ids:
+        name, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
+        if not text or "\ufffd" in text:
+            text = name
+        # tokenizers that mark the beginning of a word drop the mark where nothing stands before
+        elif name.startswith(("\u2581", "\u0120")) and not text.startswith(" "):
+            text = f" {text}"
+        texts[token] = text
+    return texts
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 0:
+            raise UserError(f"{name}={value} must be 0 or more")
+
+
+def _windows(tokens: Int[Tensor, "N T"], examples: Examples, i: int, words: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for e in range(int((examples.values[i] > 0).sum())):
+        sequence, position = int(examples.sequences[i, e]), int(examples.positions[i, e])
+        begin, end = examples.window(i, e, tokens.shape[1])
+        found.append(
+            {
+                "sequence": sequence,
+                "position": position,
+                "tokens": words(tokens[sequence, begin:end].tolist()),
+                "activations": _rounded(examples.shown(i, e, tokens.shape[1])),
+                "peak": position - begin,
+            }
+        )
+    return found
+
+
+def _example_tables(crosscoder: Crosscoder, acts: Activations, examples: Examples) -> dict[str, pd.DataFrame]:
+    tokens = acts.held_out_tokens()
+    feature, rank = (column.numpy() for column in (examples.values > 0).nonzero(as_tuple=True))
+    sequence, position = (found[feature, rank] for found in (examples.sequences, examples.positions))
+    threshold: Any = crosscoder.threshold if crosscoder.gate_per_snapshot else torch.zeros(crosscoder.cfg.d_sae)
+    labels = snapshot_columns(crosscoder)["label"]
+    table = {
+        "feature": feature.astype(np.int32),
+        "rank": rank.astype(np.int16),
+        "sequence": sequence.numpy().astype(np.int32),
+        "position": position.numpy().astype(np.int32),
+        "activation": examples.values[feature, rank].numpy(),
+        "threshold": threshold.detach().float().cpu().numpy()[feature],
+        **{f"read/{label}": examples.read[feature, rank, s].numpy() for s, label in enumerate(labels)},
+    }
+    half, T = examples.activations.shape[-1] // 2, tokens.shape[1]
+    around = position[:, None] + torch.arange(-half, half + 1)
+    row, column = ((around >= 0) & (around < T)).nonzero(as_tuple=True)
+    places = around[row, column]
+    return {
+        "examples": pd.DataFrame(table),
+        "example_tokens": pd.DataFrame(
+            {
+                "feature": table["feature"][row.numpy()],
+                "rank": table["rank"][row.numpy()],
+                "position": places.numpy().astype(np.int32),
+                "token": _categories(acts.snapshots.tokenizer, tokens[sequence[row], places].numpy()),
+                "activation": examples.activations[feature, rank][row, column].numpy(),
+            }
+        ),
+    }
+
+
+def _lens_table(acts: Activations, ids: Int[Tensor, "F S 2 k"], values: Float[Tensor, "F S 2 k"]) -> pd.DataFrame:
+    F, S, _, k = ids.shape
+    table: dict[str, Any] = {
+        "feature": np.repeat(np.arange(F, dtype=np.int32), S * k),
+        "snapshot": np.tile(np.repeat(np.arange(S, dtype=np.int16), k), F),
+        "rank": np.tile(np.arange(k, dtype=np.int16), F * S),
+    }
+    for side, name in enumerate(("promoted", "suppressed")):
+        table[name] = _categories(acts.snapshots.tokenizer, ids[:, :, side].flatten().numpy())
+        table[f"{name}_logit"] = values[:, :, side].flatten().numpy()
+    return pd.DataFrame(table)
+
+
+def _nearest_table(ids: Int[Tensor, "F n"], cosines: Float[Tensor, "F n"]) -> pd.DataFrame:
+    F, n = ids.shape
+    return pd.DataFrame(
+        {
+            "feature": np.repeat(np.arange(F, dtype=np.int32), n),
+            "rank": np.tile(np.arange(n, dtype=np.int16), F),
+            "other": ids.flatten().numpy().astype(np.int32),
+            "cosine": cosines.flatten().numpy(),
+        }
+    )
+
+
+def _categories(tokenizer: Any, ids: np.ndarray) -> pd.Categorical:
+    """Tokens as text, each written once."""
+    unique, codes = np.unique(ids, return_inverse=True)
+    texts = token_texts(tokenizer, unique.tolist())
+    names, which = np.unique(np.array([texts[token] for token in unique.tolist()], dtype=object), return_inverse=True)
+    return pd.Categorical.from_codes(which[codes.reshape(-1)], categories=pd.Index(names, dtype=object))
+
+
+def _rounded(values: Float[Tensor, " n"]) -> list[float]:
+    return [round(float(value), _DIGITS) for value in values]

@@ -1,0 +1,169 @@
+"""The part of a model above a hook point: what lies below it stays the same whatever is put in at the hook.
+
+A HookedTransformer starts at any block (`start_at_layer`). A TransformerBridge does not: the model of transformers owns
+the loop over its blocks. For the time of a call its blocks below the hook therefore hand on a given residual stream
+instead of working; embedding, positions, masks and everything above the hook remain the model's own code. Only the last
+position is unembedded where the model allows it.
+
+Not every architecture need bear this (a block may read what an early one left behind), so every model is first tried on
+one prompt: where the short way gives other logits than the long one, all blocks are run.
+
+Letters: B prompts, n rows that are run (versions of prompts), T positions, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from crosslens.snapshots.hooks import canonical_hook, hook_layer
+
+
+class Upper:
+    """A model above a hook point.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        hook_name: as in `Activations`.
+        tokens: a prompt on which the short way is compared with the long one.
+        widths: those of an `Upper` of the same model at the same hook point, which spare the comparison.
+
+    Attributes:
+        widths: how many things each block that is not run would put out, None for a bare tensor.
+    """
+
+    def __init__(
+        self, model: Any, hook_name: str, tokens: Int[Tensor, "B T"], widths: Sequence[int | None] | None = None
+    ) -> None:
+        self.model, self.point = model, canonical_hook(hook_name)
+        self._starts_anywhere = not hasattr(model, "original_model")
+        accepted = {} if self._starts_anywhere else inspect.signature(model.original_model.forward).parameters
+        self._options = {
+            name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in accepted
+        }
+        # other points than a block's output lie inside the last block that is run below them
+        n = hook_layer(hook_name) - (not self.point.endswith("hook_resid_post"))
+        self.widths: list[int | None] = [None] * n if widths is None else list(widths)
+        if widths is None and n and not self._is_exact(tokens):
+            self.widths = []
+
+    @property
+    def skipped(self) -> int:
+        """Number of blocks that are not run."""
+        return len(self.widths)
+
+    @property
+    def at_output(self) -> bool:
+        """Whether what is put in at the hook is all that the blocks above read."""
+        return self.skipped == hook_layer(self.point)
+
+    @torch.no_grad()
+    def on(self, tokens: Int[Tensor, "B T"]) -> UpperRun:
+        """The prompts of a batch, ready to be run; where the hook lies inside a block, those before it are run once."""
+        entry = None
+        if self.skipped and not self.at_output:
+            name = f"blocks.{self.skipped - 1}.hook_resid_post"
+            entry = self.model.run_with_cache(
+                tokens, names_filter=name, stop_at_layer=self.skipped, return_cache_object=False
+            )[1][name]
+        return UpperRun(self, tokens, entry)
+
+    def run(
+        self, tokens: Int[Tensor, "n T"], x: Float[Tensor, "n T D"], entry: Float[Tensor, "n T D"] | None
+    ) -> Float[Tensor, "n V"]:
+        """Logits at the last position when the activation at the hook is `x`.
+
+        Args:
+            tokens: of every row.
+            x: activation at the hook, at all positions; may carry gradients.
+            entry: residual stream into the first block that is run, where that is not `x`.
+        """
+
+        def put_in(activation: Tensor, hook: Any) -> Tensor:
+            del hook  # TransformerLens passes the hook point by this name
+            return x.to(activation.dtype)
+
+        hooks = [] if self.at_output else [(self.point, put_in)]
+        residual = x if self.at_output else entry
+        if not self.skipped:
+            return self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", **self._options)[:, -1]
+        if self._starts_anywhere:
+            return self.model.run_with_hooks(
+                residual, fwd_hooks=hooks, return_type="logits", start_at_layer=self.skipped
+            )[:, -1]
+        assert residual is not None
+        with _handing_on(self.model.blocks, residual, self.widths):
+            if not hooks:  # setting up hooks takes milliseconds
+                return self.model(tokens, return_type="logits", **self._options)[:, -1]
+            return self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", **self._options)[:, -1]
+
+    @torch.no_grad()
+    def _is_exact(self, tokens: Tensor) -> bool:
+        """Whether skipping blocks changes nothing; also learns how the blocks that are skipped wrap their output."""
+        seen: list[Tensor] = []
+
+        def capture(activation: Tensor, hook: Any) -> None:
+            del hook
+            seen.append(activation)
+
+        def learn(place: int) -> Callable[..., None]:
+            def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                self.widths[place] = len(output) if isinstance(output, tuple) else None
+
+            return note
+
+        handles = [self.model.blocks[i].register_forward_hook(learn(i)) for i in range(self.skipped)]
+        try:
+            whole = self.model.run_with_hooks(tokens, fwd_hooks=[(self.point, capture)], return_type="logits")[:, -1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        short = self.on(tokens).logits(seen[0])
+        return bool((short - whole).abs().max() <= torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max())
+
+
+@dataclass(frozen=True)
+class UpperRun:
+    """A batch of prompts for `Upper`.
+
+    Attributes:
+        upper: the model above the hook.
+        tokens: (B, T).
+        entry: (B, T, D) residual stream into the first block that is run, where that is not what is put in.
+    """
+
+    upper: Upper
+    tokens: Int[Tensor, "B T"]
+    entry: Float[Tensor, "B T D"] | None
+
+    def logits(self, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n V"]:
+        """Logits at the last position when the activation at the hook is `x`; `rows` says whose version each row is."""
+        if rows is None:
+            return self.upper.run(self.tokens, x, self.entry)
+        return self.upper.run(self.tokens[rows], x, None if self.entry is None else self.entry[rows])
+
+
+@contextmanager
+def _handing_on(blocks: nn.ModuleList, residual: Tensor, widths: list[int | None]) -> Generator[None, None, None]:
+    """Blocks return a residual stream instead of working; `widths` are those of their outputs, None for a tensor."""
+
+    def instead(width: int | None) -> Callable[..., Any]:
+        output = residual if width is None else (residual, *[None] * (width - 1))
+        return lambda *_inputs, **_options: output
+
+    skipped = [blocks[i] for i in range(len(widths))]
+    try:
+        for block, width in zip(skipped, widths, strict=True):
+            # in the instance, where it hides the method of the class until it is deleted
+            block.__dict__["forward"] = instead(width)
+        yield
+    finally:
+        for block in skipped:
+            block.__dict__.pop("forward", None)

@@ -1,0 +1,11 @@
+"""Synthetic activations whose features are known, to test dictionaries against.
+
+In: a regime and a seed. Out: activations of many snapshots, and scores of a dictionary against the truth.
+
+Start with `regimes.Planted`, which can be used wherever `Activations` can; `scores.recovery` compares what was found
+with what was planted.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,14 @@
+from .cards import evolution_picture as evolution_picture
+from .cards import make_card as make_card
+from .export import export_sae as export_sae
+from .importers import LAYOUTS as LAYOUTS
+from .importers import import_crosscoder as import_crosscoder
+from .pretrained import from_pretrained as from_pretrained
+from .publishing import Push as Push
+from .publishing import push_to_hub as push_to_hub
+from .registry import Entry as Entry
+from .registry import Release as Release
+from .registry import find_release as find_release
+from .registry import list_releases as list_releases
+from .registry import load_snapshots as load_snapshots
+from .registry import register_release as register_release

@@ -1,0 +1,244 @@
+"""The model card of a crosscoder, from what it records and from the tables of its run; and a picture of its evolution.
+
+A card says what it is, how to load it, of which snapshots and data, how good it is at each snapshot, and whom to cite.
+Names and labels come from files that others wrote: in Markdown and in SVG they are text, never markup.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError
+from crosslens.evolution.lifecycles import relative_norms
+
+if TYPE_CHECKING:
+    Frame: TypeAlias = Any  # pandas annotates what is taken out of a frame as a union of whatever it could be
+else:
+    Frame = pd.DataFrame
+
+_COLOURS = ("#eef1f4", "#b9d3e6", "#6ea8d2", "#2372ad", "#073763")
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|xox[bp]-|AKIA)[A-Za-z0-9_-]{12,}")
+_PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
+_INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
+_COLUMNS = {
+    "explained_variance": ("explained variance", ".3f"),
+    "l0": ("L0", ".1f"),
+    "ce_clean": ("CE clean", ".3f"),
+    "ce_spliced": ("CE spliced", ".3f"),
+    "kl": ("KL", ".4f"),
+}
+_WHAT = {
+    "standard_crosscoder": "ReLU crosscoder (L1 weighted by decoder norms)",
+    "topk_crosscoder": "TopK crosscoder",
+    "batchtopk_crosscoder": "BatchTopK crosscoder",
+    "jumprelu_crosscoder": "JumpReLU crosscoder (one gate per feature and snapshot)",
+}
+_CITATION = """```bibtex
+@article{ge2025evolution,
+  title = {Evolution of Concepts in Language Model Pre-Training},
+  author = {Ge, Xuyang and others},
+  journal = {arXiv preprint arXiv:2509.17196},
+  year = {2025}
+}
+@article{bayazit2025crosscoding,
+  title = {Crosscoding Through Time: Tracking Emergence and Consolidation of Linguistic Representations Throughout LLM Pretraining},
+  author = {Bayazit, Deniz and others},
+  journal = {arXiv preprint arXiv:2509.05291},
+  year = {2025}
+}
+```"""  # noqa: E501
+
+
+def make_card(
+    crosscoder: Crosscoder,
+    repo_id: str,
+    sae_id: str,
+    *,
+    licence: str | None = None,
+    evaluation: Frame | None = None,
+    run: dict[str, Any] | None = None,
+    picture: str | None = None,
+) -> str:
+    """The card as Markdown, with the front matter of the hub.
+
+    Args:
+        crosscoder: the crosscoder.
+        repo_id: where it will be.
+        sae_id: its folder there.
+        licence: of the weights, by the hub's names, such as "mit".
+        evaluation: what `evaluate` returned.
+        run: contents of run.json: data, settings of the training, versions.
+        picture: path of the picture, relative to the card.
+    """
+    cfg, metadata, run = crosscoder.cfg, crosscoder.cfg.metadata, run or {}
+    model, hook = _text(metadata.model_name or "an unnamed model"), _text(metadata.hook_name or "an unnamed hook point")
+    front = {"library_name": "saelens", "tags": ["crosscoder", "crosslens", "sparse-autoencoder", "training-dynamics"]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
+    lines += [f"license: {json.dumps(licence)}"] if licence else []
+    lines += [
+        "---",
+        "",
+        f"# {_text(sae_id)}: a crosscoder over {cfg.n_snapshots} pretraining snapshots of {model}",
+        "",
+        f"A {_WHAT[cfg.architecture()]} with {cfg.d_sae:,} features, trained on the activations of {cfg.n_snapshots} "
+        f"snapshots of {model} (width {cfg.d_model:,}) at {hook}. Its features are shared by the snapshots; the norm "
+        "of a feature's decoder at a snapshot says how strongly it exists there.",
+        "",
+        "## Usage",
+        "",
+        "```python",
+        "import crosslens as cl  # pip install crosslens",
+        "",
+        f"cc = cl.from_pretrained({json.dumps(repo_id)}, {json.dumps(sae_id)})",
+        "# the same with SAELens, once crosslens is imported:",
+        f"# sae_lens.SAE.from_pretrained({json.dumps(repo_id)}, {json.dumps(sae_id)})",
+        "features = cc.encode(x)  # x: (..., n_snapshots, d_model), raw activations of all snapshots",
+        "cc.decoder_norms  # (features, snapshots)",
+        "```",
+        "",
+        *_data(crosscoder, run),
+        *_snapshot_table(crosscoder, evaluation),
+    ]
+    if picture is not None:
+        lines += ["## Evolution", "", f"![Relative decoder norms of the features over the snapshots]({picture})", ""]
+        lines += [
+            "Decoder norm of each feature, relative to its largest, over the snapshots; features ordered by when they "
+            "peak, dark is strong.",
+            "",
+        ]
+    lines += ["## Licence", "", _text(licence) if licence else "Not stated by the uploader.", ""]
+    lines += ["## Citation", "", "The method:", "", _CITATION, ""]
+    return "\n".join(lines)
+
+
+def evolution_picture(decoder_norms: Float[Tensor, "F S"], labels: Sequence[str], n_bands: int = 120) -> str:
+    """SVG of relative decoder norms: a column per snapshot, a row per band of features, ordered by their peak."""
+    alive = relative_norms(decoder_norms.detach().cpu().float())
+    alive = alive[alive.isfinite().all(-1) & (alive.amax(-1) > 0)]
+    S = decoder_norms.shape[1]
+    # by the place of the peak, then by the centre of mass, so that neighbours look alike
+    centre = (alive * torch.arange(S)).sum(-1) / alive.sum(-1).clamp_min(1e-12)
+    order = sorted(range(len(alive)), key=lambda i: (int(alive[i].argmax()), float(centre[i])))
+    bands = [alive[rows].mean(0).tolist() for rows in _split(order, n_bands)]
+    cell, row, left, top = max(12, min(48, 640 // S)), 4, 8, 24
+    width, height = left * 2 + cell * S, top + row * len(bands) + 72
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{left}" y="15" fill="#2b3036">{len(alive):,} features</text>',
+    ]
+    for b, band in enumerate(bands):
+        for s, value in enumerate(band):
+            x, y = left + s * cell, top + b * row
+            parts.append(f'<rect x="{x}" y="{y}" width="{cell}" height="{row}" fill="{_colour(value)}"/>')
+    for s, label in enumerate(labels[:S]):
+        x, y = left + s * cell + cell / 2, top + row * len(bands) + 10
+        text = html.escape(_short(label))
+        parts.append(f'<text x="{x:g}" y="{y}" fill="#2b3036" transform="rotate(60 {x:g} {y})">{text}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def without_paths(value: Any) -> Any:
+    """The same with every local path cut down to its last part; keys stay as they are.
+
+    Raises:
+        UserError: something in it looks like a token.
+    """
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    plain = _last(value.strip()) if _PATH.fullmatch(value.strip()) else _INSIDE.sub(lambda m: _last(m[0]), value)
+    check_public(plain)
+    return plain
+
+
+def check_public(text: str) -> None:
+    """Refuse text with something in it that looks like a token, or that leads to the user's home.
+
+    Raises:
+        UserError: it is named by its beginning alone.
+    """
+    if found := _TOKEN.search(text):
+        raise UserError(f"what would be published contains a token ({found[0][:5]}...): remove it from the metadata")
+    home = str(Path.home())
+    if len(home) > 1 and re.search(re.escape(home) + r"\b", text):
+        raise UserError("what would be published contains the path of your home folder: remove it from the metadata")
+
+
+def _data(crosscoder: Crosscoder, run: dict[str, Any]) -> list[str]:
+    metadata, identity = crosscoder.cfg.metadata, run.get("identity", {})
+    facts = {
+        "dataset": metadata.dataset_path,
+        "context size": metadata.context_size,
+        "tokens a pass": identity.get("n_tokens"),
+        "special tokens": {True: "kept", False: "left out"}.get(metadata.keep_special),
+        "imported from": metadata.imported_from,
+        **{key.replace("_", " "): value for key, value in identity.get("training", {}).items()},
+        **{f"version of {name}": value for name, value in run.get("versions", {}).items()},
+    }
+    rows = [f"- {name}: {_text(value)}" for name, value in facts.items() if value is not None]
+    return ["## Data and training", "", *(rows or ["Not recorded."]), ""]
+
+
+def _snapshot_table(crosscoder: Crosscoder, evaluation: Frame | None) -> list[str]:
+    recorded = crosscoder.cfg.metadata.snapshots or [{"label": label} for label in crosscoder.cfg.snapshot_labels]
+    shown = [name for name in _COLUMNS if evaluation is not None and name in evaluation]
+    head = ["snapshot", "step", "tokens", *(_COLUMNS[name][0] for name in shown)]
+    lines = ["## Snapshots", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for s, row in enumerate(recorded):
+        cells = [_text(row["label"]), *("" if row.get(key) is None else f"{row[key]:,}" for key in ("step", "tokens"))]
+        for name in shown:
+            value = float(evaluation[name].iloc[s])  # type: ignore[index]
+            cells.append(format(value, _COLUMNS[name][1]) if math.isfinite(value) else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    if shown:
+        lines += [
+            "",
+            "Measured on held-out tokens; CE and KL are of the model whose hook point holds the reconstruction.",
+        ]
+    return [*lines, ""]
+
+
+def _text(value: object) -> str:
+    """A value in one line of Markdown, in which nothing is markup."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", line)[:400] if line else "-"
+
+
+def _short(label: str) -> str:
+    line = " ".join(label.split())
+    return line if len(line) <= 16 else line[:15] + "…"
+
+
+def _last(path: str) -> str:
+    name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+    return name or "a local path"
+
+
+def _split(order: Sequence[int], n: int) -> list[list[int]]:
+    count = min(n, len(order))
+    edges = [round(b * len(order) / count) for b in range(count + 1)] if count else []
+    return [list(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _colour(value: float) -> str:
+    place = min(max(value, 0.0), 1.0) * (len(_COLOURS) - 1)
+    low = min(int(place), len(_COLOURS) - 2)
+    ends = [[int(_COLOURS[low + side][i : i + 2], 16) for i in (1, 3, 5)] for side in (0, 1)]
+    return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in zip(*ends, strict=True))

@@ -1,0 +1,322 @@
+"""Releases by name: which crosscoders there are, where they lie, of which snapshots, and how good they should be.
+
+A registry is a YAML file in the style of SAELens's `pretrained_saes.yaml`. That of the package is read first, then
+those in the environment variable CROSSLENS_REGISTRY (paths separated as in PATH), then those given to
+`register_release`.
+
+    name-of-the-release:
+      model: pythia-160m                  # as in tables
+      repo_id: someone/repository         # on the hub; or folder: path, beside the registry
+      revision: v1                        # of the repository; the main branch when left out
+      conversion_func: openmoss           # a layout of crosslens.sharing.importers; crosslens's own when left out
+      licence: MIT
+      dataset: what it was trained on
+      snapshots:                          # folder: path; or
+        repo_id: EleutherAI/pythia-160m
+        revisions: [step0, step1000]      # and perhaps steps, tokens, labels
+      saes:
+      - id: blocks.6.hook_resid_post      # what from_pretrained is given
+        path: blocks.6.hook_resid_post    # folder in the repository
+        hook_name: blocks.6.hook_resid_post
+        variance_explained: 0.91          # what to expect on held-out tokens, as l0
+        l0: 64.2
+        config: {architecture: batchtopk_crosscoder, d_sae: 98304, n_snapshots: 32}
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosslens.crosscoders.inspection import check_inside, inside, read_yaml
+from crosslens.errors import UserError, did_you_mean, shortened
+from crosslens.sharing.importers import LAYOUTS
+from crosslens.sharing.repositories import check_repository, check_revision
+from crosslens.snapshots.collection import Snapshots
+
+EMBEDDED = Path(__file__).parent / "pretrained.yaml"
+VARIABLE = "CROSSLENS_REGISTRY"
+
+_RELEASE_KEYS = {
+    "model": str,
+    "repo_id": str,
+    "folder": str,
+    "revision": str,
+    "conversion_func": str,
+    "licence": str,
+    "dataset": str,
+    "snapshots": dict,
+    "saes": list,
+}
+_ENTRY_KEYS = {
+    "id": str,
+    "path": str,
+    "hook_name": str,
+    "variance_explained": (int, float),
+    "l0": (int, float),
+    "config": dict,
+    "neuronpedia": str,
+}
+_SNAPSHOT_KEYS = {"folder": str, "repo_id": str, "revisions": list, "steps": list, "tokens": list, "labels": list}
+_registered: dict[str, Release] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One crosscoder of a release.
+
+    Attributes:
+        id: what `from_pretrained` is given.
+        path: its folder in the repository or below the release's folder.
+        hook_name: TransformerLens's name of the hook point.
+        variance_explained: expected on held-out tokens, mean over snapshots; None where it is not known.
+        l0: expected number of active features a token; None where it is not known.
+        config: values that its cfg.json must have.
+    """
+
+    id: str
+    path: str
+    hook_name: str | None = None
+    variance_explained: float | None = None
+    l0: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Release:
+    """Crosscoders that belong together.
+
+    Attributes:
+        name: of the release.
+        model: whose snapshots.
+        repo_id: repository on the hub; None for a folder.
+        folder: local folder; None for a repository.
+        revision: of the repository.
+        layout: another than crosslens's own, to be converted; None is crosslens's own.
+        licence: of the weights.
+        dataset: what they were trained on.
+        snapshots: where the snapshots are.
+        entries: by id.
+    """
+
+    name: str
+    model: str
+    repo_id: str | None
+    folder: Path | None
+    revision: str | None
+    layout: str | None
+    licence: str | None
+    dataset: str | None
+    snapshots: Mapping[str, Any] | None
+    entries: Mapping[str, Entry]
+
+    def entry(self, sae_id: str) -> Entry:
+        """The crosscoder of this id.
+
+        Raises:
+            UserError: there is none.
+        """
+        if sae_id not in self.entries:
+            raise UserError(
+                f"release {self.name!r} has no {shortened(sae_id)!r}: it has {', '.join(self.entries)}"
+                f"{did_you_mean(sae_id, self.entries)}"
+            )
+        return self.entries[sae_id]
+
+
+def register_release(path: str | Path) -> list[str]:
+    """Add the releases of a YAML file, for this process; `CROSSLENS_REGISTRY` adds them to every one.
+
+    Args:
+        path: in the schema that this module's docstring shows; folders in it are relative to the file.
+
+    Returns:
+        Names of the releases in the file.
+
+    Raises:
+        UserError: the file is no registry, or a release of the same name is another.
+    """
+    found = read_registry(Path(path))
+    _registered.update(_new(_registered | _listed(), found, Path(path)))
+    return list(found)
+
+
+def list_releases() -> dict[str, Release]:
+    """All releases by name: the package's, those of `CROSSLENS_REGISTRY`, and those registered.
+
+    Raises:
+        UserError: a file of `CROSSLENS_REGISTRY` is no registry.
+    """
+    return _listed() | _registered
+
+
+def load_snapshots(release: str) -> Snapshots:
+    """The snapshots that the crosscoders of a release were trained on.
+
+    Args:
+        release: name of a release, see `crosslens ls releases`.
+
+    Raises:
+        UserError: no such release, or it does not say where its snapshots are.
+    """
+    found = find_release(release)
+    where = found.snapshots
+    if where is None:
+        raise UserError(f"release {release!r} does not say where its snapshots are: see {found.model}")
+    if "folder" in where:
+        return Snapshots.local(where["folder"])
+    named = {key: where[key] for key in ("steps", "tokens", "labels") if key in where}
+    return Snapshots.from_hub(where["repo_id"], where["revisions"], **named)
+
+
+def find_release(name: str) -> Release:
+    """The release of a name.
+
+    Raises:
+        UserError: there is none.
+    """
+    releases = list_releases()
+    if name not in releases:
+        raise UserError(
+            f"there is no release {shortened(name)!r}: there are {', '.join(releases)}{did_you_mean(name, releases)}"
+        )
+    return releases[name]
+
+
+def describe_releases(name: str | None = None) -> list[str]:
+    """Lines for `crosslens ls releases`, or for one of them."""
+    if name is None:
+        return [
+            f"{release.name}: {release.model}, {len(release.entries)} crosscoder{'s' * (len(release.entries) > 1)}, "
+            f"{_place(release)}"
+            for release in list_releases().values()
+        ]
+    release = find_release(name)
+    lines = [f"{release.name}: {release.model}, {_place(release)}"]
+    lines += [f"{what}: {said}" for what, said in (("licence", release.licence), ("data", release.dataset)) if said]
+    for entry in release.entries.values():
+        facts = [f"hook {entry.hook_name}"] if entry.hook_name else []
+        facts += [f"{key} {value}" for key, value in entry.config.items()]
+        if entry.variance_explained is not None:
+            facts.append(f"explained variance {entry.variance_explained:.3f}")
+        if entry.l0 is not None:
+            facts.append(f"L0 {entry.l0:.1f}")
+        lines.append(f"  {entry.id}: {', '.join(facts)}")
+    return lines
+
+
+def read_registry(path: Path) -> dict[str, Release]:
+    """The releases of one file.
+
+    Raises:
+        UserError: it is no registry; file, release and key are named.
+    """
+    path = path.expanduser()
+    return {str(name): _release(path, name, value) for name, value in read_yaml(path, "registry of releases").items()}
+
+
+def _listed() -> dict[str, Release]:
+    releases = dict(_read_once(EMBEDDED, EMBEDDED.stat().st_mtime_ns))
+    for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"{VARIABLE} names {path}, which is no file: correct or unset it")
+        releases |= _new(releases, _read_once(path, path.stat().st_mtime_ns), path)
+    return releases
+
+
+@functools.cache
+def _read_once(path: Path, changed: int) -> dict[str, Release]:
+    del changed  # part of the key of the cache
+    return read_registry(path)
+
+
+def _new(known: Mapping[str, Release], found: dict[str, Release], path: Path) -> dict[str, Release]:
+    """`found`, where nothing of it contradicts what is known."""
+    for name, release in found.items():
+        if known.get(name, release) != release:
+            raise UserError(f"{path} has a release {name!r}, which there is already, and another: rename it")
+    return found
+
+
+def _release(path: Path, name: Any, value: Any) -> Release:
+    where = f"{path}: release {shortened(name)!r}"
+    if not isinstance(name, str) or not check_inside(name, f"{path}: release") or "/" in name:
+        raise UserError(f"{where} must have a name without '/', which is for repositories")
+    _check_keys(where, value, _RELEASE_KEYS, ("model", "saes"))
+    if ("repo_id" in value) == ("folder" in value):
+        raise UserError(f"{where} must have either a repo_id, on the hub, or a folder, beside the file")
+    if value.get("conversion_func") not in (None, *LAYOUTS):
+        raise UserError(f"{where}: conversion_func {value['conversion_func']!r} is not one of {', '.join(LAYOUTS)}")
+    entries = [_entry(where, sae) for sae in value["saes"]]
+    ids = [entry.id for entry in entries]
+    if not ids or len(set(ids)) < len(ids):
+        raise UserError(f"{where} must list one crosscoder or more under saes, each with an id of its own")
+    return Release(
+        name=name,
+        model=value["model"],
+        repo_id=check_repository(value["repo_id"]) if "repo_id" in value else None,
+        folder=inside(path.parent, value["folder"], f"{where}: folder") if "folder" in value else None,
+        revision=check_revision(value.get("revision")),
+        layout=value.get("conversion_func"),
+        licence=value.get("licence"),
+        dataset=value.get("dataset"),
+        snapshots=_snapshots(path, where, value.get("snapshots")),
+        entries=dict(zip(ids, entries, strict=True)),
+    )
+
+
+def _entry(where: str, value: Any) -> Entry:
+    where = f"{where}, saes"
+    _check_keys(where, value, _ENTRY_KEYS, ("id", "path"))
+    check_inside(value["path"], f"{where}: path")
+    if not all(isinstance(key, str) for key in value.get("config", {})):
+        raise UserError(f"{where}: the keys of config are names of its values, such as d_sae")
+    for key in ("variance_explained", "l0"):
+        if key in value and not math.isfinite(value[key]):
+            raise UserError(f"{where}: {key}={value[key]} is no number")
+    return Entry(**{key: entry for key, entry in value.items() if key != "neuronpedia"})
+
+
+def _snapshots(path: Path, where: str, value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    where = f"{where}, snapshots"
+    _check_keys(where, value, _SNAPSHOT_KEYS, ())
+    if "folder" in value:
+        return {"folder": inside(path.parent, value["folder"], f"{where}: folder")}
+    if not ("repo_id" in value and value.get("revisions")):
+        raise UserError(f"{where} must have a folder, or a repo_id and its revisions")
+    check_repository(value["repo_id"])
+    kinds: dict[str, type] = {"revisions": str, "labels": str, "steps": int, "tokens": int}
+    for key, kind in kinds.items():
+        values = value.get(key, [])
+        if any(type(item) is not kind for item in values) or (key in value and len(values) != len(value["revisions"])):
+            raise UserError(f"{where}: {key} must list a {kind.__name__} for each revision")
+    for revision in value["revisions"]:
+        check_revision(revision)
+    return dict(value)
+
+
+def _check_keys(where: str, value: Any, known: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is a {type(value).__name__}, where a mapping is needed")
+    for key in needed:
+        if key not in value:
+            raise UserError(f"{where} lacks {key}")
+    for key, item in value.items():
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {shortened(key)!r}{did_you_mean(key, known)}")
+        if isinstance(item, bool) or not isinstance(item, known[key]):
+            raise UserError(f"{where}: {key}={shortened(repr(item))} is of a wrong type ({type(item).__name__})")
+
+
+def _place(release: Release) -> str:
+    if release.repo_id is None:
+        return "in this package" if release.folder and EMBEDDED.parent in release.folder.parents else "local"
+    return release.repo_id + (f" at {release.revision}" if release.revision else "")

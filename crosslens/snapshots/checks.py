@@ -1,0 +1,107 @@
+"""What snapshots must have in common for a comparison across them to mean anything, and what each must have alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from crosslens.errors import UserError, shortened
+from crosslens.snapshots.snapshot import Snapshot, hash_files, tokenizer_files
+
+# the first are asked for by name, for what they are called; the others need no name of their own
+_NAMED = {"hidden_size": "width", "num_hidden_layers": "depth", "model_type": "architecture"}
+# what a release of transformers, the way of training or of generating text writes: the same model computes the same
+_IRRELEVANT = {
+    *("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "return_dict"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "is_decoder"),
+    *("attention_dropout", "hidden_dropout", "classifier_dropout", "slow_but_exact", "output_attentions"),
+    *("output_hidden_states", "chunk_size_feed_forward", "problem_type", "id2label", "label2id"),
+}
+
+
+def check_configs(snapshots: Sequence[Snapshot]) -> None:
+    """Refuse two snapshots in one folder, and configurations that make different computations.
+
+    Raises:
+        UserError: names both snapshots, the entry and its two values.
+    """
+    check_distinct([s.label for s in snapshots], [str(s.folder().resolve()) for s in snapshots])
+    first, ours = snapshots[0], snapshots[0].config()
+    for snapshot in list(snapshots)[1:]:
+        theirs = snapshot.config()
+        for key, what in _NAMED.items():
+            _compare(first, snapshot, what, getattr(ours, key), getattr(theirs, key))
+        one, other = _entries(ours), _entries(theirs)
+        for key in sorted(one.keys() | other.keys()):
+            _compare(first, snapshot, f"{key} of their configuration", one.get(key), other.get(key))
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    # entries that transformers does not know are of older releases, and change nothing
+    known = type(config)().to_dict().keys() - _IRRELEVANT
+    return {key: value for key, value in config.to_dict().items() if key in known}
+
+
+def _compare(first: Snapshot, second: Snapshot, what: str, ours: object, theirs: object) -> None:
+    if ours != theirs:
+        raise UserError(
+            f"snapshots {first.label!r} and {second.label!r} differ in {what}, {shortened(ours)} and "
+            f"{shortened(theirs)}: take snapshots of one pretraining run"
+        )
+
+
+def check_tokenizers(snapshots: Sequence[Snapshot], tokenizer: PreTrainedTokenizerBase, n_embedded: int) -> None:
+    """Refuse tokenizers of different vocabulary, and one that is larger than the models' embedding.
+
+    Tokenizers of different files may still have one vocabulary: only those are loaded and compared.
+
+    Raises:
+        UserError: names two snapshots, or both sizes.
+    """
+    if len(tokenizer) > n_embedded:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {n_embedded}: give the tokenizer that the model was "
+            "trained with"
+        )
+    vocabulary = tokenizer.get_vocab()
+    seen: set[str] = set()
+    for snapshot in snapshots:
+        files = hash_files(tokenizer_files(snapshot.tokenizer_source()))
+        if files not in seen and snapshot.read_tokenizer().get_vocab() != vocabulary:
+            raise UserError(
+                f"snapshots {snapshots[0].label!r} and {snapshot.label!r} have tokenizers of different vocabulary: "
+                "take snapshots of one pretraining run"
+            )
+        seen.add(files)
+
+
+def check_distinct(labels: Sequence[str], identities: Sequence[str]) -> None:
+    """Refuse two snapshots of one identity.
+
+    Raises:
+        UserError: names both.
+    """
+    first: dict[str, str] = {}
+    for label, identity in zip(labels, identities, strict=True):
+        if identity in first:
+            raise UserError(
+                f"snapshots {first[identity]!r} and {label!r} have equal weights: leave one of them out, or check that "
+                "each folder or revision holds its own checkpoint"
+            )
+        first[identity] = label
+
+
+def check_dtypes(snapshots: Sequence[Snapshot]) -> None:
+    """Refuse weights that were rounded differently: what they differ by would look like training.
+
+    Weights that are no longer on this disk have been compared before, and are left out.
+
+    Raises:
+        UserError: names two snapshots and both types.
+    """
+    there = [snapshot for snapshot in snapshots if snapshot.is_on_disk()]
+    kinds = [str(snapshot.stored_dtype).removeprefix("torch.") for snapshot in there]
+    for snapshot, kind in zip(there, kinds, strict=True):
+        _compare(there[0], snapshot, "the type of their weights", kinds[0], kind)

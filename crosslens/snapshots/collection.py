@@ -1,0 +1,378 @@
+"""Snapshots: the checkpoints of one pretraining run, in the order of training.
+
+`Snapshots` is a sequence of `Snapshot`s that come from local folders, from revisions on the Hugging Face hub, or from
+the demo. `check` refuses what would make a comparison across them void: equal weights, different tokenizers, widths or
+depths. `model` loads one and keeps it where memory allows. `to_dict` and `from_dict` are the recipe of the collection.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from crosslens.errors import UserError
+from crosslens.snapshots import families
+from crosslens.snapshots.checks import check_configs, check_distinct, check_dtypes, check_tokenizers
+from crosslens.snapshots.folders import read_run
+from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
+from crosslens.snapshots.hub import list_revisions
+from crosslens.snapshots.snapshot import LanguageModel, Snapshot
+
+if TYPE_CHECKING:
+    import crosslens.synthetic.pretraining
+
+__all__ = ["Snapshot", "Snapshots", "canonical_hook", "hook_layer"]
+
+_FORMAT = 1
+KEEP_BYTES = 2 * 2**30
+"""Models are kept in memory when all of them together take at most so much."""
+
+
+def _n_bytes(model: LanguageModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _cache_folder() -> Path:
+    if ours := os.environ.get("CROSSLENS_CACHE"):
+        return Path(ours).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crosslens"
+
+
+class Snapshots(Sequence[Snapshot]):
+    """Checkpoints of one pretraining run, in the order of training. Indexing by a slice or a list gives `Snapshots`.
+
+    Args:
+        snapshots: one or more, with labels of their own.
+        name: of the model, for titles and records.
+        demo: arguments of `demo`, where it made them; kept in `to_dict`.
+
+    Raises:
+        UserError: none, or two of one label.
+    """
+
+    def __init__(self, snapshots: Sequence[Snapshot], name: str, demo: Mapping[str, Any] | None = None) -> None:
+        self._snapshots = tuple(snapshots)
+        self.name = name
+        self._demo = demo
+        self._models: dict[tuple[int, str, torch.dtype, str, int | None], LanguageModel] = {}
+        if not self._snapshots:
+            raise UserError(f"{name} without snapshots: give one or more")
+        labels = self.labels
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise UserError(f"two snapshots bear the label {twice!r}: give each a label of its own")
+
+    @classmethod
+    def local(cls, folder: str | Path) -> Snapshots:
+        """Snapshots in the sub-folders of `folder`, each in the layout of transformers.
+
+        The sub-folders are `step0`, `step1000`, ..., taken by step; or any, where `snapshots.json` lists them in order:
+        `{"snapshots": [{"label": "start", "path": "a", "step": 0, "tokens": 0}, ...]}` (step and tokens may be absent).
+        The tokenizer lies in each of them, in `tokenizer`, or in the folder itself.
+
+        Raises:
+            UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
+        """
+        name, snapshots = read_run(Path(folder).expanduser().resolve())
+        return cls(snapshots, name)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo: str,
+        revisions: Sequence[str],
+        *,
+        steps: Sequence[int | None] | None = None,
+        tokens: Sequence[int | None] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> Snapshots:
+        """Revisions of a repository on the hub; nothing is downloaded yet.
+
+        Args:
+            repo: such as `EleutherAI/pythia-14m`.
+            revisions: branches, tags or commits, in the order of training.
+            steps: optimiser steps of each, where known.
+            tokens: tokens seen by each, where known.
+            labels: names of the snapshots; the revisions by default.
+
+        Raises:
+            UserError: lists of different lengths, or a repository that is the name of a local folder.
+        """
+        if isinstance(revisions, str):
+            raise UserError(f"revisions={revisions!r} is one string: give a list, such as [{revisions!r}]")
+        for key, values in (("steps", steps), ("tokens", tokens), ("labels", labels)):
+            if values is not None and len(values) != len(revisions):
+                raise UserError(f"{len(values)} {key} for {len(revisions)} revisions: give one for each")
+        unknown: list[None] = [None] * len(revisions)
+        rows = zip(labels or revisions, steps or unknown, tokens or unknown, revisions, strict=True)
+        return cls(
+            [Snapshot(label, step, seen, repo, revision) for label, step, seen, revision in rows],
+            repo.rsplit("/", 1)[-1],
+        )
+
+    @classmethod
+    def pythia(cls, size: str, steps: str | Sequence[int | str] = "paper") -> Snapshots:
+        """Pythia's checkpoints, such as `Snapshots.pythia("160m", steps=[0, 512, 143_000])`.
+
+        Args:
+            size: 14m, 31m, 70m, 160m, 410m, 1b, 1.4b, 2.8b, 6.9b or 12b, also with `-deduped`.
+            steps: steps of the 154 that exist; "paper" for the 32 of Ge et al. (arXiv 2509.17196), "triplet" for the
+                three of Bayazit et al. (arXiv 2509.05291), "log:12" or "linear:12" for evenly spaced ones, "all".
+
+        Raises:
+            UserError: a size or step that does not exist.
+        """
+        return cls.from_model(families.find_model("pythia", size), steps)
+
+    @classmethod
+    def olmo(
+        cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
+    ) -> Snapshots:
+        """OLMo's checkpoints (1b, 1b-0724, 7b, 7b-0724), such as `Snapshots.olmo("1b-0724", steps="log:12")`.
+
+        Args:
+            size: as it is written above.
+            steps: steps on the hub's list; "log:8" or "linear:8" for evenly spaced ones, "all"; for 1b-0724 "triplet",
+                the three of Bayazit et al. (arXiv 2509.05291).
+            revisions: instead of steps, such as `["step1000-tokens2B"]`; they need no list.
+
+        Raises:
+            UserError: a size, step or revision that does not exist, or steps without a connection to the hub.
+        """
+        return cls.from_model(families.find_model("olmo", size), steps if revisions is None else revisions)
+
+    @classmethod
+    def olmo2(
+        cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
+    ) -> Snapshots:
+        """OLMo 2's checkpoints (1b, 7b, 13b); steps are of stage 1, `steps="stage2-ingredient1"` of one of stage 2.
+
+        Arguments and errors as in `olmo`, but that no size has a "triplet".
+        """
+        return cls.from_model(families.find_model("olmo2", size), steps if revisions is None else revisions)
+
+    @classmethod
+    def bloom(
+        cls, size: str, steps: str | Sequence[int | str] = "all", *, revisions: Sequence[str] | None = None
+    ) -> Snapshots:
+        """BLOOM's checkpoints (560m, 1b1, 1b7, 3b, 7b1), with the tokenizer of the final model's repository.
+
+        Arguments and errors as in `olmo`, but that "triplet" is of 1b1.
+        """
+        return cls.from_model(families.find_model("bloom", size), steps if revisions is None else revisions)
+
+    @classmethod
+    def from_model(cls, model: families.Model, steps: str | Sequence[int | str] = "all") -> Snapshots:
+        """Checkpoints of a model of the table, or of any repository through `families.pattern_model`.
+
+        Args:
+            model: what `families.find_model` or `families.pattern_model` gives.
+            steps: steps or revisions, or a set: "all", "paper", "log:12", "linear:12", ...
+
+        Raises:
+            UserError: a step or set that does not exist; the nearest that do are named.
+        """
+        rows = model.revisions(steps, lambda: list_revisions(model.repository))
+        return cls(
+            [
+                Snapshot(row.label, row.step, row.tokens, model.repository, row.revision, None, model.tokenizer)
+                for row in rows
+            ],
+            model.repository.rsplit("/", 1)[-1],
+        )
+
+    @classmethod
+    def demo(
+        cls,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        *,
+        config: crosslens.synthetic.pretraining.PretrainingConfig | None = None,
+    ) -> Snapshots:
+        """The demo's snapshots: a tiny model that is pretrained here, in about a minute, and kept for the next time.
+
+        Args:
+            seed: of initial weights and data.
+            folder: where it is kept; by default in the user's cache ($CROSSLENS_CACHE, else $XDG_CACHE_HOME/crosslens,
+                else ~/.cache/crosslens), where a damaged or outdated one is made again.
+            config: another recipe than the default.
+
+        Raises:
+            UserError: `folder` holds something else.
+        """
+        # imported late: it takes seconds, and most collections are not the demo's
+        from crosslens.synthetic.pretraining import pretrain_demo
+
+        variant = "" if config is None else "-" + hashlib.sha256(repr(config).encode()).hexdigest()[:12]
+        target = Path(folder) if folder is not None else _cache_folder() / f"demo-seed{seed}{variant}"
+        snapshots = cls.local(pretrain_demo(target, seed, config=config, overwrite=folder is None))
+        again = {"seed": seed, "folder": None if folder is None else str(target.resolve())}
+        return cls(snapshots, snapshots.name, again if config is None else None)
+
+    @classmethod
+    def from_dict(cls, recipe: Mapping[str, Any]) -> Snapshots:
+        """The collection whose `to_dict` gave `recipe`. The demo's is pretrained again where it is gone.
+
+        Raises:
+            UserError: not such a dictionary.
+        """
+        try:
+            if recipe["format"] != _FORMAT:
+                raise ValueError(f"format {recipe['format']!r}, where this release reads {_FORMAT}")
+            rows, demo, name = [Snapshot(**row) for row in recipe["snapshots"]], recipe.get("demo"), recipe["name"]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"not a recipe of snapshots ({error}): give what Snapshots.to_dict returned") from error
+        if demo is None:
+            return cls(rows, name)
+        whole = cls.demo(**demo)
+        if unknown := [row.label for row in rows if row.label not in whole.labels]:
+            raise UserError(f"the demo has no snapshot {unknown[0]!r}: it has {', '.join(whole.labels)}")
+        return whole[[whole.labels.index(row.label) for row in rows]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A recipe for `from_dict`, in types of JSON."""
+        recipe: dict[str, Any] = {"format": _FORMAT, "name": self.name, "snapshots": [asdict(s) for s in self]}
+        return recipe if self._demo is None else {**recipe, "demo": dict(self._demo)}
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Snapshot: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int]) -> Snapshots: ...
+    def __getitem__(self, index: SupportsIndex | slice | Sequence[int]) -> Snapshot | Snapshots:
+        if isinstance(index, SupportsIndex):
+            return self._snapshots[operator.index(index)]
+        chosen = self._snapshots[index] if isinstance(index, slice) else [self._snapshots[i] for i in index]
+        return Snapshots(chosen, self.name, self._demo)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Snapshots) and (self.name, self._snapshots) == (other.name, other._snapshots)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self._snapshots))
+
+    def __repr__(self) -> str:
+        labels = self.labels[:1] if len(self) == 1 else [self.labels[0], self.labels[-1]]
+        return f"Snapshots({self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}, {' ... '.join(labels)})"
+
+    @property
+    def labels(self) -> list[str]:
+        """Names in tables and plots."""
+        return [s.label for s in self._snapshots]
+
+    @property
+    def steps(self) -> list[int | None]:
+        """Optimiser steps, where known."""
+        return [s.step for s in self._snapshots]
+
+    @property
+    def tokens(self) -> list[int | None]:
+        """Tokens seen in training, where known."""
+        return [s.tokens for s in self._snapshots]
+
+    def model(
+        self,
+        i: SupportsIndex,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "bridge",
+        n_blocks: int | None = None,
+    ) -> LanguageModel:
+        """The i-th snapshot's model, as `Snapshot.load` gives it, and the same object the next time.
+
+        All are kept when the weights of all snapshots together take at most 2 GiB, otherwise the last one only; whole
+        models and those of `n_blocks` apart. A caller that holds on to the model before keeps two in memory.
+
+        Args:
+            i: index of the snapshot.
+            device: where the model lives.
+            dtype: of its parameters.
+            backend: "bridge" or "hooked_transformer".
+            n_blocks: load the first blocks alone; all when None.
+
+        Raises:
+            UserError: an unknown backend, no CUDA, or files of the model that are missing or damaged.
+        """
+        place = range(len(self))[operator.index(i)]
+        key = (place, str(torch.device(device)), dtype, backend, n_blocks)
+        if key not in self._models:
+            # another thread may run the models of other depths meanwhile
+            alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
+            largest = max((_n_bytes(model) for model in alike.values()), default=0)
+            if largest * max(len(self), len(alike) + 1) > KEEP_BYTES:
+                for other in alike:
+                    del self._models[other]
+                alike.clear()
+                gc.collect()  # the hooks tie a model's parts into cycles
+            self._models[key] = self[place].load(device, dtype, backend, n_blocks)
+        return self._models[key]
+
+    def release(self) -> None:
+        """Let go of all models that are kept in memory."""
+        self._models.clear()
+        gc.collect()
+
+    def check(self, hook_name: str | None = None, *, weights: bool = True) -> None:
+        """Refuse what would make a comparison across the snapshots void.
+
+        Args:
+            hook_name: a hook point that all must have.
+            weights: also compare the weights, which downloads those that are not in the hub's cache yet.
+
+        Raises:
+            UserError: two snapshots of different configuration, vocabulary or stored type, or of equal weights, both
+                named; a hook point that does not exist.
+        """
+        if hook_name is not None:
+            check_hook(hook_name, self._config)
+        check_configs(self)
+        check_tokenizers(self, self.tokenizer, self._config.vocab_size)
+        if weights:
+            check_distinct(self.labels, self.fingerprints)
+            check_dtypes(self)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """sha256 of the weights of each."""
+        bar = tqdm(self._snapshots, desc="fingerprints", unit="snapshot", leave=False, delay=2)
+        return [s.fingerprint for s in bar]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The first snapshot's; `check` sees to it that the others have the same vocabulary."""
+        return self[0].read_tokenizer()
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        return self[0].config()
+
+    @property
+    def d_model(self) -> int:
+        """Width D of the residual stream."""
+        return int(self._config.hidden_size)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self._config.num_hidden_layers)
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest context, in tokens; 2048 where the config has none (ALiBi, such as BLOOM, trained on 2048)."""
+        keys = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+        return next((int(value) for key in keys if (value := getattr(self._config, key, None))), 2048)

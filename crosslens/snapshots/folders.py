@@ -1,0 +1,74 @@
+"""Local runs: a folder whose sub-folders are snapshots, found by their names or listed in a `snapshots.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from crosslens.errors import UserError
+from crosslens.snapshots.snapshot import Snapshot, tokenizer_files
+
+
+def read_run(root: Path) -> tuple[str, list[Snapshot]]:
+    """Name and snapshots of a local run, in the order of training.
+
+    Raises:
+        UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: give one with sub-folders step0, step1000, ...")
+    manifest = root / "snapshots.json"
+    name, rows = _read_manifest(manifest) if manifest.is_file() else (root.name, _step_folders(root))
+    snapshots: list[Snapshot] = []
+    for row in rows:
+        path = root / row["path"]
+        tokenizer = _local_tokenizer(path, root)
+        snapshots.append(Snapshot(row["label"], row["step"], row["tokens"], str(path), None, tokenizer))
+        snapshots[-1].folder()
+    return name, snapshots
+
+
+def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Name and rows (label, path, step, tokens) of a `snapshots.json`."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = [
+            {"label": row["label"], "path": row["path"], "step": row.get("step"), "tokens": row.get("tokens")}
+            for row in manifest["snapshots"]
+        ]
+        if not rows:
+            raise ValueError("it lists none")
+        for row in rows:
+            if not (isinstance(row["label"], str) and isinstance(row["path"], str)):
+                raise TypeError("label and path are strings")
+            if any(type(row[key]) not in (int, type(None)) for key in ("step", "tokens")):
+                raise TypeError("step and tokens are whole numbers")
+        return str(manifest.get("name", path.parent.name)), rows
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no manifest of snapshots ({type(error).__name__}: {error}): write "
+            '{"snapshots": [{"label": "start", "path": "folder", "step": 0, "tokens": 0}, ...]}'
+        ) from error
+
+
+def _step_folders(root: Path) -> list[dict[str, Any]]:
+    """Rows like a manifest's for the sub-folders `stepN`, by N."""
+    matches = [re.fullmatch(r"step(\d+)", path.name) for path in root.iterdir() if path.is_dir()]
+    found = sorted((int(match[1]), match[0]) for match in matches if match)
+    if not found:
+        hint = " (it holds a single model)" if (root / "config.json").is_file() else ""
+        raise UserError(
+            f"{root} has no sub-folders step0, step1000, ... and no snapshots.json{hint}: name the folders of the "
+            'snapshots after their steps, or list them in {"snapshots": [{"label": ..., "path": ...}, ...]}'
+        )
+    return [{"label": name, "path": name, "step": step, "tokens": None} for step, name in found]
+
+
+def _local_tokenizer(folder: Path, root: Path) -> str:
+    """The folder of the tokenizer of a local snapshot: its own, `tokenizer/` or the root."""
+    for candidate in (folder, root / "tokenizer", root):
+        if tokenizer_files(candidate):
+            return str(candidate)
+    raise UserError(f"there is no tokenizer in {folder}, {root / 'tokenizer'} or {root}: put one into any of them")

@@ -1,0 +1,372 @@
+"""A checkpoint of a model: where its weights lie, what they are, and how it is loaded.
+
+1. A checkpoint is a local folder, or a revision of a repository on the Hugging Face hub. A revision is first resolved
+   to the folder of its commit in the hub's cache; config, weights and tokenizer are read from that folder alone.
+   (Libraries ignore `revision=` for folders without a word: every snapshot would then have the same weights.)
+2. Its fingerprint is a checksum of the tensors themselves, not of the files.
+3. Loading gives a raw TransformerBridge (no compatibility mode, which would centre the weights), or a HookedTransformer
+   without weight processing. Both compute what the model computes in transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import threading
+import warnings
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from crosslens.errors import UserError, did_you_mean, first_line
+from crosslens.snapshots.hub import (
+    WEIGHTS,
+    evict,
+    hub_file,
+    hub_folder,
+    is_on_disk,
+    mark_download,
+    record_fingerprint,
+    recorded_fingerprint,
+    unreachable,
+)
+from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
+
+LanguageModel: TypeAlias = Any
+"""A TransformerBridge or a HookedTransformer; both have run_with_cache, run_with_hooks and stop_at_layer."""
+
+BACKENDS = ("bridge", "hooked_transformer")
+
+# one of the first makes a tokenizer, the others go with it
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZER_EXTRAS = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+_LOADING = threading.RLock()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer that lie in a folder; empty where they make none."""
+    found = [folder / name for name in _TOKENIZERS + _TOKENIZER_EXTRAS if (folder / name).is_file()]
+    return found if found and found[0].name in _TOKENIZERS else []
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """sha256 over names and contents of small files."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def cut_config(config: Any, n_blocks: int) -> None:
+    """Make a configuration of transformers that of the model's first blocks alone."""
+    config.num_hidden_layers = n_blocks
+    if getattr(config, "layer_types", None):  # one a block
+        config.layer_types = config.layer_types[:n_blocks]
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Hold back warnings, log lines and bars of the libraries that load models; afterwards all is as it was."""
+    # what is changed here belongs to the whole process: two threads that load must take turns
+    with _LOADING, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        logged = logging.root.manager.disable
+        bars, no_hub_bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+        warnings.simplefilter("ignore")
+        logging.disable(max(logged, logging.WARNING))
+        if bars:
+            transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()  # switches the hub's on as well
+                if no_hub_bars:
+                    disable_progress_bars()
+            logging.disable(logged)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One checkpoint of a pretraining run. Nothing is looked up before it is asked for.
+
+    Raises:
+        UserError: a revision of a local folder; and in every method a folder, repository, revision or file that is
+            missing or damaged. The message names the snapshot, the file and the remedy.
+    """
+
+    label: str
+    """Its name in tables and plots."""
+    step: int | None
+    """Optimiser steps taken, where known."""
+    tokens: int | None
+    """Tokens seen in training, where known."""
+    name: str
+    """Repository on the hub; a local folder in the layout of transformers where `revision` is None."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
+    tokenizer_folder: str | None = None
+    """Local folder of the tokenizer; None: it lies with the weights."""
+    tokenizer_repository: str | None = None
+    """Repository of the tokenizer; None: it lies with the weights."""
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and Path(self.name).is_dir():
+            raise self._error(
+                f"{self.name!r} is a local folder, which has no revision {self.revision!r}: use Snapshots.local, or "
+                "work where no folder bears the name of the repository"
+            )
+
+    def folder(self) -> Path:
+        """The local folder with config.json in it; of a repository, that of the commit in the hub's cache."""
+        if self.revision is not None:
+            try:
+                return hub_folder(self.name, self.revision)
+            except UserError as error:
+                raise self._error(str(error)) from error
+        folder = Path(self.name)
+        if not folder.is_dir():
+            raise self._error(f"there is no folder {folder}: check its path (a repository needs a revision: 'main')")
+        if not (folder / "config.json").is_file():
+            raise self._error(f"{folder} has no config.json: give a model in the layout of transformers")
+        return folder
+
+    def config(self) -> PretrainedConfig:
+        """The configuration, from config.json alone."""
+        folder = self.folder()
+        try:
+            with _quiet():
+                return AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise self._error(f"transformers cannot read {folder / 'config.json'}: {first_line(error)}") from error
+
+    def read_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer in `tokenizer_source`."""
+        folder = self.tokenizer_source()
+        try:
+            with _quiet():
+                return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise self._error(f"transformers cannot read the tokenizer in {folder}: {first_line(error)}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tensors, however they are split into files; computed once per process.
+
+        Of a commit on the hub whose weights are no longer on this disk, it is the one that was computed before.
+        """
+        if self.revision is not None and not self.is_on_disk():
+            known = recorded_fingerprint(self.name, self.folder().name)
+            if known is not None:
+                return known
+        files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self._weights())
+        try:
+            found = hash_tensors(files)
+        except DamagedFileError as error:
+            raise self._damaged(error.path) from error
+        if self.revision is not None and recorded_fingerprint(self.name, self.folder().name) != found:
+            record_fingerprint(self.name, self.folder().name, found)
+        return found
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type in which most numbers of the weights are stored."""
+        counts: dict[torch.dtype, int] = {}
+        try:
+            with contextlib.ExitStack() as stack:
+                for path in self._weights():
+                    for dtype, n in stored_dtypes(path, stack):
+                        counts[dtype] = counts.get(dtype, 0) + n
+        except DamagedFileError as error:
+            raise self._damaged(error.path) from error
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def is_on_disk(self) -> bool:
+        """Whether the weights are on this disk; downloads nothing."""
+        return self.revision is None or is_on_disk(self.name, self.revision)
+
+    def evict(self) -> int:
+        """Delete the weights from the hub's cache, and return the bytes that this freed.
+
+        A local folder stays, and so do weights that were in the cache before crosslens first wanted them.
+        """
+        return 0 if self.revision is None else evict(self.name, self.folder().name)
+
+    def tokenizer_source(self) -> Path:
+        """The folder of the tokenizer; the repository's main branch where the revision has none."""
+        if self.tokenizer_folder is not None:
+            return Path(self.tokenizer_folder)
+        if self.tokenizer_repository is not None:
+            return self._final().tokenizer_source()
+        if self._fetch_tokenizer():
+            return self.folder()
+        if self.revision not in (None, "main"):
+            with contextlib.suppress(UserError):  # not cached, say; the message below is about what was asked for
+                main = replace(self, revision="main")
+                if main._fetch_tokenizer():
+                    return main.folder()
+        remedy = "save one there with save_pretrained"
+        if self.revision is not None:
+            remedy = f"the repository has none, or {unreachable(self.name, self.revision)}"
+        raise self._error(f"there is no tokenizer in {self.folder()}: {remedy}")
+
+    def load(
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "bridge",
+        n_blocks: int | None = None,
+    ) -> LanguageModel:
+        """The model in evaluation mode, its parameters without gradients.
+
+        Args:
+            device: where it lives.
+            dtype: of its parameters.
+            backend: "bridge" for a raw TransformerBridge; "hooked_transformer" for a HookedTransformer without weight
+                processing, for hub repositories that TransformerLens knows by name.
+            n_blocks: load the first blocks alone; what lies above them is neither read nor in memory. Such a model
+                is good for activations, its logits mean nothing.
+        """
+        if backend not in BACKENDS:
+            raise self._error(
+                f"unknown backend {backend!r}: choose {' or '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
+            )
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise self._error(f"device={str(device)!r} needs CUDA, which is not available here: use device='cpu'")
+        official = self._official() if backend == "hooked_transformer" else self
+        tokenizer = self.read_tokenizer()
+        original = self._load_transformers(dtype, n_blocks)
+        # imported late: it takes seconds
+        from transformer_lens import HookedTransformer
+        from transformer_lens.model_bridge import TransformerBridge
+
+        if backend == "bridge":
+            with _quiet():
+                model: Any = TransformerBridge.boot_transformers(
+                    self.name, hf_model=original.to(device), tokenizer=tokenizer, device=str(device), dtype=dtype
+                )
+            return model.requires_grad_(False).eval()
+        try:
+            with _quiet():
+                # checkpoint_value= would look for weights of its own; revision= is for the config, read once more
+                model = HookedTransformer.from_pretrained_no_processing(
+                    official.name,
+                    hf_model=original,
+                    tokenizer=tokenizer,
+                    device=str(device),
+                    dtype=dtype,
+                    revision=official.folder().name,
+                    first_n_layers=n_blocks,
+                )
+        except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+            # it takes the sizes of some families from a list of its own
+            raise self._error(
+                f"HookedTransformer cannot load {self.name} as {official.name} ({first_line(error)}): use "
+                "backend='bridge'"
+            ) from error
+        return model.requires_grad_(False).eval()
+
+    def _load_transformers(self, dtype: torch.dtype, n_blocks: int | None) -> Any:
+        """The model of transformers on the CPU, with the attention that TransformerLens's hooks need."""
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        config: Any = self.config()
+        if n_blocks is not None:
+            cut_config(config, n_blocks)
+        try:
+            with contextlib.ExitStack() as stack:
+                for path in self._weights():
+                    open_weights(path, stack)
+            with _quiet():
+                model, report = from_pretrained(
+                    self.folder(), config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
+                )
+        except DamagedFileError as error:
+            raise self._damaged(error.path) from error
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise self._error(f"transformers cannot load {self.folder()}: {first_line(error)}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise self._error(
+                f"{self.folder()} lacks {len(missing)} tensors, such as {missing[0]}, which would be random numbers: "
+                "copy or convert the weights again"
+            )
+        return model
+
+    def _final(self) -> Snapshot:
+        """The repository of the tokenizer, as a checkpoint."""
+        assert self.tokenizer_repository is not None
+        return replace(self, name=self.tokenizer_repository, revision="main", tokenizer_repository=None)
+
+    def _official(self) -> Snapshot:
+        """The checkpoint by whose name TransformerLens knows the configuration: this one, or that of the tokenizer."""
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+
+        candidates: list[Snapshot] = [] if self.revision is None else [self]
+        if self.tokenizer_repository is not None:
+            candidates.append(self._final())
+        for candidate in candidates:
+            with contextlib.suppress(ValueError):
+                get_official_model_name(candidate.name)
+                return candidate
+        raise self._error(
+            f"HookedTransformer cannot load {self.name}, only hub repositories that TransformerLens knows by name: "
+            "use backend='bridge'"
+        )
+
+    def _file(self, filename: str) -> Path | None:
+        """A file beside the config, downloaded at need; None where there is none."""
+        if self.revision is not None:
+            return hub_file(self.name, self.folder().name, filename)
+        path = self.folder() / filename
+        return path if path.is_file() else None
+
+    def _fetch_tokenizer(self) -> bool:
+        """Whether the checkpoint has a tokenizer; its files are in the folder afterwards."""
+        if not any(self._file(name) for name in _TOKENIZERS):
+            return False
+        for name in _TOKENIZER_EXTRAS:
+            self._file(name)
+        return True
+
+    def _weights(self) -> list[Path]:
+        """The files of the weights, chosen as transformers chooses them."""
+        if not self.is_on_disk():
+            mark_download(self.name, self.folder().name)
+        for filename in WEIGHTS:
+            if single := self._file(filename):
+                return [single]
+            if index := self._file(f"{filename}.index.json"):
+                try:
+                    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise self._damaged(index) from error
+                shards = [self._file(name) for name in names]
+                if None in shards:
+                    raise self._absent(names[shards.index(None)])
+                return [shard for shard in shards if shard]
+        raise self._absent("model.safetensors or pytorch_model.bin")
+
+    def _absent(self, what: str) -> UserError:
+        remedy = "copy the weights there"
+        if self.revision is not None:
+            remedy = f"the repository has none, or {unreachable(self.name, self.revision)}"
+        return self._error(f"there is no {what} in {self.folder()}: {remedy}")
+
+    def _damaged(self, path: Path) -> UserError:
+        remedy = "copy it again, or leave this snapshot out"
+        if self.revision is not None:
+            remedy = f"run `hf download {self.name} --revision {self.revision} --force-download`"
+        return self._error(f"{path} is truncated, damaged or no file of weights: {remedy}")
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"snapshot {self.label!r}: {message}")

@@ -1,0 +1,280 @@
+"""Pretrain the demo's model: a tiny GPT-NeoX that learns number agreement on two cores in about a minute.
+
+1. Documents of `grammar` become rows of word ids: each row begins with `<|endoftext|>` and a new document, is
+   filled with further documents, each behind the same token, and is cut at the context size. Every row is used once.
+2. A `GPTNeoXForCausalLM` is trained on them by AdamW, with a linear warmup and a cosine decay.
+3. The weights at `snapshot_steps` are written as folders `step{N}` in the layout of transformers, beside `tokenizer/`
+   and the manifest `snapshots.json`, which holds the recipe and a checksum of every file.
+
+Everything is written under a temporary name that is renamed at the end: a folder of the final name is whole. The same
+seed gives the same bytes on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from crosslens.errors import UserError
+from crosslens.synthetic import grammar
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unknown|>"
+
+_FORMAT = 1
+_MANIFEST = "snapshots.json"
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """The recipe of the demo's model. The defaults were chosen by measurement.
+
+    Raises:
+        UserError: a number out of range, heads that do not split the width, steps that do not rise to the last one.
+    """
+
+    n_layers: int = 3
+    """Number of blocks: three, so that the middle one has attention below and above it."""
+    d_model: int = 128
+    """D, the width of the residual stream."""
+    n_heads: int = 4
+    """Attention heads; divides `d_model`."""
+    d_mlp: int = 512
+    """Width of the hidden layer of the MLPs."""
+    context_size: int = 48
+    """Length of a row in tokens, the leading `<|endoftext|>` included."""
+    batch_size: int = 32
+    """Rows, sequences of tokens, per step."""
+    n_steps: int = 640
+    """Optimiser steps."""
+    lr: float = 3e-3
+    """Highest learning rate, reached at the end of the warmup."""
+    warmup_steps: int = 30
+    """Optimiser steps over which the learning rate rises linearly."""
+    final_lr_fraction: float = 0.05
+    """The learning rate of the last step as a share of `lr`."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on every parameter."""
+    snapshot_steps: tuple[int, ...] = (0, 48, 96, 128, 176, 224, 272, 336, 448, 640)
+    """Optimiser steps after which the weights are kept, rising; the last is `n_steps`."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "d_mlp", "batch_size", "n_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is too small: choose 1 or more")
+        if self.context_size < 2:
+            raise UserError(f"context_size={self.context_size} leaves nothing to predict: choose 2 or more")
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise UserError(
+                f"d_model={self.d_model} does not split into {self.n_heads} heads of even width: "
+                f"choose a multiple of {2 * self.n_heads}"
+            )
+        if not 0 <= self.warmup_steps <= self.n_steps:
+            raise UserError(f"warmup_steps={self.warmup_steps} is outside 0 to n_steps={self.n_steps}")
+        if not self.lr > 0:
+            raise UserError(f"lr={self.lr} does not train: choose a number above 0")
+        steps = self.snapshot_steps
+        if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0 or steps[-1] != self.n_steps:
+            raise UserError(f"snapshot_steps={steps} must rise from 0 or more to n_steps={self.n_steps}")
+
+
+def demo_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per word of the demo's language, words being what blanks separate.
+
+    Id 0 is `<|endoftext|>` (beginning, end and padding), id 1 stands for words outside the language.
+    """
+    ids = {word: index for index, word in enumerate([END_OF_TEXT, UNKNOWN, *grammar.vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        unk_token=UNKNOWN,
+    )
+
+
+def demo_is_intact(folder: str | Path, seed: int = 0, config: PretrainingConfig | None = None) -> bool:
+    """Whether `folder` holds what `pretrain_demo` would write for this seed and recipe, every file with its checksum.
+
+    False, never an error, for a folder that is absent, damaged, or of another recipe, seed, language or format.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, str] = manifest["files"]
+        if any(manifest[key] != value for key, value in _recipe(seed, config or PretrainingConfig()).items()):
+            return False
+        return all(_sha256(folder / name) == checksum for name, checksum in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def pretrain_demo(
+    folder: str | Path,
+    seed: int = 0,
+    *,
+    config: PretrainingConfig | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Pretrain the demo's model into `folder` and return the folder.
+
+    `folder/step{N}/` is a model for `from_pretrained`, `folder/tokenizer/` its tokenizer, `folder/snapshots.json` the
+    manifest: `snapshots` (label, path, step, tokens seen), `seed`, `config`, `files` (sha256 of each).
+
+    A folder that is intact for this seed and recipe is returned as it is. Any other folder with something in it raises
+    `UserError`, unless `overwrite`; it is then replaced, after the training. `config=None` is the default recipe.
+    """
+    config = config or PretrainingConfig()
+    folder = Path(folder)
+    if demo_is_intact(folder, seed, config):
+        return folder
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and is not the demo of seed {seed} with this recipe: "
+            "choose another folder, or pass overwrite=True"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    whole = folder.resolve()  # "." has no name
+    partial = whole.with_name(f".{whole.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our id
+    try:
+        _write_demo(partial, seed, config, progress)
+        if overwrite and folder.exists() and not demo_is_intact(folder, seed, config):
+            shutil.rmtree(folder)
+        try:
+            partial.rename(whole)
+        except OSError:
+            if not demo_is_intact(folder, seed, config):  # else another process was faster with the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write_demo(folder: Path, seed: int, config: PretrainingConfig, progress: bool) -> None:
+    folder.mkdir()
+    demo_tokenizer().save_pretrained(folder / "tokenizer")
+    snapshots: list[dict[str, Any]] = []
+    for step, model in _train(seed, config, progress):
+        label = f"step{step}"
+        _save(model, folder / label)
+        tokens = step * config.batch_size * config.context_size
+        snapshots.append({"label": label, "path": label, "step": step, "tokens": tokens})
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = {**_recipe(seed, config), "snapshots": snapshots, "files": files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _save(model: GPTNeoXForCausalLM, folder: Path) -> None:
+    """`save_pretrained` without its progress bar: ten bars of one small file each would tear ours apart."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _train(seed: int, config: PretrainingConfig, progress: bool) -> Iterator[tuple[int, GPTNeoXForCausalLM]]:
+    """(step, model after that many steps) for every snapshot; the model goes on changing afterwards."""
+    model = _initial_model(seed, config).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+    )
+    batches = demo_batches(seed, config)
+    for step in tqdm(range(config.n_steps + 1), desc=f"pretraining, seed {seed}", unit="step", disable=not progress):
+        if step in config.snapshot_steps:
+            yield step, model
+        if step == config.n_steps:
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _lr_factor(step, config)
+        tokens = next(batches)
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def _lr_factor(step: int, config: PretrainingConfig) -> float:
+    """Share of the highest learning rate at a step: linear warmup, then a cosine down to `final_lr_fraction`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.n_steps - config.warmup_steps)
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _initial_model(seed: int, config: PretrainingConfig) -> GPTNeoXForCausalLM:
+    model_config = GPTNeoXConfig(
+        vocab_size=len(grammar.vocabulary()) + 2,
+        hidden_size=config.d_model,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.d_mlp,
+        max_position_embeddings=config.context_size,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    # transformers draws from the global generator only: lend it ours, and give it back as it was
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPTNeoXForCausalLM(model_config)
+
+
+def demo_batches(seed: int = 0, config: PretrainingConfig | None = None) -> Iterator[Int[Tensor, "rows context"]]:
+    """What the demo's model is pretrained on: a batch of token ids for each step, and more of the same without end."""
+    config = config or PretrainingConfig()
+    rows = _rows(seed, config.context_size)
+    while True:
+        yield torch.tensor([next(rows) for _ in range(config.batch_size)])
+
+
+def _rows(seed: int, context_size: int) -> Iterator[list[int]]:
+    """Rows of `context_size` word ids, each beginning with the end-of-text token and a whole document's start."""
+    # a dictionary: the same ids as the tokenizer's, at a fraction of the time
+    ids = {word: index for index, word in enumerate(grammar.vocabulary(), start=2)}
+    row: list[int] = []
+    for document in grammar.documents(2**62, seed):
+        row.append(0)
+        row += [ids[word] for word in document.split()]
+        if len(row) >= context_size:
+            yield row[:context_size]
+            row = []
+
+
+def _recipe(seed: int, config: PretrainingConfig) -> dict[str, Any]:
+    """What decides the weights, as it stands in the manifest: JSON types only."""
+    language = "\n".join([*grammar.vocabulary(), *grammar.documents(50, 0)])
+    return {
+        "format": _FORMAT,
+        "name": f"crosslens-demo-seed{seed}",
+        "seed": seed,
+        "config": {**asdict(config), "snapshot_steps": list(config.snapshot_steps)},
+        "language": hashlib.sha256(language.encode()).hexdigest(),
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

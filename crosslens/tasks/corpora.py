@@ -1,0 +1,311 @@
+"""Minimal pairs as their sources have them: files with columns, the hub, CLAMS, BLiMP and MultiBLiMP.
+
+Readers give `Row`s, each with the place it came from (file and line) for messages; makers turn rows into `Item`s. A
+pair of sentences becomes an item in one of two ways: for one differing token, the shared words are the prefix and the
+words that differ are the answers; for full sentences, the answers are all that remains of each.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from crosslens.errors import UserError, did_you_mean, first_line, shortened
+from crosslens.tasks.prompts import Item
+
+_BLIMP = {"prefix": "one_prefix_prefix", "correct": "one_prefix_word_good", "wrong": "one_prefix_word_bad"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON = (".jsonl", ".json", ".ndjson")
+FILES = (*_JSON, *_DELIMITERS, ".parquet")
+_PUNCTUATION = ".,;:!?\"'»”’)"
+
+
+class Row(NamedTuple):
+    """One row of a source, and where it stands there."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------- readers
+def read_rows(path: Path) -> list[Row]:
+    """Every row of a file with named columns; the place is the line, in a JSON array the entry.
+
+    Raises:
+        UserError: a kind of file that is not known, one that cannot be read, or a row that is no object.
+    """
+    if path.suffix not in FILES:
+        raise UserError(f"{path} is of an unknown kind {path.suffix!r}: give one of {', '.join(FILES)}")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    text = _read_text(path)
+    rows: list[tuple[str, Any]]
+    if path.suffix in _DELIMITERS:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix])
+        try:
+            rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path} is no table ({first_line(error)}): write it again") from error
+    elif text.lstrip().startswith("["):
+        rows = [(f"{path}, entry {i}", row) for i, row in enumerate(_parsed(text, str(path)), start=1)]
+    else:
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        rows = [(where, _parsed(line, where)) for where, line in lines]
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{where}: {shortened(repr(row))} is no JSON object; give objects with keys such as 'prefix'"
+            )
+        if None in row:
+            raise UserError(
+                f"{where} has more fields than the header has: put quotes around those with separators in them"
+            )
+    return [Row(*row) for row in rows]
+
+
+def read_hub(repository: str, config: str | None, split: str = "train") -> list[Row]:
+    """Every row of a split of a dataset on the Hugging Face hub, or in its cache.
+
+    Raises:
+        UserError: no such dataset, configuration or split, or no connection.
+    """
+    import datasets  # takes half a second, and is needed for the hub alone
+
+    name = repository if config is None else f"{repository} {config}"
+    try:
+        table: Any = datasets.load_dataset(repository, config, split=split)
+        rows = [dict(row) for row in table]
+    except Exception as error:  # datasets and the clients below it raise many kinds, and promise none
+        if isinstance(error, ValueError) and "Available:" in str(error):
+            known = re.findall(r"'([^']+)'", str(error).split("Available:")[-1])
+            raise UserError(
+                f"{repository} has no configuration {config!r}: it has {len(known)}, such as "
+                f"{', '.join(map(repr, known[:3]))}{did_you_mean(config, known)}"
+            ) from error
+        raise UserError(
+            f"{name} (split {split!r}) cannot be read from the hub ({first_line(error)}): check the name and the "
+            "connection, or give a local file"
+        ) from error
+    return [Row(f"{name}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def read_clams(path: Path, capitalise: bool, end: str, info: Mapping[str, str]) -> list[Row]:
+    """Rows of `good` and `bad` from a raw CLAMS file, whose lines are `True|False<TAB>sentence`, in pairs.
+
+    Sentences are given a capital if asked for, and `end`; rows also have the columns of `info`.
+
+    Raises:
+        UserError: the file cannot be read, a line of another form, or two lines of a pair that are both right or wrong.
+    """
+    lines = [(i, line.strip()) for i, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
+    judged: list[tuple[int, str, str]] = []
+    for number, line in lines:
+        verdict, _, sentence = line.partition("\t")
+        if verdict not in ("True", "False") or not sentence.strip():
+            raise UserError(f"{path}, line {number}: {line!r} is not 'True' or 'False', a tab, and a sentence")
+        sentence = sentence.strip() + end
+        judged.append((number, verdict, sentence[0].upper() + sentence[1:] if capitalise else sentence))
+    if len(judged) % 2:
+        raise UserError(f"{path} has {len(judged)} sentences, which do not pair up: give a right and a wrong one each")
+    rows: list[Row] = []
+    for (number, verdict, sentence), (other_number, *other) in zip(judged[::2], judged[1::2], strict=True):
+        found = {verdict: sentence, other[0]: other[1]}
+        if len(found) == 1:
+            raise UserError(f"{path}, lines {number} and {other_number} are both {verdict}: pairs must be adjacent")
+        rows.append(Row(f"{path}, line {number}", {"good": found["True"], "bad": found["False"], **info}))
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): give an existing UTF-8 file") from error
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        frame = pd.read_parquet(path)
+    except Exception as error:  # pyarrow has exceptions of its own, not all of them ValueErrors
+        raise UserError(f"cannot read {path} ({first_line(error)}): give an existing parquet file") from error
+    records = frame.to_dict("records")
+    return [Row(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, start=1)]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); give one JSON object per line") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- makers
+def make_item(row: Row, columns: Mapping[str, str]) -> Item:
+    """An item from the columns that hold its parts; the other columns are its `info`.
+
+    Raises:
+        UserError: a column is missing, holds no text, or an empty answer.
+    """
+    texts = _texts(row, columns)
+    info = {key: value for key, value in row.values.items() if key not in columns.values()}
+    try:
+        return Item(**texts, info=info)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
+
+
+def make_pair(row: Row, good: str, bad: str, answers: str) -> Item:
+    """An item from the columns of a right and a wrong sentence; see `divide`.
+
+    Raises:
+        UserError: a column is missing, or a sentence is empty.
+    """
+    texts = _texts(row, {"good": good, "bad": bad})
+    for key, text in texts.items():
+        if not text.strip():
+            raise UserError(f"{row.where}: the {key} sentence is empty; give two sentences")
+    info = {key: value for key, value in row.values.items() if key not in (good, bad)}
+    return Item(*divide(texts["good"], texts["bad"], answers), info=info)
+
+
+def divide(good: str, bad: str, answers: str) -> tuple[str, str, str]:
+    """(prefix, correct, wrong) of two sentences that are not empty.
+
+    The prefix is what they share in words. With `answers="multi"` the answers are the rest of each sentence; with
+    "single" also the words, and the punctuation marks, that both end in are left away. Each answer keeps a word, even
+    of equal sentences.
+    """
+    words = [list(re.finditer(r"\S+", sentence)) for sentence in (good, bad)]
+    texts = [[match.group() for match in found] for found in words]
+    most = min(map(len, words)) - 1
+    shared = min(_n_shared(*texts), most)
+    after = 0 if answers == "multi" else min(_n_shared(*(each[::-1] for each in texts)), most - shared)
+    correct, wrong = (
+        sentence[found[shared].start() : found[len(found) - after - 1].end()]
+        for sentence, found in zip((good, bad), words, strict=True)
+    )
+    if answers == "single":
+        while len(correct) > 1 < len(wrong) and correct[-1] == wrong[-1] and correct[-1] in _PUNCTUATION:
+            correct, wrong = correct[:-1], wrong[:-1]
+    return good[: words[0][shared].start()].rstrip(), correct, wrong
+
+
+def blimp_items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], str]:
+    """Items of a BLiMP paradigm, and how their answers are scored: "multi" unless the one-prefix method holds.
+
+    Raises:
+        UserError: "single" is asked for where the one-prefix method does not hold, or a key is missing.
+    """
+    # a csv has the words True and False
+    elsewhere = next((row for row in rows if str(row.values.get("one_prefix_method")).lower() == "false"), None)
+    if elsewhere is not None and answers == "single":
+        raise UserError(
+            f"{elsewhere.where}: {elsewhere.values.get('UID', 'this paradigm')!r} is not judged by the one-prefix "
+            "method, no single word decides: leave answers out, which compares full sentences"
+        )
+    answers = answers or ("single" if elsewhere is None else "multi")
+    if answers == "multi":
+        return [make_pair(row, "sentence_good", "sentence_bad", answers) for row in rows], answers
+    # on the hub the rows have the sentences alone
+    return [
+        make_pair(row, "sentence_good", "sentence_bad", answers)
+        if _BLIMP["prefix"] not in row.values and {"sentence_good", "sentence_bad"} <= set(row.values)
+        else make_item(row, _BLIMP)
+        for row in rows
+    ], answers
+
+
+def select(rows: Sequence[Row], key: str, wanted: str) -> list[Row]:
+    """The rows whose column `key` is `wanted`.
+
+    Raises:
+        UserError: there are none; what there is instead is named.
+    """
+    present = sorted({str(row.values.get(key)) for row in rows})
+    if wanted not in present:
+        raise UserError(
+            f"no row has {key} {wanted!r}: choose one of {', '.join(map(repr, present))}{did_you_mean(wanted, present)}"
+        )
+    return [row for row in rows if str(row.values.get(key)) == wanted]
+
+
+def multiblimp_rows(language: str, path: str | Path | None) -> list[Row]:
+    """Rows of one language of MultiBLiMP: from the hub, a folder of `<language>/data.tsv`, or a file.
+
+    Raises:
+        UserError: no such language, or nothing to read there.
+    """
+    if path is None:
+        rows = read_hub("jumelet/multiblimp", language)
+    elif Path(path).is_dir():
+        file = _existing(Path(path) / language / "data.tsv", language, (each.name for each in Path(path).glob("*")))
+        rows = read_rows(file)
+    else:
+        rows = read_rows(Path(path))
+        column = next((name for name in ("language", "lang") if rows and name in rows[0].values), None)
+        rows = rows if column is None else select(rows, column, language)
+    return [Row(row.where, {"language": language, **row.values}) for row in rows]
+
+
+def clams_file(language: str, case: str | None, folder: str | Path | None) -> Path:
+    """Where a CLAMS evaluation set lies: `<folder>/<language>_evalset/<case>.txt`.
+
+    Raises:
+        UserError: it is not there; the closest one that is, is named.
+    """
+    if folder is None or case is None:
+        raise UserError(
+            f"CLAMS {language!r}, {case!r}: the evaluation sets are not on the hub; give the folder of a clone of "
+            "github.com/aaronmueller/clams, a language and a case, such as clams('fr', 'simple_agrmt', 'clams'), or a "
+            ".txt file"
+        )
+    cases = Path(folder) / f"{language}_evalset"
+    if not cases.is_dir():
+        present = [each.name.removesuffix("_evalset") for each in sorted(Path(folder).glob("*_evalset"))]
+        raise UserError(
+            f"{folder} has no {cases.name}: give one of its languages {present}{did_you_mean(language, present)}"
+        )
+    return _existing(cases / f"{case}.txt", case, (each.stem for each in cases.glob("*.txt")))
+
+
+def blimp_rows(uid_or_path: str | Path, folder: str | Path | None) -> list[Row]:
+    """Rows of a BLiMP paradigm: of a file, of `<uid>.jsonl` in a folder, or of the hub.
+
+    Raises:
+        UserError: no such file or paradigm.
+    """
+    path = Path(uid_or_path)
+    if folder is not None:
+        file = Path(folder) / f"{uid_or_path}.jsonl"
+        path = _existing(file, str(uid_or_path), (each.stem for each in Path(folder).glob("*.jsonl")))
+    return read_rows(path) if path.suffix in FILES else read_hub("nyu-mll/blimp", str(uid_or_path))
+
+
+def _existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give one that is there{did_you_mean(wanted, present)}")
+    return path
+
+
+def _texts(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    for key in columns.values():
+        if key not in row.values:
+            present = ", ".join(repr(name) for name in row.values)
+            raise UserError(
+                f"{row.where}: the key {key!r} is missing; present are {present}{did_you_mean(key, row.values)}"
+            )
+        if not isinstance(row.values[key], str):
+            raise UserError(f"{row.where}: the key {key!r} is {row.values[key]!r}; give text")
+    return {role: row.values[key] for role, key in columns.items()}
+
+
+def _n_shared(a: Sequence[str], b: Sequence[str]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -1,0 +1,156 @@
+"""How well a crosscoder describes held-out activations, and what the models lose when they are spliced.
+
+Per snapshot, over held-out tokens:
+    explained_variance            1 - E|x_hat - x|^2 / E|x - mean x|^2
+    explained_variance_per_token  E[1 - |x_hat - x|^2 / |x - mean x|^2], the mean of ratios
+    l0                            features that are not zero
+    ce_*, kl                      cross-entropy (nats per token) of the clean model, of the model whose hook point holds
+                                  the reconstruction, and of the one whose hook point holds zeros; KL(clean | spliced)
+    ce_recovered                  1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean); NaN where zeros cost < .1 nat
+
+The first is the measure of Ge et al. (arXiv 2509.17196), the second and ce_recovered are those of Bayazit et al. (arXiv
+2509.05291), all by their code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from tqdm.auto import tqdm
+
+from crosslens.activations.harvest import harvest
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import Crosscoder
+from crosslens.intervention.splice import spliced_logits
+
+MIN_ZERO_COST = 0.1  # nats; below this, "recovered" divides by noise
+
+
+@torch.no_grad()
+def reconstruction_table(crosscoder: Crosscoder, acts: Activations) -> pd.DataFrame:
+    """Explained variance, L0 and dead features on the held-out activations, a row per snapshot."""
+    S, F = crosscoder.n_snapshots, crosscoder.cfg.d_sae
+    n = 0
+    total = torch.zeros(S, crosscoder.d_model, dtype=torch.float64)
+    for x in acts.held_out():
+        n += len(x)
+        total += x.double().sum(0)
+    mean = total / n
+    error, variance, ratio, l0 = (torch.zeros(S, dtype=torch.float64) for _ in range(4))
+    fired = torch.zeros(F, dtype=torch.bool)
+    for x in acts.held_out():
+        x = x.to(crosscoder.device)
+        features = crosscoder.encode(x)
+        squared = (crosscoder.decode(features) - x).double().square().sum(-1).cpu()
+        around = (x.double().cpu() - mean).square().sum(-1)
+        error += squared.sum(0)
+        variance += around.sum(0)
+        ratio += (squared / around).sum(0)
+        for s in range(S):
+            l0[s] += crosscoder.snapshot_acts(features, s).count_nonzero().item()
+        fired |= (features != 0).any(0).cpu()
+    return pd.DataFrame(
+        {
+            **_columns(acts),
+            "explained_variance": (1 - error / variance).tolist(),
+            "explained_variance_per_token": (1 - ratio / n).tolist(),
+            "l0": (l0 / n).tolist(),
+            "dead_fraction": float((~fired).double().mean()),
+        }
+    )
+
+
+def quick_metrics(crosscoder: Crosscoder, acts: Activations) -> dict[str, float]:
+    """Held-out metrics by W&B name: SAELens's names, with `/<label>` per snapshot."""
+    table = reconstruction_table(crosscoder, acts)
+    metrics: dict[str, float] = {"metrics/held_out/dead_fraction": float(table["dead_fraction"].iloc[0])}
+    for name in ("explained_variance", "l0"):
+        metrics[f"metrics/held_out/{name}"] = float(table[name].mean())
+        for label, value in zip(table["label"], table[name], strict=True):
+            metrics[f"metrics/held_out/{name}/{label}"] = float(value)
+    return metrics
+
+
+def evaluate(crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192) -> pd.DataFrame:
+    """All held-out metrics, a row per snapshot.
+
+    Args:
+        crosscoder: the crosscoder.
+        acts: held-out activations of the snapshots it was trained on.
+        n_tokens: tokens on which the spliced models are run; reconstruction is measured on all held-out tokens.
+
+    Returns:
+        A row per snapshot: snapshot, label, step, tokens, explained_variance, explained_variance_per_token, l0
+        (features per token), dead_fraction (share of the features that never fire here), ce_clean, ce_spliced, ce_zero,
+        kl (nats per token), ce_recovered.
+
+    Raises:
+        UserError: activations that do not fit the crosscoder, or are not finite.
+    """
+    table = reconstruction_table(crosscoder, acts)
+    held_out = acts.held_out_tokens()
+    tokens = held_out[: max(1, n_tokens // held_out.shape[1])].long()
+    spliced = pd.DataFrame(splice_losses(crosscoder, acts, tokens))
+    return pd.concat([table, spliced], axis=1)
+
+
+@torch.no_grad()
+def splice_losses(
+    crosscoder: Crosscoder, acts: Activations, tokens: Int[Tensor, "N T"], batch_tokens: int = 4096
+) -> list[dict[str, float]]:
+    """Cross-entropy and KL of clean, spliced and zeroed models, a dictionary per snapshot."""
+    keep = acts.keep(tokens)
+    raw = harvest(acts.snapshots, tokens, acts.hook_name, device=acts.device, backend=acts.backend)
+    step = max(1, batch_tokens // tokens.shape[1])
+    features = [crosscoder.encode(chunk.to(crosscoder.device)) for chunk in raw.split(step)]
+    rows: list[dict[str, float]] = []
+    for s in tqdm(range(crosscoder.n_snapshots), desc="Splicing", unit="snapshot", leave=False):
+        model = acts.snapshots.model(s, device=acts.device, backend=acts.backend)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for batch, kept, f in zip(tokens.split(step), keep.split(step), features, strict=True):
+            batch, kept = batch.to(acts.device), kept.to(acts.device)
+            decoded = crosscoder.decode_snapshot(crosscoder.snapshot_acts(f, s), s).to(acts.device)
+            sums += _losses(model, batch, kept, decoded, acts.hook_name)
+        clean, spliced, zero, kl = (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
+        recovered = 1 - (spliced - clean) / (zero - clean) if zero - clean >= MIN_ZERO_COST else math.nan
+        rows.append({"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_recovered": recovered, "kl": kl})
+    return rows
+
+
+def _losses(
+    model: Any,
+    tokens: Int[Tensor, "B T"],
+    keep: Bool[Tensor, "B T"],
+    decoded: Float[Tensor, "B T D"],
+    hook_name: str,
+) -> Tensor:
+    """Sums over predicted tokens of the three cross-entropies and the KL divergence."""
+    targets = tokens[:, 1:].flatten()
+    clean, spliced, zero = (
+        logits[:, :-1].flatten(0, 1).float()
+        for logits in (
+            model(tokens, return_type="logits"),
+            spliced_logits(model, tokens, hook_name, decoded, keep),
+            spliced_logits(model, tokens, hook_name, torch.zeros_like(decoded), keep),
+        )
+    )
+    log_p, log_q = log_softmax(clean, -1), log_softmax(spliced, -1)
+    sums = [cross_entropy(logits, targets, reduction="sum") for logits in (clean, spliced, zero)]
+    sums.append((log_p.exp() * (log_p - log_q)).sum())
+    return torch.stack(sums).double().cpu()
+
+
+def _columns(acts: Activations) -> dict[str, Any]:
+    snapshots = acts.snapshots
+    return {
+        "snapshot": list(range(len(snapshots))),
+        "label": snapshots.labels,
+        "step": snapshots.steps,
+        "tokens": snapshots.tokens,
+    }

@@ -1,0 +1,300 @@
+"""The cache gives what the models give, continues where it stopped, and refuses what it does not hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crosslens.activations.cache import ActivationCache
+from crosslens.activations.harvest import run_to_hook
+from crosslens.activations.loader import Activations
+from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshot, Snapshots
+
+HOOK = "blocks.1.hook_resid_post"
+T = 16
+
+
+@pytest.fixture(scope="module")
+def snapshots(tiny_snapshots: Path) -> Snapshots:
+    return Snapshots.local(tiny_snapshots)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 30 * T)  # several shards, the last one smaller
+
+
+@pytest.fixture
+def make(snapshots: Snapshots, tiny_text: list[str]) -> Any:
+    def build(**options: Any) -> Activations:
+        hook_name = options.pop("hook_name", HOOK)
+        defaults: dict[str, Any] = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200}
+        return Activations(snapshots, hook_name, tiny_text, **{**defaults, **options})
+
+    return build
+
+
+def state(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_batches_in_the_same_order_as_live(make: Any, tmp_path: Path, dtype: str):
+    live = make()
+    cached = live.cache(tmp_path / "cache", dtype)
+    n = 2 * live.n_tokens // 64 + 2  # over two epochs
+    for a, b in itertools.islice(zip(live.batches(64), cached.batches(64), strict=True), n):
+        assert b.dtype == torch.float32
+        assert torch.equal(b, a if dtype == "float32" else a.to(torch.bfloat16).float())
+    for a, b in zip(live.held_out(64), cached.held_out(64), strict=True):
+        assert torch.equal(b, a if dtype == "float32" else a.to(torch.bfloat16).float())
+    for a, b in itertools.islice(zip(live.batches(64, start=9), cached.batches(64, start=9), strict=True), 3):
+        assert torch.equal(b, a if dtype == "float32" else a.to(torch.bfloat16).float())
+
+
+def test_reading_runs_no_model(make: Any, pristine: Path, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr("crosslens.activations.harvest.run_to_hook", never)
+    again = make().cache(pristine, "float32")
+    assert len(next(again.batches(100))) == 100 and list(again.held_out())
+
+
+def test_one_file_per_shard_and_snapshot_and_a_manifest(make: Any, tmp_path: Path):
+    acts = make()
+    acts.cache(tmp_path / "cache")
+    shards = -(-len(acts.tokens) // 30)
+    assert shards >= 3
+    expected = {"manifest.json"}
+    expected |= {f"tokens-{i:05d}.safetensors" for i in range(shards)}
+    expected |= {f"acts-{i:05d}-s{s:02d}.safetensors" for i in range(shards) for s in range(3)}
+    assert set(state(tmp_path / "cache")) == expected  # and nothing temporary
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["format"] == 1 and manifest["hook_name"] == HOOK and manifest["dtype"] == "bfloat16"
+    assert manifest["snapshots"] == acts.snapshots.fingerprints and len(set(manifest["snapshots"])) == 3
+    assert (tmp_path / "cache" / "acts-00000-s00.safetensors").stat().st_size < 30 * T * 16 * 2 + 400  # two bytes each
+
+
+def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    live, calls = make(), []
+    fail_at, loaded = [4], []
+    load = Snapshot.load
+
+    def watched(model: Any, tokens: torch.Tensor, *args: Any, **options: Any) -> None:
+        calls.append((loaded[-1], tokens.tolist()))
+        if len(calls) > fail_at[0]:
+            raise KeyboardInterrupt
+        run_to_hook(model, tokens, *args, **options)
+
+    def noted(snapshot: Snapshot, *args: Any, **options: Any) -> Any:
+        loaded.append(snapshot.step)
+        return load(snapshot, *args, **options)
+
+    monkeypatch.setattr("crosslens.activations.harvest.run_to_hook", watched)
+    monkeypatch.setattr(Snapshot, "load", noted)
+    with pytest.raises(KeyboardInterrupt):
+        live.cache(tmp_path / "cache", "float32")
+    before = state(tmp_path / "cache")
+    assert sum(name.startswith("acts-") for name in before) == 4
+    left = tmp_path / "cache" / "acts-00001-s01.9999.tmp"
+    left.write_bytes(b"left behind by a kill")
+    first, fail_at[0] = list(calls), 10**9
+    calls.clear()
+    cached = make().cache(tmp_path / "cache", "float32")
+    shards = -(-len(live.tokens) // 30)
+    assert len(calls) == 3 * shards - 4  # only what was missing
+    assert calls[0] == first[4]  # beginning with the pair that was cut short
+    assert [s for s, _ in [*first[:4], *calls]] == sorted([0, 10, 20] * shards)  # one snapshot after the other
+    after = state(tmp_path / "cache")
+    assert all(after[name] == before[name] for name in before if name != "harvest.lock") and not left.exists()
+    monkeypatch.undo()
+    fresh = make().cache(tmp_path / "fresh", "float32")
+    assert torch.equal(torch.cat(list(cached.batches(64, epochs=1))), torch.cat(list(fresh.batches(64, epochs=1))))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "message"),
+    [
+        ({"hook_name": "blocks.0.hook_resid_post"}, "float32", "its hook_name is blocks.1.* is blocks.0"),
+        ({"seed": 9}, "float32", "its tokens is [0-9a-f]+[.]{3}, asked for is [0-9a-f]+[.]{3};"),
+        ({"context_size": 8}, "float32", "its context_size is 16, asked for is 8"),
+        ({"prepend_bos": False}, "float32", "its prepend_bos is True, asked for is False"),
+        ({}, "bfloat16", "its dtype is float32, asked for is bfloat16"),
+    ],
+)
+def test_the_cache_of_another_request_is_refused(
+    make: Any, pristine: Path, tmp_path: Path, options: dict[str, Any], dtype: str, message: str
+):
+    shutil.copytree(pristine, tmp_path / "cache")
+    before = state(tmp_path / "cache")
+    with pytest.raises(UserError, match=message) as caught:
+        make(**options).cache(tmp_path / "cache", dtype)
+    assert "\n" not in str(caught.value) and state(tmp_path / "cache") == before
+
+
+def test_other_snapshots_are_another_request(snapshots: Snapshots, tiny_text: list[str], pristine: Path):
+    fewer = Activations(snapshots[[0, 2]], HOOK, tiny_text, n_tokens=1000, context_size=T, held_out_tokens=200)
+    before = state(pristine)
+    with pytest.raises(UserError, match="is the cache of another request: its snapshots is"):
+        fewer.cache(pristine, "float32")
+    assert state(pristine) == before
+
+
+@pytest.fixture(scope="module")
+def pristine(snapshots: Snapshots, tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole float32 cache of what `make()` asks for; to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 30 * T)
+        acts = Activations(snapshots, HOOK, tiny_text, n_tokens=1000, context_size=T, held_out_tokens=200)
+        acts.cache(tmp_path_factory.mktemp("pristine") / "cache", "float32")
+    return tmp_path_factory.getbasetemp() / "pristine0" / "cache"
+
+
+def damage_file(path: Path, damage: str) -> None:
+    raw = bytearray(path.read_bytes())
+    if damage == "byte":
+        raw[-40] ^= 1
+    elif damage == "header":
+        raw[3] ^= 0xFF
+    elif damage == "truncated":
+        raw = raw[:-10]
+    path.unlink() if damage == "gone" else path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", ["byte", "header", "truncated", "gone"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_damage_is_found_and_only_that_file_is_made_anew(
+    make: Any, pristine: Path, tmp_path: Path, damage: str, when: str
+):
+    folder = Path(shutil.copytree(pristine, tmp_path / "cache"))
+    whole = torch.cat(list(make().cache(folder, "float32").batches(64, epochs=1)))
+    before = state(folder)
+    victim = folder / "acts-00001-s02.safetensors"
+    as_written = victim.read_bytes()
+    cached = make().cache(folder, "float32") if when == "after" else None
+    damage_file(victim, damage)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cached = cached or make().cache(folder, "float32")
+        assert torch.equal(torch.cat(list(cached.batches(64, epochs=1))), whole)
+    told = [str(w.message) for w in caught if "harvested again" in str(w.message)]
+    # what has another length is seen, and mended, when the cache is opened; the rest when it is read
+    assert len(told) == (damage == "byte" or when == "after") and all(victim.name in line for line in told)
+    after = state(folder)
+    assert [name for name in before if before[name] != after[name]] == [victim.name] and before.keys() == after.keys()
+    assert victim.read_bytes() == as_written
+
+
+def test_a_cache_can_be_verified(make: Any, pristine: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(pristine, tmp_path / "cache"))
+    before, victim = state(folder), folder / "acts-00000-s01.safetensors"
+    as_written = victim.read_bytes()
+    damage_file(victim, "byte")
+    make().cache(folder, "float32")
+    assert victim.read_bytes() != as_written
+    make().cache(folder, "float32", verify=True)
+    assert victim.read_bytes() == as_written
+    assert [name for name, when in state(folder).items() if before[name] != when] == [victim.name]
+
+
+def test_without_models_damage_is_told_in_one_line(tmp_path: Path):
+    tokens = torch.arange(12, dtype=torch.int32).view(4, 3)
+    cache = ActivationCache(tmp_path, tokens, 2, 1, 4, "float32", {"x": 1})
+    for shard in (0, 1):
+        cache.write(shard, 0, torch.randn(2, 3, 4))
+    damage_file(cache.path(1, 0), "byte")
+    cache.read(0, 2)
+    with pytest.raises(
+        UserError, match="acts-00001-s00.safetensors does not match its checksum; run the same harv"
+    ) as e:
+        cache.read(1, 3)
+    assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_rounding_is_measured(tmp_path: Path, dtype: str):
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 9, (10, 3), generator=draw, dtype=torch.int32)
+    values = torch.randn(10, 3, 2, 64, generator=draw) * torch.tensor([1.0, 30.0])[:, None]
+    values[3, 1] = 0
+    values[4, 2, :, 7] = 500  # an outlier spoils its own position and no other
+    cache = ActivationCache(tmp_path, tokens, 4, 2, 64, dtype, {"x": 1})
+    for shard, s in cache.missing():
+        first, last = cache.span(shard)
+        cache.write(shard, s, values[first:last, :, s])
+    found = cache.read(0, 10)
+    errors = ((found - values).double().square().sum((0, 1, 3)) / values.double().square().sum((0, 1, 3))).tolist()
+    assert cache.rounding_errors() == pytest.approx(errors, rel=1e-6)
+    if dtype == "float32":
+        assert torch.equal(found, values)
+    elif dtype == "bfloat16":
+        assert torch.equal(found, values.to(torch.bfloat16).float())
+    else:
+        step = values.abs().amax(-1, keepdim=True) / 127
+        assert bool(((found - values).abs() <= step * 0.5001).all())
+        assert cache.path(0, 0).stat().st_size < 4 * 3 * (64 + 4) + 400
+    assert torch.equal(cache.read(3, 7), found[3:7])
+
+
+def test_the_error_of_rounding_is_printed(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for dtype, told in (("int8", 1e-3), ("bfloat16", 1e-4), ("float32", 0.0)):
+        live = make()
+        cached = live.cache(tmp_path / dtype, dtype)
+        line = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "rounds away" in line]
+        assert len(line) == (dtype != "float32")
+        a, b = (torch.cat(list(acts.batches(64, epochs=1))).double() for acts in (live, cached))
+        error = float((a - b).square().sum() / a.square().sum())
+        assert error <= told and (error > 0) == (dtype != "float32")
+        if line:
+            assert re.match(
+                rf"{dtype} rounds away \S+ of the squared norm on average, at most \S+ \(step\d+\)", line[0]
+            )
+            mean = float(line[0].split()[3])
+            assert mean == pytest.approx(error, rel=0.5)
+
+
+def test_unknown_dtype(make: Any, tmp_path: Path):
+    with pytest.raises(UserError, match="dtype='float8' is unknown for a cache; use one of 'bfloat16', 'float32', 'in"):
+        make().cache(tmp_path / "cache", "float8")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 10, 50])
+def test_runs_of_sequences_across_shards(tmp_path: Path, size: int):
+    draw = torch.Generator().manual_seed(size)
+    tokens = torch.randint(0, 9, (10, 3), generator=draw, dtype=torch.int32)
+    values = torch.randn(10, 3, 2, 5, generator=draw)
+    cache = ActivationCache(tmp_path, tokens, size, 2, 5, "float32", {"x": 1})
+    assert cache.n_shards == -(-10 // size)
+    assert cache.missing() == [(i, s) for s in range(2) for i in range(cache.n_shards)]
+    for shard, s in cache.missing():
+        first, last = cache.span(shard)
+        cache.write(shard, s, values[first:last, :, s])
+    assert cache.missing() == []
+    for first in range(10):
+        for last in range(first + 1, 11):
+            assert torch.equal(cache.read(first, last), values[first:last])
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
+    tokens = torch.arange(12, dtype=torch.int32).view(4, 3)
+    ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"})
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:40])
+    with pytest.raises(UserError, match="manifest.json is damaged .* delete the folder"):
+        ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"})

@@ -1,0 +1,215 @@
+"""Datasets of every kind become the same sequences; what cannot be read is refused in one line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from torch import Tensor
+
+from crosslens.activations.tokens import describe_dataset, token_sequences
+from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
+
+T = 9
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_snapshots: Path) -> Any:
+    return Snapshots.local(tiny_snapshots).tokenizer
+
+
+@pytest.fixture(scope="module")
+def documents(tiny_text: list[str]) -> list[str]:
+    return tiny_text[:40]
+
+
+def everything(rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), rows.shape[1])
+
+
+def read(dataset: Any, tokenizer: Any, **options: Any) -> Tensor:
+    return token_sequences(dataset, tokenizer, **{"context_size": T, "count": everything, **options})
+
+
+def packed(documents: list[list[int]], bos: int | None, size: int = T) -> list[list[int]]:
+    """One token after the other: BOS first in every sequence, and between documents."""
+    start = [] if bos is None else [bos]
+    rows, row = [], list(start)
+    for document in documents:
+        separator = [bos] if bos is not None and len(row) > len(start) else []
+        for token in [*separator, *document]:
+            if token == bos and row == start:
+                continue
+            row.append(token)
+            if len(row) == size:
+                rows.append(row)
+                row = list(start)
+    return rows
+
+
+def ids(documents: list[str], tokenizer: Any) -> list[list[int]]:
+    return [[tokenizer.get_vocab()[word] for word in text.split()] for text in documents]
+
+
+WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
+    "data.txt": lambda path, docs: path.write_text("\n".join(docs) + "\n"),
+    "data.txt.gz": lambda path, docs: path.write_bytes(gzip.compress("\n".join(docs).encode())),
+    "data.jsonl": lambda path, docs: path.write_text("".join(json.dumps({"text": d, "id": 1}) + "\n" for d in docs)),
+    "data.jsonl.gz": lambda path, docs: path.write_bytes(
+        gzip.compress("".join(json.dumps({"text": d}) + "\n" for d in docs).encode())
+    ),
+    "data.csv": lambda path, docs: csv.writer(path.open("w")).writerows([["id", "text"], *((1, d) for d in docs)]),
+    "data.tsv": lambda path, docs: path.write_text("id\ttext\n" + "".join(f"1\t{d}\n" for d in docs)),
+    "data.parquet": lambda path, docs: pd.DataFrame({"text": docs}).to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_of_every_kind(name: str, tmp_path: Path, tokenizer: Any, documents: list[str]):
+    WRITERS[name](tmp_path / name, documents)
+    found = read(tmp_path / name, tokenizer)
+    assert found.dtype == torch.int32
+    assert found.tolist() == packed(ids(documents, tokenizer), tokenizer.bos_token_id)
+    assert read(str(tmp_path / name), tokenizer).tolist() == found.tolist()
+    assert describe_dataset(tmp_path / name) == name  # no folder of the user's
+
+
+def test_a_file_is_read_without_asking_anybody(
+    tmp_path: Path, tokenizer: Any, documents: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[Any] = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
+    for name, write in WRITERS.items():
+        write(tmp_path / name, documents)
+        assert len(read(tmp_path / name, tokenizer)) and not asked, name
+
+
+@pytest.mark.parametrize("size", [2, 7, 8, 9, 10, 32])
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_lists_are_packed_with_bos_between_documents(
+    tokenizer: Any, documents: list[str], size: int, prepend_bos: bool
+):
+    found = read(documents, tokenizer, context_size=size, prepend_bos=prepend_bos)
+    expected = packed(ids(documents, tokenizer), tokenizer.bos_token_id if prepend_bos else None, size)
+    assert found.tolist() == expected and len(expected) > 1
+    assert describe_dataset(documents) == "list of documents of 40"
+
+
+def test_paragraphs_other_columns_and_missing_documents(tmp_path: Path, tokenizer: Any, documents: list[str]):
+    path = tmp_path / "prose.txt"
+    path.write_text("\n\n".join(d.replace(" . ", " .\n") for d in documents))
+    expected = packed(ids(documents, tokenizer), 0)
+    assert read(path, tokenizer, sample_by="paragraph").tolist() == expected
+    assert read(path, tokenizer).tolist() != expected  # by lines, more documents
+    rows = [{"body": d} for d in documents]
+    rows.insert(3, {"body": None})  # type: ignore[dict-item]
+    rows.insert(7, {"body": ""})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path / "rows.jsonl", tokenizer, text_column="body").tolist() == expected
+
+
+@pytest.mark.parametrize("as_array", [torch.tensor, np.array, lambda v: np.array(v, dtype=np.uint16)])
+def test_token_arrays(tokenizer: Any, as_array: Any):
+    stream = [2 + i % 11 for i in range(100)]
+    assert read(as_array(stream), tokenizer).tolist() == packed([stream], 0)
+    assert read(as_array(stream), tokenizer, prepend_bos=False).tolist() == packed([stream], None)
+    grid = [stream[i : i + 5] for i in range(0, 100, 5)]
+    assert read(as_array(grid), tokenizer).tolist() == grid  # as they are: no BOS, their own length
+    assert describe_dataset(as_array(grid)) == "token array of 20"
+
+
+def test_reading_stops_when_enough_tokens_count(tokenizer: Any, documents: list[str]):
+    def not_bos(rows: Tensor) -> Tensor:
+        return (rows != 0).sum(-1)
+
+    whole = read(documents, tokenizer)
+    for dataset in (documents, whole):
+        for n_tokens in (1, 50, 51, 57, 160):
+            found = read(dataset, tokenizer, n_tokens=n_tokens, count=not_bos)
+            assert found.tolist() == whole[: len(found)].tolist()
+            counts = not_bos(found).tolist()
+            assert sum(counts) >= n_tokens > sum(counts[:-1])  # not one sequence more than needed
+        assert len(read(dataset, tokenizer, n_tokens=10**9)) == len(whole)
+
+
+def test_more_than_one_read_ahead(tokenizer: Any, tiny_text: list[str]):
+    """The packer is read 1024 sequences at a time: the count goes on from one portion to the next."""
+    whole = read(tiny_text, tokenizer, context_size=3)
+    assert len(whole) > 3000
+    for n_tokens in (3 * 1024 - 1, 3 * 1024, 3 * 1024 + 1, 3 * 2500):
+        found = read(tiny_text, tokenizer, context_size=3, n_tokens=n_tokens)
+        assert len(found) == -(-n_tokens // 3) and torch.equal(found, whole[: len(found)])
+
+
+BAD: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("column", "data.jsonl", {"text_column": "txt"}, "text_column='txt' is not in .*its columns are 'text', 'id'; did"),
+    ("missing", "gone.txt", {}, "gone.txt does not exist; give an existing file, or a hub name"),
+    ("sample_by", "data.txt", {"sample_by": "page"}, "sample_by='page' is unknown; use 'line' or 'paragraph'"),
+    ("too long", "data.txt", {"context_size": 10**6}, "less than one sequence of context_size=1000000 tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [pytest.param(*row[1:], id=row[0]) for row in BAD])
+def test_what_cannot_be_read(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path, tokenizer: Any, documents: list[str]
+):
+    for writer in ("data.jsonl", "data.txt"):
+        WRITERS[writer](tmp_path / writer, documents)
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / name, tokenizer, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any):
+    (tmp_path / "notes.docx").write_text("x")
+    with pytest.raises(UserError, match=r"notes.docx is of an unknown kind; known are .txt, .*each also with .gz"):
+        read(tmp_path / "notes.docx", tokenizer)
+    for name in ("broken.jsonl", "broken.parquet", "broken.txt.gz"):
+        (tmp_path / name).write_bytes(b"{this is not it")
+        with pytest.raises(UserError, match=f"{name} (cannot be read|is empty)") as caught:
+            read(tmp_path / name, tokenizer)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "late.jsonl").write_bytes(b'{"text": "the cat"}\n' * 5 + b'{"text": "the \xe6 cat"}\n')
+    with pytest.raises(UserError, match="late.jsonl cannot be read: .*utf-8") as caught:
+        read(tmp_path / "late.jsonl", tokenizer)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="empty.jsonl (is empty|cannot be read)"):
+        read(tmp_path / "empty.jsonl", tokenizer)
+    with pytest.raises(UserError, match="list of documents of 0 holds less than one sequence"):
+        read([], tokenizer)
+
+
+def test_a_hub_dataset_that_cannot_be_had(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    def load(name: str, **_: Any) -> None:
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nmore lines")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match=r"dataset 'someone/nothing' \(split 'test'\) cannot be read.*or give a local"):
+        read("someone/nothing", tokenizer, split="test")
+
+
+@pytest.mark.parametrize("array", [torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(30), np.zeros((3, 9))])
+def test_arrays_that_hold_no_tokens(array: Any, tokenizer: Any):
+    with pytest.raises(UserError, match="cannot be used; give whole numbers"):
+        read(array, tokenizer)
+
+
+def test_saelens_packing_is_what_we_build_on():
+    """BOS begins every sequence and separates documents, the unfinished tail is dropped."""
+    documents = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6, 7, 8, 9])]
+    rows = concat_and_batch_sequences(iter(documents), 4, begin_batch_token_id=0, sequence_separator_token_id=0)
+    assert [row.tolist() for row in rows] == [[0, 1, 2, 3], [0, 4, 0, 5], [0, 6, 7, 8]]
+    rows = concat_and_batch_sequences(iter(documents), 4, begin_batch_token_id=None, sequence_separator_token_id=None)
+    assert [row.tolist() for row in rows] == [[1, 2, 3, 4], [5, 6, 7, 8]]

@@ -1,0 +1,145 @@
+"""Joint ablation of pairs against the sum of single ones: slow loops, and models whose answer is known."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr
+
+from crosslens.causal import additivity
+from crosslens.causal.additivity import correlation, pair_additivity, relative_deviation
+from crosslens.causal.attribution import attribute
+from crosslens.errors import UserError
+from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.snapshots.collection import Snapshots
+from crosslens.tasks.task import Task
+from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
+
+
+@pytest.mark.parametrize(("architecture", "value"), [("jumprelu_crosscoder", "zero"), ("topk_crosscoder", "patch")])
+def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, value: str) -> None:
+    """One prompt and one pair at a time, by hand-written hooks in plain transformers."""
+    cc = make_crosscoder(snaps, architecture)
+    ie = attribute(cc, snaps, task, steps=2)
+    found = pair_additivity(cc, snaps, task, ie, 5, 6, value=value, at=[0, 2], seed=3)
+    assert found.summary["snapshot"].tolist() == [0, 2]
+    slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
+    for s in (0, 2):
+        best = sorted(range(F), key=lambda i: -abs(float(ie.effects[i, s])))[:5]
+        rows = found.pairs[found.pairs["snapshot"] == s]
+        drawn = {(row.feature_a, row.feature_b) for row in rows.itertuples()}
+        assert len(rows) == len(drawn) == 6 and drawn <= set(combinations(best, 2))
+
+        def effect(*ids: int, s: int = s) -> float:
+            drops: list[float] = []
+            for run, other in zip(slow, paired, strict=True):
+                f = run.f[s].clone()
+                f[:, ids] = other.f[s][:, ids] if value == "patch" else 0.0
+                drops.append(float(run.metric(s) - run.metric(s, run.decode(f, s) + run.error(s))))
+            return float(np.mean(drops))
+
+        for row in rows.itertuples():
+            a, b, joint = effect(row.feature_a), effect(row.feature_b), effect(row.feature_a, row.feature_b)
+            expected = (a, b, a + b, joint, joint - a - b)
+            assert (row.effect_a, row.effect_b, row.sum, row.joint, row.deviation) == pytest.approx(expected, abs=1e-4)
+            assert (row.label, row.step) == (snaps.labels[s], snaps.steps[s])
+        (summary,) = found.summary[found.summary["snapshot"] == s].to_dict("records")
+        assert summary["correlation"] == pytest.approx(pearsonr(rows["sum"], rows["joint"])[0])
+        deviation = sum(abs(row.joint - row.sum) for row in rows.itertuples()) / sum(map(abs, rows["sum"]))
+        assert summary["deviation"] == pytest.approx(deviation)
+        assert (summary["k"], summary["n_pairs"], summary["n_prompts"], summary["value"]) == (5, 6, 4, value)
+
+
+def test_intervals_equal_a_slow_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicates one at a time: prompts by their multiplicity, then pairs."""
+    monkeypatch.setattr(additivity, "REPLICATES", 50)
+    rng = np.random.default_rng(0)
+    pairs = np.array([(0, 1), (0, 2), (1, 2), (2, 3)])
+    effects = rng.normal(size=(4 + 4, 7))
+    found = additivity._replicates(effects, pairs, np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    counts, draws = rng.multinomial(7, np.full(7, 1 / 7), size=50), rng.integers(4, size=(50, 4))
+    for r in range(50):
+        prompts = np.repeat(np.arange(7), counts[r])
+        assert len(prompts) == 7
+        mean = effects[:, prompts].mean(1)
+        total = [mean[pairs[i][0]] + mean[pairs[i][1]] for i in draws[r]]
+        joint = [mean[4 + i] for i in draws[r]]
+        if len(set(draws[r])) > 1:
+            assert found[0][r] == pytest.approx(pearsonr(total, joint)[0])
+        else:
+            assert np.isnan(found[0][r]) or abs(found[0][r]) <= 1
+        expected = sum(abs(j - t) for j, t in zip(joint, total, strict=True)) / sum(map(abs, total))
+        assert found[1][r] == pytest.approx(expected)
+
+
+def test_at_the_last_block_without_a_norm_effects_add_up(snaps: Snapshots, task: Task) -> None:
+    """After the last block the model is linear but for its final norm; without that, nothing is left to deviate."""
+    cc = make_crosscoder(snaps, "standard_crosscoder", layer=2)
+    runs = PromptRuns(cc, snaps, task)
+    ie = attribute(cc, snaps, task, steps=2, runs=runs)
+    before = pair_additivity(cc, snaps, task, ie, 6, at=[2], runs=runs).summary.iloc[0]
+    assert before["deviation"] > 0.01
+    model = snaps.model(2)
+    norm = model.ln_final
+    handle = norm.original_component.register_forward_hook(lambda _module, inputs, _output: inputs[0])
+    try:
+        found = pair_additivity(cc, snaps, task, ie, 6, at=[2], runs=runs)
+    finally:
+        handle.remove()
+    row = found.summary.iloc[0]
+    assert row["n_pairs"] == 15
+    assert row["correlation"] == pytest.approx(1, abs=1e-6) and row["deviation"] < 1e-4
+    assert row["correlation_low"] <= row["correlation"] + 1e-9 and row["deviation_high"] < 1e-4
+    assert found.pairs["joint"].abs().max() > 0.1
+
+
+def test_what_the_two_figures_say() -> None:
+    total = np.array([[1.0, 2.0, 4.0], [1.0, -2.0, 3.0], [0.0, 0.0, 0.0]])
+    joint = np.array([[0.5, 1.0, 2.0], [2.0, -2.0, 2.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(relative_deviation(total, joint), [0.5, 2 / 6, np.nan])
+    expected = [1.0, pearsonr(total[1], joint[1])[0], np.nan]
+    np.testing.assert_allclose(correlation(total, joint), expected)
+
+
+def test_draws_are_seeded_and_intervals_hold_the_estimate(snaps: Snapshots) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    many = Task.from_items(
+        "many", [{**item, "prefix": f"{item['prefix']} {w}".strip()} for item in ITEMS for w in ("", "near")]
+    )
+    ie = attribute(cc, snaps, many, steps=1)
+    runs = PromptRuns(cc, snaps, many)
+    one, same, other = (
+        pair_additivity(cc, snaps, many, ie, 8, 12, seed=seed, runs=runs, at=at)
+        for seed, at in ((0, None), (0, [1]), (1, None))
+    )
+    assert one.pairs[one.pairs["snapshot"] == 1].reset_index(drop=True).equals(same.pairs)
+    assert one.summary.iloc[[1]].reset_index(drop=True).equals(same.summary)
+    assert not one.pairs.equals(other.pairs)
+    for name in ("correlation", "deviation"):
+        assert (one.summary[f"{name}_low"] < one.summary[f"{name}_high"]).all()
+        inside = one.summary[name].between(one.summary[f"{name}_low"], one.summary[f"{name}_high"])
+        assert inside.sum() >= 2
+    narrow = pair_additivity(cc, snaps, many, ie, 8, 12, level=0.5, runs=runs).summary
+    assert (narrow["correlation_low"] > one.summary["correlation_low"]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 2}, "k=2 and n_pairs=200 must be at least 3"),
+        ({"n_pairs": 2}, "must be at least 3"),
+        ({"k": 25}, "k=25 is more than the .* features that are active on 'tiny' at step0: use k up to"),
+        ({"level": 0.0}, "level=0.0 must be between 0 and 1"),
+        ({"value": "patched"}, "did you mean 'patch'"),
+        ({"at": [-4]}, "snapshot -4 is not in"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task, options: dict[str, Any], message: str) -> None:
+    cc = make_crosscoder(snaps, "topk_crosscoder")
+    ie = attribute(cc, snaps, task, steps=1)
+    with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
+        pair_additivity(cc, snaps, task, ie, **{"k": 4, **options})

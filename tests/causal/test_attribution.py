@@ -1,0 +1,662 @@
+"""Attribution against plain transformers with hand-written hooks, against captum, and against a model done by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from crosslens import crosscoders
+from crosslens.causal import attribution
+from crosslens.causal.ablation import exact_effects
+from crosslens.causal.attribution import Attribution, Estimator, attribute, crosscoding_through_time, quadrature
+from crosslens.causal.relative import relie, relie_interval, sign_changes
+from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
+from crosslens.errors import UserError
+from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.intervention.splice import CleanRun, spliced_logits
+from crosslens.snapshots.collection import Snapshots
+from crosslens.tasks.prompts import PromptBatch
+from crosslens.tasks.task import Task
+from tests.plain_model import ITEMS, F, Slow, baselines, make_crosscoder, slow_runs
+
+NOUNS = ("cat", "dog", "king", "child")
+MANY = [
+    {"prefix": prefix, "correct": "sees", "wrong": "likes"}
+    for a, b in itertools.product(NOUNS, NOUNS)
+    for prefix in (f"the {a} near the {b}", f"{a} {b}", f"the {b} sees a {a} near a {b}")
+]
+
+
+def same(found: Tensor, expected: Tensor, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+# ---------------------------------------------------------------------- against plain transformers
+@pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("baseline", "error", "rule", "steps"),
+    [
+        ("zero", "joint", "gauss_legendre", 5),
+        ("zero", "frozen", "midpoint", 3),
+        ("mean", "joint", "midpoint", 2),
+        ("mean", "frozen", "left", 3),
+        ("patch", "joint", "gauss_legendre", 2),
+        ("patch", "frozen", "left", 4),
+    ],
+)
+def test_ig_equals_gradients_of_single_features(
+    snaps: Snapshots, task: Task, architecture: str, baseline: str, error: str, rule: str, steps: int
+) -> None:
+    cc = make_crosscoder(snaps, architecture)
+    slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
+    found = attribute(
+        cc, snaps, task, rule=rule, steps=steps, baseline=baseline, error=error, batch_size=2, positions=True
+    )
+    assert found.positions is not None
+    for s in range(len(snaps)):
+        effects, errors = torch.zeros(4, 6, F), torch.zeros(4, 6)  # by prompt and position from the end
+        clean, start = torch.zeros(4), torch.zeros(4)
+        for i, (run, (f0, e0)) in enumerate(zip(slow, baselines(baseline, slow, paired, s), strict=True)):
+            by_position, error_node = run.effects(s, f0, e0 if error == "joint" else None, *quadrature(rule, steps))
+            effects[i, : len(by_position)], errors[i, : len(error_node)] = by_position.flip(0), error_node.flip(0)
+            clean[i] = run.metric(s)
+            start[i] = run.metric(s, run.decode(f0, s) + (e0 if error == "joint" else run.error(s)))
+        totals, error_totals = effects.sum(1).double(), errors.sum(1).double()
+        same(found.effects[:, s], totals.mean(0))
+        same(found.standard_errors[:, s], totals.std(0) / 2)
+        same(found.error_effect[s], error_totals.mean())
+        assert (error == "joint") == bool(found.error_effect[s] != 0)
+        same(found.metric_clean[s], clean.mean())
+        same(found.metric_baseline[s], start.mean())
+        change = (clean - start).double()
+        residual = (totals.sum(-1) + error_totals - change).abs()
+        same(found.completeness[s], residual.mean() / change.abs().mean(), rtol=1e-3, atol=1e-4)
+        ids = found.positions.features
+        same(found.positions.effects[..., s], effects.mean(0)[:, ids])
+        same(found.positions.sizes[..., s], effects.abs().mean(0)[:, ids])
+        same(found.positions.error_effects[:, s], errors.mean(0))
+        same(found.positions.error_sizes[:, s], errors.abs().mean(0))
+        others = torch.ones(F, dtype=torch.bool).index_fill_(0, ids, False)
+        assert effects[..., others].abs().sum() == 0 and not found.active[others].any()
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.2.hook_mlp_out"]
+)
+@pytest.mark.parametrize("method", ["ig", "exact"])
+def test_other_hook_points_equal_the_whole_model_with_a_hook(
+    snaps: Snapshots, task: Task, hook: str, method: str
+) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    cc.cfg.metadata.hook_name = hook
+    chosen = list(range(0, F, 6)) if method == "exact" else None
+    found = attribute(cc, snaps, task, method, rule="midpoint", steps=2, features=chosen)
+    for s in range(3):
+        effects, baseline = torch.zeros(4, F), torch.zeros(4)
+        for batch in PromptRuns(cc, snaps, task, batch_size=1).batches:
+            run, item = CleanRun.of(cc, snaps, batch.tokens), int(batch.index)
+
+            def metric(f: Tensor, share: float, run: CleanRun = run, batch: PromptBatch = batch, s: int = s) -> Tensor:
+                error = run.acts[:, :, s] - cc.decode_snapshot(run.features, s)
+                x = cc.decode_snapshot(f, s) + share * error
+                logits = spliced_logits(snaps.model(s), batch.tokens, hook, x, run.keep)[0, -1]
+                return logits[batch.correct[0]] - logits[batch.wrong[0]]
+
+            baseline[item] = metric(0 * run.features, 0)
+            for alpha in (0.25, 0.75) if chosen is None else ():
+                f = (alpha * run.features).requires_grad_()
+                (gradient,) = torch.autograd.grad(metric(f, alpha), f)
+                effects[item] += (run.features * gradient).sum((0, 1)) / 2
+            for i in chosen or ():
+                f = run.features.clone()
+                f[..., i] = 0
+                effects[item, i] = metric(run.features, 1) - metric(f, 1)
+        same(found.effects[:, s], effects.mean(0))
+        same(found.metric_baseline[s], baseline.mean())
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu_crosscoder", "batchtopk_crosscoder"])
+@pytest.mark.parametrize("baseline", ["zero", "mean", "patch"])
+@pytest.mark.parametrize("error", ["joint", "frozen"])
+def test_exact_equals_one_run_per_feature(
+    snaps: Snapshots, task: Task, architecture: str, baseline: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribution, "BATCH_TOKENS", 20)  # several passes per batch
+    cc = make_crosscoder(snaps, architecture)
+    slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
+    runs = PromptRuns(cc, snaps, task, batch_size=3, paired=True)
+    found = attribute(cc, snaps, task, "exact", baseline=baseline, error=error, runs=runs)
+    for s in range(len(snaps)):
+        rows: list[list[float]] = []
+        errors: list[float] = []
+        for run, (f0, e0) in zip(slow, baselines(baseline, slow, paired, s), strict=True):
+            clean = run.metric(s)
+            rows.append([float((clean - run.without(s, i, f0)).detach()) for i in range(F)])
+            errors.append(float((clean - run.metric(s, run.decode(run.f[s], s) + e0)).detach()))
+        effects = torch.tensor(rows, dtype=torch.float64)
+        same(found.effects[:, s], effects.mean(0))
+        same(found.standard_errors[:, s], effects.std(0) / 2)
+        same(found.error_effect[s], torch.tensor(errors).mean() if error == "joint" else torch.zeros(()))
+        same(found.effects[:, s], exact_effects(runs, s, torch.arange(F), value=baseline))
+
+
+def test_exact_of_chosen_features(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    every = attribute(cc, snaps, task, "exact")
+    chosen = every.top(3, -1, by="magnitude")
+    some = attribute(cc, snaps, task, "exact", features=chosen)
+    same(some.effects[chosen], every.effects[chosen])
+    rest = torch.ones(F, dtype=torch.bool).index_fill_(0, chosen, False)
+    assert some.effects[rest].abs().sum() == 0 and not some.active[rest].any()
+    assert some.completeness.isnan().all() and not every.completeness.isnan().any()
+    assert sorted(some.top(3, -1, by="magnitude").tolist()) == sorted(chosen.tolist())
+
+
+# ---------------------------------------------------------------------- against captum
+@pytest.mark.parametrize(
+    ("rule", "theirs"), [("gauss_legendre", "gausslegendre"), ("midpoint", "riemann_middle"), ("left", "riemann_right")]
+)
+@pytest.mark.parametrize("baseline", ["zero", "patch"])
+def test_ig_equals_captum(snaps: Snapshots, task: Task, rule: str, theirs: str, baseline: str) -> None:
+    captum_attr = pytest.importorskip("captum.attr")
+    cc = make_crosscoder(snaps, "topk_crosscoder", seed=3)
+    slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
+    found = attribute(cc, snaps, task, rule=rule, steps=6, baseline=baseline)
+    for s in range(len(snaps)):
+        rows: list[Tensor] = []
+        errors: list[Tensor] = []
+        for run, (f0, e0) in zip(slow, baselines(baseline, slow, paired, s), strict=True):
+
+            def forward(f: Tensor, e: Tensor, run: Slow = run, s: int = s) -> Tensor:
+                return run.metrics(s, run.decode(f, s) + e)
+
+            inputs, start = (run.f[s][None], run.error(s)[None]), (f0[None], e0[None])
+            ours, error = captum_attr.IntegratedGradients(forward).attribute(
+                inputs, baselines=start, n_steps=6, method=theirs
+            )
+            rows.append(ours.sum((0, 1)))
+            errors.append(error.sum())
+        same(found.effects[:, s], torch.stack(rows).mean(0))
+        same(found.error_effect[s], torch.stack(errors).mean())
+
+
+# ---------------------------------------------------------------------- a model done by hand
+LINEAR: dict[str, Any] = {
+    "metric": (1.0, 4.0),  # m = k_s (h_0 - h_1) of the last position's residual stream h
+    "scale": (1.0, 2.0),  # activation_scale
+    "features": (2.0, 3.0),  # the two features, the same everywhere
+    "first": (0.5, 0.75),  # W_dec[0, s] = (first_s, 0, ...)
+    "second": (1.0, 1.0),  # W_dec[1, s] = (0, second_s, 0, ...) at the first snapshot, negated at the second
+    "bias": (0.25, -0.5),  # b_dec[s] = (bias_s, 0, ...)
+}
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshots, StandardCrosscoder]:
+    """Two snapshots whose metric is linear in the last block's output, and a crosscoder of two constant features.
+
+    The last layer norm is linear for its epsilon dwarfs the variance; answers are unembedded along (1, 0, ...) and
+    (0, 1, 0, ...), so m = k_s (h_0 - h_1).
+    """
+    folder = tmp_path_factory.mktemp("linear")
+    words = ("[bos]", "[unk]", "one", "two", "three", "right", "wrong")
+    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[unk]"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="[bos]", eos_token="[bos]", pad_token="[bos]", unk_token="[unk]"
+    ).save_pretrained(folder / "tokenizer")
+    config = GPTNeoXConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        layer_norm_eps=1e8,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    for s, k in enumerate(LINEAR["metric"]):
+        with torch.random.fork_rng():
+            torch.manual_seed(s)
+            model = GPTNeoXForCausalLM(config)
+        model.gpt_neox.final_layer_norm.weight.data.fill_(1e4)
+        model.lm_head.weight.data.zero_()
+        model.lm_head.weight.data[5, 0] = model.lm_head.weight.data[6, 1] = k
+        model.gpt_neox.embed_in.weight.data.mul_(100)
+        model.save_pretrained(folder / f"step{s}")
+    snaps = Snapshots.local(folder)
+    cc = StandardCrosscoder(StandardCrosscoderConfig(d_in=16, d_sae=2, n_snapshots=2))
+    cc.W_enc.data.zero_()
+    cc.b_enc.data = torch.tensor(LINEAR["features"])
+    cc.W_dec.data = torch.zeros(2, 16)
+    for s, sign in enumerate((1, -1)):
+        cc.W_dec.data[0, 8 * s] = LINEAR["first"][s]
+        cc.W_dec.data[1, 8 * s + 1] = sign * LINEAR["second"][s]
+    cc.b_dec.data = torch.zeros(16)
+    cc.b_dec.data[0], cc.b_dec.data[8] = LINEAR["bias"]
+    cc.activation_scale.copy_(torch.tensor(LINEAR["scale"]))
+    cc.cfg.metadata.hook_name, cc.cfg.metadata.prepend_bos = "blocks.1.hook_resid_post", True
+    return snaps, cc
+
+
+LINEAR_TASK = Task.from_items(
+    "linear",
+    [{"prefix": prefix, "correct": "right", "wrong": "wrong"} for prefix in ("one two", "two", "three one two three")],
+)
+# f_i k_s <W_dec[i, s], (1, -1)> / c_s: 2 * 1 * .5, 2 * 4 * .75 / 2;  3 * 1 * -1, 3 * 4 * 1 / 2
+BY_HAND = torch.tensor([[1.0, 3.0], [-3.0, 6.0]])
+
+
+@pytest.mark.parametrize("method", ["ig", "gradient", "exact"])
+@pytest.mark.parametrize("error", ["joint", "frozen"])
+def test_two_linear_features_by_hand(linear: tuple[Snapshots, StandardCrosscoder], method: str, error: str) -> None:
+    snaps, cc = linear
+    found = attribute(cc, snaps, LINEAR_TASK, method, steps=3, error=error, positions=method != "exact")
+    same(found.effects, BY_HAND, rtol=1e-4, atol=1e-4)
+    assert found.standard_errors.max() < 1e-4
+    same(relie(found, 0.1), torch.tensor([[1 / 4, 3 / 4], [1 / 3, 2 / 3]]), rtol=1e-3)
+    baseline = torch.tensor([1.0 * 0.25, 4.0 * -0.5 / 2])  # k_s b_dec[s, 0] / c_s
+    if error == "joint":
+        same(found.metric_baseline, baseline, rtol=1e-3)
+        same(found.error_effect, found.metric_clean - baseline - BY_HAND.sum(0), rtol=1e-3, atol=1e-3)
+        same(found.completeness, torch.zeros(2), atol=1e-4)
+    else:
+        same(found.metric_baseline, found.metric_clean - BY_HAND.sum(0), rtol=1e-3, atol=1e-3)
+        assert not found.error_effect.any()
+        same(found.completeness, torch.zeros(2), atol=1e-3)
+    turned = sign_changes(found)
+    assert turned[["feature", "from_snapshot", "to_snapshot"]].to_numpy().tolist() == [[1, 0, 1]]
+    if found.positions is not None:
+        # nothing above the last block moves anything between positions
+        assert found.positions.shares().query("position == 0")["share"].tolist() == [1, 1]
+
+
+def test_positive_effects_support_the_correct_answer(linear: tuple[Snapshots, StandardCrosscoder]) -> None:
+    """The paper's metric is log p(wrong) - log p(correct), and its effects (0 - f) times the gradient: one sign."""
+    snaps, cc = linear
+    swapped = Task.from_items(
+        "swapped", [{"prefix": item.prefix, "correct": "wrong", "wrong": "right"} for item in LINEAR_TASK.items]
+    )
+    same(attribute(cc, snaps, swapped, steps=2).effects, -BY_HAND, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- the faults of the released code stay away
+def test_the_papers_rule_is_reproduced(snaps: Snapshots, task: Task) -> None:
+    """h(alpha_k) = W_dec ((1 - k/10) f) + b_dec + (1 - k/10) error, k = 0..9; |effect of a token| <= .1 becomes 0."""
+    cc = make_crosscoder(snaps, "standard_crosscoder", seed=2)
+    found = attribute(cc, snaps, task, **crosscoding_through_time())
+    assert str(found.estimator) == "ig (left, 10 steps), zero baseline, joint error, threshold 0.1"
+    cut = 0
+    for s in range(len(snaps)):
+        rows: list[Tensor] = []
+        for run in slow_runs(snaps, cc):
+            f, e = run.f[s], run.error(s)
+            gradient = torch.zeros_like(f)
+            for k in range(10):
+                scaled = ((1 - k / 10) * f).requires_grad_()
+                m = -run.metric(s, run.decode(scaled, s) + (1 - k / 10) * e)  # theirs is wrong minus correct
+                gradient += torch.autograd.grad(m, scaled)[0] / 10
+            by_token = (0 - f) * gradient
+            small = by_token.abs() <= 0.1
+            cut += int((small & (by_token != 0)).sum())
+            rows.append(torch.where(small, 0.0, by_token).sum(0))
+        same(found.effects[:, s], torch.stack(rows).mean(0))
+    assert cut > 20
+    kept = attribute(cc, snaps, task, rule="left", steps=10)
+    assert (kept.effects - found.effects).abs().max() > 0.01
+
+
+def test_every_prompt_counts_once_however_they_are_batched(snaps: Snapshots) -> None:
+    """Their mean is over the positions of a batch, padding included, and a short last batch weighs too much."""
+    cc = make_crosscoder(snaps, "batchtopk_crosscoder")
+    many = Task.from_items("many", MANY[:24])
+    whole = attribute(cc, snaps, many, steps=3, positions=True, n_bootstrap=5)
+    parts = [attribute(cc, snaps, Task.from_items("part", MANY[:24][i::3]), steps=3) for i in range(3)]
+    assert {len(batch.tokens[0]) for batch in PromptRuns(cc, snaps, many).batches} == {3, 6, 9}
+    same(whole.effects, torch.stack([part.effects for part in parts]).mean(0))  # each part holds one length alone
+    for batch_size in (1, 5):
+        again = attribute(cc, snaps, many, steps=3, positions=True, n_bootstrap=5, batch_size=batch_size)
+        for name in ("effects", "standard_errors", "error_effect", "metric_clean", "metric_baseline", "completeness"):
+            same(getattr(again, name), getattr(whole, name))
+        same(again.positions.sizes, whole.positions.sizes)  # type: ignore[union-attr]
+        same(again.bootstrap.effects, whole.bootstrap.effects)  # type: ignore[union-attr]
+
+
+def test_gates_do_not_depend_on_the_batch(snaps: Snapshots, task: Task) -> None:
+    """Their BatchTopK stays in training mode, where a code depends on the other tokens of its batch."""
+    architecture = "batchtopk_crosscoder"
+    sae_class, config_class = crosscoders.TRAINING_ARCHITECTURES[architecture]
+    inference = make_crosscoder(snaps, architecture)
+    training = sae_class(config_class(d_sae=F, d_in=inference.cfg.d_in, n_snapshots=3, k=2))
+    state = {**training.state_dict(), **inference.state_dict()}
+    training.load_state_dict(state)
+    training.cfg.metadata = inference.cfg.metadata
+    ours = attribute(training, snaps, task, steps=2)
+    same(ours.effects, attribute(inference, snaps, task, steps=2).effects)
+
+
+def test_the_bos_and_its_features_are_left_alone(snaps: Snapshots, task: Task) -> None:
+    """Theirs count the first position, which training leaves out."""
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    found = attribute(cc, snaps, task, steps=2, positions=True)
+    assert found.positions is not None
+    table = found.positions.to_frame()
+    assert table["position"].max() == 4  # six tokens with the BOS, five without
+    cc.cfg.metadata.keep_special = True
+    kept = attribute(cc, snaps, task, steps=2, positions=True)
+    assert kept.positions is not None and kept.positions.to_frame()["position"].max() == 5
+    same(kept.metric_clean, found.metric_clean)
+
+
+def test_effects_of_opposite_sign_cancel_before_the_absolute_value(snaps: Snapshots) -> None:
+    """Absolute values are taken after averaging: an effect that only wavers between prompts is no effect."""
+    item = {"prefix": "the cat", "correct": "sees", "wrong": "likes"}
+    both = [item, {"prefix": "the cat", "correct": "likes", "wrong": "sees"}]
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    found = attribute(cc, snaps, Task.from_items("both", both), steps=2, positions=True)
+    one = attribute(cc, snaps, Task.from_items("one", [item]), steps=2)
+    assert one.effects.abs().max() > 0.1 and found.effects.abs().max() < 1e-6
+    assert relie(found).isnan().all()
+    assert found.positions is not None and found.positions.sizes.max() > 0.05
+
+
+def test_the_most_harmful_are_not_the_smallest(snaps: Snapshots, task: Task) -> None:
+    """Their `bottom` are the smallest in magnitude, zeros that is."""
+    found = attribute(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, steps=2)
+    worst = found.top(3, 2, by="negative")
+    assert found.effects[worst, 2].tolist() == sorted(found.effects[:, 2].tolist())[:3]
+    assert found.effects[worst[0], 2] < 0
+    assert found.top(3, 2).tolist() == found.top(3, -1).tolist() == found.effects[:, 2].topk(3).indices.tolist()
+
+
+def test_nothing_global_is_left_changed(snaps: Snapshots, task: Task) -> None:
+    """Theirs turns anomaly detection on for the whole process."""
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    tokens = torch.tensor([[0, 3, 7]])
+    before = snaps.model(1)(tokens)
+    with torch.no_grad():
+        attribute(cc, snaps, task, steps=2)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and not torch.is_anomaly_enabled()
+    same(snaps.model(1)(tokens), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in (*cc.parameters(), *snaps.model(1).parameters()))
+
+
+# ---------------------------------------------------------------------- cost
+@pytest.mark.parametrize("method", ["ig", "gradient", "exact"])
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"])
+def test_nothing_below_the_hook_is_run_again(snaps: Snapshots, method: str, hook: str) -> None:
+    """But for a prompt per snapshot, on which the short way is tried, and once per batch for a hook inside a block."""
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    cc.cfg.metadata.hook_name = hook
+    many = Task.from_items("many", MANY)
+    runs = PromptRuns(cc, snaps, many, batch_size=10)
+    rows: Counter[int] = Counter()
+
+    def count(block: int) -> Callable[..., None]:
+        def note(_module: Any, _inputs: Any, output: Any) -> None:
+            rows[block] += len(output[0] if isinstance(output, tuple) else output)
+
+        return note
+
+    models = [snaps.model(s) for s in range(3)]
+    handles = [model.blocks[i].original_component.register_forward_hook(count(i)) for model in models for i in range(3)]
+    attribute(cc, snaps, many, method, steps=10, runs=runs)
+    for handle in handles:
+        handle.remove()
+    inside = 0 if hook.endswith("resid_post") else len(runs) * 3 + 3
+    assert rows[0] == rows[1] == 3 + inside
+    assert rows[2] >= len(runs) * 3 * {"ig": 11, "gradient": 2, "exact": 3}[method]
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+        self.numel = max(self.numel, *made, 0)
+        return out
+
+
+@pytest.mark.parametrize(("method", "baseline"), [("ig", "zero"), ("ig", "mean"), ("exact", "zero")])
+def test_memory_does_not_grow_with_the_prompts(
+    snaps: Snapshots, method: str, baseline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribution, "BATCH_TOKENS", 256)
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    largest: list[int] = []
+    for n in (24, 48):
+        some = Task.from_items("some", MANY[:n])
+        runs = PromptRuns(cc, snaps, some, batch_size=8)
+        assert len(runs) == n and len(runs.features) == F
+        with _Largest() as seen:
+            attribute(cc, snaps, some, method, baseline=baseline, steps=2, runs=runs, positions=method == "ig")
+        largest.append(seen.numel)
+    assert largest[0] == largest[1] > 0
+
+
+def test_runs_are_shared_by_methods(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "jumprelu_crosscoder")
+    runs = PromptRuns(cc, snaps, task, paired=True)
+    for method, baseline in (("ig", "patch"), ("gradient", "zero"), ("exact", "mean")):
+        found = attribute(cc, snaps, task, method, steps=3, baseline=baseline, runs=runs)
+        same(found.effects, attribute(cc, snaps, task, method, steps=3, baseline=baseline).effects)
+
+
+# ---------------------------------------------------------------------- what is reported
+def test_effects_and_error_node_add_up(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "jumprelu_crosscoder")
+    fine = attribute(cc, snaps, task, steps=64)
+    assert fine.completeness.max() < 1e-3
+    coarse = attribute(cc, snaps, task, method="gradient")
+    assert coarse.completeness.max() > 10 * fine.completeness.max()
+    total = fine.effects.sum(0) + fine.error_effect
+    same(total, fine.metric_clean - fine.metric_baseline, rtol=1e-2, atol=1e-4)
+
+
+def test_bootstrap_against_loops(snaps: Snapshots) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    few = MANY[:9]
+    found = attribute(cc, snaps, Task.from_items("few", few), steps=2, n_bootstrap=300, seed=5, batch_size=2)
+    kept = found.bootstrap
+    assert kept is not None and kept.effects.shape == (300, len(kept.features), 3)
+    order = torch.cat([b.index for b in PromptRuns(cc, snaps, Task.from_items("few", few)).batches]).tolist()
+    counts = np.random.default_rng(5).multinomial(9, [1 / 9] * 9, size=300)
+    slow = [Slow(snaps, cc, few[i]) for i in order]
+    for s in range(3):
+        each, metrics = [], []
+        for run in slow:
+            zero = torch.zeros_like(run.f[s])
+            effects, _ = run.effects(s, zero, torch.zeros_like(run.acts[:, s]), *quadrature("gauss_legendre", 2))
+            each.append(effects.sum(0)[kept.features].double())
+            metrics.append(run.metric(s).double())
+        for r in (0, 1, 299):
+            drawn = [i for i, count in enumerate(counts[r]) for _ in range(count)]
+            same(kept.effects[r, :, s], torch.stack([each[i] for i in drawn]).mean(0))
+            same(kept.metric[r, s], torch.stack([metrics[i] for i in drawn]).mean())
+    # the spread of the replicates is the standard error, up to the n - 1 of the sample and the noise of 300 draws
+    spread, error = kept.effects.double().std(0), found.standard_errors[kept.features] * math.sqrt(8 / 9)
+    large = error > error.max() / 20
+    assert (spread / error)[large].median() == pytest.approx(1, abs=0.05)
+    again = attribute(cc, snaps, Task.from_items("few", few), steps=2, n_bootstrap=300, seed=5)
+    same(again.bootstrap.effects, kept.effects)  # type: ignore[union-attr]
+    other = attribute(cc, snaps, Task.from_items("few", few), steps=2, n_bootstrap=300, seed=6)
+    assert (other.bootstrap.effects - kept.effects).abs().max() > 0.01  # type: ignore[union-attr]
+    low, high = relie_interval(found)
+    share = relie(found)
+    sure = ~share.isnan()
+    assert sure.any() and ((low <= share) & (share <= high))[sure].float().mean() > 0.9
+    frame = found.to_frame(cc.decoder_norms)
+    np.testing.assert_allclose(frame["relie_low"], low[found.active.any(-1)].flatten())
+    assert "relie_low" not in attribute(cc, snaps, Task.from_items("few", few), steps=1).to_frame(cc.decoder_norms)
+
+
+def test_one_prompt_has_no_standard_error(snaps: Snapshots) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    found = attribute(cc, snaps, Task.from_items("one", ITEMS[:1]), steps=2, n_bootstrap=3)
+    assert found.standard_errors[found.active.any(-1)].isnan().all()
+    assert relie(found).isnan().all() and not relie(found, 1e-3)[found.effects.abs().amax(-1) > 1e-3].isnan().any()
+
+
+def test_tables_hold_the_whole_attribution(snaps: Snapshots, task: Task, tmp_path: Path) -> None:
+    cc = make_crosscoder(snaps, "batchtopk_crosscoder")
+    options: list[dict[str, Any]] = [
+        {"steps": 2},
+        {"method": "gradient", "baseline": "patch"},
+        {"method": "exact", "baseline": "mean", "error": "frozen"},
+        crosscoding_through_time(),
+    ]
+    for chosen in options:
+        ie = attribute(cc, snaps, task, **chosen)
+        for name, table in (("features", ie.to_frame(cc.decoder_norms)), ("snapshots", ie.snapshot_frame())):
+            table.to_parquet(tmp_path / name)
+        frame, per_snapshot = pd.read_parquet(tmp_path / "features"), pd.read_parquet(tmp_path / "snapshots")
+        again = Attribution.from_frames("tiny", frame, per_snapshot, F)
+        for name in (
+            "effects",
+            "standard_errors",
+            "error_effect",
+            "metric_clean",
+            "metric_baseline",
+            "completeness",
+            "active",
+        ):
+            torch.testing.assert_close(getattr(again, name), getattr(ie, name))
+        assert (again.labels, again.steps, again.n_prompts) == (ie.labels, ie.steps, ie.n_prompts)
+        assert again.estimator == ie.estimator
+        assert again.top(3, 1).tolist() == ie.top(3, 1).tolist()
+        row = frame.iloc[4]
+        norms = cc.decoder_norms[int(row["feature"])]
+        assert row["reldec"] == pytest.approx(float(norms[int(row["snapshot"])] / norms.sum()))
+    with pytest.raises(UserError, match="lacks rule, threshold: attribute the task again"):
+        Attribution.from_frames("tiny", frame, per_snapshot.drop(columns=["rule", "threshold"]), F)
+
+
+def test_the_table_says_how_it_was_made(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    table = attribute(cc, snaps, task, rule="midpoint", steps=3, baseline="mean", error="frozen").snapshot_frame()
+    told = table[["method", "rule", "ig_steps", "baseline", "error", "threshold"]].drop_duplicates()
+    assert told.to_numpy().tolist() == [["ig", "midpoint", 3, "mean", "frozen", 0.0]]
+    assert attribute(cc, snaps, task, "gradient").estimator == Estimator("gradient")
+
+
+def test_features_active_on_the_paired_prompt_alone_are_in_the_table(snaps: Snapshots) -> None:
+    one = Task.from_items("one", ITEMS[:1])
+    cc = make_crosscoder(snaps, "jumprelu_crosscoder", seed=2)
+    found = attribute(cc, snaps, one, steps=2, baseline="patch")
+    frame = found.to_frame(cc.decoder_norms)
+    for s in range(3):
+        same(torch.tensor(frame[frame["snapshot"] == s]["ie"].sum()), found.effects[:, s].sum())
+    alone = found.active & ~attribute(cc, snaps, one, steps=1).active
+    assert alone.any() and found.effects[alone].abs().max() > 0
+
+
+# ---------------------------------------------------------------------- positions
+def test_positions_tell_direct_effects_from_moved_ones(snaps: Snapshots, task: Task) -> None:
+    last = make_crosscoder(snaps, "standard_crosscoder", layer=2)
+    control = attribute(last, snaps, task, steps=3, positions=True)
+    assert control.positions is not None
+    shares = control.positions.shares()
+    assert shares[shares["position"] == 0][["share", "error_share"]].to_numpy().tolist() == [[1, 1]] * 3
+    assert control.positions.to_frame()["position"].eq(0).all()
+    assert control.positions.main()[["position", "share", "last_share"]].drop_duplicates().to_numpy().tolist() == [
+        [0, 1, 1]
+    ]
+    middle = attribute(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, steps=3, positions=True)
+    assert middle.positions is not None
+    shares = middle.positions.shares()
+    np.testing.assert_allclose(shares.groupby("snapshot")["share"].sum(), 1)
+    assert shares.query("position > 0 and share > 0.01").shape[0] > 3
+
+
+def test_position_tables_against_loops(snaps: Snapshots, task: Task) -> None:
+    found = attribute(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, steps=2, positions=True)
+    kept = found.positions
+    assert kept is not None
+    same(kept.effects.sum(0), found.effects[kept.features])
+    same(kept.error_effects.sum(0), found.error_effect)
+    total = kept.sizes.sum((0, 1))
+    for row in kept.shares().itertuples():
+        assert row.share == pytest.approx(float(kept.sizes[row.position, :, row.snapshot].sum() / total[row.snapshot]))
+    main = kept.main().set_index(["feature", "snapshot"])
+    for column, feature in enumerate(kept.features.tolist()):
+        for s in range(3):
+            sizes = kept.sizes[:, column, s].tolist()
+            if not sum(sizes):
+                assert (feature, s) not in main.index
+                continue
+            row = main.loc[(feature, s)]
+            assert row["position"] == sizes.index(max(sizes))
+            assert row["share"] == pytest.approx(max(sizes) / sum(sizes))
+            assert row["last_share"] == pytest.approx(sizes[0] / sum(sizes))
+    frame = kept.to_frame()
+    assert frame["size"].gt(0).all() and frame["ie"].sum() == pytest.approx(float(kept.effects.sum()))
+    assert attribute(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, steps=1).positions is None
+
+
+# ---------------------------------------------------------------------- mistakes
+def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "batchtopk_crosscoder")
+    runs = PromptRuns(cc, snaps, task)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"method": "integrated"}, "method='integrated' is unknown; use one of"),
+        ({"rule": "gauss"}, "rule='gauss' is unknown"),
+        ({"baseline": "none"}, "baseline='none' is unknown"),
+        ({"error": "kept"}, "error='kept' is unknown"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"n_bootstrap": -1}, "n_bootstrap=-1 must be at least 0"),
+        ({"method": "exact", "positions": True}, "changes a feature at all positions at once"),
+        ({"method": "ig", "features": [1]}, "choose features for method='exact' only"),
+        ({"method": "exact", "features": [1, F]}, r"feature 24 is not in \[0, 23\]"),
+        ({"method": "exact", "features": [-1]}, r"feature -1 is not in \[0, 23\]"),
+        ({"method": "exact", "features": []}, "no features are given"),
+        ({"method": "exact", "features": [2, 2]}, "a feature is given twice"),
+        ({"baseline": "patch", "runs": runs}, "make PromptRuns\\(..., paired=True\\)"),
+    ]
+    for options, told in wrong:
+        with pytest.raises(UserError, match=told) as error:
+            attribute(cc, snaps, task, **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
+        attribute(cc, snaps[:2], task)
+    with pytest.raises(UserError, match="its snapshot step0 is not the given step20"):
+        attribute(cc, snaps[[2, 1, 0]], task)
+    unpaired = Task.from_items("unpaired", [{"prefix": "the cat", "correct": "sees", "wrong": "likes"}])
+    with pytest.raises(UserError, match="no paired prompts"):
+        attribute(cc, snaps, unpaired, baseline="patch")
+    with pytest.raises(UserError, match="runs are not of this crosscoder, these snapshots and 'unpaired'"):
+        attribute(cc, snaps, unpaired, runs=runs)
+    with pytest.raises(UserError, match="runs are not of this crosscoder"):
+        attribute(make_crosscoder(snaps, "batchtopk_crosscoder"), snaps, task, runs=runs)
+
+
+def test_top_refuses_what_is_not_there(snaps: Snapshots, task: Task) -> None:
+    ie = attribute(make_crosscoder(snaps, "batchtopk_crosscoder"), snaps, task, steps=1)
+    with pytest.raises(UserError, match=r"k=1000 is not in \[1, "):
+        ie.top(1000, 0)
+    with pytest.raises(UserError, match="snapshot 3 does not exist: there are 3, 0 to 2"):
+        ie.top(1, 3)
+    with pytest.raises(UserError, match="by='bottom' is unknown"):
+        ie.top(1, 0, by="bottom")

@@ -1,0 +1,127 @@
+"""The study of a task is its parts, each on its own half of the prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from crosslens.causal.ablation import ablate
+from crosslens.causal.attribution import attribute
+from crosslens.causal.languages import split_languages
+from crosslens.causal.study import Study, study_task
+from crosslens.causal.timeline import follow_features
+from crosslens.causal.transfer import transfer_matrix
+from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError
+from crosslens.rundir import RunDir
+from crosslens.snapshots.collection import Snapshots
+from crosslens.tasks.task import Task
+from tests.plain_model import ITEMS, make_crosscoder, slow_runs
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    """Two languages, eight items: the verbs swapped make another item of the same prompt's words."""
+    more = [{**item, "prefix": f"the bread near {item['prefix']}", "language": "fr"} for item in ITEMS]
+    more = [{**item, "patch_prefix": f"the bread near {item['patch_prefix']}"} for item in more]
+    return Task.from_items("tiny", [*({**item, "language": "en"} for item in ITEMS), *more])
+
+
+@pytest.fixture(scope="module")
+def crosscoder(snaps: Snapshots) -> Crosscoder:
+    return make_crosscoder(snaps, "jumprelu_crosscoder")
+
+
+@pytest.fixture(scope="module")
+def found(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> Study:
+    return study_task(
+        crosscoder, snaps, task, ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6,
+        n_pairs=5, seed=3,
+    )  # fmt: skip
+
+
+def test_parts_by_themselves(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+    choosing, judging = task.split(3)
+    ie = attribute(crosscoder, snaps, choosing, baseline="patch")
+    pd.testing.assert_frame_equal(found.tables["attribution/tiny"], ie.to_frame(crosscoder.decoder_norms))
+    pd.testing.assert_frame_equal(found.tables["attribution/tiny.snapshots"], ie.snapshot_frame())
+    pd.testing.assert_frame_equal(
+        found.tables["transfer/tiny"], transfer_matrix(crosscoder, snaps, judging, ie, K, value="patch")
+    )
+    pd.testing.assert_frame_equal(
+        found.tables["timeline/tiny"], follow_features(crosscoder, snaps, choosing, ie, 5), check_dtype=False
+    )
+    draws = {"controls": ("random", "size_matched"), "seed": 3, "cut": True, "value": "patch"}
+    last = ablate(crosscoder, snaps, judging, ie, [K], n_draws=5, at=[len(snaps) - 1], **draws)
+    got = found.tables["ablation/tiny"]
+    row = got[(got["snapshot"] == 2) & (got["mode"] == "ablate") & (got["features"] == "random") & (got["k"] == K)]
+    pd.testing.assert_frame_equal(
+        row.reset_index(drop=True), last[last["features"] == "random"].reset_index(drop=True), check_dtype=False
+    )
+    assert int(row["n_draws"].iloc[0]) == 5
+    assert not got.duplicated(["snapshot", "mode", "features", "k"]).any()
+    assert set(got.loc[got["mode"] == "ablate", "k"]) == {1, K}, "no size exceeds the features that are active"
+
+
+def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+    """Removed from the clean run, and added to the paired one: the latter by splices of one prompt at a time."""
+    choosing = task.split(3)[0]
+    largest = found.exact["feature"].tolist()
+    assert largest == found.ie.top(6, 2, by="magnitude").tolist()
+    singles = attribute(crosscoder, snaps, choosing, "exact", baseline="patch", features=largest)
+    assert found.exact["removed"].to_numpy() == pytest.approx(singles.effects[largest, 2].numpy(), abs=1e-5)
+    items = [{"prefix": i.prefix, "correct": i.correct, "wrong": i.wrong} for i in choosing.items]
+    clean = slow_runs(snaps, crosscoder, items=items)
+    paired = slow_runs(
+        snaps,
+        crosscoder,
+        items=[{**row, "prefix": i.patch_prefix} for row, i in zip(items, choosing.items, strict=True)],
+    )
+    for feature, added in zip(largest, found.exact["added"], strict=True):
+        gains: list[float] = []
+        for run, base in zip(clean, paired, strict=True):
+            f = base.f[2].clone()
+            f[1:, feature] = run.f[2][1:, feature]
+            before, after = (base.metric(2, base.decode(each, 2) + base.error(2)) for each in (base.f[2], f))
+            gains.append(float(after - before))
+        assert added == pytest.approx(np.mean(gains), abs=1e-4)
+    for method in ("ig", "gradient"):
+        both = (found.exact["removed"] + found.exact["added"]) / 2
+        assert found.rank_agreement(method) == pytest.approx(spearmanr(found.exact[method], found.exact["removed"])[0])
+        assert found.rank_agreement(method, "both") == pytest.approx(spearmanr(found.exact[method], both)[0])
+    with pytest.raises(UserError, match="method='exact' must be"):
+        found.rank_agreement("exact")
+    with pytest.raises(UserError, match="end='start' must be"):
+        found.rank_agreement(end="start")
+
+
+def test_languages(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study, tmp_path: Path) -> None:
+    parts = split_languages(task)
+    assert {name: part.items for name, part in parts.items()} == {"en": task.items[:4], "fr": task.items[4:]}
+    assert [part.name for part in parts.values()] == ["tiny-en", "tiny-fr"]
+    assert set(found.tables["languages/tiny"]["language"]) == {"en"}
+    silent = replace(task, items=(*task.items[:-1], replace(task.items[-1], info={})))
+    assert split_languages(silent) == {}
+    plain = study_task(crosscoder, snaps, silent, ablate_k=(1,), keep_k=(1,), k=3, n_draws_last=2, n_exact=3, n_pairs=3)
+    assert "languages/tiny" not in plain.tables
+    RunDir(tmp_path).save_tables(found.tables)
+    for name, table in found.tables.items():
+        read = RunDir(tmp_path).table(name)
+        assert read is not None
+        pd.testing.assert_frame_equal(read, table, check_dtype=False)
+
+
+def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:
+    unpaired = replace(task, items=tuple(replace(item, patch_prefix=None) for item in task.items))
+    with pytest.raises(UserError, match="patch"):
+        study_task(crosscoder, snaps, unpaired)
+    plain = study_task(crosscoder, snaps, unpaired, value="zero", ablate_k=(1,), keep_k=(1,), n_draws_last=2)
+    with pytest.raises(UserError, match="features added alone were not measured"):
+        plain.rank_agreement(end="both")

@@ -1,0 +1,293 @@
+"""A task's features over snapshots against loops, examples against every position of every prompt, and the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from crosslens.causal import timeline
+from crosslens.causal.attribution import Attribution, attribute
+from crosslens.causal.timeline import SEPARATOR, find_examples, follow_features
+from crosslens.errors import UserError
+from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.report.blocks import compact
+from crosslens.report.chart import THEME
+from crosslens.report.timelines import N_ROWS, edge_timeline, feature_timeline, language_overlap
+from crosslens.snapshots.collection import Snapshots
+from crosslens.tasks.task import Task
+from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
+
+MORE = [*ITEMS, *({"prefix": f"the {who} near", "correct": "the", "wrong": "a"} for who in ("cat", "dog", "king"))]
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return Task.from_items("tiny", MORE)
+
+
+@pytest.fixture(scope="module")
+def runs(snaps: Snapshots, task: Task) -> PromptRuns:
+    return PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def ie(snaps: Snapshots, task: Task, runs: PromptRuns) -> Attribution:
+    """Two of the strongest features are silent at one snapshot each."""
+    found = attribute(runs._given, snaps, task, "gradient", runs=runs)
+    for feature, s in ((19, 1), (4, 0)):
+        found.effects[feature, s] = found.standard_errors[feature, s] = 0.0
+        found.active[feature, s] = False
+    return found
+
+
+@pytest.mark.parametrize(
+    ("k", "by", "min_effect"),
+    [(6, "magnitude", None), (5, "magnitude", 0.25), (3, "signed", 0.0), (4, "negative", 0.02)],
+)
+def test_the_table_is_what_loops_give(
+    snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution, k: int, by: str, min_effect: float | None
+) -> None:
+    cc = runs._given
+    table = follow_features(cc, snaps, task, ie, k, by=by, min_effect=min_effect, n_examples=2, runs=runs)
+    taken: set[tuple[int, int]] = set()
+    for s in range(3):
+        signs = {"magnitude": (1, -1), "signed": (1,), "negative": (-1,)}[by]
+        listed = [(max(sign * float(ie.effects[i, s]) for sign in signs), i) for i in range(F) if ie.active[i, s]]
+        for size, i in sorted(listed, reverse=True)[:k]:
+            if size > (2 * float(ie.standard_errors[i, s]) if min_effect is None else min_effect):
+                taken.add((i, s))
+    features = {i for i, _ in taken}
+    assert len(table) == 3 * len(features) and set(table["feature"]) == features and len(features) > 1
+    centres: list[float] = []
+    for feature, rows in table.groupby("order", sort=True):
+        i = int(rows["feature"].iloc[0])
+        assert rows["snapshot"].tolist() == [0, 1, 2] and rows["step"].tolist() == [0, 10, 20]
+        norms = [float(cc.W_dec[i, s * 16 : (s + 1) * 16].detach().norm()) for s in range(3)]
+        effects = [float(ie.effects[i, s]) for s in range(3)]
+        total = sum(map(abs, effects))
+        assert rows["norm"].tolist() == pytest.approx(norms)
+        assert rows["strength"].tolist() == pytest.approx([n / max(norms) for n in norms])
+        assert rows["ie"].tolist() == effects
+        assert rows["ie_se"].tolist() == [float(ie.standard_errors[i, s]) for s in range(3)]
+        assert rows["relie"].tolist() == pytest.approx([abs(e) / total for e in effects])
+        assert rows["top"].tolist() == [(i, s) in taken for s in range(3)]
+        for s, rank in enumerate(rows["rank"]):
+            larger = sum(bool(ie.active[j, s]) and abs(ie.effects[j, s]) > abs(ie.effects[i, s]) for j in range(F))
+            assert (rank is pd.NA) if not ie.active[i, s] else rank == 1 + larger
+        centres.append(sum(s * abs(e) / total for s, e in enumerate(effects)) / 2)
+        assert rows["centre_of_mass"].tolist() == pytest.approx([centres[-1]] * 3), feature
+        texts = find_examples(runs, [i], 2)["text"].tolist()
+        assert rows["examples"].tolist() == [SEPARATOR.join(texts)] * 3
+        assert rows["class"].nunique() == rows["signed_class"].nunique() == 1
+    assert centres == sorted(centres) and table["rank"].isna().sum() == len(features & {4, 19})
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu_crosscoder", "topk_crosscoder"])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 2), (4, 2), (100, 256)])
+def test_examples_are_the_positions_of_largest_activation(
+    snaps: Snapshots, task: Task, architecture: str, n: int, batch_size: int
+) -> None:
+    cc = make_crosscoder(snaps, architecture)
+    features = [5, 0, 17]
+    found = find_examples(PromptRuns(cc, snaps, task, batch_size=batch_size), features, n)
+    every: dict[int, dict[str, tuple[float, int, int]]] = {i: {} for i in features}
+    words = [item["prefix"].split() for item in MORE]
+    for item, run in enumerate(slow_runs(snaps, cc, items=MORE)):
+        value = torch.stack(run.f).amax(0)  # what the snapshots whose gate is open share
+        for i in features:
+            for t in range(1, len(value)):
+                text = " ".join([*words[item][: t - 1], f"[{words[item][t - 1]}]"])
+                if value[t, i] > 0:
+                    every[i][text] = (float(value[t, i]), t, len(value) - 1 - t)
+    listed = [i for i in features for _ in range(min(n, len(every[i])))]
+    assert found["feature"].tolist() == listed
+    for i in features:
+        rows = found[found["feature"] == i]
+        assert rows["rank"].tolist() == list(range(len(rows))) and rows["text"].is_unique
+        best = sorted((value for value, _, _ in every[i].values()), reverse=True)[:n]
+        np.testing.assert_allclose(rows["activation"], best, rtol=1e-4, atol=1e-5)
+        for row in rows.itertuples():
+            value, position, _ = every[i][str(row.text)]
+            prompt = words[int(row.item)]
+            assert (row.activation, row.position) == (pytest.approx(value, rel=1e-4, abs=1e-5), position)
+            assert row.token == prompt[position - 1] and row.from_end == len(prompt) - position
+            assert " ".join(prompt).startswith(str(row.text).replace("[", "").replace("]", ""))
+
+
+def test_examples_in_the_text_of_any_tokenizer() -> None:
+    """A word-level tokenizer sets blanks between words, a byte-level one has them in its tokens."""
+    vocabulary = {"<s>": 0, "the": 1, "cat": 2, ".": 3}
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<s>")), bos_token="<s>"
+    )
+    raw = Tokenizer(models.BPE({"<s>": 0, "the": 1, "Ġcat": 2, "s": 3, "Ġ": 4}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pieces = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    for tokenizer, tokens, text in (
+        (words, [0, 1], "[the]"),
+        (words, [0, 1, 2], "the [cat]"),
+        (words, [0, 1, 2, 3], "the cat [.]"),
+        (words, [0, 1, 0], "the [<s>]"),
+        (pieces, [0, 1], "[the]"),
+        (pieces, [0, 1, 2], "the [cat]"),
+        (pieces, [0, 1, 2, 3], "the cat[s]"),
+        (pieces, [0, 1, 4], "the [Ġ]"),
+        (pieces, [0], "[<s>]"),
+    ):
+        assert timeline._in_brackets(tokenizer, tokens) == text
+
+
+def test_nothing_is_run_without_examples(
+    snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_examples = follow_features(runs._given, snaps, task, ie, 3, batch_size=3)
+    monkeypatch.setattr(timeline, "PromptRuns", None)
+    without = follow_features(runs._given, snaps, task, ie, 3, n_examples=0)
+    pd.testing.assert_frame_equal(without, with_examples.assign(examples=""))
+    assert (with_examples["examples"] != "").any()
+
+
+def test_where_no_effect_is_sure_nothing_is_followed(
+    snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution
+) -> None:
+    unsure = dataclasses.replace(ie, standard_errors=torch.full_like(ie.standard_errors, math.nan))
+    table = follow_features(runs._given, snaps, task, unsure, 3, runs=runs)
+    full = follow_features(runs._given, snaps, task, ie, 3, runs=runs)
+    assert table.empty and list(table) == list(full)
+    assert feature_timeline(table) == "No feature has an effect above two standard errors at any snapshot."
+
+
+def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
+    cc = runs._given
+    other = dataclasses.replace(ie, labels=["a", "b", "c"])
+    with pytest.raises(UserError, match="the effects are of 24 features at a, b, c, the crosscoder has 24 at step0"):
+        follow_features(cc, snaps, task, other)
+    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
+        follow_features(cc, snaps[[0, 1]], task, ie)
+    with pytest.raises(UserError, match="k=25 is not in"):
+        follow_features(cc, snaps, task, ie, 25)
+    with pytest.raises(UserError, match="by='size' is unknown"):
+        follow_features(cc, snaps, task, ie, by="size")
+    with pytest.raises(UserError, match="n_examples=-1 must be at least 0"):
+        follow_features(cc, snaps, task, ie, n_examples=-1)
+    with pytest.raises(UserError, match="the given runs are not of this crosscoder"):
+        follow_features(cc, snaps, Task.from_items("tiny", ITEMS[:2]), ie, min_effect=0, runs=runs)
+    with pytest.raises(UserError, match=r"feature 24 is not in \[0, 23\]"):
+        find_examples(runs, [24])
+    with pytest.raises(UserError, match="n=0 must be at least 1"):
+        find_examples(runs, [1], 0)
+
+
+def spec(figure: Any) -> dict[str, Any]:
+    """What the page draws."""
+    return json.loads(json.dumps(compact({"data": figure.to_dict()["data"], "layout": figure.to_dict()["layout"]})))
+
+
+def colors(value: Any, key: str = "") -> set[str]:
+    """All colours of a figure, as the page's script finds them."""
+    if isinstance(value, dict):
+        return set().union(*(colors(part, name) for name, part in value.items()))
+    if isinstance(value, list):
+        return set().union(*(colors(part, key) for part in value)) if key.endswith("colorscale") else set()
+    return {value} if isinstance(value, str) and key.endswith(("color", "colorscale")) else set()
+
+
+def test_the_picture_of_features(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
+    table = follow_features(runs._given, snaps, task, ie, 3, min_effect=0.0, runs=runs)
+    chart = feature_timeline(table.sample(frac=1, random_state=0))
+    assert not isinstance(chart, str)
+    drawn = spec(chart.figure)
+    *heat, marks = drawn["data"]
+    features = table.drop_duplicates("feature")["feature"].tolist()
+    assert [trace["xaxis"] for trace in heat] == ["x", "x2", "x3"]
+    for trace, column in zip(heat, ("strength", "ie", "relie"), strict=True):
+        assert trace["type"] == "heatmap" and trace["x"] == [0, 1, 2]
+        wanted = table.pivot(index="feature", columns="snapshot", values=column).loc[features].to_numpy(dtype=float)
+        np.testing.assert_allclose(np.array(trace["z"], dtype=float), wanted, rtol=1e-4)
+    places = {(features[y], x) for x, y in zip(marks["x"], marks["y"], strict=True)}
+    top = table[table["top"]]
+    assert places == set(zip(top["feature"], top["snapshot"], strict=True)) and marks["xaxis"] == "x2"
+    layout = drawn["layout"]
+    assert layout["yaxis"]["ticktext"][0].startswith(str(features[0])) and layout["height"] == 190 + 20 * len(features)
+    largest = table["ie"].abs().max()
+    assert layout["coloraxis2"]["cmax"] == pytest.approx(largest, rel=1e-3) == -layout["coloraxis2"]["cmin"]
+    assert layout["coloraxis3"]["cmax"] == pytest.approx(table["relie"].max(), rel=1e-3)
+    titles = ["decoder norm / its largest", "IE (logits)", "RelIE (share)"]
+    assert [each["text"] for each in layout["annotations"]] == titles
+    domains = [layout[name]["domain"] for name in ("xaxis", "xaxis2", "xaxis3")]
+    assert domains[0][0] == 0 and domains[2][1] == 1 and all(a[1] < b[0] for a, b in zip(domains, domains[1:]))  # noqa: B905
+    assert colors(drawn) - {"rgba(0,0,0,0)"} <= set(THEME)
+    first = table[table["feature"] == features[0]].iloc[0]
+    assert heat[1]["text"][0][0].startswith(f"{layout['yaxis']['ticktext'][0]}<br>step0, step 0: IE (logits) ")
+    assert first["examples"].partition("]")[0] in heat[1]["text"][0][0]
+    pd.testing.assert_frame_equal(chart.data, table.drop(columns="order"))
+
+
+def test_few_rows_are_drawn_of_many() -> None:
+    n = N_ROWS + 7
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "order": np.repeat(np.arange(n), 2), "feature": np.repeat(draw.permutation(n), 2), "snapshot": [0, 1] * n,
+            "label": ["<a>", "b"] * n, "step": [0, 8] * n, "strength": 1.0, "ie": draw.normal(size=2 * n),
+            "relie": 0.5, "top": True, "examples": "the [<cat>] | a [b]",
+        }
+    )  # fmt: skip
+    chart = feature_timeline(table)
+    assert not isinstance(chart, str) and f"The {N_ROWS} features of largest |IE| are drawn, of {n}." in chart.note
+    largest = table["ie"].abs().groupby(table["feature"]).max().nlargest(N_ROWS).index
+    assert set(chart.data["feature"]) == set(largest)
+    text = json.dumps(spec(chart.figure), ensure_ascii=False)
+    assert "<cat>" not in text and "&lt;cat&gt;" in text and "<a>" not in text
+
+
+def test_the_picture_of_edges() -> None:
+    draw = np.random.default_rng(1)
+    pairs = [(i, j, s) for i in (1, 2) for j in (5, 6, 7) for s in (0, 1)]
+    table = pd.DataFrame(pairs, columns=pd.Index(["lower", "upper", "snapshot"]))
+    table["label"], table["step"] = ["a", "b"] * 6, [0, 8] * 6
+    table["effect"] = draw.normal(size=12)
+    table["exact"] = np.where(table["lower"] == 1, table["effect"] + 0.1, np.nan)
+    table.loc[table["upper"] == 6, "effect"] = 0.0
+    chart = edge_timeline(table)
+    assert not isinstance(chart, str)
+    first, exact = spec(chart.figure)["data"]
+    rows = chart.figure.layout["yaxis"].ticktext
+    assert set(rows) == {"1 → 5", "1 → 7", "2 → 5", "2 → 7"}, "pairs without an edge are left out"
+    centres: list[float] = []
+    for row, z, measured in zip(rows, first["z"], exact["z"], strict=True):
+        i, j = map(int, row.split(" → "))
+        own = table[(table["lower"] == i) & (table["upper"] == j)]
+        np.testing.assert_allclose(z, own["effect"], rtol=1e-4)
+        np.testing.assert_allclose(np.array(measured, dtype=float), own["exact"], rtol=1e-4)
+        centres.append(float(np.average([0, 1], weights=own["effect"].abs())))
+    assert centres == sorted(centres)
+    layout, drawn = chart.figure.layout, table.loc[table["upper"] != 6, ["effect", "exact"]].abs().max(axis=None)
+    assert layout["coloraxis"].cmax == layout["coloraxis2"].cmax == drawn
+    assert colors(spec(chart.figure)) - {"rgba(0,0,0,0)"} <= set(THEME)
+    assert edge_timeline(table.assign(effect=0.0)) == "No lower feature acts on any upper one."
+
+
+def test_the_picture_of_overlap() -> None:
+    table = pd.DataFrame(
+        {
+            "snapshot": [0, 1], "label": ["a", "b"], "step": [0, 8], "language": "en", "other": "fr", "k": 10,
+            "shared": [1, 7], "expected": [2.0, 2.5], "low": [0, 1], "high": [4, 5], "level": 0.95, "p": [0.9, 1e-4],
+        }
+    )  # fmt: skip
+    chart = language_overlap(table)
+    shared, band, expected = chart.figure.data
+    assert (shared.name, expected.name) == ("en, fr", "en, fr, by chance") and band.meta == "band"
+    assert list(shared.y) == [1, 7] and list(expected.y) == [2, 2.5] and set(band.y) == {0, 1, 4, 5}
+    assert shared.customdata[1] == "b, step 8, p = 0.0001"
+    assert chart.note.startswith("Sets of k = 10. Bands: 95% of random draws")
+    assert colors(spec(chart.figure)) - {"rgba(0,0,0,0)"} <= set(THEME)

@@ -1,0 +1,252 @@
+"""The command line over real files: the river from end to end, and mistakes told in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crosslens.cli import app as cli
+from crosslens.rundir import RunDir
+
+HOOK = "blocks.1.hook_resid_post"
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `crosslens ...` in this process: exit code, standard output, standard error without progress bars."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["crosslens", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        told = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("crosslens: ")]
+        return int(stop.value.code or 0), out, "\n".join(told)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_text: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "text.txt").write_text("\n".join(tiny_text))
+    nouns = ("cat", "dog", "king", "child")
+    rows = [
+        {
+            "clean_prefix": f"the {noun} near the {other}",
+            "patch_prefix": f"the {other} near the {noun}",
+            "clean_answer": " sees",
+            "patch_answer": " likes",
+            "case": "a",
+        }
+        for noun in nouns
+        for other in nouns
+        if noun != other
+    ]
+    (folder / "task.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "broken.json").write_text("\n".join(json.dumps({**row, "clean_answer": None}) for row in rows[:1]))
+    (folder / "missing.json").write_text(json.dumps({"clean_prefix": "the cat", "clean_answer": " sees"}))
+    return folder
+
+
+def train_arguments(snapshots: Path, files: Path, run: Path, *more: object) -> list[object]:
+    return [
+        *("train", "--snapshots", snapshots, "--hook", HOOK, "--dataset", files / "text.txt", "--n-tokens", 2000),
+        *("--context-size", 16, "--d-sae", 32, "--k", 4, "--batch-size", 128, "--run-dir", run, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_snapshots: Path, files: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, ["crosslens", *train_arguments(tiny_snapshots, files, run)])))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    return run
+
+
+def test_the_river(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
+    task = f"sva:{files / 'task.json'}"
+    for arguments in (
+        ("evolve", trained),
+        ("attribute", trained, "--task", task, "--steps", 4),
+        ("ablate", trained, "--task", task, "--k", "1,3", "--n-draws", 2),
+        ("report", trained),
+    ):
+        code, out, err = command(*arguments)
+        assert (code, err) == (0, ""), arguments
+        assert out
+    run = RunDir.open(trained)
+    for table in ("evaluation", "evolution", "probe", "accuracy", "attribution/task", "ablation/task"):
+        assert run.table(table) is not None, table
+    page = (trained / "report" / "index.html").read_text()
+    assert "step20" in page and "No attribution" not in page
+    weights = (trained / "crosscoder" / "sae_weights.safetensors").read_bytes()
+    code, _, err = command(*train_arguments(tiny_snapshots, files, trained))
+    assert (code, err) == (0, "")
+    assert (trained / "crosscoder" / "sae_weights.safetensors").read_bytes() == weights
+    recorded = run.read_json()
+    assert recorded["hook_name"] == HOOK
+    assert [s["label"] for s in recorded["snapshots"]] == [
+        "step0",
+        "step10",
+        "step20",
+    ]
+
+
+def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) -> None:
+    code, out, _ = command("ls", "pythia-14m", "--steps", "0,512,143000")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()] == [[f"step{n}"] * 2 for n in (0, 512, 143000)]
+    assert "299,892,736,000 tokens" in out and out.count("not on this disk") == 3
+    assert [line.split()[0] for line in command("ls", "bloom-1b1", "--steps", "triplet")[1].splitlines()] == [
+        *("step10000", "step100000", "main")
+    ]
+    assert "step16000-tokens33B" in command("ls", "olmo-1b-0724", "--steps", "triplet")[1]
+    assert len(command("ls", "pythia-160m")[1].splitlines()) == 154
+    assert len(command("ls", "pythia-160m", "--steps", "log:9")[1].splitlines()) == 9
+    assert all(line.endswith(" on this disk") for line in command("ls", tiny_snapshots)[1].splitlines())
+    assert [line.split()[0] for line in command("ls", tiny_snapshots)[1].splitlines()] == ["step0", "step10", "step20"]
+    families = command("ls")[1]
+    assert "pythia: 14m" in families and "olmo2: 1b, 7b" in families and "bloom: 560m" in families
+    code, out, _ = command(
+        *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
+        *("--n-tokens", 1000, "--context-size", 16, "--training-tokens", 5000),
+    )
+    assert code == 0
+    assert "snapshots   3 x d_model 16; all are on this disk" in out and "better      cached: " in out
+    assert "training" not in out
+    code, out, _ = command(
+        *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
+        *("--context-size", 16, "--d-sae", 4096, "--architecture", "standard", "--processes", 2),
+    )
+    assert code == 0 and "MiB of memory in each of 2 processes" in out
+
+
+def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path, trained: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    data = [
+        *("--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt", "--n-tokens", 2000),
+        *("--context-size", 16, "--cache", cache, "--cache-dtype", "float32"),
+    ]
+    code, out, err = command("harvest", *data)
+    assert (code, err) == (0, "")
+    assert f"tokens x 3 snapshots at {HOOK} in {cache}" in out
+    written = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(written) == 1 + 1 + 3
+    more = ("--cache", cache, "--cache-dtype", "float32")
+    assert command(*train_arguments(tiny_snapshots, files, tmp_path / "run", *more))[0] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == written
+    # from a float32 cache a crosscoder is what it is live
+    weights = [(run / "crosscoder" / "sae_weights.safetensors").read_bytes() for run in (trained, tmp_path / "run")]
+    assert weights[0] == weights[1]
+    assert RunDir.open(tmp_path / "run").read_json()["timings"]["waited_for_data"] >= 0
+    # the directory of another run is refused before anything is harvested
+    other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
+    code, _, err = command(*other)
+    assert code == 2 and "training.lr is 0.0003" in err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["ls", "pythia-15m"], "15m"),
+        (["ls", "pythia-14m", "--steps", "0,3"], "3"),
+        (["ls", "nowhere"], "is no folder and no known model"),
+        (["ls", "pythia-14m", "--steps", "log:1"], "log:1 asks for 1 of 154 steps"),
+        (["ls", "olmo-1b", "--steps", "triplet"], "olmo-1b has no step set 'triplet'"),
+        (["{train}", "--cache", "{files}/c", "--cache-dtype", "int7"], "int7.*did you mean 'int8'"),
+        (["evolve", "{files}"], "is not a run directory"),
+        (["attribute", "{run}", "--task", "sva:{files}/missing.json"], "the key 'patch_answer' is missing"),
+        (["attribute", "{run}", "--task", "sva:{files}/broken.json"], "the key 'clean_answer' is None"),
+        (["attribute", "{run}", "--task", "{files}/none.json"], "is no file and no task"),
+        (["attribute", "{run}", "--task", "demo:simpel"], "simple"),
+        (["ablate", "{run}", "--task", "demo:simple"], "run `crosslens attribute"),
+        (["ablate", "{run}", "--task", "demo:simple", "--k", "1,x"], "has no effects|whole numbers"),
+        (["{train}", "--hook", "blocks.7.hook_resid_post"], "blocks, 0 to 2"),
+        (["{train}", "--hook", "blocks.1.resid"], "is not supported"),
+        (["{train}", "--dataset", "{files}/none.txt"], "does not exist"),
+        (["{train}", "--dataset", "{files}/task.json", "--text-column", "txt"], "its columns are 'clean_prefix'"),
+        (["{train}", "--n-tokens", "1000000"], "more than text.txt holds"),
+        (["{train}", "--context-size", "64"], r"context_size=64 is not in \[2, 32\]"),
+        (["{train}", "--architecture", "topkk"], "did you mean 'topk'"),
+        (["{train}", "--k", "64"], r"k=64 is not in \(0, d_sae=32\]"),
+        (["{train}", "--d-sae", "0"], "d_sae=0 must be positive"),
+        (["{train}", "--batch-size", "100000"], "batch_size=100000"),
+        (["{train}", "--snapshots", "EleutherAI/none"], "is no folder and no known model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    command: Command,
+    trained: Path,
+    tiny_snapshots: Path,
+    files: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    told: str,
+) -> None:
+    new = tmp_path / "new"
+    filled = [a.format(files=files, run=trained, train="{train}") for a in arguments]
+    if filled[0] == "{train}":
+        filled = [*map(str, train_arguments(tiny_snapshots, files, new)), *filled[1:]]
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    code, _, err = command(*filled)
+    assert code == 2, err
+    assert len(err.splitlines()) == 1
+    assert re.search(told, err), err
+    assert not new.exists()
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_another_run_is_refused(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
+    before = (trained / "run.json").read_bytes()
+    code, _, err = command(*train_arguments(tiny_snapshots, files, trained, "--lr", 0.01))
+    assert code == 2
+    assert "training.lr is 0.0003, asked for is 0.01" in err
+    assert (trained / "run.json").read_bytes() == before
+
+
+def test_a_corrupted_snapshot_is_named(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "snapshots"
+    shutil.copytree(tiny_snapshots, copy)
+    weights = copy / "step10" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = command(*train_arguments(copy, files, tmp_path / "run"))
+    assert code == 2
+    assert "step10" in err and "model.safetensors" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    program = (
+        "import sys, crosslens, crosslens.cli.app\n"
+        "heavy = {'torch', 'transformers', 'sae_lens', 'transformer_lens', 'pandas', 'plotly'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert 'Snapshots' in dir(crosslens) and 'train' in crosslens.__all__\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    out = subprocess.run([sys.executable, "-m", "crosslens", "--help"], check=True, capture_output=True, text=True)
+    assert all(
+        verb in out.stdout
+        for verb in ("ls", "plan", "harvest", "train", "evolve", "attribute", "ablate", "report", "demo")
+    )
+
+
+def test_every_public_name_is_there() -> None:
+    import crosslens
+
+    for name in crosslens.__all__:
+        assert getattr(crosslens, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = crosslens.nothing

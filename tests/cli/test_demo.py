@@ -1,0 +1,43 @@
+"""The demo at a small size: every stage runs, the summary has what it promises, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crosslens.cli.demo import DemoConfig, run_demo
+from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
+from crosslens.synthetic.pretraining import PretrainingConfig
+
+SMALL = DemoConfig(
+    n_documents=600, n_tokens=8_000, epochs=2, d_sae=128, k=8, k_start=32, batch_size=256, n_prompts=8, n_random=4,
+    n_exact=10, n_probes=3,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_stage_and_a_second_time(tmp_path: Path) -> None:
+    recipe = PretrainingConfig(d_model=32, d_mlp=64, n_heads=2, n_steps=24, warmup_steps=4, snapshot_steps=(0, 8, 24))
+    snaps = Snapshots.demo(0, tmp_path / "model", config=recipe)
+    out = tmp_path / "run"
+    summary = run_demo(out, 0, SMALL, snaps)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["snapshots"] == ["step0", "step8", "step24"]
+    assert set(summary["accuracy"]) == {"simple", "pp", "subj_rel"} == set(summary["ablation"])
+    assert all(len(curve) == 3 for curve in (*summary["accuracy"].values(), summary["explained_variance"]))
+    assert all(0 <= error < 0.05 for error in summary["completeness_error"])
+    for figures in summary["ablation"].values():
+        assert all(isinstance(value, (int, float)) for value in figures.values())
+    for name in ("late_feature", "sign_change"):
+        assert len(summary[name]["ie"]) == 3 and 0 <= summary[name]["feature"] < SMALL.d_sae
+    assert (out / "report" / "index.html").is_file()
+    weights = (out / "crosscoder" / "sae_weights.safetensors").read_bytes()
+    again = run_demo(out, 0, SMALL, snaps)
+    assert (out / "crosscoder" / "sae_weights.safetensors").read_bytes() == weights
+    timed = ("seconds", "timings")
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in summary.items() if k not in timed}
+    with pytest.raises(UserError, match="its seed is 0, asked for is 1"):
+        run_demo(out, 1, SMALL, snaps)

@@ -1,0 +1,201 @@
+"""Files that lie: refused in one line, before memory is taken, and without running anything that is in them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE
+from safetensors.torch import load_file, save_file
+
+from crosslens.crosscoders import ARCHITECTURES, load
+from crosslens.crosscoders.inspection import (
+    MAX_HEADER,
+    MAX_TEXT,
+    brief,
+    expected_shapes,
+    inside,
+    inspect_crosscoder,
+    read_header,
+)
+from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
+from tests.given import of_norms
+
+F, S, D = 6, 3, 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    crosscoder = of_norms(torch.rand(F, S) + 0.1)
+    crosscoder.cfg.metadata.snapshots = [{"label": f"step{s}", "step": s, "tokens": None} for s in range(S)]
+    return crosscoder.save(tmp_path / "crosscoder")
+
+
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "cfg.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        place, _, inner = key.partition("__")
+        if inner:
+            config[place][inner] = value
+        else:
+            config[place] = value
+    path.write_text(json.dumps(config))
+
+
+def change_weights(folder: Path, **changes: Any) -> None:
+    path = folder / "sae_weights.safetensors"
+    weights = {**load_file(path), **changes}
+    save_file({name: value for name, value in weights.items() if value is not None}, path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whole_files_pass(architecture: str, tmp_path: Path) -> None:
+    sae_class, config_class = ARCHITECTURES[architecture]
+    crosscoder = sae_class(
+        config_class(d_in=S * D, d_sae=F, n_snapshots=S, **({"k": 2} if architecture[:4] == "topk" else {}))
+    )
+    config = inspect_crosscoder(crosscoder.save(tmp_path))
+    shapes = expected_shapes(tmp_path / "cfg.json", config)
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in crosscoder.state_dict().items()}
+    assert {name: shape for name, (_, shape) in read_header(tmp_path / "sae_weights.safetensors").items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "quantum_crosscoder"}, "'quantum_crosscoder'; known are standard_crosscoder"),
+        ({"architecture": ["standard_crosscoder"]}, "does not know"),
+        ({"architecture": None}, "does not know"),
+        ({"architecture": "jumprelu"}, "is a JumpReLUSAE, not a crosscoder"),
+        ({"d_sae": "6"}, "d_sae='6' is no whole number"),
+        ({"d_sae": True}, "d_sae=True is no whole number"),
+        ({"d_sae": 6.0}, "d_sae=6.0 is no whole number"),
+        ({"d_sae": -1}, "d_sae=-1 is no whole number"),
+        ({"d_sae": 10**15}, "d_sae=1000000000000000 is no whole number from 1 to 2,147,483,647"),
+        ({"d_sae": 2**31 - 1, "d_in": 3 * 2**29}, "is more than any file holds"),
+        ({"d_sae": 1_000_000}, r"W_dec has shape \(6, 12\), the config says \(1000000, 12\)"),
+        ({"n_snapshots": 5}, "d_in=12 is not a multiple of n_snapshots=5|does not list the 5 snapshots"),
+        ({"n_snapshots": 4}, "does not list the 4 snapshots"),
+        ({"dtype": "float8"}, "dtype='float8' is not one of float16"),
+        ({"dtype": 7}, "dtype=7 is not one of"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not available"),
+        (
+            {"apply_b_dec_to_input": "x" * 5000},
+            r"apply_b_dec_to_input='xxx.*[.]{3}$|is no config of a crosscoder \(Type-check error",
+        ),
+        ({"metadata": []}, "metadata is a list"),
+        ({"metadata__snapshots": [1, 2, 3]}, "1 in metadata.snapshots is no snapshot"),
+        ({"metadata__snapshots": [{"label": 1}] * 3}, "is no snapshot: it has a label"),
+        ({"metadata__snapshots": [{"label": "a", "step": "1"}] * 3}, "is no snapshot: it has a label"),
+        ({"metadata__snapshots": {"label": "a"}}, "does not list the 3 snapshots"),
+        ({"metadata__activation_scale": [1.0, 0.0, 1.0]}, "is no list of 3 positive numbers"),
+        ({"metadata__activation_scale": [1.0]}, "is no list of 3 positive numbers"),
+        ({"metadata__to_dict": 1}, "metadata has a key 'to_dict', which is reserved"),
+        ({"metadata____class__": 1}, "metadata has a key '__class__', which is reserved"),
+        ({"metadata__sae_lens_version": "5.1"}, "sae_lens_version='5.1' is no release from 6 on"),
+        ({"metadata__sae_lens_version": 6}, "sae_lens_version=6 is no release"),
+    ],
+)
+def test_configs_that_lie(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change(folder, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_what_an_error_repeats_is_cut_to_a_line() -> None:
+    """Where types are not checked as they are here, the library's own message holds the value, at any length."""
+    assert (
+        brief(UserError("apply_b_dec_to_input=" + "x" * 5000 + "\nand more")) == f"apply_b_dec_to_input={'x' * 216}..."
+    )
+    assert brief(UserError("short\nlong")) == "short"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b_enc": None}, "it lacks b_enc"),
+        ({"b_enc": torch.zeros(F + 1)}, r"b_enc has shape \(7,\), the config says \(6,\)"),
+        ({"b_enc": torch.zeros(F, 1)}, r"b_enc has shape \(6, 1\)"),
+        ({"b_enc": torch.zeros(F, dtype=torch.int64)}, "b_enc is of dtype I64, known are F16"),
+        ({"more": torch.zeros(1)}, "'more' is no tensor of this architecture"),
+        ({"activation_scale": torch.tensor([1.0, 0.0, 1.0])}, "activation_scale of snapshot 1 is 0.0"),
+        ({"activation_scale": torch.tensor([1.0, 1.0, torch.nan])}, "activation_scale of snapshot 2 is nan"),
+    ],
+)
+def test_weights_that_lie(folder: Path, changes: dict[str, Any], message: str) -> None:
+    change_weights(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+def test_what_a_file_claims_costs_no_memory(folder: Path) -> None:
+    """Headers and configs of terabytes: told apart from the file's length before anything is allocated."""
+    weights = folder / "sae_weights.safetensors"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    huge = {"W_enc": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    header = json.dumps(huge).encode()
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(folder)
+    weights.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(UserError, match=f"its header is longer than {MAX_HEADER:,} bytes"):
+        load(folder)
+    change(folder, d_sae=2**30, d_in=3 * 2**8)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(folder)
+    config = folder / "cfg.json"
+    config.write_text('{"d_sae": ' + "9" * 100_000 + "}")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load(folder)
+    config.write_text("[" * 200_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load(folder)
+    with config.open("wb") as file:
+        file.truncate(MAX_TEXT + 1)
+    with pytest.raises(UserError, match=f"at most {MAX_TEXT:,} are read"):
+        load(folder)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200_000  # kilobytes
+
+
+def test_saelens_refuses_the_same_weights(folder: Path) -> None:
+    """Its own loader, which does not inspect first, ends in an error as well."""
+    change(folder, d_sae=1_000_000)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        SAE.load_from_disk(folder)
+
+
+def test_paths_stay_inside(tmp_path: Path) -> None:
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "link").symlink_to(tmp_path)
+    assert inside(tmp_path / "root", "a", "id") == tmp_path / "root" / "a"
+    for name in ("..", "a/../..", "/etc", "link", "a\\b", "C:a", "a\0", "", ".", "a//b", "\x1b[2J"):
+        with pytest.raises(UserError, match="is not below its folder"):
+            inside(tmp_path / "root", name, "id")
+
+
+def test_code_beside_a_model_is_not_run(tiny_snapshots: Path, tmp_path: Path) -> None:
+    """`trust_remote_code` is never on: a config that points to a Python file beside it is refused."""
+    marker = tmp_path / "has_run"
+    folder = tmp_path / "models" / "step0"
+    folder.mkdir(parents=True)
+    config = json.loads((tiny_snapshots / "step0" / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    (folder / "model.safetensors").write_bytes((tiny_snapshots / "step0" / "model.safetensors").read_bytes())
+    for file in (tiny_snapshots / "tokenizer").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="transformers cannot read"):
+        Snapshots.local(folder.parent)[0].config()
+    with pytest.raises(UserError):
+        Snapshots.local(folder.parent)[0].load()
+    assert not marker.exists()

@@ -1,0 +1,413 @@
+"""Counts, divergences and phases: against loops in float64, and against cases whose answer is known."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+import crosslens.evolution.dynamics
+import crosslens.evolution.ngrams
+from crosslens.errors import UserError
+from crosslens.evolution.dynamics import Dynamics, bigram_progress, dynamics_table, first_for_good, measure_dynamics
+from crosslens.evolution.geometry import total_dimensionality
+from crosslens.evolution.lifecycles import Firing, evolve, measure_firing, rotation
+from crosslens.evolution.ngrams import NgramCounts, count_ngrams, vocabulary_hash
+from crosslens.evolution.phases import find_phases
+from crosslens.snapshots.collection import Snapshots
+from tests.given import Held, of_norms, of_rows, snapshots_at
+
+
+def random_tokens(N: int, T: int, V: int, seed: int) -> torch.Tensor:
+    """Sequences in which low ids are frequent, each beginning with id 0."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = (V * torch.rand(N, T, generator=generator) ** 2).long()
+    tokens[:, 0] = 0
+    return tokens.int()
+
+
+def pairs_of(tokens: torch.Tensor, special: set[int]) -> list[tuple[int, int]]:
+    return [
+        (row[t], row[t + 1])
+        for row in tokens.tolist()
+        for t in range(len(row) - 1)
+        if not (row[t] in special and row[t + 1] in special)
+    ]
+
+
+def entropy(counts: Counter[Any]) -> float:
+    n = sum(counts.values())
+    return -sum(c / n * math.log(c / n) for c in counts.values())
+
+
+# ---- counts
+
+
+@pytest.mark.parametrize(
+    ("N", "T", "seed", "at_a_time"), [(30, 9, 0, 1 << 26), (30, 9, 0, 20), (1, 2, 1, 1), (50, 20, 2, 90)]
+)
+def test_counts_are_those_of_a_loop(
+    snaps: Snapshots, monkeypatch: pytest.MonkeyPatch, N: int, T: int, seed: int, at_a_time: int
+) -> None:
+    monkeypatch.setattr(crosslens.evolution.ngrams, "_PAIRS", at_a_time)
+    V = len(snaps.tokenizer)
+    tokens = random_tokens(N, T, V, seed)
+    tokens[:, 1] = torch.where(tokens[:, 1] == 0, 1, tokens[:, 1])
+    pairs = pairs_of(tokens, {0})
+    unigrams, bigrams = Counter(y for _, y in pairs), Counter(pairs)
+    found = count_ngrams(tokens, snaps.tokenizer)
+    assert found.unigrams.tolist() == [unigrams[y] for y in range(V)] and found.n_pairs == len(pairs)
+    assert (
+        dict(
+            zip(zip(found.firsts().tolist(), found.followers.tolist(), strict=True), found.counts.tolist(), strict=True)
+        )
+        == bigrams
+    )
+    assert list(zip(found.firsts().tolist(), found.followers.tolist(), strict=True)) == sorted(bigrams)
+    contexts = Counter(x for x, _ in pairs)
+    assert found.contexts.tolist() == [contexts[x] for x in range(V)]
+    assert found.unigram_entropy == pytest.approx(entropy(unigrams))
+    rows = {x: entropy(Counter({y: c for (a, y), c in bigrams.items() if a == x})) for x in contexts}
+    assert found.bigram_entropies.tolist() == pytest.approx([rows.get(x, 0.0) for x in range(V)])
+    expected = sum(contexts[x] * rows[x] for x in contexts) / len(pairs)
+    assert found.bigram_entropy == pytest.approx(expected) and expected <= found.unigram_entropy + 1e-12
+    lots = count_ngrams([tokens[: N // 2], tokens[N // 2 :]], snaps.tokenizer)
+    assert all(
+        torch.equal(getattr(lots, name), getattr(found, name)) for name in ("unigrams", "starts", "followers", "counts")
+    )
+
+
+def test_padding_is_no_text(snaps: Snapshots) -> None:
+    """BOS is also the end and the padding here: a document's end counts once, what pads it not at all."""
+    tokens = torch.tensor([[0, 3, 4, 0, 0, 0], [0, 0, 5, 0, 6, 0]])
+    counts = count_ngrams(tokens, snaps.tokenizer)
+    seen = Counter(
+        dict(
+            zip(
+                zip(counts.firsts().tolist(), counts.followers.tolist(), strict=True),
+                counts.counts.tolist(),
+                strict=True,
+            )
+        )
+    )
+    assert seen == Counter([(0, 3), (3, 4), (4, 0), (0, 5), (5, 0), (0, 6), (6, 0)])
+    own = copy.deepcopy(snaps.tokenizer)
+    own.pad_token = "<unk>"  # id 1, a mark of its own
+    counts = count_ngrams(torch.tensor([[0, 3, 1, 1], [1, 0, 4, 1]]), own)
+    assert list(zip(counts.firsts().tolist(), counts.followers.tolist(), strict=True)) == [(0, 3), (0, 4)]
+
+
+def test_counts_are_kept(snaps: Snapshots, tmp_path: Path) -> None:
+    counts = count_ngrams(random_tokens(5, 8, len(snaps.tokenizer), 0), snaps.tokenizer)
+    again = NgramCounts.load(counts.save(tmp_path / "counts.safetensors"))
+    for name in ("unigrams", "starts", "followers", "counts"):
+        assert torch.equal(getattr(again, name), getattr(counts, name))
+    assert again.vocabulary == counts.vocabulary
+    with pytest.raises(UserError, match="cannot be read"):
+        NgramCounts.load(tmp_path / "none.safetensors")
+    (tmp_path / "text").write_text("no counts")
+    with pytest.raises(UserError, match="cannot be read"):
+        NgramCounts.load(tmp_path / "text")
+    model = next(Path(snaps[0].folder()).glob("*.safetensors"))
+    with pytest.raises(UserError, match="holds no n-gram counts"):
+        NgramCounts.load(model)
+
+
+def test_counts_of_another_tokenizer_are_refused(snaps: Snapshots) -> None:
+    tokens = random_tokens(4, 8, len(snaps.tokenizer), 0)
+    counts = count_ngrams(tokens, snaps.tokenizer)
+    larger = copy.deepcopy(snaps.tokenizer)
+    larger.add_tokens(["ship"])
+    with pytest.raises(UserError, match=f"the counts are over {len(larger)} tokens, the snapshots' tokenizer has"):
+        measure_dynamics(snaps, count_ngrams(tokens, larger), tokens)
+    swapped = _swapped(snaps.tokenizer)
+    assert vocabulary_hash(swapped) != counts.vocabulary == vocabulary_hash(snaps.tokenizer)
+    with pytest.raises(UserError, match="the counts are of another tokenizer, of the same size"):
+        measure_dynamics(snaps, count_ngrams(tokens, swapped), tokens)
+    for wrong, message in ((torch.tensor([[0, 99]]), "token id 99 is outside"), (torch.tensor([[0], [1]]), "no pair")):
+        with pytest.raises(UserError, match=message):
+            count_ngrams(wrong, snaps.tokenizer)
+
+
+def _swapped(tokenizer: Any) -> Any:
+    """The same tokens, two of them with each other's id."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    ids: dict[str, int] = dict(tokenizer.get_vocab())
+    ids["cat"], ids["dog"] = ids["dog"], ids["cat"]
+    raw = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    bos = tokenizer.bos_token
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token=bos, pad_token=bos, unk_token="<unk>")
+
+
+# ---- divergences
+
+
+@pytest.mark.parametrize(
+    ("N", "T", "seed", "pairs", "min_count"),
+    [(6, 9, 0, 1 << 22, 1), (6, 9, 0, 7, 1), (3, 20, 1, 50, 4), (9, 4, 2, 1, 2)],
+)
+def test_divergences_are_those_of_a_loop(
+    snaps: Snapshots, monkeypatch: pytest.MonkeyPatch, N: int, T: int, seed: int, pairs: int, min_count: int
+) -> None:
+    monkeypatch.setattr(crosslens.evolution.dynamics, "_PAIRS", pairs)
+    V = len(snaps.tokenizer)
+    corpus, tokens = random_tokens(12, 10, V, seed + 10), random_tokens(N, T, V, seed)
+    counts = count_ngrams(corpus, snaps.tokenizer)
+    seen = pairs_of(corpus, {0})
+    found = measure_dynamics(snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count)
+    assert found.unigram_entropy == counts.unigram_entropy and found.bigram_entropy == counts.bigram_entropy
+    assert found.snapshots["label"].tolist() == ["step0", "step10", "step20"]
+    p1 = [sum(y == v for _, y in seen) / len(seen) for v in range(V)]
+    for s in range(3):
+        model = GPTNeoXForCausalLM.from_pretrained(snaps[s].folder())
+        with torch.no_grad():
+            logits = model(tokens.long()).logits.double().tolist()
+        for i, row in enumerate(tokens.tolist()):
+            sums, n, known = [0.0, 0.0, 0.0], 0, 0
+            for t in range(T - 1):
+                if row[t] == row[t + 1] == 0:
+                    continue
+                total = math.log(sum(math.exp(z) for z in logits[i][t]))
+                log_q = [z - total for z in logits[i][t]]
+                n += 1
+                sums[0] += sum(p * (math.log(p) - log_q[v]) for v, p in enumerate(p1) if p)
+                sums[2] -= log_q[row[t + 1]]
+                after = Counter(y for x, y in seen if x == row[t])
+                if after.total() >= min_count:
+                    known += 1
+                    p2 = {y: c / after.total() for y, c in after.items()}
+                    sums[1] += sum(p * (math.log(p) - log_q[y]) for y, p in p2.items())
+            values = [float(getattr(found, name)[i, s]) for name in ("kl1", "kl2", "loss")]
+            assert values == pytest.approx(sums, abs=2e-5) and min(values) > -1e-5
+            assert (int(found.n[i]), int(found.known[i])) == (n, known)
+
+
+def test_the_model_that_learns_comes_nearer_to_the_bigram(snaps: Snapshots, tiny_text: list[str]) -> None:
+    ids: Any = snaps.tokenizer(tiny_text, add_special_tokens=False)["input_ids"]
+    stream = torch.tensor([i for document in ids for i in (0, *document)])
+    tokens = stream[: len(stream) // 16 * 16].view(-1, 16)
+    found = measure_dynamics(snaps, count_ngrams(tokens[50:], snaps.tokenizer), tokens[:50])
+    table = found.to_frame(n_bootstrap=200)
+    assert table["kl2"].is_monotonic_decreasing and table["loss"].is_monotonic_decreasing
+    assert table["loss"].iloc[0] == pytest.approx(math.log(len(snaps.tokenizer)), abs=0.3)
+    for name in ("kl1", "kl2", "loss"):
+        assert (table[f"{name}_low"] < table[name]).all() and (table[name] < table[f"{name}_high"]).all()
+    assert table["n"].unique().tolist() == [50 * 15] and 0.99 < table["known"].iloc[0] <= 1
+    assert table["step"].isna().all() or table["step"].tolist() == [0, 10, 20]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_model_of_the_counts_diverges_from_them_by_nothing(snaps: Snapshots, seed: int) -> None:
+    """KL2 is 0 for a model that predicts the bigrams, and its loss on the corpus itself is H2; so for the unigrams."""
+    tokens, V = torch.randint(2, 6, (40, 12), generator=torch.Generator().manual_seed(seed)), len(snaps.tokenizer)
+    counts = count_ngrams(tokens, snaps.tokenizer)
+    dense = torch.zeros(V, V).index_put((counts.firsts(), counts.followers), counts.counts.float())
+    use = torch.ones(40, 11, dtype=torch.bool)
+    ngrams = crosslens.evolution.dynamics._Ngrams(counts, "cpu")
+    p2 = dense / dense.sum(1, keepdim=True).clamp(min=1)
+    _, kl2, loss = ngrams.divergences((p2[tokens[:, :-1]] + 1e-30).log(), tokens, use, use)
+    assert kl2.abs().max() < 1e-6 and float(loss.mean()) == pytest.approx(counts.bigram_entropy, abs=1e-6)
+    p1 = (counts.unigrams / counts.n_pairs + 1e-30).log().expand(40, 11, V)
+    kl1, _, loss = ngrams.divergences(p1, tokens, use, use)
+    assert kl1.abs().max() < 1e-6 and float(loss.mean()) == pytest.approx(counts.unigram_entropy, abs=1e-6)
+
+
+def test_errors(snaps: Snapshots) -> None:
+    V = len(snaps.tokenizer)
+    tokens = random_tokens(4, 8, V, 0)
+    counts = count_ngrams(tokens, snaps.tokenizer)
+    for arguments, options, message in (
+        ((snaps, counts, tokens), {"min_count": 0}, "min_count=0 is too small"),
+        ((snaps, counts, tokens), {"min_count": 1000}, "none of the 2[0-9] predictions .* saw min_count=1000 times"),
+        ((snaps, counts, tokens + V), {}, "is outside the tokenizer's vocabulary"),
+        ((snaps, counts, tokens.repeat(1, 9)), {}, "sequences of 72 tokens are longer than 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measure_dynamics(*arguments, **options)
+
+
+# ---- phases
+
+
+def curves(
+    kl1: Any, kl2: Any, loss: Any, *, floor: float = 2.0, noise: float = 0.0, N: int = 40, seed: int = 0
+) -> Dynamics:
+    """Dynamics of given means at steps 0, 10, 20, ..., ten predictions a sequence."""
+    S = len(kl1)
+    rng = np.random.default_rng(seed)
+    made = [torch.tensor(10 * (np.asarray(x, dtype=float) + noise * rng.normal(size=(N, S)))) for x in (kl1, kl2, loss)]
+    n = torch.full((N,), 10)
+    table = pd.DataFrame({"label": [f"step{10 * s}" for s in range(S)]})
+    for unit, factor in (("step", 10), ("tokens", 70)):
+        table[unit] = pd.array([factor * s for s in range(S)], dtype="Int64")
+    return Dynamics(table, *made, n=n, known=n, unigram_entropy=3.0, bigram_entropy=floor)
+
+
+def test_means_and_their_draws_are_over_predictions() -> None:
+    found = curves([1, 2], [3, 4], [5, 6], noise=0.5)
+    n = torch.arange(1, 41)
+    found = Dynamics(found.snapshots, found.kl1, found.kl2, found.loss, n, n // 2, 3.0, 2.0)
+    assert found.mean("kl1") == pytest.approx(found.kl1.sum(0).numpy() / 820)
+    assert found.mean("kl2") == pytest.approx(found.kl2.sum(0).numpy() / float((n // 2).sum()))
+    draws = found.draws("loss", 3000)
+    assert draws.shape == (3000, 2) and draws.mean(0) == pytest.approx(found.mean("loss"), rel=0.01)
+    values = found.loss.numpy() - n[:, None].numpy() * found.mean("loss")  # the linearised ratio
+    assert draws.std(0) == pytest.approx(np.sqrt((values**2).sum(0)) / 820, rel=0.1)
+    assert np.array_equal(draws, found.draws("loss", 3000)) and not np.array_equal(
+        draws, found.draws("loss", 3000, seed=1)
+    )
+
+
+def test_first_for_good() -> None:
+    holds = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]], dtype=bool)
+    assert first_for_good(holds).tolist() == [0, 1, 2, 3, 3]
+
+
+def test_events_of_predictions() -> None:
+    found = find_phases(curves([2, 1, 3, 4, 5], [5, 3, 1, 2, 4], [9, 3, 1.9, 2.1, 1.5])).set_index("event")
+    assert list(found.index) == ["unigram", "bigram", "below_bigram"]
+    assert found["snapshot"].tolist() == [1, 2, 4] and found["step"].tolist() == [10, 20, 40]
+    assert found["label"].tolist() == ["step10", "step20", "step40"] and found["tokens"].tolist() == [70, 140, 280]
+    assert found["low"].tolist() == [0, 1, 3] and found["high"].tolist() == [2, 3, 4]
+    assert found["low_step"].tolist() == [0, 10, 30] and found["high_step"].tolist() == [20, 30, 40]
+    assert found["at_edge"].tolist() == [False, False, True] and (found["agreement"] == 1).all()
+    assert found["after_turning_point"].isna().all()
+    never = find_phases(curves([2, 1], [5, 3], [9, 3])).set_index("event").loc["below_bigram"]
+    assert pd.isna(never["snapshot"]) and pd.isna(never["step"]) and not never["at_edge"]
+
+
+def test_intervals_cover_the_truth_and_say_when_it_is_unsure() -> None:
+    sure = unsure = 0
+    for seed in range(40):
+        sharp, flat = (
+            find_phases(curves([1] * 5, kl2, [3] * 5, noise=0.3, seed=seed), n_bootstrap=200).iloc[1]
+            for kl2 in ([5, 3, 1, 2, 4], [5, 1.02, 1, 1.02, 4])
+        )
+        assert sharp["low"] == 1 and sharp["high"] == 3 and sharp["agreement"] == 1
+        sure += flat["low"] <= 2 <= flat["high"]
+        unsure += flat["high"] - flat["low"] > 2
+    assert sure == 40 and unsure >= 30
+
+
+def test_progress_is_a_share_of_the_fall() -> None:
+    found = bigram_progress(np.array([[5, 3, 1, 2, 4], [5, 6, 4, 4.5, 3], [1, 2, 3, 4, 5]], dtype=float))
+    assert found.tolist() == [[0, 0.5, 1, 1, 1], [0, 0, 0.5, 0.5, 1], [0, 0, 0, 0, 0]]
+
+
+def turning_rows() -> Any:
+    """Six features of four snapshots: two turn at the third, three at the last, one never fires."""
+    early, late = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 1, 0, 0])
+    rows = torch.stack([early] * 4).repeat(6, 1, 1)
+    for i in (0, 1):
+        rows[i, 2:] = late
+    for i in (2, 3, 4):
+        rows[i, 3:] = late
+    return of_rows(rows, snapshots_at(0, 10, 20, 30))
+
+
+def firing_of(rate: Any, S: int) -> Firing:
+    rate = torch.as_tensor(rate, dtype=torch.float64)
+    return Firing(100, rate, rate, rate[:, None].expand(-1, S), rate[:, None].expand(-1, S))
+
+
+def test_events_of_features() -> None:
+    dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
+    found = find_phases(dynamics, turning_rows(), firing_of([0.5] * 5 + [0], 4)).set_index("event")
+    assert list(found.index) == ["turning_point", "unigram", "bigram", "below_bigram", "births", "settling", "room"]
+    settling = found.loc["settling"]
+    assert (settling["snapshot"], settling["n"], settling["low"], settling["high"]) == (3, 5, 1, 3)
+    # three of five turn last: the median is theirs unless a draw has three or more of the other two
+    assert settling["agreement"] == pytest.approx(
+        sum(math.comb(5, j) * 0.4**j * 0.6 ** (5 - j) for j in (0, 1, 2)), abs=0.05
+    )
+    assert settling["after_turning_point"] == 1 and found.loc["unigram", "after_turning_point"] == 0
+    assert found.loc["births", "n"] == 0 and pd.isna(found.loc["births", "snapshot"])
+    norms = torch.tensor([[0.1, 0.2, 1, 1], [0.1, 0.2, 0.9, 1], [0.1, 0.1, 0.2, 1], [1, 1, 1, 1]])
+    crosscoder = of_norms(norms, snapshots_at(0, 10, 20, 30))
+    births = find_phases(dynamics, crosscoder, firing_of([0.5] * 4, 4)).set_index("event").loc["births"]
+    assert (births["snapshot"], births["n"], births["low"], births["high"], births["step"]) == (2, 3, 1, 3, 20)
+
+
+def test_the_turning_point_is_where_statistics_lead_most() -> None:
+    rate = [0.5] * 5 + [0]
+    # P is 0, .75, 1, 1; Q is 0, 0, .4, 1
+    point = find_phases(curves([2, 1, 3, 4], [5, 2, 1, 4], [3] * 4), turning_rows(), firing_of(rate, 4)).iloc[0]
+    assert (point["event"], point["snapshot"], point["low"], point["high"]) == ("turning_point", 1, 0, 3)
+    assert point["lead"] == pytest.approx(0.75) and point["lead_low"] == pytest.approx(0.75)
+    assert 0.75 < point["lead_high"] <= 1 and 0.5 < point["agreement"] < 1 and not point["at_edge"]
+    # P is 0, .25, 1, 1
+    point = find_phases(curves([2, 1, 3, 4], [5, 4, 1, 4], [3] * 4), turning_rows(), firing_of(rate, 4)).iloc[0]
+    assert point["snapshot"] == 2 and point["lead"] == pytest.approx(0.6)
+    never = find_phases(curves([2, 1, 3, 4], [1, 2, 3, 4], [3] * 4), turning_rows(), firing_of(rate, 4)).iloc[0]
+    assert pd.isna(never["snapshot"]) and never["lead"] == 0
+
+
+def test_the_crosscoder_may_have_fewer_snapshots() -> None:
+    dynamics = curves([2, 1, 3, 4, 5], [5, 1, 2, 4, 5], [9, 3, 3, 3, 3])
+    norms = torch.tensor([[0.1, 1, 1], [0.1, 0.1, 1], [0.1, 0.1, 1]])
+    crosscoder, firing = of_norms(norms, snapshots_at(0, 20, 40)), firing_of([0.5] * 3, 3)
+    crosscoder.cfg.metadata.snapshots[1]["tokens"] = None
+    assert find_phases(dynamics, crosscoder, firing).set_index("event").loc["births", "snapshot"] == 4
+    table = dynamics_table(dynamics, crosscoder, firing)
+    assert table["born"].tolist() == [0, pd.NA, 1, pd.NA, 2] or table["born"].isna().tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert table.loc[[0, 2, 4], "born"].tolist() == [0, 1, 2] and table.loc[[0, 2, 4], "present"].tolist() == [0, 1, 3]
+    assert table.loc[[1, 3], "dimensionality"].isna().all()
+    for label, step in (("step25", 25), ("step20", 21)):
+        crosscoder.cfg.metadata.snapshots[1] |= {"label": label, "step": step}
+        with pytest.raises(UserError, match=f"the crosscoder's snapshot '{label}' is none of the dynamics'"):
+            find_phases(dynamics, crosscoder, firing)
+
+
+@pytest.mark.parametrize(("F", "S", "D", "seed"), [(30, 4, 5, 0), (7, 2, 3, 1), (50, 6, 8, 2)])
+def test_the_table_says_what_the_modules_say(F: int, S: int, D: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    crosscoder = of_norms(torch.rand(F, S, generator=generator), snapshots_at(*range(0, 10 * S, 10)), D=D, seed=seed)
+    # rows near each other, so that some keep their direction
+    crosscoder.W_dec_by_snapshot.data += (
+        2 * torch.randn(F, 1, D, generator=generator) * crosscoder.decoder_norms[..., None]
+    )
+    acts = Held(torch.randn(40, S, D, generator=generator))
+    dynamics = curves(*np.random.default_rng(seed).uniform(1, 5, (3, S)))
+    firing = measure_firing(crosscoder, acts)
+    table = dynamics_table(dynamics, crosscoder, firing, min_cosine=0.8)
+    lives, cosines = evolve(crosscoder, firing), rotation(crosscoder)
+    alive = lives["alive"].to_numpy()
+    room = total_dimensionality(crosscoder, firing)
+    for s in range(S):
+        assert table["present"].iloc[s] == int(lives[f"present/step{10 * s}"].sum()) == room["present"].iloc[s]
+        emergent = lives[lives["origin"] == "emergent"]
+        assert table["born"].iloc[s] == int((emergent["birth"] == s).sum())
+        settled = sum(bool(alive[i]) and all(float(cosines[i, t]) >= 0.8 for t in range(s, S)) for i in range(F))
+        assert table["settled"].iloc[s] == settled
+        assert table["dimensionality"].iloc[s] == pytest.approx(room["total"].iloc[s] / D)
+    assert table["alive"].unique().tolist() == [alive.sum()] and table["settled"].is_monotonic_increasing
+    assert list(table)[:4] == ["snapshot", "label", "step", "tokens"]
+    assert table["kl1"].to_numpy() == pytest.approx(dynamics.mean("kl1"))
+
+
+def test_what_cannot_be_dated() -> None:
+    dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
+    with pytest.raises(UserError, match="phases need at least 2 snapshots, there is 1"):
+        find_phases(curves([1], [1], [1]))
+    with pytest.raises(UserError, match="does not tell which features are alive: give acts"):
+        find_phases(dynamics, turning_rows())
+    with pytest.raises(UserError, match=r"min_cosine=2 is not in \(-1, 1\]"):
+        find_phases(dynamics, turning_rows(), firing_of([0.5] * 6, 4), min_cosine=2)
+    dead = find_phases(dynamics, turning_rows(), firing_of([0.0] * 6, 4)).set_index("event")
+    assert pd.isna(dead.loc["settling", "snapshot"]) and dead.loc["settling", "n"] == 0

@@ -1,0 +1,232 @@
+"""Geometry: cosines, turns and dimensionality against slow loops, and against cases whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import crosslens.evolution.geometry
+from crosslens.errors import UserError
+from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.lifecycles import Firing, evolve, measure_firing, rotation
+from tests.given import Held, of_norms, of_rows, snapshots_at
+
+
+def firing_of(rms: Any, S: int) -> Firing:
+    """Firing of which only the root mean squares matter."""
+    rms = torch.as_tensor(rms, dtype=torch.float64)
+    rate = (rms > 0).double()
+    return Firing(100, rate, rms, rate[:, None].expand(-1, S), rms[:, None].expand(-1, S))
+
+
+def angles(*degrees: float) -> list[list[float]]:
+    """Unit vectors of the plane."""
+    return [[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees]
+
+
+@pytest.fixture(params=[4096, 3])
+def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crosslens.evolution.geometry, "_BLOCK", request.param)
+
+
+# ---- cosines
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize(("F", "S", "D", "seed"), [(7, 3, 4, 0), (10, 5, 2, 1), (1, 2, 6, 2)])
+def test_cosines_are_those_of_every_pair_of_rows(F: int, S: int, D: int, seed: int) -> None:
+    norms = torch.rand(F, S, generator=torch.Generator().manual_seed(seed))
+    norms[0, 0], norms[-1, 1] = 0.0, 0.02
+    cc = of_norms(norms, D=D, seed=seed)
+    rows = cc.W_dec.detach().numpy().reshape(F, S, D).astype(float)
+    found = decoder_cosines(cc)
+    assert found.shape == (F, S, S)
+    for i in range(F):
+        size = [np.sqrt((rows[i, s] ** 2).sum()) for s in range(S)]
+        for s in range(S):
+            for t in range(S):
+                if min(size[s], size[t]) < 0.05 * max(size):
+                    assert found[i, s, t].isnan()
+                else:
+                    expected = float(rows[i, s] @ rows[i, t]) / (size[s] * size[t])
+                    assert float(found[i, s, t]) == pytest.approx(expected, abs=1e-5)
+    chosen = torch.tensor([F - 1, 0])
+    assert torch.equal(decoder_cosines(cc, chosen).nan_to_num(9), found[chosen].nan_to_num(9))
+    assert torch.allclose(found[:, :, -1], rotation(cc), atol=1e-6, equal_nan=True)
+    assert decoder_cosines(of_rows(torch.zeros(2, 3, 4))).isnan().all()
+
+
+# ---- turning
+
+
+def slow_turning(rows: np.ndarray, alive: list[bool], min_norm: float, max_cosine: float) -> dict[str, Any]:
+    F, S, _ = rows.shape
+    size = np.linalg.norm(rows, axis=-1)
+    seen: list[list[float]] = [[] for _ in range(S - 1)]
+    turned = [0] * (S - 1)
+    for i in range(F):
+        if not alive[i] or size[i].max() == 0:
+            continue
+        largest, where = max_cosine, None
+        for s in range(S - 1):
+            if min(size[i, s], size[i, s + 1]) < min_norm * size[i].max():
+                continue
+            cosine = float(rows[i, s] @ rows[i, s + 1]) / (size[i, s] * size[i, s + 1])
+            seen[s].append(cosine)
+            if cosine < largest:
+                largest, where = cosine, s
+        if where is not None:
+            turned[where] += 1
+    return {"n": [len(c) for c in seen], "median_cosine": [np.median(c) for c in seen], "turned": turned}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_turning_counts_every_feature_where_it_turns_most(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cc = of_norms(torch.rand(40, 5, generator=generator), D=3, seed=seed)
+    alive = torch.rand(40, generator=generator) < 0.8
+    for min_norm, max_cosine in ((0.05, 0.9), (0.4, 0.0)):
+        table = turning(cc, alive, min_norm=min_norm, max_cosine=max_cosine)
+        slow = slow_turning(cc.W_dec_by_snapshot.detach().numpy().astype(float), alive.tolist(), min_norm, max_cosine)
+        assert table["n"].tolist() == slow["n"] and table["turned"].tolist() == slow["turned"]
+        assert table["median_cosine"].tolist() == pytest.approx(slow["median_cosine"], abs=1e-5)
+        assert table["share"].tolist() == pytest.approx(np.array(slow["turned"]) / sum(slow["turned"]))
+        assert table["turning_point"].tolist().index(True) == int(np.argmax(slow["turned"]))
+        assert table["turning_point"].sum() == 1
+
+
+def test_turning_by_hand_and_its_dates() -> None:
+    rows = [angles(0, 0, 60, 70), angles(0, 5, 90, 90), angles(0, 40, 50, 50), angles(0, 10, 20, 30)]
+    table = turning(of_rows(rows, snapshots_at(0, 1, 10, 100)))
+    assert table["turned"].tolist() == [1, 2, 0] and table["turning_point"].tolist() == [False, True, False]
+    assert table["share"].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
+    assert table[["before", "after"]].to_numpy().tolist() == [[0, 1], [1, 2], [2, 3]]
+    assert table["from"].tolist() == ["step0", "step1", "step10"] and table["to"].tolist()[-1] == "step100"
+    assert table["from_step"].tolist() == [0, 1, 10] and table["to_tokens"].tolist() == [7, 70, 700]
+    last = turning(of_rows(rows), torch.tensor([False, False, True, True]))
+    assert last["turned"].tolist() == [1, 0, 0] and last["from"].tolist() == ["0", "1", "2"]
+    assert last["from_step"].isna().all()
+
+
+def test_without_a_turn_there_is_no_turning_point() -> None:
+    for cc, alive in ((of_rows([angles(0, 5, 9)]), None), (of_rows([angles(0, 90, 0)]), torch.tensor([False]))):
+        table = turning(cc, alive)
+        assert table["turned"].tolist() == [0, 0] and not table["turning_point"].any() and table["share"].isna().all()
+    assert table["n"].tolist() == [0, 0] and table["median_cosine"].isna().all()
+    with pytest.raises(UserError, match="turning needs at least 2 snapshots, this crosscoder has 1: train on more"):
+        turning(of_rows([angles(0)]))
+
+
+# ---- dimensionality
+
+
+def slow_dimensionality(cc: Any, rms: np.ndarray, presence: float) -> np.ndarray:
+    rows = cc.W_dec_by_snapshot.detach().numpy().astype(float)
+    F, S, _ = rows.shape
+    v = np.linalg.norm(rows, axis=-1)
+    v = v / v.max(1, keepdims=True)
+    out = np.full((F, S), np.nan)
+    for s in range(S):
+        there = [i for i in range(F) if v[i, s] >= presence and rms[i] > 0]
+        for i in there:
+            w = rms[i] * rows[i, s]
+            out[i, s] = (w @ w) ** 2 / sum((w @ (rms[j] * rows[j, s])) ** 2 for j in there)
+    return out
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize(("F", "S", "D", "seed"), [(9, 3, 4, 0), (14, 2, 5, 1), (3, 4, 8, 2)])
+def test_dimensionality_is_the_double_sum(F: int, S: int, D: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cc = of_norms(torch.rand(F, S, generator=generator) + 0.1, D=D, seed=seed)
+    rms = torch.rand(F, generator=generator).double() * 3
+    rms[1] = 0.0
+    for presence in (0.5, 0.9):
+        slow = slow_dimensionality(cc, rms.numpy(), presence)
+        found = feature_dimensionality(cc, firing_of(rms, S), presence=presence)
+        assert found.numpy() == pytest.approx(slow, rel=1e-9, nan_ok=True)
+        table = total_dimensionality(cc, firing_of(rms, S), presence=presence)
+        assert table["present"].tolist() == (~np.isnan(slow)).sum(0).tolist()
+        assert table["total"].tolist() == pytest.approx(np.nansum(slow, 0).tolist())
+        assert (table["share"] * D).tolist() == pytest.approx(table["total"].tolist())
+        assert (table["total"] <= D + 1e-9).all() and (table["random_total"] <= D + 1e-9).all()
+
+
+def test_dimensionality_of_known_arrangements() -> None:
+    axes = torch.eye(4)[:, None]
+    assert torch.allclose(
+        feature_dimensionality(of_rows(axes), firing_of([1, 5, 0.1, 2], 1)), torch.ones(4, 1).double()
+    )
+    equal = torch.ones(5, 1, 3)
+    assert feature_dimensionality(of_rows(equal), firing_of([1.0] * 5, 1)).flatten().tolist() == pytest.approx(
+        [0.2] * 5
+    )
+    # an antipodal pair shares one dimension, a triangle in the plane two
+    pair = feature_dimensionality(of_rows([[[1.0, 0]], [[-1.0, 0]]]), firing_of([2, 2], 1))
+    assert pair.flatten().tolist() == pytest.approx([0.5, 0.5])
+    triangle = feature_dimensionality(of_rows([[a] for a in angles(0, 120, 240)]), firing_of([1, 1, 1], 1))
+    assert triangle.flatten().tolist() == pytest.approx([2 / 3] * 3)
+
+
+def test_dimensionality_does_not_depend_on_the_free_scale_of_a_feature() -> None:
+    generator = torch.Generator().manual_seed(3)
+    cc = of_norms(torch.rand(12, 3, generator=generator) + 0.5, D=4)
+    x = torch.randn(60, 3, 4, generator=generator)
+    before = feature_dimensionality(cc, Held(x))
+    factor = torch.logspace(-2, 2, 12)
+    cc.W_dec.data *= factor[:, None]
+    cc.W_enc.data /= factor
+    assert torch.allclose(feature_dimensionality(cc, Held(x)), before, rtol=1e-4, equal_nan=True)
+    measured = feature_dimensionality(cc, measure_firing(cc, Held(x)))
+    assert torch.allclose(measured, feature_dimensionality(cc, Held(x)), equal_nan=True)
+
+
+@pytest.mark.usefixtures("_block")
+def test_random_directions_are_as_many_and_as_long() -> None:
+    norms = torch.rand(30, 2, generator=torch.Generator().manual_seed(4)) + 0.4
+    cc, firing = of_norms(norms, D=6), firing_of(torch.linspace(0.2, 2, 30), 2)
+    tables = [total_dimensionality(cc, firing, seed=seed) for seed in range(60)]
+    assert tables[0].equals(total_dimensionality(cc, firing, seed=0))
+    rng = np.random.default_rng(0)
+    for s in range(2):
+        v = norms[:, s] / norms.amax(1)
+        lengths = (firing.rms * norms[:, s])[v >= 0.5].numpy()
+        draws = []
+        for _ in range(60):
+            w = rng.normal(size=(len(lengths), 6))
+            w *= lengths[:, None] / np.linalg.norm(w, axis=1, keepdims=True)
+            gram = w @ w.T
+            draws.append((np.diag(gram) ** 2 / (gram**2).sum(1)).sum())
+        found = [table["random_total"][s] for table in tables]
+        assert len(set(found)) > 50
+        assert np.mean(found) == pytest.approx(np.mean(draws), abs=4 * np.std(draws) / np.sqrt(30))
+    same = total_dimensionality(of_norms(torch.ones(30, 1), D=6), firing_of(torch.ones(30), 1))
+    twice = of_rows(of_norms(torch.ones(30, 1), D=6).W_dec_by_snapshot.expand(30, 2, 6))
+    table = total_dimensionality(twice, firing_of(torch.ones(30), 2))
+    assert table["total"].tolist() == pytest.approx([same["total"][0]] * 2)
+    assert table["random_total"][0] != table["random_total"][1]  # every snapshot has draws of its own
+    assert (tables[0]["random_share"] * 6).tolist() == pytest.approx(tables[0]["random_total"].tolist())
+
+
+def test_many_features_fit_in_memory() -> None:
+    F = 98_304  # F x F numbers would take 39 GB
+    cc = of_norms(torch.ones(F, 2), D=8)
+    table = total_dimensionality(cc, firing_of(torch.ones(F), 2))
+    assert table["share"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3) and table["present"].tolist() == [F, F]
+
+
+def test_nothing_present_fills_nothing() -> None:
+    cc = of_rows(torch.ones(3, 2, 4), snapshots_at(0, 5))
+    table = total_dimensionality(cc, firing_of([0.0] * 3, 2))
+    assert table["present"].tolist() == [0, 0] and table["total"].tolist() == [0.0, 0.0]
+    assert table["label"].tolist() == ["step0", "step5"] and table["tokens"].tolist() == [0, 35]
+    assert feature_dimensionality(cc, firing_of([0.0] * 3, 2)).isnan().all()
+    with pytest.raises(UserError, match=r"presence=0 is not in \(0, 1\]"):
+        total_dimensionality(cc, firing_of([1.0] * 3, 2), presence=0)
+    cc.b_enc.data.fill_(-99)
+    held = Held(torch.randn(5, 2, 4))
+    assert not evolve(cc, held)["alive"].any() and total_dimensionality(cc, held)["total"].tolist() == [0.0, 0.0]

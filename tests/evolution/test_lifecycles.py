@@ -1,0 +1,363 @@
+"""Evolution: every definition against a slow reading of it, dead features, dates, rotation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import (
+    BatchTopKCrosscoderTrainingConfig,
+    BatchTopKCrosscoderTrainingSAE,
+    JumpReLUCrosscoder,
+    JumpReLUCrosscoderConfig,
+)
+from crosslens.errors import UserError
+from crosslens.evolution.lifecycles import (
+    check_activations,
+    classify,
+    evolve,
+    firing_rates,
+    measure_firing,
+    relative_norms,
+    rotation,
+)
+from crosslens.snapshots.collection import Snapshots
+from tests.given import Held, of_norms
+
+COLUMNS = [
+    "feature", "alive", "firing_rate", "origin", "fate", "birth", "birth_step", "birth_tokens", "peak", "peak_step",
+    "peak_tokens", "death", "death_step", "death_tokens", "lifetime", "lifetime_step", "lifetime_tokens",
+]  # fmt: skip
+CURVES = ["norm", "strength", "reldec", "present"]
+
+
+# ---- the definitions
+
+
+def slow_life(norms: list[float], presence: float, min_run: int) -> dict[str, Any] | None:
+    """The life of one feature, word by word."""
+    if max(norms) == 0:
+        return None
+    there = [n / max(norms) >= presence for n in norms]
+    S = len(norms)
+    births = [
+        s for s in range(S)
+        if all(there[s:]) or (s + min_run <= S and all(there[s : s + min_run]))
+    ]  # fmt: skip
+    life: dict[str, Any] = {"birth": None, "death": None, "lifetime": there.count(True)}
+    life["peak"] = norms.index(max(norms))
+    if there[0]:
+        life |= {"origin": "initial", "birth": 0}
+    elif births:
+        life |= {"origin": "emergent", "birth": births[0]}
+    else:
+        life |= {"origin": "never"}
+    deaths = [s for s in range(1, S) if there[s - 1] and not any(there[s:])]
+    if deaths:
+        life |= {"fate": "transient", "death": deaths[0]}
+    else:
+        life |= {"fate": "persistent"}
+    return life
+
+
+def curve(table: pd.DataFrame, name: str) -> np.ndarray:
+    """The columns of one quantity, (F, S)."""
+    return table[[c for c in table if c.startswith(f"{name}/")]].to_numpy()
+
+
+levels = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), st.floats(0, 8, width=32))
+
+
+@given(
+    st.integers(2, 7).flatmap(lambda S: st.lists(st.lists(levels, min_size=S, max_size=S), min_size=1, max_size=5)),
+    st.sampled_from([0.01, 0.25, 0.5, 0.9, 1.0]),
+    st.integers(1, 4),
+)
+@example([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], 0.5, 2)
+@example([[0.0, 1.0, 0.0, 1.0, 1.0, 0.4]], 0.5, 2)
+def test_every_life_is_what_the_definition_says(norms: list[list[float]], presence: float, min_run: int) -> None:
+    table = classify(torch.tensor(norms, dtype=torch.float64), presence, min_run=min_run)
+    assert len(table) == len(norms)
+    for row, record in zip(norms, table.to_dict("records"), strict=True):
+        found = {key: None if value is None or value is pd.NA else value for key, value in record.items()}
+        assert found == (slow_life(row, presence, min_run) or dict.fromkeys(table))
+
+
+def test_the_four_kinds_of_life_by_hand() -> None:
+    norms = [[8, 8, 8, 8], [1, 9, 9, 1], [1, 1, 9, 4.5], [1, 1, 9, 4], [9, 1, 1, 9], [1, 9, 1, 1]]
+    table = classify(torch.tensor(norms))
+    assert table["origin"].tolist() == ["initial", "emergent", "emergent", "never", "initial", "never"]
+    assert table["fate"].tolist() == ["persistent", "transient", "persistent", "transient", "persistent", "transient"]
+    assert table["birth"].tolist() == [0, 1, 2, pd.NA, 0, pd.NA]
+    assert table["death"].tolist() == [pd.NA, 3, pd.NA, 3, pd.NA, 2]
+    assert table["peak"].tolist() == [0, 1, 2, 2, 0, 1]
+    assert table["lifetime"].tolist() == [4, 2, 2, 1, 2, 1]
+
+
+@given(st.floats(1e-3, 1e3))
+def test_the_scale_of_a_feature_does_not_matter(scale: float) -> None:
+    norms = torch.rand(20, 6, generator=torch.Generator().manual_seed(1)).double()
+    norms = torch.where((norms / norms.amax(1, keepdim=True) - 0.5).abs() < 1e-6, 0.0, norms)
+    pd.testing.assert_frame_equal(classify(norms), classify(norms * scale))
+
+
+def test_errors_come_before_anything_is_read() -> None:
+    good = torch.ones(3, 2)
+    for arguments, options, message in (
+        ((torch.ones(3, 1),), {}, "evolution needs at least 2 snapshots, this crosscoder has 1: train on more"),
+        ((good, 0.0), {}, r"presence=0.0 is not in \(0, 1\]"),
+        ((good, 1.5), {}, "presence=1.5 is not in"),
+        ((good,), {"min_run": 0}, "min_run=0 is not possible"),
+        ((torch.tensor([[1.0, 1.0], [math.nan, 1.0]]),), {}, r"norms of feature 1 are \[nan, 1.0\]"),
+        ((-good,), {}, "norms of feature 0 are"),
+    ):
+        with pytest.raises(UserError, match=message):
+            classify(*arguments, **options)
+
+    class Never(Held):
+        def held_out(self, batch_size: int = 0) -> Any:
+            raise AssertionError(f"{batch_size} read before the check")
+
+    for cc, options, message in (
+        (of_norms(torch.ones(3, 1)), {}, "at least 2 snapshots"),
+        (of_norms(good), {"presence": 2.0}, "presence=2.0"),
+        (of_norms(good), {"min_firing_rate": 1.0}, r"min_firing_rate=1.0 is not in \[0, 1\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evolve(cc, Never(good), **options)
+
+
+# ---- the table
+
+
+def test_table_has_the_columns_and_the_dates() -> None:
+    metadata = [{"label": f"step{10**s}", "step": 10**s, "tokens": 3 * 10 ** (s + 11)} for s in range(4)]
+    norms = [[1, 1, 5, 4], [2, 1, 1, 1], [0, 3, 0, 0], [0, 0, 0, 0]]
+    table = evolve(of_norms(norms, metadata))
+    assert list(table) == COLUMNS + [f"{name}/step{10**s}" for name in CURVES for s in range(4)]
+    assert table["feature"].tolist() == [0, 1, 2, 3]
+    assert table["alive"].dtype == bool and table["alive"].tolist() == [True, True, True, False]
+    assert table["firing_rate"].isna().all()
+    assert table["birth_step"].tolist() == [100, 1, pd.NA, pd.NA]
+    assert table["birth_tokens"].tolist() == [3 * 10**13, 3 * 10**11, pd.NA, pd.NA]
+    assert table["peak_step"].tolist() == [100, 1, 10, pd.NA]
+    assert table["peak_tokens"].tolist() == [3 * 10**13, 3 * 10**11, 3 * 10**12, pd.NA]
+    assert table["death_step"].tolist() == [pd.NA, pd.NA, 100, pd.NA]
+    assert table["death_tokens"].tolist() == [pd.NA, pd.NA, 3 * 10**13, pd.NA]
+    assert table["lifetime"].tolist() == [2, 4, 1, pd.NA]
+    # present at steps 100 and 1000; from 1 to 1000; from 10 to 100
+    assert table["lifetime_step"].tolist() == [900, 999, 90, pd.NA]
+    assert table["lifetime_tokens"].tolist() == [27 * 10**13, 3 * 10**14 - 3 * 10**11, 27 * 10**12, pd.NA]
+    assert curve(table, "norm") == pytest.approx(np.array(norms))
+    assert curve(table, "strength")[:3] == pytest.approx(
+        np.array([[0.2, 0.2, 1, 0.8], [1, 0.5, 0.5, 0.5], [0, 1, 0, 0]])
+    )
+    assert curve(table, "reldec")[:3] == pytest.approx(
+        np.array([[1 / 11, 1 / 11, 5 / 11, 4 / 11], [0.4, 0.2, 0.2, 0.2], [0, 1, 0, 0]])
+    )
+    assert np.isnan(curve(table, "strength")[3]).all() and np.isnan(curve(table, "reldec")[3]).all()
+    assert curve(table, "present").tolist() == [
+        [False, False, True, True], [True] * 4, [False, True, False, False], [False] * 4,
+    ]  # fmt: skip
+    higher = evolve(of_norms(norms, metadata), presence=0.9, min_run=1)
+    assert higher["lifetime"].tolist() == [1, 1, 1, pd.NA] and higher["birth"].tolist() == [2, 0, 1, pd.NA]
+    assert curve(higher, "present")[1].tolist() == [True, False, False, False]
+
+
+def test_a_life_in_pieces_lasts_as_long_as_its_pieces() -> None:
+    metadata = [{"label": str(s), "step": 10**s, "tokens": None} for s in range(4)]
+    table = evolve(of_norms([[1, 0, 1, 1], [1, 0, 0, 1]], metadata))
+    assert table["lifetime_step"].tolist() == [9 + 900, 9]
+    assert table["lifetime_tokens"].isna().all() and table["birth_tokens"].isna().all()
+
+
+def test_without_metadata_snapshots_go_by_their_index(tmp_path: Path) -> None:
+    table = evolve(of_norms([[1, 1, 4], [0, 0, 0]]))
+    assert [c for c in table if c.startswith("norm/")] == ["norm/0", "norm/1", "norm/2"]
+    assert table["birth"].tolist() == [2, pd.NA] and table["birth_step"].isna().all()
+    assert table["lifetime"].tolist() == [1, pd.NA] and table["lifetime_step"].isna().all()
+    table.to_parquet(tmp_path / "evolution.parquet")
+    again = pd.read_parquet(tmp_path / "evolution.parquet")
+    words = ["origin", "fate"]  # the dtype of text depends on the version of pandas
+    pd.testing.assert_frame_equal(again.drop(columns=words), table.drop(columns=words))
+    assert again["origin"].tolist()[0] == "emergent" and again[words].isna().all(axis=1).tolist() == [False, True]
+
+
+def test_features_that_do_not_fire_are_out_of_the_statistics() -> None:
+    cc = of_norms(torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) + 0.1)
+    cc.b_enc.data = torch.linspace(-9, 1, 40)
+    x = torch.randn(33, 3, 4, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        fired = [float(sum(cc.encode(token)[i] > 0 for token in x)) / 33 for i in range(40)]
+    assert 0 < sum(rate == 0 for rate in fired) < 40
+    held = Held(x)
+    rates = firing_rates(cc, held)
+    assert rates.tolist() == pytest.approx(fired)
+    table, all_alive = evolve(cc, held), evolve(cc)
+    assert table["firing_rate"].tolist() == pytest.approx(fired)
+    assert table["alive"].tolist() == [rate > 0 for rate in fired]
+    life = [c for c in COLUMNS if c not in ("feature", "alive", "firing_rate")]
+    dead = ~table["alive"]
+    assert table.loc[dead, life].isna().all(axis=None) and table.loc[~dead, ["origin", "peak"]].notna().all(axis=None)
+    pd.testing.assert_frame_equal(table.loc[~dead, life], all_alive.loc[~dead, life])
+    for name in ("norm", "strength", "reldec"):
+        assert np.array_equal(curve(table, name), curve(all_alive, name))
+    assert not curve(table, "present")[dead].any() and curve(table, "present")[~dead].any()
+    few = evolve(cc, held, min_firing_rate=0.3)
+    assert few["alive"].tolist() == [rate > 0.3 for rate in fired]
+    with pytest.raises(UserError, match="no activations are held out"):
+        evolve(cc, Held(x[:0]))
+
+
+def test_a_feature_of_per_snapshot_gates_is_alive_when_any_gate_opens() -> None:
+    cc = JumpReLUCrosscoder(JumpReLUCrosscoderConfig(d_in=8, d_sae=2, n_snapshots=2))
+    cc.W_dec.data = torch.tensor([[0.0, 0, 0, 0, 2, 0, 0, 0], [0.01, 0, 0, 0, 0.01, 0, 0, 0]])
+    cc.b_enc.data = torch.ones(2)
+    held = Held(torch.zeros(7, 2, 4))
+    assert firing_rates(cc, held).tolist() == [1.0, 0.0]
+
+
+def slow_firing(cc: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
+    """Everything that is measured of firing, one token and one feature at a time."""
+    F, S = cc.decoder_norms.shape
+    rate, square, counts, sums = np.zeros(F), np.zeros(F), np.zeros((F, S)), np.zeros((F, S))
+    for token in x:
+        f = cc.encode(token)
+        for i in range(F):
+            value = float(f[i])
+            rate[i] += value > 0
+            square[i] += value**2
+            for s in range(S):
+                size = float(cc.W_dec_by_snapshot[i, s].norm())
+                gated = value if not isinstance(cc, JumpReLUCrosscoder) or value * size > float(cc.threshold[i]) else 0
+                counts[i, s] += gated > 0
+                sums[i, s] += gated
+    with np.errstate(invalid="ignore"):
+        return {
+            "rate": rate / len(x), "rms": np.sqrt(square / len(x)), "snapshot_rate": counts / len(x),
+            "mean": sums / counts,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["shared gate", "gates per snapshot"])
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_firing_is_what_a_slow_count_finds(kind: str, seed: int) -> None:
+    norms = torch.rand(11, 3, generator=torch.Generator().manual_seed(seed)) + 0.1
+    cc = of_norms(norms, seed=seed)
+    if kind == "gates per snapshot":
+        cc = of_norms(norms, seed=seed, jumprelu=True)
+        cc.log_threshold.data = torch.linspace(-3, 1, 11)
+    cc.b_enc.data[0] = -9
+    x = torch.randn(23, 3, 4, generator=torch.Generator().manual_seed(seed + 9))
+    firing, slow = measure_firing(cc, Held(x)), slow_firing(cc, x)
+    assert firing.n_tokens == 23
+    for name, values in slow.items():
+        assert getattr(firing, name).numpy() == pytest.approx(values, rel=1e-5, nan_ok=True), name
+    shared = (firing.snapshot_rate == firing.rate[:, None]).all()
+    assert bool(shared) == (kind == "shared gate")
+    assert firing.rate[0] == 0 and firing.mean[0].isnan().all()
+    table = evolve(cc, firing)
+    pd.testing.assert_frame_equal(table, evolve(cc, Held(x)))
+    assert curve(table, "firing_rate") == pytest.approx(slow["snapshot_rate"])
+    assert curve(table, "mean_activation") == pytest.approx(slow["mean"] * norms.numpy(), rel=1e-4, nan_ok=True)
+    assert firing_rates(cc, Held(x)).tolist() == pytest.approx(slow["rate"].tolist())
+
+
+def test_a_crosscoder_in_training_fires_as_it_will_afterwards() -> None:
+    sae = BatchTopKCrosscoderTrainingSAE(BatchTopKCrosscoderTrainingConfig(d_in=12, d_sae=9, n_snapshots=3, k=2))
+    sae.threshold.fill_(0.05)
+    held = Held(torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0)))
+    assert firing_rates(sae.train(), held).tolist() == firing_rates(sae.to_inference(), held).tolist()
+
+
+def test_a_crosscoder_of_which_every_feature_is_dead_still_makes_a_table() -> None:
+    cc = of_norms(torch.ones(5, 3))
+    cc.b_enc.data.fill_(-99)
+    table = evolve(cc, Held(torch.randn(9, 3, 4)))
+    assert not table["alive"].any() and table["origin"].isna().all() and table["lifetime"].isna().all()
+    assert not curve(table, "present").any() and (curve(table, "norm") > 0).all()
+
+
+def test_activations_of_another_model_or_hook_point_are_refused(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
+    trained = acts.metadata()
+
+    def recording(**changes: Any) -> Any:
+        cc = of_norms(torch.ones(8, 3), copy.deepcopy({**trained, **changes}["snapshots"]), D=16)
+        cc.cfg.metadata.hook_name = {**trained, **changes}["hook_name"]
+        return cc
+
+    check_activations(recording(), acts)
+    same = Activations(acts.snapshots, "blocks.2.hook_resid_pre", tiny_text, 500, 16)
+    check_activations(recording(), same)  # the same activation by another name
+    check_activations(of_norms(torch.ones(8, 5)), acts)  # nothing is recorded, nothing can be checked
+    other = [{**row, "fingerprint": "0" * 64} if row["step"] == 10 else row for row in trained["snapshots"]]
+    for wrong, message in (
+        (
+            recording(hook_name="blocks.0.hook_resid_post"),
+            "trained on blocks.0.hook_resid_post, the activations are those",
+        ),
+        (recording(snapshots=other), "its snapshot step10 is not the given step10"),
+        (recording(snapshots=trained["snapshots"][::-1]), "its snapshot step20 is not the given step0"),
+    ):
+        for analysis in (evolve, measure_firing, check_activations):
+            with pytest.raises(UserError, match=message):
+                analysis(wrong, acts)
+    two = of_norms(torch.ones(8, 2), trained["snapshots"][:2], D=16)
+    with pytest.raises(UserError, match="trained on 2 snapshots, 3 are given"):
+        evolve(two, acts)
+
+
+def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
+    cc = of_norms(torch.rand(8, 3, generator=torch.Generator().manual_seed(4)), acts.metadata()["snapshots"], D=16)
+    table = evolve(cc, acts)
+    assert [c for c in table if c.startswith("norm/")] == ["norm/step0", "norm/step10", "norm/step20"]
+    x = torch.cat(list(acts.held_out()))
+    assert table["firing_rate"].tolist() == pytest.approx((cc.encode(x) > 0).double().mean(0).tolist())
+    assert set(table["peak_step"].dropna()) <= {0, 10, 20}
+
+
+# ---- rotation
+
+
+def test_rotation_is_the_cosine_where_both_rows_have_a_direction() -> None:
+    norms = torch.rand(30, 4, generator=torch.Generator().manual_seed(5))
+    norms[0], norms[1] = torch.tensor([0.04, 1, 1, 1]), torch.tensor([1, 1, 1, 0.04])
+    norms[2], norms[3] = torch.tensor([0.06, 1, 1, 0.06]), torch.zeros(4)
+    cc = of_norms(norms)
+    rows = cc.W_dec.detach().numpy().reshape(30, 4, 4).astype(float)
+    for reference in (-1, 0, 2):
+        found = rotation(cc, reference)
+        assert found.shape == (30, 4)
+        for i in range(30):
+            size = [np.sqrt((rows[i, s] ** 2).sum()) for s in range(4)]
+            for s in range(4):
+                value = float(found[i, s])
+                if max(size) == 0 or min(size[s], size[reference]) < 0.05 * max(size):
+                    assert math.isnan(value)
+                else:
+                    dot = float(rows[i, s] @ rows[i, reference])
+                    assert value == pytest.approx(dot / (size[s] * size[reference]), abs=1e-5)
+    assert rotation(cc)[0].isnan().tolist() == [True, False, False, False]
+    assert rotation(cc)[1].isnan().all() and not rotation(cc)[2].isnan().any() and rotation(cc)[3].isnan().all()
+    assert not rotation(cc, min_norm=0.01)[:3].isnan().any()
+    assert torch.allclose(rotation(cc)[4:, -1].nan_to_num(1.0), torch.ones(26))
+    with pytest.raises(UserError, match="reference=4 is no snapshot: give an index from -4 to 3"):
+        rotation(cc, 4)
+
+
+def test_relative_norms() -> None:
+    v = relative_norms(torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
+    assert v[0].tolist() == [0.25, 1.0] and v[1].isnan().all()

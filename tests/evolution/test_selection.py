@@ -1,0 +1,237 @@
+"""Similarity against plain loops and known answers; the proposal against all choices there are."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from crosslens.activations.loader import Activations
+from crosslens.errors import UserError
+from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
+from crosslens.snapshots.collection import Snapshots
+
+
+class Labels:
+    """The labels are all that is asked of the snapshots."""
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Given(Activations):
+    """Held-out activations that are given."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+        self.snapshots: Any = Labels([f"step{s}" for s in range(x.shape[1])])
+
+    @property
+    def d_model(self) -> int:
+        return self.x.shape[-1]
+
+    def held_out(self, batch_size: int = 4096) -> Any:
+        return iter(self.x.split(min(batch_size, 5)))
+
+
+# ---- similarity
+
+
+@pytest.mark.parametrize(("B", "S", "D", "seed", "most"), [(12, 3, 4, 0, 4096), (30, 4, 2, 1, 13), (7, 2, 9, 2, 7)])
+def test_similarities_are_those_of_loops(B: int, S: int, D: int, seed: int, most: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, S, D, generator=generator) * torch.rand(S, 1, generator=generator) + torch.randn(
+        D, generator=generator
+    )
+    table = snapshot_similarity(Given(x), max_tokens=most)
+    used = x[:most].double().numpy()
+    n = len(used)
+    assert list(zip(table["snapshot"], table["other"], strict=True)) == [(s, t) for s in range(S) for t in range(s, S)]
+    assert table["other_label"].tolist() == [f"step{t}" for t in table["other"]] and set(table["n"]) == {n}
+    for row in table.to_dict("records"):
+        a, b = used[:, row["snapshot"]], used[:, row["other"]]
+        cosines = [u @ w / np.sqrt((u @ u) * (w @ w)) for u, w in zip(a, b, strict=True)]
+        assert row["cosine"] == pytest.approx(np.mean(cosines))
+        assert row["pearson"] == pytest.approx(np.mean([np.corrcoef(u, w)[0, 1] for u, w in zip(a, b, strict=True)]))
+        # CKA from the Gram matrices of tokens, as HSIC
+        centre = np.eye(n) - 1 / n
+        k, m = (centre @ (y @ y.T) @ centre for y in (a, b))
+        assert row["cka"] == pytest.approx((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
+
+
+def test_cka_does_not_see_a_rotation_but_cosine_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator)
+    turned = x @ torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q * 3 + 1
+    found = snapshot_similarity(Given(torch.stack([x, turned, 2 * x], 1))).set_index(["snapshot", "other"])
+    assert found.loc[(0, 1), "cka"] == pytest.approx(1, abs=1e-5) and abs(found.loc[(0, 1), "cosine"]) < 0.5
+    assert found.loc[(0, 2), ["cosine", "pearson", "cka"]].tolist() == pytest.approx([1, 1, 1])
+    assert found.loc[(1, 1), ["cosine", "pearson", "cka"]].tolist() == pytest.approx([1, 1, 1])
+
+
+def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    snaps = Snapshots.local(tiny_snapshots)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 1000, 16, held_out_tokens=300)
+    found = snapshot_similarity(acts, max_tokens=200)
+    assert found["label"].unique().tolist() == ["step0", "step10", "step20"] and set(found["n"]) == {200}
+    alike = found.set_index(["snapshot", "other"])["cka"]
+    assert alike[0, 1] < 1 and alike[0, 2] < alike[1, 2] < 1
+    chosen = propose_snapshots(found, 2, steps=snaps.steps)
+    assert chosen["chosen"].tolist() == [True, False, True] and chosen["nearest"].tolist() == [
+        "step0",
+        "step20",
+        "step20",
+    ]
+
+
+# ---- proposal
+
+
+def similarity_of(alike: Any) -> pd.DataFrame:
+    S = len(alike)
+    rows = [
+        {
+            "snapshot": s,
+            "other": t,
+            "label": f"step{s}",
+            "other_label": f"step{t}",
+            "cka": alike[s][t],
+            "cosine": alike[t][s],
+        }
+        for s in range(S)
+        for t in range(s, S)
+    ]
+    return pd.DataFrame(rows)
+
+
+def accuracy_of(n: int = 100, **curves: Any) -> pd.DataFrame:
+    tables: list[pd.DataFrame] = []
+    for task, values in curves.items():
+        labels = [f"step{s}" for s in range(len(values))]
+        tables.append(pd.DataFrame({"task": task, "snapshot": range(len(values)), "label": labels, "accuracy": values}))
+    return pd.concat(tables).assign(n=n)
+
+
+def random_similarity(S: int, seed: int) -> Any:
+    """Of points on a random path."""
+    steps = np.random.default_rng(seed).exponential(size=(S, 3)) * np.random.default_rng(seed + 1).choice(
+        [0.1, 1], (S, 1)
+    )
+    path = steps.cumsum(0)
+    return np.exp(-np.linalg.norm(path[:, None] - path, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("S", "k", "seed", "weight"), [(5, 2, 0, 0.5), (8, 3, 1, 0.5), (8, 5, 2, 0.0), (9, 4, 3, 1.0), (6, 6, 4, 0.3)]
+)
+def test_no_other_choice_is_better(S: int, k: int, seed: int, weight: float) -> None:
+    alike = random_similarity(S, seed)
+    rng = np.random.default_rng(seed)
+    curves = {task: np.sort(rng.uniform(0.4, 1, S)) for task in ("a", "b")}
+    table = propose_snapshots(similarity_of(alike), k, accuracy_of(**curves), weight=weight)
+    distance = np.zeros((S, S))
+    far, apart = np.zeros((S, S)), np.zeros((S, S))
+    for s in range(S):
+        for t in range(S):
+            far[s, t] = 1 - alike[s, t] if s != t else 0
+            squares = [(c[s] - c[t]) ** 2 - c[s] * (1 - c[s]) / 100 - c[t] * (1 - c[t]) / 100 for c in curves.values()]
+            apart[s, t] = np.sqrt(max(0, np.mean(squares))) if s != t else 0
+    distance = (1 - weight) * far / far.max() + weight * apart / apart.max()
+
+    def cost(chosen: tuple[int, ...]) -> float:
+        total = 0.0
+        for a, b in zip(chosen, chosen[1:], strict=False):
+            total += sum(min(distance[a, j], distance[b, j]) for j in range(a + 1, b))
+        return total
+
+    choices = [(0, *middle, S - 1) for middle in combinations(range(1, S - 1), k - 2)]
+    best = min(cost(choice) for choice in choices)
+    chosen = tuple(np.flatnonzero(table["chosen"]).tolist())
+    assert len(chosen) == k and cost(chosen) == pytest.approx(best)
+    assert table["distance"].sum() == pytest.approx(best) and (table.loc[table["chosen"], "distance"] == 0).all()
+    for place in range(1, k - 1):
+        without = chosen[:place] + chosen[place + 1 :]
+        assert table.loc[chosen[place], "cost"] == pytest.approx(cost(without) - best)
+    assert table.loc[[0, S - 1], "cost"].isna().all()
+
+
+def test_the_table_says_why() -> None:
+    """Three plateaus of three snapshots: one of each is taken, and the middle one is where the accuracy jumps."""
+    level = np.repeat([0, 1, 2], 3)
+    alike = 1 - 0.4 * abs(level[:, None] - level) - 0.01 * abs(np.arange(9)[:, None] - np.arange(9))
+    table = propose_snapshots(
+        similarity_of(alike),
+        3,
+        accuracy_of(agreement=[0.5] * 3 + [0.95] * 6, flat=[0.6] * 9),
+        steps=[10 * s for s in range(9)],
+    )
+    assert np.flatnonzero(table["chosen"]).tolist() == [0, 4, 8]
+    assert table["nearest"].tolist() == ["step0"] * 3 + ["step4"] * 3 + ["step8"] * 3
+    assert table["stands_for"].tolist()[4] == "step3, step4, step5" and table["stands_for"].iloc[1] == ""
+    assert table["step"].tolist() == [10 * s for s in range(9)]
+    assert table["previous_similarity"].iloc[1:].tolist() == pytest.approx([alike[s - 1, s] for s in range(1, 9)])
+    reasons = table["reason"].tolist()
+    assert reasons[0] == "the first snapshot; stands for 2 others"
+    assert (
+        "cka 0.56 to step0, the one chosen before" in reasons[4]
+        and "accuracy on agreement 50% to 95% since then" in reasons[4]
+    )
+    assert "without it the summed distance grows by" in reasons[4] and reasons[8].startswith("the last snapshot")
+    assert "accuracy" not in reasons[8] and reasons[1] == ""
+    assert table["accuracy/agreement"].tolist() == [0.5] * 3 + [0.95] * 6
+
+
+def test_accuracy_within_chance_is_no_distance() -> None:
+    alike = np.ones((5, 5)) - 0.1 * (1 - np.eye(5))
+    noise = accuracy_of(n=50, task=[0.5, 0.52, 0.48, 0.51, 0.5])
+    assert propose_snapshots(similarity_of(alike), 3, noise, weight=1.0)["distance"].sum() == 0
+    sure = accuracy_of(n=50, task=[0.5, 0.52, 0.98, 0.97, 0.99])
+    assert (
+        propose_snapshots(similarity_of(alike), 2, sure, weight=1.0)["nearest"].tolist()
+        == ["step0"] * 2 + ["step4"] * 3
+    )
+
+
+def test_the_measure_is_the_one_that_is_named() -> None:
+    one, other = random_similarity(7, 0), random_similarity(7, 5)
+    alike = np.triu(one) + np.tril(other, -1)  # the upper half is cka, the lower one cosine
+    table = similarity_of(alike)
+    for measure, expected in (("cka", one), ("cosine", other)):
+        found = propose_snapshots(table, 4, measure=measure)
+        pd.testing.assert_frame_equal(
+            found.drop(columns="reason"),
+            propose_snapshots(similarity_of(expected), 4, measure="cka").drop(columns="reason"),
+        )
+
+
+def test_errors() -> None:
+    table, accuracy = similarity_of(random_similarity(4, 0)), accuracy_of(task=[0.5, 0.6, 0.7])
+    for arguments, options, message in (
+        ((table, 1), {}, r"k=1 is not in \[2, 4\]"),
+        ((table, 5), {}, r"k=5 is not in \[2, 4\]"),
+        ((table, 2), {"measure": "rbf"}, "measure='rbf' is unknown: use 'cosine', 'pearson', 'cka'"),
+        ((table, 2), {"weight": 2}, r"weight=2 is not in \[0, 1\]"),
+        ((table, 2), {"steps": [1]}, "1 steps for 4 snapshots"),
+        (
+            (table, 2, accuracy),
+            {},
+            "accuracy on 'task' is of the snapshots step0, step1, step2, the similarity of step0,",
+        ),
+        ((table.iloc[[0, 1, 3, 9]], 2), {}, "cka is not known for every pair of the 4 snapshots"),
+    ):
+        with pytest.raises(UserError, match=message):
+            propose_snapshots(*arguments, **options)
+    with pytest.raises(UserError, match="similarity needs at least 2 snapshots, there is 1"):
+        snapshot_similarity(Given(torch.ones(4, 1, 3)))
+    with pytest.raises(UserError, match="max_tokens=1 is too small"):
+        snapshot_similarity(Given(torch.ones(4, 2, 3)), max_tokens=1)
+    with pytest.raises(UserError, match=r"1 token\(s\) are held out"):
+        snapshot_similarity(Given(torch.ones(1, 2, 3)))

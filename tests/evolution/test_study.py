@@ -1,0 +1,167 @@
+"""The history of a crosscoder is its parts, and its figures show what the tables hold."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from crosslens.activations.loader import Activations
+from crosslens.errors import UserError
+from crosslens.evolution.agreement import top_agreement
+from crosslens.evolution.controls import encoder_share, latent_scaling
+from crosslens.evolution.dynamics import dynamics_table, measure_dynamics
+from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.lifecycles import evolve, rotation
+from crosslens.evolution.ngrams import count_ngrams
+from crosslens.evolution.phases import find_phases
+from crosslens.evolution.probes import probe, probe_parts
+from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
+from crosslens.evolution.splitting import partings, successions
+from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
+from crosslens.report import lives
+from crosslens.rundir import RunDir
+from crosslens.snapshots.collection import Snapshots
+from tests.given import Held, of_norms, snapshots_at
+from tests.plain_model import make_crosscoder
+
+LABELS = ["step0", "step8", "step64", "step512"]
+
+
+@pytest.fixture(scope="module")
+def crosscoder() -> Any:
+    norms = torch.rand(24, 4, generator=torch.Generator().manual_seed(1)) + 0.05
+    norms[3:9, :2] *= 0.1  # born at the third
+    norms[9:12, 2:] *= 0.1
+    return of_norms(norms, snapshots_at(0, 8, 64, 512), D=5, seed=2)
+
+
+@pytest.fixture(scope="module")
+def acts() -> Held:
+    return Held(torch.randn(60, 4, 5, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.fixture(scope="module")
+def found(crosscoder: Any, acts: Held) -> dict[str, pd.DataFrame]:
+    return study_evolution(crosscoder, acts, presence=0.4, seed=5)
+
+
+def test_parts_by_themselves(crosscoder: Any, acts: Held, found: dict[str, pd.DataFrame]) -> None:
+    tables = found
+    lives_ = evolve(crosscoder, acts, presence=0.4)
+    alive = torch.tensor(lives_["alive"].to_numpy())
+    expected = {
+        "evolution": lives_,
+        "turning": turning(crosscoder, alive),
+        "dimensionality": total_dimensionality(crosscoder, acts, presence=0.4, seed=5),
+        "scaling": latent_scaling(crosscoder, acts).to_frame(LABELS),
+        "successions": successions(crosscoder, acts, presence=0.4),
+        "partings": partings(crosscoder, alive, presence=0.4),
+        "agreement": top_agreement(crosscoder, acts),
+    }
+    for name, table in expected.items():
+        pd.testing.assert_frame_equal(tables[name], table)
+    per_feature = {
+        "directions": ("cosine", rotation(crosscoder)),
+        "room": ("dimensionality", feature_dimensionality(crosscoder, acts, presence=0.4)),
+        "encoder": ("share", encoder_share(crosscoder, acts)),
+    }
+    for name, (column, values) in per_feature.items():
+        assert list(tables[name]) == ["feature", *(f"{column}/{label}" for label in LABELS)]
+        np.testing.assert_array_equal(tables[name].iloc[:, 1:].to_numpy(), values.numpy())
+    assert set(tables) == {*expected, *per_feature, "cosines"}
+
+
+def test_cosines_are_of_live_features(crosscoder: Any, found: dict[str, pd.DataFrame]) -> None:
+    alive = found["evolution"].query("alive")["feature"].tolist()
+    rows = decoder_cosines(crosscoder)
+    for row in found["cosines"].to_dict("records"):
+        values = [float(rows[i, row["snapshot"], row["other"]]) for i in alive]
+        values = sorted(value for value in values if value == value)
+        assert row["n"] == len(values)
+        assert row["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
+        assert row["median"] == pytest.approx(np.median(values), abs=1e-6)
+        assert row["low"] <= row["median"] <= row["high"]
+        assert row["label"] == LABELS[row["snapshot"]] and row["other_step"] == [0, 8, 64, 512][row["other"]]
+
+
+def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    RunDir(tmp_path).save_tables(found)
+    tables: dict[str, Any] = {name: RunDir(tmp_path).table(name) for name in found}
+    snapshots = pd.DataFrame({"snapshot": range(4), "label": LABELS, "step": [0, 8, 64, 512]})
+    bars = lives.turning(tables["turning"]).figure.data[0]
+    assert list(bars.y) == tables["turning"]["turned"].tolist()
+    square = lives.cosines(tables["cosines"]).figure.data[0]
+    assert square.z[1][3] == pytest.approx(
+        float(tables["cosines"].query("snapshot == 1 and other == 3")["median"].iloc[0])
+    )
+    lines = lives.dimensionality(tables["dimensionality"]).figure.data
+    assert list(lines[0].y) == pytest.approx(tables["dimensionality"]["share"].tolist())
+    assert list(lines[1].y) == pytest.approx(tables["dimensionality"]["random_share"].tolist())
+    points = lives.scaling(tables["scaling"], tables["evolution"]).data
+    norms = tables["evolution"][[f"norm/{label}" for label in LABELS]].to_numpy()
+    for row in points.sample(20, random_state=0).to_dict("records"):
+        top = norms[row["feature"]].max()
+        assert row["strength"] == pytest.approx(norms[row["feature"], LABELS.index(row["label"])] / top)
+        beta = tables["scaling"].loc[row["feature"], f"peak/{row['label']}"]
+        assert row["scaling"] == pytest.approx(beta / top)
+    drawn = lives.encoder(tables["encoder"], tables["evolution"])
+    born = tables["evolution"].query("alive and birth == 2")["feature"]
+    shares = tables["encoder"].loc[born, "share/step64"].dropna()
+    place = drawn.data["born"].tolist().index(2)
+    assert drawn.figure.data[0].z[place][2] == pytest.approx(shares.median())
+    counted = lives.takeovers(
+        pd.DataFrame({"birth": [1, 1, 3]}), pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), snapshots
+    )
+    assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_dynamics_of_the_corpus_or_of_other_counts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    snaps = Snapshots.local(tiny_snapshots)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 2000, 16, held_out_tokens=300)
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    own = count_ngrams(acts.train_tokens(), snaps.tokenizer)
+    found = study_dynamics(cc, acts, seed=4)
+    measured = measure_dynamics(snaps, own, acts.held_out_tokens())
+    pd.testing.assert_frame_equal(found["dynamics"], dynamics_table(measured, cc, acts, seed=4))
+    pd.testing.assert_frame_equal(found["phases"], find_phases(measured, cc, acts, seed=4))
+    pd.testing.assert_frame_equal(
+        found["selection"], propose_snapshots(snapshot_similarity(acts), 3, steps=snaps.steps)
+    )
+    other = study_dynamics(cc, acts, count_ngrams(acts.held_out_tokens(), snaps.tokenizer), seed=4)
+    assert (other["dynamics"]["kl1"] != found["dynamics"]["kl1"]).all()
+    strange = deepcopy(snaps.tokenizer)
+    strange.add_tokens(["another"])
+    with pytest.raises(UserError, match="tokenizer"):
+        study_dynamics(cc, acts, count_ngrams(acts.train_tokens(), strange))
+
+
+def test_probes_and_their_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 2000, 16)
+    cc = make_crosscoder(acts.snapshots, "standard_crosscoder")
+    found = study_probes(cc, acts, n_features=3, seed=2)
+    probes = probe(cc, acts, n_features=3, seed=2)
+    pd.testing.assert_frame_equal(found["probe"], probes)
+    pd.testing.assert_frame_equal(found["probe_parts"], probe_parts(probes, seed=2))
+
+
+def test_nothing_to_draw_is_said(found: dict[str, pd.DataFrame]) -> None:
+    tables = found
+    dead = tables["evolution"].assign(alive=False)
+    assert "No feature has a birth" in lives.encoder(tables["encoder"], dead)
+    assert "No feature fires" in lives.scaling(tables["scaling"], dead)
+    assert "No feature changes" in lives.turning(tables["turning"].assign(turned=0))
+    assert "No feature has a direction" in lives.cosines(tables["cosines"].assign(n=0))
+    none = pd.DataFrame({"birth": []}), pd.DataFrame({"kind": [], "at": []})
+    snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
+    assert "No feature splits" in lives.takeovers(*none, snapshots)
+
+
+def test_one_snapshot_is_refused() -> None:
+    with pytest.raises(UserError, match="snapshot"):
+        study_evolution(of_norms(torch.rand(4, 1), D=5), Held(torch.randn(9, 1, 5)))

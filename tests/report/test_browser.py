@@ -1,0 +1,448 @@
+"""The report in a real browser: headless Chromium, offline, from disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosslens.report import write_report
+from crosslens.rundir import RunDir
+from tests.report.test_features import TOKENS, add_features
+from tests.report.test_pages import HOSTILE, PAGES, TASKS, _Page, add_study, make_run, table
+
+_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    # a Chromium that stops drawing frames on a busy machine is not the report's fault; another one is asked
+    pytest.mark.flaky(reruns=1, only_rerun=["TimeoutError"]),
+    pytest.mark.skipif(_CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome in PATH"),
+]
+ALL = (*PAGES, "features", "feature")
+DRAWN = "html[data-figures=drawn]"
+# pairs of elements of a figure that must not lie on one another, and do
+OVERLAPS = r"""() => {
+  const box = (e) => e.getBoundingClientRect();
+  const hit = (a, b) =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+  const slanted = (e) => e.matches(".xtick text") && /rotate\(-45/.test(e.getAttribute("transform"));
+  const kinds = ".legend, .g-xtitle text, .g-ytitle text, .xtick text, .x2tick text, .x3tick text, .ytick text, "
+    + ".modebar-group, .annotation text, .colorbar text";
+  const found = [];
+  for (const plot of document.querySelectorAll(".plot")) {
+    if (!plot.clientWidth) continue;
+    const parts = [...plot.querySelectorAll(kinds)], name = plot.dataset.spec, outer = box(plot);
+    const title = plot.querySelector(".g-xtitle text");
+    const ticks = [...plot.querySelectorAll(".xtick text")];
+    const among = title && ticks.some((tick) => box(tick).bottom > box(title).top + 1);
+    if (among) found.push(`${name}: x title among the ticks`);
+    for (const [i, a] of parts.entries()) {
+      const inner = box(a);
+      const outside = inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
+      if (outside) found.push(`${name} is left by ${a.textContent}`);
+      for (const b of parts.slice(i + 1)) {
+        if (slanted(a) && slanted(b)) continue;  // boxes of slanted texts overlap where the texts do not
+        if (hit(box(a), box(b))) found.push(`${name}: ${a.textContent} | ${b.textContent}`);
+      }
+    }
+  }
+  return found;
+}"""
+
+
+class Visitor:
+    """A window of the browser on a report; what it prints to the console is kept."""
+
+    def __init__(self, browser: Any, report: Path, width: int = 1280, dark: bool = False, **options: Any) -> None:
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", offline=True,
+            accept_downloads=True, **options,
+        )  # fmt: skip
+        self.page, self.report, self.troubles = context.new_page(), report, list[str]()
+        self.page.set_default_timeout(60_000)
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        # drivers say how fast WebGL is
+        self.page.on("console", lambda m: self.troubles.append(m.text) if "GL Driver Message" not in m.text else None)
+
+    def open(self, name: str, part: str = "") -> Any:
+        """Go to a page and wait for what is in view."""
+        self.page.goto((self.report / f"{name}.html").as_uri() + part)
+        self.page.wait_for_selector(DRAWN)
+        return self.page
+
+    def feature(self, number: int) -> Any:
+        """Go to a feature, perhaps from another one, and wait for what is in view."""
+        self.page.goto((self.report / "feature.html").as_uri() + f"#{number}")
+        self.page.wait_for_selector(f"h1:text-is('Feature {number}')")
+        self.page.wait_for_selector("#feature:not([hidden])")
+        self.page.wait_for_function("document.querySelector('#figure-norms .plot').data")
+        self.page.wait_for_selector(DRAWN)
+        return self.page
+
+    def scroll(self) -> None:
+        """Go down the page as a reader would, so that all its figures are drawn."""
+        for plot in self.page.query_selector_all(".plot"):
+            if plot.is_visible():
+                plot.evaluate("plot => plot.scrollIntoView()")  # a busy machine may draw no two frames to compare
+                plot.wait_for_selector(".main-svg", state="attached")
+        self.page.wait_for_selector(DRAWN)
+
+    def rows(self) -> list[list[str]]:
+        """Texts of the table of features."""
+        return self.page.eval_on_selector_all(
+            "#features tbody tr", "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
+        )
+
+    def column(self, title: str) -> list[str]:
+        titles = self.page.eval_on_selector_all("#features thead th", "cells => cells.map((cell) => cell.textContent)")
+        return [row[titles.index(title)] for row in self.rows()]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    with playwright.sync_playwright() as started:
+        yield started.chromium
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    found = chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    made = add_features(add_study(make_run(tmp_path_factory.mktemp("run") / "r", 8, n_features=230), "simple"))
+    write_report(made.path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    made = add_features(add_study(make_run(tmp_path_factory.mktemp("run") / "r", 3), "simple"))
+    write_report(made.path)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("which", "width", "dark"), [("run", 375, False), ("run", 1280, True), ("three", 375, True), ("three", 1280, False)]
+)
+def test_pages_load_and_nothing_overlaps(
+    browser: Any, request: pytest.FixtureRequest, which: str, width: int, dark: bool
+) -> None:
+    report = request.getfixturevalue(which).report
+    phone = {"is_mobile": True, "has_touch": True} if width < 500 else {}
+    visitor = Visitor(browser, report, width, dark, **phone)
+    for name in ALL:
+        page = visitor.open(name, "#64" if name == "feature" else "")
+        visitor.scroll()
+        assert not visitor.troubles, (name, visitor.troubles)
+        assert page.evaluate(OVERLAPS) == [], name
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        drawn = page.locator(".js-plotly-plot .main-svg").count() and page.locator(".plot.js-plotly-plot").count()
+        wanted = 2 if name == "feature" else len(_Page(report / "index.html", (name,)).specs())
+        assert drawn == wanted, name
+        line = ("rgb(109, 179, 255)", "rgb(26, 106, 200)")
+        if wanted:
+            text = page.evaluate("document.querySelector('main').innerHTML")
+            assert (line[0] in text, line[1] in text) == (dark, not dark), name
+            assert not dark or "rgb(43, 48, 54)" not in text, "ink of the light page"
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert background == ("rgb(22, 25, 29)" if dark else "rgb(252, 252, 251)")
+    # no button of the toolbar may upload anything
+    assert page.locator("[data-title='Reset axes']").count() or width < 500
+    assert "Share chart" not in page.content()
+
+
+def test_links_lead_to_every_page_and_back(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("index")
+    for title in ("Evolution", "Causes", "Features", "Overview"):
+        page.click(f".bar nav >> text={title}")
+        page.wait_for_selector(f"h1:text-is('{title}')")
+        assert page.locator("[aria-current=page]").inner_text() == title
+    page.go_back()
+    page.wait_for_selector("h1:text-is('Features')")
+    assert not visitor.troubles
+
+
+def test_search_and_sort_of_the_table(browser: Any, run: RunDir) -> None:
+    lives = table(run, "evolution")
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("features")
+    assert visitor.column("Feature") == [str(i) for i in range(50)]
+    assert "230 features; 1 to 50" in page.inner_text("#found")
+    page.fill("#search", "22")
+    assert visitor.column("Feature") == [str(i) for i in (22, *range(220, 230))]
+    page.fill("#search", "TRANSIENT emergent")
+    expected = lives.query("origin == 'emergent' and fate == 'transient'")["feature"]
+    assert visitor.column("Feature") == [str(i) for i in expected[:50]]
+    assert f"{len(expected)} of 230 features match" in page.inner_text("#found")
+    page.fill("#search", HOSTILE)
+    tokens = visitor.column("Label"), visitor.column("Top token"), visitor.column("Promotes")
+    assert tokens[0] and all(any(HOSTILE in text for text in row) for row in zip(*tokens, strict=True))
+    page.fill("#search", "no such feature")
+    assert visitor.rows() == [] and "No feature matches" in page.inner_text("#found")
+    page.fill("#search", "")
+    for title, reverse in (("Largest |IE|", True), ("Active (%)", True), ("Born", False)):
+        page.click(f"#features thead >> text={title}")
+        column = "birth" if title == "Born" else None
+        shown = visitor.column("Feature")
+        values = {
+            "Largest |IE|": largest_effects(run),
+            "Active (%)": dict(zip(lives["feature"], lives["firing_rate"], strict=True)),
+            "Born": dict(zip(lives["feature"], lives["birth"].astype(float), strict=True)),
+        }[title]
+        ranked = [values.get(int(f), float("nan")) for f in shown]
+        assert all(a == a for a in ranked), "features without a value come last"
+        rounded = [float(f"{value:.2g}") for value in ranked]
+        assert rounded == sorted(rounded, reverse=reverse), (title, column)
+        order = page.get_attribute("#features th[aria-sort]", "aria-sort")
+        assert order == ("descending" if reverse else "ascending")
+        assert page.locator("#features th[aria-sort]").count() == 1
+        page.click(f"#features thead >> text={title}")
+        assert page.get_attribute("#features th[aria-sort]", "aria-sort") != order
+    page.click("text=Last »")
+    assert page.input_value("#page") == "5" and len(visitor.rows()) == 30
+    assert not visitor.troubles
+
+
+def largest_effects(run: RunDir) -> dict[int, float]:
+    largest: dict[int, float] = {}
+    for task in TASKS:
+        for f, ie in table(run, f"attribution/{task}")[["feature", "ie"]].itertuples(index=False):
+            largest[int(f)] = max(largest.get(int(f), 0.0), abs(ie))
+    return largest
+
+
+def test_the_table_by_keyboard_and_its_address(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("features")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main" and "#" not in page.url
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "search"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.keyboard.type("persistent")
+    page.keyboard.press("Tab")  # the scrolling region
+    for _ in ("Feature", "Label", "Complexity", "Top token"):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Top token"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Space")
+    assert page.get_attribute("#features th[aria-sort]", "aria-sort") == "descending"
+    assert page.evaluate("document.activeElement.textContent") == "Top token"
+    before = visitor.rows()
+    page.click("#features tbody tr:nth-child(3) a")
+    page.wait_for_selector("#feature:not([hidden])")
+    assert page.inner_text("h1") == f"Feature {before[2][0]}"
+    page.go_back()
+    page.wait_for_selector("#finder:not([hidden])")
+    assert visitor.rows() == before and page.input_value("#search") == "persistent"
+    assert not visitor.troubles
+
+
+def test_hostile_tokens_are_text(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    lens = table(run, "lens")
+    for number in (5, 64, 130):
+        page = visitor.feature(number)
+        shown = page.eval_on_selector_all("#lens tbody .chip", "chips => chips.map((chip) => chip.textContent)")
+        part = lens[lens["feature"] == number]
+        expected = [
+            token
+            for _, rows in part.groupby("snapshot")
+            for name in ("promoted", "suppressed")
+            for token in rows[name]
+        ]  # fmt: skip
+        names = {"\x00": "␀", "\n": "↵", "\u2028": "⟨U+2028⟩", "\u202egnirts": "⟨U+202E⟩gnirts",
+                 "👩\u200d💻": "👩⟨U+200D⟩💻"}  # fmt: skip
+        assert shown == [names.get(token, token) for token in expected]
+        around = table(run, "example_tokens").query(f"feature == {number}").sort_values(["rank", "position"])
+        texts = page.eval_on_selector_all("#examples .token", "tokens => tokens.map((token) => token.textContent)")
+        assert texts == [names.get(token, token) for token in around["token"]]
+    assert set(TOKENS) <= set(lens["promoted"])
+    visitor.feature(5)
+    assert page.inner_text("#label") == f"plural {HOSTILE}" and HOSTILE in page.title()
+    assert page.evaluate("document.querySelectorAll('main script:not([type])').length") == 0
+    assert not visitor.troubles
+
+
+def test_a_feature_shows_its_numbers(browser: Any, run: RunDir) -> None:
+    lives = table(run, "evolution").set_index("feature")
+    visitor = Visitor(browser, run.report)
+    effects = table(run, "attribution/simple")
+    examples = table(run, "example_tokens").sort_values(["feature", "rank", "position"])
+    number = max(set(effects["feature"]) & set(examples["feature"]))
+    page = visitor.feature(number)
+    norms = lives.filter(like="norm/").loc[number].to_numpy(dtype=float)
+    drawn = page.evaluate("document.querySelector('#figure-norms .plot').data[0].y")
+    assert drawn == pytest.approx(norms.tolist(), abs=1e-4 * norms.max())
+    level = page.evaluate("document.querySelector('#figure-norms .plot').layout.shapes[0].y0")
+    assert level == pytest.approx(norms.max() / 2, rel=1e-3)
+    band, line = page.evaluate("document.querySelector('#figure-effects .plot').data.map((t) => t.y)")[:2]
+    rows = effects[effects["feature"] == number].sort_values("snapshot")
+    assert line == pytest.approx(rows["ie"].tolist(), abs=1e-3 * rows["ie"].abs().max())
+    bounds = [*(rows["ie"] + 2 * rows["ie_se"]), *(rows["ie"] - 2 * rows["ie_se"])[::-1]]
+    assert band == pytest.approx(bounds, abs=3e-3 * rows["ie"].abs().max())
+    # the colour of a token is what the feature writes at the snapshot: activation times norm, above the threshold
+    activation = examples.query(f"feature == {number}")["activation"].to_numpy()
+    silent = 0
+    for s in range(len(norms)):
+        page.fill("#at", str(s))
+        page.dispatch_event("#at", "input")
+        tints = page.eval_on_selector_all(
+            "#examples .token", "tokens => tokens.map((token) => Number(token.style.getPropertyValue('--w')))"
+        )
+        wrote = activation * norms[s]
+        silent += sum((wrote > 0.02) & (wrote <= 0.25))
+        wrote = wrote * (wrote > 0.25) / (activation.max() * norms.max())
+        assert tints == pytest.approx(wrote, abs=5e-3)
+        assert page.inner_text("#at-label") == lives.filter(like="norm/").columns[s][5:]
+    assert silent, "nothing that a gate keeps back"
+    assert not visitor.troubles
+
+
+def test_stepping_through_features_and_back(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("feature", "#63")
+    page.click("#after")
+    page.wait_for_selector("h1:text-is('Feature 64')")  # of another script
+    page.wait_for_selector("#feature:not([hidden])")
+    assert page.evaluate("document.activeElement.id") == "after"
+    nearest = page.locator("#nearest a").first.inner_text()
+    page.locator("#nearest a").first.click()
+    page.wait_for_selector(f"h1:text-is('{nearest}')")
+    assert page.evaluate("[document.activeElement.id, window.scrollY]") == ["name", 0]
+    page.go_back()
+    page.wait_for_selector("h1:text-is('Feature 64')")
+    page.go_back()
+    page.wait_for_selector("h1:text-is('Feature 63')")
+    page.fill("#number", "229")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:text-is('Feature 229')")
+    assert page.url.endswith("#229") and page.get_attribute("#after", "href") is None
+    for part, words in (("#230", "There is no feature 230"), ("#%3Cb%3E", "“<b>” is no feature")):
+        visitor.open("feature", part)
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert page.inner_text("#trouble") == f"{words}. Features are numbered 0 to 229."
+    assert not visitor.troubles
+
+
+def test_scales_and_units_of_the_axis(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("index")
+    steps = [int(step) for step in table(run, "evaluation")["step"]]
+    figure = "document.querySelector('#figure-accuracy .plot')"
+
+    def axis() -> tuple[str, list[float]]:
+        page.wait_for_timeout(100)
+        page.wait_for_selector(DRAWN)
+        points = page.evaluate(f"{figure}.data.at(-1).x")
+        return page.evaluate(f"{figure}.layout.xaxis.title.text"), points
+
+    title, logs = axis()
+    assert title == "training steps (log scale, 0 set apart)"
+    page.click("label:has-text('linear')")
+    assert axis() == ("training steps", steps)
+    page.click("label:has-text('tokens')")
+    assert axis() == ("training tokens", [4096 * step for step in steps])
+    page.focus("input[value=linear]")
+    page.keyboard.press("ArrowLeft")
+    title, found = axis()
+    assert title == "training tokens (log scale, 0 set apart)"
+    assert [x - found[1] for x in found[1:]] == pytest.approx([x - logs[1] for x in logs[1:]], abs=1e-5)
+    ticks = page.eval_on_selector_all("#figure-accuracy .xtick text", "ticks => ticks.map((t) => t.textContent)")
+    assert ticks[0] == "0" and ticks[-1] == "1.503M"
+    assert not visitor.troubles
+
+
+def test_numbers_and_pictures_are_saved(browser: Any, run: RunDir, tmp_path: Path) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("index")
+
+    def saved(selector: str) -> Path:
+        with page.expect_download() as waiting:
+            page.click(selector)
+        target = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(target)
+        return target
+
+    picture = saved("#figure-accuracy button[data-picture=png]")
+    assert picture.name == "accuracy.png" and picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    drawing = saved("#figure-accuracy button[data-picture=svg]").read_text(encoding="utf-8")
+    assert drawing.startswith("<svg") and "training steps" in drawing and "rgb(252, 252, 251)" in drawing
+    assert (tmp_path / "accuracy.svg").is_file()
+    numbers = saved("#figure-accuracy a[download]").read_bytes()
+    assert numbers == (run.report / "data" / "accuracy.csv").read_bytes()
+    page = visitor.open("features")
+    page.fill("#search", "emergent")
+    page.click("#features thead >> text=Peak")
+    rows = list(csv.DictReader(io.StringIO(saved("#numbers").read_text(encoding="utf-8"), newline="")))
+    lives = table(run, "evolution").query("alive and origin == 'emergent'").sort_values("peak", kind="stable")
+    assert [int(row["Feature"]) for row in rows] == lives["feature"].tolist()
+    assert [row["Peak"] for row in rows] == [lives.filter(like="norm/").columns[s][5:] for s in lives["peak"]]
+    assert [float(row["Active (%)"]) for row in rows] == pytest.approx(100 * lives["firing_rate"], rel=1e-2)
+    page = visitor.feature(8)
+    assert saved("#figure-norms button[data-picture=svg]").name == "feature-8-norms.svg"
+    norms = table(run, "evolution").set_index("feature").filter(like="norm/").loc[8]
+    for part in ("#figure-norms", "#figure-effects", "#examples", "#lens"):
+        target = saved(f"{part} button[data-numbers]")
+        rows = list(csv.DictReader(io.StringIO(target.read_text(encoding="utf-8"), newline="")))
+        if part == "#figure-norms":
+            assert [row["label"] for row in rows] == [name[5:] for name in norms.index]
+            assert [float(row["norm"]) for row in rows] == pytest.approx(norms.tolist(), abs=1e-4 * norms.max())
+        if part == "#figure-effects":
+            assert {row["task"] for row in rows} == set(TASKS) and len(rows) == len(TASKS) * len(norms)
+        if part == "#lens":
+            lens = table(run, "lens").query("feature == 8")
+            assert [row["promoted"] for row in rows] == lens["promoted"].tolist()
+            assert [row["suppressed"] for row in rows] == lens["suppressed"].tolist()
+    assert not visitor.troubles
+
+
+def test_empty_states_in_words(browser: Any, tmp_path: Path) -> None:
+    bare = RunDir(tmp_path / "bare")
+    bare.write_json({"model": "m", "hook_name": "h"})
+    write_report(bare.path)
+    visitor = Visitor(browser, bare.report, 375)
+    for name in ALL:
+        page = visitor.open(name)
+        assert "crosslens" in page.inner_text("main") and page.locator(".words:visible").count(), name
+    plain = make_run(tmp_path / "plain", 3)
+    write_report(plain.path)
+    visitor.report = plain.report
+    page = visitor.open("feature", "#1")
+    assert page.inner_text("main").count("None have been collected") == 3
+    assert "It is active on no prompt of the tasks" in page.inner_text("#figure-effects")
+    assert not visitor.troubles
+    for lost, name, words in (
+        ("data/features.js", "features", "data/features.js was not found"),
+        ("data/features-00000.js", "feature", "data/features-00000.js was not found"),
+        ("assets/plotly.min.js", "index", "assets/plotly.min.js was not found"),
+    ):
+        (plain.report / lost).unlink()
+        page.goto((plain.report / f"{name}.html").as_uri())
+        page.wait_for_function("words => document.querySelector('main').innerText.includes(words)", arg=words)
+
+
+def test_labels_do_not_break_the_json(run: RunDir) -> None:
+    about = json.loads(next(
+        text for a, text in _Page(run.report / "index.html", ("feature",)).scripts if a.get("id") == "about"
+    ))  # fmt: skip
+    assert HOSTILE in about["labels"] and about["count"] == 230

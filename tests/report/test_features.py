@@ -1,0 +1,286 @@
+"""What the report writes of single features, against the tables, and what it does without them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from crosslens.features.labels import complexity_correlation
+from crosslens.report import write_report
+from crosslens.report.features import SHARD
+from crosslens.rundir import RunDir
+from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, csv, lines, make_run, table
+
+TOKENS = [
+    HOSTILE, "</script>", "<!--", "\"'`&", "שלום", "\u202egnirts", "👩\u200d💻", "\x00", "\n", "\u2028", "%{x}", 
+    "{{ 1 }}", "a,b", '"', " the", "boy", "__proto__", "constructor",
+]  # fmt: skip
+FORMAT = re.compile(r"crosslens\.(index|load)\((?:(\d+), )?(.*)\);\n", re.S)
+
+
+def add_features(run: RunDir, seed: int = 0) -> RunDir:
+    """The tables that `study_features` adds: random ones of their form, with tokens that want to be more than text."""
+    rng = np.random.default_rng(seed)
+    lives = table(run, "evolution")
+    labels = [name[5:] for name in lives.columns if name.startswith("norm/")]
+    F, S, E, W, K = len(lives), len(labels), 3, 5, 4
+    alive = lives["alive"].to_numpy(dtype=bool)
+    feature = np.repeat(np.flatnonzero(alive), E)
+    n = len(feature)
+    position = rng.integers(0, 30, n)
+    examples = pd.DataFrame(
+        {
+            "feature": feature, "rank": np.tile(np.arange(E), alive.sum()), "sequence": rng.integers(0, 99, n),
+            "position": position, "activation": rng.uniform(0.5, 3, n), "threshold": 0.25,
+            **{f"read/{label}": rng.normal(size=n) for label in labels},
+        }
+    )  # fmt: skip
+    around = examples.loc[examples.index.repeat(W), ["feature", "rank"]].reset_index(drop=True)
+    around["position"] = np.repeat(position, W) + np.tile(np.arange(W) - W // 2, n)
+    around["activation"] = np.where(
+        np.tile(np.arange(W) == W // 2, n), np.repeat(examples["activation"], W), rng.uniform(0, 0.5, n * W)
+    )
+    around["token"] = pd.Categorical.from_codes(rng.integers(0, len(TOKENS), n * W), TOKENS)
+    around = around[around["position"] >= 0].reset_index(drop=True)
+    run.save_table("examples", examples)
+    run.save_table("example_tokens", around)
+    lens = pd.DataFrame(
+        {
+            "feature": np.repeat(np.arange(F), S * K), "snapshot": np.tile(np.repeat(np.arange(S), K), F),
+            "rank": np.tile(np.arange(K), F * S),
+            **{
+                name: pd.Categorical.from_codes(rng.integers(0, len(TOKENS), F * S * K), TOKENS)
+                for name in ("promoted", "suppressed")
+            },
+            "promoted_logit": rng.uniform(0, 2, F * S * K), "suppressed_logit": -rng.uniform(0, 2, F * S * K),
+        }
+    )  # fmt: skip
+    run.save_table("lens", lens)
+    other = (np.repeat(np.arange(F), 2) + np.tile([1, 7], F)) % F
+    run.save_table(
+        "nearest",
+        pd.DataFrame({"feature": np.repeat(np.arange(F), 2), "rank": np.tile([0, 1], F), "other": other,
+                      "cosine": rng.uniform(-1, 1, 2 * F)}),
+    )  # fmt: skip
+    complexity = pd.array([4, None], dtype="Int8")
+    labels = {"feature": [5, 7], "label": [f"plural {HOSTILE}", "verbs"], "complexity": complexity}
+    run.save_table("labels", pd.DataFrame(labels))
+    return run
+
+
+def script(run: RunDir, name: str) -> Any:
+    """What a script gives to the page; that it is one call of JSON is checked on the way."""
+    text = (run.report / "data" / name).read_text(encoding="ascii")
+    found = FORMAT.fullmatch(text)
+    assert found is not None and not set("<\x00") & set(text)
+    assert (found[1], found[2]) == (("index", None) if name == "features.js" else ("load", str(int(name[9:14]))))
+    return json.loads(found[3])
+
+
+def shards(run: RunDir) -> dict[int, tuple[dict[str, Any], list[str]]]:
+    """Features by number, with the words of their scripts."""
+    found: dict[int, tuple[dict[str, Any], list[str]]] = {}
+    for path in sorted((run.report / "data").glob("features-*.js")):
+        contents = script(run, path.name)
+        for feature in contents["features"]:
+            assert feature["id"] // SHARD == int(path.name[9:14])
+            found[feature["id"]] = feature, contents["words"]
+    return found
+
+
+@pytest.fixture(scope="module", params=sorted(STEPS))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = add_features(make_run(tmp_path_factory.mktemp("run") / "r", request.param))
+    write_report(run.path)
+    return run
+
+
+def near(a: Any, b: Any, digits: int = 3, size: float = 0.0) -> bool:
+    """Equal to so many digits of the largest, or of a size; None where there is no number."""
+    one = np.array([np.nan if value is None else value for value in a], dtype=float)
+    other = np.asarray(b, dtype=float)
+    size = size or np.nanmax(np.abs(other), initial=1e-30)
+    return one.shape == other.shape and np.allclose(one, other, rtol=0, atol=size * 10.0**-digits, equal_nan=True)
+
+
+def test_every_feature_is_what_the_tables_say(written: RunDir) -> None:
+    lives, found = table(written, "evolution"), shards(written)
+    labels = [name[5:] for name in lives.columns if name.startswith("norm/")]
+    assert list(found) == lives["feature"].tolist()
+    effects = {task: table(written, f"attribution/{task}") for task in TASKS}
+    for row in lives.to_dict("records"):
+        feature, _ = found[row["feature"]]
+        assert near(feature["norms"], [row[f"norm/{label}"] for label in labels])
+        for name in ("birth", "peak", "death", "lifetime"):
+            assert feature[name] == (None if pd.isna(row[name]) else row[name])
+        assert feature["kind"] == (f"{row['origin']}, {row['fate']}" if row["alive"] else "dead")
+        assert feature["rate"] == pytest.approx(row["firing_rate"], rel=1e-2)
+        assert feature["name"] == {5: f"plural {HOSTILE}", 7: "verbs"}.get(row["feature"], "")
+        drawn = {TASKS[task]: (ie, se) for task, ie, se in feature["effects"]}
+        for task, source in effects.items():
+            rows = source[source["feature"] == row["feature"]].sort_values("snapshot")
+            assert (task in drawn) == (len(rows) > 0)
+            if task in drawn:
+                assert near(drawn[task][0], rows["ie"]) and near(drawn[task][1], rows["ie_se"])
+
+
+def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> None:
+    found = shards(written)
+    examples, around = table(written, "examples"), table(written, "example_tokens")
+    lens, nearest = table(written, "lens"), table(written, "nearest")
+    reads = [name for name in examples if name.startswith("read/")]
+    tops = top_tokens(written)
+    for number, (feature, words) in found.items():
+        rows = examples[examples["feature"] == number].sort_values("rank")
+        assert len(feature["examples"]["list"]) == len(rows)
+        assert feature["examples"]["threshold"] == (0.25 if len(rows) else 0)
+        for (_, row), example in zip(rows.iterrows(), feature["examples"]["list"], strict=True):
+            sequence, position, first, tokens, activations, read = example
+            part = around[(around["feature"] == number) & (around["rank"] == row["rank"])].sort_values("position")
+            assert (sequence, position, first) == (row["sequence"], row["position"], part["position"].iloc[0])
+            assert [words[token] for token in tokens] == part["token"].tolist()
+            assert near(activations, part["activation"], 2) and near(read, row[reads], 2)
+        for s, (up, ups, down, downs) in enumerate(feature["lens"]):
+            part = lens[(lens["feature"] == number) & (lens["snapshot"] == s)].sort_values("rank")
+            assert [words[token] for token in up] == part["promoted"].tolist()
+            assert [words[token] for token in down] == part["suppressed"].tolist()
+            assert near(ups, part["promoted_logit"], 2) and near(downs, part["suppressed_logit"], 2)
+        part = nearest[nearest["feature"] == number].sort_values("rank")
+        assert [other for other, _, _ in feature["nearest"]] == part["other"].tolist()
+        assert near([cosine for _, cosine, _ in feature["nearest"]], part["cosine"], 2)
+        for other, _, name in feature["nearest"]:
+            assert name == (found[other][0]["name"] or tops.get(other, ""))
+
+
+def top_tokens(run: RunDir) -> dict[int, str]:
+    best = table(run, "examples").query("rank == 0").set_index("feature")["position"]
+    around = table(run, "example_tokens").query("rank == 0")
+    return {
+        f: str(token)
+        for f, position, token in zip(around["feature"], around["position"], around["token"], strict=True)
+        if best[f] == position
+    }
+
+
+def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
+    index, lives = script(written, "features.js"), table(written, "evolution")
+    F, S = len(lives), len(index["snapshots"])
+    assert index["id"] == lives["feature"].tolist() and len(index["heat"]) == F * S
+    found = shards(written)
+    tops = top_tokens(written)
+    names = {"token": tops, "kind": {f: feature["kind"] for f, (feature, _) in found.items()}}
+    for name, expected in names.items():
+        codes, words = index[name]
+        assert [words[code] for code in codes] == [expected.get(f, "") for f in index["id"]]
+    norms = lives.filter(like="norm/").to_numpy()
+    lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
+    codes, words = index["promoted"]
+    assert [words[code] for code in codes] == [lens[f, norms[f].argmax()] for f in range(F)]
+    for f in range(F):
+        levels = [int(level, 36) for level in index["heat"][f * S : (f + 1) * S]]
+        assert np.abs(np.array(levels) / 35 - norms[f] / norms[f].max()).max() <= 0.5 / 35 + 1e-9
+    for name in ("birth", "peak", "lifetime"):
+        assert index[name] == [found[f][0][name] for f in index["id"]]
+    assert index["label"][5] == f"plural {HOSTILE}" and index["label"][6] == ""
+    largest = pd.concat([table(written, f"attribution/{task}") for task in TASKS])
+    sizes = largest["ie"].abs().groupby(largest["feature"]).max()
+    for f, value in zip(index["id"], index["ie"], strict=True):
+        assert (value is None) == (f not in sizes.index)
+        assert value is None or value == pytest.approx(sizes[f], rel=1e-2)
+
+
+def test_tables_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    run = add_features(make_run(tmp_path, 3))
+    write_report(run.path)
+    first = {path.name: path.read_bytes() for path in (run.report / "data").glob("*.js")}
+    for name in ("evolution", "examples", "example_tokens", "lens", "nearest"):
+        run.save_table(name, table(run, name).sample(frac=1, random_state=0))
+    for task in TASKS:
+        run.save_table(f"attribution/{task}", table(run, f"attribution/{task}").sample(frac=1, random_state=0))
+    write_report(run.path)
+    for name, before in first.items():
+        assert (run.report / "data" / name).read_bytes() == before, name
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    index = write_report(run.path)
+    text = index.with_name("feature.html").read_text(encoding="utf-8")
+    assert text.count("None have been collected: crosslens evolve RUN_DIR does it.") == 3
+    assert "No attribution has been run" not in text
+    contents = script(run, "features-00000.js")
+    assert contents["words"] == [] and len(contents["features"]) == SHARD
+    assert all(contents["features"][3][name] is None for name in ("examples", "lens", "nearest"))
+    found = script(run, "features.js")
+    assert found["token"] is None and found["promoted"] is None and found["label"] is None
+    add_features(run)
+    run.save_table("lens", table(run, "lens").drop(columns="suppressed"))
+    for task in TASKS:
+        for part in ("", ".snapshots"):
+            (tmp_path / "attribution" / f"{task}{part}.parquet").unlink()
+    text = write_report(run.path).with_name("feature.html").read_text(encoding="utf-8")
+    assert "A table of this run has no column &#39;suppressed&#39;." in text
+    assert "No attribution has been run: crosslens attribute" in text and "figure-effects-spec" not in text
+    assert all(value is None for value in script(run, "features.js")["ie"])
+    assert script(run, "features-00001.js")["features"][0]["examples"]["list"]
+
+
+def test_features_need_not_be_all_of_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    kept = [3, 64, 65, 119]
+    run.save_table("evolution", table(run, "evolution").query("feature in @kept").drop(columns=["fate", "death"]))
+    add = add_features(make_run(tmp_path / "whole", 3))
+    for name in ("examples", "example_tokens", "lens", "nearest"):
+        run.save_table(name, table(add, name))
+    write_report(run.path)
+    found = shards(run)
+    assert list(found) == kept and found[64][0]["death"] is None
+    assert found[65][0]["kind"] in ("initial", "emergent", "never", "dead")
+    assert len(found[119][0]["lens"]) == 3
+
+
+def test_pages_of_features_hold_no_label_as_markup(written: RunDir) -> None:
+    for name in ("features", "feature", *PAGES):
+        page = _Page(written.report / "index.html", (name,))
+        assert "alert(1)" not in "".join(text for a, text in page.scripts if a.get("type") != "application/json")
+        assert not any("alert" in str(value) for _, a in page.elements for value in a.values())
+
+
+def test_complexity_is_shown_and_dated(tmp_path: Path) -> None:
+    run = add_features(make_run(tmp_path / "r", 8))
+    lives, rng = table(run, "evolution"), np.random.default_rng(0)
+    judged = rng.permutation(lives["feature"])[:90]
+    complexity = pd.array(rng.integers(1, 6, 90), dtype="Int8")
+    complexity[:5] = pd.NA
+    run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs", "complexity": complexity}))
+    page = _Page(write_report(run.path), ("evolution",))
+    known = {int(f): int(c) for f, c in zip(judged, complexity, strict=True) if c is not pd.NA}
+    index = script(run, "features.js")
+    assert index["complexity"] == [known.get(feature) for feature in index["id"]]
+    assert {id: feature["complexity"] for id, (feature, _) in shards(run).items()} == {
+        feature: known.get(feature) for feature in index["id"]
+    }
+    drawn = lines(page.specs()["complexity"])
+    numbers = csv(run, "complexity")
+    for event, name in (("birth", "born here"), ("peak", "strongest here")):
+        dates = {row["feature"]: row[event] for row in lives.to_dict("records") if not pd.isna(row[event])}
+        for s in range(8):
+            values = [c for feature, c in known.items() if dates.get(feature) == s]
+            row = numbers[(numbers["event"] == event) & (numbers["snapshot"] == s)]
+            assert len(row) == bool(values)
+            if values:
+                assert row["mean"].item() == pytest.approx(np.mean(values)) and row["n"].item() == len(values)
+            if len(values) > 1:
+                assert row["se"].item() == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+        assert drawn[name]["y"] == pytest.approx(numbers.loc[numbers["event"] == event, "mean"].tolist(), rel=1e-4)
+    found = complexity_correlation(table(run, "labels"), lives, unit="index").set_index("event")
+    assert f"With birth: Spearman {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in page.text
+    run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs"}))
+    write_report(run.path)
+    assert script(run, "features.js")["complexity"] is None

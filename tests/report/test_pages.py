@@ -1,0 +1,689 @@
+"""The pages of a run: figures against tables and CSV files, empty states, escaping."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from crosslens.errors import UserError
+from crosslens.evolution.lifecycles import classify
+from crosslens.report import write_report
+from crosslens.report.blocks import compact, script_json
+from crosslens.report.chart import SnapshotAxis, _outline, shown
+from crosslens.report.figures import MAX_ROWS, evolution_map, ordered_features
+from crosslens.rundir import RunDir
+
+HOSTILE = "<script>alert(1)</script>"
+STEPS = {3: [0, 64, 1000], 8: [0, 16, 48, 64, 96, 128, 192, 367]}
+TASKS = ("simple", "subj_rel")
+
+
+def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed: int = 0) -> RunDir:
+    """A run directory with every table: random, but born, peaking and mattering in an order."""
+    rng = np.random.default_rng(seed)
+    steps = STEPS[n_snapshots]
+    labels = [f"step{step}" for step in steps]
+    labels[1] = HOSTILE
+    S = n_snapshots
+    common = pd.DataFrame(
+        {"snapshot": range(S), "label": labels, "step": steps, "tokens": [step * 4096 for step in steps]}
+    )
+    run = RunDir(folder)
+    run.write_json(
+        {
+            "crosslens": "0.1.0",
+            "created": "2031-01-01T00:00:00",
+            "command": ["crosslens", "train", HOSTILE],
+            "seed": 0,
+            "model": "tiny " + HOSTILE,
+            "hook_name": "blocks.1.hook_resid_post",
+            "dataset": "documents.txt",
+            "snapshots": [{**row, "fingerprint": f"{i:064x}"} for i, row in enumerate(common.to_dict("records"))],
+            "architecture": "batchtopk_crosscoder",
+            "d_sae": n_features,
+            "timings": {"train": 61.5, "evolution": 2.25},
+        }
+    )
+    grown = np.linspace(0, 1, S)
+    run.save_table("accuracy", pd.concat([_accuracy(common, task, i, rng) for i, task in enumerate(TASKS)]))
+    run.save_table(
+        "evaluation",
+        common.assign(
+            explained_variance=0.9 + 0.08 * grown,
+            explained_variance_per_token=0.88 + 0.08 * grown,
+            l0=16 + rng.normal(0, 0.2, S),
+            ce_clean=4.2 - 2 * grown,
+            ce_spliced=4.2 - 1.9 * grown,
+            ce_zero=4.2 + grown,
+            ce_recovered=np.where(grown > 0, 1 - 0.1 * grown / np.maximum(3 * grown, 1e-9), np.nan),
+            kl=0.1 * grown,
+            dead_fraction=0.1,
+        ),
+    )
+    evolution = _evolution(labels, n_features, rng)
+    run.save_table("evolution", evolution)
+    for i, task in enumerate(TASKS):
+        effects, snapshots = _effects(common, n_features, i, rng)
+        run.save_table(f"attribution/{task}", effects)
+        run.save_table(f"attribution/{task}.snapshots", snapshots)
+        run.save_table(f"ablation/{task}", _ablation(common, snapshots["metric_clean"].tolist(), rng))
+    norms = rng.uniform(0, 1, (12, S))
+    run.save_table(
+        "probe",
+        pd.DataFrame(
+            {
+                "feature": np.repeat(np.arange(12), S),
+                "snapshot": np.tile(np.arange(S), 12),
+                "label": labels * 12,
+                "step": steps * 12,
+                "norm": norms.flatten(),
+                "probe_error": np.clip(1 - norms + rng.normal(0, 0.2, norms.shape), 0, 1).flatten(),
+                "n": 1000,
+            }
+        ),
+    )
+    return run
+
+
+def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
+    """The tables that `study` adds for a task: random ones of their form."""
+    rng = np.random.default_rng(seed)
+    effects = table(run, f"attribution/{task}")
+    common = effects.drop_duplicates("snapshot")[["snapshot", "label", "step"]].reset_index(drop=True)
+    S = len(common)
+    features = effects["feature"].unique()[10:22]
+    followed = effects[effects["feature"].isin(features)].assign(
+        norm=1.0, strength=rng.uniform(0, 1, 12 * S), rank=1, top=rng.random(12 * S) < 0.3, centre_of_mass=0.5,
+        signed_class="emerged", examples=f"the {HOSTILE} [boy]",
+    )  # fmt: skip
+    order = {feature: i for i, feature in enumerate(features)}
+    run.save_table(f"timeline/{task}", followed.assign(order=followed["feature"].map(order), **{"class": "emerged"}))
+    run.save_table(
+        f"languages/{task}",
+        common.assign(language="en", other=HOSTILE, k=10, shared=rng.integers(0, 10, S), expected=3.2, low=1, high=6,
+                      p=0.2, level=0.95),
+    )  # fmt: skip
+    grid = common.rename(columns=lambda name: "judged" if name == "snapshot" else f"judged_{name}").merge(
+        common.rename(columns=lambda name: "chosen" if name == "snapshot" else f"chosen_{name}"), how="cross"
+    )
+    share = rng.uniform(-0.5, 2, S * S)
+    run.save_table(
+        f"transfer/{task}",
+        grid.assign(share=np.where(grid["judged"] == 0, np.nan, share), k=15, shared=7)
+        .sort_values(["chosen", "judged"], ignore_index=True),
+    )  # fmt: skip
+    last, n = common.iloc[-1], 30
+    total = rng.normal(size=n)
+    run.save_table(
+        f"additivity/{task}",
+        pd.DataFrame(
+            {**{name: [last[name]] * n for name in common}, "feature_a": range(n), "feature_b": range(1, n + 1),
+             "effect_a": total / 2, "effect_b": total / 2, "sum": total, "joint": total * 0.9}
+        ),
+    )  # fmt: skip
+    figures = {f"{name}{edge}": 0.9 for name in ("correlation", "deviation") for edge in ("", "_low", "_high")}
+    run.save_table(
+        f"additivity/{task}.snapshots",
+        pd.DataFrame([{**last.to_dict(), "n_pairs": n, "k": 15, "n_prompts": 60, **figures}]),
+    )
+    return run
+
+
+def _accuracy(common: pd.DataFrame, task: str, i: int, rng: np.random.Generator) -> pd.DataFrame:
+    S = len(common)
+    value = 0.5 + 0.5 / (1 + np.exp(-10 * (np.linspace(0, 1, S) - 0.4 - 0.2 * i)))
+    value = np.clip(value + rng.normal(0, 0.01, S), 0, 1)
+    return common.assign(
+        task=task, accuracy=value, low=value - 0.04, high=np.minimum(value + 0.04, 1), metric=4 * value - 2, n=200
+    )
+
+
+def _evolution(labels: list[str], F: int, rng: np.random.Generator) -> pd.DataFrame:
+    S = len(labels)
+    birth, s = rng.integers(0, S, F), np.arange(S)
+    peak = np.minimum(birth + rng.integers(0, 3, F), S - 1)
+    death = np.where(rng.random(F) < 0.2, peak + 2, S)
+    there = (s >= birth[:, None]) & (s < death[:, None])
+    norms = np.where(there, 1.0, 0.1) * np.exp(-0.1 * np.abs(s - peak[:, None])) * rng.uniform(1, 3, (F, 1))
+    if S > 4:
+        norms[:4] = 0.1
+        norms[:4, 2] = 1  # there for one snapshot only: never born
+    life = classify(torch.from_numpy(norms))
+    alive = rng.random(F) > 0.1
+    life.loc[~alive] = pd.NA
+    return pd.concat(
+        [
+            pd.DataFrame({"feature": np.arange(F), "alive": alive, "firing_rate": rng.uniform(0, 0.1, F)}),
+            life,
+            pd.DataFrame(norms, columns=[f"norm/{label}" for label in labels]),
+        ],
+        axis=1,
+    )
+
+
+def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+    S = len(common)
+    n = F // 2
+    ie = rng.standard_t(2, (n, S)) * np.linspace(0.02, 0.4, S) * rng.choice([0.1, 1], (n, 1))
+    relie = np.abs(ie) / np.abs(ie).sum(1, keepdims=True)
+    relie[:7] = np.nan
+    effects = pd.DataFrame(
+        {
+            "feature": np.repeat(np.arange(n) * 2, S),
+            "snapshot": np.tile(np.arange(S), n),
+            "label": common["label"].tolist() * n,
+            "step": common["step"].tolist() * n,
+            "ie": ie.flatten(),
+            "ie_se": np.abs(ie).flatten() / 5,
+            "relie": relie.flatten(),
+            "relie_normalised": relie.flatten(),
+            "reldec": np.full(n * S, 1 / S),
+        }
+    )
+    clean = 6 * (np.linspace(0, 1, S) - 0.1 - 0.1 * i)
+    snapshots = common[["snapshot", "label", "step"]].assign(
+        metric_clean=clean,
+        metric_baseline=0.1,
+        error_effect=clean - 0.1 - ie.sum(0),
+        completeness_error=10.0 ** rng.uniform(-6, -3, S),
+        n=150,
+    )
+    return effects, snapshots
+
+
+def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for s, label, step in zip(common["snapshot"], common["label"], common["step"], strict=True):
+        for mode, sizes in (("ablate", (1, 5, 15, 50)), ("keep", (5, 15, 50, 100))):
+            for features in ("top", "random", "size_matched") if mode == "ablate" else ("top", "random"):
+                for k in sizes:
+                    part = math.log(k + 1) / math.log(101) * (1 if features == "top" else 0.2)
+                    metric = clean[s] * (1 - part if mode == "ablate" else part) + rng.normal(0, 0.05)
+                    rows.append(
+                        {
+                            "snapshot": s, "label": label, "step": step, "mode": mode, "features": features,
+                            "error": mode == "ablate", "k": k, "metric": metric,
+                            "metric_sd": math.nan if features == "top" else 0.3, "clean": clean[s],
+                            "metric_low": math.nan if features == "top" else metric - 0.3,
+                            "metric_high": math.nan if features == "top" else metric + 0.2,
+                            "reconstruction_only": 0.9 * clean[s], "n_draws": 1 if features == "top" else 20,
+                        }
+                    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+PAGES = ("index", "evolution", "causes")
+
+
+class _Page(HTMLParser):
+    """What a browser makes of pages: elements with their attributes, text of scripts, visible text."""
+
+    def __init__(self, index: Path, names: tuple[str, ...] = PAGES) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self._script: dict[str, str | None] | None = None
+        for name in names:
+            self.feed(index.with_name(f"{name}.html").read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self._script = dict(attrs)
+            self.scripts.append((self._script, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is not None:
+            self.scripts[-1] = (self._script, self.scripts[-1][1] + data)
+        else:
+            self.text += data
+
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """Figures by name."""
+        json_scripts = [(a, text) for a, text in self.scripts if a.get("type") == "application/json"]
+        return {
+            str(a["id"])[len("figure-") : -len("-spec")]: json.loads(text)
+            for a, text in json_scripts
+            if str(a["id"]).endswith("-spec")
+        }
+
+
+@pytest.fixture(scope="module", params=sorted(STEPS))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, _Page, int]:
+    run = make_run(tmp_path_factory.mktemp("run") / "r", request.param)
+    return run, _Page(write_report(run.path)), request.param
+
+
+def table(run: RunDir, name: str) -> pd.DataFrame:
+    found = run.table(name)
+    assert found is not None
+    return found
+
+
+def csv(run: RunDir, name: str) -> pd.DataFrame:
+    return pd.read_csv(run.report / "data" / f"{name}.csv")
+
+
+def lines(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Traces by name, without the bands."""
+    return {trace["name"]: trace for trace in spec["data"] if trace.get("meta") != "band"}
+
+
+def close(drawn: Any, exact: Any, rel: float = 6e-5) -> bool:
+    a, b = (np.asarray(list(values), dtype=float) for values in (drawn, exact))
+    return a.shape == b.shape and np.allclose(a, b, rtol=rel, atol=1e-12, equal_nan=True)
+
+
+def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    linked: set[str] = set()
+    for name in (*PAGES, "features", "feature"):
+        one = _Page(run.report / "index.html", (name,))
+        links = {str(a.get("href") or a.get("src")) for _, a in one.elements if a.get("href") or a.get("src")}
+        ids = [a["id"] for _, a in one.elements if "id" in a]
+        assert len(ids) == len(set(ids)), name
+        assert {link[1:] for link in links if link.startswith("#") and len(link) > 1} <= set(ids), name
+        linked |= {link.partition("#")[0] for link in links if not link.startswith(("#", "data:,"))}
+        assert (run.report / f"{name}.html").stat().st_size < 300_000
+        current = [a["href"] for _, a in one.elements if a.get("aria-current") == "page"]
+        assert current == [f"{'features' if name == 'feature' else name}.html"]
+    assert all((run.report / link).is_file() for link in linked), linked
+    data = {f"data/{path.name}" for path in (run.report / "data").iterdir()}
+    shards = {"data/features-00000.js", "data/features-00001.js"}
+    assert data == {link for link in linked if link.startswith("data/")} | shards
+    assert "plotly.js v" in (run.report / "assets" / "plotly.min.js").read_text(encoding="utf-8")[:200]
+    assert {path.name for path in run.report.iterdir()} == {
+        *(f"{name}.html" for name in (*PAGES, "features", "feature")), "assets", "data",
+    }  # fmt: skip
+
+
+def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    specs = page.specs()
+    stems = {path.stem for path in (run.report / "data").glob("*.csv")}
+    assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
+    assert len(specs) == 11 + 8 * len(TASKS)
+    assert page.text.count("Numbers (CSV)") == len(stems)
+    for name, spec in specs.items():
+        assert "template" not in spec["layout"]
+        if "ternary" in spec["layout"]:
+            assert all(spec["layout"]["ternary"][axis]["title"]["text"] for axis in ("aaxis", "baxis", "caxis"))
+        else:
+            assert spec["layout"]["xaxis"]["title"]["text"], name
+            assert spec["layout"]["yaxis"]["title"]["text"] or name == "origins", name
+    definitions = [a for tag, a in page.elements if tag == "p" and a.get("class") == "definition"]
+    assert len(definitions) == len(stems)
+    for kind in ("png", "svg"):
+        assert sum(a.get("data-picture") == kind for _, a in page.elements) == len(specs)
+
+
+def test_accuracy_and_bands_equal_the_table(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    spec, source = page.specs()["accuracy"], table(run, "accuracy")
+    pd.testing.assert_frame_equal(csv(run, "accuracy"), source[csv(run, "accuracy").columns].reset_index(drop=True))
+    bands = {trace["name"]: trace for trace in spec["data"] if trace.get("meta") == "band"}
+    for task in TASKS:
+        rows = source[source["task"] == task].sort_values("snapshot")
+        assert close(lines(spec)[task]["y"], rows["accuracy"])
+        assert close(bands[task]["y"], [*rows["high"], *reversed(rows["low"].tolist())])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("explained-variance", ["explained_variance", "explained_variance_per_token"]),
+        ("l0", ["l0"]),
+        ("cross-entropy", ["ce_clean", "ce_spliced", "ce_zero"]),
+        ("kl", ["kl"]),
+    ],
+)
+def test_reconstruction_equals_the_table(written: tuple[RunDir, _Page, int], name: str, columns: list[str]) -> None:
+    run, page, _ = written
+    source = table(run, "evaluation")
+    for trace, column in zip(page.specs()[name]["data"], columns, strict=True):
+        assert close(trace["y"], source[column])
+        assert close(csv(run, name)[column], source[column], rel=1e-12)
+
+
+def test_evolution_map_is_the_table_in_order(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    spec, source = page.specs()["evolution-map"], table(run, "evolution")
+    z = spec["data"][0]["z"]
+    rows, columns = (int(n) for n in z["shape"].split(","))
+    drawn = np.frombuffer(base64.b64decode(z["bdata"]), dtype=np.uint8).reshape(rows, columns) / 100
+    features = spec["layout"]["meta"]["rows"]
+    assert columns == S and sorted(features) == source.loc[source["alive"], "feature"].tolist()
+    norms = source.set_index("feature").filter(like="norm/").to_numpy()
+    exact = np.array([norms[f] / max(norms[f]) for f in features])
+    assert np.abs(drawn - exact).max() <= 0.005 + 1e-9
+    assert np.allclose(csv(run, "evolution-map").iloc[:, -S:], exact, rtol=1e-12)
+    by_feature = source.set_index("feature")
+    rank = {"initial": 0, "emergent": 1, "never": 2}
+    keys = [
+        (
+            rank[by_feature.origin[f]],
+            math.inf if pd.isna(by_feature.birth[f]) else by_feature.birth[f],
+            by_feature.peak[f],
+        )
+        for f in features
+    ]
+    assert keys == sorted(keys)
+
+
+def test_large_evolution_map_is_thinned_and_says_so() -> None:
+    F = 3 * MAX_ROWS
+    evolution = _evolution(list("abcde"), F, np.random.default_rng(0))
+    snapshots = pd.DataFrame({"snapshot": range(5), "label": list("abcde"), "step": range(5)})
+    chart = evolution_map(evolution, snapshots)
+    assert not isinstance(chart, str)
+    alive = int(evolution["alive"].sum())
+    assert len(chart.data) == MAX_ROWS == len(set(chart.data["feature"]))
+    assert f"{alive:,} features; {F - alive:,} dead ones left out. {MAX_ROWS:,} of them are drawn" in chart.note
+    order = ordered_features(evolution)["feature"].tolist()
+    places = [order.index(f) for f in chart.data["feature"]]
+    assert places[0] == 0 and places[-1] == alive - 1 and max(np.diff(places)) <= -(-alive // MAX_ROWS)
+
+
+def test_births_and_origins_are_counted(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    source = [row for row in table(run, "evolution").to_dict("records") if row["alive"]]
+    births, origins = page.specs()["births"], page.specs()["origins"]
+    for trace in births["data"]:
+        counts = [
+            sum(r["origin"] == "emergent" and r["fate"] == trace["name"] and r["birth"] == s for r in source)
+            for s in range(S)
+        ]
+        assert trace["y"] == counts == csv(run, "births")[trace["name"]].tolist()
+    for trace in origins["data"]:
+        counts = [sum(r["origin"] == origin and r["fate"] == trace["name"] for r in source) for origin in trace["y"]]
+        assert trace["x"] == counts
+        assert csv(run, "origins").query("fate == @trace['name']")["features"].tolist() == counts
+    assert sum(map(sum, (trace["x"] for trace in origins["data"]))) == len(source)
+
+
+def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    spec, source = page.specs()["relie-simple"], table(run, "attribution/simple").dropna(subset=["relie"])
+    assert {trace["type"] for trace in spec["data"]} == {"scatterternary" if S == 3 else "scatter"}
+    relie = source.set_index(["feature", "snapshot"])["relie"]
+    if S == 3:
+        drawn = 0
+        for trace in spec["data"]:
+            for (feature, strongest), a, b, c in zip(
+                trace["customdata"], trace["a"], trace["b"], trace["c"], strict=True
+            ):
+                assert close([b, c, a], relie[feature])
+                effects = source.loc[source["feature"] == feature, "ie"].tolist()
+                assert close([strongest], [max(effects, key=abs)])
+                assert (strongest > 0) == trace["name"].startswith("supports")
+                drawn += 1
+        assert drawn == source["feature"].nunique() == len(csv(run, "relie-simple"))
+        assert "7 without an effect" in page.text
+    else:
+        largest = source.groupby("feature")["ie"].agg(lambda effects: max(abs(e) for e in effects))
+        wanted = largest.sort_values(ascending=False).index[:12].tolist()
+        assert list(lines(spec)) == [str(feature) for feature in wanted]
+        assert all(close(lines(spec)[str(feature)]["y"], relie[feature]) for feature in wanted)
+
+
+def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    source = table(run, "attribution/subj_rel")
+    ie = source.set_index(["feature", "snapshot"])["ie"]
+    for name, trace in lines(page.specs()["ie-subj_rel"]).items():
+        assert close(trace["y"], ie[int(name)])
+    numbers = csv(run, "ie-table-subj_rel")
+    assert len(numbers) == 20 * S
+    assert close(numbers["ie"], [ie[f, s] for f, s in zip(numbers["feature"], numbers["snapshot"], strict=True)], 1e-12)
+    links = {str(a.get("href")) for _, a in page.elements}
+    assert {f"feature.html#{feature}" for feature in numbers["feature"]} <= links
+    cell = f"{numbers['ie'][0]:+.3f} ± {numbers['ie_se'][0]:.3f}".replace("-", "−")
+    assert cell in page.text
+    budget = lines(page.specs()["budget-subj_rel"])
+    total = [sum(ie[:, s]) for s in range(S)]
+    assert close(budget["sum of IE over features"]["y"], total)
+    parts = [budget[name]["y"] for name in ("sum of IE over features", "error node", "baseline metric")]
+    assert np.allclose(np.sum(parts, 0), budget["clean metric"]["y"], atol=1e-2)
+
+
+def test_effects_against_shares_are_pairs_of_the_table(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, S = written
+    spec, numbers = page.specs()["ie-relie-simple"], csv(run, "ie-relie-simple")
+    source = table(run, "attribution/simple").set_index(["feature", "snapshot"])
+    trace = spec["data"][0]
+    names = spec["layout"]["coloraxis"]["colorbar"]["ticktext"]
+    for (feature, _), s, x, y in zip(
+        trace["customdata"], trace["marker"]["color"], trace["x"], trace["y"], strict=True
+    ):
+        row = source.loc[(feature, s)]
+        assert close([x, y], [row["relie"], row["ie"]])
+    assert len(trace["x"]) == len(numbers) == S * source["relie"].dropna().index.get_level_values(0).nunique()
+    assert names == ["step 0", "step 1k" if S == 3 else "step 367"]
+
+
+def test_completeness_is_in_percent(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    for task in TASKS:
+        share = table(run, f"attribution/{task}.snapshots")["completeness_error"]
+        assert close(lines(page.specs()["completeness"])[task]["y"], 100 * share)
+
+
+@pytest.mark.parametrize("mode", ["ablate", "keep"])
+def test_ablation_shares(written: tuple[RunDir, _Page, int], mode: str) -> None:
+    run, page, S = written
+    rows = [r for r in table(run, "ablation/simple").to_dict("records") if r["mode"] == mode]
+    largest = max(abs(r["clean"]) for r in rows)
+    by_key = {(r["features"], r["snapshot"], r["k"]): r for r in rows}
+
+    def share(kind: str, s: int, k: int) -> float:
+        r = by_key[kind, s, k]
+        if abs(r["clean"]) < 0.1 * largest:
+            return math.nan
+        return r["metric"] / r["clean"] if r["clean"] > 0 else 2 - r["metric"] / r["clean"]
+
+    names = {"top": "top features by effect", "random": "random active features"}
+    sizes = sorted({r["k"] for r in rows})
+    by_size, over = (lines(page.specs()[f"{mode}-{what}-simple"]) for what in ("size", "snapshots"))
+    k = 15 if mode == "ablate" else 100
+    for kind, name in names.items():
+        assert close(by_size[name]["y"], [share(kind, S - 1, size) for size in sizes])
+        drawn = [math.nan if y is None else y for y in over[name]["y"]]
+        assert close(drawn, [share(kind, s, k) for s in range(S)])
+    assert ("size-matched features" in by_size) == (mode == "ablate")
+    band = next(t for t in page.specs()[f"{mode}-size-simple"]["data"] if t.get("meta") == "band")
+    r = by_key["random", S - 1, sizes[0]]
+    assert close([band["y"][0], band["y"][-1]], [(r["metric"] + 0.2) / r["clean"], (r["metric"] - 0.3) / r["clean"]])
+    for row in csv(run, f"{mode}-size-simple").to_dict("records"):
+        assert row["metric"] == pytest.approx(by_key[row["features"], row["snapshot"], row["k"]]["metric"], rel=1e-12)
+
+
+def test_what_effects_are_held_against(tmp_path: Path) -> None:
+    run = add_study(make_run(tmp_path, 8), "simple")
+    page = _Page(write_report(tmp_path))
+    names = {"timeline", "languages", "transfer", "additivity"}
+    assert {f"{name}-simple" for name in names} <= set(page.specs())
+    assert not any(f"{name}-subj_rel" in page.specs() for name in names), "a task that was not studied has none"
+    assert "has no column" not in page.text
+    matrix = page.specs()["transfer-simple"]["data"][0]
+    shares = table(run, "transfer/simple")
+    for a in range(8):
+        row = shares[shares["chosen"] == a].sort_values("judged")["share"]
+        assert close([math.nan if z is None else z for z in matrix["z"][a]], row)
+    top = page.specs()["transfer-simple"]["layout"]["coloraxis"]
+    assert top["cmax"] == pytest.approx(shares["share"].max(), rel=1e-4) and top["cmin"] == -top["cmax"]
+    assert "chosen at step1000" not in matrix["text"][0][0] and "ablated at step0" in matrix["text"][0][0]
+    pairs = table(run, "additivity/simple")
+    points = page.specs()["additivity-simple"]["data"][1]
+    assert close(points["x"], pairs["sum"]) and close(points["y"], pairs["joint"])
+
+
+def test_bands_do_not_cross_gaps() -> None:
+    corners = _outline([0, 1, 2, 3, 4], [0, 0, math.nan, 0, 0], [1, 1, math.nan, 1, 1])
+    assert corners == [(0, 1), (1, 1), (1, 0), (0, 0), (None, None), (3, 1), (4, 1), (4, 0), (3, 0)]
+
+
+def test_probe_points_and_correlation(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    source, trace = table(run, "probe"), page.specs()["probe"]["data"][0]
+    assert close(trace["x"], source["norm"]) and close(trace["y"], source["probe_error"])
+    rho = source["norm"].rank().corr(source["probe_error"].rank())
+    later = source[source["step"] != 0]
+    rho_later = later["norm"].rank().corr(later["probe_error"].rank())
+    assert f"All snapshots: Spearman −{-rho:.2f}" in page.text
+    assert f"Without step 0: Spearman −{-rho_later:.2f}" in page.text
+
+
+def test_labels_are_text_everywhere(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    scripts = [text for attributes, text in page.scripts if attributes.get("type") != "application/json"]
+    assert "alert(1)" not in "".join(scripts)
+    for attributes, text in page.scripts:
+        if attributes.get("type") == "application/json":
+            assert not set("<>&") & set(text)
+    # what plotly draws is HTML of its own kind: the label must be escaped inside the JSON too
+    for name, spec in page.specs().items():
+        assert "<script" not in json.dumps(spec), name
+    assert html.escape(HOSTILE, quote=False) + ", step" in page.specs()["accuracy"]["data"][1]["customdata"][1]
+    assert HOSTILE in page.text
+    assert HOSTILE in set(csv(run, "accuracy")["label"])
+    assert shown("%{x} <b>") == "%&#123;x} &lt;b&gt;"
+    assert shown("a" * 50, 11) == "aaaaa…aaaaa"
+
+
+def test_script_json_cannot_end_its_element() -> None:
+    hostile = {"a": "</script><!-- & \u2028", "b": [1.5, None]}
+    text = str(script_json(hostile))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == hostile
+
+
+def test_compact_rounds_and_drops() -> None:
+    figure = {"y": [1.23456789, math.nan, 2.0], "x": [5.1553364], "template": {}, "s": "1.23456789"}
+    assert compact(figure) == {"y": [1.2346, None, 2], "x": [5.155336], "s": "1.23456789"}
+
+
+def test_snapshot_axis() -> None:
+    steps = [0, 1, 512, 143_000]
+    rows = pd.DataFrame({"snapshot": range(4), "label": list("abcd"), "step": steps})
+    axis = SnapshotAxis.of(rows)
+    zero, *rest = axis.x(range(4))
+    assert rest == pytest.approx(np.log10(steps[1:]), abs=1e-6) and zero < rest[0] - 0.1
+    assert axis.hover([3]) == ["d, step 143,000"]
+    for unknown in (rows.assign(step=None), rows.assign(step=[0, 1, 1, 2]), rows.drop(columns="step")):
+        assert SnapshotAxis.of(unknown).x(range(4)) == [0, 1, 2, 3]
+    assert SnapshotAxis.of(rows, even=True).names() == {0: "a", 1: "b", 2: "c", 3: "d"}
+    long = rows.assign(label=[f"step{step}-tokens{step}B" for step in steps])
+    assert list(SnapshotAxis.of(long, even=True).names().values()) == ["step 0", "step 1", "step 512", "step 143k"]
+    assert SnapshotAxis.of(long.assign(step=None)).names()[3] == "step14…43000B"
+
+
+def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_json({"model": "m", "hook_name": "h"})
+    page = _Page(write_report(tmp_path, title="T & U"))
+    for words in (
+        "Nothing has been evaluated: crosslens train",
+        "No evolution has been computed: crosslens evolve",
+        "No attribution has been run: crosslens attribute",
+        "No ablation has been run: crosslens ablate",
+        "No probes have been fitted",
+        "not recorded",
+    ):
+        assert page.text.count(words) >= 1, words
+    assert page.text.count("No attribution has been run") == 1
+    assert page.specs() == {} and not list((run.report / "data").iterdir())
+    assert "T & U" in page.text
+    for name in ("features", "feature"):
+        assert "No evolution has been computed: crosslens evolve" in _Page(run.report / "index.html", (name,)).text
+
+
+def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    effects = table(run, "attribution/simple")
+    run.save_table("attribution/simple", effects.assign(relie=math.nan))
+    run.save_table("evolution", table(run, "evolution").assign(alive=False))
+    run.save_table("ablation/simple", table(run, "ablation/simple").query("snapshot == 2 and mode == 'ablate'"))
+    run.save_table("evaluation", table(run, "evaluation").drop(columns="l0"))
+    run.save_table("probe", table(run, "probe").iloc[:0])
+    page = _Page(write_report(tmp_path))
+    for words in (
+        "No feature has an effect above two standard errors",
+        "Every feature is dead",
+        "No feature emerged",
+        "Only one snapshot was ablated.",
+        "Nothing was measured with mode 'keep'.",
+        "has no column 'l0'",
+        "No probes have been fitted",
+    ):
+        assert words in page.text, words
+    assert {"ablate-size-simple", "relie-subj_rel"} <= set(page.specs())
+    assert "relie-simple" not in page.specs()
+
+
+def test_one_and_two_snapshots_are_drawn(tmp_path: Path) -> None:
+    for n in (1, 2):
+        run = make_run(tmp_path / str(n), 3)
+        for path in run.path.rglob("*.parquet"):
+            frame = pd.read_parquet(path)
+            if "snapshot" in frame:
+                frame[frame["snapshot"] < n].to_parquet(path)
+        specs = _Page(write_report(run.path)).specs()
+        assert all(len(trace["x"]) == n for trace in lines(specs["relie-simple"]).values())
+        assert all(len(trace["x"]) == n for trace in lines(specs["accuracy"]).values())
+
+
+def test_tasks_of_similar_names_keep_their_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    for task in ("a b", "a-b", "<i>"):
+        for name in ("", ".snapshots"):
+            run.save_table(f"attribution/{task}{name}", table(run, f"attribution/simple{name}"))
+    page = _Page(write_report(tmp_path))
+    assert {"ie-a-b", "ie-a-b-2", "ie-i"} <= set(page.specs())
+    assert "Task: <i>" in page.text
+
+
+def test_writing_again_gives_the_same_page_and_leaves_nothing_stale(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    write_report(tmp_path)
+    first = {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()}
+    write_report(tmp_path)
+    assert {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()} == first
+    shutil.rmtree(tmp_path / "ablation")
+    write_report(tmp_path)
+    left = {path.name for path in run.report.rglob("*") if path.is_file()}
+    assert not [name for name in left if name.startswith(("ablate", "keep")) or name.endswith(".tmp")]
+
+
+def test_no_run_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_axes_know_the_tokens_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 8)
+    tokens = [step * 4096 for step in STEPS[8]]
+    specs = _Page(write_report(tmp_path)).specs()
+    for name in ("accuracy", "l0", "budget-simple", "completeness"):
+        assert specs[name]["layout"]["meta"]["tokens"] == tokens, name
+    info = run.read_json()
+    run.write_json({**info, "snapshots": [{**row, "tokens": None} for row in info["snapshots"]]})
+    specs = _Page(write_report(tmp_path)).specs()
+    assert "tokens" not in specs["budget-simple"]["layout"]["meta"]
+    assert specs["accuracy"]["layout"]["meta"]["tokens"] == tokens

@@ -1,0 +1,705 @@
+"""Tasks: every source and error, the hub by a server on this machine, accuracy against transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
+from crosslens.synthetic import grammar
+from crosslens.tasks.accuracy import wilson_interval
+from crosslens.tasks.prompts import Item
+from crosslens.tasks.task import Task
+
+SVA = [
+    {"clean_prefix": "The uncle", "patch_prefix": "The uncles", "clean_answer": " has", "patch_answer": " have"},
+    {"clean_prefix": "The uncles", "patch_prefix": "The uncle", "clean_answer": " are", "patch_answer": " is"},
+    {"clean_prefix": "The uncle", "patch_prefix": "The uncles", "clean_answer": " has", "patch_answer": " have"},
+]
+
+
+def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    special = "<|endoftext|>"
+    vocabulary = {word: i for i, word in enumerate([special, "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special, eos_token=special, pad_token=special, unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerFast:
+    return word_tokenizer(grammar.vocabulary())
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rewrite(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_no_usable_item_is_an_error_with_the_reasons(words: Any) -> None:
+    task = Task.from_items("odd", [Item("the unicorn", "sleeps", "sleep"), Item("the dog", "sleeps now", "sleep")])
+    with pytest.raises(UserError) as caught:
+        task.prompts(words)
+    assert str(caught.value) == (
+        "task 'odd': none of its 2 items can be used (a word is unknown to the tokenizer: 1, the answers do not differ "
+        "in exactly one token: 1): give items whose answers differ in one token of this tokenizer, after prompts that "
+        "fit the model"
+    )
+
+
+# ---- sources
+
+
+def test_sva_drops_and_counts_duplicates(tmp_path: Path) -> None:
+    task = Task.sva(write(tmp_path / "simple_test.json", *SVA))
+    assert task.name == "simple_test" and len(task) == 2 and task.duplicates == 1
+    assert task.items[0] == Item("The uncle", " has", " have", "The uncles")
+    named = Task.sva(write(tmp_path / "a.json", {**SVA[0], "case": "singular"}), "b")
+    assert named.name == "b" and named.items[0].info == {"case": "singular"}
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "array", "csv", "tsv", "parquet"])
+def test_local_reads_the_same_items_from_every_layout(tmp_path: Path, layout: str) -> None:
+    rows = [("The dog, the\u2028cat", "is", "are"), ('The "dogs"', "are", "is")]
+    keyed = [dict(zip(("p", "good", "bad"), row, strict=True)) for row in rows]
+    path = tmp_path / f"mine.{layout if layout != 'array' else 'json'}"
+    if layout == "array":
+        path.write_text(json.dumps(keyed))
+    elif layout == "jsonl":
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in keyed), encoding="utf-8")
+    elif layout == "parquet":
+        pd.DataFrame(keyed).to_parquet(path)
+    else:
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file, delimiter="," if layout == "csv" else "\t")
+            writer.writerows([("p", "good", "bad"), *rows])
+    task = Task.local(path, prefix="p", correct="good", wrong="bad")
+    assert [(i.prefix, i.correct, i.wrong) for i in task.items] == rows and task.name == "mine"
+
+
+def test_local_takes_pairs_where_there_are_some(tmp_path: Path) -> None:
+    row = {"prefix": "The dog", "correct": "is", "wrong": "are"}
+    path = write(tmp_path / "t.jsonl", {**row, "patch_prefix": "The dogs"}, {**row, "prefix": "The cat"})
+    assert [item.patch_prefix for item in Task.local(path).items] == ["The dogs", None]
+    with pytest.raises(UserError, match="line 2: the key 'patch_prefix' is missing; present are 'prefix', 'correct'"):
+        Task.local(path, patch_prefix="patch_prefix")
+
+
+def test_errors_name_file_line_key_and_what_is_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.json", SVA[0], {"clean_prefx": "a", "clean_answer": " b"})
+    with pytest.raises(UserError) as caught:
+        Task.sva(path)
+    assert str(caught.value) == (
+        f"{path}, line 2: the key 'clean_prefix' is missing; present are 'clean_prefx', 'clean_answer'; "
+        "did you mean 'clean_prefx'?"
+    )
+    for content, message in (
+        ('{"prefix": "a", "correct": 3, "wrong": "c"}', "line 1: the key 'correct' is 3; give text"),
+        ('{"prefix": "a", "correct": " ", "wrong": "c"}', "line 1: the correct answer after 'a' is empty"),
+        ('\n{"prefix": ', "line 2: not valid JSON"),
+        ("[1, 2]", "entry 1: 1 is no JSON object"),
+        ("  ", "task 't' has no items"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            Task.local(path)
+    (tmp_path / "t.csv").write_text("prefix,correct,wrong\na,b\n")
+    with pytest.raises(UserError, match="t.csv, line 2: the key 'wrong' is None; give text"):
+        Task.local(tmp_path / "t.csv")
+    with pytest.raises(UserError, match="cannot read .*missing.json"):
+        Task.sva(tmp_path / "missing.json")
+    (tmp_path / "t.parquet").write_text("none")
+    for name in ("t.parquet", "missing.parquet"):
+        with pytest.raises(UserError, match=f"cannot read .*{name} .*: give an existing parquet file"):
+            Task.local(tmp_path / name)
+    with pytest.raises(UserError, match="unknown kind '.xlsx': give one of .jsonl, .json, .ndjson, .csv, .tsv, .parq"):
+        Task.local(tmp_path / "t.xlsx")
+
+
+def test_from_items_takes_items_and_dictionaries() -> None:
+    rows = [Item("a", "b", "c"), {"prefix": "a", "correct": "c", "wrong": "b", "patch_prefix": "d", "note": 1}]
+    task = Task.from_items("mine", [*rows, rows[0]])
+    assert task.items == (Item("a", "b", "c"), Item("a", "c", "b", "d")) and task.duplicates == 1
+    assert task.items[1].info == {"note": 1}
+    for items, message in (
+        ([], "task 'x' has no items"),
+        ([{"prefix": "a", "correct": "b"}], "task 'x', item 0: the key 'wrong' is missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Task.from_items("x", items)
+    with pytest.raises(UserError, match="task name 'a/b'"):
+        Task.from_items("a/b", rows)
+
+
+BLIMP = {
+    "sentence_good": "The girl who annoys these adults works with Bob.",
+    "sentence_bad": "The girl who annoys these adults work with Bob.",
+    "one_prefix_prefix": "The girl who annoys these adults",
+    "one_prefix_word_good": "works with",
+    "one_prefix_word_bad": "work with",
+    "UID": "distractor_agreement_relative_clause",
+    "one_prefix_method": True,
+}
+
+
+SHORT = {
+    **BLIMP,
+    "sentence_good": "Paula sleeps.",
+    "sentence_bad": "Paula sleep.",
+    "one_prefix_prefix": "Paula",
+    "one_prefix_word_good": "sleeps",
+    "one_prefix_word_bad": "sleep",
+}
+ISLAND = {
+    "sentence_good": "Who should Derek hug after shocking Richard?",
+    "sentence_bad": "Who should Derek hug Richard after shocking?",
+    "UID": "adjunct_island",
+    "one_prefix_method": False,
+}
+UID = "distractor_agreement_relative_clause"
+WHOLE = [  # of BLIMP and SHORT
+    ("The girl who annoys these adults", "works with Bob.", "work with Bob."),
+    ("Paula", "sleeps.", "sleep."),
+]
+
+
+def words_of(task: Task) -> list[tuple[str, str, str]]:
+    return [(item.prefix, item.correct, item.wrong) for item in task.items]
+
+
+def test_blimp_from_a_file_and_from_a_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / f"{UID}.jsonl", BLIMP, SHORT)
+    task = Task.blimp(path)
+    assert task.name == UID and task.answers == "single" and task == Task.blimp(UID, folder=tmp_path)
+    assert words_of(task) == [
+        ("The girl who annoys these adults", "works with", "work with"),
+        ("Paula", "sleeps", "sleep"),
+    ]
+    whole = Task.blimp(path, answers="multi")
+    assert whole.answers == "multi" and words_of(whole) == WHOLE
+    # without the columns of the one-prefix method the words come from the sentences
+    columns = ("sentence_good", "sentence_bad", "UID", "one_prefix_method")
+    same = {**BLIMP, "sentence_bad": BLIMP["sentence_good"]}
+    path = write(tmp_path / "short.jsonl", *({key: row[key] for key in columns} for row in (BLIMP, SHORT, same)))
+    assert words_of(Task.blimp(path)) == [
+        ("The girl who annoys these adults", "works", "work"),
+        ("Paula", "sleeps", "sleep"),
+        ("The girl who annoys these adults works with", "Bob", "Bob"),  # no pair: skipped as the same tokens
+    ]
+
+
+def test_blimp_whose_difference_lies_elsewhere_is_of_full_sentences(tmp_path: Path, words: Any) -> None:
+    path = write(tmp_path / "adjunct_island.jsonl", ISLAND)
+    task = Task.blimp(path)
+    assert task.answers == "multi"
+    assert words_of(task) == [("Who should Derek hug", "after shocking Richard?", "Richard after shocking?")]
+    with pytest.raises(UserError, match="line 1: 'adjunct_island' is not judged by the one-prefix method"):
+        Task.blimp(path, answers="single")
+    pd.DataFrame([ISLAND]).to_csv(tmp_path / "adjunct_island.csv", index=False)
+    assert Task.blimp(tmp_path / "adjunct_island.csv").answers == "multi"
+    with pytest.raises(UserError) as caught:
+        task.prompts(words)
+    assert str(caught.value) == (
+        "task 'adjunct_island' compares answers of many tokens (answers='multi'), so no single position decides and "
+        "effects cannot be attributed to it: use accuracy, or make the task with answers='single'"
+    )
+    with pytest.raises(UserError, match="none of its 1 items can be used .*unknown to the tokenizer: 1.*tells apart"):
+        task.strings(words)
+    with pytest.raises(UserError, match=f"does not exist: give one that is there; did you mean '{UID}'"):
+        Task.blimp(f"{UID}s", folder=write(tmp_path / f"{UID}.jsonl", BLIMP).parent)
+    for make in (
+        lambda: Task.blimp(path, answers="mutli"),
+        lambda: Task.from_sentences("x", [], answers="mutli"),
+        lambda: Task.from_items("x", [Item("a", "b", "c")], answers="mutli"),
+    ):
+        with pytest.raises(
+            UserError, match="answers='mutli' is unknown: use 'single' or 'multi'; did you mean 'multi'"
+        ):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "single", "multi"),
+    [
+        ("the dog sleeps", "the dog sleep", ("the dog", "sleeps", "sleep"), ("the dog", "sleeps", "sleep")),
+        ("Il dort ici.", "Ils dort ici.", ("", "Il", "Ils"), ("", "Il dort ici.", "Ils dort ici.")),
+        ("he walked", "he talked", ("he", "walked", "talked"), None),
+        ("a b c d", "a c b d", ("a", "b c", "c b"), ("a", "b c d", "c b d")),
+        ("a b c d.", "a d.", ("a", "b c d", "d"), ("a", "b c d.", "d.")),
+        ("a b", "a b c", ("a", "b", "b c"), ("a", "b", "b c")),
+        ("He said\u00a0: «\u00a0no »", "He said\u00a0: «\u00a0yes »", ("He said\u00a0: «", "no", "yes"), None),
+        ("say (it)", "say (me)", ("say", "(it", "(me"), ("say", "(it)", "(me)")),
+        ("?", "!", ("", "?", "!"), ("", "?", "!")),
+        ("no.", ".", ("", "no.", "."), ("", "no.", ".")),
+    ],
+)
+def test_sentences_are_divided_at_the_words_that_differ(
+    good: str, bad: str, single: tuple[str, str, str], multi: tuple[str, str, str] | None
+) -> None:
+    (one,) = Task.from_sentences("t", [{"sentence_good": good, "sentence_bad": bad}], answers="single").items
+    assert (one.prefix, one.correct, one.wrong) == single
+    if multi is not None:
+        (whole,) = Task.from_sentences("t", [{"g": good, "b": bad, "note": 1}], "g", "b").items
+        assert (whole.prefix, whole.correct, whole.wrong) == multi and whole.info == {"note": 1}
+
+
+CLAMS = "True\tles auteurs sont vieux\nFalse\tles auteurs est vieux\nFalse\tl' auteur rient\nTrue\tl' auteur rit\n"
+
+
+def test_clams_pairs_are_adjacent_lines(tmp_path: Path) -> None:
+    (tmp_path / "fr_evalset").mkdir()
+    path = tmp_path / "fr_evalset" / "simple_agrmt.txt"
+    path.write_text(CLAMS + "\n", encoding="utf-8")
+    task = Task.clams("fr", "simple_agrmt", tmp_path)
+    assert task.name == "clams-fr-simple_agrmt" and task.answers == "single"
+    assert words_of(task) == [("les auteurs", "sont", "est"), ("l' auteur", "rit", "rient")]
+    assert task.items[0].info == {"language": "fr", "case": "simple_agrmt"}
+    whole = Task.clams(path, answers="multi", capitalise=True, end=" .")
+    assert whole.name == "simple_agrmt" and whole.answers == "multi"
+    assert words_of(whole) == [("Les auteurs", "sont vieux .", "est vieux ."), ("L' auteur", "rit .", "rient .")]
+    for content, message in (
+        ("True\ta b\nTrue\ta c\n", "lines 1 and 2 are both True: pairs must be adjacent"),
+        ("True\ta b\nFalse\ta c\nTrue\ta d", "has 3 sentences, which do not pair up"),
+        ("\nTrue a b\n", "line 2: 'True a b' is not 'True' or 'False', a tab, and a sentence"),
+        ("True\t \nFalse\ta", "line 1: 'True' is not 'True' or 'False', a tab"),
+        ("", "has no items"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            Task.clams(path)
+    for make, message in (
+        (lambda: Task.clams("fr", "simple_agrm", tmp_path), "does not exist: .*did you mean 'simple_agrmt'"),
+        (lambda: Task.clams("frr", "simple_agrmt", tmp_path), "has no frr_evalset: give one of its languages"),
+        (
+            lambda: Task.clams("fr", "simple_agrmt"),
+            "CLAMS 'fr', 'simple_agrmt': the evaluation sets are not on the hub",
+        ),
+        (lambda: Task.clams(tmp_path / "none.txt"), "cannot read .*none.txt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+MULTIBLIMP = [  # the word that differs stands in the middle, or is the last
+    {"sen": 'Il le dit, "bien".', "wrong_sen": 'Il le dis, "bien".', "phenomenon": "SV-P", "verb": "dit"},
+    {"sen": "Les rois voient", "wrong_sen": "Les rois voit", "phenomenon": "SV-#", "verb": "voient"},
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "tsv", "jsonl", "parquet"])
+def test_multiblimp_by_language_and_phenomenon(tmp_path: Path, kind: str) -> None:
+    frame = pd.DataFrame(MULTIBLIMP)
+    several = pd.concat([frame.assign(language="fra"), frame.assign(language="spa", sen="no")], ignore_index=True)
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "folder":
+        (tmp_path / "fra").mkdir()
+        frame.to_csv(tmp_path / "fra" / "data.tsv", sep="\t", index=False)
+        path = tmp_path
+    elif kind == "jsonl":
+        several.to_json(path, orient="records", lines=True)
+    elif kind == "parquet":
+        several.to_parquet(path)
+    else:
+        several.to_csv(path, sep="," if kind == "csv" else "\t", index=False)
+    task = Task.multiblimp("fra", path=path)
+    assert task.name == "multiblimp-fra" and words_of(task) == [("Il le", "dit", "dis"), ("Les rois", "voient", "voit")]
+    assert task.items[1].info == {"language": "fra", "phenomenon": "SV-#", "verb": "voient"}
+    number = Task.multiblimp("fra", "SV-#", path)
+    assert number.name == "multiblimp-fra-SV-#" and number.items == task.items[1:]
+    whole = Task.multiblimp("fra", "SV-P", path, answers="multi")
+    assert words_of(whole) == [("Il le", 'dit, "bien".', 'dis, "bien".')] and whole.answers == "multi"
+    with pytest.raises(UserError, match="no row has phenomenon 'SV-N': choose one of 'SV-#', 'SV-P'"):
+        Task.multiblimp("fra", "SV-N", path)
+    message = "did you mean 'fra'" if kind == "folder" else "no row has language 'frau': choose one of 'fra', 'spa'"
+    with pytest.raises(UserError, match=message):
+        Task.multiblimp("frau", path=path)
+
+
+def test_ioi_from_a_file_and_made_here(tmp_path: Path) -> None:
+    row = {
+        "clean_prefix": "Emma and Anna met. Anna handed a ring to",
+        "patch_prefix": "Emma and Anna met. Emma handed a ring to",
+        "abc_prefix": "Emma and Anna met. Henry handed a ring to",
+        "clean_answer": " Emma",
+        "patch_answer": " Anna",
+        "case": "ABBA",
+    }
+    (item,) = Task.ioi(write(tmp_path / "ioi.jsonl", row)).items
+    assert item == Item(row["clean_prefix"], " Emma", " Anna", row["patch_prefix"])
+    assert item.info == {"case": "ABBA", "abc_prefix": row["abc_prefix"]}
+
+    task = Task.ioi(n=60, seed=1)
+    assert len(task) == 60 and task == Task.ioi(n=60, seed=1) != Task.ioi(n=60, seed=2)
+    assert Counter(item.info["case"] for item in task.items) == {"ABBA": 30, "BABA": 30}
+    for item in task.items:
+        receiver, giver = item.correct.strip(), item.wrong.strip()
+        names = re.findall(r"[A-Z][a-z]+", item.prefix)[1:]  # the first word is none
+        assert names == ([receiver, giver, giver] if item.info["case"] == "ABBA" else [giver, receiver, giver])
+        assert item.patch_prefix is not None
+        cut = item.prefix.rindex(giver)
+        assert item.patch_prefix == item.prefix[:cut] + receiver + item.prefix[cut + len(giver) :]
+        open_prefix = item.info["abc_prefix"]
+        third = re.findall(r"[A-Z][a-z]+", open_prefix)[-1]
+        assert third not in names and open_prefix == item.prefix[:cut] + third + item.prefix[cut + len(giver) :]
+    for n in (0, 10**8):
+        with pytest.raises(UserError, match=f"n={n} is not possible: there are .* items"):
+            Task.ioi(n=n)
+
+
+def test_induction_repeats_words_of_one_token(words: Any) -> None:
+    for tokenizer in (words, bytes_tokenizer()):
+        task = Task.induction(tokenizer, n=40, length=6, seed=1)
+        assert task == Task.induction(tokenizer, n=40, length=6, seed=1) != Task.induction(tokenizer, n=40, length=6)
+        prompts = task.prompts(tokenizer, prepend_bos=False)
+        assert len(prompts) == len(task) == 40 and not prompts.unpaired
+        repeats: set[int] = set()
+        for batch in prompts.batches(100):
+            assert batch.patch is not None
+            rows = zip(batch.tokens, batch.patch, batch.correct, batch.wrong, strict=True)
+            for tokens, patch, correct, wrong in rows:
+                first, again = tokens[:6].tolist(), tokens[6:].tolist()
+                repeats.add(len(again))
+                assert len(set(first)) == 6 and again == first[: len(again)]
+                assert int(correct) == first[len(again)] and int(wrong) not in first
+                first[len(again)] = int(wrong)
+                assert patch.tolist() == first + again
+        assert repeats == {1, 2, 3, 4, 5}
+    for options, message in (
+        ({"length": 1}, "length=1: give n >= 1 and length >= 2"),
+        ({"n": 0}, "n=0"),
+        ({"length": 10_000}, r"the tokenizer has \d+ words of one token, too few for length=10000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Task.induction(words, **options)
+    with pytest.raises(UserError, match="the tokenizer has 0 words of one token"):
+        Task.induction(word_tokenizer(["1", "2"]))
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: a word has another token at the very beginning than after a blank."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    text = "the uncle has uncles that have seen what is here , and the farmers work"
+    tokenizer.train_from_iterator([text, *text.split()] * 20, trainer)  # words are one token at the beginning, too
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+# ---- the hub
+
+
+HUB = """
+import sys
+from crosslens.errors import UserError
+from crosslens.tasks.task import Task
+
+def told(make):
+    try:
+        make()
+    except UserError as error:
+        print(str(error).replace("\\n", "|"))
+
+for task in (
+    Task.blimp("adjunct_island"),
+    Task.blimp("distractor_agreement_relative_clause"),
+    Task.multiblimp("fra", "SV-#"),
+    Task.hub("jumelet/multiblimp", "fra", prefix="phenomenon", correct="verb", wrong="sen"),
+):
+    print(task.name, task.answers, [(item.prefix, item.correct, item.wrong) for item in task.items])
+if sys.argv[1] == "online":
+    told(lambda: Task.blimp("adjunct_iland"))
+    told(lambda: Task.hub("no/such"))
+    told(lambda: Task.hub("jumelet/multiblimp", "fra", "test"))
+    told(lambda: Task.hub("jumelet/multiblimp", "fra"))
+told(lambda: Task.multiblimp("deu"))
+"""
+BLIMP_WORDS = [("The girl who annoys these adults", "works", "work"), ("Paula", "sleeps", "sleep")]
+EXPECTED = [
+    "adjunct_island multi [('Who should Derek hug', 'after shocking Richard?', 'Richard after shocking?')]",
+    f"distractor_agreement_relative_clause single {BLIMP_WORDS}",
+    "multiblimp-fra-SV-# single [('Les rois', 'voient', 'voit')]",
+    f"fra single {[(row['phenomenon'], row['verb'], row['sen']) for row in MULTIBLIMP]}",
+]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that `datasets` asks for: cards, trees and files of the folders below `root`."""
+
+    root: Path
+    commit = "c" * 40
+
+    def do_GET(self) -> None:
+        kind, *parts = urlsplit(self.path).path.strip("/").removeprefix("api/").split("/")
+        folder = self.root / "/".join(parts[:2])
+        what, rest = parts[2:3], "/".join(parts[4:])
+        if kind != "datasets" or len(parts) < 2 or not folder.is_dir():
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif what == ["resolve"] and (folder / rest).is_file():
+            data = (folder / rest).read_bytes()
+            self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.commit})
+        elif what == ["resolve"]:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+        elif what == ["tree"]:
+            self.answer(200, json.dumps([self.entry(folder, each) for each in (folder / rest).iterdir()]).encode())
+        else:
+            self.answer(200, json.dumps({"id": "/".join(parts[:2]), "sha": self.commit, "siblings": []}).encode())
+
+    do_HEAD = do_GET
+
+    def entry(self, folder: Path, path: Path) -> dict[str, Any]:
+        kind = "file" if path.is_file() else "directory"
+        return {"type": kind, "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0"}
+
+    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+
+def card(configs: dict[str, str], extra: str = "") -> str:
+    lines = [f"- config_name: {name}\n  data_files: {files}\n{extra}" for name, files in configs.items()]
+    return "---\nconfigs:\n" + "".join(lines) + "---\n"
+
+
+@pytest.mark.slow
+def test_the_hub_online_and_then_from_its_cache(tmp_path: Path) -> None:
+    blimp, multiblimp = tmp_path / "hub" / "nyu-mll" / "blimp", tmp_path / "hub" / "jumelet" / "multiblimp"
+    columns = ["sentence_good", "sentence_bad", "UID", "one_prefix_method"]
+    for uid, rows in (("adjunct_island", [ISLAND]), (UID, [BLIMP, SHORT])):
+        (blimp / uid).mkdir(parents=True)
+        pd.DataFrame(rows)[columns].to_parquet(blimp / uid / "train-00000-of-00001.parquet")
+    (blimp / "README.md").write_text(card({uid: f"{uid}/train-*" for uid in ("adjunct_island", UID)}))
+    (multiblimp / "fra").mkdir(parents=True)
+    pd.DataFrame(MULTIBLIMP).to_csv(multiblimp / "fra" / "data.tsv", sep="\t", index=False)
+    (multiblimp / "README.md").write_text(card({"fra": "fra/data.tsv"}, '  sep: "\\t"\n'))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"root": tmp_path / "hub"}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+
+    def run(mode: str, **env: str) -> list[str]:
+        found = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **env}
+        for key in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"):
+            found.pop(key, None)
+        command = [sys.executable, "-c", HUB, mode]
+        done = subprocess.run(command, env=found, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    try:
+        online = run("online", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert online == [
+        *EXPECTED,
+        "nyu-mll/blimp has no configuration 'adjunct_iland': it has 2, such as 'adjunct_island', "
+        f"'{UID}'; did you mean 'adjunct_island'?",
+        "no/such (split 'train') cannot be read from the hub (Dataset 'no/such' doesn't exist on the Hub or cannot be "
+        "accessed.): check the name and the connection, or give a local file",
+        "jumelet/multiblimp fra (split 'test') cannot be read from the hub (Unknown split \"test\". Should be one of "
+        "['train'].): check the name and the connection, or give a local file",
+        "jumelet/multiblimp fra, row 1: the key 'prefix' is missing; present are 'sen', 'wrong_sen', "
+        "'phenomenon', 'verb'",
+        "jumelet/multiblimp has no configuration 'deu': it has 1, such as 'fra'",
+    ]
+    assert run("offline", HF_HUB_OFFLINE="1") == [
+        *EXPECTED,
+        "jumelet/multiblimp deu (split 'train') cannot be read from the hub (Couldn't find cache for "
+        "jumelet/multiblimp for config 'deu'): check the name and the connection, or give a local file",
+    ]
+
+
+def test_demo_pools_the_languages() -> None:
+    task = Task.demo("pp", n=20, seed=3)
+    assert task.name == "pp" and Counter(i.info["language"] for i in task.items) == {"en": 20, "fr": 20}
+    assert task == Task.demo("pp", n=20, seed=3) != Task.demo("pp", n=20, seed=4)
+    french = Task.demo("pp", "fr", n=20, seed=3)
+    assert french.name == "pp-fr" and french.items == task.items[20:]
+    assert all(item.patch_prefix is not None for item in task.items)
+    with pytest.raises(UserError, match="did you mean 'simple'"):
+        Task.demo("simpel")
+
+
+# ---- halves
+
+
+def test_halves_share_no_prefix_and_keep_everything() -> None:
+    numbers = ("uncle", "uncles"), ("king", "kings"), ("dog", "dogs"), ("cat", "cats"), ("boy", "boys")
+    items = [
+        Item(f"The {a}", verb, other, f"The {b}")
+        for one, many in numbers
+        for verb, other in (("is", "are"), ("has", "have"))
+        for a, b in ((one, many), (many, one))
+    ]
+    task = Task.from_items("t", items)
+    for seed in range(5):
+        halves = task.split(seed)
+        assert sorted(map(repr, halves[0].items + halves[1].items)) == sorted(map(repr, items))
+        prefixes = [{p for item in half.items for p in (item.prefix, item.patch_prefix)} for half in halves]
+        assert not prefixes[0] & prefixes[1]
+        assert {len(half) for half in halves} == {8, 12}
+        assert halves == task.split(seed) and halves[0].name == halves[1].name == "t"
+        for half in halves:
+            assert list(half.items) == [item for item in items if item in half.items]
+    assert len({task.split(seed)[0] for seed in range(5)}) > 1
+    chained = [Item("a", "x", "y", "b"), Item("c", "x", "y", "b"), Item("c", "x", "z", "d"), Item("d", "x", "z")]
+    with pytest.raises(UserError, match="task 'c' cannot be split"):
+        Task.from_items("c", chained).split()
+    assert {len(h) for h in Task.from_items("c", [*chained, Item("e", "x", "y")]).split()} == {1, 4}
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 7), (3, 7), (7, 7), (1, 1), (250, 300)])
+def test_wilson_is_scipys(k: int, n: int) -> None:
+    interval = binomtest(k, n).proportion_ci(0.95, "wilson")
+    assert wilson_interval(float(k), n) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert wilson_interval(n / 2, n)[0] == pytest.approx(1 - wilson_interval(n / 2, n)[1])
+
+
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory: Any, words: Any) -> Snapshots:
+    """Three tiny models; in the second all embeddings of the output are zero, so that every answer is a tie."""
+    root = tmp_path_factory.mktemp("snapshots")
+    config = GPTNeoXConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.4,
+    )
+    for step in (0, 10, 20):
+        with torch.random.fork_rng():
+            torch.manual_seed(step)
+            model = GPTNeoXForCausalLM(config)
+        if step == 10:
+            torch.nn.init.zeros_(model.get_output_embeddings().weight)
+        model.save_pretrained(root / f"step{step}")
+    words.save_pretrained(root / "tokenizer")
+    return Snapshots.local(root)
+
+
+def test_accuracy_is_what_transformers_says_item_by_item(snapshots: Snapshots, words: Any) -> None:
+    items = [item for c in ("simple", "pp", "obj_rel") for item in Task.demo(c, n=10).items]
+    task = Task.from_items("mixed", items)
+    table = task.accuracy(snapshots, batch_size=7)
+    numbers = ["accuracy", "low", "high", "metric", "n", "skipped", "reasons"]
+    assert list(table) == ["task", "snapshot", "label", "step", "tokens", *numbers]
+    assert table["label"].tolist() == ["step0", "step10", "step20"] and table["step"].tolist() == [0, 10, 20]
+    assert table["tokens"].isna().all() and (table["n"] == 60).all() and (table["task"] == "mixed").all()
+    for s, row in table.iterrows():
+        model = GPTNeoXForCausalLM.from_pretrained(snapshots[int(str(s))].name)
+        metric: list[float] = []
+        with torch.no_grad():
+            for item in items:
+                tokens = torch.tensor([[0, *rewrite(item.prefix, words)]])
+                logits = model(tokens).logits[0, -1]
+                metric.append(float(logits[rewrite(item.correct, words)[0]] - logits[rewrite(item.wrong, words)[0]]))
+        accuracy = sum((m > 0) + 0.5 * (m == 0) for m in metric) / 60
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert row["metric"] == pytest.approx(sum(metric) / 60, abs=1e-5)
+        assert row["low"] < row["accuracy"] < row["high"]
+    assert table["accuracy"][1] == 0.5 and table["metric"][1] == 0
+    assert table["metric"].abs().max() > 0.05 and table["accuracy"].nunique() > 1
+
+
+def test_accuracy_skips_what_does_not_fit_the_context(snapshots: Snapshots) -> None:
+    long = Item(" ".join(["the dog"] * 6), "sleeps", "sleep")
+    other, odd = Item(" ".join(["a dog"] * 6), "sleeps", "sleep"), Item("the unicorn", "sleeps", "sleep")
+    for answers in ("single", "multi"):
+        task = Task.from_items("t", [long, Item("the dog", "sleeps", "sleep"), other, odd], answers)
+        table = task.accuracy(snapshots[[0]])
+        assert table["n"].tolist() == [1] and table["skipped"].tolist() == [3]
+        assert table["reasons"].tolist() == ["longer than 12 tokens: 2, a word is unknown to the tokenizer: 1"]
+        with pytest.raises(
+            UserError, match=r"none of its 1 items can be used \(longer than 12 tokens: 1\): give items"
+        ):
+            Task.from_items("t", [long], answers).accuracy(snapshots[[0]])
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_accuracy_of_many_tokens_is_that_of_whole_sentences(
+    snapshots: Snapshots, words: Any, prepend_bos: bool
+) -> None:
+    rows: list[dict[str, str]] = []
+    for item in Task.demo("pp", n=4).items:
+        rows.append({"good": f"{item.prefix} {item.correct} .", "bad": f"{item.prefix} {item.wrong} ."})
+        rows.append({"good": f"{item.prefix} {item.correct} {item.wrong}", "bad": f"{item.prefix} {item.wrong} ."})
+        other = " ".join(reversed(item.prefix.split()))
+        rows.append({"good": f"{item.prefix} .", "bad": f"{other} ."})
+    task = Task.from_sentences("whole", rows, "good", "bad")
+    table = task.accuracy(snapshots, batch_size=5, prepend_bos=prepend_bos)
+    assert table["reasons"][0] == ("" if prepend_bos else f"{NO_BOS}: {table['skipped'][0]}")
+    assert table["skipped"][0] == (0 if prepend_bos else 8) and (table["n"] + table["skipped"] == 24).all()
+    for s, row in table.iterrows():
+        model = GPTNeoXForCausalLM.from_pretrained(snapshots[int(str(s))].name)
+        metric: list[float] = []
+        for pair in rows:
+            strings = [rewrite(pair[key], words) for key in ("good", "bad")]
+            if not prepend_bos and strings[0][0] != strings[1][0]:
+                continue
+            totals: list[float] = []
+            for ids in ([0, *tokens] if prepend_bos else tokens for tokens in strings):
+                with torch.no_grad():
+                    log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                totals.append(sum(float(log_p[t, token]) for t, token in enumerate(ids[1:])))
+            metric.append(totals[0] - totals[1])
+        accuracy = sum((m > 1e-9) + 0.5 * (abs(m) <= 1e-9) for m in metric) / len(metric)
+        assert row["n"] == len(metric)
+        assert row["metric"] == pytest.approx(sum(metric) / len(metric), abs=1e-5)
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert (row["low"], row["high"]) == wilson_interval(accuracy * len(metric), len(metric))
+    # where all words are equally likely, sentences of one length tie
+    assert table["accuracy"][1] == 0.5 and table["metric"].abs().max() > 0.1
+
+
+NO_BOS = "the first tokens differ, and no BOS token stands before them"
+
+
+def test_non_finite_logits_name_the_snapshot(snapshots: Snapshots, monkeypatch: Any) -> None:
+    def nothing(tokens: Any, return_type: str) -> Any:
+        assert return_type == "logits"
+        return torch.full((*tokens.shape, 900), math.nan)
+
+    monkeypatch.setattr(Snapshots, "model", lambda *_, **__: nothing)
+    with pytest.raises(UserError, match="snapshot step0 has non-finite logits on task 'simple'"):
+        Task.demo("simple", n=4).accuracy(snapshots)

@@ -1,0 +1,785 @@
+"""Training: reproducible to the bit, resumable to the bit, by the schedule, and stopped before harm is done."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import LoggingConfig, SAETrainer
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput
+from torch import Tensor, nn
+
+import crosslens.training.run
+import crosslens.training.trainer
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import (
+    ARCHITECTURES,
+    BatchTopKCrosscoderTrainingConfig,
+    Crosscoder,
+    CrosscoderTrainingConfig,
+    CrosscoderTrainingSAE,
+    JumpReLUCrosscoderTrainingConfig,
+    StandardCrosscoderTrainingConfig,
+    TopKCrosscoderTrainingConfig,
+    load,
+)
+from crosslens.errors import UserError
+from crosslens.rundir import RunDir
+from crosslens.training import recipes
+from crosslens.training.initialisation import initialise, search_decoder_norm
+from crosslens.training.run import complete, train
+from crosslens.training.trainer import CrosscoderTrainer, TrainConfig
+
+T, B, STEPS = 16, 64, 24
+ALL: dict[str, Callable[[], CrosscoderTrainingConfig]] = {
+    "standard_crosscoder": lambda: StandardCrosscoderTrainingConfig(d_sae=40, l1_coefficient=0.5, l1_warm_up_steps=16),
+    "topk_crosscoder": lambda: TopKCrosscoderTrainingConfig(d_sae=40, k=4, k_start=12.0, k_anneal_steps=18),
+    "batchtopk_crosscoder": lambda: BatchTopKCrosscoderTrainingConfig(d_sae=40, k=3.5),
+    "jumprelu_crosscoder": lambda: JumpReLUCrosscoderTrainingConfig(d_sae=40, sparsity_warm_up_steps=16),
+}
+
+
+def config(**options: Any) -> TrainConfig:
+    """More than one epoch, both schedules, dead features within a few steps, no final evaluation."""
+    defaults: dict[str, Any] = {
+        "batch_size": B, "training_tokens": STEPS * B + 5, "lr": 3e-3, "lr_warm_up": 0.2, "lr_decay": 0.4,
+        "dead_tokens": 3 * B, "scale_tokens": 500, "evaluate": False,
+    }  # fmt: skip
+    return TrainConfig(**{**defaults, **options})
+
+
+def weights(crosscoder: Crosscoder) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in crosscoder.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def breaking(acts: Activations, after: int, error: type[BaseException] = Interrupted) -> Activations:
+    """The same activations, whose endless stream fails after some batches of this process."""
+    broken = copy.copy(acts)
+
+    def batches(batch_size: int, *, start: int = 0, epochs: int | None = None) -> Iterator[Tensor]:
+        for i, batch in enumerate(Activations.batches(acts, batch_size, start=start, epochs=epochs)):
+            if epochs is None and i == after:
+                raise error
+            yield batch
+
+    broken.batches = batches  # type: ignore[method-assign]
+    return broken
+
+
+def fresh(acts: Activations, architecture: CrosscoderTrainingConfig, settings: TrainConfig) -> CrosscoderTrainingSAE:
+    return initialise(
+        complete(architecture, acts), acts, batch_size=settings.batch_size, scale_tokens=settings.scale_tokens,
+        seed=settings.seed,
+    )  # fmt: skip
+
+
+def trainer_of(
+    acts: Activations, architecture: CrosscoderTrainingConfig, settings: TrainConfig, **options: Any
+) -> CrosscoderTrainer:
+    sae = fresh(acts, architecture, settings)
+    total = settings.training_tokens or acts.n_tokens
+    return CrosscoderTrainer(settings, sae, acts.batches(settings.batch_size), total, **options)
+
+
+# ---------------------------------------------------------------------- to the bit
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_deterministic(acts: Activations, architecture: str):
+    state = torch.random.get_rng_state()
+    first = train(acts, ALL[architecture](), config())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(5)
+    assert same(weights(first), weights(train(acts, ALL[architecture](), config())))
+    other = train(acts, ALL[architecture](), config(seed=1))
+    assert not torch.equal(first.W_dec, other.W_dec)
+    assert type(first) is ARCHITECTURES[architecture][0] and not first.training
+    assert not any(p.requires_grad for p in first.parameters())
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_resumed_equals_uninterrupted(acts: Activations, architecture: str, tmp_path: Path):
+    whole = train(acts, ALL[architecture](), config())
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=5)
+    for after in (7, 9):  # interrupted twice: in the warmups, and later
+        with pytest.raises(Interrupted):
+            train(breaking(acts, after), ALL[architecture](), settings)
+        checkpoints = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+        assert len(checkpoints) == 1 and checkpoints[0].startswith("tokens-")
+        assert not (tmp_path / "run" / "crosscoder").exists()
+    done = int(checkpoints[0].removeprefix("tokens-")) // B
+    assert 9 <= done < STEPS
+    resumed = train(breaking(acts, STEPS - done), ALL[architecture](), settings)  # not a batch more than needed
+    assert same(weights(resumed), weights(whole))
+    assert same(weights(load(tmp_path / "run" / "crosscoder")), weights(whole))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_state_of_the_trainer_comes_back(acts: Activations, tmp_path: Path):
+    """Everything that the next step depends on, compared at the step of the checkpoint."""
+    architecture = ALL["jumprelu_crosscoder"]()
+    settings = config(run_dir=tmp_path / "run")
+    first = trainer_of(acts, architecture, settings, run=RunDir(tmp_path / "run"))
+    for _ in range(10):
+        first.step(next(first.data_provider))
+        first.n_training_steps += 1
+    first.save_checkpoint("any name")
+    second = trainer_of(acts, architecture, settings, run=RunDir(tmp_path / "run"))
+    second.resume()
+    assert (second.n_training_steps, second.n_training_samples) == (10, 10 * B)
+    assert same(first.sae.state_dict(), second.sae.state_dict())
+    assert first.get_coefficients() == second.get_coefficients()
+    assert 0 < first.get_coefficients()["sparsity"] < 0.3
+    assert [g["lr"] for g in first.optimizer.param_groups] == [g["lr"] for g in second.optimizer.param_groups]
+    for name in ("n_forward_passes_since_fired", "act_freq_scores"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.n_frac_active_samples == second.n_frac_active_samples == 10 * B
+    assert not list((tmp_path / "run" / "checkpoints").glob("partial-*"))
+
+
+def test_a_checkpoint_cut_short_leaves_the_one_before(
+    acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=5)
+    save, calls = crosslens.training.trainer.save_state, []
+
+    def cut_short(trainer: CrosscoderTrainer, path: Path) -> None:
+        calls.append(path)
+        save(trainer, path)
+        if len(calls) == 3:
+            (path / "state.json").unlink()
+            raise Interrupted
+
+    monkeypatch.setattr(crosslens.training.trainer, "save_state", cut_short)
+    with pytest.raises(Interrupted):
+        train(acts, ALL["topk_crosscoder"](), settings)
+    found = RunDir(tmp_path / "run").last_checkpoint()
+    assert found is not None and (found / "state.json").is_file() and calls[2].name.startswith("partial-")
+    assert int(found.name.removeprefix("tokens-")) < int(calls[2].name.removeprefix("partial-"))
+    resumed = train(acts, ALL["topk_crosscoder"](), settings)
+    assert same(weights(resumed), weights(train(acts, ALL["topk_crosscoder"](), config())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["batchtopk_crosscoder", "jumprelu_crosscoder"])
+def test_killed_and_resumed(acts: Activations, tiny_snapshots: Path, architecture: str, tmp_path: Path):
+    """kill -9 in another process, at a moment of no one's choosing."""
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text("\n".join(acts.dataset))  # type: ignore[arg-type]
+    code = f"""
+import sys, time
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+import tests.training.test_run as t
+from crosslens.snapshots.collection import Snapshots
+acts = t.Activations(Snapshots.local({str(tiny_snapshots)!r}), "blocks.1.hook_resid_post", {str(text)!r},
+    n_tokens=1000, context_size=t.T, held_out_tokens=200)
+step = t.CrosscoderTrainer.step
+t.CrosscoderTrainer.step = lambda self, batch: (time.sleep(0.05), step(self, batch))[1]
+t.train(acts, t.ALL[{architecture!r}](), t.config(run_dir={str(run)!r}, n_checkpoints=8))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while RunDir(run).last_checkpoint() is None:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "crosscoder").exists()
+    from_file = Activations(acts.snapshots, acts.hook_name, text, n_tokens=1000, context_size=T, held_out_tokens=200)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed = train(from_file, ALL[architecture](), config(run_dir=run, n_checkpoints=8))
+        whole = train(from_file, ALL[architecture](), config())
+    finally:
+        torch.set_num_threads(threads)
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_finished_run_is_loaded_not_trained(acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=2, evaluate=True)
+    first = train(acts, ALL["topk_crosscoder"](), settings)
+    files = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert files == {
+        "run.json", "evaluation.parquet", "crosscoder/cfg.json", "crosscoder/sae_weights.safetensors",
+    }  # fmt: skip
+    table = RunDir(tmp_path / "run").table("evaluation")
+    assert table is not None and table["label"].tolist() == ["step0", "step10", "step20"]
+    assert RunDir(tmp_path / "run").read_json()["timings"]["train"] > 0
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(crosslens.training.run, "initialise", never)
+    assert same(weights(train(acts, ALL["topk_crosscoder"](), settings)), weights(first))
+    monkeypatch.undo()
+    again = train(acts, ALL["topk_crosscoder"](), dataclasses.replace(settings, resume=False))  # on top of the old one
+    assert same(weights(again), weights(first)) and same(weights(load(tmp_path / "run" / "crosscoder")), weights(first))
+
+
+# ---------------------------------------------------------------------- schedules, optimiser, clipping
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "decay", "end", "total"),
+    [(0.0, 0.0, 0.0, 7), (0.3, 0.5, 1 / 32, 20), (0.0, 0.2, 0.0, 10), (0.5, 0.5, 0.1, 11), (0.1, 0.2, 1 / 32, 3)],
+)
+def test_learning_rates_follow_the_schedule(acts: Activations, warm_up: float, decay: float, end: float, total: int):
+    settings = config(
+        lr=2e-3, lr_warm_up=warm_up, lr_decay=decay, lr_end_factor=end, training_tokens=total * B, batch_size=B
+    )
+    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=8, decoder_init_norm=0.5, jumprelu_threshold_lr_factor=0.25)
+    trainer = trainer_of(acts, architecture, settings)
+    groups = {p.data_ptr(): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert len(groups) == 5  # every parameter, once
+    for step in range(total):
+        expected = 2e-3
+        if warm_up:  # linear from 0
+            expected = min(expected, 2e-3 * (step + 1) / (warm_up * total))
+        if decay and step > total - decay * total:  # linear to the end factor
+            share = (total - step) / (decay * total)
+            expected = min(expected, 2e-3 * (end + (1 - end) * share))
+        for name, parameter in trainer.sae.named_parameters():
+            factor = 0.25 if name == "log_threshold" else 1.0
+            assert groups[parameter.data_ptr()]["lr"] == pytest.approx(factor * expected, rel=1e-12), (step, name)
+        trainer.step(next(trainer.data_provider))
+        trainer.n_training_steps += 1
+
+
+def test_warmups_of_the_penalties_are_linear(acts: Activations):
+    for name, key, value in (("standard_crosscoder", "l1", 0.5), ("jumprelu_crosscoder", "sparsity", 0.3)):
+        trainer = trainer_of(acts, ALL[name](), config())
+        for step in range(20):
+            assert trainer.get_coefficients() == {key: pytest.approx(value * min(1, step / 16))}
+            output = trainer.step(next(trainer.data_provider))
+            trainer.n_training_steps += 1
+            assert (output.losses[f"{key}_loss"].item() == 0) == (step == 0)
+
+
+def test_steps_are_adams(acts: Activations):
+    """Three steps of Adam written out, both groups, from gradients of a copy of the model."""
+    settings = config(lr=1e-2, lr_warm_up=0.0, lr_decay=0.0, max_grad_norm=None, adam_beta1=0.8, adam_beta2=0.95)
+    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=16, decoder_init_norm=0.5)
+    trainer = trainer_of(acts, architecture, settings)
+    expected = {name: p.detach().double().clone() for name, p in trainer.sae.named_parameters()}
+    m = {name: torch.zeros_like(p) for name, p in expected.items()}
+    v = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for t in range(1, 4):
+        batch = next(trainer.data_provider)
+        gradients = _gradients(trainer, batch)
+        for name, g in gradients.items():
+            g = g.double()
+            m[name] = 0.8 * m[name] + 0.2 * g
+            v[name] = 0.95 * v[name] + 0.05 * g * g
+            rate = 1e-2 * (0.1 if name == "log_threshold" else 1)
+            expected[name] -= rate * (m[name] / (1 - 0.8**t)) / ((v[name] / (1 - 0.95**t)).sqrt() + 1e-8)
+        trainer.step(batch)
+        trainer.n_training_steps += 1
+        for name, p in trainer.sae.named_parameters():
+            torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def _gradients(trainer: CrosscoderTrainer, batch: Tensor) -> dict[str, Tensor]:
+    sae = copy.deepcopy(trainer.sae)
+    sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=batch,
+            coefficients=trainer.get_coefficients(),
+            dead_neuron_mask=trainer.dead_neurons,
+            n_training_steps=trainer.n_training_steps,
+            is_logging_step=False,
+        )  # fmt: skip
+    ).loss.backward()
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e6, None])
+def test_clipping_leaves_the_thresholds_alone(acts: Activations, limit: float | None, monkeypatch: pytest.MonkeyPatch):
+    trainer = trainer_of(acts, ALL["jumprelu_crosscoder"](), config(max_grad_norm=limit))
+    trainer.step(next(trainer.data_provider))
+    trainer.n_training_steps += 1
+    batch = next(trainer.data_provider)
+    raw = _gradients(trainer, batch)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for name, g in raw.items() if name != "log_threshold"))
+    factor = 1.0 if limit is None or norm <= limit else limit / norm
+    assert factor < 1 or limit != 0.05
+    used: dict[str, Tensor] = {}
+
+    def spy(*_: Any) -> None:
+        divisor = getattr(trainer.optimizer, "grad_scale", 1.0)  # fused Adam divides by it
+        used.update({name: p.grad / divisor for name, p in trainer.sae.named_parameters() if p.grad is not None})
+        assert trainer.encoder_rows.grad is not None and trainer.sae.W_enc.grad is None
+        used["W_enc"] = trainer.encoder_rows.grad.T / divisor
+
+    monkeypatch.setattr(trainer.optimizer, "step", spy)
+    trainer.step(batch)
+    assert bool(raw["log_threshold"].any())
+    for name, g in raw.items():
+        wanted = g if name == "log_threshold" else g * factor
+        torch.testing.assert_close(used[name], wanted, rtol=1e-4, atol=1e-8)
+
+
+def test_dead_features_are_those_silent_for_dead_tokens(acts: Activations):
+    few = 4  # tokens per step, so that a feature often fires on one of them only
+    settings = config(batch_size=few, training_tokens=400, dead_tokens=3 * few)
+    trainer = trainer_of(acts, ALL["batchtopk_crosscoder"](), settings)
+    with torch.no_grad():
+        trainer.sae.b_enc[:7] = -1e3
+    silent, fired, seen = torch.zeros(40), torch.zeros(40), []
+    for _ in range(12):
+        seen.append(trainer.dead_neurons.nonzero().flatten().tolist())
+        active = trainer.step(next(trainer.data_provider)).feature_acts.to_dense() != 0
+        silent = torch.where(active.any(0), torch.zeros(40), silent + few)
+        fired += active.sum(0)
+        trainer.n_training_steps += 1
+        assert trainer.dead_neurons.tolist() == (silent > 3 * few).tolist()
+        assert torch.equal(trainer.act_freq_scores, fired)
+    assert seen[3] == [] and set(range(7)) <= set(seen[4])
+    assert trainer.n_frac_active_samples == 12 * few and bool((fired == 1).any())
+
+
+# ---------------------------------------------------------------------- before the first step
+
+
+def test_scales_make_the_mean_norm_the_root_of_d(acts: Activations):
+    settings = config(scale_tokens=5 * B + 3)
+    sae = fresh(acts, ALL["topk_crosscoder"](), settings)
+    rows = torch.cat(list(itertools.islice(acts.batches(B), 5))).double()
+    for s in range(3):
+        mean = sum(math.sqrt(sum(v * v for v in row.tolist())) for row in rows[:, s]) / len(rows)
+        assert float(sae.activation_scale[s]) == pytest.approx(math.sqrt(16) / mean, rel=1e-6)
+    scaled = rows * sae.activation_scale[:, None]
+    torch.testing.assert_close(scaled.norm(dim=-1).mean(0), torch.full((3,), 4.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_biases_start_at_the_mean_or_at_zero(acts: Activations, architecture: str):
+    settings = config(scale_tokens=4 * B)
+    sae = fresh(acts, dataclasses.replace(ALL[architecture](), bias_init="mean"), settings)
+    rows = torch.cat(list(itertools.islice(acts.batches(B), 4))).double() * sae.activation_scale[:, None]
+    mean = rows.mean(0)
+    torch.testing.assert_close(sae.b_dec_by_snapshot.detach().double(), mean, rtol=1e-5, atol=1e-6)
+    for i in range(40):  # a token at the mean moves no feature
+        h = sae.b_enc[i].item() + sum((mean[s] @ sae.W_enc_by_snapshot[s, :, i].double()).item() for s in range(3))
+        assert abs(h) < 1e-5
+    zero = fresh(acts, dataclasses.replace(ALL[architecture](), bias_init="zero"), settings)
+    assert not bool(zero.b_dec.any()) and not bool(zero.b_enc.any())
+    unknown = ALL[architecture]()
+    unknown.bias_init = "median"  # type: ignore[assignment]
+    with pytest.raises(UserError, match="bias_init='median' is unknown; use 'mean' or 'zero'"):
+        unknown.__post_init__()
+
+
+@pytest.mark.parametrize("bias_init", ["mean", "zero"])
+@pytest.mark.parametrize("architecture", ["jumprelu_crosscoder", "standard_crosscoder"])
+def test_search_decoder_norm_picks_the_best_of_the_grid(acts: Activations, architecture: str, bias_init: str):
+    unsearched = dataclasses.replace(ALL[architecture](), decoder_init_norm=1.0, **{"bias_init": bias_init})
+    sae = fresh(acts, unsearched, config())
+    *_, batch = itertools.islice(acts.batches(B, epochs=1), 500 // B)  # the last that the scales were taken from
+    directions, b_dec = sae.W_dec.detach().clone(), sae.b_dec.detach().clone()
+    scaled = (batch * sae.activation_scale[:, None]).flatten(1)
+
+    def error(norm: float) -> float:
+        rows = directions * norm
+        h = (scaled - b_dec) @ rows.T
+        out = b_dec.expand_as(scaled).clone()
+        for s in range(3):
+            part = slice(16 * s, 16 * s + 16)
+            f = h.relu() if architecture.startswith("standard") else h * (h * rows[:, part].norm(dim=-1) > 0.1)
+            out[:, part] += f @ rows[:, part]
+        return float((out - scaled).square().sum())
+
+    coarse = min((i / 10 for i in range(1, 51)), key=error)
+    fine = [coarse - 0.1 + 0.01 * i for i in range(21) if coarse - 0.1 + 0.01 * i > 0.005]
+    best = search_decoder_norm(sae, batch)
+    assert best == pytest.approx(min(fine, key=error), abs=1e-9)
+    assert coarse not in (0.1, 5.0)  # an optimum inside the grid
+    searched = fresh(acts, dataclasses.replace(unsearched, decoder_init_norm=None), config())
+    for found in (sae, searched):
+        torch.testing.assert_close(found.W_dec.detach(), directions * best)
+        torch.testing.assert_close(found.W_enc, found.W_dec.T)
+        torch.testing.assert_close(found.b_enc.detach(), -(b_dec @ directions.T) * best, rtol=1e-4, atol=1e-5)
+        assert found.cfg.decoder_init_norm == best
+
+
+def test_shapes_and_metadata_are_filled_in(acts: Activations):
+    given = ALL["topk_crosscoder"]()
+    filled = complete(given, acts)
+    assert (filled.d_in, filled.n_snapshots, filled.d_model) == (48, 3, 16)
+    assert filled.snapshot_labels == ["step0", "step10", "step20"]
+    assert filled.metadata.hook_name == "blocks.1.hook_resid_post" and filled.metadata.model_name == "tiny-neox"
+    assert [s["fingerprint"] for s in filled.metadata.snapshots] == acts.snapshots.fingerprints
+    assert given.d_in == 0 and given.metadata.snapshots is None  # the caller's config is not touched
+    assert complete(filled, acts).d_in == 48  # shapes that fit are fine
+    for wrong in ({"d_in": 32, "n_snapshots": 2}, {"d_in": 48, "n_snapshots": 4}, {"d_in": 96, "n_snapshots": 3}):
+        with pytest.raises(UserError, match=f"d_in={wrong['d_in']} with n_snapshots={wrong['n_snapshots']} does not"):
+            train(acts, dataclasses.replace(given, **wrong), config())
+
+
+def test_a_silent_snapshot_is_refused(acts: Activations):
+    silent = copy.copy(acts)
+
+    def batches(batch_size: int, **options: Any) -> Iterator[Tensor]:
+        for batch in Activations.batches(acts, batch_size, **options):
+            yield batch * torch.tensor([1.0, 0.0, 1.0])[:, None]
+
+    silent.batches = batches  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="snapshot step10 has mean activation norm 0.0 at blocks.1.hook_resid_post"):
+        train(silent, ALL["topk_crosscoder"](), config())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be positive"),
+        ({"lr": -1.0}, "lr=-1.0 must be positive"),
+        ({"dead_tokens": 0}, "dead_tokens=0 must be positive"),
+        ({"training_tokens": 63}, "training_tokens=63 is less than one batch of batch_size=64"),
+        ({"lr_warm_up": 0.7, "lr_decay": 0.4}, "lr_warm_up=0.7 and lr_decay=0.4 are shares of the steps"),
+        ({"lr_warm_up": -0.1}, "not negative"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        config(**options)
+
+
+# ---------------------------------------------------------------------- harm prevented
+
+
+@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_non_finite_loss_stops_before_the_parameters_change(
+    acts: Activations, architecture: str, value: float, tmp_path: Path
+):
+    poisoned = copy.copy(acts)
+    before: dict[str, Tensor] = {}
+
+    def batches(batch_size: int, **options: Any) -> Iterator[Tensor]:
+        start = options.get("start", 0)
+        for i, batch in enumerate(Activations.batches(acts, batch_size, **options), start):
+            if options.get("epochs") is None and i == 15:
+                batch = batch.clone()
+                batch[3, 1, 2] = value
+                before.update({name: p.detach().clone() for name, p in trainers[0].sae.named_parameters()})
+            yield batch
+
+    trainers: list[CrosscoderTrainer] = []
+
+    class Watched(CrosscoderTrainer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            trainers.append(self)
+
+    poisoned.batches = batches  # type: ignore[method-assign]
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crosslens.training.run, "CrosscoderTrainer", Watched)
+        with pytest.raises(
+            FloatingPointError, match=r"not finite at step 15 \(.*non-finite activations of step10\)"
+        ) as error:
+            train(poisoned, ALL[architecture](), settings)
+    assert "step20" not in str(error.value) and "\n" not in str(error.value)
+    assert before and all(torch.equal(before[name], p) for name, p in trainers[0].sae.named_parameters())
+    # the last checkpoint is whole: with sound data the run ends as if nothing had happened
+    assert same(
+        weights(train(acts, ALL[architecture](), settings)), weights(train(acts, ALL[architecture](), config()))
+    )
+
+
+def test_the_check_may_come_a_step_late(acts: Activations, tmp_path: Path):
+    trainer = trainer_of(acts, ALL["jumprelu_crosscoder"](), config())
+    trainer.check_late = True
+    batch = next(acts.batches(B))
+    trainer.step(batch)
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    spoilt = batch.clone()
+    spoilt[3, 1, 2] = math.nan
+    for cause in (lambda: trainer.step(batch), lambda: trainer.save_checkpoint("late", tmp_path)):
+        trainer.step(spoilt)
+        with pytest.raises(FloatingPointError, match="non-finite activations of step10"):
+            cause()
+        assert all(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
+    assert not any(tmp_path.iterdir())
+    trainer.step(batch)
+    assert not any(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
+
+
+def test_a_gradient_that_overflows_under_a_finite_loss_changes_nothing(acts: Activations):
+    trainer = trainer_of(acts, ALL["topk_crosscoder"](), config(max_grad_norm=1.0))
+    batch = next(acts.batches(B))
+    trainer.step(batch)
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    trainer.sae.b_dec.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step"):
+        trainer.step(batch)
+    assert all(torch.equal(before[name], p) for name, p in trainer.sae.named_parameters())
+
+
+def test_fused_adam_divides_by_grad_scale_and_skips_at_found_inf():
+    """The seams that the trainer clips and guards by are those of torch.amp.GradScaler."""
+    draw = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(5, 3, generator=draw), torch.randn(5, 3, generator=draw)
+
+    def after(**attributes: Tensor) -> Tensor:
+        p = nn.Parameter(start.clone())
+        optimizer = torch.optim.Adam([p], lr=0.1, eps=1.0, fused=True)  # eps: else the scale of a gradient is lost
+        p.grad = gradient.clone()
+        for name, value in attributes.items():
+            setattr(optimizer, name, value)
+        optimizer.step()
+        return p.detach()
+
+    gradient = gradient / 4
+    wanted = after()
+    gradient = gradient * 4
+    torch.testing.assert_close(after(grad_scale=torch.tensor(4.0)), wanted)
+    assert not torch.allclose(after(), wanted)
+    assert torch.equal(after(found_inf=torch.tensor(1.0)), start)
+
+
+def test_a_loss_that_explodes_on_finite_activations(acts: Activations):
+    with pytest.raises(FloatingPointError, match="finite activations.*lower lr"):
+        train(acts, ALL["standard_crosscoder"](), config(lr=1e25, lr_warm_up=0.0))
+
+
+def test_the_directory_of_another_run_is_refused(acts: Activations, live: Activations, tmp_path: Path):
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=2)
+    with pytest.raises(Interrupted):
+        train(breaking(acts, 12), ALL["topk_crosscoder"](), settings)
+
+    def contents() -> dict[str, tuple[int, bytes]]:
+        return {
+            p.relative_to(tmp_path).as_posix(): (p.stat().st_mtime_ns, p.read_bytes())
+            for p in tmp_path.rglob("*") if p.is_file()
+        }  # fmt: skip
+
+    before = contents()
+    assert any("checkpoints" in name for name in before)
+    other_text = list(live.dataset)  # type: ignore[arg-type]
+    other_text[0], other_text[1] = other_text[1], other_text[0]
+
+    def remade(dataset: Any, **options: Any) -> Activations:
+        given = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200, **options}
+        return Activations(live.snapshots, live.hook_name, dataset, **given)
+
+    attempts: list[tuple[Activations, CrosscoderTrainingConfig, TrainConfig, str]] = [
+        (acts, ALL["batchtopk_crosscoder"](), settings, "architecture.architecture is topk_crosscoder"),
+        (acts, dataclasses.replace(ALL["topk_crosscoder"](), **{"k": 5}), settings, "architecture.k is 4"),
+        *(
+            (acts, ALL["topk_crosscoder"](), dataclasses.replace(settings, **{name: value}), f"training.{name} is")
+            for name, value in {
+                "lr": 1e-3, "seed": 7, "batch_size": 32, "training_tokens": 2000, "lr_warm_up": 0.1, "lr_decay": 0.0,
+                "lr_end_factor": 0.5, "max_grad_norm": None, "dead_tokens": 77, "adam_beta1": 0.5, "adam_beta2": 0.9,
+                "scale_tokens": 99,
+            }.items()
+        ),
+        (remade(other_text), ALL["topk_crosscoder"](), settings, "tokens_sha256 is"),
+        (remade(live.dataset, seed=3), ALL["topk_crosscoder"](), settings, "data_seed is 0, asked for is 3"),
+        (remade(live.dataset, n_tokens=900), ALL["topk_crosscoder"](), settings, "n_tokens is"),
+    ]  # fmt: skip
+    for data, architecture, other, message in attempts:
+        with pytest.raises(UserError, match=message) as caught:
+            train(data, architecture, other)
+        assert "\n" not in str(caught.value)
+        assert contents() == before, message
+    resumed = train(acts, ALL["topk_crosscoder"](), settings)  # and the run itself goes on
+    assert same(weights(resumed), weights(train(acts, ALL["topk_crosscoder"](), config())))
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+def test_batchtopk_keeps_about_k_on_held_out_tokens(acts: Activations):
+    cc = train(acts, BatchTopKCrosscoderTrainingConfig(d_sae=48, k=4), config(training_tokens=500 * B, lr_decay=0.8))
+    x = torch.cat(list(acts.held_out()))
+    l0 = float((cc.encode(x) != 0).sum(-1).double().mean())
+    assert l0 == pytest.approx(4, rel=0.1)
+    error = (cc.decode(cc.encode(x)) - x).square().sum((0, 2))
+    assert bool((error < 0.1 * (x - x.mean(0)).square().sum((0, 2))).all())  # and it has learnt, at every snapshot
+
+
+def test_live_activations_train_the_same_crosscoder_as_cached_ones(acts: Activations, live: Activations):
+    few = config(training_tokens=6 * B)
+    architecture = ALL["batchtopk_crosscoder"]()
+    assert same(weights(train(live, architecture, few)), weights(train(acts, architecture, few)))
+
+
+def test_without_a_run_directory_nothing_is_written(acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    train(acts, ALL["topk_crosscoder"](), config(n_checkpoints=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_are_the_papers():
+    architecture, settings = recipes.evolution_of_concepts(run_dir="r")
+    steps = 800_000_000 // 2048
+    assert isinstance(architecture, JumpReLUCrosscoderTrainingConfig) and architecture.d_sae == 98_304
+    assert (architecture.sparsity_coefficient, architecture.sparsity_warm_up_steps) == (0.3, steps // 10)
+    assert (architecture.jumprelu_init_threshold, architecture.jumprelu_window) == (0.1, 4.0)
+    assert (architecture.tanh_stretch, architecture.frequency_scale) == (4.0, 0.01)
+    assert architecture.jumprelu_threshold_lr_factor == 0.1
+    assert (architecture.decoder_init, architecture.decoder_init_norm) == ("shared", None)
+    assert architecture.bias_init == "zero"
+    assert (settings.lr, settings.lr_warm_up, settings.lr_decay, settings.lr_end_factor) == (5e-5, 0.1, 0.2, 1 / 32)
+    assert settings.max_grad_norm is None and settings.batch_size == 2048 and settings.run_dir == "r"
+    architecture, settings = recipes.crosscoding_through_time()
+    steps = 400_000_000 // 4096
+    assert isinstance(architecture, StandardCrosscoderTrainingConfig) and architecture.d_sae == 16_384
+    assert (architecture.l1_coefficient, architecture.l1_warm_up_steps) == (2.0, steps // 20)
+    assert (architecture.decoder_init, architecture.decoder_init_norm) == ("independent", 0.08)
+    assert architecture.bias_init == "zero"
+    assert (settings.lr, settings.lr_warm_up, settings.lr_decay, settings.lr_end_factor) == (5e-5, 0, 0.2, 0)
+    assert (settings.adam_beta1, settings.adam_beta2, settings.max_grad_norm) == (0.9, 0.999, 1.0)
+    assert recipes.crosscoding_through_time(lr=1e-3)[1].lr == 1e-3  # what is given wins
+
+
+# ---------------------------------------------------------------------- Weights & Biases, SAELens
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a LevelDB log (blocks of 32 KiB) of protocol buffers, after seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        if room < 7:  # the rest of a block is padding
+            position += room
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # full, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_offline(acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = config(
+        run_dir=tmp_path / "run", wandb_project="evolution", wandb_run_name="tiny", wandb_log_frequency=5,
+        wandb_eval_frequency=2, n_checkpoints=2, evaluate=True,
+    )  # fmt: skip
+    cc = train(acts, ALL["batchtopk_crosscoder"](), settings)
+    assert same(weights(cc), weights(train(acts, ALL["batchtopk_crosscoder"](), config())))  # logging changes nothing
+    (log,) = (tmp_path / "run").rglob("run-*.wandb")
+    history: list[dict[str, Any]] = []
+    recorded: dict[str, Any] = {}
+    for record in wandb_records(log):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+        elif record.WhichOneof("record_type") == "run":
+            assert (record.run.project, record.run.display_name) == ("evolution", "tiny")
+            recorded |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.run.config.update}
+    assert recorded["batch_size"] == B and recorded["crosscoder"]["k"] == 3.5
+    metadata = recorded["crosscoder"]["metadata"]
+    assert [s["label"] for s in metadata["snapshots"]] == ["step0", "step10", "step20"]
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert metadata["dataset_path"] == "list of documents of 400"
+    logged = [row for row in history if "losses/overall_loss" in row]
+    assert [row["_step"] for row in logged] == [4, 9, 14, 19]
+    for row in logged:
+        for label in ("step0", "step10", "step20"):
+            assert row[f"metrics/explained_variance/{label}"] <= 1
+            assert row[f"metrics/l0/{label}"] == pytest.approx(3.5)
+        assert {"metrics/explained_variance", "metrics/l0", "losses/mse_loss"} <= set(row)
+        assert row["losses/auxiliary_reconstruction_loss"] >= 0
+    evaluated = [row for row in history if "metrics/held_out/l0" in row]
+    assert [row["_step"] for row in evaluated] == [9, 19]
+    assert all(f"metrics/held_out/explained_variance/{label}" in evaluated[0] for label in ("step0", "step20"))
+    assert any(row.get("evaluation/_type") == "table-file" for row in history)
+    assert RunDir(tmp_path / "run").read_json()["wandb_id"] in log.name
+
+
+def test_nothing_is_logged_unless_asked_for(acts: Activations, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("W&B was called")
+
+    for name in ("init", "log", "finish"):
+        monkeypatch.setattr(wandb, name, never)
+    train(acts, ALL["topk_crosscoder"](), config(training_tokens=3 * B))
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_saelens_own_trainer_trains_a_crosscoder(acts: Activations, architecture: str):
+    """The plugin's promise: `SAETrainer` as it is, on three-dimensional batches, checkpoint and all."""
+    sae = fresh(acts, ALL[architecture](), config())
+    cfg = SAETrainerConfig(
+        total_training_samples=8 * B, train_batch_size_samples=B, lr=1e-3, lr_end=1e-4,
+        logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    start = sae.W_dec.detach().clone()
+    trainer: SAETrainer[Any, Any] = SAETrainer(cfg, sae, acts.batches(B))
+    losses: list[float] = []
+    step = trainer.step
+
+    def watched(batch: Tensor) -> Any:
+        assert batch.shape == (B, 3, 16)
+        output = step(batch)
+        losses.append(output.loss.item())
+        return output
+
+    trainer.step = watched  # type: ignore[method-assign]
+    assert trainer.fit() is sae
+    assert len(losses) == 8 and not torch.equal(start, sae.W_dec.detach())
+    assert (trainer.n_training_steps, trainer.n_training_samples) == (8, 8 * B)
+    assert sae.cfg.metadata.l0 > 0
+    log = trainer.build_train_step_log_dict(
+        sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=next(acts.batches(B)),
+                coefficients=trainer.get_coefficients(),
+                dead_neuron_mask=None,
+                n_training_steps=8,
+                is_logging_step=True,
+            )  # fmt: skip
+        ),
+        8 * B,
+    )
+    assert {f"metrics/{name}/{label}" for name in ("explained_variance", "l0") for label in ("step0", "step20")} <= set(
+        log
+    )
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in log.values())
+
+
+def test_fit_calls_our_step_optimizer_and_scheduler(acts: Activations, monkeypatch: pytest.MonkeyPatch):
+    trainer = trainer_of(acts, ALL["topk_crosscoder"](), config(training_tokens=4 * B))
+    calls: list[str] = []
+    for owner, name in ((trainer, "step"), (trainer.optimizer, "step"), (trainer.lr_scheduler, "step")):
+        original = getattr(owner, name)
+        label = type(owner).__name__
+        monkeypatch.setattr(owner, name, lambda *a, o=original, n=label: (calls.append(n), o(*a))[1])
+    trainer.fit()
+    assert calls == ["CrosscoderTrainer", "Adam", "LambdaLR"] * 4
+    assert isinstance(trainer.sae, CrosscoderTrainingSAE) and trainer.activation_scaler.scaling_factor is None
