@@ -7,17 +7,20 @@ DOCS   := $(VENV)/.docs-installed
 OUT    ?= runs/demo
 SEED   ?= 0
 
-.PHONY: demo test test-fast lint types layers docs check clean
+.PHONY: demo test test-all test-fast lint types layers docs check clean
 
 demo: $(STAMP)
 	$(BIN)/crosslens demo --out $(OUT) --seed $(SEED)
 
 # a process a core, one thread each
 test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not exhaustive"
+
+test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,7 +36,7 @@ layers: $(STAMP)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-check: test lint types layers docs
+check: test-all lint types layers docs
 
 # torch first and alone: an open range would take the newest build with gigabytes of GPU libraries
 $(STAMP): pyproject.toml constraints.txt
