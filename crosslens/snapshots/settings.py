@@ -1,0 +1,42 @@
+"""How models are run: on which device, in which number format, through which library, how many tokens at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from crosslens.errors import UserError, did_you_mean
+
+BACKENDS = ("bridge", "hooked_transformer")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def find_device() -> str:
+    """`"cuda"` where torch can use it, else `"cpu"`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How every analysis loads and runs language models.
+
+    Raises:
+        UserError: an unknown dtype or backend, or a batch of no tokens.
+    """
+
+    device: str = field(default_factory=find_device)
+    """A torch device; CUDA where it is available."""
+    dtype: str = "float32"
+    """Of the models' parameters. Activations are float32 in any case."""
+    backend: str = "bridge"
+    """`"bridge"` for a TransformerBridge, `"hooked_transformer"` for a HookedTransformer without weight processing."""
+    batch_tokens: int = 16_384
+    """Tokens in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name, value, valid in (("dtype", self.dtype, DTYPES), ("backend", self.backend, BACKENDS)):
+            if value not in valid:
+                raise UserError(f"{name}={value!r} is unknown: use {' or '.join(valid)}{did_you_mean(value, valid)}")
+        if self.batch_tokens < 1:
+            raise UserError(f"batch_tokens={self.batch_tokens} must be at least 1")
