@@ -7,7 +7,7 @@ DOCS   := $(VENV)/.docs-installed
 OUT    ?= runs/demo
 SEED   ?= 0
 
-.PHONY: demo test test-all test-fast lint types layers docs check clean
+.PHONY: demo test test-exhaustive test-all test-fast lint types layers docs check clean
 
 demo: $(STAMP)
 	$(BIN)/crosslens demo --out $(OUT) --seed $(SEED)
@@ -16,8 +16,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not exhaustive"
 
-test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# what is worth running before a release: many shapes, seeds and processes, browsers, notebooks
+test-exhaustive: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m exhaustive
+
+test-all: test test-exhaustive
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not exhaustive"
