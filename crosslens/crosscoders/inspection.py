@@ -7,89 +7,25 @@ here, runs code out of a file: no pickle, no YAML tags, no names of classes but 
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError, safe_open
 
 from crosslens.crosscoders.registration import ARCHITECTURES
-from crosslens.errors import UserError, did_you_mean, first_line, shortened
+from crosslens.errors import UserError, did_you_mean, shortened
+from crosslens.files import brief, read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-MAX_TEXT = 16 * 2**20
-"""Bytes of a config or a registry; the config of 1,000 snapshots has a quarter of a megabyte."""
 MAX_HEADER = 2**20
 MAX_SIZE = 2**31 - 1
-_DEPTH = 12
 _FLOATS = ("F16", "BF16", "F32", "F64")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-def read_text(path: Path, what: str) -> str:
-    """A small text file.
-
-    Raises:
-        UserError: there is none, it is too large, or no UTF-8.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_TEXT:
-            raise UserError(f"{path} is no {what}: it has {size:,} bytes, at most {MAX_TEXT:,} are read")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no {what}: it is not UTF-8 text; download it again") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shortened(path)} cannot be read as {what}: {brief(error)}; check the path") from error
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: it cannot be read, or is something else.
-    """
-    try:
-        found = json.loads(read_text(path, what))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({brief(error)}); download or write it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where an object is needed")
-    return found
-
-
-def read_yaml(path: Path, what: str) -> dict[Any, Any]:
-    """A YAML mapping, by the safe loader and without aliases, whose expansion can be as large as it likes.
-
-    Raises:
-        UserError: it cannot be read, or is something else.
-    """
-    text = read_text(path, what)
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{path} uses a YAML alias (*{shortened(event.anchor)}): write the value out")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEPTH:
-                raise UserError(f"{path} is no {what}: it is nested deeper than {_DEPTH} levels")
-        found = yaml.safe_load(text)
-    except UserError:
-        raise
-    # beside its own errors, the loader lets those of dates, numbers and keys through
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise UserError(f"{path} is not valid YAML ({brief(error)}); correct it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where a mapping is needed")
-    return found
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -110,29 +46,6 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be loaded ({brief(error)}); train or download it again") from error
-
-
-def inside(root: Path, name: str, what: str) -> Path:
-    """A path below `root`.
-
-    Raises:
-        UserError: `name` is absolute, or leads out of `root`, by dots or by a link.
-    """
-    place = root / name if _is_plain(name) else None
-    if place is None or not place.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{what} {shortened(name)!r} is not below its folder: give a relative path without '..'")
-    return place
-
-
-def check_inside(name: str, what: str) -> str:
-    """`name`, a path inside a repository of the hub.
-
-    Raises:
-        UserError: it is absolute, or has a part such as "..".
-    """
-    if not _is_plain(name):
-        raise UserError(f"{what} {shortened(name)!r} is no path inside a repository: give one without '..' and '\\'")
-    return name
 
 
 def inspect_crosscoder(folder: Path) -> dict[str, Any]:
@@ -248,16 +161,5 @@ def check_scale(where: str, scale: torch.Tensor) -> None:
             raise UserError(f"{where}: activation_scale of snapshot {s} is {value}, which must be positive and finite")
 
 
-def brief(error: BaseException) -> str:
-    """What an error says of a file, in one line; it may repeat what is in the file at any length."""
-    line = first_line(error)
-    return line if len(line) <= 240 else line[:237] + "..."
-
-
 def _is_scale(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
-
-
-def _is_plain(name: str) -> bool:
-    parts = name.split("/")
-    return not ({"", ".", ".."} & set(parts) or set("\\:\0") & set(name) or any(ord(c) < 32 for c in name))

@@ -11,8 +11,9 @@ import torch
 from sae_lens import SAE
 
 from crosslens.crosscoders.base import Crosscoder
-from crosslens.crosscoders.inspection import CONFIG, DTYPES, brief, check_scale, inspect_crosscoder
+from crosslens.crosscoders.inspection import CONFIG, DTYPES, check_scale, inspect_crosscoder
 from crosslens.errors import UserError
+from crosslens.files import brief
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Crosscoder:
