@@ -2,16 +2,16 @@
 
 run.json                        what was run: versions, command, data and snapshot fingerprints, timings
 crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
-checkpoints/                    the last whole checkpoint of an unfinished training
+checkpoints/                    the last complete checkpoint of an unfinished training run
 evaluation.parquet              explained variance, L0, CE and KL per snapshot
 evolution.parquet               one row per feature
-examples.parquet                where features are most active, and the tokens around: example_tokens.parquet
-lens.parquet                    tokens promoted and suppressed by each feature at each snapshot
-nearest.parquet                 features nearest to each
-labels.parquet                  what features are called: feature, label, complexity; answers in labels.jsonl
+examples.parquet                where each feature is most active; the tokens around it: example_tokens.parquet
+lens.parquet                    tokens that each feature promotes and suppresses at each snapshot
+nearest.parquet                 the nearest other features of each feature
+labels.parquet                  feature, label, complexity; the model's answers are in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
 ablation/<task>.parquet         ablation curves
-report/                         the pages
+report/                         the HTML pages
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from crosslens.errors import UserError, shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
@@ -36,7 +37,7 @@ class RunDir:
     """One run on disk: tables by name, and `run.json`.
 
     Args:
-        path: the directory; nothing is written until something is saved.
+        path: the directory; it is created when something is saved.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,10 +48,10 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
-        """An existing run directory.
+        """Open an existing run directory.
 
         Raises:
-            UserError: there is no run in this directory.
+            UserError: `path` holds no run.
         """
         run = cls(path)
         if not run.exists():
@@ -62,11 +63,19 @@ class RunDir:
         return (self.path / "run.json").is_file()
 
     def read_json(self) -> dict[str, Any]:
-        """The contents of run.json."""
+        """Read run.json.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / "run.json"
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.path / 'run.json'} is not valid JSON ({error}); restore or delete it") from error
+            contents = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+        if not isinstance(contents, dict):
+            raise UserError(f"{path} holds a {type(contents).__name__}, not an object; restore or delete it")
+        return contents
 
     def write_json(self, contents: dict[str, Any]) -> None:
         """Replace run.json."""
@@ -80,29 +89,39 @@ class RunDir:
             contents[key] = {**contents.get(key, {}), **value} if isinstance(value, dict) else value
         self.write_json(contents)
 
-    def claim(self, identity: dict[str, Any], part: str = "identity") -> None:
-        """Make this the directory of a run, or make sure that it already is.
-
-        Args:
-            identity: what makes two runs the same run.
-            part: entry of run.json that records it; a run may be claimed by what leads to it, and by what it is.
+    def check_usable(self) -> None:
+        """Check that a run can be written here, or continued.
 
         Raises:
-            UserError: the directory holds another run; the first difference is named, nothing is written.
+            UserError: the path is a file or not writable, or the directory holds files of something else.
+        """
+        check_writable(self.path)
+        if not self.exists() and self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(
+                f"{self.path} holds files but no run; choose a new directory (nothing in this one was changed)"
+            )
+
+    def claim(self, identity: dict[str, Any], part: str = "identity") -> None:
+        """Make this the directory of a run, or check that it already is.
+
+        Args:
+            identity: the settings that tell one run from another.
+            part: entry of run.json that records them; the demo records its own settings beside those of training.
+
+        Raises:
+            UserError: the directory holds another run (the first difference is named) or other files, or cannot be
+                written to; nothing is written.
         """
         wanted = json.loads(json.dumps(identity, default=str))
+        self.check_usable()
         contents = self.read_json() if self.exists() else {}
-        if not contents and self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(
-                f"{self.path} holds files but no run; give a new directory, nothing in this one was changed"
-            )
         if part in contents:
             difference = _first_difference(contents[part], wanted)
             if difference is not None:
                 key, old, new = difference
                 raise UserError(
-                    f"{self.path} is the directory of another run: its {key} is {shortened(old)}, asked for is "
-                    f"{shortened(new)}; give another directory, nothing in this one was changed"
+                    f"{self.path} is the directory of another run: its {key} is {shortened(old)}, yours is "
+                    f"{shortened(new)}; choose another directory (nothing in this one was changed)"
                 )
             return
         stamp = contents or {
@@ -115,17 +134,21 @@ class RunDir:
         self.write_json({**stamp, part: wanted, **(_headlines(wanted) if part == "identity" else {})})
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint of an unfinished training."""
-        whole = [p for p in self.checkpoints.glob("tokens-*") if (p / "state.json").is_file()]
-        return max(whole, key=lambda p: int(p.name.removeprefix("tokens-")), default=None)
+        """The newest complete checkpoint of an unfinished training run."""
+        complete = [p for p in self.checkpoints.glob("tokens-*") if (p / "state.json").is_file()]
+        return max(complete, key=lambda p: int(p.name.removeprefix("tokens-")), default=None)
 
     def table(self, name: str) -> pd.DataFrame | None:
-        """A saved table such as "evolution" or "attribution/simple", or None."""
+        """Read a table such as "evolution" or "attribution/simple"; None if there is none."""
         path = self._table_path(name)
-        return pd.read_parquet(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        import pandas as pd  # half a second, which commands that only check a run directory do without
+
+        return pd.read_parquet(path)
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table whole or not at all."""
+        """Write a table completely or not at all."""
         path = self._table_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".tmp")
@@ -133,17 +156,17 @@ class RunDir:
         os.replace(partial, path)
 
     def save_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
-        """Write several tables, each under its name."""
+        """Write several tables under their names."""
         for name, table in tables.items():
             self.save_table(name, table)
 
     def tasks(self, kind: str) -> list[str]:
-        """Tasks with a table under "attribution" or "ablation", by name."""
+        """Names of the tasks that have a table under "attribution" or "ablation"."""
         names = (p.name.removesuffix(".parquet") for p in (self.path / kind).glob("*.parquet"))
         return sorted(name for name in names if not name.endswith(".snapshots"))
 
     def table_names(self) -> list[str]:
-        """All saved tables, by name."""
+        """Names of all saved tables."""
         found = [*self.path.glob("*.parquet"), *self.path.glob("*/*.parquet")]
         return sorted(path.relative_to(self.path).with_suffix("").as_posix() for path in found)
 
@@ -154,21 +177,34 @@ class RunDir:
         return path
 
 
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, which need not exist yet.
+
+    Raises:
+        UserError: the folder or one above it is a file or not writable; it is named.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"{folder} cannot be a folder: {existing} is a file; choose another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: no permission for {existing}; choose another path")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def _program(path: str) -> str:
-    """What a person calls it: `python -m crosslens`, as torchrun starts it, is crosslens."""
+    """The command as a person types it: `python -m crosslens`, as torchrun starts it, is crosslens."""
     place = Path(path)
     return place.parent.name if place.name == "__main__.py" else place.name
 
 
 def _headlines(identity: dict[str, Any]) -> dict[str, Any]:
-    """What a person looks for first, at the top level of run.json."""
+    """What a reader looks for first, copied to the top level of run.json."""
     architecture = identity.get("architecture", {})
     return {
         "model": identity.get("model_name"),

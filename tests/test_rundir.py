@@ -61,10 +61,10 @@ def test_claiming_it_again_changes_nothing(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_tokens": 99}, "its n_tokens is 1234, asked for is 99"),
-        ({"training": {"lr": 1e-3, "seed": 1}}, "its training.lr is 0.0003, asked for is 0.001"),
-        ({"training": {"lr": 3e-4}}, "its training.seed is 1, asked for is None"),
-        ({"architecture": {**IDENTITY["architecture"], "extra": 5}}, "architecture.extra is None, asked for is 5"),
+        ({"n_tokens": 99}, "its n_tokens is 1234, yours is 99"),
+        ({"training": {"lr": 1e-3, "seed": 1}}, "its training.lr is 0.0003, yours is 0.001"),
+        ({"training": {"lr": 3e-4}}, "its training.seed is 1, yours is None"),
+        ({"architecture": {**IDENTITY["architecture"], "extra": 5}}, "architecture.extra is None, yours is 5"),
         ({"snapshots": [{"label": "a", "step": 0}, {"label": "c", "step": 10}]}, r"snapshots\[1\].label is b, .* is c"),
         ({"snapshots": IDENTITY["snapshots"][:1]}, "its snapshots is "),
     ],
