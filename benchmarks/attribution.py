@@ -45,6 +45,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.intervention.prompt_runs import BatchAt, PromptRuns
 from crosslens.intervention.splice import spliced_logits
 from crosslens.snapshots.hooks import hook_layer
+from crosslens.snapshots.settings import ModelSettings
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def main() -> None:
     crosscoder.to(arguments.device)
     task = first_prompts(cl.Task.sva(arguments.task), snaps, arguments.prompts)
     for s in range(len(snaps)):
-        snaps.model(s, device=arguments.device)
+        snaps.model(s, ModelSettings(arguments.device))
     setting = {
         "snapshots": len(snaps),
         "d_model": snaps.d_model,
@@ -223,7 +224,7 @@ def one_pass(runs: PromptRuns, s: int, part: BatchAt, prompt: int, column: int, 
     x = torch.where(part.keep[prompt, :, None], crosscoder.decode_snapshot(scaled, s) + alpha * error, clean)
     tokens = part.prompts.tokens[prompt : prompt + 1].to(runs.device)
     logits = spliced_logits(
-        runs.snapshots.model(s, device=runs.device), tokens, runs.hook_name, x[None], part.keep[prompt][None]
+        runs.snapshots.model(s, ModelSettings(runs.device)), tokens, runs.hook_name, x[None], part.keep[prompt][None]
     )[0, -1]
     metric = logits[part.prompts.correct[prompt]] - logits[part.prompts.wrong[prompt]]
     (gradient,) = torch.autograd.grad(metric, scaled)

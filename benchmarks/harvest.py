@@ -30,8 +30,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from crosslens.activations import loader as activations
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import hook_layer
+from crosslens.snapshots.settings import ModelSettings
 
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
 VOCABULARY = 50_304
@@ -53,10 +55,14 @@ def write_snapshots(folder: Path, n: int) -> Snapshots:
     return Snapshots.local(folder)[:n]
 
 
+def settings(args: argparse.Namespace) -> ModelSettings:
+    return ModelSettings(args.device, batch_tokens=args.batch_tokens)
+
+
 def activations_of(snapshots: Snapshots, n_tokens: int, args: argparse.Namespace) -> Activations:
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, VOCABULARY, (n_tokens // args.context_size, args.context_size), generator=draw)
-    return Activations(snapshots, HOOK, tokens, device=args.device, batch_tokens=args.batch_tokens, held_out_tokens=0)
+    return Activations(snapshots, HOOK, Dataset(tokens, held_out_tokens=0), settings=settings(args))
 
 
 # ---------------------------------------------------------------------- speed
@@ -69,7 +75,7 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     def full(loading: bool = False) -> None:
         out = torch.empty(*acts.tokens.shape, S, D)
         for s in range(S):
-            model = snapshots[s].load(args.device) if loading else snapshots.model(s, device=args.device)
+            model = snapshots[s].load(args.device) if loading else snapshots.model(s, settings(args))
             for first in range(0, len(acts.tokens), step):
                 batch = acts.tokens[first : first + step].long().to(args.device)
                 _, cache = model.run_with_cache(batch, names_filter=HOOK, return_cache_object=False)
@@ -99,7 +105,7 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     calls |= {f"cache, loading and writing {dtype}": write(dtype) for dtype in args.dtypes}
     calls |= {f"cache, reading {dtype}": read(dtype) for dtype in args.dtypes}
     for s in range(S):  # only what says so loads models
-        snapshots.model(s, device=args.device), snapshots.model(s, device=args.device, n_blocks=hook_layer(HOOK))
+        snapshots.model(s, settings(args)), snapshots.model(s, settings(args), hook_layer(HOOK))
     timings = measure.alternate(calls, args.rounds, args.warm_up, args.device)
     clock = "cpu" if args.threads == 1 and args.device == "cpu" else "wall"
     rows: list[dict[str, Any]] = []

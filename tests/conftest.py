@@ -111,12 +111,11 @@ def task() -> Task:
 def live(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
     """About 1,000 activations of the middle block for training, and 200 held out, in sequences of 16 tokens."""
     from crosslens.activations.loader import Activations
+    from crosslens.activations.tokens import Dataset
     from crosslens.snapshots.collection import Snapshots
 
     return Activations(
-        Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, n_tokens=1000, context_size=16,
-        held_out_tokens=200,
-    )  # fmt: skip
+        Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", Dataset(tiny_text, 1000, 16, 200))  # fmt: skip
 
 
 @pytest.fixture(scope="module")

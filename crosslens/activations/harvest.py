@@ -1,4 +1,4 @@
-"""Activations of snapshots at a hook point: the models run as far as the hook, and no further."""
+"""Activations of snapshots at a hook point; the models run up to the hook and no further."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -17,9 +17,10 @@ from crosslens.activations.cache import ActivationCache
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel
 
-# a cut model serves the thread that prefetches and the one that evaluates, and its hooks are the model's
+# the prefetching thread and the evaluation share cut models, and hooks are attached to the model itself
 _CUT_MODELS = threading.RLock()
 
 
@@ -27,10 +28,8 @@ def harvest(
     snapshots: Snapshots,
     tokens: Int[Tensor, "N T"],
     hook_name: str,
+    settings: ModelSettings | None = None,
     *,
-    device: str = "cpu",
-    batch_tokens: int = 16_384,
-    backend: str = "bridge",
     only: int | None = None,
     cut: bool = False,
     abandoned: Callable[[], bool] | None = None,
@@ -41,31 +40,22 @@ def harvest(
         snapshots: models of one pretraining run.
         tokens: sequences of equal length.
         hook_name: TransformerLens name such as `blocks.1.hook_resid_post`.
-        device: where the models run; the result is on the CPU.
-        batch_tokens: tokens per forward pass.
-        backend: "bridge" or "hooked_transformer".
+        settings: how the models run; the result is on the CPU, in float32.
         only: harvest this snapshot alone; S is then 1.
-        cut: by models without the blocks above the hook, in place of the whole ones that other analyses share.
-        abandoned: asked before every forward pass; True ends the harvest with `AbandonedError`.
+        cut: use models without the blocks above the hook instead of the whole ones that other analyses share.
+        abandoned: called before every forward pass; True ends the harvest with `AbandonedError`.
 
     Raises:
-        UserError: an activation is not finite; snapshot and hook are named.
+        UserError: an activation is not finite; the message names snapshot and hook.
     """
+    settings = settings or ModelSettings()
     chosen = range(len(snapshots)) if only is None else [only]
     out = torch.empty(*tokens.shape, len(chosen), snapshots.d_model)
     n_blocks = hook_layer(hook_name) if cut else None
     for column, s in enumerate(chosen):
         with _CUT_MODELS:
-            model = snapshots.model(s, device=device, backend=backend, n_blocks=n_blocks)
-            run_to_hook(
-                model,
-                tokens,
-                hook_name,
-                out[:, :, column],
-                device=device,
-                batch_tokens=batch_tokens,
-                abandoned=abandoned,
-            )
+            model = snapshots.model(s, settings, n_blocks)
+            run_to_hook(model, tokens, hook_name, out[:, :, column], settings, abandoned)
         check_finite(out[:, :, column], snapshots.labels[s], hook_name)
     return out
 
@@ -76,14 +66,12 @@ def run_to_hook(
     tokens: Int[Tensor, "N T"],
     hook_name: str,
     out: Float[Tensor, "N T D"],
-    *,
-    device: str = "cpu",
-    batch_tokens: int = 16_384,
+    settings: ModelSettings,
     abandoned: Callable[[], bool] | None = None,
 ) -> None:
-    """Write one model's activations into `out`; a forward pass ends where they are read."""
+    """Write one model's activations into `out`; each forward pass stops at the hook."""
     name = canonical_hook(hook_name)
-    step = max(1, batch_tokens // tokens.shape[1])
+    step = max(1, settings.batch_tokens // tokens.shape[1])
     for start in range(0, len(tokens), step):
         if abandoned is not None and abandoned():
             raise AbandonedError
@@ -94,7 +82,7 @@ def run_to_hook(
             raise _Reached
 
         try:
-            model.run_with_hooks(tokens[start : start + step].long().to(device), fwd_hooks=[(name, keep)])
+            model.run_with_hooks(tokens[start : start + step].long().to(settings.device), fwd_hooks=[(name, keep)])
         except _Reached:
             continue
         raise AssertionError(f"{name} was not reached")
@@ -105,26 +93,21 @@ def fill(
     snapshots: Snapshots,
     hook_name: str,
     pairs: list[tuple[int, int]],
-    *,
-    device: str = "cpu",
-    batch_tokens: int = 16_384,
-    backend: str = "bridge",
+    settings: ModelSettings,
 ) -> None:
     """Harvest (shard, snapshot) pairs into a cache, with one model in memory at a time, cut at the hook.
 
-    Processes that torchrun has started begin at different pairs; what another process is at is waited for.
+    Processes started by torchrun begin at different pairs, and wait for the pairs that another process works on.
 
     Args:
-        cache: where to.
+        cache: the cache to fill.
         snapshots: models of one pretraining run.
-        hook_name: where they are read.
+        hook_name: the hook point.
         pairs: what is missing, snapshot by snapshot.
-        device: where the models run.
-        batch_tokens: tokens per forward pass.
-        backend: "bridge" or "hooked_transformer".
+        settings: how the models run.
 
     Raises:
-        UserError: an activation is not finite (snapshot, hook and shard are named), or the disk is full.
+        UserError: an activation is not finite (the message names snapshot, hook and shard), or the disk is full.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     progress = tqdm(total=len(pairs), desc="Harvesting", unit="shard")
@@ -133,11 +116,11 @@ def fill(
         for shard, s in turns:
             if loaded != s:
                 loaded, model = s, None
-                gc.collect()  # the hooks tie a model's parts into cycles
-                model = snapshots[s].load(device, backend=backend, n_blocks=hook_layer(hook_name))
+                gc.collect()  # hooks make reference cycles of a model's parts
+                model = snapshots[s].load(settings.device, settings.dtype, settings.backend, hook_layer(hook_name))
             first, last = cache.span(shard)
             acts = torch.empty(last - first, cache.tokens.shape[1], cache.d_model)
-            run_to_hook(model, cache.tokens[first:last], hook_name, acts, device=device, batch_tokens=batch_tokens)
+            run_to_hook(model, cache.tokens[first:last], hook_name, acts, settings)
             check_finite(acts, snapshots.labels[s], hook_name, f"shard {shard}", first)
             cache.write(shard, s, acts)
             progress.update()
@@ -150,14 +133,14 @@ def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where
     Args:
         acts: of one snapshot.
         label: of the snapshot.
-        hook_name: where they were read.
-        where: what part of the data it is, such as "shard 3".
-        first: number of the first sequence.
+        hook_name: the hook point.
+        where: part of the data, such as "shard 3".
+        first: index of the first sequence.
 
     Raises:
-        UserError: names snapshot, hook, part, and the first such sequence and position.
+        UserError: names the snapshot, the hook, the part, and the first bad sequence and position.
     """
-    if not torch.isfinite(acts.sum()):  # an overflow of the sum is not one of the activations
+    if not torch.isfinite(acts.sum()):  # the sum alone may overflow
         bad = (~torch.isfinite(acts)).any(-1).nonzero()
         if len(bad):
             sequence, position = bad[0].tolist()
@@ -168,18 +151,9 @@ def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where
             )
 
 
-def special_positions(tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-    """Positions whose token is the tokenizer's BOS or padding token."""
-    ids = {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
-    special = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in ids:
-        special |= tokens == token
-    return special
-
-
 class AbandonedError(Exception):
-    """Nobody waits for the result any more."""
+    """The result is no longer needed."""
 
 
 class _Reached(Exception):
-    """The hook point was read: nothing above it is needed."""
+    """The hook point was read; the rest of the model need not run."""

@@ -12,12 +12,14 @@ outliers that say nothing about the text. Letters: N sequences, B tokens, T posi
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +39,15 @@ from crosslens.activations.cache import (
     free_bytes,
     row_bytes,
 )
-from crosslens.activations.harvest import fill, harvest, run_to_hook, special_positions
+from crosslens.activations.harvest import fill, harvest, run_to_hook
 from crosslens.activations.plan import Plan, model_bytes, peak_memory, training_bytes
 from crosslens.activations.prefetch import Prefetch
-from crosslens.activations.tokens import Dataset, describe_dataset, generator, split_sequences, token_sequences
+from crosslens.activations.tokens import Dataset, Source, generator, split_sequences, token_sequences
 from crosslens.distributed.parallel import check_split, own_device
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import KEEP_BYTES, Snapshots
 from crosslens.snapshots.hooks import hook_layer
+from crosslens.snapshots.settings import ModelSettings
 
 if TYPE_CHECKING:
     from crosslens.crosscoders import CrosscoderTrainingConfig
@@ -57,76 +60,63 @@ class Activations:
     """Activations of one dataset in all snapshots at one hook point.
 
     Args:
-        snapshots: the models, checked against each other and the hook point at once.
+        snapshots: the models, checked at once against each other and the hook point.
         hook_name: TransformerLens name of a residual-stream or block-output hook.
-        dataset: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or tokens: (N, T)
-            sequences, or (N,) one long stream.
-        n_tokens: tokens to train on, counted without the positions that are left out; None takes the whole dataset.
-        context_size: tokens per sequence; defaults to the models' context, at most 1024. T for (N, T) tokens.
-        held_out_tokens: tokens kept for evaluation; defaults to n_tokens / 20, between 2,000 and 100,000.
-        text_column: column of the documents.
-        split: split of a hub dataset.
-        sample_by: "line" or "paragraph", what a document is in a text file.
-        prepend_bos: begin every sequence with the tokenizer's BOS.
-        keep_special: keep positions whose token is BOS or padding.
+        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of
+            documents, or tokens, `(N, T)` sequences or `(N,)` one long stream.
+        n_tokens: tokens to train on, without the positions that are left out; None takes the whole dataset.
+        context_size: tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens.
         seed: of every permutation.
-        device: where the models run.
-        batch_tokens: tokens per forward pass.
-        backend: "bridge" or "hooked_transformer".
+        settings: how the models run.
+
+    Attributes:
+        dataset: the `Dataset`, with its `context_size` filled in.
 
     Raises:
-        UserError: a number out of range, snapshots that cannot be compared, or no such hook point; and in every method,
-            for data and models are read when they are needed: what is missing, damaged, too small or not finite.
+        UserError: a number out of range or given twice, snapshots that cannot be compared, no such hook point. Data
+            and models are read when they are first needed, so any method may find them missing, damaged, too small
+            or not finite.
     """
 
     waited = 0.0
     """Seconds for which the last stream of batches waited for data."""
     waited_first = 0.0
-    """Those of them that went by before its first batch, when there was nothing else to do."""
+    """The part of them before its first batch, when nothing else could be done."""
 
     def __init__(
         self,
         snapshots: Snapshots,
         hook_name: str,
-        dataset: Dataset,
+        dataset: Dataset | Source,
         n_tokens: int | None = None,
         context_size: int | None = None,
         *,
-        held_out_tokens: int | None = None,
-        text_column: str = "text",
-        split: str = "train",
-        sample_by: str = "line",
-        prepend_bos: bool = True,
-        keep_special: bool = False,
         seed: int = 0,
-        device: str = "cpu",
-        batch_tokens: int = 16_384,
-        backend: str = "bridge",
+        settings: ModelSettings | None = None,
     ) -> None:
-        if n_tokens is not None and n_tokens <= 0:
-            raise UserError(f"n_tokens={n_tokens} must be positive, or None for the whole dataset")
+        if not isinstance(dataset, Dataset):
+            dataset = Dataset(dataset, n_tokens, context_size)
+        else:
+            for name, value in (("n_tokens", n_tokens), ("context_size", context_size)):
+                if value is None:
+                    continue
+                if (set_already := getattr(dataset, name)) is not None:
+                    raise UserError(f"{name}={value} beside a Dataset with {name}={set_already}: give it once")
+                dataset = replace(dataset, **{name: value})
         longest = snapshots.n_ctx
-        if isinstance(dataset, (Tensor, np.ndarray)) and dataset.ndim == 2:
-            context_size = int(dataset.shape[1])
-        elif context_size is None:
-            context_size = min(longest, 1024)
-        if not 2 <= context_size <= longest:
-            raise UserError(f"context_size={context_size} is not in [2, {longest}], the models' context")
-        # the weights are compared before the first harvest: until then nothing is downloaded
+        T = min(longest, 1024) if dataset.context_size is None else dataset.context_size
+        if isinstance(dataset.source, (Tensor, np.ndarray)) and dataset.source.ndim == 2:
+            T = int(dataset.source.shape[1])
+        if not 2 <= T <= longest:
+            raise UserError(f"context_size={T} is not in [2, {longest}], the models' context")
+        # the weights are compared before the first harvest; until then nothing is downloaded
         snapshots.check(hook_name, weights=False)
+        settings = settings or ModelSettings()
         self.snapshots = snapshots
         self.hook_name = hook_name
-        self.dataset = dataset
-        self.context_size = context_size
-        self.prepend_bos = prepend_bos
-        self.keep_special = keep_special
+        self.dataset = replace(dataset, context_size=T)
         self.seed = seed
-        self.device = own_device(device)
-        self.batch_tokens = batch_tokens
-        self.backend = backend
-        self._requested = n_tokens
-        self._requested_held_out = held_out_tokens
-        self._reading = {"text_column": text_column, "split": split, "sample_by": sample_by}
+        self.settings = replace(settings, device=own_device(settings.device))
         self._compared = False
         self._cache: ActivationCache | None = None
         self._tokens: Tensor | None = None
@@ -165,31 +155,19 @@ class Activations:
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
         """Which positions of `tokens` training uses: all but BOS and padding, unless `keep_special`."""
-        kept = torch.ones_like(tokens, dtype=torch.bool)
-        return kept if self.keep_special else special_positions(tokens, self.snapshots.tokenizer).logical_not_()
+        return self.dataset.keep(tokens, self.snapshots.tokenizer)
 
     def _read(self) -> tuple[Tensor, int]:
-        wanted, held_out = self._requested, self._requested_held_out
-        if held_out is None:
-            held_out = 100_000 if wanted is None else min(max(wanted // 20, 2_000), 100_000)
-        sequences = token_sequences(
-            self.dataset,
-            self.snapshots.tokenizer,
-            self.context_size,
-            prepend_bos=self.prepend_bos,
-            # whole sequences are held out, so that training may want one more
-            n_tokens=None if wanted is None else wanted + held_out + self.context_size,
-            count=lambda rows: self.keep(rows).sum(-1),
-            **self._reading,
-        )
+        sequences = token_sequences(self.dataset, self.snapshots.tokenizer)
         lowest, highest = (int(sequences.min()), int(sequences.max())) if sequences.numel() else (0, 0)
         if lowest < 0 or highest >= len(self.snapshots.tokenizer):
             raise UserError(
-                f"token id {lowest if lowest < 0 else highest} in {describe_dataset(self.dataset)} is outside the "
-                f"tokenizer's vocabulary of {len(self.snapshots.tokenizer)}: was it tokenised with another tokenizer?"
+                f"token id {lowest if lowest < 0 else highest} in {self.dataset.name} is outside the tokenizer's "
+                f"vocabulary of {len(self.snapshots.tokenizer)}: was it tokenised with another tokenizer?"
             )
-        place = describe_dataset(self.dataset)
-        order, n_train = split_sequences(self.keep(sequences).sum(-1), wanted, held_out, self.seed, place)
+        counts = self.keep(sequences).sum(-1)
+        wanted, held_out = self.dataset.n_tokens, self.dataset.n_held_out
+        order, n_train = split_sequences(counts, wanted, held_out, self.seed, self.dataset.name)
         return sequences[order], n_train
 
     # ------------------------------------------------------------------ activations
@@ -204,12 +182,8 @@ class Activations:
         if self._cache is not None:
             return self._cache.read(first, last, self._repair)
         self._compare()
-        return harvest(self.snapshots, self.tokens[first:last], cut=True, abandoned=abandoned, **self._running)
-
-    @property
-    def _running(self) -> dict[str, Any]:
-        names = ("hook_name", "device", "batch_tokens", "backend")
-        return {name: getattr(self, name) for name in names}
+        tokens = self.tokens[first:last]
+        return harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
 
     def _compare(self) -> None:
         """Compare the weights of the snapshots, once."""
@@ -301,31 +275,31 @@ class Activations:
         if missing := cache.missing(verify=verify):
             check_space(path, cache.needed_bytes(missing))
             self._compare()
-            fill(cache, self.snapshots, pairs=missing, **self._running)
+            fill(cache, self.snapshots, self.hook_name, missing, self.settings)
             if dtype != "float32":
                 tqdm.write(describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors()), file=sys.stderr)
         if evict:
             freed = sum(snapshot.evict() for snapshot in self.snapshots)
             tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
-        cached = Activations.__new__(Activations)
-        cached.__dict__.update(self.__dict__)
+        cached = copy.copy(self)
         cached._cache = cache
         return cached
 
     def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
         assert self._cache is not None
         warnings.warn(f"{error.path} {error.what}: it is harvested again", stacklevel=2)
-        fill(self._cache, self.snapshots, pairs=[(shard, snapshot)], **self._running)
+        fill(self._cache, self.snapshots, self.hook_name, [(shard, snapshot)], self.settings)
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the activations: two requests with equal fingerprints give equal activations."""
+        """Everything that decides the activations: equal fingerprints give equal activations."""
         return {
             "snapshots": self.snapshots.fingerprints,
             "hook_name": self.hook_name,
-            "context_size": self.context_size,
-            "prepend_bos": self.prepend_bos,
-            "backend": self.backend,
+            "context_size": self.dataset.context_size,
+            "prepend_bos": self.dataset.prepend_bos,
+            "backend": self.settings.backend,
+            "model_dtype": self.settings.dtype,
         }
 
     def metadata(self) -> dict[str, Any]:
@@ -333,10 +307,10 @@ class Activations:
         return {
             "model_name": self.snapshots.name,
             "hook_name": self.hook_name,
-            "dataset_path": describe_dataset(self.dataset),
-            "context_size": self.context_size,
-            "prepend_bos": self.prepend_bos,
-            "keep_special": self.keep_special,
+            "dataset_path": self.dataset.name,
+            "context_size": self.dataset.context_size,
+            "prepend_bos": self.dataset.prepend_bos,
+            "keep_special": self.dataset.keep_special,
             "snapshots": [
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots
@@ -344,33 +318,35 @@ class Activations:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` makes the same activations from.
+        """A record for `from_dict`, in types of JSON; of the settings all but the device.
 
         Raises:
-            UserError: the dataset is in memory, and cannot be named.
+            UserError: the dataset is in memory and has no name.
         """
-        if not isinstance(self.dataset, (str, Path)):
+        source = self.dataset.source
+        if not isinstance(source, (str, Path)):
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
-        dataset = str(Path(self.dataset).resolve()) if Path(self.dataset).is_file() else str(self.dataset)
+        source = str(Path(source).resolve()) if Path(source).is_file() else str(source)
+        settings = asdict(self.settings)
+        del settings["device"]
         return {
             "snapshots": self.snapshots.to_dict(),
             "hook_name": self.hook_name,
-            "dataset": dataset,
-            "n_tokens": self._requested,
-            "context_size": self.context_size,
-            "held_out_tokens": self._requested_held_out,
-            **self._reading,
-            "prepend_bos": self.prepend_bos,
-            "keep_special": self.keep_special,
+            "dataset": asdict(replace(self.dataset, source=source)),
             "seed": self.seed,
-            "backend": self.backend,
+            "settings": settings,
         }
 
     @classmethod
-    def from_dict(cls, recorded: dict[str, Any], **changes: Any) -> Activations:
-        """The activations whose `to_dict` gave `recorded`; `changes` replace arguments such as `device`."""
-        arguments: dict[str, Any] = {**recorded, "snapshots": Snapshots.from_dict(recorded["snapshots"]), **changes}
-        return cls(**arguments)
+    def from_dict(cls, recorded: dict[str, Any], settings: ModelSettings | None = None) -> Activations:
+        """The activations that `to_dict` recorded; `settings` replace the recorded ones."""
+        return cls(
+            Snapshots.from_dict(recorded["snapshots"]),
+            recorded["hook_name"],
+            Dataset(**recorded["dataset"]),
+            seed=recorded["seed"],
+            settings=settings or ModelSettings(**recorded["settings"]),
+        )
 
     def plan(
         self,
@@ -432,12 +408,13 @@ class Activations:
         found = next((snapshot for snapshot in self.snapshots if snapshot.is_on_disk()), None)
         if found is None:
             return math.nan
-        model = found.load(self.device, backend=self.backend, n_blocks=hook_layer(self.hook_name))
+        ours = self.settings
+        model = found.load(ours.device, ours.dtype, ours.backend, hook_layer(self.hook_name))
         probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
         out = torch.empty(*probe.shape, self.d_model)
         seconds: list[float] = []
         for _ in range(3):
             began = time.perf_counter()
-            run_to_hook(model, probe, self.hook_name, out, device=self.device, batch_tokens=self.batch_tokens)
+            run_to_hook(model, probe, self.hook_name, out, ours)
             seconds.append(time.perf_counter() - began)
         return min(seconds) / probe.numel()

@@ -1,22 +1,23 @@
-"""From a dataset to sequences of tokens: hub names, local files, lists of documents, token arrays."""
+"""Sequences of tokens from a dataset: a hub name, a local file, a list of documents or a token array."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
 from crosslens.errors import UserError, did_you_mean, first_line
 
-Dataset: TypeAlias = str | Path | Sequence[str] | Tensor | NDArray[Any]
+Source: TypeAlias = str | Path | Sequence[str] | Tensor | NDArray[Any]
 
 _BUILDERS = {
     ".txt": "text",
@@ -29,93 +30,138 @@ _BUILDERS = {
 }
 
 
-def describe_dataset(dataset: Dataset) -> str:
-    """A short name of a dataset for messages and metadata; never a folder of the user's machine."""
-    if isinstance(dataset, (str, Path)):
-        return Path(dataset).name if _is_file(dataset) else str(dataset)
-    kind = "token array" if isinstance(dataset, (Tensor, np.ndarray)) else "list of documents"
-    return f"{kind} of {len(dataset):,}"
+@dataclass(frozen=True)
+class Dataset:
+    """Where tokens come from, and how documents become sequences.
+
+    Raises:
+        UserError: `n_tokens` is not positive, or `sample_by` is unknown.
+    """
+
+    source: Source
+    """Hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or tokens: `(N, T)`
+    sequences, or `(N,)` one long stream."""
+    n_tokens: int | None = None
+    """Tokens to train on, without the positions that are left out; None takes the whole dataset."""
+    context_size: int | None = None
+    """Tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens."""
+    held_out_tokens: int | None = None
+    """Tokens kept for evaluation; None takes n_tokens / 20, between 2,000 and 100,000."""
+    text_column: str = "text"
+    """Column that holds the documents."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    sample_by: str = "line"
+    """`"line"` or `"paragraph"`: what counts as a document in a text file."""
+    prepend_bos: bool = True
+    """Begin sequences with BOS and separate documents by it, where the tokenizer has one."""
+    keep_special: bool = False
+    """Keep positions whose token is BOS or padding."""
+
+    def __post_init__(self) -> None:
+        if self.n_tokens is not None and self.n_tokens <= 0:
+            raise UserError(f"n_tokens={self.n_tokens} must be positive, or None for the whole dataset")
+        if self.sample_by not in ("line", "paragraph"):
+            raise UserError(f"sample_by={self.sample_by!r} is unknown; use 'line' or 'paragraph'")
+
+    @property
+    def name(self) -> str:
+        """A short name for messages and metadata; never a folder of the user's machine."""
+        if isinstance(self.source, (str, Path)):
+            return Path(self.source).name if _is_file(self.source) else str(self.source)
+        kind = "token array" if isinstance(self.source, (Tensor, np.ndarray)) else "list of documents"
+        return f"{kind} of {len(self.source):,}"
+
+    @property
+    def n_held_out(self) -> int:
+        """Tokens to hold out, with the default filled in."""
+        if self.held_out_tokens is not None:
+            return self.held_out_tokens
+        return 100_000 if self.n_tokens is None else min(max(self.n_tokens // 20, 2_000), 100_000)
+
+    def keep(self, tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
+        """Which positions are used: all but BOS and padding, unless `keep_special`."""
+        if self.keep_special:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return special_positions(tokens, tokenizer).logical_not_()
 
 
-def token_sequences(
-    dataset: Dataset,
-    tokenizer: Any,
-    context_size: int,
-    *,
-    prepend_bos: bool = True,
-    n_tokens: int | None = None,
-    count: Callable[[Tensor], Tensor],
-    text_column: str = "text",
-    split: str = "train",
-    sample_by: str = "line",
-) -> Int[Tensor, "N T"]:
-    """Sequences of equal length from a dataset, until `n_tokens` of them count.
+def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
+    """Read sequences of equal length, enough for the tokens to train on and those to hold out.
+
+    `(N, T)` tokens are taken as they are, everything else is packed into sequences of `context_size` tokens.
 
     Args:
-        dataset: hub name, path, list of documents, or tokens: (N, T) sequences as they are, (N,) one long stream.
+        dataset: with a `context_size`, unless it holds `(N, T)` tokens.
         tokenizer: a Hugging Face tokenizer.
-        context_size: T, for everything but a 2-D token array.
-        prepend_bos: begin sequences with BOS and separate documents by it, where the tokenizer has one.
-        n_tokens: stop when `count` over the sequences reaches it; None takes all.
-        count: tokens of each sequence that count, (n, T) -> (n,).
-        text_column: column of the documents.
-        split: split of a hub dataset.
-        sample_by: "line" or "paragraph", what a document is in a text file.
 
     Returns:
         int32 tokens, in the order of the dataset.
+
+    Raises:
+        UserError: the data cannot be read, or make less than one sequence.
     """
-    bos = tokenizer.bos_token_id if prepend_bos else None
-    if isinstance(dataset, (Tensor, np.ndarray)):
-        tokens = torch.as_tensor(dataset)
+    source, T = dataset.source, dataset.context_size
+    if isinstance(source, (Tensor, np.ndarray)):
+        tokens = torch.as_tensor(source)
         if tokens.ndim not in (1, 2) or tokens.is_floating_point():
             raise UserError(
                 f"a token array of shape {tuple(tokens.shape)} and dtype {tokens.dtype} cannot be used; give whole "
                 "numbers, (N, T) sequences or (N,) one long stream"
             )
         if tokens.ndim == 2:
-            return _until(tokens.to(torch.int32), n_tokens, count)
+            return _until(tokens.to(torch.int32), _needed(dataset, tokens.shape[1]), dataset, tokenizer)
         streams = iter([tokens.long()])
     else:
-        streams = _tokenised(_documents(dataset, text_column, split, sample_by), tokenizer)
-    packed = concat_and_batch_sequences(
-        streams, context_size, begin_batch_token_id=bos, sequence_separator_token_id=bos
-    )
+        streams = _tokenised(_documents(dataset), tokenizer)
+    if T is None:
+        raise UserError("context_size=None: give the number of tokens per sequence")
+    bos = tokenizer.bos_token_id if dataset.prepend_bos else None
+    packed = concat_and_batch_sequences(streams, T, begin_batch_token_id=bos, sequence_separator_token_id=bos)
+    wanted = _needed(dataset, T)
     rows: list[Tensor] = []
     counted = 0
-    while n_tokens is None or counted < n_tokens:
+    while wanted is None or counted < wanted:
         chunk = list(islice(packed, 1024))
         if not chunk:
             break
-        stacked = torch.stack(chunk).to(torch.int32)
-        stacked = _until(stacked, None if n_tokens is None else n_tokens - counted, count)
-        counted += int(count(stacked).sum())
+        left = None if wanted is None else wanted - counted
+        stacked = _until(torch.stack(chunk).to(torch.int32), left, dataset, tokenizer)
+        counted += int(dataset.keep(stacked, tokenizer).sum())
         rows.append(stacked)
     if not rows:
         raise UserError(
-            f"{describe_dataset(dataset)} holds less than one sequence of context_size={context_size} tokens; "
-            "use more text or a smaller context_size"
+            f"{dataset.name} holds less than one sequence of context_size={T} tokens; use more text or a smaller "
+            "context_size"
         )
     return torch.cat(rows)
+
+
+def special_positions(tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
+    """Positions whose token is the tokenizer's BOS or padding token."""
+    special = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}:
+        special |= tokens == token
+    return special
 
 
 def split_sequences(
     counts: Int[Tensor, N], wanted: int | None, held_out: int, seed: int, name: str
 ) -> tuple[Int[Tensor, n], int]:
-    """Which sequences are trained on, and which are held out, in an order drawn from the seed.
+    """Choose sequences to train on and sequences to hold out, in an order drawn from the seed.
 
     Args:
-        counts: tokens of each sequence that count.
-        wanted: tokens to train on, at least; all that are not held out when None.
-        held_out: tokens to hold out, at least; a tenth of all at most when `wanted` is None.
+        counts: kept tokens of each sequence.
+        wanted: least number of tokens to train on; None takes all that are not held out.
+        held_out: least number of tokens to hold out; at most a tenth of all when `wanted` is None.
         seed: of the order.
         name: of the dataset, for messages.
 
     Returns:
-        Sequences to train on, then those held out; and how many are to train on.
+        Indices of the training sequences followed by those held out, and the number of training sequences.
 
     Raises:
-        UserError: fewer tokens than that.
+        UserError: the dataset has too few tokens.
     """
     total, largest = int(counts.sum()), int(counts.max()) if len(counts) else 0
     too_many = UserError(
@@ -134,7 +180,7 @@ def split_sequences(
             f"{name} makes too few sequences to hold some out ({len(counts)}): use more text or a smaller context_size"
         )
     training, spare = order[: enough - n_held_out], enough
-    while int(counts[training].sum()) < (wanted or 0):  # what is held out is whole sequences, and may be too much
+    while int(counts[training].sum()) < (wanted or 0):  # whole sequences are held out, perhaps too much
         if spare == len(counts):
             raise too_many
         training, spare = torch.cat([training, torch.tensor([spare])]), spare + 1
@@ -142,18 +188,24 @@ def split_sequences(
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A random generator that is a function of a few integers."""
+    """A random generator seeded by a few integers."""
     seed = 0
     for number in numbers:
         seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
     return torch.Generator().manual_seed(seed)
 
 
-def _until(sequences: Tensor, n_tokens: int | None, count: Callable[[Tensor], Tensor]) -> Tensor:
-    """The first sequences that together count at least `n_tokens`, or all."""
+def _needed(dataset: Dataset, context_size: int) -> int | None:
+    """Kept tokens to read: whole sequences are held out, so training may need one more."""
+    return None if dataset.n_tokens is None else dataset.n_tokens + dataset.n_held_out + context_size
+
+
+def _until(sequences: Tensor, n_tokens: int | None, dataset: Dataset, tokenizer: Any) -> Tensor:
+    """The first sequences that together keep at least `n_tokens` tokens, or all."""
     if n_tokens is None:
         return sequences
-    return sequences[: int((count(sequences).cumsum(0) < n_tokens).sum()) + 1]
+    counts = dataset.keep(sequences, tokenizer).sum(-1)
+    return sequences[: int((counts.cumsum(0) < n_tokens).sum()) + 1]
 
 
 def _tokenised(documents: Iterator[str], tokenizer: Any) -> Iterator[Tensor]:
@@ -163,42 +215,41 @@ def _tokenised(documents: Iterator[str], tokenizer: Any) -> Iterator[Tensor]:
                 yield torch.tensor(ids)
 
 
-def _documents(dataset: Any, text_column: str, split: str, sample_by: str) -> Iterator[str]:
-    if not isinstance(dataset, (str, Path)):
-        if not all(isinstance(text, str) for text in dataset):
+def _documents(dataset: Dataset) -> Iterator[str]:
+    source: Any = dataset.source
+    if not isinstance(source, (str, Path)):
+        if not all(isinstance(text, str) for text in source):
             raise UserError("a dataset given as a list must hold documents (strings); pass tokens as an array")
-        return iter(dataset)
+        return iter(source)
     from datasets import Dataset as Table
     from datasets import load_dataset
 
-    name = str(dataset)
-    if _is_file(dataset):
+    name = str(source)
+    if _is_file(source):
         suffix = next((s for s in Path(name).suffixes if s in _BUILDERS), None)
         if suffix is None:
             raise UserError(f"{name} is of an unknown kind; known are {', '.join(_BUILDERS)}, each also with .gz")
-        if sample_by not in ("line", "paragraph"):
-            raise UserError(f"sample_by={sample_by!r} is unknown; use 'line' or 'paragraph'")
-        options: dict[str, Any] = {"sample_by": sample_by} if _BUILDERS[suffix] == "text" else {}
+        options: dict[str, Any] = {"sample_by": dataset.sample_by} if _BUILDERS[suffix] == "text" else {}
         if suffix == ".tsv":
             options["sep"] = "\t"
-        # not load_dataset, which reports to the hub that somebody has read a file
+        # not load_dataset: it reports to the hub that a file was read
         read: Any = getattr(Table, f"from_{_BUILDERS[suffix]}")
         try:
             table = read(name, split="train", streaming=True, **options)
         except Exception as error:
-            # parquet is opened here already, and pyarrow has exceptions of its own
+            # parquet files are opened here already, and pyarrow raises exceptions of its own
             raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
     elif Path(name).suffix in {*_BUILDERS, ".gz"} or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"dataset file {name} does not exist; give an existing file, or a hub name such as 'user/name'")
     else:
         try:
-            table = load_dataset(name, split=split, streaming=True)
+            table = load_dataset(name, split=dataset.split, streaming=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"dataset {name!r} (split {split!r}) cannot be read from the hub: {first_line(error)}; "
+                f"dataset {name!r} (split {dataset.split!r}) cannot be read from the hub: {first_line(error)}; "
                 "check the name and the connection, or give a local file"
             ) from error
-    return _column(table, name, text_column)
+    return _column(table, name, dataset.text_column)
 
 
 def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
@@ -229,5 +280,5 @@ def _rows(table: Any, name: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _is_file(dataset: str | Path) -> bool:
-    return Path(dataset).is_file()
+def _is_file(source: str | Path) -> bool:
+    return Path(source).is_file()

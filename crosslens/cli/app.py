@@ -282,7 +282,7 @@ def attribute(
         steps=steps,
         baseline=baseline,
         device=device,
-        backend=acts.backend,
+        backend=acts.settings.backend,
     )
     run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms))
     run.save_table(f"attribution/{prompts.name}.snapshots", ie.snapshot_frame())
@@ -333,7 +333,7 @@ def ablate(
             n_draws=n_draws,
             seed=seed,
             device=device,
-            backend=acts.backend,
+            backend=acts.settings.backend,
         )
         for keep in (False, True)
     ]

@@ -123,19 +123,35 @@ def open_run(path: Path, device: str) -> tuple[RunDir, Crosscoder, Activations]:
     from crosslens.activations.loader import Activations
     from crosslens.crosscoders import load
     from crosslens.rundir import RunDir
+    from crosslens.snapshots.settings import ModelSettings
 
     run = RunDir.open(path)
     source = run.read_json().get("source")
     if source is None:
         raise UserError(f"{path} does not record where its activations came from; use the functions from Python")
-    return run, load(run.crosscoder, device=device), Activations.from_dict(source, device=device)
+    settings = ModelSettings(**source["settings"], device=device)
+    return run, load(run.crosscoder, device=device), Activations.from_dict(source, settings)
 
 
-def open_activations(snapshots: str, steps: str | None, *arguments: Any, **options: Any) -> Activations:
+def open_activations(
+    snapshots: str,
+    steps: str | None,
+    hook: str,
+    dataset: str,
+    *data: Any,
+    seed: int = 0,
+    device: str,
+    backend: str,
+    **reading: Any,
+) -> Activations:
     """The `Activations` that options of several verbs describe; `snapshots` and `steps` as in `parse_snapshots`."""
     from crosslens.activations.loader import Activations
+    from crosslens.activations.tokens import Dataset
+    from crosslens.snapshots.settings import ModelSettings
 
-    return Activations(parse_snapshots(snapshots, steps), *arguments, **options)
+    found = parse_snapshots(snapshots, steps)
+    settings = ModelSettings(device, backend=backend)
+    return Activations(found, hook, Dataset(dataset, *data, **reading), seed=seed, settings=settings)
 
 
 def parse_architecture(name: str, d_sae: int, k: int) -> CrosscoderTrainingConfig:

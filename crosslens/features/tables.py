@@ -185,10 +185,10 @@ def logit_lens(
     k = min(k, vocabulary)
     ids, values = torch.zeros(len(index), S, 2, k, dtype=torch.long), torch.zeros(len(index), S, 2, k)
     for s in tqdm(range(S), desc="Logit lens", unit="snapshot", leave=False):
-        model = acts.snapshots.model(s, device=acts.device, backend=acts.backend)
+        model = acts.snapshots.model(s, acts.settings)
         for part in torch.arange(len(index)).split(max(1, _ENTRIES // vocabulary)):
             rows = crosscoder.W_dec_by_snapshot[index[part].to(crosscoder.device), s]
-            rows = (rows / crosscoder.activation_scale[s]).to(acts.device)
+            rows = (rows / crosscoder.activation_scale[s]).to(acts.settings.device)
             logits = direct_logits(model, rows)[:, :vocabulary].cpu()
             for side, sign in enumerate((1, -1)):
                 found = (sign * logits).topk(k)

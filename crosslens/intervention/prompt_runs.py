@@ -1,19 +1,17 @@
-"""One batch of prompts at one snapshot: its features as pairs, what changes at the hook when they change, the metric.
+"""Clean runs of a task's prompts, which every causal analysis works from.
 
-With f_s the features, f0_s what they are changed to (zero, their mean over the prompts, or their values on the paired
-prompt), and gates frozen from the clean run, the change f_s - f0_s moves the activation at the hook by
+1. `PromptRuns` runs all prompts through every snapshot up to the hook, once, and encodes them. Activations stay in
+   memory, N T S D numbers, or in a temporary file; features are kept as (token, feature) pairs. Only one batch at a
+   time is dense, or on the device.
+2. `PromptRuns.at(s)` yields the batches at snapshot s: the clean activation, the pairs, and the model above the hook.
+3. `BatchAt.changes` gives f_s - f0_s as pairs, where the baseline f0_s is zero, the mean over the prompts, or the value
+   on the paired prompt. With gates frozen from the clean run, the change moves the activation at the hook by
 
-    sum_i (f_is - f0_is) W_dec[i, s] / c_s
+       sum_i (f_is - f0_is) W_dec[i, s] / c_s
 
-Letters: B prompts, T positions, D d_model, A features active on any prompt, n pairs.
+4. `BatchAt.metric` is the metric of the prompts, given an activation at the hook.
 
-Clean activations and features of a task's prompts in all snapshots, computed once and shared by every analysis.
-
-The activations of all prompts lie in the computer's memory, N T S D numbers (or in a temporary file); features are kept
-as (token, feature) pairs. What is dense, or on the device, is of one batch.
-
-An analysis that works snapshot by snapshot reads `at(s)`: batches with the clean activation, the pairs, and the model
-above the hook.
+`on_runs` lets an analysis of clean runs take crosscoder, snapshots and task in their place.
 
 Letters: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, n
 pairs.
@@ -21,10 +19,12 @@ pairs.
 
 from __future__ import annotations
 
+import inspect
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property, wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,18 +32,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from crosslens.activations.harvest import harvest, special_positions
+from crosslens.activations.harvest import harvest
+from crosslens.activations.tokens import special_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.crosscoders.kernels.sparse import row_pointers, sampled_product
 from crosslens.errors import UserError
-from crosslens.intervention.splice import CleanRun
-from crosslens.intervention.splice import check_snapshots as check_snapshots
+from crosslens.intervention.splice import CleanRun, check_snapshots
 from crosslens.intervention.upper import Upper, UpperRun
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.prompts import PromptBatch, logit_difference
 from crosslens.tasks.task import Task
 
-_MEAN_ENTRIES = 1 << 22  # pairs made at a time where the baseline is the mean
+_DENSE_ENTRIES = 1 << 24  # entries of a dense (token, feature) matrix held at a time
+_MEAN_ENTRIES = 1 << 22  # pairs made at a time for the mean baseline
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Pairs:
     """Values of (token, feature) pairs of a batch, sorted by token.
 
     Attributes:
-        tokens: (n,) place b * T + t of the token.
+        tokens: (n,) index b * T + t of the token.
         features: (n,) column among the A features.
         values: (n,).
     """
@@ -61,7 +63,7 @@ class Pairs:
     values: Float[Tensor, " n"]
 
     def to(self, device: str | torch.device) -> Pairs:
-        """The same on a device."""
+        """Move to a device."""
         return Pairs(self.tokens.to(device), self.features.to(device), self.values.to(device))
 
 
@@ -74,12 +76,12 @@ class BatchAt:
         first: number of prompts in the batches before it.
         keep: (B, T) positions that are spliced; BOS and padding keep their clean activation.
         clean: (B, T, D) raw activation at the hook.
-        patch: (B, T, D) that of the paired prompts, where there are any.
+        patch: (B, T, D) raw activation of the paired prompts; None if the runs are not paired.
         pairs: features of the clean run, f_is; some may be 0.
-        patch_values: (n,) of the paired prompts, on the same pairs.
+        patch_values: (n,) features of the paired prompts, on the same pairs.
         directions: (A, D) decoder rows in raw space, W_dec[i, s] / c_s.
-        bias: (D,) what the decoder puts out when no feature is active.
-        upper: the prompts in the model above the hook.
+        bias: (D,) decoder output when no feature is active.
+        upper: the model above the hook, on these prompts.
     """
 
     prompts: PromptBatch
@@ -97,11 +99,11 @@ class BatchAt:
         return len(self.clean)
 
     def changes(self, baseline: str, mean: Float[Tensor, " A"] | None = None) -> Iterator[Pairs]:
-        """`f_is - f0_is` where it is not 0: every pair once, all pairs of a prompt together.
+        """Pairs of `f_is - f0_is` that are not 0: each pair once, all pairs of a prompt together.
 
         Args:
             baseline: "zero", "mean" or "patch".
-            mean: of every feature, for "mean".
+            mean: mean of each feature, for "mean".
         """
         pairs, values = self.pairs, self.pairs.values
         if baseline == "mean":
@@ -115,7 +117,7 @@ class BatchAt:
         yield Pairs(pairs.tokens[kept], pairs.features[kept], values[kept])
 
     def _changes_from(self, mean: Float[Tensor, " A"]) -> Iterator[Pairs]:
-        """The mean is 0 at no position: dense in the features that have one, for some prompts at a time."""
+        """With a mean baseline every position changes: dense in the features with a mean, a few prompts at a time."""
         columns, T = mean.nonzero().flatten(), self.keep.shape[1]
         per_chunk = max(1, _MEAN_ENTRIES // max(1, T * len(columns)))
         for start in range(0, len(self), per_chunk):
@@ -129,13 +131,13 @@ class BatchAt:
             yield Pairs((tokens + low).repeat_interleave(len(columns)), columns.repeat(len(tokens)), values)
 
     def moved(self, pairs: Pairs) -> Float[Tensor, "B T D"]:
-        """How far pairs move the activation: `sum_i value W_dec[i, s] / c_s`."""
+        """Change of the activation: `sum_i value W_dec[i, s] / c_s`."""
         starts = row_pointers(pairs.tokens, self.keep.numel())[:-1]
         moved = embedding_bag(pairs.features, self.directions, starts, mode="sum", per_sample_weights=pairs.values)
         return moved.view_as(self.clean)
 
     def along(self, pairs: Pairs, gradient: Float[Tensor, "B T D"]) -> Float[Tensor, " n"]:
-        """What pairs contribute to a linear function of the activation: `value <W_dec[i, s] / c_s, gradient>`."""
+        """Contribution of each pair to a linear function of the activation: `value <W_dec[i, s] / c_s, gradient>`."""
         rows = row_pointers(pairs.tokens, self.keep.numel())
         return pairs.values * sampled_product(rows, pairs.features, gradient.flatten(0, 1), self.directions)
 
@@ -144,36 +146,30 @@ class BatchAt:
 
         Args:
             x: activations at all positions, clean where nothing is spliced; may carry gradients.
-            rows: which prompt of the batch each is a version of; all in order when None.
+            rows: the prompt of the batch that each row belongs to; None for all prompts in order.
         """
         batch = self.prompts if rows is None else self.prompts.select(rows.to(self.prompts.tokens.device))
         return logit_difference(self.upper.logits(x, rows), batch)
 
 
-_ENTRIES = 1 << 24  # entries of a dense (token, feature) matrix that is held at a time
-
-
 class PromptRuns:
-    """Clean activations and features of a task's prompts in all snapshots, computed once.
+    """Clean activations and features of a task's prompts in all snapshots, computed once, when first needed.
 
     Args:
         crosscoder: trained on these snapshots.
         snapshots: the models.
-        task: its prompts are tokenised with the snapshots' tokenizer.
-        batch_size: prompts per forward pass below the hook, and of everything dense.
-        device: where models and crosscoder run.
-        backend: "bridge" or "hooked_transformer".
-        paired: also run the paired prompts; prompts without one are left out.
+        task: minimal pairs; prompts are tokenised with the snapshots' tokenizer.
+        paired: also run the paired prompts, for the baseline "patch"; prompts without one are left out.
         on_disk: keep the activations in a temporary file instead of memory.
+        batch_size: prompts per batch of everything dense.
+        settings: how the models run; None runs them on the crosscoder's device.
 
     Attributes:
         batches: the prompts; the same order whatever the batch size.
-        features: (A,) ids of the features that are active on any prompt, or paired prompt, at any snapshot.
-        active: (F, S) which are active on any prompt at each snapshot.
-        active_paired: (F, S) which are on any paired prompt.
 
     Raises:
-        UserError: a crosscoder of other snapshots, a task without usable (or without paired) prompts.
+        UserError: a crosscoder of other snapshots or on another device than the models, a task without usable (or
+            without paired) prompts.
     """
 
     def __init__(
@@ -182,69 +178,93 @@ class PromptRuns:
         snapshots: Snapshots,
         task: Task,
         *,
-        batch_size: int = 256,
-        device: str = "cpu",
-        backend: str = "bridge",
         paired: bool = False,
         on_disk: bool = False,
+        batch_size: int = 256,
+        settings: ModelSettings | None = None,
     ) -> None:
         check_snapshots(crosscoder, snapshots)
-        self._given = crosscoder
+        self.settings = settings or ModelSettings(device=str(crosscoder.device))
+        if torch.device(self.settings.device).type != torch.device(crosscoder.device).type:
+            raise UserError(
+                f"the crosscoder is on {crosscoder.device} and the models would run on {self.settings.device}: "
+                f"move it with crosscoder.to({self.settings.device!r})"
+            )
         metadata = crosscoder.cfg.metadata
         if isinstance(crosscoder, CrosscoderTrainingSAE):
             crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
-        self.crosscoder, self.snapshots, self.task = crosscoder, snapshots, task
+        self.crosscoder, self.snapshots, self.task, self.paired = crosscoder, snapshots, task, paired
         self.hook_name: str = metadata.hook_name
-        self.device, self.backend, self.paired = device, backend, paired
         self.keep_special = bool(metadata.keep_special)
         bos = True if metadata.prepend_bos is None else bool(metadata.prepend_bos)
-        self.prompts = task.prompts(snapshots.tokenizer, prepend_bos=bos, max_length=snapshots.n_ctx)
-        self.batches: list[PromptBatch] = list(self.prompts.batches(batch_size))
+        prompts = task.prompts(snapshots.tokenizer, prepend_bos=bos, max_length=snapshots.n_ctx)
+        self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
         if paired:
             self.batches = [batch for batch in self.batches if batch.patch is not None]
             if not self.batches:
                 raise UserError(
                     f"task {task.name!r} has no paired prompts, which the 'patch' baseline needs; use 'zero' or 'mean'"
                 )
-        tokens = [batch.tokens for batch in self.batches] + [_patch(batch) for batch in self.batches if paired]
-        self._file = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115 (it lives as long as the runs)
-        self._acts = self._harvest(tokens)
+        self._on_disk = on_disk
         self._widths: dict[int, Sequence[int | None]] = {}
-        found = [self._encode(ids, acts) for ids, acts in zip(tokens, self._acts, strict=True)]
-        self.features = torch.cat([part.features for part in found]).unique()
-        n, F = len(self.batches), crosscoder.cfg.d_sae
-        self.active, self.active_paired = _active(found[:n], len(snapshots), F), _active(found[n:], len(snapshots), F)
-        self._found = [_merged(found[i], found[n + i] if paired else None, self.features) for i in range(n)]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return sum(len(batch.tokens) for batch in self.batches)
+
+    @cached_property
+    def features(self) -> Int[Tensor, " A"]:
+        """Ids of the features that are active on any prompt, or paired prompt, at any snapshot."""
+        return self._clean.features
+
+    @cached_property
+    def active(self) -> Bool[Tensor, "F S"]:
+        """Which features are active on any prompt, at each snapshot."""
+        return self._clean.active
+
+    @cached_property
+    def active_paired(self) -> Bool[Tensor, "F S"]:
+        """Which features are active on any paired prompt, at each snapshot; none if the runs are not paired."""
+        return self._clean.active_paired
+
+    @cached_property
+    def _clean(self) -> _Clean:
+        tokens = [batch.tokens for batch in self.batches] + [_patch(batch) for batch in self.batches if self.paired]
+        acts = self._harvest(tokens)
+        found = [self._encode(ids, x) for ids, x in zip(tokens, acts, strict=True)]
+        features = torch.cat([part.features for part in found]).unique()
+        n, S, F = len(self.batches), len(self.snapshots), self.crosscoder.cfg.d_sae
+        merged = [_merged(found[i], found[n + i] if self.paired else None, features) for i in range(n)]
+        return _Clean(acts, merged, features, _active(found[:n], S, F), _active(found[n:], S, F))
 
     def _harvest(self, tokens: Sequence[Tensor]) -> list[Float[Tensor, "S B T D"]]:
-        """Activations of every batch; one snapshot's model after the other."""
+        """Activations of every batch, one snapshot's model after the other."""
         S, D = len(self.snapshots), self.snapshots.d_model
         sizes = [S * ids.numel() * D for ids in tokens]
-        if self._file is None:
-            whole = torch.empty(sum(sizes))
+        if self._on_disk:
+            with tempfile.TemporaryFile() as file:  # the mapping keeps it after the file is closed
+                whole = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(sum(sizes),)))
         else:
-            whole = torch.from_numpy(np.memmap(self._file, np.float32, "w+", shape=(sum(sizes),)))
+            whole = torch.empty(sum(sizes))
         acts = [part.view(S, *ids.shape, D) for part, ids in zip(whole.split(sizes), tokens, strict=True)]
         for s in range(S):
             for ids, place in zip(tokens, acts, strict=True):
-                place[s] = harvest(
-                    self.snapshots, ids, self.hook_name, device=self.device, backend=self.backend, only=s
-                )[:, :, 0]
+                place[s] = harvest(self.snapshots, ids, self.hook_name, self.settings, only=s)[:, :, 0]
         return acts
 
     @torch.no_grad()
     def _encode(self, tokens: Int[Tensor, "B T"], acts: Float[Tensor, "S B T D"]) -> _Found:
-        """Features of the kept tokens at every snapshot, as pairs; dense for a block of tokens at a time."""
+        """Features of the kept tokens at every snapshot, as pairs; only a block of tokens at a time is dense."""
         crosscoder = self.crosscoder
         S, F = crosscoder.n_snapshots, crosscoder.cfg.d_sae
         by_token = acts.flatten(1, 2).transpose(0, 1)
         found: list[_Found] = []
-        for block in self._keep(tokens).flatten().nonzero().flatten().split(max(1, _ENTRIES // F)):
+        for block in self._keep(tokens).flatten().nonzero().flatten().split(max(1, _DENSE_ENTRIES // F)):
             dense = crosscoder.encode(by_token[block].to(crosscoder.device))
             row, feature = dense.nonzero(as_tuple=True)
             at = [crosscoder.snapshot_acts(dense, s) for s in range(S)]
             if all(each is dense for each in at):
-                values = dense[row, feature][:, None].float().cpu().expand(-1, S)  # in the room of one
+                values = dense[row, feature][:, None].float().cpu().expand(-1, S)  # no extra memory
             else:
                 values = torch.stack([each[row, feature] for each in at], -1).float().cpu()
             found.append(_Found(block[row.cpu()], feature.cpu(), values, None))
@@ -261,88 +281,132 @@ class PromptRuns:
             return torch.ones_like(tokens, dtype=torch.bool)
         return ~special_positions(tokens, self.snapshots.tokenizer)
 
-    def are_of(self, crosscoder: Crosscoder, snapshots: Snapshots, task: Task) -> bool:
-        """Whether they were made from this `crosscoder`, these `snapshots` and this `task`."""
-        return self._given is crosscoder and self.snapshots == snapshots and self.task == task
-
-    def __len__(self) -> int:
-        """Prompts."""
-        return sum(len(batch.tokens) for batch in self.batches)
-
     @torch.no_grad()
     def at(self, snapshot: int) -> Iterator[BatchAt]:
-        """The batches at the index `snapshot`, with its model above the hook."""
+        """Yield the batches at the index `snapshot`, with its model above the hook."""
         s, crosscoder = snapshot, self.crosscoder
         device = crosscoder.device
         scale = crosscoder.activation_scale[s]
         directions = crosscoder.W_dec_by_snapshot[self.features.to(device), s].float() / scale
         bias = crosscoder.b_dec_by_snapshot[s].float() / scale
-        model = self.snapshots.model(s, device=self.device, backend=self.backend)
-        upper = Upper(model, self.hook_name, self.batches[0].tokens[:1].to(self.device), self._widths.get(s))
+        model = self.snapshots.model(s, self.settings)
+        upper = Upper(model, self.hook_name, self.batches[0].tokens[:1].to(self.settings.device), self._widths.get(s))
         self._widths[s] = upper.widths
         first, n = 0, len(self.batches)
-        for i, (batch, found) in enumerate(zip(self.batches, self._found, strict=True)):
+        for i, (batch, found) in enumerate(zip(self.batches, self._clean.found, strict=True)):
             yield BatchAt(
                 prompts=batch,
                 first=first,
                 keep=self._keep(batch.tokens).to(device),
-                clean=self._acts[i][s].to(device),
-                patch=self._acts[n + i][s].to(device) if self.paired else None,
+                clean=self._clean.acts[i][s].to(device),
+                patch=self._clean.acts[n + i][s].to(device) if self.paired else None,
                 pairs=Pairs(found.tokens, found.features, found.values[:, s]).to(device),
                 patch_values=None if found.patch_values is None else found.patch_values[:, s].to(device),
                 directions=directions,
                 bias=bias,
-                upper=upper.on(batch.tokens.to(self.device)),
+                upper=upper.on(batch.tokens.to(self.settings.device)),
             )
             first += len(batch.tokens)
 
     def mean(self, snapshot: int) -> Float[Tensor, " A"]:
-        """Mean of `f_is` at the index `snapshot` over the kept positions of all prompts, of `features`."""
+        """Mean of `f_is` of each of `features` over the kept positions of all prompts, at the index `snapshot`."""
         total = torch.zeros(len(self.features), dtype=torch.float64)
-        for found in self._found:
+        for found in self._clean.found:
             total.index_add_(0, found.features, found.values[:, snapshot].double())
         count = sum(int(self._keep(batch.tokens).sum()) for batch in self.batches)
         return (total / count).float()
 
     def mean_features(self, snapshot: int) -> Float[Tensor, " F"]:
-        """Mean of `f_is` at the index `snapshot` over the kept positions of all prompts."""
+        """Mean of `f_is` of every feature over the kept positions of all prompts, at the index `snapshot`."""
         mean = torch.zeros(self.crosscoder.cfg.d_sae)
         mean[self.features] = self.mean(snapshot)
         return mean.to(self.crosscoder.device)
 
     def clean(self) -> Iterator[tuple[PromptBatch, CleanRun, CleanRun | None]]:
-        """Batches with their clean run and, when paired, the clean run of the paired prompts; features are dense."""
-        for i, (batch, found) in enumerate(zip(self.batches, self._found, strict=True)):
+        """Yield batches with their clean run and, if paired, that of the paired prompts; features are dense."""
+        for i, (batch, found) in enumerate(zip(self.batches, self._clean.found, strict=True)):
             patch = None
             if found.patch_values is not None:
-                patch = self._clean_run(_patch(batch), self._acts[len(self.batches) + i], found, found.patch_values)
-            yield batch, self._clean_run(batch.tokens, self._acts[i], found, found.values), patch
+                patch = self._clean_run(
+                    _patch(batch), self._clean.acts[len(self.batches) + i], found, found.patch_values
+                )
+            yield batch, self._clean_run(batch.tokens, self._clean.acts[i], found, found.values), patch
 
     def _clean_run(self, tokens: Tensor, acts: Tensor, found: _Found, values: Tensor) -> CleanRun:
         device = self.crosscoder.device
         features = torch.zeros(tokens.numel(), self.crosscoder.cfg.d_sae, dtype=values.dtype)
-        # where the gates differ, a feature has its value at the snapshots whose gate is open, and 0 at the others
+        # gates may differ: a feature has its value at the snapshots whose gate is open, and 0 at the others
         features[found.tokens, self.features[found.features]] = values.amax(-1)
         features = features.view(*tokens.shape, -1).to(device)
         return CleanRun(
-            tokens.to(self.device), acts.permute(1, 2, 0, 3).to(device), features, self._keep(tokens).to(device)
+            tokens.to(self.settings.device),
+            acts.permute(1, 2, 0, 3).to(device),
+            features,
+            self._keep(tokens).to(device),
         )
+
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+@runtime_checkable
+class OnRuns(Protocol[P, R_co]):
+    """An analysis of clean runs that also takes crosscoder, snapshots and task in their place."""
+
+    @overload
+    def __call__(self, runs: PromptRuns, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(
+        self, crosscoder: Crosscoder, snapshots: Snapshots, task: Task, /, *args: P.args, **kwargs: P.kwargs
+    ) -> R_co: ...
+
+
+def on_runs(analysis: Callable[Concatenate[PromptRuns, P], R_co]) -> OnRuns[P, R_co]:
+    """Let an analysis be called with crosscoder, snapshots and task in place of its clean runs.
+
+    The runs are then made with default settings, and are paired if the analysis's `baseline`, or that of the
+    `Estimator` in its `method`, is "patch".
+    """
+    signature = inspect.signature(analysis)
+
+    @wraps(analysis)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 3 or isinstance(args[0], PromptRuns):
+            return analysis(*args, **kwargs)
+        crosscoder, snapshots, task, *rest = args
+        options = signature.bind(None, *rest, **kwargs)
+        options.apply_defaults()
+        baseline = options.arguments.get("baseline") or getattr(options.arguments.get("method"), "baseline", None)
+        return analysis(PromptRuns(crosscoder, snapshots, task, paired=baseline == "patch"), *rest, **kwargs)
+
+    return call
 
 
 def check_features(features: Sequence[int] | Int[Tensor, " n"], d_sae: int) -> Int[Tensor, " n"]:
     """Feature ids as a tensor.
 
     Raises:
-        UserError: none, one twice, or one that the crosscoder does not have.
+        UserError: no features, one given twice, or one that the crosscoder does not have.
     """
     ids = torch.as_tensor(features, dtype=torch.long).flatten().cpu()
     if not len(ids):
-        raise UserError("no features are given: name one or more")
+        raise UserError("no features are given: give one or more ids")
     if outside := ids[(ids < 0) | (ids >= d_sae)].tolist():
         raise UserError(f"feature {outside[0]} is not in [0, {d_sae - 1}]: give features of this crosscoder")
     if len(ids.unique()) < len(ids):
         raise UserError("a feature is given twice: give each once")
     return ids
+
+
+class _Clean(NamedTuple):
+    """What running the models yields: activations (S, B, T, D) and pairs of every batch, and the active features."""
+
+    acts: list[Tensor]
+    found: list[_Found]
+    features: Int[Tensor, " A"]
+    active: Bool[Tensor, "F S"]
+    active_paired: Bool[Tensor, "F S"]
 
 
 class _Found(NamedTuple):

@@ -29,11 +29,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslens.activations.harvest import harvest, special_positions
+from crosslens.activations.harvest import harvest
+from crosslens.activations.tokens import special_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook
+from crosslens.snapshots.settings import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class CleanRun:
         keep = torch.ones_like(tokens, dtype=torch.bool)
         if not metadata.keep_special:
             keep = ~special_positions(tokens, snapshots.tokenizer)
-        acts = harvest(snapshots, tokens, metadata.hook_name, device=device, backend=backend)
+        acts = harvest(snapshots, tokens, metadata.hook_name, ModelSettings(device, backend=backend))
         place = crosscoder.device
         return clean_run(crosscoder, tokens.to(place), acts.to(place), keep.to(place))
 

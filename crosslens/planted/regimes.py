@@ -35,7 +35,8 @@ from sae_lens.synthetic import (
 from torch import Tensor
 from typing_extensions import override
 
-from crosslens.activations.loader import Activations, generator
+from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset, generator
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.snapshot import Snapshot
@@ -153,7 +154,7 @@ class Planted(Activations):
         )
         self.members = list(range(regime.n_snapshots))
         self.whole: Planted | None = None
-        self.hook_name, self.dataset = "planted", f"planted, seed {seed}"
+        self.hook_name, self.dataset = "planted", Dataset([])  # drawn, not read
         self._name_snapshots()
 
     def _name_snapshots(self) -> None:
@@ -199,7 +200,7 @@ class Planted(Activations):
         return {
             "model_name": "planted",
             "hook_name": self.hook_name,
-            "dataset_path": self.dataset,
+            "dataset_path": f"planted, seed {self.seed}",
             "snapshots": snapshots,
         }
 

@@ -27,6 +27,7 @@ from crosslens.snapshots.checks import check_configs, check_distinct, check_dtyp
 from crosslens.snapshots.folders import read_run
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
 from crosslens.snapshots.hub import list_revisions
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Snapshots(Sequence[Snapshot]):
         self._snapshots = tuple(snapshots)
         self.name = name
         self._demo = demo
-        self._models: dict[tuple[int, str, torch.dtype, str, int | None], LanguageModel] = {}
+        self._models: dict[tuple[int, str, str, str, int | None], LanguageModel] = {}
         if not self._snapshots:
             raise UserError(f"{name} without snapshots: give one or more")
         labels = self.labels
@@ -288,9 +289,7 @@ class Snapshots(Sequence[Snapshot]):
     def model(
         self,
         i: SupportsIndex,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        backend: str = "bridge",
+        settings: ModelSettings | None = None,
         n_blocks: int | None = None,
     ) -> LanguageModel:
         """The i-th snapshot's model, as `Snapshot.load` gives it, and the same object the next time.
@@ -300,16 +299,15 @@ class Snapshots(Sequence[Snapshot]):
 
         Args:
             i: index of the snapshot.
-            device: where the model lives.
-            dtype: of its parameters.
-            backend: "bridge" or "hooked_transformer".
-            n_blocks: load the first blocks alone; all when None.
+            settings: how the model runs.
+            n_blocks: load only the first blocks; all when None.
 
         Raises:
-            UserError: an unknown backend, no CUDA, or files of the model that are missing or damaged.
+            UserError: no CUDA, or files of the model that are missing or damaged.
         """
+        settings = settings or ModelSettings()
         place = range(len(self))[operator.index(i)]
-        key = (place, str(torch.device(device)), dtype, backend, n_blocks)
+        key = (place, str(torch.device(settings.device)), settings.dtype, settings.backend, n_blocks)
         if key not in self._models:
             # another thread may run the models of other depths meanwhile
             alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
@@ -319,7 +317,7 @@ class Snapshots(Sequence[Snapshot]):
                     del self._models[other]
                 alike.clear()
                 gc.collect()  # the hooks tie a model's parts into cycles
-            self._models[key] = self[place].load(device, dtype, backend, n_blocks)
+            self._models[key] = self[place].load(settings.device, settings.dtype, settings.backend, n_blocks)
         return self._models[key]
 
     def release(self) -> None:

@@ -27,7 +27,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from crosslens.errors import UserError, did_you_mean, first_line
+from crosslens.errors import UserError, first_line
 from crosslens.snapshots.hub import (
     WEIGHTS,
     evict,
@@ -39,12 +39,11 @@ from crosslens.snapshots.hub import (
     recorded_fingerprint,
     unreachable,
 )
+from crosslens.snapshots.settings import ModelSettings, find_device
 from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
 
 LanguageModel: TypeAlias = Any
 """A TransformerBridge or a HookedTransformer; both have run_with_cache, run_with_hooks and stop_at_layer."""
-
-BACKENDS = ("bridge", "hooked_transformer")
 
 # one of the first makes a tokenizer, the others go with it
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -221,30 +220,29 @@ class Snapshot:
 
     def load(
         self,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients.
 
         Args:
-            device: where it lives.
-            dtype: of its parameters.
+            device: CUDA where it is available when None.
+            dtype: of its parameters: float32, bfloat16 or float16.
             backend: "bridge" for a raw TransformerBridge; "hooked_transformer" for a HookedTransformer without weight
                 processing, for hub repositories that TransformerLens knows by name.
-            n_blocks: load the first blocks alone; what lies above them is neither read nor in memory. Such a model
-                is good for activations, its logits mean nothing.
+            n_blocks: load only the first blocks; those above are neither read nor kept in memory. The activations of
+                such a model are right, its logits are meaningless.
         """
-        if backend not in BACKENDS:
-            raise self._error(
-                f"unknown backend {backend!r}: choose {' or '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
-            )
+        name = str(dtype).removeprefix("torch.")
+        settings = ModelSettings(find_device() if device is None else str(device), name, backend)
+        device, torch_dtype = settings.device, getattr(torch, settings.dtype)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise self._error(f"device={str(device)!r} needs CUDA, which is not available here: use device='cpu'")
+            raise self._error(f"device={device!r} needs CUDA, which is not available here: use device='cpu'")
         official = self._official() if backend == "hooked_transformer" else self
         tokenizer = self.read_tokenizer()
-        original = self._load_transformers(dtype, n_blocks)
+        original = self._load_transformers(torch_dtype, n_blocks)
         # imported late: it takes seconds
         from transformer_lens import HookedTransformer
         from transformer_lens.model_bridge import TransformerBridge
@@ -252,7 +250,7 @@ class Snapshot:
         if backend == "bridge":
             with _quiet():
                 model: Any = TransformerBridge.boot_transformers(
-                    self.name, hf_model=original.to(device), tokenizer=tokenizer, device=str(device), dtype=dtype
+                    self.name, hf_model=original.to(device), tokenizer=tokenizer, device=device, dtype=torch_dtype
                 )
             return model.requires_grad_(False).eval()
         try:
@@ -262,8 +260,8 @@ class Snapshot:
                     official.name,
                     hf_model=original,
                     tokenizer=tokenizer,
-                    device=str(device),
-                    dtype=dtype,
+                    device=device,
+                    dtype=torch_dtype,
                     revision=official.folder().name,
                     first_n_layers=n_blocks,
                 )

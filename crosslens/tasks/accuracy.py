@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, logit_difference, summed_log_probability
 
 
@@ -31,7 +32,7 @@ class Models(Protocol):
     @property
     def n_ctx(self) -> int: ...
     def __len__(self) -> int: ...
-    def model(self, i: int, /, *, device: str, backend: str) -> Any: ...
+    def model(self, i: int, /, settings: ModelSettings) -> Any: ...
 
 
 def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -56,7 +57,7 @@ def accuracy_table(
     n = len(prompts)
     rows: list[dict[str, float]] = []
     for s in tqdm(range(len(models)), desc=f"Accuracy on {name}", unit="snapshot", leave=False):
-        model = models.model(s, device=device, backend=backend)
+        model = models.model(s, ModelSettings(device, backend=backend))
         metric = _metric(model, batches, len(prompts.items), device)[[each.item for each in prompts.usable]]
         if not torch.isfinite(metric).all():
             raise UserError(

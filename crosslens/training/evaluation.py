@@ -106,16 +106,16 @@ def splice_losses(
 ) -> list[dict[str, float]]:
     """Cross-entropy and KL of clean, spliced and zeroed models, a dictionary per snapshot."""
     keep = acts.keep(tokens)
-    raw = harvest(acts.snapshots, tokens, acts.hook_name, device=acts.device, backend=acts.backend)
+    raw = harvest(acts.snapshots, tokens, acts.hook_name, acts.settings)
     step = max(1, batch_tokens // tokens.shape[1])
     features = [crosscoder.encode(chunk.to(crosscoder.device)) for chunk in raw.split(step)]
     rows: list[dict[str, float]] = []
     for s in tqdm(range(crosscoder.n_snapshots), desc="Splicing", unit="snapshot", leave=False):
-        model = acts.snapshots.model(s, device=acts.device, backend=acts.backend)
+        model = acts.snapshots.model(s, acts.settings)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch, kept, f in zip(tokens.split(step), keep.split(step), features, strict=True):
-            batch, kept = batch.to(acts.device), kept.to(acts.device)
-            decoded = crosscoder.decode_snapshot(crosscoder.snapshot_acts(f, s), s).to(acts.device)
+            batch, kept = batch.to(acts.settings.device), kept.to(acts.settings.device)
+            decoded = crosscoder.decode_snapshot(crosscoder.snapshot_acts(f, s), s).to(acts.settings.device)
             sums += _losses(model, batch, kept, decoded, acts.hook_name)
         clean, spliced, zero, kl = (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
         recovered = 1 - (spliced - clean) / (zero - clean) if zero - clean >= MIN_ZERO_COST else math.nan

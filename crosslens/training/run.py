@@ -185,7 +185,7 @@ def claim(
     if run is None:
         return architecture, None
     run.claim(training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens))
-    if isinstance(acts.dataset, (str, Path)):
+    if isinstance(acts.dataset.source, (str, Path)):
         run.update(source=acts.to_dict())
     return architecture, run
 

@@ -16,6 +16,7 @@ import torch
 from crosslens.activations.cache import ActivationCache
 from crosslens.activations.harvest import run_to_hook
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshot, Snapshots
 
@@ -36,9 +37,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def make(snapshots: Snapshots, tiny_text: list[str]) -> Any:
     def build(**options: Any) -> Activations:
-        hook_name = options.pop("hook_name", HOOK)
-        defaults: dict[str, Any] = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200}
-        return Activations(snapshots, hook_name, tiny_text, **{**defaults, **options})
+        hook_name, seed = options.pop("hook_name", HOOK), options.pop("seed", 0)
+        given: dict[str, Any] = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200, **options}
+        return Activations(snapshots, hook_name, Dataset(tiny_text, **given), seed=seed)
 
     return build
 
@@ -145,7 +146,7 @@ def test_the_cache_of_another_request_is_refused(
 
 
 def test_other_snapshots_are_another_request(snapshots: Snapshots, tiny_text: list[str], pristine: Path):
-    fewer = Activations(snapshots[[0, 2]], HOOK, tiny_text, n_tokens=1000, context_size=T, held_out_tokens=200)
+    fewer = Activations(snapshots[[0, 2]], HOOK, Dataset(tiny_text, 1000, T, 200))
     before = state(pristine)
     with pytest.raises(UserError, match="is the cache of another request: its snapshots is"):
         fewer.cache(pristine, "float32")
@@ -157,7 +158,7 @@ def pristine(snapshots: Snapshots, tiny_text: list[str], tmp_path_factory: pytes
     """A whole float32 cache of what `make()` asks for; to be copied."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 30 * T)
-        acts = Activations(snapshots, HOOK, tiny_text, n_tokens=1000, context_size=T, held_out_tokens=200)
+        acts = Activations(snapshots, HOOK, Dataset(tiny_text, 1000, T, 200))
         acts.cache(tmp_path_factory.mktemp("pristine") / "cache", "float32")
     return tmp_path_factory.getbasetemp() / "pristine0" / "cache"
 

@@ -26,6 +26,7 @@ from crosslens.activations import cache
 from crosslens.activations import cache as shards
 from crosslens.activations import loader as activations
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 
@@ -36,7 +37,7 @@ N_PAIRS = 3 * 9
 def make(folder: Path) -> Activations:
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, 16, (9 * 20, T), generator=draw)
-    return Activations(Snapshots.local(folder), HOOK, tokens, 2500, held_out_tokens=300)
+    return Activations(Snapshots.local(folder), HOOK, Dataset(tokens, 2500, held_out_tokens=300))
 
 
 def in_process(mode: str, *arguments: object) -> None:
@@ -95,7 +96,7 @@ def test_non_finite_activations_are_named_by_snapshot_hook_and_shard(tiny_snapsh
     save_file(tensors, folder / "step10" / "model.safetensors", metadata={"format": "pt"})
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(6, 16, (60, T), generator=draw)
-    activations_of = Activations(Snapshots.local(folder), HOOK, tokens, 600, held_out_tokens=100)
+    activations_of = Activations(Snapshots.local(folder), HOOK, Dataset(tokens, 600, held_out_tokens=100))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activations, "BLOCK_TOKENS", 10 * T)
         place = activations_of.tokens.shape[0] // 2

@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from crosslens.activations.loader import Activations, harvest, special_positions
+from crosslens.activations.harvest import harvest
+from crosslens.activations.loader import Activations
 from crosslens.activations.plan import training_bytes
+from crosslens.activations.tokens import Dataset, special_positions
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshot, Snapshots
+from crosslens.snapshots.settings import ModelSettings
 
 HOOK = "blocks.1.hook_resid_post"
 T = 16
@@ -34,8 +37,9 @@ def snapshots(tiny_snapshots: Path) -> Snapshots:
 
 
 def make(snapshots: Snapshots, dataset: Any, **options: Any) -> Activations:
-    defaults: dict[str, Any] = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200}
-    return Activations(snapshots, options.pop("hook_name", HOOK), dataset, **{**defaults, **options})
+    hook_name, seed = options.pop("hook_name", HOOK), options.pop("seed", 0)
+    given: dict[str, Any] = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200, **options}
+    return Activations(snapshots, hook_name, Dataset(dataset, **given), seed=seed)
 
 
 @pytest.fixture
@@ -67,9 +71,21 @@ def test_bit_identical_to_run_with_cache(snapshots: Snapshots, hook_name: str):
         _, cache = snapshots[s].load().run_with_cache(tokens)  # the whole model, loaded by itself
         assert torch.equal(found[:, :, s], cache[hook_name])
     assert torch.equal(harvest(snapshots, tokens, hook_name, only=2), found[:, :, 2:])
-    in_parts = harvest(snapshots, tokens, hook_name, batch_tokens=2 * T)
+    in_parts = harvest(snapshots, tokens, hook_name, ModelSettings(batch_tokens=2 * T))
     assert torch.equal(in_parts[2:4], harvest(snapshots, tokens[2:4], hook_name))
     torch.testing.assert_close(in_parts, found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_of_half_precision_give_float32(snapshots: Snapshots, tiny_text: list[str], dtype: str):
+    settings = ModelSettings(dtype=dtype)
+    assert next(snapshots.model(0, settings).parameters()).dtype == getattr(torch, dtype)
+    tokens = torch.randint(1, 16, (4, T), generator=torch.Generator().manual_seed(0))
+    found, exact = harvest(snapshots, tokens, HOOK, settings), harvest(snapshots, tokens, HOOK)
+    assert found.dtype == torch.float32 and not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05 * float(exact.std()))
+    acts = Activations(snapshots, HOOK, Dataset(tiny_text, 300, T, 0), settings=settings)
+    assert next(acts.batches(50)).dtype == torch.float32
 
 
 def test_the_residual_stream_is_that_of_transformers(snapshots: Snapshots, tiny_snapshots: Path):
@@ -211,7 +227,7 @@ def test_held_out_does_not_depend_on_what_was_read_before(snapshots: Snapshots, 
 def test_arrays_are_taken_as_they_are(snapshots: Snapshots):
     grid = (np.arange(200 * 10).reshape(200, 10) % 13 + 2).astype(np.uint16)
     acts = make(snapshots, grid, n_tokens=500, held_out_tokens=50, context_size=None)
-    assert acts.tokens.shape[1] == 10 and acts.context_size == 10 and acts.metadata()["context_size"] == 10
+    assert acts.tokens.shape[1] == 10 and acts.dataset.context_size == 10 and acts.metadata()["context_size"] == 10
     assert 500 <= acts.n_tokens < 520  # n_tokens counts here too
     stream = torch.arange(3000) % 13 + 2
     acts = make(snapshots, stream, n_tokens=500, prepend_bos=False)
@@ -288,11 +304,11 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert acts.plan(measure=False, dtype="int8").cache_bytes == N * T * 3 * (16 + 4)
     several = acts.plan(measure=False, training_tokens=5 * acts.n_tokens)
     assert several.passes == 5 and several.recommendation[0] == "cached" and "better      cached: 5 p" in str(several)
-    monkeypatch.setattr("crosslens.activations.plan.KEEP_BYTES", 3 * plan.model_bytes - 1)
+    monkeypatch.setattr("crosslens.activations.loader.KEEP_BYTES", 3 * plan.model_bytes - 1)
     large = acts.plan(measure=False)
     assert not large.models_fit and large.recommendation[0] == "cached"
     assert large.live_bytes == plan.model_bytes + 3 * plan.block_bytes
-    monkeypatch.setattr("crosslens.activations.plan.free_bytes", lambda _: large.cache_bytes - 1)
+    monkeypatch.setattr("crosslens.activations.loader.free_bytes", lambda _: large.cache_bytes - 1)
     assert "no room for a cache" in acts.plan(measure=False).recommendation[1]
     assert plan.training_bytes == 0 and "training" not in str(plan)
     architecture = JumpReLUCrosscoderTrainingConfig(d_sae=4096)
@@ -320,7 +336,9 @@ def test_recorded_and_made_again(snapshots: Snapshots, tiny_text: list[str], tmp
     assert again.metadata() == acts.metadata() and again.fingerprint() == acts.fingerprint()
     assert str(tmp_path) not in json.dumps(acts.metadata())  # no folder of the user's in what is published
     assert [s["label"] for s in acts.metadata()["snapshots"]] == ["step0", "step10", "step20"]
-    assert Activations.from_dict(recorded, seed=4).seed == 4
+    assert again.to_dict() == acts.to_dict() and again.seed == 3
+    given = ModelSettings(batch_tokens=77)
+    assert Activations.from_dict(recorded, given).settings == given
     with pytest.raises(UserError, match="a dataset in memory cannot be recorded"):
         make(snapshots, tiny_text).to_dict()
 
@@ -339,6 +357,14 @@ def test_mistakes_are_told_at_once(snapshots: Snapshots, tiny_text: list[str], o
     with pytest.raises(UserError, match=message) as caught:
         make(snapshots, tiny_text, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_given_once(snapshots: Snapshots, tiny_text: list[str]):
+    for name, value in (("n_tokens", 300), ("context_size", T)):
+        with pytest.raises(UserError, match=f"{name}=9 beside a Dataset with {name}={value}: give it once"):
+            Activations(snapshots, HOOK, Dataset(tiny_text, 300, T), **{name: 9})
+    acts = Activations(snapshots, HOOK, Dataset(tiny_text, held_out_tokens=50), 300, T)
+    assert acts.dataset == Dataset(tiny_text, 300, T, 50)
 
 
 def test_more_tokens_than_there_are(snapshots: Snapshots, tiny_text: list[str]):

@@ -40,7 +40,7 @@ def test_32_snapshots_end_to_end(
     text.write_text("\n".join(tiny_text))
     snaps = cl.Snapshots.local(folder)
     assert len(snaps) == 32 and snaps.steps[:3] == [0, 2, 4] and snaps.steps[-1] == 143_000
-    acts = cl.Activations(snaps, HOOK, text, 1500, T, held_out_tokens=300)
+    acts = cl.Activations(snaps, HOOK, cl.activations.Dataset(text, 1500, T, 300))
     plan = acts.plan(training_tokens=4500)
     assert plan.recommendation[0] == "cached" and plan.n_snapshots == 32
 

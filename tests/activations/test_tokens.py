@@ -16,7 +16,7 @@ import torch
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
-from crosslens.activations.tokens import describe_dataset, token_sequences
+from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 
@@ -33,12 +33,8 @@ def documents(tiny_text: list[str]) -> list[str]:
     return tiny_text[:40]
 
 
-def everything(rows: Tensor) -> Tensor:
-    return torch.full((len(rows),), rows.shape[1])
-
-
-def read(dataset: Any, tokenizer: Any, **options: Any) -> Tensor:
-    return token_sequences(dataset, tokenizer, **{"context_size": T, "count": everything, **options})
+def read(source: Any, tokenizer: Any, **options: Any) -> Tensor:
+    return token_sequences(Dataset(source, **{"context_size": T, "held_out_tokens": 0, **options}), tokenizer)
 
 
 def packed(documents: list[list[int]], bos: int | None, size: int = T) -> list[list[int]]:
@@ -81,7 +77,7 @@ def test_files_of_every_kind(name: str, tmp_path: Path, tokenizer: Any, document
     assert found.dtype == torch.int32
     assert found.tolist() == packed(ids(documents, tokenizer), tokenizer.bos_token_id)
     assert read(str(tmp_path / name), tokenizer).tolist() == found.tolist()
-    assert describe_dataset(tmp_path / name) == name  # no folder of the user's
+    assert Dataset(tmp_path / name).name == name  # no folder of the user's
 
 
 def test_a_file_is_read_without_asking_anybody(
@@ -103,7 +99,7 @@ def test_lists_are_packed_with_bos_between_documents(
     found = read(documents, tokenizer, context_size=size, prepend_bos=prepend_bos)
     expected = packed(ids(documents, tokenizer), tokenizer.bos_token_id if prepend_bos else None, size)
     assert found.tolist() == expected and len(expected) > 1
-    assert describe_dataset(documents) == "list of documents of 40"
+    assert Dataset(documents).name == "list of documents of 40"
 
 
 def test_paragraphs_other_columns_and_missing_documents(tmp_path: Path, tokenizer: Any, documents: list[str]):
@@ -126,20 +122,18 @@ def test_token_arrays(tokenizer: Any, as_array: Any):
     assert read(as_array(stream), tokenizer, prepend_bos=False).tolist() == packed([stream], None)
     grid = [stream[i : i + 5] for i in range(0, 100, 5)]
     assert read(as_array(grid), tokenizer).tolist() == grid  # as they are: no BOS, their own length
-    assert describe_dataset(as_array(grid)) == "token array of 20"
+    assert Dataset(as_array(grid)).name == "token array of 20"
 
 
 def test_reading_stops_when_enough_tokens_count(tokenizer: Any, documents: list[str]):
-    def not_bos(rows: Tensor) -> Tensor:
-        return (rows != 0).sum(-1)
-
     whole = read(documents, tokenizer)
     for dataset in (documents, whole):
-        for n_tokens in (1, 50, 51, 57, 160):
-            found = read(dataset, tokenizer, n_tokens=n_tokens, count=not_bos)
+        for n_tokens, held_out in ((1, 0), (50, 0), (51, 9), (57, 4), (160, 30)):
+            found = read(dataset, tokenizer, n_tokens=n_tokens, held_out_tokens=held_out)
             assert found.tolist() == whole[: len(found)].tolist()
-            counts = not_bos(found).tolist()
-            assert sum(counts) >= n_tokens > sum(counts[:-1])  # not one sequence more than needed
+            counts = (found != 0).sum(-1).tolist()
+            # one sequence more than both need, because whole sequences are held out
+            assert sum(counts) >= n_tokens + held_out + T > sum(counts[:-1])
         assert len(read(dataset, tokenizer, n_tokens=10**9)) == len(whole)
 
 
@@ -147,9 +141,9 @@ def test_more_than_one_read_ahead(tokenizer: Any, tiny_text: list[str]):
     """The packer is read 1024 sequences at a time: the count goes on from one portion to the next."""
     whole = read(tiny_text, tokenizer, context_size=3)
     assert len(whole) > 3000
-    for n_tokens in (3 * 1024 - 1, 3 * 1024, 3 * 1024 + 1, 3 * 2500):
-        found = read(tiny_text, tokenizer, context_size=3, n_tokens=n_tokens)
-        assert len(found) == -(-n_tokens // 3) and torch.equal(found, whole[: len(found)])
+    for wanted in (3 * 1024 - 1, 3 * 1024, 3 * 1024 + 1, 3 * 2500):
+        found = read(tiny_text, tokenizer, context_size=3, n_tokens=wanted - 3, keep_special=True)
+        assert len(found) == -(-wanted // 3) and torch.equal(found, whole[: len(found)])
 
 
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [

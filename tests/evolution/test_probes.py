@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
 from crosslens.errors import UserError
 from crosslens.evolution.probes import (
@@ -198,7 +199,7 @@ def test_the_regression_is_scikit_learns_on_standardised_data(n: int, d: int, sh
 
 def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
-    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 2000, 16, held_out_tokens=300)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     crosscoder = StandardCrosscoder(StandardCrosscoderConfig(d_in=3 * 16, d_sae=12, n_snapshots=3))
     generator = torch.Generator().manual_seed(0)
     crosscoder.W_dec.data = torch.randn(12, 48, generator=generator)
@@ -310,7 +311,7 @@ def test_only_what_the_context_adds_is_left_against_the_same_word() -> None:
 
 def test_same_token_on_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
-    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 2000, 16, held_out_tokens=300)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     x, tokens = zip(*_with_tokens(acts, 100), strict=True)
     assert {len(part) for part in x[:-1]} == {100}
     kept = acts.keep(acts.train_tokens())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
 from crosslens.snapshots.collection import Snapshots
@@ -79,7 +80,7 @@ def test_cka_does_not_see_a_rotation_but_cosine_does() -> None:
 
 def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
-    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 1000, 16, held_out_tokens=300)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 1000, 16, 300))
     found = snapshot_similarity(acts, max_tokens=200)
     assert found["label"].unique().tolist() == ["step0", "step10", "step20"] and set(found["n"]) == {200}
     alike = found.set_index(["snapshot", "other"])["cka"]

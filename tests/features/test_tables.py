@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Olmo2Config, OlmoConfig
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import batch_tokens
@@ -28,7 +29,7 @@ F, S, D = 24, 3, 16
 @pytest.fixture(scope="module")
 def acts(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
     snapshots = Snapshots.local(tiny_snapshots)
-    return Activations(snapshots, "blocks.1.hook_resid_post", tiny_text, 600, 16, held_out_tokens=300)
+    return Activations(snapshots, "blocks.1.hook_resid_post", Dataset(tiny_text, 600, 16, 300))
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def test_mistakes(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> 
         export_features(crosscoder, acts, tmp_path / "f.json", features=[1, 24])
     with pytest.raises(UserError, match="window=-1 must be 0 or more"):
         export_features(crosscoder, acts, tmp_path / "f.json", window=-1)
-    two = Activations(acts.snapshots[:2], acts.hook_name, acts.dataset, 500, 16)
+    two = Activations(acts.snapshots[:2], acts.hook_name, acts.dataset.source, 500, 16)
     with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
         export_features(crosscoder, two, tmp_path / "f.json")
     assert not list(tmp_path.iterdir())

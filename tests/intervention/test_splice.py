@@ -305,6 +305,7 @@ from tests.intervention.test_splice import make_crosscoder
 from crosslens import crosscoders
 from crosslens.intervention.splice import CleanRun, Edit, Splice
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 
 snaps = Snapshots.pythia("14m", steps=[0, 512, 143_000])
 tokens = torch.randint(1, 16, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -316,7 +317,7 @@ for architecture in crosscoders.ARCHITECTURES:
     for backend in ("bridge", "hooked_transformer"):
         run = CleanRun.of(cc, snaps, tokens, backend=backend)
         for s in range(3):
-            model = snaps.model(s, backend=backend)
+            model = snaps.model(s, ModelSettings(backend=backend))
             clean = model(tokens)
             with Splice(cc, run, s).on(model):
                 worst.append(float((model(tokens) - clean).abs().max()))

@@ -13,6 +13,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.sharing.export import calibrate, export_sae, fit_encoder
@@ -25,7 +26,7 @@ F, S, D = 24, 3, 16
 @pytest.fixture(scope="module")
 def acts(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
     snapshots = Snapshots.local(tiny_snapshots)
-    return Activations(snapshots, "blocks.1.hook_resid_post", tiny_text, 3000, 16, held_out_tokens=500)
+    return Activations(snapshots, "blocks.1.hook_resid_post", Dataset(tiny_text, 3000, 16, 500))
 
 
 @pytest.fixture(scope="module", params=["batchtopk_crosscoder", "jumprelu_crosscoder"])
@@ -142,4 +143,4 @@ def test_mistakes(acts: Activations, options: dict[str, Any], message: str) -> N
     with pytest.raises(UserError, match=message):
         export_sae(crosscoder, acts, **{"snapshot": 0, **options})
     with pytest.raises(UserError, match="activations of 2 snapshots of width 16 are not of this crosscoder"):
-        export_sae(crosscoder, Activations(acts.snapshots[:2], acts.hook_name, acts.dataset, 500, 16), 0)
+        export_sae(crosscoder, Activations(acts.snapshots[:2], acts.hook_name, acts.dataset.source, 500, 16), 0)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from crosslens.activations.tokens import token_sequences
+from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.crosscoders import load
 from crosslens.crosscoders.inspection import read_header
 from crosslens.errors import UserError
@@ -310,7 +310,7 @@ def test_token_files(tmp_path: Path, tiny_snapshots: Path, edit: Callable[[bytes
         path.write_text("\n".join(rows["text"]))
     path.write_bytes(edit(path.read_bytes()))
     with refused_or_fine():
-        tokens = token_sequences(path, tokenizer, 4, count=lambda chunk: (chunk != 0).sum(-1))
+        tokens = token_sequences(Dataset(path, context_size=4), tokenizer)
         assert int(tokens.min()) >= 0 and int(tokens.max()) < len(tokenizer)
 
 
@@ -322,7 +322,7 @@ def test_token_files(tmp_path: Path, tiny_snapshots: Path, edit: Callable[[bytes
 def test_token_arrays(tiny_snapshots: Path, shape: list[int], dtype: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_snapshots / "tokenizer")
     with refused_or_fine():
-        tokens = token_sequences(np.ones(shape, dtype=dtype), tokenizer, 4, count=lambda chunk: (chunk != 0).sum(-1))
+        tokens = token_sequences(Dataset(np.ones(shape, dtype=dtype), context_size=4), tokenizer)
         assert tokens.ndim == 2
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import crosslens
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.cli.app import app
 from crosslens.errors import UserError
 from crosslens.intervention.splice import check_snapshots
@@ -85,7 +86,7 @@ def test_a_crosscoder_says_what_it_is() -> None:
 def test_the_embedded_release_is_as_good_as_the_registry_says() -> None:
     crosscoder, snapshots = from_pretrained(DEMO, HOOK), load_snapshots(DEMO)
     documents = list(grammar.documents(800, seed=77))  # others than it was trained on
-    acts = Activations(snapshots, HOOK, documents, 10_000, held_out_tokens=8_000)
+    acts = Activations(snapshots, HOOK, Dataset(documents, 10_000, held_out_tokens=8_000))
     table = evaluate(crosscoder, acts, n_tokens=500)
     said = find_release(DEMO).entry(HOOK)
     assert said.variance_explained is not None and said.l0 is not None

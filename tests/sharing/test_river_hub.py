@@ -24,7 +24,8 @@ task = cl.Task.from_items("tiny", [
 ])
 found = []
 for backend in ("bridge", "hooked_transformer"):
-    acts = cl.Activations(snaps, "blocks.1.hook_resid_post", text, 1500, context_size=16, backend=backend)
+    settings = cl.snapshots.ModelSettings(backend=backend)
+    acts = cl.Activations(snaps, "blocks.1.hook_resid_post", text, 1500, 16, settings=settings)
     batch = next(acts.batches(256))
     cc = cl.train(acts, cl.BatchTopKCrosscoderTrainingConfig(d_sae=32, k=4), cl.TrainConfig(batch_size=128))
     table = cl.evaluate(cc, acts)

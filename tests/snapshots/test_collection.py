@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from crosslens.errors import UserError
 from crosslens.snapshots import collection as snapshots_module
 from crosslens.snapshots.collection import Snapshot, Snapshots, canonical_hook, hook_layer
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import pretraining
 from crosslens.synthetic.pretraining import PretrainingConfig
 from tests.hub_server import commit_of, revision_folder, run_program, serve
@@ -204,7 +205,8 @@ def test_the_bridge_computes_what_transformers_computes(run: Path) -> None:
         torch.testing.assert_close(model(TOKENS), plain_logits(Path(snapshot.name)), atol=1e-5, rtol=0)
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert next(snaps[0].load(dtype=torch.float64).parameters()).dtype == torch.float64
+    for dtype in (torch.float16, "float16"):
+        assert next(snaps[0].load(dtype=dtype).parameters()).dtype == torch.float16
 
 
 def test_loading_is_silent_and_leaves_no_trace(
@@ -235,8 +237,8 @@ def test_models_are_kept_where_they_fit(run: Path, monkeypatch: pytest.MonkeyPat
     snaps = Snapshots.local(run)
     first, last = snaps.model(0), snaps.model(-1)
     assert snaps.model(0) is first
-    assert snaps.model(2, "cpu", torch.float32) is last
-    assert snaps.model(0, dtype=torch.float64) is not first
+    assert snaps.model(2, ModelSettings("cpu", batch_tokens=7)) is last
+    assert snaps.model(0, ModelSettings(dtype="bfloat16")) is not first
     torch.testing.assert_close(last(TOKENS), plain_logits(run / "step10"), atol=1e-5, rtol=0)
 
     size = sum(p.numel() * 4 for p in first.parameters())
@@ -251,7 +253,7 @@ def test_models_are_kept_where_they_fit(run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_backend_or_device_that_is_not_there_is_refused(run: Path) -> None:
     snapshot = Snapshots.local(run)[0]
-    with pytest.raises(UserError, match="unknown backend 'brigde': choose bridge or .*; did you mean 'bridge'"):
+    with pytest.raises(UserError, match="backend='brigde' is unknown: use bridge or .*; did you mean 'bridge'"):
         snapshot.load(backend="brigde")
     with pytest.raises(UserError, match="HookedTransformer cannot load .*step0.*use backend='bridge'"):
         snapshot.load(backend="hooked_transformer")
@@ -595,7 +597,7 @@ def check_offline(home: Path) -> None:
         expected = plain_logits(folders[snapshot.revision])
         caches: list[Any] = []
         for backend in ("bridge", "hooked_transformer"):
-            model = snaps.model(i, backend=backend)
+            model = snaps.model(i, ModelSettings(backend=backend))
             assert not model.training
             assert not any(parameter.requires_grad for parameter in model.parameters())
             logits, cache = model.run_with_cache(TOKENS)
@@ -605,11 +607,10 @@ def check_offline(home: Path) -> None:
             if not hook.endswith("mid"):
                 torch.testing.assert_close(caches[0][hook], caches[1][hook], atol=1e-4, rtol=0)
 
-    refused(lambda: snaps.model(0, backend="bridges"), "snapshot 'step0': unknown backend 'bridges'")
     other = Snapshots.from_hub("some/other", ["main"])
     other.check()
     refused(
-        lambda: other.model(0, backend="hooked_transformer"),
+        lambda: other.model(0, ModelSettings(backend="hooked_transformer")),
         "snapshot 'main': HookedTransformer cannot load some/other, only hub repositories that TransformerLens knows "
         "by name: use backend='bridge'",
     )

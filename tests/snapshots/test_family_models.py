@@ -26,6 +26,7 @@ from transformers import (
 from crosslens.activations.harvest import harvest
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 from tests.hub_server import revision_folder, run_program
 
 WORDS = ["<e>", "<u>", *"abcdefghijklmnop"]
@@ -114,7 +115,7 @@ def check_family(family: str) -> None:
         backends.append("hooked_transformer")
     else:
         try:
-            snaps.model(0, backend="hooked_transformer")
+            snaps.model(0, ModelSettings(backend="hooked_transformer"))
         except UserError as error:
             assert "use backend='bridge'" in str(error), error
         else:
@@ -126,15 +127,17 @@ def check_family(family: str) -> None:
             ("blocks.1.hook_resid_post", 2),
         ):
             for cut in (True, False):
-                found = harvest(snaps, TOKENS, hook, backend=backend, cut=cut)
+                found = harvest(snaps, TOKENS, hook, ModelSettings(backend=backend), cut=cut)
                 for s, hidden in enumerate(states):
                     torch.testing.assert_close(found[:, :, s], hidden[layer], atol=1e-5, rtol=1e-5)
-        assert len(snaps.model(0, backend=backend, n_blocks=2).blocks) == 2
+        assert len(snaps.model(0, ModelSettings(backend=backend), 2).blocks) == 2
         # the blocks add up: the last one's output, normalised, is the last hidden state
-        whole = snaps.model(0, backend=backend)
+        whole = snaps.model(0, ModelSettings(backend=backend))
         _, cache = whole.run_with_cache(TOKENS)
         torch.testing.assert_close(
-            harvest(snaps, TOKENS, f"blocks.{LAYERS - 1}.hook_resid_post", backend=backend, only=0, cut=True)[:, :, 0],
+            harvest(
+                snaps, TOKENS, f"blocks.{LAYERS - 1}.hook_resid_post", ModelSettings(backend=backend), only=0, cut=True
+            )[:, :, 0],
             cache[f"blocks.{LAYERS - 1}.hook_resid_post"],
             atol=0,
             rtol=0,

@@ -20,6 +20,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.snapshots import hub
 from crosslens.snapshots.collection import Snapshots
@@ -181,7 +182,7 @@ def check_evict() -> None:
         for revision in ("step0", "main")
     ]
     snaps = Snapshots.pythia("14m", [0, 1000, 3000])
-    acts = Activations(snaps, "blocks.0.hook_resid_post", TOKENS, 150, held_out_tokens=20, prepend_bos=False)
+    acts = Activations(snaps, "blocks.0.hook_resid_post", Dataset(TOKENS, 150, held_out_tokens=20, prepend_bos=False))
     plan = acts.plan()
     assert plan.n_downloads == 2 and plan.seconds > 0
     cached = acts.cache("cache", "float32", evict=True)
@@ -193,8 +194,7 @@ def check_evict() -> None:
     # the cache is opened and read without them
     hub.hub_folder.cache_clear()
     again = Activations(
-        Snapshots.pythia("14m", [0, 1000, 3000]), "blocks.0.hook_resid_post", TOKENS, 150, held_out_tokens=20,
-        prepend_bos=False,
+        Snapshots.pythia("14m", [0, 1000, 3000]), "blocks.0.hook_resid_post", acts.dataset,
     ).cache("cache", "float32")  # fmt: skip
     assert torch.equal(next(again.batches(50)), first)
     assert again.metadata() == acts.metadata()

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import crosslens.training.evaluation
-from crosslens.activations.loader import Activations, harvest
+from crosslens.activations.harvest import harvest
+from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import (
     BatchTopKCrosscoderTrainingConfig,
     Crosscoder,
@@ -32,8 +34,7 @@ STEPS = (0, 10, 20)
 def acts(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
     snapshots = Snapshots.local(tiny_snapshots)
     return Activations(
-        snapshots, "blocks.1.hook_resid_post", tiny_text, n_tokens=1500, context_size=T, held_out_tokens=300
-    )
+        snapshots, "blocks.1.hook_resid_post", Dataset(tiny_text, 1500, T, 300))
 
 
 @pytest.fixture(scope="module")

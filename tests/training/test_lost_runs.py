@@ -244,7 +244,7 @@ def test_a_handler_of_the_user_comes_back(acts: Activations, tmp_path: Path):
 def torchrun(acts: Activations, run: Path, tmp_path: Path) -> Any:
     """The command of a user, with two processes."""
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(acts.dataset))  # type: ignore[arg-type]
+    text.write_text("\n".join(acts.dataset.source))  # type: ignore[arg-type]
     command = [
         *("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "crosslens", "train"),
         *(

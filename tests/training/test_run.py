@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import crosslens.training.run
 import crosslens.training.trainer
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import (
     ARCHITECTURES,
     BatchTopKCrosscoderTrainingConfig,
@@ -186,7 +187,7 @@ def test_a_checkpoint_cut_short_leaves_the_one_before(
 def test_killed_and_resumed(acts: Activations, tiny_snapshots: Path, architecture: str, tmp_path: Path):
     """kill -9 in another process, at a moment of no one's choosing."""
     run, text = tmp_path / "run", tmp_path / "text.txt"
-    text.write_text("\n".join(acts.dataset))  # type: ignore[arg-type]
+    text.write_text("\n".join(acts.dataset.source))  # type: ignore[arg-type]
     code = f"""
 import sys, time
 import torch
@@ -194,8 +195,8 @@ torch.set_num_threads(1)
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import tests.training.test_run as t
 from crosslens.snapshots.collection import Snapshots
-acts = t.Activations(Snapshots.local({str(tiny_snapshots)!r}), "blocks.1.hook_resid_post", {str(text)!r},
-    n_tokens=1000, context_size=t.T, held_out_tokens=200)
+acts = t.Activations(Snapshots.local({str(tiny_snapshots)!r}), "blocks.1.hook_resid_post",
+    t.Dataset({str(text)!r}, 1000, t.T, 200))
 step = t.CrosscoderTrainer.step
 t.CrosscoderTrainer.step = lambda self, batch: (time.sleep(0.05), step(self, batch))[1]
 t.train(acts, t.ALL[{architecture!r}](), t.config(run_dir={str(run)!r}, n_checkpoints=8))
@@ -208,7 +209,7 @@ t.train(acts, t.ALL[{architecture!r}](), t.config(run_dir={str(run)!r}, n_checkp
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (run / "crosscoder").exists()
-    from_file = Activations(acts.snapshots, acts.hook_name, text, n_tokens=1000, context_size=T, held_out_tokens=200)
+    from_file = Activations(acts.snapshots, acts.hook_name, Dataset(text, 1000, T, 200))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -579,12 +580,11 @@ def test_the_directory_of_another_run_is_refused(acts: Activations, live: Activa
 
     before = contents()
     assert any("checkpoints" in name for name in before)
-    other_text = list(live.dataset)  # type: ignore[arg-type]
+    other_text = list(live.dataset.source)  # type: ignore[arg-type]
     other_text[0], other_text[1] = other_text[1], other_text[0]
 
-    def remade(dataset: Any, **options: Any) -> Activations:
-        given = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200, **options}
-        return Activations(live.snapshots, live.hook_name, dataset, **given)
+    def remade(source: Any, n_tokens: int = 1000, seed: int = 0) -> Activations:
+        return Activations(live.snapshots, live.hook_name, Dataset(source, n_tokens, T, 200), seed=seed)
 
     attempts: list[tuple[Activations, CrosscoderTrainingConfig, TrainConfig, str]] = [
         (acts, ALL["batchtopk_crosscoder"](), settings, "architecture.architecture is topk_crosscoder"),
@@ -598,8 +598,8 @@ def test_the_directory_of_another_run_is_refused(acts: Activations, live: Activa
             }.items()
         ),
         (remade(other_text), ALL["topk_crosscoder"](), settings, "tokens_sha256 is"),
-        (remade(live.dataset, seed=3), ALL["topk_crosscoder"](), settings, "data_seed is 0, asked for is 3"),
-        (remade(live.dataset, n_tokens=900), ALL["topk_crosscoder"](), settings, "n_tokens is"),
+        (remade(live.dataset.source, seed=3), ALL["topk_crosscoder"](), settings, "data_seed is 0, yours is 3"),
+        (remade(live.dataset.source, n_tokens=900), ALL["topk_crosscoder"](), settings, "n_tokens is"),
     ]  # fmt: skip
     for data, architecture, other, message in attempts:
         with pytest.raises(UserError, match=message) as caught:
