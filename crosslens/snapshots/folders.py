@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosslens.errors import UserError
-from crosslens.snapshots.snapshot import Snapshot, tokenizer_files
+
+if TYPE_CHECKING:
+    from crosslens.snapshots.snapshot import Snapshot
 
 
 def read_run(root: Path) -> tuple[str, list[Snapshot]]:
@@ -17,10 +19,9 @@ def read_run(root: Path) -> tuple[str, list[Snapshot]]:
     Raises:
         UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
     """
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: give one with sub-folders step0, step1000, ...")
-    manifest = root / "snapshots.json"
-    name, rows = _read_manifest(manifest) if manifest.is_file() else (root.name, _step_folders(root))
+    from crosslens.snapshots.snapshot import Snapshot  # imports torch, which listing the folders does without
+
+    name, rows = read_rows(root)
     snapshots: list[Snapshot] = []
     for row in rows:
         path = root / row["path"]
@@ -28,6 +29,18 @@ def read_run(root: Path) -> tuple[str, list[Snapshot]]:
         snapshots.append(Snapshot(row["label"], row["step"], row["tokens"], str(path), None, tokenizer))
         snapshots[-1].folder()
     return name, snapshots
+
+
+def read_rows(root: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Name of a local run, and label, path, step and tokens of its snapshots, in the order of training.
+
+    Raises:
+        UserError: no such folder, no snapshots in it, or a damaged manifest.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: give one with sub-folders step0, step1000, ...")
+    manifest = root / "snapshots.json"
+    return _read_manifest(manifest) if manifest.is_file() else (root.name, _step_folders(root))
 
 
 def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -68,6 +81,8 @@ def _step_folders(root: Path) -> list[dict[str, Any]]:
 
 def _local_tokenizer(folder: Path, root: Path) -> str:
     """The folder of the tokenizer of a local snapshot: its own, `tokenizer/` or the root."""
+    from crosslens.snapshots.snapshot import tokenizer_files
+
     for candidate in (folder, root / "tokenizer", root):
         if tokenizer_files(candidate):
             return str(candidate)
