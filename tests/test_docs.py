@@ -70,10 +70,10 @@ def test_names_exist(path: Path) -> None:
 @every_page
 def test_arguments_exist(path: Path) -> None:
     """Keyword arguments of calls of `cl.name(...)`."""
-    calls = (
-        node for code in blocks(path, "python") for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
-    )
-    for call in (call for call in calls if ast.unparse(call.func).startswith("cl.")):
+    nodes = (node for code in blocks(path, "python") for node in ast.walk(ast.parse(code)))
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        if not re.fullmatch(r"cl(\.\w+)+", ast.unparse(call.func)):
+            continue
         parameters = inspect.signature(lookup(ast.unparse(call.func))).parameters
         if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
             continue
