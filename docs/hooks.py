@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: what docstrings and notebooks hold that a page of the site does not.
+"""Hooks of mkdocs: formulas, links of the tutorials, and literal tags.
 
-Docstrings are written for the terminal, and hold no HTML: `<label>` in them is text. Tutorials link to each other and
-to these pages as files of the repository; their formulas become MathML, which browsers draw without a network.
+Formulas, `$...$` and `$$...$$` on pages and in tutorials, become MathML, which browsers draw without a network.
+Tutorials link to each other and to these pages as files of the repository. Docstrings are written for the terminal and
+hold no HTML: `<label>` in them is text.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
+
+FORMULA = r"\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\s](?:[^$\n]*[^$\s])?)\$"
+MARKDOWN_CODE = r"^```.*?^```|`[^`]*`"
+HTML_CODE = r"<(?P<tag>pre|code|style|script)\b.*?</(?P=tag)>"
 
 
 class LiteralTags(Extension):
@@ -28,22 +33,29 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Hide formulas from Markdown, which would read `_` and backslashes in them."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return markdown
+
+    def hide(found: re.Match[str]) -> str:
+        return f"\ue000{found[0].encode().hex()}\ue001" if found["block"] or found["line"] else found[0]
+
+    return re.sub(f"{MARKDOWN_CODE}|{FORMULA}", hide, markdown, flags=re.M | re.S)
+
+
 def on_page_content(content: str, page: Any, **_: Any) -> str:
-    """Links and formulas of a tutorial."""
-    if not page.file.src_uri.startswith("tutorials/"):
-        return content
-    content = re.sub(r'href="([\w.-]+)\.ipynb', r'href="\1.html', content)
-    content = re.sub(r'href="\.\./docs/([\w./-]+)\.md', r'href="../\1.html', content)
-    # code, styles and scripts may hold a $, too
-    parts = re.split(r"(<(pre|code|style|script)\b.*?</\2>)", content, flags=re.S)
-    return "".join(part if i % 3 == 1 else _with_formulas(part) for i, part in enumerate(parts) if i % 3 < 2)
+    """Draw formulas, and turn links between files into links between pages."""
+    content = re.sub("\ue000([0-9a-f]+)\ue001", lambda found: html.escape(bytes.fromhex(found[1]).decode()), content)
+    content = re.sub(f"{HTML_CODE}|{FORMULA}", draw, content, flags=re.S)
+    if page.file.src_uri.startswith("tutorials/"):
+        content = re.sub(r'href="([\w.-]+)\.ipynb', r'href="\1.html', content)
+        content = re.sub(r'href="\.\./docs/([\w./-]+)\.md', r'href="../\1.html', content)
+    return content
 
 
-def _with_formulas(text: str) -> str:
-    blocks = r"\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\s](?:[^$\n]*[^$\s])?)\$"
-    return re.sub(blocks, _formula, text, flags=re.S)
-
-
-def _formula(found: re.Match[str]) -> str:
-    block, line = found.group("block", "line")
+def draw(found: re.Match[str]) -> str:
+    block, line = found["block"], found["line"]
+    if not (block or line):
+        return found[0]
     return convert(html.unescape(block or line), display="block" if block else "inline")
