@@ -1,10 +1,10 @@
 """Activations of the same tokens at one hook point of every snapshot.
 
-In: snapshots, a hook point, a dataset. Out: batches of activations `(B, S, D)` in an order that depends on the seed
-alone, computed live or read from a cache on disk.
+In: snapshots, a hook point, a dataset. Out: batches of activations `(B, S, D)` in an order that depends only on the
+seed, computed live or read from a cache on disk.
 
-Start with `loader.Activations`. `tokens` turns a dataset into sequences, `harvest` runs the models up to the hook,
-`cache` is the format on disk, and `plan` says what all of it costs before anything runs.
+Start with `loader.Activations`. `tokens` turns a `Dataset` into sequences, `harvesting` runs the models up to the
+hook, `cache` is the format on disk, and `plan` estimates the cost before anything runs.
 """
 
 import lazy_loader

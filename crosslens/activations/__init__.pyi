@@ -1,5 +1,5 @@
 from .cache import ActivationCache as ActivationCache
-from .harvest import harvest as harvest
+from .harvesting import harvest as harvest
 from .loader import Activations as Activations
 from .plan import Plan as Plan
 from .tokens import Dataset as Dataset

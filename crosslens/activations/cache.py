@@ -1,22 +1,18 @@
-"""Activations on disk: one file per (shard of sequences, snapshot), so that one snapshot at a time is in memory.
+"""Activations on disk: one file per (shard of sequences, snapshot), so one snapshot at a time is in memory.
 
-    manifest.json                  what the cache is for; another request is refused
+    manifest.json                  what the cache holds; any other request is refused
     tokens-00000.safetensors       int32 tokens of a shard (n, T)
     acts-00000-s03.safetensors     activations of the shard at one snapshot (n, T, D), with their checksum
-    harvest.lock                   while it is filled: who fills what
+    harvest.lock                   while the cache is being filled: which process works on what
 
-Every file is written under a temporary name and renamed, so that a file that is there is whole, whatever is killed.
-Several processes may fill one cache: each takes a lock on the pair that it harvests, and the system drops the locks of
-a process that dies. Were a pair harvested twice nevertheless, both files would be the same.
-
-One file of activations: written whole or not at all, checked when it is read, in one of three types.
-
-    float32    as they are
-    bfloat16   rounded to 8 bits of mantissa
-    int8       (n, T, D) whole numbers in [-127, 127] with one float32 scale per position (n, T, 1): its largest
-               absolute value / 127
-
-The metadata of a file holds a checksum of its tensors, and what rounding cost: sum of squared errors, sum of squares.
+1. The manifest and the tokens are written first. A folder whose manifest does not match the request is refused.
+2. Every process that fills the cache locks one missing (shard, snapshot) at a time, harvests and writes it. The system
+   drops the locks of a process that dies. Two processes that harvest the same pair write identical files.
+3. A file is written under a temporary name and renamed, so a file that exists is complete.
+4. Activations are stored as float32, as bfloat16, or as int8: whole numbers in [-127, 127] with one float32 scale per
+   position (n, T, 1), its largest absolute value / 127. The metadata of a file holds a checksum of its tensors, the sum
+   of squared rounding errors and the sum of squares.
+5. The checksum is compared when a file is first read; a damaged file is harvested again.
 """
 
 from __future__ import annotations
@@ -43,23 +39,23 @@ from crosslens.errors import UserError, did_you_mean, first_line, shortened
 
 try:
     import fcntl
-except ImportError:  # a system without them: processes may do the same work twice, and nothing worse
+except ImportError:  # Windows: processes may do the same work twice, which is harmless
     fcntl = None
 
 FORMAT = 1
 
 
 class ActivationCache:
-    """A folder of shards; `missing` tells what is still to be harvested.
+    """A folder of shards; `missing` lists what is still to be harvested.
 
     Args:
-        folder: made when missing.
-        tokens: (N, T) sequences, in the order in which they are read.
+        folder: created if needed.
+        tokens: (N, T) sequences, in reading order.
         shard_sequences: sequences per shard.
         n_snapshots: S.
         d_model: D.
         dtype: "bfloat16", "float32" or "int8".
-        fingerprint: what else decides the activations; compared with the manifest of an existing cache.
+        fingerprint: everything else that decides the activations; compared with an existing manifest.
 
     Raises:
         UserError: unknown dtype, or the folder holds the cache of another request.
@@ -100,7 +96,7 @@ class ActivationCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locks() as locks:
             locks.wait(0)
-            if manifest.exists():  # another process was quicker
+            if manifest.exists():  # another process was faster
                 self._compare(manifest, request)
                 return
             _remove(self.folder.glob("*.tmp"))
@@ -127,7 +123,7 @@ class ActivationCache:
 
     # ------------------------------------------------------------------ what is there
     def span(self, shard: int) -> tuple[int, int]:
-        """First and last (excluded) sequence of a shard."""
+        """First and last (exclusive) sequence of a shard."""
         return shard * self.size, min((shard + 1) * self.size, len(self.tokens))
 
     def path(self, shard: int, snapshot: int) -> Path:
@@ -138,10 +134,10 @@ class ActivationCache:
         return self.folder / f"tokens-{shard:05d}.safetensors"
 
     def missing(self, *, verify: bool = False) -> list[tuple[int, int]]:
-        """(shard, snapshot) pairs that are not whole on disk, snapshot by snapshot.
+        """(shard, snapshot) pairs without a complete file, snapshot by snapshot.
 
         Args:
-            verify: also compare the checksums of all files, which reads the whole cache.
+            verify: also compare all checksums, which reads the whole cache.
         """
         pairs = ((shard, s) for s in range(self.n_snapshots) for shard in range(self.n_shards))
         return [pair for pair in pairs if not self._is_good(self.path(*pair), verify)]
@@ -158,12 +154,12 @@ class ActivationCache:
         return True
 
     def needed_bytes(self, pairs: list[tuple[int, int]]) -> int:
-        """Disk space that pairs will take."""
+        """Disk space that these pairs will take, in bytes."""
         sequences = sum(last - first for first, last in (self.span(shard) for shard, _ in pairs))
         return sequences * self.tokens.shape[1] * row_bytes(self.d_model, self.dtype) + 512 * len(pairs)
 
     def rounding_errors(self) -> list[float]:
-        """Of every snapshot: share of its squared norm that storing it rounded away."""
+        """Fraction of each snapshot's squared norm that is lost by rounding."""
         found: list[float] = []
         for s in range(self.n_snapshots):
             parts = [read_rounding(self.path(shard, s)) for shard in range(self.n_shards)]
@@ -176,11 +172,11 @@ class ActivationCache:
     def harvesting(
         self, pairs: list[tuple[int, int]], first: int = 0
     ) -> Generator[Iterator[tuple[int, int]], None, None]:
-        """The pairs that this process is to harvest, each locked while it is at hand; those of others are waited for.
+        """Pairs for this process to harvest, each locked while it works on it; pairs locked by others come last.
 
         Args:
             pairs: what is missing.
-            first: place in `pairs` to begin at, so that several processes begin at different snapshots.
+            first: index in `pairs` to begin at, so that several processes begin at different snapshots.
         """
         with self._locks() as locks, closing(self._turns(pairs[first:] + pairs[:first], locks)) as turns:
             yield turns
@@ -194,7 +190,7 @@ class ActivationCache:
                 yield from self._turn(pair, locks)
             else:
                 busy.append(pair)
-        for pair in busy:  # at another process, which may die over it
+        for pair in busy:  # another process is harvesting it, and may die
             locks.wait(self._number(pair))
             yield from self._turn(pair, locks)
 
@@ -225,15 +221,15 @@ class ActivationCache:
     def read(
         self, first: int, last: int, repair: Callable[[int, int, DamagedShardError], None] | None = None
     ) -> Float[Tensor, "n T S D"]:
-        """Float32 activations of a run of sequences, all snapshots.
+        """Float32 activations of consecutive sequences, all snapshots.
 
         Args:
             first: first sequence.
             last: the one after the last.
-            repair: makes a (shard, snapshot) anew that turns out to be damaged.
+            repair: harvests a damaged (shard, snapshot) again; without it damage is an error.
 
         Raises:
-            DamagedShardError: a file is not what was written.
+            DamagedShardError: a file is missing or damaged.
         """
         out = torch.empty(last - first, self.tokens.shape[1], self.n_snapshots, self.d_model)
         for shard in range(first // self.size, -(-last // self.size)):
@@ -264,19 +260,19 @@ class ActivationCache:
 
 
 def _remove(left: Iterable[Path]) -> None:
-    """Delete what a process left behind that was killed; a lock is held, so nobody is at it now."""
+    """Delete files of a process that was killed; the caller holds the lock, so no one else is using them."""
     for path in left if fcntl is not None else ():
         path.unlink(missing_ok=True)
 
 
 class _Locks:
-    """Locks on single bytes of a file, which the system drops when their process ends, however it ends."""
+    """Locks on single bytes of a file, which the system releases when their process ends, for whatever reason."""
 
     def __init__(self, file: int) -> None:
         self.file = file
 
     def take(self, byte: int) -> bool:
-        """Lock a byte; False where another process has it."""
+        """Lock a byte; False if another process holds it."""
         try:
             self._lock(byte, wait=False)
         except OSError:
@@ -284,7 +280,7 @@ class _Locks:
         return True
 
     def wait(self, byte: int) -> None:
-        """Lock a byte as soon as no other process has it."""
+        """Wait until no other process holds a byte, and lock it."""
         self._lock(byte, wait=True)
 
     def _lock(self, byte: int, *, wait: bool) -> None:
@@ -302,10 +298,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_dtype(dtype: str) -> str:
-    """The type of a cache, if there is one of this name.
+    """Return `dtype` if a cache can have it.
 
     Raises:
-        UserError: there is none.
+        UserError: it cannot.
     """
     if dtype not in DTYPES:
         raise UserError(
@@ -316,10 +312,10 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin where the disk cannot hold what is to come.
+    """Refuse to start when the disk has less than `needed` bytes free.
 
     Raises:
-        UserError: names what is needed and what is free.
+        UserError: names the space needed and the space free.
     """
     free = free_bytes(folder)
     if needed > free:
@@ -330,7 +326,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Free space of the disk that a folder lies on, or will lie on."""
+    """Free space on the disk of a folder, which need not exist yet."""
     path = Path(folder).resolve()
     while not path.exists():
         path = path.parent
@@ -338,33 +334,34 @@ def free_bytes(folder: str | Path) -> int:
 
 
 def describe_rounding(dtype: str, labels: Sequence[str], errors: Sequence[float]) -> str:
-    """What storing activations in fewer bits cost, in one line.
+    """The rounding error of a cache, in one line.
 
     Args:
         dtype: of the cache.
         labels: of the snapshots.
-        errors: of each, the share of the squared norm that was rounded away.
+        errors: fraction of each snapshot's squared norm that is lost.
     """
     worst = max(range(len(errors)), key=lambda s: errors[s])
     mean = sum(errors) / len(errors)
     return (
-        f"{dtype} rounds away {mean:.2e} of the squared norm on average, at most {errors[worst]:.2e} ({labels[worst]})"
+        f"{dtype} loses {mean:.2e} of the squared norm by rounding on average, at most {errors[worst]:.2e} "
+        f"({labels[worst]})"
     )
 
 
 def row_bytes(d_model: int, dtype: str) -> int:
-    """Bytes of one position of one snapshot."""
+    """Bytes per position and snapshot."""
     return {"float32": 4 * d_model, "bfloat16": 2 * d_model, "int8": d_model + 4}[dtype]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], rounding: Rounding | None = None) -> None:
-    """Write tensors under a temporary name, and rename.
+    """Write tensors under a temporary name, then rename.
 
     Raises:
-        UserError: the disk is full; nothing is left behind.
+        UserError: the disk is full; the temporary file is deleted.
     """
     notes = {"crc32": _checksum(tensors), **({} if rounding is None else rounding._asdict())}
-    # one entry, for safetensors writes several in a random order, and equal shards shall be equal files
+    # a single entry: safetensors writes several in random order, and equal shards must be equal files
     metadata = {"crosslens": json.dumps(notes)}
     partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
@@ -378,7 +375,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], rounding: Rounding | N
         free = shutil.disk_usage(path.parent).free
         raise UserError(
             f"the disk is full: {path} could not be written ({first_line(error)}; {free / 2**20:,.1f} MiB free); what "
-            "was harvested stays: free some space, or give a folder on another disk, and run the same command again"
+            "was harvested is kept: free some space, or give a folder on another disk, and run the same command again"
         ) from error
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -386,7 +383,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], rounding: Rounding | N
 
 
 def write_shard(path: Path, acts: Float[Tensor, "n T D"], dtype: str) -> Rounding:
-    """Store activations as `dtype`, and return what that rounded away."""
+    """Store activations as `dtype`, and return the rounding error."""
     if dtype == "int8":
         scale = acts.abs().amax(-1, keepdim=True) / 127
         data = (acts / torch.where(scale > 0, scale, 1.0)).round_().to(torch.int8)
@@ -400,7 +397,7 @@ def write_shard(path: Path, acts: Float[Tensor, "n T D"], dtype: str) -> Roundin
 
 
 def decode(tensors: dict[str, Tensor]) -> Float[Tensor, "n T D"]:
-    """Float32 activations of what a file holds."""
+    """Float32 activations from the tensors of a file."""
     data = tensors["data"].float()
     return data.mul_(tensors["scale"]) if "scale" in tensors else data
 
@@ -409,7 +406,7 @@ def read_tensors(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
     """The tensors of a file.
 
     Raises:
-        DamagedShardError: missing, truncated, or not what was written.
+        DamagedShardError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -424,7 +421,7 @@ def read_tensors(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
 
 
 def read_rounding(path: Path) -> Rounding:
-    """What rounding cost, as the file records it."""
+    """The rounding error that a file records."""
     try:
         with safe_open(path, framework="pt") as file:
             notes = _notes(file)
@@ -434,21 +431,16 @@ def read_rounding(path: Path) -> Rounding:
 
 
 def _notes(file: Any) -> dict[str, Any]:
-    """What `write_tensors` noted beside the tensors."""
+    """The metadata that `write_tensors` stored."""
     return json.loads(file.metadata()["crosslens"])
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and as long as its header says; its numbers are not looked at."""
+    """Whether a file exists and is as long as its header says; its values are not checked."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if not 2 <= length <= size - 8:
-                return False
-            header = json.loads(file.read(length))
-        return size == 8 + length + max(e["data_offsets"][1] for name, e in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
         return False
 
 
@@ -460,18 +452,18 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 class Rounding(NamedTuple):
-    """What storing activations in fewer bits cost; sums over numbers."""
+    """The error of storing activations in fewer bits."""
 
     squared_error: float
-    """Sum of squared differences between what is stored and what was harvested."""
+    """Sum of squared differences between stored and harvested values."""
     squares: float
-    """Sum of the squares of what was harvested."""
+    """Sum of squares of the harvested values."""
 
 
 class DamagedShardError(UserError):
-    """A file of a cache that is not what was written."""
+    """A file of a cache that is missing or damaged."""
 
     def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path} {what}; run the same harvest again: only that file is made anew")
+        super().__init__(f"{path} {what}; run the same harvest again: only that file is redone")
         self.path = path
         self.what = what

@@ -1,13 +1,14 @@
-"""The same tokens through every snapshot: (B, S, D) activations, live or from a cache, in one and the same order.
+"""The same tokens through every snapshot: (B, S, D) activations, live or from a cache, in the same order.
 
-1. Documents become sequences of `context_size` tokens (SAELens's own packing: BOS first, documents separated by BOS).
+1. Documents become sequences of `context_size` tokens (SAELens's packing: BOS first, documents separated by BOS).
 2. Sequences are permuted once by `seed`; the last ones are held out, the others form blocks.
 3. Every epoch visits the blocks in an order drawn from (seed, epoch), and shuffles the positions inside a block by
-   (seed, epoch, block). The order is a function of these numbers alone, so training can continue at any batch.
-4. A block's activations come from the models, which stop at the hook's layer, or from the cache.
+   (seed, epoch, block). The order depends on nothing else, so training can continue at any batch.
+4. A block's activations come from the models, which stop at the hook, or from the cache. A thread makes the next block
+   while the current one is in use.
 
-Positions whose token is the BOS or padding are left out (`keep_special=True` keeps them): their activations are
-outliers that say nothing about the text. Letters: N sequences, B tokens, T positions, S snapshots, D d_model.
+BOS and padding positions are left out (`Dataset(keep_special=True)` keeps them): their activations are outliers that
+say nothing about the text. Letters: N sequences, B tokens, T positions, S snapshots, D d_model.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,11 +40,11 @@ from crosslens.activations.cache import (
     free_bytes,
     row_bytes,
 )
-from crosslens.activations.harvest import fill, harvest, run_to_hook
+from crosslens.activations.harvesting import fill, harvest, run_to_hook
 from crosslens.activations.plan import Plan, model_bytes, peak_memory, training_bytes
-from crosslens.activations.prefetch import Prefetch
 from crosslens.activations.tokens import Dataset, Source, generator, split_sequences, token_sequences
-from crosslens.distributed.parallel import check_split, own_device
+from crosslens.devices import own_device
+from crosslens.distributed.parallel import check_split
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import KEEP_BYTES, Snapshots
 from crosslens.snapshots.hooks import hook_layer
@@ -177,7 +178,7 @@ class Activations:
         Args:
             first: first sequence.
             last: the one after the last.
-            abandoned: tells when nobody waits for them any more.
+            abandoned: returns True once the result is no longer needed.
         """
         if self._cache is not None:
             return self._cache.read(first, last, self._repair)
@@ -193,7 +194,7 @@ class Activations:
 
     @property
     def block_sequences(self) -> int:
-        """Sequences that are in memory, and shuffled, together."""
+        """Number of sequences that are in memory and shuffled together."""
         per_token = self.n_snapshots * self.d_model * 4
         return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
 
@@ -203,30 +204,45 @@ class Activations:
         """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
 
         Args:
-            batch_size: B tokens; what is left of an epoch goes into the next one's first batch.
+            batch_size: B tokens; the rest of an epoch goes into the first batch of the next.
             start: batches to skip; the stream continues as if they had been read.
-            epochs: passes over the data, without end when None; the last incomplete batch is not given.
+            epochs: passes over the data, endless when None; an incomplete last batch is dropped.
         """
         self.check_batch(batch_size)
         epoch, skip = divmod(start * batch_size, self.n_tokens)
         left: Tensor | None = None
-        with closing(Prefetch(partial(self._shuffled_blocks, epoch, skip, epochs))) as blocks:
-            for rows in blocks:
-                self.waited, self.waited_first = blocks.waited, blocks.waited_first
+        # the queue alone would let the thread work two blocks ahead
+        wanted, closed = threading.Semaphore(1), threading.Event()
+        blocks = PrefetchingIterator(self._shuffled_blocks(epoch, skip, epochs, wanted, closed), prefetch=1)
+        waited = first = 0.0
+        try:
+            while True:
+                began = time.perf_counter()
+                rows = next(blocks, None)
+                if rows is None:
+                    return
+                wanted.release()
+                waited += time.perf_counter() - began
+                first = first or waited
+                self.waited, self.waited_first = waited, first
                 rows = rows if left is None else torch.cat([left, rows])
                 whole = len(rows) // batch_size * batch_size
                 if whole:  # an empty tensor splits into one empty batch
                     yield from rows[:whole].split(batch_size)
                 left = rows[whole:].clone()
-                del rows  # the next block is made meanwhile: one too many would be in memory
+                del rows  # while the next block is made, this one would be one too many in memory
+        finally:
+            closed.set()
+            wanted.release()
+            blocks.close()
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse a `batch_size` above the activations of an epoch, for which there would never be enough."""
+        """Refuse a `batch_size` that is larger than an epoch."""
         if not 0 < batch_size <= self.n_tokens:
             raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
     def _shuffled_blocks(
-        self, epoch: int, skip: int, epochs: int | None, abandoned: Callable[[], bool]
+        self, epoch: int, skip: int, epochs: int | None, wanted: threading.Semaphore, closed: threading.Event
     ) -> Iterator[Float[Tensor, "n S D"]]:
         size = self.block_sequences
         counts = [int(c.sum()) for c in self.keep(self.train_tokens()).sum(-1).split(size)]
@@ -235,15 +251,18 @@ class Activations:
                 if skip >= counts[block]:
                     skip -= counts[block]
                     continue
+                wanted.acquire()
+                if closed.is_set():
+                    return
                 first, last = block * size, min((block + 1) * size, self._n_train)
                 kept = self.keep(self.tokens[first:last]).flatten().nonzero()[:, 0]
                 order = torch.randperm(len(kept), generator=generator(self.seed, epoch, block))
-                yield self.block(first, last, abandoned).flatten(0, 1)[kept[order[skip:]]]
+                yield self.block(first, last, closed.is_set).flatten(0, 1)[kept[order[skip:]]]
                 skip = 0
             epoch += 1
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        """Activations of the held-out sequences in reading order, `batch_size` tokens at a time, at the end fewer."""
+        """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer."""
         for first in range(self._n_train or len(self.train_tokens()), len(self.tokens), self.block_sequences):
             last = min(first + self.block_sequences, len(self.tokens))
             yield from self.block(first, last)[self.keep(self.tokens[first:last])].split(batch_size)
@@ -252,15 +271,15 @@ class Activations:
     def cache(
         self, folder: str | Path, dtype: str = "bfloat16", *, evict: bool = False, verify: bool = False
     ) -> Activations:
-        """The same activations, written once to a folder and read from there; an interrupted harvest continues.
+        """Harvest the activations into a folder, and return the same activations read from there.
 
-        Several processes may do this with one folder at once, started by torchrun or by hand; each returns when all is
-        there. A damaged file is made anew when it is read.
+        An interrupted harvest continues where it stopped. Several processes, started by torchrun or by hand, may fill
+        one folder together; each returns when it is complete. A damaged file is harvested again when it is read.
 
         Args:
-            folder: made when missing; the cache of another request is refused.
+            folder: created if needed; the cache of another request is refused.
             dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
-            evict: afterwards delete the weights that were downloaded for this from the hub's cache.
+            evict: afterwards delete the weights that this download put into the hub's cache.
             verify: compare the checksums of all files now.
 
         Raises:
@@ -269,7 +288,7 @@ class Activations:
         path = Path(folder)
         needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
         if not path.exists():
-            check_space(path, needed)  # before anything is downloaded; what is there already is counted further down
+            check_space(path, needed)  # before any download; an existing cache is checked below, once it is read
         shape = self.block_sequences, self.n_snapshots, self.d_model
         cache = ActivationCache(path, self.tokens, *shape, dtype, self.fingerprint())
         if missing := cache.missing(verify=verify):
@@ -287,7 +306,7 @@ class Activations:
 
     def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
         assert self._cache is not None
-        warnings.warn(f"{error.path} {error.what}: it is harvested again", stacklevel=2)
+        warnings.warn(f"{error.path} {error.what}: harvesting it again", stacklevel=2)
         fill(self._cache, self.snapshots, self.hook_name, [(shard, snapshot)], self.settings)
 
     # ------------------------------------------------------------------ description
@@ -360,17 +379,17 @@ class Activations:
         processes: int = 1,
         data_parallel: int = 1,
     ) -> Plan:
-        """Disk, memory, forwards and time of training on these activations, live or cached, and which is better.
+        """Disk, memory, forward passes and time of training on these activations, live or cached, and the better way.
 
         Args:
-            measure: time a small forward of a snapshot whose weights are on this disk; nothing is downloaded.
-            training_tokens: activations to train on; more than there are means several passes. None: one pass.
-            folder: where a cache would lie.
+            measure: time a small forward pass of a snapshot whose weights are on this disk; nothing is downloaded.
+            training_tokens: activations to train on; more than an epoch means several passes. None: one pass.
+            folder: of a cache.
             dtype: of a cache.
-            architecture: of the crosscoder that is to be trained; its memory is stated too.
+            architecture: of the crosscoder to train; adds its memory to the plan.
             batch_size: activations per step.
-            processes: number of processes among which the crosscoder is to be split.
-            data_parallel: groups of these processes among which the tokens of a batch are split.
+            processes: number of processes that split the crosscoder.
+            data_parallel: number of groups of these processes that split the tokens of a batch.
         """
         check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
         process = peak_memory()
@@ -404,7 +423,7 @@ class Activations:
         )
 
     def _seconds_per_token(self) -> float:
-        """Seconds a token takes in one model; NaN where no weights are on this disk."""
+        """Seconds per token in one model; NaN if no weights are on this disk."""
         found = next((snapshot for snapshot in self.snapshots if snapshot.is_on_disk()), None)
         if found is None:
             return math.nan

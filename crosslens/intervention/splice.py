@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslens.activations.harvest import harvest
+from crosslens.activations.harvesting import harvest
 from crosslens.activations.tokens import special_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError

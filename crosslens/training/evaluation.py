@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from tqdm.auto import tqdm
 
-from crosslens.activations.harvest import harvest
+from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.intervention.splice import spliced_logits

@@ -278,7 +278,7 @@ def check_limit(folder: Path, root: Path) -> None:
         try:
             acts.cache(target)
         except UserError as error:
-            assert "the disk is full: " in str(error) and "stays: free some space" in str(error), error
+            assert "the disk is full: " in str(error) and "is kept: free some space" in str(error), error
             assert "\n" not in str(error)
             return
         raise AssertionError("the limit was not noticed")

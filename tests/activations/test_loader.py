@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from crosslens.activations.harvest import harvest
+from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import training_bytes
 from crosslens.activations.tokens import Dataset, special_positions
@@ -269,18 +269,39 @@ def test_live_batches_use_cut_models_alone(snapshots: Snapshots, tiny_text: list
 
 
 def test_the_stream_ends_its_thread(snapshots: Snapshots, tiny_text: list[str]):
-    def threads() -> int:
-        return sum(thread.name == "crosslens-prefetch" for thread in threading.enumerate())
-
     acts = make(snapshots, tiny_text)
-    before = threads()
+    before = threading.active_count()
     stream = acts.batches(50)
     next(stream)
-    assert threads() == before + 1
+    assert threading.active_count() == before + 1
     stream.close()
-    assert threads() == before
-    assert len(list(acts.batches(50, epochs=1))) == acts.n_tokens // 50 and threads() == before
+    assert threading.active_count() == before
+    assert len(list(acts.batches(50, epochs=1))) == acts.n_tokens // 50 and threading.active_count() == before
     assert 0 < acts.waited_first <= acts.waited
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_one_block_is_made_ahead_and_errors_reach_the_consumer(
+    snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    acts = make(snapshots, tiny_text)
+    made, asked, whole = [], threading.Semaphore(0), acts.block
+
+    def block(first: int, last: int, abandoned: Any) -> Tensor:
+        asked.release()
+        made.append(first)
+        if len(made) == 3:
+            raise RuntimeError("the third block")
+        return whole(first, last, abandoned)
+
+    monkeypatch.setattr(acts, "block", block)
+    stream = acts.batches(1)
+    next(stream)
+    assert asked.acquire(timeout=60) and asked.acquire(timeout=60)  # the second is made during the first
+    assert not asked.acquire(timeout=0.3) and len(made) == 2
+    with pytest.raises(RuntimeError, match="the third block"):
+        list(stream)
+    assert len(made) == 3 and list(stream) == []
 
 
 # ---------------------------------------------------------------------- plan, record, mistakes
@@ -309,7 +330,7 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert not large.models_fit and large.recommendation[0] == "cached"
     assert large.live_bytes == plan.model_bytes + 3 * plan.block_bytes
     monkeypatch.setattr("crosslens.activations.loader.free_bytes", lambda _: large.cache_bytes - 1)
-    assert "no room for a cache" in acts.plan(measure=False).recommendation[1]
+    assert "too full for a cache" in acts.plan(measure=False).recommendation[1]
     assert plan.training_bytes == 0 and "training" not in str(plan)
     architecture = JumpReLUCrosscoderTrainingConfig(d_sae=4096)
     alone, split = (acts.plan(measure=False, architecture=architecture, processes=n) for n in (1, 4))

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from crosslens.activations.harvest import harvest
+from crosslens.activations.harvesting import harvest
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import crosslens.training.evaluation
-from crosslens.activations.harvest import harvest
+from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import (
