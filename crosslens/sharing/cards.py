@@ -1,7 +1,7 @@
-"""The model card of a crosscoder, from what it records and from the tables of its run; and a picture of its evolution.
+"""Model card of a crosscoder, and a picture of how its features evolve.
 
-A card says what it is, how to load it, of which snapshots and data, how good it is at each snapshot, and whom to cite.
-Names and labels come from files that others wrote: in Markdown and in SVG they are text, never markup.
+A card says what the crosscoder is, how to load it, which snapshots and data it was trained on, how good it is at each
+snapshot, and what to cite. Names and labels may come from untrusted files, so they are escaped in Markdown and SVG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import relative_norms
 
 if TYPE_CHECKING:
-    Frame: TypeAlias = Any  # pandas annotates what is taken out of a frame as a union of whatever it could be
+    Frame: TypeAlias = Any  # pandas types everything taken out of a frame as a wide union
 else:
     Frame = pd.DataFrame
 
@@ -71,15 +71,15 @@ def make_card(
     run: dict[str, Any] | None = None,
     picture: str | None = None,
 ) -> str:
-    """The card as Markdown, with the front matter of the hub.
+    """Make the model card: Markdown with the hub's front matter.
 
     Args:
         crosscoder: the crosscoder.
-        repo_id: where it will be.
+        repo_id: repository it will be published in.
         sae_id: its folder there.
-        licence: of the weights, by the hub's names, such as "mit".
-        evaluation: what `evaluate` returned.
-        run: contents of run.json: data, settings of the training, versions.
+        licence: licence of the weights in the hub's spelling, such as "mit".
+        evaluation: table returned by `evaluate`.
+        run: contents of run.json: data, training settings, versions.
         picture: path of the picture, relative to the card.
     """
     cfg, metadata, run = crosscoder.cfg, crosscoder.cfg.metadata, run or {}
@@ -93,8 +93,8 @@ def make_card(
         f"# {_text(sae_id)}: a crosscoder over {cfg.n_snapshots} pretraining snapshots of {model}",
         "",
         f"A {_WHAT[cfg.architecture()]} with {cfg.d_sae:,} features, trained on the activations of {cfg.n_snapshots} "
-        f"snapshots of {model} (width {cfg.d_model:,}) at {hook}. Its features are shared by the snapshots; the norm "
-        "of a feature's decoder at a snapshot says how strongly it exists there.",
+        f"snapshots of {model} (width {cfg.d_model:,}) at {hook}. The snapshots share its features; the decoder norm "
+        "of a feature at a snapshot says how strongly the feature is present there.",
         "",
         "## Usage",
         "",
@@ -114,8 +114,8 @@ def make_card(
     if picture is not None:
         lines += ["## Evolution", "", f"![Relative decoder norms of the features over the snapshots]({picture})", ""]
         lines += [
-            "Decoder norm of each feature, relative to its largest, over the snapshots; features ordered by when they "
-            "peak, dark is strong.",
+            "Decoder norm of each feature over the snapshots, relative to its maximum; features are ordered by when "
+            "they peak, darker is stronger.",
             "",
         ]
     lines += ["## Licence", "", _text(licence) if licence else "Not stated by the uploader.", ""]
@@ -124,11 +124,11 @@ def make_card(
 
 
 def evolution_picture(decoder_norms: Float[Tensor, "F S"], labels: Sequence[str], n_bands: int = 120) -> str:
-    """SVG of relative decoder norms: a column per snapshot, a row per band of features, ordered by their peak."""
+    """Draw relative decoder norms as SVG: one column per snapshot, one row per band of features, ordered by peak."""
     alive = relative_norms(decoder_norms.detach().cpu().float())
     alive = alive[alive.isfinite().all(-1) & (alive.amax(-1) > 0)]
     S = decoder_norms.shape[1]
-    # by the place of the peak, then by the centre of mass, so that neighbours look alike
+    # by peak, then by centre of mass, so neighbouring rows look alike
     centre = (alive * torch.arange(S)).sum(-1) / alive.sum(-1).clamp_min(1e-12)
     order = sorted(range(len(alive)), key=lambda i: (int(alive[i].argmax()), float(centre[i])))
     bands = [alive[rows].mean(0).tolist() for rows in _split(order, n_bands)]
@@ -152,10 +152,10 @@ def evolution_picture(decoder_norms: Float[Tensor, "F S"], labels: Sequence[str]
 
 
 def without_paths(value: Any) -> Any:
-    """The same with every local path cut down to its last part; keys stay as they are.
+    """Shorten every local path in nested values to its last part; keys stay unchanged.
 
     Raises:
-        UserError: something in it looks like a token.
+        UserError: a value looks like a token.
     """
     if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
@@ -169,16 +169,16 @@ def without_paths(value: Any) -> Any:
 
 
 def check_public(text: str) -> None:
-    """Refuse text with something in it that looks like a token, or that leads to the user's home.
+    """Refuse text that holds something like a token, or the path of the user's home folder.
 
     Raises:
-        UserError: it is named by its beginning alone.
+        UserError: it does; the message shows only the first characters of a token.
     """
     if found := _TOKEN.search(text):
-        raise UserError(f"what would be published contains a token ({found[0][:5]}...): remove it from the metadata")
+        raise UserError(f"the metadata hold what looks like a token ({found[0][:5]}...): remove it before publishing")
     home = str(Path.home())
     if len(home) > 1 and re.search(re.escape(home) + r"\b", text):
-        raise UserError("what would be published contains the path of your home folder: remove it from the metadata")
+        raise UserError("the metadata hold the path of your home folder: remove it before publishing")
 
 
 def _data(crosscoder: Crosscoder, run: dict[str, Any]) -> list[str]:
@@ -186,7 +186,7 @@ def _data(crosscoder: Crosscoder, run: dict[str, Any]) -> list[str]:
     facts = {
         "dataset": metadata.dataset_path,
         "context size": metadata.context_size,
-        "tokens a pass": identity.get("n_tokens"),
+        "tokens per epoch": identity.get("n_tokens"),
         "special tokens": {True: "kept", False: "left out"}.get(metadata.keep_special),
         "imported from": metadata.imported_from,
         **{key.replace("_", " "): value for key, value in identity.get("training", {}).items()},
@@ -210,13 +210,13 @@ def _snapshot_table(crosscoder: Crosscoder, evaluation: Frame | None) -> list[st
     if shown:
         lines += [
             "",
-            "Measured on held-out tokens; CE and KL are of the model whose hook point holds the reconstruction.",
+            "Measured on held-out tokens; CE spliced and KL are those of the model with the reconstruction spliced in.",
         ]
     return [*lines, ""]
 
 
 def _text(value: object) -> str:
-    """A value in one line of Markdown, in which nothing is markup."""
+    """A value as one line of Markdown with all markup escaped."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", line)[:400] if line else "-"
 

@@ -1,17 +1,16 @@
-"""One snapshot of a crosscoder as a plain SAE of SAELens, which reads that snapshot's activations alone.
+"""Export one snapshot of a crosscoder as a plain SAELens SAE.
 
-A crosscoder's features are read from the activations of all snapshots; a plain SAE has those of one. So its encoder is
-fitted, and what it gives are estimates of the features:
+A crosscoder encodes the activations of all snapshots, a plain SAE those of one. The SAE's encoder is therefore fitted,
+and only estimates the features:
 
-1. Ridge regression of the pre-activations h on the raw activations of the snapshot, over the training tokens:
-   `h_hat = x A + b` with least `E|h - h_hat|^2 + ridge |A|^2` (A penalised in units of the mean variance of x).
-2. Of each feature a threshold, above which h_hat is as often as the feature is active, and a gain, by which its values
-   above it are right in the least squares: `f_hat = g h_hat 1[g h_hat > g t]`, a JumpReLU SAE.
+1. Ridge regression of the pre-activations h on the snapshot's raw activations x over training tokens: `h_hat = x A + b`
+   minimises `E|h - h_hat|^2 + ridge |A|^2`, with A penalised in units of the mean variance of x.
+2. A threshold t per feature, which h_hat exceeds as often as the feature is active, and a least-squares gain g for the
+   values above it: `f_hat = g h_hat 1[g h_hat > g t]`, a JumpReLU SAE.
 3. The decoder is the crosscoder's at that snapshot, in raw space: `W_dec[:, s] / c_s`, `b_dec[s] / c_s`.
 
-How good the estimate is on held-out tokens stands in the metadata: explained variance beside the crosscoder's own, and
-of each feature how well the SAE agrees with the crosscoder on when it is active (F1) and on its value (Pearson).
-The procedure is this project's own.
+The metadata say how good the estimate is on held-out tokens: explained variance of the SAE and of the crosscoder, and
+how well they agree on when each feature is active (F1) and on its value (Pearson). The procedure is our own.
 """
 
 from __future__ import annotations
@@ -42,21 +41,21 @@ def export_sae(
     ridge: float = 1e-6,
     batch_size: int = 4096,
 ) -> JumpReLUSAE:
-    """A plain SAELens SAE of one snapshot; `save_model` writes it, `sae_lens.SAE.load_from_disk` reads it.
+    """Export one snapshot as a plain SAELens SAE; `save_model` writes it, `sae_lens.SAE.load_from_disk` reads it.
 
     Args:
         crosscoder: the crosscoder.
-        acts: activations of the snapshots it was trained on: the training tokens fit, the held-out ones judge.
+        acts: activations it was trained on; the encoder is fitted on training tokens, evaluated on held-out ones.
         snapshot: index of the snapshot.
-        n_tokens: activations to fit on, at most one epoch of them.
+        n_tokens: activations to fit on, at most one epoch.
         ridge: weight of the penalty on the encoder, in units of the mean variance of an activation.
-        batch_size: activations at a time.
+        batch_size: activations per batch.
 
     Returns:
         The SAE, with `metadata.explained_variance`, `metadata.crosscoder_explained_variance`, `metadata.l0`,
-        `metadata.crosscoder_l0`, `metadata.feature_agreement` (mean F1 of the features that are active on the held-out
-        tokens), `metadata.feature_f1` and `metadata.feature_correlation` (of each feature; None where it is never
-        active), and `metadata.approximation`, which says all that in words.
+        `metadata.crosscoder_l0`, `metadata.feature_agreement` (mean F1 of the features that are active on held-out
+        tokens), `metadata.feature_f1` and `metadata.feature_correlation` (per feature; None if it is never active),
+        and `metadata.approximation`, a summary in words.
 
     Raises:
         UserError: no such snapshot, activations of other snapshots, n_tokens or ridge out of range.
@@ -64,13 +63,15 @@ def export_sae(
     s = check_snapshot(crosscoder, snapshot)
     if acts.n_snapshots != crosscoder.n_snapshots or acts.d_model != crosscoder.d_model:
         raise UserError(
-            f"activations of {acts.n_snapshots} snapshots of width {acts.d_model} are not of this crosscoder, which "
+            f"activations of {acts.n_snapshots} snapshots of width {acts.d_model} do not fit this crosscoder, which "
             f"has {crosscoder.n_snapshots} of width {crosscoder.d_model}: give those it was trained on"
         )
     if n_tokens <= crosscoder.d_model:
-        raise UserError(f"n_tokens={n_tokens} must be more than d_model={crosscoder.d_model}, or the fit means nothing")
+        raise UserError(
+            f"n_tokens={n_tokens} must be more than d_model={crosscoder.d_model} for the fit to mean anything"
+        )
     if not 0 <= ridge < math.inf:
-        raise UserError(f"ridge={ridge} must be 0 or more")
+        raise UserError(f"ridge={ridge} must be a finite number of at least 0")
     batch_size = min(batch_size, acts.n_tokens)
     n_batches = min(math.ceil(n_tokens / batch_size), acts.n_tokens // batch_size)
 
@@ -100,12 +101,12 @@ def export_sae(
     sae.threshold.copy_(threshold * gain)
     sae.W_dec.copy_(crosscoder.W_dec_by_snapshot[:, s] / crosscoder.activation_scale[s])
     sae.b_dec.copy_(crosscoder.b_dec_by_snapshot[s] / crosscoder.activation_scale[s])
-    for name, value in judge(crosscoder, sae, acts, s, batch_size).items():
+    for name, value in measure(crosscoder, sae, acts, s, batch_size).items():
         metadata[name] = value
     metadata.approximation = (
-        "The encoder is a regression on this snapshot's activations; the crosscoder reads all snapshots. On held-out "
-        f"tokens it explains {metadata.explained_variance:.3f} of the variance, the crosscoder "
-        f"{metadata.crosscoder_explained_variance:.3f}; features agree on when they are active with a mean F1 of "
+        "The encoder is a regression on this snapshot's activations; the crosscoder encodes all snapshots. On held-out "
+        f"tokens the SAE explains {metadata.explained_variance:.3f} of the variance, the crosscoder "
+        f"{metadata.crosscoder_explained_variance:.3f}; the mean F1 of when features are active is "
         f"{metadata.feature_agreement:.3f}."
     )
     return sae.eval().requires_grad_(False)
@@ -114,7 +115,7 @@ def export_sae(
 def fit_encoder(
     crosscoder: Crosscoder, batches: Iterator[Float[Tensor, "B S D"]], s: int, ridge: float
 ) -> tuple[Float[Tensor, "D F"], Float[Tensor, " F"]]:
-    """Ridge regression of h on x_s, from sums over the batches, in float64."""
+    """Ridge regression of h on x_s, accumulated over the batches in float64."""
     D, F = crosscoder.d_model, crosscoder.cfg.d_sae
     zeros: dict[str, Any] = {"dtype": torch.float64, "device": crosscoder.device}
     xx, xh = torch.zeros(D, D, **zeros), torch.zeros(D, F, **zeros)
@@ -137,7 +138,7 @@ def fit_encoder(
 def calibrate(
     crosscoder: Crosscoder, batches: Iterator[Float[Tensor, "B S D"]], s: int, weight: Tensor, bias: Tensor
 ) -> tuple[Float[Tensor, " F"], Float[Tensor, " F"]]:
-    """Threshold and gain of each feature; a feature that is never active has a threshold above all that was seen."""
+    """Threshold and gain of each feature; the threshold of a feature that is never active exceeds all values seen."""
     guesses, wanted = [], []
     for batch in batches:
         guesses.append((batch[:, s].double() @ weight + bias).float())
@@ -145,7 +146,7 @@ def calibrate(
     guess, value = torch.cat(guesses), torch.cat(wanted)
     counts = (value != 0).sum(0)
     ordered = guess.sort(dim=0, descending=True).values
-    # halfway between the last one that is to pass and the first that is not
+    # halfway between the last value that should pass and the first that should not
     inner = ordered.gather(0, (counts - 1).clamp_min(0)[None])[0]
     outer = ordered.gather(0, counts.clamp_max(len(guess) - 1)[None])[0]
     threshold = torch.where(counts > 0, (inner + outer) / 2, ordered[0] + ordered[0].abs() + 1).clamp_min(0)
@@ -155,8 +156,8 @@ def calibrate(
     return threshold.double(), torch.where(gain > 0, gain, 1.0).double()
 
 
-def judge(crosscoder: Crosscoder, sae: JumpReLUSAE, acts: Activations, s: int, batch_size: int) -> dict[str, object]:
-    """Figures of `export_sae` on the held-out tokens."""
+def measure(crosscoder: Crosscoder, sae: JumpReLUSAE, acts: Activations, s: int, batch_size: int) -> dict[str, object]:
+    """Quality of an exported SAE on held-out tokens, as `export_sae` records it."""
     F, D = crosscoder.cfg.d_sae, crosscoder.d_model
     both, ours, theirs = (torch.zeros(F, dtype=torch.float64) for _ in range(3))
     sums = torch.zeros(5, F, dtype=torch.float64)

@@ -1,18 +1,18 @@
-"""Crosscoders of other code, converted; their scales are kept apart, never folded into the weights.
+"""Convert crosscoders of other projects; activation scales stay separate and are never folded into the weights.
 
-crosscoding_through_time (Bayazit et al., arXiv 2509.05291): `{k}.pt` beside `{k}_cfg.json`. One code for M checkpoints,
-`f = relu(sum_m s_m x_m W_enc[m] + b_enc)`, `s_m x_hat_m = f W_dec[:, m] + b_dec[m]`; with BatchTopK `f` is kept where
+crosscoding_through_time (Bayazit et al., arXiv 2509.05291): `{k}.pt` and `{k}_cfg.json`. M snapshots share features
+`f = relu(sum_m s_m x_m W_enc[m] + b_enc)`, `s_m x_hat_m = f W_dec[:, m] + b_dec[m]`; BatchTopK keeps `f` where
 `f_i sum_m |W_dec[i, m]| > threshold`. `estimated_act_norm_list` in the config holds the s_m, which become our scales.
-The activations called `blocks.L.hook_resid_pre` are the output of block L - 1.
+Its `blocks.L.hook_resid_pre` is the output of block L - 1.
 
-ckkissane: `cfg.json` beside `cc_weights.pt`, the same function without BatchTopK. The files hold no scales: those that
-it was trained with must be given, unless they were folded into the weights.
+ckkissane: `cfg.json` and `cc_weights.pt`, the same function without BatchTopK. The files hold no scales: pass those
+used in training, unless they were folded into the weights.
 
-openmoss (Ge et al., arXiv 2509.17196, code of OpenMOSS): `config.json` beside `sae_weights.safetensors`. Of K heads,
+openmoss (Ge et al., arXiv 2509.17196, OpenMOSS code): `config.json` and `sae_weights.safetensors`. With K heads,
 `h = sum_k (s_k x_k W_E[k] + b_E[k])`, `f_k = h 1[h |W_D[k]| > exp(log t)]`, `s_k x_hat_k = f_k W_D[k] + b_D[k]`, `s_k =
-sqrt(D) / average norm`. Files of `norm_activation: inference` have had their biases divided by s_k, which is no change
-of the function only where all s_k are equal and there is no threshold; where the norms are still in the file, the
-division is undone, and what is loaded is the crosscoder as it was trained.
+sqrt(D) / average norm`. Files with `norm_activation: inference` have biases divided by s_k, which leaves the function
+unchanged only if all s_k are equal and there is no threshold. If the norms are still in the file, the division is
+undone, and the crosscoder is loaded as it was trained.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crosslens.crosscoders import ARCHITECTURES, Crosscoder
-from crosslens.crosscoders.inspection import MAX_SIZE, brief, check_header, check_scale, read_header, read_json
+from crosslens.crosscoders.inspection import MAX_SIZE, check_header, check_scale, read_header
 from crosslens.errors import UserError, did_you_mean, shortened
+from crosslens.files import brief, read_json
+from crosslens.sharing.registry import LAYOUTS
 from crosslens.snapshots.hooks import canonical_hook
 
-LAYOUTS = ("crosscoding_through_time", "ckkissane", "openmoss")
 _THRESHOLD = "activation_function.log_jumprelu_threshold"
 _NORM = "dataset_average_activation_norm."
 _OPENMOSS_CONFIGS = ("config.json", "hyperparams.json")
@@ -50,20 +51,20 @@ def import_crosscoder(
     model_name: str | None = None,
     hook_name: str | None = None,
 ) -> Crosscoder:
-    """A crosscoder that other code trained, as one of ours; `save` it to load it faster the next time.
+    """Load a crosscoder trained by another project; `save` it to load it faster next time.
 
     Args:
-        path: folder of the files; for crosscoding_through_time `version_3/20`, the folder and the number of the files.
-        layout: "crosscoding_through_time", "ckkissane" or "openmoss"; told by the files when None.
-        activation_scale: scale of each snapshot, in place of those in the files.
-        model_name: recorded where the files do not say it.
-        hook_name: recorded where the files do not say it.
+        path: folder with the files; for crosscoding_through_time the folder and file number, such as `version_3/20`.
+        layout: "crosscoding_through_time", "ckkissane" or "openmoss"; None recognises it by the files.
+        activation_scale: scale of each snapshot, instead of those in the files.
+        model_name: recorded if the files do not name the model.
+        hook_name: recorded if the files do not name the hook point.
 
     Returns:
-        float32, for inference: "standard_crosscoder", "batchtopk_crosscoder" or "jumprelu_crosscoder".
+        A standard, BatchTopK or JumpReLU crosscoder for inference, in float32.
 
     Raises:
-        UserError: files are missing, damaged, do not fit each other, or compute what no crosscoder of ours does.
+        UserError: files are missing, damaged, contradict each other, or need an architecture that does not exist here.
     """
     place = Path(path).expanduser()
     layout = layout or _recognise(place)
@@ -80,7 +81,7 @@ def import_crosscoder(
         if len(activation_scale) != len(state["activation_scale"]):
             raise UserError(
                 f"{len(activation_scale)} values of activation_scale for {len(state['activation_scale'])} snapshots: "
-                "give one for each"
+                "give one per snapshot"
             )
         state["activation_scale"] = torch.tensor(activation_scale, dtype=torch.float32)
     check_scale(str(path), state["activation_scale"])
@@ -90,7 +91,7 @@ def import_crosscoder(
 
 
 def layout_files(layout: str, path: str) -> list[str]:
-    """The files of a crosscoder in a repository, the config first, from its path there."""
+    """Paths of a crosscoder's files in a repository, the config first."""
     if layout == "openmoss":
         return [f"{path}/{_OPENMOSS_CONFIGS[0]}", f"{path}/{_OPENMOSS_WEIGHTS[0]}"]
     if layout == "ckkissane":
@@ -107,7 +108,7 @@ def _recognise(place: Path) -> str:
     elif all(file.is_file() for file in _numbered(place)):
         return "crosscoding_through_time"
     raise UserError(
-        f"{place} holds no crosscoder that is known: give a folder with cfg.json and cc_weights.pt, one with "
+        f"{place} holds no crosscoder of a known layout: give a folder with cfg.json and cc_weights.pt, one with "
         "config.json and sae_weights.safetensors, or version_3/20 for version_3/20.pt and version_3/20_cfg.json"
     )
 
@@ -131,7 +132,7 @@ def _make(architecture: str, state: dict[str, Tensor], metadata: Mapping[str, An
 def _read_code(config_path: Path, weights_path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     config = read_json(config_path, "config of a crosscoder")
     D, F = _size(config_path, config, "d_in"), _size(config_path, config, "dict_size")
-    S = _size(config_path, {"n_models": 2, **config}, "n_models")  # ckkissane's code knows two models
+    S = _size(config_path, {"n_models": 2, **config}, "n_models")  # ckkissane's code always has two models
     shapes = {"W_enc": (S, D, F), "W_dec": (F, S, D), "b_enc": (F,), "b_dec": (S, D)}
     loaded = _load_tensors(weights_path)
     gated = "threshold" in loaded
@@ -156,11 +157,11 @@ def _read_code(config_path: Path, weights_path: Path) -> tuple[str, dict[str, Te
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `torch.save`, mapped into memory and not read yet."""
+    """The tensors in a `torch.save` file, memory-mapped and not read yet."""
     try:
-        # the older format, and compressed entries, say how much memory they want before they show that they have it
+        # the older format and compressed entries can claim any size and make torch allocate it
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is no file of torch.save from release 1.6 on: save it again, or download it again")
+            raise UserError(f"{path} is not a torch.save file of torch 1.6 or later: save or download it again")
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise UserError(f"{path} is compressed, which torch.save never does: save its tensors again")
@@ -168,29 +169,29 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors, which is not loaded: save its state_dict alone") from error
+        raise UserError(f"{path} holds more than tensors, which is unsafe to load: save only its state_dict") from error
     except Exception as error:
-        # zipfile, pickle and torch each have their own exceptions for damaged files
+        # zipfile, pickle and torch each raise their own exceptions for damaged files
         raise UserError(f"{path} cannot be loaded ({brief(error)}); download it again") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} is no state_dict of tensors: save the state_dict of the crosscoder alone")
+        raise UserError(f"{path} is not a state_dict of tensors: save only the state_dict of the crosscoder")
     return {str(name): value for name, value in loaded.items()}
 
 
 def _check_tensors(path: Path, loaded: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted({*shapes, *loaded}):
         if name not in loaded:
-            raise UserError(f"{path} lacks {name}: is it of another layout?")
+            raise UserError(f"{path} lacks {name}: is it in another layout?")
         if name not in shapes:
-            raise UserError(f"{path} has a tensor {shortened(name)!r} that is not known: is it of another layout?")
+            raise UserError(f"{path} has an unknown tensor {shortened(name)!r}: is it in another layout?")
         tensor = loaded[name]
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config says {shapes[name]}")
-        # strides can make a whole matrix of one number
+        # strides of zero make a large tensor out of one stored number
         if tensor.is_sparse or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: {name} is larger than what is stored of it: save it again")
+            raise UserError(f"{path}: {name} is larger than its stored data: save it again")
         if name != "k" and not tensor.is_floating_point():
-            raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, where real numbers are needed")
+            raise UserError(f"{path}: {name} has dtype {tensor.dtype}, but must be floating point")
 
 
 def _listed_scales(path: Path, scales: Any, S: int) -> Tensor:
@@ -202,14 +203,14 @@ def _listed_scales(path: Path, scales: Any, S: int) -> Tensor:
 
 
 def _revisions(path: Path, config: Mapping[str, Any], S: int) -> list[str]:
-    """Labels of the snapshots: `revision_list` is joined by "_" for OLMo, whose revisions contain "-", else by "-"."""
+    """Labels from `revision_list`, which is joined by "_" for OLMo, whose revisions contain "-", and else by "-"."""
     joined = config.get("revision_list")
     if joined is None:
         return [str(s) for s in range(S)]
     if isinstance(joined, str):
         joined = joined.split("_" if "olmo" in str(config.get("model_name")).lower() else "-")
     if not isinstance(joined, list) or len(joined) != S or len(set(map(str, joined))) < S:
-        raise UserError(f"{path}: revision_list={shortened(joined)} does not name {S} different snapshots")
+        raise UserError(f"{path}: revision_list={shortened(joined)} does not name {S} distinct snapshots")
     return [str(label) for label in joined]
 
 
@@ -224,15 +225,15 @@ def _read_openmoss(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]
     architecture = {"relu": "standard_crosscoder", "jumprelu": "jumprelu_crosscoder"}.get(str(config.get("act_fn")))
     if architecture is None:
         raise UserError(
-            f"{config_path}: act_fn={shortened(config.get('act_fn'))} is not converted, only relu and jumprelu: the "
-            "others keep the largest values of each head by itself, which no crosscoder here does"
+            f"{config_path}: act_fn={shortened(config.get('act_fn'))} cannot be converted, only relu and jumprelu: "
+            "the others select features for each head separately, which no crosscoder here does"
         )
     if config.get("sparsity_include_decoder_norm", True) is not True:
-        raise UserError(f"{config_path}: sparsity_include_decoder_norm is off, which no crosscoder here computes")
+        raise UserError(f"{config_path}: sparsity_include_decoder_norm is off, which no crosscoder here supports")
     if config.get("norm_activation") not in ("dataset-wise", "inference"):
         raise UserError(
-            f"{config_path}: norm_activation={shortened(config.get('norm_activation'))} is not converted: scales must "
-            "be of the dataset ('dataset-wise' or 'inference'), not of each token or batch"
+            f"{config_path}: norm_activation={shortened(config.get('norm_activation'))} cannot be converted: scales "
+            "must be per dataset ('dataset-wise' or 'inference'), not per token or batch"
         )
     K = len(hooks)
     shapes: dict[str, tuple[int, ...]] = {"W_E": (K, D, F), "b_E": (K, F), "W_D": (K, F, D), "b_D": (K, D)}
@@ -263,22 +264,22 @@ def _read_openmoss(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]
 
 
 def _openmoss_sizes(path: Path, config: Mapping[str, Any]) -> tuple[list[str], int, int]:
-    """Hook points, which are the snapshots; D; F."""
+    """Hook points (one per snapshot), D and F."""
     if config.get("sae_type", "crosscoder") != "crosscoder":
-        raise UserError(f"{path}: sae_type={shortened(config['sae_type'])} is no crosscoder")
+        raise UserError(f"{path}: sae_type={shortened(config['sae_type'])} is not a crosscoder")
     hooks = config.get("hook_points")
     if not isinstance(hooks, list) or not hooks or len(set(map(str, hooks))) < len(hooks):
-        raise UserError(f"{path}: hook_points={shortened(hooks)} does not list different hook points, one a snapshot")
+        raise UserError(f"{path}: hook_points={shortened(hooks)} does not list distinct hook points, one per snapshot")
     D, factor = _size(path, config, "d_model"), config.get("expansion_factor")
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor * D <= MAX_SIZE:
-        raise UserError(f"{path}: expansion_factor={shortened(factor)} is no positive number")
+        raise UserError(f"{path}: expansion_factor={shortened(factor)} is not a valid positive number")
     return [str(hook) for hook in hooks], D, int(D * factor)
 
 
 def _size(path: Path, config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or not 1 <= value <= MAX_SIZE:
-        raise UserError(f"{path}: {key}={shortened(repr(value))} is no whole number from 1 to {MAX_SIZE:,}")
+        raise UserError(f"{path}: {key}={shortened(repr(value))} is not a whole number from 1 to {MAX_SIZE:,}")
     return value
 
 

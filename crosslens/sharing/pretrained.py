@@ -1,6 +1,7 @@
-"""Trained crosscoders from a folder, a release or the hub, looked at before they are loaded.
+"""Load trained crosscoders from a folder, a release or the hub.
 
-The files are SAELens's, and `sae_lens.SAE` loads them as well; here they are inspected first (`inspection`).
+The files are in SAELens's layout, and `sae_lens.SAE` loads them as well; here they are checked before they are loaded
+(`crosscoders.inspection`).
 """
 
 from __future__ import annotations
@@ -8,15 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosslens.crosscoders import Crosscoder
-from crosslens.crosscoders.inspection import (
-    CONFIG,
-    WEIGHTS,
-    check_inside,
-    inside,
-    inspect_config,
-)
+from crosslens.crosscoders.inspection import CONFIG, WEIGHTS, inspect_config
 from crosslens.crosscoders.loading import as_dtype, load
 from crosslens.errors import UserError, shortened
+from crosslens.files import check_inside, inside
 from crosslens.sharing.importers import import_crosscoder, layout_files
 from crosslens.sharing.registry import Entry, Release, find_release, list_releases
 from crosslens.sharing.repositories import check_repository, fetch
@@ -25,27 +21,27 @@ from crosslens.sharing.repositories import check_repository, fetch
 def from_pretrained(
     release: str, sae_id: str, device: str = "cpu", dtype: str = "float32", *, revision: str | None = None
 ) -> Crosscoder:
-    """A crosscoder of a release, of a local folder, or of a repository on the hub, by its id.
+    """Load a crosscoder by its id from a release, a local folder or a repository on the hub.
 
     Args:
         release: name of a release (`crosslens ls releases`); a local folder; or a repository such as "someone/name".
-        sae_id: of the release; else the folder below it, with `cfg.json` and `sae_weights.safetensors` in it.
-        device: where to put it.
-        dtype: of the parameters.
-        revision: branch, tag or commit of the repository; that of the release, or the main branch, when None.
+        sae_id: id in the release; otherwise the subfolder that holds `cfg.json` and `sae_weights.safetensors`.
+        device: torch device of the crosscoder.
+        dtype: number format of the parameters, such as "float32" or "bfloat16".
+        revision: branch, tag or commit of the repository; None for the release's own, or the main branch.
 
     Raises:
-        UserError: no such release, id, folder, repository or revision; files that do not fit it, or each other.
+        UserError: no such release, id, folder, repository or revision, or files that contradict it or each other.
     """
     if release in list_releases():
         found = find_release(release)
         return _from_release(found, found.entry(sae_id), device, dtype, revision)
     if Path(release).is_dir():
         if revision is not None:
-            raise UserError(f"{release} is a local folder, which has no revision {revision!r}: leave it out")
+            raise UserError(f"{release} is a local folder and has no revision {revision!r}: leave it out")
         return load(inside(Path(release), sae_id, "id"), device, dtype)
     if "/" not in release:
-        find_release(release)  # tells which there are
+        find_release(release)  # raises, and lists the releases
     return load(_download(check_repository(release), check_inside(sae_id, "id"), revision), device, dtype)
 
 
@@ -53,7 +49,7 @@ def _from_release(release: Release, entry: Entry, device: str, dtype: str, revis
     if release.repo_id is None:
         assert release.folder is not None
         if revision is not None:
-            raise UserError(f"release {release.name!r} is a folder, which has no revision {revision!r}: leave it out")
+            raise UserError(f"release {release.name!r} is a folder and has no revision {revision!r}: leave it out")
         place = inside(release.folder, entry.path, "path")
     else:
         place = _download(release.repo_id, entry.path, revision or release.revision, release.layout)
@@ -65,19 +61,19 @@ def _from_release(release: Release, entry: Entry, device: str, dtype: str, revis
         found = loaded.cfg.architecture() if key == "architecture" else getattr(loaded.cfg, key, None)
         if found != value:
             raise UserError(
-                f"{entry.id} of release {release.name!r} has {key}={shortened(found)}, where the release says "
+                f"{entry.id} of release {release.name!r} has {key}={shortened(found)}, but the release says "
                 f"{shortened(value)}: its files have changed; pin a revision"
             )
     return loaded
 
 
 def _download(repo: str, path: str, revision: str | None, layout: str | None = None) -> Path:
-    """Where a crosscoder is in the hub's cache; its config is inspected before its weights are fetched."""
+    """Download a crosscoder and return its folder; its config is checked before the weights are downloaded."""
     names = [f"{path}/{CONFIG}", f"{path}/{WEIGHTS}"] if layout is None else layout_files(layout, path)
     config = fetch(repo, names[0], revision)
     if layout is None:
         inspect_config(config)
-    # of the commit that the config is of: a branch may have moved on in between
+    # from the same commit as the config: the branch may have moved since
     commit = config.parents[names[0].count("/")]
     fetch(repo, names[1], commit.name)
     return commit / path

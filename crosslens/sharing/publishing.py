@@ -1,10 +1,11 @@
 """Publish a crosscoder on the hub, in SAELens's layout, with a model card.
 
-1. The crosscoder is saved anew; its metadata lose local paths, and whatever looks like a token stops everything.
-2. A card is written from the crosscoder and, of a run directory, from its tables.
-3. All files go up in one commit: a broken upload leaves the repository as it was.
+1. Save the crosscoder to a temporary folder. Local paths are stripped from its metadata, and anything that looks like
+   a token is refused.
+2. Write a model card from the crosscoder and, for a run directory, its tables.
+3. Upload all files in one commit, so a failed upload leaves the repository unchanged.
 
-`huggingface_hub` finds token and endpoint (`hf auth login`, HF_TOKEN, HF_ENDPOINT); no token passes through here.
+`huggingface_hub` finds the token and the endpoint (`hf auth login`, HF_TOKEN, HF_ENDPOINT).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import save_file
 
 from crosslens.crosscoders import Crosscoder, load
-from crosslens.crosscoders.inspection import CONFIG, WEIGHTS, check_inside
+from crosslens.crosscoders.inspection import CONFIG, WEIGHTS
 from crosslens.errors import UserError
+from crosslens.files import check_inside
 from crosslens.rundir import RunDir
 from crosslens.sharing.cards import check_public, evolution_picture, make_card, without_paths
 from crosslens.sharing.repositories import check_repository, explained
@@ -34,9 +36,9 @@ class Push:
     Attributes:
         repo_id: the repository.
         sae_id: the folder in it.
-        files: bytes of each file, by its path in the repository.
+        files: size of each file in bytes, by its path in the repository.
         card: the model card.
-        url: of the commit; None of a dry run.
+        url: URL of the commit; None for a dry run.
     """
 
     repo_id: str
@@ -63,16 +65,16 @@ def push_to_hub(
     """Publish a crosscoder for `from_pretrained(repo_id, sae_id)`, ours and SAELens's.
 
     Args:
-        crosscoder: a crosscoder, the folder that `save` wrote, or a run directory, whose tables go into the card.
-        repo_id: such as "someone/name"; made when missing.
-        sae_id: folder in the repository; the hook point when None.
-        private: make the repository private; one that is public is refused.
-        dry_run: say what would be sent, and contact nobody.
-        licence: of the weights, by the hub's names, such as "mit".
+        crosscoder: a crosscoder, a folder written by `save`, or a run directory, whose tables go into the card.
+        repo_id: repository such as "someone/name"; created if missing.
+        sae_id: folder in the repository; None uses the hook point.
+        private: create a private repository; an existing public one is refused.
+        dry_run: only report what would be uploaded, without a network connection.
+        licence: licence of the weights in the hub's spelling, such as "mit".
 
     Raises:
-        UserError: no crosscoder, no valid name, a token in the metadata, or the hub refuses; nothing is changed there
-            then, but that an empty repository may have been made.
+        UserError: no crosscoder, an invalid name, a token in the metadata, or a refusal by the hub. Nothing is
+            uploaded then, though an empty repository may have been created.
     """
     check_repository(repo_id)
     run = RunDir(crosscoder) if isinstance(crosscoder, (str, Path)) and RunDir(crosscoder).exists() else None
@@ -90,7 +92,7 @@ def push_to_hub(
 def _write(
     folder: Path, crosscoder: Crosscoder, repo_id: str, sae_id: str, licence: str | None, run: RunDir | None
 ) -> dict[str, Path]:
-    """The files, by their path in the repository."""
+    """Write the files to `folder`; returns them by their path in the repository."""
     names = {f"{sae_id}/{CONFIG}": CONFIG, f"{sae_id}/{WEIGHTS}": WEIGHTS, f"{sae_id}/{PICTURE}": PICTURE}
     state = crosscoder.state_dict()
     crosscoder.process_state_dict_for_saving(state)
@@ -99,7 +101,7 @@ def _write(
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     labels = [str(label) for label in without_paths(crosscoder.cfg.snapshot_labels)]
     (folder / PICTURE).write_text(evolution_picture(crosscoder.decoder_norms, labels), encoding="utf-8")
-    # from the files as they are published, so that nothing else gets into the card
+    # from the published files, so the card holds nothing that was stripped from them
     card = make_card(
         load(folder),
         repo_id,
@@ -121,7 +123,7 @@ def _commit(repo_id: str, sae_id: str, private: bool, files: dict[str, Path]) ->
         info = api.model_info(repo_id)
         if private and not info.private:
             raise UserError(f"{repo_id} exists and is public: make it private on the hub, or choose another name")
-        # a card that is there, of other crosscoders perhaps, is not ours to replace
+        # never replace an existing card: it may describe other crosscoders
         has_card = any(sibling.rfilename == "README.md" for sibling in info.siblings or [])
         if has_card:
             card = files.pop("README.md")

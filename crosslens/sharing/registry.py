@@ -1,24 +1,23 @@
-"""Releases by name: which crosscoders there are, where they lie, of which snapshots, and how good they should be.
+"""Releases by name: where their crosscoders are, which snapshots they were trained on, and how good they should be.
 
-A registry is a YAML file in the style of SAELens's `pretrained_saes.yaml`. That of the package is read first, then
-those in the environment variable CROSSLENS_REGISTRY (paths separated as in PATH), then those given to
-`register_release`.
+A registry is a YAML file in the style of SAELens's `pretrained_saes.yaml`. The package's own is read first, then the
+files in the environment variable CROSSLENS_REGISTRY (separated as in PATH), then those given to `register_release`.
 
     name-of-the-release:
-      model: pythia-160m                  # as in tables
-      repo_id: someone/repository         # on the hub; or folder: path, beside the registry
-      revision: v1                        # of the repository; the main branch when left out
-      conversion_func: openmoss           # a layout of crosslens.sharing.importers; crosslens's own when left out
+      model: pythia-160m                  # name used in tables
+      repo_id: someone/repository         # on the hub; or folder: a path relative to the registry
+      revision: v1                        # of the repository; default: the main branch
+      conversion_func: openmoss           # a layout of crosslens.sharing.importers; default: crosslens's own
       licence: MIT
       dataset: what it was trained on
       snapshots:                          # folder: path; or
         repo_id: EleutherAI/pythia-160m
-        revisions: [step0, step1000]      # and perhaps steps, tokens, labels
+        revisions: [step0, step1000]      # optional: steps, tokens, labels
       saes:
-      - id: blocks.6.hook_resid_post      # what from_pretrained is given
+      - id: blocks.6.hook_resid_post      # the id to pass to from_pretrained
         path: blocks.6.hook_resid_post    # folder in the repository
         hook_name: blocks.6.hook_resid_post
-        variance_explained: 0.91          # what to expect on held-out tokens, as l0
+        variance_explained: 0.91          # expected on held-out tokens, like l0
         l0: 64.2
         config: {architecture: batchtopk_crosscoder, d_sae: 98304, n_snapshots: 32}
 """
@@ -31,14 +30,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crosslens.crosscoders.inspection import check_inside, inside, read_yaml
 from crosslens.errors import UserError, did_you_mean, shortened
-from crosslens.sharing.importers import LAYOUTS
+from crosslens.files import check_inside, inside, read_yaml
 from crosslens.sharing.repositories import check_repository, check_revision
-from crosslens.snapshots.collection import Snapshots
 
+if TYPE_CHECKING:
+    from crosslens.snapshots.collection import Snapshots
+
+LAYOUTS = ("crosscoding_through_time", "ckkissane", "openmoss")
+"""Layouts of other projects that `crosslens.sharing.importers` reads."""
 EMBEDDED = Path(__file__).parent / "pretrained.yaml"
 VARIABLE = "CROSSLENS_REGISTRY"
 
@@ -71,11 +73,11 @@ class Entry:
     """One crosscoder of a release.
 
     Attributes:
-        id: what `from_pretrained` is given.
-        path: its folder in the repository or below the release's folder.
-        hook_name: TransformerLens's name of the hook point.
-        variance_explained: expected on held-out tokens, mean over snapshots; None where it is not known.
-        l0: expected number of active features a token; None where it is not known.
+        id: the id to pass to `from_pretrained`.
+        path: its folder, relative to the repository or the release's folder.
+        hook_name: TransformerLens name of the hook point.
+        variance_explained: expected on held-out tokens, mean over snapshots; None if unknown.
+        l0: expected number of active features per token; None if unknown.
         config: values that its cfg.json must have.
     """
 
@@ -89,19 +91,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Release:
-    """Crosscoders that belong together.
+    """Crosscoders that are published together.
 
     Attributes:
-        name: of the release.
-        model: whose snapshots.
+        name: name of the release.
+        model: the model whose snapshots they were trained on.
         repo_id: repository on the hub; None for a folder.
         folder: local folder; None for a repository.
-        revision: of the repository.
-        layout: another than crosslens's own, to be converted; None is crosslens's own.
-        licence: of the weights.
-        dataset: what they were trained on.
+        revision: revision of the repository.
+        layout: layout of another project to convert from; None for crosslens's own.
+        licence: licence of the weights.
+        dataset: text they were trained on.
         snapshots: where the snapshots are.
-        entries: by id.
+        entries: the crosscoders, by id.
     """
 
     name: str
@@ -116,7 +118,7 @@ class Release:
     entries: Mapping[str, Entry]
 
     def entry(self, sae_id: str) -> Entry:
-        """The crosscoder of this id.
+        """The crosscoder with this id.
 
         Raises:
             UserError: there is none.
@@ -130,16 +132,16 @@ class Release:
 
 
 def register_release(path: str | Path) -> list[str]:
-    """Add the releases of a YAML file, for this process; `CROSSLENS_REGISTRY` adds them to every one.
+    """Add the releases in a YAML file for the rest of this process; `CROSSLENS_REGISTRY` adds them to every process.
 
     Args:
-        path: in the schema that this module's docstring shows; folders in it are relative to the file.
+        path: a file in the schema shown in this module's docstring; folders in it are relative to the file.
 
     Returns:
         Names of the releases in the file.
 
     Raises:
-        UserError: the file is no registry, or a release of the same name is another.
+        UserError: the file is no registry, or a different release has the same name.
     """
     found = read_registry(Path(path))
     _registered.update(_new(_registered | _listed(), found, Path(path)))
@@ -147,10 +149,10 @@ def register_release(path: str | Path) -> list[str]:
 
 
 def list_releases() -> dict[str, Release]:
-    """All releases by name: the package's, those of `CROSSLENS_REGISTRY`, and those registered.
+    """All releases by name: the package's, those in `CROSSLENS_REGISTRY`, and those registered.
 
     Raises:
-        UserError: a file of `CROSSLENS_REGISTRY` is no registry.
+        UserError: a file in `CROSSLENS_REGISTRY` is no registry.
     """
     return _listed() | _registered
 
@@ -159,11 +161,13 @@ def load_snapshots(release: str) -> Snapshots:
     """The snapshots that the crosscoders of a release were trained on.
 
     Args:
-        release: name of a release, see `crosslens ls releases`.
+        release: name of a release; `crosslens ls releases` lists them.
 
     Raises:
         UserError: no such release, or it does not say where its snapshots are.
     """
+    from crosslens.snapshots.collection import Snapshots  # imports torch, which listing releases does without
+
     found = find_release(release)
     where = found.snapshots
     if where is None:
@@ -175,10 +179,10 @@ def load_snapshots(release: str) -> Snapshots:
 
 
 def find_release(name: str) -> Release:
-    """The release of a name.
+    """The release with this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; the message lists them.
     """
     releases = list_releases()
     if name not in releases:
@@ -189,7 +193,7 @@ def find_release(name: str) -> Release:
 
 
 def describe_releases(name: str | None = None) -> list[str]:
-    """Lines for `crosslens ls releases`, or for one of them."""
+    """The lines that `crosslens ls releases` prints, or those about one release."""
     if name is None:
         return [
             f"{release.name}: {release.model}, {len(release.entries)} crosscoder{'s' * (len(release.entries) > 1)}, "
@@ -211,10 +215,10 @@ def describe_releases(name: str | None = None) -> list[str]:
 
 
 def read_registry(path: Path) -> dict[str, Release]:
-    """The releases of one file.
+    """Read the releases in one file.
 
     Raises:
-        UserError: it is no registry; file, release and key are named.
+        UserError: the file is no registry; the message names the file, release and key.
     """
     path = path.expanduser()
     return {str(name): _release(path, name, value) for name, value in read_yaml(path, "registry of releases").items()}
@@ -225,38 +229,38 @@ def _listed() -> dict[str, Release]:
     for name in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise UserError(f"{VARIABLE} names {path}, which is no file: correct or unset it")
+            raise UserError(f"{VARIABLE} names {path}, which does not exist: correct or unset it")
         releases |= _new(releases, _read_once(path, path.stat().st_mtime_ns), path)
     return releases
 
 
 @functools.cache
 def _read_once(path: Path, changed: int) -> dict[str, Release]:
-    del changed  # part of the key of the cache
+    del changed  # only part of the cache key
     return read_registry(path)
 
 
 def _new(known: Mapping[str, Release], found: dict[str, Release], path: Path) -> dict[str, Release]:
-    """`found`, where nothing of it contradicts what is known."""
+    """Return `found` if none of its releases contradicts a known one."""
     for name, release in found.items():
         if known.get(name, release) != release:
-            raise UserError(f"{path} has a release {name!r}, which there is already, and another: rename it")
+            raise UserError(f"{path} has a release {name!r}, but a different one has that name already: rename it")
     return found
 
 
 def _release(path: Path, name: Any, value: Any) -> Release:
     where = f"{path}: release {shortened(name)!r}"
     if not isinstance(name, str) or not check_inside(name, f"{path}: release") or "/" in name:
-        raise UserError(f"{where} must have a name without '/', which is for repositories")
+        raise UserError(f"{where} must have a name without '/', which marks a repository")
     _check_keys(where, value, _RELEASE_KEYS, ("model", "saes"))
     if ("repo_id" in value) == ("folder" in value):
-        raise UserError(f"{where} must have either a repo_id, on the hub, or a folder, beside the file")
+        raise UserError(f"{where} must have either a repo_id, on the hub, or a folder, relative to the file")
     if value.get("conversion_func") not in (None, *LAYOUTS):
         raise UserError(f"{where}: conversion_func {value['conversion_func']!r} is not one of {', '.join(LAYOUTS)}")
     entries = [_entry(where, sae) for sae in value["saes"]]
     ids = [entry.id for entry in entries]
     if not ids or len(set(ids)) < len(ids):
-        raise UserError(f"{where} must list one crosscoder or more under saes, each with an id of its own")
+        raise UserError(f"{where} must list at least one crosscoder under saes, with distinct ids")
     return Release(
         name=name,
         model=value["model"],
@@ -276,10 +280,10 @@ def _entry(where: str, value: Any) -> Entry:
     _check_keys(where, value, _ENTRY_KEYS, ("id", "path"))
     check_inside(value["path"], f"{where}: path")
     if not all(isinstance(key, str) for key in value.get("config", {})):
-        raise UserError(f"{where}: the keys of config are names of its values, such as d_sae")
+        raise UserError(f"{where}: the keys of config must be field names such as d_sae")
     for key in ("variance_explained", "l0"):
         if key in value and not math.isfinite(value[key]):
-            raise UserError(f"{where}: {key}={value[key]} is no number")
+            raise UserError(f"{where}: {key}={value[key]} is not a finite number")
     return Entry(**{key: entry for key, entry in value.items() if key != "neuronpedia"})
 
 
@@ -291,13 +295,13 @@ def _snapshots(path: Path, where: str, value: Any) -> dict[str, Any] | None:
     if "folder" in value:
         return {"folder": inside(path.parent, value["folder"], f"{where}: folder")}
     if not ("repo_id" in value and value.get("revisions")):
-        raise UserError(f"{where} must have a folder, or a repo_id and its revisions")
+        raise UserError(f"{where} must have a folder, or a repo_id and revisions")
     check_repository(value["repo_id"])
     kinds: dict[str, type] = {"revisions": str, "labels": str, "steps": int, "tokens": int}
     for key, kind in kinds.items():
         values = value.get(key, [])
         if any(type(item) is not kind for item in values) or (key in value and len(values) != len(value["revisions"])):
-            raise UserError(f"{where}: {key} must list a {kind.__name__} for each revision")
+            raise UserError(f"{where}: {key} must list one {kind.__name__} per revision")
     for revision in value["revisions"]:
         check_revision(revision)
     return dict(value)
@@ -305,7 +309,7 @@ def _snapshots(path: Path, where: str, value: Any) -> dict[str, Any] | None:
 
 def _check_keys(where: str, value: Any, known: Mapping[str, Any], needed: tuple[str, ...]) -> None:
     if not isinstance(value, dict):
-        raise UserError(f"{where} is a {type(value).__name__}, where a mapping is needed")
+        raise UserError(f"{where} is a {type(value).__name__}, but must be a mapping")
     for key in needed:
         if key not in value:
             raise UserError(f"{where} lacks {key}")
@@ -313,7 +317,7 @@ def _check_keys(where: str, value: Any, known: Mapping[str, Any], needed: tuple[
         if key not in known:
             raise UserError(f"{where} has an unknown key {shortened(key)!r}{did_you_mean(key, known)}")
         if isinstance(item, bool) or not isinstance(item, known[key]):
-            raise UserError(f"{where}: {key}={shortened(repr(item))} is of a wrong type ({type(item).__name__})")
+            raise UserError(f"{where}: {key}={shortened(repr(item))} has the wrong type ({type(item).__name__})")
 
 
 def _place(release: Release) -> str:

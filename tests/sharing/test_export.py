@@ -135,12 +135,12 @@ def test_a_snapshot_that_decides_alone_is_exported_exactly(acts: Activations) ->
     [
         ({"snapshot": 3}, "snapshot"),
         ({"n_tokens": 10}, "n_tokens=10 must be more than d_model=16"),
-        ({"ridge": -1.0}, "ridge=-1.0 must be 0 or more"),
+        ({"ridge": -1.0}, "ridge=-1.0 must be a finite number"),
     ],
 )
 def test_mistakes(acts: Activations, options: dict[str, Any], message: str) -> None:
     crosscoder = make_crosscoder("standard_crosscoder")
     with pytest.raises(UserError, match=message):
         export_sae(crosscoder, acts, **{"snapshot": 0, **options})
-    with pytest.raises(UserError, match="activations of 2 snapshots of width 16 are not of this crosscoder"):
+    with pytest.raises(UserError, match="activations of 2 snapshots of width 16 do not fit this crosscoder"):
         export_sae(crosscoder, Activations(acts.snapshots[:2], acts.hook_name, acts.dataset.source, 500, 16), 0)

@@ -251,16 +251,16 @@ def test_openmoss_with_folded_biases_is_loaded_as_it_was_trained(tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"act_fn": "topk"}, "act_fn=topk is not converted, only relu and jumprelu"),
-        ({"norm_activation": "token-wise"}, "norm_activation=token-wise is not converted"),
+        ({"act_fn": "topk"}, "act_fn=topk cannot be converted, only relu and jumprelu"),
+        ({"norm_activation": "token-wise"}, "norm_activation=token-wise cannot be converted"),
         ({"sparsity_include_decoder_norm": False}, "sparsity_include_decoder_norm is off"),
-        ({"sae_type": "lorsa"}, "sae_type=lorsa is no crosscoder"),
-        ({"hook_points": ["a", "a"]}, "does not list different hook points"),
-        ({"hook_points": "step0"}, "does not list different hook points"),
+        ({"sae_type": "lorsa"}, "sae_type=lorsa is not a crosscoder"),
+        ({"hook_points": ["a", "a"]}, "does not list distinct hook points"),
+        ({"hook_points": "step0"}, "does not list distinct hook points"),
         ({"d_model": 5}, "W_D has shape"),
-        ({"d_model": "4"}, "d_model='4' is no whole number"),
-        ({"expansion_factor": -1}, "expansion_factor=-1 is no positive number"),
-        ({"expansion_factor": 1e300}, "expansion_factor=1e\\+300 is no positive number"),
+        ({"d_model": "4"}, "d_model='4' is not a whole number"),
+        ({"expansion_factor": -1}, "expansion_factor=-1 is not a valid positive number"),
+        ({"expansion_factor": 1e300}, "expansion_factor=1e\\+300 is not a valid positive number"),
         ({"act_fn": "relu"}, "log_jumprelu_threshold' is no tensor of this architecture"),
     ],
 )
@@ -291,14 +291,14 @@ class _Evil:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({**code_weights(False), "x": _Evil()}, "holds more than tensors, which is not loaded"),
-        ({**code_weights(False), "W_up": torch.ones(2)}, "has a tensor 'W_up' that is not known"),
+        ({**code_weights(False), "x": _Evil()}, "holds more than tensors, which is unsafe to load"),
+        ({**code_weights(False), "W_up": torch.ones(2)}, "has an unknown tensor 'W_up'"),
         ({"W_enc": torch.ones(S, D, F)}, "lacks W_dec"),
         ({**code_weights(False), "b_enc": torch.ones(F + 1)}, r"b_enc has shape \(12,\), the config says \(11,\)"),
-        ({**code_weights(False), "b_enc": torch.ones(1).expand(F)}, "b_enc is larger than what is stored of it"),
-        ({**code_weights(False), "b_enc": torch.ones(F, dtype=torch.int)}, "b_enc is of dtype torch.int32"),
-        ([torch.ones(2)], "is no state_dict of tensors"),
-        ({"W_enc": "text"}, "is no state_dict of tensors"),
+        ({**code_weights(False), "b_enc": torch.ones(1).expand(F)}, "b_enc is larger than its stored data"),
+        ({**code_weights(False), "b_enc": torch.ones(F, dtype=torch.int)}, "b_enc has dtype torch.int32"),
+        ([torch.ones(2)], "is not a state_dict of tensors"),
+        ({"W_enc": "text"}, "is not a state_dict of tensors"),
     ],
 )
 def test_weights_that_are_refused(tmp_path: Path, state: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,22 +319,22 @@ def test_files_that_ask_for_memory_they_do_not_have(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is compressed, which torch.save never does"):
         import_crosscoder(place)
     weights.write_bytes(pickle.dumps({"W_enc": 1}))
-    with pytest.raises(UserError, match=r"is no file of torch.save from release 1\.6 on"):
+    with pytest.raises(UserError, match=r"is not a torch.save file of torch 1\.6 or later"):
         import_crosscoder(place)
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"is no file of torch\.save|cannot be loaded"):
+    with pytest.raises(UserError, match=r"is not a torch.save file|cannot be loaded"):
         import_crosscoder(place)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dict_size": 10**12}, "dict_size=1000000000000 is no whole number"),
-        ({"dict_size": True}, "dict_size=True is no whole number"),
+        ({"dict_size": 10**12}, "dict_size=1000000000000 is not a whole number"),
+        ({"dict_size": True}, "dict_size=True is not a whole number"),
         ({"n_models": 2}, r"W_dec has shape \(11, 3, 4\), the config says \(11, 2, 4\)"),
-        ({"revision_list": "step1-step2"}, "does not name 3 different snapshots"),
-        ({"revision_list": "main-main-main"}, "does not name 3 different snapshots"),
-        ({"revision_list": 3}, "does not name 3 different snapshots"),
+        ({"revision_list": "step1-step2"}, "does not name 3 distinct snapshots"),
+        ({"revision_list": "main-main-main"}, "does not name 3 distinct snapshots"),
+        ({"revision_list": 3}, "does not name 3 distinct snapshots"),
         ({"estimated_act_norm_list": [1.0]}, "does not list 3 numbers"),
         ({"estimated_act_norm_list": ["a", "b", "c"]}, "does not list 3 numbers"),
     ],
@@ -345,7 +345,7 @@ def test_configs_that_are_refused(tmp_path: Path, changes: dict[str, Any], messa
 
 
 def test_what_is_no_crosscoder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no crosscoder that is known"):
+    with pytest.raises(UserError, match="holds no crosscoder of a known layout"):
         import_crosscoder(tmp_path)
     with pytest.raises(UserError, match="layout 'openmos' is unknown: .* did you mean 'openmoss'"):
         import_crosscoder(tmp_path, "openmos")

@@ -1,4 +1,4 @@
-"""Publishing against a small hub on 127.0.0.1: what arrives, what a card says, and what happens when it is refused."""
+"""Publishing to a small hub on 127.0.0.1: uploads, model cards and refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,69 @@ from tests.given import of_norms
 from tests.upload_server import Hub, Repository, serve
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 import crosslens as cl
 import sae_lens
-import torch
 
-answers = []
-for step in json.loads(sys.argv[1]):
-    name, *arguments = step
-    options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
-    try:
-        if name == "saelens":
-            found = sae_lens.SAE.from_pretrained(*arguments)
-            answers.append([type(found).__name__, found.decoder_norms.double().sum().item()])
-        elif name == "from_pretrained":
-            found = cl.from_pretrained(*arguments, **options)
-            answers.append([type(found).__name__, found.decoder_norms.double().sum().item()])
-        else:
-            answers.append(str(cl.push_to_hub(*arguments, **options)))
-    except cl.UserError as error:
-        answers.append(f"UserError: {error}")
-print(json.dumps(answers))
+for line in sys.stdin:
+    token, steps = json.loads(line)
+    os.environ["HF_TOKEN"] = token
+    answers = []
+    for name, *arguments in steps:
+        options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+        load = {"saelens": sae_lens.SAE.from_pretrained, "from_pretrained": cl.from_pretrained}.get(name)
+        try:
+            if load is None:
+                answers.append(str(cl.push_to_hub(*arguments, **options)))
+            else:
+                found = load(*arguments, **options)
+                answers.append([type(found).__name__, found.decoder_norms.double().sum().item()])
+        except cl.UserError as error:
+            answers.append(f"UserError: {error}")
+    print(json.dumps(answers), flush=True)
 """
+Ask = Callable[..., list[Any]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     with serve() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def ask(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """Run steps under a token, in one other process: huggingface_hub reads HF_ENDPOINT when it is imported."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    with (home / "stderr").open("w") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment,
+            text=True,
+        )
+
+    def run(token: str, *steps: list[Any]) -> list[Any]:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(json.dumps([token, steps]) + "\n")
+        child.stdin.flush()
+        line = child.stdout.readline()
+        assert line, (home / "stderr").read_text()[-3000:]
+        return json.loads(line)
+
+    yield run
+    child.communicate()  # closes its standard input, which ends it
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +98,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return crosscoder.save(tmp_path_factory.mktemp("published") / "crosscoder")
 
 
-def run(hub: Hub, home: Path, token: str, *steps: list[Any]) -> list[Any]:
-    """The steps in a process of their own: huggingface_hub reads HF_ENDPOINT when it is imported."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(steps)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
-def test_published_and_loaded_again_by_name_and_by_revision(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    [first] = run(hub, tmp_path / "a", "writer", ["push", str(folder), "someone/things", {"private": True}])
+def test_published_and_loaded_again_by_name_and_by_revision(hub: Hub, ask: Ask, folder: Path, tmp_path: Path) -> None:
+    [first] = ask("writer", ["push", str(folder), "someone/things", {"private": True}])
     assert first.startswith("someone/things, id blocks.1.hook_resid_post: published at http://127.0.0.1")
     repository = hub.repositories["someone/things"]
     assert repository.private
@@ -93,13 +109,11 @@ def test_published_and_loaded_again_by_name_and_by_revision(hub: Hub, folder: Pa
     wanted = {"README.md", *(f"blocks.1.hook_resid_post/{name}" for name in names)}
     assert repository.commits[pinned].keys() == wanted
 
-    # another crosscoder into the same repository: the card that is there stays
+    # another crosscoder in the same repository: the existing card stays
     second = of_norms(torch.ones(6, 3))
     second.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     second.save(tmp_path / "second")
-    answers = run(
-        hub,
-        tmp_path / "a",
+    answers = ask(
         "writer",
         ["push", str(tmp_path / "second"), "someone/things"],
         ["from_pretrained", "someone/things", "blocks.1.hook_resid_post"],
@@ -123,35 +137,35 @@ def test_published_and_loaded_again_by_name_and_by_revision(hub: Hub, folder: Pa
 
 
 @pytest.mark.slow
-def test_refusals_change_nothing_and_say_no_token(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    hub.repositories["someone/public"] = Repository()
+def test_refusals_change_nothing_and_show_no_token(hub: Hub, ask: Ask, folder: Path) -> None:
+    hub.repositories = {"someone/public": Repository()}
     push = ["push", str(folder), "someone/new"]
-    [reader] = run(hub, tmp_path / "b", "reader", push)
+    [reader] = ask("reader", push)
     assert reader == (
         "UserError: the token may not write to someone/new: use one with that right, or a repository of your own"
     )
-    expired, unread = run(hub, tmp_path / "b", "hf_expired0123456789", push, ["from_pretrained", "someone/public", "x"])
+    expired, unread = ask("hf_expired0123456789", push, ["from_pretrained", "someone/public", "x"])
     assert expired == ("UserError: the hub does not accept the token, which may have expired: run `hf auth login`")
     assert "does not accept the token" in unread and "hf_expired" not in expired + unread
-    [public] = run(hub, tmp_path / "b", "writer", ["push", str(folder), "someone/public", {"private": True}])
+    [public] = ask("writer", ["push", str(folder), "someone/public", {"private": True}])
     assert (
         public == "UserError: someone/public exists and is public: make it private on the hub, or choose another name"
     )
     assert hub.repositories.keys() == {"someone/public"} and not hub.repositories["someone/public"].commits
-    [none] = run(hub, tmp_path / "b", "", push)
+    [none] = ask("", push)
     assert none.startswith("UserError: ") and "hf auth login" in none
 
 
 @pytest.mark.slow
-def test_a_broken_upload_leaves_no_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    hub.broken = {"someone/refused": "refuse", "someone/cut": "cut"}
+def test_a_failed_upload_leaves_no_commit(hub: Hub, ask: Ask, folder: Path) -> None:
+    hub.repositories, hub.broken = {}, {"someone/refused": "refuse", "someone/cut": "cut"}
     before: dict[str, str] = {}
     for name in (*hub.broken, "someone/whole"):
         hub.repositories[name] = Repository()
         before[name] = hub.repositories[name].commit({"README.md": b"kept"})
-    refused, cut, whole = run(hub, tmp_path / "c", "writer", *(["push", str(folder), name] for name in before))
+    refused, cut, whole = ask("writer", *(["push", str(folder), name] for name in before))
     for told in (refused, cut):
-        assert told.startswith("UserError: the upload to someone/") and told.endswith("run it again")
+        assert told.startswith("UserError: the upload to someone/") and told.endswith("try again")
         assert "\n" not in told and "nothing was committed" in told
     assert "published at" in whole
     commits = {name: list(repository.commits) for name, repository in hub.repositories.items()}
@@ -171,8 +185,8 @@ def test_a_dry_run_contacts_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["things", "some one/things", "a/b/c", "../things", "https://hub/x"])
-def test_names_that_are_none_are_refused_first(name: str) -> None:
-    with pytest.raises(UserError, match="is no name of a repository"):
+def test_invalid_names_are_refused_first(name: str) -> None:
+    with pytest.raises(UserError, match="is not a repository name"):
         push_to_hub("nowhere", name, dry_run=True)
 
 
@@ -195,7 +209,7 @@ def test_a_card_of_a_run_has_its_figures(folder: Path, tmp_path: Path) -> None:
         run_dir.crosscoder.rename(folder)
     assert "| snapshot | step | tokens | explained variance | L0 | KL |" in card
     assert "| step2000 | 2,000 | 14,000 | 0.900 | 5.2 |  |" in card
-    assert "- tokens a pass: 1234\n- seed: 5\n- lr: 0.01\n- version of crosslens: 0.1.0" in card
+    assert "- tokens per epoch: 1234\n- seed: 5\n- lr: 0.01\n- version of crosslens: 0.1.0" in card
     assert "somebody" not in card and "data.txt" not in card
 
 
@@ -220,7 +234,7 @@ def test_no_path_and_no_token_is_published() -> None:
 
     for name, secret in (("note", "hf_" + "a" * 34), ("other", {"deep": ["sk-" + "b" * 40]})):
         setattr(metadata, name, secret)
-        with pytest.raises(UserError, match=r"contains a token \(") as caught:
+        with pytest.raises(UserError, match=r"what looks like a token \(") as caught:
             push_to_hub(crosscoder, "someone/things", dry_run=True)
         assert "aaaa" not in str(caught.value) and "bbbb" not in str(caught.value)
         setattr(metadata, name, None)

@@ -109,12 +109,12 @@ def test_a_file_is_registered_and_loads_from_its_folder(tmp_path: Path, saved: P
     assert register_release(path) == ["mine"]  # the same again is no other
     with pytest.raises(UserError, match="release 'mine' has no 'b': it has a"):
         from_pretrained("mine", "b")
-    with pytest.raises(UserError, match="is a folder, which has no revision 'v1'"):
+    with pytest.raises(UserError, match="is a folder and has no revision 'v1'"):
         from_pretrained("mine", "a", revision="v1")
     write(path, {"mine": release(model="other")})
-    with pytest.raises(UserError, match="has a release 'mine', which there is already, and another"):
+    with pytest.raises(UserError, match="has a release 'mine', but a different one has that name already"):
         register_release(path)
-    with pytest.raises(UserError, match=f"has a release '{DEMO}', which there is already"):
+    with pytest.raises(UserError, match=f"has a release '{DEMO}', but a different one has that name already"):
         register_release(write(tmp_path / "demo.yaml", {DEMO: release()}))
 
 
@@ -126,14 +126,14 @@ def test_the_environment_names_files(tmp_path: Path, saved: Path, monkeypatch: p
     write(two, {"three": release(model="longer")})
     assert list(list_releases()) == [DEMO, "one", "three"]  # a changed file is read again
     monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "none.yaml"))
-    with pytest.raises(UserError, match=r"CROSSLENS_REGISTRY names .*none.yaml, which is no file: correct or unset it"):
+    with pytest.raises(UserError, match=r"CROSSLENS_REGISTRY names .*none.yaml, which does not exist"):
         list_releases()
 
 
 def test_files_that_contradict_the_release_are_refused(tmp_path: Path, saved: Path) -> None:
     assert saved.is_dir()
     register_release(write(tmp_path / "r.yaml", {"mine": release(saes=[entry(config={"d_sae": 6})])}))
-    with pytest.raises(UserError, match="a of release 'mine' has d_sae=5, where the release says 6"):
+    with pytest.raises(UserError, match="a of release 'mine' has d_sae=5, but the release says 6"):
         from_pretrained("mine", "a")
 
 
@@ -179,31 +179,31 @@ def test_ls_says_what_there_is(tmp_path: Path) -> None:
     ("releases", "message"),
     [
         ([1], "holds a list, where a mapping is needed"),
-        ({"x": 3}, "release 'x' is a int, where a mapping is needed"),
+        ({"x": 3}, "release 'x' is a int, but must be a mapping"),
         ({"a/b": release()}, "must have a name without '/'"),
         ({7: release()}, "must have a name without"),
         ({"x": release(model=None)}, "release 'x' lacks model"),
         ({"x": release(modle="y")}, "unknown key 'modle'; did you mean 'model'"),
-        ({"x": release(model=["y"])}, r"model=\['y'\] is of a wrong type \(list\)"),
+        ({"x": release(model=["y"])}, r"model=\['y'\] has the wrong type \(list\)"),
         ({"x": release(repo_id="a/b")}, "either a repo_id, on the hub, or a folder"),
         ({"x": release(folder=None)}, "either a repo_id, on the hub, or a folder"),
-        ({"x": release(folder=None, repo_id="../b")}, "'../b' is no name of a repository"),
-        ({"x": release(folder=None, repo_id="a/b", revision="a b")}, "revision 'a b' is no branch"),
+        ({"x": release(folder=None, repo_id="../b")}, "'../b' is not a repository name"),
+        ({"x": release(folder=None, repo_id="a/b", revision="a b")}, "revision 'a b' is not a branch"),
         ({"x": release(folder="../mine")}, r"folder '../mine' is not below its folder"),
         ({"x": release(folder="/etc")}, "folder '/etc' is not below its folder"),
-        ({"x": release(saes=[])}, "must list one crosscoder or more"),
-        ({"x": release(saes=[entry(), entry()])}, "each with an id of its own"),
-        ({"x": release(saes=["a"])}, "saes is a str, where a mapping is needed"),
+        ({"x": release(saes=[])}, "must list at least one crosscoder"),
+        ({"x": release(saes=[entry(), entry()])}, "with distinct ids"),
+        ({"x": release(saes=["a"])}, "saes is a str, but must be a mapping"),
         ({"x": release(saes=[entry(path="a/../../b")])}, "path 'a/../../b' is no path inside"),
-        ({"x": release(saes=[entry(config={7: 7})])}, "the keys of config are names"),
-        ({"x": release(saes=[entry(l0=True)])}, r"l0=True is of a wrong type \(bool\)"),
-        ({"x": release(saes=[entry(l0=float("nan"))])}, "l0=nan is no number"),
+        ({"x": release(saes=[entry(config={7: 7})])}, "the keys of config must be field names"),
+        ({"x": release(saes=[entry(l0=True)])}, r"l0=True has the wrong type \(bool\)"),
+        ({"x": release(saes=[entry(l0=float("nan"))])}, "l0=nan is not a finite number"),
         ({"x": release(conversion_func="eval")}, "conversion_func 'eval' is not one of crosscoding_through_time"),
-        ({"x": release(snapshots={"repo_id": "a/b"})}, "must have a folder, or a repo_id and its revisions"),
-        ({"x": release(snapshots={"repo_id": "a/b", "revisions": [1]})}, "revisions must list a str for each"),
+        ({"x": release(snapshots={"repo_id": "a/b"})}, "must have a folder, or a repo_id and revisions"),
+        ({"x": release(snapshots={"repo_id": "a/b", "revisions": [1]})}, "revisions must list one str per revision"),
         (
             {"x": release(snapshots={"repo_id": "a/b", "revisions": ["v"], "steps": [1, 2]})},
-            "steps must list a int for each",
+            "steps must list one int per revision",
         ),
     ],
 )
@@ -243,7 +243,7 @@ def test_local_folders_load_by_id_and_lead_nowhere_else(tmp_path: Path, saved: P
     for sae_id in ("../mine/somewhere/a", "/etc", "somewhere/../somewhere/a", "", "somewhere//a"):
         with pytest.raises(UserError, match="is not below its folder"):
             from_pretrained(str(tmp_path / "mine"), sae_id)
-    with pytest.raises(UserError, match="is a local folder, which has no revision 'v1'"):
+    with pytest.raises(UserError, match="is a local folder and has no revision 'v1'"):
         from_pretrained(str(tmp_path / "mine"), "somewhere/a", revision="v1")
     with pytest.raises(UserError, match="id '../a' is no path inside a repository"):
         from_pretrained("someone/things", "../a")
