@@ -58,4 +58,7 @@ def draw(found: re.Match[str]) -> str:
     block, line = found["block"], found["line"]
     if not (block or line):
         return found[0]
-    return convert(html.unescape(block or line), display="block" if block else "inline")
+    drawn = convert(html.unescape(block or line), display="block" if block else "inline")
+    if re.search(r">[^<]*\\[a-zA-Z]", drawn):
+        raise ValueError(f"a command that latex2mathml does not know, in {found[0]}")
+    return drawn
