@@ -1,11 +1,13 @@
-"""The pages of a run: every table of a run directory as a figure with its definition and its numbers, offline.
+"""Write the results of a run as pages that open offline, or log them to Weights & Biases.
 
-A figure is a function from tables to a `Chart`; the sections of `sections` and `causes` list them with their titles,
-definitions and what to do when a table is missing; `page` makes HTML of the lists. To add a figure, write the function
-and list it. What there is of single features is written by `features`, and drawn by the scripts in templates/.
+In: a run directory. Out: `report/index.html` and the pages beside it, with every table of the run as a figure, its
+definition and its numbers as CSV.
+
+Start with `page.write_report`. `sections` lists what each page shows; `overview_figures`, `evolution_figures` and
+`causal_figures` draw it with the primitives in `chart`; `features` writes the data of single features, which the
+scripts in templates/ show. `wandb_log` adds the tables to a run on W&B.
 """
 
-from crosslens.report.page import write_report
-from crosslens.report.tracked import log_report
+import lazy_loader
 
-__all__ = ["log_report", "write_report"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

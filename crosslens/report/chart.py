@@ -1,7 +1,7 @@
-"""What all figures share: colours, the snapshot axis, lines with bands, and text that is safe to draw.
+"""Drawing primitives shared by all figures: colours, the snapshot axis, lines with bands, points, escaped text.
 
-Colours stand in the figures as those of the light page; `THEME` maps each to its counterpart on the dark page, and the
-page's script swaps them, so that a figure is drawn once. Every pair keeps a contrast of 3:1 or more to its background.
+Figures use the colours of the light page. `THEME` maps each one to its dark counterpart, and the page's script swaps
+them, so every figure is stored once. Each colour has a contrast of at least 3:1 with its background.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 if TYPE_CHECKING:
-    Frame: TypeAlias = Any  # pandas annotates what is taken out of a frame as a union of whatever it could be
+    Frame: TypeAlias = Any  # pandas types an element of a frame as a union of everything it could hold
 else:
     Frame = pd.DataFrame
 
@@ -25,7 +25,7 @@ INK = "#2b3036"
 MUTED = "#6b747e"
 GRID = "#e3e6e9"
 SURFACE = "#ffffff"
-# light, dark; at least 15 CIELAB units apart with full protanopia, deuteranopia or tritanopia, and told apart by symbol
+# light, dark; at least 15 CIELAB units apart under full protanopia, deuteranopia or tritanopia; symbols differ too
 _SERIES = (
     ("#1a6ac8", "#6db3ff"),
     ("#b8380a", "#e0702c"),
@@ -35,13 +35,13 @@ _SERIES = (
     ("#35147c", "#8265f0"),
 )
 SERIES = tuple(light for light, _ in _SERIES)
-# low to high; both start near their page, so that what is absent is quiet
+# low to high; both start near the page background, so absent features recede
 HEAT = ("#eef1f4", "#b9d3e6", "#6ea8d2", "#2372ad", "#073763")
 _HEAT_DARK = ("#20262d", "#23486a", "#2f74ab", "#69b1e3", "#dff1ff")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 _DASHES = ("solid", "dash", "dot")
 _BAND = 0.16
-_LABEL_WIDTH = 14  # characters that fit below an axis, and at a corner of a triangle on a phone
+_LABEL_WIDTH = 14  # characters that fit below an axis, or at a corner of a ternary plot on a phone
 
 
 def _rgba(color: str, alpha: float) -> str:
@@ -63,12 +63,12 @@ THEME = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, the numbers it shows, and what is to be said of them.
+    """A figure with its data and caption.
 
     Attributes:
-        figure: without title; it fills the width it is given.
+        figure: without a title; fills the available width.
         data: every number drawn, at full precision.
-        note: a plain sentence below the figure: counts, what was left out.
+        note: caption below the figure: counts, what was left out.
     """
 
     figure: go.Figure
@@ -78,7 +78,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; `weight` in [-1, 1] tints it, red-orange below zero and blue above."""
+    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above."""
 
     text: str
     weight: float = 0.0
@@ -86,7 +86,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of numbers: the first cell of a row names it."""
+    """A table; the first cell of each row is its header."""
 
     header: list[str]
     rows: list[list[Cell]]
@@ -96,27 +96,27 @@ class Grid:
 
 @dataclass(frozen=True)
 class Style:
-    """How one series is told from the others: by colour, symbol and dash together."""
+    """Colour, marker and dash of one series; a `symbol` of None draws no markers."""
 
     color: str
-    symbol: str = "circle"
+    symbol: str | None = "circle"
     dash: str = "solid"
 
     @classmethod
     def of(cls, index: int) -> Style:
-        """The style of the series of this index; 18 are distinct."""
+        """The style of series `index`; the first 18 are distinct."""
         return cls(SERIES[index % 6], _SYMBOLS[index % 6], _DASHES[index // 6 % 3])
 
 
 @dataclass(frozen=True)
 class SnapshotAxis:
-    """Snapshots along x: at log10(step), step 0 set apart to the left; evenly spaced where steps are not known.
+    """Snapshots along x, at log10(step) with step 0 set apart on the left, or evenly spaced if steps are unknown.
 
     Attributes:
         labels: by snapshot.
         steps: by snapshot; empty when unknown or repeated.
         tokens: by snapshot; empty when unknown.
-        even: evenly spaced although the steps are known.
+        even: evenly spaced even if the steps are known.
     """
 
     labels: dict[int, str]
@@ -126,11 +126,11 @@ class SnapshotAxis:
 
     @classmethod
     def of(cls, table: Frame, *, even: bool = False) -> SnapshotAxis:
-        """The axis of a table with columns snapshot, label, step and perhaps tokens.
+        """The axis of a table.
 
         Args:
-            table: any number of rows per snapshot.
-            even: evenly spaced, whatever the steps.
+            table: columns snapshot, label, and optionally step and tokens; any number of rows per snapshot.
+            even: space the snapshots evenly, whatever their steps.
         """
         rows = table.drop_duplicates("snapshot").sort_values("snapshot")
         ids = [int(s) for s in rows["snapshot"]]
@@ -142,7 +142,7 @@ class SnapshotAxis:
 
     @property
     def positions(self) -> dict[int, float]:
-        """Where each snapshot stands."""
+        """Position on the axis by snapshot."""
         if self.even:
             return {snapshot: float(i) for i, snapshot in enumerate(self.labels)}
         logs = [math.log10(step) for step in self.steps.values() if step > 0]
@@ -156,7 +156,7 @@ class SnapshotAxis:
         return [positions[int(s)] for s in snapshots]
 
     def hover(self, snapshots: Sequence[int]) -> list[str]:
-        """Label, step and tokens of these snapshots, to be drawn."""
+        """Tooltips of these snapshots: label, step and tokens, escaped."""
         return [self._hover(int(s)) for s in snapshots]
 
     def _hover(self, snapshot: int) -> str:
@@ -168,7 +168,7 @@ class SnapshotAxis:
         return ", ".join(parts)
 
     def names(self) -> dict[int, str]:
-        """Labels by snapshot, to be drawn; their steps where a label is too long to stand below an axis."""
+        """Escaped tick labels by snapshot: the labels, or the steps if a label is too long."""
         if self.steps and max(map(len, self.labels.values())) > _LABEL_WIDTH:
             return {snapshot: f"step {short_count(step)}" for snapshot, step in self.steps.items()}
         return {snapshot: shown(label, _LABEL_WIDTH) for snapshot, label in self.labels.items()}
@@ -176,7 +176,7 @@ class SnapshotAxis:
     def apply(self, figure: go.Figure) -> None:
         """Make this the x axis of a figure.
 
-        `layout.meta` tells the page's script the true steps and tokens, and that it may thin the ticks out.
+        `layout.meta` gives the page's script the true steps and tokens, and allows it to drop ticks.
         """
         positions = list(self.positions.values())
         if self.even:
@@ -193,7 +193,7 @@ class SnapshotAxis:
 
 
 def _known(ids: list[int], rows: Frame, column: str) -> dict[int, int]:
-    """A column by snapshot, or nothing when any value is missing."""
+    """A column by snapshot; empty if any value is missing."""
     if column not in rows:
         return {}
     values: Any = pd.to_numeric(rows[column], errors="coerce")
@@ -201,9 +201,9 @@ def _known(ids: list[int], rows: Frame, column: str) -> dict[int, int]:
 
 
 def shown(text: object, width: int = 32) -> str:
-    """Data as text to be drawn by plotly: escaped, and cut in the middle if long.
+    """Escape text for plotly, and shorten it in the middle if it is long.
 
-    Plotly reads a subset of HTML in every text, and `%{...}` in hover templates.
+    Plotly interprets a subset of HTML in every text, and `%{...}` in hover templates.
     """
     plain = " ".join(str(text).split())
     if len(plain) > width:
@@ -213,7 +213,7 @@ def shown(text: object, width: int = 32) -> str:
 
 
 def short_count(value: float) -> str:
-    """1, 512, 1k, 143k, 4.2M: four significant digits at most."""
+    """Format as 1, 512, 1k, 143k, 4.2M, with at most four significant digits."""
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
@@ -221,12 +221,12 @@ def short_count(value: float) -> str:
 
 
 def new_figure(y_title: str, *, height: int = 380, **layout: object) -> go.Figure:
-    """An empty figure of the house style: no background, quiet grid, legend below the axes.
+    """An empty figure in the report's style: no background, light grid, legend below the axes.
 
     Args:
-        y_title: with its unit.
-        height: pixels without the legend; the page's script adds the room that the legend takes.
-        layout: more of plotly's layout.
+        y_title: title of the y axis, with its unit.
+        height: pixels, without the legend; the page's script adds the legend's height.
+        layout: further plotly layout options.
     """
     axis = {"gridcolor": GRID, "linecolor": GRID, "zerolinecolor": GRID, "automargin": True, "title_standoff": 10}
     title = {"title_font_size": 13, "tickfont_size": 12}
@@ -266,7 +266,7 @@ def new_figure(y_title: str, *, height: int = 380, **layout: object) -> go.Figur
 def _outline(
     x: Sequence[float], low: Sequence[float], high: Sequence[float]
 ) -> list[tuple[float | None, float | None]]:
-    """Corners of a band: along its upper bound and back along the lower one, once for each run of finite bounds."""
+    """Corners of a band, one closed polygon per run of finite bounds."""
     corners: list[tuple[float | None, float | None]] = []
     run: list[tuple[float, float, float]] = []
     for point in (*zip(x, low, high, strict=True), (0.0, math.nan, math.nan)):
@@ -287,15 +287,23 @@ def add_line(
     style: Style,
     *,
     hover: Sequence[str],
-    unit: str = "",
-    number: str = ".3f",
-    low: Sequence[float] | None = None,
-    high: Sequence[float] | None = None,
-    markers: bool = True,
+    value: str = "%{y:.3f}",
+    band: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
-    """A line with markers, over a band from `low` to `high`. `name` and `hover` are already safe to draw."""
-    if low is not None and high is not None:
-        outline = _outline(x, low, high)
+    """Add a line, over a band if one is given.
+
+    Args:
+        figure: to draw on.
+        x: positions.
+        y: values.
+        name: of the series, escaped.
+        style: colour, marker and dash.
+        hover: tooltip of each point, escaped.
+        value: plotly template of the value in the tooltip.
+        band: lower and upper bounds.
+    """
+    if band is not None:
+        outline = _outline(x, *band)
         figure.add_scatter(
             x=[a for a, _ in outline],
             y=[b for _, b in outline],
@@ -311,23 +319,23 @@ def add_line(
     figure.add_scatter(
         x=list(x),
         y=list(y),
-        mode="lines+markers" if markers else "lines",
+        mode="lines+markers" if style.symbol else "lines",
         name=name,
         legendgroup=name,
         line={"color": style.color, "dash": style.dash, "width": 2},
         marker={"color": style.color, "symbol": style.symbol, "size": 7},
         customdata=list(hover),
-        hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>%{{y:{number}}}{unit}<extra></extra>",
+        hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>{value}<extra></extra>",
     )
 
 
 def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None:
-    """A thin horizontal line, named in the legend, where no curve can run over its name."""
+    """Add a thin horizontal reference line, with its name in the legend."""
     figure.add_hline(y=y, line={"color": MUTED, "dash": dash, "width": 1.5}, name=name, showlegend=True)
 
 
 def add_bars(figure: go.Figure, axis: SnapshotAxis, counts: Frame, unit: str) -> None:
-    """Bars over the snapshots, a series for each column of `counts`, whose rows are the snapshots of the axis."""
+    """Add bars over the snapshots: `counts` has a row per snapshot of the axis and a column per series."""
     ids = list(axis.labels)
     for i, name in enumerate(counts):
         figure.add_bar(
@@ -340,10 +348,36 @@ def add_bars(figure: go.Figure, axis: SnapshotAxis, counts: Frame, unit: str) ->
         )
 
 
+def add_points(figure: go.Figure, axis: SnapshotAxis, table: Frame, x: str, y: str, value: str) -> None:
+    """Add a point per row of a table with columns feature and snapshot, coloured by snapshot.
+
+    Args:
+        figure: to draw on.
+        axis: of the snapshots.
+        table: a row per point.
+        x: column along x.
+        y: column along y.
+        value: plotly template of the values in the tooltip.
+    """
+    order = {snapshot: i for i, snapshot in enumerate(axis.labels)}
+    snapshots, names = ints(table["snapshot"]), list(axis.names().values())
+    figure.add_scatter(
+        x=floats(table[x]),
+        y=floats(table[y]),
+        mode="markers",
+        showlegend=False,
+        marker={"size": 6, "opacity": 0.75, "color": [order[s] for s in snapshots], "coloraxis": "coloraxis"},
+        customdata=list(map(list, zip(ints(table["feature"]), axis.hover(snapshots), strict=True))),
+        hovertemplate=f"feature %{{customdata[0]}}<br>%{{customdata[1]}}<br>{value}<extra></extra>",
+    )
+    # no light shades: a point needs more contrast than an area
+    apply_colors(figure, HEAT[2:], {0: names[0], max(1, len(names) - 1): names[-1]})
+
+
 def add_matrix(
     figure: go.Figure, values: np.ndarray, texts: Sequence[Sequence[str]], x: Sequence[float], rows: Sequence[str]
 ) -> None:
-    """Cells on the figure's colour axis, blank where a value is missing; `rows` are named from top to bottom."""
+    """Add a heat map on the figure's colour axis, blank where a value is missing; `rows` are named from the top."""
     places = list(range(len(rows)))
     figure.add_heatmap(
         z=[floats(line) for line in values],
@@ -362,7 +396,7 @@ def add_matrix(
 
 
 def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, str]) -> None:
-    """Give a figure a colour axis from the first to the last tick, with its bar above the figure on the left."""
+    """Add a colour axis that runs from the first to the last tick, with its bar at the top left."""
     figure.update_layout(margin_t=60)
     figure.layout["coloraxis"] = {
         "cmin": min(ticks),
@@ -375,7 +409,7 @@ def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, st
             "x": 0,
             "xanchor": "left",
             "xpad": 20,
-            # placed against the paper, plotly would write the x title over the tick labels
+            # relative to the paper, plotly would put the x title over the tick labels
             "yref": "container",
             "y": 0.99,
             "yanchor": "top",
@@ -388,8 +422,13 @@ def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, st
     }
 
 
+def evenly_spaced(table: Frame, most: int) -> Frame:
+    """At most `most` rows of a table, evenly spaced and including the first and the last."""
+    return table.iloc[np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).round().astype(int))]
+
+
 def floats(values: pd.Series | np.ndarray) -> list[float]:
-    """Plain floats, missing ones as NaN."""
+    """Plain floats, NaN where missing."""
     numbers: Any = pd.to_numeric(pd.Series(values), errors="coerce")
     return numbers.to_numpy(dtype=float, na_value=math.nan).tolist()
 

@@ -1,8 +1,13 @@
-"""What the pages Features and Feature show, as scripts that they load: fetch() does not work on a page from disk.
+"""Write the data of single features, which the pages Features and Feature load as scripts.
 
-`data/features.js` calls `crosslens.index` with a few columns of all features, for the table. `data/features-00012.js`
-calls `crosslens.load(12, ...)` with all that is known of features 12 * SHARD to 13 * SHARD - 1; a page loads the one
-that it shows. Everything is JSON in ASCII, so that no token can be read as anything but a string.
+`fetch()` does not work on pages opened from disk, so the data are JSON inside calls of JavaScript functions:
+1. `data/features.js` calls `crosslens.index` with a few columns of all features, for the table.
+2. `data/features-00012.js` calls `crosslens.load(12, ...)` with everything about features 12 * SHARD to
+   13 * SHARD - 1. The page Feature loads only the script of the feature that it shows.
+
+`Effects`, `Examples`, `Lens` and `Nearest` each cut the rows of one feature from their tables; `of(row, ...)` returns
+the data of the feature in that row of the evolution table. Tokens are indices into a list of words per script. The JSON
+is ASCII, so that no token can end its string. Letters: F features, S snapshots.
 """
 
 from __future__ import annotations
@@ -15,29 +20,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from crosslens.report.blocks import AGAIN
-from crosslens.report.chart import Frame
-from crosslens.report.feature_parts import Effects, Examples, Lens, Nearest, Words, optional, rounded
-from crosslens.report.tables import Tables
+from crosslens.report.chart import MUTED, Chart, Frame, SnapshotAxis, Style, add_level, add_line, new_figure, shown
+from crosslens.report.tables import AGAIN, Tables
 
 SHARD = 64
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of a decoder norm in the table's strips
-_LIFE = ("birth", "peak", "death", "lifetime")
-_EVOLVE = "No evolution has been computed: crosslens evolve RUN_DIR."
-_COLLECT = "None have been collected: crosslens evolve RUN_DIR does it."
-_ATTRIBUTE = "No attribution has been run: crosslens attribute RUN_DIR --task TASK."
+_LIFECYCLE = ("birth", "peak", "death", "lifetime")
+_EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
+_COLLECT = "Not collected yet. Run: crosslens evolve RUN_DIR"
+_ATTRIBUTE = "No effects on tasks have been computed. Run: crosslens attribute RUN_DIR --task TASK"
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What there is of features.
+    """Which features were written.
 
     Attributes:
-        ids: of the features; empty where `words` say why.
+        ids: of the features.
         labels: of the snapshots.
-        tasks: those with effects of features.
-        words: why there are no features.
-        missing: why there are none of effects, examples, lens or nearest, in words.
+        tasks: with effects of features.
+        words: why there are no features; empty if there are some.
+        missing: why effects, examples, lens or nearest are missing, by name.
     """
 
     ids: list[int]
@@ -52,15 +55,15 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
 
     Args:
         tables: of the run.
-        write: a file below data/, by name and text.
+        write: writes a file in data/, given its name and text.
     """
-    lives = tables["evolution"]
-    if lives is None:
+    lifecycles = tables["evolution"]
+    if lifecycles is None:
         return FeatureSet([], [], [], _EVOLVE)
-    labels = [str(name)[5:] for name in lives.columns if str(name).startswith("norm/")]
-    if not labels or "feature" not in lives:
-        return FeatureSet([], [], [], f"The table of the evolution names no features or snapshots. {AGAIN}")
-    features = _Features(lives.sort_values("feature", ignore_index=True), labels, tables)
+    labels = [str(name)[5:] for name in lifecycles.columns if str(name).startswith("norm/")]
+    if not labels or "feature" not in lifecycles:
+        return FeatureSet([], [], [], f"The evolution table lists no features or no snapshots. {AGAIN}")
+    features = _Features(lifecycles.sort_values("feature", ignore_index=True), labels, tables)
     write("features.js", f"crosslens.index({ascii_json(features.index())});\n")
     shards = features.ids // SHARD
     for shard in np.unique(shards).tolist():
@@ -69,20 +72,53 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
     return FeatureSet(features.ids.tolist(), labels, list(features.effects.of_task), "", features.missing)
 
 
+def norm_figure(snapshots: Frame) -> Chart:
+    """The decoder norm and its presence threshold, without numbers: the page's script fills them in.
+
+    Args:
+        snapshots: snapshot, label, step, tokens.
+    """
+    axis = SnapshotAxis.of(snapshots)
+    ids = list(axis.labels)
+    figure = new_figure("decoder norm", height=320)
+    add_level(figure, 0.5, "half the largest norm")
+    add_line(figure, axis.x(ids), [0.0] * len(ids), "decoder norm", Style.of(0), hover=axis.hover(ids))
+    figure.update_yaxes(rangemode="tozero")
+    axis.apply(figure)
+    return Chart(figure, snapshots)
+
+
+def effect_figure(snapshots: Frame, tasks: list[str]) -> Chart:
+    """A line and a band per task: IE with two standard errors, without numbers: the page's script fills them in."""
+    axis = SnapshotAxis.of(snapshots)
+    ids = list(axis.labels)
+    zeros = [0.0] * len(ids)
+    figure = new_figure("IE (logits)", height=320)
+    for i, task in enumerate(tasks):
+        add_line(
+            figure, axis.x(ids), zeros, shown(task), Style.of(i), hover=axis.hover(ids), value="%{y:+.3f}",
+            band=(zeros, zeros),
+        )  # fmt: skip
+    figure.update_layout(showlegend=True)
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
+    axis.apply(figure)
+    return Chart(figure, snapshots)
+
+
 def ascii_json(value: Any) -> str:
-    """JSON in which a string is never more than a string, wherever it stands."""
+    """JSON in which no string can end its literal or its script element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=True).replace("<", "\\u003c")
 
 
 class _Features:
-    """Columns over all features, and what is written of some of them. Letters: F features, S snapshots."""
+    """Columns over all features, and the data of single ones."""
 
-    def __init__(self, lives: Frame, labels: list[str], tables: Tables) -> None:
-        self.lives, self.labels = lives, labels
-        self.ids = lives["feature"].to_numpy(dtype=np.int64)
-        self.norms = np.nan_to_num(lives[[f"norm/{label}" for label in labels]].to_numpy(dtype=float))
-        self.kinds = _kinds(lives)
-        self.life = {name: self._integers(name) for name in _LIFE}
+    def __init__(self, lifecycles: Frame, labels: list[str], tables: Tables) -> None:
+        self.lifecycles, self.labels = lifecycles, labels
+        self.ids = lifecycles["feature"].to_numpy(dtype=np.int64)
+        self.norms = np.nan_to_num(lifecycles[[f"norm/{label}" for label in labels]].to_numpy(dtype=float))
+        self.classes = _classes(lifecycles)
+        self.lifecycle = {name: self._integers(name) for name in _LIFECYCLE}
         self.rates = _short(self._floats("firing_rate"))
         self.effects = Effects(tables, self.ids, len(labels))
         self.missing = {} if self.effects.of_task else {"effects": _ATTRIBUTE}
@@ -97,8 +133,8 @@ class _Features:
         self.nearest: Nearest | None = self._part("nearest", tables, ("nearest",), lambda table: Nearest(table, ids))
         nothing = [""] * len(ids)
         self.names = [_text(name) for name in _labelled(tables["labels"], ids, "label")]
-        judged = _labelled(tables["labels"], ids, "complexity")
-        self.complexities = [None if complexity is None else int(complexity) for complexity in judged]
+        rated = _labelled(tables["labels"], ids, "complexity")
+        self.complexities = [None if complexity is None else int(complexity) for complexity in rated]
         self.top = self.examples.tops() if self.examples else nothing
         self.promoted = self.lens.tops(self.norms.argmax(1)) if self.lens else nothing
         known = zip(ids.tolist(), self.names, self.top, strict=True)
@@ -116,7 +152,7 @@ class _Features:
             return None
 
     def index(self) -> dict[str, Any]:
-        """The columns of the table."""
+        """Columns of the table of all features."""
         return {
             "snapshots": self.labels,
             "id": self.ids.tolist(),
@@ -124,15 +160,15 @@ class _Features:
             "complexity": self.complexities if any(self.complexities) else None,
             "token": _coded(self.top),
             "promoted": _coded(self.promoted),
-            "kind": _coded(self.kinds),
-            **{name: self.life[name] for name in ("birth", "peak", "lifetime")},
+            "kind": _coded(self.classes),
+            **{name: self.lifecycle[name] for name in ("birth", "peak", "lifetime")},
             "rate": self.rates,
             "ie": _short(self.effects.largest()),
             "heat": self._heat(),
         }
 
     def shard(self, rows: list[int]) -> dict[str, Any]:
-        """All that is known of the features of these rows."""
+        """Everything about the features in these rows."""
         words = Words()
         norms = rounded(self.norms[rows], 5)
         features = [
@@ -140,9 +176,9 @@ class _Features:
                 "id": int(self.ids[row]),
                 "name": self.names[row],
                 "complexity": self.complexities[row],
-                "kind": self.kinds[row],
+                "kind": self.classes[row],
                 "rate": self.rates[row],
-                **{name: values[row] for name, values in self.life.items()},
+                **{name: values[row] for name, values in self.lifecycle.items()},
                 "norms": norms[i].tolist(),
                 "effects": self.effects.of(row),
                 "examples": self.examples.of(row, words) if self.examples else None,
@@ -154,35 +190,36 @@ class _Features:
         return {"words": words.list(), "features": features}
 
     def _heat(self) -> str:
-        """A character per feature and snapshot: the decoder norm as a share of the feature's largest."""
+        """A character per feature and snapshot: the decoder norm relative to the feature's largest."""
         shares = self.norms / np.maximum(self.norms.max(1, keepdims=True), 1e-30)
         levels = (shares * (len(_LEVELS) - 1)).round().astype(np.uint8).flatten()
         return np.frombuffer(_LEVELS.encode(), np.uint8)[levels].tobytes().decode()
 
     def _floats(self, name: str) -> np.ndarray:
-        if name not in self.lives:
-            return np.full(len(self.lives), np.nan)
-        numbers: Frame = pd.to_numeric(self.lives[name], errors="coerce")
+        if name not in self.lifecycles:
+            return np.full(len(self.lifecycles), np.nan)
+        numbers: Frame = pd.to_numeric(self.lifecycles[name], errors="coerce")
         return numbers.to_numpy(dtype=float, na_value=np.nan)
 
     def _integers(self, name: str) -> list[int | None]:
         return [None if np.isnan(value) else int(value) for value in self._floats(name)]
 
 
-def _kinds(lives: Frame) -> list[str]:
+def _classes(lifecycles: Frame) -> list[str]:
     """Origin and fate of each feature, or "dead"."""
-    parts = [lives[name].astype(object) for name in ("origin", "fate") if name in lives]
-    kinds = [", ".join(filter(None, map(_text, row))) for row in zip(*parts, strict=True)] or [""] * len(lives)
-    alive = lives["alive"].astype(bool).tolist() if "alive" in lives else [True] * len(lives)
-    return [kind if lives else "dead" for kind, lives in zip(kinds, alive, strict=True)]
+    n = len(lifecycles)
+    parts = [lifecycles[name].astype(object) for name in ("origin", "fate") if name in lifecycles]
+    classes = [", ".join(filter(None, map(_text, row))) for row in zip(*parts, strict=True)] or [""] * n
+    alive = lifecycles["alive"].astype(bool).tolist() if "alive" in lifecycles else [True] * n
+    return [one if lives else "dead" for one, lives in zip(classes, alive, strict=True)]
 
 
 def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
-    """What a column of the table of labels says of each feature; None where it says nothing."""
+    """A column of the labels table for each feature, None where missing."""
     if labels is None or not {"feature", column} <= set(labels):
         return [None] * len(ids)
-    said = labels.dropna(subset=[column])
-    found = dict(zip(said["feature"], said[column], strict=True))
+    known = labels.dropna(subset=[column])
+    found = dict(zip(known["feature"], known[column], strict=True))
     return [found.get(feature) for feature in ids.tolist()]
 
 
@@ -191,7 +228,7 @@ def _short(values: np.ndarray) -> list[float | None]:
 
 
 def _coded(words: list[str]) -> list[Any] | None:
-    """Numbers of words, and the words; nothing where all are empty."""
+    """Codes and the words they stand for; None if all words are empty."""
     if not any(words):
         return None
     coded: Any = pd.Categorical(words)
@@ -200,3 +237,201 @@ def _coded(words: list[str]) -> list[Any] | None:
 
 def _text(value: object) -> str:
     return "" if value is None or value is pd.NA or value != value else str(value)
+
+
+class Words:
+    """Strings of one script, each stored once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def numbers(self, tokens: Tokens, part: slice) -> list[int]:
+        """Indices of some tokens."""
+        names = (tokens.names[code] for code in tokens.codes[part].tolist())
+        return [self._numbers.setdefault(name, len(self._numbers)) for name in names]
+
+    def list(self) -> list[str]:
+        """The strings by index."""
+        return list(self._numbers)
+
+
+class Tokens:
+    """A column of tokens."""
+
+    def __init__(self, table: Frame, name: str) -> None:
+        found = table[name].astype("category").cat
+        self.codes = np.asarray(found.codes)
+        self.names = [str(name) for name in found.categories]
+
+    def __getitem__(self, row: int) -> str:
+        return self.names[self.codes[row]]
+
+
+class Cut:
+    """A sorted table in which the rows of each feature are a slice.
+
+    Args:
+        table: with a column feature.
+        order: columns to sort by, the feature first.
+        ids: features, in order.
+    """
+
+    def __init__(self, table: Frame, order: list[str], ids: np.ndarray) -> None:
+        self.table: Frame = table.sort_values(order, kind="stable", ignore_index=True)
+        feature = self.table["feature"].to_numpy()
+        begin, end = np.searchsorted(feature, ids), np.searchsorted(feature, ids, side="right")
+        self.parts = [slice(a, b) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy()
+
+
+class Effects:
+    """IE and its standard error, (F, S), for every attributed task."""
+
+    def __init__(self, tables: Tables, ids: np.ndarray, S: int) -> None:
+        self._place = pd.Series(np.arange(len(ids)), ids)
+        self._shape = (2, len(ids), S)
+        self.of_task: dict[str, np.ndarray] = {}
+        for task in tables.tasks("attribution"):
+            table = tables[f"attribution/{task}"]
+            if table is not None and {"feature", "snapshot", "ie", "ie_se"} <= set(table):
+                self.of_task[task] = self._wide(table)
+
+    def _wide(self, table: Frame) -> np.ndarray:
+        row, snapshot = table["feature"].map(self._place), table["snapshot"].to_numpy(dtype=int)
+        known = row.notna().to_numpy() & (snapshot < self._shape[2])
+        at = row[known].to_numpy(dtype=int), snapshot[known]
+        both = np.full(self._shape, np.nan, np.float32)
+        for values, name in zip(both, ("ie", "ie_se"), strict=True):
+            values[at] = table[name].to_numpy(dtype=float)[known]
+        return both
+
+    def largest(self) -> np.ndarray:
+        """Largest |IE| of each feature over tasks and snapshots, NaN without any."""
+        largest = np.full(self._shape[1], -1.0)
+        for effects, _ in self.of_task.values():
+            largest = np.maximum(largest, np.where(np.isfinite(effects), np.abs(effects), -1).max(1))
+        return np.where(largest < 0, np.nan, largest)
+
+    def of(self, row: int) -> list[Any]:
+        """[number of the task, IE, standard error] of the tasks in which the feature has an effect."""
+        return [
+            [number, *optional(rounded(both[:, row])).tolist()]
+            for number, both in enumerate(self.of_task.values())
+            if np.isfinite(both[0, row]).any()
+        ]
+
+
+class Examples:
+    """Top activating examples, with their context.
+
+    Args:
+        examples: table of that name.
+        tokens: table example_tokens.
+        ids: features, in order.
+        labels: of the snapshots.
+    """
+
+    def __init__(self, examples: Frame, tokens: Frame, ids: np.ndarray, labels: list[str]) -> None:
+        self._examples = Cut(examples, ["feature", "rank"], ids)
+        self._around = Cut(tokens, ["feature", "rank", "position"], ids)
+        self._columns = {name: self._examples[name] for name in ("rank", "sequence", "position", "threshold")}
+        reads: Frame = self._examples.table[[f"read/{label}" for label in labels]]
+        self._reads = reads.to_numpy(dtype=np.float32)
+        self._tokens = Tokens(self._around.table, "token")
+        self._rank, self._position = self._around["rank"], self._around["position"]
+        self._activation = self._around["activation"]
+
+    def tops(self) -> list[str]:
+        """The token at which each feature is most active, or an empty string."""
+        found: list[str] = []
+        for examples, around in zip(self._examples.parts, self._around.parts, strict=True):
+            at = np.zeros(0, dtype=int)
+            if examples.start < examples.stop:
+                rank, position = (self._columns[name][examples.start] for name in ("rank", "position"))
+                at = np.flatnonzero((self._rank[around] == rank) & (self._position[around] == position))
+            found.append(self._tokens[around.start + int(at[0])] if len(at) else "")
+        return found
+
+    def of(self, row: int, words: Words) -> dict[str, Any]:
+        """The gate's threshold, and a list of [sequence, position, first position shown, words, activations, what the
+        encoder reads from each snapshot]."""
+        part, around = self._examples.parts[row], self._around.parts[row]
+        rank, position = self._rank[around], self._position[around].tolist()
+        tokens, activation = words.numbers(self._tokens, around), rounded(self._activation[around]).tolist()
+        found: list[list[Any]] = []
+        for e in range(part.start, part.stop):
+            a, b = (int(np.searchsorted(rank, self._columns["rank"][e], side)) for side in ("left", "right"))
+            where = [int(self._columns[name][e]) for name in ("sequence", "position")]
+            read = rounded(self._reads[e], 3).tolist()
+            found.append([*where, position[a] if a < b else 0, tokens[a:b], activation[a:b], read])
+        threshold = float(self._columns["threshold"][part.start]) if found else 0.0
+        return {"threshold": threshold, "list": found}
+
+
+class Lens:
+    """Logit lens: tokens that features promote and suppress at each snapshot.
+
+    Args:
+        lens: table of that name.
+        ids: features, in order.
+        S: snapshots.
+    """
+
+    def __init__(self, lens: Frame, ids: np.ndarray, S: int) -> None:
+        self._lens, self._S = Cut(lens, ["feature", "snapshot", "rank"], ids), S
+        self._snapshot = self._lens["snapshot"]
+        self._sides = [
+            (Tokens(self._lens.table, name), self._lens[f"{name}_logit"]) for name in ("promoted", "suppressed")
+        ]
+
+    def tops(self, snapshots: np.ndarray) -> list[str]:
+        """The token that each feature promotes most at the snapshot given for it, or an empty string."""
+        found: list[str] = []
+        for part, snapshot in zip(self._lens.parts, snapshots.tolist(), strict=True):
+            at = part.start + int(np.searchsorted(self._snapshot[part], snapshot))
+            found.append(self._sides[0][0][at] if at < part.stop and self._snapshot[at] == snapshot else "")
+        return found
+
+    def of(self, row: int, words: Words) -> list[list[Any]]:
+        """By snapshot: promoted words, their logits, suppressed words, their logits."""
+        part = self._lens.parts[row]
+        cuts = np.searchsorted(self._snapshot[part], np.arange(self._S + 1)).tolist()
+        columns: list[list[Any]] = []
+        for tokens, logits in self._sides:
+            columns += [words.numbers(tokens, part), rounded(logits[part]).tolist()]
+        return [[column[a:b] for column in columns] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+class Nearest:
+    """Nearest features of each feature.
+
+    Args:
+        nearest: table of that name.
+        ids: features, in order.
+    """
+
+    def __init__(self, nearest: Frame, ids: np.ndarray) -> None:
+        self._nearest = Cut(nearest, ["feature", "rank"], ids)
+        self._other, self._cosine = self._nearest["other"], self._nearest["cosine"]
+
+    def of(self, row: int, names: dict[int, str]) -> list[list[Any]]:
+        """[feature, cosine, name] of each neighbour."""
+        part = self._nearest.parts[row]
+        others, cosines = self._other[part].tolist(), rounded(self._cosine[part], 3).tolist()
+        return [[other, cosine, names.get(other, "")] for other, cosine in zip(others, cosines, strict=True)]
+
+
+def rounded(values: np.ndarray, digits: int = 4) -> np.ndarray:
+    """Round each row so that its largest number keeps this many significant digits."""
+    largest = np.nan_to_num(np.abs(values).astype(float)).max(-1, keepdims=True, initial=1e-30)
+    scale = 10.0 ** np.clip(digits - 1 - np.floor(np.log10(largest)), 0, 20)
+    return np.rint(values * scale) / scale + 0.0
+
+
+def optional(values: np.ndarray) -> np.ndarray:
+    """Objects, with None instead of non-finite numbers."""
+    found = values.astype(object)
+    found[~np.isfinite(values)] = None
+    return found

@@ -1,62 +1,60 @@
 """Write the pages of a run.
 
-1. Every entry of the pages' sections gets its tables, and draws a chart, a table, or says in words what is missing.
-2. Its numbers go to `data/<entry>.csv`, its figure as compact JSON into the page, escaped for a <script> element.
-3. What there is of each feature goes to scripts that a page loads when it shows that feature.
-4. Templates make HTML of it; plotly's script, copied from the installed package, draws the JSON offline.
+1. Each entry in `sections` gets its tables and returns a chart, a grid, or a sentence about what is missing.
+2. Its numbers go to `data/<entry>.csv`; its figure goes into the page as compact JSON, escaped for a <script> element.
+3. The data of single features go to scripts that a page loads when it shows the feature (`features`).
+4. Templates turn this into HTML. Plotly's script, copied from the installed package, draws the JSON offline.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from crosslens.report.blocks import figure_spec, make_part, script_json
-from crosslens.report.causes import CAUSES
-from crosslens.report.chart import THEME, Frame
-from crosslens.report.entries import Page
-from crosslens.report.feature_figures import effect_figure, norm_figure
-from crosslens.report.features import SHARD, FeatureSet, write_features
-from crosslens.report.overview import overview
-from crosslens.report.sections import EVOLUTION, OVERVIEW
-from crosslens.report.tables import Tables
+from crosslens.report.chart import THEME, Chart, Frame, Grid, short_count
+from crosslens.report.features import SHARD, FeatureSet, effect_figure, norm_figure, write_features
+from crosslens.report.sections import PAGES, Entry, Section
+from crosslens.report.tables import AGAIN, Tables
 from crosslens.rundir import RunDir, write_text
 
-PAGES = (
-    Page("index", "Overview", "What the model learns when, and how well the crosscoder describes it.", OVERVIEW),
-    Page("evolution", "Evolution", "When features are born, how they turn, and what becomes of them.", EVOLUTION),
-    Page("causes", "Causes", "Which features a task depends on, at which snapshot, and how that was checked.", CAUSES),
-)
 _FEATURES = "features", "Features"
 _ASSETS = ("report.css", "figures.js", "table.js", "feature.js")
 _PLOTLY = "plotly.min.js"
+_DIGITS = 5  # significant digits of the numbers in figures; the CSV files have all
+_POSITION_DIGITS = 7  # of those along x, so that close steps stay apart
+_UNKNOWN = "not recorded"
 
 
 def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
-    """Write `report/index.html` of a run directory, the pages beside it, and the files that they need.
+    """Write the report of a run directory: `report/index.html`, the other pages, and the files that they need.
 
-    The pages open from disk without a network. What a run has no table of is named on the page with the command that
-    makes it.
+    The pages open from disk, offline. If a table is missing, the page names the command that makes it.
 
     Args:
         run_dir: a directory with run.json.
-        title: of the report; the model and hook point when None.
+        title: of the report; by default the model and hook point.
 
     Returns:
         The path of the first page.
 
     Raises:
-        UserError: there is no run in the directory, or its run.json is not JSON.
+        UserError: the directory contains no run, or its run.json is not JSON.
     """
     run = RunDir.open(run_dir)
     info = run.read_json()
     tables = Tables(run, info)
-    facts = overview(info, tables.__getitem__, run.tasks("attribution"))
+    overview = _overview(info, tables)
     data, written = run.report / "data", set[str]()
     data.mkdir(parents=True, exist_ok=True)
 
@@ -66,7 +64,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
 
     features = write_features(tables, write)
     common = {
-        "report": title or facts.title,
+        "report": title or overview.title,
         "nav": [*((page.name, page.title) for page in PAGES), _FEATURES],
         "theme": script_json(THEME),
         "plotly": _PLOTLY,
@@ -80,8 +78,8 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
     csv: dict[str, pd.DataFrame] = {}
     for page in PAGES:
         done = set(csv)
-        parts = [make_part(section, tables, csv) for section in page.sections]
-        shown = facts if page is PAGES[0] else None
+        parts = [_make_part(section, tables, csv) for section in page.sections]
+        facts = overview if page is PAGES[0] else None
         pages[f"{page.name}.html"] = _render(
             "page.html.j2",
             **common,
@@ -90,11 +88,11 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
             title=page.title,
             intro=page.intro,
             parts=parts,
-            facts=shown,
+            facts=facts,
         )
         for name in csv.keys() - done:
             write(name, csv[name].to_csv(index=False))
-            csv[name] = pd.DataFrame()  # the name stays taken
+            csv[name] = pd.DataFrame()  # keep the name, free the memory
     for stale in data.iterdir():
         if stale.name not in written:
             stale.unlink()
@@ -109,7 +107,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
 
 
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
-    """What the templates of the pages about features are given."""
+    """Context of the templates of the pages Features and Feature."""
     snapshots = _snapshots(tables["snapshots"], features.labels)
     figures: dict[str, Any] = {"norms": None, "effects": None}
     if features.ids:
@@ -131,11 +129,11 @@ def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
 
 
 def _snapshots(recorded: Frame | None, labels: list[str]) -> Frame:
-    """The snapshots of the evolution table, with their steps and tokens where these are recorded."""
+    """The snapshots of the evolution table, with steps and tokens if recorded."""
     table = pd.DataFrame({"snapshot": range(len(labels)), "label": labels})
     known = pd.DataFrame({"label": [], "step": [], "tokens": []}) if recorded is None else recorded
-    dates = known.drop_duplicates("label").set_index("label").reindex(labels)
-    return table.assign(step=dates["step"].tolist(), tokens=dates["tokens"].tolist())
+    times = known.drop_duplicates("label").set_index("label").reindex(labels)
+    return table.assign(step=times["step"].tolist(), tokens=times["tokens"].tolist())
 
 
 def _render(template: str, **context: Any) -> str:
@@ -147,3 +145,244 @@ def _render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**context)
+
+
+@dataclass(frozen=True)
+class Block:
+    """An entry, ready for the template.
+
+    Attributes:
+        id: of its anchor and files; ends in the task's name if it belongs to a task.
+        entry: what is shown.
+        figure: JSON for a <script> element, for a figure.
+        height: pixels of the figure.
+        grid: for a table of numbers.
+        tinted: whether the grid's cells are numbers tinted by size, rather than words.
+        words: for neither: why there is nothing to show.
+        note: caption.
+        csv: path of the numbers.
+    """
+
+    id: str
+    entry: Entry
+    figure: Markup | None = None
+    height: int = 0
+    grid: Grid | None = None
+    tinted: bool = False
+    words: str = ""
+    note: str = ""
+    csv: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section, ready for the template: blocks of the run and of each task, or why there are none."""
+
+    section: Section
+    blocks: list[Block]
+    tasks: list[tuple[str, str, list[Block]]] = field(default_factory=list)
+    """Name, anchor and blocks of each task."""
+    words: str = ""
+
+
+def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame]) -> Part:
+    """Draw the entries of a section, and add their numbers to `csv`, by file name."""
+    blocks = _blocks(section.entries, section, tables, csv)
+    names = tables.tasks(section.kind) if section.per_task else []
+    taken: list[str] = []
+    tasks: list[tuple[str, str, list[Block]]] = []
+    for task in names:
+        taken.append(_free_name(f"{section.name}-{_slug(task)}", taken))
+        tasks.append((task, taken[-1], _blocks(section.per_task, section, tables, csv, task)))
+    if not tasks and all(block.words == section.empty for block in blocks):
+        return Part(section, [], words=section.empty)  # once, instead of for every entry
+    return Part(section, blocks, tasks)
+
+
+def _blocks(
+    entries: Iterable[Entry],
+    section: Section,
+    tables: Tables,
+    csv: dict[str, pd.DataFrame],
+    task: str | None = None,
+) -> list[Block]:
+    made = [(entry, _block(entry, section, tables, csv, task)) for entry in entries]
+    return [block for entry, block in made if not (entry.optional and block.words == section.empty)]
+
+
+def _block(
+    entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None = None
+) -> Block:
+    id = _free_name(entry.name if task is None else f"{entry.name}-{_slug(task)}", {Path(name).stem for name in csv})
+    wanted = [tables[name if task is None else name.format(task=task)] for name in entry.tables]
+    found = [table for table in wanted if table is not None]
+    if len(found) < len(wanted):
+        return Block(id, entry, words=section.empty)
+    try:
+        drawn = entry.draw(*found)
+    except KeyError as error:
+        return Block(id, entry, words=f"A table of this run has no column {error}. {AGAIN}")
+    if isinstance(drawn, str):
+        return Block(id, entry, words=drawn)
+    csv[f"{id}.csv"] = drawn.data
+    if isinstance(drawn, Grid):
+        tinted = any(cell.weight for row in drawn.rows for cell in row)
+        return Block(id, entry, grid=drawn, tinted=tinted, note=drawn.note, csv=f"data/{id}.csv")
+    spec = figure_spec(drawn)
+    _add_tokens(spec["layout"].get("meta"), tables["snapshots"])
+    return Block(id, entry, script_json(spec), spec["layout"]["height"], note=drawn.note, csv=f"data/{id}.csv")
+
+
+def _add_tokens(meta: Any, snapshots: Frame | None) -> None:
+    """Add the tokens recorded in the run to an axis of steps whose table has none."""
+    if snapshots is None or not isinstance(meta, dict) or meta.get("axis") != "steps" or "tokens" in meta:
+        return
+    known = snapshots.dropna(subset=["step", "tokens"]).astype({"step": int, "tokens": int})
+    tokens = dict(zip(known["step"], known["tokens"], strict=True))
+    if len({tokens[step] for step in meta["steps"] if step in tokens}) == len(meta["steps"]):
+        meta["tokens"] = [tokens[step] for step in meta["steps"]]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:60] or "task"
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    """The name, with a number if it is taken: the tasks "a b" and "a-b" have the same slug."""
+    used, free, number = set(taken), name, 2
+    while free in used:
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+def figure_spec(chart: Chart) -> dict[str, Any]:
+    """Data and layout of a figure for the page's script."""
+    spec = chart.figure.to_dict()
+    return compact({"data": spec["data"], "layout": spec["layout"]})
+
+
+def compact(value: Any, digits: int = _DIGITS) -> Any:
+    """A figure's dictionary with rounded floats, None for non-finite ones, and without plotly's template."""
+    if isinstance(value, dict):
+        # typed arrays are dictionaries of strings, which pass unchanged
+        return {
+            key: compact(part, _POSITION_DIGITS if key in ("x", "positions", "tickvals") else digits)
+            for key, part in value.items()
+            if key != "template"
+        }
+    if isinstance(value, list | tuple):
+        return [compact(part, digits) for part in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        rounded = float(f"{value:.{digits}g}")
+        return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    return value
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that is safe inside a <script> element: no character can end the element or open a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Facts from run.json and the tables, as text.
+
+    Attributes:
+        title: model and hook point.
+        numbers: key numbers as (value, name).
+        facts: (name, value).
+        snapshots: (label, step, tokens, fingerprint).
+        timings: (stage, duration).
+    """
+
+    title: str
+    numbers: list[tuple[str, str]]
+    facts: list[tuple[str, str]]
+    snapshots: list[tuple[str, str, str, str]]
+    timings: list[tuple[str, str]]
+
+
+def _overview(info: dict[str, Any], tables: Tables) -> Overview:
+    model, hook = _text(info.get("model")), _text(info.get("hook_name"))
+    architecture = info.get("architecture")
+    if isinstance(architecture, dict):
+        architecture = architecture.get("architecture")
+    versions: dict[str, Any] = info.get("versions") or {"crosslens": info.get("crosslens")}
+    command = info.get("command")
+    facts = [
+        ("Model", model),
+        ("Hook point", hook),
+        ("Dataset", _text(info.get("dataset"))),
+        ("Training tokens per epoch", _count(info.get("n_tokens"))),
+        ("Architecture", _text(architecture)),
+        ("Features", _count(info.get("d_sae"))),
+        ("Seed", _text(info.get("seed"))),
+        ("Tasks attributed", ", ".join(tables.tasks("attribution")) or "none"),
+        ("Created", _text(info.get("created"))),
+        ("Command", " ".join(map(str, command)) if isinstance(command, list) else _text(command)),
+        ("Versions", ", ".join(f"{name} {_text(version)}" for name, version in versions.items())),
+    ]
+    snapshots: list[dict[str, Any]] = info.get("snapshots") or []
+    timings: dict[str, Any] = info.get("timings") or {}
+    return Overview(
+        title=f"{model}, {hook}" if info.get("model") else "crosslens run",
+        numbers=_numbers(snapshots, tables),
+        facts=facts,
+        snapshots=[
+            (
+                _text(s.get("label")),
+                _count(s.get("step")),
+                _count(s.get("tokens")),
+                str(s.get("fingerprint") or "")[:12],
+            )
+            for s in snapshots
+        ],
+        timings=[(str(stage), _seconds(value)) for stage, value in timings.items()],
+    )
+
+
+def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str, str]]:
+    """Key numbers, as far as the tables and their columns exist."""
+    numbers = [(str(len(snapshots)), "snapshots")] if snapshots else []
+
+    def column(name: str, column: str) -> Any:
+        found = tables[name]
+        return None if found is None or column not in found else found[column]
+
+    alive, origin = column("evolution", "alive"), column("evolution", "origin")
+    if alive is not None:
+        numbers.append((f"{alive.sum():,}", f"live features of {len(alive):,}"))
+        if origin is not None and alive.any():
+            numbers.append((f"{(origin[alive.astype(bool)] == 'emergent').mean():.0%}", "of these are emergent"))
+    if (ev := column("evaluation", "explained_variance")) is not None:
+        numbers.append((f"{ev.mean():.3f}", f"mean explained variance (lowest {ev.min():.3f})"))
+    if (l0 := column("evaluation", "l0")) is not None:
+        numbers.append((f"{l0.mean():.1f}", "features per token (L0)"))
+    if (accuracy := column("accuracy", "accuracy")) is not None:
+        snapshot = column("accuracy", "snapshot")
+        last = accuracy[snapshot == snapshot.max()]
+        numbers.append((f"{last.mean():.0%}", "mean accuracy over tasks, last snapshot"))
+    if (error := column("attribution/*.snapshots", "completeness_error")) is not None:
+        numbers.append((f"{100 * error.max():.2g}%", "largest completeness error"))
+    return numbers
+
+
+def _text(value: object) -> str:
+    return _UNKNOWN if value is None or value == "" else str(value)
+
+
+def _count(value: object) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) < 1e6 else short_count(value)
+    return _text(value)
+
+
+def _seconds(value: object) -> str:
+    if not isinstance(value, int | float):
+        return _text(value)
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"

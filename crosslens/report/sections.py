@@ -1,32 +1,104 @@
-"""What stands on the pages Overview and Evolution, in order: figures with their titles and definitions, and words for
-when one is missing.
+"""What each page shows, in order: figures with titles and definitions, and what to run when a table is missing.
+
+To add a figure, write a function in `overview_figures`, `evolution_figures` or `causal_figures`, and list it here.
 """
 
 from __future__ import annotations
 
-from crosslens.report import figures, lives
-from crosslens.report import phases as phase_figures
-from crosslens.report.complexity import complexity
-from crosslens.report.entries import Entry, Section
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-_ACCURACY = "No task has been measured: crosslens attribute RUN_DIR --task TASK measures its accuracy too."
-_EVALUATE = "Nothing has been evaluated: crosslens train RUN_DIR writes evaluation.parquet when it ends."
-_EVOLVE = "No evolution has been computed: crosslens evolve RUN_DIR."
-_PROBE = "No probes have been fitted: crosslens evolve RUN_DIR fits some of them."
+from crosslens.report import causal_figures, evolution_figures, overview_figures
+from crosslens.report.chart import Chart, Grid
 
-OVERVIEW: tuple[Section, ...] = (
+_ACCURACY = "No task accuracy has been measured. Run: crosslens attribute RUN_DIR --task TASK"
+_EVALUATE = "The crosscoder has not been evaluated. crosslens train does this when training ends."
+_EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
+_PROBE = "No probes have been fitted. Run: crosslens evolve RUN_DIR"
+_ATTRIBUTE = "No effects on tasks have been computed. Run: crosslens attribute RUN_DIR --task TASK"
+_ABLATE = "No features have been ablated. After crosslens attribute, run: crosslens ablate RUN_DIR --task TASK"
+
+Draw = Callable[..., Chart | Grid | str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure or table of numbers on a page.
+
+    Attributes:
+        name: stem of its anchor and CSV file.
+        title: heading.
+        definition: one or two sentences: what is shown, in which unit, how it is computed.
+        draw: makes a figure from the tables, or returns a sentence that says why there is nothing to draw.
+        tables: names of the tables that `draw` takes, in order. "{task}" stands for the task; "kind/*" is the tables
+            of all tasks of a kind, concatenated, with a column `task`; "snapshots" is the list in run.json.
+        wide: full width, even where two figures fit side by side.
+        optional: omitted if a table is missing, instead of saying so.
+    """
+
+    name: str
+    title: str
+    definition: str
+    draw: Draw
+    tables: tuple[str, ...]
+    wide: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading.
+
+    Attributes:
+        name: its anchor.
+        title: its heading.
+        intro: a sentence or two before the figures.
+        empty: shown instead of a figure whose table is missing.
+        entries: drawn once for the run.
+        per_task: drawn once per task.
+        kind: whose tasks: "attribution" or "ablation".
+    """
+
+    name: str
+    title: str
+    intro: str
+    empty: str
+    entries: tuple[Entry, ...] = ()
+    per_task: tuple[Entry, ...] = ()
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Sections in one file.
+
+    Attributes:
+        name: stem of the file.
+        title: its heading, and its name in the navigation.
+        intro: a sentence or two at the top.
+        sections: in order.
+    """
+
+    name: str
+    title: str
+    intro: str
+    sections: tuple[Section, ...]
+
+
+_OVERVIEW: tuple[Section, ...] = (
     Section(
         "accuracy",
         "Accuracy",
-        "When the model learns each task, without the crosscoder.",
+        "When the model itself, without the crosscoder, learns each task.",
         _ACCURACY,
         (
             Entry(
                 "accuracy",
-                "Accuracy per task",
-                "Share of items whose correct continuation has a higher logit than the wrong one, at the last "
-                "position. The bands are Wilson 95 % intervals over items.",
-                figures.accuracy,
+                "Accuracy by task",
+                "Share of items for which the correct continuation has a higher logit than the wrong one at the last "
+                "position. Bands are 95% Wilson intervals over items.",
+                overview_figures.accuracy,
                 ("accuracy",),
                 wide=True,
             ),
@@ -35,75 +107,76 @@ OVERVIEW: tuple[Section, ...] = (
     Section(
         "reconstruction",
         "Reconstruction",
-        "How much of each snapshot the crosscoder keeps, on held-out tokens.",
+        "How well the crosscoder reconstructs each snapshot on held-out tokens.",
         _EVALUATE,
         (
             Entry(
                 "explained-variance",
                 "Explained variance",
                 "1 − E‖x̂ − x‖² / E‖x − mean‖² over all tokens, and the mean over tokens of 1 − ‖x̂ − x‖² / ‖x − "
-                "mean‖². 1 is a perfect reconstruction.",
-                figures.explained_variance,
+                "mean‖². A perfect reconstruction has 1.",
+                overview_figures.explained_variance,
                 ("evaluation",),
             ),
             Entry(
                 "l0",
                 "L0",
-                "Mean number of features that are not zero, per token. "
-                "Snapshots differ only where the gate is per snapshot.",
-                figures.l0,
+                "Mean number of active features per token. It differs between snapshots only if each snapshot has its "
+                "own gate (JumpReLU).",
+                overview_figures.l0,
                 ("evaluation",),
             ),
             Entry(
                 "dead",
                 "Dead features",
-                "Share of features that are active on no held-out token, in percent. Snapshots differ only where the "
-                "gate is per snapshot.",
-                figures.dead,
+                "Percentage of features that are active on no held-out token. It differs between snapshots only if "
+                "each snapshot has its own gate (JumpReLU).",
+                overview_figures.dead,
                 ("evaluation",),
                 optional=True,
             ),
             Entry(
                 "cross-entropy",
-                "Cross-entropy",
-                "Next-token loss of the clean model, of the model whose hook point holds the reconstruction (spliced), "
-                "and of the one whose hook point holds zeros, in nats per token.",
-                figures.cross_entropy,
+                "Cross-entropy loss",
+                "Next-token loss in nats per token: of the clean model, with the reconstruction spliced in at the hook "
+                "point, and with zeros there (zero ablation).",
+                overview_figures.cross_entropy,
                 ("evaluation",),
             ),
             Entry(
                 "kl",
-                "KL to the clean model",
-                "Mean KL divergence from the clean model's next-token distribution to the spliced model's, "
-                "in nats per token. 0 means that nothing is lost.",
-                figures.kl,
+                "KL divergence from the clean model",
+                "Mean KL divergence from the clean model's next-token distribution to that of the model with the "
+                "reconstruction spliced in, in nats per token.",
+                overview_figures.kl,
                 ("evaluation",),
             ),
         ),
     ),
     Section(
         "phases",
-        "Phases",
-        "What the predictions learn first, when the features settle, and which snapshots show it.",
+        "Training phases",
+        "What the model predicts first, when its features settle, and which snapshots represent the run.",
         _EVOLVE,
         (
             Entry(
                 "dynamics",
-                "Statistics first, features later?",
-                "KL divergence from unigram and bigram shares of the corpus to the predictions, and loss, in nats per "
-                "token; below, shares: fall of the bigram KL done, features settled (cosine to the final direction at "
-                "least .5 from here on), present, and total dimensionality / d_model.",
-                phase_figures.dynamics,
+                "N-gram statistics and features",
+                "Top: KL divergence of the model's predictions from the corpus's unigram and bigram statistics, and "
+                "the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed; "
+                "features that have settled (cosine to their final direction at least 0.5 from here on); features "
+                "present; total dimensionality / d_model.",
+                overview_figures.dynamics,
                 ("dynamics", "phases"),
                 wide=True,
                 optional=True,
             ),
             Entry(
                 "selection",
-                "Which snapshots tell it best",
-                "The snapshots that leave the least distance, in accuracy and activation similarity, to those that "
-                "they stand for.",
-                phase_figures.proposal,
+                "Suggested snapshots",
+                "A subset of snapshots chosen so that all others are close to one of them in accuracy and activation "
+                "similarity.",
+                overview_figures.proposal,
                 ("selection",),
                 wide=True,
                 optional=True,
@@ -112,100 +185,102 @@ OVERVIEW: tuple[Section, ...] = (
     ),
 )
 
-EVOLUTION: tuple[Section, ...] = (
+_EVOLUTION: tuple[Section, ...] = (
     Section(
         "evolution",
-        "Lives of features",
-        "A feature is present at a snapshot where its decoder norm is at least half of its largest. It is initial if "
-        "present at the first snapshot, else emergent, born at the first snapshot from which it stays; never if it "
-        "does not stay anywhere. Transient features are absent for good later on.",
+        "Lifecycles",
+        "A feature is present at a snapshot if its decoder norm there is at least half of its largest. “Initial” "
+        "features are present at the first snapshot; “emergent” ones are born later, at the first snapshot from which "
+        "they stay; “never” means that a feature stays nowhere. “Transient” features later disappear for good.",
         _EVOLVE,
         (
             Entry(
                 "evolution-map",
                 "Decoder norms over training",
-                "Normalised decoder norm v = norm / largest norm over snapshots (0 to 1), a row per feature, ordered "
-                "by origin, then birth, then peak. Snapshots are evenly spaced.",
-                figures.evolution_map,
+                "Normalised decoder norm v = norm / largest norm over snapshots (0 to 1). Each row is a feature; rows "
+                "are ordered by origin, then birth, then peak. Snapshots are evenly spaced.",
+                evolution_figures.evolution_map,
                 ("evolution", "snapshots"),
                 wide=True,
             ),
             Entry(
                 "births",
                 "Births",
-                "Number of emergent features by the snapshot of their birth, by what becomes of them.",
-                figures.births,
+                "Number of emergent features by the snapshot of birth, and whether they persist to the last snapshot.",
+                evolution_figures.births,
                 ("evolution", "snapshots"),
             ),
             Entry(
                 "origins",
                 "Origin and fate",
                 "Number of features by origin, and whether they persist to the last snapshot.",
-                figures.origins,
+                evolution_figures.origins,
                 ("evolution",),
             ),
             Entry(
-                "turning",
-                "Where features turn",
-                "Number of features whose decoder row turns more between these two snapshots than between any other "
-                "neighbours. Rows below a twentieth of the feature's largest norm have no direction.",
-                lives.turning,
-                ("turning",),
+                "rotation",
+                "Rotation by interval",
+                "Number of features whose decoder vector rotates more between these two snapshots than in any other "
+                "interval. Vectors shorter than a twentieth of the feature's largest norm are ignored.",
+                evolution_figures.rotation,
+                ("rotation",),
                 optional=True,
             ),
             Entry(
                 "cosines",
-                "Directions over time",
-                "Median over live features of the cosine between their decoder rows at two snapshots. 1 is the same "
-                "direction; random ones have 0.",
-                lives.cosines,
+                "Similarity of directions between snapshots",
+                "Median cosine between a live feature's decoder vectors at two snapshots. 1 is the same direction; "
+                "random directions have about 0.",
+                evolution_figures.cosines,
                 ("cosines",),
                 optional=True,
             ),
             Entry(
                 "dimensionality",
-                "Room that features take",
-                "Sum over present features of their dimensionality, |w|⁴ / Σ (w · w')², divided by d_model, with "
-                "w = rms activation times decoder row; and the same for as many random directions of these lengths.",
-                lives.dimensionality,
+                "Total dimensionality",
+                "Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector "
+                "times the feature's RMS activation; beside the same number of random directions of the same lengths.",
+                evolution_figures.dimensionality,
                 ("dimensionality",),
                 optional=True,
             ),
             Entry(
-                "takeovers",
-                "What takes over from what",
-                "Pairs of features of one direction, active on the same tokens, of which the second is born when the "
-                "first dies; and pairs that share their direction up to a snapshot (part) or from it on (merge).",
-                lives.takeovers,
-                ("successions", "partings", "snapshots"),
+                "splits",
+                "Feature splitting and replacement",
+                "Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but "
+                "not from it on. Merger: the reverse. Replacement: a feature is born when another with the same "
+                "direction, active on the same tokens, dies.",
+                evolution_figures.splits_and_replacements,
+                ("splits", "replacements", "snapshots"),
                 optional=True,
             ),
             Entry(
                 "scaling",
-                "Can small norms be believed?",
-                "Latent scaling: the least-squares coefficient of the feature's direction at its peak on what the "
-                "other features leave unexplained, against the decoder norm, both divided by the largest norm. Above "
-                "the line there is more of the direction than the norm says.",
-                lives.scaling,
+                "Latent scaling",
+                "Least-squares coefficient of the feature's direction at its peak on what the other features leave "
+                "unexplained, against its decoder norm, both divided by its largest norm. Above the line, the "
+                "direction is stronger in the activations than the norm suggests.",
+                evolution_figures.scaling,
                 ("scaling", "evolution"),
                 optional=True,
             ),
             Entry(
                 "encoder",
-                "From which snapshots features are read",
-                "Share of every snapshot in what makes a feature active (rise of its part of the pre-activation from "
-                "all tokens to those where the feature is active), median by the snapshot of birth.",
-                lives.encoder,
+                "Encoder share by snapshot",
+                "Share of each snapshot in a feature's encoder input: how much the snapshot's part of the "
+                "pre-activation rises from all tokens to those where the feature is active. Median over the features "
+                "born at a snapshot.",
+                evolution_figures.encoder,
                 ("encoder", "evolution"),
                 optional=True,
             ),
             Entry(
                 "complexity",
-                "Are later features more complex?",
-                "Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), that a language "
-                "model gave the features born, and those strongest, at a snapshot. Bands are two standard errors "
-                "either way; correlations have 95 % bootstrap intervals over features.",
-                complexity,
+                "Complexity",
+                "Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), as rated by a "
+                "language model, of the features born, and of those strongest, at a snapshot. Bands are ± two "
+                "standard errors; correlations have 95% bootstrap intervals over features.",
+                evolution_figures.complexity,
                 ("labels", "evolution", "snapshots"),
                 optional=True,
             ),
@@ -214,37 +289,195 @@ EVOLUTION: tuple[Section, ...] = (
     Section(
         "probes",
         "Probes",
-        "Whether a feature's decoder norm at a snapshot tells how well the feature can be read off that snapshot.",
+        "Whether a feature's decoder norm at a snapshot predicts how well the feature can be decoded from that "
+        "snapshot's activations.",
         _PROBE,
         (
             Entry(
                 "probe",
-                "Probe error against decoder norm",
-                "Share of held-out tokens on which a linear probe on one snapshot's activations is wrong about whether "
+                "Probe error and decoder norm",
+                "Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether "
                 "the feature is active, against the feature's decoder norm there divided by its largest.",
-                figures.probe,
+                evolution_figures.probe,
                 ("probe",),
                 wide=True,
             ),
             Entry(
                 "probe-parts",
-                "What the correlation is made of",
-                "Correlation of probe error and relative decoder norm, with 95 % intervals over features: of all "
-                "points, without step 0, less the means of each feature, less those of each snapshot, and corrected "
-                "for the noise of single probes.",
-                phase_figures.probe_parts,
+                "Correlation of probe error and decoder norm",
+                "With 95% intervals over features: over all points, without step 0, after subtracting each feature's "
+                "means, after subtracting each snapshot's means, and corrected for the noise of single probes.",
+                evolution_figures.probe_parts,
                 ("probe_parts",),
                 optional=True,
             ),
             Entry(
                 "agreement",
-                "Do neighbouring snapshots agree?",
-                "Share of the 20 held-out tokens on which a feature is strongest that two neighbouring snapshots have "
-                "in common, each read from that snapshot alone.",
-                phase_figures.agreement,
+                "Agreement of neighbouring snapshots",
+                "Share of a feature's 20 strongest held-out tokens that two neighbouring snapshots have in common, "
+                "when the feature is computed from each snapshot alone.",
+                evolution_figures.agreement,
                 ("agreement",),
                 optional=True,
             ),
         ),
     ),
+)
+
+_CAUSAL: tuple[Section, ...] = (
+    Section(
+        "effects",
+        "Effects on tasks",
+        "The indirect effect (IE) of a feature on logit(correct) − logit(wrong) at the last position, by integrated "
+        "gradients from the baseline to the clean features. Positive effects support the correct answer. The relative "
+        "effect (RelIE) is a snapshot's share of a feature's effect, |IE| / sum over snapshots of |IE|, without sign.",
+        _ATTRIBUTE,
+        (
+            Entry(
+                "completeness",
+                "Completeness error",
+                "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of "
+                "|clean − baseline metric|. At 0, the effects account for the whole metric.",
+                causal_figures.completeness,
+                ("attribution/*.snapshots",),
+                wide=True,
+            ),
+        ),
+        (
+            Entry(
+                "relie",
+                "Relative effect (RelIE)",
+                "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with an effect above "
+                "two standard errors at some snapshot.",
+                causal_figures.relative_effects,
+                ("attribution/{task}",),
+            ),
+            Entry(
+                "ie",
+                "Signed effect (IE)",
+                "Mean effect over prompts, in logits, of the features with the largest |IE|. Positive values support "
+                "the correct answer, negative ones oppose it.",
+                causal_figures.signed_effects,
+                ("attribution/{task}",),
+            ),
+            Entry(
+                "ie-relie",
+                "Signed and relative effects",
+                "A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that "
+                "act mostly at that snapshot, points on the left to features that act mostly at others.",
+                causal_figures.signed_against_relative,
+                ("attribution/{task}",),
+                wide=True,
+            ),
+            Entry(
+                "budget",
+                "Decomposition of the metric",
+                "Clean metric, baseline metric, and the summed effects of all features and of the error node, in "
+                "logits. Features + error node + baseline add up to the clean metric.",
+                causal_figures.effect_budget,
+                ("attribution/{task}.snapshots", "attribution/{task}"),
+                wide=True,
+            ),
+            Entry(
+                "ie-table",
+                "Features with the largest effects",
+                "IE ± standard error over prompts, in logits, by snapshot. Blue supports the correct answer, orange "
+                "opposes it.",
+                causal_figures.effect_table,
+                ("attribution/{task}",),
+                wide=True,
+            ),
+            Entry(
+                "timeline",
+                "Features over training",
+                "Decoder norm, signed effect (IE) and relative effect (RelIE) by snapshot, a row per feature, for the "
+                "features with the largest |IE|. Rows are labelled with the feature's number and the word in the "
+                "prompts at which it is most active.",
+                causal_figures.feature_timeline,
+                ("timeline/{task}",),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
+                "languages",
+                "Features shared between languages",
+                "Number of features among those with the largest |IE| in both languages, and the number expected of "
+                "random sets of the same size drawn from the features active in both.",
+                causal_figures.language_overlap,
+                ("languages/{task}",),
+                wide=True,
+                optional=True,
+            ),
+        ),
+        "attribution",
+    ),
+    Section(
+        "ablation",
+        "Ablation",
+        "The metric when a set of features is ablated, or when it is all that is kept, measured with forward passes; "
+        "crosslens ablate uses held-out prompts. Ablated features are set to zero at all positions unless a mean or "
+        "paired-prompt baseline was chosen. Shares of the clean metric are 1 + (metric − clean) / |clean|, which is "
+        "metric / clean if the clean metric is positive. Random sets hold as many active features; size-matched sets "
+        "also match activation × decoder norm.",
+        _ABLATE,
+        per_task=(
+            Entry(
+                "ablate-size",
+                "Ablating the top k features, last snapshot",
+                "Share of the clean metric that remains when k features are ablated and the error node is kept. Top "
+                "features have the largest signed IE.",
+                partial(causal_figures.ablation_by_size, mode="ablate"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "keep-size",
+                "Keeping only the top k features, last snapshot",
+                "Share of the clean metric when only k features are kept, without the error node. Top features have "
+                "the largest |IE|.",
+                partial(causal_figures.ablation_by_size, mode="keep"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "ablate-snapshots",
+                "Ablating the top features, all snapshots",
+                "The same at one set size; the top features are selected separately at each snapshot.",
+                partial(causal_figures.ablation_over_snapshots, mode="ablate"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "keep-snapshots",
+                "Keeping only the top features, all snapshots",
+                "The same at one set size; the top features are selected separately at each snapshot.",
+                partial(causal_figures.ablation_over_snapshots, mode="keep"),
+                ("ablation/{task}",),
+            ),
+            Entry(
+                "additivity",
+                "Additivity of effects",
+                "Effect of ablating two features together, against the sum of their single effects. Where points leave "
+                "the line, the effect of a set is not the sum of the effects of its features.",
+                causal_figures.additivity,
+                ("additivity/{task}", "additivity/{task}.snapshots"),
+                optional=True,
+            ),
+            Entry(
+                "transfer",
+                "Transfer between snapshots",
+                "Effect of ablating the top features of one snapshot (row) at another (column), as a share of the "
+                "effect of ablating all features there. Where a row is below the column's diagonal, the model uses "
+                "other features by then.",
+                causal_figures.transfer,
+                ("transfer/{task}",),
+                wide=True,
+                optional=True,
+            ),
+        ),
+        kind="ablation",
+    ),
+)
+
+PAGES = (
+    Page("index", "Overview", "What the model learns when, and how well the crosscoder describes it.", _OVERVIEW),
+    Page("evolution", "Evolution", "When features appear, how they rotate, split and disappear.", _EVOLUTION),
+    Page("causal", "Causal effects", "Which features each task depends on, and at which snapshots.", _CAUSAL),
 )

@@ -1,4 +1,4 @@
-"""Tables of a run by the names that entries use."""
+"""Read the tables of a run by the names that the sections use."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pandas as pd
 
 from crosslens.rundir import RunDir
 
+AGAIN = "It was written by another version of crosslens; run the command that makes it again."
+
 
 class Tables:
-    """Tables of a run, or None where there is no such table or it is empty.
+    """Tables of a run; None if a table does not exist or is empty.
 
-    A name is one of the run directory; "kind/*" is the tables of all tasks of a kind, one below the other, with a
-    column `task`; "snapshots" is the list in run.json. Tables of tasks, of which there may be many, are read anew each
-    time, the others once.
+    A name is that of a table in the run directory. "kind/*" is the tables of a kind of all tasks, concatenated, with a
+    column `task`; "snapshots" is the list in run.json. Tables of single tasks can be many, so they are read at every
+    access; the others are read once.
 
     Args:
         run: the run directory.
@@ -34,11 +36,11 @@ class Tables:
         return self._read[name]
 
     def tasks(self, kind: str) -> list[str]:
-        """Tasks with a table of this kind, by name."""
+        """Names of the tasks that have a table of this kind."""
         return self._run.tasks(kind)
 
     def once(self, name: str) -> pd.DataFrame | None:
-        """A large table, which is not kept."""
+        """A large table, which is not kept in memory."""
         found = self._load(name)
         self._read.pop(name, None)
         return found
@@ -55,7 +57,7 @@ class Tables:
         return pd.concat(found, ignore_index=True) if found else None
 
     def _snapshots(self) -> pd.DataFrame | None:
-        """Snapshot, label, step and tokens as run.json lists them, or as the columns of the evolution table do."""
+        """Snapshot, label, step and tokens from run.json, or labels from the columns of the evolution table."""
         rows: list[dict[str, Any]] = self._info.get("snapshots") or []
         evolution = self["evolution"]
         if not rows and evolution is not None:

@@ -19,9 +19,9 @@ from crosslens.causal.attribution import Attribution, attribute
 from crosslens.causal.timeline import SEPARATOR, find_examples, follow_features
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
-from crosslens.report.blocks import compact
+from crosslens.report.causal_figures import N_TIMELINE, feature_timeline, language_overlap
 from crosslens.report.chart import THEME
-from crosslens.report.timelines import N_ROWS, edge_timeline, feature_timeline, language_overlap
+from crosslens.report.page import compact
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
@@ -163,7 +163,7 @@ def test_where_no_effect_is_sure_nothing_is_followed(
     table = follow_features(runs._given, snaps, task, unsure, 3, runs=runs)
     full = follow_features(runs._given, snaps, task, ie, 3, runs=runs)
     assert table.empty and list(table) == list(full)
-    assert feature_timeline(table) == "No feature has an effect above two standard errors at any snapshot."
+    assert feature_timeline(table) == "No feature has an effect above two standard errors on this task."
 
 
 def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
@@ -221,7 +221,7 @@ def test_the_picture_of_features(snaps: Snapshots, task: Task, runs: PromptRuns,
     largest = table["ie"].abs().max()
     assert layout["coloraxis2"]["cmax"] == pytest.approx(largest, rel=1e-3) == -layout["coloraxis2"]["cmin"]
     assert layout["coloraxis3"]["cmax"] == pytest.approx(table["relie"].max(), rel=1e-3)
-    titles = ["decoder norm / its largest", "IE (logits)", "RelIE (share)"]
+    titles = ["decoder norm / largest norm", "IE (logits)", "RelIE"]
     assert [each["text"] for each in layout["annotations"]] == titles
     domains = [layout[name]["domain"] for name in ("xaxis", "xaxis2", "xaxis3")]
     assert domains[0][0] == 0 and domains[2][1] == 1 and all(a[1] < b[0] for a, b in zip(domains, domains[1:]))  # noqa: B905
@@ -233,7 +233,7 @@ def test_the_picture_of_features(snaps: Snapshots, task: Task, runs: PromptRuns,
 
 
 def test_few_rows_are_drawn_of_many() -> None:
-    n = N_ROWS + 7
+    n = N_TIMELINE + 7
     draw = np.random.default_rng(0)
     table = pd.DataFrame(
         {
@@ -243,38 +243,12 @@ def test_few_rows_are_drawn_of_many() -> None:
         }
     )  # fmt: skip
     chart = feature_timeline(table)
-    assert not isinstance(chart, str) and f"The {N_ROWS} features of largest |IE| are drawn, of {n}." in chart.note
-    largest = table["ie"].abs().groupby(table["feature"]).max().nlargest(N_ROWS).index
+    assert not isinstance(chart, str)
+    assert f"The {N_TIMELINE} features with the largest |IE| are drawn, of {n}." in chart.note
+    largest = table["ie"].abs().groupby(table["feature"]).max().nlargest(N_TIMELINE).index
     assert set(chart.data["feature"]) == set(largest)
     text = json.dumps(spec(chart.figure), ensure_ascii=False)
     assert "<cat>" not in text and "&lt;cat&gt;" in text and "<a>" not in text
-
-
-def test_the_picture_of_edges() -> None:
-    draw = np.random.default_rng(1)
-    pairs = [(i, j, s) for i in (1, 2) for j in (5, 6, 7) for s in (0, 1)]
-    table = pd.DataFrame(pairs, columns=pd.Index(["lower", "upper", "snapshot"]))
-    table["label"], table["step"] = ["a", "b"] * 6, [0, 8] * 6
-    table["effect"] = draw.normal(size=12)
-    table["exact"] = np.where(table["lower"] == 1, table["effect"] + 0.1, np.nan)
-    table.loc[table["upper"] == 6, "effect"] = 0.0
-    chart = edge_timeline(table)
-    assert not isinstance(chart, str)
-    first, exact = spec(chart.figure)["data"]
-    rows = chart.figure.layout["yaxis"].ticktext
-    assert set(rows) == {"1 → 5", "1 → 7", "2 → 5", "2 → 7"}, "pairs without an edge are left out"
-    centres: list[float] = []
-    for row, z, measured in zip(rows, first["z"], exact["z"], strict=True):
-        i, j = map(int, row.split(" → "))
-        own = table[(table["lower"] == i) & (table["upper"] == j)]
-        np.testing.assert_allclose(z, own["effect"], rtol=1e-4)
-        np.testing.assert_allclose(np.array(measured, dtype=float), own["exact"], rtol=1e-4)
-        centres.append(float(np.average([0, 1], weights=own["effect"].abs())))
-    assert centres == sorted(centres)
-    layout, drawn = chart.figure.layout, table.loc[table["upper"] != 6, ["effect", "exact"]].abs().max(axis=None)
-    assert layout["coloraxis"].cmax == layout["coloraxis2"].cmax == drawn
-    assert colors(spec(chart.figure)) - {"rgba(0,0,0,0)"} <= set(THEME)
-    assert edge_timeline(table.assign(effect=0.0)) == "No lower feature acts on any upper one."
 
 
 def test_the_picture_of_overlap() -> None:
@@ -289,5 +263,5 @@ def test_the_picture_of_overlap() -> None:
     assert (shared.name, expected.name) == ("en, fr", "en, fr, by chance") and band.meta == "band"
     assert list(shared.y) == [1, 7] and list(expected.y) == [2, 2.5] and set(band.y) == {0, 1, 4, 5}
     assert shared.customdata[1] == "b, step 8, p = 0.0001"
-    assert chart.note.startswith("Sets of k = 10. Bands: 95% of random draws")
+    assert chart.note.startswith("Sets of k = 10 features. Bands: 95% of random draws")
     assert colors(spec(chart.figure)) - {"rgba(0,0,0,0)"} <= set(THEME)

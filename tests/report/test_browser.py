@@ -168,7 +168,7 @@ def test_pages_load_and_nothing_overlaps(
 def test_links_lead_to_every_page_and_back(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")
-    for title in ("Evolution", "Causes", "Features", "Overview"):
+    for title in ("Evolution", "Causal effects", "Features", "Overview"):
         page.click(f".bar nav >> text={title}")
         page.wait_for_selector(f"h1:text-is('{title}')")
         assert page.locator("[aria-current=page]").inner_text() == title
@@ -182,7 +182,7 @@ def test_search_and_sort_of_the_table(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("features")
     assert visitor.column("Feature") == [str(i) for i in range(50)]
-    assert "230 features; 1 to 50" in page.inner_text("#found")
+    assert "230 features; showing 1 to 50" in page.inner_text("#found")
     page.fill("#search", "22")
     assert visitor.column("Feature") == [str(i) for i in (22, *range(220, 230))]
     page.fill("#search", "TRANSIENT emergent")
@@ -337,7 +337,7 @@ def test_stepping_through_features_and_back(browser: Any, run: RunDir) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("h1:text-is('Feature 229')")
     assert page.url.endswith("#229") and page.get_attribute("#after", "href") is None
-    for part, words in (("#230", "There is no feature 230"), ("#%3Cb%3E", "“<b>” is no feature")):
+    for part, words in (("#230", "There is no feature 230"), ("#%3Cb%3E", "“<b>” is not a feature number")):
         visitor.open("feature", part)
         page.wait_for_selector("#trouble:not([hidden])")
         assert page.inner_text("#trouble") == f"{words}. Features are numbered 0 to 229."
@@ -428,8 +428,8 @@ def test_empty_states_in_words(browser: Any, tmp_path: Path) -> None:
     write_report(plain.path)
     visitor.report = plain.report
     page = visitor.open("feature", "#1")
-    assert page.inner_text("main").count("None have been collected") == 3
-    assert "It is active on no prompt of the tasks" in page.inner_text("#figure-effects")
+    assert page.inner_text("main").count("Not collected yet") == 3
+    assert "active on no prompt of the attributed tasks" in page.inner_text("#figure-effects")
     assert not visitor.troubles
     for lost, name, words in (
         ("data/features.js", "features", "data/features.js was not found"),

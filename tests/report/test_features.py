@@ -212,8 +212,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
     index = write_report(run.path)
     text = index.with_name("feature.html").read_text(encoding="utf-8")
-    assert text.count("None have been collected: crosslens evolve RUN_DIR does it.") == 3
-    assert "No attribution has been run" not in text
+    assert text.count("Not collected yet. Run: crosslens evolve RUN_DIR") == 3
+    assert "No effects on tasks" not in text
     contents = script(run, "features-00000.js")
     assert contents["words"] == [] and len(contents["features"]) == SHARD
     assert all(contents["features"][3][name] is None for name in ("examples", "lens", "nearest"))
@@ -226,7 +226,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
             (tmp_path / "attribution" / f"{task}{part}.parquet").unlink()
     text = write_report(run.path).with_name("feature.html").read_text(encoding="utf-8")
     assert "A table of this run has no column &#39;suppressed&#39;." in text
-    assert "No attribution has been run: crosslens attribute" in text and "figure-effects-spec" not in text
+    assert (
+        "No effects on tasks have been computed. Run: crosslens attribute" in text and "figure-effects-spec" not in text
+    )
     assert all(value is None for value in script(run, "features.js")["ie"])
     assert script(run, "features-00001.js")["features"][0]["examples"]["list"]
 
@@ -280,7 +282,7 @@ def test_complexity_is_shown_and_dated(tmp_path: Path) -> None:
                 assert row["se"].item() == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
         assert drawn[name]["y"] == pytest.approx(numbers.loc[numbers["event"] == event, "mean"].tolist(), rel=1e-4)
     found = complexity_correlation(table(run, "labels"), lives, unit="index").set_index("event")
-    assert f"With birth: Spearman {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in page.text
+    assert f"Spearman with birth {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in page.text
     run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs"}))
     write_report(run.path)
     assert script(run, "features.js")["complexity"] is None

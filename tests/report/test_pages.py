@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify
+from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.report import write_report
-from crosslens.report.blocks import compact, script_json
 from crosslens.report.chart import SnapshotAxis, _outline, shown
-from crosslens.report.figures import MAX_ROWS, evolution_map, ordered_features
+from crosslens.report.evolution_figures import MAX_ROWS, evolution_map, ordered_features
+from crosslens.report.page import compact, script_json
 from crosslens.rundir import RunDir
 
 HOSTILE = "<script>alert(1)</script>"
@@ -114,14 +114,14 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
         common.assign(language="en", other=HOSTILE, k=10, shared=rng.integers(0, 10, S), expected=3.2, low=1, high=6,
                       p=0.2, level=0.95),
     )  # fmt: skip
-    grid = common.rename(columns=lambda name: "judged" if name == "snapshot" else f"judged_{name}").merge(
-        common.rename(columns=lambda name: "chosen" if name == "snapshot" else f"chosen_{name}"), how="cross"
+    grid = common.rename(columns=lambda name: "ablated_at" if name == "snapshot" else f"ablated_at_{name}").merge(
+        common.rename(columns=lambda name: "selected_at" if name == "snapshot" else f"selected_at_{name}"), how="cross"
     )
     share = rng.uniform(-0.5, 2, S * S)
     run.save_table(
         f"transfer/{task}",
-        grid.assign(share=np.where(grid["judged"] == 0, np.nan, share), k=15, shared=7)
-        .sort_values(["chosen", "judged"], ignore_index=True),
+        grid.assign(share=np.where(grid["ablated_at"] == 0, np.nan, share), k=15, shared=7)
+        .sort_values(["selected_at", "ablated_at"], ignore_index=True),
     )  # fmt: skip
     last, n = common.iloc[-1], 30
     total = rng.normal(size=n)
@@ -159,7 +159,7 @@ def _evolution(labels: list[str], F: int, rng: np.random.Generator) -> pd.DataFr
     if S > 4:
         norms[:4] = 0.1
         norms[:4, 2] = 1  # there for one snapshot only: never born
-    life = classify(torch.from_numpy(norms))
+    life = classify_lifecycles(torch.from_numpy(norms))
     alive = rng.random(F) > 0.1
     life.loc[~alive] = pd.NA
     return pd.concat(
@@ -223,7 +223,7 @@ def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator
     return pd.DataFrame(rows)
 
 
-PAGES = ("index", "evolution", "causes")
+PAGES = ("index", "evolution", "causal")
 
 
 class _Page(HTMLParser):
@@ -394,7 +394,7 @@ def test_large_evolution_map_is_thinned_and_says_so() -> None:
     assert not isinstance(chart, str)
     alive = int(evolution["alive"].sum())
     assert len(chart.data) == MAX_ROWS == len(set(chart.data["feature"]))
-    assert f"{alive:,} features; {F - alive:,} dead ones left out. {MAX_ROWS:,} of them are drawn" in chart.note
+    assert f"{alive:,} live features; {F - alive:,} dead ones omitted. {MAX_ROWS:,} of them are drawn" in chart.note
     order = ordered_features(evolution)["feature"].tolist()
     places = [order.index(f) for f in chart.data["feature"]]
     assert places[0] == 0 and places[-1] == alive - 1 and max(np.diff(places)) <= -(-alive // MAX_ROWS)
@@ -434,7 +434,7 @@ def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir,
                 assert (strongest > 0) == trace["name"].startswith("supports")
                 drawn += 1
         assert drawn == source["feature"].nunique() == len(csv(run, "relie-simple"))
-        assert "7 without an effect" in page.text
+        assert "7 with no effect" in page.text
     else:
         largest = source.groupby("feature")["ie"].agg(lambda effects: max(abs(e) for e in effects))
         wanted = largest.sort_values(ascending=False).index[:12].tolist()
@@ -523,11 +523,11 @@ def test_what_effects_are_held_against(tmp_path: Path) -> None:
     matrix = page.specs()["transfer-simple"]["data"][0]
     shares = table(run, "transfer/simple")
     for a in range(8):
-        row = shares[shares["chosen"] == a].sort_values("judged")["share"]
+        row = shares[shares["selected_at"] == a].sort_values("ablated_at")["share"]
         assert close([math.nan if z is None else z for z in matrix["z"][a]], row)
     top = page.specs()["transfer-simple"]["layout"]["coloraxis"]
     assert top["cmax"] == pytest.approx(shares["share"].max(), rel=1e-4) and top["cmin"] == -top["cmax"]
-    assert "chosen at step1000" not in matrix["text"][0][0] and "ablated at step0" in matrix["text"][0][0]
+    assert "features of step1000" not in matrix["text"][0][0] and "ablated at step0" in matrix["text"][0][0]
     pairs = table(run, "additivity/simple")
     points = page.specs()["additivity-simple"]["data"][1]
     assert close(points["x"], pairs["sum"]) and close(points["y"], pairs["joint"])
@@ -598,19 +598,22 @@ def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
     run.write_json({"model": "m", "hook_name": "h"})
     page = _Page(write_report(tmp_path, title="T & U"))
     for words in (
-        "Nothing has been evaluated: crosslens train",
-        "No evolution has been computed: crosslens evolve",
-        "No attribution has been run: crosslens attribute",
-        "No ablation has been run: crosslens ablate",
+        "The crosscoder has not been evaluated. crosslens train",
+        "The evolution of features has not been computed. Run: crosslens evolve",
+        "No effects on tasks have been computed. Run: crosslens attribute",
+        "No features have been ablated. After crosslens attribute, run: crosslens ablate",
         "No probes have been fitted",
         "not recorded",
     ):
         assert page.text.count(words) >= 1, words
-    assert page.text.count("No attribution has been run") == 1
+    assert page.text.count("No effects on tasks have been computed") == 1
     assert page.specs() == {} and not list((run.report / "data").iterdir())
     assert "T & U" in page.text
     for name in ("features", "feature"):
-        assert "No evolution has been computed: crosslens evolve" in _Page(run.report / "index.html", (name,)).text
+        assert (
+            "The evolution of features has not been computed. Run: crosslens evolve"
+            in _Page(run.report / "index.html", (name,)).text
+        )
 
 
 def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
@@ -627,7 +630,7 @@ def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
         "Every feature is dead",
         "No feature emerged",
         "Only one snapshot was ablated.",
-        "Nothing was measured with mode 'keep'.",
+        "The ablation table has no rows with mode 'keep'.",
         "has no column 'l0'",
         "No probes have been fitted",
     ):

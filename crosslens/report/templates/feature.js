@@ -1,5 +1,5 @@
 "use strict";
-// One feature, whose number stands in the address. What is known of it comes from the script of its shard.
+// One feature, by the number in the URL. Its data come from the script of its shard.
 (() => {
   const { element, save, visible } = crosslens;
   const byId = (id) => document.getElementById(id);
@@ -37,11 +37,11 @@
     byId("label").textContent = "";
     byId("name").textContent = id < 0 ? "Feature" : `Feature ${id}`;
     try {
-      if (id < 0) throw new Error(`“${visible(decodeURIComponent(asked))}” is no feature`);
+      if (id < 0) throw new Error(`“${visible(decodeURIComponent(asked))}” is not a feature number`);
       steps(id);
       if (id < about.first || id > about.last) throw new Error(`There is no feature ${id}`);
       const data = await fetchShard(Math.floor(id / about.shard));
-      if (byId("name").textContent !== `Feature ${id}`) return;  // another one was asked for meanwhile
+      if (byId("name").textContent !== `Feature ${id}`) return;  // another feature was requested meanwhile
       feature = data.features.find((one) => one.id === id);
       words = data.words;
       if (!feature) throw new Error(`There is no feature ${id}`);
@@ -59,7 +59,7 @@
     examples();
     lens();
     nearest();
-    crosslens.say(`${byId("name").textContent} is shown.`);
+    crosslens.say(`Showing ${byId("name").textContent}.`);
   }
 
   function steps(id) {
@@ -85,12 +85,12 @@
     const label = (snapshot) => (snapshot === null ? null : about.labels[snapshot]);
     const facts = [
       ["class", feature.kind],
-      ["complexity, of 5", feature.complexity],
+      ["complexity (1 to 5)", feature.complexity],
       ["born at", label(feature.birth)],
       ["peak at", label(feature.peak)],
-      ["absent for good from", label(feature.death)],
-      ["present at, of all snapshots", feature.lifetime === null ? null : `${feature.lifetime} of ${S}`],
-      ["of held-out tokens active", feature.rate === null ? null : `${Number((100 * feature.rate).toPrecision(3))} %`],
+      ["disappears at", label(feature.death)],
+      ["snapshots present", feature.lifetime === null ? null : `${feature.lifetime} of ${S}`],
+      ["active on held-out tokens", feature.rate === null ? null : `${Number((100 * feature.rate).toPrecision(3))}%`],
     ].filter(([, value]) => value);
     byId("label").textContent = visible(feature.name);
     byId("facts").replaceChildren(...facts.map(([name, value]) => element("div", {}, [element("dt", { text: name }), element("dd", { text: value })])));
@@ -111,7 +111,7 @@
     const there = feature.effects.length > 0;
     for (const one of figure.querySelectorAll(".plot, figcaption")) one.hidden = !there;
     missing.hidden = there;
-    missing.textContent = missing.dataset.missing || "It is active on no prompt of the tasks that were attributed.";
+    missing.textContent = missing.dataset.missing || "The feature is active on no prompt of the attributed tasks.";
     if (!there) return;
     const spec = crosslens.spec(plot), traces = [];
     for (const [task, ie, se] of feature.effects) {
@@ -126,7 +126,7 @@
     crosslens.show(plot, { ...spec, data: traces });
   }
 
-  // what the feature writes at a snapshot where its activation is f
+  // what the feature writes at snapshot s with activation f
   function written(f, s) {
     const strength = f * feature.norms[s];
     return strength > feature.examples.threshold ? strength : 0;
@@ -143,7 +143,7 @@
 
   function examples() {
     const list = feature.examples?.list ?? [];
-    if (!part("examples", list.length > 0, "It is active on no held-out token.")) return;
+    if (!part("examples", list.length > 0, "The feature is active on no held-out token.")) return;
     const strongest = feature.norms.indexOf(Math.max(...feature.norms));
     const top = Math.max(...list.map(([, , , , activations]) => written(Math.max(...activations), strongest)), 1e-30);
     const reads = Math.max(...list.flatMap(([, , , , , read]) => read.map(Math.abs)), 1e-30);
@@ -176,7 +176,7 @@
 
   function lens() {
     const there = (feature.lens ?? []).some(([promoted]) => promoted.length);
-    if (!part("lens", there, "The logit lens of this feature is not known.")) return;
+    if (!part("lens", there, "There is no logit lens for this feature.")) return;
     const largest = Math.max(...feature.lens.flatMap((row) => [...row[1], ...row[3]].map(Math.abs)), 1e-30);
     const chips = (tokens, logits, kind) => element("td", { class: "word", "data-column": kind === "up" ? "promotes" : "suppresses" }, tokens.map((token, i) => element("bdi", {
       class: `chip ${kind}`, style: { "--w": (Math.abs(logits[i]) / largest).toFixed(2) }, text: visible(words[token]), title: signed(logits[i]),
@@ -188,7 +188,7 @@
   const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value)}`;
 
   function nearest() {
-    if (!part("nearest", (feature.nearest ?? []).length > 0, "There is no other feature.")) return;
+    if (!part("nearest", (feature.nearest ?? []).length > 0, "There are no other features.")) return;
     byId("nearest").querySelector("ol").replaceChildren(...feature.nearest.map(([id, cosine, name]) => element("li", {}, [
       element("a", { href: `#${id}`, text: `Feature ${id}` }),
       name ? element("bdi", { class: "chip", text: visible(name) }) : "",
@@ -222,7 +222,7 @@
     location.hash = String(Number(byId("number").value));
   });
   window.addEventListener("hashchange", () => {
-    // who steps through features stays at the links; who follows a link further down begins at the top
+    // keep the focus when stepping through features; go to the top after a link further down
     if (!document.activeElement?.closest(".steps")) {
       byId("name").focus({ preventScroll: true });
       window.scrollTo(0, 0);

@@ -1,12 +1,12 @@
 "use strict";
-// What all pages share: figures drawn when they come into view, their scales and pictures, and text that is safe to show.
+// Shared by all pages: figures drawn when they come into view, axis scales, image export, and safe text.
 window.crosslens = (() => {
   const theme = JSON.parse(document.getElementById("theme").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const coarse = window.matchMedia("(pointer: coarse)").matches;
   const specs = new Map();  // by plot
   const config = {
-    // nothing on the page may lead to a network: newer plotly offers to upload charts
+    // pages stay offline: newer plotly offers to upload charts
     displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
     displayModeBar: coarse ? false : "hover",
     modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
@@ -14,7 +14,7 @@ window.crosslens = (() => {
   const chosen = { unit: "steps", scale: "log" };
   let printing = false;
 
-  // the figure with each colour of the light page replaced by its counterpart on the dark one
+  // the figure with every light colour replaced by its dark counterpart
   function themed(value, key = "") {
     if (Array.isArray(value)) return /colorscale$|^annotations$|^shapes$/.test(key) ? value.map((part) => themed(part, key)) : value;
     if (value && typeof value === "object") {
@@ -29,10 +29,10 @@ window.crosslens = (() => {
     return holder.value;
   }
 
-  // which ticks can be read side by side on so many pixels, and at which angle: the last first, then from the right
+  // which ticks fit in so many pixels, and at which angle; picked from right to left
   function thinned(positions, texts, width, slanting) {
     const low = Math.min(...positions), span = Math.max(...positions) - low || 1;
-    const at = positions.map((position) => ((position - low) / span) * 0.88 * width);  // the rest is before and after
+    const at = positions.map((position) => ((position - low) / span) * 0.88 * width);  // the rest is padding
     const sizes = texts.map((text) => 7.2 * plain(text).length + 10);
     const fits = (i, j, slanted) => at[j] - at[i] >= (slanted ? 20 : (sizes[i] + sizes[j]) / 2);
     const order = positions.map((_, i) => i).sort((a, b) => positions[a] - positions[b]);
@@ -55,7 +55,7 @@ window.crosslens = (() => {
     return String(Number(value.toPrecision(4)));
   }
 
-  // log10 of each value; 0, which has none, stands apart to the left
+  // log10 of each value, with 0 set apart on the left
   function logarithms(values) {
     const logs = values.filter((value) => value > 0).map(Math.log10);
     const low = logs.length ? Math.min(...logs) : 0, high = logs.length ? Math.max(...logs) : 0;
@@ -63,7 +63,7 @@ window.crosslens = (() => {
     return values.map((value) => (value > 0 ? Math.log10(value) : zero));
   }
 
-  // x of each snapshot on the chosen scale, and ticks that fit the width
+  // x of each snapshot on the selected scale, and ticks that fit the width
   function along(figure, width) {
     const { meta, xaxis } = figure.layout;
     if (!meta || !xaxis || !xaxis.tickvals) return;
@@ -89,7 +89,7 @@ window.crosslens = (() => {
     xaxis.tickangle = angle;
   }
 
-  // what is written beside colour bars and panels, where there is little room: without what explains it
+  // shorter labels of colour bars and panels on narrow screens
   function shortened(layout, width) {
     if (width > 480) return;
     for (const name of Object.keys(layout)) {
@@ -113,7 +113,7 @@ window.crosslens = (() => {
     }
   }
 
-  // the heat map's hover texts, which are the same along rows and columns and so are not in the page
+  // expand the heat map's tooltips, which the page stores by row and column
   function spread(figure) {
     const { meta } = figure.layout;
     if (!meta || !meta.rows) return;
@@ -121,7 +121,7 @@ window.crosslens = (() => {
     figure.data[0].text = meta.rows.map(() => meta.columns);
   }
 
-  // the figure for this window, its axes on so many pixels
+  // the figure for this window, with axes so many pixels wide
   function prepared(plot, width) {
     const figure = structuredClone(specs.get(plot));
     spread(figure);
@@ -129,7 +129,7 @@ window.crosslens = (() => {
     shortened(figure.layout, width);
     if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
     figure.layout.width = plot.clientWidth;
-    // a triangle is about as high as it is wide
+    // a ternary plot is about as high as it is wide
     if (figure.layout.ternary) figure.layout.height = Math.min(figure.layout.height, Math.round(0.87 * plot.clientWidth) + 20);
     return dark.matches && !printing ? { data: figure.data.map((trace) => themed(trace)), layout: themed(figure.layout) } : figure;
   }
@@ -138,7 +138,7 @@ window.crosslens = (() => {
     try {
       let figure = prepared(plot, plot.clientWidth - 90);
       await Plotly.react(plot, figure.data, figure.layout, config);
-      // now that margins and legend have been laid out: ticks for the width that is left, and room for the legend's rows
+      // with margins and legend laid out: ticks for the remaining width, and height for the legend's rows
       const area = plot.querySelector(".nsewdrag"), legend = plot.querySelector(".legend .bg");
       const [left, right] = figure.layout.xaxis?.domain ?? [0, 1];  // the first of several panels
       figure = prepared(plot, area ? area.getBBox().width / (right - left) : plot.clientWidth - 90);
@@ -146,12 +146,12 @@ window.crosslens = (() => {
       await Plotly.react(plot, figure.data, figure.layout, config);
       plot.style.minHeight = `${figure.layout.height}px`;
     } catch (error) {
-      plot.textContent = "This figure could not be drawn; its numbers are in the CSV file.";
+      plot.textContent = "This figure could not be drawn. Its numbers are in the CSV file.";
       console.error(error);
     }
   }
 
-  // figures are drawn one at a time, those in view or close to it; the others when they come there
+  // figures are drawn one at a time, when they are in view or close to it
   const stale = new Set(), near = new Set();
   let running = false;
   const watcher = new IntersectionObserver((entries) => {
@@ -181,14 +181,14 @@ window.crosslens = (() => {
     for (const plot of specs.keys()) await draw(plot);
   }
 
-  // which scales there is a use for
+  // show the switches that have an effect
   function offer() {
     const steps = [...specs.values()].map((spec) => spec.layout.meta).filter((meta) => meta && meta.axis === "steps");
     document.getElementById("switches").hidden = !steps.length;
     document.getElementById("unit").hidden = !steps.some((meta) => meta.tokens);
   }
 
-  // draw a figure, or another in its place
+  // draw a figure, or replace it
   function show(plot, spec) {
     specs.set(plot, spec);
     stale.add(plot);
@@ -197,12 +197,12 @@ window.crosslens = (() => {
     drawNear();
   }
 
-  // the page can be read while plotly, which is large, is on its way
+  // the page can be read while plotly, which is large, is loading
   function await_(script) {
     if (window.Plotly) return drawNear();
     script.addEventListener("load", drawNear);
     script.addEventListener("error", () => {
-      for (const plot of specs.keys()) plot.textContent = "assets/plotly.min.js was not found beside this page, so the figure cannot be drawn.";
+      for (const plot of specs.keys()) plot.textContent = "assets/plotly.min.js was not found next to this page, so the figure cannot be drawn.";
     });
   }
 
@@ -216,7 +216,7 @@ window.crosslens = (() => {
     const format = button.dataset.picture, filename = figure.dataset.file || figure.id.replace(/^figure-/, "");
     const size = { width: plot.clientWidth, height: plot.layout.height };
     await Plotly.downloadImage({ data: plot.data, layout }, { format, filename, ...size, scale: format === "png" ? 2 : 1 });
-    say(`${filename}.${format} is saved.`);
+    say(`Saved ${filename}.${format}.`);
   }
 
   // rows of cells as a CSV file
@@ -228,12 +228,12 @@ window.crosslens = (() => {
     link.download = filename;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-    say(`${filename} is saved.`);
+    say(`Saved ${filename}.`);
   }
 
   const say = (words) => { document.getElementById("said").textContent = words; };
 
-  // characters that cannot be seen, or that turn the direction of what follows, by name
+  // invisible and direction-changing characters, by name
   function visible(text) {
     const names = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u007f": "␡" };
     return text.replace(/[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, (character) => {
@@ -243,7 +243,7 @@ window.crosslens = (() => {
     });
   }
 
-  // an element with text and attributes; style properties by their names
+  // an element with text, attributes and style properties
   function element(tag, { text, style, ...attributes } = {}, children = []) {
     const made = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -255,7 +255,7 @@ window.crosslens = (() => {
 
   for (const plot of document.querySelectorAll(".plot")) if (!plot.closest("[data-later]")) show(plot, spec(plot));
   if (!specs.size) document.documentElement.dataset.figures = "drawn";
-  // the address says what is shown: a jump must not change it
+  // the URL holds the page's state, so a jump must not change it
   document.querySelector(".skip").addEventListener("click", (event) => {
     event.preventDefault();
     document.getElementById("main").focus();
@@ -271,7 +271,7 @@ window.crosslens = (() => {
   dark.addEventListener("change", redraw);
   let width = window.innerWidth, timer = 0;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return;  // a phone's address bar comes and goes
+    if (window.innerWidth === width) return;  // phones show and hide the address bar
     width = window.innerWidth;
     clearTimeout(timer);
     timer = setTimeout(redraw, 150);

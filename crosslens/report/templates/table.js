@@ -1,5 +1,5 @@
 "use strict";
-// The table of all features: searched, sorted and paged here; what is chosen stands in the address.
+// The table of all features: search, sorting and paging. The URL keeps the state.
 (() => {
   const { element, visible } = crosslens;
   const ROWS = 50;
@@ -23,7 +23,7 @@
       data.kind && { name: "kind", title: "Class", value: word(data.kind), cell: word(data.kind), words: true },
       { name: "birth", title: "Born", value: (i) => data.birth[i], cell: date(data.birth), words: true },
       { name: "peak", title: "Peak", value: (i) => data.peak[i], cell: date(data.peak), words: true },
-      { name: "lifetime", title: "Present at", value: (i) => data.lifetime[i], cell: (i) => data.lifetime[i] ?? "" },
+      { name: "lifetime", title: "Snapshots present", value: (i) => data.lifetime[i], cell: (i) => data.lifetime[i] ?? "" },
       { name: "rate", title: "Active (%)", value: (i) => share(data.rate[i]), cell: (i) => share(data.rate[i]), largest: true },
       { name: "ie", title: "Largest |IE|", value: (i) => data.ie[i], cell: (i) => data.ie[i] ?? "", largest: true },
     ].filter(Boolean);
@@ -48,7 +48,7 @@
     return rate === null ? "" : Number((100 * rate).toPrecision(3));
   }
 
-  // the norms as small squares, from the first snapshot to the last
+  // norms as small squares, from the first snapshot to the last
   function strip(i) {
     const S = data.snapshots.length;
     const levels = [...data.heat.slice(i * S, (i + 1) * S)].map((level) => parseInt(level, 36) / 35);
@@ -80,7 +80,7 @@
     return kept;
   }
 
-  // what has no value stands last, whichever way the others go
+  // missing values come last in either direction
   function order(rows) {
     const { value } = columns.find((column) => column.name === state.sort) ?? columns[0];
     const values = new Map(rows.map((i) => [i, value(i)]));
@@ -112,7 +112,7 @@
       return element(k ? "td" : "th", { ...(k ? {} : { scope: "row" }), ...(column.words ? { class: "word" } : {}) }, [content instanceof Node ? content : String(content)]);
     }))));
     const what = state.q ? `of ${count(data.id.length)} features match` : "features";
-    const range = rows.length ? `; ${count(first + 1)} to ${count(first + rows.length)} are shown` : "";
+    const range = rows.length ? `; showing ${count(first + 1)} to ${count(first + rows.length)}` : "";
     byId("found").textContent = found.length ? `${count(found.length)} ${what}${range}.` : `No feature matches “${visible(state.q)}”.`;
     byId("page").value = state.page;
     byId("page").max = pages;
@@ -129,11 +129,11 @@
     try {
       history.replaceState(null, "", `#${new URLSearchParams(parts)}`);
     } catch (error) {
-      console.info(error.message);  // a browser may forbid it for files; the table works without
+      console.info(error.message);  // browsers may forbid this for files; the table works without it
     }
   }
 
-  // what the address asks for
+  // read the state from the URL
   function read() {
     const asked = new URLSearchParams(location.hash.slice(1));
     const sort = asked.get("sort"), known = columns.some((column) => column.name === sort);
@@ -142,7 +142,7 @@
     update();
   }
 
-  // the features found, in the order shown; snapshots by name
+  // the matching features in the order shown, with snapshots by label
   function numbers() {
     const shown = columns.filter((column) => column.name);
     const cell = (column, i) => (["birth", "peak"].includes(column.name) ? column.cell(i) : column.value(i));
@@ -158,6 +158,6 @@
   byId("last").addEventListener("click", () => change({ page: Infinity }));
   window.addEventListener("hashchange", () => data && read());
   window.addEventListener("load", () => {
-    if (!data) byId("trouble").textContent = "data/features.js was not found beside this page, so there is no table.";
+    if (!data) byId("trouble").textContent = "data/features.js was not found next to this page, so the table cannot be shown.";
   });
 })();

@@ -1,4 +1,4 @@
-"""W&B after training: logged offline by the real client, and read back from what it wrote."""
+"""Logging to W&B after training: offline with the real client, and read back from its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import wandb
 
 import crosslens as cl
 from crosslens.cli import app as cli
-from crosslens.report.tracked import MAX_ROWS
+from crosslens.report.wandb_log import MAX_ROWS
 from crosslens.rundir import RunDir
 from tests.report.test_pages import add_study, make_run, table
 from tests.training.test_run import wandb_records
@@ -77,7 +77,7 @@ def test_everything_is_read_back(run: RunDir) -> None:
 
 
 def test_a_run_trained_without_wandb_is_given_a_project(run: RunDir) -> None:
-    with pytest.raises(cl.UserError, match="was trained without W&B, so it has no project there; name one"):
+    with pytest.raises(cl.UserError, match="was trained without W&B and has no project there: give project="):
         cl.report.log_report(run.path)
     assert not list(run.path.rglob("*.wandb"))
     first = cl.report.log_report(run.path, project="later")
@@ -107,5 +107,5 @@ def test_what_there_is_not_is_left_out(run: RunDir) -> None:
 
     bare = RunDir(run.path.parent / "bare")
     bare.write_json(run.read_json())
-    with pytest.raises(cl.UserError, match="has no tables yet; `crosslens evolve"):
+    with pytest.raises(cl.UserError, match="has no tables yet: run `crosslens evolve"):
         cl.report.log_report(bare.path)

@@ -1,4 +1,4 @@
-"""Figures of the phases: what is drawn is what the tables say."""
+"""Figures of phases, probes and agreement, against their tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crosslens.report import phases
+from crosslens.report import evolution_figures, overview_figures
 from crosslens.report.chart import Grid
 
 
@@ -43,7 +43,7 @@ def traces(chart: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("gap", [False, True])
 def test_dynamics_draws_the_table(gap: bool) -> None:
     table = dynamics_of(gap=gap)
-    chart = phases.dynamics(table.sample(frac=1, random_state=0), turning_point(2))
+    chart = overview_figures.dynamics(table.sample(frac=1, random_state=0), turning_point(2))
     drawn = traces(chart)
     for name, column in (("unigram KL", "kl1"), ("bigram KL", "kl2"), ("loss", "loss")):
         assert list(drawn[name].y) == table[column].tolist() and drawn[name].yaxis is None
@@ -58,7 +58,10 @@ def test_dynamics_draws_the_table(gap: bool) -> None:
     assert list(drawn["turning point"].x) == [drawn["loss"].x[2]] * 2
     band = next(trace for trace in chart.figure.data if trace.meta == "band" and trace.yaxis == "y2")
     assert set(band.x) == {drawn["loss"].x[1], drawn["loss"].x[3]}
-    assert "The turning point is step20 (95 % interval, with the spacing of snapshots, step10 to step30)" in chart.note
+    assert (
+        "The turning point is step20 (95% interval, including the spacing of the snapshots: step10 to step30)"
+        in chart.note
+    )
     assert (
         "by 0.81 (0.70 to 0.90)" in chart.note and "settled by step30" in chart.note and "700 predictions" in chart.note
     )
@@ -67,10 +70,10 @@ def test_dynamics_draws_the_table(gap: bool) -> None:
 
 def test_dynamics_without_features_or_turning_point() -> None:
     plain = dynamics_of().drop(columns=["present", "settled", "alive", "dimensionality", "bigram_progress"])
-    chart = phases.dynamics(plain)
+    chart = overview_figures.dynamics(plain)
     assert set(traces(chart)) == {"unigram KL", "bigram KL", "loss"} and "yaxis2" not in chart.figure.layout
-    assert "There is no turning point" in phases.dynamics(dynamics_of(), turning_point(pd.NA)).note
-    assert "turning point" not in traces(phases.dynamics(dynamics_of(), turning_point(pd.NA)))
+    assert "There is no turning point" in overview_figures.dynamics(dynamics_of(), turning_point(pd.NA)).note
+    assert "turning point" not in traces(overview_figures.dynamics(dynamics_of(), turning_point(pd.NA)))
 
 
 def test_probe_parts_draws_the_table() -> None:
@@ -81,12 +84,15 @@ def test_probe_parts_draws_the_table() -> None:
     for measure in ("spearman", "pearson"):
         table[measure] = np.linspace(-0.9, -0.1, 5)
         table[f"{measure}_low"], table[f"{measure}_high"] = table[measure] - 0.05, table[measure] + 0.08
-    chart = phases.probe_parts(table)
+    chart = evolution_figures.probe_parts(table)
     for trace, measure in zip(chart.figure.data, ("spearman", "pearson"), strict=True):
         assert list(trace.x) == table[measure].tolist()
         assert list(trace.error_x.array) == pytest.approx([0.08] * 5)
         assert list(trace.error_x.arrayminus) == pytest.approx([0.05] * 5)
-    assert "probe errors vary by 0.050 and relative norms by 0.20" in chart.note and "reliability is 0.90" in chart.note
+    assert (
+        "probe errors is 0.050 and that of relative norms 0.20" in chart.note
+        and "reliability of the errors is 0.90" in chart.note
+    )
 
 
 def test_agreement_means_are_those_of_the_bands() -> None:
@@ -98,18 +104,19 @@ def test_agreement_means_are_those_of_the_bands() -> None:
         table[f"{end}label"], table[f"{end}step"] = "step" + table[column].astype(str), table[column] * 10
     table["norm"], table["agreement"] = rng.uniform(size=90), rng.uniform(size=90)
     table.loc[5, "agreement"] = np.nan
-    chart: Any = phases.agreement(table)
+    chart: Any = evolution_figures.agreement(table)
     drawn = traces(chart)
     for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)):
         band = table[(table["norm"] > low) & (table["norm"] <= high)].dropna()
         expected = [band.loc[band["other"] == s, "agreement"].mean() for s in (1, 2, 3)]
         assert list(drawn[f"norm {low:g} to {high:g}"].y) == pytest.approx([m for m in expected if not math.isnan(m)])
     assert (
-        phases.agreement(table.assign(agreement=np.nan)) == "No feature has a direction at two neighbouring snapshots."
+        evolution_figures.agreement(table.assign(agreement=np.nan))
+        == "No feature has a direction at two neighbouring snapshots."
     )
 
 
-def test_proposal_lists_the_chosen_ones_and_escapes_what_it_shows() -> None:
+def test_proposal_lists_the_chosen_snapshots_and_escapes_text() -> None:
     table = pd.DataFrame(
         {
             "snapshot": range(3),
@@ -120,7 +127,7 @@ def test_proposal_lists_the_chosen_ones_and_escapes_what_it_shows() -> None:
             "reason": ["the first snapshot", "", "the last snapshot"],
         }
     )
-    grid = phases.proposal(table)
+    grid = overview_figures.proposal(table)
     assert isinstance(grid, Grid) and [row[0].text for row in grid.rows] == ["a", "&lt;b&gt;c&lt;/b&gt;"]
     assert grid.rows[0][1].text == "a, b" and "2 of 3 snapshots" in grid.note and "0.250" in grid.note
     assert len(grid.data) == 3

@@ -1,7 +1,7 @@
-"""What a run found, added to its run on Weights & Biases.
+"""Add the results of a run to its Weights & Biases run.
 
-Every table goes into one artifact as the parquet file that it is on disk. The heat map of decoder norms goes in as a
-page of its own: W&B draws plotly figures with a script that cannot read the typed arrays of plotly 6 and newer.
+All tables go into one artifact, as the parquet files on disk. The heat map of decoder norms is logged as an HTML page,
+because W&B's plotly script cannot read the typed arrays of plotly 6 and newer.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from typing import Any
 import plotly.graph_objects as go
 
 from crosslens.errors import UserError
-from crosslens.report.figures import evolution_map
+from crosslens.report.evolution_figures import evolution_map
 from crosslens.report.tables import Tables
 from crosslens.rundir import RunDir
 from crosslens.training.logging import wandb_run
 
-MAX_ROWS = 10_000  # of a table to be browsed; the files hold all
+MAX_ROWS = 10_000  # of a table to browse on W&B; the files have all
 
 
 def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
     """Add the tables of a run directory and the heat map of its features to W&B.
 
-    Logged are `evolution/decoder_norms` (HTML), `evolution/features` (the features as a table, where there are at most
-    10,000), and an artifact `<id>-tables` of type "tables" with all tables as parquet files. The W&B run is the one
-    that training began, continued, or a new one. WANDB_MODE=offline logs to this disk.
+    Logs `evolution/decoder_norms` (HTML), `evolution/features` (a table, for at most 10,000 features), and an artifact
+    `<id>-tables` of type "tables" with all tables as parquet files. Resumes the W&B run of the training if there is
+    one, and starts one otherwise. With WANDB_MODE=offline, nothing leaves this machine.
 
     Args:
         run_dir: a directory with run.json.
-        project: of a run that has not been logged before; None takes the one recorded.
+        project: for runs that have not been logged; by default the project recorded in run.json.
 
     Returns:
         The id of the W&B run.
 
     Raises:
-        UserError: there is no run in the directory, it has no tables, or no project is known.
+        UserError: the directory contains no run, the run has no tables, or no project is known.
     """
     run = RunDir.open(run_dir)
     info = run.read_json()
     project = project or info.get("wandb_project")
     if project is None:
-        raise UserError(f"{run_dir} was trained without W&B, so it has no project there; name one")
+        raise UserError(f"{run_dir} was trained without W&B and has no project there: give project=")
     names = run.table_names()
     if not names:
-        raise UserError(f"{run_dir} has no tables yet; `crosslens evolve {run_dir}` makes some")
+        raise UserError(f"{run_dir} has no tables yet: run `crosslens evolve {run_dir}` first")
     tables = Tables(run, info)
     evolution, snapshots = tables["evolution"], tables["snapshots"]
     import wandb
@@ -56,7 +56,7 @@ def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
                 page = standalone(chart.figure).to_html(include_plotlyjs="cdn")
                 started.log({"evolution/decoder_norms": wandb.Html(page, inject=False)}, commit=False)
             if len(evolution) <= MAX_ROWS:
-                # W&B knows None alone as what is missing
+                # W&B accepts only None as missing
                 known = evolution.astype(object).where(evolution.notna(), None)
                 started.log({"evolution/features": wandb.Table(dataframe=known)}, commit=False)
             started.log({})
@@ -68,7 +68,7 @@ def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
 
 
 def standalone(figure: go.Figure) -> go.Figure:
-    """A heat map with the texts that, on the report's pages, a script spreads over rows and columns."""
+    """A heat map with the tooltips that, on the report's pages, a script expands from rows and columns."""
     figure = go.Figure(figure)
     meta: dict[str, Any] = figure.layout.meta or {}
     if "rows" in meta:

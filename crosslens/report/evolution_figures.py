@@ -1,0 +1,516 @@
+"""Figures of the Evolution page: lifecycles, rotation, dimensionality, splits, complexity, probes.
+
+Each function turns tables into a chart, or into a sentence that says why there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from crosslens.features.labels import complexity_correlation
+from crosslens.report.chart import (
+    GRID,
+    HEAT,
+    INK,
+    MUTED,
+    SERIES,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_bars,
+    add_level,
+    add_line,
+    add_matrix,
+    add_points,
+    apply_colors,
+    evenly_spaced,
+    floats,
+    ints,
+    new_figure,
+    shown,
+)
+
+MAX_ROWS = 2000  # of the heat map; more would be thinner than a pixel
+MAX_POINTS = 4000  # of a scatter plot; more make the page slow
+ORIGINS = ("initial", "emergent", "never")
+FATES = ("persistent", "transient")
+_ALL_DEAD = "Every feature is dead: none is active on any held-out token."
+_PARTS = {
+    "all": "all snapshots",
+    "trained": "without step 0",
+    "within_features": "within features",
+    "within_snapshots": "within snapshots",
+    "disattenuated": "corrected for probe noise",
+}
+_NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_EVENTS = {"birth": "born here", "peak": "strongest here"}
+
+
+def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
+    """Heat map of normalised decoder norms, with features ordered by origin, then birth, then peak.
+
+    Args:
+        table: from `evolve`; its `norm/<label>` columns are in the order of the snapshots.
+        snapshots: snapshot, label, step.
+    """
+    alive = ordered_features(table)
+    if alive.empty:
+        return _ALL_DEAD
+    columns = [name for name in table.columns if str(name).startswith("norm/")]
+    drawn = evenly_spaced(alive, MAX_ROWS)
+    norms = drawn[columns].to_numpy(dtype=float)
+    v = norms / norms.max(1, keepdims=True)
+    labels = [str(name).removeprefix("norm/") for name in columns]
+    known = snapshots.drop_duplicates("label").set_index("label")
+    order = pd.DataFrame(
+        {
+            "snapshot": range(len(labels)),
+            "label": labels,
+            "step": [known["step"].get(label) if "step" in known else None for label in labels],
+        }
+    )
+    axis = SnapshotAxis.of(order, even=True)
+    figure = new_figure("features", height=620)
+    figure.add_heatmap(
+        # bytes, which plotly writes as base64: as text, 2000 rows would be most of the page
+        z=np.nan_to_num(v * 100).round().astype(np.uint8),
+        x=list(axis.positions.values()),
+        y=list(range(len(drawn))),
+        coloraxis="coloraxis",
+        hovertemplate="feature %{customdata}<br>%{text}<br>v = %{z}%<extra></extra>",
+    )
+    axis.apply(figure)
+    groups = drawn["origin"].to_numpy()
+    middles = {origin: float(np.flatnonzero(groups == origin).mean()) for origin in ORIGINS if (groups == origin).any()}
+    totals = alive["origin"].value_counts()
+    # a label takes about 5% of the height, so the labels of thin groups would overlap
+    labelled = {origin: y for origin, y in middles.items() if (groups == origin).mean() > 0.06}
+    thin = ", ".join(f"{totals[origin]:,} {origin}" for origin in middles if origin not in labelled)
+    figure.update_layout(
+        # the page's script expands these to the tooltips of all cells
+        meta={"axis": "labels", "rows": ints(drawn["feature"]), "columns": axis.hover(list(axis.labels))},
+    )
+    apply_colors(figure, HEAT, {0: "v = 0", 100: "1"})
+    figure.update_yaxes(
+        autorange="reversed",
+        showgrid=False,
+        zeroline=False,
+        tickmode="array",
+        tickvals=list(labelled.values()),
+        ticktext=[f"{origin}<br>({totals[origin]:,})" for origin in labelled],
+    )
+    for origin in middles:
+        first = float(np.flatnonzero(groups == origin)[0])
+        if first > 0:
+            figure.add_hline(y=first - 0.5, line={"color": INK, "width": 1})
+    dead = len(table) - len(alive)
+    note = f"{len(alive):,} live features; {dead:,} dead ones omitted."
+    if len(drawn) < len(alive):
+        note += f" {len(drawn):,} of them are drawn, evenly spaced in this order."
+    if thin:
+        note += f" Too few for a label, from top to bottom: {thin}."
+    data = drawn[[c for c in ("feature", "origin", "fate", "birth", "peak") if c in drawn]].reset_index(drop=True)
+    return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
+
+
+def ordered_features(evolution: Frame) -> Frame:
+    """Live features, ordered by origin, then birth, then peak."""
+    alive = evolution[evolution["alive"].astype(bool)]
+    rank = alive["origin"].map({origin: i for i, origin in enumerate(ORIGINS)}).astype(float)
+    keys = pd.DataFrame({"origin": rank, "birth": floats(alive["birth"]), "peak": floats(alive["peak"])}, alive.index)
+    return alive.loc[keys.sort_values(["origin", "birth", "peak"], kind="stable").index]
+
+
+def births(table: Frame, snapshots: Frame) -> Chart | str:
+    """Number of emergent features by snapshot of birth, stacked by fate."""
+    alive = table[table["alive"].astype(bool)]
+    emergent = alive[alive["origin"] == "emergent"]
+    if emergent.empty:
+        return "No feature emerged after the first snapshot."
+    axis = SnapshotAxis.of(snapshots, even=True)
+    ids = list(axis.labels)
+    counts = pd.DataFrame(
+        {fate: emergent.loc[emergent["fate"] == fate, "birth"].astype(int).value_counts().reindex(ids, fill_value=0)
+         for fate in FATES}
+    )  # fmt: skip
+    figure = new_figure("features born", barmode="stack", bargap=0.25)
+    add_bars(figure, axis, counts, "features")
+    axis.apply(figure)
+    figure.update_xaxes(title_text="snapshot of birth")
+    data = pd.DataFrame({"snapshot": ids, "label": [axis.labels[i] for i in ids]})
+    data = pd.concat([data, counts.reset_index(drop=True)], axis=1)
+    note = f"{len(emergent):,} features emerged; {(alive['origin'] == 'initial').sum():,} initial ones are not shown."
+    return Chart(figure, data, note)
+
+
+def origins(table: Frame) -> Chart | str:
+    """Number of features by origin, stacked by fate."""
+    alive = table[table["alive"].astype(bool)]
+    if alive.empty:
+        return _ALL_DEAD
+    counts = pd.crosstab(alive["origin"], alive["fate"]).reindex(index=ORIGINS, columns=FATES, fill_value=0)
+    figure = new_figure("", height=260, barmode="stack", bargap=0.35)
+    for i, fate in enumerate(FATES):
+        figure.add_bar(
+            y=list(ORIGINS),
+            x=ints(counts[fate]),
+            orientation="h",
+            name=fate,
+            marker={"color": SERIES[i]},
+            hovertemplate="<b>%{y}, %{fullData.name}</b><br>%{x} features<extra></extra>",
+        )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(title_text="features", showgrid=True, gridcolor=GRID)
+    data = counts.stack().rename("features").reset_index()
+    return Chart(figure, data, f"{len(alive):,} live features, {len(table) - len(alive):,} dead.")
+
+
+def rotation(table: Frame) -> Chart | str:
+    """Number of features by the interval between snapshots in which they rotate most.
+
+    Args:
+        table: from `rotation_per_interval`.
+    """
+    if not table["turned"].sum():
+        return "No feature changes direction between neighbouring snapshots."
+    names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
+    figure = new_figure("features that rotate most here", bargap=0.25)
+    figure.add_bar(
+        x=list(range(len(table))),
+        y=ints(table["turned"]),
+        marker={"color": [SERIES[1] if point else SERIES[0] for point in table["turning_point"]]},
+        customdata=[
+            [name, f"{n:,} features with a direction at both snapshots, median cosine {cosine:.3f}"]
+            for name, n, cosine in zip(names, ints(table["n"]), floats(table["median_cosine"]), strict=True)
+        ],
+        hovertemplate="<b>%{customdata[0]}</b><br>%{y} features<br>%{customdata[1]}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_xaxes(
+        title_text="between snapshots",
+        tickmode="array",
+        tickvals=list(range(len(names))),
+        ticktext=names,
+        tickangle=-45,
+    )
+    row = table.loc[table["turning_point"]].iloc[0]
+    note = (
+        f"{row['share']:.0%} of the {int(table['turned'].sum()):,} features that change direction rotate most between "
+        f"{row['from']} and {row['to']} (orange)."
+    )
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def cosines(table: Frame) -> Chart | str:
+    """Median cosine between a feature's decoder vectors at each pair of snapshots.
+
+    Args:
+        table: "cosines" from `study_evolution`.
+    """
+    if not table["n"].sum():
+        return "No feature has a direction at two snapshots."
+    axis = SnapshotAxis.of(table, even=True)
+    ids = list(axis.labels)
+    median = table.pivot(index="snapshot", columns="other", values="median").to_numpy(dtype=float)
+    low, high, n = (table.pivot(index="snapshot", columns="other", values=c).to_numpy() for c in ("low", "high", "n"))
+    hover = axis.hover(ids)
+    figure = new_figure("", height=180 + 30 * len(ids))
+    texts = [
+        [
+            f"{hover[a]}<br>{hover[b]}<br>median {median[a, b]:.3f}, interquartile range {low[a, b]:.3f} to "
+            f"{high[a, b]:.3f}, {int(n[a, b]):,} features"
+            for b in range(len(ids))
+        ]
+        for a in range(len(ids))
+    ]
+    add_matrix(figure, median, texts, axis.x(ids), list(axis.names().values()))
+    least = min(0.0, float(np.nanmin(median)))
+    apply_colors(figure, HEAT, {least: f"{least:.1f}".replace("-", "−"), 1.0: "1, same direction"})
+    axis.apply(figure)
+    return Chart(figure, table.reset_index(drop=True))
+
+
+def dimensionality(table: Frame) -> Chart:
+    """Total dimensionality of the present features, and of as many random directions.
+
+    Args:
+        table: from `total_dimensionality`.
+    """
+    axis = SnapshotAxis.of(table)
+    ids = ints(table["snapshot"])
+    figure = new_figure("total dimensionality / d_model", height=340)
+    for i, (column, name) in enumerate((("share", "features"), ("random_share", "random directions"))):
+        add_line(figure, axis.x(ids), floats(table[column]), name, Style.of(i), hover=axis.hover(ids))
+    figure.update_yaxes(rangemode="tozero")
+    axis.apply(figure)
+    first, last = table.iloc[0], table.iloc[-1]
+    note = (
+        f"{int(first['present']):,} features are present at {first['label']}, {int(last['present']):,} at "
+        f"{last['label']}."
+    )
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame) -> Chart | str:
+    """Number of splits, mergers and replacements by snapshot.
+
+    Args:
+        splits: from `splits`.
+        replacements: from `replacements`.
+        snapshots: snapshot, label, step.
+    """
+    axis = SnapshotAxis.of(snapshots, even=True)
+    ids = list(axis.labels)
+    kinds = {
+        "replacement": replacements["birth"],
+        "split": splits.loc[splits["kind"] == "split", "at"],
+        "merger": splits.loc[splits["kind"] == "merger", "at"],
+    }
+    counts = pd.DataFrame(
+        {name: pd.Series(dates).astype(int).value_counts().reindex(ids, fill_value=0) for name, dates in kinds.items()}
+    )
+    if not counts.to_numpy().sum():
+        return "No feature splits, merges or is replaced at these thresholds."
+    figure = new_figure("pairs of features", barmode="group", bargap=0.25)
+    add_bars(figure, axis, counts, "pairs")
+    axis.apply(figure)
+    data = counts.rename_axis("snapshot").reset_index()
+    data.insert(1, "label", [axis.labels[i] for i in ids])
+    return Chart(figure, data, f"{int(counts.to_numpy().sum()):,} pairs in total.")
+
+
+def scaling(table: Frame, evolution: Frame) -> Chart | str:
+    """Latent scaling against decoder norm, a point per live feature and snapshot.
+
+    Args:
+        table: from `LatentScaling.to_frame`.
+        evolution: from `evolve`.
+    """
+    norms = [str(name) for name in evolution.columns if str(name).startswith("norm/")]
+    labels = [name.removeprefix("norm/") for name in norms]
+    alive = evolution["alive"].to_numpy(dtype=bool)
+    norm = evolution.loc[alive, norms].to_numpy(dtype=float)
+    top = norm.max(1, keepdims=True)
+    found = table.loc[alive, [f"peak/{label}" for label in labels]].to_numpy(dtype=float)
+    v, beta = norm / top, found / top
+    keep = np.isfinite(beta)
+    if not keep.any():
+        return "No feature fires on the held-out tokens."
+    feature, snapshot = np.nonzero(keep)
+    data = pd.DataFrame(
+        {
+            "feature": evolution.loc[alive, "feature"].to_numpy()[feature],
+            "label": np.array(labels, dtype=object)[snapshot],
+            "strength": v[keep],
+            "scaling": beta[keep],
+        }
+    )
+    drawn = evenly_spaced(data, MAX_POINTS)
+    figure = new_figure("latent scaling / largest norm", height=440)
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", name="scaling = norm", line={"color": MUTED, "dash": "dot"}
+    )  # fmt: skip
+    figure.add_scattergl(
+        x=floats(drawn["strength"]),
+        y=floats(drawn["scaling"]),
+        mode="markers",
+        name="a feature at a snapshot",
+        marker={"size": 4, "opacity": 0.4, "color": SERIES[0]},
+        customdata=[[int(f), shown(label, 40)] for f, label in zip(drawn["feature"], drawn["label"], strict=True)],
+        hovertemplate="feature %{customdata[0]}<br>%{customdata[1]}<br>norm %{x:.3f}, scaling %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, gridcolor=GRID, zeroline=False)
+    absent = v[keep] < 0.5
+    hidden = float((beta[keep][absent] >= 0.5).mean()) if absent.any() else 0.0
+    note = (
+        f"At {int(absent.sum()):,} points the norm says the feature is absent (below half of its largest norm); at "
+        f"{hidden:.1%} of them the scaling says it is present."
+    )
+    if len(drawn) < len(data):
+        note += f" {len(drawn):,} of {len(data):,} points are drawn, evenly spaced."
+    return Chart(figure, data, note)
+
+
+def encoder(table: Frame, evolution: Frame) -> Chart | str:
+    """Median encoder share of each snapshot, by the snapshot in which features are born.
+
+    Args:
+        table: from `encoder_share`, a column share/<label> per snapshot.
+        evolution: from `evolve`.
+    """
+    columns = [str(name) for name in table.columns if str(name).startswith("share/")]
+    labels = [name.removeprefix("share/") for name in columns]
+    birth = evolution["birth"].where(evolution["alive"].astype(bool))
+    known = birth.notna() & table[columns].notna().all(axis=1)
+    if not known.any():
+        return "No feature is born at any snapshot."
+    rows = table.loc[known, columns].groupby(birth[known].astype(int)).median()
+    counts = birth[known].astype(int).value_counts()
+    shares = rows.to_numpy(dtype=float)
+    figure = new_figure("born at", height=180 + 28 * len(rows))
+    names = [f"{shown(labels[int(b)], 14)} ({int(counts[b])})" for b in rows.index]
+    texts = [
+        [f"born at {name}<br>read from {shown(label)}: {value:.1%}" for label, value in zip(labels, row, strict=True)]
+        for name, row in zip(names, shares, strict=True)
+    ]
+    add_matrix(figure, shares, texts, range(len(labels)), names)
+    apply_colors(figure, HEAT, {0.0: "0%", float(shares.max()): f"{shares.max():.0%} of the encoder input"})
+    figure.update_xaxes(
+        title_text="read from", tickmode="array", tickvals=list(range(len(labels))),
+        ticktext=[shown(label, 14) for label in labels], tickangle=-45,
+    )  # fmt: skip
+    before = [line[: int(b)].sum() for b, line in zip(rows.index, shares, strict=True) if b > 0]
+    note = "Number of features in parentheses. Left of the diagonal: read from snapshots before birth."
+    if before:
+        note += f" These shares sum to at most {max(before):.0%}."
+    data = rows.reset_index().rename(columns={"birth": "born"})
+    return Chart(figure, data, note)
+
+
+def complexity(labels: Frame, evolution: Frame, snapshots: Frame) -> Chart | str:
+    """Mean complexity of the features that are born, and of those that peak, at each snapshot.
+
+    Args:
+        labels: from `label_features`: feature, complexity.
+        evolution: from `evolve`.
+        snapshots: snapshot, label, step.
+    """
+    rated = labels[["feature", "complexity"]].dropna()
+    if rated.empty:
+        return "No feature has a complexity rating."
+    rated = rated.merge(evolution[["feature", *_EVENTS]], on="feature").astype({"complexity": float})
+    axis = SnapshotAxis.of(snapshots)
+    figure = new_figure("complexity (1 to 5)", yaxis_range=[0.8, 5.2], yaxis_dtick=1)
+    parts: list[pd.DataFrame] = []
+    for i, (event, name) in enumerate(_EVENTS.items()):
+        grouped = rated.dropna(subset=[event]).astype({event: int}).groupby(event)["complexity"]
+        rows = grouped.agg(mean="mean", se="sem", n="count").reset_index(names="snapshot")
+        ids, mean, se = ints(rows["snapshot"]), floats(rows["mean"]), floats(rows["se"])
+        hover = [f"{text}<br>{n:,} features" for text, n in zip(axis.hover(ids), ints(rows["n"]), strict=True)]
+        low, high = ((np.asarray(mean) + sign * 2 * np.asarray(se)).tolist() for sign in (-1, 1))
+        add_line(figure, axis.x(ids), mean, name, Style.of(i), hover=hover, value="%{y:.2f}", band=(low, high))
+        names = [axis.labels[snapshot] for snapshot in ids]
+        parts.append(rows.assign(event=event, label=names)[["event", "snapshot", "label", "mean", "se", "n"]])
+    axis.apply(figure)
+    note = f"{len(rated):,} features have a complexity rating."
+    for row in complexity_correlation(rated, evolution, unit="index").to_dict("records"):
+        if np.isfinite(row["spearman"]):
+            interval = f"[{row['spearman_low']:+.2f}, {row['spearman_high']:+.2f}]"
+            note += f" Spearman with {row['event']} {row['spearman']:+.2f} {interval}, {row['n']:,} features."
+    return Chart(figure, pd.concat(parts, ignore_index=True), note.replace("-", "−"))
+
+
+def probe(table: Frame) -> Chart | str:
+    """Held-out error of linear probes against decoder norm, a point per feature and snapshot."""
+    points = table.dropna(subset=["norm", "probe_error"])
+    if len(points) < 3:
+        return f"Only {len(points)} probes could be fitted, too few to draw."
+    drawn = evenly_spaced(points, MAX_POINTS)
+    axis = SnapshotAxis.of(table, even=True)
+    figure = new_figure("probe error (share of tokens)", height=480)
+    figure.update_yaxes(rangemode="tozero")
+    add_level(figure, 0.5, "chance")
+    add_points(figure, axis, drawn, "norm", "probe_error", "norm %{x:.3f}, error %{y:.3f}")
+    figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, zeroline=False)
+    untrained = sorted(set(ints(points.loc[pd.to_numeric(points["step"], errors="coerce") == 0, "snapshot"])))
+    note = f"All snapshots: {_correlation(points, [])}."
+    if untrained and len(axis.labels) > 1:
+        note += f" Without step 0: {_correlation(points, untrained)}."
+    if len(drawn) < len(points):
+        note += f" {len(drawn):,} of {len(points):,} points are drawn, evenly spaced in the table."
+    columns = [c for c in ("feature", "snapshot", "label", "step", "norm", "probe_error", "n") if c in drawn]
+    return Chart(figure, drawn[columns].reset_index(drop=True), note)
+
+
+def _correlation(points: Frame, without: list[int]) -> str:
+    """Rank correlation of norm and error with its interval, in words."""
+    # imports SAELens, which takes seconds that most reports do not need
+    from crosslens.evolution.probes import probe_correlation
+
+    kept = points[~points["snapshot"].isin(without)]
+    if kept["feature"].nunique() < 2:
+        return "too few features for a correlation"
+    found = probe_correlation(points, without=without)
+    text = f"Spearman {found['spearman']:.2f}, 95% interval {found['spearman_low']:.2f} to {found['spearman_high']:.2f}"
+    return f"{text}, {found['n']:,} points of {found['n_features']:,} features".replace("-", "−")
+
+
+def probe_parts(table: Frame) -> Chart:
+    """Correlation of probe error and decoder norm, in total and by part, with intervals.
+
+    Args:
+        table: from `probe_parts`.
+    """
+    names = [_PARTS.get(str(part), shown(part)) for part in table["part"]]
+    figure = new_figure("", height=140 + 40 * len(names))
+    for i, measure in enumerate(("spearman", "pearson")):
+        values, low, high = (floats(table[f"{measure}{end}"]) for end in ("", "_low", "_high"))
+        style = Style.of(i)
+        figure.add_scatter(
+            x=values,
+            y=[row + (0.12 if i else -0.12) for row in range(len(names))],
+            mode="markers",
+            name=measure.capitalize(),
+            marker={"color": style.color, "symbol": style.symbol, "size": 9},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [b - a for a, b in zip(values, high, strict=True)],
+                "arrayminus": [a - b for a, b in zip(values, low, strict=True)],
+                "color": style.color,
+                "thickness": 1.5,
+            },
+            customdata=[
+                [name, f"{a:.2f} to {b:.2f}, {n:,} points"]
+                for name, a, b, n in zip(names, low, high, ints(table["n"]), strict=True)
+            ],
+            hovertemplate="<b>%{fullData.name}</b>, %{customdata[0]}<br>%{x:.3f}<br>%{customdata[1]}<extra></extra>",
+        )
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, zeroline=False, tickvals=list(range(len(names))), ticktext=names
+    )
+    figure.update_xaxes(title_text="correlation", range=[-1.03, 0.53], showgrid=True)
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    last = table.iloc[-1]
+    note = (
+        f"Without step 0, the standard deviation of probe errors is {last['sd_error']:.3f} and that of relative norms "
+        f"{last['sd_norm']:.2f}; the reliability of the errors is {last['reliability']:.2f}. If a feature can be "
+        "decoded from every snapshot, there is little variation for its norm to explain."
+    )
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def agreement(table: Frame) -> Chart | str:
+    """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm.
+
+    Args:
+        table: from `top_agreement`.
+    """
+    known = table.dropna(subset=["agreement"])
+    if known.empty:
+        return "No feature has a direction at two neighbouring snapshots."
+    pairs = known.rename(columns={"snapshot": "before"}).assign(
+        snapshot=known["other"], label=known["other_label"], step=known["other_step"]
+    )
+    axis = SnapshotAxis.of(pairs)
+    figure = new_figure("shared tokens (share)", yaxis_range=[-0.03, 1.05])
+    chance = float(known["chance"].iloc[0])
+    add_level(figure, chance, "chance")
+    drawn: list[Frame] = []
+    for i, (low, high) in enumerate(zip(_NORM_BANDS, _NORM_BANDS[1:], strict=False)):
+        band = pairs[(pairs["norm"] > low) & (pairs["norm"] <= high)]
+        if band.empty:
+            continue
+        means = band.groupby("snapshot")["agreement"].agg(["mean", "size"]).reset_index()
+        ids = ints(means["snapshot"])
+        texts = [f"{text}, {n:,} features" for text, n in zip(axis.hover(ids), ints(means["size"]), strict=True)]
+        add_line(figure, axis.x(ids), floats(means["mean"]), f"norm {low:g} to {high:g}", Style.of(i), hover=texts)
+        drawn.append(means.assign(norm_from=low, norm_to=high))
+    axis.apply(figure)
+    note = (
+        "Each point compares a snapshot with the one before it. Norms are the smaller of the two, relative to the "
+        f"feature's largest. Chance is {chance:.4f}."
+    )
+    return Chart(figure, pd.concat(drawn, ignore_index=True), note)

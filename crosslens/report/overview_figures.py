@@ -1,0 +1,222 @@
+"""Figures of the Overview page: accuracy, reconstruction, what the model predicts when, which snapshots to use.
+
+Each function turns tables into a chart, or into a sentence that says why there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from crosslens.report.chart import (
+    MUTED,
+    Cell,
+    Chart,
+    Frame,
+    Grid,
+    SnapshotAxis,
+    Style,
+    add_level,
+    add_line,
+    floats,
+    ints,
+    new_figure,
+    shown,
+)
+
+_FAINT = "rgba(107,116,126,0.16)"  # MUTED, as a band
+_NATS = {"kl1": "unigram KL", "kl2": "bigram KL", "loss": "loss"}
+_SHARES = {
+    "bigram_progress": "fall of the bigram KL completed",
+    "settled": "features settled",
+    "present": "features present",
+    "dimensionality": "total dimensionality / d_model",
+}
+
+
+def accuracy(table: Frame) -> Chart:
+    """Accuracy per task over snapshots, with its 95% interval as a band."""
+    axis = SnapshotAxis.of(table)
+    figure = new_figure("accuracy", yaxis_tickformat=".0%", yaxis_range=[-0.03, 1.05])
+    add_level(figure, 0.5, "chance")
+    for i, (task, rows) in enumerate(table.groupby("task", sort=False)):
+        rows = rows.sort_values("snapshot")
+        ids = ints(rows["snapshot"])
+        add_line(
+            figure,
+            axis.x(ids),
+            floats(rows["accuracy"]),
+            shown(task),
+            Style.of(i),
+            hover=axis.hover(ids),
+            value="%{y:.1%}",
+            band=(floats(rows["low"]), floats(rows["high"])),
+        )
+    axis.apply(figure)
+    counts = table.groupby("task", sort=False)["n"].max()
+    data = _pick(table, "task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "n")
+    return Chart(figure, data, "Items: " + ", ".join(f"{task} {int(n):,}" for task, n in counts.items()) + ".")
+
+
+def explained_variance(table: Frame) -> Chart:
+    """Explained variance of the reconstruction, by both definitions."""
+    names = {"explained_variance": "over all tokens", "explained_variance_per_token": "mean over tokens"}
+    chart = _per_snapshot(table, names, "explained variance", value="%{y:.4f}")
+    mean, worst = table["explained_variance"].mean(), table["explained_variance"].min()
+    label = table.loc[table["explained_variance"].idxmin(), "label"]
+    return Chart(chart.figure, chart.data, f"Over all tokens: mean {mean:.3f}, lowest {worst:.3f} at {label}.")
+
+
+def l0(table: Frame) -> Chart:
+    """Active features per token."""
+    chart = _per_snapshot(table, {"l0": "L0"}, "L0 (features per token)", value="%{y:.2f}")
+    chart.figure.update_yaxes(rangemode="tozero")
+    note = f"Mean {table['l0'].mean():.2f}."
+    if "dead_fraction" in table:
+        note += f" Dead features: {table['dead_fraction'].iloc[0]:.1%}."
+    return Chart(chart.figure, chart.data, note)
+
+
+def dead(table: Frame) -> Chart:
+    """Percentage of features that are active on no held-out token."""
+    percent = table.assign(dead=100 * table["dead_fraction"])
+    chart = _per_snapshot(percent, {"dead": "dead features"}, "dead features (%)", value="%{y:.2f}")
+    chart.figure.update_yaxes(rangemode="tozero")
+    low, high = percent["dead"].min(), percent["dead"].max()
+    return Chart(chart.figure, chart.data, f"{low:.1f}% at every snapshot." if low == high else "")
+
+
+def cross_entropy(table: Frame) -> Chart:
+    """Cross-entropy of the clean, spliced and zero-ablated models."""
+    names = {"ce_clean": "clean", "ce_spliced": "spliced", "ce_zero": "zero-ablated"}
+    chart = _per_snapshot(table, names, "cross-entropy (nats per token)")
+    recovered: Any = pd.to_numeric(table["ce_recovered"], errors="coerce") if "ce_recovered" in table else pd.Series()
+    known = recovered.dropna()
+    if known.empty:
+        note = "CE recovered is undefined at every snapshot: zero ablation costs less than 0.1 nats."
+    else:
+        note = f"CE recovered: {known.min():.3f} to {known.max():.3f}."
+        if missing := len(table) - len(known):
+            note += f" Undefined at {missing} of {len(table)} snapshots, where zero ablation costs less than 0.1 nats."
+    return Chart(chart.figure, chart.data, note)
+
+
+def kl(table: Frame) -> Chart:
+    """KL divergence of the spliced model from the clean one."""
+    chart = _per_snapshot(table, {"kl": "KL"}, "KL (nats per token)", value="%{y:.4f}")
+    chart.figure.update_yaxes(rangemode="tozero")
+    return chart
+
+
+def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
+    """KL from n-gram predictions and loss in the upper panel, shares of features in the lower one.
+
+    Args:
+        table: from `dynamics_table` or `Dynamics.to_frame`.
+        phases: from `find_phases`; its turning point is marked.
+    """
+    rows = table.sort_values("snapshot")
+    axis = SnapshotAxis.of(rows)
+    ids = ints(rows["snapshot"])
+    x, hover = axis.x(ids), axis.hover(ids)
+    shares = [name for name in _SHARES if name in rows]
+    figure = new_figure("nats per token", height=320 + 240 * bool(shares))
+    for i, (name, title) in enumerate(_NATS.items()):
+        band = floats(rows[f"{name}_low"]), floats(rows[f"{name}_high"])
+        add_line(
+            figure, x, floats(rows[name]), title, Style.of(i), hover=hover, value="%{y:.3f} nats", band=band
+        )  # fmt: skip
+    add_level(figure, float(rows["h1"].iloc[0]), "unigram entropy (H1)", "dash")
+    add_level(figure, float(rows["h2"].iloc[0]), "bigram entropy (H2)")
+    for i, name in enumerate(shares, start=len(_NATS)):
+        values = floats(rows[name])
+        if name in ("settled", "present"):
+            # a crosscoder trained on fewer snapshots leaves gaps
+            values = [value / total for value, total in zip(values, floats(rows["alive"]), strict=True)]
+        known = [j for j, value in enumerate(values) if math.isfinite(value)]
+        add_line(
+            figure, [x[j] for j in known], [values[j] for j in known], _SHARES[name], Style.of(i),
+            hover=[hover[j] for j in known],
+        )  # fmt: skip
+        figure.data[-1].yaxis = "y2"
+    if shares:
+        quiet = {
+            name: figure.layout["yaxis"][name] for name in ("gridcolor", "linecolor", "zerolinecolor", "automargin")
+        }
+        quiet |= {"title_standoff": 10, "title_font_size": 13, "tickfont_size": 12}
+        lower = {**quiet, "anchor": "x", "domain": [0, 0.44], "range": [-0.03, 1.05], "title_text": "share"}
+        figure.update_layout(yaxis_domain=[0.56, 1], yaxis2=lower, xaxis_anchor="y2")
+    figure.update_layout(yaxis_rangemode="tozero")
+    note = (
+        f"{int(rows['n'].iloc[0]):,} predictions per snapshot. H1 is the lowest loss possible with unigram counts "
+        "alone, H2 with bigram counts."
+    )
+    if phases is not None:
+        note += " " + _mark(figure, axis, phases, "y2" if shares else "y")
+    axis.apply(figure)
+    return Chart(figure, rows.reset_index(drop=True), note)
+
+
+def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
+    """Mark the turning point in a panel, and describe it."""
+    found = phases.set_index("event")
+    if "turning_point" not in found.index or pd.isna(found.loc["turning_point", "snapshot"]):
+        return "There is no turning point: features never settle later than the bigram KL falls."
+    point = found.loc["turning_point"]
+    at, low, high = (axis.x([int(point[name])])[0] for name in ("snapshot", "low", "high"))
+    figure.add_scatter(
+        x=[low, high, high, low], y=[0, 0, 1, 1], fill="toself", fillcolor=_FAINT, mode="none", hoverinfo="skip",
+        showlegend=False, yaxis=y, meta="band",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[at, at], y=[0, 1], mode="lines", line={"color": MUTED, "dash": "dot", "width": 2}, name="turning point",
+        hoverinfo="skip", yaxis=y,
+    )  # fmt: skip
+    text = (
+        f"The turning point is {shown(point['label'])} (95% interval, including the spacing of the snapshots: "
+        f"{shown(axis.labels[int(point['low'])])} to {shown(axis.labels[int(point['high'])])}). Here the share of the "
+        "bigram KL's fall exceeds the share of settled features most, by "
+        f"{point['lead']:.2f} ({point['lead_low']:.2f} to {point['lead_high']:.2f})."
+    )
+    if "settling" in found.index and not pd.isna(found.loc["settling", "snapshot"]):
+        text += f" Half of the features have settled by {shown(found.loc['settling', 'label'])}."
+    return text
+
+
+def proposal(table: Frame) -> Grid:
+    """The proposed snapshots, with reasons.
+
+    Args:
+        table: from `propose_snapshots`.
+    """
+    chosen = table[table["chosen"].astype(bool)]
+    rows = [
+        [Cell(shown(row["label"])), Cell(shown(row["stands_for"], 60)), Cell(shown(row["reason"], 240))]
+        for row in chosen.to_dict("records")
+    ]
+    note = f"{len(chosen)} of {len(table)} snapshots. The distances of all snapshots to their representatives sum to "
+    note += f"{table['distance'].sum():.3f}."
+    return Grid(["snapshot", "represents", "reason"], rows, table.reset_index(drop=True), note)
+
+
+def _per_snapshot(table: Frame, names: dict[str, str], y_title: str, value: str = "%{y:.3f}") -> Chart:
+    """A line per column of a table with one row per snapshot."""
+    rows = table.sort_values("snapshot")
+    axis = SnapshotAxis.of(rows)
+    ids = ints(rows["snapshot"])
+    figure = new_figure(y_title, height=320)
+    present = [column for column in names if column in rows]
+    for i, column in enumerate(present):
+        add_line(
+            figure, axis.x(ids), floats(rows[column]), names[column], Style.of(i), hover=axis.hover(ids), value=value
+        )
+    figure.update_layout(showlegend=len(present) > 1)
+    axis.apply(figure)
+    return Chart(figure, _pick(rows, "snapshot", "label", "step", "tokens", *present))
+
+
+def _pick(table: Frame, *columns: str) -> Frame:
+    return table[[column for column in columns if column in table]].reset_index(drop=True)
