@@ -23,8 +23,9 @@ from crosslens.crosscoders import (
     TopKCrosscoderTrainingConfig,
 )
 from crosslens.crosscoders.kernels.sparse import Precision
+from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import search_decoder_norm
-from crosslens.training.run import CrosscoderTrainer, TrainConfig
+from crosslens.training.trainer import CrosscoderTrainer
 
 SEARCH_TOKENS = 64  # of the batch on which a fresh JumpReLU chooses its decoder norm: densely, (64, S, F) at a time
 THRESHOLD_PACE = 0.02  # weight of the newest batch in the moving average of a BatchTopK threshold, for all

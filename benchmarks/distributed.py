@@ -27,9 +27,11 @@ from torch import Tensor
 import crosslens.distributed.parallel
 from crosslens.activations.plan import peak_memory, training_bytes
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
+from crosslens.crosscoders.strategy import ONE_PROCESS
 from crosslens.distributed.parallel import join
+from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import search_decoder_norm
-from crosslens.training.trainer import CrosscoderTrainer, TrainConfig
+from crosslens.training.trainer import CrosscoderTrainer
 
 MIB = 2**20
 # of one H100: dense TF32 and memory; of its links: NVLink inside a machine, 400 Gb/s between machines; at 60 and 80 %
@@ -37,7 +39,7 @@ GPU = {"flops": 0.6 * 495e12, "memory": 0.8 * 3.35e12, "near": 0.8 * 450e9, "far
 
 
 def batches(B: int, S: int, D: int, n_directions: int, k: int) -> Iterator[Tensor]:
-    """Sums of k of some random directions: activations that a dictionary can describe."""
+    """Sums of k of some random directions: activations that a dictionary can represent."""
     draw = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(n_directions, S * D, generator=draw), dim=1) * math.sqrt(S * D / k)
     while True:
@@ -46,9 +48,9 @@ def batches(B: int, S: int, D: int, n_directions: int, k: int) -> Iterator[Tenso
 
 
 def worker(task: dict[str, Any]) -> None:
-    """One process: trains, and writes what it has measured."""
+    """One process: train, and write the measurements."""
     torch.set_num_threads(1)
-    parallel, device = join("cpu", task["slices"])
+    parallel, device = join("cpu", task["data_parallel"])
     exchanged = {"bytes": 0, "calls": 0, "seconds": 0.0}
 
     def counted(does: Any, x: Any, *arguments: Any, **options: Any) -> Any:
@@ -71,11 +73,11 @@ def worker(task: dict[str, Any]) -> None:
     before = peak_memory()
     cfg: Any = config_class(d_sae=F, d_in=S * D, n_snapshots=S, **options)
     torch.manual_seed(0)
-    sae: Any = sae_class(cfg, parallel=parallel)  # type: ignore[call-arg]
+    sae: Any = sae_class(cfg, strategy=ONE_PROCESS if parallel.alone else parallel)  # type: ignore[call-arg]
     if cfg.decoder_init_norm is None:
-        search_decoder_norm(sae, next(data))
+        search_decoder_norm(sae, next(data), parallel)
     settings = TrainConfig(batch_size=B, lr=1e-3, dead_tokens=3 * B, device=device)
-    trainer = CrosscoderTrainer(settings, sae, data, 1000 * B)
+    trainer = CrosscoderTrainer(settings, sae, data, 1000 * B, parallel=parallel)
     seconds, losses = [], []
     for step in range(task["steps"]):
         batch = next(data)
@@ -92,7 +94,7 @@ def worker(task: dict[str, Any]) -> None:
         "held": sum(t.numel() * t.element_size() for t in (*sae.parameters(), *state)),
         "before": before,
         "peak": peak_memory(),
-        "predicted": before + training_bytes(cfg, S, D, B // parallel.n_slices, parallel.n_shares),
+        "predicted": before + training_bytes(cfg, S, D, B // parallel.n_data_ranks, parallel.n_feature_ranks),
         "exchanged": exchanged["bytes"] / timed,
         "calls": exchanged["calls"] / timed,
         "exchange_ms": 1000 * exchanged["seconds"] / timed,
@@ -122,7 +124,8 @@ def growth(steps: int) -> list[dict[str, Any]]:
     cfg: Any = config_class(d_sae=F, d_in=S * D, n_snapshots=S, k=8)
     sae: Any = sae_class(cfg)  # type: ignore[arg-type]
     data = batches(B, S, D, F // 2, 8)
-    trainer = CrosscoderTrainer(TrainConfig(batch_size=B, lr=1e-3, dead_tokens=3 * B), sae, data, steps * B)
+    settings = TrainConfig(batch_size=B, lr=1e-3, dead_tokens=3 * B, device="cpu")
+    trainer = CrosscoderTrainer(settings, sae, data, steps * B)
     rows = []
     for step in range(1, steps + 1):
         trainer.maybe_reset_sparsity()
@@ -160,7 +163,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=["batchtopk", "topk", "standard", "jumprelu"])
     parser.add_argument("--shape", type=int, nargs=4, default=[4, 128, 8192, 1024], metavar=("S", "D", "F", "B"))
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--slices", type=int, default=1, help="groups of processes that split the tokens")
+    parser.add_argument("--data-parallel", type=int, default=1, help="groups of processes that split the tokens")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--growth", type=int, default=10_000, metavar="STEPS", help="0 leaves it out")
     parser.add_argument("--report", action="store_true")
@@ -172,7 +175,7 @@ def main() -> None:
     rows = []
     for architecture in options.architectures:
         task = {"architecture": architecture, "shape": options.shape, "k": options.k, "steps": options.steps}
-        task |= {"slices": options.slices, "warm_up": 4}
+        task |= {"data_parallel": options.data_parallel, "warm_up": 4}
         for processes in options.processes:
             row = measured(task, processes)
             first = next((r for r in rows if r["architecture"] == architecture), row)
@@ -183,7 +186,7 @@ def main() -> None:
     S, D, F, B = options.shape
     mib = lambda key: lambda row: f"{row[key] / MIB:.1f}"  # noqa: E731
     body = f"S = {S}, D = {D}, F = {F}, B = {B}, k = {options.k}; "
-    body += f"{options.slices} group{'s' * (options.slices > 1)} of processes by tokens.\n\n"
+    body += f"{options.data_parallel} group{'s' * (options.data_parallel > 1)} of processes by tokens.\n\n"
     body += markdown(
         rows,
         {

@@ -1,22 +1,16 @@
-"""What every crosscoder shares: the flat parameters, the per-snapshot scale, and the edges where shapes are 3-D.
+"""What all crosscoders share: parameters, per-snapshot scales, encode and decode, and the training step.
 
 A crosscoder is a SAELens SAE over the concatenated activations of S snapshots of one model (Ge et al., arXiv
 2509.17196; Bayazit et al., arXiv 2509.05291). Letters: B tokens, S snapshots, D d_model, F features.
 
-    x       (..., S, D)   raw activations, at every public edge
-    c       (S,)          activation_scale; the model is trained on c_s * x_s
-    h       (..., F)      sum_s (c_s x_s) W_enc[s] + b_enc
-    f       (..., F)      gate(h), one value per feature, shared by the snapshots
-    x_hat_s (..., D)      (sum_i f_is W_dec[i, s] + b_dec[s]) / c_s
-
-`f_is` is `f_i` for every architecture but JumpReLU, whose gate is per snapshot. Decoder norms `n_is = |W_dec[i, s]|`
-live in the scaled space. The scale is applied once, inside `encode` and `decode`, and is never folded into the weights:
-folding would change decoder norms, and with them TopK selection and JumpReLU gates.
-
-What every crosscoder in training shares: its config, the fast step, and the dense reference of that step.
-
-A start with equal rows in all snapshots, of the norm that reconstructs a batch best, is that of Ge et al. (arXiv
-2509.17196).
+1. Input: raw activations x (..., S, D), or flat (..., S D).
+2. Scale each snapshot, c_s x_s (`activation_scale`). The scale is part of the model and is never folded into the
+   weights: folding would change the decoder norms n_is = |W_dec[i, s]|, which TopK selection and JumpReLU gates read.
+3. Encode: h = sum_s (c_s x_s) W_enc[s] + b_enc, then f = gate(h), one value per feature for all snapshots.
+4. Decode: x_hat_s = (sum_i f_is W_dec[i, s] + b_dec[s]) / c_s, with f_is = f_i for every architecture but JumpReLU,
+   whose gate is per snapshot.
+5. Train in the scaled space. `training_forward_pass` works on active pairs; `dense_forward_pass` is the same loss in
+   plain autograd, the reference that tests compare every gradient with.
 """
 
 from __future__ import annotations
@@ -27,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
@@ -37,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from typing_extensions import override
 
-from crosslens.crosscoders.kernels.sparse import Precision, encoder_product
-from crosslens.distributed.parallel import ALONE, Parallel
+from crosslens.crosscoders.kernels.sparse import Precision, Weights, encoder_product
+from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
-T_CROSSCODER = TypeVar("T_CROSSCODER", bound="Crosscoder")
+DRAWN = 1 << 22  # random numbers drawn at a time; a multiple of 16 rows, because torch draws in groups of 16
 
 
 @dataclass(kw_only=True)
@@ -50,22 +45,22 @@ class CrosscoderConfig(SAEConfig, ABC):
 
     Args:
         d_sae: number of features F.
-        n_snapshots: number of snapshots S; `train` fills it in from the data.
-        d_in: S * D; `train` fills it in from the data, 0 means not known yet.
+        n_snapshots: number of snapshots S; `train` sets it from the data.
+        d_in: S * D; `train` sets it from the data. 0: not known yet.
         dtype: dtype of the parameters (`activation_scale` stays float32).
         device: device of the parameters.
         metadata: where the activations came from; `metadata.snapshots` lists label, step and tokens of each snapshot.
-        apply_b_dec_to_input: False; an option of SAELens that crosscoders do not have.
+        apply_b_dec_to_input: False; crosscoders do not support this option of SAELens.
 
     Raises:
-        UserError: d_sae or n_snapshots not positive, a d_in that is no multiple of n_snapshots, or an option of SAELens
-            that crosscoders do not have.
+        UserError: d_sae or n_snapshots is not positive, d_in is not a multiple of n_snapshots, or an option of SAELens
+            that crosscoders do not support.
     """
 
     d_in: int = 0
     n_snapshots: int = 1
     apply_b_dec_to_input: bool = False
-    # an SAEMetadata; while SAELens loads a config it is a dictionary for a moment
+    # an SAEMetadata; a dictionary while SAELens loads a config
     metadata: Any = field(default_factory=SAEMetadata)
 
     def __post_init__(self) -> None:
@@ -75,7 +70,7 @@ class CrosscoderConfig(SAEConfig, ABC):
         if self.d_in < 0 or self.d_in % self.n_snapshots:
             raise UserError(
                 f"d_in={self.d_in} is not a multiple of n_snapshots={self.n_snapshots}; "
-                "d_in is n_snapshots * d_model, leave both out and train() fills them in"
+                "d_in is n_snapshots * d_model; leave both out and train() sets them"
             )
         for name, only in (
             ("normalize_activations", "none"),
@@ -84,18 +79,18 @@ class CrosscoderConfig(SAEConfig, ABC):
         ):
             if getattr(self, name) != only:
                 raise UserError(
-                    f"{name}={getattr(self, name)!r} is not available for crosscoders: each snapshot has its own "
+                    f"{name}={getattr(self, name)!r} is not available for crosscoders, where each snapshot has its own "
                     f"activation_scale; leave it at {only!r}"
                 )
 
     @property
     def d_model(self) -> int:
-        """D, the width of one snapshot's activations."""
+        """D, the width of one snapshot."""
         return self.d_in // self.n_snapshots
 
     @property
     def snapshot_labels(self) -> list[str]:
-        """Labels of the snapshots, from the metadata, or their indices."""
+        """Labels of the snapshots from the metadata, else their indices."""
         recorded = self.metadata.snapshots or []
         return [str(s["label"]) for s in recorded] or [str(s) for s in range(self.n_snapshots)]
 
@@ -109,7 +104,7 @@ class Crosscoder(SAE[Any], ABC):
         b_enc: (F,) encoder bias.
         W_dec: (F, S * D) decoder.
         b_dec: (S * D,) decoder bias, in the scaled space.
-        activation_scale: (S,) c_s, in float32 whatever the type of the parameters.
+        activation_scale: (S,) c_s, float32 whatever the dtype of the parameters.
     """
 
     cfg: CrosscoderConfig
@@ -120,7 +115,7 @@ class Crosscoder(SAE[Any], ABC):
     def initialize_weights(self) -> None:
         S, D, F = self.cfg.n_snapshots, self.cfg.d_model, self.n_own
         zeros: Callable[..., Tensor] = partial(torch.zeros, dtype=self.dtype, device=self.device)
-        # (SD, F) in the memory layout of (F, SD): a feature is a row in both matrices, and its gradient needs no copy
+        # W_enc (SD, F) has the memory layout of (F, SD): a feature is a row of both, and gradients need no copy
         self.W_enc = nn.Parameter(zeros(F, S * D).T)
         self.W_dec = nn.Parameter(zeros(F, S * D))
         self.b_enc = nn.Parameter(zeros(F))
@@ -137,12 +132,12 @@ class Crosscoder(SAE[Any], ABC):
     # ------------------------------------------------------------------ shapes and views
     @property
     def n_own(self) -> int:
-        """Features whose weights are here: all F, unless several processes train them (`Parallel`)."""
+        """Number of features whose weights are here: all F, unless several processes train them."""
         return self.cfg.d_sae
 
     @property
     def gate_per_snapshot(self) -> bool:
-        """Whether `snapshot_acts` differs between snapshots; else one gate serves all."""
+        """Whether each snapshot has its own gate, so that `snapshot_acts` differs between snapshots."""
         return False
 
     @property
@@ -152,23 +147,23 @@ class Crosscoder(SAE[Any], ABC):
 
     @property
     def d_model(self) -> int:
-        """D, the width of one snapshot's activations."""
+        """D, the width of one snapshot."""
         return self.cfg.d_model
 
     @property
     def W_enc_by_snapshot(self) -> Float[Tensor, "S D F"]:
         """View of `W_enc` with one (D, F) matrix per snapshot."""
-        return self.W_enc.unflatten(0, (self.n_snapshots, self.d_model))
+        return rearrange(self.W_enc, "(s d) f -> s d f", s=self.n_snapshots)
 
     @property
     def W_dec_by_snapshot(self) -> Float[Tensor, "F S D"]:
         """View of `W_dec` with one row of D per (feature, snapshot)."""
-        return self.W_dec.unflatten(1, (self.n_snapshots, self.d_model))
+        return rearrange(self.W_dec, "f (s d) -> f s d", s=self.n_snapshots)
 
     @property
     def b_dec_by_snapshot(self) -> Float[Tensor, "S D"]:
         """View of `b_dec` with one row of D per snapshot."""
-        return self.b_dec.unflatten(0, (self.n_snapshots, self.d_model))
+        return rearrange(self.b_dec, "(s d) -> s d", s=self.n_snapshots)
 
     @property
     def decoder_norms(self) -> Float[Tensor, "F S"]:
@@ -177,10 +172,10 @@ class Crosscoder(SAE[Any], ABC):
 
     @override
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
-        # SAELens's own seam for activations that are not flat.
+        # SAELens's own way to reshape activations that are not flat
         super().turn_off_forward_pass_hook_z_reshaping()
-        self.reshape_fn_in = partial(torch.flatten, start_dim=-2)
-        self.reshape_fn_out = partial(_unflatten, shape=(self.cfg.n_snapshots, self.cfg.d_model))
+        self.reshape_fn_in = partial(rearrange, pattern="... s d -> ... (s d)")
+        self.reshape_fn_out = partial(_by_snapshot, n_snapshots=self.cfg.n_snapshots)
 
     # ------------------------------------------------------------------ encode and decode
     @abstractmethod
@@ -188,54 +183,77 @@ class Crosscoder(SAE[Any], ABC):
         """Feature activations from pre-activations `hidden_pre`: which features are kept, and their value."""
 
     def snapshot_acts(self, feature_acts: Float[Tensor, "... F"], snapshot: int) -> Float[Tensor, "... F"]:
-        """`f_is`: what `feature_acts` contribute at the index `snapshot`. Equal to `f` where the gate is shared."""
+        """`f_is`, the activations at one snapshot (an index); equal to `feature_acts` if the gate is shared."""
         del snapshot
         return feature_acts
 
-    def scale(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... S D"]:
-        """Raw activations `x` to the space the crosscoder is trained in, `c_s * x_s`.
+    def by_snapshot(self, x: Tensor) -> Float[Tensor, "... S D"]:
+        """Activations `x`, given as (..., S, D) or flat (..., S D), as (..., S, D).
+
+        Input whose last two dimensions are (S, D) is taken as it is; other input is flat if its last dimension is S D.
+        The two are ambiguous only for S = 1, where (..., 1, D) is not flat.
 
         Raises:
-            UserError: the last two dimensions of `x` are not (n_snapshots, d_model).
+            UserError: `x` has neither shape.
         """
-        if tuple(x.shape[-2:]) != (self.n_snapshots, self.d_model):
+        S, D = self.n_snapshots, self.d_model
+        if tuple(x.shape[-2:]) == (S, D):
+            return x
+        if x.shape[-1:] != (S * D,):
             raise UserError(
-                f"activations of shape {tuple(x.shape)} do not fit this crosscoder: the last two dimensions must be "
-                f"(n_snapshots, d_model) = ({self.n_snapshots}, {self.d_model})"
+                f"activations of shape {tuple(x.shape)} do not fit this crosscoder: give (..., n_snapshots, d_model) = "
+                f"(..., {S}, {D}), or flat (..., {S * D})"
             )
+        return rearrange(x, "... (s d) -> ... s d", s=S)
+
+    def scale(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... S D"]:
+        """Raw activations `x` in the space the crosscoder is trained in, `c_s * x_s`."""
         return x * self.activation_scale[:, None]
 
     def unscale(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... S D"]:
-        """The inverse of `scale`: raw activations from scaled ones `x`."""
+        """The inverse of `scale`."""
         return (x / self.activation_scale[:, None]).to(self.dtype)
 
     @override
-    def process_sae_in(self, sae_in: Float[Tensor, "... S D"]) -> Float[Tensor, "... SD"]:
+    def process_sae_in(self, sae_in: Tensor) -> Float[Tensor, "... SD"]:
         # SAELens subtracts a decoder bias and normalises here; a crosscoder's config rules both out
-        return self.hook_sae_input(self.reshape_fn_in(self.scale(sae_in).to(self.dtype)))
+        return self.hook_sae_input(self.reshape_fn_in(self.scale(self.by_snapshot(sae_in)).to(self.dtype)))
 
     def hidden_pre(self, flat: Float[Tensor, "... SD"]) -> Float[Tensor, "... F"]:
         """Pre-activations `h` of scaled activations `flat`."""
         return self.hook_sae_acts_pre(encoder_product(flat, self.W_enc, self.b_enc))
 
     @override
-    def encode(self, x: Float[Tensor, "... S D"]) -> Float[Tensor, "... F"]:
-        """Features of raw activations `x`.
+    def encode(self, x: Float[Tensor, "... S D"] | Float[Tensor, "... SD"]) -> Float[Tensor, "... F"]:
+        """Features of raw activations `x`, given as (..., S, D) or flat (..., S D).
 
         Raises:
-            UserError: the last two dimensions of `x` are not (n_snapshots, d_model).
+            UserError: `x` has neither shape.
         """
         return self.hook_sae_acts_post(self.gate(self.hidden_pre(self.process_sae_in(x))))
 
+    def decode_without_bias(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... SD"]:
+        """`sum_i f_is W_dec[i, s]`, snapshots concatenated."""
+        return feature_acts @ self.W_dec
+
     def decode_flat(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... SD"]:
         """Reconstruction from `feature_acts` in the scaled space, snapshots concatenated."""
-        return feature_acts @ self.W_dec + self.b_dec
+        return self.decode_without_bias(feature_acts) + self.b_dec
 
     @override
     def decode(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... S D"]:
-        """Raw reconstruction of every snapshot from features `feature_acts`."""
+        """Raw reconstruction of every snapshot from `feature_acts`."""
         flat = self.hook_sae_recons(self.decode_flat(feature_acts))
         return self.unscale(self.reshape_fn_out(flat, self.d_head))
+
+    @override
+    def forward(self, x: Float[Tensor, "... S D"] | Float[Tensor, "... SD"]) -> Float[Tensor, "... S D"]:
+        """Raw reconstruction of raw activations `x`, given as (..., S, D) or flat (..., S D).
+
+        Raises:
+            UserError: `x` has neither shape.
+        """
+        return super().forward(self.by_snapshot(x))
 
     def decode_snapshot(
         self, snapshot_acts: Float[Tensor, "... F"], snapshot: int, bias: bool = True
@@ -243,9 +261,9 @@ class Crosscoder(SAE[Any], ABC):
         """Raw reconstruction of one snapshot, linear in `f_is`.
 
         Args:
-            snapshot_acts: `f_is`, as `snapshot_acts` gives them.
+            snapshot_acts: `f_is`, from the method `snapshot_acts`.
             snapshot: index of the snapshot.
-            bias: add the decoder bias; False decodes a difference of features.
+            bias: add the decoder bias; False to decode a difference of features.
         """
         decoded = snapshot_acts @ self.W_dec_by_snapshot[:, snapshot]
         if bias:
@@ -254,7 +272,7 @@ class Crosscoder(SAE[Any], ABC):
 
     # ------------------------------------------------------------------ float32 scale, saving, no folding
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # `.to(bfloat16)` rounds every buffer; the scale must survive it, so the float32 values are put back.
+        # `.to(bfloat16)` rounds every buffer: put the float32 scale back
         kept = self.activation_scale
         out = super()._apply(*args, **kwargs)
         if self.activation_scale.dtype != torch.float32:
@@ -265,26 +283,26 @@ class Crosscoder(SAE[Any], ABC):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors stores no strides
-        # SAELens's loaders cast every tensor to the requested dtype; the metadata keeps the exact values.
+        # SAELens's loaders cast every tensor to the requested dtype; the metadata keeps the exact values
         self.cfg.metadata.activation_scale = self.activation_scale.tolist()
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         loaded, exact = state_dict["activation_scale"], self.cfg.metadata.activation_scale
-        # a float32 scale is as it was saved, and the metadata may be older than it (a checkpoint of a live trainer)
+        # a float32 scale is exact, and newer than the metadata in a trainer's checkpoint
         if exact is not None and loaded.dtype != torch.float32:
             state_dict["activation_scale"] = torch.tensor(exact, dtype=torch.float32, device=loaded.device)
-        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T  # loaders assign tensors: keep the layout
+        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T  # loaders assign tensors; keep our layout
 
     def save(self, path: str | Path) -> Path:
-        """Write `cfg.json` and `sae_weights.safetensors` of the inference crosscoder into a folder.
+        """Write the inference crosscoder to `cfg.json` and `sae_weights.safetensors` in a folder.
 
         Args:
-            path: folder, made when missing.
+            path: folder, created if missing.
 
         Returns:
-            The folder; `crosslens.load(path)` and SAELens's `SAE.load_from_disk(path)` read it.
+            The folder. `crosslens.load(path)` and SAELens's `SAE.load_from_disk(path)` read it.
         """
         self.save_model(path)
         return Path(path)
@@ -306,9 +324,9 @@ class Crosscoder(SAE[Any], ABC):
         raise _never_folded("fold_activation_whitening")
 
 
-def _unflatten(x: Tensor, d_head: int | None, shape: tuple[int, int]) -> Tensor:
-    del d_head  # SAELens passes the head width of hook_z; crosscoders have none
-    return x.unflatten(-1, shape)
+def _by_snapshot(flat: Tensor, d_head: int | None, n_snapshots: int) -> Tensor:
+    del d_head  # SAELens passes the head width of hook_z, which crosscoders do not have
+    return rearrange(flat, "... (s d) -> ... s d", s=n_snapshots)
 
 
 def positive(name: str, value: float) -> None:
@@ -323,22 +341,20 @@ def _never_folded(method: str) -> UserError:
     )
 
 
-DRAWN = 1 << 22  # numbers drawn at a time; a multiple of 16 rows, for torch draws in groups of 16
-
-
 @dataclass(kw_only=True)
 class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
     """Configuration shared by all crosscoders in training.
 
     Args:
-        decoder_init_norm: norm of every decoder row (feature, snapshot) at the start; W_enc starts as W_dec transposed.
-            None lets `train` choose the norm that reconstructs a batch best.
-        bias_init: "mean" starts b_dec at the mean scaled activation of each snapshot, and b_enc so that features read
-            the deviation from it; "zero" starts both at 0. The mean needs data: `train` sets it.
-        decoder_init: "independent" draws a row per (feature, snapshot); "shared" starts a feature's snapshots equal.
-        encoder_precision: of the encoder product in the training step; the parameters and all other sums stay in
-            `dtype`. "tf32" (CUDA) and "bfloat16" are faster and change the result: rounding moves features across the
-            gate, and parameters drift by some per cent from a float32 run.
+        decoder_init_norm: initial norm of every decoder row (feature, snapshot); W_enc starts as W_dec transposed.
+            None: `train` chooses the norm that reconstructs a batch best (Ge et al.).
+        bias_init: "mean" initialises b_dec to the mean scaled activation of each snapshot, and b_enc so that features
+            read the deviation from it; "zero" initialises both to 0. `train` computes the mean from the data.
+        decoder_init: "independent" draws a row per (feature, snapshot); "shared" draws one row per feature and uses it
+            at every snapshot.
+        encoder_precision: precision of the encoder product in the training step; parameters and all other sums stay in
+            `dtype`. "tf32" (CUDA) and "bfloat16" are faster but change the result: rounding moves features across the
+            gate, and parameters drift a few per cent from a float32 run.
 
     Raises:
         UserError: an unknown option, "tf32" without CUDA, or a decoder_init_norm that is not positive.
@@ -370,63 +386,70 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
 class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     """A crosscoder in training.
 
-    `training_forward_pass` works on active pairs (`sparse`); `dense_forward_pass` is the same loss in plain autograd,
-    the readable reference that every gradient is compared with.
-
     Args:
         cfg: its configuration.
-        use_error_term: add what is not reconstructed to the output, as SAELens does.
-        parallel: processes that share the features.
+        use_error_term: add the reconstruction error to the output, as SAELens does.
+        strategy: how this process takes part in the step; with several processes it holds only some of the features.
     """
 
     cfg: CrosscoderTrainingConfig
 
-    def __init__(self, cfg: CrosscoderTrainingConfig, use_error_term: bool = False, parallel: Parallel = ALONE) -> None:
-        self.parallel = parallel  # before the weights, of which it says which are here
+    def __init__(
+        self, cfg: CrosscoderTrainingConfig, use_error_term: bool = False, strategy: Strategy = ONE_PROCESS
+    ) -> None:
+        self.strategy = strategy  # first: it decides the shapes of the weights
         super().__init__(cfg, use_error_term)
 
     @property
     @override
     def n_own(self) -> int:
-        return self.cfg.d_sae // self.parallel.n_shares
+        own = self.strategy.features(self.cfg.d_sae)
+        return own.stop - own.start
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters that the kernels work on."""
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         S, D = self.cfg.n_snapshots, self.cfg.d_model
         drawn = 1 if self.cfg.decoder_init == "shared" else S
-        rows = drawn_rows(self.cfg.d_sae, drawn * D, self.parallel.features(self.cfg.d_sae), self.dtype)
-        rows = rows.to(self.device).unflatten(1, (drawn, D))
+        rows = drawn_rows(self.cfg.d_sae, drawn * D, self.strategy.features(self.cfg.d_sae), self.dtype)
+        rows = rearrange(rows.to(self.device), "f (s d) -> f s d", d=D)
         rows = rows / rows.norm(dim=-1, keepdim=True) * (self.cfg.decoder_init_norm or 1.0)
         with torch.no_grad():
-            self.W_dec.copy_(rows.expand(-1, S, D).flatten(1))
+            self.W_dec.copy_(rearrange(rows.expand(-1, S, D), "f s d -> f (s d)"))
             self.W_enc.copy_(self.W_dec.T)
 
     @override
-    def encode_with_hidden_pre(self, x: Float[Tensor, "... S D"]) -> tuple[Tensor, Tensor]:
+    def encode_with_hidden_pre(
+        self, x: Float[Tensor, "... S D"] | Float[Tensor, "... SD"]
+    ) -> tuple[Float[Tensor, "... F"], Float[Tensor, "... F"]]:
         hidden_pre = self.hidden_pre(self.process_sae_in(x))
         return self.hook_sae_acts_post(self.gate(hidden_pre)), hidden_pre
 
     def training_acts(self, hidden_pre: Float[Tensor, "B F"]) -> Tensor:
-        """What the losses see: the features (B, F), or (B, S, F) where every snapshot has its own gate."""
+        """Features (B, F) for the losses, or (B, S, F) if every snapshot has its own gate."""
         return self.gate(hidden_pre)
 
     def shared_acts(self, acts: Tensor) -> Float[Tensor, "B F"]:
-        """One value per feature from what `training_acts` returned."""
+        """One value per feature, from the result of `training_acts`."""
         return acts
 
     def decode_training(self, acts: Tensor) -> Float[Tensor, "B SD"]:
-        """Scaled reconstruction from what `training_acts` returned."""
+        """Scaled reconstruction from the result of `training_acts`."""
         return self.decode_flat(acts)
 
     @torch.no_grad()
-    def rebuilt(self, flat: Float[Tensor, "B SD"]) -> Float[Tensor, "B SD"]:
+    def training_reconstruction(self, flat: Float[Tensor, "B SD"]) -> Float[Tensor, "B SD"]:
         """Scaled reconstruction of scaled activations by the features of all processes, gated as in training."""
-        decoded = self.decode_flat(self.selected(self.hidden_pre(flat)))
-        return decoded if self.parallel.alone else self.parallel.sum_features_(decoded - self.b_dec) + self.b_dec
+        decoded = self.decode_without_bias(self.training_gate(self.hidden_pre(flat)))
+        return self.strategy.sum_features_(decoded) + self.b_dec
 
-    def selected(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
-        """The features that the gate of training keeps, among those of all processes."""
+    def training_gate(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
+        """The features that the gate keeps in training, among those of all processes."""
         return self.gate(hidden_pre)
 
     def reconstruction_loss(self, sae_out: Float[Tensor, "B SD"], sae_in: Float[Tensor, "B SD"]) -> Tensor:
@@ -435,9 +458,9 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Loss of one batch of raw activations (B, S, D); losses, `sae_in` and `sae_out` are in the scaled space.
+        """Loss of a batch of raw activations (B, S, D) or (B, S D); `sae_in` and `sae_out` are flat and scaled.
 
-        In `eval()` mode features pass the gate of inference, and nothing but the loss is computed.
+        In `eval()` mode this is the dense reference with the gate of inference.
         """
         if not self.training:
             return self.dense_forward_pass(step_input)
@@ -452,10 +475,10 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     def losses_on_pairs(
         self, flat: Float[Tensor, "B SD"], hidden_pre: Float[Tensor, "B F"], step_input: TrainStepInput
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstruction, features (B, F; dense or COO) and losses, computed on active pairs where that is faster."""
+        """Reconstruction, features (B, F; dense or COO) and losses, computed on active pairs if that is faster."""
 
     def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The same step in plain, dense autograd: the reference."""
+        """The same step in plain dense autograd: the reference."""
         flat = self.process_sae_in(step_input.sae_in)
         hidden_pre = self.hidden_pre(flat)
         acts = self.training_acts(hidden_pre)
@@ -477,7 +500,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         feature_acts: Tensor,
         losses: dict[str, Tensor],
     ) -> TrainStepOutput:
-        # at once, and not as callables for later: the optimiser's step changes the gates
+        # computed now, not passed as callables: the optimiser's step changes the gates
         logged = step_input.is_logging_step
         return TrainStepOutput(
             sae_in=flat,
@@ -494,18 +517,18 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        """The loss terms besides reconstruction, by the name they are logged under."""
+        """The loss terms other than reconstruction, by the name they are logged under."""
 
     @torch.no_grad()
     def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:
         """Explained variance and L0 per snapshot, by the name they are logged under."""
         S = self.n_snapshots
-        error = (sae_out - flat).square().unflatten(-1, (S, -1)).sum((0, 2))
-        variance = (flat - flat.mean(0)).square().unflatten(-1, (S, -1)).sum((0, 2))
+        error = rearrange((sae_out - flat).square(), "b (s d) -> b s d", s=S).sum((0, 2))
+        variance = rearrange((flat - flat.mean(0)).square(), "b (s d) -> b s d", s=S).sum((0, 2))
         acts = feature_acts.to_dense()
         labels = self.cfg.snapshot_labels[:S]
         active = torch.stack([self.snapshot_acts(acts, s).count_nonzero().float() for s in range(S)])
-        l0 = self.parallel.sum_features_(active) / len(flat)
+        l0 = self.strategy.sum_features_(active) / len(flat)
         return {
             **{f"explained_variance/{label}": 1 - error[s] / variance[s] for s, label in enumerate(labels)},
             **{f"l0/{label}": l0[s] for s, label in enumerate(labels)},
@@ -521,11 +544,11 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         config = self.cfg.get_inference_sae_cfg_dict()
         state_dict = self.state_dict()
         self.process_state_dict_for_saving_inference(state_dict)
-        state_dict["W_enc"] = self.W_enc.detach()  # the parameter itself, not the copy that is saved
+        state_dict["W_enc"] = self.W_enc.detach()  # the parameter itself, not the contiguous copy
         crosscoder = SAE.from_dict({**config, "device": "meta"})
         crosscoder.load_state_dict(state_dict, assign=True)
         crosscoder.requires_grad_(False)
-        # `.to` on the same device and dtype copies nothing; it tells SAELens where the parameters are.
+        # copies nothing on the same device and dtype, but tells SAELens where the parameters are
         crosscoder.to(device=self.device, dtype=self.dtype)
         assert isinstance(crosscoder, Crosscoder)
         return crosscoder.eval()

@@ -2,11 +2,11 @@
 
 g_is = 1[h_i n_is > t_i],  f_is = h_i g_is,  x_hat_s = sum_i f_is W_dec[i, s] + b_dec[s],  t_i = exp(log_threshold_i).
 
-Straight-through gradients (a rectangle of width w around the threshold stands for the step's derivative):
+Straight-through gradients (a rectangle of width w around the threshold replaces the derivative of the step):
     df_is/dh_i = g_is,   df_is/dt_i = -(t_i / (w n_is)) 1[|h_i n_is - t_i| < w/2 and h_i n_is > 0],   df_is/dn_is = 0.
 
 loss = mean_{B,S} |x_hat_s - x_s|^2 + lambda * sum_i phi_i (1 + phi_i / frequency_scale),
-phi_i = mean_{B,S} tanh(stretch * f_is n_is); the norms get their gradient from this penalty and from the decoder alone.
+phi_i = mean_{B,S} tanh(stretch * f_is n_is). The norms have gradients from this penalty and the decoder only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class SnapshotJumpReLU(torch.autograd.Function):
 
 
 class _JumpReLUGate(Crosscoder):
-    """What training and inference share: the threshold parameter and the per-snapshot gate."""
+    """The threshold parameter and the per-snapshot gate, for training and inference."""
 
     log_threshold: nn.Parameter
 
@@ -70,19 +71,18 @@ class _JumpReLUGate(Crosscoder):
 
     @override
     def gate(self, hidden_pre: Tensor) -> Tensor:
-        """`h_i` where the gate of any snapshot is open: that of the largest decoder norm opens first."""
+        """`h_i` if the gate of any snapshot is open; that of the largest decoder norm opens first."""
         return hidden_pre * (hidden_pre * self.decoder_norms.amax(-1) > self.threshold)
 
     @override
     def snapshot_acts(self, feature_acts: Tensor, snapshot: int) -> Tensor:
-        """`f_is`, from the gates that follow from `f_i`, `n_is` and `t_i`: exact for features as encoded."""
+        """`f_is`, with gates recomputed from `f_i`, `n_is` and `t_i`: exact for unedited features."""
         return feature_acts * (feature_acts * self.decoder_norms[:, snapshot] > self.threshold)
 
     @override
-    def decode_flat(self, feature_acts: Tensor) -> Tensor:
+    def decode_without_bias(self, feature_acts: Tensor) -> Tensor:
         decoder = self.W_dec_by_snapshot
-        decoded = [self.snapshot_acts(feature_acts, s) @ decoder[:, s] for s in range(self.n_snapshots)]
-        return torch.cat(decoded, dim=-1) + self.b_dec
+        return torch.cat([self.snapshot_acts(feature_acts, s) @ decoder[:, s] for s in range(self.n_snapshots)], dim=-1)
 
 
 @dataclass(kw_only=True)
@@ -106,16 +106,16 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     """Configuration of a `JumpReLUCrosscoderTrainingSAE`.
 
     Args:
-        jumprelu_init_threshold: t_i at the start.
+        jumprelu_init_threshold: initial t_i.
         jumprelu_window: w, the width of the rectangle in the straight-through gradient.
-        jumprelu_threshold_lr_factor: learning rate of the thresholds relative to the other parameters.
+        jumprelu_threshold_lr_factor: learning rate of the thresholds relative to that of the other parameters.
         sparsity_coefficient: lambda, the weight of the penalty.
         sparsity_warm_up_steps: steps over which lambda grows linearly from 0.
         tanh_stretch: stretch of the tanh in the penalty.
-        frequency_scale: frequency at which the quadratic part of the penalty equals the linear part.
+        frequency_scale: value of phi_i at which the quadratic part of the penalty equals the linear part.
 
     Raises:
-        UserError: a threshold, window or frequency_scale that is not positive.
+        UserError: jumprelu_init_threshold, jumprelu_window or frequency_scale is not positive.
     """
 
     jumprelu_init_threshold: float = 0.1
@@ -162,11 +162,9 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         norms, threshold = self.decoder_norms.detach(), self.threshold
         gates = Gates(hidden_pre, norms, threshold.detach(), self.cfg.jumprelu_window, self.cfg.tanh_stretch)
         pairs = gates.open_pairs()
-        sae_out, phi = reconstruct_gated(
-            flat, gates, pairs, self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold, self.parallel
-        )
+        sae_out, phi = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy)
         sae_out = self.hook_sae_recons(sae_out)
-        penalty = self.parallel.total_features(self.frequency_penalty(self.parallel.mean_data(phi)))
+        penalty = self.strategy.total_features(self.frequency_penalty(self.strategy.mean_data(phi)))
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "sparsity_loss": step_input.coefficients["sparsity"] * penalty,
@@ -190,15 +188,16 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
 
     @override
     def decode_training(self, acts: Float[Tensor, "B S F"]) -> Float[Tensor, "B SD"]:
-        return torch.einsum("bsf,fsd->bsd", acts, self.W_dec_by_snapshot).flatten(1) + self.b_dec
+        decoded = torch.einsum("bsf,fsd->bsd", acts, self.W_dec_by_snapshot)
+        return rearrange(decoded, "b s d -> b (s d)") + self.b_dec
 
     @override
     def reconstruction_loss(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
-        """A scalar, the mean of `|x_hat_s - x_s|^2` over tokens and snapshots.
+        """The mean of `|x_hat_s - x_s|^2` over tokens and snapshots, a scalar.
 
         Args:
             sae_out: (B, S * D) reconstruction.
-            sae_in: (B, S * D) what is reconstructed, both in the scaled space.
+            sae_in: (B, S * D) target; both in the scaled space.
         """
         return super().reconstruction_loss(sae_out, sae_in) / self.n_snapshots
 

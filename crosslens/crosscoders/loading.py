@@ -1,6 +1,6 @@
-"""A saved crosscoder, loaded from its folder.
+"""Load a saved crosscoder.
 
-`sae_lens.SAE.load_from_disk` reads the same files; here they are inspected first (`crosslens.crosscoders.inspection`).
+`sae_lens.SAE.load_from_disk` reads the same files; here they are validated first (`crosslens.crosscoders.inspection`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from sae_lens import SAE
 
 from crosslens.crosscoders.base import Crosscoder
 from crosslens.crosscoders.inspection import CONFIG, DTYPES, check_scale, inspect_crosscoder
+from crosslens.devices import find_device
 from crosslens.errors import UserError
 from crosslens.files import brief
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Crosscoder:
-    """A crosscoder that `save` wrote.
+def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> Crosscoder:
+    """Load a crosscoder that `save` wrote.
 
     Args:
         path: folder with `cfg.json` and `sae_weights.safetensors`.
-        device: where to put it.
-        dtype: of the parameters; as saved when None.
+        device: torch device; None: CUDA if available.
+        dtype: of the parameters; None: as saved.
 
     Raises:
-        UserError: no crosscoder in this folder, its files are damaged, or do not fit each other.
+        UserError: the folder holds no crosscoder, or its files are damaged or inconsistent.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
@@ -34,11 +35,11 @@ def load(path: str | Path, device: str = "cpu", dtype: str | None = None) -> Cro
         as_dtype(dtype)
     inspect_crosscoder(folder)
     try:
-        loaded = SAE.load_from_disk(folder, device=device, dtype=dtype)
+        loaded = SAE.load_from_disk(folder, device=device or find_device(), dtype=dtype)
     except UserError:
         raise
     except Exception as error:
-        # safetensors, json and torch each have their own exceptions for damaged files
+        # safetensors, json and torch raise different exceptions for damaged files
         raise UserError(f"{path} cannot be loaded ({brief(error)}); train or download it again") from error
     assert isinstance(loaded, Crosscoder)  # its architecture was inspected
     check_scale(str(path), loaded.activation_scale)

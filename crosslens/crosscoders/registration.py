@@ -1,4 +1,4 @@
-"""The four architectures by name, and their registration with SAELens, which importing this module does."""
+"""The four architectures by name. Importing this module registers them with SAELens."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.sparse import dense_is_faster, density, pairs_above, reconstruct
+from crosslens.crosscoders.kernels.selection import density, pairs_above
+from crosslens.crosscoders.kernels.sparse import dense_is_faster, reconstruct
 
 
 @dataclass(kw_only=True)
@@ -74,14 +75,12 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         zero = torch.zeros_like(hidden_pre[0])
         acts = hidden_pre.relu() if dense_is_faster(density(hidden_pre, zero)) else pairs_above(hidden_pre, zero)
         norms = self.decoder_norms.detach()
-        sae_out, weighted, _ = reconstruct(
-            flat, acts, self.W_enc, self.b_enc, self.W_dec, self.b_dec, norms, parallel=self.parallel
-        )
+        sae_out, weighted, _ = reconstruct(flat, acts, self.weights, norms, strategy=self.strategy)
         assert weighted is not None
         sae_out = self.hook_sae_recons(sae_out)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
-            "l1_loss": step_input.coefficients["l1"] * self.parallel.total_features(weighted.sum()),
+            "l1_loss": step_input.coefficients["l1"] * self.strategy.total_features(weighted.sum()),
         }
         return sae_out, acts if isinstance(acts, Tensor) else acts.to_sparse(), losses
 

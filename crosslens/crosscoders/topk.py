@@ -1,13 +1,14 @@
 """TopK and BatchTopK crosscoders.
 
-Score u_i = relu(h_i) * n_i with n_i = sum_s |W_dec[i, s]|; the k largest per token (TopK), or k * B over the batch
-(BatchTopK), keep their value f_i = relu(h_i). The selection carries no gradient. BatchTopK (Bussmann et al., arXiv
-2412.06410) learns a threshold for inference, an exponential moving average of the smallest kept score:
-f_i = relu(h_i) * 1[u_i > threshold].
-
-loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat is
-detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
-2406.04093, section A.2, with the residual in the direction the decoder must learn).
+1. Score u_i = relu(h_i) * n_i with n_i = sum_s |W_dec[i, s]|.
+2. Select the k largest scores of each token (TopK) or the k * B largest of the batch (BatchTopK, Bussmann et al., arXiv
+   2412.06410); selected features have f_i = relu(h_i). The selection carries no gradient. `keep_top` is the readable
+   form; the training step uses `crosslens.crosscoders.kernels.selection`.
+3. BatchTopK tracks an exponential moving average of the smallest selected score; at inference
+   f_i = relu(h_i) * 1[u_i > threshold].
+4. loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat is
+   detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
+   2406.04093, section A.2, with the residual in the direction the decoder must learn).
 """
 
 from __future__ import annotations
@@ -24,26 +25,19 @@ from torch.nn.functional import mse_loss
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.sparse import (
-    Acts,
-    Pairs,
-    batch_top_pairs,
-    dense_is_faster,
-    first_largest,
-    reconstruct,
-    token_top_pairs,
-)
-from crosslens.distributed.parallel import ALONE, Parallel
+from crosslens.crosscoders.kernels.selection import Pairs, batch_top_pairs, first_largest, token_top_pairs
+from crosslens.crosscoders.kernels.sparse import Acts, dense_is_faster, reconstruct
+from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
 
 def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "... F"]:
-    """`u_i = relu(h_i) * sum_s n_is`, what features are ranked by."""
+    """`u_i = relu(h_i) * sum_s n_is`, by which features are ranked."""
     return hidden_pre.relu() * decoder_norms.sum(-1)
 
 
 def keep_top(hidden_pre: Float[Tensor, "... F"], ranking: Float[Tensor, "... F"], k: int) -> Float[Tensor, "... F"]:
-    """`relu(h)` at the k largest positive entries of `ranking` in the last dimension, of equal ones the earlier."""
+    """`relu(h)` at the k largest positive entries of `ranking` in the last dimension; of equal ones the earlier."""
     kth = ranking.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     return hidden_pre.relu() * (first_largest(ranking, kth, k) & ~(ranking <= 0))
 
@@ -56,7 +50,7 @@ class TopKCrosscoderConfig(CrosscoderConfig):
         k: features kept per token.
 
     Raises:
-        UserError: a k that is not a whole number from 1 to d_sae.
+        UserError: k is not an integer from 1 to d_sae.
     """
 
     k: int = 64
@@ -95,7 +89,7 @@ class BatchTopKCrosscoder(Crosscoder):
     """Inference crosscoder that keeps the features whose score exceeds the threshold learnt in training.
 
     Attributes:
-        threshold: a scalar, that score.
+        threshold: that score, a scalar.
     """
 
     cfg: BatchTopKCrosscoderConfig
@@ -122,7 +116,7 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         aux_loss_coefficient: alpha, the weight of the auxiliary loss for dead features.
 
     Raises:
-        UserError: k or k_start is not in (0, d_sae], or k is no whole number, which BatchTopK alone can have.
+        UserError: k or k_start is not in (0, d_sae], or k is not an integer (BatchTopK allows fractions).
     """
 
     k: int = 64
@@ -148,9 +142,9 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
     cfg: TopKCrosscoderTrainingConfig
 
     def __init__(
-        self, cfg: TopKCrosscoderTrainingConfig, use_error_term: bool = False, parallel: Parallel = ALONE
+        self, cfg: TopKCrosscoderTrainingConfig, use_error_term: bool = False, strategy: Strategy = ONE_PROCESS
     ) -> None:
-        super().__init__(cfg, use_error_term, parallel)
+        super().__init__(cfg, use_error_term, strategy)
         self.current_k: float = cfg.k
 
     @override
@@ -160,7 +154,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         return self.select(hidden_pre, ranking)
 
     def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
-        """`relu(h)` of `hidden_pre` (B, F) at the entries that `ranking` (B, F) keeps, 0 elsewhere: (B, F)."""
+        """`relu(h)` (B, F) at the entries with the largest `ranking` (B, F), 0 elsewhere."""
         return keep_top(hidden_pre, ranking, round(self.current_k))
 
     @override
@@ -176,13 +170,11 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         pairs = self.select_pairs(hidden_pre, norms)
         acts = pairs.to_dense() if dense_is_faster(len(pairs.values) / hidden_pre.numel()) else pairs
         dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
-        sae_out, _, rebuilt = reconstruct(
-            flat, acts, self.W_enc, self.b_enc, self.W_dec, self.b_dec, dead=dead, parallel=self.parallel
-        )
+        sae_out, _, rebuilt = reconstruct(flat, acts, self.weights, dead=dead, strategy=self.strategy)
         sae_out = self.hook_sae_recons(sae_out)
         auxiliary = flat.new_zeros(())
         if rebuilt is not None:
-            auxiliary = unexplained((flat - sae_out).detach(), rebuilt, self.parallel)
+            auxiliary = unexplained((flat - sae_out).detach(), rebuilt, self.strategy)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
@@ -195,21 +187,21 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         return super().dense_forward_pass(step_input)
 
     def select_pairs(self, hidden_pre: Tensor, norms: Float[Tensor, " F"]) -> Pairs:
-        """The active pairs of `hidden_pre` (B, F), ranked by it times `norms`, those summed over snapshots."""
-        return token_top_pairs(hidden_pre, norms, round(self.current_k), self.parallel)
+        """The pairs of `hidden_pre` (B, F) with the largest scores; `norms` are decoder norms summed over snapshots."""
+        return token_top_pairs(hidden_pre, norms, round(self.current_k), self.strategy)
 
     @override
-    def selected(self, hidden_pre: Tensor) -> Tensor:
+    def training_gate(self, hidden_pre: Tensor) -> Tensor:
         norms = self.decoder_norms.sum(-1)
-        return token_top_pairs(hidden_pre, norms, round(self.current_k), self.parallel).to_dense()
+        return token_top_pairs(hidden_pre, norms, round(self.current_k), self.strategy).to_dense()
 
     @torch.no_grad()
     def _dead_acts(self, hidden_pre: Tensor, norms: Tensor, dead: Tensor | None) -> tuple[Tensor, Acts] | None:
-        """Ids of the dead features, and the strongest of them for each token."""
+        """Ids of the dead features, and the activations of the highest-scoring of them for each token."""
         if dead is None:
             return None
         ids = dead.nonzero().flatten()
-        n_dead = len(ids) if self.parallel.alone else int(self.parallel.sum_features_(dead.sum()))
+        n_dead = int(self.strategy.sum_features_(dead.sum()))
         if n_dead == 0:
             return None
         among, norms = hidden_pre.index_select(1, ids), norms[ids]
@@ -217,9 +209,9 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         if count == n_dead:
             return ids, among.relu_().mul_(norms > 0)
         dense = dense_is_faster(count / n_dead)
-        if dense and self.parallel.alone:
+        if dense and self.n_own == self.cfg.d_sae:
             return ids, keep_top(among, among.relu() * norms, count)
-        pairs = token_top_pairs(among, norms, count, self.parallel)
+        pairs = token_top_pairs(among, norms, count, self.strategy)
         return ids, pairs.to_dense() if dense else pairs
 
     @override
@@ -241,7 +233,7 @@ class BatchTopKCrosscoderTrainingConfig(TopKCrosscoderTrainingConfig):
     """Configuration of a `BatchTopKCrosscoderTrainingSAE`.
 
     Args:
-        k: features kept per token on average over the batch; may be a fraction.
+        k: features kept per token on average over the batch; fractions are allowed.
         topk_threshold_lr: weight of the newest batch in the moving average of the threshold.
     """
 
@@ -262,7 +254,7 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
     """Training of the BatchTopK crosscoder; in `eval()` mode it gates with the learnt threshold.
 
     Attributes:
-        threshold: a scalar, the moving average of the smallest score kept; 0 before the first batch.
+        threshold: moving average of the smallest score kept, a scalar; 0 before the first batch.
     """
 
     cfg: BatchTopKCrosscoderTrainingConfig  # type: ignore[assignment]
@@ -287,12 +279,12 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
         return pairs
 
     @override
-    def selected(self, hidden_pre: Tensor) -> Tensor:
+    def training_gate(self, hidden_pre: Tensor) -> Tensor:
         return self._kept_pairs(hidden_pre, self.decoder_norms.sum(-1))[0].to_dense()
 
     def _kept_pairs(self, hidden_pre: Tensor, norms: Tensor) -> tuple[Pairs, Tensor]:
-        count = max(1, round(self.current_k * len(hidden_pre) * self.parallel.n_slices))
-        return batch_top_pairs(hidden_pre, norms, count, self.parallel)
+        count = max(1, round(self.current_k * len(hidden_pre) * self.strategy.n_data_ranks))
+        return batch_top_pairs(hidden_pre, norms, count, self.strategy)
 
     @override
     def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:
@@ -300,9 +292,9 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
 
     @torch.no_grad()
     def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
-        """Move the threshold towards the smallest of `kept`, the scores that a batch kept, all of them positive."""
+        """Move the threshold towards the smallest of `kept`, the (positive) scores selected from a batch."""
         smallest = kept.amin() if len(kept) else kept.new_tensor(torch.inf)
-        smallest = self.parallel.smallest(smallest.to(self.threshold.dtype))
+        smallest = self.strategy.smallest(smallest.to(self.threshold.dtype))
         moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)
         first = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), first, self.threshold))
@@ -322,13 +314,13 @@ def auxiliary_loss(
     decoder_norms: Float[Tensor, "F S"],
     dead: Tensor | None,
 ) -> Tensor:
-    """Share of the residual's variance that the strongest dead features leave unexplained; 0 without dead features.
+    """Fraction of the residual's variance that the strongest dead features leave unexplained; 0 without dead features.
 
     Args:
         residual: x - x_hat, detached.
         hidden_pre: pre-activations h of the batch.
         W_dec: flat decoder.
-        decoder_norms: detached; ranks the dead features.
+        decoder_norms: detached; they rank the dead features.
         dead: (F,) boolean mask of features that have not fired for the dead-feature window.
     """
     n_dead = 0 if dead is None else int(dead.sum())
@@ -341,11 +333,13 @@ def auxiliary_loss(
     return unexplained(residual, acts @ W_dec)
 
 
-def unexplained(residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"], parallel: Parallel = ALONE) -> Tensor:
-    """`mean_B |r_hat - r|^2 / mean_B |r - mean r|^2`; 0 where the residual does not vary over the batch."""
-    variance = parallel.mean_data((residual - parallel.mean_data(residual.mean(0))).square().sum())
-    share = mse_loss(rebuilt, residual, reduction="sum") / variance.clamp_min(torch.finfo(variance.dtype).tiny)
-    return torch.where(variance > 0, share, 0.0)
+def unexplained(
+    residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"], strategy: Strategy = ONE_PROCESS
+) -> Tensor:
+    """`mean_B |r_hat - r|^2 / mean_B |r - mean r|^2`; 0 if the residual is constant over the batch."""
+    variance = strategy.mean_data((residual - strategy.mean_data(residual.mean(0))).square().sum())
+    fraction = mse_loss(rebuilt, residual, reduction="sum") / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+    return torch.where(variance > 0, fraction, 0.0)
 
 
 def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:
@@ -356,4 +350,4 @@ def _check_k(k: Any, d_sae: int, name: str = "k", whole: bool = False) -> None:
     if not 0 < k <= d_sae:
         raise UserError(f"{name}={k} is not in (0, d_sae={d_sae}]; choose {name} between 1 and the number of features")
     if whole and not isinstance(k, int):
-        raise UserError(f"{name}={k} is not a whole number; TopK keeps {name} features of every token, use BatchTopK")
+        raise UserError(f"{name}={k} is not an integer; TopK keeps {name} features of every token, use BatchTopK")

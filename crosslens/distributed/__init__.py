@@ -1,7 +1,7 @@
 """Several processes that train one crosscoder.
 
-In: what torchrun puts into the environment. Out: a `Parallel` that says which features and which tokens this process
-has, and performs the collective operations on them. Start with `parallel`.
+In: the environment that torchrun sets up. Out: a `Parallel` that says which features and tokens this process has, and
+performs the collective operations. Start with `parallel`.
 """
 
 import lazy_loader

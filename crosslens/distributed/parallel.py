@@ -1,14 +1,17 @@
-"""How several processes share one crosscoder: features split over some, the tokens of a batch over others.
+"""How several processes train one crosscoder: features split over some of them, the tokens of a batch over others.
 
-torchrun starts W = m * n processes; rank d * n + r is process r of n along "features" and d of m along "data":
+torchrun starts W = m * n processes. Rank d * n + r is rank r of n along "features" and rank d of m along "data":
 
-- process r owns the features [r F/n, (r + 1) F/n): their rows of both matrices, biases, thresholds, optimiser state;
-- process d sees the tokens [d B/m, (d + 1) B/m) of every batch.
+- feature-parallel rank r holds the features [r F/n, (r + 1) F/n): their rows of both matrices, biases, thresholds and
+  optimiser state;
+- data-parallel rank d sees the tokens [d B/m, (d + 1) B/m) of every batch.
 
 A crosscoder's forward pass is one sum over features, so n processes exchange the reconstruction (B/m, S D) and, for the
-TopK gates, what tells which scores are the largest. Every loss is a function of that sum: it is the same in all n
-processes, and each has the gradients of its own features without exchange. m groups add their gradients, as in data
-parallel training. `ALONE` is the one process that owns everything; nothing is exchanged then.
+TopK gates, enough about their scores to find the largest. Every loss is a function of that sum: it is the same in all n
+processes, and each has the gradients of its own features without communication. The m groups average their gradients,
+as in data-parallel training. `ALONE` is a single process that holds everything; it exchanges nothing.
+
+`Parallel` is the strategy (`crosslens.crosscoders.strategy`) that the trainer gives to a training SAE.
 """
 
 from __future__ import annotations
@@ -25,134 +28,124 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from crosslens.devices import own_device
 from crosslens.errors import UserError
 
-DIGIT_BITS = 11  # of a digit in the search for a threshold: 2,048 counts are exchanged for each
-TIMEOUT = timedelta(minutes=30)  # one process may load models, or write, for long while the others wait
+DIGIT_BITS = 11  # bits per digit in the search for a threshold: 2,048 counts are exchanged for each
+TIMEOUT = timedelta(minutes=30)  # one process may load models, or write, while the others wait
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among those that share a crosscoder.
+    """The ranks of this process, and the collective operations among the processes that train a crosscoder.
 
     Args:
-        mesh: of the dimensions ("data", "features"); None for a process alone.
+        mesh: with dimensions ("data", "features"); None for a single process.
     """
 
     mesh: DeviceMesh | None = None
 
     @property
     def alone(self) -> bool:
-        """Whether nothing is shared."""
+        """Whether this is the only process."""
         return self.mesh is None
 
     @cached_property
-    def n_shares(self) -> int:
-        """n, processes among which the features are split."""
+    def n_feature_ranks(self) -> int:
+        """n, the number of processes that split the features."""
         return 1 if self.mesh is None else self.mesh["features"].size()
 
     @cached_property
-    def n_slices(self) -> int:
-        """m, processes among which the tokens of a batch are split."""
+    def n_data_ranks(self) -> int:
+        """m, the number of groups that split the tokens of a batch."""
         return 1 if self.mesh is None else self.mesh["data"].size()
 
     @property
     def rank(self) -> int:
-        """Number of this process; 0 speaks, logs, and writes what is written once."""
+        """Global rank; rank 0 prints, logs, and writes shared files."""
         return 0 if self.mesh is None else dist.get_rank()
 
     @cached_property
-    def share(self) -> int:
-        """r, number of this process among those that split the features."""
+    def feature_rank(self) -> int:
+        """r, the feature-parallel rank."""
         return 0 if self.mesh is None else self.mesh["features"].get_local_rank()
 
     @cached_property
-    def part(self) -> int:
-        """d, number of this process among those that split the tokens."""
+    def data_rank(self) -> int:
+        """d, the data-parallel rank."""
         return 0 if self.mesh is None else self.mesh["data"].get_local_rank()
 
     @cached_property
     def feature_group(self) -> Any:
-        """The processes that split the features of the same tokens; to look it up in the mesh takes time."""
+        """The processes with the same tokens and other features; cached, because the lookup is slow."""
         return None if self.mesh is None else self.mesh["features"].get_group()
 
     @cached_property
     def data_group(self) -> Any:
-        """The processes that see other tokens with the same features."""
+        """The processes with the same features and other tokens."""
         return None if self.mesh is None else self.mesh["data"].get_group()
 
     def features(self, d_sae: int) -> slice:
-        """The features that this process owns."""
-        size = d_sae // self.n_shares
-        return slice(self.share * size, (self.share + 1) * size)
+        """The features that this process holds."""
+        size = d_sae // self.n_feature_ranks
+        return slice(self.feature_rank * size, (self.feature_rank + 1) * size)
 
     def tokens(self, batch_size: int) -> slice:
         """The tokens of a batch that this process sees."""
-        size = batch_size // self.n_slices
-        return slice(self.part * size, (self.part + 1) * size)
+        size = batch_size // self.n_data_ranks
+        return slice(self.data_rank * size, (self.data_rank + 1) * size)
 
-    def corner(self, n_tokens: int, n_features: int) -> tuple[int, int, int]:
-        """First token and feature of this process's block of (B, F), and F, from the shape of the block."""
-        return self.part * n_tokens, self.share * n_features, self.n_shares * n_features
-
-    # ------------------------------------------------------------------ exchange
+    # ------------------------------------------------------------------ collective operations
     def sum_features_(self, x: Tensor) -> Tensor:
         """Sum in place over the processes that split the features; the same bits in all of them."""
-        return x if self.mesh is None or self.n_shares == 1 else _reduced(x, self.feature_group)
+        return x if self.mesh is None or self.n_feature_ranks == 1 else _reduced(x, self.feature_group)
 
     def sum_data_(self, x: Tensor) -> Tensor:
         """Sum in place over the processes that split the tokens."""
-        return x if self.mesh is None or self.n_slices == 1 else _reduced(x, self.data_group)
+        return x if self.mesh is None or self.n_data_ranks == 1 else _reduced(x, self.data_group)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum in place over all processes."""
         return x if self.mesh is None else _reduced(x, None)
 
     def count(self, n: int) -> int:
-        """Sum over all processes of a number of things."""
+        """Sum of a count over all processes."""
         return n if self.mesh is None else int(self.sum_(torch.tensor(n, device=self.mesh.device_type)))
 
     def smallest(self, x: Tensor) -> Tensor:
-        """The smallest over all processes of a number."""
+        """Minimum of a scalar over all processes."""
         if self.mesh is not None:
             dist.all_reduce(x, dist.ReduceOp.MIN)
         return x
 
     def total_features(self, x: Tensor) -> Tensor:
-        """Sum over features of something that losses are made of: its gradient stays in the process it came from."""
-        if self.mesh is None or self.n_shares == 1:
+        """Sum a loss term over the processes that split the features; its gradient stays local."""
+        if self.mesh is None or self.n_feature_ranks == 1:
             return x
         total = _SumOnce.apply(x, self.feature_group, 1)
         assert isinstance(total, Tensor)
         return total
 
     def mean_data(self, x: Tensor) -> Tensor:
-        """Mean over the processes that split the tokens; its gradient is left for the average over processes."""
-        if self.mesh is None or self.n_slices == 1:
+        """Mean over the processes that split the tokens; its gradient is averaged with all others."""
+        if self.mesh is None or self.n_data_ranks == 1:
             return x
-        mean = _SumOnce.apply(x, self.data_group, self.n_slices)
+        mean = _SumOnce.apply(x, self.data_group, self.n_data_ranks)
         assert isinstance(mean, Tensor)
         return mean
 
-    def of_features(self, x: Tensor) -> Tensor:
-        """What the processes that split the features hold, stacked along a new first dimension (n, ...)."""
-        if self.mesh is None:
-            return x[None]
-        parts = [torch.empty_like(x) for _ in range(self.n_shares)]
-        dist.all_gather(parts, x.contiguous(), group=self.feature_group)
-        return torch.stack(parts)
+    def gather_features(self, x: Tensor) -> Tensor:
+        """The tensors of the processes that split the features, stacked along a new first dimension (n, ...)."""
+        return x[None] if self.mesh is None else _gathered(x, self.n_feature_ranks, self.feature_group)
 
-    def of_all(self, x: Tensor) -> Tensor:
-        """What all processes hold, stacked along a new first dimension (W, ...)."""
-        if self.mesh is None:
-            return x[None]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
+    def gather(self, x: Tensor) -> Tensor:
+        """The tensors of all processes, stacked along a new first dimension (W, ...)."""
+        return x[None] if self.mesh is None else _gathered(x, dist.get_world_size(), None)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -161,10 +154,10 @@ class Parallel:
 
     @contextmanager
     def first(self) -> Generator[bool, None, None]:
-        """A block that rank 0 runs while the others wait; its value tells which one this is.
+        """A block that only rank 0 runs, while the others wait at its end; yields whether this is rank 0.
 
         Raises:
-            UserError: in the others, when rank 0 has failed; it says itself why.
+            UserError: in the other processes, if rank 0 failed.
         """
         failed = torch.zeros(1, device="cpu" if self.mesh is None else self.mesh.device_type)
         try:
@@ -175,18 +168,18 @@ class Parallel:
         finally:
             self.sum_(failed)
         if failed and self.rank:
-            raise UserError("rank 0 has stopped; its message says why")
+            raise UserError("rank 0 stopped with an error; see its message")
 
     # ------------------------------------------------------------------ the largest scores of all processes
     @torch.no_grad()
     def kth_largest(self, values: Float[Tensor, " n"], k: int) -> tuple[Tensor, Tensor]:
-        """The k-th largest of the values of all processes, and how many of the values equal to it are among the k.
+        """The k-th largest value of all processes (NaN ranks first), and how many of the k largest equal it.
 
-        Digit by digit, from the highest: counts of the digit among the values that share the digits so far are
-        exchanged, never values. The bits of non-negative numbers are in the order of the numbers.
+        Radix selection: from the highest digit down, the processes exchange how many values have each digit, never the
+        values. The bits of non-negative floats sort like the floats.
 
         Args:
-            values: non-negative; together there are at least k.
+            values: non-negative, at least k over all processes.
             k: rank, from 1.
         """
         precise = values.double() if values.dtype == torch.float64 else values.float()
@@ -204,69 +197,95 @@ class Parallel:
             bits = bits[digits == digit]
         return found.to(kind).view(precise.dtype).to(values.dtype), left
 
-    def earliest(self, positions: Int[Tensor, " n"], count: Tensor) -> Int[Tensor, " m"]:
-        """Those of this process's positions that are among the `count` smallest of all; they differ."""
-        numbers = self.of_all(torch.tensor(len(positions), device=positions.device))
+    def earliest(
+        self, tokens: Int[Tensor, " n"], features: Int[Tensor, " n"], shape: tuple[int, int], count: Tensor
+    ) -> Bool[Tensor, " n"]:
+        """Which entries of a (B, F) matrix, given in order, are among the first `count` over all processes.
+
+        Args:
+            tokens: row of each entry, in this process's block.
+            features: column of each entry.
+            shape: of this process's block.
+            count: a scalar.
+        """
+        n_tokens, n_features = shape
+        rows, columns = tokens + self.data_rank * n_tokens, features + self.feature_rank * n_features
+        places = rows * (self.n_feature_ranks * n_features) + columns
+        numbers = self.gather(torch.tensor(len(places), device=places.device))
         if count >= numbers.sum():
-            return positions
-        padded = positions.new_full((int(numbers.max()),), torch.iinfo(positions.dtype).max)
-        padded[: len(positions)] = positions
-        last = self.of_all(padded).flatten().sort().values[count - 1]
-        return positions[positions <= last]
+            return torch.ones_like(places, dtype=torch.bool)
+        padded = places.new_full((int(numbers.max()),), torch.iinfo(places.dtype).max)
+        padded[: len(places)] = places
+        return places <= self.gather(padded).flatten().sort().values[count - 1]
+
+    def kth_per_token(self, largest: Float[Tensor, "B k"]) -> tuple[Float[Tensor, "B 1"], Int[Tensor, "B 1"]]:
+        """The k-th largest score of each token over all processes, and how many of the k this process keeps.
+
+        Args:
+            largest: the k largest scores of each token in this process.
+        """
+        k = largest.shape[-1]
+        of_ranks = self.gather_features(largest)
+        kth = rearrange(of_ranks, "n b k -> b (n k)").topk(k, dim=-1, sorted=False).values.amin(-1)
+        larger = ((of_ranks > kth[:, None]) | of_ranks.isnan()).sum(-1)
+        tied = (of_ranks == kth[:, None]).sum(-1)
+        before = (tied.cumsum(0) - tied)[self.feature_rank]
+        tied_here = (k - larger.sum(0) - before).clamp_min(0)
+        return kth[:, None], (larger[self.feature_rank] + tied_here)[:, None]
 
 
 ALONE = Parallel()
 
 
 def n_processes() -> int:
-    """How many processes torchrun, or whoever has prepared torch.distributed, has started."""
+    """Number of processes that torchrun started, or that torch.distributed was initialised with."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_split(world: int, n_slices: int, d_sae: int | None = None, batch_size: int | None = None) -> None:
-    """Refuse what cannot be split evenly.
+def check_split(world: int, data_parallel: int, d_sae: int | None = None, batch_size: int | None = None) -> None:
+    """Refuse sizes that cannot be split evenly.
 
     Args:
         world: number of processes.
-        n_slices: m, processes among which the tokens of a batch are split.
-        d_sae: features, if they are known.
-        batch_size: tokens of a batch, if they are known.
+        data_parallel: m, number of groups that split the tokens of a batch.
+        d_sae: number of features, if known.
+        batch_size: tokens per batch, if known.
 
     Raises:
         UserError: names the size, the number of processes, and the nearest sizes that can be split.
     """
-    if n_slices < 1 or world % n_slices:
+    if data_parallel < 1 or world % data_parallel:
         raise UserError(
-            f"data_parallel={n_slices} does not divide the {world} process{'es' * (world > 1)} of this run: features "
-            "are split over the others"
+            f"data_parallel={data_parallel} does not divide the {world} process{'es' * (world > 1)} of this run: use "
+            f"a divisor of {world}; features are split over the processes of a group"
         )
-    for name, size, parts, what in (
-        ("d_sae", d_sae, world // n_slices, "features"),
-        ("batch_size", batch_size, n_slices, "tokens"),
+    for name, size, ranks, what in (
+        ("d_sae", d_sae, world // data_parallel, "features"),
+        ("batch_size", batch_size, data_parallel, "tokens"),
     ):
-        if size is not None and size % parts:
-            below = size // parts * parts
-            near = " or ".join(str(n) for n in (below, below + parts) if n)
-            raise UserError(f"{name}={size} cannot be split over {parts} processes by {what}: {near} can")
+        if size is not None and size % ranks:
+            below = size // ranks * ranks
+            near = " or ".join(str(n) for n in (below, below + ranks) if n)
+            raise UserError(f"{name}={size} cannot be split over {ranks} processes by {what}: use {near}")
 
 
-def join(device: str, n_slices: int = 1) -> tuple[Parallel, str]:
-    """Join the processes that torchrun has started; one process without them is `ALONE`.
+def join(device: str, data_parallel: int = 1) -> tuple[Parallel, str]:
+    """Join the processes that torchrun started; a single process gets `ALONE`.
 
-    Their group is made at the first call and left when the program ends.
+    The process group is initialised by the first call and destroyed when the program ends.
 
     Args:
         device: "cpu" (gloo) or "cuda" (nccl, each process on the GPU of its local rank).
-        n_slices: m, processes among which the tokens of a batch are split.
+        data_parallel: m, number of groups that split the tokens of a batch.
 
     Returns:
-        The place of this process, and its device.
+        The ranks of this process, and its device.
 
     Raises:
-        UserError: the number of processes is not a multiple of `n_slices`.
+        UserError: the number of processes is not a multiple of `data_parallel`.
     """
     world = n_processes()
-    check_split(world, n_slices)
+    check_split(world, data_parallel)
     if world == 1:
         return ALONE, device
     device = own_device(device)
@@ -275,19 +294,14 @@ def join(device: str, n_slices: int = 1) -> tuple[Parallel, str]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
         atexit.register(_leave)
-    shape = (n_slices, world // n_slices)
+    shape = (data_parallel, world // data_parallel)
     return Parallel(init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("data", "features"))), device
 
 
 def _leave() -> None:
-    # after an error, others may be waiting for this process: to take leave of them would be to wait as well
+    # destroying the group waits for the others, who may be waiting for a process that failed
     if not hasattr(sys, "last_value"):
         dist.destroy_process_group()
-
-
-def own_device(device: str) -> str:
-    """The GPU of this process among those of its machine, where "cuda" leaves it open."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def _reduced(x: Tensor, group: Any) -> Tensor:
@@ -295,10 +309,17 @@ def _reduced(x: Tensor, group: Any) -> Tensor:
     return x
 
 
-class _SumOnce(torch.autograd.Function):
-    """A sum over processes that all compute the same function of it, divided by a number.
+def _gathered(x: Tensor, size: int, group: Any) -> Tensor:
+    found = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(found, x.contiguous(), group=group)
+    return torch.stack(found)
 
-    The gradient of a part is that of the result: for a sum, exactly; for a mean, what is to be averaged over processes.
+
+class _SumOnce(torch.autograd.Function):
+    """A sum over processes, divided by `divisor`, of which every process then computes the same function.
+
+    The gradient passes through unchanged. For a sum that is exact; for a mean, gradients are averaged over processes
+    later.
     """
 
     @staticmethod

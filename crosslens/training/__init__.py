@@ -1,11 +1,11 @@
-"""Training a crosscoder, and how good it is.
+"""Train crosscoders, and measure how good they are.
 
 In: activations, an architecture config and a `TrainConfig`. Out: an inference crosscoder, and a run directory that a
 killed run resumes from.
 
-Start with `run.train`. `trainer` holds the training step, the optimiser and checkpoints, `initialisation` the scales
-and decoder norms at the start, `evaluation` explained variance and cross-entropy, `recipes` the settings of the two
-papers.
+Start with `run.train`. `config` holds `TrainConfig` and the learning-rate schedule, `initialisation` the scales, biases
+and decoder norms at the start, `trainer` the step and the optimiser, `checkpoints` the state on disk, `evaluation`
+explained variance and cross-entropy, `recipes` the settings of the two papers.
 """
 
 import lazy_loader

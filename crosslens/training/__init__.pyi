@@ -1,7 +1,7 @@
 from . import recipes as recipes
+from .config import TrainConfig as TrainConfig
 from .evaluation import evaluate as evaluate
 from .evaluation import reconstruction_table as reconstruction_table
 from .initialisation import initialise as initialise
 from .run import train as train
 from .trainer import CrosscoderTrainer as CrosscoderTrainer
-from .trainer import TrainConfig as TrainConfig

@@ -1,15 +1,14 @@
-"""How well a crosscoder describes held-out activations, and what the models lose when they are spliced.
+"""How well a crosscoder reconstructs held-out activations, and what the models lose when it is spliced in.
 
 Per snapshot, over held-out tokens:
-    explained_variance            1 - E|x_hat - x|^2 / E|x - mean x|^2
-    explained_variance_per_token  E[1 - |x_hat - x|^2 / |x - mean x|^2], the mean of ratios
-    l0                            features that are not zero
-    ce_*, kl                      cross-entropy (nats per token) of the clean model, of the model whose hook point holds
-                                  the reconstruction, and of the one whose hook point holds zeros; KL(clean | spliced)
-    ce_recovered                  1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean); NaN where zeros cost < .1 nat
-
-The first is the measure of Ge et al. (arXiv 2509.17196), the second and ce_recovered are those of Bayazit et al. (arXiv
-2509.05291), all by their code.
+    explained_variance            1 - E|x_hat - x|^2 / E|x - mean x|^2  (Ge et al., arXiv 2509.17196)
+    explained_variance_per_token  E[1 - |x_hat - x|^2 / |x - mean x|^2]  (Bayazit et al., arXiv 2509.05291)
+    l0                            active features per token
+    ce_*, kl                      cross-entropy (nats per token) of the clean model, of the model with the
+                                  reconstruction at the hook point, and of the model with zeros there;
+                                  KL(clean | spliced)
+    ce_recovered                  1 - (ce_spliced - ce_clean) / (ce_zero - ce_clean)  (Bayazit et al.); NaN if zeros
+                                  cost less than .1 nat
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.intervention.splice import spliced_logits
 
-MIN_ZERO_COST = 0.1  # nats; below this, "recovered" divides by noise
+MIN_ZERO_COST = 0.1  # nats; below this, ce_recovered would divide by noise
 
 
 @torch.no_grad()
 def reconstruction_table(crosscoder: Crosscoder, acts: Activations) -> pd.DataFrame:
-    """Explained variance, L0 and dead features on the held-out activations, a row per snapshot."""
+    """Explained variance, L0 and dead features on the held-out activations, one row per snapshot."""
     S, F = crosscoder.n_snapshots, crosscoder.cfg.d_sae
     n = 0
     total = torch.zeros(S, crosscoder.d_model, dtype=torch.float64)
@@ -67,7 +66,7 @@ def reconstruction_table(crosscoder: Crosscoder, acts: Activations) -> pd.DataFr
 
 
 def quick_metrics(crosscoder: Crosscoder, acts: Activations) -> dict[str, float]:
-    """Held-out metrics by W&B name: SAELens's names, with `/<label>` per snapshot."""
+    """Held-out metrics by W&B name: SAELens's names, with `/<label>` for each snapshot."""
     table = reconstruction_table(crosscoder, acts)
     metrics: dict[str, float] = {"metrics/held_out/dead_fraction": float(table["dead_fraction"].iloc[0])}
     for name in ("explained_variance", "l0"):
@@ -78,20 +77,20 @@ def quick_metrics(crosscoder: Crosscoder, acts: Activations) -> dict[str, float]
 
 
 def evaluate(crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192) -> pd.DataFrame:
-    """All held-out metrics, a row per snapshot.
+    """All held-out metrics, one row per snapshot.
 
     Args:
         crosscoder: the crosscoder.
         acts: held-out activations of the snapshots it was trained on.
-        n_tokens: tokens on which the spliced models are run; reconstruction is measured on all held-out tokens.
+        n_tokens: tokens for the spliced models; reconstruction is measured on all held-out tokens.
 
     Returns:
-        A row per snapshot: snapshot, label, step, tokens, explained_variance, explained_variance_per_token, l0
-        (features per token), dead_fraction (share of the features that never fire here), ce_clean, ce_spliced, ce_zero,
+        One row per snapshot: snapshot, label, step, tokens, explained_variance, explained_variance_per_token, l0
+        (features per token), dead_fraction (fraction of features that never fire here), ce_clean, ce_spliced, ce_zero,
         kl (nats per token), ce_recovered.
 
     Raises:
-        UserError: activations that do not fit the crosscoder, or are not finite.
+        UserError: the activations do not fit the crosscoder, or are not finite.
     """
     table = reconstruction_table(crosscoder, acts)
     held_out = acts.held_out_tokens()
@@ -104,7 +103,7 @@ def evaluate(crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192)
 def splice_losses(
     crosscoder: Crosscoder, acts: Activations, tokens: Int[Tensor, "N T"], batch_tokens: int = 4096
 ) -> list[dict[str, float]]:
-    """Cross-entropy and KL of clean, spliced and zeroed models, a dictionary per snapshot."""
+    """Cross-entropy and KL of clean, spliced and zeroed models, one dictionary per snapshot."""
     keep = acts.keep(tokens)
     raw = harvest(acts.snapshots, tokens, acts.hook_name, acts.settings)
     step = max(1, batch_tokens // tokens.shape[1])

@@ -1,12 +1,13 @@
-"""What a crosscoder starts from: one scale per snapshot, biases at the mean, and decoder norms that reconstruct.
+"""Initialise a crosscoder: a scale per snapshot, biases at the mean, and decoder norms that reconstruct.
 
 On the first activations of the data:
 
 1. c_s = sqrt(D) / mean |a_s|, kept in the model as `activation_scale`.
-2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], so that features read, and
-   write, deviations from the mean. Without it every feature shares in the mean, and a reconstruction without features
-   is a vector near zero, where layer normalisation makes a nonsense of it.
-3. `decoder_init_norm=None`: the norm of all decoder rows is chosen by grid search for the least reconstruction error.
+2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], so that features read and write
+   deviations from the mean. Otherwise every feature has to represent part of the mean, and a reconstruction from no
+   features is near zero, where layer normalisation makes a spliced model's output meaningless.
+3. `decoder_init_norm=None`: the norm of all decoder rows with the least reconstruction error, by grid search (Ge et
+   al., arXiv 2509.17196).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.strategy import ONE_PROCESS
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
 
@@ -39,13 +41,13 @@ def initialise(
     Args:
         architecture: with shapes and metadata filled in.
         acts: the data.
-        batch_size: activations that are looked at together.
-        scale_tokens: activations that scales and means are estimated on.
+        batch_size: activations processed at a time.
+        scale_tokens: activations used to estimate scales and means.
         seed: of the weights.
-        parallel: processes that share the crosscoder; together they start from what one would start from.
+        parallel: the processes that train it; together they start from the weights that one process would start from.
 
     Raises:
-        UserError: a snapshot whose activations are all zero, or not finite.
+        UserError: the activations of a snapshot are all zero, or not finite.
     """
     searched = architecture.decoder_init_norm is None
     if searched:
@@ -53,7 +55,8 @@ def initialise(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae_class: Any = TRAINING_ARCHITECTURES[architecture.architecture()][0]
-        sae: CrosscoderTrainingSAE = sae_class(architecture, parallel=parallel)
+        strategy = ONE_PROCESS if parallel.alone else parallel
+        sae: CrosscoderTrainingSAE = sae_class(architecture, strategy=strategy)
     norms, means, batch = first_moments(acts, batch_size, scale_tokens)
     for label, norm in zip(acts.snapshots.labels, norms.tolist(), strict=True):
         if not (math.isfinite(norm) and norm > 0):
@@ -67,7 +70,7 @@ def initialise(
         if architecture.bias_init == "mean":
             sae.b_dec.copy_((means * scale[:, None]).flatten())
         if searched:
-            search_decoder_norm(sae, batch.to(sae.device))
+            search_decoder_norm(sae, batch.to(sae.device), parallel)
         else:
             centre(sae)
     return sae
@@ -95,11 +98,15 @@ def centre(sae: CrosscoderTrainingSAE) -> None:
 
 
 @torch.no_grad()
-def search_decoder_norm(sae: CrosscoderTrainingSAE, batch: Float[Tensor, "B S D"]) -> float:
+def search_decoder_norm(sae: CrosscoderTrainingSAE, batch: Float[Tensor, "B S D"], parallel: Parallel = ALONE) -> float:
     """Scale all decoder rows, and the encoder with them, to the norm that reconstructs a batch best.
 
-    A coarse grid from .1 to 5, then a fine one around its best, as the released code of Ge et al. does.
-    The rows must have norm 1 when this is called.
+    A coarse grid from .1 to 5, then a fine one around its best, as in the released code of Ge et al.
+
+    Args:
+        sae: with decoder rows of norm 1.
+        batch: raw activations.
+        parallel: the processes that hold the features of `sae`.
     """
     directions = sae.W_dec.clone()
 
@@ -107,9 +114,9 @@ def search_decoder_norm(sae: CrosscoderTrainingSAE, batch: Float[Tensor, "B S D"
         sae.W_dec.copy_(directions * norm)
         sae.W_enc.copy_(sae.W_dec.T)
         centre(sae)
-        flat = sae.process_sae_in(batch[sae.parallel.tokens(len(batch))])
-        # summed over all, so that all have the same bits and choose the same
-        return float(sae.parallel.sum_(sae.reconstruction_loss(sae.rebuilt(flat), flat)))
+        flat = sae.process_sae_in(batch[parallel.tokens(len(batch))])
+        # summed over all processes, so that all choose the same norm
+        return float(parallel.sum_(sae.reconstruction_loss(sae.training_reconstruction(flat), flat)))
 
     best = min((0.1 * i for i in range(1, 51)), key=error)
     best = min((max(0.01, best - 0.1 + 0.01 * i) for i in range(21)), key=error)

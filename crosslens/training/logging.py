@@ -1,6 +1,6 @@
-"""Runs on Weights & Biases: one per run directory, begun by training, continued by whatever is added later.
+"""Weights & Biases runs: one per run directory, started by training and continued by later commands.
 
-Without a connection, or without a key, a run is recorded on this disk: no training is lost for its log.
+Without a connection or an API key, a run is logged offline; training never stops because of logging.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def wandb_run(
     config: dict[str, Any] | None = None,
     disabled: bool = False,
 ) -> Generator[Any]:
-    """A W&B run, finished at the end: that of the run directory, continued, or a new one.
+    """A W&B run, finished at the end: the one recorded in the run directory, else a new one.
 
-    WANDB_MODE=offline, WANDB_INIT_TIMEOUT and W&B's other variables hold.
+    WANDB_MODE=offline, WANDB_INIT_TIMEOUT and the other environment variables of W&B apply.
 
     Args:
-        project: on W&B.
-        run: the directory that records which W&B run is its own, and holds what W&B writes.
+        project: W&B project.
+        run: directory that records the id of its W&B run, and holds W&B's files.
         name: of a new run.
         config: recorded with the run.
-        disabled: take part, and log nothing.
+        disabled: log nothing.
     """
     import wandb
 
@@ -51,16 +51,17 @@ def wandb_run(
     }
     patience = float(os.environ.get("WANDB_INIT_TIMEOUT", 60))
     limits: dict[str, Any] = {"init_timeout": patience}
-    if hasattr(wandb.Settings(), "finish_timeout"):  # younger than the oldest release that is allowed
+    if hasattr(wandb.Settings(), "finish_timeout"):  # not in the oldest supported release
         limits["finish_timeout"] = 5 * patience
     try:
         started = wandb.init(**options, settings=wandb.Settings(**limits))
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         warnings.warn(
-            f"W&B cannot be reached ({reason}); this run is logged offline: `wandb sync` sends it later", stacklevel=3
+            f"W&B cannot be reached ({reason}); this run is logged offline, upload it with `wandb sync`",
+            stacklevel=3,
         )
-        wandb.teardown()  # what has failed still holds the id
+        wandb.teardown()  # the failed run still holds the id
         started = wandb.init(**options, mode="offline")
     try:
         if run is not None:

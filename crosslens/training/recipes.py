@@ -1,4 +1,4 @@
-"""The two papers' training settings: a recipe is (architecture config, TrainConfig)."""
+"""The training settings of the two papers: a recipe is (architecture config, TrainConfig)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
-from crosslens.training.trainer import TrainConfig
+from crosslens.training.config import TrainConfig
 
 
 def evolution_of_concepts(
@@ -16,12 +16,12 @@ def evolution_of_concepts(
 
     Args:
         d_sae: number of features.
-        training_tokens: activations to train on; the warmups are shares of the steps they make.
+        training_tokens: activations to train on; they determine the number of warmup steps.
         batch_size: activations per step.
         training: other fields of `TrainConfig`, such as `run_dir`.
 
     Raises:
-        UserError: a number out of range, or fewer activations than one batch.
+        UserError: a number is out of range, or there are fewer activations than one batch.
     """
     steps = training_tokens // batch_size
     architecture = JumpReLUCrosscoderTrainingConfig(d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero")
@@ -44,12 +44,12 @@ def crosscoding_through_time(
 
     Args:
         d_sae: number of features.
-        training_tokens: activations to train on; the warmup is a share of the steps they make.
+        training_tokens: activations to train on; they determine the number of warmup steps.
         batch_size: activations per step.
         training: other fields of `TrainConfig`, such as `run_dir`.
 
     Raises:
-        UserError: a number out of range, or fewer activations than one batch.
+        UserError: a number is out of range, or there are fewer activations than one batch.
     """
     steps = training_tokens // batch_size
     architecture = StandardCrosscoderTrainingConfig(

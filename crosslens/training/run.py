@@ -1,8 +1,9 @@
-"""Training: SAELens's trainer with per-snapshot scales, parameter groups, a stop at a non-finite loss, and resume.
+"""`train`: from activations to a crosscoder, with a run directory that a killed run resumes from.
 
-`train(acts, architecture, config)` fills the architecture's shapes and metadata in from the data, estimates one
-activation scale per snapshot on the first tokens (c_s = sqrt(D) / mean |a_s|), trains, and returns the inference
-crosscoder. With a `run_dir` it writes checkpoints, resumes from the last whole one, and saves the result there.
+1. Fill in the architecture's shapes and metadata from the data, and claim the run directory.
+2. Initialise the crosscoder (`crosslens.training.initialisation`); resume from the last complete checkpoint, if any.
+3. Train (`crosslens.training.trainer`), write checkpoints, and save the inference crosscoder.
+4. Evaluate it on held-out activations (`crosslens.training.evaluation`).
 """
 
 from __future__ import annotations
@@ -28,43 +29,41 @@ from sae_lens import SAE
 
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import peak_memory
-from crosslens.crosscoders import (
-    Crosscoder,
-    CrosscoderTrainingConfig,
-    CrosscoderTrainingSAE,
-    load,
-)
+from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
+from crosslens.devices import find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
-from crosslens.training.assembly import save_whole
+from crosslens.training.checkpoints import discard, save_whole
+from crosslens.training.config import TrainConfig
 from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import initialise
 from crosslens.training.logging import wandb_run
-from crosslens.training.trainer import CrosscoderTrainer, StoppedError, TrainConfig, discard
+from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 
 def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
     """Train a crosscoder on the activations of all snapshots.
 
     Args:
-        acts: where the activations come from, live or cached.
+        acts: live or cached activations.
         architecture: one of the four training configs; shapes and metadata are filled in from `acts`.
         config: how to train.
 
     Returns:
-        The inference crosscoder, in eval mode, without gradients. Of several processes, which torchrun has started, the
-        first returns it, on the CPU; the others return its outline on the meta device, without weights.
+        The inference crosscoder, in eval mode, without gradients. With several processes (torchrun), rank 0 returns it
+        on the CPU; the others return it on the meta device, without weights.
 
     Raises:
-        UserError: shapes that contradict the data, a silent snapshot, a run directory of another run.
+        UserError: shapes that contradict the data, a snapshot whose activations are zero or not finite, or the run
+            directory of another run.
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
     """
     config = config or TrainConfig()
     if n_processes() > 1 and config.run_dir is None:
         raise UserError(
-            f"{n_processes()} processes train one crosscoder, and none of them holds all of it: give a run_dir, a "
-            "folder that all of them see"
+            f"run_dir=None: {n_processes()} processes train one crosscoder and none holds all of it; give a run_dir "
+            "that all of them see"
         )
     parallel, device = join(config.device, config.data_parallel)
     with ExitStack() as logging:
@@ -73,8 +72,8 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
             crosscoder = trained
         elif parallel.alone:
             crosscoder = load(trained.crosscoder, device=device)
-        else:  # all of it may fit into no GPU, and not as often as there are processes into a machine
-            crosscoder = load(trained.crosscoder, device="cpu") if parallel.rank == 0 else _outline(trained)
+        else:  # the whole crosscoder may not fit on a GPU, nor into memory once per process
+            crosscoder = load(trained.crosscoder, device="cpu") if parallel.rank == 0 else _without_weights(trained)
         if config.evaluate and parallel.rank == 0:
             _evaluate(crosscoder, acts, config)
     return crosscoder
@@ -87,11 +86,11 @@ def _fit(
     parallel: Parallel,
     logging: ExitStack,
 ) -> Crosscoder | RunDir:
-    """Train, and save where there is a run directory: that, or the crosscoder."""
+    """Train; return the run directory that the crosscoder was saved in, or without one the crosscoder."""
     check_split(n_processes(), config.data_parallel, architecture.d_sae, config.batch_size)
     finished = False
-    with parallel.first() as mine:
-        if mine:
+    with parallel.first() as first:
+        if first:
             architecture, run = claim(acts, architecture, config)
             if run is not None and not config.resume:
                 for checkpoint in run.checkpoints.glob("*"):
@@ -99,7 +98,7 @@ def _fit(
             finished = run is not None and config.resume and (run.crosscoder / "cfg.json").is_file()
         else:
             architecture, run = _claimed(acts, architecture, config)
-    if run is not None and parallel.count(int(finished)):  # rank 0 has seen it: on a network others may not yet
+    if run is not None and parallel.count(int(finished)):  # rank 0 decides; on a network others may not see it yet
         return run
     began = time.perf_counter()
     sae = initialise(
@@ -111,19 +110,19 @@ def _fit(
         parallel=parallel,
     )
     total = config.training_tokens or acts.n_tokens
-    evaluator = partial(_evaluator, acts) if parallel.alone else None  # several hold no whole crosscoder yet
-    trainer = CrosscoderTrainer(config, sae, iter(()), total, evaluator=evaluator, run=run)
+    evaluator = partial(_evaluator, acts) if parallel.alone else None  # no process holds the whole crosscoder yet
+    trainer = CrosscoderTrainer(config, sae, iter(()), total, evaluator=evaluator, run=run, parallel=parallel)
     if run is not None and config.resume:
         trainer.resume()
     trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
-    trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, logging)
+    trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
-    # nothing is harvested ahead while the result is evaluated
+    # closing ends the prefetching before the evaluation
     with closing(trainer.data_provider), _checkpoint_at_sigterm(trainer):
         trainer.fit()
         trainer.check_finite()
         if run is not None and trainer.n_training_samples > resumed:
-            trainer.save_checkpoint("final")  # to write the result takes time, and may fail
+            trainer.save_checkpoint("final")  # writing the result takes time, and may fail
     rate = (trainer.n_training_samples - resumed) / (time.perf_counter() - started)
     if run is None:
         return sae.to_inference()
@@ -131,10 +130,10 @@ def _fit(
     if parallel.alone:
         sae.to_inference().save(partial_path)
     else:
-        save_whole(sae, partial_path)
-    with parallel.first() as mine:
-        if mine:
-            shutil.rmtree(run.crosscoder, ignore_errors=True)  # of a run that was trained anew with resume=False
+        save_whole(sae, partial_path, parallel)
+    with parallel.first() as first:
+        if first:
+            shutil.rmtree(run.crosscoder, ignore_errors=True)  # of an earlier run, with resume=False
             os.replace(partial_path, run.crosscoder)
             (run.path / "evaluation.parquet").unlink(missing_ok=True)
             shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -147,7 +146,7 @@ def _fit(
 
 @contextmanager
 def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, None]:
-    """On SIGTERM, which batch schedulers send before they kill, write a checkpoint and exit with status 0."""
+    """On SIGTERM, which batch schedulers send before SIGKILL, write a checkpoint and exit with status 0."""
     if trainer.run is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -155,11 +154,11 @@ def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, 
     try:
         yield
     except StoppedError:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # impatient schedulers repeat it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers may repeat it
         saved = "there is nothing to save yet"
         if trainer.n_training_samples:
             trainer.save_checkpoint("stopped")
-            saved = f"a checkpoint is in {trainer.run.checkpoints}; the same call goes on from there"
+            saved = f"a checkpoint is in {trainer.run.checkpoints}; run the same call to continue"
         if trainer.parallel.rank == 0:
             done = f"{trainer.n_training_samples:,} activations"
             print(f"stopped by SIGTERM after {done}: {saved}", file=sys.stderr)  # noqa: T201
@@ -173,10 +172,10 @@ def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, 
 def claim(
     acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
-    """Make `config.run_dir` the directory of this training, if there is to be one; `train` begins with it.
+    """Complete the architecture and make `config.run_dir`, if given, the directory of this training.
 
     Returns:
-        The completed architecture, and the run directory.
+        The completed architecture, and the run directory or None.
 
     Raises:
         UserError: shapes that contradict the data, or the run directory of another run.
@@ -193,36 +192,43 @@ def claim(
 def _claimed(
     acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
-    """What `claim` returns, when it has been called, perhaps by another process."""
+    """The result of `claim`, without claiming: for processes other than the one that claimed."""
     acts.check_batch(config.batch_size)
     run = None if config.run_dir is None else RunDir(config.run_dir)
     return complete(architecture, acts, config.device), run
 
 
 def complete(
-    architecture: CrosscoderTrainingConfig, acts: Activations, device: str = "cpu"
+    architecture: CrosscoderTrainingConfig, acts: Activations, device: str | None = None
 ) -> CrosscoderTrainingConfig:
-    """The architecture with d_in, n_snapshots, device and metadata filled in from the data.
+    """The architecture with d_in, n_snapshots and metadata filled in from the data.
+
+    Args:
+        architecture: one of the four training configs.
+        acts: the data.
+        device: of the crosscoder; None: CUDA if available.
 
     Raises:
-        UserError: shapes that were given by hand and contradict the data.
+        UserError: given shapes contradict the data.
     """
     S, D = acts.n_snapshots, acts.d_model
     if architecture.d_in not in (0, S * D) or (architecture.d_in and architecture.n_snapshots != S):
         raise UserError(
             f"d_in={architecture.d_in} with n_snapshots={architecture.n_snapshots} does not fit the data: "
-            f"{S} snapshots of d_model {D} make d_in={S * D}; leave both out and they are filled in"
+            f"{S} snapshots of d_model {D} have d_in={S * D}; leave both out and they are filled in"
         )
     metadata = copy.deepcopy(architecture.metadata)
     for key, value in acts.metadata().items():
         metadata[key] = value
-    return dataclasses.replace(architecture, d_in=S * D, n_snapshots=S, device=device, metadata=metadata)
+    return dataclasses.replace(
+        architecture, d_in=S * D, n_snapshots=S, device=device or find_device(), metadata=metadata
+    )
 
 
 def training_identity(
     acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, total: int
 ) -> dict[str, Any]:
-    """What makes two training runs the same run; a run directory holds one."""
+    """Everything that must be equal for two trainings to share a run directory."""
     details = {key: value for key, value in architecture.to_dict().items() if key not in ("metadata", "device")}
     kept = (
         *("batch_size", "lr", "lr_warm_up", "lr_decay", "lr_end_factor", "adam_beta1", "adam_beta2", "max_grad_norm"),
@@ -238,11 +244,11 @@ def training_identity(
     }
 
 
-def _outline(run: RunDir) -> Crosscoder:
-    """The crosscoder of a run without its weights."""
-    outline = SAE.from_dict({**json.loads((run.crosscoder / "cfg.json").read_text()), "device": "meta"})
-    assert isinstance(outline, Crosscoder)
-    return outline.eval()
+def _without_weights(run: RunDir) -> Crosscoder:
+    """The crosscoder of a run on the meta device."""
+    empty = SAE.from_dict({**json.loads((run.crosscoder / "cfg.json").read_text()), "device": "meta"})
+    assert isinstance(empty, Crosscoder)
+    return empty.eval()
 
 
 def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[str, Any]:
@@ -250,7 +256,7 @@ def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[s
 
 
 def _evaluate(crosscoder: Crosscoder, acts: Activations, config: TrainConfig) -> None:
-    """Evaluate a crosscoder where the result is kept, unless that has been done."""
+    """Evaluate a crosscoder if the result goes to a run directory or W&B, unless it is there already."""
     run = None if config.run_dir is None else RunDir(config.run_dir)
     table = None if run is None else run.table("evaluation")
     if table is None and (run is not None or config.wandb_project):
@@ -260,8 +266,10 @@ def _evaluate(crosscoder: Crosscoder, acts: Activations, config: TrainConfig) ->
     _log_final(config, table)
 
 
-def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None, logging: ExitStack) -> bool:
-    """Start the W&B run, which ends with `logging`, or continue that of a run directory; whether to log at all."""
+def _start_wandb(
+    config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | None, parallel: Parallel, logging: ExitStack
+) -> bool:
+    """Start the W&B run, or continue that of a run directory, until `logging` closes; return whether to log."""
     if config.wandb_project is None:
         return False
     recorded = {**dataclasses.asdict(config), "run_dir": None, "crosscoder": sae.cfg.to_dict()}
@@ -271,7 +279,7 @@ def _start_wandb(config: TrainConfig, sae: CrosscoderTrainingSAE, run: RunDir | 
             run=run,
             name=config.wandb_run_name,
             config=recorded,
-            disabled=sae.parallel.rank > 0,  # all take part in what is logged, one logs it
+            disabled=parallel.rank > 0,  # all processes compute metrics, rank 0 logs them
         )
     )
     return True

@@ -12,11 +12,11 @@ Gradients, with p_bis = d phi-penalty / d f_bis:
     dt_i       = -t_i / w * sum_{b,s: |h n - t| < w/2, h n > 0} (G_bis + p_bis) / n_is
 
 The last sum runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
-of the encoder's. It is made once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over
-all b with h_bi > 0 is <M_is, W_dec[i, s]>; the open pairs are known one by one, and those above the window are taken
-off. Features with pairs below the window (t_i >= w/2), and those that are open nearly always, where the difference of
-two large sums would be rounding, are summed over their closed pairs densely.
-Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, some features at a time.
+of the encoder's, computed once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over all
+b with h_bi > 0 is <M_is, W_dec[i, s]>. The open pairs are known one by one, and those above the window are subtracted.
+Two kinds of features are summed densely over their closed pairs instead: those with pairs below the window
+(t_i >= w/2), and those that are nearly always open, where the difference of two large sums would be mostly rounding.
+Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, `COLUMNS` features at a time.
 """
 
 from __future__ import annotations
@@ -30,30 +30,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from crosslens.crosscoders.kernels.sparse import (
-    Pairs,
-    add_norm_gradient,
-    dense_is_faster,
-    density,
-    pairs_above,
-    row_pointers,
-    sampled_product,
-)
-from crosslens.distributed.parallel import ALONE, Parallel
+from crosslens.crosscoders.kernels.selection import Pairs, density, pairs_above, row_pointers
+from crosslens.crosscoders.kernels.sparse import Weights, add_norm_gradient, dense_is_faster, sampled_product
+from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 
-COLUMNS = 1024  # features whose dense sums are made at a time
+COLUMNS = 1024  # features per block of the dense sums
 
 
 @dataclass(frozen=True)
 class Gates:
-    """What decides which gates are open.
+    """Everything that decides which gates are open.
 
     Attributes:
         hidden_pre: h (B, F).
         norms: n_is (F, S), detached.
-        threshold: t_i (F,).
+        threshold: t_i (F,), detached.
         window: w.
-        stretch: of the tanh.
+        stretch: stretch of the tanh.
     """
 
     hidden_pre: Float[Tensor, "B F"]
@@ -62,15 +55,15 @@ class Gates:
     window: float
     stretch: float
 
-    def of(self, columns: slice) -> Gates:
-        """Those of some features."""
-        parts = self.hidden_pre[:, columns].contiguous(), self.norms[columns], self.threshold[columns]
-        return Gates(*parts, self.window, self.stretch)
+    def block(self, columns: slice) -> Gates:
+        """The gates of the features `columns`."""
+        hidden_pre = self.hidden_pre[:, columns].contiguous()
+        return Gates(hidden_pre, self.norms[columns], self.threshold[columns], self.window, self.stretch)
 
     def open_pairs(self) -> Pairs | None:
-        """The pairs with any gate open, or None where dense sums are faster."""
+        """The pairs with any gate open, or None if dense sums are faster."""
         largest = self.norms.amax(-1)
-        # a little lower, for the rounding of the division; the gates themselves decide
+        # slightly lower, because the division rounds; the gates themselves decide
         bounds = 0.999 * self.threshold / largest
         if dense_is_faster(density(self.hidden_pre, bounds)):
             return None
@@ -83,27 +76,21 @@ def reconstruct_gated(
     x: Float[Tensor, "B N"],
     gates: Gates,
     pairs: Pairs | None,
-    W_enc: Float[Tensor, "N F"],
-    b_enc: Float[Tensor, " F"],
-    W_dec: Float[Tensor, "F N"],
-    b_dec: Float[Tensor, " N"],
+    weights: Weights,
     threshold: Float[Tensor, " F"],
-    parallel: Parallel = ALONE,
+    strategy: Strategy = ONE_PROCESS,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"]]:
     """Reconstruction and phi, with the gradients of the module's docstring for all parameters.
 
     Args:
-        x: what the encoder read.
-        gates: with `hidden_pre`, norms and thresholds detached.
+        x: encoder input.
+        gates: pre-activations, norms and thresholds, all detached.
         pairs: `gates.open_pairs()`.
-        W_enc: encoder; its gradient comes in the memory layout of a (F, N) matrix.
-        b_enc: encoder bias.
-        W_dec: decoder.
-        b_dec: decoder bias.
-        threshold: t_i, for its gradient.
-        parallel: processes that share the features; the reconstruction is of all.
+        weights: the parameters.
+        threshold: t_i, which receives the straight-through gradient.
+        strategy: sums the reconstruction over the features of all processes.
     """
-    return _ReconstructGated.apply(x, gates, pairs, W_enc, b_enc, W_dec, b_dec, threshold, parallel)  # type: ignore[return-value]
+    return _ReconstructGated.apply(x, gates, pairs, *weights, threshold, strategy)  # type: ignore[return-value]
 
 
 class _ReconstructGated(torch.autograd.Function):
@@ -118,7 +105,7 @@ class _ReconstructGated(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         threshold: Tensor,
-        parallel: Parallel,
+        strategy: Strategy,
     ) -> tuple[Tensor, Tensor]:
         del W_enc, b_enc, threshold
         ctx.set_materialize_grads(False)
@@ -129,18 +116,18 @@ class _ReconstructGated(torch.autograd.Function):
         x_hat = torch.zeros_like(x)
         phi = x.new_zeros(F)
         for columns in _columns(F) if pairs is None else ():
-            part = gates.of(columns)
+            block = gates.block(columns)
             for s in range(S):
-                acts = _dense_acts(part, s)
+                acts = _dense_acts(block, s)
                 x_hat.view(len(x), S, -1)[:, s] += acts @ decoder[columns, s]
-                phi[columns] += acts.mul_(part.norms[:, s] * gates.stretch).tanh_().sum(0)
+                phi[columns] += acts.mul_(block.norms[:, s] * gates.stretch).tanh_().sum(0)
         if pairs is not None:
             for s in range(S):
                 into = x_hat.view(len(x), S, -1)[:, s]
                 opened = _open(gates, pairs, s)
                 into.copy_(_bag(opened.features * S + s, W_dec.view(F * S, -1), opened.rows, opened.values))
                 phi.index_add_(0, opened.features, (gates.stretch * opened.scores).tanh())
-        return parallel.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S)
+        return strategy.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -177,16 +164,16 @@ def _dense_sums(
     dW_dec, dnorms, in_window = torch.empty_like(W_dec), torch.empty_like(gates.norms), torch.empty_like(gates.norms)
     dW_enc, db_enc = torch.empty_like(W_dec), torch.empty_like(slope)
     for columns in _columns(F):
-        part = gates.of(columns)
-        dh = torch.zeros_like(part.hidden_pre)
+        block = gates.block(columns)
+        dh = torch.zeros_like(block.hidden_pre)
         for s in range(S):
-            norm, acts = part.norms[:, s], _dense_acts(part, s)
+            norm, acts = block.norms[:, s], _dense_acts(block, s)
             dW_dec.view(F, S, -1)[columns, s] = acts.T @ by_snapshot[:, s]
             sech2 = 1 - (gates.stretch * acts * norm).tanh_().square_()
             dnorms[columns, s] = slope[columns] * (sech2 * acts).sum(0)
             df = torch.addcmul(by_snapshot[:, s] @ decoder[columns, s].T, sech2, slope[columns] * norm)
             dh.addcmul_(df, acts != 0)
-            in_window[columns, s] = df.mul_(_in_window(part.hidden_pre * norm, part)).sum(0)
+            in_window[columns, s] = df.mul_(_in_window(block.hidden_pre * norm, block)).sum(0)
         dW_enc[columns], db_enc[columns] = dh.T @ x, dh.sum(0)
     return dW_dec, dnorms, dW_enc, db_enc, in_window
 
@@ -197,7 +184,7 @@ def _in_window(scores: Float[Tensor, "B F"], gates: Gates) -> Bool[Tensor, "B F"
 
 @dataclass(frozen=True)
 class _Open:
-    """The open gates of one snapshot: which of the pairs (in their own order, and by feature), and the pairs."""
+    """The pairs whose gate is open at one snapshot: their positions in order and by feature, and what they hold."""
 
     which: Int[Tensor, " m"]
     by_feature: Int[Tensor, " m"]
@@ -222,7 +209,7 @@ def _bag(ids: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 def _pair_sums(
     gates: Gates, pairs: Pairs, e: Tensor, x: Tensor, W_dec: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_dense_sums`, on the open pairs, and one dense product for the window."""
+    """The same as `_dense_sums`, from the open pairs and one dense product for the window."""
     F, S = gates.norms.shape
     by_snapshot, decoder = e.view(len(e), S, -1), W_dec.view(F, S, -1)
     dW_dec, dnorms = torch.empty_like(W_dec), torch.zeros_like(gates.norms)
@@ -237,7 +224,7 @@ def _pair_sums(
         df[opened.which] += df_open
         dnorms[:, s].index_add_(0, opened.features, slope[opened.features] * sech2 * opened.values)
         near = (opened.scores - gates.threshold[opened.features]).abs() < gates.window / 2
-        # a sum over h > 0 holds every open pair with the slope of a closed one
+        # the sum over h > 0 counts every open pair with the slope of a closed one
         held = torch.where(apart[opened.features], 0.0, at_open + at_zero)
         in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - held)
         rows = row_pointers(pairs.features[opened.by_feature], F)
@@ -251,9 +238,9 @@ def _pair_sums(
 def _closed_sums(
     gates: Gates, pairs: Pairs, e: Tensor, W_dec: Tensor, slope: Tensor
 ) -> tuple[Float[Tensor, "F S"], Bool[Tensor, " F"]]:
-    """`sum_b (G + p0)` over the closed pairs of the window (p0: slope of the penalty at f = 0), and of which features.
+    """`sum_b (G + p0)` over the window, and which features it covers only the closed pairs of.
 
-    Of all others the sum is over `h n > 0`, the open pairs included.
+    p0 is the slope of the penalty at f = 0. For all other features the sum is over `h n > 0`, open pairs included.
     """
     F, S = gates.norms.shape
     sums, positives = torch.empty_like(gates.norms), torch.empty_like(gates.threshold)
@@ -263,7 +250,7 @@ def _closed_sums(
         products = (positive.T @ e).mul_(W_dec[columns])
         sums[columns] = products.view(-1, S, e.shape[1] // S).sum(-1)
         sums[columns] += positives[columns, None] * slope[columns, None] * gates.norms[columns]
-    # a pair below the window needs a threshold of w/2; where next to all are open, rounding would be all that is left
+    # pairs below the window exist only if t >= w/2; where nearly all are open, the difference would be mostly rounding
     apart = (gates.threshold >= gates.window / 2) | (torch.bincount(pairs.features, minlength=F) > 0.9 * positives)
     ids = apart.nonzero().flatten()
     if len(ids):

@@ -1,0 +1,200 @@
+"""Which (token, feature) pairs a gate keeps, found without sorting or copying the B * F pre-activations.
+
+- TopK (`token_top_pairs`): the k largest scores of each token.
+- BatchTopK (`batch_top_pairs`): the largest scores of a whole batch.
+- ReLU and JumpReLU (`pairs_above`): every pre-activation above the bound of its feature.
+
+The first two start from a lower bound on the threshold, list the pairs above it, and take the exact k-th value among
+those. Equal scores are kept in order of position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+
+SAMPLE = 1 << 16  # entries sampled for the first bound on a batch's threshold
+BLOCK = 1 << 18  # entries of a (tokens, F) block on a CPU: it stays in the cache
+GPU_BLOCK = 1 << 27
+# with few threads, numpy compares and lists positions three times as fast as torch
+NUMPY_THREADS, NUMPY_DTYPES = 2, (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Active (token, feature) pairs, sorted by token.
+
+    Attributes:
+        tokens: token b of each pair.
+        features: feature i of each pair.
+        values: f = h of each pair, positive.
+        shape: (B, F).
+    """
+
+    tokens: Int[Tensor, " n"]
+    features: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    shape: tuple[int, int]
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " m"]:
+        """CSR row pointers, (B + 1,)."""
+        return row_pointers(self.tokens, self.shape[0])
+
+    @cached_property
+    def by_feature(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+        """The order that sorts the pairs by feature, then token, and its row pointers (F + 1,)."""
+        ordered, order = self.features.sort(stable=True)
+        return order, row_pointers(ordered, self.shape[1])
+
+    def select(self, which: Int[Tensor, " m"]) -> Pairs:
+        """The pairs at the positions `which`, which are in order."""
+        return Pairs(
+            self.tokens.index_select(0, which),
+            self.features.index_select(0, which),
+            self.values.index_select(0, which),
+            self.shape,
+        )
+
+    def to_sparse(self) -> Tensor:
+        """Feature activations (B, F) as a coalesced COO tensor."""
+        indices = torch.stack([self.tokens, self.features])
+        return torch.sparse_coo_tensor(indices, self.values, self.shape, is_coalesced=True, check_invariants=False)
+
+    def to_dense(self) -> Float[Tensor, "B F"]:
+        """Feature activations as a dense tensor."""
+        dense = self.values.new_zeros(self.shape)
+        dense[self.tokens, self.features] = self.values
+        return dense
+
+
+def row_pointers(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " m"]:
+    """CSR row pointers (n + 1) of ids in ascending order."""
+    counts = torch.bincount(sorted_ids, minlength=n)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+@torch.no_grad()
+def batch_top_pairs(
+    hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], count: int, strategy: Strategy = ONE_PROCESS
+) -> tuple[Pairs, Float[Tensor, " n"]]:
+    """The `count` largest positive scores `relu(h) n` of a batch, and those scores; of equal ones the earlier.
+
+    The lower bound comes from a sample of the entries. With several processes, each returns its own pairs among the
+    `count` largest of all.
+    """
+    # slightly lower, because the division rounds
+    bound = 0.999 * _sampled_bound(hidden_pre, norms, count, strategy)
+    pairs = pairs_above(hidden_pre, bound / norms)
+    if strategy.count(len(pairs.values)) < count:
+        pairs = pairs_above(hidden_pre, torch.zeros_like(norms))
+    scores = pairs.values * norms.index_select(0, pairs.features)
+    pairs, scores = _keep(pairs, scores, scores > 0)
+    if strategy.count(len(scores)) <= count:
+        return pairs, scores
+    kth, n_tied = strategy.kth_largest(scores, count)
+    kept = scores > kth
+    tied = (scores == kth).nonzero().flatten()
+    shape = hidden_pre.shape[0], hidden_pre.shape[1]
+    kept[tied] = strategy.earliest(pairs.tokens[tied], pairs.features[tied], shape, n_tied)
+    return _keep(pairs, scores, kept)
+
+
+@torch.no_grad()
+def token_top_pairs(
+    hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], k: int, strategy: Strategy = ONE_PROCESS
+) -> Pairs:
+    """The k largest positive scores `relu(h) n` of every token; of equal ones the earlier.
+
+    The lower bound of a token is the k-th largest of the maxima of groups of features. With several processes, each
+    returns its own pairs among the k largest of all.
+    """
+    here = min(k, hidden_pre.shape[1])
+    found = [torch.empty(0, dtype=torch.long, device=hidden_pre.device)]
+    for start, block in _blocks(hidden_pre) if here else ():
+        scores = block * norms
+        bound = _grouped(scores, here).topk(here, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        found.append(_where_above(scores, _below(bound)).add_(start * hidden_pre.shape[1]))
+    pairs = _pairs_at(hidden_pre, torch.cat(found))
+    scores = pairs.values * norms.index_select(0, pairs.features)
+    rank = torch.arange(len(scores), device=scores.device) - pairs.rows[pairs.tokens]
+    widest = max(k, int((pairs.rows[1:] - pairs.rows[:-1]).max()))
+    padded = scores.new_full((len(hidden_pre), widest), -torch.inf)
+    padded[pairs.tokens, rank] = scores
+    kth, allowed = strategy.kth_per_token(padded.topk(k, dim=-1, sorted=False).values)
+    return _keep(pairs, scores, first_largest(padded, kth, allowed)[pairs.tokens, rank])[0]
+
+
+@torch.no_grad()
+def pairs_above(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -> Pairs:
+    """The pairs with `h > bound` of their feature. NaN is kept, so that it shows in the loss."""
+    found = [_where_above(block, bounds).add_(start * hidden_pre.shape[1]) for start, block in _blocks(hidden_pre)]
+    return _pairs_at(hidden_pre, torch.cat(found))
+
+
+def first_largest(scores: Float[Tensor, "*B n"], kth: Tensor, k: int | Tensor) -> Bool[Tensor, "*B n"]:
+    """Mask of the k largest entries in the last dimension, given the k-th largest value; of equal ones the earlier."""
+    larger, tied = (scores > kth) | scores.isnan(), scores == kth
+    return larger | (tied & (tied.cumsum(-1) <= k - larger.sum(-1, keepdim=True)))
+
+
+def density(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -> float:
+    """Fraction of pairs with `h > bound`, estimated on every sixteenth token."""
+    sample = hidden_pre[::16]
+    return float((sample > bounds).count_nonzero()) / max(1, sample.numel())
+
+
+def _grouped(scores: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B G"]:
+    """Maxima of at least 2 k equal groups of features; the features themselves if they cannot be grouped."""
+    size = 1
+    while scores.shape[1] % (2 * size) == 0 and scores.shape[1] // (2 * size) >= 2 * k:
+        size *= 2
+    return scores.unflatten(1, (-1, size)).amax(-1)
+
+
+def _sampled_bound(hidden_pre: Tensor, norms: Tensor, count: int, strategy: Strategy) -> Tensor:
+    flat = hidden_pre.flatten()
+    # an odd stride visits all features of a dictionary whose size is a power of two
+    stride = max(1, flat.numel() // SAMPLE) | 1
+    which = torch.arange(0, flat.numel(), stride, device=flat.device)
+    sample = flat.index_select(0, which) * norms.index_select(0, which % len(norms))
+    rank = min(strategy.count(len(sample)), int(1.2 * count / stride) + 64)
+    return strategy.kth_largest(sample.clamp_min(0), rank)[0]
+
+
+def _where_above(block: Float[Tensor, "b F"], bounds: Tensor) -> Int[Tensor, " n"]:
+    """Flat positions of the entries that are not `<= bounds`."""
+    if block.dtype in NUMPY_DTYPES and block.device.type == "cpu" and torch.get_num_threads() <= NUMPY_THREADS:
+        left_out = np.less_equal(block.numpy(), bounds.numpy())
+        return torch.from_numpy(np.flatnonzero(np.logical_not(left_out, out=left_out)))
+    return (block <= bounds).logical_not_().flatten().nonzero().flatten()
+
+
+def _pairs_at(hidden_pre: Tensor, positions: Int[Tensor, " n"]) -> Pairs:
+    B, F = hidden_pre.shape
+    tokens = positions // F
+    return Pairs(tokens, positions - tokens * F, hidden_pre.flatten().index_select(0, positions), (B, F))
+
+
+def _keep(pairs: Pairs, scores: Tensor, mask: Tensor) -> tuple[Pairs, Tensor]:
+    kept = (mask | scores.isnan()).nonzero().flatten()
+    return pairs.select(kept), scores.index_select(0, kept)
+
+
+def _below(bound: Tensor) -> Tensor:
+    """The next smaller number, at least 0: `score > that` keeps positive scores of at least `bound`."""
+    return torch.nextafter(bound, torch.full_like(bound, -torch.inf)).clamp_min(0)
+
+
+def _blocks(hidden_pre: Tensor) -> Iterator[tuple[int, Tensor]]:
+    rows = max(1, (BLOCK if hidden_pre.device.type == "cpu" else GPU_BLOCK) // hidden_pre.shape[1])
+    for start in range(0, len(hidden_pre), rows):
+        yield start, hidden_pre[start : start + rows]

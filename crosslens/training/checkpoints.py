@@ -1,0 +1,237 @@
+"""What a training writes to disk: checkpoints of its state, and the crosscoder at the end.
+
+A checkpoint holds everything that the next step depends on. Any number of processes can load it.
+
+state.json                 activations seen, the learning-rate schedule, Adam's step count
+shard-*.safetensors        the tensors: a file per tensor and per process that holds rows of it, written by
+                           torch.distributed.checkpoint, without pickle
+
+1. Write the checkpoint to `partial-<activations>`, `state.json` last.
+2. Rename it to `tokens-<activations>`.
+3. Only then delete the previous checkpoint.
+
+The crosscoder of several processes becomes the single file that SAELens reads, block by block: rank 0 writes, and the
+other processes send their features a few rows at a time, so no process needs memory for all of it. (The consolidation
+of torch.distributed.checkpoint needs twice a process's weights in memory and the file twice on disk, and it writes
+scalars such as BatchTopK's threshold as 0.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from crosslens.crosscoders import CrosscoderTrainingSAE
+from crosslens.distributed.parallel import Parallel
+
+BLOCK_BYTES = 1 << 28
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+# ---------------------------------------------------------------------- checkpoints
+def save_checkpoint(
+    folder: Path,
+    n_samples: int,
+    rows: dict[str, Tensor],
+    copies: dict[str, Tensor],
+    numbers: dict[str, Any],
+    parallel: Parallel,
+) -> None:
+    """Write a checkpoint, then delete the previous one; all processes call this.
+
+    Args:
+        folder: of the checkpoints of a run, on a file system that all processes see.
+        n_samples: activations seen so far; they name the checkpoint.
+        rows: tensors with a row per feature that this process holds.
+        copies: tensors that all processes hold alike.
+        numbers: everything else, as JSON.
+        parallel: the processes.
+    """
+    partial_path, whole = folder / f"partial-{n_samples}", folder / f"tokens-{n_samples}"
+    with parallel.first() as first:
+        if first:
+            shutil.rmtree(partial_path, ignore_errors=True)
+            partial_path.mkdir(parents=True)
+    write_state(partial_path, rows, copies, numbers, parallel)
+    with parallel.first() as first:
+        if first:
+            discard(whole)
+            os.replace(partial_path, whole)
+            sync_folder(folder)
+            for other in folder.iterdir():
+                if other != whole:
+                    discard(other)
+
+
+def write_state(
+    folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor], numbers: dict[str, Any], parallel: Parallel
+) -> None:
+    """Write the state of a training into a folder; see `save_checkpoint`."""
+    tensors = _sharded(rows, copies, parallel)
+    # one file per tensor, because the writer builds a whole file in memory
+    files = {name: i for i, name in enumerate(sorted(tensors), start=1)}
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    with _without_warning_of_one_process():
+        dcp.save(tensors, storage_writer=writer, no_dist=parallel.alone)
+    if parallel.rank == 0:
+        with (folder / "state.json").open("w") as file:
+            file.write(json.dumps(numbers, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(folder)
+
+
+def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor], parallel: Parallel) -> dict[str, Any]:
+    """Fill `rows` and `copies` in place from a checkpoint, whatever number of processes wrote it; return `numbers`."""
+    with _without_warning_of_one_process():
+        dcp.load(
+            _sharded(rows, copies, parallel),
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            no_dist=parallel.alone,
+        )
+    return json.loads((folder / "state.json").read_text())
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, first the file that makes it complete; ignore files that cannot be deleted."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, where the system supports it."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sharded(rows: dict[str, Tensor], copies: dict[str, Tensor], parallel: Parallel) -> dict[str, Any]:
+    if parallel.mesh is None:
+        return {**rows, **copies}
+    place = [Replicate(), Shard(0)]
+    return {**{name: DTensor.from_local(tensor, parallel.mesh, place) for name, tensor in rows.items()}, **copies}
+
+
+@contextmanager
+def _without_warning_of_one_process() -> Generator[None, None, None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+# ---------------------------------------------------------------------- the crosscoder of several processes
+def save_whole(sae: CrosscoderTrainingSAE, folder: Path, parallel: Parallel) -> None:
+    """Write `cfg.json` and `sae_weights.safetensors` of the inference crosscoder; all processes call this.
+
+    A safetensors file is 8 bytes with the length of a JSON header, the header with the dtype, shape and position of
+    every tensor, and the tensors.
+
+    Args:
+        sae: with the features that this process holds.
+        folder: created if missing; rank 0 writes.
+        parallel: the processes.
+    """
+    sae.cfg.metadata.activation_scale = sae.activation_scale.tolist()
+    if parallel.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cfg.json").write_text(json.dumps(sae.cfg.get_inference_sae_cfg_dict()))
+        file = os.open(folder / "sae_weights.safetensors", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            _write_all(sae, file, parallel.n_feature_ranks)
+            os.fsync(file)
+        finally:
+            os.close(file)
+    elif parallel.data_rank == 0:
+        for name, tensor in _feature_rows(sae).items():
+            for block in _columns(tensor, sae.cfg.d_sae) if name == "W_enc" else _blocks(tensor):
+                dist.send(block.contiguous(), 0)
+    parallel.barrier()
+
+
+def _feature_rows(sae: CrosscoderTrainingSAE) -> dict[str, Tensor]:
+    """The tensors with a row per feature of this process; `W_enc` is transposed."""
+    rows = {name: p.detach() for name, p in sae.named_parameters() if name != "b_dec"}
+    return {**rows, "W_enc": sae.W_enc.detach().T}
+
+
+def _write_all(sae: CrosscoderTrainingSAE, file: int, n_ranks: int) -> None:
+    rows = _feature_rows(sae)
+    tensors = {**sae.state_dict(), **rows}
+    shapes = {name: [sae.cfg.d_sae, *t.shape[1:]] if name in rows else list(t.shape) for name, t in tensors.items()}
+    shapes["W_enc"].reverse()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        size = math.prod(shapes[name]) * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shapes[name], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
+    os.truncate(file, 8 + len(text) + end)
+    for name, tensor in tensors.items():
+        at = 8 + len(text) + header[name]["data_offsets"][0]
+        received = _received_columns if name == "W_enc" else _received_blocks
+        for block in received(tensor, sae.cfg.d_sae, n_ranks) if name in rows else [tensor]:
+            _write(file, block, at)
+            at += block.numel() * block.element_size()
+
+
+def _received_blocks(own: Tensor, d_sae: int, n_ranks: int) -> Iterator[Tensor]:
+    """The rows of all ranks in order, a block at a time."""
+    del d_sae
+    for rank in range(n_ranks):
+        for block in _blocks(own):
+            if rank:
+                block = torch.empty_like(block, memory_format=torch.contiguous_format)
+                dist.recv(block, rank)
+            yield block
+
+
+def _received_columns(own: Tensor, d_sae: int, n_ranks: int) -> Iterator[Tensor]:
+    """Rows of `W_enc` with the features of all ranks, a block at a time."""
+    n = len(own)
+    for mine in _columns(own, d_sae):
+        joined = mine.new_empty(len(mine), d_sae)
+        joined[:, :n] = mine
+        for rank in range(1, n_ranks):
+            theirs = torch.empty_like(mine)
+            dist.recv(theirs, rank)
+            joined[:, rank * n : (rank + 1) * n] = theirs
+        yield joined
+
+
+def _columns(rows: Tensor, d_sae: int) -> Iterator[Tensor]:
+    """Rows of `W_enc` from its transpose (F / n, S D), a block at a time."""
+    for columns in rows.split(max(1, BLOCK_BYTES // (d_sae * rows.element_size())), dim=1):
+        yield columns.T.contiguous()
+
+
+def _blocks(rows: Tensor) -> Iterator[Tensor]:
+    size = max(1, BLOCK_BYTES // max(1, rows[0].numel() * rows.element_size()))
+    yield from rows.split(size)
+
+
+def _write(file: int, tensor: Tensor, at: int) -> None:
+    on_cpu = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    data = on_cpu.view(torch.uint8).numpy().data
+    while len(data):  # the kernel writes at most 2 GiB at once
+        written = os.pwrite(file, data, at)
+        data, at = data[written:], at + written
