@@ -1,10 +1,10 @@
 """What features do for a task, at every snapshot.
 
-In: a crosscoder, its snapshots and a task. Out: indirect effects `(F, S)`, how they are spread over the snapshots
-(RelIE), and exact ablations that check them.
+In: clean runs of a task (`PromptRuns`), or crosscoder, snapshots and task. Out: indirect effects `(F, S)`, their shares
+over the snapshots (RelIE), and exact ablations that check them.
 
 Start with `attribution.attribute`, then `ablation.ablate`; `study.study_task` runs the whole analysis. `relative` has
-RelIE and its classes; `additivity`, `transfer`, `timeline`, `languages` and `circuits` each ask one further question.
+RelIE and its classes; `additivity`, `transfer`, `timeline`, `languages` and `circuits` each answer one more question.
 """
 
 import lazy_loader

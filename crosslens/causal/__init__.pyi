@@ -1,6 +1,7 @@
+from .ablation import Controls as Controls
 from .ablation import ablate as ablate
-from .ablation import change_shares as change_shares
 from .ablation import exact_effects as exact_effects
+from .ablation import faithfulness as faithfulness
 from .ablation import set_metrics as set_metrics
 from .additivity import Additivity as Additivity
 from .additivity import pair_additivity as pair_additivity
@@ -14,7 +15,6 @@ from .circuits import Edges as Edges
 from .circuits import connect_features as connect_features
 from .languages import compare_languages as compare_languages
 from .languages import count_languages as count_languages
-from .languages import list_languages as list_languages
 from .languages import split_languages as split_languages
 from .relative import classify as classify
 from .relative import pairwise_relie as pairwise_relie
@@ -23,6 +23,7 @@ from .relative import relie as relie
 from .relative import relie_interval as relie_interval
 from .relative import sign_changes as sign_changes
 from .study import Study as Study
+from .study import StudySizes as StudySizes
 from .study import study_task as study_task
 from .timeline import find_examples as find_examples
 from .timeline import follow_features as follow_features

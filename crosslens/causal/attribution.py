@@ -1,49 +1,39 @@
-"""How an effect is estimated: the method, the path from the baseline to the clean run, the rule that sums along it.
+"""Attribution: what each feature does for a task, at every snapshot, by integrated gradients or exact ablation.
 
-On the path alpha runs from 0, the baseline, to 1, the clean run. Rules for the mean of a function of alpha:
+For a prompt and snapshot s, with gates frozen from the clean run (see `crosslens.intervention.prompt_runs`):
 
-    gauss_legendre   the nodes of n-point Gauss-Legendre: exact for polynomials of degree 2n - 1
-    midpoint         (i + 1/2) / n
-    left             1, 1 - 1/n, ..., 1/n: counted from the clean run, as Bayazit et al. do (arXiv 2509.05291); it
-                     includes the clean run and leaves out the baseline (elsewhere called a right Riemann sum)
+1. f_s are the clean features, e_s = a_s - decode(f_s) is the error node; f0, e0 are their baselines: zeros, the mean
+   over the prompts, or the values on the paired prompt. `error="frozen"` keeps e0 = e_s.
+2. The decoder is linear, so the path f0 + alpha (f_s - f0), e0 + alpha (e_s - e0) is a straight line of activations
+   x(alpha) at the hook. One backward pass per node alpha gives the gradient of the metric m at x(alpha), and the
+   weights of a quadrature rule average it: g = sum_k w_k dm/dx(alpha_k)   (Sundararajan et al., arXiv 1703.01365; for
+   features Marks et al., arXiv 2403.19647). The rules for the mean of a function of alpha are
 
-The result of an attribution: effects per feature and snapshot, and where in the prompts they arise.
+       gauss_legendre   n-point Gauss-Legendre: exact for polynomials of degree 2n - 1
+       midpoint         (i + 1/2) / n
+       left             1, 1 - 1/n, ..., 1/n, as in Bayazit et al. (arXiv 2509.05291): includes the clean run, leaves
+                        out the baseline (elsewhere called a right Riemann sum)
 
-Completeness, that effects add up to the change of the metric, is an axiom of integrated gradients (Sundararajan et al.,
-arXiv 1703.01365); effects by position are this project's own.
+3. IE_is = sum_t (f_is - f0_is)(t) <W_dec[i, s] / c_s, g(t)>, summed over the spliced positions and averaged over
+   prompts; the error node's effect is sum_t <e_s - e0, g>. Together they must add up to m(clean) - m(baseline):
+   completeness, an axiom of integrated gradients.
 
-Letters: S snapshots, F features, A features that are active on any prompt, O positions counted from the end (0 the
-last), R bootstrap replicates.
-
-What each feature does for a task, at every snapshot: integrated gradients through the splice, or exact ablation.
-
-For a prompt and snapshot s (gates frozen from the clean run, see `changes`):
-
-1. f_s are the clean features, e_s = a_s - decode(f_s) the error node; f0, e0 their baseline: zeros, the mean over the
-   prompts, or the paired prompt's. `error="frozen"` keeps e0 = e_s.
-2. The path f0 + alpha (f_s - f0), e0 + alpha (e_s - e0) is a straight line of activations x(alpha) at the hook, for the
-   decoder is linear. One backward pass per node alpha gives the gradient of the metric m at x(alpha); the weights of
-   the rule average it: g = sum_k w_k dm/dx(alpha_k)   (Sundararajan et al., arXiv 1703.01365; for features Marks et
-   al., arXiv 2403.19647; the rule "left" is that of Bayazit et al., arXiv 2509.05291).
-3. IE_is = sum_t (f_is - f0_is)(t) <W_dec[i, s] / c_s, g(t)>, summed over real positions, averaged over prompts; the
-   error node's effect is sum_t <e_s - e0, g>. Together they must make up m(clean) - m(baseline): completeness.
-
-`method="gradient"` takes g at the clean run alone. `method="exact"` runs the model once for every prompt and feature
-that is active in it: IE_is = m(clean) - m(f_is set to f0_is at all positions, all else clean).
+`method="gradient"` takes g at the clean run alone (attribution patching). `method="exact"` runs the model once per
+prompt and active feature: IE_is = m(clean) - m(f_is set to f0_is at all positions, everything else clean).
 
 m = logit(correct) - logit(wrong) at the last position, so a positive effect supports the correct answer. Nothing below
-the hook is run again, and no feature is dense: effects are products over (token, feature) pairs, added up per prompt.
+the hook is run again, and effects are computed on (token, feature) pairs, never on dense features. Effects by position
+are this project's own.
 
-Letters: N prompts, B of a batch, T positions, S snapshots, D d_model, A features active on any prompt, O positions
-counted from the end, R bootstrap replicates.
+Letters: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, O
+positions counted from the end of the prompt, R bootstrap replicates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -53,39 +43,38 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.causal.relative import reldec, relie, relie_interval
-from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError, did_you_mean
-from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features
-from crosslens.snapshots.collection import Snapshots
+from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.tasks.prompts import logit_difference
-from crosslens.tasks.task import Task
 
 METHODS = ("ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
 BASELINES = ("zero", "mean", "patch")
 ERRORS = ("joint", "frozen")
+BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
+_ESTIMATOR = ("method", "rule", "n_nodes", "baseline", "error", "threshold")  # columns of `snapshot_frame`
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """How effects were, or are to be, estimated.
+    """How to estimate effects.
 
     Attributes:
         method: "ig" integrates the gradient along the path, "gradient" takes it at the clean run alone (attribution
             patching), "exact" sets every active feature to its baseline in turn and runs the model.
-        rule: of the integral, None where the method has none.
-        steps: nodes of the rule, None where the method has none.
-        baseline: what features start from: "zero", "mean" over the prompts, "patch", their values on the paired prompt.
-        error: "joint" lets the error node start from its baseline too, "frozen" keeps it clean.
+        rule: quadrature rule; None for methods other than "ig".
+        n_nodes: nodes of the rule, so many backward passes; None for methods other than "ig".
+        baseline: where features start: "zero", "mean" over the prompts, or "patch", their values on the paired prompt.
+        error: "joint" moves the error node along the path too, "frozen" keeps it clean.
         threshold: effects of a feature at one position of a prompt count as 0 unless they exceed this, in logits.
 
     Raises:
-        UserError: an unknown option, steps below 1, a negative threshold, or one for "exact".
+        UserError: an unknown option, n_nodes below 1, a negative threshold, or one for "exact".
     """
 
     method: str = "ig"
     rule: str | None = "gauss_legendre"
-    steps: int | None = 20
+    n_nodes: int | None = 20
     baseline: str = "zero"
     error: str = "joint"
     threshold: float = 0.0
@@ -101,133 +90,113 @@ class Estimator:
                 raise UserError(f"{name}={value!r} is unknown; use one of {options}{did_you_mean(value, options)}")
         if self.method != "ig":
             object.__setattr__(self, "rule", None)
-            object.__setattr__(self, "steps", None)
-        elif self.steps is None or self.steps < 1:
-            raise UserError(f"steps={self.steps} must be at least 1")
+            object.__setattr__(self, "n_nodes", None)
+        elif self.n_nodes is None or self.n_nodes < 1:
+            raise UserError(f"n_nodes={self.n_nodes} must be at least 1; 20 is usual")
         if not self.threshold >= 0:
             raise UserError(f"threshold={self.threshold} must be at least 0 logits")
         if self.method == "exact" and self.threshold:
             raise UserError(
-                f"threshold={self.threshold} is of effects at one position, and method='exact' ablates a feature at "
-                "all of them: use method='ig', or threshold=0"
+                f"threshold={self.threshold} applies to effects at one position, but method='exact' ablates a feature "
+                "at all positions: use method='ig', or threshold=0"
             )
 
     def nodes(self) -> tuple[list[float], list[float]]:
-        """Nodes in [0, 1] at which the gradient is taken, and their weights."""
-        if self.rule is None or self.steps is None:
+        """Nodes in [0, 1] where the gradient is taken, and their weights."""
+        if self.rule is None or self.n_nodes is None:
             return [1.0], [1.0]
-        return quadrature(self.rule, self.steps)
+        return quadrature(self.rule, self.n_nodes)
 
     def __str__(self) -> str:
-        path = f" ({self.rule}, {self.steps} steps)" if self.rule is not None else ""
+        path = f" ({self.rule}, {self.n_nodes} nodes)" if self.rule is not None else ""
         cut = f", threshold {self.threshold:g}" if self.threshold else ""
         return f"{self.method}{path}, {self.baseline} baseline, {self.error} error{cut}"
 
 
-def quadrature(rule: str, steps: int) -> tuple[list[float], list[float]]:
-    """Nodes in [0, 1] and weights of a rule for the mean over alpha; weights add up to 1."""
+def quadrature(rule: str, n_nodes: int) -> tuple[list[float], list[float]]:
+    """Nodes in [0, 1] and weights, which sum to 1, of a rule for the mean over alpha."""
     if rule == "gauss_legendre":
-        points, weights = np.polynomial.legendre.leggauss(steps)
+        points, weights = np.polynomial.legendre.leggauss(n_nodes)
         return ((points + 1) / 2).tolist(), (weights / 2).tolist()
     if rule == "midpoint":
-        return [(i + 0.5) / steps for i in range(steps)], [1 / steps] * steps
-    return [1 - i / steps for i in range(steps)], [1 / steps] * steps
+        return [(i + 0.5) / n_nodes for i in range(n_nodes)], [1 / n_nodes] * n_nodes
+    return [1 - i / n_nodes for i in range(n_nodes)], [1 / n_nodes] * n_nodes
 
 
-_ESTIMATOR = ("method", "rule", "ig_steps", "baseline", "error", "threshold")
+@on_runs
+def attribute(
+    runs: PromptRuns,
+    method: str | Estimator = "ig",
+    *,
+    baseline: str | None = None,
+    positions: bool = False,
+    features: Sequence[int] | Int[Tensor, " n"] | None = None,
+    n_bootstrap: int = 0,
+    seed: int = 0,
+) -> Attribution:
+    """Indirect effects of every feature on a task, at every snapshot.
 
+    Args:
+        runs: clean runs of a task; or crosscoder, snapshots and task in its place.
+        method: "ig" integrates the gradient along the path, "gradient" takes it at the clean run alone, "exact" ablates
+            every active feature in turn; an `Estimator` sets rule, nodes, error node and threshold too.
+        baseline: "zero", "mean" over the prompts, or "patch", the features of the paired prompt; None is that of the
+            `Estimator`, or "zero".
+        positions: keep effects by position from the end of the prompt, as `Attribution.positions`.
+        features: for "exact", ids of the features to ablate; effects of the others are 0, and completeness is NaN.
+        n_bootstrap: replicates over prompts, for intervals of RelIE; 0 keeps none.
+        seed: of the replicates.
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """Effects on prompts drawn with replacement, the same prompts at all snapshots.
-
-    Attributes:
-        features: (A,) ids.
-        effects: (R, A, S) mean IE.
-        metric: (R, S) mean metric of the clean models.
+    Raises:
+        UserError: an unknown option, feature ids out of range, "patch" with runs that are not paired; a crosscoder of
+            other snapshots, or a task without usable (or without paired) prompts.
     """
+    estimator = method if isinstance(method, Estimator) else Estimator(method)
+    if baseline is not None:
+        estimator = replace(estimator, baseline=baseline)
+    check_baseline(estimator.baseline, runs)
+    selected = None if features is None else check_features(features, runs.crosscoder.cfg.d_sae)
+    if selected is not None and estimator.method != "exact":
+        raise UserError(f"method={estimator.method!r} gives all features at once: features= is for method='exact' only")
+    if positions and estimator.method == "exact":
+        raise UserError("method='exact' ablates a feature at all positions at once: use method='ig' for positions=True")
+    if n_bootstrap < 0:
+        raise UserError(f"n_bootstrap={n_bootstrap} must be at least 0; 200 is usual")
+    draws = _draws(len(runs), n_bootstrap, seed)
+    snapshots, task = runs.snapshots, runs.task
+    progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
+    columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected) for s in progress]
+    # snapshots last, as everywhere in an Attribution
+    stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
+    active = runs.active | runs.active_paired if estimator.baseline == "patch" else runs.active
+    if selected is not None:
+        active = active & torch.zeros(len(active), 1, dtype=torch.bool).index_fill_(0, selected, True)
+    for name in ("effects", "standard_errors"):
+        of_active = stacked[name]
+        stacked[name] = torch.zeros(active.shape, dtype=of_active.dtype).index_copy_(0, runs.features, of_active)
+    kept = {name: stacked.pop(f"bootstrap_{name}") for name in ("effects", "metric")}
+    placed = {field: stacked.pop(f"position_{field}") for field in ("effects", "sizes", "error_effects", "error_sizes")}
+    return Attribution(
+        task=task.name,
+        labels=snapshots.labels,
+        steps=snapshots.steps,
+        estimator=estimator,
+        active=active,
+        n_prompts=len(runs),
+        bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
+        positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
+        **stacked,
+    )
 
-    features: Int[Tensor, " A"]
-    effects: Float[Tensor, "R A S"]
-    metric: Float[Tensor, "R S"]
 
+def crosscoding_through_time() -> Estimator:
+    """The estimator of Bayazit et al. (arXiv 2509.05291), for `attribute(runs, crosscoding_through_time())`.
 
-@dataclass(frozen=True)
-class Positions:
-    """Where effects arise, by position counted from the end of the prompt: 0 is the last, 1 the one before it.
-
-    At position 0 a feature can act through the blocks above without attention between positions; what acts elsewhere
-    must be moved to the last position by attention. With nothing but the unembedding above the hook, all effects lie at
-    position 0 and are direct logit attribution.
-
-    Attributes:
-        labels: S snapshot labels.
-        features: (A,) ids.
-        effects: (O, A, S) mean over prompts of the effect at each position; they add up to the feature's effect.
-        sizes: (O, A, S) mean over prompts of its absolute value.
-        error_effects: (O, S) of the error node.
-        error_sizes: (O, S) mean absolute value.
+    The left rule at alpha = 1, .9, ..., .1, a baseline of zero for features and error node alike, and a threshold of
+    .1 logits for effects at one token. Effects are here summed over the positions of a prompt and averaged over
+    prompts; their code averages over the positions of a batch, padding included.
     """
-
-    labels: list[str]
-    features: Int[Tensor, " A"]
-    effects: Float[Tensor, "O A S"]
-    sizes: Float[Tensor, "O A S"]
-    error_effects: Float[Tensor, "O S"]
-    error_sizes: Float[Tensor, "O S"]
-
-    def shares(self) -> pd.DataFrame:
-        """Share of the absolute effect by position: a row per snapshot and position.
-
-        Columns: snapshot, label, position, share (over features, prompts and positions of the snapshot it is 1),
-        error_share (the same of the error node).
-        """
-        n, S = self.error_sizes.shape
-        size = self.sizes.sum(1)
-        return pd.DataFrame(
-            {
-                "snapshot": np.tile(np.arange(S), n),
-                "label": self.labels * n,
-                "position": np.repeat(np.arange(n), S),
-                "share": (size / size.sum(0)).flatten().numpy(),
-                "error_share": (self.error_sizes / self.error_sizes.sum(0)).flatten().numpy(),
-            }
-        ).sort_values(["snapshot", "position"], ignore_index=True)
-
-    def main(self) -> pd.DataFrame:
-        """Where each feature acts: a row per feature and snapshot at which it has an effect.
-
-        Columns: feature, snapshot, label, position (of the largest absolute effect), share (of it there), last_share
-        (of it at the last position).
-        """
-        size = self.sizes.sum(0)
-        share = self.sizes / size
-        a, s = size.nonzero(as_tuple=True)
-        position = self.sizes.argmax(0)
-        return pd.DataFrame(
-            {
-                "feature": self.features[a].numpy(),
-                "snapshot": s.numpy(),
-                "label": [self.labels[i] for i in s.tolist()],
-                "position": position[a, s].numpy(),
-                "share": share.amax(0)[a, s].numpy(),
-                "last_share": share[0][a, s].numpy(),
-            }
-        )
-
-    def to_frame(self) -> pd.DataFrame:
-        """All effects that are not 0: position, feature, snapshot, ie, size."""
-        where = self.sizes.nonzero(as_tuple=True)
-        o, a, s = where
-        return pd.DataFrame(
-            {
-                "position": o.numpy(),
-                "feature": self.features[a].numpy(),
-                "snapshot": s.numpy(),
-                "ie": self.effects[where].numpy(),
-                "size": self.sizes[where].numpy(),
-            }
-        )
+    return Estimator("ig", rule="left", n_nodes=10, baseline="zero", error="joint", threshold=0.1)
 
 
 @dataclass(frozen=True)
@@ -238,18 +207,18 @@ class Attribution:
         task: name of the task.
         labels: S snapshot labels.
         steps: S training steps, None where not recorded.
-        estimator: how the effects were estimated.
+        estimator: how effects were estimated.
         effects: (F, S) mean IE over prompts, in logits.
-        standard_errors: (F, S) of those means; NaN with a single prompt.
-        error_effect: (S,) effect of the error node.
+        standard_errors: (F, S) of these means; NaN with a single prompt.
+        error_effect: (S,) effect of the error node, in logits.
         metric_clean: (S,) mean metric of the clean models.
         metric_baseline: (S,) mean metric at the baseline.
         completeness: (S,) mean |sum of effects - (clean - baseline)| over prompts, relative to mean |clean - baseline|.
-            An error of the integral for "ig"; for "gradient" and "exact" how far from linear the model is.
-        active: (F, S) whether the feature is active anywhere on the prompts (on the paired ones too for "patch").
+            For "ig" the error of the quadrature; for "gradient" and "exact" a measure of the model's nonlinearity.
+        active: (F, S) whether the feature is active on any prompt (for "patch", or on any paired prompt).
         n_prompts: prompts averaged over.
-        bootstrap: replicates over prompts, where asked for.
-        positions: effects by position, where asked for.
+        bootstrap: replicates over prompts, if requested.
+        positions: effects by position, if requested.
     """
 
     task: str
@@ -268,21 +237,21 @@ class Attribution:
     positions: Positions | None = None
 
     def top(self, k: int, snapshot: int, by: str = "signed") -> Int[Tensor, " k"]:
-        """The k active features of the largest effect at a snapshot.
+        """The k active features with the largest effect at a snapshot.
 
         Args:
             k: how many.
             snapshot: index of the snapshot; -1 is the last.
-            by: "signed" for the most helpful, "negative" for the most harmful, "magnitude" for either.
+            by: "signed" for the most helpful, "negative" for the most harmful, "magnitude" for the largest |IE|.
 
         Raises:
-            UserError: k is more than the features that are active on the prompts, or no such snapshot.
+            UserError: k exceeds the number of active features, no such snapshot, or an unknown `by`.
         """
         S = len(self.labels)
         if by not in ("signed", "negative", "magnitude"):
             raise UserError(f"by={by!r} is unknown; use 'signed', 'negative' or 'magnitude'")
         if not -S <= snapshot < S:
-            raise UserError(f"snapshot {snapshot} does not exist: there are {S}, 0 to {S - 1}")
+            raise UserError(f"snapshot {snapshot} is not in [{-S}, {S - 1}]: there are {S} snapshots")
         active = int(self.active[:, snapshot].sum())
         if not 1 <= k <= active:
             raise UserError(f"k={k} is not in [1, {active}], the features active on {self.task!r} at this snapshot")
@@ -291,14 +260,14 @@ class Attribution:
         return ranking.masked_fill(~self.active[:, snapshot], -math.inf).topk(k).indices
 
     def to_frame(self, decoder_norms: Float[Tensor, "F S"]) -> pd.DataFrame:
-        """Long table of the features that are active somewhere: a row per feature and snapshot.
+        """Long table of the active features: a row per feature and snapshot.
 
         Args:
-            decoder_norms: those of the crosscoder, for RelDec.
+            decoder_norms: the crosscoder's, for RelDec.
 
         Returns:
-            feature, snapshot, label, step, ie and ie_se (its standard error), both in logits, relie, relie_normalised
-            (effects divided by the metric first), reldec, active; with replicates relie_low and relie_high.
+            feature, snapshot, label, step, ie and ie_se (standard error), both in logits, relie, relie_normalised (of
+            effects divided by the metric), reldec, active; with bootstrap replicates also relie_low and relie_high.
         """
         features = self.active.any(-1).nonzero().flatten()
         S = len(self.labels)
@@ -323,11 +292,11 @@ class Attribution:
         )
 
     def snapshot_frame(self) -> pd.DataFrame:
-        """One row per snapshot: the metric, what became of it, and how all was estimated.
+        """One row per snapshot: the metric, completeness, and how effects were estimated.
 
         Returns:
             snapshot, label, step; metric_clean, metric_baseline and error_effect, in logits; completeness_error,
-            n_active (features), n (prompts), method, rule, ig_steps, baseline, error, threshold (in logits).
+            n_active (features), n (prompts), method, rule, n_nodes, baseline, error, threshold (in logits).
         """
         how = self.estimator
         return pd.DataFrame(
@@ -343,7 +312,7 @@ class Attribution:
                 "n": self.n_prompts,
                 "method": how.method,
                 "rule": how.rule,
-                "ig_steps": how.steps,
+                "n_nodes": how.n_nodes,
                 "baseline": how.baseline,
                 "error": how.error,
                 "threshold": how.threshold,
@@ -352,7 +321,7 @@ class Attribution:
 
     @classmethod
     def from_frames(cls, task: str, frame: pd.DataFrame, snapshots: pd.DataFrame, d_sae: int) -> Attribution:
-        """The attribution that `to_frame` and `snapshot_frame` were made from; replicates and positions are not kept.
+        """Rebuild an attribution from `to_frame` and `snapshot_frame`; replicates and positions are not kept.
 
         Args:
             task: name of the task.
@@ -361,7 +330,7 @@ class Attribution:
             d_sae: F, the number of features.
 
         Raises:
-            UserError: a table of another release, which does not say how it was made.
+            UserError: the table lacks a column that says how effects were estimated.
         """
         if missing := [name for name in _ESTIMATOR if name not in snapshots]:
             raise UserError(f"the table of task {task!r} lacks {', '.join(missing)}: attribute the task again")
@@ -383,7 +352,7 @@ class Attribution:
             estimator=Estimator(
                 method=str(first["method"]),
                 rule=None if pd.isna(first["rule"]) else str(first["rule"]),
-                steps=None if pd.isna(first["ig_steps"]) else int(first["ig_steps"]),
+                n_nodes=None if pd.isna(first["n_nodes"]) else int(first["n_nodes"]),
                 baseline=str(first["baseline"]),
                 error=str(first["error"]),
                 threshold=float(first["threshold"]),
@@ -399,110 +368,138 @@ class Attribution:
         )
 
 
-BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
+@dataclass(frozen=True)
+class Bootstrap:
+    """Effects on prompts resampled with replacement, the same prompts at all snapshots.
+
+    Attributes:
+        features: (A,) ids.
+        effects: (R, A, S) mean IE.
+        metric: (R, S) mean metric of the clean models.
+    """
+
+    features: Int[Tensor, " A"]
+    effects: Float[Tensor, "R A S"]
+    metric: Float[Tensor, "R S"]
 
 
-def attribute(
-    crosscoder: Crosscoder,
-    snapshots: Snapshots,
-    task: Task,
-    method: str = "ig",
-    *,
-    rule: str = "gauss_legendre",
-    steps: int = 20,
-    baseline: str = "zero",
-    error: str = "joint",
-    threshold: float = 0.0,
-    positions: bool = False,
-    n_bootstrap: int = 0,
-    seed: int = 0,
-    features: Sequence[int] | Int[Tensor, " n"] | None = None,
-    batch_size: int = 256,
-    device: str = "cpu",
-    backend: str = "bridge",
-    runs: PromptRuns | None = None,
-) -> Attribution:
-    """Indirect effects of every feature on a task, at every snapshot.
+@dataclass(frozen=True)
+class Positions:
+    """Effects by position, counted from the end of the prompt: 0 is the last position, 1 the one before it.
 
-    Args:
-        crosscoder: trained on these snapshots.
-        snapshots: the models.
-        task: minimal pairs.
-        method: "ig" integrates the gradient along the path, "gradient" takes it at the clean activations alone, "exact"
-            ablates every active feature in turn.
-        rule: "gauss_legendre", "midpoint", or "left" (alpha = 1, 1 - 1/n, ..., 1/n).
-        steps: nodes of the rule; more where `completeness` says so.
-        baseline: "zero", "mean" over the prompts, or "patch", the paired prompt's features.
-        error: "joint" moves the error node along the path, "frozen" keeps it clean.
-        threshold: effects at one position of a prompt count as 0 unless they exceed this, in logits.
-        positions: keep effects by position from the end of the prompt, as `Attribution.positions`.
-        n_bootstrap: replicates over prompts, for intervals of RelIE; 0 keeps none.
-        seed: of the replicates.
-        features: for "exact", ablate these alone; effects of the others are 0, and completeness NaN.
-        batch_size: prompts per forward pass below the hook.
-        device: where everything runs.
-        backend: "bridge" or "hooked_transformer".
-        runs: clean runs of the task to use again; batch_size, device and backend are theirs then.
+    At position 0 a feature can act without attention between positions; effects elsewhere need attention to move them
+    to the last position. With only the unembedding above the hook, all effects are at position 0, and are direct logit
+    attribution.
+
+    Attributes:
+        labels: S snapshot labels.
+        features: (A,) ids.
+        effects: (O, A, S) mean over prompts of the effect at each position; they add up to the feature's effect.
+        sizes: (O, A, S) mean over prompts of the absolute effect.
+        error_effects: (O, S) the same for the error node.
+        error_sizes: (O, S) its mean absolute effect.
+    """
+
+    labels: list[str]
+    features: Int[Tensor, " A"]
+    effects: Float[Tensor, "O A S"]
+    sizes: Float[Tensor, "O A S"]
+    error_effects: Float[Tensor, "O S"]
+    error_sizes: Float[Tensor, "O S"]
+
+    def shares(self) -> pd.DataFrame:
+        """Share of the absolute effect by position: a row per snapshot and position.
+
+        Columns: snapshot, label, position, share (of the absolute effect, summed over features and prompts; 1 per
+        snapshot), error_share (the same for the error node).
+        """
+        n, S = self.error_sizes.shape
+        size = self.sizes.sum(1)
+        return pd.DataFrame(
+            {
+                "snapshot": np.tile(np.arange(S), n),
+                "label": self.labels * n,
+                "position": np.repeat(np.arange(n), S),
+                "share": (size / size.sum(0)).flatten().numpy(),
+                "error_share": (self.error_sizes / self.error_sizes.sum(0)).flatten().numpy(),
+            }
+        ).sort_values(["snapshot", "position"], ignore_index=True)
+
+    def main(self) -> pd.DataFrame:
+        """Where each feature acts: a row per feature and snapshot with an effect.
+
+        Columns: feature, snapshot, label, position (of the largest absolute effect), share (of the absolute effect
+        there), last_share (of the absolute effect at the last position).
+        """
+        size = self.sizes.sum(0)
+        share = self.sizes / size
+        a, s = size.nonzero(as_tuple=True)
+        position = self.sizes.argmax(0)
+        return pd.DataFrame(
+            {
+                "feature": self.features[a].numpy(),
+                "snapshot": s.numpy(),
+                "label": [self.labels[i] for i in s.tolist()],
+                "position": position[a, s].numpy(),
+                "share": share.amax(0)[a, s].numpy(),
+                "last_share": share[0][a, s].numpy(),
+            }
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """All nonzero effects, in logits: position, feature, snapshot, ie, size."""
+        where = self.sizes.nonzero(as_tuple=True)
+        o, a, s = where
+        return pd.DataFrame(
+            {
+                "position": o.numpy(),
+                "feature": self.features[a].numpy(),
+                "snapshot": s.numpy(),
+                "ie": self.effects[where].numpy(),
+                "size": self.sizes[where].numpy(),
+            }
+        )
+
+
+def check_baseline(baseline: str, runs: PromptRuns) -> None:
+    """Refuse an unknown baseline, or "patch" with runs that lack the paired prompts.
 
     Raises:
-        UserError: unknown option, crosscoder of other snapshots, task without usable prompts, runs of something else,
-            feature ids out of range.
+        UserError: either.
     """
-    estimator = Estimator(method, rule, steps, baseline, error, threshold)
-    chosen = None if features is None else check_features(features, crosscoder.cfg.d_sae)
-    if chosen is not None and method != "exact":
-        raise UserError(f"method={method!r} gives all features at once: choose features for method='exact' only")
-    if positions and method == "exact":
-        raise UserError("method='exact' changes a feature at all positions at once: use method='ig' for positions=True")
-    if n_bootstrap < 0:
-        raise UserError(f"n_bootstrap={n_bootstrap} must be at least 0; 200 is usual")
-    if runs is None:
-        paired = baseline == "patch"
-        runs = PromptRuns(
-            crosscoder, snapshots, task, batch_size=batch_size, device=device, backend=backend, paired=paired
-        )
-    elif not runs.are_of(crosscoder, snapshots, task):
-        raise UserError(f"the given runs are not of this crosscoder, these snapshots and {task.name!r}: leave them out")
-    elif baseline == "patch" and not runs.paired:
-        raise UserError("the given runs lack the paired prompts of baseline='patch': make PromptRuns(..., paired=True)")
-    draws = _draws(len(runs), n_bootstrap, seed)
-    progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
-    columns = [_attribute_snapshot(runs, s, estimator, draws, positions, chosen) for s in progress]
-    # snapshots last, as everywhere in an Attribution
-    stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
-    active = runs.active | runs.active_paired if baseline == "patch" else runs.active
-    if chosen is not None:
-        active = active & torch.zeros(len(active), 1, dtype=torch.bool).index_fill_(0, chosen, True)
-    for name in ("effects", "standard_errors"):
-        of_active = stacked[name]
-        stacked[name] = torch.zeros(active.shape, dtype=of_active.dtype).index_copy_(0, runs.features, of_active)
-    kept = {name: stacked.pop(f"bootstrap_{name}") for name in ("effects", "metric")}
-    placed = {field: stacked.pop(f"position_{field}") for field in ("effects", "sizes", "error_effects", "error_sizes")}
-    return Attribution(
-        task=task.name,
-        labels=snapshots.labels,
-        steps=snapshots.steps,
-        estimator=estimator,
-        active=active,
-        n_prompts=len(runs),
-        bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
-        positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
-        **stacked,
+    if baseline not in BASELINES:
+        raise UserError(f"baseline={baseline!r} is unknown; use one of {BASELINES}{did_you_mean(baseline, BASELINES)}")
+    if baseline == "patch" and not runs.paired:
+        raise UserError("baseline='patch' needs the paired prompts: make the runs with PromptRuns(..., paired=True)")
+
+
+@torch.no_grad()
+def _attribute_snapshot(
+    runs: PromptRuns,
+    s: int,
+    estimator: Estimator,
+    draws: Int[Tensor, "R N"],
+    positions: bool,
+    selected: Int[Tensor, " n"] | None,
+) -> dict[str, Tensor]:
+    sums = _Sums(runs, draws, positions)
+    mean = runs.mean(s).to(runs.crosscoder.device) if estimator.baseline == "mean" else None
+    wanted = (
+        torch.ones(len(runs.features), dtype=torch.bool) if selected is None else torch.isin(runs.features, selected)
     )
-
-
-def crosscoding_through_time() -> dict[str, Any]:
-    """Arguments of `attribute` for the rule of Bayazit et al. (arXiv 2509.05291): `attribute(..., **these)`.
-
-    The left rule at alpha = 1, .9, ..., .1, a baseline of zero for features and error alike, and effects at one token
-    that do not exceed .1 logits cut to 0. Effects are here summed over the positions of a prompt and averaged over
-    prompts, where their code averages over the positions of a batch, padding included.
-    """
-    return {"method": "ig", "rule": "left", "steps": 10, "baseline": "zero", "error": "joint", "threshold": 0.1}
+    for part in runs.at(s):
+        start = baseline_activation(part, estimator, mean)
+        clean, baseline = metrics(part, part.clean, start).double().cpu().chunk(2)
+        if estimator.method == "exact":
+            effects, error = _ablated(part, start, clean, estimator, mean, wanted)
+        else:
+            effects, error = _integrated(part, start, estimator, mean, sums)
+        sums.add_prompts(part.first, effects, error, clean, baseline)
+    return sums.result(len(runs), complete=selected is None)
 
 
 class _Sums:
-    """Sums over the prompts of one snapshot, in float64 on the CPU; what they take does not grow with the prompts."""
+    """Sums over the prompts of one snapshot, in float64 on the CPU; their memory does not grow with the prompts."""
 
     def __init__(self, runs: PromptRuns, draws: Int[Tensor, "R N"], positions: bool) -> None:
         A, R = len(runs.features), len(draws)
@@ -517,7 +514,7 @@ class _Sums:
         self.scalars = torch.zeros(5, dtype=torch.float64)
 
     def add_prompts(self, first: int, effects: Tensor, error: Tensor, clean: Tensor, baseline: Tensor) -> None:
-        """Effects (B, A), error node, clean and baseline metric (B,) of a batch; `first` is its first prompt."""
+        """Add effects (B, A), error node, clean and baseline metric (B,) of a batch that starts at prompt `first`."""
         self.effects += effects.sum(0)
         self.squares += effects.square().sum(0)
         weights = self.draws[:, first : first + len(effects)].double()
@@ -528,20 +525,20 @@ class _Sums:
         self.scalars += torch.stack([error, clean, baseline, residual.abs(), change.abs()]).sum(-1)
 
     def add_pairs(self, pairs: Pairs, values: Tensor, length: int) -> None:
-        """Effects of (token, feature) pairs, to where they lie from the end of prompts of a length."""
+        """Add effects of (token, feature) pairs by position from the end; all prompts have the same length."""
         A = len(self.effects)
         place = (length - 1 - pairs.tokens % length) * A + pairs.features
         self.position_effects.view(-1).index_add_(0, place, values)
         self.position_sizes.view(-1).index_add_(0, place, values.abs())
 
     def add_errors(self, errors: Float[Tensor, "B T"]) -> None:
-        """Effects of the error node by position."""
+        """Add effects of the error node by position."""
         length = errors.shape[1]
         self.error_effects[:length] += errors.sum(0).flip(0)
         self.error_sizes[:length] += errors.abs().sum(0).flip(0)
 
     def result(self, n: int, complete: bool) -> dict[str, Tensor]:
-        """What an Attribution holds, for one snapshot and n prompts."""
+        """Fields of an Attribution, for one snapshot and n prompts."""
         error, clean, baseline, residual, change = (self.scalars / n).unbind()
         spread = (self.squares - self.effects.square() / n).clamp_min(0)
         return {
@@ -560,31 +557,14 @@ class _Sums:
         }
 
 
-@torch.no_grad()
-def _attribute_snapshot(
-    runs: PromptRuns,
-    s: int,
-    estimator: Estimator,
-    draws: Int[Tensor, "R N"],
-    positions: bool,
-    chosen: Int[Tensor, " n"] | None,
-) -> dict[str, Tensor]:
-    sums = _Sums(runs, draws, positions)
-    mean = runs.mean(s).to(runs.crosscoder.device) if estimator.baseline == "mean" else None
-    wanted = torch.ones(len(runs.features), dtype=torch.bool) if chosen is None else torch.isin(runs.features, chosen)
-    for part in runs.at(s):
-        start = baseline_activation(part, estimator, mean)
-        clean, baseline = metrics(part, part.clean, start).double().cpu().chunk(2)
-        if estimator.method == "exact":
-            effects, error = _ablated(part, start, clean, estimator, mean, wanted)
-        else:
-            effects, error = _integrated(part, start, estimator, mean, sums)
-        sums.add_prompts(part.first, effects, error, clean, baseline)
-    return sums.result(len(runs), complete=chosen is None)
+def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R N"]:
+    """How often each prompt is drawn in each replicate; the same at all snapshots."""
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
+    return torch.from_numpy(counts.astype(np.int16))
 
 
 def baseline_activation(part: BatchAt, estimator: Estimator, mean: Tensor | None) -> Float[Tensor, "B T D"]:
-    """x(0): the activation at the hook when features, and the error node unless it is frozen, are at their baseline."""
+    """x(0): the activation at the hook with features, and the error node unless frozen, at their baseline."""
     if estimator.error == "frozen":
         start = part.clean - sum(part.moved(pairs) for pairs in part.changes(estimator.baseline, mean))
     elif estimator.baseline == "patch":
@@ -596,10 +576,10 @@ def baseline_activation(part: BatchAt, estimator: Estimator, mean: Tensor | None
 
 
 def metrics(part: BatchAt, *activations: Float[Tensor, "B T D"]) -> Float[Tensor, " nB"]:
-    """Metric of every prompt for each of n activations at the hook, one after the other; in as few passes as can be."""
+    """Metric of every prompt for each of n activations at the hook, in as few passes as possible."""
     B, T = part.keep.shape
     rows = torch.arange(B, device=part.clean.device)
-    # one that knows nothing of the prompt differs in the rounding of its BOS at most: one row serves all
+    # an activation that does not depend on the prompt (but for rounding at the BOS) needs only one row
     sizes = [1 if part.upper.upper.at_output and _all_alike(x) else B for x in activations]
     x, prompts = (
         torch.cat([each[:n] for each, n in zip(all_rows, sizes, strict=True)])
@@ -617,9 +597,9 @@ def _all_alike(x: Float[Tensor, "B T D"]) -> bool:
 def mean_gradient(
     part: BatchAt, start: Float[Tensor, "B T D"], nodes: Sequence[float], weights: Sequence[float]
 ) -> Float[Tensor, "B T D"]:
-    """Weighted mean over the nodes of the metric's gradient on the path from `start` to the clean activation.
+    """Weighted mean of the metric's gradient at the nodes of the path from `start` to the clean activation.
 
-    Nodes of one prompt and prompts of one batch go through the model together, as many as `BATCH_TOKENS` allows.
+    Several nodes and prompts share a pass through the model, up to `BATCH_TOKENS` tokens.
     """
     mean = torch.zeros_like(start)
     per_pass = max(1, BATCH_TOKENS // start.shape[1])
@@ -643,7 +623,7 @@ def _integrated(
     B, T = part.keep.shape
     A = len(part.directions)
     effects = torch.zeros(B * A, dtype=torch.float64)
-    # all that changes on the path, minus what features change, is the error node
+    # the error node is what changes along the path minus the features' part
     errors = ((part.clean - start) * gradient).sum(-1).double().cpu()
     for pairs in part.changes(estimator.baseline, mean):
         values = part.along(pairs, gradient).double().cpu()
@@ -655,7 +635,7 @@ def _integrated(
         if sums.positions:
             sums.add_pairs(pairs, values, T)
     if estimator.error == "frozen":
-        errors.zero_()  # nothing but rounding is left of it
+        errors.zero_()  # only rounding is left
     if sums.positions:
         sums.add_errors(errors)
     return effects.view(B, A), errors.sum(-1)
@@ -664,7 +644,7 @@ def _integrated(
 def _ablated(
     part: BatchAt, start: Tensor, clean: Tensor, estimator: Estimator, mean: Tensor | None, wanted: Tensor
 ) -> tuple[Float[Tensor, "B A"], Float[Tensor, " B"]]:
-    """What the metric loses when a feature, or the error node, alone is set to its baseline at all positions."""
+    """Drop of the metric when one feature, or the error node, is set to its baseline at all positions."""
     B, T = part.keep.shape
     A, device = len(part.directions), part.clean.device
     effects = torch.zeros(B * A, dtype=torch.float64)
@@ -673,7 +653,7 @@ def _ablated(
         without_error += part.moved(pairs)
         ours = wanted.to(device)[pairs.features]
         tokens, features, values = pairs.tokens[ours], pairs.features[ours], pairs.values[ours]
-        # every (prompt, feature) is one version of the prompt; its pairs are next to one another
+        # every (prompt, feature) is one version of the prompt; its pairs are adjacent
         version, order = (tokens // T * A + features).sort(stable=True)
         versions, which = version.unique_consecutive(return_inverse=True)
         shift = values[order, None] * part.directions[features[order]]
@@ -690,9 +670,3 @@ def _ablated(
     if estimator.error == "frozen":
         return effects.view(B, A), torch.zeros(B, dtype=torch.float64)
     return effects.view(B, A), clean - metrics(part, without_error).double().cpu()
-
-
-def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R N"]:
-    """How often each prompt is drawn in each replicate; the same at all snapshots."""
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
-    return torch.from_numpy(counts.astype(np.int16))

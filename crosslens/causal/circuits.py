@@ -1,31 +1,26 @@
-"""Effects of features at one hook point on features at another, and how far they are from linear.
+"""Circuits: edges between the features of two crosscoders at two hook points of the same snapshots.
 
-Effects are in the unit of the upper feature's target: its activation, or its pre-activation. The measures are this
-project's own. Letters: S snapshots, L lower features, U upper features.
+At snapshot s, a lower feature i acts on an upper feature j through the blocks between the two hook points. With a_s and
+b_s the clean activations at the lower and the upper hook:
 
-Edges between the features of two crosscoders at two hook points of the same snapshots; this is called a circuit.
-
-At snapshot s a lower feature i acts on an upper feature j through the blocks between the two hook points. With a_s, b_s
-the clean activations at the lower and the upper hook, both crosscoders read from all snapshots:
-
-1. The lower feature is set to its baseline, at all positions: a_s - (f_is - f0_is) W_dec[i, s] / c_s goes into model s.
-   Gates are those of the clean run, and the error node is kept, for the change is made to the clean activation.
-2. Model s carries it to the upper hook, b'_s. The upper crosscoder reads b'_s at snapshot s, and the *clean* b_r of
-   every other snapshot r: only what snapshot s does is changed. Its pre-activations move by
-   h'_j - h_j = c_s (b'_s - b_s) W_enc[s, :, j], and its gates are computed anew.
-3. The edge is what the upper feature loses, summed over the positions of a prompt and averaged over prompts:
+1. Set the lower feature to its baseline at all positions: a_s - (f_is - f0_is) W_dec[i, s] / c_s goes into model s. The
+   gates are those of the clean run, and the error node is kept.
+2. Model s carries it to the upper hook, b'_s. The upper crosscoder reads b'_s at snapshot s and the *clean* b_r of
+   every other snapshot r, so that only snapshot s changes. Its pre-activations move by
+   h'_j - h_j = c_s (b'_s - b_s) W_enc[s, :, j], and its gates are recomputed.
+3. The edge is the drop of the upper feature, summed over the positions of a prompt and averaged over prompts:
 
        target="activation"      sum_t f_js(t) - f'_js(t),  f_js as snapshot s gates it
        target="pre_activation"  sum_t h_j(t) - h'_j(t),    over all kept positions, whether the feature is active or not
 
-   so a positive edge says that the lower feature excites the upper one.
+   A positive edge means that the lower feature excites the upper one. Its unit is that of the target.
+4. To first order the edge is (f_is - f0_is) <W_dec[i, s] / c_s, d target_j / d a_s> at the clean run, with the upper
+   gates of the clean run: one backward pass per upper feature gives the edges from all lower features and from the
+   error node. The largest edges are then measured exactly, by the intervention, and `Edges.agreement` compares the two.
 
-To first order the edge is (f_is - f0_is) <W_dec[i, s] / c_s, d target_j / d a_s> at the clean run, with the upper gates
-of the clean run: one backward pass per upper feature gives the edges from all lower features, and from the error node.
-The largest are then measured exactly, by the intervention itself, and `agreement` says how far the two are apart.
-Edges between crosscoders, and what the upper one is given, are this project's own.
+Edges between crosscoders, the input of the upper one, and the measures of agreement are this project's own.
 
-Letters: B prompts of a batch, T positions, S snapshots, D d_model, F upper features, L and U chosen lower and upper
+Letters: B prompts of a batch, T positions, S snapshots, D d_model, F upper features, L and U selected lower and upper
 features, n versions of prompts.
 """
 
@@ -43,15 +38,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from crosslens.causal.attribution import BASELINES, BATCH_TOKENS, Estimator, baseline_activation
+from crosslens.causal.attribution import BATCH_TOKENS, Estimator, baseline_activation, check_baseline
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, PromptRuns, check_features
 from crosslens.intervention.splice import CleanRun
 from crosslens.intervention.upper import UpperRun
-from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook
-from crosslens.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -66,11 +59,11 @@ class Edges:
         baseline: what lower features are set to.
         lower: (L,) ids.
         upper: (U,) ids.
-        effects: (L, U, S) to first order, mean over prompts.
-        standard_errors: (L, U, S) of those means; NaN with a single prompt.
-        exact: (L, U, S) by intervention, NaN where the lower feature was not intervened on.
-        exact_errors: (L, U, S) standard errors of those.
-        error_effects: (U, S) of the error node at the lower hook, to first order.
+        effects: (L, U, S) first-order effects, mean over prompts.
+        standard_errors: (L, U, S) of these means; NaN with a single prompt.
+        exact: (L, U, S) effects by intervention; NaN where the lower feature was not intervened on.
+        exact_errors: (L, U, S) standard errors of these.
+        error_effects: (U, S) first-order effects of the error node at the lower hook.
         clean: (U, S) the target in the clean run, summed over positions, mean over prompts.
         n_prompts: prompts averaged over.
     """
@@ -93,8 +86,8 @@ class Edges:
     def to_frame(self) -> pd.DataFrame:
         """A row per pair and snapshot.
 
-        Columns: lower, upper, snapshot, label, step, effect and effect_se (to first order), exact and exact_se (NaN
-        where not measured), clean (the upper feature's target in the clean run).
+        Columns: lower, upper, snapshot, label, step, effect and effect_se (first order), exact and exact_se (NaN where
+        not measured), clean (target in the clean run); all in the unit of the upper feature's target.
         """
         L, U, S = self.effects.shape
         columns = {
@@ -116,11 +109,11 @@ class Edges:
         return table.assign(**{name: values.flatten().numpy() for name, values in columns.items()})
 
     def agreement(self) -> pd.DataFrame:
-        """How far the first order is from the intervention, on the pairs that have both: a row per snapshot.
+        """How well first-order and exact effects agree, on the pairs that have both: a row per snapshot.
 
-        Columns: snapshot, label, step, n (pairs), spearman, pearson, slope (of the exact effects on the first order,
-        through the origin: above 1 where the first order is too small), same_sign (share of the pairs), off (sum of
-        |difference| over sum of |exact|). NaN where there are no pairs, or none with an effect.
+        Columns: snapshot, label, step, n (pairs), spearman, pearson, slope (of exact on first-order effects through the
+        origin: above 1 if the first order is too small), same_sign (share of the pairs), off (sum of |difference| over
+        sum of |exact|). NaN if there are no pairs, or none with an effect.
         """
         rows: list[dict[str, Any]] = []
         for s in range(len(self.labels)):
@@ -154,78 +147,64 @@ _ENTRIES = 1 << 24  # entries of a dense (token, upper feature) matrix that is m
 
 
 def connect_features(
-    lower: Crosscoder,
-    upper: Crosscoder,
-    snapshots: Snapshots,
-    task: Task,
+    lower_runs: PromptRuns,
+    upper_runs: PromptRuns,
     lower_features: Sequence[int] | Int[Tensor, " L"],
     upper_features: Sequence[int] | Int[Tensor, " U"],
     *,
     n_exact: int = 20,
     target: str = "activation",
     baseline: str = "zero",
-    batch_size: int = 256,
-    device: str = "cpu",
-    backend: str = "bridge",
-    runs: tuple[PromptRuns, PromptRuns] | None = None,
 ) -> Edges:
-    """The effect of each lower feature on each upper one, per snapshot: all to first order, the strongest exactly.
+    """The effect of each lower feature on each upper one, per snapshot: all to first order, the largest exactly.
 
     Args:
-        lower: crosscoder at the lower hook point, trained on these snapshots.
-        upper: crosscoder at the upper hook point, trained on the same.
-        snapshots: the models.
-        task: its prompts; their answers play no part.
-        lower_features: ids, such as `attribute(lower, ...).top(20, -1)`.
+        lower_runs: clean runs of a task with the crosscoder at the lower hook point; answers are not used.
+        upper_runs: clean runs of the same prompts with the crosscoder at the upper hook point.
+        lower_features: ids, such as `attribute(lower_runs).top(20, -1)`.
         upper_features: ids.
-        n_exact: pairs of the largest first-order effect at each snapshot whose lower features are intervened on, one at
-            a time; this measures their effects on all chosen upper features.
+        n_exact: pairs with the largest first-order effect at each snapshot whose lower features are intervened on, one
+            at a time; this measures their effects on all selected upper features.
         target: "activation" or "pre_activation" of the upper features.
         baseline: what lower features are set to: "zero", their "mean" over the prompts, or "patch", their values on the
             paired prompt.
-        batch_size: prompts per forward pass below the hooks.
-        device: where everything runs.
-        backend: "bridge" or "hooked_transformer".
-        runs: clean runs of the task through the lower and the upper crosscoder to use again; batch_size, device and
-            backend are theirs then.
 
     Raises:
-        UserError: unknown option, a feature out of range, hook points in the wrong order, crosscoders of other
-            snapshots, a task without usable (or without paired) prompts, runs of something else.
+        UserError: an unknown option, a feature out of range, hook points in the wrong order, runs of different
+            snapshots, tasks or batches, "patch" with runs that are not paired.
     """
-    for name, value, options in (("target", target, TARGETS), ("baseline", baseline, BASELINES)):
-        if value not in options:
-            raise UserError(f"{name}={value!r} is unknown; use one of {options}{did_you_mean(value, options)}")
+    if target not in TARGETS:
+        raise UserError(f"target={target!r} is unknown; use one of {TARGETS}{did_you_mean(target, TARGETS)}")
     if n_exact < 0:
-        raise UserError(f"n_exact={n_exact} must be at least 0: it is a number of pairs")
-    check_order(lower.cfg.metadata.hook_name, upper.cfg.metadata.hook_name)
-    ids = check_features(lower_features, lower.cfg.d_sae), check_features(upper_features, upper.cfg.d_sae)
-    paired = baseline == "patch"
-    if runs is None:
-        how: dict[str, Any] = {"batch_size": batch_size, "device": device, "backend": backend, "paired": paired}
-        runs = PromptRuns(lower, snapshots, task, **how), PromptRuns(upper, snapshots, task, **how)
-    else:
-        _check_runs(runs, (lower, upper), snapshots, task, paired)
+        raise UserError(f"n_exact={n_exact} must be at least 0, a number of pairs")
+    check_baseline(baseline, lower_runs)
+    check_order(lower_runs.hook_name, upper_runs.hook_name)
+    lower = check_features(lower_features, lower_runs.crosscoder.cfg.d_sae)
+    upper = check_features(upper_features, upper_runs.crosscoder.cfg.d_sae)
+    _check_same_prompts(lower_runs, upper_runs)
+    snapshots, task = lower_runs.snapshots, lower_runs.task
     progress = tqdm(range(len(snapshots)), desc=f"Connecting on {task.name}", unit="snapshot", leave=False)
-    columns = [_connect_snapshot(*runs, s, ids, n_exact, target, baseline) for s in progress]
+    columns = [
+        _connect_snapshot(lower_runs, upper_runs, s, (lower, upper), n_exact, target, baseline) for s in progress
+    ]
     return Edges(
         task=task.name,
         labels=snapshots.labels,
         steps=snapshots.steps,
         target=target,
         baseline=baseline,
-        lower=ids[0],
-        upper=ids[1],
-        n_prompts=len(runs[0]),
+        lower=lower,
+        upper=upper,
+        n_prompts=len(lower_runs),
         **{name: torch.stack([column[name] for column in columns], -1) for name in columns[0]},
     )
 
 
 def check_order(lower: str, upper: str) -> None:
-    """Refuse hook points of which the second does not lie above the first.
+    """Refuse an upper hook point that is not above the lower one.
 
     Raises:
-        UserError: it does not.
+        UserError: it is not.
     """
 
     def depth(name: str) -> tuple[int, int]:
@@ -234,13 +213,13 @@ def check_order(lower: str, upper: str) -> None:
 
     if depth(lower) >= depth(upper):
         raise UserError(
-            f"the upper crosscoder reads {upper}, which does not lie above {lower}, where the lower one reads: give "
-            "the crosscoder of the lower hook point first, and one above it"
+            f"the upper crosscoder reads {upper}, which is not above {lower}, where the lower one reads: give the runs "
+            "of the lower hook point first, then those of a hook point above it"
         )
 
 
 class _Moments:
-    """Mean over prompts, and its standard error, of what comes batch by batch; in float64 on the CPU."""
+    """Mean over prompts and its standard error, accumulated batch by batch in float64 on the CPU."""
 
     def __init__(self, *shape: int) -> None:
         self.n = 0
@@ -266,13 +245,13 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Lower:
-    """How the activation of a batch at the lower hook moves when a chosen feature, or the error node, is taken away.
+    """How removing a selected feature, or the error node, moves the activation of a batch at the lower hook.
 
     Attributes:
         part: the batch.
         change: (B, T, L) f_is - f0_is.
         directions: (L, D) W_dec[i, s] / c_s.
-        error: (B, T, D) e_s less its baseline.
+        error: (B, T, D) e_s minus its baseline.
     """
 
     part: BatchAt
@@ -300,13 +279,13 @@ class _Lower:
 
 @dataclass(frozen=True)
 class _Upper:
-    """What the upper crosscoder makes of a batch when the activation of one snapshot is another one.
+    """The upper crosscoder on a batch whose activation at one snapshot is replaced.
 
     Attributes:
         crosscoder: the upper one.
         snapshot: s.
         features: (U,) ids.
-        target: what is read.
+        target: "activation" or "pre_activation".
         clean: (B, T, D) raw activation of snapshot s.
         hidden: (B, T, F) pre-activations of the clean activations of all snapshots.
         keep: (B, T) positions that the crosscoder reads.
@@ -331,17 +310,17 @@ class _Upper:
         return self.crosscoder.cfg.metadata.hook_name
 
     def moved(self, change: Float[Tensor, "... D"], features: Int[Tensor, " n"] | None) -> Float[Tensor, "... n"]:
-        """How far a change of the raw activation of snapshot s moves the pre-activations of some features, or all."""
+        """Change of the pre-activations of some features, or all, for a change of the raw activation of snapshot s."""
         encoder = self.crosscoder.W_enc_by_snapshot[self.snapshot].detach()
         encoder = encoder if features is None else encoder[:, features]
         return (self.crosscoder.activation_scale[self.snapshot] * change).to(encoder.dtype) @ encoder
 
     def values(self, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"]) -> Float[Tensor, "n T U"]:
-        """The target of the chosen features at every position, 0 where nothing is read.
+        """The target of the selected features at every position, 0 at positions that the crosscoder does not read.
 
         Args:
             x: raw activations of snapshot s.
-            rows: which prompt of the batch each is a version of.
+            rows: the prompt of the batch that each row belongs to.
         """
         change, keep = (x - self.clean[rows]).flatten(0, 1), self.keep[rows].flatten()
         hidden = self.hidden[rows].flatten(0, 1)
@@ -356,7 +335,7 @@ class _Upper:
         return self.crosscoder.snapshot_acts(self.crosscoder.gate(hidden), self.snapshot)[:, self.features]
 
     def slopes(self, values: Float[Tensor, "B T U"]) -> Float[Tensor, "B T U"]:
-        """d target / d pre-activation at the clean run, where the target has these values."""
+        """d target / d pre-activation at the clean run; `values` are the targets there."""
         if self.target == "pre_activation":
             return self.keep[..., None].to(values).expand_as(values)
         return (values != 0).to(values)
@@ -364,7 +343,13 @@ class _Upper:
 
 @torch.no_grad()
 def _connect_snapshot(
-    below: PromptRuns, above: PromptRuns, s: int, ids: tuple[Tensor, Tensor], n_exact: int, target: str, baseline: str
+    below: PromptRuns,
+    above: PromptRuns,
+    s: int,
+    ids: tuple[Tensor, Tensor],
+    n_exact: int,
+    target: str,
+    baseline: str,
 ) -> dict[str, Tensor]:
     L, U = len(ids[0]), len(ids[1])
     first, exact, error, clean = _Moments(L, U), _Moments(L, U), _Moments(U), _Moments(U)
@@ -380,16 +365,16 @@ def _connect_snapshot(
         effects, error_effects = _first_order(lower, upper, upper.slopes(values))
         first.add(effects)
         error.add(error_effects)
-    chosen = torch.zeros(L, dtype=torch.bool)
-    chosen[first.mean.abs().flatten().topk(min(n_exact, L * U)).indices // U] = True
-    if chosen.any():
+    selected = torch.zeros(L, dtype=torch.bool)
+    selected[first.mean.abs().flatten().topk(min(n_exact, L * U)).indices // U] = True
+    if selected.any():
         for lower, upper in batches():
-            exact.add(_intervened(lower, upper, chosen.to(lower.change.device)))
+            exact.add(_intervened(lower, upper, selected.to(lower.change.device)))
     return {
         "effects": first.mean,
         "standard_errors": first.standard_error,
-        "exact": exact.mean.masked_fill(~chosen[:, None], math.nan),
-        "exact_errors": exact.standard_error.masked_fill(~chosen[:, None], math.nan),
+        "exact": exact.mean.masked_fill(~selected[:, None], math.nan),
+        "exact_errors": exact.standard_error.masked_fill(~selected[:, None], math.nan),
         "error_effects": error.mean,
         "clean": clean.mean,
     }
@@ -398,7 +383,7 @@ def _connect_snapshot(
 def _first_order(
     lower: _Lower, upper: _Upper, slopes: Float[Tensor, "B T U"]
 ) -> tuple[Float[Tensor, "B L U"], Float[Tensor, "B U"]]:
-    """Effects of the chosen lower features and of the error node, by one backward pass per upper feature."""
+    """Effects of the selected lower features and of the error node, one backward pass per upper feature."""
     part, (B, T, L) = lower.part, lower.change.shape
     U = slopes.shape[-1]
     effects, errors = part.clean.new_zeros(B, L, U), part.clean.new_zeros(B, U)
@@ -408,7 +393,7 @@ def _first_order(
             arrived = carry(part.upper, x, rows, upper.hook_name)
             targets = (upper.moved(arrived, upper.features) * slopes[rows]).sum((0, 1)).unbind()
         if not arrived.requires_grad:
-            continue  # attention and MLP of a parallel block do not act on one another
+            continue  # attention and MLP of a parallel block do not affect each other
         for j, target in enumerate(targets):
             (gradient,) = torch.autograd.grad(target, x, retain_graph=True)
             effects[rows, :, j] = (lower.change[rows] * (gradient @ lower.directions.T)).sum(1)
@@ -416,13 +401,13 @@ def _first_order(
     return effects, errors
 
 
-def _intervened(lower: _Lower, upper: _Upper, chosen: Bool[Tensor, " L"]) -> Float[Tensor, "B L U"]:
-    """What the upper features lose when each of the chosen lower features alone is set to its baseline."""
+def _intervened(lower: _Lower, upper: _Upper, selected: Bool[Tensor, " L"]) -> Float[Tensor, "B L U"]:
+    """Drop of the upper features when each selected lower feature alone is set to its baseline."""
     part, (B, T, L) = lower.part, lower.change.shape
     everything = torch.arange(B, device=part.clean.device)
     clean = upper.values(upper.clean, everything)
     effects = part.clean.new_zeros(B, L, clean.shape[-1])
-    changed = (lower.change != 0).any(1) & chosen
+    changed = (lower.change != 0).any(1) & selected
     for version in changed.nonzero().split(max(1, BATCH_TOKENS // T)):
         rows, i = version.unbind(-1)
         shift = lower.change[rows, :, i][..., None] * lower.directions[i][:, None]
@@ -432,7 +417,7 @@ def _intervened(lower: _Lower, upper: _Upper, chosen: Bool[Tensor, " L"]) -> Flo
 
 
 class _Arrived(Exception):
-    """An activation has reached the upper hook: the blocks above it need not run."""
+    """Carries the activation out of the model once it reaches the upper hook, so that no block above it runs."""
 
     def __init__(self, activation: Tensor) -> None:
         super().__init__()
@@ -440,12 +425,12 @@ class _Arrived(Exception):
 
 
 def carry(run: UpperRun, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"], hook_name: str) -> Float[Tensor, "n T D"]:
-    """The activation at a hook further up when that at the lower hook is `x`; blocks above it are not run.
+    """The activation at the upper hook when that at the lower hook is `x`; no block above it runs.
 
     Args:
-        run: prompts in the model above the lower hook.
+        run: the model above the lower hook, on prompts.
         x: activations at all positions; may carry gradients.
-        rows: which prompt of the batch each is a version of.
+        rows: the prompt of the batch that each row belongs to.
         hook_name: the upper hook.
 
     Raises:
@@ -462,26 +447,17 @@ def carry(run: UpperRun, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"], hoo
             run.logits(x, rows)
         except _Arrived as arrived:
             return arrived.activation
-    raise UserError(f"nothing passed {name} of {type(run.upper.model).__name__}: choose a hook point that it has")
+    raise UserError(f"{type(run.upper.model).__name__} never reached hook point {name}: use one that it has")
 
 
-def _check_runs(
-    runs: tuple[PromptRuns, PromptRuns],
-    crosscoders: tuple[Crosscoder, Crosscoder],
-    snapshots: Snapshots,
-    task: Task,
-    paired: bool,
-) -> None:
-    for name, each, crosscoder in zip(("lower", "upper"), runs, crosscoders, strict=True):
-        if not each.are_of(crosscoder, snapshots, task):
-            raise UserError(
-                f"the given {name} runs are not of the {name} crosscoder, these snapshots and {task.name!r}: leave "
-                "them out"
-            )
-    if paired and not runs[0].paired:
-        raise UserError("the given runs lack the paired prompts of baseline='patch': make PromptRuns(..., paired=True)")
-    batches = [[batch.index.tolist() for batch in each.batches] for each in runs]
-    if batches[0] != batches[1]:
+def _check_same_prompts(lower: PromptRuns, upper: PromptRuns) -> None:
+    if lower.snapshots != upper.snapshots or lower.task != upper.task:
         raise UserError(
-            "the given runs are of other batches: make both with one batch_size, and both paired or neither"
+            f"the lower runs are of {lower.task.name!r} at {', '.join(lower.snapshots.labels)}, the upper ones of "
+            f"{upper.task.name!r} at {', '.join(upper.snapshots.labels)}: make both with the same task and snapshots"
+        )
+    lower_batches, upper_batches = ([batch.index.tolist() for batch in runs.batches] for runs in (lower, upper))
+    if lower_batches != upper_batches:
+        raise UserError(
+            "the lower and upper runs have different batches: make both with one batch_size, and both paired or neither"
         )

@@ -1,20 +1,20 @@
-"""Which features serve several languages: how far the features of largest effect coincide, and when that comes about.
+"""Features shared between languages: how far the top features of the same task overlap, beside chance.
 
-The same task in several languages gives an `Attribution` each, all of one crosscoder. At every snapshot the set of a
-language is its k features of largest effect (less those without any, or without one of the wanted sign), and a feature
-*serves* the languages in whose sets it is. Bayazit et al. (arXiv 2509.05291) count both, without chance beside them.
+The same task in several languages gives one `Attribution` per language, all of one crosscoder. At every snapshot the
+set of a language is its k features with the largest effect (without those that have no effect, or none of the requested
+sign). A feature *serves* the languages whose sets contain it. Bayazit et al. (arXiv 2509.05291) count shared features
+without a comparison with chance.
 
-Two sets coincide by chance, too, and the more so the fewer features are active on the prompts at all. Chance draws the
-sets anew from the features that could have been in both:
+Sets also overlap by chance, the more so the fewer features are active on the prompts. The null model redraws the sets:
 
-1. Two languages: of the N features that are active in both, n_a are in the one set and n_b in the other. Drawn at
-   random their overlap is hypergeometric, with mean n_a n_b / N. Features that are active in one language alone cannot
-   coincide, and count for nothing.
-2. How many features serve exactly m languages: features that are active in the same languages are exchangeable. Of N
-   such features n_l are in the set of language l, so one of them is with probability n_l / N, and the number of its
-   languages is a sum of independent draws. With two languages this is 1 again.
+1. `compare_languages`, for two languages: of the N features active in both, n_a are in one set and n_b in the other.
+   If drawn at random, their overlap is hypergeometric with mean n_a n_b / N. Features that are active in one language
+   only cannot be shared and do not count.
+2. `count_languages`, for features that serve exactly m languages: features active in the same languages are
+   exchangeable. Of N such features, n_l are in the set of language l, so each is with probability n_l / N, and the
+   number of its languages is a sum of independent draws. With two languages this agrees with 1.
 
-Both comparisons with chance are this project's own.
+Both null models are this project's own.
 
     parts = split_languages(Task.demo("pp"))
     effects = {language: attribute(cc, snaps, part) for language, part in parts.items()}
@@ -38,12 +38,13 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from crosslens.causal.attribution import Attribution
+from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
 from crosslens.tasks.task import Task
 
 
 def split_languages(task: Task) -> dict[str, Task]:
-    """The items of `task` by `item.info["language"]`, in order of first appearance; empty where an item states none."""
+    """Split `task` by `item.info["language"]`, in order of first appearance; empty if any item lacks it."""
     named = [item.info.get("language") for item in task.items]
     if None in named:
         return {}
@@ -61,32 +62,31 @@ def split_languages(task: Task) -> dict[str, Task]:
 def compare_languages(
     effects: Mapping[str, Attribution], k: int = 10, *, by: str = "magnitude", level: float = 0.95
 ) -> pd.DataFrame:
-    """How far the features of largest effect coincide between languages: a row per snapshot and pair of languages.
+    """How far the top features of languages overlap: a row per snapshot and pair of languages.
 
     Args:
-        effects: of one crosscoder on the same task, by language.
+        effects: effects of one crosscoder on the same task, by language.
         k: features in the set of a language.
         by: what ranks them: "magnitude", "signed" (the most helpful) or "negative" (the most harmful).
-        level: of the interval of what chance gives.
+        level: of the chance interval.
 
     Returns:
-        snapshot, label, step, language, other, k; n and n_other (features in the sets, fewer than k where the others
-        have no effect), shared (in both), same_sign (of these, with effects of one sign), jaccard (shared / in either);
-        candidates (features that are active in both languages), in_candidates and other_in_candidates (of the sets);
-        expected (mean of the overlap by chance), low and high (the central `level` of it), level, p (chance of an
-        overlap as large or larger, of this row alone) and expected_jaccard (mean by chance).
+        snapshot, label, step, language, other, k; n and n_other (features in the sets, fewer than k if the others have
+        no effect), shared (in both), same_sign (of these, with effects of one sign), jaccard (shared / in either);
+        candidates (features active in both languages), in_candidates and other_in_candidates (of the two sets);
+        expected (mean overlap by chance), low and high (its central `level`), level, p (probability of an overlap at
+        least as large by chance, of this row alone) and expected_jaccard (mean by chance).
 
     Raises:
         UserError: fewer than two languages, effects of different crosscoders or snapshots, a k larger than the active
             features, an unknown `by`, a level outside (0, 1).
     """
-    if not 0 < level < 1:
-        raise UserError(f"level={level} is not between 0 and 1: 0.95 is usual")
-    chosen = _sets(effects, k, by)
+    check_level(level)
+    sets = _sets(effects, k, by)
     rows: list[dict[str, Any]] = []
     for s in range(len(_first(effects).labels)):
         for one, other in combinations(effects, 2):
-            a, b = chosen[one][:, s], chosen[other][:, s]
+            a, b = sets[one][:, s], sets[other][:, s]
             both = a & b
             signs = effects[one].effects[:, s] * effects[other].effects[:, s] > 0
             candidates = effects[one].active[:, s] & effects[other].active[:, s]
@@ -106,58 +106,25 @@ def compare_languages(
     return _tidy(rows)
 
 
-def list_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str = "magnitude") -> pd.DataFrame:
-    """Which languages every feature serves: a row per snapshot and feature that serves any language at any snapshot.
-
-    Args:
-        effects: of one crosscoder on the same task, by language.
-        k: features in the set of a language.
-        by: what ranks them, as in `compare_languages`.
-
-    Returns:
-        feature, snapshot, label, step, n_languages, languages ("en, fr", or empty), and its effect in each language,
-        ie/<language>, in logits.
-
-    Raises:
-        UserError: as `compare_languages`.
-    """
-    chosen = _sets(effects, k, by)
-    masks = torch.stack(list(chosen.values()), -1)  # (F, S, L)
-    rows: list[dict[str, Any]] = []
-    for feature in masks.any(-1).any(-1).nonzero().flatten().tolist():
-        for s, serves in enumerate(masks[feature].tolist()):
-            served = [language for language, is_in in zip(effects, serves, strict=True) if is_in]
-            rows.append(
-                {
-                    "feature": feature,
-                    **_snapshot(effects, s),
-                    "n_languages": len(served),
-                    "languages": ", ".join(served),
-                    **{f"ie/{language}": float(each.effects[feature, s]) for language, each in effects.items()},
-                }
-            )
-    return _tidy(rows)
-
-
 def count_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str = "magnitude") -> pd.DataFrame:
     """How many features serve one language, two, ..., all: a row per snapshot and number of languages.
 
     Args:
-        effects: of one crosscoder on the same task, by language.
+        effects: effects of one crosscoder on the same task, by language.
         k: features in the set of a language.
         by: what ranks them, as in `compare_languages`.
 
     Returns:
         snapshot, label, step, k, n_languages (1 to L), features (that serve exactly so many), share (of the features
-        that serve any), expected (mean number of features by chance).
+        that serve any), expected (mean number by chance).
 
     Raises:
         UserError: as `compare_languages`.
     """
-    chosen = _sets(effects, k, by)
+    sets = _sets(effects, k, by)
     rows: list[dict[str, Any]] = []
     for s in range(len(_first(effects).labels)):
-        in_set = torch.stack([mask[:, s] for mask in chosen.values()], -1)
+        in_set = torch.stack([mask[:, s] for mask in sets.values()], -1)
         active = torch.stack([each.active[:, s] for each in effects.values()], -1)
         counts = in_set.sum(-1).bincount(minlength=len(effects) + 1)
         expected = _expected_counts(in_set, active)
@@ -176,16 +143,16 @@ def count_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str 
 
 
 def _sets(effects: Mapping[str, Attribution], k: int, by: str) -> dict[str, Bool[Tensor, "F S"]]:
-    """Features in the set of every language at every snapshot."""
+    """The set of every language at every snapshot."""
     _check(effects)
-    chosen: dict[str, Tensor] = {}
+    sets: dict[str, Tensor] = {}
     for language, each in effects.items():
         mask = torch.zeros_like(each.active)
         for s in range(len(each.labels)):
             mask[each.top(k, s, by), s] = True
-        # fewer than k features may have an effect, or one of the wanted sign
-        chosen[language] = mask & ({"signed": each.effects, "negative": -each.effects}.get(by, each.effects.abs()) > 0)
-    return chosen
+        # fewer than k features may have an effect of the requested sign
+        sets[language] = mask & ({"signed": each.effects, "negative": -each.effects}.get(by, each.effects.abs()) > 0)
+    return sets
 
 
 def _by_chance(
@@ -193,7 +160,7 @@ def _by_chance(
 ) -> dict[str, float]:
     N, n_a, n_b = (int(mask.sum()) for mask in (candidates, a & candidates, b & candidates))
     shared, either = int((a & b).sum()), int((a | b).sum())
-    law: Any = hypergeom(max(N, 1), n_a, n_b)  # scipy has no law of nothing
+    law: Any = hypergeom(max(N, 1), n_a, n_b)  # scipy refuses a population of 0
     low, high = law.interval(level)
     possible = np.arange(min(n_a, n_b) + 1)
     united = np.maximum(int(a.sum()) + int(b.sum()) - possible, 1)  # 1 where both sets are empty
@@ -212,7 +179,7 @@ def _by_chance(
 
 
 def _expected_counts(in_set: Bool[Tensor, "F L"], active: Bool[Tensor, "F L"]) -> Float[np.ndarray, " counts"]:
-    """Features that serve exactly 0, 1, ..., L languages, on average by chance."""
+    """Mean number of features that serve exactly 0, 1, ..., L languages by chance."""
     expected = np.zeros(active.shape[1] + 1)
     patterns, which = active.unique(dim=0, return_inverse=True)
     for i in range(len(patterns)):
@@ -226,7 +193,7 @@ def _expected_counts(in_set: Bool[Tensor, "F L"], active: Bool[Tensor, "F L"]) -
 
 def _check(effects: Mapping[str, Attribution]) -> None:
     if len(effects) < 2:
-        raise UserError(f"{len(effects)} language(s) are given: give the effects on the same task in two or more")
+        raise UserError(f"effects of {len(effects)} language(s) are given: give those on the same task in two or more")
     first = _first(effects)
     for language, each in effects.items():
         if each.labels != first.labels or each.effects.shape != first.effects.shape:

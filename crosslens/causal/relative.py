@@ -1,14 +1,14 @@
-"""Relative measures over snapshots: RelIE, RelDec, their classes, their intervals, and the changes of sign they hide.
+"""Relative effects over snapshots: RelIE and RelDec, their classes and intervals, and the sign changes they hide.
 
 With x_is >= 0 the size of feature i at snapshot s (|IE_is| for RelIE, the decoder norm for RelDec):
 
-    share       x_is / sum_s' x_is'            a point of the simplex; rows sum to 1
-    pairwise    x_ib / (x_ia + x_ib)           0 is only at snapshot a, 1 only at b
+    share       x_is / sum_s' x_is'            a point on the simplex; rows sum to 1
+    pairwise    x_ib / (x_ia + x_ib)           0: only at snapshot a, 1: only at b
 
-Both are NaN where nothing matters (Bayazit et al., arXiv 2509.05291, section 3, put .5 there and call it shared).
-The absolute value is taken after averaging over prompts. It hides the sign: a feature can turn from harmful to helpful,
-so `sign_changes` lists those, and `classify` puts the signed class beside the other. Bayazit et al. class features at
-two and three snapshots; centres of mass, signed classes and intervals are this project's own.
+Both are NaN if no effect is large enough (Bayazit et al., arXiv 2509.05291, section 3, set .5 there and call the
+feature shared). The absolute value is taken after averaging over prompts. It hides the sign: a feature can turn from
+harmful to helpful. `sign_changes` lists those, and `classify` has a signed class too. Bayazit et al. classify features
+at two and three snapshots; centres of mass, signed classes and intervals are this project's own.
 
 Letters: S snapshots, F features, R bootstrap replicates, A features with an effect on any prompt.
 """
@@ -33,7 +33,7 @@ UNDEFINED = "undefined"
 
 @runtime_checkable
 class Effects(Protocol):
-    """What this module asks of an `Attribution`."""
+    """The part of an `Attribution` that this module reads."""
 
     @property
     def labels(self) -> list[str]: ...
@@ -50,7 +50,7 @@ class Effects(Protocol):
 
 
 def shares(sizes: Float[Tensor, "*R F S"]) -> Float[Tensor, "*R F S"]:
-    """Sizes over snapshots as shares; NaN where all are 0."""
+    """Normalise sizes over snapshots to sum to 1; NaN where all are 0."""
     return sizes / sizes.sum(-1, keepdim=True)
 
 
@@ -71,27 +71,27 @@ def relie(
 
     Args:
         effects: from `attribute`.
-        min_effect: a row is NaN where no |IE| is above it, in logits; two standard errors when None (with a single
-            prompt there are none, and all is NaN).
-        normalised: divide the effects of each snapshot by its clean metric first, for logits grow with training.
-        floor: smallest |metric| that is divided by, in logits.
-        snapshots: compare these alone, such as the two or three that a plot has room for.
+        min_effect: a row is NaN if no |IE| is larger, in logits; None is two standard errors (with a single prompt
+            there are none, and all rows are NaN).
+        normalised: divide the effects of each snapshot by its clean metric first, because logits grow with training.
+        floor: smallest |metric| to divide by, in logits.
+        snapshots: compare only these, such as the two or three of a plot.
 
     Raises:
         UserError: no such snapshot, or a floor that is not positive.
     """
-    chosen = _chosen(effects, snapshots)
-    matters = _matters(effects, min_effect)[:, chosen].any(-1, keepdim=True)
-    sizes = _sizes(effects.effects, effects.metric_clean, normalised, floor)[:, chosen]
+    where = _indices(effects, snapshots)
+    matters = _matters(effects, min_effect)[:, where].any(-1, keepdim=True)
+    sizes = _sizes(effects.effects, effects.metric_clean, normalised, floor)[:, where]
     return torch.where(matters, shares(sizes), torch.nan)
 
 
 def pairwise_relie(
     effects: Effects, min_effect: float | None = None, *, normalised: bool = False, floor: float = 0.1
 ) -> Float[Tensor, "F S S"]:
-    """`[i, a, b]`: the share of snapshot b in |IE| at a and b; NaN where neither is above `min_effect`.
+    """`[i, a, b]`: the share of snapshot b in |IE| at a and b; NaN if neither is above `min_effect`.
 
-    Between two snapshots it is what Bayazit et al. plot for pairs; arguments as in `relie`.
+    This is what Bayazit et al. plot for pairs of snapshots; arguments as in `relie`.
 
     Raises:
         UserError: a floor that is not positive.
@@ -120,23 +120,22 @@ def relie_interval(
     Args:
         effects: from `attribute(..., n_bootstrap=200)`.
         level: share of the replicates inside.
-        min_effect: as the others in `relie`.
-        normalised: the metric is drawn anew with the prompts, too.
-        floor: smallest |metric| that is divided by.
-        snapshots: compare these alone.
+        min_effect: as in `relie`.
+        normalised: as in `relie`; the metric is resampled with the prompts.
+        floor: smallest |metric| to divide by, in logits.
+        snapshots: compare only these.
 
     Raises:
         UserError: effects without replicates, or a level outside (0, 1).
     """
     if effects.bootstrap is None:
-        raise UserError("there are no bootstrap replicates: attribute with n_bootstrap=200, say")
-    if not 0 < level < 1:
-        raise UserError(f"level={level} is not between 0 and 1: 0.95 is usual")
-    chosen = _chosen(effects, snapshots)
+        raise UserError("the effects have no bootstrap replicates: use attribute(..., n_bootstrap=200)")
+    check_level(level)
+    where = _indices(effects, snapshots)
     share = relie(effects, min_effect, normalised=normalised, floor=floor, snapshots=snapshots)
     sizes = _sizes(effects.bootstrap.effects, effects.bootstrap.metric[:, None], normalised, floor)
     tail = (1 - level) / 2
-    quantiles = np.nanquantile(shares(sizes[..., chosen]).numpy(), [tail, 1 - tail], axis=0)
+    quantiles = np.nanquantile(shares(sizes[..., where]).numpy(), [tail, 1 - tail], axis=0)
     bounds: list[Tensor] = []
     for values in torch.from_numpy(quantiles).to(share.dtype):
         bound = torch.full_like(share, torch.nan)
@@ -146,22 +145,22 @@ def relie_interval(
 
 
 def sign_changes(effects: Effects, min_z: float = 2.0) -> pd.DataFrame:
-    """Where the effect of a feature turns its sign: from one snapshot at which it is sure to the next such one.
+    """Where the effect of a feature changes sign, from one snapshot with a significant effect to the next such one.
 
     Args:
         effects: from `attribute`.
-        min_z: an effect is sure when it exceeds so many of its standard errors.
+        min_z: an effect is significant if it exceeds so many standard errors.
 
     Returns:
-        A row per change, the surest first: feature, from_snapshot and to_snapshot (indices), from_label, to_label,
-        from_ie and to_ie (the effects there, in logits), z (the smaller of the two) and p (two-sided, of the weaker
-        one, not corrected for the number of features).
+        A row per change, the most significant first: feature, from_snapshot and to_snapshot (indices), from_label,
+        to_label, from_ie and to_ie (the effects there, in logits), z (the smaller of the two) and p (two-sided, of the
+        smaller z, not corrected for the number of features).
     """
     z = effects.effects / effects.standard_errors
     rows: list[dict[str, Any]] = []
     for feature in ((z > min_z).any(-1) & (z < -min_z).any(-1)).nonzero().flatten().tolist():
-        sure = (z[feature].abs() > min_z).nonzero().flatten().tolist()
-        for a, b in pairwise(sure):
+        significant = (z[feature].abs() > min_z).nonzero().flatten().tolist()
+        for a, b in pairwise(significant):
             if z[feature, a] * z[feature, b] < 0:
                 weaker = min(abs(float(z[feature, a])), abs(float(z[feature, b])))
                 rows.append(
@@ -186,24 +185,24 @@ def centre_of_mass(share: Float[Tensor, "F S"]) -> Float[Tensor, " F"]:
     """Mean snapshot index, in [0, 1], weighted by the shares; with two snapshots the share of the second."""
     S = share.shape[-1]
     if S < 2:
-        raise UserError("one snapshot has no course over snapshots: give two or more")
+        raise UserError("there is 1 snapshot, and a centre of mass needs at least 2: give more snapshots")
     return share @ (torch.arange(S, dtype=share.dtype, device=share.device) / (S - 1))
 
 
 def classes(share: Float[Tensor, "F S"], low: float = 0.3, high: float = 0.7) -> np.ndarray:
-    """Class of every feature from its shares, as a string.
+    """Class of every feature by its shares, as a string.
 
-    "transient" where a single interior snapshot has more than `high`; otherwise by the centre of mass "discontinued"
-    (below `low`), "emerged" (above `high`) or "maintained"; "undefined" where the shares are NaN. With two snapshots
-    these are the thresholds of Bayazit et al. on the share of the second.
+    "transient" if a single interior snapshot has more than `high`; otherwise by the centre of mass "discontinued"
+    (below `low`), "emerged" (above `high`) or "maintained"; "undefined" if the shares are NaN. With two snapshots these
+    are the thresholds of Bayazit et al. on the share of the second.
 
     Args:
-        share: of each snapshot, such as `relie` gives it.
+        share: of each snapshot, as from `relie`.
         low: centre of mass below which a feature is discontinued.
         high: centre of mass above which it has emerged, and share of one interior snapshot above which it is transient.
 
     Raises:
-        UserError: one snapshot, or thresholds out of order.
+        UserError: a single snapshot, or thresholds out of order.
     """
     _check_thresholds(low, high)
     centre = centre_of_mass(share)
@@ -218,10 +217,10 @@ def classes(share: Float[Tensor, "F S"], low: float = 0.3, high: float = 0.7) ->
 def three_way_classes(
     share: Float[Tensor, "F S"], labels: Sequence[str] = ("A", "B", "C"), low: float = 0.3, high: float = 0.7
 ) -> np.ndarray:
-    """The table of Bayazit et al. for three snapshots, as strings, in this order:
+    """Classes of Bayazit et al. for three snapshots, as strings. The first that applies:
 
-    "A-specific" where A is above `high`, and so for B and C; "A-B-C shared" where all are at least `low`; "A-B shared"
-    where two are; else "other"; "undefined" where the shares are NaN.
+    "A-specific" if A is above `high`, and likewise B and C; "A-B-C shared" if all are at least `low`; "A-B shared" if
+    two are; "other"; "undefined" if the shares are NaN.
 
     Raises:
         UserError: not three snapshots, or thresholds out of order.
@@ -229,7 +228,7 @@ def three_way_classes(
     _check_thresholds(low, high)
     if share.shape[-1] != 3 or len(labels) != 3:
         raise UserError(
-            f"{share.shape[-1]} snapshots have no 3-way table: choose three, relie(ie, snapshots=[0, 5, 9])"
+            f"three-way classes need 3 snapshots, not {share.shape[-1]}: use relie(ie, snapshots=[0, 5, 9])"
         )
 
     def name(row: list[float]) -> str:
@@ -245,24 +244,24 @@ def three_way_classes(
 
 
 def signed_classes(effects: Effects, min_z: float = 2.0) -> np.ndarray:
-    """Class of every feature from its signed effects, as a string.
+    """Class of every feature by its signed effects, as a string.
 
-    "helpful" or "harmful" where all sure effects (beyond `min_z` standard errors) have one sign, "turns helpful" or
-    "turns harmful" where they change it once, "wavers" where more often, "undefined" where none is sure.
+    "helpful" or "harmful" if all significant effects (beyond `min_z` standard errors) have one sign, "turns helpful" or
+    "turns harmful" if it changes once, "wavers" if it changes more often, "undefined" if no effect is significant.
 
     Args:
         effects: from `attribute`.
-        min_z: an effect is sure when it exceeds so many of its standard errors.
+        min_z: an effect is significant if it exceeds so many standard errors.
     """
     z = effects.effects / effects.standard_errors
     signs = torch.where(z.abs() > min_z, z.sign(), 0.0).tolist()
 
     def name(row: list[float]) -> str:
-        sure = [sign for sign in row if sign]
-        if not sure:
+        significant = [sign for sign in row if sign]
+        if not significant:
             return UNDEFINED
-        turns = sum(a != b for a, b in pairwise(sure))
-        word = "helpful" if sure[-1] > 0 else "harmful"
+        turns = sum(a != b for a, b in pairwise(significant))
+        word = "helpful" if significant[-1] > 0 else "harmful"
         return word if not turns else f"turns {word}" if turns == 1 else "wavers"
 
     return np.array([name(row) for row in signs], dtype=object)
@@ -278,13 +277,13 @@ def classify(
     high: float = 0.7,
     min_z: float = 2.0,
 ) -> pd.DataFrame:
-    """Classes of the features that are active on the prompts: a row each.
+    """Classes of the features that are active on the prompts: a row per feature.
 
-    Columns: feature, class (of RelIE), centre_of_mass, peak (the snapshot of the largest share, -1 where undefined),
-    signed_class, and three_way where there are three snapshots. Arguments as in `relie`, `classes`, `signed_classes`.
+    Columns: feature, class (of RelIE), centre_of_mass, peak (the snapshot with the largest share, -1 if undefined),
+    signed_class and, with three snapshots, three_way. Arguments as in `relie`, `classes`, `signed_classes`.
 
     Raises:
-        UserError: one snapshot, a floor that is not positive, or low and high that are not shares in order.
+        UserError: a single snapshot, a floor that is not positive, or low and high that are not shares in order.
     """
     share = relie(effects, min_effect, normalised=normalised, floor=floor)
     kept = effects.active.any(-1)
@@ -301,11 +300,21 @@ def classify(
     return pd.DataFrame(columns)
 
 
+def check_level(level: float) -> None:
+    """Refuse the level of an interval that is outside (0, 1).
+
+    Raises:
+        UserError: it is.
+    """
+    if not 0 < level < 1:
+        raise UserError(f"level={level} must be between 0 and 1; 0.95 is usual")
+
+
 def _sizes(values: Tensor, metric: Tensor, normalised: bool, floor: float) -> Tensor:
     if not normalised:
         return values.abs()
     if not floor > 0:
-        raise UserError(f"floor={floor} must be positive: it keeps effects from being divided by a metric of 0")
+        raise UserError(f"floor={floor} must be positive, so that no effect is divided by a metric of 0")
     return values.abs() / metric.abs().clamp_min(floor)
 
 
@@ -314,13 +323,13 @@ def _matters(effects: Effects, min_effect: float | None) -> Bool[Tensor, "F S"]:
     return effects.effects.abs() > least
 
 
-def _chosen(effects: Effects, snapshots: Sequence[int] | None) -> list[int]:
+def _indices(effects: Effects, snapshots: Sequence[int] | None) -> list[int]:
     S = len(effects.labels)
-    chosen = list(range(S)) if snapshots is None else list(snapshots)
-    for s in chosen:
+    indices = list(range(S)) if snapshots is None else list(snapshots)
+    for s in indices:
         if not -S <= s < S:
-            raise UserError(f"snapshot {s} does not exist: there are {S}, 0 to {S - 1}")
-    return chosen
+            raise UserError(f"snapshot {s} is not in [{-S}, {S - 1}]: there are {S} snapshots")
+    return indices
 
 
 def _check_thresholds(low: float, high: float) -> None:

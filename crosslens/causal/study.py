@@ -1,8 +1,11 @@
-"""All that is asked of one task, in one call: effects on one half of the prompts, what judges them on the other.
+"""All causal analyses of one task in one call.
 
-The parts are `attribute`, `ablate`, `transfer_matrix`, `pair_additivity`, `follow_features` and
-`compare_languages`; they share the clean runs of the two halves, so nothing below the hook is run twice. The division
-of prompts, and `rank_agreement`, are this project's own.
+1. Split the prompts in two: a selection split and a held-out split that share no prefix.
+2. On the selection split, estimate effects (`attribute`), follow the top features over snapshots (`follow_features`),
+   measure single effects exactly, and compare languages (`compare_languages`).
+3. On the held-out split, test the features that step 2 ranks highest: `ablate`, `transfer_matrix`, `pair_additivity`.
+
+The clean runs of each split are made once and shared. The splits and `Study.rank_agreement` are this project's own.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import spearmanr
 
-from crosslens.causal.ablation import ablate, exact_effects
+from crosslens.causal.ablation import Controls, ablate, exact_effects
 from crosslens.causal.additivity import pair_additivity
 from crosslens.causal.attribution import Attribution, attribute
 from crosslens.causal.languages import compare_languages, split_languages
@@ -24,26 +27,48 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.task import Task
 
-ABLATE = (1, 5, 15, 50)
-KEEP = (5, 15, 50, 100)
+
+@dataclass(frozen=True)
+class StudySizes:
+    """Numbers of features and draws; those above the features active at some snapshot are reduced or left out.
+
+    Attributes:
+        ablate_k: sizes of the sets that are ablated.
+        keep_k: sizes of the sets that alone are kept.
+        k: features of a set in the transfer matrix, features that are paired for additivity, and the size whose
+            controls are drawn `n_draws_last` times.
+        n_draws: sets drawn per control, random and size-matched, at all snapshots.
+        n_draws_last: sets of size k drawn per control at the last snapshot.
+        n_exact: features with the largest |IE| that are ablated one by one, at the last snapshot.
+        n_pairs: pairs of features ablated together, at the last snapshot.
+    """
+
+    ablate_k: Sequence[int] = (1, 5, 15, 50)
+    keep_k: Sequence[int] = (5, 15, 50, 100)
+    k: int = 15
+    n_draws: int = 4
+    n_draws_last: int = 100
+    n_exact: int = 100
+    n_pairs: int = 100
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was found of one task.
+    """Results of one task.
 
     Attributes:
-        task: its name.
-        ie: integrated gradients on the half that chooses features.
-        gradient: one gradient on the same half.
-        exact: the features of largest |IE| at the last snapshot, one by one, in logits: feature, ig, gradient, removed
-            (what the metric loses when the feature alone is set to its baseline) and, with paired prompts, added (what
-            the metric of the paired prompt gains when the feature alone is set to its clean value).
-        tables: by the name under which a run directory keeps them: attribution/<task>, attribution/<task>.snapshots,
-            ablation/<task>, transfer/<task>, additivity/<task>, timeline/<task>, and languages/<task>
-            where the items are of several languages.
+        task: name of the task.
+        ie: integrated gradients on the selection split.
+        gradient: effects by a single gradient on the same split.
+        exact: the features with the largest |IE| at the last snapshot, one by one, in logits: feature, ig, gradient,
+            removed (drop of the metric when the feature alone is set to its baseline) and, with paired prompts, added
+            (gain of the paired prompt's metric when the feature alone is set to its clean value).
+        tables: by their names in a run directory: attribution/<task>, attribution/<task>.snapshots, ablation/<task>,
+            transfer/<task>, additivity/<task>, additivity/<task>.snapshots, timeline/<task> and, if the items are of
+            several languages, languages/<task>.
     """
 
     task: str
@@ -55,15 +80,15 @@ class Study:
     def rank_agreement(self, method: str = "ig", end: str = "removed") -> float:
         """Spearman correlation of a method with exact effects of single features, at the last snapshot.
 
-        Integrated gradients average over the whole way from the baseline to the clean run, ablation looks at its clean
-        end alone; where the model is not additive in between, both differ although neither is wrong.
+        Integrated gradients average over the path from the baseline to the clean run, ablation looks only at its clean
+        end. If the model is not additive in between, the two differ although neither is wrong.
 
         Args:
             method: "ig" or "gradient".
             end: "removed" (from the clean run), "added" (to the baseline), or "both", the mean of the two.
 
         Raises:
-            UserError: an unknown method or end, or effects of adding without paired prompts.
+            UserError: an unknown method or end, or "added" without paired prompts.
         """
         if method not in ("ig", "gradient"):
             raise UserError(f"method={method!r} must be 'ig' or 'gradient'")
@@ -71,7 +96,9 @@ class Study:
             raise UserError(f"end={end!r} must be 'removed', 'added' or 'both'")
         ends = ["removed", "added"] if end == "both" else [end]
         if missing := [name for name in ends if name not in self.exact]:
-            raise UserError(f"effects of features {missing[0]} alone were not measured: they need value='patch'")
+            raise UserError(
+                f"end={end!r} needs effects of features {missing[0]}: use study_task(..., baseline='patch')"
+            )
         found: Any = spearmanr(self.exact[method], self.exact[ends].mean(axis=1))
         return float(found.statistic)
 
@@ -81,109 +108,82 @@ def study_task(
     snapshots: Snapshots,
     task: Task,
     *,
-    value: str = "patch",
-    ablate_k: Sequence[int] = ABLATE,
-    keep_k: Sequence[int] = KEEP,
-    k: int = 15,
-    n_draws: int = 4,
-    n_draws_last: int = 100,
-    n_exact: int = 100,
-    n_pairs: int = 100,
+    baseline: str = "patch",
+    sizes: StudySizes = StudySizes(),
     seed: int = 0,
-    device: str = "cpu",
-    backend: str = "bridge",
+    settings: ModelSettings | None = None,
 ) -> Study:
-    """Attribute a task on half of its prompts, and judge by intervention on the other half.
-
-    Sizes that exceed the features active at some snapshot are left out.
+    """Attribute a task on one half of its prompts, and test the top features by intervention on the other half.
 
     Args:
         crosscoder: trained on these snapshots.
         snapshots: the models.
-        task: minimal pairs; with value "patch" every item needs a paired prompt.
-        value: what features are set to, and the baseline of their effects: "patch", "zero" or "mean".
-        ablate_k: sizes of the sets that are ablated.
-        keep_k: sizes of the sets that alone are kept.
-        k: features of a set in the transfer matrix, features that are paired for additivity, and the size whose
-            controls are drawn `n_draws_last` times at the last snapshot.
-        n_draws: sets drawn per control, random and size-matched, at all snapshots.
-        n_draws_last: sets drawn per control at the last one, of size k.
-        n_exact: features of largest |IE| that are ablated one by one, at the last snapshot.
-        n_pairs: pairs of features ablated together, at the last snapshot.
-        seed: of the halves and of every draw.
-        device: where everything runs.
-        backend: "bridge" or "hooked_transformer".
+        task: minimal pairs; with the baseline "patch", only items with a paired prompt are used.
+        baseline: what features are set to, and the baseline of their effects: "patch", "zero" or "mean".
+        sizes: numbers of features and draws.
+        seed: of the split and of every draw.
+        settings: how the models run; None runs them on the crosscoder's device.
 
     Raises:
-        UserError: one snapshot only, a task that cannot be halved or has no usable items, items without a paired
-            prompt, fewer than three features active at a snapshot.
+        UserError: a single snapshot, a task that cannot be split or has no usable items, "patch" without paired
+            prompts, fewer than three features active at a snapshot.
     """
-    paired = value == "patch"
-    choosing, judging = task.split(seed)
-    chosen, judged = (
-        PromptRuns(crosscoder, snapshots, half, paired=paired, device=device, backend=backend)
-        for half in (choosing, judging)
-    )
-    ie, gradient = (
-        attribute(crosscoder, snapshots, choosing, method, baseline=value, runs=chosen) for method in ("ig", "gradient")
-    )
+    paired = baseline == "patch"
+
+    def run(part: Task) -> PromptRuns:
+        return PromptRuns(crosscoder, snapshots, part, paired=paired, settings=settings)
+
+    selection, held_out = (run(half) for half in task.split(seed))
+    ie, gradient = (attribute(selection, method, baseline=baseline) for method in ("ig", "gradient"))
     last, most = len(snapshots) - 1, int(ie.active.sum(0).min())
     if most < 3:
-        raise UserError(f"only {most} features are active on {task.name!r} at a snapshot: three are needed")
-    k = min(k, most)
-    ablate_k, keep_k = ([size for size in sizes if size <= most] for sizes in (ablate_k, keep_k))
+        raise UserError(f"only {most} features are active on {task.name!r} at some snapshot: at least 3 are needed")
+    k = min(sizes.k, most)
+    ablate_k, keep_k = ([size for size in each if size <= most] for each in (sizes.ablate_k, sizes.keep_k))
 
-    def curve(keep: bool, sizes: Sequence[int], draws: int, at: list[int] | None = None) -> pd.DataFrame:
-        controls = ("random",) if keep else ("random", "size_matched")
-        return ablate(
-            crosscoder, snapshots, judging, ie, sizes, keep=keep, value=value, controls=controls, n_draws=draws,
-            at=at, seed=seed, runs=judged, cut=True,
-        )  # fmt: skip
+    def curve(keep: bool, ks: Sequence[int], n_draws: int, at: list[int] | None = None) -> pd.DataFrame:
+        kinds = ("random",) if keep else ("random", "size_matched")
+        controls = Controls(kinds, n_draws, seed=seed, allow_fewer=True)
+        return ablate(held_out, ie, ks, keep=keep, baseline=baseline, controls=controls, at=at)
 
     # the many draws at the last snapshot replace the few
     curves = pd.concat(
-        [curve(False, [k], n_draws_last, [last]), curve(False, ablate_k, n_draws), curve(True, keep_k, n_draws)]
+        [
+            curve(False, [k], sizes.n_draws_last, [last]),
+            curve(False, ablate_k, sizes.n_draws),
+            curve(True, keep_k, sizes.n_draws),
+        ]
     ).drop_duplicates(["snapshot", "mode", "features", "k"], ignore_index=True)
-    pairs = pair_additivity(
-        crosscoder, snapshots, judging, ie, k, n_pairs, value=value, at=[last], seed=seed, runs=judged
-    )
+    pairs = pair_additivity(held_out, ie, k, sizes.n_pairs, baseline=baseline, at=[last], seed=seed)
     tables = {
         f"attribution/{task.name}": ie.to_frame(crosscoder.decoder_norms),
         f"attribution/{task.name}.snapshots": ie.snapshot_frame(),
         f"ablation/{task.name}": curves,
-        f"transfer/{task.name}": transfer_matrix(
-            crosscoder, snapshots, judging, ie, k, value=value, runs=judged
-        ),
+        f"transfer/{task.name}": transfer_matrix(held_out, ie, k, baseline=baseline),
         f"additivity/{task.name}": pairs.pairs,
         f"additivity/{task.name}.snapshots": pairs.summary,
-        f"timeline/{task.name}": follow_features(crosscoder, snapshots, choosing, ie, min(5, most), runs=chosen),
-    }  # fmt: skip
-    parts = split_languages(choosing) if split_languages(task) else {}
+        f"timeline/{task.name}": follow_features(selection, ie, min(5, most)),
+    }
+    parts = split_languages(selection.task) if split_languages(task) else {}
     if len(parts) > 1:
-        by_language = {
-            language: attribute(
-                crosscoder, snapshots, part, "ig", baseline=value, device=device, backend=backend
-            )
-            for language, part in parts.items()
-        }  # fmt: skip
+        by_language = {language: attribute(run(part), baseline=baseline) for language, part in parts.items()}
         tables[f"languages/{task.name}"] = compare_languages(by_language, min(10, most))
-    largest = ie.top(min(n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
+    largest = ie.top(min(sizes.n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
     exact = pd.DataFrame(
         {
             "feature": largest.numpy(),
             "ig": ie.effects[largest, last].numpy(),
             "gradient": gradient.effects[largest, last].numpy(),
-            "removed": exact_effects(chosen, last, largest, value=value).numpy(),
+            "removed": exact_effects(selection, last, largest, baseline).numpy(),
         }
     )
     if paired:
-        swapped = PromptRuns(crosscoder, snapshots, _swapped(choosing), paired=True, device=device, backend=backend)
-        exact["added"] = -exact_effects(swapped, last, largest, value=value).numpy()
+        exact["added"] = -exact_effects(run(_swapped(selection.task)), last, largest, baseline).numpy()
     return Study(task.name, ie, gradient, exact, tables)
 
 
 def _swapped(task: Task) -> Task:
-    """Every prompt in the place of its paired prompt, with the same answers."""
+    """The task with prompts and paired prompts swapped, and the same answers."""
     items = tuple(
         item if item.patch_prefix is None else replace(item, prefix=item.patch_prefix, patch_prefix=item.prefix)
         for item in task.items

@@ -1,16 +1,16 @@
-"""A task's features over the snapshots: when each begins to matter, how much, which way, and where it is active.
+"""A task's features over the snapshots: when each matters, how much, with which sign, and where it fires.
 
-1. At every snapshot the k features of the largest effect are found, of those whose effect is sure.
-2. All features that are among them at any snapshot are followed over all snapshots: decoder norm, signed effect, RelIE.
-3. They are ordered by when they matter, the centre of mass of RelIE over the snapshots: the first rows are the features
-   that the task lets go, the last ones those that it takes up.
-4. `find_examples` says what they are: the words of the task's prompts at which they are most active.
+1. At every snapshot, select the k features with the largest significant effect.
+2. Follow every feature that was selected at any snapshot over all of them: decoder norm, signed effect, RelIE.
+3. Order them by when they matter, the centre of mass of RelIE over the snapshots: features that the task stops using
+   come first, features that it starts to use come last.
+4. `find_examples` lists where in the task's prompts a feature is most active.
 
-This says which features matter when, and nothing of how they act on one another: it is no circuit, for which see
-`crosslens.causal.circuits`. Choice and order of features are this project's own. Letters: B prompts, T positions, S
-snapshots, F features.
+`late_feature` and `sign_change` each pick the one feature of several tasks that best shows the effect. A timeline says
+which features matter when, not how they act on one another; for that see `crosslens.causal.circuits`. Selection and
+order of features are this project's own.
 
-What to show first of a task: a feature that matters late, one whose effect changes sign, and where features fire.
+Letters: B prompts, T positions, S snapshots, F features.
 """
 
 from __future__ import annotations
@@ -24,80 +24,61 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
+from crosslens.causal.ablation import check_effects
 from crosslens.causal.attribution import Attribution
 from crosslens.causal.relative import classify, relie
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import relative_norms
-from crosslens.intervention.prompt_runs import PromptRuns, check_features
-from crosslens.intervention.splice import check_snapshots
-from crosslens.snapshots.collection import Snapshots
-from crosslens.tasks.task import Task
+from crosslens.intervention.prompt_runs import PromptRuns, check_features, on_runs
 
 SEPARATOR = " | "  # between the examples of a feature
 
 
+@on_runs
 def follow_features(
-    crosscoder: Crosscoder,
-    snapshots: Snapshots,
-    task: Task,
+    runs: PromptRuns,
     ie: Attribution,
     k: int = 5,
     *,
     by: str = "magnitude",
     min_effect: float | None = None,
     n_examples: int = 3,
-    batch_size: int = 256,
-    device: str = "cpu",
-    backend: str = "bridge",
-    runs: PromptRuns | None = None,
 ) -> pd.DataFrame:
-    """The k features of largest effect at each snapshot, all of them over all snapshots.
+    """The k features with the largest effect at each snapshot, followed over all snapshots.
 
     Args:
-        crosscoder: trained on these snapshots.
-        snapshots: the models.
-        task: where examples come from.
-        ie: effects on the task, or on other prompts of it.
+        runs: clean runs of a task; or crosscoder, snapshots and task in its place. They are only used for examples.
+        ie: effects on the task.
         k: features taken from each snapshot.
         by: what ranks them: "magnitude", "signed" (the most helpful) or "negative" (the most harmful ones).
-        min_effect: features of no larger |IE|, in logits, at a snapshot are not taken from it; two standard errors when
-            None (with a single prompt there are none, and nothing is taken).
-        n_examples: examples of each feature; with 0 nothing is run.
-        batch_size: prompts per forward pass below the hook.
-        device: where everything runs.
-        backend: "bridge" or "hooked_transformer".
-        runs: clean runs of the task to use again; batch_size, device and backend are theirs then.
+        min_effect: a feature is selected only where its |IE| is larger, in logits; None is two standard errors (with a
+            single prompt there are none, and nothing is selected).
+        n_examples: examples of each feature; 0 runs no model.
 
     Returns:
-        A row per feature and snapshot, empty where no effect is sure: order (0 is the feature that matters first),
-        feature, snapshot, label, step; norm (of the decoder), strength (norm / its largest), ie, ie_se, relie, rank (of
-        |IE| at this snapshot, 1 the largest, missing where the feature is not active), top (taken from this snapshot);
-        and of the whole feature class and signed_class (as in `shares.classify`), centre_of_mass, examples.
+        A row per feature and snapshot, empty if no effect is large enough: order (0 is the feature that matters first),
+        feature, snapshot, label, step; norm (of the decoder), strength (norm / its largest), ie and ie_se (logits),
+        relie, rank (of |IE| at this snapshot, 1 the largest, missing where the feature is not active), top (selected at
+        this snapshot); and per feature class and signed_class (as in `classify`), centre_of_mass, examples.
 
     Raises:
-        UserError: one snapshot only, effects of another crosscoder, k larger than the active features, runs of
-            something else, a crosscoder of other snapshots.
+        UserError: a single snapshot, effects of another crosscoder, k larger than the active features, a crosscoder of
+            other snapshots.
     """
     if n_examples < 0:
         raise UserError(f"n_examples={n_examples} must be at least 0")
-    check_snapshots(crosscoder, snapshots)
-    if runs is not None and not runs.are_of(crosscoder, snapshots, task):
-        raise UserError(f"the given runs are not of this crosscoder, these snapshots and {task.name!r}: leave them out")
-    if ie.labels != snapshots.labels or len(ie.effects) != crosscoder.cfg.d_sae:
-        raise UserError(
-            f"the effects are of {len(ie.effects)} features at {', '.join(ie.labels)}, the crosscoder has "
-            f"{crosscoder.cfg.d_sae} at {', '.join(snapshots.labels)}: attribute with this crosscoder"
-        )
+    check_effects(runs, ie)
+    crosscoder, snapshots = runs.crosscoder, runs.snapshots
     least = 2 * ie.standard_errors if min_effect is None else min_effect
-    chosen = torch.zeros_like(ie.active)
+    selected = torch.zeros_like(ie.active)
     for s in range(len(snapshots)):
-        chosen[ie.top(k, s, by), s] = True
+        selected[ie.top(k, s, by), s] = True
     # fewer than k features may be helpful, or harmful
-    chosen &= {"signed": ie.effects, "negative": -ie.effects}.get(by, ie.effects.abs()) > least
-    lives = classify(ie, min_effect).sort_values("centre_of_mass", kind="stable", ignore_index=True)
-    lives = lives.loc[chosen.any(-1).numpy()[lives["feature"]]]
-    features = torch.tensor(lives["feature"].to_numpy(), dtype=torch.long)
+    selected &= {"signed": ie.effects, "negative": -ie.effects}.get(by, ie.effects.abs()) > least
+    courses = classify(ie, min_effect).sort_values("centre_of_mass", kind="stable", ignore_index=True)
+    courses = courses.loc[selected.any(-1).numpy()[courses["feature"]]]
+    features = torch.tensor(courses["feature"].to_numpy(), dtype=torch.long)
     norms = crosscoder.decoder_norms.detach().cpu().float()
     S = len(snapshots)
     columns = {
@@ -107,7 +88,7 @@ def follow_features(
         "ie_se": ie.standard_errors,
         "relie": relie(ie, min_effect),
         "rank": _ranks(ie),
-        "top": chosen,
+        "top": selected,
     }
     table = pd.DataFrame(
         {
@@ -121,29 +102,27 @@ def follow_features(
     ).astype({"rank": "Int64"})
     table["rank"] = table["rank"].where(table["rank"] > 0)
     for name in ("class", "signed_class", "centre_of_mass"):
-        table[name] = lives[name].to_numpy().repeat(S)
+        table[name] = courses[name].to_numpy().repeat(S)
     if not n_examples or table.empty:
         return table.assign(examples="")
-    if runs is None:
-        runs = PromptRuns(crosscoder, snapshots, task, batch_size=batch_size, device=device, backend=backend)
     found = find_examples(runs, features, n_examples).groupby("feature")["text"].agg(SEPARATOR.join)
     return table.assign(examples=table["feature"].map(found).fillna(""))
 
 
+@on_runs
 def find_examples(runs: PromptRuns, features: Sequence[int] | Int[Tensor, " n"], n: int = 5) -> pd.DataFrame:
-    """Where features are most active on the prompts of a task, by their value f_i, which the snapshots share.
+    """Where features are most active on the prompts of a task, by their activation f_i, which the snapshots share.
 
-    What stands to the right of a position plays no part in it, so a position counts once for all prompts that begin
-    with the same words.
+    Activations do not depend on what follows a position, so prompts that begin with the same words count once.
 
     Args:
-        runs: clean runs of the task.
+        runs: clean runs of a task; or crosscoder, snapshots and task in its place.
         features: ids.
-        n: positions of each feature; fewer where it is active at fewer.
+        n: positions per feature; fewer if it is active at fewer.
 
     Returns:
-        A row per example: feature, rank (0 the strongest), activation, item (index in the task of one that begins so),
-        position (BOS is 0), from_end (0 is the last), token, text (from the beginning, the token in brackets).
+        A row per example: feature, rank (0 the strongest), activation, item (index in the task of one prompt that
+        begins like this), position (BOS is 0), from_end (0 is the last), token, text (up to the token, in brackets).
 
     Raises:
         UserError: a feature that the crosscoder does not have, or n below 1.
@@ -190,7 +169,7 @@ def _ranks(ie: Attribution) -> Int[Tensor, "F S"]:
 
 
 def _new_beginnings(tokens: Int[Tensor, "B T"], seen: set[tuple[int, ...]]) -> Bool[Tensor, "B T"]:
-    """Positions up to which no earlier prompt has the same tokens; what is new is added to `seen`."""
+    """Positions up to which no earlier prompt has the same tokens; `seen` collects the new beginnings."""
     new = torch.zeros(tokens.shape, dtype=torch.bool)
     for b, prompt in enumerate(tokens.tolist()):
         for t in range(len(prompt)):
@@ -201,7 +180,7 @@ def _new_beginnings(tokens: Int[Tensor, "B T"], seen: set[tuple[int, ...]]) -> B
 
 
 def _in_brackets(tokenizer: Any, tokens: list[int]) -> str:
-    """Tokens as text, special ones left out, the last in brackets."""
+    """Decode tokens without special ones, the last in brackets."""
 
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -216,7 +195,7 @@ def _in_brackets(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def late_feature(effects: Iterable[Attribution]) -> dict[str, Any]:
-    """Of the features that carry a tenth of a task's metric at the end, the one whose RelIE lies latest."""
+    """Among features that carry a tenth of a task's metric at the last snapshot, the one with the latest RelIE."""
     found: list[dict[str, Any]] = []
     for ie in effects:
         share = relie(ie)
@@ -231,18 +210,18 @@ def late_feature(effects: Iterable[Attribution]) -> dict[str, Any]:
 
 
 def sign_change(effects: Iterable[Attribution]) -> dict[str, Any]:
-    """The feature whose significant effects differ most in sign: harmful at one snapshot, helpful at another."""
+    """The feature with the largest significant change of sign: harmful at one snapshot, helpful at another."""
     found: list[dict[str, Any]] = []
     for ie in effects:
-        sure = torch.where(ie.effects.abs() > 2 * ie.standard_errors, ie.effects, torch.zeros_like(ie.effects))
-        swing = torch.minimum(sure.amax(1), -sure.amin(1))
+        significant = torch.where(ie.effects.abs() > 2 * ie.standard_errors, ie.effects, torch.zeros_like(ie.effects))
+        swing = torch.minimum(significant.amax(1), -significant.amin(1))
         found.append(_finding(ie, int(swing.argmax()), swing=float(swing.max())))
     return max(found, key=lambda finding: finding["swing"])
 
 
 @torch.no_grad()
 def top_examples(crosscoder: Crosscoder, acts: Activations, feature: int, n: int = 8) -> list[str]:
-    """Where a feature is most active in the held-out text: up to six words, the place itself in brackets."""
+    """Where a feature is most active in the held-out text: up to six words, the last in brackets."""
     tokens = acts.held_out_tokens()
     values = crosscoder.encode(acts.block(len(acts.tokens) - len(tokens), len(acts.tokens)))[..., feature]
     values = values * acts.keep(tokens)

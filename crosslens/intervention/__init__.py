@@ -1,9 +1,9 @@
-"""The models with the activation at the hook replaced.
+"""Run models with edited features.
 
-In: a crosscoder, its snapshots, and tokens or a task. Out: clean activations and features of all snapshots, and
-logits or metrics after an edit.
+In: a crosscoder, its snapshots, and tokens or a task. Out: clean activations and features of all snapshots, and logits
+or metrics after an edit.
 
-Start with `splice`, which edits the features of a batch of tokens. `prompt_runs` holds the clean runs of a task's
+Start with `splice`, which edits the features of a batch of tokens. `prompt_runs` has the clean runs of a task's
 prompts, which every causal analysis works from; `upper` runs only the part of a model above the hook; `view` is one
 snapshot as an ordinary SAE.
 """

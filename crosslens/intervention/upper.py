@@ -1,14 +1,13 @@
-"""The part of a model above a hook point: what lies below it stays the same whatever is put in at the hook.
+"""Run only the part of a model above a hook point, because nothing below it depends on the activation there.
 
-A HookedTransformer starts at any block (`start_at_layer`). A TransformerBridge does not: the model of transformers owns
-the loop over its blocks. For the time of a call its blocks below the hook therefore hand on a given residual stream
-instead of working; embedding, positions, masks and everything above the hook remain the model's own code. Only the last
-position is unembedded where the model allows it.
+1. A HookedTransformer can start at any block (`start_at_layer`). A TransformerBridge cannot, because the loop over the
+   blocks belongs to the transformers model. During a call, its blocks below the hook are therefore patched to return a
+   given residual stream; embedding, positions, masks and everything above the hook remain the model's own code. Only
+   the last position is unembedded if the model supports that.
+2. This fails if a late block reads something that an early one left behind. So every model is tried on one prompt
+   first, and if the logits differ from those of the whole model, all blocks are run.
 
-Not every architecture need bear this (a block may read what an early one left behind), so every model is first tried on
-one prompt: where the short way gives other logits than the long one, all blocks are run.
-
-Letters: B prompts, n rows that are run (versions of prompts), T positions, D d_model, V vocabulary.
+Letters: B prompts, n rows (versions of prompts), T positions, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ class Upper:
     Args:
         model: TransformerBridge or HookedTransformer.
         hook_name: as in `Activations`.
-        tokens: a prompt on which the short way is compared with the long one.
-        widths: those of an `Upper` of the same model at the same hook point, which spare the comparison.
+        tokens: a prompt on which the logits are compared with those of the whole model.
+        widths: those of an earlier `Upper` of the same model and hook point, to skip the comparison.
 
     Attributes:
-        widths: how many things each block that is not run would put out, None for a bare tensor.
+        widths: number of outputs of each block that is skipped; None for a bare tensor.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Upper:
         self._options = {
             name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in accepted
         }
-        # other points than a block's output lie inside the last block that is run below them
+        # a hook point other than a block's output is inside a block, which has to run
         n = hook_layer(hook_name) - (not self.point.endswith("hook_resid_post"))
         self.widths: list[int | None] = [None] * n if widths is None else list(widths)
         if widths is None and n and not self._is_exact(tokens):
@@ -56,17 +55,17 @@ class Upper:
 
     @property
     def skipped(self) -> int:
-        """Number of blocks that are not run."""
+        """Number of blocks that are skipped."""
         return len(self.widths)
 
     @property
     def at_output(self) -> bool:
-        """Whether what is put in at the hook is all that the blocks above read."""
+        """Whether the blocks above read nothing but the activation at the hook."""
         return self.skipped == hook_layer(self.point)
 
     @torch.no_grad()
     def on(self, tokens: Int[Tensor, "B T"]) -> UpperRun:
-        """The prompts of a batch, ready to be run; where the hook lies inside a block, those before it are run once."""
+        """Prepare a batch of prompts; if the hook is inside a block, the blocks before it run once."""
         entry = None
         if self.skipped and not self.at_output:
             name = f"blocks.{self.skipped - 1}.hook_resid_post"
@@ -81,9 +80,9 @@ class Upper:
         """Logits at the last position when the activation at the hook is `x`.
 
         Args:
-            tokens: of every row.
+            tokens: tokens of every row.
             x: activation at the hook, at all positions; may carry gradients.
-            entry: residual stream into the first block that is run, where that is not `x`.
+            entry: residual stream into the first block that runs, if it is not `x`.
         """
 
         def put_in(activation: Tensor, hook: Any) -> Tensor:
@@ -99,14 +98,14 @@ class Upper:
                 residual, fwd_hooks=hooks, return_type="logits", start_at_layer=self.skipped
             )[:, -1]
         assert residual is not None
-        with _handing_on(self.model.blocks, residual, self.widths):
+        with _patched(self.model.blocks, residual, self.widths):
             if not hooks:  # setting up hooks takes milliseconds
                 return self.model(tokens, return_type="logits", **self._options)[:, -1]
             return self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", **self._options)[:, -1]
 
     @torch.no_grad()
     def _is_exact(self, tokens: Tensor) -> bool:
-        """Whether skipping blocks changes nothing; also learns how the blocks that are skipped wrap their output."""
+        """Whether skipping blocks changes nothing; also records how the skipped blocks wrap their output."""
         seen: list[Tensor] = []
 
         def capture(activation: Tensor, hook: Any) -> None:
@@ -136,7 +135,7 @@ class UpperRun:
     Attributes:
         upper: the model above the hook.
         tokens: (B, T).
-        entry: (B, T, D) residual stream into the first block that is run, where that is not what is put in.
+        entry: (B, T, D) residual stream into the first block that runs, if it is not the activation at the hook.
     """
 
     upper: Upper
@@ -144,15 +143,15 @@ class UpperRun:
     entry: Float[Tensor, "B T D"] | None
 
     def logits(self, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n V"]:
-        """Logits at the last position when the activation at the hook is `x`; `rows` says whose version each row is."""
+        """Logits at the last position when the activation at the hook is `x`; `rows` is the prompt of each row."""
         if rows is None:
             return self.upper.run(self.tokens, x, self.entry)
         return self.upper.run(self.tokens[rows], x, None if self.entry is None else self.entry[rows])
 
 
 @contextmanager
-def _handing_on(blocks: nn.ModuleList, residual: Tensor, widths: list[int | None]) -> Generator[None, None, None]:
-    """Blocks return a residual stream instead of working; `widths` are those of their outputs, None for a tensor."""
+def _patched(blocks: nn.ModuleList, residual: Tensor, widths: list[int | None]) -> Generator[None, None, None]:
+    """Patch blocks to return a residual stream; `widths` are the numbers of their outputs, None for a bare tensor."""
 
     def instead(width: int | None) -> Callable[..., Any]:
         output = residual if width is None else (residual, *[None] * (width - 1))
@@ -161,7 +160,7 @@ def _handing_on(blocks: nn.ModuleList, residual: Tensor, widths: list[int | None
     skipped = [blocks[i] for i in range(len(widths))]
     try:
         for block, width in zip(skipped, widths, strict=True):
-            # in the instance, where it hides the method of the class until it is deleted
+            # set on the instance, it hides the method of the class until it is deleted
             block.__dict__["forward"] = instead(width)
         yield
     finally:

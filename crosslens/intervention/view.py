@@ -1,8 +1,8 @@
 """One snapshot of a crosscoder as an ordinary SAE of SAELens, for one batch.
 
-A crosscoder's features depend on the activations of all snapshots, which a model at its hook point does not have. So
-the features come first, from the clean activations of all of them, and the view holds them: `encode` gives them back
-whatever activation arrives, `decode` is the snapshot's own decoder in raw space.
+A crosscoder's features depend on the activations of all snapshots, but a model has only its own at the hook point. The
+features are therefore computed first, from the clean activations of all snapshots, and stored in the view: `encode`
+returns them for any activation, `decode` is the snapshot's own decoder in raw space.
 
     x_hat = f_s W + b,   W = W_dec[:, s] / c_s,   b = b_dec[s] / c_s
 
@@ -33,15 +33,15 @@ def snapshot_view(crosscoder: Crosscoder, snapshot: int, features: Float[Tensor,
 
     Args:
         crosscoder: the crosscoder.
-        snapshot: index of the snapshot whose model it is attached to.
-        features: what `crosscoder.encode` makes of the batch's clean activations, (B, T, F). Of a `CleanRun` the
+        snapshot: index of the snapshot whose model the view is attached to.
+        features: (B, T, F) from `crosscoder.encode` of the batch's clean activations; or a `CleanRun`, so that
             positions that training leaves out keep their clean activation, as in `Splice`.
 
     Returns:
         The view: `with model.saes(saes=[view], use_error_term=True): model(tokens)`.
 
     Raises:
-        UserError: no such snapshot, or features of another shape.
+        UserError: no such snapshot, or features of the wrong shape.
     """
     s = check_snapshot(crosscoder, snapshot)
     run = features if isinstance(features, CleanRun) else None
@@ -49,8 +49,8 @@ def snapshot_view(crosscoder: Crosscoder, snapshot: int, features: Float[Tensor,
     D, F = crosscoder.d_model, crosscoder.cfg.d_sae
     if shared.ndim != 3 or shared.shape[-1] != F:
         raise UserError(
-            f"features of shape {tuple(shared.shape)} are no batch of this crosscoder: give (B, T, {F}), what its "
-            "encode makes of the activations of (B, T) tokens"
+            f"features of shape {tuple(shared.shape)} do not fit this crosscoder: give (B, T, {F}), from its encode of "
+            "the activations of (B, T) tokens"
         )
     recorded = crosscoder.cfg.metadata
     metadata = SAEMetadata(
@@ -58,7 +58,7 @@ def snapshot_view(crosscoder: Crosscoder, snapshot: int, features: Float[Tensor,
     )
     dtype, device = str(crosscoder.dtype).removeprefix("torch."), str(crosscoder.device)
     view = SnapshotView(SnapshotViewConfig(d_in=D, d_sae=F, dtype=dtype, device=device, metadata=metadata))
-    # new tensors, so that a later change of the view is none of the crosscoder
+    # copies, so that changing the view does not change the crosscoder
     zero = shared.new_zeros(1, F)
     view.W_dec.copy_(crosscoder.W_dec_by_snapshot[:, s] / crosscoder.activation_scale[s])
     view.b_dec.copy_(crosscoder.decode_snapshot(zero, s)[0])
@@ -85,9 +85,9 @@ class SnapshotView(SAE[SnapshotViewConfig]):
     """Frozen features of one batch with the decoder of one snapshot; made by `snapshot_view`.
 
     Attributes:
-        features: (B, T, F) what `encode` returns.
+        features: (B, T, F) that `encode` returns.
         left_out: (B, T) positions that are not reconstructed.
-        clean: (B, T, D) what `decode` returns there.
+        clean: (B, T, D) activation that `decode` returns there.
     """
 
     cfg: SnapshotViewConfig
@@ -100,14 +100,14 @@ class SnapshotView(SAE[SnapshotViewConfig]):
         F, D = self.cfg.d_sae, self.cfg.d_in
         self.W_dec = nn.Parameter(torch.zeros(F, D, dtype=self.dtype, device=self.device))
         self.b_dec = nn.Parameter(torch.zeros(D, dtype=self.dtype, device=self.device))
-        # buffers follow the view to another device; they are no weights, and are not saved
+        # buffers move to other devices with the view, but are not weights and are not saved
         self.register_buffer("features", torch.zeros(0, 0, F, dtype=self.dtype, device=self.device), persistent=False)
         self.register_buffer("left_out", None, persistent=False)
         self.register_buffer("clean", None, persistent=False)
 
     @override
     def encode(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "B T F"]:
-        """The features of the batch that the view was made for, whatever `x` holds.
+        """The features of the view's batch, whatever `x` is.
 
         Raises:
             UserError: `x` has another shape than the activations of that batch.
@@ -115,10 +115,10 @@ class SnapshotView(SAE[SnapshotViewConfig]):
         expected = (*self.features.shape[:-1], self.cfg.d_in)
         if tuple(x.shape) != expected:
             raise UserError(
-                f"activations of shape {tuple(x.shape)} are not of the batch that this view was made for, which has "
-                f"{expected}: run the model on its tokens, or make a view of the new batch"
+                f"activations of shape {tuple(x.shape)} are not of this view's batch, which has {expected}: run the "
+                "model on its tokens, or make a view of the new batch"
             )
-        self.process_sae_in(x)  # for whoever hooks `hook_sae_input`
+        self.process_sae_in(x)  # calls `hook_sae_input`
         return self.hook_sae_acts_post(self.features)
 
     @override

@@ -1,10 +1,10 @@
-"""Tasks: minimal pairs of a prompt with a right and a wrong answer.
+"""Tasks: minimal pairs, a prompt with a correct and a wrong answer.
 
-In: a benchmark by name (BLiMP, CLAMS, MultiBLiMP, SVA, IOI) or a file. Out: prompts in tokens, and how often each
-snapshot prefers the right answer.
+In: a benchmark by name (BLiMP, CLAMS, MultiBLiMP, SVA, IOI) or a file. Out: tokenised prompts, and how often each
+snapshot prefers the correct answer.
 
-Start with `task.Task`. `corpora` reads the sources, `generated` makes items from templates, `prompts` turns items into
-tokens, `accuracy` scores models.
+Start with `task.Task`. `corpora` reads the sources, `generated` makes items from templates, `prompts` tokenises items,
+`accuracy` scores models.
 """
 
 import lazy_loader

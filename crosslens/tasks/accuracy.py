@@ -1,9 +1,9 @@
-"""How often models prefer the right answer, a row per snapshot, with binomial intervals."""
+"""How often each snapshot prefers the correct answer, with binomial intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,30 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, logit_difference, summed_log_probability
 
 
-@runtime_checkable
-class Models(Protocol):
-    """What is asked of `Snapshots`."""
-
-    @property
-    def labels(self) -> list[str]: ...
-    @property
-    def steps(self) -> list[int | None]: ...
-    @property
-    def tokens(self) -> list[int | None]: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def n_ctx(self) -> int: ...
-    def __len__(self) -> int: ...
-    def model(self, i: int, /, settings: ModelSettings) -> Any: ...
-
-
 def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; `successes` may be fractional, for a tie is half a success."""
+    """Wilson score interval of a proportion; `successes` may be fractional, because a tie counts as half."""
     z = float(norm.ppf((1 + level) / 2))
     p, shrink = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
@@ -46,33 +29,33 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[floa
 
 @torch.no_grad()
 def accuracy_table(
-    name: str, models: Models, prompts: Prompts | Answers, device: str, batch_size: int, backend: str
+    name: str, snapshots: Snapshots, prompts: Prompts | Answers, batch_size: int, settings: ModelSettings
 ) -> pd.DataFrame:
     """The table of `Task.accuracy`.
 
     Raises:
-        UserError: a snapshot whose logits are not finite.
+        UserError: a snapshot has non-finite logits.
     """
     batches: Sequence[PromptBatch | AnswerBatch] = list(prompts.batches(batch_size))
     n = len(prompts)
     rows: list[dict[str, float]] = []
-    for s in tqdm(range(len(models)), desc=f"Accuracy on {name}", unit="snapshot", leave=False):
-        model = models.model(s, ModelSettings(device, backend=backend))
-        metric = _metric(model, batches, len(prompts.items), device)[[each.item for each in prompts.usable]]
+    for s in tqdm(range(len(snapshots)), desc=f"Accuracy on {name}", unit="snapshot", leave=False):
+        model = snapshots.model(s, settings)
+        metric = _metric(model, batches, len(prompts.items), settings.device)[[each.item for each in prompts.usable]]
         if not torch.isfinite(metric).all():
             raise UserError(
-                f"snapshot {models.labels[s]} has non-finite logits on task {name!r}: leave this snapshot out, "
+                f"snapshot {snapshots.labels[s]} has non-finite logits on task {name!r}: leave this snapshot out, "
                 "or check its weights"
             )
         right = float((metric > 0).sum() + 0.5 * (metric == 0).sum())
         low, high = wilson_interval(right, n)
         rows.append({"accuracy": right / n, "low": low, "high": high, "metric": float(metric.mean()), "n": n})
     where = {
-        "task": [name] * len(models),
-        "snapshot": range(len(models)),
-        "label": models.labels,
-        "step": pd.array(models.steps, dtype="Int64"),
-        "tokens": pd.array(models.tokens, dtype="Int64"),
+        "task": [name] * len(snapshots),
+        "snapshot": range(len(snapshots)),
+        "label": snapshots.labels,
+        "step": pd.array(snapshots.steps, dtype="Int64"),
+        "tokens": pd.array(snapshots.tokens, dtype="Int64"),
     }
     table = pd.concat([pd.DataFrame(where), pd.DataFrame(rows)], axis=1)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in prompts.skipped.most_common())
@@ -82,7 +65,7 @@ def accuracy_table(
 def _metric(
     model: Any, batches: Sequence[PromptBatch | AnswerBatch], n_items: int, device: str
 ) -> Float[Tensor, " items"]:
-    """How much every item's right answer is preferred; 0 where an item is in no batch."""
+    """The metric of every item; 0 for items in no batch."""
     metric = torch.zeros(n_items, dtype=torch.float64)
     for batch in batches:
         logits = model(batch.tokens.to(device), return_type="logits")
@@ -90,7 +73,7 @@ def _metric(
             metric[batch.index] = logit_difference(logits[:, -1].float(), batch).double().cpu()
         else:
             scores = summed_log_probability(logits, batch).cpu()
-            # an item has one string of each kind, so no index stands twice in either sum
+            # an item has one string of each kind, so no index is repeated in either sum
             for kind, sign in ((batch.correct, 1), (~batch.correct, -1)):
                 metric[batch.index[kind]] += sign * scores[kind]
     return metric

@@ -1,8 +1,9 @@
-"""Minimal pairs as their sources have them: files with columns, the hub, CLAMS, BLiMP and MultiBLiMP.
+"""Read minimal pairs from their sources: files with columns, the hub, CLAMS, BLiMP and MultiBLiMP.
 
-Readers give `Row`s, each with the place it came from (file and line) for messages; makers turn rows into `Item`s. A
-pair of sentences becomes an item in one of two ways: for one differing token, the shared words are the prefix and the
-words that differ are the answers; for full sentences, the answers are all that remains of each.
+1. Readers return `Row`s, each with its origin (file and line) for error messages.
+2. Makers turn rows into `Item`s. A pair of sentences becomes an item in one of two ways: for one differing token, the
+   shared words are the prefix and the words that differ are the answers; for full sentences, the answers are everything
+   after the shared words.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PUNCTUATION = ".,;:!?\"'»”’)"
 
 
 class Row(NamedTuple):
-    """One row of a source, and where it stands there."""
+    """One row of a source, and its origin."""
 
     where: str
     values: Mapping[str, Any]
@@ -37,13 +38,13 @@ class Row(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------- readers
 def read_rows(path: Path) -> list[Row]:
-    """Every row of a file with named columns; the place is the line, in a JSON array the entry.
+    """Read every row of a file with named columns; the origin is the line or, in a JSON array, the entry.
 
     Raises:
-        UserError: a kind of file that is not known, one that cannot be read, or a row that is no object.
+        UserError: an unknown kind of file, a file that cannot be read, or a row that is not an object.
     """
     if path.suffix not in FILES:
-        raise UserError(f"{path} is of an unknown kind {path.suffix!r}: give one of {', '.join(FILES)}")
+        raise UserError(f"{path} has the unknown suffix {path.suffix!r}: use one of {', '.join(FILES)}")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     text = _read_text(path)
@@ -53,7 +54,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
         except csv.Error as error:
-            raise UserError(f"{path} is no table ({first_line(error)}): write it again") from error
+            raise UserError(f"{path} is not a valid table ({first_line(error)}): fix the file") from error
     elif text.lstrip().startswith("["):
         rows = [(f"{path}, entry {i}", row) for i, row in enumerate(_parsed(text, str(path)), start=1)]
     else:
@@ -62,28 +63,26 @@ def read_rows(path: Path) -> list[Row]:
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise UserError(
-                f"{where}: {shortened(repr(row))} is no JSON object; give objects with keys such as 'prefix'"
+                f"{where}: {shortened(repr(row))} is not a JSON object; use objects with keys such as 'prefix'"
             )
         if None in row:
-            raise UserError(
-                f"{where} has more fields than the header has: put quotes around those with separators in them"
-            )
+            raise UserError(f"{where} has more fields than the header: quote fields that contain separators")
     return [Row(*row) for row in rows]
 
 
 def read_hub(repository: str, config: str | None, split: str = "train") -> list[Row]:
-    """Every row of a split of a dataset on the Hugging Face hub, or in its cache.
+    """Read every row of a split of a dataset on the Hugging Face hub, or in its cache.
 
     Raises:
         UserError: no such dataset, configuration or split, or no connection.
     """
-    import datasets  # takes half a second, and is needed for the hub alone
+    import datasets  # takes half a second, and only the hub needs it
 
     name = repository if config is None else f"{repository} {config}"
     try:
         table: Any = datasets.load_dataset(repository, config, split=split)
         rows = [dict(row) for row in table]
-    except Exception as error:  # datasets and the clients below it raise many kinds, and promise none
+    except Exception as error:  # datasets raises many kinds of errors and documents none
         if isinstance(error, ValueError) and "Available:" in str(error):
             known = re.findall(r"'([^']+)'", str(error).split("Available:")[-1])
             raise UserError(
@@ -98,25 +97,27 @@ def read_hub(repository: str, config: str | None, split: str = "train") -> list[
 
 
 def read_clams(path: Path, capitalise: bool, end: str, info: Mapping[str, str]) -> list[Row]:
-    """Rows of `good` and `bad` from a raw CLAMS file, whose lines are `True|False<TAB>sentence`, in pairs.
+    """Rows of `good` and `bad` from a raw CLAMS file: lines of `True|False<TAB>sentence`, in pairs.
 
-    Sentences are given a capital if asked for, and `end`; rows also have the columns of `info`.
+    Sentences are capitalised on request and get `end` appended; rows also have the columns of `info`.
 
     Raises:
-        UserError: the file cannot be read, a line of another form, or two lines of a pair that are both right or wrong.
+        UserError: the file cannot be read, a line has another format, or both lines of a pair are right or wrong.
     """
     lines = [(i, line.strip()) for i, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
-    judged: list[tuple[int, str, str]] = []
+    sentences: list[tuple[int, str, str]] = []
     for number, line in lines:
         verdict, _, sentence = line.partition("\t")
         if verdict not in ("True", "False") or not sentence.strip():
             raise UserError(f"{path}, line {number}: {line!r} is not 'True' or 'False', a tab, and a sentence")
         sentence = sentence.strip() + end
-        judged.append((number, verdict, sentence[0].upper() + sentence[1:] if capitalise else sentence))
-    if len(judged) % 2:
-        raise UserError(f"{path} has {len(judged)} sentences, which do not pair up: give a right and a wrong one each")
+        sentences.append((number, verdict, sentence[0].upper() + sentence[1:] if capitalise else sentence))
+    if len(sentences) % 2:
+        raise UserError(
+            f"{path} has {len(sentences)} sentences, an odd number: give pairs of a correct and a wrong one"
+        )
     rows: list[Row] = []
-    for (number, verdict, sentence), (other_number, *other) in zip(judged[::2], judged[1::2], strict=True):
+    for (number, verdict, sentence), (other_number, *other) in zip(sentences[::2], sentences[1::2], strict=True):
         found = {verdict: sentence, other[0]: other[1]}
         if len(found) == 1:
             raise UserError(f"{path}, lines {number} and {other_number} are both {verdict}: pairs must be adjacent")
@@ -134,7 +135,7 @@ def _read_text(path: Path) -> str:
 def _read_parquet(path: Path) -> list[Row]:
     try:
         frame = pd.read_parquet(path)
-    except Exception as error:  # pyarrow has exceptions of its own, not all of them ValueErrors
+    except Exception as error:  # pyarrow has its own exceptions, and not all are ValueErrors
         raise UserError(f"cannot read {path} ({first_line(error)}): give an existing parquet file") from error
     records = frame.to_dict("records")
     return [Row(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, start=1)]
@@ -149,10 +150,10 @@ def _parsed(text: str, where: str) -> Any:
 
 # ----------------------------------------------------------------------------------------------------------- makers
 def make_item(row: Row, columns: Mapping[str, str]) -> Item:
-    """An item from the columns that hold its parts; the other columns are its `info`.
+    """Make an item from the columns of its parts; the other columns are its `info`.
 
     Raises:
-        UserError: a column is missing, holds no text, or an empty answer.
+        UserError: a column is missing or is not text, or an answer is empty.
     """
     texts = _texts(row, columns)
     info = {key: value for key, value in row.values.items() if key not in columns.values()}
@@ -163,7 +164,7 @@ def make_item(row: Row, columns: Mapping[str, str]) -> Item:
 
 
 def make_pair(row: Row, good: str, bad: str, answers: str) -> Item:
-    """An item from the columns of a right and a wrong sentence; see `divide`.
+    """Make an item from the columns of a correct and a wrong sentence; see `divide`.
 
     Raises:
         UserError: a column is missing, or a sentence is empty.
@@ -177,11 +178,11 @@ def make_pair(row: Row, good: str, bad: str, answers: str) -> Item:
 
 
 def divide(good: str, bad: str, answers: str) -> tuple[str, str, str]:
-    """(prefix, correct, wrong) of two sentences that are not empty.
+    """Divide two non-empty sentences into (prefix, correct, wrong).
 
-    The prefix is what they share in words. With `answers="multi"` the answers are the rest of each sentence; with
-    "single" also the words, and the punctuation marks, that both end in are left away. Each answer keeps a word, even
-    of equal sentences.
+    The prefix is the words that both begin with. With `answers="multi"` the answers are the rest of each sentence; with
+    "single" the words and punctuation marks that both end in are dropped too. Each answer keeps at least one word, even
+    if the sentences are equal.
     """
     words = [list(re.finditer(r"\S+", sentence)) for sentence in (good, bad)]
     texts = [[match.group() for match in found] for found in words]
@@ -199,22 +200,22 @@ def divide(good: str, bad: str, answers: str) -> tuple[str, str, str]:
 
 
 def blimp_items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], str]:
-    """Items of a BLiMP paradigm, and how their answers are scored: "multi" unless the one-prefix method holds.
+    """Items of a BLiMP paradigm, and how to score their answers: "multi" unless it has the one-prefix method.
 
     Raises:
-        UserError: "single" is asked for where the one-prefix method does not hold, or a key is missing.
+        UserError: "single" is requested for a paradigm without the one-prefix method, or a key is missing.
     """
-    # a csv has the words True and False
+    # a csv has the strings True and False
     elsewhere = next((row for row in rows if str(row.values.get("one_prefix_method")).lower() == "false"), None)
     if elsewhere is not None and answers == "single":
         raise UserError(
-            f"{elsewhere.where}: {elsewhere.values.get('UID', 'this paradigm')!r} is not judged by the one-prefix "
-            "method, no single word decides: leave answers out, which compares full sentences"
+            f"{elsewhere.where}: {elsewhere.values.get('UID', 'this paradigm')!r} does not have the one-prefix method, "
+            "so answers='single' is not possible: leave answers out to compare full sentences"
         )
     answers = answers or ("single" if elsewhere is None else "multi")
     if answers == "multi":
         return [make_pair(row, "sentence_good", "sentence_bad", answers) for row in rows], answers
-    # on the hub the rows have the sentences alone
+    # rows on the hub have only the sentences
     return [
         make_pair(row, "sentence_good", "sentence_bad", answers)
         if _BLIMP["prefix"] not in row.values and {"sentence_good", "sentence_bad"} <= set(row.values)
@@ -227,7 +228,7 @@ def select(rows: Sequence[Row], key: str, wanted: str) -> list[Row]:
     """The rows whose column `key` is `wanted`.
 
     Raises:
-        UserError: there are none; what there is instead is named.
+        UserError: there are none.
     """
     present = sorted({str(row.values.get(key)) for row in rows})
     if wanted not in present:
@@ -238,10 +239,10 @@ def select(rows: Sequence[Row], key: str, wanted: str) -> list[Row]:
 
 
 def multiblimp_rows(language: str, path: str | Path | None) -> list[Row]:
-    """Rows of one language of MultiBLiMP: from the hub, a folder of `<language>/data.tsv`, or a file.
+    """Rows of one language of MultiBLiMP: from the hub, a folder with `<language>/data.tsv`, or a file.
 
     Raises:
-        UserError: no such language, or nothing to read there.
+        UserError: no such language, or a file that cannot be read.
     """
     if path is None:
         rows = read_hub("jumelet/multiblimp", language)
@@ -256,16 +257,16 @@ def multiblimp_rows(language: str, path: str | Path | None) -> list[Row]:
 
 
 def clams_file(language: str, case: str | None, folder: str | Path | None) -> Path:
-    """Where a CLAMS evaluation set lies: `<folder>/<language>_evalset/<case>.txt`.
+    """Path of a CLAMS evaluation set: `<folder>/<language>_evalset/<case>.txt`.
 
     Raises:
-        UserError: it is not there; the closest one that is, is named.
+        UserError: it does not exist.
     """
     if folder is None or case is None:
         raise UserError(
-            f"CLAMS {language!r}, {case!r}: the evaluation sets are not on the hub; give the folder of a clone of "
-            "github.com/aaronmueller/clams, a language and a case, such as clams('fr', 'simple_agrmt', 'clams'), or a "
-            ".txt file"
+            f"CLAMS {language!r}, {case!r}: the evaluation sets are not on the hub: clone "
+            "github.com/aaronmueller/clams and give a language, a case and the folder, such as "
+            "clams('fr', 'simple_agrmt', 'clams'), or a .txt file"
         )
     cases = Path(folder) / f"{language}_evalset"
     if not cases.is_dir():
@@ -277,7 +278,7 @@ def clams_file(language: str, case: str | None, folder: str | Path | None) -> Pa
 
 
 def blimp_rows(uid_or_path: str | Path, folder: str | Path | None) -> list[Row]:
-    """Rows of a BLiMP paradigm: of a file, of `<uid>.jsonl` in a folder, or of the hub.
+    """Rows of a BLiMP paradigm: from a file, from `<uid>.jsonl` in a folder, or from the hub.
 
     Raises:
         UserError: no such file or paradigm.
@@ -291,7 +292,7 @@ def blimp_rows(uid_or_path: str | Path, folder: str | Path | None) -> list[Row]:
 
 def _existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give one that is there{did_you_mean(wanted, present)}")
+        raise UserError(f"{path} does not exist: give an existing file{did_you_mean(wanted, present)}")
     return path
 
 

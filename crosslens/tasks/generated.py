@@ -1,4 +1,4 @@
-"""Tasks made here: indirect-object identification from templates, induction from the tokenizer's own words."""
+"""Generated tasks: indirect-object identification from templates, induction from the tokenizer's own words."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SCENES = (
 
 
 def ioi_items(n: int, seed: int) -> Iterator[Item]:
-    """Indirect-object identification (Wang et al., arXiv 2211.00593): two people, one gives, who receives?
+    """Indirect-object identification (Wang et al., arXiv 2211.00593): of two people one gives; who receives?
 
-    The giver is the second or the first named in turn (case "ABBA", "BABA"); the paired prefix has the other one give.
-    `info["abc_prefix"]` has a third one give, which leaves the answer open.
+    Items alternate between the cases "ABBA" (the giver is named second) and "BABA" (named first). In the paired prefix
+    the other person gives; in `info["abc_prefix"]` a third person gives, so that neither answer is correct.
 
     Raises:
-        UserError: n is negative, or more than there are.
+        UserError: n is below 1 or above the number of items.
     """
     names, places, gifts = _NAMES.split(), _PLACES.split(), _GIFTS.split(",")
     sizes = (len(_SCENES), len(places), len(gifts), len(names), len(names) - 1, len(names) - 2)
     total = math.prod(sizes)
     if not 1 <= n <= total:
-        raise UserError(f"n={n} is not possible: there are {total} items, give 1 to {total}")
+        raise UserError(f"n={n} must be between 1 and {total}, the number of items")
     rng = random.Random(f"ioi {seed}")
     for i, number in enumerate(rng.sample(range(total), n)):
         giver = 1 - i % 2
@@ -54,20 +54,20 @@ def ioi_items(n: int, seed: int) -> Iterator[Item]:
 
 
 def induction_items(tokenizer: Any, n: int, length: int, seed: int) -> Iterator[Item]:
-    """Random words of one token each, said twice: what followed a word the first time follows it again.
+    """Random single-token words, repeated: the word that followed the first time follows again.
 
-    The second time ends after 1 to length - 1 words. The wrong answer is a word that was not said; the paired prefix
-    has it in the place of the right one.
+    The repetition stops after 1 to length - 1 words. The wrong answer is a word that does not occur; in the paired
+    prefix it replaces the correct one.
 
     Raises:
-        UserError: n or length out of range, or a tokenizer with too few words of one token.
+        UserError: n or length out of range, or a tokenizer with too few single-token words.
     """
     if n < 1 or length < 2:
-        raise UserError(f"n={n} and length={length}: give n >= 1 and length >= 2")
-    lead, words = _words_of_one_token(tokenizer)
+        raise UserError(f"n={n} and length={length} are out of range: n must be at least 1, length at least 2")
+    lead, words = _single_token_words(tokenizer)
     if len(words) <= length:
         raise UserError(
-            f"the tokenizer has {len(words)} words of one token, too few for length={length}: give a length below that"
+            f"the tokenizer has {len(words)} single-token words, too few for length={length}: use a smaller length"
         )
     rng = random.Random(f"induction {seed}")
     for _ in range(n):
@@ -79,8 +79,8 @@ def induction_items(tokenizer: Any, n: int, length: int, seed: int) -> Iterator[
         yield Item(prefix, f" {correct}", f" {wrong}", patch, {"length": length, "repeated": repeated})
 
 
-def _words_of_one_token(tokenizer: Any) -> tuple[str, list[str]]:
-    """Words that are one token each time they are said, and what must stand before the first for that to hold."""
+def _single_token_words(tokenizer: Any) -> tuple[str, list[str]]:
+    """Words that are one token wherever they occur, and the text that must precede the first word for this to hold."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
     texts = [text.strip() for text in tokenizer.batch_decode([[i] for i in ids])]

@@ -1,16 +1,17 @@
-"""From minimal pairs in words to prompts in tokens: one rule for every tokenizer.
+"""Tokenise minimal pairs into prompts and answers, with one rule for every tokenizer.
 
-1. Join the prefix with each answer (by one blank, unless the answer brings its own) and tokenise both strings whole, so
-   that the tokens are those the model has met in text.
-2. The longest beginning in tokens that both share is the prompt; what remains of each is its answer.
-3. `encode`, for one differing token: tokens that both answers end in are left away ("works with" against "work with" is
-   decided at the verb), and exactly one token must then be left of each.
-4. `encode_answers`, for any number of tokens: answers stay whole, and are scored by the sum of the log-probabilities of
-   their tokens. Of whole sentences that is the difference of their log-probabilities, for what they share cancels.
+1. Join the prefix with each answer (by one space, unless the answer brings its own) and tokenise both strings whole, to
+   get the tokens that the model has seen in text.
+2. The longest common token prefix is the prompt; the rest of each string is its answer.
+3. `encode`, for one differing token: drop the tokens that both answers end in ("works with" and "work with" differ at
+   the verb); exactly one token must be left of each.
+4. `encode_answers`, for any number of tokens: answers stay whole, and are scored by the summed log-probability of their
+   tokens. For whole sentences this is the difference of their log-probabilities, because the common part cancels.
 
-Anything else is skipped, and counted with its reason. The paired prefix is treated in the same way; its prompt must
-have as many tokens, and its answers must be the same tokens. Batches hold strings of one length: there is no padding
-anywhere. Letters: B prompts or strings, T positions, V vocabulary.
+Other items are skipped and counted by reason. The paired prefix is treated the same way; its prompt must have the same
+number of tokens, and its answers must be the same tokens. A batch holds strings of one length: there is no padding.
+
+Letters: B prompts or strings, T positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def logit_difference(logits: Float[Tensor, "B V"], batch: PromptBatch) -> Float[
 
 
 def summed_log_probability(logits: Float[Tensor, "B T V"], batch: AnswerBatch) -> Float[Tensor, " B"]:
-    """Log-probability of every answer after its prompt: the sum over its tokens, in nats and float64."""
+    """Log-probability of every answer given its prompt: the sum over its tokens, in nats, float64."""
     targets = batch.targets.to(logits.device)
     scored = torch.arange(targets.shape[1], device=logits.device) >= batch.start.to(logits.device)[:, None]
-    # a softmax over the vocabulary at the scored positions alone
+    # softmax over the vocabulary at the scored positions only
     log_p = logits[scored].float().log_softmax(-1).gather(-1, targets[scored][:, None])[:, 0]
     each = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
     each[scored] = log_p.double()
@@ -47,13 +48,13 @@ def summed_log_probability(logits: Float[Tensor, "B T V"], batch: AnswerBatch) -
 
 
 def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_length: int | None = None) -> Prompts:
-    """The items whose answers differ in one token, as prompts, and why the others are not usable.
+    """Prompts of the items whose answers differ in one token; the others are counted by reason.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         items: minimal pairs.
-        prepend_bos: begin prompts with the BOS token, where the tokenizer has one.
-        max_length: tokens that the model takes, BOS included; longer prompts are skipped.
+        prepend_bos: begin prompts with the BOS token, if the tokenizer has one.
+        max_length: context length of the model in tokens, BOS included; longer prompts are skipped.
     """
     bos = _bos(tokenizer, prepend_bos)
     clean = _divided(tokenizer, [(item.prefix, item) for item in items])
@@ -79,13 +80,14 @@ def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_
 def encode_answers(
     tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_length: int | None = None
 ) -> Answers:
-    """Both answers of the items in any number of tokens, and why the other items are not usable.
+    """Both answers of the items, of any number of tokens; unusable items are counted by reason.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        items: minimal pairs; paired prefixes are of no use here.
-        prepend_bos: begin prompts with the BOS token, where the tokenizer has one.
-        max_length: tokens that the model takes, BOS included and the last, which is only predicted, not counted.
+        items: minimal pairs; paired prefixes are not used.
+        prepend_bos: begin prompts with the BOS token, if the tokenizer has one.
+        max_length: context length of the model in tokens, BOS included; the last token is only predicted and does not
+            count.
     """
     bos = _bos(tokenizer, prepend_bos)
     answers = Answers(items)
@@ -96,7 +98,7 @@ def encode_answers(
         if reason is None and shared == min(len(correct), len(wrong)):
             reason = "one answer is the beginning of the other"
         if reason is None and not bos and not shared:
-            reason = "the first tokens differ, and no BOS token stands before them"
+            reason = "the first tokens differ, and there is no BOS token before them"
         if reason is None and max_length is not None and len(bos) + max(len(correct), len(wrong)) - 1 > max_length:
             reason = f"longer than {max_length} tokens"
         if reason is not None:
@@ -118,43 +120,43 @@ class Item:
     correct: str
     wrong: str
     patch_prefix: str | None = None
-    """The paired prefix, for which `wrong` is the correct answer; None where the source has none."""
+    """The paired prefix, after which `wrong` is the correct answer; None if the source has none."""
     info: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Whatever else the source says of this item, such as its case or language."""
+    """Other columns of the source, such as case or language."""
 
     def __post_init__(self) -> None:
         for name in ("correct", "wrong"):
             if not getattr(self, name).strip():
-                raise UserError(f"the {name} answer after {self.prefix!r} is empty: give a word")
+                raise UserError(f"the {name} answer after {self.prefix!r} is empty: give at least one word")
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one length, all with a paired prompt or none with one."""
+    """Prompts of one length; either all have a paired prompt or none has."""
 
     tokens: Int[Tensor, "B T"]
     correct: Int[Tensor, " B"]
     wrong: Int[Tensor, " B"]
     patch: Int[Tensor, "B T"] | None
     index: Int[Tensor, " B"]
-    """Position of each prompt's item in `Prompts.items`."""
+    """Index of each prompt's item in `Prompts.items`."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def select(self, which: Bool[Tensor, " B"] | Int[Tensor, " n"]) -> PromptBatch:
-        """The prompts that a mask or a list of positions chooses."""
+        """Select prompts by a mask or by indices."""
         patch = None if self.patch is None else self.patch[which]
         return PromptBatch(self.tokens[which], self.correct[which], self.wrong[which], patch, self.index[which])
 
 
 class Prompts:
-    """The items of a task as one tokenizer sees them; `len` is the number of usable ones.
+    """The prompts of a task for one tokenizer; `len` is the number of usable items.
 
     Attributes:
         items: all items; `PromptBatch.index` points into it.
-        skipped: items that cannot be used, counted by reason.
-        unpaired: usable items whose paired prompt cannot be used, counted by reason.
+        skipped: number of unusable items by reason.
+        unpaired: number of usable items with an unusable paired prompt, by reason.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -171,7 +173,7 @@ class Prompts:
         return f"Prompts({len(self)} of {len(self.items)} items, {counts})"
 
     def batches(self, max_size: int) -> Iterator[PromptBatch]:
-        """Batches of at most `max_size` prompts, by length and those with a pair first, else in the items' order."""
+        """Batches of at most `max_size` prompts: by length, those with a pair first, then in the items' order."""
         _check_size(max_size)
         groups: dict[tuple[int, bool], list[_Prompt]] = {}
         for prompt in self.usable:
@@ -183,14 +185,14 @@ class Prompts:
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Prompts with one of their answers, all of one length.
+    """Prompts, each with one of its answers, all of one length.
 
     Attributes:
-        tokens: (B, T) what the model reads: prompt and answer without the last token.
-        targets: (B, T) the token that follows each.
-        start: (B,) position from which targets are the answer's.
+        tokens: (B, T) the model's input: prompt and answer without the last token.
+        targets: (B, T) the next token at each position.
+        start: (B,) position from which the targets belong to the answer.
         correct: (B,) whether it is the correct answer.
-        index: (B,) position of the item in `Answers.items`.
+        index: (B,) index of the item in `Answers.items`.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -204,11 +206,11 @@ class AnswerBatch:
 
 
 class Answers:
-    """Both answers of a task's items as one tokenizer sees them; `len` is the number of usable items.
+    """Both answers of a task's items for one tokenizer; `len` is the number of usable items.
 
     Attributes:
         items: all items; `AnswerBatch.index` points into it.
-        skipped: items that cannot be used, counted by reason.
+        skipped: number of unusable items by reason.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -223,7 +225,7 @@ class Answers:
         return f"Answers({len(self)} of {len(self.items)} items, skipped={dict(self.skipped)})"
 
     def batches(self, max_size: int) -> Iterator[AnswerBatch]:
-        """Batches of at most `max_size` strings, two for every usable item, by length."""
+        """Batches of at most `max_size` strings, two per usable item, by length."""
         _check_size(max_size)
         groups: dict[int, list[tuple[_Pair, bool]]] = {}
         for pair in self.usable:
@@ -261,7 +263,7 @@ def _bos(tokenizer: Any, prepend: bool) -> list[int]:
 
 def _check_size(max_size: int) -> None:
     if max_size < 1:
-        raise UserError(f"a batch of {max_size} prompts is not possible: give 1 or more")
+        raise UserError(f"a batch size of {max_size} prompts must be at least 1")
 
 
 def _joined(prefix: str, answer: str) -> str:
@@ -270,7 +272,7 @@ def _joined(prefix: str, answer: str) -> str:
 
 
 def _tokenised(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[tuple[list[int], list[int]]]:
-    """Tokens of every prefix with the correct and with the wrong answer."""
+    """Tokens of every prefix with the correct and the wrong answer."""
     if not items:
         return []
     texts = [_joined(prefix, answer) for prefix, item in items for answer in (item.correct, item.wrong)]
@@ -279,7 +281,7 @@ def _tokenised(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[tuple[
 
 
 def _divided(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[_Divided | str]:
-    """Prompt and answers in tokens of every (prefix, item), or the reason why there are none."""
+    """Prompt and answers in tokens for every (prefix, item), or the reason why it is unusable."""
     return [_divide(correct, wrong, tokenizer.unk_token_id) for correct, wrong in _tokenised(tokenizer, items)]
 
 
@@ -309,8 +311,8 @@ def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _mismatch(clean: _Divided, pair: _Divided) -> str | None:
     if len(clean.prompt) != len(pair.prompt):
-        return "the paired prompt has another number of tokens"
-    return None if clean[1:] == pair[1:] else "the answers are other tokens after the paired prompt"
+        return "the paired prompt has a different number of tokens"
+    return None if clean[1:] == pair[1:] else "the answers are different tokens after the paired prompt"
 
 
 def _stack(prompts: Sequence[_Prompt]) -> PromptBatch:

@@ -1,11 +1,12 @@
-"""Tasks: minimal pairs of a prefix and two answers, one right and one wrong.
+"""Tasks: minimal pairs, a prefix with a correct and a wrong answer.
 
-Every source gives items (prefix, correct, wrong, paired prefix or none); `prompts` makes prompts of them, by
-one rule for every tokenizer. With `answers="single"` one token tells the answers apart, and the metric is
-logit(correct) - logit(wrong) at the last position of the prompt, which attribution needs (Bayazit et al., arXiv
-2509.05291, have the opposite sign). With `answers="multi"` it is the difference of the answers' log-probabilities,
-summed over their tokens: for words of several tokens and for full sentences (as BLiMP has them, Warstadt et al. 2020).
-Where single-token answers end their sentences the two are the same number.
+1. A source gives items: prefix, correct answer, wrong answer, and an optional paired prefix.
+2. `crosslens.tasks.prompts` tokenises them, with one rule for every tokenizer.
+3. With `answers="single"` the answers differ in one token, and the metric is logit(correct) - logit(wrong) at the last
+   position of the prompt, which attribution needs (Bayazit et al., arXiv 2509.05291, use the opposite sign). With
+   `answers="multi"` it is the difference of the answers' summed log-probabilities, for words of several tokens and for
+   full sentences (as in BLiMP, Warstadt et al. 2020). For single-token answers at the end of a sentence, both are the
+   same number.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from crosslens.errors import UserError, did_you_mean
+from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
-from crosslens.tasks import corpora
-from crosslens.tasks import generated as synthetic
-from crosslens.tasks.accuracy import Models, accuracy_table
+from crosslens.tasks import corpora, generated
+from crosslens.tasks.accuracy import accuracy_table
 from crosslens.tasks.prompts import Answers, Item, Prompts, encode, encode_answers
 
 _COLUMNS = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
@@ -34,24 +36,24 @@ ANSWERS = ("single", "multi")
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of minimal pairs without exact duplicates; made by one of the class methods.
+    """A named list of minimal pairs without exact duplicates; use one of the class methods to make it.
 
     Raises:
         UserError: a name that cannot be part of a file name, or unknown `answers`.
     """
 
     name: str
-    """Of its tables and files."""
+    """Name of its tables and files."""
     items: tuple[Item, ...] = field(repr=False)
     """The pairs in words."""
     duplicates: int = 0
-    """Exact duplicates that were dropped: they are no new evidence, and would make standard errors too small."""
+    """Exact duplicates that were dropped: they add no evidence and would make standard errors too small."""
     answers: str = "single"
-    """"single": one token tells the answers apart; "multi": their summed log-probabilities are compared."""
+    """"single": the answers differ in one token; "multi": their summed log-probabilities are compared."""
 
     def __post_init__(self) -> None:
         if not self.name or {"/", "\\"} & set(self.name):
-            raise UserError(f"task name {self.name!r} must name a file: give one without '/' and '\\'")
+            raise UserError(f"task name {self.name!r} is used in file names: remove '/' and '\\'")
         _check_answers(self.answers)
 
     def __len__(self) -> int:
@@ -60,11 +62,11 @@ class Task:
     # ------------------------------------------------------------------ sources
     @classmethod
     def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]], answers: str = "single") -> Task:
-        """A task called `name`, with `answers` as in `Task`, from `items`: `Item`s, or dictionaries with `prefix`,
-        `correct`, `wrong` and, if there is one, `patch_prefix`.
+        """A task called `name`, with `answers` as in `Task`, from `Item`s or dictionaries with `prefix`, `correct`,
+        `wrong` and, optionally, `patch_prefix`.
 
         Raises:
-            UserError: no items, or one that lacks a key or has an empty answer; it is named.
+            UserError: no items, or an item that lacks a key or has an empty answer.
         """
         made = [
             item if isinstance(item, Item) else _make_item(corpora.Row(f"task {name!r}, item {i}", item), _COLUMNS)
@@ -84,17 +86,17 @@ class Task:
         bad: str = "sentence_bad",
         answers: str = "multi",
     ) -> Task:
-        """A task from pairs of sentences, compared as a whole, or with `answers="single"` at the word that differs.
+        """A task from pairs of sentences, compared as a whole or, with `answers="single"`, at the word that differs.
 
         Args:
-            name: of the task.
-            rows: dictionaries with a right and a wrong sentence; what else they hold is the item's `info`.
-            good: key of the right sentences.
+            name: name of the task.
+            rows: dictionaries with a correct and a wrong sentence; other keys become the item's `info`.
+            good: key of the correct sentences.
             bad: key of the wrong sentences.
             answers: "multi" or "single".
 
         Raises:
-            UserError: no rows, one that lacks a key or has an empty sentence, or unknown `answers`.
+            UserError: no rows, a row that lacks a key or has an empty sentence, or unknown `answers`.
         """
         _check_answers(answers)
         numbered = (corpora.Row(f"task {name!r}, row {i}", row) for i, row in enumerate(rows))
@@ -105,22 +107,22 @@ class Task:
         """Pairs in the format of feature-circuits (Marks et al., arXiv 2403.19647): JSON lines with `clean_prefix`,
         `patch_prefix`, `clean_answer`, `patch_answer`; arguments and errors as in `local`.
         """
-        return cls.local(path, **_SVA, name=name, answers=answers)
+        return cls.local(path, _SVA, name=name, answers=answers)
 
     @classmethod
     def blimp(cls, uid_or_path: str | Path, folder: str | Path | None = None, answers: str | None = None) -> Task:
         """A BLiMP paradigm (Warstadt et al. 2020).
 
-        Paradigms of the one-prefix method are judged by the first word that differs, the others, whose difference lies
-        elsewhere, as full sentences.
+        Paradigms of the one-prefix method are compared at the first word that differs, the others as full sentences.
 
         Args:
             uid_or_path: a file, or a paradigm such as "regular_plural_subject_verb_agreement_1".
-            folder: where `<uid>.jsonl` lies; None downloads the paradigm from the hub dataset nyu-mll/blimp.
-            answers: "multi" compares full sentences in any paradigm; None takes what the paradigm is made for.
+            folder: folder with `<uid>.jsonl`; None downloads the paradigm from the hub dataset nyu-mll/blimp.
+            answers: "multi" compares full sentences in any paradigm; None uses the method that the paradigm is made
+                for.
 
         Raises:
-            UserError: no such file or paradigm, or "single" where the one-prefix method does not hold.
+            UserError: no such file or paradigm, or "single" for a paradigm without the one-prefix method.
         """
         _check_answers(answers or "single")
         rows = corpora.blimp_rows(uid_or_path, folder)
@@ -143,13 +145,14 @@ class Task:
         Args:
             language_or_path: a .txt file, or a language such as "fr".
             case: such as "simple_agrmt".
-            folder: a clone of github.com/aaronmueller/clams, where `<language>_evalset/<case>.txt` lies.
+            folder: a clone of github.com/aaronmueller/clams, with `<language>_evalset/<case>.txt`.
             answers: "single" compares the word that differs, "multi" full sentences.
-            capitalise: begin sentences with a capital; the sets are in lower case.
-            end: such as "."; the sets have none, so a full sentence that begins another is skipped without it.
+            capitalise: capitalise sentences; the sets are in lower case.
+            end: text to append to every sentence, such as "."; the sets have no full stop, and a full sentence that is
+                the beginning of the other is skipped without it.
 
         Raises:
-            UserError: no such file, or lines that are no pairs.
+            UserError: no such file, or lines that do not pair up.
         """
         _check_answers(answers)
         path = Path(language_or_path)
@@ -171,17 +174,17 @@ class Task:
     ) -> Task:
         """Agreement in one language of MultiBLiMP (Jumelet et al., arXiv 2504.02768).
 
-        The word that differs need not be the last; with `answers="single"` what follows it plays no part.
+        The word that differs need not be the last; with `answers="single"` the words after it are ignored.
 
         Args:
             language: ISO 639-3, such as "fra".
-            phenomenon: such as "SV-#"; None takes all.
-            path: a folder of `<language>/data.tsv`, or a file with `sen` and `wrong_sen`, and perhaps several values of
-                `language`; None downloads the hub dataset jumelet/multiblimp.
+            phenomenon: such as "SV-#"; all when None.
+            path: a folder with `<language>/data.tsv`, or a file with the columns `sen` and `wrong_sen` and, if it has
+                several languages, `language`; None downloads the hub dataset jumelet/multiblimp.
             answers: "single" compares the word that differs, "multi" full sentences.
 
         Raises:
-            UserError: no such file, language or phenomenon, or a row lacks a key.
+            UserError: no such file, language or phenomenon, or a row that lacks a key.
         """
         _check_answers(answers)
         rows = corpora.multiblimp_rows(language, path)
@@ -196,37 +199,35 @@ class Task:
 
         Args:
             path: a file with the keys of `sva`; None generates items.
-            n: items that are generated.
+            n: number of generated items.
             seed: of the draw.
 
         Raises:
-            UserError: the file cannot be read, or more items than there are.
+            UserError: the file cannot be read, or n exceeds the possible items.
         """
-        return cls.from_items("ioi", synthetic.ioi_items(n, seed)) if path is None else cls.sva(path)
+        return cls.from_items("ioi", generated.ioi_items(n, seed)) if path is None else cls.sva(path)
 
     @classmethod
     def induction(cls, tokenizer: Any, n: int = 200, length: int = 8, seed: int = 0) -> Task:
-        """Random words of one token each, said twice; the second time breaks off, and must go on as the first did.
+        """Induction: random single-token words, repeated; the repetition stops, and must continue like the original.
 
         Args:
             tokenizer: of the models, such as `snapshots.tokenizer`.
-            n: items.
-            length: words that are repeated.
+            n: number of items.
+            length: number of words in the sequence.
             seed: of the draw.
 
         Raises:
-            UserError: n or length out of range, or a tokenizer with too few words of one token.
+            UserError: n or length out of range, or a tokenizer with too few single-token words.
         """
-        return cls.from_items("induction", synthetic.induction_items(tokenizer, n, length, seed))
+        return cls.from_items("induction", generated.induction_items(tokenizer, n, length, seed))
 
     @classmethod
     def local(
         cls,
         path: str | Path,
-        prefix: str = "prefix",
-        correct: str = "correct",
-        wrong: str = "wrong",
-        patch_prefix: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        *,
         name: str | None = None,
         answers: str = "single",
     ) -> Task:
@@ -234,17 +235,15 @@ class Task:
 
         Args:
             path: .jsonl, .json, .ndjson, .csv, .tsv or .parquet.
-            prefix: key or column of the prefixes.
-            correct: key or column of the right answers.
-            wrong: key or column of the wrong answers.
-            patch_prefix: that of the paired prefixes; None takes "patch_prefix" from the rows that have it.
-            name: of the task; that of the file by default.
+            columns: keys or columns of "prefix", "correct", "wrong" and "patch_prefix" that have other names, such as
+                `{"correct": "verb"}`. By default "patch_prefix" is read from the rows that have it.
+            name: name of the task; that of the file by default.
             answers: "single" or "multi", see `Task`.
 
         Raises:
-            UserError: the file cannot be read, or a line lacks a key; file, line and key are named.
+            UserError: the file cannot be read, a row lacks a key, or `columns` has an unknown part.
         """
-        columns = _columns(prefix, correct, wrong, patch_prefix)
+        columns = _columns(columns)
         rows = corpora.read_rows(Path(path))
         return cls.from_items(name or Path(path).stem, [_make_item(row, columns) for row in rows], answers)
 
@@ -254,10 +253,8 @@ class Task:
         repository: str,
         config: str | None = None,
         split: str = "train",
-        prefix: str = "prefix",
-        correct: str = "correct",
-        wrong: str = "wrong",
-        patch_prefix: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        *,
         name: str | None = None,
         answers: str = "single",
     ) -> Task:
@@ -265,14 +262,14 @@ class Task:
 
         Args:
             repository: such as "user/dataset".
-            config: its configuration, where it has several.
+            config: its configuration, if it has several.
             split: its split.
-            name: of the task; that of the configuration or repository by default.
+            name: name of the task; that of the configuration or repository by default.
 
         Raises:
-            UserError: no such dataset, configuration or split, no connection, or a column that is not there.
+            UserError: no such dataset, configuration or split, no connection, or a missing column.
         """
-        columns = _columns(prefix, correct, wrong, patch_prefix)
+        columns = _columns(columns)
         rows = corpora.read_hub(repository, config, split)
         items = [_make_item(row, columns) for row in rows]
         return cls.from_items(name or config or repository.rpartition("/")[2], items, answers)
@@ -288,7 +285,7 @@ class Task:
             seed: of the draw.
 
         Raises:
-            UserError: unknown construction or language, or more items than there are.
+            UserError: an unknown construction or language, or n exceeds the possible items.
         """
         languages = grammar.LANGUAGES if language is None else (language,)
         rows = [row for each in languages for row in grammar.pairs(construction, each, n, seed)]
@@ -296,15 +293,15 @@ class Task:
 
     # ------------------------------------------------------------------ use
     def prompts(self, tokenizer: Any, prepend_bos: bool = True, max_length: int | None = None) -> Prompts:
-        """The items as tokens, by the rule of `crosslens.tasks.prompts`; arguments as in `prompts.encode`.
+        """Tokenise the items by the rule of `crosslens.tasks.prompts`; arguments as in `prompts.encode`.
 
         Raises:
-            UserError: no item is usable, the reasons are named; or a task whose answers are "multi".
+            UserError: no item is usable, or the task's answers are "multi".
         """
         if self.answers != "single":
             raise UserError(
-                f"task {self.name!r} compares answers of many tokens (answers='multi'), so no single position decides "
-                "and effects cannot be attributed to it: use accuracy, or make the task with answers='single'"
+                f"task {self.name!r} compares answers of several tokens (answers='multi'), which attribution does not "
+                "support: use Task.accuracy, or make the task with answers='single'"
             )
         prompts = encode(tokenizer, self.items, prepend_bos, max_length)
         self._check_usable(prompts, "whose answers differ in one token of this tokenizer")
@@ -314,7 +311,7 @@ class Task:
         """Prompts with both answers, of any number of tokens; arguments as in `crosslens.tasks.prompts.encode_answers`.
 
         Raises:
-            UserError: no item is usable, the reasons are named.
+            UserError: no item is usable.
         """
         answers = encode_answers(tokenizer, self.items, prepend_bos, max_length)
         self._check_usable(answers, "with two answers that this tokenizer tells apart")
@@ -324,45 +321,43 @@ class Task:
         if not len(prompts):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in prompts.skipped.most_common())
             raise UserError(
-                f"task {self.name!r}: none of its {len(self)} items can be used ({reasons}): give items {wanted}, "
-                "after prompts that fit the model"
+                f"task {self.name!r}: none of its {len(self)} items is usable ({reasons}): give items {wanted}, with "
+                "prompts that fit the model's context"
             )
 
     def accuracy(
         self,
-        snaps: Models,
-        device: str = "cpu",
-        batch_size: int = 256,
+        snapshots: Snapshots,
         *,
+        batch_size: int = 256,
         prepend_bos: bool = True,
-        backend: str = "bridge",
+        settings: ModelSettings | None = None,
     ) -> pd.DataFrame:
-        """How often the right answer is preferred, a row per snapshot; a tie counts as half right.
+        """How often the correct answer is preferred: a row per snapshot; a tie counts as half.
 
         Args:
-            snaps: the models; prompts longer than their context are skipped.
-            device: where they run.
+            snapshots: the models; prompts longer than their context are skipped.
             batch_size: prompts per forward pass.
             prepend_bos: begin prompts with the BOS token.
-            backend: "bridge" or "hooked_transformer".
+            settings: how the models run; None is `ModelSettings()`.
 
         Returns:
             task, snapshot, label, step, tokens, accuracy, low and high (Wilson's 95 % interval), metric (mean
-            difference of the logits, or of the summed log-probabilities), n (items), skipped (items that cannot be
-            used) and reasons (why, with their counts).
+            difference of the logits, or of the summed log-probabilities), n (items), skipped (unusable items) and
+            reasons (why, with counts).
 
         Raises:
-            UserError: no usable item, or a snapshot whose logits are not finite.
+            UserError: no usable item, or a snapshot with non-finite logits.
         """
-        make = self.prompts if self.answers == "single" else self.strings
-        prompts = make(snaps.tokenizer, prepend_bos, snaps.n_ctx)
-        return accuracy_table(self.name, snaps, prompts, device, batch_size, backend)
+        encode_items = self.prompts if self.answers == "single" else self.strings
+        prompts = encode_items(snapshots.tokenizer, prepend_bos, snapshots.n_ctx)
+        return accuracy_table(self.name, snapshots, prompts, batch_size, settings or ModelSettings())
 
     def split(self, seed: int = 0) -> tuple[Task, Task]:
-        """Two halves, drawn by `seed`, that share no prefix, paired ones included.
+        """Split at random, by `seed`, into two halves that share no prefix, paired prefixes included.
 
         Raises:
-            UserError: all items hang together by their prefixes.
+            UserError: all items are connected by shared prefixes.
         """
         pairs = [(item.prefix, item.prefix if item.patch_prefix is None else item.patch_prefix) for item in self.items]
         number = {prefix: i for i, prefix in enumerate(dict.fromkeys(p for pair in pairs for p in pair))}
@@ -374,7 +369,7 @@ class Task:
             groups.setdefault(int(component[prefix]), []).append(index)
         drawn = list(groups.values())
         if len(drawn) < 2:
-            raise UserError(f"task {self.name!r} cannot be split: its items share one prefix; add items with others")
+            raise UserError(f"task {self.name!r} cannot be split: all its items share prefixes; add items with others")
         random.Random(f"split {seed}").shuffle(drawn)
         halves: tuple[list[int], list[int]] = ([], [])
         for group in drawn:
@@ -385,16 +380,19 @@ class Task:
 
 def _check_answers(answers: str) -> None:
     if answers not in ANSWERS:
-        raise UserError(f"answers={answers!r} is unknown: use 'single' or 'multi'{did_you_mean(answers, ANSWERS)}")
+        raise UserError(f"answers={answers!r} is unknown; use 'single' or 'multi'{did_you_mean(answers, ANSWERS)}")
 
 
-def _columns(prefix: str, correct: str, wrong: str, patch_prefix: str | None) -> dict[str, str]:
-    columns = {"prefix": prefix, "correct": correct, "wrong": wrong}
-    return columns if patch_prefix is None else {**columns, "patch_prefix": patch_prefix}
+def _columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+    parts = (*_COLUMNS, "patch_prefix")
+    for part in columns or ():
+        if part not in parts:
+            raise UserError(f"columns: {part!r} is no part of an item; use any of {parts}{did_you_mean(part, parts)}")
+    return {**_COLUMNS, **(columns or {})}
 
 
 def _make_item(row: corpora.Row, columns: Mapping[str, str]) -> Item:
-    """An item, its paired prefix optional unless the columns name one."""
+    """An item; its paired prefix is optional unless the columns name one."""
     if row.values.get("patch_prefix"):
         columns = {"patch_prefix": "patch_prefix", **columns}
     return corpora.make_item(row, columns)
