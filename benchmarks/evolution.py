@@ -1,10 +1,10 @@
-"""How long the analyses of a large crosscoder take, and how much memory beyond its weights.
+"""Time and memory (beyond its weights) of the analyses of a large crosscoder.
 
     python benchmarks/evolution.py [--shape 16384,8,512]
 
-The crosscoder is random, of F features, S snapshots, D wide (`--shape F,S,D`); so are 4,096 held-out activations, on
-which about 32 features are active per token. Every analysis runs in a process of its own; memory is the kernel's peak
-less what the process held before.
+The crosscoder and 4,096 held-out activations are random, with F features, S snapshots and width D (`--shape F,S,D`) and
+about 32 active features per token. Every analysis runs in its own process; memory is the kernel's peak minus what the
+process held before.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from torch import Tensor
 
 import crosslens as cl
 from crosslens.evolution.controls import encoder_share, latent_scaling
-from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.geometry import (
+    decoder_cosines,
+    feature_dimensionality,
+    rotation_per_interval,
+    total_dimensionality,
+)
 from crosslens.evolution.lifecycles import evolve, measure_firing
-from crosslens.evolution.splitting import partings, successions
+from crosslens.evolution.splitting import replacements, splits
 
 N_TOKENS, L0 = 4096, 32
 
 
 class Random(cl.Activations):
-    """Held-out activations from a normal distribution, the same at every call."""
+    """Normally distributed held-out activations, the same on every call."""
 
     def __init__(self, S: int, D: int) -> None:
         self.shape = (S, D)
@@ -40,7 +45,7 @@ class Random(cl.Activations):
 
 
 def make(F: int, S: int, D: int) -> cl.crosscoders.Crosscoder:
-    """Rows that are born, turn and fade at random; a bias that leaves about `L0` features active."""
+    """Make a crosscoder with rows that rotate and vary in norm, and a bias that leaves about `L0` features active."""
     generator = torch.Generator().manual_seed(0)
     cc = cl.crosscoders.StandardCrosscoder(cl.crosscoders.StandardCrosscoderConfig(d_in=S * D, d_sae=F, n_snapshots=S))
     with torch.no_grad():
@@ -55,23 +60,23 @@ def make(F: int, S: int, D: int) -> cl.crosscoders.Crosscoder:
     return cc.requires_grad_(False)
 
 
-# each takes the crosscoder, and activations, what `measure_firing` made of them, or nothing more
+# every function takes the crosscoder, and either activations, the result of `measure_firing`, or nothing else
 ANALYSES: dict[str, tuple[Callable[..., Any], str]] = {
-    "activity (one pass over held-out tokens)": (measure_firing, "acts"),
+    "firing (one pass over held-out tokens)": (measure_firing, "acts"),
     "evolution table": (evolve, "firing"),
     "dimensionality, per feature": (feature_dimensionality, "firing"),
     "dimensionality, total and of random directions": (total_dimensionality, "firing"),
-    "turning point": (turning, ""),
+    "rotation per interval": (rotation_per_interval, ""),
     "cosines between snapshots": (decoder_cosines, ""),
     "latent scaling": (latent_scaling, "acts"),
     "encoder share": (encoder_share, "acts"),
-    "successions": (successions, "acts"),
-    "partings": (partings, ""),
+    "replacements": (replacements, "acts"),
+    "splits": (splits, ""),
 }
 
 
 def measure_one(name: str, shape: tuple[int, int, int], threads: int) -> dict[str, Any]:
-    """Seconds of one analysis, and the kernel's peak less what was resident before (None where it does not say)."""
+    """Seconds of one analysis, and the kernel's peak minus the memory held before (None if the kernel has neither)."""
     torch.set_num_threads(threads)
     measure.return_freed_memory()
     F, S, D = shape

@@ -1,14 +1,14 @@
-"""Planted ground truth: are features found whose births, turns, splits, mergers and deaths are known?
+"""Planted ground truth: which features are recovered whose births, rotations, splits, mergers and deaths are known?
 
-The four architectures, and one dictionary per snapshot matched afterwards, on activations in which the truth is planted
-(`crosslens.planted`), and scored by it. All get the same features, steps and activations; what has a k gets
-the true number of active features, the dictionaries that of their own snapshot.
+Trains the four architectures, and one dictionary per snapshot matched afterwards, on activations with planted features
+(`crosslens.planted`), and scores them against these. All get the same number of features, steps and activations.
+Architectures with a k get the true number of active features; each dictionary gets that of its snapshot.
 
     python benchmarks/recovery.py --quick                          # the easy regime, one seed: three CPU minutes
     python benchmarks/recovery.py --out recovery.jsonl             # three regimes, three seeds: fifty CPU minutes
     python benchmarks/recovery.py --out recovery.jsonl --report    # the same, and a dated report
 
-A result that the file holds is not computed again: a run can be interrupted, or shared between processes that are given
+Results already in the file are not computed again, so a run can be interrupted, or divided between processes with
 different `--seeds`, `--regime` or `--method`.
 """
 
@@ -38,33 +38,33 @@ SEEDS = (0, 1, 2)
 STEPS, QUICK_STEPS, BATCH = 2000, 1000, 512
 FEATURES_PER_PLANTED = 2
 LEARNING_RATE = {"batchtopk": 3e-3, "topk": 3e-3, "standard": 3e-3, "jumprelu": 3e-3, "per_snapshot": 2e-3}
-HARD_RATE = {"per_snapshot": 5e-4}  # in the regimes that are not easy, smaller ones are far better for dictionaries
+HARD_RATE = {"per_snapshot": 5e-4}  # in the harder regimes dictionaries need a much smaller learning rate
 PACKAGES = ("crosslens", "torch", "sae-lens", "numpy", "scipy")
 
 BETTER = {
     "recovered": max, "cosine": max, "birth": max, "dated": max, "birth_error": min, "birth_error_all": min,
-    "false_births": min, "death": max, "turn": max, "rotation_error": min, "partings": max, "explained_variance": max,
+    "false_births": min, "death": max, "rotation": max, "rotation_error": min, "splits": max, "explained_variance": max,
 }  # fmt: skip
-"""The columns, and which end is good; of the mean over seeds `compare` says where a crosscoder is not better."""
+"""Columns, and whether larger or smaller is better; `compare` lists those where a crosscoder's mean is not better."""
 
 NOTES = """
-Every figure is the mean over seeds, the worst seed in brackets.
+Every figure is the mean over seeds, with the worst seed in brackets.
 
-- *recovered*: planted features that a found one resembles (cosine of the rows over all snapshots above .9), assigned
-  one to one; *cosine*: of each planted feature with the nearest found one, mean.
-- *birth exact*: of those that are recovered, the share whose birth is claimed at the planted snapshot; *recovered and
-  dated*: the same as a share of all; *birth error*: mean distance in snapshots, of the recovered; *of all*: of every
-  planted feature that a found one is assigned to, however unlike it is.
-- *false births*: of the found features that claim a birth after the first snapshot, those that resemble (cosine above
-  .7) no planted feature born there.
-- *deaths*: features that die, recovered with the exact death. *turns*: features that turn by .3 rad or more, recovered
-  with their largest turn at the planted snapshot; *rotation error*: distance of found and planted angle there, degrees,
-  of all recovered that turn. *splits, mergers*: pairs, both recovered, and apart exactly where they should be.
-- *EV* is averaged over snapshots, *L0* counted once for all snapshots of a crosscoder, and averaged over the
-  dictionaries; both on held-out activations. *live*: features that fire there, or chains of linked features.
-- *CPU s*: of training and scoring, on one thread; drawing the activations counts where they are first used.
+- *recovered*: share of planted features whose assigned found feature has a cosine above .9 over all snapshots
+  (one-to-one assignment); *cosine*: mean cosine of each planted feature with the nearest found one.
+- *birth exact*: share of recovered features with the planted birth; *recovered and dated*: the same as a share of all;
+  *birth error*: mean error in snapshots over recovered features; *of all*: over all assigned features.
+- *false births*: share of found features born after the first snapshot that are not near (cosine above .7) a planted
+  feature born there.
+- *deaths*: share of dying features recovered with the exact death. *rotations*: share of features that rotate by .3 rad
+  or more, recovered with their largest rotation at the planted snapshot; *rotation error*: mean error of that angle in
+  degrees, over all recovered features that rotate. *splits, mergers*: share of pairs where both are recovered and have
+  the same direction exactly where planted.
+- *EV* is averaged over snapshots; *L0* counts a feature once for all snapshots of a crosscoder, and is averaged over
+  the dictionaries; both on held-out activations. *live*: features that fire there, or chains of linked features.
+- *CPU s*: training and scoring on one thread; drawing activations counts for the method that uses them first.
 
-Settings were chosen on seed 10 of the easy regime in two to four trials a method, and kept for all regimes: learning
+Settings were chosen on seed 10 of the easy regime in two to four trials per method and kept for all regimes: learning
 rates .001 to .003 (BatchTopK, TopK), .002 and .003 (the dictionaries), L1 coefficients .4, 1 and 2, JumpReLU
 coefficients .1 and .3. The least cosine of a link (.4 to .8) was chosen for the dictionaries on seed 10 of the hard
 regimes. Their learning rate was not, and a smaller one is far better in the crowded regime: see the dated report.
@@ -73,7 +73,7 @@ regimes. Their learning rate was not, and a smaller one is far better in the cro
 
 # ---------------------------------------------------------------------- training
 def architecture(method: str, acts: Planted, steps: int) -> CrosscoderTrainingConfig:
-    """The settings of a method on some activations; chosen on seed 10."""
+    """Settings of a method, chosen on seed 10."""
     d_sae = FEATURES_PER_PLANTED * acts.regime.n_features
     if method == "standard":
         return cl.StandardCrosscoderTrainingConfig(d_sae=d_sae, l1_coefficient=0.4, l1_warm_up_steps=steps // 20)
@@ -88,7 +88,7 @@ def architecture(method: str, acts: Planted, steps: int) -> CrosscoderTrainingCo
 
 
 def fit(method: str, regime: str, acts: Planted, steps: int, seed: int) -> cl.crosscoders.Crosscoder:
-    """A crosscoder of one method, trained on `steps` batches."""
+    """Train a crosscoder with one method on `steps` batches."""
     config = cl.TrainConfig(
         training_tokens=steps * BATCH,
         batch_size=BATCH,
@@ -103,7 +103,7 @@ def fit(method: str, regime: str, acts: Planted, steps: int, seed: int) -> cl.cr
 
 @torch.no_grad()
 def quality(crosscoder: cl.crosscoders.Crosscoder, acts: Planted) -> tuple[float, float]:
-    """Explained variance, averaged over snapshots, and L0 on the held-out activations."""
+    """Explained variance averaged over snapshots, and L0, on held-out activations."""
     x = torch.cat(list(acts.held_out()))
     features = crosscoder.encode(x)
     error = (crosscoder.decode(features) - x).square().sum((0, 2))
@@ -130,13 +130,13 @@ def run(planted: Planted, method: str, regime: str, seed: int, steps: int) -> di
     seconds = time.process_time() - began
     result = {"method": method, "regime": regime, "seed": seed, "steps": steps, "explained_variance": ev, "l0": l0}
     result |= scores | shares | {"seconds": seconds}
-    return {name: None if value != value else value for name, value in result.items()}  # strict JSON knows no NaN
+    return {name: None if value != value else value for name, value in result.items()}  # strict JSON has no NaN
 
 
 def recovered_by(table: pd.DataFrame, n_snapshots: int) -> dict[str, float]:
-    """Share recovered of each kind, of early and late births, and of the rarest and most frequent quarter."""
+    """Share recovered by kind, by birth, and of the rarest and most frequent quarter."""
     low, high = table["firing"].quantile([0.25, 0.75])
-    groups = {f"of_{kind}": table["kind"] == kind for kind in ("steady", "turning", "dying", "splitting", "merging")}
+    groups = {f"of_{kind}": table["kind"] == kind for kind in ("steady", "rotating", "dying", "splitting", "merging")}
     groups |= {
         "of_first": table["birth"] == 0,
         "of_middle": table["birth"].between(1, n_snapshots - 3),
@@ -149,7 +149,7 @@ def recovered_by(table: pd.DataFrame, n_snapshots: int) -> dict[str, float]:
 
 # ---------------------------------------------------------------------- tables
 def averages(results: list[dict[str, Any]]) -> list[Row]:
-    """A row per regime and method: the mean over seeds of every figure, and `worst` of those that have a better end."""
+    """A row per regime and method: the mean over seeds of every figure, and the worst seed."""
     rows: list[Row] = []
     for regime in REGIMES:
         for method in METHODS:
@@ -168,7 +168,7 @@ def averages(results: list[dict[str, Any]]) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> str:
-    """What is found and dated, what else is known of it, and which features are missed."""
+    """The three tables: recovery and births; deaths, rotations and splits; recovery by kind of feature."""
     head: dict[str, Callable[[Row], str]] = {"regime": lambda row: row["regime"], "method": lambda row: row["method"]}
     found = head | {
         "recovered": _with_worst("recovered", ".1%"),
@@ -184,22 +184,22 @@ def tables(rows: list[Row]) -> str:
     }
     more = head | {
         "deaths": _with_worst("death", ".1%"),
-        "turns": _with_worst("turn", ".1%"),
+        "rotations": _with_worst("rotation", ".1%"),
         "rotation error": _with_worst("rotation_error", ".2f"),
-        "splits, mergers": _with_worst("partings", ".1%"),
+        "splits, mergers": _with_worst("splits", ".1%"),
         "live": measuring.number("found", ".0f"),
         "CPU s": measuring.number("seconds", ".0f"),
     }
-    groups = (*("steady", "turning", "dying", "splitting", "merging"), *("first", "middle", "last_two"))
+    groups = (*("steady", "rotating", "dying", "splitting", "merging"), *("first", "middle", "last_two"))
     missed = head | {
         name.replace("_", " "): measuring.number(f"of_{name}", ".0%") for name in (*groups, "rare", "frequent")
     }
     return "\n\n".join(
         f"{title}\n\n{measuring.markdown(rows, columns)}"
         for title, columns in (
-            ("## What is found, and when it was born", found),
-            ("## What became of it", more),
-            ("## Share recovered, by kind, by birth, and of the rarest and most frequent quarter", missed),
+            ("## Recovery and births", found),
+            ("## Deaths, rotations and splits", more),
+            ("## Share recovered by kind, by birth, and of the rarest and most frequent quarter", missed),
         )
     )
 
@@ -212,7 +212,7 @@ def _with_worst(name: str, form: str) -> Callable[[Row], str]:
 
 
 def compare(results: list[dict[str, Any]]) -> str:
-    """The bars of the easy regime, and the columns where a crosscoder's mean is not better than the dictionaries'."""
+    """Check the bars of the easy regime, and list the columns where a crosscoder does not beat the dictionaries."""
     lines: list[str] = []
     for row in averages(results):
         regime, method = row["regime"], row["method"]
@@ -255,8 +255,8 @@ def main() -> None:
     parser.add_argument("--regime", nargs="+", default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--out", type=Path, help="results are kept here, a line of JSON each")
-    parser.add_argument("--kept", action="store_true", help="train nothing: the table of what --out holds")
+    parser.add_argument("--out", type=Path, help="file for the results, a line of JSON each")
+    parser.add_argument("--kept", action="store_true", help="train nothing, tabulate the results in --out")
     parser.add_argument("--report", action="store_true", help="write a dated file under benchmarks/reports")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

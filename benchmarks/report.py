@@ -34,7 +34,7 @@ def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDi
     """A run directory of F features and S snapshots."""
     import torch  # here: the process that builds the report must not have it in memory
 
-    from crosslens.evolution.lifecycles import classify
+    from crosslens.evolution.lifecycles import classify_lifecycles
 
     rng = np.random.default_rng(seed)
     steps = [0, *np.unique(np.geomspace(1, 143_000, S - 1).round().astype(int) + np.arange(S - 1)).tolist()]
@@ -63,7 +63,7 @@ def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDi
     there = np.arange(S) >= birth
     norms = np.where(there, 1.0, 0.05) * np.exp(-0.05 * np.abs(np.arange(S) - birth - 2)) * rng.uniform(0.5, 2, (F, 1))
     alive = rng.random(F) > 0.05
-    life = classify(torch.from_numpy(norms))
+    life = classify_lifecycles(torch.from_numpy(norms))
     life.loc[~alive] = pd.NA
     wide = {f"norm/{label}": norms[:, s].astype(np.float32) for s, label in enumerate(labels)}
     rates = rng.uniform(0, 0.02, F) * alive

@@ -1,4 +1,4 @@
-"""Crosscoders whose decoders are given, and activations that are given: what the analyses of features are tested on."""
+"""Crosscoders with given decoders, and given activations, to test the analyses of features on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crosslens.crosscoders import (
 
 
 class Held(Activations):
-    """Held-out activations that are given, not harvested; they come in batches of five at most."""
+    """Given held-out activations, in batches of five at most."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
@@ -27,7 +27,7 @@ class Held(Activations):
 
 
 def snapshots_at(*steps: int) -> list[dict[str, Any]]:
-    """What a crosscoder records of its snapshots, of seven tokens a step."""
+    """Metadata of snapshots, with seven tokens per step."""
     return [{"label": f"step{n}", "step": n, "tokens": 7 * n} for n in steps]
 
 

@@ -1,4 +1,4 @@
-"""A language model on 127.0.0.1 that talks as OpenAI's and Anthropic's do, and can be made to fail."""
+"""A server on 127.0.0.1 with the APIs of OpenAI and Anthropic that can be made to fail."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Script = Callable[[str, int], Any]
-"""What is answered to a prompt, by its text and the number of requests with it before: a text, or
-("refused", text), ("filtered", text), ("cut", text), ("status", code), ("body", bytes), ("slow", seconds, text)."""
+"""The answer to a prompt, given its text and the number of earlier requests with it: a text, or ("refused", text),
+("filtered", text), ("cut", text), ("status", code), ("body", bytes), or ("wait", event, text), sent after the event."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Asked:
 
 
 class serve:
-    """`asked` records every request; `url(client)` is the base url that the client is given."""
+    """`asked` records every request; `url(client)` is the base url for the client."""
 
     def __init__(self, script: Script) -> None:
         asked: list[Asked] = []
@@ -47,8 +47,8 @@ class serve:
                     counts[user] += 1
                 found = script(user, n)
                 kind, value = (found[0], found[1]) if isinstance(found, tuple) else ("text", found)
-                if kind == "slow":
-                    time.sleep(value)
+                if kind == "wait":
+                    value.wait(300)
                     kind, value = "text", found[2]
                 if kind == "status":
                     error = {"error": {"type": "error", "message": f"no, {key}"}}
@@ -61,11 +61,11 @@ class serve:
                     self.send_response(status)
                     self.send_header("Content-Type", "application/json")
                     self.send_header("Content-Length", str(len(data)))
-                    self.send_header("retry-after-ms", "20")  # what the clients wait before they try again
+                    self.send_header("retry-after-ms", "20")  # the clients wait this long before they retry
                     self.end_headers()
                     self.wfile.write(data)
                 except OSError:
-                    self.close_connection = True  # nobody waits any more
+                    self.close_connection = True  # the client has gone
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

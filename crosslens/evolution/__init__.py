@@ -1,12 +1,12 @@
 """When features appear, change and disappear over the snapshots.
 
-In: a crosscoder, and held-out activations where a measure needs them. Out: tables with a row per feature, or per
-feature and snapshot.
+In: a crosscoder, and held-out activations for most measures. Out: tables with a row per feature, or per feature and
+snapshot.
 
-Start with `lifecycles.evolve`; `study.study_evolution` runs everything that is asked of one crosscoder. Then by
-question: `geometry` (rotation and dimensionality), `splitting` (splits and merges), `controls` (encoder share, latent
-scaling), `probes`, `ngrams`, `dynamics` and `phases` (what the model predicts meanwhile), `agreement` and `seeds` (is
-it the same feature?), `selection` (which snapshots to use).
+Start with `lifecycles.evolve`; `study.study_evolution` runs all analyses of one crosscoder. Then by question:
+`geometry` (rotation and dimensionality), `splitting` (splits, mergers, replacements), `controls` (encoder share, latent
+scaling), `probes`, `ngrams`, `dynamics` and `phases` (predictions of the models over training), `agreement` and `seeds`
+(is it the same feature?), `selection` (which snapshots to use).
 """
 
 import lazy_loader

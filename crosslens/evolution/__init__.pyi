@@ -7,10 +7,10 @@ from .dynamics import dynamics_table as dynamics_table
 from .dynamics import measure_dynamics as measure_dynamics
 from .geometry import decoder_cosines as decoder_cosines
 from .geometry import feature_dimensionality as feature_dimensionality
+from .geometry import rotation_per_interval as rotation_per_interval
 from .geometry import total_dimensionality as total_dimensionality
-from .geometry import turning as turning
 from .lifecycles import Firing as Firing
-from .lifecycles import classify as classify
+from .lifecycles import classify_lifecycles as classify_lifecycles
 from .lifecycles import evolve as evolve
 from .lifecycles import measure_firing as measure_firing
 from .lifecycles import rotation as rotation
@@ -25,8 +25,8 @@ from .seeds import compare_features as compare_features
 from .seeds import match_features as match_features
 from .selection import propose_snapshots as propose_snapshots
 from .selection import snapshot_similarity as snapshot_similarity
-from .splitting import partings as partings
-from .splitting import successions as successions
+from .splitting import replacements as replacements
+from .splitting import splits as splits
 from .study import study_dynamics as study_dynamics
 from .study import study_evolution as study_evolution
 from .study import study_probes as study_probes

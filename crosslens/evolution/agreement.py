@@ -1,25 +1,25 @@
-"""Is it the same feature from one snapshot to the next? Where it is strongest in each, read from each alone.
+"""Is it the same feature from one snapshot to the next? Compare the tokens where it is strongest in each.
 
-A crosscoder's activations `f_i` are computed from all snapshots together, so they cannot tell whether two snapshots
-agree on a feature: they are the same number. This check reads every snapshot by itself.
+A crosscoder computes each activation `f_i` from all snapshots together, so `f_i` cannot show whether two snapshots
+agree on a feature. This check reads every snapshot on its own.
 
-1. The strength of feature i on a token at snapshot s, with z the token's scaled activation less the mean, C the
-   covariance of these over tokens, and d_is the feature's decoder row:
-   `by="filter"`      <z, (C + ridge tr(C)/D)^-1 d_is>: how much of d_is there is beyond what usually lies along it;
-   `by="projection"`  <z, d_is> / |d_is|: how far the activation reaches along the direction;
+1. Score every token by the strength of feature i at snapshot s. With z the token's scaled activation minus the mean, C
+   the covariance of z over tokens, and d_is the feature's decoder row:
+   `by="filter"`      <z, (C + ridge tr(C)/D)^-1 d_is>: the component along d_is beyond its usual variation (default);
+   `by="projection"`  <z, d_is> / |d_is|: the projection on the direction;
    `by="encoder"`     <z, W_enc[s, i]>: the snapshot's own term of the pre-activation.
-   The first is the default. It is the linear reading of least interference, and needs nothing but the snapshot's own
-   activations and decoder. Along any single direction of a crowded space other features have more to say: in the
-   demo's trained snapshots the feature is active on .11 to .18 of the 20 tokens of largest projection, and on .29 to
-   .45 of those by the filter. Encoder terms mean something in their sum only: training leaves open which snapshot a
-   feature is read from, and a term may do no more than cancel the noise of another.
-2. At every snapshot the `n_top` held-out tokens of largest strength are found, once over the tokens in batches.
-3. The agreement of two neighbouring snapshots is the share of these tokens that they have in common; chance is n_top /
-   tokens. Beside it: on what share of them the crosscoder says that the feature is active.
+   The filter is the linear reading with the least interference, and only needs the snapshot's own activations and
+   decoder. In a crowded space other features dominate any single direction: in the demo's trained snapshots the
+   feature is active on .11 to .18 of the top 20 tokens by projection, and on .29 to .45 of those by filter. Encoder
+   terms are meaningful only as a sum: training does not determine which snapshot a feature is read from, and a term
+   may only cancel the noise of another.
+2. Keep the `n_top` held-out tokens with the largest strength at every snapshot, in one pass over batches of tokens.
+3. The agreement of two neighbouring snapshots is the share of these tokens they have in common; chance is n_top /
+   tokens. Reported beside it: the share of these tokens on which the crosscoder says the feature is active.
 
-What this does not see: strengths still overlap with features of similar direction, so low agreement at low norms may be
-theirs and not the feature's; and two snapshots may agree on tokens for a reason that is not the feature, such as the
-word. The filter needs more held-out tokens than D. The check is this project's own.
+Limits: features with similar directions still interfere, so low agreement at low norms may be due to them; and two
+snapshots may agree on tokens for another reason than the feature, such as the word. The filter needs more held-out
+tokens than D. The check is this project's own.
 Letters: B tokens, S snapshots, D d_model, F features.
 """
 
@@ -36,7 +36,13 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import check_activations, held_out_features, relative_norms, snapshot_columns
+from crosslens.evolution.lifecycles import (
+    check_activations,
+    held_out_features,
+    relative_norms,
+    require_two_snapshots,
+    snapshot_columns,
+)
 
 _BLOCK = 1024  # features at a time
 _STRENGTHS = ("filter", "projection", "encoder")
@@ -53,16 +59,16 @@ def top_agreement(
     ridge: float = 1e-3,
     min_norm: float = 0.05,
 ) -> pd.DataFrame:
-    """Agreement of the tokens on which a feature is strongest, for every two neighbouring snapshots.
+    """Compare the tokens on which a feature is strongest between every pair of neighbouring snapshots.
 
     Args:
-        crosscoder: two snapshots or more.
-        acts: its activations; the held-out ones are used.
-        features: which ones; all that fire on these tokens when None.
+        crosscoder: trained on two snapshots or more.
+        acts: activations of its snapshots; the held-out ones are used.
+        features: indices; all features active on these tokens if None.
         n_top: tokens per feature and snapshot.
-        by: "filter", "projection" or "encoder": what the strength is.
-        ridge: of the filter, as a share of the mean variance.
-        min_norm: decoder rows below this share of the feature's largest norm have no direction: agreement is NaN there.
+        by: measure of strength: "filter", "projection" or "encoder".
+        ridge: regularisation of the filter, as a share of the mean variance.
+        min_norm: agreement is NaN where a decoder row is below this share of the feature's largest norm.
 
     Returns:
         A row per feature and pair: feature, snapshot and other (indices), label, other_label, step, other_step, norm
@@ -73,8 +79,7 @@ def top_agreement(
         UserError: one snapshot only, unknown `by`, n_top out of range, activations that are not the crosscoder's.
     """
     S = crosscoder.n_snapshots
-    if S < 2:
-        raise UserError(f"agreement needs at least 2 snapshots, this crosscoder has {S}: train on more")
+    require_two_snapshots("agreement", S)
     if by not in _STRENGTHS:
         raise UserError(f"by={by!r} is unknown: use {', '.join(map(repr, _STRENGTHS))}")
     if n_top < 1:
@@ -96,7 +101,7 @@ def top_agreement(
                 top.add(part, s, centred[:, s] @ reading.T, values[:, chosen] > 0, n)
         n += len(x)
     if n_top > n:
-        raise UserError(f"n_top={n_top} is more than the {n} tokens that are held out: ask for at most {n // 2}")
+        raise UserError(f"n_top={n_top} is more than the {n} held-out tokens: ask for at most {n // 2}")
     v = relative_norms(crosscoder.decoder_norms)[ids]
     smaller = torch.minimum(v[:, 1:], v[:, :-1])
     agreement = top.agreement()
@@ -117,7 +122,7 @@ def top_agreement(
 
 
 class _Top:
-    """The n largest strengths so far of every feature and snapshot: where they are, and whether it is active there."""
+    """The n largest strengths so far of every feature and snapshot, with their tokens and whether f_i > 0 there."""
 
     def __init__(self, n_features: int, S: int, n: int) -> None:
         self.values = torch.full((n_features, S, n), -torch.inf)
@@ -126,18 +131,18 @@ class _Top:
         self.fires = torch.zeros(n_features, dtype=torch.bool)
 
     def add(self, part: slice, s: int, strength: Tensor, active: Tensor, offset: int) -> None:
-        """Strengths (B, b) of some features on more tokens, of which `offset` came before."""
+        """Add the strengths (B, b) of some features on the tokens from `offset` on."""
         self.fires[part] |= active.any(0).cpu()
         places = torch.arange(offset, offset + len(strength))[:, None].expand(-1, strength.shape[1])
         new = (strength.float().cpu(), places, active.cpu())
         whole = [torch.cat([old[part, s], more.T], 1) for old, more in zip(self._all(), new, strict=True)]
-        # the earlier of equals: sorting is stable, `topk` is not
+        # ties go to the earlier token: sorting is stable, `topk` is not
         order = whole[0].sort(dim=1, descending=True, stable=True).indices[:, : self.values.shape[-1]]
         for old, values in zip(self._all(), whole, strict=True):
             old[part, s] = values.gather(1, order)
 
     def agreement(self) -> Float[Tensor, "n S1"]:
-        """Share of the places that neighbours have in common."""
+        """Share of the tokens that neighbouring snapshots have in common."""
         n, S, k = self.places.shape
         out = torch.empty(n, S - 1, dtype=torch.float64)
         for start in range(0, n, _BLOCK):
@@ -153,7 +158,7 @@ class _Top:
 def _moments(
     crosscoder: Crosscoder, acts: Activations, ridge: float
 ) -> tuple[Float[Tensor, "S D"], Float[Tensor, "S D D"]]:
-    """Means of the scaled held-out activations, and the inverses of their covariances, which `ridge` keeps tame."""
+    """Means of the scaled held-out activations, and the inverses of their regularised covariances."""
     S, D = crosscoder.n_snapshots, crosscoder.d_model
     total, squares, n = torch.zeros(S, D).double(), torch.zeros(S, D, D).double(), 0
     for x in acts.held_out():
@@ -171,7 +176,7 @@ def _moments(
 def _reading(
     crosscoder: Crosscoder, ids: Int[Tensor, " b"], s: int, by: str, inverse: Float[Tensor, "D D"]
 ) -> Float[Tensor, "b D"]:
-    """What the strengths of features at snapshot s are inner products with."""
+    """Vectors whose inner products with centred activations are the strengths at snapshot s."""
     if by == "encoder":
         return crosscoder.W_enc_by_snapshot[s][:, ids].T
     rows = torch.nn.functional.normalize(crosscoder.W_dec_by_snapshot[ids, s], dim=-1)

@@ -1,19 +1,21 @@
 """Controls on single features: is one really absent where its decoder is small, and where is it read from?
 
-1. Latent scaling (after Minder et al., arXiv 2504.02922, for S snapshots). A sparsity penalty shrinks decoder rows, so
-   a small one may be a habit of the dictionary and not of the model. With r = x_s - x_hat_s + f_is W_dec[i, s], the
-   residual with the feature's own part put back, and d a unit direction, the least-squares coefficient
+1. Latent scaling (after Minder et al., arXiv 2504.02922, extended to S snapshots). A penalty on decoder norms shrinks
+   decoder rows, so a small row may be due to the penalty and not to the model. With
+   r = x_s - x_hat_s + f_is W_dec[i, s], the residual with the feature's own contribution added back, and d a unit
+   direction, the least-squares coefficient
 
        beta_is = E[f_i <r, d>] / E[f_i^2]
 
-   is how much of d there is per unit of f_i that no other feature accounts for; it equals the decoder norm where the
-   reconstruction is right. d is the decoder row at s (`own`), and the one at the feature's peak (`peak`). The same with
-   r = x_s - b_dec[s], the activation as a whole, does not care what other features claim.
+   is how much of d there is per unit of f_i that no other feature explains. It equals the decoder norm if the
+   reconstruction is right. d is the decoder row at s (`own`) or at the feature's peak (`peak`). The same fit with
+   r = x_s - b_dec[s], the whole activation, ignores what other features explain. TopK and BatchTopK have no penalty:
+   once their decoders are trained, E[f_i (x_s - x_hat_s)] = 0, so beta equals the decoder norm and shows nothing new.
 2. Encoder share: the pre-activation is a sum over snapshots, h_i = sum_s x_s W_enc[s, i] + b_i. The share of s is its
-   part of the rise of h_i from all tokens to those where the feature is active. It shows features that are read off
-   later snapshots than those they are said to live at. This measure is this project's own.
+   part of the rise of h_i from all tokens to those where the feature is active. It exposes features that are read from
+   later snapshots than those where they are present. This measure is this project's own.
 
-The sums run over the held-out tokens once, in blocks, and over active (token, feature) pairs alone. x is scaled.
+The sums run over the held-out tokens once, in blocks, and over active (token, feature) pairs only. x is scaled.
 Letters: B tokens, S snapshots, D d_model, F features.
 """
 
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import check_activations, held_out_features
 
 _BLOCK = 4096  # features at a time
@@ -44,7 +47,7 @@ class LatentScaling:
         peak: on residuals, along the decoder row at the snapshot of the largest norm.
         activation_own: on activations, along the row at the same snapshot.
         activation_peak: on activations, along the row at the peak.
-        norms: decoder norms, to compare with: `own` far above them is shrinkage, near them the norm can be believed.
+        norms: decoder norms to compare with. If `own` is far above the norm, the row is shrunk.
     """
 
     own: Float[Tensor, "F S"]
@@ -68,15 +71,20 @@ class LatentScaling:
 
 @torch.no_grad()
 def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
-    """How much of each feature's direction there is at every snapshot, beside what its decoder norm says.
+    """Measure how much of each feature's direction is in the activations of every snapshot.
 
     Args:
-        crosscoder: any.
+        crosscoder: of an architecture that penalises decoder norms (Standard or JumpReLU).
         acts: activations of its snapshots; the held-out ones are used.
 
     Raises:
-        UserError: no activations are held out, or they are not the crosscoder's.
+        UserError: a TopK or BatchTopK crosscoder, no activations held out, or activations of other snapshots.
     """
+    if not penalises_decoder(crosscoder):
+        raise UserError(
+            f"latent_scaling is meaningless for {crosscoder.cfg.architecture()}, where it equals the decoder norm: use "
+            "decoder_norms, or a standard or jumprelu crosscoder"
+        )
     check_activations(crosscoder, acts)
     F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
     decoder, norms = crosscoder.W_dec_by_snapshot, crosscoder.decoder_norms
@@ -91,7 +99,7 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
         squares += features.double().square().sum(0).cpu()
         blocks = [(part, features[:, part].to_sparse().t().coalesce()) for part in _active(features).split(_BLOCK)]
         for s in range(S):
-            # the feature's own part is put back: sum f f_is <W_is, d>
+            # add the feature's own contribution back: sum f f_is <W_is, d>
             gated = (features * crosscoder.snapshot_acts(features, s)).sum(0)
             both = torch.cat([error[:, s], around[:, s]], dim=1)
             for part, by_feature in blocks:
@@ -107,13 +115,18 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
     return LatentScaling(*found, norms=lengths)
 
 
+def penalises_decoder(crosscoder: Crosscoder) -> bool:
+    """Whether the training loss shrinks decoder norms, as the L1 and JumpReLU penalties do."""
+    return "topk" not in crosscoder.cfg.architecture()
+
+
 @torch.no_grad()
 def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F S"]:
-    """Share of every snapshot in what makes a feature active; rows sum to 1.
+    """Compute the share of every snapshot in what makes a feature active; rows sum to 1.
 
-    With p_is = x_s W_enc[s, i] the part of snapshot s, and expectations over all tokens and over those where f_i > 0:
-    `(E[p_is | active] - E[p_is]) / sum_s' (E[p_is' | active] - E[p_is'])`. A share can be negative, where a snapshot
-    speaks against the feature, and others then exceed 1.
+    With p_is = x_s W_enc[s, i], the contribution of snapshot s, and expectations over all tokens and over those where
+    f_i > 0: `(E[p_is | active] - E[p_is]) / sum_s' (E[p_is' | active] - E[p_is'])`. A share is negative if a snapshot
+    inhibits the feature; other shares can then exceed 1.
 
     Args:
         crosscoder: any.
@@ -123,7 +136,7 @@ def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F
         Shares, NaN for features that are never active, or always.
 
     Raises:
-        UserError: no activations are held out, or they are not the crosscoder's.
+        UserError: no activations held out, or activations of other snapshots.
     """
     check_activations(crosscoder, acts)
     F, S, D = crosscoder.cfg.d_sae, crosscoder.n_snapshots, crosscoder.d_model

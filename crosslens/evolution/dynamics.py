@@ -1,16 +1,16 @@
-"""What every snapshot predicts, held against n-gram counts, on one axis with the features that it has.
+"""Compare the predictions of every snapshot with n-gram statistics, next to the features it has.
 
-With p_s the next-token prediction of snapshot s and p1, p2 the unigram and bigram shares of the training corpus, over
-the predictions of some sequences (nats per token):
+With p_s the next-token prediction of snapshot s and p1, p2 the unigram and bigram distributions of the training corpus,
+averaged over the predictions of some sequences (nats per token):
 
     KL1  = E KL(p1 || p_s(.|x_<=t))
     KL2  = E KL(p2(.|x_t) || p_s(.|x_<=t))
     loss = E -log p_s(x_t+1|x_<=t)
 
-The least loss that counts alone can reach is H1, or H2, the entropies of p1 and p2. Ge et al. (arXiv 2509.17196) report
-these curves without their formulas. The other direction, KL(p_s || p2), is infinite at the first pair that the corpus
-lacks, so it is not given. Intervals come from drawing whole sequences with replacement. What the curves say of the
-phases of training is the matter of `crosslens.evolution.phases`.
+The lowest loss possible from the counts alone is H1 or H2, the entropies of p1 and p2. Ge et al. (arXiv 2509.17196)
+report these curves without formulas. The other direction, KL(p_s || p2), is infinite at any pair missing from the
+corpus, so it is left out. Intervals come from a bootstrap over whole sequences. `crosslens.evolution.phases` derives
+the phases of training from these curves.
 
 Letters: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary.
 """
@@ -31,24 +31,25 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.geometry import total_dimensionality
-from crosslens.evolution.lifecycles import Firing, classify, measure_firing, rotation, snapshot_columns
+from crosslens.evolution.lifecycles import Firing, classify_lifecycles, measure_firing, rotation, snapshot_columns
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 
 _PAIRS = 1 << 22  # (prediction, follower) pairs in memory at a time
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Divergences and losses of every snapshot, summed over the predictions of every sequence; of `measure_dynamics`.
+    """Divergences and losses of every snapshot, summed over the predictions of each sequence, by `measure_dynamics`.
 
     Attributes:
-        snapshots: label, step and tokens, a row each.
+        snapshots: label, step and tokens, one row per snapshot.
         kl1: (N, S) sums of KL(p1 || p_s), in nats.
-        kl2: (N, S) sums of KL(p2 || p_s), over predictions whose context the counts know.
+        kl2: (N, S) sums of KL(p2 || p_s), over predictions whose context occurs in the counts.
         loss: (N, S) sums of -log p_s.
-        n: (N,) predictions.
-        known: (N,) predictions whose context the counts know.
+        n: (N,) number of predictions.
+        known: (N,) number of predictions whose context occurs in the counts.
         unigram_entropy: H1 of the counts, in nats per token.
         bigram_entropy: H2 of the counts, in nats per token.
     """
@@ -63,11 +64,11 @@ class Dynamics:
     bigram_entropy: float
 
     def draws(self, name: str, n_bootstrap: int, seed: int = 0) -> Float[np.ndarray, "draws S"]:
-        """Means over predictions, in nats, over sequences drawn with replacement; equal seeds draw alike.
+        """Bootstrap the mean over predictions, in nats; draws with equal seeds are paired.
 
         Args:
             name: kl1, kl2 or loss.
-            n_bootstrap: number of draws.
+            n_bootstrap: number of draws of whole sequences, with replacement.
             seed: of the draws.
         """
         N = len(self.n)
@@ -75,23 +76,23 @@ class Dynamics:
         return (weights @ getattr(self, name).numpy()) / (weights @ self._counts(name).numpy())[:, None]
 
     def mean(self, name: str) -> Float[np.ndarray, " S"]:
-        """Mean over all predictions of what `name` says: kl1, kl2 or loss, in nats."""
+        """Mean of kl1, kl2 or loss over all predictions, in nats."""
         return (getattr(self, name).sum(0) / self._counts(name).sum()).numpy()
 
     def _counts(self, name: str) -> Float[Tensor, " N"]:
         return (self.known if name == "kl2" else self.n).double()
 
     def to_frame(self, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """A row per snapshot: snapshot, label, step, tokens; kl1, kl2 and loss, each with _low and _high, in nats;
-        bigram_progress, h1, h2, n, known.
-
-        `bigram_progress` is what the function of this name makes of kl2, `n` the number of predictions, `known` the
-        share of them that KL2 is taken over.
+        """Tabulate the means with their intervals, a row per snapshot.
 
         Args:
-            level: of the intervals.
-            n_bootstrap: draws of the intervals.
+            level: confidence level of the intervals.
+            n_bootstrap: bootstrap draws.
             seed: of the draws.
+
+        Returns:
+            snapshot, label, step, tokens; kl1, kl2 and loss, each with _low and _high, in nats; bigram_progress (of the
+            function of that name), h1, h2, n (number of predictions), known (share of them in the mean of kl2).
         """
         columns: dict[str, Any] = {name: self.snapshots[name].array for name in self.snapshots}
         columns = {"snapshot": np.arange(len(self.snapshots)), **columns}
@@ -113,54 +114,54 @@ def measure_dynamics(
     *,
     min_count: int = 1,
     batch_tokens: int = 4096,
-    device: str = "cpu",
-    backend: str = "bridge",
+    settings: ModelSettings | None = None,
 ) -> Dynamics:
-    """Unigram KL, bigram KL and loss of every snapshot, one model after the other.
+    """Measure unigram KL, bigram KL and loss of every snapshot, one model at a time.
 
     Args:
         snapshots: any number; two or more for a turning point.
         counts: of the training corpus, by `count_ngrams`.
-        tokens: sequences to predict, such as `Activations.held_out_tokens()`; intervals draw these anew.
-        min_count: contexts that the counts saw less often are left out of KL2.
-        batch_tokens: tokens per forward pass.
-        device: where the models run.
-        backend: "bridge" or "hooked_transformer".
+        tokens: sequences to predict, such as `Activations.held_out_tokens()`; intervals resample these.
+        min_count: contexts with fewer counts are left out of KL2.
+        batch_tokens: tokens per forward pass; all their logits are in memory.
+        settings: how the models run.
 
     Raises:
-        UserError: counts of another tokenizer, tokens that the models do not have, nothing to predict, a context that
-            is too long, logits that are not finite.
+        UserError: counts of another tokenizer, tokens outside its vocabulary, nothing to predict, sequences longer than
+            the models' context, logits that are not finite.
     """
     counts.check(snapshots.tokenizer)
     if min_count < 1:
-        raise UserError(f"min_count={min_count} is too small: give 1 or more")
+        raise UserError(f"min_count={min_count} must be 1 or more")
     V, T = len(counts.unigrams), int(tokens.shape[1])
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
-        raise UserError(f"token id {int(tokens.max())} is outside the tokenizer's vocabulary of {V:,}: tokenise anew")
+        raise UserError(
+            f"token id {int(tokens.max())} is outside the vocabulary of {V:,}: tokenise with the snapshots' tokenizer"
+        )
     if snapshots.n_ctx < T:
-        raise UserError(f"sequences of {T} tokens are longer than {snapshots.n_ctx}, the models' context: cut them")
+        raise UserError(f"sequences of {T} tokens exceed the models' context of {snapshots.n_ctx}: cut them")
     predicted = is_predicted(tokens, snapshots.tokenizer)
     contexts = counts.contexts
     known = predicted & (contexts[tokens[:, :-1].long()] >= min_count)
     if not predicted.any() or not known.any():
         raise UserError(
-            f"none of the {int(predicted.sum())} predictions of these tokens has a context that the counts saw "
-            f"min_count={min_count} times: give sequences of the same language as the counts"
+            f"none of the {int(predicted.sum())} predictions has a context with min_count={min_count} or more counts: "
+            "count more text, or text like these sequences"
         )
-    ngrams = _Ngrams(counts, device)
+    settings = settings or ModelSettings()
+    ngrams = _Ngrams(counts, settings.device)
     snapshots.check(weights=False)
     sums: dict[str, list[Tensor]] = {"kl1": [], "kl2": [], "loss": []}
     step = max(1, batch_tokens // T)
     for s in tqdm(range(len(snapshots)), desc="Dynamics", unit="snapshot", leave=False):
-        model: Any = snapshots.model(s, device=device, backend=backend)
+        model: Any = snapshots.model(s, settings)
         found: list[list[Tensor]] = []
         for batch, use, sure in zip(tokens.split(step), predicted.split(step), known.split(step), strict=True):
-            batch = batch.long().to(device)
+            batch = batch.long().to(settings.device)
             log_p = model(batch, return_type="logits")[:, :-1].float().log_softmax(-1)
             if not torch.isfinite(log_p).all():
                 raise UserError(
-                    f"snapshot {snapshots.labels[s]} has non-finite logits: leave this snapshot out, or check its "
-                    "weights"
+                    f"snapshot {snapshots.labels[s]} has non-finite logits: check its weights or leave it out"
                 )
             found.append([part.sum(1).cpu() for part in ngrams.divergences(log_p, batch, use, sure)])
         for name, parts in zip(sums, zip(*found, strict=True), strict=True):
@@ -176,7 +177,7 @@ def measure_dynamics(
 
 
 class _Ngrams:
-    """Counts as shares, on the device of the models."""
+    """Counts as probabilities, on the device of the models."""
 
     def __init__(self, counts: NgramCounts, device: str) -> None:
         self.p1 = (counts.unigrams.double() / counts.n_pairs).float().to(device)
@@ -191,7 +192,7 @@ class _Ngrams:
         use: Bool[Tensor, "b t"],
         sure: Bool[Tensor, "b t"],
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"], Float[Tensor, "b t"]]:
-        """KL1, KL2 and loss of every prediction, 0 where it does not count."""
+        """KL1, KL2 and loss of every prediction, 0 where it is left out."""
         use, sure = use.to(log_p.device), sure.to(log_p.device)
         kl1 = -self.h1 - (log_p[..., : len(self.p1)] @ self.p1).double()
         loss = -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1).double()
@@ -199,7 +200,7 @@ class _Ngrams:
         where = sure.nonzero()
         first = tokens[:, :-1][sure]
         lengths = self.starts.diff()[first]
-        # a context is followed by few of all tokens: only these pairs are read, a bounded number at a time
+        # few tokens follow a given context: read only these pairs, a bounded number at a time
         lots = torch.bucketize(lengths.cumsum(0), torch.arange(_PAIRS, int(lengths.sum()) + _PAIRS, _PAIRS).to(first))
         for lot in lots.unique().tolist():
             rows, starts, n = (values[lots == lot] for values in (where, self.starts[first], lengths))
@@ -222,39 +223,39 @@ def dynamics_table(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Everything on one axis, a row per snapshot: predictions, and what features there are.
+    """Tabulate predictions and features side by side, a row per snapshot.
 
     Args:
-        dynamics: of the crosscoder's snapshots, or of more of the same run.
-        crosscoder: two snapshots or more.
-        acts: its activations, or what `measure_firing` made of them: features that never fire are left out.
-        presence: share of a feature's largest norm from which it counts as present.
-        min_cosine: cosine to the last snapshot's direction, from which a feature counts as settled.
-        n_bootstrap: draws of the intervals.
-        seed: of the draws, and of the random directions.
+        dynamics: of the crosscoder's snapshots, or of more snapshots of the same run.
+        crosscoder: trained on two snapshots or more.
+        acts: activations of its snapshots, or the result of `measure_firing`; features that never fire are left out.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
+        n_bootstrap: bootstrap draws.
+        seed: of the draws and of the random directions.
 
     Returns:
-        The columns of `Dynamics.to_frame`, then present (features), born (emergent features whose birth is here),
-        settled (features that keep their final direction from here on, or from earlier), alive (features that ever
-        fire), dimensionality (total / D) and random_dimensionality (of as many random directions); missing at snapshots
-        that the crosscoder does not have.
+        The columns of `Dynamics.to_frame`, then present (number of features), born (emergent features whose birth is
+        here), settled (features that keep their final direction from here on), alive (features that ever fire),
+        dimensionality (total / D) and random_dimensionality (of as many random directions). They are missing at
+        snapshots that the crosscoder does not have.
 
     Raises:
-        UserError: a crosscoder with snapshots that the dynamics lack, or activations that are not its own.
+        UserError: a crosscoder with snapshots that the dynamics lack, or activations of other snapshots.
     """
     places = places_of(dynamics, crosscoder)
-    firing = measure_firing(crosscoder, acts) if isinstance(acts, Activations) else acts
-    room = total_dimensionality(crosscoder, firing, presence=presence, seed=seed)
+    firing = measure_firing(crosscoder, acts)
+    dimensionality = total_dimensionality(crosscoder, firing, presence=presence, seed=seed)
     births, settling = feature_dates(crosscoder, firing, presence, min_cosine)
     S = crosscoder.n_snapshots
     table = dynamics.to_frame(n_bootstrap=n_bootstrap, seed=seed)
     columns: dict[str, Any] = {
-        "present": room["present"].to_numpy(),
+        "present": dimensionality["present"].to_numpy(),
         "born": np.bincount(births, minlength=S),
         "settled": np.bincount(settling, minlength=S).cumsum(),
         "alive": np.full(S, int((firing.rate > 0).sum())),
-        "dimensionality": room["share"].to_numpy(),
-        "random_dimensionality": room["random_share"].to_numpy(),
+        "dimensionality": dimensionality["share"].to_numpy(),
+        "random_dimensionality": dimensionality["random_share"].to_numpy(),
     }
     for name, values in columns.items():
         found = np.full(len(table), np.nan)
@@ -264,10 +265,10 @@ def dynamics_table(
 
 
 def feature_dates(crosscoder: Crosscoder, firing: Firing, presence: float, min_cosine: float) -> tuple[Any, Any]:
-    """Births of the emergent features, and of all features that fire the snapshot from which they keep their direction.
+    """Births of emergent features, and the snapshots from which features that fire keep their direction.
 
     Returns:
-        Two arrays of indices of snapshots, in the order of the features that they are of.
+        Two arrays of snapshot indices, each in the order of its features.
 
     Raises:
         UserError: a threshold out of range, one snapshot only.
@@ -275,8 +276,8 @@ def feature_dates(crosscoder: Crosscoder, firing: Firing, presence: float, min_c
     if not -1 < min_cosine <= 1:
         raise UserError(f"min_cosine={min_cosine} is not in (-1, 1]: it is a cosine, such as 0.5")
     alive = (firing.rate > 0)[:, None].to("cpu")
-    lives = classify(crosscoder.decoder_norms.detach().cpu().float() * alive, presence)
-    births = lives.loc[lives["origin"] == "emergent", "birth"].to_numpy(dtype=np.int64)
+    lifecycles = classify_lifecycles(crosscoder.decoder_norms.detach().cpu().float() * alive, presence)
+    births = lifecycles.loc[lifecycles["origin"] == "emergent", "birth"].to_numpy(dtype=np.int64)
     kept = (rotation(crosscoder) >= min_cosine) & alive
     settled = first_for_good(kept.numpy())
     return births, settled[settled < crosscoder.n_snapshots]
@@ -286,30 +287,30 @@ def places_of(dynamics: Dynamics, crosscoder: Crosscoder) -> list[int]:
     """Index in the dynamics of every snapshot of the crosscoder.
 
     Raises:
-        UserError: a snapshot that the dynamics lack, or know at another step.
+        UserError: a snapshot that the dynamics lack or have at another step.
     """
     ours, theirs = dynamics.snapshots, snapshot_columns(crosscoder)
     index = {label: i for i, label in enumerate(ours["label"])}
     for label, step in zip(theirs["label"], theirs["step"], strict=True):
         if label not in index or (not pd.isna(step) and step != ours["step"].iloc[index[label]]):
             raise UserError(
-                f"the crosscoder's snapshot {label!r} is none of the dynamics': they have {', '.join(index)}; measure "
-                "them on the same snapshots"
+                f"the crosscoder's snapshot {label!r} is not in the dynamics, which have {', '.join(index)}: measure "
+                "both on the same snapshots"
             )
     return [index[label] for label in theirs["label"]]
 
 
 def first_for_good(holds: Any) -> Any:
-    """Of every row, the first column from which all are True; the number of columns where the last is not."""
+    """For every row, the first column from which all are True; the number of columns if the last is False."""
     S = holds.shape[1]
     false = ~holds[:, ::-1]
     return np.where(false.any(1), S - false.argmax(1), 0)
 
 
 def bigram_progress(kl2: Float[np.ndarray, "n S"]) -> Float[np.ndarray, "n S"]:
-    """Share of the fall of KL2, from the first snapshot to the least, that is done by each: 0 at first, 1 in the end.
+    """Share of KL2's total fall, from the first snapshot to its minimum, reached by each snapshot.
 
-    It never goes back; where KL2 does not fall at all it is 0 throughout.
+    It runs from 0 to 1 and never decreases; it is 0 throughout if KL2 does not fall.
     """
     lowest = np.minimum.accumulate(kl2, axis=1)
     fall = lowest[:, :1] - lowest

@@ -1,18 +1,18 @@
-"""Directions of features: how they turn, and how much room they take.
+"""Directions of features: how they rotate, and how many dimensions they take up.
 
-1. Cosines between the decoder rows of a feature at all pairs of snapshots, where both rows are long enough to point
-   anywhere (`min_norm` of the feature's largest). `turning` finds the pair of neighbouring snapshots between which most
-   features make their largest turn.
-2. Dimensionality (after Elhage et al., arXiv 2209.10652, with the activity of features in it). With
-   `w_is = rms(f_i) W_dec[i, s]` and j over the features that are present at s, i among them,
+1. Cosines between the decoder rows of a feature at all pairs of snapshots, where both rows are long enough to have a
+   direction (`min_norm` of the feature's largest). `rotation_per_interval` counts, for every pair of neighbouring
+   snapshots, the features that rotate most between the two.
+2. Dimensionality (after Elhage et al., arXiv 2209.10652, weighted by how active features are). With
+   `w_is = rms(f_i) W_dec[i, s]` and j over the features present at s, including i,
 
        D_is = |w_is|^4 / sum_j (w_is . w_js)^2
 
-   is 1 for a feature that shares its direction with none, and 1/n for one of n equals. The sum over features is at most
-   D. Since `sum_j (w_i . w_j)^2 = w_i (sum_j w_j^T w_j) w_i^T`, a D x D matrix is enough: no F x F one is ever made.
+   is 1 for a feature that is orthogonal to all others, and 1/n for one of n equal ones. The sum over features is at
+   most D. Since `sum_j (w_i . w_j)^2 = w_i (sum_j w_j^T w_j) w_i^T`, a D x D matrix is enough; no F x F matrix is made.
 
-Ge et al. (arXiv 2509.17196) show how rows turn and how much room features take, without formulas; the turning point,
-the measure `D_is` as it stands here and the random directions beside it are this project's own.
+Ge et al. (arXiv 2509.17196) plot rotation and dimensionality without formulas; the counts per interval, this form of
+`D_is` and the comparison with random directions are this project's own.
 
 Letters: S snapshots, D d_model, F features.
 """
@@ -31,11 +31,12 @@ from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import (
     Firing,
+    check_presence,
     measure_firing,
     relative_norms,
+    require_two_snapshots,
     snapshot_columns,
 )
 
@@ -46,15 +47,15 @@ _BLOCK = 4096  # features at a time
 def decoder_cosines(
     crosscoder: Crosscoder, features: Int[Tensor, " n"] | None = None, *, min_norm: float = 0.05
 ) -> Float[Tensor, "n S S"]:
-    """Cosines between the decoder rows of each feature at every two snapshots.
+    """Compute the cosines between the decoder rows of each feature at every pair of snapshots.
 
     Args:
         crosscoder: any.
-        features: which ones; all when None.
+        features: indices; all features if None.
         min_norm: rows below this share of the feature's largest norm have no direction.
 
     Returns:
-        Cosines in [-1, 1], NaN where either row has no direction. All features take F * S * S * 4 bytes.
+        Cosines in [-1, 1], NaN where either row has no direction. They take n * S * S * 4 bytes.
 
     Raises:
         UserError: decoder norms that are not finite.
@@ -70,29 +71,28 @@ def decoder_cosines(
     return out
 
 
-def turning(
+def rotation_per_interval(
     crosscoder: Crosscoder, alive: Bool[Tensor, " F"] | None = None, *, min_norm: float = 0.05, max_cosine: float = 0.9
 ) -> pd.DataFrame:
-    """When features change direction: a row for every two neighbouring snapshots.
+    """Count the features that rotate between each pair of neighbouring snapshots.
 
     Args:
-        crosscoder: two snapshots or more.
-        alive: features to count, such as `evolve(...)["alive"]`; all with a decoder when None.
+        crosscoder: trained on two snapshots or more.
+        alive: features to count, such as `evolve(...)["alive"]`; all with a decoder if None.
         min_norm: rows below this share of the feature's largest norm have no direction.
-        max_cosine: a feature whose cosine between neighbours nowhere falls below has not turned.
+        max_cosine: a feature rotates if its cosine between two neighbours is below this at least once.
 
     Returns:
-        before, after (indices), from, to (labels), from_step, to_step, from_tokens, to_tokens; n, features with a
-        direction at both; median_cosine of these; turned, how many features make their largest turn here; share, of the
-        features that turn at all; and turning_point, True in the row where most do (the first of equals; nowhere when
-        none turns).
+        A row per interval: before, after (indices), from, to (labels), from_step, to_step, from_tokens, to_tokens; n
+        (features with a direction at both ends); median_cosine (of these); turned (features whose largest rotation is
+        here); share (of all features that rotate); turning_point (True in the first row with the largest `turned`,
+        nowhere if no feature rotates).
 
     Raises:
         UserError: one snapshot only.
     """
     S = crosscoder.n_snapshots
-    if S < 2:
-        raise UserError(f"turning needs at least 2 snapshots, this crosscoder has {S}: train on more")
+    require_two_snapshots("rotation", S)
     rows = crosscoder.W_dec_by_snapshot.detach()
     directed = relative_norms(crosscoder.decoder_norms) >= min_norm
     if alive is not None:
@@ -125,15 +125,15 @@ def _median(values: Tensor) -> float:
 def feature_dimensionality(
     crosscoder: Crosscoder, acts: Activations | Firing, *, presence: float = 0.5
 ) -> Float[Tensor, "F S"]:
-    """`D_is`, the room that a feature takes at every snapshot, in [0, 1]; exact, in float64.
+    """Compute `D_is`, the dimensions each feature takes up at every snapshot, exactly and in float64.
 
     Args:
         crosscoder: any.
-        acts: activations of its snapshots, or what `measure_firing` made of them.
-        presence: share of a feature's largest norm from which it counts as present.
+        acts: activations of its snapshots, or the result of `measure_firing`.
+        presence: a feature is present where its norm is at least this share of its largest norm.
 
     Returns:
-        Dimensionalities, NaN where a feature is not present, or never fires.
+        Dimensionalities in [0, 1], NaN where a feature is not present or never fires.
 
     Raises:
         UserError: activations that are not the crosscoder's.
@@ -150,17 +150,17 @@ def feature_dimensionality(
 def total_dimensionality(
     crosscoder: Crosscoder, acts: Activations | Firing, *, presence: float = 0.5, seed: int = 0
 ) -> pd.DataFrame:
-    """How much of the space present features fill at every snapshot, and how much random directions would.
+    """Sum the dimensionality of the present features at every snapshot, and that of as many random directions.
 
     Args:
         crosscoder: any.
-        acts: activations of its snapshots, or what `measure_firing` made of them.
-        presence: share of a feature's largest norm from which it counts as present.
-        seed: of the random directions, as many as there are features present and as long as these.
+        acts: activations of its snapshots, or the result of `measure_firing`.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        seed: of the random directions, which have the same number and norms as the present features.
 
     Returns:
-        A row per snapshot: snapshot, label, step, tokens, present (features), total (the sum of `D_is`), share (of D,
-        total / D), random_total, random_share.
+        A row per snapshot: snapshot, label, step, tokens, present (number of features), total (the sum of `D_is`),
+        share (total / D), random_total, random_share.
 
     Raises:
         UserError: activations that are not the crosscoder's.
@@ -186,10 +186,9 @@ def total_dimensionality(
 
 
 def _present(crosscoder: Crosscoder, acts: Activations | Firing, presence: float) -> tuple[Tensor, Tensor]:
-    """Which features are present at which snapshots (F, S), silent ones nowhere; and rms(f_i) of each."""
-    firing = measure_firing(crosscoder, acts) if isinstance(acts, Activations) else acts
-    if not 0 < presence <= 1:
-        raise UserError(f"presence={presence} is not in (0, 1]: it is a share of a feature's largest norm, such as 0.5")
+    """Which features are present at which snapshots (F, S), excluding silent ones; and rms(f_i) of each."""
+    firing = measure_firing(crosscoder, acts)
+    check_presence(presence)
     present = (relative_norms(crosscoder.decoder_norms) >= presence) & (firing.rms > 0)[:, None]
     return present, firing.rms
 
@@ -197,7 +196,7 @@ def _present(crosscoder: Crosscoder, acts: Activations | Firing, presence: float
 def _weighted(
     rows: Float[Tensor, "F D"], ids: Int[Tensor, " n"], sizes: Float[Tensor, " F"], seed: int | None = None
 ) -> Iterator[Float[Tensor, "b D"]]:
-    """`rms(f_i) W_dec[i, s]` of some features in blocks, in float64; with a seed, random vectors of these lengths."""
+    """Yield blocks of `rms(f_i) W_dec[i, s]` in float64; with a seed, random vectors of the same norms."""
     generator = torch.Generator().manual_seed(seed or 0)
     for part in ids.split(_BLOCK):
         block = rows[part.to(rows.device)].cpu().double() * sizes[part, None]
@@ -208,7 +207,7 @@ def _weighted(
 
 
 def _dimensionality(blocks: Callable[[], Iterator[Float[Tensor, "b D"]]]) -> Float[Tensor, " n"]:
-    """`|w_i|^4 / sum_j (w_i . w_j)^2` of all rows; `blocks` gives them twice, and is given up in between."""
+    """`|w_i|^4 / sum_j (w_i . w_j)^2` of all rows, which `blocks` yields twice so that they are never all in memory."""
     second_moment: Tensor | float = 0.0
     for block in blocks():
         second_moment = second_moment + block.mT @ block

@@ -1,18 +1,18 @@
-"""When features are born, peak and fade, read off the decoder norms; and how they turn.
+"""When features appear, peak and disappear, read off the decoder norms; and how their directions rotate.
 
 With decoder norms `n_is` (F, S) of the scaled space and `v_is = n_is / max_s' n_is'`:
 
 1. Feature i is *present* at snapshot s where `v_is >= presence`.
-2. Origin: *initial* when present at the first snapshot; *emergent* when there is a birth, the first snapshot from which
-   it is present for `min_run` snapshots in a row, or to the end; else *never*. The birth of an initial feature is 0.
-3. Fate: *transient* when absent for good after having been present, its death being the first snapshot of that absence;
-   else *persistent*.
-4. Peak: the snapshot of the largest norm, the first of equals. Lifetime: the number of snapshots where it is present.
-5. Dead features (which never fire on held-out activations, or whose decoder is zero at every snapshot) are none of
-   this: they keep their row with `alive = False`, and everything else about their life is missing.
+2. Origin: *initial* if present at the first snapshot; *emergent* if it has a birth, the first snapshot from which it is
+   present for `min_run` snapshots in a row or until the end; otherwise *never*. The birth of an initial feature is 0.
+3. Fate: *transient* if the feature disappears for good (its death is the first snapshot of that absence); otherwise
+   *persistent*.
+4. Peak: the first snapshot with the largest norm. Lifetime: the number of snapshots where it is present.
+5. Dead features (never active on held-out activations, or with a zero decoder at every snapshot) keep their row with
+   `alive = False`; all other lifecycle columns are missing.
 
-Ge et al. (arXiv 2509.17196) give the curves `v` and the turning of decoder rows, Bayazit et al. (arXiv 2509.05291)
-RelDec, `n_is / sum_s' n_is'`; the definitions above are this project's own.
+The curves `v` and the rotation of decoder rows follow Ge et al. (arXiv 2509.17196), RelDec, `n_is / sum_s' n_is'`,
+follows Bayazit et al. (arXiv 2509.05291); the definitions above are this project's own.
 Letters: B tokens, S snapshots, D d_model, F features.
 """
 
@@ -35,7 +35,7 @@ from crosslens.errors import UserError
 from crosslens.intervention.splice import check_snapshots
 from crosslens.snapshots.hooks import canonical_hook
 
-_MAX_FEATURE_BYTES = 1 << 28  # of the dense activations (B, F) at a time
+_MAX_FEATURE_BYTES = 1 << 28  # of dense feature activations (B, F) in memory at a time
 
 
 def relative_norms(norms: Float[Tensor, "F S"]) -> Float[Tensor, "F S"]:
@@ -49,28 +49,29 @@ def relative_norms(norms: Float[Tensor, "F S"]) -> Float[Tensor, "F S"]:
         row = int((~torch.isfinite(norms) | (norms < 0)).any(1).nonzero()[0])
         raise UserError(
             f"decoder norms of feature {row} are {norms[row].tolist()}: they must be finite and not negative; "
-            "the training has diverged, train again with a smaller lr"
+            "training has diverged, train again with a smaller lr"
         )
     return norms / norms.amax(1, keepdim=True)
 
 
-def classify(norms: Float[Tensor, "F S"], presence: float = 0.5, *, min_run: int = 2) -> pd.DataFrame:
-    """Origin, fate and dates of every feature from its decoder norms alone, a row per feature.
+def classify_lifecycles(norms: Float[Tensor, "F S"], presence: float = 0.5, *, min_run: int = 2) -> pd.DataFrame:
+    """Classify every feature by its decoder norms alone.
 
     Args:
         norms: decoder norms; only their ratios within a feature matter.
-        presence: share of a feature's largest norm from which it counts as present, in (0, 1].
-        min_run: snapshots in a row from which presence counts as a birth.
+        presence: a feature is present where its norm is at least this share of its largest norm, in (0, 1].
+        min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
-        origin, fate, birth, peak, death, lifetime; indices of snapshots as nullable integers, missing where there is no
-        such snapshot, and all missing for features without a decoder.
+        A row per feature: origin, fate, birth, peak, death, lifetime. Snapshots are nullable integer indices, missing
+        where there is no such snapshot. All columns are missing for features without a decoder.
 
     Raises:
         UserError: fewer than two snapshots, a norm that is not finite, a threshold out of range.
     """
     S = norms.shape[1]
-    _check(S, presence, min_run)
+    require_two_snapshots("evolution", S)
+    check_presence(presence, min_run)
     v = relative_norms(norms).numpy()
     present, real = v >= presence, np.isfinite(v[:, 0])
     run = np.zeros(v.shape, dtype=int)  # snapshots present in a row from here on
@@ -99,37 +100,38 @@ def evolve(
     min_run: int = 2,
     min_firing_rate: float = 0.0,
 ) -> pd.DataFrame:
-    """The life of every feature, a row per feature.
+    """Tabulate the lifecycle of every feature.
 
     Args:
         crosscoder: trained on two snapshots or more.
-        acts: activations of the same snapshots, or what `measure_firing` made of them; with them features that do not
-            fire on the held-out ones are dead.
-        presence: share of a feature's largest norm from which it counts as present.
-        min_run: snapshots in a row from which presence counts as a birth.
-        min_firing_rate: features that fire on no larger share of the held-out tokens are dead.
+        acts: activations of the same snapshots, or the result of `measure_firing`. If given, features that are not
+            active on the held-out activations are dead.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        min_run: snapshots in a row a feature must be present for to count as born.
+        min_firing_rate: features active on this share of the held-out tokens or less are dead.
 
     Returns:
-        feature, alive, firing_rate (share of held-out tokens, NaN without `acts`), origin, fate; birth, peak, death
-        (indices of snapshots) and lifetime (number of snapshots where it is present), each followed by its date in
-        steps and in tokens: birth_step, birth_tokens and so on. `lifetime_step` is the time from every snapshot where
-        the feature is present to the next one: of a single life that ends, death minus birth. Dates are missing where
-        the metadata lack them.
+        A row per feature: feature, alive, firing_rate (share of held-out tokens, NaN without `acts`), origin, fate;
+        birth, peak, death (snapshot indices) and lifetime (number of snapshots where it is present), each followed by
+        its date in steps and in tokens: birth_step, birth_tokens and so on. `lifetime_step` adds up the steps from each
+        snapshot where the feature is present to the next snapshot; if it is present only once and then disappears, that
+        is death minus birth. Dates are missing where the metadata lack them.
         Then, per snapshot, norm/<label> (the decoder norm), strength/<label> (v), reldec/<label>, present/<label>, and
         with `acts` firing_rate/<label> (share of tokens with f_is > 0) and mean_activation/<label> (mean of f_is n_is,
-        the length of what the feature writes, over those tokens).
+        the length of the vector the feature writes, over those tokens).
 
     Raises:
         UserError: one snapshot only, a threshold out of range, activations of other snapshots or another hook point.
     """
     if not 0 <= min_firing_rate < 1:
         raise UserError(f"min_firing_rate={min_firing_rate} is not in [0, 1): it is a share of tokens, such as 1e-5")
-    _check(crosscoder.n_snapshots, presence, min_run)
+    require_two_snapshots("evolution", crosscoder.n_snapshots)
+    check_presence(presence, min_run)
     norms = crosscoder.decoder_norms.detach().cpu().float()
-    firing = measure_firing(crosscoder, acts) if isinstance(acts, Activations) else acts
+    firing = None if acts is None else measure_firing(crosscoder, acts)
     rate = torch.full((len(norms),), torch.nan) if firing is None else firing.rate
     silent = rate <= min_firing_rate
-    table = classify(norms.masked_fill(silent[:, None], 0.0), presence, min_run=min_run)
+    table = classify_lifecycles(norms.masked_fill(silent[:, None], 0.0), presence, min_run=min_run)
     table.insert(0, "feature", np.arange(len(table)))
     table.insert(1, "alive", table["origin"].notna())
     table.insert(2, "firing_rate", rate.numpy())
@@ -148,7 +150,7 @@ def evolve(
 
 
 def _add_dates(table: pd.DataFrame, snapshots: pd.DataFrame, present: Any) -> None:
-    """Steps and tokens of birth, peak, death and lifetime, each next to its column."""
+    """Insert the steps and tokens of birth, peak, death and lifetime next to each column."""
     for offset, unit in enumerate(("step", "tokens"), start=1):
         dates = snapshots[unit].array
         for name in ("birth", "peak", "death"):
@@ -165,14 +167,14 @@ def _add_dates(table: pd.DataFrame, snapshots: pd.DataFrame, present: Any) -> No
 
 @dataclass(frozen=True)
 class Firing:
-    """How often, and how strongly, features are active on held-out tokens.
+    """How often and how strongly features are active on held-out tokens.
 
     Attributes:
-        n_tokens: how many tokens.
-        rate: share of them with f_i > 0.
-        rms: root of the mean of f_i^2 over all of them.
-        snapshot_rate: share of them with f_is > 0: `rate` wherever the gate is shared, less for JumpReLU.
-        mean: mean of f_is over tokens where it is active, NaN where it never is.
+        n_tokens: number of tokens.
+        rate: share of tokens with f_i > 0.
+        rms: root mean square of f_i over all tokens.
+        snapshot_rate: share of tokens with f_is > 0: equal to `rate` if the gate is shared, lower for JumpReLU.
+        mean: mean of f_is over the tokens where it is active, NaN if there are none.
     """
 
     n_tokens: int
@@ -183,19 +185,21 @@ class Firing:
 
 
 @torch.no_grad()
-def measure_firing(crosscoder: Crosscoder, acts: Activations) -> Firing:
-    """Firing of every feature on the held-out activations, in one pass and in float64.
+def measure_firing(crosscoder: Crosscoder, acts: Activations | Firing) -> Firing:
+    """Measure how every feature fires on the held-out activations, in one pass and in float64.
 
     Args:
         crosscoder: any.
-        acts: activations of its snapshots.
+        acts: activations of its snapshots; an earlier result is returned unchanged.
 
     Raises:
         UserError: no activations are held out, or they are not the crosscoder's.
     """
+    if isinstance(acts, Firing):
+        return acts
     check_activations(crosscoder, acts)
     F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-    # one column is enough where one gate serves all snapshots
+    # a gate shared by all snapshots needs one column only
     gates = S if crosscoder.gate_per_snapshot else 1
     counts, sums = torch.zeros(F, gates).double(), torch.zeros(F, gates).double()
     active, squares, n = torch.zeros(F).double(), torch.zeros(F).double(), 0
@@ -210,30 +214,17 @@ def measure_firing(crosscoder: Crosscoder, acts: Activations) -> Firing:
     return Firing(n, active / n, (squares / n).sqrt(), (counts / n).expand(F, S), (sums / counts).expand(F, S))
 
 
-def firing_rates(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, " F"]:
-    """Share of held-out tokens on which each feature is active, in float64.
-
-    Raises:
-        UserError: no activations are held out, or they do not fit the crosscoder.
-    """
-    counts, n = torch.zeros(crosscoder.cfg.d_sae, dtype=torch.int64), 0
-    for _, features in held_out_features(crosscoder, acts):
-        counts += features.count_nonzero(0).cpu()
-        n += len(features)
-    return counts.double() / n
-
-
 @torch.no_grad()
 def held_out_features(
     crosscoder: Crosscoder, acts: Activations
 ) -> Iterator[tuple[Float[Tensor, "B S D"], Float[Tensor, "B F"]]]:
-    """Held-out activations and their features, dense, as many tokens at a time as memory allows.
+    """Yield held-out activations and their dense features, as many tokens at a time as memory allows.
 
     Raises:
         UserError: no activations are held out, or they do not fit the crosscoder.
     """
     if isinstance(crosscoder, CrosscoderTrainingSAE):
-        crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
+        crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
     n = 0
     for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
         n += len(x)
@@ -241,13 +232,13 @@ def held_out_features(
             x = x.to(crosscoder.W_dec.device)
             yield x, crosscoder.encode(x)
     if not n:
-        raise UserError("no activations are held out: give Activations(held_out_tokens=...) of 1 or more")
+        raise UserError("no activations are held out: give Dataset(held_out_tokens=...) of 1 or more")
 
 
 def check_activations(crosscoder: Crosscoder, acts: Activations) -> None:
-    """Refuse activations of other snapshots, or of another hook point, than the crosscoder was trained on.
+    """Refuse activations of snapshots or a hook point that the crosscoder was not trained on.
 
-    A crosscoder that does not record where it comes from is taken at its word.
+    A crosscoder without recorded fingerprints is not checked.
 
     Raises:
         UserError: another number of snapshots, other weights, or another hook point.
@@ -258,39 +249,39 @@ def check_activations(crosscoder: Crosscoder, acts: Activations) -> None:
         return
     if metadata.hook_name and canonical_hook(metadata.hook_name) != canonical_hook(acts.hook_name):
         raise UserError(
-            f"the crosscoder was trained on {metadata.hook_name}, the activations are those of {acts.hook_name}: "
-            f"give Activations(..., hook_name={metadata.hook_name!r})"
+            f"the crosscoder was trained on {metadata.hook_name}, the activations are from {acts.hook_name}: "
+            f"use Activations(..., hook_name={metadata.hook_name!r})"
         )
     check_snapshots(crosscoder, acts.snapshots)
 
 
 @torch.no_grad()
 def rotation(crosscoder: Crosscoder, reference: int = -1, *, min_norm: float = 0.05) -> Float[Tensor, "F S"]:
-    """Cosine of every decoder row with the feature's row at the reference snapshot, by default the last.
+    """Compare every decoder row with the feature's row at a reference snapshot.
 
     Args:
         crosscoder: any.
-        reference: index of a snapshot.
-        min_norm: rows below this share of the feature's largest norm have no direction. Rows can start equal in all
-            snapshots: without this, features that were never used would seem not to have turned.
+        reference: index of the reference snapshot; the last by default.
+        min_norm: rows below this share of the feature's largest norm have no direction. Rows can start equal at all
+            snapshots, so without this limit features that were never used would seem not to have rotated.
 
     Returns:
         Cosines in [-1, 1], NaN where the row or the reference row has no direction.
 
     Raises:
-        UserError: no such snapshot.
+        UserError: `reference` is out of range.
     """
     rows, S = crosscoder.W_dec_by_snapshot, crosscoder.n_snapshots
     if not -S <= reference < S:
-        raise UserError(f"reference={reference} is no snapshot: give an index from {-S} to {S - 1}")
+        raise UserError(f"reference={reference} is out of range: give a snapshot index from {-S} to {S - 1}")
     directed = relative_norms(crosscoder.decoder_norms) >= min_norm
-    # one snapshot at a time: (F, S, D) once more is too much for large crosscoders
+    # one snapshot at a time: another (F, S, D) tensor is too much for large crosscoders
     cosines = [cosine_similarity(rows[:, s].float(), rows[:, reference].float(), dim=-1).cpu() for s in range(S)]
     return torch.stack(cosines, 1).masked_fill(~(directed & directed[:, [reference]]), torch.nan)
 
 
 def snapshot_columns(crosscoder: Crosscoder) -> pd.DataFrame:
-    """label, step and tokens of the crosscoder's snapshots, from its metadata; labels are indices where it has none."""
+    """label, step and tokens of the crosscoder's snapshots from its metadata; labels default to indices."""
     recorded: list[dict[str, Any]] = crosscoder.cfg.metadata.snapshots or []
     if not recorded:
         recorded = [{"label": str(s)} for s in range(crosscoder.n_snapshots)]
@@ -301,17 +292,22 @@ def snapshot_columns(crosscoder: Crosscoder) -> pd.DataFrame:
 
 
 def batch_tokens(d_sae: int) -> int:
-    """Tokens to encode at a time, so that dense activations of `d_sae` features stay small."""
+    """Tokens to encode at a time so that the dense activations of `d_sae` features stay small."""
     return max(1, min(4096, _MAX_FEATURE_BYTES // (4 * d_sae)))
 
 
-def _check(S: int, presence: float, min_run: int) -> None:
-    if S < 2:
-        raise UserError(f"evolution needs at least 2 snapshots, this crosscoder has {S}: train on more")
+def require_two_snapshots(what: str, n_snapshots: int) -> None:
+    """Raise UserError where `what` cannot be computed because there is no second snapshot to compare with."""
+    if n_snapshots < 2:
+        raise UserError(f"{what} needs at least 2 snapshots, this crosscoder has {n_snapshots}: train on more")
+
+
+def check_presence(presence: float, min_run: int = 1) -> None:
+    """Raise UserError where a threshold of presence is out of range."""
     if not 0 < presence <= 1:
         raise UserError(f"presence={presence} is not in (0, 1]: it is a share of a feature's largest norm, such as 0.5")
     if min_run < 1:
-        raise UserError(f"min_run={min_run} is not possible: give 1 or more snapshots in a row")
+        raise UserError(f"min_run={min_run} must be 1 or more snapshots in a row")
 
 
 def _integers(values: Any, valid: Any) -> pd.Series:

@@ -1,15 +1,15 @@
-"""What follows what in a corpus: unigram and bigram counts, to hold the predictions of models against.
+"""Unigram and bigram counts of a corpus, to compare the predictions of models with.
 
-1. A sequence of T tokens gives T - 1 pairs (x_t, x_t+1). Unigrams count what is predicted, the second token of every
-   pair; bigrams count the pairs. So both speak of the same predictions, and H2 <= H1.
-2. Special tokens count like others, for models predict the end of a document too; but not two of them in a row, which
-   is padding, and not a padding token that is no other mark.
+1. A sequence of T tokens has T - 1 pairs (x_t, x_t+1). Unigrams count the second token of every pair, bigrams count the
+   pairs. Both thus describe the same predictions, and H2 <= H1.
+2. Special tokens count like others, since models predict the end of a document too. Two special tokens in a row are
+   padding and do not count; nor does a padding token that is neither BOS nor EOS.
 3. Entropies in nats: `H1 = H(p1)` and `H2 = sum_x p(x) H(p2(.|x))` with p(x) the share of pairs that begin with x.
-   These are the least losses of a model that knows nothing but the counts. Counts of few tokens make H2 too small: a
-   context that was seen once seems certain.
+   These are the lowest losses of a model that only knows the counts. Counts of few tokens make H2 too small: a context
+   seen once looks deterministic.
 
-Ge et al. (arXiv 2509.17196) hold models against such counts without saying how they count: the rules are this project's
-own.
+Ge et al. (arXiv 2509.17196) compare models with such counts without giving the rules of counting; these are this
+project's own.
 
 Letters: N sequences, T positions, V tokens of the vocabulary, n different pairs.
 """
@@ -33,18 +33,18 @@ from transformers import PreTrainedTokenizerBase
 from crosslens.errors import UserError, first_line
 
 _FORMAT = "crosslens ngrams 1"
-_PAIRS = 1 << 26  # encoded pairs that are sorted at a time
+_PAIRS = 1 << 26  # encoded pairs to sort at a time
 
 
 @dataclass(frozen=True)
 class NgramCounts:
-    """Counts of single tokens and of pairs of a corpus; made by `count_ngrams`.
+    """Counts of single tokens and pairs of tokens in a corpus, by `count_ngrams`.
 
     Attributes:
-        unigrams: how often each token was to be predicted.
-        starts: the pairs that begin with x are `starts[x]` to `starts[x + 1]`.
-        followers: second token of every different pair, rising within a first one.
-        counts: how often each pair was seen.
+        unigrams: how often each token is the second of a pair.
+        starts: the distinct pairs that begin with x have indices `starts[x]` to `starts[x + 1]`.
+        followers: second token of every distinct pair, ascending for each first token.
+        counts: how often each pair occurs.
         vocabulary: sha256 of the tokenizer's vocabulary.
     """
 
@@ -56,12 +56,12 @@ class NgramCounts:
 
     @property
     def n_pairs(self) -> int:
-        """Pairs that were counted."""
+        """Number of pairs."""
         return int(self.unigrams.sum())
 
     @property
     def contexts(self) -> Int[Tensor, " V"]:
-        """How many pairs begin with each token."""
+        """Number of pairs that begin with each token."""
         ends = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])[self.starts]
         return ends.diff()
 
@@ -72,7 +72,7 @@ class NgramCounts:
 
     @property
     def bigram_entropies(self) -> Float[Tensor, " V"]:
-        """H(p2(.|x)) of every token x, in nats; 0 for those that begin no pair."""
+        """H(p2(.|x)) of every token x, in nats; 0 if no pair begins with x."""
         found = torch.zeros(len(self.unigrams), dtype=torch.float64)
         first = self.firsts()
         return found.index_add(0, first, torch.special.entr(self.counts.double() / self.contexts[first]))
@@ -83,25 +83,25 @@ class NgramCounts:
         return float(self.bigram_entropies @ self.contexts.double() / self.n_pairs)
 
     def firsts(self) -> Int[Tensor, " n"]:
-        """First token of every different pair."""
+        """First token of every distinct pair."""
         return torch.arange(len(self.unigrams)).repeat_interleave(self.starts.diff())
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a `tokenizer` other than that of the counts.
+        """Refuse a `tokenizer` other than the one used for counting.
 
         Raises:
-            UserError: a vocabulary of another size, or of other tokens.
+            UserError: a vocabulary of another size or with other tokens.
         """
         if len(tokenizer) != len(self.unigrams):
             raise UserError(
-                f"the counts are over {len(self.unigrams):,} tokens, the snapshots' tokenizer has {len(tokenizer):,}: "
-                "count with count_ngrams(snapshots, ...) of these snapshots"
+                f"the counts have a vocabulary of {len(self.unigrams):,}, the snapshots' tokenizer {len(tokenizer):,}: "
+                "use count_ngrams(tokens, snapshots.tokenizer)"
             )
         if vocabulary_hash(tokenizer) != self.vocabulary:
             raise UserError(
-                f"the counts are of another tokenizer, of the same size {len(self.unigrams):,} but with vocabulary "
-                f"{self.vocabulary[:12]} and not {vocabulary_hash(tokenizer)[:12]}: count with "
-                "count_ngrams(snapshots, ...) of these snapshots"
+                f"the counts are from another tokenizer of the same size, {len(self.unigrams):,}, with vocabulary "
+                f"{self.vocabulary[:12]} and not {vocabulary_hash(tokenizer)[:12]}: use count_ngrams(tokens, "
+                "snapshots.tokenizer)"
             )
 
     def save(self, path: str | Path) -> Path:
@@ -112,56 +112,58 @@ class NgramCounts:
 
     @classmethod
     def load(cls, path: str | Path) -> NgramCounts:
-        """The counts that `save` wrote to `path`.
+        """Load the counts that `save` wrote to `path`.
 
         Raises:
-            UserError: no such file, or something else in it.
+            UserError: `path` is missing or is not such a file.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise UserError(f"{path} holds no n-gram counts: give a file that NgramCounts.save wrote")
+                    raise UserError(f"{path} holds no n-gram counts: give a file written by NgramCounts.save")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(**tensors, vocabulary=json.loads(metadata["about"])["vocabulary"])
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)}): give a file of NgramCounts.save") from error
+            raise UserError(
+                f"{path} cannot be read ({first_line(error)}): give a file written by NgramCounts.save"
+            ) from error
 
 
 def count_ngrams(
     tokens: Int[Tensor, "N T"] | Iterable[Int[Tensor, "_ _"]], tokenizer: PreTrainedTokenizerBase
 ) -> NgramCounts:
-    """Unigram and bigram counts of a corpus.
+    """Count the unigrams and bigrams of a corpus.
 
     Args:
-        tokens: sequences of the training corpus, such as `Activations.train_tokens()`; or lots of them, which
-            need not be in memory together.
+        tokens: sequences of the training corpus, such as `Activations.train_tokens()`; or an iterable of such tensors,
+            which need not fit in memory together.
         tokenizer: of the models.
 
     Raises:
-        UserError: a token that the tokenizer does not have, or nothing to count.
+        UserError: a token outside the tokenizer's vocabulary, or nothing to count.
     """
-    lots = [tokens] if isinstance(tokens, Tensor) else tokens
+    chunks = [tokens] if isinstance(tokens, Tensor) else tokens
     V = len(tokenizer)
     found, n = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-    for lot in lots:
-        if lot.numel() and not 0 <= int(lot.min()) <= int(lot.max()) < V:
-            worst = int(lot.min()) if int(lot.min()) < 0 else int(lot.max())
+    for chunk in chunks:
+        if chunk.numel() and not 0 <= int(chunk.min()) <= int(chunk.max()) < V:
+            worst = int(chunk.min()) if int(chunk.min()) < 0 else int(chunk.max())
             raise UserError(
-                f"token id {worst} is outside the tokenizer's vocabulary of {V:,}: was the corpus tokenised with "
-                "another tokenizer?"
+                f"token id {worst} is outside the tokenizer's vocabulary of {V:,}: tokenise the corpus with this "
+                "tokenizer"
             )
-        for part in lot.split(max(1, _PAIRS // max(1, lot.shape[-1]))):
+        for part in chunk.split(max(1, _PAIRS // max(1, chunk.shape[-1]))):
             part = part.long()
             codes = (part[:, :-1] * V + part[:, 1:])[is_predicted(part, tokenizer)]
             once, times = codes.unique(return_counts=True)
-            # what was counted so far and what is new, as one sorted list again
+            # merge the counts so far and the new ones into one sorted list
             merged, where = torch.cat([found[0], once]).unique(return_inverse=True)
             n[0] = torch.zeros(len(merged), dtype=torch.int64).index_add(0, where, torch.cat([n[0], times]))
             found[0] = merged
     codes, counts = found[0], n[0]
     if not len(codes):
-        raise UserError("there is no pair of tokens to count: give sequences of 2 tokens or more")
+        raise UserError("there are no pairs of tokens to count: give sequences of 2 tokens or more")
     first, second = codes // V, codes % V
     unigrams = torch.zeros(V, dtype=torch.int64).index_add(0, second, counts)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(first, minlength=V).cumsum(0)])
@@ -169,7 +171,7 @@ def count_ngrams(
 
 
 def is_predicted(tokens: Int[Tensor, "N T"], tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "N T1"]:
-    """Which of the T - 1 next tokens of a sequence count: all but padding."""
+    """Which of the T - 1 next tokens of each sequence count: all but padding."""
     marks: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     pad: Any = tokenizer.pad_token_id
     special = torch.zeros_like(tokens, dtype=torch.bool)
@@ -182,7 +184,7 @@ def is_predicted(tokens: Int[Tensor, "N T"], tokenizer: PreTrainedTokenizerBase)
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the tokens of a tokenizer and their ids."""
+    """sha256 of a tokenizer's tokens and ids."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     text = json.dumps(sorted((index, token) for token, index in vocabulary.items()))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,26 +1,26 @@
-"""Is a feature there before its decoder says so? Linear probes for single features, snapshot by snapshot.
+"""Is a feature present before its decoder says so? Linear probes for single features, snapshot by snapshot.
 
 For a feature i and a snapshot s (after Ge et al., arXiv 2509.17196, who do not publish their settings):
 
-1. Every token is labelled by the crosscoder, "f_i is active" or not, from the clean activations of all snapshots. The
-   labels are the same for every snapshot.
-2. Equally many active and inactive tokens are taken from the shuffled training activations, `n_samples` at most.
-3. Half of each class trains a logistic regression on the raw activations of snapshot s, standardised by that half. It
-   is tested on the other half; then the other way round. The probe error is the share of all tokens that the probe
-   which has not seen them gets wrong: .5 is chance.
+1. Label every token by whether f_i is active, which the crosscoder decides from the clean activations of all
+   snapshots. The labels are the same for every snapshot.
+2. Take equal numbers of active and inactive tokens from the shuffled training activations, at most `n_samples`.
+3. Train a logistic regression on half of each class, on the raw activations of snapshot s standardised by that half.
+   Test it on the other half, then swap the halves. The probe error is the share of held-out tokens misclassified;
+   chance is .5.
 
-The claim to test is that the error is low where the decoder norm is high (`probe_correlation`). Rare features are
-judged on fewer tokens, which raises their error: `n` says on how many. `min_samples = n_samples` makes them equal.
-`probe_parts` tells what such a correlation is made of.
+The hypothesis is that the error is low where the decoder norm is high (`probe_correlation`; `probe_parts` decomposes
+this correlation). Rare features have fewer tokens, given as `n`, and thus a higher error; `min_samples = n_samples`
+gives all features the same number.
 
-A feature of a single word can be read off any snapshot that keeps words apart, and an untrained one does. Against
-inactive tokens of any kind its error is low everywhere, and so is everyone's who is active on few words. With
-`negatives="same_token"` the inactive tokens are the same words in other places, in the same number: what is left to
-read is what the context adds.
+A feature of a single word can be decoded from any snapshot that distinguishes words, even an untrained one. Its error
+against arbitrary inactive tokens is therefore low everywhere, as it is for all features active on few words. With
+`negatives="same_token"` the inactive tokens are other occurrences of the same words in equal numbers, so the probe can
+only use the context.
 
-The settings, scikit-learn's `lbfgs` with C = 1 and tolerance 1e-3, were chosen by error and time alone on 12 features
-of 10 snapshots with D = 128. C = .01 made .03 more errors; C = 10, a tolerance of 1e-4, or 4000 tokens at most .005
-fewer for up to twice the time; `newton-cholesky` as many, no faster.
+The settings, scikit-learn's `lbfgs` with C = 1 and tolerance 1e-3, were chosen by error and time on 12 features of 10
+snapshots with D = 128. C = .01 raised the error by .03; C = 10, a tolerance of 1e-4 or 4000 tokens lowered it by at
+most .005 at up to twice the time; `newton-cholesky` had the same error and was no faster.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import batch_tokens, firing_rates, relative_norms, snapshot_columns
+from crosslens.evolution.lifecycles import batch_tokens, measure_firing, relative_norms, snapshot_columns
 
 NEGATIVES = ("any", "same_token")
-_MARGIN = 1.5  # a feature is tried when it should fire so much more often than it must
+_MARGIN = 1.5  # a feature is probed if its expected number of samples exceeds the minimum by this factor
 
 
 def probe(
@@ -58,43 +58,41 @@ def probe(
     max_tokens: int = 50_000,
     negatives: str = "any",
 ) -> pd.DataFrame:
-    """Held-out error of a linear probe for some live features at every snapshot.
+    """Measure the held-out error of a linear probe for some live features at every snapshot.
 
     Args:
         crosscoder: trained on the snapshots of `acts`.
-        acts: features are chosen by their firing rates on the held-out activations, probes use the training ones.
-        n_features: features to draw at random from those that fire often enough; fewer when there are fewer.
-        n_samples: tokens per feature at most, half of them active; train and test together.
+        acts: features are chosen by their firing rates on the held-out activations; probes use the training ones.
+        n_features: features to draw at random from those that fire often enough.
+        n_samples: most tokens per feature, train and test together; half of them active.
         seed: of the features and of the halves.
-        min_samples: tokens per feature at least; features with less are not probed.
-        max_tokens: training activations to look at, in whole batches; those that are used stay in memory, S * D * 4
-            bytes each.
-        negatives: "any" inactive tokens, or "same_token": for every active token an inactive one of the same id, out of
-            the same batch. Features that are active on nearly all tokens of an id, or on none, have too few of them
-            and are left out.
+        min_samples: least tokens per feature; features with fewer are not probed.
+        max_tokens: training activations to read, in whole batches; those in use stay in memory, S * D * 4 bytes each.
+        negatives: "any" inactive tokens, or "same_token": for every active token an inactive one with the same id from
+            the same batch. Features active on nearly all or almost none of the tokens of an id have too few pairs and
+            are left out.
 
     Returns:
         A row per feature and snapshot: feature, snapshot, label, step, norm (relative to the feature's largest),
-        probe_error, n (tokens), first_error and second_error (those of the two halves, whose mean probe_error is).
+        probe_error, n (tokens), first_error and second_error (of the two halves; probe_error is their mean).
 
     Raises:
-        UserError: a number that is out of range, unknown `negatives`, or no feature that fires often enough, and seldom
-            enough.
+        UserError: a number out of range, unknown `negatives`, or no feature with enough active and inactive tokens.
     """
     if negatives not in NEGATIVES:
         raise UserError(f"negatives={negatives!r} is unknown: use {' or '.join(map(repr, NEGATIVES))}")
     for name, value, least in (("n_features", n_features, 1), ("min_samples", min_samples, 4)):
         if value < least:
-            raise UserError(f"{name}={value} is too small: give {least} or more")
+            raise UserError(f"{name}={value} must be {least} or more")
     if n_samples < min_samples:
         raise UserError(f"n_samples={n_samples} is less than min_samples={min_samples}: raise it, or lower min_samples")
     available = min(max_tokens, acts.n_tokens)
-    rates = firing_rates(crosscoder, acts)
+    rates = measure_firing(crosscoder, acts).rate
     expected = torch.minimum(rates, 1 - rates) * available
     eligible = (expected >= _MARGIN * min_samples / 2).nonzero().squeeze(1).numpy()
     if not len(eligible):
         raise UserError(
-            f"no feature is active, and inactive, on {min_samples // 2} of {available} tokens: lower "
+            f"no feature is both active and inactive on {min_samples // 2} of {available} tokens: lower "
             f"min_samples={min_samples}, or raise max_tokens={max_tokens} and the tokens of the activations"
         )
     rng = np.random.default_rng(seed)
@@ -111,7 +109,7 @@ def probe(
         n = sum(len(indices) for indices, _ in halves)
         if n < min_samples:
             continue
-        # the problems are small: handing their products to several threads costs more than it saves
+        # the matrices are small: several threads would cost more than they save
         with threadpool_limits(1):
             for s in range(crosscoder.n_snapshots):
                 one, other = ((x[indices, s].numpy(), y) for indices, y in halves)
@@ -120,8 +118,8 @@ def probe(
                 rows.append({**row, "n": n, "first_error": errors[0], "second_error": errors[1]})
     if not rows:
         raise UserError(
-            f"of the {len(chosen)} features drawn none has {min_samples} tokens to be told apart: lower "
-            f"min_samples={min_samples}, or raise max_tokens={max_tokens} or n_features={n_features}"
+            f"none of the {len(chosen)} features drawn has {min_samples} tokens: lower min_samples={min_samples}, or "
+            f"raise max_tokens={max_tokens} or n_features={n_features}"
         )
     table = pd.DataFrame(rows)
     for place, name in ((2, "label"), (3, "step")):
@@ -132,19 +130,19 @@ def probe(
 def probe_correlation(
     table: pd.DataFrame, *, without: Collection[int] = (), n_bootstrap: int = 1000, seed: int = 0
 ) -> dict[str, float]:
-    """Correlation of probe error and relative decoder norm over features and snapshots.
+    """Correlate probe error with relative decoder norm over features and snapshots.
 
-    The intervals (95 %, percentiles) come from drawing whole features with replacement: the snapshots of one feature
-    are no independent evidence.
+    The 95 % percentile intervals come from a bootstrap over whole features, since the snapshots of one feature are not
+    independent.
 
     Args:
-        table: as `probe` returns it.
+        table: the result of `probe`.
         without: indices of snapshots to leave out, such as the untrained one.
-        n_bootstrap: draws.
+        n_bootstrap: bootstrap draws.
         seed: of the draws.
 
     Returns:
-        spearman, spearman_low, spearman_high, pearson, pearson_low, pearson_high (NaN where either is constant),
+        spearman, spearman_low, spearman_high, pearson, pearson_low, pearson_high (NaN if either variable is constant),
         n (points) and n_features.
 
     Raises:
@@ -158,29 +156,28 @@ def probe_correlation(
 def probe_parts(
     table: pd.DataFrame, *, without: Collection[int] | None = None, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """What the correlation of probe error and relative decoder norm is made of.
+    """Decompose the correlation of probe error and relative decoder norm.
 
-    - all: as `probe_correlation`; trained: without the snapshots of `without`. All other rows are of these too.
-    - within_features: both less their means over a feature's snapshots. This is the claim itself: does the error of a
-      feature fall where its norm rises?
-    - within_snapshots: both less their means over a snapshot's features. This compares features with one another, and
-      has nothing to do with training.
-    - disattenuated: what Pearson would be without the noise of single probes: divided by the square root of the
-      reliability of the error, which is 2r / (1 + r) for the correlation r of the two halves (Spearman and Brown).
-      The same for Spearman.
+    - all: the same as `probe_correlation`.
+    - trained: without the snapshots in `without`, as in all rows below.
+    - within_features: both variables minus their means over a feature's snapshots. This tests the hypothesis: does the
+      error of a feature fall where its norm rises?
+    - within_snapshots: both variables minus their means over a snapshot's features. This compares features with each
+      other and says nothing about training.
+    - disattenuated: corrected for the noise of single probes: both correlations divided by the square root of the
+      reliability of the error, 2r / (1 + r) for the correlation r of the two halves (Spearman-Brown).
 
-    A correlation is small, too, where all errors or all norms are much alike: `sd_error` and `sd_norm` say how much
-    they vary.
+    A correlation is also small if errors or norms hardly vary: see `sd_error` and `sd_norm`.
 
     Args:
-        table: as `probe` returns it.
-        without: indices of snapshots to leave out; those of step 0 when None.
-        n_bootstrap: draws of whole features, for the 95 % intervals.
+        table: the result of `probe`.
+        without: indices of snapshots to leave out; those of step 0 if None.
+        n_bootstrap: bootstrap draws of whole features, for the 95 % intervals.
         seed: of the draws.
 
     Returns:
-        A row per part: part, spearman, pearson, each with _low and _high, reliability (of the error; NaN but in the
-        last row), sd_norm, sd_error, n (points), n_features.
+        A row per part: part, spearman, pearson, each with _low and _high, reliability (of the error; only in the last
+        row), sd_norm, sd_error, n (points), n_features.
 
     Raises:
         UserError: a snapshot that the table does not have, or fewer than two features.
@@ -207,20 +204,20 @@ def probe_parts(
 def _prepare(
     table: pd.DataFrame, without: Collection[int], n_bootstrap: int, seed: int
 ) -> tuple[pd.DataFrame, list[Any], Any]:
-    """The rows that are kept, the places of each feature's, and which features every draw takes."""
+    """The rows to keep, the positions of each feature's rows, and the features in every bootstrap draw."""
     known = sorted(set(table["snapshot"].tolist()))
     for s in without:
         if s not in known:
-            raise UserError(f"without={s} is no snapshot of this table: it has {', '.join(map(str, known))}")
+            raise UserError(f"without={s} is not a snapshot of this table, which has {', '.join(map(str, known))}")
     kept: Any = table[~table["snapshot"].isin(list(without))].reset_index(drop=True)
     members = [np.asarray(rows) for rows in kept.groupby("feature").indices.values()]
     if len(members) < 2:
-        raise UserError(f"a correlation over {len(members)} feature(s) says nothing: probe 2 or more, at some snapshot")
+        raise UserError(f"a correlation needs 2 or more features, the table has {len(members)}: probe more features")
     return kept, members, np.random.default_rng(seed).integers(len(members), size=(n_bootstrap, len(members)))
 
 
 def _correlations(values: Any, members: list[Any], picks: Any) -> dict[str, float]:
-    """Both correlations of the first two rows, and their intervals; corrected for noise where there are two more."""
+    """Both correlations of the first two rows, with intervals; corrected for noise if two more rows are given."""
     draws = [np.concatenate([members[i] for i in pick]) for pick in picks]
     result: dict[str, float] = {}
     measures: dict[str, Callable[[Any], Any]] = {"spearman": lambda rows: rankdata(rows, axis=1), "pearson": np.asarray}
@@ -238,7 +235,7 @@ def _corrected(rows: Any) -> float:
 
 
 def _reliability(rows: Any) -> float:
-    """Of the mean of two errors, the third and fourth row; NaN where they do not agree at all."""
+    """Reliability of the mean of two errors (rows 3 and 4); NaN if they are not positively correlated."""
     alike = _correlation(rows[2:])
     return 2 * alike / (1 + alike) if alike > 0 else float("nan")
 
@@ -252,14 +249,13 @@ def _samples(
     max_tokens: int,
     negatives: str = "any",
 ) -> tuple[Float[Tensor, "N S D"], Int8[Tensor, "N n"], Int[Tensor, " N"] | None]:
-    """Raw activations of the first tokens of the shuffled stream on which a feature is active, or is not.
+    """Raw activations and labels of the first `per_class` active and inactive tokens of each feature in the stream.
 
-    Labels are 1 for active, 0 for inactive, -1 where a token is not for this feature: of each class the first
-    `per_class`. Tokens that are for no feature are dropped at once. The ids of the others come last, with
-    `negatives="same_token"`.
+    Labels are 1 for active, 0 for inactive and -1 where a feature does not use the token. Tokens used by no feature are
+    dropped. With `negatives="same_token"` the token ids come last.
     """
     size = min(batch_tokens(crosscoder.cfg.d_sae), max_tokens)
-    have = torch.zeros(2, len(features), dtype=torch.int64)  # of the inactive, and of the active
+    have = torch.zeros(2, len(features), dtype=torch.int64)  # inactive and active tokens so far
     kept: list[Tensor] = []
     labels: list[Tensor] = []
     ids: list[Tensor] = []
@@ -284,7 +280,7 @@ def _samples(
 
 
 def _with_tokens(acts: Activations, size: int) -> Iterator[tuple[Float[Tensor, "B S D"], Int[Tensor, " B"]]]:
-    """Training activations and their tokens, sequence by sequence, which `Activations` has put into a random order."""
+    """Yield training activations and their tokens, sequence by sequence; `Activations` has shuffled the sequences."""
     sequences = acts.train_tokens()
     for first in range(0, len(sequences), acts.block_sequences):
         tokens = sequences[first : first + acts.block_sequences]
@@ -293,19 +289,19 @@ def _with_tokens(acts: Activations, size: int) -> Iterator[tuple[Float[Tensor, "
 
 
 def _same_tokens(active: Bool[Tensor, "B n"], tokens: Int[Tensor, " B"]) -> Bool[Tensor, "2 B n"]:
-    """Inactive and active places, of every token id equally many, the first ones."""
+    """Inactive and active tokens, the first ones of every token id, in equal numbers."""
     order = tokens.argsort(stable=True)
     _, group = tokens[order].unique_consecutive(return_inverse=True)
     both = torch.stack([~active, active])[:, order].long()
     counts = torch.zeros(2, int(group.max()) + 1, active.shape[1], dtype=torch.int64).index_add(1, group, both)
-    before = counts.cumsum(1) - counts  # of the ids that come earlier
+    before = counts.cumsum(1) - counts  # tokens with a smaller id
     place = both.cumsum(1) - before[:, group]
     chosen = both.bool() & (place <= counts.amin(0)[group])
     return torch.zeros_like(chosen).index_copy(1, order, chosen)
 
 
 def _halves(labels: Any, per_half: int, rng: np.random.Generator) -> list[tuple[Any, Any]]:
-    """(indices, labels) for training and for testing, each with equally many tokens of both classes."""
+    """(indices, labels) for training and testing, each with equal numbers of both classes."""
     classes = [rng.permutation(np.flatnonzero(labels == label)) for label in (0, 1)]
     m = min(per_half, *(len(indices) // 2 for indices in classes))
     y = np.repeat([0, 1], m)
@@ -313,16 +309,16 @@ def _halves(labels: Any, per_half: int, rng: np.random.Generator) -> list[tuple[
 
 
 def _paired_halves(labels: Any, tokens: Any, per_half: int, rng: np.random.Generator) -> list[tuple[Any, Any]]:
-    """The same from pairs of one token id, one active and one not; no pair is torn apart.
+    """The same from pairs of one active and one inactive token with the same id, never split between the halves.
 
-    Were it, a half with more active tokens of an id would leave the other with fewer, and a probe that reads nothing
-    but ids would be wrong more often than chance.
+    Otherwise one half could have more active tokens of an id and the other fewer, and a probe that only reads ids would
+    be wrong more often than chance.
     """
     classes: list[Any] = []
     for label in (0, 1):
         indices = rng.permutation(np.flatnonzero(labels == label))
         classes.append(indices[np.argsort(tokens[indices], kind="stable")])
-    # of every id the first of each class, as many as both have
+    # the first tokens of every id and class, as many as both classes have
     places = [_place(tokens[indices]) for indices in classes]
     size = [dict(zip(*np.unique(tokens[indices], return_counts=True), strict=True)) for indices in classes]
     both = [
@@ -336,14 +332,14 @@ def _paired_halves(labels: Any, tokens: Any, per_half: int, rng: np.random.Gener
 
 
 def _place(sorted_ids: Any) -> Any:
-    """How many of the same id come before, in a sorted list."""
+    """Number of earlier elements with the same id, in a sorted list."""
     return np.arange(len(sorted_ids)) - np.searchsorted(sorted_ids, sorted_ids)
 
 
 def _probe_error(train: tuple[Any, Any], test: tuple[Any, Any]) -> float:
     (x, y), (other, truth) = train, test
     mean, scale = x.mean(0), x.std(0)
-    scale[scale == 0] = 1  # a constant coordinate tells nothing
+    scale[scale == 0] = 1  # constant coordinates
     regression = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit((x - mean) / scale, y)
     return float((regression.predict((other - mean) / scale) != truth).mean())
 

@@ -1,10 +1,12 @@
-"""Stability: would another run find the same features, and date them alike?
+"""Stability: would another run find the same features and date them the same way?
 
-`match_features` pairs the features of two crosscoders by the cosine of their decoders over the snapshots that both
-have; `compare_features` says which share has a partner, and whether partners have the same life: over seeds, dictionary
-sizes, and choices of snapshots. `compare_evolutions` puts what one reads off several crosscoders side by side, such as
-the turning point, also where the models differ (two warmups) and no features can be matched. These comparisons are this
-project's own.
+1. `match_features` pairs the features of two crosscoders by the cosine of their decoders over the snapshots they share.
+2. `compare_features` reports the share of features with a partner and how often partners have the same lifecycle, for
+   crosscoders that differ in seed, dictionary size, or choice of snapshots.
+3. `compare_evolutions` tabulates summary statistics of several crosscoders. This also works for different models, such
+   as two warmups, whose features cannot be matched.
+
+These comparisons are this project's own.
 
 Letters: S snapshots, D d_model, F and G features.
 """
@@ -25,11 +27,11 @@ from torch.nn.functional import normalize
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.geometry import total_dimensionality, turning
-from crosslens.evolution.lifecycles import Firing, classify, evolve, measure_firing, snapshot_columns
+from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
+from crosslens.evolution.lifecycles import Firing, classify_lifecycles, evolve, measure_firing, snapshot_columns
 
 _BLOCK = 4096  # features at a time
-HUNGARIAN = 4096  # features up to which `match_features` looks for the best assignment
+HUNGARIAN = 4096  # most features for which `match_features` defaults to the optimal assignment
 
 
 def match_features(
@@ -40,24 +42,24 @@ def match_features(
     alive_b: Bool[Tensor, " G"] | None = None,
     method: str | None = None,
 ) -> pd.DataFrame:
-    """Features of two crosscoders in pairs, by the cosine of their decoders over the snapshots that both have.
+    """Pair the features of two crosscoders by the cosine of their decoders over the snapshots they share.
 
     Args:
         a: a crosscoder.
-        b: another, of the same model: another seed, size, or choice of snapshots.
-        alive_a: features of `a` to match, such as `evolve(...)["alive"]`; all with a decoder when None.
-        alive_b: the same of `b`.
-        method: "hungarian", the assignment of the largest sum of cosines; "mutual", pairs that are each other's
-            nearest, in blocks for any number of features; None takes the former up to 4,096 features.
+        b: another crosscoder of the same model, with another seed, size, or choice of snapshots.
+        alive_a: features of `a` to match, such as `evolve(...)["alive"]`; all with a decoder if None.
+        alive_b: the same for `b`.
+        method: "hungarian", the assignment with the largest sum of cosines; "mutual", pairs that are each other's
+            nearest neighbour, for any number of features; None uses "hungarian" up to 4,096 features.
 
     Returns:
-        A row per pair: feature (of `a`), partner (of `b`), cosine; by falling cosine. No feature occurs twice.
+        A row per pair: feature (of `a`), partner (of `b`), cosine; by descending cosine. No feature occurs twice.
 
     Raises:
-        UserError: no snapshot in common, other widths, nothing to match, an unknown method.
+        UserError: no common snapshot, different d_model, nothing to match, an unknown method.
     """
     if method not in (None, "hungarian", "mutual"):
-        raise UserError(f"method={method!r} is unknown: choose 'hungarian', 'mutual', or None")
+        raise UserError(f"method={method!r} is unknown: use 'hungarian', 'mutual', or None")
     at_a, at_b = shared_snapshots(a, b)
     (ids_a, rows_a), (ids_b, rows_b) = (
         _unit_rows(crosscoder, at, alive, name)
@@ -86,43 +88,41 @@ def compare_features(
     presence: float = 0.5,
     min_run: int = 2,
 ) -> dict[str, float]:
-    """How much two crosscoders agree: which share of the features both have, and whether these have the same lives.
+    """Compare the features of two crosscoders: the share found by both, and whether their lifecycles agree.
 
-    Lives are classified on the snapshots that both crosscoders have, so that crosscoders of different choices of
-    snapshots can be compared.
+    Lifecycles are classified on the snapshots that both crosscoders have.
 
     Args:
         a: a crosscoder.
-        b: another, of the same model.
-        alive_a: features of `a` to match; all with a decoder when None.
-        alive_b: the same of `b`.
+        b: another crosscoder of the same model.
+        alive_a: features of `a` to match; all with a decoder if None.
+        alive_b: the same for `b`.
         method: of `match_features`.
-        min_cosine: cosine from which two features are the same one.
-        presence: share of a feature's largest norm from which it counts as present.
-        min_run: snapshots in a row from which presence counts as a birth.
+        min_cosine: two features whose cosine is at least this are the same feature.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
         snapshots (in common), matched (pairs), share_a and share_b (of the features of each), median_cosine (of the
-        matched), same_origin, same_fate, and of pairs of which both have a birth: same_birth, birth_within_1
-        (snapshots), and same_birth_by_chance, what same_birth would be if partners were drawn at random among them.
-        NaN where there is no pair.
+        matched), same_origin, same_fate, and for pairs that both have a birth: same_birth, birth_within_1 (snapshots),
+        and same_birth_by_chance, the value of same_birth if partners were shuffled. NaN if there is no pair.
 
     Raises:
-        UserError: as `match_features` and `classify`.
+        UserError: as `match_features` and `classify_lifecycles`.
     """
     shared = shared_snapshots(a, b)
     S = len(shared[0])
     if S < 2:
-        raise UserError(f"the crosscoders have {S} snapshot in common: lives need 2 or more to be compared")
+        raise UserError(f"the crosscoders have {S} snapshot in common: comparing lifecycles needs at least 2")
     pairs = match_features(a, b, alive_a=alive_a, alive_b=alive_b, method=method)
     kept = pairs.loc[pairs["cosine"] >= min_cosine]
     left, right = (
-        classify(crosscoder.decoder_norms.detach().cpu()[:, at], presence, min_run=min_run)
+        classify_lifecycles(crosscoder.decoder_norms.detach().cpu()[:, at], presence, min_run=min_run)
         .iloc[kept[name]]
         .reset_index(drop=True)
         for crosscoder, at, name in ((a, shared[0], "feature"), (b, shared[1], "partner"))
     )
-    births = np.stack([life["birth"].to_numpy(dtype=float, na_value=np.nan) for life in (left, right)])
+    births = np.stack([table["birth"].to_numpy(dtype=float, na_value=np.nan) for table in (left, right)])
     births = births[:, np.isfinite(births).all(0)].astype(int)
     apart = np.abs(births[0] - births[1])
     frequencies = [np.bincount(dates, minlength=S) / max(1, len(dates)) for dates in births]
@@ -143,32 +143,32 @@ def compare_features(
 def compare_evolutions(
     crosscoders: Mapping[str, tuple[Crosscoder, Activations | Firing]], *, presence: float = 0.5, min_run: int = 2
 ) -> pd.DataFrame:
-    """What one reads off several crosscoders, side by side: does it depend on their size, snapshots, seed, or warmup?
+    """Tabulate summary statistics of several crosscoders, to see whether they depend on size, snapshots, or seed.
 
     Args:
-        crosscoders: by name, each with the activations of its own snapshots, or what `measure_firing` made of them.
-        presence: share of a feature's largest norm from which it counts as present.
-        min_run: snapshots in a row from which presence counts as a birth.
+        crosscoders: by name, each with the activations of its own snapshots or the result of `measure_firing`.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
-        A row per crosscoder: name, snapshots, features, alive; initial, emergent, never, transient (shares of the live
-        ones); median_birth (step, of emergent features); turning_from, turning_to (labels of the neighbouring
-        snapshots between which most features turn), turning_from_step, turning_to_step, turning_share (of the features
-        that turn); dimensionality_first, dimensionality_least, dimensionality_last (shares of D). Steps are missing
-        where none are recorded, the turning point where nothing turns.
+        A row per crosscoder: name, snapshots, features, alive; initial, emergent, never, transient (shares of live
+        features); median_birth (step, of emergent features); rotation_from, rotation_to (labels of the interval where
+        most features rotate), rotation_from_step, rotation_to_step, rotation_share (of all features that rotate);
+        dimensionality_first, dimensionality_least, dimensionality_last (shares of D). Steps are missing if none are
+        recorded, the interval if no feature rotates.
 
     Raises:
-        UserError: no crosscoder, or what `evolve` refuses.
+        UserError: no crosscoder, or as `evolve`.
     """
     if not crosscoders:
-        raise UserError("no crosscoders are given: give one or more by name")
+        raise UserError("crosscoders is empty: give one or more by name")
     rows: list[dict[str, Any]] = []
     for name, (crosscoder, acts) in crosscoders.items():
-        firing = measure_firing(crosscoder, acts) if isinstance(acts, Activations) else acts
+        firing = measure_firing(crosscoder, acts)
         table = evolve(crosscoder, firing, presence=presence, min_run=min_run)
         live = table[table["alive"]]
-        turns = turning(crosscoder, torch.tensor(table["alive"].to_numpy()))
-        point = turns.loc[turns["turning_point"]]
+        intervals = rotation_per_interval(crosscoder, torch.tensor(table["alive"].to_numpy()))
+        most = intervals.loc[intervals["turning_point"]]
         share = total_dimensionality(crosscoder, firing, presence=presence)["share"].to_numpy()
         row: dict[str, Any] = {
             "name": name,
@@ -180,21 +180,21 @@ def compare_evolutions(
             "median_birth": live.loc[live["origin"] == "emergent", "birth_step"].astype("Float64").median(),
         }
         for column in ("from", "to", "from_step", "to_step", "share"):
-            row[f"turning_{column}"] = next(iter(point[column]), None)
+            row[f"rotation_{column}"] = next(iter(most[column]), None)
         row |= {"dimensionality_first": share[0], "dimensionality_least": share.min(), "dimensionality_last": share[-1]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def shared_snapshots(a: Crosscoder, b: Crosscoder) -> tuple[list[int], list[int]]:
-    """Indices of the snapshots that two crosscoders have in common: of equal weights, or else of equal labels.
+    """Indices of the snapshots that two crosscoders have in common, by weights if recorded, otherwise by label.
 
     Raises:
-        UserError: none, or another d_model.
+        UserError: no common snapshot, or different d_model.
     """
     if a.d_model != b.d_model:
         raise UserError(
-            f"the crosscoders are of models of d_model {a.d_model} and {b.d_model}: they share no directions"
+            f"the crosscoders have d_model {a.d_model} and {b.d_model}: only crosscoders of one model can be matched"
         )
     names: list[list[str]] = []
     for crosscoder in (a, b):
@@ -207,14 +207,14 @@ def shared_snapshots(a: Crosscoder, b: Crosscoder) -> tuple[list[int], list[int]
     if not pairs:
         raise UserError(
             f"the crosscoders have no snapshot in common ({', '.join(snapshot_columns(a)['label'])} and "
-            f"{', '.join(snapshot_columns(b)['label'])}, of other weights where labels are equal): directions of "
-            "different models cannot be compared, use `compare_evolutions`"
+            f"{', '.join(snapshot_columns(b)['label'])}; equal labels have different weights): use compare_evolutions "
+            "for different models"
         )
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
 def _live(crosscoder: Crosscoder, at: list[int], alive: Tensor | None) -> Int[Tensor, " n"]:
-    """Features that are alive and have a decoder at some of the snapshots."""
+    """Live features with a decoder at one of the snapshots or more."""
     real = (crosscoder.decoder_norms.detach()[:, at] > 0).any(1).cpu()
     return (real if alive is None else real & alive).nonzero().flatten()
 
@@ -222,16 +222,16 @@ def _live(crosscoder: Crosscoder, at: list[int], alive: Tensor | None) -> Int[Te
 def _unit_rows(
     crosscoder: Crosscoder, at: list[int], alive: Tensor | None, name: str
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n E"]]:
-    """Features to match, and their decoders over some snapshots, as unit vectors."""
+    """Features to match, and their decoders over the given snapshots as unit vectors."""
     ids = _live(crosscoder, at, alive)
     if not len(ids):
-        raise UserError(f"the {name} crosscoder has no live feature to match: train it for longer, or with a larger k")
+        raise UserError(f"the {name} crosscoder has no live feature to match: train it longer or with a larger k")
     rows = crosscoder.W_dec_by_snapshot.detach()[:, at].flatten(1).float().cpu()
     return ids, normalize(rows[ids], dim=1)
 
 
 def _mutual(rows_a: Float[Tensor, "n E"], rows_b: Float[Tensor, "m E"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs that are each other's nearest, the first of equals, and their cosines."""
+    """Pairs that are each other's nearest neighbour (the first in a tie), and their cosines."""
     best_b = torch.full((len(rows_b),), -torch.inf)
     nearest_a, nearest_b = torch.empty(len(rows_a), dtype=torch.int64), torch.zeros(len(rows_b), dtype=torch.int64)
     for start in range(0, len(rows_a), _BLOCK):

@@ -1,18 +1,18 @@
-"""Which snapshots to crosscode: similarity of activations, accuracy on tasks, and a proposal of k.
+"""Which snapshots to train a crosscoder on: similarity of activations, accuracy on tasks, and a proposal of k.
 
-1. `snapshot_similarity` compares the activations of every two snapshots on the same tokens: the mean over tokens of the
-   cosine, and of the Pearson correlation over coordinates; and linear CKA (Kornblith et al., arXiv 1905.00414),
-   `|X'Y|^2 / (|X'X| |Y'Y|)` in Frobenius norms with columns centred over tokens, which a rotation of the space does not
-   change. Cosine and Pearson are those by which Bayazit et al. (arXiv 2509.05291) choose snapshots by eye.
+1. `snapshot_similarity` compares the activations of every pair of snapshots on the same tokens: the mean over tokens of
+   the cosine and of the Pearson correlation over coordinates; and linear CKA (Kornblith et al., arXiv 1905.00414),
+   `|X'Y|^2 / (|X'X| |Y'Y|)` in Frobenius norms with columns centred over tokens, which is invariant to rotations.
+   Bayazit et al. (arXiv 2509.05291) use cosine and Pearson to choose snapshots by eye.
 2. The distance of two snapshots is `(1 - weight) a + weight b`. a is 1 - similarity, divided by its largest value. b is
-   the root mean square over tasks of the difference in accuracy, that of chance (the binomial variances of both)
-   subtracted from the square, divided by its largest value.
-3. `propose_snapshots` takes the first and the last snapshot, and between them those k - 2 that leave the least sum of
-   distances from every snapshot to the nearer of the two chosen ones around it. Snapshots are in order, so this is
-   found exactly, by dynamic programming: never by chance, and never a local optimum. The search is this project's own.
+   the root mean square over tasks of the difference in accuracy, with the part expected by chance (the binomial
+   variances of both) subtracted from the square, divided by its largest value.
+3. `propose_snapshots` takes the first and the last snapshot, and the k - 2 between them that minimise the sum of
+   distances from every snapshot to the nearer of the two chosen ones around it. Since snapshots are ordered, dynamic
+   programming finds the optimum. The search is this project's own.
 
-The proposal represents what was measured: a stretch that was never saved, or on which no task and no activation of this
-hook point moves, is not seen. Letters: B tokens, S snapshots, D d_model.
+The proposal only reflects what was measured: changes between saved snapshots, or changes that neither the tasks nor the
+activations at this hook point show, are missed. Letters: B tokens, S snapshots, D d_model.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ MEASURES = ("cosine", "pearson", "cka")
 
 @torch.no_grad()
 def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.DataFrame:
-    """Similarity of the activations of every two snapshots on the same held-out tokens.
+    """Compare the activations of every pair of snapshots on the same held-out tokens.
 
     Args:
-        acts: of all snapshots that could be chosen; they are harvested one model after the other.
-        max_tokens: held-out tokens to compare on; their activations are in memory together.
+        acts: activations of all candidate snapshots.
+        max_tokens: held-out tokens to compare on; all their activations are in memory at once.
 
     Returns:
-        A row per pair, each with itself too: snapshot, other (indices, the first the smaller), label, other_label,
-        cosine, pearson, cka, n (tokens). All in [-1, 1], CKA in [0, 1]; Pearson and CKA are NaN where activations are
-        constant.
+        A row per pair, including each snapshot with itself: snapshot, other (indices, snapshot <= other), label,
+        other_label, cosine and pearson in [-1, 1], cka in [0, 1], n (tokens). Pearson and CKA are NaN if activations
+        are constant.
 
     Raises:
-        UserError: one snapshot, or fewer than two tokens.
+        UserError: one snapshot only, or fewer than two tokens.
     """
     S = acts.n_snapshots
     if S < 2:
         raise UserError(f"similarity needs at least 2 snapshots, there is {S}: give more")
     if max_tokens < 2:
-        raise UserError(f"max_tokens={max_tokens} is too small: give 2 or more")
+        raise UserError(f"max_tokens={max_tokens} must be 2 or more")
     x = _first(acts, max_tokens)
     if len(x) < 2:
-        raise UserError(f"{len(x)} token(s) are held out: give Activations(held_out_tokens=...) of 2 or more")
+        raise UserError(f"{len(x)} token(s) are held out: give Dataset(held_out_tokens=...) of 2 or more")
     labels = acts.snapshots.labels
     around = [x[:, s].double() - x[:, s].double().mean(0) for s in range(S)]
     own = [_overlap(one, one) for one in around]
@@ -90,20 +90,20 @@ def propose_snapshots(
     weight: float = 0.5,
     steps: Sequence[int | None] | None = None,
 ) -> pd.DataFrame:
-    """The k snapshots that best stand for all, and why.
+    """Propose the k snapshots that best represent all of them, and say why.
 
     Args:
-        similarity: of `snapshot_similarity`.
-        k: how many, from 2 to all.
-        accuracy: of `Task.accuracy`, of one task or several one below the other, on the same snapshots.
+        similarity: the result of `snapshot_similarity`.
+        k: number of snapshots, from 2 to all.
+        accuracy: the result of `Task.accuracy` for the same snapshots; concatenate the tables of several tasks.
         measure: "cosine", "pearson" or "cka".
-        weight: of accuracy against similarity, in [0, 1]; 0 without accuracy.
+        weight: weight of accuracy relative to similarity, in [0, 1]; ignored without accuracy.
         steps: training steps of the snapshots, for the table.
 
     Returns:
-        A row per snapshot: snapshot, label, step, chosen, stands_for (labels, of a chosen one), nearest (label of the
-        chosen one that stands for it), distance (to that one), previous_similarity (to the snapshot before), cost
-        (of a chosen one: by how much the sum of distances would grow without it), and reason, in words; with
+        A row per snapshot: snapshot, label, step, chosen, stands_for (labels represented by a chosen snapshot), nearest
+        (label of the chosen snapshot that represents it), distance (to that one), previous_similarity (to the snapshot
+        before), cost (increase in the summed distance without this chosen snapshot), and reason, in words; with
         `accuracy`, accuracy/<task>.
 
     Raises:
@@ -114,19 +114,19 @@ def propose_snapshots(
     S = max(labels) + 1
     names = [labels.get(s, str(s)) for s in range(S)]
     if not 2 <= k <= S:
-        raise UserError(f"k={k} is not in [2, {S}]: the first and the last of {S} snapshots are always among them")
+        raise UserError(f"k={k} is not in [2, {S}]: the first and the last of the {S} snapshots are always chosen")
     if measure not in MEASURES:
         raise UserError(f"measure={measure!r} is unknown: use {', '.join(map(repr, MEASURES))}")
     if not 0 <= weight <= 1:
-        raise UserError(f"weight={weight} is not in [0, 1]: it is the share of accuracy in the distance")
+        raise UserError(f"weight={weight} is not in [0, 1]: it is the weight of accuracy in the distance")
     if steps is not None and len(steps) != S:
-        raise UserError(f"{len(steps)} steps for {S} snapshots: give one for each")
+        raise UserError(f"{len(steps)} steps for {S} snapshots: give one per snapshot")
     alike = np.full((S, S), np.nan)
     pairs = similarity[["snapshot", "other"]].to_numpy()
     alike[pairs[:, 0], pairs[:, 1]] = alike[pairs[:, 1], pairs[:, 0]] = similarity[measure].to_numpy(dtype=float)
     if np.isnan(alike).any():
         raise UserError(
-            f"{measure} is not known for every pair of the {S} snapshots: give the whole table of snapshot_similarity"
+            f"{measure} is missing for some pairs of the {S} snapshots: give the whole table of snapshot_similarity"
         )
     distance = _scaled(1 - alike)
     curves = _curves(accuracy, names) if accuracy is not None else {}
@@ -171,27 +171,27 @@ def _overlap(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> float:
 
 
 def _pearson(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-    """Correlation over coordinates, NaN for vectors of equal ones."""
+    """Correlation over coordinates, NaN for constant vectors."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
 def _scaled(distance: Any) -> Any:
-    """Divided by the largest; all zero where there is no difference. Rounding can leave a negative one."""
-    distance = np.clip(distance, 0, None)
+    """Distances divided by the largest, or all zero."""
+    distance = np.clip(distance, 0, None)  # rounding can make 1 - similarity negative
     np.fill_diagonal(distance, 0)
     return distance / distance.max() if distance.max() > 0 else distance
 
 
 def _curves(accuracy: pd.DataFrame, names: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Accuracy and its binomial variance, by task, in the order of the snapshots."""
+    """Accuracy and its binomial variance by task, in the order of the snapshots."""
     curves: dict[str, tuple[Any, Any]] = {}
     for task, rows in accuracy.groupby("task", sort=False):
         rows = rows.sort_values("snapshot")
         if rows["label"].tolist() != names:
             raise UserError(
-                f"accuracy on {task!r} is of the snapshots {', '.join(map(str, rows['label']))}, the similarity of "
-                f"{', '.join(names)}: measure both on the same"
+                f"accuracy on {task!r} has the snapshots {', '.join(map(str, rows['label']))}, similarity has "
+                f"{', '.join(names)}: measure both on the same snapshots"
             )
         value, n = rows["accuracy"].to_numpy(dtype=float), rows["n"].to_numpy(dtype=float)
         curves[str(task)] = (value, value * (1 - value) / n)
@@ -204,7 +204,7 @@ def _accuracy_distance(curves: dict[str, tuple[Any, Any]]) -> Any:
 
 
 def _segments(distance: Any) -> Any:
-    """(S, S): sum of the distances of what lies between two chosen snapshots to the nearer of them."""
+    """(S, S): summed distance of the snapshots between two chosen ones to the nearer of the two."""
     S = len(distance)
     cost = np.zeros((S, S))
     for a in range(S):
@@ -215,7 +215,7 @@ def _segments(distance: Any) -> Any:
 
 
 def _best_path(cost: Any, k: int) -> list[int]:
-    """k indices from the first to the last of the least summed cost; of equals the earliest."""
+    """The k indices from first to last with the lowest total cost, the earliest in a tie."""
     S = len(cost)
     best = np.full((k, S), np.inf)
     came = np.zeros((k, S), dtype=int)
@@ -234,7 +234,7 @@ def _best_path(cost: Any, k: int) -> list[int]:
 def _reason(
     table: pd.DataFrame, s: int, chosen: list[int], alike: Any, measure: str, curves: dict[str, tuple[Any, Any]]
 ) -> str:
-    """Why a snapshot is among the chosen ones."""
+    """Why a snapshot was chosen."""
     place = chosen.index(s)
     parts = ["the first snapshot"] if place == 0 else ["the last snapshot"] if place == len(chosen) - 1 else []
     others = table["stands_for"].iloc[s].count(",")

@@ -1,16 +1,15 @@
-"""Features that split, merge, or take over from one another.
+"""Features that split, merge, or replace one another.
 
-A crosscoder can tell of a split in two ways, and each has its function:
+A crosscoder can represent a split in two ways, and each has its own function:
 
-1. `successions`: feature i dies at about the snapshot at which j is born, the last row of i and the first of j point
-   the same way, and both are active on the same tokens. A feature with several successors has split; several with one
-   successor have merged.
-2. `partings`: two features, each with a life of its own, share their direction up to a snapshot and not from it on: the
-   model writes two concepts as one, until it tells them apart. This costs one active feature per token, the former two,
-   so it is what a sparse dictionary prefers. The reverse is a merger.
+1. `splits`: two features share their direction up to a snapshot and differ from it on. Until then the model writes two
+   concepts as one. This takes one active feature per token, so a sparse dictionary prefers it. The reverse is a merger.
+2. `replacements`: feature i dies at about the snapshot where j is born, the last row of i and the first row of j have
+   the same direction, and both are active on the same tokens. A feature with several successors has split; several
+   features with one successor have merged. This takes two active features per token.
 
-Pairs are found in blocks; no F x F matrix is kept. Both definitions are this project's own. Letters: B tokens, S
-snapshots, D d_model, F features.
+Both look for pairs in blocks and never keep an F x F matrix. Both definitions are this project's own.
+Letters: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import (
-    Firing,
-    classify,
+    evolve,
     held_out_features,
-    measure_firing,
     relative_norms,
+    require_two_snapshots,
     snapshot_columns,
 )
 
@@ -39,53 +37,48 @@ _PAIRS = 1 << 26  # tokens times pairs of features at a time
 
 
 @torch.no_grad()
-def successions(
+def replacements(
     crosscoder: Crosscoder,
     acts: Activations,
+    lifecycles: pd.DataFrame | None = None,
     *,
-    firing: Firing | None = None,
-    presence: float = 0.5,
-    min_run: int = 2,
-    min_firing_rate: float = 0.0,
     max_gap: int = 1,
     min_cosine: float = 0.7,
     min_overlap: float = 0.5,
 ) -> pd.DataFrame:
-    """Pairs of features of which the second takes over from the first: one direction, the same tokens, life after life.
+    """Find pairs of features where the second replaces the first, with the same direction and on the same tokens.
 
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
-        firing: what `measure_firing` made of them; measured here when None.
-        presence: share of a feature's largest norm from which it counts as present.
-        min_run: snapshots in a row from which presence counts as a birth.
-        min_firing_rate: features that fire on no larger share of the held-out tokens are dead.
-        max_gap: snapshots that may lie between the death of the one and the birth of the other, in either order.
-        min_cosine: least cosine of the predecessor's row at its last snapshot with the successor's at its birth.
-        min_overlap: how much oftener both are active together than by chance, relative to the most that is possible at
-            their firing rates: `(p_ij / min(p_i, p_j) - max(p_i, p_j)) / (1 - max(p_i, p_j))` (Loevinger's H), 1 where
-            the rarer of the two is active only where the other is, 0 by chance.
+        lifecycles: the table of `evolve(crosscoder, acts)`; computed here if None.
+        max_gap: most snapshots between the death of the first and the birth of the second, in either order.
+        min_cosine: least cosine between the predecessor's row at its last snapshot and the successor's at its birth.
+        min_overlap: how much more often both are active together than by chance, relative to the most their firing
+            rates allow: `(p_ij / min(p_i, p_j) - max(p_i, p_j)) / (1 - max(p_i, p_j))` (Loevinger's H). It is 1 if the
+            rarer feature is active only where the other is, and 0 by chance.
 
     Returns:
         A row per pair: predecessor, successor, death (of the predecessor), death_step, birth (of the successor),
         birth_step, cosine, overlap, successors (of the predecessor), predecessors (of the successor), and kind: "split"
-        with several successors, "merger" with several predecessors, "split and merger", else "succession".
+        with several successors, "merger" with several predecessors, "split and merger", otherwise "replacement".
 
     Raises:
-        UserError: one snapshot only, a threshold out of range, activations that are not the crosscoder's.
+        UserError: one snapshot only, max_gap below 0, lifecycles without firing rates, activations that are not the
+            crosscoder's.
     """
     if max_gap < 0:
-        raise UserError(f"max_gap={max_gap} is not possible: give 0 or more snapshots")
-    norms = crosscoder.decoder_norms.detach().cpu()
-    classify(norms[:1], presence, min_run=min_run)  # thresholds are refused before anything is read
-    if firing is None:
-        firing = measure_firing(crosscoder, acts)
-    life = classify(norms.masked_fill((firing.rate <= min_firing_rate)[:, None], 0.0), presence, min_run=min_run)
-    found = _candidates(crosscoder, life, max_gap, min_cosine)
-    overlap = _overlap(crosscoder, acts, found, firing.rate)
+        raise UserError(f"max_gap={max_gap} must be 0 or more snapshots")
+    if lifecycles is None:
+        lifecycles = evolve(crosscoder, acts)
+    rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
+    if len(rate) != crosscoder.cfg.d_sae or rate.isnan().any():
+        raise UserError("lifecycles lack the firing rates of this crosscoder's features: give evolve(crosscoder, acts)")
+    found = _candidates(crosscoder, lifecycles, max_gap, min_cosine)
+    overlap = _overlap(crosscoder, acts, found[0], rate)
     pairs, cosine = found[0][overlap >= min_overlap], found[1][overlap >= min_overlap]
     steps = snapshot_columns(crosscoder)["step"]
-    death, birth = (life[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth"))
+    death, birth = (lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth"))
     table = pd.DataFrame({"predecessor": pairs[:, 0].numpy(), "successor": pairs[:, 1].numpy()})
     for name, dates, members in (("death", death, "predecessor"), ("birth", birth, "successor")):
         table[name] = dates[table[members]]
@@ -93,15 +86,15 @@ def successions(
     table["cosine"], table["overlap"] = cosine.numpy(), overlap[overlap >= min_overlap].numpy()
     table["successors"] = table.groupby("predecessor")["successor"].transform("size")
     table["predecessors"] = table.groupby("successor")["predecessor"].transform("size")
-    splits, mergers = table["successors"] > 1, table["predecessors"] > 1
+    several, joined = table["successors"] > 1, table["predecessors"] > 1
     table["kind"] = np.select(
-        [splits & mergers, splits, mergers], ["split and merger", "split", "merger"], "succession"
+        [several & joined, several, joined], ["split and merger", "split", "merger"], "replacement"
     )
     return table.sort_values(["death", "predecessor", "successor"], ignore_index=True)
 
 
 @torch.no_grad()
-def partings(
+def splits(
     crosscoder: Crosscoder,
     alive: Bool[Tensor, " F"] | None = None,
     *,
@@ -109,34 +102,31 @@ def partings(
     together: float = 0.9,
     apart: float = 0.7,
 ) -> pd.DataFrame:
-    """Pairs of features that share their direction up to a snapshot and not from it on, or the reverse.
+    """Find pairs of features that share their direction up to a snapshot and differ from it on, or the reverse.
 
-    Only snapshots at which both are present count. A pair splits when its cosine is `together` or more at the first of
-    them, less than `apart` at the last, and passes the middle of the two once; it merges when that holds backwards.
-    Every pair of features is looked at: F * F * S * D multiplications, in blocks.
+    Only snapshots where both are present count. A pair splits if its cosine is at least `together` at the first of
+    them, below `apart` at the last, and crosses the midpoint of the two thresholds exactly once; it merges if the same
+    holds backwards. All pairs are compared, which takes F * F * S * D multiplications.
 
     Args:
         crosscoder: trained on two snapshots or more.
-        alive: features to look at, such as `evolve(...)["alive"]`; all with a decoder when None.
-        presence: share of a feature's largest norm from which it counts as present.
-        together: least cosine of two rows of one direction.
-        apart: cosine below which two rows have directions of their own.
+        alive: features to compare, such as `evolve(...)["alive"]`; all with a decoder if None.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        together: two rows whose cosine is at least this have the same direction.
+        apart: two rows whose cosine is below this have different directions.
 
     Returns:
-        A row per pair: feature, partner (the larger index), kind ("split" or "merger"), at (first snapshot of the new
-        state), at_step, at_tokens, cosine_before and cosine_after (at the first and last snapshot at which both are
+        A row per pair: feature, partner (the larger index), kind ("split" or "merger"), at (first snapshot after the
+        change), at_step, at_tokens, cosine_before and cosine_after (at the first and the last snapshot where both are
         present).
 
     Raises:
-        UserError: one snapshot only, or thresholds that are out of order.
+        UserError: one snapshot only, or thresholds out of order.
     """
     S = crosscoder.n_snapshots
-    if S < 2:
-        raise UserError(f"partings need at least 2 snapshots, this crosscoder has {S}: train on more")
+    require_two_snapshots("splitting", S)
     if not -1 <= apart <= together <= 1:
-        raise UserError(
-            f"apart={apart}, together={together} are no cosines in order: give -1 <= apart <= together <= 1"
-        )
+        raise UserError(f"apart={apart} and together={together} must satisfy -1 <= apart <= together <= 1")
     present = relative_norms(crosscoder.decoder_norms) >= presence
     if alive is not None:
         present &= alive[:, None]
@@ -151,7 +141,7 @@ def partings(
     first, last = both.int().argmax(1), S - 1 - both.flip(1).int().argmax(1)
     here = torch.arange(len(pairs))
     before, after = cosines[here, first], cosines[here, last]
-    # snapshots at which only one is present take the state of the one before, so that they are no change
+    # where only one of the two is present, keep the state of the snapshot before, so that it does not count as a change
     close = cosines >= (together + apart) / 2
     for s in range(1, S):
         close[:, s] = torch.where(both[:, s] | (s <= first), close[:, s], close[:, s - 1])
@@ -171,21 +161,22 @@ def partings(
 
 
 def _candidates(
-    crosscoder: Crosscoder, life: pd.DataFrame, max_gap: int, min_cosine: float
+    crosscoder: Crosscoder, lifecycles: pd.DataFrame, max_gap: int, min_cosine: float
 ) -> tuple[Int[Tensor, "n 2"], Float[Tensor, " n"]]:
-    """(predecessor, successor) whose dates and directions fit, and their cosines."""
-    death, birth = (torch.tensor(life[name].to_numpy(dtype=float, na_value=np.nan)) for name in ("death", "birth"))
-    rows = crosscoder.W_dec_by_snapshot
+    """(predecessor, successor) pairs whose dates and directions match, and their cosines."""
+    death, birth = (
+        torch.tensor(lifecycles[name].to_numpy(dtype=float, na_value=np.nan)) for name in ("death", "birth")
+    )
     pairs: list[Tensor] = [torch.empty(0, 2, dtype=torch.int64)]
     cosines: list[Tensor] = [torch.empty(0)]
     for d in range(1, crosscoder.n_snapshots):
         dying = (death == d).nonzero().flatten()
-        # a birth at the first snapshot is none: the feature was there
+        # features present at the first snapshot are not born there
         for b in range(max(1, d - max_gap), min(crosscoder.n_snapshots - 1, d + max_gap) + 1):
             born = (birth == b).nonzero().flatten()
-            after = normalize(rows[born.to(rows.device), b].float(), dim=-1)
+            after = _directions(crosscoder, born, b)
             for part in dying.split(_BLOCK):
-                cosine = (normalize(rows[part.to(rows.device), d - 1].float(), dim=-1) @ after.T).cpu()
+                cosine = (_directions(crosscoder, part, d - 1) @ after.T).cpu()
                 fit = ((cosine >= min_cosine) & (part[:, None] != born)).nonzero()
                 pairs.append(torch.stack([part[fit[:, 0]], born[fit[:, 1]]], 1))
                 cosines.append(cosine[fit[:, 0], fit[:, 1]])
@@ -193,10 +184,9 @@ def _candidates(
 
 
 def _overlap(
-    crosscoder: Crosscoder, acts: Activations, found: tuple[Tensor, Tensor], rate: Float[Tensor, " F"]
+    crosscoder: Crosscoder, acts: Activations, pairs: Int[Tensor, "n 2"], rate: Float[Tensor, " F"]
 ) -> Float[Tensor, " n"]:
     """Loevinger's H of pairs of features on the held-out tokens."""
-    pairs = found[0]
     joint, n = torch.zeros(len(pairs), dtype=torch.float64), 0
     if not len(pairs):
         return joint
@@ -211,15 +201,20 @@ def _overlap(
 
 
 def _neighbours(crosscoder: Crosscoder, present: Bool[Tensor, "F S"], min_cosine: float) -> Int[Tensor, "n 2"]:
-    """Pairs of features that are present with one direction at some snapshot, the smaller index first."""
-    rows = crosscoder.W_dec_by_snapshot
+    """Pairs of features that are present with the same direction at some snapshot, the smaller index first."""
     found: list[Tensor] = [torch.empty(0, 2, dtype=torch.int64)]
     for s in range(crosscoder.n_snapshots):
         ids = present[:, s].nonzero().flatten()
         for start in range(0, len(ids), _BLOCK):
             part, others = ids[start : start + _BLOCK], ids[start:]
-            left, right = (normalize(rows[i.to(rows.device), s].float(), dim=-1) for i in (part, others))
+            left, right = (_directions(crosscoder, i, s) for i in (part, others))
             fit = (left @ right.T >= min_cosine).cpu().nonzero()
             fit = fit[fit[:, 1] > fit[:, 0]]
             found.append(torch.stack([part[fit[:, 0]], others[fit[:, 1]]], 1))
     return torch.unique(torch.cat(found), dim=0)
+
+
+def _directions(crosscoder: Crosscoder, ids: Int[Tensor, " n"], s: int) -> Float[Tensor, "n D"]:
+    """Unit decoder rows of some features at snapshot s."""
+    rows = crosscoder.W_dec_by_snapshot
+    return normalize(rows[ids.to(rows.device), s].float(), dim=-1)

@@ -1,8 +1,10 @@
-"""All that is asked of the features of one crosscoder, in one call: their lives, directions, room, and controls.
+"""Run all analyses of one crosscoder's features in one call.
 
-The parts are `evolve`, `decoder_cosines`, `turning`, `rotation`, `total_dimensionality`, `latent_scaling`,
-`encoder_share`, `successions` and `partings`; what fires how often is measured once. `study_dynamics` sets predictions
-beside them. Letters: S snapshots, F features.
+1. `study_evolution`: lifecycles, directions, dimensionality, splitting and controls. Firing is measured once for all.
+2. `study_dynamics`: the models' predictions next to the features, and a proposal of snapshots.
+3. `study_probes`: linear probes of single features.
+
+Letters: S snapshots, F features.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.evolution.agreement import top_agreement
-from crosslens.evolution.controls import encoder_share, latent_scaling
+from crosslens.evolution.controls import encoder_share, latent_scaling, penalises_decoder
 from crosslens.evolution.dynamics import dynamics_table, measure_dynamics
-from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.geometry import (
+    decoder_cosines,
+    feature_dimensionality,
+    rotation_per_interval,
+    total_dimensionality,
+)
 from crosslens.evolution.lifecycles import evolve, measure_firing, rotation, snapshot_columns
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams
 from crosslens.evolution.phases import find_phases
 from crosslens.evolution.probes import probe, probe_parts
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
-from crosslens.evolution.splitting import partings, successions
+from crosslens.evolution.splitting import replacements, splits
 
 
 def study_evolution(
@@ -36,46 +43,48 @@ def study_evolution(
     min_firing_rate: float = 0.0,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
-    """Everything about features over time that needs no task.
+    """Run every analysis of features over time that needs no task.
 
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots; the held-out ones are used.
-        presence: share of a feature's largest norm from which it counts as present.
-        min_run: snapshots in a row from which presence counts as a birth.
-        min_firing_rate: features that fire on no larger share of the held-out tokens are dead.
-        seed: of the random directions beside the dimensionality.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        min_run: snapshots in a row a feature must be present for to count as born.
+        min_firing_rate: features active on this share of the held-out tokens or less are dead.
+        seed: of the random directions that dimensionality is compared with.
 
     Returns:
-        Tables, by the name under which a run directory keeps them. Per feature: evolution (of `evolve`), room
-        (dimensionality/<label>), directions (cosine/<label>, to the row at the last snapshot), scaling (coefficients of
-        `latent_scaling`), encoder (share/<label>, of `encoder_share`). Per pair of features: successions, partings. Per
-        snapshot: dimensionality (of `total_dimensionality`). Per pair of snapshots: turning (neighbours), cosines
-        (snapshot, other, n, and mean and quartiles of the cosines of live features). Per feature and pair of
-        neighbours: agreement (of `top_agreement`).
+        Tables by name, as a run directory stores them.
+        Per feature: evolution (of `evolve`), feature_dimensionality (dimensionality/<label>), directions
+        (cosine/<label>, with the row at the last snapshot), encoder (share/<label>, of `encoder_share`), and scaling
+        (of `latent_scaling`; not for TopK and BatchTopK).
+        Per pair of features: replacements, splits. Per snapshot: dimensionality (of `total_dimensionality`).
+        Per pair of snapshots: rotation (of `rotation_per_interval`), cosines (snapshot, other, n, and mean and
+        quartiles of the cosines of live features). Per feature and interval: agreement (of `top_agreement`).
 
     Raises:
         UserError: one snapshot only, a threshold out of range, activations of other snapshots or another hook point.
     """
     firing = measure_firing(crosscoder, acts)
-    lives = evolve(crosscoder, firing, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate)
-    alive = torch.tensor(lives["alive"].to_numpy(dtype=bool))
+    lifecycles = evolve(crosscoder, firing, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate)
+    alive = torch.tensor(lifecycles["alive"].to_numpy(dtype=bool))
     labels = snapshot_columns(crosscoder)["label"].tolist()
-    return {
-        "evolution": lives,
-        "turning": turning(crosscoder, alive),
+    dimensions = feature_dimensionality(crosscoder, firing, presence=presence)
+    tables = {
+        "evolution": lifecycles,
+        "rotation": rotation_per_interval(crosscoder, alive),
         "cosines": _cosines(crosscoder, alive),
         "directions": _per_feature("cosine", rotation(crosscoder), labels),
         "dimensionality": total_dimensionality(crosscoder, firing, presence=presence, seed=seed),
-        "room": _per_feature("dimensionality", feature_dimensionality(crosscoder, firing, presence=presence), labels),
-        "scaling": latent_scaling(crosscoder, acts).to_frame(labels),
+        "feature_dimensionality": _per_feature("dimensionality", dimensions, labels),
         "encoder": _per_feature("share", encoder_share(crosscoder, acts), labels),
-        "successions": successions(
-            crosscoder, acts, firing=firing, presence=presence, min_run=min_run, min_firing_rate=min_firing_rate
-        ),
-        "partings": partings(crosscoder, alive, presence=presence),
+        "replacements": replacements(crosscoder, acts, lifecycles),
+        "splits": splits(crosscoder, alive, presence=presence),
         "agreement": top_agreement(crosscoder, acts),
-    }  # fmt: skip
+    }
+    if penalises_decoder(crosscoder):
+        tables["scaling"] = latent_scaling(crosscoder, acts).to_frame(labels)
+    return tables
 
 
 def study_dynamics(
@@ -88,18 +97,18 @@ def study_dynamics(
     presence: float = 0.5,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
-    """How predictions and features move together, and which snapshots tell it best.
+    """Measure how predictions and features change together, and propose snapshots.
 
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots; predictions are measured on the held-out tokens.
-        counts: unigrams and bigrams of the corpus that the model was pretrained on, by `count_ngrams`; of the tokens
-            that the crosscoder is trained on when None. Few tokens make the entropy of bigrams too small, their KL too
-            large, and a loss below that entropy too late: count as much text as there is.
-        accuracy: of `Task.accuracy`, of one task or several, for the proposal of snapshots.
-        n_proposed: snapshots to propose, fewer where there are not so many.
-        presence: share of a feature's largest norm from which it counts as present.
-        seed: of intervals and random directions.
+        counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the crosscoder's training tokens
+            if None. With few tokens the bigram entropy is too small, the bigram KL too large, and the loss falls below
+            the entropy too late, so count as much text as possible.
+        accuracy: the result of `Task.accuracy`, for the proposal of snapshots; concatenate the tables of several tasks.
+        n_proposed: number of snapshots to propose, at most all.
+        presence: a feature is present where its norm is at least this share of its largest norm.
+        seed: of the intervals and the random directions.
 
     Returns:
         The tables dynamics (of `dynamics_table`), phases (of `find_phases`), similarity (of `snapshot_similarity`) and
@@ -110,7 +119,7 @@ def study_dynamics(
     """
     snapshots, firing = acts.snapshots, measure_firing(crosscoder, acts)
     counts = count_ngrams(acts.train_tokens(), snapshots.tokenizer) if counts is None else counts
-    measured = measure_dynamics(snapshots, counts, acts.held_out_tokens(), device=acts.device, backend=acts.backend)
+    measured = measure_dynamics(snapshots, counts, acts.held_out_tokens(), settings=acts.settings)
     similarity = snapshot_similarity(acts)
     chosen = min(n_proposed, len(snapshots))
     return {
@@ -124,13 +133,16 @@ def study_dynamics(
 def study_probes(
     crosscoder: Crosscoder, acts: Activations, *, n_features: int = 50, seed: int = 0
 ) -> dict[str, pd.DataFrame]:
-    """Linear probes of some features at every snapshot: the tables probe (of `probe`) and probe_parts.
+    """Probe some features at every snapshot.
 
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
         n_features: features to probe, drawn from those that are active often enough.
         seed: of the draws.
+
+    Returns:
+        The tables probe (of `probe`) and probe_parts.
 
     Raises:
         UserError: as `probe`.
@@ -145,7 +157,7 @@ def _per_feature(name: str, values: Float[Tensor, "F S"], labels: list[str]) -> 
 
 
 def _cosines(crosscoder: Crosscoder, alive: Bool[Tensor, " F"]) -> pd.DataFrame:
-    """Mean and quartiles over live features of the cosine between two snapshots, for every two."""
+    """Mean and quartiles over live features of the cosine between snapshots, for every pair."""
     found = decoder_cosines(crosscoder, alive.nonzero().flatten()).double().numpy()
     snapshots, S = snapshot_columns(crosscoder), crosscoder.n_snapshots
     one, other = (index.flatten() for index in np.indices((S, S)))

@@ -1,8 +1,8 @@
-"""What there is to see of each feature.
+"""Descriptions of single features.
 
 In: a crosscoder and held-out activations. Out: top examples, promoted tokens, nearest features, labels.
 
-Start with `tables.feature_tables`, or `tables.export_features` for one JSON file. `examples` collects the passages;
+Start with `tables.feature_tables`, or `tables.export_features` for one JSON file. `examples` finds the top positions;
 `labels` asks a language model for a label and a complexity through the clients in `explainers`.
 """
 

@@ -1,6 +1,6 @@
 from .examples import Examples as Examples
 from .examples import collect_examples as collect_examples
-from .explainers import Rater as Rater
+from .explainers import Explainer as Explainer
 from .labels import Labels as Labels
 from .labels import complexity_correlation as complexity_correlation
 from .labels import label_features as label_features

@@ -1,16 +1,16 @@
-"""Where features are most active, collected in one pass over the held-out sequences.
+"""Collect the positions where features are most active, in one pass over the held-out sequences.
 
-1. Sequences are encoded a few at a time; of every sequence a feature's strongest position is a candidate.
-2. The E strongest candidates so far are kept, with the activations around them, and with what the encoder reads off
-   each snapshot there: `(c_s x_s) . W_enc[s, :, i]`, the snapshot's part of the pre-activation.
-3. At the end the mean of each part over all tokens is taken from it: a part says how much more than usual the snapshot
-   speaks for the feature.
+1. Encode a few sequences at a time. A feature's strongest position in every sequence is a candidate.
+2. Keep the E strongest candidates so far, with the activations around them and the terms of the pre-activation there,
+   one per snapshot: `(c_s x_s) . W_enc[s, :, i]`.
+3. At the end subtract the mean of each term over all tokens. A term then says how much more than usual the snapshot
+   contributes.
 
-One list serves all snapshots: what a feature writes at a snapshot, `f_i n_is`, grows with `f_i`, so the strongest
-examples are the same at every snapshot where its gate is open, and only their strengths differ.
+All snapshots share one list of examples: what a feature writes at a snapshot, `f_i n_is`, is proportional to `f_i`, so
+the order is the same at every snapshot where its gate is open.
 
-What is kept does not grow with the number of tokens. Letters: N sequences, T positions, S snapshots, D d_model, F
-features, n of them asked for, E examples, W = 2 window + 1 positions around one.
+Memory does not grow with the number of tokens. Letters: N sequences, T positions, S snapshots, D d_model, F features,
+n requested features, E examples, W = 2 window + 1 positions around one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.evolution.lifecycles import batch_tokens
 
-_ENTRIES = 1 << 24  # numbers gathered at a time
+_ENTRIES = 1 << 24  # numbers to gather at a time
 
 
 @dataclass
 class Examples:
-    """The strongest positions of each feature, the strongest first, one of a sequence at most.
+    """The strongest positions of each feature, strongest first and at most one per sequence.
 
     Attributes:
-        values: (n, E) activations f_i, 0 where a feature is active in fewer sequences.
-        sequences: (n, E) of the held-out sequences.
-        positions: (n, E) in the sequence.
-        activations: (n, E, W) activations around, 0 outside the sequence and where positions are left out.
-        read: (n, E, S) parts of the pre-activation there, less their means.
+        values: (n, E) activations f_i, 0 if a feature is active in fewer sequences.
+        sequences: (n, E) indices of held-out sequences.
+        positions: (n, E) positions in the sequence.
+        activations: (n, E, W) activations around it, 0 outside the sequence and at positions that are left out.
+        read: (n, E, S) terms of the pre-activation there, minus their means.
     """
 
     values: Float[Tensor, "n E"]
@@ -48,12 +48,12 @@ class Examples:
     read: Float[Tensor, "n E S"]
 
     def window(self, i: int, e: int, length: int) -> tuple[int, int]:
-        """First position shown of an example, and the one after the last, in a sequence of this length."""
+        """First position of an example's window and the one after the last, in a sequence of this length."""
         half, at = self.activations.shape[-1] // 2, int(self.positions[i, e])
         return max(0, at - half), min(length, at + half + 1)
 
     def shown(self, i: int, e: int, length: int) -> Float[Tensor, " w"]:
-        """The activations at the positions of `window`."""
+        """Activations at the positions of `window`."""
         begin, end = self.window(i, e, length)
         first = int(self.positions[i, e]) - self.activations.shape[-1] // 2
         return self.activations[i, e, begin - first : end - first]
@@ -63,23 +63,26 @@ class Examples:
 def collect_examples(
     crosscoder: Crosscoder, acts: Activations, index: Int[Tensor, " n"], n_examples: int, window: int
 ) -> tuple[Examples, Float[Tensor, "n S"], Float[Tensor, " n"]]:
-    """Examples of features, the shares of tokens on which they are active at each snapshot, and their largest values.
+    """Collect examples of features.
 
     Args:
-        crosscoder: the crosscoder.
-        acts: its activations; the held-out ones are used.
+        crosscoder: any.
+        acts: activations of its snapshots; the held-out ones are used.
         index: features.
-        n_examples: E; fewer are kept where there are fewer sequences.
+        n_examples: E, at most the number of sequences.
         window: positions on each side.
+
+    Returns:
+        The examples, the share of tokens on which each feature is active at each snapshot, and its largest activation.
     """
     if isinstance(crosscoder, CrosscoderTrainingSAE):
-        crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
+        crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
     device, S, n = crosscoder.W_dec.device, crosscoder.n_snapshots, len(index)
     tokens, chosen = acts.held_out_tokens(), index.to(device)
     N, T = tokens.shape
     first, E = len(acts.tokens) - N, min(n_examples, N)
     best = _none(n, E, 2 * window + 1, S)
-    # one column is enough where one gate serves all snapshots
+    # a gate shared by all snapshots needs one column only
     gates = S if crosscoder.gate_per_snapshot else 1
     fired, highest = torch.zeros(n, gates), torch.zeros(n)
     total, count = torch.zeros(S, crosscoder.d_model).double(), 0
@@ -121,8 +124,8 @@ def _candidates(
     at: int,
     window: int,
 ) -> Examples:
-    """The strongest positions in a few sequences, the first of which has the number `at`; weaker ones than are kept
-    already have nothing read."""
+    """The strongest positions in a few sequences, of which the first has index `at`; `read` is only computed for those
+    stronger than the weakest example kept."""
     T, device = values.shape[1], values.device
     strongest, places = values.max(1)  # (b, n), the first of equals
     order = strongest.T.sort(dim=1, descending=True, stable=True).indices[:, : best.values.shape[1]]  # (n, e)
@@ -146,7 +149,7 @@ def _candidates(
 
 
 def _merge(best: Examples, found: Examples) -> None:
-    """The strongest of both; the earlier of equals."""
+    """Keep the strongest of both, the earlier ones in a tie."""
     E = best.values.shape[1]
     # sorting is stable, `topk` is not
     order = torch.cat([best.values, found.values], 1).sort(dim=1, descending=True, stable=True).indices[:, :E]

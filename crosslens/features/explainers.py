@@ -1,13 +1,12 @@
-"""Language models that are asked for labels, through the clients of OpenAI and Anthropic, and what they answered.
+"""Ask language models for labels through the OpenAI and Anthropic clients, and keep their answers.
 
-1. A prompt is known by the hash of it and of the model: what has been answered once is not asked again.
-2. Answers are appended to a file of JSON lines as they come, so that a killed run loses at most those under way. A line
-   that was cut off is passed over.
-3. Every request waits for its turn, those included with which the clients try again after an answer such as 429 or 500.
-4. What is no answer (a refusal, one cut at `max_tokens`, one that nothing can be read from) is kept as what it is. A
-   request that fails is not kept: it says nothing about the prompt.
+1. Every prompt has a key, a hash of the prompt and the model. Prompts that have been answered are not sent again.
+2. Answers are appended to a file of JSON lines as they arrive, so a killed run loses only the requests in flight. An
+   incomplete last line is ignored.
+3. All requests obey the rate limit, including the clients' own retries after a status such as 429 or 500.
+4. Refusals, answers cut off at `max_tokens` and malformed answers are kept with their status. Failed requests are not.
 
-Keys come from the environment alone and stand in no file and no message.
+API keys are read from the environment only, and are never written to a file or a message.
 """
 
 from __future__ import annotations
@@ -29,63 +28,65 @@ from typing import Any
 from crosslens.errors import UserError, did_you_mean, first_line
 
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
-"""Clients, and where their keys come from."""
+"""Clients and the environment variables of their API keys."""
 
 BYTES_PER_TOKEN = 3
-"""UTF-8 bytes that the estimate counts as one token: rather too few, for English text has about four."""
+"""UTF-8 bytes per token in estimates: on the low side, since English text has about four."""
 
 FRAME_TOKENS = 16
-"""Tokens that the estimate adds to a request for its form."""
+"""Tokens that estimates add to every request for its format."""
 
 MAX_FAILURES = 5
-"""Requests that fail one after the other before nothing more is asked."""
+"""Consecutive failures after which no more requests are sent."""
 
-_TOLD = 200  # characters of somebody else's message
+_MESSAGE = 200  # characters of a server's error message to show
 
 
 def estimate_tokens(prompt: Prompt) -> int:
-    """Tokens of a request: one for every `BYTES_PER_TOKEN` bytes of UTF-8, rounded up, and `FRAME_TOKENS`."""
+    """Estimate the tokens of a request: UTF-8 bytes / `BYTES_PER_TOKEN`, rounded up, plus `FRAME_TOKENS`."""
     size = sum(len(text.encode("utf-8", "replace")) for text in (prompt.system, prompt.user))
     return -(-size // BYTES_PER_TOKEN) + FRAME_TOKENS
 
 
-def check_client(rater: Rater) -> None:
-    """Make sure that the client is installed and that there is a key.
+def check_client(explainer: Explainer) -> None:
+    """Check that the client is installed and has an API key.
 
     Raises:
-        UserError: it is not, or there is none.
+        UserError: the package or the key is missing.
     """
-    if importlib.util.find_spec(rater.client) is None:
-        raise UserError(f"the package {rater.client!r} is not installed: pip install 'crosslens[labels]'")
-    if not os.environ.get(KEYS[rater.client], "").strip():
+    if importlib.util.find_spec(explainer.client) is None:
+        raise UserError(f"the package {explainer.client!r} is not installed: pip install 'crosslens[labels]'")
+    if not os.environ.get(KEYS[explainer.client], "").strip():
         raise UserError(
-            f"the environment has no {KEYS[rater.client]}: set it; a server that wants no key takes any word"
+            f"the environment has no {KEYS[explainer.client]}: set it (to any word if your server needs no key)"
         )
 
 
-def ask_all(rater: Rater, prompts: Mapping[str, Prompt], answers: Answers) -> Generator[tuple[str, Reply | None]]:
-    """Ask, several at a time; each answer is kept before it is given.
+def ask_all(
+    explainer: Explainer, prompts: Mapping[str, Prompt], answers: Answers
+) -> Generator[tuple[str, Reply | None]]:
+    """Send several prompts at a time, and save each answer before it is yielded.
 
     Args:
-        rater: whom.
+        explainer: the language model.
         prompts: by key.
-        answers: where answers are kept.
+        answers: where answers are saved.
 
     Yields:
-        A key and its answer, in the order in which they come; None where the request failed.
+        A key and its answer, in order of arrival; None if the request failed.
 
     Raises:
-        UserError: no client or key; a key or model that is refused; `MAX_FAILURES` failures in a row.
+        UserError: no client or key; a key or model that is refused; `MAX_FAILURES` consecutive failures.
     """
-    check_client(rater)
-    ask = _OPEN[rater.client](rater, _Turns(rater.requests_per_minute))
+    check_client(explainer)
+    ask = _OPEN[explainer.client](explainer, _Turns(explainer.requests_per_minute))
 
     def one(key: str, prompt: Prompt) -> Reply:
         reply = ask(prompt)
-        answers.add(key, reply, client=rater.client, model=rater.model)
+        answers.add(key, reply, client=explainer.client, model=explainer.model)
         return reply
 
-    pool, failures = ThreadPoolExecutor(rater.workers), 0
+    pool, failures = ThreadPoolExecutor(explainer.workers), 0
     try:
         asked = {pool.submit(one, key, prompt): key for key, prompt in prompts.items()}
         for done in as_completed(asked):
@@ -96,33 +97,38 @@ def ask_all(rater: Rater, prompts: Mapping[str, Prompt], answers: Answers) -> Ge
                 reply = None
                 failures += 1
                 if error.final or failures >= MAX_FAILURES:
-                    raise UserError(f"{error}; what has been answered is kept") from error
+                    raise UserError(f"{error}; answers received so far are kept") from error
             yield asked[done], reply
     finally:
-        # what has not been sent never is; what is under way is waited for, and kept
+        # cancel requests not yet sent; wait for those in flight and keep their answers
         pool.shutdown(cancel_futures=True)
 
 
-def _openai(rater: Rater, turns: _Turns) -> Callable[[Prompt], Reply]:
+def _openai(explainer: Explainer, turns: _Turns) -> Callable[[Prompt], Reply]:
     library: Any = importlib.import_module("openai")
-    client = library.OpenAI(**_options(rater, turns, library))
+    client = library.OpenAI(**_options(explainer, turns, library))
 
     def ask(prompt: Prompt) -> Reply:
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
-        request = {"model": rater.model, "messages": messages, "max_completion_tokens": rater.max_tokens}
-        return _send(rater, lambda: _read_openai(client.chat.completions.create(**request)), library.OpenAIError)
+        request = {"model": explainer.model, "messages": messages, "max_completion_tokens": explainer.max_tokens}
+        return _send(explainer, lambda: _read_openai(client.chat.completions.create(**request)), library.OpenAIError)
 
     return ask
 
 
-def _anthropic(rater: Rater, turns: _Turns) -> Callable[[Prompt], Reply]:
+def _anthropic(explainer: Explainer, turns: _Turns) -> Callable[[Prompt], Reply]:
     library: Any = importlib.import_module("anthropic")
-    client = library.Anthropic(**_options(rater, turns, library))
+    client = library.Anthropic(**_options(explainer, turns, library))
 
     def ask(prompt: Prompt) -> Reply:
         messages = [{"role": "user", "content": prompt.user}]
-        request = {"model": rater.model, "system": prompt.system, "messages": messages, "max_tokens": rater.max_tokens}
-        return _send(rater, lambda: _read_anthropic(client.messages.create(**request)), library.AnthropicError)
+        request = {
+            "model": explainer.model,
+            "system": prompt.system,
+            "messages": messages,
+            "max_tokens": explainer.max_tokens,
+        }
+        return _send(explainer, lambda: _read_anthropic(client.messages.create(**request)), library.AnthropicError)
 
     return ask
 
@@ -130,33 +136,35 @@ def _anthropic(rater: Rater, turns: _Turns) -> Callable[[Prompt], Reply]:
 _OPEN = {"openai": _openai, "anthropic": _anthropic}
 
 
-def _options(rater: Rater, turns: _Turns, library: Any) -> dict[str, Any]:
+def _options(explainer: Explainer, turns: _Turns, library: Any) -> dict[str, Any]:
     options = {
-        "api_key": os.environ[KEYS[rater.client]].strip(),
-        "timeout": rater.timeout,
-        "max_retries": rater.max_retries,
-        # below the client, where its own retries pass as well
+        "api_key": os.environ[KEYS[explainer.client]].strip(),
+        "timeout": explainer.timeout,
+        "max_retries": explainer.max_retries,
+        # below the client, so that its retries wait too
         "http_client": library.DefaultHttpxClient(event_hooks={"request": [turns]}),
     }
-    return options if rater.base_url is None else {**options, "base_url": rater.base_url}
+    return options if explainer.base_url is None else {**options, "base_url": explainer.base_url}
 
 
-def _send(rater: Rater, ask: Callable[[], Reply], error_type: type[Exception]) -> Reply:
-    """An answer; what the client raises is turned into words."""
+def _send(explainer: Explainer, ask: Callable[[], Reply], error_type: type[Exception]) -> Reply:
+    """Send one request; errors of the client become a `_FailedError` with a readable message."""
     try:
         return ask()
     except (json.JSONDecodeError, UnicodeDecodeError):
         return Reply("malformed", "")
     except (error_type, ValueError) as error:
-        status, key = getattr(error, "status_code", None), KEYS[rater.client]
-        told = first_line(error).replace(os.environ.get(key, "").strip() or "\0", "***")[:_TOLD]
-        words = f"{rater.client} does not answer for model {rater.model!r} ({told})"
-        # refused before it was read, or by the client itself
+        status, key = getattr(error, "status_code", None), KEYS[explainer.client]
+        shown = first_line(error).replace(os.environ.get(key, "").strip() or "\0", "***")[:_MESSAGE]
+        message = f"{explainer.client} does not answer for model {explainer.model!r} ({shown})"
+        # rejected key or model, or an error raised by the client before sending: every request would fail
         final = status in (401, 403, 404) or not isinstance(error, error_type)
-        raise _FailedError(f"{words}: check {key}, the model and the base url" if final else words, final) from error
+        if final:
+            message += f": check {key}, the model and the base url"
+        raise _FailedError(message, final) from error
 
 
-# a server may send anything: whatever is read from an answer is looked at before it is used
+# a server may send anything: check every part of an answer before using it
 
 
 def _read_openai(found: Any) -> Reply:
@@ -195,22 +203,24 @@ def _reply(text: str | None, refusal: str | None, cut: bool, tokens_in: Any, tok
 
 
 @dataclass(frozen=True)
-class Rater:
-    """A language model and how it is asked.
+class Explainer:
+    """A language model that explains features, and how to query it.
 
     Attributes:
-        client: "openai" or "anthropic": which form of requests the server understands.
-        model: its name there.
-        base_url: of another server, such as a local one; where the client looks when None (OPENAI_BASE_URL,
+        client: "openai" or "anthropic", the API that the server understands.
+        model: its name on that server.
+        base_url: of another server, such as a local one; the client's default if None (OPENAI_BASE_URL,
             ANTHROPIC_BASE_URL, or the company's own).
-        max_tokens: most tokens of an answer, hidden reasoning included.
-        requests_per_minute: most requests, spaced evenly; retries count.
-        max_retries: how many times the client tries one request again, with growing pauses.
-        timeout: seconds that one request may take.
-        workers: requests under way at once.
+        max_tokens: most tokens in an answer, including hidden reasoning.
+        requests_per_minute: rate limit; requests are spaced evenly, and retries count.
+        max_retries: how often the client retries a request, with growing pauses.
+        timeout: seconds per request.
+        workers: concurrent requests.
+        attempts: how often, over all runs, to ask for a feature whose answer is a refusal or malformed.
+        prices: of a million tokens in and out, in any currency, for estimates.
 
     Raises:
-        UserError: an unknown client, no model, a number out of range, or a base_url that is none.
+        UserError: an unknown client, an empty model, a number out of range, or an invalid base_url.
     """
 
     client: str
@@ -221,13 +231,15 @@ class Rater:
     max_retries: int = 4
     timeout: float = 60.0
     workers: int = 4
+    attempts: int = 1
+    prices: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.client not in KEYS:
             raise UserError(f"client {self.client!r} is not one of {', '.join(KEYS)}{did_you_mean(self.client, KEYS)}")
         if not self.model.strip():
-            raise UserError("model is empty: give the name by which the server knows it")
-        least = {"max_tokens": 16, "max_retries": 0, "workers": 1}
+            raise UserError("model is empty: give its name on the server")
+        least = {"max_tokens": 16, "max_retries": 0, "workers": 1, "attempts": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name}={getattr(self, name)} must be {bound} or more")
@@ -236,28 +248,30 @@ class Rater:
                 raise UserError(f"{name}={getattr(self, name)} must be a number above 0")
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             raise UserError(f"base_url {self.base_url!r} must begin with http:// or https://")
+        if self.prices is not None and not all(0 <= price < float("inf") for price in self.prices):
+            raise UserError(f"prices={self.prices} must be two numbers of 0 or more: of a million tokens in, and out")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked: the task, and what it is to be done on."""
+    """A system prompt with the task, and a user prompt with the data."""
 
     system: str
     user: str
 
-    def key(self, rater: Rater) -> str:
-        """SHA-256 of the prompt, the form of the request, the model and its limit."""
-        contents = [rater.client, rater.model, rater.max_tokens, self.system, self.user]
+    def key(self, explainer: Explainer) -> str:
+        """SHA-256 of the prompt, the client, the model and `max_tokens`."""
+        contents = [explainer.client, explainer.model, explainer.max_tokens, self.system, self.user]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """An answer of a language model.
 
     Attributes:
         status: "answered", "refused", "cut" (at `max_tokens`) or "malformed".
-        text: of it, as it came.
+        text: unprocessed.
         tokens_in: of the request, as the server counts.
         tokens_out: of the answer.
     """
@@ -269,10 +283,10 @@ class Reply:
 
 
 class Answers:
-    """Answers by key, in a file of JSON lines that grows.
+    """Answers by key, in an append-only file of JSON lines.
 
     Args:
-        path: of the file, made when something is added; None keeps them in memory only.
+        path: of the file, created with the first answer; None keeps answers in memory only.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -288,7 +302,7 @@ class Answers:
             found = json.loads(line)
             key, reply = found["key"], Reply(**{name: found[name] for name in Reply.__annotations__})
         except (ValueError, KeyError, TypeError, RecursionError):
-            return  # cut off, or not from here
+            return  # an incomplete or foreign line
         if isinstance(key, str) and isinstance(reply.text, str):
             self._keep(key, reply)
 
@@ -297,15 +311,15 @@ class Answers:
         self._times[key] += 1
 
     def get(self, key: str) -> Reply | None:
-        """The last answer, or None."""
+        """The latest answer, or None."""
         return self._replies.get(key)
 
     def times(self, key: str) -> int:
-        """How often something came back."""
+        """Number of answers received, of any status."""
         return self._times[key]
 
     def add(self, key: str, reply: Reply, **about: str) -> None:
-        """Keep an answer, and on disk what is told about it."""
+        """Keep an answer, and write it to disk with `about`."""
         with self._lock:
             self._keep(key, reply)
             if self._path is None:
@@ -315,13 +329,13 @@ class Answers:
             with self._path.open("a+b") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # the line before was cut off
+                    if file.read(1) != b"\n":  # the last line is incomplete
                         line = b"\n" + line
                 file.write(line)
 
 
 class _Turns:
-    """Called before each request: waits until it is its turn."""
+    """Called before each request: waits as long as the rate limit demands."""
 
     def __init__(self, per_minute: float) -> None:
         self._gap, self._next, self._lock = 60 / per_minute, 0.0, threading.Lock()
@@ -335,8 +349,8 @@ class _Turns:
 
 
 class _FailedError(Exception):
-    """A request that failed; `final` where every other would as well."""
+    """A failed request; `final` if all other requests would fail too."""
 
-    def __init__(self, words: str, final: bool) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, final: bool) -> None:
+        super().__init__(message)
         self.final = final

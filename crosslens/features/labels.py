@@ -1,12 +1,12 @@
-"""What features are active on, in words, and how complex that is: asked of a language model, one feature a request.
+"""Label features and rate their complexity with a language model, one request per feature.
 
-1. A feature's strongest examples are given as JSON, the strongest token apart from what stands before and after it, so
-   that no token can be mistaken for a mark.
-2. Asked for are a label and the complexity of Ge et al. (arXiv 2509.17196), from 1 to 5: a single token; one word in
+1. Show the model a feature's strongest examples as JSON, with separate fields for the strongest token and the text
+   before and after it, so that no token can be mistaken for a marker.
+2. Ask for a label and for the complexity of Ge et al. (arXiv 2509.17196), from 1 to 5: a single token; one word in
    several forms; a phrase, category or structure; a semantic structure; diverse contexts with one theme.
-3. What such a run costs is estimated first, and an answer is never asked for twice: see `explainers`.
+3. The cost of a run can be estimated beforehand, and answers are reused: see `explainers`.
 
-The passages are sent to whoever runs the model. Letters: n features, R bootstrap replicates, A x B a table of counts.
+The passages are sent to whoever runs the model. Letters: n features, R bootstrap draws, A x B a table of counts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from crosslens.errors import UserError
 from crosslens.features.explainers import (
     BYTES_PER_TOKEN,
     Answers,
+    Explainer,
     Prompt,
-    Rater,
     Reply,
     ask_all,
     check_client,
@@ -54,7 +54,7 @@ Find what the passages have in common at and around the strongest token. Answer 
 5: diverse contexts that one theme unites."""
 
 _COLUMNS = ("feature", "label", "complexity", "status", "client", "model")
-_LABEL = 300  # characters kept of a label
+_LABEL = 300  # longest label, in characters
 _EVENTS = ("birth", "peak")
 _UNITS = {"step": "_step", "tokens": "_tokens", "index": ""}
 _ENTRIES = 1 << 22  # counts at a time
@@ -62,36 +62,34 @@ _ENTRIES = 1 << 22  # counts at a time
 
 def label_features(
     source: RunDir | str | Path | Mapping[str, pd.DataFrame],
-    rater: Rater,
+    explainer: Explainer,
     *,
     features: Sequence[int] | None = None,
     n_features: int | None = None,
     n_examples: int = 7,
-    attempts: int = 1,
-    prices: tuple[float, float] | None = None,
     dry_run: bool = False,
     cache: str | Path | None = None,
     seed: int = 0,
 ) -> Labels:
-    """Label features, or say what it would cost.
+    """Label features, or estimate the cost.
 
     Args:
-        source: a run directory, whose table "labels" is written (a label it has is replaced by a newer label only);
-            or the tables examples and example_tokens of `feature_tables`.
-        rater: the language model.
-        features: ids; all that have examples when None.
-        n_features: so many features, drawn at random.
-        n_examples: strongest examples shown of each.
-        attempts: how often, over all runs, a feature is asked for at most whose answer is a refusal or malformed.
-        prices: of a million tokens in and out, in any currency, for the estimate.
-        dry_run: ask and write nothing: the estimate, and the labels that are known already.
-        cache: file of the answers; labels.jsonl in the run directory, or nowhere, when None.
+        source: a run directory, whose table "labels" is updated (only a new label replaces an existing one); or the
+            tables examples and example_tokens of `feature_tables`.
+        explainer: the language model.
+        features: indices; all that have examples if None.
+        n_features: number of features to draw at random; all if None.
+        n_examples: strongest examples to show per feature.
+        dry_run: send and write nothing; return the estimate and the labels already known.
+        cache: file of answers; if None, labels.jsonl in the run directory, or memory only if there is none.
         seed: of the draw.
 
     Raises:
-        UserError: no examples, no such feature, a number out of range, no client or key, or a server that refuses.
+        UserError: no examples, an unknown feature, a number out of range, no client or key, or a server that refuses.
     """
-    _check(n_features, n_examples, attempts, prices)
+    for name, value in (("n_features", n_features), ("n_examples", n_examples)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be 1 or more")
     run = None if isinstance(source, Mapping) else source if isinstance(source, RunDir) else RunDir.open(source)
     before = None if run is None else run.table("labels")
     if before is not None and not {"feature", "label"} <= set(before):
@@ -99,28 +97,28 @@ def label_features(
     passages = _passages(source if run is None else run, n_examples)  # pyright: ignore[reportArgumentType]
     chosen = _choose(sorted(passages), features, n_features, seed)
     prompts = {feature: Prompt(SYSTEM, passages[feature]) for feature in chosen}
-    keys = {feature: prompt.key(rater) for feature, prompt in prompts.items()}
+    keys = {feature: prompt.key(explainer) for feature, prompt in prompts.items()}
     path = Path(cache) if cache is not None else None if run is None else run.path / "labels.jsonl"
     answers = Answers(path)
-    # features with the same passages share a key, and are asked for once
+    # features with the same passages share a key and one request
     wanted = {
         key: prompts[feature]
         for feature, key in keys.items()
-        if _status(answers.get(key)) != "answered" and answers.times(key) < attempts
+        if _status(answers.get(key)) != "answered" and answers.times(key) < explainer.attempts
     }
-    estimate = Estimate.of(wanted, rater, len(chosen), prices)
+    estimate = Estimate.of(wanted, explainer, len(chosen))
     spent = Counter[str]()
     if dry_run:
-        return Labels(_table(keys, answers, rater), estimate, 0, 0)
+        return Labels(_table(keys, answers, explainer), estimate, 0, 0)
     if wanted:
-        check_client(rater)
+        check_client(explainer)
     try:
         if wanted:
-            with closing(ask_all(rater, wanted, answers)) as replies:
+            with closing(ask_all(explainer, wanted, answers)) as replies:
                 for _, reply in tqdm(replies, total=len(wanted), desc="Labels", unit="request", leave=False):
                     spent.update({"in": reply.tokens_in, "out": reply.tokens_out} if reply else {})
     finally:
-        table = _table(keys, answers, rater)
+        table = _table(keys, answers, explainer)
         if run is not None:
             _save(run, before, table)
     return Labels(table, estimate, spent["in"], spent["out"])
@@ -135,26 +133,26 @@ def complexity_correlation(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Whether complex features are born later, and strongest later.
+    """Correlate complexity with the birth and the peak of features.
 
-    Both variables have few values, so the pairs are a table of counts: drawing n pairs with replacement is drawing such
-    a table from a multinomial distribution, and middle ranks are sums of its margins.
+    Both variables have few distinct values, so the pairs form a table of counts. Drawing n pairs with replacement is
+    then one draw from a multinomial distribution, and ranks are sums of the table's margins.
 
     Args:
         labels: with the columns feature and complexity.
-        evolution: what `evolve` gave of the same features.
-        unit: of the dates: "step", "tokens", or "index" of the snapshot; Spearman's correlation is the same for all.
-        n_bootstrap: R, draws of features.
-        level: of the intervals.
+        evolution: the table of `evolve` for the same features.
+        unit: of the dates: "step", "tokens", or snapshot "index"; Spearman's correlation does not depend on it.
+        n_bootstrap: R, bootstrap draws of features.
+        level: confidence level of the intervals.
         seed: of the draws.
 
     Returns:
         One row for birth and one for peak: event, n (features with a complexity and such a date), spearman,
-        spearman_low, spearman_high, pearson, pearson_low, pearson_high (no unit; percentile intervals; NaN where either
-        variable is constant). The paper gives Pearson's.
+        spearman_low, spearman_high, pearson, pearson_low, pearson_high (percentile intervals; NaN if either variable is
+        constant). Ge et al. report Pearson's.
 
     Raises:
-        UserError: an unknown unit, a column that is missing, or a number out of range.
+        UserError: an unknown unit, a missing column, or a number out of range.
     """
     if unit not in _UNITS:
         raise UserError(f"unit {unit!r} is not one of {', '.join(_UNITS)}")
@@ -163,7 +161,7 @@ def complexity_correlation(
     columns = {event: f"{event}{_UNITS[unit]}" for event in _EVENTS}
     for table, names in ((labels, ("feature", "complexity")), (evolution, ("feature", *columns.values()))):
         if missing := [name for name in names if name not in table]:
-            raise UserError(f"there is no column {missing[0]!r}: give the tables of label_features and evolve")
+            raise UserError(f"column {missing[0]!r} is missing: give the tables of label_features and evolve")
     both: pd.DataFrame = labels[["feature", "complexity"]].merge(
         evolution[["feature", *columns.values()]], on="feature"
     )
@@ -183,9 +181,9 @@ def complexity_correlation(
 
 
 def read_label(text: str) -> tuple[str, int] | None:
-    """Label and complexity in an answer: its first JSON object, whatever stands around it; None where it has none.
+    """Parse the first JSON object in an answer into label and complexity; None if there is no valid one.
 
-    The label is one line, without what no file could hold.
+    Line breaks and characters that UTF-8 cannot encode are removed from the label.
     """
     begin = text.find("{")
     try:
@@ -199,24 +197,16 @@ def read_label(text: str) -> tuple[str, int] | None:
     return (line, complexity) if line else None
 
 
-def _check(n_features: int | None, n_examples: int, attempts: int, prices: tuple[float, float] | None) -> None:
-    for name, value in {"n_features": n_features, "n_examples": n_examples, "attempts": attempts}.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value} must be 1 or more")
-    if prices is not None and not all(0 <= price < float("inf") for price in prices):
-        raise UserError(f"prices={prices} must be two numbers of 0 or more: of a million tokens in, and out")
-
-
 def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()  # JSON may name half a character, which UTF-8 cannot write
+    return text.encode("utf-8", "replace").decode()  # JSON may contain lone surrogates, which UTF-8 cannot encode
 
 
 def _passages(source: RunDir | Mapping[str, pd.DataFrame], n_examples: int) -> dict[int, str]:
-    """What is shown of each feature that has examples."""
+    """The user prompt of each feature that has examples."""
     tables = [source.table(n) if isinstance(source, RunDir) else source.get(n) for n in ("examples", "example_tokens")]
     examples, tokens = tables
     if examples is None or tokens is None:
-        raise UserError("there are no examples of features: `crosslens evolve RUN` collects them")
+        raise UserError("there are no examples of features: run `crosslens evolve RUN` to collect them")
     shown = examples.loc[examples["rank"] < n_examples, ["feature", "rank", "position", "activation"]]
     largest = shown.groupby("feature")["activation"].max()
     shown = shown.rename(columns={"position": "strongest", "activation": "highest"})
@@ -242,7 +232,7 @@ def _passages(source: RunDir | Mapping[str, pd.DataFrame], n_examples: int) -> d
 def _choose(known: list[int], features: Sequence[int] | None, n_features: int | None, seed: int) -> list[int]:
     if features is not None:
         if without := sorted(set(features) - set(known)):
-            raise UserError(f"feature {without[0]} has no examples: it is not of this run, or nowhere active in them")
+            raise UserError(f"feature {without[0]} has no examples: give features of this run that are active")
         known = sorted(set(features))
     if n_features is None or n_features >= len(known):
         return known
@@ -250,24 +240,24 @@ def _choose(known: list[int], features: Sequence[int] | None, n_features: int | 
 
 
 def _status(reply: Reply | None) -> str:
-    """As in the table of labels."""
+    """The status column of the labels table."""
     if reply is None:
         return "missing"
     return "malformed" if reply.status == "answered" and read_label(reply.text) is None else reply.status
 
 
-def _table(keys: Mapping[int, str], answers: Answers, rater: Rater) -> pd.DataFrame:
+def _table(keys: Mapping[int, str], answers: Answers, explainer: Explainer) -> pd.DataFrame:
     rows: list[tuple[Any, ...]] = []
     for feature, key in keys.items():
         status = _status(reply := answers.get(key))
         label, complexity = (read_label(reply.text) if reply and status == "answered" else None) or (None, None)
-        rows.append((feature, label, complexity, status, rater.client, rater.model))
+        rows.append((feature, label, complexity, status, explainer.client, explainer.model))
     table = pd.DataFrame(rows, columns=pd.Index(_COLUMNS))
     return table.astype({"feature": "int32", "label": "string", "complexity": "Int8"})
 
 
 def _save(run: RunDir, before: pd.DataFrame | None, table: pd.DataFrame) -> None:
-    """Put labels beside those there are; what is no label takes the place of none."""
+    """Merge labels into the saved table; only a new label replaces an existing one."""
     if before is not None:
         labelled = set(before.loc[before["label"].notna(), "feature"])
         table = table.loc[(table["status"] == "answered") | ~table["feature"].isin(labelled)]
@@ -282,7 +272,7 @@ def _save(run: RunDir, before: pd.DataFrame | None, table: pd.DataFrame) -> None
 def _correlations(
     pairs: Float[np.ndarray, "n 2"], R: int, rng: np.random.Generator
 ) -> tuple[dict[str, float], dict[str, Float[np.ndarray, " R"]]]:
-    """Correlations of pairs, and of replicates that draw them with replacement."""
+    """Correlations of pairs, and of bootstrap draws of them."""
     n = len(pairs)
     if n < 2:
         nothing = {"spearman": float("nan"), "pearson": float("nan")}
@@ -301,10 +291,10 @@ def _correlations(
 def _of_counts(
     counts: Int[np.ndarray, "R A B"], x: Float[np.ndarray, " A"], y: Float[np.ndarray, " B"]
 ) -> dict[str, Float[np.ndarray, " R"]]:
-    """Spearman's and Pearson's correlation of pairs in tables of counts; NaN where either variable is constant."""
+    """Spearman's and Pearson's correlation of pairs in tables of counts; NaN if either variable is constant."""
     margins = [counts.sum(2), counts.sum(1)]
     n = margins[0].sum(1, keepdims=True)
-    # the middle of the ranks that equal values take
+    # mean rank of equal values
     ranks = [margin.cumsum(1) - (margin - 1) / 2 for margin in margins]
     values = [np.broadcast_to(of, margin.shape) for of, margin in zip((x, y), margins, strict=True)]
     result: dict[str, Any] = {}
@@ -320,15 +310,15 @@ def _of_counts(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What labels cost before they are asked for; what the client tries again comes on top.
+    """Estimated cost of labels, without the clients' retries.
 
     Attributes:
-        features: that are to be labelled.
-        requests: still to be made.
-        tokens_in: of them: one for every 3 bytes of UTF-8, and 16 a request.
-        tokens_out: at most: `max_tokens` a request.
-        minutes: at the allowed rate.
-        price: at most, in the currency of the prices; None without prices.
+        features: number of features to label.
+        requests: requests still to send.
+        tokens_in: one token per 3 bytes of UTF-8, plus 16 per request.
+        tokens_out: at most: `max_tokens` per request.
+        minutes: at the rate limit.
+        price: at most, in the currency of `Explainer.prices`; None without prices.
     """
 
     features: int
@@ -339,13 +329,12 @@ class Estimate:
     price: float | None
 
     @classmethod
-    def of(
-        cls, prompts: Mapping[str, Prompt], rater: Rater, features: int, prices: tuple[float, float] | None
-    ) -> Estimate:
-        """The estimate of some prompts."""
-        into, out = sum(map(estimate_tokens, prompts.values())), len(prompts) * rater.max_tokens
+    def of(cls, prompts: Mapping[str, Prompt], explainer: Explainer, features: int) -> Estimate:
+        """Estimate the cost of some prompts."""
+        prices = explainer.prices
+        into, out = sum(map(estimate_tokens, prompts.values())), len(prompts) * explainer.max_tokens
         price = None if prices is None else (into * prices[0] + out * prices[1]) / 1e6
-        return cls(features, len(prompts), into, out, len(prompts) / rater.requests_per_minute, price)
+        return cls(features, len(prompts), into, out, len(prompts) / explainer.requests_per_minute, price)
 
     def __str__(self) -> str:
         words = (
@@ -357,14 +346,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Labels:
-    """What features were called.
+    """Labels of features.
 
     Attributes:
-        table: a row per feature: feature, label, complexity (both missing where there is no label), status ("answered",
-            "refused", "cut", "malformed", or "missing" where nothing has come back), client, model.
-        estimate: made before anything was asked.
-        tokens_in: that the server counted in this run.
-        tokens_out: the same of the answers.
+        table: a row per feature: feature, label, complexity (both missing if there is no label), status ("answered",
+            "refused", "cut", "malformed", or "missing" if no answer was received), client, model.
+        estimate: made before any request.
+        tokens_in: tokens sent in this run, as the server counts.
+        tokens_out: tokens of the answers.
     """
 
     table: pd.DataFrame

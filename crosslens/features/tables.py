@@ -1,27 +1,28 @@
-"""What there is to see of each feature: examples, logit lens, densities, the features nearest to it.
+"""Describe each feature by its examples, logit lens, densities and nearest features.
 
-`feature_tables` gives it as tables, which the report shows; `export_features` as one JSON file that any viewer reads:
+`feature_tables` returns tables, which the report shows; `export_features` writes one JSON file for other viewers:
 
     {"format": "crosslens-features/1",
      "crosscoder": {"architecture", "d_sae", "d_model", "model_name", "hook_name"},
-     "data": {"dataset", "context_size", "tokens"},         tokens: number that the densities are of
+     "data": {"dataset", "context_size", "tokens"},         tokens: how many the densities refer to
      "snapshots": [{"label", "step", "tokens"}, ...],        step and tokens may be null
      "features": [
        {"feature": 17,
-        "density": [S],              share of the tokens on which it is active, at each snapshot
-        "decoder_norm": [S],         in the normalised space
-        "max_activation": 3.2,       over those tokens
-        "examples": [                the strongest first, one of each sequence
+        "density": [S],              share of tokens on which it is active, at each snapshot
+        "decoder_norm": [S],         in the scaled space
+        "max_activation": 3.2,       over these tokens
+        "examples": [                strongest first, at most one per sequence
           {"sequence": 5, "position": 12,                    of the held-out sequences; BOS is position 0
-           "tokens": ["the", ...], "activations": [0.0, ...],  around it
-           "peak": 8}],                                      place of the activation in the two lists
-        "logit_lens": [              of each snapshot
+           "tokens": ["the", ...], "activations": [0.0, ...],  in a window around it
+           "peak": 8}],                                      index of the example in the two lists
+        "logit_lens": [              one per snapshot
           {"positive": [["sleeps", 0.31], ...], "negative": [["sleep", -0.28], ...]}]}]}
 
-The logit lens of a feature at a snapshot is what its decoder row adds to the logits when nothing lies between the hook
-point and the unembedding: `W_U^T (g * (w - mean w))`, w the row in raw space, g the weight of the final norm, whose
-division by the norm of the whole residual is left out (RMSNorm does not subtract the mean); the mean over the
-vocabulary is subtracted, for it changes no probability. The schema and this form of the lens are this project's own.
+The logit lens of a feature at a snapshot is the direct effect of its decoder row on the logits, ignoring all blocks
+above the hook point: `W_U^T (g * (w - mean w))` with w the row in raw space and g the weight of the final norm (RMSNorm
+does not subtract the mean). The final norm's division by the norm of the residual is left out, and the mean over the
+vocabulary is subtracted, since it does not change probabilities. The schema and this form of the lens are this
+project's own.
 """
 
 from __future__ import annotations
@@ -61,29 +62,29 @@ def export_features(
     window: int = 8,
     n_logits: int = 10,
 ) -> Path:
-    """Write the data of features, in the schema of this module's docstring.
+    """Write features to a JSON file with the schema in this module's docstring.
 
     Args:
-        crosscoder: the crosscoder.
+        crosscoder: any.
         acts: activations of the snapshots it was trained on; the held-out tokens are used.
         path: of the JSON file.
-        features: ids; all when None.
-        n_examples: strongest positions of each feature, at most one of a sequence.
-        window: tokens shown on each side of an example.
+        features: indices; all if None.
+        n_examples: strongest positions per feature, at most one per sequence.
+        window: tokens on each side of an example.
         n_logits: tokens at either end of the logit lens.
 
     Returns:
         The path.
 
     Raises:
-        UserError: a crosscoder of other snapshots, a feature that it does not have, or a number below 0.
+        UserError: activations of other snapshots, an unknown feature, or a number below 0.
     """
     check_snapshots(crosscoder, acts.snapshots)
     _check_sizes(n_examples=n_examples, window=window, n_logits=n_logits)
     F = crosscoder.cfg.d_sae
     ids = list(range(F)) if features is None else [int(feature) for feature in features]
     if wrong := [feature for feature in ids if not 0 <= feature < F]:
-        raise UserError(f"feature {wrong[0]} is not in [0, {F - 1}], the features of this crosscoder")
+        raise UserError(f"feature {wrong[0]} is not in [0, {F - 1}], the range of this crosscoder's features")
     index = torch.tensor(ids, dtype=torch.long)
     tokens = acts.held_out_tokens()
     examples, density, highest = collect_examples(crosscoder, acts, index, n_examples, window)
@@ -142,26 +143,26 @@ def feature_tables(
     n_logits: int = 8,
     n_nearest: int = 8,
 ) -> dict[str, pd.DataFrame]:
-    """The same of all features as tables, with the features nearest to each.
+    """Tabulate examples, logit lens and nearest features of all features.
 
     Args:
-        crosscoder: the crosscoder.
+        crosscoder: any.
         acts: activations of the snapshots it was trained on; the held-out tokens are used.
-        n_examples: strongest positions of each feature, at most one of a sequence.
+        n_examples: strongest positions per feature, at most one per sequence.
         window: tokens on each side of an example.
         n_logits: tokens at either end of the logit lens.
-        n_nearest: features of the largest cosine.
+        n_nearest: features with the largest cosine.
 
     Returns:
-        examples: feature, rank, sequence, position, activation (f_i there), threshold (at a snapshot the feature is
-        active where its activation times its decoder norm exceeds it; 0 where the gate is shared), and read/<label>
-        (the snapshot's part of the pre-activation there, less its mean over all tokens).
+        examples: feature, rank, sequence, position, activation (f_i there), threshold (the feature is active at a
+        snapshot if its activation times its decoder norm exceeds this; 0 if the gate is shared), and read/<label> (the
+        snapshot's part of the pre-activation there, minus its mean over all tokens).
         example_tokens: feature, rank, position, token, activation; the tokens around each example.
         lens: feature, snapshot, rank, promoted, promoted_logit, suppressed, suppressed_logit.
-        nearest: feature, rank, other, cosine (of the decoder rows of all snapshots, joined).
+        nearest: feature, rank, other, cosine (of the concatenated decoder rows of all snapshots).
 
     Raises:
-        UserError: a crosscoder of other snapshots or another hook point, or a number below 0.
+        UserError: activations of other snapshots or another hook point, or a number below 0.
     """
     check_activations(crosscoder, acts)
     check_snapshots(crosscoder, acts.snapshots)
@@ -179,8 +180,8 @@ def feature_tables(
 def logit_lens(
     crosscoder: Crosscoder, acts: Activations, index: Int[Tensor, " n"], k: int
 ) -> tuple[Int[Tensor, "n S 2 k"], Float[Tensor, "n S 2 k"]]:
-    """Tokens that the decoder rows write to most, and against most, with what they add to the logits."""
-    # rows of the unembedding beyond the tokenizer are padding, and no token
+    """Find the tokens that each decoder row promotes and suppresses most, and their logits."""
+    # rows of the unembedding beyond the tokenizer's vocabulary are padding
     S, vocabulary = crosscoder.n_snapshots, len(acts.snapshots.tokenizer)
     k = min(k, vocabulary)
     ids, values = torch.zeros(len(index), S, 2, k, dtype=torch.long), torch.zeros(len(index), S, 2, k)
@@ -197,7 +198,7 @@ def logit_lens(
 
 
 def direct_logits(model: Any, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
-    """What rows of the residual stream add to the logits but for the norm of the whole, centred over the vocabulary."""
+    """Direct effect of residual vectors on the logits without the final norm's scale, centred over the vocabulary."""
     if "RMS" not in str(model.cfg.normalization_type):
         rows = rows - rows.mean(-1, keepdim=True)
     gain = getattr(model.ln_final, "w", None)  # OLMo's norm has none
@@ -207,7 +208,7 @@ def direct_logits(model: Any, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"
 
 @torch.no_grad()
 def nearest_features(crosscoder: Crosscoder, n: int) -> tuple[Int[Tensor, "F n"], Float[Tensor, "F n"]]:
-    """Features of the largest cosine between the decoder rows of all snapshots, joined; none is nearest to itself."""
+    """Find the other features with the largest cosine between concatenated decoder rows."""
     F = crosscoder.cfg.d_sae
     rows = torch.nn.functional.normalize(crosscoder.W_dec.detach().float(), dim=-1)
     n = min(n, F - 1)
@@ -221,13 +222,13 @@ def nearest_features(crosscoder: Crosscoder, n: int) -> tuple[Int[Tensor, "F n"]
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """Tokens as a reader sees them: decoded one by one, by name where that gives no whole character."""
+    """Decode tokens one by one for display; use the token's name if it is not a whole character."""
     texts: dict[int, str] = {}
     for token in ids:
         name, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
         if not text or "\ufffd" in text:
             text = name
-        # tokenizers that mark the beginning of a word drop the mark where nothing stands before
+        # tokenizers that mark the start of a word drop the mark at the start of a text
         elif name.startswith(("\u2581", "\u0120")) and not text.startswith(" "):
             text = f" {text}"
         texts[token] = text
@@ -316,7 +317,7 @@ def _nearest_table(ids: Int[Tensor, "F n"], cosines: Float[Tensor, "F n"]) -> pd
 
 
 def _categories(tokenizer: Any, ids: np.ndarray) -> pd.Categorical:
-    """Tokens as text, each written once."""
+    """Tokens as a categorical column of texts."""
     unique, codes = np.unique(ids, return_inverse=True)
     texts = token_texts(tokenizer, unique.tolist())
     names, which = np.unique(np.array([texts[token] for token in unique.tolist()], dtype=object), return_inverse=True)

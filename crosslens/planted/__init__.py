@@ -1,9 +1,9 @@
-"""Synthetic activations whose features are known, to test dictionaries against.
+"""Synthetic activations made of known features, to test dictionaries against.
 
-In: a regime and a seed. Out: activations of many snapshots, and scores of a dictionary against the truth.
+In: a regime and a seed. Out: activations of many snapshots, and scores of a dictionary against the ground truth.
 
-Start with `regimes.Planted`, which can be used wherever `Activations` can; `scores.recovery` compares what was found
-with what was planted.
+Start with `regimes.Planted`, which can be used wherever `Activations` can; `scores.recovery` compares found with
+planted features.
 """
 
 import lazy_loader

@@ -1,17 +1,17 @@
-"""Planted ground truth: activations of many snapshots that are made of features whose lives are known.
+"""Planted ground truth: synthetic activations of many snapshots, made of features with known lifecycles.
 
-A regime says what is planted. From its numbers and a seed:
+A regime and a seed determine the ground truth:
 
-1. Directions are a SAELens `FeatureDictionary`. A quarter of the features is there from the first snapshot, the others
-   are born at a snapshot drawn uniformly; some die, two snapshots after their birth at the earliest.
-2. Strength is .75 at the birth and grows to 1 over two snapshots; it is 0 before the birth and from the death on.
-3. A *turning* feature points elsewhere from a snapshot on. Of a *splitting* pair, both features have one direction
-   before a snapshot, and part there; a *merging* pair has two directions before it, and one from there on.
-4. Token b fires feature i with value f_bi at all snapshots (a SAELens `ActivationGenerator`: firing probabilities,
-   magnitudes, groups of correlated features). x_bs = g_s (sum_i f_bi strength_is direction_is + noise), g_s the size of
-   snapshot s.
+1. Directions are a SAELens `FeatureDictionary`. A quarter of the features (by default) is present from the first
+   snapshot, the others are born at a random snapshot; some die, at the earliest two snapshots after their birth.
+2. Strength is .75 at birth and grows to 1 over two snapshots; it is 0 before the birth and from the death on.
+3. A *rotating* feature changes its direction at one snapshot. A *splitting* pair shares its direction before a snapshot
+   and has two directions from it on; a *merging* pair has two directions before and one from it on.
+4. Token b activates feature i with value f_bi at all snapshots (by a SAELens `ActivationGenerator`: firing
+   probabilities, magnitudes, groups of correlated features). x_bs = g_s (sum_i f_bi strength_is direction_is + noise),
+   with g_s the scale of snapshot s.
 
-`Planted` is an `Activations`, so crosscoders train on it, and every analysis that reads activations alone runs on it.
+`Planted` is an `Activations`, so crosscoders train on it, and all analyses that only read activations run on it.
 Letters: B tokens, S snapshots, D d_model, N planted features.
 """
 
@@ -42,8 +42,8 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.snapshot import Snapshot
 
 _STEPS = 1000  # between two planted snapshots
-_TOKENS = 2_000_000  # per planted step, only for the record
-_HELD_OUT = 4096  # tokens that are drawn together
+_TOKENS = 2_000_000  # per planted step, for the metadata only
+_HELD_OUT = 4096  # held-out tokens to draw at a time
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,20 @@ class Regime:
         n_features: N.
         d_model: D.
         n_snapshots: S.
-        initial: share of features that are there from the first snapshot.
-        dying: share that dies.
-        turning: share that turns, at one snapshot, by up to `max_turn` radians.
+        initial: share of features present from the first snapshot.
+        dying: share of features that die.
+        rotating: share of features that rotate, at one snapshot and by up to `max_angle` radians.
+        max_angle: largest rotation.
         splitting: share of features in pairs that split.
         merging: share of features in pairs that merge.
-        parting: angle between the directions of such a pair where they differ, in radians.
-        firing: least and largest probability to fire.
-        amplitude_sd: spread of the values around 1.
+        split_angle: angle between the directions of such a pair where they differ, in radians.
+        firing: smallest and largest firing probability.
+        amplitude_sd: standard deviation of the values around 1.
         noise: standard deviation of the noise in every coordinate.
         correlation: of the Gaussians behind the features of one group; 0 makes features independent.
         group_size: features per group.
-        sizes: least and largest size of a snapshot; the sizes of the snapshots lie between, in random order.
-        orthogonalise: steps of SAELens's orthogonalisation of the directions; 0 leaves them random.
+        scales: smallest and largest scale of a snapshot; the scales are spread between them in random order.
+        orthogonalise: iterations of SAELens's orthogonalisation of the directions; 0 leaves them random.
     """
 
     n_features: int = 256
@@ -74,56 +75,58 @@ class Regime:
     n_snapshots: int = 8
     initial: float = 0.25
     dying: float = 0.15
-    turning: float = 0.3
-    max_turn: float = 0.8
+    rotating: float = 0.3
+    max_angle: float = 0.8
     splitting: float = 0.0
     merging: float = 0.0
-    parting: float = 1.2
+    split_angle: float = 1.2
     firing: tuple[float, float] = (0.01, 0.07)
     amplitude_sd: float = 0.3
     noise: float = 0.05
     correlation: float = 0.0
     group_size: int = 8
-    sizes: tuple[float, float] = (1.0, 1.0)
+    scales: tuple[float, float] = (1.0, 1.0)
     orthogonalise: int = 0
 
     def __post_init__(self) -> None:
         if self.n_snapshots < 5:
-            raise UserError(f"n_snapshots={self.n_snapshots} is too few to plant a life in: give 5 or more")
-        shares = self.dying + self.turning + self.splitting + self.merging
-        if not (0 <= self.initial <= 1 and 0 <= shares <= 1):
+            raise UserError(f"n_snapshots={self.n_snapshots} is too few to plant a lifecycle: give 5 or more")
+        if not 0 <= self.initial <= 1:
+            raise UserError(f"initial={self.initial} is not in [0, 1]")
+        shares = self.dying + self.rotating + self.splitting + self.merging
+        if not 0 <= shares <= 1:
             raise UserError(
-                f"initial={self.initial} is not in [0, 1], or dying, turning, splitting and merging are {shares:.2f} "
-                "together: a feature has one fate, make it 1 at most"
+                f"dying, rotating, splitting and merging add up to {shares:.2f}, but a feature has one kind: make it 1 "
+                "or less"
             )
         if not 0 < self.firing[0] <= self.firing[1] < 1:
-            raise UserError(f"firing={self.firing} is no range of probabilities: give two in (0, 1), the lesser first")
+            raise UserError(f"firing={self.firing} is not a range of probabilities: give two in (0, 1), smaller first")
         if not 0 <= self.correlation < 1:
             raise UserError(f"correlation={self.correlation} is not in [0, 1)")
 
 
 REGIMES = {
     "easy": Regime(),
-    "crowded": Regime(d_model=32, initial=0.4, firing=(0.005, 0.035), noise=0.1, sizes=(0.3, 10.0)),
-    "entangled": Regime(splitting=0.15, merging=0.1, max_turn=1.2, correlation=0.5, noise=0.1, sizes=(0.3, 10.0)),
+    "crowded": Regime(d_model=32, initial=0.4, firing=(0.005, 0.035), noise=0.1, scales=(0.3, 10.0)),
+    "entangled": Regime(splitting=0.15, merging=0.1, max_angle=1.2, correlation=0.5, noise=0.1, scales=(0.3, 10.0)),
 }
-"""The easy one; three to seven features per dimension at every snapshot; and correlated firing, splits and mergers."""
+"""Easy; crowded: three to seven features per dimension at every snapshot; entangled: correlated firing and splits."""
 
 
 class Planted(Activations):
-    """Activations of a regime, without end; the truth is in `rows` and `truth`.
+    """An endless stream of activations of a regime; the ground truth is in `rows` and `truth`.
 
     Args:
         regime: what is planted.
-        seed: of the truth and of the activations.
-        n_tokens: activations that count as one epoch; every epoch is new.
-        n_held_out: activations to judge on.
-        keep: hold every batch in memory once it is drawn, 4 B S D bytes each, for several trainings on one truth.
+        seed: of the ground truth and the activations.
+        n_tokens: activations per epoch; every epoch is different.
+        n_held_out: activations to evaluate on.
+        keep: hold every batch in memory once it is drawn, 4 B S D bytes each, to train several times on one truth.
 
     Attributes:
-        rows: (N, S, D), size times strength times direction: what a feature of value 1 adds at each snapshot.
-        truth: a row per planted feature: kind (steady, dying, turning, splitting, merging), birth, death, at (the
-            snapshot of its turn, split or merge), angle, partner, firing (probability); missing where there is none.
+        rows: (N, S, D), scale times strength times direction: what a feature of value 1 adds at each snapshot.
+        truth: a row per planted feature: kind (steady, dying, rotating, splitting, merging), birth, death, at (the
+            snapshot of its rotation, split or merger), angle, partner, firing (probability); missing if not applicable.
     """
 
     def __init__(
@@ -139,12 +142,12 @@ class Planted(Activations):
         self.kept: dict[tuple[int, int], Tensor] | None = {} if keep else None
         self.n_held_out, self._n_tokens = n_held_out, n_tokens
         rng = np.random.default_rng(seed)
-        self.truth = _lives(regime, rng)
-        low, high = regime.sizes
-        self.sizes = torch.from_numpy(rng.permutation(np.geomspace(low, high, regime.n_snapshots))).float()
+        self.truth = _lifecycles(regime, rng)
+        low, high = regime.scales
+        self.scales = torch.from_numpy(rng.permutation(np.geomspace(low, high, regime.n_snapshots))).float()
         directions = _directions(regime, self.truth, seed)
         self.rows: Float[Tensor, "N S D"] = (
-            directions * (_strength(self.truth, regime.n_snapshots) * self.sizes)[..., None]
+            directions * (_strength(self.truth, regime.n_snapshots) * self.scales)[..., None]
         )
         self.source = ActivationGenerator(
             regime.n_features,
@@ -164,12 +167,12 @@ class Planted(Activations):
         )
 
     def only(self, snapshot: int) -> Planted:
-        """The same activations at one snapshot; what the whole keeps is drawn once for both."""
+        """The same activations at one snapshot; batches kept in memory are shared."""
         part = Planted.__new__(Planted)
         part.__dict__.update(self.__dict__)
         part.whole = self.whole or self
         part.members = [self.members[snapshot]]
-        part.rows, part.sizes = self.rows[:, [snapshot]], self.sizes[[snapshot]]
+        part.rows, part.scales = self.rows[:, [snapshot]], self.scales[[snapshot]]
         part._name_snapshots()
         return part
 
@@ -190,7 +193,7 @@ class Planted(Activations):
 
     @property
     def l0(self) -> float:
-        """Planted features that are active on a token, on average, of those that are there at one of the snapshots."""
+        """Mean number of active features per token, of those present at one of the snapshots or more."""
         there = (self.rows.norm(dim=-1) > 0).any(1).numpy()
         return float(self.truth["firing"][there].sum())
 
@@ -216,7 +219,7 @@ class Planted(Activations):
 
     @override
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        # the same tokens for every batch size
+        # fixed chunks: the same tokens for every batch size
         for i, first in enumerate(range(0, self.n_held_out, _HELD_OUT)):
             yield from self._activations(min(_HELD_OUT, self.n_held_out - first), -1 - i).split(batch_size)
 
@@ -229,37 +232,37 @@ class Planted(Activations):
         return kept if self.whole is None else kept[:, self.members]
 
     def draw(self, n: int, index: int) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B S D"]]:
-        """Values of the planted features on n tokens, and the activations; a function of seed, n and index alone."""
+        """Draw feature values and activations of n tokens; they depend on seed, n and index only."""
         with torch.random.fork_rng(devices=[]):
             # SAELens draws from torch's global generator
             torch.manual_seed(generator(self.seed, index).initial_seed())
             values = self.source.sample(n)
-        # of each snapshot by itself, so that one alone is as it is among the others
+        # a generator per snapshot, so that `only` draws the same noise
         noise = [torch.randn(n, self.d_model, generator=generator(self.seed, index, s)) for s in self.members]
         x = (values @ self.rows.flatten(1)).unflatten(1, self.rows.shape[1:])
-        return values, x + self.regime.noise * self.sizes[:, None] * torch.stack(noise, 1)
+        return values, x + self.regime.noise * self.scales[:, None] * torch.stack(noise, 1)
 
 
-def _lives(regime: Regime, rng: np.random.Generator) -> pd.DataFrame:
-    """The table of what is planted."""
+def _lifecycles(regime: Regime, rng: np.random.Generator) -> pd.DataFrame:
+    """Draw the table of planted features."""
     N, S = regime.n_features, regime.n_snapshots
     pairs = {kind: 2 * round(getattr(regime, kind) * N / 2) for kind in ("splitting", "merging")}
-    single = {kind: round(getattr(regime, kind) * N) for kind in ("dying", "turning")}
+    single = {kind: round(getattr(regime, kind) * N) for kind in ("dying", "rotating")}
     kinds = [kind for kind, count in (pairs | single).items() for _ in range(count)]
     kind = np.array(kinds + ["steady"] * (N - len(kinds)), dtype=object)
-    # two snapshots on either side of what happens, to see it by
+    # leave two snapshots on either side of the change
     latest = np.select([np.isin(kind, list(pairs)), kind != "steady"], [S - 4, S - 3], S - 1)
     birth = np.where(rng.random(N) < regime.initial, 0, rng.integers(1, latest + 1))
     end = np.where(np.isin(kind, list(pairs)), S - 1, S)
     happens = rng.integers(np.minimum(birth + 2, end - 1), end)
-    angle = np.where(kind == "turning", rng.uniform(0, regime.max_turn, N), regime.parting)
+    angle = np.where(kind == "rotating", rng.uniform(0, regime.max_angle, N), regime.split_angle)
     partner = np.arange(N)
     paired = np.flatnonzero(np.isin(kind, list(pairs)))
     first, second = paired[::2], paired[1::2]
     partner[first], partner[second] = second, first
     birth[second], happens[second] = birth[first], happens[first]
     probabilities = random_firing_probabilities(N, regime.firing[1], regime.firing[0], seed=int(rng.integers(2**31)))
-    order = rng.permutation(N)  # groups of correlated features mix the kinds
+    order = rng.permutation(N)  # so that groups of correlated features mix the kinds
     place = np.argsort(order)
 
     def where(values: Any, valid: Any) -> pd.Series:
@@ -280,7 +283,7 @@ def _lives(regime: Regime, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _strength(truth: pd.DataFrame, S: int) -> Float[Tensor, "N S"]:
-    """.75, .875 and 1 from the birth on; 1 throughout for features that were there before; 0 from the death on."""
+    """.75, .875 and 1 from the birth on (1 for features born at the first snapshot); 0 from the death on."""
     birth, death = truth["birth"].to_numpy(), truth["death"].fillna(S).to_numpy(dtype=np.int64)
     age = np.arange(S) - birth[:, None]
     grown = np.where(birth[:, None] == 0, 1.0, np.clip(0.75 + age / 8, 0, 1))
@@ -288,7 +291,7 @@ def _strength(truth: pd.DataFrame, S: int) -> Float[Tensor, "N S"]:
 
 
 def _directions(regime: Regime, truth: pd.DataFrame, seed: int) -> Float[Tensor, "N S D"]:
-    """Unit directions of every feature at every snapshot."""
+    """Unit direction of every feature at every snapshot."""
     N, S, D = regime.n_features, regime.n_snapshots, regime.d_model
     initializer = orthogonal_initializer(regime.orthogonalise) if regime.orthogonalise else None
     base = FeatureDictionary(N, D, initializer=initializer, seed=seed).feature_vectors.detach().clone()
@@ -298,18 +301,18 @@ def _directions(regime: Regime, truth: pd.DataFrame, seed: int) -> Float[Tensor,
     base[second], aside[second] = base[partner[second]], aside[partner[second]]
     aside -= (aside * base).sum(1, keepdim=True) * base
     aside /= aside.norm(dim=1, keepdim=True)
-    # of a pair, each turns half the angle, in opposite directions
+    # the features of a pair rotate by half the angle each, in opposite directions
     angle = torch.tensor(truth["angle"].fillna(0.0).to_numpy(), dtype=torch.float32)
     angle = torch.where(partner < 0, angle, torch.where(second, -angle / 2, angle / 2))
-    turned = angle.cos()[:, None] * base + angle.sin()[:, None] * aside
+    rotated = angle.cos()[:, None] * base + angle.sin()[:, None] * aside
     at = torch.from_numpy(truth["at"].fillna(S).to_numpy(dtype=np.int64))
     later = torch.arange(S) >= at[:, None]
     merging = torch.tensor((truth["kind"] == "merging").to_numpy())
-    return torch.where((later ^ merging[:, None])[..., None], turned[:, None], base[:, None])
+    return torch.where((later ^ merging[:, None])[..., None], rotated[:, None], base[:, None])
 
 
 def _groups(regime: Regime) -> LowRankCorrelationMatrix:
-    """Features i of one group i // group_size share a Gaussian."""
+    """Correlations that arise because features i of one group i // group_size share a Gaussian."""
     N = regime.n_features
     group = torch.arange(N) // regime.group_size
     factor = torch.nn.functional.one_hot(group).float() * regime.correlation**0.5

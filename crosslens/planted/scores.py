@@ -1,13 +1,13 @@
-"""Is what was planted found again? Scores of a dictionary against the truth, and the baseline without a crosscoder.
+"""Does a dictionary recover what was planted? Scores against the ground truth, and a baseline without a crosscoder.
 
-Found features are rows (F, S, D) in the scaled space, as the truth is when its rows are scaled alike. Planted and found
-features are assigned one to one, for the largest sum of cosines of whole rows (S * D numbers); a planted feature is
-recovered when the cosine of its pair exceeds `min_cosine`. Lives are classified by `evolution.classify`.
-
-The baseline trains one dictionary per snapshot and matches afterwards (`linked_rows`): every feature is linked to the
-nearest one of the snapshot before, where that is near enough; several may descend from one, so that splits can be told.
-A chain of links is a found feature. Its row at a snapshot is the decoder row times the mean activation there, for the
-dictionaries have no scale in common; it is zero where the chain has no member.
+1. Found features are rows (F, S, D) in the scaled space; the planted rows are scaled in the same way.
+2. Planted and found features are assigned one to one to maximise the sum of cosines of whole rows (S * D numbers). A
+   planted feature is recovered if the cosine of its pair exceeds `min_cosine`. Lifecycles of found features come from
+   `evolution.classify_lifecycles`.
+3. The baseline trains one dictionary per snapshot and matches their features afterwards (`linked_rows`). Every feature
+   is linked to the nearest one of the snapshot before, if that is near enough; several may be linked to one, so splits
+   can be found. A chain of links is a found feature. Its row at a snapshot is the decoder row times the mean activation
+   there, since the dictionaries have no common scale; it is zero where the chain has no member.
 
 Letters: S snapshots, D d_model, N planted and F found features.
 """
@@ -27,27 +27,27 @@ from torch.nn.functional import cosine_similarity, normalize
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify, firing_rates, measure_firing
+from crosslens.evolution.lifecycles import classify_lifecycles, measure_firing
 from crosslens.planted.regimes import Planted
 
-FALSE = 0.7  # a found feature is near a planted one from this cosine on
-TURN = 0.3  # radians from which the snapshot of a planted turn is asked for
+NEAR = 0.7  # least cosine of a found feature that is near a planted one
+LARGE_ANGLE = 0.3  # radians; the snapshot of smaller planted rotations is not scored
 
 
 def matched(
     planted: Planted, found: Float[Tensor, "F S D"], scale: Float[Tensor, " S"], *, min_cosine: float = 0.9
 ) -> pd.DataFrame:
-    """The truth, a row per planted feature, beside the found feature it is assigned to.
+    """Assign a found feature to every planted feature.
 
     Args:
-        planted: the truth.
+        planted: the ground truth.
         found: rows of the live features that were found.
-        scale: what activations of each snapshot were multiplied by where these were found.
-        min_cosine: from which a planted feature counts as recovered.
+        scale: factors by which the dictionary scales the activations of each snapshot.
+        min_cosine: a planted feature is recovered if the cosine with its found feature exceeds this.
 
     Returns:
-        The columns of `planted.truth`, and feature (row of `found`), cosine (of the two rows), recovered,
-        claimed_birth, claimed_death; missing where nothing is assigned (fewer found than planted) or claimed.
+        A row per planted feature: the columns of `planted.truth`, and feature (row of `found`), cosine (of the two
+        rows), recovered, found_birth, found_death; missing if no feature is assigned or it has no such date.
 
     Raises:
         UserError: no found features, or rows of another shape.
@@ -58,60 +58,61 @@ def matched(
     feature[pairs[0]] = pairs[1]
     cosine = np.full(len(cosines), np.nan)
     cosine[pairs[0]] = cosines[pairs]
-    life = classify(found.norm(dim=-1))[["birth", "death"]].reindex(feature).reset_index(drop=True)
+    dates = classify_lifecycles(found.norm(dim=-1))[["birth", "death"]].reindex(feature).reset_index(drop=True)
     return planted.truth.assign(
         feature=feature,
         cosine=cosine,
         recovered=cosine > min_cosine,
-        claimed_birth=life["birth"].astype("Int64"),
-        claimed_death=life["death"].astype("Int64"),
+        found_birth=dates["birth"].astype("Int64"),
+        found_death=dates["death"].astype("Int64"),
     )
 
 
 def recovery(
     planted: Planted, found: Float[Tensor, "F S D"], scale: Float[Tensor, " S"], *, min_cosine: float = 0.9
 ) -> dict[str, float]:
-    """Scores of found features; arguments and errors are those of `matched`.
+    """Score found features against the ground truth; arguments and errors as for `matched`.
 
     Returns:
-        found (how many features), cosine (mean over planted features of the best cosine); then shares of planted
-        features, which count those that are not recovered as missed: recovered; dated (recovered, with the exact
-        birth); death (of those that die: with the exact death); turn (of those that turn by .3 rad or more: the largest
-        turn lies at the planted snapshot); partings (of pairs that split or merge: both recovered, and apart exactly
-        where they should be). Of the recovered alone: birth (share with the exact birth), birth_error (mean distance in
-        snapshots, where a birth is claimed), rotation_error (mean over those that turn of the distance of found and
-        planted angle, in degrees). birth_error_all is birth_error of all that are assigned, recovered or not.
-        false_births: of found features that claim a birth after the first snapshot, the share that no planted feature
-        born at that snapshot is near to (cosine above .7).
-        NaN where nothing of the kind is planted, recovered, or claimed.
+        found (number of features), cosine (mean over planted features of the best cosine).
+        Shares of planted features, where those not recovered count as missed: recovered; dated (recovered with the
+        exact birth); death (of those that die: exact death); rotation (of those that rotate by .3 rad or more: largest
+        rotation at the planted snapshot); splits (of pairs that split or merge: both recovered, with the same direction
+        exactly where planted).
+        Over recovered features only: birth (share with the exact birth), birth_error (mean error in snapshots, of those
+        found with a birth), rotation_error (mean error of the angle, in degrees, of those that rotate).
+        birth_error_all is birth_error over all assigned features, recovered or not. false_births is the share of found
+        features born after the first snapshot that are not near (cosine above .7) a planted feature born there.
+        NaN if there are no such features.
     """
     table, cosines = matched(planted, found, scale, min_cosine=min_cosine), _cosines(planted, found, scale)
     rows, truth = planted.rows * scale[:, None], planted.truth
     got, partner = table["recovered"].to_numpy(), table["feature"].fillna(0).to_numpy(dtype=np.int64)
     birth, death = (truth[name].to_numpy(dtype=float, na_value=np.nan) for name in ("birth", "death"))
-    apart = np.abs(table["claimed_birth"].to_numpy(dtype=float, na_value=np.nan) - birth)
-    died = got & (table["claimed_death"].to_numpy(dtype=float, na_value=np.nan) == death)
-    life = classify(found.norm(dim=-1))
-    born = np.flatnonzero((life["origin"] == "emergent").to_numpy())
-    claimed = life["birth"].to_numpy(dtype=float, na_value=np.nan)[born]
-    near = (cosines[:, born] > FALSE) & (birth[:, None] == claimed)
+    error = np.abs(table["found_birth"].to_numpy(dtype=float, na_value=np.nan) - birth)
+    died = got & (table["found_death"].to_numpy(dtype=float, na_value=np.nan) == death)
+    lifecycles = classify_lifecycles(found.norm(dim=-1))
+    born = np.flatnonzero((lifecycles["origin"] == "emergent").to_numpy())
+    births = lifecycles["birth"].to_numpy(dtype=float, na_value=np.nan)[born]
+    near = (cosines[:, born] > NEAR) & (birth[:, None] == births)
     at = truth["at"].fillna(1).to_numpy(dtype=np.int64)
-    turning = (truth["kind"] == "turning").to_numpy()
-    turns, sharp = np.flatnonzero(turning & got), np.flatnonzero(turning & (truth["angle"].to_numpy() >= TURN))
-    angles = [_angles(those, at[turns]) for those in (found[partner[turns]], rows[turns])]
+    rotating = (truth["kind"] == "rotating").to_numpy()
+    measured = np.flatnonzero(rotating & got)
+    large = np.flatnonzero(rotating & (truth["angle"].to_numpy() >= LARGE_ANGLE))
+    angles = [_angles(those, at[measured]) for those in (found[partner[measured]], rows[measured])]
     return {
         "found": len(found),
         "recovered": float(got.mean()),
         "cosine": float(cosines.max(1).mean()),
-        "dated": float((apart[got] == 0).sum() / len(got)),
-        "birth": _mean(apart[got] == 0),
-        "birth_error": _mean(apart[got & np.isfinite(apart)]),
-        "birth_error_all": _mean(apart[np.isfinite(apart)]),
+        "dated": float((error[got] == 0).sum() / len(got)),
+        "birth": _mean(error[got] == 0),
+        "birth_error": _mean(error[got & np.isfinite(error)]),
+        "birth_error_all": _mean(error[np.isfinite(error)]),
         "false_births": _mean(~near.any(0)),
         "death": _mean(died[np.isfinite(death)]),
-        "turn": _mean(got[sharp] & (_largest_turn(found[partner[sharp]]) == at[sharp])),
+        "rotation": _mean(got[large] & (_largest_rotation(found[partner[large]]) == at[large])),
         "rotation_error": _mean(np.abs(angles[0] - angles[1])),
-        "partings": _partings(planted, rows, found[partner], got),
+        "splits": _splits(planted, rows, found[partner], got),
     }
 
 
@@ -127,8 +128,8 @@ def _cosines(planted: Planted, found: Float[Tensor, "F S D"], scale: Float[Tenso
 
 @torch.no_grad()
 def crosscoder_rows(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F S D"]:
-    """Decoder rows of the features that fire on the held-out activations."""
-    alive = (firing_rates(crosscoder, acts) > 0) & (crosscoder.decoder_norms > 0).any(1).cpu()
+    """Select the decoder rows of the features that fire on the held-out activations."""
+    alive = (measure_firing(crosscoder, acts).rate > 0) & (crosscoder.decoder_norms > 0).any(1).cpu()
     return crosscoder.W_dec_by_snapshot[alive].cpu().clone()
 
 
@@ -136,12 +137,15 @@ def crosscoder_rows(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, 
 def linked_rows(
     dictionaries: Sequence[Crosscoder], acts: Sequence[Activations], *, min_cosine: float = 0.6
 ) -> tuple[Float[Tensor, "F S D"], Float[Tensor, " S"]]:
-    """Chains of the features of one dictionary per snapshot, and the scales of the snapshots.
+    """Link the features of one dictionary per snapshot into chains.
 
     Args:
         dictionaries: crosscoders of one snapshot each, in order.
         acts: activations of each snapshot.
-        min_cosine: of two decoder rows that are linked.
+        min_cosine: least cosine of two linked decoder rows.
+
+    Returns:
+        The chains, and the factors by which the dictionaries scale the activations.
     """
     sizes = [measure_firing(dictionary, held).mean[:, 0] for dictionary, held in zip(dictionaries, acts, strict=True)]
     rows = [
@@ -153,9 +157,9 @@ def linked_rows(
 
 
 def link(rows: Sequence[Float[Tensor, "_ D"]], min_cosine: float) -> Float[Tensor, "F S D"]:
-    """Chains of rows over snapshots: each row continues the nearest of the snapshot before, if that is near enough.
+    """Link each row to the nearest row of the snapshot before, if that is near enough.
 
-    Every row that none continues ends a chain; chains may share their beginning.
+    Every row that no later row is linked to ends a chain; chains may share their beginning.
     """
     S, D = len(rows), rows[0].shape[1]
     unit = [normalize(those, dim=1) for those in rows]
@@ -182,28 +186,28 @@ def link(rows: Sequence[Float[Tensor, "_ D"]], min_cosine: float) -> Float[Tenso
 
 
 def _angles(rows: Float[Tensor, "n S D"], at: np.ndarray) -> np.ndarray:
-    """Angle between the rows before and at a snapshot, in degrees; 90 where either is zero."""
+    """Angle between the rows before and at a snapshot, in degrees; 90 if either is zero."""
     here = torch.arange(len(rows))
     cosine = cosine_similarity(rows[here, at - 1], rows[here, at], dim=-1)
     return cosine.clamp(-1, 1).arccos().rad2deg().numpy()
 
 
-def _largest_turn(rows: Float[Tensor, "n S D"]) -> np.ndarray:
-    """First snapshot after the largest turn; only snapshots at which the feature is half as strong as ever count."""
+def _largest_rotation(rows: Float[Tensor, "n S D"]) -> np.ndarray:
+    """First snapshot after the largest rotation, among snapshots with at least half of the feature's largest norm."""
     present = rows.norm(dim=-1) >= 0.5 * rows.norm(dim=-1).amax(1, keepdim=True)
     cosine = cosine_similarity(rows[:, 1:], rows[:, :-1], dim=-1)
     return cosine.masked_fill(~(present[:, 1:] & present[:, :-1]), torch.inf).argmin(1).numpy() + 1
 
 
-def _partings(planted: Planted, rows: Tensor, found: Tensor, got: np.ndarray) -> float:
+def _splits(planted: Planted, rows: Tensor, found: Tensor, got: np.ndarray) -> float:
     partner = planted.truth["partner"].fillna(-1).to_numpy(dtype=np.int64)
     first = np.flatnonzero(partner > np.arange(len(partner)))
     if not len(first):
         return float("nan")
     second = partner[first]
-    together = [cosine_similarity(those[first], those[second], dim=-1) > FALSE for those in (found, rows)]
-    there = rows[first].norm(dim=-1) > 0
-    same = ((together[0] == together[1]) | ~there).all(1).numpy()
+    together = [cosine_similarity(those[first], those[second], dim=-1) > NEAR for those in (found, rows)]
+    present = rows[first].norm(dim=-1) > 0
+    same = ((together[0] == together[1]) | ~present).all(1).numpy()
     return float((same & got[first] & got[second]).mean())
 
 

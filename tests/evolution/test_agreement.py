@@ -1,4 +1,4 @@
-"""Agreement of top tokens: against a loop over tokens, and where the answer is known."""
+"""Agreement of top tokens: a loop over tokens, and cases with known answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def made(F: int, S: int, D: int, seed: int) -> tuple[Any, torch.Tensor]:
     crosscoder.activation_scale.copy_(torch.rand(S, generator=generator) + 0.5)
     crosscoder.b_dec.data = torch.randn(S * D, generator=generator)
     crosscoder.b_enc.data = 0.5 * torch.randn(F, generator=generator)
-    # neighbours are alike, so that agreement is neither 0 nor 1
+    # neighbouring snapshots are similar, so that agreement is neither 0 nor 1
     x = torch.randn(37, 1, D, generator=generator) + 0.7 * torch.randn(37, S, D, generator=generator)
     crosscoder.W_dec_by_snapshot.data.mul_(0.3).add_(torch.randn(F, 1, D, generator=generator))
     crosscoder.W_enc.data = crosscoder.W_dec.data.T.clone()
@@ -75,8 +75,8 @@ def test_agreement_is_that_of_a_loop(by: str, F: int, S: int, D: int, n_top: int
             )
 
 
-def test_a_feature_is_the_same_where_its_direction_carries_the_same_tokens() -> None:
-    """One direction that carries the same content at the first two snapshots, and other content at the third."""
+def test_snapshots_agree_if_a_direction_responds_to_the_same_tokens() -> None:
+    """One direction with the same content at the first two snapshots and other content at the third."""
     generator = torch.Generator().manual_seed(0)
     x = 0.01 * torch.randn(60, 3, 4, generator=generator)
     x[:10, :2, 0] += 5 + torch.rand(10, 1, generator=generator)
@@ -89,8 +89,8 @@ def test_a_feature_is_the_same_where_its_direction_carries_the_same_tokens() -> 
     assert table["other_active"].iloc[1] < 1
 
 
-def test_the_filter_hears_a_feature_below_a_louder_one() -> None:
-    """Two directions at 45 degrees: what is large along the one hides the other from the projection alone."""
+def test_the_filter_separates_a_feature_from_a_stronger_one() -> None:
+    """Two directions at 45 degrees: the projection confuses a weak feature with a strong one."""
     generator = torch.Generator().manual_seed(0)
     x = 0.01 * torch.randn(400, 2, 4, generator=generator)
     on, loud = torch.rand(2, 400, generator=generator) < torch.tensor([[0.1], [0.5]])
@@ -105,7 +105,7 @@ def test_the_filter_hears_a_feature_below_a_louder_one() -> None:
     assert found["filter"] == 1 and found["projection"] < 0.5
 
 
-def test_ties_are_broken_alike() -> None:
+def test_ties_are_broken_consistently() -> None:
     x = torch.ones(40, 2, 3)
     crosscoder = of_norms(torch.ones(2, 2), snapshots_at(0, 1), D=3)
     assert (top_agreement(crosscoder, Held(x), torch.tensor([0, 1]), n_top=7)["agreement"] == 1).all()
@@ -128,7 +128,7 @@ def test_errors() -> None:
         ({"by": "norm"}, "by='norm' is unknown: use 'filter', 'projection', 'encoder'"),
         ({"ridge": 0.0}, "ridge=0.0 must be above 0"),
         ({"n_top": 0}, "n_top=0 must be at least 1"),
-        ({"n_top": 38}, "n_top=38 is more than the 37 tokens that are held out: ask for at most 18"),
+        ({"n_top": 38}, "n_top=38 is more than the 37 held-out tokens: ask for at most 18"),
     ):
         with pytest.raises(UserError, match=message):
             top_agreement(crosscoder, Held(x), **options)

@@ -1,4 +1,4 @@
-"""Controls: latent scaling and encoder share against slow loops, and on shrinkage and absence that are known."""
+"""Latent scaling and encoder share: plain loops, and known shrinkage and absence."""
 
 from __future__ import annotations
 

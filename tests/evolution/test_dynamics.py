@@ -126,11 +126,11 @@ def test_counts_of_another_tokenizer_are_refused(snaps: Snapshots) -> None:
     counts = count_ngrams(tokens, snaps.tokenizer)
     larger = copy.deepcopy(snaps.tokenizer)
     larger.add_tokens(["ship"])
-    with pytest.raises(UserError, match=f"the counts are over {len(larger)} tokens, the snapshots' tokenizer has"):
+    with pytest.raises(UserError, match=f"the counts have a vocabulary of {len(larger)}, the snapshots' tokenizer"):
         measure_dynamics(snaps, count_ngrams(tokens, larger), tokens)
     swapped = _swapped(snaps.tokenizer)
     assert vocabulary_hash(swapped) != counts.vocabulary == vocabulary_hash(snaps.tokenizer)
-    with pytest.raises(UserError, match="the counts are of another tokenizer, of the same size"):
+    with pytest.raises(UserError, match="the counts are from another tokenizer of the same size"):
         measure_dynamics(snaps, count_ngrams(tokens, swapped), tokens)
     for wrong, message in ((torch.tensor([[0, 99]]), "token id 99 is outside"), (torch.tensor([[0], [1]]), "no pair")):
         with pytest.raises(UserError, match=message):
@@ -227,10 +227,14 @@ def test_errors(snaps: Snapshots) -> None:
     tokens = random_tokens(4, 8, V, 0)
     counts = count_ngrams(tokens, snaps.tokenizer)
     for arguments, options, message in (
-        ((snaps, counts, tokens), {"min_count": 0}, "min_count=0 is too small"),
-        ((snaps, counts, tokens), {"min_count": 1000}, "none of the 2[0-9] predictions .* saw min_count=1000 times"),
-        ((snaps, counts, tokens + V), {}, "is outside the tokenizer's vocabulary"),
-        ((snaps, counts, tokens.repeat(1, 9)), {}, "sequences of 72 tokens are longer than 32"),
+        ((snaps, counts, tokens), {"min_count": 0}, "min_count=0 must be 1 or more"),
+        (
+            (snaps, counts, tokens),
+            {"min_count": 1000},
+            "predictions has a context with min_count=1000 or more",
+        ),
+        ((snaps, counts, tokens + V), {}, "is outside the vocabulary of"),
+        ((snaps, counts, tokens.repeat(1, 9)), {}, "sequences of 72 tokens exceed the models' context of 32"),
     ):
         with pytest.raises(UserError, match=message):
             measure_dynamics(*arguments, **options)
@@ -304,8 +308,8 @@ def test_progress_is_a_share_of_the_fall() -> None:
     assert found.tolist() == [[0, 0.5, 1, 1, 1], [0, 0, 0.5, 0.5, 1], [0, 0, 0, 0, 0]]
 
 
-def turning_rows() -> Any:
-    """Six features of four snapshots: two turn at the third, three at the last, one never fires."""
+def rotating_rows() -> Any:
+    """Six features at four snapshots: two rotate at the third, three at the last, one never fires."""
     early, late = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0.0, 1, 0, 0])
     rows = torch.stack([early] * 4).repeat(6, 1, 1)
     for i in (0, 1):
@@ -322,8 +326,16 @@ def firing_of(rate: Any, S: int) -> Firing:
 
 def test_events_of_features() -> None:
     dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
-    found = find_phases(dynamics, turning_rows(), firing_of([0.5] * 5 + [0], 4)).set_index("event")
-    assert list(found.index) == ["turning_point", "unigram", "bigram", "below_bigram", "births", "settling", "room"]
+    found = find_phases(dynamics, rotating_rows(), firing_of([0.5] * 5 + [0], 4)).set_index("event")
+    assert list(found.index) == [
+        "turning_point",
+        "unigram",
+        "bigram",
+        "below_bigram",
+        "births",
+        "settling",
+        "dimensionality",
+    ]
     settling = found.loc["settling"]
     assert (settling["snapshot"], settling["n"], settling["low"], settling["high"]) == (3, 5, 1, 3)
     # three of five turn last: the median is theirs unless a draw has three or more of the other two
@@ -341,14 +353,14 @@ def test_events_of_features() -> None:
 def test_the_turning_point_is_where_statistics_lead_most() -> None:
     rate = [0.5] * 5 + [0]
     # P is 0, .75, 1, 1; Q is 0, 0, .4, 1
-    point = find_phases(curves([2, 1, 3, 4], [5, 2, 1, 4], [3] * 4), turning_rows(), firing_of(rate, 4)).iloc[0]
+    point = find_phases(curves([2, 1, 3, 4], [5, 2, 1, 4], [3] * 4), rotating_rows(), firing_of(rate, 4)).iloc[0]
     assert (point["event"], point["snapshot"], point["low"], point["high"]) == ("turning_point", 1, 0, 3)
     assert point["lead"] == pytest.approx(0.75) and point["lead_low"] == pytest.approx(0.75)
     assert 0.75 < point["lead_high"] <= 1 and 0.5 < point["agreement"] < 1 and not point["at_edge"]
     # P is 0, .25, 1, 1
-    point = find_phases(curves([2, 1, 3, 4], [5, 4, 1, 4], [3] * 4), turning_rows(), firing_of(rate, 4)).iloc[0]
+    point = find_phases(curves([2, 1, 3, 4], [5, 4, 1, 4], [3] * 4), rotating_rows(), firing_of(rate, 4)).iloc[0]
     assert point["snapshot"] == 2 and point["lead"] == pytest.approx(0.6)
-    never = find_phases(curves([2, 1, 3, 4], [1, 2, 3, 4], [3] * 4), turning_rows(), firing_of(rate, 4)).iloc[0]
+    never = find_phases(curves([2, 1, 3, 4], [1, 2, 3, 4], [3] * 4), rotating_rows(), firing_of(rate, 4)).iloc[0]
     assert pd.isna(never["snapshot"]) and never["lead"] == 0
 
 
@@ -370,7 +382,7 @@ def test_the_crosscoder_may_have_fewer_snapshots() -> None:
     assert table.loc[[1, 3], "dimensionality"].isna().all()
     for label, step in (("step25", 25), ("step20", 21)):
         crosscoder.cfg.metadata.snapshots[1] |= {"label": label, "step": step}
-        with pytest.raises(UserError, match=f"the crosscoder's snapshot '{label}' is none of the dynamics'"):
+        with pytest.raises(UserError, match=f"the crosscoder's snapshot '{label}' is not in the dynamics"):
             find_phases(dynamics, crosscoder, firing)
 
 
@@ -386,16 +398,20 @@ def test_the_table_says_what_the_modules_say(F: int, S: int, D: int, seed: int) 
     dynamics = curves(*np.random.default_rng(seed).uniform(1, 5, (3, S)))
     firing = measure_firing(crosscoder, acts)
     table = dynamics_table(dynamics, crosscoder, firing, min_cosine=0.8)
-    lives, cosines = evolve(crosscoder, firing), rotation(crosscoder)
-    alive = lives["alive"].to_numpy()
-    room = total_dimensionality(crosscoder, firing)
+    lifecycles, cosines = evolve(crosscoder, firing), rotation(crosscoder)
+    alive = lifecycles["alive"].to_numpy()
+    dimensionality = total_dimensionality(crosscoder, firing)
     for s in range(S):
-        assert table["present"].iloc[s] == int(lives[f"present/step{10 * s}"].sum()) == room["present"].iloc[s]
-        emergent = lives[lives["origin"] == "emergent"]
+        assert (
+            table["present"].iloc[s]
+            == int(lifecycles[f"present/step{10 * s}"].sum())
+            == dimensionality["present"].iloc[s]
+        )
+        emergent = lifecycles[lifecycles["origin"] == "emergent"]
         assert table["born"].iloc[s] == int((emergent["birth"] == s).sum())
         settled = sum(bool(alive[i]) and all(float(cosines[i, t]) >= 0.8 for t in range(s, S)) for i in range(F))
         assert table["settled"].iloc[s] == settled
-        assert table["dimensionality"].iloc[s] == pytest.approx(room["total"].iloc[s] / D)
+        assert table["dimensionality"].iloc[s] == pytest.approx(dimensionality["total"].iloc[s] / D)
     assert table["alive"].unique().tolist() == [alive.sum()] and table["settled"].is_monotonic_increasing
     assert list(table)[:4] == ["snapshot", "label", "step", "tokens"]
     assert table["kl1"].to_numpy() == pytest.approx(dynamics.mean("kl1"))
@@ -405,9 +421,9 @@ def test_what_cannot_be_dated() -> None:
     dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
     with pytest.raises(UserError, match="phases need at least 2 snapshots, there is 1"):
         find_phases(curves([1], [1], [1]))
-    with pytest.raises(UserError, match="does not tell which features are alive: give acts"):
-        find_phases(dynamics, turning_rows())
+    with pytest.raises(UserError, match="acts=None: activations are needed to find the live features"):
+        find_phases(dynamics, rotating_rows())
     with pytest.raises(UserError, match=r"min_cosine=2 is not in \(-1, 1\]"):
-        find_phases(dynamics, turning_rows(), firing_of([0.5] * 6, 4), min_cosine=2)
-    dead = find_phases(dynamics, turning_rows(), firing_of([0.0] * 6, 4)).set_index("event")
+        find_phases(dynamics, rotating_rows(), firing_of([0.5] * 6, 4), min_cosine=2)
+    dead = find_phases(dynamics, rotating_rows(), firing_of([0.0] * 6, 4)).set_index("event")
     assert pd.isna(dead.loc["settling", "snapshot"]) and dead.loc["settling", "n"] == 0

@@ -1,4 +1,4 @@
-"""Geometry: cosines, turns and dimensionality against slow loops, and against cases whose answer is known."""
+"""Cosines, rotation and dimensionality: plain loops, and cases with known answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import torch
 
 import crosslens.evolution.geometry
 from crosslens.errors import UserError
-from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.geometry import (
+    decoder_cosines,
+    feature_dimensionality,
+    rotation_per_interval,
+    total_dimensionality,
+)
 from crosslens.evolution.lifecycles import Firing, evolve, measure_firing, rotation
 from tests.given import Held, of_norms, of_rows, snapshots_at
 
 
 def firing_of(rms: Any, S: int) -> Firing:
-    """Firing of which only the root mean squares matter."""
+    """Firing with given root mean squares."""
     rms = torch.as_tensor(rms, dtype=torch.float64)
     rate = (rms > 0).double()
     return Firing(100, rate, rms, rate[:, None].expand(-1, S), rms[:, None].expand(-1, S))
@@ -38,7 +43,7 @@ def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize(("F", "S", "D", "seed"), [(7, 3, 4, 0), (10, 5, 2, 1), (1, 2, 6, 2)])
-def test_cosines_are_those_of_every_pair_of_rows(F: int, S: int, D: int, seed: int) -> None:
+def test_cosines_match_plain_loops(F: int, S: int, D: int, seed: int) -> None:
     norms = torch.rand(F, S, generator=torch.Generator().manual_seed(seed))
     norms[0, 0], norms[-1, 1] = 0.0, 0.02
     cc = of_norms(norms, D=D, seed=seed)
@@ -60,10 +65,10 @@ def test_cosines_are_those_of_every_pair_of_rows(F: int, S: int, D: int, seed: i
     assert decoder_cosines(of_rows(torch.zeros(2, 3, 4))).isnan().all()
 
 
-# ---- turning
+# ---- rotation
 
 
-def slow_turning(rows: np.ndarray, alive: list[bool], min_norm: float, max_cosine: float) -> dict[str, Any]:
+def slow_rotation(rows: np.ndarray, alive: list[bool], min_norm: float, max_cosine: float) -> dict[str, Any]:
     F, S, _ = rows.shape
     size = np.linalg.norm(rows, axis=-1)
     seen: list[list[float]] = [[] for _ in range(S - 1)]
@@ -85,13 +90,13 @@ def slow_turning(rows: np.ndarray, alive: list[bool], min_norm: float, max_cosin
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_turning_counts_every_feature_where_it_turns_most(seed: int) -> None:
+def test_every_feature_counts_where_it_rotates_most(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     cc = of_norms(torch.rand(40, 5, generator=generator), D=3, seed=seed)
     alive = torch.rand(40, generator=generator) < 0.8
     for min_norm, max_cosine in ((0.05, 0.9), (0.4, 0.0)):
-        table = turning(cc, alive, min_norm=min_norm, max_cosine=max_cosine)
-        slow = slow_turning(cc.W_dec_by_snapshot.detach().numpy().astype(float), alive.tolist(), min_norm, max_cosine)
+        table = rotation_per_interval(cc, alive, min_norm=min_norm, max_cosine=max_cosine)
+        slow = slow_rotation(cc.W_dec_by_snapshot.detach().numpy().astype(float), alive.tolist(), min_norm, max_cosine)
         assert table["n"].tolist() == slow["n"] and table["turned"].tolist() == slow["turned"]
         assert table["median_cosine"].tolist() == pytest.approx(slow["median_cosine"], abs=1e-5)
         assert table["share"].tolist() == pytest.approx(np.array(slow["turned"]) / sum(slow["turned"]))
@@ -99,26 +104,26 @@ def test_turning_counts_every_feature_where_it_turns_most(seed: int) -> None:
         assert table["turning_point"].sum() == 1
 
 
-def test_turning_by_hand_and_its_dates() -> None:
+def test_rotation_per_interval_by_hand() -> None:
     rows = [angles(0, 0, 60, 70), angles(0, 5, 90, 90), angles(0, 40, 50, 50), angles(0, 10, 20, 30)]
-    table = turning(of_rows(rows, snapshots_at(0, 1, 10, 100)))
+    table = rotation_per_interval(of_rows(rows, snapshots_at(0, 1, 10, 100)))
     assert table["turned"].tolist() == [1, 2, 0] and table["turning_point"].tolist() == [False, True, False]
     assert table["share"].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
     assert table[["before", "after"]].to_numpy().tolist() == [[0, 1], [1, 2], [2, 3]]
     assert table["from"].tolist() == ["step0", "step1", "step10"] and table["to"].tolist()[-1] == "step100"
     assert table["from_step"].tolist() == [0, 1, 10] and table["to_tokens"].tolist() == [7, 70, 700]
-    last = turning(of_rows(rows), torch.tensor([False, False, True, True]))
+    last = rotation_per_interval(of_rows(rows), torch.tensor([False, False, True, True]))
     assert last["turned"].tolist() == [1, 0, 0] and last["from"].tolist() == ["0", "1", "2"]
     assert last["from_step"].isna().all()
 
 
-def test_without_a_turn_there_is_no_turning_point() -> None:
+def test_no_interval_is_marked_if_nothing_rotates() -> None:
     for cc, alive in ((of_rows([angles(0, 5, 9)]), None), (of_rows([angles(0, 90, 0)]), torch.tensor([False]))):
-        table = turning(cc, alive)
+        table = rotation_per_interval(cc, alive)
         assert table["turned"].tolist() == [0, 0] and not table["turning_point"].any() and table["share"].isna().all()
     assert table["n"].tolist() == [0, 0] and table["median_cosine"].isna().all()
-    with pytest.raises(UserError, match="turning needs at least 2 snapshots, this crosscoder has 1: train on more"):
-        turning(of_rows([angles(0)]))
+    with pytest.raises(UserError, match="rotation needs at least 2 snapshots, this crosscoder has 1: train on more"):
+        rotation_per_interval(of_rows([angles(0)]))
 
 
 # ---- dimensionality
@@ -140,7 +145,7 @@ def slow_dimensionality(cc: Any, rms: np.ndarray, presence: float) -> np.ndarray
 
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize(("F", "S", "D", "seed"), [(9, 3, 4, 0), (14, 2, 5, 1), (3, 4, 8, 2)])
-def test_dimensionality_is_the_double_sum(F: int, S: int, D: int, seed: int) -> None:
+def test_dimensionality_matches_the_double_sum(F: int, S: int, D: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     cc = of_norms(torch.rand(F, S, generator=generator) + 0.1, D=D, seed=seed)
     rms = torch.rand(F, generator=generator).double() * 3
@@ -186,7 +191,7 @@ def test_dimensionality_does_not_depend_on_the_free_scale_of_a_feature() -> None
 
 
 @pytest.mark.usefixtures("_block")
-def test_random_directions_are_as_many_and_as_long() -> None:
+def test_random_directions_have_the_same_number_and_norms() -> None:
     norms = torch.rand(30, 2, generator=torch.Generator().manual_seed(4)) + 0.4
     cc, firing = of_norms(norms, D=6), firing_of(torch.linspace(0.2, 2, 30), 2)
     tables = [total_dimensionality(cc, firing, seed=seed) for seed in range(60)]
@@ -219,7 +224,7 @@ def test_many_features_fit_in_memory() -> None:
     assert table["share"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3) and table["present"].tolist() == [F, F]
 
 
-def test_nothing_present_fills_nothing() -> None:
+def test_without_present_features_dimensionality_is_zero() -> None:
     cc = of_rows(torch.ones(3, 2, 4), snapshots_at(0, 5))
     table = total_dimensionality(cc, firing_of([0.0] * 3, 2))
     assert table["present"].tolist() == [0, 0] and table["total"].tolist() == [0.0, 0.0]

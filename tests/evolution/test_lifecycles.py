@@ -1,4 +1,4 @@
-"""Evolution: every definition against a slow reading of it, dead features, dates, rotation."""
+"""Lifecycles: every definition in plain loops, dead features, dates, rotation."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from crosslens.crosscoders import (
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import (
     check_activations,
-    classify,
+    classify_lifecycles,
     evolve,
-    firing_rates,
     measure_firing,
     relative_norms,
     rotation,
@@ -44,8 +43,8 @@ CURVES = ["norm", "strength", "reldec", "present"]
 # ---- the definitions
 
 
-def slow_life(norms: list[float], presence: float, min_run: int) -> dict[str, Any] | None:
-    """The life of one feature, word by word."""
+def slow_lifecycle(norms: list[float], presence: float, min_run: int) -> dict[str, Any] | None:
+    """The lifecycle of one feature."""
     if max(norms) == 0:
         return None
     there = [n / max(norms) >= presence for n in norms]
@@ -85,17 +84,17 @@ levels = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), st.floats(0, 8, 
 )
 @example([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], 0.5, 2)
 @example([[0.0, 1.0, 0.0, 1.0, 1.0, 0.4]], 0.5, 2)
-def test_every_life_is_what_the_definition_says(norms: list[list[float]], presence: float, min_run: int) -> None:
-    table = classify(torch.tensor(norms, dtype=torch.float64), presence, min_run=min_run)
+def test_lifecycles_match_the_definition_in_loops(norms: list[list[float]], presence: float, min_run: int) -> None:
+    table = classify_lifecycles(torch.tensor(norms, dtype=torch.float64), presence, min_run=min_run)
     assert len(table) == len(norms)
     for row, record in zip(norms, table.to_dict("records"), strict=True):
         found = {key: None if value is None or value is pd.NA else value for key, value in record.items()}
-        assert found == (slow_life(row, presence, min_run) or dict.fromkeys(table))
+        assert found == (slow_lifecycle(row, presence, min_run) or dict.fromkeys(table))
 
 
-def test_the_four_kinds_of_life_by_hand() -> None:
+def test_lifecycles_by_hand() -> None:
     norms = [[8, 8, 8, 8], [1, 9, 9, 1], [1, 1, 9, 4.5], [1, 1, 9, 4], [9, 1, 1, 9], [1, 9, 1, 1]]
-    table = classify(torch.tensor(norms))
+    table = classify_lifecycles(torch.tensor(norms))
     assert table["origin"].tolist() == ["initial", "emergent", "emergent", "never", "initial", "never"]
     assert table["fate"].tolist() == ["persistent", "transient", "persistent", "transient", "persistent", "transient"]
     assert table["birth"].tolist() == [0, 1, 2, pd.NA, 0, pd.NA]
@@ -108,7 +107,7 @@ def test_the_four_kinds_of_life_by_hand() -> None:
 def test_the_scale_of_a_feature_does_not_matter(scale: float) -> None:
     norms = torch.rand(20, 6, generator=torch.Generator().manual_seed(1)).double()
     norms = torch.where((norms / norms.amax(1, keepdim=True) - 0.5).abs() < 1e-6, 0.0, norms)
-    pd.testing.assert_frame_equal(classify(norms), classify(norms * scale))
+    pd.testing.assert_frame_equal(classify_lifecycles(norms), classify_lifecycles(norms * scale))
 
 
 def test_errors_come_before_anything_is_read() -> None:
@@ -117,12 +116,12 @@ def test_errors_come_before_anything_is_read() -> None:
         ((torch.ones(3, 1),), {}, "evolution needs at least 2 snapshots, this crosscoder has 1: train on more"),
         ((good, 0.0), {}, r"presence=0.0 is not in \(0, 1\]"),
         ((good, 1.5), {}, "presence=1.5 is not in"),
-        ((good,), {"min_run": 0}, "min_run=0 is not possible"),
+        ((good,), {"min_run": 0}, "min_run=0 must be 1 or more"),
         ((torch.tensor([[1.0, 1.0], [math.nan, 1.0]]),), {}, r"norms of feature 1 are \[nan, 1.0\]"),
         ((-good,), {}, "norms of feature 0 are"),
     ):
         with pytest.raises(UserError, match=message):
-            classify(*arguments, **options)
+            classify_lifecycles(*arguments, **options)
 
     class Never(Held):
         def held_out(self, batch_size: int = 0) -> Any:
@@ -201,7 +200,7 @@ def test_features_that_do_not_fire_are_out_of_the_statistics() -> None:
         fired = [float(sum(cc.encode(token)[i] > 0 for token in x)) / 33 for i in range(40)]
     assert 0 < sum(rate == 0 for rate in fired) < 40
     held = Held(x)
-    rates = firing_rates(cc, held)
+    rates = measure_firing(cc, held).rate
     assert rates.tolist() == pytest.approx(fired)
     table, all_alive = evolve(cc, held), evolve(cc)
     assert table["firing_rate"].tolist() == pytest.approx(fired)
@@ -224,7 +223,7 @@ def test_a_feature_of_per_snapshot_gates_is_alive_when_any_gate_opens() -> None:
     cc.W_dec.data = torch.tensor([[0.0, 0, 0, 0, 2, 0, 0, 0], [0.01, 0, 0, 0, 0.01, 0, 0, 0]])
     cc.b_enc.data = torch.ones(2)
     held = Held(torch.zeros(7, 2, 4))
-    assert firing_rates(cc, held).tolist() == [1.0, 0.0]
+    assert measure_firing(cc, held).rate.tolist() == [1.0, 0.0]
 
 
 def slow_firing(cc: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
@@ -271,17 +270,17 @@ def test_firing_is_what_a_slow_count_finds(kind: str, seed: int) -> None:
     pd.testing.assert_frame_equal(table, evolve(cc, Held(x)))
     assert curve(table, "firing_rate") == pytest.approx(slow["snapshot_rate"])
     assert curve(table, "mean_activation") == pytest.approx(slow["mean"] * norms.numpy(), rel=1e-4, nan_ok=True)
-    assert firing_rates(cc, Held(x)).tolist() == pytest.approx(slow["rate"].tolist())
+    assert measure_firing(cc, firing) is firing
 
 
 def test_a_crosscoder_in_training_fires_as_it_will_afterwards() -> None:
     sae = BatchTopKCrosscoderTrainingSAE(BatchTopKCrosscoderTrainingConfig(d_in=12, d_sae=9, n_snapshots=3, k=2))
     sae.threshold.fill_(0.05)
     held = Held(torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0)))
-    assert firing_rates(sae.train(), held).tolist() == firing_rates(sae.to_inference(), held).tolist()
+    assert measure_firing(sae.train(), held).rate.tolist() == measure_firing(sae.to_inference(), held).rate.tolist()
 
 
-def test_a_crosscoder_of_which_every_feature_is_dead_still_makes_a_table() -> None:
+def test_a_crosscoder_with_only_dead_features_has_a_table() -> None:
     cc = of_norms(torch.ones(5, 3))
     cc.b_enc.data.fill_(-99)
     table = evolve(cc, Held(torch.randn(9, 3, 4)))
@@ -306,7 +305,7 @@ def test_activations_of_another_model_or_hook_point_are_refused(tiny_snapshots: 
     for wrong, message in (
         (
             recording(hook_name="blocks.0.hook_resid_post"),
-            "trained on blocks.0.hook_resid_post, the activations are those",
+            "trained on blocks.0.hook_resid_post, the activations are from",
         ),
         (recording(snapshots=other), "its snapshot step10 is not the given step10"),
         (recording(snapshots=trained["snapshots"][::-1]), "its snapshot step20 is not the given step0"),
@@ -354,7 +353,7 @@ def test_rotation_is_the_cosine_where_both_rows_have_a_direction() -> None:
     assert rotation(cc)[1].isnan().all() and not rotation(cc)[2].isnan().any() and rotation(cc)[3].isnan().all()
     assert not rotation(cc, min_norm=0.01)[:3].isnan().any()
     assert torch.allclose(rotation(cc)[4:, -1].nan_to_num(1.0), torch.ones(26))
-    with pytest.raises(UserError, match="reference=4 is no snapshot: give an index from -4 to 3"):
+    with pytest.raises(UserError, match="reference=4 is out of range: give a snapshot index from -4 to 3"):
         rotation(cc, 4)
 
 

@@ -79,7 +79,7 @@ def planted() -> tuple[StandardCrosscoder, Given]:
     return crosscoder, Given(x)
 
 
-def test_planted_features_are_found_where_they_exist(planted: Any) -> None:
+def test_planted_features_are_decodable_where_they_exist(planted: Any) -> None:
     table = probe(*planted, min_samples=100)
     first = ["feature", "snapshot", "label", "step", "norm", "probe_error", "n"]
     assert list(table) == [*first, "first_error", "second_error"]
@@ -99,7 +99,7 @@ def test_planted_features_are_found_where_they_exist(planted: Any) -> None:
     assert found["pearson"] < -0.95 and found["pearson_high"] < -0.9 and found["n_features"] == 4
 
 
-def test_n_is_what_the_data_allow(planted: Any) -> None:
+def test_n_is_limited_by_the_data(planted: Any) -> None:
     crosscoder, acts = planted
     with torch.no_grad():
         active = (crosscoder.encode(acts.train) > 0).sum(0).tolist()
@@ -118,11 +118,11 @@ def test_a_feature_that_is_always_active_cannot_be_probed(planted: Any) -> None:
     always.b_enc.data[2] = 100.0
     assert set(probe(always, acts, min_samples=100)["feature"]) == {0, 1, 3}
     always.b_enc.data[:] = 100.0
-    with pytest.raises(UserError, match="no feature is active, and inactive"):
+    with pytest.raises(UserError, match="no feature is both active and inactive"):
         probe(always, acts, min_samples=100)
 
 
-def test_the_seed_decides(planted: Any) -> None:
+def test_the_seed_decides_features_and_halves(planted: Any) -> None:
     options: dict[str, Any] = {"n_features": 2, "min_samples": 100}
     one = probe(*planted, seed=1, **options)
     pd.testing.assert_frame_equal(one, probe(*planted, seed=1, **options))
@@ -235,7 +235,7 @@ def test_pairs_of_the_same_token_are_those_of_a_loop(B: int, n: int, V: int, see
 
 
 @pytest.mark.parametrize(("n", "V", "per_half", "seed"), [(200, 7, 1000, 0), (60, 30, 1000, 1), (300, 4, 11, 2)])
-def test_pairs_are_never_torn_apart(n: int, V: int, per_half: int, seed: int) -> None:
+def test_pairs_stay_in_one_half(n: int, V: int, per_half: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels, tokens = rng.choice([-1, 0, 1], n, p=[0.2, 0.5, 0.3]), rng.integers(V, size=n)
     halves = _paired_halves(labels, tokens, per_half, np.random.default_rng(seed))
@@ -251,8 +251,8 @@ def test_pairs_are_never_torn_apart(n: int, V: int, per_half: int, seed: int) ->
     assert again[0][0].tolist() != halves[0][0].tolist()
 
 
-def test_a_probe_that_reads_words_alone_is_at_chance_against_the_same_word() -> None:
-    """30 words in few copies: halves that are not balanced word by word would give errors far above .5."""
+def test_a_probe_that_only_reads_words_is_at_chance_against_the_same_word() -> None:
+    """With 30 rare words, halves that are not balanced by word would give errors far above .5."""
     rng = np.random.default_rng(0)
     words, x = rng.integers(30, size=400), np.eye(30)
     labels = rng.integers(2, size=400)
@@ -282,17 +282,19 @@ class Words(Given):
         return self.x[first:last]
 
 
-def test_only_what_the_context_adds_is_left_against_the_same_word() -> None:
-    """A feature of a word (with a bit of chance) can be read against any other token; not against that word."""
+def test_against_the_same_word_only_the_context_counts() -> None:
+    """A feature of one word can be decoded against arbitrary tokens, but not against the same word."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 6, (500, 12), generator=generator).int()
     tokens[:, 0] = 0
     x = 0.1 * torch.randn(500, 12, 2, D, generator=generator)
     x[..., :5] += 3 * torch.nn.functional.one_hot(tokens.long(), 6)[:, :, None, 1:]
-    heard = torch.rand(500, 12, generator=generator) < 0.5  # at half of word 1 something is added, at the last snapshot
+    heard = (
+        torch.rand(500, 12, generator=generator) < 0.5
+    )  # half of the occurrences of word 1 have a component at the last snapshot
     x[..., 1, 6] += 3 * (heard & (tokens == 1))
     chance = torch.rand(500, 12, generator=generator) < 0.5
-    x[..., 1, 7] += 1.0 * chance  # what only the crosscoder's gate sees: the probe is not to read it at snapshot 0
+    x[..., 1, 7] += 1.0 * chance  # noise that the probe cannot use at snapshot 0
     crosscoder = StandardCrosscoder(StandardCrosscoderConfig(d_in=2 * D, d_sae=1, n_snapshots=2))
     crosscoder.W_enc_by_snapshot.data[1, [0, 6], 0] = 1.0
     crosscoder.b_enc.data.fill_(-4.5)
@@ -305,7 +307,7 @@ def test_only_what_the_context_adds_is_left_against_the_same_word() -> None:
         assert (errors[0] < at_first) if negatives == "any" else (0.4 < errors[0] < at_first)
     crosscoder.W_enc_by_snapshot.data[1, 6, 0] = 0.0
     crosscoder.b_enc.data.fill_(-1.5)  # now it is the word alone
-    with pytest.raises(UserError, match="of the 1 features drawn none has 100 tokens to be told apart"):
+    with pytest.raises(UserError, match="none of the 1 features drawn has 100 tokens"):
         probe(crosscoder, acts, min_samples=100, negatives="same_token")
 
 
@@ -322,10 +324,10 @@ def test_same_token_on_real_activations(tiny_snapshots: Path, tiny_text: list[st
 def test_errors(planted: Any) -> None:
     for options, message in (
         ({"negatives": "near"}, "negatives='near' is unknown: use 'any' or 'same_token'"),
-        ({"n_features": 0}, "n_features=0 is too small: give 1 or more"),
-        ({"min_samples": 2}, "min_samples=2 is too small: give 4 or more"),
+        ({"n_features": 0}, "n_features=0 must be 1 or more"),
+        ({"min_samples": 2}, "min_samples=2 must be 4 or more"),
         ({"n_samples": 100}, "n_samples=100 is less than min_samples=400"),
-        ({"min_samples": 5000, "n_samples": 5000}, "no feature is active, and inactive, on 2500 of 4000 tokens"),
+        ({"min_samples": 5000, "n_samples": 5000}, "no feature is both active and inactive on 2500 of 4000 tokens"),
     ):
         with pytest.raises(UserError, match=message):
             probe(*planted, **options)
@@ -341,7 +343,7 @@ def _table(norm: Any, error: Any) -> pd.DataFrame:
     return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
 
 
-def test_correlations_are_scipys() -> None:
+def test_correlations_match_scipy() -> None:
     rng = np.random.default_rng(0)
     norm = rng.uniform(size=(20, 4)).round(1)  # with ties
     table = _table(norm, 0.5 - 0.3 * norm + 0.1 * rng.normal(size=norm.shape))
@@ -357,7 +359,7 @@ def test_correlations_are_scipys() -> None:
 
 
 def test_the_interval_is_over_features_not_over_rows() -> None:
-    """Copies of a feature's points are no evidence: intervals stay as wide as with one point per feature."""
+    """Copies of a feature's points add no evidence: intervals are as wide as with one point per feature."""
     rng = np.random.default_rng(1)
     norm, error = rng.normal(size=(2, 30, 1))
     once, copied = _table(norm, error), _table(np.repeat(norm, 8, 1), np.repeat(error, 8, 1))
@@ -367,7 +369,7 @@ def test_the_interval_is_over_features_not_over_rows() -> None:
     assert b["pearson_high"] - b["pearson_low"] > 0.4 and (a["n"], b["n"]) == (30, 240)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_has_the_stated_coverage() -> None:
     """60 tables of 40 features whose points share a feature's offset; the true correlation is 0."""
     covered = 0
     for seed in range(60):
@@ -381,14 +383,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 def test_what_cannot_be_correlated() -> None:
     table = _table([[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.5], [0.5, 0.5]])
     assert math.isnan(probe_correlation(table)["pearson"]) and math.isnan(probe_correlation(table)["spearman_low"])
-    with pytest.raises(UserError, match="without=2 is no snapshot of this table: it has 0, 1"):
+    with pytest.raises(UserError, match="without=2 is not a snapshot of this table, which has 0, 1"):
         probe_correlation(table, without=(2,))
     for part, without in ((table[table["feature"] == 0], ()), (table, (0, 1))):
-        with pytest.raises(UserError, match=r"a correlation over [01] feature\(s\) says nothing"):
+        with pytest.raises(UserError, match=r"a correlation needs 2 or more features, the table has [01]"):
             probe_correlation(part, without=without)
 
 
-# ---- what a correlation is made of
+# ---- decomposition of the correlation
 
 
 def _noisy(seed: int, noise: float, n: int = 60, S: int = 6) -> pd.DataFrame:
@@ -404,7 +406,7 @@ def _noisy(seed: int, noise: float, n: int = 60, S: int = 6) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_parts_are_scipys(seed: int) -> None:
+def test_parts_match_scipy(seed: int) -> None:
     table = _noisy(seed, 0.1)
     parts = probe_parts(table, n_bootstrap=50).set_index("part")
     assert list(parts.index) == ["all", "trained", "within_features", "within_snapshots", "disattenuated"]
@@ -432,7 +434,7 @@ def test_parts_are_scipys(seed: int) -> None:
     assert probe_parts(table, without=(), n_bootstrap=20).set_index("part").loc["trained", "n"] == 360
 
 
-def test_without_noise_the_correlation_is_that_of_the_truth() -> None:
+def test_disattenuation_recovers_the_noiseless_correlation() -> None:
     measured, corrected, truth = [], [], []
     for seed in range(10):
         table = _noisy(seed, 0.15, n=200)
@@ -451,5 +453,5 @@ def test_without_defaults_to_the_untrained_snapshots() -> None:
     later = table.assign(step=table["step"] + 5)
     assert probe_parts(later, n_bootstrap=2)["n"].tolist() == [360] * 5
     assert probe_parts(table, n_bootstrap=2)["n"].tolist() == [360, 300, 300, 300, 300]
-    with pytest.raises(UserError, match="without=9 is no snapshot"):
+    with pytest.raises(UserError, match="without=9 is not a snapshot"):
         probe_parts(table, without=(9,))

@@ -1,4 +1,4 @@
-"""Stability: matching against every permutation, agreement against a slow count, dependence against its parts."""
+"""Matching against all permutations, agreement against plain loops, summaries against their parts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 import crosslens.evolution.seeds
 from crosslens.errors import UserError
-from crosslens.evolution.geometry import total_dimensionality, turning
-from crosslens.evolution.lifecycles import classify, evolve, measure_firing
+from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
+from crosslens.evolution.lifecycles import classify_lifecycles, evolve, measure_firing
 from crosslens.evolution.seeds import compare_evolutions, compare_features, match_features, shared_snapshots
 from tests.given import Held, of_norms, of_rows, snapshots_at
 
 
 def cosines(a: Any, b: Any) -> np.ndarray:
-    """Of the whole decoders, one pair of features at a time."""
+    """Cosines of whole decoders, one pair of features at a time."""
     left, right = (cc.W_dec.detach().numpy().astype(float) for cc in (a, b))
     return np.array([[x @ y / np.sqrt((x @ x) * (y @ y)) for y in right] for x in left])
 
@@ -79,7 +79,7 @@ def test_only_live_features_are_matched() -> None:
         assert pairs_of(match_features(a, a, alive_b=alive, method=method)) == {(0, 0), (3, 3)}
     with pytest.raises(UserError, match="the second crosscoder has no live feature to match"):
         match_features(a, a, alive_b=torch.zeros(4, dtype=torch.bool))
-    with pytest.raises(UserError, match="method='best' is unknown: choose 'hungarian', 'mutual', or None"):
+    with pytest.raises(UserError, match="method='best' is unknown: use 'hungarian', 'mutual', or None"):
         match_features(a, a, method="best")
 
 
@@ -93,17 +93,17 @@ def test_only_common_snapshots_are_compared() -> None:
     assert pairs_of(table) == {(i, i) for i in range(6)} and table["cosine"].tolist() == pytest.approx([1.0] * 6)
 
 
-def test_snapshots_of_other_weights_are_not_common() -> None:
+def test_snapshots_with_different_weights_are_not_common() -> None:
     def recorded(*fingerprints: str) -> list[dict[str, Any]]:
         return [{**row, "fingerprint": f} for row, f in zip(snapshots_at(0, 1), fingerprints, strict=True)]
 
     a, b = of_norms(torch.ones(3, 2), recorded("x", "y")), of_norms(torch.ones(3, 2), recorded("x", "z"))
     assert shared_snapshots(a, b) == ([0], [0])
-    with pytest.raises(UserError, match="have 1 snapshot in common: lives need 2 or more"):
+    with pytest.raises(UserError, match="have 1 snapshot in common: comparing lifecycles needs at least 2"):
         compare_features(a, b)
-    with pytest.raises(UserError, match=r"no snapshot in common \(step0, step1 and step0, step1, of other weights"):
+    with pytest.raises(UserError, match="no snapshot in common .* equal labels have different weights"):
         match_features(a, of_norms(torch.ones(3, 2), recorded("p", "q")))
-    with pytest.raises(UserError, match="of models of d_model 4 and 5: they share no directions"):
+    with pytest.raises(UserError, match="have d_model 4 and 5: only crosscoders of one model can be matched"):
         match_features(a, of_norms(torch.ones(3, 2), D=5))
 
 
@@ -135,18 +135,18 @@ def test_agreement_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_agreement_against_a_slow_count(seed: int) -> None:
+def test_agreement_matches_plain_loops(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     norms = torch.rand(25, 5, generator=generator)
     a = of_norms(norms, D=16, seed=seed)
     noise = torch.randn(25, 5, 16, generator=generator) * 0.12
     b = of_rows(a.W_dec_by_snapshot + noise * torch.linspace(0, 3, 25)[:, None, None])
     found = compare_features(a, b, min_cosine=0.6, presence=0.4, min_run=1)
-    lives = [classify(cc.decoder_norms, 0.4, min_run=1) for cc in (a, b)]
+    tables = [classify_lifecycles(cc.decoder_norms, 0.4, min_run=1) for cc in (a, b)]
     kept = [row for row in match_features(a, b).to_dict("records") if row["cosine"] >= 0.6]
     assert 5 < len(kept) < 25 and found["matched"] == len(kept)
     assert found["median_cosine"] == pytest.approx(np.median([row["cosine"] for row in kept]))
-    partners = [(lives[0].iloc[row["feature"]], lives[1].iloc[row["partner"]]) for row in kept]
+    partners = [(tables[0].iloc[row["feature"]], tables[1].iloc[row["partner"]]) for row in kept]
     for name in ("origin", "fate"):
         assert found[f"same_{name}"] == pytest.approx(np.mean([x[name] == y[name] for x, y in partners]))
     births = [(x["birth"], y["birth"]) for x, y in partners if x["birth"] is not pd.NA and y["birth"] is not pd.NA]
@@ -157,10 +157,10 @@ def test_agreement_against_a_slow_count(seed: int) -> None:
     assert 0 < found["same_birth"] < 1
 
 
-# ---- dependence
+# ---- several crosscoders
 
 
-def test_dependence_puts_side_by_side_what_each_says() -> None:
+def test_summaries_match_their_parts() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(40, 4, 6, generator=generator)
     wide = of_norms(torch.rand(30, 4, generator=generator), snapshots_at(0, 1, 10, 100), D=6, seed=1)
@@ -180,12 +180,12 @@ def test_dependence_puts_side_by_side_what_each_says() -> None:
             assert row[origin] == pytest.approx((live["origin"] == origin).mean())
         assert row["transient"] == pytest.approx((live["fate"] == "transient").mean())
         assert row["median_birth"] == np.median([b for b in live.loc[live["origin"] == "emergent", "birth_step"]])
-        turns = turning(cc, torch.tensor(life["alive"].to_numpy()))
-        point = turns[turns["turning_point"]].iloc[0]
+        intervals = rotation_per_interval(cc, torch.tensor(life["alive"].to_numpy()))
+        point = intervals[intervals["turning_point"]].iloc[0]
         for column in ("from", "to", "from_step", "to_step", "share"):
-            assert row[f"turning_{column}"] == point[column]
+            assert row[f"rotation_{column}"] == point[column]
         share = total_dimensionality(cc, Held(x))["share"].tolist()
         assert [row[f"dimensionality_{k}"] for k in ("first", "least", "last")] == [share[0], min(share), share[-1]]
-    assert table.loc["still", ["turning_from", "turning_to_step", "turning_share", "median_birth"]].isna().all()
-    with pytest.raises(UserError, match="no crosscoder"):
+    assert table.loc["still", ["rotation_from", "rotation_to_step", "rotation_share", "median_birth"]].isna().all()
+    with pytest.raises(UserError, match="crosscoders is empty"):
         compare_evolutions({})

@@ -1,4 +1,4 @@
-"""Similarity against plain loops and known answers; the proposal against all choices there are."""
+"""Similarity against plain loops and known answers; the proposal against all possible choices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from crosslens.snapshots.collection import Snapshots
 
 
 class Labels:
-    """The labels are all that is asked of the snapshots."""
+    """Snapshots of which only the labels are used."""
 
     def __init__(self, labels: list[str]) -> None:
         self.labels = labels
@@ -29,7 +29,7 @@ class Labels:
 
 
 class Given(Activations):
-    """Held-out activations that are given."""
+    """Given held-out activations."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
@@ -47,7 +47,7 @@ class Given(Activations):
 
 
 @pytest.mark.parametrize(("B", "S", "D", "seed", "most"), [(12, 3, 4, 0, 4096), (30, 4, 2, 1, 13), (7, 2, 9, 2, 7)])
-def test_similarities_are_those_of_loops(B: int, S: int, D: int, seed: int, most: int) -> None:
+def test_similarities_match_plain_loops(B: int, S: int, D: int, seed: int, most: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B, S, D, generator=generator) * torch.rand(S, 1, generator=generator) + torch.randn(
         D, generator=generator
@@ -68,7 +68,7 @@ def test_similarities_are_those_of_loops(B: int, S: int, D: int, seed: int, most
         assert row["cka"] == pytest.approx((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
 
 
-def test_cka_does_not_see_a_rotation_but_cosine_does() -> None:
+def test_cka_is_invariant_to_rotations_and_cosine_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 6, generator=generator)
     turned = x @ torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q * 3 + 1
@@ -165,7 +165,7 @@ def test_no_other_choice_is_better(S: int, k: int, seed: int, weight: float) -> 
 
 
 def test_the_table_says_why() -> None:
-    """Three plateaus of three snapshots: one of each is taken, and the middle one is where the accuracy jumps."""
+    """Three plateaus of three snapshots: one of each is chosen, and the accuracy rises before the middle one."""
     level = np.repeat([0, 1, 2], 3)
     alike = 1 - 0.4 * abs(level[:, None] - level) - 0.01 * abs(np.arange(9)[:, None] - np.arange(9))
     table = propose_snapshots(
@@ -190,7 +190,7 @@ def test_the_table_says_why() -> None:
     assert table["accuracy/agreement"].tolist() == [0.5] * 3 + [0.95] * 6
 
 
-def test_accuracy_within_chance_is_no_distance() -> None:
+def test_differences_in_accuracy_within_chance_do_not_count() -> None:
     alike = np.ones((5, 5)) - 0.1 * (1 - np.eye(5))
     noise = accuracy_of(n=50, task=[0.5, 0.52, 0.48, 0.51, 0.5])
     assert propose_snapshots(similarity_of(alike), 3, noise, weight=1.0)["distance"].sum() == 0
@@ -201,7 +201,7 @@ def test_accuracy_within_chance_is_no_distance() -> None:
     )
 
 
-def test_the_measure_is_the_one_that_is_named() -> None:
+def test_the_named_measure_is_used() -> None:
     one, other = random_similarity(7, 0), random_similarity(7, 5)
     alike = np.triu(one) + np.tril(other, -1)  # the upper half is cka, the lower one cosine
     table = similarity_of(alike)
@@ -224,15 +224,15 @@ def test_errors() -> None:
         (
             (table, 2, accuracy),
             {},
-            "accuracy on 'task' is of the snapshots step0, step1, step2, the similarity of step0,",
+            "accuracy on 'task' has the snapshots step0, step1, step2, similarity has step0,",
         ),
-        ((table.iloc[[0, 1, 3, 9]], 2), {}, "cka is not known for every pair of the 4 snapshots"),
+        ((table.iloc[[0, 1, 3, 9]], 2), {}, "cka is missing for some pairs of the 4 snapshots"),
     ):
         with pytest.raises(UserError, match=message):
             propose_snapshots(*arguments, **options)
     with pytest.raises(UserError, match="similarity needs at least 2 snapshots, there is 1"):
         snapshot_similarity(Given(torch.ones(4, 1, 3)))
-    with pytest.raises(UserError, match="max_tokens=1 is too small"):
+    with pytest.raises(UserError, match="max_tokens=1 must be 2 or more"):
         snapshot_similarity(Given(torch.ones(4, 2, 3)), max_tokens=1)
     with pytest.raises(UserError, match=r"1 token\(s\) are held out"):
         snapshot_similarity(Given(torch.ones(1, 2, 3)))

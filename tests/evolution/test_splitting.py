@@ -1,4 +1,4 @@
-"""Successions and partings against slow readings of their definitions, and on lives that are known."""
+"""Splits and replacements: the definitions in plain loops, and cases with known answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 import crosslens.evolution.splitting
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify, evolve
-from crosslens.evolution.splitting import partings, successions
+from crosslens.evolution.lifecycles import classify_lifecycles, evolve
+from crosslens.evolution.splitting import replacements, splits
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, of_norms, of_rows, snapshots_at
 
@@ -29,14 +29,14 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
-# ---- successions
+# ---- replacements
 
 
-def slow_successions(cc: Any, x: torch.Tensor, gap: int, min_cosine: float, min_overlap: float) -> pd.DataFrame:
+def slow_replacements(cc: Any, x: torch.Tensor, gap: int, min_cosine: float, min_overlap: float) -> pd.DataFrame:
     rows = cc.W_dec_by_snapshot.numpy().astype(float)
     active = np.stack([cc.encode(token).numpy() > 0 for token in x])
     p = active.mean(0)
-    life = classify(cc.decoder_norms.masked_fill(torch.tensor(p == 0)[:, None], 0.0)).to_dict("records")
+    life = classify_lifecycles(cc.decoder_norms.masked_fill(torch.tensor(p == 0)[:, None], 0.0)).to_dict("records")
     found = []
     for i, first in enumerate(life):
         for j, second in enumerate(life):
@@ -54,11 +54,11 @@ def slow_successions(cc: Any, x: torch.Tensor, gap: int, min_cosine: float, min_
 
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
-def test_successions_are_what_the_definition_says(seed: int) -> None:
+def test_replacements_match_the_definition_in_loops(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     F, S, D = 40, 6, 3
     there = torch.zeros(F, S)
-    for i in range(F):  # one life each, a third of them from the start
+    for i in range(F):  # one lifecycle each, a third of them from the start
         born = int(torch.randint(0, 4, (), generator=generator)) if i % 3 else 0
         there[i, born : born + int(torch.randint(1, 5, (), generator=generator))] = 1.0
     cc = of_norms(there, D=D, seed=seed)
@@ -68,8 +68,8 @@ def test_successions_are_what_the_definition_says(seed: int) -> None:
     x = torch.randn(50, S, D, generator=generator)
     sizes = []
     for gap, min_cosine, min_overlap in ((1, 0.5, 0.2), (0, 0.0, -1.0), (2, 0.7, 0.1)):
-        table = successions(cc, Held(x), max_gap=gap, min_cosine=min_cosine, min_overlap=min_overlap)
-        slow = slow_successions(cc, x, gap, min_cosine, min_overlap).sort_values(["death", "predecessor", "successor"])
+        table = replacements(cc, Held(x), max_gap=gap, min_cosine=min_cosine, min_overlap=min_overlap)
+        slow = slow_replacements(cc, x, gap, min_cosine, min_overlap).sort_values(["death", "predecessor", "successor"])
         sizes.append(len(slow))
         for column in slow:
             assert table[column].tolist() == pytest.approx(slow[column].tolist(), rel=1e-4), column
@@ -78,14 +78,14 @@ def test_successions_are_what_the_definition_says(seed: int) -> None:
             n_before = sum(slow["successor"] == row["successor"])
             assert (row["successors"], row["predecessors"]) == (n_next, n_before)
             words = [word for word, n in (("split", n_next), ("merger", n_before)) if n > 1]
-            assert row["kind"] == (" and ".join(words) or "succession")
+            assert row["kind"] == (" and ".join(words) or "replacement")
     assert min(sizes) > 2 and 4 not in set(table["predecessor"]) | set(table["successor"])
 
 
-def test_a_parent_of_two_a_merger_and_a_plain_successor() -> None:
+def test_a_split_a_merger_and_a_replacement() -> None:
     """Features 0 -> 1, 2 (a split at 2); 3, 4 -> 5 (a merger at 3); 6 -> 7; 8 -> 9 on other tokens."""
     axes = torch.eye(8)
-    lives = {
+    present = {
         0: (0, 2),
         1: (2, 5),
         2: (2, 5),
@@ -99,21 +99,21 @@ def test_a_parent_of_two_a_merger_and_a_plain_successor() -> None:
     }
     direction = {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 3, 9: 3}
     rows = torch.zeros(10, 5, 8)
-    for i, (born, died) in lives.items():
+    for i, (born, died) in present.items():
         rows[i, born:died] = axes[direction[i]]
     cc = of_rows(rows, snapshots_at(0, 1, 10, 100, 1000))
-    # what is active is decided by eight marks at the first snapshot
-    marks = {0: (0, 1), 1: (0,), 2: (1,), 3: (2,), 4: (3,), 5: (2, 3), 6: (4,), 7: (4,), 8: (5,), 9: (6,)}
+    # eight inputs at the first snapshot decide which features are active
+    inputs = {0: (0, 1), 1: (0,), 2: (1,), 3: (2,), 4: (3,), 5: (2, 3), 6: (4,), 7: (4,), 8: (5,), 9: (6,)}
     cc.W_enc.data.zero_()
-    for i, on in marks.items():
-        for mark in on:
-            cc.W_enc.data[mark, i] = 1.0
+    for i, on in inputs.items():
+        for k in on:
+            cc.W_enc.data[k, i] = 1.0
     x = torch.zeros(80, 5, 8)
     x[torch.arange(80), 0, torch.arange(80) % 8] = 1.0
-    table = successions(cc, Held(x))
+    table = replacements(cc, Held(x))
     found = {(r["predecessor"], r["successor"]): r["kind"] for r in table.to_dict("records")}
     assert found == {
-        (0, 1): "split", (0, 2): "split", (3, 5): "merger", (4, 5): "merger", (6, 7): "succession",
+        (0, 1): "split", (0, 2): "split", (3, 5): "merger", (4, 5): "merger", (6, 7): "replacement",
     }  # fmt: skip
     assert table["death_step"].tolist() == [10, 10, 10, 100, 100] and table["birth_step"].tolist() == [
         10,
@@ -123,27 +123,29 @@ def test_a_parent_of_two_a_merger_and_a_plain_successor() -> None:
         100,
     ]
     assert table["overlap"].tolist() == pytest.approx([1.0] * 5)
-    assert len(successions(cc, Held(x), max_gap=0)) == 4  # 6 dies at 2, 7 is born at 3
-    assert len(successions(cc, Held(x), min_overlap=-1.0)) == 6
+    assert len(replacements(cc, Held(x), max_gap=0)) == 4  # 6 dies at 2, 7 is born at 3
+    assert len(replacements(cc, Held(x), min_overlap=-1.0)) == 6
 
 
-def test_nothing_succeeds_where_nothing_dies(tiny_snapshots: Path, tiny_text: list[str]) -> None:
-    table = successions(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)))
+def test_there_are_no_replacements_without_deaths(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+    table = replacements(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)))
     assert table.empty and {"predecessor", "successor", "kind", "death_step"} <= set(table)
-    with pytest.raises(UserError, match="max_gap=-1 is not possible"):
-        successions(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)), max_gap=-1)
+    with pytest.raises(UserError, match="max_gap=-1 must be 0 or more snapshots"):
+        replacements(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)), max_gap=-1)
     with pytest.raises(UserError, match="at least 2 snapshots"):
-        successions(of_norms(torch.ones(4, 1)), Held(torch.randn(9, 1, 4)))
+        replacements(of_norms(torch.ones(4, 1)), Held(torch.randn(9, 1, 4)))
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
     other = [{**row, "fingerprint": "0" * 64} for row in acts.metadata()["snapshots"]]
+    with pytest.raises(UserError, match="lifecycles lack the firing rates of this crosscoder"):
+        replacements(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)), evolve(of_norms(torch.ones(4, 3))))
     with pytest.raises(UserError, match="trained on other weights"):
-        successions(of_norms(torch.ones(4, 3), other, D=16), acts)
+        replacements(of_norms(torch.ones(4, 3), other, D=16), acts)
 
 
-# ---- partings
+# ---- splits
 
 
-def slow_partings(cc: Any, alive: list[bool], presence: float, together: float, apart: float) -> list[tuple]:
+def slow_splits(cc: Any, alive: list[bool], presence: float, together: float, apart: float) -> list[tuple]:
     rows = cc.W_dec_by_snapshot.numpy().astype(float)
     F, S, _ = rows.shape
     size = np.linalg.norm(rows, axis=-1)
@@ -169,14 +171,14 @@ def slow_partings(cc: Any, alive: list[bool], presence: float, together: float, 
 
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
-def test_partings_are_what_the_definition_says(seed: int) -> None:
+def test_splits_match_the_definition_in_loops(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     cc = of_norms(torch.rand(24, 5, generator=generator) + 0.3, D=2, seed=seed)
     alive = torch.rand(24, generator=generator) < 0.9
     for presence, together, apart in ((0.5, 0.9, 0.7), (0.3, 0.6, 0.6)):
-        slow = slow_partings(cc, alive.tolist(), presence, together, apart)
+        slow = slow_splits(cc, alive.tolist(), presence, together, apart)
         assert len({row[2] for row in slow}) == 2
-        table = partings(cc, alive, presence=presence, together=together, apart=apart)
+        table = splits(cc, alive, presence=presence, together=together, apart=apart)
         assert [tuple(row) for row in table[["feature", "partner", "kind", "at"]].to_numpy()] == slow
 
 
@@ -187,15 +189,15 @@ def test_a_split_and_a_merger_by_hand() -> None:
     rows[1, 2:] = axes[4]  # splits from 0 at snapshot 2
     rows[3, 3:] = axes[1]  # merges with 2 at snapshot 3
     rows[5, 1:] = axes[3]  # is born as a copy of 4 and stays it
-    table = partings(of_rows(rows, snapshots_at(0, 1, 10, 100)))
+    table = splits(of_rows(rows, snapshots_at(0, 1, 10, 100)))
     assert table[["feature", "partner", "kind", "at"]].to_numpy().tolist() == [[0, 1, "split", 2], [2, 3, "merger", 3]]
     assert table["at_step"].tolist() == [10, 100] and table["at_tokens"].tolist() == [70, 700]
     assert table["cosine_before"].tolist() == [1.0, 0.0] and table["cosine_after"].tolist() == [0.0, 1.0]
     cc = of_rows(rows)
-    assert len(partings(cc, torch.tensor([True, False, True, True, True, True]))) == 1
-    assert partings(of_rows(torch.eye(4)[:, None].expand(4, 3, 4))).empty
-    assert partings(cc, torch.tensor(evolve(cc)["alive"].to_numpy()) & False).empty
-    with pytest.raises(UserError, match="partings need at least 2 snapshots, this crosscoder has 1"):
-        partings(of_rows(torch.ones(2, 1, 3)))
-    with pytest.raises(UserError, match="apart=0.9, together=0.8 are no cosines in order"):
-        partings(cc, together=0.8, apart=0.9)
+    assert len(splits(cc, torch.tensor([True, False, True, True, True, True]))) == 1
+    assert splits(of_rows(torch.eye(4)[:, None].expand(4, 3, 4))).empty
+    assert splits(cc, torch.tensor(evolve(cc)["alive"].to_numpy()) & False).empty
+    with pytest.raises(UserError, match="splitting needs at least 2 snapshots, this crosscoder has 1"):
+        splits(of_rows(torch.ones(2, 1, 3)))
+    with pytest.raises(UserError, match="apart=0.9 and together=0.8 must satisfy"):
+        splits(cc, together=0.8, apart=0.9)

@@ -1,4 +1,4 @@
-"""The history of a crosscoder is its parts, and its figures show what the tables hold."""
+"""Studies return the tables of their parts, and the report's figures show these tables."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ import pytest
 import torch
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
+from crosslens.crosscoders import BatchTopKCrosscoder, BatchTopKCrosscoderConfig
 from crosslens.errors import UserError
 from crosslens.evolution.agreement import top_agreement
 from crosslens.evolution.controls import encoder_share, latent_scaling
 from crosslens.evolution.dynamics import dynamics_table, measure_dynamics
-from crosslens.evolution.geometry import decoder_cosines, feature_dimensionality, total_dimensionality, turning
+from crosslens.evolution.geometry import (
+    decoder_cosines,
+    feature_dimensionality,
+    rotation_per_interval,
+    total_dimensionality,
+)
 from crosslens.evolution.lifecycles import evolve, rotation
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.phases import find_phases
 from crosslens.evolution.probes import probe, probe_parts
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
-from crosslens.evolution.splitting import partings, successions
+from crosslens.evolution.splitting import replacements, splits
 from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
-from crosslens.report import lives
+from crosslens.report import evolution_figures
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, of_norms, snapshots_at
@@ -53,22 +60,22 @@ def found(crosscoder: Any, acts: Held) -> dict[str, pd.DataFrame]:
 
 def test_parts_by_themselves(crosscoder: Any, acts: Held, found: dict[str, pd.DataFrame]) -> None:
     tables = found
-    lives_ = evolve(crosscoder, acts, presence=0.4)
-    alive = torch.tensor(lives_["alive"].to_numpy())
+    lifecycles = evolve(crosscoder, acts, presence=0.4)
+    alive = torch.tensor(lifecycles["alive"].to_numpy())
     expected = {
-        "evolution": lives_,
-        "turning": turning(crosscoder, alive),
+        "evolution": lifecycles,
+        "rotation": rotation_per_interval(crosscoder, alive),
         "dimensionality": total_dimensionality(crosscoder, acts, presence=0.4, seed=5),
         "scaling": latent_scaling(crosscoder, acts).to_frame(LABELS),
-        "successions": successions(crosscoder, acts, presence=0.4),
-        "partings": partings(crosscoder, alive, presence=0.4),
+        "replacements": replacements(crosscoder, acts, lifecycles),
+        "splits": splits(crosscoder, alive, presence=0.4),
         "agreement": top_agreement(crosscoder, acts),
     }
     for name, table in expected.items():
         pd.testing.assert_frame_equal(tables[name], table)
     per_feature = {
         "directions": ("cosine", rotation(crosscoder)),
-        "room": ("dimensionality", feature_dimensionality(crosscoder, acts, presence=0.4)),
+        "feature_dimensionality": ("dimensionality", feature_dimensionality(crosscoder, acts, presence=0.4)),
         "encoder": ("share", encoder_share(crosscoder, acts)),
     }
     for name, (column, values) in per_feature.items():
@@ -94,36 +101,36 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     RunDir(tmp_path).save_tables(found)
     tables: dict[str, Any] = {name: RunDir(tmp_path).table(name) for name in found}
     snapshots = pd.DataFrame({"snapshot": range(4), "label": LABELS, "step": [0, 8, 64, 512]})
-    bars = lives.turning(tables["turning"]).figure.data[0]
-    assert list(bars.y) == tables["turning"]["turned"].tolist()
-    square = lives.cosines(tables["cosines"]).figure.data[0]
+    bars = evolution_figures.rotation(tables["rotation"]).figure.data[0]
+    assert list(bars.y) == tables["rotation"]["turned"].tolist()
+    square = evolution_figures.cosines(tables["cosines"]).figure.data[0]
     assert square.z[1][3] == pytest.approx(
         float(tables["cosines"].query("snapshot == 1 and other == 3")["median"].iloc[0])
     )
-    lines = lives.dimensionality(tables["dimensionality"]).figure.data
+    lines = evolution_figures.dimensionality(tables["dimensionality"]).figure.data
     assert list(lines[0].y) == pytest.approx(tables["dimensionality"]["share"].tolist())
     assert list(lines[1].y) == pytest.approx(tables["dimensionality"]["random_share"].tolist())
-    points = lives.scaling(tables["scaling"], tables["evolution"]).data
+    points = evolution_figures.scaling(tables["scaling"], tables["evolution"]).data
     norms = tables["evolution"][[f"norm/{label}" for label in LABELS]].to_numpy()
     for row in points.sample(20, random_state=0).to_dict("records"):
         top = norms[row["feature"]].max()
         assert row["strength"] == pytest.approx(norms[row["feature"], LABELS.index(row["label"])] / top)
         beta = tables["scaling"].loc[row["feature"], f"peak/{row['label']}"]
         assert row["scaling"] == pytest.approx(beta / top)
-    drawn = lives.encoder(tables["encoder"], tables["evolution"])
+    drawn = evolution_figures.encoder(tables["encoder"], tables["evolution"])
     born = tables["evolution"].query("alive and birth == 2")["feature"]
     shares = tables["encoder"].loc[born, "share/step64"].dropna()
     place = drawn.data["born"].tolist().index(2)
     assert drawn.figure.data[0].z[place][2] == pytest.approx(shares.median())
-    counted = lives.takeovers(
-        pd.DataFrame({"birth": [1, 1, 3]}), pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), snapshots
+    counted = evolution_figures.splits_and_replacements(
+        pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), pd.DataFrame({"birth": [1, 1, 3]}), snapshots
     )
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_dynamics_of_the_corpus_or_of_other_counts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
-    acts = Activations(snaps, "blocks.1.hook_resid_post", tiny_text, 2000, 16, held_out_tokens=300)
+    acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     cc = make_crosscoder(snaps, "standard_crosscoder")
     own = count_ngrams(acts.train_tokens(), snaps.tokenizer)
     found = study_dynamics(cc, acts, seed=4)
@@ -153,13 +160,22 @@ def test_probes_and_their_parts(tiny_snapshots: Path, tiny_text: list[str]) -> N
 def test_nothing_to_draw_is_said(found: dict[str, pd.DataFrame]) -> None:
     tables = found
     dead = tables["evolution"].assign(alive=False)
-    assert "No feature has a birth" in lives.encoder(tables["encoder"], dead)
-    assert "No feature fires" in lives.scaling(tables["scaling"], dead)
-    assert "No feature changes" in lives.turning(tables["turning"].assign(turned=0))
-    assert "No feature has a direction" in lives.cosines(tables["cosines"].assign(n=0))
-    none = pd.DataFrame({"birth": []}), pd.DataFrame({"kind": [], "at": []})
+    assert "No feature is born" in evolution_figures.encoder(tables["encoder"], dead)
+    assert "No feature fires" in evolution_figures.scaling(tables["scaling"], dead)
+    assert "No feature changes" in evolution_figures.rotation(tables["rotation"].assign(turned=0))
+    assert "No feature has a direction" in evolution_figures.cosines(tables["cosines"].assign(n=0))
+    none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
     snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
-    assert "No feature splits" in lives.takeovers(*none, snapshots)
+    assert "No feature splits" in evolution_figures.splits_and_replacements(*none, snapshots)
+
+
+def test_topk_crosscoders_have_no_latent_scaling(acts: Held) -> None:
+    made = BatchTopKCrosscoder(BatchTopKCrosscoderConfig(d_in=20, d_sae=6, n_snapshots=4))
+    made.W_dec.data = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    made.W_enc.data = made.W_dec.data.T.clone()
+    assert "scaling" not in study_evolution(made.requires_grad_(False), acts)
+    with pytest.raises(UserError, match="latent_scaling is meaningless for batchtopk_crosscoder"):
+        latent_scaling(made, acts)
 
 
 def test_one_snapshot_is_refused() -> None:

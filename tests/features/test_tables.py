@@ -1,4 +1,4 @@
-"""The JSON of features, against plain loops over tokens, and the logit lens against the model itself."""
+"""Feature tables and JSON against plain loops over tokens, and the logit lens against the model itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def crosscoder(acts: Activations) -> Crosscoder:
     return made
 
 
-def test_densities_and_examples_in_loops(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:
+def test_densities_and_examples_match_plain_loops(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:
     ids = [5, 0, 17, 9]
     path = export_features(crosscoder, acts, tmp_path / "deep" / "f.json", features=ids, n_examples=3, window=2)
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -81,8 +81,8 @@ def test_densities_and_examples_in_loops(acts: Activations, crosscoder: Crosscod
     assert any(len(set(row["density"])) > 1 for row in found["features"])
 
 
-def test_the_logit_lens_is_what_the_model_adds(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:
-    """On top of a residual whose norm the row hardly changes, the model's own final norm and unembedding agree."""
+def test_the_logit_lens_matches_the_model(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:
+    """The lens agrees with the model's final norm and unembedding if the row hardly changes the residual's norm."""
     model: Any = acts.snapshots.model(2)
     residual = 100 * torch.randn(1, 1, D, generator=torch.Generator().manual_seed(0))
     scale = residual.std(unbiased=False)
@@ -138,7 +138,7 @@ def test_the_logit_lens_of_other_families(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu_crosscoder", "batchtopk_crosscoder"])
-def test_tables_in_loops(acts: Activations, architecture: str) -> None:
+def test_tables_match_plain_loops(acts: Activations, architecture: str) -> None:
     cc = make_crosscoder(architecture)
     cc.cfg.metadata.snapshots = [{"label": s.label, "step": s.step, "tokens": s.tokens} for s in acts.snapshots]
     tables = feature_tables(cc, acts, n_examples=4, window=3, n_logits=2, n_nearest=3)
@@ -175,7 +175,7 @@ def test_tables_in_loops(acts: Activations, architecture: str) -> None:
             shown = [float(values[n, u, i]) if keep[n, u] else 0.0 for u in places]
             assert part["activation"].tolist() == pytest.approx(shown, rel=1e-5)
         if len(best) == 4 and i > 3:
-            break  # the plain loops are slow
+            break  # plain loops are slow
     assert isinstance(around["token"].dtype, pd.CategoricalDtype)
     lens = tables["lens"]
     for i, s in ((0, 0), (5, 2), (23, 1)):
@@ -190,7 +190,7 @@ def test_tables_in_loops(acts: Activations, architecture: str) -> None:
         assert part["suppressed_logit"].tolist() == pytest.approx(logits[order[::-1][:2]].tolist(), abs=1e-4)
 
 
-def test_nearest_features_in_loops(crosscoder: Crosscoder) -> None:
+def test_nearest_features_match_plain_loops(crosscoder: Crosscoder) -> None:
     ids, cosines = nearest_features(crosscoder, 3)
     rows = crosscoder.W_dec.double()
     for i in range(F):
@@ -215,7 +215,7 @@ def test_examples_do_not_depend_on_the_blocks(
     torch.testing.assert_close(highest_, highest)
 
 
-def test_tokens_as_a_reader_sees_them() -> None:
+def test_tokens_for_display() -> None:
     class Bytes:
         names = ["\u0120the", "the", "\u010a", "\u00e2\u013d", "\u2581chat"]
         decoded = [" the", "the", "\n", "\ufffd", "chat"]
@@ -229,7 +229,7 @@ def test_tokens_as_a_reader_sees_them() -> None:
     assert list(token_texts(Bytes(), range(5)).values()) == [" the", "the", "\n", "\u00e2\u013d", " chat"]
 
 
-def test_tables_are_kept_by_a_run_directory(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:
+def test_a_run_directory_keeps_the_tables(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     found = feature_tables(crosscoder, acts, n_examples=2, n_logits=3)
     run.save_tables(found)

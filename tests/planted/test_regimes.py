@@ -1,4 +1,4 @@
-"""Planted truth: lives, directions and activations are what the regime says."""
+"""Planted features: lifecycles, directions and activations match the regime and its table."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify
+from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.planted.regimes import REGIMES, Planted, Regime
 
-SMALL = Regime(n_features=40, d_model=16, n_snapshots=6, splitting=0.2, merging=0.2, turning=0.2, sizes=(0.5, 4.0))
+SMALL = Regime(n_features=40, d_model=16, n_snapshots=6, splitting=0.2, merging=0.2, rotating=0.2, scales=(0.5, 4.0))
 
 
 def scale_of(planted: Planted) -> torch.Tensor:
@@ -33,8 +33,8 @@ def test_rows_are_what_the_table_says(name: str, seed: int) -> None:
     planted = Planted(regime, seed)
     N, S = regime.n_features, regime.n_snapshots
     assert planted.rows.shape == (N, S, regime.d_model) and len(planted.truth) == N
-    assert sorted(planted.sizes.tolist()) == pytest.approx(np.geomspace(*regime.sizes, S).tolist())
-    strength = planted.rows.norm(dim=-1) / planted.sizes
+    assert sorted(planted.scales.tolist()) == pytest.approx(np.geomspace(*regime.scales, S).tolist())
+    strength = planted.rows.norm(dim=-1) / planted.scales
     for i, row in enumerate(planted.truth.to_dict("records")):
         dead = S if pd.isna(row["death"]) else row["death"]
         assert 0 <= row["birth"] < S and (row["kind"] == "dying") == (dead < S)
@@ -47,7 +47,7 @@ def test_rows_are_what_the_table_says(name: str, seed: int) -> None:
         at = S if pd.isna(row["at"]) else int(row["at"])
         for s in range(row["birth"] + 1, dead):
             cosine = float(unit[s] @ unit[s - 1])
-            angle = row["angle"] / (1 if row["kind"] == "turning" else 2) if s == at else 0.0
+            angle = row["angle"] / (1 if row["kind"] == "rotating" else 2) if s == at else 0.0
             assert cosine == pytest.approx(math.cos(angle), abs=1e-5)
         if row["kind"] in ("splitting", "merging"):
             other = planted.truth.iloc[int(row["partner"])]
@@ -56,9 +56,11 @@ def test_rows_are_what_the_table_says(name: str, seed: int) -> None:
             theirs = planted.rows[int(row["partner"])] / planted.rows[int(row["partner"])].norm(dim=-1, keepdim=True)
             for s in range(row["birth"], S):
                 one = (s < at) == (row["kind"] == "splitting")
-                assert float(unit[s] @ theirs[s]) == pytest.approx(1.0 if one else math.cos(regime.parting), abs=1e-5)
+                assert float(unit[s] @ theirs[s]) == pytest.approx(
+                    1.0 if one else math.cos(regime.split_angle), abs=1e-5
+                )
     kinds = planted.truth["kind"].value_counts()
-    for kind in ("dying", "turning", "splitting", "merging"):
+    for kind in ("dying", "rotating", "splitting", "merging"):
         assert kinds.get(kind, 0) == pytest.approx(getattr(regime, kind) * N, abs=1)
     assert (planted.truth["birth"] == 0).mean() == pytest.approx(regime.initial, abs=0.2)
     assert planted.truth["firing"].between(*regime.firing).all() and planted.truth["firing"].nunique() == N
@@ -67,7 +69,7 @@ def test_rows_are_what_the_table_says(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", REGIMES)
 def test_the_definitions_read_births_and_deaths_off_the_true_rows(name: str) -> None:
     planted = Planted(REGIMES[name], 0, n_held_out=4096)
-    life = classify((planted.rows * scale_of(planted)[:, None]).norm(dim=-1))
+    life = classify_lifecycles((planted.rows * scale_of(planted)[:, None]).norm(dim=-1))
     assert life["birth"].tolist() == planted.truth["birth"].tolist()
     assert life["death"].equals(planted.truth["death"])
 
@@ -98,7 +100,7 @@ def test_activations_are_values_times_rows_and_noise() -> None:
     )
     assert (values > 0).double().mean(0).numpy() == pytest.approx(planted.truth["firing"].to_numpy(), abs=0.02)
     noise = x - torch.einsum("bi,isd->bsd", values, planted.rows)
-    assert noise.std((0, 2)).tolist() == pytest.approx((SMALL.noise * planted.sizes).tolist(), rel=0.03)
+    assert noise.std((0, 2)).tolist() == pytest.approx((SMALL.noise * planted.scales).tolist(), rel=0.03)
     assert noise[:, 0].flatten().numpy() @ noise[:, 1].flatten().numpy() == pytest.approx(0.0, abs=20)
     assert torch.equal(planted.draw(3000, 7)[1], x) and not torch.equal(planted.draw(3000, 8)[1], x)
     assert not torch.equal(Planted(SMALL, 4).draw(3000, 7)[1], x)
@@ -141,10 +143,10 @@ def test_it_streams_as_activations_do() -> None:
 
 def test_regimes_that_cannot_be_planted_are_refused() -> None:
     for change, message in (
-        ({"n_snapshots": 4}, "n_snapshots=4 is too few to plant a life in: give 5 or more"),
-        ({"turning": 0.9}, "are 1.05 together: a feature has one fate"),
+        ({"n_snapshots": 4}, "n_snapshots=4 is too few to plant a lifecycle: give 5 or more"),
+        ({"rotating": 0.9}, "dying, rotating, splitting and merging add up to 1.05"),
         ({"initial": 1.5}, r"initial=1.5 is not in \[0, 1\]"),
-        ({"firing": (0.2, 0.1)}, r"firing=\(0.2, 0.1\) is no range of probabilities"),
+        ({"firing": (0.2, 0.1)}, r"firing=\(0.2, 0.1\) is not a range of probabilities"),
         ({"correlation": 1.0}, r"correlation=1.0 is not in \[0, 1\)"),
     ):
         with pytest.raises(UserError, match=message):

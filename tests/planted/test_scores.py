@@ -16,18 +16,19 @@ from scipy.optimize import linear_sum_assignment
 
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify
+from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.planted.regimes import REGIMES, Planted, Regime
 from crosslens.planted.scores import crosscoder_rows, link, linked_rows, matched, recovery
-from crosslens.training.run import TrainConfig, train
+from crosslens.training.config import TrainConfig
+from crosslens.training.run import train
 from tests.given import Held, of_rows
 
 SMALL = Regime(
-    n_features=40, d_model=16, n_snapshots=6, initial=0.6, splitting=0.2, merging=0.2, turning=0.3, max_turn=1.2
+    n_features=40, d_model=16, n_snapshots=6, initial=0.6, splitting=0.2, merging=0.2, rotating=0.3, max_angle=1.2
 )
 PERFECT = {
     "recovered": 1.0, "cosine": 1.0, "dated": 1.0, "birth": 1.0, "birth_error": 0.0, "birth_error_all": 0.0,
-    "false_births": 0.0, "death": 1.0, "turn": 1.0, "rotation_error": 0.0, "partings": 1.0,
+    "false_births": 0.0, "death": 1.0, "rotation": 1.0, "rotation_error": 0.0, "splits": 1.0,
 }  # fmt: skip
 
 
@@ -45,10 +46,10 @@ def test_the_truth_scores_perfectly_in_any_order_and_size(name: str) -> None:
     found = recovery(planted, (planted.rows * scale[:, None] * size)[order], scale)
     expected = dict(PERFECT)
     if not planted.regime.splitting:
-        expected["partings"] = math.nan
+        expected["splits"] = math.nan
     assert found.pop("found") == len(order)
     assert found == pytest.approx(expected, abs=2e-2, nan_ok=True)  # arccos near 1 costs digits
-    assert {found[key] for key in ("recovered", "dated", "birth", "death", "turn")} == {1.0}
+    assert {found[key] for key in ("recovered", "dated", "birth", "death", "rotation")} == {1.0}
 
 
 def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dict[str, float]:
@@ -61,10 +62,10 @@ def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dic
     N, S, _ = true.shape
     c = np.array([[cos(x, y) for y in found] for x in true])
     partner = dict(zip(*linear_sum_assignment(-c), strict=True))
-    life = classify(torch.tensor(found).norm(dim=-1)).to_dict("records")
+    life = classify_lifecycles(torch.tensor(found).norm(dim=-1)).to_dict("records")
     rows = planted.truth.to_dict("records")
     got = [i for i in range(N) if i in partner and c[i, partner[i]] > 0.9]
-    exact, errors, deaths, turns, rotations = [], [], [], [], []
+    exact, errors, deaths, large, rotations = [], [], [], [], []
     every = [
         abs(life[partner[i]]["birth"] - rows[i]["birth"]) for i in partner if not pd.isna(life[partner[i]]["birth"])
     ]
@@ -75,7 +76,7 @@ def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dic
             errors.append(abs(mine["birth"] - rows[i]["birth"]))
         if rows[i]["kind"] == "dying":
             deaths.append(not pd.isna(mine["death"]) and mine["death"] == rows[i]["death"])
-        if rows[i]["kind"] == "turning":
+        if rows[i]["kind"] == "rotating":
             f, at = found[partner[i]], int(rows[i]["at"])
             degrees = [math.degrees(math.acos(min(1, cos(z[at - 1], z[at])))) for z in (f, true[i])]
             rotations.append(abs(degrees[0] - degrees[1]))
@@ -83,7 +84,7 @@ def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dic
                 size = np.linalg.norm(f, axis=1)
                 there = size >= size.max() / 2
                 steps = {s: cos(f[s - 1], f[s]) for s in range(1, S) if there[s] and there[s - 1]}
-                turns.append(bool(steps) and min(steps, key=lambda s: steps[s]) == at)
+                large.append(bool(steps) and min(steps, key=lambda s: steps[s]) == at)
     false = [
         not any(c[i, j] > 0.7 and rows[i]["birth"] == mine["birth"] for i in range(N))
         for j, mine in enumerate(life)
@@ -92,7 +93,7 @@ def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dic
     pairs = [
         (i, int(row["partner"])) for i, row in enumerate(rows) if not pd.isna(row["partner"]) and row["partner"] > i
     ]
-    parted = [
+    split = [
         i in got and j in got and all(
             (cos(found[partner[i]][s], found[partner[j]][s]) > 0.7) == (cos(true[i][s], true[j][s]) > 0.7)
             for s in range(rows[i]["birth"], S)
@@ -104,8 +105,8 @@ def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dic
         "birth_error": np.mean(errors), "birth_error_all": np.mean(every), "false_births": np.mean(false),
         "dated": sum(exact) / N,
         "death": sum(deaths) / sum(row["kind"] == "dying" for row in rows),
-        "turn": sum(turns) / sum(row["kind"] == "turning" and row["angle"] >= 0.3 for row in rows),
-        "rotation_error": np.mean(rotations), "partings": np.mean(parted),
+        "rotation": sum(large) / sum(row["kind"] == "rotating" and row["angle"] >= 0.3 for row in rows),
+        "rotation_error": np.mean(rotations), "splits": np.mean(split),
     }  # fmt: skip
 
 
@@ -148,25 +149,25 @@ def test_the_table_says_which_features_were_found() -> None:
         row = table.iloc[i]
         if i not in kept.tolist():
             assert pd.isna(row["feature"]) and pd.isna(row["cosine"]) and not row["recovered"]
-            assert pd.isna(row["claimed_birth"]) and pd.isna(row["claimed_death"])
+            assert pd.isna(row["found_birth"]) and pd.isna(row["found_death"])
             continue
         mine = found[int(row["feature"])].flatten().double()
         theirs = rows[i].flatten().double()
         assert row["cosine"] == pytest.approx(float(mine @ theirs / (mine.norm() * theirs.norm())), abs=1e-6)
         if not planted.truth["kind"][i].endswith("ing") or planted.truth["kind"][i] == "dying":
             assert int(kept[int(row["feature"])]) == i  # of a pair that splits late, either may be taken for the other
-        assert row["claimed_birth"] == row["birth"] + (int(row["feature"]) == late)
-        assert row["claimed_death"] is row["death"] or row["claimed_death"] == row["death"]
+        assert row["found_birth"] == row["birth"] + (int(row["feature"]) == late)
+        assert row["found_death"] is row["death"] or row["found_death"] == row["death"]
     scores = recovery(planted, found, scale, min_cosine=0.5)
     assert table["recovered"].sum() == 25 > (table["cosine"] > 0.9).sum()
     assert scores["recovered"] == table["recovered"].mean() and scores["birth_error_all"] == pytest.approx(1 / 25)
 
 
 def test_one_found_feature_recovers_one_planted_feature() -> None:
-    planted = Planted(Regime(n_features=40, d_model=16, splitting=1.0, dying=0, turning=0, parting=0.1))
+    planted = Planted(Regime(n_features=40, d_model=16, splitting=1.0, dying=0, rotating=0, split_angle=0.1))
     first = torch.tensor((planted.truth["partner"] > planted.truth.index).to_numpy())
     found = recovery(planted, planted.rows[first], torch.ones(8))
-    assert found["recovered"] == 0.5 and found["cosine"] > 0.99 and found["partings"] == 0.0
+    assert found["recovered"] == 0.5 and found["cosine"] > 0.99 and found["splits"] == 0.0
 
 
 def test_scores_of_nothing() -> None:
@@ -174,7 +175,7 @@ def test_scores_of_nothing() -> None:
     made_up = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(0))
     scores = recovery(planted, made_up, torch.ones(6))
     assert math.isnan(scores["birth"]) and math.isnan(scores["rotation_error"])
-    assert {scores[key] for key in ("recovered", "dated", "death", "turn", "partings")} == {0.0}
+    assert {scores[key] for key in ("recovered", "dated", "death", "rotation", "splits")} == {0.0}
     for wrong in (made_up[:0], made_up[:, :5], made_up[..., :3]):
         with pytest.raises(UserError, match=r"give \(F, S, D\) = \(1 or more, 6, 16\)"):
             recovery(planted, wrong, torch.ones(wrong.shape[1]))
@@ -254,7 +255,7 @@ def test_a_crosscoder_tells_more_of_the_truth_than_one_dictionary_per_snapshot()
     """The benchmark, small: more features than dimensions at every snapshot, noise, splits, sizes that differ."""
     regime = Regime(
         n_features=32, d_model=8, n_snapshots=5, firing=(0.03, 0.08), initial=0.5, splitting=0.125, noise=0.1,
-        sizes=(0.3, 10.0),
+        scales=(0.3, 10.0),
     )  # fmt: skip
     planted = Planted(regime, 1, n_held_out=4000)
     config = TrainConfig(
@@ -272,7 +273,7 @@ def test_a_crosscoder_tells_more_of_the_truth_than_one_dictionary_per_snapshot()
     parts = [planted.only(s) for s in range(5)]
     theirs = recovery(planted, *linked_rows([trained(part) for part in parts], parts))
     assert ours["recovered"] >= 0.8 and ours["birth"] >= 0.95 and ours["false_births"] <= 0.1
-    for name in ("recovered", "dated", "cosine", "death", "turn", "partings"):
+    for name in ("recovered", "dated", "cosine", "death", "rotation", "splits"):
         assert ours[name] > theirs[name], name
     for name in ("false_births", "rotation_error", "birth_error_all"):
         assert ours[name] < theirs[name], name
@@ -308,7 +309,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_benchmark_reports_means_the_worst_seed_and_where_a_bar_is_missed(benchmark: Any) -> None:
-    common = {"regime": "easy", "cosine": 0.9, "birth": 1.0, "dated": 0.9, "partings": None}
+    common = {"regime": "easy", "cosine": 0.9, "birth": 1.0, "dated": 0.9, "splits": None}
     results = [
         {"method": "topk", "seed": 0, "recovered": 0.99, "false_births": 0.02, **common},
         {"method": "topk", "seed": 1, "recovered": 0.89, "false_births": 0.1, **common},
@@ -339,7 +340,7 @@ def test_the_benchmark_runs_every_method(benchmark: Any, monkeypatch: pytest.Mon
     result = benchmark.run(planted, method, "easy", 0, 8)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert {"explained_variance", "l0", *benchmark.BETTER} <= set(result) and result["found"] > 0
-    shares = [result[f"of_{name}"] for name in ("steady", "turning", "dying", "splitting", "merging")]
+    shares = [result[f"of_{name}"] for name in ("steady", "rotating", "dying", "splitting", "merging")]
     counts = planted.truth["kind"].value_counts()
-    kinds = [counts[kind] for kind in ("steady", "turning", "dying", "splitting", "merging")]
+    kinds = [counts[kind] for kind in ("steady", "rotating", "dying", "splitting", "merging")]
     assert np.dot(shares, kinds) / 40 == pytest.approx(result["recovered"])
