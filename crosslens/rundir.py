@@ -116,13 +116,7 @@ class RunDir:
         self.check_usable()
         contents = self.read_json() if self.exists() else {}
         if part in contents:
-            difference = _first_difference(contents[part], wanted)
-            if difference is not None:
-                key, old, new = difference
-                raise UserError(
-                    f"{self.path} is the directory of another run: its {key} is {shortened(old)}, yours is "
-                    f"{shortened(new)}; choose another directory (nothing in this one was changed)"
-                )
+            self._refuse_difference(contents[part], wanted)
             return
         stamp = contents or {
             "versions": {package: version(package) for package in _PACKAGES},
@@ -132,6 +126,25 @@ class RunDir:
             "command": [_program(sys.argv[0]), *sys.argv[1:]],
         }
         self.write_json({**stamp, part: wanted, **(_headlines(wanted) if part == "identity" else {})})
+
+    def check_settings(self, settings: dict[str, Any], part: str = "identity") -> None:
+        """Check some of the settings that `claim` compares, before the others are known.
+
+        Raises:
+            UserError: the directory cannot be used, or holds a run with other settings.
+        """
+        self.check_usable()
+        if self.exists():
+            self._refuse_difference(_common(self.read_json().get(part, {}), settings), settings)
+
+    def _refuse_difference(self, found: Any, wanted: Any) -> None:
+        difference = _first_difference(found, wanted)
+        if difference is not None:
+            key, old, new = difference
+            raise UserError(
+                f"{self.path} is the directory of another run: its {key} is {shortened(old)}, yours is "
+                f"{shortened(new)}; choose another directory (nothing in this one was changed)"
+            )
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of an unfinished training run."""
@@ -216,6 +229,13 @@ def _headlines(identity: dict[str, Any]) -> dict[str, Any]:
         "n_tokens": identity.get("n_tokens"),
         "seed": identity.get("training", {}).get("seed"),
     }
+
+
+def _common(found: Any, wanted: Any) -> Any:
+    """`wanted`, with the values that `found` has for the same keys."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return {key: _common(found[key], value) if key in found else value for key, value in wanted.items()}
+    return found
 
 
 def _first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:

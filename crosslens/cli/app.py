@@ -1,21 +1,48 @@
-"""The command line: each verb is a thin call of the function of its name, over a run directory."""
+"""The command line: each verb calls the library function of its name, and reads and writes a run directory."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import crosslens
 from crosslens.cli.arguments import (
-    open_activations,
+    ARCHITECTURES,
+    BACKENDS,
+    BASELINES,
+    CACHE_DTYPES,
+    MAX_FEATURES,
+    MAX_SEED,
+    METHODS,
+    RULES,
+    SAMPLES,
+    check_dataset,
+    check_device,
+    check_folder,
+    check_hook,
+    check_id,
+    check_new_run,
+    check_numbers,
+    check_positive,
+    check_published,
+    check_repository,
+    check_run,
+    check_task,
+    check_trained_run,
+    check_training,
+    find_snapshots,
+    in_range,
+    one_of,
     open_run,
     parse_architecture,
     parse_numbers,
-    parse_snapshots,
+    parse_prices,
+    parse_settings,
     parse_steps,
     parse_task,
 )
@@ -25,74 +52,126 @@ if TYPE_CHECKING:
     from crosslens.snapshots.families import Revision
 
 app = typer.Typer(
-    name="crosslens",
-    help="Watch a language model learn: crosscoders over pretraining snapshots.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    name="crosslens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
-RunArgument = Annotated[Path, typer.Argument(help="Run directory that `crosslens train` made.", metavar="RUN")]
-TaskOption = Annotated[
-    str,
-    typer.Option(
-        "--task",
-        help="demo:simple, sva:FILE, blimp:UID, blimp:FILE, or FILE (jsonl, csv: columns prefix, correct, wrong).",
-    ),
+
+def _option(name: str, help: str, check: Callable[..., Any] | None = None) -> Any:
+    """An option whose value `check` refuses or returns."""
+    return typer.Option(name, help=help, callback=check)
+
+
+TrainedArgument = Annotated[
+    Path, typer.Argument(help="Run directory written by `crosslens train`.", metavar="RUN", callback=check_trained_run)
+]
+RunArgument = Annotated[
+    Path, typer.Argument(help="Run directory written by `crosslens train`.", metavar="RUN", callback=check_run)
 ]
 SnapshotsOption = Annotated[
     str,
-    typer.Option(
+    _option(
         "--snapshots",
-        help="Folder with snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (with --steps); "
-        "a hub name with @ and revisions such as org/model@step0,step1000, or their pattern such as "
+        "A folder of snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (choose with "
+        "--steps); a hub repository with revisions such as org/model@step0,step1000, or with a pattern such as "
         "org/model@step{step}; a release such as crosslens-demo; or demo.",
     ),
 ]
 StepsOption = Annotated[
     str | None,
-    typer.Option("--steps", help="Steps such as 0,512,143000, revisions, or a set: paper, triplet, log:12, linear:12."),
+    _option(
+        "--steps",
+        "Training steps such as 0,512,143000, revisions, or a named set: all, paper, triplet, log:12, linear:12. "
+        "Default: paper for Pythia, otherwise all or log:8.",
+    ),
 ]
-HookOption = Annotated[str, typer.Option("--hook", help="Hook point such as blocks.6.hook_resid_post.")]
-DatasetOption = Annotated[str, typer.Option("--dataset", help="Hub name, or a text, jsonl, csv or parquet file.")]
-TokensOption = Annotated[int | None, typer.Option("--n-tokens", help="Activations to train on; all when left out.")]
-EpochsOption = Annotated[
-    int | None, typer.Option("--training-tokens", help="More than --n-tokens means several epochs.")
+HookOption = Annotated[str, _option("--hook", "Hook point, such as blocks.6.hook_resid_post.", check_hook)]
+DatasetOption = Annotated[
+    str, _option("--dataset", "A dataset on the hub, or a text, jsonl, csv or parquet file.", check_dataset)
 ]
-DtypeOption = Annotated[str, typer.Option("--cache-dtype", help="bfloat16, float32 or int8 on disk.")]
-ContextOption = Annotated[int | None, typer.Option("--context-size", help="Tokens per sequence.")]
-ColumnOption = Annotated[str, typer.Option("--text-column", help="Column of the documents.")]
-SampleOption = Annotated[str, typer.Option("--sample-by", help="What a document is in a text file: line or paragraph.")]
-ArchitectureOption = Annotated[str, typer.Option("--architecture", help="standard, topk, batchtopk or jumprelu.")]
-KOption = Annotated[int, typer.Option("--k", help="Features kept per token (topk, batchtopk).")]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Activations per step.")]
-SlicesOption = Annotated[
-    int, typer.Option("--data-parallel", help="Groups of processes that split a batch; in a group they split features.")
+TokensOption = Annotated[
+    int | None, _option("--n-tokens", "Tokens per epoch of training. Default: the whole dataset.", in_range(1))
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="bridge or hooked_transformer.")]
+TrainingTokensOption = Annotated[
+    int | None,
+    _option(
+        "--training-tokens", "Tokens to train on; more than --n-tokens means several epochs. Default: one.", in_range(1)
+    ),
+]
+DtypeOption = Annotated[
+    str, _option("--cache-dtype", "Format on disk: bfloat16, float32 or int8.", one_of(*CACHE_DTYPES))
+]
+ContextOption = Annotated[
+    int | None,
+    _option("--context-size", "Tokens per sequence. Default: the models' context, at most 1024.", in_range(2)),
+]
+ColumnOption = Annotated[str, _option("--text-column", "Column of the dataset that holds the text.")]
+SampleOption = Annotated[
+    str, _option("--sample-by", "A document in a text file is a line or a paragraph.", one_of(*SAMPLES))
+]
+ArchitectureOption = Annotated[
+    str, _option("--architecture", "standard, topk, batchtopk or jumprelu.", one_of(*ARCHITECTURES))
+]
+KOption = Annotated[int, _option("--k", "Active features per token (topk and batchtopk).", in_range(1))]
+BatchOption = Annotated[int, _option("--batch-size", "Tokens per training step.", in_range(1))]
+ParallelOption = Annotated[
+    int,
+    _option(
+        "--data-parallel",
+        "Groups of processes that split the tokens of a batch; the processes in a group split the features.",
+        in_range(1),
+    ),
+]
+TaskOption = Annotated[
+    str,
+    _option(
+        "--task",
+        "demo:simple, sva:FILE, blimp:UID, blimp:FILE, clams:FILE, multiblimp:LANGUAGE, ioi, or a jsonl, csv or "
+        "parquet file with the columns prefix, correct and wrong.",
+        check_task,
+    ),
+]
+BaselineOption = Annotated[
+    str,
+    _option(
+        "--baseline",
+        "What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt.",
+        one_of(*BASELINES),
+    ),
+]
+SeedOption = Annotated[int, _option("--seed", "Seed of all random numbers.", in_range(0, MAX_SEED))]
+DeviceOption = Annotated[
+    str | None, _option("--device", "cpu, cuda or cuda:N. Default: cuda if available.", check_device)
+]
+BackendOption = Annotated[
+    str, _option("--backend", "TransformerLens class: bridge or hooked_transformer.", one_of(*BACKENDS))
+]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crosslens {crosslens.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Watch a language model learn: crosscoders over pretraining snapshots."""
+
+
+# ---------------------------------------------------------------------- verbs
 @app.command("ls")
-def list_what(
+def list_(
     what: Annotated[
-        str, typer.Argument(help="A model such as pythia-160m, a folder, releases, or one; families when left out.")
+        str, typer.Argument(help="A model such as pythia-160m, a folder of snapshots, `releases`, or a release.")
     ] = "",
     steps: StepsOption = None,
 ) -> None:
-    """List the families, the snapshots of one model and which are on this disk, or the releases of crosscoders."""
-    from crosslens.snapshots import families
-
-    if what and not Path(what).exists() and "@" not in what and families.match_model(what) is None:
-        from crosslens.sharing.registry import describe_releases, list_releases
-
-        if what == "releases" or what in list_releases():
-            for line in describe_releases(None if what == "releases" else what):
-                typer.echo(line)
-            return
-    for line in list_snapshots(what, steps) if what else list_families():
+    """List model families, the snapshots of a model, or releases of crosscoders."""
+    for line in _list(what, steps):
         typer.echo(line)
 
 
@@ -102,27 +181,30 @@ def plan(
     hook: HookOption,
     dataset: DatasetOption,
     n_tokens: TokensOption = None,
-    training_tokens: EpochsOption = None,
+    training_tokens: TrainingTokensOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
-    cache: Annotated[Path, typer.Option("--cache", help="Where a cache would lie.")] = Path("."),
+    cache: Annotated[Path, _option("--cache", "Folder that a cache would be written to.")] = Path("."),
     cache_dtype: DtypeOption = "bfloat16",
     d_sae: Annotated[
-        int | None, typer.Option("--d-sae", help="Features; with it, memory of training is stated.")
+        int | None, _option("--d-sae", "Number of features; adds the memory of training.", in_range(1, MAX_FEATURES))
     ] = None,
     architecture: ArchitectureOption = "batchtopk",
     k: KOption = 64,
     batch_size: BatchOption = 4096,
-    processes: Annotated[int, typer.Option("--processes", help="That torchrun is to start.")] = 1,
-    data_parallel: SlicesOption = 1,
+    processes: Annotated[int, _option("--processes", "Processes that torchrun will start.", in_range(1))] = 1,
+    data_parallel: ParallelOption = 1,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
     backend: BackendOption = "bridge",
 ) -> None:
-    """Say what a harvest, and a training, cost, before models are run and weights are downloaded."""
-    options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
-    acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, **options)
+    """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
+    load = find_snapshots(snapshots, steps, hook)
+    from crosslens.activations import Activations, Dataset
+
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, sample_by=sample_by)
+    acts = Activations(load(), hook, data, settings=parse_settings(device, backend))
     planned = acts.plan(
         training_tokens=training_tokens,
         folder=cache,
@@ -140,22 +222,25 @@ def harvest(
     snapshots: SnapshotsOption,
     hook: HookOption,
     dataset: DatasetOption,
-    cache: Annotated[Path, typer.Option("--cache", help="Folder of the activations; made when missing.")],
+    cache: Annotated[Path, _option("--cache", "Folder for the activations; created if missing.", check_folder)],
     n_tokens: TokensOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
     cache_dtype: DtypeOption = "bfloat16",
-    evict: Annotated[bool, typer.Option("--evict", help="Afterwards delete the weights downloaded for it.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare the checksums of what is there.")] = False,
+    evict: Annotated[bool, _option("--evict", "Delete the weights downloaded for this afterwards.")] = False,
+    verify: Annotated[bool, _option("--verify", "Compare the checksums of activations on disk.")] = False,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
     backend: BackendOption = "bridge",
 ) -> None:
-    """Write activations to disk; the same command goes on after an interruption, and may run several times at once."""
-    options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
-    acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, seed=seed, **options)
+    """Write activations to disk. Run the same command again to resume; several may run at once."""
+    load = find_snapshots(snapshots, steps, hook)
+    from crosslens.activations import Activations, Dataset
+
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, sample_by=sample_by)
+    acts = Activations(load(), hook, data, seed=seed, settings=parse_settings(device, backend))
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
     _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
 
@@ -165,41 +250,38 @@ def train(
     snapshots: SnapshotsOption,
     hook: HookOption,
     dataset: DatasetOption,
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Directory of the run; made when missing.")],
-    d_sae: Annotated[int, typer.Option("--d-sae", help="Number of features.")],
+    run_dir: Annotated[Path, _option("--run-dir", "Run directory; created if missing.", check_new_run)],
+    d_sae: Annotated[int, _option("--d-sae", "Number of features.", in_range(1, MAX_FEATURES))],
     architecture: ArchitectureOption = "batchtopk",
     k: KOption = 64,
     n_tokens: TokensOption = None,
-    training_tokens: EpochsOption = None,
+    training_tokens: TrainingTokensOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
     batch_size: BatchOption = 4096,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-4,
+    lr: Annotated[float, _option("--lr", "Learning rate of Adam.", check_positive)] = 3e-4,
     dead_tokens: Annotated[
-        int, typer.Option("--dead-tokens", help="A feature silent for so many activations counts as dead.")
+        int, _option("--dead-tokens", "Tokens without firing after which a feature counts as dead.", in_range(1))
     ] = 10_000_000,
-    n_checkpoints: Annotated[int, typer.Option("--n-checkpoints", help="Checkpoints to resume from.")] = 4,
-    data_parallel: SlicesOption = 1,
-    cache: Annotated[Path | None, typer.Option("--cache", help="Write activations here once, and read them.")] = None,
+    n_checkpoints: Annotated[
+        int, _option("--n-checkpoints", "Checkpoints to resume from, evenly spaced.", in_range(0))
+    ] = 4,
+    data_parallel: ParallelOption = 1,
+    cache: Annotated[
+        Path | None,
+        _option("--cache", "Write the activations to this folder first, or read them from it.", check_folder),
+    ] = None,
     cache_dtype: DtypeOption = "bfloat16",
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
     backend: BackendOption = "bridge",
-    wandb_project: Annotated[str | None, typer.Option("--wandb-project", help="Log to this W&B project.")] = None,
+    wandb_project: Annotated[str | None, _option("--wandb-project", "Log to this W&B project.")] = None,
 ) -> None:
-    """Train a crosscoder, in one process or under torchrun; the same command continues after an interruption."""
-    from crosslens.activations.cache import check_dtype
-    from crosslens.distributed.parallel import n_processes
-    from crosslens.rundir import RunDir
-    from crosslens.training.run import claim
-    from crosslens.training.run import train as train_crosscoder
-    from crosslens.training.trainer import TrainConfig
+    """Train a crosscoder, in one process or under torchrun. Run the same command again to resume."""
+    from crosslens.training.config import TrainConfig
 
-    architecture_config = parse_architecture(architecture, d_sae, k)
-    options: dict[str, Any] = {"text_column": text_column, "sample_by": sample_by, "device": device, "backend": backend}
-    acts = open_activations(snapshots, steps, hook, dataset, n_tokens, context_size, seed=seed, **options)
     config = TrainConfig(
         run_dir=run_dir,
         training_tokens=training_tokens,
@@ -209,40 +291,49 @@ def train(
         n_checkpoints=n_checkpoints,
         data_parallel=data_parallel,
         seed=seed,
-        device=device,
+        device=device or "cpu",
         wandb_project=wandb_project,
     )
+    check_training(architecture, d_sae, k, n_tokens, config)
+    load = find_snapshots(snapshots, steps, hook)
+    from crosslens.activations import Activations, Dataset
+    from crosslens.rundir import RunDir
+    from crosslens.training.run import claim
+    from crosslens.training.run import train as train_crosscoder
+
+    settings = parse_settings(device, backend)
+    config.device = settings.device
+    architecture_config = parse_architecture(architecture, d_sae, k)
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, sample_by=sample_by)
+    acts = Activations(load(), hook, data, seed=seed, settings=settings)
     if cache is not None:
-        check_dtype(cache_dtype)
         if _first():
-            claim(acts, architecture_config, config)  # the run directory of another run is refused before the harvest
+            claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
         acts = acts.cache(cache, cache_dtype)
     planned = acts.plan(
         measure=False,
         training_tokens=training_tokens,
         architecture=architecture_config,
         batch_size=batch_size,
-        processes=n_processes(),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
         data_parallel=data_parallel,
     )
-    steps_to_do = (training_tokens or acts.n_tokens) // batch_size
-    _say(f"{steps_to_do:,} steps of {batch_size:,} activations\n{planned.training}")
+    _say(f"{(training_tokens or acts.n_tokens) // batch_size:,} steps of {batch_size:,} tokens\n{planned.training}")
     crosscoder = train_crosscoder(acts, architecture_config, config)
     timings = RunDir(run_dir).read_json().get("timings", {})
     _say(
         f"{type(crosscoder).__name__} with {d_sae} features saved in {run_dir}: {timings.get('train', 0):,.0f} s, "
-        f"{timings.get('tokens_per_second', 0):,.0f} activations a second, "
-        f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB of memory"
+        f"{timings.get('tokens_per_second', 0):,.0f} tokens/s, {timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
     )
 
 
 @app.command()
-def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
-    """Lives, directions and controls of every feature, the phases of training, and probes of some features."""
+def evolve(run_dir: TrainedArgument, device: DeviceOption = None) -> None:
+    """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
     import pandas as pd
 
-    from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
-    from crosslens.features.tables import feature_tables
+    from crosslens.evolution import study_dynamics, study_evolution, study_probes
+    from crosslens.features import feature_tables
 
     run, crosscoder, acts = open_run(run_dir, device)
     history = study_evolution(crosscoder, acts)
@@ -257,36 +348,39 @@ def evolve(run_dir: RunArgument, device: DeviceOption = "cpu") -> None:
 
 @app.command()
 def attribute(
-    run_dir: RunArgument,
+    run_dir: TrainedArgument,
     task: TaskOption,
-    method: Annotated[str, typer.Option("--method", help="ig, gradient or exact.")] = "ig",
-    rule: Annotated[str, typer.Option("--rule", help="gauss_legendre, midpoint or left.")] = "gauss_legendre",
-    steps: Annotated[int, typer.Option("--steps", help="Nodes of the rule.")] = 20,
-    baseline: Annotated[str, typer.Option("--baseline", help="zero, mean or patch.")] = "zero",
+    method: Annotated[
+        str,
+        _option(
+            "--method",
+            "ig (integrated gradients), gradient (attribution patching) or exact (ablate features one by one).",
+            one_of(*METHODS),
+        ),
+    ] = "ig",
+    rule: Annotated[
+        str, _option("--rule", "Quadrature rule of ig: gauss_legendre, midpoint or left.", one_of(*RULES))
+    ] = "gauss_legendre",
+    n_nodes: Annotated[int, _option("--n-nodes", "Nodes of the rule, each a backward pass.", in_range(1))] = 20,
+    baseline: BaselineOption = "zero",
     seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
-    """Effects of every feature on a task, at every snapshot, on one half of its prompts."""
+    """Estimate the effect of every feature on a task at every snapshot, on the selection half of its prompts."""
     import pandas as pd
 
-    from crosslens.causal.attribution import attribute as attribute_effects
+    from crosslens.causal import Estimator
+    from crosslens.causal import attribute as attribute_effects
+    from crosslens.intervention import PromptRuns
 
     run, crosscoder, acts = open_run(run_dir, device)
     prompts = parse_task(task)
-    ie = attribute_effects(
-        crosscoder,
-        acts.snapshots,
-        prompts.split(seed)[0],
-        method,
-        rule=rule,
-        steps=steps,
-        baseline=baseline,
-        device=device,
-        backend=acts.settings.backend,
-    )
+    selection, _ = prompts.split(seed)
+    runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=baseline == "patch", settings=acts.settings)
+    ie = attribute_effects(runs, Estimator(method, rule, n_nodes, baseline))
     run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms))
     run.save_table(f"attribution/{prompts.name}.snapshots", ie.snapshot_frame())
-    accuracy = prompts.accuracy(acts.snapshots, device=device)
+    accuracy = prompts.accuracy(acts.snapshots, settings=acts.settings)
     before = run.table("accuracy")
     if before is not None:
         accuracy = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
@@ -298,19 +392,24 @@ def attribute(
 
 @app.command()
 def ablate(
-    run_dir: RunArgument,
+    run_dir: TrainedArgument,
     task: TaskOption,
-    k: Annotated[str, typer.Option("--k", help="Sizes of the feature sets.")] = "1,5,15,50",
-    value: Annotated[str, typer.Option("--value", help="zero, mean or patch.")] = "zero",
-    n_draws: Annotated[int, typer.Option("--n-draws", help="Draws of random and size-matched features.")] = 20,
+    k: Annotated[
+        str, _option("--k", "Sizes of the sets of top features, such as 1,5,15,50.", check_numbers)
+    ] = "1,5,15,50",
+    baseline: BaselineOption = "zero",
+    n_draws: Annotated[
+        int, _option("--n-draws", "Sets of random and of size-matched features to compare with.", in_range(1))
+    ] = 20,
     seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = None,
 ) -> None:
-    """Ablate, and keep only, the top features on the other half of the prompts."""
+    """Ablate the top features, and keep only them, on the held-out half of a task's prompts."""
     import pandas as pd
 
-    from crosslens.causal.ablation import ablate as ablate_features
-    from crosslens.causal.attribution import Attribution
+    from crosslens.causal import Attribution, Controls
+    from crosslens.causal import ablate as ablate_features
+    from crosslens.intervention import PromptRuns
 
     run, crosscoder, acts = open_run(run_dir, device)
     prompts = parse_task(task)
@@ -320,21 +419,11 @@ def ablate(
             f"{run_dir} has no effects on {prompts.name!r}; run `crosslens attribute {run_dir} --task {task}` first"
         )
     ie = Attribution.from_frames(prompts.name, frame, snapshots, crosscoder.cfg.d_sae)
-    sizes = parse_numbers(k, "--k")
+    _, held_out = prompts.split(seed)
+    runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=baseline == "patch", settings=acts.settings)
+    controls = Controls(n_draws=n_draws, seed=seed)
     tables = [
-        ablate_features(
-            crosscoder,
-            acts.snapshots,
-            prompts.split(seed)[1],
-            ie,
-            sizes,
-            keep=keep,
-            value=value,
-            n_draws=n_draws,
-            seed=seed,
-            device=device,
-            backend=acts.settings.backend,
-        )
+        ablate_features(runs, ie, parse_numbers(k, "--k"), keep=keep, baseline=baseline, controls=controls)
         for keep in (False, True)
     ]
     table = pd.concat(tables, ignore_index=True)
@@ -348,39 +437,56 @@ def ablate(
 
 @app.command("label")
 def label_run(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory with examples of features.", metavar="RUN")],
-    client: Annotated[str, typer.Option("--client", help="openai or anthropic, or a server that talks like one.")],
-    model: Annotated[str, typer.Option("--model", help="Its name there.")],
-    base_url: Annotated[str | None, typer.Option("--base-url", help="Of another server, such as a local one.")] = None,
-    features: Annotated[str | None, typer.Option("--features", help="Ids such as 3,17; all when left out.")] = None,
-    n_features: Annotated[int | None, typer.Option("--n-features", help="So many of them, drawn at random.")] = None,
-    n_examples: Annotated[int, typer.Option("--n-examples", help="Examples shown of each.")] = 7,
-    attempts: Annotated[int, typer.Option("--attempts", help="Times to ask where nothing readable came.")] = 1,
-    requests_per_minute: Annotated[float, typer.Option("--requests-per-minute", help="Most of them.")] = 50.0,
-    workers: Annotated[int, typer.Option("--workers", help="Requests under way at once.")] = 4,
-    prices: Annotated[str | None, typer.Option("--prices", help="Of a million tokens in and out, as 3,15.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and ask nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether to go on.")] = False,
+    run_dir: RunArgument,
+    client: Annotated[str, _option("--client", "API of the server: openai or anthropic.")],
+    model: Annotated[str, _option("--model", "Name of the language model on the server.")],
+    base_url: Annotated[
+        str | None, _option("--base-url", "URL of another server with that API, such as a local one.")
+    ] = None,
+    features: Annotated[
+        str | None, _option("--features", "Feature ids such as 3,17. Default: all.", check_numbers)
+    ] = None,
+    n_features: Annotated[
+        int | None, _option("--n-features", "Label this many of them, drawn at random.", in_range(1))
+    ] = None,
+    n_examples: Annotated[int, _option("--n-examples", "Examples shown per feature.", in_range(1))] = 7,
+    attempts: Annotated[
+        int, _option("--attempts", "Requests per feature until an answer can be parsed.", in_range(1))
+    ] = 1,
+    requests_per_minute: Annotated[float, _option("--requests-per-minute", "Rate limit.", check_positive)] = 50.0,
+    workers: Annotated[int, _option("--workers", "Concurrent requests.", in_range(1))] = 4,
+    prices: Annotated[str | None, _option("--prices", "Prices of a million tokens in and out, such as 3,15.")] = None,
+    seed: SeedOption = 0,
+    dry_run: Annotated[bool, _option("--dry-run", "Estimate the cost without sending a request.")] = False,
+    yes: Annotated[bool, _option("--yes", "Do not ask for confirmation.")] = False,
 ) -> None:
-    """Name features by a language model; the key comes from OPENAI_API_KEY or ANTHROPIC_API_KEY."""
+    """Label features with a language model; the key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY."""
     from functools import partial
 
-    from crosslens.features.explainers import Rater, check_client
-    from crosslens.features.labels import complexity_correlation, label_features
+    from crosslens.features.explainers import Explainer, check_client
     from crosslens.rundir import RunDir
 
-    run = RunDir.open(run_dir)
-    rater = Rater(client, model, base_url, requests_per_minute=requests_per_minute, workers=workers)
+    run = RunDir(run_dir)
+    if "examples" not in run.table_names():
+        raise UserError(f"{run_dir} has no examples of features: run `crosslens evolve {run_dir}` first")
+    explainer = Explainer(
+        client,
+        model,
+        base_url,
+        requests_per_minute=requests_per_minute,
+        workers=workers,
+        attempts=attempts,
+        prices=None if prices is None else parse_prices(prices),
+    )
+    from crosslens.features.labels import complexity_correlation, label_features
+
     ask = partial(
         label_features,
         run,
-        rater,
+        explainer,
         features=None if features is None else parse_numbers(features, "--features"),
         n_features=n_features,
         n_examples=n_examples,
-        attempts=attempts,
-        prices=None if prices is None else _prices(prices),
         seed=seed,
     )
     estimate = ask(dry_run=True).estimate
@@ -388,7 +494,7 @@ def label_run(
     if dry_run:
         return
     if estimate.requests:
-        check_client(rater)
+        check_client(explainer)
         if not yes:
             typer.confirm("Send them?", abort=True)
     labels = ask()
@@ -402,43 +508,41 @@ def label_run(
             typer.echo(f"complexity and {row['event']}: {words}")
 
 
-def _prices(text: str) -> tuple[float, float]:
-    try:
-        into, out = map(float, text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--prices {text!r} must be two numbers, of a million tokens in and out, such as 3,15"
-        ) from None
-    return into, out
-
-
 @app.command("report")
 def report_run(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory that `crosslens train` made.", metavar="RUN")],
-    wandb: Annotated[bool, typer.Option("--wandb", help="Add the heat map and all tables to the run on W&B.")] = False,
+    run_dir: RunArgument,
+    wandb: Annotated[bool, _option("--wandb", "Add heat map and tables to the run on W&B.")] = False,
     wandb_project: Annotated[
-        str | None, typer.Option("--wandb-project", help="Do so in this project, for runs trained without W&B.")
+        str | None, _option("--wandb-project", "W&B project to add them to, for a run trained without W&B.")
     ] = None,
 ) -> None:
-    """Write the pages of a run directory."""
+    """Write the HTML report of a run."""
     from crosslens.report import log_report, write_report
-    from crosslens.rundir import RunDir
 
-    typer.echo(str(write_report(RunDir.open(run_dir).path)))
+    typer.echo(str(write_report(run_dir)))
     if wandb or wandb_project is not None:
         typer.echo(f"W&B run {log_report(run_dir, project=wandb_project)}")
 
 
 @app.command()
 def push(
-    source: Annotated[Path, typer.Argument(help="Run directory, or folder of a crosscoder.", metavar="RUN")],
-    repository: Annotated[str, typer.Argument(help="Repository on the hub, such as someone/name; made when missing.")],
-    sae_id: Annotated[str | None, typer.Option("--id", help="Folder in it; the hook point when left out.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
-    licence: Annotated[str | None, typer.Option("--licence", help="Of the weights, such as mit.")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="Run directory, or folder of a crosscoder.", metavar="RUN", callback=check_published)
+    ],
+    repository: Annotated[
+        str,
+        typer.Argument(
+            help="Repository on the hub, such as someone/name; created if missing.", callback=check_repository
+        ),
+    ],
+    sae_id: Annotated[
+        str | None, _option("--id", "Folder in the repository. Default: the hook point.", check_id)
+    ] = None,
+    private: Annotated[bool, _option("--private", "Create a private repository.")] = False,
+    dry_run: Annotated[bool, _option("--dry-run", "Show what would be uploaded.")] = False,
+    licence: Annotated[str | None, _option("--licence", "Licence of the weights, such as mit.")] = None,
 ) -> None:
-    """Publish a crosscoder on the hub, with a model card."""
+    """Publish a crosscoder on the Hugging Face hub, with a model card."""
     from crosslens.sharing.publishing import push_to_hub
 
     typer.echo(str(push_to_hub(source, repository, sae_id, private=private, dry_run=dry_run, licence=licence)))
@@ -446,70 +550,67 @@ def push(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Run directory of the demo.")] = Path("runs/demo"),
+    out: Annotated[Path, _option("--out", "Run directory; created if missing.", check_new_run)] = Path("runs/demo"),
     seed: SeedOption = 0,
 ) -> None:
-    """Pretrain a tiny model, crosscode its snapshots, and write the report: a few minutes on two cores."""
+    """Pretrain a tiny model, train a crosscoder on its snapshots, and write the report: minutes on two CPU cores."""
+    from crosslens.rundir import RunDir
+
+    RunDir(out).check_settings({"seed": seed}, part="demo")
     from crosslens.cli.demo import run_demo
 
     summary = run_demo(out, seed)
     typer.echo(f"done in {summary['seconds']:.0f} s; open {out / 'report' / 'index.html'}")
 
 
-def list_families() -> Iterator[str]:
-    """A line per family: its sizes, and what its steps are."""
-    from crosslens.snapshots import families
-
-    for name, entry in families.read_table().items():
-        yield f"{name}: {', '.join(entry['sizes'])} ({entry['about']})"
-
-
-def list_snapshots(what: str, steps: str | None = None) -> Iterator[str]:
-    """A line per snapshot: label, revision, tokens seen, and whether its weights are on this disk.
-
-    Args:
-        what: as `specs.parse_snapshots` takes it.
-        steps: of a model of the table, or of a pattern; all when None.
-
-    Raises:
-        UserError: no such model, folder, set or step.
-    """
-    repository, _, pattern = what.partition("@")
+# ---------------------------------------------------------------------- listing
+def _list(what: str, steps: str | None) -> Iterator[str]:
+    """Lines about families, releases, a release, or snapshots."""
+    from crosslens.sharing.registry import describe_releases, list_releases
     from crosslens.snapshots import families
     from crosslens.snapshots.hub import is_on_disk, list_revisions
 
-    model = None if Path(what).is_dir() else families.match_model(what)
-    if model is None and "{step}" in pattern:
+    if not what:
+        for name, entry in families.read_table().items():
+            yield f"{name}: {', '.join(entry['sizes'])} ({entry['about']})"
+        return
+    is_folder = Path(what).is_dir()
+    if not is_folder and (what == "releases" or what in list_releases()):
+        yield from describe_releases(None if what == "releases" else what)
+        return
+    repository, _, pattern = what.partition("@")
+    model = None if is_folder else families.match_model(what)
+    if "{step}" in pattern and not is_folder:
         model = families.pattern_model(repository, pattern)
     if model is None:
-        for snapshot in parse_snapshots(what, None):
+        for snapshot in find_snapshots(what, steps)():
             row = families.Revision(snapshot.label, snapshot.revision or "", snapshot.step, snapshot.tokens)
             yield _line(row, snapshot.is_on_disk())
         return
-    repository = model.repository
-    for row in model.revisions(parse_steps(steps or "all"), lambda: list_revisions(repository)):
-        yield _line(row, is_on_disk(repository, row.revision))
+    for row in model.revisions(parse_steps(steps or "all"), lambda: list_revisions(model.repository)):
+        yield _line(row, is_on_disk(model.repository, row.revision))
 
 
-def _line(row: Revision, here: bool) -> str:
+def _line(row: Revision, on_disk: bool) -> str:
     tokens = "" if row.tokens is None else f"{row.tokens:,} tokens"
-    return f"{row.label:>12}  {row.revision:>12}  {tokens:>26}  {'on this disk' if here else 'not on this disk'}"
+    return f"{row.label:>12}  {row.revision:>12}  {tokens:>26}  {'on this disk' if on_disk else 'not on this disk'}"
 
 
+# ---------------------------------------------------------------------- processes
 def _first() -> bool:
-    """Whether this is the first of the processes that torchrun has started, or the only one."""
+    """Whether this is the first, or only, process that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _say(words: str) -> None:
-    """Print a result, once for all processes."""
+    """Print a result once, whatever the number of processes."""
     if _first():
         typer.echo(words)
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one line on stderr and exit code 2."""
-    # before torch is imported: threads that spin while they wait slow a busy machine down several times over
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    # must precede the import of torch: threads that busy-wait slow down a loaded machine several times over
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

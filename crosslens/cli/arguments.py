@@ -1,77 +1,358 @@
-"""What a user types on the command line, turned into snapshots, tasks, numbers and runs."""
+"""Arguments of the command line: first checked, then turned into snapshots, activations, tasks and runs.
+
+1. Callbacks of options (`one_of`, `check_*`) check one value each while the command line is parsed.
+2. `find_snapshots` and `check_training` check values against each other.
+3. `open_*` and `parse_*` make the objects, by the library's functions of the same subject.
+
+Steps 1 and 2 read only small files and tables. They import neither torch (unless a GPU is asked for) nor pandas,
+transformers or SAELens, which take seconds: a wrong argument is answered at once.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import typer
 
 from crosslens.errors import UserError, did_you_mean
+from crosslens.files import check_inside, read_json
+from crosslens.rundir import RunDir, check_writable
+from crosslens.snapshots import families
+from crosslens.snapshots.settings import BACKENDS
 
 if TYPE_CHECKING:
-    from crosslens.activations.loader import Activations
+    from crosslens.activations import Activations
     from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
-    from crosslens.rundir import RunDir
-    from crosslens.snapshots.collection import Snapshots
-    from crosslens.tasks.task import Task
+    from crosslens.snapshots import ModelSettings, Snapshots
+    from crosslens.tasks import Task
+    from crosslens.training.config import TrainConfig
 
+    LoadSnapshots: TypeAlias = Callable[[], Snapshots]
+
+__all__ = ["BACKENDS"]
+
+# the library's own tables are in modules that import torch; a test compares them
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
+CACHE_DTYPES = ("bfloat16", "float32", "int8")
+SAMPLES = ("line", "paragraph")
+METHODS = ("ig", "gradient", "exact")
+RULES = ("gauss_legendre", "midpoint", "left")
+BASELINES = ("zero", "mean", "patch")
+TEXT_FILES = (".txt", ".text", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TASK_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that every random generator in use accepts."""
+MAX_FEATURES = 2**24
+_TASKS = "demo:simple, sva:FILE, blimp:UID, clams:FILE, multiblimp:LANGUAGE, ioi, or a file"
 
 
-def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
-    """Snapshots from what a user types.
+# ---------------------------------------------------------------------- one option
+def one_of(*valid: str) -> Callable[[typer.CallbackParam, str], str]:
+    """A callback that refuses all other values."""
+
+    def check(param: typer.CallbackParam, value: str) -> str:
+        if value not in valid:
+            raise UserError(
+                f"{_option(param)} {value!r} is unknown: use one of {', '.join(valid)}{did_you_mean(value, valid)}"
+            )
+        return value
+
+    return check
+
+
+def in_range(low: int, high: int | None = None) -> Callable[[typer.CallbackParam, int | None], int | None]:
+    """A callback that refuses numbers below `low` or above `high`."""
+
+    def check(param: typer.CallbackParam, value: int | None) -> int | None:
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            limit = f"at least {low}" if high is None else f"between {low} and {high:,}"
+            raise UserError(f"{_option(param)} {value} must be {limit}")
+        return value
+
+    return check
+
+
+def check_positive(param: typer.CallbackParam, value: float) -> float:
+    """Refuse a number that is not above 0, infinite or not a number."""
+    if not 0 < value < math.inf:
+        raise UserError(f"{_option(param)} {value} must be a finite number above 0")
+    return value
+
+
+def check_device(value: str | None) -> str | None:
+    """Refuse a device that is unknown, or not in this machine; only a GPU needs torch to tell."""
+    if value is None or value == "cpu":
+        return value
+    if not re.fullmatch(r"cuda(:\d+)?", value):
+        raise UserError(f"--device {value!r} is unknown: use cpu, cuda, or cuda:1 for the second GPU")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {value!r} needs CUDA, which is not available here: use --device cpu")
+    if int(value.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {value!r} does not exist: there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    return value
+
+
+def check_hook(value: str) -> str:
+    """Refuse what is not the name of a supported hook point."""
+    from crosslens.snapshots.hooks import hook_layer
+
+    hook_layer(value)
+    return value
+
+
+def check_dataset(value: str) -> str:
+    """Refuse a file that does not exist or is of an unknown kind; other names are datasets on the hub."""
+    path, known = Path(value), ", ".join(TEXT_FILES)
+    if path.is_file():
+        if not {*path.suffixes} & {*TEXT_FILES}:
+            raise UserError(f"--dataset {value} is of an unknown kind: use {known}, each also with .gz")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"--dataset {value} cannot be read: no permission")
+    elif path.exists():
+        raise UserError(f"--dataset {value} is not a regular file: give a file ({known}) or a hub name")
+    elif path.suffix in {*TEXT_FILES, ".gz"} or value.count("/") > 1 or value.startswith((".", "/", "~")):
+        raise UserError(f"--dataset {value} does not exist: give an existing file, or a hub name such as user/name")
+    return value
+
+
+def check_folder(value: Path | None) -> Path | None:
+    """Refuse a folder that cannot be created or written to."""
+    if value is not None:
+        check_writable(value)
+    return value
+
+
+def check_new_run(value: Path) -> Path:
+    """Refuse a directory where no run can be written."""
+    RunDir(value).check_usable()
+    return value
+
+
+def check_run(value: Path) -> Path:
+    """Refuse what is not a run directory."""
+    RunDir.open(value).read_json()
+    return value
+
+
+def check_trained_run(value: Path) -> Path:
+    """Refuse a run directory without a trained crosscoder, or without a record of its activations."""
+    run = RunDir.open(value)
+    if run.read_json().get("source") is None:
+        raise UserError(f"{value} does not record where its activations came from: use the Python functions instead")
+    check_crosscoder(run.crosscoder, f"{value} has no trained crosscoder: run its `crosslens train` command again")
+    return value
+
+
+def check_published(value: Path) -> Path:
+    """Refuse what is neither a run directory nor the folder of a crosscoder."""
+    folder = RunDir(value).crosscoder if RunDir(value).exists() else value
+    check_crosscoder(folder, f"{value} holds no crosscoder: give a run directory, or a folder that `save` wrote")
+    return value
+
+
+def check_crosscoder(folder: Path, otherwise: str) -> None:
+    """Refuse a folder without the two files of a crosscoder, or with a config that is not JSON."""
+    if not all((folder / name).is_file() for name in ("cfg.json", "sae_weights.safetensors")):
+        raise UserError(otherwise)
+    read_json(folder / "cfg.json", "config of a crosscoder")
+
+
+def check_repository(value: str) -> str:
+    """Refuse what is not the name of a repository."""
+    from crosslens.sharing.repositories import check_repository
+
+    return check_repository(value)
+
+
+def check_id(value: str | None) -> str | None:
+    """Refuse an id that is not a path inside a repository."""
+    return None if value is None else check_inside(value, "--id")
+
+
+def check_numbers(param: typer.CallbackParam, value: str | None) -> str | None:
+    """Refuse what is not a list of whole numbers."""
+    if value is not None:
+        parse_numbers(value, _option(param))
+    return value
+
+
+def check_task(value: str) -> str:
+    """Refuse a task that does not exist, as far as files and names tell."""
+    kind, _, rest = value.partition(":")
+    if kind == "demo":
+        from crosslens.synthetic.grammar import CONSTRUCTIONS
+
+        if rest not in CONSTRUCTIONS:
+            raise UserError(
+                f"--task {value!r} is unknown: use demo: and one of {', '.join(CONSTRUCTIONS)}"
+                f"{did_you_mean(rest, CONSTRUCTIONS)}"
+            )
+    elif kind == "sva" or (kind == "ioi" and rest) or (kind == "blimp" and Path(rest).suffix in TASK_FILES):
+        _check_file(rest, value, TASK_FILES)
+    elif kind == "clams":
+        _check_file(rest, value, (".txt",))
+    elif kind in ("blimp", "multiblimp"):
+        if not re.fullmatch(r"\w+" if kind == "blimp" else r"[a-z]{3}(:.+)?", rest):
+            raise UserError(f"--task {value!r} names no paradigm or language: give {_TASKS}")
+    elif kind != "ioi":
+        _check_file(value, value, TASK_FILES)
+    return value
+
+
+def _check_file(path: str, spec: str, known: Sequence[str]) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"--task {spec!r}: there is no file {path!r}; give {_TASKS}")
+    if Path(path).suffix not in known:
+        raise UserError(f"--task {spec!r} is of an unknown kind: give one of {', '.join(known)}")
+
+
+def _option(param: typer.CallbackParam) -> str:
+    return max(param.opts, key=len)
+
+
+# ---------------------------------------------------------------------- options together
+def find_snapshots(spec: str, steps: str | None, hook: str | None = None) -> LoadSnapshots:
+    """Check a --snapshots and a --steps option, and return the function that makes the `Snapshots`.
 
     Args:
-        spec: a folder; a model of the families' table, such as `pythia-160m`; `org/model@revision,revision`;
-            `org/model@pattern` with {step} in it; a release, such as crosslens-demo; or demo.
-        steps: steps, labels or revisions, or the name of a set; all snapshots of a folder or release when None.
+        spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
+            `org/model@pattern` with {step} in it; a release such as crosslens-demo; or demo.
+        steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
+        hook: hook point that a model in a local folder must have.
 
     Raises:
-        UserError: nothing of these, or steps that do not exist.
+        UserError: `spec` is none of these, or a step or the hook point does not exist.
     """
-    from crosslens.sharing.registry import list_releases, load_snapshots
-    from crosslens.snapshots import families
-    from crosslens.snapshots.collection import Snapshots
+    from crosslens.sharing.registry import list_releases
 
     if spec == "demo":
-        return _among(Snapshots.demo(), steps)
+        return lambda: _demo(steps)
     if Path(spec).is_dir():
-        return _among(Snapshots.local(spec), steps)
-    if spec in list_releases():
-        return _among(load_snapshots(spec), steps)
-    if model := families.match_model(spec):
-        default = "paper" if "paper" in model.sets else "log:8" if model.steps is None else "all"
-        return Snapshots.from_model(model, parse_steps(steps or default))
+        return _local(Path(spec), steps, hook)
+    if release := list_releases().get(spec):
+        where = release.snapshots or {}
+        if "folder" in where:
+            return _local(Path(where["folder"]), steps, hook)
+        if "revisions" in where:
+            labels = where.get("labels", where["revisions"])
+            chosen = _choose(spec, labels, where.get("steps", [None] * len(labels)), steps)
+            return lambda: _released(spec)[chosen]
+        return lambda: _released(spec)  # raises
     repository, at, revisions = spec.partition("@")
     if at and "{step}" in revisions:
-        return Snapshots.from_model(families.pattern_model(repository, revisions), parse_steps(steps or "all"))
+        return _of_model(families.pattern_model(repository, revisions), steps or "all")
+    if model := families.match_model(spec):
+        default = "paper" if "paper" in model.sets else "log:8" if model.steps is None else "all"
+        return _of_model(model, steps or default)
     if at and revisions:
+        check_repository(repository)
         if steps is not None:
-            raise UserError(f"--steps {steps} beside {spec!r}, which names revisions already; leave one of them out")
-        return Snapshots.from_hub(repository, revisions.split(","))
+            raise UserError(f"--steps {steps} contradicts {spec!r}, which names its revisions: leave one of them out")
+        return lambda: _snapshots().from_hub(repository, revisions.split(","))
     raise UserError(
-        f"--snapshots {spec!r} is no folder and no known model; give a folder, pythia-160m, "
-        "org/model@revision,revision, a release, or demo"
+        f"--snapshots {spec!r} is neither a folder nor a known model: give a folder, pythia-160m, "
+        f"org/model@revision,revision, a release, or demo{did_you_mean(spec, list_releases())}"
     )
 
 
-def _among(found: Snapshots, steps: str | None) -> Snapshots:
-    """Those of these steps or labels, in the order of training."""
-    if steps is None or steps == "all":
-        return found
-    from crosslens.snapshots.families import read_spaced, spaced
+def _of_model(model: families.Model, steps: str) -> LoadSnapshots:
+    from crosslens.snapshots.hub import list_revisions
 
-    even = read_spaced(steps)
-    if even and None not in found.steps:
-        wanted: set[int | str] = {*spaced([step for step in found.steps if step is not None], *even)}
+    wanted = parse_steps(steps)
+    model.revisions(wanted, lambda: list_revisions(model.repository))
+    return lambda: _snapshots().from_model(model, wanted)
+
+
+def _local(folder: Path, steps: str | None, hook: str | None) -> LoadSnapshots:
+    from crosslens.snapshots.folders import read_rows
+    from crosslens.snapshots.hooks import check_hook
+
+    root = folder.expanduser().resolve()
+    name, rows = read_rows(root)
+    chosen = _choose(name, [row["label"] for row in rows], [row["step"] for row in rows], steps)
+    config_path = root / rows[0]["path"] / "config.json"
+    if hook is not None and config_path.is_file():
+        config = read_json(config_path, "config of a model")
+        if {"num_hidden_layers", "model_type"} <= config.keys():
+            check_hook(hook, SimpleNamespace(**config))
+    return lambda: _snapshots().local(root)[chosen]
+
+
+def _demo(steps: str | None) -> Snapshots:
+    from crosslens.synthetic import PretrainingConfig
+
+    known = PretrainingConfig().snapshot_steps
+    chosen = _choose("the demo", [f"step{step}" for step in known], known, steps)
+    return _snapshots().demo()[chosen]
+
+
+def _released(name: str) -> Snapshots:
+    from crosslens.sharing.registry import load_snapshots
+
+    return load_snapshots(name)
+
+
+def _snapshots() -> type[Snapshots]:
+    from crosslens.snapshots import Snapshots
+
+    return Snapshots
+
+
+def _choose(name: str, labels: Sequence[str], steps: Sequence[int | None], text: str | None) -> list[int]:
+    """Indices of the snapshots that a --steps option names, in the order of training."""
+    if text is None or text == "all":
+        return list(range(len(labels)))
+    known = [step for step in steps if step is not None]
+    even = families.read_spaced(text)
+    if even and len(known) == len(steps):
+        wanted: set[int | str] = {*families.spaced(known, *even)}
     else:
-        parsed = parse_steps(steps)
+        parsed = parse_steps(text)
         wanted = {parsed} if isinstance(parsed, str) else {*parsed}
-    if unknown := wanted - {*found.labels, *found.steps}:
+    if unknown := wanted - {*labels, *known}:
         raise UserError(
-            f"--steps {steps!r}: {found.name} has no snapshot {sorted(map(str, unknown))[0]}; it has "
-            f"{', '.join(found.labels)}"
+            f"--steps {text!r}: {name} has no snapshot {sorted(map(str, unknown))[0]}; it has {', '.join(labels)}"
         )
-    return found[[i for i, names in enumerate(zip(found.labels, found.steps, strict=True)) if wanted & {*names}]]
+    return [i for i, names in enumerate(zip(labels, steps, strict=True)) if wanted & {*names}]
+
+
+def check_training(architecture: str, d_sae: int, k: int, n_tokens: int | None, config: TrainConfig) -> None:
+    """Check the sizes of a training run against each other, and its settings against its run directory.
+
+    Raises:
+        UserError: k exceeds d_sae, a batch exceeds the data, processes do not divide a size, or the directory holds
+            another run.
+    """
+    sparse = architecture in ("topk", "batchtopk")
+    if sparse and k > d_sae:
+        raise UserError(f"--k {k} must be at most --d-sae {d_sae}")
+    if n_tokens is not None and config.batch_size > n_tokens:
+        raise UserError(f"--batch-size {config.batch_size} must be at most --n-tokens {n_tokens}, one epoch")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 or config.data_parallel > 1:
+        from crosslens.distributed.parallel import check_split
+
+        check_split(processes, config.data_parallel, d_sae, config.batch_size)
+    if config.run_dir is not None:
+        names = ("batch_size", "lr", "dead_tokens", "seed")
+        details = {"architecture": f"{architecture}_crosscoder", "d_sae": d_sae, **({"k": k} if sparse else {})}
+        training = {name: getattr(config, name) for name in names}
+        RunDir(config.run_dir).check_settings({"architecture": details, "training": training})
+
+
+# ---------------------------------------------------------------------- what they stand for
+def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
+    """Make the snapshots that `find_snapshots` has found."""
+    return find_snapshots(spec, steps)()
 
 
 def parse_steps(text: str) -> str | list[int | str]:
@@ -84,88 +365,61 @@ def _is_number(text: str) -> bool:
     return text.replace("_", "").isdecimal()
 
 
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Positive whole numbers, or 0, separated by commas."""
+    if not all(map(_is_number, text.split(","))):
+        raise UserError(f"{option} {text!r} must be whole numbers separated by commas, such as 1,5,15")
+    return [int(part.replace("_", "")) for part in text.split(",")]
+
+
+def parse_prices(text: str) -> tuple[float, float]:
+    """Prices of a million tokens in and out."""
+    try:
+        into, out = map(float, text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--prices {text!r} must be two numbers, the prices of a million tokens in and out, such as 3,15"
+        ) from None
+    return into, out
+
+
 def parse_task(spec: str) -> Task:
-    """A task from what a user types: KIND:WHAT, as in the error below, or a file."""
-    from crosslens.tasks.task import Task
+    """Make the task that `check_task` has accepted."""
+    from crosslens.tasks import Task
 
     kind, _, rest = spec.partition(":")
-    if kind == "demo":
-        return Task.demo(rest)
-    if kind == "sva":
-        return Task.sva(rest)
-    if kind == "blimp":
-        return Task.blimp(rest)
-    if kind == "clams":
-        return Task.clams(rest)
     if kind == "multiblimp":
         language, _, phenomenon = rest.partition(":")
         return Task.multiblimp(language, phenomenon or None)
     if kind == "ioi":
         return Task.ioi(rest or None)
-    if not Path(spec).is_file():
-        raise UserError(
-            f"--task {spec!r} is no file and no task; give demo:simple, sva:FILE, blimp:UID, clams:FILE, "
-            "multiblimp:LANGUAGE, ioi, or a file"
-        )
+    if kind in ("demo", "sva", "blimp", "clams"):
+        return getattr(Task, kind)(rest)
     return Task.local(spec)
 
 
-def parse_numbers(text: str, option: str) -> list[int]:
-    """Whole numbers separated by commas."""
-    try:
-        return [int(part.replace("_", "")) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text!r} must be whole numbers separated by commas, such as 0,512,143000") from None
+def parse_architecture(name: str, d_sae: int, k: int) -> CrosscoderTrainingConfig:
+    """The training config of an architecture, by its short name."""
+    from crosslens.crosscoders import TRAINING_ARCHITECTURES
+
+    options: dict[str, Any] = {"k": k} if name in ("topk", "batchtopk") else {}
+    return TRAINING_ARCHITECTURES[f"{name}_crosscoder"][1](d_sae=d_sae, **options)
 
 
-def open_run(path: Path, device: str) -> tuple[RunDir, Crosscoder, Activations]:
-    """The run in a directory: its crosscoder, and the activations it was trained on."""
-    from crosslens.activations.loader import Activations
+def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -> ModelSettings:
+    """How models run; device None is CUDA if available."""
+    from crosslens.snapshots import ModelSettings
+
+    given: dict[str, Any] = {} if device is None else {"device": device}
+    return ModelSettings(**given, backend=backend, **others)
+
+
+def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:
+    """Open a trained run: its crosscoder, and the activations it was trained on."""
+    from crosslens.activations import Activations
     from crosslens.crosscoders import load
-    from crosslens.rundir import RunDir
-    from crosslens.snapshots.settings import ModelSettings
 
     run = RunDir.open(path)
-    source = run.read_json().get("source")
-    if source is None:
-        raise UserError(f"{path} does not record where its activations came from; use the functions from Python")
-    settings = ModelSettings(**source["settings"], device=device)
-    return run, load(run.crosscoder, device=device), Activations.from_dict(source, settings)
-
-
-def open_activations(
-    snapshots: str,
-    steps: str | None,
-    hook: str,
-    dataset: str,
-    *data: Any,
-    seed: int = 0,
-    device: str,
-    backend: str,
-    **reading: Any,
-) -> Activations:
-    """The `Activations` that options of several verbs describe; `snapshots` and `steps` as in `parse_snapshots`."""
-    from crosslens.activations.loader import Activations
-    from crosslens.activations.tokens import Dataset
-    from crosslens.snapshots.settings import ModelSettings
-
-    found = parse_snapshots(snapshots, steps)
-    settings = ModelSettings(device, backend=backend)
-    return Activations(found, hook, Dataset(dataset, *data, **reading), seed=seed, settings=settings)
-
-
-def parse_architecture(name: str, d_sae: int, k: int) -> CrosscoderTrainingConfig:
-    """The training config of an architecture by its short name.
-
-    Raises:
-        UserError: no such name.
-    """
-    from crosslens import crosscoders
-
-    if name not in ARCHITECTURES:
-        raise UserError(
-            f"--architecture {name!r} is unknown; use one of {', '.join(ARCHITECTURES)}"
-            f"{did_you_mean(name, ARCHITECTURES)}"
-        )
-    options: dict[str, Any] = {"k": k} if name in ("topk", "batchtopk") else {}
-    return crosscoders.TRAINING_ARCHITECTURES[f"{name}_crosscoder"][1](d_sae=d_sae, **options)
+    source = run.read_json()["source"]
+    settings = parse_settings(device, **source["settings"])
+    return run, load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)

@@ -35,8 +35,8 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig, demo_batches
 from crosslens.tasks.task import Task
+from crosslens.training.config import TrainConfig
 from crosslens.training.run import train
-from crosslens.training.trainer import TrainConfig
 
 TASKS = ("simple", "pp", "subj_rel")
 ATTRACTORS = ("pp", "subj_rel")  # a noun of the other number stands between head and verb

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import validate_repo_id
 
 from crosslens.errors import UserError, first_line, shortened
 
@@ -27,7 +28,7 @@ def check_repository(repo: str) -> str:
         UserError: it is not.
     """
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
     except errors.HFValidationError:
         valid = False
     else:
