@@ -1,22 +1,23 @@
-"""Integrated gradients at every snapshot: what they cost against the least they can cost, and whether to trust them.
+"""Integrated gradients at every snapshot: their cost against a lower bound, and their agreement with exact ablation.
 
     python benchmarks/attribution.py --snapshots english-2l --task nounpp_train.json --text sentences.txt.gz
     python benchmarks/attribution.py --snapshots english-2l --task nounpp_train.json --crosscoder runs/a/crosscoder
     python benchmarks/attribution.py --snapshots english-2l --task simple_train.json --text s.txt --json out.json
 
-SNAPSHOTS is a folder of snapshots, TASK minimal pairs as feature-circuits has them, TEXT what a small crosscoder is
-trained on (about 40 CPU seconds), unless one is given. Measured are, over all snapshots:
+SNAPSHOTS is a folder of snapshots, TASK has minimal pairs in the format of feature-circuits, and TEXT is the text to
+train a small crosscoder on (about 40 CPU seconds) if none is given. It measures, over all snapshots:
 
-- *floor*: `steps` times forward and backward through the model above the hook, with as many rows at a time, and nothing
-  else; and the same through the modules of transformers, without TransformerLens's hooks (GPT-NeoX only);
-- *ig*: `attribute` as it is called, clean runs included; and with clean runs given, as for the second method on a task;
-- *gradient*: the same with a single step, at the clean run;
-- *naive loop*: one prompt, one feature, one step at a time through the whole model, measured on a sample and
-  extrapolated to all that are active.
+- *floor*: `nodes` forward and backward passes through the model above the hook, with as many rows at a time, and
+  nothing else; and the same through the modules of transformers, without TransformerLens's hooks (GPT-NeoX only);
+- *ig*: `attribute` from crosscoder, snapshots and task, clean runs included; and with clean runs given, as for the
+  second method on a task;
+- *gradient*: the same with a single node, at the clean run;
+- *naive loop*: one prompt, one feature, one node at a time through the whole model, measured on a sample and
+  extrapolated to all active features.
 
 A round runs each but the naive loop once, in rotated order; figures are medians over the rounds, ratios are taken
-within a round. Models are loaded before. At one thread seconds are CPU seconds, otherwise wall seconds. Then effects
-are compared with exact ablation: the rank correlation over the 100 features of the largest effect, at every snapshot.
+within a round. Models are loaded before. With one thread seconds are CPU seconds, otherwise wall seconds. Then effects
+are compared with exact ablation: the rank correlation over the 100 features with the largest effect, at every snapshot.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import crosslens as cl
-from crosslens.causal.attribution import BATCH_TOKENS, attribute, quadrature
+from crosslens.causal.attribution import BATCH_TOKENS, Estimator, attribute, quadrature
 from crosslens.crosscoders import Crosscoder
 from crosslens.intervention.prompt_runs import BatchAt, PromptRuns
 from crosslens.intervention.splice import spliced_logits
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--crosscoder", help="folder of a crosscoder of these snapshots, instead of --text")
     parser.add_argument("--hook", help="hook point of a new crosscoder; the output of a middle block by default")
     parser.add_argument("--prompts", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--nodes", type=int, default=10, help="nodes of the integral")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--exact-prompts", type=int, default=200, help="prompts on which effects are compared; 0 for none"
@@ -81,7 +82,7 @@ def main() -> None:
         "hook": crosscoder.cfg.metadata.hook_name,
         "features": crosscoder.cfg.d_sae,
         "prompts": len(task),
-        "steps": arguments.steps,
+        "nodes": arguments.nodes,
         "threads": arguments.threads,
         "machine": measure.machine(arguments.device),
     }
@@ -91,7 +92,7 @@ def main() -> None:
     figures: dict[str, Any] = {"setting": setting, "cost": cost}
     if arguments.exact_prompts:
         figures["agreement"] = agreement(
-            crosscoder, snaps, first_prompts(task, snaps, arguments.exact_prompts), arguments.steps, arguments.device
+            crosscoder, snaps, first_prompts(task, snaps, arguments.exact_prompts), arguments.nodes
         )
         print(agreement_table(figures["agreement"]))
     if arguments.json:
@@ -114,7 +115,7 @@ def small_crosscoder(snaps: cl.Snapshots, arguments: argparse.Namespace) -> Cros
 
 
 def first_prompts(task: cl.Task, snaps: cl.Snapshots, n: int) -> cl.Task:
-    """The first n items that the tokenizer can serve."""
+    """The first n items that the tokenizer can use."""
     usable = task.prompts(snaps.tokenizer, max_length=snaps.n_ctx).usable[:n]
     return cl.Task.from_items(task.name, [task.items[prompt.item] for prompt in usable])
 
@@ -123,20 +124,20 @@ def first_prompts(task: cl.Task, snaps: cl.Snapshots, n: int) -> cl.Task:
 def measured_cost(
     crosscoder: Crosscoder, snaps: cl.Snapshots, task: cl.Task, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    device, steps = arguments.device, arguments.steps
-    runs = PromptRuns(crosscoder, snaps, task, device=device)
+    device, nodes = arguments.device, arguments.nodes
+    runs, ig = PromptRuns(crosscoder, snaps, task), Estimator(n_nodes=nodes)
     calls: dict[str, Callable[[], Any]] = {
-        "floor": lambda: floor(runs, steps, bridge_logits),
-        "ig": lambda: attribute(crosscoder, snaps, task, steps=steps, device=device),
-        "ig, clean runs given": lambda: attribute(crosscoder, snaps, task, steps=steps, runs=runs),
-        "gradient, clean runs given": lambda: attribute(crosscoder, snaps, task, "gradient", runs=runs),
-        "clean runs": lambda: PromptRuns(crosscoder, snaps, task, device=device),
+        "floor": lambda: floor(runs, nodes, bridge_logits),
+        "ig": lambda: attribute(crosscoder, snaps, task, ig),
+        "ig, clean runs given": lambda: attribute(runs, ig),
+        "gradient, clean runs given": lambda: attribute(runs, "gradient"),
+        "clean runs": lambda: PromptRuns(crosscoder, snaps, task).features,  # the models run at first use
     }
     if snaps[0].config().model_type == "gpt_neox" and runs.hook_name.endswith("hook_resid_post") and device == "cpu":
-        calls["floor of transformers"] = lambda: floor(runs, steps, transformers_logits)
+        calls["floor of transformers"] = lambda: floor(runs, nodes, transformers_logits)
     timings = measure.alternate(calls, arguments.rounds, 1 if arguments.rounds > 1 else 0, device)
     seconds = {name: [getattr(each, clock(device)) for each in timing] for name, timing in timings.items()}
-    per_pass, passes = naive_loop(runs, steps, arguments.naive_sample)
+    per_pass, passes = naive_loop(runs, nodes, arguments.naive_sample)
     out: dict[str, Any] = {
         name: {
             "seconds": statistics.median(each),
@@ -161,11 +162,11 @@ def measured_cost(
 Logits = Callable[[PromptRuns, int, BatchAt, Tensor, Tensor], Tensor]
 
 
-def floor(runs: PromptRuns, steps: int, logits: Logits) -> None:
-    """`steps` times forward and backward above the hook for every prompt and snapshot, and nothing else."""
+def floor(runs: PromptRuns, nodes: int, logits: Logits) -> None:
+    """`nodes` forward and backward passes above the hook for every prompt and snapshot, and nothing else."""
     for s in range(len(runs.snapshots)):
         for part in runs.at(s):
-            rows = torch.arange(len(part), device=part.clean.device).repeat(steps)
+            rows = torch.arange(len(part), device=part.clean.device).repeat(nodes)
             for chunk in rows.split(max(1, BATCH_TOKENS // part.clean.shape[1])):
                 x = part.clean[chunk].requires_grad_()
                 torch.autograd.grad(logits(runs, s, part, x, chunk)[:, :2].sum(), x)
@@ -194,23 +195,23 @@ def plain_model(folder: str) -> Any:
     return loaded.eval().requires_grad_(False)
 
 
-def naive_loop(runs: PromptRuns, steps: int, sample: int) -> tuple[float, int]:
-    """Seconds of one pass for one prompt, feature and step, and how many passes there would be."""
+def naive_loop(runs: PromptRuns, n_nodes: int, sample: int) -> tuple[float, int]:
+    """Seconds of one pass for one prompt, feature and node, and how many passes there would be."""
     A, passes = len(runs.features), 0
     jobs: list[tuple[int, BatchAt, int, int]] = []
     for s in range(len(runs.snapshots)):
         for part in runs.at(s):
             pairs = next(part.changes("zero"))
             active = (pairs.tokens // part.clean.shape[1] * A + pairs.features).unique()
-            passes += len(active) * steps
+            passes += len(active) * n_nodes
             jobs.append((s, part, int(active[0]) // A, int(active[0]) % A))
-    nodes, _ = quadrature("gauss_legendre", steps)
-    chosen = [jobs[i * len(jobs) // sample % len(jobs)] for i in range(sample)]
-    one_pass(runs, *chosen[0], nodes[0])
+    nodes, _ = quadrature("gauss_legendre", n_nodes)
+    sampled = [jobs[i * len(jobs) // sample % len(jobs)] for i in range(sample)]
+    one_pass(runs, *sampled[0], nodes[0])
     seconds = measure.timed(
-        lambda: [one_pass(runs, *job, nodes[i % steps]) for i, job in enumerate(chosen)], runs.device
+        lambda: [one_pass(runs, *job, nodes[i % n_nodes]) for i, job in enumerate(sampled)], runs.settings.device
     )
-    return getattr(seconds, clock(runs.device)) / sample, passes
+    return getattr(seconds, clock(runs.settings.device)) / sample, passes
 
 
 def one_pass(runs: PromptRuns, s: int, part: BatchAt, prompt: int, column: int, alpha: float) -> float:
@@ -222,9 +223,9 @@ def one_pass(runs: PromptRuns, s: int, part: BatchAt, prompt: int, column: int, 
     error = clean - crosscoder.decode_snapshot(features, s)
     scaled = (alpha * features).requires_grad_()
     x = torch.where(part.keep[prompt, :, None], crosscoder.decode_snapshot(scaled, s) + alpha * error, clean)
-    tokens = part.prompts.tokens[prompt : prompt + 1].to(runs.device)
+    tokens = part.prompts.tokens[prompt : prompt + 1].to(runs.settings.device)
     logits = spliced_logits(
-        runs.snapshots.model(s, ModelSettings(runs.device)), tokens, runs.hook_name, x[None], part.keep[prompt][None]
+        runs.snapshots.model(s, runs.settings), tokens, runs.hook_name, x[None], part.keep[prompt][None]
     )[0, -1]
     metric = logits[part.prompts.correct[prompt]] - logits[part.prompts.wrong[prompt]]
     (gradient,) = torch.autograd.grad(metric, scaled)
@@ -265,27 +266,25 @@ def cost_table(cost: dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------- agreement
-def agreement(
-    crosscoder: Crosscoder, snaps: cl.Snapshots, task: cl.Task, steps: int, device: str
-) -> list[dict[str, Any]]:
+def agreement(crosscoder: Crosscoder, snaps: cl.Snapshots, task: cl.Task, nodes: int) -> list[dict[str, Any]]:
     """Rank correlation of estimates with exact ablation, among the 100 features of the largest estimate."""
-    runs = PromptRuns(crosscoder, snaps, task, device=device)
-    ig = attribute(crosscoder, snaps, task, steps=steps, runs=runs, positions=True)
-    gradient = attribute(crosscoder, snaps, task, "gradient", runs=runs)
+    runs = PromptRuns(crosscoder, snaps, task)
+    ig = attribute(runs, Estimator(n_nodes=nodes), positions=True)
+    gradient = attribute(runs, "gradient")
     n = min(100, int(ig.active.sum(0).min()))
     largest = torch.stack([ig.top(n, s, by="magnitude") for s in range(len(snaps))])
-    exact = attribute(crosscoder, snaps, task, "exact", features=largest.unique(), runs=runs)
+    exact = attribute(runs, "exact", features=largest.unique())
     assert ig.positions is not None
     last = ig.positions.shares().query("position == 0")["share"].tolist()
     rows: list[dict[str, Any]] = []
-    for s, chosen in enumerate(largest):
-        theirs = exact.effects[chosen, s]
+    for s, features in enumerate(largest):
+        theirs = exact.effects[features, s]
         rows.append(
             {
                 "snapshot": snaps.labels[s],
                 "metric": float(ig.metric_clean[s]),
-                "ig": float(spearmanr(ig.effects[chosen, s], theirs).statistic),
-                "gradient": float(spearmanr(gradient.effects[chosen, s], theirs).statistic),
+                "ig": float(spearmanr(ig.effects[features, s], theirs).statistic),
+                "gradient": float(spearmanr(gradient.effects[features, s], theirs).statistic),
                 "ig_completeness": float(ig.completeness[s]),
                 "gradient_completeness": float(gradient.completeness[s]),
                 "last_position": last[s],

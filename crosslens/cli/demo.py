@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from crosslens.activations.loader import Activations
-from crosslens.causal.study import Study, study_task
+from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams
@@ -124,10 +124,8 @@ def run_demo(
     run.save_tables(dynamics)
     mark = lap("dynamics", mark)
     # prompts come in pairs that differ in the number of the head noun: effects are of the number, not of being there
-    studies = {
-        name: study_task(crosscoder, snaps, task, n_draws_last=config.n_random, n_exact=config.n_exact, seed=seed)
-        for name, task in tasks.items()
-    }
+    sizes = StudySizes(n_draws_last=config.n_random, n_exact=config.n_exact)
+    studies = {name: study_task(crosscoder, snaps, task, sizes=sizes, seed=seed) for name, task in tasks.items()}
     for each in studies.values():
         run.save_tables(each.tables)
     mark = lap("causes", mark)
@@ -210,7 +208,7 @@ def _additivity_summary(found: Study) -> dict[str, float]:
 def _transfer_summary(found: Study) -> list[float]:
     """Share of the metric's whole change at the last snapshot that ablating the top features of each one makes."""
     table = found.tables[f"transfer/{found.task}"]
-    at_last = table[table["judged"] == table["judged"].max()]  # rows are in order of `chosen`
+    at_last = table[table["ablated_at"] == table["ablated_at"].max()]  # rows are in order of `selected_at`
     return [round(float(share), 4) for share in at_last["share"]]
 
 

@@ -29,9 +29,10 @@ for backend in ("bridge", "hooked_transformer"):
     batch = next(acts.batches(256))
     cc = cl.train(acts, cl.BatchTopKCrosscoderTrainingConfig(d_sae=32, k=4), cl.TrainConfig(batch_size=128))
     table = cl.evaluate(cc, acts)
-    ie = cl.attribute(cc, snaps, task, baseline="patch", backend=backend)
-    drop = cl.ablate(cc, snaps, task, ie, k=[2], value="patch", n_draws=2, backend=backend)
-    accuracy = task.accuracy(snaps, backend=backend)
+    runs = cl.intervention.PromptRuns(cc, snaps, task, paired=True, settings=settings)
+    ie = cl.attribute(runs, baseline="patch")
+    drop = cl.ablate(runs, ie, [2], baseline="patch", controls=cl.causal.Controls(n_draws=2))
+    accuracy = task.accuracy(snaps, settings=settings)
     found.append((batch, cc.W_dec, torch.tensor(table.drop(columns=["label", "step", "tokens"]).to_numpy(float)),
                   ie.effects, torch.tensor(drop["metric"].to_numpy()), torch.tensor(accuracy["metric"].to_numpy())))
 for one, other in zip(*found):
