@@ -1,11 +1,11 @@
-"""Checkpoints of pretraining runs: where they are, what they are, and how they are loaded.
+"""Snapshots of pretraining runs: where they are, what they are, and how they are loaded and run.
 
-In: a family and a size, a folder, or a list of repositories and revisions. Out: `Snapshots`, each of which loads as a
+In: a family and a size, a folder, or a repository and revisions. Out: `Snapshots`, each of which loads as a
 TransformerBridge or a HookedTransformer.
 
-Start with `collection.Snapshots`; one of them is a `snapshot.Snapshot`. `families` knows Pythia, OLMo, BLOOM and others
-by `families.json`; `hub` downloads and evicts, `folders` finds local ones, `checks` refuses what cannot be compared,
-`hooks` knows which hook points are supported.
+Start with `collection.Snapshots`, a sequence of `snapshot.Snapshot`s. `settings` says how models run. `families` knows
+Pythia, OLMo, BLOOM and others from `families.json`, `hub` downloads and evicts, `folders` finds local snapshots,
+`checks` refuses what cannot be compared, `hooks` lists the supported hook points, `weights` reads files of weights.
 """
 
 import lazy_loader

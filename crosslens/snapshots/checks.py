@@ -1,4 +1,4 @@
-"""What snapshots must have in common for a comparison across them to mean anything, and what each must have alone."""
+"""Checks that snapshots are comparable: same configuration, vocabulary and dtype, but different weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from crosslens.errors import UserError, shortened
 from crosslens.snapshots.snapshot import Snapshot, hash_files, tokenizer_files
 
-# the first are asked for by name, for what they are called; the others need no name of their own
+# entries with a readable name for messages; they are compared first
 _NAMED = {"hidden_size": "width", "num_hidden_layers": "depth", "model_type": "architecture"}
-# what a release of transformers, the way of training or of generating text writes: the same model computes the same
+# entries that depend on the release of transformers, on training or on generation: the computation is the same
 _IRRELEVANT = {
     *("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "return_dict"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "is_decoder"),
@@ -22,7 +22,7 @@ _IRRELEVANT = {
 
 
 def check_configs(snapshots: Sequence[Snapshot]) -> None:
-    """Refuse two snapshots in one folder, and configurations that make different computations.
+    """Refuse two snapshots in one folder, and configurations that compute different things.
 
     Raises:
         UserError: names both snapshots, the entry and its two values.
@@ -39,7 +39,7 @@ def check_configs(snapshots: Sequence[Snapshot]) -> None:
 
 
 def _entries(config: Any) -> dict[str, Any]:
-    # entries that transformers does not know are of older releases, and change nothing
+    # entries unknown to transformers come from older releases and have no effect
     known = type(config)().to_dict().keys() - _IRRELEVANT
     return {key: value for key, value in config.to_dict().items() if key in known}
 
@@ -53,9 +53,9 @@ def _compare(first: Snapshot, second: Snapshot, what: str, ours: object, theirs:
 
 
 def check_tokenizers(snapshots: Sequence[Snapshot], tokenizer: PreTrainedTokenizerBase, n_embedded: int) -> None:
-    """Refuse tokenizers of different vocabulary, and one that is larger than the models' embedding.
+    """Refuse tokenizers with different vocabularies, and one that is larger than the models' embedding.
 
-    Tokenizers of different files may still have one vocabulary: only those are loaded and compared.
+    Equal files are one vocabulary; tokenizers with different files are loaded and compared.
 
     Raises:
         UserError: names two snapshots, or both sizes.
@@ -71,14 +71,14 @@ def check_tokenizers(snapshots: Sequence[Snapshot], tokenizer: PreTrainedTokeniz
         files = hash_files(tokenizer_files(snapshot.tokenizer_source()))
         if files not in seen and snapshot.read_tokenizer().get_vocab() != vocabulary:
             raise UserError(
-                f"snapshots {snapshots[0].label!r} and {snapshot.label!r} have tokenizers of different vocabulary: "
+                f"snapshots {snapshots[0].label!r} and {snapshot.label!r} have tokenizers with different vocabularies: "
                 "take snapshots of one pretraining run"
             )
         seen.add(files)
 
 
 def check_distinct(labels: Sequence[str], identities: Sequence[str]) -> None:
-    """Refuse two snapshots of one identity.
+    """Refuse two snapshots with the same identity.
 
     Raises:
         UserError: names both.
@@ -88,20 +88,20 @@ def check_distinct(labels: Sequence[str], identities: Sequence[str]) -> None:
         if identity in first:
             raise UserError(
                 f"snapshots {first[identity]!r} and {label!r} have equal weights: leave one of them out, or check that "
-                "each folder or revision holds its own checkpoint"
+                "each folder or revision holds its own snapshot"
             )
         first[identity] = label
 
 
 def check_dtypes(snapshots: Sequence[Snapshot]) -> None:
-    """Refuse weights that were rounded differently: what they differ by would look like training.
+    """Refuse weights stored in different dtypes: the rounding error would look like training.
 
-    Weights that are no longer on this disk have been compared before, and are left out.
+    Weights that are no longer on this disk are skipped; they were compared when they were harvested.
 
     Raises:
-        UserError: names two snapshots and both types.
+        UserError: names two snapshots and both dtypes.
     """
     there = [snapshot for snapshot in snapshots if snapshot.is_on_disk()]
     kinds = [str(snapshot.stored_dtype).removeprefix("torch.") for snapshot in there]
     for snapshot, kind in zip(there, kinds, strict=True):
-        _compare(there[0], snapshot, "the type of their weights", kinds[0], kind)
+        _compare(there[0], snapshot, "the dtype of their weights", kinds[0], kind)

@@ -1,8 +1,8 @@
-"""Snapshots: the checkpoints of one pretraining run, in the order of training.
+"""`Snapshots`: the snapshots of one pretraining run, in the order of training.
 
-`Snapshots` is a sequence of `Snapshot`s that come from local folders, from revisions on the Hugging Face hub, or from
-the demo. `check` refuses what would make a comparison across them void: equal weights, different tokenizers, widths or
-depths. `model` loads one and keeps it where memory allows. `to_dict` and `from_dict` are the recipe of the collection.
+They come from local folders, from revisions on the Hugging Face hub, or from the demo. `check` refuses snapshots that
+cannot be compared: equal weights, different tokenizers, widths or depths. `model` loads one and keeps it if memory
+allows. `to_dict` and `from_dict` record and restore the collection.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Snapshot", "Snapshots", "canonical_hook", "hook_layer"]
 
 _FORMAT = 1
 KEEP_BYTES = 2 * 2**30
-"""Models are kept in memory when all of them together take at most so much."""
+"""Models stay in memory if all of them together take at most this much."""
 
 
 def _n_bytes(model: LanguageModel) -> int:
@@ -51,15 +51,15 @@ def _cache_folder() -> Path:
 
 
 class Snapshots(Sequence[Snapshot]):
-    """Checkpoints of one pretraining run, in the order of training. Indexing by a slice or a list gives `Snapshots`.
+    """Snapshots of one pretraining run, in the order of training. Indexing by a slice or a list gives `Snapshots`.
 
     Args:
-        snapshots: one or more, with labels of their own.
+        snapshots: one or more, with different labels.
         name: of the model, for titles and records.
-        demo: arguments of `demo`, where it made them; kept in `to_dict`.
+        demo: arguments of `demo`, if it made the snapshots; recorded by `to_dict`.
 
     Raises:
-        UserError: none, or two of one label.
+        UserError: no snapshots, or two with the same label.
     """
 
     def __init__(self, snapshots: Sequence[Snapshot], name: str, demo: Mapping[str, Any] | None = None) -> None:
@@ -72,15 +72,15 @@ class Snapshots(Sequence[Snapshot]):
         labels = self.labels
         if len(set(labels)) < len(labels):
             twice = next(label for label in labels if labels.count(label) > 1)
-            raise UserError(f"two snapshots bear the label {twice!r}: give each a label of its own")
+            raise UserError(f"two snapshots have the label {twice!r}: give each its own label")
 
     @classmethod
     def local(cls, folder: str | Path) -> Snapshots:
         """Snapshots in the sub-folders of `folder`, each in the layout of transformers.
 
-        The sub-folders are `step0`, `step1000`, ..., taken by step; or any, where `snapshots.json` lists them in order:
+        The sub-folders are `step0`, `step1000`, ..., or any names that `snapshots.json` lists in order:
         `{"snapshots": [{"label": "start", "path": "a", "step": 0, "tokens": 0}, ...]}` (step and tokens may be absent).
-        The tokenizer lies in each of them, in `tokenizer`, or in the folder itself.
+        The tokenizer is in each of them, in `tokenizer`, or in the folder itself.
 
         Raises:
             UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
@@ -103,12 +103,12 @@ class Snapshots(Sequence[Snapshot]):
         Args:
             repo: such as `EleutherAI/pythia-14m`.
             revisions: branches, tags or commits, in the order of training.
-            steps: optimiser steps of each, where known.
-            tokens: tokens seen by each, where known.
+            steps: optimiser steps of each, if known.
+            tokens: tokens seen by each, if known.
             labels: names of the snapshots; the revisions by default.
 
         Raises:
-            UserError: lists of different lengths, or a repository that is the name of a local folder.
+            UserError: lists of different lengths, or the repository's name is that of a local folder.
         """
         if isinstance(revisions, str):
             raise UserError(f"revisions={revisions!r} is one string: give a list, such as [{revisions!r}]")
@@ -124,7 +124,7 @@ class Snapshots(Sequence[Snapshot]):
 
     @classmethod
     def pythia(cls, size: str, steps: str | Sequence[int | str] = "paper") -> Snapshots:
-        """Pythia's checkpoints, such as `Snapshots.pythia("160m", steps=[0, 512, 143_000])`.
+        """Pythia's snapshots, such as `Snapshots.pythia("160m", steps=[0, 512, 143_000])`.
 
         Args:
             size: 14m, 31m, 70m, 160m, 410m, 1b, 1.4b, 2.8b, 6.9b or 12b, also with `-deduped`.
@@ -140,13 +140,13 @@ class Snapshots(Sequence[Snapshot]):
     def olmo(
         cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
     ) -> Snapshots:
-        """OLMo's checkpoints (1b, 1b-0724, 7b, 7b-0724), such as `Snapshots.olmo("1b-0724", steps="log:12")`.
+        """OLMo's snapshots (1b, 1b-0724, 7b, 7b-0724), such as `Snapshots.olmo("1b-0724", steps="log:12")`.
 
         Args:
-            size: as it is written above.
-            steps: steps on the hub's list; "log:8" or "linear:8" for evenly spaced ones, "all"; for 1b-0724 "triplet",
+            size: one of those above.
+            steps: steps that the hub lists; "log:8" or "linear:8" for evenly spaced ones, "all"; for 1b-0724 "triplet",
                 the three of Bayazit et al. (arXiv 2509.05291).
-            revisions: instead of steps, such as `["step1000-tokens2B"]`; they need no list.
+            revisions: instead of steps, such as `["step1000-tokens2B"]`; they need no connection to the hub.
 
         Raises:
             UserError: a size, step or revision that does not exist, or steps without a connection to the hub.
@@ -157,9 +157,9 @@ class Snapshots(Sequence[Snapshot]):
     def olmo2(
         cls, size: str, steps: str | Sequence[int | str] = "log:8", *, revisions: Sequence[str] | None = None
     ) -> Snapshots:
-        """OLMo 2's checkpoints (1b, 7b, 13b); steps are of stage 1, `steps="stage2-ingredient1"` of one of stage 2.
+        """OLMo 2's snapshots (1b, 7b, 13b) of stage 1; `steps="stage2-ingredient1"` gives a run of stage 2.
 
-        Arguments and errors as in `olmo`, but that no size has a "triplet".
+        Arguments and errors as in `olmo`, except that no size has a "triplet".
         """
         return cls.from_model(families.find_model("olmo2", size), steps if revisions is None else revisions)
 
@@ -167,22 +167,22 @@ class Snapshots(Sequence[Snapshot]):
     def bloom(
         cls, size: str, steps: str | Sequence[int | str] = "all", *, revisions: Sequence[str] | None = None
     ) -> Snapshots:
-        """BLOOM's checkpoints (560m, 1b1, 1b7, 3b, 7b1), with the tokenizer of the final model's repository.
+        """BLOOM's snapshots (560m, 1b1, 1b7, 3b, 7b1), with the tokenizer of the final model's repository.
 
-        Arguments and errors as in `olmo`, but that "triplet" is of 1b1.
+        Arguments and errors as in `olmo`, except that only 1b1 has a "triplet".
         """
         return cls.from_model(families.find_model("bloom", size), steps if revisions is None else revisions)
 
     @classmethod
     def from_model(cls, model: families.Model, steps: str | Sequence[int | str] = "all") -> Snapshots:
-        """Checkpoints of a model of the table, or of any repository through `families.pattern_model`.
+        """Snapshots of a model of a known family, or of any repository.
 
         Args:
-            model: what `families.find_model` or `families.pattern_model` gives.
+            model: from `families.find_model` or `families.pattern_model`.
             steps: steps or revisions, or a set: "all", "paper", "log:12", "linear:12", ...
 
         Raises:
-            UserError: a step or set that does not exist; the nearest that do are named.
+            UserError: a step or set that does not exist; the message names the nearest.
         """
         rows = model.revisions(steps, lambda: list_revisions(model.repository))
         return cls(
@@ -201,18 +201,18 @@ class Snapshots(Sequence[Snapshot]):
         *,
         config: crosslens.synthetic.pretraining.PretrainingConfig | None = None,
     ) -> Snapshots:
-        """The demo's snapshots: a tiny model that is pretrained here, in about a minute, and kept for the next time.
+        """The demo's snapshots: a tiny model that is pretrained on first use, in about a minute, and cached.
 
         Args:
             seed: of initial weights and data.
-            folder: where it is kept; by default in the user's cache ($CROSSLENS_CACHE, else $XDG_CACHE_HOME/crosslens,
-                else ~/.cache/crosslens), where a damaged or outdated one is made again.
-            config: another recipe than the default.
+            folder: where to keep it; by default the user's cache ($CROSSLENS_CACHE, else $XDG_CACHE_HOME/crosslens,
+                else ~/.cache/crosslens), where a damaged or outdated model is replaced.
+            config: a recipe other than the default.
 
         Raises:
-            UserError: `folder` holds something else.
+            UserError: `folder` contains something else.
         """
-        # imported late: it takes seconds, and most collections are not the demo's
+        # a slow import that only the demo needs
         from crosslens.synthetic.pretraining import pretrain_demo
 
         variant = "" if config is None else "-" + hashlib.sha256(repr(config).encode()).hexdigest()[:12]
@@ -223,10 +223,10 @@ class Snapshots(Sequence[Snapshot]):
 
     @classmethod
     def from_dict(cls, recipe: Mapping[str, Any]) -> Snapshots:
-        """The collection whose `to_dict` gave `recipe`. The demo's is pretrained again where it is gone.
+        """The snapshots that `to_dict` recorded; those of the demo are pretrained again if they are gone.
 
         Raises:
-            UserError: not such a dictionary.
+            UserError: `recipe` is not from `to_dict`.
         """
         try:
             if recipe["format"] != _FORMAT:
@@ -235,7 +235,7 @@ class Snapshots(Sequence[Snapshot]):
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"not a recipe of snapshots ({error}): give what Snapshots.to_dict returned") from error
+            raise UserError(f"not a record of snapshots ({error}): give what Snapshots.to_dict returned") from error
         if demo is None:
             return cls(rows, name)
         whole = cls.demo(**demo)
@@ -244,7 +244,7 @@ class Snapshots(Sequence[Snapshot]):
         return whole[[whole.labels.index(row.label) for row in rows]]
 
     def to_dict(self) -> dict[str, Any]:
-        """A recipe for `from_dict`, in types of JSON."""
+        """A record for `from_dict`, in types of JSON."""
         recipe: dict[str, Any] = {"format": _FORMAT, "name": self.name, "snapshots": [asdict(s) for s in self]}
         return recipe if self._demo is None else {**recipe, "demo": dict(self._demo)}
 
@@ -278,12 +278,12 @@ class Snapshots(Sequence[Snapshot]):
 
     @property
     def steps(self) -> list[int | None]:
-        """Optimiser steps, where known."""
+        """Optimiser steps, if known."""
         return [s.step for s in self._snapshots]
 
     @property
     def tokens(self) -> list[int | None]:
-        """Tokens seen in training, where known."""
+        """Tokens seen in training, if known."""
         return [s.tokens for s in self._snapshots]
 
     def model(
@@ -292,10 +292,11 @@ class Snapshots(Sequence[Snapshot]):
         settings: ModelSettings | None = None,
         n_blocks: int | None = None,
     ) -> LanguageModel:
-        """The i-th snapshot's model, as `Snapshot.load` gives it, and the same object the next time.
+        """The i-th snapshot's model, loaded by `Snapshot.load` and cached.
 
-        All are kept when the weights of all snapshots together take at most 2 GiB, otherwise the last one only; whole
-        models and those of `n_blocks` apart. A caller that holds on to the model before keeps two in memory.
+        If the weights of all snapshots take at most 2 GiB, all models stay in memory, otherwise only the last one;
+        whole models and models of `n_blocks` are counted separately. Drop your reference to a model before you ask for
+        the next, or two are in memory.
 
         Args:
             i: index of the snapshot.
@@ -309,32 +310,32 @@ class Snapshots(Sequence[Snapshot]):
         place = range(len(self))[operator.index(i)]
         key = (place, str(torch.device(settings.device)), settings.dtype, settings.backend, n_blocks)
         if key not in self._models:
-            # another thread may run the models of other depths meanwhile
+            # another thread may be using the models of other depths
             alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
             largest = max((_n_bytes(model) for model in alike.values()), default=0)
             if largest * max(len(self), len(alike) + 1) > KEEP_BYTES:
                 for other in alike:
                     del self._models[other]
                 alike.clear()
-                gc.collect()  # the hooks tie a model's parts into cycles
+                gc.collect()  # hooks make reference cycles of a model's parts
             self._models[key] = self[place].load(settings.device, settings.dtype, settings.backend, n_blocks)
         return self._models[key]
 
     def release(self) -> None:
-        """Let go of all models that are kept in memory."""
+        """Drop all models that are kept in memory."""
         self._models.clear()
         gc.collect()
 
     def check(self, hook_name: str | None = None, *, weights: bool = True) -> None:
-        """Refuse what would make a comparison across the snapshots void.
+        """Refuse snapshots that cannot be compared.
 
         Args:
             hook_name: a hook point that all must have.
-            weights: also compare the weights, which downloads those that are not in the hub's cache yet.
+            weights: also compare the weights, which downloads those that are not in the hub's cache.
 
         Raises:
-            UserError: two snapshots of different configuration, vocabulary or stored type, or of equal weights, both
-                named; a hook point that does not exist.
+            UserError: two snapshots differ in configuration, vocabulary or stored dtype, or have equal weights (both
+                are named); a hook point that does not exist.
         """
         if hook_name is not None:
             check_hook(hook_name, self._config)
@@ -346,13 +347,13 @@ class Snapshots(Sequence[Snapshot]):
 
     @property
     def fingerprints(self) -> list[str]:
-        """sha256 of the weights of each."""
+        """sha256 of each snapshot's weights."""
         bar = tqdm(self._snapshots, desc="fingerprints", unit="snapshot", leave=False, delay=2)
         return [s.fingerprint for s in bar]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The first snapshot's; `check` sees to it that the others have the same vocabulary."""
+        """The first snapshot's; `check` makes sure that the others have the same vocabulary."""
         return self[0].read_tokenizer()
 
     @cached_property
@@ -371,6 +372,6 @@ class Snapshots(Sequence[Snapshot]):
 
     @property
     def n_ctx(self) -> int:
-        """Longest context, in tokens; 2048 where the config has none (ALiBi, such as BLOOM, trained on 2048)."""
+        """Longest context, in tokens; 2048 if the config has none (BLOOM, which has ALiBi, was trained on 2048)."""
         keys = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
         return next((int(value) for key in keys if (value := getattr(self._config, key, None))), 2048)

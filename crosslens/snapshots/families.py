@@ -1,17 +1,17 @@
-"""Model families whose pretraining checkpoints are public: reads the table `families.json`, and finds revisions in it.
+"""Model families with public pretraining snapshots: a reader of the table `families.json`.
 
-A family is one entry of the table: where its repositories lie, its sizes, how a step is spelt as a revision, and what
-a step is worth in tokens. What an entry says, a size of it may say otherwise. A new family is a new entry.
+Each entry of the table is a family: its repositories, sizes, spelling of a step as a revision, and tokens per step. A
+size may override any of these. To add a family, add an entry.
 
-    repository, tokenizer   names on the hub with {size} in them; the tokenizer's where it lies elsewhere
-    patterns                revisions with {step} in them, by the name of the set that they make; the first is training
-                            from its start, those after it begin at `stage1_steps`
-    steps                   the steps of the first pattern; absent where only the hub's own list tells (OLMo's revisions
-                            bear rounded tokens, which do not follow from the step)
-    sets                    choices of steps, or of revisions, that have a name: `paper` is that of Ge et al.
-                            (arXiv 2509.17196), `triplet` those of Bayazit et al. (arXiv 2509.05291)
+    repository, tokenizer   names on the hub, with {size} in them; the tokenizer only if it is in another repository
+    patterns                revisions with {step} in them, keyed by the name of their set; the first covers training
+                            from its start, later ones begin at `stage1_steps`
+    steps                   the steps of the first pattern; absent if only the hub lists them (OLMo's revisions contain
+                            rounded token counts, which do not follow from the step)
+    sets                    named choices of steps or revisions: `paper` is from Ge et al. (arXiv 2509.17196),
+                            `triplet` from Bayazit et al. (arXiv 2509.05291)
 
-Every model has the sets `all`, `log:N` and `linear:N`: N of the steps, evenly spaced in log(1 + step) or in the step.
+Every model has the sets `all`, `log:N` and `linear:N`: N steps, evenly spaced in log(1 + step) or in the step.
 """
 
 from __future__ import annotations
@@ -29,40 +29,14 @@ from typing import Any, NamedTuple
 from crosslens.errors import UserError, did_you_mean
 
 Listing = Callable[[], Sequence[str]]
-"""Names the revisions that a repository is known to have; asked only where the table cannot tell."""
-
-
-def nothing_listed() -> Sequence[str]:
-    """The listing of who knows no more than the table."""
-    return ()
-
-
-def revisions(
-    family: str, size: str, steps: str | Sequence[int | str] = "all", listing: Listing = nothing_listed
-) -> list[Revision]:
-    """The checkpoints of a model, in the order of training; see `Model.revisions`."""
-    return find_model(family, size).revisions(steps, listing)
-
-
-def repository(family: str, size: str) -> str:
-    """The Hugging Face repository of a model, such as `EleutherAI/pythia-160m`.
-
-    Raises:
-        UserError: a family or size that does not exist.
-    """
-    return find_model(family, size).repository
-
-
-def pythia_revisions(size: str, steps: str | Sequence[int | str] = "paper") -> list[Revision]:
-    """`revisions` of Pythia: (label, revision, step, tokens) for each step."""
-    return revisions("pythia", size, steps)
+"""Returns the revisions of a repository; called only if the table does not list them."""
 
 
 def find_model(family: str, size: str) -> Model:
     """A model of the table.
 
     Raises:
-        UserError: a family or size that does not exist; the message names those that do.
+        UserError: no such family or size; the message lists those that exist.
     """
     table = read_table()
     if family not in table:
@@ -86,44 +60,44 @@ def find_model(family: str, size: str) -> Model:
 
 
 def match_model(name: str) -> Model | None:
-    """The model of a name such as `pythia-160m` or `olmo2-7b`; None where it names no family of the table.
+    """The model of a name such as `pythia-160m` or `olmo2-7b`; None if the family is not in the table.
 
     Raises:
-        UserError: a family without this size.
+        UserError: the family has no such size.
     """
     family, dash, size = name.partition("-")
     return find_model(family, size) if dash and family in read_table() else None
 
 
 def pattern_model(repository: str, pattern: str, tokens_per_step: int | None = None) -> Model:
-    """A repository that is not in the table, whose revisions follow a pattern such as `checkpoint-{step}`.
+    """A repository outside the table, whose revisions follow a pattern such as `checkpoint-{step}`.
 
     Args:
         repository: on the hub.
-        pattern: holds `{step}`, and may hold `{billions}` for tokens in billions.
-        tokens_per_step: tokens in a training batch, where known.
+        pattern: contains `{step}`, and perhaps `{billions}` for tokens in billions.
+        tokens_per_step: tokens per training batch, if known.
 
     Raises:
-        UserError: a pattern without `{step}`, or with something else in braces.
+        UserError: a pattern without `{step}`, or with anything else in braces.
     """
     if "{step}" not in pattern or re.search(r"\{(?!(step|billions)\})", pattern):
         raise UserError(
-            f"pattern={pattern!r} must hold {{step}}, may hold {{billions}}, and nothing else in braces: give one such "
-            "as 'step{step}' or 'step{step}-tokens{billions}B'"
+            f"pattern={pattern!r} must contain {{step}}, may contain {{billions}}, and nothing else in braces: give "
+            "one such as 'step{step}' or 'step{step}-tokens{billions}B'"
         )
     return Model(repository.rsplit("/", 1)[-1], repository, None, {"all": pattern}, tokens_per_step, None, {}, 0, None)
 
 
 def spaced(steps: Sequence[int], n: int, scale: str) -> list[int]:
-    """N of rising steps, first and last among them, whose neighbours are as evenly apart as the steps allow.
+    """Choose `n` steps, spaced as evenly as possible, including the first and the last.
 
     Args:
-        steps: rising.
+        steps: in ascending order.
         n: how many, from 2 to all.
-        scale: "log", even in log(1 + step), or "linear".
+        scale: "log" for even spacing in log(1 + step), or "linear".
 
     Raises:
-        UserError: more than there are, or fewer than two.
+        UserError: fewer than two, or more than there are.
     """
     if not 2 <= n <= len(steps):
         raise UserError(f"{scale}:{n} asks for {n} of {len(steps)} steps: give a number from 2 to {len(steps)}")
@@ -132,25 +106,25 @@ def spaced(steps: Sequence[int], n: int, scale: str) -> list[int]:
     places: list[int] = []
     for k, mark in enumerate(wanted):
         place = min(range(len(marks)), key=lambda i: abs(marks[i] - mark))
-        # as many steps must be left as are still to be chosen, on either side
+        # leave enough steps for the choices that remain, on either side
         places.append(min(max(place, places[-1] + 1 if places else 0), len(steps) - n + k))
     return [steps[place] for place in places]
 
 
 def read_spaced(name: str) -> tuple[int, str] | None:
-    """Number and scale of a set such as log:12 or linear:8, as `spaced` takes them; None of any other name."""
+    """Number and scale of a set such as log:12 or linear:8, for `spaced`; None for any other name."""
     scale, _, count = name.partition(":")
     return (int(count), scale) if scale in ("log", "linear") and count.isdecimal() else None
 
 
 @functools.cache
 def read_table() -> dict[str, dict[str, Any]]:
-    """The table, by family."""
+    """The table, keyed by family."""
     return json.loads((Path(__file__).parent / "families.json").read_text(encoding="utf-8"))
 
 
 def _unroll(items: Sequence[Any]) -> list[Any]:
-    """Single steps or revisions, with `{"from": a, "to": b, "by": c}` written out, b included."""
+    """Steps or revisions, with ranges `{"from": a, "to": b, "by": c}` expanded, b included."""
     found: list[Any] = []
     for item in items:
         found.extend(range(item["from"], item["to"] + 1, item["by"]) if isinstance(item, dict) else [item])
@@ -158,7 +132,7 @@ def _unroll(items: Sequence[Any]) -> list[Any]:
 
 
 def _neighbours(steps: Sequence[int], step: int) -> list[int]:
-    """The members of rising `steps` just below and just above `step`; the one nearest end where it is outside."""
+    """The members of ascending `steps` next to `step`: two, or one if `step` is outside their range."""
     above = bisect.bisect(steps, step)
     return list(steps[max(0, above - 1) : above + 1])
 
@@ -169,51 +143,54 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 class Revision(NamedTuple):
-    """One checkpoint of a model."""
+    """One snapshot of a model on the hub."""
 
     label: str
-    """Name of the snapshot: `step{N}`, or what else tells it from the others."""
+    """Name of the snapshot: `step{N}`, or another name if that is not unique."""
     revision: str
     """Branch or tag of the repository."""
     step: int | None
-    """Optimiser steps taken since the start of training, where known."""
+    """Optimiser steps since the start of training, if known."""
     tokens: int | None
-    """Tokens seen in training up to there, where known."""
+    """Tokens seen in training so far, if known."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model: an entry of the table at one size, or a repository with a pattern of the user's."""
+    """One model: an entry of the table at one size, or a repository with the user's pattern.
+
+    `listing` arguments name the repository's revisions; `tuple` names none.
+    """
 
     name: str
     """Such as `pythia-160m`."""
     repository: str
     """On the hub."""
     tokenizer: str | None
-    """Repository of the tokenizer, where it lies elsewhere."""
+    """Repository of the tokenizer, if it is another one."""
     patterns: Mapping[str, str]
-    """Spelling of a revision, by the name of the set; the first is the one that steps belong to."""
+    """Spelling of a revision, keyed by the name of the set; numbers of steps refer to the first."""
     tokens_per_step: int | None
-    """Tokens in a training batch, where known."""
+    """Tokens per training batch, if known."""
     steps: tuple[int, ...] | None
-    """Steps of the first pattern, rising; None where only the hub's list tells."""
+    """Steps of the first pattern, ascending; None if only the hub lists them."""
     sets: Mapping[str, tuple[int | str, ...]]
-    """Choices that have a name."""
+    """Named choices of steps or revisions."""
     begins: int
-    """Step at which the second pattern, and those after it, begin."""
+    """Step at which the second and later patterns begin."""
     main_tokens: int | None
-    """Tokens seen by the branch `main`, where known."""
+    """Tokens seen by the branch `main`, if known."""
 
-    def revisions(self, steps: str | Sequence[int | str] = "all", listing: Listing = nothing_listed) -> list[Revision]:
-        """Checkpoints in the order of training.
+    def revisions(self, steps: str | Sequence[int | str] = "all", listing: Listing = tuple) -> list[Revision]:
+        """Revisions in the order of training.
 
         Args:
             steps: steps or revisions; or the name of a set: "all", "log:8", "linear:8", "paper", "triplet", ...
             listing: names the repository's revisions.
 
         Raises:
-            UserError: a set, step or revision that does not exist, with the nearest that do; or steps that cannot be
-                turned into revisions because the hub's list is not at hand.
+            UserError: a set, step or revision that does not exist (the nearest are named), or steps that cannot be
+                turned into revisions without the hub's list.
         """
         chosen = self._choose(steps, listing) if isinstance(steps, str) else list(steps)
         if not chosen:
@@ -224,14 +201,14 @@ class Model:
         numbers = sorted(item for item in chosen if isinstance(item, int))
         found = self._at_steps(numbers, listing) if numbers else []
         found += [self.parse(item) for item in chosen if isinstance(item, str)]
-        # a branch such as main has no step; it is the end of training
+        # a branch such as main has no step: it is the end of training
         return sorted(found, key=lambda row: (row.step is None, row.step or 0))
 
     def parse(self, revision: str) -> Revision:
         """Label, step and tokens of a revision.
 
         Raises:
-            UserError: not of the model's patterns.
+            UserError: it matches none of the model's patterns.
         """
         if revision == "main":
             return Revision("main", "main", None, self.main_tokens)
@@ -248,7 +225,7 @@ class Model:
         )
 
     def listed(self, listing: Listing, name: str = "all") -> list[Revision]:
-        """The revisions of one pattern, rising; from the table where it has them, else from the listing."""
+        """The revisions of one pattern, ascending; from the table if it lists them, else from `listing`."""
         pattern = self.patterns[name]
         if self.steps is not None and name == next(iter(self.patterns)):
             return [self.parse(pattern.format(step=step)) for step in self.steps]
@@ -256,7 +233,7 @@ class Model:
         if not rows:
             raise UserError(
                 f"the revisions of {self.repository} ({pattern}) are not in the table, and the hub's list of them is "
-                f"not at hand: connect to the hub, or give revisions by name, such as {self._example()!r}"
+                f"not available: connect to the hub, or give revisions by name, such as {self._example()!r}"
             )
         return sorted(rows, key=lambda row: row.step or 0)
 
@@ -280,13 +257,13 @@ class Model:
         name, pattern = next(iter(self.patterns.items()))
         if self.steps is None and "{billions}" not in pattern:
             known = {row.step for row in map(self._parsed, listing()) if row is not None}
-            if not known:  # the spelling follows from the step; whether it exists is seen when it is loaded
+            if not known:  # the spelling follows from the step; loading will show whether the revision exists
                 return [self.parse(pattern.format(step=step)) for step in steps]
         rows = {row.step: row for row in self.listed(listing, name) if row.step is not None}
         for step in steps:
             if step not in rows:
                 near = " and ".join(str(s) for s in _neighbours(sorted(rows), step))
-                raise UserError(f"{self.name} has no checkpoint at step {step}: the nearest are {near}")
+                raise UserError(f"{self.name} has no snapshot at step {step}: the nearest are {near}")
         return [rows[step] for step in steps]
 
     def _parsed(self, revision: str) -> Revision | None:

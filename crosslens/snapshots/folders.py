@@ -1,4 +1,4 @@
-"""Local runs: a folder whose sub-folders are snapshots, found by their names or listed in a `snapshots.json`."""
+"""Local runs: a folder whose sub-folders are snapshots, found by name or listed in a `snapshots.json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_run(root: Path) -> tuple[str, list[Snapshot]]:
     Raises:
         UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
     """
-    from crosslens.snapshots.snapshot import Snapshot  # imports torch, which listing the folders does without
+    from crosslens.snapshots.snapshot import Snapshot  # imports torch, which listing folders does not need
 
     name, rows = read_rows(root)
     snapshots: list[Snapshot] = []
@@ -61,13 +61,13 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
         return str(manifest.get("name", path.parent.name)), rows
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no manifest of snapshots ({type(error).__name__}: {error}): write "
+            f"{path} is not a manifest of snapshots ({type(error).__name__}: {error}): write "
             '{"snapshots": [{"label": "start", "path": "folder", "step": 0, "tokens": 0}, ...]}'
         ) from error
 
 
 def _step_folders(root: Path) -> list[dict[str, Any]]:
-    """Rows like a manifest's for the sub-folders `stepN`, by N."""
+    """Rows as in a manifest for the sub-folders `stepN`, by N."""
     matches = [re.fullmatch(r"step(\d+)", path.name) for path in root.iterdir() if path.is_dir()]
     found = sorted((int(match[1]), match[0]) for match in matches if match)
     if not found:
@@ -80,7 +80,7 @@ def _step_folders(root: Path) -> list[dict[str, Any]]:
 
 
 def _local_tokenizer(folder: Path, root: Path) -> str:
-    """The folder of the tokenizer of a local snapshot: its own, `tokenizer/` or the root."""
+    """Folder of a local snapshot's tokenizer: its own, `tokenizer/` or the root."""
     from crosslens.snapshots.snapshot import tokenizer_files
 
     for candidate in (folder, root / "tokenizer", root):

@@ -1,4 +1,4 @@
-"""Hook points, by TransformerLens's names: which are supported, how deep they lie, and whether a model has them.
+"""Hook points by their TransformerLens names: which are supported, at which layer, and whether a model has them.
 
 `canonical_hook` and `hook_layer` belong together: run `hook_layer(name)` blocks and read the activation under
 `canonical_hook(name)`.
@@ -12,12 +12,12 @@ from typing import Any
 from crosslens.errors import UserError
 
 _HOOK = re.compile(r"blocks\.(0|[1-9]\d*)\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out)")
-# blocks whose attention and MLP read the same residual: there is none between them
+# attention and MLP of these blocks read the same residual stream, so there is no middle
 _PARALLEL = ("codegen", "cohere", "cohere2", "gptj", "phi")
 
 
 def hook_layer(hook_name: str) -> int:
-    """Number of blocks that run before `canonical_hook(hook_name)` is reached: the value for `stop_at_layer`.
+    """Number of blocks to run to reach `canonical_hook(hook_name)`: the value for `stop_at_layer`.
 
     Raises:
         UserError: not one of the supported hook points.
@@ -27,9 +27,9 @@ def hook_layer(hook_name: str) -> int:
 
 
 def canonical_hook(hook_name: str) -> str:
-    """`blocks.L.hook_resid_pre` with L > 0 as `blocks.{L-1}.hook_resid_post`; every other name as it is.
+    """`blocks.L.hook_resid_pre` with L > 0 as `blocks.{L-1}.hook_resid_post`; any other name unchanged.
 
-    The two are the same activation, but the former cannot be read when the model stops before block L.
+    They are the same activation, but the first cannot be read when the model stops before block L.
     """
     match = _HOOK.fullmatch(hook_name)
     if match and match[2] == "hook_resid_pre" and int(match[1]):
@@ -48,7 +48,7 @@ def _parse_hook(hook_name: str) -> tuple[int, str]:
 
 
 def check_hook(hook_name: str, config: Any) -> None:
-    """Refuse a hook point that a model of this configuration (of transformers) does not have.
+    """Refuse a hook point that a model with this transformers configuration does not have.
 
     Raises:
         UserError: not supported, a block beyond the last, or a point that blocks of this kind lack.
@@ -63,6 +63,6 @@ def check_hook(hook_name: str, config: Any) -> None:
     parallel = getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)
     if point == "hook_resid_mid" and (parallel or config.model_type in _PARALLEL):
         raise UserError(
-            f"hook_name={hook_name!r} does not exist: attention and MLP of these blocks work side by side, so choose "
+            f"hook_name={hook_name!r} does not exist: attention and MLP of these blocks run in parallel, so choose "
             f"'blocks.{layer}.hook_resid_pre' or 'blocks.{layer}.hook_resid_post'"
         )

@@ -1,10 +1,10 @@
-"""Files of the Hugging Face hub: fetched once, with patience, and given back when they are no longer needed.
+"""Files from the Hugging Face hub: downloaded once, retried on failure, and evicted when no longer needed.
 
-1. A revision is resolved to the folder of its commit in the hub's own cache; files are fetched into it one by one.
-2. The hub's client resumes what is cut off, and waits where it is told to; what it gives up is tried again here, with
-   growing pauses, and then told in one line. It moves a file into the cache only when all of it has arrived.
-3. The fingerprint of a commit's weights is kept beside them: a commit never changes, and its weights may have been
-   given back.
+1. A revision is resolved to the folder of its commit in the hub's cache; files are downloaded into it one by one.
+2. The hub's client resumes interrupted downloads, honours rate limits, and moves a file into the cache only when it is
+   complete. When the client gives up, the download is retried with growing pauses, then reported in one line.
+3. The fingerprint of a commit's weights is recorded next to them: a commit never changes, but its weights may be
+   evicted.
 4. `evict` deletes weights from the cache, but never a file that another revision shares.
 """
 
@@ -28,29 +28,35 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in the order of preference; each may be split, with an index beside it."""
 
 PAUSES = (1.0, 4.0, 16.0)
-"""Seconds between the attempts to fetch a file."""
+"""Seconds between attempts to download a file."""
+
+HTTP_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
+"""Base of the errors of the HTTP library below the hub's client: requests, httpx or httpx2, depending on its release.
+The client has no public name for it; `tests/snapshots/test_hub.py` checks that a failed connection raises it."""
 
 _NO_ANSWER: tuple[type[Exception], ...] = (
-    hub_errors.HfHubHTTPError.__bases__[0],  # of the HTTP library below the client: httpx or requests, by its release
+    HTTP_ERROR,
     OSError,
     hub_errors.HFValidationError,
-    json.JSONDecodeError,  # somebody else answers: a proxy, or a page to log in
+    json.JSONDecodeError,  # a proxy or a login page answers instead of the hub
 )
-"""What the hub's client raises where there is no connection, no repository, or no hub at the other end."""
+"""What the hub's client raises without a connection, a repository, or a hub at the other end."""
 
 
 @functools.cache
 def hub_folder(repo: str, revision: str) -> Path:
-    """Folder of a revision's commit in the hub's cache, with config.json in it; looked up once per process.
+    """Folder of a revision's commit in the hub's cache, containing config.json; looked up once per process.
 
     Raises:
-        UserError: no such repository or revision (with the nearest that exist), gated, or not to be reached.
+        UserError: no such repository or revision (the nearest are named), gated, or unreachable.
     """
     where = f"{repo}@{revision}"
     try:
         return _fetch(repo, "config.json", revision).parent
     except hub_errors.HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a repository: give one such as 'EleutherAI/pythia-14m'") from error
+        raise UserError(
+            f"{repo!r} is not the name of a repository: give one such as 'EleutherAI/pythia-14m'"
+        ) from error
     except hub_errors.GatedRepoError as error:
         raise UserError(f"{where} is gated: accept its terms on huggingface.co, then run `hf auth login`") from error
     except hub_errors.RepositoryNotFoundError as error:
@@ -68,15 +74,15 @@ def hub_folder(repo: str, revision: str) -> Path:
 
 
 def hub_file(repo: str, commit: str, filename: str) -> Path | None:
-    """A file of a commit, downloaded where it is not in the cache yet; None where the repository has none.
+    """A file of a commit, downloaded unless it is in the cache; None if the repository does not have it.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: the download failed.
     """
     cached = huggingface_hub.try_to_load_from_cache(repo, filename, revision=commit)
     if isinstance(cached, str):
         return Path(cached)
-    if cached is not None:  # the hub said earlier that this commit has no such file
+    if cached is not None:  # the cache records that this commit has no such file
         return None
     try:
         return _fetch(repo, filename, commit)
@@ -85,7 +91,7 @@ def hub_file(repo: str, commit: str, filename: str) -> Path | None:
 
 
 def _fetch(repo: str, filename: str, revision: str) -> Path:
-    """`hf_hub_download`; what may pass by itself is tried again, what the hub has answered is raised at once."""
+    """`hf_hub_download` with retries; an answer from the hub, such as "not found", is raised at once."""
     for pause in (*PAUSES, None):
         try:
             return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
@@ -98,20 +104,20 @@ def _fetch(repo: str, filename: str, revision: str) -> Path:
         ):
             raise
         except Exception as error:
-            # the client's transport (requests, httpx, ...) changes with its release, and so do its errors
+            # the errors depend on the client's HTTP library
             status = getattr(getattr(error, "response", None), "status_code", 0)
             if pause is None or (400 <= status < 500 and status not in (408, 429)):
                 tries = f"in {len(PAUSES) + 1} attempts " if pause is None else ""
                 raise UserError(
-                    f"{repo}@{revision}: {filename} could not be fetched {tries}({first_line(error)}): check the "
-                    "connection and the disk, and run the same command again; nothing incomplete was kept as whole"
+                    f"{repo}@{revision}: {filename} could not be downloaded {tries}({first_line(error)}): check the "
+                    "connection and the disk, and run the same command again; no incomplete file was kept"
                 ) from error
             time.sleep(pause)
     raise AssertionError("not reached")
 
 
 def unreachable(repo: str, revision: str) -> str:
-    """Why the hub does not answer, and the remedy, as the end of a message."""
+    """End of a message: why the hub does not answer, and the remedy."""
     offline = huggingface_hub.constants.HF_HUB_OFFLINE
     return (
         f"{'HF_HUB_OFFLINE is set' if offline else 'the hub cannot be reached'}: "
@@ -122,20 +128,20 @@ def unreachable(repo: str, revision: str) -> str:
 # ---------------------------------------------------------------------- revisions
 @functools.cache
 def list_revisions(repo: str) -> tuple[str, ...]:
-    """Branches and tags of a repository by the hub's own list; those in the local cache where the hub is out of reach.
+    """Branches and tags of a repository on the hub, or in the local cache if the hub is unreachable.
 
-    Asked once per process.
+    Looked up once per process.
     """
     try:
         refs = huggingface_hub.list_repo_refs(repo)
-    except _NO_ANSWER:  # what follows tells the user if it matters
+    except _NO_ANSWER:  # if the revision is needed, downloading it raises the error
         root = _repository_folder(repo) / "refs"
         return tuple(sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()))
     return tuple(ref.name for ref in [*refs.branches, *refs.tags])
 
 
 def nearest_revisions(revision: str, listed: Sequence[str]) -> list[str]:
-    """At most two of the listed revisions, those nearest in number where they are numbered, else in spelling."""
+    """At most two of the listed revisions: nearest in number if they are numbered, else in spelling."""
     number = re.search(r"\d+", revision)
     numbered = [(match, name) for name in listed if (match := re.search(r"\d+", name))]
     if number and numbered:
@@ -146,7 +152,7 @@ def nearest_revisions(revision: str, listed: Sequence[str]) -> list[str]:
 
 
 def is_on_disk(repo: str, revision: str) -> bool:
-    """Whether the weights of a revision are in the hub's local cache; asks nobody."""
+    """Whether the weights of a revision are in the hub's local cache; needs no connection."""
     names = [name for weights in WEIGHTS for name in (weights, f"{weights}.index.json")]
     return any(isinstance(huggingface_hub.try_to_load_from_cache(repo, n, revision=revision), str) for n in names)
 
@@ -155,20 +161,20 @@ def _repository_folder(repo: str) -> Path:
     return Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
-# ---------------------------------------------------------------------- what is known of a commit
+# ---------------------------------------------------------------------- notes on a commit
 def recorded_fingerprint(repo: str, commit: str) -> str | None:
-    """The fingerprint of a commit's weights, if it was ever computed here."""
+    """The fingerprint of a commit's weights, if it was computed before."""
     path = _notes(repo) / f"{commit}.sha256"
     return path.read_text().strip() if path.is_file() else None
 
 
 def record_fingerprint(repo: str, commit: str, fingerprint: str) -> None:
-    """Keep the fingerprint of a commit's weights."""
+    """Record the fingerprint of a commit's weights."""
     _note(_notes(repo) / f"{commit}.sha256", fingerprint)
 
 
 def mark_download(repo: str, commit: str) -> None:
-    """Note, before the weights of a commit are downloaded, that it is done here: `evict` may delete them again."""
+    """Record that crosslens is about to download the weights of a commit, so `evict` may delete them."""
     _note(_notes(repo) / f"{commit}.downloaded", "")
 
 
@@ -177,7 +183,7 @@ def _notes(repo: str) -> Path:
 
 
 def _note(path: Path, text: str) -> None:
-    """Write a small file whole; a cache that cannot be written to is no reason to stop."""
+    """Write a small file atomically; ignore a cache that is not writable."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,12 +193,12 @@ def _note(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------- giving back
+# ---------------------------------------------------------------------- eviction
 def evict(repo: str, commit: str) -> int:
-    """Delete the weights of a commit from the hub's cache, and return the bytes that this freed.
+    """Delete the weights of a commit from the hub's cache, and return the number of bytes freed.
 
-    Only where `mark_download` was called for it: what others downloaded stays. So do configuration and tokenizer, and a
-    file that another commit of the repository shares.
+    Only weights that `mark_download` recorded are deleted. Configuration and tokenizer stay, and so does a file that
+    another commit of the repository shares. (The hub client's own `delete_revisions` deletes whole revisions.)
     """
     mark = _notes(repo) / f"{commit}.downloaded"
     if not mark.is_file():

@@ -1,20 +1,14 @@
-"""How models are run: on which device, in which number format, through which library, how many tokens at a time."""
+"""How models run: device, dtype, backend, and tokens per forward pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from crosslens.devices import find_device
 from crosslens.errors import UserError, did_you_mean
 
 BACKENDS = ("bridge", "hooked_transformer")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def find_device() -> str:
-    """`"cuda"` where torch can use it, else `"cpu"`."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -28,11 +22,11 @@ class ModelSettings:
     device: str = field(default_factory=find_device)
     """A torch device; CUDA where it is available."""
     dtype: str = "float32"
-    """Of the models' parameters. Activations are float32 in any case."""
+    """Dtype of the models' parameters. Activations are always float32."""
     backend: str = "bridge"
     """`"bridge"` for a TransformerBridge, `"hooked_transformer"` for a HookedTransformer without weight processing."""
     batch_tokens: int = 16_384
-    """Tokens in one forward pass."""
+    """Tokens per forward pass."""
 
     def __post_init__(self) -> None:
         for name, value, valid in (("dtype", self.dtype, DTYPES), ("backend", self.backend, BACKENDS)):

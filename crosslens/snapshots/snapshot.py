@@ -1,9 +1,9 @@
-"""A checkpoint of a model: where its weights lie, what they are, and how it is loaded.
+"""A snapshot of a model: where its weights are, their fingerprint, and how it is loaded.
 
-1. A checkpoint is a local folder, or a revision of a repository on the Hugging Face hub. A revision is first resolved
-   to the folder of its commit in the hub's cache; config, weights and tokenizer are read from that folder alone.
-   (Libraries ignore `revision=` for folders without a word: every snapshot would then have the same weights.)
-2. Its fingerprint is a checksum of the tensors themselves, not of the files.
+1. A snapshot is a local folder, or a revision of a repository on the Hugging Face hub. A revision is first resolved to
+   the folder of its commit in the hub's cache; config, weights and tokenizer are read only from that folder.
+   (Libraries silently ignore `revision=` for folders: every snapshot would then have the same weights.)
+2. Its fingerprint is a checksum of the tensors, not of the files.
 3. Loading gives a raw TransformerBridge (no compatibility mode, which would centre the weights), or a HookedTransformer
    without weight processing. Both compute what the model computes in transformers.
 """
@@ -27,6 +27,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from crosslens.devices import find_device
 from crosslens.errors import UserError, first_line
 from crosslens.snapshots.hub import (
     WEIGHTS,
@@ -39,13 +40,13 @@ from crosslens.snapshots.hub import (
     recorded_fingerprint,
     unreachable,
 )
-from crosslens.snapshots.settings import ModelSettings, find_device
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
 
 LanguageModel: TypeAlias = Any
 """A TransformerBridge or a HookedTransformer; both have run_with_cache, run_with_hooks and stop_at_layer."""
 
-# one of the first makes a tokenizer, the others go with it
+# a tokenizer has one of the first files, and perhaps some of the second
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TOKENIZER_EXTRAS = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -53,7 +54,7 @@ _LOADING = threading.RLock()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer that lie in a folder; empty where they make none."""
+    """The tokenizer files in a folder; empty if it has no tokenizer."""
     found = [folder / name for name in _TOKENIZERS + _TOKENIZER_EXTRAS if (folder / name).is_file()]
     return found if found and found[0].name in _TOKENIZERS else []
 
@@ -67,16 +68,16 @@ def hash_files(files: Iterable[Path]) -> str:
 
 
 def cut_config(config: Any, n_blocks: int) -> None:
-    """Make a configuration of transformers that of the model's first blocks alone."""
+    """Cut a transformers configuration to the model's first blocks, in place."""
     config.num_hidden_layers = n_blocks
-    if getattr(config, "layer_types", None):  # one a block
+    if getattr(config, "layer_types", None):  # one per block
         config.layer_types = config.layer_types[:n_blocks]
 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Hold back warnings, log lines and bars of the libraries that load models; afterwards all is as it was."""
-    # what is changed here belongs to the whole process: two threads that load must take turns
+    """Silence warnings, logs and progress bars of the libraries that load models, and restore them afterwards."""
+    # these settings are global to the process, so threads that load models take turns
     with _LOADING, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         logged = logging.root.manager.disable
         bars, no_hub_bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
@@ -88,7 +89,7 @@ def _quiet() -> Generator[None, None, None]:
             yield
         finally:
             if bars:
-                transformers_logging.enable_progress_bar()  # switches the hub's on as well
+                transformers_logging.enable_progress_bar()  # also enables the hub's
                 if no_hub_bars:
                     disable_progress_bars()
             logging.disable(logged)
@@ -96,37 +97,37 @@ def _quiet() -> Generator[None, None, None]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One checkpoint of a pretraining run. Nothing is looked up before it is asked for.
+    """One snapshot of a pretraining run. Nothing is looked up until it is needed.
 
     Raises:
-        UserError: a revision of a local folder; and in every method a folder, repository, revision or file that is
-            missing or damaged. The message names the snapshot, the file and the remedy.
+        UserError: a revision of a local folder; in every method, a missing or damaged folder, repository, revision or
+            file. The message names the snapshot, the file and the remedy.
     """
 
     label: str
-    """Its name in tables and plots."""
+    """Name in tables and plots."""
     step: int | None
     """Optimiser steps taken, where known."""
     tokens: int | None
     """Tokens seen in training, where known."""
     name: str
-    """Repository on the hub; a local folder in the layout of transformers where `revision` is None."""
+    """Repository on the hub; if `revision` is None, a local folder in the layout of transformers."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     tokenizer_folder: str | None = None
-    """Local folder of the tokenizer; None: it lies with the weights."""
+    """Local folder of the tokenizer; None if it is with the weights."""
     tokenizer_repository: str | None = None
-    """Repository of the tokenizer; None: it lies with the weights."""
+    """Repository of the tokenizer; None if it is with the weights."""
 
     def __post_init__(self) -> None:
         if self.revision is not None and Path(self.name).is_dir():
             raise self._error(
                 f"{self.name!r} is a local folder, which has no revision {self.revision!r}: use Snapshots.local, or "
-                "work where no folder bears the name of the repository"
+                "work in a directory without a folder of that name"
             )
 
     def folder(self) -> Path:
-        """The local folder with config.json in it; of a repository, that of the commit in the hub's cache."""
+        """The local folder with config.json; for a repository, that of the commit in the hub's cache."""
         if self.revision is not None:
             try:
                 return hub_folder(self.name, self.revision)
@@ -140,7 +141,7 @@ class Snapshot:
         return folder
 
     def config(self) -> PretrainedConfig:
-        """The configuration, from config.json alone."""
+        """The configuration, from config.json."""
         folder = self.folder()
         try:
             with _quiet():
@@ -161,7 +162,7 @@ class Snapshot:
     def fingerprint(self) -> str:
         """sha256 of the tensors, however they are split into files; computed once per process.
 
-        Of a commit on the hub whose weights are no longer on this disk, it is the one that was computed before.
+        For a commit on the hub whose weights were evicted, the recorded one.
         """
         if self.revision is not None and not self.is_on_disk():
             known = recorded_fingerprint(self.name, self.folder().name)
@@ -178,7 +179,7 @@ class Snapshot:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The type in which most numbers of the weights are stored."""
+        """The dtype in which most of the weights are stored."""
         counts: dict[torch.dtype, int] = {}
         try:
             with contextlib.ExitStack() as stack:
@@ -194,14 +195,14 @@ class Snapshot:
         return self.revision is None or is_on_disk(self.name, self.revision)
 
     def evict(self) -> int:
-        """Delete the weights from the hub's cache, and return the bytes that this freed.
+        """Delete the weights from the hub's cache, and return the number of bytes freed.
 
-        A local folder stays, and so do weights that were in the cache before crosslens first wanted them.
+        Local folders are kept, and so are weights that crosslens did not download.
         """
         return 0 if self.revision is None else evict(self.name, self.folder().name)
 
     def tokenizer_source(self) -> Path:
-        """The folder of the tokenizer; the repository's main branch where the revision has none."""
+        """The folder of the tokenizer; that of the main branch if the revision has none."""
         if self.tokenizer_folder is not None:
             return Path(self.tokenizer_folder)
         if self.tokenizer_repository is not None:
@@ -209,7 +210,7 @@ class Snapshot:
         if self._fetch_tokenizer():
             return self.folder()
         if self.revision not in (None, "main"):
-            with contextlib.suppress(UserError):  # not cached, say; the message below is about what was asked for
+            with contextlib.suppress(UserError):  # the message below is about the revision that was asked for
                 main = replace(self, revision="main")
                 if main._fetch_tokenizer():
                     return main.folder()
@@ -243,7 +244,7 @@ class Snapshot:
         official = self._official() if backend == "hooked_transformer" else self
         tokenizer = self.read_tokenizer()
         original = self._load_transformers(torch_dtype, n_blocks)
-        # imported late: it takes seconds
+        # a slow import
         from transformer_lens import HookedTransformer
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -255,7 +256,7 @@ class Snapshot:
             return model.requires_grad_(False).eval()
         try:
             with _quiet():
-                # checkpoint_value= would look for weights of its own; revision= is for the config, read once more
+                # checkpoint_value= would download weights of its own; revision= only selects the config
                 model = HookedTransformer.from_pretrained_no_processing(
                     official.name,
                     hf_model=original,
@@ -266,7 +267,7 @@ class Snapshot:
                     first_n_layers=n_blocks,
                 )
         except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
-            # it takes the sizes of some families from a list of its own
+            # TransformerLens has its own list of sizes for some families
             raise self._error(
                 f"HookedTransformer cannot load {self.name} as {official.name} ({first_line(error)}): use "
                 "backend='bridge'"
@@ -274,7 +275,7 @@ class Snapshot:
         return model.requires_grad_(False).eval()
 
     def _load_transformers(self, dtype: torch.dtype, n_blocks: int | None) -> Any:
-        """The model of transformers on the CPU, with the attention that TransformerLens's hooks need."""
+        """The transformers model on the CPU, with the attention that TransformerLens's hooks need."""
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
         config: Any = self.config()
         if n_blocks is not None:
@@ -301,12 +302,12 @@ class Snapshot:
         return model
 
     def _final(self) -> Snapshot:
-        """The repository of the tokenizer, as a checkpoint."""
+        """The main branch of the tokenizer's repository."""
         assert self.tokenizer_repository is not None
         return replace(self, name=self.tokenizer_repository, revision="main", tokenizer_repository=None)
 
     def _official(self) -> Snapshot:
-        """The checkpoint by whose name TransformerLens knows the configuration: this one, or that of the tokenizer."""
+        """The snapshot whose name TransformerLens knows: this one, or the tokenizer's repository."""
         from transformer_lens.loading_from_pretrained import get_official_model_name
 
         candidates: list[Snapshot] = [] if self.revision is None else [self]
@@ -322,14 +323,14 @@ class Snapshot:
         )
 
     def _file(self, filename: str) -> Path | None:
-        """A file beside the config, downloaded at need; None where there is none."""
+        """A file next to the config, downloaded if needed; None if it does not exist."""
         if self.revision is not None:
             return hub_file(self.name, self.folder().name, filename)
         path = self.folder() / filename
         return path if path.is_file() else None
 
     def _fetch_tokenizer(self) -> bool:
-        """Whether the checkpoint has a tokenizer; its files are in the folder afterwards."""
+        """Whether the snapshot has a tokenizer; downloads its files."""
         if not any(self._file(name) for name in _TOKENIZERS):
             return False
         for name in _TOKENIZER_EXTRAS:
@@ -337,7 +338,7 @@ class Snapshot:
         return True
 
     def _weights(self) -> list[Path]:
-        """The files of the weights, chosen as transformers chooses them."""
+        """The weight files that transformers would load."""
         if not self.is_on_disk():
             mark_download(self.name, self.folder().name)
         for filename in WEIGHTS:
@@ -364,7 +365,7 @@ class Snapshot:
         remedy = "copy it again, or leave this snapshot out"
         if self.revision is not None:
             remedy = f"run `hf download {self.name} --revision {self.revision} --force-download`"
-        return self._error(f"{path} is truncated, damaged or no file of weights: {remedy}")
+        return self._error(f"{path} is truncated, damaged or not a weight file: {remedy}")
 
     def _error(self, message: str) -> UserError:
         return UserError(f"snapshot {self.label!r}: {message}")

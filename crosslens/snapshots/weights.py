@@ -1,4 +1,4 @@
-"""Files of weights: their tensors one by one, what type they are stored in, and a checksum of them."""
+"""Files of weights: their tensors one by one, their dtypes, and a checksum."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# masks and tables that follow from the config: older files of a model hold them, newer ones do not
+# masks and tables that follow from the config: older files contain them, newer ones do not
 _BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @functools.cache
 def hash_tensors(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor, by name.
+    """sha256 over name, dtype, shape and bytes of every tensor, sorted by name.
 
     Args:
-        files: path, size and time of change of each file; the latter two let the cache see a change.
+        files: path, size and modification time of each file; size and time make a changed file a new cache key.
     """
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
@@ -39,12 +39,12 @@ def hash_tensors(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each tensor of a file, which stays open and mapped into memory as long as `stack` does."""
+    """A reader for each tensor of a file, which stays open and memory-mapped until `stack` closes."""
     try:
         if path.suffix == ".safetensors":
             file = stack.enter_context(safe_open(path, framework="pt"))
             return {name: functools.partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-        # early checkpoints of some families have nothing else; weights_only lets no code in
+        # early snapshots of some families have no other format; weights_only executes no code
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {name: functools.partial(state.get, name) for name in state}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -52,7 +52,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Callable[
 
 
 def stored_dtypes(path: Path, stack: contextlib.ExitStack) -> Iterator[tuple[torch.dtype, int]]:
-    """Type and size of each floating-point tensor of a file; reads no more of it than it must."""
+    """Dtype and size of each floating-point tensor of a file; the values are not read."""
     for name, read in open_weights(path, stack).items():
         if not name.endswith(_BUFFERS):
             tensor = read()

@@ -1,6 +1,6 @@
-"""Snapshots against plain transformers, on tiny random models in local folders, in a hub cache and behind a hub server.
+"""Snapshots against plain transformers, on tiny random models in local folders.
 
-The parts that need a Hugging Face home of their own run in a second process: this file as a program.
+`check_offline` and `check_online` need their own Hugging Face home: test_family_models.py and test_hub.py run them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from crosslens.snapshots.collection import Snapshot, Snapshots, canonical_hook, 
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import pretraining
 from crosslens.synthetic.pretraining import PretrainingConfig
-from tests.hub_server import commit_of, revision_folder, run_program, serve
+from tests.hub_server import commit_of, revision_folder
 
 WORDS = ["<e>", "<u>", *"abcdefghijklmnop"]
 TOKENS = torch.tensor([[0, 3, 5, 7, 2, 9], [0, 11, 4, 4, 6, 17]])
@@ -136,7 +135,7 @@ def test_indexing(run: Path) -> None:
         _ = snaps[3]
     with pytest.raises(UserError, match="without snapshots"):
         _ = snaps[3:]
-    with pytest.raises(UserError, match="two snapshots bear the label 'step0'"):
+    with pytest.raises(UserError, match="two snapshots have the label 'step0'"):
         _ = snaps[[0, 0]]
 
 
@@ -146,7 +145,7 @@ def test_a_recipe_makes_the_same_collection(run: Path) -> None:
     assert again == snaps
     assert again.fingerprints == snaps.fingerprints
     for wrong in ({}, {**snaps.to_dict(), "format": 2}, {**snaps.to_dict(), "snapshots": [{"labels": 1}]}):
-        with pytest.raises(UserError, match="not a recipe of snapshots"):
+        with pytest.raises(UserError, match="not a record of snapshots"):
             Snapshots.from_dict(wrong)
 
 
@@ -177,8 +176,8 @@ LOCAL_MISTAKES: list[tuple[Callable[[Path], Any], str]] = [
     (_no_steps, "has no sub-folders step0, step1000, ... and no snapshots.json"),
     (lambda root: shutil.rmtree(root / "tokenizer"), "there is no tokenizer in .*step0, "),
     (lambda root: (root / "step2" / "config.json").unlink(), "snapshot 'step2': .*step2 has no config.json"),
-    (lambda root: (root / "snapshots.json").write_text("{"), "no manifest of snapshots .JSONDecodeError"),
-    (lambda root: _write_rows(root, {"label": "a"}), "no manifest of snapshots .KeyError: 'path'"),
+    (lambda root: (root / "snapshots.json").write_text("{"), "not a manifest of snapshots .JSONDecodeError"),
+    (lambda root: _write_rows(root, {"label": "a"}), "not a manifest of snapshots .KeyError: 'path'"),
     (lambda root: _write_rows(root, {"label": "a", "path": "x"}), "'a': there is no folder .*x: check its path"),
     (lambda root: _write_rows(root, {"label": "a", "path": "x", "step": 1.5}), "step and tokens are whole numbers"),
 ]
@@ -378,7 +377,7 @@ def test_different_shapes_are_refused(copy: Path, change: dict[str, int], messag
 
 def test_different_tokenizers_are_refused(copy: Path) -> None:
     write_tokenizer(copy / "step10", [*WORDS[:-2], WORDS[-1], WORDS[-2]])
-    with pytest.raises(UserError, match="snapshots 'step0' and 'step10' have tokenizers of different vocabulary"):
+    with pytest.raises(UserError, match="snapshots 'step0' and 'step10' have tokenizers with different vocabularies"):
         Snapshots.local(copy).check()
     write_tokenizer(copy / "step10")
     settings = json.loads((copy / "step10" / "tokenizer_config.json").read_text())
@@ -422,7 +421,9 @@ def test_weights_that_were_rounded_differently_are_refused(copy: Path) -> None:
     snaps = Snapshots.local(copy)
     assert [str(s.stored_dtype) for s in snaps] == ["torch.float32", "torch.float16", "torch.float32"]
     snaps.check(weights=False)
-    with pytest.raises(UserError, match="'step0' and 'step2' differ in the type of their weights, float32 and float16"):
+    with pytest.raises(
+        UserError, match="'step0' and 'step2' differ in the dtype of their weights, float32 and float16"
+    ):
         snaps.check()
 
 
@@ -455,7 +456,7 @@ def test_hook_points_are_read_where_the_model_stops(run: Path, copy: Path) -> No
         for hook in HOOKS:
             if hook.endswith("mid") and snaps is parallel:
                 assert hook not in whole
-                with pytest.raises(UserError, match="side by side, so choose 'blocks.*resid_post'"):
+                with pytest.raises(UserError, match="run in parallel, so choose 'blocks.*resid_post'"):
                     snaps.check(hook)
                 continue
             snaps.check(hook)
@@ -545,7 +546,7 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
         assert folder() == Path(expected)
 
 
-# -------------------------------------------------------------------------------------------------------------- the hub
+# --------------------------------------------------------------------------- the hub, for programs of other test files
 PYTHIA = "EleutherAI/pythia-14m"
 
 
@@ -563,27 +564,6 @@ def write_hub(hub: Path) -> None:
         file.unlink()
     write_model(folder(PYTHIA, "step1"), 5)
     (folder(PYTHIA, "step1") / "model.safetensors").unlink()
-
-
-def in_process(mode: str, home: Path, **env: str) -> None:
-    done = run_program([__file__, mode, str(home)], home, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == "fine", done.stdout
-
-
-def test_a_hub_cache_without_a_network(tmp_path: Path) -> None:
-    write_hub(tmp_path / "hub")
-    in_process("offline", tmp_path, HF_HUB_OFFLINE="1")
-
-
-def test_a_hub_server(tmp_path: Path) -> None:
-    write_hub(tmp_path / "hub")
-    with serve(tmp_path / "hub") as (address, asked):
-        (tmp_path / "home").mkdir()
-        in_process("online", tmp_path / "home", HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
-    commit = commit_of("step1000")
-    assert asked.count(f"GET /{PYTHIA}/resolve/{commit}/model.safetensors") == 1
-    assert not any(line.startswith("GET") and "pytorch_model" in line and commit in line for line in asked)
 
 
 def check_offline(home: Path) -> None:
@@ -620,7 +600,7 @@ def check_offline(home: Path) -> None:
         f"run `hf download {PYTHIA} --revision step2` once without it",
     )
     refused(lambda: Snapshots.from_hub("no/such", ["main"]).d_model, "snapshot 'main': no/such@main is not in the")
-    refused(lambda: Snapshots.from_hub("a/b/c", ["x"]).d_model, "snapshot 'x': 'a/b/c' is no name of a repository")
+    refused(lambda: Snapshots.from_hub("a/b/c", ["x"]).d_model, "snapshot 'x': 'a/b/c' is not the name of a repository")
     weightless = Snapshots.from_hub(PYTHIA, ["step1"])
     assert weightless.n_layers == 3
     refused(
@@ -633,7 +613,7 @@ def check_offline(home: Path) -> None:
     (folders["step0"] / "model.safetensors").write_bytes(b"cut")
     refused(
         lambda: snaps[0].fingerprint,
-        f"snapshot 'step0': {folders['step0']}/model.safetensors is truncated, damaged or no file of weights: run "
+        f"snapshot 'step0': {folders['step0']}/model.safetensors is truncated, damaged or not a weight file: run "
         f"`hf download {PYTHIA} --revision step0 --force-download`",
     )
     Path(PYTHIA).mkdir(parents=True)
@@ -643,7 +623,7 @@ def check_offline(home: Path) -> None:
 REVISIONS = ("main", "step0", "step1", "step512", "step1000")
 
 
-def check_online(_: Path) -> None:
+def check_online() -> None:
     snaps = Snapshots.pythia("14m", [0, 512, 1000])
     assert snaps.n_layers == 3
     assert len(set(snaps.fingerprints)) == 3
@@ -671,9 +651,3 @@ def refused(attempt: Callable[[], Any], message: str) -> None:
         assert "\n" not in str(error)
     else:
         raise AssertionError(f"nothing was refused: {message}")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"offline": check_offline, "online": check_online}[sys.argv[1]](Path(sys.argv[2]))
-    sys.stdout.write("fine\n")

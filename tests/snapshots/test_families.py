@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,7 @@ from crosslens.snapshots.families import (
     find_model,
     match_model,
     pattern_model,
-    pythia_revisions,
     read_table,
-    repository,
-    revisions,
     spaced,
 )
 
@@ -31,23 +29,27 @@ OLMO2 = [
 ]
 
 
+def revisions(family: str, size: str, *choice: Any) -> list[Revision]:
+    return find_model(family, size).revisions(*choice)
+
+
 def test_pythia_has_the_154_checkpoints_that_transformer_lens_lists() -> None:
     from transformer_lens.loading_from_pretrained import PYTHIA_CHECKPOINTS
 
-    rows = pythia_revisions("14m", "all")
+    rows = revisions("pythia", "14m", "all")
     assert len(rows) == 154
     assert [row.step for row in rows] == list(PYTHIA_CHECKPOINTS)
 
 
 def test_the_papers_32_steps() -> None:
-    rows = pythia_revisions("160m", "paper")
+    rows = revisions("pythia", "160m", "paper")
     assert [row.step for row in rows] == [int(step) for step in PAPER.split()]
     assert len(rows) == 32
-    assert pythia_revisions("160m") == rows
+    assert revisions("pythia", "160m", "paper") == rows
 
 
 def test_a_row_is_label_revision_step_tokens() -> None:
-    assert pythia_revisions("1.4b-deduped", [143_000, 1]) == [
+    assert revisions("pythia", "1.4b-deduped", [143_000, 1]) == [
         ("step1", "step1", 1, 2_097_152),
         ("step143000", "step143000", 143_000, 299_892_736_000),
     ]
@@ -86,9 +88,9 @@ def test_the_triplets_of_crosscoding_through_time(family: str, size: str, expect
 
 
 def test_repositories() -> None:
-    assert repository("pythia", "6.9b-deduped") == "EleutherAI/pythia-6.9b-deduped"
-    assert repository("olmo", "7b-0724") == "allenai/OLMo-7B-0724-hf"
-    assert repository("olmo2", "1b") == "allenai/OLMo-2-0425-1B"
+    assert find_model("pythia", "6.9b-deduped").repository == "EleutherAI/pythia-6.9b-deduped"
+    assert find_model("olmo", "7b-0724").repository == "allenai/OLMo-7B-0724-hf"
+    assert find_model("olmo2", "1b").repository == "allenai/OLMo-2-0425-1B"
     bloom = find_model("bloom", "560m")
     assert (bloom.repository, bloom.tokenizer) == ("bigscience/bloom-560m-intermediate", "bigscience/bloom-560m")
     assert match_model("gpt2") is None and match_model("some-model") is None
@@ -117,7 +119,7 @@ def test_what_the_table_lacks_comes_from_the_hubs_list() -> None:
     # in the order of training, whatever the order they are given in; and no list is asked for
     named = olmo.revisions(["step1454000-tokens3048B", "main", "step16000-tokens33B"], lambda: pytest.fail("asked"))
     assert [row.label for row in named] == ["step16000", "step1454000", "main"]
-    with pytest.raises(UserError, match="no checkpoint at step 3500: the nearest are 3000 and 4000$"):
+    with pytest.raises(UserError, match="no snapshot at step 3500: the nearest are 3000 and 4000$"):
         olmo.revisions([3500], lambda: OLMO)
     with pytest.raises(UserError, match="not in the table, and the hub's list .* such as 'step2000-tokens4B'$"):
         olmo.revisions([3000])
@@ -140,18 +142,18 @@ def test_a_pattern_of_the_users() -> None:
     assert pattern_model("me/model", "s{step}-{billions}B").parse("s5-12B").tokens == 12 * 10**9
     assert pattern_model("me/model", "s{step}").parse("s5").tokens is None
     for wrong in ("checkpoint", "a{step}-{size}"):
-        with pytest.raises(UserError, match="must hold {step}, may hold {billions}, and nothing else"):
+        with pytest.raises(UserError, match="must contain {step}, may contain {billions}, and nothing else"):
             pattern_model("me/model", wrong)
 
 
 def test_even_spacing() -> None:
-    pythia = [row.step or 0 for row in pythia_revisions("14m", "all")]
+    pythia = [row.step or 0 for row in revisions("pythia", "14m", "all")]
     assert spaced(pythia, 154, "log") == spaced(pythia, 154, "linear") == pythia
     assert spaced(pythia, 2, "log") == [0, 143_000]
-    assert [row.step for row in pythia_revisions("14m", "linear:12")] == [
+    assert [row.step for row in revisions("pythia", "14m", "linear:12")] == [
         *(0, 13_000, 26_000, 39_000, 52_000, 65_000, 78_000, 91_000, 104_000, 117_000, 130_000, 143_000)
     ]
-    assert [row.step for row in pythia_revisions("14m", "log:8")] == [0, 4, 32, 128, 1000, 5000, 26_000, 143_000]
+    assert [row.step for row in revisions("pythia", "14m", "log:8")] == [0, 4, 32, 128, 1000, 5000, 26_000, 143_000]
     draw = random.Random(0)
     for _ in range(30):
         steps = sorted(draw.sample(range(10**5), draw.randint(2, 40)))
@@ -171,9 +173,9 @@ def test_even_spacing() -> None:
     ("size", "steps", "message"),
     [
         ("160M", "paper", "pythia has no size '160M'.*14m, 31m.*12b-deduped; did you mean '160m'"),
-        ("14m", [1500], "pythia-14m has no checkpoint at step 1500: the nearest are 1000 and 2000$"),
-        ("14m", [0, 144_000], "no checkpoint at step 144000: the nearest are 143000$"),
-        ("14m", [-1], "no checkpoint at step -1: the nearest are 0$"),
+        ("14m", [1500], "pythia-14m has no snapshot at step 1500: the nearest are 1000 and 2000$"),
+        ("14m", [0, 144_000], "no snapshot at step 144000: the nearest are 143000$"),
+        ("14m", [-1], "no snapshot at step -1: the nearest are 0$"),
         ("14m", "papers", "no step set 'papers': choose one of paper, triplet, all, log:N, .*did you mean 'paper'"),
         ("14m", "log:155", "log:155 asks for 155 of 154 steps: give a number from 2 to 154"),
         ("14m", "linear:1", "linear:1 asks for 1 of 154 steps"),
@@ -187,11 +189,11 @@ def test_what_does_not_exist_is_refused_with_the_nearest_that_does(
     size: str, steps: str | list[int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        pythia_revisions(size, steps)
+        revisions("pythia", size, steps)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(UserError, match="unknown family 'pithia': choose one of pythia, .*; did you mean 'pythia'"):
-        repository("pithia", "14m")
+        find_model("pithia", "14m")
     assert isinstance(match_model("pythia-14m"), Model)
