@@ -28,7 +28,7 @@ def scale_of(planted: Planted) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [*REGIMES, "small"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rows_are_what_the_table_says(name: str, seed: int) -> None:
+def test_rows_match_the_table(name: str, seed: int) -> None:
     regime = SMALL if name == "small" else REGIMES[name]
     planted = Planted(regime, seed)
     N, S = regime.n_features, regime.n_snapshots
@@ -67,14 +67,14 @@ def test_rows_are_what_the_table_says(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", REGIMES)
-def test_the_definitions_read_births_and_deaths_off_the_true_rows(name: str) -> None:
+def test_lifecycles_of_the_planted_rows_match_the_table(name: str) -> None:
     planted = Planted(REGIMES[name], 0, n_held_out=4096)
     life = classify_lifecycles((planted.rows * scale_of(planted)[:, None]).norm(dim=-1))
     assert life["birth"].tolist() == planted.truth["birth"].tolist()
     assert life["death"].equals(planted.truth["death"])
 
 
-def test_the_regimes_are_as_hard_as_they_say() -> None:
+def test_the_regimes_are_as_hard_as_documented() -> None:
     crowded, entangled = Planted(REGIMES["crowded"]), Planted(REGIMES["entangled"])
     assert ((crowded.rows.norm(dim=-1) > 0).sum(0) > 2 * crowded.d_model).all()
     for planted in (crowded, entangled):
@@ -91,7 +91,7 @@ def test_the_regimes_are_as_hard_as_they_say() -> None:
 # ---- the activations
 
 
-def test_activations_are_values_times_rows_and_noise() -> None:
+def test_activations_are_values_times_rows_plus_noise() -> None:
     planted = Planted(SMALL, 3, n_tokens=640, n_held_out=5000)
     values, x = planted.draw(3000, 7)
     assert values.shape == (3000, 40) and x.shape == (3000, 6, 16)
@@ -108,7 +108,7 @@ def test_activations_are_values_times_rows_and_noise() -> None:
     drawn = torch.rand(3)
     torch.manual_seed(1)
     planted.draw(5, 0)
-    assert torch.equal(torch.rand(3), drawn)  # the global generator is left as it was
+    assert torch.equal(torch.rand(3), drawn)  # the global generator is unchanged
     one = planted.only(4)
     assert torch.equal(one.draw(3000, 7)[1], x[:, [4]]) and one.snapshots.labels == ["step4000"]
     assert (one.n_snapshots, one.d_model, planted.n_snapshots) == (1, 16, 6)
@@ -118,19 +118,19 @@ def test_activations_are_values_times_rows_and_noise() -> None:
     assert planted.only(0).l0 < planted.l0
 
 
-def test_it_streams_as_activations_do() -> None:
+def test_batches_and_held_out_activations() -> None:
     planted = Planted(SMALL, 0, n_tokens=640, n_held_out=5000)
     first = [batch for batch in planted.batches(64, epochs=1)]
     assert len(first) == 10 and first[0].shape == (64, 6, 16) and not torch.equal(first[0], first[1])
     second = planted.batches(64, start=10)
-    assert not any(torch.equal(next(second), batch) for batch in first)  # another epoch is new
+    assert not any(torch.equal(next(second), batch) for batch in first)  # every epoch is different
     assert torch.equal(next(planted.batches(64, start=3)), first[3])
     held = [torch.cat(list(planted.held_out(size))) for size in (100, 4096, 10_000)]
     assert held[0].shape == (5000, 6, 16) and torch.equal(held[0], held[1]) and torch.equal(held[1], held[2])
     assert [len(b) for b in planted.held_out(3000)] == [3000, 1096, 904]
     keeping = Planted(SMALL, 0, n_tokens=640, n_held_out=5000, keep=True)
     part, alone = keeping.only(2), planted.only(2)
-    for _ in range(2):  # drawn, and kept
+    for _ in range(2):  # drawn, then from memory
         for one, other in ((part, alone), (keeping, planted), (keeping.only(2).only(0), alone)):
             for start in (3, 0):
                 assert torch.equal(next(one.batches(64, start=start)), next(other.batches(64, start=start)))
@@ -141,7 +141,7 @@ def test_it_streams_as_activations_do() -> None:
     assert row == {"label": "step2000", "step": 2000, "tokens": 4_000_000_000}
 
 
-def test_regimes_that_cannot_be_planted_are_refused() -> None:
+def test_impossible_regimes_are_refused() -> None:
     for change, message in (
         ({"n_snapshots": 4}, "n_snapshots=4 is too few to plant a lifecycle: give 5 or more"),
         ({"rotating": 0.9}, "dying, rotating, splitting and merging add up to 1.05"),

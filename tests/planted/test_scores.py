@@ -1,4 +1,4 @@
-"""Recovery: scores of the truth itself, of known damage, and against a slow reading; chains against a slow walk."""
+"""Scores of the ground truth itself, of known damage, and against plain loops; chains against plain loops."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scale_of(planted: Planted) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [*REGIMES, "small"])
-def test_the_truth_scores_perfectly_in_any_order_and_size(name: str) -> None:
+def test_the_ground_truth_scores_perfectly_in_any_order_and_scale(name: str) -> None:
     planted = Planted(SMALL if name == "small" else REGIMES[name], 0, n_held_out=4096)
     scale, generator = scale_of(planted), torch.Generator().manual_seed(0)
     order = torch.randperm(len(planted.rows), generator=generator)
@@ -53,7 +53,7 @@ def test_the_truth_scores_perfectly_in_any_order_and_size(name: str) -> None:
 
 
 def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dict[str, float]:
-    """The docstring, one feature at a time."""
+    """The definitions in plain loops, one feature at a time."""
 
     def cos(x: np.ndarray, y: np.ndarray) -> float:
         return float(x.ravel() @ y.ravel() / np.sqrt((x**2).sum() * (y**2).sum())) if x.any() and y.any() else 0.0
@@ -111,8 +111,8 @@ def slow_recovery(planted: Planted, found: np.ndarray, scale: np.ndarray) -> dic
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_are_what_a_slow_reading_finds(seed: int) -> None:
-    """Features dropped, doubled, noisy, born late, dead late, or made up."""
+def test_scores_match_plain_loops(seed: int) -> None:
+    """Features missing, duplicated, noisy, born late, dying late, or made up."""
     planted = Planted(SMALL, seed, n_held_out=4096)
     scale, generator = scale_of(planted), torch.Generator().manual_seed(seed)
     found = planted.rows * scale[:, None]
@@ -123,7 +123,7 @@ def test_scores_are_what_a_slow_reading_finds(seed: int) -> None:
         found[i, birth] *= 0.3  # is born one snapshot late
     for i in range(1, 40, 7):
         found[i] = found[i].roll(1, 0)
-    found[found.norm(dim=-1) == 0, 0] = 1e-3  # before their birth all point the same way, which counts for nothing
+    found[found.norm(dim=-1) == 0, 0] = 1e-3  # the same direction for all before birth must not count
     made_up = torch.randn(10, 6, 16, generator=generator) * (torch.arange(6) > 2)[:, None]
     found = torch.cat([found[:33], made_up, found[:3]])
     slow = slow_recovery(planted, found.numpy().astype(float), scale.numpy().astype(float))
@@ -134,7 +134,7 @@ def test_scores_are_what_a_slow_reading_finds(seed: int) -> None:
     assert recovery(planted, few, scale) == pytest.approx(slow, rel=1e-3, abs=1e-3, nan_ok=True)
 
 
-def test_the_table_says_which_features_were_found() -> None:
+def test_the_table_names_the_features_found() -> None:
     planted = Planted(SMALL, 1, n_held_out=4096)
     scale, generator = scale_of(planted), torch.Generator().manual_seed(1)
     rows = planted.rows * scale[:, None]
@@ -142,7 +142,7 @@ def test_the_table_says_which_features_were_found() -> None:
     found = rows[kept].clone()
     late = next(i for i in range(25) if 0 < planted.truth["birth"][int(kept[i])] < 4)
     found[late, : int(planted.truth["birth"][int(kept[late])]) + 1] = 0.0
-    found[(late + 1) % 25, :, 0] += 0.6 * found.norm(dim=-1)[(late + 1) % 25]  # somewhat off
+    found[(late + 1) % 25, :, 0] += 0.6 * found.norm(dim=-1)[(late + 1) % 25]  # a noisy direction
     table = matched(planted, found, scale, min_cosine=0.5)
     assert table[list(planted.truth)].equals(planted.truth)
     for i in range(40):
@@ -155,7 +155,7 @@ def test_the_table_says_which_features_were_found() -> None:
         theirs = rows[i].flatten().double()
         assert row["cosine"] == pytest.approx(float(mine @ theirs / (mine.norm() * theirs.norm())), abs=1e-6)
         if not planted.truth["kind"][i].endswith("ing") or planted.truth["kind"][i] == "dying":
-            assert int(kept[int(row["feature"])]) == i  # of a pair that splits late, either may be taken for the other
+            assert int(kept[int(row["feature"])]) == i  # the features of a pair that splits late may be swapped
         assert row["found_birth"] == row["birth"] + (int(row["feature"]) == late)
         assert row["found_death"] is row["death"] or row["found_death"] == row["death"]
     scores = recovery(planted, found, scale, min_cosine=0.5)
@@ -210,7 +210,7 @@ def slow_chains(rows: list[np.ndarray], min_cosine: float) -> set[tuple]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("sizes", [(5, 7, 4, 6), (3, 0, 5, 2), (0, 4, 4, 0)])
-def test_chains_are_what_a_slow_walk_finds(sizes: tuple[int, ...], seed: int) -> None:
+def test_chains_match_plain_loops(sizes: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(n, 3, generator=generator) for n in sizes]
     for min_cosine in (0.3, 0.8):
@@ -226,9 +226,9 @@ def test_chains_are_what_a_slow_walk_finds(sizes: tuple[int, ...], seed: int) ->
 
 
 @torch.no_grad()
-def test_linked_rows_are_as_long_as_what_is_written() -> None:
+def test_linked_rows_have_the_norm_of_what_is_written() -> None:
     def dictionary(rows: torch.Tensor, size: float, scale: float) -> Any:
-        """Reads what it writes, in units of its own."""
+        """Reads what it writes, at its own scale."""
         made = of_rows(rows[:, None] * size)
         made.W_enc.data = rows.T / size
         made.activation_scale.fill_(scale)
@@ -250,9 +250,9 @@ def test_linked_rows_are_as_long_as_what_is_written() -> None:
 # ---- trained
 
 
-@pytest.mark.slow
-def test_a_crosscoder_tells_more_of_the_truth_than_one_dictionary_per_snapshot() -> None:
-    """The benchmark, small: more features than dimensions at every snapshot, noise, splits, sizes that differ."""
+@pytest.mark.exhaustive
+def test_a_crosscoder_recovers_more_than_one_dictionary_per_snapshot() -> None:
+    """A small benchmark: more features than dimensions at every snapshot, noise, splits, different scales."""
     regime = Regime(
         n_features=32, d_model=8, n_snapshots=5, firing=(0.03, 0.08), initial=0.5, splitting=0.125, noise=0.1,
         scales=(0.3, 10.0),
@@ -280,7 +280,7 @@ def test_a_crosscoder_tells_more_of_the_truth_than_one_dictionary_per_snapshot()
 
 
 @pytest.mark.slow
-def test_a_crosscoder_finds_a_small_truth_and_dates_it() -> None:
+def test_a_crosscoder_recovers_and_dates_planted_features() -> None:
     regime = Regime(n_features=32, d_model=16, n_snapshots=6, firing=(0.03, 0.08), initial=0.5, splitting=0.125)
     planted = Planted(regime, 0, n_held_out=4000)
     config = TrainConfig(batch_size=512, training_tokens=512 * 600, lr=2e-3, dead_tokens=20_000, evaluate=False)
@@ -308,7 +308,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_the_benchmark_reports_means_the_worst_seed_and_where_a_bar_is_missed(benchmark: Any) -> None:
+def test_the_benchmark_reports_means_worst_seeds_and_missed_bars(benchmark: Any) -> None:
     common = {"regime": "easy", "cosine": 0.9, "birth": 1.0, "dated": 0.9, "splits": None}
     results = [
         {"method": "topk", "seed": 0, "recovered": 0.99, "false_births": 0.02, **common},
@@ -332,8 +332,14 @@ def test_the_benchmark_reports_means_the_worst_seed_and_where_a_bar_is_missed(be
     assert benchmark.compare(results) == ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["batchtopk", "topk", "standard", "jumprelu", "per_snapshot"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "batchtopk",
+        "per_snapshot",
+        *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("topk", "standard", "jumprelu")),
+    ],
+)
 def test_the_benchmark_runs_every_method(benchmark: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(benchmark, "BATCH", 64)
     planted = Planted(SMALL, 0, n_held_out=500, keep=True)
