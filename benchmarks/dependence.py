@@ -1,10 +1,10 @@
-"""What do the findings about evolution depend on? The demo's middle block, crosscoded in several ways.
+"""What do the results about evolution depend on? Several crosscoders of the demo's middle block.
 
-    frontier   explained variance over L0 of the crosscoder, and of one SAE per snapshot with as many parameters in all
-    seed       another seed of the crosscoder: share of features that both find, and whether they date them alike
-    size       8 and 32 times d_model: does the turning point move?
+    frontier   explained variance against L0, for a crosscoder and for one SAE per snapshot with as many parameters
+    seed       another training seed: which share of features do both find, and do they date them the same way?
+    size       8 and 32 times d_model: does the interval with the most rotation change?
     snapshots  every other snapshot left out: the same features, the same births?
-    warmup     the model pretrained with another learning-rate warmup: does the turning point follow it?
+    warmup     a model pretrained with another learning rate warmup: does the interval follow it?
 
     python benchmarks/dependence.py [--parts frontier,seed] [--steps 400] [--report]
 
@@ -41,12 +41,12 @@ PACKAGES = ("crosslens", "torch", "sae-lens", "transformers")
 
 
 class Bench:
-    """Activations and crosscoders of the demo, made when first asked for.
+    """Activations and crosscoders of the demo, made on first use.
 
     Args:
         folder: for the activations.
         n_tokens: activations to train on.
-        steps: of every crosscoder.
+        steps: training steps of every crosscoder.
     """
 
     def __init__(self, folder: Path, n_tokens: int, steps: int) -> None:
@@ -75,7 +75,7 @@ class Bench:
 
 
 def frontier(bench: Bench, snaps: cl.Snapshots) -> pd.DataFrame:
-    """L0 and explained variance (mean and least over snapshots) by k, of both ways."""
+    """L0 and explained variance (mean and minimum over snapshots) by k, for both kinds of dictionary."""
     acts = bench.acts(snaps, "all")
     single = [bench.acts(snaps[[s]], f"only{s}") for s in range(len(snaps))]
     rows: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def frontier(bench: Bench, snaps: cl.Snapshots) -> pd.DataFrame:
 def compare(
     bench: Bench, acts: cl.Activations, others: dict[str, tuple[cl.crosscoders.Crosscoder, cl.Activations]]
 ) -> str:
-    """Agreement of crosscoders of the same model with the demo's, and what one reads off each."""
+    """Agreement of crosscoders of the same model with the demo's, and summary statistics of each."""
     first = bench.crosscoder(acts, "all")
     alive = torch.tensor(evolve(first, acts)["alive"].to_numpy())
     agreements = {
@@ -135,7 +135,7 @@ def snapshots(bench: Bench, snaps: cl.Snapshots) -> str:
 
 
 def warmup(bench: Bench) -> str:
-    """Two pretraining runs that differ in the warmup alone, with snapshots that lie close enough to see it."""
+    """Compare two pretraining runs that differ only in the warmup, with closely spaced snapshots."""
     found: dict[str, tuple[cl.crosscoders.Crosscoder, cl.Activations]] = {}
     for steps in WARMUPS:
         snaps = cl.Snapshots.demo(0, config=PretrainingConfig(warmup_steps=steps, snapshot_steps=DENSE_STEPS))
@@ -165,11 +165,11 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--steps", type=int, default=400, help="training steps of a crosscoder")
     parser.add_argument("--tokens", type=int, default=80_000, help="activations to train on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where activations are kept; a temporary one by default")
+    parser.add_argument("--folder", type=Path, help="folder for activations; a temporary one by default")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-dependence-…")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
@@ -189,7 +189,7 @@ def main() -> None:
             body.append(f"## {part.capitalize()}\n\n{text}")
             print(body[-1], end="\n\n", flush=True)
     if arguments.report:
-        title = "What findings about evolution depend on"
+        title = "What results about evolution depend on"
         print(measure.write_report("dependence", title, "\n\n".join(body), "cpu", arguments.threads, PACKAGES))
 
 
