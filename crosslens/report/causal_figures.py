@@ -421,8 +421,9 @@ def language_overlap(table: Frame) -> Chart:
         style = Style.of(i)
         add_line(figure, axis.x(ids), floats(rows["shared"]), name, style, hover=texts, value="%{y:d}")
         add_line(
-            figure, axis.x(ids), floats(rows["expected"]), f"{name}, by chance", Style(style.color, None, "dot"),
-            hover=axis.hover(ids), value="%{y:.1f}", band=(floats(rows["low"]), floats(rows["high"])),
+            figure, axis.x(ids), floats(rows["expected"]), f"{name}, by chance",
+            Style(style.color, dash="dot", markers=False), hover=axis.hover(ids), value="%{y:.1f}",
+            band=(floats(rows["low"]), floats(rows["high"])),
         )  # fmt: skip
     figure.update_yaxes(rangemode="tozero")
     axis.apply(figure)
@@ -513,8 +514,8 @@ def _sets(rows: Frame) -> list[tuple[str, Style, Frame]]:
     for kind, (name, style) in _SETS.items():
         for error, lines in rows[rows["features"] == kind].groupby("error"):
             suffix = (", error node kept" if error else ", without error node") if both else ""
-            plain = Style(style.color, style.symbol + ("-open" if both and error else ""), style.dash)
-            series.append((name + suffix, plain, lines))
+            symbol = style.symbol + ("-open" if both and error else "")
+            series.append((name + suffix, Style(style.color, symbol, style.dash), lines))
     return series
 
 

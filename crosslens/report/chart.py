@@ -96,11 +96,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Style:
-    """Colour, marker and dash of one series; a `symbol` of None draws no markers."""
+    """Colour, marker and dash of one series."""
 
     color: str
-    symbol: str | None = "circle"
+    symbol: str = "circle"
     dash: str = "solid"
+    markers: bool = True
 
     @classmethod
     def of(cls, index: int) -> Style:
@@ -319,7 +320,7 @@ def add_line(
     figure.add_scatter(
         x=list(x),
         y=list(y),
-        mode="lines+markers" if style.symbol else "lines",
+        mode="lines+markers" if style.markers else "lines",
         name=name,
         legendgroup=name,
         line={"color": style.color, "dash": style.dash, "width": 2},

@@ -53,7 +53,7 @@ def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
         if evolution is not None and snapshots is not None:
             chart = evolution_map(evolution, snapshots)
             if not isinstance(chart, str):
-                page = standalone(chart.figure).to_html(include_plotlyjs="cdn")
+                page = _with_tooltips(chart.figure).to_html(include_plotlyjs="cdn")
                 started.log({"evolution/decoder_norms": wandb.Html(page, inject=False)}, commit=False)
             if len(evolution) <= MAX_ROWS:
                 # W&B accepts only None as missing
@@ -67,10 +67,11 @@ def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
         return str(started.id)
 
 
-def standalone(figure: go.Figure) -> go.Figure:
+def _with_tooltips(figure: go.Figure) -> go.Figure:
     """A heat map with the tooltips that, on the report's pages, a script expands from rows and columns."""
     figure = go.Figure(figure)
-    meta: dict[str, Any] = figure.layout.meta or {}
+    layout: Any = figure.layout
+    meta: dict[str, Any] = layout.meta or {}
     if "rows" in meta:
         figure.update_traces(
             customdata=[[row] * len(meta["columns"]) for row in meta["rows"]],

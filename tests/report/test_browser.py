@@ -21,13 +21,13 @@ _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
-    # a Chromium that stops drawing frames on a busy machine is not the report's fault; another one is asked
+    # Chromium may stop drawing frames on a busy machine; the test is then repeated with a new one
     pytest.mark.flaky(reruns=1, only_rerun=["TimeoutError"]),
     pytest.mark.skipif(_CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome in PATH"),
 ]
 ALL = (*PAGES, "features", "feature")
 DRAWN = "html[data-figures=drawn]"
-# pairs of elements of a figure that must not lie on one another, and do
+# finds elements of a figure that overlap
 OVERLAPS = r"""() => {
   const box = (e) => e.getBoundingClientRect();
   const hit = (a, b) =>
@@ -59,7 +59,7 @@ OVERLAPS = r"""() => {
 
 
 class Visitor:
-    """A window of the browser on a report; what it prints to the console is kept."""
+    """A browser window showing a report; collects console messages."""
 
     def __init__(self, browser: Any, report: Path, width: int = 1280, dark: bool = False, **options: Any) -> None:
         context = browser.new_context(
@@ -70,17 +70,17 @@ class Visitor:
         self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.troubles.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        # drivers say how fast WebGL is
+        # drivers log the speed of WebGL
         self.page.on("console", lambda m: self.troubles.append(m.text) if "GL Driver Message" not in m.text else None)
 
     def open(self, name: str, part: str = "") -> Any:
-        """Go to a page and wait for what is in view."""
+        """Open a page and wait until the figures in view are drawn."""
         self.page.goto((self.report / f"{name}.html").as_uri() + part)
         self.page.wait_for_selector(DRAWN)
         return self.page
 
     def feature(self, number: int) -> Any:
-        """Go to a feature, perhaps from another one, and wait for what is in view."""
+        """Show a feature and wait until its figures are drawn."""
         self.page.goto((self.report / "feature.html").as_uri() + f"#{number}")
         self.page.wait_for_selector(f"h1:text-is('Feature {number}')")
         self.page.wait_for_selector("#feature:not([hidden])")
@@ -89,15 +89,15 @@ class Visitor:
         return self.page
 
     def scroll(self) -> None:
-        """Go down the page as a reader would, so that all its figures are drawn."""
+        """Scroll down the page until all figures are drawn."""
         for plot in self.page.query_selector_all(".plot"):
             if plot.is_visible():
-                plot.evaluate("plot => plot.scrollIntoView()")  # a busy machine may draw no two frames to compare
+                plot.evaluate("plot => plot.scrollIntoView()")  # playwright's own would wait for two frames
                 plot.wait_for_selector(".main-svg", state="attached")
         self.page.wait_for_selector(DRAWN)
 
     def rows(self) -> list[list[str]]:
-        """Texts of the table of features."""
+        """Cell texts of the features table."""
         return self.page.eval_on_selector_all(
             "#features tbody tr", "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
         )
@@ -114,15 +114,29 @@ def chromium() -> Iterator[Any]:
         yield started.chromium
 
 
-@pytest.fixture
-def browser(chromium: Any) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def shared(chromium: Any) -> Iterator[Any]:
     found = chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
     yield found
     found.close()
 
 
+@pytest.fixture
+def browser(request: pytest.FixtureRequest, chromium: Any, shared: Any) -> Iterator[Any]:
+    """The module's browser; a new one when a test is repeated."""
+    found = shared
+    if getattr(request.node, "execution_count", 1) > 1:
+        found = chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    yield found
+    for context in found.contexts:
+        context.close()
+    if found is not shared:
+        found.close()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Eight snapshots, two tasks, and 230 features in four scripts."""
     made = add_features(add_study(make_run(tmp_path_factory.mktemp("run") / "r", 8, n_features=230), "simple"))
     write_report(made.path)
     return made
@@ -136,7 +150,14 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.mark.parametrize(
-    ("which", "width", "dark"), [("run", 375, False), ("run", 1280, True), ("three", 375, True), ("three", 1280, False)]
+    ("which", "width", "dark"),
+    [
+        ("run", 1280, True),
+        *(
+            pytest.param(*each, marks=pytest.mark.exhaustive)
+            for each in (("run", 375, False), ("three", 375, True), ("three", 1280, False))
+        ),
+    ],
 )
 def test_pages_load_and_nothing_overlaps(
     browser: Any, request: pytest.FixtureRequest, which: str, width: int, dark: bool
@@ -165,6 +186,7 @@ def test_pages_load_and_nothing_overlaps(
     assert "Share chart" not in page.content()
 
 
+@pytest.mark.exhaustive
 def test_links_lead_to_every_page_and_back(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")
@@ -226,6 +248,7 @@ def largest_effects(run: RunDir) -> dict[int, float]:
     return largest
 
 
+@pytest.mark.exhaustive
 def test_the_table_by_keyboard_and_its_address(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("features")
@@ -318,6 +341,7 @@ def test_a_feature_shows_its_numbers(browser: Any, run: RunDir) -> None:
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_stepping_through_features_and_back(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("feature", "#63")
@@ -372,6 +396,7 @@ def test_scales_and_units_of_the_axis(browser: Any, run: RunDir) -> None:
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_numbers_and_pictures_are_saved(browser: Any, run: RunDir, tmp_path: Path) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")
@@ -416,6 +441,7 @@ def test_numbers_and_pictures_are_saved(browser: Any, run: RunDir, tmp_path: Pat
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_empty_states_in_words(browser: Any, tmp_path: Path) -> None:
     bare = RunDir(tmp_path / "bare")
     bare.write_json({"model": "m", "hook_name": "h"})

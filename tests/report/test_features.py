@@ -1,4 +1,4 @@
-"""What the report writes of single features, against the tables, and what it does without them."""
+"""The data of single features in the report, against the tables, and what is shown without them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import pytest
 
 from crosslens.features.labels import complexity_correlation
 from crosslens.report import write_report
-from crosslens.report.features import SHARD
+from crosslens.report.evolution_figures import complexity as complexity_figure
+from crosslens.report.features import SHARD, write_features
+from crosslens.report.tables import Tables
 from crosslens.rundir import RunDir
-from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, csv, lines, make_run, table
+from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, drop, make_run, table
 
 TOKENS = [
     HOSTILE, "</script>", "<!--", "\"'`&", "שלום", "\u202egnirts", "👩\u200d💻", "\x00", "\n", "\u2028", "%{x}", 
@@ -25,7 +27,7 @@ FORMAT = re.compile(r"crosslens\.(index|load)\((?:(\d+), )?(.*)\);\n", re.S)
 
 
 def add_features(run: RunDir, seed: int = 0) -> RunDir:
-    """The tables that `study_features` adds: random ones of their form, with tokens that want to be more than text."""
+    """Add random tables as `feature_tables` makes them, with hostile tokens."""
     rng = np.random.default_rng(seed)
     lives = table(run, "evolution")
     labels = [name[5:] for name in lives.columns if name.startswith("norm/")]
@@ -75,7 +77,7 @@ def add_features(run: RunDir, seed: int = 0) -> RunDir:
 
 
 def script(run: RunDir, name: str) -> Any:
-    """What a script gives to the page; that it is one call of JSON is checked on the way."""
+    """The data in a script, which must be a single call with JSON."""
     text = (run.report / "data" / name).read_text(encoding="ascii")
     found = FORMAT.fullmatch(text)
     assert found is not None and not set("<\x00") & set(text)
@@ -84,7 +86,7 @@ def script(run: RunDir, name: str) -> Any:
 
 
 def shards(run: RunDir) -> dict[int, tuple[dict[str, Any], list[str]]]:
-    """Features by number, with the words of their scripts."""
+    """Features by number, each with the words of its script."""
     found: dict[int, tuple[dict[str, Any], list[str]]] = {}
     for path in sorted((run.report / "data").glob("features-*.js")):
         contents = script(run, path.name)
@@ -94,15 +96,22 @@ def shards(run: RunDir) -> dict[int, tuple[dict[str, Any], list[str]]]:
     return found
 
 
+def write_scripts(run: RunDir) -> None:
+    """Write only the scripts of a report."""
+    data = run.report / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    write_features(Tables(run, run.read_json()), lambda name, text: (data / name).write_text(text, encoding="utf-8"))
+
+
 @pytest.fixture(scope="module", params=sorted(STEPS))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = add_features(make_run(tmp_path_factory.mktemp("run") / "r", request.param))
-    write_report(run.path)
+    write_scripts(run)
     return run
 
 
 def near(a: Any, b: Any, digits: int = 3, size: float = 0.0) -> bool:
-    """Equal to so many digits of the largest, or of a size; None where there is no number."""
+    """Equal to so many digits of the largest value, or of `size`; None stands for NaN."""
     one = np.array([np.nan if value is None else value for value in a], dtype=float)
     other = np.asarray(b, dtype=float)
     size = size or np.nanmax(np.abs(other), initial=1e-30)
@@ -195,21 +204,21 @@ def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
         assert value is None or value == pytest.approx(sizes[f], rel=1e-2)
 
 
-def test_tables_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+def test_shuffled_tables_give_the_same_scripts(tmp_path: Path) -> None:
     run = add_features(make_run(tmp_path, 3))
-    write_report(run.path)
+    write_scripts(run)
     first = {path.name: path.read_bytes() for path in (run.report / "data").glob("*.js")}
     for name in ("evolution", "examples", "example_tokens", "lens", "nearest"):
         run.save_table(name, table(run, name).sample(frac=1, random_state=0))
     for task in TASKS:
         run.save_table(f"attribution/{task}", table(run, f"attribution/{task}").sample(frac=1, random_state=0))
-    write_report(run.path)
+    write_scripts(run)
     for name, before in first.items():
         assert (run.report / "data" / name).read_bytes() == before, name
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    run = make_run(tmp_path, 3)
+def test_missing_tables_are_named(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "accuracy", "evaluation", "probe", "ablation")
     index = write_report(run.path)
     text = index.with_name("feature.html").read_text(encoding="utf-8")
     assert text.count("Not collected yet. Run: crosslens evolve RUN_DIR") == 3
@@ -240,36 +249,40 @@ def test_features_need_not_be_all_of_them(tmp_path: Path) -> None:
     add = add_features(make_run(tmp_path / "whole", 3))
     for name in ("examples", "example_tokens", "lens", "nearest"):
         run.save_table(name, table(add, name))
-    write_report(run.path)
+    write_scripts(run)
     found = shards(run)
     assert list(found) == kept and found[64][0]["death"] is None
     assert found[65][0]["kind"] in ("initial", "emergent", "never", "dead")
     assert len(found[119][0]["lens"]) == 3
 
 
-def test_pages_of_features_hold_no_label_as_markup(written: RunDir) -> None:
+def test_labels_are_not_markup(tmp_path: Path) -> None:
+    index = write_report(add_features(drop(make_run(tmp_path, 3), "probe")).path)
     for name in ("features", "feature", *PAGES):
-        page = _Page(written.report / "index.html", (name,))
+        page = _Page(index, (name,))
         assert "alert(1)" not in "".join(text for a, text in page.scripts if a.get("type") != "application/json")
         assert not any("alert" in str(value) for _, a in page.elements for value in a.values())
 
 
-def test_complexity_is_shown_and_dated(tmp_path: Path) -> None:
+def test_complexity_in_scripts_and_figure(tmp_path: Path) -> None:
     run = add_features(make_run(tmp_path / "r", 8))
     lives, rng = table(run, "evolution"), np.random.default_rng(0)
     judged = rng.permutation(lives["feature"])[:90]
     complexity = pd.array(rng.integers(1, 6, 90), dtype="Int8")
     complexity[:5] = pd.NA
     run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs", "complexity": complexity}))
-    page = _Page(write_report(run.path), ("evolution",))
+    write_scripts(run)
     known = {int(f): int(c) for f, c in zip(judged, complexity, strict=True) if c is not pd.NA}
     index = script(run, "features.js")
     assert index["complexity"] == [known.get(feature) for feature in index["id"]]
     assert {id: feature["complexity"] for id, (feature, _) in shards(run).items()} == {
         feature: known.get(feature) for feature in index["id"]
     }
-    drawn = lines(page.specs()["complexity"])
-    numbers = csv(run, "complexity")
+    snapshots = pd.DataFrame({"snapshot": range(8), "label": list("abcdefgh"), "step": STEPS[8]})
+    chart = complexity_figure(table(run, "labels"), table(run, "evolution"), snapshots)
+    assert not isinstance(chart, str)
+    drawn = {trace.name: trace for trace in chart.figure.data if trace.meta != "band"}
+    numbers = chart.data
     for event, name in (("birth", "born here"), ("peak", "strongest here")):
         dates = {row["feature"]: row[event] for row in lives.to_dict("records") if not pd.isna(row[event])}
         for s in range(8):
@@ -280,9 +293,9 @@ def test_complexity_is_shown_and_dated(tmp_path: Path) -> None:
                 assert row["mean"].item() == pytest.approx(np.mean(values)) and row["n"].item() == len(values)
             if len(values) > 1:
                 assert row["se"].item() == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
-        assert drawn[name]["y"] == pytest.approx(numbers.loc[numbers["event"] == event, "mean"].tolist(), rel=1e-4)
+        assert list(drawn[name].y) == numbers.loc[numbers["event"] == event, "mean"].tolist()
     found = complexity_correlation(table(run, "labels"), lives, unit="index").set_index("event")
-    assert f"Spearman with birth {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in page.text
+    assert f"Spearman with birth {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in chart.note
     run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs"}))
-    write_report(run.path)
+    write_scripts(run)
     assert script(run, "features.js")["complexity"] is None

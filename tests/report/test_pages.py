@@ -1,4 +1,4 @@
-"""The pages of a run: figures against tables and CSV files, empty states, escaping."""
+"""The pages of a run: figures against tables and CSV files, missing tables, escaping."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TASKS = ("simple", "subj_rel")
 
 
 def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed: int = 0) -> RunDir:
-    """A run directory with every table: random, but born, peaking and mattering in an order."""
+    """A run directory with random tables, in which features are born, peak and matter one after the other."""
     rng = np.random.default_rng(seed)
     steps = STEPS[n_snapshots]
     labels = [f"step{step}" for step in steps]
@@ -97,7 +97,7 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
 
 
 def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
-    """The tables that `study` adds for a task: random ones of their form."""
+    """Add random tables for a task, as `causal.study` makes them."""
     rng = np.random.default_rng(seed)
     effects = table(run, f"attribution/{task}")
     common = effects.drop_duplicates("snapshot")[["snapshot", "label", "step"]].reset_index(drop=True)
@@ -140,6 +140,14 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
     return run
 
 
+def drop(run: RunDir, *names: str) -> RunDir:
+    """Remove tables (or kinds of tables) that a test does not need, to save time."""
+    for name in names:
+        shutil.rmtree(run.path / name, ignore_errors=True)
+        (run.path / f"{name}.parquet").unlink(missing_ok=True)
+    return run
+
+
 def _accuracy(common: pd.DataFrame, task: str, i: int, rng: np.random.Generator) -> pd.DataFrame:
     S = len(common)
     value = 0.5 + 0.5 / (1 + np.exp(-10 * (np.linspace(0, 1, S) - 0.4 - 0.2 * i)))
@@ -158,7 +166,7 @@ def _evolution(labels: list[str], F: int, rng: np.random.Generator) -> pd.DataFr
     norms = np.where(there, 1.0, 0.1) * np.exp(-0.1 * np.abs(s - peak[:, None])) * rng.uniform(1, 3, (F, 1))
     if S > 4:
         norms[:4] = 0.1
-        norms[:4, 2] = 1  # there for one snapshot only: never born
+        norms[:4, 2] = 1  # present at one snapshot only: never born
     life = classify_lifecycles(torch.from_numpy(norms))
     alive = rng.random(F) > 0.1
     life.loc[~alive] = pd.NA
@@ -227,7 +235,7 @@ PAGES = ("index", "evolution", "causal")
 
 
 class _Page(HTMLParser):
-    """What a browser makes of pages: elements with their attributes, text of scripts, visible text."""
+    """Parsed pages: elements with attributes, text of scripts, visible text."""
 
     def __init__(self, index: Path, names: tuple[str, ...] = PAGES) -> None:
         super().__init__()
@@ -319,6 +327,7 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
     stems = {path.stem for path in (run.report / "data").glob("*.csv")}
     assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
     assert len(specs) == 11 + 8 * len(TASKS)
+    assert "Latent scaling" not in page.text and "Additivity" not in page.text, "optional, and without tables"
     assert page.text.count("Numbers (CSV)") == len(stems)
     for name, spec in specs.items():
         assert "template" not in spec["layout"]
@@ -513,12 +522,12 @@ def test_ablation_shares(written: tuple[RunDir, _Page, int], mode: str) -> None:
         assert row["metric"] == pytest.approx(by_key[row["features"], row["snapshot"], row["k"]]["metric"], rel=1e-12)
 
 
-def test_what_effects_are_held_against(tmp_path: Path) -> None:
-    run = add_study(make_run(tmp_path, 8), "simple")
+def test_timeline_languages_transfer_and_additivity(tmp_path: Path) -> None:
+    run = add_study(drop(make_run(tmp_path, 8), "probe", "evolution", "accuracy", "evaluation"), "simple")
     page = _Page(write_report(tmp_path))
     names = {"timeline", "languages", "transfer", "additivity"}
     assert {f"{name}-simple" for name in names} <= set(page.specs())
-    assert not any(f"{name}-subj_rel" in page.specs() for name in names), "a task that was not studied has none"
+    assert not any(f"{name}-subj_rel" in page.specs() for name in names), "not studied"
     assert "has no column" not in page.text
     matrix = page.specs()["transfer-simple"]["data"][0]
     shares = table(run, "transfer/simple")
@@ -641,7 +650,7 @@ def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
 
 def test_one_and_two_snapshots_are_drawn(tmp_path: Path) -> None:
     for n in (1, 2):
-        run = make_run(tmp_path / str(n), 3)
+        run = drop(make_run(tmp_path / str(n), 3), "probe")
         for path in run.path.rglob("*.parquet"):
             frame = pd.read_parquet(path)
             if "snapshot" in frame:
@@ -651,8 +660,8 @@ def test_one_and_two_snapshots_are_drawn(tmp_path: Path) -> None:
         assert all(len(trace["x"]) == n for trace in lines(specs["accuracy"]).values())
 
 
-def test_tasks_of_similar_names_keep_their_files(tmp_path: Path) -> None:
-    run = make_run(tmp_path, 3)
+def test_tasks_with_similar_names_have_separate_files(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "probe", "ablation", "evolution", "evaluation")
     for task in ("a b", "a-b", "<i>"):
         for name in ("", ".snapshots"):
             run.save_table(f"attribution/{task}{name}", table(run, f"attribution/simple{name}"))
@@ -661,8 +670,8 @@ def test_tasks_of_similar_names_keep_their_files(tmp_path: Path) -> None:
     assert "Task: <i>" in page.text
 
 
-def test_writing_again_gives_the_same_page_and_leaves_nothing_stale(tmp_path: Path) -> None:
-    run = make_run(tmp_path, 3)
+def test_writing_again_gives_the_same_pages_and_removes_stale_files(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "probe", "evaluation")
     write_report(tmp_path)
     first = {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()}
     write_report(tmp_path)
@@ -679,14 +688,17 @@ def test_no_run_is_a_user_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_axes_know_the_tokens_of_the_run(tmp_path: Path) -> None:
-    run = make_run(tmp_path, 8)
-    tokens = [step * 4096 for step in STEPS[8]]
-    specs = _Page(write_report(tmp_path)).specs()
+def test_axes_have_the_tokens_of_the_run(written: tuple[RunDir, _Page, int]) -> None:
+    _, page, S = written
+    tokens = [step * 4096 for step in STEPS[S]]
     for name in ("accuracy", "l0", "budget-simple", "completeness"):
-        assert specs[name]["layout"]["meta"]["tokens"] == tokens, name
+        assert page.specs()[name]["layout"]["meta"]["tokens"] == tokens, name
+
+
+def test_axes_without_the_tokens_of_the_run(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "probe", "ablation", "evolution")
     info = run.read_json()
     run.write_json({**info, "snapshots": [{**row, "tokens": None} for row in info["snapshots"]]})
     specs = _Page(write_report(tmp_path)).specs()
     assert "tokens" not in specs["budget-simple"]["layout"]["meta"]
-    assert specs["accuracy"]["layout"]["meta"]["tokens"] == tokens
+    assert specs["accuracy"]["layout"]["meta"]["tokens"] == [step * 4096 for step in STEPS[3]]

@@ -88,16 +88,22 @@ def test_a_run_trained_without_wandb_is_given_a_project(run: RunDir) -> None:
     assert artifacts[0].digest == artifacts[1].digest, "W&B keeps one version of what is the same"
 
 
-def test_from_the_shell(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.app(["report", str(run.path), "--wandb-project", "evolution"])
-    assert stop.value.code == 0
-    page, logged = capsys.readouterr().out.splitlines()[-2:]
-    assert Path(page).is_file() and logged == f"W&B run {run.read_json()['wandb_id']}"
-    assert {one.project for one in read(run)[0]} == {"evolution"}
+def test_from_the_command_line(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cl.report, "write_report", lambda path: path / "report" / "index.html")
+    monkeypatch.setattr(cl.report, "log_report", lambda path, project: asked.append((path, project)) or "abcd1234")
+    for options in ([], ["--wandb"], ["--wandb-project", "evolution"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.app(["report", str(run.path), *options])
+        assert stop.value.code == 0
+        page, *logged = capsys.readouterr().out.splitlines()
+        assert page == str(run.report / "index.html") and logged == ["W&B run abcd1234"] * bool(options)
+    assert asked == [(run.path, None), (run.path, "evolution")]
 
 
-def test_what_there_is_not_is_left_out(run: RunDir) -> None:
+def test_large_tables_are_not_browsed_and_runs_without_tables_refused(run: RunDir) -> None:
     evolution = table(run, "evolution")
     run.save_table("evolution", pd.concat([evolution] * (MAX_ROWS // len(evolution) + 1), ignore_index=True))
     cl.report.log_report(run.path, project="p")
