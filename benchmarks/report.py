@@ -1,9 +1,9 @@
-"""What a report of a large run costs: seconds, memory, bytes on disk, and how soon its pages can be read.
+"""Measure the report of a large run: seconds, memory, bytes on disk, and the time until its pages can be read.
 
     python benchmarks/report.py [--features 16384] [--snapshots 32] [--tasks 3] [--keep FOLDER]
 
-Makes a run directory with every table, of random numbers in the sizes and kinds of a real run, and builds its report in
-a process of its own. Where playwright and Chromium are there, pages are opened from disk, in a new profile each time.
+Makes a run directory with random tables of realistic size, and builds its report in a separate process. If playwright
+and Chromium are installed, opens pages from disk, each in a new browser profile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VISITS = 5
 
 def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDir:
     """A run directory of F features and S snapshots."""
-    import torch  # here: the process that builds the report must not have it in memory
+    import torch  # not at the top: the process that builds the report must not load it
 
     from crosslens.evolution.lifecycles import classify_lifecycles
 
@@ -98,7 +98,7 @@ def _save_features(run: RunDir, labels: list[str], alive: np.ndarray, F: int, rn
     vocabulary = pd.Index([f" token{i}" for i in range(VOCABULARY)], dtype=object)
 
     def tokens(size: int) -> pd.Categorical:
-        # as in text, few tokens are most of it
+        # a few tokens make up most of the text
         return pd.Categorical.from_codes((VOCABULARY * rng.random(size) ** 3).astype(np.int32), vocabulary)
 
     feature, rank = (
@@ -144,7 +144,7 @@ def _save_features(run: RunDir, labels: list[str], alive: np.ndarray, F: int, rn
 
 
 def _peak() -> int:
-    """Most memory that this process has had, in KiB; `ru_maxrss` would begin with that of the process before it."""
+    """Peak memory of this process in KiB; `ru_maxrss` would include that of its parent before the fork."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -152,7 +152,7 @@ def _peak() -> int:
 
 
 def build(folder: Path) -> None:
-    """Build the report of a run directory, and print seconds and the peak memory of this process as JSON."""
+    """Build the report of a run directory, and print the seconds and peak memory it took as JSON."""
     started = time.perf_counter()
     from crosslens.report import write_report
 
@@ -165,7 +165,7 @@ def build(folder: Path) -> None:
 
 
 def visit(report: Path, features: list[int]) -> dict[str, list[list[float]]]:
-    """Seconds until a page can be read, and until what is in view is drawn, by page; nothing without a browser."""
+    """Seconds until a page can be read and until its visible figures are drawn, by page; empty without a browser."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     try:
         from playwright.sync_api import sync_playwright
@@ -194,12 +194,12 @@ def visit(report: Path, features: list[int]) -> dict[str, list[list[float]]]:
 
 
 def main() -> None:
-    """Make, build, visit, print."""
+    """Make a run, build its report, visit its pages, print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=16_384)
     parser.add_argument("--snapshots", type=int, default=32)
     parser.add_argument("--tasks", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="write the run here and leave it")
+    parser.add_argument("--keep", type=Path, help="write the run to this folder and keep it")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.build:
@@ -210,7 +210,7 @@ def main() -> None:
         run = make_run(folder, asked.features, asked.snapshots, asked.tasks)
         tables = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
         command = [sys.executable, __file__, "--build", str(folder)]
-        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         files = [path for path in run.report.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         largest = max((path.stat().st_size for path in run.report.glob("data/features-*.js")), default=0)
@@ -218,21 +218,23 @@ def main() -> None:
             f"{asked.features:,} features x {asked.snapshots} snapshots, {asked.tasks} tasks; "
             f"tables {tables / 2**20:,.0f} MiB"
         )
-        print(f"built in {told['seconds']:.1f} s (imports {told['imports']:.1f} s more)")
-        print(f"peak memory {told['peak'] / 2**10:,.0f} MiB, {told['before'] / 2**10:,.0f} MiB before it began")
+        print(f"built in {measured['seconds']:.1f} s, plus {measured['imports']:.1f} s of imports")
         print(
-            f"on disk {size / 2**20:,.0f} MiB in {len(files)} files; "
-            f"largest script of features {largest / 2**20:.2f} MiB"
+            f"peak memory {measured['peak'] / 2**10:,.0f} MiB, {measured['before'] / 2**10:,.0f} MiB before the start"
+        )
+        print(
+            f"on disk {size / 2**20:,.0f} MiB in {len(files)} files; largest feature script {largest / 2**20:.2f} MiB"
         )
         step = max(1, asked.features // VISITS)
         visits = visit(run.report, list(range(0, asked.features, step))[:VISITS])
         if not visits:
-            print("pages were not opened: no playwright, or no Chromium")
+            print("pages were not opened: playwright or Chromium is missing")
         for name, times in visits.items():
             readable, drawn = ([row[k] for row in times] for k in (0, 1))
             print(
-                f"{name}.html: can be read after {statistics.median(readable):.2f} s, figures drawn after "
-                f"{statistics.median(drawn):.2f} s (median of {len(times)}; most {max(readable):.2f}, {max(drawn):.2f})"
+                f"{name}.html: readable after {statistics.median(readable):.2f} s, figures drawn after "
+                f"{statistics.median(drawn):.2f} s (medians of {len(times)}, maxima {max(readable):.2f} and "
+                f"{max(drawn):.2f})"
             )
 
 
