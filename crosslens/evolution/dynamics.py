@@ -119,7 +119,7 @@ def measure_dynamics(
     """Measure unigram KL, bigram KL and loss of every snapshot, one model at a time.
 
     Args:
-        snapshots: any number; two or more for a turning point.
+        snapshots: the models.
         counts: of the training corpus, by `count_ngrams`.
         tokens: sequences to predict, such as `Activations.held_out_tokens()`; intervals resample these.
         min_count: contexts with fewer counts are left out of KL2.
@@ -201,9 +201,9 @@ class _Ngrams:
         first = tokens[:, :-1][sure]
         lengths = self.starts.diff()[first]
         # few tokens follow a given context: read only these pairs, a bounded number at a time
-        lots = torch.bucketize(lengths.cumsum(0), torch.arange(_PAIRS, int(lengths.sum()) + _PAIRS, _PAIRS).to(first))
-        for lot in lots.unique().tolist():
-            rows, starts, n = (values[lots == lot] for values in (where, self.starts[first], lengths))
+        chunks = torch.bucketize(lengths.cumsum(0), torch.arange(_PAIRS, int(lengths.sum()) + _PAIRS, _PAIRS).to(first))
+        for chunk in chunks.unique().tolist():
+            rows, starts, n = (values[chunks == chunk] for values in (where, self.starts[first], lengths))
             owner = torch.arange(len(n), device=n.device).repeat_interleave(n)
             pair = torch.arange(len(owner), device=n.device) - (n.cumsum(0) - n)[owner] + starts[owner]
             b, t = rows[owner].unbind(1)

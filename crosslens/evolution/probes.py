@@ -236,8 +236,8 @@ def _corrected(rows: Any) -> float:
 
 def _reliability(rows: Any) -> float:
     """Reliability of the mean of two errors (rows 3 and 4); NaN if they are not positively correlated."""
-    alike = _correlation(rows[2:])
-    return 2 * alike / (1 + alike) if alike > 0 else float("nan")
+    between = _correlation(rows[2:])
+    return 2 * between / (1 + between) if between > 0 else float("nan")
 
 
 @torch.no_grad()

@@ -121,14 +121,14 @@ def propose_snapshots(
         raise UserError(f"weight={weight} is not in [0, 1]: it is the weight of accuracy in the distance")
     if steps is not None and len(steps) != S:
         raise UserError(f"{len(steps)} steps for {S} snapshots: give one per snapshot")
-    alike = np.full((S, S), np.nan)
+    pairwise = np.full((S, S), np.nan)
     pairs = similarity[["snapshot", "other"]].to_numpy()
-    alike[pairs[:, 0], pairs[:, 1]] = alike[pairs[:, 1], pairs[:, 0]] = similarity[measure].to_numpy(dtype=float)
-    if np.isnan(alike).any():
+    pairwise[pairs[:, 0], pairs[:, 1]] = pairwise[pairs[:, 1], pairs[:, 0]] = similarity[measure].to_numpy(dtype=float)
+    if np.isnan(pairwise).any():
         raise UserError(
             f"{measure} is missing for some pairs of the {S} snapshots: give the whole table of snapshot_similarity"
         )
-    distance = _scaled(1 - alike)
+    distance = _scaled(1 - pairwise)
     curves = _curves(accuracy, names) if accuracy is not None else {}
     if curves:
         distance = (1 - weight) * distance + weight * _scaled(_accuracy_distance(curves))
@@ -147,13 +147,13 @@ def propose_snapshots(
     table["stands_for"] = [
         ", ".join(names[i] for i in np.flatnonzero(nearest == s)) if s in chosen else "" for s in range(S)
     ]
-    table["previous_similarity"] = [np.nan, *(alike[s - 1, s] for s in range(1, S))]
+    table["previous_similarity"] = [np.nan, *(pairwise[s - 1, s] for s in range(1, S))]
     table["cost"] = np.nan
     for a, b, c in zip(chosen, chosen[1:], chosen[2:], strict=False):
         table.loc[b, "cost"] = cost[a, c] - cost[a, b] - cost[b, c]
     for task, (value, _) in curves.items():
         table[f"accuracy/{task}"] = value
-    table["reason"] = [_reason(table, s, chosen, alike, measure, curves) if s in chosen else "" for s in range(S)]
+    table["reason"] = [_reason(table, s, chosen, pairwise, measure, curves) if s in chosen else "" for s in range(S)]
     return table
 
 
@@ -232,7 +232,7 @@ def _best_path(cost: Any, k: int) -> list[int]:
 
 
 def _reason(
-    table: pd.DataFrame, s: int, chosen: list[int], alike: Any, measure: str, curves: dict[str, tuple[Any, Any]]
+    table: pd.DataFrame, s: int, chosen: list[int], pairwise: Any, measure: str, curves: dict[str, tuple[Any, Any]]
 ) -> str:
     """Why a snapshot was chosen."""
     place = chosen.index(s)
@@ -243,7 +243,7 @@ def _reason(
     if place:
         before = chosen[place - 1]
         label = table["label"].iloc[before]
-        parts.append(f"{measure} {alike[before, s]:.2f} to {label}, the one chosen before")
+        parts.append(f"{measure} {pairwise[before, s]:.2f} to {label}, the one chosen before")
         moves = {task: value[s] - value[before] for task, (value, _) in curves.items()}
         sure = {
             task: move

@@ -79,7 +79,7 @@ def ask_all(
         UserError: no client or key; a key or model that is refused; `MAX_FAILURES` consecutive failures.
     """
     check_client(explainer)
-    ask = _OPEN[explainer.client](explainer, _Turns(explainer.requests_per_minute))
+    ask = _OPEN[explainer.client](explainer, _RateLimit(explainer.requests_per_minute))
 
     def one(key: str, prompt: Prompt) -> Reply:
         reply = ask(prompt)
@@ -104,9 +104,9 @@ def ask_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _openai(explainer: Explainer, turns: _Turns) -> Callable[[Prompt], Reply]:
+def _openai(explainer: Explainer, limit: _RateLimit) -> Callable[[Prompt], Reply]:
     library: Any = importlib.import_module("openai")
-    client = library.OpenAI(**_options(explainer, turns, library))
+    client = library.OpenAI(**_options(explainer, limit, library))
 
     def ask(prompt: Prompt) -> Reply:
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
@@ -116,9 +116,9 @@ def _openai(explainer: Explainer, turns: _Turns) -> Callable[[Prompt], Reply]:
     return ask
 
 
-def _anthropic(explainer: Explainer, turns: _Turns) -> Callable[[Prompt], Reply]:
+def _anthropic(explainer: Explainer, limit: _RateLimit) -> Callable[[Prompt], Reply]:
     library: Any = importlib.import_module("anthropic")
-    client = library.Anthropic(**_options(explainer, turns, library))
+    client = library.Anthropic(**_options(explainer, limit, library))
 
     def ask(prompt: Prompt) -> Reply:
         messages = [{"role": "user", "content": prompt.user}]
@@ -136,13 +136,13 @@ def _anthropic(explainer: Explainer, turns: _Turns) -> Callable[[Prompt], Reply]
 _OPEN = {"openai": _openai, "anthropic": _anthropic}
 
 
-def _options(explainer: Explainer, turns: _Turns, library: Any) -> dict[str, Any]:
+def _options(explainer: Explainer, limit: _RateLimit, library: Any) -> dict[str, Any]:
     options = {
         "api_key": os.environ[KEYS[explainer.client]].strip(),
         "timeout": explainer.timeout,
         "max_retries": explainer.max_retries,
         # below the client, so that its retries wait too
-        "http_client": library.DefaultHttpxClient(event_hooks={"request": [turns]}),
+        "http_client": library.DefaultHttpxClient(event_hooks={"request": [limit]}),
     }
     return options if explainer.base_url is None else {**options, "base_url": explainer.base_url}
 
@@ -334,7 +334,7 @@ class Answers:
                 file.write(line)
 
 
-class _Turns:
+class _RateLimit:
     """Called before each request: waits as long as the rate limit demands."""
 
     def __init__(self, per_minute: float) -> None:

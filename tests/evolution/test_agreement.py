@@ -34,7 +34,7 @@ def made(F: int, S: int, D: int, seed: int) -> tuple[Any, torch.Tensor]:
 @pytest.mark.usefixtures("_block")
 @pytest.mark.parametrize("by", ["filter", "projection", "encoder"])
 @pytest.mark.parametrize(("F", "S", "D", "n_top", "seed"), [(7, 3, 4, 5, 0), (4, 5, 6, 1, 1), (9, 2, 3, 12, 2)])
-def test_agreement_is_that_of_a_loop(by: str, F: int, S: int, D: int, n_top: int, seed: int) -> None:
+def test_agreement_matches_plain_loops(by: str, F: int, S: int, D: int, n_top: int, seed: int) -> None:
     crosscoder, x = made(F, S, D, seed)
     table = top_agreement(crosscoder, Held(x), n_top=n_top, by=by)
     active = (crosscoder.encode(x) > 0).tolist()

@@ -29,7 +29,7 @@ def arrays(cc: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def some_crosscoder(F: int, S: int, D: int, seed: int, *, jumprelu: bool) -> tuple[Any, torch.Tensor]:
-    """With biases, scales, a feature that never fires, one without a row at the first snapshot; and activations."""
+    """A crosscoder where feature 0 never fires and feature 1 is zero at snapshot 0; and activations."""
     generator = torch.Generator().manual_seed(seed)
     norms = torch.rand(F, S, generator=generator) + 0.1
     norms[1, 0] = 0.0
@@ -95,8 +95,8 @@ def test_latent_scaling_is_the_least_squares_coefficient(F: int, S: int, D: int,
 
 
 @torch.no_grad()
-def test_latent_scaling_equals_the_norm_where_the_reconstruction_is_right() -> None:
-    """Orthogonal features, no noise: beta is the decoder norm; what the decoder lost is found along the peak."""
+def test_latent_scaling_equals_the_norm_of_a_perfect_reconstruction() -> None:
+    """Orthogonal features, no noise: beta is the true norm, also where the decoder row is shrunk."""
     rows = torch.zeros(3, 2, 4)
     rows[0, :, 0], rows[1, :, 1], rows[2, :, 2] = 2.0, 1.0, 1.0
     true = rows.clone()
@@ -120,7 +120,7 @@ def test_latent_scaling_equals_the_norm_where_the_reconstruction_is_right() -> N
 @pytest.mark.parametrize("jumprelu", [False, True])
 @pytest.mark.parametrize(("F", "S", "D", "seed"), [(6, 3, 4, 0), (9, 2, 5, 1)])
 @torch.no_grad()
-def test_encoder_share_is_the_part_of_the_rise(F: int, S: int, D: int, seed: int, jumprelu: bool) -> None:
+def test_encoder_share_matches_plain_loops(F: int, S: int, D: int, seed: int, jumprelu: bool) -> None:
     cc, x = some_crosscoder(F, S, D, seed, jumprelu=jumprelu)
     cc.b_enc.data[2] = 99.0  # always active: nothing rises
     found = encoder_share(cc, Held(x))
@@ -139,19 +139,19 @@ def test_encoder_share_is_the_part_of_the_rise(F: int, S: int, D: int, seed: int
 
 
 @torch.no_grad()
-def test_encoder_share_shows_from_where_a_feature_is_read() -> None:
-    """Two features written at the first snapshot alone: one is read there, the other off the last snapshot."""
+def test_encoder_share_shows_where_a_feature_is_read() -> None:
+    """Two features are written at the first snapshot only; one is read there, the other from the last."""
     cc = of_rows([[[1.0, 0], [0, 0]], [[1.0, 0], [0, 0]]])
     cc.W_enc.data = torch.tensor([[1.0, 0], [0, 0], [0, 0], [0, 1.0]])
     x = torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(1)) + 3
     cc.b_enc.data.fill_(-3.0)
     assert encoder_share(cc, Held(x)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
-    x[:, 1, 0] = x[:, 0, 0]  # the second snapshot says the same, and speaks against the feature by half
+    x[:, 1, 0] = x[:, 0, 0]  # the second snapshot has the same input and inhibits the feature half as much
     cc.W_enc.data[:, 0] = torch.tensor([2.0, 0, -1, 0])
     assert encoder_share(cc, Held(x))[0].tolist() == pytest.approx([2.0, -1.0])
 
 
-def test_controls_refuse_what_they_cannot_answer(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_errors(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
     other = [{**row, "fingerprint": "0" * 64} for row in acts.metadata()["snapshots"]]
     wrong = of_norms(torch.ones(4, 3), other, D=16)

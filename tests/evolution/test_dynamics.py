@@ -1,4 +1,4 @@
-"""Counts, divergences and phases: against loops in float64, and against cases whose answer is known."""
+"""Counts, divergences and phases: plain loops in float64, and cases with known answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.given import Held, of_norms, of_rows, snapshots_at
 
 
 def random_tokens(N: int, T: int, V: int, seed: int) -> torch.Tensor:
-    """Sequences in which low ids are frequent, each beginning with id 0."""
+    """Sequences that begin with id 0 and in which low ids are frequent."""
     generator = torch.Generator().manual_seed(seed)
     tokens = (V * torch.rand(N, T, generator=generator) ** 2).long()
     tokens[:, 0] = 0
@@ -54,7 +54,7 @@ def entropy(counts: Counter[Any]) -> float:
 @pytest.mark.parametrize(
     ("N", "T", "seed", "at_a_time"), [(30, 9, 0, 1 << 26), (30, 9, 0, 20), (1, 2, 1, 1), (50, 20, 2, 90)]
 )
-def test_counts_are_those_of_a_loop(
+def test_counts_match_plain_loops(
     snaps: Snapshots, monkeypatch: pytest.MonkeyPatch, N: int, T: int, seed: int, at_a_time: int
 ) -> None:
     monkeypatch.setattr(crosslens.evolution.ngrams, "_PAIRS", at_a_time)
@@ -85,8 +85,8 @@ def test_counts_are_those_of_a_loop(
     )
 
 
-def test_padding_is_no_text(snaps: Snapshots) -> None:
-    """BOS is also the end and the padding here: a document's end counts once, what pads it not at all."""
+def test_padding_does_not_count(snaps: Snapshots) -> None:
+    """BOS, EOS and padding share one id here: the end of a document counts once, padding does not count."""
     tokens = torch.tensor([[0, 3, 4, 0, 0, 0], [0, 0, 5, 0, 6, 0]])
     counts = count_ngrams(tokens, snaps.tokenizer)
     seen = Counter(
@@ -100,12 +100,12 @@ def test_padding_is_no_text(snaps: Snapshots) -> None:
     )
     assert seen == Counter([(0, 3), (3, 4), (4, 0), (0, 5), (5, 0), (0, 6), (6, 0)])
     own = copy.deepcopy(snaps.tokenizer)
-    own.pad_token = "<unk>"  # id 1, a mark of its own
+    own.pad_token = "<unk>"  # id 1, distinct from BOS and EOS
     counts = count_ngrams(torch.tensor([[0, 3, 1, 1], [1, 0, 4, 1]]), own)
     assert list(zip(counts.firsts().tolist(), counts.followers.tolist(), strict=True)) == [(0, 3), (0, 4)]
 
 
-def test_counts_are_kept(snaps: Snapshots, tmp_path: Path) -> None:
+def test_counts_can_be_saved_and_loaded(snaps: Snapshots, tmp_path: Path) -> None:
     counts = count_ngrams(random_tokens(5, 8, len(snaps.tokenizer), 0), snaps.tokenizer)
     again = NgramCounts.load(counts.save(tmp_path / "counts.safetensors"))
     for name in ("unigrams", "starts", "followers", "counts"):
@@ -138,7 +138,7 @@ def test_counts_of_another_tokenizer_are_refused(snaps: Snapshots) -> None:
 
 
 def _swapped(tokenizer: Any) -> Any:
-    """The same tokens, two of them with each other's id."""
+    """The same tokens, with the ids of two of them swapped."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -156,7 +156,7 @@ def _swapped(tokenizer: Any) -> Any:
     ("N", "T", "seed", "pairs", "min_count"),
     [(6, 9, 0, 1 << 22, 1), (6, 9, 0, 7, 1), (3, 20, 1, 50, 4), (9, 4, 2, 1, 2)],
 )
-def test_divergences_are_those_of_a_loop(
+def test_divergences_match_plain_loops(
     snaps: Snapshots, monkeypatch: pytest.MonkeyPatch, N: int, T: int, seed: int, pairs: int, min_count: int
 ) -> None:
     monkeypatch.setattr(crosslens.evolution.dynamics, "_PAIRS", pairs)
@@ -192,7 +192,7 @@ def test_divergences_are_those_of_a_loop(
             assert (int(found.n[i]), int(found.known[i])) == (n, known)
 
 
-def test_the_model_that_learns_comes_nearer_to_the_bigram(snaps: Snapshots, tiny_text: list[str]) -> None:
+def test_training_reduces_the_bigram_divergence(snaps: Snapshots, tiny_text: list[str]) -> None:
     ids: Any = snaps.tokenizer(tiny_text, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([i for document in ids for i in (0, *document)])
     tokens = stream[: len(stream) // 16 * 16].view(-1, 16)
@@ -207,8 +207,8 @@ def test_the_model_that_learns_comes_nearer_to_the_bigram(snaps: Snapshots, tiny
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_model_of_the_counts_diverges_from_them_by_nothing(snaps: Snapshots, seed: int) -> None:
-    """KL2 is 0 for a model that predicts the bigrams, and its loss on the corpus itself is H2; so for the unigrams."""
+def test_divergences_from_the_counts_themselves_are_zero(snaps: Snapshots, seed: int) -> None:
+    """A model that predicts the bigrams has KL2 = 0 and the loss H2 on the corpus; the same holds for unigrams."""
     tokens, V = torch.randint(2, 6, (40, 12), generator=torch.Generator().manual_seed(seed)), len(snaps.tokenizer)
     counts = count_ngrams(tokens, snaps.tokenizer)
     dense = torch.zeros(V, V).index_put((counts.firsts(), counts.followers), counts.counts.float())
@@ -246,7 +246,7 @@ def test_errors(snaps: Snapshots) -> None:
 def curves(
     kl1: Any, kl2: Any, loss: Any, *, floor: float = 2.0, noise: float = 0.0, N: int = 40, seed: int = 0
 ) -> Dynamics:
-    """Dynamics of given means at steps 0, 10, 20, ..., ten predictions a sequence."""
+    """Dynamics with given means at steps 0, 10, 20, ..., ten predictions per sequence."""
     S = len(kl1)
     rng = np.random.default_rng(seed)
     made = [torch.tensor(10 * (np.asarray(x, dtype=float) + noise * rng.normal(size=(N, S)))) for x in (kl1, kl2, loss)]
@@ -257,7 +257,7 @@ def curves(
     return Dynamics(table, *made, n=n, known=n, unigram_entropy=3.0, bigram_entropy=floor)
 
 
-def test_means_and_their_draws_are_over_predictions() -> None:
+def test_means_and_draws_are_over_predictions() -> None:
     found = curves([1, 2], [3, 4], [5, 6], noise=0.5)
     n = torch.arange(1, 41)
     found = Dynamics(found.snapshots, found.kl1, found.kl2, found.loss, n, n // 2, 3.0, 2.0)
@@ -290,7 +290,7 @@ def test_events_of_predictions() -> None:
     assert pd.isna(never["snapshot"]) and pd.isna(never["step"]) and not never["at_edge"]
 
 
-def test_intervals_cover_the_truth_and_say_when_it_is_unsure() -> None:
+def test_intervals_cover_the_truth_and_widen_with_uncertainty() -> None:
     sure = unsure = 0
     for seed in range(40):
         sharp, flat = (
@@ -303,7 +303,7 @@ def test_intervals_cover_the_truth_and_say_when_it_is_unsure() -> None:
     assert sure == 40 and unsure >= 30
 
 
-def test_progress_is_a_share_of_the_fall() -> None:
+def test_bigram_progress_by_hand() -> None:
     found = bigram_progress(np.array([[5, 3, 1, 2, 4], [5, 6, 4, 4.5, 3], [1, 2, 3, 4, 5]], dtype=float))
     assert found.tolist() == [[0, 0.5, 1, 1, 1], [0, 0, 0.5, 0.5, 1], [0, 0, 0, 0, 0]]
 
@@ -338,7 +338,7 @@ def test_events_of_features() -> None:
     ]
     settling = found.loc["settling"]
     assert (settling["snapshot"], settling["n"], settling["low"], settling["high"]) == (3, 5, 1, 3)
-    # three of five turn last: the median is theirs unless a draw has three or more of the other two
+    # three of five rotate last: they set the median unless a draw has three or more of the other two
     assert settling["agreement"] == pytest.approx(
         sum(math.comb(5, j) * 0.4**j * 0.6 ** (5 - j) for j in (0, 1, 2)), abs=0.05
     )
@@ -387,10 +387,10 @@ def test_the_crosscoder_may_have_fewer_snapshots() -> None:
 
 
 @pytest.mark.parametrize(("F", "S", "D", "seed"), [(30, 4, 5, 0), (7, 2, 3, 1), (50, 6, 8, 2)])
-def test_the_table_says_what_the_modules_say(F: int, S: int, D: int, seed: int) -> None:
+def test_the_table_matches_its_parts(F: int, S: int, D: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     crosscoder = of_norms(torch.rand(F, S, generator=generator), snapshots_at(*range(0, 10 * S, 10)), D=D, seed=seed)
-    # rows near each other, so that some keep their direction
+    # rows close to each other, so that some features keep their direction
     crosscoder.W_dec_by_snapshot.data += (
         2 * torch.randn(F, 1, D, generator=generator) * crosscoder.decoder_norms[..., None]
     )
@@ -417,7 +417,7 @@ def test_the_table_says_what_the_modules_say(F: int, S: int, D: int, seed: int) 
     assert table["kl1"].to_numpy() == pytest.approx(dynamics.mean("kl1"))
 
 
-def test_what_cannot_be_dated() -> None:
+def test_errors_and_missing_events() -> None:
     dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
     with pytest.raises(UserError, match="phases need at least 2 snapshots, there is 1"):
         find_phases(curves([1], [1], [1]))

@@ -29,7 +29,7 @@ def firing_of(rms: Any, S: int) -> Firing:
 
 
 def angles(*degrees: float) -> list[list[float]]:
-    """Unit vectors of the plane."""
+    """Unit vectors in the plane."""
     return [[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees]
 
 
@@ -177,7 +177,7 @@ def test_dimensionality_of_known_arrangements() -> None:
     assert triangle.flatten().tolist() == pytest.approx([2 / 3] * 3)
 
 
-def test_dimensionality_does_not_depend_on_the_free_scale_of_a_feature() -> None:
+def test_dimensionality_is_invariant_to_the_scale_of_a_feature() -> None:
     generator = torch.Generator().manual_seed(3)
     cc = of_norms(torch.rand(12, 3, generator=generator) + 0.5, D=4)
     x = torch.randn(60, 3, 4, generator=generator)
@@ -213,7 +213,7 @@ def test_random_directions_have_the_same_number_and_norms() -> None:
     twice = of_rows(of_norms(torch.ones(30, 1), D=6).W_dec_by_snapshot.expand(30, 2, 6))
     table = total_dimensionality(twice, firing_of(torch.ones(30), 2))
     assert table["total"].tolist() == pytest.approx([same["total"][0]] * 2)
-    assert table["random_total"][0] != table["random_total"][1]  # every snapshot has draws of its own
+    assert table["random_total"][0] != table["random_total"][1]  # every snapshot has its own draws
     assert (tables[0]["random_share"] * 6).tolist() == pytest.approx(tables[0]["random_total"].tolist())
 
 

@@ -110,7 +110,7 @@ def test_the_scale_of_a_feature_does_not_matter(scale: float) -> None:
     pd.testing.assert_frame_equal(classify_lifecycles(norms), classify_lifecycles(norms * scale))
 
 
-def test_errors_come_before_anything_is_read() -> None:
+def test_errors_come_before_activations_are_read() -> None:
     good = torch.ones(3, 2)
     for arguments, options, message in (
         ((torch.ones(3, 1),), {}, "evolution needs at least 2 snapshots, this crosscoder has 1: train on more"),
@@ -139,7 +139,7 @@ def test_errors_come_before_anything_is_read() -> None:
 # ---- the table
 
 
-def test_table_has_the_columns_and_the_dates() -> None:
+def test_columns_and_dates() -> None:
     metadata = [{"label": f"step{10**s}", "step": 10**s, "tokens": 3 * 10 ** (s + 11)} for s in range(4)]
     norms = [[1, 1, 5, 4], [2, 1, 1, 1], [0, 3, 0, 0], [0, 0, 0, 0]]
     table = evolve(of_norms(norms, metadata))
@@ -173,14 +173,14 @@ def test_table_has_the_columns_and_the_dates() -> None:
     assert curve(higher, "present")[1].tolist() == [True, False, False, False]
 
 
-def test_a_life_in_pieces_lasts_as_long_as_its_pieces() -> None:
+def test_lifetime_steps_add_up_over_interruptions() -> None:
     metadata = [{"label": str(s), "step": 10**s, "tokens": None} for s in range(4)]
     table = evolve(of_norms([[1, 0, 1, 1], [1, 0, 0, 1]], metadata))
     assert table["lifetime_step"].tolist() == [9 + 900, 9]
     assert table["lifetime_tokens"].isna().all() and table["birth_tokens"].isna().all()
 
 
-def test_without_metadata_snapshots_go_by_their_index(tmp_path: Path) -> None:
+def test_without_metadata_labels_are_indices(tmp_path: Path) -> None:
     table = evolve(of_norms([[1, 1, 4], [0, 0, 0]]))
     assert [c for c in table if c.startswith("norm/")] == ["norm/0", "norm/1", "norm/2"]
     assert table["birth"].tolist() == [2, pd.NA] and table["birth_step"].isna().all()
@@ -192,7 +192,7 @@ def test_without_metadata_snapshots_go_by_their_index(tmp_path: Path) -> None:
     assert again["origin"].tolist()[0] == "emergent" and again[words].isna().all(axis=1).tolist() == [False, True]
 
 
-def test_features_that_do_not_fire_are_out_of_the_statistics() -> None:
+def test_features_that_never_fire_are_dead() -> None:
     cc = of_norms(torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) + 0.1)
     cc.b_enc.data = torch.linspace(-9, 1, 40)
     x = torch.randn(33, 3, 4, generator=torch.Generator().manual_seed(3))
@@ -218,7 +218,7 @@ def test_features_that_do_not_fire_are_out_of_the_statistics() -> None:
         evolve(cc, Held(x[:0]))
 
 
-def test_a_feature_of_per_snapshot_gates_is_alive_when_any_gate_opens() -> None:
+def test_a_jumprelu_feature_is_alive_if_any_gate_opens() -> None:
     cc = JumpReLUCrosscoder(JumpReLUCrosscoderConfig(d_in=8, d_sae=2, n_snapshots=2))
     cc.W_dec.data = torch.tensor([[0.0, 0, 0, 0, 2, 0, 0, 0], [0.01, 0, 0, 0, 0.01, 0, 0, 0]])
     cc.b_enc.data = torch.ones(2)
@@ -227,7 +227,7 @@ def test_a_feature_of_per_snapshot_gates_is_alive_when_any_gate_opens() -> None:
 
 
 def slow_firing(cc: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
-    """Everything that is measured of firing, one token and one feature at a time."""
+    """All firing statistics, one token and one feature at a time."""
     F, S = cc.decoder_norms.shape
     rate, square, counts, sums = np.zeros(F), np.zeros(F), np.zeros((F, S)), np.zeros((F, S))
     for token in x:
@@ -251,7 +251,7 @@ def slow_firing(cc: Any, x: torch.Tensor) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", ["shared gate", "gates per snapshot"])
 @pytest.mark.parametrize("seed", [0, 1])
 @torch.no_grad()
-def test_firing_is_what_a_slow_count_finds(kind: str, seed: int) -> None:
+def test_firing_matches_plain_loops(kind: str, seed: int) -> None:
     norms = torch.rand(11, 3, generator=torch.Generator().manual_seed(seed)) + 0.1
     cc = of_norms(norms, seed=seed)
     if kind == "gates per snapshot":
@@ -273,7 +273,7 @@ def test_firing_is_what_a_slow_count_finds(kind: str, seed: int) -> None:
     assert measure_firing(cc, firing) is firing
 
 
-def test_a_crosscoder_in_training_fires_as_it_will_afterwards() -> None:
+def test_a_training_crosscoder_uses_its_inference_gate() -> None:
     sae = BatchTopKCrosscoderTrainingSAE(BatchTopKCrosscoderTrainingConfig(d_in=12, d_sae=9, n_snapshots=3, k=2))
     sae.threshold.fill_(0.05)
     held = Held(torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(0)))
@@ -288,7 +288,7 @@ def test_a_crosscoder_with_only_dead_features_has_a_table() -> None:
     assert not curve(table, "present").any() and (curve(table, "norm") > 0).all()
 
 
-def test_activations_of_another_model_or_hook_point_are_refused(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_activations_of_other_snapshots_or_hook_points_are_refused(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
     trained = acts.metadata()
 
@@ -300,7 +300,7 @@ def test_activations_of_another_model_or_hook_point_are_refused(tiny_snapshots: 
     check_activations(recording(), acts)
     same = Activations(acts.snapshots, "blocks.2.hook_resid_pre", tiny_text, 500, 16)
     check_activations(recording(), same)  # the same activation by another name
-    check_activations(of_norms(torch.ones(8, 5)), acts)  # nothing is recorded, nothing can be checked
+    check_activations(of_norms(torch.ones(8, 5)), acts)  # nothing is recorded
     other = [{**row, "fingerprint": "0" * 64} if row["step"] == 10 else row for row in trained["snapshots"]]
     for wrong, message in (
         (

@@ -1,4 +1,4 @@
-"""Probes: planted features, sampling against a slow loop, the regression against scikit-learn's own pipeline."""
+"""Probes: planted features, sampling against plain loops, the regression against a scikit-learn pipeline."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ S, D, F = 3, 8, 5
 
 
 class Given(Activations):
-    """Activations that are given: the last fifth is held out."""
+    """Given activations, of which the last fifth is held out."""
 
     def __init__(self, x: torch.Tensor) -> None:
         self.train, self.test = x[: len(x) * 4 // 5], x[len(x) * 4 // 5 :]
@@ -58,7 +58,7 @@ class Given(Activations):
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[StandardCrosscoder, Given]:
-    """Feature i is a coordinate i that is 3 on a share of the tokens, from snapshot `i` on (feature 3: at the last).
+    """Feature i adds 3 to coordinate i on a share of the tokens, from its birth on.
 
     The crosscoder reads the last snapshot alone, so its labels are exact. Feature 4 fires on one token in 200.
     """
@@ -184,7 +184,7 @@ def test_halves_are_balanced_and_disjoint() -> None:
 
 
 @pytest.mark.parametrize(("n", "d", "shift"), [(40, 3, 1.0), (200, 20, 0.3), (60, 50, 0.2)])
-def test_the_regression_is_scikit_learns_on_standardised_data(n: int, d: int, shift: float) -> None:
+def test_the_regression_matches_a_scikit_learn_pipeline(n: int, d: int, shift: float) -> None:
     rng = np.random.default_rng(n)
     y = np.repeat([0, 1], n // 2)
     x, other = (
@@ -213,7 +213,7 @@ def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("B", "n", "V", "seed"), [(40, 3, 5, 0), (100, 6, 30, 1), (9, 2, 1, 2), (30, 4, 30, 3)])
-def test_pairs_of_the_same_token_are_those_of_a_loop(B: int, n: int, V: int, seed: int) -> None:
+def test_pairs_of_the_same_token_match_plain_loops(B: int, n: int, V: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     active = torch.rand(B, n, generator=generator) < torch.linspace(0.1, 0.9, n)
     tokens = torch.randint(V, (B,), generator=generator).int()
@@ -306,7 +306,7 @@ def test_against_the_same_word_only_the_context_counts() -> None:
         assert errors[1] < 0.02
         assert (errors[0] < at_first) if negatives == "any" else (0.4 < errors[0] < at_first)
     crosscoder.W_enc_by_snapshot.data[1, 6, 0] = 0.0
-    crosscoder.b_enc.data.fill_(-1.5)  # now it is the word alone
+    crosscoder.b_enc.data.fill_(-1.5)  # now the word alone decides
     with pytest.raises(UserError, match="none of the 1 features drawn has 100 tokens"):
         probe(crosscoder, acts, min_samples=100, negatives="same_token")
 
@@ -394,7 +394,7 @@ def test_what_cannot_be_correlated() -> None:
 
 
 def _noisy(seed: int, noise: float, n: int = 60, S: int = 6) -> pd.DataFrame:
-    """Norms and errors with an offset per feature and one per snapshot, and two noisy readings of each error."""
+    """Norms and errors with offsets per feature and per snapshot, and two noisy measurements of each error."""
     rng = np.random.default_rng(seed)
     norm = rng.uniform(size=(n, S))
     truth = 0.4 - 0.3 * norm + 0.1 * rng.normal(size=(n, 1)) + 0.05 * rng.normal(size=(1, S))

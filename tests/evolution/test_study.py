@@ -43,7 +43,7 @@ LABELS = ["step0", "step8", "step64", "step512"]
 @pytest.fixture(scope="module")
 def crosscoder() -> Any:
     norms = torch.rand(24, 4, generator=torch.Generator().manual_seed(1)) + 0.05
-    norms[3:9, :2] *= 0.1  # born at the third
+    norms[3:9, :2] *= 0.1  # born at the third snapshot
     norms[9:12, 2:] *= 0.1
     return of_norms(norms, snapshots_at(0, 8, 64, 512), D=5, seed=2)
 
@@ -58,7 +58,7 @@ def found(crosscoder: Any, acts: Held) -> dict[str, pd.DataFrame]:
     return study_evolution(crosscoder, acts, presence=0.4, seed=5)
 
 
-def test_parts_by_themselves(crosscoder: Any, acts: Held, found: dict[str, pd.DataFrame]) -> None:
+def test_study_evolution_matches_its_parts(crosscoder: Any, acts: Held, found: dict[str, pd.DataFrame]) -> None:
     tables = found
     lifecycles = evolve(crosscoder, acts, presence=0.4)
     alive = torch.tensor(lifecycles["alive"].to_numpy())
@@ -128,7 +128,7 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
-def test_dynamics_of_the_corpus_or_of_other_counts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_study_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
     acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     cc = make_crosscoder(snaps, "standard_crosscoder")
@@ -148,7 +148,7 @@ def test_dynamics_of_the_corpus_or_of_other_counts(tiny_snapshots: Path, tiny_te
         study_dynamics(cc, acts, count_ngrams(acts.train_tokens(), strange))
 
 
-def test_probes_and_their_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_study_probes_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 2000, 16)
     cc = make_crosscoder(acts.snapshots, "standard_crosscoder")
     found = study_probes(cc, acts, n_features=3, seed=2)
@@ -157,7 +157,7 @@ def test_probes_and_their_parts(tiny_snapshots: Path, tiny_text: list[str]) -> N
     pd.testing.assert_frame_equal(found["probe_parts"], probe_parts(probes, seed=2))
 
 
-def test_nothing_to_draw_is_said(found: dict[str, pd.DataFrame]) -> None:
+def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     tables = found
     dead = tables["evolution"].assign(alive=False)
     assert "No feature is born" in evolution_figures.encoder(tables["encoder"], dead)

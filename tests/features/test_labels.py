@@ -137,7 +137,7 @@ def test_known_labels_are_not_asked_for_again(run: RunDir, client: str, monkeypa
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again(run: RunDir, client: str, status: int) -> None:
+def test_a_busy_server_is_retried(run: RunDir, client: str, status: int) -> None:
     with label_server.serve(lambda _, n: label() if n else ("status", status)) as server:
         labels = label_features(run, explainer(server, client))
     assert {row[2] for row in rows(labels.table).values()} == {"answered"} and len(server.asked) == 6
@@ -152,7 +152,7 @@ def test_answers_without_a_label_are_kept_with_their_status(run: RunDir, client:
             2: (None, None, "malformed"),
             3: (None, None, "cut"),
         }
-        assert len(server.asked) == 3  # none of them twice
+        assert len(server.asked) == 3  # each only once
         label_features(run, explainer(server, client))
         assert len(server.asked) == 3
         twice = explainer(server, client, attempts=2)
@@ -190,11 +190,11 @@ def test_repeated_failures_stop_the_run(tmp_path: Path, client: str) -> None:
         assert "\n" not in str(error.value) and SECRET not in str(error.value)
         asked = [feature_of(a.user) for a in server.asked]
         failed = len(asked) - 2
-        assert failed in (10, 11, 12)  # five failures, each tried twice; the next may be on its way
+        assert failed in (10, 11, 12)  # five failures, each tried twice; the next may be in flight
         saved = run.table("labels")
         assert saved is not None and set(saved.loc[saved["status"] == "answered", "feature"]) == good
         assert set(saved["status"]) == {"answered", "missing"}
-        good |= set(range(20))  # it works again
+        good |= set(range(20))  # the server recovers
         label_features(run, explainer(server, client))
         assert sorted(feature_of(a.user) for a in server.asked[len(asked) :]) == list(range(3, 20))
 
@@ -212,7 +212,7 @@ def test_a_rejected_key_or_model(run: RunDir, client: str, status: int) -> None:
     with label_server.serve(lambda *_: ("status", status)) as server:
         with pytest.raises(UserError, match=f"check {KEYS[client]}, the model and the base url") as error:
             label_features(run, explainer(server, client, workers=1))
-        assert len(server.asked) <= 2 and SECRET not in str(error.value)  # the next may be on its way
+        assert len(server.asked) <= 2 and SECRET not in str(error.value)  # the next may be in flight
 
 
 def test_a_timeout(run: RunDir, client: str) -> None:
