@@ -80,7 +80,7 @@ class Dataset:
         return 100_000 if self.n_tokens is None else min(max(self.n_tokens // 20, 2_000), 100_000)
 
     def keep(self, tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-        """Which positions are used: all but BOS and padding, unless `keep_special`."""
+        """Which positions of `tokens` are used: all but BOS and padding of `tokenizer`, unless `keep_special`."""
         if self.keep_special:
             return torch.ones_like(tokens, dtype=torch.bool)
         return special_positions(tokens, tokenizer).logical_not_()

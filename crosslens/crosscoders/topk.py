@@ -154,7 +154,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         return self.select(hidden_pre, ranking)
 
     def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
-        """`relu(h)` (B, F) at the entries with the largest `ranking` (B, F), 0 elsewhere."""
+        """`relu(hidden_pre)` (B, F) at the entries with the largest `ranking` (B, F), 0 elsewhere."""
         return keep_top(hidden_pre, ranking, round(self.current_k))
 
     @override

@@ -76,7 +76,7 @@ class Dynamics:
         return (weights @ getattr(self, name).numpy()) / (weights @ self._counts(name).numpy())[:, None]
 
     def mean(self, name: str) -> Float[np.ndarray, " S"]:
-        """Mean of kl1, kl2 or loss over all predictions, in nats."""
+        """Mean of `name` (kl1, kl2 or loss) over all predictions, in nats."""
         return (getattr(self, name).sum(0) / self._counts(name).sum()).numpy()
 
     def _counts(self, name: str) -> Float[Tensor, " N"]:

@@ -62,8 +62,8 @@ class Task:
     # ------------------------------------------------------------------ sources
     @classmethod
     def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]], answers: str = "single") -> Task:
-        """A task called `name`, with `answers` as in `Task`, from `Item`s or dictionaries with `prefix`, `correct`,
-        `wrong` and, optionally, `patch_prefix`.
+        """A task called `name`, with `answers` as in `Task`; `items` are `Item`s or dictionaries with `prefix`,
+        `correct`, `wrong` and, optionally, `patch_prefix`.
 
         Raises:
             UserError: no items, or an item that lacks a key or has an empty answer.
