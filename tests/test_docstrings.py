@@ -23,7 +23,7 @@ SECTIONS = "Args|Attributes|Returns|Yields|Raises"
 LETTERS = "BTSDF"  # explained on the first page of the reference
 SHAPE = re.compile(r"\((\.\.\.|\d+|[A-Z]\w*( ?[*·+] ?\w+)?)(, (\d+|[A-Z]\w*( ?[*·+] ?\w+)?))*,?\)|scalar")
 OWN = "own"  # as in "this project's own"
-# arXiv numbers of the papers that docstrings cite; None where a paper has none
+# arXiv numbers of the papers that docstrings cite
 PAPERS = {
     "Bayazit et al.": "2509.05291",
     "Bussmann et al.": "2412.06410",
@@ -166,7 +166,9 @@ class Sources:
             described = {name: text for name, (_, text) in self.described(other).items()} | described
         if "Args" not in sections(public.doc) and len(given) <= 3:
             prose = " ".join(public.doc.split())
-            described |= {name: prose for name in given if re.search(rf"`[^`]*\b{name}\b[^`]*`", prose)}
+            for name, kind in given.items():
+                if re.search(rf"`[^`]*\b{name}\b[^`]*`", prose) or (kind and "[Tensor, " in ast.unparse(kind)):
+                    described[name] = prose
         return {name: (kind, described.get(name, "")) for name, kind in given.items()}
 
 
@@ -174,7 +176,7 @@ def wrong_arguments(sources: Sources, public: Public) -> Iterator[str]:
     """Every parameter and field is described, and nothing else is.
 
     Under `Args:` or `Attributes:`, in a string below the field, by "arguments as in `f`", or, without `Args:` and with
-    three parameters at most, by its name in backticks. What a base class describes need not be described again.
+    three parameters at most, by its name in backticks or a shape in its type. What a base class describes is described.
     """
     if not public.doc:
         yield f"{public}: no docstring"
@@ -217,9 +219,10 @@ def wrong_shapes(sources: Sources, public: Public) -> Iterator[str]:
 def wrong_errors(sources: Sources, public: Public) -> Iterator[str]:
     """What raises UserError, itself or through functions of its module, says so and says when.
 
-    Under `Raises:`, or by "errors as in `f`". A class may answer for its properties and methods.
+    Under `Raises:`, by "Raises `UserError` ...", or by "errors as in `f`". A class may answer for its methods.
     """
     found = entries(public.doc, "Raises")
+    found |= dict(re.findall(r"Raises `(\w+)` (.*)", public.doc))
     for other in sources.referred(public, "errors"):
         found = entries(other.doc, "Raises") | found
     if public.owner:
