@@ -22,7 +22,6 @@ API = ROOT / "docs" / "api"
 SECTIONS = "Args|Attributes|Returns|Yields|Raises"
 LETTERS = "BTSDF"  # explained on the first page of the reference
 SHAPE = re.compile(r"\((\.\.\.|\d+|[A-Z]\w*( ?[*·+] ?\w+)?)(, (\d+|[A-Z]\w*( ?[*·+] ?\w+)?))*,?\)|scalar")
-OWN = "own"  # as in "this project's own"
 # arXiv numbers of the papers that docstrings cite
 PAPERS = {
     "Bayazit et al.": "2509.05291",
@@ -240,20 +239,14 @@ def wrong_errors(sources: Sources, public: Public) -> Iterator[str]:
 def raising(module: ast.Module, public: Public) -> set[str]:
     """Names of the module's functions and of the class's methods that raise UserError or call one that does."""
     owner = public.node if isinstance(public.node, ast.ClassDef) else public.owner
-    nodes = {**functions(module), **(functions(owner) if owner else {})}
-    found: set[str] = set()
-    while more := {name for name, node in nodes.items() if name not in found and raises(node, found)}:
+    calls: dict[str, set[str]] = {}
+    for name, node in {**functions(module), **(functions(owner) if owner else {})}.items():
+        called = (ast.unparse(each.func) for each in ast.walk(node) if isinstance(each, ast.Call))
+        calls[name] = {each.removeprefix("self.").removeprefix("cls.") for each in called}
+    found = {"UserError"}
+    while more := {name for name, called in calls.items() if called & found} - found:
         found |= more
     return found
-
-
-def raises(node: ast.FunctionDef, names: set[str]) -> bool:
-    for each in ast.walk(node):
-        if isinstance(each, ast.Raise) and "UserError(" in ast.unparse(each):
-            return True
-        if isinstance(each, ast.Call) and ast.unparse(each.func).removeprefix("self.").removeprefix("cls.") in names:
-            return True
-    return False
 
 
 def wrong_sources(sources: Sources, public: Public) -> Iterator[str]:
@@ -265,7 +258,7 @@ def wrong_sources(sources: Sources, public: Public) -> Iterator[str]:
     docs = [ast.get_docstring(each) or "" for each in (public.node, public.owner, sources.trees[public.module]) if each]
     text = " ".join("\n".join(docs).split())
     formula = re.search(r"^    +\S+ += .*", sections(public.doc)[""], re.M)
-    if formula and not re.search(rf"et al\.|arXiv|\b{OWN}\b", text):
+    if formula and not re.search(r"et al\.|arXiv|\bown\b", text):
         yield f"{public}: no source of {formula[0].strip()}"
     for name, number in re.findall(r"(\w+ et al\.)(?:,? \(?(?:arXiv )?(\d{4}\.\d{5}))?", text):
         if name not in PAPERS or number and number != PAPERS[name]:
