@@ -1,4 +1,4 @@
-"""Several processes on this machine, forked from the test: they share what it has made, and start at once."""
+"""Run a function in several processes forked from the test, so that they share its fixtures and start at once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import crosslens.distributed.parallel
 
 
 def run_ranks(world: int, folder: Path, body: Callable[[int], Any]) -> list[Any]:
-    """What `body(rank)` returns in each of `world` processes, started as torchrun starts them.
+    """The results of `body(rank)` in `world` processes with the environment that torchrun sets up.
 
     Args:
         world: number of processes.
         folder: for their results.
-        body: called in each; what it returns must be something that `torch.save` and a weights-only load can carry.
+        body: called in each process; its result must survive `torch.save` and a weights-only load.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -35,8 +35,8 @@ def _enter(rank: int, world: int, port: int, folder: Path, body: Callable[[int],
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    crosslens.distributed.parallel.TIMEOUT = timedelta(seconds=100)  # a fault of a test should not hold up the others
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    crosslens.distributed.parallel.TIMEOUT = timedelta(minutes=5)  # so that a failing test ends
+    torch.set_num_threads(1)  # a forked process does not have its parent's threads
     try:
         torch.save(body(rank), folder / f"rank-{rank}.pt")
     except BaseException:

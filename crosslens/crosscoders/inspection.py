@@ -1,8 +1,11 @@
-"""Files from elsewhere, looked at before anything is made of them.
+"""Validate the files of a crosscoder before loading it.
 
-A config says how large the weights are, a header of safetensors says how large they are in the file. Both are small and
-are read first; only where they agree is memory taken, and then no more than the file is long. Nothing here, or after
-here, runs code out of a file: no pickle, no YAML tags, no names of classes but the registered ones.
+1. Read the config (`cfg.json`) and check the type and range of every value that is used.
+2. Compute the shapes that it implies, on the meta device.
+3. Compare them with the header of the safetensors file.
+
+Only then is memory allocated, no more than the file is long. No code from a file is ever run: no pickle, and no class
+names other than the registered architectures.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a safetensors file, whose data are not read.
+    """Dtype and shape of every tensor of a safetensors file, without reading the data.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         with path.open("rb") as file:
@@ -41,7 +44,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise UserError(f"{path} cannot be loaded: its header is longer than {MAX_HEADER:,} bytes")
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -49,10 +52,10 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def inspect_crosscoder(folder: Path) -> dict[str, Any]:
-    """The config of a crosscoder in a folder whose weights fit it.
+    """The config of the crosscoder in a folder, after checking it and the weights.
 
     Raises:
-        UserError: no crosscoder, unknown architecture, values of a wrong type or size, or weights of other names,
+        UserError: no crosscoder, an unknown architecture, values of a wrong type or size, or weights with other names,
             shapes or dtypes.
     """
     config = inspect_config(folder / CONFIG)
@@ -61,7 +64,7 @@ def inspect_crosscoder(folder: Path) -> dict[str, Any]:
 
 
 def inspect_config(path: Path) -> dict[str, Any]:
-    """The config of a crosscoder, its values of the right types.
+    """The config of a crosscoder, with values of the right types.
 
     Raises:
         UserError: as in `inspect_crosscoder`.
@@ -73,13 +76,13 @@ def inspect_config(path: Path) -> dict[str, Any]:
         if known is not None:
             raise UserError(f"{path.parent} is a {known[0].__name__}, not a crosscoder; load it with sae_lens.SAE")
         raise UserError(
-            f"{path.parent} is of an architecture that crosslens does not know: {shortened(repr(architecture))}; "
+            f"{path.parent} has an unknown architecture: {shortened(repr(architecture))}; "
             f"known are {', '.join(ARCHITECTURES)}{did_you_mean(architecture, ARCHITECTURES)}"
         )
     for name in ("d_in", "d_sae", "n_snapshots"):
         value = config.get(name)
         if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            raise UserError(f"{path}: {name}={shortened(repr(value))} is no whole number from 1 to {MAX_SIZE:,}")
+            raise UserError(f"{path}: {name}={shortened(repr(value))} is not an integer from 1 to {MAX_SIZE:,}")
     if config.get("dtype", "float32") not in DTYPES:
         raise UserError(f"{path}: dtype={shortened(repr(config['dtype']))} is not one of {', '.join(DTYPES)}")
     _check_metadata(path, config.get("metadata", {}), config["n_snapshots"])
@@ -87,10 +90,10 @@ def inspect_config(path: Path) -> dict[str, Any]:
 
 
 def expected_shapes(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a crosscoder of this config has, found without memory."""
-    # the product first: torch cannot even imagine a matrix of more than 2^63 bytes
+    """Shape of every tensor of a crosscoder with this config, without allocating memory."""
+    # torch fails on a matrix of more than 2^63 bytes, even on the meta device
     if config["d_in"] * config["d_sae"] > 2**40:
-        raise UserError(f"{path}: d_in={config['d_in']:,} by d_sae={config['d_sae']:,} is more than any file holds")
+        raise UserError(f"{path}: d_in={config['d_in']:,} by d_sae={config['d_sae']:,} is larger than any file")
     sae_class, config_class = ARCHITECTURES[config["architecture"]]
     try:
         cfg = config_class.from_dict({**config, "device": "meta", "dtype": "float32"})
@@ -99,40 +102,40 @@ def expected_shapes(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, 
     except UserError as error:
         raise UserError(f"{path}: {brief(error)}") from error
     except Exception as error:
-        # values of wrong types meet arithmetic of many kinds
-        raise UserError(f"{path} is no config of a crosscoder ({brief(error)}); download it again") from error
+        # values of a wrong type can raise anything
+        raise UserError(f"{path} is not a config of a crosscoder ({brief(error)}); download it again") from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a safetensors file that holds other names, shapes or dtypes than expected.
+    """Refuse a safetensors file with other names, shapes or dtypes than expected.
 
     Raises:
-        UserError: the first difference is named.
+        UserError: names the first difference.
     """
     found = read_header(path)
     for name in sorted({*expected, *found}):
         if name not in found:
-            raise UserError(f"{path} cannot be loaded: it lacks {shortened(name)}; download it again")
+            raise UserError(f"{path} cannot be loaded: {shortened(name)} is missing; download it again")
         if name not in expected:
-            raise UserError(f"{path} cannot be loaded: {shortened(repr(name))} is no tensor of this architecture")
+            raise UserError(f"{path} cannot be loaded: {shortened(repr(name))} is not a tensor of this architecture")
         dtype, shape = found[name]
         if shape != expected[name]:
             raise UserError(f"{path} cannot be loaded: {name} has shape {shape}, the config says {expected[name]}")
         if dtype not in _FLOATS:
-            raise UserError(f"{path} cannot be loaded: {name} is of dtype {dtype}, known are {', '.join(_FLOATS)}")
+            raise UserError(f"{path} cannot be loaded: {name} has dtype {dtype}, allowed are {', '.join(_FLOATS)}")
 
 
 def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
     if not isinstance(metadata, dict):
-        raise UserError(f"{path}: metadata is a {type(metadata).__name__}, where an object is needed")
+        raise UserError(f"{path}: metadata is a {type(metadata).__name__}, not an object")
     for name in metadata:
-        # they become attributes of an object whose methods must stay what they are
+        # they become attributes of an object and must not replace its methods
         if name.startswith("_") or hasattr(SAEMetadata, name):
             raise UserError(f"{path}: metadata has a key {shortened(repr(name))}, which is reserved: rename it")
     release = metadata.get("sae_lens_version", "6")
     if not isinstance(release, str) or not release[:1].isdigit() or int(release.split(".")[0][:9] or 0) < 6:
-        raise UserError(f"{path}: sae_lens_version={shortened(repr(release))} is no release from 6 on")
+        raise UserError(f"{path}: sae_lens_version={shortened(repr(release))} is not a release from 6 on")
     recorded = metadata.get("snapshots")
     if recorded and not (isinstance(recorded, list) and len(recorded) == n_snapshots):
         raise UserError(f"{path}: metadata.snapshots does not list the {n_snapshots} snapshots; download it again")
@@ -140,21 +143,21 @@ def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
         numbers = [row.get(key) for key in ("step", "tokens")] if isinstance(row, dict) else [""]
         if any(type(number) not in (int, type(None)) for number in numbers) or not isinstance(row.get("label"), str):
             raise UserError(
-                f"{path}: {shortened(row)} in metadata.snapshots is no snapshot: it has a label, a string, and perhaps "
-                "step and tokens, whole numbers"
+                f"{path}: {shortened(row)} in metadata.snapshots is not a snapshot: give a label (string), and "
+                "optionally step and tokens (integers)"
             )
     scale = metadata.get("activation_scale")
     if scale is not None and not (isinstance(scale, list) and len(scale) == n_snapshots and all(map(_is_scale, scale))):
         raise UserError(
-            f"{path}: metadata.activation_scale={shortened(scale)} is no list of {n_snapshots} positive numbers"
+            f"{path}: metadata.activation_scale={shortened(scale)} is not a list of {n_snapshots} positive numbers"
         )
 
 
 def check_scale(where: str, scale: torch.Tensor) -> None:
-    """Refuse scales that encode would multiply, and decode divide, into nothing.
+    """Refuse scales that are not positive and finite.
 
     Raises:
-        UserError: one is not a positive, finite number.
+        UserError: names the first such scale.
     """
     for s, value in enumerate(scale.tolist()):
         if not _is_scale(value):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from crosslens.crosscoders import (
     register,
 )
 from crosslens.crosscoders.jumprelu import SnapshotJumpReLU
-from crosslens.crosscoders.kernels.sparse import batch_top_pairs, token_top_pairs
+from crosslens.crosscoders.kernels.selection import batch_top_pairs, token_top_pairs
 from crosslens.errors import UserError
 
 ALL = list(TRAINING_ARCHITECTURES)
@@ -48,7 +46,7 @@ EXTRAS: dict[str, dict[str, Any]] = {"topk_crosscoder": {"k": 3}, "batchtopk_cro
 
 
 def make(architecture: str, S: int, seed: int = 0, dtype: str = "float64", **options: Any) -> CrosscoderTrainingSAE:
-    """A crosscoder with every parameter drawn at random, so that no gradient vanishes by symmetry."""
+    """A crosscoder with random parameters, so that no gradient vanishes by symmetry."""
     config = CONFIGS[architecture](
         **{"d_in": S * D, "d_sae": F, "n_snapshots": S, "dtype": dtype, **EXTRAS.get(architecture, {}), **options}
     )
@@ -87,7 +85,7 @@ def gradients(sae: CrosscoderTrainingSAE, loss: Tensor) -> dict[str, Tensor]:
 
 
 class Slow:
-    """The formulas of `Per token, x (S, D) already scaled`, in loops over tokens, snapshots and features."""
+    """The formulas, on scaled activations, in loops over tokens, snapshots and features."""
 
     def __init__(self, sae: CrosscoderTrainingSAE, x: Tensor) -> None:
         self.p = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
@@ -112,7 +110,7 @@ class Slow:
 
     def norm(self, i: int, s: int) -> Tensor:
         row = self.dec(i, s)
-        # the length of a vector has no derivative at zero: 0 is the subgradient
+        # the norm has no derivative at zero: use the subgradient 0
         return row.square().sum().sqrt() if bool(row.any()) else torch.zeros((), dtype=torch.float64)
 
     def total_norm(self, i: int) -> float:
@@ -191,7 +189,7 @@ def slow_topk(
 def slow_jumprelu(
     sae: CrosscoderTrainingSAE, x: Tensor, coefficient: float, window: float = 4.0, stretch: float = 4.0
 ) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-    """Loss and gradients without autograd: every derivative is written out, straight-through ones included."""
+    """Loss and gradients without autograd: every derivative is written out, including the straight-through ones."""
     S, n_tokens, n_features = sae.n_snapshots, len(x), sae.cfg.d_sae
     W_enc, W_dec, b_enc, b_dec, log_t = (
         getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "log_threshold")
@@ -230,7 +228,7 @@ def slow_jumprelu(
                 slope = coefficient * (1 + 2 * phi[i] / 0.01) / N * (1 - tanh[b, i, s] ** 2) * stretch
                 df = 2 / N * float(error[b, s] @ W_dec[i, part[s]]) + slope * n[i][s]
                 g["W_dec"][i, part[s]] += 2 / N * f[b, i, s] * error[b, s]
-                if n[i][s] > 0:  # dn/dW = W / n; the gate gives n nothing
+                if n[i][s] > 0:  # dn/dW = W / n; n gets no gradient from the gate
                     g["W_dec"][i, part[s]] += slope * f[b, i, s] * W_dec[i, part[s]] / n[i][s]
                 z = h[b][i] * n[i][s]
                 if abs(z - t[i]) < window / 2 and z > 0:
@@ -257,7 +255,7 @@ WAYS = ("pairs", "dense products", "reference")
 
 
 def forward(sae: CrosscoderTrainingSAE, way: str, inputs: TrainStepInput) -> TrainStepOutput:
-    """One forward pass: on active pairs, by the same functions' dense products, or in plain autograd."""
+    """One forward pass: on active pairs, with the kernels' dense products, or in plain autograd."""
     if way == "reference":
         return sae.dense_forward_pass(inputs)
     with pytest.MonkeyPatch.context() as patch:
@@ -302,19 +300,19 @@ def compare(
     return output
 
 
-@pytest.mark.parametrize("S", [1, 2, 3, 8])
+@pytest.mark.parametrize("S", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_loss_and_every_gradient(architecture: str, way: str, S: int):
-    for seed in range(2):
+    for seed in range(2 if S == 1 else 1):
         sae, x = make(architecture, S, seed), raw(S, seed)
         output = compare(sae, x, way=way)
         assert output.loss.item() > 0 and int((output.feature_acts.to_dense() != 0).sum()) > 0
         scaled = (x * sae.activation_scale.double()[:, None]).flatten(1)
-        close(output.sae_in, scaled, "sae_in is in the scaled space")
+        close(output.sae_in, scaled, "sae_in is scaled")
         assert output.sae_out.shape == (B, S * D)
         expected = (output.sae_out - scaled).square().sum(-1).mean() / (S if architecture.startswith("jump") else 1)
-        close(output.losses["mse_loss"], expected, "reconstruction loss belongs to sae_out and sae_in")
+        close(output.losses["mse_loss"], expected, "the reconstruction loss is that of sae_out and sae_in")
 
 
 @pytest.mark.parametrize("S", [1, 3])
@@ -324,7 +322,7 @@ def test_silent_features_zero_rows_and_ties(architecture: str, way: str, S: int)
     sae, x = make(architecture, S, seed=3), raw(S, seed=3)
     with torch.no_grad():
         sae.b_enc[0] = -1e3  # never fires
-        sae.W_dec[1] = 0  # fires, with no decoder at all
+        sae.W_dec[1] = 0  # fires, without a decoder
         sae.W_dec[2, :D] = 0  # exists from the second snapshot on (nowhere when S is 1)
         sae.W_enc[:, 4], sae.W_dec[4], sae.b_enc[4] = sae.W_enc[:, 3], sae.W_dec[3], sae.b_enc[3]  # twins tie
         if architecture == "jumprelu_crosscoder":
@@ -332,7 +330,7 @@ def test_silent_features_zero_rows_and_ties(architecture: str, way: str, S: int)
     if "topk" not in architecture:
         compare(sae, x, way=way)
         return
-    # which of the twins is kept is free: what they do together is not
+    # either twin may be kept: only their sum is determined
     output = forward(sae, way, step_input(x))
     found = gradients(sae, output.loss)
     slow = Slow(sae, x)
@@ -363,14 +361,13 @@ def test_no_active_feature_at_all(architecture: str, way: str):
     output = compare(sae, x, way=way)
     assert not bool(output.feature_acts.to_dense().any())
     close(output.losses["mse_loss"] * (2 if architecture.startswith("jump") else 1),
-          (sae.b_dec - output.sae_in).square().sum(-1).mean(), "only the decoder bias is left")  # fmt: skip
+          (sae.b_dec - output.sae_in).square().sum(-1).mean(), "only the decoder bias remains")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_parameter_that_is_nan_shows_in_the_loss(architecture: str, way: str, name: str):
-    """Or training would go on with it."""
     for where in (slice(None), slice(3, 4)):
         sae = make(architecture, 2)
         with torch.no_grad():
@@ -380,7 +377,7 @@ def test_a_parameter_that_is_nan_shows_in_the_loss(architecture: str, way: str, 
         assert forward(sae, way, step_input(raw(2))).loss.isnan()
 
 
-@pytest.mark.parametrize("S", [1, 3, 8])
+@pytest.mark.parametrize("S", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ["topk_crosscoder", "batchtopk_crosscoder"])
 def test_auxiliary_loss_and_its_gradients(architecture: str, way: str, S: int):
@@ -398,14 +395,14 @@ def test_descending_the_auxiliary_loss_makes_dead_features_explain_the_residual(
     mask = torch.zeros(F, dtype=torch.bool)
     mask[dead] = True
     with torch.no_grad():
-        sae.W_dec[dead] *= 1e-3  # never among the strongest: dead in earnest
+        sae.W_dec[dead] *= 1e-3  # never among the strongest, so really dead
         sae.b_enc[5:] += 4
     first = sae.training_forward_pass(step_input(x, mask))
     assert not bool(first.feature_acts.to_dense()[:, dead].any())
     residual = (first.sae_in - first.sae_out).detach()
 
     def left() -> float:
-        """Share of the residual that the strongest dead features, put on top of the reconstruction, leave."""
+        """Fraction of the residual left after adding the strongest dead features to the reconstruction."""
         h = (first.sae_in @ sae.W_enc + sae.b_enc).detach()
         scores = h.relu() * sae.decoder_norms.detach().sum(-1)
         rest = residual.clone()
@@ -420,19 +417,19 @@ def test_descending_the_auxiliary_loss_makes_dead_features_explain_the_residual(
         loss = sae.training_forward_pass(step_input(x, mask)).losses["auxiliary_reconstruction_loss"]
         optimizer.zero_grad()
         loss.backward()
-        assert not bool(sae.W_dec.grad[5:].any()) and not bool(sae.W_enc.grad[:, 5:].any())  # the living do not move
+        assert not bool(sae.W_dec.grad[5:].any()) and not bool(sae.W_enc.grad[:, 5:].any())  # the others do not move
         optimizer.step()
     assert before == pytest.approx(1, abs=0.02)
-    assert left() < 0.9  # the opposite sign would leave more than all
+    assert left() < 0.9  # with the opposite sign it would exceed 1
 
 
-@pytest.mark.parametrize("sample", [1 << 16, 8])  # 8: the bound comes from every n-th entry only
+@pytest.mark.parametrize("sample", [1 << 16, 8])  # 8: the bound comes from a sample
 @pytest.mark.parametrize("kind", ["random", "ties", "ascending", "few positive", "constant"])
 @pytest.mark.parametrize("width", [31, 32])  # 32: features are bounded in groups
 @pytest.mark.parametrize("numpy", [True, False])
 def test_selection_on_pairs(kind: str, sample: int, width: int, numpy: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.SAMPLE", sample)
-    monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.NUMPY_THREADS", 1000 if numpy else 0)
+    monkeypatch.setattr("crosslens.crosscoders.kernels.selection.SAMPLE", sample)
+    monkeypatch.setattr("crosslens.crosscoders.kernels.selection.NUMPY_THREADS", 1000 if numpy else 0)
     h = torch.randn(13, width, generator=torch.Generator().manual_seed(0))
     if kind == "ties":
         h = (h * 2).round()
@@ -489,7 +486,7 @@ def test_jumprelu_gives_the_norms_no_gradient():
     acts.square().sum().backward()  # type: ignore[union-attr]
     assert norms.grad is None and h.grad is not None and threshold.grad is not None
     assert bool(threshold.grad.any())
-    # and so in the model: with no penalty the decoder's gradient is that of a linear decoder of given features
+    # the same in the model: without a penalty, the decoder's gradient is that of a linear decoder of fixed features
     sae, x = make("jumprelu_crosscoder", 3), raw(3)
     output = compare(sae, x, coefficient=0.0)
     found = gradients(sae, sae.training_forward_pass(step_input(x, coefficient=0.0)).loss)["W_dec"]
@@ -510,7 +507,7 @@ def test_jumprelu_window_is_what_the_config_says():
 def test_jumprelu_encode_and_decode_repeat_the_gates_of_training(S: int):
     sae, x = make("jumprelu_crosscoder", S, seed=2), raw(S, seed=2)
     features, _, _ = slow_jumprelu(sae, x, 0.0)
-    close(sae.encode(x), features, "encode is h where any gate is open")
+    close(sae.encode(x), features, "encode is h if any gate is open")
     output = sae.training_forward_pass(step_input(x))
     decoded = sae.decode(sae.encode(x))
     close(decoded, output.sae_out.unflatten(-1, (S, D)) / sae.activation_scale[:, None], "decode of unedited features")
@@ -520,7 +517,7 @@ def test_jumprelu_encode_and_decode_repeat_the_gates_of_training(S: int):
         expected = [[f if f * n[i] > t[i] else 0.0 for i, f in enumerate(row)] for row in features.tolist()]
         close(of_snapshot, torch.tensor(expected, dtype=torch.float64), "gate of one snapshot")
         close(sae.decode_snapshot(of_snapshot, s), decoded[:, s], "decode_snapshot")
-    if S > 1:  # the gates do differ, or this test shows nothing
+    if S > 1:  # else this tests nothing
         assert any(bool((sae.snapshot_acts(features, 0) != sae.snapshot_acts(features, s)).any()) for s in range(1, S))
 
 
@@ -562,14 +559,14 @@ def test_inference_gate_and_decoder(architecture: str, S: int):
             decoded[b, s] /= sae.activation_scale[s].double()
     close(cc.decode(wanted), decoded, "decode")
     close(cc(x), decoded, "forward")
-    close(cc.encode(x.expand(2, 5, B, S, D))[1, 3], wanted, "leading dimensions are free")
+    close(cc.encode(x.expand(2, 5, B, S, D))[1, 3], wanted, "any leading dimensions")
     assert not cc.training and not any(p.requires_grad for p in cc.parameters())
     for name, parameter in cc.named_parameters():
-        assert parameter.data_ptr() == sae.get_parameter(name).data_ptr()  # shared, as it says
+        assert parameter.data_ptr() == sae.get_parameter(name).data_ptr()  # shared, not copied
     assert all(p.requires_grad for p in sae.parameters())
 
 
-@pytest.mark.parametrize("S", [1, 2, 8])
+@pytest.mark.parametrize("S", [1, 3])
 def test_views_and_norms(S: int):
     sae = make("standard_crosscoder", S)
     assert (sae.n_snapshots, sae.d_model) == (S, D)
@@ -797,7 +794,7 @@ def test_encoder_precision_touches_the_encoder_product_alone(architecture: str):
     product = (flat.bfloat16() @ sae.W_enc.bfloat16()).float() + sae.b_enc
     assert torch.equal(rounded.hidden_pre, product) and rounded.hidden_pre.dtype == torch.float32
     assert 0 < float((rounded.hidden_pre - exact.hidden_pre).abs().max()) < 0.05 * float(exact.hidden_pre.abs().max())
-    # given those pre-activations, everything else is the float32 step
+    # given those pre-activations, the rest is the float32 step
     acts = rounded.feature_acts.to_dense()
     if architecture != "jumprelu_crosscoder":
         close(rounded.sae_out, acts @ sae.W_dec + sae.b_dec, "reconstruction", rtol=1e-5, atol=1e-5)
@@ -813,7 +810,7 @@ def test_k_out_of_range(architecture: str):
             CONFIGS[architecture](d_sae=F, k=k)
     for k in (2.5, 3.0):
         if architecture == "topk_crosscoder":
-            with pytest.raises(UserError, match=f"k={k} is not a whole number"):
+            with pytest.raises(UserError, match=f"k={k} is not an integer"):
                 _build_topk(k)
         else:
             assert CONFIGS[architecture](d_sae=F, k=k).k == k
@@ -827,11 +824,53 @@ def _build_topk(k: float) -> None:
     config.__post_init__()
 
 
-def test_activations_of_another_shape_are_refused():
+# ---------------------------------------------------------------------- flat input, as for any SAELens SAE
+
+
+@pytest.mark.parametrize("leading", [(), (B,), (2, 5), (2, 1, 3)])
+@pytest.mark.parametrize("S", [1, 3])
+@pytest.mark.parametrize("architecture", ALL)
+def test_flat_input_gives_the_same_result(architecture: str, S: int, leading: tuple[int, ...]):
+    sae = make(architecture, S)
+    x = raw(S, n=max(1, math.prod(leading))).reshape(*leading, S, D)
+    flat = x.flatten(-2)
+    inference = sae.to_inference()
+    for crosscoder in (sae, inference):
+        features = crosscoder.encode(x)
+        assert features.shape == (*leading, F) and torch.equal(crosscoder.encode(flat), features)
+        assert crosscoder(x).shape == (*leading, S, D) and torch.equal(crosscoder(flat), crosscoder(x))
+    assert all(map(torch.equal, sae.encode_with_hidden_pre(flat), sae.encode_with_hidden_pre(x)))
+    inference.use_error_term = True
+    torch.testing.assert_close(inference(flat), x)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_training_step_on_flat_input(architecture: str):
+    sae, x = make(architecture, 3), raw(3)
+    for forward_pass in (sae.training_forward_pass, sae.dense_forward_pass):
+        outputs = [forward_pass(step_input(batch)) for batch in (x, x.flatten(1))]
+        found, wanted = (gradients(sae, output.loss) for output in outputs)
+        assert torch.equal(outputs[0].loss, outputs[1].loss)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_one_snapshot_prefers_the_layout_with_snapshots():
+    """With S = 1, (..., 1, D) could be either; it is (..., S, D)."""
+    sae, x = make("standard_crosscoder", 1), raw(1)
+    assert sae.encode(x).shape == (B, F) and sae.encode(x[:, 0]).shape == (B, F)
+    assert sae.encode(x[0]).shape == (F,)
+
+
+@pytest.mark.parametrize("shape", [(B, 3 * D + 1), (B, D, 3), (B, 2, D), (B, D), (3 * D + 3,)])
+def test_activations_of_another_shape_are_refused(shape: tuple[int, ...]):
     sae = make("standard_crosscoder", 3)
-    for shape in ((B, 3 * D), (B, D, 3), (B, 2, D)):
-        with pytest.raises(UserError, match=r"must be \(n_snapshots, d_model\) = \(3, 6\)"):
-            sae.encode(torch.zeros(shape, dtype=torch.float64))
+    for call in (sae.encode, sae, sae.to_inference()):
+        with pytest.raises(UserError) as error:
+            call(torch.zeros(shape, dtype=torch.float64))
+        assert str(error.value) == (
+            f"activations of shape {shape} do not fit this crosscoder: give (..., n_snapshots, d_model) = (..., 3, 6), "
+            "or flat (..., 18)"
+        )
 
 
 # ---------------------------------------------------------------------- BatchTopK's threshold, annealing
@@ -853,7 +892,7 @@ def test_threshold_is_a_moving_average_of_the_smallest_kept_score():
     before = sae.threshold.clone()
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)
-    sae.training_forward_pass(step_input(raw(2)))  # nothing kept: nothing learnt
+    sae.training_forward_pass(step_input(raw(2)))  # nothing kept, so nothing changes
     assert torch.equal(sae.threshold, before)
 
 
@@ -868,7 +907,7 @@ def test_k_is_annealed():
         assert int(sae.to_inference().encode(x).count_nonzero()) == 2 * len(x) or architecture.startswith("batch")
 
 
-# ---------------------------------------------------------------------- what is used of SAELens
+# ---------------------------------------------------------------------- contracts with SAELens
 
 
 def test_saelens_registers_once_and_by_name():
@@ -921,22 +960,3 @@ def test_train_step_output_has_saelens_fields_and_metrics_when_logged(architectu
         per_snapshot = sae.snapshot_acts(output.feature_acts.detach().to_dense(), s)
         fired = sum(int(v != 0) for row in per_snapshot.tolist() for v in row)
         assert float(output.metrics[f"l0/{label}"]) == pytest.approx(fired / B)
-
-
-@pytest.mark.slow
-def test_registered_with_sae_lens_imported_first_and_not_before():
-    code = """
-import sys
-import crosslens
-assert "sae_lens" not in sys.modules and "torch" not in sys.modules
-del sys.modules["crosslens"]
-import sae_lens
-from sae_lens.registry import SAE_CLASS_REGISTRY as registry
-assert "jumprelu_crosscoder" not in registry
-import crosslens
-assert {"standard_crosscoder", "topk_crosscoder", "batchtopk_crosscoder", "jumprelu_crosscoder"} <= set(registry)
-crosslens.register()
-cfg = {"architecture": "topk_crosscoder", "d_in": 6, "d_sae": 4, "n_snapshots": 2, "k": 2}
-assert type(sae_lens.SAE.from_dict(cfg)) is crosslens.TopKCrosscoder
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

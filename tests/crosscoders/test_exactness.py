@@ -1,9 +1,8 @@
 """The fast training step against the dense reference in plain autograd: equal loss, gradients and parameters.
 
-The measure: `found` agrees with `wanted` when max|found - wanted| <= tolerance * max|wanted| + FLOOR, tensor by tensor,
-and every entry is finite. It is 1e-5 in float32; the same data in float64 must agree a million times better, so that
-nothing but rounding can be left of a difference. Everything here runs under `torch.use_deterministic_algorithms(True)`,
-which also fills memory that nobody has written to with NaN.
+The measure: `found` agrees with `wanted` if every entry is finite and max|found - wanted| <= tolerance * max|wanted| +
+FLOOR for each tensor. The tolerance is 1e-5 in float32 and a million times less in float64, where only rounding can
+remain. Everything runs with `torch.use_deterministic_algorithms(True)`, which also fills uninitialised memory with NaN.
 """
 
 from __future__ import annotations
@@ -22,24 +21,26 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingSAE
-from crosslens.training.trainer import CrosscoderTrainer, TrainConfig
+from crosslens.training.config import TrainConfig
+from crosslens.training.trainer import CrosscoderTrainer
 
 ALL = list(TRAINING_ARCHITECTURES)
 TOP = ["topk_crosscoder", "batchtopk_crosscoder"]
-SNAPSHOTS = [1, 2, 3, 8, 32]
+SNAPSHOTS = [1, 3, 32]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11}
 FLOOR = 1e-30  # only for tensors that are zero throughout
-D, F, B = 6, 64, 48  # of the tests with given shapes; eight features in a hundred or so are kept
+D, F, B = 6, 64, 48  # in the tests with fixed shapes, where about 8 % of the features are kept
 
-# which of two equal ways is taken: sums over active pairs, dense products, or whichever is measured to be faster
-WAYS = {"pairs": 2.0, "products": -1.0, "faster": None}
+# DENSE_ABOVE for each of two equal ways: sums over active pairs, or dense products; "faster" is the library's choice
+DENSE_ABOVE = {"pairs": 2.0, "products": -1.0, "faster": None}
+WAYS = ["pairs", "products"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def deterministic() -> Iterator[None]:
     before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # at these sizes threads only wait for one another
+    torch.set_num_threads(1)  # threads only slow such small tensors down
     yield
     torch.use_deterministic_algorithms(before)
     torch.set_num_threads(threads)
@@ -55,7 +56,7 @@ def new(architecture: str, S: int, dtype: str = "float32", **options: Any) -> Cr
 
 
 def make(architecture: str, S: int, seed: int = 0, dtype: str = "float32", **options: Any) -> CrosscoderTrainingSAE:
-    """Every parameter drawn at random; pre-activations and decoder norms are about 1, thresholds between .1 and 3."""
+    """All parameters random; pre-activations and decoder norms are about 1, thresholds between .1 and 3."""
     sae = new(architecture, S, dtype, **options)
     draw = torch.Generator().manual_seed(seed)
     spread = {"W_enc": (S * D) ** -0.5, "b_enc": 0.3, "W_dec": D**-0.5, "b_dec": 0.3, "log_threshold": 0.8}
@@ -103,17 +104,17 @@ def agree(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
 def same_step(
     sae: CrosscoderTrainingSAE, inputs: TrainStepInput, way: str = "pairs", tolerance: float | None = None
 ) -> TrainStepOutput:
-    """The fast step, after it has been held to the dense one: features, reconstruction, each loss, each gradient."""
+    """The output of the fast step, compared with the dense one: features, reconstruction, each loss, each gradient."""
     tolerance = tolerance or TOLERANCE[sae.cfg.dtype]
     with pytest.MonkeyPatch.context() as patch:
-        if WAYS[way] is not None:
-            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", WAYS[way])
+        if DENSE_ABOVE[way] is not None:
+            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", DENSE_ABOVE[way])
         fast = sae.train().training_forward_pass(inputs)
         found = gradients(sae, fast.loss)
     dense = sae.dense_forward_pass(inputs)
     wanted = gradients(sae, dense.loss)
     features = fast.feature_acts.to_dense()
-    assert torch.equal(features != 0, dense.feature_acts != 0), "not the same features are kept"
+    assert torch.equal(features != 0, dense.feature_acts != 0), "different features are kept"
     agree(features, dense.feature_acts, tolerance, "features")
     agree(fast.sae_out, dense.sae_out, tolerance, "reconstruction")
     assert set(fast.losses) == set(dense.losses) and set(found) == set(wanted)
@@ -125,17 +126,17 @@ def same_step(
     return fast
 
 
-# ---------------------------------------------------------------------- given cases
+# ---------------------------------------------------------------------- chosen cases
 
 
 @pytest.mark.parametrize("S", SNAPSHOTS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_loss_and_every_gradient(architecture: str, way: str, S: int):
-    for seed in range(3):
+    for seed in range(2):
         output = same_step(make(architecture, S, seed), step_input(raw(S, seed).float()), way)
         kept = int(output.feature_acts.to_dense().count_nonzero())
-        assert 0 < kept < 0.7 * B * F, "an empty or a full selection would show little"
+        assert 0 < kept < 0.7 * B * F, "an empty or full selection would test little"
         assert all(loss.item() > 0 for name, loss in output.losses.items() if name[:3] != "aux")
 
 
@@ -155,7 +156,7 @@ def test_one_token_has_a_residual_that_does_not_vary(architecture: str, way: str
     assert output.losses["auxiliary_reconstruction_loss"].item() == 0
 
 
-@pytest.mark.parametrize("k", [1, 2, 33, F, 0.01, 0.4, 7.77])
+@pytest.mark.parametrize("k", [1, 33, F, 0.01, 7.77])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", TOP)
 def test_few_and_many_kept(architecture: str, way: str, k: float):
@@ -173,10 +174,10 @@ def test_few_and_many_kept(architecture: str, way: str, k: float):
 
 
 def on_a_grid(architecture: str, S: int, seed: int = 0, window: float = 4.0, **options: Any) -> CrosscoderTrainingSAE:
-    """With raw activations of whole numbers, pre-activations are whole numbers, and scores halves of them, exactly.
+    """With integer activations, pre-activations are integers and scores are multiples of 1/2, without rounding.
 
-    Decoder rows have the norms 0, 1/2 or 1, and thresholds are 1: gates are met exactly, and so are h = 0 and the edges
-    of the window, 3 where it is 4 wide, 1/2 and 3/2 where it is 1.
+    Decoder rows have norms 0, 1/2 or 1, and thresholds are 1, so some scores equal the threshold exactly, some are 0,
+    and some lie on an edge of the window (3 for window 4; 1/2 and 3/2 for window 1).
     """
     sae = make(architecture, S, seed, **{**options, **({"jumprelu_window": window} if "jump" in architecture else {})})
     draw = torch.Generator().manual_seed(seed)
@@ -215,13 +216,13 @@ def test_ties(architecture: str, way: str, S: int):
         elif architecture == "jumprelu_crosscoder":
             z = h[:, None, :] * sae.decoder_norms.T
             edges = (1 - window / 2, 1, 1 + window / 2)
-            assert all(bool((z == edge).any()) for edge in edges if edge > 0), "neither a gate nor an edge is met"
+            assert all(bool((z == edge).any()) for edge in edges if edge > 0), "no score lies on a gate or an edge"
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
-def test_nothing_but_ties(architecture: str, way: str):
-    """Every token and every feature the same: the earliest are kept."""
+def test_only_ties(architecture: str, way: str):
+    """All tokens and all features are equal: the earliest are kept."""
     sae = make(architecture, 2)
     with torch.no_grad():
         for p in sae.parameters():
@@ -249,12 +250,12 @@ def test_no_active_feature_at_all(architecture: str, way: str, S: int):
     assert {name for name, gradient in found.items() if bool(gradient.any())} == {"b_dec"}
 
 
-@pytest.mark.parametrize("always", [1, 3, F])
+@pytest.mark.parametrize("always", [3, F])
 @pytest.mark.parametrize("S", SNAPSHOTS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_features_active_in_every_token(architecture: str, way: str, S: int, always: int):
-    for bias in (8.0, 200.0):
+    for bias in (200.0,):
         sae = make(architecture, S, **({"k": F} if architecture in TOP and always == F else {}))
         with torch.no_grad():
             sae.b_enc[:always] += bias
@@ -268,17 +269,17 @@ def test_features_active_in_every_token(architecture: str, way: str, S: int, alw
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_threshold_far_below_all_scores_gets_no_gradient(way: str):
-    """Features active in every token, above the window in each: a rounding error must not move their thresholds.
+    """Features active in every token and above the window: rounding must not move their thresholds.
 
-    Adam makes a whole step of whatever is not zero.
+    Adam turns any gradient that is not zero into a whole step.
     """
-    for seed in range(3):
+    for seed in range(2):
         sae = make("jumprelu_crosscoder", 3, seed)
         with torch.no_grad():
             sae.b_enc[:20] += 100
         with pytest.MonkeyPatch.context() as patch:
-            if WAYS[way] is not None:
-                patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", WAYS[way])
+            if DENSE_ABOVE[way] is not None:
+                patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", DENSE_ABOVE[way])
             output = sae.training_forward_pass(step_input(raw(3, seed).float()))
             found = gradients(sae, output.loss)["log_threshold"]
         assert bool(output.feature_acts.to_dense()[:, :20].all()) and bool(found[20:].any())
@@ -292,11 +293,11 @@ def test_zero_decoder_rows(architecture: str, way: str, S: int):
     sae = make(architecture, S)
     rows = sae.W_dec_by_snapshot
     with torch.no_grad():
-        rows[:6] = 0  # features with no decoder at all, some of them dead
+        rows[:6] = 0  # features without a decoder, some of them dead
         rows[6:20, 0] = 0  # absent at the first snapshot
-        rows[20:30, 1:] = 0  # and at all others
-        rows[30:40, S // 2] *= 1e-30  # its square is smaller than any number
-        sae.b_enc[:10] += 4  # and they do fire
+        rows[20:30, 1:] = 0  # absent at all others
+        rows[30:40, S // 2] *= 1e-30  # its square underflows
+        sae.b_enc[:10] += 4  # these fire
     some, all_strongest = mask(0, 1, 2, 7, 8, 9, 21, 33), mask(0, 7)  # more than D / 2, and fewer
     for dead in (some, all_strongest):
         same_step(sae, step_input(raw(S).float(), dead), way)
@@ -306,12 +307,12 @@ def test_zero_decoder_rows(architecture: str, way: str, S: int):
         same_step(sae, step_input(raw(S).float(), dead), way)
 
 
-@pytest.mark.parametrize("window", [0.02, 0.5, 4.0, 100.0])
+@pytest.mark.parametrize("window", [0.02, 4.0, 100.0])
 @pytest.mark.parametrize("shift", [-6.0, -1.0, 0.7, 1.5])
-@pytest.mark.parametrize("S", [1, 3, 8])
+@pytest.mark.parametrize("S", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_windows_and_thresholds(way: str, S: int, shift: float, window: float):
-    """Thresholds below and above half the window, by far and mixed."""
+    """Thresholds below and above half the window: far, and mixed."""
     sae = make("jumprelu_crosscoder", S, jumprelu_window=window)
     with torch.no_grad():
         sae.log_threshold += shift  # type: ignore[operator,assignment]
@@ -322,23 +323,23 @@ def test_windows_and_thresholds(way: str, S: int, shift: float, window: float):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_several_blocks(architecture: str, way: str, numpy: bool, monkeypatch: pytest.MonkeyPatch):
-    for block in (1, 3 * F, 5 * F + 1):
+    for block in (1, 5 * F + 1):
         small_blocks(monkeypatch, block=block, sample=50, columns=block % 61, numpy=numpy)
         for dead in (mask(1, 5, 9, 30), torch.arange(F) > 10):
             same_step(make(architecture, 3, seed=2), step_input(raw(3, seed=2).float(), dead), way)
 
 
 def small_blocks(patch: pytest.MonkeyPatch, block: int, sample: int, columns: int, numpy: bool) -> None:
-    patch.setattr("crosslens.crosscoders.kernels.sparse.BLOCK", block)
-    patch.setattr("crosslens.crosscoders.kernels.sparse.SAMPLE", sample)
+    patch.setattr("crosslens.crosscoders.kernels.selection.BLOCK", block)
+    patch.setattr("crosslens.crosscoders.kernels.selection.SAMPLE", sample)
     patch.setattr("crosslens.crosscoders.kernels.gated.COLUMNS", max(1, columns))
-    patch.setattr("crosslens.crosscoders.kernels.sparse.NUMPY_THREADS", 1000 if numpy else 0)
+    patch.setattr("crosslens.crosscoders.kernels.selection.NUMPY_THREADS", 1000 if numpy else 0)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_the_same_bits_every_time(architecture: str, way: str):
-    """With and without deterministic algorithms: none of the step's operations has two answers on a CPU."""
+    """With and without deterministic algorithms, which on a CPU must not matter."""
     runs: list[list[Tensor]] = []
     for deterministic in (True, True, False):
         torch.use_deterministic_algorithms(deterministic)
@@ -355,7 +356,7 @@ def test_the_same_bits_every_time(architecture: str, way: str):
 
 @pytest.mark.parametrize("architecture", ALL)
 def test_gradients_add_up_over_batches(architecture: str):
-    """Nothing of one step is left over in the next, and a gradient that is there is added to."""
+    """One step leaves nothing behind for the next, and gradients accumulate."""
     sae, batches = make(architecture, 3), [raw(3, seed).float() for seed in range(3)]
     wanted = [gradients(sae, sae.dense_forward_pass(step_input(x)).loss) for x in batches]
     sae.zero_grad()
@@ -373,9 +374,9 @@ def test_gradients_add_up_over_batches(architecture: str):
 
 @dataclass(frozen=True)
 class Case:
-    """A crosscoder and a batch, with data on a grid: pre-activations are sums without rounding, in whatever order.
+    """A crosscoder and a batch on a grid, so that pre-activations are sums without rounding, in any order.
 
-    So no gate hangs on the order of a sum, ties are ties, and h = 0 occurs.
+    No gate then depends on the order of a sum, ties are exact, and h = 0 occurs.
     """
 
     S: int
@@ -383,13 +384,13 @@ class Case:
     F: int
     B: int
     seed: int
-    k: float  # share of features kept
+    k: float  # fraction of features kept
     bias: float  # of the encoder, in standard deviations of h: how dense the features are
     loudness: int  # of the activations, a power of two
-    decoder: float  # size of decoder rows, relative to what reconstructs the activations
-    empty: float  # share of decoder rows that are zero: single ones, and all of a feature
+    decoder: float  # size of decoder rows relative to a good reconstruction
+    empty: float  # fraction of zero decoder rows: single ones, and all of a feature
     twins: bool  # pairs of equal features and of equal tokens
-    dead: float  # share of dead features
+    dead: float  # fraction of dead features
     coefficient: float
     threshold: float  # log of the thresholds relative to the scores
     spread: float  # of log-thresholds over features
@@ -463,7 +464,7 @@ CASES = st.builds(
     spread=st.sampled_from([0.0, 0.5, 2.0]),
     window=st.floats(-7, 7),
     saturation=st.floats(-2, 3),
-    way=st.sampled_from(list(WAYS)),
+    way=st.sampled_from(list(DENSE_ABOVE)),
     numpy=st.booleans(),
     block=st.sampled_from([1, 100, 1 << 18]),
     sample=st.sampled_from([4, 100, 1 << 16]),
@@ -472,7 +473,7 @@ CASES = st.builds(
 
 
 def rounding(case: Case, architecture: str) -> float:
-    """How far the dense reference itself is off in float32, by the measure of this module."""
+    """Error of the dense reference itself in float32, by the measure of this module."""
     found, wanted = (
         gradients(sae, sae.train().dense_forward_pass(inputs).loss)
         for sae, inputs in (case.build(architecture, dtype) for dtype in ("float32", "float64"))
@@ -480,17 +481,30 @@ def rounding(case: Case, architecture: str) -> float:
     return max(float((found[name] - p).abs().max() / (p.abs().max() + FLOOR)) for name, p in wanted.items())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("architecture", ALL)
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(case=CASES)
-def test_any_case(architecture: str, dtype: str, case: Case):
-    # where all terms of a sum cancel, two float32 answers need not agree; the float64 ones do, in these cases too
+def any_case(architecture: str, dtype: str, case: Case) -> None:
+    # where all terms of a sum cancel, two float32 answers need not agree; the float64 ones do
     assume(dtype == "float64" or rounding(case, architecture) < 2e-6)
     sae, inputs = case.build(architecture, dtype)
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch, case.block, case.sample, case.columns, case.numpy)
         same_step(sae, inputs, case.way)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("architecture", ALL)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=CASES)
+def test_any_case(architecture: str, dtype: str, case: Case):
+    any_case(architecture, dtype, case)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("architecture", ALL)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=CASES)
+def test_any_of_many_cases(architecture: str, dtype: str, case: Case):
+    any_case(architecture, dtype, case)
 
 
 # ---------------------------------------------------------------------- twenty steps
@@ -500,7 +514,7 @@ STEPS = 20
 
 
 def learning(architecture: str, S: int = 3) -> CrosscoderTrainingSAE:
-    """A crosscoder whose steps have all of it: warmups, dead features, and ones that are always active."""
+    """A crosscoder whose training has warmups, dead features, and features that are always active."""
     options: dict[str, Any] = {
         "standard_crosscoder": {"l1_coefficient": 0.5, "l1_warm_up_steps": 8},
         "topk_crosscoder": {"k": 4, "k_start": 10.0, "k_anneal_steps": 12},
@@ -515,7 +529,7 @@ def learning(architecture: str, S: int = 3) -> CrosscoderTrainingSAE:
 
 
 def learn_slowly(sae: CrosscoderTrainingSAE, config: TrainConfig, batches: list[Tensor]) -> list[float]:
-    """Trains by the dense reference with plain Adam; the norms of all gradients but the thresholds', step by step."""
+    """Train by the dense reference with plain Adam; the gradient norm (without thresholds) of every step."""
     cfg: Any = sae.cfg
     clipped = [p for name, p in sae.named_parameters() if name != "log_threshold"]
     factor = getattr(cfg, "jumprelu_threshold_lr_factor", None)
@@ -540,18 +554,17 @@ def learn_slowly(sae: CrosscoderTrainingSAE, config: TrainConfig, batches: list[
         norms.append(norm.item())
         silent = torch.where((output.feature_acts != 0).any(0), 0, silent + len(x))
     if "topk" in cfg.architecture():
-        assert bool((silent > config.dead_tokens).any()), "the auxiliary loss took no part"
+        assert bool((silent > config.dead_tokens).any()), "the auxiliary loss was never used"
     return norms
 
 
-@pytest.mark.parametrize("clip", ["always", "never", None])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "clip"), [("pairs", "always"), ("products", "never"), ("faster", None)])
 @pytest.mark.parametrize("architecture", ALL)
 def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | None):
     limit = {"always": 0.02, "never": 1e4, None: None}[clip]
     config = TrainConfig(
         batch_size=B, training_tokens=STEPS * B, lr=1e-3, lr_warm_up=0.2, lr_decay=0.4, lr_end_factor=0.1,
-        adam_beta2=0.99, max_grad_norm=limit, dead_tokens=3 * B, evaluate=False,
+        adam_beta2=0.99, max_grad_norm=limit, dead_tokens=3 * B, evaluate=False, device="cpu",
     )  # fmt: skip
     batches = [raw(3, seed).float() for seed in range(STEPS)]
     sae = learning(architecture)
@@ -561,8 +574,8 @@ def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | 
     assert clip != "never" or max(norms) < 1e4
     trainer = CrosscoderTrainer(config, sae, iter(()), total=STEPS * B)
     with pytest.MonkeyPatch.context() as patch:
-        if WAYS[way] is not None:
-            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", WAYS[way])
+        if DENSE_ABOVE[way] is not None:
+            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", DENSE_ABOVE[way])
         for x in batches:
             trainer.step(x)
             trainer.n_training_steps += 1
@@ -572,7 +585,7 @@ def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | 
         agree(found, wanted, 1e-5, name)
         moved = wanted - before
         assert bool(moved.any())
-        agree(found - before, moved, 1e-3, f"way of {name}")
+        agree(found - before, moved, 1e-3, f"change of {name}")
 
 
 # ---------------------------------------------------------------------- the same on a GPU
@@ -582,9 +595,7 @@ def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | 
 def cuda(monkeypatch: pytest.MonkeyPatch) -> str:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    monkeypatch.setenv(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # without it no product of matrices counts as deterministic
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     return "cuda"
 
 
@@ -603,7 +614,7 @@ def test_loss_and_every_gradient_on_a_gpu(architecture: str, way: str, S: int, c
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_gpu_and_a_cpu_agree(architecture: str, way: str, cuda: str):
-    """On data whose pre-activations and scores are whole numbers, so that the same features are kept."""
+    """On data with integer pre-activations and exact scores, so that the same features are kept."""
     found: list[dict[str, Tensor]] = []
     for device in ("cpu", cuda):
         sae, x = on_a_grid(architecture, 3, device=device), raw(3).mul(1.5).round().float()

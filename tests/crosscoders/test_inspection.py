@@ -1,4 +1,4 @@
-"""Files that lie: refused in one line, before memory is taken, and without running anything that is in them."""
+"""Hostile and damaged files are refused in one line, before memory is allocated, and without running their code."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
 from crosslens.crosscoders import ARCHITECTURES, load
-from crosslens.crosscoders.inspection import (
-    MAX_HEADER,
-    MAX_TEXT,
-    brief,
-    expected_shapes,
-    inside,
-    inspect_crosscoder,
-    read_header,
-)
+from crosslens.crosscoders.inspection import MAX_HEADER, expected_shapes, inspect_crosscoder, read_header
 from crosslens.errors import UserError
+from crosslens.files import MAX_TEXT, brief, inside
 from crosslens.snapshots.collection import Snapshots
 from tests.given import of_norms
 
@@ -56,7 +49,7 @@ def change_weights(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_whole_files_pass(architecture: str, tmp_path: Path) -> None:
+def test_valid_files_pass(architecture: str, tmp_path: Path) -> None:
     sae_class, config_class = ARCHITECTURES[architecture]
     crosscoder = sae_class(
         config_class(d_in=S * D, d_sae=F, n_snapshots=S, **({"k": 2} if architecture[:4] == "topk" else {}))
@@ -71,15 +64,15 @@ def test_whole_files_pass(architecture: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"architecture": "quantum_crosscoder"}, "'quantum_crosscoder'; known are standard_crosscoder"),
-        ({"architecture": ["standard_crosscoder"]}, "does not know"),
-        ({"architecture": None}, "does not know"),
+        ({"architecture": ["standard_crosscoder"]}, "has an unknown architecture"),
+        ({"architecture": None}, "has an unknown architecture"),
         ({"architecture": "jumprelu"}, "is a JumpReLUSAE, not a crosscoder"),
-        ({"d_sae": "6"}, "d_sae='6' is no whole number"),
-        ({"d_sae": True}, "d_sae=True is no whole number"),
-        ({"d_sae": 6.0}, "d_sae=6.0 is no whole number"),
-        ({"d_sae": -1}, "d_sae=-1 is no whole number"),
-        ({"d_sae": 10**15}, "d_sae=1000000000000000 is no whole number from 1 to 2,147,483,647"),
-        ({"d_sae": 2**31 - 1, "d_in": 3 * 2**29}, "is more than any file holds"),
+        ({"d_sae": "6"}, "d_sae='6' is not an integer"),
+        ({"d_sae": True}, "d_sae=True is not an integer"),
+        ({"d_sae": 6.0}, "d_sae=6.0 is not an integer"),
+        ({"d_sae": -1}, "d_sae=-1 is not an integer"),
+        ({"d_sae": 10**15}, "d_sae=1000000000000000 is not an integer from 1 to 2,147,483,647"),
+        ({"d_sae": 2**31 - 1, "d_in": 3 * 2**29}, "is larger than any file"),
         ({"d_sae": 1_000_000}, r"W_dec has shape \(6, 12\), the config says \(1000000, 12\)"),
         ({"n_snapshots": 5}, "d_in=12 is not a multiple of n_snapshots=5|does not list the 5 snapshots"),
         ({"n_snapshots": 4}, "does not list the 4 snapshots"),
@@ -88,30 +81,30 @@ def test_whole_files_pass(architecture: str, tmp_path: Path) -> None:
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not available"),
         (
             {"apply_b_dec_to_input": "x" * 5000},
-            r"apply_b_dec_to_input='xxx.*[.]{3}$|is no config of a crosscoder \(Type-check error",
+            r"apply_b_dec_to_input='xxx.*[.]{3}$|is not a config of a crosscoder \(Type-check error",
         ),
         ({"metadata": []}, "metadata is a list"),
-        ({"metadata__snapshots": [1, 2, 3]}, "1 in metadata.snapshots is no snapshot"),
-        ({"metadata__snapshots": [{"label": 1}] * 3}, "is no snapshot: it has a label"),
-        ({"metadata__snapshots": [{"label": "a", "step": "1"}] * 3}, "is no snapshot: it has a label"),
+        ({"metadata__snapshots": [1, 2, 3]}, "1 in metadata.snapshots is not a snapshot"),
+        ({"metadata__snapshots": [{"label": 1}] * 3}, "is not a snapshot: give a label"),
+        ({"metadata__snapshots": [{"label": "a", "step": "1"}] * 3}, "is not a snapshot: give a label"),
         ({"metadata__snapshots": {"label": "a"}}, "does not list the 3 snapshots"),
-        ({"metadata__activation_scale": [1.0, 0.0, 1.0]}, "is no list of 3 positive numbers"),
-        ({"metadata__activation_scale": [1.0]}, "is no list of 3 positive numbers"),
+        ({"metadata__activation_scale": [1.0, 0.0, 1.0]}, "is not a list of 3 positive numbers"),
+        ({"metadata__activation_scale": [1.0]}, "is not a list of 3 positive numbers"),
         ({"metadata__to_dict": 1}, "metadata has a key 'to_dict', which is reserved"),
         ({"metadata____class__": 1}, "metadata has a key '__class__', which is reserved"),
-        ({"metadata__sae_lens_version": "5.1"}, "sae_lens_version='5.1' is no release from 6 on"),
-        ({"metadata__sae_lens_version": 6}, "sae_lens_version=6 is no release"),
+        ({"metadata__sae_lens_version": "5.1"}, "sae_lens_version='5.1' is not a release from 6 on"),
+        ({"metadata__sae_lens_version": 6}, "sae_lens_version=6 is not a release"),
     ],
 )
-def test_configs_that_lie(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_configs(folder: Path, changes: dict[str, Any], message: str) -> None:
     change(folder, **changes)
     with pytest.raises(UserError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_what_an_error_repeats_is_cut_to_a_line() -> None:
-    """Where types are not checked as they are here, the library's own message holds the value, at any length."""
+def test_long_messages_of_other_libraries_are_cut() -> None:
+    """Outside the tests, where types are not checked, SAELens's own message contains the value at any length."""
     assert (
         brief(UserError("apply_b_dec_to_input=" + "x" * 5000 + "\nand more")) == f"apply_b_dec_to_input={'x' * 216}..."
     )
@@ -121,23 +114,23 @@ def test_what_an_error_repeats_is_cut_to_a_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"b_enc": None}, "it lacks b_enc"),
+        ({"b_enc": None}, "b_enc is missing"),
         ({"b_enc": torch.zeros(F + 1)}, r"b_enc has shape \(7,\), the config says \(6,\)"),
         ({"b_enc": torch.zeros(F, 1)}, r"b_enc has shape \(6, 1\)"),
-        ({"b_enc": torch.zeros(F, dtype=torch.int64)}, "b_enc is of dtype I64, known are F16"),
-        ({"more": torch.zeros(1)}, "'more' is no tensor of this architecture"),
+        ({"b_enc": torch.zeros(F, dtype=torch.int64)}, "b_enc has dtype I64, allowed are F16"),
+        ({"more": torch.zeros(1)}, "'more' is not a tensor of this architecture"),
         ({"activation_scale": torch.tensor([1.0, 0.0, 1.0])}, "activation_scale of snapshot 1 is 0.0"),
         ({"activation_scale": torch.tensor([1.0, 1.0, torch.nan])}, "activation_scale of snapshot 2 is nan"),
     ],
 )
-def test_weights_that_lie(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_weights(folder: Path, changes: dict[str, Any], message: str) -> None:
     change_weights(folder, **changes)
     with pytest.raises(UserError, match=message):
         load(folder)
 
 
-def test_what_a_file_claims_costs_no_memory(folder: Path) -> None:
-    """Headers and configs of terabytes: told apart from the file's length before anything is allocated."""
+def test_claimed_sizes_allocate_no_memory(folder: Path) -> None:
+    """Headers and configs that claim terabytes are refused before anything is allocated."""
     weights = folder / "sae_weights.safetensors"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     huge = {"W_enc": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
@@ -167,7 +160,7 @@ def test_what_a_file_claims_costs_no_memory(folder: Path) -> None:
 
 
 def test_saelens_refuses_the_same_weights(folder: Path) -> None:
-    """Its own loader, which does not inspect first, ends in an error as well."""
+    """SAELens's own loader, which does not validate first, raises an error too."""
     change(folder, d_sae=1_000_000)
     with pytest.raises(RuntimeError, match="size mismatch"):
         SAE.load_from_disk(folder)
@@ -183,7 +176,7 @@ def test_paths_stay_inside(tmp_path: Path) -> None:
 
 
 def test_code_beside_a_model_is_not_run(tiny_snapshots: Path, tmp_path: Path) -> None:
-    """`trust_remote_code` is never on: a config that points to a Python file beside it is refused."""
+    """`trust_remote_code` is never set: a config that points to a Python file beside it is refused."""
     marker = tmp_path / "has_run"
     folder = tmp_path / "models" / "step0"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Several processes train the crosscoder that one trains: same losses, gradients, weights, files; half the memory."""
+"""Several processes train the same crosscoder as one: losses, gradients, weights and files; with half the memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException
 
-import crosslens.training.assembly
+import crosslens.training.checkpoints
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, TopKCrosscoderTrainingConfig, load
 from crosslens.crosscoders.base import drawn_rows
-from crosslens.crosscoders.kernels.sparse import Pairs, batch_top_pairs, token_top_pairs
+from crosslens.crosscoders.kernels.selection import Pairs, batch_top_pairs, token_top_pairs
+from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.crosscoders.topk import unexplained
 from crosslens.distributed.parallel import ALONE, Parallel, join, n_processes
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
-from crosslens.training.assembly import save_whole
+from crosslens.training.checkpoints import save_whole
+from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import initialise
 from crosslens.training.run import complete, train
-from crosslens.training.trainer import CrosscoderTrainer, TrainConfig
+from crosslens.training.trainer import CrosscoderTrainer
 from tests.ranks import run_ranks
 from tests.training.test_run import ALL, B, config
 
-STEPS = 50
+STEPS = 20
 pytestmark = pytest.mark.usefixtures("one_thread")
-GRIDS = [(2, 1), (4, 1), (2, 2), (4, 2)]  # processes, and groups of them among which tokens are split
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def settings(**options: Any) -> TrainConfig:
@@ -43,11 +45,11 @@ def settings(**options: Any) -> TrainConfig:
 
 def trainer_of(acts: Activations, architecture: Any, parallel: Parallel, run: RunDir | None = None) -> Any:
     sae = initialise(complete(architecture, acts), acts, batch_size=B, scale_tokens=500, seed=0, parallel=parallel)
-    return CrosscoderTrainer(settings(), sae, acts.batches(B), STEPS * B, run=run)
+    return CrosscoderTrainer(settings(), sae, acts.batches(B), STEPS * B, run=run, parallel=parallel)
 
 
-def go_on(trainer: Any, acts: Activations, until: int) -> list[dict[str, float]]:
-    """Losses of the steps up to one."""
+def train_until(trainer: Any, acts: Activations, until: int) -> list[dict[str, float]]:
+    """Losses of the steps before step `until`."""
     losses = []
     trainer.data_provider = acts.batches(B, start=trainer.n_training_steps)
     while trainer.n_training_steps < until:
@@ -58,24 +60,24 @@ def go_on(trainer: Any, acts: Activations, until: int) -> list[dict[str, float]]
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
-    """Everything that has a row per feature, and what all processes have alike."""
+    """All tensors of a checkpoint."""
     state = {name: p.detach().clone() for name, p in trainer.trained.items()}
     state |= {name: buffer.clone() for name, buffer in trainer.sae.named_buffers()}
     return {**state, "since_fired": trainer.n_forward_passes_since_fired.clone(), "fired": trainer.act_freq_scores}
 
 
-def whole(parts: list[dict[str, Tensor]], shares: int) -> dict[str, Tensor]:
-    """What processes that split the features hold, joined; what all have alike is compared to the bit."""
+def whole(states: list[dict[str, Tensor]], n_feature_ranks: int) -> dict[str, Tensor]:
+    """The states of all ranks joined along features; what they hold alike must be equal to the bit."""
     joint: dict[str, Tensor] = {}
-    for name, first in parts[0].items():
+    for name, first in states[0].items():
         if name in ("b_dec", "activation_scale", "threshold"):
-            assert all(torch.equal(first, part[name]) for part in parts), name
+            assert all(torch.equal(first, state[name]) for state in states), name
             joint[name] = first
         else:
-            joint[name] = torch.cat([part[name] for part in parts[:shares]])
-            for start in range(0, len(parts), shares):  # every group of tokens has the same
-                again = torch.cat([part[name] for part in parts[start : start + shares]])
-                assert torch.equal(joint[name], again), name
+            groups = range(0, len(states), n_feature_ranks)  # one for each data-parallel rank
+            joined = [torch.cat([state[name] for state in states[i : i + n_feature_ranks]]) for i in groups]
+            assert all(torch.equal(joined[0], other) for other in joined), name
+            joint[name] = joined[0]
     return joint
 
 
@@ -90,7 +92,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], within: float = 1e-5) -> N
 
 
 def first_gradients(acts: Activations, architecture: Any, parallel: Parallel) -> dict[str, Tensor]:
-    """Gradients of the first batch, with a third of the features dead, averaged over the tokens of all."""
+    """Gradients of the first batch, with a third of the features dead, averaged over all tokens."""
     sae = initialise(complete(architecture, acts), acts, batch_size=B, scale_tokens=500, seed=0, parallel=parallel)
     batch = next(acts.batches(B))[parallel.tokens(B)]
     dead = (torch.arange(sae.cfg.d_sae) % 3 == 0)[parallel.features(sae.cfg.d_sae)]
@@ -98,49 +100,56 @@ def first_gradients(acts: Activations, architecture: Any, parallel: Parallel) ->
     sae.training_forward_pass(TrainStepInput(batch, coefficients, dead, 0, False)).loss.backward()
     named = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
     named["W_enc"] = named["W_enc"].T
-    return {name: parallel.sum_data_(grad.contiguous()) / parallel.n_slices for name, grad in named.items()}
+    return {name: parallel.sum_data_(grad.contiguous()) / parallel.n_data_ranks for name, grad in named.items()}
+
+
+GRIDS = [
+    *((name, 2, 1, "library") for name in ALL),
+    *((name, 4, 2, "pairs") for name in ("batchtopk_crosscoder", "jumprelu_crosscoder")),
+    *(pytest.param(name, *grid, "pairs", marks=EXHAUSTIVE) for name in ALL for grid in ((2, 1), (4, 1), (2, 2))),
+    *(pytest.param(name, 4, 2, "pairs", marks=EXHAUSTIVE) for name in ("standard_crosscoder", "topk_crosscoder")),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "slices", "way"), [*((*grid, "pairs") for grid in GRIDS), (2, 1, "as it is")])
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize(("architecture", "world", "data_parallel", "way"), GRIDS)
 def test_several_processes_are_one(
-    acts: Activations, tmp_path: Path, architecture: str, world: int, slices: int, way: str,
+    acts: Activations, tmp_path: Path, architecture: str, world: int, data_parallel: int, way: str,
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    """On active pairs, as large dictionaries are trained, and by what so small a one would choose."""
+    """On active pairs, as for large dictionaries, and as the library chooses for a small one."""
     if way == "pairs":
         monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", 2.0)
 
-    def course(parallel: Parallel) -> Any:
+    def trajectory(parallel: Parallel) -> Any:
         gradients = first_gradients(acts, ALL[architecture](), parallel)
         trainer = trainer_of(acts, ALL[architecture](), parallel)
-        losses = go_on(trainer, acts, STEPS)
+        losses = train_until(trainer, acts, STEPS)
         return {"gradients": gradients, "losses": losses, "state": state_of(trainer)}
 
     def body(rank: int) -> Any:
         del rank
-        parallel, device = join("cpu", slices)
-        assert (device, parallel.n_shares, parallel.n_slices) == ("cpu", world // slices, slices)
-        return course(parallel)
+        parallel, device = join("cpu", data_parallel)
+        sizes = parallel.n_feature_ranks, parallel.n_data_ranks
+        assert device == "cpu" and sizes == (world // data_parallel, data_parallel)
+        return trajectory(parallel)
 
-    alone, together = course(ALONE), run_ranks(world, tmp_path, body)
-    for part in together:
-        assert part["losses"] == together[0]["losses"]
-        for a, b in zip(part["losses"], alone["losses"], strict=True):
+    alone, together = trajectory(ALONE), run_ranks(world, tmp_path, body)
+    for rank in together:
+        assert rank["losses"] == together[0]["losses"]
+        for a, b in zip(rank["losses"], alone["losses"], strict=True):
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9)
-    shares = world // slices
-    close(whole([part["gradients"] for part in together], shares), alone["gradients"])
-    close(whole([part["state"] for part in together], shares), alone["state"])
+    for name in ("gradients", "state"):
+        close(whole([rank[name] for rank in together], world // data_parallel), alone[name])
     if "topk" in architecture:
-        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 2
+        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 4
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 2.0])
 def test_more_dead_features_than_the_auxiliary_loss_takes(
     acts: Activations, tmp_path: Path, dense_above: float, monkeypatch: pytest.MonkeyPatch
 ):
-    """The strongest of the dead features are chosen among those of all processes; here one of the two has few."""
+    """The strongest dead features are selected among those of both processes; one has many, the other one."""
     monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", dense_above)
     dead = torch.arange(40) < 23
     dead[30] = True
@@ -162,12 +171,12 @@ def test_more_dead_features_than_the_auxiliary_loss_takes(
     close(whole(run_ranks(2, tmp_path, body), 2), gradients(ALONE))
 
 
-def test_each_process_holds_its_share(acts: Activations, tmp_path: Path):
-    """Parameters and optimiser state with a row per feature halve with two processes, to the byte."""
+def test_memory_of_each_process_halves(acts: Activations, tmp_path: Path):
+    """Parameters and optimiser state with a row per feature, to the byte."""
 
     def held(parallel: Parallel) -> int:
         trainer = trainer_of(acts, ALL["jumprelu_crosscoder"](), parallel)
-        go_on(trainer, acts, 2)
+        train_until(trainer, acts, 2)
         own = [p for p in trainer.sae.parameters() if p is not trainer.sae.b_dec]
         moments = [
             tensor
@@ -185,18 +194,18 @@ def test_each_process_holds_its_share(acts: Activations, tmp_path: Path):
 
     alone = held(ALONE)
     assert alone == 3 * 4 * (2 * 40 * 3 * 16 + 2 * 40)  # value and two moments; W_enc, W_dec, b_enc, log_threshold
-    assert [2 * part for part in run_ranks(2, tmp_path, body)] == [alone, alone]
+    assert [2 * own for own in run_ranks(2, tmp_path, body)] == [alone, alone]
 
 
 @pytest.mark.parametrize("limit", [0.5, None])
-def test_what_spoils_one_process_changes_none(acts: Activations, tmp_path: Path, limit: float | None):
-    """The loss of one process alone is not finite, or the gradients of its own features."""
+def test_a_non_finite_step_of_one_process_changes_none(acts: Activations, tmp_path: Path, limit: float | None):
+    """The loss of one process is not finite, or only the gradients of its features."""
 
     def body(rank: int) -> Any:
         parallel, _ = join("cpu")
         trainer = trainer_of(acts, ALL["standard_crosscoder"](), parallel)
         trainer.config.max_grad_norm = limit
-        go_on(trainer, acts, 2)
+        train_until(trainer, acts, 2)
         before = state_of(trainer)
         if rank == 1:
             if limit:
@@ -204,7 +213,7 @@ def test_what_spoils_one_process_changes_none(acts: Activations, tmp_path: Path,
             else:
                 trainer.get_coefficients = lambda: {"l1": math.inf}
         with pytest.raises(FloatingPointError, match="is not finite at step 2"):
-            go_on(trainer, acts, 3)
+            train_until(trainer, acts, 3)
         trained = [name for name in before if name in trainer.trained]
         return [torch.equal(before[name], trainer.trained[name]) for name in trained]
 
@@ -222,16 +231,17 @@ def slow_kth(values: Tensor, k: int) -> tuple[float, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("coarse", [False, True])
 def test_kth_largest_is_that_of_sorting(dtype: torch.dtype, coarse: bool):
-    for seed in range(5):
+    for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         values = torch.rand(200, generator=draw, dtype=torch.float64) * 10.0 ** (seed - 3)
         values = ((values * 10).round() if coarse else values).to(dtype)
         for k in (1, 2, 77, 199, 200):
-            kth, tied = ALONE.kth_largest(values, k)
-            assert (kth.item(), int(tied)) == slow_kth(values, k) and kth.dtype == dtype
+            for strategy in (ALONE, ONE_PROCESS):
+                kth, tied = strategy.kth_largest(values, k)
+                assert (kth.item(), int(tied)) == slow_kth(values, k) and kth.dtype == dtype
 
 
-def test_kth_largest_puts_infinity_and_nan_first():
+def test_kth_largest_ranks_infinity_and_nan_first():
     values = torch.tensor([1.0, math.inf, 3.0, 0.0])
     assert [ALONE.kth_largest(values, k)[0].item() for k in (1, 2, 3, 4)] == [math.inf, 3.0, 1.0, 0.0]
     assert ALONE.kth_largest(torch.tensor([1.0, math.nan, math.inf]), 1)[0].isnan()
@@ -241,15 +251,15 @@ SELECTIONS = [(12, 16, 6, 0), (7, 24, 3, 1), (9, 16, 6, 2), (5, 32, 1, 3), (8, 1
 
 
 def scores(n_tokens: int, n_features: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Small whole numbers, so that most scores are tied; some features can never be kept."""
+    """Small integers, so that most scores are tied; some features can never be kept."""
     draw = torch.Generator().manual_seed(seed)
     h = torch.randint(-4, 5 if seed % 2 else 3, (n_tokens, n_features), generator=draw).float()
     norms = torch.randint(0 if seed == 2 else 1, 3, (n_features,), generator=draw).float()
     return h, norms
 
 
-@pytest.mark.parametrize(("world", "slices"), [(2, 1), (4, 1), (4, 2)])
-def test_processes_select_what_one_selects(tmp_path: Path, world: int, slices: int):
+@pytest.mark.parametrize(("world", "data_parallel"), [pytest.param(2, 1, marks=EXHAUSTIVE), (4, 1), (4, 2)])
+def test_processes_select_what_one_selects(tmp_path: Path, world: int, data_parallel: int):
     """Ties, tokens with fewer than k positive scores, and processes with fewer than k features."""
 
     def block(parallel: Parallel, h: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,9 +269,9 @@ def test_processes_select_what_one_selects(tmp_path: Path, world: int, slices: i
     def body(rank: int) -> Any:
         del rank
         found = []
-        parallel, _ = join("cpu", slices)
+        parallel, _ = join("cpu", data_parallel)
         for n_tokens, n_features, k, seed in SELECTIONS:
-            h, norms = scores(n_tokens * slices, n_features, seed)
+            h, norms = scores(n_tokens * data_parallel, n_features, seed)
             own, own_norms = block(parallel, h, norms)
             pairs, kept = batch_top_pairs(own, own_norms, k * len(h), parallel)
             assert torch.equal(kept, pairs.values * own_norms[pairs.features])
@@ -269,13 +279,13 @@ def test_processes_select_what_one_selects(tmp_path: Path, world: int, slices: i
         return found
 
     together = run_ranks(world, tmp_path, body)
-    shares = world // slices
+    n_ranks = world // data_parallel
     for i, (n_tokens, n_features, k, seed) in enumerate(SELECTIONS):
-        h, norms = scores(n_tokens * slices, n_features, seed)
+        h, norms = scores(n_tokens * data_parallel, n_features, seed)
         expected = [batch_top_pairs(h, norms, k * len(h))[0], token_top_pairs(h, norms, k)]
         for j, pairs in enumerate(expected):
-            groups = [together[d * shares : (d + 1) * shares] for d in range(slices)]
-            rows = [torch.cat([part[i][j] for part in group], 1) for group in groups]
+            groups = [together[d * n_ranks : (d + 1) * n_ranks] for d in range(data_parallel)]
+            rows = [torch.cat([rank[i][j] for rank in group], 1) for group in groups]
             assert isinstance(pairs, Pairs) and torch.equal(torch.cat(rows), pairs.to_dense()), (i, j)
         assert int((expected[0].to_dense() > 0).sum()) == min(k * len(h), int((h * norms > 0).sum()))
 
@@ -286,15 +296,15 @@ def test_the_variance_of_a_residual_is_that_of_all_tokens(tmp_path: Path):
     def body(rank: int) -> Any:
         del rank
         parallel, _ = join("cpu", 2)
-        part = parallel.tokens(12)
-        return parallel.mean_data(unexplained(residual[part], rebuilt[part], parallel))
+        own = parallel.tokens(12)
+        return parallel.mean_data(unexplained(residual[own], rebuilt[own], parallel))
 
     expected = unexplained(residual, rebuilt)
     assert all(x.item() == pytest.approx(expected.item(), rel=1e-6) for x in run_ranks(2, tmp_path, body))
 
 
 @pytest.mark.parametrize(("n", "width"), [(40, 48), (33, 5), (100, 7), (64, 1)])
-def test_rows_are_drawn_alike_by_any_number_of_processes(n: int, width: int, monkeypatch: pytest.MonkeyPatch):
+def test_any_number_of_processes_draws_the_same_rows(n: int, width: int, monkeypatch: pytest.MonkeyPatch):
     def drawn(keep: slice) -> Tensor:
         torch.manual_seed(3)
         return drawn_rows(n, width, keep, torch.float32)
@@ -304,7 +314,7 @@ def test_rows_are_drawn_alike_by_any_number_of_processes(n: int, width: int, mon
     assert torch.equal(drawn(slice(0, n)), at_once)
     monkeypatch.setattr("crosslens.crosscoders.base.DRAWN", 16 * width)  # sixteen rows at a time
     rows = drawn(slice(0, n))
-    same = (n * width - 16) // width  # of what it draws at once, torch draws the last sixteen numbers anew
+    same = (n * width - 16) // width  # torch draws the last sixteen numbers of a block again
     assert torch.equal(rows[:same], at_once[:same])
     for keep in (slice(0, 7), slice(7, 20), slice(20, n)):
         assert torch.equal(drawn(keep), rows[keep])
@@ -314,17 +324,26 @@ def test_rows_are_drawn_alike_by_any_number_of_processes(n: int, width: int, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["batchtopk_crosscoder", "jumprelu_crosscoder"])
-@pytest.mark.parametrize("saved_by", [1, 2])
-def test_a_checkpoint_is_loaded_by_another_number(acts: Activations, tmp_path: Path, architecture: str, saved_by: int):
+@pytest.mark.parametrize(
+    ("architecture", "saved_by", "worlds"),
+    [
+        ("jumprelu_crosscoder", 2, [1]),
+        ("batchtopk_crosscoder", 1, [1, 2]),
+        pytest.param("jumprelu_crosscoder", 1, [1, 2, 4], marks=EXHAUSTIVE),
+        pytest.param("batchtopk_crosscoder", 2, [1, 2, 4], marks=EXHAUSTIVE),
+    ],
+)
+def test_another_number_of_processes_loads_a_checkpoint(
+    acts: Activations, tmp_path: Path, architecture: str, saved_by: int, worlds: list[int]
+):
     run = RunDir(tmp_path / "run")
     run.write_json({})
 
     def saves(rank: int = 0) -> int:
         parallel, _ = join("cpu")
         trainer = trainer_of(acts, ALL[architecture](), parallel, run)
-        go_on(trainer, acts, 10)
-        trainer.save_checkpoint("tenth")
+        train_until(trainer, acts, 6)
+        trainer.save_checkpoint("sixth")
         return rank
 
     def continues(rank: int = 0) -> Any:
@@ -332,18 +351,18 @@ def test_a_checkpoint_is_loaded_by_another_number(acts: Activations, tmp_path: P
         parallel, _ = join("cpu")
         trainer = trainer_of(acts, ALL[architecture](), parallel, run)
         trainer.resume()
-        assert trainer.n_training_steps == 10
-        losses = go_on(trainer, acts, 20)
+        assert trainer.n_training_steps == 6
+        losses = train_until(trainer, acts, 12)
         return {"losses": losses, "state": state_of(trainer)}
 
     uninterrupted = trainer_of(acts, ALL[architecture](), ALONE)
-    losses = go_on(uninterrupted, acts, 20)[10:]
+    losses = train_until(uninterrupted, acts, 12)[6:]
     saves() if saved_by == 1 else run_ranks(saved_by, tmp_path, saves)
-    for world in (1, 2, 4):
-        parts = [continues()] if world == 1 else run_ranks(world, tmp_path, continues)
-        for a, b in zip(parts[0]["losses"], losses, strict=True):
+    for world in worlds:
+        ranks = [continues()] if world == 1 else run_ranks(world, tmp_path, continues)
+        for a, b in zip(ranks[0]["losses"], losses, strict=True):
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9)
-        state = whole([part["state"] for part in parts], world)
+        state = whole([rank["state"] for rank in ranks], world)
         close(state, state_of(uninterrupted))
         if saved_by == world == 1:
             assert all(torch.equal(state[name], x) for name, x in state_of(uninterrupted).items())
@@ -353,17 +372,17 @@ def test_a_checkpoint_is_loaded_by_another_number(acts: Activations, tmp_path: P
 def test_the_file_of_several_is_the_file_of_one(
     acts: Activations, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Blocks of three rows, so that owners send several, the last smaller."""
-    monkeypatch.setattr(crosslens.training.assembly, "BLOCK_BYTES", 3 * 3 * 16 * 4)
+    """In blocks of three rows, so that each process sends several, the last one smaller."""
+    monkeypatch.setattr(crosslens.training.checkpoints, "BLOCK_BYTES", 3 * 3 * 16 * 4)
     cfg = complete(ALL[architecture](), acts)
     drawn = TRAINING_ARCHITECTURES[architecture][0]
 
-    def made(parallel: Parallel) -> Any:
+    def made(strategy: Strategy) -> Any:
         torch.manual_seed(0)
-        sae = drawn(cfg, parallel=parallel)  # type: ignore[arg-type, call-arg]
+        sae = drawn(cfg, strategy=strategy)  # type: ignore[arg-type, call-arg]
         with torch.no_grad():
             sae.b_dec.copy_(torch.arange(48.0))
-            sae.b_enc.copy_(torch.arange(40.0)[parallel.features(40)])
+            sae.b_enc.copy_(torch.arange(40.0)[strategy.features(40)])
             sae.activation_scale.copy_(torch.tensor([0.1, 0.2, 0.3]))
             if architecture == "batchtopk_crosscoder":
                 sae.threshold.fill_(0.7)
@@ -371,12 +390,12 @@ def test_the_file_of_several_is_the_file_of_one(
 
     def body(rank: int) -> int:
         parallel, _ = join("cpu")
-        save_whole(made(parallel), tmp_path / "several")
+        save_whole(made(parallel), tmp_path / "several", parallel)
         return rank
 
-    made(ALONE).to_inference().save(tmp_path / "one")
+    made(ONE_PROCESS).to_inference().save(tmp_path / "one")
     run_ranks(2, tmp_path, body)
-    save_whole(made(ALONE), tmp_path / "streamed")
+    save_whole(made(ONE_PROCESS), tmp_path / "streamed", ALONE)
     one, cfg_of_one = load_file(tmp_path / "one" / "sae_weights.safetensors"), (tmp_path / "one" / "cfg.json")
     for folder in ("several", "streamed"):
         file = load_file(tmp_path / folder / "sae_weights.safetensors")
@@ -388,13 +407,13 @@ def test_the_file_of_several_is_the_file_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slices", [1, 2])
-def test_train_in_two_processes(acts: Activations, tmp_path: Path, slices: int):
+@pytest.mark.parametrize("data_parallel", [1, pytest.param(2, marks=EXHAUSTIVE)])
+def test_train_in_two_processes(acts: Activations, tmp_path: Path, data_parallel: int):
     def body(rank: int) -> Any:
-        options = settings(run_dir=tmp_path / "run", data_parallel=slices, n_checkpoints=2, evaluate=True)
+        options = settings(run_dir=tmp_path / "run", data_parallel=data_parallel, n_checkpoints=2, evaluate=True)
         first = train(acts, ALL["batchtopk_crosscoder"](), options)
         assert n_processes() == 2
-        again = train(acts, ALL["batchtopk_crosscoder"](), options)  # it is finished: this loads it
+        again = train(acts, ALL["batchtopk_crosscoder"](), options)  # finished, so this loads it
         if rank:
             assert [p.shape for p in first.parameters()] == [p.shape for p in again.parameters()]
             assert first.device.type == again.device.type == "meta"
@@ -415,7 +434,7 @@ def test_train_in_two_processes(acts: Activations, tmp_path: Path, slices: int):
 
 @pytest.mark.slow
 def test_killed_together_and_resumed(acts: Activations, tmp_path: Path):
-    """Both processes are killed between two checkpoints; the weights at the end are those of an uninterrupted pair."""
+    """Both processes are killed between two checkpoints; the final weights are those of an uninterrupted pair."""
     whole_run, run = settings(run_dir=tmp_path / "whole"), settings(run_dir=tmp_path / "run", n_checkpoints=6)
     step = CrosscoderTrainer.step
 
@@ -432,14 +451,37 @@ def test_killed_together_and_resumed(acts: Activations, tmp_path: Path):
 
         return body
 
-    for until in (12, 31):
-        with pytest.raises(ProcessExitedException):
-            run_ranks(2, tmp_path, trains(run, until))
-        assert RunDir(tmp_path / "run").last_checkpoint() is not None
+    with pytest.raises(ProcessExitedException):
+        run_ranks(2, tmp_path, trains(run, 12))
+    assert RunDir(tmp_path / "run").last_checkpoint() is not None
     run_ranks(2, tmp_path, trains(run, -1))
     run_ranks(2, tmp_path, trains(whole_run, -1))
     files = [load_file(tmp_path / name / "crosscoder" / "sae_weights.safetensors") for name in ("run", "whole")]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_with_a_checkpoint(acts: Activations, tmp_path: Path):
+    run = settings(run_dir=tmp_path / "run", n_checkpoints=0)
+
+    def body(rank: int) -> int:
+        step = CrosscoderTrainer._step
+
+        def stepping(self: CrosscoderTrainer, batch: Tensor) -> Any:
+            if rank == 1 and self.n_training_steps == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, batch)
+
+        CrosscoderTrainer._step = stepping  # type: ignore[method-assign]
+        with pytest.raises(SystemExit) as stopped:
+            train(acts, ALL["topk_crosscoder"](), run)
+        assert stopped.value.code == 0
+        return rank
+
+    run_ranks(2, tmp_path, body)
+    found = RunDir(tmp_path / "run").last_checkpoint()
+    assert found is not None and found.name == f"tokens-{8 * B}"  # the step during which the signal came, completed
+    assert not (tmp_path / "run" / "crosscoder").exists()
 
 
 def test_what_several_processes_refuse(acts: Activations, tmp_path: Path):
@@ -464,12 +506,12 @@ def test_what_several_processes_refuse(acts: Activations, tmp_path: Path):
     (tmp_path / "taken" / "thesis.txt").write_text("irreplaceable")
     first, second = (bytes(said).decode().splitlines() for said in run_ranks(2, tmp_path, _as_tensor(body)))
     assert "give a run_dir" in first[0]
-    assert first[1] == "d_sae=41 cannot be split over 2 processes by features: 40 or 42 can"
+    assert first[1] == "d_sae=41 cannot be split over 2 processes by features: use 40 or 42"
     assert "data_parallel=3 does not divide the 2 processes" in first[2]
-    assert first[3] == "batch_size=63 cannot be split over 2 processes by tokens: 62 or 64 can"
+    assert first[3] == "batch_size=63 cannot be split over 2 processes by tokens: use 62 or 64"
     assert first[:4] == second[:4]
-    assert not (tmp_path / "a0").exists()  # refused before it was claimed: another size may be given
-    assert "holds files but no run" in first[4] and second[4] == "rank 0 has stopped; its message says why"
+    assert not (tmp_path / "a0").exists()  # refused before the directory was claimed
+    assert "holds files but no run" in first[4] and second[4] == "rank 0 stopped with an error; see its message"
 
 
 def _as_tensor(body: Any) -> Any:

@@ -22,9 +22,9 @@ from crosslens.crosscoders import (
     JumpReLUCrosscoderTrainingSAE,
 )
 from crosslens.snapshots.collection import Snapshots
+from crosslens.training.config import TrainConfig
 from crosslens.training.evaluation import evaluate, quick_metrics, reconstruction_table, splice_losses
 from crosslens.training.run import complete, train
-from crosslens.training.trainer import TrainConfig
 
 T = 16
 STEPS = (0, 10, 20)
@@ -33,8 +33,7 @@ STEPS = (0, 10, 20)
 @pytest.fixture(scope="module")
 def acts(tiny_snapshots: Path, tiny_text: list[str]) -> Activations:
     snapshots = Snapshots.local(tiny_snapshots)
-    return Activations(
-        snapshots, "blocks.1.hook_resid_post", Dataset(tiny_text, 1500, T, 300))
+    return Activations(snapshots, "blocks.1.hook_resid_post", Dataset(tiny_text, 1500, T, 300))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def batchtopk(acts: Activations) -> Crosscoder:
 
 @pytest.fixture(scope="module")
 def jumprelu(acts: Activations) -> Crosscoder:
-    """Random rows of very different length at the snapshots, so that the gates differ between them."""
+    """Random rows with very different norms at the snapshots, so that the gates differ between them."""
     config = JumpReLUCrosscoderTrainingConfig(d_sae=32, decoder_init_norm=0.3, decoder_init="independent")
     sae = JumpReLUCrosscoderTrainingSAE(complete(config, acts))
     draw = torch.Generator().manual_seed(0)
@@ -71,7 +70,7 @@ def kept_activations(acts: Activations) -> Tensor:
 def test_reconstruction_in_loops_over_tokens(
     acts: Activations, crosscoder: Crosscoder, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 5 * T)  # several portions
+    monkeypatch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 5 * T)  # several blocks
     x = kept_activations(acts)
     f = crosscoder.encode(x.float())
     x_hat = crosscoder.decode(f).double()
@@ -98,7 +97,7 @@ def test_reconstruction_in_loops_over_tokens(
 def plain_losses(
     acts: Activations, crosscoder: Crosscoder, folder: Path, n: int, left_out_stay_clean: bool = True
 ) -> list[dict[str, float]]:
-    """CE and KL with transformers alone: a forward hook on block 1, one token of the loss after the other."""
+    """CE and KL with transformers only: a forward hook on block 1, and a loop over tokens."""
     tokens = acts.held_out_tokens()[:n].long()
     raw = torch.stack([_hidden(folder / f"step{step}", tokens) for step in STEPS], 2)
     f = crosscoder.encode(raw)
@@ -157,9 +156,9 @@ def test_losses_of_spliced_models(acts: Activations, crosscoder: Crosscoder, tin
         else:
             recovered = 1 - (wanted["spliced"] - wanted["clean"]) / cost
             assert row["ce_recovered"] == pytest.approx(recovered, abs=1e-4)
-    # both branches of the rule were seen: zeroing costs an untrained model nothing
+    # both branches: zeroing costs an untrained model nothing
     assert math.isnan(found["ce_recovered"][0]) and not found["ce_recovered"][1:].isna().any()
-    # and the positions left out do matter
+    # and the positions that keep their clean activations matter
     everywhere = plain_losses(acts, crosscoder, tiny_snapshots, n, left_out_stay_clean=False)
     assert abs(everywhere[2]["zero"] - expected[2]["zero"]) > 1e-3
 
@@ -175,7 +174,7 @@ def test_recovered_is_nan_where_zeros_cost_less(
     assert n_nan is None or sum(below) == n_nan
 
 
-def test_splicing_in_portions_changes_nothing(acts: Activations, batchtopk: Crosscoder):
+def test_splicing_in_batches_changes_nothing(acts: Activations, batchtopk: Crosscoder):
     tokens = acts.held_out_tokens()[:7].long()
     whole = splice_losses(batchtopk, acts, tokens)
     parts = splice_losses(batchtopk, acts, tokens, batch_tokens=2 * T)
