@@ -90,6 +90,7 @@ def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     live, calls = make(), []
+    kept = set(live.snapshots._models)  # pyright: ignore[reportPrivateUsage]
     fail_at, loaded = [4], []
     load = Snapshot.load
 
@@ -123,6 +124,7 @@ def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
     monkeypatch.undo()
     fresh = make().cache(tmp_path / "fresh", "float32")
     assert torch.equal(torch.cat(list(cached.batches(64, epochs=1))), torch.cat(list(fresh.batches(64, epochs=1))))
+    assert live.snapshots._models.keys() == kept  # pyright: ignore[reportPrivateUsage] (harvesting keeps no model)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +176,11 @@ def damage_file(path: Path, damage: str) -> None:
     path.unlink() if damage == "gone" else path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("damage", ["byte", "header", "truncated", "gone"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_damage_is_found_and_only_that_file_is_made_anew(
+@pytest.mark.parametrize(
+    ("when", "damage"),
+    [("before", "byte"), ("before", "header"), ("after", "byte"), ("after", "truncated"), ("after", "gone")],
+)
+def test_damage_is_found_and_only_that_file_is_harvested_again(
     make: Any, pristine: Path, tmp_path: Path, damage: str, when: str
 ):
     folder = Path(shutil.copytree(pristine, tmp_path / "cache"))
@@ -191,7 +195,7 @@ def test_damage_is_found_and_only_that_file_is_made_anew(
         cached = cached or make().cache(folder, "float32")
         assert torch.equal(torch.cat(list(cached.batches(64, epochs=1))), whole)
     told = [str(w.message) for w in caught if "harvesting it again" in str(w.message)]
-    # what has another length is seen, and mended, when the cache is opened; the rest when it is read
+    # a wrong length is seen and repaired when the cache is opened, a wrong value when it is read
     assert len(told) == (damage == "byte" or when == "after") and all(victim.name in line for line in told)
     after = state(folder)
     assert [name for name in before if before[name] != after[name]] == [victim.name] and before.keys() == after.keys()
@@ -210,7 +214,7 @@ def test_a_cache_can_be_verified(make: Any, pristine: Path, tmp_path: Path):
     assert [name for name, when in state(folder).items() if before[name] != when] == [victim.name]
 
 
-def test_without_models_damage_is_told_in_one_line(tmp_path: Path):
+def test_without_models_damage_is_an_error_of_one_line(tmp_path: Path):
     tokens = torch.arange(12, dtype=torch.int32).view(4, 3)
     cache = ActivationCache(tmp_path, tokens, 2, 1, 4, "float32", {"x": 1})
     for shard in (0, 1):
@@ -253,8 +257,8 @@ def test_rounding_is_measured(tmp_path: Path, dtype: str):
 
 
 def test_the_error_of_rounding_is_printed(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for dtype, told in (("int8", 1e-3), ("bfloat16", 1e-4), ("float32", 0.0)):
-        live = make()
+    for dtype, told in (("int8", 1e-3), ("float32", 0.0)):
+        live = make(n_tokens=600, held_out_tokens=10)
         cached = live.cache(tmp_path / dtype, dtype)
         line = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "by rounding" in line]
         assert len(line) == (dtype != "float32")

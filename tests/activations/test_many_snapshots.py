@@ -31,7 +31,7 @@ def folder(tiny_snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_32_snapshots_end_to_end(
     folder: Path, tiny_text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
