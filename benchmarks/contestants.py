@@ -1,7 +1,7 @@
-"""What the training benchmarks compare: crosslens, and the same losses in plain dense autograd. Peers are in `peers`.
+"""What the training benchmarks compare: crosslens, and the same losses in dense autograd. `peers` has other libraries.
 
 A contestant is built from a `Setting`, takes whole training steps (forward, backward, clipping, Adam, firing counts),
-and encodes and decodes for the evaluation. Contestants that know no snapshots take activations flat, (B, S * D).
+and encodes and decodes for the evaluation. Contestants without snapshots take flat activations (B, S * D).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import search_decoder_norm
 from crosslens.training.trainer import CrosscoderTrainer
 
-SEARCH_TOKENS = 64  # of the batch on which a fresh JumpReLU chooses its decoder norm: densely, (64, S, F) at a time
-THRESHOLD_PACE = 0.02  # weight of the newest batch in the moving average of a BatchTopK threshold, for all
-LOOK_TOKENS = 256  # of the batch on which thresholds and biases are set
+SEARCH_TOKENS = 64  # for the decoder norm of a fresh JumpReLU, which is searched on (64, S, F) tensors
+THRESHOLD_PACE = 0.02  # weight of the newest batch in the moving average of every BatchTopK threshold
+LOOK_TOKENS = 256  # for setting thresholds and biases
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants of one comparison share.
+    """What is the same for all contestants of a comparison.
 
     Attributes:
         architecture: "batchtopk", "topk", "jumprelu" or "standard".
         S, D, F, B: snapshots, width, features, activations per step.
-        k: features kept per token; for JumpReLU and L1 the L0 that they are set to.
+        k: features kept per token; for JumpReLU and L1 the L0 that biases are set for.
         lr: learning rate.
         steps: steps of the whole run; the learning rate falls linearly over the last `lr_decay` of them.
-        lr_decay: a share of the steps.
-        dead_tokens: a feature that has not fired for so many activations is dead.
-        device: where everything is.
+        lr_decay: a fraction of the steps.
+        dead_tokens: activations without firing after which a feature is dead.
+        device: of model and data.
         seed: of the weights.
     """
 
@@ -63,12 +63,12 @@ class Setting:
 
 
 class Contestant(ABC):
-    """One way to train.
+    """A trainer.
 
     Attributes:
         name: in the tables.
-        flat: takes activations of all snapshots side by side, (B, S * D), scaled; otherwise raw ones, (B, S, D).
-        has_threshold: learns a threshold, so that it can select features of a token without a batch around it.
+        flat: takes scaled, concatenated activations (B, S * D); otherwise raw ones (B, S, D).
+        has_threshold: learns a threshold, so that it can select features of single tokens.
     """
 
     name: str
@@ -94,11 +94,11 @@ class Contestant(ABC):
 
     @abstractmethod
     def mark_dead(self, dead: Tensor) -> None:
-        """Before a step: these features (F,) count as dead, no others."""
+        """Before a step: let exactly these features (F,) count as dead."""
 
     @torch.no_grad()
     def silence(self, dead: Tensor) -> None:
-        """Make features (F,) too weak to be selected, their pre-activations as often positive as before."""
+        """Make features (F,) too weak to be selected, with pre-activations as often positive as before."""
         self.encoder[:, dead] *= 0.1
 
     @abstractmethod
@@ -110,7 +110,7 @@ class Contestant(ABC):
         del x
 
     def encode(self, x: Tensor, own_threshold: bool) -> Tensor:
-        """Features (B, F): selected as in training, or by the threshold that was learnt."""
+        """Features (B, F), selected as in training or by the learnt threshold."""
         raise NotImplementedError
 
     def decode(self, features: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ class Crosslens(Contestant):
 
     @torch.no_grad()
     def set_gates(self, x: Tensor, window: float) -> None:
-        """A JumpReLU as it is after training, not as it starts: `k` features open, a share of all pairs in the window.
+        """Set up a JumpReLU as after training: `k` features open, and a fraction `window` of all pairs in the window.
 
-        Thresholds hardly move in training (their learning rate is a tenth, of a logarithm); what makes features sparse
-        is that pre-activations become negative. So thresholds stay, norms are spread over the snapshots (factors of .5
-        to 1.6), and the encoder's gain and its biases are chosen: positive for the share of pairs that the window shall
-        hold, above the threshold at some snapshot for k / F of them.
+        Thresholds hardly move in training (the learning rate of their logarithm is a tenth); features become sparse
+        because pre-activations become negative. So thresholds stay, norms are spread over the snapshots (factors of .5
+        to 1.6), and gain and biases of the encoder are set so that a fraction `window` of the pairs is positive, and
+        k / F of them exceed the threshold at some snapshot.
         """
         spread = torch.rand(
             self.setting.F, self.setting.S, 1, generator=torch.Generator().manual_seed(self.setting.seed)
@@ -184,8 +184,8 @@ class Crosslens(Contestant):
         self.sae.b_enc.sub_(zero).mul_(gain)
 
     @torch.no_grad()
-    def gate_shares(self, x: Tensor) -> dict[str, float]:
-        """Of all (token, feature, snapshot): the share whose gate is open, and that inside the threshold's window."""
+    def gate_fractions(self, x: Tensor) -> dict[str, float]:
+        """Of all (token, feature, snapshot): the fractions with an open gate, and inside the threshold's window."""
         assert isinstance(self.sae.cfg, JumpReLUCrosscoderTrainingConfig)
         h, threshold = self.hidden_pre(x), self.sae.threshold
         half = self.sae.cfg.jumprelu_window / 2
@@ -194,7 +194,7 @@ class Crosslens(Contestant):
             score = h * norm
             opened += float((score > threshold).float().mean())
             inside += float((((score - threshold).abs() < half) & (score > 0)).float().mean())
-        return {"open_share": opened / self.setting.S, "window_share": inside / self.setting.S}
+        return {"open_fraction": opened / self.setting.S, "window_fraction": inside / self.setting.S}
 
     @torch.no_grad()
     def encode(self, x: Tensor, own_threshold: bool) -> Tensor:
@@ -221,7 +221,7 @@ class CrosslensTF32(Crosslens):
 
 
 class Dense(Crosslens):
-    """The same trainer on the same crosscoder, forward and backward in plain dense autograd."""
+    """The same trainer and crosscoder, with forward and backward in plain dense autograd."""
 
     name = "dense"
     has_threshold = False
@@ -232,7 +232,7 @@ class Dense(Crosslens):
 
 
 def fresh(setting: Setting, encoder_precision: Precision = "float32") -> CrosscoderTrainingSAE:
-    """A crosscoder as `train` would start it on activations of mean zero and scale one."""
+    """A crosscoder initialised as by `train` on activations with mean zero and scale one."""
     shape: dict[str, Any] = {
         "d_sae": setting.F,
         "n_snapshots": setting.S,
@@ -256,10 +256,10 @@ def fresh(setting: Setting, encoder_precision: Precision = "float32") -> Crossco
     return sae
 
 
-def exceeded_by(values: Tensor, share: float) -> Tensor:
-    """The value that a share of the entries exceeds."""
+def exceeded_by(values: Tensor, fraction: float) -> Tensor:
+    """The value that this fraction of the entries exceeds."""
     flat = values.flatten()
-    return flat.topk(max(1, round(share * flat.numel())), sorted=False).values.amin()
+    return flat.topk(max(1, round(fraction * flat.numel())), sorted=False).values.amin()
 
 
 def mean_l0(output: Any) -> float:

@@ -1,7 +1,7 @@
-"""Training in several processes: time, memory and exchange of each, whether plan() tells memory right, and growth.
+"""Training in several processes: time, memory and communication, the error of plan(), and growth of memory.
 
 Starts torchrun on this machine for every number of processes, with one thread each. On a machine with as many cores
-as processes, the time of a step should fall nearly as 1 / n, less what is exchanged.
+as processes, the time of a step should fall nearly as 1 / n, except for communication.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def worker(task: dict[str, Any]) -> None:
 
 
 def measured(task: dict[str, Any], processes: int) -> dict[str, Any]:
-    """A row of the table: the slowest and largest of the processes."""
+    """One row of the table: the slowest and largest of the processes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += [__file__, "--worker", json.dumps({**task, "folder": folder})]
@@ -138,7 +138,7 @@ def growth(steps: int) -> list[dict[str, Any]]:
 
 
 def projected(name: str, D: int, machines: int) -> dict[str, Any]:
-    """What a step would take with 8 GPUs a machine: operations and bytes over what a GPU can do. Not measured."""
+    """Estimate of a step with 8 GPUs per machine, from operations and bytes; not measured."""
     B, S, F, k = 4096, 32, 98_304, 64
     n, wide = 8 * machines, S * D
     encoder = 2 * B * wide * F / n / GPU["flops"]
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--data-parallel", type=int, default=1, help="groups of processes that split the tokens")
     parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--growth", type=int, default=10_000, metavar="STEPS", help="0 leaves it out")
+    parser.add_argument("--growth", type=int, default=10_000, metavar="STEPS", help="0: skip")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -28,14 +28,14 @@ M_MMAP_THRESHOLD = -3  # glibc's number for mallopt
 # ---------------------------------------------------------------------- time
 @dataclass(frozen=True)
 class Seconds:
-    """How long something took: CPU seconds of this process, and seconds on the wall."""
+    """A duration: CPU seconds of this process, and wall seconds."""
 
     cpu: float
     wall: float
 
 
 def timed(call: Callable[[], Any], device: str) -> Seconds:
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, including the work of the device."""
     synchronise(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -46,7 +46,7 @@ def timed(call: Callable[[], Any], device: str) -> Seconds:
 def alternate(
     calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int, device: str
 ) -> dict[str, list[Seconds]]:
-    """Every call once a round, in an order that rotates; what a call's `before` does, if it has one, is not timed."""
+    """Time every call once per round, in rotating order; a call's `before`, if it has one, is not timed."""
     timings: dict[str, list[Seconds]] = {name: [] for name in calls}
     for i in range(-warm_up, rounds):
         for name in rotated(calls, i):
@@ -63,7 +63,7 @@ def synchronise(device: str) -> None:
 
 
 def rotated(names: Iterable[str], by: int) -> list[str]:
-    """The names in another order every round, so that nobody always runs after the same neighbour."""
+    """The names in another order every round, so that none always follows the same one."""
     ordered = list(names)
     first = by % len(ordered)
     return ordered[first:] + ordered[:first]
@@ -71,7 +71,7 @@ def rotated(names: Iterable[str], by: int) -> list[str]:
 
 # ---------------------------------------------------------------------- memory
 class LiveTensors(TorchDispatchMode):
-    """What is alive during a step, counted at every operation: deterministic, and blind to memory inside a kernel.
+    """Memory alive during a step, counted at every operation: deterministic, but blind to memory inside kernels.
 
     Attributes:
         peak_bytes: largest sum of the storages made since entry that were alive together; views count once.
@@ -90,7 +90,7 @@ class LiveTensors(TorchDispatchMode):
         del types
         inputs = {id(storage) for t in tree_leaves((args, kwargs)) for storage in storages(t)}
         out = func(*args, **(kwargs or {}))
-        # the inputs of this operation still are; what died before it must not count with what it makes
+        # the inputs are still alive; tensors that died before must not be counted with the outputs
         self.alive = {key: entry for key, entry in self.alive.items() if entry[0]() is not None}
         for tensor in tree_leaves(out):
             for storage in storages(tensor):
@@ -154,7 +154,7 @@ def step_memory(step: Callable[[], Any], shape: tuple[int, ...], device: str) ->
 
 
 def return_freed_memory() -> None:
-    """Let glibc map every larger block by itself from now on, so that freed tensors leave the resident set at once."""
+    """Make glibc map every larger block separately, so that freed tensors leave the resident set at once."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
@@ -162,7 +162,7 @@ def return_freed_memory() -> None:
 
 
 def reset_resident_peak() -> int | None:
-    """Set the kernel's high-water mark of resident memory to its present value, and return that in bytes."""
+    """Reset the kernel's high-water mark of resident memory, and return the current value in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -180,7 +180,7 @@ def resident(field: str) -> int | None:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a forked process, whose memory is gone afterwards. The caller must not have run a backward."""
+    """Call a function in a forked process, which frees its memory. The caller must not have run a backward pass."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -217,7 +217,7 @@ def markdown(rows: list[Mapping[str, Any]], columns: Mapping[str, Callable[[Mapp
 
 
 def number(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """A column of `markdown`: a figure of the row, or a dash where it has none."""
+    """A column of `markdown`: a number of the row, or a dash."""
 
     def show(row: Mapping[str, Any]) -> str:
         return "-" if row.get(key) is None else format(row[key], form)
@@ -226,7 +226,7 @@ def number(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def write_report(name: str, title: str, body: str, device: str, threads: int, packages: Iterable[str]) -> Path:
-    """A dated file under benchmarks/reports that says what was run on what."""
+    """Write a dated report under benchmarks/reports with hardware, versions and command."""
     where, today = machine(device), datetime.date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", where.split(",")[0].lower())).strip("-")
     path = Path(__file__).parent / "reports" / f"{today}-{name}-{slug}.md"

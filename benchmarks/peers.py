@@ -116,7 +116,7 @@ class SAELens(Contestant):
 
 
 class SAELensSparse(SAELens):
-    """The same with sparse activations, which its TopK has; torch has no backward for them once they are rescaled."""
+    """The same with the sparse activations of its TopK, without rescaling, for which torch has no sparse backward."""
 
     name = "saelens, sparse activations"
     sparse_activations = True
@@ -136,7 +136,7 @@ class DictionaryLearning(Contestant):
             "jumprelu": (trainers.JumpReluTrainer, {"target_l0": float(setting.k), "sparsity_warmup_steps": None}),
         }[setting.architecture]
         if "k" in options:
-            # its thresholds start after a thousand steps and forget slowly; a short run needs the pace of the others
+            # its thresholds start after a thousand steps and move slowly; a short run needs the rate of the others
             options.update(threshold_start_step=0, threshold_beta=1 - THRESHOLD_PACE)
         with torch.random.fork_rng():
             torch.manual_seed(setting.seed)
@@ -192,7 +192,7 @@ class DictionaryLearning(Contestant):
 
 
 class Sparsify(Contestant):
-    """eai-sparsify's TopK `SparseCoder`, stepped as its trainer steps it."""
+    """eai-sparsify's TopK `SparseCoder`, with the calls of its trainer."""
 
     name = "sparsify"
     has_threshold = False
@@ -271,7 +271,7 @@ def load_sparsify() -> Any:
 
 
 def missing() -> dict[str, str]:
-    """Peers from PyPI that cannot be imported, each with a line that says what to do."""
+    """Peers from PyPI that cannot be imported, each with the remedy."""
     reasons: dict[str, str] = {}
     for peer in (DictionaryLearning, Sparsify):
         try:

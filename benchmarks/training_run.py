@@ -4,9 +4,9 @@
     python benchmarks/training_run.py --peers --report   # and the peers from PyPI; writes a report
     python benchmarks/training_run.py --json             # the points of the curves, one line each
 
-All contestants train side by side: every batch is given to each in turn (in rotated order), so the data, their order
-and the number of steps are the same, and whatever slows the machine down slows all of them. Only steps are timed. The
-demo's model is pretrained at the first use and its activations are harvested once, a minute each; both are kept.
+All contestants train side by side: each takes every batch in turn (in rotated order), so the data, their order and the
+number of steps are the same, and whatever slows the machine down slows all of them. Only steps are timed. The demo's
+model is pretrained at the first use and its activations are harvested once, a minute each; both are cached.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ DEAD_TOKENS = 50_000  # as in the demo
 N_POINTS = 8  # of each curve
 
 NOTES = """
-Activations of the demo's model (output of the middle block, ten snapshots side by side, each scaled as crosslens scales
-it) go to all contestants in the same order. k, batch size, number of steps, learning rate, its schedule, the window for
-dead features and the pace of learnt thresholds are the same; initial weights, normalisation and auxiliary losses are
-each one's own. EV is 1 - E|x_hat - x|^2 / E|x - mean x|^2 of a snapshot in the scaled space, averaged over snapshots,
-on held-out tokens, from one function for all. *EV*: features selected as in training (sparsify k per token, the others
-k per token on average over a batch). *by threshold*: by the learnt threshold, as the trained model is used; the dense
-reference and sparsify have none. *to the common EV*: seconds until the EV that every contestant reaches in the end.
-*annealed*: k falls from 12 k to k over the first half of the steps, as in the demo.
+All contestants receive the activations of the demo's model (output of the middle block, ten snapshots concatenated,
+each scaled as in crosslens) in the same order. k, batch size, number of steps, learning rate and schedule, the window
+for dead features and the learning rate of thresholds are the same; initial weights, normalisation and auxiliary losses
+are each library's own. EV is 1 - E|x_hat - x|^2 / E|x - mean x|^2 of a snapshot in the scaled space, averaged over
+snapshots, on held-out tokens, computed by the same function for all. *EV*: features selected as in training (sparsify
+k per token, the others k per token on average over a batch). *by threshold*: features selected by the learnt
+threshold, as at inference; the dense reference and sparsify have none. *to the common EV*: seconds until the EV that
+every contestant reaches in the end. *annealed*: k falls from 12 k to k over the first half of the steps, as in the
+demo.
 """
 
 
@@ -92,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 
 def activations(args: argparse.Namespace) -> cl.Activations:
-    """The demo's activations, from a cache that all runs share."""
+    """The demo's activations, from a cache for all runs."""
     demo = DemoConfig()
     snaps = cl.Snapshots.demo(args.seed)
     documents = list(grammar.documents(demo.n_documents, args.seed + 1_000_003))
@@ -101,7 +102,7 @@ def activations(args: argparse.Namespace) -> cl.Activations:
 
 
 def build(setting: Setting, acts: cl.Activations, args: argparse.Namespace) -> dict[str, Contestant]:
-    """The contestants by name, crosslens first: its scales are those of all."""
+    """The contestants by name; all use the scales of crosslens, the first."""
     annealed = {"k_start": 12.0 * setting.k, "k_anneal_steps": setting.steps // 2}
     contestants: dict[str, Contestant] = {
         "crosslens": Crosslens(setting, crosscoder(setting, acts)),
@@ -118,17 +119,23 @@ def build(setting: Setting, acts: cl.Activations, args: argparse.Namespace) -> d
 
 
 def crosscoder(setting: Setting, acts: cl.Activations, **options: Any) -> CrosscoderTrainingSAE:
-    """A crosscoder as `train` would start it."""
+    """A crosscoder initialised as by `train`."""
     architecture = cl.BatchTopKCrosscoderTrainingConfig(
         d_sae=setting.F, k=setting.k, topk_threshold_lr=THRESHOLD_PACE, decoder_init_norm=None, **options
     )
-    return initialise(complete(architecture, acts), acts, batch_size=setting.B, scale_tokens=100_000, seed=setting.seed)
+    return initialise(
+        complete(architecture, acts, setting.device),
+        acts,
+        batch_size=setting.B,
+        scale_tokens=100_000,
+        seed=setting.seed,
+    )
 
 
 def train(
     contestants: Mapping[str, Contestant], acts: cl.Activations, setting: Setting, threads: int
 ) -> list[dict[str, Any]]:
-    """Points of the curves: what each contestant has reached after so many steps and seconds."""
+    """Points of the curves: the quality of each contestant after some steps and seconds."""
     first = contestants["crosslens"]
     assert isinstance(first, Crosslens)
     scale = first.sae.activation_scale.clone()
@@ -181,12 +188,12 @@ def quality(contestant: Contestant, held_out: Tensor, scale: Tensor) -> dict[str
             result |= {"ev_threshold": float(ev.mean()), "l0_threshold": active / len(x)}
         else:
             result |= {"ev": float(ev.mean()), "ev_least": float(ev.amin()), "l0": active / len(x)}
-            result["dead_share"] = float((fired == 0).float().mean())
+            result["dead_fraction"] = float((fired == 0).float().mean())
     return result
 
 
 def summary(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last point of every curve, and when the curve reached what all of them reach."""
+    """The last point of every curve, and the time at which it reached the EV that all of them reach."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         curves.setdefault(point["name"], []).append(point)
@@ -202,8 +209,8 @@ def reached(curve: list[dict[str, Any]], ev: float) -> float:
     before = {"cpu_s": 0.0, "ev": 0.0}
     for point in curve:
         if point["ev"] >= ev:
-            share = (ev - before["ev"]) / (point["ev"] - before["ev"])
-            return before["cpu_s"] + share * (point["cpu_s"] - before["cpu_s"])
+            fraction = (ev - before["ev"]) / (point["ev"] - before["ev"])
+            return before["cpu_s"] + fraction * (point["cpu_s"] - before["cpu_s"])
         before = point
     return float("nan")
 
@@ -219,7 +226,7 @@ COLUMNS = {
     "L0": measure.number("l0", ".1f"),
     "EV by threshold": measure.number("ev_threshold", ".4f"),
     "L0 by threshold": measure.number("l0_threshold", ".1f"),
-    "dead": measure.number("dead_share", ".1%"),
+    "dead": measure.number("dead_fraction", ".1%"),
     "CPU s to the common EV": measure.number("to_common", ".1f"),
 }
 

@@ -6,9 +6,9 @@
     python benchmarks/training_step.py --device cuda --kinds batchtopk,jumprelu
     python benchmarks/training_step.py --paper           # S=32, D=768, F=98304, B=4096 on one large card
 
-Round r runs every contestant of a kind once, in rotated order, in one process; figures are medians over the rounds, and
-ratios to crosslens are taken within a round. At one thread they are of CPU seconds, otherwise of wall seconds. Peak
-memory is that of a process of its own.
+Round r runs every contestant of a kind once, in rotated order, in one process. Numbers are medians over the rounds;
+ratios to crosslens are taken within a round, of CPU seconds with one thread and of wall seconds otherwise. Peak memory
+is measured in a separate process.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SHAPES = ((3, 256, 4096, 1024), (8, 128, 4096, 2048), (32, 64, 4096, 1024))
 PAPER = (32, 768, 98_304, 4096)
 PAPER_BYTES = 1.1 * 16 * 2 * PAPER[0] * PAPER[1] * PAPER[2]  # parameters, gradients, two moments, and a tenth
 PACKAGES = ("crosslens", "torch", "sae-lens", "eai-sparsify", "dictionary-learning")
-DATA_SEED = 1_000_003  # not that of the weights: they would be equal to the data
+DATA_SEED = 1_000_003  # differs from the seed of the weights, which would equal the data
 BATCHES = 3  # different batches, taken in turn
-WARM_UP = 1  # rounds that are not counted: the first step makes Adam's state
+WARM_UP = 1  # rounds that are not counted: the first step allocates Adam's state
 
 FROM_PYPI: tuple[type[Contestant], ...] = (peers.DictionaryLearning, peers.Sparsify)
 TOPK = (Crosslens, Dense, peers.SAELens, peers.SAELensSparse, *FROM_PYPI)
@@ -52,29 +52,29 @@ PRECISIONS = {"bfloat16": CrosslensBfloat16, "tf32": CrosslensTF32}
 PRODUCT, HALF_PRODUCT = "encoder product", "encoder product, bf16"
 
 NOTES = """
-Data are Gaussian, of mean zero and unit variance, the same batches for all: the cost of dense code does not depend on
+Data are Gaussian with mean zero and unit variance, the same batches for all: the cost of dense code does not depend on
 them, and for sparse code they spread the active pairs evenly over the features. The learning rate is small, so that L0
-stays where it was set.
+does not change.
 
-- *encoder product*: `x @ W_enc`, (B, S·D) by (S·D, F), into a buffer that is kept; the share is the product's time
-  divided by the step's.
+- *encoder product*: `x @ W_enc`, (B, S·D) by (S·D, F), into a reused buffer; given as the product's time divided by
+  the step's.
 - *-aux*: {dead:.0%} of the features, a fixed random set, are dead: their encoder vectors are a tenth as long, so that
-  they never reach the cut, as dead features of a (Batch)TopK model do, and their counters are set before every step.
-  Half of their pre-activations stay positive, so the auxiliary loss has its full number of pairs. crosslens rebuilds
-  the residual from min(D/2, dead) features of a token; SAELens, dictionary-learning and sparsify from min(S·D/2, dead).
-- *jumprelu*: as after training, set to L0 = k. On the demo's activations, 300 steps from the start, thresholds were
-  where they had begun (.10), pre-activations mostly negative, norms .8 to 1.6 of their start, and 5 % of the (token,
-  feature, snapshot) triples in the window of the straight-through gradient; so thresholds stay at .1, norms get
-  factors of .5 to 1.6, and gain and biases of the encoder are set for the L0 and a window share of {window:.0%}.
-  *jumprelu-first*: a fresh initialisation, decoder norm searched. SAELens and dictionary-learning have other JumpReLU
-  losses, with one gate per feature and narrow windows.
+  they are never selected, and their counters are set before every step. Half of their pre-activations stay positive,
+  so the auxiliary loss has its full number of pairs. crosslens reconstructs the residual from min(D/2, dead) features
+  of a token; SAELens, dictionary-learning and sparsify from min(S·D/2, dead).
+- *jumprelu*: as after training, set to L0 = k. On the demo's activations, 300 steps from the start, thresholds had
+  their initial value (.10), pre-activations mostly negative, norms .8 to 1.6 times the initial ones, and 5 % of the
+  (token, feature, snapshot) triples in the window of the straight-through gradient; so thresholds stay at .1, norms
+  get factors of .5 to 1.6, and gain and biases of the encoder are set for the L0 and {window:.0%} of the pairs in the
+  window. *jumprelu-first*: a fresh initialisation, decoder norm searched. SAELens and dictionary-learning have other
+  JumpReLU losses, with one gate per feature and narrow windows.
 - *crosslens, bfloat16* (tf32): the encoder product in that precision, which changes the result.
 - *saelens, sparse activations*: without its rescaling by decoder norms, for which sparse tensors have no backward.
-- *step MB*: peak resident memory during a step above what was resident before it (gradients, activations, temporaries;
-  the kernel's high-water mark, the allocator returning what is freed; on CUDA the allocator's peak). *tensors MB*: the
-  same from the tensors alive together at each operation, which is deterministic but does not see inside kernels.
-  *resting MB*: parameters and Adam's moments. *(B,F) floats*: most floating-point tensors of that shape alive together.
-  *(B,S,F)*: tensors of that size made in a step.
+- *step MB*: peak resident memory of a step above that before it (gradients, activations, temporaries; the kernel's
+  high-water mark, with an allocator that returns freed memory; on CUDA the allocator's peak). *tensors MB*: the same
+  from the tensors alive at each operation, which is deterministic but does not see inside kernels. *resting MB*:
+  parameters and Adam's moments. *(B,F) floats*: most floating-point tensors of that shape alive at once. *(B,S,F)*:
+  tensors of that size allocated in a step.
 """
 
 
@@ -113,12 +113,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--k", type=int, default=48, help="features per token, and JumpReLU's L0")
     parser.add_argument("--l1-l0", type=int, default=300, help="L0 of the standard crosscoder")
-    parser.add_argument("--dead", type=float, default=0.1, help="share of dead features in the -aux kinds")
-    parser.add_argument("--window", type=float, default=0.06, help="share of pairs in JumpReLU's window")
-    parser.add_argument("--precision", action="append", choices=list(PRECISIONS), default=[], help="crosslens also so")
+    parser.add_argument("--dead", type=float, default=0.1, help="fraction of dead features in the -aux kinds")
+    parser.add_argument("--window", type=float, default=0.06, help="fraction of pairs in JumpReLU's window")
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=list(PRECISIONS),
+        default=[],
+        help="crosslens in it, too",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--paper", action="store_true", help="paper scale, contestants one after another, on CUDA")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument("--json", action="store_true", help="one line per row instead of the table")
     parser.add_argument("--report", action="store_true", help="write a dated file under benchmarks/reports")
     args = parser.parse_args()
@@ -143,7 +149,7 @@ def shape_of(text: str) -> tuple[int, ...]:
 
 
 def paper_refusal() -> str | None:
-    """Why the paper's scale cannot be run here, if it cannot."""
+    """Why the paper's scale cannot run here, or None."""
     needed = f"--paper needs a CUDA card with {PAPER_BYTES / 1e9:.0f} GB free"
     if not torch.cuda.is_available():
         return f"{needed}; torch {torch.__version__} sees none"
@@ -155,7 +161,7 @@ def paper_refusal() -> str | None:
 def measure_kind(
     kind: str, classes: list[type[Contestant]], shape: tuple[int, ...], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for every contestant."""
+    """One row per contestant."""
     on_cpu = args.device == "cpu"
     timings, facts = (measure.in_child if on_cpu else here)(time_kind, kind, classes, shape, args)
     if args.memory and on_cpu:
@@ -167,7 +173,7 @@ def measure_kind(
 def time_kind(
     kind: str, classes: list[type[Contestant]], shape: tuple[int, ...], args: argparse.Namespace
 ) -> tuple[dict[str, list[measure.Seconds]], dict[str, dict[str, Any]]]:
-    """Seconds of every round and what else is known of the contestants, by name."""
+    """Seconds of every round, and other facts about the contestants, by name."""
     torch.set_num_threads(args.threads)
     data = batches(shape, args.device)
     timings: dict[str, list[measure.Seconds]] = {}
@@ -209,7 +215,7 @@ def memory_of(
 
 
 class Stepper:
-    """A contestant in the state that its kind asks for, with its batches."""
+    """A contestant set up for its kind, with its batches."""
 
     def __init__(
         self,
@@ -246,12 +252,12 @@ class Stepper:
         self()
 
     def facts(self) -> dict[str, Any]:
-        """L0 of one more step, the share of gates open and in the window, and what rests in memory between steps."""
+        """L0 of one more step, the fraction of gates open and in the window, and the memory held between steps."""
         self.before()
         output = self()
         facts: dict[str, Any] = {"l0": mean_l0(output) if hasattr(output, "feature_acts") else None}
         if isinstance(self.contestant, Crosslens) and self.contestant.setting.architecture == "jumprelu":
-            facts |= self.contestant.gate_shares(self.batches[0])
+            facts |= self.contestant.gate_fractions(self.batches[0])
         parameters = sum(p.numel() * p.element_size() for p in self.contestant.module.parameters())
         return {**facts, "resting_mb": 3 * parameters / 1e6}
 
@@ -268,7 +274,7 @@ def dead_features(F: int, args: argparse.Namespace) -> Tensor:
 
 
 def encoder_products(x: Tensor, F: int) -> dict[str, Callable[[], Any]]:
-    """The one dense product that every step needs, as fast as the library does it; on CUDA in bf16 as well."""
+    """The one dense product that every step needs, by the library; on CUDA also in bf16."""
     W_enc = torch.randn(x.shape[1], F, device=x.device)
     out = torch.empty(len(x), F, device=x.device)
     products = {PRODUCT: partial(torch.mm, x, W_enc, out=out)}
@@ -290,7 +296,7 @@ def figures(
     timings: dict[str, list[measure.Seconds]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything measured of one contestant; shares and ratios are of the kind of seconds named in `clock`."""
+    """All measurements of one contestant; ratios use the kind of seconds named in `clock`."""
     clock = "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
     result: dict[str, Any] = {
         "benchmark": "training_step",
@@ -310,7 +316,7 @@ def figures(
     result["cpu_ms"] = 1e3 * statistics.median(s.cpu for s in timings[name])
     result["wall_ms"] = 1e3 * statistics.median(s.wall for s in timings[name])
     result["tokens_per_s"] = shape[3] / statistics.median(own)
-    for product, key in ((PRODUCT, "encoder_share"), (HALF_PRODUCT, "bf16_share")):
+    for product, key in ((PRODUCT, "encoder_fraction"), (HALF_PRODUCT, "bf16_fraction")):
         if product in seconds:
             result[key] = statistics.median(a / b for a, b in zip(seconds[product], own, strict=True))
     if Crosslens.name in seconds:
@@ -333,16 +339,16 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "wall ms": measure.number("wall_ms", ".0f"),
     "tokens/s": measure.number("tokens_per_s", ".0f"),
     "time / crosslens": ratio,
-    "encoder product": measure.number("encoder_share", ".0%"),
-    "bf16 product": measure.number("bf16_share", ".0%"),
+    "encoder product": measure.number("encoder_fraction", ".0%"),
+    "bf16 product": measure.number("bf16_fraction", ".0%"),
     "step MB": measure.number("step_mb", ".0f"),
     "tensors MB": measure.number("tensors_mb", ".0f"),
     "resting MB": measure.number("resting_mb", ".0f"),
     "(B,F) floats": measure.number("peak_bf", "d"),
     "(B,S,F)": measure.number("n_bsf", "d"),
     "L0": measure.number("l0", ".0f"),
-    "open": measure.number("open_share", ".1%"),
-    "window": measure.number("window_share", ".1%"),
+    "open": measure.number("open_fraction", ".1%"),
+    "window": measure.number("window_fraction", ".1%"),
 }
 
 
