@@ -29,7 +29,6 @@ from sae_lens.synthetic import (
     ActivationGenerator,
     FeatureDictionary,
     LowRankCorrelationMatrix,
-    orthogonal_initializer,
     random_firing_probabilities,
 )
 from torch import Tensor
@@ -67,7 +66,6 @@ class Regime:
         correlation: of the Gaussians behind the features of one group; 0 makes features independent.
         group_size: features per group.
         scales: smallest and largest scale of a snapshot; the scales are spread between them in random order.
-        orthogonalise: iterations of SAELens's orthogonalisation of the directions; 0 leaves them random.
     """
 
     n_features: int = 256
@@ -86,7 +84,6 @@ class Regime:
     correlation: float = 0.0
     group_size: int = 8
     scales: tuple[float, float] = (1.0, 1.0)
-    orthogonalise: int = 0
 
     def __post_init__(self) -> None:
         if self.n_snapshots < 5:
@@ -293,8 +290,7 @@ def _strength(truth: pd.DataFrame, S: int) -> Float[Tensor, "N S"]:
 def _directions(regime: Regime, truth: pd.DataFrame, seed: int) -> Float[Tensor, "N S D"]:
     """Unit direction of every feature at every snapshot."""
     N, S, D = regime.n_features, regime.n_snapshots, regime.d_model
-    initializer = orthogonal_initializer(regime.orthogonalise) if regime.orthogonalise else None
-    base = FeatureDictionary(N, D, initializer=initializer, seed=seed).feature_vectors.detach().clone()
+    base = FeatureDictionary(N, D, initializer=None, seed=seed).feature_vectors.detach().clone()
     aside = FeatureDictionary(N, D, initializer=None, seed=seed + 2**31).feature_vectors.detach().clone()
     partner = torch.from_numpy(truth["partner"].fillna(-1).to_numpy(dtype=np.int64))
     second = (partner >= 0) & (partner < torch.arange(N))
