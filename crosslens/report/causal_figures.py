@@ -108,7 +108,7 @@ def _ternary(table: Frame) -> Chart:
             b=floats(part[corners[0]]),
             c=floats(part[corners[1]]),
             mode="markers",
-            name=f"{name} where |IE| is largest",
+            name=name,
             marker={
                 "color": SERIES[i],
                 "symbol": ("circle", "diamond")[i],
@@ -153,7 +153,8 @@ def _ternary(table: Frame) -> Chart:
     hidden = table["feature"].nunique() - len(size)
     note = (
         "Each point is a feature, near the corner of the snapshot where it matters most; its area grows with its "
-        f"largest |IE|. {len(features):,} features; {hidden:,} with no effect above two standard errors are omitted."
+        f"largest |IE|, whose sign gives the colour. {len(features):,} features; {hidden:,} with no effect above two "
+        "standard errors are omitted."
     )
     if len(features) < len(size):
         note += f" {len(size) - len(features):,} with smaller effects are not drawn."
