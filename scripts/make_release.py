@@ -1,13 +1,13 @@
-"""Make the release that the package carries: the demo's model at half its width, ten snapshots, and their crosscoder.
+"""Make the release in the package: the demo's model at half its width, ten snapshots, and their crosscoder.
 
-    python scripts/make_release.py [--seed 0] [--out crosslens]
+    python scripts/make_release.py [--seed 0] [--out crosslens/sharing]
 
-1. The demo's language is learnt by `crosslens.synthetic.pretraining` with d_model 64; weights are rounded to float16.
-2. A BatchTopK crosscoder is trained on the rounded snapshots, by the demo's recipe with 512 features.
-3. Its weights are rounded to float16, and what is left is measured on held-out tokens.
+1. Pretrain the demo's model with d_model 64 (`crosslens.synthetic.pretraining`) and round its weights to float16.
+2. Train a BatchTopK crosscoder with 512 features on the rounded snapshots, by the demo's recipe.
+3. Round its weights to float16, and evaluate it on held-out tokens.
 
-Written are `releases/demo/` and `pretrained.yaml`, about 6 MB, in some three minutes on two cores. The same seed gives
-the same bytes on the same machine with the same number of threads.
+This writes `sharing/releases/demo/` and `sharing/pretrained.yaml`, about 6 MB, in about three minutes on two CPU cores.
+The same seed gives the same bytes on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import crosslens as cl
-from crosslens.cli.demo import DemoConfig
+from crosslens.cli.demo import CPU, DemoConfig
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig, pretrain_demo
 
 RELEASE = "crosslens-demo"
 MODEL = PretrainingConfig(d_model=64, d_mlp=256, lr=6e-3)
 DEMO = DemoConfig(d_sae=512)
-HEAD = "# Written by scripts/make_release.py; the docstring of crosslens/registry.py says what the keys mean.\n"
+HEAD = "# Written by scripts/make_release.py; crosslens/sharing/registry.py documents the keys.\n"
 
 
 def write_snapshots(folder: Path, seed: int) -> cl.Snapshots:
-    """Pretrain, and write the snapshots in float16."""
+    """Pretrain the model and write its snapshots in float16."""
     with tempfile.TemporaryDirectory() as temporary:
         made = pretrain_demo(Path(temporary) / "demo", seed, config=MODEL)
         manifest = json.loads((made / "snapshots.json").read_text())
@@ -53,9 +53,9 @@ def write_snapshots(folder: Path, seed: int) -> cl.Snapshots:
 
 
 def train_crosscoder(snapshots: cl.Snapshots, seed: int) -> tuple[cl.Activations, cl.crosscoders.Crosscoder]:
-    """The demo's crosscoder on these snapshots."""
+    """Train the demo's crosscoder on these snapshots."""
     documents = list(grammar.documents(DEMO.n_documents, seed + 1_000_003))
-    acts = cl.Activations(snapshots, DEMO.hook_name, documents, DEMO.n_tokens, seed=seed)
+    acts = cl.Activations(snapshots, DEMO.hook_name, documents, DEMO.n_tokens, seed=seed, settings=CPU)
     steps = DEMO.epochs * DEMO.n_tokens // DEMO.batch_size
     architecture = cl.BatchTopKCrosscoderTrainingConfig(
         d_sae=DEMO.d_sae,
@@ -71,13 +71,14 @@ def train_crosscoder(snapshots: cl.Snapshots, seed: int) -> tuple[cl.Activations
         lr=DEMO.lr,
         dead_tokens=50_000,
         seed=seed,
+        device="cpu",
     )
     with tempfile.TemporaryDirectory() as cache:
         return acts, cl.train(acts.cache(cache), architecture, training)
 
 
 def make(out: Path, seed: int) -> None:
-    """Write the release and its entry."""
+    """Write the release and its registry entry."""
     folder = out / "releases" / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -86,7 +87,7 @@ def make(out: Path, seed: int) -> None:
     crosscoder.cfg.metadata.dataset_path = f"crosslens.synthetic.grammar, {DEMO.n_documents} documents"
     crosscoder.to(torch.float16).save(folder / DEMO.hook_name)
     table = cl.evaluate(cl.load(folder / DEMO.hook_name, dtype="float32"), acts)
-    # what SAELens has noted there is a mean over training, while k was still annealed
+    # SAELens records the mean over training, part of which ran with a larger k
     crosscoder.cfg.metadata.l0 = round(float(table["l0"].mean()), 2)
     crosscoder.save(folder / DEMO.hook_name)
     entry = {
@@ -113,6 +114,6 @@ def make(out: Path, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "crosslens")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "crosslens" / "sharing")
     arguments = parser.parse_args()
     make(arguments.out, arguments.seed)

@@ -58,7 +58,7 @@ app = typer.Typer(
 
 def _option(name: str, help: str, check: Callable[..., Any] | None = None) -> Any:
     """An option whose value `check` refuses or returns."""
-    return typer.Option(name, help=help, callback=check)
+    return typer.Option(name, help=help, callback=None if check is None else lambda value: check(name, value))
 
 
 TrainedArgument = Annotated[
@@ -147,10 +147,11 @@ BackendOption = Annotated[
 ]
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"crosslens {crosslens.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -1,6 +1,6 @@
 """Arguments of the command line: first checked, then turned into snapshots, activations, tasks and runs.
 
-1. Callbacks of options (`one_of`, `check_*`) check one value each while the command line is parsed.
+1. Each option has a check (`one_of`, `in_range`, `check_*`), which gets its name and value, and returns or refuses it.
 2. `find_snapshots` and `check_training` check values against each other.
 3. `open_*` and `parse_*` make the objects, by the library's functions of the same subject.
 
@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-import typer
 
 from crosslens.errors import UserError, did_you_mean
 from crosslens.files import check_inside, read_json
@@ -54,54 +52,52 @@ _TASKS = "demo:simple, sva:FILE, blimp:UID, clams:FILE, multiblimp:LANGUAGE, ioi
 
 
 # ---------------------------------------------------------------------- one option
-def one_of(*valid: str) -> Callable[[typer.CallbackParam, str], str]:
+def one_of(*valid: str) -> Callable[[str, str], str]:
     """A callback that refuses all other values."""
 
-    def check(param: typer.CallbackParam, value: str) -> str:
+    def check(option: str, value: str) -> str:
         if value not in valid:
-            raise UserError(
-                f"{_option(param)} {value!r} is unknown: use one of {', '.join(valid)}{did_you_mean(value, valid)}"
-            )
+            raise UserError(f"{option} {value!r} is unknown: use one of {', '.join(valid)}{did_you_mean(value, valid)}")
         return value
 
     return check
 
 
-def in_range(low: int, high: int | None = None) -> Callable[[typer.CallbackParam, int | None], int | None]:
+def in_range(low: int, high: int | None = None) -> Callable[[str, int | None], int | None]:
     """A callback that refuses numbers below `low` or above `high`."""
 
-    def check(param: typer.CallbackParam, value: int | None) -> int | None:
+    def check(option: str, value: int | None) -> int | None:
         if value is not None and not (low <= value and (high is None or value <= high)):
             limit = f"at least {low}" if high is None else f"between {low} and {high:,}"
-            raise UserError(f"{_option(param)} {value} must be {limit}")
+            raise UserError(f"{option} {value} must be {limit}")
         return value
 
     return check
 
 
-def check_positive(param: typer.CallbackParam, value: float) -> float:
+def check_positive(option: str, value: float) -> float:
     """Refuse a number that is not above 0, infinite or not a number."""
     if not 0 < value < math.inf:
-        raise UserError(f"{_option(param)} {value} must be a finite number above 0")
+        raise UserError(f"{option} {value} must be a finite number above 0")
     return value
 
 
-def check_device(value: str | None) -> str | None:
+def check_device(option: str, value: str | None) -> str | None:
     """Refuse a device that is unknown, or not in this machine; only a GPU needs torch to tell."""
     if value is None or value == "cpu":
         return value
     if not re.fullmatch(r"cuda(:\d+)?", value):
-        raise UserError(f"--device {value!r} is unknown: use cpu, cuda, or cuda:1 for the second GPU")
+        raise UserError(f"{option} {value!r} is unknown: use cpu, cuda, or cuda:1 for the second GPU")
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError(f"--device {value!r} needs CUDA, which is not available here: use --device cpu")
+        raise UserError(f"{option} {value!r} needs CUDA, which is not available here: use {option} cpu")
     if int(value.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {value!r} does not exist: there are {torch.cuda.device_count()} GPUs, from cuda:0")
+        raise UserError(f"{option} {value!r} does not exist: there are {torch.cuda.device_count()} GPUs, from cuda:0")
     return value
 
 
-def check_hook(value: str) -> str:
+def check_hook(_: str, value: str) -> str:
     """Refuse what is not the name of a supported hook point."""
     from crosslens.snapshots.hooks import hook_layer
 
@@ -109,29 +105,29 @@ def check_hook(value: str) -> str:
     return value
 
 
-def check_dataset(value: str) -> str:
+def check_dataset(option: str, value: str) -> str:
     """Refuse a file that does not exist or is of an unknown kind; other names are datasets on the hub."""
     path, known = Path(value), ", ".join(TEXT_FILES)
     if path.is_file():
         if not {*path.suffixes} & {*TEXT_FILES}:
-            raise UserError(f"--dataset {value} is of an unknown kind: use {known}, each also with .gz")
+            raise UserError(f"{option} {value} is of an unknown kind: use {known}, each also with .gz")
         if not os.access(path, os.R_OK):
-            raise UserError(f"--dataset {value} cannot be read: no permission")
+            raise UserError(f"{option} {value} cannot be read: no permission")
     elif path.exists():
-        raise UserError(f"--dataset {value} is not a regular file: give a file ({known}) or a hub name")
+        raise UserError(f"{option} {value} is not a regular file: give a file ({known}) or a hub name")
     elif path.suffix in {*TEXT_FILES, ".gz"} or value.count("/") > 1 or value.startswith((".", "/", "~")):
-        raise UserError(f"--dataset {value} does not exist: give an existing file, or a hub name such as user/name")
+        raise UserError(f"{option} {value} does not exist: give an existing file, or a hub name such as user/name")
     return value
 
 
-def check_folder(value: Path | None) -> Path | None:
+def check_folder(_: str, value: Path | None) -> Path | None:
     """Refuse a folder that cannot be created or written to."""
     if value is not None:
         check_writable(value)
     return value
 
 
-def check_new_run(value: Path) -> Path:
+def check_new_run(_: str, value: Path) -> Path:
     """Refuse a directory where no run can be written."""
     RunDir(value).check_usable()
     return value
@@ -173,19 +169,19 @@ def check_repository(value: str) -> str:
     return check_repository(value)
 
 
-def check_id(value: str | None) -> str | None:
+def check_id(option: str, value: str | None) -> str | None:
     """Refuse an id that is not a path inside a repository."""
-    return None if value is None else check_inside(value, "--id")
+    return None if value is None else check_inside(value, option)
 
 
-def check_numbers(param: typer.CallbackParam, value: str | None) -> str | None:
+def check_numbers(option: str, value: str | None) -> str | None:
     """Refuse what is not a list of whole numbers."""
     if value is not None:
-        parse_numbers(value, _option(param))
+        parse_numbers(value, option)
     return value
 
 
-def check_task(value: str) -> str:
+def check_task(option: str, value: str) -> str:
     """Refuse a task that does not exist, as far as files and names tell."""
     kind, _, rest = value.partition(":")
     if kind == "demo":
@@ -193,30 +189,26 @@ def check_task(value: str) -> str:
 
         if rest not in CONSTRUCTIONS:
             raise UserError(
-                f"--task {value!r} is unknown: use demo: and one of {', '.join(CONSTRUCTIONS)}"
+                f"{option} {value!r} is unknown: use demo: and one of {', '.join(CONSTRUCTIONS)}"
                 f"{did_you_mean(rest, CONSTRUCTIONS)}"
             )
     elif kind == "sva" or (kind == "ioi" and rest) or (kind == "blimp" and Path(rest).suffix in TASK_FILES):
-        _check_file(rest, value, TASK_FILES)
+        _check_file(option, rest, value, TASK_FILES)
     elif kind == "clams":
-        _check_file(rest, value, (".txt",))
+        _check_file(option, rest, value, (".txt",))
     elif kind in ("blimp", "multiblimp"):
         if not re.fullmatch(r"\w+" if kind == "blimp" else r"[a-z]{3}(:.+)?", rest):
-            raise UserError(f"--task {value!r} names no paradigm or language: give {_TASKS}")
+            raise UserError(f"{option} {value!r} names no paradigm or language: give {_TASKS}")
     elif kind != "ioi":
-        _check_file(value, value, TASK_FILES)
+        _check_file(option, value, value, TASK_FILES)
     return value
 
 
-def _check_file(path: str, spec: str, known: Sequence[str]) -> None:
+def _check_file(option: str, path: str, spec: str, known: Sequence[str]) -> None:
     if not Path(path).is_file():
-        raise UserError(f"--task {spec!r}: there is no file {path!r}; give {_TASKS}")
+        raise UserError(f"{option} {spec!r}: there is no file {path!r}; give {_TASKS}")
     if Path(path).suffix not in known:
-        raise UserError(f"--task {spec!r} is of an unknown kind: give one of {', '.join(known)}")
-
-
-def _option(param: typer.CallbackParam) -> str:
-    return max(param.opts, key=len)
+        raise UserError(f"{option} {spec!r} is of an unknown kind: give one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------- options together

@@ -1,10 +1,10 @@
-"""The whole river in a few minutes on two cores: pretrain, crosscode, watch evolve, attribute, ablate, report.
+"""The whole pipeline on a tiny model, in a few minutes on two CPU cores.
 
-1. `Snapshots.demo(seed)` pretrains a tiny GPT-NeoX on a generated two-language agreement grammar.
-2. A BatchTopK crosscoder is trained on the output of its middle block, with attention above it.
-3. Features are dated (`evolve`), probed, attributed on three constructions, and ablated. They are chosen on one half of
-   the prompts and judged on the other.
-4. `summary.json` holds the figures, `report/index.html` shows them.
+1. `Snapshots.demo(seed)` pretrains a tiny GPT-NeoX on a generated grammar of agreement in two languages.
+2. Train a BatchTopK crosscoder on the output of its middle block, which has attention above it.
+3. Find when features form (`evolve`), probe them, and attribute and ablate them on three constructions: features are
+   selected on one half of the prompts and ablated on the other.
+4. Write the results to `summary.json` and `report/index.html`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from crosslens.features.tables import feature_tables
 from crosslens.report import write_report
 from crosslens.rundir import RunDir, write_text
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig, demo_batches
 from crosslens.tasks.task import Task
@@ -39,27 +40,29 @@ from crosslens.training.config import TrainConfig
 from crosslens.training.run import train
 
 TASKS = ("simple", "pp", "subj_rel")
-ATTRACTORS = ("pp", "subj_rel")  # a noun of the other number stands between head and verb
+ATTRACTORS = ("pp", "subj_rel")  # a noun of the other number stands between head noun and verb
+CPU = ModelSettings(device="cpu")
+"""Models this small are fast on a CPU, and give the same numbers on every machine."""
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes of the demo; the defaults fit five minutes on two cores.
+    """Sizes of the demo; with the defaults it takes about five minutes on two cores.
 
     Attributes:
-        hook_name: output of the middle block.
-        n_documents: documents of the grammar whose activations are crosscoded.
-        n_tokens: activations to train on.
-        epochs: passes over them.
-        d_sae: features.
-        k: features kept per token.
-        k_start: k at the first step; annealing it over the first half of the steps leaves few features dead.
-        batch_size: activations per step.
+        hook_name: hook point, the output of the middle block.
+        n_documents: documents of the grammar to train the crosscoder on.
+        n_tokens: tokens per epoch.
+        epochs: passes over the tokens.
+        d_sae: number of features.
+        k: active features per token.
+        k_start: k at the first step; annealing it over the first half of training leaves few features dead.
+        batch_size: tokens per training step.
         lr: learning rate.
-        n_prompts: prompts per task and language.
-        n_random: draws of random and size-matched features at the last snapshot.
-        n_exact: features of the largest effect whose single ablation is measured exactly.
-        n_probes: features that are probed.
+        n_prompts: prompts per task, language and split.
+        n_random: sets of random and of size-matched features drawn at the last snapshot.
+        n_exact: features with the largest effects to ablate one by one.
+        n_probes: features to probe.
     """
 
     hook_name: str = "blocks.1.hook_resid_post"
@@ -80,13 +83,13 @@ class DemoConfig:
 def run_demo(
     out: str | Path, seed: int = 0, config: DemoConfig | None = None, snapshots: Snapshots | None = None
 ) -> dict[str, Any]:
-    """Run the demo into a run directory; what is already there and whole is used again.
+    """Run the demo in a run directory, reusing a trained model and crosscoder that are there.
 
     Args:
         out: the run directory.
-        seed: of the model, its data, the crosscoder and every draw.
+        seed: seed of the model, its data, the crosscoder and every draw.
         config: sizes.
-        snapshots: a pretraining run to use instead of the embedded one.
+        snapshots: snapshots to use instead of the demo's own.
 
     Returns:
         The contents of `summary.json`.
@@ -116,14 +119,14 @@ def run_demo(
     run.save_tables(probes)
     mark = lap("probes", mark)
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
-    accuracy = pd.concat([task.accuracy(snaps) for task in tasks.values()], ignore_index=True)
+    accuracy = pd.concat([task.accuracy(snaps, settings=CPU) for task in tasks.values()], ignore_index=True)
     run.save_table("accuracy", accuracy)
     mark = lap("accuracy", mark)
     counts = _pretraining_counts(snaps, seed) if snapshots is None else None
     dynamics = study_dynamics(crosscoder, acts, counts, accuracy=accuracy, seed=seed)
     run.save_tables(dynamics)
     mark = lap("dynamics", mark)
-    # prompts come in pairs that differ in the number of the head noun: effects are of the number, not of being there
+    # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence
     sizes = StudySizes(n_draws_last=config.n_random, n_exact=config.n_exact)
     studies = {name: study_task(crosscoder, snaps, task, sizes=sizes, seed=seed) for name, task in tasks.items()}
     for each in studies.values():
@@ -139,14 +142,14 @@ def run_demo(
         summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
     lap("report", mark)
     write_report(run.path, title=f"crosslens demo, seed {seed}")
-    shutil.rmtree(run.path / "activations")  # 450 MB; harvested again in seconds where they are wanted again
+    shutil.rmtree(run.path / "activations")  # 450 MB that can be harvested again in seconds
     summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
 
 
 def _pretraining_counts(snaps: Snapshots, seed: int) -> NgramCounts:
-    """Of all that the model was pretrained on: the crosscoder's tokens are too few for the entropy of bigrams."""
+    """Count n-grams in all pretraining data: the crosscoder's tokens are too few for the entropy of bigrams."""
     return count_ngrams(islice(demo_batches(seed), PretrainingConfig().n_steps), snaps.tokenizer)
 
 
@@ -155,7 +158,7 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
     text = "\n".join(grammar.documents(config.n_documents, seed + 1_000_003))
     if not corpus.exists():
         corpus.write_text(text, encoding="utf-8")
-    acts = Activations(snaps, config.hook_name, corpus, config.n_tokens, seed=seed)
+    acts = Activations(snaps, config.hook_name, corpus, config.n_tokens, seed=seed, settings=CPU)
     cache = run.path / "activations"
     cached = acts.cache(cache)
     crosscoder = train(
@@ -175,6 +178,7 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
             lr=config.lr,
             dead_tokens=50_000,
             seed=seed,
+            device="cpu",
         ),
     )
     return cached, crosscoder
@@ -206,7 +210,7 @@ def _additivity_summary(found: Study) -> dict[str, float]:
 
 
 def _transfer_summary(found: Study) -> list[float]:
-    """Share of the metric's whole change at the last snapshot that ablating the top features of each one makes."""
+    """Faithfulness at the last snapshot of the top features selected at each snapshot."""
     table = found.tables[f"transfer/{found.task}"]
     at_last = table[table["ablated_at"] == table["ablated_at"].max()]  # rows are in order of `selected_at`
     return [round(float(share), 4) for share in at_last["share"]]
@@ -248,7 +252,7 @@ def _summary(
 
 
 def _strict(value: Any) -> Any:
-    """The same in strict JSON: what is not a number is null."""
+    """Replace NaN, infinities and NA by None, since strict JSON has only null."""
     if isinstance(value, dict):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The command line over real files: the river from end to end, and mistakes told in one line."""
+"""The command line on real files: every verb from end to end, and mistakes found once the data are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `crosslens ...` in this process: exit code, standard output, standard error without progress bars."""
+    """Run `crosslens ...` in this process: exit code, standard output, and its own lines of standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["crosslens", *map(str, arguments)])
@@ -76,11 +76,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_snapshots: Path, file
     return run
 
 
-def test_the_river(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
+def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
     task = f"sva:{files / 'task.json'}"
     for arguments in (
         ("evolve", trained),
-        ("attribute", trained, "--task", task, "--steps", 4),
+        ("attribute", trained, "--task", task, "--n-nodes", 4),
         ("ablate", trained, "--task", task, "--k", "1,3", "--n-draws", 2),
         ("report", trained),
     ):
@@ -148,11 +148,11 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
     more = ("--cache", cache, "--cache-dtype", "float32")
     assert command(*train_arguments(tiny_snapshots, files, tmp_path / "run", *more))[0] == 0
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == written
-    # from a float32 cache a crosscoder is what it is live
+    # training from a float32 cache gives the same weights as without one
     weights = [(run / "crosscoder" / "sae_weights.safetensors").read_bytes() for run in (trained, tmp_path / "run")]
     assert weights[0] == weights[1]
     assert RunDir.open(tmp_path / "run").read_json()["timings"]["waited_for_data"] >= 0
-    # the directory of another run is refused before anything is harvested
+    # the directory of another run is refused before the harvest
     other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
     code, _, err = command(*other)
     assert code == 2 and "training.lr is 0.0003" in err and not (tmp_path / "new").exists()
@@ -161,33 +161,15 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["ls", "pythia-15m"], "15m"),
-        (["ls", "pythia-14m", "--steps", "0,3"], "3"),
-        (["ls", "nowhere"], "is no folder and no known model"),
-        (["ls", "pythia-14m", "--steps", "log:1"], "log:1 asks for 1 of 154 steps"),
-        (["ls", "olmo-1b", "--steps", "triplet"], "olmo-1b has no step set 'triplet'"),
-        (["{train}", "--cache", "{files}/c", "--cache-dtype", "int7"], "int7.*did you mean 'int8'"),
-        (["evolve", "{files}"], "is not a run directory"),
         (["attribute", "{run}", "--task", "sva:{files}/missing.json"], "the key 'patch_answer' is missing"),
         (["attribute", "{run}", "--task", "sva:{files}/broken.json"], "the key 'clean_answer' is None"),
-        (["attribute", "{run}", "--task", "{files}/none.json"], "is no file and no task"),
-        (["attribute", "{run}", "--task", "demo:simpel"], "simple"),
         (["ablate", "{run}", "--task", "demo:simple"], "run `crosslens attribute"),
-        (["ablate", "{run}", "--task", "demo:simple", "--k", "1,x"], "has no effects|whole numbers"),
-        (["{train}", "--hook", "blocks.7.hook_resid_post"], "blocks, 0 to 2"),
-        (["{train}", "--hook", "blocks.1.resid"], "is not supported"),
-        (["{train}", "--dataset", "{files}/none.txt"], "does not exist"),
         (["{train}", "--dataset", "{files}/task.json", "--text-column", "txt"], "its columns are 'clean_prefix'"),
         (["{train}", "--n-tokens", "1000000"], "more than text.txt holds"),
         (["{train}", "--context-size", "64"], r"context_size=64 is not in \[2, 32\]"),
-        (["{train}", "--architecture", "topkk"], "did you mean 'topk'"),
-        (["{train}", "--k", "64"], r"k=64 is not in \(0, d_sae=32\]"),
-        (["{train}", "--d-sae", "0"], "d_sae=0 must be positive"),
-        (["{train}", "--batch-size", "100000"], "batch_size=100000"),
-        (["{train}", "--snapshots", "EleutherAI/none"], "is no folder and no known model"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_a_mistake_in_the_data_is_one_line_and_leaves_nothing(
     command: Command,
     trained: Path,
     tiny_snapshots: Path,
@@ -213,7 +195,7 @@ def test_another_run_is_refused(command: Command, trained: Path, tiny_snapshots:
     before = (trained / "run.json").read_bytes()
     code, _, err = command(*train_arguments(tiny_snapshots, files, trained, "--lr", 0.01))
     assert code == 2
-    assert "training.lr is 0.0003, asked for is 0.01" in err
+    assert "training.lr is 0.0003, yours is 0.01" in err
     assert (trained / "run.json").read_bytes() == before
 
 
@@ -228,25 +210,17 @@ def test_a_corrupted_snapshot_is_named(command: Command, tiny_snapshots: Path, f
     assert not (tmp_path / "run").exists()
 
 
-def test_help_and_import_load_nothing_heavy() -> None:
-    program = (
-        "import sys, crosslens, crosslens.cli.app\n"
-        "heavy = {'torch', 'transformers', 'sae_lens', 'transformer_lens', 'pandas', 'plotly'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "assert 'Snapshots' in dir(crosslens) and 'train' in crosslens.__all__\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-    out = subprocess.run([sys.executable, "-m", "crosslens", "--help"], check=True, capture_output=True, text=True)
-    assert all(
-        verb in out.stdout
-        for verb in ("ls", "plan", "harvest", "train", "evolve", "attribute", "ablate", "report", "demo")
-    )
+def test_help_and_version_of_the_program() -> None:
+    verbs = ("ls", "plan", "harvest", "train", "evolve", "attribute", "ablate", "label", "report", "push", "demo")
+    for option, told in (("--help", verbs), ("--version", ("crosslens 0.",))):
+        out = subprocess.run([sys.executable, "-m", "crosslens", option], check=True, capture_output=True, text=True)
+        assert all(word in out.stdout for word in told)
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     import crosslens
 
     for name in crosslens.__all__:
         assert getattr(crosslens, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="attribute '?nothing"):
         _ = crosslens.nothing

@@ -39,5 +39,5 @@ def test_every_stage_and_a_second_time(tmp_path: Path) -> None:
     assert (out / "crosscoder" / "sae_weights.safetensors").read_bytes() == weights
     timed = ("seconds", "timings")
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in summary.items() if k not in timed}
-    with pytest.raises(UserError, match="its seed is 0, asked for is 1"):
+    with pytest.raises(UserError, match="its seed is 0, yours is 1"):
         run_demo(out, 1, SMALL, snaps)
