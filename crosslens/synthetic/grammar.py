@@ -1,7 +1,7 @@
-"""The language of the demo: number agreement across attractors, in something like English and something like French.
+"""The language of the demo: number agreement across attractors, in simplified English and French.
 
-A sentence is a subject, a verb that agrees with it in number, and what the verb asks for. Between the two may stand a
-modifier with a noun of its own, whose number is drawn independently:
+A sentence is a subject, a verb that agrees with it in number, and the verb's complement. Between subject and verb there
+may be a modifier with a noun of its own (the attractor), whose number is drawn independently:
 
     simple      the farmer | sleeps                     le fermier | dort
     pp          the farmer near the cars | sleeps       le fermier devant les voitures | dort
@@ -9,11 +9,11 @@ modifier with a noun of its own, whose number is drawn independently:
     obj_rel     the farmer that the kings see | sleeps  le fermier que les rois voient | dort
     within_rc   the farmer that the kings | see         le fermier que les rois | voient
 
-Only the noun that a verb belongs to says which form is right. English determiners of `pairs` have one form for both
-numbers; French ones mark number, on the attractor as much as on the head. Every word has one role in one language, so
-a word-level tokenizer loses nothing. French nouns begin with a consonant: no elision, hence one word per slot.
+Only the head noun of a verb determines its form. The English determiners in `pairs` have one form for both numbers;
+French ones mark number, on the attractor as well as on the head. Every word has one role in one language, so a
+word-level tokenizer loses nothing. French nouns begin with a consonant, so there is no elision and one word per slot.
 
-The module is pure Python: the lexicon is data, the two languages share every rule.
+The module is pure Python; the lexicon is data, and both languages share all rules.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LANGUAGES = ("en", "fr")
 NUMBERS = ("sg", "pl")
 
 _MODIFIERS = ("none", "pp", "subj_rel", "obj_rel")
-_SUBJECT_MODIFIERS = (0.46, 0.22, 0.16, 0.16)  # attractors must be common, or the nearest noun stays the better rule
+_SUBJECT_MODIFIERS = (0.46, 0.22, 0.16, 0.16)  # with rare attractors a model would keep agreeing with the nearest noun
 _OBJECT_MODIFIERS = (0.85, 0.07, 0.04, 0.04)
 
 _T = TypeVar("_T")
 
 
 def vocabulary() -> list[str]:
-    """Every word that `documents` and `pairs` can produce, each once, in a fixed order (the full stop first)."""
+    """All words that `documents` and `pairs` can produce, in a fixed order, the full stop first."""
     words = ["."]
     for language in LANGUAGES:
         words += _LEXICONS[language].words()
@@ -47,10 +47,13 @@ def vocabulary() -> list[str]:
 
 
 def documents(n: int, seed: int) -> Iterator[str]:
-    """`n` documents of three to six sentences of one language, English and French in equal shares.
+    """Yield `n` documents of three to six sentences, each in English or French with equal probability.
 
-    Words are separated by one blank, the full stop is a word. The first `m` documents of a seed are the same for every
-    `n >= m`. Raises `UserError` when `n` is negative.
+    Words are separated by one space; the full stop is a word. The first m documents of a seed are the same for any
+    n >= m.
+
+    Raises:
+        UserError: `n` is negative.
     """
     if n < 0:
         raise UserError(f"cannot write {n} documents: ask for 0 or more")
@@ -58,15 +61,18 @@ def documents(n: int, seed: int) -> Iterator[str]:
 
 
 def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str, str]]:
-    """`n` minimal pairs of one construction and language, no two with the same prefix.
+    """Make `n` minimal pairs of one construction and language with distinct prefixes.
 
-    Each is a dictionary of `prefix` (words up to the verb), `correct` and `wrong` (the two forms of one verb),
-    `patch_prefix` (the prefix with the noun that the verb belongs to in the other number, and whatever agrees with it;
-    the attractor stays, the number of words too), `language`, `construction` and `number` ("sg" or "pl", of the
-    correct form). Attractors always have the other number than `correct`. Both numbers are equally frequent (to one
-    item when `n` is odd), so a model that always says one form is right half of the time.
+    Both numbers are equally frequent (up to one item if `n` is odd), so always predicting one form is right half of the
+    time. Attractors always have the other number than `correct`.
 
-    Raises `UserError` for an unknown construction or language, and when more items are asked for than there are.
+    Returns:
+        Dictionaries with `prefix` (words up to the verb), `correct` and `wrong` (the two forms of a verb),
+        `patch_prefix` (the prefix with the head noun, and what agrees with it, in the other number; it has as many
+        words and the same attractor), `language`, `construction` and `number` ("sg" or "pl", that of `correct`).
+
+    Raises:
+        UserError: an unknown construction or language, or more items than there are.
     """
     if construction not in CONSTRUCTIONS:
         hint = did_you_mean(construction, CONSTRUCTIONS)
@@ -82,7 +88,7 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
             f"there are {2 * per_number} different ones; ask for 0 to {2 * per_number}"
         )
     rng = random.Random(f"pairs {construction} {language} {seed}")
-    first = rng.randrange(2)  # which number gets the odd item
+    first = rng.randrange(2)  # the number that gets the extra item
     items: list[dict[str, str]] = []
     for number, count in ((first, (n + 1) // 2), (1 - first, n // 2)):
         for index in rng.sample(range(per_number), count):
@@ -110,7 +116,7 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
 
 
 def _pair_slots(construction: str, lexicon: _Lexicon) -> list[Sequence[Any]]:
-    """The independent choices that make a prefix: determiner and noun, then those of the modifier in order."""
+    """The independent choices that make a prefix: determiner and noun, then the modifier's words in order."""
     determiners, nouns = lexicon.determiners.options, lexicon.nouns()
     animate = [noun for noun in nouns if noun.kind != "thing"]
     prepositions, transitive = lexicon.prepositions.options, lexicon.verbs["transitive"].options
@@ -127,7 +133,7 @@ def _pair_slots(construction: str, lexicon: _Lexicon) -> list[Sequence[Any]]:
 def _pair_prefix(construction: str, parts: Sequence[Any], number: int, other: int, lexicon: _Lexicon) -> list[str]:
     """The words of a prefix whose verb has `number` and whose attractor has number `other`."""
     determiner, noun, *rest = parts
-    if construction == "within_rc":  # the verb belongs to the inner noun; the outer one is the attractor
+    if construction == "within_rc":  # the inner noun is the head, the outer one the attractor
         return [*_phrase(determiner, noun, other), lexicon.that_object, *_phrase(rest[0], rest[1], number)]
     words = _phrase(determiner, noun, number)
     if construction == "pp":
@@ -140,7 +146,7 @@ def _pair_prefix(construction: str, parts: Sequence[Any], number: int, other: in
 
 
 def _pair_verbs(construction: str, parts: Sequence[Any], lexicon: _Lexicon) -> list[tuple[str, str]]:
-    """The verbs that may follow the prefix made of `parts`."""
+    """The verbs that can follow the prefix made of `parts`."""
     if construction == "within_rc":
         return list(lexicon.verbs["transitive"].options)
     noun: _Noun = parts[1]
@@ -186,7 +192,7 @@ def _object(lexicon: _Lexicon, rng: random.Random, modifiers: Sequence[float] | 
 def _noun_phrase(
     lexicon: _Lexicon, rng: random.Random, number: int, kind: str, modifiers: Sequence[float] | None
 ) -> list[str]:
-    """A noun phrase; `modifiers` are the weights of `_MODIFIERS`, None for none at all (no nesting)."""
+    """A noun phrase; `modifiers` are the weights of `_MODIFIERS`, or None for no modifier (no nesting)."""
     noun = lexicon.nouns_by_kind[kind].draw(rng)
     determiners = lexicon.quantifiers if rng.random() < 0.15 else lexicon.determiners
     words = _phrase(determiners.draw(rng), noun, number)
@@ -197,7 +203,7 @@ def _noun_phrase(
         words += [lexicon.prepositions.draw(rng), *_object(lexicon, rng, None)]
     elif modifier == "subj_rel" and kind != "thing":
         words += [lexicon.that_subject, lexicon.verbs["transitive"].draw(rng)[number], *_object(lexicon, rng, None)]
-    elif modifier in ("obj_rel", "subj_rel"):  # a thing does nothing to anybody: its relative clause is the other one
+    elif modifier in ("obj_rel", "subj_rel"):  # things are not agents: their relative clause is the object one
         inner, agent = rng.randrange(2), rng.choices(("person", "animal"), (0.7, 0.3))[0]
         words += [lexicon.that_object, *_noun_phrase(lexicon, rng, inner, agent, None)]
         words += [lexicon.verbs["transitive"].draw(rng)[inner]]
@@ -208,13 +214,13 @@ def _noun_phrase(
 
 
 def _inflect(text: str, singular: str = "", plural: str = "") -> tuple[tuple[str, str], ...]:
-    """(singular, plural) of every word of `text`: stem plus ending, or as written where it says `singular/plural`."""
+    """(singular, plural) of every word in `text`: stem plus ending, or as written in `singular/plural`."""
     entries = [word.split("/") for word in text.split()]
     return tuple((e[0], e[1]) if len(e) == 2 else (e[0] + singular, e[0] + plural) for e in entries)
 
 
 def _nouns(kind: str, **by_gender: str) -> _Choice[_Noun]:
-    """Nouns of one kind; those of the two genders alternate, so that both are found among the frequent ones."""
+    """Nouns of one kind; the genders alternate, so the frequent nouns include both."""
     ranked = [
         ((rank + 0.5) / len(text.split()), _Noun(forms, gender, kind))
         for gender, text in by_gender.items()
@@ -228,7 +234,7 @@ def _words(text: str) -> _Choice[str]:
 
 
 def _determiners(text: str) -> _Choice[_Determiner]:
-    """Entries `masculine|feminine|plural`."""
+    """Determiners written as `masculine|feminine|plural`."""
     rows = [entry.split("|") for entry in text.split()]
     return _Choice([{"m": (m, plural), "f": (f, plural)} for m, f, plural in rows])
 
@@ -243,7 +249,7 @@ _Determiner = dict[str, tuple[str, str]]  # gender -> (singular, plural)
 
 
 class _Choice(Generic[_T]):
-    """Options drawn with probability proportional to 1 / (rank + 8): some are frequent, none is rare."""
+    """Options drawn with probability proportional to 1 / (rank + 8), so some are frequent and none is rare."""
 
     def __init__(self, options: Sequence[_T]):
         self.options = tuple(options)
@@ -257,10 +263,10 @@ class _Choice(Generic[_T]):
 class _Lexicon:
     nouns_by_kind: dict[str, _Choice[_Noun]]
     verbs: dict[str, _Choice[tuple[str, str]]]
-    """By kind: "copula", "transitive", and the intransitive ones of "animate" and "thing" subjects."""
+    """By kind: "copula", "transitive", and intransitive verbs for "animate" and "thing" subjects."""
     determiners: _Choice[_Determiner]
     quantifiers: _Choice[_Determiner]
-    """Determiners that mark number also in English; in documents only."""
+    """Determiners that mark number in English too; used only in documents."""
     adjectives: _Choice[tuple[str, str]]
     prepositions: _Choice[str]
     adverbs: _Choice[str]
@@ -327,7 +333,7 @@ _ENGLISH = _Lexicon(
     ),
     prepositions=_words("near behind beside with under by above against"),
     adverbs=_words("today often slowly again there now quickly alone here outside"),
-    that_subject="that",  # one word for both clauses: only what follows tells them apart
+    that_subject="that",  # the same word in both kinds of relative clause
     that_object="that",
     adjective_last=False,
 )

@@ -1,13 +1,13 @@
-"""Pretrain the demo's model: a tiny GPT-NeoX that learns number agreement on two cores in about a minute.
+"""Pretrain the demo's model: a tiny GPT-NeoX that learns number agreement in about a minute on two CPU cores.
 
-1. Documents of `grammar` become rows of word ids: each row begins with `<|endoftext|>` and a new document, is
-   filled with further documents, each behind the same token, and is cut at the context size. Every row is used once.
-2. A `GPTNeoXForCausalLM` is trained on them by AdamW, with a linear warmup and a cosine decay.
-3. The weights at `snapshot_steps` are written as folders `step{N}` in the layout of transformers, beside `tokenizer/`
-   and the manifest `snapshots.json`, which holds the recipe and a checksum of every file.
+1. Turn documents of `grammar` into rows of word ids: `<|endoftext|>` precedes each document, each row begins with a new
+   document and is cut at the context size. Every row is used once.
+2. Train a `GPTNeoXForCausalLM` on them with AdamW, a linear warmup and a cosine decay.
+3. Write the weights at `snapshot_steps` to folders `step{N}` in the layout of transformers, next to `tokenizer/` and
+   the manifest `snapshots.json`, which holds the recipe and a checksum of every file.
 
-Everything is written under a temporary name that is renamed at the end: a folder of the final name is whole. The same
-seed gives the same bytes on the same machine with the same number of threads.
+Everything is written to a temporary folder that is renamed at the end, so a folder with the final name is complete. The
+same seed gives the same bytes on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class PretrainingConfig:
     """The recipe of the demo's model. The defaults were chosen by measurement.
 
     Raises:
-        UserError: a number out of range, heads that do not split the width, steps that do not rise to the last one.
+        UserError: a number out of range, heads that do not divide the width, or snapshot steps that do not rise to the
+            last step.
     """
 
     n_layers: int = 3
-    """Number of blocks: three, so that the middle one has attention below and above it."""
+    """Number of blocks; with three, the middle one has attention below and above it."""
     d_model: int = 128
     """D, the width of the residual stream."""
     n_heads: int = 4
@@ -59,26 +60,26 @@ class PretrainingConfig:
     context_size: int = 48
     """Length of a row in tokens, the leading `<|endoftext|>` included."""
     batch_size: int = 32
-    """Rows, sequences of tokens, per step."""
+    """Rows per step."""
     n_steps: int = 640
     """Optimiser steps."""
     lr: float = 3e-3
     """Highest learning rate, reached at the end of the warmup."""
     warmup_steps: int = 30
-    """Optimiser steps over which the learning rate rises linearly."""
+    """Steps over which the learning rate rises linearly."""
     final_lr_fraction: float = 0.05
-    """The learning rate of the last step as a share of `lr`."""
+    """Learning rate of the last step, relative to `lr`."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay, on every parameter."""
+    """Decoupled weight decay of all parameters."""
     snapshot_steps: tuple[int, ...] = (0, 48, 96, 128, 176, 224, 272, 336, 448, 640)
-    """Optimiser steps after which the weights are kept, rising; the last is `n_steps`."""
+    """Steps after which the weights are saved, rising; the last is `n_steps`."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_mlp", "batch_size", "n_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is too small: choose 1 or more")
         if self.context_size < 2:
-            raise UserError(f"context_size={self.context_size} leaves nothing to predict: choose 2 or more")
+            raise UserError(f"context_size={self.context_size} is too small to predict a token: choose 2 or more")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise UserError(
                 f"d_model={self.d_model} does not split into {self.n_heads} heads of even width: "
@@ -87,16 +88,16 @@ class PretrainingConfig:
         if not 0 <= self.warmup_steps <= self.n_steps:
             raise UserError(f"warmup_steps={self.warmup_steps} is outside 0 to n_steps={self.n_steps}")
         if not self.lr > 0:
-            raise UserError(f"lr={self.lr} does not train: choose a number above 0")
+            raise UserError(f"lr={self.lr} is too small: choose a number above 0")
         steps = self.snapshot_steps
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 0 or steps[-1] != self.n_steps:
             raise UserError(f"snapshot_steps={steps} must rise from 0 or more to n_steps={self.n_steps}")
 
 
 def demo_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word of the demo's language, words being what blanks separate.
+    """The demo's tokenizer: one id per word of its language, words being separated by spaces.
 
-    Id 0 is `<|endoftext|>` (beginning, end and padding), id 1 stands for words outside the language.
+    Id 0 is `<|endoftext|>` (BOS, EOS and padding), id 1 stands for unknown words.
     """
     ids = {word: index for index, word in enumerate([END_OF_TEXT, UNKNOWN, *grammar.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
@@ -111,9 +112,9 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def demo_is_intact(folder: str | Path, seed: int = 0, config: PretrainingConfig | None = None) -> bool:
-    """Whether `folder` holds what `pretrain_demo` would write for this seed and recipe, every file with its checksum.
+    """Whether `folder` holds what `pretrain_demo` would write for this seed and recipe, by the checksum of every file.
 
-    False, never an error, for a folder that is absent, damaged, or of another recipe, seed, language or format.
+    A folder that is missing, damaged, or of another recipe, seed, language or format gives False, never an error.
     """
     folder = Path(folder)
     try:
@@ -134,13 +135,23 @@ def pretrain_demo(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Pretrain the demo's model into `folder` and return the folder.
+    """Pretrain the demo's model, unless `folder` holds it already.
 
-    `folder/step{N}/` is a model for `from_pretrained`, `folder/tokenizer/` its tokenizer, `folder/snapshots.json` the
-    manifest: `snapshots` (label, path, step, tokens seen), `seed`, `config`, `files` (sha256 of each).
+    `folder/step{N}/` holds a model for `from_pretrained`, `folder/tokenizer/` the tokenizer, and `folder/snapshots.json`
+    the manifest: `snapshots` (label, path, step, tokens seen), `seed`, `config` and `files` (sha256 of each).
 
-    A folder that is intact for this seed and recipe is returned as it is. Any other folder with something in it raises
-    `UserError`, unless `overwrite`; it is then replaced, after the training. `config=None` is the default recipe.
+    Args:
+        folder: where to write.
+        seed: of the initial weights and the data.
+        config: the recipe; None for the default.
+        overwrite: replace a folder that holds something else, once training is done.
+        progress: show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds something else, and `overwrite` is False.
     """
     config = config or PretrainingConfig()
     folder = Path(folder)
@@ -154,7 +165,7 @@ def pretrain_demo(
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = folder.resolve()  # "." has no name
     partial = whole.with_name(f".{whole.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our id
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
     try:
         _write_demo(partial, seed, config, progress)
         if overwrite and folder.exists() and not demo_is_intact(folder, seed, config):
@@ -162,7 +173,7 @@ def pretrain_demo(
         try:
             partial.rename(whole)
         except OSError:
-            if not demo_is_intact(folder, seed, config):  # else another process was faster with the same
+            if not demo_is_intact(folder, seed, config):  # otherwise another process finished first
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -184,7 +195,7 @@ def _write_demo(folder: Path, seed: int, config: PretrainingConfig, progress: bo
 
 
 def _save(model: GPTNeoXForCausalLM, folder: Path) -> None:
-    """`save_pretrained` without its progress bar: ten bars of one small file each would tear ours apart."""
+    """`save_pretrained` without its progress bar, which would interrupt ours ten times."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -195,7 +206,7 @@ def _save(model: GPTNeoXForCausalLM, folder: Path) -> None:
 
 
 def _train(seed: int, config: PretrainingConfig, progress: bool) -> Iterator[tuple[int, GPTNeoXForCausalLM]]:
-    """(step, model after that many steps) for every snapshot; the model goes on changing afterwards."""
+    """Yield (step, model) at every snapshot; the model is trained further afterwards."""
     model = _initial_model(seed, config).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
@@ -218,7 +229,7 @@ def _train(seed: int, config: PretrainingConfig, progress: bool) -> Iterator[tup
 
 
 def _lr_factor(step: int, config: PretrainingConfig) -> float:
-    """Share of the highest learning rate at a step: linear warmup, then a cosine down to `final_lr_fraction`."""
+    """Learning rate at a step, relative to `lr`: linear warmup, then cosine decay to `final_lr_fraction`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.n_steps - config.warmup_steps)
@@ -237,14 +248,14 @@ def _initial_model(seed: int, config: PretrainingConfig) -> GPTNeoXForCausalLM:
         eos_token_id=0,
         pad_token_id=0,
     )
-    # transformers draws from the global generator only: lend it ours, and give it back as it was
+    # transformers uses only the global generator: seed it, and restore it afterwards
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPTNeoXForCausalLM(model_config)
 
 
 def demo_batches(seed: int = 0, config: PretrainingConfig | None = None) -> Iterator[Int[Tensor, "rows context"]]:
-    """What the demo's model is pretrained on: a batch of token ids for each step, and more of the same without end."""
+    """Yield the demo's pretraining data, a batch of token ids per step, without end."""
     config = config or PretrainingConfig()
     rows = _rows(seed, config.context_size)
     while True:
@@ -252,8 +263,8 @@ def demo_batches(seed: int = 0, config: PretrainingConfig | None = None) -> Iter
 
 
 def _rows(seed: int, context_size: int) -> Iterator[list[int]]:
-    """Rows of `context_size` word ids, each beginning with the end-of-text token and a whole document's start."""
-    # a dictionary: the same ids as the tokenizer's, at a fraction of the time
+    """Yield rows of `context_size` word ids, each beginning with the end-of-text token and a new document."""
+    # the tokenizer's ids from a dictionary, which is much faster
     ids = {word: index for index, word in enumerate(grammar.vocabulary(), start=2)}
     row: list[int] = []
     for document in grammar.documents(2**62, seed):
@@ -265,7 +276,7 @@ def _rows(seed: int, context_size: int) -> Iterator[list[int]]:
 
 
 def _recipe(seed: int, config: PretrainingConfig) -> dict[str, Any]:
-    """What decides the weights, as it stands in the manifest: JSON types only."""
+    """Everything that determines the weights, as recorded in the manifest (JSON types only)."""
     language = "\n".join([*grammar.vocabulary(), *grammar.documents(50, 0)])
     return {
         "format": _FORMAT,
