@@ -247,7 +247,7 @@ class Crosscoder(SAE[Any], ABC):
         return self.unscale(self.reshape_fn_out(flat, self.d_head))
 
     @override
-    def forward(self, x: Float[Tensor, "... S D"] | Float[Tensor, "... SD"]) -> Float[Tensor, "... S D"]:
+    def forward(self, x: Tensor) -> Float[Tensor, "... S D"]:
         """Raw reconstruction of raw activations `x`, given as (..., S, D) or flat (..., S D).
 
         Raises:

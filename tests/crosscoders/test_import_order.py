@@ -26,7 +26,7 @@ import crosslens
 """,
     "crosslens names, then sae_lens": """
 import crosslens
-crosslens.TopKCrosscoderConfig(d_sae=4)
+crosslens.BatchTopKCrosscoderTrainingConfig(d_sae=4, k=1)
 from sae_lens import SAE
 """,
     "sae_lens.saes.sae after crosslens": """

@@ -41,7 +41,7 @@ from crosslens.training import recipes
 from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import initialise, search_decoder_norm
 from crosslens.training.run import complete, train
-from crosslens.training.trainer import CrosscoderTrainer
+from crosslens.training.trainer import CrosscoderTrainer, guarded_step
 
 T, B, STEPS = 16, 64, 24
 ALL: dict[str, Callable[[], CrosscoderTrainingConfig]] = {
