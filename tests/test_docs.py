@@ -103,6 +103,17 @@ def test_files_exist(path: Path) -> None:
     assert not [each for each in links if not (path.parent / each).exists()]
 
 
+def test_the_map_has_every_package_and_only_files_that_exist() -> None:
+    text = read(ROOT / "README.md").split("[start:map]")[1].split("[end:map]")[0]
+    listed: list[str] = []
+    for packages, _, files in (row.strip("|").split("|") for row in text.splitlines() if row.startswith("| `")):
+        homes = [ROOT / "crosslens" / name for name in re.findall(r"`(\w+)`", packages)]
+        listed += [home.name for home in homes]
+        for file in re.findall(r"`([\w/]+(?:\.py|/))`", files):
+            assert any((home / file).exists() for home in homes), file
+    assert sorted(listed) == sorted(path.parent.name for path in (ROOT / "crosslens").glob("*/__init__.py"))
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
     shown = set(re.findall(r"^::: crosslens\.(?:\w+\.)*(\w+)$", text, re.M))
