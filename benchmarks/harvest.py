@@ -1,13 +1,13 @@
-"""How fast activations come, live and from a cache, beside a full forward pass with `run_with_cache`; waiting; memory.
+"""Speed, waiting time and memory of harvesting, live and from a cache, against full forward passes.
 
 A random model of Pythia-70m's shape at S snapshots, hooked at half its depth. Three tables:
 
-1. Tokens per second (counted once per snapshot) and bytes per token. *full forward* is what one would write by hand:
-   `run_with_cache(tokens, names_filter=hook)` on each of S whole models that are in memory already, or are loaded one
-   after the other as they are for a cache. Contestants alternate; ratios are of CPU seconds within a round (of wall
-   seconds with more threads, or CUDA).
-2. The share of its time that a training loop waits for data. Its step takes a set multiple of the time that harvesting
-   its batch takes; it sleeps, as a loop does whose work is on an accelerator.
+1. Tokens per second (counted once per snapshot) and bytes per token. *full forward* is the obvious hand-written code:
+   `run_with_cache(tokens, names_filter=hook)` on each of S whole models, which are in memory already, or are loaded one
+   after the other as for a cache. Contestants alternate; ratios are of CPU seconds within a round (of wall seconds with
+   more threads, or on CUDA).
+2. The fraction of its time that a training loop waits for data. Its step takes a set multiple of the time needed to
+   harvest its batch; it sleeps, like a loop whose work is on an accelerator.
 3. Peak memory of a process that harvests into a cache and then reads it, at several S.
 """
 
@@ -104,7 +104,7 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     calls["live"] = live
     calls |= {f"cache, loading and writing {dtype}": write(dtype) for dtype in args.dtypes}
     calls |= {f"cache, reading {dtype}": read(dtype) for dtype in args.dtypes}
-    for s in range(S):  # only what says so loads models
+    for s in range(S):  # only "loading" contestants load models in the timed part
         snapshots.model(s, settings(args)), snapshots.model(s, settings(args), hook_layer(HOOK))
     timings = measure.alternate(calls, args.rounds, args.warm_up, args.device)
     clock = "cpu" if args.threads == 1 and args.device == "cpu" else "wall"
@@ -123,7 +123,7 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
 
 # ---------------------------------------------------------------------- waiting
 def waiting(snapshots: Snapshots, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Share of the loop's time that goes by in `next(batches)`, without the first block, for several speeds of it."""
+    """Fraction of a loop's time spent in `next(batches)`, without the first block, for several speeds of the loop."""
     size = 256
     rows: list[dict[str, Any]] = []
     activations.BLOCK_TOKENS = 4 * size
@@ -147,7 +147,7 @@ def waiting(snapshots: Snapshots, args: argparse.Namespace) -> list[dict[str, An
 
 # ---------------------------------------------------------------------- memory
 def peak_memory(n_snapshots: int, root: str, folder: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory above the start of harvesting into a cache, and of reading it, with blocks of one size in bytes."""
+    """Peak memory of harvesting into a cache and of reading it, above the start, with blocks of one size in bytes."""
     measure.return_freed_memory()
     torch.set_num_threads(args.threads)
     activations.BLOCK_BYTES = args.block_mb << 20
@@ -158,7 +158,7 @@ def peak_memory(n_snapshots: int, root: str, folder: str, args: argparse.Namespa
     cached = acts.cache(Path(folder) / f"memory-{n_snapshots}")
     found["write"] = ((measure.resident("VmHWM") or 0) - before) / 2**20
     before = measure.reset_resident_peak() or 0
-    for _ in cached.batches(64, epochs=1):  # small, for batches grow with S
+    for _ in cached.batches(64, epochs=1):  # small, because batches grow with S
         pass
     found["read"] = ((measure.resident("VmHWM") or 0) - before) / 2**20
     return found
@@ -190,7 +190,7 @@ def main() -> None:
         root, folder = Path(name) / "models", Path(name) / "caches"
         folder.mkdir()
         snapshots = write_snapshots(root, max([args.snapshots, *args.memory]))[: args.snapshots]
-        # first, for its processes are forked before this one runs a model
+        # first: its processes are forked, and this one must not have run a model
         memory = [measure.in_child(peak_memory, S, str(root), str(folder), args) for S in args.memory]
         rows = speed(snapshots, folder, args)
         waits = waiting(snapshots, args) if args.step else []

@@ -41,7 +41,7 @@ def make(folder: Path) -> Activations:
 
 @pytest.mark.slow
 def test_killed_shared_and_out_of_disk(tiny_snapshots: Path, tmp_path: Path) -> None:
-    """The checks below, in one process; a small file system needs the right to mount one."""
+    """The checks below, in one process; a limit on file sizes replaces a small disk where none can be mounted."""
     disk, mount = tmp_path / "disk", shutil.which("mount")
     disk.mkdir()
     command = [mount or "", "-t", "tmpfs", "-o", "size=300k", "t", disk]
@@ -58,7 +58,7 @@ def test_killed_shared_and_out_of_disk(tiny_snapshots: Path, tmp_path: Path) -> 
     finally:
         if mounted:
             subprocess.run(["umount", disk], check=True)
-    expected = ["kill", "share", "limit", *(["full"] if mounted else [])]
+    expected = ["kill", "share", "full" if mounted else "limit"]
     assert done.stdout.split() == expected, done.stdout + done.stderr
 
 
@@ -165,9 +165,7 @@ def check_kill(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
         lambda: killing(os, "replace", N_SHARDS + 1),  # between the manifest's temporary file and the manifest
         lambda: killing(os, "replace", N_SHARDS + 1, after=True),
         lambda: setattr(cache, "save", torn),
-        lambda: killing(os, "replace", 2),
         lambda: killing(os, "replace", 4, after=True),
-        lambda: killing(activations, "fill", 1),
         lambda: killing(cache, "write_shard", 5),
     ]
     for moment in moments:
@@ -178,13 +176,13 @@ def check_kill(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
 
         assert died_of(fork(work)) == -signal.SIGKILL
     # killed from outside, each time after some more files
-    for wanted in (8, 10, 13):
+    for wanted in (9, 12):
         pid = fork(lambda: acts.cache(target))
         wait_for(lambda wanted=wanted: len(list(target.glob("acts-*.safetensors"))) >= wanted)
         os.kill(pid, signal.SIGKILL)
         died_of(pid)
     before = {path.name: path.stat().st_mtime_ns for path in target.glob("acts-*.safetensors")}
-    assert len(before) >= 13
+    assert len(before) >= 12
     assert died_of(fork(lambda: acts.cache(target))) == 0
     equal(target, whole)
     assert all((target / name).stat().st_mtime_ns == when for name, when in before.items())
@@ -207,12 +205,12 @@ def check_share(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
         noting(log, slow)
         acts.cache(log.parent / "cache")
 
-    # three ranks, or three commands by hand: every pair is harvested once, by whichever process comes first
-    for name, world in (("ranks", 3), ("hand", 1)):
+    # two ranks, or two commands by hand: every pair is harvested once, by whichever process comes first
+    for name, world in (("ranks", 2), ("hand", 1)):
         (root / name).mkdir()
         log = root / name / "log"
-        pids = [fork(partial(rank, i if world > 1 else 0, world, log, 0.02)) for i in range(3)]
-        assert [died_of(pid) for pid in pids] == [0, 0, 0]
+        pids = [fork(partial(rank, i if world > 1 else 0, world, log, 0.02)) for i in range(2)]
+        assert [died_of(pid) for pid in pids] == [0, 0]
         done = log.read_text().split()
         assert len(done) == len(set(done)) == N_PAIRS, name
         equal(root / name / "cache", whole)
@@ -315,11 +313,10 @@ if __name__ == "__main__":
     root = Path(sys.argv[2])
     acts = make(Path(sys.argv[1]))
     whole = reference(acts, root)
-    for check in (check_kill, check_share, check_limit):
-        name = check.__name__.removeprefix("check_")
-        (root / name).mkdir()
-        check(acts, whole, root / name)
+    places = {"kill": root / "kill", "share": root / "share"}
+    places |= {"full": Path(sys.argv[3])} if len(sys.argv) > 3 else {"limit": root / "limit"}
+    checks = {"kill": check_kill, "share": check_share, "full": check_full, "limit": check_limit}
+    for name, place in places.items():
+        place.mkdir(exist_ok=True)
+        checks[name](acts, whole, place)
         sys.stdout.write(f"{name}\n")
-    if len(sys.argv) > 3:
-        check_full(acts, whole, Path(sys.argv[3]))
-        sys.stdout.write("full\n")

