@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on 127.0.0.1, over a folder in the layout of the hub's cache, that can be made to fail."""
+"""A small Hugging Face hub on 127.0.0.1 that serves a folder in the layout of the hub's cache, and can be made to fail."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = Callable[[str, str, str, int], str | None]
-"""Fault of a request, by method, repository, file and number of requests of this kind before it: None, or one of
-"drop" (half of the file, then the line is cut), "cut" (the line is cut before the file), "short" (half of the file,
-told to be whole), or a status code."""
+"""Fault of a request, given method, repository, file and the number of earlier requests like it: None, "drop" (half of
+the file, then the connection is reset), "cut" (reset before the file), "short" (half of the file, declared as all of
+it), or a status code."""
 
 
 def commit_of(revision: str) -> str:
@@ -26,7 +26,7 @@ def commit_of(revision: str) -> str:
 
 
 def revision_folder(hub: Path, repo: str, revision: str, commit: str | None = None) -> Path:
-    """The folder of a revision in a hub cache, its ref written; not made."""
+    """The folder of a revision in a hub cache; writes its ref but does not create the folder."""
     base = hub / f"models--{repo.replace('/', '--')}"
     (base / "refs").mkdir(parents=True, exist_ok=True)
     (base / "refs" / revision).write_text(commit or commit_of(revision))
@@ -34,7 +34,7 @@ def revision_folder(hub: Path, repo: str, revision: str, commit: str | None = No
 
 
 def run_program(program: list[str], home: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Python with a Hugging Face home of its own."""
+    """Run Python with its own Hugging Face home."""
     found = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
     for key in ("HF_HUB_CACHE", "HF_TOKEN"):
         found.pop(key, None)
@@ -43,9 +43,9 @@ def run_program(program: list[str], home: Path, **env: str) -> subprocess.Comple
 
 
 class serve:
-    """The part of the hub that downloads and lists need; `asked` records method and path of every request.
+    """The parts of the hub that downloads and lists of revisions need; `asked` records every request.
 
-    A repository whose owner is `gated` is gated.
+    Repositories of the owner `gated` are gated.
     """
 
     def __init__(self, hub: Path, fault: Fault = lambda *_: None) -> None:
@@ -104,7 +104,7 @@ class serve:
                     self.wfile.write(data[:sent])
                     if found in ("drop", "cut"):
                         self.wfile.flush()
-                        # closed with a reset, as a line that is cut
+                        # close with a reset, like a broken connection
                         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         self.connection.close()
 
@@ -130,11 +130,11 @@ class serve:
                 self.end_headers()
 
             def log_message(self, *_: object, **__: object) -> None:
-                """Nothing: the requests are recorded."""
+                """Do nothing: requests are recorded instead."""
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None:
-                """Nothing: clients that go away, and lines that are cut on purpose."""
+                """Do nothing: clients disconnect, and connections are broken on purpose."""
 
         self.asked = asked
         self.server = Server(("127.0.0.1", 0), Handler)

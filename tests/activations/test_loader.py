@@ -127,7 +127,7 @@ def test_non_finite_activations_name_the_snapshot(tiny_snapshots: Path, tiny_tex
         next(acts.batches(100))
 
 
-# ---------------------------------------------------------------------- which positions, and in which order
+# ---------------------------------------------------------------------- positions and their order
 
 
 @pytest.mark.parametrize(("keep_special", "size"), [(False, 37), (True, 37), (False, 250)])  # 250: more than a block
@@ -144,14 +144,14 @@ def test_every_kept_position_once_per_epoch(snapshots: Snapshots, tiny_text: lis
     stream = torch.cat(batches)
     for epoch in range(3):
         assert keys(stream[epoch * n : (epoch + 1) * n]) == expected
-    assert not torch.equal(stream[:n], stream[n : 2 * n])  # another order in every epoch
+    assert not torch.equal(stream[:n], stream[n : 2 * n])  # every epoch has its own order
     assert not torch.equal(stream[:n], everything[kept])
     once = list(acts.batches(size, epochs=1))
     assert [len(batch) for batch in once] == [size] * (n // size)
     assert torch.equal(torch.cat(once), stream[: n // size * size])
 
 
-def test_a_single_block_is_shuffled_anew_in_every_epoch(snapshots: Snapshots, tiny_text: list[str]):
+def test_a_single_block_is_reshuffled_in_every_epoch(snapshots: Snapshots, tiny_text: list[str]):
     acts = make(snapshots, tiny_text, n_tokens=300)
     n = acts.n_tokens
     assert len(acts.train_tokens()) <= acts.block_sequences
@@ -194,15 +194,15 @@ def test_deterministic_in_the_seed_and_off_the_global_generator(snapshots: Snaps
     other = make(snapshots, tiny_text, seed=6)
     assert not torch.equal(first.tokens, other.tokens)
     one, two = sequences(first.tokens), sequences(other.tokens)
-    # of the same sequences; n_tokens is a minimum, which one more may be needed to reach
+    # the same sequences; n_tokens is a minimum, and may need one more
     assert (one <= two or two <= one) and abs(one.total() - two.total()) <= 1
     torch.random.set_rng_state(state)
     next(again.batches(50))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_held_out_sequences_are_others_than_those_of_training(snapshots: Snapshots):
-    # every sequence is unlike every other: the digits of its number
+def test_held_out_sequences_are_not_in_training(snapshots: Snapshots):
+    # all sequences differ: each spells its index in base 13
     grid = torch.tensor([[0, *(2 + (i // 13**d) % 13 for d in range(7))] for i in range(300)])
     for held_out in (1, 100, 777):
         acts = make(snapshots, grid, n_tokens=1000, held_out_tokens=held_out)
@@ -224,7 +224,7 @@ def test_held_out_does_not_depend_on_what_was_read_before(snapshots: Snapshots, 
     assert torch.equal(torch.cat(list(used.held_out(7))), fresh)
 
 
-def test_arrays_are_taken_as_they_are(snapshots: Snapshots):
+def test_arrays_are_used_unchanged(snapshots: Snapshots):
     grid = (np.arange(200 * 10).reshape(200, 10) % 13 + 2).astype(np.uint16)
     acts = make(snapshots, grid, n_tokens=500, held_out_tokens=50, context_size=None)
     assert acts.tokens.shape[1] == 10 and acts.dataset.context_size == 10 and acts.metadata()["context_size"] == 10
@@ -374,7 +374,9 @@ def test_recorded_and_made_again(snapshots: Snapshots, tiny_text: list[str], tmp
         ({"hook_name": "blocks.1.hook_resid_pots"}, "blocks.1.hook_resid_pots"),
     ],
 )
-def test_mistakes_are_told_at_once(snapshots: Snapshots, tiny_text: list[str], options: dict[str, Any], message: str):
+def test_mistakes_are_reported_at_once(
+    snapshots: Snapshots, tiny_text: list[str], options: dict[str, Any], message: str
+):
     with pytest.raises(UserError, match=message) as caught:
         make(snapshots, tiny_text, **options)
     assert "\n" not in str(caught.value)
@@ -400,7 +402,7 @@ def test_more_tokens_than_there_are(snapshots: Snapshots, tiny_text: list[str]):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_training_is_never_a_sequence_short(snapshots: Snapshots, tiny_text: list[str], seed: int):
+def test_training_never_lacks_a_sequence(snapshots: Snapshots, tiny_text: list[str], seed: int):
     for n_tokens in (300, 305, 311):
         acts = make(snapshots, tiny_text, n_tokens=n_tokens, seed=seed)
         assert n_tokens <= acts.n_tokens < n_tokens + 2 * T

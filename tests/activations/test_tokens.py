@@ -1,4 +1,4 @@
-"""Datasets of every kind become the same sequences; what cannot be read is refused in one line."""
+"""Datasets of every kind become the same sequences; unreadable ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_files_of_every_kind(name: str, tmp_path: Path, tokenizer: Any, document
     assert Dataset(tmp_path / name).name == name  # no folder of the user's
 
 
-def test_a_file_is_read_without_asking_anybody(
+def test_a_file_is_read_without_a_connection(
     tmp_path: Path, tokenizer: Any, documents: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[Any] = []
@@ -138,7 +138,7 @@ def test_reading_stops_when_enough_tokens_count(tokenizer: Any, documents: list[
 
 
 def test_more_than_one_read_ahead(tokenizer: Any, tiny_text: list[str]):
-    """The packer is read 1024 sequences at a time: the count goes on from one portion to the next."""
+    """Sequences are read 1024 at a time; the count continues from one portion to the next."""
     whole = read(tiny_text, tokenizer, context_size=3)
     assert len(whole) > 3000
     for wanted in (3 * 1024 - 1, 3 * 1024, 3 * 1024 + 1, 3 * 2500):
@@ -155,7 +155,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [pytest.param(*row[1:], id=row[0]) for row in BAD])
-def test_what_cannot_be_read(
+def test_unreadable_data(
     name: str, options: dict[str, Any], message: str, tmp_path: Path, tokenizer: Any, documents: list[str]
 ):
     for writer in ("data.jsonl", "data.txt"):
@@ -185,7 +185,7 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any)
         read([], tokenizer)
 
 
-def test_a_hub_dataset_that_cannot_be_had(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_dataset_that_is_unavailable(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     def load(name: str, **_: Any) -> None:
         raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nmore lines")
 

@@ -45,7 +45,7 @@ def write_model(folder: Path, seed: int, **changes: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPTNeoXForCausalLM(config)
-    for parameter in model.parameters():  # biases and norms too: a library that swaps them must not pass
+    for parameter in model.parameters():  # biases and norms too, to notice a library that swaps them
         parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.1)
     model.save_pretrained(folder)
     return folder
@@ -60,7 +60,7 @@ def write_tokenizer(folder: Path, words: list[str] = WORDS) -> None:
 
 
 def as_bin(folder: Path) -> None:
-    """Turn the weights into the old format, with the buffers that old files hold."""
+    """Convert the weights to the old format, with the buffers that old files contain."""
     weights = load_file(folder / "model.safetensors")
     weights["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -84,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
-    """The same, to be spoilt."""
+    """A copy of the run, to be damaged."""
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
@@ -139,7 +139,7 @@ def test_indexing(run: Path) -> None:
         _ = snaps[[0, 0]]
 
 
-def test_a_recipe_makes_the_same_collection(run: Path) -> None:
+def test_a_record_makes_the_same_collection(run: Path) -> None:
     snaps = Snapshots.local(run)[[0, 2]]
     again = Snapshots.from_dict(json.loads(json.dumps(snaps.to_dict())))
     assert again == snaps
@@ -184,7 +184,7 @@ LOCAL_MISTAKES: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), LOCAL_MISTAKES)
-def test_a_folder_that_is_no_run_is_refused(copy: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(copy: Path, spoil: Callable[[Path], Any], message: str) -> None:
     spoil(copy)
     with pytest.raises(UserError, match=message) as caught:
         Snapshots.local(copy)
@@ -211,7 +211,7 @@ def test_the_bridge_computes_what_transformers_computes(run: Path) -> None:
 def test_loading_is_silent_and_leaves_no_trace(
     run: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.disable(logging.NOTSET)  # whatever ran before in this process
+    logging.disable(logging.NOTSET)  # an earlier test may have changed it
     transformers_logging.enable_progress_bar()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -232,7 +232,7 @@ def test_loading_is_silent_and_leaves_no_trace(
         enable_progress_bars()
 
 
-def test_models_are_kept_where_they_fit(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_kept_if_they_fit(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snaps = Snapshots.local(run)
     first, last = snaps.model(0), snaps.model(-1)
     assert snaps.model(0) is first
@@ -250,7 +250,7 @@ def test_models_are_kept_where_they_fit(run: Path, monkeypatch: pytest.MonkeyPat
     assert snaps.model(1) is kept
 
 
-def test_a_backend_or_device_that_is_not_there_is_refused(run: Path) -> None:
+def test_an_unavailable_backend_or_device_is_refused(run: Path) -> None:
     snapshot = Snapshots.local(run)[0]
     with pytest.raises(UserError, match="backend='brigde' is unknown: use bridge or .*; did you mean 'bridge'"):
         snapshot.load(backend="brigde")
@@ -502,7 +502,7 @@ def test_hook_points_that_do_not_exist_are_refused(run: Path, hook: str, message
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo
-def test_the_demo_is_made_once_and_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_made_once_and_again_if_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSSLENS_CACHE", str(tmp_path / "cache"))
     recipe = PretrainingConfig(
         n_layers=1, d_model=16, n_heads=2, d_mlp=16, batch_size=2, n_steps=2, warmup_steps=0, snapshot_steps=(0, 2)
@@ -533,7 +533,7 @@ def test_the_demo_is_made_once_and_again_when_damaged(tmp_path: Path, monkeypatc
         Snapshots.demo(5, tmp_path / "mine")
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = snapshots_module._cache_folder
     for key, value, expected in [
         ("HOME", "/home/u", "/home/u/.cache/crosslens"),

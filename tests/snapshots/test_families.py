@@ -1,4 +1,4 @@
-"""The table of families against figures written out by hand, and its errors word for word."""
+"""The table of families against numbers written by hand, and its error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def revisions(family: str, size: str, *choice: Any) -> list[Revision]:
     return find_model(family, size).revisions(*choice)
 
 
-def test_pythia_has_the_154_checkpoints_that_transformer_lens_lists() -> None:
+def test_pythia_has_the_154_steps_that_transformer_lens_lists() -> None:
     from transformer_lens.loading_from_pretrained import PYTHIA_CHECKPOINTS
 
     rows = revisions("pythia", "14m", "all")
@@ -111,12 +111,12 @@ def test_revisions_are_read_as_they_are_spelt() -> None:
             olmo.parse(wrong)
 
 
-def test_what_the_table_lacks_comes_from_the_hubs_list() -> None:
+def test_revisions_outside_the_table_come_from_the_hubs_list() -> None:
     olmo = find_model("olmo", "1b-0724")
     rows = olmo.revisions("all", lambda: OLMO)
     assert [row.step for row in rows] == [0, *range(1000, 31_000, 1000), 1_454_000]
     assert [r.revision for r in olmo.revisions([3000, 0], lambda: OLMO)] == ["step0-tokens0B", "step3000-tokens6B"]
-    # in the order of training, whatever the order they are given in; and no list is asked for
+    # sorted by training order, and without the hub's list
     named = olmo.revisions(["step1454000-tokens3048B", "main", "step16000-tokens33B"], lambda: pytest.fail("asked"))
     assert [row.label for row in named] == ["step16000", "step1454000", "main"]
     with pytest.raises(UserError, match="no snapshot at step 3500: the nearest are 3000 and 4000$"):
@@ -129,7 +129,7 @@ def test_what_the_table_lacks_comes_from_the_hubs_list() -> None:
     assert [row.label for row in second] == ["stage2-ingredient1-step1000", "stage2-ingredient1-step11931"]
 
 
-def test_a_pattern_of_the_users() -> None:
+def test_a_users_pattern() -> None:
     model = pattern_model("me/model", "checkpoint-{step}", tokens_per_step=10)
     assert model.revisions([200, 100]) == [
         Revision("step100", "checkpoint-100", 100, 1000),
@@ -162,7 +162,7 @@ def test_even_spacing() -> None:
             chosen = spaced(steps, n, scale)
             assert len(chosen) == n and chosen == sorted(set(chosen)) and set(chosen) <= set(steps)
             assert (chosen[0], chosen[-1]) == (steps[0], steps[-1])
-    # where every step is there, each is the nearest to its even place
+    # if every step exists, each chosen one is nearest to its even position
     whole = list(range(10_001))
     marks = [math.log1p(step) for step in spaced(whole, 9, "log")]
     for k, mark in enumerate(marks):

@@ -56,7 +56,7 @@ def write_family(hub: Path, names: tuple[str, list[str]], config: PretrainedConf
         folder = revision_folder(hub, names[0], revision)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():  # biases and norms too: a library that swaps them must not pass
+        for parameter in model.parameters():  # biases and norms too, to notice a library that swaps them
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(folder)
         if tokenizer:
@@ -72,7 +72,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_family(home / "hub", OLMO, OlmoConfig(**LLAMA, clip_qkv=0.5))
         write_family(home / "hub", OLMO2, Olmo2Config(**LLAMA))
         write_family(home / "hub", BLOOMS, BloomConfig(**BLOOM), tokenizer=False)
-        # the final repository, for its tokenizer and the configuration that HookedTransformer reads
+        # the final repository, with the tokenizer and the configuration that HookedTransformer reads
         final = revision_folder(home / "hub", "bigscience/bloom-1b1", "main")
         BloomConfig(**BLOOM, architectures=["BloomForCausalLM"]).save_pretrained(final)
         write_tokenizer(final)
