@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on 127.0.0.1 that serves a folder in the layout of the hub's cache, and can be made to fail."""
+"""A small Hugging Face hub on 127.0.0.1 that serves a folder in the layout of the hub's cache, and fails on demand."""
 
 from __future__ import annotations
 
