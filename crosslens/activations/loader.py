@@ -279,7 +279,7 @@ class Activations:
         Args:
             folder: created if needed; the cache of another request is refused.
             dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
-            evict: afterwards delete the weights that this download put into the hub's cache.
+            evict: afterwards delete the weights that crosslens downloaded to the hub's cache.
             verify: compare the checksums of all files now.
 
         Raises:
