@@ -1,11 +1,11 @@
-"""`python -m crosslens` is the command line; torchrun starts it several times."""
+"""`python -m crosslens` runs the command line; torchrun starts one process per device."""
 
 import os
 import sys
 import traceback
 
 if os.environ.get("RANK", "0") != "0":
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough; tqdm asks when it is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough; tqdm reads this when it is imported
 
 from crosslens.cli.app import main
 
@@ -19,4 +19,4 @@ except BaseException as error:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)  # the others may be waiting for this process: torchrun ends them
+    os._exit(code if isinstance(code, int) else 1)  # skip cleanup that may wait for other processes; torchrun ends them

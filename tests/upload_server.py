@@ -1,7 +1,7 @@
-"""A hub on 127.0.0.1 that holds repositories in memory: as much of its protocol as huggingface_hub uses for a commit.
+"""A Hugging Face hub on 127.0.0.1 with repositories in memory; it implements what huggingface_hub needs for commits.
 
-Tokens are names of what they may do: "writer", "reader"; any other is refused as the hub refuses an expired one.
-Uploads of large files to the repositories in `broken` fail: "refuse" by a status, "cut" by closing the connection.
+The tokens "writer" and "reader" have those rights; any other token is refused like an expired one.
+Uploads of large files to repositories in `broken` fail: "refuse" with a status, "cut" by closing the connection.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests."""
+        """Ignore clients that hang up, as some tests do."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     # ------------------------------------------------------------------ answers
     def answer(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> None:
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve() -> Any:
-    """The hub, running."""
+    """Run a hub."""
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()

@@ -2,8 +2,8 @@
 
 In: the arguments of a verb (`ls`, `plan`, `harvest`, `train`, `evolve`, `attribute`, `ablate`, `label`, `report`,
 `push`, `demo`). Out: a run directory. Start with `app`: each verb is one function there that calls the library function
-of the same name. `arguments` turns strings into snapshots, tasks and configs; `demo` is the whole pipeline on a tiny
-model.
+of the same name. `arguments` checks values before anything heavy is imported, and turns them into snapshots, tasks and
+configs; `demo` is the whole pipeline on a tiny model.
 """
 
 import lazy_loader

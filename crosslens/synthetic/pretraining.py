@@ -137,8 +137,8 @@ def pretrain_demo(
 ) -> Path:
     """Pretrain the demo's model, unless `folder` holds it already.
 
-    `folder/step{N}/` holds a model for `from_pretrained`, `folder/tokenizer/` the tokenizer, and `folder/snapshots.json`
-    the manifest: `snapshots` (label, path, step, tokens seen), `seed`, `config` and `files` (sha256 of each).
+    `step{N}/` in it holds a model for `from_pretrained`, `tokenizer/` the tokenizer, and `snapshots.json` the manifest:
+    `snapshots` (label, path, step, tokens seen), `seed`, `config` and `files` (sha256 of each).
 
     Args:
         folder: where to write.

@@ -1,4 +1,4 @@
-"""The demo at a small size: every stage runs, the summary has what it promises, and nothing is done twice."""
+"""The demo at a small size: every stage runs, the summary is complete, and a second run reuses the first."""
 
 from __future__ import annotations
 
@@ -18,15 +18,26 @@ SMALL = DemoConfig(
 )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_every_stage_and_a_second_time(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def snaps(tmp_path_factory: pytest.TempPathFactory) -> Snapshots:
     recipe = PretrainingConfig(d_model=32, d_mlp=64, n_heads=2, n_steps=24, warmup_steps=4, snapshot_steps=(0, 8, 24))
-    snaps = Snapshots.demo(0, tmp_path / "model", config=recipe)
-    out = tmp_path / "run"
-    summary = run_demo(out, 0, SMALL, snaps)
-    assert summary == json.loads((out / "summary.json").read_text())
+    return Snapshots.demo(0, tmp_path_factory.mktemp("model") / "seed0", config=recipe)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, snaps: Snapshots) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    summary = run_demo(folder, 0, SMALL, snaps)
+    assert summary == json.loads((folder / "summary.json").read_text())
+    return folder
+
+
+@pytest.mark.slow
+def test_every_stage_runs(out: Path, snaps: Snapshots) -> None:
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["snapshots"] == ["step0", "step8", "step24"]
     assert set(summary["accuracy"]) == {"simple", "pp", "subj_rel"} == set(summary["ablation"])
+    assert set(summary["phases"]) >= {"dimensionality"}
     assert all(len(curve) == 3 for curve in (*summary["accuracy"].values(), summary["explained_variance"]))
     assert all(0 <= error < 0.05 for error in summary["completeness_error"])
     for figures in summary["ablation"].values():
@@ -34,10 +45,15 @@ def test_every_stage_and_a_second_time(tmp_path: Path) -> None:
     for name in ("late_feature", "sign_change"):
         assert len(summary[name]["ie"]) == 3 and 0 <= summary[name]["feature"] < SMALL.d_sae
     assert (out / "report" / "index.html").is_file()
+    with pytest.raises(UserError, match="its seed is 0, yours is 1"):
+        run_demo(out, 1, SMALL, snaps)
+
+
+@pytest.mark.exhaustive
+def test_a_second_run_changes_nothing(out: Path, snaps: Snapshots) -> None:
+    summary = json.loads((out / "summary.json").read_text())
     weights = (out / "crosscoder" / "sae_weights.safetensors").read_bytes()
     again = run_demo(out, 0, SMALL, snaps)
     assert (out / "crosscoder" / "sae_weights.safetensors").read_bytes() == weights
     timed = ("seconds", "timings")
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in summary.items() if k not in timed}
-    with pytest.raises(UserError, match="its seed is 0, yours is 1"):
-        run_demo(out, 1, SMALL, snaps)

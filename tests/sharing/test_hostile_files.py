@@ -1,6 +1,6 @@
-"""Mutated files: whatever is in them, they load to something that works, or are refused by a `UserError` of one line.
+"""Mutated files either load as something that works, or are refused by a `UserError` of one line.
 
-`CROSSLENS_FUZZ=2000 pytest tests/test_hostile_files.py` tries so many of each kind; without it there are a few.
+`CROSSLENS_FUZZ=2000 pytest tests/sharing/test_hostile_files.py` tries that many of each kind; the default is 40.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SNIPPETS = [
 
 @st.composite
 def edits(draw: Any) -> Callable[[bytes], bytes]:
-    """A few edits of bytes: flips, cuts, insertions, repetitions, a truncation."""
+    """A few edits of bytes: flips, cuts, insertions, repetitions, truncation."""
     kinds = st.sampled_from(["flip", "cut", "insert", "repeat", "truncate", "number"])
     steps = draw(st.lists(st.tuples(kinds, st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))
 
@@ -83,7 +83,7 @@ def edits(draw: Any) -> Callable[[bytes], bytes]:
 
 @st.composite
 def value_edits(draw: Any) -> Callable[[Any], Any]:
-    """Values of a nested structure replaced by hostile ones, or keys taken away."""
+    """Replace values in a nested structure by hostile ones, or delete keys."""
     steps = draw(
         st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from([*HOSTILE, "DELETE"])), min_size=1, max_size=3)
     )
@@ -333,7 +333,7 @@ def test_token_arrays(tiny_snapshots: Path, shape: list[int], dtype: str) -> Non
         ("prefix,correct,wrong\na,b," + "c" * 200_000, "is no table .*field larger than field limit"),
     ],
 )
-def test_tables_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_tables(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "task.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         Task.local(tmp_path / "task.csv")

@@ -1,4 +1,4 @@
-"""Files of other code, written here in its layouts, against a direct implementation of its forward pass."""
+"""Crosscoders in the layouts of other projects, compared with direct implementations of their forward passes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write_code(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> P
 
 
 def code_forward(x: Tensor, state: dict[str, Tensor], scale: list[float]) -> tuple[Tensor, Tensor]:
-    """Features and raw reconstruction of (B, S, D), number by number, in float64."""
+    """Features and raw reconstruction of (B, S, D), element by element, in float64."""
     w = {name: tensor.double() for name, tensor in state.items()}
     n = len(scale)
     features = torch.zeros(len(x), F, dtype=torch.float64)
@@ -261,7 +261,7 @@ def test_openmoss_with_folded_biases_is_loaded_as_it_was_trained(tmp_path: Path)
         ({"d_model": "4"}, "d_model='4' is not a whole number"),
         ({"expansion_factor": -1}, "expansion_factor=-1 is not a valid positive number"),
         ({"expansion_factor": 1e300}, "expansion_factor=1e\\+300 is not a valid positive number"),
-        ({"act_fn": "relu"}, "log_jumprelu_threshold' is no tensor of this architecture"),
+        ({"act_fn": "relu"}, "log_jumprelu_threshold' is not a tensor of this architecture"),
     ],
 )
 def test_openmoss_that_is_not_converted(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -307,7 +307,7 @@ def test_weights_that_are_refused(tmp_path: Path, state: Any, message: str, caps
     assert "has run" not in capsys.readouterr().out
 
 
-def test_files_that_ask_for_memory_they_do_not_have(tmp_path: Path) -> None:
+def test_files_that_claim_more_data_than_they_hold(tmp_path: Path) -> None:
     place = write_code(tmp_path, code_weights(False), code_config())
     weights = place.with_suffix(".pt")
     whole = weights.read_bytes()
@@ -344,7 +344,7 @@ def test_configs_that_are_refused(tmp_path: Path, changes: dict[str, Any], messa
         import_crosscoder(write_code(tmp_path, code_weights(False), code_config(**changes)))
 
 
-def test_what_is_no_crosscoder(tmp_path: Path) -> None:
+def test_folders_without_a_crosscoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no crosscoder of a known layout"):
         import_crosscoder(tmp_path)
     with pytest.raises(UserError, match="layout 'openmos' is unknown: .* did you mean 'openmoss'"):

@@ -1,4 +1,4 @@
-"""Releases by name: the embedded one, users' files, and every mistake in a registry told in one line."""
+"""Releases by name: the package's own, users' files, and a one-line error for every mistake in a registry."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(path: Path, releases: Any) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A crosscoder of 5 features and 2 snapshots in `mine/somewhere/a`."""
+    """A crosscoder with 5 features and 2 snapshots in `mine/somewhere/a`."""
     return of_norms(torch.rand(5, 2) + 0.1).save(tmp_path / "mine" / "somewhere" / "a")
 
 
@@ -85,7 +85,7 @@ def test_a_crosscoder_says_what_it_is() -> None:
 
 def test_the_embedded_release_is_as_good_as_the_registry_says() -> None:
     crosscoder, snapshots = from_pretrained(DEMO, HOOK), load_snapshots(DEMO)
-    documents = list(grammar.documents(800, seed=77))  # others than it was trained on
+    documents = list(grammar.documents(800, seed=77))  # not those it was trained on
     acts = Activations(snapshots, HOOK, Dataset(documents, 10_000, held_out_tokens=8_000))
     table = evaluate(crosscoder, acts, n_tokens=500)
     said = find_release(DEMO).entry(HOOK)
@@ -106,7 +106,7 @@ def test_a_file_is_registered_and_loads_from_its_folder(tmp_path: Path, saved: P
     loaded = crosslens.from_pretrained("mine", "a", dtype="float64")
     assert loaded.dtype == torch.float64
     assert torch.equal(loaded.W_dec, crosslens.load(saved, dtype="float64").W_dec)
-    assert register_release(path) == ["mine"]  # the same again is no other
+    assert register_release(path) == ["mine"]  # registering the same release twice is allowed
     with pytest.raises(UserError, match="release 'mine' has no 'b': it has a"):
         from_pretrained("mine", "b")
     with pytest.raises(UserError, match="is a folder and has no revision 'v1'"):
@@ -153,12 +153,12 @@ def test_snapshots_of_a_release(tmp_path: Path, tiny_snapshots: Path) -> None:
         load_snapshots("none")
     with pytest.raises(UserError, match="there is no release 'neat': there are .* did you mean 'near'"):
         load_snapshots("neat")
-    # a link is followed, and must not lead out
+    # links are followed, and must stay inside
     with pytest.raises(UserError, match="folder 'weights' is not below its folder"):
         read_registry(write(tmp_path / "out.yaml", {"out": release(snapshots={"folder": "weights"})}))
 
 
-def test_ls_says_what_there_is(tmp_path: Path) -> None:
+def test_ls_describes_releases(tmp_path: Path) -> None:
     hub = release(folder=None, repo_id="someone/things", revision="v1", licence="MIT", dataset="prose")
     more = [entry(hook_name=HOOK, variance_explained=0.91234, l0=64.19, config={"d_sae": 8}), entry(id="b")]
     register_release(write(tmp_path / "r.yaml", {"far": {**hub, "saes": more}}))
@@ -226,7 +226,7 @@ def test_mistakes_in_a_registry_are_named(tmp_path: Path, releases: Any, message
         ("", "holds a NoneType"),
     ],
 )
-def test_yaml_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_yaml(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -238,7 +238,7 @@ def test_yaml_that_is_none(tmp_path: Path, text: str, message: str) -> None:
         read_registry(tmp_path / "nowhere.yaml")
 
 
-def test_local_folders_load_by_id_and_lead_nowhere_else(tmp_path: Path, saved: Path) -> None:
+def test_local_folders_load_by_id_and_no_id_leaves_them(tmp_path: Path, saved: Path) -> None:
     assert from_pretrained(str(tmp_path / "mine"), "somewhere/a").cfg.d_sae == 5 and saved.is_dir()
     for sae_id in ("../mine/somewhere/a", "/etc", "somewhere/../somewhere/a", "", "somewhere//a"):
         with pytest.raises(UserError, match="is not below its folder"):

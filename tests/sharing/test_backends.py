@@ -1,4 +1,4 @@
-"""The river over hub revisions, from a real hub cache without a network, through both TransformerLens backends."""
+"""The whole pipeline on hub revisions in a real hub cache, offline, with both TransformerLens backends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ for one, other in zip(*found):
 
 
 @pytest.mark.slow
-def test_both_backends_give_the_same_river(tmp_path: Path, tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_both_backends_give_the_same_results(tmp_path: Path, tiny_snapshots: Path, tiny_text: list[str]) -> None:
     repository = tmp_path / "home" / "hub" / "models--EleutherAI--pythia-14m"
     tokenizer = AutoTokenizer.from_pretrained(tiny_snapshots / "tokenizer")
     config = GPTNeoXConfig(
