@@ -104,18 +104,19 @@ class Activations:
                 if (set_already := getattr(dataset, name)) is not None:
                     raise UserError(f"{name}={value} beside a Dataset with {name}={set_already}: give it once")
                 dataset = replace(dataset, **{name: value})
-        longest = snapshots.n_ctx
-        T = min(longest, 1024) if dataset.context_size is None else dataset.context_size
-        if isinstance(dataset.source, (Tensor, np.ndarray)) and dataset.source.ndim == 2:
-            T = int(dataset.source.shape[1])
-        if not 2 <= T <= longest:
-            raise UserError(f"context_size={T} is not in [2, {longest}], the models' context")
+        source, length, longest = dataset.source, dataset.context_size, snapshots.n_ctx
+        if isinstance(source, (Tensor, np.ndarray)) and source.ndim == 2:
+            length = int(source.shape[1])
+        elif length is None:
+            length = min(longest, 1024)
+        if not 2 <= length <= longest:
+            raise UserError(f"context_size={length} is not in [2, {longest}], the models' context")
         # the weights are compared before the first harvest; until then nothing is downloaded
         snapshots.check(hook_name, weights=False)
         settings = settings or ModelSettings()
         self.snapshots = snapshots
         self.hook_name = hook_name
-        self.dataset = replace(dataset, context_size=T)
+        self.dataset = replace(dataset, context_size=length)
         self.seed = seed
         self.settings = replace(settings, device=own_device(settings.device))
         self._compared = False
