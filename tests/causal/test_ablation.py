@@ -1,4 +1,4 @@
-"""Ablation against plain transformers with hand-written hooks, and against the splices of `intervention`."""
+"""Ablation against plain transformers with hand-written hooks, and against `Splice`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pandas as pd
 import pytest
 import torch
 
-from crosslens import crosscoders
 from crosslens.causal import ablation
 from crosslens.causal.ablation import (
     NEIGHBOURS,
+    Controls,
     ablate,
     active_features,
-    change_shares,
     draw_sets,
     exact_effects,
+    faithfulness,
     feature_sizes,
     set_metrics,
     size_matched,
 )
-from crosslens.causal.attribution import attribute
+from crosslens.causal.attribution import Attribution, Estimator, attribute
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.intervention.splice import CleanRun, Edit, Splice
@@ -36,27 +36,36 @@ from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 
 
 # ---------------------------------------------------------------------- metrics of feature sets
-@pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("value", ["zero", "mean", "patch"])
-@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "keep", "baseline", "error"),
+    [
+        ("standard_crosscoder", False, "zero", True),
+        ("batchtopk_crosscoder", True, "zero", False),
+        ("jumprelu_crosscoder", False, "mean", False),
+        ("topk_crosscoder", True, "mean", True),
+        ("standard_crosscoder", False, "patch", False),
+        ("jumprelu_crosscoder", True, "patch", True),
+    ],
+)
 def test_feature_sets_equal_a_plain_splice(
-    snaps: Snapshots, task: Task, architecture: str, keep: bool, value: str, error: bool
+    snaps: Snapshots, task: Task, architecture: str, keep: bool, baseline: str, error: bool
 ) -> None:
     cc = make_crosscoder(snaps, architecture, seed=1)
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
     runs = PromptRuns(cc, snaps, task, paired=True)
     sets = torch.tensor([[0, 3, 5], [7, 8, 23]])
     for s in (0, 2):
-        found = set_metrics(runs, s, sets, keep=keep, value=value, error=error)
+        found = set_metrics(runs, s, sets, keep=keep, error=error, baseline=baseline)
         order = torch.cat([batch.index for batch in runs.batches])
         mean = sum(run.f[s].sum(0) for run in slow) / sum(len(run.tokens[0]) - 1 for run in slow)
-        for row, chosen in enumerate(sets):
+        for row, ids in enumerate(sets):
             for column, item in enumerate(order.tolist()):
                 run, other = slow[item], paired[item]
-                new = {"zero": torch.zeros_like(run.f[s]), "mean": mean.expand_as(run.f[s]), "patch": other.f[s]}[value]
+                new = {"zero": torch.zeros_like(run.f[s]), "mean": mean.expand_as(run.f[s]), "patch": other.f[s]}[
+                    baseline
+                ]
                 edited = run.f[s].clone() if not keep else new.clone()
-                edited[:, chosen] = (new if not keep else run.f[s])[:, chosen]
+                edited[:, ids] = (new if not keep else run.f[s])[:, ids]
                 spliced = run.decode(edited, s)
                 if error:
                     spliced = spliced + run.acts[:, s] - run.decode(run.f[s], s)
@@ -78,65 +87,58 @@ class Spliced:
                 self.prompts.append((clean, patch, int(batch.correct[b]), int(batch.wrong[b])))
 
     def metrics(
-        self, s: int, ids: list[int], keep: bool, value: str, error: bool, positions: list[int] | None = None
+        self, s: int, ids: list[int], keep: bool, baseline: str, error: bool, positions: list[int] | None = None
     ) -> list[float]:
         """Metric of every prompt."""
         cc, model = self.runs.crosscoder, self.runs.snapshots.model(s)
         edited = [i for i in range(F) if i not in ids] if keep else ids
         found: list[float] = []
         for run, patch, correct, wrong in self.prompts:
-            new: Any = {"zero": 0.0, "mean": self.runs.mean_features(s), "patch": patch}[value]
+            new: Any = {"zero": 0.0, "mean": self.runs.mean_features(s), "patch": patch}[baseline]
             splice = Splice(cc, run, s, [Edit(edited, factor=0.0, value=new, positions=positions)], error=error)
             logits = model.run_with_hooks(run.tokens, fwd_hooks=splice.fwd_hooks, return_type="logits")[0, -1]
             found.append(float(logits[correct] - logits[wrong]))
         return found
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk_crosscoder", "jumprelu_crosscoder"])
+@pytest.mark.parametrize(("tokens", "entries", "batch_size"), [(8192, 1 << 22, 256), (8, 1 << 22, 256), (20, 70, 2)])
 @pytest.mark.parametrize(
-    ("keep", "value", "error", "positions"),
+    ("architecture", "keep", "baseline", "error", "positions"),
     [
-        (False, "zero", True, [-1]),
-        (False, "mean", False, [1, -1]),
-        (False, "patch", True, None),
-        (True, "zero", False, None),
-        (True, "mean", True, [-2]),
-        (True, "patch", False, [-2, -1]),
+        ("batchtopk_crosscoder", False, "mean", False, [1, -1]),
+        ("jumprelu_crosscoder", True, "patch", False, [-2, -1]),
     ],
 )
-@pytest.mark.parametrize(("tokens", "entries", "batch_size"), [(8192, 1 << 22, 256), (8, 1 << 22, 256), (20, 70, 2)])
-def test_sets_of_any_size_at_some_positions_whatever_the_batch(
-    snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch, architecture: str, keep: bool, value: str,
-    error: bool, positions: list[int] | None, tokens: int, entries: int, batch_size: int,
+def test_sets_of_any_size_at_some_positions_in_any_batches(
+    snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch, architecture: str, keep: bool, baseline: str,
+    error: bool, positions: list[int], tokens: int, entries: int, batch_size: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(ablation, "BATCH_TOKENS", tokens)
     monkeypatch.setattr(ablation, "_ENTRIES", entries)
     runs = PromptRuns(make_crosscoder(snaps, architecture), snaps, task, batch_size=batch_size, paired=True)
     sets = [[], [3], [0, 5, 7, 9], list(range(F))]
-    found = set_metrics(
-        runs, 1, [torch.tensor(ids, dtype=torch.long) for ids in sets], keep=keep, value=value, error=error,
-        positions=positions,
-    )  # fmt: skip
+    ids = [torch.tensor(each, dtype=torch.long) for each in sets]
+    found = set_metrics(runs, 1, ids, keep=keep, baseline=baseline, error=error, positions=positions)
     slow = Spliced(runs)
-    expected = [slow.metrics(1, ids, keep, value, error, positions) for ids in sets]
+    expected = [slow.metrics(1, each, keep, baseline, error, positions) for each in sets]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
-    assert found.std(0).max() > 1e-2, "the sets make no difference, so nothing was tested"
+    assert found.std(0).max() > 1e-2, "the sets make no difference"
 
 
-@pytest.mark.parametrize("value", ["zero", "patch"])
-def test_exact_effects_are_single_ablations(snaps: Snapshots, task: Task, value: str) -> None:
+@pytest.mark.parametrize("baseline", ["zero", "patch"])
+def test_exact_effects_are_single_ablations(snaps: Snapshots, task: Task, baseline: str) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
     runs = PromptRuns(cc, snaps, task, paired=True)
-    effects = exact_effects(runs, 2, torch.arange(F), value)
+    effects = exact_effects(runs, 2, torch.arange(F), baseline)
     pairs = list(zip(slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix"), strict=True))
-    for feature in range(F):
-        drops = [run.metric(2) - run.without(2, feature, other.f[2] * (value == "patch")) for run, other in pairs]
+    for feature in range(0, F, 2):
+        drops = [run.metric(2) - run.without(2, feature, other.f[2] * (baseline == "patch")) for run, other in pairs]
         torch.testing.assert_close(effects[feature], torch.stack(drops).double().mean(), rtol=1e-4, atol=1e-5)
-    ie = attribute(cc, snaps, task, "exact", baseline=value, runs=runs)
+    ie = attribute(runs, "exact", baseline=baseline)
     torch.testing.assert_close(effects, ie.effects[:, 2], rtol=1e-6, atol=1e-6)
 
 
-def test_nothing_below_the_hook_is_run_and_unchanged_prompts_are_run_once(snaps: Snapshots) -> None:
+def test_nothing_below_the_hook_runs_and_unchanged_prompts_run_once(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
     runs = PromptRuns(cc, snaps, Task.from_items("tiny", ITEMS), batch_size=1)
     model, rows = snaps.model(1), Counter[int]()
@@ -149,7 +151,7 @@ def test_nothing_below_the_hook_is_run_and_unchanged_prompts_are_run_once(snaps:
 
     handles = [model.blocks[i].original_component.register_forward_hook(count(i)) for i in range(3)]
     sets = torch.arange(F)[:, None]
-    set_metrics(runs, 1, sets[:0])  # the short way is tried now, if only once
+    set_metrics(runs, 1, sets[:0])  # the logits are compared now, once
     rows.clear()
     set_metrics(runs, 1, sets[:0])
     alone = Counter(rows)
@@ -160,7 +162,7 @@ def test_nothing_below_the_hook_is_run_and_unchanged_prompts_are_run_once(snaps:
     changed = sum(int((run.f[1] != 0).any(0).sum()) for run in slow_runs(snaps, cc))
     assert changed < F * len(ITEMS)
     assert rows[2] == alone[2] + changed
-    assert rows[0] == alone[0] <= 1 and rows[1] == alone[1] <= 1  # the one on which the short way is tried
+    assert rows[0] == alone[0] <= 1 and rows[1] == alone[1] <= 1  # the prompt whose logits are compared
 
 
 # ---------------------------------------------------------------------- curves
@@ -168,25 +170,22 @@ def test_nothing_below_the_hook_is_run_and_unchanged_prompts_are_run_once(snaps:
 def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: str, keep: bool) -> None:
     """Every number of the table, one prompt and one feature set at a time."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, steps=2)
+    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
     runs = PromptRuns(cc, snaps, task, paired=True)
     slow, n_draws, level = Spliced(runs), 3, 0.5
-    table = ablate(
-        cc, snaps, task, ie, [1, 3], keep=keep, value="patch", n_draws=n_draws, level=level, seed=5, runs=runs
-    )
-    assert len(table) == 3 * 2 * 3
+    controls = Controls(n_draws=n_draws, level=level, seed=5)
+    table = ablate(runs, ie, [1, 3], keep=keep, baseline="patch", controls=controls, at=[2])
+    assert len(table) == 2 * 3
     assert list(table["features"][:6]) == ["top", "random", "size_matched"] * 2
     size = {s: (runs.mean_features(s) * cc.decoder_norms[:, s]).tolist() for s in range(3)}
-    for s in range(3):
+    for s in (2,):
         both = {
             "clean": slow.metrics(s, [], False, "patch", True),
             "reconstruction_only": slow.metrics(s, [], False, "patch", False),
             "all_edited": slow.metrics(s, list(range(F)), False, "patch", not keep),
         }
         active = (runs.active | runs.active_paired)[:, s].sum()
-        kinds = draw_sets(
-            runs, ie, s, [1, 3], by="magnitude" if keep else "signed", n_draws=n_draws, seed=5
-        )  # fmt: skip
+        kinds = draw_sets(runs, ie, s, [1, 3], by="magnitude" if keep else "signed", controls=controls)
         for kind in kinds:
             (row,) = table[(table.snapshot == s) & (table.features == kind.kind) & (table.k == kind.k)].to_dict(
                 "records"
@@ -199,7 +198,7 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
             assert row["metric_se"] == pytest.approx(metrics.mean(0).std(ddof=1) / 2, abs=1e-4)
             assert row["size"] == pytest.approx(np.mean([sum(size[s][i] for i in ids) for ids in kind.sets]), rel=1e-4)
             assert row["n_features"] == row["k"] and row["n_draws"] == len(kind.sets) and row["n_active"] == active
-            assert (row["mode"], row["value"], row["error"]) == ("keep" if keep else "ablate", "patch", not keep)
+            assert (row["mode"], row["baseline"], row["error"]) == ("keep" if keep else "ablate", "patch", not keep)
             assert (row["label"], row["step"]) == (snaps.labels[s], snaps.steps[s])
             if kind.kind == "top":
                 effects = ie.effects[:, s].abs() if keep else ie.effects[:, s]
@@ -215,11 +214,11 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
 
 def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, steps=2)
+    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
     runs = PromptRuns(cc, snaps, task)
     n = int(ie.active[:, 2].sum())
     rows = {
-        (keep, error): ablate(cc, snaps, task, ie, [n], keep=keep, error=error, controls=(), at=[-1], runs=runs).iloc[0]
+        (keep, error): ablate(runs, ie, [n], keep=keep, error=error, at=[-1], controls=()).iloc[0]
         for keep in (False, True)
         for error in (None, True, False)
     }
@@ -227,7 +226,7 @@ def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
     assert rows[False, None]["error"] and not rows[True, None]["error"]
     clean, alone = rows[True, None]["clean"], rows[True, None]["reconstruction_only"]
     assert clean == pytest.approx(float(ie.metric_clean[2]), abs=1e-5) and abs(clean - alone) > 0.1
-    # all that is active is everything: kept whole, or gone
+    # the set of all active features: all kept, or all ablated
     for (keep, _), row in rows.items():
         whole = clean if row["error"] else alone
         assert row["metric"] == pytest.approx(whole if keep else row["all_edited"], abs=1e-4)
@@ -236,42 +235,44 @@ def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
 
 def test_draws_depend_on_seed_snapshot_and_size_alone(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, steps=2)
+    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
     runs = PromptRuns(cc, snaps, task)
-    table = ablate(cc, snaps, task, ie, k=[1, 4], n_draws=3, seed=1, runs=runs)
-    assert table.equals(ablate(cc, snaps, task, ie, k=[1, 4], n_draws=3, seed=1))
-    alone = ablate(cc, snaps, task, ie, k=[4], n_draws=3, seed=1, at=[2], controls=["size_matched"], runs=runs)
+    table = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1))
+    assert table.equals(ablate(cc, snaps, task, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1)))
+    alone = ablate(runs, ie, k=[4], at=[2], controls=Controls(["size_matched"], n_draws=3, seed=1))
     same = table[(table.snapshot == 2) & (table.k == 4) & (table.features != "random")].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, same)
-    other = ablate(cc, snaps, task, ie, k=[1, 4], n_draws=3, seed=2, runs=runs)
+    other = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=2))
     drawn = table.features != "top"
     assert not np.allclose(table[drawn].metric, other[drawn].metric)
-    (first, second) = (draw_sets(runs, ie, s, [3], controls=["random"], n_draws=9)[1].sets for s in (0, 1))
+    random = Controls(["random"], n_draws=9)
+    (first, second) = (draw_sets(runs, ie, s, [3], controls=random)[1].sets for s in (0, 1))
     assert runs.active[:, 0].equal(runs.active[:, 1]) and not torch.stack(first).equal(torch.stack(second))
-    few, many = (draw_sets(runs, ie, 1, [3], n_draws=n, seed=4) for n in (2, 30))
+    few, many = (draw_sets(runs, ie, 1, [3], controls=Controls(n_draws=n, seed=4)) for n in (2, 30))
     for one, more in zip(few, many, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.sets, more.sets, strict=False))
 
 
-def test_what_an_edit_can_change(snaps: Snapshots, task: Task) -> None:
+def test_features_that_an_edit_can_change(snaps: Snapshots, task: Task) -> None:
     """Patching also moves features that are active on the paired prompts alone."""
     runs = PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task, paired=True)
     for active, ids in ((runs.active, [2, 5]), (runs.active_paired, [5, 7])):
         active[:, 1] = False
         active[ids, 1] = True
-    for value, expected in (("zero", [2, 5]), ("mean", [2, 5]), ("patch", [2, 5, 7])):
-        assert active_features(runs, 1, value).nonzero().flatten().tolist() == expected
+    for baseline, expected in (("zero", [2, 5]), ("mean", [2, 5]), ("patch", [2, 5, 7])):
+        assert active_features(runs, 1, baseline).nonzero().flatten().tolist() == expected
 
 
-def test_random_sets_are_active_and_reach_everything(snaps: Snapshots, task: Task) -> None:
+def test_random_sets_are_active_features_and_reach_all_of_them(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
     runs = PromptRuns(cc, snaps, task)
-    ie = attribute(cc, snaps, task, steps=1, runs=runs)
+    ie = attribute(runs, Estimator(n_nodes=1))
     runs.active[4:8, 0] = False
     runs.active[8:12, 1] = False
     for s in range(3):
         active = set(runs.active[:, s].nonzero().flatten().tolist())
-        top, random, matched = (torch.stack(kind.sets) for kind in draw_sets(runs, ie, s, [3], n_draws=200))
+        kinds = draw_sets(runs, ie, s, [3], controls=Controls(n_draws=200))
+        top, random, matched = (torch.stack(kind.sets) for kind in kinds)
         assert set(random.flatten().tolist()) == active
         assert all(len(set(row)) == 3 for row in random.tolist())
         assert set(matched.flatten().tolist()) <= active - set(top.flatten().tolist())
@@ -284,7 +285,7 @@ def test_size_matched_sets_are_of_like_size_and_disjoint() -> None:
     assert sets.shape == (400, 3)
     assert set(sets.flatten().tolist()) <= set(others.tolist())
     assert all(len(set(row)) == 3 for row in sets.tolist())
-    # of the nearest two are taken at most
+    # at most two of the nearest are already drawn
     near = [
         others[(sizes[others].log() - sizes[i].log()).abs().argsort()[: NEIGHBOURS + 2]].tolist() for i in top.tolist()
     ]
@@ -306,12 +307,12 @@ def test_sizes_are_mean_activation_times_decoder_norm(snaps: Snapshots, task: Ta
         torch.testing.assert_close(feature_sizes(runs, s), mean * norm, rtol=1e-4, atol=1e-6)
 
 
-def test_sets_are_cut_where_asked(snaps: Snapshots, task: Task) -> None:
+def test_smaller_sets_are_allowed_on_request(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
-    ie = attribute(cc, snaps, task, steps=1)
+    ie = attribute(cc, snaps, task, Estimator(n_nodes=1))
     runs = PromptRuns(cc, snaps, task)
     n = int(ie.active[:, 1].sum())
-    table = ablate(cc, snaps, task, ie, [n - 1, n, 99], cut=True, n_draws=2, at=[1], runs=runs)
+    table = ablate(runs, ie, [n - 1, n, 99], at=[1], controls=Controls(n_draws=2, allow_fewer=True))
     found = table.pivot(index="k", columns="features", values="n_features")
     assert found.to_dict() == {
         "top": {n - 1: n - 1, n: n, 99: n},
@@ -322,17 +323,17 @@ def test_sets_are_cut_where_asked(snaps: Snapshots, task: Task) -> None:
     assert empty["metric"] == pytest.approx(empty["clean"]) and empty["size"] == 0
 
 
-# ---------------------------------------------------------------------- shares of the whole change
+# ---------------------------------------------------------------------- faithfulness
 def curve(ks: list[int], metrics: list[float], **more: Any) -> pd.DataFrame:
     fixed = {
-        "snapshot": 0, "label": "step0", "step": 0, "mode": "ablate", "value": "zero", "error": True, "clean": 4.0,
+        "snapshot": 0, "label": "step0", "step": 0, "mode": "ablate", "baseline": "zero", "error": True, "clean": 4.0,
         "reconstruction_only": 3.0, "all_edited": -1.0, "n_active": 20, "features": "top",
     }  # fmt: skip
     table = pd.DataFrame({"k": ks, "n_features": ks, "metric": metrics, **fixed, **more})
     return table.assign(metric_low=table["metric"] - 0.5, metric_high=table["metric"] + 0.5)
 
 
-def test_shares_of_the_whole_change() -> None:
+def test_faithfulness_by_hand() -> None:
     table = pd.concat([
         curve([2, 9], [3.0, -2.0]),
         curve([2, 9], [3.0, -2.0], error=False),
@@ -341,62 +342,68 @@ def test_shares_of_the_whole_change() -> None:
         curve([2], [4.0], all_edited=3.9),
     ])  # fmt: skip
     expected = [1 / 5, 6 / 5, 0, 5 / 4, 1 / 4, 1, 1 / 5, 6 / 5, math.nan]
-    np.testing.assert_allclose(change_shares(table), expected)
-    np.testing.assert_allclose(change_shares(table, floor=0.01)[-1], 0)
+    np.testing.assert_allclose(faithfulness(table), expected)
+    np.testing.assert_allclose(faithfulness(table, floor=0.01)[-1], 0)
 
 
-# ---------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------- errors
+@pytest.fixture(scope="module")
+def runs(snaps: Snapshots, task: Task) -> PromptRuns:
+    return PromptRuns(make_crosscoder(snaps, "standard_crosscoder"), snaps, task)
+
+
+@pytest.fixture(scope="module")
+def ie(runs: PromptRuns) -> Attribution:
+    return attribute(runs, "gradient")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"controls": ["randm"]}, "control 'randm' is unknown.*did you mean 'random'"),
-        ({"value": "men"}, "value='men' is unknown.*did you mean 'mean'"),
-        ({"k": [0]}, "must be positive"),
-        ({"k": []}, "must be positive"),
-        ({"n_draws": 0}, "must be positive"),
-        ({"level": 1.0}, "level=1.0 must be between 0 and 1"),
+        ({"baseline": "men"}, "baseline='men' is unknown.*did you mean 'mean'"),
+        ({"baseline": "patch"}, r"baseline='patch' needs the paired prompts: make the runs with PromptRuns\("),
+        ({"k": [0]}, r"k=\[0\] must be one or more numbers"),
+        ({"k": []}, r"k=\[\] must be one or more numbers"),
         ({"at": [3]}, r"snapshot 3 is not in \[0, 2\]"),
-        ({"positions": [-4]}, r"position -4 is not in \[-3, 2\]: the shortest prompt of 'tiny' has 3 tokens"),
         ({"k": [1, 25]}, "k=25 is more than the [0-9]+ features that are active on 'tiny' at step0: use k up to"),
         ({"k": [20], "controls": ["size_matched"]},
          "size_matched sets of k=20 need as many active features outside the set, and 'tiny' has [0-9] at step0: "
-         "use a smaller k, leave out 'size_matched', or cut=True"),
+         "use a smaller k, leave out 'size_matched', or Controls[(]allow_fewer=True[)]"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_before_anything_is_ablated(
-    snaps: Snapshots, task: Task, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+def test_errors_come_before_any_ablation(
+    runs: PromptRuns, ie: Attribution, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, steps=1)
-    if "positions" not in options:
-        monkeypatch.setattr(ablation, "set_metrics", None)
+    monkeypatch.setattr(ablation, "set_metrics", None)
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
-        ablate(cc, snaps, task, ie, **{"k": [1], **options})
+        ablate(runs, ie, **{"k": [1], **options})
 
 
-def test_what_does_not_belong_together(snaps: Snapshots, task: Task) -> None:
-    cc, other = (make_crosscoder(snaps, "batchtopk_crosscoder", seed) for seed in (0, 1))
-    ie = attribute(cc, snaps, task, steps=1)
-    runs = PromptRuns(cc, snaps, task)
-    with pytest.raises(UserError, match=r"effects are of 3 snapshots \(step0, step10, step20\), 2 are given"):
+def test_errors_of_controls_and_positions(runs: PromptRuns) -> None:
+    with pytest.raises(UserError, match="n_draws=0 must be at least 1"):
+        Controls(n_draws=0)
+    with pytest.raises(UserError, match="level=1.0 must be between 0 and 1"):
+        Controls(level=1.0)
+    with pytest.raises(UserError, match=r"position -4 is not in \[-3, 2\]: the shortest prompt of 'tiny' has 3 tokens"):
+        set_metrics(runs, 0, [torch.tensor([1])], positions=[-4])
+
+
+def test_effects_of_another_crosscoder(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
+    cc = runs.crosscoder
+    with pytest.raises(UserError, match="24 features at a, b, c, but the crosscoder has 24 at step0, step10"):
+        ablate(runs, replace(ie, labels=["a", "b", "c"]), [1])
+    fewer = {name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "active")}
+    with pytest.raises(UserError, match="effects are of 23 features at .* has 24 .*: attribute with this"):
+        ablate(runs, replace(ie, **fewer), [1])
+    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
         ablate(cc, snaps[[0, 2]], task, ie, [1])
-    with pytest.raises(UserError, match="the effects are of 23 features, the crosscoder has 24; attribute"):
-        ablate(cc, snaps, task, _fewer(ie), [1])
-    with pytest.raises(UserError, match="given runs are not of this crosscoder"):
-        ablate(other, snaps, task, ie, [1], runs=runs)
-    with pytest.raises(UserError, match=r"lack the paired prompts of value='patch': make PromptRuns\(..., paired=True"):
-        ablate(cc, snaps, task, ie, [1], value="patch", runs=runs)
     unpaired = Task.from_items("alone", [{key: item[key] for key in ("prefix", "correct", "wrong")} for item in ITEMS])
     with pytest.raises(UserError, match="'alone' has no paired prompts"):
-        ablate(cc, snaps, unpaired, ie, [1], value="patch")
+        ablate(cc, snaps, unpaired, ie, [1], baseline="patch")
 
 
-def _fewer(ie: Any) -> Any:
-    return replace(ie, **{name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "active")})
-
-
-def test_sets_that_cannot_be(snaps: Snapshots, task: Task) -> None:
-    runs = PromptRuns(make_crosscoder(snaps, "standard_crosscoder"), snaps, task)
+def test_errors_of_feature_sets(runs: PromptRuns) -> None:
     with pytest.raises(UserError, match=r"feature 24 is not in \[0, 23\]: give features of this crosscoder"):
         set_metrics(runs, 0, torch.tensor([[3, 24]]))
     with pytest.raises(UserError, match=r"feature -1 is not in \[0, 23\]"):
@@ -405,5 +412,5 @@ def test_sets_that_cannot_be(snaps: Snapshots, task: Task) -> None:
         set_metrics(runs, 0, torch.tensor([[3, 3]]))
     with pytest.raises(UserError, match=r"snapshot 3 is not in \[0, 2\]"):
         set_metrics(runs, 3, torch.tensor([[3]]))
-    with pytest.raises(UserError, match="lack the paired prompts"):
-        set_metrics(runs, 0, torch.tensor([[3]]), value="patch")
+    with pytest.raises(UserError, match="needs the paired prompts"):
+        set_metrics(runs, 0, torch.tensor([[3]]), baseline="patch")

@@ -1,4 +1,4 @@
-"""Joint ablation of pairs against the sum of single ones: slow loops, and models whose answer is known."""
+"""Joint ablation of pairs against slow loops and a model whose answer is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 
 from crosslens.causal import additivity
 from crosslens.causal.additivity import correlation, pair_additivity, relative_deviation
-from crosslens.causal.attribution import attribute
+from crosslens.causal.attribution import Estimator, attribute
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.snapshots.collection import Snapshots
@@ -19,15 +19,15 @@ from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 
 
-@pytest.mark.parametrize(("architecture", "value"), [("jumprelu_crosscoder", "zero"), ("topk_crosscoder", "patch")])
-def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, value: str) -> None:
+@pytest.mark.parametrize(("architecture", "baseline"), [("jumprelu_crosscoder", "zero"), ("topk_crosscoder", "patch")])
+def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, baseline: str) -> None:
     """One prompt and one pair at a time, by hand-written hooks in plain transformers."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, steps=2)
-    found = pair_additivity(cc, snaps, task, ie, 5, 6, value=value, at=[0, 2], seed=3)
-    assert found.summary["snapshot"].tolist() == [0, 2]
+    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
+    found = pair_additivity(cc, snaps, task, ie, 5, 6, at=[2], seed=3, baseline=baseline)
+    assert found.summary["snapshot"].tolist() == [2]
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
-    for s in (0, 2):
+    for s in (2,):
         best = sorted(range(F), key=lambda i: -abs(float(ie.effects[i, s])))[:5]
         rows = found.pairs[found.pairs["snapshot"] == s]
         drawn = {(row.feature_a, row.feature_b) for row in rows.itertuples()}
@@ -37,7 +37,7 @@ def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture
             drops: list[float] = []
             for run, other in zip(slow, paired, strict=True):
                 f = run.f[s].clone()
-                f[:, ids] = other.f[s][:, ids] if value == "patch" else 0.0
+                f[:, ids] = other.f[s][:, ids] if baseline == "patch" else 0.0
                 drops.append(float(run.metric(s) - run.metric(s, run.decode(f, s) + run.error(s))))
             return float(np.mean(drops))
 
@@ -50,11 +50,11 @@ def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture
         assert summary["correlation"] == pytest.approx(pearsonr(rows["sum"], rows["joint"])[0])
         deviation = sum(abs(row.joint - row.sum) for row in rows.itertuples()) / sum(map(abs, rows["sum"]))
         assert summary["deviation"] == pytest.approx(deviation)
-        assert (summary["k"], summary["n_pairs"], summary["n_prompts"], summary["value"]) == (5, 6, 4, value)
+        assert (summary["k"], summary["n_pairs"], summary["n_prompts"], summary["baseline"]) == (5, 6, 4, baseline)
 
 
 def test_intervals_equal_a_slow_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicates one at a time: prompts by their multiplicity, then pairs."""
+    """One replicate at a time: prompts by multiplicity, then pairs."""
     monkeypatch.setattr(additivity, "REPLICATES", 50)
     rng = np.random.default_rng(0)
     pairs = np.array([(0, 1), (0, 2), (1, 2), (2, 3)])
@@ -77,17 +77,17 @@ def test_intervals_equal_a_slow_bootstrap(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_at_the_last_block_without_a_norm_effects_add_up(snaps: Snapshots, task: Task) -> None:
-    """After the last block the model is linear but for its final norm; without that, nothing is left to deviate."""
+    """Above the last block only the final norm is nonlinear; without it, effects add up exactly."""
     cc = make_crosscoder(snaps, "standard_crosscoder", layer=2)
     runs = PromptRuns(cc, snaps, task)
-    ie = attribute(cc, snaps, task, steps=2, runs=runs)
-    before = pair_additivity(cc, snaps, task, ie, 6, at=[2], runs=runs).summary.iloc[0]
+    ie = attribute(runs, Estimator(n_nodes=2))
+    before = pair_additivity(runs, ie, 6, at=[2]).summary.iloc[0]
     assert before["deviation"] > 0.01
     model = snaps.model(2)
     norm = model.ln_final
     handle = norm.original_component.register_forward_hook(lambda _module, inputs, _output: inputs[0])
     try:
-        found = pair_additivity(cc, snaps, task, ie, 6, at=[2], runs=runs)
+        found = pair_additivity(runs, ie, 6, at=[2])
     finally:
         handle.remove()
     row = found.summary.iloc[0]
@@ -97,7 +97,7 @@ def test_at_the_last_block_without_a_norm_effects_add_up(snaps: Snapshots, task:
     assert found.pairs["joint"].abs().max() > 0.1
 
 
-def test_what_the_two_figures_say() -> None:
+def test_measures_by_hand() -> None:
     total = np.array([[1.0, 2.0, 4.0], [1.0, -2.0, 3.0], [0.0, 0.0, 0.0]])
     joint = np.array([[0.5, 1.0, 2.0], [2.0, -2.0, 2.0], [0.0, 0.0, 0.0]])
     np.testing.assert_allclose(relative_deviation(total, joint), [0.5, 2 / 6, np.nan])
@@ -105,16 +105,15 @@ def test_what_the_two_figures_say() -> None:
     np.testing.assert_allclose(correlation(total, joint), expected)
 
 
-def test_draws_are_seeded_and_intervals_hold_the_estimate(snaps: Snapshots) -> None:
+def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
     many = Task.from_items(
         "many", [{**item, "prefix": f"{item['prefix']} {w}".strip()} for item in ITEMS for w in ("", "near")]
     )
-    ie = attribute(cc, snaps, many, steps=1)
+    ie = attribute(cc, snaps, many, Estimator(n_nodes=1))
     runs = PromptRuns(cc, snaps, many)
     one, same, other = (
-        pair_additivity(cc, snaps, many, ie, 8, 12, seed=seed, runs=runs, at=at)
-        for seed, at in ((0, None), (0, [1]), (1, None))
+        pair_additivity(runs, ie, 8, 12, seed=seed, at=at) for seed, at in ((0, None), (0, [1]), (1, None))
     )
     assert one.pairs[one.pairs["snapshot"] == 1].reset_index(drop=True).equals(same.pairs)
     assert one.summary.iloc[[1]].reset_index(drop=True).equals(same.summary)
@@ -123,7 +122,7 @@ def test_draws_are_seeded_and_intervals_hold_the_estimate(snaps: Snapshots) -> N
         assert (one.summary[f"{name}_low"] < one.summary[f"{name}_high"]).all()
         inside = one.summary[name].between(one.summary[f"{name}_low"], one.summary[f"{name}_high"])
         assert inside.sum() >= 2
-    narrow = pair_additivity(cc, snaps, many, ie, 8, 12, level=0.5, runs=runs).summary
+    narrow = pair_additivity(runs, ie, 8, 12, level=0.5).summary
     assert (narrow["correlation_low"] > one.summary["correlation_low"]).all()
 
 
@@ -134,12 +133,12 @@ def test_draws_are_seeded_and_intervals_hold_the_estimate(snaps: Snapshots) -> N
         ({"n_pairs": 2}, "must be at least 3"),
         ({"k": 25}, "k=25 is more than the .* features that are active on 'tiny' at step0: use k up to"),
         ({"level": 0.0}, "level=0.0 must be between 0 and 1"),
-        ({"value": "patched"}, "did you mean 'patch'"),
+        ({"baseline": "patched"}, "did you mean 'patch'"),
         ({"at": [-4]}, "snapshot -4 is not in"),
     ],
 )
-def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task, options: dict[str, Any], message: str) -> None:
+def test_errors_are_one_line(snaps: Snapshots, task: Task, options: dict[str, Any], message: str) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
-    ie = attribute(cc, snaps, task, steps=1)
+    ie = attribute(cc, snaps, task, Estimator(n_nodes=1))
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
         pair_additivity(cc, snaps, task, ie, **{"k": 4, **options})

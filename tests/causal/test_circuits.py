@@ -20,18 +20,23 @@ from crosslens.causal import circuits
 from crosslens.causal.circuits import Edges, carry, connect_features
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.intervention import prompt_runs
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.intervention.upper import Upper
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
-from tests.plain_model import F, Slow, baselines, make_crosscoder, slow_runs
+from tests.plain_model import ITEMS, F, Slow, baselines, make_crosscoder, slow_runs
 
 LOWER, UPPER = [3, 0, 7, 11, 20], [5, 2, 16, 9, 1, 23]
-ALL = 10_000  # pairs: every chosen lower feature is intervened on
+ALL = 10_000  # pairs: every selected lower feature is intervened on
+
+
+def both(lower: Crosscoder, upper: Crosscoder, snaps: Snapshots, task: Task) -> tuple[PromptRuns, PromptRuns]:
+    return PromptRuns(lower, snaps, task), PromptRuns(upper, snaps, task)
 
 
 def carried(low: Slow, s: int, x: Tensor, layer: int) -> Tensor:
-    """Output of a block of the plain model when that of the lower one is `x` everywhere but at the BOS."""
+    """Output of a block of the plain model when that of the lower block is `x` everywhere except at the BOS."""
     seen: list[Tensor] = []
 
     def put_in(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -51,7 +56,7 @@ def carried(low: Slow, s: int, x: Tensor, layer: int) -> Tensor:
 
 
 def read(up: Slow, s: int, b: Tensor, target: str) -> Tensor:
-    """The target of all upper features (T, F) when the upper hook of snapshot s, and of it alone, has `b`."""
+    """The target of all upper features (T, F) when snapshot s, and no other, has `b` at the upper hook."""
     acts = torch.stack([b if r == s else up.acts[:, r] for r in range(len(up.snaps))], dim=1)
     if target == "activation":
         found = up.cc.snapshot_acts(up.cc.encode(acts), s)
@@ -90,25 +95,22 @@ CASES = [
     ("standard_crosscoder", "standard_crosscoder", "activation", "zero"),
     ("jumprelu_crosscoder", "topk_crosscoder", "activation", "patch"),
     ("topk_crosscoder", "jumprelu_crosscoder", "activation", "mean"),
-    ("jumprelu_crosscoder", "jumprelu_crosscoder", "pre_activation", "zero"),
-    ("batchtopk_crosscoder", "batchtopk_crosscoder", "activation", "zero"),
     ("standard_crosscoder", "batchtopk_crosscoder", "pre_activation", "patch"),
 ]
 
 
 @pytest.mark.parametrize(("below", "above", "target", "baseline"), CASES)
-def test_edges_are_those_of_one_intervention_after_the_other(
+def test_edges_equal_single_interventions(
     snaps: Snapshots, task: Task, below: str, above: str, target: str, baseline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(circuits, "BATCH_TOKENS", 6)  # several passes per batch
     monkeypatch.setattr(circuits, "_ENTRIES", 4 * F)
     lower, upper = make_crosscoder(snaps, below, layer=0), make_crosscoder(snaps, above, seed=1, layer=2)
-    found = connect_features(
-        lower, upper, snaps, task, LOWER, UPPER, n_exact=ALL, target=target, baseline=baseline, batch_size=3
-    )
+    runs = [PromptRuns(cc, snaps, task, batch_size=3, paired=baseline == "patch") for cc in (lower, upper)]
+    found = connect_features(*runs, LOWER, UPPER, n_exact=ALL, target=target, baseline=baseline)
     low, up = slow_runs(snaps, lower, layer=0), slow_runs(snaps, upper, layer=2)
     paired = slow_runs(snaps, lower, "patch_prefix", layer=0)
-    for s in range(3):
+    for s in (0, 2):
         per_prompt = [
             slow_edges(a, b, s, f0, e0, target)
             for a, b, (f0, e0) in zip(low, up, baselines(baseline, low, paired, s), strict=True)
@@ -123,7 +125,7 @@ def test_edges_are_those_of_one_intervention_after_the_other(
         clean = torch.stack([read(b, s, b.acts[:, s], target).sum(0)[UPPER] for b in up]).double().mean(0)
         torch.testing.assert_close(found.clean[..., s], clean, **close)
     assert found.exact.abs().max() > 0.01 and (found.exact != 0).double().mean() > 0.3
-    assert (found.exact - found.effects).abs().max() > 1e-3, "the blocks between are not linear"
+    assert (found.exact - found.effects).abs().max() > 1e-3, "the blocks between must be nonlinear"
 
 
 def test_first_order_is_the_limit_of_small_interventions(snaps: Snapshots, task: Task) -> None:
@@ -131,25 +133,26 @@ def test_first_order_is_the_limit_of_small_interventions(snaps: Snapshots, task:
     off: list[np.ndarray] = []
     for scale in (1.0, 0.003):
         lower.W_dec.data *= scale
-        found = connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=ALL, target="pre_activation")
+        found = connect_features(*both(lower, upper, snaps, task), LOWER, UPPER, n_exact=ALL, target="pre_activation")
         off.append(found.agreement()["off"].to_numpy())
     assert (off[0] > 0.04).all() and (off[1] < 0.1 * off[0]).all()
 
 
-def test_only_the_snapshot_in_question_is_changed(snaps: Snapshots, task: Task) -> None:
-    """An upper crosscoder that reads nothing from a snapshot has no edges there, whatever the others do."""
+def test_only_one_snapshot_is_changed(snaps: Snapshots, task: Task) -> None:
+    """An upper crosscoder that reads nothing from a snapshot has no edges there."""
     lower, upper = make_crosscoder(snaps, "standard_crosscoder", layer=0), make_crosscoder(snaps, "standard_crosscoder")
     upper.W_enc_by_snapshot.data[1] = 0
-    found = connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=ALL)
+    found = connect_features(*both(lower, upper, snaps, task), LOWER, UPPER, n_exact=ALL)
     assert not found.exact[..., 1].any() and not found.effects[..., 1].any()
     assert found.exact[..., 0].any() and found.exact[..., 2].any() and found.clean[:, 1].any()
 
 
-def test_the_strongest_pairs_are_measured_exactly(snaps: Snapshots, task: Task) -> None:
+def test_the_largest_edges_are_measured_exactly(snaps: Snapshots, task: Task) -> None:
     lower, upper = make_crosscoder(snaps, "topk_crosscoder", layer=0), make_crosscoder(snaps, "topk_crosscoder")
-    every = connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=ALL)
-    for n in (0, 1, 4):
-        found = connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=n)
+    runs = both(lower, upper, snaps, task)
+    every = connect_features(*runs, LOWER, UPPER, n_exact=ALL)
+    for n in (0, 4):
+        found = connect_features(*runs, LOWER, UPPER, n_exact=n)
         torch.testing.assert_close(found.effects, every.effects)
         for s in range(3):
             ranked = sorted(((abs(float(every.effects[i, j, s])), i) for i in range(5) for j in range(6)), reverse=True)
@@ -162,10 +165,10 @@ def test_the_strongest_pairs_are_measured_exactly(snaps: Snapshots, task: Task) 
         assert found.agreement()["n"].tolist() == (~found.exact.isnan()).sum((0, 1)).tolist()
 
 
-def test_features_without_activity_have_no_edges(snaps: Snapshots, task: Task) -> None:
+def test_inactive_features_have_no_edges(snaps: Snapshots, task: Task) -> None:
     lower, upper = make_crosscoder(snaps, "standard_crosscoder", layer=0), make_crosscoder(snaps, "standard_crosscoder")
     lower.b_enc.data[3] = upper.b_enc.data[5] = -1e4
-    found = connect_features(lower, upper, snaps, task, [0, 3], [5, 2], n_exact=ALL)
+    found = connect_features(*both(lower, upper, snaps, task), [0, 3], [5, 2], n_exact=ALL)
     for edges in (found.effects, found.exact):
         assert not edges[1].any() and not edges[:, 0].any() and edges[0, 1].all()
     assert not found.clean[0].any()
@@ -191,12 +194,12 @@ def _note(seen: list[Tensor], activation: Tensor, hook: Any) -> None:
     ],
 )
 def test_any_two_hook_points(snaps: Snapshots, task: Task, below: str, above: str) -> None:
-    """Against the models' own hooks, with all blocks run."""
+    """Against the models' own hooks, running all blocks."""
     lower, upper = make_crosscoder(snaps, "jumprelu_crosscoder"), make_crosscoder(snaps, "jumprelu_crosscoder", seed=1)
     lower.cfg.metadata.hook_name, upper.cfg.metadata.hook_name = below, above
-    found = connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=ALL)
-    low, up = PromptRuns(lower, snaps, task), PromptRuns(upper, snaps, task)
-    for s in range(3):
+    low, up = both(lower, upper, snaps, task)
+    found = connect_features(low, up, LOWER, UPPER, n_exact=ALL)
+    for s in (0, 2):
         model = snaps.model(s)
         totals = torch.zeros(len(LOWER), len(UPPER))
         for (batch, run, _), (_, above_run, _) in zip(low.clean(), up.clean(), strict=True):
@@ -216,16 +219,16 @@ def test_any_two_hook_points(snaps: Snapshots, task: Task, below: str, above: st
         assert found.exact[..., s].abs().max() > 1e-3
 
 
-def test_side_by_side_attention_and_mlp_do_not_act_on_each_other(snaps: Snapshots, task: Task) -> None:
+def test_parallel_attention_and_mlp_do_not_affect_each_other(snaps: Snapshots, task: Task) -> None:
     """The blocks of the tiny model are parallel."""
     lower, upper = make_crosscoder(snaps, "standard_crosscoder"), make_crosscoder(snaps, "standard_crosscoder")
     lower.cfg.metadata.hook_name, upper.cfg.metadata.hook_name = "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"
-    found = connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=2)
+    found = connect_features(*both(lower, upper, snaps, task), LOWER, UPPER, n_exact=2)
     assert not found.effects.any() and not found.exact.nan_to_num(0.0).abs().gt(1e-5).any()
     assert found.agreement()[["spearman", "slope"]].isna().all(axis=None)
 
 
-def test_nothing_outside_the_two_hooks_is_run(snaps: Snapshots, task: Task) -> None:
+def test_only_blocks_between_the_hooks_run(snaps: Snapshots, task: Task) -> None:
     lower, upper = make_crosscoder(snaps, "standard_crosscoder", layer=0), make_crosscoder(snaps, "standard_crosscoder")
     part, expected = (next(iter(PromptRuns(each, snaps, task).at(2))) for each in (lower, upper))
     model, ran = snaps.model(2), []
@@ -235,7 +238,7 @@ def test_nothing_outside_the_two_hooks_is_run(snaps: Snapshots, task: Task) -> N
     assert ran == [1]
     torch.testing.assert_close(b, expected.clean, rtol=1e-4, atol=1e-5)
     part.upper.logits(part.clean, rows)
-    assert ran == [1, 1, 2], "the hook that stops is gone"
+    assert ran == [1, 1, 2], "the stopping hook is removed"
     for handle in handles:
         handle.remove()
 
@@ -278,7 +281,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(("below", "above"), POINTS)
 def test_activations_are_carried_between_any_two_points(model: Any, below: str, above: str) -> None:
-    """Values and gradients against the model's own hooks, in which every block runs."""
+    """Values and gradients against the model's own hooks, running every block."""
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 16, (3, 5), generator=g)
     rows = torch.tensor([2, 0, 0, 1])
@@ -300,47 +303,32 @@ def test_activations_are_carried_between_any_two_points(model: Any, below: str, 
     assert found[0][1].abs().max() > 1e-3
 
 
-def test_runs_are_used_again(snaps: Snapshots, task: Task) -> None:
+def test_errors_come_before_the_models_run(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_runs, "harvest", None)
     lower, upper = make_crosscoder(snaps, "topk_crosscoder", layer=0), make_crosscoder(snaps, "topk_crosscoder")
-    runs = PromptRuns(lower, snaps, task, batch_size=2), PromptRuns(upper, snaps, task, batch_size=2)
-    given, made = (connect_features(lower, upper, snaps, task, LOWER, UPPER, n_exact=3, runs=r) for r in (runs, None))
-    torch.testing.assert_close(given.effects, made.effects, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(given.exact, made.exact, rtol=1e-4, atol=1e-6, equal_nan=True)
-    with pytest.raises(UserError, match="the given upper runs are not of the upper crosscoder"):
-        connect_features(lower, upper, snaps, task, LOWER, UPPER, runs=(runs[0], runs[0]))
-    with pytest.raises(UserError, match="lack the paired prompts of baseline='patch'"):
-        connect_features(lower, upper, snaps, task, LOWER, UPPER, baseline="patch", runs=runs)
-    others = runs[0], PromptRuns(upper, snaps, task, batch_size=1)
-    with pytest.raises(UserError, match="the given runs are of other batches: make both with one batch_size"):
-        connect_features(lower, upper, snaps, task, LOWER, UPPER, runs=others)
+    low, up = both(lower, upper, snaps, task)
 
-
-def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    lower, upper = make_crosscoder(snaps, "topk_crosscoder", layer=0), make_crosscoder(snaps, "topk_crosscoder")
-
-    def refuse(told: str, a: Crosscoder = lower, b: Crosscoder = upper, **options: Any) -> None:
+    def refuse(message: str, a: PromptRuns = low, b: PromptRuns = up, **options: Any) -> None:
         given: dict[str, Any] = {"lower_features": [0], "upper_features": [1], **options}
-        with pytest.raises(UserError, match=told):
-            connect_features(a, b, snaps, task, **given)
+        with pytest.raises(UserError, match=message):
+            connect_features(a, b, **given)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(circuits, "PromptRuns", None)  # refused before anything is computed
-        refuse("which does not lie above blocks.1.hook_resid_post", upper, lower)
-        refuse("which does not lie above blocks.0.hook_resid_post", lower, lower)
-        refuse(r"feature 24 is not in \[0, 23\]", lower_features=[24])
-        refuse("a feature is given twice", upper_features=[1, 1])
-        refuse("target='activations' is unknown.*did you mean 'activation'", target="activations")
-        refuse("baseline='none' is unknown", baseline="none")
-        refuse("n_exact=-1 must be at least 0", n_exact=-1)
-    upper.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
-    lower.cfg.metadata.hook_name = "blocks.0.hook_resid_pre"
-    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
-        connect_features(lower, upper, snaps[[0, 1]], task, [0], [1])
+    refuse("which is not above blocks.1.hook_resid_post", up, low)
+    refuse("which is not above blocks.0.hook_resid_post", low, low)
+    refuse(r"feature 24 is not in \[0, 23\]", lower_features=[24])
+    refuse("a feature is given twice", upper_features=[1, 1])
+    refuse("target='activations' is unknown.*did you mean 'activation'", target="activations")
+    refuse("baseline='none' is unknown", baseline="none")
+    refuse("n_exact=-1 must be at least 0", n_exact=-1)
+    refuse("baseline='patch' needs the paired prompts", baseline="patch")
+    refuse("have different batches: make both with one batch_size", b=PromptRuns(upper, snaps, task, batch_size=1))
+    other = Task.from_items("other", ITEMS[:2])
+    refuse("the lower runs are of 'tiny' at .*, the upper ones of 'other'", b=PromptRuns(upper, snaps, other))
 
 
 def test_a_hook_point_that_the_model_lacks(snaps: Snapshots, task: Task) -> None:
     part = next(iter(PromptRuns(make_crosscoder(snaps, "topk_crosscoder", layer=0), snaps, task).at(0)))
-    with pytest.raises(UserError, match="nothing passed blocks.7.hook_resid_post of TransformerBridge"):
+    with pytest.raises(UserError, match="TransformerBridge never reached hook point blocks.7.hook_resid_post"):
         carry(part.upper, part.clean, torch.arange(len(part)), "blocks.7.hook_resid_post")
 
 
@@ -366,7 +354,7 @@ def test_the_table_of_edges() -> None:
         assert (row["label"], row["clean"]) == (f"step{s}", j)
 
 
-def test_agreement_is_what_scipy_says() -> None:
+def test_agreement_equals_scipy() -> None:
     g = torch.Generator().manual_seed(1)
     effects = torch.randn(3, 4, 3, generator=g).double()
     exact = 2 * effects + 0.5 * torch.randn(3, 4, 3, generator=g).double()

@@ -1,4 +1,4 @@
-"""Overlap between languages on effects that are given, and chance against permutations."""
+"""Overlap between languages on given effects, and chance against permutations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosslens.causal.attribution import Attribution, Estimator
-from crosslens.causal.languages import compare_languages, count_languages, list_languages
+from crosslens.causal.languages import compare_languages, count_languages
 from crosslens.errors import UserError
 
 LANGUAGES = ("en", "fr", "de")
@@ -37,7 +37,7 @@ def of_effects(effects: Tensor, active: Tensor | None = None) -> Attribution:
 
 
 def drawn(F: int = 30, S: int = 3, seed: int = 0) -> dict[str, Attribution]:
-    """Effects at random, on features of which each language has about two thirds; some have no effect."""
+    """Random effects; about two thirds of the features are active in each language, and some have no effect."""
     g = torch.Generator().manual_seed(seed)
     made: dict[str, Attribution] = {}
     for language in LANGUAGES:
@@ -48,14 +48,14 @@ def drawn(F: int = 30, S: int = 3, seed: int = 0) -> dict[str, Attribution]:
 
 
 def top(each: Attribution, s: int, k: int) -> set[int]:
-    """The k active features of largest effect, by sorting; those without effect are left out."""
+    """The k active features with the largest effect, by sorting; those without effect are left out."""
     listed = [(abs(float(each.effects[i, s])), i) for i in range(len(each.effects)) if each.active[i, s]]
     return {i for size, i in sorted(listed, reverse=True)[:k] if size > 0}
 
 
 @pytest.mark.parametrize("k", [1, 7, 14])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_overlap_is_that_of_sets(k: int, seed: int) -> None:
+def test_overlap_equals_set_operations(k: int, seed: int) -> None:
     effects = drawn(seed=seed)
     table = compare_languages(effects, k)
     assert len(table) == 3 * 3
@@ -72,15 +72,15 @@ def test_overlap_is_that_of_sets(k: int, seed: int) -> None:
     assert list(zip(table["language"], table["other"], strict=True))[:3] == [("en", "fr"), ("en", "de"), ("fr", "de")]
 
 
-def test_chance_is_what_permutations_give() -> None:
-    """Labels of the features that are active in both languages are permuted; the others stay where they are."""
+def test_chance_equals_permutations() -> None:
+    """Permute the labels of the features that are active in both languages."""
     effects = {language: each for language, each in drawn(40, 1, seed=3).items() if language != "de"}
     en, fr = effects.values()
     k = 12
     (row,) = compare_languages(effects, k).itertuples()
     a, b = top(en, 0, k), top(fr, 0, k)
     both = [i for i in range(40) if en.active[i, 0] and fr.active[i, 0]]
-    assert a - set(both) and b - set(both), "features of one language alone are part of the test"
+    assert a - set(both) and b - set(both), "the test needs features of a single language"
     draw = random.Random(0)
     sizes: list[int] = []
     jaccards: list[float] = []
@@ -101,8 +101,8 @@ def test_chance_is_what_permutations_give() -> None:
     assert 0.02 < row.p < 0.98
 
 
-def test_the_number_of_languages_by_chance_is_what_permutations_give() -> None:
-    """Within the features that are active in the same languages, the set of every language is permuted."""
+def test_the_number_of_languages_by_chance_equals_permutations() -> None:
+    """Permute the set of every language among the features that are active in the same languages."""
     effects = drawn(40, 1, seed=5)
     k = 12
     table = count_languages(effects, k)
@@ -111,23 +111,19 @@ def test_the_number_of_languages_by_chance_is_what_permutations_give() -> None:
     for i in range(40):
         strata.setdefault(tuple(bool(each.active[i, 0]) for each in effects.values()), []).append(i)
     assert len(strata) > 5
-    draw = random.Random(0)
-    counts = [0, 0, 0, 0]
-    n = 10_000
-    for _ in range(n):
-        moved: list[set[int]] = []
-        for chosen in sets:
-            renamed = {i: j for g in strata.values() for i, j in zip(g, draw.sample(g, len(g)), strict=True)}
-            moved.append({renamed[i] for i in chosen})
-        for i in range(40):
-            counts[sum(i in chosen for chosen in moved)] += 1
-    assert table["expected"].tolist() == pytest.approx([count / n for count in counts[1:]], abs=0.05)
+    rng, n = np.random.default_rng(0), 20_000
+    served = np.zeros((n, 40), dtype=int)  # languages of every feature in every draw
+    for ids in sets:
+        for members in strata.values():
+            in_set = np.array([i in ids for i in members])
+            served[:, members] += rng.permuted(np.tile(in_set, (n, 1)), axis=1)
+    assert table["expected"].tolist() == pytest.approx([(served == m).sum() / n for m in (1, 2, 3)], abs=0.05)
     assert table["features"].tolist() == [sum(sum(i in c for c in sets) == m for i in range(40)) for m in (1, 2, 3)]
     assert table["share"].sum() == pytest.approx(1)
     assert (table["n_languages"] * table["expected"]).sum() == pytest.approx(sum(map(len, sets)))
 
 
-def test_with_two_languages_both_notions_of_chance_agree() -> None:
+def test_both_null_models_agree_for_two_languages() -> None:
     effects = {language: each for language, each in drawn(seed=2).items() if language != "fr"}
     overlap, counts = compare_languages(effects, 6), count_languages(effects, 6)
     two = counts[counts["n_languages"] == 2]
@@ -135,27 +131,8 @@ def test_with_two_languages_both_notions_of_chance_agree() -> None:
     assert two["expected"].tolist() == pytest.approx(overlap["expected"].tolist())
 
 
-@pytest.mark.parametrize("k", [5, 9])
-def test_which_languages_a_feature_serves_over_snapshots(k: int) -> None:
-    effects = drawn(seed=4)
-    table = list_languages(effects, k)
-    sets = {(language, s): top(each, s, k) for language, each in effects.items() for s in range(3)}
-    listed = sorted(set().union(*sets.values()))
-    assert table["feature"].unique().tolist() == listed and len(table) == 3 * len(listed)
-    for row in table.to_dict("records"):
-        served = [language for language in LANGUAGES if row["feature"] in sets[language, row["snapshot"]]]
-        assert (row["n_languages"], row["languages"]) == (len(served), ", ".join(served))
-        for language, each in effects.items():
-            assert row[f"ie/{language}"] == float(each.effects[row["feature"], row["snapshot"]])
-    assert (table["n_languages"] == 0).any() and (table["n_languages"] > 1).any()
-    counts = count_languages(effects, k).set_index(["snapshot", "n_languages"])["features"]
-    for s in range(3):
-        numbers = table.loc[table["snapshot"] == s, "n_languages"]
-        assert [(numbers == m).sum() for m in (1, 2, 3)] == [counts[s, m] for m in (1, 2, 3)]
-
-
-def test_shared_features_are_found_and_signs_told_apart() -> None:
-    """Ten of fifty features carry both languages, one of them with opposite signs: far beyond chance."""
+def test_shared_features_and_their_signs_are_found() -> None:
+    """Ten of fifty features carry both languages, one with opposite signs: far beyond chance."""
     g = torch.Generator().manual_seed(1)
     strong = torch.zeros(50, 2)
     strong[:10, 1] = 10 + torch.rand(10, generator=g)
@@ -186,19 +163,19 @@ def test_languages_without_a_common_active_feature() -> None:
     assert (row.shared, row.candidates, row.expected, row.low, row.high, row.p, row.jaccard) == (0, 0, 0, 0, 0, 1, 0)
 
 
-def test_mistakes_are_told_in_one_line() -> None:
+def test_errors_are_one_line() -> None:
     effects = drawn()
-    with pytest.raises(UserError, match=r"1 language\(s\) are given: give the effects on the same task in two or more"):
+    with pytest.raises(UserError, match=r"effects of 1 language\(s\) are given: give those on the same task"):
         compare_languages({"en": effects["en"]})
     with pytest.raises(UserError, match=r"the effects in 'fr' are of 30 features at step0, step1, those in 'en' of 30"):
         count_languages({"en": effects["en"], "fr": drawn(S=2)["fr"]})
     with pytest.raises(UserError, match="attribute all with one crosscoder"):
-        list_languages({"en": effects["en"], "fr": drawn(F=31)["fr"]})
+        compare_languages({"en": effects["en"], "fr": drawn(F=31)["fr"]})
     with pytest.raises(UserError, match="k=31 is not in"):
         compare_languages(effects, 31)
     with pytest.raises(UserError, match="by='size' is unknown"):
         compare_languages(effects, 3, by="size")
-    with pytest.raises(UserError, match="level=1 is not between 0 and 1"):
+    with pytest.raises(UserError, match="level=1 must be between 0 and 1"):
         compare_languages(effects, 3, level=1)
     unknown = {name: dataclasses.replace(each, steps=[None] * 3) for name, each in effects.items()}
     assert compare_languages(unknown, 3)["step"].isna().all()

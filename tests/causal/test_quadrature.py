@@ -1,4 +1,4 @@
-"""Rules of quadrature against integrals that are known, and what an estimator refuses."""
+"""Quadrature rules against known integrals, and the options of an estimator."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from crosslens.causal.attribution import RULES, Estimator, quadrature
 from crosslens.errors import UserError
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 64])
-def test_gauss_legendre_is_exact_to_its_degree(steps: int) -> None:
-    nodes, weights = quadrature("gauss_legendre", steps)
-    for degree in range(2 * steps):
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 64])
+def test_gauss_legendre_is_exact_to_its_degree(n: int) -> None:
+    nodes, weights = quadrature("gauss_legendre", n)
+    for degree in range(2 * n):
         integral = sum(w * a**degree for a, w in zip(nodes, weights, strict=True))
         assert math.isclose(integral, 1 / (degree + 1), rel_tol=1e-10)
-    beyond = sum(w * a ** (2 * steps) for a, w in zip(nodes, weights, strict=True))
-    assert steps > 3 or abs(beyond - 1 / (2 * steps + 1)) > 1e-6
+    beyond = sum(w * a ** (2 * n) for a, w in zip(nodes, weights, strict=True))
+    assert n > 3 or abs(beyond - 1 / (2 * n + 1)) > 1e-6
 
 
-@pytest.mark.parametrize("steps", [1, 4, 10])
-def test_midpoint_and_left_have_their_nodes(steps: int) -> None:
-    assert quadrature("midpoint", steps)[0] == [(2 * i + 1) / (2 * steps) for i in range(steps)]
-    assert quadrature("left", steps)[0] == [1 - i / steps for i in range(steps)]
+@pytest.mark.parametrize("n", [1, 4, 10])
+def test_midpoint_and_left_have_their_nodes(n: int) -> None:
+    assert quadrature("midpoint", n)[0] == [(2 * i + 1) / (2 * n) for i in range(n)]
+    assert quadrature("left", n)[0] == [1 - i / n for i in range(n)]
     for rule in ("midpoint", "left"):
-        assert quadrature(rule, steps)[1] == [1 / steps] * steps
+        assert quadrature(rule, n)[1] == [1 / n] * n
 
 
 def test_left_counts_from_the_clean_run_and_leaves_out_the_baseline() -> None:
@@ -48,17 +48,17 @@ def test_rules_converge_to_the_mean(rule: str) -> None:
             assert coarse / fine == pytest.approx(4**order, rel=0.15)
 
 
-def test_an_estimator_says_how_it_estimates() -> None:
-    assert str(Estimator()) == "ig (gauss_legendre, 20 steps), zero baseline, joint error"
+def test_estimators_as_text() -> None:
+    assert str(Estimator()) == "ig (gauss_legendre, 20 nodes), zero baseline, joint error"
     assert str(Estimator("gradient", baseline="patch")) == "gradient, patch baseline, joint error"
-    assert str(Estimator(rule="left", steps=10, threshold=0.1)).endswith("joint error, threshold 0.1")
-    assert Estimator("exact", rule="midpoint", steps=5) == Estimator("exact", rule=None, steps=None)
+    assert str(Estimator(rule="left", n_nodes=10, threshold=0.1)).endswith("joint error, threshold 0.1")
+    assert Estimator("exact", rule="midpoint", n_nodes=5) == Estimator("exact", rule=None, n_nodes=None)
     assert Estimator("gradient").nodes() == ([1.0], [1.0])
-    assert Estimator(rule="left", steps=2).nodes() == ([1.0, 0.5], [0.5, 0.5])
+    assert Estimator(rule="left", n_nodes=2).nodes() == ([1.0, 0.5], [0.5, 0.5])
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"method": "igg"}, "method='igg' is unknown; use one of .*did you mean 'ig'"),
         ({"rule": "gauss"}, "rule='gauss' is unknown"),
@@ -66,15 +66,15 @@ def test_an_estimator_says_how_it_estimates() -> None:
         ({"method": "exact", "rule": "gauss"}, "rule='gauss' is unknown"),
         ({"baseline": "none"}, "baseline='none' is unknown"),
         ({"error": "gone"}, "error='gone' is unknown"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"steps": -3}, "steps=-3 must be at least 1"),
-        ({"steps": None}, "steps=None must be at least 1"),
+        ({"n_nodes": 0}, "n_nodes=0 must be at least 1"),
+        ({"n_nodes": -3}, "n_nodes=-3 must be at least 1"),
+        ({"n_nodes": None}, "n_nodes=None must be at least 1"),
         ({"threshold": -1.0}, "threshold=-1.0 must be at least 0"),
         ({"threshold": math.nan}, "threshold=nan must be at least 0"),
-        ({"method": "exact", "threshold": 0.1}, "threshold=0.1 is of effects at one position"),
+        ({"method": "exact", "threshold": 0.1}, "threshold=0.1 applies to effects at one position"),
     ],
 )
-def test_mistakes_are_told_in_one_line(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_errors_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         Estimator(**options)
     assert "\n" not in str(error.value)

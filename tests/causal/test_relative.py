@@ -1,4 +1,4 @@
-"""RelIE and its kin against plain loops, and the classes against the tables they come from."""
+"""RelIE and related measures against plain loops, and the classes against the tables they come from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from crosslens.errors import UserError
 
 @dataclass
 class Given:
-    """Effects that are given; every feature is active, standard errors are `se`."""
+    """Given effects; every feature is active, standard errors are `se`."""
 
     effects: Tensor
     se: float = 0.5
@@ -80,7 +80,7 @@ def test_relie_against_loops(F: int, S: int, seed: int, min_effect: float | None
                 assert float(pairs[i, s, t]) == pytest.approx(expected, nan_ok=True)
 
 
-def test_relie_among_chosen_snapshots() -> None:
+def test_relie_of_some_snapshots() -> None:
     given = drawn(30, 6, 4)
     found = relie(given, snapshots=[5, 1])
     for i in range(30):
@@ -88,12 +88,12 @@ def test_relie_among_chosen_snapshots() -> None:
         expected = sizes / sizes.sum() if bool((sizes > 1).any()) else torch.full_like(sizes, math.nan)
         torch.testing.assert_close(found[i], expected, equal_nan=True)
     for wrong in ([6], [-7], [0, 99]):
-        with pytest.raises(UserError, match="does not exist: there are 6, 0 to 5"):
+        with pytest.raises(UserError, match=r"is not in \[-6, 5\]: there are 6 snapshots"):
             relie(given, snapshots=wrong)
 
 
-def test_nothing_that_matters_is_nan_and_undefined_not_shared() -> None:
-    """The paper's code puts .5 where all is 0, and calls the feature shared by all."""
+def test_features_without_effect_are_nan_and_undefined_not_shared() -> None:
+    """The paper's code sets .5 where all effects are 0, and calls the feature shared."""
     given = Given(torch.tensor([[0.0, 0.0, 0.0], [0.9, -0.8, 0.7], [3.0, 0.0, 0.0]]))
     found = relie(given)
     assert found[:2].isnan().all() and found[2].tolist() == [1, 0, 0]
@@ -107,7 +107,7 @@ def test_nothing_that_matters_is_nan_and_undefined_not_shared() -> None:
     assert relie(one_prompt, 0.5).tolist() == [[0.75, 0.25]]
 
 
-def test_an_untrained_snapshot_is_divided_by_the_floor() -> None:
+def test_small_metrics_are_divided_by_the_floor() -> None:
     given = Given(torch.tensor([[0.02, 2.0]]), se=0.001, metric_clean=torch.tensor([1e-6, 4.0]))
     assert relie(given, normalised=True)[0].tolist() == pytest.approx([0.2 / 0.7, 0.5 / 0.7])
     assert relie(given, normalised=True, floor=0.01)[0].tolist() == pytest.approx([2 / 2.5, 0.5 / 2.5])
@@ -151,14 +151,14 @@ def test_interval_against_one_relie_per_replicate(level: float, normalised: bool
             values = [row[s] for row in each]
             expected = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
             assert [float(low[i, s]), float(high[i, s])] == pytest.approx(expected.tolist())
-    chosen = relie_interval(given, level, normalised=normalised, snapshots=[3, 1])
+    some = relie_interval(given, level, normalised=normalised, snapshots=[3, 1])
     alone = Given(given.effects[:, [3, 1]], metric_clean=given.metric_clean[[3, 1]])
     alone.bootstrap = Bootstrap(features, effects[..., [3, 1]], metric[:, [3, 1]])
-    for ours, theirs in zip(chosen, relie_interval(alone, level, normalised=normalised), strict=True):
+    for ours, theirs in zip(some, relie_interval(alone, level, normalised=normalised), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
     with pytest.raises(UserError, match="no bootstrap replicates"):
         relie_interval(drawn(3, 2, 0))
-    with pytest.raises(UserError, match="level=95 is not between 0 and 1"):
+    with pytest.raises(UserError, match="level=95 must be between 0 and 1"):
         relie_interval(given, 95)
 
 
@@ -188,7 +188,7 @@ def test_sign_changes_against_loops(seed: int) -> None:
     assert sign_changes(given, min_z=1e3).empty
 
 
-def test_two_snapshots_are_classed_by_the_share_of_the_second() -> None:
+def test_two_snapshots_are_classified_by_the_share_of_the_second() -> None:
     second = torch.tensor([0.0, 0.29, 0.31, 0.5, 0.69, 0.71, 1.0])
     share = torch.stack([1 - second, second], -1)
     expected = ["discontinued"] * 2 + ["maintained"] * 3 + ["emerged"] * 2
@@ -197,7 +197,7 @@ def test_two_snapshots_are_classed_by_the_share_of_the_second() -> None:
     assert classes(share, low=0.1, high=0.4).tolist() == ["discontinued", *["maintained"] * 2, *["emerged"] * 4]
 
 
-def test_many_snapshots_are_classed_by_the_centre_of_mass() -> None:
+def test_many_snapshots_are_classified_by_the_centre_of_mass() -> None:
     share = torch.tensor(
         [
             [0.8, 0.2, 0.0, 0.0, 0.0],  # centre .05
@@ -223,7 +223,7 @@ def test_many_snapshots_are_classed_by_the_centre_of_mass() -> None:
     assert classes(share).tolist() == expected
     with pytest.raises(UserError, match="low=0.7 and high=0.3 must satisfy"):
         classes(share, 0.7, 0.3)
-    with pytest.raises(UserError, match="one snapshot has no course"):
+    with pytest.raises(UserError, match="there is 1 snapshot, and a centre of mass needs at least 2"):
         classes(torch.ones(4, 1))
 
 
@@ -244,7 +244,7 @@ def test_three_way_table_of_the_paper() -> None:
     assert three_way_classes(share).tolist() == list(table.values())
     assert three_way_classes(share[:1], ["4B", "33B", "3T"]).tolist() == ["4B-specific"]
     assert three_way_classes(share[8:9], high=0.55).tolist() == ["A-specific"]
-    with pytest.raises(UserError, match="2 snapshots have no 3-way table"):
+    with pytest.raises(UserError, match="three-way classes need 3 snapshots, not 2"):
         three_way_classes(share[:, :2])
 
 
@@ -273,7 +273,7 @@ def test_signed_classes() -> None:
     ]
 
 
-def test_classes_stand_side_by_side() -> None:
+def test_classes_in_one_table() -> None:
     given = Given(torch.tensor([[-3.0, 0.1, 4.0], [0.1, 5.0, 0.1], [0.0, 0.0, 0.0]]))
     table = classify(given)
     assert table["feature"].tolist() == [0, 1, 2]

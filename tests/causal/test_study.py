@@ -1,4 +1,4 @@
-"""The study of a task is its parts, each on its own half of the prompts."""
+"""A study of a task against its analyses, each on its split of the prompts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from crosslens.causal.ablation import ablate
+from crosslens.causal.ablation import Controls, ablate
 from crosslens.causal.attribution import attribute
 from crosslens.causal.languages import split_languages
-from crosslens.causal.study import Study, study_task
+from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import follow_features
 from crosslens.causal.transfer import transfer_matrix
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
@@ -28,7 +29,7 @@ K = 4
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    """Two languages, eight items: the verbs swapped make another item of the same prompt's words."""
+    """Eight items in two languages."""
     more = [{**item, "prefix": f"the bread near {item['prefix']}", "language": "fr"} for item in ITEMS]
     more = [{**item, "patch_prefix": f"the bread near {item['patch_prefix']}"} for item in more]
     return Task.from_items("tiny", [*({**item, "language": "en"} for item in ITEMS), *more])
@@ -42,24 +43,23 @@ def crosscoder(snaps: Snapshots) -> Crosscoder:
 @pytest.fixture(scope="module")
 def found(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> Study:
     return study_task(
-        crosscoder, snaps, task, ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6,
-        n_pairs=5, seed=3,
+        crosscoder, snaps, task, seed=3,
+        sizes=StudySizes(ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5),
     )  # fmt: skip
 
 
-def test_parts_by_themselves(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
-    choosing, judging = task.split(3)
-    ie = attribute(crosscoder, snaps, choosing, baseline="patch")
+def test_tables_equal_single_analyses(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+    selection, held_out = task.split(3)
+    ie = attribute(crosscoder, snaps, selection, baseline="patch")
+    runs = PromptRuns(crosscoder, snaps, held_out, paired=True)
     pd.testing.assert_frame_equal(found.tables["attribution/tiny"], ie.to_frame(crosscoder.decoder_norms))
     pd.testing.assert_frame_equal(found.tables["attribution/tiny.snapshots"], ie.snapshot_frame())
+    pd.testing.assert_frame_equal(found.tables["transfer/tiny"], transfer_matrix(runs, ie, K, baseline="patch"))
     pd.testing.assert_frame_equal(
-        found.tables["transfer/tiny"], transfer_matrix(crosscoder, snaps, judging, ie, K, value="patch")
+        found.tables["timeline/tiny"], follow_features(crosscoder, snaps, selection, ie, 5), check_dtype=False
     )
-    pd.testing.assert_frame_equal(
-        found.tables["timeline/tiny"], follow_features(crosscoder, snaps, choosing, ie, 5), check_dtype=False
-    )
-    draws = {"controls": ("random", "size_matched"), "seed": 3, "cut": True, "value": "patch"}
-    last = ablate(crosscoder, snaps, judging, ie, [K], n_draws=5, at=[len(snaps) - 1], **draws)
+    controls = Controls(n_draws=5, seed=3, allow_fewer=True)
+    last = ablate(runs, ie, [K], baseline="patch", at=[len(snaps) - 1], controls=controls)
     got = found.tables["ablation/tiny"]
     row = got[(got["snapshot"] == 2) & (got["mode"] == "ablate") & (got["features"] == "random") & (got["k"] == K)]
     pd.testing.assert_frame_equal(
@@ -67,22 +67,22 @@ def test_parts_by_themselves(crosscoder: Crosscoder, snaps: Snapshots, task: Tas
     )
     assert int(row["n_draws"].iloc[0]) == 5
     assert not got.duplicated(["snapshot", "mode", "features", "k"]).any()
-    assert set(got.loc[got["mode"] == "ablate", "k"]) == {1, K}, "no size exceeds the features that are active"
+    assert set(got.loc[got["mode"] == "ablate", "k"]) == {1, K}, "no size exceeds the active features"
 
 
 def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
-    """Removed from the clean run, and added to the paired one: the latter by splices of one prompt at a time."""
-    choosing = task.split(3)[0]
+    """Removed from the clean run, and added to the paired one by splices of one prompt at a time."""
+    selection = task.split(3)[0]
     largest = found.exact["feature"].tolist()
     assert largest == found.ie.top(6, 2, by="magnitude").tolist()
-    singles = attribute(crosscoder, snaps, choosing, "exact", baseline="patch", features=largest)
+    singles = attribute(crosscoder, snaps, selection, "exact", baseline="patch", features=largest)
     assert found.exact["removed"].to_numpy() == pytest.approx(singles.effects[largest, 2].numpy(), abs=1e-5)
-    items = [{"prefix": i.prefix, "correct": i.correct, "wrong": i.wrong} for i in choosing.items]
+    items = [{"prefix": i.prefix, "correct": i.correct, "wrong": i.wrong} for i in selection.items]
     clean = slow_runs(snaps, crosscoder, items=items)
     paired = slow_runs(
         snaps,
         crosscoder,
-        items=[{**row, "prefix": i.patch_prefix} for row, i in zip(items, choosing.items, strict=True)],
+        items=[{**row, "prefix": i.patch_prefix} for row, i in zip(items, selection.items, strict=True)],
     )
     for feature, added in zip(largest, found.exact["added"], strict=True):
         gains: list[float] = []
@@ -102,15 +102,13 @@ def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, f
         found.rank_agreement(end="start")
 
 
-def test_languages(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study, tmp_path: Path) -> None:
+def test_languages(task: Task, found: Study, tmp_path: Path) -> None:
     parts = split_languages(task)
     assert {name: part.items for name, part in parts.items()} == {"en": task.items[:4], "fr": task.items[4:]}
     assert [part.name for part in parts.values()] == ["tiny-en", "tiny-fr"]
     assert set(found.tables["languages/tiny"]["language"]) == {"en"}
     silent = replace(task, items=(*task.items[:-1], replace(task.items[-1], info={})))
     assert split_languages(silent) == {}
-    plain = study_task(crosscoder, snaps, silent, ablate_k=(1,), keep_k=(1,), k=3, n_draws_last=2, n_exact=3, n_pairs=3)
-    assert "languages/tiny" not in plain.tables
     RunDir(tmp_path).save_tables(found.tables)
     for name, table in found.tables.items():
         read = RunDir(tmp_path).table(name)
@@ -119,9 +117,11 @@ def test_languages(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: 
 
 
 def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:
-    unpaired = replace(task, items=tuple(replace(item, patch_prefix=None) for item in task.items))
+    unpaired = replace(task, items=tuple(replace(item, patch_prefix=None, info={}) for item in task.items))
     with pytest.raises(UserError, match="patch"):
         study_task(crosscoder, snaps, unpaired)
-    plain = study_task(crosscoder, snaps, unpaired, value="zero", ablate_k=(1,), keep_k=(1,), n_draws_last=2)
-    with pytest.raises(UserError, match="features added alone were not measured"):
+    sizes = StudySizes(ablate_k=(1,), keep_k=(1,), k=3, n_draws=2, n_draws_last=2, n_exact=3, n_pairs=3)
+    plain = study_task(crosscoder, snaps, unpaired, baseline="zero", sizes=sizes)
+    assert "languages/tiny" not in plain.tables
+    with pytest.raises(UserError, match="end='both' needs effects of features added: use study_task"):
         plain.rank_agreement(end="both")

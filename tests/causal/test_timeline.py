@@ -1,4 +1,4 @@
-"""A task's features over snapshots against loops, examples against every position of every prompt, and the pictures."""
+"""A task's features over snapshots against loops, examples against every position of every prompt, and the charts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from crosslens.causal import timeline
 from crosslens.causal.attribution import Attribution, attribute
 from crosslens.causal.timeline import SEPARATOR, find_examples, follow_features
 from crosslens.errors import UserError
+from crosslens.intervention import prompt_runs
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.report.causal_figures import N_TIMELINE, feature_timeline, language_overlap
 from crosslens.report.chart import THEME
@@ -40,9 +41,9 @@ def runs(snaps: Snapshots, task: Task) -> PromptRuns:
 
 
 @pytest.fixture(scope="module")
-def ie(snaps: Snapshots, task: Task, runs: PromptRuns) -> Attribution:
-    """Two of the strongest features are silent at one snapshot each."""
-    found = attribute(runs._given, snaps, task, "gradient", runs=runs)
+def ie(runs: PromptRuns) -> Attribution:
+    """Two of the strongest features are inactive at one snapshot each."""
+    found = attribute(runs, "gradient")
     for feature, s in ((19, 1), (4, 0)):
         found.effects[feature, s] = found.standard_errors[feature, s] = 0.0
         found.active[feature, s] = False
@@ -53,11 +54,9 @@ def ie(snaps: Snapshots, task: Task, runs: PromptRuns) -> Attribution:
     ("k", "by", "min_effect"),
     [(6, "magnitude", None), (5, "magnitude", 0.25), (3, "signed", 0.0), (4, "negative", 0.02)],
 )
-def test_the_table_is_what_loops_give(
-    snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution, k: int, by: str, min_effect: float | None
-) -> None:
-    cc = runs._given
-    table = follow_features(cc, snaps, task, ie, k, by=by, min_effect=min_effect, n_examples=2, runs=runs)
+def test_the_table_equals_loops(runs: PromptRuns, ie: Attribution, k: int, by: str, min_effect: float | None) -> None:
+    cc = runs.crosscoder
+    table = follow_features(runs, ie, k, by=by, min_effect=min_effect, n_examples=2)
     taken: set[tuple[int, int]] = set()
     for s in range(3):
         signs = {"magnitude": (1, -1), "signed": (1,), "negative": (-1,)}[by]
@@ -123,8 +122,8 @@ def test_examples_are_the_positions_of_largest_activation(
             assert " ".join(prompt).startswith(str(row.text).replace("[", "").replace("]", ""))
 
 
-def test_examples_in_the_text_of_any_tokenizer() -> None:
-    """A word-level tokenizer sets blanks between words, a byte-level one has them in its tokens."""
+def test_examples_as_text_for_any_tokenizer() -> None:
+    """A word-level tokenizer puts spaces between words, a byte-level one has them in its tokens."""
     vocabulary = {"<s>": 0, "the": 1, "cat": 2, ".": 3}
     words = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<s>")), bos_token="<s>"
@@ -146,41 +145,37 @@ def test_examples_in_the_text_of_any_tokenizer() -> None:
         assert timeline._in_brackets(tokenizer, tokens) == text
 
 
-def test_nothing_is_run_without_examples(
+def test_no_model_runs_without_examples(
     snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_examples = follow_features(runs._given, snaps, task, ie, 3, batch_size=3)
-    monkeypatch.setattr(timeline, "PromptRuns", None)
-    without = follow_features(runs._given, snaps, task, ie, 3, n_examples=0)
+    with_examples = follow_features(PromptRuns(runs.crosscoder, snaps, task, batch_size=3), ie, 3)
+    monkeypatch.setattr(prompt_runs, "harvest", None)
+    without = follow_features(runs.crosscoder, snaps, task, ie, 3, n_examples=0)
     pd.testing.assert_frame_equal(without, with_examples.assign(examples=""))
     assert (with_examples["examples"] != "").any()
 
 
-def test_where_no_effect_is_sure_nothing_is_followed(
-    snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution
-) -> None:
+def test_nothing_is_followed_without_significant_effects(runs: PromptRuns, ie: Attribution) -> None:
     unsure = dataclasses.replace(ie, standard_errors=torch.full_like(ie.standard_errors, math.nan))
-    table = follow_features(runs._given, snaps, task, unsure, 3, runs=runs)
-    full = follow_features(runs._given, snaps, task, ie, 3, runs=runs)
+    table = follow_features(runs, unsure, 3)
+    full = follow_features(runs, ie, 3)
     assert table.empty and list(table) == list(full)
     assert feature_timeline(table) == "No feature has an effect above two standard errors on this task."
 
 
-def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
-    cc = runs._given
+def test_errors_are_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
+    cc = runs.crosscoder
     other = dataclasses.replace(ie, labels=["a", "b", "c"])
-    with pytest.raises(UserError, match="the effects are of 24 features at a, b, c, the crosscoder has 24 at step0"):
-        follow_features(cc, snaps, task, other)
+    with pytest.raises(UserError, match="effects are of 24 features at a, b, c, but the crosscoder has 24 at step0"):
+        follow_features(runs, other)
     with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
         follow_features(cc, snaps[[0, 1]], task, ie)
     with pytest.raises(UserError, match="k=25 is not in"):
-        follow_features(cc, snaps, task, ie, 25)
+        follow_features(runs, ie, 25)
     with pytest.raises(UserError, match="by='size' is unknown"):
-        follow_features(cc, snaps, task, ie, by="size")
+        follow_features(runs, ie, by="size")
     with pytest.raises(UserError, match="n_examples=-1 must be at least 0"):
-        follow_features(cc, snaps, task, ie, n_examples=-1)
-    with pytest.raises(UserError, match="the given runs are not of this crosscoder"):
-        follow_features(cc, snaps, Task.from_items("tiny", ITEMS[:2]), ie, min_effect=0, runs=runs)
+        follow_features(runs, ie, n_examples=-1)
     with pytest.raises(UserError, match=r"feature 24 is not in \[0, 23\]"):
         find_examples(runs, [24])
     with pytest.raises(UserError, match="n=0 must be at least 1"):
@@ -201,8 +196,8 @@ def colors(value: Any, key: str = "") -> set[str]:
     return {value} if isinstance(value, str) and key.endswith(("color", "colorscale")) else set()
 
 
-def test_the_picture_of_features(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
-    table = follow_features(runs._given, snaps, task, ie, 3, min_effect=0.0, runs=runs)
+def test_the_chart_of_features(runs: PromptRuns, ie: Attribution) -> None:
+    table = follow_features(runs, ie, 3, min_effect=0.0)
     chart = feature_timeline(table.sample(frac=1, random_state=0))
     assert not isinstance(chart, str)
     drawn = spec(chart.figure)
@@ -232,7 +227,7 @@ def test_the_picture_of_features(snaps: Snapshots, task: Task, runs: PromptRuns,
     pd.testing.assert_frame_equal(chart.data, table.drop(columns="order"))
 
 
-def test_few_rows_are_drawn_of_many() -> None:
+def test_the_chart_shows_only_the_largest_features() -> None:
     n = N_TIMELINE + 7
     draw = np.random.default_rng(0)
     table = pd.DataFrame(

@@ -1,6 +1,10 @@
-"""Clean runs and the pairs they are kept as, against dense features."""
+"""Clean runs, and their features stored as pairs, against dense features."""
 
 from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +12,11 @@ from torch import Tensor
 
 from crosslens import crosscoders
 from crosslens.errors import UserError
-from crosslens.intervention import prompt_runs as changes
-from crosslens.intervention import prompt_runs as runs_module
-from crosslens.intervention.prompt_runs import PromptRuns, check_features
+from crosslens.intervention import prompt_runs
+from crosslens.intervention.prompt_runs import OnRuns, PromptRuns, check_features, on_runs
 from crosslens.intervention.splice import CleanRun
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 
@@ -20,12 +24,12 @@ UNPAIRED = [*ITEMS, {"prefix": "the king near the dog", "correct": "sees", "wron
 
 
 def dense(tokens: Tensor, features: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Pairs as a matrix; a pair that came twice would be counted twice."""
+    """Pairs as a matrix; a repeated pair would count twice."""
     return torch.zeros(shape, dtype=values.dtype).index_put_((tokens, features), values, accumulate=True)
 
 
 @pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
-def test_clean_runs_are_those_of_every_batch_alone(snaps: Snapshots, task: Task, architecture: str) -> None:
+def test_clean_runs_equal_single_batches(snaps: Snapshots, task: Task, architecture: str) -> None:
     cc = make_crosscoder(snaps, architecture)
     runs = PromptRuns(cc, snaps, task, batch_size=2, paired=True)
     assert len(runs) == 4
@@ -49,10 +53,10 @@ def test_clean_runs_are_those_of_every_batch_alone(snaps: Snapshots, task: Task,
 
 @pytest.mark.parametrize("architecture", ["jumprelu_crosscoder", "topk_crosscoder"])
 @pytest.mark.parametrize("baseline", ["zero", "mean", "patch"])
-def test_changes_and_what_they_move(
+def test_changes_and_their_effect_on_the_activation(
     snaps: Snapshots, task: Task, architecture: str, baseline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changes, "_ENTRIES", F)  # one prompt at a time where the mean is concerned
+    monkeypatch.setattr(prompt_runs, "_MEAN_ENTRIES", F)  # one prompt at a time
     cc = make_crosscoder(snaps, architecture)
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
     runs = PromptRuns(cc, snaps, task, paired=True)
@@ -94,17 +98,17 @@ def test_changes_and_what_they_move(
         assert n == 4
 
 
-def test_few_tokens_are_dense_at_a_time(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_block_of_tokens_is_dense(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     for architecture in crosscoders.ARCHITECTURES:
         cc = make_crosscoder(snaps, architecture)
         whole = [run.features for _, run, _ in PromptRuns(cc, snaps, task).clean()]
-        monkeypatch.setattr(runs_module, "_ENTRIES", 3 * F)
+        monkeypatch.setattr(prompt_runs, "_DENSE_ENTRIES", 3 * F)
         blocks = [run.features for _, run, _ in PromptRuns(cc, snaps, task).clean()]
         monkeypatch.undo()
         torch.testing.assert_close(blocks, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_activations_may_lie_on_disk(snaps: Snapshots, task: Task) -> None:
+def test_activations_on_disk(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
     memory, disk = (
         PromptRuns(cc, snaps, task, batch_size=2, paired=True, on_disk=on_disk) for on_disk in (False, True)
@@ -116,27 +120,27 @@ def test_activations_may_lie_on_disk(snaps: Snapshots, task: Task) -> None:
 
 
 def test_features_are_stored_as_pairs(snaps: Snapshots, task: Task) -> None:
-    """One value where all snapshots share it, one per snapshot where gates differ; nothing of all features."""
+    """One value if all snapshots share it, one per snapshot if gates differ; nothing of size d_sae."""
     shared = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, paired=True)
     gated = PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task, paired=True)
-    for found in shared._found:
+    for found in shared._clean.found:
         assert found.values.untyped_storage().nbytes() == 4 * len(found.tokens)
-    assert any(found.values.stride(1) for found in gated._found)
+    assert any(found.values.stride(1) for found in gated._clean.found)
     kept = sum(batch.tokens.numel() - len(batch.tokens) for batch in shared.batches)
-    assert sum(len(found.tokens) for found in shared._found) <= 2 * 8 * kept
+    assert sum(len(found.tokens) for found in shared._clean.found) <= 2 * 8 * kept
 
 
-def test_prompts_without_a_pair_are_left_out_where_pairs_are_needed(snaps: Snapshots) -> None:
+def test_paired_runs_leave_out_prompts_without_a_pair(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
     some = Task.from_items("some", UNPAIRED)
     assert len(PromptRuns(cc, snaps, some)) == 5
     assert len(PromptRuns(cc, snaps, some, paired=True)) == 4
 
 
-def test_special_tokens_are_kept_where_training_kept_them(
+def test_special_tokens_are_spliced_if_training_kept_them(
     snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changes, "_ENTRIES", F)
+    monkeypatch.setattr(prompt_runs, "_MEAN_ENTRIES", F)
     cc = make_crosscoder(snaps, "standard_crosscoder")
     cc.cfg.metadata.keep_special = True
     runs = PromptRuns(cc, snaps, task)
@@ -151,28 +155,62 @@ def test_special_tokens_are_kept_where_training_kept_them(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_whose_runs_they_are(snaps: Snapshots, task: Task) -> None:
-    cc = make_crosscoder(snaps, "standard_crosscoder")
+def test_models_run_at_first_use(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_runs, "harvest", None)
+        assert len(runs) == 4
+        with pytest.raises(TypeError):
+            runs.mean(0)
+    assert runs.mean(0).shape == runs.features.shape
+
+
+def test_analyses_take_crosscoder_snapshots_and_task_in_place_of_runs(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "topk_crosscoder")
+
+    @dataclass
+    class Method:
+        baseline: str
+
+    @on_runs
+    def analyse(runs: PromptRuns, k: int = 1, *, method: str | Method = "ig", baseline: str | None = None) -> Any:
+        """Analyse."""
+        return runs, k, method, baseline
+
     runs = PromptRuns(cc, snaps, task)
-    assert runs.are_of(cc, Snapshots.local(snaps[0].folder().parent), Task.from_items("tiny", ITEMS))
-    assert not runs.are_of(make_crosscoder(snaps, "standard_crosscoder"), snaps, task)
-    assert not runs.are_of(cc, snaps[[0, 2, 1]], task)
-    assert not runs.are_of(cc, snaps, Task.from_items("tiny", ITEMS[:2]))
+    assert analyse(runs, 3, baseline="zero") == (runs, 3, "ig", "zero")
+    for options, paired in (
+        ({}, False),
+        ({"baseline": "mean"}, False),
+        ({"baseline": "patch"}, True),
+        ({"method": Method("patch")}, True),
+        ({"method": Method("patch"), "baseline": "zero"}, False),
+        ({"method": Method("zero"), "baseline": "patch"}, True),
+    ):
+        made, k, method, baseline = analyse(cc, snaps, task, 2, **options)
+        assert (made.crosscoder, made.snapshots, made.task, made.paired) == (cc, snaps, task, paired)
+        assert (k, method, baseline) == (2, options.get("method", "ig"), options.get("baseline"))
+    assert isinstance(analyse, OnRuns) and analyse.__doc__ == "Analyse."
+    assert list(inspect.signature(analyse).parameters) == ["runs", "k", "method", "baseline"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n'"):
+        analyse(cc, snaps, task, n=1)
 
 
-def test_mistakes_are_told_in_one_line(snaps: Snapshots, task: Task) -> None:
+def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
     assert check_features(torch.tensor([3, 0]), 4).tolist() == [3, 0]
-    for wrong, told in (
+    for wrong, message in (
         ([4], r"feature 4 is not in \[0, 3\]"),
         ([0, -1], r"feature -1 is not in \[0, 3\]"),
         ([], "no features are given"),
         ([1, 1], "a feature is given twice"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             check_features(wrong, 4)
     cc = make_crosscoder(snaps, "standard_crosscoder")
     with pytest.raises(UserError, match="trained on 3 snapshots, 1 are given"):
         PromptRuns(cc, snaps[[0]], task)
+    with pytest.raises(UserError, match=r"the crosscoder is on cpu and the models would run on meta: .*to\('meta'\)"):
+        PromptRuns(cc, snaps, task, settings=ModelSettings(device="meta"))
     with pytest.raises(UserError, match="which the 'patch' baseline needs; use 'zero' or 'mean'"):
         PromptRuns(cc, snaps, Task.from_items("one", UNPAIRED[-1:]), paired=True)
     with pytest.raises(UserError, match="longer than 32 tokens: 1"):

@@ -97,7 +97,7 @@ MEAN = torch.linspace(-1, 1, F)
 
 
 def edits_and_changes(run: CleanRun, other: Tensor) -> dict[str, tuple[list[Any], Any]]:
-    """By name: edits, and the same in words."""
+    """By name: edits, and the same as a function."""
     mask = torch.zeros_like(run.keep)
     mask[0, 2] = mask[1, 4] = True
     return {
@@ -116,7 +116,7 @@ def edits_and_changes(run: CleanRun, other: Tensor) -> dict[str, tuple[list[Any]
 
 @pytest.mark.parametrize("error", [True, False])
 @pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
-def test_splices_are_what_plain_transformers_make_of_hand_made_activations(
+def test_splices_equal_plain_transformers_with_hand_made_activations(
     snaps: Snapshots, runs: Any, tokens: Tensor, architecture: str, error: bool
 ) -> None:
     cc, run = runs[architecture]
@@ -136,8 +136,8 @@ def test_splices_are_what_plain_transformers_make_of_hand_made_activations(
     assert len(distinct) == len(edits_and_changes(run, other))
 
 
-def test_gates_stay_those_of_the_clean_run(snaps: Snapshots, runs: Any) -> None:
-    """A feature scaled below its threshold is still decoded: the gate is not computed anew."""
+def test_gates_are_those_of_the_clean_run(snaps: Snapshots, runs: Any) -> None:
+    """A feature scaled below its threshold is still decoded: the gate is not recomputed."""
     cc, run = runs["jumprelu_crosscoder"]
     for s in range(len(snaps)):
         splice = Splice(cc, run, s, [Edit(None, factor=1e-3)], error=False)
@@ -149,7 +149,7 @@ def test_gates_stay_those_of_the_clean_run(snaps: Snapshots, runs: Any) -> None:
     assert (open_at.any(0) != open_at.all(0)).any()  # and gates do differ between snapshots
 
 
-def test_patching_takes_the_gates_of_the_other_run(snaps: Snapshots, runs: Any, tokens: Tensor) -> None:
+def test_patching_uses_the_gates_of_the_other_run(snaps: Snapshots, runs: Any, tokens: Tensor) -> None:
     cc, run = runs["jumprelu_crosscoder"]
     paired = CleanRun.of(cc, snaps, tokens.flip(0))
     for s in range(len(snaps)):
@@ -162,7 +162,7 @@ def test_patching_takes_the_gates_of_the_other_run(snaps: Snapshots, runs: Any, 
 
 
 @pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
-def test_nothing_edited_is_the_clean_model_as_a_context_and_by_hooks(
+def test_without_edits_a_splice_is_the_clean_model(
     snaps: Snapshots, runs: Any, tokens: Tensor, architecture: str
 ) -> None:
     cc, run = runs[architecture]
@@ -183,7 +183,7 @@ def test_nothing_edited_is_the_clean_model_as_a_context_and_by_hooks(
 
 
 @pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
-def test_hooked_transformers_are_spliced_alike(architecture: str) -> None:
+def test_hooked_transformers_are_spliced_too(architecture: str) -> None:
     config = HookedTransformerConfig(
         n_layers=2, d_model=16, n_ctx=12, d_head=8, n_heads=2, d_mlp=32, d_vocab=20, act_fn="gelu", seed=0
     )
@@ -209,13 +209,13 @@ def test_hooked_transformers_are_spliced_alike(architecture: str) -> None:
         assert torch.equal(model(tokens), clean)
 
 
-def test_a_crosscoder_in_training_gates_as_its_inference_twin(snaps: Snapshots, tokens: Tensor) -> None:
+def test_a_training_crosscoder_gates_like_its_inference_version(snaps: Snapshots, tokens: Tensor) -> None:
     training = make_crosscoder("batchtopk_crosscoder", len(snaps), snaps.d_model)
     both = [CleanRun.of(cc, snaps, tokens).features for cc in (training, training.to_inference())]
     assert torch.equal(*both)
 
 
-def test_special_tokens_are_spliced_where_training_kept_them(snaps: Snapshots, tokens: Tensor) -> None:
+def test_special_tokens_are_spliced_if_training_kept_them(snaps: Snapshots, tokens: Tensor) -> None:
     cc = make_crosscoder("standard_crosscoder", len(snaps), snaps.d_model).to_inference()
     cc.cfg.metadata.keep_special = True
     run = CleanRun.of(cc, snaps, tokens)
@@ -230,7 +230,7 @@ def test_splices_carry_gradients(snaps: Snapshots, runs: Any) -> None:
     assert amount.grad is not None and (amount.grad != 0).all()
 
 
-def test_mistakes_are_told_in_one_line(snaps: Snapshots, runs: Any, tokens: Tensor) -> None:
+def test_errors_are_one_line(snaps: Snapshots, runs: Any, tokens: Tensor) -> None:
     cc, run = runs["standard_crosscoder"]
     B, T = tokens.shape
     model = snaps.model(0)
@@ -240,20 +240,20 @@ def test_mistakes_are_told_in_one_line(snaps: Snapshots, runs: Any, tokens: Tens
         (lambda: Splice(cc, run, 0, [Edit([0, F])]), r"feature 24 is not in \[0, 23\]"),
         (lambda: Splice(cc, run, 0, [Edit([-1])]), r"feature -1 is not in \[0, 23\]"),
         (lambda: Splice(cc, run, 0, [Edit([0], positions=[T])]), rf"position {T} is not in \[-{T}, {T - 1}\]"),
-        (lambda: Splice(cc, run, 0, [Edit([0], positions=torch.ones(1, T) > 0)]), "has positions of another batch"),
+        (lambda: Splice(cc, run, 0, [Edit([0], positions=torch.ones(1, T) > 0)]), "does not fit this batch"),
         (
             lambda: Splice(cc, run, 0, [Edit([0], value=torch.ones(3))]),
             r"values of shape \(3,\): give one number, \(",
         ),
         (lambda: Splice(cc, run, 0, [Edit([0], value=CleanRun.of(cc, snaps, tokens[:1]))]), r"values of shape \(1, 6"),
-        (lambda: Splice(cc, run, 0, [lambda f: f[:1]]), rf"shape \(1, 6, 24\) of \({B}, {T}, 24\): return as many"),
+        (lambda: Splice(cc, run, 0, [lambda f: f[:1]]), rf"shape \(1, 6, 24\): return \({B}, {T}, 24\), as given"),
         (
             lambda: model.run_with_hooks(tokens[:1], fwd_hooks=Splice(cc, run, 0).fwd_hooks),
-            r"of a batch of shape \(2, 6, 16\), the model runs one of \(1, 6, 16\): give the tokens",
+            r"splice has shape \(2, 6, 16\), the model's activation \(1, 6, 16\): run the model on the tokens",
         ),
         (
             lambda: CleanRun.of(cc, snaps, torch.zeros(1, 33).long()),
-            "prompts of 33 tokens do not fit .* 1 to 32",
+            "prompts of 33 tokens do not fit .* 1 to 32 tokens",
         ),
         (lambda: CleanRun.of(cc, snaps, torch.zeros(1, 0).long()), "prompts of 0 tokens do not fit"),
         (lambda: CleanRun.of(cc, snaps[[0, 1]], tokens), "trained on 3 snapshots, 2 are given"),
@@ -266,19 +266,19 @@ def test_mistakes_are_told_in_one_line(snaps: Snapshots, runs: Any, tokens: Tens
     CleanRun.of(cc, snaps, tokens)
 
 
-def test_a_splice_that_nothing_passes_is_an_error(snaps: Snapshots, runs: Any, tokens: Tensor) -> None:
-    """SAELens's bridge ignores hooks by TransformerLens's names without a word."""
+def test_a_splice_that_is_never_reached_is_an_error(snaps: Snapshots, runs: Any, tokens: Tensor) -> None:
+    """SAELens's bridge silently ignores hooks with TransformerLens's names."""
     cc, run = runs["topk_crosscoder"]
     splice = Splice(cc, run, 2, [Edit(None)])
     model = SAETransformerBridge.boot_transformers(snaps[2].name, device="cpu")
-    told = "nothing passed blocks.1.hook_resid_post of SAETransformerBridge, so nothing was spliced: run a model of"
-    with pytest.raises(UserError, match=told):
+    message = "SAETransformerBridge never reached hook point blocks.1.hook_resid_post, so nothing was spliced: use a"
+    with pytest.raises(UserError, match=message):
         splice.logits(model)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         spliced_logits(model, tokens, HOOK, splice.replacement, run.keep)
-    with pytest.raises(UserError, match=told), splice.on(model):
+    with pytest.raises(UserError, match=message), splice.on(model):
         model(tokens)
-    with pytest.raises(UserError, match="nothing passed"), splice.on(snaps.model(2)):
+    with pytest.raises(UserError, match="never reached hook point"), splice.on(snaps.model(2)):
         pass
     with pytest.raises(KeyError, match="mine"), splice.on(model):
         raise KeyError("mine")
@@ -292,7 +292,7 @@ def test_single_replacements(snaps: Snapshots, tokens: Tensor) -> None:
     expected, before = plain(snaps[2].name, tokens, new)
     torch.testing.assert_close(spliced_logits(model, tokens, HOOK, new, keep), expected, atol=1e-5, rtol=0)
     assert torch.equal(replace_at(new, keep)(before, None)[:, 1:], new[:, 1:])
-    with pytest.raises(UserError, match="give the tokens that the features were made from"):
+    with pytest.raises(UserError, match="run the model on the tokens of the clean run"):
         spliced_logits(model, tokens[:1], HOOK, new[:1], keep[:1])
         replace_at(new[:1], keep[:1])(before, None)
 
@@ -315,7 +315,7 @@ for architecture in crosscoders.ARCHITECTURES:
     cc = make_crosscoder(architecture, 3, snaps.d_model).to_inference()
     edited = []
     for backend in ("bridge", "hooked_transformer"):
-        run = CleanRun.of(cc, snaps, tokens, backend=backend)
+        run = CleanRun.of(cc, snaps, tokens, ModelSettings(backend=backend))
         for s in range(3):
             model = snaps.model(s, ModelSettings(backend=backend))
             clean = model(tokens)
@@ -329,7 +329,7 @@ print(max(worst))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_backends_on_hub_revisions(tmp_path: Path, tiny_snapshots: Path) -> None:
     repository = tmp_path / "hub" / "models--EleutherAI--pythia-14m"
     tokenizer = AutoTokenizer.from_pretrained(tiny_snapshots / "tokenizer")

@@ -74,7 +74,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @contextmanager
 def counted(model: Any) -> Iterator[Counter[int]]:
-    """How many prompts every block works on."""
+    """How many prompts every block processes."""
     rows: Counter[int] = Counter()
 
     def count(place: int) -> Callable[..., None]:
@@ -91,7 +91,7 @@ def counted(model: Any) -> Iterator[Counter[int]]:
 
 
 def whole(model: Any, point: str, tokens: Tensor, x: Tensor) -> Tensor:
-    """All blocks, with x put in at the hook."""
+    """Run all blocks with x at the hook."""
 
     def put_in(activation: Tensor, hook: Any) -> Tensor:
         del activation, hook
@@ -124,10 +124,10 @@ def agree(model: Any, point: str, n_skipped: int) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_the_upper_part_is_the_model_with_a_hook(family: Any, point: str) -> None:
+def test_the_upper_part_equals_the_model_with_a_hook(family: Any, point: str) -> None:
     name, model = family
     if point.endswith("resid_mid") and name == "gpt-neox":
-        pytest.skip("attention and MLP work side by side")
+        pytest.skip("attention and MLP are parallel")
     layer = int(point.split(".")[1])
     agree(model, point, layer + point.endswith("hook_resid_post"))
 
@@ -151,8 +151,8 @@ def test_hooked_transformers_start_at_the_block(point: str) -> None:
     agree(model, point, layer + point.endswith("hook_resid_post"))
 
 
-def test_a_model_that_looks_back_is_run_whole(family: Any) -> None:
-    """A block that reads what the first one left behind: the short way is wrong, and is found out."""
+def test_a_model_with_skip_connections_runs_all_blocks(family: Any) -> None:
+    """A block that reads what the first one left behind: skipping blocks is wrong, and that is detected."""
     _, model = family
     seen: list[Tensor] = []
 
@@ -179,7 +179,7 @@ def test_a_model_that_looks_back_is_run_whole(family: Any) -> None:
             handle.remove()
 
 
-def test_blocks_work_again_after_an_error(family: Any) -> None:
+def test_blocks_are_restored_after_an_error(family: Any) -> None:
     _, model = family
     tokens = torch.randint(1, V, (2, T), generator=torch.Generator().manual_seed(5))
     before = model(tokens)

@@ -40,10 +40,10 @@ def model(snaps: Snapshots) -> SAETransformerBridge:
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("architecture", crosscoders.ARCHITECTURES)
-def test_the_view_in_saelens_is_our_splice(
+def test_the_view_in_saelens_equals_our_splice(
     snaps: Snapshots, tokens: Tensor, model: SAETransformerBridge, architecture: str, whole: bool
 ) -> None:
-    """`whole`: the features of every position are given; else a clean run, which leaves the BOS as it is."""
+    """`whole`: features of every position are given; otherwise a clean run, which leaves out the BOS."""
     cc = make_crosscoder(architecture)
     cc.cfg.metadata.keep_special = whole
     run = CleanRun.of(cc, snaps, tokens)
@@ -67,7 +67,7 @@ def test_the_view_in_saelens_is_our_splice(
 
 
 @pytest.mark.parametrize("error", [True, False])
-def test_features_are_edited_by_hooks_of_saelens(
+def test_saelens_hooks_edit_features(
     snaps: Snapshots, tokens: Tensor, model: SAETransformerBridge, error: bool
 ) -> None:
     """Edits act on the frozen features: scaled below its threshold, a feature is still decoded."""
@@ -85,7 +85,7 @@ def test_features_are_edited_by_hooks_of_saelens(
     assert (expected - Splice(cc, run, 2, error=error).logits(snaps.model(2))).abs().max() > 1e-2
 
 
-def test_other_hook_points_attach_too(snaps: Snapshots, tokens: Tensor, model: SAETransformerBridge) -> None:
+def test_other_hook_points(snaps: Snapshots, tokens: Tensor, model: SAETransformerBridge) -> None:
     clean = model(tokens)
     for hook in ("blocks.2.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.0.hook_attn_out"):
         cc = make_crosscoder("topk_crosscoder", hook)
@@ -99,8 +99,8 @@ def test_other_hook_points_attach_too(snaps: Snapshots, tokens: Tensor, model: S
             )
 
 
-def test_a_view_holds_raw_copies_and_says_what_it_is_of(snaps: Snapshots, tokens: Tensor) -> None:
-    cc = make_crosscoder("topk_crosscoder")  # whose features are shared, so a view could alias them
+def test_a_view_has_raw_copies_and_metadata(snaps: Snapshots, tokens: Tensor) -> None:
+    cc = make_crosscoder("topk_crosscoder")  # its features are shared, so a view could alias them
     cc.cfg.metadata.snapshots = [{"label": s.label, "fingerprint": s.fingerprint} for s in snaps]
     run = CleanRun.of(cc, snaps, tokens)
     view = snapshot_view(cc, 1, run.features)
@@ -120,19 +120,19 @@ def test_a_view_holds_raw_copies_and_says_what_it_is_of(snaps: Snapshots, tokens
     assert half.features.dtype == half.W_dec.dtype == torch.float64 and half(x.double()).dtype == torch.float64
 
 
-def test_mistakes_are_told_in_one_line(snaps: Snapshots, tokens: Tensor, model: SAETransformerBridge) -> None:
+def test_errors_are_one_line(snaps: Snapshots, tokens: Tensor, model: SAETransformerBridge) -> None:
     cc = make_crosscoder("standard_crosscoder")
     run = CleanRun.of(cc, snaps, tokens)
     view = snapshot_view(cc, 2, run)
     for make, message in (
         (
             lambda: view.encode(torch.zeros(1, 6, D)),
-            r"activations of shape \(1, 6, 16\) are not of the batch that this view was made for, which has "
-            r"\(2, 6, 16\): run the model on its tokens, or make a view of the new batch",
+            r"activations of shape \(1, 6, 16\) are not of this view's batch, which has \(2, 6, 16\): run the model on "
+            "its tokens, or make a view of the new batch",
         ),
-        (lambda: model.run_with_saes(tokens[:1], saes=[view]), r"shape \(1, 6, 16\) are not of the batch"),
+        (lambda: model.run_with_saes(tokens[:1], saes=[view]), r"shape \(1, 6, 16\) are not of this view"),
         (lambda: snapshot_view(cc, 3, run), r"snapshot 3 is not in \[0, 2\]"),
-        (lambda: snapshot_view(cc, 0, run.features[..., :5]), r"shape \(2, 6, 5\) are no batch .* give \(B, T, 24\)"),
+        (lambda: snapshot_view(cc, 0, run.features[..., :5]), r"shape \(2, 6, 5\) do not fit .* give \(B, T, 24\)"),
         (lambda: view.save_model("somewhere"), "a view of one batch cannot be saved to somewhere"),
         (lambda: view.fold_W_dec_norm(), "fold_W_dec_norm is not available"),
         (lambda: view.fold_and_get_W_dec_norm(), "fold_and_get_W_dec_norm is not available"),

@@ -1,4 +1,4 @@
-"""Prompts: the tokenisation rule against a slow search, and the scores of answers of many tokens against loops."""
+"""Prompts: the tokenisation rule against a slow search, and scores of several-token answers against loops."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def slow_prompt(tokenizer: Any, prefix: str, correct: str, wrong: str) -> tuple[
     st.sampled_from([" works", " has", " zebra", " works with", "has"]),
     st.sampled_from([" work", " have", " uncles", " work with", "have"]),
 )
-def test_prompts_are_what_a_slow_search_finds(pieces: Any, prefix: list[str], correct: str, wrong: str) -> None:
+def test_prompts_equal_a_slow_search(pieces: Any, prefix: list[str], correct: str, wrong: str) -> None:
     if correct[0].isspace() != wrong[0].isspace() or not prefix:
         return
     text = " ".join(prefix)
@@ -78,14 +78,14 @@ def test_prompts_are_what_a_slow_search_finds(pieces: Any, prefix: list[str], co
         assert (batch.tokens[0].tolist(), int(batch.correct), int(batch.wrong)) == expected
 
 
-def test_answers_are_joined_by_exactly_one_blank(pieces: Any) -> None:
+def test_answers_are_joined_by_exactly_one_space(pieces: Any) -> None:
     one = encode(pieces, [Item("The uncle", " has", " have"), Item("The uncle", "has", "have")])
     first, second = one.usable
     assert first[1:4] == second[1:4]
     assert pieces.decode(first.tokens) == "The uncle" and pieces.decode([first.correct]) == " has"
 
 
-def test_what_both_answers_end_in_is_left_away(pieces: Any) -> None:
+def test_common_endings_of_answers_are_dropped(pieces: Any) -> None:
     items = [Item("The farmers", "have seen", "has seen"), Item("The farmers", "have", "has")]
     long, short = encode(pieces, items).usable
     assert long[1:] == short[1:]
@@ -115,7 +115,7 @@ def test_skipped_items_are_counted_by_reason(words: Any) -> None:
     assert len(encode(words, items, prepend_bos=True, max_length=6)) == 1
 
 
-def test_bos_is_prepended_to_prompt_and_pair_where_there_is_one(words: Any, pieces: Any) -> None:
+def test_bos_is_prepended_to_prompt_and_pair(words: Any, pieces: Any) -> None:
     item = Item("the dog", "sleeps", "sleep", "the dogs")
     (batch,) = encode(words, [item]).batches(1)
     assert batch.tokens.tolist() == [[words.bos_token_id, *rewrite("the dog", words)]]
@@ -127,7 +127,7 @@ def test_bos_is_prepended_to_prompt_and_pair_where_there_is_one(words: Any, piec
     assert batch.tokens.tolist() == [rewrite("The uncle", pieces)]
 
 
-def test_an_item_whose_pair_does_not_fit_stays_without_it(words: Any) -> None:
+def test_items_with_an_unusable_pair_are_kept_without_it(words: Any) -> None:
     items = [
         Item("the dog", "sleeps", "sleep", "the dogs"),
         Item("the cat", "sleeps", "sleep", "the old cats"),
@@ -137,7 +137,7 @@ def test_an_item_whose_pair_does_not_fit_stays_without_it(words: Any) -> None:
     prompts = encode(words, items)
     assert len(prompts) == 4 and not prompts.skipped
     assert prompts.unpaired == {
-        "the paired prompt has another number of tokens": 1,
+        "the paired prompt has a different number of tokens": 1,
         "a word is unknown to the tokenizer": 1,
     }
     paired, alone = prompts.batches(10)
@@ -146,7 +146,7 @@ def test_an_item_whose_pair_does_not_fit_stays_without_it(words: Any) -> None:
     assert "4 of 4 items" in repr(prompts)
 
 
-def test_batches_have_one_length_lead_back_to_the_items_and_hold_each_once(words: Any) -> None:
+def test_batches_have_one_length_and_hold_every_item_once(words: Any) -> None:
     task = Task.from_items("all", [item for c in grammar.CONSTRUCTIONS for item in Task.demo(c, n=9).items])
     prompts = task.prompts(words)
     for max_size in (1, 4, 100):
@@ -163,7 +163,7 @@ def test_batches_have_one_length_lead_back_to_the_items_and_hold_each_once(words
         assert sorted(seen) == list(range(len(task)))
     lengths = [batch.tokens.shape[1] for batch in prompts.batches(4)]
     assert lengths == sorted(lengths)
-    with pytest.raises(UserError, match="a batch of 0 prompts"):
+    with pytest.raises(UserError, match="a batch size of 0 prompts"):
         next(prompts.batches(0))
 
 
@@ -200,7 +200,7 @@ def slow_answers(tokenizer: Any, item: Item, bos: int | None) -> tuple[list[int]
     st.sampled_from([" works", " has seen what is", " zebra", " works with", "has", "The uncle has"]),
     st.sampled_from([" work", " have seen what is", " uncles", " work with", "have", "A uncle has"]),
 )
-def test_answers_are_what_a_slow_walk_finds(pieces: Any, prefix: list[str], correct: str, wrong: str) -> None:
+def test_answers_equal_a_slow_search(pieces: Any, prefix: list[str], correct: str, wrong: str) -> None:
     if correct[0].isspace() != wrong[0].isspace():
         return
     item = Item(" ".join(prefix), correct, wrong)
@@ -241,10 +241,10 @@ def test_skipped_answers_are_counted_by_reason(words: Any, pieces: Any) -> None:
     # the first token is predicted from the BOS alone
     assert answers.usable[1].start == 1
     without = encode_answers(words, items[4:5], prepend_bos=False)
-    assert without.skipped == {"the first tokens differ, and no BOS token stands before them": 1}
+    assert without.skipped == {"the first tokens differ, and there is no BOS token before them": 1}
     assert len(encode_answers(pieces, [Item("", "The uncle has", "A uncle has")])) == 0
     assert len(encode_answers(pieces, [Item("", "The uncle has", "The uncle have")])) == 1
-    with pytest.raises(UserError, match="a batch of 0 prompts"):
+    with pytest.raises(UserError, match="a batch size of 0 prompts"):
         next(answers.batches(0))
 
 
@@ -293,7 +293,7 @@ def metric(model: Any, words: Any, items: list[Item], size: int) -> dict[int, fl
     return found
 
 
-def test_neither_batches_nor_padding_change_a_figure(model: Any, words: Any) -> None:
+def test_scores_do_not_depend_on_the_batches(model: Any, words: Any) -> None:
     items = [item for c in ("simple", "pp", "obj_rel") for item in Task.demo(c, n=3).items]
     items = [Item(i.prefix, f"{i.correct} .", f"{i.wrong} {i.wrong} .") for i in items]
     alone = [metric(model, words, [item], 1)[0] for item in items]
@@ -319,7 +319,7 @@ def test_neither_batches_nor_padding_change_a_figure(model: Any, words: Any) -> 
             assert padded[-1] == pytest.approx(expected, abs=1e-4)
 
 
-def test_single_tokens_score_the_same_either_way(model: Any, words: Any) -> None:
+def test_single_tokens_have_the_same_score_both_ways(model: Any, words: Any) -> None:
     items = list(Task.demo("pp", n=10).items)
     summed = metric(model, words, items, 7)
     for batch in encode(words, items).batches(7):

@@ -1,4 +1,4 @@
-"""Tasks: every source and error, the hub by a server on this machine, accuracy against transformers."""
+"""Tasks: every source and error, the hub on a local server, accuracy against transformers."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def rewrite(text: str, tokenizer: Any) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_no_usable_item_is_an_error_with_the_reasons(words: Any) -> None:
+def test_no_usable_item_is_an_error_with_reasons(words: Any) -> None:
     task = Task.from_items("odd", [Item("the unicorn", "sleeps", "sleep"), Item("the dog", "sleeps now", "sleep")])
     with pytest.raises(UserError) as caught:
         task.prompts(words)
     assert str(caught.value) == (
-        "task 'odd': none of its 2 items can be used (a word is unknown to the tokenizer: 1, the answers do not differ "
-        "in exactly one token: 1): give items whose answers differ in one token of this tokenizer, after prompts that "
-        "fit the model"
+        "task 'odd': none of its 2 items is usable (a word is unknown to the tokenizer: 1, the answers do not differ in "
+        "exactly one token: 1): give items whose answers differ in one token of this tokenizer, with prompts that fit "
+        "the model's context"
     )
 
 
@@ -100,19 +100,21 @@ def test_local_reads_the_same_items_from_every_layout(tmp_path: Path, layout: st
         with path.open("w", newline="", encoding="utf-8-sig") as file:
             writer = csv.writer(file, delimiter="," if layout == "csv" else "\t")
             writer.writerows([("p", "good", "bad"), *rows])
-    task = Task.local(path, prefix="p", correct="good", wrong="bad")
+    task = Task.local(path, {"prefix": "p", "correct": "good", "wrong": "bad"})
     assert [(i.prefix, i.correct, i.wrong) for i in task.items] == rows and task.name == "mine"
 
 
-def test_local_takes_pairs_where_there_are_some(tmp_path: Path) -> None:
+def test_local_reads_optional_pairs(tmp_path: Path) -> None:
     row = {"prefix": "The dog", "correct": "is", "wrong": "are"}
     path = write(tmp_path / "t.jsonl", {**row, "patch_prefix": "The dogs"}, {**row, "prefix": "The cat"})
     assert [item.patch_prefix for item in Task.local(path).items] == ["The dogs", None]
     with pytest.raises(UserError, match="line 2: the key 'patch_prefix' is missing; present are 'prefix', 'correct'"):
-        Task.local(path, patch_prefix="patch_prefix")
+        Task.local(path, {"patch_prefix": "patch_prefix"})
+    with pytest.raises(UserError, match="columns: 'corect' is no part of an item; .*did you mean 'correct'"):
+        Task.local(path, {"corect": "good"})
 
 
-def test_errors_name_file_line_key_and_what_is_there(tmp_path: Path) -> None:
+def test_errors_name_file_line_and_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "t.json", SVA[0], {"clean_prefx": "a", "clean_answer": " b"})
     with pytest.raises(UserError) as caught:
         Task.sva(path)
@@ -124,7 +126,7 @@ def test_errors_name_file_line_key_and_what_is_there(tmp_path: Path) -> None:
         ('{"prefix": "a", "correct": 3, "wrong": "c"}', "line 1: the key 'correct' is 3; give text"),
         ('{"prefix": "a", "correct": " ", "wrong": "c"}', "line 1: the correct answer after 'a' is empty"),
         ('\n{"prefix": ', "line 2: not valid JSON"),
-        ("[1, 2]", "entry 1: 1 is no JSON object"),
+        ("[1, 2]", "entry 1: 1 is not a JSON object"),
         ("  ", "task 't' has no items"),
     ):
         path.write_text(content)
@@ -139,7 +141,7 @@ def test_errors_name_file_line_key_and_what_is_there(tmp_path: Path) -> None:
     for name in ("t.parquet", "missing.parquet"):
         with pytest.raises(UserError, match=f"cannot read .*{name} .*: give an existing parquet file"):
             Task.local(tmp_path / name)
-    with pytest.raises(UserError, match="unknown kind '.xlsx': give one of .jsonl, .json, .ndjson, .csv, .tsv, .parq"):
+    with pytest.raises(UserError, match="unknown suffix '.xlsx': use one of .jsonl, .json, .ndjson, .csv, .tsv, .parq"):
         Task.local(tmp_path / "t.xlsx")
 
 
@@ -215,24 +217,24 @@ def test_blimp_from_a_file_and_from_a_folder(tmp_path: Path) -> None:
     ]
 
 
-def test_blimp_whose_difference_lies_elsewhere_is_of_full_sentences(tmp_path: Path, words: Any) -> None:
+def test_blimp_without_the_one_prefix_method_compares_full_sentences(tmp_path: Path, words: Any) -> None:
     path = write(tmp_path / "adjunct_island.jsonl", ISLAND)
     task = Task.blimp(path)
     assert task.answers == "multi"
     assert words_of(task) == [("Who should Derek hug", "after shocking Richard?", "Richard after shocking?")]
-    with pytest.raises(UserError, match="line 1: 'adjunct_island' is not judged by the one-prefix method"):
+    with pytest.raises(UserError, match="line 1: 'adjunct_island' does not have the one-prefix method"):
         Task.blimp(path, answers="single")
     pd.DataFrame([ISLAND]).to_csv(tmp_path / "adjunct_island.csv", index=False)
     assert Task.blimp(tmp_path / "adjunct_island.csv").answers == "multi"
     with pytest.raises(UserError) as caught:
         task.prompts(words)
     assert str(caught.value) == (
-        "task 'adjunct_island' compares answers of many tokens (answers='multi'), so no single position decides and "
-        "effects cannot be attributed to it: use accuracy, or make the task with answers='single'"
+        "task 'adjunct_island' compares answers of several tokens (answers='multi'), which attribution does not "
+        "support: use Task.accuracy, or make the task with answers='single'"
     )
-    with pytest.raises(UserError, match="none of its 1 items can be used .*unknown to the tokenizer: 1.*tells apart"):
+    with pytest.raises(UserError, match="none of its 1 items is usable .*unknown to the tokenizer: 1.*tells apart"):
         task.strings(words)
-    with pytest.raises(UserError, match=f"does not exist: give one that is there; did you mean '{UID}'"):
+    with pytest.raises(UserError, match=f"does not exist: give an existing file; did you mean '{UID}'"):
         Task.blimp(f"{UID}s", folder=write(tmp_path / f"{UID}.jsonl", BLIMP).parent)
     for make in (
         lambda: Task.blimp(path, answers="mutli"),
@@ -240,7 +242,7 @@ def test_blimp_whose_difference_lies_elsewhere_is_of_full_sentences(tmp_path: Pa
         lambda: Task.from_items("x", [Item("a", "b", "c")], answers="mutli"),
     ):
         with pytest.raises(
-            UserError, match="answers='mutli' is unknown: use 'single' or 'multi'; did you mean 'multi'"
+            UserError, match="answers='mutli' is unknown; use 'single' or 'multi'; did you mean 'multi'"
         ):
             make()
 
@@ -286,7 +288,7 @@ def test_clams_pairs_are_adjacent_lines(tmp_path: Path) -> None:
     assert words_of(whole) == [("Les auteurs", "sont vieux .", "est vieux ."), ("L' auteur", "rit .", "rient .")]
     for content, message in (
         ("True\ta b\nTrue\ta c\n", "lines 1 and 2 are both True: pairs must be adjacent"),
-        ("True\ta b\nFalse\ta c\nTrue\ta d", "has 3 sentences, which do not pair up"),
+        ("True\ta b\nFalse\ta c\nTrue\ta d", "has 3 sentences, an odd number: give pairs"),
         ("\nTrue a b\n", "line 2: 'True a b' is not 'True' or 'False', a tab, and a sentence"),
         ("True\t \nFalse\ta", "line 1: 'True' is not 'True' or 'False', a tab"),
         ("", "has no items"),
@@ -342,7 +344,7 @@ def test_multiblimp_by_language_and_phenomenon(tmp_path: Path, kind: str) -> Non
         Task.multiblimp("frau", path=path)
 
 
-def test_ioi_from_a_file_and_made_here(tmp_path: Path) -> None:
+def test_ioi_from_a_file_and_generated(tmp_path: Path) -> None:
     row = {
         "clean_prefix": "Emma and Anna met. Anna handed a ring to",
         "patch_prefix": "Emma and Anna met. Emma handed a ring to",
@@ -369,11 +371,11 @@ def test_ioi_from_a_file_and_made_here(tmp_path: Path) -> None:
         third = re.findall(r"[A-Z][a-z]+", open_prefix)[-1]
         assert third not in names and open_prefix == item.prefix[:cut] + third + item.prefix[cut + len(giver) :]
     for n in (0, 10**8):
-        with pytest.raises(UserError, match=f"n={n} is not possible: there are .* items"):
+        with pytest.raises(UserError, match=f"n={n} must be between 1 and [0-9]+, the number of items"):
             Task.ioi(n=n)
 
 
-def test_induction_repeats_words_of_one_token(words: Any) -> None:
+def test_induction_repeats_single_token_words(words: Any) -> None:
     for tokenizer in (words, bytes_tokenizer()):
         task = Task.induction(tokenizer, n=40, length=6, seed=1)
         assert task == Task.induction(tokenizer, n=40, length=6, seed=1) != Task.induction(tokenizer, n=40, length=6)
@@ -392,18 +394,18 @@ def test_induction_repeats_words_of_one_token(words: Any) -> None:
                 assert patch.tolist() == first + again
         assert repeats == {1, 2, 3, 4, 5}
     for options, message in (
-        ({"length": 1}, "length=1: give n >= 1 and length >= 2"),
+        ({"length": 1}, "length=1 are out of range: n must be at least 1, length at least 2"),
         ({"n": 0}, "n=0"),
-        ({"length": 10_000}, r"the tokenizer has \d+ words of one token, too few for length=10000"),
+        ({"length": 10_000}, r"the tokenizer has \d+ single-token words, too few for length=10000"),
     ):
         with pytest.raises(UserError, match=message):
             Task.induction(words, **options)
-    with pytest.raises(UserError, match="the tokenizer has 0 words of one token"):
+    with pytest.raises(UserError, match="the tokenizer has 0 single-token words"):
         Task.induction(word_tokenizer(["1", "2"]))
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE: a word has another token at the very beginning than after a blank."""
+    """A byte-level BPE: a word has a different token at the beginning than after a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -431,7 +433,7 @@ for task in (
     Task.blimp("adjunct_island"),
     Task.blimp("distractor_agreement_relative_clause"),
     Task.multiblimp("fra", "SV-#"),
-    Task.hub("jumelet/multiblimp", "fra", prefix="phenomenon", correct="verb", wrong="sen"),
+    Task.hub("jumelet/multiblimp", "fra", columns={"prefix": "phenomenon", "correct": "verb", "wrong": "sen"}),
 ):
     print(task.name, task.answers, [(item.prefix, item.correct, item.wrong) for item in task.items])
 if sys.argv[1] == "online":
@@ -496,7 +498,7 @@ def card(configs: dict[str, str], extra: str = "") -> str:
 
 
 @pytest.mark.slow
-def test_the_hub_online_and_then_from_its_cache(tmp_path: Path) -> None:
+def test_the_hub_online_and_then_from_the_cache(tmp_path: Path) -> None:
     blimp, multiblimp = tmp_path / "hub" / "nyu-mll" / "blimp", tmp_path / "hub" / "jumelet" / "multiblimp"
     columns = ["sentence_good", "sentence_bad", "UID", "one_prefix_method"]
     for uid, rows in (("adjunct_island", [ISLAND]), (UID, [BLIMP, SHORT])):
@@ -557,7 +559,7 @@ def test_demo_pools_the_languages() -> None:
 # ---- halves
 
 
-def test_halves_share_no_prefix_and_keep_everything() -> None:
+def test_halves_share_no_prefix_and_keep_all_items() -> None:
     numbers = ("uncle", "uncles"), ("king", "kings"), ("dog", "dogs"), ("cat", "cats"), ("boy", "boys")
     items = [
         Item(f"The {a}", verb, other, f"The {b}")
@@ -586,7 +588,7 @@ def test_halves_share_no_prefix_and_keep_everything() -> None:
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 7), (3, 7), (7, 7), (1, 1), (250, 300)])
-def test_wilson_is_scipys(k: int, n: int) -> None:
+def test_wilson_equals_scipy(k: int, n: int) -> None:
     interval = binomtest(k, n).proportion_ci(0.95, "wilson")
     assert wilson_interval(float(k), n) == pytest.approx((interval.low, interval.high), abs=1e-12)
     assert wilson_interval(n / 2, n)[0] == pytest.approx(1 - wilson_interval(n / 2, n)[1])
@@ -594,7 +596,7 @@ def test_wilson_is_scipys(k: int, n: int) -> None:
 
 @pytest.fixture(scope="module")
 def snapshots(tmp_path_factory: Any, words: Any) -> Snapshots:
-    """Three tiny models; in the second all embeddings of the output are zero, so that every answer is a tie."""
+    """Three tiny models; the output embeddings of the second are zero, so every answer is a tie."""
     root = tmp_path_factory.mktemp("snapshots")
     config = GPTNeoXConfig(
         vocab_size=len(words),
@@ -618,7 +620,7 @@ def snapshots(tmp_path_factory: Any, words: Any) -> Snapshots:
     return Snapshots.local(root)
 
 
-def test_accuracy_is_what_transformers_says_item_by_item(snapshots: Snapshots, words: Any) -> None:
+def test_accuracy_equals_transformers_item_by_item(snapshots: Snapshots, words: Any) -> None:
     items = [item for c in ("simple", "pp", "obj_rel") for item in Task.demo(c, n=10).items]
     task = Task.from_items("mixed", items)
     table = task.accuracy(snapshots, batch_size=7)
@@ -642,7 +644,7 @@ def test_accuracy_is_what_transformers_says_item_by_item(snapshots: Snapshots, w
     assert table["metric"].abs().max() > 0.05 and table["accuracy"].nunique() > 1
 
 
-def test_accuracy_skips_what_does_not_fit_the_context(snapshots: Snapshots) -> None:
+def test_accuracy_skips_items_longer_than_the_context(snapshots: Snapshots) -> None:
     long = Item(" ".join(["the dog"] * 6), "sleeps", "sleep")
     other, odd = Item(" ".join(["a dog"] * 6), "sleeps", "sleep"), Item("the unicorn", "sleeps", "sleep")
     for answers in ("single", "multi"):
@@ -650,16 +652,12 @@ def test_accuracy_skips_what_does_not_fit_the_context(snapshots: Snapshots) -> N
         table = task.accuracy(snapshots[[0]])
         assert table["n"].tolist() == [1] and table["skipped"].tolist() == [3]
         assert table["reasons"].tolist() == ["longer than 12 tokens: 2, a word is unknown to the tokenizer: 1"]
-        with pytest.raises(
-            UserError, match=r"none of its 1 items can be used \(longer than 12 tokens: 1\): give items"
-        ):
+        with pytest.raises(UserError, match=r"none of its 1 items is usable \(longer than 12 tokens: 1\): give items"):
             Task.from_items("t", [long], answers).accuracy(snapshots[[0]])
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
-def test_accuracy_of_many_tokens_is_that_of_whole_sentences(
-    snapshots: Snapshots, words: Any, prepend_bos: bool
-) -> None:
+def test_accuracy_of_several_tokens_equals_whole_sentences(snapshots: Snapshots, words: Any, prepend_bos: bool) -> None:
     rows: list[dict[str, str]] = []
     for item in Task.demo("pp", n=4).items:
         rows.append({"good": f"{item.prefix} {item.correct} .", "bad": f"{item.prefix} {item.wrong} ."})
@@ -688,11 +686,11 @@ def test_accuracy_of_many_tokens_is_that_of_whole_sentences(
         assert row["metric"] == pytest.approx(sum(metric) / len(metric), abs=1e-5)
         assert row["accuracy"] == pytest.approx(accuracy)
         assert (row["low"], row["high"]) == wilson_interval(accuracy * len(metric), len(metric))
-    # where all words are equally likely, sentences of one length tie
+    # if all words are equally likely, sentences of the same length tie
     assert table["accuracy"][1] == 0.5 and table["metric"].abs().max() > 0.1
 
 
-NO_BOS = "the first tokens differ, and no BOS token stands before them"
+NO_BOS = "the first tokens differ, and there is no BOS token before them"
 
 
 def test_non_finite_logits_name_the_snapshot(snapshots: Snapshots, monkeypatch: Any) -> None:
