@@ -324,7 +324,7 @@ def test_torchrun_one_rank_dies_and_the_next_call_resumes(acts: Activations, tmp
     second = torchrun(acts, run, tmp_path)
     said, errors = second.communicate(timeout=600)
     assert second.returncode == 0, errors
-    assert said.count("saved in") == 1 and said.count("400 steps of 64 activations") == 1
+    assert said.count("saved in") == 1 and said.count("400 steps of 64 tokens") == 1
     assert "in each of 2 processes" in said and not (run / "checkpoints").exists()
     assert RunDir(run).read_json()["processes"] == 2 and RunDir(run).table("evaluation") is not None
     assert load(run / "crosscoder").cfg.d_sae == 40
