@@ -16,6 +16,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from crosslens.errors import UserError, first_line, shortened
+from crosslens.snapshots.hub import HTTP_ERROR
 
 _REVISION = re.compile(r"\w[\w./+-]*")
 _TOKEN = re.compile(r"hf_\w{6,}")
@@ -82,12 +83,12 @@ def explained(repo: str, revision: str | None = None, writing: bool = False) -> 
         raise UserError(_refusal(repo, where, error, writing)) from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no token for the hub was found: run `hf auth login`, or set HF_TOKEN") from error
-    except Exception as error:
-        # the client's HTTP library changes with its release, and so do the exceptions it lets through
-        if writing and isinstance(error, RuntimeError):  # the upload of a large file; causes may hold signed URLs
-            raise UserError(
-                f"the upload to {where} failed ({_said(error)}): nothing was committed, try again"
-            ) from error
+    except RuntimeError as error:
+        if not writing:
+            raise
+        # raised by the upload of a large file; its cause may hold a signed URL
+        raise UserError(f"the upload to {where} failed ({_said(error)}): nothing was committed, try again") from error
+    except (HTTP_ERROR, OSError) as error:
         raise UserError(f"the connection to the hub failed ({_said(error)}): try again") from error
 
 

@@ -329,8 +329,8 @@ def test_token_arrays(tiny_snapshots: Path, shape: list[int], dtype: str) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prefix,correct,wrong\na,b,c\na,b,c,d", "line 3 has more fields than the header has"),
-        ("prefix,correct,wrong\na,b," + "c" * 200_000, "is no table .*field larger than field limit"),
+        ("prefix,correct,wrong\na,b,c\na,b,c,d", "line 3 has more fields than the header"),
+        ("prefix,correct,wrong\na,b," + "c" * 200_000, "field larger than field limit"),
     ],
 )
 def test_invalid_tables(tmp_path: Path, text: str, message: str) -> None:
