@@ -84,8 +84,8 @@ def rotation_per_interval(
 
     Returns:
         A row per interval: before, after (indices), from, to (labels), from_step, to_step, from_tokens, to_tokens; n
-        (features with a direction at both ends); median_cosine (of these); turned (features whose largest rotation is
-        here); share (of all features that rotate); turning_point (True in the first row with the largest `turned`,
+        (features with a direction at both ends); median_cosine (of these); rotated (features whose largest rotation is
+        here); share (of all features that rotate); largest (True in the first row with the largest `rotated`,
         nowhere if no feature rotates).
 
     Raises:
@@ -102,7 +102,7 @@ def rotation_per_interval(
     ).cpu()
     cosines = cosines.masked_fill(~(directed[:, 1:] & directed[:, :-1]), torch.nan)
     lowest, where = cosines.nan_to_num(torch.inf).min(1)
-    turned = torch.bincount(where[lowest < max_cosine], minlength=S - 1)
+    rotated = torch.bincount(where[lowest < max_cosine], minlength=S - 1)
     snapshots = snapshot_columns(crosscoder)
     table = pd.DataFrame({"before": np.arange(S - 1), "after": np.arange(1, S)})
     for unit, suffix in (("label", ""), ("step", "_step"), ("tokens", "_tokens")):
@@ -110,9 +110,9 @@ def rotation_per_interval(
         table[f"to{suffix}"] = snapshots[unit].array[1:]
     table["n"] = (~cosines.isnan()).sum(0).numpy()
     table["median_cosine"] = np.array([_median(column) for column in cosines.T])
-    table["turned"] = turned.numpy()
-    table["share"] = (turned / turned.sum()).numpy()
-    table["turning_point"] = (torch.arange(S - 1) == turned.argmax()).numpy() & bool(turned.sum())
+    table["rotated"] = rotated.numpy()
+    table["share"] = (rotated / rotated.sum()).numpy()
+    table["largest"] = (torch.arange(S - 1) == rotated.argmax()).numpy() & bool(rotated.sum())
     return table
 
 

@@ -168,7 +168,7 @@ def compare_evolutions(
         table = evolve(crosscoder, firing, presence=presence, min_run=min_run)
         live = table[table["alive"]]
         intervals = rotation_per_interval(crosscoder, torch.tensor(table["alive"].to_numpy()))
-        most = intervals.loc[intervals["turning_point"]]
+        most = intervals.loc[intervals["largest"]]
         share = total_dimensionality(crosscoder, firing, presence=presence)["share"].to_numpy()
         row: dict[str, Any] = {
             "name": name,

@@ -173,14 +173,14 @@ def rotation(table: Frame) -> Chart | str:
     Args:
         table: from `rotation_per_interval`.
     """
-    if not table["turned"].sum():
+    if not table["rotated"].sum():
         return "No feature changes direction between neighbouring snapshots."
     names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
     figure = new_figure("features that rotate most here", bargap=0.25)
     figure.add_bar(
         x=list(range(len(table))),
-        y=ints(table["turned"]),
-        marker={"color": [SERIES[1] if point else SERIES[0] for point in table["turning_point"]]},
+        y=ints(table["rotated"]),
+        marker={"color": [SERIES[1] if point else SERIES[0] for point in table["largest"]]},
         customdata=[
             [name, f"{n:,} features with a direction at both snapshots, median cosine {cosine:.3f}"]
             for name, n, cosine in zip(names, ints(table["n"]), floats(table["median_cosine"]), strict=True)
@@ -195,9 +195,9 @@ def rotation(table: Frame) -> Chart | str:
         ticktext=names,
         tickangle=-45,
     )
-    row = table.loc[table["turning_point"]].iloc[0]
+    row = table.loc[table["largest"]].iloc[0]
     note = (
-        f"{row['share']:.0%} of the {int(table['turned'].sum()):,} features that change direction rotate most between "
+        f"{row['share']:.0%} of the {int(table['rotated'].sum()):,} features that change direction rotate most between "
         f"{row['from']} and {row['to']} (orange)."
     )
     return Chart(figure, table.reset_index(drop=True), note)

@@ -72,7 +72,7 @@ def slow_rotation(rows: np.ndarray, alive: list[bool], min_norm: float, max_cosi
     F, S, _ = rows.shape
     size = np.linalg.norm(rows, axis=-1)
     seen: list[list[float]] = [[] for _ in range(S - 1)]
-    turned = [0] * (S - 1)
+    rotated = [0] * (S - 1)
     for i in range(F):
         if not alive[i] or size[i].max() == 0:
             continue
@@ -85,8 +85,8 @@ def slow_rotation(rows: np.ndarray, alive: list[bool], min_norm: float, max_cosi
             if cosine < largest:
                 largest, where = cosine, s
         if where is not None:
-            turned[where] += 1
-    return {"n": [len(c) for c in seen], "median_cosine": [np.median(c) for c in seen], "turned": turned}
+            rotated[where] += 1
+    return {"n": [len(c) for c in seen], "median_cosine": [np.median(c) for c in seen], "rotated": rotated}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -97,30 +97,30 @@ def test_every_feature_counts_where_it_rotates_most(seed: int) -> None:
     for min_norm, max_cosine in ((0.05, 0.9), (0.4, 0.0)):
         table = rotation_per_interval(cc, alive, min_norm=min_norm, max_cosine=max_cosine)
         slow = slow_rotation(cc.W_dec_by_snapshot.detach().numpy().astype(float), alive.tolist(), min_norm, max_cosine)
-        assert table["n"].tolist() == slow["n"] and table["turned"].tolist() == slow["turned"]
+        assert table["n"].tolist() == slow["n"] and table["rotated"].tolist() == slow["rotated"]
         assert table["median_cosine"].tolist() == pytest.approx(slow["median_cosine"], abs=1e-5)
-        assert table["share"].tolist() == pytest.approx(np.array(slow["turned"]) / sum(slow["turned"]))
-        assert table["turning_point"].tolist().index(True) == int(np.argmax(slow["turned"]))
-        assert table["turning_point"].sum() == 1
+        assert table["share"].tolist() == pytest.approx(np.array(slow["rotated"]) / sum(slow["rotated"]))
+        assert table["largest"].tolist().index(True) == int(np.argmax(slow["rotated"]))
+        assert table["largest"].sum() == 1
 
 
 def test_rotation_per_interval_by_hand() -> None:
     rows = [angles(0, 0, 60, 70), angles(0, 5, 90, 90), angles(0, 40, 50, 50), angles(0, 10, 20, 30)]
     table = rotation_per_interval(of_rows(rows, snapshots_at(0, 1, 10, 100)))
-    assert table["turned"].tolist() == [1, 2, 0] and table["turning_point"].tolist() == [False, True, False]
+    assert table["rotated"].tolist() == [1, 2, 0] and table["largest"].tolist() == [False, True, False]
     assert table["share"].tolist() == pytest.approx([1 / 3, 2 / 3, 0])
     assert table[["before", "after"]].to_numpy().tolist() == [[0, 1], [1, 2], [2, 3]]
     assert table["from"].tolist() == ["step0", "step1", "step10"] and table["to"].tolist()[-1] == "step100"
     assert table["from_step"].tolist() == [0, 1, 10] and table["to_tokens"].tolist() == [7, 70, 700]
     last = rotation_per_interval(of_rows(rows), torch.tensor([False, False, True, True]))
-    assert last["turned"].tolist() == [1, 0, 0] and last["from"].tolist() == ["0", "1", "2"]
+    assert last["rotated"].tolist() == [1, 0, 0] and last["from"].tolist() == ["0", "1", "2"]
     assert last["from_step"].isna().all()
 
 
 def test_no_interval_is_marked_if_nothing_rotates() -> None:
     for cc, alive in ((of_rows([angles(0, 5, 9)]), None), (of_rows([angles(0, 90, 0)]), torch.tensor([False]))):
         table = rotation_per_interval(cc, alive)
-        assert table["turned"].tolist() == [0, 0] and not table["turning_point"].any() and table["share"].isna().all()
+        assert table["rotated"].tolist() == [0, 0] and not table["largest"].any() and table["share"].isna().all()
     assert table["n"].tolist() == [0, 0] and table["median_cosine"].isna().all()
     with pytest.raises(UserError, match="rotation needs at least 2 snapshots, this crosscoder has 1: train on more"):
         rotation_per_interval(of_rows([angles(0)]))

@@ -181,7 +181,7 @@ def test_summaries_match_their_parts() -> None:
         assert row["transient"] == pytest.approx((live["fate"] == "transient").mean())
         assert row["median_birth"] == np.median([b for b in live.loc[live["origin"] == "emergent", "birth_step"]])
         intervals = rotation_per_interval(cc, torch.tensor(life["alive"].to_numpy()))
-        point = intervals[intervals["turning_point"]].iloc[0]
+        point = intervals[intervals["largest"]].iloc[0]
         for column in ("from", "to", "from_step", "to_step", "share"):
             assert row[f"rotation_{column}"] == point[column]
         share = total_dimensionality(cc, Held(x))["share"].tolist()

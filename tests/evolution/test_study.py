@@ -102,7 +102,7 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     tables: dict[str, Any] = {name: RunDir(tmp_path).table(name) for name in found}
     snapshots = pd.DataFrame({"snapshot": range(4), "label": LABELS, "step": [0, 8, 64, 512]})
     bars = evolution_figures.rotation(tables["rotation"]).figure.data[0]
-    assert list(bars.y) == tables["rotation"]["turned"].tolist()
+    assert list(bars.y) == tables["rotation"]["rotated"].tolist()
     square = evolution_figures.cosines(tables["cosines"]).figure.data[0]
     assert square.z[1][3] == pytest.approx(
         float(tables["cosines"].query("snapshot == 1 and other == 3")["median"].iloc[0])
@@ -162,7 +162,7 @@ def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     dead = tables["evolution"].assign(alive=False)
     assert "No feature is born" in evolution_figures.encoder(tables["encoder"], dead)
     assert "No feature fires" in evolution_figures.scaling(tables["scaling"], dead)
-    assert "No feature changes" in evolution_figures.rotation(tables["rotation"].assign(turned=0))
+    assert "No feature changes" in evolution_figures.rotation(tables["rotation"].assign(rotated=0))
     assert "No feature has a direction" in evolution_figures.cosines(tables["cosines"].assign(n=0))
     none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
     snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
