@@ -1,9 +1,22 @@
-"""Errors that a user can fix: one line with the value, the valid range and the remedy."""
+"""Errors that a user can fix, and small files read so that whatever is wrong with them is such an error.
+
+An error is one line with the value, the valid range and the remedy. Files that others wrote are read within limits,
+parsed safely, and never lead out of the folder they were found in. Nothing here imports torch, so that a wrong file is
+refused before anything heavy is loaded.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
+import stat
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MAX_TEXT = 16 * 2**20
+"""Bytes of the largest text file that is read; the config of a crosscoder over 1,000 snapshots takes a 64th of it."""
+_DEPTH = 12
 
 
 class UserError(ValueError):
@@ -29,3 +42,102 @@ def shortened(value: object) -> str:
     """A value as text of at most 60 characters, for messages."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a small UTF-8 text file; `what` says in messages what it should have been.
+
+    Raises:
+        UserError: the file is missing, too large, not a regular file, or not UTF-8.
+    """
+    try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a directory cannot be opened anyway
+            raise UserError(f"{path} is no {what}: it is not a regular file")
+        if status.st_size > MAX_TEXT:
+            raise UserError(f"{path} is no {what}: it has {status.st_size:,} bytes, at most {MAX_TEXT:,} are read")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no {what}: it is not UTF-8 text; download it again") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{shortened(path)} cannot be read as {what}: {brief(error)}; check the path") from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    text = read_text(path, what)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({brief(error)}); download or write it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where an object is needed")
+    return found
+
+
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """Read a YAML mapping with the safe loader; aliases are refused, because they can expand without limit.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    import yaml  # only registries are YAML
+
+    text = read_text(path, what)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path} uses a YAML alias (*{shortened(event.anchor)}): write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH:
+                raise UserError(f"{path} is no {what}: it is nested deeper than {_DEPTH} levels")
+        found = yaml.safe_load(text)
+    except UserError:
+        raise
+    # the loader lets the errors of dates, numbers and keys through
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{path} is not valid YAML ({brief(error)}); correct it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where a mapping is needed")
+    return found
+
+
+def inside(root: Path, name: str, what: str) -> Path:
+    """The path `name` below `root`.
+
+    Raises:
+        UserError: `name` is absolute, or leaves `root` through ".." or a link.
+    """
+    place = root / name if _is_plain(name) else None
+    if place is None or not place.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{what} {shortened(name)!r} is not below its folder: give a relative path without '..'")
+    return place
+
+
+def check_inside(name: str, what: str) -> str:
+    """Return `name` if it is a plain relative path, as in a repository on the hub.
+
+    Raises:
+        UserError: the path is absolute, or has a part such as "..".
+    """
+    if not _is_plain(name):
+        raise UserError(f"{what} {shortened(name)!r} is no path inside a repository: give one without '..' and '\\'")
+    return name
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, in one line of at most 240 characters: it may quote the file at any length."""
+    line = first_line(error)
+    return line if len(line) <= 240 else line[:237] + "..."
+
+
+def _is_plain(name: str) -> bool:
+    parts = name.split("/")
+    return not ({"", ".", ".."} & set(parts) or set("\\:\0") & set(name) or any(ord(c) < 32 for c in name))

@@ -43,7 +43,7 @@ from crosslens.activations.cache import (
 from crosslens.activations.harvesting import fill, harvest, run_to_hook
 from crosslens.activations.plan import Plan, model_bytes, peak_memory, training_bytes
 from crosslens.activations.tokens import Dataset, Source, generator, split_sequences, token_sequences
-from crosslens.devices import own_device
+from crosslens.distributed.devices import own_device
 from crosslens.distributed.parallel import check_split
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import KEEP_BYTES, Snapshots

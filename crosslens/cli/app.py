@@ -29,6 +29,7 @@ from crosslens.cli.arguments import (
     check_new_run,
     check_numbers,
     check_positive,
+    check_processes,
     check_published,
     check_repository,
     check_run,
@@ -201,6 +202,7 @@ def plan(
     backend: BackendOption = "bridge",
 ) -> None:
     """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
+    check_processes(processes, data_parallel)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
 

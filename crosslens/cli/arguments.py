@@ -18,8 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from crosslens.errors import UserError, did_you_mean
-from crosslens.files import check_inside, read_json
+from crosslens.errors import UserError, check_inside, did_you_mean, read_json
 from crosslens.rundir import RunDir, check_writable
 from crosslens.snapshots import families
 from crosslens.snapshots.settings import BACKENDS
@@ -321,7 +320,7 @@ def check_training(architecture: str, d_sae: int, k: int, n_tokens: int | None, 
     """Check the sizes of a training run against each other, and its settings against its run directory.
 
     Raises:
-        UserError: k exceeds d_sae, a batch exceeds the data, processes do not divide a size, or the directory holds
+        UserError: k exceeds d_sae, a batch exceeds the data, the processes cannot be grouped, or the directory holds
             another run.
     """
     sparse = architecture in ("topk", "batchtopk")
@@ -329,16 +328,21 @@ def check_training(architecture: str, d_sae: int, k: int, n_tokens: int | None, 
         raise UserError(f"--k {k} must be at most --d-sae {d_sae}")
     if n_tokens is not None and config.batch_size > n_tokens:
         raise UserError(f"--batch-size {config.batch_size} must be at most --n-tokens {n_tokens}, one epoch")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 or config.data_parallel > 1:
-        from crosslens.distributed.parallel import check_split
-
-        check_split(processes, config.data_parallel, d_sae, config.batch_size)
+    check_processes(int(os.environ.get("WORLD_SIZE", "1")), config.data_parallel)
     if config.run_dir is not None:
         names = ("batch_size", "lr", "dead_tokens", "seed")
         details = {"architecture": f"{architecture}_crosscoder", "d_sae": d_sae, **({"k": k} if sparse else {})}
         training = {name: getattr(config, name) for name in names}
         RunDir(config.run_dir).check_settings({"architecture": details, "training": training})
+
+
+def check_processes(processes: int, data_parallel: int) -> None:
+    """Refuse groups of processes of unequal size; whether they can split d_sae and the batch is checked with torch."""
+    if processes % data_parallel:
+        raise UserError(
+            f"--data-parallel {data_parallel} does not divide the {processes} process{'es' * (processes > 1)} of this "
+            "run: start as many with torchrun, or leave it out"
+        )
 
 
 # ---------------------------------------------------------------------- what they stand for

@@ -21,8 +21,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError, safe_open
 
 from crosslens.crosscoders.registration import ARCHITECTURES
-from crosslens.errors import UserError, did_you_mean, shortened
-from crosslens.files import brief, read_json
+from crosslens.errors import UserError, brief, did_you_mean, read_json, shortened
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 MAX_HEADER = 2**20

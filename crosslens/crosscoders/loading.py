@@ -12,9 +12,8 @@ from sae_lens import SAE
 
 from crosslens.crosscoders.base import Crosscoder
 from crosslens.crosscoders.inspection import CONFIG, DTYPES, check_scale, inspect_crosscoder
-from crosslens.devices import find_device
-from crosslens.errors import UserError
-from crosslens.files import brief
+from crosslens.distributed.devices import find_device
+from crosslens.errors import UserError, brief
 
 
 def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> Crosscoder:

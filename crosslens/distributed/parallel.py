@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from crosslens.devices import own_device
+from crosslens.distributed.devices import own_device
 from crosslens.errors import UserError
 
 DIGIT_BITS = 11  # bits per digit in the search for a threshold: 2,048 counts are exchanged for each

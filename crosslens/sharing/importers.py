@@ -32,8 +32,7 @@ from torch import Tensor
 
 from crosslens.crosscoders import ARCHITECTURES, Crosscoder
 from crosslens.crosscoders.inspection import MAX_SIZE, check_header, check_scale, read_header
-from crosslens.errors import UserError, did_you_mean, shortened
-from crosslens.files import brief, read_json
+from crosslens.errors import UserError, brief, did_you_mean, read_json, shortened
 from crosslens.sharing.registry import LAYOUTS
 from crosslens.snapshots.hooks import canonical_hook
 

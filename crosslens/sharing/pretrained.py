@@ -11,8 +11,7 @@ from pathlib import Path
 from crosslens.crosscoders import Crosscoder
 from crosslens.crosscoders.inspection import CONFIG, WEIGHTS, inspect_config
 from crosslens.crosscoders.loading import as_dtype, load
-from crosslens.errors import UserError, shortened
-from crosslens.files import check_inside, inside
+from crosslens.errors import UserError, check_inside, inside, shortened
 from crosslens.sharing.importers import import_crosscoder, layout_files
 from crosslens.sharing.registry import Entry, Release, find_release, list_releases
 from crosslens.sharing.repositories import check_repository, fetch

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 
 from crosslens.crosscoders import Crosscoder, load
 from crosslens.crosscoders.inspection import CONFIG, WEIGHTS
-from crosslens.errors import UserError
-from crosslens.files import check_inside
+from crosslens.errors import UserError, check_inside
 from crosslens.rundir import RunDir
 from crosslens.sharing.cards import check_public, evolution_picture, make_card, without_paths
 from crosslens.sharing.repositories import check_repository, explained

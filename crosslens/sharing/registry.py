@@ -32,8 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslens.errors import UserError, did_you_mean, shortened
-from crosslens.files import check_inside, inside, read_yaml
+from crosslens.errors import UserError, check_inside, did_you_mean, inside, read_yaml, shortened
 from crosslens.sharing.repositories import check_repository, check_revision
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from crosslens.devices import find_device
+from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, did_you_mean
 
 BACKENDS = ("bridge", "hooked_transformer")

@@ -27,7 +27,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from crosslens.devices import find_device
+from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
 from crosslens.snapshots.hub import (
     WEIGHTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crosslens.devices import find_device
+from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError
 
 

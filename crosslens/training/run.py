@@ -30,7 +30,7 @@ from sae_lens import SAE
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
-from crosslens.devices import find_device
+from crosslens.distributed.devices import find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from crosslens.crosscoders import ARCHITECTURES, load
 from crosslens.crosscoders.inspection import MAX_HEADER, expected_shapes, inspect_crosscoder, read_header
-from crosslens.errors import UserError
-from crosslens.files import MAX_TEXT, brief, inside
+from crosslens.errors import MAX_TEXT, UserError, brief, inside
 from crosslens.snapshots.collection import Snapshots
 from tests.given import of_norms
 
