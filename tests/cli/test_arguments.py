@@ -69,6 +69,7 @@ WRONG = [
     ([*TRAIN, "--training-tokens", "99"], "training_tokens=99 is less than one batch"),
     ([*TRAIN, "--context-size", "1"], "--context-size 1 must be at least 2"),
     ([*TRAIN, "--seed", "4294967296"], "must be between 0 and 4,294,967,295"),
+    ([*TRAIN, "--data-parallel", "2"], "--data-parallel 2 does not divide the 1 process of this run"),
     ([*TRAIN, "--device", "tpu"], "--device 'tpu' is unknown"),
     ([*TRAIN, "--run-dir", "{files}/text.txt"], "text.txt is a file"),
     ([*TRAIN, "--run-dir", "{files}"], "holds files but no run"),
