@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 
 from crosslens.causal import additivity
 from crosslens.causal.additivity import correlation, pair_additivity, relative_deviation
-from crosslens.causal.attribution import Estimator, attribute
+from crosslens.causal.attribution import Attribution, Estimator, attribute
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.snapshots.collection import Snapshots
@@ -126,6 +126,12 @@ def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -
     assert (narrow["correlation_low"] > one.summary["correlation_low"]).all()
 
 
+@pytest.fixture(scope="module")
+def effects(snaps: Snapshots, task: Task) -> tuple[PromptRuns, Attribution]:
+    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task)
+    return runs, attribute(runs, "gradient")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,8 +143,6 @@ def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -
         ({"at": [-4]}, "snapshot -4 is not in"),
     ],
 )
-def test_errors_are_one_line(snaps: Snapshots, task: Task, options: dict[str, Any], message: str) -> None:
-    cc = make_crosscoder(snaps, "topk_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=1))
+def test_errors_are_one_line(effects: tuple[PromptRuns, Attribution], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
-        pair_additivity(cc, snaps, task, ie, **{"k": 4, **options})
+        pair_additivity(*effects, **{"k": 4, **options})

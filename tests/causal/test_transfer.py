@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from crosslens.causal.ablation import ablate
-from crosslens.causal.attribution import Estimator, attribute
+from crosslens.causal.attribution import Attribution, Estimator, attribute
 from crosslens.causal.transfer import transfer_matrix
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -88,6 +88,12 @@ def test_the_diagonal_is_the_curve(snaps: Snapshots, task: Task) -> None:
     assert matrix.shape == (3, 3)
 
 
+@pytest.fixture(scope="module")
+def effects(snaps: Snapshots, task: Task) -> tuple[PromptRuns, Attribution]:
+    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task)
+    return runs, attribute(runs, "gradient")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -97,9 +103,7 @@ def test_the_diagonal_is_the_curve(snaps: Snapshots, task: Task) -> None:
         ({"baseline": "zeros"}, "did you mean 'zero'"),
     ],
 )
-def test_errors_are_one_line(snaps: Snapshots, task: Task, options: dict[str, Any], message: str) -> None:
-    cc = make_crosscoder(snaps, "topk_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=1))
+def test_errors_are_one_line(effects: tuple[PromptRuns, Attribution], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as found:
-        transfer_matrix(cc, snaps, task, ie, **{"k": 2, **options})
+        transfer_matrix(*effects, **{"k": 2, **options})
     assert re.search(message.replace("[", r"\["), str(found.value)) and "\n" not in str(found.value)

@@ -66,9 +66,9 @@ def test_no_usable_item_is_an_error_with_reasons(words: Any) -> None:
     with pytest.raises(UserError) as caught:
         task.prompts(words)
     assert str(caught.value) == (
-        "task 'odd': none of its 2 items is usable (a word is unknown to the tokenizer: 1, the answers do not differ in "
-        "exactly one token: 1): give items whose answers differ in one token of this tokenizer, with prompts that fit "
-        "the model's context"
+        "task 'odd': none of its 2 items is usable (a word is unknown to the tokenizer: 1, the answers do not differ "
+        "in exactly one token: 1): give items whose answers differ in one token of this tokenizer, with prompts that "
+        "fit the model's context"
     )
 
 
