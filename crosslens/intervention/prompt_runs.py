@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -369,17 +369,17 @@ def on_runs(analysis: Callable[Concatenate[PromptRuns, P], R_co]) -> OnRuns[P, R
     The runs are then made with default settings, and are paired if the analysis's `baseline`, or that of the
     `Estimator` in its `method`, is "patch".
     """
-    signature = inspect.signature(analysis)
+    signature, run = inspect.signature(analysis), cast("Callable[..., R_co]", analysis)
 
     @wraps(analysis)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> R_co:
         if len(args) < 3 or isinstance(args[0], PromptRuns):
-            return analysis(*args, **kwargs)
+            return run(*args, **kwargs)
         crosscoder, snapshots, task, *rest = args
         options = signature.bind(None, *rest, **kwargs)
         options.apply_defaults()
         baseline = options.arguments.get("baseline") or getattr(options.arguments.get("method"), "baseline", None)
-        return analysis(PromptRuns(crosscoder, snapshots, task, paired=baseline == "patch"), *rest, **kwargs)
+        return run(PromptRuns(crosscoder, snapshots, task, paired=baseline == "patch"), *rest, **kwargs)
 
     return call
 
