@@ -1,4 +1,4 @@
-"""Plain transformers with hand-written hooks, one prompt and one snapshot at a time: what attribution is tested on."""
+"""The slow reference for attribution: plain transformers with hand-written hooks, one prompt and snapshot at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ITEMS = [
 
 
 def draw_crosscoder(architecture: str, S: int, D: int, seed: int = 0) -> CrosscoderTrainingSAE:
-    """A random one in training, its features active on about half of the positions, with unequal scales and norms."""
+    """A random training crosscoder whose features are active at about half the positions; scales and norms differ."""
     options: dict[str, Any] = {"k": 8} if "topk" in architecture else {}
     sae_class, config_class = crosscoders.TRAINING_ARCHITECTURES[architecture]
     with torch.random.fork_rng():
@@ -42,7 +42,7 @@ def draw_crosscoder(architecture: str, S: int, D: int, seed: int = 0) -> Crossco
 
 
 def make_crosscoder(snaps: Snapshots, architecture: str, seed: int = 0, layer: int = 1) -> Crosscoder:
-    """A random crosscoder of these snapshots, as `draw_crosscoder` draws it."""
+    """A random crosscoder of these snapshots, for inference."""
     sae = draw_crosscoder(architecture, len(snaps), snaps.d_model, seed)
     metadata = sae.cfg.metadata
     metadata.hook_name, metadata.prepend_bos = f"blocks.{layer}.hook_resid_post", True
@@ -56,7 +56,7 @@ def plain_model(folder: str) -> Any:
 
 
 class Slow:
-    """One prompt, every snapshot: activations by a forward hook of torch, the splice by another."""
+    """One prompt at every snapshot: one torch hook reads activations, another splices."""
 
     def __init__(self, snaps: Snapshots, cc: Crosscoder, item: dict[str, str], layer: int = 1) -> None:
         self.cc, self.snaps, self.layer = cc, snaps, layer
@@ -66,7 +66,7 @@ class Slow:
         self.answers = vocabulary[item["correct"]], vocabulary[item["wrong"]]
         self.acts = torch.stack([self.run(m)[1] for m in self.models], dim=1)  # (T, S, D)
         f = cc.encode(self.acts)
-        f[0] = 0  # the BOS is left out
+        f[0] = 0  # training leaves out the BOS
         self.f = [cc.snapshot_acts(f, s) for s in range(len(snaps))]
 
     def run(self, model: Any, replacement: Tensor | None = None, n: int = 1) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Slow:
     def effects(
         self, s: int, f0: Tensor, e0: Tensor | None, nodes: list[float], weights: list[float]
     ) -> tuple[Tensor, Tensor]:
-        """Effects of every feature (T, F) and of the error node (T,), through gradients of the features themselves."""
+        """Effects of every feature (T, F) and the error node (T,), from gradients with respect to the features."""
         f, e = self.f[s], self.error(s)
         e0 = e if e0 is None else e0
         gradients = [torch.zeros_like(f), torch.zeros_like(e)]
@@ -117,7 +117,7 @@ class Slow:
         return (f - f0) * gradients[0], torch.cat([torch.zeros(1), ((e - e0) * gradients[1]).sum(-1)[1:]])
 
     def without(self, s: int, feature: int, f0: Tensor) -> Tensor:
-        """Metric when one feature is set to its baseline at all positions, the error node kept."""
+        """Metric with one feature at its baseline at all positions and the error node kept."""
         edited = self.f[s].clone()
         edited[:, feature] = f0[:, feature]
         return self.metric(s, self.decode(edited, s) + self.error(s))
@@ -130,7 +130,7 @@ def slow_runs(
 
 
 def baselines(kind: str, runs: list[Slow], paired: list[Slow], s: int) -> list[tuple[Tensor, Tensor]]:
-    """Baseline of the features (T, F) and of the error node (T, D) of every prompt, when both move."""
+    """Baselines of the features (T, F) and the error node (T, D) of every prompt."""
     mean = torch.cat([run.f[s][1:] for run in runs]).mean(0)
     out: list[tuple[Tensor, Tensor]] = []
     for run, other in zip(runs, paired, strict=True):
