@@ -137,7 +137,7 @@ def test_other_hook_points_equal_the_whole_model_with_a_hook(
 @pytest.mark.parametrize(
     ("architecture", "baseline", "error"),
     [
-        ("batchtopk_crosscoder", "zero", "joint"),
+        pytest.param("batchtopk_crosscoder", "zero", "joint", marks=pytest.mark.exhaustive),
         ("jumprelu_crosscoder", "mean", "frozen"),
         ("jumprelu_crosscoder", "patch", "joint"),
     ],

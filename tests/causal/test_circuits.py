@@ -92,7 +92,7 @@ def slow_edges(low: Slow, up: Slow, s: int, f0: Tensor, e0: Tensor, target: str)
 
 
 CASES = [
-    ("standard_crosscoder", "standard_crosscoder", "activation", "zero"),
+    pytest.param("standard_crosscoder", "standard_crosscoder", "activation", "zero", marks=pytest.mark.exhaustive),
     ("jumprelu_crosscoder", "topk_crosscoder", "activation", "patch"),
     ("topk_crosscoder", "jumprelu_crosscoder", "activation", "mean"),
     ("standard_crosscoder", "batchtopk_crosscoder", "pre_activation", "patch"),
@@ -189,8 +189,8 @@ def _note(seen: list[Tensor], activation: Tensor, hook: Any) -> None:
     [
         ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"),
         ("blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"),
-        ("blocks.0.hook_resid_post", "blocks.2.hook_attn_out"),
-        ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"),
+        pytest.param("blocks.0.hook_resid_post", "blocks.2.hook_attn_out", marks=pytest.mark.exhaustive),
+        pytest.param("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", marks=pytest.mark.exhaustive),
     ],
 )
 def test_any_two_hook_points(snaps: Snapshots, task: Task, below: str, above: str) -> None:
