@@ -25,7 +25,7 @@ from crosslens.activations.loader import Activations
 from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
-from crosslens.evolution.ngrams import NgramCounts, count_ngrams
+from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
 from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
 from crosslens.features.tables import feature_tables
@@ -122,7 +122,9 @@ def run_demo(
     accuracy = pd.concat([task.accuracy(snaps, settings=CPU) for task in tasks.values()], ignore_index=True)
     run.save_table("accuracy", accuracy)
     mark = lap("accuracy", mark)
-    counts = _pretraining_counts(snaps, seed) if snapshots is None else None
+    # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
+    batches = islice(demo_batches(seed), PretrainingConfig().n_steps)
+    counts = count_ngrams(batches, snaps.tokenizer) if snapshots is None else None
     dynamics = study_dynamics(crosscoder, acts, counts, accuracy=accuracy, seed=seed)
     run.save_tables(dynamics)
     mark = lap("dynamics", mark)
@@ -146,11 +148,6 @@ def run_demo(
     summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
-
-
-def _pretraining_counts(snaps: Snapshots, seed: int) -> NgramCounts:
-    """Count n-grams in all pretraining data: the crosscoder's tokens are too few for the entropy of bigrams."""
-    return count_ngrams(islice(demo_batches(seed), PretrainingConfig().n_steps), snaps.tokenizer)
 
 
 def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> tuple[Activations, Crosscoder]:

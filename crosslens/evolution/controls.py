@@ -8,9 +8,8 @@
        beta_is = E[f_i <r, d>] / E[f_i^2]
 
    is how much of d there is per unit of f_i that no other feature explains. It equals the decoder norm if the
-   reconstruction is right. d is the decoder row at s (`own`) or at the feature's peak (`peak`). The same fit with
-   r = x_s - b_dec[s], the whole activation, ignores what other features explain. TopK and BatchTopK have no penalty:
-   once their decoders are trained, E[f_i (x_s - x_hat_s)] = 0, so beta equals the decoder norm and shows nothing new.
+   reconstruction is right. d is the decoder row at s (`own`) or at the feature's peak (`peak`). TopK and BatchTopK
+   have no penalty: once they are trained, E[f_i (x_s - x_hat_s)] = 0, and beta is the decoder norm.
 2. Encoder share: the pre-activation is a sum over snapshots, h_i = sum_s x_s W_enc[s, i] + b_i. The share of s is its
    part of the rise of h_i from all tokens to those where the feature is active. It exposes features that are read from
    later snapshots than those where they are present. This measure is this project's own.
@@ -45,25 +44,21 @@ class LatentScaling:
     Attributes:
         own: on residuals, along the decoder row at the same snapshot (NaN where that row is zero).
         peak: on residuals, along the decoder row at the snapshot of the largest norm.
-        activation_own: on activations, along the row at the same snapshot.
-        activation_peak: on activations, along the row at the peak.
         norms: decoder norms to compare with. If `own` is far above the norm, the row is shrunk.
     """
 
     own: Float[Tensor, "F S"]
     peak: Float[Tensor, "F S"]
-    activation_own: Float[Tensor, "F S"]
-    activation_peak: Float[Tensor, "F S"]
     norms: Float[Tensor, "F S"]
 
     def to_frame(self, labels: list[str]) -> pd.DataFrame:
-        """A row per feature: feature, own/<label>, peak/<label>, activation_own/<label>, activation_peak/<label>.
+        """A row per feature: feature, own/<label>, peak/<label>.
 
         Args:
             labels: S names of the snapshots.
         """
         columns: dict[str, Any] = {"feature": np.arange(len(self.norms))}
-        for name in ("own", "peak", "activation_own", "activation_peak"):
+        for name in ("own", "peak"):
             values = getattr(self, name).numpy()
             columns |= {f"{name}/{label}": values[:, s] for s, label in enumerate(labels)}
         return pd.DataFrame(columns)
@@ -89,28 +84,24 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
     F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
     decoder, norms = crosscoder.W_dec_by_snapshot, crosscoder.decoder_norms
     peak = norms.argmax(1)
-    # <r, W_own>, <r, W_peak>, <x, W_own>, <x, W_peak>, weighted by f; divided by the length of W at the end
-    sums = torch.zeros(4, F, S, dtype=torch.float64)
+    # <r, W_own> and <r, W_peak>, weighted by f; divided by the length of W at the end
+    sums = torch.zeros(2, F, S, dtype=torch.float64)
     squares = torch.zeros(F, dtype=torch.float64)
     for x, features in held_out_features(crosscoder, acts):
         scaled = crosscoder.scale(x)
         error = scaled - crosscoder.decode_flat(features).view_as(scaled)
-        around = scaled - crosscoder.b_dec_by_snapshot
         squares += features.double().square().sum(0).cpu()
         blocks = [(part, features[:, part].to_sparse().t().coalesce()) for part in _active(features).split(_BLOCK)]
         for s in range(S):
             # add the feature's own contribution back: sum f f_is <W_is, d>
             gated = (features * crosscoder.snapshot_acts(features, s)).sum(0)
-            both = torch.cat([error[:, s], around[:, s]], dim=1)
             for part, by_feature in blocks:
                 own, top = decoder[part, s], decoder[part, peak[part]]
-                left, whole = (by_feature @ both).split(crosscoder.d_model, dim=1)
-                left = left + gated[part, None] * own
-                found = [(weighted * row).sum(1) for weighted in (left, whole) for row in (own, top)]
-                sums[:, part.cpu(), s] += torch.stack(found).double().cpu()
+                left = by_feature @ error[:, s] + gated[part, None] * own
+                sums[:, part.cpu(), s] += torch.stack([(left * row).sum(1) for row in (own, top)]).double().cpu()
     lengths = norms.double().cpu()
     at_peak = lengths.amax(1, keepdim=True).expand(F, S)
-    found = sums / squares[:, None] / torch.stack([lengths, at_peak, lengths, at_peak])
+    found = sums / squares[:, None] / torch.stack([lengths, at_peak])
     found = torch.where(found.isfinite(), found, torch.nan)
     return LatentScaling(*found, norms=lengths)
 

@@ -272,11 +272,7 @@ class _Panel(NamedTuple):
 
 
 def feature_timeline(table: Frame) -> Chart | str:
-    """Decoder norm, signed IE and RelIE of a task's features, a row each, ordered by when they matter.
-
-    Args:
-        table: from `follow_features`.
-    """
+    """Decoder norm, signed IE and RelIE of a task's features, a row each, ordered by when they matter."""
     if table.empty:
         return _NOTHING
     kept = table[table["feature"].isin(_largest(table).index[:N_TIMELINE])].sort_values(["order", "snapshot"])
@@ -576,11 +572,7 @@ def additivity(pairs: Frame, summary: Frame) -> Chart:
 
 
 def transfer(table: Frame) -> Chart | str:
-    """Effect of ablating the top features of each snapshot (rows) at every snapshot (columns).
-
-    Args:
-        table: from `transfer_matrix`.
-    """
+    """Effect of ablating the top features of each snapshot (rows) at every snapshot (columns)."""
     if table["share"].notna().sum() == 0:
         return "Ablating all features changes the metric too little at every snapshot to divide by."
     wide = table.pivot(index="selected_at", columns="ablated_at", values="share").to_numpy(dtype=float)

@@ -168,11 +168,7 @@ def origins(table: Frame) -> Chart | str:
 
 
 def rotation(table: Frame) -> Chart | str:
-    """Number of features by the interval between snapshots in which they rotate most.
-
-    Args:
-        table: from `rotation_per_interval`.
-    """
+    """Number of features by the interval between snapshots in which they rotate most."""
     if not table["rotated"].sum():
         return "No feature changes direction between neighbouring snapshots."
     names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
@@ -233,11 +229,7 @@ def cosines(table: Frame) -> Chart | str:
 
 
 def dimensionality(table: Frame) -> Chart:
-    """Total dimensionality of the present features, and of as many random directions.
-
-    Args:
-        table: from `total_dimensionality`.
-    """
+    """Total dimensionality of the present features, and of as many random directions."""
     axis = SnapshotAxis.of(table)
     ids = ints(table["snapshot"])
     figure = new_figure("total dimensionality / d_model", height=340)
@@ -438,11 +430,7 @@ def _correlation(points: Frame, without: list[int]) -> str:
 
 
 def probe_parts(table: Frame) -> Chart:
-    """Correlation of probe error and decoder norm, in total and by part, with intervals.
-
-    Args:
-        table: from `probe_parts`.
-    """
+    """Correlation of probe error and decoder norm, in total and by part, with intervals."""
     names = [_PARTS.get(str(part), shown(part)) for part in table["part"]]
     figure = new_figure("", height=140 + 40 * len(names))
     for i, measure in enumerate(("spearman", "pearson")):
@@ -483,11 +471,7 @@ def probe_parts(table: Frame) -> Chart:
 
 
 def agreement(table: Frame) -> Chart | str:
-    """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm.
-
-    Args:
-        table: from `top_agreement`.
-    """
+    """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm."""
     known = table.dropna(subset=["agreement"])
     if known.empty:
         return "No feature has a direction at two neighbouring snapshots."

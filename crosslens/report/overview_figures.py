@@ -187,11 +187,7 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
 
 
 def proposal(table: Frame) -> Grid:
-    """The proposed snapshots, with reasons.
-
-    Args:
-        table: from `propose_snapshots`.
-    """
+    """The proposed snapshots, with reasons."""
     chosen = table[table["chosen"].astype(bool)]
     rows = [
         [Cell(shown(row["label"])), Cell(shown(row["stands_for"], 60)), Cell(shown(row["reason"], 240))]

@@ -40,10 +40,6 @@ KEEP_BYTES = 2 * 2**30
 """Models stay in memory if all of them together take at most this much."""
 
 
-def _n_bytes(model: LanguageModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 def _cache_folder() -> Path:
     if ours := os.environ.get("CROSSLENS_CACHE"):
         return Path(ours).expanduser()
@@ -312,7 +308,7 @@ class Snapshots(Sequence[Snapshot]):
         if key not in self._models:
             # another thread may be using the models of other depths
             alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
-            largest = max((_n_bytes(model) for model in alike.values()), default=0)
+            largest = max((sum(p.nbytes for p in model.parameters()) for model in alike.values()), default=0)
             if largest * max(len(self), len(alike) + 1) > KEEP_BYTES:
                 for other in alike:
                     del self._models[other]

@@ -55,9 +55,7 @@ def slow_scaling(cc: Any, x: torch.Tensor, jumprelu: bool) -> dict[str, np.ndarr
     F, S, _ = W.shape
     scale = cc.activation_scale.numpy().astype(float)
     norms = np.linalg.norm(W, axis=-1)
-    upper: dict[str, np.ndarray] = {
-        name: np.zeros((F, S)) for name in ("own", "peak", "activation_own", "activation_peak")
-    }
+    upper: dict[str, np.ndarray] = {name: np.zeros((F, S)) for name in ("own", "peak")}
     lower = np.zeros(F)
     for token in x:
         f = cc.encode(token).numpy().astype(float)
@@ -73,7 +71,6 @@ def slow_scaling(cc: Any, x: torch.Tensor, jumprelu: bool) -> dict[str, np.ndarr
                     with np.errstate(invalid="ignore"):
                         d = row / np.sqrt(row @ row)
                     upper[name][i, s] += f[i] * (residual @ d)
-                    upper[f"activation_{name}"][i, s] += f[i] * ((target - bias[s]) @ d)
     with np.errstate(invalid="ignore"):
         return {name: sums / lower[:, None] for name, sums in upper.items()}
 
@@ -91,7 +88,7 @@ def test_latent_scaling_is_the_least_squares_coefficient(F: int, S: int, D: int,
     peak = cc.decoder_norms.argmax(1)
     assert torch.equal(found.own[range(1, F), peak[1:]], found.peak[range(1, F), peak[1:]])
     table = found.to_frame([f"step{s}" for s in range(S)])
-    assert len(table.columns) == 1 + 4 * S and np.array_equal(table["peak/step1"], found.peak[:, 1], equal_nan=True)
+    assert len(table.columns) == 1 + 2 * S and np.array_equal(table["peak/step1"], found.peak[:, 1], equal_nan=True)
 
 
 @torch.no_grad()
@@ -112,7 +109,7 @@ def test_latent_scaling_equals_the_norm_of_a_perfect_reconstruction() -> None:
     assert torch.allclose(cc.encode(x), values)
     found = latent_scaling(cc, Held(x))
     expected = [[2.0, 2.0], [1.0, 1.0], [0.0, 1.0]]
-    for name in ("own", "peak", "activation_own", "activation_peak"):
+    for name in ("own", "peak"):
         assert getattr(found, name).numpy() == pytest.approx(np.array(expected), abs=1e-5)
     assert found.norms[1, 0] < 0.2 * found.own[1, 0]  # shrinkage shows
 
