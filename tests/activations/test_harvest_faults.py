@@ -39,7 +39,7 @@ def make(folder: Path) -> Activations:
     return Activations(Snapshots.local(folder), HOOK, Dataset(tokens, 1300, held_out_tokens=200))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_shared_and_out_of_disk(tiny_snapshots: Path, tmp_path: Path) -> None:
     """The checks below, in one process; a limit on file sizes replaces a small disk where none can be mounted."""
     disk, mount = tmp_path / "disk", shutil.which("mount")

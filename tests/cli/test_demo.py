@@ -32,7 +32,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, snaps: Snapshots) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_stage_runs(out: Path, snaps: Snapshots) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert summary["snapshots"] == ["step0", "step8", "step24"]

@@ -279,7 +279,7 @@ def test_a_crosscoder_recovers_more_than_one_dictionary_per_snapshot() -> None:
         assert ours[name] < theirs[name], name
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_crosscoder_recovers_and_dates_planted_features() -> None:
     regime = Regime(n_features=32, d_model=16, n_snapshots=6, firing=(0.03, 0.08), initial=0.5, splitting=0.125)
     planted = Planted(regime, 0, n_held_out=4000)

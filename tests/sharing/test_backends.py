@@ -41,7 +41,7 @@ for one, other in zip(*found):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_backends_give_the_same_results(tmp_path: Path, tiny_snapshots: Path, tiny_text: list[str]) -> None:
     repository = tmp_path / "home" / "hub" / "models--EleutherAI--pythia-14m"
     tokenizer = AutoTokenizer.from_pretrained(tiny_snapshots / "tokenizer")

@@ -156,7 +156,7 @@ def test_refusals_change_nothing_and_show_no_token(hub: Hub, ask: Ask, folder: P
     assert none.startswith("UserError: ") and "hf auth login" in none
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_failed_upload_leaves_no_commit(hub: Hub, ask: Ask, folder: Path) -> None:
     hub.repositories, hub.broken = {}, {"someone/refused": "refuse", "someone/cut": "cut"}
     before: dict[str, str] = {}

@@ -497,7 +497,7 @@ def card(configs: dict[str, str], extra: str = "") -> str:
     return "---\nconfigs:\n" + "".join(lines) + "---\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_hub_online_and_then_from_the_cache(tmp_path: Path) -> None:
     blimp, multiblimp = tmp_path / "hub" / "nyu-mll" / "blimp", tmp_path / "hub" / "jumelet" / "multiblimp"
     columns = ["sentence_good", "sentence_bad", "UID", "one_prefix_method"]

@@ -365,7 +365,7 @@ def offline_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.mark.parametrize(
     "trouble",
     [
-        "closed port",
+        pytest.param("closed port", marks=EXHAUSTIVE),
         "no key",
         pytest.param("silent server", marks=EXHAUSTIVE),
         pytest.param("closed port, run started online", marks=EXHAUSTIVE),
