@@ -1,9 +1,9 @@
-"""The command line, `crosslens VERB`.
+"""The command line, `crosslens COMMAND`.
 
-In: the arguments of a verb (`ls`, `plan`, `harvest`, `train`, `evolve`, `attribute`, `ablate`, `label`, `report`,
-`push`, `demo`). Out: a run directory. Start with `app`: each verb is one function there that calls the library function
-of the same name. `arguments` checks values before anything heavy is imported, and turns them into snapshots, tasks and
-configs; `demo` is the whole pipeline on a tiny model.
+In: the arguments of a subcommand (`ls`, `plan`, `harvest`, `train`, `evolve`, `attribute`, `ablate`, `label`, `report`,
+`push`, `demo`). Out: a run directory. Start with `app`: each subcommand is one function there, which calls the library
+function of the same name. `arguments` checks values before anything heavy is imported, and turns them into snapshots,
+tasks and configs; `demo` is the whole pipeline on a tiny model.
 """
 
 import lazy_loader

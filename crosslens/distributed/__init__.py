@@ -1,4 +1,4 @@
-"""Several processes that train one crosscoder.
+"""Train one crosscoder with several processes.
 
 In: the environment that torchrun sets up. Out: a `Parallel` that says which features and tokens this process has, and
 performs the collective operations. Start with `parallel`.

@@ -1,7 +1,7 @@
 """Train crosscoders, and measure how good they are.
 
-In: activations, an architecture config and a `TrainConfig`. Out: an inference crosscoder, and a run directory that a
-killed run resumes from.
+In: activations, an architecture config and a `TrainConfig`. Out: an inference crosscoder, and a run directory from
+which an interrupted run can resume.
 
 Start with `run.train`. `config` holds `TrainConfig` and the learning-rate schedule, `initialisation` the scales, biases
 and decoder norms at the start, `trainer` the step and the optimiser, `checkpoints` the state on disk, `evaluation`
