@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and small files read so that whatever is wrong with them is such an error.
+"""`UserError`, for mistakes that a user can fix, and readers of small files that raise it for any defect.
 
 An error is one line with the value, the valid range and the remedy. Files that others wrote are read within limits,
 parsed safely, and never lead out of the folder they were found in. Nothing here imports torch, so that a wrong file is
@@ -53,12 +53,12 @@ def read_text(path: Path, what: str) -> str:
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a directory cannot be opened anyway
-            raise UserError(f"{path} is no {what}: it is not a regular file")
+            raise UserError(f"{path} is not a valid {what}: it is not a regular file")
         if status.st_size > MAX_TEXT:
-            raise UserError(f"{path} is no {what}: it has {status.st_size:,} bytes, at most {MAX_TEXT:,} are read")
+            raise UserError(f"{path} is not a valid {what}: it has {status.st_size:,} bytes, the limit is {MAX_TEXT:,}")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no {what}: it is not UTF-8 text; download it again") from error
+        raise UserError(f"{path} is not a valid {what}: it is not UTF-8 text; download it again") from error
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -77,7 +77,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({brief(error)}); download or write it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where an object is needed")
+        raise UserError(f"{path} is not a valid {what}: it contains a {type(found).__name__} instead of an object")
     return found
 
 
@@ -97,7 +97,7 @@ def read_yaml(path: Path, what: str) -> dict[Any, Any]:
                 raise UserError(f"{path} uses a YAML alias (*{shortened(event.anchor)}): write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEPTH:
-                raise UserError(f"{path} is no {what}: it is nested deeper than {_DEPTH} levels")
+                raise UserError(f"{path} is not a valid {what}: it is nested deeper than {_DEPTH} levels")
         found = yaml.safe_load(text)
     except UserError:
         raise
@@ -105,7 +105,7 @@ def read_yaml(path: Path, what: str) -> dict[Any, Any]:
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{path} is not valid YAML ({brief(error)}); correct it") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no {what}: it holds a {type(found).__name__}, where a mapping is needed")
+        raise UserError(f"{path} is not a valid {what}: it contains a {type(found).__name__} instead of a mapping")
     return found
 
 
@@ -128,7 +128,7 @@ def check_inside(name: str, what: str) -> str:
         UserError: the path is absolute, or has a part such as "..".
     """
     if not _is_plain(name):
-        raise UserError(f"{what} {shortened(name)!r} is no path inside a repository: give one without '..' and '\\'")
+        raise UserError(f"{what} {shortened(name)!r} is not a path inside a repository: give one without '..' and '\\'")
     return name
 
 

@@ -1,4 +1,4 @@
-"""The layout of a run directory. This module alone knows it.
+"""The layout of a run directory. No other module builds these paths.
 
 run.json                        what was run: versions, command, data and snapshot fingerprints, timings
 crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
@@ -98,7 +98,7 @@ class RunDir:
         check_writable(self.path)
         if not self.exists() and self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(
-                f"{self.path} holds files but no run; choose a new directory (nothing in this one was changed)"
+                f"{self.path} contains files but is not a run directory; choose a new one (nothing in it was changed)"
             )
 
     def claim(self, identity: dict[str, Any], part: str = "identity") -> None:
@@ -142,8 +142,8 @@ class RunDir:
         if difference is not None:
             key, old, new = difference
             raise UserError(
-                f"{self.path} is the directory of another run: its {key} is {shortened(old)}, yours is "
-                f"{shortened(new)}; choose another directory (nothing in this one was changed)"
+                f"{self.path} belongs to another run: it has {key}={shortened(old)}, this run has "
+                f"{key}={shortened(new)}; choose another directory (nothing in this one was changed)"
             )
 
     def last_checkpoint(self) -> Path | None:
@@ -186,7 +186,7 @@ class RunDir:
     def _table_path(self, name: str) -> Path:
         path = self.path / f"{name}.parquet"
         if self.path.resolve() not in path.resolve().parents:
-            raise UserError(f"table name {name!r} leaves the run directory; use a plain name")
+            raise UserError(f"table name {name!r} points outside the run directory; use a plain name")
         return path
 
 

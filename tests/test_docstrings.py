@@ -196,14 +196,14 @@ def wrong_tables(_: Sources, public: Public) -> Iterator[str]:
 def wrong_shapes(sources: Sources, public: Public) -> Iterator[str]:
     """Arrays have a shape, in the type or the description; letters other than `B T S D F` are explained.
 
-    An explanation is "Letters: N prompts, ..." in the docstring of the function, its class or its module.
+    An explanation is "Symbols: N prompts, ..." in the docstring of the function, its class or its module.
     """
     described = sources.described(public)
     if isinstance(public.node, ast.FunctionDef) and public.returns:
         text = sections(public.doc).get("Returns") or sections(public.doc).get("Yields") or public.doc
         described["result"] = (public.node.returns, text)
     docs = [ast.get_docstring(each) or "" for each in (sources.trees[public.module], public.owner, public.node) if each]
-    legends = re.findall(r"Letters: (.+?)\.(?:\s|$)", "\n".join(docs), re.S)
+    legends = re.findall(r"Symbols: (.+?)\.(?:\s|$)", "\n".join(docs), re.S)
     known = {*LETTERS, *re.findall(r"\b[A-Z]\b", " ".join(legends))}
     for name, (kind, text) in described.items():
         kind = ast.unparse(kind) if kind else ""
@@ -252,13 +252,13 @@ def raising(module: ast.Module, public: Public) -> set[str]:
 def wrong_sources(sources: Sources, public: Public) -> Iterator[str]:
     """A formula has a source, and papers are cited by their own number.
 
-    A formula is an indented line with " = " in a docstring. Its source is a paper, or "this project's own", in the same
+    A formula is an indented line with " = " in a docstring. Its source is a paper, or "new here", in the same
     docstring or in that of the class or module.
     """
     docs = [ast.get_docstring(each) or "" for each in (public.node, public.owner, sources.trees[public.module]) if each]
     text = " ".join("\n".join(docs).split())
     formula = re.search(r"^    +\S+ += .*", sections(public.doc)[""], re.M)
-    if formula and not re.search(r"et al\.|arXiv|\bown\b", text):
+    if formula and not re.search(r"et al\.|arXiv|new here", text):
         yield f"{public}: no source of {formula[0].strip()}"
     for name, number in re.findall(r"(\w+ et al\.)(?:,? \(?(?:arXiv )?(\d{4}\.\d{5}))?", text):
         if name not in PAPERS or number and number != PAPERS[name]:
@@ -292,7 +292,7 @@ def test_public_docstrings(check):
 
 
 GOOD = '''
-"""A module of this project's own. Letters: N prompts."""
+"""A module that is new here. Symbols: N prompts."""
 
 def measure(x: Float[Tensor, "N F"], k: int, norms: Tensor, by: str = "size") -> pd.DataFrame:
     """Count the largest.
@@ -341,11 +341,11 @@ class Result:
         (wrong_arguments, "        share: (F,)", "        shares: (F,)", "Result: share is not described"),
         (wrong_tables, "A row per prompt", "A table", "measure: does not say what a row of the table is"),
         (wrong_shapes, "norms: (F,) decoder", "norms: decoder", "measure: no shape of norms"),
-        (wrong_shapes, " Letters: N prompts.", "", "measure: letter N in the shape of x is not explained"),
+        (wrong_shapes, " Symbols: N prompts.", "", "measure: letter N in the shape of x is not explained"),
         (wrong_errors, "UserError: `k` is larger", "KeyError: `k` is larger", "measure: may raise UserError"),
         (wrong_errors, "`k` is larger than the number of features.", "always.", "measure: does not say when"),
         (wrong_errors, "Arguments and errors as in", "Arguments as in", "again: may raise UserError"),
-        (wrong_sources, " of this project's own", "", "measure: no source of n = sum x"),
+        (wrong_sources, " that is new here", "", "measure: no source of n = sum x"),
         (wrong_sources, "2509.17196", "2509.05291", "Result: Ge et al. 2509.05291 is not in PAPERS"),
     ],
 )

@@ -61,12 +61,15 @@ def test_claiming_it_again_changes_nothing(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_tokens": 99}, "its n_tokens is 1234, yours is 99"),
-        ({"training": {"lr": 1e-3, "seed": 1}}, "its training.lr is 0.0003, yours is 0.001"),
-        ({"training": {"lr": 3e-4}}, "its training.seed is 1, yours is None"),
-        ({"architecture": {**IDENTITY["architecture"], "extra": 5}}, "architecture.extra is None, yours is 5"),
-        ({"snapshots": [{"label": "a", "step": 0}, {"label": "c", "step": 10}]}, r"snapshots\[1\].label is b, .* is c"),
-        ({"snapshots": IDENTITY["snapshots"][:1]}, "its snapshots is "),
+        ({"n_tokens": 99}, "it has n_tokens=1234, this run has n_tokens=99"),
+        ({"training": {"lr": 1e-3, "seed": 1}}, "it has training.lr=0.0003, this run has training.lr=0.001"),
+        ({"training": {"lr": 3e-4}}, "it has training.seed=1, this run has training.seed=None"),
+        (
+            {"architecture": {**IDENTITY["architecture"], "extra": 5}},
+            "architecture.extra=None, .*=5",
+        ),
+        ({"snapshots": [{"label": "a", "step": 0}, {"label": "c", "step": 10}]}, r"snapshots\[1\].label=b, .*=c"),
+        ({"snapshots": IDENTITY["snapshots"][:1]}, "it has snapshots="),
     ],
 )
 def test_another_run_is_refused_without_changing_a_byte(tmp_path: Path, change: dict[str, Any], message: str):
@@ -76,14 +79,14 @@ def test_another_run_is_refused_without_changing_a_byte(tmp_path: Path, change: 
     before = contents(run.path)
     with pytest.raises(UserError, match=message) as caught:
         run.claim({**IDENTITY, **change})
-    assert "directory of another run" in str(caught.value) and "\n" not in str(caught.value)
+    assert "belongs to another run: it has " in str(caught.value) and "\n" not in str(caught.value)
     assert contents(run.path) == before
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="holds files but no run"):
+    with pytest.raises(UserError, match="contains files but is not a run directory"):
         RunDir(tmp_path).claim(IDENTITY)
     assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()
@@ -113,7 +116,7 @@ def test_tables_come_back_as_they_were(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["../outside", "attribution/../../outside", "/tmp/outside"])
 def test_tables_stay_in_the_directory(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match="leaves the run directory"):
+    with pytest.raises(UserError, match="points outside the run directory"):
         RunDir(tmp_path / "a").save_table(name, pd.DataFrame({"x": [1]}))
     assert not list(tmp_path.parent.rglob("outside*"))
 

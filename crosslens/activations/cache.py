@@ -1,6 +1,6 @@
 """Activations on disk: one file per (shard of sequences, snapshot), so one snapshot at a time is in memory.
 
-    manifest.json                  what the cache holds; any other request is refused
+    manifest.json                  what the cache holds; a request that does not match is rejected
     tokens-00000.safetensors       int32 tokens of a shard (n, T)
     acts-00000-s03.safetensors     activations of the shard at one snapshot (n, T, D), with their checksum
     harvest.lock                   while the cache is being filled: which process works on what
@@ -58,7 +58,7 @@ class ActivationCache:
         fingerprint: everything else that decides the activations; compared with an existing manifest.
 
     Raises:
-        UserError: unknown dtype, or the folder holds the cache of another request.
+        UserError: unknown dtype, or the folder holds a cache for a different request.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class ActivationCache:
         for key, value in request.items():
             if found.get(key) != value:
                 raise UserError(
-                    f"{self.folder} is the cache of another request: its {key} is {shortened(found.get(key))}, "
-                    f"asked for is {shortened(value)}; give another folder, or delete this one"
+                    f"{self.folder} is a cache for a different request: it has {key}={shortened(found.get(key))}, this "
+                    f"request has {key}={shortened(value)}; choose another folder, or delete this one"
                 )
 
     # ------------------------------------------------------------------ what is there
@@ -337,8 +337,8 @@ def describe_rounding(dtype: str, labels: Sequence[str], errors: Sequence[float]
     """The rounding error of a cache, in one line.
 
     Args:
-        dtype: of the cache.
-        labels: of the snapshots.
+        dtype: cache dtype.
+        labels: snapshot labels.
         errors: fraction of each snapshot's squared norm that is lost.
     """
     worst = max(range(len(errors)), key=lambda s: errors[s])

@@ -131,8 +131,8 @@ def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where
     """Refuse activations with NaN or infinity.
 
     Args:
-        acts: of one snapshot.
-        label: of the snapshot.
+        acts: activations of one snapshot.
+        label: snapshot label.
         hook_name: the hook point.
         where: part of the data, such as "shard 3".
         first: index of the first sequence.

@@ -1,4 +1,4 @@
-"""The same tokens through every snapshot: (B, S, D) activations, live or from a cache, in the same order.
+"""Shuffled batches (B, S, D) of activations: the same tokens in every snapshot, computed live or read from a cache.
 
 1. Documents become sequences of `context_size` tokens (SAELens's packing: BOS first, documents separated by BOS).
 2. Sequences are permuted once by `seed`; the last ones are held out, the others form blocks.
@@ -8,7 +8,7 @@
    while the current one is in use.
 
 BOS and padding positions are left out (`Dataset(keep_special=True)` keeps them): their activations are outliers that
-say nothing about the text. Letters: N sequences, B tokens, T positions, S snapshots, D d_model.
+say nothing about the text. Symbols: N sequences, B tokens, T positions, S snapshots, D d_model.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Activations:
             documents, or tokens, `(N, T)` sequences or `(N,)` one long stream.
         n_tokens: tokens to train on, without the positions that are left out; None takes the whole dataset.
         context_size: tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens.
-        seed: of every permutation.
+        seed: seed for every permutation.
         settings: how the models run.
 
     Attributes:
@@ -102,7 +102,7 @@ class Activations:
                 if value is None:
                     continue
                 if (set_already := getattr(dataset, name)) is not None:
-                    raise UserError(f"{name}={value} beside a Dataset with {name}={set_already}: give it once")
+                    raise UserError(f"{name}={value} conflicts with {name}={set_already} of the Dataset: set it once")
                 dataset = replace(dataset, **{name: value})
         source, length, longest = dataset.source, dataset.context_size, snapshots.n_ctx
         if isinstance(source, (Tensor, np.ndarray)) and source.ndim == 2:
@@ -278,13 +278,13 @@ class Activations:
         one folder together; each returns when it is complete. A damaged file is harvested again when it is read.
 
         Args:
-            folder: created if needed; the cache of another request is refused.
+            folder: created if needed; a cache for a different request is rejected.
             dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
             evict: afterwards delete the weights that crosslens downloaded to the hub's cache.
             verify: compare the checksums of all files now.
 
         Raises:
-            UserError: the cache of another request, a full disk, or activations that are not finite.
+            UserError: a cache for a different request, a full disk, or activations that are not finite.
         """
         path = Path(folder)
         needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
@@ -380,14 +380,14 @@ class Activations:
         processes: int = 1,
         data_parallel: int = 1,
     ) -> Plan:
-        """Disk, memory, forward passes and time of training on these activations, live or cached, and the better way.
+        """Disk, memory, forward passes and time of training, live or cached, with a recommendation.
 
         Args:
             measure: time a small forward pass of a snapshot whose weights are on this disk; nothing is downloaded.
             training_tokens: activations to train on; more than an epoch means several passes. None: one pass.
-            folder: of a cache.
-            dtype: of a cache.
-            architecture: of the crosscoder to train; adds its memory to the plan.
+            folder: cache folder.
+            dtype: cache dtype.
+            architecture: architecture of the crosscoder to train; adds its memory to the plan.
             batch_size: activations per step.
             processes: number of processes that split the crosscoder.
             data_parallel: number of groups of these processes that split the tokens of a batch.

@@ -164,7 +164,7 @@ class Plan:
             f"live        {_mib(self.live_bytes)} of memory; the models run once per pass, {self.passes:.3g} planned",
             f"cached      {_mib(self.cached_bytes)} of memory, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
             f"({_mib(self.free_bytes)} free); reading it takes about {reading:,.0f} s per pass",
-            f"better      {way}: {reason}",
+            f"recommended {way}: {reason}",
         ]
         if self.training_bytes:
             lines.append(self.training)

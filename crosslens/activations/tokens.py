@@ -99,7 +99,7 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
         int32 tokens, in the order of the dataset.
 
     Raises:
-        UserError: the data cannot be read, or make less than one sequence.
+        UserError: the data cannot be read, or are shorter than one sequence.
     """
     source, T = dataset.source, dataset.context_size
     if isinstance(source, (Tensor, np.ndarray)):
@@ -131,7 +131,7 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
         rows.append(stacked)
     if not rows:
         raise UserError(
-            f"{dataset.name} holds less than one sequence of context_size={T} tokens; use more text or a smaller "
+            f"{dataset.name} is shorter than one sequence of context_size={T} tokens; use more text or a smaller "
             "context_size"
         )
     return torch.cat(rows)
@@ -154,8 +154,8 @@ def split_sequences(
         counts: kept tokens of each sequence.
         wanted: least number of tokens to train on; None takes all that are not held out.
         held_out: least number of tokens to hold out; at most a tenth of all when `wanted` is None.
-        seed: of the order.
-        name: of the dataset, for messages.
+        seed: seed for the order.
+        name: name of the dataset, for messages.
 
     Returns:
         Indices of the training sequences followed by those held out, and the number of training sequences.
@@ -165,7 +165,7 @@ def split_sequences(
     """
     total, largest = int(counts.sum()), int(counts.max()) if len(counts) else 0
     too_many = UserError(
-        f"n_tokens={wanted} (and {held_out} held out) is more than {name} holds: {total} usable tokens; ask for at "
+        f"{name} has only {total} usable tokens, too few for n_tokens={wanted} plus {held_out} held out; ask for at "
         f"most {max(0, total - held_out - max(0, largest - 1))}"
     )
     if wanted is None:
@@ -177,7 +177,7 @@ def split_sequences(
     n_held_out = int((counts[order].flip(0).cumsum(0) < held_out).sum()) + 1 if held_out else 0
     if n_held_out >= enough:
         raise UserError(
-            f"{name} makes too few sequences to hold some out ({len(counts)}): use more text or a smaller context_size"
+            f"{name} has only {len(counts)} sequences, too few to hold any out: use more text or a smaller context_size"
         )
     training, spare = order[: enough - n_held_out], enough
     while int(counts[training].sum()) < (wanted or 0):  # whole sequences are held out, perhaps too much
@@ -228,7 +228,7 @@ def _documents(dataset: Dataset) -> Iterator[str]:
     if _is_file(source):
         suffix = next((s for s in Path(name).suffixes if s in _BUILDERS), None)
         if suffix is None:
-            raise UserError(f"{name} is of an unknown kind; known are {', '.join(_BUILDERS)}, each also with .gz")
+            raise UserError(f"{name} has an unsupported file type: use {', '.join(_BUILDERS)}, each also with .gz")
         options: dict[str, Any] = {"sample_by": dataset.sample_by} if _BUILDERS[suffix] == "text" else {}
         if suffix == ".tsv":
             options["sep"] = "\t"

@@ -6,17 +6,17 @@ paired prompt) and gates frozen from the clean run, editing moves the activation
     ablate A    x = a_s  - sum_{i in A} (f_is - f0_is) W_dec[i, s] / c_s        (a_s - e_s if error=False)
     keep A      x = decode(f0) + sum_{i in A} (f_is - f0_is) W_dec[i, s] / c_s  (+ e_s if error=True)
 
-1. `set_metrics` runs every (set, prompt) in which anything changes as one version of the prompt. Versions go through
-   the model above the hook in full batches, and nothing below it is run again.
+1. `set_metrics` runs every (set, prompt) in which anything changes as one edited copy of the prompt. The copies go
+   through the model above the hook in full batches, and nothing below it is run again.
 2. `draw_sets` gives, for every size k, the top features by effect and two controls. `random` draws active features.
    `size_matched` draws, for every feature of the top set, one of about the same size from outside the set, where size
    is the mean activation times the decoder norm on the prompts that the sets are ablated on.
-3. `ablate` does both at every snapshot: curves over k as in Ge et al. (arXiv 2509.17196), beside the controls.
+3. `ablate` does both at every snapshot: curves over k as in Ge et al. (arXiv 2509.17196), alongside the controls.
 4. `faithfulness` puts a curve between nothing edited and everything edited.
 
-The controls and `faithfulness` of ablated sets are this project's own.
+The controls and `faithfulness` of ablated sets are new here.
 
-Letters: B prompts of a batch, P of all, T positions, D d_model, F features, A features active on any prompt, k of a
+Symbols: B prompts of a batch, P of all, T positions, D d_model, F features, A features active on any prompt, k of a
 set, n sets, m features that can be drawn.
 """
 
@@ -43,7 +43,7 @@ from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check
 from crosslens.intervention.splice import check_snapshot
 
 CONTROLS = ("random", "size_matched")
-NEIGHBOURS = 10  # a size-matched feature is drawn from so many of the nearest in size
+NEIGHBOURS = 10  # a size-matched feature is drawn from this many of the nearest in size
 _ENTRIES = 1 << 22  # (set, pair) entries looked at together
 
 
@@ -55,7 +55,7 @@ class Controls:
         kinds: any of "random" and "size_matched".
         n_draws: sets drawn per control, snapshot and k; the first of many draws are those of few.
         level: share of the draws inside the band.
-        seed: of the draws.
+        seed: seed for the draws.
         allow_fewer: with too few active features for k, use as many as there are instead of raising an error.
 
     Raises:
@@ -456,7 +456,7 @@ def check_effects(runs: PromptRuns, ie: Attribution, at: Sequence[int] | None = 
     crosscoder, snapshots = runs.crosscoder, runs.snapshots
     if ie.labels != snapshots.labels or len(ie.effects) != crosscoder.cfg.d_sae:
         raise UserError(
-            f"the effects are of {len(ie.effects)} features at {', '.join(ie.labels)}, but the crosscoder has "
+            f"the effects cover {len(ie.effects)} features at snapshots {', '.join(ie.labels)}, but the crosscoder has "
             f"{crosscoder.cfg.d_sae} at {', '.join(snapshots.labels)}: attribute with this crosscoder first"
         )
     return list(range(len(snapshots))) if at is None else [check_snapshot(crosscoder, s) for s in at]

@@ -12,9 +12,9 @@ All are exact, with the error node kept, and averaged over prompts before they a
     deviation      sum over pairs |joint - sum| / sum over pairs |sum|: 0 if effects add up
 
 Intervals are percentiles of bootstrap replicates that resample prompts and pairs, both with replacement; pairs that
-share a feature are treated as independent. Both measures are this project's own.
+share a feature are treated as independent. Both measures are new here.
 
-Letters: P prompts, n features, m pairs, R replicates.
+Symbols: P prompts, n features, m pairs, R replicates.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def pair_additivity(
         n_pairs: pairs drawn without replacement; all k (k - 1) / 2 if there are fewer.
         baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's.
         at: snapshots to work at; all when None.
-        level: of the intervals.
-        seed: of the pairs and replicates.
+        level: confidence level of the intervals.
+        seed: seed for the pairs and replicates.
 
     Raises:
         UserError: an unknown option, effects of another crosscoder, no such snapshot, k larger than the active

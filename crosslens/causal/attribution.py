@@ -23,9 +23,9 @@ prompt and active feature: IE_is = m(clean) - m(f_is set to f0_is at all positio
 
 m = logit(correct) - logit(wrong) at the last position, so a positive effect supports the correct answer. Nothing below
 the hook is run again, and effects are computed on (token, feature) pairs, never on dense features. Effects by position
-are this project's own.
+are new here.
 
-Letters: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, O
+Symbols: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, O
 positions counted from the end of the prompt, R bootstrap replicates.
 """
 
@@ -63,7 +63,7 @@ class Estimator:
         method: "ig" integrates the gradient along the path, "gradient" takes it at the clean run alone (attribution
             patching), "exact" sets every active feature to its baseline in turn and runs the model.
         rule: quadrature rule; None for methods other than "ig".
-        n_nodes: nodes of the rule, so many backward passes; None for methods other than "ig".
+        n_nodes: number of quadrature nodes; each costs one backward pass; None for methods other than "ig".
         baseline: where features start: "zero", "mean" over the prompts, or "patch", their values on the paired prompt.
         error: "joint" moves the error node along the path too, "frozen" keeps it clean.
         threshold: effects of a feature at one position of a prompt count as 0 unless they exceed this, in logits.
@@ -145,7 +145,7 @@ def attribute(
         positions: keep effects by position from the end of the prompt, as `Attribution.positions`.
         features: for "exact", ids of the features to ablate; effects of the others are 0, and completeness is NaN.
         n_bootstrap: replicates over prompts, for intervals of RelIE; 0 keeps none.
-        seed: of the replicates.
+        seed: seed for the replicates.
 
     Raises:
         UserError: an unknown option, feature ids out of range, "patch" with runs that are not paired; a crosscoder of
@@ -157,7 +157,7 @@ def attribute(
     check_baseline(estimator.baseline, runs)
     selected = None if features is None else check_features(features, runs.crosscoder.cfg.d_sae)
     if selected is not None and estimator.method != "exact":
-        raise UserError(f"method={estimator.method!r} gives all features at once: features= is for method='exact' only")
+        raise UserError(f"method={estimator.method!r} computes all features at once: features= needs method='exact'")
     if positions and estimator.method == "exact":
         raise UserError("method='exact' ablates a feature at all positions at once: use method='ig' for positions=True")
     if n_bootstrap < 0:

@@ -18,10 +18,10 @@ b_s the clean activations at the lower and the upper hook:
    gates of the clean run: one backward pass per upper feature gives the edges from all lower features and from the
    error node. The largest edges are then measured exactly, by the intervention, and `Edges.agreement` compares the two.
 
-Edges between crosscoders, the input of the upper one, and the measures of agreement are this project's own.
+Edges between crosscoders, the input of the upper one, and the measures of agreement are new here.
 
-Letters: B prompts of a batch, T positions, S snapshots, D d_model, F upper features, L and U selected lower and upper
-features, n versions of prompts.
+Symbols: B prompts of a batch, T positions, S snapshots, D d_model, F upper features, L and U selected lower and upper
+features, n edited copies of prompts.
 """
 
 from __future__ import annotations
@@ -453,7 +453,7 @@ def carry(run: UpperRun, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"], hoo
 def _check_same_prompts(lower: PromptRuns, upper: PromptRuns) -> None:
     if lower.snapshots != upper.snapshots or lower.task != upper.task:
         raise UserError(
-            f"the lower runs are of {lower.task.name!r} at {', '.join(lower.snapshots.labels)}, the upper ones of "
+            f"the lower runs use {lower.task.name!r} at {', '.join(lower.snapshots.labels)}, the upper runs use "
             f"{upper.task.name!r} at {', '.join(upper.snapshots.labels)}: make both with the same task and snapshots"
         )
     lower_batches, upper_batches = ([batch.index.tolist() for batch in runs.batches] for runs in (lower, upper))

@@ -1,4 +1,4 @@
-"""Features shared between languages: how far the top features of the same task overlap, beside chance.
+"""Features shared between languages: how far the top features of the same task overlap, compared with chance.
 
 The same task in several languages gives one `Attribution` per language, all of one crosscoder. At every snapshot the
 set of a language is its k features with the largest effect (without those that have no effect, or none of the requested
@@ -14,13 +14,13 @@ Sets also overlap by chance, the more so the fewer features are active on the pr
    exchangeable. Of N such features, n_l are in the set of language l, so each is with probability n_l / N, and the
    number of its languages is a sum of independent draws. With two languages this agrees with 1.
 
-Both null models are this project's own.
+Both null models are new here.
 
     parts = split_languages(Task.demo("pp"))
     effects = {language: attribute(cc, snaps, part) for language, part in parts.items()}
     compare_languages(effects, k=10)
 
-Letters: L languages, S snapshots, F features.
+Symbols: L languages, S snapshots, F features.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def compare_languages(
         effects: effects of one crosscoder on the same task, by language.
         k: features in the set of a language.
         by: what ranks them: "magnitude", "signed" (the most helpful) or "negative" (the most harmful).
-        level: of the chance interval.
+        level: confidence level of the chance interval.
 
     Returns:
         snapshot, label, step, language, other, k; n and n_other (features in the sets, fewer than k if the others have
@@ -115,7 +115,7 @@ def count_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str 
         by: what ranks them, as in `compare_languages`.
 
     Returns:
-        snapshot, label, step, k, n_languages (1 to L), features (that serve exactly so many), share (of the features
+        snapshot, label, step, k, n_languages (1 to L), features (that serve exactly this many), share (of the features
         that serve any), expected (mean number by chance).
 
     Raises:
@@ -198,9 +198,9 @@ def _check(effects: Mapping[str, Attribution]) -> None:
     for language, each in effects.items():
         if each.labels != first.labels or each.effects.shape != first.effects.shape:
             raise UserError(
-                f"the effects in {language!r} are of {len(each.effects)} features at {', '.join(each.labels)}, those "
-                f"in {next(iter(effects))!r} of {len(first.effects)} at {', '.join(first.labels)}: attribute all with "
-                "one crosscoder"
+                f"the effects in {language!r} cover {len(each.effects)} features at {', '.join(each.labels)}, those "
+                f"in {next(iter(effects))!r} cover {len(first.effects)} at {', '.join(first.labels)}: attribute all "
+                "with one crosscoder"
             )
 
 

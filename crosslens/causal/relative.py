@@ -8,9 +8,9 @@ With x_is >= 0 the size of feature i at snapshot s (|IE_is| for RelIE, the decod
 Both are NaN if no effect is large enough (Bayazit et al., arXiv 2509.05291, section 3, set .5 there and call the
 feature shared). The absolute value is taken after averaging over prompts. It hides the sign: a feature can turn from
 harmful to helpful. `sign_changes` lists those, and `classify` has a signed class too. Bayazit et al. classify features
-at two and three snapshots; centres of mass, signed classes and intervals are this project's own.
+at two and three snapshots; centres of mass, signed classes and intervals are new here.
 
-Letters: S snapshots, F features, R bootstrap replicates, A features with an effect on any prompt.
+Symbols: S snapshots, F features, R bootstrap replicates, A features with an effect on any prompt.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def sign_changes(effects: Effects, min_z: float = 2.0) -> pd.DataFrame:
 
     Args:
         effects: from `attribute`.
-        min_z: an effect is significant if it exceeds so many standard errors.
+        min_z: an effect is significant if it exceeds this many standard errors.
 
     Returns:
         A row per change, the most significant first: feature, from_snapshot and to_snapshot (indices), from_label,
@@ -185,7 +185,7 @@ def centre_of_mass(share: Float[Tensor, "F S"]) -> Float[Tensor, " F"]:
     """Mean snapshot index, in [0, 1], weighted by the shares; with two snapshots the share of the second."""
     S = share.shape[-1]
     if S < 2:
-        raise UserError("there is 1 snapshot, and a centre of mass needs at least 2: give more snapshots")
+        raise UserError("a centre of mass needs at least 2 snapshots, but there is only 1: give more snapshots")
     return share @ (torch.arange(S, dtype=share.dtype, device=share.device) / (S - 1))
 
 
@@ -197,7 +197,7 @@ def classes(share: Float[Tensor, "F S"], low: float = 0.3, high: float = 0.7) ->
     are the thresholds of Bayazit et al. on the share of the second.
 
     Args:
-        share: of each snapshot, as from `relie`.
+        share: share of each snapshot, as from `relie`.
         low: centre of mass below which a feature is discontinued.
         high: centre of mass above which it has emerged, and share of one interior snapshot above which it is transient.
 
@@ -251,7 +251,7 @@ def signed_classes(effects: Effects, min_z: float = 2.0) -> np.ndarray:
 
     Args:
         effects: from `attribute`.
-        min_z: an effect is significant if it exceeds so many standard errors.
+        min_z: an effect is significant if it exceeds this many standard errors.
     """
     z = effects.effects / effects.standard_errors
     signs = torch.where(z.abs() > min_z, z.sign(), 0.0).tolist()

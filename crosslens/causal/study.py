@@ -5,7 +5,7 @@
    measure single effects exactly, and compare languages (`compare_languages`).
 3. On the held-out split, test the features that step 2 ranks highest: `ablate`, `transfer_matrix`, `pair_additivity`.
 
-The clean runs of each split are made once and shared. The splits and `Study.rank_agreement` are this project's own.
+The clean runs of each split are made once and shared. The splits and `Study.rank_agreement` are new here.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Study:
         ends = ["removed", "added"] if end == "both" else [end]
         if missing := [name for name in ends if name not in self.exact]:
             raise UserError(
-                f"end={end!r} needs effects of features {missing[0]}: use study_task(..., baseline='patch')"
+                f"end={end!r} needs the effects of {missing[0]} features: use study_task(..., baseline='patch')"
             )
         found: Any = spearmanr(self.exact[method], self.exact[ends].mean(axis=1))
         return float(found.statistic)
@@ -121,7 +121,7 @@ def study_task(
         task: minimal pairs; with the baseline "patch", only items with a paired prompt are used.
         baseline: what features are set to, and the baseline of their effects: "patch", "zero" or "mean".
         sizes: numbers of features and draws.
-        seed: of the split and of every draw.
+        seed: seed for the split and every draw.
         settings: how the models run; None runs them on the crosscoder's device.
 
     Raises:

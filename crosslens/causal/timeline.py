@@ -8,9 +8,9 @@
 
 `late_feature` and `sign_change` each pick the one feature of several tasks that best shows the effect. A timeline says
 which features matter when, not how they act on one another; for that see `crosslens.causal.circuits`. Selection and
-order of features are this project's own.
+order of features are new here.
 
-Letters: B prompts, T positions, S snapshots, F features.
+Symbols: B prompts, T positions, S snapshots, F features.
 """
 
 from __future__ import annotations

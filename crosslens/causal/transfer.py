@@ -1,9 +1,8 @@
-"""Does what matters at one snapshot matter at another? The top features of snapshot s, ablated at snapshot s'.
+"""Transfer between snapshots: the top features of snapshot s, ablated at snapshot s'.
 
 Entry (s, s') of the matrix is the effect on the metric of snapshot s' of ablating, or keeping only, the top k features
 of snapshot s. On the diagonal each snapshot has its own features. If row s falls short of the diagonal in column s',
-the model at s' uses other features than at s; if not, the features of s still do the work. The matrix is this project's
-own.
+the model at s' uses other features than at s; otherwise it still relies on the features of s. The matrix is new here.
 """
 
 from __future__ import annotations

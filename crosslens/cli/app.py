@@ -1,4 +1,4 @@
-"""The command line: each verb calls the library function of its name, and reads and writes a run directory."""
+"""The command line: each subcommand calls the library function of its name, and works on a run directory."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def describe(
     """Watch a language model learn: crosscoders over pretraining snapshots."""
 
 
-# ---------------------------------------------------------------------- verbs
+# ---------------------------------------------------------------------- subcommands
 @app.command("ls")
 def list_(
     what: Annotated[
@@ -230,7 +230,7 @@ def harvest(
     context_size: ContextOption = None,
     steps: StepsOption = None,
     cache_dtype: DtypeOption = "bfloat16",
-    evict: Annotated[bool, _option("--evict", "Delete the weights downloaded for this afterwards.")] = False,
+    evict: Annotated[bool, _option("--evict", "When done, delete the weights that this command downloaded.")] = False,
     verify: Annotated[bool, _option("--verify", "Compare the checksums of activations on disk.")] = False,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",

@@ -5,7 +5,7 @@
 3. `open_*` and `parse_*` make the objects, by the library's functions of the same subject.
 
 Steps 1 and 2 read only small files and tables. They import neither torch (unless a GPU is asked for) nor pandas,
-transformers or SAELens, which take seconds: a wrong argument is answered at once.
+transformers or SAELens, which take seconds: a wrong argument is reported at once.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ def check_hook(_: str, value: str) -> str:
 
 
 def check_dataset(option: str, value: str) -> str:
-    """Refuse a file that does not exist or is of an unknown kind; other names are datasets on the hub."""
+    """Refuse a file that does not exist or has an unsupported type; other names are datasets on the hub."""
     path, known = Path(value), ", ".join(TEXT_FILES)
     if path.is_file():
         if not {*path.suffixes} & {*TEXT_FILES}:
-            raise UserError(f"{option} {value} is of an unknown kind: use {known}, each also with .gz")
+            raise UserError(f"{option} {value} has an unsupported file type: use {known}, each also with .gz")
         if not os.access(path, os.R_OK):
             raise UserError(f"{option} {value} cannot be read: no permission")
     elif path.exists():
@@ -197,7 +197,7 @@ def check_task(option: str, value: str) -> str:
         _check_file(option, rest, value, (".txt",))
     elif kind in ("blimp", "multiblimp"):
         if not re.fullmatch(r"\w+" if kind == "blimp" else r"[a-z]{3}(:.+)?", rest):
-            raise UserError(f"{option} {value!r} names no paradigm or language: give {_TASKS}")
+            raise UserError(f"{option} {value!r} does not name a paradigm or language: give {_TASKS}")
     elif kind != "ioi":
         _check_file(option, value, value, TASK_FILES)
     return value
@@ -207,7 +207,7 @@ def _check_file(option: str, path: str, spec: str, known: Sequence[str]) -> None
     if not Path(path).is_file():
         raise UserError(f"{option} {spec!r}: there is no file {path!r}; give {_TASKS}")
     if Path(path).suffix not in known:
-        raise UserError(f"{option} {spec!r} is of an unknown kind: give one of {', '.join(known)}")
+        raise UserError(f"{option} {spec!r} has an unsupported file type: give one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------- options together
@@ -341,7 +341,7 @@ def check_processes(processes: int, data_parallel: int) -> None:
     if processes % data_parallel:
         raise UserError(
             f"--data-parallel {data_parallel} does not divide the {processes} process{'es' * (processes > 1)} of this "
-            "run: start as many with torchrun, or leave it out"
+            f"run: start a multiple of {data_parallel} processes with torchrun, or leave it out"
         )
 
 

@@ -1,7 +1,7 @@
 """What all crosscoders share: parameters, per-snapshot scales, encode and decode, and the training step.
 
 A crosscoder is a SAELens SAE over the concatenated activations of S snapshots of one model (Ge et al., arXiv
-2509.17196; Bayazit et al., arXiv 2509.05291). Letters: B tokens, S snapshots, D d_model, F features.
+2509.17196; Bayazit et al., arXiv 2509.05291). Symbols: B tokens, S snapshots, D d_model, F features.
 
 1. Input: raw activations x (..., S, D), or flat (..., S D).
 2. Scale each snapshot, c_s x_s (`activation_scale`). The scale is part of the model and is never folded into the

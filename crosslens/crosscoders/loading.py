@@ -22,7 +22,7 @@ def load(path: str | Path, device: str | None = None, dtype: str | None = None) 
     Args:
         path: folder with `cfg.json` and `sae_weights.safetensors`.
         device: torch device; None: CUDA if available.
-        dtype: of the parameters; None: as saved.
+        dtype: dtype of the parameters; None: as saved.
 
     Raises:
         UserError: the folder holds no crosscoder, or its files are damaged or inconsistent.

@@ -1,8 +1,8 @@
-"""What a training step asks of other processes: the `Strategy` that the trainer passes to a training SAE.
+"""Communication between processes in a training step: the `Strategy` that the trainer passes to a training SAE.
 
-The models and kernels hold mathematics only. Two parts of a step need every feature or every token: the reconstruction
-is a sum over features, and the TopK gates rank the scores of all of them. A model asks its strategy for both.
-`OneProcess`, the default, holds everything, so each answer is local; `crosslens.distributed.Parallel` communicates.
+The models and kernels contain no communication code. Two parts of a step need every feature or every token: the
+reconstruction is a sum over features, and the TopK gates rank the scores of all of them. A model asks its strategy for
+both. `OneProcess`, the default, holds everything, so answers are local; `crosslens.distributed.Parallel` communicates.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Strategy(Protocol):
         Args:
             tokens: row of each entry, in this process's block.
             features: column of each entry.
-            shape: of this process's block.
+            shape: shape of this process's block.
             count: a scalar.
         """
         del features, shape

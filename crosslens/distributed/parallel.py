@@ -205,7 +205,7 @@ class Parallel:
         Args:
             tokens: row of each entry, in this process's block.
             features: column of each entry.
-            shape: of this process's block.
+            shape: shape of this process's block.
             count: a scalar.
         """
         n_tokens, n_features = shape

@@ -1,4 +1,4 @@
-"""Is it the same feature from one snapshot to the next? Compare the tokens where it is strongest in each.
+"""Agreement of neighbouring snapshots on the tokens where a feature is strongest.
 
 A crosscoder computes each activation `f_i` from all snapshots together, so `f_i` cannot show whether two snapshots
 agree on a feature. This check reads every snapshot on its own.
@@ -19,8 +19,8 @@ agree on a feature. This check reads every snapshot on its own.
 
 Limits: features with similar directions still interfere, so low agreement at low norms may be due to them; and two
 snapshots may agree on tokens for another reason than the feature, such as the word. The filter needs more held-out
-tokens than D. The check is this project's own.
-Letters: B tokens, S snapshots, D d_model, F features.
+tokens than D. The check is new here.
+Symbols: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations

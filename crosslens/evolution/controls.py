@@ -12,10 +12,10 @@
    have no penalty: once they are trained, E[f_i (x_s - x_hat_s)] = 0, and beta is the decoder norm.
 2. Encoder share: the pre-activation is a sum over snapshots, h_i = sum_s x_s W_enc[s, i] + b_i. The share of s is its
    part of the rise of h_i from all tokens to those where the feature is active. It exposes features that are read from
-   later snapshots than those where they are present. This measure is this project's own.
+   later snapshots than those where they are present. This measure is new here.
 
 The sums run over the held-out tokens once, in blocks, and over active (token, feature) pairs only. x is scaled.
-Letters: B tokens, S snapshots, D d_model, F features.
+Symbols: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
     """Measure how much of each feature's direction is in the activations of every snapshot.
 
     Args:
-        crosscoder: of an architecture that penalises decoder norms (Standard or JumpReLU).
+        crosscoder: a crosscoder with an architecture that penalises decoder norms (Standard or JumpReLU).
         acts: activations of its snapshots; the held-out ones are used.
 
     Raises:

@@ -12,7 +12,7 @@ report these curves without formulas. The other direction, KL(p_s || p2), is inf
 corpus, so it is left out. Intervals come from a bootstrap over whole sequences. `crosslens.evolution.phases` derives
 the phases of training from these curves.
 
-Letters: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary.
+Symbols: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Dynamics:
         Args:
             name: kl1, kl2 or loss.
             n_bootstrap: number of draws of whole sequences, with replacement.
-            seed: of the draws.
+            seed: seed for the draws.
         """
         N = len(self.n)
         weights = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), n_bootstrap).astype(float)
@@ -88,7 +88,7 @@ class Dynamics:
         Args:
             level: confidence level of the intervals.
             n_bootstrap: bootstrap draws.
-            seed: of the draws.
+            seed: seed for the draws.
 
         Returns:
             snapshot, label, step, tokens; kl1, kl2 and loss, each with _low and _high, in nats; bigram_progress (of the
@@ -120,7 +120,7 @@ def measure_dynamics(
 
     Args:
         snapshots: the models.
-        counts: of the training corpus, by `count_ngrams`.
+        counts: n-gram counts of the training corpus, by `count_ngrams`.
         tokens: sequences to predict, such as `Activations.held_out_tokens()`; intervals resample these.
         min_count: contexts with fewer counts are left out of KL2.
         batch_tokens: tokens per forward pass; all their logits are in memory.
@@ -226,13 +226,13 @@ def dynamics_table(
     """Tabulate predictions and features side by side, a row per snapshot.
 
     Args:
-        dynamics: of the crosscoder's snapshots, or of more snapshots of the same run.
+        dynamics: dynamics of the crosscoder's snapshots, or of more snapshots of the same run.
         crosscoder: trained on two snapshots or more.
         acts: activations of its snapshots, or the result of `measure_firing`; features that never fire are left out.
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
         n_bootstrap: bootstrap draws.
-        seed: of the draws and of the random directions.
+        seed: seed for the draws and the random directions.
 
     Returns:
         The columns of `Dynamics.to_frame`, then present (number of features), born (emergent features whose birth is

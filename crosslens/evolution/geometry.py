@@ -12,9 +12,9 @@
    most D. Since `sum_j (w_i . w_j)^2 = w_i (sum_j w_j^T w_j) w_i^T`, a D x D matrix is enough; no F x F matrix is made.
 
 Ge et al. (arXiv 2509.17196) plot rotation and dimensionality without formulas; the counts per interval, this form of
-`D_is` and the comparison with random directions are this project's own.
+`D_is` and the comparison with random directions are new here.
 
-Letters: S snapshots, D d_model, F features.
+Symbols: S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def total_dimensionality(
         crosscoder: any.
         acts: activations of its snapshots, or the result of `measure_firing`.
         presence: a feature is present where its norm is at least this share of its largest norm.
-        seed: of the random directions, which have the same number and norms as the present features.
+        seed: seed for the random directions, which have the same number and norms as the present features.
 
     Returns:
         A row per snapshot: snapshot, label, step, tokens, present (number of features), total (the sum of `D_is`),

@@ -12,8 +12,8 @@ With decoder norms `n_is` (F, S) of the scaled space and `v_is = n_is / max_s' n
    `alive = False`; all other lifecycle columns are missing.
 
 The curves `v` and the rotation of decoder rows follow Ge et al. (arXiv 2509.17196), RelDec, `n_is / sum_s' n_is'`,
-follows Bayazit et al. (arXiv 2509.05291); the definitions above are this project's own.
-Letters: B tokens, S snapshots, D d_model, F features.
+follows Bayazit et al. (arXiv 2509.05291); the definitions above are new here.
+Symbols: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@
    These are the lowest losses of a model that only knows the counts. Counts of few tokens make H2 too small: a context
    seen once looks deterministic.
 
-Ge et al. (arXiv 2509.17196) compare models with such counts without giving the rules of counting; these are this
-project's own.
+Ge et al. (arXiv 2509.17196) compare models with such counts without giving the rules of counting; these are
+new here.
 
-Letters: N sequences, T positions, V tokens of the vocabulary, n different pairs.
+Symbols: N sequences, T positions, V tokens of the vocabulary, n different pairs.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def count_ngrams(
     Args:
         tokens: sequences of the training corpus, such as `Activations.train_tokens()`; or an iterable of such tensors,
             which need not fit in memory together.
-        tokenizer: of the models.
+        tokenizer: the models' tokenizer.
 
     Raises:
         UserError: a token outside the tokenizer's vocabulary, or nothing to count.

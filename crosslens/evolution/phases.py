@@ -1,4 +1,4 @@
-"""Statistics first, features later? The turning point between two phases of training, with intervals.
+"""The turning point between the statistical and the feature phase of training, with intervals.
 
 1. *Statistical progress* P(s): KL2 (see `dynamics`) falls while the model learns bigram statistics, and rises when it
    uses more context than bigrams can. P is the share of KL2's total fall reached by s: 0 at the first snapshot, 1 from
@@ -24,9 +24,9 @@ the first two snapshots cannot be told apart, and P has no true 0 if the first s
 counts of enough text: contexts seen once look deterministic and inflate it (`min_count` leaves them out). A learning
 rate warmup that ends near the turning point may be its cause, and the order of two events is no evidence of causation.
 The intervals do not include the variation between pretraining runs.
-The two phases are those of Ge et al. (arXiv 2509.17196); the definitions are this project's own.
+The two phases are those of Ge et al. (arXiv 2509.17196); the definitions are new here.
 
-Letters: S snapshots, F features.
+Symbols: S snapshots, F features.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def find_phases(
     """Locate the turning point between the statistical and the feature phase, and the events around it.
 
     Args:
-        dynamics: of two snapshots or more.
-        crosscoder: of some of these snapshots; without it only events of the predictions are found.
+        dynamics: dynamics of two snapshots or more.
+        crosscoder: crosscoder of some of these snapshots; without it only events of the predictions are found.
         acts: activations of its snapshots, or the result of `measure_firing`.
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
         level: confidence level of the intervals.
         n_bootstrap: bootstrap draws.
-        seed: of the draws.
+        seed: seed for the draws.
 
     Returns:
         A row per event: event, snapshot (index, missing if it never happens), label, step, tokens; low and high
@@ -85,7 +85,7 @@ def find_phases(
     """
     S = len(dynamics.snapshots)
     if S < 2:
-        raise UserError(f"phases need at least 2 snapshots, there is {S}: measure more")
+        raise UserError(f"phases need at least 2 snapshots, but there is only {S}: measure more")
     # the first row is the measurement, the others are draws
     kl1, kl2, loss = (
         np.vstack([dynamics.mean(name), dynamics.draws(name, n_bootstrap, seed)]) for name in ("kl1", "kl2", "loss")

@@ -1,4 +1,4 @@
-"""Is a feature present before its decoder says so? Linear probes for single features, snapshot by snapshot.
+"""Linear probes for single features at every snapshot: is a feature decodable before its decoder norm is large?
 
 For a feature i and a snapshot s (after Ge et al., arXiv 2509.17196, who do not publish their settings):
 
@@ -65,7 +65,7 @@ def probe(
         acts: features are chosen by their firing rates on the held-out activations; probes use the training ones.
         n_features: features to draw at random from those that fire often enough.
         n_samples: most tokens per feature, train and test together; half of them active.
-        seed: of the features and of the halves.
+        seed: seed for the features and the halves.
         min_samples: least tokens per feature; features with fewer are not probed.
         max_tokens: training activations to read, in whole batches; those in use stay in memory, S * D * 4 bytes each.
         negatives: "any" inactive tokens, or "same_token": for every active token an inactive one with the same id from
@@ -139,7 +139,7 @@ def probe_correlation(
         table: the result of `probe`.
         without: indices of snapshots to leave out, such as the untrained one.
         n_bootstrap: bootstrap draws.
-        seed: of the draws.
+        seed: seed for the draws.
 
     Returns:
         spearman, spearman_low, spearman_high, pearson, pearson_low, pearson_high (NaN if either variable is constant),
@@ -173,7 +173,7 @@ def probe_parts(
         table: the result of `probe`.
         without: indices of snapshots to leave out; those of step 0 if None.
         n_bootstrap: bootstrap draws of whole features, for the 95 % intervals.
-        seed: of the draws.
+        seed: seed for the draws.
 
     Returns:
         A row per part: part, spearman, pearson, each with _low and _high, reliability (of the error; only in the last

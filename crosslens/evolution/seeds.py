@@ -1,4 +1,4 @@
-"""Stability: would another run find the same features and date them the same way?
+"""Stability across runs: match features of two crosscoders and compare their lifecycles.
 
 1. `match_features` pairs the features of two crosscoders by the cosine of their decoders over the snapshots they share.
 2. `compare_features` reports the share of features with a partner and how often partners have the same lifecycle, for
@@ -6,9 +6,9 @@
 3. `compare_evolutions` tabulates summary statistics of several crosscoders. This also works for different models, such
    as two warmups, whose features cannot be matched.
 
-These comparisons are this project's own.
+These comparisons are new here.
 
-Letters: S snapshots, D d_model, F and G features.
+Symbols: S snapshots, D d_model, F and G features.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def compare_features(
         b: another crosscoder of the same model.
         alive_a: features of `a` to match; all with a decoder if None.
         alive_b: the same for `b`.
-        method: of `match_features`.
+        method: as in `match_features`.
         min_cosine: two features whose cosine is at least this are the same feature.
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_run: snapshots in a row a feature must be present for to count as born.

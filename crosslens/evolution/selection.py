@@ -9,10 +9,10 @@
    variances of both) subtracted from the square, divided by its largest value.
 3. `propose_snapshots` takes the first and the last snapshot, and the k - 2 between them that minimise the sum of
    distances from every snapshot to the nearer of the two chosen ones around it. Since snapshots are ordered, dynamic
-   programming finds the optimum. The search is this project's own.
+   programming finds the optimum. The search is new here.
 
 The proposal only reflects what was measured: changes between saved snapshots, or changes that neither the tasks nor the
-activations at this hook point show, are missed. Letters: B tokens, S snapshots, D d_model.
+activations at this hook point show, are missed. Symbols: B tokens, S snapshots, D d_model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.Data
     """
     S = acts.n_snapshots
     if S < 2:
-        raise UserError(f"similarity needs at least 2 snapshots, there is {S}: give more")
+        raise UserError(f"similarity needs at least 2 snapshots, but there is only {S}: add more")
     if max_tokens < 2:
         raise UserError(f"max_tokens={max_tokens} must be 2 or more")
     x = _first(acts, max_tokens)

@@ -8,8 +8,8 @@ A crosscoder can represent a split in two ways, and each has its own function:
    the same direction, and both are active on the same tokens. A feature with several successors has split; several
    features with one successor have merged. This takes two active features per token.
 
-Both look for pairs in blocks and never keep an F x F matrix. Both definitions are this project's own.
-Letters: B tokens, S snapshots, D d_model, F features.
+Both look for pairs in blocks and never keep an F x F matrix. Both definitions are new here.
+Symbols: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 2. `study_dynamics`: the models' predictions next to the features, and a proposal of snapshots.
 3. `study_probes`: linear probes of single features.
 
-Letters: S snapshots, F features.
+Symbols: S snapshots, F features.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def study_evolution(
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_run: snapshots in a row a feature must be present for to count as born.
         min_firing_rate: features active on this share of the held-out tokens or less are dead.
-        seed: of the random directions that dimensionality is compared with.
+        seed: seed for the random directions that dimensionality is compared with.
 
     Returns:
         Tables by name, as a run directory stores them.
@@ -108,7 +108,7 @@ def study_dynamics(
         accuracy: the result of `Task.accuracy`, for the proposal of snapshots; concatenate the tables of several tasks.
         n_proposed: number of snapshots to propose, at most all.
         presence: a feature is present where its norm is at least this share of its largest norm.
-        seed: of the intervals and the random directions.
+        seed: seed for the intervals and the random directions.
 
     Returns:
         The tables dynamics (of `dynamics_table`), phases (of `find_phases`), similarity (of `snapshot_similarity`) and
@@ -139,7 +139,7 @@ def study_probes(
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
         n_features: features to probe, drawn from those that are active often enough.
-        seed: of the draws.
+        seed: seed for the draws.
 
     Returns:
         The tables probe (of `probe`) and probe_parts.

@@ -9,7 +9,7 @@
 All snapshots share one list of examples: what a feature writes at a snapshot, `f_i n_is`, is proportional to `f_i`, so
 the order is the same at every snapshot where its gate is open.
 
-Memory does not grow with the number of tokens. Letters: N sequences, T positions, S snapshots, D d_model, F features,
+Memory does not grow with the number of tokens. Symbols: N sequences, T positions, S snapshots, D d_model, F features,
 n requested features, E examples, W = 2 window + 1 positions around one.
 """
 

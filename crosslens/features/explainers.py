@@ -209,7 +209,7 @@ class Explainer:
     Attributes:
         client: "openai" or "anthropic", the API that the server understands.
         model: its name on that server.
-        base_url: of another server, such as a local one; the client's default if None (OPENAI_BASE_URL,
+        base_url: URL of another server, such as a local one; the client's default if None (OPENAI_BASE_URL,
             ANTHROPIC_BASE_URL, or the company's own).
         max_tokens: most tokens in an answer, including hidden reasoning.
         requests_per_minute: rate limit; requests are spaced evenly, and retries count.
@@ -217,7 +217,7 @@ class Explainer:
         timeout: seconds per request.
         workers: concurrent requests.
         attempts: how often, over all runs, to ask for a feature whose answer is a refusal or malformed.
-        prices: of a million tokens in and out, in any currency, for estimates.
+        prices: prices of a million tokens in and out, in any currency, for estimates.
 
     Raises:
         UserError: an unknown client, an empty model, a number out of range, or an invalid base_url.
@@ -272,8 +272,8 @@ class Reply:
     Attributes:
         status: "answered", "refused", "cut" (at `max_tokens`) or "malformed".
         text: unprocessed.
-        tokens_in: of the request, as the server counts.
-        tokens_out: of the answer.
+        tokens_in: tokens in the request, as counted by the server.
+        tokens_out: tokens in the answer.
     """
 
     status: str
@@ -286,7 +286,7 @@ class Answers:
     """Answers by key, in an append-only file of JSON lines.
 
     Args:
-        path: of the file, created with the first answer; None keeps answers in memory only.
+        path: file path, created with the first answer; None keeps answers in memory only.
     """
 
     def __init__(self, path: Path | None) -> None:

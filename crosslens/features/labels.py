@@ -6,7 +6,7 @@
    several forms; a phrase, category or structure; a semantic structure; diverse contexts with one theme.
 3. The cost of a run can be estimated beforehand, and answers are reused: see `explainers`.
 
-The passages are sent to whoever runs the model. Letters: n features, R bootstrap draws, A x B a table of counts.
+The passages are sent to whoever runs the model. Symbols: n features, R bootstrap draws, A x B a table of counts.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def label_features(
         n_examples: strongest examples to show per feature.
         dry_run: send and write nothing; return the estimate and the labels already known.
         cache: file of answers; if None, labels.jsonl in the run directory, or memory only if there is none.
-        seed: of the draw.
+        seed: seed for the draw.
 
     Raises:
         UserError: no examples, an unknown feature, a number out of range, no client or key, or a server that refuses.
@@ -141,10 +141,10 @@ def complexity_correlation(
     Args:
         labels: with the columns feature and complexity.
         evolution: the table of `evolve` for the same features.
-        unit: of the dates: "step", "tokens", or snapshot "index"; Spearman's correlation does not depend on it.
+        unit: unit of the dates: "step", "tokens", or snapshot "index"; Spearman's correlation does not depend on it.
         n_bootstrap: R, bootstrap draws of features.
         level: confidence level of the intervals.
-        seed: of the draws.
+        seed: seed for the draws.
 
     Returns:
         One row for birth and one for peak: event, n (features with a complexity and such a date), spearman,

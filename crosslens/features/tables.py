@@ -21,8 +21,8 @@
 The logit lens of a feature at a snapshot is the direct effect of its decoder row on the logits, ignoring all blocks
 above the hook point: `W_U^T (g * (w - mean w))` with w the row in raw space and g the weight of the final norm (RMSNorm
 does not subtract the mean). The final norm's division by the norm of the residual is left out, and the mean over the
-vocabulary is subtracted, since it does not change probabilities. The schema and this form of the lens are this
-project's own.
+vocabulary is subtracted, since it does not change probabilities. The schema and this form of the lens are
+new here.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def export_features(
     Args:
         crosscoder: any.
         acts: activations of the snapshots it was trained on; the held-out tokens are used.
-        path: of the JSON file.
+        path: path of the JSON file.
         features: indices; all if None.
         n_examples: strongest positions per feature, at most one per sequence.
         window: tokens on each side of an example.

@@ -13,7 +13,7 @@
 
 `on_runs` lets an analysis of clean runs take crosscoder, snapshots and task in their place.
 
-Letters: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, n
+Symbols: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, n
 pairs.
 """
 

@@ -8,9 +8,9 @@
        without it               (f'_s W_dec[:, s] + b_dec[s]) / c_s
 
 Edits act through the linear decoder; gates are never recomputed. Positions that training leaves out (BOS, padding) keep
-their clean activation. The splice is this project's own.
+their clean activation. The splice is new here.
 
-Letters: B prompts, T positions, S snapshots, D d_model, F features, V tokens of the vocabulary.
+Symbols: B prompts, T positions, S snapshots, D d_model, F features, V tokens of the vocabulary.
 
     run = CleanRun.of(crosscoder, snapshots, tokens)
     splice = Splice(crosscoder, run, s, [Edit([3, 5]), Edit([8], factor=2.0, positions=[-1])])
@@ -115,14 +115,14 @@ def check_snapshots(crosscoder: Crosscoder, snapshots: Snapshots) -> None:
     recorded: list[dict[str, Any]] = crosscoder.cfg.metadata.snapshots or []
     if len(snapshots) != crosscoder.n_snapshots:
         raise UserError(
-            f"the crosscoder was trained on {crosscoder.n_snapshots} snapshots, {len(snapshots)} are given: "
-            "give those in its metadata.snapshots"
+            f"the crosscoder was trained on {crosscoder.n_snapshots} snapshots, but {len(snapshots)} were given: "
+            "use those listed in its metadata.snapshots"
         )
     for trained, given in zip(recorded, snapshots, strict=False):
         if trained.get("fingerprint") not in (None, given.fingerprint):
             raise UserError(
-                f"the crosscoder was trained on other weights: its snapshot {trained.get('label')} is not the given "
-                f"{given.label}: give the snapshots it was trained on"
+                f"the crosscoder was trained on other weights: its snapshot {trained.get('label')} does not match the "
+                f"given {given.label}: use the snapshots it was trained on"
             )
 
 
@@ -187,7 +187,7 @@ class Splice:
             edited = _edited(self.features, edit, crosscoder, s) if isinstance(edit, Edit) else edit(self.features)
             if edited.shape != clean.shape:
                 raise UserError(
-                    f"an edit returned features of shape {tuple(edited.shape)}: return {tuple(clean.shape)}, as given"
+                    f"an edit returned shape {tuple(edited.shape)}: return {tuple(clean.shape)}, the shape it received"
                 )
             self.features = edited
         if error:

@@ -7,7 +7,7 @@
 2. This fails if a late block reads something that an early one left behind. So every model is tried on one prompt
    first, and if the logits differ from those of the whole model, all blocks are run.
 
-Letters: B prompts, n rows (versions of prompts), T positions, D d_model, V vocabulary.
+Symbols: B prompts, n rows (edited copies of prompts), T positions, D d_model, V vocabulary.
 """
 
 from __future__ import annotations

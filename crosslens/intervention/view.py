@@ -115,8 +115,8 @@ class SnapshotView(SAE[SnapshotViewConfig]):
         expected = (*self.features.shape[:-1], self.cfg.d_in)
         if tuple(x.shape) != expected:
             raise UserError(
-                f"activations of shape {tuple(x.shape)} are not of this view's batch, which has {expected}: run the "
-                "model on its tokens, or make a view of the new batch"
+                f"activations of shape {tuple(x.shape)} do not match this view's batch, which has shape {expected}: "
+                "run the model on its tokens, or make a view of the new batch"
             )
         self.process_sae_in(x)  # calls `hook_sae_input`
         return self.hook_sae_acts_post(self.features)

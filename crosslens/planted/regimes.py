@@ -12,7 +12,7 @@ A regime and a seed determine the ground truth:
    with g_s the scale of snapshot s.
 
 `Planted` is an `Activations`, so crosscoders train on it, and all analyses that only read activations run on it.
-Letters: B tokens, S snapshots, D d_model, N planted features.
+Symbols: B tokens, S snapshots, D d_model, N planted features.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Regime:
         firing: smallest and largest firing probability.
         amplitude_sd: standard deviation of the values around 1.
         noise: standard deviation of the noise in every coordinate.
-        correlation: of the Gaussians behind the features of one group; 0 makes features independent.
+        correlation: correlation between the Gaussians behind the features of one group; 0 makes features independent.
         group_size: features per group.
         scales: smallest and largest scale of a snapshot; the scales are spread between them in random order.
     """
@@ -93,8 +93,8 @@ class Regime:
         shares = self.dying + self.rotating + self.splitting + self.merging
         if not 0 <= shares <= 1:
             raise UserError(
-                f"dying, rotating, splitting and merging add up to {shares:.2f}, but a feature has one kind: make it 1 "
-                "or less"
+                f"dying, rotating, splitting and merging add up to {shares:.2f}, but each feature has only one kind: "
+                "reduce the sum to 1 or less"
             )
         if not 0 < self.firing[0] <= self.firing[1] < 1:
             raise UserError(f"firing={self.firing} is not a range of probabilities: give two in (0, 1), smaller first")
@@ -115,7 +115,7 @@ class Planted(Activations):
 
     Args:
         regime: what is planted.
-        seed: of the ground truth and the activations.
+        seed: seed for the ground truth and the activations.
         n_tokens: activations per epoch; every epoch is different.
         n_held_out: activations to evaluate on.
         keep: hold every batch in memory once it is drawn, 4 B S D bytes each, to train several times on one truth.

@@ -9,7 +9,7 @@
    can be found. A chain of links is a found feature. Its row at a snapshot is the decoder row times the mean activation
    there, since the dictionaries have no common scale; it is zero where the chain has no member.
 
-Letters: S snapshots, D d_model, N planted and F found features.
+Symbols: S snapshots, D d_model, N planted and F found features.
 """
 
 from __future__ import annotations

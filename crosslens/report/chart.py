@@ -297,7 +297,7 @@ def add_line(
         figure: to draw on.
         x: positions.
         y: values.
-        name: of the series, escaped.
+        name: name of the series, escaped.
         style: colour, marker and dash.
         hover: tooltip of each point, escaped.
         value: plotly template of the value in the tooltip.
@@ -354,7 +354,7 @@ def add_points(figure: go.Figure, axis: SnapshotAxis, table: Frame, x: str, y: s
 
     Args:
         figure: to draw on.
-        axis: of the snapshots.
+        axis: axis of the snapshots.
         table: a row per point.
         x: column along x.
         y: column along y.

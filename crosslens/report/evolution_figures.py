@@ -206,7 +206,7 @@ def cosines(table: Frame) -> Chart | str:
         table: "cosines" from `study_evolution`.
     """
     if not table["n"].sum():
-        return "No feature has a direction at two snapshots."
+        return "No feature has a decoder vector long enough to compare at two snapshots."
     axis = SnapshotAxis.of(table, even=True)
     ids = list(axis.labels)
     median = table.pivot(index="snapshot", columns="other", values="median").to_numpy(dtype=float)
@@ -474,7 +474,7 @@ def agreement(table: Frame) -> Chart | str:
     """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm."""
     known = table.dropna(subset=["agreement"])
     if known.empty:
-        return "No feature has a direction at two neighbouring snapshots."
+        return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     pairs = known.rename(columns={"snapshot": "before"}).assign(
         snapshot=known["other"], label=known["other_label"], step=known["other_step"]
     )

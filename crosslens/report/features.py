@@ -7,7 +7,7 @@
 
 `Effects`, `Examples`, `Lens` and `Nearest` each cut the rows of one feature from their tables; `of(row, ...)` returns
 the data of the feature in that row of the evolution table. Tokens are indices into a list of words per script. The JSON
-is ASCII, so that no token can end its string. Letters: F features, S snapshots.
+is ASCII, so that no token can end its string. Symbols: F features, S snapshots.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class FeatureSet:
     """Which features were written.
 
     Attributes:
-        ids: of the features.
-        labels: of the snapshots.
+        ids: feature ids.
+        labels: snapshot labels.
         tasks: with effects of features.
         words: why there are no features; empty if there are some.
         missing: why effects, examples, lens or nearest are missing, by name.
@@ -54,7 +54,7 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
     """Write the scripts.
 
     Args:
-        tables: of the run.
+        tables: tables of the run.
         write: writes a file in data/, given its name and text.
     """
     lifecycles = tables["evolution"]
@@ -330,7 +330,7 @@ class Examples:
         examples: table of that name.
         tokens: table example_tokens.
         ids: features, in order.
-        labels: of the snapshots.
+        labels: snapshot labels.
     """
 
     def __init__(self, examples: Frame, tokens: Frame, ids: np.ndarray, labels: list[str]) -> None:

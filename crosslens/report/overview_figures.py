@@ -164,7 +164,7 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
     """Mark the turning point in a panel, and describe it."""
     found = phases.set_index("event")
     if "turning_point" not in found.index or pd.isna(found.loc["turning_point", "snapshot"]):
-        return "There is no turning point: features never settle later than the bigram KL falls."
+        return "There is no turning point: the share of settled features never lags behind the bigram KL's fall."
     point = found.loc["turning_point"]
     at, low, high = (axis.x([int(point[name])])[0] for name in ("snapshot", "low", "high"))
     figure.add_scatter(

@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
 
     Args:
         run_dir: a directory with run.json.
-        title: of the report; by default the model and hook point.
+        title: report title; by default the model and hook point.
 
     Returns:
         The path of the first page.
@@ -152,7 +152,7 @@ class Block:
     """An entry, ready for the template.
 
     Attributes:
-        id: of its anchor and files; ends in the task's name if it belongs to a task.
+        id: id of its anchor and files; ends in the task's name if it belongs to a task.
         entry: what is shown.
         figure: JSON for a <script> element, for a figure.
         height: pixels of the figure.

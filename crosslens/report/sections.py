@@ -191,7 +191,7 @@ _EVOLUTION: tuple[Section, ...] = (
         "Lifecycles",
         "A feature is present at a snapshot if its decoder norm there is at least half of its largest. “Initial” "
         "features are present at the first snapshot; “emergent” ones are born later, at the first snapshot from which "
-        "they stay; “never” means that a feature stays nowhere. “Transient” features later disappear for good.",
+        "they stay; “never” ones are present too briefly to count as born. “Transient” ones later disappear for good.",
         _EVOLVE,
         (
             Entry(
@@ -337,7 +337,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "completeness",
                 "Completeness error",
                 "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of "
-                "|clean − baseline metric|. At 0, the effects account for the whole metric.",
+                "|clean − baseline metric|. At 0, the effects account for all of that difference.",
                 causal_figures.completeness,
                 ("attribution/*.snapshots",),
                 wide=True,

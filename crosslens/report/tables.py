@@ -8,7 +8,7 @@ import pandas as pd
 
 from crosslens.rundir import RunDir
 
-AGAIN = "It was written by another version of crosslens; run the command that makes it again."
+AGAIN = "It was written by another version of crosslens; rerun the command that writes it."
 
 
 class Tables:

@@ -41,7 +41,7 @@ def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
     info = run.read_json()
     project = project or info.get("wandb_project")
     if project is None:
-        raise UserError(f"{run_dir} was trained without W&B and has no project there: give project=")
+        raise UserError(f"{run_dir} was trained without W&B, so no project is known: pass project=")
     names = run.table_names()
     if not names:
         raise UserError(f"{run_dir} has no tables yet: run `crosslens evolve {run_dir}` first")

@@ -175,10 +175,10 @@ def check_public(text: str) -> None:
         UserError: it does; the message shows only the first characters of a token.
     """
     if found := _TOKEN.search(text):
-        raise UserError(f"the metadata hold what looks like a token ({found[0][:5]}...): remove it before publishing")
+        raise UserError(f"the metadata contains a likely token ({found[0][:5]}...): remove it before publishing")
     home = str(Path.home())
     if len(home) > 1 and re.search(re.escape(home) + r"\b", text):
-        raise UserError("the metadata hold the path of your home folder: remove it before publishing")
+        raise UserError("the metadata contains the path of your home folder: remove it before publishing")
 
 
 def _data(crosscoder: Crosscoder, run: dict[str, Any]) -> list[str]:

@@ -9,8 +9,8 @@ and only estimates the features:
    values above it: `f_hat = g h_hat 1[g h_hat > g t]`, a JumpReLU SAE.
 3. The decoder is the crosscoder's at that snapshot, in raw space: `W_dec[:, s] / c_s`, `b_dec[s] / c_s`.
 
-The metadata say how good the estimate is on held-out tokens: explained variance of the SAE and of the crosscoder, and
-how well they agree on when each feature is active (F1) and on its value (Pearson). The procedure is our own.
+The metadata says how good the estimate is on held-out tokens: explained variance of the SAE and of the crosscoder, and
+how well they agree on when each feature is active (F1) and on its value (Pearson). The procedure is new here.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def register_release(path: str | Path) -> list[str]:
         Names of the releases in the file.
 
     Raises:
-        UserError: the file is no registry, or a different release has the same name.
+        UserError: the file is not a registry, or a different release has the same name.
     """
     found = read_registry(Path(path))
     _registered.update(_new(_registered | _listed(), found, Path(path)))
@@ -151,7 +151,7 @@ def list_releases() -> dict[str, Release]:
     """All releases by name: the package's, those in `CROSSLENS_REGISTRY`, and those registered.
 
     Raises:
-        UserError: a file in `CROSSLENS_REGISTRY` is no registry.
+        UserError: a file in `CROSSLENS_REGISTRY` is not a registry.
     """
     return _listed() | _registered
 
@@ -217,7 +217,7 @@ def read_registry(path: Path) -> dict[str, Release]:
     """Read the releases in one file.
 
     Raises:
-        UserError: the file is no registry; the message names the file, release and key.
+        UserError: the file is not a registry; the message names the file, release and key.
     """
     path = path.expanduser()
     return {str(name): _release(path, name, value) for name, value in read_yaml(path, "registry of releases").items()}

@@ -100,7 +100,7 @@ def _refusal(repo: str, where: str, error: errors.HfHubHTTPError, writing: bool)
         return f"{absent}the hub does not accept the token, which may have expired: run `hf auth login`"
     if status == 403:
         wanted = "write to" if writing else "read"
-        return f"the token may not {wanted} {where}: use one with that right, or a repository of your own"
+        return f"the token has no permission to {wanted} {where}: use one that has it, or a repository of your own"
     if status == 404:
         return f"there is no {where} on the hub: check its spelling; if it is private, run `hf auth login`"
     if status == 429:

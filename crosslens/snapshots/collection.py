@@ -51,7 +51,7 @@ class Snapshots(Sequence[Snapshot]):
 
     Args:
         snapshots: one or more, with different labels.
-        name: of the model, for titles and records.
+        name: name of the model, for titles and records.
         demo: arguments of `demo`, if it made the snapshots; recorded by `to_dict`.
 
     Raises:
@@ -200,7 +200,7 @@ class Snapshots(Sequence[Snapshot]):
         """The demo's snapshots: a tiny model that is pretrained on first use, in about a minute, and cached.
 
         Args:
-            seed: of initial weights and data.
+            seed: seed for initial weights and data.
             folder: where to keep it; by default the user's cache ($CROSSLENS_CACHE, else $XDG_CACHE_HOME/crosslens,
                 else ~/.cache/crosslens), where a damaged or outdated model is replaced.
             config: a recipe other than the default.

@@ -230,7 +230,7 @@ class Snapshot:
 
         Args:
             device: CUDA where it is available when None.
-            dtype: of its parameters: float32, bfloat16 or float16.
+            dtype: dtype of its parameters: float32, bfloat16 or float16.
             backend: "bridge" for a raw TransformerBridge; "hooked_transformer" for a HookedTransformer without weight
                 processing, for hub repositories that TransformerLens knows by name.
             n_blocks: load only the first blocks; those above are neither read nor kept in memory. The activations of
@@ -296,8 +296,8 @@ class Snapshot:
             raise self._error(f"transformers cannot load {self.folder()}: {first_line(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise self._error(
-                f"{self.folder()} lacks {len(missing)} tensors, such as {missing[0]}, which would be random numbers: "
-                "copy or convert the weights again"
+                f"{self.folder()} is missing {len(missing)} tensors, such as {missing[0]}, which would be initialised "
+                "at random: copy or convert the weights again"
             )
         return model
 

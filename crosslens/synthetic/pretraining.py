@@ -142,7 +142,7 @@ def pretrain_demo(
 
     Args:
         folder: where to write.
-        seed: of the initial weights and the data.
+        seed: seed for the initial weights and the data.
         config: the recipe; None for the default.
         overwrite: replace a folder that holds something else, once training is done.
         progress: show a progress bar.

@@ -11,7 +11,7 @@
 Other items are skipped and counted by reason. The paired prefix is treated the same way; its prompt must have the same
 number of tokens, and its answers must be the same tokens. A batch holds strings of one length: there is no padding.
 
-Letters: B prompts or strings, T positions, V vocabulary.
+Symbols: B prompts or strings, T positions, V vocabulary.
 """
 
 from __future__ import annotations

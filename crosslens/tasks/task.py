@@ -200,7 +200,7 @@ class Task:
         Args:
             path: a file with the keys of `sva`; None generates items.
             n: number of generated items.
-            seed: of the draw.
+            seed: seed for the draw.
 
         Raises:
             UserError: the file cannot be read, or n exceeds the possible items.
@@ -212,10 +212,10 @@ class Task:
         """Induction: random single-token words, repeated; the repetition stops, and must continue like the original.
 
         Args:
-            tokenizer: of the models, such as `snapshots.tokenizer`.
+            tokenizer: the models' tokenizer, such as `snapshots.tokenizer`.
             n: number of items.
             length: number of words in the sequence.
-            seed: of the draw.
+            seed: seed for the draw.
 
         Raises:
             UserError: n or length out of range, or a tokenizer with too few single-token words.
@@ -282,7 +282,7 @@ class Task:
             construction: "simple", "pp", "subj_rel", "obj_rel" or "within_rc".
             language: "en" or "fr"; None pools both.
             n: items per language.
-            seed: of the draw.
+            seed: seed for the draw.
 
         Raises:
             UserError: an unknown construction or language, or n exceeds the possible items.
@@ -369,7 +369,7 @@ class Task:
             groups.setdefault(int(component[prefix]), []).append(index)
         drawn = list(groups.values())
         if len(drawn) < 2:
-            raise UserError(f"task {self.name!r} cannot be split: all its items share prefixes; add items with others")
+            raise UserError(f"task {self.name!r} cannot be split: shared prefixes link all items; add unrelated ones")
         random.Random(f"split {seed}").shuffle(drawn)
         halves: tuple[list[int], list[int]] = ([], [])
         for group in drawn:
@@ -387,7 +387,7 @@ def _columns(columns: Mapping[str, str] | None) -> dict[str, str]:
     parts = (*_COLUMNS, "patch_prefix")
     for part in columns or ():
         if part not in parts:
-            raise UserError(f"columns: {part!r} is no part of an item; use any of {parts}{did_you_mean(part, parts)}")
+            raise UserError(f"columns: {part!r} is not an item's field; use any of {parts}{did_you_mean(part, parts)}")
     return {**_COLUMNS, **(columns or {})}
 
 

@@ -1,4 +1,4 @@
-"""What a training writes to disk: checkpoints of its state, and the crosscoder at the end.
+"""What a training run writes to disk: checkpoints of its state, and the crosscoder at the end.
 
 A checkpoint holds everything that the next step depends on. Any number of processes can load it.
 
@@ -54,7 +54,7 @@ def save_checkpoint(
     """Write a checkpoint, then delete the previous one; all processes call this.
 
     Args:
-        folder: of the checkpoints of a run, on a file system that all processes see.
+        folder: checkpoint folder of a run, on a file system that all processes see.
         n_samples: activations seen so far; they name the checkpoint.
         rows: tensors with a row per feature that this process holds.
         copies: tensors that all processes hold alike.
@@ -80,7 +80,7 @@ def save_checkpoint(
 def write_state(
     folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor], numbers: dict[str, Any], parallel: Parallel
 ) -> None:
-    """Write the state of a training into a folder; see `save_checkpoint`."""
+    """Write the state of a training run into a folder; see `save_checkpoint`."""
     tensors = _sharded(rows, copies, parallel)
     # one file per tensor, because the writer builds a whole file in memory
     files = {name: i for i, name in enumerate(sorted(tensors), start=1)}

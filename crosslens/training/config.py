@@ -30,8 +30,8 @@ class TrainConfig:
         data_parallel: groups of torchrun's processes that split the tokens of a batch; each group splits the features.
         resume: continue from the last checkpoint in `run_dir`.
         evaluate: measure EV, L0, CE and KL per snapshot on held-out tokens at the end (`run_dir` or W&B).
-        seed: of the initial weights; the order of the data has its own seed in `Activations`.
-        device: of the crosscoder; CUDA if available.
+        seed: seed for the initial weights; the order of the data has its own seed in `Activations`.
+        device: device of the crosscoder; CUDA if available.
         wandb_project: log to this Weights & Biases project; None does not log. WANDB_MODE=offline works.
         wandb_run_name: name of the W&B run.
         wandb_log_frequency: steps between logged losses and metrics.

@@ -1,4 +1,4 @@
-"""Initialise a crosscoder: a scale per snapshot, biases at the mean, and decoder norms that reconstruct.
+"""Initialise a crosscoder: a scale per snapshot, biases at the mean, and decoder norms with the least error.
 
 On the first activations of the data:
 
@@ -43,7 +43,7 @@ def initialise(
         acts: the data.
         batch_size: activations processed at a time.
         scale_tokens: activations used to estimate scales and means.
-        seed: of the weights.
+        seed: seed for the weights.
         parallel: the processes that train it; together they start from the weights that one process would start from.
 
     Raises:
@@ -61,8 +61,8 @@ def initialise(
     for label, norm in zip(acts.snapshots.labels, norms.tolist(), strict=True):
         if not (math.isfinite(norm) and norm > 0):
             raise UserError(
-                f"snapshot {label} has mean activation norm {norm} at {acts.hook_name}: a crosscoder cannot scale it; "
-                "leave this snapshot out"
+                f"snapshot {label} has mean activation norm {norm} at {acts.hook_name}: it cannot be rescaled; leave "
+                "this snapshot out"
             )
     scale = math.sqrt(acts.d_model) / norms
     sae.activation_scale.copy_(scale)

@@ -30,7 +30,7 @@ def wandb_run(
     Args:
         project: W&B project.
         run: directory that records the id of its W&B run, and holds W&B's files.
-        name: of a new run.
+        name: name of a new run.
         config: recorded with the run.
         disabled: log nothing.
     """

@@ -1,4 +1,4 @@
-"""`train`: from activations to a crosscoder, with a run directory that a killed run resumes from.
+"""`train`: from activations to a crosscoder, with a run directory from which an interrupted run resumes.
 
 1. Fill in the architecture's shapes and metadata from the data, and claim the run directory.
 2. Initialise the crosscoder (`crosslens.training.initialisation`); resume from the last complete checkpoint, if any.
@@ -62,8 +62,8 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
     config = config or TrainConfig()
     if n_processes() > 1 and config.run_dir is None:
         raise UserError(
-            f"run_dir=None: {n_processes()} processes train one crosscoder and none holds all of it; give a run_dir "
-            "that all of them see"
+            f"run_dir=None, but {n_processes()} processes train this crosscoder and none of them holds all of it; "
+            "give a run_dir that all of them can access"
         )
     parallel, device = join(config.device, config.data_parallel)
     with ExitStack() as logging:
@@ -206,7 +206,7 @@ def complete(
     Args:
         architecture: one of the four training configs.
         acts: the data.
-        device: of the crosscoder; None: CUDA if available.
+        device: device of the crosscoder; None: CUDA if available.
 
     Raises:
         UserError: given shapes contradict the data.
@@ -228,7 +228,7 @@ def complete(
 def training_identity(
     acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, total: int
 ) -> dict[str, Any]:
-    """Everything that must be equal for two trainings to share a run directory."""
+    """Everything that must be equal for two training runs to share a run directory."""
     details = {key: value for key, value in architecture.to_dict().items() if key not in ("metadata", "device")}
     kept = (
         *("batch_size", "lr", "lr_warm_up", "lr_decay", "lr_end_factor", "adam_beta1", "adam_beta2", "max_grad_norm"),

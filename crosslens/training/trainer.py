@@ -3,7 +3,7 @@
 One step:
 
 1. Forward and backward on active pairs; average gradients and losses over the processes that split the tokens.
-2. Take the global norm of the gradients, of which thresholds are not part.
+2. Compute the global gradient norm, excluding thresholds.
 3. Adam divides the gradients by the clipping divisor, or changes nothing if the loss or a gradient is not finite.
 4. Step the schedules, and count which features fired.
 """

@@ -130,11 +130,11 @@ def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
 @pytest.mark.parametrize(
     ("options", "dtype", "message"),
     [
-        ({"hook_name": "blocks.0.hook_resid_post"}, "float32", "its hook_name is blocks.1.* is blocks.0"),
-        ({"seed": 9}, "float32", "its tokens is [0-9a-f]+[.]{3}, asked for is [0-9a-f]+[.]{3};"),
-        ({"context_size": 8}, "float32", "its context_size is 16, asked for is 8"),
-        ({"prepend_bos": False}, "float32", "its prepend_bos is True, asked for is False"),
-        ({}, "bfloat16", "its dtype is float32, asked for is bfloat16"),
+        ({"hook_name": "blocks.0.hook_resid_post"}, "float32", "it has hook_name=blocks.1.*=blocks.0"),
+        ({"seed": 9}, "float32", "it has tokens=[0-9a-f]+[.]{3}, .* tokens=[0-9a-f]+[.]{3};"),
+        ({"context_size": 8}, "float32", "it has context_size=16, this request has context_size=8"),
+        ({"prepend_bos": False}, "float32", "it has prepend_bos=True, this request has prepend_bos=False"),
+        ({}, "bfloat16", "it has dtype=float32, this request has dtype=bfloat16"),
     ],
 )
 def test_the_cache_of_another_request_is_refused(
@@ -150,7 +150,7 @@ def test_the_cache_of_another_request_is_refused(
 def test_other_snapshots_are_another_request(snapshots: Snapshots, tiny_text: list[str], pristine: Path):
     fewer = Activations(snapshots[[0, 2]], HOOK, Dataset(tiny_text, 1000, T, 200))
     before = state(pristine)
-    with pytest.raises(UserError, match="is the cache of another request: its snapshots is"):
+    with pytest.raises(UserError, match="is a cache for a different request: it has snapshots="):
         fewer.cache(pristine, "float32")
     assert state(pristine) == before
 

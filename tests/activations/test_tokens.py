@@ -150,7 +150,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("column", "data.jsonl", {"text_column": "txt"}, "text_column='txt' is not in .*its columns are 'text', 'id'; did"),
     ("missing", "gone.txt", {}, "gone.txt does not exist; give an existing file, or a hub name"),
     ("sample_by", "data.txt", {"sample_by": "page"}, "sample_by='page' is unknown; use 'line' or 'paragraph'"),
-    ("too long", "data.txt", {"context_size": 10**6}, "less than one sequence of context_size=1000000 tokens"),
+    ("too long", "data.txt", {"context_size": 10**6}, "is shorter than one sequence of context_size=1000000 tokens"),
 ]
 
 
@@ -167,7 +167,7 @@ def test_unreadable_data(
 
 def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any):
     (tmp_path / "notes.docx").write_text("x")
-    with pytest.raises(UserError, match=r"notes.docx is of an unknown kind; known are .txt, .*each also with .gz"):
+    with pytest.raises(UserError, match=r"notes.docx has an unsupported file type: use .txt, .*each also with .gz"):
         read(tmp_path / "notes.docx", tokenizer)
     for name in ("broken.jsonl", "broken.parquet", "broken.txt.gz"):
         (tmp_path / name).write_bytes(b"{this is not it")
@@ -181,7 +181,7 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="empty.jsonl (is empty|cannot be read)"):
         read(tmp_path / "empty.jsonl", tokenizer)
-    with pytest.raises(UserError, match="list of documents of 0 holds less than one sequence"):
+    with pytest.raises(UserError, match="list of documents of 0 is shorter than one sequence"):
         read([], tokenizer)
 
 

@@ -391,12 +391,12 @@ def test_errors_of_controls_and_positions(runs: PromptRuns) -> None:
 
 def test_effects_of_another_crosscoder(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
     cc = runs.crosscoder
-    with pytest.raises(UserError, match="24 features at a, b, c, but the crosscoder has 24 at step0, step10"):
+    with pytest.raises(UserError, match="24 features at snapshots a, b, c, but the crosscoder has 24 at step0, step10"):
         ablate(runs, replace(ie, labels=["a", "b", "c"]), [1])
     fewer = {name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "active")}
-    with pytest.raises(UserError, match="effects are of 23 features at .* has 24 .*: attribute with this"):
+    with pytest.raises(UserError, match="effects cover 23 features at .* has 24 .*: attribute with this"):
         ablate(runs, replace(ie, **fewer), [1])
-    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
+    with pytest.raises(UserError, match="trained on 3 snapshots, but 2 were given"):
         ablate(cc, snaps[[0, 2]], task, ie, [1])
     unpaired = Task.from_items("alone", [{key: item[key] for key in ("prefix", "correct", "wrong")} for item in ITEMS])
     with pytest.raises(UserError, match="'alone' has no paired prompts"):

@@ -649,7 +649,7 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
         ({"baseline": "none"}, "baseline='none' is unknown"),
         ({"n_bootstrap": -1}, "n_bootstrap=-1 must be at least 0"),
         ({"method": "exact", "positions": True}, "ablates a feature at all positions at once"),
-        ({"method": "ig", "features": [1]}, "features= is for method='exact' only"),
+        ({"method": "ig", "features": [1]}, "features= needs method='exact'"),
         ({"method": "exact", "features": [1, F]}, r"feature 24 is not in \[0, 23\]"),
         ({"method": "exact", "features": [-1]}, r"feature -1 is not in \[0, 23\]"),
         ({"method": "exact", "features": []}, "no features are given"),
@@ -660,9 +660,9 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
         with pytest.raises(UserError, match=message) as error:
             attribute(runs, **options)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
+    with pytest.raises(UserError, match="trained on 3 snapshots, but 2 were given"):
         attribute(cc, snaps[:2], task)
-    with pytest.raises(UserError, match="its snapshot step0 is not the given step20"):
+    with pytest.raises(UserError, match="its snapshot step0 does not match the given step20"):
         attribute(cc, snaps[[2, 1, 0]], task)
     unpaired = Task.from_items("unpaired", [{"prefix": "the cat", "correct": "sees", "wrong": "likes"}])
     with pytest.raises(UserError, match="no paired prompts"):

@@ -323,7 +323,7 @@ def test_errors_come_before_the_models_run(snaps: Snapshots, task: Task, monkeyp
     refuse("baseline='patch' needs the paired prompts", baseline="patch")
     refuse("have different batches: make both with one batch_size", b=PromptRuns(upper, snaps, task, batch_size=1))
     other = Task.from_items("other", ITEMS[:2])
-    refuse("the lower runs are of 'tiny' at .*, the upper ones of 'other'", b=PromptRuns(upper, snaps, other))
+    refuse("the lower runs use 'tiny' at .*, the upper runs use 'other'", b=PromptRuns(upper, snaps, other))
 
 
 def test_a_hook_point_that_the_model_lacks(snaps: Snapshots, task: Task) -> None:

@@ -167,7 +167,9 @@ def test_errors_are_one_line() -> None:
     effects = drawn()
     with pytest.raises(UserError, match=r"effects of 1 language\(s\) are given: give those on the same task"):
         compare_languages({"en": effects["en"]})
-    with pytest.raises(UserError, match=r"the effects in 'fr' are of 30 features at step0, step1, those in 'en' of 30"):
+    with pytest.raises(
+        UserError, match=r"the effects in 'fr' cover 30 features at step0, step1, those in 'en' cover 30"
+    ):
         count_languages({"en": effects["en"], "fr": drawn(S=2)["fr"]})
     with pytest.raises(UserError, match="attribute all with one crosscoder"):
         compare_languages({"en": effects["en"], "fr": drawn(F=31)["fr"]})

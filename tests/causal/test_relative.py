@@ -223,7 +223,7 @@ def test_many_snapshots_are_classified_by_the_centre_of_mass() -> None:
     assert classes(share).tolist() == expected
     with pytest.raises(UserError, match="low=0.7 and high=0.3 must satisfy"):
         classes(share, 0.7, 0.3)
-    with pytest.raises(UserError, match="there is 1 snapshot, and a centre of mass needs at least 2"):
+    with pytest.raises(UserError, match="a centre of mass needs at least 2 snapshots, but there is only 1"):
         classes(torch.ones(4, 1))
 
 

@@ -123,5 +123,5 @@ def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Ta
     sizes = StudySizes(ablate_k=(1,), keep_k=(1,), k=3, n_draws=2, n_draws_last=2, n_exact=3, n_pairs=3)
     plain = study_task(crosscoder, snaps, unpaired, baseline="zero", sizes=sizes)
     assert "languages/tiny" not in plain.tables
-    with pytest.raises(UserError, match="end='both' needs effects of features added: use study_task"):
+    with pytest.raises(UserError, match="end='both' needs the effects of added features: use study_task"):
         plain.rank_agreement(end="both")

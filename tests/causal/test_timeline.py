@@ -166,9 +166,11 @@ def test_nothing_is_followed_without_significant_effects(runs: PromptRuns, ie: A
 def test_errors_are_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
     cc = runs.crosscoder
     other = dataclasses.replace(ie, labels=["a", "b", "c"])
-    with pytest.raises(UserError, match="effects are of 24 features at a, b, c, but the crosscoder has 24 at step0"):
+    with pytest.raises(
+        UserError, match="effects cover 24 features at snapshots a, b, c, but the crosscoder has 24 at step0"
+    ):
         follow_features(runs, other)
-    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
+    with pytest.raises(UserError, match="trained on 3 snapshots, but 2 were given"):
         follow_features(cc, snaps[[0, 1]], task, ie)
     with pytest.raises(UserError, match="k=25 is not in"):
         follow_features(runs, ie, 25)

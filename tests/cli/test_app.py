@@ -125,7 +125,7 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
         *("--n-tokens", 1000, "--context-size", 16, "--training-tokens", 5000),
     )
     assert code == 0
-    assert "snapshots   3 x d_model 16; all are on this disk" in out and "better      cached: " in out
+    assert "snapshots   3 x d_model 16; all are on this disk" in out and "recommended cached: " in out
     assert "training" not in out
     code, out, _ = command(
         *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
@@ -155,7 +155,7 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
     # the directory of another run is refused before the harvest
     other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
     code, _, err = command(*other)
-    assert code == 2 and "training.lr is 0.0003" in err and not (tmp_path / "new").exists()
+    assert code == 2 and "training.lr=0.0003" in err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
         (["attribute", "{run}", "--task", "sva:{files}/broken.json"], "the key 'clean_answer' is None"),
         (["ablate", "{run}", "--task", "demo:simple"], "run `crosslens attribute"),
         (["{train}", "--dataset", "{files}/task.json", "--text-column", "txt"], "its columns are 'clean_prefix'"),
-        (["{train}", "--n-tokens", "1000000"], "more than text.txt holds"),
+        (["{train}", "--n-tokens", "1000000"], "text.txt has only .* usable tokens"),
         (["{train}", "--context-size", "64"], r"context_size=64 is not in \[2, 32\]"),
     ],
 )
@@ -195,7 +195,7 @@ def test_another_run_is_refused(command: Command, trained: Path, tiny_snapshots:
     before = (trained / "run.json").read_bytes()
     code, _, err = command(*train_arguments(tiny_snapshots, files, trained, "--lr", 0.01))
     assert code == 2
-    assert "training.lr is 0.0003, yours is 0.01" in err
+    assert "training.lr=0.0003, this run has training.lr=0.01" in err
     assert (trained / "run.json").read_bytes() == before
 
 

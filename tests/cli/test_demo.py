@@ -45,7 +45,7 @@ def test_every_stage_runs(out: Path, snaps: Snapshots) -> None:
     for name in ("late_feature", "sign_change"):
         assert len(summary[name]["ie"]) == 3 and 0 <= summary[name]["feature"] < SMALL.d_sae
     assert (out / "report" / "index.html").is_file()
-    with pytest.raises(UserError, match="its seed is 0, yours is 1"):
+    with pytest.raises(UserError, match="it has seed=0, this run has seed=1"):
         run_demo(out, 1, SMALL, snaps)
 
 

@@ -511,7 +511,10 @@ def test_what_several_processes_refuse(acts: Activations, tmp_path: Path):
     assert first[3] == "batch_size=63 cannot be split over 2 processes by tokens: use 62 or 64"
     assert first[:4] == second[:4]
     assert not (tmp_path / "a0").exists()  # refused before the directory was claimed
-    assert "holds files but no run" in first[4] and second[4] == "rank 0 stopped with an error; see its message"
+    assert (
+        "contains files but is not a run directory" in first[4]
+        and second[4] == "rank 0 stopped with an error; see its message"
+    )
 
 
 def _as_tensor(body: Any) -> Any:

@@ -419,7 +419,7 @@ def test_the_table_matches_its_parts(F: int, S: int, D: int, seed: int) -> None:
 
 def test_errors_and_missing_events() -> None:
     dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
-    with pytest.raises(UserError, match="phases need at least 2 snapshots, there is 1"):
+    with pytest.raises(UserError, match="phases need at least 2 snapshots, but there is only 1"):
         find_phases(curves([1], [1], [1]))
     with pytest.raises(UserError, match="acts=None: activations are needed to find the live features"):
         find_phases(dynamics, rotating_rows())

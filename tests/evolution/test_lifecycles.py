@@ -307,14 +307,14 @@ def test_activations_of_other_snapshots_or_hook_points_are_refused(tiny_snapshot
             recording(hook_name="blocks.0.hook_resid_post"),
             "trained on blocks.0.hook_resid_post, the activations are from",
         ),
-        (recording(snapshots=other), "its snapshot step10 is not the given step10"),
-        (recording(snapshots=trained["snapshots"][::-1]), "its snapshot step20 is not the given step0"),
+        (recording(snapshots=other), "its snapshot step10 does not match the given step10"),
+        (recording(snapshots=trained["snapshots"][::-1]), "its snapshot step20 does not match the given step0"),
     ):
         for analysis in (evolve, measure_firing, check_activations):
             with pytest.raises(UserError, match=message):
                 analysis(wrong, acts)
     two = of_norms(torch.ones(8, 2), trained["snapshots"][:2], D=16)
-    with pytest.raises(UserError, match="trained on 2 snapshots, 3 are given"):
+    with pytest.raises(UserError, match="trained on 2 snapshots, but 3 were given"):
         evolve(two, acts)
 
 

@@ -230,7 +230,7 @@ def test_errors() -> None:
     ):
         with pytest.raises(UserError, match=message):
             propose_snapshots(*arguments, **options)
-    with pytest.raises(UserError, match="similarity needs at least 2 snapshots, there is 1"):
+    with pytest.raises(UserError, match="similarity needs at least 2 snapshots, but there is only 1"):
         snapshot_similarity(Given(torch.ones(4, 1, 3)))
     with pytest.raises(UserError, match="max_tokens=1 must be 2 or more"):
         snapshot_similarity(Given(torch.ones(4, 2, 3)), max_tokens=1)

@@ -163,7 +163,7 @@ def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     assert "No feature is born" in evolution_figures.encoder(tables["encoder"], dead)
     assert "No feature fires" in evolution_figures.scaling(tables["scaling"], dead)
     assert "No feature changes" in evolution_figures.rotation(tables["rotation"].assign(rotated=0))
-    assert "No feature has a direction" in evolution_figures.cosines(tables["cosines"].assign(n=0))
+    assert "No feature has a decoder vector long enough" in evolution_figures.cosines(tables["cosines"].assign(n=0))
     none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
     snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
     assert "No feature splits" in evolution_figures.splits_and_replacements(*none, snapshots)

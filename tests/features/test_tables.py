@@ -249,6 +249,6 @@ def test_mistakes(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> 
     with pytest.raises(UserError, match="window=-1 must be 0 or more"):
         export_features(crosscoder, acts, tmp_path / "f.json", window=-1)
     two = Activations(acts.snapshots[:2], acts.hook_name, acts.dataset.source, 500, 16)
-    with pytest.raises(UserError, match="trained on 3 snapshots, 2 are given"):
+    with pytest.raises(UserError, match="trained on 3 snapshots, but 2 were given"):
         export_features(crosscoder, two, tmp_path / "f.json")
     assert not list(tmp_path.iterdir())

@@ -207,7 +207,7 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
         with pytest.raises(UserError, match=message):
             check_features(wrong, 4)
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    with pytest.raises(UserError, match="trained on 3 snapshots, 1 are given"):
+    with pytest.raises(UserError, match="trained on 3 snapshots, but 1 were given"):
         PromptRuns(cc, snaps[[0]], task)
     with pytest.raises(UserError, match=r"the crosscoder is on cpu and the models would run on meta: .*to\('meta'\)"):
         PromptRuns(cc, snaps, task, settings=ModelSettings(device="meta"))

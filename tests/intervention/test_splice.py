@@ -246,7 +246,7 @@ def test_errors_are_one_line(snaps: Snapshots, runs: Any, tokens: Tensor) -> Non
             r"values of shape \(3,\): give one number, \(",
         ),
         (lambda: Splice(cc, run, 0, [Edit([0], value=CleanRun.of(cc, snaps, tokens[:1]))]), r"values of shape \(1, 6"),
-        (lambda: Splice(cc, run, 0, [lambda f: f[:1]]), rf"shape \(1, 6, 24\): return \({B}, {T}, 24\), as given"),
+        (lambda: Splice(cc, run, 0, [lambda f: f[:1]]), rf"shape \(1, 6, 24\): return \({B}, {T}, 24\), the"),
         (
             lambda: model.run_with_hooks(tokens[:1], fwd_hooks=Splice(cc, run, 0).fwd_hooks),
             r"splice has shape \(2, 6, 16\), the model's activation \(1, 6, 16\): run the model on the tokens",
@@ -256,12 +256,12 @@ def test_errors_are_one_line(snaps: Snapshots, runs: Any, tokens: Tensor) -> Non
             "prompts of 33 tokens do not fit .* 1 to 32 tokens",
         ),
         (lambda: CleanRun.of(cc, snaps, torch.zeros(1, 0).long()), "prompts of 0 tokens do not fit"),
-        (lambda: CleanRun.of(cc, snaps[[0, 1]], tokens), "trained on 3 snapshots, 2 are given"),
+        (lambda: CleanRun.of(cc, snaps[[0, 1]], tokens), "trained on 3 snapshots, but 2 were given"),
     ):
         with pytest.raises(UserError, match=message):
             make()
     cc.cfg.metadata.snapshots = [{"label": s.label, "fingerprint": s.fingerprint} for s in snaps]
-    with pytest.raises(UserError, match="other weights: its snapshot step0 is not the given step20"):
+    with pytest.raises(UserError, match="other weights: its snapshot step0 does not match the given step20"):
         CleanRun.of(cc, snaps[[2, 1, 0]], tokens)
     CleanRun.of(cc, snaps, tokens)
 

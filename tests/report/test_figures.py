@@ -112,7 +112,7 @@ def test_agreement_means_are_those_of_the_bands() -> None:
         assert list(drawn[f"norm {low:g} to {high:g}"].y) == pytest.approx([m for m in expected if not math.isnan(m)])
     assert (
         evolution_figures.agreement(table.assign(agreement=np.nan))
-        == "No feature has a direction at two neighbouring snapshots."
+        == "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     )
 
 

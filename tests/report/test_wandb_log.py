@@ -77,7 +77,7 @@ def test_everything_is_read_back(run: RunDir) -> None:
 
 
 def test_a_run_trained_without_wandb_is_given_a_project(run: RunDir) -> None:
-    with pytest.raises(cl.UserError, match="was trained without W&B and has no project there: give project="):
+    with pytest.raises(cl.UserError, match="was trained without W&B, so no project is known: pass project="):
         cl.report.log_report(run.path)
     assert not list(run.path.rglob("*.wandb"))
     first = cl.report.log_report(run.path, project="later")

@@ -142,7 +142,8 @@ def test_refusals_change_nothing_and_show_no_token(hub: Hub, ask: Ask, folder: P
     push = ["push", str(folder), "someone/new"]
     [reader] = ask("reader", push)
     assert reader == (
-        "UserError: the token may not write to someone/new: use one with that right, or a repository of your own"
+        "UserError: the token has no permission to write to someone/new: use one that has it, or a "
+        "repository of your own"
     )
     expired, unread = ask("hf_expired0123456789", push, ["from_pretrained", "someone/public", "x"])
     assert expired == ("UserError: the hub does not accept the token, which may have expired: run `hf auth login`")
@@ -234,7 +235,7 @@ def test_no_path_and_no_token_is_published() -> None:
 
     for name, secret in (("note", "hf_" + "a" * 34), ("other", {"deep": ["sk-" + "b" * 40]})):
         setattr(metadata, name, secret)
-        with pytest.raises(UserError, match=r"what looks like a token \(") as caught:
+        with pytest.raises(UserError, match=r"a likely token \(") as caught:
             push_to_hub(crosscoder, "someone/things", dry_run=True)
         assert "aaaa" not in str(caught.value) and "bbbb" not in str(caught.value)
         setattr(metadata, name, None)

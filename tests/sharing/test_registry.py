@@ -178,7 +178,7 @@ def test_ls_describes_releases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("releases", "message"),
     [
-        ([1], "holds a list, where a mapping is needed"),
+        ([1], "contains a list instead of a mapping"),
         ({"x": 3}, "release 'x' is a int, but must be a mapping"),
         ({"a/b": release()}, "must have a name without '/'"),
         ({7: release()}, "must have a name without"),
@@ -194,7 +194,7 @@ def test_ls_describes_releases(tmp_path: Path) -> None:
         ({"x": release(saes=[])}, "must list at least one crosscoder"),
         ({"x": release(saes=[entry(), entry()])}, "with distinct ids"),
         ({"x": release(saes=["a"])}, "saes is a str, but must be a mapping"),
-        ({"x": release(saes=[entry(path="a/../../b")])}, "path 'a/../../b' is no path inside"),
+        ({"x": release(saes=[entry(path="a/../../b")])}, "path 'a/../../b' is not a path inside"),
         ({"x": release(saes=[entry(config={7: 7})])}, "the keys of config must be field names"),
         ({"x": release(saes=[entry(l0=True)])}, r"l0=True has the wrong type \(bool\)"),
         ({"x": release(saes=[entry(l0=float("nan"))])}, "l0=nan is not a finite number"),
@@ -223,7 +223,7 @@ def test_mistakes_in_a_registry_are_named(tmp_path: Path, releases: Any, message
         ("a: 2001-99-99", "is not valid YAML"),
         ("? {a: 1}\n: 2", "is not valid YAML"),
         ("\x00", "is not valid YAML"),
-        ("", "holds a NoneType"),
+        ("", "contains a NoneType"),
     ],
 )
 def test_invalid_yaml(tmp_path: Path, text: str, message: str) -> None:
@@ -245,7 +245,7 @@ def test_local_folders_load_by_id_and_no_id_leaves_them(tmp_path: Path, saved: P
             from_pretrained(str(tmp_path / "mine"), sae_id)
     with pytest.raises(UserError, match="is a local folder and has no revision 'v1'"):
         from_pretrained(str(tmp_path / "mine"), "somewhere/a", revision="v1")
-    with pytest.raises(UserError, match="id '../a' is no path inside a repository"):
+    with pytest.raises(UserError, match="id '../a' is not a path inside a repository"):
         from_pretrained("someone/things", "../a")
     with pytest.raises(UserError, match="there is no release 'things'"):
         from_pretrained("things", "a")

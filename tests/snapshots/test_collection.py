@@ -334,7 +334,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
     weights = load_file(path)
     del weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="snapshot 'step0': .* lacks 1 tensors, such as gpt_neox.layers.1.mlp.dense_h"):
+    with pytest.raises(
+        UserError, match="snapshot 'step0': .* is missing 1 tensors, such as gpt_neox.layers.1.mlp.dense_h"
+    ):
         Snapshots.local(copy)[0].load()
     shutil.copy(write_model(copy / "wide", 1, hidden_size=32) / "model.safetensors", copy / "step2")
     with pytest.raises(UserError, match="snapshot 'step2': transformers cannot load .*step2: "):

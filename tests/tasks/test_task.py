@@ -110,7 +110,7 @@ def test_local_reads_optional_pairs(tmp_path: Path) -> None:
     assert [item.patch_prefix for item in Task.local(path).items] == ["The dogs", None]
     with pytest.raises(UserError, match="line 2: the key 'patch_prefix' is missing; present are 'prefix', 'correct'"):
         Task.local(path, {"patch_prefix": "patch_prefix"})
-    with pytest.raises(UserError, match="columns: 'corect' is no part of an item; .*did you mean 'correct'"):
+    with pytest.raises(UserError, match="columns: 'corect' is not an item's field; .*did you mean 'correct'"):
         Task.local(path, {"corect": "good"})
 
 
