@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from crosslens.crosscoders.kernels.selection import pairs_above
 from crosslens.crosscoders.kernels.sparse import Weights, reconstruct
+from crosslens.crosscoders.kernels.topk import pairs_above
 
 
 def main() -> None:

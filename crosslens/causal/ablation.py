@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from crosslens.causal.attribution import BATCH_TOKENS, Attribution, check_baseline, metrics
 from crosslens.causal.relative import check_level
-from crosslens.crosscoders.kernels.selection import row_pointers
+from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.intervention.splice import check_snapshot

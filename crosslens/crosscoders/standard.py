@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.selection import density, pairs_above
 from crosslens.crosscoders.kernels.sparse import dense_is_faster, reconstruct
+from crosslens.crosscoders.kernels.topk import density, pairs_above
 
 
 @dataclass(kw_only=True)

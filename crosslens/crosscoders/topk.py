@@ -3,7 +3,7 @@
 1. Score u_i = relu(h_i) * n_i with n_i = sum_s |W_dec[i, s]|.
 2. Select the k largest scores of each token (TopK) or the k * B largest of the batch (BatchTopK, Bussmann et al., arXiv
    2412.06410); selected features have f_i = relu(h_i). The selection carries no gradient. `keep_top` is the readable
-   form; the training step uses `crosslens.crosscoders.kernels.selection`.
+   form; the training step uses `crosslens.crosscoders.kernels.topk`.
 3. BatchTopK tracks an exponential moving average of the smallest selected score; at inference
    f_i = relu(h_i) * 1[u_i > threshold].
 4. loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat is
@@ -25,8 +25,8 @@ from torch.nn.functional import mse_loss
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.selection import Pairs, batch_top_pairs, first_largest, token_top_pairs
 from crosslens.crosscoders.kernels.sparse import Acts, dense_is_faster, reconstruct
+from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, first_largest, token_top_pairs
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 

@@ -35,8 +35,8 @@ from torch.nn.functional import embedding_bag
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.tokens import special_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.selection import row_pointers
 from crosslens.crosscoders.kernels.sparse import sampled_product
+from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError
 from crosslens.intervention.splice import CleanRun, check_snapshots
 from crosslens.intervention.upper import Upper, UpperRun

@@ -31,7 +31,7 @@ from crosslens.crosscoders import (
     register,
 )
 from crosslens.crosscoders.jumprelu import SnapshotJumpReLU
-from crosslens.crosscoders.kernels.selection import batch_top_pairs, token_top_pairs
+from crosslens.crosscoders.kernels.topk import batch_top_pairs, token_top_pairs
 from crosslens.errors import UserError
 
 ALL = list(TRAINING_ARCHITECTURES)
@@ -428,8 +428,8 @@ def test_descending_the_auxiliary_loss_makes_dead_features_explain_the_residual(
 @pytest.mark.parametrize("width", [31, 32])  # 32: features are bounded in groups
 @pytest.mark.parametrize("numpy", [True, False])
 def test_selection_on_pairs(kind: str, sample: int, width: int, numpy: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosslens.crosscoders.kernels.selection.SAMPLE", sample)
-    monkeypatch.setattr("crosslens.crosscoders.kernels.selection.NUMPY_THREADS", 1000 if numpy else 0)
+    monkeypatch.setattr("crosslens.crosscoders.kernels.topk.SAMPLE", sample)
+    monkeypatch.setattr("crosslens.crosscoders.kernels.topk.NUMPY_THREADS", 1000 if numpy else 0)
     h = torch.randn(13, width, generator=torch.Generator().manual_seed(0))
     if kind == "ties":
         h = (h * 2).round()

@@ -330,10 +330,10 @@ def test_several_blocks(architecture: str, way: str, numpy: bool, monkeypatch: p
 
 
 def small_blocks(patch: pytest.MonkeyPatch, block: int, sample: int, columns: int, numpy: bool) -> None:
-    patch.setattr("crosslens.crosscoders.kernels.selection.BLOCK", block)
-    patch.setattr("crosslens.crosscoders.kernels.selection.SAMPLE", sample)
+    patch.setattr("crosslens.crosscoders.kernels.topk.BLOCK", block)
+    patch.setattr("crosslens.crosscoders.kernels.topk.SAMPLE", sample)
     patch.setattr("crosslens.crosscoders.kernels.gated.COLUMNS", max(1, columns))
-    patch.setattr("crosslens.crosscoders.kernels.selection.NUMPY_THREADS", 1000 if numpy else 0)
+    patch.setattr("crosslens.crosscoders.kernels.topk.NUMPY_THREADS", 1000 if numpy else 0)
 
 
 @pytest.mark.parametrize("way", WAYS)

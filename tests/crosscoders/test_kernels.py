@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
 from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
-from crosslens.crosscoders.kernels.selection import Pairs, batch_top_pairs, first_largest, pairs_above, token_top_pairs
 from crosslens.crosscoders.kernels.sparse import Acts, Weights, reconstruct
+from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, first_largest, pairs_above, token_top_pairs
 
 ALL = list(TRAINING_ARCHITECTURES)
 TOP = ["topk_crosscoder", "batchtopk_crosscoder"]
@@ -65,9 +65,9 @@ BLOCKS = {
 
 
 def with_blocks(patch: pytest.MonkeyPatch, numpy: bool, block: int, sample: int) -> None:
-    patch.setattr("crosslens.crosscoders.kernels.selection.NUMPY_THREADS", 10_000 if numpy else 0)
-    patch.setattr("crosslens.crosscoders.kernels.selection.BLOCK", block)
-    patch.setattr("crosslens.crosscoders.kernels.selection.SAMPLE", sample)
+    patch.setattr("crosslens.crosscoders.kernels.topk.NUMPY_THREADS", 10_000 if numpy else 0)
+    patch.setattr("crosslens.crosscoders.kernels.topk.BLOCK", block)
+    patch.setattr("crosslens.crosscoders.kernels.topk.SAMPLE", sample)
 
 
 many = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -377,9 +377,9 @@ def test_what_memory_a_step_makes(architecture: str, numpy: bool, monkeypatch: p
     """No tensor of B S F numbers; for TopK and BatchTopK none of B F but h, and for the others as few as it takes."""
     S, D, F, B = 4, 32, 512, 768  # weights, (S D, F), and activations, (B, S D), are smaller than (B, F)
     blocks = 8
-    monkeypatch.setattr("crosslens.crosscoders.kernels.selection.BLOCK", B * F // blocks)
+    monkeypatch.setattr("crosslens.crosscoders.kernels.topk.BLOCK", B * F // blocks)
     monkeypatch.setattr("crosslens.crosscoders.kernels.gated.COLUMNS", F // blocks)
-    monkeypatch.setattr("crosslens.crosscoders.kernels.selection.NUMPY_THREADS", 10_000 if numpy else 0)
+    monkeypatch.setattr("crosslens.crosscoders.kernels.topk.NUMPY_THREADS", 10_000 if numpy else 0)
     options = {"k": 8} if architecture in TOP else {}
     sae, inputs = step_of(architecture, S, D, F, B, **options)
 

@@ -20,7 +20,7 @@ import crosslens.training.checkpoints
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, TopKCrosscoderTrainingConfig, load
 from crosslens.crosscoders.base import drawn_rows
-from crosslens.crosscoders.kernels.selection import Pairs, batch_top_pairs, token_top_pairs
+from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, token_top_pairs
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.crosscoders.topk import unexplained
 from crosslens.distributed.parallel import ALONE, Parallel, join, n_processes

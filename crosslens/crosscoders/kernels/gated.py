@@ -30,8 +30,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from crosslens.crosscoders.kernels.selection import Pairs, density, pairs_above, row_pointers
 from crosslens.crosscoders.kernels.sparse import Weights, add_norm_gradient, dense_is_faster, sampled_product
+from crosslens.crosscoders.kernels.topk import Pairs, density, pairs_above, row_pointers
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 
 COLUMNS = 1024  # features per block of the dense sums

@@ -3,7 +3,7 @@
 A pair (b, i) is active if the gate keeps feature i for token b. With the pairs in CSR order:
 
 1. h = x W_enc + b_enc                      one dense product, outside autograd
-2. pairs = the entries that the gate keeps  (`crosslens.crosscoders.kernels.selection`); f = h there
+2. pairs = the entries that the gate keeps  (`crosslens.crosscoders.kernels.topk`); f = h there
 3. x_hat = sum over pairs f W_dec[i]        embedding-bag over rows of W_dec
 4. backward, e = d loss / d x_hat:
        df[b, i]  = <e_b, W_dec[i]>          sampled product on the pairs
@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-from crosslens.crosscoders.kernels.selection import Pairs
+from crosslens.crosscoders.kernels.topk import Pairs
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 
 # torch warns once per process; only the sampled product uses CSR
