@@ -3,7 +3,7 @@
 In: activations `(..., S, D)` or flat `(..., S D)`. Out: features `(..., F)`, reconstructions, and in training the loss.
 
 Start with `base`, which all architectures share, then `topk`, `standard` or `jumprelu`, each with its gate and losses.
-`kernels` holds the sparse training step: `selection` finds the active pairs (TopK, BatchTopK), `sparse` and `gated`
+`kernels` holds the sparse training step: `topk` finds the active pairs (TopK, BatchTopK), `sparse` and `gated`
 reconstruct from them. `strategy` is the interface through which a step communicates with other processes. `loading`
 reads saved crosscoders after `inspection` has validated their files. Importing this package registers the architectures
 with SAELens (`registration`).

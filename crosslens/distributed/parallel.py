@@ -100,7 +100,6 @@ class Parallel:
         size = batch_size // self.n_data_ranks
         return slice(self.data_rank * size, (self.data_rank + 1) * size)
 
-    # ------------------------------------------------------------------ collective operations
     def sum_features_(self, x: Tensor) -> Tensor:
         """Sum in place over the processes that split the features; the same bits in all of them."""
         return x if self.mesh is None or self.n_feature_ranks == 1 else _reduced(x, self.feature_group)
@@ -170,7 +169,6 @@ class Parallel:
         if failed and self.rank:
             raise UserError("rank 0 stopped with an error; see its message")
 
-    # ------------------------------------------------------------------ the largest scores of all processes
     @torch.no_grad()
     def kth_largest(self, values: Float[Tensor, " n"], k: int) -> tuple[Tensor, Tensor]:
         """The k-th largest value of all processes (NaN ranks first), and how many of the k largest equal it.

@@ -127,7 +127,6 @@ def _make(architecture: str, state: dict[str, Tensor], metadata: Mapping[str, An
     return crosscoder.to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------- crosscoding_through_time, ckkissane
 def _read_code(config_path: Path, weights_path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     config = read_json(config_path, "config of a crosscoder")
     D, F = _size(config_path, config, "d_in"), _size(config_path, config, "dict_size")
@@ -213,7 +212,6 @@ def _revisions(path: Path, config: Mapping[str, Any], S: int) -> list[str]:
     return [str(label) for label in joined]
 
 
-# ---------------------------------------------------------------------- openmoss
 def _read_openmoss(folder: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     config_path = next((folder / name for name in _OPENMOSS_CONFIGS if (folder / name).is_file()), None)
     weights_path = next((folder / name for name in _OPENMOSS_WEIGHTS if (folder / name).is_file()), None)

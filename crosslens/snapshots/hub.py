@@ -125,7 +125,6 @@ def unreachable(repo: str, revision: str) -> str:
     )
 
 
-# ---------------------------------------------------------------------- revisions
 @functools.cache
 def list_revisions(repo: str) -> tuple[str, ...]:
     """Branches and tags of a repository on the hub, or in the local cache if the hub is unreachable.
@@ -161,7 +160,6 @@ def _repository_folder(repo: str) -> Path:
     return Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
-# ---------------------------------------------------------------------- notes on a commit
 def recorded_fingerprint(repo: str, commit: str) -> str | None:
     """The fingerprint of a commit's weights, if it was computed before."""
     path = _notes(repo) / f"{commit}.sha256"
@@ -193,7 +191,6 @@ def _note(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------- eviction
 def evict(repo: str, commit: str) -> int:
     """Delete the weights of a commit from the hub's cache, and return the number of bytes freed.
 

@@ -36,7 +36,6 @@ class Row(NamedTuple):
     values: Mapping[str, Any]
 
 
-# ---------------------------------------------------------------------------------------------------------- readers
 def read_rows(path: Path) -> list[Row]:
     """Read every row of a file with named columns; the origin is the line or, in a JSON array, the entry.
 
@@ -148,7 +147,6 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON ({error}); give one JSON object per line") from error
 
 
-# ----------------------------------------------------------------------------------------------------------- makers
 def make_item(row: Row, columns: Mapping[str, str]) -> Item:
     """Make an item from the columns of its parts; the other columns are its `info`.
 

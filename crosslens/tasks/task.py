@@ -59,7 +59,6 @@ class Task:
     def __len__(self) -> int:
         return len(self.items)
 
-    # ------------------------------------------------------------------ sources
     @classmethod
     def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]], answers: str = "single") -> Task:
         """A task called `name`, with `answers` as in `Task`; `items` are `Item`s or dictionaries with `prefix`,
@@ -291,7 +290,6 @@ class Task:
         rows = [row for each in languages for row in grammar.pairs(construction, each, n, seed)]
         return cls.from_items(construction if language is None else f"{construction}-{language}", rows)
 
-    # ------------------------------------------------------------------ use
     def prompts(self, tokenizer: Any, prepend_bos: bool = True, max_length: int | None = None) -> Prompts:
         """Tokenise the items by the rule of `crosslens.tasks.prompts`; arguments as in `prompts.encode`.
 

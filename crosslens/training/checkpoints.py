@@ -42,7 +42,6 @@ BLOCK_BYTES = 1 << 28
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-# ---------------------------------------------------------------------- checkpoints
 def save_checkpoint(
     folder: Path,
     n_samples: int,
@@ -136,7 +135,6 @@ def _without_warning_of_one_process() -> Generator[None, None, None]:
         yield
 
 
-# ---------------------------------------------------------------------- the crosscoder of several processes
 def save_whole(sae: CrosscoderTrainingSAE, folder: Path, parallel: Parallel) -> None:
     """Write `cfg.json` and `sae_weights.safetensors` of the inference crosscoder; all processes call this.
 

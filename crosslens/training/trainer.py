@@ -239,7 +239,6 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.act_freq_scores += fired
         self.n_frac_active_samples += len(feature_acts) * self.parallel.n_data_ranks
 
-    # ------------------------------------------------------------------ logging, over the features of all processes
     @property
     @override
     def feature_sparsity(self) -> Tensor:
