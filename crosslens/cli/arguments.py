@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ TASK_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 MAX_SEED = 2**32 - 1
 """The largest seed that every random generator in use accepts."""
 MAX_FEATURES = 2**24
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # on Linux: NVIDIA, Jetson, AMD, WSL
 _TASKS = "demo:simple, sva:FILE, blimp:UID, clams:FILE, multiblimp:LANGUAGE, ioi, or a file"
 
 
@@ -82,17 +84,21 @@ def check_positive(option: str, value: float) -> float:
 
 
 def check_device(option: str, value: str | None) -> str | None:
-    """Refuse a device that is unknown, or not in this machine; only a GPU needs torch to tell."""
+    """Refuse a device that is unknown, or not in this machine; torch is asked only if there may be a GPU."""
     if value is None or value == "cpu":
         return value
     if not re.fullmatch(r"cuda(:\d+)?", value):
         raise UserError(f"{option} {value!r} is unknown: use cpu, cuda, or cuda:1 for the second GPU")
-    import torch
+    if sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)):
+        count = 0
+    else:
+        import torch
 
-    if not torch.cuda.is_available():
+        count = torch.cuda.device_count()
+    if not count:
         raise UserError(f"{option} {value!r} needs CUDA, which is not available here: use {option} cpu")
-    if int(value.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise UserError(f"{option} {value!r} does not exist: there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    if int(value.partition(":")[2] or 0) >= count:
+        raise UserError(f"{option} {value!r} does not exist: there are {count} GPUs, from cuda:0")
     return value
 
 

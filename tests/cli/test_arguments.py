@@ -139,11 +139,14 @@ def test_choices_are_those_of_the_library() -> None:
 
 
 def test_a_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(arguments, "GPU_FILES", ())
+    with pytest.raises(UserError, match="'cuda' needs CUDA, which is not available"):
+        arguments.check_device("--device", "cuda")
+    monkeypatch.setattr(arguments, "GPU_FILES", ("/",))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert arguments.check_device("--device", None) is None and arguments.check_device("--device", "cpu") == "cpu"
     with pytest.raises(UserError, match="'cuda' needs CUDA, which is not available"):
         arguments.check_device("--device", "cuda")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert arguments.check_device("--device", "cuda:1") == "cuda:1"
     with pytest.raises(UserError, match="'cuda:2' does not exist: there are 2 GPUs"):
