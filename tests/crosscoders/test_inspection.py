@@ -152,7 +152,7 @@ def test_claimed_sizes_allocate_no_memory(folder: Path) -> None:
         load(folder)
     with config.open("wb") as file:
         file.truncate(MAX_TEXT + 1)
-    with pytest.raises(UserError, match=f"at most {MAX_TEXT:,} are read"):
+    with pytest.raises(UserError, match=f"the limit is {MAX_TEXT:,}"):
         load(folder)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200_000  # kilobytes
