@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from crosslens.causal import attribute
 from crosslens.cli import app as cli
+from crosslens.crosscoders import load
 from crosslens.rundir import RunDir
+from crosslens.snapshots import Snapshots
+from crosslens.tasks import Task
 
 HOOK = "blocks.1.hook_resid_post"
 Command = Callable[..., tuple[int, str, str]]
@@ -90,6 +94,16 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
     run = RunDir.open(trained)
     for table in ("evaluation", "evolution", "probe", "accuracy", "attribution/task", "ablation/task"):
         assert run.table(table) is not None, table
+    # effects are measured on one half of the prompts, ablations on the other
+    halves = Task.sva(files / "task.json").split(0)
+    clean = [
+        attribute(load(run.crosscoder), Snapshots.local(tiny_snapshots), h, "gradient").metric_clean for h in halves
+    ]
+    assert clean[0].tolist() != pytest.approx(clean[1].tolist(), rel=1e-3)
+    effects, ablated = run.table("attribution/task.snapshots"), run.table("ablation/task")
+    assert effects is not None and ablated is not None
+    assert effects["metric_clean"].tolist() == pytest.approx(clean[0].tolist(), rel=1e-4)
+    assert ablated.groupby("snapshot")["clean"].first().tolist() == pytest.approx(clean[1].tolist(), rel=1e-4)
     page = (trained / "report" / "index.html").read_text()
     assert "step20" in page and "No attribution" not in page
     weights = (trained / "crosscoder" / "sae_weights.safetensors").read_bytes()
