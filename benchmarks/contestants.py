@@ -22,7 +22,7 @@ from crosslens.crosscoders import (
     StandardCrosscoderTrainingConfig,
     TopKCrosscoderTrainingConfig,
 )
-from crosslens.crosscoders.kernels.sparse import Precision
+from crosslens.distributed.devices import Precision
 from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import search_decoder_norm
 from crosslens.training.trainer import CrosscoderTrainer
@@ -123,17 +123,18 @@ class Crosslens(Contestant):
 
     name = "crosslens"
     flat = False
-    encoder_precision: Precision = "float32"
+    precision: Precision = "float32"
 
     def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
         super().__init__(setting)
-        self.sae = sae if sae is not None else fresh(setting, self.encoder_precision)
+        self.sae = sae if sae is not None else fresh(setting)
         config = TrainConfig(
             batch_size=setting.B,
             lr=setting.lr,
             lr_decay=setting.lr_decay,
             dead_tokens=max(setting.dead_tokens, setting.B),
             device=setting.device,
+            precision=self.precision,
         )
         self.trainer = CrosscoderTrainer(config, self.sae, iter(()), setting.steps * setting.B)
 
@@ -207,17 +208,17 @@ class Crosslens(Contestant):
 
 
 class CrosslensBfloat16(Crosslens):
-    """With the encoder product in bfloat16."""
+    """With large products in bfloat16."""
 
     name = "crosslens, bfloat16"
-    encoder_precision = "bfloat16"
+    precision = "bfloat16"
 
 
 class CrosslensTF32(Crosslens):
-    """With the encoder product in tf32, on CUDA."""
+    """With large products in tf32, on CUDA."""
 
     name = "crosslens, tf32"
-    encoder_precision = "tf32"
+    precision = "tf32"
 
 
 class Dense(Crosslens):
@@ -231,14 +232,13 @@ class Dense(Crosslens):
         self.sae.training_forward_pass = self.sae.dense_forward_pass  # type: ignore[method-assign]
 
 
-def fresh(setting: Setting, encoder_precision: Precision = "float32") -> CrosscoderTrainingSAE:
+def fresh(setting: Setting) -> CrosscoderTrainingSAE:
     """A crosscoder initialised as by `train` on activations with mean zero and scale one."""
     shape: dict[str, Any] = {
         "d_sae": setting.F,
         "n_snapshots": setting.S,
         "d_in": setting.S * setting.D,
         "device": setting.device,
-        "encoder_precision": encoder_precision,
     }
     architectures: dict[str, CrosscoderTrainingConfig] = {
         "batchtopk": BatchTopKCrosscoderTrainingConfig(k=setting.k, topk_threshold_lr=THRESHOLD_PACE, **shape),

@@ -32,8 +32,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from typing_extensions import override
 
-from crosslens.crosscoders.kernels.sparse import Precision, Weights, encoder_product
+from crosslens.crosscoders.kernels.products import encoder_product
+from crosslens.crosscoders.kernels.sparse import Weights
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+from crosslens.distributed.devices import Precision
 from crosslens.errors import UserError
 
 DRAWN = 1 << 22  # random numbers drawn at a time; a multiple of 16 rows, because torch draws in groups of 16
@@ -272,11 +274,13 @@ class Crosscoder(SAE[Any], ABC):
 
     # ------------------------------------------------------------------ float32 scale, saving, no folding
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # `.to(bfloat16)` rounds every buffer: put the float32 scale back
-        kept = self.activation_scale
+        # `.to(bfloat16)` rounds every buffer: put the float32 scales and thresholds back
+        kept = dict(self.named_buffers(recurse=False))
         out = super()._apply(*args, **kwargs)
-        if self.activation_scale.dtype != torch.float32:
-            self.activation_scale = kept.to(self.activation_scale.device)
+        for name, before in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != before.dtype:
+                setattr(self, name, before.to(moved.device))
         return out
 
     @override
@@ -352,33 +356,29 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
             read the deviation from it; "zero" initialises both to 0. `train` computes the mean from the data.
         decoder_init: "independent" draws a row per (feature, snapshot); "shared" draws one row per feature and uses it
             at every snapshot.
-        encoder_precision: precision of the encoder product in the training step; parameters and all other sums stay in
-            `dtype`. "tf32" (CUDA) and "bfloat16" are faster but change the result: rounding moves features across the
-            gate, and parameters drift a few per cent from a float32 run.
+        scale: how `train` chooses the scale c_s of each snapshot's activations a_s. "std": sqrt(D / E|a_s - mean|^2),
+            so that all snapshots have the same variance. "norm": sqrt(D) / E|a_s|, as in both papers; a snapshot whose
+            norm is mostly its mean then counts little in the loss, and its decoder rows come out small.
 
     Raises:
-        UserError: an unknown option, "tf32" without CUDA, or a decoder_init_norm that is not positive.
+        UserError: an unknown option, or a decoder_init_norm that is not positive.
     """
 
     decoder_init_norm: float | None = 0.1
     bias_init: Literal["mean", "zero"] = "mean"
     decoder_init: Literal["independent", "shared"] = "independent"
-    encoder_precision: Precision = "float32"
+    scale: Literal["std", "norm"] = "std"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, options in (
             ("bias_init", ("mean", "zero")),
             ("decoder_init", ("independent", "shared")),
-            ("encoder_precision", ("float32", "tf32", "bfloat16")),
+            ("scale", ("std", "norm")),
         ):
             if getattr(self, name) not in options:
                 known = " or ".join(repr(option) for option in options)
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; use {known}")
-        if self.encoder_precision == "tf32" and not self.device.startswith("cuda"):
-            raise UserError(
-                f"encoder_precision='tf32' needs a CUDA device, not device={self.device!r}; use 'float32' or 'bfloat16'"
-            )
         if self.decoder_init_norm is not None:
             positive("decoder_init_norm", self.decoder_init_norm)
 
@@ -390,6 +390,9 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         cfg: its configuration.
         use_error_term: add the reconstruction error to the output, as SAELens does.
         strategy: how this process takes part in the step; with several processes it holds only some of the features.
+
+    Attributes:
+        precision: of the large dense products of the training step; the trainer sets it from `TrainConfig`.
     """
 
     cfg: CrosscoderTrainingConfig
@@ -398,6 +401,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         self, cfg: CrosscoderTrainingConfig, use_error_term: bool = False, strategy: Strategy = ONE_PROCESS
     ) -> None:
         self.strategy = strategy  # first: it decides the shapes of the weights
+        self.precision: Precision = "float32"
         super().__init__(cfg, use_error_term)
 
     @property
@@ -461,13 +465,16 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         """Loss of a batch of raw activations (B, S, D) or (B, S D); `sae_in` and `sae_out` are flat and scaled.
 
         In `eval()` mode this is the dense reference with the gate of inference.
+
+        Raises:
+            UserError: the parameters are in half precision.
         """
+        check_trainable(self.dtype)
         if not self.training:
             return self.dense_forward_pass(step_input)
         flat = self.process_sae_in(step_input.sae_in)
         with torch.no_grad():
-            product = encoder_product(flat, self.W_enc, self.b_enc, self.cfg.encoder_precision)
-            hidden_pre = self.hook_sae_acts_pre(product)
+            hidden_pre = self.hook_sae_acts_pre(encoder_product(flat, self.W_enc, self.b_enc, self.precision))
         sae_out, feature_acts, losses = self.losses_on_pairs(flat, hidden_pre, step_input)
         return self._output(step_input, flat, hidden_pre, sae_out, feature_acts, losses)
 
@@ -552,6 +559,16 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         crosscoder.to(device=self.device, dtype=self.dtype)
         assert isinstance(crosscoder, Crosscoder)
         return crosscoder.eval()
+
+
+def check_trainable(dtype: torch.dtype | str) -> None:
+    """Refuse parameters in half precision, where most of Adam's updates would be lost in rounding."""
+    name = str(dtype).removeprefix("torch.")
+    if name in ("float16", "bfloat16"):
+        raise UserError(
+            f"dtype={name!r} is not available in training: small updates would be lost in rounding; keep "
+            "dtype='float32' and choose TrainConfig(precision='bfloat16') for fast products"
+        )
 
 
 def drawn_rows(n: int, width: int, keep: slice, dtype: torch.dtype) -> Float[Tensor, "rows width"]:

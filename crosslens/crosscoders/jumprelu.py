@@ -160,7 +160,14 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         norms, threshold = self.decoder_norms.detach(), self.threshold
-        gates = Gates(hidden_pre, norms, threshold.detach(), self.cfg.jumprelu_window, self.cfg.tanh_stretch)
+        gates = Gates(
+            hidden_pre,
+            norms,
+            threshold.detach(),
+            self.cfg.jumprelu_window,
+            self.cfg.tanh_stretch,
+            self.precision,
+        )
         pairs = gates.open_pairs()
         sae_out, phi = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy)
         sae_out = self.hook_sae_recons(sae_out)

@@ -75,7 +75,9 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         zero = torch.zeros_like(hidden_pre[0])
         acts = hidden_pre.relu() if dense_is_faster(density(hidden_pre, zero)) else pairs_above(hidden_pre, zero)
         norms = self.decoder_norms.detach()
-        sae_out, weighted, _ = reconstruct(flat, acts, self.weights, norms, strategy=self.strategy)
+        sae_out, weighted, _ = reconstruct(
+            flat, acts, self.weights, norms, strategy=self.strategy, precision=self.precision
+        )
         assert weighted is not None
         sae_out = self.hook_sae_recons(sae_out)
         losses = {

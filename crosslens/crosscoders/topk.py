@@ -6,9 +6,10 @@
    form; the training step uses `crosslens.crosscoders.kernels.topk`.
 3. BatchTopK tracks an exponential moving average of the smallest selected score; at inference
    f_i = relu(h_i) * 1[u_i > threshold].
-4. loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat is
-   detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
-   2406.04093, section A.2, with the residual in the direction the decoder must learn).
+4. loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * V * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat
+   is detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
+   2406.04093, section A.2, with the residual in the direction the decoder must learn). V = mean_B sum_s |x_s - mean
+   x_s|^2, detached, puts both terms in units of the data's variance, so that alpha means the same at every S * D.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         k: features kept per token.
         k_start: k at the first step, annealed linearly to `k`; None keeps `k` throughout.
         k_anneal_steps: steps over which k goes from `k_start` to `k`.
-        aux_loss_coefficient: alpha, the weight of the auxiliary loss for dead features.
+        aux_loss_coefficient: alpha, the weight of the auxiliary loss for dead features: the share of the data's
+            variance that it counts for when dead features rebuild none of the residual.
 
     Raises:
         UserError: k or k_start is not in (0, d_sae], or k is not an integer (BatchTopK allows fractions).
@@ -170,11 +172,14 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         pairs = self.select_pairs(hidden_pre, norms)
         acts = pairs.to_dense() if dense_is_faster(len(pairs.values) / hidden_pre.numel()) else pairs
         dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
-        sae_out, _, rebuilt = reconstruct(flat, acts, self.weights, dead=dead, strategy=self.strategy)
+        sae_out, _, rebuilt = reconstruct(
+            flat, acts, self.weights, dead=dead, strategy=self.strategy, precision=self.precision
+        )
         sae_out = self.hook_sae_recons(sae_out)
         auxiliary = flat.new_zeros(())
         if rebuilt is not None:
-            auxiliary = unexplained((flat - sae_out).detach(), rebuilt, self.strategy)
+            share = unexplained((flat - sae_out).detach(), rebuilt, self.strategy)
+            auxiliary = share * batch_variance(flat, self.strategy)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
@@ -218,14 +223,16 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        loss = auxiliary_loss(
-            (step_input.sae_in - sae_out).detach(),
+        flat = step_input.sae_in
+        share = auxiliary_loss(
+            (flat - sae_out).detach(),
             hidden_pre,
             self.W_dec,
             self.decoder_norms.detach(),
             step_input.dead_neuron_mask,
         )
-        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+        loss = self.cfg.aux_loss_coefficient * batch_variance(flat) * share
+        return {"auxiliary_reconstruction_loss": loss}
 
 
 @dataclass(kw_only=True)
@@ -337,9 +344,16 @@ def unexplained(
     residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"], strategy: Strategy = ONE_PROCESS
 ) -> Tensor:
     """`mean_B |r_hat - r|^2 / mean_B |r - mean r|^2`; 0 if the residual is constant over the batch."""
-    variance = strategy.mean_data((residual - strategy.mean_data(residual.mean(0))).square().sum())
-    fraction = mse_loss(rebuilt, residual, reduction="sum") / variance.clamp_min(torch.finfo(variance.dtype).tiny)
-    return torch.where(variance > 0, fraction, 0.0)
+    variance = batch_variance(residual, strategy)
+    error = mse_loss(rebuilt, residual, reduction="sum") / len(residual)
+    return torch.where(variance > 0, error / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0)
+
+
+@torch.no_grad()
+def batch_variance(x: Float[Tensor, "B SD"], strategy: Strategy = ONE_PROCESS) -> Tensor:
+    """`mean_B |x - mean_B x|^2`, a scalar, over the tokens of all processes."""
+    centred = x - strategy.mean_data(x.mean(0))
+    return strategy.mean_data(centred.square_().sum() / len(x))
 
 
 def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:

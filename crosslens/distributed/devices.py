@@ -1,8 +1,14 @@
-"""The device that a computation runs on."""
+"""The device that a computation runs on, and the precision of its large products."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+from crosslens.errors import UserError
+
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def find_device() -> str:
@@ -15,3 +21,22 @@ def find_device() -> str:
 def own_device(device: str) -> str:
     """`device`, with "cuda" replaced by the GPU of this process's local rank if torchrun started it."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def choose_precision(precision: str | None, device: str) -> Precision:
+    """The precision of large products on a device; None chooses tf32 on CUDA if Triton is installed, else float32.
+
+    Raises:
+        UserError: an unknown precision, or tf32 without CUDA or Triton.
+    """
+    cuda, triton = device.startswith("cuda"), find_spec("triton") is not None
+    if precision is None:
+        return "tf32" if cuda and triton else "float32"
+    known: dict[str, Precision] = {name: name for name in get_args(Precision)}
+    if precision not in known:
+        names = ", ".join(map(repr, known))
+        raise UserError(f"precision={precision!r} is unknown; use {names}, or None to choose by the device")
+    if precision == "tf32" and not (cuda and triton):
+        missing = "Triton (pip install triton)" if cuda else f"a CUDA device, not device={device!r}"
+        raise UserError(f"precision='tf32' needs {missing}; use 'float32' or 'bfloat16'")
+    return known[precision]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crosslens.distributed.devices import find_device
+from crosslens.distributed.devices import Precision, choose_precision, find_device
 from crosslens.errors import UserError
 
 
@@ -23,6 +23,9 @@ class TrainConfig:
         lr_end_factor: final learning rate relative to `lr`.
         adam_beta1: first-moment decay of Adam.
         adam_beta2: second-moment decay of Adam.
+        precision: of the large dense products: "float32", "tf32" (CUDA, with Triton) or "bfloat16". Parameters and sums
+            stay in float32. The faster ones change the result: rounding moves features across the gate, and parameters
+            drift a few per cent from a float32 run. None: tf32 on CUDA, float32 on CPUs.
         max_grad_norm: global norm that gradients are clipped to (except those of thresholds); None does not clip.
         dead_tokens: activations without firing after which a feature counts as dead and joins the auxiliary loss.
         scale_tokens: activations used to estimate the scale of each snapshot.
@@ -38,7 +41,8 @@ class TrainConfig:
         wandb_eval_frequency: logged steps between held-out evaluations.
 
     Raises:
-        UserError: a number is not positive, there is less than one batch, or warmup and decay exceed the steps.
+        UserError: a number is not positive, there is less than one batch, warmup and decay exceed the steps, or the
+            device cannot compute in `precision`.
     """
 
     run_dir: str | Path | None = None
@@ -50,6 +54,7 @@ class TrainConfig:
     lr_end_factor: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
+    precision: Precision | None = None
     max_grad_norm: float | None = 1.0
     dead_tokens: int = 10_000_000
     scale_tokens: int = 100_000
@@ -72,6 +77,7 @@ class TrainConfig:
             raise UserError(
                 f"training_tokens={self.training_tokens} is less than one batch of batch_size={self.batch_size}"
             )
+        choose_precision(self.precision, self.device)
         if not (self.lr_warm_up >= 0 and self.lr_decay >= 0 and self.lr_warm_up + self.lr_decay <= 1):
             raise UserError(
                 f"lr_warm_up={self.lr_warm_up} and lr_decay={self.lr_decay} are fractions of the steps: "

@@ -2,7 +2,8 @@
 
 On the first activations of the data:
 
-1. c_s = sqrt(D) / mean |a_s|, kept in the model as `activation_scale`.
+1. c_s = sqrt(D / E|a_s - mean a_s|^2) (`scale="std"`: every snapshot has the same variance), or sqrt(D) / E|a_s|
+   (`scale="norm"`, as in both papers), kept in the model as `activation_scale`.
 2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], so that features read and write
    deviations from the mean. Otherwise every feature has to represent part of the mean, and a reconstruction from no
    features is near zero, where layer normalisation makes a spliced model's output meaningless.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+import warnings
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,6 +27,9 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConf
 from crosslens.crosscoders.strategy import ONE_PROCESS
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
+
+LITTLE = 0.25  # share of variance in the mean squared norm below which `train` warns
+CONSTANT = 1e-10  # share below which activations are constant: float32 rounds at 1e-14 of the square
 
 
 def initialise(
@@ -47,7 +52,7 @@ def initialise(
         parallel: the processes that train it; together they start from the weights that one process would start from.
 
     Raises:
-        UserError: the activations of a snapshot are all zero, or not finite.
+        UserError: the activations of a snapshot are constant, all zero, or not finite.
     """
     searched = architecture.decoder_init_norm is None
     if searched:
@@ -57,38 +62,82 @@ def initialise(
         sae_class: Any = TRAINING_ARCHITECTURES[architecture.architecture()][0]
         strategy = ONE_PROCESS if parallel.alone else parallel
         sae: CrosscoderTrainingSAE = sae_class(architecture, strategy=strategy)
-    norms, means, batch = first_moments(acts, batch_size, scale_tokens)
-    for label, norm in zip(acts.snapshots.labels, norms.tolist(), strict=True):
-        if not (math.isfinite(norm) and norm > 0):
-            raise UserError(
-                f"snapshot {label} has mean activation norm {norm} at {acts.hook_name}: it cannot be rescaled; leave "
-                "this snapshot out"
-            )
-    scale = math.sqrt(acts.d_model) / norms
+    moments = first_moments(acts, batch_size, scale_tokens)
+    scale = snapshot_scales(moments, architecture.scale, acts)
     sae.activation_scale.copy_(scale)
     with torch.no_grad():
         if architecture.bias_init == "mean":
-            sae.b_dec.copy_((means * scale[:, None]).flatten())
+            sae.b_dec.copy_((moments.means * scale[:, None]).flatten())
         if searched:
-            search_decoder_norm(sae, batch.to(sae.device), parallel)
+            search_decoder_norm(sae, moments.batch.to(sae.device), parallel)
         else:
             centre(sae)
     return sae
 
 
-def first_moments(
-    acts: Activations, batch_size: int, n_tokens: int
-) -> tuple[Float[Tensor, " S"], Float[Tensor, "S D"], Float[Tensor, "B S D"]]:
-    """Mean norm and mean of the raw activations of each snapshot (float64), and one batch of them."""
+class Moments(NamedTuple):
+    """Moments of the raw activations of each snapshot, in float64, and one batch of them."""
+
+    norms: Float[Tensor, " S"]
+    """mean |a_s|"""
+    squares: Float[Tensor, " S"]
+    """mean |a_s|^2"""
+    means: Float[Tensor, "S D"]
+    batch: Float[Tensor, "B S D"]
+
+    @property
+    def variances(self) -> Float[Tensor, " S"]:
+        """mean |a_s - mean a_s|^2"""
+        return self.squares - self.means.square().sum(-1)
+
+
+def first_moments(acts: Activations, batch_size: int, n_tokens: int) -> Moments:
+    """The moments of the first `n_tokens` activations, in whole batches."""
     n_batches = max(1, min(n_tokens, acts.n_tokens) // batch_size)
-    norms = torch.zeros(acts.n_snapshots, dtype=torch.float64)
+    norms, squares = torch.zeros(2, acts.n_snapshots, dtype=torch.float64)
     means = torch.zeros(acts.n_snapshots, acts.d_model, dtype=torch.float64)
     stream = acts.batches(batch_size, epochs=1)
     batch = torch.empty(0, acts.n_snapshots, acts.d_model)
     for _, batch in zip(range(n_batches), stream, strict=False):
-        norms += batch.double().norm(dim=-1).mean(0)
+        lengths = batch.double().norm(dim=-1)
+        norms += lengths.mean(0)
+        squares += lengths.square().mean(0)
         means += batch.double().mean(0)
-    return norms / n_batches, means / n_batches, batch
+    return Moments(norms / n_batches, squares / n_batches, means / n_batches, batch)
+
+
+def snapshot_scales(moments: Moments, scale: Literal["std", "norm"], acts: Activations) -> Float[Tensor, " S"]:
+    """c_s (float64) of every snapshot; a warning names those with little variance around their mean.
+
+    Raises:
+        UserError: the activations of a snapshot are constant, all zero, or not finite.
+    """
+    sizes = moments.norms if scale == "norm" else moments.variances.clamp_min(0).sqrt()
+    shares = moments.variances / moments.squares
+    little: list[str] = []
+    for label, size, norm, share in zip(
+        acts.snapshots.labels, sizes.tolist(), moments.norms.tolist(), shares.tolist(), strict=True
+    ):
+        # around a mean that is far larger, rounding looks like variance
+        if not (math.isfinite(norm) and norm > 0 and math.isfinite(size) and share > CONSTANT):
+            raise UserError(
+                f"snapshot {label} has activations of mean norm {norm:.4g} at {acts.hook_name}, {share:.2g} of its "
+                "square variance: it cannot be rescaled; leave this snapshot out"
+            )
+        if share < LITTLE:
+            little.append(f"{label} ({share:.0%})")
+    if little:
+        kept = (
+            "each snapshot is scaled to the same variance, so they count like the others"
+            if scale == "std"
+            else "with scale='norm' they count little in the loss; use scale='std', or leave them out"
+        )
+        warnings.warn(
+            f"activations at {acts.hook_name} are mostly a constant vector in {', '.join(little)} (in parentheses: the "
+            f"variance as a share of the mean squared norm): {kept}",
+            stacklevel=2,
+        )
+    return math.sqrt(acts.d_model) / sizes
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ def evolution_of_concepts(
         UserError: a number is out of range, or there are fewer activations than one batch.
     """
     steps = training_tokens // batch_size
-    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero")
+    architecture = JumpReLUCrosscoderTrainingConfig(
+        d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero", scale="norm"
+    )
     config = TrainConfig(
         training_tokens=training_tokens,
         batch_size=batch_size,
@@ -58,6 +60,7 @@ def crosscoding_through_time(
         l1_warm_up_steps=steps // 20,
         decoder_init_norm=0.08,
         bias_init="zero",
+        scale="norm",
     )
     config = TrainConfig(
         training_tokens=training_tokens, batch_size=batch_size, lr=5e-5, lr_decay=0.2, max_grad_norm=1.0

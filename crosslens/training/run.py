@@ -30,6 +30,7 @@ from sae_lens import SAE
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
+from crosslens.crosscoders.base import check_trainable
 from crosslens.distributed.devices import find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
@@ -209,8 +210,9 @@ def complete(
         device: device of the crosscoder; None: CUDA if available.
 
     Raises:
-        UserError: given shapes contradict the data.
+        UserError: given shapes contradict the data, or the parameters would be in half precision.
     """
+    check_trainable(architecture.dtype)
     S, D = acts.n_snapshots, acts.d_model
     if architecture.d_in not in (0, S * D) or (architecture.d_in and architecture.n_snapshots != S):
         raise UserError(

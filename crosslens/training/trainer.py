@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from crosslens.crosscoders import CrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig
+from crosslens.distributed.devices import choose_precision
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.rundir import RunDir
 from crosslens.training.checkpoints import read_state, save_checkpoint
@@ -68,6 +69,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             eval_every_n_wandb_logs=config.wandb_eval_frequency,
         )
         sae.to(config.device)
+        sae.precision = choose_precision(config.precision, config.device)
         super().__init__(
             SAETrainerConfig(
                 total_training_samples=total // config.batch_size * config.batch_size,

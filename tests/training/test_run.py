@@ -39,7 +39,7 @@ from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig
-from crosslens.training.initialisation import initialise, search_decoder_norm
+from crosslens.training.initialisation import Moments, initialise, search_decoder_norm, snapshot_scales
 from crosslens.training.run import complete, train
 from crosslens.training.trainer import CrosscoderTrainer, guarded_step
 
@@ -338,15 +338,45 @@ def test_dead_features_are_those_silent_for_dead_tokens(acts: Activations):
 # ---------------------------------------------------------------------- before the first step
 
 
-def test_scales_make_the_mean_norm_the_root_of_d(acts: Activations):
+@pytest.mark.parametrize("scale", ["std", "norm"])
+def test_scales_of_snapshots(acts: Activations, scale: str):
     settings = config(scale_tokens=5 * B + 3)
-    sae = fresh(acts, ALL["topk_crosscoder"](), settings)
+    sae = fresh(acts, dataclasses.replace(ALL["topk_crosscoder"](), scale=scale), settings)
     rows = torch.cat(list(itertools.islice(acts.batches(B), 5))).double()
     for s in range(3):
-        mean = sum(math.sqrt(sum(v * v for v in row.tolist())) for row in rows[:, s]) / len(rows)
-        assert float(sae.activation_scale[s]) == pytest.approx(math.sqrt(16) / mean, rel=1e-6)
+        mean = [sum(column) / len(rows) for column in rows[:, s].T.tolist()]
+        if scale == "norm":
+            size = sum(math.sqrt(sum(v * v for v in row)) for row in rows[:, s].tolist()) / len(rows)
+        else:
+            squares = (sum((v - m) ** 2 for v, m in zip(row, mean, strict=True)) for row in rows[:, s].tolist())
+            size = math.sqrt(sum(squares) / len(rows))
+        assert float(sae.activation_scale[s]) == pytest.approx(math.sqrt(16) / size, rel=1e-6)
     scaled = rows * sae.activation_scale[:, None]
-    torch.testing.assert_close(scaled.norm(dim=-1).mean(0), torch.full((3,), 4.0, dtype=torch.float64))
+    sizes = (
+        scaled.norm(dim=-1).mean(0) if scale == "norm" else (scaled - scaled.mean(0)).square().sum(-1).mean(0).sqrt()
+    )
+    torch.testing.assert_close(sizes, torch.full((3,), 4.0, dtype=torch.float64))
+
+
+def moments_of(rows: torch.Tensor) -> Moments:
+    """Moments of activations (B, S, D), by definition."""
+    rows = rows.double()
+    norms = rows.norm(dim=-1)
+    return Moments(norms.mean(0), norms.square().mean(0), rows.mean(0), rows.float())
+
+
+def test_a_snapshot_that_is_mostly_its_mean_is_named(acts: Activations):
+    rows = torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(0))
+    rows[:, 1] += 2.0  # variance 1 of 5
+    assert moments_of(rows).variances[1] / moments_of(rows).squares[1] == pytest.approx(0.2, abs=0.02)
+    where = rf"mostly a constant vector in {acts.snapshots.labels[1]} \(\d+%\)"
+    with pytest.warns(UserWarning, match=where + ".* count like the others"):
+        snapshot_scales(moments_of(rows), "std", acts)
+    with pytest.warns(UserWarning, match=where + ".* use scale='std', or leave them out"):
+        snapshot_scales(moments_of(rows), "norm", acts)
+    rows[:, 1] = 3.0
+    with pytest.raises(UserError, match=f"snapshot {acts.snapshots.labels[1]} has .* leave this snapshot out"):
+        snapshot_scales(moments_of(rows), "std", acts)
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -364,6 +394,10 @@ def test_biases_start_at_the_mean_or_at_zero(acts: Activations, architecture: st
     unknown = ALL[architecture]()
     unknown.bias_init = "median"  # type: ignore[assignment]
     with pytest.raises(UserError, match="bias_init='median' is unknown; use 'mean' or 'zero'"):
+        unknown.__post_init__()
+    unknown = ALL[architecture]()
+    unknown.scale = "max"  # type: ignore[assignment]
+    with pytest.raises(UserError, match="scale='max' is unknown; use 'std' or 'norm'"):
         unknown.__post_init__()
 
 
@@ -422,7 +456,7 @@ def test_a_silent_snapshot_is_refused(acts: Activations):
             yield batch * torch.tensor([1.0, 0.0, 1.0])[:, None]
 
     silent.batches = batches  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="snapshot step10 has mean activation norm 0.0 at blocks.1.hook_resid_post"):
+    with pytest.raises(UserError, match="snapshot step10 has activations of mean norm 0 at blocks.1.hook_resid_post"):
         train(silent, ALL["topk_crosscoder"](), config())
 
 

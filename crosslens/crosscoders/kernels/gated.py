@@ -22,7 +22,7 @@ Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from crosslens.crosscoders.kernels.products import product
 from crosslens.crosscoders.kernels.sparse import Weights, add_norm_gradient, dense_is_faster, sampled_product
 from crosslens.crosscoders.kernels.topk import Pairs, density, pairs_above, row_pointers
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+from crosslens.distributed.devices import Precision
 
 COLUMNS = 1024  # features per block of the dense sums
 
@@ -47,6 +49,7 @@ class Gates:
         threshold: t_i (F,), detached.
         window: w.
         stretch: stretch of the tanh.
+        precision: of dense products.
     """
 
     hidden_pre: Float[Tensor, "B F"]
@@ -54,11 +57,12 @@ class Gates:
     threshold: Float[Tensor, " F"]
     window: float
     stretch: float
+    precision: Precision = "float32"
 
     def block(self, columns: slice) -> Gates:
         """The gates of the features `columns`."""
         hidden_pre = self.hidden_pre[:, columns].contiguous()
-        return Gates(hidden_pre, self.norms[columns], self.threshold[columns], self.window, self.stretch)
+        return replace(self, hidden_pre=hidden_pre, norms=self.norms[columns], threshold=self.threshold[columns])
 
     def open_pairs(self) -> Pairs | None:
         """The pairs with any gate open, or None if dense sums are faster."""
@@ -119,7 +123,7 @@ class _ReconstructGated(torch.autograd.Function):
             block = gates.block(columns)
             for s in range(S):
                 acts = _dense_acts(block, s)
-                x_hat.view(len(x), S, -1)[:, s] += acts @ decoder[columns, s]
+                x_hat.view(len(x), S, -1)[:, s] += product(acts, decoder[columns, s], gates.precision)
                 phi[columns] += acts.mul_(block.norms[:, s] * gates.stretch).tanh_().sum(0)
         if pairs is not None:
             for s in range(S):
@@ -168,13 +172,14 @@ def _dense_sums(
         dh = torch.zeros_like(block.hidden_pre)
         for s in range(S):
             norm, acts = block.norms[:, s], _dense_acts(block, s)
-            dW_dec.view(F, S, -1)[columns, s] = acts.T @ by_snapshot[:, s]
+            dW_dec.view(F, S, -1)[columns, s] = product(acts.T, by_snapshot[:, s], gates.precision)
             sech2 = 1 - (gates.stretch * acts * norm).tanh_().square_()
             dnorms[columns, s] = slope[columns] * (sech2 * acts).sum(0)
-            df = torch.addcmul(by_snapshot[:, s] @ decoder[columns, s].T, sech2, slope[columns] * norm)
+            at_open = product(by_snapshot[:, s], decoder[columns, s].T, gates.precision)
+            df = at_open.addcmul_(sech2, slope[columns] * norm)
             dh.addcmul_(df, acts != 0)
             in_window[columns, s] = df.mul_(_in_window(block.hidden_pre * norm, block)).sum(0)
-        dW_enc[columns], db_enc[columns] = dh.T @ x, dh.sum(0)
+        dW_enc[columns], db_enc[columns] = product(dh.T, x, gates.precision), dh.sum(0)
     return dW_dec, dnorms, dW_enc, db_enc, in_window
 
 
@@ -247,7 +252,7 @@ def _closed_sums(
     for columns in _columns(F):
         positive = (gates.hidden_pre[:, columns] > 0).to(e.dtype)
         positives[columns] = positive.sum(0)
-        products = (positive.T @ e).mul_(W_dec[columns])
+        products = product(positive.T, e, gates.precision).mul_(W_dec[columns])
         sums[columns] = products.view(-1, S, e.shape[1] // S).sum(-1)
         sums[columns] += positives[columns, None] * slope[columns, None] * gates.norms[columns]
     # pairs below the window exist only if t >= w/2; where nearly all are open, the difference would be mostly rounding
@@ -259,7 +264,10 @@ def _closed_sums(
             scores = hidden_pre * gates.norms[ids, s]
             closed = (scores > 0) & (scores <= gates.threshold[ids])
             closed &= (scores - gates.threshold[ids]).abs() < gates.window / 2
-            at = e.view(len(e), S, -1)[:, s] @ decoder[:, s].T + slope[ids] * gates.norms[ids, s]
+            at = (
+                product(e.view(len(e), S, -1)[:, s], decoder[:, s].T, gates.precision)
+                + slope[ids] * gates.norms[ids, s]
+            )
             sums[ids, s] = at.mul_(closed).sum(0)
     return sums, apart
 

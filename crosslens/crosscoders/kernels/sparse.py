@@ -17,20 +17,20 @@ reference. Where more than `DENSE_ABOVE` of the pairs are active, dense products
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import embedding_bag
 
+from crosslens.crosscoders.kernels.products import product
 from crosslens.crosscoders.kernels.topk import Pairs
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+from crosslens.distributed.devices import Precision
 
 # torch warns once per process; only the sampled product uses CSR
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
-Precision = Literal["float32", "tf32", "bfloat16"]
 
 DENSE_ABOVE = 0.075  # fraction of active pairs above which dense products win; measured by benchmarks/density.py
 
@@ -52,34 +52,20 @@ def dense_is_faster(active: float) -> bool:
     return active > DENSE_ABOVE
 
 
-def encoder_product(
-    x: Float[Tensor, "... N"],
-    W_enc: Float[Tensor, "N F"],
-    b_enc: Float[Tensor, " F"],
-    precision: Precision = "float32",
-) -> Float[Tensor, "... F"]:
-    """`h = x W_enc + b_enc`: the product in the given precision, the sum with the bias in that of `x`."""
-    if precision == "bfloat16":
-        return linear(x.bfloat16(), W_enc.T.bfloat16()).to(x.dtype).add_(b_enc)
-    if precision == "tf32":
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            return linear(x, W_enc.T, b_enc)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-    return linear(x, W_enc.T, b_enc)
-
-
-def decode(acts: Acts, W_dec: Float[Tensor, "F N"]) -> Float[Tensor, "B N"]:
-    """`f W_dec`."""
+def decode(acts: Acts, W_dec: Float[Tensor, "F N"], precision: Precision = "float32") -> Float[Tensor, "B N"]:
+    """`f W_dec`; `precision` is that of a dense product, as everywhere in this module."""
     if isinstance(acts, Tensor):
-        return acts @ W_dec
+        return product(acts, W_dec, precision)
     return embedding_bag(acts.features, W_dec, acts.rows[:-1], mode="sum", per_sample_weights=acts.values)
 
 
 def gradients(
-    acts: Acts, e: Tensor, x: Tensor, W_dec: Tensor, slope: Float[Tensor, " F"] | None = None
+    acts: Acts,
+    e: Tensor,
+    x: Tensor,
+    W_dec: Tensor,
+    slope: Float[Tensor, " F"] | None = None,
+    precision: Precision = "float32",
 ) -> tuple[Float[Tensor, "F N"], Float[Tensor, "F N"], Float[Tensor, " F"]]:
     """Gradients for W_dec, W_enc transposed, and b_enc.
 
@@ -89,11 +75,14 @@ def gradients(
         x: encoder input (B, N).
         W_dec: (F, N).
         slope: d loss / d f_i of a penalty, added on active pairs.
+        precision: of the dense products.
     """
     if isinstance(acts, Tensor):
-        df = e @ W_dec.T if slope is None else torch.addmm(slope, e, W_dec.T)
+        df = product(e, W_dec.T, precision)
+        if slope is not None:
+            df.add_(slope)
         df.mul_(acts > 0)
-        return acts.T @ e, df.T @ x, df.sum(0)
+        return product(acts.T, e, precision), product(df.T, x, precision), df.sum(0)
     df = sampled_product(acts.rows, acts.features, e, W_dec)
     if slope is not None:
         df = df + slope[acts.features]
@@ -127,6 +116,7 @@ def reconstruct(
     norms: Float[Tensor, "F S"] | None = None,
     dead: tuple[Int[Tensor, " m"], Acts] | None = None,
     strategy: Strategy = ONE_PROCESS,
+    precision: Precision = "float32",
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"] | None, Float[Tensor, "B N"] | None]:
     """The terms that losses are computed from, with exact gradients for all four parameters.
 
@@ -137,6 +127,7 @@ def reconstruct(
         norms: decoder norms n_is, detached, if a penalty needs them.
         dead: ids of features, and their activations among themselves, for a second reconstruction.
         strategy: sums both reconstructions over the features of all processes.
+        precision: of dense products.
 
     Returns:
         `f W_dec + b_dec`; per feature `sum_s n_is * mean_B f_i`, or None without `norms`; the reconstruction by the
@@ -144,7 +135,7 @@ def reconstruct(
     """
     ids, dead_acts = dead if dead is not None else (None, None)
     x_hat, weighted, rebuilt = _Reconstruct.apply(  # type: ignore[misc]
-        x, *weights, acts, norms, ids, dead_acts, strategy
+        x, *weights, acts, norms, ids, dead_acts, strategy, precision
     )
     return x_hat, weighted, rebuilt
 
@@ -163,15 +154,20 @@ class _Reconstruct(torch.autograd.Function):
         ids: Tensor | None,
         dead_acts: Acts | None,
         strategy: Strategy,
+        precision: Precision,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         del W_enc, b_enc
         ctx.set_materialize_grads(False)
         mean_f = None if norms is None else _mean(acts)
         ctx.save_for_backward(x, W_dec, norms, mean_f, ids)
-        ctx.acts, ctx.dead_acts = acts, dead_acts
+        ctx.acts, ctx.dead_acts, ctx.precision = acts, dead_acts, precision
         weighted = None if norms is None or mean_f is None else norms.sum(-1) * mean_f
-        rebuilt = None if ids is None or dead_acts is None else strategy.sum_features_(decode(dead_acts, W_dec[ids]))
-        return strategy.sum_features_(decode(acts, W_dec)).add_(b_dec), weighted, rebuilt
+        rebuilt = (
+            None
+            if ids is None or dead_acts is None
+            else strategy.sum_features_(decode(dead_acts, W_dec[ids], precision))
+        )
+        return strategy.sum_features_(decode(acts, W_dec, precision)).add_(b_dec), weighted, rebuilt
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -180,15 +176,14 @@ class _Reconstruct(torch.autograd.Function):
         x, W_dec, norms, mean_f, ids = ctx.saved_tensors
         e = torch.zeros_like(x) if e is None else e
         slope = None if dweighted is None else dweighted * norms.sum(-1) / len(x)
-        dW_dec, dW_enc, db_enc = gradients(ctx.acts, e, x, W_dec, slope)
+        dW_dec, dW_enc, db_enc = gradients(ctx.acts, e, x, W_dec, slope, ctx.precision)
         if dweighted is not None:
             add_norm_gradient(dW_dec, W_dec, norms, (dweighted * mean_f)[:, None].expand_as(norms))
         if drebuilt is not None:
-            for total, of_dead in zip(
-                (dW_dec, dW_enc, db_enc), gradients(ctx.dead_acts, drebuilt, x, W_dec[ids]), strict=True
-            ):
-                total.index_add_(0, ids, of_dead)
-        return None, dW_enc.T, db_enc, dW_dec, e.sum(0), None, None, None, None, None
+            of_dead = gradients(ctx.dead_acts, drebuilt, x, W_dec[ids], precision=ctx.precision)
+            for total, part in zip((dW_dec, dW_enc, db_enc), of_dead, strict=True):
+                total.index_add_(0, ids, part)
+        return None, dW_enc.T, db_enc, dW_dec, e.sum(0), None, None, None, None, None, None
 
 
 def _mean(acts: Acts) -> Float[Tensor, " F"]:

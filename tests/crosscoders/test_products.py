@@ -1,0 +1,85 @@
+"""Dense products in each precision, against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosslens.crosscoders.kernels.products import encoder_product, product
+from crosslens.distributed.devices import choose_precision
+from crosslens.errors import UserError
+from crosslens.training.config import TrainConfig
+
+SHAPES = [(5, 7, 3), (33, 40, 70), (64, 100, 96), (1, 1, 1), (0, 3, 4), (3, 0, 4)]
+LAYOUTS = {"row-major": lambda x: x.contiguous(), "column-major": lambda x: x.T.contiguous().T}
+
+
+def operands(m: int, k: int, n: int, of_a: str, of_b: str) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(m + k)
+    a, b = torch.randn(m, k, generator=draw), torch.randn(k, n, generator=draw)
+    return LAYOUTS[of_a](a), LAYOUTS[of_b](b)
+
+
+def slow_product(a: Tensor, b: Tensor) -> Tensor:
+    entries = [
+        [sum((x * y for x, y in zip(row, column, strict=True)), 0.0) for column in b.T.tolist()] for row in a.tolist()
+    ]
+    return torch.tensor(entries, dtype=torch.float64).view(len(a), b.shape[1])
+
+
+@pytest.mark.parametrize(("of_a", "of_b"), [(a, b) for a in LAYOUTS for b in LAYOUTS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_any_layout(shape: tuple[int, int, int], of_a: str, of_b: str):
+    a, b = operands(*shape, of_a, of_b)
+    exact = slow_product(a, b)
+    torch.testing.assert_close(product(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+    rounded = slow_product(a.bfloat16().float(), b.bfloat16().float())
+    found = product(a, b, "bfloat16")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), rounded, rtol=2**-8, atol=1e-5)  # the result is rounded, too
+
+
+def test_the_tf32_kernel_in_the_interpreter():
+    """Triton's interpreter runs the kernel on a CPU, without rounding; it must be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    program = f"""
+import itertools, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from crosscoders.test_products import LAYOUTS, SHAPES, operands
+import torch
+from crosslens.crosscoders.kernels.products import product
+for shape, of_a, of_b in itertools.product(SHAPES, LAYOUTS, LAYOUTS):
+    a, b = operands(*shape, of_a, of_b)
+    torch.testing.assert_close(product(a, b, "tf32"), a @ b, rtol=1e-5, atol=1e-5)
+    print(*shape)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4 * len(SHAPES)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_pre_activations_of_any_leading_shape(precision: str):
+    draw = torch.Generator().manual_seed(0)
+    x, W, bias = (torch.randn(*shape, generator=draw) for shape in ((2, 3, 8), (8, 5), (5,)))
+    h = encoder_product(x, W, bias, precision)  # type: ignore[arg-type]
+    assert h.shape == (2, 3, 5)
+    torch.testing.assert_close(h, x @ W + bias, rtol=0.02, atol=0.1 if precision == "bfloat16" else 1e-5)
+
+
+def test_the_device_decides_the_precision():
+    assert choose_precision(None, "cpu") == "float32"
+    assert choose_precision(None, "cuda:1") == "tf32"  # Triton is installed with the test dependencies
+    assert choose_precision("bfloat16", "cpu") == "bfloat16"
+    for ask in (lambda: choose_precision("tf32", "cpu"), lambda: TrainConfig(precision="tf32", device="cpu")):
+        with pytest.raises(UserError, match="precision='tf32' needs a CUDA device, not device='cpu'; use 'float32'"):
+            ask()
+    with pytest.raises(UserError, match="precision='float8' is unknown; use 'float32', 'tf32', 'bfloat16', or None"):
+        choose_precision("float8", "cpu")
