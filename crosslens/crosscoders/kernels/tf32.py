@@ -7,6 +7,8 @@ the sum is the same in every run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +26,9 @@ def tf32_product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tens
     if out.numel():
         rows, columns = _block(a.device)
         grid = (triton.cdiv(m, rows) * triton.cdiv(n, columns),)
+        kernel: Any = _multiply
         with torch.cuda.device_of(a):
-            _multiply[grid](
+            kernel[grid](
                 a, b, out, m, n, k, *a.stride(), *b.stride(), rows, columns, num_stages=STAGES, num_warps=WARPS
             )  # fmt: skip
     return out
@@ -41,8 +44,19 @@ def _block(device: torch.device) -> tuple[int, int]:
 
 @triton.jit
 def _multiply(
-    a, b, out, m, n, k, a_row, a_column, b_row, b_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+    a: Any,
+    b: Any,
+    out: Any,
+    m: int,
+    n: int,
+    k: int,
+    a_row: int,
+    a_column: int,
+    b_row: int,
+    b_column: int,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
     # programs that run at the same time share GROUP blocks of rows, so that operands stay in the cache
     program, across = tl.program_id(0), tl.cdiv(n, COLUMNS)
     first = program // (GROUP * across) * GROUP
