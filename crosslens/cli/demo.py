@@ -1,7 +1,8 @@
 """The whole pipeline on a tiny model, in a few minutes on two CPU cores.
 
 1. `Snapshots.demo(seed)` pretrains a tiny GPT-NeoX on a generated grammar of agreement in two languages.
-2. Train a BatchTopK crosscoder on the output of its middle block, which has attention above it.
+2. Train a BatchTopK crosscoder on the output of its middle block, which has attention above it, at every snapshot but
+   the untrained one: a random model has as many directions as dimensions, and most features would be spent on it.
 3. Find when features form (`evolve`), probe them, and attribute and ablate them on three constructions: features are
    selected on one half of the prompts and ablated on the other.
 4. Write the results to `summary.json` and `report/index.html`.
@@ -56,7 +57,6 @@ class DemoConfig:
         epochs: passes over the tokens.
         d_sae: number of features.
         k: active features per token.
-        k_start: k at the first step; annealing it over the first half of training leaves few features dead.
         batch_size: tokens per training step.
         lr: learning rate.
         n_prompts: prompts per task, language and split.
@@ -68,12 +68,11 @@ class DemoConfig:
     hook_name: str = "blocks.1.hook_resid_post"
     n_documents: int = 8_000
     n_tokens: int = 160_000
-    epochs: int = 5
-    d_sae: int = 1024
+    epochs: int = 8
+    d_sae: int = 256
     k: int = 16
-    k_start: float = 192
     batch_size: int = 1024
-    lr: float = 1.5e-3
+    lr: float = 7e-4
     n_prompts: int = 60
     n_random: int = 100
     n_exact: int = 100
@@ -108,7 +107,8 @@ def run_demo(
         timings[name] = round(now - since, 1)
         return now
 
-    snaps = snapshots or Snapshots.demo(seed)
+    every = snapshots or Snapshots.demo(seed)
+    snaps = every[[s for s, step in enumerate(every.steps) if step != 0]]
     mark = lap("pretraining", began)
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
@@ -119,8 +119,9 @@ def run_demo(
     run.save_tables(probes)
     mark = lap("probes", mark)
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
-    accuracy = pd.concat([task.accuracy(snaps, settings=CPU) for task in tasks.values()], ignore_index=True)
+    accuracy = pd.concat([task.accuracy(every, settings=CPU) for task in tasks.values()], ignore_index=True)
     run.save_table("accuracy", accuracy)
+    accuracy = accuracy[accuracy["label"].isin(snaps.labels)]
     mark = lap("accuracy", mark)
     # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
     batches = islice(demo_batches(seed), PretrainingConfig().n_steps)
@@ -163,8 +164,6 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
         BatchTopKCrosscoderTrainingConfig(
             d_sae=config.d_sae,
             k=config.k,
-            k_start=config.k_start,
-            k_anneal_steps=config.epochs * config.n_tokens // config.batch_size // 2,
             topk_threshold_lr=0.02,
             decoder_init_norm=None,
         ),
@@ -221,6 +220,7 @@ def _summary(
     completeness = torch.stack([each.ie.completeness for each in studies.values()])
     return {
         "snapshots": snaps.labels,
+        # of the untrained model, too
         "accuracy": {
             name: table.sort_values("snapshot")["accuracy"].round(4).tolist()
             for name, table in accuracy.groupby("task", sort=False)

@@ -13,14 +13,14 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.synthetic.pretraining import PretrainingConfig
 
 SMALL = DemoConfig(
-    n_documents=600, n_tokens=8_000, epochs=2, d_sae=128, k=8, k_start=32, batch_size=256, n_prompts=8, n_random=4,
+    n_documents=600, n_tokens=8_000, epochs=2, d_sae=128, k=8, batch_size=256, n_prompts=8, n_random=4,
     n_exact=10, n_probes=3,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def snaps(tmp_path_factory: pytest.TempPathFactory) -> Snapshots:
-    recipe = PretrainingConfig(d_model=32, d_mlp=64, n_heads=2, n_steps=24, warmup_steps=4, snapshot_steps=(0, 8, 24))
+    recipe = PretrainingConfig(d_model=32, d_mlp=64, n_heads=2, n_steps=24, warmup_steps=4, snapshot_steps=(0, 4, 8, 24))
     return Snapshots.demo(0, tmp_path_factory.mktemp("model") / "seed0", config=recipe)
 
 
@@ -35,10 +35,11 @@ def out(tmp_path_factory: pytest.TempPathFactory, snaps: Snapshots) -> Path:
 @pytest.mark.exhaustive
 def test_every_stage_runs(out: Path, snaps: Snapshots) -> None:
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["snapshots"] == ["step0", "step8", "step24"]
+    assert summary["snapshots"] == ["step4", "step8", "step24"]
     assert set(summary["accuracy"]) == {"simple", "pp", "subj_rel"} == set(summary["ablation"])
     assert set(summary["phases"]) >= {"dimensionality"}
-    assert all(len(curve) == 3 for curve in (*summary["accuracy"].values(), summary["explained_variance"]))
+    assert all(len(curve) == 4 for curve in summary["accuracy"].values())
+    assert len(summary["explained_variance"]) == 3
     assert all(0 <= error < 0.05 for error in summary["completeness_error"])
     for figures in summary["ablation"].values():
         assert all(isinstance(value, (int, float)) for value in figures.values())
