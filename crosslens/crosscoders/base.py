@@ -411,6 +411,11 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         return own.stop - own.start
 
     @property
+    def lr_factors(self) -> dict[str, float]:
+        """Learning rates relative to `TrainConfig.lr`, by the name of the parameter; 1 for all others."""
+        return {}
+
+    @property
     def weights(self) -> Weights:
         """The parameters that the kernels work on."""
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)

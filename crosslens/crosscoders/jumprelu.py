@@ -109,6 +109,9 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         jumprelu_init_threshold: initial t_i.
         jumprelu_window: w, the width of the rectangle in the straight-through gradient.
         jumprelu_threshold_lr_factor: learning rate of the thresholds relative to that of the other parameters.
+        b_enc_per_snapshot: b_enc learns as the sum of one encoder bias per snapshot, as in the released code of Ge et
+            al. All of them get the same gradient, and Adam ignores its scale, so the sum moves S times as far: the
+            learning rate of b_enc is S times that of the other parameters.
         sparsity_coefficient: lambda, the weight of the penalty.
         sparsity_warm_up_steps: steps over which lambda grows linearly from 0.
         tanh_stretch: stretch of the tanh in the penalty.
@@ -121,6 +124,7 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     jumprelu_init_threshold: float = 0.1
     jumprelu_window: float = 4.0
     jumprelu_threshold_lr_factor: float = 0.1
+    b_enc_per_snapshot: bool = False
     sparsity_coefficient: float = 0.3
     sparsity_warm_up_steps: int = 0
     tanh_stretch: float = 4.0
@@ -150,6 +154,12 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         super().initialize_weights()
         with torch.no_grad():
             self.log_threshold.fill_(math.log(self.cfg.jumprelu_init_threshold))
+
+    @property
+    @override
+    def lr_factors(self) -> dict[str, float]:
+        factors = {"log_threshold": self.cfg.jumprelu_threshold_lr_factor}
+        return {**factors, "b_enc": float(self.n_snapshots)} if self.cfg.b_enc_per_snapshot else factors
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from crosslens.distributed.devices import Precision, choose_precision, find_device
 from crosslens.errors import UserError
@@ -19,6 +21,7 @@ class TrainConfig:
         batch_size: B, activations per step.
         lr: learning rate after the warmup.
         lr_warm_up: fraction of the steps over which the learning rate rises linearly from 0.
+        lr_warm_up_steps: number of steps of this rise, which replaces `lr_warm_up`; None uses the fraction.
         lr_decay: fraction of the steps, at the end, over which it falls linearly.
         lr_end_factor: final learning rate relative to `lr`.
         adam_beta1: first-moment decay of Adam.
@@ -26,6 +29,8 @@ class TrainConfig:
         precision: of the large dense products: "float32", "tf32" (CUDA, with Triton) or "bfloat16". Parameters and sums
             stay in float32. The faster ones change the result: rounding moves features across the gate, and parameters
             drift a few per cent from a float32 run. None: tf32 on CUDA, float32 on CPUs.
+        adam_moments: dtype of Adam's two moments of the weight matrices. "bfloat16" halves their memory, 8 of 16 bytes
+            per weight; they are rounded stochastically (`crosslens.training.adam`).
         max_grad_norm: global norm that gradients are clipped to (except those of thresholds); None does not clip.
         dead_tokens: activations without firing after which a feature counts as dead and joins the auxiliary loss.
         scale_tokens: activations used to estimate the scale of each snapshot.
@@ -50,11 +55,13 @@ class TrainConfig:
     batch_size: int = 4096
     lr: float = 3e-4
     lr_warm_up: float = 0.0
+    lr_warm_up_steps: int | None = None
     lr_decay: float = 0.2
     lr_end_factor: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     precision: Precision | None = None
+    adam_moments: Literal["float32", "bfloat16"] = "float32"
     max_grad_norm: float | None = 1.0
     dead_tokens: int = 10_000_000
     scale_tokens: int = 100_000
@@ -78,16 +85,36 @@ class TrainConfig:
                 f"training_tokens={self.training_tokens} is less than one batch of batch_size={self.batch_size}"
             )
         choose_precision(self.precision, self.device)
+        if self.adam_moments not in ("float32", "bfloat16"):
+            raise UserError(f"adam_moments={self.adam_moments!r} is unknown; use 'float32' or 'bfloat16'")
         if not (self.lr_warm_up >= 0 and self.lr_decay >= 0 and self.lr_warm_up + self.lr_decay <= 1):
             raise UserError(
                 f"lr_warm_up={self.lr_warm_up} and lr_decay={self.lr_decay} are fractions of the steps: "
                 "not negative, and at most 1 together"
             )
+        if self.training_tokens is not None:
+            check_warm_up(self, self.training_tokens // self.batch_size)
+
+
+def check_warm_up(config: TrainConfig, total_steps: int) -> None:
+    """Refuse a number of warmup steps that does not leave room for the decay.
+
+    Raises:
+        UserError: the number is negative, or larger than the steps without the decay.
+    """
+    longest = math.floor((1 - config.lr_decay) * total_steps + 1e-9)
+    if config.lr_warm_up_steps is not None and not 0 <= config.lr_warm_up_steps <= longest:
+        raise UserError(
+            f"lr_warm_up_steps={config.lr_warm_up_steps} is not in [0, {longest}], the {total_steps} steps of this run "
+            f"less lr_decay={config.lr_decay}; train on more activations, or use lr_warm_up, a fraction"
+        )
 
 
 def lr_factor(step: int, config: TrainConfig, total_steps: int) -> float:
     """Learning rate at a step relative to `lr`: linear warmup, constant, linear decay to `lr_end_factor`."""
     warm_up, decay = config.lr_warm_up * total_steps, config.lr_decay * total_steps
+    if config.lr_warm_up_steps is not None:
+        warm_up = config.lr_warm_up_steps
     rising = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
     left = (total_steps - step) / decay if decay else 1.0
     return min(rising, config.lr_end_factor + (1 - config.lr_end_factor) * max(0.0, min(1.0, left)))

@@ -14,6 +14,11 @@ def evolution_of_concepts(
 ) -> tuple[JumpReLUCrosscoderTrainingConfig, TrainConfig]:
     """JumpReLU with a tanh-quadratic penalty (Ge et al., arXiv 2509.17196): the Pythia-160m settings.
 
+    Loss, gradients, initialisation and optimiser are those of the released code (OpenMOSS/Language-Model-SAEs), down
+    to b_enc, which it holds once per snapshot. On the warmup of the learning rate the sources disagree: 10 % of the
+    steps in the paper's appendix, 5,000 steps in the released code and its command. The default is the fraction,
+    because it also fits short runs; `lr_warm_up_steps=5_000` gives the released number.
+
     Args:
         d_sae: number of features.
         training_tokens: activations to train on; they determine the number of warmup steps.
@@ -25,7 +30,7 @@ def evolution_of_concepts(
     """
     steps = training_tokens // batch_size
     architecture = JumpReLUCrosscoderTrainingConfig(
-        d_sae=d_sae, sparsity_warm_up_steps=steps // 10, bias_init="zero", scale="norm"
+        d_sae=d_sae, sparsity_warm_up_steps=steps // 10, b_enc_per_snapshot=True, bias_init="zero", scale="norm"
     )
     config = TrainConfig(
         training_tokens=training_tokens,

@@ -36,7 +36,7 @@ from crosslens.distributed.parallel import Parallel, check_split, join, n_proces
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training.checkpoints import discard, save_whole
-from crosslens.training.config import TrainConfig
+from crosslens.training.config import TrainConfig, check_warm_up
 from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import initialise
 from crosslens.training.logging import wandb_run
@@ -195,6 +195,7 @@ def _claimed(
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
     """The result of `claim`, without claiming: for processes other than the one that claimed."""
     acts.check_batch(config.batch_size)
+    check_warm_up(config, (config.training_tokens or acts.n_tokens) // config.batch_size)
     run = None if config.run_dir is None else RunDir(config.run_dir)
     return complete(architecture, acts, config.device), run
 
@@ -233,8 +234,8 @@ def training_identity(
     """Everything that must be equal for two training runs to share a run directory."""
     details = {key: value for key, value in architecture.to_dict().items() if key not in ("metadata", "device")}
     kept = (
-        *("batch_size", "lr", "lr_warm_up", "lr_decay", "lr_end_factor", "adam_beta1", "adam_beta2", "max_grad_norm"),
-        *("dead_tokens", "scale_tokens", "seed"),
+        *("batch_size", "lr", "lr_warm_up", "lr_warm_up_steps", "lr_decay", "lr_end_factor", "max_grad_norm"),
+        *("adam_beta1", "adam_beta2", "adam_moments", "dead_tokens", "scale_tokens", "seed"),
     )
     return {
         **acts.metadata(),

@@ -25,7 +25,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from crosslens.crosscoders import CrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig
+from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.distributed.devices import choose_precision
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.rundir import RunDir
@@ -105,10 +105,8 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.clipped = [self.encoder_rows, *others.values()]
         self.trained = {"W_enc": self.encoder_rows, **others, **thresholds}
         """The optimiser's parameters by name, in its order; the encoder as (F, S D)."""
-        groups: list[dict[str, Any]] = [{"params": self.clipped, "lr": config.lr}]
-        if self.unclipped:
-            assert isinstance(sae.cfg, JumpReLUCrosscoderTrainingConfig)
-            groups.append({"params": self.unclipped, "lr": config.lr * sae.cfg.jumprelu_threshold_lr_factor})
+        factors = sae.lr_factors
+        groups = [{"params": [p], "lr": config.lr * factors.get(name, 1.0)} for name, p in self.trained.items()]
         self.optimizer = Adam(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True)
         self.lr_scheduler = LambdaLR(
             self.optimizer, partial(lr_factor, config=config, total_steps=self.cfg.total_training_steps)

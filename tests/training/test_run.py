@@ -38,7 +38,7 @@ from crosslens.crosscoders import (
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training import recipes
-from crosslens.training.config import TrainConfig
+from crosslens.training.config import TrainConfig, lr_factor
 from crosslens.training.initialisation import Moments, initialise, search_decoder_norm, snapshot_scales
 from crosslens.training.run import complete, train
 from crosslens.training.trainer import CrosscoderTrainer, guarded_step
@@ -219,25 +219,29 @@ def test_a_finished_run_is_loaded_not_trained(acts: Activations, tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("warm_up", "decay", "end", "total"),
-    [(0.0, 0.0, 0.0, 4), (0.3, 0.5, 1 / 32, 20), (0.0, 0.2, 0.0, 10), (0.1, 0.2, 1 / 32, 3)],
+    [(0.0, 0.0, 0.0, 4), (0.3, 0.5, 1 / 32, 20), (0.0, 0.2, 0.0, 10), (0.1, 0.2, 1 / 32, 3), (6, 0.4, 0.0, 10)],
 )
 def test_learning_rates_follow_the_schedule(acts: Activations, warm_up: float, decay: float, end: float, total: int):
+    whole = isinstance(warm_up, int)  # steps, not a fraction of them
     settings = config(
-        lr=2e-3, lr_warm_up=warm_up, lr_decay=decay, lr_end_factor=end, training_tokens=total * B, batch_size=B
+        lr=2e-3, lr_decay=decay, lr_end_factor=end, training_tokens=total * B, batch_size=B,
+        **{"lr_warm_up_steps" if whole else "lr_warm_up": warm_up},
+    )  # fmt: skip
+    architecture = JumpReLUCrosscoderTrainingConfig(
+        d_sae=8, decoder_init_norm=0.5, jumprelu_threshold_lr_factor=0.25, b_enc_per_snapshot=whole
     )
-    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=8, decoder_init_norm=0.5, jumprelu_threshold_lr_factor=0.25)
     trainer = trainer_of(acts, architecture, settings)
     groups = {p.data_ptr(): group for group in trainer.optimizer.param_groups for p in group["params"]}
     assert len(groups) == 5  # every parameter, once
     for step in range(total):
         expected = 2e-3
         if warm_up:  # linear from 0
-            expected = min(expected, 2e-3 * (step + 1) / (warm_up * total))
+            expected = min(expected, 2e-3 * (step + 1) / (warm_up if whole else warm_up * total))
         if decay and step > total - decay * total:  # linear to the end factor
             share = (total - step) / (decay * total)
             expected = min(expected, 2e-3 * (end + (1 - end) * share))
         for name, parameter in trainer.sae.named_parameters():
-            factor = 0.25 if name == "log_threshold" else 1.0
+            factor = {"log_threshold": 0.25, "b_enc": 3.0 if whole else 1.0}.get(name, 1.0)
             assert groups[parameter.data_ptr()]["lr"] == pytest.approx(factor * expected, rel=1e-12), (step, name)
         trainer.step(next(trainer.data_provider))
         trainer.n_training_steps += 1
@@ -469,6 +473,11 @@ def test_a_silent_snapshot_is_refused(acts: Activations):
         ({"training_tokens": 63}, "training_tokens=63 is less than one batch of batch_size=64"),
         ({"lr_warm_up": 0.7, "lr_decay": 0.4}, "lr_warm_up=0.7 and lr_decay=0.4 are fractions of the steps"),
         ({"lr_warm_up": -0.1}, "not negative"),
+        (
+            {"lr_warm_up_steps": 15},
+            r"lr_warm_up_steps=15 is not in \[0, 14\], the 24 steps of this run less",
+        ),
+        ({"lr_warm_up_steps": -1}, r"lr_warm_up_steps=-1 is not in \[0, 14\]"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], message: str):
@@ -617,6 +626,7 @@ def test_the_directory_of_another_run_is_refused(
             (acts, ALL["topk_crosscoder"](), dataclasses.replace(settings, **{name: value}), f"training.{name}=")
             for name, value in {
                 "lr": 1e-3, "seed": 7, "batch_size": 32, "training_tokens": 2000, "lr_warm_up": 0.1, "lr_decay": 0.0,
+                "lr_warm_up_steps": 3,
                 "lr_end_factor": 0.5, "max_grad_norm": None, "dead_tokens": 77, "adam_beta1": 0.5, "adam_beta2": 0.9,
                 "scale_tokens": 99,
             }.items()
@@ -665,11 +675,15 @@ def test_recipes_are_the_papers():
     assert (architecture.sparsity_coefficient, architecture.sparsity_warm_up_steps) == (0.3, steps // 10)
     assert (architecture.jumprelu_init_threshold, architecture.jumprelu_window) == (0.1, 4.0)
     assert (architecture.tanh_stretch, architecture.frequency_scale) == (4.0, 0.01)
-    assert architecture.jumprelu_threshold_lr_factor == 0.1
+    assert architecture.jumprelu_threshold_lr_factor == 0.1 and architecture.b_enc_per_snapshot
     assert (architecture.decoder_init, architecture.decoder_init_norm) == ("shared", None)
     assert architecture.bias_init == "zero"
     assert (settings.lr, settings.lr_warm_up, settings.lr_decay, settings.lr_end_factor) == (5e-5, 0.1, 0.2, 1 / 32)
     assert settings.max_grad_norm is None and settings.batch_size == 2048 and settings.run_dir == "r"
+    _, released = recipes.evolution_of_concepts(lr_warm_up_steps=5_000)
+    assert [lr_factor(step, released, steps) for step in (0, 2499, 4999, steps - 1)] == pytest.approx(
+        [1 / 5000, 0.5, 1, 1 / 32], rel=1e-3
+    )
     architecture, settings = recipes.crosscoding_through_time()
     steps = 400_000_000 // 4096
     assert isinstance(architecture, StandardCrosscoderTrainingConfig) and architecture.d_sae == 16_384
