@@ -379,6 +379,7 @@ class Activations:
         batch_size: int = 4096,
         processes: int = 1,
         data_parallel: int = 1,
+        adam_moments: str = "float32",
     ) -> Plan:
         """Disk, memory, forward passes and time of training, live or cached, with a recommendation.
 
@@ -391,6 +392,7 @@ class Activations:
             batch_size: activations per step.
             processes: number of processes that split the crosscoder.
             data_parallel: number of groups of these processes that split the tokens of a batch.
+            adam_moments: as in `TrainConfig`.
         """
         check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
         process = peak_memory()
@@ -419,7 +421,9 @@ class Activations:
             process_bytes=process,
             training_bytes=0
             if architecture is None
-            else training_bytes(architecture, S, D, batch_size // data_parallel, processes // data_parallel),
+            else training_bytes(
+                architecture, S, D, batch_size // data_parallel, processes // data_parallel, adam_moments
+            ),
             processes=processes,
         )
 

@@ -45,7 +45,12 @@ _WORKSPACE = 48 << 20
 
 
 def training_bytes(
-    architecture: CrosscoderTrainingConfig, n_snapshots: int, d_model: int, batch_size: int, n_feature_ranks: int = 1
+    architecture: CrosscoderTrainingConfig,
+    n_snapshots: int,
+    d_model: int,
+    batch_size: int,
+    n_feature_ranks: int = 1,
+    adam_moments: str = "float32",
 ) -> int:
     """Memory in bytes of one process that trains a crosscoder in float32: weights, gradients, Adam, and a step.
 
@@ -55,9 +60,11 @@ def training_bytes(
         d_model: D.
         batch_size: tokens per step in this process.
         n_feature_ranks: number of processes that split the features.
+        adam_moments: as in `TrainConfig`.
     """
     wide, F = n_snapshots * d_model, architecture.d_sae / n_feature_ranks
-    held = 4 * (2 * wide * F + 2 * F)  # value, gradient and two moments of each parameter
+    # in units of 4 bytes: value, gradient and two moments of each parameter
+    held = (3 if adam_moments == "bfloat16" else 4) * 2 * wide * F + 4 * 2 * F
     factor, columns = _BATCH_TENSORS[architecture.architecture()]
     step = batch_size * (factor * F + columns + 6 * wide) + wide * F
     return int(4 * (held + step)) + _WORKSPACE

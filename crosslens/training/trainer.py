@@ -29,10 +29,9 @@ from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.distributed.devices import choose_precision
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.rundir import RunDir
+from crosslens.training.adam import MOMENTS, BFloat16Adam, moment_dtype
 from crosslens.training.checkpoints import read_state, save_checkpoint
 from crosslens.training.config import TrainConfig, lr_factor
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CrosscoderTrainer(SAETrainer[Any, Any]):
@@ -107,7 +106,12 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         """The optimiser's parameters by name, in its order; the encoder as (F, S D)."""
         factors = sae.lr_factors
         groups = [{"params": [p], "lr": config.lr * factors.get(name, 1.0)} for name, p in self.trained.items()]
-        self.optimizer = Adam(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True)
+        betas = (config.adam_beta1, config.adam_beta2)
+        if config.adam_moments == "bfloat16":
+            # processes with the same features round alike, so their copies stay equal
+            self.optimizer = BFloat16Adam(groups, config.lr, betas, seed=(config.seed, parallel.feature_rank))
+        else:
+            self.optimizer = Adam(groups, config.lr, betas, fused=True)
         self.lr_scheduler = LambdaLR(
             self.optimizer, partial(lr_factor, config=config, total_steps=self.cfg.total_training_steps)
         )
@@ -319,10 +323,10 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
                 scheduler.step()
 
     def _load(self, folder: Path) -> None:
-        adam = {
-            name: {moment: torch.empty_like(p, requires_grad=False) for moment in _MOMENTS}
-            for name, p in self.trained.items()
-        }
+        adam: dict[str, dict[str, Tensor]] = {}
+        for name, p in self.trained.items():
+            dtype = moment_dtype(p, self.config.adam_moments)
+            adam[name] = {moment: torch.empty_like(p, dtype=dtype, requires_grad=False) for moment in MOMENTS}
         rows, copies = self._tensors(adam)
         numbers = read_state(folder, rows, copies, self.parallel)
         for name, buffer in self.sae.named_buffers():
@@ -331,8 +335,10 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.n_training_samples = numbers["n_training_samples"]
         self.n_frac_active_samples = numbers["n_frac_active_samples"]
         steps = torch.tensor(float(numbers["adam_steps"]), device=self.sae.device)
-        state = {i: {"step": steps.clone(), **moments} for i, moments in enumerate(adam.values())}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for name, p in self.trained.items():  # `load_state_dict` would convert the moments to float32
+            self.optimizer.state[p] = {"step": steps.clone(), **adam[name]}
+        if isinstance(self.optimizer, BFloat16Adam):
+            self.optimizer.n_steps = int(numbers["adam_steps"])
         self.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -345,7 +351,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         for name, parameter in self.trained.items():
             kind = copies if name == "b_dec" else rows
             kind[name] = parameter.detach()
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 kind[f"{name}.{moment}"] = adam[name][moment]
         return rows, copies
 

@@ -340,6 +340,8 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert "for weights, gradients, Adam and a step" in str(alone) and "in each of 4 processes" in str(split)
     halved = acts.plan(measure=False, architecture=architecture, processes=4, data_parallel=2)
     assert halved.training_bytes == training_bytes(architecture, 3, 16, 2048, 2) < alone.training_bytes
+    light = acts.plan(measure=False, architecture=architecture, adam_moments="bfloat16")
+    assert alone.training_bytes - light.training_bytes == 2 * 2 * 2 * 48 * 4096  # 2 bytes, 2 moments, 2 matrices
     measured = acts.plan()
     assert 0 < measured.seconds < 60 and "about" in str(measured)
     with pytest.raises(UserError, match="dtype='int4' is unknown for a cache.*did you mean 'int8'"):

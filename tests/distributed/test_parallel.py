@@ -43,9 +43,11 @@ def settings(**options: Any) -> TrainConfig:
     return config(**{"training_tokens": STEPS * B, "max_grad_norm": 0.5, "dead_tokens": B, **options})
 
 
-def trainer_of(acts: Activations, architecture: Any, parallel: Parallel, run: RunDir | None = None) -> Any:
+def trainer_of(
+    acts: Activations, architecture: Any, parallel: Parallel, run: RunDir | None = None, **options: Any
+) -> Any:
     sae = initialise(complete(architecture, acts), acts, batch_size=B, scale_tokens=500, seed=0, parallel=parallel)
-    return CrosscoderTrainer(settings(), sae, acts.batches(B), STEPS * B, run=run, parallel=parallel)
+    return CrosscoderTrainer(settings(**options), sae, acts.batches(B), STEPS * B, run=run, parallel=parallel)
 
 
 def train_until(trainer: Any, acts: Activations, until: int) -> list[dict[str, float]]:
@@ -366,6 +368,28 @@ def test_another_number_of_processes_loads_a_checkpoint(
         close(state, state_of(uninterrupted))
         if saved_by == world == 1:
             assert all(torch.equal(state[name], x) for name, x in state_of(uninterrupted).items())
+
+
+def test_copies_of_a_feature_round_its_moments_alike(acts: Activations, tmp_path: Path):
+    """Two groups of two processes: the groups hold the same features, the processes of a group different ones."""
+
+    def body(rank: int = 0) -> Any:
+        del rank
+        parallel, _ = join("cpu", 2)
+        trainer = trainer_of(acts, ALL["topk_crosscoder"](), parallel, adam_moments="bfloat16")
+        losses = train_until(trainer, acts, 12)
+        moments = {
+            f"{name}.{moment}": trainer.optimizer.state[p][moment]
+            for name, p in trainer.trained.items() if name != "b_dec" for moment in ("exp_avg", "exp_avg_sq")
+        }  # fmt: skip
+        return {"loss": losses[-1]["loss"], "state": {**state_of(trainer), **moments}}
+
+    alone = trainer_of(acts, ALL["topk_crosscoder"](), ALONE, adam_moments="bfloat16")
+    expected = train_until(alone, acts, 12)[-1]["loss"]
+    ranks = run_ranks(4, tmp_path, body)
+    joint = whole([rank["state"] for rank in ranks], 2)  # asserts that copies are equal to the bit
+    assert joint["W_dec.exp_avg"].dtype == torch.bfloat16 and joint["W_dec.exp_avg"].shape == (40, 48)
+    assert ranks[0]["loss"] == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("architecture", ALL)

@@ -18,6 +18,7 @@ from sae_lens import LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.optim import CoefficientScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import crosslens.training.checkpoints
@@ -142,6 +143,22 @@ def test_resumed_equals_uninterrupted(
     assert same(weights(resumed), reference(architecture))
     assert same(weights(load(tmp_path / "run" / "crosscoder")), reference(architecture))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_resumed_with_moments_in_bfloat16(
+    acts: Activations, reference: Callable[[str], dict[str, Tensor]], tmp_path: Path
+):
+    architecture = ALL["jumprelu_crosscoder"]
+    whole = weights(train(acts, architecture(), config(adam_moments="bfloat16")))
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=5, adam_moments="bfloat16")
+    with pytest.raises(Interrupted):
+        train(breaking(acts, 9), architecture(), settings)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    tensors = {name: x for path in checkpoint.glob("*.safetensors") for name, x in load_file(path).items()}
+    halved = {name for name, x in tensors.items() if x.dtype == torch.bfloat16}
+    assert halved == {f"{name}.{moment}" for name in ("W_enc", "W_dec") for moment in ("exp_avg", "exp_avg_sq")}
+    assert same(weights(train(acts, architecture(), settings)), whole)
+    assert not same(whole, reference("jumprelu_crosscoder"))
 
 
 def test_the_state_of_the_trainer_comes_back(acts: Activations, tmp_path: Path):
@@ -483,6 +500,10 @@ def test_a_silent_snapshot_is_refused(acts: Activations):
 def test_settings_that_cannot_be(options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         config(**options)
+    unknown = config()
+    unknown.adam_moments = "float16"  # type: ignore[assignment]
+    with pytest.raises(UserError, match="adam_moments='float16' is unknown; use 'float32' or 'bfloat16'"):
+        unknown.__post_init__()
 
 
 # ---------------------------------------------------------------------- harm prevented
@@ -626,7 +647,7 @@ def test_the_directory_of_another_run_is_refused(
             (acts, ALL["topk_crosscoder"](), dataclasses.replace(settings, **{name: value}), f"training.{name}=")
             for name, value in {
                 "lr": 1e-3, "seed": 7, "batch_size": 32, "training_tokens": 2000, "lr_warm_up": 0.1, "lr_decay": 0.0,
-                "lr_warm_up_steps": 3,
+                "lr_warm_up_steps": 3, "adam_moments": "bfloat16",
                 "lr_end_factor": 0.5, "max_grad_norm": None, "dead_tokens": 77, "adam_beta1": 0.5, "adam_beta2": 0.9,
                 "scale_tokens": 99,
             }.items()
