@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,7 @@ class Crosslens(Contestant):
     name = "crosslens"
     flat = False
     precision: Precision = "float32"
+    adam_moments: Literal["float32", "bfloat16"] = "float32"
 
     def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
         super().__init__(setting)
@@ -135,6 +136,7 @@ class Crosslens(Contestant):
             dead_tokens=max(setting.dead_tokens, setting.B),
             device=setting.device,
             precision=self.precision,
+            adam_moments=self.adam_moments,
         )
         self.trainer = CrosscoderTrainer(config, self.sae, iter(()), setting.steps * setting.B)
 
@@ -219,6 +221,13 @@ class CrosslensTF32(Crosslens):
 
     name = "crosslens, tf32"
     precision = "tf32"
+
+
+class CrosslensMoments(Crosslens):
+    """With Adam's moments in bfloat16."""
+
+    name = "crosslens, bfloat16 moments"
+    adam_moments = "bfloat16"
 
 
 class Dense(Crosslens):

@@ -23,7 +23,7 @@ from typing import Any
 import measure
 import peers
 import torch
-from contestants import THRESHOLD_PACE, Contestant, Crosslens, Dense, Setting
+from contestants import THRESHOLD_PACE, Contestant, Crosslens, CrosslensMoments, Dense, Setting
 from torch import Tensor
 
 import crosslens as cl
@@ -46,7 +46,7 @@ snapshots, on held-out tokens, computed by the same function for all. *EV*: feat
 k per token, the others k per token on average over a batch). *by threshold*: features selected by the learnt
 threshold, as at inference; the dense reference and sparsify have none. *to the common EV*: seconds until the EV that
 every contestant reaches in the end. *annealed*: k falls from 12 k to k over the first half of the steps, as in the
-demo.
+demo. *bfloat16 moments*: Adam's moments take 4 bytes per weight, not 8.
 """
 
 
@@ -107,6 +107,7 @@ def build(setting: Setting, acts: cl.Activations, args: argparse.Namespace) -> d
     contestants: dict[str, Contestant] = {
         "crosslens": Crosslens(setting, crosscoder(setting, acts)),
         "crosslens, annealed": Crosslens(setting, crosscoder(setting, acts, **annealed)),
+        "crosslens, bfloat16 moments": CrosslensMoments(setting, crosscoder(setting, acts)),
         "dense": Dense(setting, crosscoder(setting, acts)),
         "saelens": peers.SAELens(setting),
     }

@@ -81,7 +81,7 @@ class BFloat16Adam(Adam):
 
     def _update(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         before = state["step"]
-        rows = max(1, BLOCK[p.device.type] // max(1, p[0].numel()))
+        rows = max(1, BLOCK["cuda" if p.is_cuda else "cpu"] // p[0].numel())
         for first in range(0, len(p), rows):
             block = slice(first, first + rows)
             stored = [state[name][block] for name in MOMENTS]
