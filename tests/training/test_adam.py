@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-import crosslens.training.adam
-from crosslens.training.adam import MOMENTS, BFloat16Adam, round_into
+from crosslens.training.adam import BLOCK, MOMENTS, BFloat16Adam, round_into
 from crosslens.training.trainer import guarded_step
 
 LR, BETAS = 1e-2, (0.9, 0.999)
@@ -99,7 +98,7 @@ def test_a_second_moment_decays_which_nearest_rounding_would_stop():
 @pytest.mark.parametrize("block", [1, 12, 1 << 18])
 def test_steps_are_adams_with_rounded_moments(block: int, monkeypatch: pytest.MonkeyPatch):
     """In every step, from the same stored moments: the same parameters, and moments within their rounding."""
-    monkeypatch.setitem(crosslens.training.adam.BLOCK, "cpu", block)
+    monkeypatch.setitem(BLOCK, "cpu", block)
     params = parameters()
     optimizer = BFloat16Adam([{"params": [p], "lr": LR * (i + 1)} for i, p in enumerate(params)], LR, BETAS)
     for step in range(1, 12):
