@@ -451,11 +451,15 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         """Scaled reconstruction from the result of `training_acts`."""
         return self.decode_flat(acts)
 
+    @override
+    def decode_flat(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... SD"]:
+        """Scaled reconstruction by the features of all processes, which call this together with the same tokens."""
+        return self.strategy.sum_features_(self.decode_without_bias(feature_acts)) + self.b_dec
+
     @torch.no_grad()
     def training_reconstruction(self, flat: Float[Tensor, "B SD"]) -> Float[Tensor, "B SD"]:
         """Scaled reconstruction of scaled activations by the features of all processes, gated as in training."""
-        decoded = self.decode_without_bias(self.training_gate(self.hidden_pre(flat)))
-        return self.strategy.sum_features_(decoded) + self.b_dec
+        return self.decode_flat(self.training_gate(self.hidden_pre(flat)))
 
     def training_gate(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
         """The features that the gate keeps in training, among those of all processes."""
@@ -535,14 +539,16 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:
         """Explained variance and L0 per snapshot, by the name they are logged under."""
         S = self.n_snapshots
-        error = rearrange((sae_out - flat).square(), "b (s d) -> b s d", s=S).sum((0, 2))
-        variance = rearrange((flat - flat.mean(0)).square(), "b (s d) -> b s d", s=S).sum((0, 2))
-        acts = feature_acts.to_dense()
-        labels = self.cfg.snapshot_labels[:S]
-        active = torch.stack([self.snapshot_acts(acts, s).count_nonzero().float() for s in range(S)])
+        if self.gate_per_snapshot:
+            acts = feature_acts.to_dense()
+            active = torch.stack([self.snapshot_acts(acts, s).count_nonzero().float() for s in range(S)])
+        else:
+            active = n_active(feature_acts).float().expand(S).clone()
         l0 = self.strategy.sum_features_(active) / len(flat)
+        explained = explained_variance(flat, sae_out, S)
+        labels = self.cfg.snapshot_labels[:S]
         return {
-            **{f"explained_variance/{label}": 1 - error[s] / variance[s] for s, label in enumerate(labels)},
+            **{f"explained_variance/{label}": explained[s] for s, label in enumerate(labels)},
             **{f"l0/{label}": l0[s] for s, label in enumerate(labels)},
         }
 
@@ -574,6 +580,19 @@ def check_trainable(dtype: torch.dtype | str) -> None:
             f"dtype={name!r} is not available in training: small updates would be lost in rounding; keep "
             "dtype='float32' and choose TrainConfig(precision='bfloat16') for fast products"
         )
+
+
+@torch.no_grad()
+def explained_variance(flat: Float[Tensor, "B SD"], sae_out: Float[Tensor, "B SD"], n_snapshots: int) -> Tensor:
+    """`1 - E|x_hat - x|^2 / E|x - mean x|^2` of each snapshot over a batch, (S,)."""
+    error = (sae_out - flat).unflatten(1, (n_snapshots, -1))
+    variance = flat.var(0, correction=0).unflatten(0, (n_snapshots, -1)).sum(-1)
+    return 1 - torch.linalg.vector_norm(error, dim=(0, 2)).square() / (len(flat) * variance)
+
+
+def n_active(feature_acts: Float[Tensor, "B F"]) -> Tensor:
+    """Number of active pairs in the features of a batch, dense or COO."""
+    return (feature_acts.values() if feature_acts.is_sparse else feature_acts).count_nonzero()
 
 
 def drawn_rows(n: int, width: int, keep: slice, dtype: torch.dtype) -> Float[Tensor, "rows width"]:

@@ -157,7 +157,11 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
 
     def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
         """`relu(hidden_pre)` (B, F) at the entries with the largest `ranking` (B, F), 0 elsewhere."""
-        return keep_top(hidden_pre, ranking, round(self.current_k))
+        k = round(self.current_k) if self.training else self.cfg.k
+        if self.n_own == self.cfg.d_sae:
+            return keep_top(hidden_pre, ranking, k)
+        norms = self.decoder_norms.sum(-1)
+        return token_top_pairs(hidden_pre.flatten(0, -2), norms, k, self.strategy).to_dense().view_as(hidden_pre)
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:

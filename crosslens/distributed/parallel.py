@@ -66,6 +66,11 @@ class Parallel:
         return 1 if self.mesh is None else self.mesh["data"].size()
 
     @property
+    def n_ranks(self) -> int:
+        """W, the number of processes."""
+        return self.n_feature_ranks * self.n_data_ranks
+
+    @property
     def rank(self) -> int:
         """Global rank; rank 0 prints, logs, and writes shared files."""
         return 0 if self.mesh is None else dist.get_rank()
@@ -144,7 +149,7 @@ class Parallel:
 
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all processes, stacked along a new first dimension (W, ...)."""
-        return x[None] if self.mesh is None else _gathered(x, dist.get_world_size(), None)
+        return x[None] if self.mesh is None else _gathered(x, self.n_ranks, None)
 
     def barrier(self) -> None:
         """Wait for all processes."""

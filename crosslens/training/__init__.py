@@ -5,7 +5,8 @@ which an interrupted run can resume.
 
 Start with `run.train`. `config` holds `TrainConfig` and the learning-rate schedule, `initialisation` the scales, biases
 and decoder norms at the start, `trainer` the step and the optimiser, `checkpoints` the state on disk, `evaluation`
-explained variance and cross-entropy, `recipes` the settings of the two papers.
+explained variance and cross-entropy, `progress` what is shown while and after training, `recipes` the settings of the
+two papers.
 """
 
 import lazy_loader

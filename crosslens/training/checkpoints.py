@@ -31,12 +31,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.distributed.parallel import Parallel
+from crosslens.errors import first_line
 
 BLOCK_BYTES = 1 << 28
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -95,14 +97,48 @@ def write_state(
 
 
 def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor], parallel: Parallel) -> dict[str, Any]:
-    """Fill `rows` and `copies` in place from a checkpoint, whatever number of processes wrote it; return `numbers`."""
-    with _without_warning_of_one_process():
-        dcp.load(
-            _sharded(rows, copies, parallel),
-            storage_reader=HuggingFaceStorageReader(str(folder)),
-            no_dist=parallel.alone,
-        )
-    return json.loads((folder / "state.json").read_text())
+    """Fill `rows` and `copies` in place from a checkpoint, whatever number of processes wrote it; return `numbers`.
+
+    Raises:
+        DamagedCheckpointError: in all processes, if one of them cannot read a file; tensors may have changed.
+    """
+    numbers, damage = _inspected(folder)
+    if parallel.count(int(bool(damage))):
+        raise DamagedCheckpointError(damage or "another process cannot read it")
+    try:
+        with _without_warning_of_one_process():
+            dcp.load(
+                _sharded(rows, copies, parallel),
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                no_dist=parallel.alone,
+            )
+    except CheckpointException as error:
+        raise DamagedCheckpointError("a tensor is missing or cannot be read") from error
+    return numbers
+
+
+def _inspected(folder: Path) -> tuple[dict[str, Any], str]:
+    """The contents of `state.json`, and what is wrong with the files, if anything."""
+    path = folder / "state.json"
+    try:
+        numbers = dict(json.loads(path.read_text()))
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt"):  # compares the length of the file with its header
+                pass
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        return {}, f"{path.name}: {first_line(error)}"
+    return numbers, ""
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that cannot be read; the message says why."""
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a checkpoint, so that it is no longer taken for one; the next checkpoint replaces it."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
 
 
 def discard(folder: Path) -> None:

@@ -26,25 +26,33 @@ from tqdm.auto import tqdm
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.intervention.splice import spliced_logits
 
 MIN_ZERO_COST = 0.1  # nats; below this, ce_recovered would divide by noise
 
 
 @torch.no_grad()
-def reconstruction_table(crosscoder: Crosscoder, acts: Activations) -> pd.DataFrame:
-    """Explained variance, L0 and dead features on the held-out activations, one row per snapshot."""
-    S, F = crosscoder.n_snapshots, crosscoder.cfg.d_sae
+def reconstruction_table(crosscoder: Crosscoder, acts: Activations, parallel: Parallel = ALONE) -> pd.DataFrame:
+    """Explained variance, L0 and dead features on the held-out activations, one row per snapshot.
+
+    Args:
+        crosscoder: an inference crosscoder, or one in training and in `eval()` mode, with the features of this process.
+        acts: held-out activations of its snapshots.
+        parallel: the processes that hold its features; all of them call this and return the same table. Processes that
+            split the tokens of a training batch split these tokens, too.
+    """
+    S = crosscoder.n_snapshots
     n = 0
     total = torch.zeros(S, crosscoder.d_model, dtype=torch.float64)
     for x in acts.held_out():
         n += len(x)
         total += x.double().sum(0)
     mean = total / n
-    error, variance, ratio, l0 = (torch.zeros(S, dtype=torch.float64) for _ in range(4))
-    fired = torch.zeros(F, dtype=torch.bool)
+    error, variance, ratio, active = (torch.zeros(S, dtype=torch.float64) for _ in range(4))
+    fired = torch.zeros(crosscoder.n_own)
     for x in acts.held_out():
-        x = x.to(crosscoder.device)
+        x = x[parallel.data_rank :: parallel.n_data_ranks].to(crosscoder.device)
         features = crosscoder.encode(x)
         squared = (crosscoder.decode(features) - x).double().square().sum(-1).cpu()
         around = (x.double().cpu() - mean).square().sum(-1)
@@ -52,22 +60,27 @@ def reconstruction_table(crosscoder: Crosscoder, acts: Activations) -> pd.DataFr
         variance += around.sum(0)
         ratio += (squared / around).sum(0)
         for s in range(S):
-            l0[s] += crosscoder.snapshot_acts(features, s).count_nonzero().item()
-        fired |= (features != 0).any(0).cpu()
+            active[s] += crosscoder.snapshot_acts(features, s).count_nonzero().item()
+        fired += (features != 0).any(0).cpu()
+    sums = torch.stack([error, variance, ratio, active / n]).to(crosscoder.device)
+    # processes with the same tokens and other features have the same errors
+    error, variance, ratio, _ = parallel.sum_data_(sums.clone()).cpu()
+    l0 = parallel.sum_(sums[3].clone()).cpu()
+    silent = (parallel.sum_data_(fired.to(crosscoder.device)) == 0).double().sum()
     return pd.DataFrame(
         {
             **_columns(acts),
             "explained_variance": (1 - error / variance).tolist(),
             "explained_variance_per_token": (1 - ratio / n).tolist(),
-            "l0": (l0 / n).tolist(),
-            "dead_fraction": float((~fired).double().mean()),
+            "l0": l0.tolist(),
+            "dead_fraction": float(parallel.sum_features_(silent)) / crosscoder.cfg.d_sae,
         }
     )
 
 
-def quick_metrics(crosscoder: Crosscoder, acts: Activations) -> dict[str, float]:
+def quick_metrics(crosscoder: Crosscoder, acts: Activations, parallel: Parallel = ALONE) -> dict[str, float]:
     """Held-out metrics by W&B name: SAELens's names, with `/<label>` for each snapshot."""
-    table = reconstruction_table(crosscoder, acts)
+    table = reconstruction_table(crosscoder, acts, parallel)
     metrics: dict[str, float] = {"metrics/held_out/dead_fraction": float(table["dead_fraction"].iloc[0])}
     for name in ("explained_variance", "l0"):
         metrics[f"metrics/held_out/{name}"] = float(table[name].mean())
@@ -76,13 +89,16 @@ def quick_metrics(crosscoder: Crosscoder, acts: Activations) -> dict[str, float]
     return metrics
 
 
-def evaluate(crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192) -> pd.DataFrame:
+def evaluate(
+    crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192, parallel: Parallel = ALONE
+) -> pd.DataFrame:
     """All held-out metrics, one row per snapshot.
 
     Args:
-        crosscoder: the crosscoder.
+        crosscoder: the crosscoder; see `reconstruction_table`.
         acts: held-out activations of the snapshots it was trained on.
         n_tokens: tokens for the spliced models; reconstruction is measured on all held-out tokens.
+        parallel: the processes that hold its features; all of them call this and return the same table.
 
     Returns:
         One row per snapshot: snapshot, label, step, tokens, explained_variance, explained_variance_per_token, l0
@@ -92,31 +108,44 @@ def evaluate(crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192)
     Raises:
         UserError: the activations do not fit the crosscoder, or are not finite.
     """
-    table = reconstruction_table(crosscoder, acts)
+    table = reconstruction_table(crosscoder, acts, parallel)
     held_out = acts.held_out_tokens()
     tokens = held_out[: max(1, n_tokens // held_out.shape[1])].long()
-    spliced = pd.DataFrame(splice_losses(crosscoder, acts, tokens))
+    spliced = pd.DataFrame(splice_losses(crosscoder, acts, tokens, parallel=parallel))
     return pd.concat([table, spliced], axis=1)
 
 
 @torch.no_grad()
 def splice_losses(
-    crosscoder: Crosscoder, acts: Activations, tokens: Int[Tensor, "N T"], batch_tokens: int = 4096
+    crosscoder: Crosscoder,
+    acts: Activations,
+    tokens: Int[Tensor, "N T"],
+    batch_tokens: int = 4096,
+    parallel: Parallel = ALONE,
 ) -> list[dict[str, float]]:
-    """Cross-entropy and KL of clean, spliced and zeroed models, one dictionary per snapshot."""
+    """Cross-entropy and KL of clean, spliced and zeroed models, one dictionary per snapshot.
+
+    Each process runs the models of some snapshots; all of them reconstruct together.
+    """
+    S, settings = crosscoder.n_snapshots, acts.settings
     keep = acts.keep(tokens)
-    raw = harvest(acts.snapshots, tokens, acts.hook_name, acts.settings)
+    own = range(parallel.rank, S, parallel.n_ranks)
+    x = torch.zeros(*tokens.shape, S, crosscoder.d_model)
+    for s in own:
+        x[:, :, s] = harvest(acts.snapshots, tokens, acts.hook_name, settings, only=s)[:, :, 0]
     step = max(1, batch_tokens // tokens.shape[1])
-    features = [crosscoder.encode(chunk.to(crosscoder.device)) for chunk in raw.split(step)]
+    for chunk in x.split(step):
+        whole = parallel.sum_(chunk.to(crosscoder.device))  # each process has the activations of its own snapshots
+        chunk.copy_(crosscoder.decode(crosscoder.encode(whole)))
+    sums = torch.zeros(S, 4, dtype=torch.float64)
+    for s in tqdm(own, desc="Splicing", unit="snapshot", leave=False):
+        model = acts.snapshots.model(s, settings)
+        for batch, kept, decoded in zip(tokens.split(step), keep.split(step), x[:, :, s].split(step), strict=True):
+            here = (part.to(settings.device) for part in (batch, kept, decoded))
+            sums[s] += _losses(model, *here, acts.hook_name)
+    sums = parallel.sum_(sums.to(crosscoder.device)).cpu()
     rows: list[dict[str, float]] = []
-    for s in tqdm(range(crosscoder.n_snapshots), desc="Splicing", unit="snapshot", leave=False):
-        model = acts.snapshots.model(s, acts.settings)
-        sums = torch.zeros(4, dtype=torch.float64)
-        for batch, kept, f in zip(tokens.split(step), keep.split(step), features, strict=True):
-            batch, kept = batch.to(acts.settings.device), kept.to(acts.settings.device)
-            decoded = crosscoder.decode_snapshot(crosscoder.snapshot_acts(f, s), s).to(acts.settings.device)
-            sums += _losses(model, batch, kept, decoded, acts.hook_name)
-        clean, spliced, zero, kl = (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist()
+    for clean, spliced, zero, kl in (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist():
         recovered = 1 - (spliced - clean) / (zero - clean) if zero - clean >= MIN_ZERO_COST else math.nan
         rows.append({"ce_clean": clean, "ce_spliced": spliced, "ce_zero": zero, "ce_recovered": recovered, "kl": kl})
     return rows

@@ -59,9 +59,7 @@ def initialise(
         architecture = dataclasses.replace(architecture, decoder_init_norm=1.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sae_class: Any = TRAINING_ARCHITECTURES[architecture.architecture()][0]
-        strategy = ONE_PROCESS if parallel.alone else parallel
-        sae: CrosscoderTrainingSAE = sae_class(architecture, strategy=strategy)
+        sae = _made(architecture, parallel)
     moments = first_moments(acts, batch_size, scale_tokens)
     scale = snapshot_scales(moments, architecture.scale, acts)
     sae.activation_scale.copy_(scale)
@@ -73,6 +71,24 @@ def initialise(
         else:
             centre(sae)
     return sae
+
+
+def uninitialised(architecture: CrosscoderTrainingConfig, parallel: Parallel = ALONE) -> CrosscoderTrainingSAE:
+    """A crosscoder with arbitrary weights, for a checkpoint to be loaded into.
+
+    Args:
+        architecture: with shapes and metadata filled in.
+        parallel: the processes that train it.
+    """
+    with torch.device("meta"):  # draws no numbers
+        sae = _made(dataclasses.replace(architecture, device="meta"), parallel)
+    sae.to_empty(device=architecture.device)
+    return sae.to(architecture.device)
+
+
+def _made(architecture: CrosscoderTrainingConfig, parallel: Parallel) -> CrosscoderTrainingSAE:
+    sae_class: Any = TRAINING_ARCHITECTURES[architecture.architecture()][0]
+    return sae_class(architecture, strategy=ONE_PROCESS if parallel.alone else parallel)
 
 
 class Moments(NamedTuple):

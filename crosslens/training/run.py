@@ -3,7 +3,7 @@
 1. Fill in the architecture's shapes and metadata from the data, and claim the run directory.
 2. Initialise the crosscoder (`crosslens.training.initialisation`); resume from the last complete checkpoint, if any.
 3. Train (`crosslens.training.trainer`), write checkpoints, and save the inference crosscoder.
-4. Evaluate it on held-out activations (`crosslens.training.evaluation`).
+4. Evaluate it on held-out activations (`crosslens.training.evaluation`), and say how good it is.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from crosslens.rundir import RunDir
 from crosslens.training.checkpoints import discard, save_whole
 from crosslens.training.config import TrainConfig, check_warm_up
 from crosslens.training.evaluation import evaluate, quick_metrics
-from crosslens.training.initialisation import initialise
+from crosslens.training.initialisation import initialise, uninitialised
 from crosslens.training.logging import wandb_run
+from crosslens.training.progress import Measured, quality_table, tell, warn_if_poor
 from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 
@@ -75,8 +76,8 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
             crosscoder = load(trained.crosscoder, device=device)
         else:  # the whole crosscoder may not fit on a GPU, nor into memory once per process
             crosscoder = load(trained.crosscoder, device="cpu") if parallel.rank == 0 else _without_weights(trained)
-        if config.evaluate and parallel.rank == 0:
-            _evaluate(crosscoder, acts, config)
+        if _is_evaluated(config) and parallel.rank == 0:
+            _evaluate(crosscoder, acts, architecture, config)
     return crosscoder
 
 
@@ -100,21 +101,12 @@ def _fit(
         else:
             architecture, run = _claimed(acts, architecture, config)
     if run is not None and parallel.count(int(finished)):  # rank 0 decides; on a network others may not see it yet
+        if parallel.rank == 0:
+            tell(f"{run.path} holds this crosscoder: it is loaded, not trained again")
         return run
     began = time.perf_counter()
-    sae = initialise(
-        architecture,
-        acts,
-        batch_size=config.batch_size,
-        scale_tokens=config.scale_tokens,
-        seed=config.seed,
-        parallel=parallel,
-    )
-    total = config.training_tokens or acts.n_tokens
-    evaluator = partial(_evaluator, acts) if parallel.alone else None  # no process holds the whole crosscoder yet
-    trainer = CrosscoderTrainer(config, sae, iter(()), total, evaluator=evaluator, run=run, parallel=parallel)
-    if run is not None and config.resume:
-        trainer.resume()
+    trainer = _trainer(acts, architecture, config, run, parallel)
+    sae = trainer.sae
     trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
     trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
@@ -125,6 +117,11 @@ def _fit(
         if run is not None and trainer.n_training_samples > resumed:
             trainer.save_checkpoint("final")  # writing the result takes time, and may fail
     rate = (trainer.n_training_samples - resumed) / (time.perf_counter() - started)
+    if trainer.last_measured is not None and parallel.rank == 0 and not _is_evaluated(config):
+        labels = sae.cfg.snapshot_labels
+        warn_if_poor(
+            labels, trainer.last_measured, architecture, config.dead_tokens, config.training_tokens or acts.n_tokens
+        )
     if run is None:
         return sae.to_inference()
     partial_path = run.path / "crosscoder.partial"
@@ -142,7 +139,47 @@ def _fit(
             run.update(
                 timings={**seconds, "tokens_per_second": rate, "peak_memory": peak_memory()}, processes=n_processes()
             )
+    if config.evaluate and not parallel.alone:  # while the processes hold it; a single one loads what was saved
+        sae.eval()
+        table = evaluate(sae, acts, parallel=parallel)
+        with parallel.first() as first:
+            if first:
+                run.save_table("evaluation", table)
     return run
+
+
+def _trainer(
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig,
+    run: RunDir | None,
+    parallel: Parallel,
+) -> CrosscoderTrainer:
+    """A trainer that continues from the last checkpoint, or else one at the start."""
+
+    def made(sae: CrosscoderTrainingSAE) -> CrosscoderTrainer:
+        total = config.training_tokens or acts.n_tokens
+        evaluator = partial(_evaluator, acts, parallel)
+        return CrosscoderTrainer(config, sae, iter(()), total, evaluator=evaluator, run=run, parallel=parallel)
+
+    found = parallel.rank == 0 and run is not None and config.resume and run.last_checkpoint() is not None
+    if parallel.count(int(found)):  # rank 0 decides, as above
+        trainer = made(uninitialised(architecture, parallel))
+        if trainer.resume():
+            return trainer
+        del trainer
+        if parallel.rank == 0:
+            tell("no checkpoint can be read: training starts again from the first token")
+    return made(
+        initialise(
+            architecture,
+            acts,
+            batch_size=config.batch_size,
+            scale_tokens=config.scale_tokens,
+            seed=config.seed,
+            parallel=parallel,
+        )
+    )
 
 
 @contextmanager
@@ -254,19 +291,33 @@ def _without_weights(run: RunDir) -> Crosscoder:
     return empty.eval()
 
 
-def _evaluator(acts: Activations, sae: CrosscoderTrainingSAE, *_: Any) -> dict[str, Any]:
-    return quick_metrics(sae.to_inference(), acts)
+def _evaluator(acts: Activations, parallel: Parallel, sae: CrosscoderTrainingSAE, *_: Any) -> dict[str, Any]:
+    return quick_metrics(sae, acts, parallel)
 
 
-def _evaluate(crosscoder: Crosscoder, acts: Activations, config: TrainConfig) -> None:
-    """Evaluate a crosscoder if the result goes to a run directory or W&B, unless it is there already."""
+def _is_evaluated(config: TrainConfig) -> bool:
+    """Whether held-out metrics are measured at the end, because they have somewhere to go."""
+    return config.evaluate and (config.run_dir is not None or config.wandb_project is not None)
+
+
+def _evaluate(
+    crosscoder: Crosscoder, acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
+) -> None:
+    """Evaluate a crosscoder, unless its run directory holds the result; write, show and log it."""
     run = None if config.run_dir is None else RunDir(config.run_dir)
     table = None if run is None else run.table("evaluation")
-    if table is None and (run is not None or config.wandb_project):
+    if table is None:
         table = evaluate(crosscoder, acts)
         if run is not None:
             run.save_table("evaluation", table)
     _log_final(config, table)
+    n_tokens = int(acts.keep(acts.held_out_tokens()).sum())
+    tell(quality_table(table, crosscoder.cfg.d_sae, n_tokens))
+    measured = Measured(
+        table["explained_variance"].tolist(), float(table["l0"].mean()), float(table["dead_fraction"].iloc[0])
+    )
+    labels = table["label"].tolist()
+    warn_if_poor(labels, measured, architecture, config.dead_tokens, config.training_tokens or acts.n_tokens)
 
 
 def _start_wandb(
@@ -288,8 +339,8 @@ def _start_wandb(
     return True
 
 
-def _log_final(config: TrainConfig, table: pd.DataFrame | None) -> None:
-    if config.wandb_project is None or table is None:
+def _log_final(config: TrainConfig, table: pd.DataFrame) -> None:
+    if config.wandb_project is None:
         return
     import wandb
 

@@ -11,7 +11,9 @@ One step:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,18 +28,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
+from crosslens.crosscoders.base import explained_variance, n_active
 from crosslens.distributed.devices import choose_precision
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.rundir import RunDir
 from crosslens.training.adam import MOMENTS, BFloat16Adam, moment_dtype
-from crosslens.training.checkpoints import read_state, save_checkpoint
+from crosslens.training.checkpoints import DamagedCheckpointError, read_state, save_checkpoint, set_aside
 from crosslens.training.config import TrainConfig, lr_factor
+from crosslens.training.progress import Bar, Measured, tell
 
 
 class CrosscoderTrainer(SAETrainer[Any, Any]):
-    """SAELens's trainer, with other implementations of `step`, `optimizer`, `lr_scheduler` and `save_checkpoint`.
+    """SAELens's trainer with its own `fit`, `step`, `optimizer`, `lr_scheduler` and `save_checkpoint`.
 
-    SAELens's own step always clips at 1.0, and its schedulers end at zero; the recipes of both papers differ.
+    SAELens's own step always clips at 1.0, and its schedulers end at zero; the recipes of both papers differ. Its loop
+    shows losses every hundred steps.
 
     Args:
         config: how to train.
@@ -92,6 +97,9 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self._stop_of_any: Tensor | None = None  # `stop` of any process, as of the last step
         self._busy = False
         self._saved = -1  # activations seen at the last checkpoint
+        self.last_measured: Measured | None = None
+        """How good the crosscoder is on the last batch of `fit`."""
+        self._counts: Tensor | None = None  # of active pairs and dead features in all processes, at the last step
         self.act_freq_scores = torch.zeros(sae.n_own, device=config.device)
         self.n_forward_passes_since_fired = torch.zeros(sae.n_own, device=config.device)
         self.check_late = sae.device.type != "cpu"
@@ -115,6 +123,80 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.lr_scheduler = LambdaLR(
             self.optimizer, partial(lr_factor, config=config, total_steps=self.cfg.total_training_steps)
         )
+
+    @override
+    def fit(self) -> CrosscoderTrainingSAE:
+        """Train until all activations are seen: SAELens's loop, by the methods that it documents for other loops.
+
+        A progress bar shows explained variance (mean over snapshots), L0 and dead features of the last batch.
+        """
+        output: TrainStepOutput | None = None
+        bar = Bar(self.cfg.total_training_samples, self.n_training_samples, hidden=self.parallel.rank > 0)
+        with closing(bar):
+            while self.n_training_samples < self.cfg.total_training_samples:
+                output = None  # it would stay in memory during the next step
+                self._log(self.maybe_reset_sparsity())
+                output = self.step(next(self.data_provider))
+                self._log_step(output)
+                if self.checkpoint_thresholds and self.n_training_samples > self.checkpoint_thresholds[0]:
+                    self.save_checkpoint(str(self.n_training_samples))
+                    self.checkpoint_thresholds.pop(0)
+                self.n_training_steps += 1
+                bar.advance(self.n_training_samples, partial(self.measure, output))
+            if output is not None:
+                self.last_measured = self.measure(output)
+                bar.draw(self.n_training_samples, self.last_measured)
+        self._log(self.full_sparsity_window_log())
+        self.set_final_sae_metadata()
+        return self.sae
+
+    @torch.no_grad()
+    def measure(self, output: TrainStepOutput) -> Measured:
+        """Explained variance, L0 and dead features of the last batch; the host waits once for a GPU.
+
+        A feature is dead if it has not fired for `dead_tokens`, or never. With several processes the counts are those
+        of all of them; explained variance is that of the tokens of this process.
+        """
+        S = self.sae.cfg.n_snapshots
+        counts = self._count(output.feature_acts) if self._counts is None else self._counts
+        explained = explained_variance(output.sae_in, output.sae_out, S)
+        *explained, active, dead = torch.cat([explained.double(), counts]).tolist()
+        return Measured(
+            explained, active / self.config.batch_size, dead / self.parallel.n_data_ranks / self.sae.cfg.d_sae
+        )
+
+    @torch.no_grad()
+    def _count(self, feature_acts: Tensor) -> Tensor:
+        """Active pairs of a batch and dead features in this process, (2,)."""
+        window = min(self.cfg.dead_feature_window, self.n_training_steps - 1)
+        dead = (self.n_forward_passes_since_fired > window).sum()
+        return torch.stack([n_active(feature_acts), dead]).double()
+
+    def _log(self, entries: dict[str, Any]) -> None:
+        if entries and self.cfg.logger.log_to_wandb:
+            import wandb
+
+            wandb.log(entries, step=self.n_training_steps)
+
+    def _log_step(self, output: TrainStepOutput) -> None:
+        """Log the losses and metrics of a step, and the held-out metrics, when it is their turn."""
+        logger = self.cfg.logger
+        if not self._is_logged():
+            return
+        self._log(self.build_train_step_log_dict(output, self.n_training_samples))
+        if (self.n_training_steps + 1) % (logger.wandb_log_frequency * logger.eval_every_n_wandb_logs) == 0:
+            import wandb
+
+            self._log({name: wandb.Histogram(values) for name, values in self.sae.log_histograms().items()})
+            if self.evaluator is not None:
+                self.sae.eval()
+                self._log(self.evaluator(self.sae, self.data_provider, self.activation_scaler))
+                self.sae.train()
+
+    def _is_logged(self) -> bool:
+        """Whether the metrics of the step after `n_training_steps` are logged."""
+        logger = self.cfg.logger
+        return logger.log_to_wandb and (self.n_training_steps + 1) % logger.wandb_log_frequency == 0
 
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
@@ -151,8 +233,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
                 dead_neuron_mask=self.dead_neurons,
                 coefficients=self.get_coefficients(),
                 n_training_steps=self.n_training_steps,
-                is_logging_step=self.cfg.logger.log_to_wandb
-                and (self.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0,
+                is_logging_step=self._is_logged(),
             )
         )
         output.loss.backward()
@@ -169,8 +250,10 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
                 not_finite |= ~torch.isfinite(threshold.grad.sum())
         if not self.parallel.alone:
             # all processes skip the step, and stop, if one of them does
-            flags = torch.stack([not_finite.float(), torch.full_like(not_finite, self.stop, dtype=torch.float32)])
-            not_finite, self._stop_of_any = self.parallel.sum_(flags) > 0
+            flags = torch.stack([not_finite, torch.full_like(not_finite, self.stop)]).double()
+            flags = self.parallel.sum_(torch.cat([flags, self._count(output.feature_acts)]))
+            not_finite, self._stop_of_any = flags[:2] > 0
+            self._counts = flags[2:]
         guarded_step(self.optimizer, divisor, not_finite)
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
@@ -302,18 +385,29 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             "n_frac_active_samples": self.n_frac_active_samples,
             "adam_steps": float(adam["b_dec"]["step"]),
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "decoder_init_norm": self.sae.cfg.decoder_init_norm,
         }
         save_checkpoint(folder, self.n_training_samples, *self._tensors(adam), numbers, self.parallel)
 
-    def resume(self) -> None:
-        """Continue from the last complete checkpoint of the run directory, if there is one."""
+    def resume(self) -> bool:
+        """Continue from the last complete checkpoint of the run directory; return whether there is one.
+
+        A checkpoint that cannot be read is kept under another name until the next one is written, with a warning. The
+        crosscoder may then hold parts of it, and has to be initialised again.
+        """
         assert self.run is not None
-        found = self.run.last_checkpoint() if self.parallel.rank == 0 else None
-        # rank 0 decides: on a network file system, others may see an older state of the folder
-        samples = self.parallel.count(0 if found is None else int(found.name.removeprefix("tokens-")))
+        while samples := self._last_checkpoint():
+            folder = self.run.checkpoints / f"tokens-{samples}"
+            try:
+                self._load(folder)
+                break
+            except DamagedCheckpointError as error:
+                with self.parallel.first() as first:
+                    if first:
+                        set_aside(folder)
+                        warnings.warn(f"the checkpoint {folder} is damaged ({error}) and is not used", stacklevel=3)
         if not samples:
-            return
-        self._load(self.run.checkpoints / f"tokens-{samples}")
+            return False
         self._saved = samples
         # SAELens writes a checkpoint before it counts the step that it has just made
         self.n_training_steps = self.n_training_samples // self.config.batch_size
@@ -321,6 +415,16 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         for scheduler in self.coefficient_schedulers.values():
             for _ in range(self.n_training_steps):
                 scheduler.step()
+        if self.parallel.rank == 0:
+            tell(f"resuming from the checkpoint at {samples:,} of {self.cfg.total_training_samples:,} tokens")
+        return True
+
+    def _last_checkpoint(self) -> int:
+        """Activations seen at the last complete checkpoint, 0 if there is none."""
+        assert self.run is not None
+        found = self.run.last_checkpoint() if self.parallel.rank == 0 else None
+        # rank 0 decides: on a network file system, others may see an older state of the folder
+        return self.parallel.count(0 if found is None else int(found.name.removeprefix("tokens-")))
 
     def _load(self, folder: Path) -> None:
         adam: dict[str, dict[str, Tensor]] = {}
@@ -334,6 +438,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         torch.set_rng_state(copies["rng"])
         self.n_training_samples = numbers["n_training_samples"]
         self.n_frac_active_samples = numbers["n_frac_active_samples"]
+        self.sae.cfg.decoder_init_norm = numbers["decoder_init_norm"]
         steps = torch.tensor(float(numbers["adam_steps"]), device=self.sae.device)
         for name, p in self.trained.items():  # `load_state_dict` would convert the moments to float32
             self.optimizer.state[p] = {"step": steps.clone(), **adam[name]}
