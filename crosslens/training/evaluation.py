@@ -138,7 +138,7 @@ def splice_losses(
         whole = parallel.sum_(chunk.to(crosscoder.device))  # each process has the activations of its own snapshots
         chunk.copy_(crosscoder.decode(crosscoder.encode(whole)))
     sums = torch.zeros(S, 4, dtype=torch.float64)
-    for s in tqdm(own, desc="Splicing", unit="snapshot", leave=False):
+    for s in tqdm(own, desc="Cross-entropy", unit="snapshot", leave=False):
         model = acts.snapshots.model(s, settings)
         for batch, kept, decoded in zip(tokens.split(step), keep.split(step), x[:, :, s].split(step), strict=True):
             here = (part.to(settings.device) for part in (batch, kept, decoded))

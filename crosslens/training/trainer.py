@@ -154,7 +154,8 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
     def measure(self, output: TrainStepOutput) -> Measured:
         """Explained variance, L0 and dead features of the last batch; the host waits once for a GPU.
 
-        A feature is dead if it has not fired for `dead_tokens`, or never. With several processes the counts are those
+        A feature is dead if it has not fired for `dead_tokens`, or for half of the training so far if that is shorter:
+        short runs never reach the default of `dead_tokens`. With several processes the counts are those
         of all of them; explained variance is that of the tokens of this process.
         """
         S = self.sae.cfg.n_snapshots
@@ -168,7 +169,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
     @torch.no_grad()
     def _count(self, feature_acts: Tensor) -> Tensor:
         """Active pairs of a batch and dead features in this process, (2,)."""
-        window = min(self.cfg.dead_feature_window, self.n_training_steps - 1)
+        window = min(self.cfg.dead_feature_window, self.n_training_steps // 2)
         dead = (self.n_forward_passes_since_fired > window).sum()
         return torch.stack([n_active(feature_acts), dead]).double()
 
