@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
@@ -102,23 +102,30 @@ def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor],
     Raises:
         DamagedCheckpointError: in all processes, if one of them cannot read a file; tensors may have changed.
     """
-    numbers, damage = _inspected(folder)
+    expected = {name: tensor.numel() * parallel.n_feature_ranks for name, tensor in rows.items()}
+    expected |= {name: tensor.numel() for name, tensor in copies.items()}
+    numbers, damage = _inspected(folder, expected)
     if parallel.count(int(bool(damage))):
         raise DamagedCheckpointError(damage or "another process cannot read it")
-    try:
-        with _without_warning_of_one_process():
-            dcp.load(
-                _sharded(rows, copies, parallel),
-                storage_reader=HuggingFaceStorageReader(str(folder)),
-                no_dist=parallel.alone,
-            )
-    except CheckpointException as error:
-        raise DamagedCheckpointError("a tensor is missing or cannot be read") from error
+    with _without_warning_of_one_process():
+        dcp.load(
+            _sharded(rows, copies, parallel),
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            no_dist=parallel.alone,
+        )
     return numbers
 
 
-def _inspected(folder: Path) -> tuple[dict[str, Any], str]:
-    """The contents of `state.json`, and what is wrong with the files, if anything."""
+def _inspected(folder: Path, expected: dict[str, int]) -> tuple[dict[str, Any], str]:
+    """The contents of `state.json`, and what is wrong with the checkpoint, if anything.
+
+    torch.distributed.checkpoint does not notice the missing file of one of several processes: it leaves the rows as
+    they are.
+
+    Args:
+        folder: the checkpoint.
+        expected: number of elements of every tensor.
+    """
     path = folder / "state.json"
     try:
         numbers = dict(json.loads(path.read_text()))
@@ -127,6 +134,11 @@ def _inspected(folder: Path) -> tuple[dict[str, Any], str]:
                 pass
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         return {}, f"{path.name}: {first_line(error)}"
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name, size in expected.items():
+        chunks: Any = getattr(stored.get(name), "chunks", ())
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != size:
+            return {}, f"a file with {name} is missing"
     return numbers, ""
 
 

@@ -28,10 +28,12 @@ from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training.checkpoints import save_whole
 from crosslens.training.config import TrainConfig
+from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import initialise
 from crosslens.training.run import complete, train
 from crosslens.training.trainer import CrosscoderTrainer
 from tests.ranks import run_ranks
+from tests.training.test_lost_runs import history
 from tests.training.test_run import ALL, B, config
 
 STEPS = 20
@@ -222,6 +224,93 @@ def test_a_non_finite_step_of_one_process_changes_none(acts: Activations, tmp_pa
     assert all(all(same) and len(same) == 4 for same in run_ranks(2, tmp_path, body))
 
 
+# ---------------------------------------------------------------------- how good it is
+
+NUMBERS = ["explained_variance", "explained_variance_per_token", "l0", "dead_fraction"]
+LOSSES = ["ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "data_parallel"), [(2, 1), pytest.param(4, 2, marks=EXHAUSTIVE)])
+def test_all_processes_evaluate_what_one_does(acts: Activations, tmp_path: Path, world: int, data_parallel: int):
+    """Explained variance, L0, dead features and the losses of spliced models, of all architectures.
+
+    TopK is annealed, and evaluated in the middle of it, with the k of inference; two processes split three snapshots.
+    """
+
+    def tables(parallel: Parallel) -> Any:
+        found = []
+        for architecture in ALL:
+            trainer = trainer_of(acts, ALL[architecture](), parallel)
+            train_until(trainer, acts, 6)
+            trainer.sae.eval()
+            table = evaluate(trainer.sae, acts, n_tokens=100, parallel=parallel)
+            if parallel.alone:
+                table = evaluate(trainer.sae.to_inference(), acts, n_tokens=100)
+            found.append([table[name].tolist() for name in (*NUMBERS, *LOSSES)])
+        return found
+
+    def body(rank: int) -> Any:
+        del rank
+        return tables(join("cpu", data_parallel)[0])
+
+    alone, together = tables(ALONE), run_ranks(world, tmp_path, body)
+    assert all(repr(rank) == repr(together[0]) for rank in together)
+    for architecture, expected, found in zip(ALL, alone, together[0], strict=True):
+        for name, a, b in zip((*NUMBERS, *LOSSES), expected, found, strict=True):
+            assert b == pytest.approx(a, abs=1e-5, nan_ok=True), (architecture, name)
+    of_topk = dict(zip(NUMBERS, alone[list(ALL).index("topk_crosscoder")][:4], strict=True))
+    assert of_topk["l0"] == pytest.approx([4.0] * 3) and min(of_topk["explained_variance"]) > 0.03
+
+
+def test_the_bar_counts_the_features_of_all_processes(acts: Activations, tmp_path: Path):
+    """With features and tokens split; explained variance is that of the process's own tokens."""
+
+    def measured(parallel: Parallel) -> Any:
+        trainer = trainer_of(acts, ALL["batchtopk_crosscoder"](), parallel)
+        with torch.no_grad():
+            trainer.sae.b_enc[: trainer.sae.n_own // 4] = -1e3
+        batch = next(acts.batches(B))
+        for _ in range(4):  # the same tokens, so that the same features fire
+            output = trainer.step(batch)
+            trainer.n_training_steps += 1
+        found = trainer.measure(output)
+        return [found.l0, found.dead_fraction, *found.explained_variance]
+
+    def body(rank: int) -> Any:
+        del rank
+        return measured(join("cpu", 2)[0])
+
+    together = run_ranks(4, tmp_path, body)
+    assert {rank[0] for rank in together} == {3.5} and len({rank[1] for rank in together}) == 1
+    assert 0.25 <= together[0][1] < 1
+    assert together[0] == together[1] and together[2] == together[3] and together[0][2:] != together[2][2:]
+
+
+@pytest.mark.slow
+def test_held_out_metrics_are_logged_by_two_processes(
+    acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those after the last step are those of the finished crosscoder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = settings(
+        run_dir=tmp_path / "run", wandb_project="evolution", wandb_log_frequency=10, wandb_eval_frequency=2
+    )
+
+    def body(rank: int) -> int:
+        train(acts, ALL["topk_crosscoder"](), options)
+        return rank
+
+    run_ranks(2, tmp_path, body)
+    (log,) = (tmp_path / "run").rglob("run-*.wandb")
+    (row,) = [row for row in history(log) if "metrics/held_out/l0" in row]
+    expected = quick_metrics(load(tmp_path / "run" / "crosscoder"), acts)
+    assert row["_step"] == STEPS - 1
+    assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
 # ---------------------------------------------------------------------- which scores are the largest
 
 
@@ -392,6 +481,26 @@ def test_copies_of_a_feature_round_its_moments_alike(acts: Activations, tmp_path
     assert ranks[0]["loss"] == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_no_process_resumes_from_a_damaged_checkpoint(acts: Activations, tmp_path: Path, damage: str):
+    run = RunDir(tmp_path / "run")
+    run.write_json({})
+
+    def body(rank: int) -> list[int]:
+        parallel, _ = join("cpu")
+        trainer = trainer_of(acts, ALL["batchtopk_crosscoder"](), parallel, run)
+        train_until(trainer, acts, 2)
+        trainer.save_checkpoint("second")
+        if rank == 0:
+            shard = sorted((run.checkpoints / f"tokens-{2 * B}").glob("*.safetensors"))[0]
+            shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
+        parallel.barrier()
+        return [int(trainer_of(acts, ALL["batchtopk_crosscoder"](), parallel, run).resume())]
+
+    assert run_ranks(2, tmp_path, body) == [[0], [0]]
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"damaged-tokens-{2 * B}"]
+
+
 @pytest.mark.parametrize("architecture", ALL)
 def test_the_file_of_several_is_the_file_of_one(
     acts: Activations, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
@@ -453,6 +562,10 @@ def test_train_in_two_processes(acts: Activations, tmp_path: Path, data_parallel
     assert files == {"run.json", "evaluation.parquet", "crosscoder/cfg.json", "crosscoder/sae_weights.safetensors"}
     assert run.read_json()["processes"] == 2
     assert load(run.crosscoder).cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
+    table, expected = run.table("evaluation"), evaluate(load(run.crosscoder), acts)
+    assert table is not None and list(table.columns) == list(expected.columns)
+    for name in (*NUMBERS, *LOSSES):
+        assert table[name].tolist() == pytest.approx(expected[name].tolist(), abs=1e-5, nan_ok=True), name
     assert load(run.crosscoder).cfg.metadata.l0 == pytest.approx(alone.cfg.metadata.l0)
 
 
