@@ -410,9 +410,8 @@ class Activations:
             passes=max(1.0, (training_tokens or self.n_tokens) / self.n_tokens),
             model_bytes=one_model,
             models_fit=fit,
+            loaded_bytes=one_model * (S if fit else 1),
             block_bytes=block,
-            live_bytes=one_model * (S if fit else 1) + 3 * block,
-            cached_bytes=3 * block,
             cache_bytes=self.tokens.numel() * S * row_bytes(D, check_dtype(dtype)),
             cache_dtype=dtype,
             free_bytes=free_bytes(folder),
@@ -424,7 +423,9 @@ class Activations:
             else training_bytes(
                 architecture, S, D, batch_size // data_parallel, processes // data_parallel, adam_moments
             ),
+            matrix_bytes=0 if architecture is None else 4 * S * D * architecture.d_sae // (processes // data_parallel),
             processes=processes,
+            device=torch.device(self.settings.device).type,
         )
 
     def _seconds_per_token(self) -> float:

@@ -34,7 +34,8 @@ def model_bytes(config: Any, n_blocks: int) -> int:
     return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
 
 
-# measured: number of (B, F) arrays in a step at its densest (for the last two the first step), and extra columns
+# number of (B, F) arrays in a step at its densest (for the last two the first step), and extra columns; measured on
+# CPUs by `benchmarks/distributed.py`, whose column "off by" is the error of `training_bytes`
 _BATCH_TENSORS = {
     "topk_crosscoder": (2.0, 0),
     "batchtopk_crosscoder": (2.0, 0),
@@ -42,6 +43,9 @@ _BATCH_TENSORS = {
     "jumprelu_crosscoder": (3.0, 8192),
 }
 _WORKSPACE = 48 << 20
+# copies of one weight matrix on the host while a checkpoint is written from a GPU: the matrix, and two of it as the bytes
+# of a file (measured on a CPU, where they take the place of the gradients)
+_CHECKPOINT_COPIES = 3
 
 
 def training_bytes(
@@ -53,6 +57,8 @@ def training_bytes(
     adam_moments: str = "float32",
 ) -> int:
     """Memory in bytes of one process that trains a crosscoder in float32: weights, gradients, Adam, and a step.
+
+    All of it is on the device of the crosscoder. CUDA's own context and the libraries of the GPU are not counted.
 
     Args:
         architecture: d_sae and the gate.
@@ -96,18 +102,18 @@ class Plan:
         passes: passes over the data during training.
         model_bytes: one float32 model, cut at the hook.
         models_fit: whether the models of all snapshots fit into memory together.
-        block_bytes: one block of float32 activations of all snapshots.
-        live_bytes: memory for training live: the models, and three blocks (the one in use, the next one, and its
-            shuffled copy).
-        cached_bytes: memory for training from a cache, three blocks; harvesting takes less, one model and a shard.
+        loaded_bytes: models in memory together while training is live, on the device.
+        block_bytes: one block of float32 activations of all snapshots, on the host.
         cache_bytes: disk space of the cache.
         cache_dtype: dtype of the cache.
         free_bytes: free disk space.
         n_downloads: snapshots whose weights are not on this disk yet.
         seconds: estimate for one pass of all models, from a timed forward pass of one; NaN when not measured.
         process_bytes: memory of the process so far: libraries, and the tokens it has read.
-        training_bytes: further memory for training, per process; 0 without an architecture.
+        training_bytes: further memory for training on the device, per process; 0 without an architecture.
+        matrix_bytes: encoder or decoder of one process; 0 without an architecture.
         processes: number of processes that split the crosscoder.
+        device: where models and crosscoder are, such as "cpu" or "cuda"; on CPUs host and device are one memory.
     """
 
     n_tokens: int
@@ -118,9 +124,8 @@ class Plan:
     passes: float
     model_bytes: int
     models_fit: bool
+    loaded_bytes: int
     block_bytes: int
-    live_bytes: int
-    cached_bytes: int
     cache_bytes: int
     cache_dtype: str
     free_bytes: int
@@ -128,7 +133,22 @@ class Plan:
     seconds: float
     process_bytes: int
     training_bytes: int
+    matrix_bytes: int
     processes: int
+    device: str = "cpu"
+
+    @property
+    def live_bytes(self) -> int:
+        """Memory for training live, host and device together: the models, and three blocks."""
+        return self.loaded_bytes + self.cached_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory for training from a cache: three blocks (the one in use, the next one, and its shuffled copy).
+
+        Harvesting takes less, one model and a shard.
+        """
+        return 3 * self.block_bytes
 
     @property
     def recommendation(self) -> tuple[str, str]:
@@ -143,19 +163,44 @@ class Plan:
         return "cached", reason
 
     @property
-    def memory(self) -> int:
-        """Peak memory of each process while it trains, in bytes; without an architecture, of activations alone."""
-        activations = self.live_bytes if self.recommendation[0] == "live" else self.cached_bytes
-        return self.process_bytes + activations + self.training_bytes
+    def host_memory(self) -> int:
+        """Peak host memory of each process while it trains, in bytes; without an architecture, of activations alone."""
+        total = self.process_bytes + self.cached_bytes
+        return total + (self._checkpoint if self._has_gpu else self._models + self.training_bytes)
+
+    @property
+    def device_memory(self) -> int:
+        """Peak GPU memory of each process while it trains, in bytes; 0 on CPUs."""
+        return self._models + self.training_bytes if self._has_gpu else 0
+
+    @property
+    def _has_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def _checkpoint(self) -> int:
+        """Host memory for writing a checkpoint from a GPU."""
+        return _CHECKPOINT_COPIES * self.matrix_bytes
+
+    @property
+    def _models(self) -> int:
+        """Models in memory while training as recommended."""
+        return self.loaded_bytes if self.recommendation[0] == "live" else 0
 
     @property
     def training(self) -> str:
         """The memory of training and its parts, in words."""
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        activations = self.memory - self.process_bytes - self.training_bytes
+        step = f"{_mib(self.training_bytes)} for weights, gradients, Adam and a step"
+        program = f"{_mib(self.process_bytes)} for the program"
+        if not self._has_gpu:
+            activations = f"{_mib(self._models + self.cached_bytes)} for activations"
+            return f"training    {_mib(self.host_memory)} of memory{each}: {step}, {activations}, {program}"
+        models = f", {_mib(self._models)} for models" if self._models else ""
         return (
-            f"training    {_mib(self.memory)} of memory{each}: {_mib(self.training_bytes)} for weights, gradients, "
-            f"Adam and a step, {_mib(activations)} for activations, {_mib(self.process_bytes)} for the program"
+            f"training    {_mib(self.device_memory)} of GPU memory{each}: {step}{models}; {_mib(self.host_memory)} of "
+            f"host memory: {_mib(self.cached_bytes)} for activations, {_mib(self._checkpoint)} for writing checkpoints, "
+            f"{program}"
         )
 
     def __str__(self) -> str:
@@ -163,13 +208,17 @@ class Plan:
         estimate = unknown if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
         reading = self.cache_bytes / READ_BYTES_PER_SECOND
         way, reason = self.recommendation
+        live = f"{_mib(self.live_bytes)} of memory"
+        if self._has_gpu:
+            live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self.cached_bytes)} of host memory"
+        host = "host memory" if self._has_gpu else "memory"
         there = "all are on this disk" if not self.n_downloads else f"{self.n_downloads} to be downloaded"
         lines = [
             f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
             f"snapshots   {self.n_snapshots} x d_model {self.d_model}; {there}",
             f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
-            f"live        {_mib(self.live_bytes)} of memory; the models run once per pass, {self.passes:.3g} planned",
-            f"cached      {_mib(self.cached_bytes)} of memory, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
+            f"live        {live}; the models run once per pass, {self.passes:.3g} planned",
+            f"cached      {_mib(self.cached_bytes)} of {host}, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
             f"({_mib(self.free_bytes)} free); reading it takes about {reading:,.0f} s per pass",
             f"recommended {way}: {reason}",
         ]

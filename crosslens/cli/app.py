@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -611,12 +612,24 @@ def _say(words: str) -> None:
         typer.echo(words)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Write a warning to stderr in one line, without the line of code that raised it."""
+    if issubclass(category, UserWarning):
+        from tqdm import tqdm
+
+        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # keeps a progress bar whole
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     # must precede the import of torch: threads that busy-wait slow down a loaded machine several times over
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except UserError as error:
         typer.echo(f"crosslens: {error}", err=True)
         sys.exit(2)

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -44,7 +44,7 @@ class Bar:
     """
 
     def __init__(self, total: int, done: int, hidden: bool = False) -> None:
-        disable = {"disable": True} if hidden else {}  # else TQDM_DISABLE decides
+        disable: dict[str, Any] = {"disable": True} if hidden else {}  # else TQDM_DISABLE decides
         # miniters and mininterval: tqdm draws at every `update`, and `advance` decides when that is
         self._bar = tqdm(
             total=total,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -336,7 +337,8 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     alone, split = (acts.plan(measure=False, architecture=architecture, processes=n) for n in (1, 4))
     held = 16 * 4096 * (2 * 48 + 2)  # value, gradient, two moments
     assert held < split.training_bytes * 4 and 3 * held < 4 * (alone.training_bytes - split.training_bytes)
-    assert alone.memory == alone.process_bytes + alone.training_bytes + alone.live_bytes > 100e6
+    assert alone.host_memory == alone.process_bytes + alone.training_bytes + alone.live_bytes > 100e6
+    assert alone.device_memory == 0 and "GPU" not in str(alone)
     assert "for weights, gradients, Adam and a step" in str(alone) and "in each of 4 processes" in str(split)
     halved = acts.plan(measure=False, architecture=architecture, processes=4, data_parallel=2)
     assert halved.training_bytes == training_bytes(architecture, 3, 16, 2048, 2) < alone.training_bytes
@@ -346,6 +348,34 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert 0 < measured.seconds < 60 and "about" in str(measured)
     with pytest.raises(UserError, match="dtype='int4' is unknown for a cache.*did you mean 'int8'"):
         acts.plan(dtype="int4")
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots, tiny_text: list[str], passes: int):
+    """The same bytes as on CPUs: models and crosscoder on the GPU, blocks and program on the host."""
+    acts = make(snapshots, tiny_text)
+    architecture = JumpReLUCrosscoderTrainingConfig(d_sae=4096)
+    options: dict[str, Any] = {"training_tokens": passes * acts.n_tokens, "architecture": architecture, "processes": 2}
+    on_cpu = acts.plan(measure=False, **options)
+    acts.settings = dataclasses.replace(acts.settings, device="cuda:1")
+    plan = acts.plan(measure=False, **options)
+    models = 3 * plan.model_bytes if passes == 1 else 0
+    assert plan.device_memory == plan.training_bytes + models > 0
+    checkpoint = 3 * 4 * 3 * 16 * 4096 // 2
+    assert plan.host_memory == plan.process_bytes + 3 * plan.block_bytes + checkpoint
+    apart = plan.device_memory + plan.host_memory - plan.process_bytes - checkpoint
+    assert apart == on_cpu.host_memory - on_cpu.process_bytes
+    lines = {line.split()[0]: line for line in str(plan).splitlines()}
+
+    def mib(n: int) -> str:
+        return f"{n / 2**20:,.0f} MiB"
+
+    assert f"{mib(plan.device_memory)} of GPU memory in each of 2 processes: " in lines["training"]
+    assert f"; {mib(plan.host_memory)} of host memory: " in lines["training"]
+    assert ("for models" in lines["training"]) == (passes == 1)
+    assert f"{mib(plan.loaded_bytes)} of GPU memory, {mib(plan.cached_bytes)} of host memory" in lines["live"]
+    assert f"{mib(plan.cached_bytes)} of host memory" in lines["cached"]
 
 
 def test_recorded_and_made_again(snapshots: Snapshots, tiny_text: list[str], tmp_path: Path):

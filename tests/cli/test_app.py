@@ -205,6 +205,25 @@ def test_a_mistake_in_the_data_is_one_line_and_leaves_nothing(
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 
+def test_train_shows_how_good_the_crosscoder_is(
+    trained: Path,
+    tiny_snapshots: Path,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A table, and warnings without the line of code that raised them; also when the run is finished."""
+    monkeypatch.setattr("crosslens.training.progress.MIN_EXPLAINED_VARIANCE", 1.1)
+    monkeypatch.setattr(sys, "argv", ["crosslens", *map(str, train_arguments(tiny_snapshots, files, trained))])
+    with pytest.raises(SystemExit):
+        cli.main()
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split() == ["snapshot", "EV", "L0", "CE", "recovered"])
+    assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["step0", "step10", "step20"]
+    (warning,) = [line for line in lines if "warn" in line.lower()]
+    assert warning.startswith("warning: the crosscoder explains less than 110% of the variance of step0 (")
+
+
 def test_another_run_is_refused(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
     before = (trained / "run.json").read_bytes()
     code, _, err = command(*train_arguments(tiny_snapshots, files, trained, "--lr", 0.01))
