@@ -43,8 +43,8 @@ _BATCH_TENSORS = {
     "jumprelu_crosscoder": (3.0, 8192),
 }
 _WORKSPACE = 48 << 20
-# copies of one weight matrix on the host while a checkpoint is written from a GPU: the matrix, and two of it as the bytes
-# of a file (measured on a CPU, where they take the place of the gradients)
+# copies of one weight matrix on the host while a checkpoint is written from a GPU: the matrix, and two of it as the
+# bytes of a file (measured on a CPU, where they take the place of the gradients)
 _CHECKPOINT_COPIES = 3
 
 
@@ -199,8 +199,8 @@ class Plan:
         models = f", {_mib(self._models)} for models" if self._models else ""
         return (
             f"training    {_mib(self.device_memory)} of GPU memory{each}: {step}{models}; {_mib(self.host_memory)} of "
-            f"host memory: {_mib(self.cached_bytes)} for activations, {_mib(self._checkpoint)} for writing checkpoints, "
-            f"{program}"
+            f"host memory: {_mib(self.cached_bytes)} for activations, {_mib(self._checkpoint)} for writing "
+            f"checkpoints, {program}"
         )
 
     def __str__(self) -> str:
