@@ -20,11 +20,16 @@ from crosslens.cli.arguments import (
     MAX_FEATURES,
     MAX_SEED,
     METHODS,
+    PRECISIONS,
     RULES,
     SAMPLES,
+    SCALES,
+    check_coefficient,
     check_dataset,
     check_device,
+    check_duration,
     check_folder,
+    check_fraction,
     check_hook,
     check_id,
     check_new_run,
@@ -34,21 +39,22 @@ from crosslens.cli.arguments import (
     check_published,
     check_repository,
     check_run,
+    check_split,
     check_task,
     check_trained_run,
-    check_training,
     find_snapshots,
     in_range,
     one_of,
     open_run,
-    parse_architecture,
     parse_numbers,
     parse_prices,
     parse_settings,
     parse_steps,
     parse_task,
 )
+from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
+from crosslens.training.recipes import ARCHITECTURES as RECIPES
 
 if TYPE_CHECKING:
     from crosslens.snapshots.families import Revision
@@ -63,6 +69,7 @@ def _option(name: str, help: str, check: Callable[..., Any] | None = None) -> An
     return typer.Option(name, help=help, callback=None if check is None else lambda value: check(name, value))
 
 
+_DURATION = "Below 1: a fraction of the steps; from 2: a number of steps."
 TrainedArgument = Annotated[
     Path, typer.Argument(help="Run directory written by `crosslens train`.", metavar="RUN", callback=check_trained_run)
 ]
@@ -106,15 +113,28 @@ ContextOption = Annotated[
     int | None,
     _option("--context-size", "Tokens per sequence. Default: the models' context, at most 1024.", in_range(2)),
 ]
+SplitOption = Annotated[str | None, _option("--split", "Split of a dataset on the hub. Default: train.")]
 ColumnOption = Annotated[str, _option("--text-column", "Column of the dataset that holds the text.")]
 SampleOption = Annotated[
     str, _option("--sample-by", "A document in a text file is a line or a paragraph.", one_of(*SAMPLES))
 ]
-ArchitectureOption = Annotated[
-    str, _option("--architecture", "standard, topk, batchtopk or jumprelu.", one_of(*ARCHITECTURES))
+RecipeOption = Annotated[
+    str | None,
+    _option(
+        "--recipe",
+        f"All training settings of a paper: {' or '.join(RECIPES)}. Other options override it; for a small run give at "
+        "least --d-sae and --training-tokens.",
+        one_of(*RECIPES),
+    ),
 ]
-KOption = Annotated[int, _option("--k", "Active features per token (topk and batchtopk).", in_range(1))]
-BatchOption = Annotated[int, _option("--batch-size", "Tokens per training step.", in_range(1))]
+ArchitectureOption = Annotated[
+    str | None,
+    _option("--architecture", "standard, topk, batchtopk or jumprelu. Default: batchtopk.", one_of(*ARCHITECTURES)),
+]
+KOption = Annotated[
+    int | None, _option("--k", "Active features per token (topk and batchtopk). Default: 64.", in_range(1))
+]
+BatchOption = Annotated[int | None, _option("--batch-size", "Tokens per training step. Default: 4096.", in_range(1))]
 ParallelOption = Annotated[
     int,
     _option(
@@ -192,11 +212,13 @@ def plan(
     d_sae: Annotated[
         int | None, _option("--d-sae", "Number of features; adds the memory of training.", in_range(1, MAX_FEATURES))
     ] = None,
-    architecture: ArchitectureOption = "batchtopk",
-    k: KOption = 64,
-    batch_size: BatchOption = 4096,
+    recipe: RecipeOption = None,
+    architecture: ArchitectureOption = None,
+    k: KOption = None,
+    batch_size: BatchOption = None,
     processes: Annotated[int, _option("--processes", "Processes that torchrun will start.", in_range(1))] = 1,
     data_parallel: ParallelOption = 1,
+    split: SplitOption = None,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     device: DeviceOption = None,
@@ -204,17 +226,31 @@ def plan(
 ) -> None:
     """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
     check_processes(processes, data_parallel)
+    split = check_split(dataset, split)
+    options = TrainingOptions(
+        recipe=recipe,
+        architecture=architecture,
+        d_sae=d_sae,
+        k=k,
+        batch_size=batch_size,
+        training_tokens=training_tokens,
+    )
+    trained = d_sae is not None or recipe is not None
+    if trained:
+        check_training(options, device, n_tokens)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
 
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, sample_by=sample_by)
-    acts = Activations(load(), hook, data, settings=parse_settings(device, backend))
+    settings = parse_settings(device, backend)
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
+    acts = Activations(load(), hook, data, settings=settings)
+    architecture_config, config = parse_training(options, settings.device, acts.n_tokens) if trained else (None, None)
     planned = acts.plan(
-        training_tokens=training_tokens,
+        training_tokens=training_tokens if config is None else config.training_tokens,
         folder=cache,
         dtype=cache_dtype,
-        architecture=None if d_sae is None else parse_architecture(architecture, d_sae, k),
-        batch_size=batch_size,
+        architecture=architecture_config,
+        batch_size=batch_size or 4096 if config is None else config.batch_size,
         processes=processes,
         data_parallel=data_parallel,
     )
@@ -233,6 +269,7 @@ def harvest(
     cache_dtype: DtypeOption = "bfloat16",
     evict: Annotated[bool, _option("--evict", "When done, delete the weights that this command downloaded.")] = False,
     verify: Annotated[bool, _option("--verify", "Compare the checksums of activations on disk.")] = False,
+    split: SplitOption = None,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
@@ -240,10 +277,11 @@ def harvest(
     backend: BackendOption = "bridge",
 ) -> None:
     """Write activations to disk. Run the same command again to resume; several may run at once."""
+    split = check_split(dataset, split)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
 
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, sample_by=sample_by)
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
     acts = Activations(load(), hook, data, seed=seed, settings=parse_settings(device, backend))
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
     _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
@@ -255,18 +293,77 @@ def train(
     hook: HookOption,
     dataset: DatasetOption,
     run_dir: Annotated[Path, _option("--run-dir", "Run directory; created if missing.", check_new_run)],
-    d_sae: Annotated[int, _option("--d-sae", "Number of features.", in_range(1, MAX_FEATURES))],
-    architecture: ArchitectureOption = "batchtopk",
-    k: KOption = 64,
+    d_sae: Annotated[
+        int | None, _option("--d-sae", "Number of features; needed without --recipe.", in_range(1, MAX_FEATURES))
+    ] = None,
+    recipe: RecipeOption = None,
+    architecture: ArchitectureOption = None,
+    k: KOption = None,
+    k_start: Annotated[
+        float | None, _option("--k-start", "k at the first step, to fall to --k over --k-anneal.", check_positive)
+    ] = None,
+    k_anneal: Annotated[float | None, _option("--k-anneal", f"Annealing of k. {_DURATION}", check_duration)] = None,
+    aux: Annotated[
+        float | None,
+        _option(
+            "--aux",
+            "Coefficient of the auxiliary loss for dead features (topk and batchtopk). Default: 1/32 = 0.03125.",
+            check_coefficient,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, _option("--sparsity", "Sparsity coefficient of jumprelu. Default: 0.3.", check_coefficient)
+    ] = None,
+    sparsity_warm_up: Annotated[
+        float | None,
+        _option("--sparsity-warm-up", f"Warmup of --sparsity from 0. {_DURATION} Default: none.", check_duration),
+    ] = None,
+    l1: Annotated[
+        float | None, _option("--l1", "Coefficient of the L1 penalty of standard. Default: 2.", check_coefficient)
+    ] = None,
+    l1_warm_up: Annotated[
+        float | None, _option("--l1-warm-up", f"Warmup of --l1 from 0. {_DURATION} Default: none.", check_duration)
+    ] = None,
+    scale: Annotated[
+        str | None,
+        _option(
+            "--scale",
+            "Bring snapshots to the same variance (std) or the same norm (norm). Default: std.",
+            one_of(*SCALES),
+        ),
+    ] = None,
     n_tokens: TokensOption = None,
     training_tokens: TrainingTokensOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
-    batch_size: BatchOption = 4096,
-    lr: Annotated[float, _option("--lr", "Learning rate of Adam.", check_positive)] = 3e-4,
+    batch_size: BatchOption = None,
+    lr: Annotated[float | None, _option("--lr", "Learning rate of Adam. Default: 0.0003.", check_positive)] = None,
+    lr_warm_up: Annotated[
+        float | None, _option("--lr-warm-up", f"Warmup of --lr from 0. {_DURATION} Default: none.", check_duration)
+    ] = None,
+    lr_decay: Annotated[
+        float | None,
+        _option(
+            "--lr-decay", "Fraction of the steps, at the end, over which --lr falls. Default: 0.2.", check_fraction
+        ),
+    ] = None,
     dead_tokens: Annotated[
-        int, _option("--dead-tokens", "Tokens without firing after which a feature counts as dead.", in_range(1))
-    ] = 10_000_000,
+        int | None,
+        _option(
+            "--dead-tokens",
+            "Tokens without firing after which a feature counts as dead. Default: 10000000; in shorter runs give about "
+            "a twentieth of the training tokens.",
+            in_range(1),
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        _option(
+            "--precision",
+            "Of large products: float32, tf32 or bfloat16. Default: tf32 on CUDA, float32 on CPUs.",
+            one_of(*PRECISIONS),
+        ),
+    ] = None,
     n_checkpoints: Annotated[
         int, _option("--n-checkpoints", "Checkpoints to resume from, evenly spaced.", in_range(0))
     ] = 4,
@@ -276,6 +373,7 @@ def train(
         _option("--cache", "Write the activations to this folder first, or read them from it.", check_folder),
     ] = None,
     cache_dtype: DtypeOption = "bfloat16",
+    split: SplitOption = None,
     text_column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
@@ -284,21 +382,36 @@ def train(
     wandb_project: Annotated[str | None, _option("--wandb-project", "Log to this W&B project.")] = None,
 ) -> None:
     """Train a crosscoder, in one process or under torchrun. Run the same command again to resume."""
-    from crosslens.training.config import TrainConfig
-
-    config = TrainConfig(
-        run_dir=run_dir,
+    options = TrainingOptions(
+        recipe=recipe,
+        architecture=architecture,
+        d_sae=d_sae,
+        k=k,
+        k_start=k_start,
+        k_anneal=k_anneal,
+        aux=aux,
+        sparsity=sparsity,
+        sparsity_warm_up=sparsity_warm_up,
+        l1=l1,
+        l1_warm_up=l1_warm_up,
+        scale=scale,
         training_tokens=training_tokens,
         batch_size=batch_size,
         lr=lr,
+        lr_warm_up=lr_warm_up,
+        lr_decay=lr_decay,
         dead_tokens=dead_tokens,
-        n_checkpoints=n_checkpoints,
-        data_parallel=data_parallel,
-        seed=seed,
-        device=device or "cpu",
-        wandb_project=wandb_project,
+        precision=precision,
+        others={
+            "run_dir": run_dir,
+            "n_checkpoints": n_checkpoints,
+            "data_parallel": data_parallel,
+            "seed": seed,
+            "wandb_project": wandb_project,
+        },
     )
-    check_training(architecture, d_sae, k, n_tokens, config)
+    check_training(options, device, n_tokens)
+    split = check_split(dataset, split)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
     from crosslens.rundir import RunDir
@@ -306,28 +419,29 @@ def train(
     from crosslens.training.run import train as train_crosscoder
 
     settings = parse_settings(device, backend)
-    config.device = settings.device
-    architecture_config = parse_architecture(architecture, d_sae, k)
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, sample_by=sample_by)
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
     acts = Activations(load(), hook, data, seed=seed, settings=settings)
+    architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if cache is not None:
         if _first():
             claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
         acts = acts.cache(cache, cache_dtype)
     planned = acts.plan(
         measure=False,
-        training_tokens=training_tokens,
+        training_tokens=config.training_tokens,
         architecture=architecture_config,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         data_parallel=data_parallel,
     )
-    _say(f"{(training_tokens or acts.n_tokens) // batch_size:,} steps of {batch_size:,} tokens\n{planned.training}")
+    total = (config.training_tokens or acts.n_tokens) // config.batch_size
+    _say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
     crosscoder = train_crosscoder(acts, architecture_config, config)
     timings = RunDir(run_dir).read_json().get("timings", {})
     _say(
-        f"{type(crosscoder).__name__} with {d_sae} features saved in {run_dir}: {timings.get('train', 0):,.0f} s, "
-        f"{timings.get('tokens_per_second', 0):,.0f} tokens/s, {timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
+        f"{type(crosscoder).__name__} with {crosscoder.cfg.d_sae} features saved in {run_dir}: "
+        f"{timings.get('train', 0):,.0f} s, {timings.get('tokens_per_second', 0):,.0f} tokens/s, "
+        f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
     )
 
 

@@ -1,7 +1,7 @@
 """Arguments of the command line: first checked, then turned into snapshots, activations, tasks and runs.
 
 1. Each option has a check (`one_of`, `in_range`, `check_*`), which gets its name and value, and returns or refuses it.
-2. `find_snapshots` and `check_training` check values against each other.
+2. `find_snapshots`, `check_split` and `crosslens.cli.training_options.check_training` check values against each other.
 3. `open_*` and `parse_*` make the objects, by the library's functions of the same subject.
 
 Steps 1 and 2 read only small files and tables. They import neither torch (unless a GPU is asked for) nor pandas,
@@ -26,10 +26,9 @@ from crosslens.snapshots.settings import BACKENDS
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
-    from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
+    from crosslens.crosscoders import Crosscoder
     from crosslens.snapshots import ModelSettings, Snapshots
     from crosslens.tasks import Task
-    from crosslens.training.config import TrainConfig
 
     LoadSnapshots: TypeAlias = Callable[[], Snapshots]
 
@@ -37,6 +36,8 @@ __all__ = ["BACKENDS"]
 
 # the library's own tables are in modules that import torch; a test compares them
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
+SCALES = ("std", "norm")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 CACHE_DTYPES = ("bfloat16", "float32", "int8")
 SAMPLES = ("line", "paragraph")
 METHODS = ("ig", "gradient", "exact")
@@ -53,11 +54,11 @@ _TASKS = "demo:simple, sva:FILE, blimp:UID, clams:FILE, multiblimp:LANGUAGE, ioi
 
 
 # ---------------------------------------------------------------------- one option
-def one_of(*valid: str) -> Callable[[str, str], str]:
+def one_of(*valid: str) -> Callable[[str, str | None], str | None]:
     """A callback that refuses all other values."""
 
-    def check(option: str, value: str) -> str:
-        if value not in valid:
+    def check(option: str, value: str | None) -> str | None:
+        if value is not None and value not in valid:
             raise UserError(f"{option} {value!r} is unknown: use one of {', '.join(valid)}{did_you_mean(value, valid)}")
         return value
 
@@ -76,10 +77,34 @@ def in_range(low: int, high: int | None = None) -> Callable[[str, int | None], i
     return check
 
 
-def check_positive(option: str, value: float) -> float:
+def check_positive(option: str, value: float | None) -> float | None:
     """Refuse a number that is not above 0, infinite or not a number."""
-    if not 0 < value < math.inf:
+    if value is not None and not 0 < value < math.inf:
         raise UserError(f"{option} {value} must be a finite number above 0")
+    return value
+
+
+def check_coefficient(option: str, value: float | None) -> float | None:
+    """Refuse a number that is below 0, infinite or not a number."""
+    if value is not None and not 0 <= value < math.inf:
+        raise UserError(f"{option} {value} must be a finite number, 0 or above")
+    return value
+
+
+def check_fraction(option: str, value: float | None) -> float | None:
+    """Refuse a number below 0 or above 1."""
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"{option} {value} must be a fraction of the steps, between 0 and 1")
+    return value
+
+
+def check_duration(option: str, value: float | None) -> float | None:
+    """Refuse what is neither a fraction of the steps, below 1, nor a whole number of them.
+
+    1 is refused, because it could mean one step or all of them.
+    """
+    if value is not None and not (0 <= value < 1 or (value > 1 and value.is_integer())):
+        raise UserError(f"{option} {value:g} must be a fraction of the steps below 1, or a number of steps from 2")
     return value
 
 
@@ -89,7 +114,7 @@ def check_device(option: str, value: str | None) -> str | None:
         return value
     if not re.fullmatch(r"cuda(:\d+)?", value):
         raise UserError(f"{option} {value!r} is unknown: use cpu, cuda, or cuda:1 for the second GPU")
-    if sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)):
+    if find_assumed_device(None) == "cpu":
         count = 0
     else:
         import torch
@@ -100,6 +125,13 @@ def check_device(option: str, value: str | None) -> str | None:
     if int(value.partition(":")[2] or 0) >= count:
         raise UserError(f"{option} {value!r} does not exist: there are {count} GPUs, from cuda:0")
     return value
+
+
+def find_assumed_device(value: str | None) -> str:
+    """The --device option, or cuda where there may be a GPU: torch, which knows, takes seconds to import."""
+    if value is not None:
+        return value
+    return "cpu" if sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)) else "cuda"
 
 
 def check_hook(_: str, value: str) -> str:
@@ -322,24 +354,11 @@ def _choose(name: str, labels: Sequence[str], steps: Sequence[int | None], text:
     return [i for i, names in enumerate(zip(labels, steps, strict=True)) if wanted & {*names}]
 
 
-def check_training(architecture: str, d_sae: int, k: int, n_tokens: int | None, config: TrainConfig) -> None:
-    """Check the sizes of a training run against each other, and its settings against its run directory.
-
-    Raises:
-        UserError: k exceeds d_sae, a batch exceeds the data, the processes cannot be grouped, or the directory holds
-            another run.
-    """
-    sparse = architecture in ("topk", "batchtopk")
-    if sparse and k > d_sae:
-        raise UserError(f"--k {k} must be at most --d-sae {d_sae}")
-    if n_tokens is not None and config.batch_size > n_tokens:
-        raise UserError(f"--batch-size {config.batch_size} must be at most --n-tokens {n_tokens}, one epoch")
-    check_processes(int(os.environ.get("WORLD_SIZE", "1")), config.data_parallel)
-    if config.run_dir is not None:
-        names = ("batch_size", "lr", "dead_tokens", "seed")
-        details = {"architecture": f"{architecture}_crosscoder", "d_sae": d_sae, **({"k": k} if sparse else {})}
-        training = {name: getattr(config, name) for name in names}
-        RunDir(config.run_dir).check_settings({"architecture": details, "training": training})
+def check_split(dataset: str, split: str | None) -> str:
+    """The --split of a dataset on the hub, by default train; refused for a file, which has none."""
+    if split is not None and Path(dataset).is_file():
+        raise UserError(f"--split {split!r} is for datasets on the hub, and {dataset} is a file: leave it out")
+    return split or "train"
 
 
 def check_processes(processes: int, data_parallel: int) -> None:
@@ -398,14 +417,6 @@ def parse_task(spec: str) -> Task:
     if kind in ("demo", "sva", "blimp", "clams"):
         return getattr(Task, kind)(rest)
     return Task.local(spec)
-
-
-def parse_architecture(name: str, d_sae: int, k: int) -> CrosscoderTrainingConfig:
-    """The training config of an architecture, by its short name."""
-    from crosslens.crosscoders import TRAINING_ARCHITECTURES
-
-    options: dict[str, Any] = {"k": k} if name in ("topk", "batchtopk") else {}
-    return TRAINING_ARCHITECTURES[f"{name}_crosscoder"][1](d_sae=d_sae, **options)
 
 
 def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -> ModelSettings:

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
+from crosslens.errors import UserError
 from crosslens.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
 
-def evolution_of_concepts(
-    d_sae: int = 98_304, training_tokens: int = 800_000_000, batch_size: int = 2048, **training: Any
-) -> tuple[JumpReLUCrosscoderTrainingConfig, TrainConfig]:
+ARCHITECTURES = {"evolution_of_concepts": "jumprelu", "crosscoding_through_time": "standard"}
+"""The architecture of each recipe."""
+TRAINING: dict[str, dict[str, Any]] = {
+    "evolution_of_concepts": {
+        "training_tokens": 800_000_000,
+        "batch_size": 2048,
+        "lr": 5e-5,
+        "lr_warm_up": 0.1,
+        "lr_decay": 0.2,
+        "lr_end_factor": 1 / 32,
+        "max_grad_norm": None,
+    },
+    "crosscoding_through_time": {
+        "training_tokens": 400_000_000,
+        "batch_size": 4096,
+        "lr": 5e-5,
+        "lr_decay": 0.2,
+        "max_grad_norm": 1.0,
+    },
+}
+"""Fields of `TrainConfig` that each recipe sets. The command line checks options with them before it imports torch."""
+
+
+def evolution_of_concepts(d_sae: int = 98_304, **training: Any) -> tuple[JumpReLUCrosscoderTrainingConfig, TrainConfig]:
     """JumpReLU with a tanh-quadratic penalty (Ge et al., arXiv 2509.17196): the Pythia-160m settings.
 
     Loss, gradients, initialisation and optimiser are those of the released code (OpenMOSS/Language-Model-SAEs), down
@@ -21,44 +43,39 @@ def evolution_of_concepts(
 
     Args:
         d_sae: number of features.
-        training_tokens: activations to train on; they determine the number of warmup steps.
-        batch_size: activations per step.
-        training: other fields of `TrainConfig`, such as `run_dir`.
+        training: fields of `TrainConfig` that differ from the paper's 800 million activations in batches of 2,048, such
+            as `training_tokens`, or that it does not set, such as `run_dir`. The coefficient of the penalty is warmed
+            up over a tenth of the steps.
 
     Raises:
         UserError: a number is out of range, or there are fewer activations than one batch.
     """
-    steps = training_tokens // batch_size
+    from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
+
+    config, steps = _config("evolution_of_concepts", training)
     architecture = JumpReLUCrosscoderTrainingConfig(
         d_sae=d_sae, sparsity_warm_up_steps=steps // 10, b_enc_per_snapshot=True, bias_init="zero", scale="norm"
     )
-    config = TrainConfig(
-        training_tokens=training_tokens,
-        batch_size=batch_size,
-        lr=5e-5,
-        lr_warm_up=0.1,
-        lr_decay=0.2,
-        lr_end_factor=1 / 32,
-        max_grad_norm=None,
-    )
-    return architecture, dataclasses.replace(config, **training)
+    return architecture, config
 
 
 def crosscoding_through_time(
-    d_sae: int = 16_384, training_tokens: int = 400_000_000, batch_size: int = 4096, **training: Any
+    d_sae: int = 16_384, **training: Any
 ) -> tuple[StandardCrosscoderTrainingConfig, TrainConfig]:
     """ReLU with a decoder-norm-weighted L1 penalty (Bayazit et al., arXiv 2509.05291).
 
     Args:
         d_sae: number of features.
-        training_tokens: activations to train on; they determine the number of warmup steps.
-        batch_size: activations per step.
-        training: other fields of `TrainConfig`, such as `run_dir`.
+        training: fields of `TrainConfig` that differ from the paper's 400 million activations in batches of 4,096, such
+            as `training_tokens`, or that it does not set, such as `run_dir`. The coefficient of the penalty is warmed
+            up over a twentieth of the steps.
 
     Raises:
         UserError: a number is out of range, or there are fewer activations than one batch.
     """
-    steps = training_tokens // batch_size
+    from crosslens.crosscoders import StandardCrosscoderTrainingConfig
+
+    config, steps = _config("crosscoding_through_time", training)
     architecture = StandardCrosscoderTrainingConfig(
         d_sae=d_sae,
         l1_coefficient=2.0,
@@ -67,7 +84,15 @@ def crosscoding_through_time(
         bias_init="zero",
         scale="norm",
     )
-    config = TrainConfig(
-        training_tokens=training_tokens, batch_size=batch_size, lr=5e-5, lr_decay=0.2, max_grad_norm=1.0
-    )
-    return architecture, dataclasses.replace(config, **training)
+    return architecture, config
+
+
+def _config(recipe: str, training: dict[str, Any]) -> tuple[TrainConfig, int]:
+    """How a recipe trains, and its number of steps."""
+    config = TrainConfig(**{**TRAINING[recipe], **training})
+    if config.training_tokens is None:
+        raise UserError(
+            "training_tokens=None: the warmup of a recipe depends on the number of activations; give it, or leave it "
+            f"out for the paper's {TRAINING[recipe]['training_tokens']:,}"
+        )
+    return config, config.training_tokens // config.batch_size

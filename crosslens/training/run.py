@@ -31,7 +31,7 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
 from crosslens.crosscoders.base import check_trainable
-from crosslens.distributed.devices import find_device
+from crosslens.distributed.devices import choose_precision, find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
@@ -277,7 +277,11 @@ def training_identity(
     return {
         **acts.metadata(),
         "architecture": details,
-        "training": {**{name: getattr(config, name) for name in kept}, "training_tokens": total},
+        "training": {
+            **{name: getattr(config, name) for name in kept},
+            "precision": choose_precision(config.precision, config.device),
+            "training_tokens": total,
+        },
         "data_seed": acts.seed,
         "n_tokens": acts.n_tokens,
         "tokens_sha256": hashlib.sha256(acts.tokens.contiguous().numpy().tobytes()).hexdigest(),

@@ -649,7 +649,7 @@ def test_the_directory_of_another_run_is_refused(
                 "lr": 1e-3, "seed": 7, "batch_size": 32, "training_tokens": 2000, "lr_warm_up": 0.1, "lr_decay": 0.0,
                 "lr_warm_up_steps": 3, "adam_moments": "bfloat16",
                 "lr_end_factor": 0.5, "max_grad_norm": None, "dead_tokens": 77, "adam_beta1": 0.5, "adam_beta2": 0.9,
-                "scale_tokens": 99,
+                "scale_tokens": 99, "precision": "bfloat16",
             }.items()
         ),
         (remade(other_text), ALL["topk_crosscoder"](), settings, "tokens_sha256="),
@@ -713,7 +713,10 @@ def test_recipes_are_the_papers():
     assert architecture.bias_init == "zero"
     assert (settings.lr, settings.lr_warm_up, settings.lr_decay, settings.lr_end_factor) == (5e-5, 0, 0.2, 0)
     assert (settings.adam_beta1, settings.adam_beta2, settings.max_grad_norm) == (0.9, 0.999, 1.0)
-    assert recipes.crosscoding_through_time(lr=1e-3)[1].lr == 1e-3  # arguments win
+    changed, settings = recipes.crosscoding_through_time(lr=1e-3, training_tokens=819_200, batch_size=4096)
+    assert (settings.lr, settings.training_tokens, changed.l1_warm_up_steps) == (1e-3, 819_200, 10)
+    with pytest.raises(UserError, match="training_tokens=None: .* or leave it out for the paper's 400,000,000"):
+        recipes.crosscoding_through_time(training_tokens=None)
 
 
 # ---------------------------------------------------------------------- Weights & Biases, SAELens
