@@ -11,9 +11,12 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 Fault = Callable[[str, str, str, int], str | None]
 """Fault of a request, given method, repository, file and the number of earlier requests like it: None, "drop" (half of
@@ -146,3 +149,55 @@ class serve:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+class _Datasets(BaseHTTPRequestHandler):
+    """The part of the hub that `datasets` asks for: cards, trees and files of the folders below `root`."""
+
+    root: Path
+    commit = "c" * 40
+
+    def do_GET(self) -> None:
+        kind, *parts = urlsplit(self.path).path.strip("/").removeprefix("api/").split("/")
+        folder = self.root / "/".join(parts[:2])
+        what, rest = parts[2:3], "/".join(parts[4:])
+        if kind != "datasets" or len(parts) < 2 or not folder.is_dir():
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif what == ["resolve"] and (folder / rest).is_file():
+            data = (folder / rest).read_bytes()
+            self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.commit})
+        elif what == ["tree"] and (folder / rest).is_dir():
+            self.answer(200, json.dumps([self.entry(folder, each) for each in (folder / rest).iterdir()]).encode())
+        elif what in (["resolve"], ["tree"]):
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+        else:
+            self.answer(200, json.dumps({"id": "/".join(parts[:2]), "sha": self.commit, "siblings": []}).encode())
+
+    do_HEAD = do_GET
+
+    def entry(self, folder: Path, path: Path) -> dict[str, Any]:
+        kind = "file" if path.is_file() else "directory"
+        return {"type": kind, "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0"}
+
+    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object, **__: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def serve_datasets(root: Path) -> Generator[str, None, None]:
+    """The part of the hub that `datasets` needs, for the folders owner/name below `root`; yields its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (_Datasets,), {"root": root}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -250,7 +250,7 @@ def plan(
         folder=cache,
         dtype=cache_dtype,
         architecture=architecture_config,
-        batch_size=batch_size or 4096 if config is None else config.batch_size,
+        batch_size=(batch_size or 4096) if config is None else config.batch_size,
         processes=processes,
         data_parallel=data_parallel,
     )

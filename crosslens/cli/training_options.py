@@ -128,7 +128,7 @@ def parse_training(
     total = (config.training_tokens or n_tokens) // config.batch_size
     if options.lr_warm_up is not None and options.lr_warm_up >= 1:
         config = dataclasses.replace(config, lr_warm_up=_steps("lr_warm_up", options.lr_warm_up, total) / total)
-    fields = {
+    fields: dict[str, Any] = {
         ONLY[option][1]: _steps(option, value, total) if option in DURATIONS else value
         for option, value in options.given(*ONLY).items()
     }
@@ -171,7 +171,7 @@ def _check_architecture(options: TrainingOptions, name: str) -> None:
 def _train_config(options: TrainingOptions, device: str) -> TrainConfig:
     """The config of the options and the recipe, but for a warmup of the learning rate that is a number of steps."""
     names = ("training_tokens", "batch_size", "lr", "lr_decay", "dead_tokens", "precision")
-    warm_up = options.given("lr_warm_up") if (options.lr_warm_up or 0) < 1 else {}
+    warm_up: dict[str, Any] = options.given("lr_warm_up") if (options.lr_warm_up or 0) < 1 else {}
     of_recipe = {} if options.recipe is None else recipes.TRAINING[options.recipe]
     return TrainConfig(**{**of_recipe, **options.given(*names), **warm_up, **options.others, "device": device})
 

@@ -185,6 +185,21 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any)
         read([], tokenizer)
 
 
+def test_splits(tokenizer: Any, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # `datasets` takes a folder of this name before it asks the hub
+    (tmp_path / "someone" / "name").mkdir(parents=True)
+    for name, texts in {"train": documents[:20], "test": documents[20:]}.items():
+        WRITERS["data.jsonl"](tmp_path / "someone" / "name" / f"{name}.jsonl", texts)
+    for options, texts in (
+        ({}, documents[:20]),
+        ({"split": "train"}, documents[:20]),
+        ({"split": "test"}, documents[20:]),
+    ):
+        assert read("someone/name", tokenizer, **options).tolist() == packed(ids(texts, tokenizer), 0)
+    with pytest.raises(UserError, match=r"'someone/name' \(split 'tset'\) cannot be read from the hub: .*tset"):
+        read("someone/name", tokenizer, split="tset")
+
+
 def test_a_hub_dataset_that_is_unavailable(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     def load(name: str, **_: Any) -> None:
         raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nmore lines")

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.causal import attribute
 from crosslens.cli import app as cli
 from crosslens.crosscoders import load
 from crosslens.rundir import RunDir
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
+from tests.hub_server import run_program, serve_datasets
 
 HOOK = "blocks.1.hook_resid_post"
 Command = Callable[..., tuple[int, str, str]]
@@ -170,6 +173,73 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
     other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
     code, _, err = command(*other)
     assert code == 2 and "training.lr=0.0003" in err and not (tmp_path / "new").exists()
+
+
+def test_all_settings_are_recorded_and_resumed(
+    command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings: list[object] = [
+        *("--k-start", 8, "--k-anneal", 0.5, "--aux", 0.25, "--scale", "norm", "--lr", 0.01, "--lr-warm-up", 3),
+        *("--lr-decay", 0.4, "--dead-tokens", 500, "--precision", "bfloat16"),
+    ]
+    assert command(*train_arguments(tiny_snapshots, files, run, *settings))[0] == 0
+    recorded = RunDir.open(run).read_json()
+    architecture, training = recorded["identity"]["architecture"], recorded["identity"]["training"]
+    steps = training["training_tokens"] // 128
+    assert [architecture[name] for name in ("k", "k_start", "aux_loss_coefficient", "scale")] == [4, 8, 0.25, "norm"]
+    assert architecture["k_anneal_steps"] == round(0.5 * steps)
+    assert training["lr_warm_up"] * steps == pytest.approx(3)
+    assert [training[name] for name in ("lr", "lr_decay", "dead_tokens", "precision")] == [0.01, 0.4, 500, "bfloat16"]
+    written = (run / "crosscoder" / "sae_weights.safetensors").stat().st_mtime_ns
+    assert command(*train_arguments(tiny_snapshots, files, run, *settings))[0] == 0
+    assert (run / "crosscoder" / "sae_weights.safetensors").stat().st_mtime_ns == written
+    for option, value, told in (
+        ("--aux", 0.5, "architecture.aux_loss_coefficient=0.25"),
+        ("--k-anneal", 0.25, f"architecture.k_anneal_steps={round(0.5 * steps)}"),
+        ("--lr-warm-up", 0.1, "training.lr_warm_up="),
+        ("--precision", "float32", "training.precision=bfloat16, this run has training.precision=float32"),
+    ):
+        code, _, err = command(*train_arguments(tiny_snapshots, files, run, *settings, option, value))
+        assert code == 2 and told in err, err
+
+
+def test_a_recipe(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    where = ["--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt", "--context-size", 16]
+    small = ["--recipe", "crosscoding_through_time", "--d-sae", 32, "--training-tokens", 5120, "--batch-size", 128]
+    code, out, _ = command("plan", *where, *small)
+    assert code == 0 and "MiB of memory" in out
+    code, out, err = command("train", *where, *small, "--run-dir", tmp_path / "run")
+    assert (code, err) == (0, "") and "StandardCrosscoder with 32 features" in out
+    identity = RunDir.open(tmp_path / "run").read_json()["identity"]
+    assert (identity["architecture"]["l1_warm_up_steps"], identity["architecture"]["scale"]) == (2, "norm")
+    assert (identity["training"]["lr"], identity["training"]["training_tokens"]) == (5e-5, 5120)
+
+
+@pytest.mark.exhaustive
+def test_a_split_of_a_dataset_on_the_hub(tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "someone" / "name"
+    folder.mkdir(parents=True)
+    half = len(tiny_text) // 2
+    for split, texts in {"train": tiny_text[:half], "test": tiny_text[half:]}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    home = tmp_path / "home"
+    home.mkdir()
+    with serve_datasets(tmp_path / "hub") as address:
+
+        def harvest(*options: str) -> subprocess.CompletedProcess[str]:
+            program = ["-m", "crosslens", "harvest", "--snapshots", str(tiny_snapshots), "--hook", HOOK, *options]
+            where = ["--dataset", "someone/name", "--context-size", "16", "--cache", str(home / "cache")]
+            return run_program([*program, *where], home, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+
+        done = harvest("--split", "test")
+        assert done.returncode == 0, done.stderr[-2000:]
+        wrong = harvest("--split", "tset")
+    tokenizer = Snapshots.local(tiny_snapshots).tokenizer
+    expected = token_sequences(Dataset(tiny_text[half:], context_size=16), tokenizer)
+    (found,) = load_file(home / "cache" / "tokens-00000.safetensors").values()
+    assert {*map(tuple, found.tolist())} <= {*map(tuple, expected.tolist())}
+    assert wrong.returncode == 2 and "(split 'tset') cannot be read from the hub" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import typer
 
 from crosslens.activations import cache, tokens
 from crosslens.causal import attribution
-from crosslens.cli import arguments
+from crosslens.cli import arguments, training_options
+from crosslens.cli.app import app
 from crosslens.cli.arguments import parse_snapshots
+from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
+from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig as BATCHTOPK
+from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig as JUMPRELU
+from crosslens.crosscoders import StandardCrosscoderTrainingConfig as STANDARD
+from crosslens.crosscoders import TopKCrosscoderTrainingConfig as TOPK
+from crosslens.distributed.devices import Precision
 from crosslens.errors import UserError
 from crosslens.tasks import corpora
+from crosslens.training.config import TrainConfig
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -36,7 +47,10 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(answers))
 """
 DATA = ["--snapshots", "{snapshots}", "--hook", "blocks.1.hook_resid_post", "--dataset", "{files}/text.txt"]
-TRAIN = ["train", *DATA, "--run-dir", "{files}/new", "--d-sae", "32", "--k", "4", "--batch-size", "128"]
+BARE = ["train", *DATA, "--run-dir", "{files}/new"]
+SMALL = [*BARE, "--d-sae", "32", "--batch-size", "128"]
+TRAIN = [*SMALL, "--k", "4"]
+EVOLUTION = [*SMALL, "--recipe", "evolution_of_concepts"]
 RUN = "{files}/run"
 WRONG = [
     (["ls", "pythia-15m"], "pythia has no size '15m'.*did you mean"),
@@ -74,6 +88,45 @@ WRONG = [
     ([*TRAIN, "--run-dir", "{files}/text.txt"], "text.txt is a file"),
     ([*TRAIN, "--run-dir", "{files}"], "contains files but is not a run directory"),
     ([*TRAIN, "--run-dir", "{files}/run", "--lr", "0.5"], "training.lr=0.1, this run has training.lr=0.5"),
+    ([*TRAIN, "--run-dir", "{files}/run", "--scale", "std"], "scale=norm, this run has architecture.scale=std"),
+    ([*EVOLUTION, "--run-dir", "{files}/run"], "training.lr=0.1, this run has training.lr=5e-05"),
+    (BARE, "--d-sae is missing: give the number of features, or a --recipe"),
+    (SMALL, "--k 64 must be at most --d-sae 32"),
+    ([*SMALL, "--recipe", "evolution"], "--recipe 'evolution' is unknown.*did you mean 'evolution_of_concepts'"),
+    ([*EVOLUTION, "--architecture", "topk"], "'topk' contradicts --recipe evolution_of_concepts, which is 'jumprelu'"),
+    ([*EVOLUTION, "--k", "4"], r"--k 4 is no setting of 'jumprelu' crosscoders \(--recipe .*\): leave it out\n"),
+    ([*EVOLUTION, "--lr-decay", "0.95"], "lr_warm_up=0.1 and lr_decay=0.95 are fractions"),
+    ([*EVOLUTION, "--training-tokens", "99"], "training_tokens=99 is less than one batch"),
+    ([*TRAIN, "--sparsity", "0.3"], "--sparsity 0.3 is no setting of 'batchtopk'.*or use --architecture jumprelu"),
+    ([*TRAIN, "--sparsity-warm-up", "0.3"], "--sparsity-warm-up 0.3 is no setting of 'batchtopk'"),
+    ([*TRAIN, "--l1", "2"], "--l1 2.0 is no setting of 'batchtopk'.*or use --architecture standard"),
+    ([*SMALL, "--architecture", "jumprelu", "--l1-warm-up", "9"], "--l1-warm-up 9.0 is no setting of 'jumprelu'"),
+    (
+        [*SMALL, "--architecture", "standard", "--aux", "1"],
+        "--aux 1.0 .*--architecture topk or batchtopk",
+    ),
+    ([*SMALL, "--architecture", "jumprelu", "--sparsity", "-1"], "--sparsity -1.0 must be a finite number, 0 or above"),
+    ([*SMALL, "--architecture", "standard", "--l1", "nan"], "--l1 nan must be a finite number, 0 or above"),
+    ([*TRAIN, "--aux", "inf"], "--aux inf must be a finite number"),
+    ([*TRAIN, "--k-start", "8"], "--k-start 8.0 needs --k-anneal"),
+    ([*TRAIN, "--k-anneal", "0.5"], "--k-anneal 0.5 needs --k-start"),
+    ([*TRAIN, "--k-start", "64", "--k-anneal", "0.5"], "--k-start 64.0 must be at most --d-sae 32"),
+    ([*TRAIN, "--k-start", "0", "--k-anneal", "0.5"], "--k-start 0.0 must be a finite number above 0"),
+    ([*TRAIN, "--k-start", "8", "--k-anneal", "1"], "--k-anneal 1 must be a fraction of the steps below 1, or"),
+    ([*TRAIN, "--lr-warm-up", "2.5"], "--lr-warm-up 2.5 must be a fraction of the steps below 1, or a number of steps"),
+    ([*TRAIN, "--lr-warm-up", "nan"], "--lr-warm-up nan must be a fraction"),
+    ([*TRAIN, "--lr-warm-up", "-0.1"], "--lr-warm-up -0.1 must be a fraction"),
+    ([*TRAIN, "--lr-warm-up", "0.9"], "lr_warm_up=0.9 and lr_decay=0.2 are fractions .* at most 1 together"),
+    ([*TRAIN, "--lr-warm-up", "11", "--training-tokens", "1280"], "--lr-warm-up 11 exceeds the 10 steps of this run"),
+    ([*TRAIN, "--lr-decay", "1.5"], "--lr-decay 1.5 must be a fraction of the steps, between 0 and 1"),
+    ([*TRAIN, "--dead-tokens", "0"], "--dead-tokens 0 must be at least 1"),
+    ([*TRAIN, "--precision", "fp16"], "use one of float32, tf32, bfloat16"),
+    ([*TRAIN, "--precision", "tf32", "--device", "cpu"], "precision='tf32' needs a CUDA device"),
+    ([*TRAIN, "--scale", "rms"], "--scale 'rms' is unknown: use one of std, norm"),
+    ([*TRAIN, "--split", "test"], "--split 'test' is for datasets on the hub, and .*text.txt is a file: leave it out"),
+    (["harvest", *DATA, "--cache", "{files}/c", "--split", "test"], "--split 'test' is for datasets on the hub"),
+    (["plan", *DATA, "--split", "test"], "--split 'test' is for datasets on the hub"),
+    (["plan", *DATA, "--recipe", "evolution_of_concepts", "--k", "4"], "--k 4 is no setting of 'jumprelu'"),
     (["evolve", "{files}"], "is not a run directory"),
     (["evolve", "{files}/untrained"], "has no trained crosscoder"),
     (["evolve", "{files}/unrecorded"], "does not record where its activations came from"),
@@ -105,7 +158,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     for name in ("text.txt", "task.ini"):
         (folder / name).write_text("a b c\n")
-    recorded = {"source": {"seed": 0}, "demo": {"seed": 0}, "identity": {"training": {"lr": 0.1}}}
+    identity = {"training": {"lr": 0.1}, "architecture": {"scale": "norm"}}
+    recorded = {"source": {"seed": 0}, "demo": {"seed": 0}, "identity": identity}
     runs = {"run": recorded, "untrained": recorded, "unrecorded": {}, "damaged": "", "labelled": {}}
     for name, contents in runs.items():
         (folder / name / "crosscoder").mkdir(parents=True)
@@ -136,6 +190,94 @@ def test_choices_are_those_of_the_library() -> None:
     assert arguments.BASELINES == attribution.BASELINES
     assert {*arguments.TEXT_FILES} == {*tokens._BUILDERS}
     assert {*arguments.TASK_FILES} == {*corpora.FILES}
+    assert get_args(Precision) == arguments.PRECISIONS
+    for scale in arguments.SCALES:
+        assert STANDARD(d_sae=1, scale=scale).scale == scale
+    options = typer.main.get_command(app).commands["train"].params  # type: ignore[attr-defined]
+    told = {option.opts[0]: option.help for option in options}
+    settings, sparse = TrainConfig(device="cpu"), BATCHTOPK(d_sae=64)
+    assert sparse.k == training_options.DEFAULT_K
+    for option, default in (
+        ("--k", sparse.k),
+        ("--aux", sparse.aux_loss_coefficient),
+        ("--sparsity", JUMPRELU(d_sae=1).sparsity_coefficient),
+        ("--l1", STANDARD(d_sae=1).l1_coefficient),
+        ("--batch-size", settings.batch_size),
+        ("--lr", settings.lr),
+        ("--lr-decay", settings.lr_decay),
+        ("--dead-tokens", settings.dead_tokens),
+    ):
+        assert re.search(rf"Default: (\S+ = )?{default:g}[.;]|Default: {default}[.;]", told[option]), option
+    assert f"Default: {training_options.DEFAULT_ARCHITECTURE}." in told["--architecture"]
+
+
+N_TOKENS = 2570  # not whole batches: 10 steps of 256
+SETTINGS = [
+    ({"d_sae": 64}, BATCHTOPK(d_sae=64), {}),
+    ({"d_sae": 9, "architecture": "topk", "k": 4, "aux": 0.0}, TOPK(d_sae=9, k=4, aux_loss_coefficient=0.0), {}),
+    (
+        {"d_sae": 9, "k": 4, "k_start": 8.0, "k_anneal": 0.25, "batch_size": 256, "lr_warm_up": 3.0},
+        BATCHTOPK(d_sae=9, k=4, k_start=8.0, k_anneal_steps=2),
+        {"batch_size": 256, "lr_warm_up": 0.3},
+    ),
+    (
+        {"d_sae": 9, "architecture": "standard", "l1": 0.4, "l1_warm_up": 3.0, "scale": "norm", "batch_size": 256},
+        STANDARD(d_sae=9, l1_coefficient=0.4, l1_warm_up_steps=3, scale="norm"),
+        {"batch_size": 256},
+    ),
+    (
+        {"d_sae": 9, "architecture": "jumprelu", "sparsity": 0.1, "sparsity_warm_up": 0.5, "training_tokens": 40960},
+        JUMPRELU(d_sae=9, sparsity_coefficient=0.1, sparsity_warm_up_steps=5),
+        {"training_tokens": 40960},
+    ),
+    (
+        {"d_sae": 64, "lr": 0.01, "lr_warm_up": 0.1, "lr_decay": 0.5, "dead_tokens": 7, "precision": "bfloat16"},
+        BATCHTOPK(d_sae=64),
+        {"lr": 0.01, "lr_warm_up": 0.1, "lr_decay": 0.5, "dead_tokens": 7, "precision": "bfloat16"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "architecture", "changed"), SETTINGS)
+def test_options_become_settings(given: dict[str, Any], architecture: Any, changed: dict[str, Any]) -> None:
+    options = TrainingOptions(**given, others={"seed": 3})
+    check_training(options, "cpu")
+    assert parse_training(options, "cpu", N_TOKENS) == (
+        architecture,
+        TrainConfig(**{"seed": 3, "device": "cpu", **changed}),
+    )
+
+
+@pytest.mark.parametrize("recipe", training_options.recipes.ARCHITECTURES)
+def test_a_recipe_and_options_that_override_it(recipe: str) -> None:
+    made: Any = getattr(training_options.recipes, recipe)
+    assert made(device="cpu")[0].architecture() == f"{training_options.recipes.ARCHITECTURES[recipe]}_crosscoder"
+    options = TrainingOptions(recipe=recipe)
+    check_training(options, "cpu")
+    assert parse_training(options, "cpu", N_TOKENS) == made(device="cpu")
+    small: dict[str, Any] = {"training_tokens": 25_600, "batch_size": 256, "lr": 0.01}
+    options = TrainingOptions(recipe=recipe, d_sae=9, scale="std", **small)
+    architecture, config = made(d_sae=9, device="cpu", **small)
+    found = parse_training(options, "cpu", N_TOKENS)
+    assert found == (dataclasses.replace(architecture, scale="std"), config)
+    option, coefficient = ("sparsity", "sparsity_coefficient") if "evo" in recipe else ("l1", "l1_coefficient")
+    changed, _ = parse_training(TrainingOptions(recipe=recipe, **{option: 0.5}), "cpu", N_TOKENS)
+    assert changed == dataclasses.replace(made(device="cpu")[0], **{coefficient: 0.5})
+
+
+def test_more_warmup_than_steps() -> None:
+    options = TrainingOptions(d_sae=9, k=4, k_start=8.0, k_anneal=11.0, batch_size=256)
+    check_training(options, "cpu")  # the number of steps is not known yet
+    with pytest.raises(UserError, match="--k-anneal 11 exceeds the 10 steps of this run"):
+        parse_training(options, "cpu", N_TOKENS)
+
+
+def test_the_docs_explain_every_setting() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`--.*?) \|", page, re.M)
+    explained = {option for row in rows for option in re.findall(r"`(--[\w-]+)`", row)}
+    fields = {each.name for each in dataclasses.fields(TrainingOptions)} - {"others"}
+    assert explained == {f"--{name.replace('_', '-')}" for name in fields}
 
 
 def test_a_gpu_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pandas as pd
 import pytest
@@ -29,6 +25,7 @@ from crosslens.synthetic import grammar
 from crosslens.tasks.accuracy import wilson_interval
 from crosslens.tasks.prompts import Item
 from crosslens.tasks.task import Task
+from tests.hub_server import serve_datasets
 
 SVA = [
     {"clean_prefix": "The uncle", "patch_prefix": "The uncles", "clean_answer": " has", "patch_answer": " have"},
@@ -452,46 +449,6 @@ EXPECTED = [
 ]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The part of the hub that `datasets` asks for: cards, trees and files of the folders below `root`."""
-
-    root: Path
-    commit = "c" * 40
-
-    def do_GET(self) -> None:
-        kind, *parts = urlsplit(self.path).path.strip("/").removeprefix("api/").split("/")
-        folder = self.root / "/".join(parts[:2])
-        what, rest = parts[2:3], "/".join(parts[4:])
-        if kind != "datasets" or len(parts) < 2 or not folder.is_dir():
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif what == ["resolve"] and (folder / rest).is_file():
-            data = (folder / rest).read_bytes()
-            self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.commit})
-        elif what == ["resolve"]:
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
-        elif what == ["tree"]:
-            self.answer(200, json.dumps([self.entry(folder, each) for each in (folder / rest).iterdir()]).encode())
-        else:
-            self.answer(200, json.dumps({"id": "/".join(parts[:2]), "sha": self.commit, "siblings": []}).encode())
-
-    do_HEAD = do_GET
-
-    def entry(self, folder: Path, path: Path) -> dict[str, Any]:
-        kind = "file" if path.is_file() else "directory"
-        return {"type": kind, "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0"}
-
-    def answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *_: object, **__: object) -> None:
-        """Nothing."""
-
-
 def card(configs: dict[str, str], extra: str = "") -> str:
     lines = [f"- config_name: {name}\n  data_files: {files}\n{extra}" for name, files in configs.items()]
     return "---\nconfigs:\n" + "".join(lines) + "---\n"
@@ -508,9 +465,6 @@ def test_the_hub_online_and_then_from_the_cache(tmp_path: Path) -> None:
     (multiblimp / "fra").mkdir(parents=True)
     pd.DataFrame(MULTIBLIMP).to_csv(multiblimp / "fra" / "data.tsv", sep="\t", index=False)
     (multiblimp / "README.md").write_text(card({"fra": "fra/data.tsv"}, '  sep: "\\t"\n'))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"root": tmp_path / "hub"}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
 
     def run(mode: str, **env: str) -> list[str]:
         found = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **env}
@@ -521,11 +475,8 @@ def test_the_hub_online_and_then_from_the_cache(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.splitlines()
 
-    try:
+    with serve_datasets(tmp_path / "hub") as address:
         online = run("online", HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert online == [
         *EXPECTED,
         "nyu-mll/blimp has no configuration 'adjunct_iland': it has 2, such as 'adjunct_island', "
