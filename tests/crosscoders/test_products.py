@@ -51,6 +51,8 @@ def test_the_tf32_kernel_in_the_interpreter():
     program = f"""
 import itertools, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from jaxtyping import install_import_hook
+install_import_hook("crosslens", "beartype.beartype")  # as in pytest: it must leave the kernel alone
 from crosscoders.test_products import LAYOUTS, SHAPES, operands
 import torch
 from crosslens.crosscoders.kernels.products import product
@@ -63,6 +65,21 @@ for shape, of_a, of_b in itertools.product(SHAPES, LAYOUTS, LAYOUTS):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4 * len(SHAPES)
+
+
+@pytest.mark.parametrize(("capability", "columns"), [(80, 256), (86, 64), (90, 256)])
+def test_the_tf32_kernel_compiles_without_a_gpu(capability: int, columns: int):
+    """To machine code whose tensor cores multiply TF32, with the shared memory that `_block` counts on."""
+    triton = pytest.importorskip("triton")
+    kernels = pytest.importorskip("crosslens.crosscoders.kernels.tf32")
+    pointers, sizes = dict.fromkeys(("a", "b", "out"), "*fp32"), dict.fromkeys(("ROWS", "COLUMNS"), "constexpr")
+    signature = {name: {**pointers, **sizes}.get(name, "i32") for name in kernels._multiply.arg_names}
+    source = triton.compiler.ASTSource(kernels._multiply, signature, {"ROWS": 128, "COLUMNS": columns})
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    options = {"num_stages": kernels.STAGES, "num_warps": kernels.WARPS}
+    compiled = triton.compile(source, target=target, options=options)
+    assert "tf32.tf32" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 4 * kernels.STAGES * kernels.DEPTH.value * (128 + columns)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
