@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from crosslens.activations.loader import Activations
     from crosslens.snapshots.collection import Snapshots
     from crosslens.tasks.task import Task
+    from tests.pretend_cuda import Pretended, Real
 
 ROOT = Path(__file__).parent.parent
 # programs that tests start import from `tests`, too
@@ -131,3 +132,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended | Real]:
+    """A device "cuda": everywhere one that is pretended, and with `-m gpu` the real one."""
+    from tests.pretend_cuda import PretendCuda, Pretended, Real
+
+    if request.param == "pretended":
+        with PretendCuda() as mode:
+            yield Pretended(mode)
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    yield Real()

@@ -591,32 +591,24 @@ def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | 
 # ---------------------------------------------------------------------- the same on a GPU
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    return "cuda"
-
-
-@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("S", SNAPSHOTS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
-def test_loss_and_every_gradient_on_a_gpu(architecture: str, way: str, S: int, cuda: str):
+def test_loss_and_every_gradient_on_a_gpu(architecture: str, way: str, S: int):
     for seed in range(3):
-        sae = make(architecture, S, seed, device=cuda)
-        output = same_step(sae, step_input(raw(S, seed).float().to(cuda), mask(1, 2, 30, 31, 32).to(cuda)), way)
+        sae = make(architecture, S, seed, device="cuda")
+        output = same_step(sae, step_input(raw(S, seed).float().to("cuda"), mask(1, 2, 30, 31, 32).to("cuda")), way)
         assert output.loss.device.type == "cuda" and bool(output.feature_acts.to_dense().any())
 
 
-@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
-def test_a_gpu_and_a_cpu_agree(architecture: str, way: str, cuda: str):
+def test_a_gpu_and_a_cpu_agree(architecture: str, way: str):
     """On data with integer pre-activations and exact scores, so that the same features are kept."""
     found: list[dict[str, Tensor]] = []
-    for device in ("cpu", cuda):
+    for device in ("cpu", "cuda"):
         sae, x = on_a_grid(architecture, 3, device=device), raw(3).mul(1.5).round().float()
         output = same_step(sae, step_input(x.to(device), mask(0, 1, 2, 3, 20).to(device)), way)
         again = gradients(
