@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import measure
 import torch
 from torch import Tensor, nn
 
@@ -69,11 +70,13 @@ class Contestant(ABC):
         name: in the tables.
         flat: takes scaled, concatenated activations (B, S * D); otherwise raw ones (B, S, D).
         has_threshold: learns a threshold, so that it can select features of single tokens.
+        precision: of its large products; a step's time is related to the encoder's product in it.
     """
 
     name: str
     flat = True
     has_threshold = True
+    precision: Precision = "float32"
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -123,7 +126,6 @@ class Crosslens(Contestant):
 
     name = "crosslens"
     flat = False
-    precision: Precision = "float32"
     adam_moments: Literal["float32", "bfloat16"] = "float32"
 
     def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
@@ -241,6 +243,16 @@ class Dense(Crosslens):
         self.sae.training_forward_pass = self.sae.dense_forward_pass  # type: ignore[method-assign]
 
 
+class DenseTF32(Dense):
+    """The dense reference with the library's products in tf32, on CUDA."""
+
+    name = "dense, tf32"
+    precision = "tf32"
+
+    def step(self, x: Tensor) -> Any:
+        return measure.with_tf32(super().step, x)
+
+
 def fresh(setting: Setting) -> CrosscoderTrainingSAE:
     """A crosscoder initialised as by `train` on activations with mean zero and scale one."""
     shape: dict[str, Any] = {
@@ -248,6 +260,7 @@ def fresh(setting: Setting) -> CrosscoderTrainingSAE:
         "n_snapshots": setting.S,
         "d_in": setting.S * setting.D,
         "device": setting.device,
+        "decoder_init": "shared",  # at the paper's shape, drawing independent rows takes a minute
     }
     architectures: dict[str, CrosscoderTrainingConfig] = {
         "batchtopk": BatchTopKCrosscoderTrainingConfig(k=setting.k, topk_threshold_lr=THRESHOLD_PACE, **shape),

@@ -8,6 +8,7 @@ import importlib.metadata
 import multiprocessing
 import platform
 import re
+import subprocess
 import sys
 import time
 import weakref
@@ -60,6 +61,16 @@ def alternate(
 def synchronise(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def with_tf32(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A call with the library's own products in TF32, which PyTorch allows for a whole process or not at all."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return call(*arguments, **options)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def rotated(names: Iterable[str], by: int) -> list[str]:
@@ -190,7 +201,12 @@ def machine(device: str) -> str:
     """The card, or the processor with its cores and vector instructions."""
     if device.startswith("cuda"):
         card = torch.cuda.get_device_properties(device)
-        return f"{card.name}, {card.total_memory / 2**30:.0f} GiB"
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            driver = "unknown"
+        return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, driver {driver}, CUDA {torch.version.cuda}"
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -225,13 +241,22 @@ def number(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
     return show
 
 
-def write_report(name: str, title: str, body: str, device: str, threads: int, packages: Iterable[str]) -> Path:
-    """Write a dated report under benchmarks/reports with hardware, versions and command."""
+def write_report(
+    name: str,
+    title: str,
+    body: str,
+    device: str,
+    threads: int,
+    packages: Iterable[str],
+    command: str | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Write a dated report with hardware, versions and command, under benchmarks/reports unless a folder is given."""
     where, today = machine(device), datetime.date.today().isoformat()
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", where.split(",")[0].lower())).strip("-")
-    path = Path(__file__).parent / "reports" / f"{today}-{name}-{slug}.md"
+    path = (folder or Path(__file__).parent / "reports") / f"{today}-{name}-{slug}.md"
     path.parent.mkdir(exist_ok=True)
-    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     path.write_text(
         f"# {title}, {today}\n\n"
         f"- Machine: {where}; {threads} thread{'s' * (threads > 1)}.\n"

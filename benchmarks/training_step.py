@@ -4,7 +4,7 @@
     python benchmarks/training_step.py --peers --report  # against the peers from PyPI too; writes a report
     python benchmarks/training_step.py --shape 8,256,16384,2048 --kinds batchtopk --rounds 3
     python benchmarks/training_step.py --device cuda --kinds batchtopk,jumprelu
-    python benchmarks/training_step.py --paper           # S=32, D=768, F=98304, B=4096 on one large card
+    python benchmarks/training_step.py --paper           # S=32, D=768, F=98304, and half, B=4096, on one large card
 
 Round r runs every contestant of a kind once, in rotated order, in one process. Numbers are medians over the rounds;
 ratios to crosslens are taken within a round, of CPU seconds with one thread and of wall seconds otherwise. Peak memory
@@ -26,12 +26,14 @@ from typing import Any
 import measure
 import peers
 import torch
-from contestants import Contestant, Crosslens, CrosslensBfloat16, CrosslensTF32, Dense, Setting, mean_l0
+from contestants import Contestant, Crosslens, CrosslensBfloat16, CrosslensTF32, Dense, DenseTF32, Setting, mean_l0
 from torch import Tensor
 
+from crosslens.distributed.devices import Precision
+
 SHAPES = ((3, 256, 4096, 1024), (8, 128, 4096, 2048), (32, 64, 4096, 1024))
-PAPER = (32, 768, 98_304, 4096)
-PAPER_BYTES = 1.1 * 16 * 2 * PAPER[0] * PAPER[1] * PAPER[2]  # parameters, gradients, two moments, and a tenth
+# parameters, gradients and moments take 77 GB at the paper's F; dense steps need more than cards of 80 GB have
+PAPER = ((32, 768, 98_304, 4096), (32, 768, 49_152, 4096))
 PACKAGES = ("crosslens", "torch", "sae-lens", "eai-sparsify", "dictionary-learning")
 DATA_SEED = 1_000_003  # differs from the seed of the weights, which would equal the data
 BATCHES = 3  # different batches, taken in turn
@@ -48,16 +50,19 @@ KINDS: dict[str, tuple[str, tuple[type[Contestant], ...]]] = {
     "jumprelu-first": ("jumprelu", (Crosslens, Dense)),
     "standard": ("standard", (Crosslens, Dense, peers.SAELens)),
 }
-PRECISIONS = {"bfloat16": CrosslensBfloat16, "tf32": CrosslensTF32}
-PRODUCT, HALF_PRODUCT = "encoder product", "encoder product, bf16"
+PRECISIONS: dict[str, tuple[type[Contestant], ...]] = {
+    "bfloat16": (CrosslensBfloat16,),
+    "tf32": (CrosslensTF32, DenseTF32),
+}
+PRODUCT = "encoder product, "  # and its precision
 
 NOTES = """
 Data are Gaussian with mean zero and unit variance, the same batches for all: the cost of dense code does not depend on
 them, and for sparse code they spread the active pairs evenly over the features. The learning rate is small, so that L0
 does not change.
 
-- *encoder product*: `x @ W_enc`, (B, S·D) by (S·D, F), into a reused buffer; given as the product's time divided by
-  the step's.
+- *encoder product*: the library's `x @ W_enc`, (B, S·D) by (S·D, F), in the precision of the row, into a reused buffer;
+  given as the product's time divided by the step's.
 - *-aux*: {dead:.0%} of the features, a fixed random set, are dead: their encoder vectors are a tenth as long, so that
   they are never selected, and their counters are set before every step. Half of their pre-activations stay positive,
   so the auxiliary loss has its full number of pairs. crosslens reconstructs the residual from min(D/2, dead) features
@@ -68,7 +73,8 @@ does not change.
   get factors of .5 to 1.6, and gain and biases of the encoder are set for the L0 and {window:.0%} of the pairs in the
   window. *jumprelu-first*: a fresh initialisation, decoder norm searched. SAELens and dictionary-learning have other
   JumpReLU losses, with one gate per feature and narrow windows.
-- *crosslens, bfloat16* (tf32): the encoder product in that precision, which changes the result.
+- *crosslens, bfloat16* (tf32): all large products in that precision, which changes the result; *dense, tf32*: the dense
+  reference with PyTorch's switch for the whole process.
 - *saelens, sparse activations*: without its rescaling by decoder norms, for which sparse tensors have no backward.
 - *step MB*: peak resident memory of a step above that before it (gradients, activations, temporaries; the kernel's
   high-water mark, with an allocator that returns freed memory; on CUDA the allocator's peak). *tensors MB*: the same
@@ -81,8 +87,8 @@ does not change.
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    if args.paper and (reason := paper_refusal()):
-        raise SystemExit(reason)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"torch {torch.__version__} sees no CUDA device; use --device cpu")
     absent = peers.missing() if args.peers else dict.fromkeys(peers.PACKAGES, "")
     if args.peers and absent:
         print(*absent.values(), sep="\n", file=sys.stderr)
@@ -90,7 +96,7 @@ def main() -> None:
     for shape in args.shape:
         for kind in args.kinds:
             classes = [c for c in KINDS[kind][1] if c.name not in absent]
-            classes[1:1] = [PRECISIONS[precision] for precision in args.precision]
+            classes[1:1] = [contestant for precision in args.precision for contestant in PRECISIONS[precision]]
             rows += measure_kind(kind, classes, shape, args)
             if args.json:
                 print(*map(json.dumps, rows[-len(classes) :]), sep="\n", flush=True)
@@ -120,10 +126,10 @@ def arguments() -> argparse.Namespace:
         action="append",
         choices=list(PRECISIONS),
         default=[],
-        help="crosslens in it, too",
+        help="crosslens in it, too; may be given several times",
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--paper", action="store_true", help="paper scale, contestants one after another, on CUDA")
+    parser.add_argument("--device", help="CUDA with --paper, else the CPU")
+    parser.add_argument("--paper", action="store_true", help="paper scale, one contestant in memory at a time")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument("--json", action="store_true", help="one line per row instead of the table")
     parser.add_argument("--report", action="store_true", help="write a dated file under benchmarks/reports")
@@ -131,10 +137,10 @@ def arguments() -> argparse.Namespace:
     unknown = set(args.kinds) - set(KINDS)
     if unknown:
         parser.error(f"--kinds {','.join(sorted(unknown))} unknown; there are {', '.join(KINDS)}")
+    args.device = args.device or ("cuda" if args.paper else "cpu")
     if args.paper:
-        args.device = "cuda" if args.device == "cpu" else args.device
         args.kinds = [kind for kind in args.kinds if kind in ("batchtopk", "jumprelu", "jumprelu-first")]
-    args.shape = args.shape or ([PAPER] if args.paper else list(SHAPES))
+    args.shape = args.shape or list(PAPER if args.paper else SHAPES)
     for shape in args.shape:
         if "jumprelu" in args.kinds and args.window <= args.k / shape[2]:
             parser.error(f"--window {args.window} must be above k / F = {args.k / shape[2]:.3f}: open pairs lie in it")
@@ -148,15 +154,6 @@ def shape_of(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def paper_refusal() -> str | None:
-    """Why the paper's scale cannot run here, or None."""
-    needed = f"--paper needs a CUDA card with {PAPER_BYTES / 1e9:.0f} GB free"
-    if not torch.cuda.is_available():
-        return f"{needed}; torch {torch.__version__} sees none"
-    free = torch.cuda.mem_get_info()[0]
-    return f"{needed}; {torch.cuda.get_device_name()} has {free / 1e9:.0f} GB" if free < PAPER_BYTES else None
-
-
 # ---------------------------------------------------------------------- one kind at one shape
 def measure_kind(
     kind: str, classes: list[type[Contestant]], shape: tuple[int, ...], args: argparse.Namespace
@@ -167,7 +164,8 @@ def measure_kind(
     if args.memory and on_cpu:
         for contestant in classes:
             facts[contestant.name] |= measure.in_child(memory_of, contestant, kind, shape, args)
-    return [figures(name, kind, shape, args, timings, facts[name]) for name in facts]
+    precisions = {contestant.name: contestant.precision for contestant in classes}
+    return [figures(name, kind, shape, args, timings, facts[name], precisions[name]) for name in facts]
 
 
 def time_kind(
@@ -178,11 +176,11 @@ def time_kind(
     data = batches(shape, args.device)
     timings: dict[str, list[measure.Seconds]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    products = encoder_products(data[0].flatten(1), shape[2])
+    products = encoder_products(data[0].flatten(1), shape[2], {contestant.precision for contestant in classes})
     if args.paper:
         timings |= measure.alternate(products, args.rounds, WARM_UP, args.device)
         products = {}
-        torch.cuda.empty_cache()
+        empty_cache(args.device)
         groups = [[contestant] for contestant in classes]
     else:
         groups = [classes]
@@ -198,8 +196,7 @@ def time_kind(
             facts |= {contestant.name: {"failed": "out of memory"} for contestant in group}
         steppers = {}
         gc.collect()
-        if args.device != "cpu":
-            torch.cuda.empty_cache()
+        empty_cache(args.device)
     return timings, facts
 
 
@@ -273,14 +270,22 @@ def dead_features(F: int, args: argparse.Namespace) -> Tensor:
     return torch.zeros(F, dtype=torch.bool).index_fill(0, chosen, True).to(args.device)
 
 
-def encoder_products(x: Tensor, F: int) -> dict[str, Callable[[], Any]]:
-    """The one dense product that every step needs, by the library; on CUDA also in bf16."""
+def encoder_products(x: Tensor, F: int, precisions: set[Precision]) -> dict[str, Callable[[], Any]]:
+    """The one dense product that every step needs, by the library, in each precision."""
     W_enc = torch.randn(x.shape[1], F, device=x.device)
     out = torch.empty(len(x), F, device=x.device)
-    products = {PRODUCT: partial(torch.mm, x, W_enc, out=out)}
-    if x.is_cuda:
-        products[HALF_PRODUCT] = partial(torch.mm, x.bfloat16(), W_enc.bfloat16(), out=out.bfloat16())
-    return products
+    products: dict[str, Callable[[], Any]] = {
+        "float32": partial(torch.mm, x, W_enc, out=out),
+        "tf32": partial(measure.with_tf32, torch.mm, x, W_enc, out=out),
+    }
+    if "bfloat16" in precisions:
+        products["bfloat16"] = partial(torch.mm, x.bfloat16(), W_enc.bfloat16(), out=out.bfloat16())
+    return {PRODUCT + precision: products[precision] for precision in sorted(precisions)}
+
+
+def empty_cache(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def here(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -295,6 +300,7 @@ def figures(
     args: argparse.Namespace,
     timings: dict[str, list[measure.Seconds]],
     facts: dict[str, Any],
+    precision: Precision,
 ) -> dict[str, Any]:
     """All measurements of one contestant; ratios use the kind of seconds named in `clock`."""
     clock = "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
@@ -316,9 +322,8 @@ def figures(
     result["cpu_ms"] = 1e3 * statistics.median(s.cpu for s in timings[name])
     result["wall_ms"] = 1e3 * statistics.median(s.wall for s in timings[name])
     result["tokens_per_s"] = shape[3] / statistics.median(own)
-    for product, key in ((PRODUCT, "encoder_fraction"), (HALF_PRODUCT, "bf16_fraction")):
-        if product in seconds:
-            result[key] = statistics.median(a / b for a, b in zip(seconds[product], own, strict=True))
+    product = seconds[PRODUCT + precision]
+    result["encoder_fraction"] = statistics.median(a / b for a, b in zip(product, own, strict=True))
     if Crosslens.name in seconds:
         ratios = [a / b for a, b in zip(own, seconds[Crosslens.name], strict=True)]
         result |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
@@ -340,7 +345,6 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tokens/s": measure.number("tokens_per_s", ".0f"),
     "time / crosslens": ratio,
     "encoder product": measure.number("encoder_fraction", ".0%"),
-    "bf16 product": measure.number("bf16_fraction", ".0%"),
     "step MB": measure.number("step_mb", ".0f"),
     "tensors MB": measure.number("tensors_mb", ".0f"),
     "resting MB": measure.number("resting_mb", ".0f"),
