@@ -108,6 +108,11 @@ class Contestant(ABC):
     def hidden_pre(self, x: Tensor) -> Tensor:
         """Pre-activations (B, F)."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory, other than parameters and Adam's moments, that is kept between steps."""
+        return 0
+
     def set_l0(self, x: Tensor) -> None:
         """Move thresholds or biases so that `k` features are active per token."""
         del x
@@ -154,6 +159,11 @@ class Crosslens(Contestant):
         output = self.trainer.step(x)
         self.trainer.n_training_steps += 1
         return output
+
+    @property
+    def kept_bytes(self) -> int:
+        memory = self.trainer.gradient_memory
+        return 0 if memory is None else memory.nbytes
 
     def mark_dead(self, dead: Tensor) -> None:
         self.trainer.n_forward_passes_since_fired.zero_().masked_fill_(dead, 1e9)
@@ -241,6 +251,7 @@ class Dense(Crosslens):
     def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
         super().__init__(setting, sae)
         self.sae.training_forward_pass = self.sae.dense_forward_pass  # type: ignore[method-assign]
+        self.trainer.gradient_memory = None
 
 
 class DenseTF32(Dense):

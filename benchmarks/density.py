@@ -1,7 +1,8 @@
-"""At which fraction of active pairs dense products beat sums over pairs: the constant `sparse.DENSE_ABOVE`.
+"""At which fraction of active pairs dense products beat sums over pairs: the figures of `sparse.DENSE_ABOVE`.
 
 Reconstruction and the gradients of all four parameters for one batch of Gaussian data at several densities (fractions
-of active pairs), alternating between the two methods. CPU seconds on one thread, or wall seconds on a GPU.
+of active pairs), alternating between the two methods. CPU seconds on one thread, or wall seconds on a GPU. The last
+line is the figure to enter: the median over the shapes of the density at which both take as long.
 
     python benchmarks/density.py [--shape 3,256,4096,1024] [--densities .02,.05,.1,.2] [--rounds 5] [--device cpu]
 """
@@ -9,12 +10,13 @@ of active pairs), alternating between the two methods. CPU seconds on one thread
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 
 import torch
 
-from crosslens.crosscoders.kernels.sparse import Weights, reconstruct
+from crosslens.crosscoders.kernels.sparse import Weights, reconstruct, squared_error
 from crosslens.crosscoders.kernels.topk import pairs_above
 
 
@@ -28,14 +30,27 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print("| S, D, F, B | density | pairs, ms | dense, ms | dense / pairs (range) |\n|---|---|---|---|---|")
+    equal: list[float] = []
     for shape in arguments.shape or ["3,256,4096,1024", "8,128,4096,2048", "32,64,4096,1024"]:
         S, D, F, B = map(int, shape.split(","))
+        measured: list[tuple[float, float]] = []
         for density in map(float, arguments.densities.split(",")):
             pairs, dense = both_ways(S * D, F, B, density, arguments.rounds, arguments.device)
             ratios = sorted(b / a for a, b in zip(pairs, dense, strict=True))
             times = f"{statistics.median(pairs) * 1e3:.1f} | {statistics.median(dense) * 1e3:.1f}"
             spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
             print(f"| {shape} | {density:.2f} | {times} | {spread} |", flush=True)
+            measured.append((density, statistics.median(ratios)))
+        equal.append(crossing(measured))
+    print(f'\nDENSE_ABOVE["{torch.device(arguments.device).type}"] = {statistics.median(equal):.3f}')
+
+
+def crossing(measured: list[tuple[float, float]]) -> float:
+    """The density at which the ratio dense / pairs, which falls, is 1: linear between densities, else the last one."""
+    for (below, high), (above, low) in itertools.pairwise(measured):
+        if low <= 1:
+            return below + (above - below) * max(0.0, high - 1) / max(high - low, 1e-9)
+    return measured[-1][0]
 
 
 def both_ways(N: int, F: int, B: int, density: float, rounds: int, device: str) -> tuple[list[float], list[float]]:
@@ -50,12 +65,13 @@ def both_ways(N: int, F: int, B: int, density: float, rounds: int, device: str) 
     quantile = hidden_pre.flatten()[::31].float().quantile(1 - density)
     hidden_pre = hidden_pre - quantile
     zero = torch.zeros(F, device=device)
+    memory = torch.empty(2, F, N) if device == "cpu" else None  # as the trainer gives it
 
     def seconds(on_pairs: bool) -> float:
         began = _now(device)
         acts = pairs_above(hidden_pre, zero) if on_pairs else hidden_pre.relu()
-        x_hat, _, _ = reconstruct(x, acts, Weights(*parameters))
-        torch.autograd.grad(torch.nn.functional.mse_loss(x_hat, x), parameters)
+        x_hat, _, _ = reconstruct(x, acts, Weights(*parameters), memory=memory)
+        torch.autograd.grad(squared_error(x_hat, x, memory), parameters)
         return _now(device) - began
 
     pairs: list[float] = []

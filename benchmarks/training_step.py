@@ -76,8 +76,9 @@ does not change.
 - *crosslens, bfloat16* (tf32): all large products in that precision, which changes the result; *dense, tf32*: the dense
   reference with PyTorch's switch for the whole process.
 - *saelens, sparse activations*: without its rescaling by decoder norms, for which sparse tensors have no backward.
-- *step MB*: peak resident memory of a step above that before it (gradients, activations, temporaries; the kernel's
-  high-water mark, with an allocator that returns freed memory; on CUDA the allocator's peak). *tensors MB*: the same
+- *step MB*: peak resident memory of a step above parameters and moments (gradients, activations, temporaries; the
+  kernel's high-water mark, with an allocator that returns freed memory; on CUDA the allocator's peak). The memory for
+  gradients, which crosslens keeps between steps on a CPU, counts. *tensors MB*: the same
   from the tensors alive at each operation, which is deterministic but does not see inside kernels. *resting MB*:
   parameters and Adam's moments. *(B,F) floats*: most floating-point tensors of that shape alive at once. *(B,S,F)*:
   tensors of that size allocated in a step.
@@ -208,7 +209,9 @@ def memory_of(
     stepper = Stepper(contestant, kind, shape, args, batches(shape, args.device))
     for _ in range(WARM_UP):
         stepper.whole()
-    return measure.step_memory(stepper.whole, shape, args.device)
+    found = measure.step_memory(stepper.whole, shape, args.device)
+    kept = stepper.contestant.kept_bytes / 1e6
+    return {**found, "tensors_mb": found["tensors_mb"] + kept, "step_mb": found["step_mb"] and found["step_mb"] + kept}
 
 
 class Stepper:
@@ -252,7 +255,11 @@ class Stepper:
         """L0 of one more step, the fraction of gates open and in the window, and the memory held between steps."""
         self.before()
         output = self()
-        facts: dict[str, Any] = {"l0": mean_l0(output) if hasattr(output, "feature_acts") else None}
+        facts: dict[str, Any] = {"l0": None}
+        if isinstance(self.contestant, Crosslens):
+            facts["l0"] = int(self.contestant.trainer.n_active) / len(self.batches[0])
+        elif hasattr(output, "feature_acts"):
+            facts["l0"] = mean_l0(output)
         if isinstance(self.contestant, Crosslens) and self.contestant.setting.architecture == "jumprelu":
             facts |= self.contestant.gate_fractions(self.batches[0])
         parameters = sum(p.numel() * p.element_size() for p in self.contestant.module.parameters())

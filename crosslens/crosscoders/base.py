@@ -29,11 +29,10 @@ from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 from typing_extensions import override
 
 from crosslens.crosscoders.kernels.products import encoder_product
-from crosslens.crosscoders.kernels.sparse import Weights
+from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in, squared_error
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.distributed.devices import Precision
 from crosslens.errors import UserError
@@ -393,15 +392,21 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     Attributes:
         precision: of the large dense products of the training step; the trainer sets it from `TrainConfig`.
+        gradient_memory: (2, F, S * D), where a step writes the gradients of W_dec and of W_enc transposed, and before
+            that h and the gradient of the reconstruction. The trainer sets it on a CPU, where new memory of that size
+            costs more time than the sums. A step must then be followed by its backward pass before the next one.
+        backward_reads_hidden_pre: whether the backward pass needs h.
     """
 
     cfg: CrosscoderTrainingConfig
+    backward_reads_hidden_pre = False
 
     def __init__(
         self, cfg: CrosscoderTrainingConfig, use_error_term: bool = False, strategy: Strategy = ONE_PROCESS
     ) -> None:
         self.strategy = strategy  # first: it decides the shapes of the weights
         self.precision: Precision = "float32"
+        self.gradient_memory: Memory | None = None
         super().__init__(cfg, use_error_term)
 
     @property
@@ -419,6 +424,11 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     def weights(self) -> Weights:
         """The parameters that the kernels work on."""
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
+    @property
+    def free_gradient_memory(self) -> Memory | None:
+        """`gradient_memory`, unless it holds gradients."""
+        return self.gradient_memory if self.W_dec.grad is None and self.W_enc.grad is None else None
 
     @override
     def initialize_weights(self) -> None:
@@ -467,11 +477,13 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     def reconstruction_loss(self, sae_out: Float[Tensor, "B SD"], sae_in: Float[Tensor, "B SD"]) -> Tensor:
         """`mean_B sum_s |x_hat_s - x_s|^2` in the scaled space."""
-        return mse_loss(sae_out, sae_in, reduction="sum") / len(sae_in)
+        return squared_error(sae_out, sae_in, self.free_gradient_memory)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Loss of a batch of raw activations (B, S, D) or (B, S D); `sae_in` and `sae_out` are flat and scaled.
+
+        With `gradient_memory`, `hidden_pre` of the output may be empty.
 
         In `eval()` mode this is the dense reference with the gate of inference.
 
@@ -482,9 +494,13 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         if not self.training:
             return self.dense_forward_pass(step_input)
         flat = self.process_sae_in(step_input.sae_in)
+        reused = None if self.backward_reads_hidden_pre else hidden_pre_in(self.free_gradient_memory, len(flat))
         with torch.no_grad():
-            hidden_pre = self.hook_sae_acts_pre(encoder_product(flat, self.W_enc, self.b_enc, self.precision))
+            product = encoder_product(flat, self.W_enc, self.b_enc, self.precision, reused)
+            hidden_pre = self.hook_sae_acts_pre(product)
         sae_out, feature_acts, losses = self.losses_on_pairs(flat, hidden_pre, step_input)
+        if reused is not None:
+            hidden_pre = hidden_pre.new_empty(0, self.cfg.d_sae)
         return self._output(step_input, flat, hidden_pre, sae_out, feature_acts, losses)
 
     @abstractmethod

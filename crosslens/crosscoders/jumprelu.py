@@ -148,6 +148,7 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
     """Training of the JumpReLU crosscoder."""
 
     cfg: JumpReLUCrosscoderTrainingConfig
+    backward_reads_hidden_pre = True
 
     @override
     def initialize_weights(self) -> None:
@@ -179,7 +180,8 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
             self.precision,
         )
         pairs = gates.open_pairs()
-        sae_out, phi = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy)
+        memory = self.free_gradient_memory
+        sae_out, phi = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy, memory)
         sae_out = self.hook_sae_recons(sae_out)
         penalty = self.strategy.total_features(self.frequency_penalty(self.strategy.mean_data(phi)))
         losses = {

@@ -73,10 +73,17 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         zero = torch.zeros_like(hidden_pre[0])
-        acts = hidden_pre.relu() if dense_is_faster(density(hidden_pre, zero)) else pairs_above(hidden_pre, zero)
+        dense = dense_is_faster(density(hidden_pre, zero), hidden_pre.device)
+        acts = hidden_pre.relu() if dense else pairs_above(hidden_pre, zero)
         norms = self.decoder_norms.detach()
         sae_out, weighted, _ = reconstruct(
-            flat, acts, self.weights, norms, strategy=self.strategy, precision=self.precision
+            flat,
+            acts,
+            self.weights,
+            norms,
+            strategy=self.strategy,
+            precision=self.precision,
+            memory=self.free_gradient_memory,
         )
         assert weighted is not None
         sae_out = self.hook_sae_recons(sae_out)

@@ -59,18 +59,24 @@ class Strategy(Protocol):
         return kth, (top == kth).sum()
 
     def earliest(
-        self, tokens: Int[Tensor, " n"], features: Int[Tensor, " n"], shape: tuple[int, int], count: Tensor
+        self,
+        tied: Bool[Tensor, " n"],
+        tokens: Int[Tensor, " n"],
+        features: Int[Tensor, " n"],
+        shape: tuple[int, int],
+        count: Tensor,
     ) -> Bool[Tensor, " n"]:
-        """Which entries of a (B, F) matrix, given in order, are among the first `count` over all processes.
+        """Which of the marked entries of a (B, F) matrix are the first `count` of those over all processes.
 
         Args:
+            tied: the marks of entries, which are in order.
             tokens: row of each entry, in this process's block.
             features: column of each entry.
             shape: shape of this process's block.
             count: a scalar.
         """
-        del features, shape
-        return torch.arange(len(tokens), device=tokens.device) < count
+        del tokens, features, shape
+        return tied & (tied.cumsum(0) <= count)
 
     def kth_per_token(self, largest: Float[Tensor, "B k"]) -> tuple[Float[Tensor, "B 1"], int | Int[Tensor, "B 1"]]:
         """The k-th largest score of each token over all processes, and how many of the k this process keeps.

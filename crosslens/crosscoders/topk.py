@@ -26,7 +26,7 @@ from torch.nn.functional import mse_loss
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.sparse import Acts, dense_is_faster, reconstruct
+from crosslens.crosscoders.kernels.sparse import CACHED, Acts, dense_is_faster, reconstruct
 from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, first_largest, token_top_pairs
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
@@ -174,16 +174,23 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
         norms = self.decoder_norms.detach().sum(-1)
         pairs = self.select_pairs(hidden_pre, norms)
-        acts = pairs.to_dense() if dense_is_faster(len(pairs.values) / hidden_pre.numel()) else pairs
+        dense = dense_is_faster(len(pairs.values) / hidden_pre.numel(), flat.device)
+        acts = pairs.to_dense() if dense else pairs
         dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
         sae_out, _, rebuilt = reconstruct(
-            flat, acts, self.weights, dead=dead, strategy=self.strategy, precision=self.precision
+            flat,
+            acts,
+            self.weights,
+            dead=dead,
+            strategy=self.strategy,
+            precision=self.precision,
+            memory=self.free_gradient_memory,
         )
         sae_out = self.hook_sae_recons(sae_out)
         auxiliary = flat.new_zeros(())
         if rebuilt is not None:
-            share = unexplained((flat - sae_out).detach(), rebuilt, self.strategy)
-            auxiliary = share * batch_variance(flat, self.strategy)
+            residual = flat - sae_out.detach()
+            auxiliary = batch_variance(flat, self.strategy) * unexplained(residual, rebuilt, self.strategy)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
@@ -210,14 +217,14 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         if dead is None:
             return None
         ids = dead.nonzero().flatten()
-        n_dead = int(self.strategy.sum_features_(dead.sum()))
+        n_dead = self.strategy.count(len(ids)) // self.strategy.n_data_ranks
         if n_dead == 0:
             return None
         among, norms = hidden_pre.index_select(1, ids), norms[ids]
         count = max(1, min(self.d_model // 2, n_dead))
         if count == n_dead:
             return ids, among.relu_().mul_(norms > 0)
-        dense = dense_is_faster(count / n_dead)
+        dense = dense_is_faster(count / n_dead, hidden_pre.device)
         if dense and self.n_own == self.cfg.d_sae:
             return ids, keep_top(among, among.relu() * norms, count)
         pairs = token_top_pairs(among, norms, count, self.strategy)
@@ -356,8 +363,11 @@ def unexplained(
 @torch.no_grad()
 def batch_variance(x: Float[Tensor, "B SD"], strategy: Strategy = ONE_PROCESS) -> Tensor:
     """`mean_B |x - mean_B x|^2`, a scalar, over the tokens of all processes."""
-    centred = x - strategy.mean_data(x.mean(0))
-    return strategy.mean_data(centred.square_().sum() / len(x))
+    centre = strategy.mean_data(x.mean(0))
+    # blocks of tokens stay in a CPU's cache between the two operations
+    rows = len(x) if x.is_cuda else max(1, CACHED // x.shape[1])
+    squares = ((block - centre).flatten() for block in x.split(rows))
+    return strategy.mean_data(torch.stack([torch.dot(block, block) for block in squares]).sum() / len(x))
 
 
 def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:

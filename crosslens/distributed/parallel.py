@@ -201,25 +201,33 @@ class Parallel:
         return found.to(kind).view(precise.dtype).to(values.dtype), left
 
     def earliest(
-        self, tokens: Int[Tensor, " n"], features: Int[Tensor, " n"], shape: tuple[int, int], count: Tensor
+        self,
+        tied: Bool[Tensor, " n"],
+        tokens: Int[Tensor, " n"],
+        features: Int[Tensor, " n"],
+        shape: tuple[int, int],
+        count: Tensor,
     ) -> Bool[Tensor, " n"]:
-        """Which entries of a (B, F) matrix, given in order, are among the first `count` over all processes.
+        """Which of the marked entries of a (B, F) matrix are the first `count` of those over all processes.
 
         Args:
+            tied: the marks of entries, which are in order.
             tokens: row of each entry, in this process's block.
             features: column of each entry.
             shape: shape of this process's block.
             count: a scalar.
         """
         n_tokens, n_features = shape
-        rows, columns = tokens + self.data_rank * n_tokens, features + self.feature_rank * n_features
+        marked = tied.nonzero().flatten()
+        rows, columns = tokens[marked] + self.data_rank * n_tokens, features[marked] + self.feature_rank * n_features
         places = rows * (self.n_feature_ranks * n_features) + columns
         numbers = self.gather(torch.tensor(len(places), device=places.device))
         if count >= numbers.sum():
-            return torch.ones_like(places, dtype=torch.bool)
+            return tied
         padded = places.new_full((int(numbers.max()),), torch.iinfo(places.dtype).max)
         padded[: len(places)] = places
-        return places <= self.gather(padded).flatten().sort().values[count - 1]
+        first = places <= self.gather(padded).flatten().sort().values[count - 1]
+        return tied.index_put((marked,), first)
 
     def kth_per_token(self, largest: Float[Tensor, "B k"]) -> tuple[Float[Tensor, "B 1"], Int[Tensor, "B 1"]]:
         """The k-th largest score of each token over all processes, and how many of the k this process keeps.

@@ -102,12 +102,17 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self._counts: Tensor | None = None  # of active pairs and dead features in all processes, at the last step
         self.act_freq_scores = torch.zeros(sae.n_own, device=config.device)
         self.n_forward_passes_since_fired = torch.zeros(sae.n_own, device=config.device)
+        self.n_active = torch.zeros((), dtype=torch.long, device=config.device)
+        """Active (token, feature) pairs of the last step: of all tokens, and of the features of this process."""
         self.check_late = sae.device.type != "cpu"
         self._unchecked: tuple[TrainStepOutput, Tensor, Tensor] | None = None
         thresholds = {name: p for name, p in sae.named_parameters() if name == "log_threshold"}
         self.unclipped = list(thresholds.values())
         # fused Adam needs contiguous parameters: a view of the encoder with one row per feature
         self.encoder_rows = nn.Parameter(sae.W_enc.detach().T)
+        on_cpu = sae.device.type == "cpu"
+        self.gradient_memory = sae.W_dec.detach().new_empty(2, *sae.W_dec.shape) if on_cpu else None
+        """What the crosscoder uses as its `gradient_memory` during a step."""
         others = {name: p for name, p in sae.named_parameters() if name not in ("log_threshold", "W_enc")}
         self.clipped = [self.encoder_rows, *others.values()]
         self.trained = {"W_enc": self.encoder_rows, **others, **thresholds}
@@ -159,7 +164,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         of all of them; explained variance is that of the tokens of this process.
         """
         S = self.sae.cfg.n_snapshots
-        counts = self._count(output.feature_acts) if self._counts is None else self._counts
+        counts = self._count(self.n_active) if self._counts is None else self._counts
         explained = explained_variance(output.sae_in, output.sae_out, S)
         *explained, active, dead = torch.cat([explained.double(), counts]).tolist()
         return Measured(
@@ -167,11 +172,11 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         )
 
     @torch.no_grad()
-    def _count(self, feature_acts: Tensor) -> Tensor:
-        """Active pairs of a batch and dead features in this process, (2,)."""
+    def _count(self, active: Tensor) -> Tensor:
+        """The number of active pairs and of dead features in this process, (2,)."""
         window = min(self.cfg.dead_feature_window, self.n_training_steps // 2)
         dead = (self.n_forward_passes_since_fired > window).sum()
-        return torch.stack([n_active(feature_acts), dead]).double()
+        return torch.stack([active, dead]).double()
 
     def _log(self, entries: dict[str, Any]) -> None:
         if entries and self.cfg.logger.log_to_wandb:
@@ -201,7 +206,10 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
 
     @override
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """One step on raw activations (B, S, D); `hidden_pre` of its output is empty, to save memory.
+        """One step on raw activations (B, S, D).
+
+        No (B, F) tensor outlives it: `hidden_pre` of the output is empty, and so is `feature_acts` if it was dense and
+        the step is not logged. `n_active` counts the active (token, feature) pairs of every step.
 
         With several processes, each receives the whole batch and uses its share of the tokens.
 
@@ -210,11 +218,11 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             StoppedError: `stop` was set in any process.
         """
         self._check()
-        self._busy = True
+        self._busy, self.sae.gradient_memory = True, self.gradient_memory
         try:
             output = self._step(batch)
         finally:
-            self._busy = False
+            self._busy, self.sae.gradient_memory = False, None
         if not self.check_late:
             self._check()
         return output
@@ -228,16 +236,22 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self.sae.train()
         self.n_training_samples += batch.shape[0]
         batch = batch[self.parallel.tokens(len(batch))]
+        logged = self._is_logged()
         output = self.sae.training_forward_pass(
             TrainStepInput(
                 sae_in=batch.to(self.sae.device),
                 dead_neuron_mask=self.dead_neurons,
                 coefficients=self.get_coefficients(),
                 n_training_steps=self.n_training_steps,
-                is_logging_step=self._is_logged(),
+                is_logging_step=logged,
             )
         )
+        # nothing reads this (B, F) tensor
+        output.hidden_pre = output.hidden_pre.new_empty(0, self.sae.cfg.d_sae)
         output.loss.backward()
+        # without the graph, which holds what the backward pass needed
+        output.loss, output.sae_out = output.loss.detach(), output.sae_out.detach()
+        output.losses = {name: value.detach() for name, value in output.losses.items()}
         assert self.sae.W_enc.grad is not None
         self.encoder_rows.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
         self._mean_gradients(output)
@@ -252,7 +266,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         if not self.parallel.alone:
             # all processes skip the step, and stop, if one of them does
             flags = torch.stack([not_finite, torch.full_like(not_finite, self.stop)]).double()
-            flags = self.parallel.sum_(torch.cat([flags, self._count(output.feature_acts)]))
+            flags = self.parallel.sum_(torch.cat([flags, self._count(n_active(output.feature_acts))]))
             not_finite, self._stop_of_any = flags[:2] > 0
             self._counts = flags[2:]
         guarded_step(self.optimizer, divisor, not_finite)
@@ -261,8 +275,8 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
         self._count_firings(output.feature_acts)
-        # SAELens's `fit` keeps the last output during the next step, and nothing reads this (B, F) tensor
-        output.hidden_pre = output.hidden_pre.new_empty(0, self.sae.cfg.d_sae)
+        if not (output.feature_acts.is_sparse or logged):
+            output.feature_acts = output.feature_acts.new_empty(0, self.sae.n_own)
         self._unchecked = output, batch, not_finite
         return output
 
@@ -317,11 +331,12 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
     @torch.no_grad()
     def _count_firings(self, feature_acts: Tensor) -> None:
         if feature_acts.is_sparse:
-            active = feature_acts.indices()[1][feature_acts.values() > 0]
-            fired = torch.bincount(active, minlength=feature_acts.shape[1])
+            active = (feature_acts.values() > 0).long()
+            fired = active.new_zeros(feature_acts.shape[1]).index_add_(0, feature_acts.indices()[1], active)
         else:
             fired = feature_acts.count_nonzero(0)
         self.parallel.sum_data_(fired)
+        self.n_active = fired.sum()
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(fired > 0, 0)
         self.act_freq_scores += fired

@@ -31,6 +31,7 @@ from crosslens.crosscoders import (
     register,
 )
 from crosslens.crosscoders.jumprelu import SnapshotJumpReLU
+from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.topk import batch_top_pairs, token_top_pairs
 from crosslens.errors import UserError
 
@@ -261,7 +262,7 @@ def forward(sae: CrosscoderTrainingSAE, way: str, inputs: TrainStepInput) -> Tra
     if way == "reference":
         return sae.dense_forward_pass(inputs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", 2.0 if way == "pairs" else -1.0)
+        patch.setitem(sparse.DENSE_ABOVE, "cpu", 2.0 if way == "pairs" else -1.0)
         return sae.training_forward_pass(inputs)
 
 

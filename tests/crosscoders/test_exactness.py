@@ -21,6 +21,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingSAE
+from crosslens.crosscoders.kernels import sparse
 from crosslens.training.config import TrainConfig
 from crosslens.training.trainer import CrosscoderTrainer
 
@@ -108,7 +109,7 @@ def same_step(
     tolerance = tolerance or TOLERANCE[sae.cfg.dtype]
     with pytest.MonkeyPatch.context() as patch:
         if DENSE_ABOVE[way] is not None:
-            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", DENSE_ABOVE[way])
+            patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
         fast = sae.train().training_forward_pass(inputs)
         found = gradients(sae, fast.loss)
     dense = sae.dense_forward_pass(inputs)
@@ -279,7 +280,7 @@ def test_a_threshold_far_below_all_scores_gets_no_gradient(way: str):
             sae.b_enc[:20] += 100
         with pytest.MonkeyPatch.context() as patch:
             if DENSE_ABOVE[way] is not None:
-                patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", DENSE_ABOVE[way])
+                patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
             output = sae.training_forward_pass(step_input(raw(3, seed).float()))
             found = gradients(sae, output.loss)["log_threshold"]
         assert bool(output.feature_acts.to_dense()[:, :20].all()) and bool(found[20:].any())
@@ -575,7 +576,7 @@ def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | 
     trainer = CrosscoderTrainer(config, sae, iter(()), total=STEPS * B)
     with pytest.MonkeyPatch.context() as patch:
         if DENSE_ABOVE[way] is not None:
-            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", DENSE_ABOVE[way])
+            patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
         for x in batches:
             trainer.step(x)
             trainer.n_training_steps += 1

@@ -17,8 +17,9 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
+from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
-from crosslens.crosscoders.kernels.sparse import Acts, Weights, reconstruct
+from crosslens.crosscoders.kernels.sparse import Acts, Weights, reconstruct, squared_error, sum_rows
 from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, first_largest, pairs_above, token_top_pairs
 
 ALL = list(TRAINING_ARCHITECTURES)
@@ -233,7 +234,7 @@ def test_reconstruct_gated_by_finite_differences(S: int, D: int, F: int, B: int,
     def outputs(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
         gates = Gates((x @ W_enc + b_enc).detach(), norms_of(W_dec, S), threshold, 3.0, 0.4)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", -1.0 if dense else 2.0)
+            patch.setitem(sparse.DENSE_ABOVE, "cpu", -1.0 if dense else 2.0)
             pairs = gates.open_pairs()
         assert (pairs is None) == dense
         return reconstruct_gated(x, gates, pairs, Weights(W_enc, b_enc, W_dec, b_dec), threshold)
@@ -284,7 +285,7 @@ def test_the_straight_through_gradient_of_thresholds(
             b_enc[3] = -50  # never open
         threshold = torch.linspace(0.02, 4, F, dtype=torch.float64).requires_grad_()
         gates = Gates((x @ W_enc + b_enc).detach(), norms_of(W_dec, S), threshold.detach(), window, 0.4)
-        monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", -1.0 if dense else 2.0)
+        monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", -1.0 if dense else 2.0)
         monkeypatch.setattr("crosslens.crosscoders.kernels.gated.COLUMNS", columns)
         weights = Weights(W_enc, b_enc, W_dec, b_dec)
         x_hat, phi = reconstruct_gated(x, gates, gates.open_pairs(), weights, threshold)
@@ -317,7 +318,7 @@ def test_gradients_that_come_in_any_layout(dense: bool):
     ]
     inputs = [*parameters, threshold]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", -1.0 if dense else 2.0)
+        patch.setitem(sparse.DENSE_ABOVE, "cpu", -1.0 if dense else 2.0)
         for function in functions:
             weights = torch.randn(S * D, B, dtype=torch.float64)
             for g in (torch.ones((), dtype=torch.float64).expand(B, S * D), weights.T, weights[:1].T.expand(B, S * D)):
@@ -326,6 +327,43 @@ def test_gradients_that_come_in_any_layout(dense: bool):
                 for a, b in zip(found, wanted, strict=True):
                     assert (a is None) == (b is None)
                     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- sums of rows, and the loss
+
+
+@pytest.mark.parametrize("N", [1, 7, 64, 65, 200])
+@pytest.mark.parametrize("given", [False, True])
+def test_sums_of_rows(N: int, given: bool):
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        table = torch.randn(9, 2 * N, generator=draw, dtype=torch.float64)[:, ::2][:, :N]  # not contiguous
+        sizes = torch.randint(0, 4, (11,), generator=draw)  # some groups are empty
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+        ids = torch.randint(0, 9, (int(starts[-1]),), generator=draw)
+        weights = torch.randn(len(ids), generator=draw, dtype=torch.float64)
+        wanted = torch.zeros(11, N, dtype=torch.float64)
+        for group in range(11):
+            for pair in range(int(starts[group]), int(starts[group + 1])):
+                wanted[group] += weights[pair] * table[ids[pair]]
+        out = torch.full((11, N), math.nan, dtype=torch.float64) if given else None
+        found = sum_rows(table, ids, starts, weights, out)
+        assert out is None or found is out
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("F", "B"), [(40, 40), (40, 7), (5, 7)])  # the difference fits into the memory, or does not
+@pytest.mark.parametrize("cached", [1, 30, 1 << 16])
+def test_the_squared_error_in_given_memory(F: int, B: int, cached: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.CACHED", cached)
+    x_hat, x = torch.randn(2, B, 12, dtype=torch.float64)
+    x_hat.requires_grad_()
+    memory = torch.full((2, F, 12), math.nan, dtype=torch.float64)
+    loss = 3 * squared_error(x_hat, x, memory)
+    loss.backward()
+    assert float(loss) == pytest.approx(3 * float((x_hat - x).square().sum()) / B, rel=1e-12)
+    torch.testing.assert_close(x_hat.grad, 6 * (x_hat - x).detach() / B, rtol=1e-12, atol=0)
+    assert bool(memory.isnan().any()) == (memory.numel() > x.numel() or F < B)
 
 
 # ---------------------------------------------------------------------- memory
@@ -369,6 +407,27 @@ def step_of(architecture: str, S: int, D: int, F: int, B: int, **options: Any) -
     return sae, TrainStepInput(
         sae_in=x, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
     )
+
+
+@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("dense", [False, True])
+def test_given_memory_changes_no_gradient(architecture: str, dense: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", -1.0 if dense else 2.0)
+    for S, D, F, B in ((4, 32, 512, 96), (2, 20, 24, 96)):  # all of h and e fit into the memory, or neither
+        sae, inputs = step_of(architecture, S, D, F, B, **({"k": 8} if architecture in TOP else {}))
+        found: list[list[Tensor]] = []
+        for memory in (None, torch.full((2, F, S * D), math.nan)):
+            sae.zero_grad()
+            sae.gradient_memory = memory
+            output = sae.training_forward_pass(inputs)
+            output.loss.backward()
+            assert len(output.hidden_pre) == (B if memory is None or sae.backward_reads_hidden_pre or F == 24 else 0)
+            found.append([output.loss.detach(), *(p.grad.clone() for p in sae.parameters())])
+            if memory is not None and not dense:
+                assert sae.W_dec.grad.data_ptr() == memory.data_ptr()
+                assert sae.W_enc.grad.data_ptr() == memory[1].data_ptr()
+        for fresh, reused in zip(*found, strict=True):
+            torch.testing.assert_close(reused, fresh, rtol=1e-5, atol=1e-5 * float(fresh.abs().max()))
 
 
 @pytest.mark.parametrize("numpy", [True, False])

@@ -20,6 +20,7 @@ import crosslens.training.checkpoints
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, TopKCrosscoderTrainingConfig, load
 from crosslens.crosscoders.base import drawn_rows
+from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, token_top_pairs
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.crosscoders.topk import unexplained
@@ -123,7 +124,7 @@ def test_several_processes_are_one(
 ):  # fmt: skip
     """On active pairs, as for large dictionaries, and as the library chooses for a small one."""
     if way == "pairs":
-        monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", 2.0)
+        monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", 2.0)
 
     def trajectory(parallel: Parallel) -> Any:
         gradients = first_gradients(acts, ALL[architecture](), parallel)
@@ -154,7 +155,7 @@ def test_more_dead_features_than_the_auxiliary_loss_takes(
     acts: Activations, tmp_path: Path, dense_above: float, monkeypatch: pytest.MonkeyPatch
 ):
     """The strongest dead features are selected among those of both processes; one has many, the other one."""
-    monkeypatch.setattr("crosslens.crosscoders.kernels.sparse.DENSE_ABOVE", dense_above)
+    monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", dense_above)
     dead = torch.arange(40) < 23
     dead[30] = True
 

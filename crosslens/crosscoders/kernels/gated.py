@@ -23,15 +23,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from crosslens.crosscoders.kernels.products import product
-from crosslens.crosscoders.kernels.sparse import Weights, add_norm_gradient, dense_is_faster, sampled_product
+from crosslens.crosscoders.kernels.sparse import (
+    Memory,
+    Weights,
+    add_norm_gradient,
+    dense_is_faster,
+    sampled_product,
+    sum_rows,
+)
 from crosslens.crosscoders.kernels.topk import Pairs, density, pairs_above, row_pointers
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.distributed.devices import Precision
@@ -69,10 +75,16 @@ class Gates:
         largest = self.norms.amax(-1)
         # slightly lower, because the division rounds; the gates themselves decide
         bounds = 0.999 * self.threshold / largest
-        if dense_is_faster(density(self.hidden_pre, bounds)):
+        device = bounds.device
+        if device.type == "cpu" and dense_is_faster(density(self.hidden_pre, bounds), device):
             return None
         pairs = pairs_above(self.hidden_pre, bounds)
+        # the number of pairs says the same, and the host waits once
+        if device.type != "cpu" and dense_is_faster(len(pairs.values) / self.hidden_pre.numel(), device):
+            return None
         closed = pairs.values * largest[pairs.features] <= self.threshold[pairs.features]
+        if device.type != "cpu":
+            return replace(pairs, values=torch.where(closed, 0.0, pairs.values))
         return pairs.select(closed.logical_not_().nonzero().flatten())
 
 
@@ -83,6 +95,7 @@ def reconstruct_gated(
     weights: Weights,
     threshold: Float[Tensor, " F"],
     strategy: Strategy = ONE_PROCESS,
+    memory: Memory | None = None,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"]]:
     """Reconstruction and phi, with the gradients of the module's docstring for all parameters.
 
@@ -93,8 +106,9 @@ def reconstruct_gated(
         weights: the parameters.
         threshold: t_i, which receives the straight-through gradient.
         strategy: sums the reconstruction over the features of all processes.
+        memory: where the gradients of W_dec and W_enc may be written; None allocates them.
     """
-    return _ReconstructGated.apply(x, gates, pairs, *weights, threshold, strategy)  # type: ignore[return-value]
+    return _ReconstructGated.apply(x, gates, pairs, *weights, threshold, strategy, memory)  # type: ignore[return-value]
 
 
 class _ReconstructGated(torch.autograd.Function):
@@ -110,11 +124,12 @@ class _ReconstructGated(torch.autograd.Function):
         b_dec: Tensor,
         threshold: Tensor,
         strategy: Strategy,
+        memory: Memory | None,
     ) -> tuple[Tensor, Tensor]:
         del W_enc, b_enc, threshold
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_dec)
-        ctx.gates, ctx.pairs = gates, pairs
+        ctx.gates, ctx.pairs, ctx.memory = gates, pairs, memory
         F, S = gates.norms.shape
         decoder = W_dec.view(F, S, -1)
         x_hat = torch.zeros_like(x)
@@ -128,8 +143,8 @@ class _ReconstructGated(torch.autograd.Function):
         if pairs is not None:
             for s in range(S):
                 into = x_hat.view(len(x), S, -1)[:, s]
-                opened = _open(gates, pairs, s)
-                into.copy_(_bag(opened.features * S + s, W_dec.view(F * S, -1), opened.rows, opened.values))
+                opened = _open(gates, pairs, s, by_feature=False)
+                sum_rows(decoder[:, s], opened.features, opened.starts, opened.values, into)
                 phi.index_add_(0, opened.features, (gates.stretch * opened.scores).tanh())
         return strategy.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S)
 
@@ -141,18 +156,20 @@ class _ReconstructGated(torch.autograd.Function):
         gates: Gates = ctx.gates
         F, S = gates.norms.shape
         e = torch.zeros_like(x) if e is None else e
+        db_dec = e.sum(0)  # first: e may lie where the gradients are written
         # d penalty / d f_bis at f = 0, divided by n_is
         slope = x.new_zeros(F) if dphi is None else dphi * gates.stretch / (len(x) * S)
         pairs: Pairs | None = ctx.pairs
         if pairs is None:
             dW_dec, dnorms, dW_enc, db_enc, in_window = _dense_sums(gates, e, x, W_dec, slope)
         else:
-            dW_dec, dnorms, dW_enc, db_enc, in_window = _pair_sums(gates, pairs, e, x, W_dec, slope)
+            sums = _pair_sums(gates, pairs, e, x, W_dec, slope, ctx.memory)
+            dW_dec, dnorms, dW_enc, db_enc, in_window = sums
         if dphi is not None:
             add_norm_gradient(dW_dec, W_dec, gates.norms, dnorms)
         scaled = torch.where(gates.norms > 0, in_window / gates.norms, 0.0)
         dthreshold = -gates.threshold / gates.window * scaled.sum(-1)
-        return None, None, None, dW_enc.T, db_enc, dW_dec, e.sum(0), dthreshold, None
+        return None, None, None, dW_enc.T, db_enc, dW_dec.detach(), db_dec, dthreshold, None, None
 
 
 def _dense_acts(gates: Gates, s: int) -> Float[Tensor, "B F"]:
@@ -187,57 +204,63 @@ def _in_window(scores: Float[Tensor, "B F"], gates: Gates) -> Bool[Tensor, "B F"
     return ((scores - gates.threshold).abs() < gates.window / 2) & (scores > 0)
 
 
-@dataclass(frozen=True)
-class _Open:
-    """The pairs whose gate is open at one snapshot: their positions in order and by feature, and what they hold."""
+class _Open(NamedTuple):
+    """The pairs whose gate is open at one snapshot: which of the given ones, what they hold, and where groups start.
 
-    which: Int[Tensor, " m"]
-    by_feature: Int[Tensor, " m"]
+    On a GPU, where the host would have to wait for their number, all pairs: those whose gate is closed hold zeros.
+    """
+
+    which: Int[Tensor, " m"] | slice
+    tokens: Int[Tensor, " m"]
     features: Int[Tensor, " m"]
     values: Float[Tensor, " m"]
     scores: Float[Tensor, " m"]
-    rows: Int[Tensor, " r"]
+    starts: Int[Tensor, " r"]
 
 
-def _open(gates: Gates, pairs: Pairs, s: int) -> _Open:
-    scores = pairs.values * gates.norms[:, s][pairs.features]
-    opened = (scores <= gates.threshold[pairs.features]).logical_not_()
-    which, (order, _) = opened.nonzero().flatten(), pairs.by_feature
-    rows = row_pointers(pairs.tokens[which], pairs.shape[0])
-    return _Open(which, order[opened[order]], pairs.features[which], pairs.values[which], scores[which], rows)
-
-
-def _bag(ids: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    return embedding_bag(ids, table, rows[:-1], mode="sum", per_sample_weights=weights)
+def _open(gates: Gates, pairs: Pairs, s: int, by_feature: bool) -> _Open:
+    """The pairs, sorted by token or by feature, that are open at snapshot s."""
+    scores = pairs.values * gates.norms[:, s].index_select(0, pairs.features)
+    opened = (scores <= gates.threshold.index_select(0, pairs.features)).logical_not_()
+    if scores.is_cuda:
+        values, scores = torch.where(opened, pairs.values, 0.0), torch.where(opened, scores, 0.0)
+        open_pairs, which = replace(pairs, values=values), slice(None)
+    else:
+        which = opened.nonzero().flatten()
+        open_pairs, scores = pairs.select(which), scores.index_select(0, which)
+    tokens, features, values, (B, F) = open_pairs.tokens, open_pairs.features, open_pairs.values, pairs.shape
+    starts = row_pointers(features, F) if by_feature else row_pointers(tokens, B)
+    return _Open(which, tokens, features, values, scores, starts)
 
 
 def _pair_sums(
-    gates: Gates, pairs: Pairs, e: Tensor, x: Tensor, W_dec: Tensor, slope: Tensor
+    gates: Gates, pairs: Pairs, e: Tensor, x: Tensor, W_dec: Tensor, slope: Tensor, memory: Memory | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same as `_dense_sums`, from the open pairs and one dense product for the window."""
     F, S = gates.norms.shape
     by_snapshot, decoder = e.view(len(e), S, -1), W_dec.view(F, S, -1)
-    dW_dec, dnorms = torch.empty_like(W_dec), torch.zeros_like(gates.norms)
+    dW_dec, dW_enc = (torch.empty_like(W_dec), None) if memory is None else memory
     in_window, apart = _closed_sums(gates, pairs, e, W_dec, slope)
-    df = torch.zeros_like(pairs.values)
+    dnorms, df = torch.zeros_like(gates.norms), torch.zeros_like(pairs.values)
+    order, starts = pairs.by_feature
+    pairs = pairs.select(order)
     for s in range(S):
-        opened, errors = _open(gates, pairs, s), by_snapshot[:, s].contiguous()
-        at_open = sampled_product(opened.rows, opened.features, errors, decoder[:, s].contiguous())
+        opened, errors = _open(gates, pairs, s, by_feature=True), by_snapshot[:, s].contiguous()
+        at_open = sampled_product(opened.starts, opened.tokens, decoder[:, s].contiguous(), errors)
+        slopes = slope.index_select(0, opened.features)
         sech2 = 1 - (gates.stretch * opened.scores).tanh_().square_()
-        at_zero = (slope * gates.norms[:, s])[opened.features]
-        df_open = at_open + at_zero * sech2
+        at_zero = slopes * gates.norms[:, s].index_select(0, opened.features)
+        df_open = torch.where(opened.values == 0, 0.0, at_open + at_zero * sech2)
         df[opened.which] += df_open
-        dnorms[:, s].index_add_(0, opened.features, slope[opened.features] * sech2 * opened.values)
-        near = (opened.scores - gates.threshold[opened.features]).abs() < gates.window / 2
+        dnorms[:, s].index_add_(0, opened.features, slopes * sech2 * opened.values)
+        near = (opened.scores - gates.threshold.index_select(0, opened.features)).abs() < gates.window / 2
         # the sum over h > 0 counts every open pair with the slope of a closed one
-        held = torch.where(apart[opened.features], 0.0, at_open + at_zero)
+        left_out = apart.index_select(0, opened.features) | (opened.values == 0)
+        held = torch.where(left_out, 0.0, at_open + at_zero)
         in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - held)
-        rows = row_pointers(pairs.features[opened.by_feature], F)
-        values = pairs.values[opened.by_feature]
-        dW_dec.view(F, S, -1)[:, s] = _bag(pairs.tokens[opened.by_feature], errors, rows, values)
-    order, rows = pairs.by_feature
-    dW_enc = _bag(pairs.tokens[order], x, rows, df[order])
-    return dW_dec, dnorms, dW_enc, torch.zeros_like(slope).index_add_(0, pairs.features, df), in_window
+        dW_dec.view(F, S, -1)[:, s] = sum_rows(errors, opened.tokens, opened.starts, opened.values)
+    dW_enc = sum_rows(x, pairs.tokens, starts, df, dW_enc)
+    return dW_dec, dnorms, dW_enc, torch.segment_reduce(df, "sum", offsets=starts), in_window
 
 
 def _closed_sums(
@@ -255,8 +278,9 @@ def _closed_sums(
         products = product(positive.T, e, gates.precision).mul_(W_dec[columns])
         sums[columns] = products.view(-1, S, e.shape[1] // S).sum(-1)
         sums[columns] += positives[columns, None] * slope[columns, None] * gates.norms[columns]
+    n_open = torch.zeros_like(positives).index_add_(0, pairs.features, (pairs.values != 0).to(e.dtype))
     # pairs below the window exist only if t >= w/2; where nearly all are open, the difference would be mostly rounding
-    apart = (gates.threshold >= gates.window / 2) | (torch.bincount(pairs.features, minlength=F) > 0.9 * positives)
+    apart = (gates.threshold >= gates.window / 2) | (n_open > 0.9 * positives)
     ids = apart.nonzero().flatten()
     if len(ids):
         hidden_pre, decoder = gates.hidden_pre[:, ids], W_dec[ids].view(len(ids), S, -1)

@@ -34,9 +34,13 @@ def encoder_product(
     W_enc: Float[Tensor, "N F"],
     b_enc: Float[Tensor, " F"],
     precision: Precision = "float32",
+    out: Float[Tensor, "... F"] | None = None,
 ) -> Float[Tensor, "... F"]:
-    """`h = x W_enc + b_enc`: the product in the given precision, the sum with the bias in that of `x`."""
+    """`h = x W_enc + b_enc`: the product in the given precision, the sum with the bias in that of `x`.
+
+    `out` is where a product in float32 of x (B, N) may be written.
+    """
     if precision == "float32":
-        return linear(x, W_enc.T, b_enc)
+        return linear(x, W_enc.T, b_enc) if out is None else torch.addmm(b_enc, x, W_enc, out=out)
     flat = product(x.reshape(-1, x.shape[-1]), W_enc, precision)
     return flat.add_(b_enc).view(*x.shape[:-1], -1)

@@ -12,6 +12,10 @@ A pair (b, i) is active if the gate keeps feature i for token b. With the pairs 
 
 These are exactly the gradients of the dense autograd code, which stays in `crosslens.crosscoders.base` as the
 reference. Where more than `DENSE_ABOVE` of the pairs are active, dense products are faster and are used instead.
+
+On a CPU the sums over pairs are bound by memory: rows are gathered from `TILE` columns of a table at a time, which stay
+in the cache. The two large gradients are written into memory that is kept between steps (`Memory`), because the first
+touch of new memory takes longer than the sums; h and e lie in it before they are overwritten by the gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, mse_loss
 
 from crosslens.crosscoders.kernels.products import product
 from crosslens.crosscoders.kernels.topk import Pairs
@@ -32,7 +36,15 @@ from crosslens.distributed.devices import Precision
 # torch warns once per process; only the sampled product uses CSR
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-DENSE_ABOVE = 0.075  # fraction of active pairs above which dense products win; measured by benchmarks/density.py
+# Fraction of active pairs above which dense products win, by type of device; measured by benchmarks/density.py. That of
+# "cuda" is a guess: no card was there to measure it.
+DENSE_ABOVE = {"cpu": 0.075, "cuda": 0.075}
+
+CACHED = 1 << 16  # entries of a block on a CPU that stays in the cache
+TILE = 64  # columns of a table that rows are gathered from at a time on a CPU
+
+# The gradients of W_dec and of W_enc transposed, (2, F, N)
+Memory: TypeAlias = Tensor
 
 # Feature activations of a batch, in the form that is faster to compute with.
 Acts: TypeAlias = Pairs | Tensor
@@ -47,16 +59,16 @@ class Weights(NamedTuple):
     b_dec: Float[Tensor, " N"]
 
 
-def dense_is_faster(active: float) -> bool:
-    """Whether dense products are faster if this fraction of the pairs is active."""
-    return active > DENSE_ABOVE
+def dense_is_faster(active: float, device: torch.device) -> bool:
+    """Whether dense products are faster on a device if this fraction of the pairs is active."""
+    return active > DENSE_ABOVE.get(device.type, DENSE_ABOVE["cuda"])
 
 
 def decode(acts: Acts, W_dec: Float[Tensor, "F N"], precision: Precision = "float32") -> Float[Tensor, "B N"]:
     """`f W_dec`; `precision` is that of a dense product, as everywhere in this module."""
     if isinstance(acts, Tensor):
         return product(acts, W_dec, precision)
-    return embedding_bag(acts.features, W_dec, acts.rows[:-1], mode="sum", per_sample_weights=acts.values)
+    return sum_rows(W_dec, acts.features, acts.rows, acts.values)
 
 
 def gradients(
@@ -66,6 +78,7 @@ def gradients(
     W_dec: Tensor,
     slope: Float[Tensor, " F"] | None = None,
     precision: Precision = "float32",
+    memory: Memory | None = None,
 ) -> tuple[Float[Tensor, "F N"], Float[Tensor, "F N"], Float[Tensor, " F"]]:
     """Gradients for W_dec, W_enc transposed, and b_enc.
 
@@ -76,30 +89,64 @@ def gradients(
         W_dec: (F, N).
         slope: d loss / d f_i of a penalty, added on active pairs.
         precision: of the dense products.
+        memory: where the first two are written, the second one last; None allocates them.
     """
+    dW_dec, dW_enc = (None, None) if memory is None else memory
     if isinstance(acts, Tensor):
         df = product(e, W_dec.T, precision)
         if slope is not None:
             df.add_(slope)
         df.mul_(acts > 0)
         return product(acts.T, e, precision), product(df.T, x, precision), df.sum(0)
-    df = sampled_product(acts.rows, acts.features, e, W_dec)
+    order, starts = acts.by_feature
+    tokens = acts.tokens.index_select(0, order)
+    # by feature: each row of W_dec is read once, and e, the smaller table, stays in the cache
+    df, values = sampled_product(starts, tokens, W_dec, e), acts.values.index_select(0, order)
     if slope is not None:
-        df = df + slope[acts.features]
-    order, rows = acts.by_feature
-    by_feature, starts = acts.tokens.index_select(0, order), rows[:-1]
+        df = df + slope.index_select(0, acts.features.index_select(0, order))
+    df = torch.where(values == 0, 0.0, df)
     return (
-        embedding_bag(by_feature, e, starts, mode="sum", per_sample_weights=acts.values.index_select(0, order)),
-        embedding_bag(by_feature, x, starts, mode="sum", per_sample_weights=df.index_select(0, order)),
-        torch.zeros_like(W_dec[:, 0]).index_add_(0, acts.features, df),
+        sum_rows(e, tokens, starts, values, dW_dec),
+        sum_rows(x, tokens, starts, df, dW_enc),
+        torch.segment_reduce(df, "sum", offsets=starts),
     )
 
 
-def sampled_product(rows: Tensor, columns: Tensor, e: Float[Tensor, "B N"], W: Float[Tensor, "F N"]) -> Tensor:
-    """`<e_b, W_i>` at the entries (b, i) of a CSR pattern."""
-    blank = e.new_zeros(len(columns))
-    pattern = torch.sparse_csr_tensor(rows, columns, blank, (len(e), len(W)), check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, e, W.T, beta=0.0).values()
+def sum_rows(
+    table: Float[Tensor, "m N"],
+    ids: Int[Tensor, " p"],
+    starts: Int[Tensor, " n_1"],
+    weights: Float[Tensor, " p"],
+    out: Float[Tensor, "n N"] | None = None,
+) -> Float[Tensor, "n N"]:
+    """Weighted sums of rows of a table, one for each group of pairs.
+
+    On a CPU, `TILE` columns at a time: the part of the table that rows are gathered from then stays in the cache.
+
+    Args:
+        table: its rows.
+        ids: the row of each pair.
+        starts: where the pairs of each group start, and the number of pairs.
+        weights: the factor of each pair.
+        out: where the sums are written; None allocates them.
+    """
+    table, starts = table.detach(), starts[:-1]
+    if table.device.type != "cpu":
+        sums = embedding_bag(ids, table.contiguous(), starts, mode="sum", per_sample_weights=weights)
+        return sums if out is None else out.copy_(sums)
+    if out is None:
+        out = table.new_empty(len(starts), table.shape[1])
+    for start in range(0, table.shape[1], TILE):
+        tile = table[:, start : start + TILE].contiguous()
+        out[:, start : start + TILE] = embedding_bag(ids, tile, starts, mode="sum", per_sample_weights=weights)
+    return out
+
+
+def sampled_product(rows: Tensor, columns: Tensor, a: Float[Tensor, "m N"], b: Float[Tensor, "n N"]) -> Tensor:
+    """`<a_i, b_j>` at the entries (i, j) of a CSR pattern."""
+    blank = a.new_zeros(len(columns))
+    pattern = torch.sparse_csr_tensor(rows, columns, blank, (len(a), len(b)), check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, a, b.T, beta=0.0).values()
 
 
 def add_norm_gradient(dW_dec: Tensor, W_dec: Tensor, norms: Tensor, dnorms: Float[Tensor, "F S"]) -> None:
@@ -117,6 +164,7 @@ def reconstruct(
     dead: tuple[Int[Tensor, " m"], Acts] | None = None,
     strategy: Strategy = ONE_PROCESS,
     precision: Precision = "float32",
+    memory: Memory | None = None,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"] | None, Float[Tensor, "B N"] | None]:
     """The terms that losses are computed from, with exact gradients for all four parameters.
 
@@ -128,6 +176,7 @@ def reconstruct(
         dead: ids of features, and their activations among themselves, for a second reconstruction.
         strategy: sums both reconstructions over the features of all processes.
         precision: of dense products.
+        memory: where the gradients of W_dec and W_enc are written; None allocates them.
 
     Returns:
         `f W_dec + b_dec`; per feature `sum_s n_is * mean_B f_i`, or None without `norms`; the reconstruction by the
@@ -135,7 +184,7 @@ def reconstruct(
     """
     ids, dead_acts = dead if dead is not None else (None, None)
     x_hat, weighted, rebuilt = _Reconstruct.apply(  # type: ignore[misc]
-        x, *weights, acts, norms, ids, dead_acts, strategy, precision
+        x, *weights, acts, norms, ids, dead_acts, strategy, precision, memory
     )
     return x_hat, weighted, rebuilt
 
@@ -155,12 +204,13 @@ class _Reconstruct(torch.autograd.Function):
         dead_acts: Acts | None,
         strategy: Strategy,
         precision: Precision,
+        memory: Memory | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         del W_enc, b_enc
         ctx.set_materialize_grads(False)
         mean_f = None if norms is None else _mean(acts)
         ctx.save_for_backward(x, W_dec, norms, mean_f, ids)
-        ctx.acts, ctx.dead_acts, ctx.precision = acts, dead_acts, precision
+        ctx.acts, ctx.dead_acts, ctx.precision, ctx.memory = acts, dead_acts, precision, memory
         weighted = None if norms is None or mean_f is None else norms.sum(-1) * mean_f
         rebuilt = (
             None
@@ -175,15 +225,55 @@ class _Reconstruct(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, W_dec, norms, mean_f, ids = ctx.saved_tensors
         e = torch.zeros_like(x) if e is None else e
+        db_dec = e.sum(0)  # first: e may lie where the gradients are written
         slope = None if dweighted is None else dweighted * norms.sum(-1) / len(x)
-        dW_dec, dW_enc, db_enc = gradients(ctx.acts, e, x, W_dec, slope, ctx.precision)
+        dW_dec, dW_enc, db_enc = gradients(ctx.acts, e, x, W_dec, slope, ctx.precision, ctx.memory)
         if dweighted is not None:
             add_norm_gradient(dW_dec, W_dec, norms, (dweighted * mean_f)[:, None].expand_as(norms))
         if drebuilt is not None:
             of_dead = gradients(ctx.dead_acts, drebuilt, x, W_dec[ids], precision=ctx.precision)
             for total, part in zip((dW_dec, dW_enc, db_enc), of_dead, strict=True):
                 total.index_add_(0, ids, part)
-        return None, dW_enc.T, db_enc, dW_dec, e.sum(0), None, None, None, None, None, None
+        return None, dW_enc.T, db_enc, dW_dec.detach(), db_dec, *[None] * 7
+
+
+def hidden_pre_in(memory: Memory | None, B: int) -> Float[Tensor, "B F"] | None:
+    """Where h may lie until a backward pass, or None if it does not fit."""
+    if memory is None or 2 * memory.shape[2] < B:
+        return None
+    return memory.view(-1)[: B * memory.shape[1]].view(B, -1)
+
+
+def squared_error(
+    x_hat: Float[Tensor, "B N"], x: Float[Tensor, "B N"], memory: Memory | None = None
+) -> Float[Tensor, ""]:
+    """`mean_B |x_hat - x|^2`.
+
+    Args:
+        x_hat: reconstruction.
+        x: target, which receives no gradient.
+        memory: where the difference and then its gradient are written; None allocates them.
+    """
+    if memory is None or len(x) > memory.shape[1]:
+        return mse_loss(x_hat, x, reduction="sum") / len(x)
+    return _SquaredError.apply(x_hat, x, memory.view(-1)[-x.numel() :].view_as(x))  # type: ignore[return-value]
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        ctx.e = out
+        squares: list[Tensor] = []
+        # blocks of tokens stay in the cache between the two operations
+        rows = max(1, CACHED // x.shape[1])
+        for block, *of in zip(out.split(rows), x_hat.split(rows), x.split(rows), strict=True):
+            flat = torch.sub(*of, out=block).view(-1)
+            squares.append(torch.dot(flat, flat))
+        return torch.stack(squares).sum() / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.e.mul_(2 * g / len(ctx.e)), None, None
 
 
 def _mean(acts: Acts) -> Float[Tensor, " F"]:

@@ -6,6 +6,10 @@
 
 The first two start from a lower bound on the threshold, list the pairs above it, and take the exact k-th value among
 those. Equal scores are kept in order of position.
+
+On a GPU, the host waits wherever the size of a result depends on values. Listing pairs is one such wait; nothing else
+here waits if one process holds all features: positions of a known number of marks come from a sort, and TopK always
+returns k pairs a token, with the value 0 where it has fewer positive scores.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+from crosslens.crosscoders.strategy import ONE_PROCESS, OneProcess, Strategy
 
-SAMPLE = 1 << 16  # entries sampled for the first bound on a batch's threshold
+SAMPLE = 1 << 14  # entries sampled for the first bound on a batch's threshold
 BLOCK = 1 << 18  # entries of a (tokens, F) block on a CPU: it stays in the cache
-GPU_BLOCK = 1 << 27
+GPU_BLOCK = 1 << 29  # the same on a GPU, where the host waits for each
 # with few threads, numpy compares and lists positions three times as fast as torch
 NUMPY_THREADS, NUMPY_DTYPES = 2, (torch.float32, torch.float64)
 
@@ -35,7 +39,7 @@ class Pairs:
     Attributes:
         tokens: token b of each pair.
         features: feature i of each pair.
-        values: f = h of each pair, positive.
+        values: f = h of each pair, positive; 0 for a pair that is not active, which has no gradient.
         shape: (B, F).
     """
 
@@ -52,7 +56,7 @@ class Pairs:
     @cached_property
     def by_feature(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
         """The order that sorts the pairs by feature, then token, and its row pointers (F + 1,)."""
-        ordered, order = self.features.sort(stable=True)
+        ordered, order = self.features.int().sort(stable=True)  # half the bytes, half the time
         return order, row_pointers(ordered, self.shape[1])
 
     def select(self, which: Int[Tensor, " m"]) -> Pairs:
@@ -78,8 +82,8 @@ class Pairs:
 
 def row_pointers(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " m"]:
     """CSR row pointers (n + 1) of ids in ascending order."""
-    counts = torch.bincount(sorted_ids, minlength=n)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    # counting them would make the host wait for a GPU
+    return torch.searchsorted(sorted_ids, torch.arange(n + 1, dtype=sorted_ids.dtype, device=sorted_ids.device))
 
 
 @torch.no_grad()
@@ -93,19 +97,19 @@ def batch_top_pairs(
     """
     # slightly lower, because the division rounds
     bound = 0.999 * _sampled_bound(hidden_pre, norms, count, strategy)
-    pairs = pairs_above(hidden_pre, bound / norms)
+    pairs = pairs_above(hidden_pre, _over(bound, norms))
     if strategy.count(len(pairs.values)) < count:
-        pairs = pairs_above(hidden_pre, torch.zeros_like(norms))
+        pairs = pairs_above(hidden_pre, _over(torch.zeros_like(bound), norms))
     scores = pairs.values * norms.index_select(0, pairs.features)
-    pairs, scores = _keep(pairs, scores, scores > 0)
-    if strategy.count(len(scores)) <= count:
-        return pairs, scores
+    n_found = strategy.count(len(scores))
+    if n_found <= count:
+        return _keep(pairs, scores, scores > 0)
     kth, n_tied = strategy.kth_largest(scores, count)
-    kept = scores > kth
-    tied = (scores == kth).nonzero().flatten()
-    shape = hidden_pre.shape[0], hidden_pre.shape[1]
-    kept[tied] = strategy.earliest(pairs.tokens[tied], pairs.features[tied], shape, n_tied)
-    return _keep(pairs, scores, kept)
+    kept = (scores > kth) | strategy.earliest(scores == kth, pairs.tokens, pairs.features, pairs.shape, n_tied)
+    if hidden_pre.is_cuda and isinstance(strategy, OneProcess):
+        which = (kept | scores.isnan()).logical_not().byte().sort(stable=True).indices[:count]
+        return pairs.select(which), scores.index_select(0, which)
+    return _keep(pairs, scores, kept & (scores > 0))
 
 
 @torch.no_grad()
@@ -152,6 +156,18 @@ def density(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -> fl
     return float((sample > bounds).count_nonzero()) / max(1, sample.numel())
 
 
+def _top_of_rows(hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], k: int) -> Pairs:
+    """k pairs of every token, those with the largest scores `relu(h) n`; of equal ones any."""
+    B, F = hidden_pre.shape
+    found = [(block.relu() * norms).topk(k, dim=-1, sorted=False).indices for _, block in _blocks(hidden_pre)]
+    features = torch.cat(found).sort(dim=-1).values
+    values = hidden_pre.gather(1, features)
+    # as if clamped, but NaN stays
+    values = torch.where(values * norms[features] <= 0, 0.0, values)
+    tokens = torch.arange(B, device=features.device)[:, None].expand(B, k)
+    return Pairs(tokens.flatten(), features.flatten(), values.flatten(), (B, F))
+
+
 def _grouped(scores: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B G"]:
     """Maxima of at least 2 k equal groups of features; the features themselves if they cannot be grouped."""
     size = 1
@@ -166,8 +182,14 @@ def _sampled_bound(hidden_pre: Tensor, norms: Tensor, count: int, strategy: Stra
     stride = max(1, flat.numel() // SAMPLE) | 1
     which = torch.arange(0, flat.numel(), stride, device=flat.device)
     sample = flat.index_select(0, which) * norms.index_select(0, which % len(norms))
-    rank = min(strategy.count(len(sample)), int(1.2 * count / stride) + 64)
+    expected = count / stride
+    rank = min(strategy.count(len(sample)), int(expected + 5 * expected**0.5) + 16)
     return strategy.kth_largest(sample.clamp_min(0), rank)[0]
+
+
+def _over(bound: Tensor, norms: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
+    """What h must exceed for its score to exceed `bound`; nothing does where the norm is 0."""
+    return torch.where(norms == 0, torch.inf, bound / norms)
 
 
 def _where_above(block: Float[Tensor, "b F"], bounds: Tensor) -> Int[Tensor, " n"]:
