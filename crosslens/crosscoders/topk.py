@@ -22,12 +22,18 @@ from jaxtyping import Float
 from sae_lens import SAEConfig
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor
-from torch.nn.functional import mse_loss
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.kernels.sparse import CACHED, Acts, dense_is_faster, reconstruct
-from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, first_largest, token_top_pairs
+from crosslens.crosscoders.kernels.sparse import CACHED, Acts, Memory, dense_is_faster, reconstruct, squared_error
+from crosslens.crosscoders.kernels.topk import (
+    Pairs,
+    batch_top_pairs,
+    first_largest,
+    pairs_of,
+    token_top_pairs,
+    top_of_tokens,
+)
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
@@ -190,7 +196,8 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         auxiliary = flat.new_zeros(())
         if rebuilt is not None:
             residual = flat - sae_out.detach()
-            auxiliary = batch_variance(flat, self.strategy) * unexplained(residual, rebuilt, self.strategy)
+            share = unexplained(residual, rebuilt, self.strategy, self.free_gradient_memory)
+            auxiliary = batch_variance(flat, self.strategy) * share
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
@@ -225,8 +232,9 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         if count == n_dead:
             return ids, among.relu_().mul_(norms > 0)
         dense = dense_is_faster(count / n_dead, hidden_pre.device)
-        if dense and self.n_own == self.cfg.d_sae:
-            return ids, keep_top(among, among.relu() * norms, count)
+        if self.n_own == self.cfg.d_sae and (dense or not hidden_pre.is_cuda):
+            kept = top_of_tokens(among.relu() * norms, count)
+            return ids, among.mul_(kept) if dense else pairs_of(among, kept)
         pairs = token_top_pairs(among, norms, count, self.strategy)
         return ids, pairs.to_dense() if dense else pairs
 
@@ -352,11 +360,14 @@ def auxiliary_loss(
 
 
 def unexplained(
-    residual: Float[Tensor, "B SD"], rebuilt: Float[Tensor, "B SD"], strategy: Strategy = ONE_PROCESS
+    residual: Float[Tensor, "B SD"],
+    rebuilt: Float[Tensor, "B SD"],
+    strategy: Strategy = ONE_PROCESS,
+    memory: Memory | None = None,
 ) -> Tensor:
     """`mean_B |r_hat - r|^2 / mean_B |r - mean r|^2`; 0 if the residual is constant over the batch."""
     variance = batch_variance(residual, strategy)
-    error = mse_loss(rebuilt, residual, reduction="sum") / len(residual)
+    error = squared_error(rebuilt, residual, memory, part=1)
     return torch.where(variance > 0, error / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0)
 
 

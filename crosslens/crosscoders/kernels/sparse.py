@@ -227,11 +227,13 @@ class _Reconstruct(torch.autograd.Function):
         e = torch.zeros_like(x) if e is None else e
         db_dec = e.sum(0)  # first: e may lie where the gradients are written
         slope = None if dweighted is None else dweighted * norms.sum(-1) / len(x)
+        of_dead = None
+        if drebuilt is not None:  # first, for the same reason
+            of_dead = gradients(ctx.dead_acts, drebuilt, x, W_dec[ids], precision=ctx.precision)
         dW_dec, dW_enc, db_enc = gradients(ctx.acts, e, x, W_dec, slope, ctx.precision, ctx.memory)
         if dweighted is not None:
             add_norm_gradient(dW_dec, W_dec, norms, (dweighted * mean_f)[:, None].expand_as(norms))
-        if drebuilt is not None:
-            of_dead = gradients(ctx.dead_acts, drebuilt, x, W_dec[ids], precision=ctx.precision)
+        if of_dead is not None:
             for total, part in zip((dW_dec, dW_enc, db_enc), of_dead, strict=True):
                 total.index_add_(0, ids, part)
         return None, dW_enc.T, db_enc, dW_dec.detach(), db_dec, *[None] * 7
@@ -245,7 +247,7 @@ def hidden_pre_in(memory: Memory | None, B: int) -> Float[Tensor, "B F"] | None:
 
 
 def squared_error(
-    x_hat: Float[Tensor, "B N"], x: Float[Tensor, "B N"], memory: Memory | None = None
+    x_hat: Float[Tensor, "B N"], x: Float[Tensor, "B N"], memory: Memory | None = None, part: int = 0
 ) -> Float[Tensor, ""]:
     """`mean_B |x_hat - x|^2`.
 
@@ -253,10 +255,14 @@ def squared_error(
         x_hat: reconstruction.
         x: target, which receives no gradient.
         memory: where the difference and then its gradient are written; None allocates them.
+        part: which part of the memory, counted from its end.
     """
-    if memory is None or len(x) > memory.shape[1]:
+    end = 0 if memory is None else memory.numel() - part * x.numel()
+    # in the gradient that is written last
+    if memory is None or 2 * (end - x.numel()) < memory.numel():
         return mse_loss(x_hat, x, reduction="sum") / len(x)
-    return _SquaredError.apply(x_hat, x, memory.view(-1)[-x.numel() :].view_as(x))  # type: ignore[return-value]
+    out = memory.view(-1)[end - x.numel() : end].view_as(x)
+    return _SquaredError.apply(x_hat, x, out)  # type: ignore[return-value]
 
 
 class _SquaredError(torch.autograd.Function):

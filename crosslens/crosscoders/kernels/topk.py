@@ -28,7 +28,7 @@ from crosslens.crosscoders.strategy import ONE_PROCESS, OneProcess, Strategy
 SAMPLE = 1 << 14  # entries sampled for the first bound on a batch's threshold
 BLOCK = 1 << 18  # entries of a (tokens, F) block on a CPU: it stays in the cache
 GPU_BLOCK = 1 << 29  # the same on a GPU, where the host waits for each
-# with few threads, numpy compares and lists positions three times as fast as torch
+# with few threads, numpy compares, lists positions and partitions three times as fast as torch
 NUMPY_THREADS, NUMPY_DTYPES = 2, (torch.float32, torch.float64)
 
 
@@ -137,11 +137,29 @@ def token_top_pairs(
     return _keep(pairs, scores, first_largest(padded, kth, allowed)[pairs.tokens, rank])[0]
 
 
+def pairs_of(hidden_pre: Float[Tensor, "B F"], mask: Bool[Tensor, "B F"]) -> Pairs:
+    """The marked pairs."""
+    return _pairs_at(hidden_pre, mask.flatten().nonzero().flatten())
+
+
 @torch.no_grad()
 def pairs_above(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -> Pairs:
     """The pairs with `h > bound` of their feature. NaN is kept, so that it shows in the loss."""
     found = [_where_above(block, bounds).add_(start * hidden_pre.shape[1]) for start, block in _blocks(hidden_pre)]
     return _pairs_at(hidden_pre, torch.cat(found))
+
+
+def top_of_tokens(scores: Float[Tensor, "B n"], k: int) -> Bool[Tensor, "B n"]:
+    """Mask of the k largest positive scores of every token; of equal ones the earlier. NaN counts as the largest."""
+    if numpy_is_faster(scores):
+        values = scores.numpy()
+        kth = np.partition(values, values.shape[1] - k, axis=1)[:, values.shape[1] - k, None]
+        mask = (values >= kth) & (values > 0)
+        # else some token has more scores that equal its k-th than it may keep, or NaN, and the general form decides
+        if np.count_nonzero(mask, axis=1).max() <= k and not np.isnan(values.sum()):
+            return torch.from_numpy(mask)
+    kth = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return first_largest(scores, kth, k) & ~(scores <= 0)
 
 
 def first_largest(scores: Float[Tensor, "*B n"], kth: Tensor, k: int | Tensor) -> Bool[Tensor, "*B n"]:
@@ -166,6 +184,11 @@ def _top_of_rows(hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], k
     values = torch.where(values * norms[features] <= 0, 0.0, values)
     tokens = torch.arange(B, device=features.device)[:, None].expand(B, k)
     return Pairs(tokens.flatten(), features.flatten(), values.flatten(), (B, F))
+
+
+def numpy_is_faster(x: Tensor) -> bool:
+    """Whether numpy compares, lists positions and partitions faster than torch."""
+    return x.dtype in NUMPY_DTYPES and x.device.type == "cpu" and torch.get_num_threads() <= NUMPY_THREADS
 
 
 def _grouped(scores: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B G"]:
@@ -194,7 +217,7 @@ def _over(bound: Tensor, norms: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
 
 def _where_above(block: Float[Tensor, "b F"], bounds: Tensor) -> Int[Tensor, " n"]:
     """Flat positions of the entries that are not `<= bounds`."""
-    if block.dtype in NUMPY_DTYPES and block.device.type == "cpu" and torch.get_num_threads() <= NUMPY_THREADS:
+    if numpy_is_faster(block):
         left_out = np.less_equal(block.numpy(), bounds.numpy())
         return torch.from_numpy(np.flatnonzero(np.logical_not(left_out, out=left_out)))
     return (block <= bounds).logical_not_().flatten().nonzero().flatten()
