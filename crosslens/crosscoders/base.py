@@ -395,6 +395,8 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         gradient_memory: (2, F, S * D), where a step writes the gradients of W_dec and of W_enc transposed, and before
             that h and the gradient of the reconstruction. The trainer sets it on a CPU, where new memory of that size
             costs more time than the sums. A step must then be followed by its backward pass before the next one.
+        n_dead: number of dead features in the input of the next step; None, unless the trainer knows it, so that the
+            host need not wait for a GPU.
         backward_reads_hidden_pre: whether the backward pass needs h.
     """
 
@@ -407,6 +409,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         self.strategy = strategy  # first: it decides the shapes of the weights
         self.precision: Precision = "float32"
         self.gradient_memory: Memory | None = None
+        self.n_dead: int | None = None
         super().__init__(cfg, use_error_term)
 
     @property

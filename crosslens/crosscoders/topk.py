@@ -30,6 +30,7 @@ from crosslens.crosscoders.kernels.topk import (
     Pairs,
     batch_top_pairs,
     first_largest,
+    marked,
     pairs_of,
     token_top_pairs,
     top_of_tokens,
@@ -223,7 +224,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         """Ids of the dead features, and the activations of the highest-scoring of them for each token."""
         if dead is None:
             return None
-        ids = dead.nonzero().flatten()
+        ids = marked(dead, self.n_dead)
         n_dead = self.strategy.count(len(ids)) // self.strategy.n_data_ranks
         if n_dead == 0:
             return None

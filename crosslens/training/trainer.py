@@ -102,6 +102,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         self._counts: Tensor | None = None  # of active pairs and dead features in all processes, at the last step
         self.act_freq_scores = torch.zeros(sae.n_own, device=config.device)
         self.n_forward_passes_since_fired = torch.zeros(sae.n_own, device=config.device)
+        self._n_dead = 0
         self.n_active = torch.zeros((), dtype=torch.long, device=config.device)
         """Active (token, feature) pairs of the last step: of all tokens, and of the features of this process."""
         self.check_late = sae.device.type != "cpu"
@@ -218,17 +219,23 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             StoppedError: `stop` was set in any process.
         """
         self._check()
-        self._busy, self.sae.gradient_memory = True, self.gradient_memory
+        self._busy, self.sae.gradient_memory, self.sae.n_dead = True, self.gradient_memory, self._n_dead
         try:
             output = self._step(batch)
         finally:
-            self._busy, self.sae.gradient_memory = False, None
+            self._busy, self.sae.gradient_memory, self.sae.n_dead = False, None, None
         if not self.check_late:
             self._check()
         return output
 
     def _check(self) -> None:
-        self.check_finite()
+        # one wait for both numbers
+        n_dead = self.dead_neurons.sum()
+        not_finite = torch.zeros_like(n_dead) if self._unchecked is None else self._unchecked[2]
+        self._n_dead, failed = torch.stack([n_dead, not_finite]).tolist()
+        if failed:
+            self.check_finite()
+        self._unchecked = None
         if bool(self._stop_of_any) if self._stop_of_any is not None else self.stop:
             raise StoppedError
 

@@ -20,7 +20,14 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES
 from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
 from crosslens.crosscoders.kernels.sparse import Acts, Weights, reconstruct, squared_error, sum_rows
-from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, first_largest, pairs_above, token_top_pairs
+from crosslens.crosscoders.kernels.topk import (
+    Pairs,
+    batch_top_pairs,
+    first_largest,
+    pairs_above,
+    token_top_pairs,
+    top_of_tokens,
+)
 
 ALL = list(TRAINING_ARCHITECTURES)
 TOP = ["topk_crosscoder", "batchtopk_crosscoder"]
@@ -170,6 +177,21 @@ def test_first_largest_breaks_ties_by_position(data: tuple[Tensor, Tensor], frac
     for row, kept in zip(scores.tolist(), first_largest(scores, kth, k).tolist(), strict=True):
         largest = sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
         assert [i for i, is_kept in enumerate(kept) if is_kept] == sorted(largest)
+
+
+@many
+@given(data=selections(), fraction=st.floats(0, 1), numpy=st.booleans(), lost=st.booleans())
+def test_the_largest_of_every_token_as_a_mask(data: tuple[Tensor, Tensor], fraction: float, numpy: bool, lost: bool):
+    scores = data[0].relu() * data[1]
+    if lost:
+        scores[::2, 0] = math.nan
+    k = max(1, round(fraction * scores.shape[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        with_blocks(patch, numpy, 1 << 18, 1 << 16)
+        mask = top_of_tokens(scores, k)
+    for row, kept in zip(scores.tolist(), mask.tolist(), strict=True):
+        largest = sorted(range(len(row)), key=lambda i: (-math.inf if math.isnan(row[i]) else -row[i], i))[:k]
+        assert [i for i, is_kept in enumerate(kept) if is_kept] == sorted(i for i in largest if not row[i] <= 0)
 
 
 # ---------------------------------------------------------------------- gradients, in float64

@@ -260,7 +260,7 @@ def _pair_sums(
         in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - held)
         dW_dec.view(F, S, -1)[:, s] = sum_rows(errors, opened.tokens, opened.starts, opened.values)
     dW_enc = sum_rows(x, pairs.tokens, starts, df, dW_enc)
-    return dW_dec, dnorms, dW_enc, torch.segment_reduce(df, "sum", offsets=starts), in_window
+    return dW_dec, dnorms, dW_enc, torch.zeros_like(slope).index_add_(0, pairs.features, df), in_window
 
 
 def _closed_sums(

@@ -99,16 +99,16 @@ def gradients(
         df.mul_(acts > 0)
         return product(acts.T, e, precision), product(df.T, x, precision), df.sum(0)
     order, starts = acts.by_feature
-    tokens = acts.tokens.index_select(0, order)
+    tokens, features = acts.tokens.index_select(0, order), acts.features.index_select(0, order)
     # by feature: each row of W_dec is read once, and e, the smaller table, stays in the cache
     df, values = sampled_product(starts, tokens, W_dec, e), acts.values.index_select(0, order)
     if slope is not None:
-        df = df + slope.index_select(0, acts.features.index_select(0, order))
+        df = df + slope.index_select(0, features)
     df = torch.where(values == 0, 0.0, df)
     return (
         sum_rows(e, tokens, starts, values, dW_dec),
         sum_rows(x, tokens, starts, df, dW_enc),
-        torch.segment_reduce(df, "sum", offsets=starts),
+        torch.zeros_like(W_dec[:, 0]).index_add_(0, features, df),
     )
 
 

@@ -80,6 +80,13 @@ class Pairs:
         return dense
 
 
+def marked(mask: Bool[Tensor, " n"], count: int | None = None) -> Int[Tensor, " m"]:
+    """Positions of the marks, in order; the host waits for a GPU unless it knows their number."""
+    if count is None or not mask.is_cuda:
+        return mask.nonzero().flatten()
+    return mask.logical_not().byte().sort(stable=True).indices[:count]
+
+
 def row_pointers(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " m"]:
     """CSR row pointers (n + 1) of ids in ascending order."""
     # counting them would make the host wait for a GPU
@@ -107,7 +114,7 @@ def batch_top_pairs(
     kth, n_tied = strategy.kth_largest(scores, count)
     kept = (scores > kth) | strategy.earliest(scores == kth, pairs.tokens, pairs.features, pairs.shape, n_tied)
     if hidden_pre.is_cuda and isinstance(strategy, OneProcess):
-        which = (kept | scores.isnan()).logical_not().byte().sort(stable=True).indices[:count]
+        which = marked(kept | scores.isnan(), count)
         return pairs.select(which), scores.index_select(0, which)
     return _keep(pairs, scores, kept & (scores > 0))
 
@@ -122,6 +129,8 @@ def token_top_pairs(
     returns its own pairs among the k largest of all.
     """
     here = min(k, hidden_pre.shape[1])
+    if hidden_pre.is_cuda and isinstance(strategy, OneProcess):
+        return _top_of_rows(hidden_pre, norms, here)
     found = [torch.empty(0, dtype=torch.long, device=hidden_pre.device)]
     for start, block in _blocks(hidden_pre) if here else ():
         scores = block * norms
