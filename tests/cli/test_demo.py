@@ -20,7 +20,9 @@ SMALL = DemoConfig(
 
 @pytest.fixture(scope="module")
 def snaps(tmp_path_factory: pytest.TempPathFactory) -> Snapshots:
-    recipe = PretrainingConfig(d_model=32, d_mlp=64, n_heads=2, n_steps=24, warmup_steps=4, snapshot_steps=(0, 4, 8, 24))
+    recipe = PretrainingConfig(
+        d_model=32, d_mlp=64, n_heads=2, n_steps=24, warmup_steps=4, snapshot_steps=(0, 4, 8, 24)
+    )
     return Snapshots.demo(0, tmp_path_factory.mktemp("model") / "seed0", config=recipe)
 
 

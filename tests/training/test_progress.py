@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 import crosslens.training.progress
@@ -49,11 +51,16 @@ def test_measured_in_loops_over_tokens(acts: Activations, architecture: str):
         trainer.sae.b_enc[:5] = -1e3
     silent = [0] * 40
     for step in range(1, 9):
-        output = trainer.step(next(trainer.data_provider))
+        batch, before = next(trainer.data_provider), copy.deepcopy(trainer.sae)
+        output = trainer.step(batch)
         trainer.n_training_steps += 1
         found = trainer.measure(output)
         x, x_hat = (t.detach().double().view(B, 3, 16) for t in (output.sae_in, output.sae_out))
-        features = output.feature_acts.detach().to_dense().tolist()
+        # the trainer's output has no dense features
+        repeated = before.train().training_forward_pass(
+            TrainStepInput(batch, dict.fromkeys(("l1", "sparsity"), 0.0), None, step - 1, False)
+        )
+        features = repeated.feature_acts.detach().to_dense().tolist()
         for s in range(3):
             mean = sum(row for row in x[:, s]) / B
             error = sum(float((x_hat[b, s] - x[b, s]).square().sum()) for b in range(B))

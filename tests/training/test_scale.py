@@ -54,7 +54,6 @@ def test_constant_vectors_do_not_hide_a_snapshot(seed: int):
         batchtopk = explained(acts, cl.BatchTopKCrosscoderTrainingConfig(d_sae=128, k=4, decoder_init_norm=None))
         by_variance = explained(acts, dataclasses.replace(jumprelu, bias_init="mean"))
         by_norm = explained(acts, dataclasses.replace(jumprelu, scale="norm"))
-    print(batchtopk, by_variance, by_norm, sep="\n")
     assert min(batchtopk) >= 0.8
     assert min(by_variance) >= 0.8
     assert min(by_norm[:3]) < min(by_variance[:3])
