@@ -90,7 +90,7 @@ class Strategy(Protocol):
         Args:
             largest: the k largest scores of each token in this process.
         """
-        return largest.amin(-1, keepdim=True), largest.shape[-1]
+        return torch.where(largest.isnan(), torch.inf, largest).amin(-1, keepdim=True), largest.shape[-1]
 
 
 class OneProcess(Strategy):

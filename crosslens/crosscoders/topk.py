@@ -30,6 +30,7 @@ from crosslens.crosscoders.kernels.topk import (
     Pairs,
     batch_top_pairs,
     first_largest,
+    kth_of_rows,
     marked,
     pairs_of,
     token_top_pairs,
@@ -46,8 +47,7 @@ def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S
 
 def keep_top(hidden_pre: Float[Tensor, "... F"], ranking: Float[Tensor, "... F"], k: int) -> Float[Tensor, "... F"]:
     """`relu(h)` at the k largest positive entries of `ranking` in the last dimension; of equal ones the earlier."""
-    kth = ranking.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return hidden_pre.relu() * (first_largest(ranking, kth, k) & ~(ranking <= 0))
+    return hidden_pre.relu() * (first_largest(ranking, kth_of_rows(ranking, k), k) & ~(ranking <= 0))
 
 
 @dataclass(kw_only=True)

@@ -237,7 +237,8 @@ class Parallel:
         """
         k = largest.shape[-1]
         of_ranks = self.gather_features(largest)
-        kth = rearrange(of_ranks, "n b k -> b (n k)").topk(k, dim=-1, sorted=False).values.amin(-1)
+        top = rearrange(of_ranks, "n b k -> b (n k)").topk(k, dim=-1, sorted=False).values
+        kth = torch.where(top.isnan(), torch.inf, top).amin(-1)
         larger = ((of_ranks > kth[:, None]) | of_ranks.isnan()).sum(-1)
         tied = (of_ranks == kth[:, None]).sum(-1)
         before = (tied.cumsum(0) - tied)[self.feature_rank]

@@ -28,6 +28,7 @@ from crosslens.crosscoders.strategy import ONE_PROCESS, OneProcess, Strategy
 SAMPLE = 1 << 14  # entries sampled for the first bound on a batch's threshold
 BLOCK = 1 << 18  # entries of a (tokens, F) block on a CPU: it stays in the cache
 GPU_BLOCK = 1 << 29  # the same on a GPU, where the host waits for each
+GPU_ROWS = 1 << 25  # the same where it does not wait
 # with few threads, numpy compares, lists positions and partitions three times as fast as torch
 NUMPY_THREADS, NUMPY_DTYPES = 2, (torch.float32, torch.float64)
 
@@ -167,14 +168,19 @@ def top_of_tokens(scores: Float[Tensor, "B n"], k: int) -> Bool[Tensor, "B n"]:
         # else some token has more scores that equal its k-th than it may keep, or NaN, and the general form decides
         if np.count_nonzero(mask, axis=1).max() <= k and not np.isnan(values.sum()):
             return torch.from_numpy(mask)
-    kth = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return first_largest(scores, kth, k) & ~(scores <= 0)
+    return first_largest(scores, kth_of_rows(scores, k), k) & ~(scores <= 0)
+
+
+def kth_of_rows(scores: Float[Tensor, "*B n"], k: int) -> Float[Tensor, "*B 1"]:
+    """The k-th largest value in the last dimension; NaN ranks first, and infinity stands for it."""
+    top = scores.topk(k, dim=-1, sorted=False).values
+    return torch.where(top.isnan(), torch.inf, top).amin(-1, keepdim=True)
 
 
 def first_largest(scores: Float[Tensor, "*B n"], kth: Tensor, k: int | Tensor) -> Bool[Tensor, "*B n"]:
     """Mask of the k largest entries in the last dimension, given the k-th largest value; of equal ones the earlier."""
     larger, tied = (scores > kth) | scores.isnan(), scores == kth
-    return larger | (tied & (tied.cumsum(-1) <= k - larger.sum(-1, keepdim=True)))
+    return larger | (tied & (tied.cumsum(-1, dtype=torch.int32) <= k - larger.sum(-1, keepdim=True)))
 
 
 def density(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -> float:
@@ -184,15 +190,17 @@ def density(hidden_pre: Float[Tensor, "B F"], bounds: Float[Tensor, " F"]) -> fl
 
 
 def _top_of_rows(hidden_pre: Float[Tensor, "B F"], norms: Float[Tensor, " F"], k: int) -> Pairs:
-    """k pairs of every token, those with the largest scores `relu(h) n`; of equal ones any."""
-    B, F = hidden_pre.shape
-    found = [(block.relu() * norms).topk(k, dim=-1, sorted=False).indices for _, block in _blocks(hidden_pre)]
-    features = torch.cat(found).sort(dim=-1).values
-    values = hidden_pre.gather(1, features)
-    # as if clamped, but NaN stays
-    values = torch.where(values * norms[features] <= 0, 0.0, values)
-    tokens = torch.arange(B, device=features.device)[:, None].expand(B, k)
-    return Pairs(tokens.flatten(), features.flatten(), values.flatten(), (B, F))
+    """k pairs of every token: those that `top_of_tokens` keeps, and others with the value 0 if they are fewer."""
+    features: list[Tensor] = []
+    values: list[Tensor] = []
+    for block in hidden_pre.split(max(1, GPU_ROWS // hidden_pre.shape[1])):
+        kept = top_of_tokens(block.relu() * norms, k)
+        which = kept.to(block.dtype).topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+        features.append(which)
+        values.append(torch.where(kept.gather(1, which), block.gather(1, which), 0.0))
+    tokens = torch.arange(len(hidden_pre), device=hidden_pre.device)[:, None].expand(-1, k)
+    shape = hidden_pre.shape[0], hidden_pre.shape[1]
+    return Pairs(tokens.flatten(), torch.cat(features).flatten(), torch.cat(values).flatten(), shape)
 
 
 def numpy_is_faster(x: Tensor) -> bool:
