@@ -86,12 +86,13 @@ class BFloat16Adam(Adam):
             block = slice(first, first + rows)
             stored = [state[name][block] for name in MOMENTS]
             # float32 moments are used as they are, and updated in place
-            moments = [moment.to(p.dtype) for moment in stored]
+            moments = mean, square = [moment.to(p.dtype) for moment in stored]
             state["step"] = before.clone()
             adam(
                 [p[block]],
                 [grad[block]],
-                *([moment] for moment in moments),
+                [mean],
+                [square],
                 [],
                 [state["step"]],
                 fused=True,

@@ -53,7 +53,9 @@ def test_rounding_is_that_by_hand(shape: tuple[int, int]):
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
     words.random_(-(2**63), None, generator=torch.Generator().manual_seed(7))
     random = words.numpy().view(np.uint16)[: x.numel()].astype(int)
-    expected = [rounded_by_hand(value, (int(r) + 2**15) % 2**16) for value, r in zip(x.flatten(), random, strict=True)]
+    expected = [
+        rounded_by_hand(value, (int(r) + 2**15) % 2**16) for value, r in zip(x.flatten().tolist(), random, strict=True)
+    ]
     assert out.flatten().double().tolist() == expected
 
 
