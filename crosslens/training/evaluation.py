@@ -141,8 +141,8 @@ def splice_losses(
     for s in tqdm(own, desc="Cross-entropy", unit="snapshot", leave=False):
         model = acts.snapshots.model(s, settings)
         for batch, kept, decoded in zip(tokens.split(step), keep.split(step), x[:, :, s].split(step), strict=True):
-            here = (part.to(settings.device) for part in (batch, kept, decoded))
-            sums[s] += _losses(model, *here, acts.hook_name)
+            batch, kept, decoded = (part.to(settings.device) for part in (batch, kept, decoded))
+            sums[s] += _losses(model, batch, kept, decoded, acts.hook_name)
     sums = parallel.sum_(sums.to(crosscoder.device)).cpu()
     rows: list[dict[str, float]] = []
     for clean, spliced, zero, kl in (sums / (tokens.shape[0] * (tokens.shape[1] - 1))).tolist():
