@@ -20,6 +20,7 @@ from crosslens.cli.arguments import (
     MAX_FEATURES,
     MAX_SEED,
     METHODS,
+    MOMENTS,
     PRECISIONS,
     RULES,
     SAMPLES,
@@ -135,6 +136,14 @@ KOption = Annotated[
     int | None, _option("--k", "Active features per token (topk and batchtopk). Default: 64.", in_range(1))
 ]
 BatchOption = Annotated[int | None, _option("--batch-size", "Tokens per training step. Default: 4096.", in_range(1))]
+MomentsOption = Annotated[
+    str | None,
+    _option(
+        "--adam-moments",
+        "Of the weights: float32, or bfloat16, which takes 12 bytes a weight instead of 16. Default: float32.",
+        one_of(*MOMENTS),
+    ),
+]
 ParallelOption = Annotated[
     int,
     _option(
@@ -216,6 +225,7 @@ def plan(
     architecture: ArchitectureOption = None,
     k: KOption = None,
     batch_size: BatchOption = None,
+    adam_moments: MomentsOption = None,
     processes: Annotated[int, _option("--processes", "Processes that torchrun will start.", in_range(1))] = 1,
     data_parallel: ParallelOption = 1,
     split: SplitOption = None,
@@ -234,6 +244,7 @@ def plan(
         k=k,
         batch_size=batch_size,
         training_tokens=training_tokens,
+        adam_moments=adam_moments,
     )
     trained = d_sae is not None or recipe is not None
     if trained:
@@ -251,6 +262,7 @@ def plan(
         dtype=cache_dtype,
         architecture=architecture_config,
         batch_size=(batch_size or 4096) if config is None else config.batch_size,
+        adam_moments=adam_moments or "float32",
         processes=processes,
         data_parallel=data_parallel,
     )
@@ -364,6 +376,7 @@ def train(
             one_of(*PRECISIONS),
         ),
     ] = None,
+    adam_moments: MomentsOption = None,
     n_checkpoints: Annotated[
         int, _option("--n-checkpoints", "Checkpoints to resume from, evenly spaced.", in_range(0))
     ] = 4,
@@ -402,6 +415,7 @@ def train(
         lr_decay=lr_decay,
         dead_tokens=dead_tokens,
         precision=precision,
+        adam_moments=adam_moments,
         others={
             "run_dir": run_dir,
             "n_checkpoints": n_checkpoints,
@@ -431,6 +445,7 @@ def train(
         training_tokens=config.training_tokens,
         architecture=architecture_config,
         batch_size=config.batch_size,
+        adam_moments=config.adam_moments,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         data_parallel=data_parallel,
     )

@@ -38,6 +38,7 @@ __all__ = ["BACKENDS"]
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 SCALES = ("std", "norm")
 PRECISIONS = ("float32", "tf32", "bfloat16")
+MOMENTS = ("float32", "bfloat16")
 CACHE_DTYPES = ("bfloat16", "float32", "int8")
 SAMPLES = ("line", "paragraph")
 METHODS = ("ig", "gradient", "exact")

@@ -36,8 +36,8 @@ ONLY = {
     "l1_warm_up": (_STANDARD, "l1_warm_up_steps"),
 }
 """Options of some architectures: which, and the field of their config."""
-DURATIONS = ("lr_warm_up", "k_anneal", "sparsity_warm_up", "l1_warm_up")
-"""Options that are a fraction of the steps below 1, and a number of steps above it."""
+DURATIONS = ("k_anneal", "sparsity_warm_up", "l1_warm_up")
+"""Those of them that are a fraction of the steps below 1, and a number of steps above it."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +67,7 @@ class TrainingOptions:
     lr_decay: float | None = None
     dead_tokens: int | None = None
     precision: str | None = None
+    adam_moments: str | None = None
     others: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def check_training(options: TrainingOptions, device: str | None, n_tokens: int |
         fields = {ONLY[option][1]: value for option, value in options.given(*(ONLY.keys() - {*DURATIONS})).items()}
         default = {"k": DEFAULT_K} if name in _TOPK else {}
         details = {"architecture": f"{name}_crosscoder", **default, **fields, **options.given("d_sae", "scale")}
-        names = ("batch_size", "lr", "lr_decay", "dead_tokens", "seed")
+        names = ("batch_size", "lr", "lr_warm_up", "lr_decay", "dead_tokens", "adam_moments", "seed")
         training = {name: getattr(config, name) for name in names}
         RunDir(config.run_dir).check_settings({"architecture": details, "training": training})
 
@@ -126,8 +127,6 @@ def parse_training(
 
     config = _train_config(options, device)
     total = (config.training_tokens or n_tokens) // config.batch_size
-    if options.lr_warm_up is not None and options.lr_warm_up >= 1:
-        config = dataclasses.replace(config, lr_warm_up=_steps("lr_warm_up", options.lr_warm_up, total) / total)
     fields: dict[str, Any] = {
         ONLY[option][1]: _steps(option, value, total) if option in DURATIONS else value
         for option, value in options.given(*ONLY).items()
@@ -169,9 +168,10 @@ def _check_architecture(options: TrainingOptions, name: str) -> None:
 
 
 def _train_config(options: TrainingOptions, device: str) -> TrainConfig:
-    """The config of the options and the recipe, but for a warmup of the learning rate that is a number of steps."""
-    names = ("training_tokens", "batch_size", "lr", "lr_decay", "dead_tokens", "precision")
-    warm_up: dict[str, Any] = options.given("lr_warm_up") if (options.lr_warm_up or 0) < 1 else {}
+    names = ("training_tokens", "batch_size", "lr", "lr_decay", "dead_tokens", "precision", "adam_moments")
+    warm_up: dict[str, Any] = options.given("lr_warm_up")
+    if options.lr_warm_up is not None and options.lr_warm_up >= 1:
+        warm_up = {"lr_warm_up_steps": int(options.lr_warm_up)}
     of_recipe = {} if options.recipe is None else recipes.TRAINING[options.recipe]
     return TrainConfig(**{**of_recipe, **options.given(*names), **warm_up, **options.others, "device": device})
 

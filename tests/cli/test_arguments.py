@@ -117,11 +117,12 @@ WRONG = [
     ([*TRAIN, "--lr-warm-up", "nan"], "--lr-warm-up nan must be a fraction"),
     ([*TRAIN, "--lr-warm-up", "-0.1"], "--lr-warm-up -0.1 must be a fraction"),
     ([*TRAIN, "--lr-warm-up", "0.9"], "lr_warm_up=0.9 and lr_decay=0.2 are fractions .* at most 1 together"),
-    ([*TRAIN, "--lr-warm-up", "11", "--training-tokens", "1280"], "--lr-warm-up 11 exceeds the 10 steps of this run"),
+    ([*TRAIN, "--lr-warm-up", "11", "--training-tokens", "1280"], r"lr_warm_up_steps=11 is not in \[0, 8\]"),
     ([*TRAIN, "--lr-decay", "1.5"], "--lr-decay 1.5 must be a fraction of the steps, between 0 and 1"),
     ([*TRAIN, "--dead-tokens", "0"], "--dead-tokens 0 must be at least 1"),
     ([*TRAIN, "--precision", "fp16"], "use one of float32, tf32, bfloat16"),
     ([*TRAIN, "--precision", "tf32", "--device", "cpu"], "precision='tf32' needs a CUDA device"),
+    ([*TRAIN, "--adam-moments", "fp8"], "--adam-moments 'fp8' is unknown: use one of float32, bfloat16"),
     ([*TRAIN, "--scale", "rms"], "--scale 'rms' is unknown: use one of std, norm"),
     ([*TRAIN, "--split", "test"], "--split 'test' is for datasets on the hub, and .*text.txt is a file: leave it out"),
     (["harvest", *DATA, "--cache", "{files}/c", "--split", "test"], "--split 'test' is for datasets on the hub"),
@@ -191,6 +192,8 @@ def test_choices_are_those_of_the_library() -> None:
     assert {*arguments.TEXT_FILES} == {*tokens._BUILDERS}
     assert {*arguments.TASK_FILES} == {*corpora.FILES}
     assert get_args(Precision) == arguments.PRECISIONS
+    for moments in arguments.MOMENTS:
+        assert TrainConfig(device="cpu", adam_moments=moments).adam_moments == moments  # type: ignore[arg-type]
     for scale in arguments.SCALES:
         assert STANDARD(d_sae=1, scale=scale).scale == scale
     options = typer.main.get_command(app).commands["train"].params  # type: ignore[attr-defined]
@@ -218,7 +221,7 @@ SETTINGS = [
     (
         {"d_sae": 9, "k": 4, "k_start": 8.0, "k_anneal": 0.25, "batch_size": 256, "lr_warm_up": 3.0},
         BATCHTOPK(d_sae=9, k=4, k_start=8.0, k_anneal_steps=2),
-        {"batch_size": 256, "lr_warm_up": 0.3},
+        {"batch_size": 256, "lr_warm_up_steps": 3},
     ),
     (
         {"d_sae": 9, "architecture": "standard", "l1": 0.4, "l1_warm_up": 3.0, "scale": "norm", "batch_size": 256},
@@ -231,9 +234,9 @@ SETTINGS = [
         {"training_tokens": 40960},
     ),
     (
-        {"d_sae": 64, "lr": 0.01, "lr_warm_up": 0.1, "lr_decay": 0.5, "dead_tokens": 7, "precision": "bfloat16"},
+        {"d_sae": 64, "lr": 0.01, "lr_warm_up": 0.1, "lr_decay": 0.5, "dead_tokens": 7, "adam_moments": "bfloat16"},
         BATCHTOPK(d_sae=64),
-        {"lr": 0.01, "lr_warm_up": 0.1, "lr_decay": 0.5, "dead_tokens": 7, "precision": "bfloat16"},
+        {"lr": 0.01, "lr_warm_up": 0.1, "lr_decay": 0.5, "dead_tokens": 7, "adam_moments": "bfloat16"},
     ),
 ]
 

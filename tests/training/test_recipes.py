@@ -105,14 +105,7 @@ def our_run(
     acts.members, acts.snapshots = kept, acts.snapshots[kept]
     acts.rows, acts.scales = acts.rows[:, kept], acts.scales[kept]
     architecture, config = recipes.evolution_of_concepts(
-        F,
-        training_tokens=STEPS * B,
-        batch_size=B,
-        lr=lr,
-        scale_tokens=8 * B,
-        seed=seed,
-        device="cpu",
-        **options,
+        F, training_tokens=STEPS * B, batch_size=B, lr=lr, scale_tokens=8 * B, seed=seed, device="cpu", **options
     )
     assert architecture.b_enc_per_snapshot
     architecture = dataclasses.replace(architecture, dtype="float64", b_enc_per_snapshot=per_snapshot)
