@@ -121,7 +121,7 @@ def run_demo(
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
     accuracy = pd.concat([task.accuracy(every, settings=CPU) for task in tasks.values()], ignore_index=True)
     run.save_table("accuracy", accuracy)
-    accuracy = accuracy[accuracy["label"].isin(snaps.labels)]
+    accuracy = pd.DataFrame(accuracy[accuracy["label"].isin(snaps.labels)])
     mark = lap("accuracy", mark)
     # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
     batches = islice(demo_batches(seed), PretrainingConfig().n_steps)

@@ -173,7 +173,8 @@ def _train_config(options: TrainingOptions, device: str) -> TrainConfig:
     if options.lr_warm_up is not None and options.lr_warm_up >= 1:
         warm_up = {"lr_warm_up_steps": int(options.lr_warm_up)}
     of_recipe = {} if options.recipe is None else recipes.TRAINING[options.recipe]
-    return TrainConfig(**{**of_recipe, **options.given(*names), **warm_up, **options.others, "device": device})
+    fields: dict[str, Any] = {**of_recipe, **options.given(*names), **warm_up, **options.others, "device": device}
+    return TrainConfig(**fields)
 
 
 def _steps(option: str, value: float, total: int) -> int:
