@@ -8,6 +8,7 @@ import importlib.metadata
 import multiprocessing
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -256,7 +257,9 @@ def write_report(
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", where.split(",")[0].lower())).strip("-")
     path = (folder or Path(__file__).parent / "reports") / f"{today}-{name}-{slug}.md"
     path.parent.mkdir(exist_ok=True)
-    command = command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    # the folders of this machine say nothing to a reader
+    given = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    command = command or shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *given])
     path.write_text(
         f"# {title}, {today}\n\n"
         f"- Machine: {where}; {threads} thread{'s' * (threads > 1)}.\n"

@@ -1,7 +1,8 @@
 """Other trainers behind the interface of `contestants`: each with its own model, loss and optimiser, on flat input.
 
 - SAELens: its trainer's own step at d_in = S * D.
-- dictionary-learning (PyPI): its trainers' own `update`. The package has no crosscoder.
+- dictionary-learning (PyPI): its trainers' own `update`. The package has no crosscoder. `NormalizedDictionaryLearning`
+  does what its `trainSAE(normalize_activations=True)` does around it.
 - eai-sparsify (PyPI): its trainer cannot be called without a language model, so the calls that `Trainer.fit` makes for
   a batch are made here in the same order, on its own `SparseCoder`, with Adam (its default, a sign-based optimiser, is
   no faster).
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import warnings
 from typing import Any
 
@@ -191,6 +193,32 @@ class DictionaryLearning(Contestant):
         return self.trainer.ae.decode(features)
 
 
+class NormalizedDictionaryLearning(DictionaryLearning):
+    """The same on input of mean squared norm 1, without which its auxiliary loss is too small by that norm.
+
+    The mean squared norm of centred input that is scaled as in crosslens is S * D.
+    """
+
+    @property
+    def norm_factor(self) -> float:
+        return (self.setting.S * self.setting.D) ** 0.5
+
+    def step(self, x: Tensor) -> Any:
+        return super().step(x / self.norm_factor)
+
+    @torch.no_grad()
+    def hidden_pre(self, x: Tensor) -> Tensor:
+        return super().hidden_pre(x / self.norm_factor)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, own_threshold: bool) -> Tensor:
+        return super().encode(x / self.norm_factor, own_threshold)
+
+    @torch.no_grad()
+    def decode(self, features: Tensor) -> Tensor:
+        return super().decode(features) * self.norm_factor
+
+
 class Sparsify(Contestant):
     """eai-sparsify's TopK `SparseCoder`, with the calls of its trainer."""
 
@@ -265,7 +293,17 @@ class Sparsify(Contestant):
         return features @ self.sae.W_dec + self.sae.b_dec
 
 
+BY_NAME: dict[str, type[Contestant]] = {
+    "saelens": SAELens,
+    "dictionary-learning": NormalizedDictionaryLearning,
+    "sparsify": Sparsify,
+}
+"""Those of `training_run`."""
+
+
 def load_sparsify() -> Any:
+    if not torch.cuda.is_available():  # wherever Triton is installed it would decode with a kernel for CUDA
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which kernels it found
         return importlib.import_module("sparsify")
 
@@ -275,7 +313,9 @@ def missing() -> dict[str, str]:
     reasons: dict[str, str] = {}
     for peer in (DictionaryLearning, Sparsify):
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            if peer is Sparsify:
+                load_sparsify()
+            else:
                 importlib.import_module(PACKAGES[peer.name])
         except ImportError as error:
             reasons[peer.name] = f"{peer.name} is left out ({error}): {INSTALL}"
