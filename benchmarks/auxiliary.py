@@ -75,9 +75,7 @@ def planted(S: int, D: int, seed: int) -> Planted:
 
 
 def architecture(coefficient: float) -> cl.BatchTopKCrosscoderTrainingConfig:
-    return cl.BatchTopKCrosscoderTrainingConfig(
-        d_sae=F, k=K, aux_loss_coefficient=coefficient, topk_threshold_lr=0.02, decoder_init_norm=None
-    )
+    return cl.BatchTopKCrosscoderTrainingConfig(d_sae=F, k=K, aux_loss_coefficient=coefficient, topk_threshold_lr=0.02)
 
 
 def at_the_start(acts: cl.Activations, seed: int) -> dict[str, Any]:
@@ -86,7 +84,7 @@ def at_the_start(acts: cl.Activations, seed: int) -> dict[str, Any]:
     dead[torch.randperm(F, generator=torch.Generator().manual_seed(seed))[: F // 10]] = True
     batch = next(iter(acts.batches(BATCH)))
     row: dict[str, Any] = {"S": acts.n_snapshots, "D": acts.d_model, "seed": seed}
-    for name, norm in (("default", 0.1), ("searched", None)):
+    for name, norm in (("default", architecture(0.0).decoder_init_norm), ("searched", None)):
         given = dataclasses.replace(architecture(1 / 32), decoder_init_norm=norm)
         sae = initialise(complete(given, acts, "cpu"), acts, batch_size=BATCH, scale_tokens=20_000, seed=seed)
         step = TrainStepInput(batch, {}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)

@@ -165,7 +165,6 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
             d_sae=config.d_sae,
             k=config.k,
             topk_threshold_lr=0.02,
-            decoder_init_norm=None,
         ),
         TrainConfig(
             run_dir=run.path,
@@ -183,6 +182,7 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
 def _ablation_summary(found: Study) -> dict[str, float]:
     table = found.tables[f"ablation/{found.task}"]
     at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"])
+    largest = min(100, int(at_last.loc[("keep", "top")].index.max()))  # fewer features may be active on the prompts
 
     def metric(mode: str, features: str, k: int, column: str = "metric") -> float:
         return float(at_last.loc[(mode, features, k), column])
@@ -194,8 +194,9 @@ def _ablation_summary(found: Study) -> dict[str, float]:
         "random_k_sd": metric("ablate", "random", 15, "metric_sd"),
         "size_matched_k": metric("ablate", "size_matched", 15),
         "size_matched_k_sd": metric("ablate", "size_matched", 15, "metric_sd"),
-        "keep_k": metric("keep", "top", 100),
+        "keep_k": metric("keep", "top", largest),
         "reconstruction_only": metric("ablate", "top", 15, "reconstruction_only"),
+        "n_kept": largest,
         "n_active": int(found.ie.active[:, -1].sum()),
     }
 

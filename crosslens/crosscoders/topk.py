@@ -123,6 +123,8 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         k_anneal_steps: steps over which k goes from `k_start` to `k`.
         aux_loss_coefficient: alpha, the weight of the auxiliary loss for dead features: the share of the data's
             variance that it counts for when dead features rebuild none of the residual.
+        decoder_init_norm: as in all crosscoders, but small by default: features then turn to the data before they
+            compete, and fewer die than with the norm that reconstructs a batch best.
 
     Raises:
         UserError: k or k_start is not in (0, d_sae], or k is not an integer (BatchTopK allows fractions).
@@ -132,6 +134,7 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     k_start: float | None = None
     k_anneal_steps: int = 0
     aux_loss_coefficient: float = 1 / 32
+    decoder_init_norm: float | None = 0.03
 
     def __post_init__(self) -> None:
         super().__post_init__()
