@@ -33,6 +33,7 @@ import crosslens as cl
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders.kernels.products import product
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.training.trainer import CrosscoderTrainer
 
 PACKAGES = ("crosslens", "torch", "triton", "sae-lens", "transformer-lens", "transformers", "numpy")
 LONGEST = 10  # kernels in the table
@@ -247,7 +248,7 @@ def train_crosslens(acts: Any, size: Size, device: str) -> dict[str, Any]:
     training = cl.TrainConfig(
         batch_size=size.B, training_tokens=size.steps * size.B, scale_tokens=size.B, device=device, evaluate=False
     )
-    with timed_fit() as found:
+    with timed_fit(CrosscoderTrainer) as found:
         cl.train(acts, architecture, training)
     return {"name": "crosslens", **rated(found, acts, size)}
 
@@ -258,16 +259,16 @@ def train_saelens(acts: Any, size: Size, device: str) -> dict[str, Any]:
     trainer = peers.SAELens(setting).trainer
     stream = acts.batches(size.B)
     trainer.data_provider = (x.flatten(1) for x in stream)
-    with contextlib.closing(stream), timed_fit() as found:
+    with contextlib.closing(stream), timed_fit(SAETrainer) as found:
         trainer.fit()
     return {"name": "saelens", **rated(found, acts, size)}
 
 
 @contextlib.contextmanager
-def timed_fit() -> Iterator[dict[str, float]]:
-    """The seconds of `SAETrainer.fit`, which both trainers share: without their initialisation."""
+def timed_fit(trainer: type[SAETrainer[Any, Any]]) -> Iterator[dict[str, float]]:
+    """The seconds of the trainer's `fit`: without its initialisation."""
     found: dict[str, float] = {}
-    fit = SAETrainer.fit
+    fit = trainer.fit
 
     def timed(self: Any) -> Any:
         measure.synchronise(self.cfg.device)
@@ -277,7 +278,7 @@ def timed_fit() -> Iterator[dict[str, float]]:
         found["seconds"] = time.perf_counter() - began
         return trained
 
-    with mock.patch.object(SAETrainer, "fit", timed):
+    with mock.patch.object(trainer, "fit", timed):
         yield found
 
 

@@ -245,7 +245,7 @@ def _summary(
         },
         "additivity": {name: _additivity_summary(each) for name, each in studies.items()},
         "transfer_to_last": {name: _transfer_summary(each) for name, each in studies.items()},
-        "probe": {**probe_correlation(probes), "without_step0": probe_correlation(probes, without=(0,))},
+        "probe": probe_correlation(probes),
     }
 
 

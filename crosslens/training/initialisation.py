@@ -27,6 +27,7 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConf
 from crosslens.crosscoders.strategy import ONE_PROCESS
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
+from crosslens.training.progress import tell
 
 LITTLE = 0.25  # share of variance in the mean squared norm below which `train` warns
 CONSTANT = 1e-10  # share below which activations are constant: float32 rounds at 1e-14 of the square
@@ -62,6 +63,8 @@ def initialise(
         sae = _made(architecture, parallel)
     moments = first_moments(acts, batch_size, scale_tokens)
     scale = snapshot_scales(moments, architecture.scale, acts)
+    if parallel.rank == 0:
+        name_constant(moments, architecture.scale, acts)
     sae.activation_scale.copy_(scale)
     with torch.no_grad():
         if architecture.bias_init == "mean":
@@ -123,14 +126,13 @@ def first_moments(acts: Activations, batch_size: int, n_tokens: int) -> Moments:
 
 
 def snapshot_scales(moments: Moments, scale: Literal["std", "norm"], acts: Activations) -> Float[Tensor, " S"]:
-    """c_s (float64) of every snapshot; a warning names those with little variance around their mean.
+    """c_s (float64) of every snapshot.
 
     Raises:
         UserError: the activations of a snapshot are constant, all zero, or not finite.
     """
     sizes = moments.norms if scale == "norm" else moments.variances.clamp_min(0).sqrt()
     shares = moments.variances / moments.squares
-    little: list[str] = []
     for label, size, norm, share in zip(
         acts.snapshots.labels, sizes.tolist(), moments.norms.tolist(), shares.tolist(), strict=True
     ):
@@ -140,20 +142,24 @@ def snapshot_scales(moments: Moments, scale: Literal["std", "norm"], acts: Activ
                 f"snapshot {label} has activations of mean norm {norm:.4g} at {acts.hook_name}, {share:.2g} of its "
                 "square variance: it cannot be rescaled; leave this snapshot out"
             )
-        if share < LITTLE:
-            little.append(f"{label} ({share:.0%})")
-    if little:
-        kept = (
-            "each snapshot is scaled to the same variance, so they count like the others"
-            if scale == "std"
-            else "with scale='norm' they count little in the loss; use scale='std', or leave them out"
-        )
-        warnings.warn(
-            f"activations at {acts.hook_name} are mostly a constant vector in {', '.join(little)} (in parentheses: the "
-            f"variance as a share of the mean squared norm): {kept}",
-            stacklevel=2,
-        )
     return math.sqrt(acts.d_model) / sizes
+
+
+def name_constant(moments: Moments, scale: Literal["std", "norm"], acts: Activations) -> None:
+    """Name the snapshots with little variance around their mean; warn if the scale makes them count little."""
+    shares = (moments.variances / moments.squares).tolist()
+    little = [f"{label} ({x:.0%})" for label, x in zip(acts.snapshots.labels, shares, strict=True) if x < LITTLE]
+    if not little:
+        return
+    found = (
+        f"activations at {acts.hook_name} are mostly a constant vector in {', '.join(little)} (in parentheses: the "
+        "variance as a share of the mean squared norm): "
+    )
+    if scale == "std":
+        tell(found + "each snapshot is scaled to the same variance, so they count like the others")
+    else:
+        remedy = "with scale='norm' they count little in the loss; use scale='std', or leave them out"
+        warnings.warn(found + remedy, stacklevel=2)
 
 
 @torch.no_grad()

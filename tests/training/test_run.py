@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig, lr_factor
-from crosslens.training.initialisation import Moments, initialise, search_decoder_norm, snapshot_scales
+from crosslens.training.initialisation import (
+    Moments,
+    initialise,
+    name_constant,
+    search_decoder_norm,
+    snapshot_scales,
+)
 from crosslens.training.run import complete, train
 from crosslens.training.trainer import CrosscoderTrainer, guarded_step
 
@@ -386,15 +393,15 @@ def moments_of(rows: torch.Tensor) -> Moments:
     return Moments(norms.mean(0), norms.square().mean(0), rows.mean(0), rows.float())
 
 
-def test_a_snapshot_that_is_mostly_its_mean_is_named(acts: Activations):
+def test_a_snapshot_that_is_mostly_its_mean_is_named(acts: Activations, capfd: pytest.CaptureFixture[str]):
     rows = torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(0))
     rows[:, 1] += 2.0  # variance 1 of 5
     assert moments_of(rows).variances[1] / moments_of(rows).squares[1] == pytest.approx(0.2, abs=0.02)
     where = rf"mostly a constant vector in {acts.snapshots.labels[1]} \(\d+%\)"
-    with pytest.warns(UserWarning, match=where + ".* count like the others"):
-        snapshot_scales(moments_of(rows), "std", acts)
+    name_constant(moments_of(rows), "std", acts)
+    assert re.search(where + ".* count like the others", capfd.readouterr().err)
     with pytest.warns(UserWarning, match=where + ".* use scale='std', or leave them out"):
-        snapshot_scales(moments_of(rows), "norm", acts)
+        name_constant(moments_of(rows), "norm", acts)
     rows[:, 1] = 3.0
     with pytest.raises(UserError, match=f"snapshot {acts.snapshots.labels[1]} has .* leave this snapshot out"):
         snapshot_scales(moments_of(rows), "std", acts)
