@@ -774,6 +774,8 @@ def test_wandb_offline(
         elif record.WhichOneof("record_type") == "run":
             assert (record.run.project, record.run.display_name) == ("evolution", "tiny")
             recorded |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.run.config.update}
+        elif record.WhichOneof("record_type") == "config":  # W&B may write it on its own
+            recorded |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.config.update}
     assert recorded["batch_size"] == B and recorded["crosscoder"]["k"] == 3.5
     metadata = recorded["crosscoder"]["metadata"]
     assert [s["label"] for s in metadata["snapshots"]] == ["step0", "step10", "step20"]
