@@ -29,7 +29,9 @@ from crosslens.synthetic.pretraining import PretrainingConfig, pretrain_demo
 
 RELEASE = "crosslens-demo"
 MODEL = PretrainingConfig(d_model=64, d_mlp=256, lr=6e-3)
-DEMO = DemoConfig(d_sae=512)
+# the settings that the release was trained with, which the demo no longer uses
+DEMO = DemoConfig(d_sae=512, epochs=5, lr=1.5e-3)
+K_START = 192.0
 HEAD = "# Written by scripts/make_release.py; crosslens/sharing/registry.py documents the keys.\n"
 
 
@@ -60,10 +62,11 @@ def train_crosscoder(snapshots: cl.Snapshots, seed: int) -> tuple[cl.Activations
     architecture = cl.BatchTopKCrosscoderTrainingConfig(
         d_sae=DEMO.d_sae,
         k=DEMO.k,
-        k_start=DEMO.k_start,
+        k_start=K_START,
         k_anneal_steps=steps // 2,
         topk_threshold_lr=0.02,
         decoder_init_norm=None,
+        scale="norm",
     )
     training = cl.TrainConfig(
         training_tokens=DEMO.epochs * DEMO.n_tokens,

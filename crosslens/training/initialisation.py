@@ -109,6 +109,11 @@ class Moments(NamedTuple):
         """mean |a_s - mean a_s|^2"""
         return self.squares - self.means.square().sum(-1)
 
+    @property
+    def shares(self) -> Float[Tensor, " S"]:
+        """The variance as a share of the mean squared norm."""
+        return self.variances / self.squares
+
 
 def first_moments(acts: Activations, batch_size: int, n_tokens: int) -> Moments:
     """The moments of the first `n_tokens` activations, in whole batches."""
@@ -118,10 +123,11 @@ def first_moments(acts: Activations, batch_size: int, n_tokens: int) -> Moments:
     stream = acts.batches(batch_size, epochs=1)
     batch = torch.empty(0, acts.n_snapshots, acts.d_model)
     for _, batch in zip(range(n_batches), stream, strict=False):
-        lengths = batch.double().norm(dim=-1)
+        rows = batch.double()
+        lengths = rows.norm(dim=-1)
         norms += lengths.mean(0)
         squares += lengths.square().mean(0)
-        means += batch.double().mean(0)
+        means += rows.mean(0)
     return Moments(norms / n_batches, squares / n_batches, means / n_batches, batch)
 
 
@@ -132,9 +138,8 @@ def snapshot_scales(moments: Moments, scale: Literal["std", "norm"], acts: Activ
         UserError: the activations of a snapshot are constant, all zero, or not finite.
     """
     sizes = moments.norms if scale == "norm" else moments.variances.clamp_min(0).sqrt()
-    shares = moments.variances / moments.squares
     for label, size, norm, share in zip(
-        acts.snapshots.labels, sizes.tolist(), moments.norms.tolist(), shares.tolist(), strict=True
+        acts.snapshots.labels, sizes.tolist(), moments.norms.tolist(), moments.shares.tolist(), strict=True
     ):
         # around a mean that is far larger, rounding looks like variance
         if not (math.isfinite(norm) and norm > 0 and math.isfinite(size) and share > CONSTANT):
@@ -147,8 +152,8 @@ def snapshot_scales(moments: Moments, scale: Literal["std", "norm"], acts: Activ
 
 def name_constant(moments: Moments, scale: Literal["std", "norm"], acts: Activations) -> None:
     """Name the snapshots with little variance around their mean; warn if the scale makes them count little."""
-    shares = (moments.variances / moments.squares).tolist()
-    little = [f"{label} ({x:.0%})" for label, x in zip(acts.snapshots.labels, shares, strict=True) if x < LITTLE]
+    shares = zip(acts.snapshots.labels, moments.shares.tolist(), strict=True)
+    little = [f"{label} ({share:.0%})" for label, share in shares if share < LITTLE]
     if not little:
         return
     found = (
