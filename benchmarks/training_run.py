@@ -43,7 +43,7 @@ PACKAGES = ("crosslens", "torch", "sae-lens", "eai-sparsify", "dictionary-learni
 DEAD_TOKENS = 50_000  # as in the demo
 N_POINTS = 8  # of each curve
 LR_DECAY = 0.2  # of the steps
-ARCHITECTURE = {"topk_threshold_lr": THRESHOLD_PACE, "decoder_init_norm": None, "aux_loss_coefficient": 1 / 32}
+ARCHITECTURE = {"topk_threshold_lr": THRESHOLD_PACE}
 K_START, K_ANNEAL = 4.0, 0.5  # of "annealed": in units of k, and of the steps
 
 NOTES = """

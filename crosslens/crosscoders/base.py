@@ -6,7 +6,8 @@ A crosscoder is a SAELens SAE over the concatenated activations of S snapshots o
 1. Input: raw activations x (..., S, D), or flat (..., S D).
 2. Scale each snapshot, c_s x_s (`activation_scale`). The scale is part of the model and is never folded into the
    weights: folding would change the decoder norms n_is = |W_dec[i, s]|, which TopK selection and JumpReLU gates read.
-3. Encode: h = sum_s (c_s x_s) W_enc[s] + b_enc, then f = gate(h), one value per feature for all snapshots.
+3. Encode: h = sum_s (c_s x_s) W_enc[s] + b_enc, then f = gate(h), one value per feature for all snapshots. With
+   `apply_b_dec_to_input` the encoder reads c_s x_s - b_dec[s].
 4. Decode: x_hat_s = (sum_i f_is W_dec[i, s] + b_dec[s]) / c_s, with f_is = f_i for every architecture but JumpReLU,
    whose gate is per snapshot.
 5. Train in the scaled space. `training_forward_pass` works on active pairs; `dense_forward_pass` is the same loss in
@@ -51,7 +52,7 @@ class CrosscoderConfig(SAEConfig, ABC):
         dtype: dtype of the parameters (`activation_scale` stays float32).
         device: device of the parameters.
         metadata: where the activations came from; `metadata.snapshots` lists label, step and tokens of each snapshot.
-        apply_b_dec_to_input: False; crosscoders do not support this option of SAELens.
+        apply_b_dec_to_input: the encoder reads the deviation of scaled activations from b_dec, as in SAELens.
 
     Raises:
         UserError: d_sae or n_snapshots is not positive, d_in is not a multiple of n_snapshots, or an option of SAELens
@@ -75,7 +76,6 @@ class CrosscoderConfig(SAEConfig, ABC):
             )
         for name, only in (
             ("normalize_activations", "none"),
-            ("apply_b_dec_to_input", False),
             ("reshape_activations", "none"),
         ):
             if getattr(self, name) != only:
@@ -217,11 +217,17 @@ class Crosscoder(SAE[Any], ABC):
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Float[Tensor, "... SD"]:
-        # SAELens subtracts a decoder bias and normalises here; a crosscoder's config rules both out
-        return self.hook_sae_input(self.reshape_fn_in(self.scale(self.by_snapshot(sae_in)).to(self.dtype)))
+        """What the encoder reads of raw activations: scaled, and less b_dec with `apply_b_dec_to_input`."""
+        # SAELens also normalises here, which a crosscoder's config rules out
+        x = self.by_snapshot(sae_in)
+        if self.cfg.apply_b_dec_to_input:
+            x = torch.addcmul(-self.b_dec_by_snapshot, x, self.activation_scale[:, None])
+        else:
+            x = self.scale(x)
+        return self.hook_sae_input(self.reshape_fn_in(x.to(self.dtype)))
 
     def hidden_pre(self, flat: Float[Tensor, "... SD"]) -> Float[Tensor, "... F"]:
-        """Pre-activations `h` of scaled activations `flat`."""
+        """Pre-activations `h` of the result of `process_sae_in`."""
         return self.hook_sae_acts_pre(encoder_product(flat, self.W_enc, self.b_enc))
 
     @override
@@ -351,6 +357,8 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
     Args:
         decoder_init_norm: initial norm of every decoder row (feature, snapshot); W_enc starts as W_dec transposed.
             None: `train` chooses the norm that reconstructs a batch best (Ge et al.).
+        apply_b_dec_to_input: the encoder reads the deviation of scaled activations from b_dec, which moves with it.
+            True, unlike in both papers: the gradients of W_enc are then free of the mean activation.
         bias_init: "mean" initialises b_dec to the mean scaled activation of each snapshot, and b_enc so that features
             read the deviation from it; "zero" initialises both to 0. `train` computes the mean from the data.
         decoder_init: "independent" draws a row per (feature, snapshot); "shared" draws one row per feature and uses it
@@ -364,6 +372,7 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
     """
 
     decoder_init_norm: float | None = 0.1
+    apply_b_dec_to_input: bool = True
     bias_init: Literal["mean", "zero"] = "mean"
     decoder_init: Literal["independent", "shared"] = "independent"
     scale: Literal["std", "norm"] = "std"
@@ -425,8 +434,15 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     @property
     def weights(self) -> Weights:
-        """The parameters that the kernels work on."""
-        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        """The parameters that the kernels work on: `x W_enc + b_enc` and `f W_dec + b_dec`.
+
+        With `apply_b_dec_to_input` the kernels receive x - b_dec and reconstruct it. The values of both biases are then
+        what they are for b_dec = 0, and their gradients carry those of b_dec.
+        """
+        if not self.cfg.apply_b_dec_to_input:
+            return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        b_enc = _MovingBias.apply(self.b_enc, self.b_dec, self.W_enc.detach(), self.strategy)
+        return Weights(self.W_enc, b_enc, self.W_dec, self.b_dec - self.b_dec.detach())  # type: ignore[arg-type]
 
     @property
     def free_gradient_memory(self) -> Memory | None:
@@ -469,10 +485,14 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         """Scaled reconstruction by the features of all processes, which call this together with the same tokens."""
         return self.strategy.sum_features_(self.decode_without_bias(feature_acts)) + self.b_dec
 
+    def relative(self, sae_out: Float[Tensor, "... SD"]) -> Float[Tensor, "... SD"]:
+        """A scaled reconstruction relative to what `process_sae_in` subtracts: the losses compare these two."""
+        return sae_out - self.b_dec if self.cfg.apply_b_dec_to_input else sae_out
+
     @torch.no_grad()
     def training_reconstruction(self, flat: Float[Tensor, "B SD"]) -> Float[Tensor, "B SD"]:
-        """Scaled reconstruction of scaled activations by the features of all processes, gated as in training."""
-        return self.decode_flat(self.training_gate(self.hidden_pre(flat)))
+        """`relative` reconstruction by the features of all processes, gated as in training, of `process_sae_in`."""
+        return self.relative(self.decode_flat(self.training_gate(self.hidden_pre(flat))))
 
     def training_gate(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
         """The features that the gate keeps in training, among those of all processes."""
@@ -484,8 +504,9 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Loss of a batch of raw activations (B, S, D) or (B, S D); `sae_in` and `sae_out` are flat and scaled.
+        """Loss of a batch of raw activations (B, S, D) or (B, S D).
 
+        `sae_in` and `sae_out` of the output are flat and scaled, and relative to b_dec with `apply_b_dec_to_input`.
         With `gradient_memory`, `hidden_pre` of the output may be empty.
 
         In `eval()` mode this is the dense reference with the gate of inference.
@@ -496,12 +517,12 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         check_trainable(self.dtype)
         if not self.training:
             return self.dense_forward_pass(step_input)
-        flat = self.process_sae_in(step_input.sae_in)
-        reused = None if self.backward_reads_hidden_pre else hidden_pre_in(self.free_gradient_memory, len(flat))
         with torch.no_grad():
+            flat = self.process_sae_in(step_input.sae_in)
+            reused = None if self.backward_reads_hidden_pre else hidden_pre_in(self.free_gradient_memory, len(flat))
             product = encoder_product(flat, self.W_enc, self.b_enc, self.precision, reused)
             hidden_pre = self.hook_sae_acts_pre(product)
-        sae_out, feature_acts, losses = self.losses_on_pairs(flat, hidden_pre, step_input)
+        sae_out, feature_acts, losses = self.losses_on_pairs(flat, hidden_pre, step_input)  # relative to b_dec
         if reused is not None:
             hidden_pre = hidden_pre.new_empty(0, self.cfg.d_sae)
         return self._output(step_input, flat, hidden_pre, sae_out, feature_acts, losses)
@@ -518,7 +539,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         hidden_pre = self.hidden_pre(flat)
         acts = self.training_acts(hidden_pre)
         feature_acts = self.hook_sae_acts_post(self.shared_acts(acts))
-        sae_out = self.hook_sae_recons(self.decode_training(acts))
+        sae_out = self.hook_sae_recons(self.relative(self.decode_training(acts)))
         scaled_input = dataclasses.replace(step_input, sae_in=flat)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
@@ -589,6 +610,20 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         crosscoder.to(device=self.device, dtype=self.dtype)
         assert isinstance(crosscoder, Crosscoder)
         return crosscoder.eval()
+
+
+class _MovingBias(torch.autograd.Function):
+    """`b_enc`, with the gradient that `(x - b_dec) W_enc + b_enc` has for b_dec: `-W_enc db_enc`."""
+
+    @staticmethod
+    def forward(ctx: Any, b_enc: Tensor, b_dec: Tensor, W_enc: Tensor, strategy: Strategy) -> Tensor:
+        del b_dec
+        ctx.W_enc, ctx.strategy = W_enc, strategy
+        return b_enc.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        return g, ctx.strategy.sum_features_(-(ctx.W_enc @ g)), None, None
 
 
 def check_trainable(dtype: torch.dtype | str) -> None:

@@ -4,9 +4,10 @@ On the first activations of the data:
 
 1. c_s = sqrt(D / E|a_s - mean a_s|^2) (`scale="std"`: every snapshot has the same variance), or sqrt(D) / E|a_s|
    (`scale="norm"`, as in both papers), kept in the model as `activation_scale`.
-2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], so that features read and write
-   deviations from the mean. Otherwise every feature has to represent part of the mean, and a reconstruction from no
-   features is near zero, where layer normalisation makes a spliced model's output meaningless.
+2. `bias_init="mean"`: b_dec[s] = mean of c_s a_s, and b_enc = -sum_s b_dec[s] W_enc[s], or 0 if the encoder reads the
+   deviation from b_dec, so that features read and write deviations from the mean. Otherwise every feature has to
+   represent part of the mean, and a reconstruction from no features is near zero, where layer normalisation makes a
+   spliced model's output meaningless.
 3. `decoder_init_norm=None`: the norm of all decoder rows with the least reconstruction error, by grid search (Ge et
    al., arXiv 2509.17196).
 """
@@ -170,7 +171,8 @@ def name_constant(moments: Moments, scale: Literal["std", "norm"], acts: Activat
 @torch.no_grad()
 def centre(sae: CrosscoderTrainingSAE) -> None:
     """Set b_enc so that a token whose activations equal b_dec has pre-activation zero in every feature."""
-    sae.b_enc.copy_(-(sae.b_dec @ sae.W_enc))
+    if not sae.cfg.apply_b_dec_to_input:
+        sae.b_enc.copy_(-(sae.b_dec @ sae.W_enc))
 
 
 @torch.no_grad()

@@ -54,7 +54,12 @@ def evolution_of_concepts(d_sae: int = 98_304, **training: Any) -> tuple[JumpReL
 
     config, steps = _config("evolution_of_concepts", training)
     architecture = JumpReLUCrosscoderTrainingConfig(
-        d_sae=d_sae, sparsity_warm_up_steps=steps // 10, b_enc_per_snapshot=True, bias_init="zero", scale="norm"
+        d_sae=d_sae,
+        sparsity_warm_up_steps=steps // 10,
+        b_enc_per_snapshot=True,
+        bias_init="zero",
+        scale="norm",
+        apply_b_dec_to_input=False,
     )
     return architecture, config
 
@@ -82,6 +87,7 @@ def crosscoding_through_time(
         l1_warm_up_steps=steps // 20,
         decoder_init_norm=0.08,
         bias_init="zero",
+        apply_b_dec_to_input=False,
         scale="norm",
     )
     return architecture, config

@@ -91,6 +91,7 @@ class Slow:
     def __init__(self, sae: CrosscoderTrainingSAE, x: Tensor) -> None:
         self.p = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
         self.S, self.c = sae.n_snapshots, sae.activation_scale.double().tolist()
+        self.relative = sae.cfg.apply_b_dec_to_input
         self.B, self.F = len(x), sae.cfg.d_sae
         self.x = [[self.c[s] * x[b, s] for s in range(self.S)] for b in range(self.B)]
         self.h = [[self.hidden(b, i) for i in range(self.F)] for b in range(self.B)]
@@ -106,7 +107,8 @@ class Slow:
         h = self.p["b_enc"][i]
         for s in range(self.S):
             for d in range(D):
-                h = h + self.x[b][s][d] * self.enc(s, i)[d]
+                read = self.x[b][s][d] - self.p["b_dec"][s * D + d] if self.relative else self.x[b][s][d]
+                h = h + read * self.enc(s, i)[d]
         return h
 
     def norm(self, i: int, s: int) -> Tensor:
@@ -201,8 +203,10 @@ def slow_jumprelu(
     part = [slice(s * D, (s + 1) * D) for s in range(S)]
     t = [math.exp(v) for v in log_t.tolist()]
     n = [[math.sqrt(float(W_dec[i, part[s]].square().sum())) for s in range(S)] for i in range(n_features)]
+    relative = sae.cfg.apply_b_dec_to_input
+    read = x - b_dec.view(S, D) if relative else x  # by the encoder
     h = [
-        [float(b_enc[i]) + sum(float(x[b, s] @ W_enc[part[s], i]) for s in range(S)) for i in range(n_features)]
+        [float(b_enc[i]) + sum(float(read[b, s] @ W_enc[part[s], i]) for s in range(S)) for i in range(n_features)]
         for b in range(n_tokens)
     ]
     gate = {(b, i, s): h[b][i] * n[i][s] > t[i] for b in range(n_tokens) for i in range(n_features) for s in range(S)}
@@ -239,7 +243,8 @@ def slow_jumprelu(
                 dh += df if gate[b, i, s] else 0.0
             g["b_enc"][i] += dh
             for s in range(S):
-                g["W_enc"][part[s], i] += dh * x[b, s]
+                g["W_enc"][part[s], i] += dh * read[b, s]
+                g["b_dec"][part[s]] -= relative * dh * W_enc[part[s], i]
     features = torch.tensor(
         [
             [h[b][i] if any(gate[b, i, s] for s in range(S)) else 0.0 for i in range(n_features)]
@@ -307,11 +312,11 @@ def compare(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ALL)
 def test_loss_and_every_gradient(architecture: str, way: str, S: int):
-    for seed in range(2 if S == 1 else 1):
-        sae, x = make(architecture, S, seed), raw(S, seed)
+    for seed, relative in ((0, True), (1, False)):
+        sae, x = make(architecture, S, seed, apply_b_dec_to_input=relative), raw(S, seed)
         output = compare(sae, x, way=way)
         assert output.loss.item() > 0 and int((output.feature_acts.to_dense() != 0).sum()) > 0
-        scaled = (x * sae.activation_scale.double()[:, None]).flatten(1)
+        scaled = (x * sae.activation_scale.double()[:, None]).flatten(1) - relative * sae.b_dec.detach()
         close(output.sae_in, scaled, "sae_in is scaled")
         assert output.sae_out.shape == (B, S * D)
         expected = (output.sae_out - scaled).square().sum(-1).mean() / (S if architecture.startswith("jump") else 1)
@@ -364,7 +369,7 @@ def test_no_active_feature_at_all(architecture: str, way: str):
     output = compare(sae, x, way=way)
     assert not bool(output.feature_acts.to_dense().any())
     close(output.losses["mse_loss"] * (2 if architecture.startswith("jump") else 1),
-          (sae.b_dec - output.sae_in).square().sum(-1).mean(), "only the decoder bias remains")  # fmt: skip
+          output.sae_in.square().sum(-1).mean(), "the decoder bias remains, which sae_in is relative to")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
@@ -513,7 +518,8 @@ def test_jumprelu_encode_and_decode_repeat_the_gates_of_training(S: int):
     close(sae.encode(x), features, "encode is h if any gate is open")
     output = sae.training_forward_pass(step_input(x))
     decoded = sae.decode(sae.encode(x))
-    close(decoded, output.sae_out.unflatten(-1, (S, D)) / sae.activation_scale[:, None], "decode of unedited features")
+    sae_out = (output.sae_out + sae.b_dec).unflatten(-1, (S, D))
+    close(decoded, sae_out / sae.activation_scale[:, None], "decode of unedited features")
     for s in range(S):
         of_snapshot = sae.snapshot_acts(features, s)
         n, t = sae.decoder_norms[:, s].tolist(), sae.log_threshold.exp().tolist()  # type: ignore[operator,union-attr]
@@ -773,7 +779,6 @@ def test_loading_what_is_no_crosscoder(tmp_path: Path):
         ({"n_snapshots": 0}, "n_snapshots=0 must be positive"),
         ({"d_in": 7, "n_snapshots": 2}, "d_in=7 is not a multiple of n_snapshots=2"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not available"),
-        ({"apply_b_dec_to_input": True}, "apply_b_dec_to_input=True is not available"),
         ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not available"),
         ({"decoder_init_norm": 0.0}, "decoder_init_norm=0.0 must be positive"),
     ],
@@ -796,7 +801,7 @@ def test_the_encoder_product_is_rounded_as_asked(architecture: str):
     assert 0 < float((rounded.hidden_pre - exact.hidden_pre).abs().max()) < 0.05 * float(exact.hidden_pre.abs().max())
     acts = rounded.feature_acts.to_dense()
     if architecture != "jumprelu_crosscoder":  # where it is a dense product, the reconstruction is rounded, too
-        close(rounded.sae_out, acts @ sae.W_dec + sae.b_dec, "reconstruction", rtol=0.02, atol=0.02)
+        close(rounded.sae_out, acts @ sae.W_dec, "reconstruction, relative to b_dec", rtol=0.02, atol=0.02)
     assert torch.equal(acts, torch.where(acts > 0, product, 0.0))
     sae.precision = "float32"
     assert torch.equal(sae.training_forward_pass(step_input(x)).hidden_pre, exact.hidden_pre)
@@ -969,7 +974,7 @@ def test_train_step_output_has_saelens_fields_and_metrics_when_logged(architectu
     assert isinstance(output, TrainStepOutput) and all(hasattr(output, name) for name in fields)
     for s, label in enumerate(("early", "mid", "late")):
         target = (x * sae.activation_scale.double()[:, None])[:, s]
-        found = output.sae_out.detach().unflatten(-1, (3, D))[:, s]
+        found = (output.sae_out + sae.b_dec).detach().unflatten(-1, (3, D))[:, s]
         unexplained = sum(float((target[b] - found[b]).square().sum()) for b in range(B))
         spread = sum(float((target[b] - target.mean(0)).square().sum()) for b in range(B))
         assert float(output.metrics[f"explained_variance/{label}"]) == pytest.approx(1 - unexplained / spread)

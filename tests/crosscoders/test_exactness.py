@@ -184,6 +184,7 @@ def on_a_grid(architecture: str, S: int, seed: int = 0, window: float = 4.0, **o
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         sae.activation_scale.fill_(1.0)
+        sae.b_dec.copy_(torch.randint(-1, 2, (S * D,), generator=draw))
         sae.W_enc.copy_(
             torch.randint(-2, 3, sae.W_enc.shape, generator=draw)
             * (torch.rand(sae.W_enc.shape, generator=draw) < 2 / S / D)
@@ -437,7 +438,7 @@ class Case:
             sae.W_enc.copy_(W_enc)
             sae.b_enc.copy_(b_enc)
             sae.W_dec.copy_(W_dec.flatten(1).float())
-            sae.b_dec.copy_((loudness * torch.randn(S * D, generator=draw, dtype=torch.float64)).float())
+            sae.b_dec.copy_((loudness * grid(S * D)).float())
             sae.activation_scale.copy_(2.0 ** torch.randint(-1, 2, (S,), generator=draw))
             if architecture == "jumprelu_crosscoder":
                 sae.log_threshold.copy_(log_threshold.float())  # type: ignore[operator]

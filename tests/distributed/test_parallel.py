@@ -147,7 +147,7 @@ def test_several_processes_are_one(
     for name in ("gradients", "state"):
         close(whole([rank[name] for rank in together], world // data_parallel), alone[name])
     if "topk" in architecture:
-        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 4
+        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 10
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 2.0])
@@ -261,7 +261,7 @@ def test_all_processes_evaluate_what_one_does(acts: Activations, tmp_path: Path,
         for name, a, b in zip((*NUMBERS, *LOSSES), expected, found, strict=True):
             assert b == pytest.approx(a, abs=1e-5, nan_ok=True), (architecture, name)
     of_topk = dict(zip(NUMBERS, alone[list(ALL).index("topk_crosscoder")][:4], strict=True))
-    assert of_topk["l0"] == pytest.approx([4.0] * 3) and min(of_topk["explained_variance"]) > 0.03
+    assert of_topk["l0"] == pytest.approx([4.0] * 3) and min(of_topk["explained_variance"]) > 0.02
 
 
 def test_the_bar_counts_the_features_of_all_processes(acts: Activations, tmp_path: Path):
