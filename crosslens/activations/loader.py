@@ -1,11 +1,13 @@
 """Shuffled batches (B, S, D) of activations: the same tokens in every snapshot, computed live or read from a cache.
 
 1. Documents become sequences of `context_size` tokens (SAELens's packing: BOS first, documents separated by BOS).
-2. Sequences are permuted once by `seed`; the last ones are held out, the others form blocks.
-3. Every epoch visits the blocks in an order drawn from (seed, epoch), and shuffles the positions inside a block by
-   (seed, epoch, block). The order depends on nothing else, so training can continue at any batch.
-4. A block's activations come from the models, which stop at the hook, or from the cache. A thread makes the next block
-   while the current one is in use.
+2. Sequences are permuted once by `seed`; the last ones are held out.
+3. From a cache every epoch is a uniformly random permutation of all training tokens (`crosslens.activations.order`).
+   Live, it is one drawn from a buffer of `mixing_tokens` (`crosslens.activations.mixing`), and the cache's own where
+   the buffer holds all of them. The order depends on the seed and the position only, so training can continue at any
+   batch, with any number of processes.
+4. A thread makes the next batch while the current one is in use, and brings it to the device
+   (`crosslens.activations.feed`).
 
 BOS and padding positions are left out (`Dataset(keep_special=True)` keeps them): their activations are outliers that
 say nothing about the text. Symbols: N sequences, B tokens, T positions, S snapshots, D d_model.
@@ -14,6 +16,7 @@ say nothing about the text. Symbols: N sequences, B tokens, T positions, S snaps
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 import threading
@@ -21,13 +24,13 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,13 +41,28 @@ from crosslens.activations.cache import (
     check_space,
     describe_rounding,
     free_bytes,
+    recorded_tokens,
     row_bytes,
+    shard_sequences,
 )
+from crosslens.activations.feed import CachedRows, Rows, feed
 from crosslens.activations.harvesting import fill, harvest, run_to_hook
-from crosslens.activations.plan import Plan, model_bytes, peak_memory, training_bytes
-from crosslens.activations.tokens import Dataset, Source, generator, split_sequences, token_sequences
+from crosslens.activations.identity import source_identity
+from crosslens.activations.mixing import Held, Mixed, Schedule
+from crosslens.activations.order import Indices, Order, stored_order
+from crosslens.activations.plan import (
+    Plan,
+    buffered_sequences,
+    cache_bytes,
+    distinct_sequences,
+    model_bytes,
+    order_bytes,
+    peak_memory,
+    training_bytes,
+)
+from crosslens.activations.tokens import Dataset, Source, split_sequences, token_sequences
 from crosslens.distributed.devices import own_device
-from crosslens.distributed.parallel import check_split
+from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import KEEP_BYTES, Snapshots
 from crosslens.snapshots.hooks import hook_layer
@@ -55,6 +73,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
+MIXING_BYTES = 4 << 30
+"""Host memory of the default mixing buffer. It is the same on every machine, because the order depends on it."""
 
 
 class Activations:
@@ -69,6 +89,7 @@ class Activations:
         context_size: tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens.
         seed: seed for every permutation.
         settings: how the models run.
+        mixing_tokens: tokens in the buffer that live batches are drawn from, in float32; None: as many as 4 GiB hold.
 
     Attributes:
         dataset: the `Dataset`, with its `context_size` filled in.
@@ -94,6 +115,7 @@ class Activations:
         *,
         seed: int = 0,
         settings: ModelSettings | None = None,
+        mixing_tokens: int | None = None,
     ) -> None:
         if not isinstance(dataset, Dataset):
             dataset = Dataset(dataset, n_tokens, context_size)
@@ -111,6 +133,8 @@ class Activations:
             length = min(longest, 1024)
         if not 2 <= length <= longest:
             raise UserError(f"context_size={length} is not in [2, {longest}], the models' context")
+        if mixing_tokens is not None and mixing_tokens < length:
+            raise UserError(f"mixing_tokens={mixing_tokens} must be at least {length}, the tokens of a sequence")
         # the weights are compared before the first harvest; until then nothing is downloaded
         snapshots.check(hook_name, weights=False)
         settings = settings or ModelSettings()
@@ -119,8 +143,11 @@ class Activations:
         self.dataset = replace(dataset, context_size=length)
         self.seed = seed
         self.settings = replace(settings, device=own_device(settings.device))
+        self._mixing_tokens = mixing_tokens
         self._compared = False
         self._cache: ActivationCache | None = None
+        self._cached_rows: CachedRows | None = None
+        self._held: Held | None = None
         self._tokens: Tensor | None = None
         self._n_train = 0
 
@@ -153,7 +180,12 @@ class Activations:
     @property
     def n_tokens(self) -> int:
         """Activations per epoch of training: positions of the training sequences that are kept."""
-        return int(self.keep(self.train_tokens()).sum())
+        return int(self._counts.sum())
+
+    @cached_property
+    def _counts(self) -> Indices:
+        """Positions of each training sequence that are kept."""
+        return self.keep(self.train_tokens()).sum(-1).numpy()
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
         """Which positions of `tokens` training uses: all but BOS and padding, unless `keep_special`."""
@@ -195,72 +227,114 @@ class Activations:
 
     @property
     def block_sequences(self) -> int:
-        """Number of sequences that are in memory and shuffled together."""
+        """Number of sequences whose activations, of all snapshots, are at most 1 GiB; in whole forward passes."""
         per_token = self.n_snapshots * self.d_model * 4
-        return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+        most = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+        return most // self._pass_sequences * self._pass_sequences or most
+
+    @property
+    def mixing_tokens(self) -> int:
+        """Tokens in the buffer that live batches are drawn from; all of an epoch if there are no more."""
+        default = max(MIXING_BYTES // (4 * self.n_snapshots * self.d_model), self.tokens.shape[1])
+        return min(self._mixing_tokens or default, self.n_tokens)
+
+    @property
+    def data_order(self) -> str:
+        """What decides the order of the tokens besides seed and data."""
+        mixed = self._cache is None and self.mixing_tokens < self.n_tokens
+        return f"a live buffer of {self.mixing_tokens} tokens" if mixed else "shuffled"
 
     def batches(
-        self, batch_size: int, *, start: int = 0, epochs: int | None = None
+        self,
+        batch_size: int,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        device: str | torch.device = "cpu",
+        parallel: Parallel = ALONE,
+        whole: bool = True,
     ) -> Generator[Float[Tensor, "B S D"], None, None]:
         """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
+
+        Processes that are given as `parallel` read together, each a part of every batch, and must read the same
+        batches. On CPUs their batches are in shared memory, and valid until the next is asked for.
 
         Args:
             batch_size: B tokens; the rest of an epoch goes into the first batch of the next.
             start: batches to skip; the stream continues as if they had been read.
             epochs: passes over the data, endless when None; an incomplete last batch is dropped.
+            device: where batches are wanted; the next one travels there while one is in use.
+            parallel: the processes that read together.
+            whole: all tokens of a batch; False: those that `Parallel.tokens` gives this process.
         """
         self.check_batch(batch_size)
-        epoch, skip = divmod(start * batch_size, self.n_tokens)
-        left: Tensor | None = None
-        # the queue alone would let the thread work two blocks ahead
-        wanted, closed = threading.Semaphore(1), threading.Event()
-        blocks = PrefetchingIterator(self._shuffled_blocks(epoch, skip, epochs, wanted, closed), prefetch=1)
-        waited = first = 0.0
-        try:
-            while True:
-                began = time.perf_counter()
-                rows = next(blocks, None)
-                if rows is None:
-                    return
-                wanted.release()
-                waited += time.perf_counter() - began
-                first = first or waited
-                self.waited, self.waited_first = waited, first
-                rows = rows if left is None else torch.cat([left, rows])
-                whole = len(rows) // batch_size * batch_size
-                if whole:  # an empty tensor splits into one empty batch
-                    yield from rows[:whole].split(batch_size)
-                left = rows[whole:].clone()
-                del rows  # while the next block is made, this one would be one too many in memory
-        finally:
-            closed.set()
-            wanted.release()
-            blocks.close()
+        closed = threading.Event()
+        self.waited = self.waited_first = 0.0
+
+        def waited(seconds: float) -> None:
+            self.waited += seconds
+            self.waited_first = self.waited_first or seconds
+
+        last = None if epochs is None else epochs * self.n_tokens // batch_size
+        steps = itertools.count(start) if last is None else range(start, last)
+        spans = ((step * batch_size, (step + 1) * batch_size) for step in steps)
+        shape = (batch_size, self.n_snapshots, self.d_model)
+        rows = self._rows(closed.is_set)
+        yield from feed(rows, spans, shape, torch.device(device), parallel, whole, closed, waited)
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse a `batch_size` that is larger than an epoch."""
         if not 0 < batch_size <= self.n_tokens:
             raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
-    def _shuffled_blocks(
-        self, epoch: int, skip: int, epochs: int | None, wanted: threading.Semaphore, closed: threading.Event
-    ) -> Iterator[Float[Tensor, "n S D"]]:
-        size = self.block_sequences
-        counts = [int(c.sum()) for c in self.keep(self.train_tokens()).sum(-1).split(size)]
-        while epochs is None or epoch < epochs:
-            for block in torch.randperm(len(counts), generator=generator(self.seed, epoch)).tolist():
-                if skip >= counts[block]:
-                    skip -= counts[block]
-                    continue
-                wanted.acquire()
-                if closed.is_set():
-                    return
-                first, last = block * size, min((block + 1) * size, self._n_train)
-                kept = self.keep(self.tokens[first:last]).flatten().nonzero()[:, 0]
-                order = torch.randperm(len(kept), generator=generator(self.seed, epoch, block))
-                yield self.block(first, last, closed.is_set).flatten(0, 1)[kept[order[skip:]]]
-                skip = 0
-            epoch += 1
+    def _rows(self, abandoned: Callable[[], bool]) -> Rows:
+        """Where batches come from."""
+        width = (self.n_snapshots, self.d_model)
+        if self._cached_rows is not None:
+            return self._cached_rows
+        if self.mixing_tokens < self.n_tokens:
+            schedule = Schedule(self._counts, self.mixing_tokens, self.seed, self.block_sequences)
+            return Mixed(schedule, lambda sequences: self._kept(torch.from_numpy(sequences), abandoned), width)
+        if self._held is None:
+            counts = [int(self._counts[first:last].sum()) for first, last in self._shards()]
+            self._held = Held(Order(counts, self.seed), lambda out: self._hold(out, abandoned), width)
+        return self._held
+
+    def _kept(self, sequences: Int[Tensor, " n"], abandoned: Callable[[], bool]) -> Float[Tensor, "K S D"]:
+        """Activations of the kept positions of some sequences."""
+        self._compare()
+        tokens = self.tokens[sequences]
+        acts = harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
+        return acts[self.keep(tokens)]
+
+    def _hold(self, out: Float[Tensor, "K S D"], abandoned: Callable[[], bool]) -> None:
+        """Harvest all training sequences, in the forward passes and in the order of a cache."""
+        self._compare()
+        block, at = self.block_sequences, 0
+        for shard, (first, last) in enumerate(self._shards()):
+            n = int(self._counts[first:last].sum())
+            places = np.empty(n, dtype=np.int64)
+            places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
+            at, done = at + n, 0
+            for begin in range(first, last, block):
+                end = min(begin + block, last)
+                kept = self.block(begin, end, abandoned)[self.keep(self.tokens[begin:end])]
+                out[torch.from_numpy(places[done : done + len(kept)])] = kept
+                done += len(kept)
+
+    @property
+    def _pass_sequences(self) -> int:
+        """Sequences in a forward pass."""
+        return max(1, self.settings.batch_tokens // self.tokens.shape[1])
+
+    @property
+    def _shard_sequences(self) -> int:
+        return shard_sequences(len(self.train_tokens()), self.tokens.shape[1], self.d_model, self._pass_sequences)
+
+    def _shards(self) -> list[tuple[int, int]]:
+        """First and last sequence of the shards that a new cache has."""
+        n, size = len(self.train_tokens()), self._shard_sequences
+        return [(first, min(first + size, n)) for first in range(0, n, size)]
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
         """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer."""
@@ -274,7 +348,8 @@ class Activations:
     ) -> Activations:
         """Harvest the activations into a folder, and return the same activations read from there.
 
-        An interrupted harvest continues where it stopped. Several processes, started by torchrun or by hand, may fill
+        A cache that is complete needs neither the dataset nor the models. An interrupted harvest continues where it
+        stopped. Several processes, started by torchrun or by hand, may fill
         one folder together; each returns when it is complete. A damaged file is harvested again when it is read.
 
         Args:
@@ -287,11 +362,25 @@ class Activations:
             UserError: a cache for a different request, a full disk, or activations that are not finite.
         """
         path = Path(folder)
+        source = source_identity(self.dataset, self.snapshots.tokenizer, self.seed)
+        if self._tokens is None and (found := recorded_tokens(path, source)):
+            self._tokens, self._n_train = found
         needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
         if not path.exists():
             check_space(path, needed)  # before any download; an existing cache is checked below, once it is read
-        shape = self.block_sequences, self.n_snapshots, self.d_model
-        cache = ActivationCache(path, self.tokens, *shape, dtype, self.fingerprint())
+        cache = ActivationCache(
+            path,
+            self.tokens,
+            self._shard_sequences,
+            self.n_snapshots,
+            self.d_model,
+            dtype,
+            self.fingerprint(),
+            n_train=len(self.train_tokens()),
+            kept=self.keep(self.tokens),
+            seed=self.seed,
+            source=source,
+        )
         if missing := cache.missing(verify=verify):
             check_space(path, cache.needed_bytes(missing))
             self._compare()
@@ -302,7 +391,8 @@ class Activations:
             freed = sum(snapshot.evict() for snapshot in self.snapshots)
             tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
         cached = copy.copy(self)
-        cached._cache = cache
+        cached._cache, cached._held = cache, None
+        cached._cached_rows = CachedRows(cache, Order(cache.training_counts(), self.seed), cached._repair)
         return cached
 
     def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
@@ -395,12 +485,16 @@ class Activations:
             adam_moments: as in `TrainConfig`.
         """
         check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
+        check_dtype(dtype)
         process = peak_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
         one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name))
         fit = one_model * S <= KEEP_BYTES
-        block = min(self.block_sequences, len(self.tokens)) * T * S * D * 4
+        n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
+        files = (len(self._shards()) + -(-held // size)) * (S + 1)
+        chunk = min(self.block_sequences, n) * T * S * D * 4
+        own = batch_size // data_parallel
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),
@@ -411,8 +505,17 @@ class Activations:
             model_bytes=one_model,
             models_fit=fit,
             loaded_bytes=one_model * (S if fit else 1),
-            block_bytes=block,
-            cache_bytes=self.tokens.numel() * S * row_bytes(D, check_dtype(dtype)),
+            batch_bytes=min(own, self.n_tokens) * S * D * 4,
+            order_bytes=order_bytes(self.n_tokens, S, size * T),
+            mixing_tokens=self.mixing_tokens,
+            mixing_bytes=self.mixing_tokens * S * D * 4 + chunk,
+            harvest_bytes=min(size, max(n, held)) * T * (4 * D + row_bytes(D, dtype)),
+            n_files=1 + files,
+            batch_sequences=(
+                distinct_sequences(self._counts, batch_size),
+                buffered_sequences(self._counts, self.mixing_tokens, batch_size),
+            ),
+            cache_bytes=cache_bytes(self.tokens.numel(), files, S, D, dtype),
             cache_dtype=dtype,
             free_bytes=free_bytes(folder),
             n_downloads=downloads,

@@ -1,7 +1,8 @@
 """The cost of harvesting, before anything runs: disk, memory, forward passes and time, live or from a cache.
 
 *Live* runs all models again in every pass over the data: best for a single pass, if the models fit into memory
-together. *Cached* runs each model once, by itself, and every pass reads the disk.
+together. *Cached* runs each model once, by itself, and every pass reads the disk. Cached batches are mixed over all of
+the data, live ones over a buffer in host memory.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import gammaln
 from transformers import AutoModelForCausalLM
 
+from crosslens.activations.cache import BLOCK, HEADER, row_bytes
+from crosslens.activations.order import WINDOW
 from crosslens.snapshots.snapshot import cut_config
 
 if TYPE_CHECKING:
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 
 READ_BYTES_PER_SECOND = 200e6
 """A slow disk, for the estimate of a pass over the cache."""
+_BATCHES = 3
 
 
 def model_bytes(config: Any, n_blocks: int) -> int:
@@ -76,6 +83,52 @@ def training_bytes(
     return int(4 * (held + step)) + _WORKSPACE
 
 
+def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:
+    """Disk space of a cache in bytes: activations and their checksums, tokens and the order of rows, and headers.
+
+    Args:
+        n_positions: positions of all sequences.
+        n_files: number of files.
+        n_snapshots: S.
+        d_model: D.
+        dtype: of the cache.
+    """
+    return int(n_positions * (n_snapshots * (row_bytes(d_model, dtype) + 4 / BLOCK) + 8)) + n_files * HEADER
+
+
+def order_bytes(n_tokens: int, n_snapshots: int, shard_tokens: int) -> int:
+    """Memory for the order of the tokens of a cache: a label and a row of each in the window that is being read, and
+    the checksums of its files."""
+    return int(min(n_tokens, WINDOW * shard_tokens) * (1 + 4 + n_snapshots * (4 + 1) / BLOCK))
+
+
+def distinct_sequences(counts: NDArray[np.int64], n_tokens: int) -> float:
+    """Expected number of sequences that n tokens come from, drawn without replacement from all.
+
+    Args:
+        counts: tokens of each sequence.
+        n_tokens: n.
+    """
+    total = int(counts.sum())
+    n = min(n_tokens, total)
+    left = total - counts
+    # C(N - c, n) / C(N, n), the probability that none of the c tokens of a sequence is drawn
+    log_none = gammaln(left + 1) - gammaln(np.maximum(left - n, 0) + 1) - gammaln(total + 1) + gammaln(total - n + 1)
+    return float(np.where(left < n, 1.0, -np.expm1(np.minimum(log_none, 0.0))).sum())
+
+
+def buffered_sequences(counts: NDArray[np.int64], capacity: int, n_tokens: int) -> float:
+    """The same of n tokens drawn from a full mixing buffer of `capacity` tokens; see `crosslens.activations.mixing`.
+
+    A sequence of c tokens that entered the buffer when t tokens had been drawn since has some c exp(-t / capacity)
+    left, and one enters for every c tokens that are drawn.
+    """
+    n, c = min(n_tokens, capacity), max(1.0, float(counts.mean()))
+    left = c * np.exp(-np.arange(0, 40 * capacity, c)[: len(counts)] / capacity)
+    expected = float((1 - (1 - n / capacity) ** left).sum())
+    return min(expected, distinct_sequences(counts, n_tokens))
+
+
 def peak_memory() -> int:
     """Peak memory of this process so far, in bytes; 0 if the system does not report it."""
     status = Path("/proc/self/status")
@@ -103,7 +156,13 @@ class Plan:
         model_bytes: one float32 model, cut at the hook.
         models_fit: whether the models of all snapshots fit into memory together.
         loaded_bytes: models in memory together while training is live, on the device.
-        block_bytes: one block of float32 activations of all snapshots, on the host.
+        batch_bytes: one batch of float32 activations of all snapshots in one process.
+        order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.
+        mixing_tokens: tokens in the buffer that live batches are drawn from.
+        mixing_bytes: this buffer in float32, and a chunk of sequences on its way into it.
+        harvest_bytes: memory for filling a cache, besides one model: a shard of one snapshot.
+        n_files: files of the cache.
+        batch_sequences: expected number of sequences in a batch, cached and live.
         cache_bytes: disk space of the cache.
         cache_dtype: dtype of the cache.
         free_bytes: free disk space.
@@ -125,7 +184,13 @@ class Plan:
     model_bytes: int
     models_fit: bool
     loaded_bytes: int
-    block_bytes: int
+    batch_bytes: int
+    order_bytes: int
+    mixing_tokens: int
+    mixing_bytes: int
+    harvest_bytes: int
+    n_files: int
+    batch_sequences: tuple[float, float]
     cache_bytes: int
     cache_dtype: str
     free_bytes: int
@@ -139,16 +204,17 @@ class Plan:
 
     @property
     def live_bytes(self) -> int:
-        """Memory for training live, host and device together: the models, and three blocks."""
-        return self.loaded_bytes + self.cached_bytes
+        """Memory for training live, host and device together: the models, the mixing buffer, and three batches."""
+        return self.loaded_bytes + self._live_host
 
     @property
     def cached_bytes(self) -> int:
-        """Memory for training from a cache: three blocks (the one in use, the next one, and its shuffled copy).
+        """Memory for training from a cache: three batches (in use, ready, and being read), and the order."""
+        return _BATCHES * self.batch_bytes + self.order_bytes
 
-        Harvesting takes less, one model and a shard.
-        """
-        return 3 * self.block_bytes
+    @property
+    def _live_host(self) -> int:
+        return self.mixing_bytes + _BATCHES * self.batch_bytes
 
     @property
     def recommendation(self) -> tuple[str, str]:
@@ -165,13 +231,13 @@ class Plan:
     @property
     def host_memory(self) -> int:
         """Peak host memory of each process while it trains, in bytes; without an architecture, of activations alone."""
-        total = self.process_bytes + self.cached_bytes
+        total = self.process_bytes + self._activations
         return total + (self._checkpoint if self._has_gpu else self._models + self.training_bytes)
 
     @property
     def device_memory(self) -> int:
         """Peak GPU memory of each process while it trains, in bytes; 0 on CPUs."""
-        return self._models + self.training_bytes if self._has_gpu else 0
+        return self._models + self.training_bytes + 2 * self.batch_bytes if self._has_gpu else 0
 
     @property
     def _has_gpu(self) -> bool:
@@ -181,6 +247,11 @@ class Plan:
     def _checkpoint(self) -> int:
         """Host memory for writing a checkpoint from a GPU."""
         return _CHECKPOINT_COPIES * self.matrix_bytes
+
+    @property
+    def _activations(self) -> int:
+        """Host memory for activations while training as recommended."""
+        return self._live_host if self.recommendation[0] == "live" else self.cached_bytes
 
     @property
     def _models(self) -> int:
@@ -194,12 +265,12 @@ class Plan:
         step = f"{_mib(self.training_bytes)} for weights, gradients, Adam and a step"
         program = f"{_mib(self.process_bytes)} for the program"
         if not self._has_gpu:
-            activations = f"{_mib(self._models + self.cached_bytes)} for activations"
+            activations = f"{_mib(self._models + self._activations)} for activations"
             return f"training    {_mib(self.host_memory)} of memory{each}: {step}, {activations}, {program}"
         models = f", {_mib(self._models)} for models" if self._models else ""
         return (
             f"training    {_mib(self.device_memory)} of GPU memory{each}: {step}{models}; {_mib(self.host_memory)} of "
-            f"host memory: {_mib(self.cached_bytes)} for activations, {_mib(self._checkpoint)} for writing "
+            f"host memory: {_mib(self._activations)} for activations, {_mib(self._checkpoint)} for writing "
             f"checkpoints, {program}"
         )
 
@@ -210,16 +281,19 @@ class Plan:
         way, reason = self.recommendation
         live = f"{_mib(self.live_bytes)} of memory"
         if self._has_gpu:
-            live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self.cached_bytes)} of host memory"
+            live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self._live_host)} of host memory"
         host = "host memory" if self._has_gpu else "memory"
         there = "all are on this disk" if not self.n_downloads else f"{self.n_downloads} to be downloaded"
         lines = [
             f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
             f"snapshots   {self.n_snapshots} x d_model {self.d_model}; {there}",
             f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
-            f"live        {live}; the models run once per pass, {self.passes:.3g} planned",
+            f"live        {live}; the models run once per pass, {self.passes:.3g} planned; a batch comes from about "
+            f"{self.batch_sequences[1]:,.0f} sequences, drawn from a buffer of {self.mixing_tokens:,} tokens",
             f"cached      {_mib(self.cached_bytes)} of {host}, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
-            f"({_mib(self.free_bytes)} free); reading it takes about {reading:,.0f} s per pass",
+            f"({_mib(self.free_bytes)} free), {self.n_files:,} files; harvesting takes {_mib(self.harvest_bytes)} of "
+            f"{host} besides the model; reading takes about {reading:,.0f} s per pass; a batch comes from about "
+            f"{self.batch_sequences[0]:,.0f} sequences",
             f"recommended {way}: {reason}",
         ]
         if self.training_bytes:

@@ -107,7 +107,9 @@ def _fit(
     began = time.perf_counter()
     trainer = _trainer(acts, architecture, config, run, parallel)
     sae = trainer.sae
-    trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
+    trainer.data_provider = acts.batches(
+        config.batch_size, start=trainer.n_training_steps, device=config.device, parallel=parallel, whole=False
+    )
     trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
     # closing ends the prefetching before the evaluation
@@ -283,6 +285,7 @@ def training_identity(
             "training_tokens": total,
         },
         "data_seed": acts.seed,
+        "data_order": acts.data_order,
         "n_tokens": acts.n_tokens,
         "tokens_sha256": hashlib.sha256(acts.tokens.contiguous().numpy().tobytes()).hexdigest(),
     }
