@@ -113,10 +113,10 @@ class ActivationCache:
             "format": FORMAT,
             **fingerprint,
             "dtype": dtype,
+            "tokens": _sha256(tokens),
             "n_sequences": len(tokens),
             "n_training_sequences": self.n_train,
             "n_training_tokens": int(self.kept[: self.n_train].sum()),
-            "tokens": _sha256(tokens),
             "training_positions": _sha256(self.kept[: self.n_train]),
         }
         self.size = self._claim(request, shard_sequences, source)
@@ -741,9 +741,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if len(raw) < HEADER or int.from_bytes(raw[:8], "little") != HEADER - 8:
             raise ValueError("no header of this format")
         entries = json.loads(raw[8:])
-        return entries, json.loads(entries.pop("__metadata__")["crosslens"])
+        notes = json.loads(entries.pop("__metadata__")["crosslens"])
+        if notes.pop("header") != _header_digest(entries, notes):
+            raise ValueError("its header does not match its checksum")
+        return entries, notes
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedShardError(path, f"cannot be read ({first_line(error)})") from error
+
+
+def _header_digest(entries: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps([entries, notes], sort_keys=True).encode())
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -765,12 +772,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
         for array in arrays.values():
             digest.update(array)
         notes = {**notes, "digest": digest.hexdigest()}
-    entries: dict[str, Any] = {"__metadata__": {"crosslens": json.dumps(notes)}}
+    entries: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
         first, end = end, end + arrays[name].nbytes
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
-    header = json.dumps(entries).encode().ljust(HEADER - 8)
+    notes = {**notes, "header": _header_digest(entries, notes)}
+    header = json.dumps({"__metadata__": {"crosslens": json.dumps(notes)}, **entries}).encode().ljust(HEADER - 8)
     # with locks, only one process writes this file
     partial = path.with_suffix(".tmp" if fcntl is not None else f".{uuid.uuid4().hex}.tmp")
     try:

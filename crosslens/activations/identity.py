@@ -47,12 +47,12 @@ def _source(source: Any) -> Any:
                 digest.update(part)
     elif isinstance(source, (Tensor, np.ndarray)):
         array = np.ascontiguousarray(source.numpy() if isinstance(source, Tensor) else source)
-        digest.update(f"{array.dtype} {array.shape}")
+        digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(array.view(np.uint8) if array.ndim else array.tobytes())
     elif isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
         for text in source:
             raw = text.encode("utf-8", "surrogatepass")
-            digest.update(f"{len(raw)} ")
+            digest.update(f"{len(raw)} ".encode())
             digest.update(raw)
     else:
         return None
@@ -66,4 +66,4 @@ def _tokenizer(tokenizer: Any) -> str | None:
         return None
     defined = json.loads(backend.to_str())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return xxhash.xxh3_128_hexdigest(json.dumps([{**defined, "truncation": None, "padding": None}, special]))
+    return xxhash.xxh3_128_hexdigest(json.dumps([{**defined, "truncation": None, "padding": None}, special]).encode())

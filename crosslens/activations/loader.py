@@ -444,6 +444,7 @@ class Activations:
             "hook_name": self.hook_name,
             "dataset": asdict(replace(self.dataset, source=source)),
             "seed": self.seed,
+            "mixing_tokens": self._mixing_tokens,
             "settings": settings,
         }
 
@@ -456,6 +457,7 @@ class Activations:
             Dataset(**recorded["dataset"]),
             seed=recorded["seed"],
             settings=settings or ModelSettings(**recorded["settings"]),
+            mixing_tokens=recorded.get("mixing_tokens"),
         )
 
     def plan(

@@ -27,7 +27,8 @@ from crosslens.activations.order import Indices, Order, Piece, random
 
 UNIT = 1024
 """Tokens that are drawn at once."""
-_CHUNKS = 4  # least number of chunks that a buffer holds
+CHUNKS = 4
+"""Least number of chunks that a buffer holds."""
 
 Harvest: TypeAlias = Callable[[Indices], Float[Tensor, "n S D"]]
 """Activations of the kept positions of some training sequences."""
@@ -60,7 +61,7 @@ class Schedule:
     def __init__(self, counts: Indices, capacity: int, seed: int, most: int) -> None:
         self.counts, self.capacity, self.seed = counts, capacity, seed
         longest = max(1, int(counts.max()))
-        self.chunk = max(1, min(most, capacity // (_CHUNKS * longest)))
+        self.chunk = max(1, min(most, capacity // (CHUNKS * longest)))
 
     def epoch(self, epoch: int) -> Iterator[Fill | Draw]:
         """The events of one epoch. The buffer is empty before and after it."""

@@ -20,6 +20,7 @@ from scipy.special import gammaln
 from transformers import AutoModelForCausalLM
 
 from crosslens.activations.cache import BLOCK, HEADER, row_bytes
+from crosslens.activations.mixing import CHUNKS
 from crosslens.activations.order import WINDOW
 from crosslens.snapshots.snapshot import cut_config
 
@@ -120,12 +121,13 @@ def distinct_sequences(counts: NDArray[np.int64], n_tokens: int) -> float:
 def buffered_sequences(counts: NDArray[np.int64], capacity: int, n_tokens: int) -> float:
     """The same of n tokens drawn from a full mixing buffer of `capacity` tokens; see `crosslens.activations.mixing`.
 
-    A sequence of c tokens that entered the buffer when t tokens had been drawn since has some c exp(-t / capacity)
-    left, and one enters for every c tokens that are drawn.
+    A sequence of c tokens, after which t tokens were drawn, has some c exp(-t / m) left in a buffer that holds m on
+    average, and one enters for every c tokens that are drawn. Chunks enter once there is space for all of one.
     """
-    n, c = min(n_tokens, capacity), max(1.0, float(counts.mean()))
-    left = c * np.exp(-np.arange(0, 40 * capacity, c)[: len(counts)] / capacity)
-    expected = float((1 - (1 - n / capacity) ** left).sum())
+    held = capacity if capacity >= counts.sum() else capacity * (1 - 0.5 / CHUNKS)
+    n, c = min(n_tokens, held), max(1.0, float(counts.mean()))
+    left = c * np.exp(-np.arange(0, 40 * held, c)[: len(counts)] / held)
+    expected = float((1 - (1 - n / held) ** left).sum())
     return min(expected, distinct_sequences(counts, n_tokens))
 
 
