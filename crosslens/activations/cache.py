@@ -380,37 +380,39 @@ class ActivationCache:
                 ordered, inverse = np.unique(rows, return_inverse=True)
             else:  # training shards have no order: it is faster to read all
                 ordered, inverse = np.arange(len(places)), rows
-            runs, index = runs_of(ordered), torch.from_numpy(inverse)
+            chosen, index = Rows(ordered), torch.from_numpy(inverse)
             for s in range(self.n_snapshots):
                 here = out[low - first : high - first, :, s]
-                here.copy_(decode(self.gather(shard, s, runs, repair))[index].unflatten(0, (-1, T)))
+                here.copy_(decode(self.gather(shard, s, chosen, repair))[index].unflatten(0, (-1, T)))
         return out
 
     def gather(
         self,
         shard: int,
         snapshot: int,
-        runs: Sequence[Run],
+        rows: Rows,
         repair: Callable[[int, int, DamagedShardError], None] | None = None,
     ) -> dict[str, Tensor]:
         """Rows of one file as they are stored: `data` (n, D), and for int8 `scale` (n, 1).
 
+        They may be in the memory of `rows`, which the next call with it overwrites.
+
         Args:
             shard: which shard.
             snapshot: which snapshot.
-            runs: the rows, from `runs_of`.
+            rows: which rows.
             repair: as in `read`.
         """
         pair = shard, snapshot
         try:
-            return self._open(pair).gather(runs)
+            return self._open(pair).gather(rows)
         except DamagedShardError as error:
             self._forget(pair)
             if repair is None:
                 raise
             self._broken.add(pair)
             repair(shard, snapshot, error)
-        return self._open(pair).gather(runs)
+        return self._open(pair).gather(rows)
 
     def _open(self, pair: tuple[int, int]) -> _File:
         file = self._files.get(pair)
@@ -487,27 +489,38 @@ class _File:
 
     def verify(self) -> None:
         """Compare the checksums that were not compared before."""
+        n = next(iter(self.parts.values())).shape[0]
         with self._opened() as file:
-            self._verify(file, np.flatnonzero(~self.verified).tolist())
+            for first in range(0, n, _AT_ONCE):
+                runs = [(first, min(_AT_ONCE, n - first))]
+                self._verify(runs, {name: part.read(file, runs) for name, part in self.parts.items()})
 
-    def gather(self, runs: Sequence[Run]) -> dict[str, Tensor]:
-        """Rows of every tensor, in runs of consecutive ones."""
+    def gather(self, rows: Rows) -> dict[str, Tensor]:
+        """Some rows of every tensor, in the memory of `rows`."""
         with self._opened() as file:
-            for first, n in runs:
-                blocks = self.verified[first // BLOCK : (first + n - 1) // BLOCK + 1]
-                if not blocks.all():
-                    self._verify(file, (np.flatnonzero(~blocks) + first // BLOCK).tolist())
-            return {name: part.read(file, runs) for name, part in self.parts.items()}
+            if self.verified[rows.blocks].all():
+                return {name: part.read(file, rows.runs, rows.memory(name, part)) for name, part in self.parts.items()}
+            runs = runs_of((rows.blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel())
+            first, n = runs[-1]
+            runs[-1] = first, min(n, next(iter(self.parts.values())).shape[0] - first)
+            found = {name: part.read(file, runs) for name, part in self.parts.items()}
+        self._verify(runs, found)
+        places = np.searchsorted(rows.blocks, rows.rows // BLOCK) * BLOCK + rows.rows % BLOCK
+        return {name: values[torch.from_numpy(places)] for name, values in found.items()}
 
-    def _verify(self, file: int, blocks: Iterable[int]) -> None:
-        n_rows = next(iter(self.parts.values())).shape[0]
-        for block in blocks:
-            first = block * BLOCK
-            runs = [(first, min(BLOCK, n_rows - first))]
-            rows = {name: part.read(file, runs).view(torch.uint8).numpy() for name, part in self.parts.items()}
-            if _check(rows) != self.checks[block]:
-                raise DamagedShardError(self.path, "does not match its checksum")
-            self.verified[block] = True
+    def _verify(self, runs: Sequence[Run], found: Mapping[str, Tensor]) -> None:
+        """Compare the checksums of whole blocks that were read, unless that was done before."""
+        raw = {name: values.view(torch.uint8).numpy() for name, values in found.items()}
+        at = 0
+        for first, n in runs:
+            for start in range(first, first + n, BLOCK):
+                here, block = slice(at, at + min(BLOCK, first + n - start)), start // BLOCK
+                at = here.stop
+                if self.verified[block]:
+                    continue
+                if _check({name: values[here] for name, values in raw.items()}) != self.checks[block]:
+                    raise DamagedShardError(self.path, "does not match its checksum")
+                self.verified[block] = True
 
     @contextmanager
     def _opened(self) -> Generator[int, None, None]:
@@ -519,6 +532,24 @@ class _File:
                 os.close(file)
         except OSError as error:
             raise DamagedShardError(self.path, f"cannot be read ({first_line(error)})") from error
+
+
+class Rows:
+    """Rows to read from several files of one shard, one after the other, into the same memory.
+
+    Args:
+        rows: their numbers.
+    """
+
+    def __init__(self, rows: Indices) -> None:
+        self.rows, self.runs, self.blocks = rows, runs_of(rows), np.unique(rows // BLOCK)
+        self._memory: dict[str, tuple[Tensor, memoryview]] = {}
+
+    def memory(self, name: str, part: _Part) -> tuple[Tensor, memoryview]:
+        """Memory for these rows of a tensor, and its bytes."""
+        if name not in self._memory:
+            self._memory[name] = part.empty(len(self.rows))
+        return self._memory[name]
 
 
 class _Part(NamedTuple):
@@ -534,35 +565,41 @@ class _Part(NamedTuple):
         """As the header describes it."""
         return cls(HEADER + entry["data_offsets"][0], tuple(entry["shape"]), _TYPES[entry["dtype"]])
 
-    def read(self, file: int, runs: Sequence[Run]) -> Tensor:
-        """Some of its rows."""
-        out = torch.empty(sum(n for _, n in runs), *self.shape[1:], dtype=self.dtype)
-        raw = memoryview(out.view(torch.uint8).numpy().reshape(-1))
+    def empty(self, n: int) -> tuple[Tensor, memoryview]:
+        """Memory for n of its rows, and its bytes."""
+        rows = torch.empty(n, *self.shape[1:], dtype=self.dtype)
+        return rows, memoryview(rows.view(torch.uint8).numpy().reshape(-1))
+
+    def read(self, file: int, runs: Sequence[Run], into: tuple[Tensor, memoryview] | None = None) -> Tensor:
+        """Some of its rows, in runs of consecutive ones."""
+        out, raw = into or self.empty(sum(n for _, n in runs))
         size = math.prod(self.shape[1:]) * self.dtype.itemsize
         at = 0
         for first, n in runs:
             end = at + n * size
-            if _read(file, raw[at:end], self.first + first * size) < n * size:
-                raise OSError("the file ends early")
+            _read(file, raw[at:end], self.first + first * size)
             at = end
         return out
 
 
-def _read(file: int, into: memoryview, at: int) -> int:
-    """Read bytes from a place in a file; a read may be cut short at 2 GiB, or by a signal."""
+def _read(file: int, into: memoryview, at: int) -> None:
+    """Read bytes from a place in a file. A read may be cut short at 2 GiB, or by a signal.
+
+    Raises:
+        OSError: the file ends before.
+    """
     done = 0
     while done < len(into):
-        if _preadv is None:
+        if _preadv is not None:
+            n = _preadv(file, [into[done:]], at + done)
+        else:
             os.lseek(file, at + done, os.SEEK_SET)
             part = os.read(file, len(into) - done)
-            into[done : done + len(part)] = part
             n = len(part)
-        else:
-            n = _preadv(file, [into[done:]], at + done)
+            into[done : done + n] = part
         if n == 0:
-            break
+            raise OSError("the file ends early")
         done += n
-    return done
 
 
 _preadv = getattr(os, "preadv", None)  # Windows has none

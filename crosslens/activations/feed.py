@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
-from crosslens.activations.cache import ActivationCache, DamagedShardError, decode, runs_of
+from crosslens.activations.cache import ActivationCache, DamagedShardError, decode
+from crosslens.activations.cache import Rows as ShardRows
 from crosslens.activations.mixing import Held, Mixed, cut
 from crosslens.activations.order import Order
 from crosslens.distributed.parallel import Parallel
@@ -57,9 +58,13 @@ class CachedRows:
     def read(self, first: int, last: int, n_parts: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
         """As `Mixed.read`, from any position at once."""
         for piece, place in cut(self.order.pieces(first, last, n_parts), rows):
-            runs = runs_of(piece.rows)
+            chosen = ShardRows(piece.rows)
             for s in range(self.cache.n_snapshots):
-                out[place, s].copy_(decode(self.cache.gather(piece.shard, s, runs, self.repair)))
+                stored = self.cache.gather(piece.shard, s, chosen, self.repair)
+                if "scale" in stored:
+                    torch.mul(stored["data"], stored["scale"], out=out[place, s])
+                else:
+                    out[place, s].copy_(stored["data"])  # widens in the same pass
 
     def stored(self, n: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and types of n rows as they are stored."""
@@ -70,9 +75,9 @@ class CachedRows:
     def read_stored(self, first: int, last: int, n_parts: int, rows: slice, out: Stored) -> None:
         """As `read`, without widening."""
         for piece, place in cut(self.order.pieces(first, last, n_parts), rows):
-            runs = runs_of(piece.rows)
+            chosen = ShardRows(piece.rows)
             for s in range(self.cache.n_snapshots):
-                for name, values in self.cache.gather(piece.shard, s, runs, self.repair).items():
+                for name, values in self.cache.gather(piece.shard, s, chosen, self.repair).items():
                     out[name][place, s] = values
 
 

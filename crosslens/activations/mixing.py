@@ -111,7 +111,7 @@ class Mixed:
         Args:
             first: position in the endless stream; at best the one where the batch before ended.
             last: the position after the last.
-            n_parts: m: rows are grouped by their position modulo m.
+            n_parts: m: rows are grouped so that each m-th of them is a uniform draw; here by position modulo m.
             rows: which rows.
             out: for these rows.
         """

@@ -62,25 +62,33 @@ class Order:
         Args:
             first: a position, counted over all epochs.
             last: the one after the last.
-            n_parts: m: the tokens are first grouped by their position modulo m, so that each m-th of them is a uniform
-                draw, too.
+            n_parts: m: each m-th of the result has its share of every shard, and so is a uniform draw, too.
         """
-        spans = list(self._spans(first, last))
         found: list[Piece] = []
-        for part in range(n_parts):
-            for window, begin, low, high in spans:
-                skip = (first + part - begin - low) % n_parts  # the first position at or after `low` of this part
-                found += window.pieces(low, high, skip, n_parts)
-        return found
+        for window, low, high in self._spans(first, last):
+            found += window.pieces(low, high)
+        parts: list[list[Piece]] = [[] for _ in range(n_parts)]
+        at = 0
+        for piece in found:
+            # part j has as many of the first n rows as there are numbers below n that are j modulo m
+            end = at + len(piece.rows)
+            cuts = np.cumsum(
+                [(end + n_parts - 1 - j) // n_parts - (at + n_parts - 1 - j) // n_parts for j in range(n_parts)]
+            )
+            for part, rows in zip(parts, np.split(piece.rows, cuts[:-1]), strict=True):
+                if len(rows):
+                    part.append(Piece(piece.shard, rows))
+            at = end
+        return [piece for part in parts for piece in part]
 
-    def _spans(self, first: int, last: int) -> Iterator[tuple[_Window, int, int, int]]:
-        """The windows that these positions lie in: the window, where it begins, and the positions relative to that."""
+    def _spans(self, first: int, last: int) -> Iterator[tuple[_Window, int, int]]:
+        """The windows that these positions lie in, and the positions in each."""
         while first < last:
             epoch, place = divmod(first, self.n_tokens)
             _, starts = self._groups(epoch)
             i = int(np.searchsorted(starts, place, side="right")) - 1
             begin, end = (epoch * self.n_tokens + int(starts[j]) for j in (i, i + 1))
-            yield self._window(epoch, i), begin, first - begin, min(last, end) - begin
+            yield self._window(epoch, i), first - begin, min(last, end) - begin
             first = end
 
     def _draw_groups(self, epoch: int) -> tuple[list[Indices], Indices]:
@@ -122,22 +130,15 @@ class _Window:
     def _count(self, first: int, last: int) -> Indices:
         return np.bincount(self.labels[first:last], minlength=len(self.shards))
 
-    def pieces(self, first: int, last: int, skip: int, step: int) -> list[Piece]:
-        """Every `step`-th of these positions, from `first + skip` on, grouped by shard."""
+    def pieces(self, first: int, last: int) -> list[Piece]:
+        """The tokens at these positions, grouped by shard."""
         mark = first // _MARK
         given = self.marks[mark] + self._count(mark * _MARK, first)
-        here = self.labels[first:last]
-        order = np.argsort(here, kind="stable")
-        counts = np.bincount(here, minlength=len(self.shards))
-        ends = np.cumsum(counts)
-        found: list[Piece] = []
-        for k in np.flatnonzero(counts):
-            rows = self.rows[k][given[k] : given[k] + counts[k]].astype(np.int64)
-            if step > 1:
-                rows = rows[order[ends[k] - counts[k] : ends[k]] % step == skip]
-            if len(rows):
-                found.append(Piece(int(self.shards[k]), rows))
-        return found
+        counts = self._count(first, last)
+        return [
+            Piece(int(self.shards[k]), self.rows[k][given[k] : given[k] + counts[k]].astype(np.int64))
+            for k in np.flatnonzero(counts)
+        ]
 
 
 def stored_order(n: int, seed: int, shard: int) -> Indices:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crosslens.activations import cache as cache_module
-from crosslens.activations.cache import ActivationCache, decode, runs_of
+from crosslens.activations.cache import ActivationCache, Rows, decode, runs_of
 from crosslens.activations.harvesting import run_to_hook
 from crosslens.activations.identity import source_identity
 from crosslens.activations.loader import Activations
@@ -210,7 +210,7 @@ def pristine(snapshots: Snapshots, tiny_text: list[str], tmp_path_factory: pytes
 def damage_file(path: Path, damage: str) -> None:
     raw = bytearray(path.read_bytes())
     if damage == "byte":
-        raw[len(raw) // 2] ^= 1
+        raw[4096 + (len(raw) - 4096) // 2] ^= 1
     elif damage == "header":
         raw[3] ^= 0xFF
     elif damage == "truncated":
@@ -342,7 +342,7 @@ def test_sequences_and_rows_across_shards(tmp_path: Path, size: int, dtype: str)
             assert torch.equal(cache.read(first, last), whole[first:last])
     # the rows that training reads: kept positions of training sequences, each once, not in reading order
     for s in range(2):
-        parts = [decode(cache.gather(i, s, runs_of(np.arange(n)))) for i, n in enumerate(cache.training_counts())]
+        parts = [decode(cache.gather(i, s, Rows(np.arange(n)))) for i, n in enumerate(cache.training_counts())]
         rows, expected = torch.cat(parts).tolist(), whole[:10, :, s][kept[:10]].tolist()
         assert sorted(rows) == sorted(expected) and (rows != expected or size == 1)
 

@@ -93,8 +93,8 @@ def test_each_process_reads_its_part_of_a_batch(cached: dict[str, Any], tmp_path
         del rank
         read: list[int] = []
         gather = acts._cache.gather
-        acts._cache.gather = lambda shard, s, runs, repair: (
-            read.append(sum(n for _, n in runs)) or gather(shard, s, runs, repair)
+        acts._cache.gather = lambda shard, s, rows, repair: (
+            read.append(len(rows.rows)) or gather(shard, s, rows, repair)
         )
         first_batches(acts, 4, parallel=join("cpu")[0], epochs=1)
         return torch.tensor(sum(read))
