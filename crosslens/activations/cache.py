@@ -34,7 +34,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -485,42 +485,37 @@ class _File:
             raise DamagedShardError(path, f"cannot be read ({first_line(error)})") from error
         if notes.get("checks") != _digest(self.checks):
             raise DamagedShardError(path, "does not match its checksum")
+        self.n_rows = self.parts["data"].shape[0]
         self.verified = np.zeros(len(self.checks), dtype=bool)
+        self.n_unknown = len(self.checks)
 
     def verify(self) -> None:
         """Compare the checksums that were not compared before."""
-        n = next(iter(self.parts.values())).shape[0]
-        with self._opened() as file:
-            for first in range(0, n, _AT_ONCE):
-                runs = [(first, min(_AT_ONCE, n - first))]
-                self._verify(runs, {name: part.read(file, runs) for name, part in self.parts.items()})
+        for first in range(0, self.n_rows, _AT_ONCE):
+            self.gather(Rows(np.arange(first, min(first + _AT_ONCE, self.n_rows))))
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
         """Some rows of every tensor, in the memory of `rows`."""
+        known = not self.n_unknown or bool(self.verified[rows.blocks].all())
+        wanted = rows if known else rows.whole_blocks(self.n_rows)
         with self._opened() as file:
-            if self.verified[rows.blocks].all():
-                return {name: part.read(file, rows.runs, rows.memory(name, part)) for name, part in self.parts.items()}
-            runs = runs_of((rows.blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel())
-            first, n = runs[-1]
-            runs[-1] = first, min(n, next(iter(self.parts.values())).shape[0] - first)
-            found = {name: part.read(file, runs) for name, part in self.parts.items()}
-        self._verify(runs, found)
-        places = np.searchsorted(rows.blocks, rows.rows // BLOCK) * BLOCK + rows.rows % BLOCK
-        return {name: values[torch.from_numpy(places)] for name, values in found.items()}
+            found = {n: part.read(file, wanted.runs, wanted.memory(n, part)) for n, part in self.parts.items()}
+        if known:
+            return found
+        self._verify(rows.blocks, found)
+        out = {name: rows.memory(name, part)[0] for name, part in self.parts.items()}
+        return {name: torch.index_select(found[name], 0, rows.places, out=out[name]) for name in out}
 
-    def _verify(self, runs: Sequence[Run], found: Mapping[str, Tensor]) -> None:
-        """Compare the checksums of whole blocks that were read, unless that was done before."""
+    def _verify(self, blocks: Indices, found: Mapping[str, Tensor]) -> None:
+        """Compare the checksums of these blocks, all of which were read."""
         raw = {name: values.view(torch.uint8).numpy() for name, values in found.items()}
-        at = 0
-        for first, n in runs:
-            for start in range(first, first + n, BLOCK):
-                here, block = slice(at, at + min(BLOCK, first + n - start)), start // BLOCK
-                at = here.stop
-                if self.verified[block]:
-                    continue
+        for i, block in enumerate(blocks.tolist()):
+            if not self.verified[block]:
+                here = slice(i * BLOCK, (i + 1) * BLOCK)  # only the last block of a file may have fewer rows
                 if _check({name: values[here] for name, values in raw.items()}) != self.checks[block]:
                     raise DamagedShardError(self.path, "does not match its checksum")
                 self.verified[block] = True
+                self.n_unknown -= 1
 
     @contextmanager
     def _opened(self) -> Generator[int, None, None]:
@@ -544,6 +539,19 @@ class Rows:
     def __init__(self, rows: Indices) -> None:
         self.rows, self.runs, self.blocks = rows, runs_of(rows), np.unique(rows // BLOCK)
         self._memory: dict[str, tuple[Tensor, memoryview]] = {}
+        self._whole: Rows | None = None
+
+    def whole_blocks(self, n_rows: int) -> Rows:
+        """All rows of the blocks that these rows are in, of a file of `n_rows`."""
+        if self._whole is None:
+            rows = (self.blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+            self._whole = Rows(rows[rows < n_rows])
+        return self._whole
+
+    @cached_property
+    def places(self) -> Int[Tensor, " n"]:
+        """Where these rows are among those of the whole blocks."""
+        return torch.from_numpy(np.searchsorted(self.blocks, self.rows // BLOCK) * BLOCK + self.rows % BLOCK)
 
     def memory(self, name: str, part: _Part) -> tuple[Tensor, memoryview]:
         """Memory for these rows of a tensor, and its bytes."""

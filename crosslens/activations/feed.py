@@ -59,12 +59,12 @@ class CachedRows:
         """As `Mixed.read`, from any position at once."""
         for piece, place in cut(self.order.pieces(first, last, n_parts), rows):
             chosen = ShardRows(piece.rows)
-            for s in range(self.cache.n_snapshots):
+            for s, here in enumerate(out[place].unbind(1)):
                 stored = self.cache.gather(piece.shard, s, chosen, self.repair)
                 if "scale" in stored:
-                    torch.mul(stored["data"], stored["scale"], out=out[place, s])
+                    torch.mul(stored["data"], stored["scale"], out=here)
                 else:
-                    out[place, s].copy_(stored["data"])  # widens in the same pass
+                    here.copy_(stored["data"])  # widens in the same pass
 
     def stored(self, n: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and types of n rows as they are stored."""

@@ -147,7 +147,7 @@ def test_several_processes_are_one(
     for name in ("gradients", "state"):
         close(whole([rank[name] for rank in together], world // data_parallel), alone[name])
     if "topk" in architecture:
-        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 4
+        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 6
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 2.0])
