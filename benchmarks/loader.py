@@ -171,7 +171,7 @@ def sequences(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--snapshots", type=int, default=32, help="S")
     parser.add_argument("--d-model", type=int, default=768, help="D")
     parser.add_argument("--context-size", type=int, default=1024, help="T")
@@ -190,7 +190,7 @@ def main() -> None:
         cache = open_cache(folder / "new", args)
         n_files = len(list((folder / "new").glob("*.safetensors"))) + 1
         old_tokens = old_blocks(folder / "old", args)
-        rows: list[dict[str, Any]] = []
+        rows: list[Any] = []
         for world in args.processes:
             for way in ("all tokens", *(["own tokens"] if world > 1 else [])):
                 rows.append(run(way, world, folder, args))

@@ -576,7 +576,7 @@ class _Part(NamedTuple):
     def empty(self, n: int) -> tuple[Tensor, memoryview]:
         """Memory for n of its rows, and its bytes."""
         rows = torch.empty(n, *self.shape[1:], dtype=self.dtype)
-        return rows, memoryview(rows.view(torch.uint8).numpy().reshape(-1))
+        return rows, rows.view(torch.uint8).numpy().reshape(-1).data
 
     def read(self, file: int, runs: Sequence[Run], into: tuple[Tensor, memoryview] | None = None) -> Tensor:
         """Some of its rows, in runs of consecutive ones."""
@@ -628,12 +628,12 @@ def _check(rows: Mapping[str, NDArray[np.uint8]]) -> int:
     """The checksum of a block of rows, over all tensors."""
     digest = 0
     for name in sorted(rows):
-        digest = xxhash.xxh3_64_intdigest(rows[name], digest)
+        digest = xxhash.xxh3_64_intdigest(rows[name].data, digest)
     return (digest & (2**32 - 1)) - 2**31
 
 
 def _digest(array: NDArray[Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).view(np.uint8))
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -815,7 +815,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     if "checks" not in tensors:
         digest = xxhash.xxh3_64()
         for array in arrays.values():
-            digest.update(array)
+            digest.update(array.data)
         notes = {**notes, "digest": digest.hexdigest()}
     entries: dict[str, Any] = {}
     end = 0

@@ -48,7 +48,7 @@ def _source(source: Any) -> Any:
     elif isinstance(source, (Tensor, np.ndarray)):
         array = np.ascontiguousarray(source.numpy() if isinstance(source, Tensor) else source)
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.view(np.uint8) if array.ndim else array.tobytes())
+        digest.update(array.tobytes())
     elif isinstance(source, Sequence) and all(isinstance(text, str) for text in source):
         for text in source:
             raw = text.encode("utf-8", "surrogatepass")

@@ -453,7 +453,8 @@ def test_a_complete_cache_needs_neither_dataset_nor_network(
     path.write_text("\n".join(tiny_text))
 
     def given(**options: Any) -> Activations:
-        return Activations(snapshots, HOOK, Dataset(**{"source": path, "n_tokens": 1000, "context_size": T, **options}))
+        asked: dict[str, Any] = {"source": path, "n_tokens": 1000, "context_size": T, **options}
+        return Activations(snapshots, HOOK, Dataset(**asked))
 
     first = given().cache(tmp_path / "cache")
     expected = next(first.batches(100))
