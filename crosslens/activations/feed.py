@@ -192,7 +192,8 @@ class _Team:
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all of them."""
         found = rows.new_empty(self.n * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(found, rows, group=self.group)
+        # its successor is missing from older releases
+        dist.all_gather_into_tensor(found, rows, group=self.group)  # pyright: ignore[reportDeprecated]
         return found
 
 
