@@ -1,11 +1,20 @@
-"""Activations of snapshots at a hook point; the models run up to the hook and no further."""
+"""Activations of snapshots at one or several hook points; the models run up to the deepest hook and no further.
+
+1. A forward pass ends when the last of its hook points was read: `run_to_hooks`. Each activation is copied to the host
+   while the device goes on.
+2. `harvest` gives the activations of all snapshots in memory; `fill` writes them into caches, with one model in memory
+   at a time, all hook points in one pass. A thread writes a shard while the model runs on the next.
+3. `rounding_error` says what another dtype or attention than float32 and eager does to the activations.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +27,7 @@ from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings
-from crosslens.snapshots.snapshot import LanguageModel
+from crosslens.snapshots.snapshot import LanguageModel, Snapshot
 
 # the prefetching thread and the evaluation share cut models, and hooks are attached to the model itself
 _CUT_MODELS = threading.RLock()
@@ -50,42 +59,141 @@ def harvest(
     """
     settings = settings or ModelSettings()
     chosen = range(len(snapshots)) if only is None else [only]
-    out = torch.empty(*tokens.shape, len(chosen), snapshots.d_model)
+    out = torch.empty(*tokens.shape, len(chosen), snapshots.hook_width(hook_name))
     n_blocks = hook_layer(hook_name) if cut else None
     for column, s in enumerate(chosen):
         with _CUT_MODELS:
             model = snapshots.model(s, settings, n_blocks)
-            run_to_hook(model, tokens, hook_name, out[:, :, column], settings, abandoned)
+            run_to_hooks(model, tokens, {hook_name: out[:, :, column]}, settings, abandoned)
         check_finite(out[:, :, column], snapshots.labels[s], hook_name)
     return out
 
 
 @torch.no_grad()
-def run_to_hook(
+def run_to_hooks(
     model: LanguageModel,
     tokens: Int[Tensor, "N T"],
-    hook_name: str,
-    out: Float[Tensor, "N T D"],
+    outs: Mapping[str, Float[Tensor, "N T _"]],
     settings: ModelSettings,
     abandoned: Callable[[], bool] | None = None,
 ) -> None:
-    """Write one model's activations into `out`; each forward pass stops at the hook."""
-    name = canonical_hook(hook_name)
+    """Write one model's activations at several hook points; each forward pass stops at the deepest.
+
+    Args:
+        model: whole, or cut at the deepest hook or above.
+        tokens: sequences of equal length.
+        outs: the tensor to fill for each hook point, on the host; each has its own width. A copy from a GPU does not
+            hold up the next forward pass if the tensor is in pinned memory (`host_tensor`).
+        settings: device, and tokens of a forward pass.
+        abandoned: called before every forward pass; True ends the harvest with `AbandonedError`.
+
+    Raises:
+        UserError: a hook point that the model lacks, or whose activation is no vector for each position, or of another
+            width.
+    """
+    places: dict[str, list[Tensor]] = {}
+    for name, out in outs.items():
+        places.setdefault(canonical_hook(name), []).append(out)
+    on_gpu = torch.device(settings.device).type == "cuda"
+    copies = torch.cuda.Stream(settings.device) if on_gpu else None
     step = max(1, settings.batch_tokens // tokens.shape[1])
     for start in range(0, len(tokens), step):
         if abandoned is not None and abandoned():
             raise AbandonedError
+        left = {*places}
 
-        def keep(activation: Tensor, hook: Any, start: int = start) -> None:
-            del hook
-            out[start : start + step] = activation
-            raise _Reached
+        def keep(name: str, activation: Tensor, hook: Any, start: int = start, left: set[str] = left) -> None:
+            del hook  # TransformerLens passes the hook point by this name
+            flat = _as_vectors(name, activation, places[name])
+            for out in places[name]:
+                here = out[start : start + step]
+                if copies is None:
+                    here.copy_(flat)
+                    continue
+                copies.wait_stream(torch.cuda.current_stream(flat.device))
+                with torch.cuda.stream(copies):
+                    here.copy_(flat, non_blocking=True)
+                flat.record_stream(copies)
+            left.discard(name)
+            if not left:
+                raise _Reached
 
+        hooks = [(name, partial(keep, name)) for name in places]
         try:
-            model.run_with_hooks(tokens[start : start + step].long().to(settings.device), fwd_hooks=[(name, keep)])
+            model.run_with_hooks(tokens[start : start + step].long().to(settings.device), fwd_hooks=hooks)
         except _Reached:
             continue
-        raise AssertionError(f"{name} was not reached")
+        except KeyError as error:
+            raise _not_reached(
+                model, error.args[0] if error.args[:1] and error.args[0] in left else min(left)
+            ) from error
+        raise _not_reached(model, min(left))
+    if copies is not None:
+        copies.synchronize()
+
+
+def _as_vectors(name: str, activation: Tensor, outs: Sequence[Tensor]) -> Float[Tensor, "n T D"]:
+    """The activation as one vector for each position: heads are put side by side."""
+    if name.endswith("attn.hook_z") and activation.ndim == 4:
+        activation = activation.flatten(2)
+    width = outs[0].shape[-1]
+    if activation.ndim != 3 or activation.shape[-1] != width:
+        raise UserError(
+            f"{name} has activations of shape {tuple(activation.shape)}, where (B, T, {width}) is needed: choose another "
+            "hook point"
+        )
+    return activation
+
+
+def _not_reached(model: Any, name: str) -> UserError:
+    return UserError(
+        f"{type(model).__name__} never reached hook point {name}: choose another, such as "
+        f"{name.rsplit('.', 2)[0] if name.count('.') > 2 else name.rpartition('.')[0]}.hook_resid_post, or "
+        "attention='eager', which has hook points inside attention"
+    )
+
+
+def host_tensor(*shape: int, device: str) -> Tensor:
+    """An uninitialised float32 tensor on the host, in pinned memory if it is to be filled from a GPU."""
+    return torch.empty(*shape, pin_memory=torch.device(device).type == "cuda")
+
+
+def rounding_error(
+    snapshot: Snapshot, tokens: Int[Tensor, "N T"], widths: Mapping[str, int], settings: ModelSettings
+) -> dict[str, float]:
+    """Relative squared error of a snapshot's activations against float32 and eager attention, for each hook point.
+
+    `sum((a - a32)²) / sum(a32²)` over tokens and dimensions. One model at a time is in memory.
+
+    Args:
+        snapshot: its weights are downloaded if needed.
+        tokens: a few sequences.
+        widths: width of each hook point.
+        settings: the dtype and attention to judge.
+    """
+    n_blocks = max(map(hook_layer, widths))
+    found: list[dict[str, Tensor]] = []
+    for ours in (settings, replace(settings, dtype="float32", attention="eager")):
+        model = snapshot.load(ours.device, ours.dtype, ours.backend, n_blocks, ours.attention)
+        outs = {name: torch.empty(*tokens.shape, width) for name, width in widths.items()}
+        run_to_hooks(model, tokens, outs, ours)
+        found.append(outs)
+        del model
+        gc.collect()  # hooks make reference cycles of a model's parts
+    given, exact = found
+    return {
+        name: float((given[name] - exact[name]).double().square().sum() / exact[name].double().square().sum())
+        for name in widths
+    }
+
+
+def describe_error(settings: ModelSettings, label: str, n_tokens: int, errors: Mapping[str, float]) -> str:
+    """The error of a dtype and attention, in one line."""
+    parts = ", ".join(f"{error:.1e} at {name}" for name, error in errors.items())
+    return (
+        f"models in {settings.dtype} with {settings.attention} attention: squared error relative to float32 and eager "
+        f"{parts} ({label}, {n_tokens:,} tokens)"
+    )
 
 
 def fill(
@@ -117,10 +225,11 @@ def fill(
             if loaded != s:
                 loaded, model = s, None
                 gc.collect()  # hooks make reference cycles of a model's parts
-                model = snapshots[s].load(settings.device, settings.dtype, settings.backend, hook_layer(hook_name))
+                ours, n_blocks = settings, hook_layer(hook_name)
+                model = snapshots[s].load(ours.device, ours.dtype, ours.backend, n_blocks, ours.attention)
             first, last = cache.span(shard)
             acts = torch.empty(last - first, cache.tokens.shape[1], cache.d_model)
-            run_to_hook(model, cache.tokens[first:last], hook_name, acts, settings)
+            run_to_hooks(model, cache.tokens[first:last], {hook_name: acts}, settings)
             check_finite(acts, snapshots.labels[s], hook_name, f"shard {shard}", first)
             cache.write(shard, s, acts)
             progress.update()
@@ -156,4 +265,4 @@ class AbandonedError(Exception):
 
 
 class _Reached(Exception):
-    """The hook point was read; the rest of the model need not run."""
+    """The hook points were read; the rest of the model need not run."""

@@ -46,7 +46,7 @@ from crosslens.activations.cache import (
     shard_sequences,
 )
 from crosslens.activations.feed import CachedRows, Rows, feed
-from crosslens.activations.harvesting import fill, harvest, run_to_hook
+from crosslens.activations.harvesting import fill, harvest, run_to_hooks
 from crosslens.activations.identity import source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
@@ -160,7 +160,7 @@ class Activations:
     @property
     def d_model(self) -> int:
         """D, the width of the residual stream."""
-        return self.snapshots.d_model
+        return self.snapshots.hook_width(self.hook_name)
 
     @property
     def tokens(self) -> Int[Tensor, "N T"]:
@@ -410,6 +410,7 @@ class Activations:
             "prepend_bos": self.dataset.prepend_bos,
             "backend": self.settings.backend,
             "model_dtype": self.settings.dtype,
+            "attention": self.settings.attention,
         }
 
     def metadata(self) -> dict[str, Any]:
@@ -539,12 +540,13 @@ class Activations:
         if found is None:
             return math.nan
         ours = self.settings
-        model = found.load(ours.device, ours.dtype, ours.backend, hook_layer(self.hook_name))
+        n_blocks = hook_layer(self.hook_name)
+        model = found.load(ours.device, ours.dtype, ours.backend, n_blocks, ours.attention)
         probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
         out = torch.empty(*probe.shape, self.d_model)
         seconds: list[float] = []
         for _ in range(3):
             began = time.perf_counter()
-            run_to_hook(model, probe, self.hook_name, out, ours)
+            run_to_hooks(model, probe, {self.hook_name: out}, ours)
             seconds.append(time.perf_counter() - began)
         return min(seconds) / probe.numel()

@@ -240,7 +240,7 @@ class PromptRuns:
 
     def _harvest(self, tokens: Sequence[Tensor]) -> list[Float[Tensor, "S B T D"]]:
         """Activations of every batch, one snapshot's model after the other."""
-        S, D = len(self.snapshots), self.snapshots.d_model
+        S, D = len(self.snapshots), self.crosscoder.d_model
         sizes = [S * ids.numel() * D for ids in tokens]
         if self._on_disk:
             with tempfile.TemporaryFile() as file:  # the mapping keeps it after the file is closed

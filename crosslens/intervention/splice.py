@@ -277,12 +277,13 @@ def replace_at(replacement: Float[Tensor, "B T D"], keep: Bool[Tensor, "B T"]) -
 
     def hook(activation: Tensor, hook: Any) -> Tensor:
         del hook  # TransformerLens passes the hook point by this name
-        if activation.shape != replacement.shape:
+        flat = activation.flatten(2)  # the heads of attn.hook_z side by side
+        if flat.shape != replacement.shape:
             raise UserError(
                 f"the splice has shape {tuple(replacement.shape)}, the model's activation {tuple(activation.shape)}: "
                 "run the model on the tokens of the clean run"
             )
-        return torch.where(keep[..., None].to(activation.device), replacement.to(activation), activation)
+        return torch.where(keep[..., None].to(flat.device), replacement.to(flat), flat).view_as(activation)
 
     return hook
 

@@ -25,7 +25,7 @@ from crosslens.errors import UserError
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import check_configs, check_distinct, check_dtypes, check_tokenizers
 from crosslens.snapshots.folders import read_run
-from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
+from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer, hook_width
 from crosslens.snapshots.hub import list_revisions
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot
@@ -62,7 +62,7 @@ class Snapshots(Sequence[Snapshot]):
         self._snapshots = tuple(snapshots)
         self.name = name
         self._demo = demo
-        self._models: dict[tuple[int, str, str, str, int | None], LanguageModel] = {}
+        self._models: dict[tuple[int, str, str, str, str, int | None], LanguageModel] = {}
         if not self._snapshots:
             raise UserError(f"{name} without snapshots: give one or more")
         labels = self.labels
@@ -304,7 +304,8 @@ class Snapshots(Sequence[Snapshot]):
         """
         settings = settings or ModelSettings()
         place = range(len(self))[operator.index(i)]
-        key = (place, str(torch.device(settings.device)), settings.dtype, settings.backend, n_blocks)
+        ours = (str(torch.device(settings.device)), settings.dtype, settings.backend, settings.attention)
+        key = (place, *ours, n_blocks)
         if key not in self._models:
             # another thread may be using the models of other depths
             alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
@@ -314,7 +315,9 @@ class Snapshots(Sequence[Snapshot]):
                     del self._models[other]
                 alike.clear()
                 gc.collect()  # hooks make reference cycles of a model's parts
-            self._models[key] = self[place].load(settings.device, settings.dtype, settings.backend, n_blocks)
+            self._models[key] = self[place].load(
+                settings.device, settings.dtype, settings.backend, n_blocks, settings.attention
+            )
         return self._models[key]
 
     def release(self) -> None:
@@ -360,6 +363,10 @@ class Snapshots(Sequence[Snapshot]):
     def d_model(self) -> int:
         """Width D of the residual stream."""
         return int(self._config.hidden_size)
+
+    def hook_width(self, hook_name: str) -> int:
+        """Width D of the activation at a hook point."""
+        return hook_width(hook_name, self._config)
 
     @property
     def n_layers(self) -> int:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -225,6 +226,7 @@ class Snapshot:
         dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
+        attention: str = "eager",
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients.
 
@@ -235,24 +237,34 @@ class Snapshot:
                 processing, for hub repositories that TransformerLens knows by name.
             n_blocks: load only the first blocks; those above are neither read nor kept in memory. The activations of
                 such a model are right, its logits are meaningless.
+            attention: "eager" or "sdpa", as in `ModelSettings`.
         """
         name = str(dtype).removeprefix("torch.")
-        settings = ModelSettings(find_device() if device is None else str(device), name, backend)
+        settings = ModelSettings(find_device() if device is None else str(device), name, backend, attention=attention)
         device, torch_dtype = settings.device, getattr(torch, settings.dtype)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise self._error(f"device={device!r} needs CUDA, which is not available here: use device='cpu'")
         official = self._official() if backend == "hooked_transformer" else self
+        if attention != "eager":
+            self._check_attention(attention)
         tokenizer = self.read_tokenizer()
         original = self._load_transformers(torch_dtype, n_blocks)
         # a slow import
         from transformer_lens import HookedTransformer
         from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
         if backend == "bridge":
             with _quiet():
                 model: Any = TransformerBridge.boot_transformers(
                     self.name, hf_model=original.to(device), tokenizer=tokenizer, device=device, dtype=torch_dtype
                 )
+            if attention != "eager":
+                original.set_attn_implementation(attention)  # booting sets some families to eager
+                # the bridges of most families compute scores themselves, so that hooks see them; their base class
+                # calls the attention of transformers, in which hooks at its input, output and heads (z) remain
+                for block in model.blocks:
+                    block.attn.__dict__["forward"] = functools.partial(AttentionBridge.forward, block.attn)
             return model.requires_grad_(False).eval()
         try:
             with _quiet():
@@ -273,6 +285,17 @@ class Snapshot:
                 "backend='bridge'"
             ) from error
         return model.requires_grad_(False).eval()
+
+    def _check_attention(self, attention: str) -> None:
+        config: Any = self.config()
+        try:
+            with _quiet(), torch.device("meta"):  # the model's method that sets it does not refuse
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        except ValueError as error:
+            raise self._error(
+                f"attention={attention!r} is not available for {config.model_type} in transformers: use "
+                "attention='eager'"
+            ) from error
 
     def _load_transformers(self, dtype: torch.dtype, n_blocks: int | None) -> Any:
         """The transformers model on the CPU, with the attention that TransformerLens's hooks need."""

@@ -445,7 +445,10 @@ def test_whole_and_cut_models_are_kept_apart(run: Path, monkeypatch: pytest.Monk
 HOOKS = [
     f"blocks.{layer}.{point}"
     for layer in range(3)
-    for point in ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_resid_mid")
+    for point in (
+        *("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_resid_mid"),
+        *("attn.hook_z", "ln2.hook_normalized"),
+    )
 ]
 
 
@@ -490,6 +493,8 @@ def test_no_more_blocks_run_than_the_hook_point_needs() -> None:
     [
         ("blocks.3.hook_resid_post", "has 3 blocks, 0 to 2, so choose for instance 'blocks.1.hook_resid_post'"),
         ("blocks.1.attn.hook_q", "'blocks.1.attn.hook_q' is not supported: .*such as 'blocks.1.hook_resid_post'"),
+        ("blocks.1.attn.hook_pattern", "has one number for each pair of positions, .*: choose attn.hook_z"),
+        ("blocks.1.hook_mlp_in", "is the residual stream that the MLP's norm reads: choose hook_resid_mid"),
         ("blocks.01.hook_resid_post", "not supported"),
         ("block.1.hook_resid_post", "not supported"),
     ],
@@ -498,7 +503,7 @@ def test_hook_points_that_do_not_exist_are_refused(run: Path, hook: str, message
     with pytest.raises(UserError, match=message):
         Snapshots.local(run).check(hook)
     assert canonical_hook(hook) == hook
-    if "supported" in message:
+    if "3 blocks" not in message:
         with pytest.raises(UserError, match=message):
             hook_layer(hook)
 
