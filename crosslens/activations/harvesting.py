@@ -94,7 +94,7 @@ def run_to_hooks(
     places: dict[str, list[Tensor]] = {}
     for name, out in outs.items():
         places.setdefault(canonical_hook(name), []).append(out)
-    on_gpu = torch.device(settings.device).type == "cuda"
+    on_gpu = torch.device(settings.device).type == "cuda" and torch.cuda.is_available()
     copies = torch.cuda.Stream(settings.device) if on_gpu else None
     step = max(1, settings.batch_tokens // tokens.shape[1])
     for start in range(0, len(tokens), step):
@@ -123,10 +123,6 @@ def run_to_hooks(
             model.run_with_hooks(tokens[start : start + step].long().to(settings.device), fwd_hooks=hooks)
         except _Reached:
             continue
-        except KeyError as error:
-            raise _not_reached(
-                model, error.args[0] if error.args[:1] and error.args[0] in left else min(left)
-            ) from error
         raise _not_reached(model, min(left))
     if copies is not None:
         copies.synchronize()
@@ -139,8 +135,8 @@ def _as_vectors(name: str, activation: Tensor, outs: Sequence[Tensor]) -> Float[
     width = outs[0].shape[-1]
     if activation.ndim != 3 or activation.shape[-1] != width:
         raise UserError(
-            f"{name} has activations of shape {tuple(activation.shape)}, where (B, T, {width}) is needed: choose another "
-            "hook point"
+            f"{name} has activations of shape {tuple(activation.shape)}, where (B, T, {width}) is needed: choose "
+            "another hook point"
         )
     return activation
 
@@ -148,8 +144,7 @@ def _as_vectors(name: str, activation: Tensor, outs: Sequence[Tensor]) -> Float[
 def _not_reached(model: Any, name: str) -> UserError:
     return UserError(
         f"{type(model).__name__} never reached hook point {name}: choose another, such as "
-        f"{name.rsplit('.', 2)[0] if name.count('.') > 2 else name.rpartition('.')[0]}.hook_resid_post, or "
-        "attention='eager', which has hook points inside attention"
+        f"'blocks.{name.split('.')[1]}.hook_resid_post', or attention='eager', which has all that are inside attention"
     )
 
 
@@ -174,7 +169,7 @@ def rounding_error(
     n_blocks = max(map(hook_layer, widths))
     found: list[dict[str, Tensor]] = []
     for ours in (settings, replace(settings, dtype="float32", attention="eager")):
-        model = snapshot.load(ours.device, ours.dtype, ours.backend, n_blocks, ours.attention)
+        model = snapshot.load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
         outs = {name: torch.empty(*tokens.shape, width) for name, width in widths.items()}
         run_to_hooks(model, tokens, outs, ours)
         found.append(outs)
@@ -226,7 +221,7 @@ def fill(
                 loaded, model = s, None
                 gc.collect()  # hooks make reference cycles of a model's parts
                 ours, n_blocks = settings, hook_layer(hook_name)
-                model = snapshots[s].load(ours.device, ours.dtype, ours.backend, n_blocks, ours.attention)
+                model = snapshots[s].load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
             first, last = cache.span(shard)
             acts = torch.empty(last - first, cache.tokens.shape[1], cache.d_model)
             run_to_hooks(model, cache.tokens[first:last], {hook_name: acts}, settings)

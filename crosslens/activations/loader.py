@@ -61,10 +61,10 @@ from crosslens.activations.plan import (
     training_bytes,
 )
 from crosslens.activations.tokens import Dataset, Source, split_sequences, token_sequences
-from crosslens.distributed.devices import own_device
+from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError
-from crosslens.snapshots.collection import KEEP_BYTES, Snapshots
+from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import hook_layer
 from crosslens.snapshots.settings import ModelSettings
 
@@ -492,8 +492,8 @@ class Activations:
         process = peak_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
-        one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name))
-        fit = one_model * S <= KEEP_BYTES
+        one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name), self.settings.dtype)
+        fit = one_model * S <= model_memory(self.settings.device)
         n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
@@ -541,7 +541,7 @@ class Activations:
             return math.nan
         ours = self.settings
         n_blocks = hook_layer(self.hook_name)
-        model = found.load(ours.device, ours.dtype, ours.backend, n_blocks, ours.attention)
+        model = found.load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
         probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
         out = torch.empty(*probe.shape, self.d_model)
         seconds: list[float] = []

@@ -32,14 +32,16 @@ READ_BYTES_PER_SECOND = 200e6
 _BATCHES = 3
 
 
-def model_bytes(config: Any, n_blocks: int) -> int:
-    """Memory in bytes of a float32 bridge with the first blocks of this transformers configuration."""
+def model_bytes(config: Any, n_blocks: int, dtype: str = "float32") -> int:
+    """Memory in bytes of a bridge with the first blocks of this transformers configuration."""
     cut_config(config, n_blocks)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # TransformerLens splits a joint query-key-value matrix into three and keeps both
-    return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
+    return getattr(torch, dtype).itemsize * (
+        sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name)
+    )
 
 
 # number of (B, F) arrays in a step at its densest (for the last two the first step), and extra columns; measured on
@@ -155,8 +157,8 @@ class Plan:
         d_model: D.
         forwards: tokens run through a model in one pass over the data, summed over snapshots.
         passes: passes over the data during training.
-        model_bytes: one float32 model, cut at the hook.
-        models_fit: whether the models of all snapshots fit into memory together.
+        model_bytes: one model, cut at the hook.
+        models_fit: whether the models of all snapshots fit into half of the device's memory together.
         loaded_bytes: models in memory together while training is live, on the device.
         batch_bytes: one batch of float32 activations of all snapshots in one process.
         order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.

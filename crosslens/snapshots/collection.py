@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import operator
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -21,10 +20,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from crosslens.distributed.devices import model_memory
 from crosslens.errors import UserError
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import check_configs, check_distinct, check_dtypes, check_tokenizers
 from crosslens.snapshots.folders import read_run
+from crosslens.snapshots.hashes import cache_folder
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer, hook_width
 from crosslens.snapshots.hub import list_revisions
 from crosslens.snapshots.settings import ModelSettings
@@ -36,14 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Snapshot", "Snapshots", "canonical_hook", "hook_layer"]
 
 _FORMAT = 1
-KEEP_BYTES = 2 * 2**30
-"""Models stay in memory if all of them together take at most this much."""
-
-
-def _cache_folder() -> Path:
-    if ours := os.environ.get("CROSSLENS_CACHE"):
-        return Path(ours).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crosslens"
 
 
 class Snapshots(Sequence[Snapshot]):
@@ -212,7 +205,7 @@ class Snapshots(Sequence[Snapshot]):
         from crosslens.synthetic.pretraining import pretrain_demo
 
         variant = "" if config is None else "-" + hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-        target = Path(folder) if folder is not None else _cache_folder() / f"demo-seed{seed}{variant}"
+        target = Path(folder) if folder is not None else cache_folder() / f"demo-seed{seed}{variant}"
         snapshots = cls.local(pretrain_demo(target, seed, config=config, overwrite=folder is None))
         again = {"seed": seed, "folder": None if folder is None else str(target.resolve())}
         return cls(snapshots, snapshots.name, again if config is None else None)
@@ -290,9 +283,9 @@ class Snapshots(Sequence[Snapshot]):
     ) -> LanguageModel:
         """The i-th snapshot's model, loaded by `Snapshot.load` and cached.
 
-        If the weights of all snapshots take at most 2 GiB, all models stay in memory, otherwise only the last one;
-        whole models and models of `n_blocks` are counted separately. Drop your reference to a model before you ask for
-        the next, or two are in memory.
+        If the models of all snapshots take at most half of the device's memory, all stay there, otherwise only the
+        last; whole models and models of `n_blocks` are counted separately. Drop your reference to a model before you
+        ask for the next, or two are in memory.
 
         Args:
             i: index of the snapshot.
@@ -310,13 +303,13 @@ class Snapshots(Sequence[Snapshot]):
             # another thread may be using the models of other depths
             alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
             largest = max((sum(p.nbytes for p in model.parameters()) for model in alike.values()), default=0)
-            if largest * max(len(self), len(alike) + 1) > KEEP_BYTES:
+            if largest * max(len(self), len(alike) + 1) > model_memory(settings.device):
                 for other in alike:
                     del self._models[other]
                 alike.clear()
                 gc.collect()  # hooks make reference cycles of a model's parts
             self._models[key] = self[place].load(
-                settings.device, settings.dtype, settings.backend, n_blocks, settings.attention
+                settings.device, settings.dtype, settings.backend, n_blocks, attention=settings.attention
             )
         return self._models[key]
 

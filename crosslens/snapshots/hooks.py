@@ -1,4 +1,4 @@
-"""Hook points by their TransformerLens names: which are supported, at which layer, how wide, and whether a model has them.
+"""Hook points by their TransformerLens names: which are supported, how deep, how wide, and whether a model has them.
 
 `canonical_hook` and `hook_layer` belong together: run `hook_layer(name)` blocks and read the activation under
 `canonical_hook(name)`.

@@ -4,7 +4,7 @@
 2. The hub's client resumes interrupted downloads, honours rate limits, and moves a file into the cache only when it is
    complete. When the client gives up, the download is retried with growing pauses, then reported in one line.
 3. The fingerprint of a commit's weights is recorded next to them: a commit never changes, but its weights may be
-   evicted.
+   evicted. Before a download, the hub's own checksums tell equal files apart from different ones.
 4. `evict` deletes weights from the cache, but never a file that another revision shares.
 """
 
@@ -87,6 +87,36 @@ def hub_file(repo: str, commit: str, filename: str) -> Path | None:
     try:
         return _fetch(repo, filename, commit)
     except (hub_errors.EntryNotFoundError, hub_errors.OfflineModeIsEnabled):
+        return None
+
+
+def weight_etags(repo: str, commit: str) -> tuple[str, ...] | None:
+    """The hub's checksums of the files of a commit's weights: equal files have equal ones, whatever their names.
+
+    Asks the hub for what is not in the cache, and downloads no weights. None if it does not answer, or has no weights.
+    """
+    try:
+        for filename in WEIGHTS:
+            if single := _etag(repo, commit, filename):
+                return (single,)
+            if index := hub_file(repo, commit, f"{filename}.index.json"):
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                found = [_etag(repo, commit, name) for name in sorted(names)]
+                return None if None in found else tuple(etag for etag in found if etag)
+    except (*_NO_ANSWER, UserError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _etag(repo: str, commit: str, filename: str) -> str | None:
+    cached = huggingface_hub.try_to_load_from_cache(repo, filename, revision=commit)
+    if isinstance(cached, str):
+        return Path(cached).resolve().name if Path(cached).is_symlink() else None
+    if cached is not None:  # the cache records that this commit has no such file
+        return None
+    try:
+        return huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, filename, revision=commit)).etag
+    except hub_errors.EntryNotFoundError:
         return None
 
 

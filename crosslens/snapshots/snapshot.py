@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
+from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
     WEIGHTS,
     evict,
@@ -40,6 +41,7 @@ from crosslens.snapshots.hub import (
     record_fingerprint,
     recorded_fingerprint,
     unreachable,
+    weight_etags,
 )
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
@@ -161,22 +163,46 @@ class Snapshot:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tensors, however they are split into files; computed once per process.
+        """sha256 of the tensors, however they are split into files; computed once, and remembered for other processes.
 
-        For a commit on the hub whose weights were evicted, the recorded one.
+        For a commit on the hub whose weights were evicted, the recorded one. Weights that are not on this disk and have
+        no record are downloaded.
         """
         if self.revision is not None and not self.is_on_disk():
             known = recorded_fingerprint(self.name, self.folder().name)
             if known is not None:
                 return known
-        files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self._weights())
-        try:
-            found = hash_tensors(files)
-        except DamagedFileError as error:
-            raise self._damaged(error.path) from error
+        weights = self._weights()
+        found = remembered_hash(weights)
+        if found is None:
+            files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in weights)
+            try:
+                found = hash_tensors(files)
+            except DamagedFileError as error:
+                raise self._damaged(error.path) from error
+            remember_hash(weights, found)
         if self.revision is not None and recorded_fingerprint(self.name, self.folder().name) != found:
             record_fingerprint(self.name, self.folder().name, found)
         return found
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint, unless the weights have to be downloaded for it."""
+        if self.is_on_disk():
+            return self.fingerprint
+        return recorded_fingerprint(self.name, self.folder().name)
+
+    @property
+    def origin(self) -> str:
+        """What identifies the weights before they are downloaded: repository and commit; of a folder, the fingerprint.
+
+        The contents of a commit never change.
+        """
+        return self.fingerprint if self.revision is None else f"{self.name}@{self.folder().name}"
+
+    def weight_etags(self) -> tuple[str, ...] | None:
+        """The hub's checksums of the files of weights; None for a folder, or if the hub does not answer."""
+        return None if self.revision is None else weight_etags(self.name, self.folder().name)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -226,6 +252,7 @@ class Snapshot:
         dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
+        *,
         attention: str = "eager",
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients.

@@ -78,7 +78,9 @@ def test_several_hook_points_are_those_of_run_with_cache(snaps: Snapshots) -> No
     compare_with_cache(snaps, names)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("bloom", "serial"), ("olmo", "serial"), ("olmo2", "after"), ("llama", "serial")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bloom", "serial"), ("olmo", "serial"), ("olmo2", "after"), ("llama", "serial")]
+)
 def test_other_families_have_them_too(families: Path, family: str, kind: str) -> None:
     snaps = Snapshots.local(families / family)
     names = [f"blocks.{layer}.{point}" for layer in (0, 1) for point in POINTS[kind]]

@@ -357,7 +357,7 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert acts.plan(measure=False, dtype="int8").cache_bytes == int(N * T * (3 * (20 + 1 / 8) + 8)) + 8 * 4096
     several = acts.plan(measure=False, training_tokens=5 * acts.n_tokens)
     assert several.passes == 5 and several.recommendation[0] == "cached" and "recommended cached: 5 p" in str(several)
-    monkeypatch.setattr("crosslens.activations.loader.KEEP_BYTES", 3 * plan.model_bytes - 1)
+    monkeypatch.setattr("crosslens.activations.loader.model_memory", lambda _: 3 * plan.model_bytes - 1)
     large = acts.plan(measure=False)
     assert not large.models_fit and large.recommendation[0] == "cached"
     assert large.live_bytes == plan.model_bytes + plan.mixing_bytes + 3 * plan.batch_bytes

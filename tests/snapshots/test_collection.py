@@ -241,7 +241,7 @@ def test_models_are_kept_if_they_fit(run: Path, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(last(TOKENS), plain_logits(run / "step10"), atol=1e-5, rtol=0)
 
     size = sum(p.numel() * 4 for p in first.parameters())
-    monkeypatch.setattr(snapshots_module, "KEEP_BYTES", 3 * size - 1)
+    monkeypatch.setattr(snapshots_module, "model_memory", lambda _: 3 * size - 1)
     snaps = Snapshots.local(run)
     gone = weakref.ref(snaps.model(0))
     kept = snaps.model(1)
@@ -435,7 +435,7 @@ def test_whole_and_cut_models_are_kept_apart(run: Path, monkeypatch: pytest.Monk
     assert (len(whole.blocks), len(cut.blocks)) == (3, 1)
     assert snaps.model(0) is whole and snaps.model(0, n_blocks=1) is cut
     size = sum(p.numel() * 4 for p in cut.parameters())
-    monkeypatch.setattr(snapshots_module, "KEEP_BYTES", 3 * size)
+    monkeypatch.setattr(snapshots_module, "model_memory", lambda _: 3 * size)
     assert snaps.model(1, n_blocks=1) is not cut and snaps.model(0, n_blocks=1) is cut
     assert snaps.model(1) is not whole and snaps.model(0) is not whole  # three whole ones are too many
     snaps.release()
@@ -541,7 +541,7 @@ def test_the_demo_is_made_once_and_again_if_damaged(tmp_path: Path, monkeypatch:
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = snapshots_module._cache_folder
+    folder = snapshots_module.cache_folder
     for key, value, expected in [
         ("HOME", "/home/u", "/home/u/.cache/crosslens"),
         ("XDG_CACHE_HOME", "/x", "/x/crosslens"),
