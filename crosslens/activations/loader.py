@@ -140,7 +140,8 @@ class Activations:
         settings = settings or ModelSettings()
         self.snapshots = snapshots
         self.hook_name = hook_name
-        self.dataset = replace(dataset, context_size=length)
+        separator = dataset.separator or snapshots.separator
+        self.dataset = replace(dataset, context_size=length, separator=separator)
         self.seed = seed
         self.settings = replace(settings, device=own_device(settings.device))
         self._mixing_tokens = mixing_tokens
@@ -188,7 +189,7 @@ class Activations:
         return self.keep(self.train_tokens()).sum(-1).numpy()
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
-        """Which positions of `tokens` training uses: all but BOS and padding, unless `keep_special`."""
+        """Which positions of `tokens` training uses, as `Dataset.keep` says."""
         return self.dataset.keep(tokens, self.snapshots.tokenizer)
 
     def _read(self) -> tuple[Tensor, int]:
@@ -422,6 +423,8 @@ class Activations:
             "context_size": self.dataset.context_size,
             "prepend_bos": self.dataset.prepend_bos,
             "keep_special": self.dataset.keep_special,
+            "separator": self.dataset.separator,
+            "drop_positions": self.dataset.drop_positions,
             "snapshots": [
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots

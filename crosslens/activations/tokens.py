@@ -54,15 +54,30 @@ class Dataset:
     sample_by: str = "line"
     """`"line"` or `"paragraph"`: what counts as a document in a text file."""
     prepend_bos: bool = True
-    """Begin sequences with BOS and separate documents by it, where the tokenizer has one."""
+    """Begin sequences with BOS, where the tokenizer has one; and separate documents by it, unless `separator` says
+    otherwise."""
     keep_special: bool = False
-    """Keep positions whose token is BOS or padding."""
+    """Keep positions whose token is BOS, padding, or the separator."""
+    separator: str | None = None
+    """What stands between documents: `"bos"`, `"eos"` or `"none"`. None is what stood there when the models' family was
+    pretrained (`families.json`), where that is known, else BOS if `prepend_bos`."""
+    drop_positions: int = 0
+    """Leave out this many of the first tokens of every sequence and document, not counting BOS and separators. 1 leaves
+    out the token on which models that were trained without BOS rest their attention (its norm can be 100 times that of
+    others). Documents inside a sequence are recognised by the separator."""
 
     def __post_init__(self) -> None:
         if self.n_tokens is not None and self.n_tokens <= 0:
             raise UserError(f"n_tokens={self.n_tokens} must be positive, or None for the whole dataset")
         if self.sample_by not in ("line", "paragraph"):
             raise UserError(f"sample_by={self.sample_by!r} is unknown; use 'line' or 'paragraph'")
+        if self.separator not in (None, *SEPARATORS):
+            raise UserError(
+                f"separator={self.separator!r} is unknown; use {', '.join(map(repr, SEPARATORS))}, or None for what "
+                "the models were trained with"
+            )
+        if self.drop_positions < 0:
+            raise UserError(f"drop_positions={self.drop_positions} must be at least 0")
 
     @property
     def name(self) -> str:
@@ -80,10 +95,9 @@ class Dataset:
         return 100_000 if self.n_tokens is None else min(max(self.n_tokens // 20, 2_000), 100_000)
 
     def keep(self, tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-        """Which positions of `tokens` are used: all but BOS and padding of `tokenizer`, unless `keep_special`."""
-        if self.keep_special:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        return special_positions(tokens, tokenizer).logical_not_()
+        """Which positions of `tokens` are used: all but BOS, padding and separators of `tokenizer`, unless
+        `keep_special`, and but the first `drop_positions` of every sequence and document."""
+        return kept_positions(tokens, tokenizer, self.keep_special, self.separator, self.drop_positions)
 
 
 def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
@@ -117,7 +131,8 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
     if T is None:
         raise UserError("context_size=None: give the number of tokens per sequence")
     bos = tokenizer.bos_token_id if dataset.prepend_bos else None
-    packed = concat_and_batch_sequences(streams, T, begin_batch_token_id=bos, sequence_separator_token_id=bos)
+    between = bos if dataset.separator is None else separator_id(dataset.separator, tokenizer)
+    packed = concat_and_batch_sequences(streams, T, begin_batch_token_id=bos, sequence_separator_token_id=between)
     wanted = _needed(dataset, T)
     rows: list[Tensor] = []
     counted = 0
@@ -137,12 +152,39 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
     return torch.cat(rows)
 
 
-def special_positions(tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-    """Positions whose token is the tokenizer's BOS or padding token."""
+SEPARATORS = ("bos", "eos", "none")
+
+
+def separator_id(separator: str | None, tokenizer: Any) -> int | None:
+    """The token between documents; None if there is none."""
+    return {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}.get(separator or "")
+
+
+def special_positions(
+    tokens: Int[Tensor, "... T"], tokenizer: Any, separator: str | None = None
+) -> Bool[Tensor, "... T"]:
+    """Positions whose token is the tokenizer's BOS or padding token, or separates documents."""
     special = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}:
+    for token in {tokenizer.bos_token_id, tokenizer.pad_token_id, separator_id(separator, tokenizer)} - {None}:
         special |= tokens == token
     return special
+
+
+def kept_positions(
+    tokens: Int[Tensor, "... T"],
+    tokenizer: Any,
+    keep_special: bool | None = False,
+    separator: str | None = None,
+    drop_positions: int | None = 0,
+) -> Bool[Tensor, "... T"]:
+    """Which positions of `tokens` training uses; the options are those of `Dataset`, None as by default."""
+    special = special_positions(tokens, tokenizer, separator)
+    keep = torch.ones_like(special) if keep_special else ~special
+    if drop_positions:
+        place = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+        begins = torch.where(special, place, -1).cummax(-1).values  # the last special token, before a document
+        keep &= special | (place - begins > drop_positions)
+    return keep
 
 
 def split_sequences(

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosslens.activations.harvesting import harvest
-from crosslens.activations.tokens import special_positions
+from crosslens.activations.tokens import kept_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
@@ -81,9 +81,8 @@ class CleanRun:
                 "shorten them"
             )
         metadata = crosscoder.cfg.metadata
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if not metadata.keep_special:
-            keep = ~special_positions(tokens, snapshots.tokenizer)
+        options = metadata.keep_special, metadata.separator, metadata.drop_positions
+        keep = kept_positions(tokens, snapshots.tokenizer, *options)
         device = crosscoder.device
         acts = harvest(snapshots, tokens, metadata.hook_name, settings or ModelSettings(device=str(device)))
         return clean_run(crosscoder, tokens.to(device), acts.to(device), keep.to(device))

@@ -348,6 +348,11 @@ class Snapshots(Sequence[Snapshot]):
         """The first snapshot's; `check` makes sure that the others have the same vocabulary."""
         return self[0].read_tokenizer()
 
+    @property
+    def separator(self) -> str | None:
+        """What separated documents when the models were pretrained: "bos", "eos" or "none"; None if it is not known."""
+        return families.find_separator(self[0].name)
+
     @cached_property
     def _config(self) -> PretrainedConfig:
         return self[0].config()
