@@ -31,6 +31,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -304,15 +305,18 @@ class ActivationCache:
     # ------------------------------------------------------------------ writing
     @contextmanager
     def harvesting(
-        self, pairs: list[tuple[int, int]], first: int = 0
+        self, pairs: list[tuple[int, int]], first: int = 0, others: Sequence[ActivationCache] = ()
     ) -> Generator[Iterator[tuple[int, int]], None, None]:
-        """Pairs for this process to harvest, each locked while it works on it; pairs locked by others come last.
+        """Pairs for this process to harvest, each locked until it calls `release`; pairs locked by others come last.
 
         Args:
             pairs: what is missing.
             first: index in `pairs` to begin at, so that several processes begin at different snapshots.
+            others: caches of the same shards that are filled in the same turns.
         """
+        self._wanted_by = (self, *others)
         with self._locks() as locks, closing(self._turns(pairs[first:] + pairs[:first], locks)) as turns:
+            self._held = locks
             yield turns
         if fcntl is not None and not self.missing():
             (self.folder / "harvest.lock").unlink(missing_ok=True)
@@ -325,17 +329,25 @@ class ActivationCache:
             else:
                 busy.append(pair)
         for pair in busy:  # another process is harvesting it, and may die
-            locks.wait(self._number(pair))
+            # not `wait`: this process may be writing pairs that the other one waits for, which is no deadlock
+            while not locks.take(self._number(pair)):
+                time.sleep(0.02)
             yield from self._turn(pair, locks)
 
     def _turn(self, pair: tuple[int, int], locks: _Locks) -> Iterator[tuple[int, int]]:
-        path = self.path(*pair)
-        try:
-            size = path.stat().st_size if path.exists() else None
-            if not self._is_good(pair, size, verify=False):
-                yield pair
-        finally:
+        if all(cache.has(*pair) for cache in self._wanted_by):
             locks.release(self._number(pair))
+            return
+        yield pair
+
+    def release(self, shard: int, snapshot: int) -> None:
+        """Say that a pair of `harvesting` is written; until then no other process takes it."""
+        self._held.release(self._number((shard, snapshot)))
+
+    def has(self, shard: int, snapshot: int) -> bool:
+        """Whether a pair has a complete file; its values are not checked."""
+        path = self.path(shard, snapshot)
+        return self._is_good((shard, snapshot), path.stat().st_size if path.exists() else None, verify=False)
 
     def _number(self, pair: tuple[int, int]) -> int:
         return 1 + pair[1] * self.n_shards + pair[0]

@@ -13,6 +13,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 
 from crosslens.activations.cache import ActivationCache
 from crosslens.errors import UserError
+from crosslens.snapshots.checks import check_arrival
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings
@@ -150,7 +152,8 @@ def _not_reached(model: Any, name: str) -> UserError:
 
 def host_tensor(*shape: int, device: str) -> Tensor:
     """An uninitialised float32 tensor on the host, in pinned memory if it is to be filled from a GPU."""
-    return torch.empty(*shape, pin_memory=torch.device(device).type == "cuda")
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return torch.empty(*shape, pin_memory=on_gpu)
 
 
 def rounding_error(
@@ -192,43 +195,86 @@ def describe_error(settings: ModelSettings, label: str, n_tokens: int, errors: M
 
 
 def fill(
-    cache: ActivationCache,
+    caches: Mapping[str, ActivationCache],
     snapshots: Snapshots,
-    hook_name: str,
-    pairs: list[tuple[int, int]],
+    pairs: Sequence[tuple[int, int]],
     settings: ModelSettings,
+    *,
+    evict: bool = False,
 ) -> None:
-    """Harvest (shard, snapshot) pairs into a cache, with one model in memory at a time, cut at the hook.
+    """Harvest (shard, snapshot) pairs into the caches of several hook points, with one model in memory at a time.
 
-    Processes started by torchrun begin at different pairs, and wait for the pairs that another process works on.
+    Snapshot by snapshot: its weights are downloaded and hashed, refused if they equal those of another snapshot, and
+    run; a thread writes a shard while the model runs on the next. Processes started by torchrun begin at different
+    pairs, and wait for the pairs that another process works on.
 
     Args:
-        cache: the cache to fill.
+        caches: the caches to fill, of the same shards, keyed by hook point.
         snapshots: models of one pretraining run.
-        hook_name: the hook point.
-        pairs: what is missing, snapshot by snapshot.
+        pairs: what any of them lacks.
         settings: how the models run.
+        evict: delete the weights that crosslens downloaded as soon as their snapshot is complete, so that those of one
+            snapshot are on the disk (of as many as there are processes, if there are several).
 
     Raises:
-        UserError: an activation is not finite (the message names snapshot, hook and shard), or the disk is full.
+        UserError: an activation is not finite (the message names snapshot, hook and shard), equal snapshots, or the
+            disk is full.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    progress = tqdm(total=len(pairs), desc="Harvesting", unit="shard")
+    pairs = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+    first, *others = caches.values()
+    if evict:  # what an interrupted harvest left
+        for s in set(range(len(snapshots))) - {s for _, s in pairs}:
+            snapshots[s].evict()
+
+    def write(shard: int, s: int, outs: Mapping[str, Tensor]) -> None:
+        for name, acts in outs.items():
+            check_finite(acts, snapshots.labels[s], name, f"shard {shard}", first.span(shard)[0])
+            caches[name].write(shard, s, acts)
+        first.release(shard, s)
+
+    def leave(s: int) -> None:
+        if evict and all(cache.has(shard, s) for cache in caches.values() for shard in range(cache.n_shards)):
+            snapshots[s].evict()
+
     loaded, model = None, None
-    with cache.harvesting(pairs, len(pairs) * rank // world) as turns:
+    written: Future[None] | None = None  # one shard is written while the next is harvested, so two are in memory
+    with (
+        first.harvesting(pairs, len(pairs) * rank // world, others) as turns,
+        ThreadPoolExecutor(1, "crosslens-writer") as writer,
+        tqdm(total=len(pairs), desc="Harvesting", unit="shard") as progress,
+    ):
         for shard, s in turns:
             if loaded != s:
+                if written is not None:
+                    written.result()
+                if loaded is not None:
+                    leave(loaded)
                 loaded, model = s, None
                 gc.collect()  # hooks make reference cycles of a model's parts
-                ours, n_blocks = settings, hook_layer(hook_name)
-                model = snapshots[s].load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
-            first, last = cache.span(shard)
-            acts = torch.empty(last - first, cache.tokens.shape[1], cache.d_model)
-            run_to_hooks(model, cache.tokens[first:last], {hook_name: acts}, settings)
-            check_finite(acts, snapshots.labels[s], hook_name, f"shard {shard}", first)
-            cache.write(shard, s, acts)
+                check_arrival(snapshots, s)
+                n_blocks = max(map(hook_layer, caches))
+                model = snapshots[s].load(
+                    settings.device, settings.dtype, settings.backend, n_blocks, attention=settings.attention
+                )
+            begin, end = first.span(shard)
+            tokens = first.tokens[begin:end]
+            outs = {
+                name: host_tensor(*tokens.shape, cache.d_model, device=settings.device)
+                for name, cache in caches.items()
+                if not cache.has(shard, s)
+            }
+            if outs:  # without locks, another process may have been faster
+                run_to_hooks(model, tokens, outs, settings)
+            if written is not None:
+                written.result()
+            written = writer.submit(write, shard, s, outs)
+            del outs
             progress.update()
-    progress.close()
+        if written is not None:
+            written.result()
+        if loaded is not None:
+            leave(loaded)
 
 
 def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where: str = "", first: int = 0) -> None:

@@ -64,6 +64,7 @@ from crosslens.activations.tokens import Dataset, Source, split_sequences, token
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError
+from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import hook_layer
 from crosslens.snapshots.settings import ModelSettings
@@ -356,7 +357,8 @@ class Activations:
         Args:
             folder: created if needed; a cache for a different request is rejected.
             dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
-            evict: afterwards delete the weights that crosslens downloaded to the hub's cache.
+            evict: delete the weights that crosslens downloaded to the hub's cache, those of each snapshot as soon as it
+                is harvested: the disk then holds one at a time, or one for each process.
             verify: compare the checksums of all files now.
 
         Raises:
@@ -384,8 +386,8 @@ class Activations:
         )
         if missing := cache.missing(verify=verify):
             check_space(path, cache.needed_bytes(missing))
-            self._compare()
-            fill(cache, self.snapshots, self.hook_name, missing, self.settings)
+            check_known(self.snapshots)
+            fill({self.hook_name: cache}, self.snapshots, missing, self.settings, evict=evict)
             if dtype != "float32":
                 tqdm.write(describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors()), file=sys.stderr)
         if evict:
@@ -399,13 +401,13 @@ class Activations:
     def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
         assert self._cache is not None
         warnings.warn(f"{error.path} {error.what}: harvesting it again", stacklevel=2)
-        fill(self._cache, self.snapshots, self.hook_name, [(shard, snapshot)], self.settings)
+        fill({self.hook_name: self._cache}, self.snapshots, [(shard, snapshot)], self.settings)
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the activations: equal fingerprints give equal activations."""
         return {
-            "snapshots": self.snapshots.fingerprints,
+            "snapshots": [snapshot.origin for snapshot in self.snapshots],
             "hook_name": self.hook_name,
             "context_size": self.dataset.context_size,
             "prepend_bos": self.dataset.prepend_bos,

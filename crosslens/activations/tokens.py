@@ -157,7 +157,7 @@ SEPARATORS = ("bos", "eos", "none")
 
 def separator_id(separator: str | None, tokenizer: Any) -> int | None:
     """The token between documents; None if there is none."""
-    return {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}.get(separator or "")
+    return getattr(tokenizer, f"{separator}_token_id") if separator in ("bos", "eos") else None
 
 
 def special_positions(

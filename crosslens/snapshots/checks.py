@@ -93,15 +93,42 @@ def check_distinct(labels: Sequence[str], identities: Sequence[str]) -> None:
         first[identity] = label
 
 
+def check_known(snapshots: Sequence[Snapshot]) -> None:
+    """Refuse snapshots that are known to be equal before anything is downloaded: by recorded fingerprints, those of
+    weights on this disk, and the hub's own checksums.
+
+    Raises:
+        UserError: names both.
+    """
+    for identities in ([s.known_fingerprint for s in snapshots], [s.weight_etags() for s in snapshots]):
+        known = [(s.label, str(found)) for s, found in zip(snapshots, identities, strict=True) if found is not None]
+        check_distinct([label for label, _ in known], [identity for _, identity in known])
+
+
+def check_arrival(snapshots: Sequence[Snapshot], s: int) -> None:
+    """Download the weights of a snapshot, and refuse them if they equal others that were known before, or if they are
+    stored in another dtype.
+
+    Raises:
+        UserError: names both snapshots.
+    """
+    own = snapshots[s].fingerprint
+    known = [(other, own if i == s else other.known_fingerprint) for i, other in enumerate(snapshots)]
+    equal = [other.label for other, found in known if found == own]
+    check_distinct(equal, [own] * len(equal))
+    first = next(other for other in snapshots if other.known_dtype is not None)
+    _compare(first, snapshots[s], "the dtype of their weights", first.known_dtype, snapshots[s].known_dtype)
+
+
 def check_dtypes(snapshots: Sequence[Snapshot]) -> None:
     """Refuse weights stored in different dtypes: the rounding error would look like training.
 
-    Weights that are no longer on this disk are skipped; they were compared when they were harvested.
+    Weights that were never on this disk are skipped.
 
     Raises:
         UserError: names two snapshots and both dtypes.
     """
-    there = [snapshot for snapshot in snapshots if snapshot.is_on_disk()]
-    kinds = [str(snapshot.stored_dtype).removeprefix("torch.") for snapshot in there]
+    there = [snapshot for snapshot in snapshots if snapshot.known_dtype is not None]
+    kinds = [snapshot.known_dtype for snapshot in there]
     for snapshot, kind in zip(there, kinds, strict=True):
         _compare(there[0], snapshot, "the dtype of their weights", kinds[0], kind)

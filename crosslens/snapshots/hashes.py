@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,7 +54,8 @@ def remember_hash(files: Sequence[Path], sha256: str) -> None:
         partial.write_text(json.dumps({"sha256": sha256, "files": state}))
         os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _record(files: Sequence[Path]) -> Path:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -192,13 +193,23 @@ def _repository_folder(repo: str) -> Path:
 
 def recorded_fingerprint(repo: str, commit: str) -> str | None:
     """The fingerprint of a commit's weights, if it was computed before."""
+    return next(iter(_recorded(repo, commit)), None)
+
+
+def recorded_dtype(repo: str, commit: str) -> str | None:
+    """The dtype of a commit's weights, if it was recorded."""
+    return next(iter(_recorded(repo, commit)[1:]), None)
+
+
+def _recorded(repo: str, commit: str) -> list[str]:
+    """Fingerprint and dtype of a commit's weights; older releases recorded the first only."""
     path = _notes(repo) / f"{commit}.sha256"
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text().split() if path.is_file() else []
 
 
-def record_fingerprint(repo: str, commit: str, fingerprint: str) -> None:
-    """Record the fingerprint of a commit's weights."""
-    _note(_notes(repo) / f"{commit}.sha256", fingerprint)
+def record_fingerprint(repo: str, commit: str, fingerprint: str, dtype: str) -> None:
+    """Record the fingerprint of a commit's weights, and the dtype that they are stored in."""
+    _note(_notes(repo) / f"{commit}.sha256", f"{fingerprint} {dtype}")
 
 
 def mark_download(repo: str, commit: str) -> None:
@@ -218,7 +229,8 @@ def _note(path: Path, text: str) -> None:
         partial.write_text(text)
         os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def evict(repo: str, commit: str) -> int:
@@ -235,13 +247,13 @@ def evict(repo: str, commit: str) -> int:
     blobs = {path.resolve() for path in doomed if path.is_symlink()}
     freed = sum(path.stat().st_size for path in doomed if not path.is_symlink())
     for path in doomed:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may be evicting them, too
     shared = {path.resolve() for path in snapshots.rglob("*") if path.is_symlink()}
     for blob in blobs - shared:
         if blob.is_file() and blob.is_relative_to(_repository_folder(repo).resolve()):
             freed += blob.stat().st_size
-            blob.unlink()
-    mark.unlink()
+            blob.unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
     return freed
 
 

@@ -39,6 +39,7 @@ from crosslens.snapshots.hub import (
     is_on_disk,
     mark_download,
     record_fingerprint,
+    recorded_dtype,
     recorded_fingerprint,
     unreachable,
     weight_etags,
@@ -96,6 +97,10 @@ def _quiet() -> Generator[None, None, None]:
                 if no_hub_bars:
                     disable_progress_bars()
             logging.disable(logged)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class Snapshot:
                 raise self._damaged(error.path) from error
             remember_hash(weights, found)
         if self.revision is not None and recorded_fingerprint(self.name, self.folder().name) != found:
-            record_fingerprint(self.name, self.folder().name, found)
+            record_fingerprint(self.name, self.folder().name, found, _name(self.stored_dtype))
         return found
 
     @property
@@ -191,6 +196,13 @@ class Snapshot:
         if self.is_on_disk():
             return self.fingerprint
         return recorded_fingerprint(self.name, self.folder().name)
+
+    @property
+    def known_dtype(self) -> str | None:
+        """The name of `stored_dtype`, unless the weights have to be downloaded for it."""
+        if self.revision is not None and not self.is_on_disk():
+            return recorded_dtype(self.name, self.folder().name)
+        return _name(self.stored_dtype)
 
     @property
     def origin(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crosslens.activations import cache as cache_module
 from crosslens.activations.cache import ActivationCache, Rows, decode, runs_of
-from crosslens.activations.harvesting import run_to_hook
+from crosslens.activations.harvesting import run_to_hooks
 from crosslens.activations.identity import source_identity
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
@@ -95,7 +95,7 @@ def test_reading_runs_no_model(make: Any, pristine: Path, monkeypatch: pytest.Mo
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hook", never)
+    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hooks", never)
     again = make().cache(pristine, "float32")
     assert len(next(again.batches(100))) == 100 and list(again.held_out())
 
@@ -139,13 +139,13 @@ def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
         calls.append((loaded[-1], tokens.tolist()))
         if len(calls) > fail_at[0]:
             raise KeyboardInterrupt
-        run_to_hook(model, tokens, *args, **options)
+        run_to_hooks(model, tokens, *args, **options)
 
     def noted(snapshot: Snapshot, *args: Any, **options: Any) -> Any:
         loaded.append(snapshot.step)
         return load(snapshot, *args, **options)
 
-    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hook", watched)
+    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hooks", watched)
     monkeypatch.setattr(Snapshot, "load", noted)
     with pytest.raises(KeyboardInterrupt):
         live.cache(tmp_path / "cache", "float32")
