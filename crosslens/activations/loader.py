@@ -1,5 +1,8 @@
 """Shuffled batches (B, S, D) of activations: the same tokens in every snapshot, computed live or read from a cache.
 
+Activations at several hook points share tokens, and one pass of the models fills the caches of all: `acts[name]` has
+the batches of one of them.
+
 1. Documents become sequences of `context_size` tokens (SAELens's packing: BOS first, documents separated by BOS).
 2. Sequences are permuted once by `seed`; the last ones are held out.
 3. From a cache every epoch is a uniformly random permutation of all training tokens (`crosslens.activations.order`).
@@ -18,11 +21,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +50,7 @@ from crosslens.activations.cache import (
     shard_sequences,
 )
 from crosslens.activations.feed import CachedRows, Rows, feed
-from crosslens.activations.harvesting import fill, harvest, run_to_hooks
+from crosslens.activations.harvesting import describe_error, fill, harvest, rounding_error, run_to_hooks
 from crosslens.activations.identity import source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
@@ -55,6 +59,7 @@ from crosslens.activations.plan import (
     buffered_sequences,
     cache_bytes,
     distinct_sequences,
+    join_plans,
     model_bytes,
     order_bytes,
     peak_memory,
@@ -63,10 +68,10 @@ from crosslens.activations.plan import (
 from crosslens.activations.tokens import Dataset, Source, split_sequences, token_sequences
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
-from crosslens.errors import UserError
-from crosslens.snapshots.checks import check_known
+from crosslens.errors import UserError, did_you_mean
+from crosslens.snapshots.checks import check_arrival, check_known
 from crosslens.snapshots.collection import Snapshots
-from crosslens.snapshots.hooks import hook_layer
+from crosslens.snapshots.hooks import check_hooks, hook_layer
 from crosslens.snapshots.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -74,16 +79,22 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
+_JUDGED_TOKENS = 2048
+"""Tokens for the error of the models' dtype and attention."""
 MIXING_BYTES = 4 << 30
 """Host memory of the default mixing buffer. It is the same on every machine, because the order depends on it."""
 
 
 class Activations:
-    """Activations of one dataset in all snapshots at one hook point.
+    """Activations of one dataset in all snapshots at one or several hook points.
+
+    With several, `acts["blocks.6.hook_resid_post"]` gives the activations at one, to train on; `cache` and `plan` are
+    for all of them together.
 
     Args:
-        snapshots: the models, checked at once against each other and the hook point.
-        hook_name: TransformerLens name of a residual-stream or block-output hook.
+        snapshots: the models, checked at once against each other and the hook points.
+        hook_name: TransformerLens name of a hook point of the residual stream, of the output or the heads of attention,
+            or of the input or output of an MLP (`crosslens.snapshots.hooks`); or a list of names.
         dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of
             documents, or tokens, `(N, T)` sequences or `(N,)` one long stream.
         n_tokens: tokens to train on, without the positions that are left out; None takes the whole dataset.
@@ -93,7 +104,8 @@ class Activations:
         mixing_tokens: tokens in the buffer that live batches are drawn from, in float32; None: as many as 4 GiB hold.
 
     Attributes:
-        dataset: the `Dataset`, with its `context_size` filled in.
+        dataset: the `Dataset`, with its `context_size` and `separator` filled in.
+        hook_names: the hook points.
 
     Raises:
         UserError: a number out of range or given twice, snapshots that cannot be compared, no such hook point. Data
@@ -109,7 +121,7 @@ class Activations:
     def __init__(
         self,
         snapshots: Snapshots,
-        hook_name: str,
+        hook_name: str | Sequence[str],
         dataset: Dataset | Source,
         n_tokens: int | None = None,
         context_size: int | None = None,
@@ -137,21 +149,60 @@ class Activations:
         if mixing_tokens is not None and mixing_tokens < length:
             raise UserError(f"mixing_tokens={mixing_tokens} must be at least {length}, the tokens of a sequence")
         # the weights are compared before the first harvest; until then nothing is downloaded
-        snapshots.check(hook_name, weights=False)
+        names = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name)
         settings = settings or ModelSettings()
+        check_hooks(names, settings.backend)
+        for name in names:
+            snapshots.check(name, weights=False)
         self.snapshots = snapshots
-        self.hook_name = hook_name
+        self.hook_names = names
         separator = dataset.separator or snapshots.separator
         self.dataset = replace(dataset, context_size=length, separator=separator)
         self.seed = seed
         self.settings = replace(settings, device=own_device(settings.device))
         self._mixing_tokens = mixing_tokens
         self._compared = False
+        self._parts: dict[str, Activations] = {}
+        self._whole: Activations | None = None
         self._cache: ActivationCache | None = None
         self._cached_rows: CachedRows | None = None
         self._held: Held | None = None
         self._tokens: Tensor | None = None
         self._n_train = 0
+
+    # ------------------------------------------------------------------ hook points
+    @property
+    def hook_name(self) -> str:
+        """The hook point.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.hook_names) > 1:
+            raise UserError(
+                f"these activations have {len(self.hook_names)} hook points, and a crosscoder reads one: choose it, "
+                f"for instance acts[{self.hook_names[0]!r}]"
+            )
+        return self.hook_names[0]
+
+    def __getitem__(self, hook_name: str) -> Activations:
+        """The activations at one of the hook points; they share the tokens.
+
+        Raises:
+            UserError: not one of them.
+        """
+        if hook_name not in self.hook_names:
+            raise UserError(
+                f"these activations have no hook point {hook_name!r}: choose {' or '.join(map(repr, self.hook_names))}"
+                f"{did_you_mean(hook_name, self.hook_names)}"
+            )
+        if len(self.hook_names) == 1:
+            return self
+        if hook_name not in self._parts:
+            part = copy.copy(self)
+            part.hook_names, part._parts, part._whole = (hook_name,), {}, self
+            self._parts[hook_name] = part
+        return self._parts[hook_name]
 
     # ------------------------------------------------------------------ tokens
     @property
@@ -167,6 +218,8 @@ class Activations:
     @property
     def tokens(self) -> Int[Tensor, "N T"]:
         """Sequences for training, then those held out; read and tokenised at the first use."""
+        if self._tokens is None and self._whole is not None:
+            self._tokens, self._n_train = self._whole.tokens, self._whole._n_train
         if self._tokens is None:
             self._tokens, self._n_train = self._read()
         return self._tokens
@@ -225,7 +278,18 @@ class Activations:
         """Compare the weights of the snapshots, once."""
         if not self._compared:
             self.snapshots.check(self.hook_name)
+            self._say_error(0)
             self._compared = True
+
+    def _say_error(self, s: int) -> None:
+        """Print what the models' dtype and attention do to the activations of a snapshot, unless they are exact."""
+        ours = self.settings
+        if (ours.dtype, ours.attention) == ("float32", "eager") or os.environ.get("RANK", "0") != "0":
+            return
+        widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
+        tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
+        errors = rounding_error(self.snapshots[s], tokens, widths, ours)
+        tqdm.write(describe_error(ours, self.snapshots.labels[s], tokens.numel(), errors), file=sys.stderr)
 
     @property
     def block_sequences(self) -> int:
@@ -351,8 +415,10 @@ class Activations:
         """Harvest the activations into a folder, and return the same activations read from there.
 
         A cache that is complete needs neither the dataset nor the models. An interrupted harvest continues where it
-        stopped. Several processes, started by torchrun or by hand, may fill
-        one folder together; each returns when it is complete. A damaged file is harvested again when it is read.
+        stopped. Several processes, started by torchrun or by hand, may fill one folder together; each returns when it
+        is complete. A damaged file is harvested again when it is read. With several hook points, each has its own
+        folder of its name inside this one, and one pass of the models fills all; activations at one of them are read
+        from there, too.
 
         Args:
             folder: created if needed; a cache for a different request is rejected.
@@ -365,16 +431,53 @@ class Activations:
             UserError: a cache for a different request, a full disk, or activations that are not finite.
         """
         path = Path(folder)
+        places = {name: path / name for name in self.hook_names}
+        if len(places) == 1 and not (path / self.hook_name / "manifest.json").is_file():
+            places = {self.hook_name: path}
         source = source_identity(self.dataset, self.snapshots.tokenizer, self.seed)
-        if self._tokens is None and (found := recorded_tokens(path, source)):
-            self._tokens, self._n_train = found
-        needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
-        if not path.exists():
-            check_space(path, needed)  # before any download; an existing cache is checked below, once it is read
-        cache = ActivationCache(
+        for place in places.values():
+            if self._tokens is None and (found := recorded_tokens(place, source)):
+                self._tokens, self._n_train = found
+        if not any(place.exists() for place in places.values()):  # an existing cache is checked once it is read
+            widths = map(self.snapshots.hook_width, places)
+            row = sum(row_bytes(width, check_dtype(dtype)) for width in widths)
+            check_space(path, self.tokens.numel() * self.n_snapshots * row)  # before any download
+        size = min(self[name]._shard_sequences for name in places)  # one pass of a shard fills all
+        caches = {name: self[name]._open(place, size, dtype, source) for name, place in places.items()}
+        if len({cache.size for cache in caches.values()}) > 1:
+            raise UserError(
+                f"the caches in {path} have shards of different lengths, so one pass cannot fill them: give another "
+                "folder"
+            )
+        missing = {name: cache.missing(verify=verify) for name, cache in caches.items()}
+        if pairs := {pair for found in missing.values() for pair in found}:
+            check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
+            check_known(self.snapshots)
+            if not self._compared:
+                first = min(s for _, s in pairs)
+                check_arrival(self.snapshots, first)
+                self._say_error(first)
+            fill(caches, self.snapshots, sorted(pairs), self.settings, evict=evict)
+            for name, cache in caches.items() if dtype != "float32" else ():
+                where = f"{name}: " if len(caches) > 1 else ""
+                line = describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors())
+                tqdm.write(f"{where}{line}", file=sys.stderr)
+        if evict:
+            freed = sum(snapshot.evict() for snapshot in self.snapshots)
+            tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
+        parts = {name: self[name]._reading(cache) for name, cache in caches.items()}
+        if len(parts) == 1:
+            return parts[self.hook_name]
+        cached = copy.copy(self)
+        cached._parts = parts
+        return cached
+
+    def _open(self, path: Path, size: int, dtype: str, source: dict[str, Any] | None) -> ActivationCache:
+        """The cache of this hook point, as far as it is filled."""
+        return ActivationCache(
             path,
             self.tokens,
-            self._shard_sequences,
+            size,
             self.n_snapshots,
             self.d_model,
             dtype,
@@ -384,15 +487,9 @@ class Activations:
             seed=self.seed,
             source=source,
         )
-        if missing := cache.missing(verify=verify):
-            check_space(path, cache.needed_bytes(missing))
-            check_known(self.snapshots)
-            fill({self.hook_name: cache}, self.snapshots, missing, self.settings, evict=evict)
-            if dtype != "float32":
-                tqdm.write(describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors()), file=sys.stderr)
-        if evict:
-            freed = sum(snapshot.evict() for snapshot in self.snapshots)
-            tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
+
+    def _reading(self, cache: ActivationCache) -> Activations:
+        """The same activations, read from a cache."""
         cached = copy.copy(self)
         cached._cache, cached._held = cache, None
         cached._cached_rows = CachedRows(cache, Order(cache.training_counts(), self.seed), cached._repair)
@@ -494,6 +591,13 @@ class Activations:
         """
         check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
         check_dtype(dtype)
+        if len(self.hook_names) > 1:
+            options: dict[str, Any] = {"training_tokens": training_tokens, "folder": folder, "dtype": dtype}
+            options |= {"architecture": architecture, "batch_size": batch_size, "processes": processes}
+            options |= {"data_parallel": data_parallel, "adam_moments": adam_moments}
+            deepest = max(self.hook_names, key=hook_layer)
+            plans = [self[name].plan(measure and name == deepest, **options) for name in self.hook_names]
+            return join_plans(self.hook_names, plans, self.hook_names.index(deepest))
         process = peak_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
@@ -517,7 +621,8 @@ class Activations:
             order_bytes=order_bytes(self.n_tokens, S, size * T),
             mixing_tokens=self.mixing_tokens,
             mixing_bytes=self.mixing_tokens * S * D * 4 + chunk,
-            harvest_bytes=min(size, max(n, held)) * T * (4 * D + row_bytes(D, dtype)),
+            # one shard is written while the next is harvested
+            harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
             n_files=1 + files,
             batch_sequences=(
                 distinct_sequences(self._counts, batch_size),

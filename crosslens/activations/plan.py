@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +178,8 @@ class Plan:
         matrix_bytes: encoder or decoder of one process; 0 without an architecture.
         processes: number of processes that split the crosscoder.
         device: where models and crosscoder are, such as "cpu" or "cuda"; on CPUs host and device are one memory.
+        hook_names: if there are several, the hook points. Disk, files, `harvest_bytes` and `seconds` are for all of
+            them, the rest is for training at the widest.
     """
 
     n_tokens: int
@@ -205,6 +208,7 @@ class Plan:
     matrix_bytes: int
     processes: int
     device: str = "cpu"
+    hook_names: tuple[str, ...] = ()
 
     @property
     def live_bytes(self) -> int:
@@ -288,9 +292,10 @@ class Plan:
             live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self._live_host)} of host memory"
         host = "host memory" if self._has_gpu else "memory"
         there = "all are on this disk" if not self.n_downloads else f"{self.n_downloads} to be downloaded"
+        several = f" at {len(self.hook_names)} hook points, of which a training reads one" if self.hook_names else ""
         lines = [
             f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
-            f"snapshots   {self.n_snapshots} x d_model {self.d_model}; {there}",
+            f"snapshots   {self.n_snapshots} x d_model {self.d_model}{several}; {there}",
             f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
             f"live        {live}; the models run once per pass, {self.passes:.3g} planned; a batch comes from about "
             f"{self.batch_sequences[1]:,.0f} sequences, drawn from a buffer of {self.mixing_tokens:,} tokens",
@@ -303,6 +308,29 @@ class Plan:
         if self.training_bytes:
             lines.append(self.training)
         return "\n".join(lines)
+
+
+def join_plans(hook_names: Sequence[str], plans: Sequence[Plan], deepest: int) -> Plan:
+    """The plan of one harvest that fills the caches of several hook points.
+
+    Args:
+        hook_names: the hook points.
+        plans: one for each.
+        deepest: which of them needs the most blocks; its forward pass reads the others on the way.
+    """
+    widest = max(plans, key=lambda plan: plan.d_model)
+    models = plans[deepest]
+    return replace(
+        widest,
+        model_bytes=models.model_bytes,
+        models_fit=models.models_fit,
+        loaded_bytes=models.loaded_bytes,
+        seconds=models.seconds,
+        harvest_bytes=sum(plan.harvest_bytes for plan in plans),
+        n_files=sum(plan.n_files for plan in plans),
+        cache_bytes=sum(plan.cache_bytes for plan in plans),
+        hook_names=tuple(hook_names),
+    )
 
 
 def _mib(n_bytes: float) -> str:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from crosslens.errors import UserError, check_inside, did_you_mean, read_json
 from crosslens.rundir import RunDir, check_writable
 from crosslens.snapshots import families
-from crosslens.snapshots.settings import BACKENDS
+from crosslens.snapshots.settings import ATTENTIONS, BACKENDS
+from crosslens.snapshots.settings import DTYPES as MODEL_DTYPES
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     LoadSnapshots: TypeAlias = Callable[[], Snapshots]
 
-__all__ = ["BACKENDS"]
+__all__ = ["ATTENTIONS", "BACKENDS", "MODEL_DTYPES"]
 
 # the library's own tables are in modules that import torch; a test compares them
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
@@ -135,12 +136,25 @@ def find_assumed_device(value: str | None) -> str:
     return "cpu" if sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)) else "cuda"
 
 
-def check_hook(_: str, value: str) -> str:
-    """Refuse what is not the name of a supported hook point."""
-    from crosslens.snapshots.hooks import hook_layer
+def check_hooks(_: str, values: list[str]) -> list[str]:
+    """Refuse what is not the name of a supported hook point, and one that is given twice."""
+    from crosslens.snapshots.hooks import check_hooks, hook_layer
 
-    hook_layer(value)
-    return value
+    for value in values:
+        hook_layer(value)
+    check_hooks(values)
+    return values
+
+
+def check_one_hook(option: str, values: list[str]) -> list[str]:
+    """Refuse several hook points, too."""
+    check_hooks(option, values)
+    if len(values) > 1:
+        raise UserError(
+            f"{option} is given {len(values)} times: a crosscoder reads one hook point, so train once for each (a "
+            "folder that `crosslens harvest` filled for several serves them all)"
+        )
+    return values
 
 
 def check_dataset(option: str, value: str) -> str:
@@ -250,14 +264,14 @@ def _check_file(option: str, path: str, spec: str, known: Sequence[str]) -> None
 
 
 # ---------------------------------------------------------------------- options together
-def find_snapshots(spec: str, steps: str | None, hook: str | None = None) -> LoadSnapshots:
+def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> LoadSnapshots:
     """Check a --snapshots and a --steps option, and return the function that makes the `Snapshots`.
 
     Args:
         spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
             `org/model@pattern` with {step} in it; a release such as crosslens-demo; or demo.
         steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
-        hook: hook point that a model in a local folder must have.
+        hooks: hook points that a model in a local folder must have.
 
     Raises:
         UserError: `spec` is none of these, or a step or the hook point does not exist.
@@ -267,11 +281,11 @@ def find_snapshots(spec: str, steps: str | None, hook: str | None = None) -> Loa
     if spec == "demo":
         return lambda: _demo(steps)
     if Path(spec).is_dir():
-        return _local(Path(spec), steps, hook)
+        return _local(Path(spec), steps, hooks)
     if release := list_releases().get(spec):
         where = release.snapshots or {}
         if "folder" in where:
-            return _local(Path(where["folder"]), steps, hook)
+            return _local(Path(where["folder"]), steps, hooks)
         if "revisions" in where:
             labels = where.get("labels", where["revisions"])
             chosen = _choose(spec, labels, where.get("steps", [None] * len(labels)), steps)
@@ -302,7 +316,7 @@ def _of_model(model: families.Model, steps: str) -> LoadSnapshots:
     return lambda: _snapshots().from_model(model, wanted)
 
 
-def _local(folder: Path, steps: str | None, hook: str | None) -> LoadSnapshots:
+def _local(folder: Path, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
     from crosslens.snapshots.folders import read_rows
     from crosslens.snapshots.hooks import check_hook
 
@@ -310,10 +324,11 @@ def _local(folder: Path, steps: str | None, hook: str | None) -> LoadSnapshots:
     name, rows = read_rows(root)
     chosen = _choose(name, [row["label"] for row in rows], [row["step"] for row in rows], steps)
     config_path = root / rows[0]["path"] / "config.json"
-    if hook is not None and config_path.is_file():
+    if hooks and config_path.is_file():
         config = read_json(config_path, "config of a model")
         if {"num_hidden_layers", "model_type"} <= config.keys():
-            check_hook(hook, SimpleNamespace(**config))
+            for hook in hooks:
+                check_hook(hook, SimpleNamespace(**config))
     return lambda: _snapshots().local(root)[chosen]
 
 
@@ -418,6 +433,17 @@ def parse_task(spec: str) -> Task:
     if kind in ("demo", "sva", "blimp", "clams"):
         return getattr(Task, kind)(rest)
     return Task.local(spec)
+
+
+def check_models(backend: str, attention: str, hooks: Sequence[str]) -> None:
+    """Refuse fused attention or a hook point that a backend lacks."""
+    from crosslens.snapshots.hooks import check_hooks
+
+    if backend == "hooked_transformer" and attention != "eager":
+        raise UserError(
+            f"--attention {attention} needs --backend bridge: a HookedTransformer computes its own attention"
+        )
+    check_hooks(hooks, backend)
 
 
 def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -> ModelSettings:

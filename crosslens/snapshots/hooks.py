@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from crosslens.errors import UserError
@@ -112,6 +113,21 @@ def check_hook(hook_name: str, config: Any) -> None:
             f"hook_name={hook_name!r} is not the input of the MLP: blocks of {config.model_type} have no norm of their "
             f"own before it, so choose 'blocks.{layer}.mlp.hook_in'"
         )
+
+
+def check_hooks(hook_names: Sequence[str], backend: str = "bridge") -> None:
+    """Refuse an empty list of hook points, one that is given twice, and one that a backend lacks.
+
+    Raises:
+        UserError: names the hook point.
+    """
+    if not hook_names:
+        raise UserError("hook_name is an empty list: give one or more, such as 'blocks.1.hook_resid_post'")
+    names = [canonical_hook(name) for name in hook_names]
+    for hook_name, name in zip(hook_names, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"hook_name={hook_name!r} is given twice, perhaps by another name: give it once")
+        check_backend(hook_name, backend)
 
 
 def check_backend(hook_name: str, backend: str) -> None:

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from crosslens.activations.harvesting import harvest, rounding_error, run_to_hooks
+from crosslens.activations.loader import Activations
+from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
@@ -201,3 +203,108 @@ def test_the_error_needs_one_model_in_memory(snaps: Snapshots, monkeypatch: pyte
     monkeypatch.setattr(type(snaps[0]), "load", loading)
     rounding_error(snaps[0], TOKENS, {"blocks.0.hook_resid_post": 16}, ModelSettings("cpu", dtype="bfloat16"))
     assert len(kept) == 2
+
+
+# ---------------------------------------------------------------------- activations at several hook points
+NAMES = ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"]
+
+
+def several(snaps: Snapshots, hook_name: Any, **options: Any) -> Activations:
+    tokens = torch.randint(2, 16, (60, 9), generator=torch.Generator().manual_seed(1))
+    options = {"seed": 3, "settings": CPU, **options}
+    return Activations(snaps, hook_name, Dataset(tokens, 400, held_out_tokens=60), **options)
+
+
+def test_one_pass_fills_a_folder_for_each_hook_point(
+    snaps: Snapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[list[str]] = []
+
+    def watched(model: Any, tokens: Any, outs: dict[str, Any], *args: Any) -> None:
+        passes.append(sorted(outs))
+        run_to_hooks(model, tokens, outs, *args)
+
+    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hooks", watched)
+    cached = several(snaps, NAMES).cache(tmp_path / "cache", "float32")
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {*NAMES}
+    assert passes == [sorted(NAMES)] * len(list((tmp_path / "cache" / NAMES[0]).glob("acts-*")))
+    for name in NAMES:
+        alone = several(snaps, name)
+        assert cached[name].hook_names == (name,) and cached[name].metadata() == alone.metadata()
+        expected = alone.cache(tmp_path / "alone" / name, "float32")
+        for path in (tmp_path / "alone" / name).iterdir():
+            assert path.read_bytes() == (tmp_path / "cache" / name / path.name).read_bytes(), (name, path.name)
+        ours, theirs = (torch.cat([b.clone() for b in acts.batches(50, epochs=2)]) for acts in (cached[name], expected))
+        assert torch.equal(ours, theirs)
+        # activations at one of them find their folder
+        passes.clear()
+        again = alone.cache(tmp_path / "cache", "float32")
+        assert passes == [] and torch.equal(next(again.held_out()), next(expected.held_out()))
+        monkeypatch.setattr("crosslens.activations.harvesting.run_to_hooks", watched)
+    # what is missing of one hook point is harvested alone
+    removed = sorted((tmp_path / "cache" / NAMES[1]).glob("acts-*"))[-1]
+    data = removed.read_bytes()
+    removed.unlink()
+    several(snaps, NAMES).cache(tmp_path / "cache", "float32")
+    assert passes == [[NAMES[1]]] and removed.read_bytes() == data
+
+
+def test_several_hook_points_live(snaps: Snapshots) -> None:
+    acts = several(snaps, NAMES)
+    for name in NAMES:
+        part = acts[name]
+        assert part is acts[name] and part.tokens is acts.tokens and part.d_model == snaps.hook_width(name)
+        assert torch.equal(part.block(3, 8), harvest(snaps, acts.tokens[3:8], name, CPU, cut=True))
+    with pytest.raises(
+        UserError, match=r"have 3 hook points, and a crosscoder reads one: choose it, .*acts\['blocks.0"
+    ):
+        acts.block(0, 1)
+    with pytest.raises(
+        UserError, match="no hook point 'blocks.1.hook_resid_pots': choose .*; did you mean 'blocks.1.h"
+    ):
+        _ = acts["blocks.1.hook_resid_pots"]
+    assert several(snaps, NAMES[0])[NAMES[0]].hook_name == NAMES[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "hook_name is an empty list"),
+        (["blocks.1.hook_resid_pre", "blocks.0.hook_resid_post"], "is given twice, perhaps by another name"),
+        (["blocks.0.hook_resid_post", "blocks.7.hook_resid_post"], "the model has 3 blocks"),
+        (["blocks.0.hook_resid_post", "blocks.0.attn.hook_pattern"], "has one number for each pair of positions"),
+    ],
+)
+def test_lists_of_hook_points_that_are_refused(snaps: Snapshots, names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        several(snaps, names)
+
+
+def test_the_plan_of_several_is_for_one_pass(snaps: Snapshots, tmp_path: Path) -> None:
+    acts = several(snaps, NAMES)
+    plan, parts = acts.plan(measure=False), [acts[name].plan(measure=False) for name in NAMES]
+    assert plan.cache_bytes == sum(part.cache_bytes for part in parts)
+    assert plan.n_files == sum(part.n_files for part in parts)
+    assert plan.forwards == parts[0].forwards and plan.model_bytes == parts[1].model_bytes > parts[0].model_bytes
+    assert "at 3 hook points, of which a training reads one" in str(plan)
+    acts.cache(tmp_path / "cache")
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(files) == plan.n_files
+    assert sum(path.stat().st_size for path in files) == pytest.approx(plan.cache_bytes, rel=0.15)
+
+
+def test_the_error_of_the_dtype_is_printed_once(
+    snaps: Snapshots, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = ModelSettings("cpu", dtype="bfloat16", attention="sdpa")
+    several(snaps, NAMES[:2], settings=half).cache(tmp_path / "half")
+    said = [line for line in capsys.readouterr().err.splitlines() if "squared error relative" in line]
+    assert len(said) == 1 and said[0].startswith("models in bfloat16 with sdpa attention: squared error relative to")
+    assert all(name in said[0] for name in NAMES[:2]) and "(step0, " in said[0]
+    live = several(snaps, NAMES[0], settings=half)
+    next(live.batches(50)), next(live.batches(50))
+    assert capsys.readouterr().err.count("squared error relative") == 1
+    several(snaps, NAMES[0]).cache(tmp_path / "exact", "float32")
+    assert "squared error" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="different request: it has model_dtype=bfloat16, this request has model_dtype"):
+        several(snaps, NAMES[0]).cache(tmp_path / "half")
