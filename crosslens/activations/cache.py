@@ -318,8 +318,9 @@ class ActivationCache:
         with self._locks() as locks, closing(self._turns(pairs[first:] + pairs[:first], locks)) as turns:
             self._held = locks
             yield turns
-        if fcntl is not None and not self.missing():
-            (self.folder / "harvest.lock").unlink(missing_ok=True)
+        for cache in self._wanted_by:
+            if fcntl is not None and not cache.missing():
+                (cache.folder / "harvest.lock").unlink(missing_ok=True)
 
     def _turns(self, pairs: list[tuple[int, int]], locks: _Locks) -> Generator[tuple[int, int], None, None]:
         busy: list[tuple[int, int]] = []

@@ -201,7 +201,7 @@ def fill(
     settings: ModelSettings,
     *,
     evict: bool = False,
-) -> None:
+) -> int:
     """Harvest (shard, snapshot) pairs into the caches of several hook points, with one model in memory at a time.
 
     Snapshot by snapshot: its weights are downloaded and hashed, refused if they equal those of another snapshot, and
@@ -216,6 +216,9 @@ def fill(
         evict: delete the weights that crosslens downloaded as soon as their snapshot is complete, so that those of one
             snapshot are on the disk (of as many as there are processes, if there are several).
 
+    Returns:
+        Bytes of weights that were deleted.
+
     Raises:
         UserError: an activation is not finite (the message names snapshot, hook and shard), equal snapshots, or the
             disk is full.
@@ -223,9 +226,9 @@ def fill(
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     pairs = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
     first, *others = caches.values()
+    freed = 0
     if evict:  # what an interrupted harvest left
-        for s in set(range(len(snapshots))) - {s for _, s in pairs}:
-            snapshots[s].evict()
+        freed = sum(snapshots[s].evict() for s in set(range(len(snapshots))) - {s for _, s in pairs})
 
     def write(shard: int, s: int, outs: Mapping[str, Tensor]) -> None:
         for name, acts in outs.items():
@@ -233,9 +236,9 @@ def fill(
             caches[name].write(shard, s, acts)
         first.release(shard, s)
 
-    def leave(s: int) -> None:
-        if evict and all(cache.has(shard, s) for cache in caches.values() for shard in range(cache.n_shards)):
-            snapshots[s].evict()
+    def leave(s: int) -> int:
+        complete = evict and all(c.has(shard, s) for c in caches.values() for shard in range(c.n_shards))
+        return snapshots[s].evict() if complete else 0
 
     loaded, model = None, None
     written: Future[None] | None = None  # one shard is written while the next is harvested, so two are in memory
@@ -249,7 +252,7 @@ def fill(
                 if written is not None:
                     written.result()
                 if loaded is not None:
-                    leave(loaded)
+                    freed += leave(loaded)
                 loaded, model = s, None
                 gc.collect()  # hooks make reference cycles of a model's parts
                 check_arrival(snapshots, s)
@@ -274,7 +277,8 @@ def fill(
         if written is not None:
             written.result()
         if loaded is not None:
-            leave(loaded)
+            freed += leave(loaded)
+    return freed
 
 
 def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where: str = "", first: int = 0) -> None:

@@ -449,6 +449,7 @@ class Activations:
                 f"the caches in {path} have shards of different lengths, so one pass cannot fill them: give another "
                 "folder"
             )
+        freed = 0
         missing = {name: cache.missing(verify=verify) for name, cache in caches.items()}
         if pairs := {pair for found in missing.values() for pair in found}:
             check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
@@ -457,13 +458,13 @@ class Activations:
                 first = min(s for _, s in pairs)
                 check_arrival(self.snapshots, first)
                 self._say_error(first)
-            fill(caches, self.snapshots, sorted(pairs), self.settings, evict=evict)
+            freed = fill(caches, self.snapshots, sorted(pairs), self.settings, evict=evict)
             for name, cache in caches.items() if dtype != "float32" else ():
                 where = f"{name}: " if len(caches) > 1 else ""
                 line = describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors())
                 tqdm.write(f"{where}{line}", file=sys.stderr)
         if evict:
-            freed = sum(snapshot.evict() for snapshot in self.snapshots)
+            freed += sum(snapshot.evict() for snapshot in self.snapshots)
             tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
         parts = {name: self[name]._reading(cache) for name, cache in caches.items()}
         if len(parts) == 1:

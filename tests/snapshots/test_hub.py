@@ -243,7 +243,7 @@ def check_one_at_a_time() -> None:
     assert len(set(acts.snapshots.fingerprints)) == 4 and on_disk() == 0  # recorded
     # the hub's checksums say that two are equal, before anything is downloaded
     refused(lambda: of_run("s1", "again").cache("two"), "'s1' and 'again' have equal weights")
-    refused(lambda: of_run("again", "s0", "s1").cache("two"), "'again' and 's1' have equal weights")
+    refused(lambda: of_run("again", "s0", "s1").cache("second"), "'again' and 's1' have equal weights")
     assert len(there) == 4 and on_disk() == 0 and not list(Path("two").glob("acts-*"))
     # a hub without checksums: as soon as the second is there
     snapshot.weight_etags = lambda *_: None
