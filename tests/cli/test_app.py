@@ -169,6 +169,21 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
     weights = [(run / "crosscoder" / "sae_weights.safetensors").read_bytes() for run in (trained, tmp_path / "run")]
     assert weights[0] == weights[1]
     assert RunDir.open(tmp_path / "run").read_json()["timings"]["waited_for_data"] >= 0
+    # several hook points from one pass; training finds the folder of its own
+    both = tmp_path / "both"
+    asked = [both if part == cache else part for part in data]
+    more = ("--hook", "blocks.1.hook_mlp_out", "--drop-positions", 1, "--model-dtype", "bfloat16")
+    code, out, err = command("plan", *asked[:-2], *more)
+    assert (code, err) == (0, "") and "at 2 hook points, of which a training reads one" in out
+    code, out, err = command("harvest", *asked, *more)
+    assert (code, err) == (0, "") and f"at {HOOK} and blocks.1.hook_mlp_out in {both}" in out
+    written = {path: path.stat().st_mtime_ns for path in both.rglob("*.safetensors")}
+    assert {path.parent.name for path in written} == {HOOK, "blocks.1.hook_mlp_out"}
+    options = ("--cache", both, "--cache-dtype", "float32", *more[2:])
+    assert command(*train_arguments(tiny_snapshots, files, tmp_path / "one", *options))[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in both.rglob("*.safetensors")} == written
+    source = RunDir.open(tmp_path / "one").read_json()["source"]
+    assert source["settings"]["dtype"] == "bfloat16" and source["dataset"]["drop_positions"] == 1
     # the directory of another run is refused before the harvest
     other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
     code, _, err = command(*other)
