@@ -114,7 +114,7 @@ def run_to_hooks(
                     continue
                 copies.wait_stream(torch.cuda.current_stream(flat.device))
                 with torch.cuda.stream(copies):
-                    here.copy_(flat, non_blocking=True)
+                    here.copy_(flat, non_blocking=here.is_pinned() and here.is_contiguous())
                 flat.record_stream(copies)
             left.discard(name)
             if not left:

@@ -286,6 +286,7 @@ class Activations:
         ours = self.settings
         if (ours.dtype, ours.attention) == ("float32", "eager") or os.environ.get("RANK", "0") != "0":
             return
+        check_arrival(self.snapshots, s)
         widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
         tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
         errors = rounding_error(self.snapshots[s], tokens, widths, ours)
@@ -454,10 +455,7 @@ class Activations:
         if pairs := {pair for found in missing.values() for pair in found}:
             check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
             check_known(self.snapshots)
-            if not self._compared:
-                first = min(s for _, s in pairs)
-                check_arrival(self.snapshots, first)
-                self._say_error(first)
+            self._say_error(min(s for _, s in pairs))
             freed = fill(caches, self.snapshots, sorted(pairs), self.settings, evict=evict)
             for name, cache in caches.items() if dtype != "float32" else ():
                 where = f"{name}: " if len(caches) > 1 else ""
@@ -603,7 +601,8 @@ class Activations:
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
         one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name), self.settings.dtype)
-        fit = one_model * S <= model_memory(self.settings.device)
+        allowed = model_memory(self.settings.device)
+        fit = one_model * S <= allowed
         n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
@@ -617,6 +616,7 @@ class Activations:
             passes=max(1.0, (training_tokens or self.n_tokens) / self.n_tokens),
             model_bytes=one_model,
             models_fit=fit,
+            allowed_bytes=allowed,
             loaded_bytes=one_model * (S if fit else 1),
             batch_bytes=min(own, self.n_tokens) * S * D * 4,
             order_bytes=order_bytes(self.n_tokens, S, size * T),

@@ -159,7 +159,8 @@ class Plan:
         forwards: tokens run through a model in one pass over the data, summed over snapshots.
         passes: passes over the data during training.
         model_bytes: one model, cut at the hook.
-        models_fit: whether the models of all snapshots fit into half of the device's memory together.
+        models_fit: whether the models of all snapshots fit into `allowed_bytes` together.
+        allowed_bytes: memory of the device that they may take: half of it.
         loaded_bytes: models in memory together while training is live, on the device.
         batch_bytes: one batch of float32 activations of all snapshots in one process.
         order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.
@@ -190,6 +191,7 @@ class Plan:
     passes: float
     model_bytes: int
     models_fit: bool
+    allowed_bytes: int
     loaded_bytes: int
     batch_bytes: int
     order_bytes: int
@@ -297,7 +299,8 @@ class Plan:
             f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
             f"snapshots   {self.n_snapshots} x d_model {self.d_model}{several}; {there}",
             f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
-            f"live        {live}; the models run once per pass, {self.passes:.3g} planned; a batch comes from about "
+            f"live        {live} ({_mib(self.allowed_bytes)} allowed for all models); they run once per pass, "
+            f"{self.passes:.3g} planned; a batch comes from about "
             f"{self.batch_sequences[1]:,.0f} sequences, drawn from a buffer of {self.mixing_tokens:,} tokens",
             f"cached      {_mib(self.cached_bytes)} of {host}, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
             f"({_mib(self.free_bytes)} free), {self.n_files:,} files; harvesting takes {_mib(self.harvest_bytes)} of "
