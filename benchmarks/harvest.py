@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from crosslens.activations import cache
+from crosslens.activations.harvesting import run_to_hooks
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.snapshots.collection import Snapshots
@@ -38,6 +39,7 @@ from crosslens.snapshots.settings import ModelSettings
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
 VOCABULARY = 50_304
 HOOK = "blocks.2.hook_resid_post"
+SECOND = "blocks.2.hook_mlp_out"
 PACKAGES = ("crosslens", "torch", "transformer-lens", "transformers", "safetensors")
 
 
@@ -99,11 +101,22 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
 
         return run
 
+    def one_pass(*names: str) -> Callable[[], None]:
+        """Models in memory, cut at the hook point; the last two rows of the table differ by the second hook point."""
+        outs = {name: torch.empty(*acts.tokens.shape, D) for name in names}
+
+        def run() -> None:
+            for s in range(S):
+                run_to_hooks(snapshots.model(s, settings(args), hook_layer(HOOK)), acts.tokens, outs, settings(args))
+
+        return run
+
     kept = {dtype: acts.cache(folder / f"kept-{dtype}", dtype) for dtype in args.dtypes}
     calls: dict[str, Callable[[], None]] = {"full forward": full, "full forward, loading": partial(full, True)}
     calls["live"] = live
     calls |= {f"cache, loading and writing {dtype}": write(dtype) for dtype in args.dtypes}
     calls |= {f"cache, reading {dtype}": read(dtype) for dtype in args.dtypes}
+    calls |= {"one hook point": one_pass(HOOK), "two hook points": one_pass(HOOK, SECOND)}
     for s in range(S):  # only "loading" contestants load models in the timed part
         snapshots.model(s, settings(args)), snapshots.model(s, settings(args), hook_layer(HOOK))
     timings = measure.alternate(calls, args.rounds, args.warm_up, args.device)
