@@ -107,6 +107,8 @@ class ActivationCache:
         self.kept = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept
         self._notes: dict[tuple[int, int], dict[str, Any]] = {}  # of files whose header was read
         self._broken: set[tuple[int, int]] = set()
+        self._wanted_by: tuple[ActivationCache, ...] = (self,)
+        self._held: _Locks | None = None
         self._files: dict[tuple[int, int], _File] = {}
         self._orders: dict[int, str] = {}  # a digest of each shard's order
         self._rows = lru_cache(maxsize=4)(self._read_rows)
@@ -317,7 +319,10 @@ class ActivationCache:
         self._wanted_by = (self, *others)
         with self._locks() as locks, closing(self._turns(pairs[first:] + pairs[:first], locks)) as turns:
             self._held = locks
-            yield turns
+            try:
+                yield turns
+            finally:
+                self._held = None
         for cache in self._wanted_by:
             if fcntl is not None and not cache.missing():
                 (cache.folder / "harvest.lock").unlink(missing_ok=True)
@@ -343,7 +348,8 @@ class ActivationCache:
 
     def release(self, shard: int, snapshot: int) -> None:
         """Say that a pair of `harvesting` is written; until then no other process takes it."""
-        self._held.release(self._number((shard, snapshot)))
+        if self._held is not None:
+            self._held.release(self._number((shard, snapshot)))
 
     def has(self, shard: int, snapshot: int) -> bool:
         """Whether a pair has a complete file; its values are not checked."""
