@@ -155,7 +155,7 @@ class Planted(Activations):
         )
         self.members = list(range(regime.n_snapshots))
         self.whole: Planted | None = None
-        self.hook_name, self.dataset = "planted", Dataset([])  # drawn, not read
+        self.hook_names, self.dataset = ("planted",), Dataset([])  # drawn, not read
         self._name_snapshots()
 
     def _name_snapshots(self) -> None:
