@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from crosslens.activations.harvesting import harvest, rounding_error, run_to_hoo
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
+from crosslens.intervention.splice import spliced_logits
+from crosslens.intervention.upper import Upper
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings
@@ -308,3 +311,18 @@ def test_the_error_of_the_dtype_is_printed_once(
     assert "squared error" not in capsys.readouterr().err
     with pytest.raises(UserError, match="different request: it has model_dtype=bfloat16, this request has model_dtype"):
         several(snaps, NAMES[0]).cache(tmp_path / "half")
+
+
+@pytest.mark.parametrize("point", ["attn.hook_z", "mlp.hook_in", "ln2.hook_normalized"])
+def test_the_new_hook_points_can_be_spliced(snaps: Snapshots, point: str) -> None:
+    name, model = f"blocks.1.{point}", snaps.model(2, CPU)
+    acts = harvest(snaps, TOKENS, name, CPU, only=2)[:, :, 0]
+    clean = model(TOKENS, return_type="logits")
+    keep = torch.ones_like(TOKENS, dtype=torch.bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TransformerLens says that it computes an edited norm by itself
+        same, changed = (spliced_logits(model, TOKENS, name, x, keep) for x in (acts, 0 * acts))
+        upper = Upper(model, name, TOKENS).on(TOKENS).logits(acts)
+    torch.testing.assert_close(same, clean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(upper, clean[:, -1], atol=1e-5, rtol=1e-5)
+    assert float((changed - clean).abs().max()) > 1e-3
