@@ -110,7 +110,7 @@ class Upper:
 
         def capture(activation: Tensor, hook: Any) -> None:
             del hook
-            seen.append(activation)
+            seen.append(activation.flatten(2))
 
         def learn(place: int) -> Callable[..., None]:
             def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
