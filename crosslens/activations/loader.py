@@ -341,16 +341,16 @@ class Activations:
         """A record for `from_dict`, in types of JSON; of the settings all but the device.
 
         Raises:
-            UserError: the dataset is in memory and has no name.
+            UserError: the models or the dataset are in memory.
         """
-        source = self.dataset.source
+        snapshots, source = self.snapshots.to_dict(), self.dataset.source
         if not isinstance(source, (str, Path)):
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
         source = str(Path(source).resolve()) if Path(source).is_file() else str(source)
         settings = asdict(self.settings)
         del settings["device"]
         return {
-            "snapshots": self.snapshots.to_dict(),
+            "snapshots": snapshots,
             "hook_name": self.hook_name,
             "dataset": asdict(replace(self.dataset, source=source)),
             "seed": self.seed,

@@ -26,6 +26,8 @@ READ_BYTES_PER_SECOND = 200e6
 
 def model_bytes(config: Any, n_blocks: int) -> int:
     """Memory in bytes of a float32 bridge with the first blocks of this transformers configuration."""
+    if (in_memory := getattr(config, "parameter_bytes", None)) is not None:  # of a HookedTransformer
+        return in_memory
     cut_config(config, n_blocks)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
