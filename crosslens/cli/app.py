@@ -83,7 +83,8 @@ SnapshotsOption = Annotated[
         "--snapshots",
         "A folder of snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (choose with "
         "--steps); a hub repository with revisions such as org/model@step0,step1000, or with a pattern such as "
-        "org/model@step{step}; a release such as crosslens-demo; or demo.",
+        "org/model@step{step}; any models of one width, as base=place,chat=place, where a place is a folder, org/model "
+        "or org/model@revision; a release such as crosslens-demo; or demo.",
     ),
 ]
 StepsOption = Annotated[
@@ -115,7 +116,7 @@ ContextOption = Annotated[
     _option("--context-size", "Tokens per sequence. Default: the models' context, at most 1024.", in_range(2)),
 ]
 SplitOption = Annotated[str | None, _option("--split", "Split of a dataset on the hub. Default: train.")]
-ColumnOption = Annotated[str, _option("--text-column", "Column of the dataset that holds the text.")]
+ColumnOption = Annotated[str, _option("--column", "Column of the dataset that holds the text, or token ids.")]
 SampleOption = Annotated[
     str, _option("--sample-by", "A document in a text file is a line or a paragraph.", one_of(*SAMPLES))
 ]
@@ -229,7 +230,7 @@ def plan(
     processes: Annotated[int, _option("--processes", "Processes that torchrun will start.", in_range(1))] = 1,
     data_parallel: ParallelOption = 1,
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     device: DeviceOption = None,
     backend: BackendOption = "bridge",
@@ -253,7 +254,7 @@ def plan(
     from crosslens.activations import Activations, Dataset
 
     settings = parse_settings(device, backend)
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
+    data = Dataset(dataset, n_tokens, context_size, column=column, split=split, sample_by=sample_by)
     acts = Activations(load(), hook, data, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens) if trained else (None, None)
     planned = acts.plan(
@@ -282,7 +283,7 @@ def harvest(
     evict: Annotated[bool, _option("--evict", "When done, delete the weights that this command downloaded.")] = False,
     verify: Annotated[bool, _option("--verify", "Compare the checksums of activations on disk.")] = False,
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
     device: DeviceOption = None,
@@ -293,7 +294,7 @@ def harvest(
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
 
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
+    data = Dataset(dataset, n_tokens, context_size, column=column, split=split, sample_by=sample_by)
     acts = Activations(load(), hook, data, seed=seed, settings=parse_settings(device, backend))
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
     _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
@@ -387,7 +388,7 @@ def train(
     ] = None,
     cache_dtype: DtypeOption = "bfloat16",
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
     device: DeviceOption = None,
@@ -433,7 +434,7 @@ def train(
     from crosslens.training.run import train as train_crosscoder
 
     settings = parse_settings(device, backend)
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
+    data = Dataset(dataset, n_tokens, context_size, column=column, split=split, sample_by=sample_by)
     acts = Activations(load(), hook, data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if cache is not None:
