@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot, quiet
@@ -132,8 +133,8 @@ class LoadedSnapshot(Snapshot):
             return super().load(device, dtype, backend)
         if backend == "hooked_transformer" and self._known.kind == BRIDGE:
             raise self._not_hooked()
-        given = {} if device is None else {"device": str(device)}
-        settings = ModelSettings(**given, dtype=str(dtype).removeprefix("torch."))
+        where = find_device() if device is None else str(device)
+        settings = ModelSettings(where, str(dtype).removeprefix("torch."))
         self._check_device(settings.device)
         with quiet():
             model = self._private_copy(getattr(torch, settings.dtype))
@@ -310,7 +311,7 @@ def _tensors(model: Any, kind: str) -> dict[str, Tensor]:
 def _as_transformers(model: Any) -> PretrainedConfig:
     """The configuration of a HookedTransformer, in the names of transformers."""
     cfg = model.cfg
-    return PretrainedConfig(
+    entries: dict[str, Any] = dict(
         hidden_size=cfg.d_model,
         num_hidden_layers=cfg.n_layers,
         num_attention_heads=cfg.n_heads,
@@ -320,3 +321,4 @@ def _as_transformers(model: Any) -> PretrainedConfig:
         use_parallel_residual=cfg.parallel_attn_mlp,
         parameter_bytes=sum(p.nbytes for p in model.parameters()),
     )
+    return PretrainedConfig(**entries)
