@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from crosslens.activations.cache import ActivationCache
 from crosslens.errors import UserError
-from crosslens.snapshots.checks import check_arrival
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings
@@ -255,7 +254,7 @@ def fill(
                     freed += leave(loaded)
                 loaded, model = s, None
                 gc.collect()  # hooks make reference cycles of a model's parts
-                check_arrival(snapshots, s)
+                snapshots.check_arrival(s)
                 n_blocks = max(map(hook_layer, caches))
                 model = snapshots[s].load(
                     settings.device, settings.dtype, settings.backend, n_blocks, attention=settings.attention

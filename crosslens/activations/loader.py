@@ -69,7 +69,7 @@ from crosslens.activations.tokens import Dataset, Source, split_sequences, token
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError, did_you_mean
-from crosslens.snapshots.checks import check_arrival, check_known
+from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import check_hooks, hook_layer
 from crosslens.snapshots.settings import ModelSettings
@@ -95,8 +95,9 @@ class Activations:
         snapshots: the models, checked at once against each other and the hook points.
         hook_name: TransformerLens name of a hook point of the residual stream, of the output or the heads of attention,
             or of the input or output of an MLP (`crosslens.snapshots.hooks`); or a list of names.
-        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of
-            documents, or tokens, `(N, T)` sequences or `(N,)` one long stream.
+        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), tokens
+            (`(N, T)` sequences or `(N,)` one long stream), a `datasets` object, DataFrame or Series, or an iterable of
+            documents.
         n_tokens: tokens to train on, without the positions that are left out; None takes the whole dataset.
         context_size: tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens.
         seed: seed for every permutation.
@@ -286,7 +287,7 @@ class Activations:
         ours = self.settings
         if (ours.dtype, ours.attention) == ("float32", "eager") or os.environ.get("RANK", "0") != "0":
             return
-        check_arrival(self.snapshots, s)
+        self.snapshots.check_arrival(s)
         widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
         tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
         errors = rounding_error(self.snapshots[s], tokens, widths, ours)
@@ -533,16 +534,16 @@ class Activations:
         """A record for `from_dict`, in types of JSON; of the settings all but the device.
 
         Raises:
-            UserError: the dataset is in memory and has no name.
+            UserError: the models or the dataset are in memory.
         """
-        source = self.dataset.source
+        snapshots, source = self.snapshots.to_dict(), self.dataset.source
         if not isinstance(source, (str, Path)):
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
         source = str(Path(source).resolve()) if Path(source).is_file() else str(source)
         settings = asdict(self.settings)
         del settings["device"]
         return {
-            "snapshots": self.snapshots.to_dict(),
+            "snapshots": snapshots,
             "hook_name": self.hook_name,
             "dataset": asdict(replace(self.dataset, source=source)),
             "seed": self.seed,

@@ -35,6 +35,8 @@ _BATCHES = 3
 
 def model_bytes(config: Any, n_blocks: int, dtype: str = "float32") -> int:
     """Memory in bytes of a bridge with the first blocks of this transformers configuration."""
+    if (in_memory := getattr(config, "parameter_bytes", None)) is not None:  # of a HookedTransformer
+        return in_memory
     cut_config(config, n_blocks)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

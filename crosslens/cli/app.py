@@ -87,7 +87,8 @@ SnapshotsOption = Annotated[
         "--snapshots",
         "A folder of snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (choose with "
         "--steps); a hub repository with revisions such as org/model@step0,step1000, or with a pattern such as "
-        "org/model@step{step}; a release such as crosslens-demo; or demo.",
+        "org/model@step{step}; any models of one width, as base=place,chat=place, where a place is a folder, org/model "
+        "or org/model@revision; a release such as crosslens-demo; or demo.",
     ),
 ]
 StepsOption = Annotated[
@@ -125,7 +126,7 @@ ContextOption = Annotated[
     _option("--context-size", "Tokens per sequence. Default: the models' context, at most 1024.", in_range(2)),
 ]
 SplitOption = Annotated[str | None, _option("--split", "Split of a dataset on the hub. Default: train.")]
-ColumnOption = Annotated[str, _option("--text-column", "Column of the dataset that holds the text.")]
+ColumnOption = Annotated[str, _option("--column", "Column of the dataset that holds the text, or token ids.")]
 SampleOption = Annotated[
     str, _option("--sample-by", "A document in a text file is a line or a paragraph.", one_of(*SAMPLES))
 ]
@@ -265,7 +266,7 @@ def plan(
     processes: Annotated[int, _option("--processes", "Processes that torchrun will start.", in_range(1))] = 1,
     data_parallel: ParallelOption = 1,
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     drop_positions: DropOption = 0,
     device: DeviceOption = None,
@@ -297,7 +298,7 @@ def plan(
         dataset,
         n_tokens,
         context_size,
-        text_column=text_column,
+        column=column,
         split=split,
         sample_by=sample_by,
         drop_positions=drop_positions,
@@ -335,7 +336,7 @@ def harvest(
     ] = False,
     verify: Annotated[bool, _option("--verify", "Compare the checksums of activations on disk.")] = False,
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
     drop_positions: DropOption = 0,
@@ -354,7 +355,7 @@ def harvest(
         dataset,
         n_tokens,
         context_size,
-        text_column=text_column,
+        column=column,
         split=split,
         sample_by=sample_by,
         drop_positions=drop_positions,
@@ -454,7 +455,7 @@ def train(
     ] = None,
     cache_dtype: DtypeOption = "bfloat16",
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
     drop_positions: DropOption = 0,
@@ -508,7 +509,7 @@ def train(
         dataset,
         n_tokens,
         context_size,
-        text_column=text_column,
+        column=column,
         split=split,
         sample_by=sample_by,
         drop_positions=drop_positions,

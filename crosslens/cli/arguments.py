@@ -269,7 +269,8 @@ def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> L
 
     Args:
         spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
-            `org/model@pattern` with {step} in it; a release such as crosslens-demo; or demo.
+            `org/model@pattern` with {step} in it; `label=place,label=place`, where a place is a folder, `org/model` or
+            `org/model@revision`; a release such as crosslens-demo; or demo.
         steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
         hooks: hook points that a model in a local folder must have.
 
@@ -291,6 +292,8 @@ def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> L
             chosen = _choose(spec, labels, where.get("steps", [None] * len(labels)), steps)
             return lambda: _released(spec)[chosen]
         return lambda: _released(spec)  # raises
+    if re.match(r"[^/@=,]+=", spec):
+        return _models(spec, steps, hooks)
     repository, at, revisions = spec.partition("@")
     if at and "{step}" in revisions:
         return _of_model(families.pattern_model(repository, revisions), steps or "all")
@@ -304,7 +307,7 @@ def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> L
         return lambda: _snapshots().from_hub(repository, revisions.split(","))
     raise UserError(
         f"--snapshots {spec!r} is neither a folder nor a known model: give a folder, pythia-160m, "
-        f"org/model@revision,revision, a release, or demo{did_you_mean(spec, list_releases())}"
+        f"org/model@revision,revision, label=place,label=place, a release, or demo{did_you_mean(spec, list_releases())}"
     )
 
 
@@ -318,18 +321,40 @@ def _of_model(model: families.Model, steps: str) -> LoadSnapshots:
 
 def _local(folder: Path, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
     from crosslens.snapshots.folders import read_rows
-    from crosslens.snapshots.hooks import check_hook
 
     root = folder.expanduser().resolve()
     name, rows = read_rows(root)
     chosen = _choose(name, [row["label"] for row in rows], [row["step"] for row in rows], steps)
-    config_path = root / rows[0]["path"] / "config.json"
-    if hooks and config_path.is_file():
-        config = read_json(config_path, "config of a model")
+    _check_hooks_in(root / rows[0]["path"], hooks)
+    return lambda: _snapshots().local(root)[chosen]
+
+
+def _models(spec: str, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
+    from crosslens.snapshots.folders import check_places
+
+    pairs = [(label, place) for label, _, place in (part.partition("=") for part in spec.split(","))]
+    if not all(label and place for label, place in pairs):
+        raise UserError(f"--snapshots {spec!r} mixes forms: give label=place,label=place, such as base=a,chat=b")
+    labels = [label for label, _ in pairs]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"--snapshots {spec!r} has a label twice: give each model its own")
+    for name, revision in check_places(dict[str, str | Path](pairs)).values():
+        if revision is None:
+            _check_hooks_in(Path(name), hooks)
+    chosen = _choose(spec, labels, [None] * len(labels), steps)
+    return lambda: _snapshots().of(dict[str, str | Path](pairs))[chosen]
+
+
+def _check_hooks_in(folder: Path, hooks: Sequence[str]) -> None:
+    """Refuse hook points that the model in a folder does not have."""
+    from crosslens.snapshots.hooks import check_hook
+
+    path = folder / "config.json"
+    if hooks and path.is_file():
+        config = read_json(path, "config of a model")
         if {"num_hidden_layers", "model_type"} <= config.keys():
             for hook in hooks:
                 check_hook(hook, SimpleNamespace(**config))
-    return lambda: _snapshots().local(root)[chosen]
 
 
 def _demo(steps: str | None) -> Snapshots:

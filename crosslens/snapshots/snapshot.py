@@ -79,7 +79,7 @@ def cut_config(config: Any, n_blocks: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None, None, None]:
+def quiet() -> Generator[None, None, None]:
     """Silence warnings, logs and progress bars of the libraries that load models, and restore them afterwards."""
     # these settings are global to the process, so threads that load models take turns
     with _LOADING, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -152,7 +152,7 @@ class Snapshot:
         """The configuration, from config.json."""
         folder = self.folder()
         try:
-            with _quiet():
+            with quiet():
                 return AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise self._error(f"transformers cannot read {folder / 'config.json'}: {first_line(error)}") from error
@@ -161,7 +161,7 @@ class Snapshot:
         """The tokenizer in `tokenizer_source`."""
         folder = self.tokenizer_source()
         try:
-            with _quiet():
+            with quiet():
                 return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise self._error(f"transformers cannot read the tokenizer in {folder}: {first_line(error)}") from error
@@ -281,8 +281,7 @@ class Snapshot:
         name = str(dtype).removeprefix("torch.")
         settings = ModelSettings(find_device() if device is None else str(device), name, backend, attention=attention)
         device, torch_dtype = settings.device, getattr(torch, settings.dtype)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise self._error(f"device={device!r} needs CUDA, which is not available here: use device='cpu'")
+        self._check_device(device)
         official = self._official() if backend == "hooked_transformer" else self
         if attention != "eager":
             self._check_attention(attention)
@@ -294,7 +293,7 @@ class Snapshot:
         from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
         if backend == "bridge":
-            with _quiet():
+            with quiet():
                 model: Any = TransformerBridge.boot_transformers(
                     self.name, hf_model=original.to(device), tokenizer=tokenizer, device=device, dtype=torch_dtype
                 )
@@ -306,7 +305,7 @@ class Snapshot:
                     block.attn.__dict__["forward"] = functools.partial(AttentionBridge.forward, block.attn)
             return model.requires_grad_(False).eval()
         try:
-            with _quiet():
+            with quiet():
                 # checkpoint_value= would download weights of its own; revision= only selects the config
                 model = HookedTransformer.from_pretrained_no_processing(
                     official.name,
@@ -328,7 +327,7 @@ class Snapshot:
     def _check_attention(self, attention: str) -> None:
         config: Any = self.config()
         try:
-            with _quiet(), torch.device("meta"):  # the model's method that sets it does not refuse
+            with quiet(), torch.device("meta"):  # the model's method that sets it does not refuse
                 AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         except ValueError as error:
             raise self._error(
@@ -346,7 +345,7 @@ class Snapshot:
             with contextlib.ExitStack() as stack:
                 for path in self._weights():
                     open_weights(path, stack)
-            with _quiet():
+            with quiet():
                 model, report = from_pretrained(
                     self.folder(), config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
                 )
@@ -362,6 +361,10 @@ class Snapshot:
                 "at random: copy or convert the weights again"
             )
         return model
+
+    def _check_device(self, device: str) -> None:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise self._error(f"device={device!r} needs CUDA, which is not available here: use device='cpu'")
 
     def _final(self) -> Snapshot:
         """The main branch of the tokenizer's repository."""

@@ -21,7 +21,6 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -224,8 +223,10 @@ def claim(
     if run is None:
         return architecture, None
     run.claim(training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens))
-    if isinstance(acts.dataset.source, (str, Path)):
+    try:
         run.update(source=acts.to_dict())
+    except UserError as error:
+        tell(f"the command line cannot read {run.path}: {error}")
     return architecture, run
 
 

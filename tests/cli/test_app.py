@@ -151,6 +151,18 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     assert code == 0 and "MiB of memory in each of 2 processes" in out
 
 
+def test_two_models_of_any_kind(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    """Recorded in the run directory, and found again by the verbs that follow."""
+    models = f"base={tiny_snapshots / 'step10'},tuned={tiny_snapshots / 'step20'}"
+    assert [line.split()[0] for line in command("ls", models)[1].splitlines()] == ["base", "tuned"]
+    run = tmp_path / "run"
+    assert command(*train_arguments(Path(models), files, run))[0] == 0
+    assert [row["label"] for row in RunDir.open(run).read_json()["snapshots"]] == ["base", "tuned"]
+    assert command("evolve", run)[0] == 0
+    table = RunDir.open(run).table("evolution")
+    assert table is not None and {"reldec/base", "reldec/tuned"} <= {*table.columns}
+
+
 def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path, trained: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     data = [
@@ -263,7 +275,7 @@ def test_a_split_of_a_dataset_on_the_hub(tiny_snapshots: Path, tiny_text: list[s
         (["attribute", "{run}", "--task", "sva:{files}/missing.json"], "the key 'patch_answer' is missing"),
         (["attribute", "{run}", "--task", "sva:{files}/broken.json"], "the key 'clean_answer' is None"),
         (["ablate", "{run}", "--task", "demo:simple"], "run `crosslens attribute"),
-        (["{train}", "--dataset", "{files}/task.json", "--text-column", "txt"], "its columns are 'clean_prefix'"),
+        (["{train}", "--dataset", "{files}/task.json", "--column", "txt"], "its columns are 'clean_prefix'"),
         (["{train}", "--n-tokens", "1000000"], "text.txt has only .* usable tokens"),
         (["{train}", "--context-size", "64"], r"context_size=64 is not in \[2, 32\]"),
     ],

@@ -55,6 +55,11 @@ RUN = "{files}/run"
 WRONG = [
     (["ls", "pythia-15m"], "pythia has no size '15m'.*did you mean"),
     (["ls", "nowhere"], "is neither a folder nor a known model"),
+    (["ls", "base=./gone"], "'base': there is no folder './gone', and it is no name of a repository"),
+    (["ls", "base=a,base=b"], "has a label twice: give each model its own"),
+    (["ls", "base=a,org/b"], "mixes forms: give label=place,label=place"),
+    (["ls", "runs/lr=1"], "is neither a folder nor a known model"),
+    (["ls", "base=a,chat=b", "--steps", "sft"], "has no snapshot sft; it has base, chat"),
     (["ls", "pythia-14m", "--steps", "0,3"], "the nearest are 2 and 4"),
     (["ls", "pythia-14m", "--steps", "log:1"], "log:1 asks for 1 of 154 steps"),
     (["ls", "olmo-1b", "--steps", "triplet"], "olmo-1b has no step set 'triplet'"),
@@ -344,3 +349,14 @@ def test_a_release_by_name() -> None:
 def test_revisions_of_a_repository() -> None:
     found = parse_snapshots("org/model@step0,step10", None)
     assert found.labels == ["step0", "step10"] and found[1].revision == "step10"
+
+
+def test_any_models(tiny_snapshots: Path) -> None:
+    spec = f"first={tiny_snapshots / 'step0'},last={tiny_snapshots / 'step20'},hub=org/model,old=org/model@step1"
+    found = parse_snapshots(spec, None)
+    assert found.labels == ["first", "last", "hub", "old"]
+    assert [s.revision for s in found] == [None, None, "main", "step1"]
+    assert parse_snapshots(spec, "first,last").labels == ["first", "last"]
+    arguments.find_snapshots(spec, None, "blocks.2.hook_resid_post")
+    with pytest.raises(UserError, match="hook_name='blocks.3.hook_resid_post' does not exist: the model has 3 blocks"):
+        arguments.find_snapshots(spec, None, "blocks.3.hook_resid_post")
