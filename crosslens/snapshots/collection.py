@@ -424,6 +424,9 @@ class Snapshots(Sequence[Snapshot]):
     def check_arrival(self, s: int) -> None:
         """Download the weights of a snapshot, and refuse them if they equal others that were known before.
 
+        Args:
+            s: index of the snapshot.
+
         Raises:
             UserError: equal weights, or snapshots of one run that are stored in different dtypes; both are named.
         """
