@@ -463,7 +463,11 @@ class Snapshots(Sequence[Snapshot]):
         return int(self._config.hidden_size)
 
     def hook_width(self, hook_name: str) -> int:
-        """Width D of the activation at a hook point."""
+        """Width D of the activation at a hook point.
+
+        Args:
+            hook_name: TransformerLens name.
+        """
         return hook_width(hook_name, self._config)
 
     @property
