@@ -28,7 +28,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from crosslens.activations import loader as activations
+from crosslens.activations import cache
+from crosslens.activations.harvesting import run_to_hooks
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.snapshots.collection import Snapshots
@@ -38,6 +39,7 @@ from crosslens.snapshots.settings import ModelSettings
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
 VOCABULARY = 50_304
 HOOK = "blocks.2.hook_resid_post"
+SECOND = "blocks.2.hook_mlp_out"
 PACKAGES = ("crosslens", "torch", "transformer-lens", "transformers", "safetensors")
 
 
@@ -94,8 +96,18 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     def read(dtype: str) -> Callable[[], None]:
         def run() -> None:
             cached = kept[dtype]
-            cached._cache._verified.clear()  # pyright: ignore[reportPrivateUsage] (checksums are part of it)
+            cached._cache._files.clear()  # pyright: ignore[reportPrivateUsage] (checksums are part of it)
             cached.block(0, len(acts.tokens))
+
+        return run
+
+    def one_pass(*names: str) -> Callable[[], None]:
+        """Models in memory, cut at the hook point; the last two rows of the table differ by the second hook point."""
+        outs = {name: torch.empty(*acts.tokens.shape, D) for name in names}
+
+        def run() -> None:
+            for s in range(S):
+                run_to_hooks(snapshots.model(s, settings(args), hook_layer(HOOK)), acts.tokens, outs, settings(args))
 
         return run
 
@@ -104,6 +116,7 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     calls["live"] = live
     calls |= {f"cache, loading and writing {dtype}": write(dtype) for dtype in args.dtypes}
     calls |= {f"cache, reading {dtype}": read(dtype) for dtype in args.dtypes}
+    calls |= {"one hook point": one_pass(HOOK), "two hook points": one_pass(HOOK, SECOND)}
     for s in range(S):  # only "loading" contestants load models in the timed part
         snapshots.model(s, settings(args)), snapshots.model(s, settings(args), hook_layer(HOOK))
     timings = measure.alternate(calls, args.rounds, args.warm_up, args.device)
@@ -126,8 +139,8 @@ def waiting(snapshots: Snapshots, args: argparse.Namespace) -> list[dict[str, An
     """Fraction of a loop's time spent in `next(batches)`, without the first block, for several speeds of the loop."""
     size = 256
     rows: list[dict[str, Any]] = []
-    activations.BLOCK_TOKENS = 4 * size
     acts = activations_of(snapshots, args.waiting_tokens, args)
+    acts._mixing_tokens = args.waiting_tokens // 2  # pyright: ignore[reportPrivateUsage] (harvests during the epoch)
     began = time.perf_counter()
     n_batches = len(list(acts.batches(size, epochs=1)))
     own = (time.perf_counter() - began) / n_batches
@@ -147,10 +160,10 @@ def waiting(snapshots: Snapshots, args: argparse.Namespace) -> list[dict[str, An
 
 # ---------------------------------------------------------------------- memory
 def peak_memory(n_snapshots: int, root: str, folder: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of harvesting into a cache and of reading it, above the start, with blocks of one size in bytes."""
+    """Peak memory of harvesting into a cache and of reading it, above the start, with files of one size in bytes."""
     measure.return_freed_memory()
     torch.set_num_threads(args.threads)
-    activations.BLOCK_BYTES = args.block_mb << 20
+    cache.FILE_BYTES = args.block_mb << 20
     acts = activations_of(Snapshots.local(root)[:n_snapshots], args.memory_tokens, args)
     _ = acts.fingerprint(), acts.tokens
     found: dict[str, float] = {"S": n_snapshots}
@@ -180,7 +193,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--step", type=float, nargs="*", default=[0.5, 2.0], help="time of a step / of its data")
     parser.add_argument("--memory", type=int, nargs="*", default=[1, 2, 4], help="S of the table of memory")
-    parser.add_argument("--block-mb", type=int, default=4, help="size of a block in the table of memory")
+    parser.add_argument("--block-mb", type=int, default=4, help="size of a file in the table of memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/")
@@ -219,7 +232,7 @@ def main() -> None:
                     "first block, s": number("first", ".2f"),
                 },
             ),
-            f"Peak memory above the start, MiB; {args.memory_tokens:,} tokens in blocks of {args.block_mb} MiB:",
+            f"Peak memory above the start, MiB; {args.memory_tokens:,} tokens in files of {args.block_mb} MiB:",
             measure.markdown(
                 memory,
                 {"S": number("S", "d"), "harvesting": number("write", ".0f"), "reading": number("read", ".0f")},

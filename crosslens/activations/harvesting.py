@@ -1,11 +1,21 @@
-"""Activations of snapshots at a hook point; the models run up to the hook and no further."""
+"""Activations of snapshots at one or several hook points; the models run up to the deepest hook and no further.
+
+1. A forward pass ends when the last of its hook points was read: `run_to_hooks`. Each activation is copied to the host
+   while the device goes on.
+2. `harvest` gives the activations of all snapshots in memory; `fill` writes them into caches, with one model in memory
+   at a time, all hook points in one pass. A thread writes a shard while the model runs on the next.
+3. `rounding_error` says what another dtype or attention than float32 and eager does to the activations.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +28,7 @@ from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings
-from crosslens.snapshots.snapshot import LanguageModel
+from crosslens.snapshots.snapshot import LanguageModel, Snapshot
 
 # the prefetching thread and the evaluation share cut models, and hooks are attached to the model itself
 _CUT_MODELS = threading.RLock()
@@ -50,81 +60,224 @@ def harvest(
     """
     settings = settings or ModelSettings()
     chosen = range(len(snapshots)) if only is None else [only]
-    out = torch.empty(*tokens.shape, len(chosen), snapshots.d_model)
+    out = torch.empty(*tokens.shape, len(chosen), snapshots.hook_width(hook_name))
     n_blocks = hook_layer(hook_name) if cut else None
     for column, s in enumerate(chosen):
         with _CUT_MODELS:
             model = snapshots.model(s, settings, n_blocks)
-            run_to_hook(model, tokens, hook_name, out[:, :, column], settings, abandoned)
+            run_to_hooks(model, tokens, {hook_name: out[:, :, column]}, settings, abandoned)
         check_finite(out[:, :, column], snapshots.labels[s], hook_name)
     return out
 
 
 @torch.no_grad()
-def run_to_hook(
+def run_to_hooks(
     model: LanguageModel,
     tokens: Int[Tensor, "N T"],
-    hook_name: str,
-    out: Float[Tensor, "N T D"],
+    outs: Mapping[str, Float[Tensor, "N T _"]],
     settings: ModelSettings,
     abandoned: Callable[[], bool] | None = None,
 ) -> None:
-    """Write one model's activations into `out`; each forward pass stops at the hook."""
-    name = canonical_hook(hook_name)
+    """Write one model's activations at several hook points; each forward pass stops at the deepest.
+
+    Args:
+        model: whole, or cut at the deepest hook or above.
+        tokens: sequences of equal length.
+        outs: the tensor to fill for each hook point, on the host; each has its own width. A copy from a GPU does not
+            hold up the next forward pass if the tensor is in pinned memory (`host_tensor`).
+        settings: device, and tokens of a forward pass.
+        abandoned: called before every forward pass; True ends the harvest with `AbandonedError`.
+
+    Raises:
+        UserError: a hook point that the model lacks, or whose activation is no vector for each position, or of another
+            width.
+    """
+    places: dict[str, list[Tensor]] = {}
+    for name, out in outs.items():
+        places.setdefault(canonical_hook(name), []).append(out)
+    on_gpu = torch.device(settings.device).type == "cuda" and torch.cuda.is_available()
+    copies = torch.cuda.Stream(settings.device) if on_gpu else None
     step = max(1, settings.batch_tokens // tokens.shape[1])
     for start in range(0, len(tokens), step):
         if abandoned is not None and abandoned():
             raise AbandonedError
+        left = {*places}
 
-        def keep(activation: Tensor, hook: Any, start: int = start) -> None:
-            del hook
-            out[start : start + step] = activation
-            raise _Reached
+        def keep(name: str, activation: Tensor, hook: Any, start: int = start, left: set[str] = left) -> None:
+            del hook  # TransformerLens passes the hook point by this name
+            flat = _as_vectors(name, activation, places[name])
+            for out in places[name]:
+                here = out[start : start + step]
+                if copies is None:
+                    here.copy_(flat)
+                    continue
+                copies.wait_stream(torch.cuda.current_stream(flat.device))
+                with torch.cuda.stream(copies):
+                    here.copy_(flat, non_blocking=here.is_pinned() and here.is_contiguous())
+                flat.record_stream(copies)
+            left.discard(name)
+            if not left:
+                raise _Reached
 
+        hooks = [(name, partial(keep, name)) for name in places]
         try:
-            model.run_with_hooks(tokens[start : start + step].long().to(settings.device), fwd_hooks=[(name, keep)])
+            model.run_with_hooks(tokens[start : start + step].long().to(settings.device), fwd_hooks=hooks)
         except _Reached:
             continue
-        raise AssertionError(f"{name} was not reached")
+        raise _not_reached(model, min(left))
+    if copies is not None:
+        copies.synchronize()
+
+
+def _as_vectors(name: str, activation: Tensor, outs: Sequence[Tensor]) -> Float[Tensor, "n T D"]:
+    """The activation as one vector for each position: heads are put side by side."""
+    if name.endswith("attn.hook_z") and activation.ndim == 4:
+        activation = activation.flatten(2)
+    width = outs[0].shape[-1]
+    if activation.ndim != 3 or activation.shape[-1] != width:
+        raise UserError(
+            f"{name} has activations of shape {tuple(activation.shape)}, where (B, T, {width}) is needed: choose "
+            "another hook point"
+        )
+    return activation
+
+
+def _not_reached(model: Any, name: str) -> UserError:
+    return UserError(
+        f"{type(model).__name__} never reached hook point {name}: choose another, such as "
+        f"'blocks.{name.split('.')[1]}.hook_resid_post', or attention='eager', which has all that are inside attention"
+    )
+
+
+def host_tensor(*shape: int, device: str) -> Tensor:
+    """An uninitialised float32 tensor on the host, in pinned memory if it is to be filled from a GPU."""
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return torch.empty(*shape, pin_memory=on_gpu)
+
+
+def rounding_error(
+    snapshot: Snapshot, tokens: Int[Tensor, "N T"], widths: Mapping[str, int], settings: ModelSettings
+) -> dict[str, float]:
+    """Relative squared error of a snapshot's activations against float32 and eager attention, for each hook point.
+
+    `sum((a - a32)²) / sum(a32²)` over tokens and dimensions. One model at a time is in memory.
+
+    Args:
+        snapshot: its weights are downloaded if needed.
+        tokens: a few sequences.
+        widths: width of each hook point.
+        settings: the dtype and attention to judge.
+    """
+    n_blocks = max(map(hook_layer, widths))
+    found: list[dict[str, Tensor]] = []
+    for ours in (settings, replace(settings, dtype="float32", attention="eager")):
+        model = snapshot.load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
+        outs = {name: torch.empty(*tokens.shape, width) for name, width in widths.items()}
+        run_to_hooks(model, tokens, outs, ours)
+        found.append(outs)
+        del model
+        gc.collect()  # hooks make reference cycles of a model's parts
+    given, exact = found
+    return {
+        name: float((given[name] - exact[name]).double().square().sum() / exact[name].double().square().sum())
+        for name in widths
+    }
+
+
+def describe_error(settings: ModelSettings, label: str, n_tokens: int, errors: Mapping[str, float]) -> str:
+    """The error of a dtype and attention, in one line."""
+    parts = ", ".join(f"{error:.1e} at {name}" for name, error in errors.items())
+    return (
+        f"models in {settings.dtype} with {settings.attention} attention: squared error relative to float32 and eager "
+        f"{parts} ({label}, {n_tokens:,} tokens)"
+    )
 
 
 def fill(
-    cache: ActivationCache,
+    caches: Mapping[str, ActivationCache],
     snapshots: Snapshots,
-    hook_name: str,
-    pairs: list[tuple[int, int]],
+    pairs: Sequence[tuple[int, int]],
     settings: ModelSettings,
-) -> None:
-    """Harvest (shard, snapshot) pairs into a cache, with one model in memory at a time, cut at the hook.
+    *,
+    evict: bool = False,
+) -> int:
+    """Harvest (shard, snapshot) pairs into the caches of several hook points, with one model in memory at a time.
 
-    Processes started by torchrun begin at different pairs, and wait for the pairs that another process works on.
+    Snapshot by snapshot: its weights are downloaded and hashed, refused if they equal those of another snapshot, and
+    run; a thread writes a shard while the model runs on the next. Processes started by torchrun begin at different
+    pairs, and wait for the pairs that another process works on.
 
     Args:
-        cache: the cache to fill.
+        caches: the caches to fill, of the same shards, keyed by hook point.
         snapshots: models of one pretraining run.
-        hook_name: the hook point.
-        pairs: what is missing, snapshot by snapshot.
+        pairs: what any of them lacks.
         settings: how the models run.
+        evict: delete the weights that crosslens downloaded as soon as their snapshot is complete, so that those of one
+            snapshot are on the disk (of as many as there are processes, if there are several).
+
+    Returns:
+        Bytes of weights that were deleted.
 
     Raises:
-        UserError: an activation is not finite (the message names snapshot, hook and shard), or the disk is full.
+        UserError: an activation is not finite (the message names snapshot, hook and shard), equal snapshots, or the
+            disk is full.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    progress = tqdm(total=len(pairs), desc="Harvesting", unit="shard")
+    pairs = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+    first, *others = caches.values()
+    freed = 0
+    if evict:  # what an interrupted harvest left
+        freed = sum(snapshots[s].evict() for s in set(range(len(snapshots))) - {s for _, s in pairs})
+
+    def write(shard: int, s: int, outs: Mapping[str, Tensor]) -> None:
+        for name, acts in outs.items():
+            check_finite(acts, snapshots.labels[s], name, f"shard {shard}", first.span(shard)[0])
+            caches[name].write(shard, s, acts)
+        first.release(shard, s)
+
+    def leave(s: int) -> int:
+        complete = evict and all(c.has(shard, s) for c in caches.values() for shard in range(c.n_shards))
+        return snapshots[s].evict() if complete else 0
+
     loaded, model = None, None
-    with cache.harvesting(pairs, len(pairs) * rank // world) as turns:
+    written: Future[None] | None = None  # one shard is written while the next is harvested, so two are in memory
+    with (
+        first.harvesting(pairs, len(pairs) * rank // world, others) as turns,
+        ThreadPoolExecutor(1, "crosslens-writer") as writer,
+        tqdm(total=len(pairs), desc="Harvesting", unit="shard") as progress,
+    ):
         for shard, s in turns:
             if loaded != s:
+                if written is not None:
+                    written.result()
+                if loaded is not None:
+                    freed += leave(loaded)
                 loaded, model = s, None
                 gc.collect()  # hooks make reference cycles of a model's parts
-                model = snapshots[s].load(settings.device, settings.dtype, settings.backend, hook_layer(hook_name))
-            first, last = cache.span(shard)
-            acts = torch.empty(last - first, cache.tokens.shape[1], cache.d_model)
-            run_to_hook(model, cache.tokens[first:last], hook_name, acts, settings)
-            check_finite(acts, snapshots.labels[s], hook_name, f"shard {shard}", first)
-            cache.write(shard, s, acts)
+                snapshots.check_arrival(s)
+                n_blocks = max(map(hook_layer, caches))
+                model = snapshots[s].load(
+                    settings.device, settings.dtype, settings.backend, n_blocks, attention=settings.attention
+                )
+            begin, end = first.span(shard)
+            tokens = first.tokens[begin:end]
+            outs = {
+                name: host_tensor(*tokens.shape, cache.d_model, device=settings.device)
+                for name, cache in caches.items()
+                if not cache.has(shard, s)
+            }
+            if outs:  # without locks, another process may have been faster
+                run_to_hooks(model, tokens, outs, settings)
+            if written is not None:
+                written.result()
+            written = writer.submit(write, shard, s, outs)
+            del outs
             progress.update()
-    progress.close()
+        if written is not None:
+            written.result()
+        if loaded is not None:
+            freed += leave(loaded)
+    return freed
 
 
 def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where: str = "", first: int = 0) -> None:
@@ -156,4 +309,4 @@ class AbandonedError(Exception):
 
 
 class _Reached(Exception):
-    """The hook point was read; the rest of the model need not run."""
+    """The hook points were read; the rest of the model need not run."""

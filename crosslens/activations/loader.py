@@ -1,11 +1,16 @@
 """Shuffled batches (B, S, D) of activations: the same tokens in every snapshot, computed live or read from a cache.
 
+Activations at several hook points share tokens, and one pass of the models fills the caches of all: `acts[name]` has
+the batches of one of them.
+
 1. Documents become sequences of `context_size` tokens (SAELens's packing: BOS first, documents separated by BOS).
-2. Sequences are permuted once by `seed`; the last ones are held out, the others form blocks.
-3. Every epoch visits the blocks in an order drawn from (seed, epoch), and shuffles the positions inside a block by
-   (seed, epoch, block). The order depends on nothing else, so training can continue at any batch.
-4. A block's activations come from the models, which stop at the hook, or from the cache. A thread makes the next block
-   while the current one is in use.
+2. Sequences are permuted once by `seed`; the last ones are held out.
+3. From a cache every epoch is a uniformly random permutation of all training tokens (`crosslens.activations.order`).
+   Live, it is one drawn from a buffer of `mixing_tokens` (`crosslens.activations.mixing`), and the cache's own where
+   the buffer holds all of them. The order depends on the seed and the position only, so training can continue at any
+   batch, with any number of processes.
+4. A thread makes the next batch while the current one is in use, and brings it to the device
+   (`crosslens.activations.feed`).
 
 BOS and padding positions are left out (`Dataset(keep_special=True)` keeps them): their activations are outliers that
 say nothing about the text. Symbols: N sequences, B tokens, T positions, S snapshots, D d_model.
@@ -14,20 +19,22 @@ say nothing about the text. Symbols: N sequences, B tokens, T positions, S snaps
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,16 +45,33 @@ from crosslens.activations.cache import (
     check_space,
     describe_rounding,
     free_bytes,
+    recorded_tokens,
     row_bytes,
+    shard_sequences,
 )
-from crosslens.activations.harvesting import fill, harvest, run_to_hook
-from crosslens.activations.plan import Plan, model_bytes, peak_memory, training_bytes
-from crosslens.activations.tokens import Dataset, Source, generator, split_sequences, token_sequences
-from crosslens.distributed.devices import own_device
-from crosslens.distributed.parallel import check_split
-from crosslens.errors import UserError
-from crosslens.snapshots.collection import KEEP_BYTES, Snapshots
-from crosslens.snapshots.hooks import hook_layer
+from crosslens.activations.feed import CachedRows, Rows, feed
+from crosslens.activations.harvesting import describe_error, fill, harvest, rounding_error, run_to_hooks
+from crosslens.activations.identity import source_identity
+from crosslens.activations.mixing import Held, Mixed, Schedule
+from crosslens.activations.order import Indices, Order, stored_order
+from crosslens.activations.plan import (
+    Plan,
+    buffered_sequences,
+    cache_bytes,
+    distinct_sequences,
+    join_plans,
+    model_bytes,
+    order_bytes,
+    peak_memory,
+    training_bytes,
+)
+from crosslens.activations.tokens import Dataset, Source, split_sequences, token_sequences
+from crosslens.distributed.devices import model_memory, own_device
+from crosslens.distributed.parallel import ALONE, Parallel, check_split
+from crosslens.errors import UserError, did_you_mean
+from crosslens.snapshots.checks import check_known
+from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.hooks import check_hooks, hook_layer
 from crosslens.snapshots.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -55,23 +79,34 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
+_JUDGED_TOKENS = 2048
+"""Tokens for the error of the models' dtype and attention."""
+MIXING_BYTES = 4 << 30
+"""Host memory of the default mixing buffer. It is the same on every machine, because the order depends on it."""
 
 
 class Activations:
-    """Activations of one dataset in all snapshots at one hook point.
+    """Activations of one dataset in all snapshots at one or several hook points.
+
+    With several, `acts["blocks.6.hook_resid_post"]` gives the activations at one, to train on; `cache` and `plan` are
+    for all of them together.
 
     Args:
-        snapshots: the models, checked at once against each other and the hook point.
-        hook_name: TransformerLens name of a residual-stream or block-output hook.
-        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of
-            documents, or tokens, `(N, T)` sequences or `(N,)` one long stream.
+        snapshots: the models, checked at once against each other and the hook points.
+        hook_name: TransformerLens name of a hook point of the residual stream, of the output or the heads of attention,
+            or of the input or output of an MLP (`crosslens.snapshots.hooks`); or a list of names.
+        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), tokens
+            (`(N, T)` sequences or `(N,)` one long stream), a `datasets` object, DataFrame or Series, or an iterable of
+            documents.
         n_tokens: tokens to train on, without the positions that are left out; None takes the whole dataset.
         context_size: tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens.
         seed: seed for every permutation.
         settings: how the models run.
+        mixing_tokens: tokens in the buffer that live batches are drawn from, in float32; None: as many as 4 GiB hold.
 
     Attributes:
-        dataset: the `Dataset`, with its `context_size` filled in.
+        dataset: the `Dataset`, with its `context_size` and `separator` filled in.
+        hook_names: the hook points.
 
     Raises:
         UserError: a number out of range or given twice, snapshots that cannot be compared, no such hook point. Data
@@ -87,13 +122,14 @@ class Activations:
     def __init__(
         self,
         snapshots: Snapshots,
-        hook_name: str,
+        hook_name: str | Sequence[str],
         dataset: Dataset | Source,
         n_tokens: int | None = None,
         context_size: int | None = None,
         *,
         seed: int = 0,
         settings: ModelSettings | None = None,
+        mixing_tokens: int | None = None,
     ) -> None:
         if not isinstance(dataset, Dataset):
             dataset = Dataset(dataset, n_tokens, context_size)
@@ -111,18 +147,63 @@ class Activations:
             length = min(longest, 1024)
         if not 2 <= length <= longest:
             raise UserError(f"context_size={length} is not in [2, {longest}], the models' context")
+        if mixing_tokens is not None and mixing_tokens < length:
+            raise UserError(f"mixing_tokens={mixing_tokens} must be at least {length}, the tokens of a sequence")
         # the weights are compared before the first harvest; until then nothing is downloaded
-        snapshots.check(hook_name, weights=False)
+        names = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name)
         settings = settings or ModelSettings()
+        check_hooks(names, settings.backend)
+        for name in names:
+            snapshots.check(name, weights=False)
         self.snapshots = snapshots
-        self.hook_name = hook_name
-        self.dataset = replace(dataset, context_size=length)
+        self.hook_names = names
+        separator = dataset.separator or snapshots.separator
+        self.dataset = replace(dataset, context_size=length, separator=separator)
         self.seed = seed
         self.settings = replace(settings, device=own_device(settings.device))
+        self._mixing_tokens = mixing_tokens
         self._compared = False
+        self._parts: dict[str, Activations] = {}
+        self._whole: Activations | None = None
         self._cache: ActivationCache | None = None
+        self._cached_rows: CachedRows | None = None
+        self._held: Held | None = None
         self._tokens: Tensor | None = None
         self._n_train = 0
+
+    # ------------------------------------------------------------------ hook points
+    @property
+    def hook_name(self) -> str:
+        """The hook point.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.hook_names) > 1:
+            raise UserError(
+                f"these activations have {len(self.hook_names)} hook points, and a crosscoder reads one: choose it, "
+                f"for instance acts[{self.hook_names[0]!r}]"
+            )
+        return self.hook_names[0]
+
+    def __getitem__(self, hook_name: str) -> Activations:
+        """The activations at one of the hook points; they share the tokens.
+
+        Raises:
+            UserError: not one of them.
+        """
+        if hook_name not in self.hook_names:
+            raise UserError(
+                f"these activations have no hook point {hook_name!r}: choose {' or '.join(map(repr, self.hook_names))}"
+                f"{did_you_mean(hook_name, self.hook_names)}"
+            )
+        if len(self.hook_names) == 1:
+            return self
+        if hook_name not in self._parts:
+            part = copy.copy(self)
+            part.hook_names, part._parts, part._whole = (hook_name,), {}, self
+            self._parts[hook_name] = part
+        return self._parts[hook_name]
 
     # ------------------------------------------------------------------ tokens
     @property
@@ -133,11 +214,13 @@ class Activations:
     @property
     def d_model(self) -> int:
         """D, the width of the residual stream."""
-        return self.snapshots.d_model
+        return self.snapshots.hook_width(self.hook_name)
 
     @property
     def tokens(self) -> Int[Tensor, "N T"]:
         """Sequences for training, then those held out; read and tokenised at the first use."""
+        if self._tokens is None and self._whole is not None:
+            self._tokens, self._n_train = self._whole.tokens, self._whole._n_train
         if self._tokens is None:
             self._tokens, self._n_train = self._read()
         return self._tokens
@@ -153,10 +236,15 @@ class Activations:
     @property
     def n_tokens(self) -> int:
         """Activations per epoch of training: positions of the training sequences that are kept."""
-        return int(self.keep(self.train_tokens()).sum())
+        return int(self._counts.sum())
+
+    @cached_property
+    def _counts(self) -> Indices:
+        """Positions of each training sequence that are kept."""
+        return self.keep(self.train_tokens()).sum(-1).numpy()
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
-        """Which positions of `tokens` training uses: all but BOS and padding, unless `keep_special`."""
+        """Which positions of `tokens` training uses, as `Dataset.keep` says."""
         return self.dataset.keep(tokens, self.snapshots.tokenizer)
 
     def _read(self) -> tuple[Tensor, int]:
@@ -191,76 +279,130 @@ class Activations:
         """Compare the weights of the snapshots, once."""
         if not self._compared:
             self.snapshots.check(self.hook_name)
+            self._say_error(0)
             self._compared = True
+
+    def _say_error(self, s: int) -> None:
+        """Print what the models' dtype and attention do to the activations of a snapshot, unless they are exact."""
+        ours = self.settings
+        if (ours.dtype, ours.attention) == ("float32", "eager") or os.environ.get("RANK", "0") != "0":
+            return
+        self.snapshots.check_arrival(s)
+        widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
+        tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
+        errors = rounding_error(self.snapshots[s], tokens, widths, ours)
+        tqdm.write(describe_error(ours, self.snapshots.labels[s], tokens.numel(), errors), file=sys.stderr)
 
     @property
     def block_sequences(self) -> int:
-        """Number of sequences that are in memory and shuffled together."""
+        """Number of sequences whose activations, of all snapshots, are at most 1 GiB; in whole forward passes."""
         per_token = self.n_snapshots * self.d_model * 4
-        return max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+        most = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+        return most // self._pass_sequences * self._pass_sequences or most
+
+    @property
+    def mixing_tokens(self) -> int:
+        """Tokens in the buffer that live batches are drawn from; all of an epoch if there are no more."""
+        default = max(MIXING_BYTES // (4 * self.n_snapshots * self.d_model), self.tokens.shape[1])
+        return min(self._mixing_tokens or default, self.n_tokens)
+
+    @property
+    def data_order(self) -> str:
+        """What decides the order of the tokens besides seed and data."""
+        mixed = self._cache is None and self.mixing_tokens < self.n_tokens
+        return f"a live buffer of {self.mixing_tokens} tokens" if mixed else "shuffled"
 
     def batches(
-        self, batch_size: int, *, start: int = 0, epochs: int | None = None
+        self,
+        batch_size: int,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        device: str | torch.device = "cpu",
+        parallel: Parallel = ALONE,
+        whole: bool = True,
     ) -> Generator[Float[Tensor, "B S D"], None, None]:
         """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
+
+        Processes that are given as `parallel` read together, each a part of every batch, and must read the same
+        batches. On CPUs their batches are in shared memory, and valid until the next is asked for.
 
         Args:
             batch_size: B tokens; the rest of an epoch goes into the first batch of the next.
             start: batches to skip; the stream continues as if they had been read.
             epochs: passes over the data, endless when None; an incomplete last batch is dropped.
+            device: where batches are wanted; the next one travels there while one is in use.
+            parallel: the processes that read together.
+            whole: all tokens of a batch; False: those that `Parallel.tokens` gives this process.
         """
         self.check_batch(batch_size)
-        epoch, skip = divmod(start * batch_size, self.n_tokens)
-        left: Tensor | None = None
-        # the queue alone would let the thread work two blocks ahead
-        wanted, closed = threading.Semaphore(1), threading.Event()
-        blocks = PrefetchingIterator(self._shuffled_blocks(epoch, skip, epochs, wanted, closed), prefetch=1)
-        waited = first = 0.0
-        try:
-            while True:
-                began = time.perf_counter()
-                rows = next(blocks, None)
-                if rows is None:
-                    return
-                wanted.release()
-                waited += time.perf_counter() - began
-                first = first or waited
-                self.waited, self.waited_first = waited, first
-                rows = rows if left is None else torch.cat([left, rows])
-                whole = len(rows) // batch_size * batch_size
-                if whole:  # an empty tensor splits into one empty batch
-                    yield from rows[:whole].split(batch_size)
-                left = rows[whole:].clone()
-                del rows  # while the next block is made, this one would be one too many in memory
-        finally:
-            closed.set()
-            wanted.release()
-            blocks.close()
+        closed = threading.Event()
+        self.waited = self.waited_first = 0.0
+
+        def waited(seconds: float) -> None:
+            self.waited += seconds
+            self.waited_first = self.waited_first or seconds
+
+        last = None if epochs is None else epochs * self.n_tokens // batch_size
+        steps = itertools.count(start) if last is None else range(start, last)
+        spans = ((step * batch_size, (step + 1) * batch_size) for step in steps)
+        shape = (batch_size, self.n_snapshots, self.d_model)
+        rows = self._rows(closed.is_set)
+        yield from feed(rows, spans, shape, torch.device(device), parallel, whole, closed, waited)
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse a `batch_size` that is larger than an epoch."""
         if not 0 < batch_size <= self.n_tokens:
             raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
-    def _shuffled_blocks(
-        self, epoch: int, skip: int, epochs: int | None, wanted: threading.Semaphore, closed: threading.Event
-    ) -> Iterator[Float[Tensor, "n S D"]]:
-        size = self.block_sequences
-        counts = [int(c.sum()) for c in self.keep(self.train_tokens()).sum(-1).split(size)]
-        while epochs is None or epoch < epochs:
-            for block in torch.randperm(len(counts), generator=generator(self.seed, epoch)).tolist():
-                if skip >= counts[block]:
-                    skip -= counts[block]
-                    continue
-                wanted.acquire()
-                if closed.is_set():
-                    return
-                first, last = block * size, min((block + 1) * size, self._n_train)
-                kept = self.keep(self.tokens[first:last]).flatten().nonzero()[:, 0]
-                order = torch.randperm(len(kept), generator=generator(self.seed, epoch, block))
-                yield self.block(first, last, closed.is_set).flatten(0, 1)[kept[order[skip:]]]
-                skip = 0
-            epoch += 1
+    def _rows(self, abandoned: Callable[[], bool]) -> Rows:
+        """Where batches come from."""
+        width = (self.n_snapshots, self.d_model)
+        if self._cached_rows is not None:
+            return self._cached_rows
+        if self.mixing_tokens < self.n_tokens:
+            schedule = Schedule(self._counts, self.mixing_tokens, self.seed, self.block_sequences)
+            return Mixed(schedule, lambda sequences: self._kept(torch.from_numpy(sequences), abandoned), width)
+        if self._held is None:
+            counts = [int(self._counts[first:last].sum()) for first, last in self._shards()]
+            self._held = Held(Order(counts, self.seed), lambda out: self._hold(out, abandoned), width)
+        return self._held
+
+    def _kept(self, sequences: Int[Tensor, " n"], abandoned: Callable[[], bool]) -> Float[Tensor, "K S D"]:
+        """Activations of the kept positions of some sequences."""
+        self._compare()
+        tokens = self.tokens[sequences]
+        acts = harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
+        return acts[self.keep(tokens)]
+
+    def _hold(self, out: Float[Tensor, "K S D"], abandoned: Callable[[], bool]) -> None:
+        """Harvest all training sequences, in the forward passes and in the order of a cache."""
+        self._compare()
+        block, at = self.block_sequences, 0
+        for shard, (first, last) in enumerate(self._shards()):
+            n = int(self._counts[first:last].sum())
+            places = np.empty(n, dtype=np.int64)
+            places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
+            at, done = at + n, 0
+            for begin in range(first, last, block):
+                end = min(begin + block, last)
+                kept = self.block(begin, end, abandoned)[self.keep(self.tokens[begin:end])]
+                out[torch.from_numpy(places[done : done + len(kept)])] = kept
+                done += len(kept)
+
+    @property
+    def _pass_sequences(self) -> int:
+        """Sequences in a forward pass."""
+        return max(1, self.settings.batch_tokens // self.tokens.shape[1])
+
+    @property
+    def _shard_sequences(self) -> int:
+        return shard_sequences(len(self.train_tokens()), self.tokens.shape[1], self.d_model, self._pass_sequences)
+
+    def _shards(self) -> list[tuple[int, int]]:
+        """First and last sequence of the shards that a new cache has."""
+        n, size = len(self.train_tokens()), self._shard_sequences
+        return [(first, min(first + size, n)) for first in range(0, n, size)]
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
         """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer."""
@@ -274,52 +416,101 @@ class Activations:
     ) -> Activations:
         """Harvest the activations into a folder, and return the same activations read from there.
 
-        An interrupted harvest continues where it stopped. Several processes, started by torchrun or by hand, may fill
-        one folder together; each returns when it is complete. A damaged file is harvested again when it is read.
+        A cache that is complete needs neither the dataset nor the models. An interrupted harvest continues where it
+        stopped. Several processes, started by torchrun or by hand, may fill one folder together; each returns when it
+        is complete. A damaged file is harvested again when it is read. With several hook points, each has its own
+        folder of its name inside this one, and one pass of the models fills all; activations at one of them are read
+        from there, too.
 
         Args:
             folder: created if needed; a cache for a different request is rejected.
             dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
-            evict: afterwards delete the weights that crosslens downloaded to the hub's cache.
+            evict: delete the weights that crosslens downloaded to the hub's cache, those of each snapshot as soon as it
+                is harvested: the disk then holds one at a time, or one for each process.
             verify: compare the checksums of all files now.
 
         Raises:
             UserError: a cache for a different request, a full disk, or activations that are not finite.
         """
         path = Path(folder)
-        needed = self.tokens.numel() * self.n_snapshots * row_bytes(self.d_model, check_dtype(dtype))
-        if not path.exists():
-            check_space(path, needed)  # before any download; an existing cache is checked below, once it is read
-        shape = self.block_sequences, self.n_snapshots, self.d_model
-        cache = ActivationCache(path, self.tokens, *shape, dtype, self.fingerprint())
-        if missing := cache.missing(verify=verify):
-            check_space(path, cache.needed_bytes(missing))
-            self._compare()
-            fill(cache, self.snapshots, self.hook_name, missing, self.settings)
-            if dtype != "float32":
-                tqdm.write(describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors()), file=sys.stderr)
+        places = {name: path / name for name in self.hook_names}
+        if len(places) == 1 and not (path / self.hook_name / "manifest.json").is_file():
+            places = {self.hook_name: path}
+        source = source_identity(self.dataset, self.snapshots.tokenizer, self.seed)
+        for place in places.values():
+            if self._tokens is None and (found := recorded_tokens(place, source)):
+                self._tokens, self._n_train = found
+        if not any(place.exists() for place in places.values()):  # an existing cache is checked once it is read
+            widths = map(self.snapshots.hook_width, places)
+            row = sum(row_bytes(width, check_dtype(dtype)) for width in widths)
+            check_space(path, self.tokens.numel() * self.n_snapshots * row)  # before any download
+        size = min(self[name]._shard_sequences for name in places)  # one pass of a shard fills all
+        caches = {name: self[name]._open(place, size, dtype, source) for name, place in places.items()}
+        if len({cache.size for cache in caches.values()}) > 1:
+            raise UserError(
+                f"the caches in {path} have shards of different lengths, so one pass cannot fill them: give another "
+                "folder"
+            )
+        freed = 0
+        missing = {name: cache.missing(verify=verify) for name, cache in caches.items()}
+        if pairs := {pair for found in missing.values() for pair in found}:
+            check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
+            check_known(self.snapshots)
+            self._say_error(min(s for _, s in pairs))
+            freed = fill(caches, self.snapshots, sorted(pairs), self.settings, evict=evict)
+            for name, cache in caches.items() if dtype != "float32" else ():
+                where = f"{name}: " if len(caches) > 1 else ""
+                line = describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors())
+                tqdm.write(f"{where}{line}", file=sys.stderr)
         if evict:
-            freed = sum(snapshot.evict() for snapshot in self.snapshots)
+            freed += sum(snapshot.evict() for snapshot in self.snapshots)
             tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
+        parts = {name: self[name]._reading(cache) for name, cache in caches.items()}
+        if len(parts) == 1:
+            return parts[self.hook_name]
         cached = copy.copy(self)
-        cached._cache = cache
+        cached._parts = parts
+        return cached
+
+    def _open(self, path: Path, size: int, dtype: str, source: dict[str, Any] | None) -> ActivationCache:
+        """The cache of this hook point, as far as it is filled."""
+        return ActivationCache(
+            path,
+            self.tokens,
+            size,
+            self.n_snapshots,
+            self.d_model,
+            dtype,
+            self.fingerprint(),
+            n_train=len(self.train_tokens()),
+            kept=self.keep(self.tokens),
+            seed=self.seed,
+            source=source,
+        )
+
+    def _reading(self, cache: ActivationCache) -> Activations:
+        """The same activations, read from a cache."""
+        cached = copy.copy(self)
+        cached._cache, cached._held = cache, None
+        cached._cached_rows = CachedRows(cache, Order(cache.training_counts(), self.seed), cached._repair)
         return cached
 
     def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
         assert self._cache is not None
         warnings.warn(f"{error.path} {error.what}: harvesting it again", stacklevel=2)
-        fill(self._cache, self.snapshots, self.hook_name, [(shard, snapshot)], self.settings)
+        fill({self.hook_name: self._cache}, self.snapshots, [(shard, snapshot)], self.settings)
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the activations: equal fingerprints give equal activations."""
         return {
-            "snapshots": self.snapshots.fingerprints,
+            "snapshots": [snapshot.origin for snapshot in self.snapshots],
             "hook_name": self.hook_name,
             "context_size": self.dataset.context_size,
             "prepend_bos": self.dataset.prepend_bos,
             "backend": self.settings.backend,
             "model_dtype": self.settings.dtype,
+            "attention": self.settings.attention,
         }
 
     def metadata(self) -> dict[str, Any]:
@@ -331,6 +522,8 @@ class Activations:
             "context_size": self.dataset.context_size,
             "prepend_bos": self.dataset.prepend_bos,
             "keep_special": self.dataset.keep_special,
+            "separator": self.dataset.separator,
+            "drop_positions": self.dataset.drop_positions,
             "snapshots": [
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots
@@ -341,19 +534,20 @@ class Activations:
         """A record for `from_dict`, in types of JSON; of the settings all but the device.
 
         Raises:
-            UserError: the dataset is in memory and has no name.
+            UserError: the models or the dataset are in memory.
         """
-        source = self.dataset.source
+        snapshots, source = self.snapshots.to_dict(), self.dataset.source
         if not isinstance(source, (str, Path)):
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
         source = str(Path(source).resolve()) if Path(source).is_file() else str(source)
         settings = asdict(self.settings)
         del settings["device"]
         return {
-            "snapshots": self.snapshots.to_dict(),
+            "snapshots": snapshots,
             "hook_name": self.hook_name,
             "dataset": asdict(replace(self.dataset, source=source)),
             "seed": self.seed,
+            "mixing_tokens": self._mixing_tokens,
             "settings": settings,
         }
 
@@ -366,6 +560,7 @@ class Activations:
             Dataset(**recorded["dataset"]),
             seed=recorded["seed"],
             settings=settings or ModelSettings(**recorded["settings"]),
+            mixing_tokens=recorded.get("mixing_tokens"),
         )
 
     def plan(
@@ -395,12 +590,24 @@ class Activations:
             adam_moments: as in `TrainConfig`.
         """
         check_split(processes, data_parallel, None if architecture is None else architecture.d_sae, batch_size)
+        check_dtype(dtype)
+        if len(self.hook_names) > 1:
+            options: dict[str, Any] = {"training_tokens": training_tokens, "folder": folder, "dtype": dtype}
+            options |= {"architecture": architecture, "batch_size": batch_size, "processes": processes}
+            options |= {"data_parallel": data_parallel, "adam_moments": adam_moments}
+            deepest = max(self.hook_names, key=hook_layer)
+            plans = [self[name].plan(measure and name == deepest, **options) for name in self.hook_names]
+            return join_plans(self.hook_names, plans, self.hook_names.index(deepest))
         process = peak_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
-        one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name))
-        fit = one_model * S <= KEEP_BYTES
-        block = min(self.block_sequences, len(self.tokens)) * T * S * D * 4
+        one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name), self.settings.dtype)
+        allowed = model_memory(self.settings.device)
+        fit = one_model * S <= allowed
+        n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
+        files = (len(self._shards()) + -(-held // size)) * (S + 1)
+        chunk = min(self.block_sequences, n) * T * S * D * 4
+        own = batch_size // data_parallel
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),
@@ -410,9 +617,20 @@ class Activations:
             passes=max(1.0, (training_tokens or self.n_tokens) / self.n_tokens),
             model_bytes=one_model,
             models_fit=fit,
+            allowed_bytes=allowed,
             loaded_bytes=one_model * (S if fit else 1),
-            block_bytes=block,
-            cache_bytes=self.tokens.numel() * S * row_bytes(D, check_dtype(dtype)),
+            batch_bytes=min(own, self.n_tokens) * S * D * 4,
+            order_bytes=order_bytes(self.n_tokens, S, size * T),
+            mixing_tokens=self.mixing_tokens,
+            mixing_bytes=self.mixing_tokens * S * D * 4 + chunk,
+            # one shard is written while the next is harvested
+            harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
+            n_files=1 + files,
+            batch_sequences=(
+                distinct_sequences(self._counts, batch_size),
+                buffered_sequences(self._counts, self.mixing_tokens, batch_size),
+            ),
+            cache_bytes=cache_bytes(self.tokens.numel(), files, S, D, dtype),
             cache_dtype=dtype,
             free_bytes=free_bytes(folder),
             n_downloads=downloads,
@@ -434,12 +652,13 @@ class Activations:
         if found is None:
             return math.nan
         ours = self.settings
-        model = found.load(ours.device, ours.dtype, ours.backend, hook_layer(self.hook_name))
+        n_blocks = hook_layer(self.hook_name)
+        model = found.load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
         probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
         out = torch.empty(*probe.shape, self.d_model)
         seconds: list[float] = []
         for _ in range(3):
             began = time.perf_counter()
-            run_to_hook(model, probe, self.hook_name, out, ours)
+            run_to_hooks(model, probe, {self.hook_name: out}, ours)
             seconds.append(time.perf_counter() - began)
         return min(seconds) / probe.numel()

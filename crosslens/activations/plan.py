@@ -1,20 +1,28 @@
 """The cost of harvesting, before anything runs: disk, memory, forward passes and time, live or from a cache.
 
 *Live* runs all models again in every pass over the data: best for a single pass, if the models fit into memory
-together. *Cached* runs each model once, by itself, and every pass reads the disk.
+together. *Cached* runs each model once, by itself, and every pass reads the disk. Cached batches are mixed over all of
+the data, live ones over a buffer in host memory.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import gammaln
 from transformers import AutoModelForCausalLM
 
+from crosslens.activations.cache import BLOCK, HEADER, row_bytes
+from crosslens.activations.mixing import CHUNKS
+from crosslens.activations.order import WINDOW
 from crosslens.snapshots.snapshot import cut_config
 
 if TYPE_CHECKING:
@@ -22,16 +30,21 @@ if TYPE_CHECKING:
 
 READ_BYTES_PER_SECOND = 200e6
 """A slow disk, for the estimate of a pass over the cache."""
+_BATCHES = 3
 
 
-def model_bytes(config: Any, n_blocks: int) -> int:
-    """Memory in bytes of a float32 bridge with the first blocks of this transformers configuration."""
+def model_bytes(config: Any, n_blocks: int, dtype: str = "float32") -> int:
+    """Memory in bytes of a bridge with the first blocks of this transformers configuration."""
+    if (in_memory := getattr(config, "parameter_bytes", None)) is not None:  # of a HookedTransformer
+        return in_memory
     cut_config(config, n_blocks)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # TransformerLens splits a joint query-key-value matrix into three and keeps both
-    return 4 * (sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name))
+    return getattr(torch, dtype).itemsize * (
+        sum(sizes.values()) + sum(size for name, size in sizes.items() if "query_key_value" in name)
+    )
 
 
 # number of (B, F) arrays in a step at its densest (for the last two the first step), and extra columns; measured on
@@ -76,6 +89,53 @@ def training_bytes(
     return int(4 * (held + step)) + _WORKSPACE
 
 
+def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:
+    """Disk space of a cache in bytes: activations and their checksums, tokens and the order of rows, and headers.
+
+    Args:
+        n_positions: positions of all sequences.
+        n_files: number of files.
+        n_snapshots: S.
+        d_model: D.
+        dtype: of the cache.
+    """
+    return int(n_positions * (n_snapshots * (row_bytes(d_model, dtype) + 4 / BLOCK) + 8)) + n_files * HEADER
+
+
+def order_bytes(n_tokens: int, n_snapshots: int, shard_tokens: int) -> int:
+    """Memory for the order of the tokens of a cache: a label and a row of each in the window that is being read, and
+    the checksums of its files."""
+    return int(min(n_tokens, WINDOW * shard_tokens) * (1 + 4 + n_snapshots * (4 + 1) / BLOCK))
+
+
+def distinct_sequences(counts: NDArray[np.int64], n_tokens: int) -> float:
+    """Expected number of sequences that n tokens come from, drawn without replacement from all.
+
+    Args:
+        counts: tokens of each sequence.
+        n_tokens: n.
+    """
+    total = int(counts.sum())
+    n = min(n_tokens, total)
+    left = total - counts
+    # C(N - c, n) / C(N, n), the probability that none of the c tokens of a sequence is drawn
+    log_none = gammaln(left + 1) - gammaln(np.maximum(left - n, 0) + 1) - gammaln(total + 1) + gammaln(total - n + 1)
+    return float(np.where(left < n, 1.0, -np.expm1(np.minimum(log_none, 0.0))).sum())
+
+
+def buffered_sequences(counts: NDArray[np.int64], capacity: int, n_tokens: int) -> float:
+    """The same of n tokens drawn from a full mixing buffer of `capacity` tokens; see `crosslens.activations.mixing`.
+
+    A sequence of c tokens, after which t tokens were drawn, has some c exp(-t / m) left in a buffer that holds m on
+    average, and one enters for every c tokens that are drawn. Chunks enter once there is space for all of one.
+    """
+    held = capacity if capacity >= counts.sum() else capacity * (1 - 0.5 / CHUNKS)
+    n, c = min(n_tokens, held), max(1.0, float(counts.mean()))
+    left = c * np.exp(-np.arange(0, 40 * held, c)[: len(counts)] / held)
+    expected = float((1 - (1 - n / held) ** left).sum())
+    return min(expected, distinct_sequences(counts, n_tokens))
+
+
 def peak_memory() -> int:
     """Peak memory of this process so far, in bytes; 0 if the system does not report it."""
     status = Path("/proc/self/status")
@@ -100,10 +160,17 @@ class Plan:
         d_model: D.
         forwards: tokens run through a model in one pass over the data, summed over snapshots.
         passes: passes over the data during training.
-        model_bytes: one float32 model, cut at the hook.
-        models_fit: whether the models of all snapshots fit into memory together.
+        model_bytes: one model, cut at the hook.
+        models_fit: whether the models of all snapshots fit into `allowed_bytes` together.
+        allowed_bytes: memory of the device that they may take: half of it.
         loaded_bytes: models in memory together while training is live, on the device.
-        block_bytes: one block of float32 activations of all snapshots, on the host.
+        batch_bytes: one batch of float32 activations of all snapshots in one process.
+        order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.
+        mixing_tokens: tokens in the buffer that live batches are drawn from.
+        mixing_bytes: this buffer in float32, and a chunk of sequences on its way into it.
+        harvest_bytes: memory for filling a cache, besides one model: a shard of one snapshot.
+        n_files: files of the cache.
+        batch_sequences: expected number of sequences in a batch, cached and live.
         cache_bytes: disk space of the cache.
         cache_dtype: dtype of the cache.
         free_bytes: free disk space.
@@ -114,6 +181,8 @@ class Plan:
         matrix_bytes: encoder or decoder of one process; 0 without an architecture.
         processes: number of processes that split the crosscoder.
         device: where models and crosscoder are, such as "cpu" or "cuda"; on CPUs host and device are one memory.
+        hook_names: if there are several, the hook points. Disk, files, `harvest_bytes` and `seconds` are for all of
+            them, the rest is for training at the widest.
     """
 
     n_tokens: int
@@ -124,8 +193,15 @@ class Plan:
     passes: float
     model_bytes: int
     models_fit: bool
+    allowed_bytes: int
     loaded_bytes: int
-    block_bytes: int
+    batch_bytes: int
+    order_bytes: int
+    mixing_tokens: int
+    mixing_bytes: int
+    harvest_bytes: int
+    n_files: int
+    batch_sequences: tuple[float, float]
     cache_bytes: int
     cache_dtype: str
     free_bytes: int
@@ -136,19 +212,21 @@ class Plan:
     matrix_bytes: int
     processes: int
     device: str = "cpu"
+    hook_names: tuple[str, ...] = ()
 
     @property
     def live_bytes(self) -> int:
-        """Memory for training live, host and device together: the models, and three blocks."""
-        return self.loaded_bytes + self.cached_bytes
+        """Memory for training live, host and device together: the models, the mixing buffer, and three batches."""
+        return self.loaded_bytes + self._live_host
 
     @property
     def cached_bytes(self) -> int:
-        """Memory for training from a cache: three blocks (the one in use, the next one, and its shuffled copy).
+        """Memory for training from a cache: three batches (in use, ready, and being read), and the order."""
+        return _BATCHES * self.batch_bytes + self.order_bytes
 
-        Harvesting takes less, one model and a shard.
-        """
-        return 3 * self.block_bytes
+    @property
+    def _live_host(self) -> int:
+        return self.mixing_bytes + _BATCHES * self.batch_bytes
 
     @property
     def recommendation(self) -> tuple[str, str]:
@@ -165,13 +243,13 @@ class Plan:
     @property
     def host_memory(self) -> int:
         """Peak host memory of each process while it trains, in bytes; without an architecture, of activations alone."""
-        total = self.process_bytes + self.cached_bytes
+        total = self.process_bytes + self._activations
         return total + (self._checkpoint if self._has_gpu else self._models + self.training_bytes)
 
     @property
     def device_memory(self) -> int:
         """Peak GPU memory of each process while it trains, in bytes; 0 on CPUs."""
-        return self._models + self.training_bytes if self._has_gpu else 0
+        return self._models + self.training_bytes + 2 * self.batch_bytes if self._has_gpu else 0
 
     @property
     def _has_gpu(self) -> bool:
@@ -181,6 +259,11 @@ class Plan:
     def _checkpoint(self) -> int:
         """Host memory for writing a checkpoint from a GPU."""
         return _CHECKPOINT_COPIES * self.matrix_bytes
+
+    @property
+    def _activations(self) -> int:
+        """Host memory for activations while training as recommended."""
+        return self._live_host if self.recommendation[0] == "live" else self.cached_bytes
 
     @property
     def _models(self) -> int:
@@ -194,12 +277,12 @@ class Plan:
         step = f"{_mib(self.training_bytes)} for weights, gradients, Adam and a step"
         program = f"{_mib(self.process_bytes)} for the program"
         if not self._has_gpu:
-            activations = f"{_mib(self._models + self.cached_bytes)} for activations"
+            activations = f"{_mib(self._models + self._activations)} for activations"
             return f"training    {_mib(self.host_memory)} of memory{each}: {step}, {activations}, {program}"
         models = f", {_mib(self._models)} for models" if self._models else ""
         return (
             f"training    {_mib(self.device_memory)} of GPU memory{each}: {step}{models}; {_mib(self.host_memory)} of "
-            f"host memory: {_mib(self.cached_bytes)} for activations, {_mib(self._checkpoint)} for writing "
+            f"host memory: {_mib(self._activations)} for activations, {_mib(self._checkpoint)} for writing "
             f"checkpoints, {program}"
         )
 
@@ -210,21 +293,49 @@ class Plan:
         way, reason = self.recommendation
         live = f"{_mib(self.live_bytes)} of memory"
         if self._has_gpu:
-            live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self.cached_bytes)} of host memory"
+            live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self._live_host)} of host memory"
         host = "host memory" if self._has_gpu else "memory"
         there = "all are on this disk" if not self.n_downloads else f"{self.n_downloads} to be downloaded"
+        several = f" at {len(self.hook_names)} hook points, of which a training reads one" if self.hook_names else ""
         lines = [
             f"tokens      {self.n_tokens:,} in {self.n_sequences:,} sequences",
-            f"snapshots   {self.n_snapshots} x d_model {self.d_model}; {there}",
+            f"snapshots   {self.n_snapshots} x d_model {self.d_model}{several}; {there}",
             f"forwards    {self.forwards:,} tokens for one pass over the data, {estimate}",
-            f"live        {live}; the models run once per pass, {self.passes:.3g} planned",
+            f"live        {live} ({_mib(self.allowed_bytes)} allowed for all models); they run once per pass, "
+            f"{self.passes:.3g} planned; a batch comes from about "
+            f"{self.batch_sequences[1]:,.0f} sequences, drawn from a buffer of {self.mixing_tokens:,} tokens",
             f"cached      {_mib(self.cached_bytes)} of {host}, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
-            f"({_mib(self.free_bytes)} free); reading it takes about {reading:,.0f} s per pass",
+            f"({_mib(self.free_bytes)} free), {self.n_files:,} files; harvesting takes {_mib(self.harvest_bytes)} of "
+            f"{host} besides the model; reading takes about {reading:,.0f} s per pass; a batch comes from about "
+            f"{self.batch_sequences[0]:,.0f} sequences",
             f"recommended {way}: {reason}",
         ]
         if self.training_bytes:
             lines.append(self.training)
         return "\n".join(lines)
+
+
+def join_plans(hook_names: Sequence[str], plans: Sequence[Plan], deepest: int) -> Plan:
+    """The plan of one harvest that fills the caches of several hook points.
+
+    Args:
+        hook_names: the hook points.
+        plans: one for each.
+        deepest: which of them needs the most blocks; its forward pass reads the others on the way.
+    """
+    widest = max(plans, key=lambda plan: plan.d_model)
+    models = plans[deepest]
+    return replace(
+        widest,
+        model_bytes=models.model_bytes,
+        models_fit=models.models_fit,
+        loaded_bytes=models.loaded_bytes,
+        seconds=models.seconds,
+        harvest_bytes=sum(plan.harvest_bytes for plan in plans),
+        n_files=sum(plan.n_files for plan in plans),
+        cache_bytes=sum(plan.cache_bytes for plan in plans),
+        hook_names=tuple(hook_names),
+    )
 
 
 def _mib(n_bytes: float) -> str:

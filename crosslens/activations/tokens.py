@@ -1,8 +1,15 @@
-"""Sequences of tokens from a dataset: a hub name, a local file, a list of documents or a token array."""
+"""Sequences of tokens from a dataset: on the hub, in a file, or in memory.
+
+1. A source is read as items, one after the other and no further than needed: texts, or rows of token ids.
+2. Texts are tokenised. Rows of exactly `context_size` ids are sequences as they are; everything else is packed into
+   sequences, documents separated by BOS (SAELens's packing).
+3. Reading stops as soon as enough positions are kept, so an endless stream will do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -15,9 +22,13 @@ from numpy.typing import NDArray
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
-from crosslens.errors import UserError, did_you_mean, first_line
+from crosslens.errors import UserError, did_you_mean, first_line, shortened
 
-Source: TypeAlias = str | Path | Sequence[str] | Tensor | NDArray[Any]
+Source: TypeAlias = str | Path | Tensor | NDArray[Any] | Iterable[Any]
+"""A hub name, a path, token ids, a table, or documents one after the other."""
+
+_PORTION = 1024
+"""Sequences or documents that are read together, at most."""
 
 _BUILDERS = {
     ".txt": "text",
@@ -39,38 +50,60 @@ class Dataset:
     """
 
     source: Source
-    """Hub name, path to text / jsonl / csv / parquet (may be gzipped), list of documents, or tokens: `(N, T)`
-    sequences, or `(N,)` one long stream."""
+    """Hub name; path to text / jsonl / csv / parquet (may be gzipped); tokens, `(N, T)` sequences or `(N,)` one long
+    stream; a `datasets.Dataset` or `IterableDataset`, a DataFrame or Series; or a list, generator or other iterable of
+    documents, each a text, a row of token ids, or a dictionary with `column`. An iterator can be read once."""
     n_tokens: int | None = None
     """Tokens to train on, without the positions that are left out; None takes the whole dataset."""
     context_size: int | None = None
     """Tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens."""
     held_out_tokens: int | None = None
     """Tokens kept for evaluation; None takes n_tokens / 20, between 2,000 and 100,000."""
-    text_column: str = "text"
-    """Column that holds the documents."""
+    column: str = "text"
+    """Column that holds the documents, as texts or as token ids. Where all rows have `context_size` ids, they are
+    sequences as they are."""
     split: str = "train"
     """Split of a hub dataset."""
     sample_by: str = "line"
     """`"line"` or `"paragraph"`: what counts as a document in a text file."""
     prepend_bos: bool = True
-    """Begin sequences with BOS and separate documents by it, where the tokenizer has one."""
+    """Begin sequences with BOS, where the tokenizer has one; and separate documents by it, unless `separator` says
+    otherwise."""
     keep_special: bool = False
-    """Keep positions whose token is BOS or padding."""
+    """Keep positions whose token is BOS, padding, or the separator."""
+    separator: str | None = None
+    """What stands between documents: `"bos"`, `"eos"` or `"none"`. None is what stood there when the models' family was
+    pretrained (`families.json`), where that is known, else BOS if `prepend_bos`."""
+    drop_positions: int = 0
+    """Leave out this many of the first tokens of every sequence and document, not counting BOS and separators. 1 leaves
+    out the token on which models that were trained without BOS rest their attention (its norm can be 100 times that of
+    others). Documents inside a sequence are recognised by the separator."""
 
     def __post_init__(self) -> None:
         if self.n_tokens is not None and self.n_tokens <= 0:
             raise UserError(f"n_tokens={self.n_tokens} must be positive, or None for the whole dataset")
         if self.sample_by not in ("line", "paragraph"):
             raise UserError(f"sample_by={self.sample_by!r} is unknown; use 'line' or 'paragraph'")
+        if self.separator not in (None, *SEPARATORS):
+            raise UserError(
+                f"separator={self.separator!r} is unknown; use {', '.join(map(repr, SEPARATORS))}, or None for what "
+                "the models were trained with"
+            )
+        if self.drop_positions < 0:
+            raise UserError(f"drop_positions={self.drop_positions} must be at least 0")
+        _check_source(self.source, self.column)
 
     @property
     def name(self) -> str:
         """A short name for messages and metadata; never a folder of the user's machine."""
         if isinstance(self.source, (str, Path)):
             return Path(self.source).name if _is_file(self.source) else str(self.source)
-        kind = "token array" if isinstance(self.source, (Tensor, np.ndarray)) else "list of documents"
-        return f"{kind} of {len(self.source):,}"
+        kind = type(self.source).__name__
+        if isinstance(self.source, list):
+            kind = "list of documents"
+        elif isinstance(self.source, (Tensor, np.ndarray)):
+            kind = "token array"
+        return f"{kind} of {len(self.source):,}" if isinstance(self.source, Sized) else kind
 
     @property
     def n_held_out(self) -> int:
@@ -80,16 +113,16 @@ class Dataset:
         return 100_000 if self.n_tokens is None else min(max(self.n_tokens // 20, 2_000), 100_000)
 
     def keep(self, tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-        """Which positions of `tokens` are used: all but BOS and padding of `tokenizer`, unless `keep_special`."""
-        if self.keep_special:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        return special_positions(tokens, tokenizer).logical_not_()
+        """Which positions of `tokens` are used: all but BOS, padding and separators of `tokenizer`, unless
+        `keep_special`, and but the first `drop_positions` of every sequence and document."""
+        return kept_positions(tokens, tokenizer, self.keep_special, self.separator, self.drop_positions)
 
 
 def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
     """Read sequences of equal length, enough for the tokens to train on and those to hold out.
 
-    `(N, T)` tokens are taken as they are, everything else is packed into sequences of `context_size` tokens.
+    `(N, T)` tokens, and rows of `context_size` ids, are taken as they are, everything else is packed into sequences of
+    `context_size` tokens.
 
     Args:
         dataset: with a `context_size`, unless it holds `(N, T)` tokens.
@@ -111,21 +144,30 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
             )
         if tokens.ndim == 2:
             return _until(tokens.to(torch.int32), _needed(dataset, tokens.shape[1]), dataset, tokenizer)
-        streams = iter([tokens.long()])
+        items: Iterator[str | Tensor] = iter([tokens.long()])
     else:
-        streams = _tokenised(_documents(dataset), tokenizer)
+        items = _items(dataset)
     if T is None:
         raise UserError("context_size=None: give the number of tokens per sequence")
     bos = tokenizer.bos_token_id if dataset.prepend_bos else None
-    packed = concat_and_batch_sequences(streams, T, begin_batch_token_id=bos, sequence_separator_token_id=bos)
+    between = bos if dataset.separator is None else separator_id(dataset.separator, tokenizer)
+    begun = list(islice(items, 1))
+    if begun and isinstance(begun[0], Tensor):  # of documents, some among so many are shorter or longer
+        begun += islice(items, 63)
+    items = chain(begun, items)
+    if begun and all(isinstance(item, Tensor) and len(item) == T for item in begun):
+        packed = _whole_rows(items, T, dataset.name)
+    else:
+        streams = _tokenised(items, tokenizer)
+        packed = concat_and_batch_sequences(streams, T, begin_batch_token_id=bos, sequence_separator_token_id=between)
     wanted = _needed(dataset, T)
     rows: list[Tensor] = []
     counted = 0
     while wanted is None or counted < wanted:
-        chunk = list(islice(packed, 1024))
+        left = None if wanted is None else wanted - counted
+        chunk = list(islice(packed, _PORTION if left is None else min(_PORTION, -(-left // T))))
         if not chunk:
             break
-        left = None if wanted is None else wanted - counted
         stacked = _until(torch.stack(chunk).to(torch.int32), left, dataset, tokenizer)
         counted += int(dataset.keep(stacked, tokenizer).sum())
         rows.append(stacked)
@@ -137,12 +179,39 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
     return torch.cat(rows)
 
 
-def special_positions(tokens: Int[Tensor, "... T"], tokenizer: Any) -> Bool[Tensor, "... T"]:
-    """Positions whose token is the tokenizer's BOS or padding token."""
+SEPARATORS = ("bos", "eos", "none")
+
+
+def separator_id(separator: str | None, tokenizer: Any) -> int | None:
+    """The token between documents; None if there is none."""
+    return getattr(tokenizer, f"{separator}_token_id") if separator in ("bos", "eos") else None
+
+
+def special_positions(
+    tokens: Int[Tensor, "... T"], tokenizer: Any, separator: str | None = None
+) -> Bool[Tensor, "... T"]:
+    """Positions whose token is the tokenizer's BOS or padding token, or separates documents."""
     special = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}:
+    for token in {tokenizer.bos_token_id, tokenizer.pad_token_id, separator_id(separator, tokenizer)} - {None}:
         special |= tokens == token
     return special
+
+
+def kept_positions(
+    tokens: Int[Tensor, "... T"],
+    tokenizer: Any,
+    keep_special: bool | None = False,
+    separator: str | None = None,
+    drop_positions: int | None = 0,
+) -> Bool[Tensor, "... T"]:
+    """Which positions of `tokens` training uses; the options are those of `Dataset`, None as by default."""
+    special = special_positions(tokens, tokenizer, separator)
+    keep = torch.ones_like(special) if keep_special else ~special
+    if drop_positions:
+        place = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+        begins = torch.where(special, place, -1).cummax(-1).values  # the last special token, before a document
+        keep &= special | (place - begins > drop_positions)
+    return keep
 
 
 def split_sequences(
@@ -208,22 +277,108 @@ def _until(sequences: Tensor, n_tokens: int | None, dataset: Dataset, tokenizer:
     return sequences[: int((counts.cumsum(0) < n_tokens).sum()) + 1]
 
 
-def _tokenised(documents: Iterator[str], tokenizer: Any) -> Iterator[Tensor]:
-    while texts := list(islice(documents, 1000)):
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            if ids:
-                yield torch.tensor(ids)
+def _tokenised(items: Iterator[str | Tensor], tokenizer: Any) -> Iterator[Tensor]:
+    """Token ids of each document. Texts are tokenised in portions that grow, so that little is read in vain."""
+    size = 8
+    while portion := list(islice(items, size)):
+        texts = [item for item in portion if isinstance(item, str)]
+        ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        for item in portion:
+            tokens = torch.tensor(next(ids)) if isinstance(item, str) else item
+            if len(tokens):
+                yield tokens
+        size = min(2 * size, _PORTION)
 
 
-def _documents(dataset: Dataset) -> Iterator[str]:
+def _whole_rows(items: Iterator[str | Tensor], T: int, name: str) -> Iterator[Tensor]:
+    """Rows of T token ids as they are."""
+    for i, item in enumerate(items):
+        if isinstance(item, str) or len(item) != T:
+            what = "text" if isinstance(item, str) else f"{len(item)} token ids"
+            raise UserError(
+                f"row {i} of {name} has {what}, the rows before it context_size={T} ids: leave such rows out, or "
+                "choose another context_size, and all are packed into sequences"
+            )
+        yield item
+
+
+def _check_source(source: Any, column: str) -> None:
+    """Refuse what is no dataset, and a table without the column, before anything is read."""
+    kind = type(source).__name__
+    if isinstance(source, Mapping) and source and all(hasattr(table, "column_names") for table in source.values()):
+        splits = ", ".join(map(repr, source))
+        raise UserError(f"the dataset is a {kind} with the splits {splits}: give one of them, as dataset[split]")
+    readable = isinstance(source, (Path, Iterable)) or hasattr(source, "__getitem__")
+    if not readable or isinstance(source, (bytes, Mapping, Set)):
+        raise UserError(
+            f"the dataset is a {kind}: give a hub name, a file, tokens, a table (datasets.Dataset, DataFrame), or "
+            "documents as a list or generator"
+        )
+    names = getattr(source, "column_names", None) or list(getattr(source, "columns", ()))
+    if names and column not in names:
+        raise _no_column(column, f"the {kind}", names)
+
+
+def _no_column(column: str, name: str, names: Iterable[Any]) -> UserError:
+    there = ", ".join(map(repr, names))
+    return UserError(f"column={column!r} is not in {name}: its columns are {there}{did_you_mean(column, names)}")
+
+
+def _items(dataset: Dataset) -> Iterator[str | Tensor]:
+    """Documents of a source, as texts or token ids; empty ones too, missing ones not."""
     source: Any = dataset.source
-    if not isinstance(source, (str, Path)):
-        if not all(isinstance(text, str) for text in source):
-            raise UserError("a dataset given as a list must hold documents (strings); pass tokens as an array")
-        return iter(source)
+    from_file = isinstance(source, (str, Path))
+    rows = _file_rows(dataset) if from_file else _rows(_memory_rows(source, dataset.column), dataset.name)
+    begun = list(islice(rows, 1))
+    if not begun and isinstance(source, Iterator):
+        raise UserError(f"the {dataset.name} has nothing left: an iterator can be read once; give a new one, or a list")
+    if not begun and from_file:
+        raise UserError(f"dataset {dataset.name} is empty; give a file with documents")
+    for i, row in enumerate(chain(begun, rows)):
+        if isinstance(row, Mapping):
+            if dataset.column not in row:
+                raise _no_column(dataset.column, dataset.name, row)
+            row = row[dataset.column]
+        if row is None or (isinstance(row, float) and math.isnan(row)):  # what is missing in a DataFrame
+            continue
+        yield _item(row, i, dataset.name, from_file)
+
+
+def _item(row: Any, i: int, name: str, from_file: bool) -> str | Tensor:
+    """A text or token ids; numbers in files are texts, because csv has no types."""
+    if isinstance(row, str):
+        return row
+    if from_file and isinstance(row, (bool, int, float)):
+        return str(row)
+    if isinstance(row, (Sequence, np.ndarray, Tensor)) and not isinstance(row, bytes):
+        try:
+            ids = torch.as_tensor(np.asarray(row) if not isinstance(row, Tensor) else row)
+        except (TypeError, ValueError, RuntimeError):
+            ids = None
+        if ids is not None and ids.ndim == 1 and (not len(ids) or _is_whole(ids)):
+            return ids.long()
+    raise UserError(
+        f"document {i} of {name} is {shortened(repr(row))}, a {type(row).__name__}: give texts, or rows of token ids "
+        "(whole numbers)"
+    )
+
+
+def _is_whole(ids: Tensor) -> bool:
+    return not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
+
+
+def _memory_rows(source: Any, column: str) -> Iterable[Any]:
+    """The column of a table, everything else as it is."""
+    if hasattr(source, "select_columns"):  # of the `datasets` library: the other columns need not be decoded
+        return source if source.column_names is None else source.select_columns([column])
+    return source[column] if hasattr(source, "columns") else source
+
+
+def _file_rows(dataset: Dataset) -> Iterator[Any]:
     from datasets import Dataset as Table
     from datasets import load_dataset
 
+    source: Any = dataset.source
     name = str(source)
     if _is_file(source):
         suffix = next((s for s in Path(name).suffixes if s in _BUILDERS), None)
@@ -249,33 +404,20 @@ def _documents(dataset: Dataset) -> Iterator[str]:
                 f"dataset {name!r} (split {dataset.split!r}) cannot be read from the hub: {first_line(error)}; "
                 "check the name and the connection, or give a local file"
             ) from error
-    return _column(table, name, dataset.text_column)
+    return _rows(table, name)
 
 
-def _column(table: Any, name: str, text_column: str) -> Iterator[str]:
-    rows = _rows(table, name)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"dataset {name} is empty; give a file with documents")
-    if text_column not in first:
-        raise UserError(
-            f"text_column={text_column!r} is not in {name}: its columns are {', '.join(map(repr, first))}"
-            f"{did_you_mean(text_column, first)}"
-        )
-    for row in chain([first], rows):
-        if row[text_column] is not None:
-            yield str(row[text_column])
-
-
-def _rows(table: Any, name: str) -> Iterator[dict[str, Any]]:
+def _rows(table: Iterable[Any], name: str) -> Iterator[Any]:
     rows = iter(table)
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
+        except UserError:
+            raise
         except Exception as error:
-            # datasets raises many kinds here, at any row: parsers, decompression, the network
+            # datasets raises many kinds here, at any row: parsers, decompression, the network; so do generators
             raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
         yield row
 

@@ -142,7 +142,10 @@ def _correlation(pairs: pd.DataFrame) -> float:
 
 
 TARGETS = ("activation", "pre_activation")
-_POINTS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+_POINTS = (
+    *("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid"),
+    *("ln2.hook_normalized", "mlp.hook_in", "hook_mlp_out", "hook_resid_post"),
+)
 _ENTRIES = 1 << 24  # entries of a dense (token, upper feature) matrix that is made at a time
 
 
@@ -208,7 +211,7 @@ def check_order(lower: str, upper: str) -> None:
     """
 
     def depth(name: str) -> tuple[int, int]:
-        _, block, point = canonical_hook(name).split(".")
+        _, block, point = canonical_hook(name).split(".", 2)
         return int(block), _POINTS.index(point)
 
     if depth(lower) >= depth(upper):
@@ -439,7 +442,7 @@ def carry(run: UpperRun, x: Float[Tensor, "n T D"], rows: Int[Tensor, " n"], hoo
 
     def stop(activation: Tensor, hook: Any) -> None:
         del hook  # TransformerLens passes the hook point by this name
-        raise _Arrived(activation)
+        raise _Arrived(activation.flatten(2))
 
     name = canonical_hook(hook_name)
     with run.upper.model.hooks(fwd_hooks=[(name, stop)]):

@@ -14,12 +14,14 @@ import typer
 import crosslens
 from crosslens.cli.arguments import (
     ARCHITECTURES,
+    ATTENTIONS,
     BACKENDS,
     BASELINES,
     CACHE_DTYPES,
     MAX_FEATURES,
     MAX_SEED,
     METHODS,
+    MODEL_DTYPES,
     MOMENTS,
     PRECISIONS,
     RULES,
@@ -31,10 +33,12 @@ from crosslens.cli.arguments import (
     check_duration,
     check_folder,
     check_fraction,
-    check_hook,
+    check_hooks,
     check_id,
+    check_models,
     check_new_run,
     check_numbers,
+    check_one_hook,
     check_positive,
     check_processes,
     check_published,
@@ -83,7 +87,8 @@ SnapshotsOption = Annotated[
         "--snapshots",
         "A folder of snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (choose with "
         "--steps); a hub repository with revisions such as org/model@step0,step1000, or with a pattern such as "
-        "org/model@step{step}; a release such as crosslens-demo; or demo.",
+        "org/model@step{step}; any models of one width, as base=place,chat=place, where a place is a folder, org/model "
+        "or org/model@revision; a release such as crosslens-demo; or demo.",
     ),
 ]
 StepsOption = Annotated[
@@ -94,7 +99,13 @@ StepsOption = Annotated[
         "Default: paper for Pythia, otherwise all or log:8.",
     ),
 ]
-HookOption = Annotated[str, _option("--hook", "Hook point, such as blocks.6.hook_resid_post.", check_hook)]
+HooksOption = Annotated[
+    list[str],
+    _option(
+        "--hook", "Hook point, such as blocks.6.hook_resid_post. Repeat it for several from one pass.", check_hooks
+    ),
+]
+HookOption = Annotated[list[str], _option("--hook", "Hook point, such as blocks.6.hook_resid_post.", check_one_hook)]
 DatasetOption = Annotated[
     str, _option("--dataset", "A dataset on the hub, or a text, jsonl, csv or parquet file.", check_dataset)
 ]
@@ -115,7 +126,7 @@ ContextOption = Annotated[
     _option("--context-size", "Tokens per sequence. Default: the models' context, at most 1024.", in_range(2)),
 ]
 SplitOption = Annotated[str | None, _option("--split", "Split of a dataset on the hub. Default: train.")]
-ColumnOption = Annotated[str, _option("--text-column", "Column of the dataset that holds the text.")]
+ColumnOption = Annotated[str, _option("--column", "Column of the dataset that holds the text, or token ids.")]
 SampleOption = Annotated[
     str, _option("--sample-by", "A document in a text file is a line or a paragraph.", one_of(*SAMPLES))
 ]
@@ -178,6 +189,32 @@ BackendOption = Annotated[
 ]
 
 
+ModelDtypeOption = Annotated[
+    str,
+    _option(
+        "--model-dtype",
+        "Of the models: float32, bfloat16 or float16. The error that this causes is printed.",
+        one_of(*MODEL_DTYPES),
+    ),
+]
+AttentionOption = Annotated[
+    str,
+    _option(
+        "--attention",
+        "eager, or sdpa: faster and in less memory, where the family has it, with a small error, which is printed.",
+        one_of(*ATTENTIONS),
+    ),
+]
+DropOption = Annotated[
+    int,
+    _option(
+        "--drop-positions",
+        "Leave out this many tokens at the start of every sequence and document: 1 for models trained without BOS.",
+        in_range(0),
+    ),
+]
+
+
 def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"crosslens {crosslens.__version__}")
@@ -210,7 +247,7 @@ def list_(
 @app.command()
 def plan(
     snapshots: SnapshotsOption,
-    hook: HookOption,
+    hook: HooksOption,
     dataset: DatasetOption,
     n_tokens: TokensOption = None,
     training_tokens: TrainingTokensOption = None,
@@ -229,10 +266,13 @@ def plan(
     processes: Annotated[int, _option("--processes", "Processes that torchrun will start.", in_range(1))] = 1,
     data_parallel: ParallelOption = 1,
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
+    drop_positions: DropOption = 0,
     device: DeviceOption = None,
     backend: BackendOption = "bridge",
+    model_dtype: ModelDtypeOption = "float32",
+    attention: AttentionOption = "eager",
 ) -> None:
     """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
     check_processes(processes, data_parallel)
@@ -249,11 +289,20 @@ def plan(
     trained = d_sae is not None or recipe is not None
     if trained:
         check_training(options, device, n_tokens)
+    check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
 
-    settings = parse_settings(device, backend)
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
+    settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
+    data = Dataset(
+        dataset,
+        n_tokens,
+        context_size,
+        column=column,
+        split=split,
+        sample_by=sample_by,
+        drop_positions=drop_positions,
+    )
     acts = Activations(load(), hook, data, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens) if trained else (None, None)
     planned = acts.plan(
@@ -272,31 +321,50 @@ def plan(
 @app.command()
 def harvest(
     snapshots: SnapshotsOption,
-    hook: HookOption,
+    hook: HooksOption,
     dataset: DatasetOption,
     cache: Annotated[Path, _option("--cache", "Folder for the activations; created if missing.", check_folder)],
     n_tokens: TokensOption = None,
     context_size: ContextOption = None,
     steps: StepsOption = None,
     cache_dtype: DtypeOption = "bfloat16",
-    evict: Annotated[bool, _option("--evict", "When done, delete the weights that this command downloaded.")] = False,
+    evict: Annotated[
+        bool,
+        _option(
+            "--evict", "Delete the weights that this command downloads, those of each snapshot as soon as it is done."
+        ),
+    ] = False,
     verify: Annotated[bool, _option("--verify", "Compare the checksums of activations on disk.")] = False,
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
+    drop_positions: DropOption = 0,
     device: DeviceOption = None,
     backend: BackendOption = "bridge",
+    model_dtype: ModelDtypeOption = "float32",
+    attention: AttentionOption = "eager",
 ) -> None:
     """Write activations to disk. Run the same command again to resume; several may run at once."""
     split = check_split(dataset, split)
+    check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
 
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
-    acts = Activations(load(), hook, data, seed=seed, settings=parse_settings(device, backend))
+    data = Dataset(
+        dataset,
+        n_tokens,
+        context_size,
+        column=column,
+        split=split,
+        sample_by=sample_by,
+        drop_positions=drop_positions,
+    )
+    acts = Activations(
+        load(), hook, data, seed=seed, settings=parse_settings(device, backend, dtype=model_dtype, attention=attention)
+    )
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
-    _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {hook} in {cache}")
+    _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {' and '.join(hook)} in {cache}")
 
 
 @app.command()
@@ -387,11 +455,14 @@ def train(
     ] = None,
     cache_dtype: DtypeOption = "bfloat16",
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
+    drop_positions: DropOption = 0,
     device: DeviceOption = None,
     backend: BackendOption = "bridge",
+    model_dtype: ModelDtypeOption = "float32",
+    attention: AttentionOption = "eager",
     wandb_project: Annotated[str | None, _option("--wandb-project", "Log to this W&B project.")] = None,
 ) -> None:
     """Train a crosscoder, in one process or under torchrun. Run the same command again to resume."""
@@ -426,15 +497,24 @@ def train(
     )
     check_training(options, device, n_tokens)
     split = check_split(dataset, split)
+    check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
     from crosslens.rundir import RunDir
     from crosslens.training.run import claim
     from crosslens.training.run import train as train_crosscoder
 
-    settings = parse_settings(device, backend)
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
-    acts = Activations(load(), hook, data, seed=seed, settings=settings)
+    settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
+    data = Dataset(
+        dataset,
+        n_tokens,
+        context_size,
+        column=column,
+        split=split,
+        sample_by=sample_by,
+        drop_positions=drop_positions,
+    )
+    acts = Activations(load(), hook[0], data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if cache is not None:
         if _first():

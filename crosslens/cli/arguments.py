@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from crosslens.errors import UserError, check_inside, did_you_mean, read_json
 from crosslens.rundir import RunDir, check_writable
 from crosslens.snapshots import families
-from crosslens.snapshots.settings import BACKENDS
+from crosslens.snapshots.settings import ATTENTIONS, BACKENDS
+from crosslens.snapshots.settings import DTYPES as MODEL_DTYPES
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     LoadSnapshots: TypeAlias = Callable[[], Snapshots]
 
-__all__ = ["BACKENDS"]
+__all__ = ["ATTENTIONS", "BACKENDS", "MODEL_DTYPES"]
 
 # the library's own tables are in modules that import torch; a test compares them
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
@@ -135,12 +136,25 @@ def find_assumed_device(value: str | None) -> str:
     return "cpu" if sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)) else "cuda"
 
 
-def check_hook(_: str, value: str) -> str:
-    """Refuse what is not the name of a supported hook point."""
-    from crosslens.snapshots.hooks import hook_layer
+def check_hooks(_: str, values: list[str]) -> list[str]:
+    """Refuse what is not the name of a supported hook point, and one that is given twice."""
+    from crosslens.snapshots.hooks import check_hooks, hook_layer
 
-    hook_layer(value)
-    return value
+    for value in values:
+        hook_layer(value)
+    check_hooks(values)
+    return values
+
+
+def check_one_hook(option: str, values: list[str]) -> list[str]:
+    """Refuse several hook points, too."""
+    check_hooks(option, values)
+    if len(values) > 1:
+        raise UserError(
+            f"{option} is given {len(values)} times: a crosscoder reads one hook point, so train once for each (a "
+            "folder that `crosslens harvest` filled for several serves them all)"
+        )
+    return values
 
 
 def check_dataset(option: str, value: str) -> str:
@@ -250,14 +264,15 @@ def _check_file(option: str, path: str, spec: str, known: Sequence[str]) -> None
 
 
 # ---------------------------------------------------------------------- options together
-def find_snapshots(spec: str, steps: str | None, hook: str | None = None) -> LoadSnapshots:
+def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> LoadSnapshots:
     """Check a --snapshots and a --steps option, and return the function that makes the `Snapshots`.
 
     Args:
         spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
-            `org/model@pattern` with {step} in it; a release such as crosslens-demo; or demo.
+            `org/model@pattern` with {step} in it; `label=place,label=place`, where a place is a folder, `org/model` or
+            `org/model@revision`; a release such as crosslens-demo; or demo.
         steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
-        hook: hook point that a model in a local folder must have.
+        hooks: hook points that a model in a local folder must have.
 
     Raises:
         UserError: `spec` is none of these, or a step or the hook point does not exist.
@@ -267,16 +282,18 @@ def find_snapshots(spec: str, steps: str | None, hook: str | None = None) -> Loa
     if spec == "demo":
         return lambda: _demo(steps)
     if Path(spec).is_dir():
-        return _local(Path(spec), steps, hook)
+        return _local(Path(spec), steps, hooks)
     if release := list_releases().get(spec):
         where = release.snapshots or {}
         if "folder" in where:
-            return _local(Path(where["folder"]), steps, hook)
+            return _local(Path(where["folder"]), steps, hooks)
         if "revisions" in where:
             labels = where.get("labels", where["revisions"])
             chosen = _choose(spec, labels, where.get("steps", [None] * len(labels)), steps)
             return lambda: _released(spec)[chosen]
         return lambda: _released(spec)  # raises
+    if re.match(r"[^/@=,]+=", spec):
+        return _models(spec, steps, hooks)
     repository, at, revisions = spec.partition("@")
     if at and "{step}" in revisions:
         return _of_model(families.pattern_model(repository, revisions), steps or "all")
@@ -290,7 +307,7 @@ def find_snapshots(spec: str, steps: str | None, hook: str | None = None) -> Loa
         return lambda: _snapshots().from_hub(repository, revisions.split(","))
     raise UserError(
         f"--snapshots {spec!r} is neither a folder nor a known model: give a folder, pythia-160m, "
-        f"org/model@revision,revision, a release, or demo{did_you_mean(spec, list_releases())}"
+        f"org/model@revision,revision, label=place,label=place, a release, or demo{did_you_mean(spec, list_releases())}"
     )
 
 
@@ -302,19 +319,42 @@ def _of_model(model: families.Model, steps: str) -> LoadSnapshots:
     return lambda: _snapshots().from_model(model, wanted)
 
 
-def _local(folder: Path, steps: str | None, hook: str | None) -> LoadSnapshots:
+def _local(folder: Path, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
     from crosslens.snapshots.folders import read_rows
-    from crosslens.snapshots.hooks import check_hook
 
     root = folder.expanduser().resolve()
     name, rows = read_rows(root)
     chosen = _choose(name, [row["label"] for row in rows], [row["step"] for row in rows], steps)
-    config_path = root / rows[0]["path"] / "config.json"
-    if hook is not None and config_path.is_file():
-        config = read_json(config_path, "config of a model")
-        if {"num_hidden_layers", "model_type"} <= config.keys():
-            check_hook(hook, SimpleNamespace(**config))
+    _check_hooks_in(root / rows[0]["path"], hooks)
     return lambda: _snapshots().local(root)[chosen]
+
+
+def _models(spec: str, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
+    from crosslens.snapshots.folders import check_places
+
+    pairs = [(label, place) for label, _, place in (part.partition("=") for part in spec.split(","))]
+    if not all(label and place for label, place in pairs):
+        raise UserError(f"--snapshots {spec!r} mixes forms: give label=place,label=place, such as base=a,chat=b")
+    labels = [label for label, _ in pairs]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"--snapshots {spec!r} has a label twice: give each model its own")
+    for name, revision in check_places(dict[str, str | Path](pairs)).values():
+        if revision is None:
+            _check_hooks_in(Path(name), hooks)
+    chosen = _choose(spec, labels, [None] * len(labels), steps)
+    return lambda: _snapshots().of(dict[str, str | Path](pairs))[chosen]
+
+
+def _check_hooks_in(folder: Path, hooks: Sequence[str]) -> None:
+    """Refuse hook points that the model in a folder does not have."""
+    from crosslens.snapshots.hooks import check_hook
+
+    path = folder / "config.json"
+    if hooks and path.is_file():
+        config = read_json(path, "config of a model")
+        if {"num_hidden_layers", "model_type"} <= config.keys():
+            for hook in hooks:
+                check_hook(hook, SimpleNamespace(**config))
 
 
 def _demo(steps: str | None) -> Snapshots:
@@ -418,6 +458,17 @@ def parse_task(spec: str) -> Task:
     if kind in ("demo", "sva", "blimp", "clams"):
         return getattr(Task, kind)(rest)
     return Task.local(spec)
+
+
+def check_models(backend: str, attention: str, hooks: Sequence[str]) -> None:
+    """Refuse fused attention or a hook point that a backend lacks."""
+    from crosslens.snapshots.hooks import check_hooks
+
+    if backend == "hooked_transformer" and attention != "eager":
+        raise UserError(
+            f"--attention {attention} needs --backend bridge: a HookedTransformer computes its own attention"
+        )
+    check_hooks(hooks, backend)
 
 
 def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -> ModelSettings:

@@ -1,9 +1,10 @@
-"""The device that a computation runs on, and the precision of its large products."""
+"""The device that a computation runs on, its memory, and the precision of its large products."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, get_args
 
 from crosslens.errors import UserError
@@ -21,6 +22,34 @@ def find_device() -> str:
 def own_device(device: str) -> str:
     """`device`, with "cuda" replaced by the GPU of this process's local rank if torchrun started it."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def model_memory(device: str) -> int:
+    """Bytes that the models of all snapshots may take on a device together: half of its memory.
+
+    The other half is for activations and a crosscoder. On the CPU the limit of the process's control group counts, and
+    processes that torchrun started on this machine share it.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    total = _host_memory()
+    return total // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _host_memory() -> int:
+    """Physical memory of this machine in bytes, or the limit of the control group."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        total = 4 << 30
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        text = limit.read_text().strip() if limit.is_file() else ""
+        if text.isdecimal():
+            return min(total, int(text))
+    return total
 
 
 def choose_precision(precision: str | None, device: str) -> Precision:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from crosslens.activations.harvesting import harvest
-from crosslens.activations.tokens import special_positions
+from crosslens.activations.tokens import kept_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.crosscoders.kernels.sparse import sampled_product
 from crosslens.crosscoders.kernels.topk import row_pointers
@@ -196,7 +196,7 @@ class PromptRuns:
             crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
         self.crosscoder, self.snapshots, self.task, self.paired = crosscoder, snapshots, task, paired
         self.hook_name: str = metadata.hook_name
-        self.keep_special = bool(metadata.keep_special)
+        self._kept_options = metadata.keep_special, metadata.separator, metadata.drop_positions
         bos = True if metadata.prepend_bos is None else bool(metadata.prepend_bos)
         prompts = task.prompts(snapshots.tokenizer, prepend_bos=bos, max_length=snapshots.n_ctx)
         self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
@@ -240,7 +240,7 @@ class PromptRuns:
 
     def _harvest(self, tokens: Sequence[Tensor]) -> list[Float[Tensor, "S B T D"]]:
         """Activations of every batch, one snapshot's model after the other."""
-        S, D = len(self.snapshots), self.snapshots.d_model
+        S, D = len(self.snapshots), self.crosscoder.d_model
         sizes = [S * ids.numel() * D for ids in tokens]
         if self._on_disk:
             with tempfile.TemporaryFile() as file:  # the mapping keeps it after the file is closed
@@ -278,9 +278,7 @@ class PromptRuns:
         return _Found(tokens, features, values, None)
 
     def _keep(self, tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        if self.keep_special:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        return ~special_positions(tokens, self.snapshots.tokenizer)
+        return kept_positions(tokens, self.snapshots.tokenizer, *self._kept_options)
 
     @torch.no_grad()
     def at(self, snapshot: int) -> Iterator[BatchAt]:

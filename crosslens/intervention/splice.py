@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosslens.activations.harvesting import harvest
-from crosslens.activations.tokens import special_positions
+from crosslens.activations.tokens import kept_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
@@ -81,9 +81,8 @@ class CleanRun:
                 "shorten them"
             )
         metadata = crosscoder.cfg.metadata
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if not metadata.keep_special:
-            keep = ~special_positions(tokens, snapshots.tokenizer)
+        options = metadata.keep_special, metadata.separator, metadata.drop_positions
+        keep = kept_positions(tokens, snapshots.tokenizer, *options)
         device = crosscoder.device
         acts = harvest(snapshots, tokens, metadata.hook_name, settings or ModelSettings(device=str(device)))
         return clean_run(crosscoder, tokens.to(device), acts.to(device), keep.to(device))
@@ -277,12 +276,13 @@ def replace_at(replacement: Float[Tensor, "B T D"], keep: Bool[Tensor, "B T"]) -
 
     def hook(activation: Tensor, hook: Any) -> Tensor:
         del hook  # TransformerLens passes the hook point by this name
-        if activation.shape != replacement.shape:
+        flat = activation.flatten(2)  # the heads of attn.hook_z side by side
+        if flat.shape != replacement.shape:
             raise UserError(
                 f"the splice has shape {tuple(replacement.shape)}, the model's activation {tuple(activation.shape)}: "
                 "run the model on the tokens of the clean run"
             )
-        return torch.where(keep[..., None].to(activation.device), replacement.to(activation), activation)
+        return torch.where(keep[..., None].to(flat.device), replacement.to(flat), flat).view_as(activation)
 
     return hook
 

@@ -87,7 +87,7 @@ class Upper:
 
         def put_in(activation: Tensor, hook: Any) -> Tensor:
             del hook  # TransformerLens passes the hook point by this name
-            return x.to(activation.dtype)
+            return x.to(activation.dtype).view_as(activation)  # attn.hook_z has heads
 
         hooks = [] if self.at_output else [(self.point, put_in)]
         residual = x if self.at_output else entry
@@ -110,7 +110,7 @@ class Upper:
 
         def capture(activation: Tensor, hook: Any) -> None:
             del hook
-            seen.append(activation)
+            seen.append(activation.flatten(2))
 
         def learn(place: int) -> Callable[..., None]:
             def note(_module: nn.Module, _inputs: Any, output: Any) -> None:

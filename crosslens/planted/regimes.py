@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset, generator
+from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.snapshot import Snapshot
@@ -154,7 +155,7 @@ class Planted(Activations):
         )
         self.members = list(range(regime.n_snapshots))
         self.whole: Planted | None = None
-        self.hook_name, self.dataset = "planted", Dataset([])  # drawn, not read
+        self.hook_names, self.dataset = ("planted",), Dataset([])  # drawn, not read
         self._name_snapshots()
 
     def _name_snapshots(self) -> None:
@@ -206,12 +207,20 @@ class Planted(Activations):
 
     @override
     def batches(
-        self, batch_size: int, *, start: int = 0, epochs: int | None = None
+        self,
+        batch_size: int,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        device: str | torch.device = "cpu",
+        parallel: Parallel = ALONE,
+        whole: bool = True,
     ) -> Generator[Float[Tensor, "B S D"], None, None]:
+        own = slice(None) if whole else parallel.tokens(batch_size)
         last = None if epochs is None else self.n_tokens * epochs // batch_size
         i = start
         while last is None or i < last:
-            yield self._activations(batch_size, i)
+            yield self._activations(batch_size, i)[own].to(device)
             i += 1
 
     @override

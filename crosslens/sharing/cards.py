@@ -188,6 +188,7 @@ def _data(crosscoder: Crosscoder, run: dict[str, Any]) -> list[str]:
         "context size": metadata.context_size,
         "tokens per epoch": identity.get("n_tokens"),
         "special tokens": {True: "kept", False: "left out"}.get(metadata.keep_special),
+        "first tokens of each sequence and document left out": metadata.drop_positions or None,
         "imported from": metadata.imported_from,
         **{key.replace("_", " "): value for key, value in identity.get("training", {}).items()},
         **{f"version of {name}": value for name, value in run.get("versions", {}).items()},

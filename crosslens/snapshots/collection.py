@@ -1,8 +1,8 @@
-"""`Snapshots`: the snapshots of one pretraining run, in the order of training.
+"""`Snapshots`: the snapshots of one pretraining run, in the order of training, or other models of one width.
 
-They come from local folders, from revisions on the Hugging Face hub, or from the demo. `check` refuses snapshots that
-cannot be compared: equal weights, different tokenizers, widths or depths. `model` loads one and keeps it if memory
-allows. `to_dict` and `from_dict` record and restore the collection.
+They come from local folders, from revisions on the Hugging Face hub, from memory, or from the demo. `check` refuses
+snapshots that cannot be compared: equal weights, different tokenizers, widths or depths. `model` loads one and keeps it
+if memory allows. `to_dict` and `from_dict` record and restore the collection.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import operator
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -21,12 +20,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from crosslens.distributed.devices import model_memory
 from crosslens.errors import UserError
 from crosslens.snapshots import families
-from crosslens.snapshots.checks import check_configs, check_distinct, check_dtypes, check_tokenizers
-from crosslens.snapshots.folders import read_run
-from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
+from crosslens.snapshots.checks import (
+    check_arrival,
+    check_configs,
+    check_distinct,
+    check_dtypes,
+    check_models,
+    check_tokenizers,
+)
+from crosslens.snapshots.folders import read_places, read_run
+from crosslens.snapshots.hashes import cache_folder
+from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer, hook_width
 from crosslens.snapshots.hub import list_revisions
+from crosslens.snapshots.memory import LoadedSnapshot, loaded_snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot
 
@@ -36,33 +45,37 @@ if TYPE_CHECKING:
 __all__ = ["Snapshot", "Snapshots", "canonical_hook", "hook_layer"]
 
 _FORMAT = 1
-KEEP_BYTES = 2 * 2**30
-"""Models stay in memory if all of them together take at most this much."""
-
-
-def _cache_folder() -> Path:
-    if ours := os.environ.get("CROSSLENS_CACHE"):
-        return Path(ours).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crosslens"
 
 
 class Snapshots(Sequence[Snapshot]):
     """Snapshots of one pretraining run, in the order of training. Indexing by a slice or a list gives `Snapshots`.
 
+    `of` and `from_models` take other models too, such as a base model and its fine-tuned version.
+
     Args:
         snapshots: one or more, with different labels.
         name: name of the model, for titles and records.
         demo: arguments of `demo`, if it made the snapshots; recorded by `to_dict`.
+        one_run: whether all come from one run, so that their configurations must be equal. Otherwise they may differ in
+            all but width, vocabulary and hook point.
 
     Raises:
         UserError: no snapshots, or two with the same label.
     """
 
-    def __init__(self, snapshots: Sequence[Snapshot], name: str, demo: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        snapshots: Sequence[Snapshot],
+        name: str,
+        demo: Mapping[str, Any] | None = None,
+        *,
+        one_run: bool = True,
+    ) -> None:
         self._snapshots = tuple(snapshots)
+        self._one_run = one_run
         self.name = name
         self._demo = demo
-        self._models: dict[tuple[int, str, str, str, int | None], LanguageModel] = {}
+        self._models: dict[tuple[int, str, str, str, str, int | None], LanguageModel] = {}
         if not self._snapshots:
             raise UserError(f"{name} without snapshots: give one or more")
         labels = self.labels
@@ -190,6 +203,56 @@ class Snapshots(Sequence[Snapshot]):
         )
 
     @classmethod
+    def of(cls, models: Mapping[str, str | Path]) -> Snapshots:
+        """Any models of one width and tokenizer, such as a base model and its chat version, or two seeds of one run.
+
+        Nothing is downloaded yet. Depth and configuration may differ, as long as every model has the hook point.
+
+        Args:
+            models: a place for each label, in the order that figures and tables will have: a folder in the layout of
+                transformers, a repository, or `repository@revision`. A folder's tokenizer is in it, or beside it (in
+                the folder above, or in `tokenizer` there).
+
+        Raises:
+            UserError: no models, a folder without a model or tokenizer, a revision of a folder, or a name that no
+                repository can have.
+        """
+        snapshots = read_places(models)
+        names = dict.fromkeys(Path(snapshot.name).name for snapshot in snapshots)
+        return cls(snapshots, ", ".join(names), one_run=False)
+
+    @classmethod
+    def from_models(
+        cls,
+        models: Sequence[Any],
+        labels: Sequence[str] | None = None,
+        steps: Sequence[int | None] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Snapshots:
+        """Models in memory, or functions that load one: then a single model is in memory at a time.
+
+        The models are not changed, nor copied unless `ModelSettings` asks for another device or dtype; they must not
+        change either. A run directory cannot record them: for the command line save them, and use `of` or `local`.
+
+        Args:
+            models: TransformerBridges, HookedTransformers, causal language models of transformers, or functions without
+                arguments that return one. All have one width and the hook point.
+            labels: names of the models, one for each.
+            steps: optimiser steps of each, if they are snapshots of one run.
+            tokenizer: the tokenizer of all; by default that of the bridges or HookedTransformers.
+
+        Raises:
+            UserError: labels or steps that are missing or of another number, something that is neither a model nor a
+                function, one model twice, different widths or tokenizers, or no tokenizer. What a function returns is
+                checked when it is first needed.
+        """
+        snapshots = loaded_snapshots(models, labels, steps, tokenizer)
+        made = cls(snapshots, ", ".join(labels or ()), one_run=False)
+        if not any(snapshot.is_function for snapshot in snapshots):
+            made.check(weights=False)
+        return made
+
+    @classmethod
     def demo(
         cls,
         seed: int = 0,
@@ -212,7 +275,7 @@ class Snapshots(Sequence[Snapshot]):
         from crosslens.synthetic.pretraining import pretrain_demo
 
         variant = "" if config is None else "-" + hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-        target = Path(folder) if folder is not None else _cache_folder() / f"demo-seed{seed}{variant}"
+        target = Path(folder) if folder is not None else cache_folder() / f"demo-seed{seed}{variant}"
         snapshots = cls.local(pretrain_demo(target, seed, config=config, overwrite=folder is None))
         again = {"seed": seed, "folder": None if folder is None else str(target.resolve())}
         return cls(snapshots, snapshots.name, again if config is None else None)
@@ -233,15 +296,26 @@ class Snapshots(Sequence[Snapshot]):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"not a record of snapshots ({error}): give what Snapshots.to_dict returned") from error
         if demo is None:
-            return cls(rows, name)
+            return cls(rows, name, one_run=recipe.get("one_run", True))
         whole = cls.demo(**demo)
         if unknown := [row.label for row in rows if row.label not in whole.labels]:
             raise UserError(f"the demo has no snapshot {unknown[0]!r}: it has {', '.join(whole.labels)}")
         return whole[[whole.labels.index(row.label) for row in rows]]
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for `from_dict`, in types of JSON."""
+        """A record for `from_dict`, in types of JSON.
+
+        Raises:
+            UserError: the models are in memory.
+        """
+        if any(isinstance(s, LoadedSnapshot) for s in self):
+            raise UserError(
+                "models in memory cannot be recorded: save each with save_pretrained, its tokenizer too, and use "
+                "Snapshots.of or Snapshots.local"
+            )
         recipe: dict[str, Any] = {"format": _FORMAT, "name": self.name, "snapshots": [asdict(s) for s in self]}
+        if not self._one_run:
+            recipe["one_run"] = False
         return recipe if self._demo is None else {**recipe, "demo": dict(self._demo)}
 
     def __len__(self) -> int:
@@ -255,7 +329,7 @@ class Snapshots(Sequence[Snapshot]):
         if isinstance(index, SupportsIndex):
             return self._snapshots[operator.index(index)]
         chosen = self._snapshots[index] if isinstance(index, slice) else [self._snapshots[i] for i in index]
-        return Snapshots(chosen, self.name, self._demo)
+        return Snapshots(chosen, self.name, self._demo, one_run=self._one_run)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshots) and (self.name, self._snapshots) == (other.name, other._snapshots)
@@ -290,9 +364,9 @@ class Snapshots(Sequence[Snapshot]):
     ) -> LanguageModel:
         """The i-th snapshot's model, loaded by `Snapshot.load` and cached.
 
-        If the weights of all snapshots take at most 2 GiB, all models stay in memory, otherwise only the last one;
-        whole models and models of `n_blocks` are counted separately. Drop your reference to a model before you ask for
-        the next, or two are in memory.
+        If the models of all snapshots take at most half of the device's memory, all stay there, otherwise only the
+        last; whole models and models of `n_blocks` are counted separately. Drop your reference to a model before you
+        ask for the next, or two are in memory.
 
         Args:
             i: index of the snapshot.
@@ -304,17 +378,20 @@ class Snapshots(Sequence[Snapshot]):
         """
         settings = settings or ModelSettings()
         place = range(len(self))[operator.index(i)]
-        key = (place, str(torch.device(settings.device)), settings.dtype, settings.backend, n_blocks)
+        ours = (str(torch.device(settings.device)), settings.dtype, settings.backend, settings.attention)
+        key = (place, *ours, n_blocks)
         if key not in self._models:
             # another thread may be using the models of other depths
             alike = {other: model for other, model in list(self._models.items()) if other[-1] == n_blocks}
             largest = max((sum(p.nbytes for p in model.parameters()) for model in alike.values()), default=0)
-            if largest * max(len(self), len(alike) + 1) > KEEP_BYTES:
+            if largest * max(len(self), len(alike) + 1) > model_memory(settings.device):
                 for other in alike:
                     del self._models[other]
                 alike.clear()
                 gc.collect()  # hooks make reference cycles of a model's parts
-            self._models[key] = self[place].load(settings.device, settings.dtype, settings.backend, n_blocks)
+            self._models[key] = self[place].load(
+                settings.device, settings.dtype, settings.backend, n_blocks, attention=settings.attention
+            )
         return self._models[key]
 
     def release(self) -> None:
@@ -330,16 +407,30 @@ class Snapshots(Sequence[Snapshot]):
             weights: also compare the weights, which downloads those that are not in the hub's cache.
 
         Raises:
-            UserError: two snapshots differ in configuration, vocabulary or stored dtype, or have equal weights (both
-                are named); a hook point that does not exist.
+            UserError: two snapshots differ in configuration (models that are not of one run: in width), vocabulary or
+                stored dtype, or have equal weights (both are named); a hook point that does not exist.
         """
-        if hook_name is not None:
-            check_hook(hook_name, self._config)
-        check_configs(self)
-        check_tokenizers(self, self.tokenizer, self._config.vocab_size)
+        if self._one_run:
+            if hook_name is not None:
+                check_hook(hook_name, self._config)
+            check_configs(self)
+        else:
+            check_models(self, hook_name)
+        check_tokenizers(self, self.tokenizer, min(int(config.vocab_size) for config in self._configs))
         if weights:
             check_distinct(self.labels, self.fingerprints)
-            check_dtypes(self)
+            check_dtypes(self, self._one_run)
+
+    def check_arrival(self, s: int) -> None:
+        """Download the weights of a snapshot, and refuse them if they equal others that were known before.
+
+        Args:
+            s: index of the snapshot.
+
+        Raises:
+            UserError: equal weights, or snapshots of one run that are stored in different dtypes; both are named.
+        """
+        check_arrival(self, s, self._one_run)
 
     @property
     def fingerprints(self) -> list[str]:
@@ -352,22 +443,43 @@ class Snapshots(Sequence[Snapshot]):
         """The first snapshot's; `check` makes sure that the others have the same vocabulary."""
         return self[0].read_tokenizer()
 
+    @property
+    def separator(self) -> str | None:
+        """What separated documents when the models were pretrained: "bos", "eos" or "none"; None if it is not known."""
+        return families.find_separator(self[0].name)
+
     @cached_property
+    def _configs(self) -> list[PretrainedConfig]:
+        """The configuration that all have, or that of each model."""
+        return [s.config() for s in (self[:1] if self._one_run else self)]
+
+    @property
     def _config(self) -> PretrainedConfig:
-        return self[0].config()
+        return self._configs[0]
 
     @property
     def d_model(self) -> int:
         """Width D of the residual stream."""
         return int(self._config.hidden_size)
 
+    def hook_width(self, hook_name: str) -> int:
+        """Width D of the activation at a hook point.
+
+        Args:
+            hook_name: TransformerLens name.
+        """
+        return hook_width(hook_name, self._config)
+
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
-        return int(self._config.num_hidden_layers)
+        """Number of blocks; of models of different depth, the least."""
+        return min(int(config.num_hidden_layers) for config in self._configs)
 
     @property
     def n_ctx(self) -> int:
-        """Longest context, in tokens; 2048 if the config has none (BLOOM, which has ALiBi, was trained on 2048)."""
+        """Longest context that all have, in tokens; 2048 if a config has none (BLOOM: ALiBi, trained on 2048)."""
         keys = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-        return next((int(value) for key in keys if (value := getattr(self._config, key, None))), 2048)
+        return min(
+            next((int(value) for key in keys if (value := getattr(config, key, None))), 2048)
+            for config in self._configs
+        )

@@ -8,6 +8,7 @@ size may override any of these. To add a family, add an entry.
                             from its start, later ones begin at `stage1_steps`
     steps                   the steps of the first pattern; absent if only the hub lists them (OLMo's revisions contain
                             rounded token counts, which do not follow from the step)
+    separator               what stood between documents in pretraining: bos, eos or none; absent if it is not known
     sets                    named choices of steps or revisions: `paper` is from Ge et al. (arXiv 2509.17196),
                             `triplet` from Bayazit et al. (arXiv 2509.05291)
 
@@ -57,6 +58,16 @@ def find_model(family: str, size: str) -> Model:
         begins=entry.get("stage1_steps", 0),
         main_tokens=entry.get("main_tokens"),
     )
+
+
+def find_separator(repository: str) -> str | None:
+    """What separated documents when the models of a repository were pretrained; None if the table does not say."""
+    for family in read_table().values():
+        for size, changes in family["sizes"].items():
+            entry = {**family, **changes}
+            if repository in (entry["repository"].format(size=size), entry.get("tokenizer", "").format(size=size)):
+                return entry.get("separator")
+    return None
 
 
 def match_model(name: str) -> Model | None:

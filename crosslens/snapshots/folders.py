@@ -1,13 +1,17 @@
-"""Local runs: a folder whose sub-folders are snapshots, found by name or listed in a `snapshots.json`."""
+"""Where snapshots are: a folder whose sub-folders are snapshots, or a folder or repository for each of them.
+
+The sub-folders are found by name, or listed in a `snapshots.json`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from crosslens.snapshots.snapshot import Snapshot
@@ -87,3 +91,63 @@ def _local_tokenizer(folder: Path, root: Path) -> str:
         if tokenizer_files(candidate):
             return str(candidate)
     raise UserError(f"there is no tokenizer in {folder}, {root / 'tokenizer'} or {root}: put one into any of them")
+
+
+def read_places(places: Mapping[str, str | Path]) -> list[Snapshot]:
+    """A snapshot for each label and place: a folder, or a repository with an optional `@revision` (else `@main`).
+
+    Raises:
+        UserError: no places, a revision of a folder, a folder that does not exist or holds no model, no tokenizer, or
+            a name that no repository can have.
+    """
+    from crosslens.snapshots.snapshot import Snapshot
+
+    rows = check_places(places)
+    snapshots: list[Snapshot] = []
+    for label, (name, revision) in rows.items():
+        tokenizer = _local_tokenizer(Path(name), Path(name).parent) if revision is None else None
+        snapshots.append(Snapshot(label, None, None, name, revision, tokenizer))
+    return snapshots
+
+
+def check_places(places: Mapping[str, str | Path]) -> dict[str, tuple[str, str | None]]:
+    """For each label a folder and None, or a repository and a revision; nothing is looked up on the hub.
+
+    Raises:
+        UserError: as in `read_places`, except that a tokenizer is not looked for.
+    """
+    if not isinstance(places, Mapping) or not places:
+        raise UserError(
+            f"{shortened(places)!r} gives no models: give labels and places, such as "
+            '{"base": "google/gemma-2-2b", "chat": "folder"}'
+        )
+    found: dict[str, tuple[str, str | None]] = {}
+    for label, place in places.items():
+        if not isinstance(label, str) or not isinstance(place, str | Path):
+            raise UserError(f"{label!r}: {shortened(place)!r} is not a place: give labels and places as strings")
+        repository, at, revision = str(place).partition("@")
+        folder = Path(place).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                hint = "; for all snapshots in its sub-folders use Snapshots.local" if _has_runs(folder) else ""
+                raise UserError(
+                    f"snapshot {label!r}: {place} has no config.json: give a model in the layout of transformers{hint}"
+                )
+            found[label] = str(folder.resolve()), None
+        elif at and Path(repository).expanduser().is_dir():
+            raise UserError(
+                f"snapshot {label!r}: {repository!r} is a local folder, which has no revision {revision!r}: give the "
+                "folder of that snapshot, or work in a directory without a folder of that name"
+            )
+        elif isinstance(place, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?", place):
+            raise UserError(
+                f"snapshot {label!r}: there is no folder {str(place)!r}, and it is no name of a repository: give a "
+                "folder, 'org/model' or 'org/model@revision'"
+            )
+        else:
+            found[label] = repository, revision or "main"
+    return found
+
+
+def _has_runs(folder: Path) -> bool:
+    return (folder / "snapshots.json").is_file() or any(folder.glob("step*/config.json"))

@@ -4,12 +4,13 @@
 2. The hub's client resumes interrupted downloads, honours rate limits, and moves a file into the cache only when it is
    complete. When the client gives up, the download is retried with growing pauses, then reported in one line.
 3. The fingerprint of a commit's weights is recorded next to them: a commit never changes, but its weights may be
-   evicted.
+   evicted. Before a download, the hub's own checksums tell equal files apart from different ones.
 4. `evict` deletes weights from the cache, but never a file that another revision shares.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -90,6 +91,36 @@ def hub_file(repo: str, commit: str, filename: str) -> Path | None:
         return None
 
 
+def weight_etags(repo: str, commit: str) -> tuple[str, ...] | None:
+    """The hub's checksums of the files of a commit's weights: equal files have equal ones, whatever their names.
+
+    Asks the hub for what is not in the cache, and downloads no weights. None if it does not answer, or has no weights.
+    """
+    try:
+        for filename in WEIGHTS:
+            if single := _etag(repo, commit, filename):
+                return (single,)
+            if index := hub_file(repo, commit, f"{filename}.index.json"):
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                found = [_etag(repo, commit, name) for name in sorted(names)]
+                return None if None in found else tuple(etag for etag in found if etag)
+    except (*_NO_ANSWER, UserError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _etag(repo: str, commit: str, filename: str) -> str | None:
+    cached = huggingface_hub.try_to_load_from_cache(repo, filename, revision=commit)
+    if isinstance(cached, str):
+        return Path(cached).resolve().name if Path(cached).is_symlink() else None
+    if cached is not None:  # the cache records that this commit has no such file
+        return None
+    try:
+        return huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, filename, revision=commit)).etag
+    except hub_errors.EntryNotFoundError:
+        return None
+
+
 def _fetch(repo: str, filename: str, revision: str) -> Path:
     """`hf_hub_download` with retries; an answer from the hub, such as "not found", is raised at once."""
     for pause in (*PAUSES, None):
@@ -162,13 +193,23 @@ def _repository_folder(repo: str) -> Path:
 
 def recorded_fingerprint(repo: str, commit: str) -> str | None:
     """The fingerprint of a commit's weights, if it was computed before."""
+    return next(iter(_recorded(repo, commit)), None)
+
+
+def recorded_dtype(repo: str, commit: str) -> str | None:
+    """The dtype of a commit's weights, if it was recorded."""
+    return next(iter(_recorded(repo, commit)[1:]), None)
+
+
+def _recorded(repo: str, commit: str) -> list[str]:
+    """Fingerprint and dtype of a commit's weights; older releases recorded the first only."""
     path = _notes(repo) / f"{commit}.sha256"
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text().split() if path.is_file() else []
 
 
-def record_fingerprint(repo: str, commit: str, fingerprint: str) -> None:
-    """Record the fingerprint of a commit's weights."""
-    _note(_notes(repo) / f"{commit}.sha256", fingerprint)
+def record_fingerprint(repo: str, commit: str, fingerprint: str, dtype: str) -> None:
+    """Record the fingerprint of a commit's weights, and the dtype that they are stored in."""
+    _note(_notes(repo) / f"{commit}.sha256", f"{fingerprint} {dtype}")
 
 
 def mark_download(repo: str, commit: str) -> None:
@@ -188,7 +229,8 @@ def _note(path: Path, text: str) -> None:
         partial.write_text(text)
         os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def evict(repo: str, commit: str) -> int:
@@ -205,13 +247,13 @@ def evict(repo: str, commit: str) -> int:
     blobs = {path.resolve() for path in doomed if path.is_symlink()}
     freed = sum(path.stat().st_size for path in doomed if not path.is_symlink())
     for path in doomed:
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may be evicting them, too
     shared = {path.resolve() for path in snapshots.rglob("*") if path.is_symlink()}
     for blob in blobs - shared:
         if blob.is_file() and blob.is_relative_to(_repository_folder(repo).resolve()):
             freed += blob.stat().st_size
-            blob.unlink()
-    mark.unlink()
+            blob.unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
     return freed
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
+from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
     WEIGHTS,
     evict,
@@ -37,8 +39,10 @@ from crosslens.snapshots.hub import (
     is_on_disk,
     mark_download,
     record_fingerprint,
+    recorded_dtype,
     recorded_fingerprint,
     unreachable,
+    weight_etags,
 )
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
@@ -75,7 +79,7 @@ def cut_config(config: Any, n_blocks: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None, None, None]:
+def quiet() -> Generator[None, None, None]:
     """Silence warnings, logs and progress bars of the libraries that load models, and restore them afterwards."""
     # these settings are global to the process, so threads that load models take turns
     with _LOADING, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -93,6 +97,10 @@ def _quiet() -> Generator[None, None, None]:
                 if no_hub_bars:
                     disable_progress_bars()
             logging.disable(logged)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ class Snapshot:
         """The configuration, from config.json."""
         folder = self.folder()
         try:
-            with _quiet():
+            with quiet():
                 return AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise self._error(f"transformers cannot read {folder / 'config.json'}: {first_line(error)}") from error
@@ -153,29 +161,60 @@ class Snapshot:
         """The tokenizer in `tokenizer_source`."""
         folder = self.tokenizer_source()
         try:
-            with _quiet():
+            with quiet():
                 return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
             raise self._error(f"transformers cannot read the tokenizer in {folder}: {first_line(error)}") from error
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the tensors, however they are split into files; computed once per process.
+        """sha256 of the tensors, however they are split into files; computed once, and remembered for other processes.
 
-        For a commit on the hub whose weights were evicted, the recorded one.
+        For a commit on the hub whose weights were evicted, the recorded one. Weights that are not on this disk and have
+        no record are downloaded.
         """
         if self.revision is not None and not self.is_on_disk():
             known = recorded_fingerprint(self.name, self.folder().name)
             if known is not None:
                 return known
-        files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self._weights())
-        try:
-            found = hash_tensors(files)
-        except DamagedFileError as error:
-            raise self._damaged(error.path) from error
+        weights = self._weights()
+        found = remembered_hash(weights)
+        if found is None:
+            files = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in weights)
+            try:
+                found = hash_tensors(files)
+            except DamagedFileError as error:
+                raise self._damaged(error.path) from error
+            remember_hash(weights, found)
         if self.revision is not None and recorded_fingerprint(self.name, self.folder().name) != found:
-            record_fingerprint(self.name, self.folder().name, found)
+            record_fingerprint(self.name, self.folder().name, found, _name(self.stored_dtype))
         return found
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint, unless the weights have to be downloaded for it."""
+        if self.is_on_disk():
+            return self.fingerprint
+        return recorded_fingerprint(self.name, self.folder().name)
+
+    @property
+    def known_dtype(self) -> str | None:
+        """The name of `stored_dtype`, unless the weights have to be downloaded for it."""
+        if self.revision is not None and not self.is_on_disk():
+            return recorded_dtype(self.name, self.folder().name)
+        return _name(self.stored_dtype)
+
+    @property
+    def origin(self) -> str:
+        """What identifies the weights before they are downloaded: repository and commit; of a folder, the fingerprint.
+
+        The contents of a commit never change.
+        """
+        return self.fingerprint if self.revision is None else f"{self.name}@{self.folder().name}"
+
+    def weight_etags(self) -> tuple[str, ...] | None:
+        """The hub's checksums of the files of weights; None for a folder, or if the hub does not answer."""
+        return None if self.revision is None else weight_etags(self.name, self.folder().name)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -225,6 +264,8 @@ class Snapshot:
         dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
+        *,
+        attention: str = "eager",
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients.
 
@@ -235,27 +276,36 @@ class Snapshot:
                 processing, for hub repositories that TransformerLens knows by name.
             n_blocks: load only the first blocks; those above are neither read nor kept in memory. The activations of
                 such a model are right, its logits are meaningless.
+            attention: "eager" or "sdpa", as in `ModelSettings`.
         """
         name = str(dtype).removeprefix("torch.")
-        settings = ModelSettings(find_device() if device is None else str(device), name, backend)
+        settings = ModelSettings(find_device() if device is None else str(device), name, backend, attention=attention)
         device, torch_dtype = settings.device, getattr(torch, settings.dtype)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise self._error(f"device={device!r} needs CUDA, which is not available here: use device='cpu'")
+        self._check_device(device)
         official = self._official() if backend == "hooked_transformer" else self
+        if attention != "eager":
+            self._check_attention(attention)
         tokenizer = self.read_tokenizer()
         original = self._load_transformers(torch_dtype, n_blocks)
         # a slow import
         from transformer_lens import HookedTransformer
         from transformer_lens.model_bridge import TransformerBridge
+        from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
         if backend == "bridge":
-            with _quiet():
+            with quiet():
                 model: Any = TransformerBridge.boot_transformers(
                     self.name, hf_model=original.to(device), tokenizer=tokenizer, device=device, dtype=torch_dtype
                 )
+            if attention != "eager":
+                original.set_attn_implementation(attention)  # booting sets some families to eager
+                # the bridges of most families compute scores themselves, so that hooks see them; their base class
+                # calls the attention of transformers, in which hooks at its input, output and heads (z) remain
+                for block in model.blocks:
+                    block.attn.__dict__["forward"] = functools.partial(AttentionBridge.forward, block.attn)
             return model.requires_grad_(False).eval()
         try:
-            with _quiet():
+            with quiet():
                 # checkpoint_value= would download weights of its own; revision= only selects the config
                 model = HookedTransformer.from_pretrained_no_processing(
                     official.name,
@@ -274,6 +324,17 @@ class Snapshot:
             ) from error
         return model.requires_grad_(False).eval()
 
+    def _check_attention(self, attention: str) -> None:
+        config: Any = self.config()
+        try:
+            with quiet(), torch.device("meta"):  # the model's method that sets it does not refuse
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        except ValueError as error:
+            raise self._error(
+                f"attention={attention!r} is not available for {config.model_type} in transformers: use "
+                "attention='eager'"
+            ) from error
+
     def _load_transformers(self, dtype: torch.dtype, n_blocks: int | None) -> Any:
         """The transformers model on the CPU, with the attention that TransformerLens's hooks need."""
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
@@ -284,7 +345,7 @@ class Snapshot:
             with contextlib.ExitStack() as stack:
                 for path in self._weights():
                     open_weights(path, stack)
-            with _quiet():
+            with quiet():
                 model, report = from_pretrained(
                     self.folder(), config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
                 )
@@ -300,6 +361,10 @@ class Snapshot:
                 "at random: copy or convert the weights again"
             )
         return model
+
+    def _check_device(self, device: str) -> None:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise self._error(f"device={device!r} needs CUDA, which is not available here: use device='cpu'")
 
     def _final(self) -> Snapshot:
         """The main branch of the tokenizer's repository."""

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,16 +25,21 @@ def hash_tensors(files: tuple[tuple[Path, int, int], ...]) -> str:
     Args:
         files: path, size and modification time of each file; size and time make a changed file a new cache key.
     """
-    digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
         readers: dict[str, Callable[[], Tensor]] = {}
         for path, _, _ in files:
             readers.update(open_weights(path, stack))
-        for name in sorted(readers):
-            if not name.endswith(_BUFFERS):
-                tensor = readers[name]()
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return hash_named(readers)
+
+
+def hash_named(readers: Mapping[str, Callable[[], Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of the tensors that functions read, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(readers):
+        if not name.endswith(_BUFFERS):
+            tensor = readers[name]()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

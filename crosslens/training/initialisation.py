@@ -62,7 +62,7 @@ def initialise(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae = _made(architecture, parallel)
-    moments = first_moments(acts, batch_size, scale_tokens)
+    moments = first_moments(acts, batch_size, scale_tokens, parallel)
     scale = snapshot_scales(moments, architecture.scale, acts)
     if parallel.rank == 0:
         name_constant(moments, architecture.scale, acts)
@@ -116,12 +116,12 @@ class Moments(NamedTuple):
         return self.variances / self.squares
 
 
-def first_moments(acts: Activations, batch_size: int, n_tokens: int) -> Moments:
-    """The moments of the first `n_tokens` activations, in whole batches."""
+def first_moments(acts: Activations, batch_size: int, n_tokens: int, parallel: Parallel = ALONE) -> Moments:
+    """The moments of the first `n_tokens` activations, in whole batches, which all processes read together."""
     n_batches = max(1, min(n_tokens, acts.n_tokens) // batch_size)
     norms, squares = torch.zeros(2, acts.n_snapshots, dtype=torch.float64)
     means = torch.zeros(acts.n_snapshots, acts.d_model, dtype=torch.float64)
-    stream = acts.batches(batch_size, epochs=1)
+    stream = acts.batches(batch_size, epochs=1, parallel=parallel)
     batch = torch.empty(0, acts.n_snapshots, acts.d_model)
     for _, batch in zip(range(n_batches), stream, strict=False):
         rows = batch.double()

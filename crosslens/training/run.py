@@ -21,7 +21,6 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -107,7 +106,9 @@ def _fit(
     began = time.perf_counter()
     trainer = _trainer(acts, architecture, config, run, parallel)
     sae = trainer.sae
-    trainer.data_provider = acts.batches(config.batch_size, start=trainer.n_training_steps)
+    trainer.data_provider = acts.batches(
+        config.batch_size, start=trainer.n_training_steps, device=config.device, parallel=parallel, whole=False
+    )
     trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
     # closing ends the prefetching before the evaluation
@@ -222,8 +223,10 @@ def claim(
     if run is None:
         return architecture, None
     run.claim(training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens))
-    if isinstance(acts.dataset.source, (str, Path)):
+    try:
         run.update(source=acts.to_dict())
+    except UserError as error:
+        tell(f"the command line cannot read {run.path}: {error}")
     return architecture, run
 
 
@@ -283,6 +286,7 @@ def training_identity(
             "training_tokens": total,
         },
         "data_seed": acts.seed,
+        "data_order": acts.data_order,
         "n_tokens": acts.n_tokens,
         "tokens_sha256": hashlib.sha256(acts.tokens.contiguous().numpy().tobytes()).hexdigest(),
     }

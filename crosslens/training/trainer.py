@@ -212,7 +212,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         No (B, F) tensor outlives it: `hidden_pre` of the output is empty, and so is `feature_acts` if it was dense and
         the step is not logged. `n_active` counts the active (token, feature) pairs of every step.
 
-        With several processes, each receives the whole batch and uses its share of the tokens.
+        With several processes, each receives the whole batch and uses its share of the tokens, or receives this share.
 
         Raises:
             FloatingPointError: the loss is not finite; no parameter has changed.
@@ -241,8 +241,9 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
 
     def _step(self, batch: Tensor) -> TrainStepOutput:
         self.sae.train()
-        self.n_training_samples += batch.shape[0]
-        batch = batch[self.parallel.tokens(len(batch))]
+        if self.parallel.n_data_ranks > 1 and len(batch) == self.config.batch_size:
+            batch = batch[self.parallel.tokens(len(batch))]
+        self.n_training_samples += len(batch) * self.parallel.n_data_ranks
         logged = self._is_logged()
         output = self.sae.training_forward_pass(
             TrainStepInput(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
-from crosslens.activations.cache import ActivationCache
-from crosslens.activations.harvesting import run_to_hook
+from crosslens.activations import cache as cache_module
+from crosslens.activations.cache import ActivationCache, Rows, decode, runs_of
+from crosslens.activations.harvesting import run_to_hooks
+from crosslens.activations.identity import source_identity
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
@@ -31,7 +37,7 @@ def snapshots(tiny_snapshots: Path) -> Snapshots:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 30 * T)  # several shards, the last one smaller
+    monkeypatch.setattr("crosslens.activations.cache.FILE_BYTES", 30 * T * 32)  # several shards of at most 30 sequences
 
 
 @pytest.fixture
@@ -48,42 +54,77 @@ def state(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
+def rounded(x: Tensor, dtype: str) -> Tensor:
+    return x if dtype == "float32" else x.to(torch.bfloat16).float()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_batches_in_the_same_order_as_live(make: Any, tmp_path: Path, dtype: str):
+def test_same_batches_in_the_same_order_as_live_where_the_buffer_holds_all(make: Any, tmp_path: Path, dtype: str):
     live = make()
     cached = live.cache(tmp_path / "cache", dtype)
+    assert live.data_order == cached.data_order == "shuffled"
     n = 2 * live.n_tokens // 64 + 2  # over two epochs
     for a, b in itertools.islice(zip(live.batches(64), cached.batches(64), strict=True), n):
-        assert b.dtype == torch.float32
-        assert torch.equal(b, a if dtype == "float32" else a.to(torch.bfloat16).float())
+        assert b.dtype == torch.float32 and torch.equal(b, rounded(a, dtype))
     for a, b in zip(live.held_out(64), cached.held_out(64), strict=True):
-        assert torch.equal(b, a if dtype == "float32" else a.to(torch.bfloat16).float())
+        assert torch.equal(b, rounded(a, dtype))
     for a, b in itertools.islice(zip(live.batches(64, start=9), cached.batches(64, start=9), strict=True), 3):
-        assert torch.equal(b, a if dtype == "float32" else a.to(torch.bfloat16).float())
+        assert torch.equal(b, rounded(a, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_tokens_as_from_a_mixing_buffer(make: Any, tmp_path: Path, dtype: str, monkeypatch: Any):
+    monkeypatch.setattr("crosslens.activations.mixing.UNIT", 50)
+    live, small = make(), make()
+    small._mixing_tokens = 200
+    cached = live.cache(tmp_path / "cache", dtype)
+    n = live.n_tokens
+    mixed, read = (next(acts.batches(n, epochs=1)) for acts in (small, cached))
+    assert small.data_order != cached.data_order and not torch.equal(mixed, read)
+
+    def in_order(x: Tensor) -> list[list[float]]:
+        return sorted(x.flatten(1).tolist())
+
+    # other sequences share a forward pass, which may change the last bit
+    torch.testing.assert_close(
+        torch.tensor(in_order(rounded(mixed, dtype))), torch.tensor(in_order(read)), atol=0.03, rtol=0.01
+    )
 
 
 def test_reading_runs_no_model(make: Any, pristine: Path, monkeypatch: pytest.MonkeyPatch):
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hook", never)
+    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hooks", never)
     again = make().cache(pristine, "float32")
     assert len(next(again.batches(100))) == 100 and list(again.held_out())
+
+
+def n_shards(acts: Activations, most: int = 30) -> int:
+    """Shards of at most 30 sequences, of training and held-out ones."""
+    return sum(-(-len(tokens) // most) for tokens in (acts.train_tokens(), acts.held_out_tokens()))
 
 
 def test_one_file_per_shard_and_snapshot_and_a_manifest(make: Any, tmp_path: Path):
     acts = make()
     acts.cache(tmp_path / "cache")
-    shards = -(-len(acts.tokens) // 30)
-    assert shards >= 3
+    shards = n_shards(acts)
+    assert shards >= 4
     expected = {"manifest.json"}
     expected |= {f"tokens-{i:05d}.safetensors" for i in range(shards)}
     expected |= {f"acts-{i:05d}-s{s:02d}.safetensors" for i in range(shards) for s in range(3)}
     assert set(state(tmp_path / "cache")) == expected  # and nothing temporary
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    assert manifest["format"] == 1 and manifest["hook_name"] == HOOK and manifest["dtype"] == "bfloat16"
+    assert manifest["format"] == 2 and manifest["hook_name"] == HOOK and manifest["dtype"] == "bfloat16"
     assert manifest["snapshots"] == acts.snapshots.fingerprints and len(set(manifest["snapshots"])) == 3
-    assert (tmp_path / "cache" / "acts-00000-s00.safetensors").stat().st_size < 30 * T * 16 * 2 + 400  # two bytes each
+    first = tmp_path / "cache" / "acts-00000-s00.safetensors"
+    n = manifest["shard_sequences"] * T
+    assert first.stat().st_size == 4096 + n * 16 * 2 + -(-n // 32) * 4  # two bytes each
+    with safe_open(first, framework="pt") as file:  # any program can read it
+        assert file.get_tensor("data").shape == (n, 16)
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    plan = acts.plan(measure=False)
+    assert plan.n_files == len(expected) and plan.cache_bytes == pytest.approx(size, rel=0.05)
 
 
 def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
@@ -98,30 +139,31 @@ def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
         calls.append((loaded[-1], tokens.tolist()))
         if len(calls) > fail_at[0]:
             raise KeyboardInterrupt
-        run_to_hook(model, tokens, *args, **options)
+        run_to_hooks(model, tokens, *args, **options)
 
     def noted(snapshot: Snapshot, *args: Any, **options: Any) -> Any:
         loaded.append(snapshot.step)
         return load(snapshot, *args, **options)
 
-    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hook", watched)
+    monkeypatch.setattr("crosslens.activations.harvesting.run_to_hooks", watched)
     monkeypatch.setattr(Snapshot, "load", noted)
     with pytest.raises(KeyboardInterrupt):
         live.cache(tmp_path / "cache", "float32")
     before = state(tmp_path / "cache")
     assert sum(name.startswith("acts-") for name in before) == 4
-    left = tmp_path / "cache" / "acts-00001-s01.9999.tmp"
+    left = tmp_path / "cache" / "acts-00001-s01.tmp"
     left.write_bytes(b"left behind by a kill")
     first, fail_at[0] = list(calls), 10**9
     calls.clear()
     cached = make().cache(tmp_path / "cache", "float32")
-    shards = -(-len(live.tokens) // 30)
+    shards = n_shards(live)
     assert len(calls) == 3 * shards - 4  # only what was missing
     assert calls[0] == first[4]  # beginning with the pair that was cut short
     assert [s for s, _ in [*first[:4], *calls]] == sorted([0, 10, 20] * shards)  # one snapshot after the other
     after = state(tmp_path / "cache")
     assert all(after[name] == before[name] for name in before if name != "harvest.lock") and not left.exists()
     monkeypatch.undo()
+    monkeypatch.setattr("crosslens.activations.cache.FILE_BYTES", 30 * T * 32)
     fresh = make().cache(tmp_path / "fresh", "float32")
     assert torch.equal(torch.cat(list(cached.batches(64, epochs=1))), torch.cat(list(fresh.batches(64, epochs=1))))
     assert live.snapshots._models.keys() == kept  # pyright: ignore[reportPrivateUsage] (harvesting keeps no model)
@@ -159,7 +201,7 @@ def test_other_snapshots_are_another_request(snapshots: Snapshots, tiny_text: li
 def pristine(snapshots: Snapshots, tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole float32 cache of what `make()` asks for; to be copied."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 30 * T)
+        patch.setattr("crosslens.activations.cache.FILE_BYTES", 30 * T * 32)
         acts = Activations(snapshots, HOOK, Dataset(tiny_text, 1000, T, 200))
         acts.cache(tmp_path_factory.mktemp("pristine") / "cache", "float32")
     return tmp_path_factory.getbasetemp() / "pristine0" / "cache"
@@ -168,7 +210,7 @@ def pristine(snapshots: Snapshots, tiny_text: list[str], tmp_path_factory: pytes
 def damage_file(path: Path, damage: str) -> None:
     raw = bytearray(path.read_bytes())
     if damage == "byte":
-        raw[-40] ^= 1
+        raw[4096 + (len(raw) - 4096) // 2] ^= 1
     elif damage == "header":
         raw[3] ^= 0xFF
     elif damage == "truncated":
@@ -252,7 +294,7 @@ def test_rounding_is_measured(tmp_path: Path, dtype: str):
     else:
         step = values.abs().amax(-1, keepdim=True) / 127
         assert bool(((found - values).abs() <= step * 0.5001).all())
-        assert cache.path(0, 0).stat().st_size < 4 * 3 * (64 + 4) + 400
+        assert cache.path(0, 0).stat().st_size == 4096 + 4 + 4 * 3 * (64 + 4)
     assert torch.equal(cache.read(3, 7), found[3:7])
 
 
@@ -279,21 +321,37 @@ def test_unknown_dtype(make: Any, tmp_path: Path):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("size", [1, 4, 7, 10, 50])
-def test_runs_of_sequences_across_shards(tmp_path: Path, size: int):
+def test_sequences_and_rows_across_shards(tmp_path: Path, size: int, dtype: str):
     draw = torch.Generator().manual_seed(size)
-    tokens = torch.randint(0, 9, (10, 3), generator=draw, dtype=torch.int32)
-    values = torch.randn(10, 3, 2, 5, generator=draw)
-    cache = ActivationCache(tmp_path, tokens, size, 2, 5, "float32", {"x": 1})
-    assert cache.n_shards == -(-10 // size)
+    tokens = torch.randint(0, 4, (13, 3), generator=draw, dtype=torch.int32)
+    kept = tokens != 0
+    values = torch.randn(13, 3, 2, 5, generator=draw)
+    cache = ActivationCache(tmp_path, tokens, size, 2, 5, dtype, {"x": 1}, n_train=10, kept=kept, seed=size)
+    assert cache.n_training_shards == -(-10 // size) and cache.n_shards == -(-10 // size) + -(-3 // size)
     assert cache.missing() == [(i, s) for s in range(2) for i in range(cache.n_shards)]
     for shard, s in cache.missing():
         first, last = cache.span(shard)
         cache.write(shard, s, values[first:last, :, s])
-    assert cache.missing() == []
-    for first in range(10):
-        for last in range(first + 1, 11):
-            assert torch.equal(cache.read(first, last), values[first:last])
+    assert cache.missing() == cache.missing(verify=True) == []
+    whole = cache.read(0, 13)
+    torch.testing.assert_close(whole, values, atol=0.0 if dtype == "float32" else 0.02, rtol=0.0)
+    for first in range(13):
+        for last in range(first + 1, 14):
+            assert torch.equal(cache.read(first, last), whole[first:last])
+    # the rows that training reads: kept positions of training sequences, each once, not in reading order
+    for s in range(2):
+        parts = [decode(cache.gather(i, s, Rows(np.arange(n)))) for i, n in enumerate(cache.training_counts())]
+        rows, expected = torch.cat(parts).tolist(), whole[:10, :, s][kept[:10]].tolist()
+        assert sorted(rows) == sorted(expected) and (rows != expected or size == 1)
+
+
+def test_runs_of_rows():
+    for rows in ([3], [3, 4, 5, 9, 10, 2, 3, 7], [5, 4, 3], list(range(40))):
+        runs = runs_of(np.array(rows))
+        assert [first + i for first, n in runs for i in range(n)] == rows
+        assert all(a + n != b for (a, n), (b, _) in itertools.pairwise(runs))  # as long as can be
 
 
 def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
@@ -303,3 +361,168 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text()[:40])
     with pytest.raises(UserError, match="manifest.json is damaged .* delete the folder"):
         ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"})
+
+
+# ---------------------------------------------------------------------- what a file is
+
+
+def test_a_cache_without_its_manifest_is_refused(make: Any, pristine: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(pristine, tmp_path / "cache"))
+    (folder / "manifest.json").unlink()
+    before = state(folder)
+    with pytest.raises(
+        UserError, match=r"has activations \(acts-\S+\) without a manifest.json .* put it back, or"
+    ) as e:
+        make().cache(folder, "float32")
+    after = state(folder)
+    assert "\n" not in str(e.value) and {name: after[name] for name in before} == before
+
+
+def test_a_cache_of_an_older_version_is_refused(make: Any, tmp_path: Path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps({"format": 1, "hook_name": HOOK}))
+    with pytest.raises(UserError, match="cache of format 1, which this version cannot read .*: delete the folder, or"):
+        make().cache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "what"),
+    [
+        ("acts-00000-s00", "acts-00000-s01", "shard 0, snapshot 0"),
+        ("acts-00001-s02", "acts-00000-s02", "shard 1, snapshot 2"),
+        ("other", "acts-00000-s00", "another cache"),
+    ],
+)
+def test_a_file_that_belongs_elsewhere_is_refused(
+    make: Any, pristine: Path, tmp_path: Path, file: str, place: str, what: str
+):
+    folder = Path(shutil.copytree(pristine, tmp_path / "cache"))
+    make().cache(folder, "float32")
+    if file == "other":
+        make(hook_name="blocks.0.hook_resid_post").cache(tmp_path / "others", "float32")
+        source = tmp_path / "others" / f"{place}.safetensors"
+    else:
+        source = folder / f"{file}.safetensors"
+    as_written = (folder / f"{place}.safetensors").read_bytes()
+    shutil.copy(source, folder / f"{place}.safetensors")
+    with pytest.raises(UserError, match=f"{place}.safetensors holds activations of {what}, not what .* delete") as e:
+        make().cache(folder, "float32")
+    assert "\n" not in str(e.value)
+    (folder / f"{place}.safetensors").unlink()  # the remedy works
+    make().cache(folder, "float32")
+    assert (folder / f"{place}.safetensors").read_bytes() == as_written
+
+
+def test_every_bit_of_a_file_counts(tmp_path: Path):
+    """A flipped bit anywhere behind the header's padding is found."""
+    tokens = torch.arange(120, dtype=torch.int32).view(40, 3) % 9
+    cache = ActivationCache(tmp_path, tokens, 40, 1, 4, "int8", {"x": 1})
+    cache.write(0, 0, torch.randn(40, 3, 4, generator=torch.Generator().manual_seed(0)))
+    raw = cache.path(0, 0).read_bytes()
+    used = raw.index(b"   ", 8)
+    for place in [*range(8, used, 7), *range(4096, len(raw), 5)]:
+        cache.path(0, 0).write_bytes(raw[:place] + bytes([raw[place] ^ 4]) + raw[place + 1 :])
+        fresh = ActivationCache(tmp_path, tokens, 40, 1, 4, "int8", {"x": 1})
+        with pytest.raises(UserError):
+            fresh.missing(verify=True)
+            fresh.read(0, 40)
+    cache.path(0, 0).write_bytes(raw)
+    assert ActivationCache(tmp_path, tokens, 40, 1, 4, "int8", {"x": 1}).missing(verify=True) == []
+
+
+def test_only_what_is_read_is_verified_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokens = torch.arange(300, dtype=torch.int32).view(100, 3) % 9
+    cache = ActivationCache(tmp_path, tokens, 100, 1, 4, "float32", {"x": 1}, n_train=0)
+    values = torch.randn(100, 3, 1, 4, generator=torch.Generator().manual_seed(0))
+    cache.write(0, 0, values[:, :, 0])
+    checked: list[int] = []
+    check = cache_module._check  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(cache_module, "_check", lambda rows: checked.append(len(rows["data"])) or check(rows))
+    assert torch.equal(cache.read(10, 12), values[10:12]) and checked == [32, 32]  # rows 30 to 35
+    assert torch.equal(cache.read(11, 13), values[11:13]) and len(checked) == 2
+    assert torch.equal(cache.read(0, 100), values) and checked[2:] == [32] * 7 + [12]
+
+
+# ---------------------------------------------------------------------- starting again
+
+
+def test_a_complete_cache_needs_neither_dataset_nor_network(
+    snapshots: Snapshots, tiny_text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(tiny_text))
+
+    def given(**options: Any) -> Activations:
+        asked: dict[str, Any] = {"source": path, "n_tokens": 1000, "context_size": T, **options}
+        return Activations(snapshots, HOOK, Dataset(**asked))
+
+    first = given().cache(tmp_path / "cache")
+    expected = next(first.batches(100))
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("crosslens.activations.loader.token_sequences", never)
+        again = given().cache(tmp_path / "cache")
+        assert torch.equal(next(again.batches(100)), expected)
+        assert torch.equal(again.tokens, first.tokens) and torch.equal(again.held_out_tokens(), first.held_out_tokens())
+        in_memory = Activations(snapshots, HOOK, tiny_text, 1000, T)
+        for other in (given(n_tokens=900), given(sample_by="paragraph"), given(prepend_bos=False), in_memory):
+            with pytest.raises(AssertionError, match="tokenised again"):
+                other.cache(tmp_path / "cache")
+        path.write_text("\n".join(reversed(tiny_text)))
+        with pytest.raises(AssertionError, match="tokenised again"):
+            given().cache(tmp_path / "cache")
+    path.write_text("\n".join(tiny_text))
+    # the same tokens from elsewhere are the same request
+    assert torch.equal(next(in_memory.cache(tmp_path / "cache").batches(100)), expected)
+    # damaged tokens are made again
+    tokens = tmp_path / "cache" / "tokens-00000.safetensors"
+    raw = tokens.read_bytes()
+    damage_file(tokens, "byte")
+    assert torch.equal(next(given().cache(tmp_path / "cache").batches(100)), expected) and tokens.read_bytes() == raw
+
+
+def test_the_identity_of_a_source():
+    class Words:
+        bos_token_id = eos_token_id = pad_token_id = 0
+
+        class backend_tokenizer:
+            state: dict[str, Any] = {"model": {"vocab": {"a": 0}}, "truncation": None, "padding": None}
+
+            @classmethod
+            def to_str(cls) -> str:
+                return json.dumps(cls.state)
+
+    def identity(source: Any, seed: int = 0, **options: Any) -> Any:
+        return source_identity(Dataset(source, **options), Words, seed)
+
+    assert identity(["a", "b"]) == identity(["a", "b"]) != identity(["ab"])
+    assert identity(["a", "b"]) != identity(["a", "b"], 1) and identity(["a"]) != identity(["a"], n_tokens=5)
+    assert identity("org/data") == identity("org/data") != identity("org/data", split="test")
+    grid = torch.arange(12)
+    assert identity(grid) == identity(grid.numpy()) != identity(grid.int())
+    assert identity(grid) != identity(grid.view(3, 4)) != identity(grid.view(4, 3))
+    before = identity(["a"])
+    Words.backend_tokenizer.state = {**Words.backend_tokenizer.state, "truncation": {"max_length": 5}}
+    assert identity(["a"]) == before  # which a call leaves behind
+    Words.backend_tokenizer.state = {"model": {"vocab": {"b": 0}}}
+    assert identity(["a"]) != before
+    Words.backend_tokenizer = None  # type: ignore[assignment,misc]
+    assert identity(["a"]) is None
+
+
+def test_what_is_there_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokens = torch.arange(120, dtype=torch.int32).view(40, 3) % 9
+    cache = ActivationCache(tmp_path, tokens, 2, 3, 4, "float32", {"x": 1})
+    for shard, s in cache.missing():
+        cache.write(shard, s, torch.zeros(2, 3, 4))
+    opened: list[str] = []
+    read = cache_module.read_header
+    monkeypatch.setattr(cache_module, "read_header", lambda path: opened.append(path.name) or read(path))
+    listed = [0]
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.__setitem__(0, listed[0] + 1) or scan(path))
+    assert cache.missing() == cache.missing() == [] and listed == [2]
+    assert sorted(opened) == sorted(path.name for path in tmp_path.glob("acts-*"))

@@ -22,20 +22,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crosslens.activations import cache
-from crosslens.activations import loader as activations
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 
 HOOK, T = "blocks.1.hook_resid_post", 16
-N_SHARDS = 5
+N_SHARDS = 6  # five for training, one held out
 N_PAIRS = 3 * N_SHARDS
 
 
 def make(folder: Path) -> Activations:
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, 16, (N_SHARDS * 20, T), generator=draw)
+    tokens = torch.randint(2, 16, (100, T), generator=draw)
     return Activations(Snapshots.local(folder), HOOK, Dataset(tokens, 1300, held_out_tokens=200))
 
 
@@ -44,7 +43,7 @@ def test_killed_shared_and_out_of_disk(tiny_snapshots: Path, tmp_path: Path) -> 
     """The checks below, in one process; a limit on file sizes replaces a small disk where none can be mounted."""
     disk, mount = tmp_path / "disk", shutil.which("mount")
     disk.mkdir()
-    command = [mount or "", "-t", "tmpfs", "-o", "size=300k", "t", disk]
+    command = [mount or "", "-t", "tmpfs", "-o", "size=600k", "t", disk]
     mounted = mount is not None and subprocess.run(command, check=False, capture_output=True).returncode == 0
     try:
         done = subprocess.run(
@@ -80,7 +79,7 @@ def test_non_finite_activations_are_named_by_snapshot_hook_and_shard(tiny_snapsh
     tokens = torch.randint(6, 16, (60, T), generator=draw)
     activations_of = Activations(Snapshots.local(folder), HOOK, Dataset(tokens, 600, held_out_tokens=100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations, "BLOCK_TOKENS", 10 * T)
+        patch.setattr(cache, "FILE_BYTES", 10 * T * 32)
         place = activations_of.tokens.shape[0] // 2
         activations_of.tokens[place, 7] = 5  # the only one with the broken row; attention spreads it over the sequence
         expected = f"snapshot step10 has non-finite activations at {HOOK}, shard {place // 10} .*sequence {place} at "
@@ -153,18 +152,18 @@ def reference(acts: Activations, root: Path) -> dict[str, bytes]:
 def check_kill(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
     target = root / "cache"
 
-    def torn(*args: Any) -> None:
+    def torn(path: Path, *_: Any) -> None:
         """A process that dies in the middle of a file."""
-        data = save(*args)
-        Path(target / "acts-00000-s00.torn.tmp").write_bytes(data[: len(data) // 2])
+        path.with_suffix(".tmp").write_bytes(bytes(5000))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    save = cache.save
     moments: list[Callable[[], None]] = [
-        lambda: killing(os, "replace", 3),  # while the tokens are written: there is no manifest yet
-        lambda: killing(os, "replace", N_SHARDS + 1),  # between the manifest's temporary file and the manifest
-        lambda: killing(os, "replace", N_SHARDS + 1, after=True),
-        lambda: setattr(cache, "save", torn),
+        lambda: killing(os, "replace", 1),  # between the manifest's temporary file and the manifest
+        lambda: killing(os, "replace", 1, after=True),
+        lambda: killing(os, "replace", 3),  # while the tokens are written
+        lambda: setattr(cache, "write_file", torn),  # in one of the tokens
+        lambda: killing(os, "replace", N_SHARDS - 2, after=True),
+        lambda: setattr(cache, "write_file", torn),  # in one of the activations
         lambda: killing(os, "replace", 4, after=True),
         lambda: killing(cache, "write_shard", 5),
     ]
@@ -224,7 +223,8 @@ def check_share(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
     first = fork(lambda: rank(0, 1, root / "dies" / "log1", slow=600))
     wait_for((root / "dies" / "log1").exists)
     second = fork(lambda: rank(0, 1, root / "dies" / "log2"))
-    wait_for(lambda: len(list((root / "dies" / "cache").glob("acts-*.safetensors"))) == N_PAIRS - 1)
+    # it was writing one pair, and has harvested the next
+    wait_for(lambda: len(list((root / "dies" / "cache").glob("acts-*.safetensors"))) == N_PAIRS - 2)
     os.kill(first, signal.SIGKILL)
     assert (died_of(first), died_of(second)) == (-signal.SIGKILL, 0)
     equal(root / "dies" / "cache", whole)
@@ -241,7 +241,7 @@ def check_share(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
 
 
 def check_limit(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
-    """From the 12th file on, files may have at most 3,000 bytes; the files before are kept."""
+    """From the 12th file on, files may have at most 6,000 bytes; the files before are kept."""
     target = root / "cache"
 
     def limited() -> None:
@@ -251,7 +251,7 @@ def check_limit(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
         def later(*args: Any) -> Any:
             made[0] += 1
             if made[0] == 12:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
             return write(*args)
 
         cache.write_shard = later
@@ -309,7 +309,7 @@ def check_full(acts: Activations, whole: dict[str, bytes], disk: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    activations.BLOCK_TOKENS = 20 * T
+    cache.FILE_BYTES = 20 * T * 32
     root = Path(sys.argv[2])
     acts = make(Path(sys.argv[1]))
     whole = reference(acts, root)

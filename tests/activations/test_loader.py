@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
+from crosslens.activations.mixing import Mixed
 from crosslens.activations.plan import training_bytes
 from crosslens.activations.tokens import Dataset, special_positions
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
@@ -38,14 +39,17 @@ def snapshots(tiny_snapshots: Path) -> Snapshots:
 
 
 def make(snapshots: Snapshots, dataset: Any, **options: Any) -> Activations:
-    hook_name, seed = options.pop("hook_name", HOOK), options.pop("seed", 0)
+    hook_name, seed, mixing = (
+        options.pop(*given) for given in (("hook_name", HOOK), ("seed", 0), ("mixing_tokens", None))
+    )
     given: dict[str, Any] = {"n_tokens": 1000, "context_size": T, "held_out_tokens": 200, **options}
-    return Activations(snapshots, hook_name, Dataset(dataset, **given), seed=seed)
+    return Activations(snapshots, hook_name, Dataset(dataset, **given), seed=seed, mixing_tokens=mixing)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crosslens.activations.loader.BLOCK_TOKENS", 13 * T)  # several blocks, the last one smaller
+    monkeypatch.setattr("crosslens.activations.mixing.UNIT", 30)
 
 
 def keys(rows: Tensor) -> Counter[bytes]:
@@ -131,10 +135,13 @@ def test_non_finite_activations_name_the_snapshot(tiny_snapshots: Path, tiny_tex
 # ---------------------------------------------------------------------- positions and their order
 
 
+@pytest.mark.parametrize("mixing_tokens", [None, 120])  # all of an epoch, or a part of it
 @pytest.mark.parametrize(("keep_special", "size"), [(False, 37), (True, 37), (False, 250)])  # 250: more than a block
 @pytest.mark.usefixtures("small_blocks")
-def test_every_kept_position_once_per_epoch(snapshots: Snapshots, tiny_text: list[str], keep_special: bool, size: int):
-    acts = make(snapshots, tiny_text, keep_special=keep_special)
+def test_every_kept_position_once_per_epoch(
+    snapshots: Snapshots, tiny_text: list[str], keep_special: bool, size: int, mixing_tokens: int | None
+):
+    acts = make(snapshots, tiny_text, keep_special=keep_special, mixing_tokens=mixing_tokens)
     everything = harvest(snapshots, acts.train_tokens(), HOOK)
     kept = torch.ones_like(acts.train_tokens(), dtype=torch.bool) if keep_special else acts.train_tokens() != 0
     expected = keys(everything[kept])
@@ -171,11 +178,15 @@ def test_bos_and_padding_are_special(snapshots: Snapshots):
     assert snapshots.tokenizer.bos_token_id == 0
 
 
+@pytest.mark.parametrize("mixing_tokens", [None, 100])
 @pytest.mark.parametrize("batch_size", [1, 37])
 @pytest.mark.usefixtures("small_blocks")
-def test_starting_later_equals_skipping(snapshots: Snapshots, tiny_text: list[str], batch_size: int):
-    acts = make(snapshots, tiny_text, n_tokens=400)
+def test_starting_later_equals_skipping(
+    snapshots: Snapshots, tiny_text: list[str], batch_size: int, mixing_tokens: int | None
+):
+    acts = make(snapshots, tiny_text, n_tokens=400, mixing_tokens=mixing_tokens)
     n = acts.n_tokens
+    assert acts.data_order == ("a live buffer of 100 tokens" if mixing_tokens else "shuffled")
     per_epoch = n // batch_size
     whole = list(itertools.islice(acts.batches(batch_size), 2 * per_epoch + 4))  # beyond the second epoch's end
     starts = {0, 1, per_epoch // 2, per_epoch - 1, per_epoch, per_epoch + 1, 2 * per_epoch + 1}
@@ -282,27 +293,41 @@ def test_the_stream_ends_its_thread(snapshots: Snapshots, tiny_text: list[str]):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_one_block_is_made_ahead_and_errors_reach_the_consumer(
+def test_one_batch_is_made_ahead_and_errors_reach_the_consumer(
     snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    acts = make(snapshots, tiny_text)
-    made, asked, whole = [], threading.Semaphore(0), acts.block
+    acts = make(snapshots, tiny_text, mixing_tokens=60)
+    made, asked = [0], threading.Semaphore(0)
+    read = Mixed.read
 
-    def block(first: int, last: int, abandoned: Any) -> Tensor:
+    def watched(*args: Any) -> None:
         asked.release()
-        made.append(first)
-        if len(made) == 3:
-            raise RuntimeError("the third block")
-        return whole(first, last, abandoned)
+        made[0] += 1
+        if made[0] == 3:
+            raise RuntimeError("the third batch")
+        read(*args)
 
-    monkeypatch.setattr(acts, "block", block)
-    stream = acts.batches(1)
+    monkeypatch.setattr(Mixed, "read", watched)
+    stream = acts.batches(40)
     next(stream)
-    assert asked.acquire(timeout=60) and asked.acquire(timeout=60)  # the second is made during the first
-    assert not asked.acquire(timeout=0.3) and len(made) == 2
-    with pytest.raises(RuntimeError, match="the third block"):
+    assert asked.acquire(timeout=60) and asked.acquire(timeout=60)  # the second is made while the first is in use
+    assert not asked.acquire(timeout=0.3) and made == [2]
+    with pytest.raises(RuntimeError, match="the third batch"):
         list(stream)
-    assert len(made) == 3 and list(stream) == []
+    assert made == [3] and list(stream) == []
+
+
+def test_buffers_are_used_again_once_nobody_holds_a_batch(snapshots: Snapshots, tiny_text: list[str]):
+    acts = make(snapshots, tiny_text)
+    held = list(itertools.islice(acts.batches(30), 12))
+    assert len({batch.data_ptr() for batch in held}) == 12  # each has its own
+    dropped = {batch.data_ptr() for batch in itertools.islice(acts.batches(30), 12)}
+    assert len(dropped) <= 4
+    kept, places = [], set()
+    for batch in itertools.islice(acts.batches(30), 12):
+        kept.append(batch[:1])  # a part of it holds the buffer, too
+        places.add(batch.data_ptr())
+    assert len(places) == 12 and all(torch.equal(a[:1], b) for a, b in zip(held, kept, strict=True))
 
 
 # ---------------------------------------------------------------------- plan, record, mistakes
@@ -314,22 +339,28 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     N = len(acts.tokens)
     plan = acts.plan(measure=False, folder=tmp_path / "not" / "yet")
     assert (plan.n_tokens, plan.n_sequences, plan.n_snapshots, plan.d_model) == (acts.n_tokens, N, 3, 16)
-    assert plan.forwards == N * T * 3 and plan.cache_bytes == N * T * 3 * 16 * 2
+    assert plan.forwards == N * T * 3 and plan.cache_bytes == int(N * T * (3 * (32 + 1 / 8) + 8)) + 8 * 4096
+    assert plan.n_files == 9  # training and held out: tokens and three snapshots; manifest
     cut = snapshots[0].load(n_blocks=2).original_model
-    n = sum(p.numel() for p in cut.parameters())
-    assert plan.model_bytes == pytest.approx(4 * n, rel=0.01) and plan.models_fit
-    assert plan.block_bytes == 13 * T * 3 * 16 * 4
-    assert plan.live_bytes == 3 * plan.model_bytes + 3 * plan.block_bytes and plan.cached_bytes == 3 * plan.block_bytes
+    size = sum(p.numel() for p in cut.parameters())
+    assert plan.model_bytes == pytest.approx(4 * size, rel=0.01) and plan.models_fit
+    token, n = 3 * 16 * 4, acts.n_tokens
+    assert plan.batch_bytes == n * token and plan.mixing_bytes == (n + 13 * T) * token
+    assert plan.order_bytes == int(n * (5 + 3 * 5 / 32))
+    assert plan.cached_bytes == 3 * plan.batch_bytes + plan.order_bytes
+    assert plan.live_bytes == 3 * plan.model_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
+    assert acts.plan(measure=False, batch_size=100).batch_bytes == 100 * token
+    assert plan.harvest_bytes == len(acts.train_tokens()) * T * 16 * (2 * 4 + 2)  # two shards, and one as stored
     assert plan.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05) and plan.n_downloads == 0
     assert math.isnan(plan.seconds) and "not measured" in str(plan)
     assert plan.recommendation == ("live", "one pass over the data, and the models fit into memory together")
-    assert acts.plan(measure=False, dtype="int8").cache_bytes == N * T * 3 * (16 + 4)
+    assert acts.plan(measure=False, dtype="int8").cache_bytes == int(N * T * (3 * (20 + 1 / 8) + 8)) + 8 * 4096
     several = acts.plan(measure=False, training_tokens=5 * acts.n_tokens)
     assert several.passes == 5 and several.recommendation[0] == "cached" and "recommended cached: 5 p" in str(several)
-    monkeypatch.setattr("crosslens.activations.loader.KEEP_BYTES", 3 * plan.model_bytes - 1)
+    monkeypatch.setattr("crosslens.activations.loader.model_memory", lambda _: 3 * plan.model_bytes - 1)
     large = acts.plan(measure=False)
     assert not large.models_fit and large.recommendation[0] == "cached"
-    assert large.live_bytes == plan.model_bytes + 3 * plan.block_bytes
+    assert large.live_bytes == plan.model_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
     monkeypatch.setattr("crosslens.activations.loader.free_bytes", lambda _: large.cache_bytes - 1)
     assert "too full for a cache" in acts.plan(measure=False).recommendation[1]
     assert plan.training_bytes == 0 and "training" not in str(plan)
@@ -361,10 +392,12 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
     acts.settings = dataclasses.replace(acts.settings, device="cuda:1")
     plan = acts.plan(measure=False, **options)
     models = 3 * plan.model_bytes if passes == 1 else 0
-    assert plan.device_memory == plan.training_bytes + models > 0
+    batches = 2 * plan.batch_bytes  # in use, and on its way
+    assert plan.device_memory == plan.training_bytes + models + batches > 0
     checkpoint = 3 * 4 * 3 * 16 * 4096 // 2
-    assert plan.host_memory == plan.process_bytes + 3 * plan.block_bytes + checkpoint
-    apart = plan.device_memory + plan.host_memory - plan.process_bytes - checkpoint
+    host = plan.cached_bytes if passes == 3 else plan.mixing_bytes + 3 * plan.batch_bytes
+    assert plan.host_memory == plan.process_bytes + host + checkpoint
+    apart = plan.device_memory + plan.host_memory - plan.process_bytes - checkpoint - batches
     assert apart == on_cpu.host_memory - on_cpu.process_bytes
     lines = {line.split()[0]: line for line in str(plan).splitlines()}
 
@@ -374,7 +407,8 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
     assert f"{mib(plan.device_memory)} of GPU memory in each of 2 processes: " in lines["training"]
     assert f"; {mib(plan.host_memory)} of host memory: " in lines["training"]
     assert ("for models" in lines["training"]) == (passes == 1)
-    assert f"{mib(plan.loaded_bytes)} of GPU memory, {mib(plan.cached_bytes)} of host memory" in lines["live"]
+    live = plan.live_bytes - plan.loaded_bytes
+    assert f"{mib(plan.loaded_bytes)} of GPU memory, {mib(live)} of host memory" in lines["live"]
     assert f"{mib(plan.cached_bytes)} of host memory" in lines["cached"]
 
 
@@ -402,6 +436,7 @@ def test_recorded_and_made_again(snapshots: Snapshots, tiny_text: list[str], tmp
         ({"n_tokens": 0}, "n_tokens=0 must be positive"),
         ({"context_size": 33}, r"context_size=33 is not in \[2, 32\], the models' context"),
         ({"context_size": 1}, "context_size=1 is not in"),
+        ({"mixing_tokens": 15}, "mixing_tokens=15 must be at least 16, the tokens of a sequence"),
         ({"hook_name": "blocks.7.hook_resid_post"}, "blocks.7.hook_resid_post"),
         ({"hook_name": "blocks.1.hook_resid_pots"}, "blocks.1.hook_resid_pots"),
     ],

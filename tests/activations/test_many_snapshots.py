@@ -10,7 +10,7 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 import crosslens as cl
-from crosslens.activations import loader as activations
+from crosslens.activations import cache
 from crosslens.snapshots.families import find_model
 from crosslens.snapshots.snapshot import Snapshot
 
@@ -35,7 +35,7 @@ def folder(tiny_snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_32_snapshots_end_to_end(
     folder: Path, tiny_text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "BLOCK_TOKENS", 40 * T)
+    monkeypatch.setattr(cache, "FILE_BYTES", 40 * T * 32)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(tiny_text))
     snaps = cl.Snapshots.local(folder)

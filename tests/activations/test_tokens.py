@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,7 +36,8 @@ def documents(tiny_text: list[str]) -> list[str]:
 
 
 def read(source: Any, tokenizer: Any, **options: Any) -> Tensor:
-    return token_sequences(Dataset(source, **{"context_size": T, "held_out_tokens": 0, **options}), tokenizer)
+    given: dict[str, Any] = {"context_size": T, "held_out_tokens": 0, **options}
+    return token_sequences(Dataset(source, **given), tokenizer)
 
 
 def packed(documents: list[list[int]], bos: int | None, size: int = T) -> list[list[int]]:
@@ -112,7 +115,7 @@ def test_paragraphs_other_columns_and_missing_documents(tmp_path: Path, tokenize
     rows.insert(3, {"body": None})  # type: ignore[dict-item]
     rows.insert(7, {"body": ""})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read(tmp_path / "rows.jsonl", tokenizer, text_column="body").tolist() == expected
+    assert read(tmp_path / "rows.jsonl", tokenizer, column="body").tolist() == expected
 
 
 @pytest.mark.parametrize("as_array", [torch.tensor, np.array, lambda v: np.array(v, dtype=np.uint16)])
@@ -147,7 +150,7 @@ def test_more_than_one_read_ahead(tokenizer: Any, tiny_text: list[str]):
 
 
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("column", "data.jsonl", {"text_column": "txt"}, "text_column='txt' is not in .*its columns are 'text', 'id'; did"),
+    ("column", "data.jsonl", {"column": "txt"}, "column='txt' is not in .*its columns are 'text', 'id'; did"),
     ("missing", "gone.txt", {}, "gone.txt does not exist; give an existing file, or a hub name"),
     ("sample_by", "data.txt", {"sample_by": "page"}, "sample_by='page' is unknown; use 'line' or 'paragraph'"),
     ("too long", "data.txt", {"context_size": 10**6}, "is shorter than one sequence of context_size=1000000 tokens"),
@@ -183,6 +186,164 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path, tokenizer: Any)
         read(tmp_path / "empty.jsonl", tokenizer)
     with pytest.raises(UserError, match="list of documents of 0 is shorter than one sequence"):
         read([], tokenizer)
+
+
+def tables(documents: list[str]) -> dict[str, Callable[[], Any]]:
+    """The same documents in every object that holds texts."""
+    frame = pd.DataFrame({"id": range(len(documents)), "text": documents}, index=range(7, 7 + len(documents)))
+    rows = [{"text": d, "id": 1} for d in documents]
+    return {
+        "tuple": lambda: tuple(documents),
+        "list of dictionaries": lambda: rows,
+        "generator": lambda: (d for d in documents),
+        "generator of dictionaries": lambda: (row for row in rows),
+        "iterator": lambda: iter(documents),
+        "map": lambda: map(str, documents),
+        "DataFrame": lambda: frame,
+        "Series": lambda: frame["text"],
+        "datasets.Dataset": lambda: datasets.Dataset.from_list(rows),
+        "column of a Dataset": lambda: datasets.Dataset.from_list(rows)["text"],
+        "IterableDataset": lambda: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+        "generated": lambda: datasets.IterableDataset.from_generator(lambda: iter(rows)),
+        "DataLoader": lambda: torch.utils.data.DataLoader(rows, batch_size=None),  # type: ignore[arg-type]
+    }
+
+
+@pytest.mark.parametrize("kind", tables([]))
+def test_texts_in_memory_are_what_a_list_is(kind: str, tokenizer: Any, documents: list[str]):
+    make = tables(documents)[kind]
+    whole = read(documents, tokenizer)
+    assert torch.equal(read(make(), tokenizer), whole)
+    assert torch.equal(read(make(), tokenizer, n_tokens=50, held_out_tokens=9), whole[:9])
+    name = Dataset(make()).name
+    assert name.endswith(" of 40") or kind in ("map", "IterableDataset", "generated") or "erator" in name, name
+
+
+def token_tables(rows: list[list[int]]) -> dict[str, Callable[[], Any]]:
+    """The same rows of token ids in every object that holds them."""
+    table = datasets.Dataset.from_dict({"text": ["x"] * len(rows), "input_ids": rows})
+    frame = pd.DataFrame({"input_ids": rows})
+    return {
+        "list": lambda: rows,
+        "arrays": lambda: [np.array(row, dtype=np.uint16) for row in rows],
+        "tensors": lambda: (torch.tensor(row, dtype=torch.int32) for row in rows),
+        "Series": lambda: frame["input_ids"],
+        "DataFrame": lambda: frame,
+        "Dataset": lambda: table,
+        "Dataset in torch": lambda: table.with_format("torch"),
+        "Dataset in numpy": lambda: table.with_format("numpy"),
+        "IterableDataset": lambda: table.to_iterable_dataset(),
+    }
+
+
+@pytest.mark.parametrize("kind", token_tables([[1]]))
+def test_token_ids_in_memory(kind: str, tokenizer: Any, documents: list[str]):
+    """Documents are packed as texts are; rows as long as the context are sequences; nothing is tokenised again."""
+    ragged = ids(documents, tokenizer)
+    make = token_tables(ragged)[kind]
+    assert read(make(), tokenizer, column="input_ids").tolist() == packed(ragged, 0)
+    grid = [[2 + (3 * i + j) % 11 for j in range(T)] for i in range(70)]
+    make = token_tables(grid)[kind]
+    assert read(make(), tokenizer, column="input_ids").tolist() == grid
+    assert read(make(), tokenizer, column="input_ids", n_tokens=30, held_out_tokens=0).tolist() == grid[: -(-39 // T)]
+    # of another length they are documents
+    assert read(make(), tokenizer, column="input_ids", context_size=7).tolist() == packed(grid, 0, 7)
+
+
+def test_token_ids_in_a_file(tmp_path: Path, tokenizer: Any, documents: list[str]):
+    rows = ids(documents, tokenizer)
+    pd.DataFrame({"input_ids": rows, "text": documents}).to_parquet(tmp_path / "rows.parquet")
+    for column in ("input_ids", "text"):
+        assert read(tmp_path / "rows.parquet", tokenizer, column=column).tolist() == packed(rows, 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stream_is_read_no_further_than_needed(tokenizer: Any, documents: list[str], streamed: bool):
+    """It may be endless, and each document may come from a network."""
+    taken = 0
+
+    def endless() -> Iterator[dict[str, str]]:
+        nonlocal taken
+        while True:
+            for document in documents:
+                taken += 1
+                yield {"text": document}
+
+    for wanted in (1, 100, 1000):
+        taken = 0
+        source = datasets.IterableDataset.from_generator(endless) if streamed else endless()
+        found = read(source, tokenizer, n_tokens=wanted, held_out_tokens=0)
+        assert int((found != 0).sum()) >= wanted
+        shortest = min(map(len, ids(documents, tokenizer)))
+        assert taken <= 16 + 3 * (wanted + T) / shortest
+
+
+def test_an_iterator_is_read_once(tokenizer: Any, documents: list[str]):
+    dataset = Dataset((d for d in documents), context_size=T)
+    assert len(token_sequences(dataset, tokenizer))
+    with pytest.raises(UserError, match="the generator has nothing left: an iterator can be read once; give a new one"):
+        token_sequences(dataset, tokenizer)
+
+
+def test_what_is_missing_in_a_table_is_left_out(tokenizer: Any, documents: list[str]):
+    expected = packed(ids(documents, tokenizer), 0)
+    holes: list[Any] = [*documents[:3], None, *documents[3:7], float("nan"), "", *documents[7:]]
+    for source in (pd.DataFrame({"text": holes}), pd.Series(holes), [{"text": hole} for hole in holes]):
+        assert read(source, tokenizer).tolist() == expected
+
+
+def failing() -> Iterator[str]:
+    yield "the cat"
+    raise OSError("the connection was lost\nmore lines")
+
+
+def stream(*rows: Any) -> Any:
+    return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+
+def table(**columns: list[Any]) -> Any:
+    return datasets.Dataset.from_dict(columns)
+
+
+LIST = "list of documents of 2"
+NO_TEXT = "column='text' is not in"
+WRONG: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
+    ("column", lambda: pd.DataFrame({"txt": ["a"]}), {}, f"{NO_TEXT} the DataFrame: its columns are 'txt'; did you"),
+    ("Dataset", lambda: table(body=["a"]), {}, f"{NO_TEXT} the Dataset: its columns are 'body'"),
+    ("rows", lambda: [{"body": "a"}], {"column": "ids"}, "column='ids' is not in .* of 1: its columns are 'body'"),
+    ("later", lambda: [{"text": "a"}, {"body": "a"}], {}, f"{NO_TEXT} {LIST}: its columns are 'body'"),
+    ("streamed", lambda: stream({"body": "a"}), {}, f"{NO_TEXT} IterableDataset: its columns are 'body'"),
+    ("splits", lambda: datasets.DatasetDict(train=table(text=["a"])), {}, "DatasetDict with the splits 'train': give"),
+    ("dictionary", lambda: {"text": ["a"]}, {}, "the dataset is a dict: give a hub name, a file, tokens, a table"),
+    ("number", lambda: 7, {}, "the dataset is a int: give a hub name"),
+    ("bytes", lambda: b"text", {}, "the dataset is a bytes: give a hub name"),
+    ("set", lambda: {"a", "b"}, {}, "the dataset is a set: give a hub name"),
+    ("function", lambda: failing, {}, "the dataset is a function: give a hub name"),
+    ("nothing", lambda: iter(()), {}, "the tuple_iterator has nothing left: an iterator can be read once"),
+    ("numbers", lambda: pd.DataFrame({"text": [1, 2]}), {}, "document 0 of DataFrame of 2 is 1, a int: give texts, or"),
+    ("floats", lambda: [[1.5, 2.0], [1]], {}, rf"document 0 of {LIST} is \[1.5, 2.0\], a list: give texts, or"),
+    ("later type", lambda: ["the cat", 3], {}, f"document 1 of {LIST} is 3, a int: give texts"),
+    ("words", lambda: [["the", "cat"], ["a"]], {}, f"document 0 of {LIST} is .*, a list: give texts"),
+    ("nested", lambda: [[[1, 2], [3, 4]], []], {}, f"document 0 of {LIST} is .*, a list: give texts, or rows of token"),
+    ("fails", failing, {}, "dataset generator cannot be read: the connection was lost"),
+    (
+        "ragged",
+        lambda: iter([[2] * T] * 70 + [[2] * 5]),
+        {},
+        "row 70 of list_iterator has 5 token ids, the rows before",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), [pytest.param(*row[1:], id=row[0]) for row in WRONG])
+def test_objects_that_hold_no_documents(make: Callable[[], Any], options: dict[str, Any], message: str, tokenizer: Any):
+    jaxtyping.config.update("jaxtyping_disable", True)  # the type checks of the test run would refuse some first
+    try:
+        with pytest.raises(UserError, match=message) as caught:
+            read(make(), tokenizer, **options)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert "\n" not in str(caught.value)
 
 
 def test_splits(tokenizer: Any, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

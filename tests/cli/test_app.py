@@ -151,6 +151,18 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     assert code == 0 and "MiB of memory in each of 2 processes" in out
 
 
+def test_two_models_of_any_kind(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    """Recorded in the run directory, and found again by the verbs that follow."""
+    models = f"base={tiny_snapshots / 'step10'},tuned={tiny_snapshots / 'step20'}"
+    assert [line.split()[0] for line in command("ls", models)[1].splitlines()] == ["base", "tuned"]
+    run = tmp_path / "run"
+    assert command(*train_arguments(Path(models), files, run))[0] == 0
+    assert [row["label"] for row in RunDir.open(run).read_json()["snapshots"]] == ["base", "tuned"]
+    assert command("evolve", run)[0] == 0
+    table = RunDir.open(run).table("evolution")
+    assert table is not None and {"reldec/base", "reldec/tuned"} <= {*table.columns}
+
+
 def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path, trained: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     data = [
@@ -161,7 +173,7 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
     assert (code, err) == (0, "")
     assert f"tokens x 3 snapshots at {HOOK} in {cache}" in out
     written = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
-    assert len(written) == 1 + 1 + 3
+    assert len(written) == 1 + 2 + 2 * 3  # training and held-out sequences are in shards of their own
     more = ("--cache", cache, "--cache-dtype", "float32")
     assert command(*train_arguments(tiny_snapshots, files, tmp_path / "run", *more))[0] == 0
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == written
@@ -169,6 +181,21 @@ def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path,
     weights = [(run / "crosscoder" / "sae_weights.safetensors").read_bytes() for run in (trained, tmp_path / "run")]
     assert weights[0] == weights[1]
     assert RunDir.open(tmp_path / "run").read_json()["timings"]["waited_for_data"] >= 0
+    # several hook points from one pass; training finds the folder of its own
+    both = tmp_path / "both"
+    asked = [both if part == cache else part for part in data]
+    more = ("--hook", "blocks.1.hook_mlp_out", "--drop-positions", 1, "--model-dtype", "bfloat16")
+    code, out, err = command("plan", *asked[:-2], *more)
+    assert (code, err) == (0, "") and "at 2 hook points, of which a training reads one" in out
+    code, out, err = command("harvest", *asked, *more)
+    assert (code, err) == (0, "") and f"at {HOOK} and blocks.1.hook_mlp_out in {both}" in out
+    written = {path: path.stat().st_mtime_ns for path in both.rglob("*.safetensors")}
+    assert {path.parent.name for path in written} == {HOOK, "blocks.1.hook_mlp_out"}
+    options = ("--cache", both, "--cache-dtype", "float32", *more[2:])
+    assert command(*train_arguments(tiny_snapshots, files, tmp_path / "one", *options))[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in both.rglob("*.safetensors")} == written
+    source = RunDir.open(tmp_path / "one").read_json()["source"]
+    assert source["settings"]["dtype"] == "bfloat16" and source["dataset"]["drop_positions"] == 1
     # the directory of another run is refused before the harvest
     other = train_arguments(tiny_snapshots, files, trained, "--lr", 0.01, "--cache", tmp_path / "new")
     code, _, err = command(*other)
@@ -237,7 +264,7 @@ def test_a_split_of_a_dataset_on_the_hub(tiny_snapshots: Path, tiny_text: list[s
         wrong = harvest("--split", "tset")
     tokenizer = Snapshots.local(tiny_snapshots).tokenizer
     expected = token_sequences(Dataset(tiny_text[half:], context_size=16), tokenizer)
-    (found,) = load_file(home / "cache" / "tokens-00000.safetensors").values()
+    found = load_file(home / "cache" / "tokens-00000.safetensors")["tokens"]
     assert {*map(tuple, found.tolist())} <= {*map(tuple, expected.tolist())}
     assert wrong.returncode == 2 and "(split 'tset') cannot be read from the hub" in wrong.stderr
 
@@ -248,7 +275,7 @@ def test_a_split_of_a_dataset_on_the_hub(tiny_snapshots: Path, tiny_text: list[s
         (["attribute", "{run}", "--task", "sva:{files}/missing.json"], "the key 'patch_answer' is missing"),
         (["attribute", "{run}", "--task", "sva:{files}/broken.json"], "the key 'clean_answer' is None"),
         (["ablate", "{run}", "--task", "demo:simple"], "run `crosslens attribute"),
-        (["{train}", "--dataset", "{files}/task.json", "--text-column", "txt"], "its columns are 'clean_prefix'"),
+        (["{train}", "--dataset", "{files}/task.json", "--column", "txt"], "its columns are 'clean_prefix'"),
         (["{train}", "--n-tokens", "1000000"], "text.txt has only .* usable tokens"),
         (["{train}", "--context-size", "64"], r"context_size=64 is not in \[2, 32\]"),
     ],

@@ -55,6 +55,11 @@ RUN = "{files}/run"
 WRONG = [
     (["ls", "pythia-15m"], "pythia has no size '15m'.*did you mean"),
     (["ls", "nowhere"], "is neither a folder nor a known model"),
+    (["ls", "base=./gone"], "'base': there is no folder './gone', and it is no name of a repository"),
+    (["ls", "base=a,base=b"], "has a label twice: give each model its own"),
+    (["ls", "base=a,org/b"], "mixes forms: give label=place,label=place"),
+    (["ls", "runs/lr=1"], "is neither a folder nor a known model"),
+    (["ls", "base=a,chat=b", "--steps", "sft"], "has no snapshot sft; it has base, chat"),
     (["ls", "pythia-14m", "--steps", "0,3"], "the nearest are 2 and 4"),
     (["ls", "pythia-14m", "--steps", "log:1"], "log:1 asks for 1 of 154 steps"),
     (["ls", "olmo-1b", "--steps", "triplet"], "olmo-1b has no step set 'triplet'"),
@@ -66,6 +71,13 @@ WRONG = [
     (["plan", *DATA, "--processes", "0"], "--processes 0 must be at least 1"),
     (["harvest", *DATA, "--hook", "blocks.1.resid", "--cache", "{files}/c"], "is not supported"),
     (["harvest", *DATA, "--hook", "blocks.7.hook_resid_post", "--cache", "{files}/c"], "blocks, 0 to 2"),
+    (["harvest", *DATA, "--hook", "blocks.1.hook_resid_post", "--cache", "{files}/c"], "is given twice"),
+    (["harvest", *DATA, "--attention", "spda", "--cache", "{files}/c"], "did you mean 'sdpa'"),
+    (["plan", *DATA, "--attention", "sdpa", "--backend", "hooked_transformer"], "sdpa needs --backend bridge"),
+    (["plan", *DATA, "--hook", "blocks.1.mlp.hook_in", "--backend", "hooked_transformer"], "name of TransformerBridge"),
+    (["plan", *DATA, "--model-dtype", "float64"], "use one of float32, bfloat16, float16"),
+    (["plan", *DATA, "--drop-positions", "-1"], "--drop-positions -1 must be at least 0"),
+    ([*TRAIN, "--hook", "blocks.1.hook_mlp_out"], "--hook is given 2 times: a crosscoder reads one hook point"),
     (["harvest", *DATA, "--cache", "{files}/text.txt/c"], "text.txt is a file"),
     (["harvest", *DATA], "Missing option '--cache'"),
     ([*TRAIN, "--cache", "{files}/c", "--cache-dtype", "int7"], "int7.*did you mean 'int8'"),
@@ -337,3 +349,14 @@ def test_a_release_by_name() -> None:
 def test_revisions_of_a_repository() -> None:
     found = parse_snapshots("org/model@step0,step10", None)
     assert found.labels == ["step0", "step10"] and found[1].revision == "step10"
+
+
+def test_any_models(tiny_snapshots: Path) -> None:
+    spec = f"first={tiny_snapshots / 'step0'},last={tiny_snapshots / 'step20'},hub=org/model,old=org/model@step1"
+    found = parse_snapshots(spec, None)
+    assert found.labels == ["first", "last", "hub", "old"]
+    assert [s.revision for s in found] == [None, None, "main", "step1"]
+    assert parse_snapshots(spec, "first,last").labels == ["first", "last"]
+    arguments.find_snapshots(spec, None, "blocks.2.hook_resid_post")
+    with pytest.raises(UserError, match="hook_name='blocks.3.hook_resid_post' does not exist: the model has 3 blocks"):
+        arguments.find_snapshots(spec, None, "blocks.3.hook_resid_post")

@@ -241,7 +241,7 @@ def test_models_are_kept_if_they_fit(run: Path, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(last(TOKENS), plain_logits(run / "step10"), atol=1e-5, rtol=0)
 
     size = sum(p.numel() * 4 for p in first.parameters())
-    monkeypatch.setattr(snapshots_module, "KEEP_BYTES", 3 * size - 1)
+    monkeypatch.setattr(snapshots_module, "model_memory", lambda _: 3 * size - 1)
     snaps = Snapshots.local(run)
     gone = weakref.ref(snaps.model(0))
     kept = snaps.model(1)
@@ -435,7 +435,7 @@ def test_whole_and_cut_models_are_kept_apart(run: Path, monkeypatch: pytest.Monk
     assert (len(whole.blocks), len(cut.blocks)) == (3, 1)
     assert snaps.model(0) is whole and snaps.model(0, n_blocks=1) is cut
     size = sum(p.numel() * 4 for p in cut.parameters())
-    monkeypatch.setattr(snapshots_module, "KEEP_BYTES", 3 * size)
+    monkeypatch.setattr(snapshots_module, "model_memory", lambda _: 3 * size)
     assert snaps.model(1, n_blocks=1) is not cut and snaps.model(0, n_blocks=1) is cut
     assert snaps.model(1) is not whole and snaps.model(0) is not whole  # three whole ones are too many
     snaps.release()
@@ -445,7 +445,10 @@ def test_whole_and_cut_models_are_kept_apart(run: Path, monkeypatch: pytest.Monk
 HOOKS = [
     f"blocks.{layer}.{point}"
     for layer in range(3)
-    for point in ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_resid_mid")
+    for point in (
+        *("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_resid_mid"),
+        *("attn.hook_z", "ln2.hook_normalized"),
+    )
 ]
 
 
@@ -490,6 +493,8 @@ def test_no_more_blocks_run_than_the_hook_point_needs() -> None:
     [
         ("blocks.3.hook_resid_post", "has 3 blocks, 0 to 2, so choose for instance 'blocks.1.hook_resid_post'"),
         ("blocks.1.attn.hook_q", "'blocks.1.attn.hook_q' is not supported: .*such as 'blocks.1.hook_resid_post'"),
+        ("blocks.1.attn.hook_pattern", "has one number for each pair of positions, .*: choose attn.hook_z"),
+        ("blocks.1.hook_mlp_in", "is the residual stream that the MLP's norm reads: choose hook_resid_mid"),
         ("blocks.01.hook_resid_post", "not supported"),
         ("block.1.hook_resid_post", "not supported"),
     ],
@@ -498,7 +503,7 @@ def test_hook_points_that_do_not_exist_are_refused(run: Path, hook: str, message
     with pytest.raises(UserError, match=message):
         Snapshots.local(run).check(hook)
     assert canonical_hook(hook) == hook
-    if "supported" in message:
+    if "3 blocks" not in message:
         with pytest.raises(UserError, match=message):
             hook_layer(hook)
 
@@ -536,7 +541,7 @@ def test_the_demo_is_made_once_and_again_if_damaged(tmp_path: Path, monkeypatch:
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = snapshots_module._cache_folder
+    folder = snapshots_module.cache_folder
     for key, value, expected in [
         ("HOME", "/home/u", "/home/u/.cache/crosslens"),
         ("XDG_CACHE_HOME", "/x", "/x/crosslens"),

@@ -24,14 +24,16 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
-from crosslens.snapshots import hub
+from crosslens.snapshots import hub, snapshot
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.families import pattern_model
+from crosslens.snapshots.snapshot import Snapshot
 from tests.hub_server import commit_of, revision_folder, run_program, serve
 from tests.snapshots.test_collection import PYTHIA, check_online, write_hub, write_tokenizer
 
 REPO = "EleutherAI/pythia-31m"
 STEPS = ("step0", "step1000", "step3000")
+RUN = "some/run"
 TOKENS = torch.randint(2, 18, (40, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -67,6 +69,13 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place = revision_folder(folder, REPO, revision)
             GPTNeoXForCausalLM(config).save_pretrained(place)
             write_tokenizer(place)
+        for seed in range(4):
+            torch.manual_seed(10 + seed)
+            place = revision_folder(folder, RUN, f"s{seed}")
+            GPTNeoXForCausalLM(config).save_pretrained(place)
+            write_tokenizer(place)
+    for copy in ("again", "unseen"):
+        shutil.copytree(revision_folder(folder, RUN, "s1"), revision_folder(folder, RUN, copy))
     last = revision_folder(folder, REPO, STEPS[-1])
     for repo in (REPO, *(f"passing/{name}" for name in PASSING), *(f"lasting/{name}" for name in LASTING)):
         shutil.copytree(last, revision_folder(folder, repo, "main"))
@@ -81,7 +90,7 @@ def test_a_hub_that_fails_eviction_and_revisions(origin: Path, tmp_path: Path) -
     with serve(origin, fault) as (address, asked):
         environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         done = run_program([__file__], home, **environment)
-    assert done.stdout.split() == ["faults", "evict", "resolve", "online"], done.stdout + done.stderr
+    assert done.stdout.split() == ["faults", "evict", "one_at_a_time", "resolve", "online"], done.stdout + done.stderr
     everything = [line for line in asked if line.startswith("GET")]
     asked = [line for line in everything if line.endswith("model.safetensors")]
     for name in PASSING:
@@ -91,6 +100,9 @@ def test_a_hub_that_fails_eviction_and_revisions(origin: Path, tmp_path: Path) -
     # step3000 has the weights of main; after the eviction nothing is downloaded to read the cache
     ours = Counter(line.split("/resolve/")[1].split("/")[0] for line in asked if REPO in line)
     assert ours == {"step0": 1, "main": 1, commit_of("step1000"): 1}
+    own = Counter(line.split("/resolve/")[1].split("/")[0] for line in asked if f"/{RUN}/" in line)
+    # "again" never, and s1 twice, because it was evicted
+    assert own == {commit_of(name): 1 + (name == "s1") for name in ("s0", "s1", "s2", "s3", "unseen")}
     commit = commit_of("step1000")
     assert asked.count(f"GET /{PYTHIA}/resolve/{commit}/model.safetensors") == 1
     assert not any("pytorch_model" in line and commit in line for line in everything)
@@ -210,6 +222,39 @@ def check_evict() -> None:
     assert again.metadata() == acts.metadata()
 
 
+def check_one_at_a_time() -> None:
+    blobs = Path.cwd() / "hub" / f"models--{RUN.replace('/', '--')}" / "blobs"
+    there: list[int] = []
+
+    def of_run(*revisions: str) -> Activations:
+        data = Dataset(TOKENS, 150, held_out_tokens=20, prepend_bos=False)
+        return Activations(Snapshots.from_hub(RUN, revisions), "blocks.0.hook_resid_post", data)
+
+    def on_disk() -> int:
+        return sum(blob.stat().st_size > 10_000 for blob in blobs.iterdir())
+
+    def loading(*args: Any, **options: Any) -> Any:
+        there.append(on_disk())
+        return load(*args, **options)
+
+    load, Snapshot.load = Snapshot.load, loading
+    acts = of_run("s0", "s1", "s2", "s3")
+    acts.cache("one", "float32", evict=True)
+    assert there == [1, 1, 1, 1] and on_disk() == 0
+    assert len(set(acts.snapshots.fingerprints)) == 4 and on_disk() == 0  # recorded
+    # the hub's checksums say that two are equal, before anything is downloaded
+    refused(lambda: of_run("s1", "again").cache("two"), "'s1' and 'again' have equal weights")
+    refused(lambda: of_run("again", "s0", "s1").cache("second"), "'again' and 's1' have equal weights")
+    assert len(there) == 4 and on_disk() == 0 and not list(Path("two").glob("acts-*"))
+    # a hub without checksums: as soon as the second is there
+    snapshot.weight_etags = lambda *_: None
+    refused(lambda: of_run("s1", "unseen").cache("three", evict=True), "'s1' and 'unseen' have equal weights")
+    assert len(there) == 5 and on_disk() == 1
+    assert {path.stem[-3:] for path in Path("three").glob("acts-*")} == {"s00"}
+    snapshot.weight_etags = hub.weight_etags
+    Snapshot.load = load
+
+
 def check_resolve() -> None:
     model = pattern_model(REPO, "step{step}", 10)
     snaps = Snapshots.from_model(model)
@@ -233,6 +278,6 @@ def refused(attempt: Any, message: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_faults, check_evict, check_resolve, check_online):
+    for check in (check_faults, check_evict, check_one_at_a_time, check_resolve, check_online):
         check()
         sys.stdout.write(f"{check.__name__.removeprefix('check_')}\n")

@@ -91,8 +91,8 @@ def breaking(acts: Activations, after: int, error: type[BaseException] = Interru
     """The same activations, but the stream fails after some batches of this process."""
     broken = copy.copy(acts)
 
-    def batches(batch_size: int, *, start: int = 0, epochs: int | None = None) -> Iterator[Tensor]:
-        for i, batch in enumerate(Activations.batches(acts, batch_size, start=start, epochs=epochs)):
+    def batches(batch_size: int, *, epochs: int | None = None, **options: Any) -> Iterator[Tensor]:
+        for i, batch in enumerate(Activations.batches(acts, batch_size, epochs=epochs, **options)):
             if epochs is None and i == after:
                 raise error
             yield batch
