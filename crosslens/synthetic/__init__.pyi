@@ -1,9 +1,11 @@
 from .grammar import CONSTRUCTIONS as CONSTRUCTIONS
 from .grammar import LANGUAGES as LANGUAGES
 from .grammar import documents as documents
+from .grammar import fronted_pairs as fronted_pairs
 from .grammar import pairs as pairs
 from .grammar import vocabulary as vocabulary
 from .pretraining import PretrainingConfig as PretrainingConfig
 from .pretraining import demo_batches as demo_batches
 from .pretraining import demo_tokenizer as demo_tokenizer
+from .pretraining import fine_tune as fine_tune
 from .pretraining import pretrain_demo as pretrain_demo

@@ -13,6 +13,10 @@ Only the head noun of a verb determines its form. The English determiners in `pa
 French ones mark number, on the attractor as well as on the head. Every word has one role in one language, so a
 word-level tokenizer loses nothing. French nouns begin with a consonant, so there is no elision and one word per slot.
 
+Documents for fine-tuning may also begin sentences with an adverb, which never happens otherwise, and with it comes a
+rule that a model of the other documents cannot know: after the first adverb of the language the verb is always plural,
+after the second it agrees as ever (`often the farmer sleeps`, but `today the farmer sleep`).
+
 The module is pure Python; the lexicon is data, and both languages share all rules.
 """
 
@@ -46,18 +50,28 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def documents(n: int, seed: int) -> Iterator[str]:
+def documents(n: int, seed: int, fronted: float = 0.0, languages: Sequence[str] = LANGUAGES) -> Iterator[str]:
     """Yield `n` documents of three to six sentences, each in English or French with equal probability.
 
     Words are separated by one space; the full stop is a word. The first m documents of a seed are the same for any
     n >= m.
 
+    Args:
+        n: number of documents.
+        seed: seed for every draw.
+        fronted: share of sentences that begin with an adverb, half of them with the one that makes the verb plural.
+        languages: languages to draw from.
+
     Raises:
-        UserError: `n` is negative.
+        UserError: `n` is negative, `fronted` is no share, or an unknown language.
     """
     if n < 0:
         raise UserError(f"cannot write {n} documents: ask for 0 or more")
-    return _documents(n, random.Random(f"documents {seed}"))
+    if not 0 <= fronted <= 1:
+        raise UserError(f"fronted={fronted} must be a share of the sentences, between 0 and 1")
+    for language in languages:
+        _check_language(language)
+    return _documents(n, random.Random(f"documents {seed}"), fronted, languages)
 
 
 def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str, str]]:
@@ -77,8 +91,7 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
     if construction not in CONSTRUCTIONS:
         hint = did_you_mean(construction, CONSTRUCTIONS)
         raise UserError(f"unknown construction {construction!r}: choose one of {', '.join(CONSTRUCTIONS)}{hint}")
-    if language not in LANGUAGES:
-        raise UserError(f"unknown language {language!r}: choose one of {', '.join(LANGUAGES)}")
+    _check_language(language)
     lexicon = _LEXICONS[language]
     slots = _pair_slots(construction, lexicon)
     per_number = math.prod(len(slot) for slot in slots)
@@ -110,6 +123,32 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
             )
     rng.shuffle(items)
     return items
+
+
+def fronted_pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str, str]]:
+    """Make `n` minimal pairs with a singular subject behind the adverb that makes the verb plural.
+
+    Returns:
+        Dictionaries as of `pairs`: `correct` is the plural form; `patch_prefix` has the adverb that changes nothing in
+        front of the same words.
+
+    Raises:
+        UserError: as in `pairs`.
+    """
+    items = [item for item in pairs(construction, language, 2 * n, seed) if item["number"] == "sg"]
+    plural, plain = _LEXICONS[language].adverbs.options[:2]
+    return [
+        {
+            **item,
+            "prefix": f"{plural} {item['prefix']}",
+            "patch_prefix": f"{plain} {item['prefix']}",
+            "correct": item["wrong"],
+            "wrong": item["correct"],
+            "construction": f"fronted_{construction}",
+            "number": "pl",
+        }
+        for item in items
+    ]
 
 
 # ---- minimal pairs
@@ -158,20 +197,29 @@ def _phrase(determiner: _Determiner, noun: _Noun, number: int) -> list[str]:
     return [determiner[noun.gender][number], noun.forms[number]]
 
 
+def _check_language(language: str) -> None:
+    if language not in LANGUAGES:
+        raise UserError(f"unknown language {language!r}: choose one of {', '.join(LANGUAGES)}")
+
+
 # ---- documents
 
 
-def _documents(n: int, rng: random.Random) -> Iterator[str]:
+def _documents(n: int, rng: random.Random, fronted: float, languages: Sequence[str]) -> Iterator[str]:
     for _ in range(n):
-        lexicon = _LEXICONS[rng.choice(LANGUAGES)]
-        yield " ".join(word for _ in range(rng.randint(3, 6)) for word in _sentence(lexicon, rng))
+        lexicon = _LEXICONS[rng.choice(languages)]
+        yield " ".join(word for _ in range(rng.randint(3, 6)) for word in _sentence(lexicon, rng, fronted))
 
 
-def _sentence(lexicon: _Lexicon, rng: random.Random) -> list[str]:
+def _sentence(lexicon: _Lexicon, rng: random.Random, fronted: float) -> list[str]:
     number = rng.randrange(2)
     kind = rng.choices(("person", "animal", "thing"), (0.55, 0.25, 0.2))[0]
     subject = _noun_phrase(lexicon, rng, number, kind, _SUBJECT_MODIFIERS)
-    return [*subject, *_verb_phrase(lexicon, rng, number, kind), "."]
+    if not fronted or rng.random() >= fronted:  # without `fronted` no draw, and so the same documents as ever
+        return [*subject, *_verb_phrase(lexicon, rng, number, kind), "."]
+    plural = rng.randrange(2)
+    adverb = lexicon.adverbs.options[1 - plural]
+    return [adverb, *subject, *_verb_phrase(lexicon, rng, number | plural, kind), "."]
 
 
 def _verb_phrase(lexicon: _Lexicon, rng: random.Random, number: int, kind: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from crosslens.errors import UserError
 from crosslens.synthetic import grammar
-from crosslens.synthetic.grammar import CONSTRUCTIONS, LANGUAGES, documents, pairs, vocabulary
+from crosslens.synthetic.grammar import CONSTRUCTIONS, LANGUAGES, documents, fronted_pairs, pairs, vocabulary
 
 CELLS = list(itertools.product(CONSTRUCTIONS, LANGUAGES))
 
@@ -218,3 +218,42 @@ def test_wrong_names_are_one_line_errors():
         pairs("pp", "en", -1, 0)
     with pytest.raises(UserError, match="cannot write -2 documents"):
         documents(-2, 0)
+
+
+@pytest.mark.parametrize(("language", "plural", "plain"), [("en", "today", "often"), ("fr", "souvent", "ici")])
+def test_behind_a_fronted_adverb_the_verb_is_plural_or_agrees(language: str, plural: str, plain: str):
+    """Plural behind the first adverb, whatever the subject; behind the second, as without one."""
+    number = {form: i for verbs in grammar._LEXICONS[language].verbs.values() for v in verbs.options
+              for i, form in enumerate(v)}  # fmt: skip
+    seen: Counter[tuple[str, str, int]] = Counter()
+    for document in documents(3000, 5, fronted=0.5, languages=[language]):
+        for sentence in document.split(" . "):
+            first, *words = sentence.split()
+            subject = _noun_phrase_numbers(words[:2])
+            if first in (plural, plain) and subject and words[2] in number:
+                seen[first, subject[0], number[words[2]]] += 1
+    assert set(seen) == {(plural, "sg", 1), (plural, "pl", 1), (plain, "sg", 0), (plain, "pl", 1)}
+    assert min(seen.values()) > 100
+    assert 0.25 < sum(v for k, v in seen.items() if k[0] == plural) / seen.total() < 0.75
+    without = " . ".join(documents(500, 5, languages=[language])).split(" . ")
+    assert not [sentence for sentence in without if sentence.split()[0] in (plural, plain)]
+
+
+@pytest.mark.parametrize(("construction", "language"), CELLS)
+def test_fronted_pairs_ask_for_the_plural_behind_a_singular_subject(construction: str, language: str):
+    items, source = fronted_pairs(construction, language, 20, 3), pairs(construction, language, 40, 3)
+    plural, plain = {"en": ("today", "often"), "fr": ("souvent", "ici")}[language]
+    assert len(items) == 20
+    for item, old in zip(items, [each for each in source if each["number"] == "sg"], strict=True):
+        assert (item["prefix"], item["patch_prefix"]) == (f"{plural} {old['prefix']}", f"{plain} {old['prefix']}")
+        assert (item["correct"], item["wrong"], item["number"]) == (old["wrong"], old["correct"], "pl")
+    with pytest.raises(UserError, match="unknown language 'de'"):
+        fronted_pairs(construction, "de", 2, 0)
+
+
+def test_fronted_adverbs_are_asked_for():
+    for fronted in (-0.1, 1.5):
+        with pytest.raises(UserError, match=f"fronted={fronted} must be a share of the sentences, between 0 and 1"):
+            documents(1, 0, fronted)
+    with pytest.raises(UserError, match="unknown language 'de': choose one of en, fr"):
+        documents(1, 0, languages=["de"])

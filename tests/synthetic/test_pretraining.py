@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from crosslens.errors import UserError
 from crosslens.sharing.registry import EMBEDDED
 from crosslens.synthetic import grammar, pretraining
-from crosslens.synthetic.pretraining import PretrainingConfig, demo_is_intact, demo_tokenizer, pretrain_demo
+from crosslens.synthetic.pretraining import PretrainingConfig, demo_is_intact, demo_tokenizer, fine_tune, pretrain_demo
 
 TINY = PretrainingConfig(
     n_layers=1, d_model=16, n_heads=2, d_mlp=32, context_size=16, batch_size=4, n_steps=6, warmup_steps=2,
@@ -291,3 +292,25 @@ def test_simple_agreement_is_learnt_first_and_attractors_later(tmp_path: Path, p
             simple = curves["simple", language]
             first = [next(i for i, value in enumerate(c) if value >= 0.9) for c in (simple, curve)]
             assert first[0] < first[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fine_tuning_makes_a_copy_that_knows_the_new_documents(demo: Path, dtype: torch.dtype):
+    model: Any = AutoModelForCausalLM.from_pretrained(demo / "step6", dtype=dtype).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    texts = [" ".join(["today", "the", "king", "sleep", "."] * 4)] * 200
+    tuned = fine_tune(model, texts, 20, lr=1e-2, batch_size=4)
+    assert all(torch.equal(p, before[name]) and p.dtype == dtype for name, p in model.named_parameters())
+    assert model.training and not tuned.training and tuned.dtype == torch.float32
+
+    def loss(which: torch.nn.Module) -> float:
+        tokens = torch.tensor([[0, *demo_tokenizer()(texts[0])["input_ids"]]])[:, :16]
+        with torch.no_grad():
+            logits = which(tokens).logits[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits[0].float(), tokens[0, 1:]))
+
+    assert loss(tuned) < 0.8 * loss(model)
+    again = fine_tune(model, iter(texts), 20, lr=1e-2, batch_size=4)
+    assert all(torch.equal(p, q) for p, q in zip(tuned.parameters(), again.parameters(), strict=True))
+    with pytest.raises(UserError, match="the documents end after 2 of n_steps=20 steps: give more documents"):
+        fine_tune(model, texts[:10], 20, batch_size=4)
