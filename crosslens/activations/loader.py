@@ -63,8 +63,9 @@ class Activations:
     Args:
         snapshots: the models, checked at once against each other and the hook point.
         hook_name: TransformerLens name of a residual-stream or block-output hook.
-        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), list of
-            documents, or tokens, `(N, T)` sequences or `(N,)` one long stream.
+        dataset: a `Dataset`, or its source: hub name, path to text / jsonl / csv / parquet (may be gzipped), tokens
+            (`(N, T)` sequences or `(N,)` one long stream), a `datasets` object, DataFrame or Series, or an iterable of
+            documents.
         n_tokens: tokens to train on, without the positions that are left out; None takes the whole dataset.
         context_size: tokens per sequence; None takes the models' context, at most 1024. Always T for `(N, T)` tokens.
         seed: seed for every permutation.

@@ -83,8 +83,11 @@ class Dataset:
         """A short name for messages and metadata; never a folder of the user's machine."""
         if isinstance(self.source, (str, Path)):
             return Path(self.source).name if _is_file(self.source) else str(self.source)
-        kind = {list: "list of documents", Tensor: "token array", np.ndarray: "token array"}.get(type(self.source))
-        kind = kind or type(self.source).__name__
+        kind = type(self.source).__name__
+        if isinstance(self.source, list):
+            kind = "list of documents"
+        elif isinstance(self.source, (Tensor, np.ndarray)):
+            kind = "token array"
         return f"{kind} of {len(self.source):,}" if isinstance(self.source, Sized) else kind
 
     @property

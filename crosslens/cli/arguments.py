@@ -318,17 +318,17 @@ def _local(folder: Path, steps: str | None, hook: str | None) -> LoadSnapshots:
 def _models(spec: str, steps: str | None, hook: str | None) -> LoadSnapshots:
     from crosslens.snapshots.folders import check_places
 
-    pairs = [part.partition("=")[::2] for part in spec.split(",")]
+    pairs = [(label, place) for label, _, place in (part.partition("=") for part in spec.split(","))]
     if not all(label and place for label, place in pairs):
         raise UserError(f"--snapshots {spec!r} mixes forms: give label=place,label=place, such as base=a,chat=b")
     labels = [label for label, _ in pairs]
     if len(set(labels)) < len(labels):
         raise UserError(f"--snapshots {spec!r} has a label twice: give each model its own")
-    for name, revision in check_places(dict(pairs)).values():
+    for name, revision in check_places(dict[str, str | Path](pairs)).values():
         if revision is None:
             _check_hook_in(Path(name), hook)
     chosen = _choose(spec, labels, [None] * len(labels), steps)
-    return lambda: _snapshots().of(dict(pairs))[chosen]
+    return lambda: _snapshots().of(dict[str, str | Path](pairs))[chosen]
 
 
 def _check_hook_in(folder: Path, hook: str | None) -> None:

@@ -77,8 +77,9 @@ def _check_hook(snapshot: Snapshot, config: Any, hook_name: str) -> None:
         check_hook(hook_name, config)
     except UserError as error:
         raise UserError(f"snapshot {snapshot.label!r}: {error}") from error
-    known = snapshot.hooks if isinstance(snapshot, LoadedSnapshot) else None
-    if known is not None and canonical_hook(hook_name) not in known:
+    if not isinstance(snapshot, LoadedSnapshot):
+        return
+    if snapshot.hooks is not None and canonical_hook(hook_name) not in snapshot.hooks:
         raise UserError(
             f"snapshot {snapshot.label!r}: its {snapshot.kind} has no hook point {hook_name!r}: choose one of its "
             "hook_dict"

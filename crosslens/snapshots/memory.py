@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot, quiet
@@ -37,7 +39,8 @@ class _Known:
     kind: str
     config: PretrainedConfig
     dtype: torch.dtype
-    fingerprint: str
+    fingerprint: str | None
+    """Of a model from a function, which is not there later."""
     hooks: frozenset[str] | None
     """Names of its hook points; None for a model that is not a bridge yet."""
     tokenizer: PreTrainedTokenizerBase | None
@@ -84,7 +87,7 @@ class LoadedSnapshot(Snapshot):
         """sha256 of the parameters; for a model of transformers, that of the folder that `save_pretrained` makes."""
         if not self.is_function:
             self._check_unchanged(self.source)
-        return self._known.fingerprint
+        return self._known.fingerprint or self._fingerprint
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -132,8 +135,8 @@ class LoadedSnapshot(Snapshot):
             return super().load(device, dtype, backend)
         if backend == "hooked_transformer" and self._known.kind == BRIDGE:
             raise self._not_hooked()
-        given = {} if device is None else {"device": str(device)}
-        settings = ModelSettings(**given, dtype=str(dtype).removeprefix("torch."))
+        where = find_device() if device is None else str(device)
+        settings = ModelSettings(where, str(dtype).removeprefix("torch."))
         self._check_device(settings.device)
         with quiet():
             model = self._private_copy(getattr(torch, settings.dtype))
@@ -212,7 +215,7 @@ class LoadedSnapshot(Snapshot):
             kind,
             _as_transformers(model) if kind == HOOKED else (model.original_model if kind == BRIDGE else model).config,
             max(sizes, key=lambda dtype: sizes[dtype]),
-            hash_named({name: partial(Tensor.cpu, tensor) for name, tensor in _tensors(model, kind).items()}),
+            _hash(model, kind) if self.is_function else None,
             None if kind == PLAIN else frozenset(model.hook_dict),
             getattr(model, "tokenizer", None),
             _state(model),
@@ -235,6 +238,10 @@ class LoadedSnapshot(Snapshot):
             return PLAIN
         merge = "; merge an adapter first, with merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise self._error(f"{type(model).__name__} is not a model that can be used: give {_VALID}{merge}")
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return _hash(self.source, self.kind)
 
     @cached_property
     def _saved_tokenizer(self) -> tempfile.TemporaryDirectory[str]:
@@ -295,22 +302,22 @@ def _state(model: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((p.data_ptr(), p._version) for p in model.parameters())
 
 
-def _tensors(model: Any, kind: str) -> dict[str, Tensor]:
-    """The parameters; those of a model of transformers under the names that `save_pretrained` writes."""
+def _hash(model: Any, kind: str) -> str:
+    """sha256 of the parameters; those of a model of transformers under the names that `save_pretrained` writes."""
     named = {name: p.detach() for name, p in model.named_parameters()}
-    if kind != PLAIN:
-        return named
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 writes the names that the modules have
-        return named
-    return revert_weight_conversion(model, named)
+    if kind == PLAIN:
+        # transformers 4 writes the names that the modules have
+        with contextlib.suppress(ImportError):
+            from transformers.core_model_loading import revert_weight_conversion
+
+            named = revert_weight_conversion(model, named)
+    return hash_named({name: partial(Tensor.cpu, tensor) for name, tensor in named.items()})
 
 
 def _as_transformers(model: Any) -> PretrainedConfig:
     """The configuration of a HookedTransformer, in the names of transformers."""
     cfg = model.cfg
-    return PretrainedConfig(
+    entries: dict[str, Any] = dict(
         hidden_size=cfg.d_model,
         num_hidden_layers=cfg.n_layers,
         num_attention_heads=cfg.n_heads,
@@ -320,3 +327,4 @@ def _as_transformers(model: Any) -> PretrainedConfig:
         use_parallel_residual=cfg.parallel_attn_mlp,
         parameter_bytes=sum(p.nbytes for p in model.parameters()),
     )
+    return PretrainedConfig(**entries)

@@ -36,7 +36,8 @@ def documents(tiny_text: list[str]) -> list[str]:
 
 
 def read(source: Any, tokenizer: Any, **options: Any) -> Tensor:
-    return token_sequences(Dataset(source, **{"context_size": T, "held_out_tokens": 0, **options}), tokenizer)
+    given: dict[str, Any] = {"context_size": T, "held_out_tokens": 0, **options}
+    return token_sequences(Dataset(source, **given), tokenizer)
 
 
 def packed(documents: list[list[int]], bos: int | None, size: int = T) -> list[list[int]]:

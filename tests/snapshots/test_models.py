@@ -39,7 +39,7 @@ from tests.snapshots.test_collection import TOKENS, WORDS, write_model, write_to
 HOOK = "blocks.1.hook_resid_post"
 
 
-def make(family: str = "neox", seed: int = 0, **changes: Any) -> PreTrainedModel:
+def make(family: str = "neox", seed: int = 0, **changes: Any) -> Any:
     sizes: dict[str, Any] = {"vocab_size": 20, **changes}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
