@@ -120,6 +120,7 @@ class LoadedSnapshot(Snapshot):
         dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
+        attention: str = "eager",
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients; the original stays as it is.
 
@@ -129,8 +130,11 @@ class LoadedSnapshot(Snapshot):
             backend: "bridge" for models of transformers, which become one; bridges and HookedTransformers stay what
                 they are.
             n_blocks: ignored: the whole model is in memory anyway.
+            attention: "eager", whose scores TransformerLens's hooks show.
         """
         del n_blocks
+        if attention != "eager":
+            raise self._error(f"attention={attention!r} is not available for models in memory: use attention='eager'")
         if self._known.kind == PLAIN:
             return super().load(device, dtype, backend)
         if backend == "hooked_transformer" and self._known.kind == BRIDGE:
