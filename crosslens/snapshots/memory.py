@@ -120,7 +120,6 @@ class LoadedSnapshot(Snapshot):
         dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
-        *,
         attention: str = "eager",
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients; the original stays as it is.
@@ -131,16 +130,13 @@ class LoadedSnapshot(Snapshot):
             backend: "bridge" for models of transformers, which become one; bridges and HookedTransformers stay what
                 they are.
             n_blocks: ignored: the whole model is in memory anyway.
-            attention: "eager" or "sdpa", for models of transformers.
+            attention: "eager", whose scores TransformerLens's hooks show.
         """
         del n_blocks
-        if self._known.kind == PLAIN:
-            return super().load(device, dtype, backend, attention=attention)
         if attention != "eager":
-            raise self._error(
-                f"attention={attention!r} does not fit a {self._known.kind} in memory, which keeps its own: give the "
-                "model of transformers"
-            )
+            raise self._error(f"attention={attention!r} is not available for models in memory: use attention='eager'")
+        if self._known.kind == PLAIN:
+            return super().load(device, dtype, backend)
         if backend == "hooked_transformer" and self._known.kind == BRIDGE:
             raise self._not_hooked()
         where = find_device() if device is None else str(device)

@@ -128,6 +128,12 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
 def fronted_pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str, str]]:
     """Make `n` minimal pairs with a singular subject behind the adverb that makes the verb plural.
 
+    Args:
+        construction: as in `pairs`.
+        language: as in `pairs`.
+        n: number of items.
+        seed: seed for every draw.
+
     Returns:
         Dictionaries as of `pairs`: `correct` is the plural form; `patch_prefix` has the adverb that changes nothing in
         front of the same words.

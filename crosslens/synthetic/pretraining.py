@@ -123,9 +123,7 @@ def fine_tune(
     for step in tqdm(range(n_steps), desc="fine-tuning", unit="step", leave=False):
         batch = list(islice(rows, batch_size))
         if len(batch) < batch_size:
-            raise UserError(
-                f"the documents end after {step} of n_steps={n_steps} steps: give more, or take fewer steps"
-            )
+            raise UserError(f"the documents end after {step} of n_steps={n_steps} steps: give more documents")
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / warmup, (n_steps - step) / (n_steps - warmup))
         _train_step(tuned, optimizer, torch.tensor(batch))

@@ -313,7 +313,12 @@ WRONG: list[tuple[str, Callable[[], Any], dict[str, Any], str]] = [
     ("rows", lambda: [{"body": "a"}], {"column": "ids"}, "column='ids' is not in .* of 1: its columns are 'body'"),
     ("later", lambda: [{"text": "a"}, {"body": "a"}], {}, f"{NO_TEXT} {LIST}: its columns are 'body'"),
     ("streamed", lambda: stream({"body": "a"}), {}, f"{NO_TEXT} IterableDataset: its columns are 'body'"),
-    ("splits", lambda: datasets.DatasetDict(train=table(text=["a"])), {}, "DatasetDict with the splits 'train': give"),
+    (
+        "splits",
+        lambda: datasets.DatasetDict({"train": table(text=["a"])}),
+        {},
+        "DatasetDict with the splits 'train': give",
+    ),
     ("dictionary", lambda: {"text": ["a"]}, {}, "the dataset is a dict: give a hub name, a file, tokens, a table"),
     ("number", lambda: 7, {}, "the dataset is a int: give a hub name"),
     ("bytes", lambda: b"text", {}, "the dataset is a bytes: give a hub name"),

@@ -283,6 +283,11 @@ MODELS: list[tuple[str, Callable[[Any], Any], str]] = [
         "'a': its model is in memory, not in a folder: save it with save_pretrained",
     ),
     (
+        "attention",
+        lambda t: Snapshots.from_models([make()], ["a"], tokenizer=t)[0].load("cpu", attention="sdpa"),  # type: ignore[call-arg]
+        "'a': attention='sdpa' is not available for models in memory: use attention='eager'",
+    ),
+    (
         "record",
         lambda t: Snapshots.from_models([make()], ["a"], tokenizer=t).to_dict(),
         "cannot be recorded: save each with save_pretrained, its tokenizer too, and use Snapshots.of",
