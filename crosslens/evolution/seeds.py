@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from crosslens.evolution.lifecycles import (
     measure_firing,
     snapshot_columns,
 )
+from crosslens.rundir import RunDir
 
 _BLOCK = 1024  # features at a time
 ASSIGNED = 4096  # most features for which `match` defaults to the best assignment
@@ -155,26 +157,28 @@ def consensus(
         UserError: fewer than two crosscoders, a threshold out of range, or as `match`.
     """
     named = dict(crosscoders) if isinstance(crosscoders, Mapping) else {str(i): c for i, c in enumerate(crosscoders)}
-    if len(named) < 2:
-        raise UserError(f"a consensus needs at least 2 crosscoders, but there is only {len(named)}: train more seeds")
-    if not 0 < threshold <= 1:
-        raise UserError(f"threshold={threshold} is not in (0, 1]: it is a correlation, such as 0.7")
     _check_options("activation", method, min_rate)
+    _check_several(len(named), threshold)
     read = read_features(list(named.values()), acts, min_rate=min_rate, max_tokens=max_tokens)
-    n_seeds = [np.where(each.alive, 1, 0) for each in read]
-    total = [np.zeros(len(each.alive)) for each in read]
-    for m, n in combinations(range(len(read)), 2):
-        block = _correlations(read[m], read[n])
-        i, j, value, _, _ = _assigned(block, len(read[m].ids), len(read[n].ids), method)
-        for each, ids in ((m, read[m].ids[i]), (n, read[n].ids[j])):
-            n_seeds[each][ids] += value >= threshold
-            total[each][ids] += value
+    return _consensus(dict(zip(named, read, strict=True)), threshold, method)
+
+
+def _consensus(read: Mapping[str, LiveFeatures], threshold: float, method: str | None) -> pd.DataFrame:
+    """The table of `consensus`."""
+    n_seeds = {name: np.where(each.alive, 1, 0) for name, each in read.items()}
+    total = {name: np.zeros(len(each.alive)) for name, each in read.items()}
+    for m, n in combinations(read, 2):
+        i, j, value, _, _ = _assigned(_correlations(read[m], read[n]), len(read[m].ids), len(read[n].ids), method)
+        for name, ids in ((m, read[m].ids[i]), (n, read[n].ids[j])):
+            n_seeds[name][ids] += value >= threshold
+            total[name][ids] += value
     tables: list[pd.DataFrame] = []
-    for name, each, found, summed in zip(named, read, n_seeds, total, strict=True):
+    for name, each in read.items():
+        found = n_seeds[name]
         columns: dict[str, Any] = {"crosscoder": name, "feature": np.arange(len(found)), "alive": each.alive}
-        columns |= {"firing_rate": each.rate, "variance": each.variance, "n_seeds": found, "of": len(named)}
-        columns["consensus"] = 2 * found > len(named)
-        columns["correlation"] = np.where(each.alive, summed / (len(named) - 1), np.nan)
+        columns |= {"firing_rate": each.rate, "variance": each.variance, "n_seeds": found, "of": len(read)}
+        columns["consensus"] = 2 * found > len(read)
+        columns["correlation"] = np.where(each.alive, total[name] / (len(read) - 1), np.nan)
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
@@ -202,6 +206,72 @@ def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def study_seeds(
+    crosscoders: Mapping[str, Crosscoder], acts: Activations, threshold: float = 0.7, *, min_rate: float = 0.0
+) -> dict[str, pd.DataFrame]:
+    """Compare several seeds: every pair of them, and the features that most have.
+
+    Args:
+        crosscoders: two or more crosscoders of the same snapshots, by name.
+        acts: activations of these snapshots; the held-out ones are used.
+        threshold: correlation from which a partner counts.
+        min_rate: features that fire on this share of the held-out tokens or less are not live.
+
+    Returns:
+        The tables consensus (of `consensus`) and seeds: a row per pair of crosscoders with a, b (their names) and the
+        columns of `match_shares`.
+
+    Raises:
+        UserError: as `consensus`.
+    """
+    _check_options("activation", None, min_rate)
+    _check_several(len(crosscoders), threshold)
+    read = dict(zip(crosscoders, read_features(list(crosscoders.values()), acts, min_rate=min_rate), strict=True))
+    rows = [
+        {"a": a, "b": b, **match_shares(_matched(read[a], read[b], "activation", None, 0), threshold)}
+        for a, b in combinations(read, 2)
+    ]
+    return {"consensus": _consensus(read, threshold, None), "seeds": pd.DataFrame(rows)}
+
+
+def save_seeds(
+    run_dir: str | Path, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7
+) -> str:
+    """Write the tables of `study_seeds` to the run directories of several seeds.
+
+    The directory of the first seed gets `seeds`; each directory gets `consensus`, about its own features.
+
+    Args:
+        run_dir: the run directory of the first seed.
+        crosscoders: the crosscoders by seed, as `train_seeds` returns them.
+        acts: the activations that they were trained on.
+        threshold: correlation from which a partner counts.
+
+    Returns:
+        What the seeds have in common, in a few lines.
+
+    Raises:
+        UserError: as `consensus`.
+    """
+    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
+    run, first = RunDir(run_dir), min(crosscoders)
+    run.save_table("seeds", tables["seeds"])
+    for seed in crosscoders:
+        place = run if seed == first else run.other_seed(seed)
+        found = tables["consensus"]
+        place.save_table("consensus", found[found["crosscoder"] == str(seed)].reset_index(drop=True))
+    pairs, shares = tables["seeds"], consensus_shares(tables["consensus"])
+    return (
+        f"a live feature has a partner of correlation {threshold:g} or more in another seed: "
+        f"{pairs[['share_a', 'share_b']].to_numpy().mean():.0%} of them, which write "
+        f"{pairs[['variance_a', 'variance_b']].to_numpy().mean():.0%} of the variance (by chance "
+        f"{pairs['null_a'].mean():.0%}; by decoder cosine {pairs[['cosine_a', 'cosine_b']].to_numpy().mean():.0%})\n"
+        f"found by most of {len(crosscoders)} seeds: {shares['consensus'].mean():.0%} of the live features, "
+        f"{shares['consensus_variance'].mean():.0%} of the variance; by all: {shares['unanimous'].mean():.0%}, "
+        f"{shares['unanimous_variance'].mean():.0%}"
+    )
 
 
 def add_consensus(table: pd.DataFrame, found: pd.DataFrame, *, only: bool = False) -> pd.DataFrame:
@@ -448,6 +518,13 @@ def _check_options(by: str, method: str | None, min_rate: float) -> None:
         raise UserError(f"method={method!r} is unknown: use 'assignment', 'mutual', or None")
     if not 0 <= min_rate < 1:
         raise UserError(f"min_rate={min_rate} is not in [0, 1): it is a share of tokens, such as 1e-4")
+
+
+def _check_several(n: int, threshold: float) -> None:
+    if n < 2:
+        raise UserError(f"a consensus needs at least 2 crosscoders, but there is only {n}: train more seeds")
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold={threshold} is not in (0, 1]: it is a correlation, such as 0.7")
 
 
 def _matched(a: LiveFeatures, b: LiveFeatures, by: str, method: str | None, seed: int) -> pd.DataFrame:
