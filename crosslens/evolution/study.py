@@ -32,6 +32,7 @@ from crosslens.evolution.phases import find_phases
 from crosslens.evolution.probes import probe, probe_parts
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
+from crosslens.snapshots.collection import Snapshots
 
 
 def study_evolution(
@@ -92,6 +93,7 @@ def study_dynamics(
     acts: Activations,
     counts: NgramCounts | None = None,
     *,
+    snapshots: Snapshots | None = None,
     accuracy: pd.DataFrame | None = None,
     n_proposed: int = 5,
     presence: float = 0.5,
@@ -105,6 +107,8 @@ def study_dynamics(
         counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the crosscoder's training tokens
             if None. With few tokens the bigram entropy is too small, the bigram KL too large, and the loss falls below
             the entropy too late, so count as much text as possible.
+        snapshots: snapshots whose predictions are measured, those of `acts` among them: with the untrained model, which
+            crosscoders do without, the fall of the bigram KL begins at 0. Those of `acts` if None.
         accuracy: the result of `Task.accuracy`, for the proposal of snapshots; concatenate the tables of several tasks.
         n_proposed: number of snapshots to propose, at most all.
         presence: a feature is present where its norm is at least this share of its largest norm.
@@ -117,16 +121,18 @@ def study_dynamics(
     Raises:
         UserError: one snapshot only, counts of another tokenizer, activations of other snapshots.
     """
-    snapshots, firing = acts.snapshots, measure_firing(crosscoder, acts)
-    counts = count_ngrams(acts.train_tokens(), snapshots.tokenizer) if counts is None else counts
-    measured = measure_dynamics(snapshots, counts, acts.held_out_tokens(), settings=acts.settings)
+    firing = measure_firing(crosscoder, acts)
+    counts = count_ngrams(acts.train_tokens(), acts.snapshots.tokenizer) if counts is None else counts
+    measured = measure_dynamics(
+        snapshots or acts.snapshots, counts, acts.held_out_tokens(), seed=seed, settings=acts.settings
+    )
     similarity = snapshot_similarity(acts)
-    chosen = min(n_proposed, len(snapshots))
+    chosen = min(n_proposed, len(acts.snapshots))
     return {
         "dynamics": dynamics_table(measured, crosscoder, firing, presence=presence, seed=seed),
         "phases": find_phases(measured, crosscoder, firing, presence=presence, seed=seed),
         "similarity": similarity,
-        "selection": propose_snapshots(similarity, chosen, accuracy, steps=snapshots.steps),
+        "selection": propose_snapshots(similarity, chosen, accuracy, steps=acts.snapshots.steps),
     }
 
 

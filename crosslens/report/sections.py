@@ -202,10 +202,10 @@ _OVERVIEW: tuple[Section, ...] = (
             Entry(
                 "dynamics",
                 "N-gram statistics and features",
-                "Top: KL divergence of the model's predictions from the corpus's unigram and bigram statistics, and "
-                "the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed; "
-                "features that have settled (cosine to their final direction at least 0.5 from here on); features "
-                "present; total dimensionality / d_model.",
+                "Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, "
+                "averaged over contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram "
+                "KL's fall is completed; features that have settled (cosine to their final direction at least 0.5 from "
+                "here on); features present; total dimensionality / d_model.",
                 overview_figures.dynamics,
                 ("dynamics", "phases"),
                 wide=True,
