@@ -184,11 +184,15 @@ def _consensus(read: Mapping[str, LiveFeatures], threshold: float, method: str |
 
 
 def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the result of `consensus`, a row per crosscoder.
+    """Summarise the result of `consensus`.
+
+    Args:
+        found: from `consensus`.
 
     Returns:
-        crosscoder, alive (number of live features), consensus and unanimous (shares of them found by most and by all),
-        consensus_variance and unanimous_variance (the same weighted by variance), of (number of crosscoders).
+        A row per crosscoder: crosscoder, alive (number of live features), consensus and unanimous (shares of them found
+        by most and by all), consensus_variance and unanimous_variance (the same weighted by variance), of (number of
+        crosscoders).
     """
     rows: list[dict[str, Any]] = []
     for name, table in found.groupby("crosscoder", sort=False):
@@ -281,6 +285,9 @@ def add_consensus(table: pd.DataFrame, found: pd.DataFrame, *, only: bool = Fals
         table: a table about features of one crosscoder.
         found: the rows of `consensus` about this crosscoder.
         only: keep the rows of consensus features only.
+
+    Returns:
+        The rows of the table, with these two columns at the end.
 
     Raises:
         UserError: no column `feature`, several crosscoders in `found`, or features that it does not have.
