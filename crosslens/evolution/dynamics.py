@@ -15,7 +15,9 @@ divergence of 0. A context that occurs n times is averaged over n predictions, s
 The lowest loss possible from the counts alone is H1 or H2, the entropies of p1 and p2. Ge et al. (arXiv 2509.17196)
 report such curves without formulas. The other direction, KL(p_s || p2), is infinite at any pair missing from the
 corpus, so it is left out. Intervals come from a bootstrap over whole sequences, with the averages computed anew for
-every draw; where those of every sequence do not fit into memory, groups of sequences are drawn.
+every draw; where those of every sequence do not fit into memory, groups of sequences are drawn. A draw has fewer
+different contexts than the data, which overstates its divergences: draws are shifted so that their mean is the
+measurement.
 `crosslens.evolution.phases` derives the phases of training from these curves.
 
 Symbols: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary, G groups of sequences, P pairs
@@ -31,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -44,7 +47,7 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 
 _PAIRS = 1 << 22  # (prediction, follower) pairs in memory at a time
-_SUMS = 1 << 27  # numbers in memory that the averages of all groups may take
+_SUMS = 1 << 26  # numbers in memory that the averages of all groups may take
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Dynamics:
 
     Attributes:
         snapshots: label, step and tokens, one row per snapshot.
-        kl1: (1 + draws, S) KL(p1 || E p_s), in nats; the first row is the measurement. Draws are paired: a row of
-            `kl1`, `kl2` and `loss` is of the same sequences, at all snapshots.
+        kl1: (1 + draws, S) KL(p1 || E p_s), in nats; the first row is the measurement. Draws are paired (a row
+            of `kl1`, `kl2` and `loss` is of the same sequences, at all snapshots) and have the measurement as mean.
         kl2: (1 + draws, S) E_x KL(p2(.|x) || E[p_s | x]), over predictions whose context occurs in the counts.
         loss: (1 + draws, S) mean of -log p_s.
         n: number of predictions.
@@ -172,6 +175,7 @@ def measure_dynamics(
                 )
             averages.add(log_p, batch, use, sure, of)
         for name, values in zip(found, averages.divergences(draws), strict=True):
+            values[1:] += values[0] - values[1:].mean()
             found[name].append(values)
     table = pd.DataFrame({"label": snapshots.labels})
     for unit, values in (("step", snapshots.steps), ("tokens", snapshots.tokens)):
@@ -203,7 +207,9 @@ class _Averages:
         self.starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])  # in the kept pairs
         kept = counts.starts[contexts][self.owner] + torch.arange(len(self.owner)) - self.starts[self.owner]
         self.followers = counts.followers[kept]
-        self.p2 = counts.counts[kept].double() / counts.contexts[contexts][self.owner]
+        p2 = counts.counts[kept].double() / counts.contexts[contexts][self.owner]
+        shape = len(contexts), len(kept)
+        self.p2 = csr_matrix((p2.numpy(), np.arange(len(kept)), self.starts.numpy()), shape)
         self.place = torch.full((V,), -1).index_copy(0, contexts, torch.arange(len(contexts)))
         size = V + len(self.owner) + len(contexts)
         self.n_groups = max(1, min(n_sequences, max(2, _SUMS // size)))
@@ -261,10 +267,10 @@ class _Averages:
             mean = (draws[part] @ self.sums[:, heard]) / (draws[part] @ self.n)[:, None]
             kl1[part] = -self.h1 - mean.clamp(min=smallest).log() @ self.p1[heard]
             often = draws[part] @ seen
-            mean = (draws[part] @ pairs) / often.clamp(min=1)[:, self.owner]
-            cross = self.p2 * mean.clamp(min=smallest).log()
-            of_context = -self.h2 - torch.zeros_like(often).index_add(1, self.owner, cross)
-            kl2[part] = (often * of_context).sum(1) / often.sum(1)
+            # log of a mean is log of the sum less log of how often, and p2 sums to 1 over the followers of a context
+            summed = (draws[part] @ pairs).clamp(min=smallest).log()
+            cross = torch.from_numpy(self.p2 @ summed.T.numpy()).T - often.clamp(min=1).log()
+            kl2[part] = (often * (-self.h2 - cross)).sum(1) / often.sum(1)
         loss = (draws @ self.loss) / (draws @ self.n)
         return kl1.numpy(), kl2.numpy(), loss.numpy()
 
