@@ -76,7 +76,6 @@ CHANGES = (
     Setting(aux=1 / 4),
     Setting(lr=1.5e-3),
     Setting(epochs=16),
-    Setting(epochs=16, lr=1.5e-3, seeds=3),
     Setting(128, 16, epochs=16, lr=1.5e-3, seeds=3),
 )
 SETTINGS = (*GRID, *CHANGES)
@@ -205,7 +204,7 @@ def main() -> None:
             rows = [agreement(acts, each, crosscoders(folder, acts, each), 0.0) for each in SETTINGS]
             body.append(f"## Agreement\n\n{_markdown(pd.DataFrame(rows).drop(columns='rate above'))}")
         if "floors" in parts:
-            chosen = [CHANGES[-2], CHANGES[-1]]
+            chosen = [Setting(), Setting(512, 16), CHANGES[-1]]
             rows = [agreement(acts, each, crosscoders(folder, acts, each), f) for each in chosen for f in FLOORS]
             body.append(f"## Floors\n\n{_markdown(pd.DataFrame(rows).drop(columns=['EV', 'least EV', 'dead']))}")
         if "phases" in parts:

@@ -10,14 +10,15 @@ corpus, over the predictions of some sequences (nats per token):
 Predictions are averaged over contexts *before* they are compared. The mean of the divergences of single predictions
 also grows with every bit of context that a model uses: it is lowest for a model that knows n-grams and nothing else,
 and would say that a good model has unlearnt its unigrams. Averaged, a model that knows the statistics and more has a
-divergence of 0. A context that occurs n times is averaged over n predictions, so rare ones still overstate KL2.
+divergence of 0.
 
 The lowest loss possible from the counts alone is H1 or H2, the entropies of p1 and p2. Ge et al. (arXiv 2509.17196)
 report such curves without formulas. The other direction, KL(p_s || p2), is infinite at any pair missing from the
 corpus, so it is left out. Intervals come from a bootstrap over whole sequences, with the averages computed anew for
-every draw; where those of every sequence do not fit into memory, groups of sequences are drawn. A draw has fewer
-different contexts than the data, which overstates its divergences: draws are shifted so that their mean is the
-measurement.
+every draw; where those of every sequence do not fit into memory, groups of sequences are drawn. An average over few
+contexts overstates a divergence, by up to P / 2N' nats over N' predictions, and a draw has still fewer different ones:
+what the draws exceed the plain divergence by in the mean is taken off it, twice off them (Efron's correction). This
+leaves contexts that occur once, so measure on enough text.
 `crosslens.evolution.phases` derives the phases of training from these curves.
 
 Symbols: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary, G groups of sequences, P pairs
@@ -57,7 +58,8 @@ class Dynamics:
     Attributes:
         snapshots: label, step and tokens, one row per snapshot.
         kl1: (1 + draws, S) KL(p1 || E p_s), in nats; the first row is the measurement. Draws are paired (a row
-            of `kl1`, `kl2` and `loss` is of the same sequences, at all snapshots) and have the measurement as mean.
+            of `kl1`, `kl2` and `loss` is of the same sequences, at all snapshots). Corrected for the bias of averages
+            over few contexts, so a divergence of about 0 may be below it.
         kl2: (1 + draws, S) E_x KL(p2(.|x) || E[p_s | x]), over predictions whose context occurs in the counts.
         loss: (1 + draws, S) mean of -log p_s.
         n: number of predictions.
@@ -175,8 +177,7 @@ def measure_dynamics(
                 )
             averages.add(log_p, batch, use, sure, of)
         for name, values in zip(found, averages.divergences(draws), strict=True):
-            values[1:] += values[0] - values[1:].mean()
-            found[name].append(values)
+            found[name].append(values if name == "loss" else _without_bias(values))
     table = pd.DataFrame({"label": snapshots.labels})
     for unit, values in (("step", snapshots.steps), ("tokens", snapshots.tokens)):
         table[unit] = pd.array(values, dtype="Int64")
@@ -186,6 +187,12 @@ def measure_dynamics(
         table, **stacked, n=n, known=int(known.sum()) / n, n_groups=G,
         unigram_entropy=counts.unigram_entropy, bigram_entropy=counts.bigram_entropy,
     )  # fmt: skip
+
+
+def _without_bias(values: Float[np.ndarray, " draws"]) -> Float[np.ndarray, " draws"]:
+    """A measurement and its draws, less the bias that the draws have over the measurement."""
+    bias = values[1:].mean() - values[0]
+    return np.concatenate([values[:1] - bias, values[1:] - 2 * bias])
 
 
 class _Averages:

@@ -287,7 +287,7 @@ def add_consensus(table: pd.DataFrame, found: pd.DataFrame, *, only: bool = Fals
         only: keep the rows of consensus features only.
 
     Returns:
-        The rows of the table, with these two columns at the end.
+        A row per row of the table, or per one about a consensus feature: its columns, then n_seeds and consensus.
 
     Raises:
         UserError: no column `feature`, several crosscoders in `found`, or features that it does not have.

@@ -34,6 +34,8 @@ from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
 from crosslens.snapshots.collection import Snapshots
 
+_PREDICTED = 30_000  # tokens whose predictions `study_dynamics` measures, at least, where the data has as many
+
 
 def study_evolution(
     crosscoder: Crosscoder,
@@ -103,7 +105,8 @@ def study_dynamics(
 
     Args:
         crosscoder: trained on two snapshots or more.
-        acts: activations of the same snapshots; predictions are measured on the held-out tokens.
+        acts: activations of the same snapshots; predictions are measured on the held-out tokens, and where these are
+            fewer than 30,000 on the last of those for training too.
         counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the crosscoder's training tokens
             if None. With few tokens the bigram entropy is too small, the bigram KL too large, and the loss falls below
             the entropy too late, so count as much text as possible.
@@ -123,9 +126,10 @@ def study_dynamics(
     """
     firing = measure_firing(crosscoder, acts)
     counts = count_ngrams(acts.train_tokens(), acts.snapshots.tokenizer) if counts is None else counts
-    measured = measure_dynamics(
-        snapshots or acts.snapshots, counts, acts.held_out_tokens(), seed=seed, settings=acts.settings
-    )
+    # averages over contexts need many; the crosscoder's training does not touch the models' predictions
+    T = acts.tokens.shape[1]
+    tokens = acts.tokens[-max(len(acts.held_out_tokens()), -(-_PREDICTED // T)) :]
+    measured = measure_dynamics(snapshots or acts.snapshots, counts, tokens, seed=seed, settings=acts.settings)
     similarity = snapshot_similarity(acts)
     chosen = min(n_proposed, len(acts.snapshots))
     return {

@@ -52,7 +52,8 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     note = (
         f"Most of {of} seeds have {len(most):,} of {len(live):,} live features ({len(most) / len(live):.0%}), which "
         f"write {most['variance'].sum():.0%} of the variance. Between two seeds {both.mean():.0%} of the live features "
-        f"have a partner ({both.min():.0%} to {both.max():.0%} over {len(pairs)} pairs, both directions), weighted by "
+        f"have a partner ({both.min():.0%} to {both.max():.0%} over {len(pairs)} pair{'s' * (len(pairs) > 1)}, both "
+        "directions), weighted by "
         f"variance {weighted.mean():.0%}; {cosine.mean():.0%} have a partner whose decoder also has a cosine of .7. "
         f"With permuted tokens {pairs['null_a'].mean():.1%} have one."
     )
