@@ -172,7 +172,7 @@ def _acts(snaps: cl.Snapshots) -> cl.Activations:
 
 def _markdown(table: pd.DataFrame) -> str:
     def show(value: object) -> str:
-        if value is None:
+        if value is None or value != value:  # a consensus needs three seeds
             return ""
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
