@@ -527,6 +527,8 @@ def sweep(
     load = find_snapshots(snapshots, steps, hook)
     import dataclasses
 
+    import pandas as pd
+
     from crosslens.activations import Activations, Dataset
     from crosslens.evolution.sweep import choose
     from crosslens.rundir import RunDir
@@ -548,10 +550,10 @@ def sweep(
         n_seeds=seeds,
     )
     run.save_table("sweep", choice.table)
-    shown = choice.table[
-        ["d_sae", "k", "explained_variance", "least_explained", "dead", "live", "agreement", "variance"]
-    ]
-    _say(f"{shown.to_string(index=False, float_format='{:.3g}'.format)}\n{choice.reason}")
+    formats = {"d_sae": "{:.0f}", "k": "{:g}", "live": "{:.0f}"}
+    columns = ["d_sae", "k", "explained_variance", "least_explained", "dead", "live", "agreement", "variance"]
+    shown = pd.DataFrame({name: choice.table[name].map(formats.get(name, "{:.3f}").format) for name in columns})
+    _say(f"{shown.to_string(index=False)}\n{choice.reason}")
 
 
 @app.command()

@@ -196,7 +196,7 @@ def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for name, table in found.groupby("crosscoder", sort=False):
-        live = table[table["alive"]]
+        live = pd.DataFrame(table[table["alive"]])
         all_of = live["n_seeds"] == live["of"]
         rows.append(
             {
@@ -265,7 +265,8 @@ def save_seeds(
     for seed in crosscoders:
         place = run if seed == first else run.other_seed(seed)
         found = tables["consensus"]
-        place.save_table("consensus", found[found["crosscoder"] == str(seed)].reset_index(drop=True))
+        of_seed = pd.DataFrame(found[found["crosscoder"] == str(seed)])
+        place.save_table("consensus", of_seed.reset_index(drop=True))
     pairs, shares = tables["seeds"], consensus_shares(tables["consensus"])
     return (
         f"a live feature has a partner of correlation {threshold:g} or more in another seed: "
@@ -302,7 +303,7 @@ def add_consensus(table: pd.DataFrame, found: pd.DataFrame, *, only: bool = Fals
         raise UserError(f"feature {min(missing)} is not among the {len(known)} of the consensus: is it of this run?")
     rest = table.drop(columns=["n_seeds", "consensus"], errors="ignore")
     marked = rest.join(known, on="feature")
-    return marked[marked["consensus"]].reset_index(drop=True) if only else marked
+    return pd.DataFrame(marked[marked["consensus"]]).reset_index(drop=True) if only else marked
 
 
 def compare_features(
@@ -394,7 +395,7 @@ def compare_evolutions(
     for name, (crosscoder, acts) in crosscoders.items():
         firing = measure_firing(crosscoder, acts)
         table = evolve(crosscoder, firing, presence=presence, min_run=min_run)
-        live = table[table["alive"]]
+        live = pd.DataFrame(table[table["alive"]])
         intervals = rotation_per_interval(crosscoder, torch.tensor(table["alive"].to_numpy()))
         most = intervals.loc[intervals["largest"]]
         share = total_dimensionality(crosscoder, firing, presence=presence)["share"].to_numpy()

@@ -144,12 +144,12 @@ def propose(table: pd.DataFrame, tolerance: float = 0.01, max_dead: float = 0.1)
         The position of the row, and the reason in a sentence.
     """
     best = table["least_explained"].max()
-    enough = table[table["least_explained"] >= best - tolerance]
-    alive = enough[enough["dead"] <= max_dead]
+    enough = pd.DataFrame(table[table["least_explained"] >= best - tolerance])
+    alive = pd.DataFrame(enough[enough["dead"] <= max_dead])
     if alive.empty:
-        alive = enough[enough["dead"] <= enough["dead"].min()]
+        alive = pd.DataFrame(enough[enough["dead"] <= enough["dead"].min()])
     highest = alive["agreement"].max()
-    tied = alive[alive["agreement"] >= highest - _TIE].sort_values(["k", "d_sae"], kind="stable")
+    tied = pd.DataFrame(alive[alive["agreement"] >= highest - _TIE]).sort_values(["k", "d_sae"], kind="stable")
     at = int(tied.index[0])
     row = table.loc[at]
     reason = (

@@ -169,7 +169,7 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
 
     def lead(row: pd.Series) -> str:
         text = f"{row['lead']:.2f} ({row['lead_low']:.2f} to {row['lead_high']:.2f})"
-        return text if pd.isna(row["snapshot"]) else f"{text} at {shown(row['label'])}"
+        return text if bool(pd.isna(row["snapshot"])) else f"{text} at {shown(row['label'])}"
 
     both = (
         f"The share of the bigram KL's fall exceeds that of settled features by at most {lead(statistics)}, the share "
