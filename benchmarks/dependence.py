@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 
 import crosslens as cl
-from crosslens.evolution.lifecycles import evolve
 from crosslens.evolution.seeds import compare_evolutions, compare_features
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig
@@ -107,13 +106,7 @@ def compare(
 ) -> str:
     """Agreement of crosscoders of the same model with the demo's, and summary statistics of each."""
     first = bench.crosscoder(acts, "all")
-    alive = torch.tensor(evolve(first, acts)["alive"].to_numpy())
-    agreements = {
-        name: compare_features(
-            first, other, alive_a=alive, alive_b=torch.tensor(evolve(other, own)["alive"].to_numpy())
-        )
-        for name, (other, own) in others.items()
-    }
+    agreements = {name: compare_features(first, other, acts, acts_b=own) for name, (other, own) in others.items()}
     table = pd.DataFrame(agreements).T.rename_axis("crosscoder").reset_index()
     return _markdown(table) + "\n\n" + _markdown(compare_evolutions({"the demo's": (first, acts), **others}))
 

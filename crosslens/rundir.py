@@ -11,6 +11,11 @@ nearest.parquet                 the nearest other features of each feature
 labels.parquet                  feature, label, complexity; the model's answers are in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
 ablation/<task>.parquet         ablation curves
+seeds/<seed>/                   run directories of the same training from other seeds
+seeds.parquet                   agreement of every pair of seeds
+consensus.parquet               one row per feature: how many seeds have it
+sweep.parquet                   agreement and explained variance by number of features and k
+sweep/<setting>/                run directories of the trainings behind it
 report/                         the HTML pages
 """
 
@@ -146,6 +151,14 @@ class RunDir:
                 f"{key}={shortened(new)}; choose another directory (nothing in this one was changed)"
             )
 
+    def other_seed(self, seed: int) -> RunDir:
+        """The directory of the same training from another seed."""
+        return RunDir(self.path / "seeds" / str(seed))
+
+    def setting(self, d_sae: int, k: float, seed: int) -> RunDir:
+        """The directory of a training of the sweep."""
+        return RunDir(self.path / "sweep" / f"F{d_sae}-k{k:g}-seed{seed}")
+
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of an unfinished training run."""
         complete = [p for p in self.checkpoints.glob("tokens-*") if (p / "state.json").is_file()]
@@ -172,6 +185,19 @@ class RunDir:
         """Write several tables under their names."""
         for name, table in tables.items():
             self.save_table(name, table)
+
+    def consensus(self) -> pd.DataFrame:
+        """The table "consensus".
+
+        Raises:
+            UserError: there is none, because only one seed was trained.
+        """
+        found = self.table("consensus")
+        if found is None:
+            raise UserError(
+                f"{self.path} has no consensus of several seeds; repeat its `crosslens train` command with --seeds 3"
+            )
+        return found
 
     def tasks(self, kind: str) -> list[str]:
         """Names of the tasks that have a table under "attribution" or "ablation"."""

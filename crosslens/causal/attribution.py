@@ -259,6 +259,18 @@ class Attribution:
         ranking = {"signed": effects, "negative": -effects, "magnitude": effects.abs()}[by]
         return ranking.masked_fill(~self.active[:, snapshot], -math.inf).topk(k).indices
 
+    def among(self, features: Sequence[int]) -> Attribution:
+        """The same with all other features marked inactive, so that rankings and tables leave them out.
+
+        Effects, completeness and error node stay as measured.
+
+        Args:
+            features: the features to keep, such as those that most seeds have.
+        """
+        kept = torch.zeros(len(self.active), 1, dtype=torch.bool)
+        kept[list(features)] = True
+        return replace(self, active=self.active & kept.to(self.active.device))
+
     def to_frame(self, decoder_norms: Float[Tensor, "F S"]) -> pd.DataFrame:
         """Long table of the active features: a row per feature and snapshot.
 

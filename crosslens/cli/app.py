@@ -50,6 +50,7 @@ from crosslens.cli.arguments import (
     find_snapshots,
     in_range,
     one_of,
+    open_consensus,
     open_run,
     parse_numbers,
     parse_prices,
@@ -180,6 +181,7 @@ BaselineOption = Annotated[
         one_of(*BASELINES),
     ),
 ]
+ConsensusOption = Annotated[bool, _option("--consensus", "Only features that most seeds have, after `train --seeds`.")]
 SeedOption = Annotated[int, _option("--seed", "Seed of all random numbers.", in_range(0, MAX_SEED))]
 DeviceOption = Annotated[
     str | None, _option("--device", "cpu, cuda or cuda:N. Default: cuda if available.", check_device)
@@ -445,6 +447,15 @@ def train(
         ),
     ] = None,
     adam_moments: MomentsOption = None,
+    seeds: Annotated[
+        int,
+        _option(
+            "--seeds",
+            "Crosscoders to train, from --seed on: the first in the run directory, the others in its folder seeds. "
+            "Then says which features they have in common.",
+            in_range(1),
+        ),
+    ] = 1,
     n_checkpoints: Annotated[
         int, _option("--n-checkpoints", "Checkpoints to resume from, evenly spaced.", in_range(0))
     ] = 4,
@@ -502,7 +513,7 @@ def train(
     from crosslens.activations import Activations, Dataset
     from crosslens.rundir import RunDir
     from crosslens.training.run import claim
-    from crosslens.training.run import train as train_crosscoder
+    from crosslens.training.seeds import train_seeds
 
     settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
     data = Dataset(
@@ -531,13 +542,98 @@ def train(
     )
     total = (config.training_tokens or acts.n_tokens) // config.batch_size
     _say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
-    crosscoder = train_crosscoder(acts, architecture_config, config)
+    trained = train_seeds(acts, architecture_config, config, seeds)
+    crosscoder = trained[seed]
     timings = RunDir(run_dir).read_json().get("timings", {})
     _say(
         f"{type(crosscoder).__name__} with {crosscoder.cfg.d_sae} features saved in {run_dir}: "
         f"{timings.get('train', 0):,.0f} s, {timings.get('tokens_per_second', 0):,.0f} tokens/s, "
         f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
     )
+    if seeds > 1 and _first():
+        from crosslens.evolution.seeds import save_seeds
+
+        _say(save_seeds(run_dir, trained, acts))
+
+
+@app.command()
+def sweep(
+    snapshots: SnapshotsOption,
+    hook: HookOption,
+    dataset: DatasetOption,
+    run_dir: Annotated[Path, _option("--run-dir", "Run directory; created if missing.", check_new_run)],
+    d_sae: Annotated[str, _option("--d-sae", "Numbers of features, such as 256,512,1024.", check_numbers)],
+    k: Annotated[str, _option("--k", "Numbers of active features per token, such as 4,8,16.", check_numbers)],
+    seeds: Annotated[int, _option("--seeds", "Trainings per setting, from --seed on.", in_range(2))] = 2,
+    architecture: Annotated[
+        str, _option("--architecture", "topk or batchtopk.", one_of("topk", "batchtopk"))
+    ] = "batchtopk",
+    n_tokens: TokensOption = None,
+    training_tokens: TrainingTokensOption = None,
+    context_size: ContextOption = None,
+    steps: StepsOption = None,
+    batch_size: BatchOption = None,
+    lr: Annotated[float | None, _option("--lr", "Learning rate of Adam. Default: 0.0003.", check_positive)] = None,
+    dead_tokens: Annotated[
+        int | None,
+        _option("--dead-tokens", "Tokens without firing after which a feature counts as dead.", in_range(1)),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        _option("--cache", "Write the activations to this folder first, or read them from it.", check_folder),
+    ] = None,
+    cache_dtype: DtypeOption = "bfloat16",
+    split: SplitOption = None,
+    text_column: ColumnOption = "text",
+    sample_by: SampleOption = "line",
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    backend: BackendOption = "bridge",
+) -> None:
+    """Train several numbers of features and k, each from several seeds, and propose one; before `train`."""
+    grid_F, grid_k = parse_numbers(d_sae, "--d-sae"), parse_numbers(k, "--k")
+    options = TrainingOptions(
+        architecture=architecture,
+        d_sae=max(grid_F),
+        k=max(grid_k),
+        training_tokens=training_tokens,
+        batch_size=batch_size,
+        lr=lr,
+        dead_tokens=dead_tokens,
+        others={"seed": seed},
+    )
+    check_training(options, device, n_tokens)
+    split = check_split(dataset, split)
+    load = find_snapshots(snapshots, steps, hook)
+    import dataclasses
+
+    import pandas as pd
+
+    from crosslens.activations import Activations, Dataset
+    from crosslens.evolution.sweep import choose
+    from crosslens.rundir import RunDir
+
+    settings = parse_settings(device, backend)
+    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
+    acts = Activations(load(), hook, data, seed=seed, settings=settings)
+    architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
+    run = RunDir(run_dir)
+    run.claim({"hook_name": hook, "dataset": dataset}, part="sweep")
+    if cache is not None:
+        acts = acts.cache(cache, cache_dtype)
+    choice = choose(
+        acts,
+        architecture_config,
+        dataclasses.replace(config, run_dir=run_dir),
+        d_sae=grid_F,
+        k=grid_k,
+        n_seeds=seeds,
+    )
+    run.save_table("sweep", choice.table)
+    formats = {"d_sae": "{:.0f}", "k": "{:g}", "live": "{:.0f}"}
+    columns = ["d_sae", "k", "explained_variance", "least_explained", "dead", "live", "agreement", "variance"]
+    shown = pd.DataFrame({name: choice.table[name].map(formats.get(name, "{:.3f}").format) for name in columns})
+    _say(f"{shown.to_string(index=False)}\n{choice.reason}")
 
 
 @app.command()
@@ -545,11 +641,14 @@ def evolve(run_dir: TrainedArgument, device: DeviceOption = None) -> None:
     """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
     import pandas as pd
 
-    from crosslens.evolution import study_dynamics, study_evolution, study_probes
+    from crosslens.evolution import add_consensus, study_dynamics, study_evolution, study_probes
     from crosslens.features import feature_tables
 
     run, crosscoder, acts = open_run(run_dir, device)
     history = study_evolution(crosscoder, acts)
+    seeds = run.table("consensus")
+    if seeds is not None:
+        history["evolution"] = add_consensus(history["evolution"], seeds)
     run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
     run.save_tables(study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")))
@@ -576,10 +675,12 @@ def attribute(
     ] = "gauss_legendre",
     n_nodes: Annotated[int, _option("--n-nodes", "Nodes of the rule, each a backward pass.", in_range(1))] = 20,
     baseline: BaselineOption = "zero",
+    consensus: ConsensusOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:
     """Estimate the effect of every feature on a task at every snapshot, on the selection half of its prompts."""
+    kept = open_consensus(run_dir) if consensus else None
     import pandas as pd
 
     from crosslens.causal import Estimator
@@ -591,6 +692,8 @@ def attribute(
     selection, _ = prompts.split(seed)
     runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=baseline == "patch", settings=acts.settings)
     ie = attribute_effects(runs, Estimator(method, rule, n_nodes, baseline))
+    if kept is not None:
+        ie = ie.among(kept)
     run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms))
     run.save_table(f"attribution/{prompts.name}.snapshots", ie.snapshot_frame())
     accuracy = prompts.accuracy(acts.snapshots, settings=acts.settings)
@@ -728,11 +831,14 @@ def report_run(
     wandb_project: Annotated[
         str | None, _option("--wandb-project", "W&B project to add them to, for a run trained without W&B.")
     ] = None,
+    consensus: ConsensusOption = False,
 ) -> None:
     """Write the HTML report of a run."""
+    if consensus:
+        open_consensus(run_dir)
     from crosslens.report import log_report, write_report
 
-    typer.echo(str(write_report(run_dir)))
+    typer.echo(str(write_report(run_dir, consensus=consensus)))
     if wandb or wandb_project is not None:
         typer.echo(f"W&B run {log_report(run_dir, project=wandb_project)}")
 

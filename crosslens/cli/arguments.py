@@ -488,3 +488,9 @@ def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activa
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
     return run, load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)
+
+
+def open_consensus(path: Path) -> list[int]:
+    """Features of a run that most of its seeds have."""
+    found = RunDir.open(path).consensus()
+    return [int(feature) for feature in found.loc[found["consensus"], "feature"]]

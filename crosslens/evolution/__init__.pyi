@@ -20,9 +20,14 @@ from .phases import find_phases as find_phases
 from .probes import probe as probe
 from .probes import probe_correlation as probe_correlation
 from .probes import probe_parts as probe_parts
+from .seeds import add_consensus as add_consensus
 from .seeds import compare_evolutions as compare_evolutions
 from .seeds import compare_features as compare_features
-from .seeds import match_features as match_features
+from .seeds import consensus as consensus
+from .seeds import consensus_shares as consensus_shares
+from .seeds import match as match
+from .seeds import match_shares as match_shares
+from .seeds import study_seeds as study_seeds
 from .selection import propose_snapshots as propose_snapshots
 from .selection import snapshot_similarity as snapshot_similarity
 from .splitting import replacements as replacements
@@ -30,3 +35,5 @@ from .splitting import splits as splits
 from .study import study_dynamics as study_dynamics
 from .study import study_evolution as study_evolution
 from .study import study_probes as study_probes
+from .sweep import Choice as Choice
+from .sweep import choose as choose

@@ -1,18 +1,28 @@
 """Compare the predictions of every snapshot with n-gram statistics, next to the features it has.
 
-With p_s the next-token prediction of snapshot s and p1, p2 the unigram and bigram distributions of the training corpus,
-averaged over the predictions of some sequences (nats per token):
+With p_s the next-token prediction of snapshot s, and p1 and p2 the unigram and bigram distributions of the training
+corpus, over the predictions of some sequences (nats per token):
 
-    KL1  = E KL(p1 || p_s(.|x_<=t))
-    KL2  = E KL(p2(.|x_t) || p_s(.|x_<=t))
+    KL1  = KL(p1 || E p_s)                                      E over all contexts
+    KL2  = E_x KL(p2(.|x) || E[p_s | the context ends in x])    x as frequent as in the sequences
     loss = E -log p_s(x_t+1|x_<=t)
 
-The lowest loss possible from the counts alone is H1 or H2, the entropies of p1 and p2. Ge et al. (arXiv 2509.17196)
-report these curves without formulas. The other direction, KL(p_s || p2), is infinite at any pair missing from the
-corpus, so it is left out. Intervals come from a bootstrap over whole sequences. `crosslens.evolution.phases` derives
-the phases of training from these curves.
+Predictions are averaged over contexts *before* they are compared. The mean of the divergences of single predictions
+also grows with every bit of context that a model uses: it is lowest for a model that knows n-grams and nothing else,
+and would say that a good model has unlearnt its unigrams. Averaged, a model that knows the statistics and more has a
+divergence of 0.
 
-Symbols: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary.
+The lowest loss possible from the counts alone is H1 or H2, the entropies of p1 and p2. Ge et al. (arXiv 2509.17196)
+report such curves without formulas. The other direction, KL(p_s || p2), is infinite at any pair missing from the
+corpus, so it is left out. Intervals come from a bootstrap over whole sequences, with the averages computed anew for
+every draw; where those of every sequence do not fit into memory, groups of sequences are drawn. An average over few
+contexts overstates a divergence, by up to P / 2N' nats over N' predictions, and a draw has still fewer different ones:
+what the draws exceed the plain divergence by in the mean is taken off it, twice off them (Efron's correction). This
+leaves contexts that occur once, so measure on enough text.
+`crosslens.evolution.phases` derives the phases of training from these curves.
+
+Symbols: N sequences, T positions, S snapshots, F features, V tokens of the vocabulary, G groups of sequences, P pairs
+of a context and a token that follows it in the counts.
 """
 
 from __future__ import annotations
@@ -24,6 +34,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,58 +48,47 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 
 _PAIRS = 1 << 22  # (prediction, follower) pairs in memory at a time
+_SUMS = 1 << 26  # numbers in memory that the averages of all groups may take
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Divergences and losses of every snapshot, summed over the predictions of each sequence, by `measure_dynamics`.
+    """Divergences and losses of every snapshot, by `measure_dynamics`: as measured, and in every bootstrap draw.
 
     Attributes:
         snapshots: label, step and tokens, one row per snapshot.
-        kl1: (N, S) sums of KL(p1 || p_s), in nats.
-        kl2: (N, S) sums of KL(p2 || p_s), over predictions whose context occurs in the counts.
-        loss: (N, S) sums of -log p_s.
-        n: (N,) number of predictions.
-        known: (N,) number of predictions whose context occurs in the counts.
+        kl1: (1 + draws, S) KL(p1 || E p_s), in nats; the first row is the measurement. Draws are paired (a row
+            of `kl1`, `kl2` and `loss` is of the same sequences, at all snapshots). Corrected for the bias of averages
+            over few contexts, so a divergence of about 0 may be below it.
+        kl2: (1 + draws, S) E_x KL(p2(.|x) || E[p_s | x]), over predictions whose context occurs in the counts.
+        loss: (1 + draws, S) mean of -log p_s.
+        n: number of predictions.
+        known: share of the predictions whose context occurs in the counts.
+        n_groups: number of sequences, or of groups of them, that are drawn.
         unigram_entropy: H1 of the counts, in nats per token.
         bigram_entropy: H2 of the counts, in nats per token.
     """
 
     snapshots: pd.DataFrame
-    kl1: Float[Tensor, "N S"]
-    kl2: Float[Tensor, "N S"]
-    loss: Float[Tensor, "N S"]
-    n: Int[Tensor, " N"]
-    known: Int[Tensor, " N"]
+    kl1: Float[np.ndarray, "draws S"]
+    kl2: Float[np.ndarray, "draws S"]
+    loss: Float[np.ndarray, "draws S"]
+    n: int
+    known: float
+    n_groups: int
     unigram_entropy: float
     bigram_entropy: float
 
-    def draws(self, name: str, n_bootstrap: int, seed: int = 0) -> Float[np.ndarray, "draws S"]:
-        """Bootstrap the mean over predictions, in nats; draws with equal seeds are paired.
+    @property
+    def n_bootstrap(self) -> int:
+        """Number of draws."""
+        return len(self.loss) - 1
+
+    def to_frame(self, *, level: float = 0.95) -> pd.DataFrame:
+        """Tabulate the measurements with their intervals, a row per snapshot.
 
         Args:
-            name: kl1, kl2 or loss.
-            n_bootstrap: number of draws of whole sequences, with replacement.
-            seed: seed for the draws.
-        """
-        N = len(self.n)
-        weights = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), n_bootstrap).astype(float)
-        return (weights @ getattr(self, name).numpy()) / (weights @ self._counts(name).numpy())[:, None]
-
-    def mean(self, name: str) -> Float[np.ndarray, " S"]:
-        """Mean of `name` (kl1, kl2 or loss) over all predictions, in nats."""
-        return (getattr(self, name).sum(0) / self._counts(name).sum()).numpy()
-
-    def _counts(self, name: str) -> Float[Tensor, " N"]:
-        return (self.known if name == "kl2" else self.n).double()
-
-    def to_frame(self, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """Tabulate the means with their intervals, a row per snapshot.
-
-        Args:
-            level: confidence level of the intervals.
-            n_bootstrap: bootstrap draws.
-            seed: seed for the draws.
+            level: confidence level of the intervals, percentiles of the draws.
 
         Returns:
             snapshot, label, step, tokens; kl1, kl2 and loss, each with _low and _high, in nats; bigram_progress (of the
@@ -97,12 +97,13 @@ class Dynamics:
         columns: dict[str, Any] = {name: self.snapshots[name].array for name in self.snapshots}
         columns = {"snapshot": np.arange(len(self.snapshots)), **columns}
         for name in ("kl1", "kl2", "loss"):
-            drawn = self.draws(name, n_bootstrap, seed)
-            columns[name] = self.mean(name)
-            columns[f"{name}_low"], columns[f"{name}_high"] = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], 0)
-        columns["bigram_progress"] = bigram_progress(columns["kl2"][None])[0]
-        columns |= {"h1": self.unigram_entropy, "h2": self.bigram_entropy}
-        columns |= {"n": int(self.n.sum()), "known": float(self.known.sum() / self.n.sum())}
+            values = getattr(self, name)
+            columns[name] = values[0]
+            columns[f"{name}_low"], columns[f"{name}_high"] = np.quantile(
+                values[1:], [(1 - level) / 2, (1 + level) / 2], axis=0
+            )
+        columns["bigram_progress"] = bigram_progress(self.kl2[:1])[0]
+        columns |= {"h1": self.unigram_entropy, "h2": self.bigram_entropy, "n": self.n, "known": self.known}
         return pd.DataFrame(columns)
 
 
@@ -113,6 +114,8 @@ def measure_dynamics(
     tokens: Int[Tensor, "N T"],
     *,
     min_count: int = 1,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
     batch_tokens: int = 4096,
     settings: ModelSettings | None = None,
 ) -> Dynamics:
@@ -123,6 +126,8 @@ def measure_dynamics(
         counts: n-gram counts of the training corpus, by `count_ngrams`.
         tokens: sequences to predict, such as `Activations.held_out_tokens()`; intervals resample these.
         min_count: contexts with fewer counts are left out of KL2.
+        n_bootstrap: bootstrap draws.
+        seed: seed for the draws.
         batch_tokens: tokens per forward pass; all their logits are in memory.
         settings: how the models run.
 
@@ -133,7 +138,9 @@ def measure_dynamics(
     counts.check(snapshots.tokenizer)
     if min_count < 1:
         raise UserError(f"min_count={min_count} must be 1 or more")
-    V, T = len(counts.unigrams), int(tokens.shape[1])
+    if n_bootstrap < 1:
+        raise UserError(f"n_bootstrap={n_bootstrap} must be 1 or more")
+    V, (N, T) = len(counts.unigrams), tokens.shape
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < V:
         raise UserError(
             f"token id {int(tokens.max())} is outside the vocabulary of {V:,}: tokenise with the snapshots' tokenizer"
@@ -141,76 +148,138 @@ def measure_dynamics(
     if snapshots.n_ctx < T:
         raise UserError(f"sequences of {T} tokens exceed the models' context of {snapshots.n_ctx}: cut them")
     predicted = is_predicted(tokens, snapshots.tokenizer)
-    contexts = counts.contexts
-    known = predicted & (contexts[tokens[:, :-1].long()] >= min_count)
+    known = predicted & (counts.contexts[tokens[:, :-1].long()] >= min_count)
     if not predicted.any() or not known.any():
         raise UserError(
             f"none of the {int(predicted.sum())} predictions has a context with min_count={min_count} or more counts: "
             "count more text, or text like these sequences"
         )
     settings = settings or ModelSettings()
-    ngrams = _Ngrams(counts, settings.device)
+    averages = _Averages(counts, tokens[:, :-1][known].unique().long(), N, settings.device)
+    G = averages.n_groups
+    group = torch.arange(N) * G // N
+    weights = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), n_bootstrap)
+    draws = torch.from_numpy(np.vstack([np.ones((1, G)), weights]))
     snapshots.check(weights=False)
-    sums: dict[str, list[Tensor]] = {"kl1": [], "kl2": [], "loss": []}
+    found: dict[str, list[np.ndarray]] = {"kl1": [], "kl2": [], "loss": []}
     step = max(1, batch_tokens // T)
     for s in tqdm(range(len(snapshots)), desc="Dynamics", unit="snapshot", leave=False):
         model: Any = snapshots.model(s, settings)
-        found: list[list[Tensor]] = []
-        for batch, use, sure in zip(tokens.split(step), predicted.split(step), known.split(step), strict=True):
+        averages.clear()
+        for batch, use, sure, of in zip(
+            tokens.split(step), predicted.split(step), known.split(step), group.split(step), strict=True
+        ):
             batch = batch.long().to(settings.device)
             log_p = model(batch, return_type="logits")[:, :-1].float().log_softmax(-1)
             if not torch.isfinite(log_p).all():
                 raise UserError(
                     f"snapshot {snapshots.labels[s]} has non-finite logits: check its weights or leave it out"
                 )
-            found.append([part.sum(1).cpu() for part in ngrams.divergences(log_p, batch, use, sure)])
-        for name, parts in zip(sums, zip(*found, strict=True), strict=True):
-            sums[name].append(torch.cat(parts))
+            averages.add(log_p, batch, use, sure, of)
+        for name, values in zip(found, averages.divergences(draws), strict=True):
+            found[name].append(values if name == "loss" else _without_bias(values))
     table = pd.DataFrame({"label": snapshots.labels})
     for unit, values in (("step", snapshots.steps), ("tokens", snapshots.tokens)):
         table[unit] = pd.array(values, dtype="Int64")
-    stacked = {name: torch.stack(values, 1) for name, values in sums.items()}
+    stacked = {name: np.stack(values, 1) for name, values in found.items()}
+    n = int(predicted.sum())
     return Dynamics(
-        table, **stacked, n=predicted.sum(1), known=known.sum(1),
+        table, **stacked, n=n, known=int(known.sum()) / n, n_groups=G,
         unigram_entropy=counts.unigram_entropy, bigram_entropy=counts.bigram_entropy,
     )  # fmt: skip
 
 
-class _Ngrams:
-    """Counts as probabilities, on the device of the models."""
+def _without_bias(values: Float[np.ndarray, " draws"]) -> Float[np.ndarray, " draws"]:
+    """A measurement and its draws, less the bias that the draws have over the measurement."""
+    bias = values[1:].mean() - values[0]
+    return np.concatenate([values[:1] - bias, values[1:] - 2 * bias])
 
-    def __init__(self, counts: NgramCounts, device: str) -> None:
-        self.p1 = (counts.unigrams.double() / counts.n_pairs).float().to(device)
-        self.h1, self.h2 = counts.unigram_entropy, counts.bigram_entropies.to(device)
-        self.starts, self.followers = counts.starts.to(device), counts.followers.to(device)
-        self.p2 = (counts.counts.double() / counts.contexts[counts.firsts()]).to(device)
 
-    def divergences(
+class _Averages:
+    """Sums of the predictions of one snapshot over the contexts of every group of sequences.
+
+    Args:
+        counts: the counts to compare with.
+        contexts: (X,) the tokens, ascending, whose following tokens are compared; only these pairs are kept.
+        n_sequences: N.
+        device: device of the predictions.
+    """
+
+    def __init__(self, counts: NgramCounts, contexts: Int[Tensor, " X"], n_sequences: int, device: str) -> None:
+        V = len(counts.unigrams)
+        self.p1 = counts.unigrams.double() / counts.n_pairs
+        self.h1, self.h2 = counts.unigram_entropy, counts.bigram_entropies[contexts]
+        lengths = counts.starts.diff()[contexts]
+        self.owner = torch.arange(len(contexts)).repeat_interleave(lengths)
+        self.starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])  # in the kept pairs
+        kept = counts.starts[contexts][self.owner] + torch.arange(len(self.owner)) - self.starts[self.owner]
+        self.followers = counts.followers[kept]
+        p2 = counts.counts[kept].double() / counts.contexts[contexts][self.owner]
+        shape = len(contexts), len(kept)
+        self.p2 = csr_matrix((p2.numpy(), np.arange(len(kept)), self.starts.numpy()), shape)
+        self.place = torch.full((V,), -1).index_copy(0, contexts, torch.arange(len(contexts)))
+        size = V + len(self.owner) + len(contexts)
+        self.n_groups = max(1, min(n_sequences, max(2, _SUMS // size)))
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Start with another snapshot."""
+        G, V, n, X = self.n_groups, len(self.p1), len(self.owner), len(self.h2)
+        self.sums = torch.zeros(G, V, dtype=torch.float64)
+        self.pairs = torch.zeros(G * n, dtype=torch.float64)
+        self.seen = torch.zeros(G * X, dtype=torch.float64)
+        self.loss, self.n = torch.zeros(G, dtype=torch.float64), torch.zeros(G, dtype=torch.float64)
+
+    def add(
         self,
         log_p: Float[Tensor, "b t V"],
         tokens: Int[Tensor, "b T"],
         use: Bool[Tensor, "b t"],
         sure: Bool[Tensor, "b t"],
-    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"], Float[Tensor, "b t"]]:
-        """KL1, KL2 and loss of every prediction, 0 where it is left out."""
-        use, sure = use.to(log_p.device), sure.to(log_p.device)
-        kl1 = -self.h1 - (log_p[..., : len(self.p1)] @ self.p1).double()
-        loss = -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1).double()
-        kl2 = torch.zeros_like(loss)
+        group: Int[Tensor, " b"],
+    ) -> None:
+        """Add the predictions of some sequences: those in `use`, and for KL2 those in `sure`."""
+        V, n, X = len(self.p1), len(self.owner), len(self.h2)
+        p = log_p.exp()[..., :V].cpu()
+        tokens = tokens.cpu()
+        losses = -log_p.gather(-1, tokens[:, 1:, None].to(log_p.device)).squeeze(-1).double().cpu()
+        self.loss.index_add_(0, group, (losses * use).sum(1))
+        self.n.index_add_(0, group, use.sum(1).double())
+        self.sums.index_add_(0, group, (p * use[..., None]).sum(1, dtype=torch.float64))
         where = sure.nonzero()
-        first = tokens[:, :-1][sure]
-        lengths = self.starts.diff()[first]
+        place, of = self.place[tokens[:, :-1][sure]], group[where[:, 0]]
+        self.seen.index_add_(0, of * X + place, torch.ones(len(place), dtype=torch.float64))
+        lengths = self.starts.diff()[place]
         # few tokens follow a given context: read only these pairs, a bounded number at a time
-        chunks = torch.bucketize(lengths.cumsum(0), torch.arange(_PAIRS, int(lengths.sum()) + _PAIRS, _PAIRS).to(first))
+        chunks = torch.bucketize(lengths.cumsum(0), torch.arange(_PAIRS, int(lengths.sum()) + _PAIRS, _PAIRS))
         for chunk in chunks.unique().tolist():
-            rows, starts, n = (values[chunks == chunk] for values in (where, self.starts[first], lengths))
-            owner = torch.arange(len(n), device=n.device).repeat_interleave(n)
-            pair = torch.arange(len(owner), device=n.device) - (n.cumsum(0) - n)[owner] + starts[owner]
+            here = chunks == chunk
+            rows, starts, count, at = where[here], self.starts[:-1][place[here]], lengths[here], of[here]
+            owner = torch.arange(len(count)).repeat_interleave(count)
+            pair = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner] + starts[owner]
             b, t = rows[owner].unbind(1)
-            cross = self.p2[pair] * log_p[b, t, self.followers[pair]].double()
-            kl2[rows[:, 0], rows[:, 1]] = -cross.new_zeros(len(n)).index_add(0, owner, cross)
-        kl2[sure] -= self.h2[first]
-        return kl1 * use, kl2, loss * use
+            self.pairs.index_add_(0, at[owner] * n + pair, p[b, t, self.followers[pair]].double())
+
+    def divergences(self, draws: Float[Tensor, "n G"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """KL1, KL2 and loss, with every group counted as often as each row of `draws` says."""
+        X, n = len(self.h2), len(self.owner)
+        smallest = torch.finfo(torch.float32).tiny  # predictions are in float32, and may be 0 there
+        heard = self.p1 > 0
+        seen, pairs = self.seen.view(-1, X), self.pairs.view(-1, n)
+        kl1, kl2 = torch.empty(len(draws), dtype=torch.float64), torch.empty(len(draws), dtype=torch.float64)
+        step = max(1, _PAIRS // max(n, len(self.p1)))
+        for start in range(0, len(draws), step):
+            part = slice(start, start + step)
+            mean = (draws[part] @ self.sums[:, heard]) / (draws[part] @ self.n)[:, None]
+            kl1[part] = -self.h1 - mean.clamp(min=smallest).log() @ self.p1[heard]
+            often = draws[part] @ seen
+            # log of a mean is log of the sum less log of how often, and p2 sums to 1 over the followers of a context
+            summed = (draws[part] @ pairs).clamp(min=smallest).log()
+            cross = torch.from_numpy(self.p2 @ summed.T.numpy()).T - often.clamp(min=1).log()
+            kl2[part] = (often * (-self.h2 - cross)).sum(1) / often.sum(1)
+        loss = (draws @ self.loss) / (draws @ self.n)
+        return kl1.numpy(), kl2.numpy(), loss.numpy()
 
 
 def dynamics_table(
@@ -220,7 +289,6 @@ def dynamics_table(
     *,
     presence: float = 0.5,
     min_cosine: float = 0.5,
-    n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Tabulate predictions and features side by side, a row per snapshot.
@@ -231,8 +299,7 @@ def dynamics_table(
         acts: activations of its snapshots, or the result of `measure_firing`; features that never fire are left out.
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
-        n_bootstrap: bootstrap draws.
-        seed: seed for the draws and the random directions.
+        seed: seed for the random directions.
 
     Returns:
         The columns of `Dynamics.to_frame`, then present (number of features), born (emergent features whose birth is
@@ -248,7 +315,7 @@ def dynamics_table(
     dimensionality = total_dimensionality(crosscoder, firing, presence=presence, seed=seed)
     births, settling = feature_dates(crosscoder, firing, presence, min_cosine)
     S = crosscoder.n_snapshots
-    table = dynamics.to_frame(n_bootstrap=n_bootstrap, seed=seed)
+    table = dynamics.to_frame()
     columns: dict[str, Any] = {
         "present": dimensionality["present"].to_numpy(),
         "born": np.bincount(births, minlength=S),

@@ -1,26 +1,29 @@
-"""The turning point between the statistical and the feature phase of training, with intervals.
+"""The statistical and the feature phase of training: which leads, by how much, and whether the snapshots can tell.
 
-1. *Statistical progress* P(s): KL2 (see `dynamics`) falls while the model learns bigram statistics, and rises when it
-   uses more context than bigrams can. P is the share of KL2's total fall reached by s: 0 at the first snapshot, 1 from
-   the minimum on.
+1. *Statistical progress* P(s): KL2 (see `dynamics`) falls while the model learns bigram statistics. P is the share of
+   its total fall reached by s: 0 at the first snapshot, 1 from the minimum on.
 2. *Feature progress* Q(s): the share of features that have settled by s: from s on, the cosine of their decoder row
    with the one at the last snapshot is >= `min_cosine`. Q is 1 at the last snapshot. Births do not measure this:
    features that are strong in the untrained model are not born later, but their directions still change.
-3. *The turning point is the snapshot where P - Q is largest*; the *lead* is P - Q there. Before it statistics are
-   learnt faster than features, after it features are, each relative to its own total. A lead near 1 means that one
-   phase ends before the other begins, a lead near 0 that they coincide. With a lead of 0 or less there is no turning
-   point.
-4. Other events: the minimum of KL1 ("unigram") and KL2 ("bigram"); the loss falling below H2 for good
+3. *Two leads*: that of statistics is the largest P - Q, that of features the largest Q - P, each at its snapshot and 0
+   or more. The largest of P - Q alone is positive for almost any two curves that end at 1, so one lead says nothing
+   without the other.
+4. *The turning point* is the snapshot where P - Q is largest: before it statistics are learnt faster than features,
+   after it features are, each relative to its own total. There is none if the features' lead is the larger one.
+5. *Unresolved*: if one interval between neighbouring snapshots holds `most` (90 %) or more of the rise of P or of Q,
+   the order of the two is decided by where snapshots happen to be. The leads are then bounds at these snapshots, and
+   there is no turning point.
+6. Other events: the minimum of KL1 ("unigram") and KL2 ("bigram"); the loss falling below H2 for good
    ("below_bigram"); the median birth of emergent features ("births") and the median settling ("settling"); and the
    total dimensionality, after its minimum, having risen half-way to its last value ("dimensionality").
-5. Intervals come from a bootstrap over whole sequences and whole features. Snapshots form a grid, and an event may lie
+7. Intervals come from a bootstrap over whole sequences and whole features. Snapshots form a grid, and an event may lie
    anywhere between the neighbours of the snapshot where it is seen. Intervals therefore run from the snapshot before
    the lowest draws to the one after the highest (to the snapshot itself for events that are a first occurrence).
 
 Limits. Settling is relative to the last snapshot: if the run is cut off while directions still rotate, settling comes
 late by definition and the lead is too large. The same holds for P if the minimum of KL2 is at the last snapshot (its
-event is then `at_edge`). If the phases overlap, the turning point depends on `min_cosine`: try several. Events between
-the first two snapshots cannot be told apart, and P has no true 0 if the first snapshot is already trained. KL2 needs
+event is then `at_edge`). If the phases overlap, the turning point depends on `min_cosine`: try several. Measure the
+predictions of the untrained model too, whether or not the crosscoder has it: without it P has no true 0. KL2 needs
 counts of enough text: contexts seen once look deterministic and inflate it (`min_count` leaves them out). A learning
 rate warmup that ends near the turning point may be its cause, and the order of two events is no evidence of causation.
 The intervals do not include the variation between pretraining runs.
@@ -47,6 +50,7 @@ from crosslens.evolution.lifecycles import Firing, measure_firing
 _COLUMNS = [
     *("event", "snapshot", "label", "step", "tokens", "low", "high", "low_step", "high_step", "at_edge"),
     *("agreement", "after_turning_point", "n", "lead", "lead_low", "lead_high"),
+    *("resolved", "jump", "jump_of", "jump_from", "jump_to"),
 ]
 
 
@@ -58,10 +62,10 @@ def find_phases(
     presence: float = 0.5,
     min_cosine: float = 0.5,
     level: float = 0.95,
-    n_bootstrap: int = 1000,
+    most: float = 0.9,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Locate the turning point between the statistical and the feature phase, and the events around it.
+    """Locate the statistical and the feature phase, the leads of both, and the events around them.
 
     Args:
         dynamics: dynamics of two snapshots or more.
@@ -70,15 +74,17 @@ def find_phases(
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
         level: confidence level of the intervals.
-        n_bootstrap: bootstrap draws.
-        seed: seed for the draws.
+        most: share of a curve in one interval from which the order of the phases is unresolved.
+        seed: seed for the draws of features; those of sequences are the dynamics'.
 
     Returns:
         A row per event: event, snapshot (index, missing if it never happens), label, step, tokens; low and high
         (indices), low_step, high_step; at_edge (at the first or last snapshot, where it means little); agreement (share
         of draws with the same snapshot); after_turning_point (share of draws in which it is later than the turning
-        point; NaN without a crosscoder); n (number of features, for births and settling); lead, lead_low, lead_high
-        (of the turning point). Dimensionality is not resampled.
+        point; NaN without one); n (number of features, for births and settling). The events statistics_lead,
+        features_lead and turning_point also have lead, lead_low, lead_high; resolved; and the largest part of a curve
+        in one interval: jump (its share), jump_of ("statistics" or "features"), jump_from and jump_to (labels).
+        Dimensionality is not resampled.
 
     Raises:
         UserError: one snapshot only, a crosscoder without activations, or with snapshots that the dynamics lack.
@@ -87,23 +93,40 @@ def find_phases(
     if S < 2:
         raise UserError(f"phases need at least 2 snapshots, but there is only {S}: measure more")
     # the first row is the measurement, the others are draws
-    kl1, kl2, loss = (
-        np.vstack([dynamics.mean(name), dynamics.draws(name, n_bootstrap, seed)]) for name in ("kl1", "kl2", "loss")
-    )
+    kl1, kl2, loss, n_bootstrap = dynamics.kl1, dynamics.kl2, dynamics.loss, dynamics.n_bootstrap
     events = [_Event("unigram", kl1.argmin(1), reach=1), _Event("bigram", kl2.argmin(1), reach=1)]
     events.append(_Event("below_bigram", first_for_good(loss < dynamics.bigram_entropy)))
     if crosscoder is None:
         return _table(events, dynamics.snapshots, level)
     if acts is None:
         raise UserError("acts=None: activations are needed to find the live features of the crosscoder")
+    if not 0 < most <= 1:
+        raise UserError(f"most={most} is not in (0, 1]: it is a share of a curve, such as 0.9")
     places = np.array(places_of(dynamics, crosscoder))
     firing = measure_firing(crosscoder, acts)
     births, settling = feature_dates(crosscoder, firing, presence, min_cosine)
     rng = np.random.default_rng(seed + 1)
     born, settled = (_shares(when, len(places), n_bootstrap, rng) for when in (births, settling))
-    lead = bigram_progress(kl2)[:, places] - settled
-    turning_point = np.where(lead.max(1) > 0, places[lead.argmax(1)], S)
-    events.insert(0, _Event("turning_point", turning_point, reach=1, lead=lead.max(1)))
+    progress = bigram_progress(kl2)
+    ahead = progress[:, places] - settled
+    jump = max(
+        _jump("statistics", progress[0], np.arange(S), dynamics.snapshots),
+        _jump("features", settled[0], places, dynamics.snapshots),
+        key=lambda row: row["jump"],
+    )
+    jump["resolved"] = bool(jump["jump"] < most)
+    leads = {"statistics": np.maximum(ahead.max(1), 0), "features": np.maximum(-ahead.min(1), 0)}
+    when = {
+        "statistics": np.where(ahead.max(1) > 0, places[ahead.argmax(1)], S),
+        "features": np.where(ahead.min(1) < 0, places[ahead.argmin(1)], S),
+    }
+    turns = when["statistics"] if jump["resolved"] else np.full(n_bootstrap + 1, S)
+    turns = np.where(leads["statistics"] > leads["features"], turns, S)
+    events[:0] = [
+        _Event("turning_point", turns, reach=1, lead=leads["statistics"], jump=jump),
+        _Event("statistics_lead", when["statistics"], reach=1, lead=leads["statistics"], jump=jump),
+        _Event("features_lead", when["features"], reach=1, lead=leads["features"], jump=jump),
+    ]
     for name, shares, n in (("births", born, len(births)), ("settling", settled, len(settling))):
         half = shares >= 0.5
         events.append(_Event(name, np.where(half.any(1), places[half.argmax(1)], S), n=n))
@@ -124,6 +147,7 @@ class _Event:
     reach: int = 0
     n: int | None = None
     lead: Any = None
+    jump: Any = None
     drawn: bool = True
 
     def row(self, S: int, tails: tuple[float, float], turning_point: Any) -> dict[str, Any]:
@@ -132,13 +156,32 @@ class _Event:
         if at < S:
             low, high = np.quantile(draws, tails, method="inverted_cdf").tolist()
             row |= {"snapshot": at, "low": max(0, int(low) - 1), "high": min(S - 1, int(high) + self.reach)}
-            if turning_point is not None and self.name != "turning_point":
+            if turning_point is not None and self.name != "turning_point" and not self.jump:
                 row["after_turning_point"] = float((draws > turning_point).mean())
         row["agreement"] = float((draws == at).mean()) if self.drawn else np.nan
+        if self.jump is not None:
+            row |= self.jump
         if self.lead is not None:
             row["lead"] = float(self.lead[0])
             row["lead_low"], row["lead_high"] = np.quantile(self.lead[1:], tails).tolist()
         return row
+
+
+def _jump(name: str, curve: Any, places: Any, snapshots: pd.DataFrame) -> dict[str, Any]:
+    """The interval between neighbouring snapshots with the largest rise of a curve, and its share of the whole rise.
+
+    What the curve has reached by its first snapshot counts as one interval, which begins nowhere.
+    """
+    rises = np.diff(curve, prepend=0.0)
+    at = int(rises.argmax())
+    labels = snapshots["label"].iloc[places].tolist()
+    total = float(curve[-1])
+    return {
+        "jump": float(rises[at]) / total if total > 0 else 0.0,
+        "jump_of": name,
+        "jump_from": labels[at - 1] if at else None,
+        "jump_to": labels[at],
+    }
 
 
 def _shares(when: Any, S: int, n_bootstrap: int, rng: np.random.Generator) -> Any:
@@ -152,7 +195,7 @@ def _shares(when: Any, S: int, n_bootstrap: int, rng: np.random.Generator) -> An
 
 def _table(events: list[_Event], snapshots: pd.DataFrame, level: float) -> pd.DataFrame:
     """Events with their dates."""
-    turning_point = next((event.when[1:] for event in events if event.name == "turning_point"), None)
+    turning_point = next((e.when[1:] for e in events if e.name == "turning_point" and e.when[0] < len(snapshots)), None)
     tails = ((1 - level) / 2, (1 + level) / 2)
     table = pd.DataFrame([event.row(len(snapshots), tails, turning_point) for event in events])
     table = table.reindex(columns=_COLUMNS)

@@ -1,124 +1,355 @@
-"""Stability across runs: match features of two crosscoders and compare their lifecycles.
+"""Seeds as an axis: which features do crosscoders of several seeds share, and do their lifecycles agree?
 
-1. `match_features` pairs the features of two crosscoders by the cosine of their decoders over the snapshots they share.
-2. `compare_features` reports the share of features with a partner and how often partners have the same lifecycle, for
-   crosscoders that differ in seed, dictionary size, or choice of snapshots.
-3. `compare_evolutions` tabulates summary statistics of several crosscoders. This also works for different models, such
-   as two warmups, whose features cannot be matched.
+1. The features of two crosscoders are encoded on the same held-out tokens. A feature is *live* if its activation varies
+   there (and its firing rate exceeds `min_rate`).
+2. `match` pairs live features one to one so that the sum of the correlations of their activations is largest. The
+   cosine of the decoders stands beside it: by cosine two seeds of one demo share a twentieth of their features, by
+   activation half, because a feature that fires on the same tokens can be written with other features' help.
+3. Features weigh by the variance they write, `Var(f_i) sum_s n_is^2`, as a share of that of all live features.
+4. The *null* is the same matching with the tokens of the second crosscoder permuted.
+5. A feature's `n_seeds` is the number of crosscoders, its own included, in which its partner has a correlation of at
+   least `threshold`. It is a *consensus* feature if these are more than half of all.
 
-These comparisons are new here.
+Correlations need tokens: a feature that fires on a handful has a partner by luck or not at all. Rows are reported with
+their firing rate. Above 4,096 features, pairs are each other's nearest neighbours instead of the best assignment.
+The definitions are new here; matching by decoder cosine, `by="decoder"`, is that of earlier work.
 
-Symbols: S snapshots, D d_model, F and G features.
+Symbols: N tokens, S snapshots, D d_model, F and G features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
-from crosslens.crosscoders import Crosscoder
+from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
-from crosslens.evolution.lifecycles import Firing, classify_lifecycles, evolve, measure_firing, snapshot_columns
+from crosslens.evolution.lifecycles import (
+    Firing,
+    batch_tokens,
+    check_activations,
+    classify_lifecycles,
+    evolve,
+    measure_firing,
+    snapshot_columns,
+)
+from crosslens.rundir import RunDir
 
-_BLOCK = 4096  # features at a time
-HUNGARIAN = 4096  # most features for which `match_features` defaults to the optimal assignment
+_BLOCK = 1024  # features at a time
+ASSIGNED = 4096  # most features for which `match` defaults to the best assignment
 
 
-def match_features(
+def match(
     a: Crosscoder,
     b: Crosscoder,
+    acts: Activations,
     *,
-    alive_a: Bool[Tensor, " F"] | None = None,
-    alive_b: Bool[Tensor, " G"] | None = None,
+    acts_b: Activations | None = None,
+    by: str = "activation",
+    min_rate: float = 0.0,
     method: str | None = None,
+    max_tokens: int = 262_144,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """Pair the features of two crosscoders by the cosine of their decoders over the snapshots they share.
+    """Pair the live features of two crosscoders one to one.
 
     Args:
         a: a crosscoder.
-        b: another crosscoder of the same model, with another seed, size, or choice of snapshots.
-        alive_a: features of `a` to match, such as `evolve(...)["alive"]`; all with a decoder if None.
-        alive_b: the same for `b`.
-        method: "hungarian", the assignment with the largest sum of cosines; "mutual", pairs that are each other's
-            nearest neighbour, for any number of features; None uses "hungarian" up to 4,096 features.
+        b: another one, of another seed or size.
+        acts: activations of the snapshots of `a`; the held-out ones are used.
+        acts_b: activations of the same tokens in the snapshots of `b`, if they are other snapshots.
+        by: what is matched: "activation", the correlation of activations, or "decoder", the cosine of the decoders over
+            the snapshots that both have.
+        min_rate: features that fire on this share of the held-out tokens or less are left out.
+        method: "assignment", the pairs with the largest sum; "mutual", pairs that are each other's nearest neighbour,
+            for any number of features; None: the assignment up to 4,096 features.
+        max_tokens: held-out tokens to read at most.
+        seed: seed of the permutation.
 
     Returns:
-        A row per pair: feature (of `a`), partner (of `b`), cosine; by descending cosine. No feature occurs twice.
+        A row per pair, then a row for every live feature without a partner: feature (of `a`), partner (of `b`), both
+        missing where there is none; correlation, and cosine of the decoders (NaN without common snapshots); nearest
+        and partner_nearest, the largest correlation of each with any feature of the other crosscoder; firing_rate,
+        partner_firing_rate (shares of tokens); variance, partner_variance (shares of all live features); null, the
+        feature's correlation with its partner when the tokens of `b` are permuted. Ordered by what is matched, largest
+        first.
 
     Raises:
-        UserError: no common snapshot, different d_model, nothing to match, an unknown method.
+        UserError: an unknown `by` or `method`, a rate out of range, no live feature, other tokens or snapshots.
     """
-    if method not in (None, "hungarian", "mutual"):
-        raise UserError(f"method={method!r} is unknown: use 'hungarian', 'mutual', or None")
-    at_a, at_b = shared_snapshots(a, b)
-    (ids_a, rows_a), (ids_b, rows_b) = (
-        _unit_rows(crosscoder, at, alive, name)
-        for crosscoder, at, alive, name in ((a, at_a, alive_a, "first"), (b, at_b, alive_b, "second"))
-    )
-    if method is None:
-        method = "hungarian" if max(len(ids_a), len(ids_b)) <= HUNGARIAN else "mutual"
-    if method == "hungarian":
-        cosines = rows_a @ rows_b.T
-        i, j = (torch.from_numpy(index) for index in linear_sum_assignment(cosines.numpy(), maximize=True))
-        cosine = cosines[i, j]
+    _check_options(by, method, min_rate)
+    if acts_b is None:
+        first, second = read_features([a, b], acts, min_rate=min_rate, max_tokens=max_tokens)
     else:
-        i, j, cosine = _mutual(rows_a, rows_b)
-    table = pd.DataFrame({"feature": ids_a[i].numpy(), "partner": ids_b[j].numpy(), "cosine": cosine.numpy()})
-    return table.sort_values("cosine", ascending=False, ignore_index=True, kind="stable")
+        if not torch.equal(acts.held_out_tokens(), acts_b.held_out_tokens()):
+            raise UserError("acts and acts_b hold out different tokens: use the same dataset, n_tokens and seed")
+        (first,) = read_features([a], acts, min_rate=min_rate, max_tokens=max_tokens)
+        (second,) = read_features([b], acts_b, min_rate=min_rate, max_tokens=max_tokens)
+    return _matched(first, second, by, method, seed)
+
+
+def match_shares(pairs: pd.DataFrame, threshold: float = 0.7) -> dict[str, float]:
+    """Summarise the result of `match`: how much of each crosscoder the other one finds.
+
+    Args:
+        pairs: from `match`.
+        threshold: two features with this correlation (or cosine, in `cosine_*`) or more are the same.
+
+    Returns:
+        live_a, live_b (numbers of features); share_a, share_b (of them with a partner, one to one); variance_a,
+        variance_b (the same weighted by variance); nearest_a, nearest_b (with any such neighbour, not one to one);
+        cosine_a, cosine_b (with a partner whose decoder has this cosine); null_a (with a partner in the null);
+        median_cosine (of the partners).
+    """
+    in_a, in_b = pairs["feature"].notna(), pairs["partner"].notna()
+    found = pairs["correlation"] >= threshold
+    live_a, live_b = int(in_a.sum()), int(in_b.sum())
+    row: dict[str, float] = {"live_a": live_a, "live_b": live_b}
+    row |= {"share_a": found.sum() / live_a, "share_b": found.sum() / live_b}
+    row |= {"variance_a": pairs.loc[found, "variance"].sum(), "variance_b": pairs.loc[found, "partner_variance"].sum()}
+    row["nearest_a"] = (pairs["nearest"] >= threshold).sum() / live_a
+    row["nearest_b"] = (pairs["partner_nearest"] >= threshold).sum() / live_b
+    cosine = pairs["cosine"] >= threshold
+    row |= {"cosine_a": cosine.sum() / live_a, "cosine_b": cosine.sum() / live_b}
+    row["null_a"] = (pairs["null"] >= threshold).sum() / live_a
+    row["median_cosine"] = float(pairs.loc[found, "cosine"].median())
+    return {name: float(value) for name, value in row.items()}
+
+
+def consensus(
+    crosscoders: Mapping[str, Crosscoder] | Sequence[Crosscoder],
+    acts: Activations,
+    threshold: float = 0.7,
+    *,
+    min_rate: float = 0.0,
+    method: str | None = None,
+    max_tokens: int = 262_144,
+) -> pd.DataFrame:
+    """Find the features that most of several crosscoders have in common.
+
+    Args:
+        crosscoders: two or more crosscoders of the same snapshots, such as several seeds; by name, or numbered.
+        acts: activations of these snapshots; the held-out ones are used.
+        threshold: correlation from which a partner counts.
+        min_rate: features that fire on this share of the held-out tokens or less are not live.
+        method: as in `match`.
+        max_tokens: held-out tokens to read at most.
+
+    Returns:
+        A row per crosscoder and feature: crosscoder (its name), feature, alive, firing_rate, variance (share of that of
+        the live features), n_seeds (crosscoders that have the feature, its own included; 0 if dead), of (number of
+        crosscoders), consensus (n_seeds is more than half of them), correlation (mean over the other crosscoders of the
+        correlation with the partner there, 0 where there is none; NaN if dead).
+
+    Raises:
+        UserError: fewer than two crosscoders, a threshold out of range, or as `match`.
+    """
+    named = dict(crosscoders) if isinstance(crosscoders, Mapping) else {str(i): c for i, c in enumerate(crosscoders)}
+    _check_options("activation", method, min_rate)
+    _check_several(len(named), threshold)
+    read = read_features(list(named.values()), acts, min_rate=min_rate, max_tokens=max_tokens)
+    return _consensus(dict(zip(named, read, strict=True)), threshold, method)
+
+
+def _consensus(read: Mapping[str, LiveFeatures], threshold: float, method: str | None) -> pd.DataFrame:
+    """The table of `consensus`."""
+    n_seeds = {name: np.where(each.alive, 1, 0) for name, each in read.items()}
+    total = {name: np.zeros(len(each.alive)) for name, each in read.items()}
+    for m, n in combinations(read, 2):
+        i, j, value, _, _ = _assigned(_correlations(read[m], read[n]), len(read[m].ids), len(read[n].ids), method)
+        for name, ids in ((m, read[m].ids[i]), (n, read[n].ids[j])):
+            n_seeds[name][ids] += value >= threshold
+            total[name][ids] += value
+    tables: list[pd.DataFrame] = []
+    for name, each in read.items():
+        found = n_seeds[name]
+        columns: dict[str, Any] = {"crosscoder": name, "feature": np.arange(len(found)), "alive": each.alive}
+        columns |= {"firing_rate": each.rate, "variance": each.variance, "n_seeds": found, "of": len(read)}
+        columns["consensus"] = 2 * found > len(read)
+        columns["correlation"] = np.where(each.alive, total[name] / (len(read) - 1), np.nan)
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the result of `consensus`.
+
+    Args:
+        found: from `consensus`.
+
+    Returns:
+        A row per crosscoder: crosscoder, alive (number of live features), consensus and unanimous (shares of them found
+        by most and by all), consensus_variance and unanimous_variance (the same weighted by variance), of (number of
+        crosscoders).
+    """
+    rows: list[dict[str, Any]] = []
+    for name, table in found.groupby("crosscoder", sort=False):
+        live = pd.DataFrame(table[table["alive"]])
+        all_of = live["n_seeds"] == live["of"]
+        rows.append(
+            {
+                "crosscoder": name,
+                "alive": len(live),
+                "consensus": float(live["consensus"].mean()),
+                "unanimous": float(all_of.mean()),
+                "consensus_variance": float(live.loc[live["consensus"], "variance"].sum()),
+                "unanimous_variance": float(live.loc[all_of, "variance"].sum()),
+                "of": int(live["of"].iloc[0]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def study_seeds(
+    crosscoders: Mapping[str, Crosscoder], acts: Activations, threshold: float = 0.7, *, min_rate: float = 0.0
+) -> dict[str, pd.DataFrame]:
+    """Compare several seeds: every pair of them, and the features that most have.
+
+    Args:
+        crosscoders: two or more crosscoders of the same snapshots, by name.
+        acts: activations of these snapshots; the held-out ones are used.
+        threshold: correlation from which a partner counts.
+        min_rate: features that fire on this share of the held-out tokens or less are not live.
+
+    Returns:
+        The tables consensus (of `consensus`) and seeds: a row per pair of crosscoders with a, b (their names) and the
+        columns of `match_shares`.
+
+    Raises:
+        UserError: as `consensus`.
+    """
+    _check_options("activation", None, min_rate)
+    _check_several(len(crosscoders), threshold)
+    read = dict(zip(crosscoders, read_features(list(crosscoders.values()), acts, min_rate=min_rate), strict=True))
+    rows = [
+        {"a": a, "b": b, **match_shares(_matched(read[a], read[b], "activation", None, 0), threshold)}
+        for a, b in combinations(read, 2)
+    ]
+    return {"consensus": _consensus(read, threshold, None), "seeds": pd.DataFrame(rows)}
+
+
+def save_seeds(
+    run_dir: str | Path, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7
+) -> str:
+    """Write the tables of `study_seeds` to the run directories of several seeds.
+
+    The directory of the first seed gets `seeds`; each directory gets `consensus`, about its own features.
+
+    Args:
+        run_dir: the run directory of the first seed.
+        crosscoders: the crosscoders by seed, as `train_seeds` returns them.
+        acts: the activations that they were trained on.
+        threshold: correlation from which a partner counts.
+
+    Returns:
+        What the seeds have in common, in a few lines.
+
+    Raises:
+        UserError: as `consensus`.
+    """
+    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
+    run, first = RunDir(run_dir), min(crosscoders)
+    run.save_table("seeds", tables["seeds"])
+    for seed in crosscoders:
+        place = run if seed == first else run.other_seed(seed)
+        found = tables["consensus"]
+        of_seed = pd.DataFrame(found[found["crosscoder"] == str(seed)])
+        place.save_table("consensus", of_seed.reset_index(drop=True))
+    pairs, shares = tables["seeds"], consensus_shares(tables["consensus"])
+    return (
+        f"a live feature has a partner of correlation {threshold:g} or more in another seed: "
+        f"{pairs[['share_a', 'share_b']].to_numpy().mean():.0%} of them, which write "
+        f"{pairs[['variance_a', 'variance_b']].to_numpy().mean():.0%} of the variance (by chance "
+        f"{pairs['null_a'].mean():.0%}; by decoder cosine {pairs[['cosine_a', 'cosine_b']].to_numpy().mean():.0%})\n"
+        f"found by most of {len(crosscoders)} seeds: {shares['consensus'].mean():.0%} of the live features, "
+        f"{shares['consensus_variance'].mean():.0%} of the variance; by all: {shares['unanimous'].mean():.0%}, "
+        f"{shares['unanimous_variance'].mean():.0%}"
+    )
+
+
+def add_consensus(table: pd.DataFrame, found: pd.DataFrame, *, only: bool = False) -> pd.DataFrame:
+    """Add n_seeds and consensus to a table with a column `feature`, such as that of `evolve` or of an attribution.
+
+    Args:
+        table: a table about features of one crosscoder.
+        found: the rows of `consensus` about this crosscoder.
+        only: keep the rows of consensus features only.
+
+    Returns:
+        A row per row of the table, or per one about a consensus feature: its columns, then n_seeds and consensus.
+
+    Raises:
+        UserError: no column `feature`, several crosscoders in `found`, or features that it does not have.
+    """
+    if "feature" not in table:
+        raise UserError(f"the table has no column 'feature' but {', '.join(map(str, table))}: give one about features")
+    if not found["feature"].is_unique:
+        names = ", ".join(map(str, found["crosscoder"].unique()))
+        raise UserError(f"found is about several crosscoders ({names}): select one, found[found['crosscoder'] == ...]")
+    known = found.set_index("feature")[["n_seeds", "consensus"]]
+    if missing := set(table["feature"]) - set(known.index):
+        raise UserError(f"feature {min(missing)} is not among the {len(known)} of the consensus: is it of this run?")
+    rest = table.drop(columns=["n_seeds", "consensus"], errors="ignore")
+    marked = rest.join(known, on="feature")
+    return pd.DataFrame(marked[marked["consensus"]]).reset_index(drop=True) if only else marked
 
 
 def compare_features(
     a: Crosscoder,
     b: Crosscoder,
+    acts: Activations,
     *,
-    alive_a: Bool[Tensor, " F"] | None = None,
-    alive_b: Bool[Tensor, " G"] | None = None,
+    acts_b: Activations | None = None,
+    threshold: float = 0.7,
+    min_rate: float = 0.0,
     method: str | None = None,
-    min_cosine: float = 0.7,
     presence: float = 0.5,
     min_run: int = 2,
 ) -> dict[str, float]:
-    """Compare the features of two crosscoders: the share found by both, and whether their lifecycles agree.
+    """Compare the features of two crosscoders: how much is found by both, and whether the lifecycles agree.
 
-    Lifecycles are classified on the snapshots that both crosscoders have.
+    Lifecycles are classified by decoder norm on the snapshots that both crosscoders have.
 
     Args:
         a: a crosscoder.
         b: another crosscoder of the same model.
-        alive_a: features of `a` to match; all with a decoder if None.
-        alive_b: the same for `b`.
-        method: as in `match_features`.
-        min_cosine: two features whose cosine is at least this are the same feature.
+        acts: activations of the snapshots of `a`.
+        acts_b: activations of the same tokens in the snapshots of `b`, if they are other snapshots.
+        threshold: two features with this correlation or more are the same.
+        min_rate: as in `match`.
+        method: as in `match`.
         presence: a feature is present where its norm is at least this share of its largest norm.
         min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
-        snapshots (in common), matched (pairs), share_a and share_b (of the features of each), median_cosine (of the
-        matched), same_origin, same_fate, and for pairs that both have a birth: same_birth, birth_within_1 (snapshots),
-        and same_birth_by_chance, the value of same_birth if partners were shuffled. NaN if there is no pair.
+        snapshots (in common), matched (pairs), the entries of `match_shares`, same_origin, same_fate, and for pairs
+        that both have a birth: same_birth, birth_within_1 (snapshots), and same_birth_by_chance, the value of
+        same_birth if partners were shuffled. NaN if there is no pair.
 
     Raises:
-        UserError: as `match_features` and `classify_lifecycles`.
+        UserError: fewer than two snapshots in common, or as `match` and `classify_lifecycles`.
     """
     shared = shared_snapshots(a, b)
     S = len(shared[0])
     if S < 2:
         raise UserError(f"the crosscoders have {S} snapshot in common: comparing lifecycles needs at least 2")
-    pairs = match_features(a, b, alive_a=alive_a, alive_b=alive_b, method=method)
-    kept = pairs.loc[pairs["cosine"] >= min_cosine]
+    pairs = match(a, b, acts, acts_b=acts_b, min_rate=min_rate, method=method)
+    kept = pairs.loc[pairs["correlation"] >= threshold]
     left, right = (
         classify_lifecycles(crosscoder.decoder_norms.detach().cpu()[:, at], presence, min_run=min_run)
-        .iloc[kept[name]]
+        .iloc[kept[name].to_numpy(dtype=int)]
         .reset_index(drop=True)
         for crosscoder, at, name in ((a, shared[0], "feature"), (b, shared[1], "partner"))
     )
@@ -129,9 +360,7 @@ def compare_features(
     return {
         "snapshots": S,
         "matched": len(kept),
-        "share_a": len(kept) / len(_live(a, shared[0], alive_a)),
-        "share_b": len(kept) / len(_live(b, shared[1], alive_b)),
-        "median_cosine": float(np.median(kept["cosine"])) if len(kept) else float("nan"),
+        **match_shares(pairs, threshold),
         "same_origin": _mean((left["origin"] == right["origin"]).to_numpy()),
         "same_fate": _mean((left["fate"] == right["fate"]).to_numpy()),
         "same_birth": _mean(apart == 0),
@@ -166,7 +395,7 @@ def compare_evolutions(
     for name, (crosscoder, acts) in crosscoders.items():
         firing = measure_firing(crosscoder, acts)
         table = evolve(crosscoder, firing, presence=presence, min_run=min_run)
-        live = table[table["alive"]]
+        live = pd.DataFrame(table[table["alive"]])
         intervals = rotation_per_interval(crosscoder, torch.tensor(table["alive"].to_numpy()))
         most = intervals.loc[intervals["largest"]]
         share = total_dimensionality(crosscoder, firing, presence=presence)["share"].to_numpy()
@@ -213,35 +442,216 @@ def shared_snapshots(a: Crosscoder, b: Crosscoder) -> tuple[list[int], list[int]
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
-def _live(crosscoder: Crosscoder, at: list[int], alive: Tensor | None) -> Int[Tensor, " n"]:
-    """Live features with a decoder at one of the snapshots or more."""
-    real = (crosscoder.decoder_norms.detach()[:, at] > 0).any(1).cpu()
-    return (real if alive is None else real & alive).nonzero().flatten()
+@dataclass(frozen=True)
+class LiveFeatures:
+    """Activations of the live features of one crosscoder on some tokens, by `read_features`.
+
+    Attributes:
+        crosscoder: whose features these are.
+        ids: indices of the live features.
+        values: (N, n) their activations, sparse.
+        mean: (n,) means over tokens.
+        std: (n,) standard deviations over tokens.
+        alive: (F,) whether each feature is live.
+        rate: (F,) share of tokens where each feature is active.
+        variance: (F,) share of each feature in the variance that live features write; 0 if not live.
+    """
+
+    crosscoder: Crosscoder
+    ids: np.ndarray
+    values: Any
+    mean: np.ndarray
+    std: np.ndarray
+    alive: np.ndarray
+    rate: np.ndarray
+    variance: np.ndarray
 
 
-def _unit_rows(
-    crosscoder: Crosscoder, at: list[int], alive: Tensor | None, name: str
-) -> tuple[Int[Tensor, " n"], Float[Tensor, "n E"]]:
-    """Features to match, and their decoders over the given snapshots as unit vectors."""
-    ids = _live(crosscoder, at, alive)
-    if not len(ids):
-        raise UserError(f"the {name} crosscoder has no live feature to match: train it longer or with a larger k")
-    rows = crosscoder.W_dec_by_snapshot.detach()[:, at].flatten(1).float().cpu()
-    return ids, normalize(rows[ids], dim=1)
+@torch.no_grad()
+def read_features(
+    crosscoders: Sequence[Crosscoder], acts: Activations, *, min_rate: float = 0.0, max_tokens: int = 262_144
+) -> list[LiveFeatures]:
+    """Encode held-out activations with several crosscoders, in one pass.
+
+    Args:
+        crosscoders: crosscoders of the snapshots of `acts`.
+        acts: the held-out activations are used.
+        min_rate: features that fire on this share of the tokens or less are not live.
+        max_tokens: tokens to read at most.
+
+    Raises:
+        UserError: activations of other snapshots, nothing held out, or a crosscoder without a live feature.
+    """
+    for crosscoder in crosscoders:
+        check_activations(crosscoder, acts)
+    # the gate used in training may depend on the batch
+    ready = [c.to_inference() if isinstance(c, CrosscoderTrainingSAE) else c for c in crosscoders]
+    parts: list[list[Any]] = [[] for _ in ready]
+    n = 0
+    for x in acts.held_out(batch_tokens(max(c.cfg.d_sae for c in ready))):
+        x = x[: max_tokens - n]
+        for crosscoder, found in zip(ready, parts, strict=True):
+            found.append(csr_matrix(crosscoder.encode(x.to(crosscoder.W_dec.device)).float().cpu().numpy()))
+        n += len(x)
+        if n >= max_tokens:
+            break
+    if not n:
+        raise UserError("no activations are held out: give Dataset(held_out_tokens=...) of 1 or more")
+    return [_live(c, vstack(found), min_rate) for c, found in zip(crosscoders, parts, strict=True)]
 
 
-def _mutual(rows_a: Float[Tensor, "n E"], rows_b: Float[Tensor, "m E"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs that are each other's nearest neighbour (the first in a tie), and their cosines."""
-    best_b = torch.full((len(rows_b),), -torch.inf)
-    nearest_a, nearest_b = torch.empty(len(rows_a), dtype=torch.int64), torch.zeros(len(rows_b), dtype=torch.int64)
-    for start in range(0, len(rows_a), _BLOCK):
-        cosines = rows_a[start : start + _BLOCK] @ rows_b.T
-        nearest_a[start : start + _BLOCK] = cosines.argmax(1)
-        value, index = cosines.max(0)
-        closer = value > best_b
-        best_b[closer], nearest_b[closer] = value[closer], index[closer] + start
-    i = (nearest_b[nearest_a] == torch.arange(len(rows_a))).nonzero().flatten()
-    return i, nearest_a[i], best_b[nearest_a[i]]
+def _live(crosscoder: Crosscoder, values: Any, min_rate: float) -> LiveFeatures:
+    values = csc_matrix(values, dtype=np.float64)
+    N = values.shape[0]
+    rate = np.diff(values.indptr) / N
+    mean = np.asarray(values.mean(0)).ravel()
+    variance = np.maximum(np.asarray(values.multiply(values).mean(0)).ravel() - mean**2, 0)
+    size = crosscoder.decoder_norms.detach().double().square().sum(1).cpu().numpy()
+    # a constant feature has a variance of rounding size, and no correlation
+    alive = (rate > min_rate) & (variance > 1e-12 * (mean**2 + variance)) & (size > 0)
+    if not alive.any():
+        raise UserError(
+            f"no feature fires on more than {min_rate:g} of the {N:,} held-out tokens: train longer, or lower min_rate"
+        )
+    ids = np.flatnonzero(alive)
+    written = np.where(alive, variance * size, 0.0)
+    live = values[:, ids]
+    return LiveFeatures(crosscoder, ids, live, mean[ids], np.sqrt(variance[ids]), alive, rate, written / written.sum())
+
+
+def _check_options(by: str, method: str | None, min_rate: float) -> None:
+    if by not in ("activation", "decoder"):
+        raise UserError(f"by={by!r} is unknown: use 'activation' or 'decoder'")
+    if method not in (None, "assignment", "mutual"):
+        raise UserError(f"method={method!r} is unknown: use 'assignment', 'mutual', or None")
+    if not 0 <= min_rate < 1:
+        raise UserError(f"min_rate={min_rate} is not in [0, 1): it is a share of tokens, such as 1e-4")
+
+
+def _check_several(n: int, threshold: float) -> None:
+    if n < 2:
+        raise UserError(f"a consensus needs at least 2 crosscoders, but there is only {n}: train more seeds")
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold={threshold} is not in (0, 1]: it is a correlation, such as 0.7")
+
+
+def _matched(a: LiveFeatures, b: LiveFeatures, by: str, method: str | None, seed: int) -> pd.DataFrame:
+    """The table of `match`."""
+    n, m = len(a.ids), len(b.ids)
+    correlations, cosines = _correlations(a, b), _cosines(a, b) if by == "decoder" or _share_any(a, b) else None
+    order = np.random.default_rng(seed).permutation(a.values.shape[0])
+    null = np.full(n, np.nan)
+    if by == "activation":
+        i, j, value, nearest_a, nearest_b = _assigned(correlations, n, m, method)
+        at, _, by_chance, _, _ = _assigned(_correlations(a, b, order), n, m, method)
+        null[at] = by_chance
+        cosine = np.full(len(i), np.nan) if cosines is None else _values(cosines, i, j)
+        correlation = value
+    else:
+        assert cosines is not None
+        i, j, cosine, _, _ = _assigned(cosines, n, m, method)
+        correlation = _values(correlations, i, j)
+        _, _, _, nearest_a, nearest_b = _assigned(correlations, n, m, "mutual")
+        null[i] = _values(_correlations(a, b, order), i, j)
+    alone_a, alone_b = np.setdiff1d(np.arange(n), i), np.setdiff1d(np.arange(m), j)
+    left = np.concatenate([i, alone_a, np.full(len(alone_b), -1)])
+    right = np.concatenate([j, np.full(len(alone_a), -1), alone_b])
+
+    def column(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return np.where(at >= 0, values[at], np.nan)
+
+    padding = np.full(len(alone_a) + len(alone_b), np.nan)
+    columns: dict[str, Any] = {
+        "feature": pd.array(np.where(left >= 0, a.ids[left], -1), dtype="Int64"),
+        "partner": pd.array(np.where(right >= 0, b.ids[right], -1), dtype="Int64"),
+        "correlation": np.concatenate([correlation, padding]),
+        "cosine": np.concatenate([cosine, padding]),
+        "nearest": column(nearest_a, left),
+        "partner_nearest": column(nearest_b, right),
+        "firing_rate": column(a.rate[a.ids], left),
+        "partner_firing_rate": column(b.rate[b.ids], right),
+        "variance": column(a.variance[a.ids], left),
+        "partner_variance": column(b.variance[b.ids], right),
+        "null": column(null, left),
+    }
+    table = pd.DataFrame(columns)
+    for name in ("feature", "partner"):
+        table[name] = table[name].where(table[name] >= 0)
+    key = "correlation" if by == "activation" else "cosine"
+    return table.sort_values(key, ascending=False, ignore_index=True, kind="stable")
+
+
+def _correlations(a: LiveFeatures, b: LiveFeatures, order: np.ndarray | None = None) -> Callable[[slice], np.ndarray]:
+    """A function of a slice of the features of `a` that returns their correlations (n, m) with those of `b`."""
+    N = a.values.shape[0]
+    other = b.values.tocsr() if order is None else b.values.tocsr()[order]
+
+    def block(part: slice) -> np.ndarray:
+        products = (a.values[:, part].T @ other).toarray() / N
+        covariance = products - a.mean[part, None] * b.mean[None]
+        return covariance / (a.std[part, None] * b.std[None])
+
+    return block
+
+
+def _cosines(a: LiveFeatures, b: LiveFeatures) -> Callable[[slice], np.ndarray]:
+    """The same for the cosines of decoders over the snapshots that both have."""
+    at_a, at_b = shared_snapshots(a.crosscoder, b.crosscoder)
+    rows_a, rows_b = (
+        normalize(each.crosscoder.W_dec_by_snapshot.detach()[each.ids][:, at].flatten(1).float().cpu(), dim=1)
+        for each, at in ((a, at_a), (b, at_b))
+    )
+    return lambda part: (rows_a[part] @ rows_b.T).double().numpy()
+
+
+def _share_any(a: LiveFeatures, b: LiveFeatures) -> bool:
+    try:
+        shared_snapshots(a.crosscoder, b.crosscoder)
+    except UserError:
+        return False
+    return True
+
+
+def _assigned(
+    block: Callable[[slice], np.ndarray], n: int, m: int, method: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs i, j of the one-to-one matching, their similarities, and the largest similarity of every row and column.
+
+    Args:
+        block: returns the similarities (rows, m) of a slice of the n rows.
+        n: number of rows.
+        m: number of columns.
+        method: as in `match`.
+    """
+    whole = method == "assignment" or (method is None and max(n, m) <= ASSIGNED)
+    kept: list[np.ndarray] = []
+    best_a, nearest_a = np.empty(n), np.empty(n, dtype=int)
+    best_b, nearest_b = np.full(m, -np.inf), np.zeros(m, dtype=int)
+    for start in range(0, n, _BLOCK):
+        part = slice(start, min(start + _BLOCK, n))
+        values = block(part)
+        best_a[part], nearest_a[part] = values.max(1), values.argmax(1)
+        closer = values.max(0) > best_b
+        best_b[closer], nearest_b[closer] = values.max(0)[closer], values.argmax(0)[closer] + start
+        if whole:
+            kept.append(values)
+    if whole:
+        similarity = np.concatenate(kept)
+        i, j = linear_sum_assignment(similarity, maximize=True)
+        return i, j, similarity[i, j], best_a, best_b
+    i = np.flatnonzero(nearest_b[nearest_a] == np.arange(n))
+    return i, nearest_a[i], best_a[i], best_a, best_b
+
+
+def _values(block: Callable[[slice], np.ndarray], i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Similarities of given pairs."""
+    found = np.empty(len(i))
+    for start in range(0, int(i.max(initial=-1)) + 1, _BLOCK):
+        here = (i >= start) & (i < start + _BLOCK)
+        if here.any():
+            rows = block(slice(start, start + _BLOCK))
+            found[here] = rows[i[here] - start, j[here]]
+    return found
 
 
 def _mean(values: np.ndarray) -> float:

@@ -32,6 +32,9 @@ from crosslens.evolution.phases import find_phases
 from crosslens.evolution.probes import probe, probe_parts
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
+from crosslens.snapshots.collection import Snapshots
+
+_PREDICTED = 30_000  # tokens whose predictions `study_dynamics` measures, at least, where the data has as many
 
 
 def study_evolution(
@@ -92,6 +95,7 @@ def study_dynamics(
     acts: Activations,
     counts: NgramCounts | None = None,
     *,
+    snapshots: Snapshots | None = None,
     accuracy: pd.DataFrame | None = None,
     n_proposed: int = 5,
     presence: float = 0.5,
@@ -101,10 +105,13 @@ def study_dynamics(
 
     Args:
         crosscoder: trained on two snapshots or more.
-        acts: activations of the same snapshots; predictions are measured on the held-out tokens.
+        acts: activations of the same snapshots; predictions are measured on the held-out tokens, and where these are
+            fewer than 30,000 on the last of those for training too.
         counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the crosscoder's training tokens
             if None. With few tokens the bigram entropy is too small, the bigram KL too large, and the loss falls below
             the entropy too late, so count as much text as possible.
+        snapshots: snapshots whose predictions are measured, those of `acts` among them: with the untrained model, which
+            crosscoders do without, the fall of the bigram KL begins at 0. Those of `acts` if None.
         accuracy: the result of `Task.accuracy`, for the proposal of snapshots; concatenate the tables of several tasks.
         n_proposed: number of snapshots to propose, at most all.
         presence: a feature is present where its norm is at least this share of its largest norm.
@@ -117,16 +124,19 @@ def study_dynamics(
     Raises:
         UserError: one snapshot only, counts of another tokenizer, activations of other snapshots.
     """
-    snapshots, firing = acts.snapshots, measure_firing(crosscoder, acts)
-    counts = count_ngrams(acts.train_tokens(), snapshots.tokenizer) if counts is None else counts
-    measured = measure_dynamics(snapshots, counts, acts.held_out_tokens(), settings=acts.settings)
+    firing = measure_firing(crosscoder, acts)
+    counts = count_ngrams(acts.train_tokens(), acts.snapshots.tokenizer) if counts is None else counts
+    # averages over contexts need many; the crosscoder's training does not touch the models' predictions
+    T = acts.tokens.shape[1]
+    tokens = acts.tokens[-max(len(acts.held_out_tokens()), -(-_PREDICTED // T)) :]
+    measured = measure_dynamics(snapshots or acts.snapshots, counts, tokens, seed=seed, settings=acts.settings)
     similarity = snapshot_similarity(acts)
-    chosen = min(n_proposed, len(snapshots))
+    chosen = min(n_proposed, len(acts.snapshots))
     return {
         "dynamics": dynamics_table(measured, crosscoder, firing, presence=presence, seed=seed),
         "phases": find_phases(measured, crosscoder, firing, presence=presence, seed=seed),
         "similarity": similarity,
-        "selection": propose_snapshots(similarity, chosen, accuracy, steps=snapshots.steps),
+        "selection": propose_snapshots(similarity, chosen, accuracy, steps=acts.snapshots.steps),
     }
 
 

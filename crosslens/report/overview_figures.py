@@ -161,11 +161,29 @@ def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
 
 
 def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
-    """Mark the turning point in a panel, and describe it."""
+    """Mark the turning point in a panel, and describe it and the leads of both phases."""
     found = phases.set_index("event")
-    if "turning_point" not in found.index or pd.isna(found.loc["turning_point", "snapshot"]):
-        return "There is no turning point: the share of settled features never lags behind the bigram KL's fall."
-    point = found.loc["turning_point"]
+    if "turning_point" not in found.index:
+        return ""
+    point, statistics, features = (found.loc[name] for name in ("turning_point", "statistics_lead", "features_lead"))
+
+    def lead(row: pd.Series) -> str:
+        text = f"{row['lead']:.2f} ({row['lead_low']:.2f} to {row['lead_high']:.2f})"
+        return text if bool(pd.isna(row["snapshot"])) else f"{text} at {shown(row['label'])}"
+
+    both = (
+        f"The share of the bigram KL's fall exceeds that of settled features by at most {lead(statistics)}, the share "
+        f"of settled features that of the fall by at most {lead(features)}."
+    )
+    if not point["resolved"]:
+        curve = "the bigram KL's fall" if point["jump_of"] == "statistics" else "the features' settling"
+        start = shown(point["jump_from"]) if isinstance(point["jump_from"], str) else "the start"
+        return (
+            f"Unresolved: {point['jump']:.0%} of {curve} lies between {start} and {shown(point['jump_to'])}, so these "
+            f"snapshots cannot tell which phase comes first; snapshots in between could. {both}"
+        )
+    if pd.isna(point["snapshot"]):
+        return f"There is no turning point: features lead at least as much as statistics. {both}"
     at, low, high = (axis.x([int(point[name])])[0] for name in ("snapshot", "low", "high"))
     figure.add_scatter(
         x=[low, high, high, low], y=[0, 0, 1, 1], fill="toself", fillcolor=_FAINT, mode="none", hoverinfo="skip",
@@ -175,11 +193,10 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
         x=[at, at], y=[0, 1], mode="lines", line={"color": MUTED, "dash": "dot", "width": 2}, name="turning point",
         hoverinfo="skip", yaxis=y,
     )  # fmt: skip
+    first, last = (shown(axis.labels[int(point[name])]) for name in ("low", "high"))
     text = (
-        f"The turning point is {shown(point['label'])} (95% interval, including the spacing of the snapshots: "
-        f"{shown(axis.labels[int(point['low'])])} to {shown(axis.labels[int(point['high'])])}). Here the share of the "
-        "bigram KL's fall exceeds the share of settled features most, by "
-        f"{point['lead']:.2f} ({point['lead_low']:.2f} to {point['lead_high']:.2f})."
+        f"The turning point, where statistics lead most, is {shown(point['label'])} (95% interval, including the "
+        f"spacing of the snapshots: {first} to {last}). {both}"
     )
     if "settling" in found.index and not pd.isna(found.loc["settling", "snapshot"]):
         text += f" Half of the features have settled by {shown(found.loc['settling', 'label'])}."

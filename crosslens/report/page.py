@@ -36,7 +36,7 @@ _POSITION_DIGITS = 7  # of those along x, so that close steps stay apart
 _UNKNOWN = "not recorded"
 
 
-def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
+def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bool = False) -> Path:
     """Write the report of a run directory: `report/index.html`, the other pages, and the files that they need.
 
     The pages open from disk, offline. If a table is missing, the page names the command that makes it.
@@ -44,16 +44,17 @@ def write_report(run_dir: str | Path, *, title: str | None = None) -> Path:
     Args:
         run_dir: a directory with run.json.
         title: report title; by default the model and hook point.
+        consensus: show only the features that most seeds have.
 
     Returns:
         The path of the first page.
 
     Raises:
-        UserError: the directory contains no run, or its run.json is not JSON.
+        UserError: the directory contains no run, its run.json is not JSON, or there is no consensus of seeds.
     """
     run = RunDir.open(run_dir)
     info = run.read_json()
-    tables = Tables(run, info)
+    tables = Tables(run, info, consensus=consensus)
     overview = _overview(info, tables)
     data, written = run.report / "data", set[str]()
     data.mkdir(parents=True, exist_ok=True)

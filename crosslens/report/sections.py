@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from crosslens.report import causal_figures, evolution_figures, overview_figures
+from crosslens.report import causal_figures, evolution_figures, overview_figures, seed_figures
 from crosslens.report.chart import Chart, Grid
 
 _ACCURACY = "No task accuracy has been measured. Run: crosslens attribute RUN_DIR --task TASK"
 _EVALUATE = "The crosscoder has not been evaluated. crosslens train does this when training ends."
 _EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
+_SEEDS = "Only one seed has been trained. Run: crosslens train ... --seeds 3"
 _PROBE = "No probes have been fitted. Run: crosslens evolve RUN_DIR"
 _ATTRIBUTE = "No effects on tasks have been computed. Run: crosslens attribute RUN_DIR --task TASK"
 _ABLATE = "No features have been ablated. After crosslens attribute, run: crosslens ablate RUN_DIR --task TASK"
@@ -154,6 +155,45 @@ _OVERVIEW: tuple[Section, ...] = (
         ),
     ),
     Section(
+        "seeds",
+        "Seeds",
+        "Which features other trainings on the same data find again, and which depend on the initial weights. Two "
+        "features are partners if their activations on the held-out tokens have a correlation of at least 0.7; "
+        "partners are one to one.",
+        _SEEDS,
+        (
+            Entry(
+                "seeds",
+                "Features by number of seeds",
+                "Live features by the number of seeds that have them, this one included, as a share of their number "
+                "and of the variance that they write, Var(f) Σ norm². Features that more than half of the seeds have "
+                "are consensus features.",
+                seed_figures.seeds,
+                ("consensus", "seeds"),
+                optional=True,
+            ),
+            Entry(
+                "seeds-rate",
+                "Consensus by firing rate",
+                "Share of the live features that more than half of the seeds have, by the share of held-out tokens on "
+                "which the feature is active.",
+                seed_figures.seeds_by_rate,
+                ("consensus",),
+                optional=True,
+            ),
+            Entry(
+                "sweep",
+                "Choice of F and k",
+                "Share of live features with a partner in another seed, against the explained variance of the least "
+                "explained snapshot, for several numbers of features F and of active ones k.",
+                seed_figures.sweep,
+                ("sweep",),
+                wide=True,
+                optional=True,
+            ),
+        ),
+    ),
+    Section(
         "phases",
         "Training phases",
         "What the model predicts first, when its features settle, and which snapshots represent the run.",
@@ -162,10 +202,10 @@ _OVERVIEW: tuple[Section, ...] = (
             Entry(
                 "dynamics",
                 "N-gram statistics and features",
-                "Top: KL divergence of the model's predictions from the corpus's unigram and bigram statistics, and "
-                "the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed; "
-                "features that have settled (cosine to their final direction at least 0.5 from here on); features "
-                "present; total dimensionality / d_model.",
+                "Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, "
+                "averaged over contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram "
+                "KL's fall is completed; features that have settled (cosine to their final direction at least 0.5 from "
+                "here on); features present; total dimensionality / d_model.",
                 overview_figures.dynamics,
                 ("dynamics", "phases"),
                 wide=True,

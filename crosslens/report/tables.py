@@ -21,10 +21,16 @@ class Tables:
     Args:
         run: the run directory.
         info: run.json.
+        consensus: leave out of tables about features those that few seeds have.
+
+    Raises:
+        UserError: `consensus`, but the run has no such table.
     """
 
-    def __init__(self, run: RunDir, info: dict[str, Any]) -> None:
+    def __init__(self, run: RunDir, info: dict[str, Any], *, consensus: bool = False) -> None:
         self._run, self._info = run, info
+        found = run.consensus() if consensus else None
+        self._kept = None if found is None else set(found.loc[found["consensus"], "feature"])
         self._read: dict[str, pd.DataFrame | None] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame | None:
@@ -51,6 +57,8 @@ class Tables:
         kind, star, suffix = name.partition("/*")
         if not star:
             table = self._run.table(name)
+            if table is not None and self._kept is not None and "feature" in table and name != "consensus":
+                table = pd.DataFrame(table[table["feature"].isin(self._kept)]).reset_index(drop=True)
             return None if table is None or table.empty else table
         tables = {task: self[f"{kind}/{task}{suffix}"] for task in self._run.tasks(kind)}
         found = [table.assign(task=task) for task, table in tables.items() if table is not None]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
@@ -120,6 +121,57 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
         "step10",
         "step20",
     ]
+
+
+def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    run, task = RunDir(tmp_path / "run"), f"sva:{files / 'task.json'}"
+    assert command(*train_arguments(tiny_snapshots, files, run.path))[0] == 0
+    code, out, err = command("attribute", run.path, "--task", task, "--consensus")
+    assert code == 2 and "has no consensus of several seeds; repeat its `crosslens train` command with --seeds 3" in err
+    code, out, err = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, "--cache", tmp_path / "c"))
+    assert (code, err) == (0, "") and "found by most of 2 seeds: " in out
+    pairs = run.table("seeds")
+    assert pairs is not None and pairs[["a", "b"]].to_numpy().tolist() == [["0", "1"]]
+    for seed, place in ((0, run), (1, run.other_seed(1))):
+        assert place.read_json()["seed"] == seed
+        found = place.consensus()
+        assert found["crosscoder"].unique().tolist() == [str(seed)] and found["feature"].tolist() == list(range(32))
+    marked = run.consensus()
+    kept = marked["feature"].isin(marked.loc[marked["alive"], "feature"].iloc[::2])
+    run.save_table("consensus", marked.assign(consensus=kept))
+    kept = set(marked.loc[kept, "feature"])
+    for arguments in (
+        ("attribute", run.path, "--task", task, "--n-nodes", 4, "--consensus"),
+        ("evolve", run.path),
+    ):
+        assert command(*arguments)[0] == 0, arguments
+    effects, evolution = run.table("attribution/task"), run.table("evolution")
+    assert effects is not None and set(effects["feature"]) <= kept and len(effects)
+    assert evolution is not None and evolution["consensus"].tolist() == [i in kept for i in range(32)]
+    assert command("report", run.path, "--consensus")[0] == 0
+    assert "Features by number of seeds" in (run.report / "index.html").read_text()
+    listed = pd.read_csv(run.report / "data" / "evolution-map.csv")["feature"]
+    assert set(listed) == set(evolution.loc[evolution["alive"], "feature"]) & kept
+
+
+def test_a_sweep_before_training(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    sweep = [
+        *("sweep", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt", "--n-tokens", 2000),
+        *("--context-size", 16, "--batch-size", 128, "--run-dir", run.path, "--cache", tmp_path / "cache"),
+    ]
+    code, out, err = command(*sweep, "--d-sae", "16,32", "--k", "2")
+    assert (code, err) == (0, "")
+    table = run.table("sweep")
+    assert table is not None and len(table) == 2 and out.splitlines()[-1].startswith("F=")
+    row = table[table["proposed"]].iloc[0]
+    assert out.splitlines()[-1].startswith(f"F={row['d_sae']}, k={row['k']:g}: ")
+    trained = sorted(path.name for path in (run.path / "sweep").iterdir())
+    assert trained == sorted(f"F{F}-k2-seed{seed}" for F in (16, 32) for seed in (0, 1))
+    assert command(*sweep[:4], HOOK.replace("1", "0"), *sweep[5:], "--d-sae", "16", "--k", "2")[0] == 2
+    assert command(*train_arguments(tiny_snapshots, files, run.path))[0] == 0
+    assert command("report", run.path)[0] == 0
+    assert "Choice of F and k" in (run.report / "index.html").read_text()
 
 
 def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) -> None:

@@ -152,74 +152,154 @@ def _swapped(tokenizer: Any) -> Any:
 # ---- divergences
 
 
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(x * (math.log(x) - math.log(y)) for x, y in zip(p, q, strict=True) if x)
+
+
+def slow_dynamics(
+    model: Any, tokens: torch.Tensor, seen: list[tuple[int, int]], V: int, min_count: int, times: list[int]
+) -> list[float]:
+    """KL1, KL2 and loss of one model, by plain loops, with every sequence repeated as often as `times` says."""
+    with torch.no_grad():
+        p = model(tokens.long()).logits.double().softmax(-1)[..., :V].tolist()
+    everywhere: list[list[float]] = []
+    after: dict[int, list[list[float]]] = {}
+    losses: list[float] = []
+    following: dict[int, Counter[int]] = {}
+    for x, y in seen:
+        following.setdefault(x, Counter())[y] += 1
+    for i, row in enumerate(tokens.tolist()):
+        for _ in range(times[i]):
+            for t in range(len(row) - 1):
+                if row[t] == row[t + 1] == 0:
+                    continue
+                everywhere.append(p[i][t])
+                losses.append(-math.log(p[i][t][row[t + 1]]))
+                if following.get(row[t], Counter()).total() >= min_count:
+                    after.setdefault(row[t], []).append(p[i][t])
+    average = [sum(column) / len(everywhere) for column in zip(*everywhere, strict=True)]
+    p1 = [sum(y == v for _, y in seen) / len(seen) for v in range(V)]
+    kl2, n = 0.0, 0
+    for x, predictions in after.items():
+        p2 = [following[x][v] / following[x].total() for v in range(V)]
+        kl2 += len(predictions) * kl(p2, [sum(c) / len(predictions) for c in zip(*predictions, strict=True)])
+        n += len(predictions)
+    return [kl(p1, average), kl2 / n, sum(losses) / len(losses)]
+
+
 @pytest.mark.parametrize(
-    ("N", "T", "seed", "pairs", "min_count"),
-    [(6, 9, 0, 1 << 22, 1), (6, 9, 0, 7, 1), (3, 20, 1, 50, 4), (9, 4, 2, 1, 2)],
+    ("N", "T", "seed", "pairs", "min_count", "sums"),
+    [(6, 9, 0, 1 << 22, 1, 1 << 27), (6, 9, 0, 7, 1, 1 << 27), (3, 20, 1, 50, 4, 1 << 27), (9, 4, 2, 1, 2, 400)],
 )
-def test_divergences_match_plain_loops(
-    snaps: Snapshots, monkeypatch: pytest.MonkeyPatch, N: int, T: int, seed: int, pairs: int, min_count: int
+def test_averaged_divergences_and_their_draws_match_plain_loops(
+    snaps: Snapshots,
+    monkeypatch: pytest.MonkeyPatch,
+    N: int,
+    T: int,
+    seed: int,
+    pairs: int,
+    min_count: int,
+    sums: int,
 ) -> None:
     monkeypatch.setattr(crosslens.evolution.dynamics, "_PAIRS", pairs)
+    monkeypatch.setattr(crosslens.evolution.dynamics, "_SUMS", sums)
     V = len(snaps.tokenizer)
     corpus, tokens = random_tokens(12, 10, V, seed + 10), random_tokens(N, T, V, seed)
     counts = count_ngrams(corpus, snaps.tokenizer)
     seen = pairs_of(corpus, {0})
-    found = measure_dynamics(snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count)
+    found = measure_dynamics(snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count, n_bootstrap=4, seed=seed)
     assert found.unigram_entropy == counts.unigram_entropy and found.bigram_entropy == counts.bigram_entropy
     assert found.snapshots["label"].tolist() == ["step0", "step10", "step20"]
-    p1 = [sum(y == v for _, y in seen) / len(seen) for v in range(V)]
+    assert found.n == len(pairs_of(tokens, {0})) and found.kl1.shape == (5, 3) and found.n_bootstrap == 4
+    often = Counter(x for x, _ in seen)
+    assert found.known == pytest.approx(sum(often[x] >= min_count for x, _ in pairs_of(tokens, {0})) / found.n)
+    G = found.n_groups
+    assert G == N if sums > 400 else 2 <= G < N
+    weights = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), 4)
     for s in range(3):
         model = GPTNeoXForCausalLM.from_pretrained(snaps[s].folder())
-        with torch.no_grad():
-            logits = model(tokens.long()).logits.double().tolist()
-        for i, row in enumerate(tokens.tolist()):
-            sums, n, known = [0.0, 0.0, 0.0], 0, 0
-            for t in range(T - 1):
-                if row[t] == row[t + 1] == 0:
-                    continue
-                total = math.log(sum(math.exp(z) for z in logits[i][t]))
-                log_q = [z - total for z in logits[i][t]]
-                n += 1
-                sums[0] += sum(p * (math.log(p) - log_q[v]) for v, p in enumerate(p1) if p)
-                sums[2] -= log_q[row[t + 1]]
-                after = Counter(y for x, y in seen if x == row[t])
-                if after.total() >= min_count:
-                    known += 1
-                    p2 = {y: c / after.total() for y, c in after.items()}
-                    sums[1] += sum(p * (math.log(p) - log_q[y]) for y, p in p2.items())
-            values = [float(getattr(found, name)[i, s]) for name in ("kl1", "kl2", "loss")]
-            assert values == pytest.approx(sums, abs=2e-5) and min(values) > -1e-5
-            assert (int(found.n[i]), int(found.known[i])) == (n, known)
+        slow: list[list[float]] = []
+        for of_groups in [np.ones(G, dtype=int), *weights]:
+            times = [int(of_groups[i * G // N]) for i in range(N)]
+            slow.append(slow_dynamics(model, tokens, seen, V, min_count, times))
+        expected = np.array(slow)
+        bias = expected[1:, :2].mean(0) - expected[0, :2]
+        expected[:, :2] -= np.where(np.arange(5) == 0, 1, 2)[:, None] * bias
+        values = np.stack([getattr(found, name)[:, s] for name in ("kl1", "kl2", "loss")], 1)
+        assert values == pytest.approx(expected, abs=5e-5)
+        assert values[1:, :2].mean(0) == pytest.approx(values[0, :2]), "the measurement is the mean of the draws"
 
 
-def test_training_reduces_the_bigram_divergence(snaps: Snapshots, tiny_text: list[str]) -> None:
+def test_few_contexts_bias_the_divergences_little(snaps: Snapshots) -> None:
+    """Averages over few sharp predictions: without the correction KL2 is (P - X) / 2N too large."""
+    V, generator = len(snaps.tokenizer), torch.Generator().manual_seed(0)
+    chain = torch.rand(V, V, generator=generator) ** 3 + 0.02
+    chain[:, :2] = 0
+    corpus, tokens = (_walk(chain, n, 20, generator) for n in (4000, 60))
+    counts = count_ngrams(corpus, snaps.tokenizer)
+    use = torch.ones(60, 19, dtype=torch.bool)
+    averages = crosslens.evolution.dynamics._Averages(counts, tokens[:, :-1].unique(), 60, "cpu")
+    # knows the next word: its average over all contexts would be the bigrams
+    bigrams = (chain / chain.sum(1, keepdim=True))[tokens[:, :-1]]
+    p = 0.98 * torch.nn.functional.one_hot(tokens[:, 1:], V) + 0.02 * bigrams
+    averages.add(p.log(), tokens, use, use, torch.arange(60))
+    weights = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), 400)
+    plain = averages.divergences(torch.from_numpy(np.vstack([np.ones((1, 60)), weights])))[1]
+    corrected = crosslens.evolution.dynamics._without_bias(plain)
+    assert plain[0] > 0.05 and abs(corrected[0]) < plain[0] / 2
+    assert corrected[1:].mean() == pytest.approx(corrected[0])
+    assert corrected[1:].std() == pytest.approx(plain[1:].std())
+
+
+def _walk(chain: torch.Tensor, n: int, T: int, generator: torch.Generator) -> torch.Tensor:
+    """(n, T) sequences of a Markov chain."""
+    found = [torch.randint(2, len(chain), (n,), generator=generator)]
+    while len(found) < T:
+        found.append(torch.multinomial(chain[found[-1]], 1, generator=generator)[:, 0])
+    return torch.stack(found, 1)
+
+
+def test_training_reduces_the_divergences(snaps: Snapshots, tiny_text: list[str]) -> None:
     ids: Any = snaps.tokenizer(tiny_text, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([i for document in ids for i in (0, *document)])
     tokens = stream[: len(stream) // 16 * 16].view(-1, 16)
-    found = measure_dynamics(snaps, count_ngrams(tokens[50:], snaps.tokenizer), tokens[:50])
-    table = found.to_frame(n_bootstrap=200)
-    assert table["kl2"].is_monotonic_decreasing and table["loss"].is_monotonic_decreasing
-    assert table["loss"].iloc[0] == pytest.approx(math.log(len(snaps.tokenizer)), abs=0.3)
+    found = measure_dynamics(snaps, count_ngrams(tokens[50:], snaps.tokenizer), tokens[:50], n_bootstrap=200)
+    table = found.to_frame()
     for name in ("kl1", "kl2", "loss"):
-        assert (table[f"{name}_low"] < table[name]).all() and (table[name] < table[f"{name}_high"]).all()
+        assert table[name].is_monotonic_decreasing
+        assert (table[f"{name}_low"] < table[f"{name}_high"]).all()
+        low, high = np.quantile(getattr(found, name)[1:], [0.025, 0.975], axis=0)
+        assert table[f"{name}_low"].tolist() == low.tolist() and table[f"{name}_high"].tolist() == high.tolist()
+    assert (table["loss_low"] < table["loss"]).all() and (table["loss"] < table["loss_high"]).all()
+    assert table["loss"].iloc[0] == pytest.approx(math.log(len(snaps.tokenizer)), abs=0.3)
     assert table["n"].unique().tolist() == [50 * 15] and 0.99 < table["known"].iloc[0] <= 1
     assert table["step"].isna().all() or table["step"].tolist() == [0, 10, 20]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_divergences_from_the_counts_themselves_are_zero(snaps: Snapshots, seed: int) -> None:
-    """A model that predicts the bigrams has KL2 = 0 and the loss H2 on the corpus; the same holds for unigrams."""
+@pytest.mark.parametrize("knows", ["unigrams", "bigrams", "everything"])
+def test_a_model_that_knows_the_counts_has_no_divergence(snaps: Snapshots, seed: int, knows: str) -> None:
+    """Nor has one that knows more: predictions are averaged over contexts before they are compared."""
     tokens, V = torch.randint(2, 6, (40, 12), generator=torch.Generator().manual_seed(seed)), len(snaps.tokenizer)
     counts = count_ngrams(tokens, snaps.tokenizer)
     dense = torch.zeros(V, V).index_put((counts.firsts(), counts.followers), counts.counts.float())
+    if knows == "unigrams":
+        p = (counts.unigrams / counts.n_pairs).expand(40, 11, V)
+    elif knows == "bigrams":
+        p = (dense / dense.sum(1, keepdim=True).clamp(min=1))[tokens[:, :-1]]
+    else:
+        p = torch.nn.functional.one_hot(tokens[:, 1:], V).float()
     use = torch.ones(40, 11, dtype=torch.bool)
-    ngrams = crosslens.evolution.dynamics._Ngrams(counts, "cpu")
-    p2 = dense / dense.sum(1, keepdim=True).clamp(min=1)
-    _, kl2, loss = ngrams.divergences((p2[tokens[:, :-1]] + 1e-30).log(), tokens, use, use)
-    assert kl2.abs().max() < 1e-6 and float(loss.mean()) == pytest.approx(counts.bigram_entropy, abs=1e-6)
-    p1 = (counts.unigrams / counts.n_pairs + 1e-30).log().expand(40, 11, V)
-    kl1, _, loss = ngrams.divergences(p1, tokens, use, use)
-    assert kl1.abs().max() < 1e-6 and float(loss.mean()) == pytest.approx(counts.unigram_entropy, abs=1e-6)
+    averages = crosslens.evolution.dynamics._Averages(counts, torch.arange(2, 6), 40, "cpu")
+    averages.add((p + 1e-30).log(), tokens, use, use, torch.arange(40) * averages.n_groups // 40)
+    kl1, kl2, loss = (values[0] for values in averages.divergences(torch.ones(1, averages.n_groups).double()))
+    assert kl1 == pytest.approx(0, abs=1e-6)
+    expected = {"unigrams": counts.unigram_entropy, "bigrams": counts.bigram_entropy, "everything": 0.0}
+    assert loss == pytest.approx(expected[knows], abs=1e-6)
+    if knows == "unigrams":
+        assert kl2 == pytest.approx(counts.unigram_entropy - counts.bigram_entropy, abs=1e-6) and kl2 > 0
+    else:
+        assert kl2 == pytest.approx(0, abs=1e-6)
 
 
 def test_errors(snaps: Snapshots) -> None:
@@ -228,6 +308,7 @@ def test_errors(snaps: Snapshots) -> None:
     counts = count_ngrams(tokens, snaps.tokenizer)
     for arguments, options, message in (
         ((snaps, counts, tokens), {"min_count": 0}, "min_count=0 must be 1 or more"),
+        ((snaps, counts, tokens), {"n_bootstrap": 0}, "n_bootstrap=0 must be 1 or more"),
         (
             (snaps, counts, tokens),
             {"min_count": 1000},
@@ -246,30 +327,15 @@ def test_errors(snaps: Snapshots) -> None:
 def curves(
     kl1: Any, kl2: Any, loss: Any, *, floor: float = 2.0, noise: float = 0.0, N: int = 40, seed: int = 0
 ) -> Dynamics:
-    """Dynamics with given means at steps 0, 10, 20, ..., ten predictions per sequence."""
+    """Dynamics with given curves at steps 0, 10, 20, ...; the draws are means over N noisy sequences."""
     S = len(kl1)
     rng = np.random.default_rng(seed)
-    made = [torch.tensor(10 * (np.asarray(x, dtype=float) + noise * rng.normal(size=(N, S)))) for x in (kl1, kl2, loss)]
-    n = torch.full((N,), 10)
+    weights = np.vstack([np.ones(N), rng.multinomial(N, np.full(N, 1 / N), 300)]) / N
+    made = [weights @ (np.asarray(x, dtype=float) + noise * rng.normal(size=(N, S))) for x in (kl1, kl2, loss)]
     table = pd.DataFrame({"label": [f"step{10 * s}" for s in range(S)]})
     for unit, factor in (("step", 10), ("tokens", 70)):
         table[unit] = pd.array([factor * s for s in range(S)], dtype="Int64")
-    return Dynamics(table, *made, n=n, known=n, unigram_entropy=3.0, bigram_entropy=floor)
-
-
-def test_means_and_draws_are_over_predictions() -> None:
-    found = curves([1, 2], [3, 4], [5, 6], noise=0.5)
-    n = torch.arange(1, 41)
-    found = Dynamics(found.snapshots, found.kl1, found.kl2, found.loss, n, n // 2, 3.0, 2.0)
-    assert found.mean("kl1") == pytest.approx(found.kl1.sum(0).numpy() / 820)
-    assert found.mean("kl2") == pytest.approx(found.kl2.sum(0).numpy() / float((n // 2).sum()))
-    draws = found.draws("loss", 3000)
-    assert draws.shape == (3000, 2) and draws.mean(0) == pytest.approx(found.mean("loss"), rel=0.01)
-    values = found.loss.numpy() - n[:, None].numpy() * found.mean("loss")  # the linearised ratio
-    assert draws.std(0) == pytest.approx(np.sqrt((values**2).sum(0)) / 820, rel=0.1)
-    assert np.array_equal(draws, found.draws("loss", 3000)) and not np.array_equal(
-        draws, found.draws("loss", 3000, seed=1)
-    )
+    return Dynamics(table, *made, n=10 * N, known=1.0, n_groups=N, unigram_entropy=3.0, bigram_entropy=floor)
 
 
 def test_first_for_good() -> None:
@@ -294,7 +360,7 @@ def test_intervals_cover_the_truth_and_widen_with_uncertainty() -> None:
     sure = unsure = 0
     for seed in range(40):
         sharp, flat = (
-            find_phases(curves([1] * 5, kl2, [3] * 5, noise=0.3, seed=seed), n_bootstrap=200).iloc[1]
+            find_phases(curves([1] * 5, kl2, [3] * 5, noise=0.3, seed=seed)).iloc[1]
             for kl2 in ([5, 3, 1, 2, 4], [5, 1.02, 1, 1.02, 4])
         )
         assert sharp["low"] == 1 and sharp["high"] == 3 and sharp["agreement"] == 1
@@ -325,10 +391,12 @@ def firing_of(rate: Any, S: int) -> Firing:
 
 
 def test_events_of_features() -> None:
-    dynamics = curves([2, 1, 3, 4], [5, 1, 2, 4], [9, 3, 3, 3])
+    dynamics = curves([2, 1, 3, 4], [5, 2, 1, 4], [9, 3, 3, 3])
     found = find_phases(dynamics, rotating_rows(), firing_of([0.5] * 5 + [0], 4)).set_index("event")
     assert list(found.index) == [
         "turning_point",
+        "statistics_lead",
+        "features_lead",
         "unigram",
         "bigram",
         "below_bigram",
@@ -350,18 +418,71 @@ def test_events_of_features() -> None:
     assert (births["snapshot"], births["n"], births["low"], births["high"], births["step"]) == (2, 3, 1, 3, 20)
 
 
+def phases_of(kl2: list[float], rows: Any, rate: Any, **options: Any) -> pd.DataFrame:
+    S = len(kl2)
+    return find_phases(curves([1] * S, kl2, [3] * S), rows, firing_of(rate, rows.n_snapshots), **options).set_index(
+        "event"
+    )
+
+
 def test_the_turning_point_is_where_statistics_lead_most() -> None:
     rate = [0.5] * 5 + [0]
     # P is 0, .75, 1, 1; Q is 0, 0, .4, 1
-    point = find_phases(curves([2, 1, 3, 4], [5, 2, 1, 4], [3] * 4), rotating_rows(), firing_of(rate, 4)).iloc[0]
-    assert (point["event"], point["snapshot"], point["low"], point["high"]) == ("turning_point", 1, 0, 3)
+    found = phases_of([5, 2, 1, 4], rotating_rows(), rate)
+    point = found.loc["turning_point"]
+    assert (point["snapshot"], point["low"], point["high"]) == (1, 0, 3)
     assert point["lead"] == pytest.approx(0.75) and point["lead_low"] == pytest.approx(0.75)
     assert 0.75 < point["lead_high"] <= 1 and 0.5 < point["agreement"] < 1 and not point["at_edge"]
+    assert point["resolved"] and point["jump"] == pytest.approx(0.75) and point["jump_of"] == "statistics"
+    assert (point["jump_from"], point["jump_to"]) == ("step0", "step10")
+    same = found.loc["statistics_lead", ["snapshot", "lead", "lead_low", "lead_high", "resolved", "jump"]]
+    assert same.tolist() == point[same.index].tolist()
+    behind = found.loc["features_lead"]
+    assert pd.isna(behind["snapshot"]) and behind["lead"] == 0
     # P is 0, .25, 1, 1
-    point = find_phases(curves([2, 1, 3, 4], [5, 4, 1, 4], [3] * 4), rotating_rows(), firing_of(rate, 4)).iloc[0]
+    point = phases_of([5, 4, 1, 4], rotating_rows(), rate).loc["turning_point"]
     assert point["snapshot"] == 2 and point["lead"] == pytest.approx(0.6)
-    never = find_phases(curves([2, 1, 3, 4], [1, 2, 3, 4], [3] * 4), rotating_rows(), firing_of(rate, 4)).iloc[0]
-    assert pd.isna(never["snapshot"]) and never["lead"] == 0
+    assert (point["jump_from"], point["jump_to"]) == ("step10", "step20")
+    never = phases_of([1, 2, 3, 4], rotating_rows(), rate)
+    assert pd.isna(never.loc["turning_point", "snapshot"]) and never.loc["statistics_lead", "lead"] == 0
+
+
+def test_features_may_lead() -> None:
+    # Q is 0, 0, .4, 1; P is 0, .1, .2, 1
+    found = phases_of([11, 10, 9, 1], rotating_rows(), [0.5] * 5 + [0])
+    assert pd.isna(found.loc["turning_point", "snapshot"]), "the features' lead is the larger one"
+    statistics, features = found.loc["statistics_lead"], found.loc["features_lead"]
+    assert (statistics["snapshot"], features["snapshot"]) == (1, 2)
+    assert statistics["lead"] == pytest.approx(0.1) and features["lead"] == pytest.approx(0.2)
+    assert features["lead_low"] <= 0.2 <= features["lead_high"]
+    # a curve against itself leads in neither direction
+    found = phases_of([5, 5, 3.4, 1], rotating_rows(), [0.5] * 5 + [0])
+    assert found.loc[["statistics_lead", "features_lead"], "lead"].tolist() == pytest.approx([0, 0])
+
+
+def test_phases_that_the_snapshots_cannot_tell_apart() -> None:
+    rate = [0.5] * 5 + [0]
+    # P is 0, .95, 1, 1: where it rises lies between the first two snapshots
+    found = phases_of([20, 1, 0, 4], rotating_rows(), rate)
+    for event in ("turning_point", "statistics_lead", "features_lead"):
+        row = found.loc[event]
+        assert not row["resolved"] and row["jump"] == pytest.approx(0.95) and row["jump_of"] == "statistics"
+        assert (row["jump_from"], row["jump_to"]) == ("step0", "step10")
+    assert pd.isna(found.loc["turning_point", "snapshot"])
+    assert found.loc["statistics_lead", "snapshot"] == 1 and found.loc["statistics_lead", "lead"] == pytest.approx(0.95)
+    assert found["after_turning_point"].isna().all()
+    assert phases_of([20, 1, 0, 4], rotating_rows(), rate, most=0.96).loc["turning_point", "snapshot"] == 1
+    # all features settle in the last interval
+    rows = rotating_rows()
+    rows.W_dec.data[:2] = rows.W_dec[2]
+    row = phases_of([5, 4, 3, 2], rows, rate).loc["turning_point"]
+    assert not row["resolved"] and row["jump_of"] == "features"
+    assert (row["jump_from"], row["jump_to"]) == ("step20", "step30")
+    # all have settled at the first snapshot
+    row = phases_of([5, 4, 3, 2], of_rows(torch.ones(6, 4, 4), snapshots_at(0, 10, 20, 30)), rate).loc["turning_point"]
+    assert not row["resolved"] and pd.isna(row["jump_from"]) and row["jump_to"] == "step0"
+    with pytest.raises(UserError, match=r"most=0 is not in \(0, 1\]"):
+        phases_of([5, 4, 3, 2], rows, rate, most=0)
 
 
 def test_the_crosscoder_may_have_fewer_snapshots() -> None:
@@ -414,7 +535,7 @@ def test_the_table_matches_its_parts(F: int, S: int, D: int, seed: int) -> None:
         assert table["dimensionality"].iloc[s] == pytest.approx(dimensionality["total"].iloc[s] / D)
     assert table["alive"].unique().tolist() == [alive.sum()] and table["settled"].is_monotonic_increasing
     assert list(table)[:4] == ["snapshot", "label", "step", "tokens"]
-    assert table["kl1"].to_numpy() == pytest.approx(dynamics.mean("kl1"))
+    assert table["kl1"].to_numpy() == pytest.approx(dynamics.kl1[0])
 
 
 def test_errors_and_missing_events() -> None:

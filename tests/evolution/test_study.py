@@ -134,12 +134,18 @@ def test_study_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[
     cc = make_crosscoder(snaps, "standard_crosscoder")
     own = count_ngrams(acts.train_tokens(), snaps.tokenizer)
     found = study_dynamics(cc, acts, seed=4)
-    measured = measure_dynamics(snaps, own, acts.held_out_tokens())
+    measured = measure_dynamics(snaps, own, acts.tokens, seed=4)  # fewer than 30,000
     pd.testing.assert_frame_equal(found["dynamics"], dynamics_table(measured, cc, acts, seed=4))
     pd.testing.assert_frame_equal(found["phases"], find_phases(measured, cc, acts, seed=4))
     pd.testing.assert_frame_equal(
         found["selection"], propose_snapshots(snapshot_similarity(acts), 3, steps=snaps.steps)
     )
+    # a crosscoder of the trained snapshots, beside the predictions of all
+    later = Activations(snaps[1:], "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
+    without = study_dynamics(make_crosscoder(later.snapshots, "standard_crosscoder"), later, snapshots=snaps, seed=4)
+    assert without["dynamics"]["kl2"].tolist() == found["dynamics"]["kl2"].tolist()
+    assert without["dynamics"]["present"].isna().tolist() == [True, False, False]
+    assert len(without["similarity"]) < len(found["similarity"]) and len(without["selection"]) == 2
     other = study_dynamics(cc, acts, count_ngrams(acts.held_out_tokens(), snaps.tokenizer), seed=4)
     assert (other["dynamics"]["kl1"] != found["dynamics"]["kl1"]).all()
     strange = deepcopy(snaps.tokenizer)

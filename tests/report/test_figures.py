@@ -30,10 +30,13 @@ def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
     return table
 
 
-def turning_point(snapshot: Any) -> pd.DataFrame:
+def turning_point(snapshot: Any, **changed: Any) -> pd.DataFrame:
     row = {"event": "turning_point", "snapshot": snapshot, "label": "step20", "low": 1, "high": 3}
-    row |= {"lead": 0.81, "lead_low": 0.7, "lead_high": 0.9}
-    return pd.DataFrame([row, {"event": "settling", "snapshot": 3, "label": "step30"}])
+    row |= {"lead": 0.81, "lead_low": 0.7, "lead_high": 0.9, "resolved": True, "jump": 0.6, "jump_of": "statistics"}
+    row |= {"jump_from": "step0", "jump_to": "step10", **changed}
+    features = {"event": "features_lead", "snapshot": pd.NA, "lead": 0.0, "lead_low": 0.0, "lead_high": 0.1}
+    settling = {"event": "settling", "snapshot": 3, "label": "step30"}
+    return pd.DataFrame([row, {**row, "event": "statistics_lead", "snapshot": 2}, features, settling])
 
 
 def traces(chart: Any) -> dict[str, Any]:
@@ -58,13 +61,14 @@ def test_dynamics_draws_the_table(gap: bool) -> None:
     assert list(drawn["turning point"].x) == [drawn["loss"].x[2]] * 2
     band = next(trace for trace in chart.figure.data if trace.meta == "band" and trace.yaxis == "y2")
     assert set(band.x) == {drawn["loss"].x[1], drawn["loss"].x[3]}
-    assert (
-        "The turning point is step20 (95% interval, including the spacing of the snapshots: step10 to step30)"
-        in chart.note
-    )
-    assert (
-        "by 0.81 (0.70 to 0.90)" in chart.note and "settled by step30" in chart.note and "700 predictions" in chart.note
-    )
+    for words in (
+        "The turning point, where statistics lead most, is step20 (95% interval, including the spacing of the "
+        "snapshots: step10 to step30).",
+        "exceeds that of settled features by at most 0.81 (0.70 to 0.90) at step20,",
+        "that of the fall by at most 0.00 (0.00 to 0.10). Half of the features have settled by step30.",
+        "700 predictions",
+    ):
+        assert words in chart.note
     assert sorted(shape.y0 for shape in chart.figure.layout.shapes) == [3, 5]
 
 
@@ -72,8 +76,19 @@ def test_dynamics_without_features_or_turning_point() -> None:
     plain = dynamics_of().drop(columns=["present", "settled", "alive", "dimensionality", "bigram_progress"])
     chart = overview_figures.dynamics(plain)
     assert set(traces(chart)) == {"unigram KL", "bigram KL", "loss"} and "yaxis2" not in chart.figure.layout
-    assert "There is no turning point" in overview_figures.dynamics(dynamics_of(), turning_point(pd.NA)).note
-    assert "turning point" not in traces(overview_figures.dynamics(dynamics_of(), turning_point(pd.NA)))
+    for table, words in (
+        (turning_point(pd.NA), "There is no turning point: features lead at least as much as statistics. The share"),
+        (
+            turning_point(pd.NA, resolved=False),
+            "Unresolved: 60% of the bigram KL's fall lies between step0 and step10, so these snapshots cannot tell",
+        ),
+        (
+            turning_point(pd.NA, resolved=False, jump_of="features", jump_from=None),
+            "Unresolved: 60% of the features' settling lies between the start and step10,",
+        ),
+    ):
+        chart = overview_figures.dynamics(dynamics_of(), table)
+        assert words in chart.note and "turning point" not in traces(chart)
 
 
 def test_probe_parts_draws_the_table() -> None:

@@ -1,0 +1,150 @@
+"""Figures of seeds: what several trainings have in common, and how F and k were chosen.
+
+Each function turns tables into a chart, or into a sentence that says why there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from crosslens.report.chart import GRID, INK, MUTED, SERIES, Chart, Frame, Style, floats, ints, new_figure
+
+_BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
+"""Edges of the bands of firing rates; the first band has no lower edge."""
+
+
+def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
+    """Live features and the variance they write, by the number of seeds that have them.
+
+    Args:
+        consensus: rows of `consensus` about this run.
+        pairs: from `study_seeds`.
+    """
+    live = consensus[consensus["alive"].astype(bool)]
+    if live.empty:
+        return "Every feature is dead: none is active on any held-out token."
+    of = int(live["of"].iloc[0])
+    counts = range(1, of + 1)
+    by = live.groupby("n_seeds")
+    data = pd.DataFrame({"n_seeds": list(counts)})
+    data["features"] = by.size().reindex(counts, fill_value=0).to_numpy()
+    data["share"] = data["features"] / len(live)
+    data["variance"] = by["variance"].sum().reindex(counts, fill_value=0).to_numpy()
+    figure = new_figure("share", barmode="group", bargap=0.3)
+    for i, (column, name) in enumerate((("share", "of live features"), ("variance", "of their variance"))):
+        figure.add_bar(
+            x=ints(data["n_seeds"]),
+            y=floats(data[column]),
+            name=name,
+            marker={"color": SERIES[i]},
+            customdata=ints(data["features"]),
+            hovertemplate=(
+                f"<b>%{{x}} of {of} seeds</b><br>%{{customdata}} features<br>%{{y:.1%}} {name}<extra></extra>"
+            ),
+        )
+    figure.update_xaxes(title_text="seeds that have the feature", tickmode="array", tickvals=list(counts))
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    most = live[live["consensus"].astype(bool)]
+    both = pairs[["share_a", "share_b"]].to_numpy(dtype=float)
+    weighted = pairs[["variance_a", "variance_b"]].to_numpy(dtype=float)
+    cosine = pairs[["cosine_a", "cosine_b"]].to_numpy(dtype=float)
+    note = (
+        f"Most of {of} seeds have {len(most):,} of {len(live):,} live features ({len(most) / len(live):.0%}), which "
+        f"write {most['variance'].sum():.0%} of the variance. Between two seeds {both.mean():.0%} of the live features "
+        f"have a partner ({both.min():.0%} to {both.max():.0%} over {len(pairs)} pair{'s' * (len(pairs) > 1)}, both "
+        "directions), weighted by "
+        f"variance {weighted.mean():.0%}; {cosine.mean():.0%} have a partner whose decoder also has a cosine of .7. "
+        f"With permuted tokens {pairs['null_a'].mean():.1%} have one."
+    )
+    return Chart(figure, data, note)
+
+
+def seeds_by_rate(consensus: Frame) -> Chart | str:
+    """Share of consensus features by firing rate.
+
+    Args:
+        consensus: rows of `consensus` about this run.
+    """
+    live = consensus[consensus["alive"].astype(bool)]
+    if live.empty:
+        return "Every feature is dead: none is active on any held-out token."
+    band = np.searchsorted(_BANDS, live["firing_rate"].to_numpy(dtype=float), side="right")
+    by = live.groupby(band)
+    data = pd.DataFrame({"features": by.size(), "consensus": by["consensus"].mean(), "variance": by["variance"].sum()})
+    edges = [0.0, *_BANDS]
+    low, high = [edges[int(b)] for b in data.index], [edges[min(int(b) + 1, len(edges) - 1)] for b in data.index]
+    data.insert(0, "rate_from", low)
+    data.insert(1, "rate_to", high)
+    names = [f"{a:.1g} to {b:.1g}" if a else f"under {b:.1g}" for a, b in zip(low, high, strict=True)]
+    figure = new_figure("share of consensus features", bargap=0.25)
+    figure.add_bar(
+        x=list(range(len(data))),
+        y=floats(data["consensus"]),
+        marker={"color": SERIES[0]},
+        customdata=[
+            [name, f"{n:,} live features, {share:.1%} of the variance"]
+            for name, n, share in zip(names, ints(data["features"]), floats(data["variance"]), strict=True)
+        ],
+        text=[f"{n:,}" for n in ints(data["features"])],
+        textposition="outside",
+        hovertemplate="<b>%{customdata[0]}</b><br>%{y:.1%} in most seeds<br>%{customdata[1]}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_xaxes(title_text="firing rate", tickmode="array", tickvals=list(range(len(data))), ticktext=names)
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.12])
+    return Chart(figure, data.reset_index(drop=True), "Above the bars: the number of live features.")
+
+
+def sweep(table: Frame) -> Chart:
+    """Agreement of seeds against explained variance, a line per number of features.
+
+    Args:
+        table: from `choose`.
+    """
+    figure = new_figure("live features with a partner", height=420)
+    rows = table.sort_values(["d_sae", "k"])
+    proposed = rows[rows["proposed"].astype(bool)].iloc[0]
+    figure.add_scatter(
+        x=[float(proposed["least_explained"])], y=[float(proposed["agreement"])], mode="markers", name="proposed",
+        marker={"size": 20, "color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 2}}, hoverinfo="skip",
+    )  # fmt: skip
+    for i, (F, of_size) in enumerate(rows.groupby("d_sae")):
+        style, agreement = Style.of(i), floats(of_size["agreement"])
+        figure.add_scatter(
+            x=floats(of_size["least_explained"]),
+            y=agreement,
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [h - a for h, a in zip(floats(of_size["agreement_high"]), agreement, strict=True)],
+                "arrayminus": [a - low for low, a in zip(floats(of_size["agreement_low"]), agreement, strict=True)],
+                "color": style.color,
+                "thickness": 1,
+            },
+            mode="lines+markers+text",
+            text=[f"k={k:g}" for k in floats(of_size["k"])],
+            textposition="top right",
+            textfont={"color": MUTED, "size": 11},
+            name=f"F={ints(pd.Series([F]))[0]:,}",
+            line={"color": style.color, "dash": style.dash},
+            marker={"symbol": style.symbol, "size": 8},
+            customdata=[
+                [
+                    f"F={row['d_sae']:.0f}, k={row['k']:g}",
+                    f"{row['agreement']:.1%} of {row['live']:.0f} live features, {row['variance']:.1%} of the variance",
+                    f"least EV {row['least_explained']:.3f}, mean {row['explained_variance']:.3f}, "
+                    f"dead {row['dead']:.1%}",
+                ]
+                for row in of_size.to_dict("records")
+            ],
+            hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="explained variance, least explained snapshot", showgrid=True, gridcolor=GRID)
+    figure.update_yaxes(tickformat=".0%")
+    note = (
+        f"Proposed: F={proposed['d_sae']:.0f}, k={proposed['k']:g}, the largest agreement among the settings that "
+        "explain nearly as much as the best and have few dead features. Error bars: smallest and largest share over "
+        f"pairs of {int(proposed['seeds'])} seeds, in both directions."
+    )
+    return Chart(figure, rows.reset_index(drop=True), note)
