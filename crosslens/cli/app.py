@@ -461,22 +461,47 @@ def train(
 
 
 @app.command()
-def evolve(run_dir: TrainedArgument, device: DeviceOption = None) -> None:
+def evolve(
+    run_dir: TrainedArgument,
+    untrained: Annotated[
+        bool,
+        typer.Option(
+            "--untrained/--no-untrained",
+            help="Also train a crosscoder on as many models that never trained, with the run's settings, and count "
+            "births there: the rate of false births. Takes as long as the run's harvest and training.",
+        ),
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
     """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
     import pandas as pd
 
-    from crosslens.evolution import study_dynamics, study_evolution, study_probes
+    from crosslens.evolution import (
+        recorded_training,
+        study_births,
+        study_dynamics,
+        study_evolution,
+        study_probes,
+        table_of_counts,
+        untrained_births,
+    )
     from crosslens.features import feature_tables
 
     run, crosscoder, acts = open_run(run_dir, device)
     history = study_evolution(crosscoder, acts)
+    if untrained:
+        run.save_table("untrained_births", untrained_births(acts, *recorded_training(run, acts.settings.device)))
+    births = study_births(crosscoder, acts, untrained=run.table("untrained_births"))
+    run.save_tables(births)
     run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
     run.save_tables(study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")))
     run.save_tables(study_probes(crosscoder, acts))
     table = history["evolution"]
     counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
-    typer.echo(f"{int(table['alive'].sum())} live features: {counts}")
+    typer.echo(f"{int(table['alive'].sum())} live features; by decoder norm: {counts}")
+    for line in table_of_counts(births["birth_counts"]):
+        typer.echo(line)
 
 
 @app.command()

@@ -1,4 +1,8 @@
 from .agreement import top_agreement as top_agreement
+from .births import count_births as count_births
+from .births import date_births as date_births
+from .births import presence_curves as presence_curves
+from .births import table_of_counts as table_of_counts
 from .controls import LatentScaling as LatentScaling
 from .controls import encoder_share as encoder_share
 from .controls import latent_scaling as latent_scaling
@@ -17,6 +21,8 @@ from .lifecycles import rotation as rotation
 from .ngrams import NgramCounts as NgramCounts
 from .ngrams import count_ngrams as count_ngrams
 from .phases import find_phases as find_phases
+from .presence import Decodability as Decodability
+from .presence import measure_decodability as measure_decodability
 from .probes import probe as probe
 from .probes import probe_correlation as probe_correlation
 from .probes import probe_parts as probe_parts
@@ -27,6 +33,10 @@ from .selection import propose_snapshots as propose_snapshots
 from .selection import snapshot_similarity as snapshot_similarity
 from .splitting import replacements as replacements
 from .splitting import splits as splits
+from .study import study_births as study_births
 from .study import study_dynamics as study_dynamics
 from .study import study_evolution as study_evolution
 from .study import study_probes as study_probes
+from .untrained import recorded_training as recorded_training
+from .untrained import untrained_births as untrained_births
+from .untrained import untrained_snapshots as untrained_snapshots

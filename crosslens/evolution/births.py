@@ -1,11 +1,11 @@
 """When features are born, how sure that is, and how many births are false.
 
-For a curve of presence of each feature over snapshots (decoder norm, R2 or within-token R2, see `presence`), relative to
-the feature's largest value, lifecycles are those of `lifecycles.classify_lifecycles`. For both R2, whose errors are
+For a curve of presence of each feature over snapshots (decoder norm, R2 or within-token R2, see `presence`), relative
+to the feature's largest value, lifecycles are those of `lifecycles.classify_lifecycles`. For both R2, whose errors are
 known for G groups of sequences, `date_births` adds
 
-1. a *crossing*: the point between two snapshots (as an index) where the linearly interpolated relative curve reaches the
-   threshold, 0 for features that are present at the first snapshot;
+1. a *crossing*: the point between two snapshots (as an index) where the linearly interpolated relative curve reaches
+   the threshold, 0 for features that are present at the first snapshot;
 2. 95 % intervals of birth and crossing from a bootstrap over groups of sequences: percentiles, expanded for the small
    number of groups (Hesterberg 2015, 10.1080/00031305.2015.1089789, section 5.3);
 3. the *effect*, largest R2 minus R2 at the first snapshot, with its interval;
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.stats import false_discovery_control, norm
 from scipy.stats import t as student
@@ -40,6 +39,7 @@ from crosslens.evolution.presence import Decodability
 MEASURES = ("norm", "r2", "within")
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
+_NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 _FEATURES = 1024  # at a time when resampling
 
 
@@ -87,8 +87,8 @@ def date_births(
         seed: seed for the draws.
 
     Returns:
-        A row per feature: birth_low, birth_high (snapshot indices; S where a draw has no birth), crossing, crossing_low,
-        crossing_high, effect, effect_low, effect_high, p, q.
+        A row per feature: birth_low, birth_high (snapshot indices; S where a draw has no birth), crossing,
+        crossing_low, crossing_high, effect, effect_low, effect_high, p, q.
 
     Raises:
         UserError: one snapshot only, an unknown measure, a threshold out of range.
@@ -177,6 +177,43 @@ def count_births(
     return table
 
 
+def beside_untrained(counts: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
+    """Add to a result of `count_births` that of untrained models.
+
+    Returns:
+        `counts` with untrained (share of the features that are born in untrained models) and untrained_n (features with
+        a reading there). Untrained models
+        have few contextual features.
+    """
+    keys = ["measure", "kind", "threshold"]
+    own = untrained.rename(columns={"n": "untrained_n", "born": "untrained"})[[*keys, "untrained_n", "untrained"]]
+    table = counts.merge(own, on=keys, how="left", validate="one_to_one")
+    table["untrained"] = table["untrained"] / table["untrained_n"]
+    return table
+
+
+def table_of_counts(counts: pd.DataFrame) -> list[str]:
+    """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
+
+    A cell is births forward / reversed, then the share of features born in untrained models where it is known.
+    """
+    thresholds = sorted(set(counts["threshold"].tolist()))
+    known = "untrained" in counts
+    lines = ["births".ljust(26) + "".join(f"{f'at {one:g}':>18}" for one in thresholds)]
+    for (measure, kind), rows in counts.groupby(["measure", "kind"], sort=False):
+        cells: list[str] = []
+        for row in rows.sort_values("threshold").to_dict("records"):
+            cell = f"{row['born']} / {row['born_reversed']}"
+            if known and np.isfinite(row["untrained"]):
+                cell += f" ({row['untrained']:.1%})"
+            cells.append(f"{cell:>18}")
+        lines.append(f"{_NAMES[str(measure)]}, {kind} ({rows['n'].iloc[0]})".ljust(26) + "".join(cells))
+    rest = "in brackets: share of features born in models that never trained" if known else (
+        "false births not measured: use --untrained"
+    )  # fmt: skip
+    return [*lines, f"forward / with the snapshots reversed; {rest}"]
+
+
 def q_values(p: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
     """q-values of Benjamini and Hochberg; missing p-values stay missing and do not count."""
     q, known = np.full(len(p), np.nan), np.isfinite(p)
@@ -198,7 +235,7 @@ def _relative(values: Float64[np.ndarray, "... S"]) -> Float64[np.ndarray, "... 
 
 def _dates(
     values: Float64[np.ndarray, "... S"], presence: float, min_run: int
-) -> tuple[Int[np.ndarray, "..."], Float64[np.ndarray, "..."]]:
+) -> tuple[Int[np.ndarray, ...], Float64[np.ndarray, ...]]:
     """Births (S if there is none) and crossings (S - 1 if there is none)."""
     S, v = values.shape[-1], _relative(values)
     births = birth_index(v >= presence, min_run)

@@ -4,10 +4,10 @@ The decoder norm says what the dictionary writes; decodability says what the mod
 with activations x_s scaled as for training:
 
 1. The held-out sequences are cut into two halves, the first A and the second B.
-2. On A, ridge regression of f_i on x_s: w_is = (C_s + lambda_s I)^-1 c_is with C_s = Cov_A(x_s), c_is = Cov_A(x_s, f_i),
-   lambda_s = ridge tr(C_s) / D.
-3. On B, `R2_is = 1 - sum (f_i - fhat_is)^2 / sum (f_i - mean_A f_i)^2`: 1 if the snapshot predicts the feature exactly, 0
-   if no better than the mean of A, below 0 if worse.
+2. On A, ridge regression of f_i on x_s: `w_is = (C_s + lambda_s I)^-1 c_is`, where C_s = Cov_A(x_s),
+   c_is = Cov_A(x_s, f_i) and lambda_s = ridge tr(C_s) / D.
+3. On B, `R2_is = 1 - sum (f_i - fhat_is)^2 / sum (f_i - mean_A f_i)^2`: 1 if the snapshot predicts the feature exactly,
+   0 if no better than the mean of A, below 0 if worse.
 4. *Within-token* R2 asks what the context adds: the means of each token type in A are taken off x and f first, on both
    halves. Only tokens whose type occurs twice or more in A take part.
 5. A feature is *lexical* if most of its variance lies between token types, else *contextual*. The share is
@@ -16,8 +16,8 @@ with activations x_s scaled as for training:
 
 The sums of squares of B are kept for groups of sequences, so that intervals can be computed by resampling groups
 (`Decodability.resample`) without encoding anything again. Activations are read once. The sums take S D F numbers in
-float64, then two sets of S D F weights in float32. Decodability of this kind is new here; probes (`probes`) ask the same
-of single features, by classification.
+float64, then two sets of S D F weights in float32. Decodability of this kind is new here; probes (`probes`) ask the
+same of single features, by classification.
 Symbols: B tokens, S snapshots, D d_model, F features, K token types, G groups of sequences.
 """
 
@@ -159,7 +159,7 @@ def _positions(acts: Activations, n_units: int) -> tuple[Int[np.ndarray, " B"], 
     kept = acts.keep(tokens)
     N, T = tokens.shape
     sequence = torch.arange(N)[:, None].expand(N, T)
-    if N < n_units:
+    if n_units > N:
         length = max(1, N * T // n_units)
         sequence = torch.arange(N)[:, None] * T + torch.arange(T) // length
     return tokens[kept].numpy(), sequence[kept].numpy()
@@ -187,7 +187,7 @@ class _FirstHalf:
         self.device, self.counts, self.n = crosscoder.W_dec.device, counts, int(counts.sum())
         self.xx = torch.zeros(S, D, D, dtype=torch.float64)
         self.fx = torch.zeros(F, S, D, dtype=torch.float64)
-        self.squares = torch.zeros(F, dtype=torch.float64)
+        self.squares = np.zeros(F)
         self.type_x = torch.zeros(len(counts), S, D, dtype=torch.float64)
         self.type_f: Any = scipy.sparse.csr_array((len(counts), F))
 
@@ -198,27 +198,27 @@ class _FirstHalf:
             rows = x[:, s].double()
             self.xx[s] += (rows.T @ rows).cpu()
         by_feature = features.t().to_sparse()
-        self.fx += (by_feature @ x.flatten(1)).view_as(self.fx).double().cpu()
-        self.squares += features.double().square().sum(0).cpu()
+        self.fx += (by_feature @ x.flatten(1)).view_as(self.fx).cpu()  # the sum is in float64 without a copy
         self.type_x.index_add_(0, torch.from_numpy(number), x.double().cpu())
         row, column = features.nonzero(as_tuple=True)
         values = features[row, column].double().cpu().numpy()
         where = number[row.cpu().numpy()], column.cpu().numpy()
+        self.squares += np.bincount(where[1], values**2, len(self.squares))
         self.type_f = self.type_f + scipy.sparse.coo_array((values, where), shape=self.type_f.shape).tocsr()
 
     def fit(self, ridge: float) -> list[_Fit]:
         """Fit both regressions; the sums of products are used up."""
         S = len(self.xx)
         x_mean, f_mean = self.type_x.sum(0) / self.n, torch.from_numpy(self.type_f.sum(0)) / self.n
-        raw, within = [], []
+        raw, within = (torch.empty(S, self.fx.shape[2], len(self.fx)) for _ in range(2))
         for s in range(S):
             total = self.type_x[:, s].sum(0)
             xx, fx = self.xx[s] - total.outer(x_mean[s]), self.fx[:, s] - f_mean.outer(total)
-            raw.append(_ridge(xx, fx, ridge, self.xx[s]))
+            raw[s] = _ridge(xx, fx, ridge, self.xx[s])
             of_types = self.type_x[:, s] / torch.from_numpy(self.counts)[:, None]  # means
             xx = self.xx[s] - self.type_x[:, s].T @ of_types
             fx = self.fx[:, s] - torch.from_numpy(self.type_f.T @ of_types.numpy())
-            within.append(_ridge(xx, fx, ridge, self.xx[s]))
+            within[s] = _ridge(xx, fx, ridge, self.xx[s])
         del self.fx
         # types that occur once say nothing about a mean: they are left out
         again = np.flatnonzero(self.counts > 1)
@@ -228,13 +228,13 @@ class _FirstHalf:
         type_x = (self.type_x[again] / torch.from_numpy(counts)[:, None, None]).float()
         type_f = (scipy.sparse.diags_array(1 / counts) @ self.type_f[again]).tocsr().astype(np.float32)
         return [
-            _Fit(torch.stack(raw).to(self.device), x_mean[None].float(), f_mean[None].float().numpy()),
-            _Fit(torch.stack(within).to(self.device), type_x, type_f, place),
+            _Fit(raw.to(self.device), x_mean[None].float(), f_mean[None].float().numpy()),
+            _Fit(within.to(self.device), type_x, type_f, place),
         ]
 
     def between(self) -> Float64[np.ndarray, " F"]:
         """Share of every feature's variance between token types (epsilon squared)."""
-        K, squares = len(self.counts), self.squares.numpy()
+        K, squares = len(self.counts), self.squares
         within = squares - (self.type_f**2).T @ (1 / self.counts)
         total = squares - self.type_f.sum(0) ** 2 / self.n
         with np.errstate(invalid="ignore", divide="ignore"):

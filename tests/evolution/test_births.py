@@ -116,7 +116,9 @@ def test_counts_forward_and_reversed() -> None:
     curves = presence_curves(norms, found, alive)
     assert not curves["r2"][3].any(), "nothing predicts this feature"
     assert not curves["within"][1].any(), "lexical features have no within-token reading"
-    table = count_births(curves, found.lexical, found, thresholds=(0.3, 0.5)).set_index(["measure", "kind", "threshold"])
+    table = count_births(curves, found.lexical, found, thresholds=(0.3, 0.5)).set_index(
+        ["measure", "kind", "threshold"]
+    )
     columns = ["n", "born", "born_reversed", "sure", "sure_reversed"]
     assert table.loc[("r2", "all", 0.5), columns].tolist() == [4, 2, 1, 2, 1]
     assert table.loc[("r2", "contextual", 0.5), columns].tolist() == [3, 2, 0, 2, 0]

@@ -32,7 +32,7 @@ def slow(x: np.ndarray, f: np.ndarray, types: np.ndarray, units: np.ndarray, rid
     groups = [np.isin(units, names[one:other]) for one, other in zip(edges, edges[1:], strict=False)]
     counts = Counter(types[a].tolist())
     often = np.array([counts[t] > 1 for t in types.tolist()])
-    (n, S, _), F = x.shape, f.shape[1]
+    (_, S, _), F = x.shape, f.shape[1]
     error, total = np.full((2, G, F, S), np.nan), np.full((2, G, F), np.nan)
     around_x, around_f = x.copy(), f.copy()
     for t in set(types[often].tolist()):
@@ -157,7 +157,7 @@ def test_the_batches_of_the_stream_do_not_matter(monkeypatch: pytest.MonkeyPatch
     x = torch.randn(40, 7, 3, 4, generator=draw)
     crosscoder = of_norms(torch.rand(5, 3, generator=draw), D=4)
     found = measure_decodability(crosscoder, Read(x, tokens), n_groups=3)
-    monkeypatch.setattr(Held, "held_out", lambda self, size=0: iter(self.x.split(101)))
+    monkeypatch.setattr(Held, "held_out", lambda self, *_: iter(self.x.split(101)))
     again = measure_decodability(crosscoder, Read(x, tokens), n_groups=3)
     np.testing.assert_allclose(again.error, found.error, rtol=1e-5)
     np.testing.assert_allclose(again.r2, found.r2, atol=1e-6)
