@@ -477,6 +477,7 @@ def evolve(
     import pandas as pd
 
     from crosslens.evolution import (
+        describe_probes,
         recorded_training,
         study_births,
         study_dynamics,
@@ -496,11 +497,14 @@ def evolve(
     run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
     run.save_tables(study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")))
-    run.save_tables(study_probes(crosscoder, acts))
+    probes = study_probes(crosscoder, acts, births["presence"])
+    run.save_tables(probes)
     table = history["evolution"]
     counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
     typer.echo(f"{int(table['alive'].sum())} live features; by decoder norm: {counts}")
     for line in table_of_counts(births["birth_counts"]):
+        typer.echo(line)
+    for line in describe_probes(probes["probe_presence"]):
         typer.echo(line)
 
 

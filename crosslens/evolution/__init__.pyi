@@ -23,9 +23,11 @@ from .ngrams import count_ngrams as count_ngrams
 from .phases import find_phases as find_phases
 from .presence import Decodability as Decodability
 from .presence import measure_decodability as measure_decodability
+from .probes import describe_probes as describe_probes
 from .probes import probe as probe
 from .probes import probe_correlation as probe_correlation
 from .probes import probe_parts as probe_parts
+from .probes import probe_presence as probe_presence
 from .seeds import compare_evolutions as compare_evolutions
 from .seeds import compare_features as compare_features
 from .seeds import match_features as match_features

@@ -39,7 +39,7 @@ from crosslens.evolution.presence import Decodability
 MEASURES = ("norm", "r2", "within")
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
-_NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
+NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 _FEATURES = 1024  # at a time when resampling
 
 
@@ -195,20 +195,20 @@ def beside_untrained(counts: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFr
 def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
 
-    A cell is births forward / reversed, then the share of features born in untrained models where it is known.
+    A cell is births forward / reversed, then those in untrained models where they are known.
     """
     thresholds = sorted(set(counts["threshold"].tolist()))
     known = "untrained" in counts
-    lines = ["births".ljust(26) + "".join(f"{f'at {one:g}':>18}" for one in thresholds)]
+    lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>22}" for one in thresholds)]
     for (measure, kind), rows in counts.groupby(["measure", "kind"], sort=False):
         cells: list[str] = []
         for row in rows.sort_values("threshold").to_dict("records"):
             cell = f"{row['born']} / {row['born_reversed']}"
-            if known and np.isfinite(row["untrained"]):
-                cell += f" ({row['untrained']:.1%})"
-            cells.append(f"{cell:>18}")
-        lines.append(f"{_NAMES[str(measure)]}, {kind} ({rows['n'].iloc[0]})".ljust(26) + "".join(cells))
-    rest = "in brackets: share of features born in models that never trained" if known else (
+            if known:
+                cell += f" ({row['untrained'] * row['untrained_n']:.0f} of {row['untrained_n']})"
+            cells.append(f"{cell:>22}")
+        lines.append(f"{NAMES[str(measure)]}, {kind} ({rows['n'].iloc[0]})".ljust(34) + "".join(cells))
+    rest = "in brackets: in models that never trained" if known else (
         "false births not measured: use --untrained"
     )  # fmt: skip
     return [*lines, f"forward / with the snapshots reversed; {rest}"]

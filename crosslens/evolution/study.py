@@ -39,7 +39,7 @@ from crosslens.evolution.lifecycles import (
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams
 from crosslens.evolution.phases import find_phases
 from crosslens.evolution.presence import measure_decodability
-from crosslens.evolution.probes import probe, probe_parts
+from crosslens.evolution.probes import probe, probe_parts, probe_presence
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
 
@@ -216,24 +216,33 @@ def study_dynamics(
 
 
 def study_probes(
-    crosscoder: Crosscoder, acts: Activations, *, n_features: int = 50, seed: int = 0
+    crosscoder: Crosscoder,
+    acts: Activations,
+    presence: pd.DataFrame | None = None,
+    *,
+    n_features: int = 50,
+    seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
     """Probe some features at every snapshot.
 
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
+        presence: the table "presence" of `study_births`, to compare the errors with every measure of presence.
         n_features: features to probe, drawn from those that are active often enough.
         seed: seed for the draws.
 
     Returns:
-        The tables probe (of `probe`) and probe_parts.
+        The tables probe (of `probe`), probe_parts, and with `presence` probe_presence.
 
     Raises:
         UserError: as `probe`.
     """
     probes = probe(crosscoder, acts, n_features=n_features, seed=seed)
-    return {"probe": probes, "probe_parts": probe_parts(probes, seed=seed)}
+    tables = {"probe": probes, "probe_parts": probe_parts(probes, seed=seed)}
+    if presence is not None:
+        tables["probe_presence"] = probe_presence(probes, presence, seed=seed)
+    return tables
 
 
 def _per_feature(name: str, values: Float[Tensor, "F S"], labels: list[str]) -> pd.DataFrame:
