@@ -251,6 +251,7 @@ def plan(
         check_training(options, device, n_tokens)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
+    from crosslens.evolution import untrained_steps
 
     settings = parse_settings(device, backend)
     data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
@@ -267,6 +268,8 @@ def plan(
         data_parallel=data_parallel,
     )
     typer.echo(str(planned))
+    for line in untrained_steps(acts.snapshots.labels, acts.snapshots.steps):
+        typer.echo(line)
 
 
 @app.command()
@@ -428,6 +431,7 @@ def train(
     split = check_split(dataset, split)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
+    from crosslens.evolution import describe_doubtful, doubtful_snapshots
     from crosslens.rundir import RunDir
     from crosslens.training.run import claim
     from crosslens.training.run import train as train_crosscoder
@@ -436,9 +440,9 @@ def train(
     data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
     acts = Activations(load(), hook, data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
+    if _first():
+        claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
     if cache is not None:
-        if _first():
-            claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
         acts = acts.cache(cache, cache_dtype)
     planned = acts.plan(
         measure=False,
@@ -449,6 +453,9 @@ def train(
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         data_parallel=data_parallel,
     )
+    if _first() and acts.n_snapshots > 1 and not (RunDir(run_dir).crosscoder / "cfg.json").is_file():
+        for line in describe_doubtful(doubtful_snapshots(acts)):
+            _say(line)
     total = (config.training_tokens or acts.n_tokens) // config.batch_size
     _say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
     crosscoder = train_crosscoder(acts, architecture_config, config)
@@ -477,7 +484,10 @@ def evolve(
     import pandas as pd
 
     from crosslens.evolution import (
+        describe_doubtful,
         describe_probes,
+        doubtful_snapshots,
+        encoder_share,
         recorded_training,
         study_births,
         study_dynamics,
@@ -502,6 +512,10 @@ def evolve(
     table = history["evolution"]
     counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
     typer.echo(f"{int(table['alive'].sum())} live features; by decoder norm: {counts}")
+    doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
+    run.save_table("doubtful", doubtful)
+    for line in describe_doubtful(doubtful):
+        typer.echo(line)
     for line in table_of_counts(births["birth_counts"]):
         typer.echo(line)
     for line in describe_probes(probes["probe_presence"]):

@@ -31,8 +31,11 @@ from .probes import probe_presence as probe_presence
 from .seeds import compare_evolutions as compare_evolutions
 from .seeds import compare_features as compare_features
 from .seeds import match_features as match_features
+from .selection import describe_doubtful as describe_doubtful
+from .selection import doubtful_snapshots as doubtful_snapshots
 from .selection import propose_snapshots as propose_snapshots
 from .selection import snapshot_similarity as snapshot_similarity
+from .selection import untrained_steps as untrained_steps
 from .splitting import replacements as replacements
 from .splitting import splits as splits
 from .study import study_births as study_births

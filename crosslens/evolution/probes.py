@@ -10,9 +10,9 @@ For a feature i and a snapshot s (after Ge et al., arXiv 2509.17196, who do not 
    chance is .5.
 
 The hypothesis is that the error is low where the feature is present: `probe_presence` correlates it with every measure
-of presence within features over snapshots; `probe_correlation` with the decoder norm over all points, which `probe_parts`
-decomposes. Rare features have fewer tokens, given as `n`, and thus a higher error; `min_samples = n_samples` gives all
-features the same number.
+of presence within features over snapshots; `probe_correlation` with the decoder norm over all points, and `probe_parts`
+decomposes that. Rare features have fewer tokens, given as `n`, and thus a higher error; `min_samples = n_samples` gives
+all features the same number.
 
 A feature of a single word can be decoded from any snapshot that distinguishes words, even an untrained one. Its error
 against arbitrary inactive tokens is therefore low everywhere, as it is for all features active on few words. With

@@ -7,8 +7,8 @@ Every feature has its own orthogonal direction, and one of these kinds (`KINDS`)
 - `slow`: the share of variance along its direction that it explains grows over five snapshots.
 - `hidden`: written with the same strength at all snapshots, but drowned by noise along its direction before its birth.
   Its decoder norm need not change, what can be decoded does.
-- `faint`: written four times more weakly before some snapshot, but always free of noise. Its decoder norm changes, what
-  can be decoded does not: it is not born.
+- `faint`: written at .4 of its strength before some snapshot, but with little noise. Its decoder norm changes by more
+  than half, what can be decoded hardly does: it is not born.
 
 A trap (`Trap`) adds an untrained first snapshot, isotropic random vectors of the tokens in all directions; snapshots
 that are mostly mean; or no births at all. The truth is not what was planted but what can be decoded: R2 of the best
@@ -135,7 +135,7 @@ class PlantedTraps(Activations):
         strength, noise = np.ones((len(self.at), S)), np.full((len(self.at), S), _NOISE)
         kinds = self.kinds[:, None]
         strength = np.where(np.isin(kinds, ("sudden", "lexical_sudden")) & (s < at), 0.0, strength)
-        strength = np.where((kinds == "faint") & (s < at), 0.25, strength)
+        strength = np.where((kinds == "faint") & (s < at), 0.4, strength)
         # R2 = strength^2 variance / (strength^2 variance + noise^2), from about 0 to .9 around the planted snapshot
         variance = (self.probability * 1.09 - self.probability**2).double().numpy()[:, None]
         target = np.clip(0.45 + 0.9 * (s - at + 0.5) / 5, 0.01, 0.9)
@@ -273,8 +273,9 @@ def judge_births(
         min_correlation: least correlation of activations between a planted feature and the one found for it.
 
     Returns:
-        A row per planted feature that is found: kind, feature, correlation, birth (true; 0 if not born), crossing
-        (as in `date_births`, on 100,000 other tokens), birth_low, birth_high, norm and r2 (births found; S if there is none), crossing_low, crossing_high, q.
+        A row per planted feature that is found: kind, feature, correlation, birth (true; 0 if not born), crossing (as
+        in `date_births`, on 100,000 other tokens), norm and r2 (births found; S if there is none), birth_low,
+        birth_high, crossing_low, crossing_high, q.
     """
     values = traps.held_out_values().double()
     parts = [features for _, features in held_out_features(crosscoder, traps)]
@@ -308,18 +309,19 @@ def score_births(judged: pd.DataFrame) -> dict[str, float]:
     """Score the births of `judge_births`, over the planted features that are found.
 
     Returns:
-        found (number); by measure, norm and r2: exact/<measure> (share of the truly born with the exact date) and
-        false/<measure> (share of the features said to be born that are not); covered and covered_crossing (shares of the truly
-        born whose interval contains the true birth, and the crossing on many tokens) and false_sure (share of false births among those with q up to .05).
-        NaN where there are no such features.
+        found and born (numbers of features). By measure, norm and r2: exact/<measure> (share of the truly born with the
+        exact date), false/<measure> (share of the features said to be born that are not) and false_rate/<measure>
+        (share of the features that are not born but said to be). covered and covered_crossing (shares of the truly born
+        whose interval contains the true birth, and the crossing on many tokens), and false_sure (share of false births
+        among those with q up to .05). NaN where there are no such features.
     """
-    S = 10_000  # births at S or later do not occur
-    born = judged["birth"].between(1, S)
+    born = judged["birth"] > 0
     scores: dict[str, float] = {"found": float(len(judged)), "born": float(born.sum())}
     for measure in ("norm", "r2"):
         said = judged[measure] > 0
         scores[f"exact/{measure}"] = float((judged[measure] == judged["birth"])[born].mean()) if born.any() else np.nan
         scores[f"false/{measure}"] = float((~born)[said].mean()) if said.any() else 0.0
+        scores[f"false_rate/{measure}"] = float(said[~born].mean()) if (~born).any() else np.nan
     for name, true in (("birth", "covered"), ("crossing", "covered_crossing")):
         inside = judged[name].between(judged[f"{name}_low"], judged[f"{name}_high"])
         scores[true] = float(inside[born].mean()) if born.any() else np.nan

@@ -95,7 +95,10 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
         assert (code, err) == (0, ""), arguments
         assert out
     run = RunDir.open(trained)
-    for table in ("evaluation", "evolution", "probe", "accuracy", "attribution/task", "ablation/task"):
+    for table in (
+        *("evaluation", "evolution", "presence", "births", "birth_counts", "probe", "probe_presence", "accuracy"),
+        *("attribution/task", "ablation/task"),
+    ):
         assert run.table(table) is not None, table
     # effects are measured on one half of the prompts, ablations on the other
     halves = Task.sva(files / "task.json").split(0)
