@@ -251,7 +251,7 @@ def plan(
         check_training(options, device, n_tokens)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
-    from crosslens.evolution import untrained_steps
+    from crosslens.evolution import plan_decodability, untrained_steps
 
     settings = parse_settings(device, backend)
     data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
@@ -268,6 +268,10 @@ def plan(
         data_parallel=data_parallel,
     )
     typer.echo(str(planned))
+    if architecture_config is not None:
+        shape = architecture_config.d_sae, acts.n_snapshots, acts.d_model
+        held, seconds = plan_decodability(*shape, acts.dataset.n_held_out)
+        typer.echo(f"evolve: {held / 2**30:.2f} GiB of memory to read presence, {seconds / 60:.1f} min of one CPU core")
     for line in untrained_steps(acts.snapshots.labels, acts.snapshots.steps):
         typer.echo(line)
 

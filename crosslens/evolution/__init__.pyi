@@ -23,6 +23,7 @@ from .ngrams import count_ngrams as count_ngrams
 from .phases import find_phases as find_phases
 from .presence import Decodability as Decodability
 from .presence import measure_decodability as measure_decodability
+from .presence import plan_decodability as plan_decodability
 from .probes import describe_probes as describe_probes
 from .probes import probe as probe
 from .probes import probe_correlation as probe_correlation

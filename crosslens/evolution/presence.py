@@ -36,7 +36,7 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import check_activations, held_out_features
+from crosslens.evolution.lifecycles import batch_tokens, check_activations, held_out_features
 
 RIDGE = 1e-3
 GROUPS = 32
@@ -148,6 +148,26 @@ def measure_decodability(
     error[:, :, silent], total[:, :, silent] = np.nan, np.nan
     r2, within = (_r2(error[which].sum(0), total[which].sum(0)[:, None]) for which in range(2))
     return Decodability(r2, within, half.between(), active.sum(0), len(types), error, total)
+
+
+def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens: int) -> tuple[int, float]:
+    """Estimate what `measure_decodability` needs on a CPU, before anything is trained.
+
+    Args:
+        n_features: F.
+        n_snapshots: S.
+        d_model: D.
+        n_tokens: held-out tokens.
+
+    Returns:
+        Bytes of memory, with the crosscoder and without the process itself; and seconds of one core at 50 GFLOP/s.
+    """
+    matrix = n_features * n_snapshots * d_model
+    block = batch_tokens(n_features)
+    # encoder and decoder, sums in float64, two sets of weights; features of a block with what is computed from them;
+    # activations of a block, and means of token types, of which there are fewer than half as many as tokens
+    held = 24 * matrix + 16 * block * n_features + 12 * (block + n_tokens // 5) * n_snapshots * d_model
+    return held, 4 * matrix * n_tokens / 50e9
 
 
 def _positions(acts: Activations, n_units: int) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:

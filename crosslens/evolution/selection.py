@@ -10,9 +10,8 @@
 3. `propose_snapshots` takes the first and the last snapshot, and the k - 2 between them that minimise the sum of
    distances from every snapshot to the nearer of the two chosen ones around it. Since snapshots are ordered, dynamic
    programming finds the optimum. The search is new here.
-
-4. `doubtful_snapshots` names those that a crosscoder is better trained without, since they take features from the others:
-   untrained ones, whose variance is spread over many directions, and those nearly equal to the snapshot before.
+4. `doubtful_snapshots` names those that a crosscoder is better trained without, since they take features from the
+   others: untrained ones, whose variance is spread over many directions, and those nearly equal to one before.
 
 The proposal only reflects what was measured: changes between saved snapshots, or changes that neither the tasks nor the
 activations at this hook point show, are missed. Symbols: B tokens, S snapshots, D d_model.
@@ -132,7 +131,7 @@ def doubtful_snapshots(
             reasons.append("untrained (step 0)")
         if ratios[s] > max_ratio * np.median(ratios):
             reasons.append(
-                f"as if untrained (participation ratio {ratios[s]:.1f}, median of all snapshots {np.median(ratios):.1f})"
+                f"as if untrained (participation ratio {ratios[s]:.1f}, median of all {np.median(ratios):.1f})"
             )
         if row["similarity"] >= max_similarity:
             before = acts.snapshots.labels[kept or 0]
@@ -158,7 +157,7 @@ def untrained_steps(labels: Sequence[str], steps: Sequence[int | None]) -> list[
 
 
 def describe_doubtful(table: pd.DataFrame) -> list[str]:
-    """What `doubtful_snapshots` found, a line each, and the `--steps` that leave these out; nothing if there are none."""
+    """What `doubtful_snapshots` found, a line each, and the `--steps` that leave them out; empty if there are none."""
     named = table[table["reason"] != ""]
     if named.empty:
         return []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosslens.errors import UserError
-from crosslens.evolution.presence import measure_decodability
+from crosslens.evolution.presence import measure_decodability, plan_decodability
 from tests.given import Held, Read, of_norms
 
 
@@ -127,6 +127,13 @@ def test_types_that_occur_once_leave_no_within_token_reading() -> None:
     found = measure_decodability(of_norms(torch.ones(4, 2), D=3), Read(x, tokens))
     assert np.isnan(found.within).all() and np.isnan(found.between).all() and np.isfinite(found.r2).all()
     assert not found.lexical.any()
+
+
+def test_the_plan_counts_what_is_held() -> None:
+    held, seconds = plan_decodability(16_384, 8, 512, 50_000)
+    assert 3 < held / 1e9 < 4 and 200 < seconds < 300
+    more, longer = plan_decodability(32_768, 8, 512, 100_000)
+    assert 1.5 * held < more < 4 * held and longer == 4 * seconds
 
 
 def test_refused() -> None:
