@@ -152,6 +152,8 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
         *("--context-size", 16, "--d-sae", 4096, "--architecture", "standard", "--processes", 2),
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
+    assert "evolve: 0." in out and "GiB of memory to read presence" in out
+    assert "step0: untrained (step 0)\na crosscoder is better trained without: --steps 10,20" in out
 
 
 def test_harvest_then_train(command: Command, tiny_snapshots: Path, files: Path, trained: Path, tmp_path: Path) -> None:
