@@ -196,6 +196,9 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
 
     A cell is births forward / reversed, then those in untrained models where they are known.
+
+    Args:
+        counts: the result of `count_births` or `beside_untrained`.
     """
     thresholds = sorted(set(counts["threshold"].tolist()))
     known = "untrained" in counts

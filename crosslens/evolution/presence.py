@@ -71,7 +71,11 @@ class Decodability:
         return self.between > 0.5
 
     def curves(self, measure: str) -> Float64[np.ndarray, "F S"]:
-        """`r2` or `within`, by name."""
+        """R2 by name.
+
+        Args:
+            measure: "r2" or "within".
+        """
         return {"r2": self.r2, "within": self.within}[measure]
 
     def resample(

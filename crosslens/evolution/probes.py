@@ -248,7 +248,11 @@ def probe_presence(
 
 
 def describe_probes(table: pd.DataFrame) -> list[str]:
-    """The result of `probe_presence` in two lines, within features first."""
+    """Correlations in two lines, within features first.
+
+    Args:
+        table: the result of `probe_presence`.
+    """
     lines: list[str] = []
     for part, rows in table.groupby("part", sort=False):
         words = [

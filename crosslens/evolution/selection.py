@@ -89,7 +89,7 @@ def doubtful_snapshots(
     share: Float[Tensor, "F S"] | None = None,
     *,
     max_tokens: int = 4096,
-    max_ratio: float = 3.0,
+    max_ratio: float = 1.5,
     max_similarity: float = 0.99,
 ) -> pd.DataFrame:
     """Name the snapshots that a crosscoder is better trained without, and why.
@@ -98,20 +98,20 @@ def doubtful_snapshots(
 
     - its step is 0: it is untrained;
     - the participation ratio of its activations, `(sum of variances)^2 / sum of squared variances` over principal
-      directions, is more than `max_ratio` times the median of all snapshots: so are those of untrained models;
-    - CKA to the last snapshot before that is kept is `max_similarity` or more: it adds next to nothing;
+      directions, is more than `max_ratio` times that of the last snapshot: so are those of untrained models;
+    - CKA to a snapshot before it, named or not, is `max_similarity` or more: it adds next to nothing;
     - the median of its encoder shares exceeds 3 / S: features are mostly read from it.
 
     Args:
         acts: activations of all snapshots; the held-out ones are used.
         share: the result of `encoder_share` for a crosscoder over them; without it the last reason is not examined.
         max_tokens: held-out tokens to compare on; all their activations are in memory at once.
-        max_ratio: largest participation ratio, relative to the median.
+        max_ratio: largest participation ratio, relative to the last snapshot.
         max_similarity: CKA from which on two snapshots are near duplicates.
 
     Returns:
-        A row per snapshot: snapshot, label, step, participation_ratio, similarity (CKA to the last one kept before it,
-        NaN for the first), encoder_share (median over features, NaN without `share`), reason (empty if there is none).
+        A row per snapshot: snapshot, label, step, participation_ratio, similarity (largest CKA to one before it, NaN
+        for the first), encoder_share (median over features, NaN without `share`), reason (empty if there is none).
 
     Raises:
         UserError: one snapshot only, or fewer than two tokens.
@@ -121,24 +121,21 @@ def doubtful_snapshots(
     ratios = np.array([_participation_ratio(x[:, s]) for s in range(S)])
     medians = np.full(S, np.nan) if share is None else share.nanmedian(0).values.numpy()
     rows: list[dict[str, Any]] = []
-    kept: int | None = None
     for s, (label, step) in enumerate(zip(acts.snapshots.labels, acts.snapshots.steps, strict=True)):
         row: dict[str, Any] = {"snapshot": s, "label": label, "step": step, "participation_ratio": ratios[s]}
-        row["similarity"] = np.nan if kept is None else similarity[kept, s]
+        before = np.array([similarity[t, s] for t in range(s)])
+        row["similarity"] = before.max() if s else np.nan
         row["encoder_share"] = medians[s]
         reasons: list[str] = []
         if step == 0:
             reasons.append("untrained (step 0)")
-        if ratios[s] > max_ratio * np.median(ratios):
-            reasons.append(
-                f"as if untrained (participation ratio {ratios[s]:.1f}, median of all {np.median(ratios):.1f})"
-            )
+        if ratios[s] > max_ratio * ratios[-1]:
+            reasons.append(f"as if untrained (participation ratio {ratios[s]:.1f}, {ratios[-1]:.1f} at the end)")
         if row["similarity"] >= max_similarity:
-            before = acts.snapshots.labels[kept or 0]
-            reasons.append(f"nearly equal to {before} (CKA {row['similarity']:.3f})")
+            nearest = acts.snapshots.labels[int(before.argmax())]
+            reasons.append(f"nearly equal to {nearest} (CKA {row['similarity']:.3f})")
         if medians[s] > 3 / S:
             reasons.append(f"most features are read from it (median encoder share {medians[s]:.0%}, 3/S = {3 / S:.0%})")
-        kept = kept if reasons else s
         rows.append({**row, "reason": "; ".join(reasons)})
     table = pd.DataFrame(rows)
     return table.assign(step=table["step"].astype("Int64"))
@@ -157,7 +154,11 @@ def untrained_steps(labels: Sequence[str], steps: Sequence[int | None]) -> list[
 
 
 def describe_doubtful(table: pd.DataFrame) -> list[str]:
-    """What `doubtful_snapshots` found, a line each, and the `--steps` that leave them out; empty if there are none."""
+    """What was found, a line per snapshot, and the `--steps` that leave these out; no lines if there are none.
+
+    Args:
+        table: the result of `doubtful_snapshots`.
+    """
     named = table[table["reason"] != ""]
     if named.empty:
         return []

@@ -100,7 +100,7 @@ def untrained_births(
         min_firing_rate: features active on this share of the held-out tokens or less are dead.
 
     Returns:
-        The result of `count_births`.
+        The result of `count_births`, a row per measure, kind and threshold.
 
     Raises:
         UserError: fewer than two models, or as `train`.
