@@ -203,14 +203,15 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     thresholds = sorted(set(counts["threshold"].tolist()))
     known = "untrained" in counts
     lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>22}" for one in thresholds)]
-    for (measure, kind), rows in counts.groupby(["measure", "kind"], sort=False):
+    for _, rows in counts.groupby(["measure", "kind"], sort=False):
+        measure, kind = str(rows["measure"].iloc[0]), str(rows["kind"].iloc[0])
         cells: list[str] = []
         for row in rows.sort_values("threshold").to_dict("records"):
             cell = f"{row['born']} / {row['born_reversed']}"
             if known:
                 cell += f" ({row['untrained'] * row['untrained_n']:.0f} of {row['untrained_n']})"
             cells.append(f"{cell:>22}")
-        lines.append(f"{NAMES[str(measure)]}, {kind} ({rows['n'].iloc[0]})".ljust(34) + "".join(cells))
+        lines.append(f"{NAMES[measure]}, {kind} ({rows['n'].iloc[0]})".ljust(34) + "".join(cells))
     rest = "in brackets: in models that never trained" if known else (
         "false births not measured: use --untrained"
     )  # fmt: skip

@@ -291,8 +291,8 @@ class _Fit:
             rows = np.zeros(len(x), dtype=int)
         else:
             rows = self.place[number]
-            x, features = x[rows >= 0], features[rows >= 0]
-            rows = rows[rows >= 0]
+            kept = torch.from_numpy(np.flatnonzero(rows >= 0)).to(x.device)
+            x, features, rows = x[kept], features[kept], rows[rows >= 0]
         if not len(rows):
             return
         means = self.f_means[rows]

@@ -159,11 +159,11 @@ def describe_doubtful(table: pd.DataFrame) -> list[str]:
     Args:
         table: the result of `doubtful_snapshots`.
     """
-    named = table[table["reason"] != ""]
+    named: pd.DataFrame = table.loc[table["reason"] != ""]
     if named.empty:
         return []
     lines = [f"{row['label']}: {row['reason']}" for row in named.to_dict("records")]
-    left = table[table["reason"] == ""]
+    left: pd.DataFrame = table.loc[table["reason"] == ""]
     if len(left) >= 2 and left["step"].notna().all():
         lines.append(f"a crosscoder is better trained without: --steps {','.join(map(str, left['step']))}")
     return lines

@@ -163,7 +163,7 @@ def study_births(
         if measure != "norm":
             dates = date_births(found, measure, read, presence=presence, min_run=min_run, seed=seed)
             table = pd.concat([table, dates], axis=1)
-        parts.append(table[read])
+        parts.append(table.loc[read])
     counts = count_births(curves, found.lexical, found, min_run=min_run)
     return {
         "presence": long,
