@@ -5,6 +5,8 @@ crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens
 checkpoints/                    the last complete checkpoint of an unfinished training run
 evaluation.parquet              explained variance, L0, CE and KL per snapshot
 evolution.parquet               one row per feature
+presence.parquet                one row per feature and snapshot: decoder norm, decodability
+births.parquet                  one row per measure and feature; birth_counts.parquet: counts with their controls
 examples.parquet                where each feature is most active; the tokens around it: example_tokens.parquet
 lens.parquet                    tokens that each feature promotes and suppresses at each snapshot
 nearest.parquet                 the nearest other features of each feature

@@ -53,3 +53,17 @@ def of_norms(norms: Any, recorded: Any = None, D: int = 4, seed: int = 0, *, jum
     norms = torch.as_tensor(norms, dtype=torch.float32)
     rows = torch.randn(*norms.shape, D, generator=torch.Generator().manual_seed(seed))
     return of_rows(rows * (norms / rows.norm(dim=-1))[..., None], recorded, jumprelu=jumprelu)
+
+
+class Read(Held):
+    """Given held-out activations of given tokens, whose token 0 is left out as BOS is."""
+
+    def __init__(self, x: torch.Tensor, tokens: torch.Tensor) -> None:
+        super().__init__(x[tokens != 0])
+        self.read = tokens
+
+    def held_out_tokens(self) -> torch.Tensor:
+        return self.read
+
+    def keep(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens != 0

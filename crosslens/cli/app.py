@@ -294,6 +294,7 @@ def plan(
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
+    from crosslens.evolution import plan_decodability, untrained_steps
 
     settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
     data = Dataset(
@@ -318,6 +319,12 @@ def plan(
         data_parallel=data_parallel,
     )
     typer.echo(str(planned))
+    if architecture_config is not None:
+        shape = architecture_config.d_sae, acts.n_snapshots, acts.d_model
+        held, seconds = plan_decodability(*shape, acts.dataset.n_held_out)
+        typer.echo(f"evolve: {held / 2**30:.2f} GiB of memory to read presence, {seconds / 60:.1f} min of one CPU core")
+    for line in untrained_steps(acts.snapshots.labels, acts.snapshots.steps):
+        typer.echo(line)
 
 
 @app.command()
@@ -511,6 +518,7 @@ def train(
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.activations import Activations, Dataset
+    from crosslens.evolution import describe_doubtful, doubtful_snapshots
     from crosslens.rundir import RunDir
     from crosslens.training.run import claim
     from crosslens.training.seeds import train_seeds
@@ -527,9 +535,9 @@ def train(
     )
     acts = Activations(load(), hook[0], data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
+    if _first():
+        claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
     if cache is not None:
-        if _first():
-            claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
         acts = acts.cache(cache, cache_dtype)
     planned = acts.plan(
         measure=False,
@@ -540,6 +548,9 @@ def train(
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         data_parallel=data_parallel,
     )
+    if _first() and acts.n_snapshots > 1 and not (RunDir(run_dir).crosscoder / "cfg.json").is_file():
+        for line in describe_doubtful(doubtful_snapshots(acts)):
+            _say(line)
     total = (config.training_tokens or acts.n_tokens) // config.batch_size
     _say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
     trained = train_seeds(acts, architecture_config, config, seeds)
@@ -637,11 +648,35 @@ def sweep(
 
 
 @app.command()
-def evolve(run_dir: TrainedArgument, device: DeviceOption = None) -> None:
+def evolve(
+    run_dir: TrainedArgument,
+    untrained: Annotated[
+        bool,
+        typer.Option(
+            "--untrained/--no-untrained",
+            help="Also train a crosscoder on as many models that never trained, with the run's settings, and count "
+            "births there: the rate of false births. Takes as long as the run's harvest and training.",
+        ),
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
     """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
     import pandas as pd
 
-    from crosslens.evolution import add_consensus, study_dynamics, study_evolution, study_probes
+    from crosslens.evolution import (
+        add_consensus,
+        describe_doubtful,
+        describe_probes,
+        doubtful_snapshots,
+        encoder_share,
+        recorded_training,
+        study_births,
+        study_dynamics,
+        study_evolution,
+        study_probes,
+        table_of_counts,
+        untrained_births,
+    )
     from crosslens.features import feature_tables
 
     run, crosscoder, acts = open_run(run_dir, device)
@@ -649,13 +684,26 @@ def evolve(run_dir: TrainedArgument, device: DeviceOption = None) -> None:
     seeds = run.table("consensus")
     if seeds is not None:
         history["evolution"] = add_consensus(history["evolution"], seeds)
+    if untrained:
+        run.save_table("untrained_births", untrained_births(acts, *recorded_training(run, acts.settings.device)))
+    births = study_births(crosscoder, acts, untrained=run.table("untrained_births"))
+    run.save_tables(births)
     run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
     run.save_tables(study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")))
-    run.save_tables(study_probes(crosscoder, acts))
+    probes = study_probes(crosscoder, acts, births["presence"])
+    run.save_tables(probes)
     table = history["evolution"]
     counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
-    typer.echo(f"{int(table['alive'].sum())} live features: {counts}")
+    typer.echo(f"{int(table['alive'].sum())} live features; by decoder norm: {counts}")
+    doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
+    run.save_table("doubtful", doubtful)
+    for line in describe_doubtful(doubtful):
+        typer.echo(line)
+    for line in table_of_counts(births["birth_counts"]):
+        typer.echo(line)
+    for line in describe_probes(probes["probe_presence"]):
+        typer.echo(line)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
-from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
+from crosslens.evolution.study import study_births, study_dynamics, study_evolution, study_probes
 from crosslens.features.tables import feature_tables
 from crosslens.report import write_report
 from crosslens.rundir import RunDir, write_text
@@ -113,9 +113,11 @@ def run_demo(
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
     run.save_tables(study_evolution(crosscoder, acts, seed=seed))
+    births = study_births(crosscoder, acts, seed=seed)
+    run.save_tables(births)
     run.save_tables(feature_tables(crosscoder, acts))
     mark = lap("evolution", mark)
-    probes = study_probes(crosscoder, acts, n_features=config.n_probes, seed=seed)
+    probes = study_probes(crosscoder, acts, births["presence"], n_features=config.n_probes, seed=seed)
     run.save_tables(probes)
     mark = lap("probes", mark)
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}

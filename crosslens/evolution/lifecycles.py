@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -74,22 +74,32 @@ def classify_lifecycles(norms: Float[Tensor, "F S"], presence: float = 0.5, *, m
     check_presence(presence, min_run)
     v = relative_norms(norms).numpy()
     present, real = v >= presence, np.isfinite(v[:, 0])
-    run = np.zeros(v.shape, dtype=int)  # snapshots present in a row from here on
-    for s in reversed(range(S)):
-        run[:, s] = np.where(present[:, s], 1 + (run[:, s + 1] if s + 1 < S else 0), 0)
-    starts = run >= np.minimum(min_run, S - np.arange(S))
-    born = starts.any(1)
+    birth = birth_index(present, min_run)
+    born = birth < S
     initial, last = present[:, 0], S - 1 - present[:, ::-1].argmax(1)
     return pd.DataFrame(
         {
             "origin": _text(np.select([initial, born], ["initial", "emergent"], "never"), real),
             "fate": _text(np.where(last == S - 1, "persistent", "transient"), real),
-            "birth": _integers(np.where(initial, 0, starts.argmax(1)), real & (initial | born)),
+            "birth": _integers(birth, real & born),
             "peak": _integers(np.where(np.isnan(v), 0, v).argmax(1), real),
             "death": _integers(last + 1, real & (last < S - 1)),
             "lifetime": _integers(present.sum(1), real),
         }
     )
+
+
+def birth_index(present: Bool[np.ndarray, "... S"], min_run: int) -> Int[np.ndarray, ...]:
+    """First snapshot from which a feature is present for `min_run` in a row or until the end.
+
+    0 if it is present at the first snapshot, however long; S if there is no such snapshot.
+    """
+    S = present.shape[-1]
+    run, birth = np.zeros(present.shape[:-1], dtype=int), np.full(present.shape[:-1], S)
+    for s in reversed(range(S)):
+        run = np.where(present[..., s], run + 1, 0)  # snapshots present in a row from here on
+        birth = np.where((run >= min(min_run, S - s)) | ((s == 0) & present[..., s]), s, birth)
+    return birth
 
 
 def evolve(

@@ -9,9 +9,10 @@ For a feature i and a snapshot s (after Ge et al., arXiv 2509.17196, who do not 
    Test it on the other half, then swap the halves. The probe error is the share of held-out tokens misclassified;
    chance is .5.
 
-The hypothesis is that the error is low where the decoder norm is high (`probe_correlation`; `probe_parts` decomposes
-this correlation). Rare features have fewer tokens, given as `n`, and thus a higher error; `min_samples = n_samples`
-gives all features the same number.
+The hypothesis is that the error is low where the feature is present: `probe_presence` correlates it with every measure
+of presence within features over snapshots; `probe_correlation` with the decoder norm over all points, and `probe_parts`
+decomposes that. Rare features have fewer tokens, given as `n`, and thus a higher error; `min_samples = n_samples` gives
+all features the same number.
 
 A feature of a single word can be decoded from any snapshot that distinguishes words, even an untrained one. Its error
 against arbitrary inactive tokens is therefore low everywhere, as it is for all features active on few words. With
@@ -41,6 +42,7 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.evolution.births import NAMES
 from crosslens.evolution.lifecycles import batch_tokens, measure_firing, relative_norms, snapshot_columns
 
 NEGATIVES = ("any", "same_token")
@@ -199,6 +201,66 @@ def probe_parts(
         row |= {"sd_norm": found[0].std(), "sd_error": found[1].std(), "n": len(kept), "n_features": len(members)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def probe_presence(
+    table: pd.DataFrame,
+    presence: pd.DataFrame,
+    *,
+    without: Collection[int] = (),
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Correlate probe error with every measure of presence, within features over snapshots and between features.
+
+    Within features, both are taken minus their means over a feature's snapshots: is a feature easier to decode where
+    the measure is higher? Between features, minus their means over a snapshot's features, which says nothing about
+    training. Ranks, and 95 % intervals from a bootstrap over whole features.
+
+    Args:
+        table: the result of `probe`.
+        presence: the table "presence" of `study_births`.
+        without: indices of snapshots to leave out.
+        n_bootstrap: bootstrap draws.
+        seed: seed for the draws.
+
+    Returns:
+        A row per measure (r2, within, and norm, relative to the feature's largest) and part (within_features,
+        between_features): measure, part, spearman, spearman_low, spearman_high, n (points), n_features. Points without
+        a reading are left out.
+
+    Raises:
+        UserError: a snapshot that the table does not have, or fewer than two features.
+    """
+    wanted = presence[["feature", "snapshot", "r2", "within", "strength"]]
+    merged = table[["feature", "snapshot", "probe_error"]].merge(wanted, on=["feature", "snapshot"])
+    rows: list[dict[str, Any]] = []
+    for measure, column in (("r2", "r2"), ("within", "within"), ("norm", "strength")):
+        points: Any = merged[["feature", "snapshot", column, "probe_error"]].dropna()
+        for part, by in (("within_features", "feature"), ("between_features", "snapshot")):
+            kept, members, picks = _prepare(points, without, n_bootstrap, seed)
+            values = kept[[column, "probe_error"]].astype(float)
+            values -= values.groupby(kept[by]).transform("mean")
+            found = _correlations(values.to_numpy().T, members, picks)
+            row = {name: value for name, value in found.items() if name.startswith("spearman")}
+            rows.append({"measure": measure, "part": part, **row, "n": len(kept), "n_features": len(members)})
+    return pd.DataFrame(rows)
+
+
+def describe_probes(table: pd.DataFrame) -> list[str]:
+    """Correlations in two lines, within features first.
+
+    Args:
+        table: the result of `probe_presence`.
+    """
+    lines: list[str] = []
+    for part, rows in table.groupby("part", sort=False):
+        words = [
+            f"{NAMES[row['measure']]} {row['spearman']:+.2f} [{row['spearman_low']:+.2f}, {row['spearman_high']:+.2f}]"
+            for row in rows.to_dict("records")
+        ]
+        lines.append(f"probe error against presence, {str(part).replace('_', ' ')} (Spearman): {', '.join(words)}")
+    return lines
 
 
 def _prepare(

@@ -10,6 +10,8 @@
 3. `propose_snapshots` takes the first and the last snapshot, and the k - 2 between them that minimise the sum of
    distances from every snapshot to the nearer of the two chosen ones around it. Since snapshots are ordered, dynamic
    programming finds the optimum. The search is new here.
+4. `doubtful_snapshots` names those that a crosscoder is better trained without, since they take features from the
+   others: untrained ones, whose variance is spread over many directions, and those nearly equal to one before.
 
 The proposal only reflects what was measured: changes between saved snapshots, or changes that neither the tasks nor the
 activations at this hook point show, are missed. Symbols: B tokens, S snapshots, D d_model.
@@ -79,6 +81,98 @@ def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.Data
             }
         )
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def doubtful_snapshots(
+    acts: Activations,
+    share: Float[Tensor, "F S"] | None = None,
+    *,
+    max_tokens: int = 4096,
+    max_ratio: float = 1.5,
+    max_similarity: float = 0.99,
+) -> pd.DataFrame:
+    """Name the snapshots that a crosscoder is better trained without, and why.
+
+    A snapshot is named if
+
+    - its step is 0: it is untrained;
+    - the participation ratio of its activations, `(sum of variances)^2 / sum of squared variances` over principal
+      directions, is more than `max_ratio` times that of the last snapshot: so are those of untrained models;
+    - CKA to a snapshot before it, named or not, is `max_similarity` or more: it adds next to nothing;
+    - the median of its encoder shares exceeds 3 / S: features are mostly read from it.
+
+    Args:
+        acts: activations of all snapshots; the held-out ones are used.
+        share: the result of `encoder_share` for a crosscoder over them; without it the last reason is not examined.
+        max_tokens: held-out tokens to compare on; all their activations are in memory at once.
+        max_ratio: largest participation ratio, relative to the last snapshot.
+        max_similarity: CKA from which on two snapshots are near duplicates.
+
+    Returns:
+        A row per snapshot: snapshot, label, step, participation_ratio, similarity (largest CKA to one before it, NaN
+        for the first), encoder_share (median over features, NaN without `share`), reason (empty if there is none).
+
+    Raises:
+        UserError: one snapshot only, or fewer than two tokens.
+    """
+    similarity = snapshot_similarity(acts, max_tokens=max_tokens).set_index(["snapshot", "other"])["cka"]
+    x, S = _first(acts, max_tokens), acts.n_snapshots
+    ratios = np.array([_participation_ratio(x[:, s]) for s in range(S)])
+    medians = np.full(S, np.nan) if share is None else share.nanmedian(0).values.numpy()
+    rows: list[dict[str, Any]] = []
+    for s, (label, step) in enumerate(zip(acts.snapshots.labels, acts.snapshots.steps, strict=True)):
+        row: dict[str, Any] = {"snapshot": s, "label": label, "step": step, "participation_ratio": ratios[s]}
+        before = np.array([similarity[t, s] for t in range(s)])
+        row["similarity"] = before.max() if s else np.nan
+        row["encoder_share"] = medians[s]
+        reasons: list[str] = []
+        if step == 0:
+            reasons.append("untrained (step 0)")
+        if ratios[s] > max_ratio * ratios[-1]:
+            reasons.append(f"as if untrained (participation ratio {ratios[s]:.1f}, {ratios[-1]:.1f} at the end)")
+        if row["similarity"] >= max_similarity:
+            nearest = acts.snapshots.labels[int(before.argmax())]
+            reasons.append(f"nearly equal to {nearest} (CKA {row['similarity']:.3f})")
+        if medians[s] > 3 / S:
+            reasons.append(f"most features are read from it (median encoder share {medians[s]:.0%}, 3/S = {3 / S:.0%})")
+        rows.append({**row, "reason": "; ".join(reasons)})
+    table = pd.DataFrame(rows)
+    return table.assign(step=table["step"].astype("Int64"))
+
+
+def untrained_steps(labels: Sequence[str], steps: Sequence[int | None]) -> list[str]:
+    """What can be said of snapshots before any model is run: which are untrained, by their steps; in lines as below.
+
+    Args:
+        labels: of the snapshots.
+        steps: training steps, where known.
+    """
+    table = pd.DataFrame({"label": list(labels), "step": pd.array(list(steps), dtype="Int64")})
+    table["reason"] = ["untrained (step 0)" if step == 0 else "" for step in steps]
+    return describe_doubtful(table)
+
+
+def describe_doubtful(table: pd.DataFrame) -> list[str]:
+    """What was found, a line per snapshot, and the `--steps` that leave these out; no lines if there are none.
+
+    Args:
+        table: the result of `doubtful_snapshots`.
+    """
+    named: pd.DataFrame = table.loc[table["reason"] != ""]
+    if named.empty:
+        return []
+    lines = [f"{row['label']}: {row['reason']}" for row in named.to_dict("records")]
+    left: pd.DataFrame = table.loc[table["reason"] == ""]
+    if len(left) >= 2 and left["step"].notna().all():
+        lines.append(f"a crosscoder is better trained without: --steps {','.join(map(str, left['step']))}")
+    return lines
+
+
+def _participation_ratio(x: Float[Tensor, "B D"]) -> float:
+    """`tr(C)^2 / tr(C^2)` of the covariance of x."""
+    covariance = torch.cov(x.double().T)
+    return float(covariance.trace() ** 2 / covariance.square().sum())
 
 
 def propose_snapshots(

@@ -1,8 +1,9 @@
 """Run all analyses of one crosscoder's features in one call.
 
 1. `study_evolution`: lifecycles, directions, dimensionality, splitting and controls. Firing is measured once for all.
-2. `study_dynamics`: the models' predictions next to the features, and a proposal of snapshots.
-3. `study_probes`: linear probes of single features.
+2. `study_births`: decodability beside the decoder norm, and births with their uncertainty and controls.
+3. `study_dynamics`: the models' predictions next to the features, and a proposal of snapshots.
+4. `study_probes`: linear probes of single features.
 
 Symbols: S snapshots, F features.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.evolution.agreement import top_agreement
+from crosslens.evolution.births import beside_untrained, count_births, date_births, presence_curves
 from crosslens.evolution.controls import encoder_share, latent_scaling, penalises_decoder
 from crosslens.evolution.dynamics import dynamics_table, measure_dynamics
 from crosslens.evolution.geometry import (
@@ -26,10 +28,18 @@ from crosslens.evolution.geometry import (
     rotation_per_interval,
     total_dimensionality,
 )
-from crosslens.evolution.lifecycles import evolve, measure_firing, rotation, snapshot_columns
+from crosslens.evolution.lifecycles import (
+    classify_lifecycles,
+    evolve,
+    measure_firing,
+    relative_norms,
+    rotation,
+    snapshot_columns,
+)
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams
 from crosslens.evolution.phases import find_phases
-from crosslens.evolution.probes import probe, probe_parts
+from crosslens.evolution.presence import measure_decodability
+from crosslens.evolution.probes import probe, probe_parts, probe_presence
 from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
 from crosslens.snapshots.collection import Snapshots
@@ -90,6 +100,81 @@ def study_evolution(
     return tables
 
 
+def study_births(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    *,
+    presence: float = 0.5,
+    min_run: int = 2,
+    min_firing_rate: float = 0.0,
+    untrained: pd.DataFrame | None = None,
+    seed: int = 0,
+) -> dict[str, pd.DataFrame]:
+    """Read the presence of every feature by three measures, and date and count births by each.
+
+    The measures are the decoder norm, and R2 and within-token R2 as `measure_decodability` defines them.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots; the held-out ones are used.
+        presence: a feature is present where a measure is at least this share of its largest value.
+        min_run: snapshots in a row a feature must be present for to count as born.
+        min_firing_rate: features active on this share of the held-out tokens or less are dead.
+        untrained: the result of `untrained_births`, to stand beside the counts.
+        seed: seed for the intervals.
+
+    Returns:
+        The tables
+        presence, a row per feature and snapshot: feature, snapshot, label, step, norm, r2, within (missing where there
+        is no reading), strength (v, the relative norm), firing_rate (share of tokens with f_is > 0).
+        births, a row per measure and feature with a reading: measure, feature, kind (lexical or contextual),
+        token_share (of the variance, between token types), firing_rate; the columns of `classify_lifecycles`;
+        birth_step; and those of `date_births`, missing by the norm.
+        birth_counts, of `count_births`, with untrained (share of the features born in untrained models) if given.
+
+    Raises:
+        UserError: one snapshot only, a threshold out of range, too few activations held out, or those of other
+            snapshots or of another hook point.
+    """
+    firing, found = measure_firing(crosscoder, acts), measure_decodability(crosscoder, acts)
+    norms = crosscoder.decoder_norms.detach().cpu()
+    alive = (firing.rate > min_firing_rate).numpy() & (norms > 0).any(1).numpy()
+    curves = presence_curves(norms, found, alive)
+    snapshots, (F, S) = snapshot_columns(crosscoder), norms.shape
+    long = pd.DataFrame({"feature": np.repeat(np.arange(F), S), "snapshot": np.tile(np.arange(S), F)})
+    for name in ("label", "step"):
+        long[name] = snapshots[name].take(long["snapshot"]).array
+    for name, values in (
+        ("norm", norms.numpy()),
+        ("r2", found.r2),
+        ("within", found.within),
+        ("strength", relative_norms(norms).numpy()),
+        ("firing_rate", firing.snapshot_rate.numpy()),
+    ):
+        long[name] = values.astype(np.float32).flatten()
+    kinds = np.select([found.between > 0.5, found.between <= 0.5], ["lexical", "contextual"], "")
+    parts: list[pd.DataFrame] = []
+    for measure, values in curves.items():
+        read = values.max(1) > 0
+        table = pd.DataFrame({"measure": measure, "feature": np.arange(F), "kind": kinds, "token_share": found.between})
+        table["firing_rate"] = firing.rate.numpy()
+        lifecycles = classify_lifecycles(torch.from_numpy(values), presence, min_run=min_run)
+        lifecycles.insert(
+            3, "birth_step", snapshots["step"].reindex(lifecycles["birth"].fillna(-1)).astype("Int64").array
+        )
+        table = pd.concat([table, lifecycles], axis=1)
+        if measure != "norm":
+            dates = date_births(found, measure, read, presence=presence, min_run=min_run, seed=seed)
+            table = pd.concat([table, dates], axis=1)
+        parts.append(table.loc[read])
+    counts = count_births(curves, found.lexical, found, min_run=min_run)
+    return {
+        "presence": long,
+        "births": pd.concat(parts, ignore_index=True),
+        "birth_counts": counts if untrained is None else beside_untrained(counts, untrained),
+    }
+
+
 def study_dynamics(
     crosscoder: Crosscoder,
     acts: Activations,
@@ -141,24 +226,33 @@ def study_dynamics(
 
 
 def study_probes(
-    crosscoder: Crosscoder, acts: Activations, *, n_features: int = 50, seed: int = 0
+    crosscoder: Crosscoder,
+    acts: Activations,
+    presence: pd.DataFrame | None = None,
+    *,
+    n_features: int = 50,
+    seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
     """Probe some features at every snapshot.
 
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
+        presence: the table "presence" of `study_births`, to compare the errors with every measure of presence.
         n_features: features to probe, drawn from those that are active often enough.
         seed: seed for the draws.
 
     Returns:
-        The tables probe (of `probe`) and probe_parts.
+        The tables probe (of `probe`), probe_parts, and with `presence` probe_presence.
 
     Raises:
         UserError: as `probe`.
     """
     probes = probe(crosscoder, acts, n_features=n_features, seed=seed)
-    return {"probe": probes, "probe_parts": probe_parts(probes, seed=seed)}
+    tables = {"probe": probes, "probe_parts": probe_parts(probes, seed=seed)}
+    if presence is not None:
+        tables["probe_presence"] = probe_presence(probes, presence, seed=seed)
+    return tables
 
 
 def _per_feature(name: str, values: Float[Tensor, "F S"], labels: list[str]) -> pd.DataFrame:

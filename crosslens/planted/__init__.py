@@ -3,7 +3,7 @@
 In: a regime and a seed. Out: activations of many snapshots, and scores of a dictionary against the ground truth.
 
 Start with `regimes.Planted`, which can be used wherever `Activations` can; `scores.recovery` compares found with
-planted features.
+planted features; `traps` plants births that are hard to read.
 """
 
 import lazy_loader

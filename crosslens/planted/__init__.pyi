@@ -5,3 +5,8 @@ from .scores import crosscoder_rows as crosscoder_rows
 from .scores import linked_rows as linked_rows
 from .scores import matched as matched
 from .scores import recovery as recovery
+from .traps import TRAPS as TRAPS
+from .traps import PlantedTraps as PlantedTraps
+from .traps import Trap as Trap
+from .traps import judge_births as judge_births
+from .traps import score_births as score_births

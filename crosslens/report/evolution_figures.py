@@ -44,6 +44,14 @@ _PARTS = {
     "within_snapshots": "within snapshots",
     "disattenuated": "corrected for probe noise",
 }
+_MEASURES = {"norm": "decoder norm", "r2": "R²", "within": "within-token R²"}
+_READINGS = {
+    ("norm", "all"): "decoder norm",
+    ("r2", "all"): "R²",
+    ("r2", "lexical"): "R², lexical",
+    ("r2", "contextual"): "R², contextual",
+    ("within", "contextual"): "within-token R², contextual",
+}
 _NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _EVENTS = {"birth": "born here", "peak": "strongest here"}
 
@@ -143,6 +151,67 @@ def births(table: Frame, snapshots: Frame) -> Chart | str:
     data = pd.concat([data, counts.reset_index(drop=True)], axis=1)
     note = f"{len(emergent):,} features emerged; {(alive['origin'] == 'initial').sum():,} initial ones are not shown."
     return Chart(figure, data, note)
+
+
+def birth_counts(table: Frame) -> Chart | str:
+    """Births over thresholds of presence by each measure: forward, reversed in time, and in untrained models.
+
+    Args:
+        table: from `count_births`, with or without untrained models.
+    """
+    if not table["n"].sum():
+        return _ALL_DEAD
+    figure = new_figure("share of features born", height=420, yaxis_tickformat=".0%")
+    drawn = table[table["n"] > 0]
+    groups = [group for group in _READINGS if group in set(zip(drawn["measure"], drawn["kind"], strict=True))]
+    figure.update_layout(
+        grid={"rows": 1, "columns": len(groups), "pattern": "independent", "xgap": 0.08},
+    )
+    highest = 0.0
+    for place, group in enumerate(groups):
+        rows = drawn[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1])].sort_values("threshold")
+        n, x = rows["n"].to_numpy(dtype=float), floats(rows["threshold"])
+        curves = {"forward": rows["born"] / n, "reversed in time": rows["born_reversed"] / n}
+        if "untrained" in rows:
+            curves["models that never trained"] = rows["untrained"]
+        ends = {"xaxis": f"x{place + 1}" if place else "x", "yaxis": f"y{place + 1}" if place else "y"}
+        for i, (name, values) in enumerate(curves.items()):
+            highest = max(highest, float(np.nan_to_num(values.to_numpy(dtype=float)).max()))
+            style = Style.of(i)
+            figure.add_scatter(
+                x=x,
+                y=floats(values),
+                name=name,
+                legendgroup=name,
+                showlegend=place == 0,
+                mode="lines+markers",
+                line={"color": style.color},
+                marker={"color": style.color, "symbol": style.symbol, "size": 8},
+                hovertemplate=f"<b>{name}</b><br>{_READINGS[group]}, threshold %{{x}}<br>%{{y:.1%}}<extra></extra>",
+                **ends,
+            )
+    for place, group in enumerate(groups):
+        n = drawn.loc[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1]), "n"].iloc[0]
+        title = f"{_READINGS[group]} ({int(n):,})"
+        end = str(place + 1) if place else ""
+        figure.update_layout(
+            {
+                f"xaxis{end}": {"title": {"text": title}, "tickvals": sorted(set(floats(drawn["threshold"])))},
+                f"yaxis{end}": {"range": [-0.02, 1.05 * highest + 0.02], "gridcolor": GRID, "tickformat": ".0%"},
+            }
+        )
+    figure.update_yaxes(title_text="", selector=None)
+    figure.update_layout(yaxis_title_text="share of features born")
+    at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
+    parts = [
+        f"{_MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
+        for row in at.to_dict("records")
+    ]
+    note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
+    known = table["untrained"] if "untrained" in table else pd.Series(dtype=float)
+    if not known.notna().any():
+        note += " Models that never trained were not measured: run crosslens evolve with --untrained."
+    return Chart(figure, table.reset_index(drop=True), note.strip())
 
 
 def origins(table: Frame) -> Chart | str:

@@ -244,6 +244,19 @@ _EVOLUTION: tuple[Section, ...] = (
                 wide=True,
             ),
             Entry(
+                "birth-counts",
+                "Births with their controls",
+                "Share of features that are born after the first snapshot, over the threshold of presence (a share of "
+                "the feature's largest value), by decoder norm and by decodability (R²): how well the activations of a "
+                "snapshot alone predict the feature on held-out tokens; within-token R² is what the context adds. A "
+                "count is believable as far as it exceeds the same count with the snapshots in reversed order, and in "
+                "a crosscoder over models that never trained. Lexical features vary mostly between token types.",
+                evolution_figures.birth_counts,
+                ("birth_counts",),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
                 "births",
                 "Births",
                 "Number of emergent features by the snapshot of birth, and whether they persist to the last snapshot.",

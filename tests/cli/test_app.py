@@ -96,7 +96,10 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
         assert (code, err) == (0, ""), arguments
         assert out
     run = RunDir.open(trained)
-    for table in ("evaluation", "evolution", "probe", "accuracy", "attribution/task", "ablation/task"):
+    for table in (
+        *("evaluation", "evolution", "presence", "births", "birth_counts", "probe", "probe_presence", "accuracy"),
+        *("attribution/task", "ablation/task"),
+    ):
         assert run.table(table) is not None, table
     # effects are measured on one half of the prompts, ablations on the other
     halves = Task.sva(files / "task.json").split(0)
@@ -201,6 +204,8 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
         *("--context-size", 16, "--d-sae", 4096, "--architecture", "standard", "--processes", 2),
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
+    assert "evolve: 0." in out and "GiB of memory to read presence" in out
+    assert "step0: untrained (step 0)\na crosscoder is better trained without: --steps 10,20" in out
 
 
 def test_two_models_of_any_kind(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:

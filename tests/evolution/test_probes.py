@@ -28,9 +28,11 @@ from crosslens.evolution.probes import (
     _same_tokens,
     _samples,
     _with_tokens,
+    describe_probes,
     probe,
     probe_correlation,
     probe_parts,
+    probe_presence,
 )
 from crosslens.snapshots.collection import Snapshots
 
@@ -455,3 +457,30 @@ def test_without_defaults_to_the_untrained_snapshots() -> None:
     assert probe_parts(table, n_bootstrap=2)["n"].tolist() == [360, 300, 300, 300, 300]
     with pytest.raises(UserError, match="without=9 is not a snapshot"):
         probe_parts(table, without=(9,))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_probe_errors_are_compared_with_every_measure(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame(
+        {"feature": np.repeat(np.arange(20), 4), "snapshot": np.tile(np.arange(4), 20), "probe_error": rng.random(80)}
+    )
+    presence = table[["feature", "snapshot"]].assign(
+        r2=1 - table["probe_error"] + rng.normal(0, 0.2, 80), within=rng.random(80), strength=rng.random(80)
+    )
+    presence.loc[presence["feature"] == 3, "within"] = np.nan
+    shuffled = presence.sample(frac=1, random_state=seed)
+    found = probe_presence(table, shuffled, without=(2,), n_bootstrap=100).set_index(["measure", "part"])
+    kept = table.merge(presence).query("snapshot != 2")
+    for (measure, part), row in found.iterrows():  # type: ignore[misc]
+        column = "strength" if measure == "norm" else measure
+        points = kept.dropna(subset=[column])
+        means = points.groupby("feature" if part == "within_features" else "snapshot")[[column, "probe_error"]]
+        around = points[[column, "probe_error"]] - means.transform("mean")
+        assert row["spearman"] == pytest.approx(spearmanr(around[column], around["probe_error"])[0])
+        assert row["spearman_low"] < row["spearman"] < row["spearman_high"]
+        assert row["n"] == len(points) and row["n_features"] == points["feature"].nunique()
+    assert found.loc[("r2", "within_features"), "spearman"] < -0.5
+    lines = describe_probes(found.reset_index())
+    assert lines[0].startswith("probe error against presence, within features (Spearman): R2 -0.")
+    assert len(lines) == 2 and "decoder norm" in lines[1]

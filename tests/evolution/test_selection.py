@@ -14,8 +14,15 @@ import torch
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
-from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
+from crosslens.evolution.selection import (
+    describe_doubtful,
+    doubtful_snapshots,
+    propose_snapshots,
+    snapshot_similarity,
+    untrained_steps,
+)
 from crosslens.snapshots.collection import Snapshots
+from crosslens.snapshots.snapshot import Snapshot
 
 
 class Labels:
@@ -236,3 +243,45 @@ def test_errors() -> None:
         snapshot_similarity(Given(torch.ones(4, 2, 3)), max_tokens=1)
     with pytest.raises(UserError, match=r"1 token\(s\) are held out"):
         snapshot_similarity(Given(torch.ones(1, 2, 3)))
+
+
+def test_doubtful_snapshots_are_named_with_reasons() -> None:
+    draw = torch.Generator().manual_seed(0)
+    low = torch.randn(300, 3, generator=draw) @ torch.randn(3, 12, generator=draw)
+    spread = torch.randn(300, 12, generator=draw)
+    other, last = (torch.randn(300, 3, generator=draw) @ torch.randn(3, 12, generator=draw) for _ in range(2))
+    x = torch.stack([spread, low, low * 2 + 1e-3 * spread, other, last], 1)
+    acts = Given(x)
+    acts.snapshots = Snapshots([Snapshot(f"step{n}", n, None, name="x") for n in (1, 8, 16, 64, 512)], "x")
+    table = doubtful_snapshots(acts)
+    for s in range(5):
+        values = torch.linalg.eigvalsh(torch.cov(x[:, s].double().T))
+        expected = float(values.sum() ** 2 / values.square().sum())
+        assert table["participation_ratio"][s] == pytest.approx(expected, rel=1e-6)
+    assert table["reason"][0].startswith("as if untrained (participation ratio 1")
+    assert table["reason"][2] == "nearly equal to step8 (CKA 1.000)"
+    assert table["reason"].tolist()[1::2] == ["", ""] and table["reason"][4] == ""
+    similarity = snapshot_similarity(acts).set_index(["snapshot", "other"])["cka"]
+    assert np.isnan(table["similarity"][0])
+    for s in range(1, 5):
+        assert table["similarity"][s] == max(similarity[t, s] for t in range(s))
+    lines = describe_doubtful(table)
+    assert lines[-1] == "a crosscoder is better trained without: --steps 8,64,512" and len(lines) == 3
+    share = torch.full((7, 5), 0.1)
+    share[:, 3] = 0.61
+    share[0] = torch.nan
+    read = doubtful_snapshots(acts, share)
+    assert read["reason"][3] == "most features are read from it (median encoder share 61%, 3/S = 60%)"
+    assert read["encoder_share"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.61, 0.1])
+    assert describe_doubtful(table[table["reason"] == ""]) == []
+
+
+def test_step_0_is_untrained_and_unknown_steps_are_not_printed() -> None:
+    x = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(1))
+    acts = Given(x)
+    for steps, last in (((0, 1, 2), "a crosscoder is better trained without: --steps 1,2"), ((0, None, 2), None)):
+        acts.snapshots = Snapshots([Snapshot(f"s{i}", n, None, name="x") for i, n in enumerate(steps)], "x")
+        lines = describe_doubtful(doubtful_snapshots(acts))
+        assert lines == ["s0: untrained (step 0)", *([last] if last else [])]
+        assert untrained_steps(acts.snapshots.labels, list(steps)) == lines
+    assert untrained_steps(["a", "b"], [None, 5]) == []

@@ -146,3 +146,34 @@ def test_proposal_lists_the_chosen_snapshots_and_escapes_text() -> None:
     assert isinstance(grid, Grid) and [row[0].text for row in grid.rows] == ["a", "&lt;b&gt;c&lt;/b&gt;"]
     assert grid.rows[0][1].text == "a, b" and "2 of 3 snapshots" in grid.note and "0.250" in grid.note
     assert len(grid.data) == 3
+
+
+def counted(untrained: bool = True) -> pd.DataFrame:
+    groups = [("norm", "all"), ("r2", "all"), ("r2", "lexical"), ("r2", "contextual"), ("within", "contextual")]
+    rows = [
+        {"measure": measure, "kind": kind, "threshold": threshold, "n": 20 + i, "born": 3 + i + j, "born_reversed": j}
+        for i, (measure, kind) in enumerate(groups)
+        for j, threshold in enumerate((0.3, 0.5))
+    ]
+    table = pd.DataFrame(rows)
+    return table.assign(untrained=0.04, untrained_n=50) if untrained else table
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
+    table = counted(untrained)
+    chart = evolution_figures.birth_counts(table)
+    assert not isinstance(chart, str)
+    drawn: list[Any] = list(chart.figure.data)
+    assert len(drawn) == 5 * (2 + untrained)
+    for place, (_, rows) in enumerate(table.groupby(["measure", "kind"], sort=False)):
+        axis = f"x{place + 1}" if place else "x"
+        own = {trace.name: trace for trace in drawn if trace.xaxis == axis}
+        assert list(own["forward"].x) == [0.3, 0.5]
+        assert list(own["forward"].y) == (rows["born"] / rows["n"]).tolist()
+        assert list(own["reversed in time"].y) == (rows["born_reversed"] / rows["n"]).tolist()
+        assert ("models that never trained" in own) == untrained
+    assert "by decoder norm 4 forward, 1 reversed; by R² 5 forward, 1 reversed" in chart.note
+    assert ("--untrained" in chart.note) == (not untrained)
+    pd.testing.assert_frame_equal(chart.data, table)
+    assert isinstance(evolution_figures.birth_counts(table.assign(n=0)), str)

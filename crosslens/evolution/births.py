@@ -1,0 +1,283 @@
+"""When features are born, how sure that is, and how many births are false.
+
+For a curve of presence of each feature over snapshots (decoder norm, R2 or within-token R2, see `presence`), relative
+to the feature's largest value, lifecycles are those of `lifecycles.classify_lifecycles`. For both R2, whose errors are
+known for G groups of sequences, `date_births` adds
+
+1. a *crossing*: the point between two snapshots (as an index) where the linearly interpolated relative curve reaches
+   the threshold, 0 for features that are present at the first snapshot;
+2. 95 % intervals of birth and crossing from a bootstrap over groups of sequences: percentiles, expanded for the small
+   number of groups (Hesterberg 2015, 10.1080/00031305.2015.1089789, section 5.3);
+3. the *effect*, largest R2 minus R2 at the first snapshot, with its interval;
+4. a p-value of the hypothesis that the feature is present at the first snapshot,
+   `d = threshold * max_s R2_is - R2_i0 <= 0`: one-sided t test of d over its jackknife standard error, G - 1 degrees of
+   freedom; and a q-value (Benjamini and Hochberg 1995) over all features that have one.
+
+A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
+apart, and beside it the count on the same curves with the snapshots in *reversed* order: noise and drift without a
+direction are born as often backwards. `untrained.untrained_births` makes the other control, models that never trained.
+
+The definitions are new here. Symbols: S snapshots, F features, G groups of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Float64, Int
+from scipy.stats import false_discovery_control, norm
+from scipy.stats import t as student
+from torch import Tensor
+
+from crosslens.errors import UserError
+from crosslens.evolution.lifecycles import birth_index, check_presence, require_two_snapshots
+from crosslens.evolution.presence import Decodability
+
+MEASURES = ("norm", "r2", "within")
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+MIN_R2 = 0.05
+NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
+_FEATURES = 1024  # at a time when resampling
+
+
+def presence_curves(
+    norms: Float[Tensor, "F S"], decodability: Decodability | None, alive: Bool[np.ndarray, " F"]
+) -> dict[str, Float64[np.ndarray, "F S"]]:
+    """Curves of presence by measure, all zero for features without a reading.
+
+    R2 below 0 counts as 0. Features whose R2 stays below .05 at every snapshot cannot be dated by it. Within-token R2
+    is read for contextual features only: too little of the variance of the others is left within token types.
+
+    Args:
+        norms: decoder norms.
+        decodability: the result of `measure_decodability`; without it, only the norm is read.
+        alive: features that are read.
+    """
+    curves = {"norm": norms.detach().cpu().double().numpy()}
+    if decodability is not None:
+        contextual = decodability.between <= 0.5
+        for measure, kept in (("r2", alive), ("within", alive & contextual)):
+            values = np.nan_to_num(decodability.curves(measure)).clip(0)
+            curves[measure] = np.where((kept & (values.max(1) >= MIN_R2))[:, None], values, 0.0)
+    return {measure: np.where(alive[:, None], values, 0.0) for measure, values in curves.items()}
+
+
+def date_births(
+    decodability: Decodability,
+    measure: str,
+    features: Bool[np.ndarray, " F"],
+    *,
+    presence: float = 0.5,
+    min_run: int = 2,
+    n_bootstrap: int = 500,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Date the births of features by decodability, with intervals and q-values.
+
+    Args:
+        decodability: the result of `measure_decodability`.
+        measure: "r2" or "within".
+        features: features to date, such as those where `presence_curves` are not zero; the others get missing values.
+        presence: a feature is present where its R2 is at least this share of its largest.
+        min_run: snapshots in a row a feature must be present for to count as born.
+        n_bootstrap: draws of groups of sequences.
+        seed: seed for the draws.
+
+    Returns:
+        A row per feature: birth_low, birth_high (snapshot indices; S where a draw has no birth), crossing,
+        crossing_low, crossing_high, effect, effect_low, effect_high, p, q.
+
+    Raises:
+        UserError: one snapshot only, an unknown measure, a threshold out of range.
+    """
+    _check(decodability, measure, presence, min_run)
+    F, S = decodability.r2.shape
+    G = decodability.error.shape[1]
+    draws = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n_bootstrap).astype(float)
+    leave_one_out = 1.0 - np.eye(G)
+    # a bootstrap of G groups has standard errors too small by sqrt((G - 1) / G), and normal tails instead of Student's
+    ends = norm.cdf(np.sqrt(G / (G - 1)) * student.ppf([0.025, 0.975], G - 1))
+    names = ["birth_low", "birth_high", "crossing", "crossing_low", "crossing_high", "effect", "effect_low",
+             "effect_high", "p"]  # fmt: skip
+    found = np.full((F, len(names)), np.nan)
+    for ids in np.split(np.flatnonzero(features), range(_FEATURES, int(features.sum()), _FEATURES)):
+        values = np.nan_to_num(decodability.curves(measure)[ids]).clip(0)
+        births, crossings = _dates(values, presence, min_run)
+        found[ids, 2] = np.where(births < S, crossings, np.nan)
+        found[ids, 5] = values.max(1) - values[:, 0]
+        drawn = np.nan_to_num(decodability.resample(measure, draws, ids)).clip(0)
+        births, crossings = _dates(drawn, presence, min_run)
+        found[ids, 0], found[ids, 1] = np.quantile(births, ends, axis=0, method="inverted_cdf")
+        found[ids, 3], found[ids, 4] = np.quantile(crossings, ends, axis=0)
+        found[ids, 6], found[ids, 7] = np.quantile(drawn.max(2) - drawn[..., 0], ends, axis=0)
+        found[ids, 8] = _p_values(values, np.nan_to_num(decodability.resample(measure, leave_one_out, ids)), presence)
+    table = pd.DataFrame(found, columns=pd.Index(names))
+    for name in names[:2]:
+        table[name] = table[name].astype("Int64")
+    table["q"] = q_values(table["p"].to_numpy())
+    return table
+
+
+def count_births(
+    curves: dict[str, Float64[np.ndarray, "F S"]],
+    lexical: Bool[np.ndarray, " F"] | None = None,
+    decodability: Decodability | None = None,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    min_run: int = 2,
+    max_q: float = 0.05,
+) -> pd.DataFrame:
+    """Count births forward and with the snapshots in reversed order.
+
+    Args:
+        curves: the result of `presence_curves`.
+        lexical: which features are lexical; without it only all features are counted.
+        decodability: to count those births with a q-value up to `max_q` too.
+        thresholds: shares of a feature's largest value from which on it is present.
+        min_run: snapshots in a row a feature must be present for to count as born.
+        max_q: largest q-value.
+
+    Returns:
+        A row per measure, kind (all, lexical, contextual; by within-token R2 contextual only) and threshold: measure,
+        kind, threshold, n (features with a reading), born, born_reversed, sure and sure_reversed (of these, with a
+        q-value up to `max_q`; missing by the norm).
+
+    Raises:
+        UserError: one snapshot only, a threshold out of range.
+    """
+    rows: list[dict[str, Any]] = []
+    for measure, values in curves.items():
+        require_two_snapshots("counting births", values.shape[1])
+        read = values.max(1) > 0
+        kinds = {"all": read}
+        if lexical is not None:
+            kinds |= {"lexical": read & lexical, "contextual": read & ~lexical}
+        if measure == "within":
+            kinds = {"contextual": read}
+        for threshold in thresholds:
+            check_presence(threshold, min_run)
+            found = {"": _born(values, threshold, min_run), "_reversed": _born(values[:, ::-1], threshold, min_run)}
+            sure: dict[str, Any] = {}
+            if decodability is not None and measure != "norm":
+                for end in found:
+                    q = _q_of_births(decodability, measure, read, threshold, backwards=bool(end))
+                    sure[end] = found[end] & (q <= max_q)
+            for kind, members in kinds.items():
+                row: dict[str, Any] = {"measure": measure, "kind": kind, "threshold": threshold}
+                row["n"] = int(members.sum())
+                row |= {f"born{end}": int((births & members).sum()) for end, births in found.items()}
+                row |= {f"sure{end}": int((births & members).sum()) for end, births in sure.items()}
+                rows.append(row)
+    table = pd.DataFrame(rows)
+    for name in ("sure", "sure_reversed"):
+        table[name] = table[name].astype("Int64") if name in table else pd.array([None] * len(table), dtype="Int64")
+    return table
+
+
+def beside_untrained(counts: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
+    """Add to a result of `count_births` that of untrained models.
+
+    Returns:
+        `counts` with untrained (share of the features that are born in untrained models) and untrained_n (features with
+        a reading there). Untrained models
+        have few contextual features.
+    """
+    keys = ["measure", "kind", "threshold"]
+    own = untrained.rename(columns={"n": "untrained_n", "born": "untrained"})[[*keys, "untrained_n", "untrained"]]
+    table = counts.merge(own, on=keys, how="left", validate="one_to_one")
+    table["untrained"] = table["untrained"] / table["untrained_n"]
+    return table
+
+
+def table_of_counts(counts: pd.DataFrame) -> list[str]:
+    """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
+
+    A cell is births forward / reversed, then those in untrained models where they are known.
+
+    Args:
+        counts: the result of `count_births` or `beside_untrained`.
+    """
+    thresholds = sorted(set(counts["threshold"].tolist()))
+    known = "untrained" in counts
+    lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>22}" for one in thresholds)]
+    for _, rows in counts.groupby(["measure", "kind"], sort=False):
+        measure, kind = str(rows["measure"].iloc[0]), str(rows["kind"].iloc[0])
+        cells: list[str] = []
+        for row in rows.sort_values("threshold").to_dict("records"):
+            cell = f"{row['born']} / {row['born_reversed']}"
+            if known:
+                cell += f" ({row['untrained'] * row['untrained_n']:.0f} of {row['untrained_n']})"
+            cells.append(f"{cell:>22}")
+        lines.append(f"{NAMES[measure]}, {kind} ({rows['n'].iloc[0]})".ljust(34) + "".join(cells))
+    rest = "in brackets: in models that never trained" if known else (
+        "false births not measured: use --untrained"
+    )  # fmt: skip
+    return [*lines, f"forward / with the snapshots reversed; {rest}"]
+
+
+def q_values(p: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """q-values of Benjamini and Hochberg; missing p-values stay missing and do not count."""
+    q, known = np.full(len(p), np.nan), np.isfinite(p)
+    if known.any():
+        q[known] = false_discovery_control(p[known])
+    return q
+
+
+def _born(values: Float64[np.ndarray, "F S"], presence: float, min_run: int) -> Bool[np.ndarray, " F"]:
+    """Which features are emergent."""
+    births = birth_index(_relative(values) >= presence, min_run)
+    return (births > 0) & (births < values.shape[1])
+
+
+def _relative(values: Float64[np.ndarray, "... S"]) -> Float64[np.ndarray, "... S"]:
+    highest = values.max(-1, keepdims=True)
+    return np.divide(values, highest, out=np.zeros_like(values), where=highest > 0)
+
+
+def _dates(
+    values: Float64[np.ndarray, "... S"], presence: float, min_run: int
+) -> tuple[Int[np.ndarray, ...], Float64[np.ndarray, ...]]:
+    """Births (S if there is none) and crossings (S - 1 if there is none)."""
+    S, v = values.shape[-1], _relative(values)
+    births = birth_index(v >= presence, min_run)
+    inside = (births > 0) & (births < S)
+    after = np.where(inside, births, 1)[..., None]
+    low, high = (np.take_along_axis(v, at, -1)[..., 0] for at in (after - 1, after))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        crossings = after[..., 0] - (high - presence) / (high - low)
+    return births, np.where(inside, crossings, np.where(births == 0, 0.0, S - 1.0))
+
+
+def _p_values(
+    values: Float64[np.ndarray, "f S"], without: Float64[np.ndarray, "G f S"], presence: float
+) -> Float64[np.ndarray, " f"]:
+    """p-values that each feature is present at the first snapshot; `without` leaves out one group at a time."""
+    G = len(without)
+    margin = presence * values.max(1) - values[:, 0]
+    each = presence * without.max(2) - without[..., 0]
+    error = np.sqrt((G - 1) / G * ((each - each.mean(0)) ** 2).sum(0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return student.sf(np.where(error > 0, margin / error, np.sign(margin) * np.inf), G - 1)
+
+
+def _q_of_births(
+    decodability: Decodability, measure: str, read: Bool[np.ndarray, " F"], presence: float, *, backwards: bool
+) -> Float64[np.ndarray, " F"]:
+    """q-values that each feature is present at the first snapshot, or at the last one if `backwards`."""
+    order = slice(None, None, -1 if backwards else 1)
+    p = np.full(len(read), np.nan)
+    G = decodability.error.shape[1]
+    for ids in np.split(np.flatnonzero(read), range(_FEATURES, int(read.sum()), _FEATURES)):
+        without = np.nan_to_num(decodability.resample(measure, 1.0 - np.eye(G), ids))[..., order]
+        p[ids] = _p_values(np.nan_to_num(decodability.curves(measure)[ids])[:, order], without, presence)
+    return q_values(p)
+
+
+def _check(decodability: Decodability, measure: str, presence: float, min_run: int) -> None:
+    if measure not in MEASURES[1:]:
+        raise UserError(f"measure={measure!r} is unknown: use {' or '.join(map(repr, MEASURES[1:]))}")
+    require_two_snapshots("dating births", decodability.r2.shape[1])
+    check_presence(presence, min_run)

@@ -1,0 +1,121 @@
+"""The rate of false births: the same pipeline on models that never trained.
+
+S models of the family's shape are drawn from S seeds and not trained. Nothing is born in them, but a crosscoder over
+them, trained and read in the same way, has births all the same, by noise and by chance differences between the models.
+Their share of all features is the share of births that a count over real snapshots owes to nothing.
+
+Symbols: S snapshots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import torch
+from sae_lens.registry import get_sae_training_class
+from transformers import AutoModelForCausalLM
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import CrosscoderTrainingConfig
+from crosslens.errors import UserError
+from crosslens.evolution.births import THRESHOLDS, count_births, presence_curves
+from crosslens.evolution.lifecycles import measure_firing
+from crosslens.evolution.presence import measure_decodability
+from crosslens.rundir import RunDir
+from crosslens.snapshots.collection import Snapshots
+from crosslens.training.config import TrainConfig
+from crosslens.training.run import train
+
+
+def untrained_snapshots(snapshots: Snapshots, folder: str | Path, n_models: int | None = None) -> Snapshots:
+    """Write independently initialised models of the shape of given ones, and open them as snapshots.
+
+    Args:
+        snapshots: models whose configuration, initialisation and tokenizer to use.
+        folder: a new or empty folder for the weights.
+        n_models: S; as many as `snapshots` if None.
+
+    Returns:
+        Snapshots `seed0`, `seed1`, ... without steps.
+
+    Raises:
+        UserError: fewer than two models, or a folder with something in it.
+    """
+    n_models = len(snapshots) if n_models is None else n_models
+    if n_models < 2:
+        raise UserError(f"n_models={n_models}: births need 2 or more snapshots")
+    root = Path(folder)
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"{root} is not empty: give a new folder for the untrained models")
+    config = snapshots[0].config()
+    for seed in range(n_models):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+        model.float().save_pretrained(root / f"step{seed}")
+    snapshots.tokenizer.save_pretrained(root / "tokenizer")
+    found = Snapshots.local(root)
+    return Snapshots(
+        [dataclasses.replace(one, label=f"seed{i}", step=None) for i, one in enumerate(found)], "untrained"
+    )
+
+
+def recorded_training(run: RunDir, device: str) -> tuple[CrosscoderTrainingConfig, TrainConfig]:
+    """The two configs that a run directory's crosscoder was trained with.
+
+    Args:
+        run: a run directory with a trained crosscoder.
+        device: device to train on.
+    """
+    identity = run.read_json()["identity"]
+    details = dict(identity["architecture"])
+    _, made = get_sae_training_class(details.pop("architecture"))
+    architecture = made.from_dict({**details, "device": device})
+    assert isinstance(architecture, CrosscoderTrainingConfig)
+    return architecture, TrainConfig(**identity["training"], device=device)
+
+
+def untrained_births(
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig | None = None,
+    *,
+    n_models: int | None = None,
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    min_run: int = 2,
+    min_firing_rate: float = 0.0,
+) -> pd.DataFrame:
+    """Count the births in a crosscoder over untrained models of the same shape, trained and read in the same way.
+
+    Args:
+        acts: activations of the trained snapshots; its models' shape, hook point and tokens are used.
+        architecture: as the crosscoder over the trained snapshots; shapes are filled in anew.
+        config: as for that crosscoder; nothing is logged, and no run directory is written.
+        n_models: untrained models; as many as there are snapshots if None.
+        thresholds: as in `count_births`.
+        min_run: as in `count_births`.
+        min_firing_rate: features active on this share of the held-out tokens or less are dead.
+
+    Returns:
+        The result of `count_births`, a row per measure, kind and threshold.
+
+    Raises:
+        UserError: fewer than two models, or as `train`.
+    """
+    config = dataclasses.replace(
+        config or TrainConfig(), run_dir=None, wandb_project=None, evaluate=False, n_checkpoints=0
+    )
+    architecture = dataclasses.replace(architecture, d_in=0, n_snapshots=1)
+    with tempfile.TemporaryDirectory() as folder:
+        snapshots = untrained_snapshots(acts.snapshots, Path(folder) / "models", n_models)
+        models = Activations(snapshots, acts.hook_name, acts.dataset, seed=acts.seed, settings=acts.settings)
+        # harvested once: training and reading may pass over the tokens many times
+        models = models.cache(Path(folder) / "activations")
+        crosscoder = train(models, architecture, config)
+        firing, found = measure_firing(crosscoder, models), measure_decodability(crosscoder, models)
+    alive = (firing.rate > min_firing_rate).numpy()
+    curves = presence_curves(crosscoder.decoder_norms, found, alive)
+    return count_births(curves, found.lexical, found, thresholds=thresholds, min_run=min_run)

@@ -1,0 +1,152 @@
+"""Births with their uncertainty: every definition in plain loops, and calibration where the truth is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from crosslens.errors import UserError
+from crosslens.evolution.births import count_births, date_births, presence_curves, q_values
+from crosslens.evolution.lifecycles import classify_lifecycles
+from crosslens.evolution.presence import Decodability
+
+
+def made(r2: np.ndarray, *, n: int = 40, G: int = 32, noise: float = 0.3, seed: int = 0) -> Decodability:
+    """Decodability of given expected R2 (F, S): G groups of n tokens, whose squares and errors vary."""
+    rng = np.random.default_rng(seed)
+    F, S = r2.shape
+    total = n * rng.gamma(1 / noise**2, noise**2, (G, F))
+    error = total[..., None] * np.clip(1 - r2 + noise * (1 - r2) * rng.standard_normal((G, F, S)), 0, None)
+    found = 1 - error.sum(0) / total.sum(0)[:, None]
+    between = np.where(np.arange(F) % 2, 0.9, 0.1)
+    return Decodability(
+        found, found.copy(), between, np.full(F, 100), n * G, np.stack([error, error]), np.stack([total, total])
+    )
+
+
+def slow_birth(curve: np.ndarray, presence: float, min_run: int) -> tuple[int, float]:
+    """Birth (S if none) and crossing of one feature."""
+    table = classify_lifecycles(torch.tensor(curve)[None], presence, min_run=min_run)
+    S, v = len(curve), curve / max(curve.max(), 1e-300)
+    if pd.isna(table["birth"][0]):
+        return S, S - 1.0
+    b = int(table["birth"][0])
+    return b, 0.0 if b == 0 else b - 1 + (presence - v[b - 1]) / (v[b] - v[b - 1])
+
+
+@pytest.mark.parametrize(("S", "presence", "min_run", "seed"), [(5, 0.5, 2, 0), (3, 0.8, 1, 1), (7, 0.3, 3, 2)])
+def test_dates_are_those_of_loops(S: int, presence: float, min_run: int, seed: int) -> None:
+    F, G, n = 9, 6, 30
+    found = made(np.random.default_rng(seed).random((F, S)), G=G, seed=seed)
+    features = np.arange(F) != 4
+    table = date_births(found, "r2", features, presence=presence, min_run=min_run, n_bootstrap=n, seed=seed)
+    ends = [norm.cdf(sign * np.sqrt(G / (G - 1)) * student.ppf(0.975, G - 1)) for sign in (-1, 1)]
+    draws = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n)
+    for i in range(F):
+        if i == 4:
+            assert table.loc[i].isna().all()
+            continue
+        row = table.loc[i]
+        birth, crossing = slow_birth(found.r2[i].clip(0), presence, min_run)
+        assert row["crossing"] == pytest.approx(crossing) if birth < S else np.isnan(row["crossing"])
+        assert row["effect"] == pytest.approx(found.r2[i].clip(0).max() - max(found.r2[i, 0], 0))
+        again: list[Any] = []
+        for draw in draws:
+            error = sum(k * found.error[0, g, i] for g, k in enumerate(draw))
+            total = sum(k * found.total[0, g, i] for g, k in enumerate(draw))
+            curve = (1 - error / total).clip(0)
+            again.append((*slow_birth(curve, presence, min_run), curve.max() - curve[0]))
+        births, crossings, effects = np.array(again).T
+        assert row["birth_low"] == np.quantile(births, ends[0], method="inverted_cdf")
+        assert row["birth_high"] == np.quantile(births, ends[1], method="inverted_cdf")
+        for name, values in (("crossing", crossings), ("effect", effects)):
+            expected = np.quantile(values, ends)
+            assert [row[f"{name}_low"], row[f"{name}_high"]] == pytest.approx(expected)
+        margins = []
+        for g in range(G):
+            rest = [h for h in range(G) if h != g]
+            curve = 1 - found.error[0, rest, i].sum(0) / found.total[0, rest, i].sum()
+            margins.append(presence * curve.max() - curve[0])
+        error = np.sqrt((G - 1) / G * ((np.array(margins) - np.mean(margins)) ** 2).sum())
+        margin = presence * found.r2[i].max() - found.r2[i, 0].clip(0)
+        assert row["p"] == pytest.approx(student.sf(margin / error, G - 1))
+    np.testing.assert_array_equal(table["q"], q_values(table["p"].to_numpy()))
+
+
+def test_q_values_are_those_of_benjamini_and_hochberg() -> None:
+    p = np.array([0.01, np.nan, 0.04, 0.03, 0.2])
+    ordered = [0.01, 0.03, 0.04, 0.2]
+    adjusted = [min(ordered[j] * 4 / (j + 1) for j in range(i, 4)) for i in range(4)]
+    expected = {value: adjusted[i] for i, value in enumerate(ordered)}
+    np.testing.assert_allclose(q_values(p), [expected.get(value, np.nan) for value in p])
+    assert np.isnan(q_values(np.full(3, np.nan))).all()
+
+
+def test_intervals_cover_and_q_values_hold_what_they_promise() -> None:
+    rng = np.random.default_rng(3)
+    F, S = 2000, 6
+    # slow births, whose crossings lie between snapshots; and features that are just not born
+    rise = np.clip((np.arange(S) - rng.uniform(0.5, 3, (F, 1))) / 3 + 0.5, 0.02, 1)
+    flat = rng.uniform(0.5, 1, (F, 1)) + np.zeros(S)
+    flat[:, 1:] = 1
+    truth = np.concatenate([rise, flat]) * rng.uniform(0.3, 0.9, (2 * F, 1))
+    found = made(truth, seed=4)
+    table = date_births(found, "r2", np.ones(2 * F, dtype=bool), n_bootstrap=300)
+    crossing = np.array([slow_birth(curve, 0.5, 2)[1] for curve in truth[:F]])
+    low, high = table["crossing_low"][:F], table["crossing_high"][:F]
+    covered = (low <= crossing) & (crossing <= high)
+    assert 0.92 <= covered.mean() <= 0.98
+    sure = (table["q"] <= 0.05).to_numpy()
+    assert sure[:F].mean() > 0.5 and sure[F:].sum() <= 0.05 * sure.sum()
+
+
+def test_counts_forward_and_reversed() -> None:
+    r2 = np.array(
+        [[0, 0, 0.8, 0.8], [0.8, 0.8, 0, 0], [0.5, 0.5, 0.5, 0.5], [0.01, 0.02, 0.02, 0.04], [0, 0.6, 0.6, 0.6]]
+    )
+    found = made(r2, noise=0.05)
+    norms = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
+    alive = np.array([True, True, True, True, True])
+    curves = presence_curves(norms, found, alive)
+    assert not curves["r2"][3].any(), "nothing predicts this feature"
+    assert not curves["within"][1].any(), "lexical features have no within-token reading"
+    table = count_births(curves, found.lexical, found, thresholds=(0.3, 0.5)).set_index(
+        ["measure", "kind", "threshold"]
+    )
+    columns = ["n", "born", "born_reversed", "sure", "sure_reversed"]
+    assert table.loc[("r2", "all", 0.5), columns].tolist() == [4, 2, 1, 2, 1]
+    assert table.loc[("r2", "contextual", 0.5), columns].tolist() == [3, 2, 0, 2, 0]
+    assert table.loc[("r2", "lexical", 0.3), columns].tolist() == [1, 0, 1, 0, 1]
+    assert table.loc[("within", "contextual", 0.5), columns].tolist() == [3, 2, 0, 2, 0]
+    assert table.loc[("norm", "all", 0.5), columns].tolist()[:3] == [4, 2, 1]
+    assert table.loc["norm"][["sure", "sure_reversed"]].isna().all(axis=None)
+    assert set(table.loc["within"].index.get_level_values("kind")) == {"contextual"}
+    alone = count_births({"norm": curves["norm"]})
+    assert alone["kind"].unique().tolist() == ["all"] and alone["threshold"].tolist() == [0.3, 0.5, 0.7, 0.9]
+    dead = presence_curves(norms, found, np.zeros(5, dtype=bool))
+    assert (count_births(dead, found.lexical, found)[["n", "born"]] == 0).all(axis=None)
+    assert date_births(found, "r2", np.zeros(5, dtype=bool)).isna().all(axis=None)
+
+
+def test_refused() -> None:
+    found = made(np.random.default_rng(0).random((4, 3)))
+    everything = np.ones(4, dtype=bool)
+    for arguments, options, message in (
+        (("norm", everything), {}, "measure='norm' is unknown: use 'r2' or 'within'"),
+        (("r2", everything), {"presence": 0.0}, r"presence=0.0 is not in \(0, 1\]"),
+        (("r2", everything), {"min_run": 0}, "min_run=0 must be 1 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            date_births(found, *arguments, **options)
+    with pytest.raises(UserError, match="dating births needs at least 2 snapshots"):
+        date_births(made(np.ones((4, 1)) / 2), "r2", everything)
+    with pytest.raises(UserError, match="counting births needs at least 2 snapshots"):
+        count_births({"norm": np.ones((4, 1))})
+    with pytest.raises(UserError, match="presence=2 is not in"):
+        count_births({"norm": np.ones((4, 2))}, thresholds=(2,))

@@ -1,0 +1,101 @@
+"""The control on models that never trained: they are what transformers initialises, and the pipeline is the run's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
+from crosslens.errors import UserError
+from crosslens.evolution.births import beside_untrained, count_births, table_of_counts
+from crosslens.evolution.presence import measure_decodability
+from crosslens.evolution.study import study_births
+from crosslens.evolution.untrained import recorded_training, untrained_births, untrained_snapshots
+from crosslens.rundir import RunDir
+from crosslens.snapshots.collection import Snapshots
+from crosslens.training.config import TrainConfig
+from crosslens.training.run import train
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+def test_untrained_models_are_independent_and_of_the_same_shape(tiny_snapshots: Path, tmp_path: Path) -> None:
+    trained = Snapshots.local(tiny_snapshots)
+    before = torch.random.get_rng_state()
+    made = untrained_snapshots(trained, tmp_path / "models")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert made.labels == ["seed0", "seed1", "seed2"] and made.steps == [None] * 3
+    assert len(set(made.fingerprints)) == 3
+    torch.manual_seed(1)
+    expected = AutoModelForCausalLM.from_config(trained[0].config()).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "step1").state_dict()
+    assert all(torch.equal(found[name], weights) for name, weights in expected.items())
+    assert made.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
+    assert len(untrained_snapshots(trained, tmp_path / "two", 2)) == 2
+    with pytest.raises(UserError, match="is not empty"):
+        untrained_snapshots(trained, tmp_path / "models")
+    with pytest.raises(UserError, match="n_models=1: births need 2 or more"):
+        untrained_snapshots(trained, tmp_path / "one", 1)
+
+
+def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tiny_text))
+    acts = Activations(Snapshots.local(tiny_snapshots), HOOK, text, 2000, 16)
+    architecture = BatchTopKCrosscoderTrainingConfig(d_sae=24, k=4)
+    config = TrainConfig(run_dir=tmp_path / "run", batch_size=128, lr=1e-2, device="cpu", evaluate=False)
+    crosscoder = train(acts, architecture, config)
+    recorded = recorded_training(RunDir(tmp_path / "run"), "cpu")
+    assert recorded[0].d_sae == 24 and recorded[0].k == 4  # type: ignore[attr-defined]
+    assert dataclasses.replace(recorded[1], run_dir=config.run_dir, training_tokens=None, evaluate=False) == (
+        dataclasses.replace(config, precision="float32")
+    )
+    control = untrained_births(acts, *recorded)
+    pd.testing.assert_frame_equal(control, untrained_births(acts, architecture, config))
+    assert (control["born"] <= control["n"]).all() and control["n"].max() > 0
+
+    tables = study_births(crosscoder, acts, untrained=control, seed=3)
+    found = measure_decodability(crosscoder, acts)
+    long = tables["presence"]
+    assert list(long) == [
+        "feature", "snapshot", "label", "step", "norm", "r2", "within", "strength", "firing_rate"
+    ]  # fmt: skip
+    assert len(long) == 24 * 3 and long["step"].tolist()[:3] == [0, 10, 20]
+    for name, values in (("r2", found.r2), ("within", found.within), ("norm", crosscoder.decoder_norms.numpy())):
+        np.testing.assert_allclose(long.pivot(index="feature", columns="snapshot", values=name), values, rtol=1e-6)
+    births = tables["births"].set_index(["measure", "feature"])
+    for i in births.loc["r2"].index:
+        row, curve = births.loc[("r2", i)], found.r2[i].clip(0)
+        assert row["peak"] == curve.argmax() and curve.max() >= 0.05
+        assert (row["origin"] == "initial") == (curve[0] >= 0.5 * curve.max())
+        assert row["effect"] == pytest.approx(curve.max() - curve[0])
+        assert row["kind"] == ("lexical" if found.between[i] > 0.5 else "contextual")
+        if not pd.isna(row["birth"]):
+            assert row["birth_step"] == [0, 10, 20][row["birth"]]
+    assert (births.loc["within"]["kind"] == "contextual").all() if "within" in births.index else True
+    assert births.loc["norm"]["q"].isna().all() and births.loc["r2"]["q"].notna().all()
+    counts = tables["birth_counts"]
+    assert (counts["untrained"] * counts["untrained_n"]).fillna(0).round().astype(int).tolist() == (
+        control["born"].tolist()
+    )
+    row = counts.query("measure == 'r2' and kind == 'all' and threshold == 0.5").iloc[0]
+    assert row["born"] == (births.loc["r2"]["origin"] == "emergent").sum()
+    lines = table_of_counts(counts)
+    assert len(lines) == 9 and max(map(len, lines)) <= 130
+    assert f"{row['born']} / {row['born_reversed']} ({row['untrained'] * row['untrained_n']:.0f} of" in lines[4]
+    assert "--untrained" in table_of_counts(study_births(crosscoder, acts)["birth_counts"])[-1]
+
+
+def test_controls_are_joined_by_measure_kind_and_threshold() -> None:
+    curves = {"norm": np.array([[0.1, 1.0, 1.0], [1.0, 1.0, 0.1]])}
+    counts, control = count_births(curves), count_births({"norm": np.array([[0.1, 1.0, 1.0]] * 4)})
+    table = beside_untrained(counts, control.sample(frac=1, random_state=0))
+    assert table["untrained"].tolist() == [1.0] * 4 and table["untrained_n"].tolist() == [4] * 4
+    pd.testing.assert_frame_equal(table[list(counts)], counts)
