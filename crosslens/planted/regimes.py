@@ -216,11 +216,11 @@ class Planted(Activations):
         parallel: Parallel = ALONE,
         whole: bool = True,
     ) -> Generator[Float[Tensor, "B S D"], None, None]:
-        own = slice(None) if whole else parallel.tokens(batch_size)
         last = None if epochs is None else self.n_tokens * epochs // batch_size
         i = start
         while last is None or i < last:
-            yield self._activations(batch_size, i)[own].to(device)
+            batch = self._activations(batch_size, i)
+            yield (batch if whole else batch[parallel.tokens(batch_size)]).to(device)
             i += 1
 
     @override

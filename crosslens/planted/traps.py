@@ -37,6 +37,7 @@ from typing_extensions import override
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset, generator
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
 from crosslens.evolution.births import date_births, presence_curves
 from crosslens.evolution.lifecycles import birth_index, held_out_features
@@ -124,7 +125,7 @@ class PlantedTraps(Activations):
         self.embedding = torch.randn(_TYPES, D, generator=draw)
         self.mean = torch.randn(S, D, generator=draw)
         self.strength, self.noise = self._schedules()
-        self.hook_name, self.dataset = "planted", Dataset([])  # drawn, not read
+        self.hook_names, self.dataset = ("planted",), Dataset([])  # drawn, not read
         steps = [1000 * s for s in range(S)]
         self.snapshots = Snapshots([Snapshot(f"step{step}", step, None, name="planted") for step in steps], "planted")
 
@@ -171,12 +172,20 @@ class PlantedTraps(Activations):
 
     @override
     def batches(
-        self, batch_size: int, *, start: int = 0, epochs: int | None = None
+        self,
+        batch_size: int,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        device: str | torch.device = "cpu",
+        parallel: Parallel = ALONE,
+        whole: bool = True,
     ) -> Generator[Float[Tensor, "B S D"], None, None]:
         last = None if epochs is None else self.n_tokens * epochs // batch_size
         i = start
         while last is None or i < last:
-            yield self.draw(batch_size, i)[2]
+            batch = self.draw(batch_size, i)[2]
+            yield (batch if whole else batch[parallel.tokens(batch_size)]).to(device)
             i += 1
 
     def fresh(self, n_held_out: int) -> PlantedTraps:
