@@ -595,7 +595,7 @@ def sweep(
     ] = None,
     cache_dtype: DtypeOption = "bfloat16",
     split: SplitOption = None,
-    text_column: ColumnOption = "text",
+    column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
     device: DeviceOption = None,
@@ -625,11 +625,11 @@ def sweep(
     from crosslens.rundir import RunDir
 
     settings = parse_settings(device, backend)
-    data = Dataset(dataset, n_tokens, context_size, text_column=text_column, split=split, sample_by=sample_by)
-    acts = Activations(load(), hook, data, seed=seed, settings=settings)
+    data = Dataset(dataset, n_tokens, context_size, column=column, split=split, sample_by=sample_by)
+    acts = Activations(load(), hook[0], data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     run = RunDir(run_dir)
-    run.claim({"hook_name": hook, "dataset": dataset}, part="sweep")
+    run.claim({"hook_name": hook[0], "dataset": dataset}, part="sweep")
     if cache is not None:
         acts = acts.cache(cache, cache_dtype)
     choice = choose(

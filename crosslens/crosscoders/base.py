@@ -217,7 +217,14 @@ class Crosscoder(SAE[Any], ABC):
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Float[Tensor, "... SD"]:
-        """What the encoder reads of raw activations: scaled, and less b_dec with `apply_b_dec_to_input`."""
+        """What the encoder reads of raw activations: scaled, and less b_dec with `apply_b_dec_to_input`.
+
+        Args:
+            sae_in: (..., S, D) or flat (..., S D).
+
+        Raises:
+            UserError: `sae_in` has neither shape.
+        """
         # SAELens also normalises here, which a crosscoder's config rules out
         x = self.by_snapshot(sae_in)
         if self.cfg.apply_b_dec_to_input:
@@ -477,22 +484,23 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         return acts
 
     def decode_training(self, acts: Tensor) -> Float[Tensor, "B SD"]:
-        """Scaled reconstruction from the result of `training_acts`."""
-        return self.decode_flat(acts)
+        """`sum_i f_is W_dec[i, s]` of the result of `training_acts`, snapshots concatenated."""
+        return self.decode_without_bias(acts)
 
     @override
     def decode_flat(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... SD"]:
         """Scaled reconstruction by the features of all processes, which call this together with the same tokens."""
         return self.strategy.sum_features_(self.decode_without_bias(feature_acts)) + self.b_dec
 
-    def relative(self, sae_out: Float[Tensor, "... SD"]) -> Float[Tensor, "... SD"]:
-        """A scaled reconstruction relative to what `process_sae_in` subtracts: the losses compare these two."""
-        return sae_out - self.b_dec if self.cfg.apply_b_dec_to_input else sae_out
+    def relative(self, decoded: Float[Tensor, "... SD"]) -> Float[Tensor, "... SD"]:
+        """Reconstruction of what `process_sae_in` returns, from what the features decode to without b_dec."""
+        return decoded if self.cfg.apply_b_dec_to_input else decoded + self.b_dec
 
     @torch.no_grad()
     def training_reconstruction(self, flat: Float[Tensor, "B SD"]) -> Float[Tensor, "B SD"]:
-        """`relative` reconstruction by the features of all processes, gated as in training, of `process_sae_in`."""
-        return self.relative(self.decode_flat(self.training_gate(self.hidden_pre(flat))))
+        """Reconstruction of what `process_sae_in` returns by the features of all processes, gated as in training."""
+        acts = self.training_gate(self.hidden_pre(flat))
+        return self.relative(self.strategy.sum_features_(self.decode_without_bias(acts)))
 
     def training_gate(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
         """The features that the gate keeps in training, among those of all processes."""

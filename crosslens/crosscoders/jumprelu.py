@@ -208,7 +208,7 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
     @override
     def decode_training(self, acts: Float[Tensor, "B S F"]) -> Float[Tensor, "B SD"]:
         decoded = torch.einsum("bsf,fsd->bsd", acts, self.W_dec_by_snapshot)
-        return rearrange(decoded, "b s d -> b (s d)") + self.b_dec
+        return rearrange(decoded, "b s d -> b (s d)")
 
     @override
     def reconstruction_loss(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:

@@ -465,7 +465,7 @@ def test_memory_does_not_grow_with_the_prompts(
     snaps: Snapshots, method: str, baseline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attribution, "BATCH_TOKENS", 128)
-    cc = make_crosscoder(snaps, "standard_crosscoder")
+    cc = make_crosscoder(snaps, "standard_crosscoder", seed=5)
     largest: list[int] = []
     for n in (12, 24):
         some = Task.from_items("some", MANY[:n])
@@ -589,6 +589,7 @@ def test_tables_say_how_effects_were_estimated(snaps: Snapshots, task: Task) -> 
 def test_features_active_on_the_paired_prompt_alone_are_in_the_table(snaps: Snapshots) -> None:
     one = Task.from_items("one", ITEMS[:1])
     cc = make_crosscoder(snaps, "jumprelu_crosscoder", seed=2)
+    cc.log_threshold.add_(1.5)  # type: ignore[operator, union-attr]  # few features are active
     found = attribute(cc, snaps, one, Estimator(n_nodes=2), baseline="patch")
     frame = found.to_frame(cc.decoder_norms)
     for s in range(3):

@@ -61,7 +61,7 @@ def read(up: Slow, s: int, b: Tensor, target: str) -> Tensor:
     if target == "activation":
         found = up.cc.snapshot_acts(up.cc.encode(acts), s)
     else:
-        flat = (acts * up.cc.activation_scale[:, None]).flatten(1)
+        flat = (acts * up.cc.activation_scale[:, None]).flatten(1) - up.cc.cfg.apply_b_dec_to_input * up.cc.b_dec
         found = flat @ up.cc.W_enc + up.cc.b_enc
     return torch.cat([torch.zeros_like(found[:1]), found[1:]])
 

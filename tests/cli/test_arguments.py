@@ -363,6 +363,6 @@ def test_any_models(tiny_snapshots: Path) -> None:
     assert found.labels == ["first", "last", "hub", "old"]
     assert [s.revision for s in found] == [None, None, "main", "step1"]
     assert parse_snapshots(spec, "first,last").labels == ["first", "last"]
-    arguments.find_snapshots(spec, None, "blocks.2.hook_resid_post")
+    arguments.find_snapshots(spec, None, ["blocks.2.hook_resid_post"])
     with pytest.raises(UserError, match="hook_name='blocks.3.hook_resid_post' does not exist: the model has 3 blocks"):
-        arguments.find_snapshots(spec, None, "blocks.3.hook_resid_post")
+        arguments.find_snapshots(spec, None, ["blocks.3.hook_resid_post"])

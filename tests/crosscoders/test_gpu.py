@@ -224,7 +224,9 @@ def test_the_order_of_the_data_does_not_depend_on_the_device(
     step = CrosscoderTrainer.step
     for device, batches in seen.items():
         monkeypatch.setattr(
-            CrosscoderTrainer, "step", lambda self, x, batches=batches: (batches.append(x.clone()), step(self, x))[1]
+            CrosscoderTrainer,
+            "step",
+            lambda self, x, batches=batches: (batches.append(x.cpu().clone()), step(self, x))[1],
         )
         train(acts, BatchTopKCrosscoderTrainingConfig(d_sae=F, k=3.5), config(device))
     assert len(seen["cuda"]) == STEPS and all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))

@@ -222,7 +222,7 @@ def test_resuming_is_told_and_initialises_nothing(
     settings, expected = config(run_dir=tmp_path / "run", n_checkpoints=2), reference(architecture)
     with pytest.raises(Interrupted):
         train(breaking(acts, 12), ALL[architecture](), settings)
-    assert "resuming" not in capsys.readouterr().err
+    assert "resuming from" not in capsys.readouterr().err
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("initialised again")
