@@ -223,10 +223,11 @@ def test_the_order_of_the_data_does_not_depend_on_the_device(
     seen: dict[str, list[Tensor]] = {"cpu": [], "cuda": []}
     step = CrosscoderTrainer.step
     for device, batches in seen.items():
-        monkeypatch.setattr(
-            CrosscoderTrainer,
-            "step",
-            lambda self, x, batches=batches: (batches.append(x.cpu().clone()), step(self, x))[1],
-        )
+
+        def record(self: CrosscoderTrainer, x: Tensor, batches: list[Tensor] = batches) -> Any:
+            batches.append(x.cpu().clone())
+            return step(self, x)
+
+        monkeypatch.setattr(CrosscoderTrainer, "step", record)
         train(acts, BatchTopKCrosscoderTrainingConfig(d_sae=F, k=3.5), config(device))
     assert len(seen["cuda"]) == STEPS and all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))

@@ -92,7 +92,7 @@ def test_from_the_command_line(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(cl.report, "write_report", lambda path, consensus: path / "report" / "index.html")
+    monkeypatch.setattr(cl.report, "write_report", lambda path, **_: path / "report" / "index.html")
     monkeypatch.setattr(cl.report, "log_report", lambda path, project: asked.append((path, project)) or "abcd1234")
     for options in ([], ["--wandb"], ["--wandb-project", "evolution"]):
         with pytest.raises(SystemExit) as stop:

@@ -181,7 +181,7 @@ def test_functions_keep_one_model_in_memory(tokenizer: Any, monkeypatch: pytest.
 
         return load
 
-    monkeypatch.setattr("crosslens.snapshots.collection.model_memory", lambda device: 0)
+    monkeypatch.setattr("crosslens.snapshots.collection.model_memory", lambda _: 0)
     snaps = Snapshots.from_models([loader(0), loader(1), loader(2)], ["a", "b", "c"], tokenizer=tokenizer)
     assert not made  # nothing is loaded yet
     acts = Activations(snaps, HOOK, TOKENS.repeat(20, 1), settings=ModelSettings("cpu"))
