@@ -179,12 +179,13 @@ class Activations:
         Raises:
             UserError: there are several.
         """
-        if len(self.hook_names) > 1:
+        first, *others = self.hook_names
+        if others:
             raise UserError(
-                f"these activations have {len(self.hook_names)} hook points, and a crosscoder reads one: choose it, "
-                f"for instance acts[{self.hook_names[0]!r}]"
+                f"these activations have {1 + len(others)} hook points, and a crosscoder reads one: choose it, "
+                f"for instance acts[{first!r}]"
             )
-        return self.hook_names[0]
+        return first
 
     def __getitem__(self, hook_name: str) -> Activations:
         """The activations at one of the hook points; they share the tokens.

@@ -40,10 +40,10 @@ def remembered_hash(files: Sequence[Path]) -> str | None:
 
 def remember_hash(files: Sequence[Path], sha256: str) -> None:
     """Remember the checksum of files for other processes; does nothing if the user's cache is not writable."""
-    state = _state(files)
-    latest = max(max(times) for _, _, *times in state)
-    coarse = all(when % 10**9 == 0 for _, _, *times in state for when in times)
-    if sum(size for _, size, *_ in state) < SMALLEST:
+    state, stats = _state(files), [path.stat() for path in files]
+    times = [when for stat in stats for when in (stat.st_mtime_ns, stat.st_ctime_ns)]
+    latest, coarse = max(times), all(when % 10**9 == 0 for when in times)
+    if sum(stat.st_size for stat in stats) < SMALLEST:
         return
     if time.time_ns() - latest < (_SETTLED_COARSE if coarse else _SETTLED) * 1e9:
         return

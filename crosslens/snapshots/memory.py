@@ -120,6 +120,7 @@ class LoadedSnapshot(Snapshot):
         dtype: str | torch.dtype = "float32",
         backend: str = "bridge",
         n_blocks: int | None = None,
+        *,
         attention: str = "eager",
     ) -> LanguageModel:
         """The model in evaluation mode, its parameters without gradients; the original stays as it is.
@@ -209,7 +210,7 @@ class LoadedSnapshot(Snapshot):
     @cached_property
     def _known(self) -> _Known:
         model = self._original()
-        kind = self._check_kind(model)
+        kind = self.check_kind(model)
         if any(p.is_meta for p in model.parameters()):
             raise self._error("its weights are not loaded (device meta): load them first")
         sizes: dict[torch.dtype, int] = {}
@@ -225,7 +226,15 @@ class LoadedSnapshot(Snapshot):
             _state(model),
         )
 
-    def _check_kind(self, model: Any) -> str:
+    def check_kind(self, model: Any) -> str:
+        """What kind of model `model` is.
+
+        Args:
+            model: of transformers or TransformerLens.
+
+        Raises:
+            UserError: it is neither, or has no language-model head.
+        """
         # slow imports
         from transformer_lens import HookedTransformer
         from transformer_lens.model_bridge import TransformerBridge
@@ -296,7 +305,7 @@ def loaded_snapshots(
     ]
     for snapshot in snapshots:
         if not snapshot.is_function:
-            snapshot._check_kind(snapshot.source)
+            snapshot.check_kind(snapshot.source)
             if tokenizer is None and getattr(snapshot.source, "tokenizer", None) is None:
                 raise snapshot._error("its model has no tokenizer: give one with tokenizer=")
     return snapshots
