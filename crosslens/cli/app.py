@@ -320,7 +320,7 @@ def plan(
     )
     typer.echo(str(planned))
     if architecture_config is not None:
-        shape = architecture_config.d_sae, acts.n_snapshots, acts.d_model
+        shape = architecture_config.d_sae, acts.n_snapshots, acts[hook[0]].d_model
         held, seconds = plan_decodability(*shape, acts.dataset.n_held_out)
         typer.echo(f"evolve: {held / 2**30:.2f} GiB of memory to read presence, {seconds / 60:.1f} min of one CPU core")
     for line in untrained_steps(acts.snapshots.labels, acts.snapshots.steps):

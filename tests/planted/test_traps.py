@@ -120,7 +120,8 @@ def test_births_by_decodability_survive_the_traps(name: str) -> None:
     )
     crosscoder = train(traps, BatchTopKCrosscoderTrainingConfig(d_sae=80, k=4), config)
     scores = score_births(judge_births(crosscoder, traps))
-    assert scores["found"] >= 30 and scores["false_rate/r2"] <= 0.05 and scores["false_sure"] <= 0.05
+    assert scores["found"] >= 30 and scores["false_sure"] <= 0.05
+    assert not scores["false_rate/r2"] > 0.05  # NaN where every feature is born
     if scores["born"]:
         assert scores["exact/r2"] >= 0.9 and scores["exact/norm"] < scores["exact/r2"]
     if name == "no_births":
