@@ -183,7 +183,7 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
 
 def _ablation_summary(found: Study) -> dict[str, float]:
     table = found.tables[f"ablation/{found.task}"]
-    at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"])
+    at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"]).sort_index()
     largest = min(100, int(at_last.loc[("keep", "top")].index.max()))  # fewer features may be active on the prompts
 
     def metric(mode: str, features: str, k: int, column: str = "metric") -> float:
