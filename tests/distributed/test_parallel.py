@@ -129,6 +129,9 @@ def test_several_processes_are_one(
     def trajectory(parallel: Parallel) -> Any:
         gradients = first_gradients(acts, ALL[architecture](), parallel)
         trainer = trainer_of(acts, ALL[architecture](), parallel)
+        silent = (torch.arange(40) % 4 == 0)[parallel.features(40)]
+        with torch.no_grad():
+            trainer.sae.b_enc[silent] = -1e3
         losses = train_until(trainer, acts, STEPS)
         return {"gradients": gradients, "losses": losses, "state": state_of(trainer)}
 
@@ -147,7 +150,7 @@ def test_several_processes_are_one(
     for name in ("gradients", "state"):
         close(whole([rank[name] for rank in together], world // data_parallel), alone[name])
     if "topk" in architecture:
-        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > STEPS // 10
+        assert sum(loss["auxiliary_reconstruction_loss"] > 0 for loss in alone["losses"]) > 0.8 * STEPS
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 2.0])
@@ -243,7 +246,7 @@ def test_all_processes_evaluate_what_one_does(acts: Activations, tmp_path: Path,
         found = []
         for architecture in ALL:
             trainer = trainer_of(acts, ALL[architecture](), parallel)
-            train_until(trainer, acts, 6)
+            train_until(trainer, acts, 10)
             trainer.sae.eval()
             table = evaluate(trainer.sae, acts, n_tokens=100, parallel=parallel)
             if parallel.alone:
@@ -261,7 +264,7 @@ def test_all_processes_evaluate_what_one_does(acts: Activations, tmp_path: Path,
         for name, a, b in zip((*NUMBERS, *LOSSES), expected, found, strict=True):
             assert b == pytest.approx(a, abs=1e-5, nan_ok=True), (architecture, name)
     of_topk = dict(zip(NUMBERS, alone[list(ALL).index("topk_crosscoder")][:4], strict=True))
-    assert of_topk["l0"] == pytest.approx([4.0] * 3) and min(of_topk["explained_variance"]) > 0.02
+    assert of_topk["l0"] == pytest.approx([4.0] * 3) and min(of_topk["explained_variance"]) > 0.08
 
 
 def test_the_bar_counts_the_features_of_all_processes(acts: Activations, tmp_path: Path):
