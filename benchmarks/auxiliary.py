@@ -102,7 +102,9 @@ def sources(args: argparse.Namespace, seed: int) -> Iterator[tuple[str, cl.Activ
         yield f"planted, S·D = {S * D}", planted(S, D, seed)
     demo = DemoConfig()
     documents = list(grammar.documents(demo.n_documents, seed + 1_000_003))
-    acts = cl.Activations(cl.Snapshots.demo(seed), demo.hook_name, documents, demo.n_tokens, seed=seed)
+    snaps = cl.Snapshots.demo(seed)
+    snaps = snaps[[i for i, step in enumerate(snaps.steps) if step >= demo.first_step]]
+    acts = cl.Activations(snaps, demo.hook_name, documents, demo.n_tokens, seed=seed)
     with tempfile.TemporaryDirectory() as cache:
         yield "demo", acts.cache(Path(cache) / "demo")
     if args.folder is not None:

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 
 import crosslens as cl
+from crosslens.cli.demo import DemoConfig
 from crosslens.evolution.seeds import compare_evolutions, compare_features
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig
@@ -172,6 +173,7 @@ def main() -> None:
     body: list[str] = []
     with _folder(arguments.folder) as folder:
         bench, snaps = Bench(folder, arguments.tokens, arguments.steps), cl.Snapshots.demo(0)
+        snaps = snaps[[i for i, step in enumerate(snaps.steps) if step >= DemoConfig().first_step]]
         for part in parts:
             if part == "frontier":
                 text = _markdown(frontier(bench, snaps))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import crosslens as cl
+from crosslens.cli.demo import DemoConfig
 from crosslens.synthetic import grammar
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
     snaps = cl.Snapshots.demo(seed)
+    snaps = snaps[[i for i, step in enumerate(snaps.steps) if step >= DemoConfig().first_step]]
     documents = list(grammar.documents(2_000, seed + 1))
     for block in range(1, snaps.n_layers):
         hook = f"blocks.{block}.hook_resid_post"

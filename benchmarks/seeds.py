@@ -199,7 +199,9 @@ def main() -> None:
         folder = arguments.folder or Path(made)
         if "agreement" in parts or "floors" in parts:
             every = cl.Snapshots.demo(0)
-            acts = _acts(every[list(range(1, len(every)))]).cache(folder / "activations")
+            acts = _acts(every[[i for i, step in enumerate(every.steps) if step >= DEMO.first_step]]).cache(
+                folder / "activations"
+            )
         if "agreement" in parts:
             rows = [agreement(acts, each, crosscoders(folder, acts, each), 0.0) for each in SETTINGS]
             body.append(f"## Agreement\n\n{_markdown(pd.DataFrame(rows).drop(columns='rate above'))}")

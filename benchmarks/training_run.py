@@ -111,7 +111,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="snapshots step0/, step1000/, ... instead of the demo's")
     parser.add_argument("--text", type=Path, help="with --folder: the text, a document per line")
     parser.add_argument("--hook", default=demo.hook_name, help="hook point (default: %(default)s)")
-    parser.add_argument("--untrained", action="store_true", help="keep the snapshot of step 0, which is left out")
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="keep the first snapshots: step 0, and of the demo those before step 48",
+    )
     parser.add_argument("--tokens", type=int, default=2 * demo.n_tokens, help="activations to train on, each")
     parser.add_argument("--batch-size", type=int, default=demo.batch_size)
     parser.add_argument("--d-sae", type=int, default=512)
@@ -138,12 +142,12 @@ def activations(args: argparse.Namespace) -> cl.Activations:
     """The activations, from a cache for all runs."""
     demo = DemoConfig()
     if args.folder is None:
-        name, snaps = "demo", cl.Snapshots.demo(0)
+        name, snaps, first = "demo", cl.Snapshots.demo(0), demo.first_step
         text: Any = list(grammar.documents(demo.n_documents, 1_000_003))
     else:
-        name, snaps, text = args.folder.name, cl.Snapshots.local(args.folder), args.text
+        name, snaps, text, first = args.folder.name, cl.Snapshots.local(args.folder), args.text, 1
     if not args.untrained:
-        snaps = snaps[[i for i, step in enumerate(snaps.steps) if step != 0]]
+        snaps = snaps[[i for i, step in enumerate(snaps.steps) if step is None or step >= first]]
     acts = cl.Activations(snaps, args.hook, text, demo.n_tokens)
     return acts.cache(args.cache / f"{name}-{len(snaps)}-{args.hook}")
 

@@ -1,8 +1,8 @@
 """The whole pipeline on a tiny model, in a few minutes on two CPU cores.
 
 1. `Snapshots.demo(seed)` pretrains a tiny GPT-NeoX on a generated grammar of agreement in two languages.
-2. Train a BatchTopK crosscoder on the output of its middle block, which has attention above it, at every snapshot but
-   the untrained one: a random model has as many directions as dimensions, and most features would be spent on it.
+2. Train a BatchTopK crosscoder on the output of its middle block, which has attention above it, at every snapshot from
+   step 48 on: a random model has as many directions as dimensions, and most features would be spent on it.
 3. Find when features form (`evolve`), probe them, and attribute and ablate them on three constructions: features are
    selected on one half of the prompts and ablated on the other.
 4. Write the results to `summary.json` and `report/index.html`.
@@ -52,6 +52,8 @@ class DemoConfig:
 
     Attributes:
         hook_name: hook point, the output of the middle block.
+        first_step: the crosscoder is trained on the snapshots from this step on. Those before are all but untrained:
+            of them only accuracy and the phases of training are measured.
         n_documents: documents of the grammar to train the crosscoder on.
         n_tokens: tokens per epoch.
         epochs: passes over the tokens.
@@ -66,6 +68,7 @@ class DemoConfig:
     """
 
     hook_name: str = "blocks.1.hook_resid_post"
+    first_step: int = 48
     n_documents: int = 8_000
     n_tokens: int = 160_000
     epochs: int = 8
@@ -108,7 +111,7 @@ def run_demo(
         return now
 
     every = snapshots or Snapshots.demo(seed)
-    snaps = every[[s for s, step in enumerate(every.steps) if step != 0]]
+    snaps = every[[s for s, step in enumerate(every.steps) if (step or 0) >= config.first_step]]
     mark = lap("pretraining", began)
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
@@ -128,7 +131,7 @@ def run_demo(
     # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
     batches = islice(demo_batches(seed), PretrainingConfig().n_steps)
     counts = count_ngrams(batches, snaps.tokenizer) if snapshots is None else None
-    dynamics = study_dynamics(crosscoder, acts, counts, accuracy=accuracy, seed=seed)
+    dynamics = study_dynamics(crosscoder, acts, counts, snapshots=every, accuracy=accuracy, seed=seed)
     run.save_tables(dynamics)
     mark = lap("dynamics", mark)
     # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence

@@ -13,6 +13,7 @@ files in the environment variable CROSSLENS_REGISTRY (separated as in PATH), the
       snapshots:                          # folder: path; or
         repo_id: EleutherAI/pythia-160m
         revisions: [step0, step1000]      # optional: steps, tokens, labels
+        trained: [step1000]               # labels of those that the crosscoders were trained on; default: all
       saes:
       - id: blocks.6.hook_resid_post      # the id to pass to from_pretrained
         path: blocks.6.hook_resid_post    # folder in the repository
@@ -63,7 +64,8 @@ _ENTRY_KEYS = {
     "config": dict,
     "neuronpedia": str,
 }
-_SNAPSHOT_KEYS = {"folder": str, "repo_id": str, "revisions": list, "steps": list, "tokens": list, "labels": list}
+_SNAPSHOT_KEYS = {"folder": str, "repo_id": str, "revisions": list, "steps": list, "tokens": list, "labels": list,
+                  "trained": list}  # fmt: skip
 _registered: dict[str, Release] = {}
 
 
@@ -156,14 +158,15 @@ def list_releases() -> dict[str, Release]:
     return _listed() | _registered
 
 
-def load_snapshots(release: str) -> Snapshots:
+def load_snapshots(release: str, *, every: bool = False) -> Snapshots:
     """The snapshots that the crosscoders of a release were trained on.
 
     Args:
         release: name of a release; `crosslens ls releases` lists them.
+        every: also those that they were not trained on, such as the untrained model, for controls.
 
     Raises:
-        UserError: no such release, or it does not say where its snapshots are.
+        UserError: no such release, or it does not say where its snapshots are, or names some that are not there.
     """
     from crosslens.snapshots.collection import Snapshots  # imports torch, which listing releases does without
 
@@ -172,9 +175,18 @@ def load_snapshots(release: str) -> Snapshots:
     if where is None:
         raise UserError(f"release {release!r} does not say where its snapshots are: see {found.model}")
     if "folder" in where:
-        return Snapshots.local(where["folder"])
-    named = {key: where[key] for key in ("steps", "tokens", "labels") if key in where}
-    return Snapshots.from_hub(where["repo_id"], where["revisions"], **named)
+        snapshots = Snapshots.local(where["folder"])
+    else:
+        named = {key: where[key] for key in ("steps", "tokens", "labels") if key in where}
+        snapshots = Snapshots.from_hub(where["repo_id"], where["revisions"], **named)
+    if every or "trained" not in where:
+        return snapshots
+    if missing := [label for label in where["trained"] if label not in snapshots.labels]:
+        raise UserError(
+            f"release {release!r} was trained on {missing[0]!r}, which is not among its snapshots "
+            f"{', '.join(snapshots.labels)}: correct `trained` in its registry"
+        )
+    return snapshots[[snapshots.labels.index(label) for label in where["trained"]]]
 
 
 def find_release(name: str) -> Release:

@@ -73,8 +73,9 @@ class PretrainingConfig:
     """Learning rate of the last step, relative to `lr`."""
     weight_decay: float = 0.01
     """Decoupled weight decay of all parameters."""
-    snapshot_steps: tuple[int, ...] = (0, 48, 96, 128, 176, 224, 272, 336, 448, 640)
-    """Steps after which the weights are saved, rising; the last is `n_steps`."""
+    snapshot_steps: tuple[int, ...] = (0, 8, 16, 24, 32, 48, 96, 128, 176, 224, 272, 336, 448, 640)
+    """Steps after which the weights are saved, rising; the last is `n_steps`. Those before 48 resolve the time in which
+    the model learns bigrams."""
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "n_heads", "d_mlp", "batch_size", "n_steps"):

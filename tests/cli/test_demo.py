@@ -13,7 +13,7 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.synthetic.pretraining import PretrainingConfig
 
 SMALL = DemoConfig(
-    n_documents=600, n_tokens=8_000, epochs=2, d_sae=128, k=8, batch_size=256, n_prompts=8, n_random=4,
+    first_step=1, n_documents=600, n_tokens=8_000, epochs=2, d_sae=128, k=8, batch_size=256, n_prompts=8, n_random=4,
     n_exact=10, n_probes=3,
 )  # fmt: skip
 
