@@ -1,9 +1,9 @@
-"""Make the release in the package: snapshots of the demo's model at half its width, and a crosscoder over the later ones.
+"""Make the release in the package: the demo's model at half its width, and a crosscoder.
 
     python scripts/make_release.py [--seed 0] [--out crosslens/sharing]
 
 1. Pretrain the demo's model with d_model 64 (`crosslens.synthetic.pretraining`) and round its weights to float16.
-2. Train a BatchTopK crosscoder by the demo's recipe on the rounded snapshots from step 48 on. Those before are controls.
+2. Train a BatchTopK crosscoder by the demo's recipe on the rounded snapshots from step 48 on; the others are controls.
 3. Round its weights to float16, and evaluate it on held-out tokens.
 
 This writes `sharing/releases/demo/` and `sharing/pretrained.yaml`, about 6 MB, in about three minutes on two CPU cores.
