@@ -32,6 +32,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
+from crosslens.crosscoders.checksums import CONFIG, config_checksum, tensor_checksum
 from crosslens.crosscoders.kernels.products import encoder_product
 from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in, squared_error
 from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
@@ -301,6 +302,8 @@ class Crosscoder(SAE[Any], ABC):
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors stores no strides
         # SAELens's loaders cast every tensor to the requested dtype; the metadata keeps the exact values
         self.cfg.metadata.activation_scale = self.activation_scale.tolist()
+        self.cfg.metadata.checksums = {name: tensor_checksum([tensor]) for name, tensor in state_dict.items()}
+        self.cfg.metadata.checksums[CONFIG] = config_checksum(self.cfg.to_dict())
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -601,6 +604,11 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         }
 
     @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        self.cfg.metadata.checksums[CONFIG] = config_checksum(self.cfg.get_inference_sae_cfg_dict())
+
+    @override
     def save(self, path: str | Path) -> Path:
         self.save_inference_model(path)
         return Path(path)
@@ -608,9 +616,8 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     def to_inference(self) -> Crosscoder:
         """The inference crosscoder over the same parameters (shared, not copied)."""
         config = self.cfg.get_inference_sae_cfg_dict()
-        state_dict = self.state_dict()
-        self.process_state_dict_for_saving_inference(state_dict)
-        state_dict["W_enc"] = self.W_enc.detach()  # the parameter itself, not the contiguous copy
+        config["metadata"]["activation_scale"] = self.activation_scale.tolist()
+        state_dict = {**self.state_dict(), "W_enc": self.W_enc.detach()}
         crosscoder = SAE.from_dict({**config, "device": "meta"})
         crosscoder.load_state_dict(state_dict, assign=True)
         crosscoder.requires_grad_(False)

@@ -20,10 +20,10 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError, safe_open
 
+from crosslens.crosscoders.checksums import CONFIG, WEIGHTS
 from crosslens.crosscoders.registration import ARCHITECTURES
 from crosslens.errors import UserError, brief, did_you_mean, read_json, shortened
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 MAX_HEADER = 2**20
 MAX_SIZE = 2**31 - 1
 _FLOATS = ("F16", "BF16", "F32", "F64")

@@ -11,18 +11,20 @@ import torch
 from sae_lens import SAE
 
 from crosslens.crosscoders.base import Crosscoder
-from crosslens.crosscoders.inspection import CONFIG, DTYPES, check_scale, inspect_crosscoder
+from crosslens.crosscoders.checksums import CONFIG, check_files
+from crosslens.crosscoders.inspection import DTYPES, check_scale, inspect_crosscoder
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, brief
 
 
-def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> Crosscoder:
+def load(path: str | Path, device: str | None = None, dtype: str | None = None, *, verify: bool = True) -> Crosscoder:
     """Load a crosscoder that `save` wrote.
 
     Args:
         path: folder with `cfg.json` and `sae_weights.safetensors`.
         device: torch device; None: CUDA if available.
         dtype: dtype of the parameters; None: as saved.
+        verify: compare the files with their checksums, where they have them.
 
     Raises:
         UserError: the folder holds no crosscoder, or its files are damaged or inconsistent.
@@ -32,7 +34,9 @@ def load(path: str | Path, device: str | None = None, dtype: str | None = None) 
         raise UserError(f"{path} holds no crosscoder (no {CONFIG}); give the folder that `save` wrote")
     if dtype is not None:
         as_dtype(dtype)
-    inspect_crosscoder(folder)
+    config = inspect_crosscoder(folder)
+    if verify:
+        check_files(folder, config)
     try:
         loaded = SAE.load_from_disk(folder, device=device or find_device(), dtype=dtype)
     except UserError:

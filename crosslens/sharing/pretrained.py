@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from crosslens.crosscoders import Crosscoder
-from crosslens.crosscoders.inspection import CONFIG, WEIGHTS, inspect_config
+from crosslens.crosscoders.checksums import CONFIG, WEIGHTS
+from crosslens.crosscoders.inspection import inspect_config
 from crosslens.crosscoders.loading import as_dtype, load
 from crosslens.errors import UserError, check_inside, inside, shortened
 from crosslens.sharing.importers import import_crosscoder, layout_files

@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import save_file
 
 from crosslens.crosscoders import Crosscoder, load
-from crosslens.crosscoders.inspection import CONFIG, WEIGHTS
+from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, with_checksum
 from crosslens.errors import UserError, check_inside
 from crosslens.rundir import RunDir
 from crosslens.sharing.cards import check_public, evolution_picture, make_card, without_paths
@@ -96,7 +96,7 @@ def _write(
     state = crosscoder.state_dict()
     crosscoder.process_state_dict_for_saving(state)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
-    config = without_paths({**crosscoder.cfg.to_dict(), "device": "cpu"})
+    config = with_checksum(without_paths({**crosscoder.cfg.to_dict(), "device": "cpu"}))
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     labels = [str(label) for label in without_paths(crosscoder.cfg.snapshot_labels)]
     (folder / PICTURE).write_text(evolution_picture(crosscoder.decoder_norms, labels), encoding="utf-8")

@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
+from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, tensor_checksum, with_checksum
 from crosslens.distributed.parallel import Parallel
 from crosslens.errors import first_line
 
@@ -197,13 +198,13 @@ def save_whole(sae: CrosscoderTrainingSAE, folder: Path, parallel: Parallel) -> 
     sae.cfg.metadata.activation_scale = sae.activation_scale.tolist()
     if parallel.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "cfg.json").write_text(json.dumps(sae.cfg.get_inference_sae_cfg_dict()))
-        file = os.open(folder / "sae_weights.safetensors", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        file = os.open(folder / WEIGHTS, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            _write_all(sae, file, parallel.n_feature_ranks)
+            sae.cfg.metadata.checksums = _write_all(sae, file, parallel.n_feature_ranks)
             os.fsync(file)
         finally:
             os.close(file)
+        (folder / CONFIG).write_text(json.dumps(with_checksum(sae.cfg.get_inference_sae_cfg_dict())))
     elif parallel.data_rank == 0:
         for name, tensor in _feature_rows(sae).items():
             for block in _columns(tensor, sae.cfg.d_sae) if name == "W_enc" else _blocks(tensor):
@@ -217,7 +218,8 @@ def _feature_rows(sae: CrosscoderTrainingSAE) -> dict[str, Tensor]:
     return {**rows, "W_enc": sae.W_enc.detach().T}
 
 
-def _write_all(sae: CrosscoderTrainingSAE, file: int, n_ranks: int) -> None:
+def _write_all(sae: CrosscoderTrainingSAE, file: int, n_ranks: int) -> dict[str, str]:
+    """Write all tensors; returns their checksums."""
     rows = _feature_rows(sae)
     tensors = {**sae.state_dict(), **rows}
     shapes = {name: [sae.cfg.d_sae, *t.shape[1:]] if name in rows else list(t.shape) for name, t in tensors.items()}
@@ -232,12 +234,21 @@ def _write_all(sae: CrosscoderTrainingSAE, file: int, n_ranks: int) -> None:
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
     os.truncate(file, 8 + len(text) + end)
+    checksums: dict[str, str] = {}
     for name, tensor in tensors.items():
-        at = 8 + len(text) + header[name]["data_offsets"][0]
-        received = _received_columns if name == "W_enc" else _received_blocks
-        for block in received(tensor, sae.cfg.d_sae, n_ranks) if name in rows else [tensor]:
-            _write(file, block, at)
-            at += block.numel() * block.element_size()
+        blocks: Iterable[Tensor] = [tensor]
+        if name in rows:
+            blocks = (_received_columns if name == "W_enc" else _received_blocks)(tensor, sae.cfg.d_sae, n_ranks)
+        checksums[name] = tensor_checksum(_written(file, 8 + len(text) + header[name]["data_offsets"][0], blocks))
+    return checksums
+
+
+def _written(file: int, at: int, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The blocks, each written behind the one before."""
+    for block in blocks:
+        _write(file, block, at)
+        yield block
+        at += block.numel() * block.element_size()
 
 
 def _received_blocks(own: Tensor, d_sae: int, n_ranks: int) -> Iterator[Tensor]:

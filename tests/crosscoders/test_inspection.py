@@ -42,6 +42,7 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 def change_weights(folder: Path, **changes: Any) -> None:
+    change(folder, metadata__checksums=None)  # as in files of other programs
     path = folder / "sae_weights.safetensors"
     weights = {**load_file(path), **changes}
     save_file({name: value for name, value in weights.items() if value is not None}, path)
@@ -191,3 +192,64 @@ def test_code_beside_a_model_is_not_run(tiny_snapshots: Path, tmp_path: Path) ->
     with pytest.raises(UserError):
         Snapshots.local(folder.parent)[0].load()
     assert not marker.exists()
+
+
+# ---------------------------------------------------------------------- checksums
+
+
+def flip(path: Path, at: int, bit: int = 6) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_any_tensor_is_refused(folder: Path) -> None:
+    weights = folder / "sae_weights.safetensors"
+    length = 8 + struct.unpack("<Q", weights.read_bytes()[:8])[0]
+    whole = weights.read_bytes()
+    for name, entry in json.loads(whole[8:length]).items():
+        if name == "__metadata__":
+            continue
+        flip(weights, length + entry["data_offsets"][0], 0)
+        with pytest.raises(UserError, match=f"is damaged, .* the checksum of {name} is not that in cfg.json; restore"):
+            load(folder)
+        weights.write_bytes(whole)
+    assert load(folder).cfg.d_sae == F
+
+
+def test_swapped_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    other = of_norms(torch.rand(F, S) + 0.1).save(tmp_path / "other")
+    (other / "sae_weights.safetensors").replace(folder / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="belongs to another crosscoder"):
+        load(folder)
+
+
+def test_a_changed_config_is_refused_unless_it_was_meant(folder: Path, tmp_path: Path) -> None:
+    change(folder, metadata__hook_name="blocks.0.hook_resid_post")
+    with pytest.raises(UserError, match="cfg.json is damaged, or was changed after it was saved"):
+        load(folder)
+    saved = load(folder, verify=False).save(tmp_path / "meant")
+    assert load(saved).cfg.metadata.hook_name == "blocks.0.hook_resid_post"
+
+
+@pytest.mark.parametrize("entry", ["no object", {}, {"W_dec": "0"}, None])
+def test_checksums_of_another_form_are_refused(folder: Path, entry: Any) -> None:
+    change(folder, metadata__checksums=entry)
+    if entry is None:  # as in files of other programs
+        load(folder)
+    else:
+        with pytest.raises(UserError, match="cfg.json is damaged"):
+            load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_crosscoder_that_was_changed_is_saved_with_its_own_checksums(folder: Path, tmp_path: Path, dtype: str) -> None:
+    crosscoder = load(folder, dtype=dtype)
+    with torch.no_grad():
+        crosscoder.W_dec.mul_(2)
+    again = load(crosscoder.save(tmp_path / "changed"))
+    assert torch.equal(again.W_dec, crosscoder.W_dec) and again.dtype == crosscoder.dtype
+    theirs = SAE.load_from_disk(tmp_path / "changed")  # SAELens needs to know nothing of this
+    assert torch.equal(theirs.W_dec, crosscoder.W_dec)
+    theirs.save_model(tmp_path / "theirs")
+    assert torch.equal(load(tmp_path / "theirs").W_dec, crosscoder.W_dec)
