@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -770,6 +771,10 @@ def test_wandb_offline(
     history: list[dict[str, Any]] = []
     recorded: dict[str, Any] = {}
     records = list(wandb_records(log))
+    until = time.monotonic() + 120
+    while not any(record.WhichOneof("record_type") == "exit" for record in records) and time.monotonic() < until:
+        time.sleep(0.2)  # a process of W&B's writes the file, and may lag behind `finish` on a busy machine
+        records = list(wandb_records(log))
     for record in records:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
