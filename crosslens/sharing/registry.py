@@ -304,7 +304,7 @@ def _snapshots(path: Path, where: str, value: Any) -> dict[str, Any] | None:
     where = f"{where}, snapshots"
     _check_keys(where, value, _SNAPSHOT_KEYS, ())
     if "folder" in value:
-        return {"folder": inside(path.parent, value["folder"], f"{where}: folder")}
+        return {**value, "folder": inside(path.parent, value["folder"], f"{where}: folder")}
     if not ("repo_id" in value and value.get("revisions")):
         raise UserError(f"{where} must have a folder, or a repo_id and revisions")
     check_repository(value["repo_id"])

@@ -243,7 +243,9 @@ def test_checksums_of_another_form_are_refused(folder: Path, entry: Any) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_a_crosscoder_that_was_changed_is_saved_with_its_own_checksums(folder: Path, tmp_path: Path, dtype: str) -> None:
+def test_a_crosscoder_that_was_changed_is_saved_with_its_own_checksums(
+    folder: Path, tmp_path: Path, dtype: str
+) -> None:
     crosscoder = load(folder, dtype=dtype)
     with torch.no_grad():
         crosscoder.W_dec.mul_(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def test_the_embedded_release_fits_its_snapshots_and_needs_no_network(monkeypatc
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
     crosscoder, snapshots = from_pretrained(DEMO, HOOK), load_snapshots(DEMO)
     check_snapshots(crosscoder, snapshots)  # by the fingerprints of the weights
-    assert snapshots.labels == crosscoder.cfg.snapshot_labels and len(snapshots) == 10
+    assert snapshots.labels == crosscoder.cfg.snapshot_labels and len(snapshots) == 9
+    every = load_snapshots(DEMO, every=True)
+    assert every.steps[:5] == [0, 8, 16, 24, 32] and every.labels[5:] == snapshots.labels
     assert crosscoder.dtype == torch.float32 and not crosscoder.training
     assert crosscoder.cfg.metadata.l0 == find_release(DEMO).entry(HOOK).l0
-    assert sum(path.stat().st_size for path in EMBEDDED.parent.glob("releases/**/*")) < 7 * 2**20
+    assert sum(path.stat().st_size for path in EMBEDDED.parent.glob("releases/**/*")) < 8 * 2**20
     recorded = (EMBEDDED.parent / "releases" / "demo" / HOOK / "cfg.json").read_text()
     assert "/" not in recorded.replace(f"crosslens.synthetic.grammar, {8000} documents", "")
 
@@ -79,7 +82,7 @@ def test_the_embedded_release_fits_its_snapshots_and_needs_no_network(monkeypatc
 def test_a_crosscoder_says_what_it_is() -> None:
     cc = from_pretrained("crosslens-demo", "blocks.1.hook_resid_post")
     F, S, D = cc.cfg.d_sae, cc.n_snapshots, cc.d_model
-    wanted = f"{F} features, snapshots step0 ... step640 ({S}), d_model {D}, blocks.1.hook_resid_post"
+    wanted = f"{F} features, snapshots step48 ... step640 ({S}), d_model {D}, blocks.1.hook_resid_post"
     assert wanted in repr(cc)
 
 
@@ -92,7 +95,7 @@ def test_the_embedded_release_is_as_good_as_the_registry_says() -> None:
     assert said.variance_explained is not None and said.l0 is not None
     assert float(table["explained_variance"].mean()) == pytest.approx(said.variance_explained, abs=0.005)
     assert float(table["l0"].mean()) == pytest.approx(said.l0, rel=0.05)
-    assert float(table["explained_variance"].min()) > 0.85
+    assert float(table["explained_variance"].min()) > 0.97
 
 
 # ---------------------------------------------------------------------- users' files
@@ -144,9 +147,18 @@ def test_snapshots_of_a_release(tmp_path: Path, tiny_snapshots: Path) -> None:
         "far": release(snapshots=hub),
         "none": release(),
         "near": release(snapshots={"folder": tiny_snapshots.name}),
+        "later": release(snapshots={"folder": tiny_snapshots.name, "trained": ["step10", "step20"]}),
+        "late": release(snapshots={**copy.deepcopy(hub), "trained": ["step512"]}),
+        "other": release(snapshots={"folder": tiny_snapshots.name, "trained": ["step10", "step30"]}),
     }
     register_release(write(tiny_snapshots.parent / "r.yaml", releases))
     assert load_snapshots("near").labels == ["step0", "step10", "step20"]
+    assert load_snapshots("later").labels == ["step10", "step20"] and load_snapshots("late").labels == ["step512"]
+    assert load_snapshots("later", every=True) == load_snapshots("near")
+    with pytest.raises(
+        UserError, match="'other' was trained on 'step30', which is not among its snapshots step0, step10"
+    ):
+        load_snapshots("other")
     far = load_snapshots("far")
     assert far.labels == ["step0", "step512"] and far.steps == [0, 512] and far[1].revision == "step512"
     with pytest.raises(UserError, match="release 'none' does not say where its snapshots are"):
