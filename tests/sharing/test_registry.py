@@ -155,9 +155,7 @@ def test_snapshots_of_a_release(tmp_path: Path, tiny_snapshots: Path) -> None:
     assert load_snapshots("near").labels == ["step0", "step10", "step20"]
     assert load_snapshots("later").labels == ["step10", "step20"] and load_snapshots("late").labels == ["step512"]
     assert load_snapshots("later", every=True) == load_snapshots("near")
-    with pytest.raises(
-        UserError, match="'other' was trained on 'step30', which is not among its snapshots step0, step10"
-    ):
+    with pytest.raises(UserError, match="'other' was trained on 'step30', which is not among its snapshots step0"):
         load_snapshots("other")
     far = load_snapshots("far")
     assert far.labels == ["step0", "step512"] and far.steps == [0, 512] and far[1].revision == "step512"
