@@ -2,7 +2,7 @@
 
 run.json                        what was run: versions, command, data and snapshot fingerprints, timings
 crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
-checkpoints/                    the last complete checkpoint of an unfinished training run
+checkpoints/                    the last two complete checkpoints of an unfinished training run
 evaluation.parquet              explained variance, L0, CE and KL per snapshot
 evolution.parquet               one row per feature
 presence.parquet                one row per feature and snapshot: decoder norm, decodability
@@ -163,8 +163,7 @@ class RunDir:
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of an unfinished training run."""
-        complete = [p for p in self.checkpoints.glob("tokens-*") if (p / "state.json").is_file()]
-        return max(complete, key=lambda p: int(p.name.removeprefix("tokens-")), default=None)
+        return next(reversed(complete_checkpoints(self.checkpoints)), None)
 
     def table(self, name: str) -> pd.DataFrame | None:
         """Read a table such as "evolution" or "attribution/simple"; None if there is none."""
@@ -216,6 +215,12 @@ class RunDir:
         if self.path.resolve() not in path.resolve().parents:
             raise UserError(f"table name {name!r} points outside the run directory; use a plain name")
         return path
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    complete = [path for path in folder.glob("tokens-*") if (path / "state.json").is_file()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("tokens-")))
 
 
 def check_writable(folder: Path) -> None:

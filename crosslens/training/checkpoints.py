@@ -2,13 +2,14 @@
 
 A checkpoint holds everything that the next step depends on. Any number of processes can load it.
 
-state.json                 activations seen, the learning-rate schedule, Adam's step count
+state.json                 activations seen, the learning-rate schedule, Adam's step count, and a checksum of these
 shard-*.safetensors        the tensors: a file per tensor and per process that holds rows of it, written by
                            torch.distributed.checkpoint, without pickle
+checksums-*.json           the checksums of the files that one process wrote
 
 1. Write the checkpoint to `partial-<activations>`, `state.json` last.
 2. Rename it to `tokens-<activations>`.
-3. Only then delete the previous checkpoint.
+3. Only then delete older checkpoints, but for the previous one: it is used if the last one turns out to be damaged.
 
 The crosscoder of several processes becomes the single file that SAELens reads, block by block: rank 0 writes, and the
 other processes send their features a few rows at a time, so no process needs memory for all of it. (The consolidation
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -40,6 +41,7 @@ from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, tensor_checksum, with_checksum
 from crosslens.distributed.parallel import Parallel
 from crosslens.errors import first_line
+from crosslens.rundir import complete_checkpoints
 
 BLOCK_BYTES = 1 << 28
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -53,7 +55,7 @@ def save_checkpoint(
     numbers: dict[str, Any],
     parallel: Parallel,
 ) -> None:
-    """Write a checkpoint, then delete the previous one; all processes call this.
+    """Write a checkpoint, then delete all but the one before; all processes call this.
 
     Args:
         folder: checkpoint folder of a run, on a file system that all processes see.
@@ -74,8 +76,9 @@ def save_checkpoint(
             discard(whole)
             os.replace(partial_path, whole)
             sync_folder(folder)
+            before = [p for p in complete_checkpoints(folder) if p != whole][-1:]
             for other in folder.iterdir():
-                if other != whole:
+                if other not in (whole, *before):
                     discard(other)
 
 
@@ -89,12 +92,32 @@ def write_state(
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
     with _without_warning_of_one_process():
         dcp.save(tensors, storage_writer=writer, no_dist=parallel.alone)
+    own = sorted(folder.glob(f"shard-{parallel.rank + 1:05d}-*.safetensors"))
+    _write_json(folder / f"checksums-{parallel.rank:05d}.json", {path.name: file_checksum(path) for path in own})
+    parallel.barrier()
     if parallel.rank == 0:
-        with (folder / "state.json").open("w") as file:
-            file.write(json.dumps(numbers, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
+        _write_json(folder / "state.json", {**numbers, "checksum": _json_checksum(numbers)})
         sync_folder(folder)
+
+
+def file_checksum(path: Path) -> str:
+    """The XXH3 of a file."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _json_checksum(contents: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(json.loads(json.dumps(contents)), sort_keys=True).encode())
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        file.write(json.dumps(contents, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor], parallel: Parallel) -> dict[str, Any]:
@@ -105,7 +128,7 @@ def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor],
     """
     expected = {name: tensor.numel() * parallel.n_feature_ranks for name, tensor in rows.items()}
     expected |= {name: tensor.numel() for name, tensor in copies.items()}
-    numbers, damage = _inspected(folder, expected)
+    numbers, damage = _inspected(folder, expected, parallel)
     if parallel.count(int(bool(damage))):
         raise DamagedCheckpointError(damage or "another process cannot read it")
     with _without_warning_of_one_process():
@@ -117,25 +140,35 @@ def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor],
     return numbers
 
 
-def _inspected(folder: Path, expected: dict[str, int]) -> tuple[dict[str, Any], str]:
+def _inspected(folder: Path, expected: dict[str, int], parallel: Parallel) -> tuple[dict[str, Any], str]:
     """The contents of `state.json`, and what is wrong with the checkpoint, if anything.
 
-    torch.distributed.checkpoint does not notice the missing file of one of several processes: it leaves the rows as
-    they are.
+    Every process compares the checksums of some of the files. torch.distributed.checkpoint does not notice the missing
+    file of one of several processes: it leaves the rows as they are.
 
     Args:
         folder: the checkpoint.
         expected: number of elements of every tensor.
+        parallel: the processes.
     """
     path = folder / "state.json"
     try:
         numbers = dict(json.loads(path.read_text()))
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt"):  # compares the length of the file with its header
-                pass
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        if numbers.pop("checksum", None) != _json_checksum(numbers):
+            return {}, f"{path.name}: its checksum does not match"
+        checksums: dict[str, str] = {}
+        for path in sorted(folder.glob("checksums-*.json")):
+            checksums |= json.loads(path.read_text())
+        for name, checksum in list(sorted(checksums.items()))[parallel.rank :: parallel.n_ranks]:
+            path = folder / name
+            if file_checksum(path) != checksum:
+                return {}, f"{name}: its checksum does not match"
+    except (OSError, ValueError, TypeError) as error:
         return {}, f"{path.name}: {first_line(error)}"
-    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    try:
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # a file that no checksum belongs to can raise anything
+        return {}, first_line(error)
     for name, size in expected.items():
         chunks: Any = getattr(stored.get(name), "chunks", ())
         if sum(math.prod(chunk.sizes) for chunk in chunks) != size:

@@ -485,7 +485,7 @@ def test_copies_of_a_feature_round_its_moments_alike(acts: Activations, tmp_path
     assert ranks[0]["loss"] == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "bit"])
 def test_no_process_resumes_from_a_damaged_checkpoint(acts: Activations, tmp_path: Path, damage: str):
     run = RunDir(tmp_path / "run")
     run.write_json({})
@@ -497,7 +497,9 @@ def test_no_process_resumes_from_a_damaged_checkpoint(acts: Activations, tmp_pat
         trainer.save_checkpoint("second")
         if rank == 0:
             shard = sorted((run.checkpoints / f"tokens-{2 * B}").glob("*.safetensors"))[0]
-            shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
+            contents = shard.read_bytes()
+            changed = contents[:-1] + bytes([contents[-1] ^ 1]) if damage == "bit" else contents[:-1]
+            shard.unlink() if damage == "missing" else shard.write_bytes(changed)
         parallel.barrier()
         return [int(trainer_of(acts, ALL["batchtopk_crosscoder"](), parallel, run).resume())]
 

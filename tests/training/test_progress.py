@@ -20,7 +20,7 @@ import crosslens.training.progress
 import crosslens.training.run
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import CrosscoderTrainingConfig
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, complete_checkpoints
 from crosslens.training.progress import Measured, quality_table, warn_if_poor
 from crosslens.training.run import train
 from crosslens.training.trainer import CrosscoderTrainer
@@ -244,47 +244,56 @@ def test_resuming_is_told_and_initialises_nothing(
     assert sae.W_enc.stride() == (1, 48) and sae.cfg.device == "cpu" and sae.device.type == "cpu"
 
 
-@pytest.mark.parametrize("damage", ["a shard is cut", "a shard is missing", "state.json is cut"])
-def test_a_damaged_checkpoint_is_told_and_training_starts_again(
+DAMAGES = ["a shard is cut", "a shard is missing", "a bit of a shard", "state.json is cut", "a digit of state.json"]
+
+
+def damaged(checkpoint: Path, damage: str) -> str:
+    """Damage a checkpoint; returns the name of the file."""
+    path = checkpoint / "state.json" if "state" in damage else sorted(checkpoint.glob("*.safetensors"))[3]
+    contents = bytearray(path.read_bytes())
+    if damage == "a shard is missing":
+        path.unlink()
+    elif "bit" in damage:
+        contents[-5] ^= 1
+        path.write_bytes(contents)
+    elif "digit" in damage:
+        at = contents.index(b'"adam_steps": ') + 14
+        contents[at : at + 1] = b"2" if contents[at : at + 1] == b"1" else b"1"
+        path.write_bytes(contents)
+    else:
+        path.write_bytes(contents[:-20])
+    return path.name
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    acts: Activations, reference: Callable[[str], dict[str, Tensor]], tmp_path: Path, damage: str
+):
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=6)
+    with pytest.raises(Interrupted):
+        train(breaking(acts, 15), ALL["topk_crosscoder"](), settings)
+    before, last = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    name = damaged(last, damage)
+    left = STEPS - int(before.name.removeprefix("tokens-")) // B
+    with pytest.warns(UserWarning, match=re.escape(f"the checkpoint {last} is damaged ({name}: ")):
+        resumed = train(breaking(acts, left), ALL["topk_crosscoder"](), settings)
+    assert same(weights(resumed), reference("topk_crosscoder"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_without_an_undamaged_checkpoint_training_starts_again(
     acts: Activations,
     reference: Callable[[str], dict[str, Tensor]],
     tmp_path: Path,
-    damage: str,
     capsys: pytest.CaptureFixture[str],
 ):
-    settings = config(run_dir=tmp_path / "run", n_checkpoints=2)
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=6)
     with pytest.raises(Interrupted):
-        train(breaking(acts, 12), ALL["batchtopk_crosscoder"](), settings)
-    found = RunDir(tmp_path / "run").last_checkpoint()
-    assert found is not None
-    shard = sorted(found.glob("*.safetensors"))[3]
-    if damage == "a shard is missing":
-        shard.unlink()
-    else:
-        path = shard if damage == "a shard is cut" else found / "state.json"
-        path.write_bytes(path.read_bytes()[:-20])
-    name = {"a shard is cut": f"{shard.name}: ", "state.json is cut": "state.json: "}.get(damage, "a file with ")
-    with pytest.warns(UserWarning, match=re.escape(f"the checkpoint {found} is damaged ({name}")):
+        train(breaking(acts, 15), ALL["batchtopk_crosscoder"](), settings)
+    for checkpoint in complete_checkpoints(tmp_path / "run" / "checkpoints"):
+        damaged(checkpoint, "a bit of a shard")
+    with pytest.warns(UserWarning, match="is damaged .* and is not used"):
         again = train(acts, ALL["batchtopk_crosscoder"](), settings)
     words = capsys.readouterr().err
     assert "training starts again from the first token" in words and "resuming" not in words
     assert same(weights(again), reference("batchtopk_crosscoder"))
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_the_checkpoint_before_a_damaged_one_is_used(
-    acts: Activations, reference: Callable[[str], dict[str, Tensor]], tmp_path: Path
-):
-    """A process that is killed between writing a checkpoint and deleting the one before leaves both."""
-    settings = config(run_dir=tmp_path / "run", n_checkpoints=2)
-    with pytest.raises(Interrupted):
-        train(breaking(acts, 12), ALL["topk_crosscoder"](), settings)
-    found = RunDir(tmp_path / "run").last_checkpoint()
-    assert found is not None
-    left = STEPS - int(found.name.removeprefix("tokens-")) // B
-    later = found.with_name("tokens-1500")
-    later.mkdir()
-    (later / "state.json").write_text("{")
-    with pytest.warns(UserWarning, match="tokens-1500 is damaged"):
-        resumed = train(breaking(acts, left), ALL["topk_crosscoder"](), settings)
-    assert same(weights(resumed), reference("topk_crosscoder"))
