@@ -23,20 +23,25 @@ report/                         the HTML pages
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslens.errors import UserError, shortened
+from crosslens.errors import UserError, brief, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
+_COUNT = itertools.count()
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -82,12 +87,19 @@ class RunDir:
             raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
         if not isinstance(contents, dict):
             raise UserError(f"{path} holds a {type(contents).__name__}, not an object; restore or delete it")
+        checksum = contents.pop("checksum", None)
+        if checksum is not None and checksum != _checksum(contents):
+            raise UserError(
+                f"{path} is damaged, or was edited: its contents do not have the checksum in it; restore it, or remove "
+                "the line `checksum` if the edit was meant"
+            )
         return contents
 
     def write_json(self, contents: dict[str, Any]) -> None:
         """Replace run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "run.json", json.dumps(contents, indent=1, default=str))
+        plain = json.loads(json.dumps(contents, default=str))
+        write_text(self.path / "run.json", json.dumps({"checksum": _checksum(plain), **plain}, indent=1))
 
     def update(self, **entries: Any) -> None:
         """Add entries to run.json; dictionaries are merged one level deep."""
@@ -126,6 +138,7 @@ class RunDir:
             self._refuse_difference(contents[part], wanted)
             return
         stamp = contents or {
+            "id": uuid.uuid4().hex,
             "versions": {package: version(package) for package in _PACKAGES},
             "crosslens": version("crosslens"),
             "python": sys.version.split()[0],
@@ -166,21 +179,52 @@ class RunDir:
         return next(reversed(complete_checkpoints(self.checkpoints)), None)
 
     def table(self, name: str) -> pd.DataFrame | None:
-        """Read a table such as "evolution" or "attribution/simple"; None if there is none."""
+        """Read a table such as "evolution" or "attribution/simple"; None if there is none.
+
+        Raises:
+            UserError: the file is damaged, or belongs to another run or another table.
+        """
         path = self._table_path(name)
         if not path.is_file():
             return None
-        import pandas as pd  # half a second, which commands that only check a run directory do without
+        import pyarrow.parquet as pq  # half a second, which commands that only check a run directory do without
 
-        return pd.read_parquet(path)
+        again = f"delete it, and repeat `crosslens {_maker(name)}`"
+        try:
+            found = pq.ParquetFile(path, page_checksum_verification=True).read()
+            seal = json.loads(found.schema.metadata.get(b"crosslens", b"null"))
+            if b"pandas" not in found.schema.metadata:
+                raise ValueError("its description is missing")
+            if seal is not None and seal["checksum"] != _seal(found.schema, len(found), seal["run"], seal["table"]):
+                raise ValueError("its description does not have the checksum in it")
+            frame = found.to_pandas()
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(f"{path} is damaged ({brief(error)}): {again}") from error
+        if seal is not None and seal["table"] != name:
+            raise UserError(f"{path} holds the table {seal['table']!r}: {again}")
+        if seal is not None and seal["run"] not in (None, self._id()):
+            raise UserError(f"{path} belongs to another run: {again}")
+        return frame
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table completely or not at all."""
+        """Write a table completely or not at all, with checksums, its name, and the run that it belongs to."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         path = self._table_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        table.to_parquet(partial, index=False)
-        os.replace(partial, path)
+        whole = pa.Table.from_pandas(table, preserve_index=False)
+        notes, run = whole.schema.metadata, self._id()
+        empty = pa.BufferOutputStream()
+        pq.write_table(whole.slice(0, 0), empty)  # some types are others when they are read back
+        types = pq.read_table(empty.getvalue()).schema
+        seal = {"table": name, "run": run, "checksum": _seal(types, len(whole), run, name)}
+        whole = whole.replace_schema_metadata({**notes, b"crosslens": json.dumps(seal).encode()})
+        with replacing(path) as partial:
+            pq.write_table(whole, partial, write_page_checksum=True)
+
+    def _id(self) -> str | None:
+        return self.read_json().get("id") if self.exists() else None
 
     def save_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
         """Write several tables under their names."""
@@ -238,9 +282,43 @@ def check_writable(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path, None, None]:
+    """A new file of this process beside `path`, which takes its place at the end, or is deleted after an error."""
+    partial = path.with_name(f".{path.name[:100]}.{os.getpid()}-{next(_COUNT)}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checksum(contents: dict[str, Any]) -> str:
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
+
+
+def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str) -> str:
+    """The checksum of what the checksums of a parquet file's pages leave out: names, types, sizes, owner."""
+    import xxhash
+
+    described = [types.remove_metadata().to_string(), types.metadata[b"pandas"].decode(), n_rows, run, name]
+    return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
+
+
+def _maker(table: str) -> str:
+    """The command that writes a table."""
+    kind, slash, _ = table.partition("/")
+    commands = {
+        "evaluation": "train", "seeds": "train", "consensus": "train", "attribution": "attribute",
+        "accuracy": "attribute", "ablation": "ablate", "labels": "label", "sweep": "sweep",
+    }  # fmt: skip
+    return commands.get(kind, "demo" if slash else "evolve")
 
 
 def _program(path: str) -> str:

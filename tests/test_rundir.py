@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from crosslens.errors import UserError
@@ -125,11 +126,15 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     run = RunDir(tmp_path / "a")
     run.save_table("probe", pd.DataFrame({"x": [1]}))
 
-    def interrupted(_: pd.DataFrame, path: Path, **__: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
+    write = pq.write_table
 
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", interrupted)
+    def interrupted(written: Any, where: Any, **options: Any) -> None:
+        write(written, where, **options)
+        if isinstance(where, Path):
+            where.write_bytes(where.read_bytes()[:100])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.save_table("probe", pd.DataFrame({"x": [2]}))
     assert run.table("probe")["x"].tolist() == [1]  # type: ignore[index]
@@ -151,3 +156,67 @@ def test_what_is_no_run_directory(tmp_path: Path):
     (tmp_path / "run.json").write_text("{half")
     with pytest.raises(UserError, match="is not valid JSON"):
         RunDir.open(tmp_path).read_json()
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def table() -> pd.DataFrame:
+    numbers = pd.array([1, None, 3], dtype="Int64")
+    return pd.DataFrame({"feature": [0, 1, 2], "label": ["a", "b", None], "x": [0.5, float("nan"), 1.0], "n": numbers})
+
+
+def test_no_flipped_bit_of_a_table_goes_unnoticed(tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    run.claim(IDENTITY)
+    run.save_table("evolution", table())
+    path = run.path / "evolution.parquet"
+    whole = path.read_bytes()
+    found = 0
+    for at in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            again = run.table("evolution")
+        except UserError as error:
+            assert str(error).startswith(f"{path} ") and "repeat `crosslens evolve`" in str(error)
+            found += 1
+        else:  # a byte that nothing reads, such as a statistic
+            assert again is not None
+            pd.testing.assert_frame_equal(again, table())
+    assert found > len(whole) / 6
+
+
+def test_tables_of_another_run_or_name_are_refused(tmp_path: Path):
+    runs = [RunDir(tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        run.claim(IDENTITY)
+        run.save_table("attribution/simple", table())
+    (runs[0].path / "attribution/simple.parquet").replace(runs[1].path / "attribution/simple.parquet")
+    with pytest.raises(UserError, match="belongs to another run: delete it, and repeat `crosslens attribute`"):
+        runs[1].table("attribution/simple")
+    runs[0].save_table("evolution", table())
+    (runs[0].path / "evolution.parquet").replace(runs[0].path / "births.parquet")
+    with pytest.raises(UserError, match="births.parquet holds the table 'evolution': delete it"):
+        runs[0].table("births")
+
+
+def test_tables_without_checksums_are_read(tmp_path: Path):
+    """As other programs write them."""
+    RunDir(tmp_path).claim(IDENTITY)
+    table().to_parquet(tmp_path / "mine.parquet", index=False)
+    found = RunDir(tmp_path).table("mine")
+    assert found is not None
+    pd.testing.assert_frame_equal(found, table())
+
+
+def test_a_changed_run_json_is_refused(tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    run.claim(IDENTITY)
+    path = run.path / "run.json"
+    path.write_text(path.read_text().replace("0.0003", "0.0007"))
+    with pytest.raises(UserError, match="run.json is damaged, or was edited: .* or remove the line `checksum`"):
+        run.read_json()
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"checksum"' not in line))
+    assert run.read_json()["identity"]["training"]["lr"] == 7e-4

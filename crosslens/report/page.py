@@ -64,6 +64,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bo
         written.add(name)
 
     features = write_features(tables, write)
+    of_features = list(tables.damaged.values())
     common = {
         "report": title or overview.title,
         "nav": [*((page.name, page.title) for page in PAGES), _FEATURES],
@@ -72,13 +73,19 @@ def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bo
     }
     pages = {
         f"{name}.html": _render(
-            f"{name}.html.j2", **common, page=_FEATURES[0], drawn=name == "feature", **_of_features(tables, features)
+            f"{name}.html.j2",
+            **common,
+            page=_FEATURES[0],
+            drawn=name == "feature",
+            damaged=of_features,
+            **_of_features(tables, features),
         )
         for name in ("features", "feature")
     }
     csv: dict[str, pd.DataFrame] = {}
     for page in PAGES:
         done = set(csv)
+        tables.damaged.clear()
         parts = [_make_part(section, tables, csv) for section in page.sections]
         facts = overview if page is PAGES[0] else None
         pages[f"{page.name}.html"] = _render(
@@ -86,6 +93,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bo
             **common,
             page=page.name,
             drawn=True,
+            damaged=list(tables.damaged.values()),
             title=page.title,
             intro=page.intro,
             parts=parts,

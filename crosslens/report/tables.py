@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pandas as pd
 
+from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 
 AGAIN = "It was written by another version of crosslens; rerun the command that writes it."
@@ -32,14 +34,17 @@ class Tables:
         found = run.consensus() if consensus else None
         self._kept = None if found is None else set(found.loc[found["consensus"], "feature"])
         self._read: dict[str, pd.DataFrame | None] = {}
+        self.damaged: dict[str, str] = {}
+        """What is wrong with the tables that were asked for since this was last cleared; pages do without them."""
+        self._defects: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame | None:
-        if name not in self._read:
-            found = self._load(name)
-            if "/" in name and not name.endswith(".snapshots"):
-                return found
+        found = self._read[name] if name in self._read else self._load(name)
+        if "/" not in name or name.endswith(".snapshots"):
             self._read[name] = found
-        return self._read[name]
+        kind, star, _ = name.partition("*")
+        self.damaged |= {t: said for t, said in self._defects.items() if t == name or (star and t.startswith(kind))}
+        return found
 
     def tasks(self, kind: str) -> list[str]:
         """Names of the tasks that have a table of this kind."""
@@ -56,7 +61,11 @@ class Tables:
             return self._snapshots()
         kind, star, suffix = name.partition("/*")
         if not star:
-            table = self._run.table(name)
+            try:
+                table = self._run.table(name)
+            except UserError as error:
+                self._defects[name] = str(error).replace(f"{self._run.path}{os.sep}", "")
+                return None
             if table is not None and self._kept is not None and "feature" in table and name != "consensus":
                 table = pd.DataFrame(table[table["feature"].isin(self._kept)]).reset_index(drop=True)
             return None if table is None or table.empty else table

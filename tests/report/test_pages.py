@@ -702,3 +702,15 @@ def test_axes_without_the_tokens_of_the_run(tmp_path: Path) -> None:
     specs = _Page(write_report(tmp_path)).specs()
     assert "tokens" not in specs["budget-simple"]["layout"]["meta"]
     assert specs["accuracy"]["layout"]["meta"]["tokens"] == [step * 4096 for step in STEPS[3]]
+
+
+def test_a_damaged_table_is_a_line_on_its_pages(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    path = run.path / "attribution" / "simple.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    index = write_report(run.path)
+    said = "attribution/simple.parquet is damaged"
+    assert said in (index.parent / "causal.html").read_text() and said in (index.parent / "features.html").read_text()
+    assert "repeat `crosslens attribute`" in (index.parent / "causal.html").read_text()
+    assert str(tmp_path) not in (index.parent / "causal.html").read_text()
+    assert said not in (index.parent / "evolution.html").read_text()
