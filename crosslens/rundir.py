@@ -29,11 +29,13 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from crosslens.errors import UserError, brief, shortened
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _COUNT = itertools.count()
+_HELD: list[FileLock] = []
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -115,10 +118,52 @@ class RunDir:
             UserError: the path is a file or not writable, or the directory holds files of something else.
         """
         check_writable(self.path)
-        if not self.exists() and self.path.is_dir() and any(self.path.iterdir()):
+        if not self.exists() and self.path.is_dir() and any(not _is_lock(path) for path in self.path.iterdir()):
             raise UserError(
                 f"{self.path} contains files but is not a run directory; choose a new one (nothing in it was changed)"
             )
+
+    @contextmanager
+    def writing(self, part: str = "run") -> Generator[None, None, None]:
+        """Keep other processes from writing here; the lock ends with the process, however that ends.
+
+        Args:
+            part: what is written: "run", or "report", which may be drawn while a run goes on.
+
+        Raises:
+            UserError: another process is writing; or the directory cannot be used.
+        """
+        release = self.hold(part)
+        try:
+            yield
+        finally:
+            release()
+
+    def hold(self, part: str = "run") -> Callable[[], None]:
+        """Like `writing`, until the function that is returned is called, or the process ends."""
+        self.check_usable()
+        new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path.resolve() / (".lock" if part == "run" else f".{part}.lock")
+        lock = FileLock(path, timeout=0, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is writing the {part} in {self.path}: wait until it has ended, or choose another "
+                "directory"
+            ) from error
+        _HELD.append(lock)  # it is released when nothing refers to it any more
+
+        def release() -> None:
+            _HELD.remove(lock)
+            lock.release()
+            if new and not self.exists() and not lock.is_locked:  # refused: leave nothing behind
+                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.path.rmdir()
+
+        return release
 
     def claim(self, identity: dict[str, Any], part: str = "identity") -> None:
         """Make this the directory of a run, or check that it already is.
@@ -134,6 +179,8 @@ class RunDir:
         wanted = json.loads(json.dumps(identity, default=str))
         self.check_usable()
         contents = self.read_json() if self.exists() else {}
+        if part in contents and not self._has_results() and _first_difference(contents[part], wanted):
+            contents = {}  # of a command that failed before it had written anything
         if part in contents:
             self._refuse_difference(contents[part], wanted)
             return
@@ -154,8 +201,12 @@ class RunDir:
             UserError: the directory cannot be used, or holds a run with other settings.
         """
         self.check_usable()
-        if self.exists():
+        if self.exists() and self._has_results():
             self._refuse_difference(_common(self.read_json().get(part, {}), settings), settings)
+
+    def _has_results(self) -> bool:
+        """Whether anything but run.json has been written."""
+        return any(path.name != "run.json" and not _is_lock(path) for path in self.path.iterdir())
 
     def _refuse_difference(self, found: Any, wanted: Any) -> None:
         difference = _first_difference(found, wanted)
@@ -259,6 +310,10 @@ class RunDir:
         if self.path.resolve() not in path.resolve().parents:
             raise UserError(f"table name {name!r} points outside the run directory; use a plain name")
         return path
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".lock")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

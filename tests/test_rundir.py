@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,53 @@ def test_a_changed_run_json_is_refused(tmp_path: Path):
         run.read_json()
     path.write_text("\n".join(line for line in path.read_text().splitlines() if '"checksum"' not in line))
     assert run.read_json()["identity"]["training"]["lr"] == 7e-4
+
+
+# ---------------------------------------------------------------------- one writer
+
+
+def holding(path: Path, part: str, held: Any, done: Any) -> None:
+    with RunDir(path).writing(part):
+        held.set()
+        done.wait()
+
+
+@pytest.mark.parametrize("part", ["run", "report"])
+def test_a_second_writer_is_refused_until_the_first_ends(tmp_path: Path, part: str):
+    run = RunDir(tmp_path / "run")
+    run.claim(IDENTITY)
+    fork = multiprocessing.get_context("fork")
+    held, done = fork.Event(), fork.Event()
+    process = fork.Process(target=holding, args=(run.path, part, held, done))
+    process.start()
+    assert held.wait(60)
+    refused = pytest.raises(UserError, match=f"another process is writing the {part} in .*run: wait until it has ended")
+    with refused, run.writing(part):
+        pass
+    with run.writing("report" if part == "run" else "run"):
+        pass
+    process.kill()  # a lock ends with its process
+    process.join()
+    with run.writing(part), run.writing(part):  # a command may call another
+        pass
+    assert run.read_json()["identity"] == IDENTITY
+
+
+def test_a_refused_command_leaves_no_directory(tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match="no such thing"), run.writing():
+        raise UserError("no such thing")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_without_results_is_replaced(tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    with run.writing():
+        run.claim(IDENTITY)
+    other = {**IDENTITY, "n_tokens": 5}
+    run.check_settings({"n_tokens": 5}, part="identity")
+    run.claim(other)
+    assert run.read_json()["identity"] == other
+    run.save_table("evolution", table())
+    with pytest.raises(UserError, match="it has n_tokens=5, this run has n_tokens=1234"):
+        run.claim(IDENTITY)

@@ -629,6 +629,7 @@ def sweep(
     acts = Activations(load(), hook[0], data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     run = RunDir(run_dir)
+    run.hold()
     run.claim({"hook_name": hook[0], "dataset": dataset}, part="sweep")
     if cache is not None:
         acts = acts.cache(cache, cache_dtype)
@@ -857,6 +858,7 @@ def label_run(
     typer.echo(str(estimate))
     if dry_run:
         return
+    run.hold()
     if estimate.requests:
         check_client(explainer)
         if not yes:

@@ -285,12 +285,13 @@ def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> L
         return _local(Path(spec), steps, hooks)
     if release := list_releases().get(spec):
         where = release.snapshots or {}
+        steps = steps or ",".join(where.get("trained", ())) or None
         if "folder" in where:
             return _local(Path(where["folder"]), steps, hooks)
         if "revisions" in where:
             labels = where.get("labels", where["revisions"])
             chosen = _choose(spec, labels, where.get("steps", [None] * len(labels)), steps)
-            return lambda: _released(spec)[chosen]
+            return lambda: _released(spec, every=True)[chosen]
         return lambda: _released(spec)  # raises
     if re.match(r"[^/@=,]+=", spec):
         return _models(spec, steps, hooks)
@@ -365,10 +366,10 @@ def _demo(steps: str | None) -> Snapshots:
     return _snapshots().demo()[chosen]
 
 
-def _released(name: str) -> Snapshots:
+def _released(name: str, *, every: bool = False) -> Snapshots:
     from crosslens.sharing.registry import load_snapshots
 
-    return load_snapshots(name)
+    return load_snapshots(name, every=every)
 
 
 def _snapshots() -> type[Snapshots]:
@@ -485,6 +486,7 @@ def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activa
     from crosslens.crosscoders import load
 
     run = RunDir.open(path)
+    run.hold()
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
     return run, load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)

@@ -99,9 +99,13 @@ def run_demo(
     Raises:
         UserError: `out` holds another run.
     """
-    config = config or DemoConfig()
-    began = time.perf_counter()
     run = RunDir(out)
+    with run.writing():
+        return _run(run, seed, config or DemoConfig(), snapshots)
+
+
+def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None) -> dict[str, Any]:
+    began = time.perf_counter()
     run.claim({"seed": seed, **asdict(config)}, part="demo")
     timings: dict[str, float] = {}
 

@@ -53,6 +53,11 @@ def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bo
         UserError: the directory contains no run, its run.json is not JSON, or there is no consensus of seeds.
     """
     run = RunDir.open(run_dir)
+    with run.writing("report"):
+        return _write(run, title, consensus)
+
+
+def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     info = run.read_json()
     tables = Tables(run, info, consensus=consensus)
     overview = _overview(info, tables)

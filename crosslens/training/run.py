@@ -30,6 +30,8 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
 from crosslens.crosscoders.base import check_trainable
+from crosslens.crosscoders.checksums import check_files
+from crosslens.crosscoders.inspection import inspect_crosscoder
 from crosslens.distributed.devices import choose_precision, find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
@@ -68,6 +70,9 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
         )
     parallel, device = join(config.device, config.data_parallel)
     with ExitStack() as logging:
+        with parallel.first() as first:
+            if first and config.run_dir is not None:
+                logging.enter_context(RunDir(config.run_dir).writing())
         trained = _fit(acts, architecture, dataclasses.replace(config, device=device), parallel, logging)
         if not isinstance(trained, RunDir):
             crosscoder = trained
@@ -96,7 +101,7 @@ def _fit(
             if run is not None and not config.resume:
                 for checkpoint in run.checkpoints.glob("*"):
                     discard(checkpoint)
-            finished = run is not None and config.resume and (run.crosscoder / "cfg.json").is_file()
+            finished = run is not None and config.resume and _is_whole(run)
         else:
             architecture, run = _claimed(acts, architecture, config)
     if run is not None and parallel.count(int(finished)):  # rank 0 decides; on a network others may not see it yet
@@ -147,6 +152,21 @@ def _fit(
             if first:
                 run.save_table("evaluation", table)
     return run
+
+
+def _is_whole(run: RunDir) -> bool:
+    """Whether a run directory holds its crosscoder; a damaged one is set aside, and told."""
+    if not (run.crosscoder / "cfg.json").is_file():
+        return False
+    try:
+        check_files(run.crosscoder, inspect_crosscoder(run.crosscoder))
+    except UserError as error:
+        aside = run.crosscoder.with_name("damaged-crosscoder")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(run.crosscoder, aside)
+        tell(f"{error}; it is now in {aside}, and is trained again")
+        return False
+    return True
 
 
 def _trainer(
