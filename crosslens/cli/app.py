@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ from crosslens.cli.arguments import (
     parse_steps,
     parse_task,
 )
+from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
@@ -229,6 +231,7 @@ def describe(
     _: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    __: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,  # `main` reads it
 ) -> None:
     """Watch a language model learn: crosscoders over pretraining snapshots."""
 
@@ -988,16 +991,20 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any) 
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line; every failure is one line on stderr, with the exit codes of `failures`."""
     # must precede the import of torch: threads that busy-wait slow down a loaded machine several times over
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             app()
-    except UserError as error:
-        typer.echo(f"crosslens: {error}", err=True)
-        sys.exit(2)
-    except FloatingPointError as error:
-        typer.echo(f"crosslens: {error}", err=True)
-        sys.exit(3)
+    except (SystemExit, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # torch.distributed.checkpoint's own does not derive from Exception
+        if debug:
+            traceback.print_exc()
+        words, code = explain(error)
+        typer.echo(f"crosslens: {' '.join(words.split())}", err=True)
+        sys.exit(code)
