@@ -26,13 +26,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 _COUNT = itertools.count()
 _HELD: list[FileLock] = []
+_PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
+_INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -310,6 +313,24 @@ class RunDir:
         if self.path.resolve() not in path.resolve().parents:
             raise UserError(f"table name {name!r} points outside the run directory; use a plain name")
         return path
+
+
+def without_paths(value: Any) -> Any:
+    """Shorten every local path in nested values to its last part, for what others will read; keys stay unchanged."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if _PATH.fullmatch(value.strip()):
+        return _last(value.strip())
+    return _INSIDE.sub(lambda found: _last(found[0]), value)
+
+
+def _last(path: str) -> str:
+    name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+    return name or "a local path"
 
 
 def _is_lock(path: Path) -> bool:

@@ -26,7 +26,7 @@ from crosslens.report.chart import THEME, Chart, Frame, Grid, short_count
 from crosslens.report.features import SHARD, FeatureSet, effect_figure, norm_figure, write_features
 from crosslens.report.sections import PAGES, Entry, Section
 from crosslens.report.tables import AGAIN, Tables
-from crosslens.rundir import RunDir, write_text
+from crosslens.rundir import RunDir, without_paths, write_text
 
 _FEATURES = "features", "Features"
 _ASSETS = ("report.css", "figures.js", "table.js", "feature.js")
@@ -58,7 +58,7 @@ def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bo
 
 
 def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
-    info = run.read_json()
+    info = without_paths(run.read_json())
     tables = Tables(run, info, consensus=consensus)
     overview = _overview(info, tables)
     data, written = run.report / "data", set[str]()
@@ -105,7 +105,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             facts=facts,
         )
         for name in csv.keys() - done:
-            write(name, csv[name].to_csv(index=False))
+            write(name, _without_formulas(csv[name]).to_csv(index=False))
             csv[name] = pd.DataFrame()  # keep the name, free the memory
     for stale in data.iterdir():
         if stale.name not in written:
@@ -118,6 +118,16 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     for name, page in pages.items():
         write_text(run.report / name, page)
     return run.report / "index.html"
+
+
+def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose text cells do not begin as the formulas of spreadsheets do."""
+
+    def quoted(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value
+
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    return table.assign(**{str(name): table[name].map(quoted) for name in texts})
 
 
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:

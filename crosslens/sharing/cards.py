@@ -10,8 +10,8 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslens import rundir
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import relative_norms
@@ -30,8 +31,6 @@ else:
 
 _COLOURS = ("#eef1f4", "#b9d3e6", "#6ea8d2", "#2372ad", "#073763")
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|xox[bp]-|AKIA)[A-Za-z0-9_-]{12,}")
-_PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
-_INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
 _COLUMNS = {
     "explained_variance": ("explained variance", ".3f"),
     "l0": ("L0", ".1f"),
@@ -152,20 +151,25 @@ def evolution_picture(decoder_norms: Float[Tensor, "F S"], labels: Sequence[str]
 
 
 def without_paths(value: Any) -> Any:
-    """Shorten every local path in nested values to its last part; keys stay unchanged.
+    """`rundir.without_paths`, which also refuses what looks like a token.
 
     Raises:
         UserError: a value looks like a token.
     """
-    if isinstance(value, dict):
-        return {key: without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_paths(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    plain = _last(value.strip()) if _PATH.fullmatch(value.strip()) else _INSIDE.sub(lambda m: _last(m[0]), value)
-    check_public(plain)
+    plain = rundir.without_paths(value)
+    for text in _texts(plain):
+        check_public(text)
     return plain
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def check_public(text: str) -> None:
@@ -225,11 +229,6 @@ def _text(value: object) -> str:
 def _short(label: str) -> str:
     line = " ".join(label.split())
     return line if len(line) <= 16 else line[:15] + "…"
-
-
-def _last(path: str) -> str:
-    name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
-    return name or "a local path"
 
 
 def _split(order: Sequence[int], n: int) -> list[list[int]]:

@@ -50,11 +50,12 @@ def wandb_run(
         "config": config,
     }
     patience = float(os.environ.get("WANDB_INIT_TIMEOUT", 60))
-    limits: dict[str, Any] = {"init_timeout": patience}
-    if hasattr(wandb.Settings(), "finish_timeout"):  # not in the oldest supported release
-        limits["finish_timeout"] = 5 * patience
+    # paths, arguments, user and host stay here
+    wanted = {"init_timeout": patience, "finish_timeout": 5 * patience, "x_disable_meta": True, "host": "crosslens"}
+    blank: Any = wandb.Settings()  # the oldest supported release has not all of them
+    settings: Any = {name: value for name, value in wanted.items() if hasattr(blank, name)}
     try:
-        started = wandb.init(**options, settings=wandb.Settings(**limits))
+        started = wandb.init(**options, settings=wandb.Settings(**settings))
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         warnings.warn(
@@ -62,7 +63,7 @@ def wandb_run(
             stacklevel=3,
         )
         wandb.teardown()  # the failed run still holds the id
-        started = wandb.init(**options, mode="offline")
+        started = wandb.init(**options, mode="offline", settings=wandb.Settings(**settings))
     try:
         if run is not None:
             run.update(wandb_id=started.id, wandb_project=project)

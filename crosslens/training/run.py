@@ -35,7 +35,7 @@ from crosslens.crosscoders.inspection import inspect_crosscoder
 from crosslens.distributed.devices import choose_precision, find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, without_paths
 from crosslens.training.checkpoints import discard, save_whole
 from crosslens.training.config import TrainConfig, check_warm_up
 from crosslens.training.evaluation import evaluate, quick_metrics
@@ -360,7 +360,7 @@ def _start_wandb(
             config.wandb_project,
             run=run,
             name=config.wandb_run_name,
-            config=recorded,
+            config=without_paths(recorded),
             disabled=parallel.rank > 0,  # all processes compute metrics, rank 0 logs them
         )
     )

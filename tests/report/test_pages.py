@@ -714,3 +714,19 @@ def test_a_damaged_table_is_a_line_on_its_pages(tmp_path: Path) -> None:
     assert "repeat `crosslens attribute`" in (index.parent / "causal.html").read_text()
     assert str(tmp_path) not in (index.parent / "causal.html").read_text()
     assert said not in (index.parent / "evolution.html").read_text()
+
+
+def test_no_path_and_no_formula_leaves_the_machine(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    run.update(command=["crosslens", "train", "--snapshots", "/home/someone/models"], dataset="/home/someone/text.txt")
+    table = run.table("accuracy")
+    assert table is not None
+    run.save_table("accuracy", table.assign(task="=HYPERLINK(1)"))
+    index = write_report(run.path)
+    for path in index.parent.rglob("*"):
+        if path.suffix in (".html", ".csv", ".js") and path.name != "plotly.min.js":
+            text = path.read_text()
+            assert "/home/someone" not in text and str(tmp_path) not in text, path
+            assert ",=HYPERLINK" not in text and not text.startswith("=HYPERLINK"), path
+    assert "train --snapshots models" in index.read_text()
+    assert "'=HYPERLINK(1)" in (index.parent / "data" / "accuracy.csv").read_text()
