@@ -51,11 +51,7 @@ def read_text(path: Path, what: str) -> str:
         UserError: the file is missing, too large, not a regular file, or not UTF-8.
     """
     try:
-        status = path.stat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a directory cannot be opened anyway
-            raise UserError(f"{path} is not a valid {what}: it is not a regular file")
-        if status.st_size > MAX_TEXT:
-            raise UserError(f"{path} is not a valid {what}: it has {status.st_size:,} bytes, the limit is {MAX_TEXT:,}")
+        check_regular(path, what, MAX_TEXT)
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a valid {what}: it is not UTF-8 text; download it again") from error
@@ -63,6 +59,26 @@ def read_text(path: Path, what: str) -> str:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{shortened(path)} cannot be read as {what}: {brief(error)}; check the path") from error
+
+
+def check_regular(path: Path, what: str, limit: int | None = None) -> None:
+    """Refuse what is there but cannot be read as a file: a pipe, for which a reader would wait forever, or a device.
+
+    Args:
+        path: file to read; whatever is missing or a folder fails when it is opened.
+        what: what it should be, for the message.
+        limit: largest size in bytes.
+
+    Raises:
+        UserError: it is a special file, or larger than `limit`.
+    """
+    status = path.stat() if path.exists() else None
+    if status is None or stat.S_ISDIR(status.st_mode):
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a valid {what}: it is not a regular file")
+    if limit is not None and status.st_size > limit:
+        raise UserError(f"{path} is not a valid {what}: it has {status.st_size:,} bytes, the limit is {limit:,}")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

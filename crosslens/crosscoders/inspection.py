@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS
 from crosslens.crosscoders.registration import ARCHITECTURES
-from crosslens.errors import UserError, brief, did_you_mean, read_json, shortened
+from crosslens.errors import UserError, brief, check_regular, did_you_mean, read_json, shortened
 
 MAX_HEADER = 2**20
 MAX_SIZE = 2**31 - 1
@@ -36,6 +36,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    check_regular(path, "file of weights")
     try:
         with path.open("rb") as file:
             first = file.read(8)

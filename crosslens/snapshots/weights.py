@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from crosslens.errors import check_regular
+
 # masks and tables that follow from the config: older files contain them, newer ones do not
 _BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -45,6 +47,7 @@ def hash_named(readers: Mapping[str, Callable[[], Tensor]]) -> str:
 
 def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Tensor]]:
     """A reader for each tensor of a file, which stays open and memory-mapped until `stack` closes."""
+    check_regular(path, "file of weights")
     try:
         if path.suffix == ".safetensors":
             file = stack.enter_context(safe_open(path, framework="pt"))

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from crosslens.errors import UserError, did_you_mean, first_line, shortened
+from crosslens.errors import UserError, check_regular, did_you_mean, first_line, shortened
 from crosslens.tasks.prompts import Item
 
 _BLIMP = {"prefix": "one_prefix_prefix", "correct": "one_prefix_word_good", "wrong": "one_prefix_word_bad"}
+MAX_BYTES = 64 * 2**20
+"""Largest file of a task that is read: some 300,000 minimal pairs."""
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".json", ".ndjson")
 FILES = (*_JSON, *_DELIMITERS, ".parquet")
@@ -125,6 +127,7 @@ def read_clams(path: Path, capitalise: bool, end: str, info: Mapping[str, str]) 
 
 
 def _read_text(path: Path) -> str:
+    check_regular(path, "file of a task", MAX_BYTES)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -132,6 +135,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_parquet(path: Path) -> list[Row]:
+    check_regular(path, "file of a task", MAX_BYTES)
     try:
         frame = pd.read_parquet(path)
     except Exception as error:  # pyarrow has its own exceptions, and not all are ValueErrors
@@ -143,7 +147,7 @@ def _read_parquet(path: Path) -> list[Row]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise UserError(f"{where}: not valid JSON ({error}); give one JSON object per line") from error
 
 
