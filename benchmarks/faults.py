@@ -147,10 +147,10 @@ def results(stage: str, folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if stage == "harvest":
         files = sorted((folder / "cache").glob("*.safetensors"))
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {path.name: _sha256(path.read_bytes()) for path in files}
     if stage == "report":
         files = sorted((folder / "run" / "report").rglob("*.csv")) + sorted((folder / "run" / "report").glob("*.html"))
-        return {path.name: hashlib.sha256(_without_times(path.read_bytes())).hexdigest() for path in files}
+        return {path.name: _sha256(_without_times(path.read_bytes())) for path in files}
     if stage == "train":
         try:
             state = cl.load(folder / "run" / "crosscoder", "cpu").state_dict()
@@ -167,8 +167,12 @@ def results(stage: str, folder: Path) -> dict[str, str]:
             found[name] = str(error)
         else:
             assert table is not None
-            found[name] = hashlib.sha256(pd.util.hash_pandas_object(table.astype(str)).to_numpy().tobytes()).hexdigest()
+            found[name] = _sha256(pd.util.hash_pandas_object(table.astype(str)).to_numpy().tobytes())
     return found
+
+
+def _sha256(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()
 
 
 def _without_times(page: bytes) -> bytes:
@@ -265,7 +269,7 @@ def _difference(stage: str, folder: Path, expected: dict[str, str]) -> str:
 
 # ---------------------------------------------------------------------- all of them
 def undisturbed(states: Path) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
-    """Run every command once; returns its results and its seconds, and keeps what it starts from in `states/<stage>`."""
+    """Run every command once, and keep what it starts from in `states/<stage>`; returns its results and seconds."""
     work = states / "work"
     work.mkdir()
     pretrain_demo(work / "models", 0, config=MODEL, progress=False)
