@@ -33,6 +33,23 @@ from crosslens.snapshots.snapshot import LanguageModel, Snapshot
 # the prefetching thread and the evaluation share cut models, and hooks are attached to the model itself
 _CUT_MODELS = threading.RLock()
 
+SCORE_BYTES = 1 << 30
+"""Attention scores of a forward pass with eager attention, at most: as float32, twice, as most families hold them."""
+
+
+def pass_sequences(n_positions: int, n_heads: int, settings: ModelSettings) -> int:
+    """Sequences of a forward pass: of `batch_tokens` tokens, or as many as have scores of `SCORE_BYTES`.
+
+    Args:
+        n_positions: T.
+        n_heads: heads of attention.
+        settings: tokens of a forward pass, and attention.
+    """
+    n = settings.batch_tokens // n_positions
+    if settings.attention == "eager":
+        n = min(n, SCORE_BYTES // (8 * n_heads * n_positions**2))
+    return max(1, n)
+
 
 def harvest(
     snapshots: Snapshots,
@@ -85,7 +102,7 @@ def run_to_hooks(
         tokens: sequences of equal length.
         outs: the tensor to fill for each hook point, on the host; each has its own width. A copy from a GPU does not
             hold up the next forward pass if the tensor is in pinned memory (`host_tensor`).
-        settings: device, and tokens of a forward pass.
+        settings: device and attention, and tokens of a forward pass (see `pass_sequences`).
         abandoned: called before every forward pass; True ends the harvest with `AbandonedError`.
 
     Raises:
@@ -97,7 +114,7 @@ def run_to_hooks(
         places.setdefault(canonical_hook(name), []).append(out)
     on_gpu = torch.device(settings.device).type == "cuda" and torch.cuda.is_available()
     copies = torch.cuda.Stream(settings.device) if on_gpu else None
-    step = max(1, settings.batch_tokens // tokens.shape[1])
+    step = pass_sequences(tokens.shape[1], model.cfg.n_heads, settings)
     for start in range(0, len(tokens), step):
         if abandoned is not None and abandoned():
             raise AbandonedError

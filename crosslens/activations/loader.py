@@ -50,7 +50,7 @@ from crosslens.activations.cache import (
     shard_sequences,
 )
 from crosslens.activations.feed import CachedRows, Rows, feed
-from crosslens.activations.harvesting import describe_error, fill, harvest, rounding_error, run_to_hooks
+from crosslens.activations.harvesting import describe_error, fill, harvest, pass_sequences, rounding_error, run_to_hooks
 from crosslens.activations.identity import source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
@@ -62,6 +62,7 @@ from crosslens.activations.plan import (
     join_plans,
     model_bytes,
     order_bytes,
+    pass_bytes,
     peak_memory,
     training_bytes,
 )
@@ -394,7 +395,8 @@ class Activations:
     @property
     def _pass_sequences(self) -> int:
         """Sequences in a forward pass."""
-        return max(1, self.settings.batch_tokens // self.tokens.shape[1])
+        config: Any = self.snapshots[0].config()
+        return pass_sequences(self.tokens.shape[1], config.num_attention_heads, self.settings)
 
     @property
     def _shard_sequences(self) -> int:
@@ -602,10 +604,13 @@ class Activations:
         process = peak_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
-        one_model = model_bytes(self.snapshots[0].config(), hook_layer(self.hook_name), self.settings.dtype)
+        config, ours = self.snapshots[0].config(), self.settings
+        n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
+        n_pass = min(self._pass_sequences, max(n, held))
+        one_pass = pass_bytes(config, n_pass, T, ours.dtype, ours.attention)
+        one_model = model_bytes(config, hook_layer(self.hook_name), ours.dtype)
         allowed = model_memory(self.settings.device)
         fit = one_model * S <= allowed
-        n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
         own = batch_size // data_parallel
@@ -620,6 +625,7 @@ class Activations:
             models_fit=fit,
             allowed_bytes=allowed,
             loaded_bytes=one_model * (S if fit else 1),
+            pass_bytes=one_pass,
             batch_bytes=min(own, self.n_tokens) * S * D * 4,
             order_bytes=order_bytes(self.n_tokens, S, size * T),
             mixing_tokens=self.mixing_tokens,

@@ -89,6 +89,32 @@ def training_bytes(
     return int(4 * (held + step)) + _WORKSPACE
 
 
+# of a forward pass by a bridge: bytes of each of the B H T^2 attention scores, in float32 and in half precision (most
+# families take the softmax in float32 there, too), and tensors of the MLP's width at its densest. Other families: as
+# Llama's. Found with torch's profiler; a test compares them
+_PASSES = {"gpt_neox": (8, 4, 3), "gpt2": (8, 4, 5), "bloom": (12, 12, 6)}
+_PASS = (8, 9, 4)
+
+
+def pass_bytes(config: Any, n_sequences: int, n_positions: int, dtype: str, attention: str) -> int:
+    """Memory in bytes of one forward pass, besides the model: at its densest, in attention or in the MLP of a block.
+
+    Args:
+        config: of transformers.
+        n_sequences: sequences of the pass.
+        n_positions: T.
+        dtype: of the model.
+        attention: "eager" or "sdpa".
+    """
+    D, size = int(config.hidden_size), getattr(torch, dtype).itemsize
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D
+    full, half, n_wide = _PASSES.get(config.model_type, _PASS)
+    score = 0 if attention != "eager" else full if size == 4 else half
+    in_attention = score * config.num_attention_heads * n_positions + size * (15 if score else 10) * D
+    in_mlp = size * (4 * D + n_wide * width)
+    return int(n_sequences * n_positions * max(in_attention, in_mlp))
+
+
 def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:
     """Disk space of a cache in bytes: activations and their checksums, tokens and the order of rows, and headers.
 
@@ -164,11 +190,12 @@ class Plan:
         models_fit: whether the models of all snapshots fit into `allowed_bytes` together.
         allowed_bytes: memory of the device that they may take: half of it.
         loaded_bytes: models in memory together while training is live, on the device.
+        pass_bytes: the forward pass of a model, on the device.
         batch_bytes: one batch of float32 activations of all snapshots in one process.
         order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.
         mixing_tokens: tokens in the buffer that live batches are drawn from.
         mixing_bytes: this buffer in float32, and a chunk of sequences on its way into it.
-        harvest_bytes: memory for filling a cache, besides one model: a shard of one snapshot.
+        harvest_bytes: host memory for filling a cache, besides model and forward pass: a shard of one snapshot.
         n_files: files of the cache.
         batch_sequences: expected number of sequences in a batch, cached and live.
         cache_bytes: disk space of the cache.
@@ -195,6 +222,7 @@ class Plan:
     models_fit: bool
     allowed_bytes: int
     loaded_bytes: int
+    pass_bytes: int
     batch_bytes: int
     order_bytes: int
     mixing_tokens: int
@@ -216,13 +244,18 @@ class Plan:
 
     @property
     def live_bytes(self) -> int:
-        """Memory for training live, host and device together: the models, the mixing buffer, and three batches."""
-        return self.loaded_bytes + self._live_host
+        """Memory for training live, host and device together: the models, a forward pass, the mixing buffer, and three
+        batches."""
+        return self._live_device + self._live_host
 
     @property
     def cached_bytes(self) -> int:
         """Memory for training from a cache: three batches (in use, ready, and being read), and the order."""
         return _BATCHES * self.batch_bytes + self.order_bytes
+
+    @property
+    def _live_device(self) -> int:
+        return self.loaded_bytes + self.pass_bytes
 
     @property
     def _live_host(self) -> int:
@@ -267,8 +300,8 @@ class Plan:
 
     @property
     def _models(self) -> int:
-        """Models in memory while training as recommended."""
-        return self.loaded_bytes if self.recommendation[0] == "live" else 0
+        """Memory for running models while training as recommended."""
+        return self._live_device if self.recommendation[0] == "live" else 0
 
     @property
     def training(self) -> str:
@@ -293,8 +326,12 @@ class Plan:
         way, reason = self.recommendation
         live = f"{_mib(self.live_bytes)} of memory"
         if self._has_gpu:
-            live = f"{_mib(self.loaded_bytes)} of GPU memory, {_mib(self._live_host)} of host memory"
+            live = f"{_mib(self._live_device)} of GPU memory, {_mib(self._live_host)} of host memory"
         host = "host memory" if self._has_gpu else "memory"
+        harvest = f"{_mib(self.model_bytes + self.pass_bytes + self.harvest_bytes)} of memory"
+        if self._has_gpu:
+            device = self.model_bytes + self.pass_bytes
+            harvest = f"{_mib(device)} of GPU memory, {_mib(self.harvest_bytes)} of host memory"
         there = "all are on this disk" if not self.n_downloads else f"{self.n_downloads} to be downloaded"
         several = f" at {len(self.hook_names)} hook points, of which a training reads one" if self.hook_names else ""
         lines = [
@@ -305,9 +342,8 @@ class Plan:
             f"{self.passes:.3g} planned; a batch comes from about "
             f"{self.batch_sequences[1]:,.0f} sequences, drawn from a buffer of {self.mixing_tokens:,} tokens",
             f"cached      {_mib(self.cached_bytes)} of {host}, {_mib(self.cache_bytes)} on disk in {self.cache_dtype} "
-            f"({_mib(self.free_bytes)} free), {self.n_files:,} files; harvesting takes {_mib(self.harvest_bytes)} of "
-            f"{host} besides the model; reading takes about {reading:,.0f} s per pass; a batch comes from about "
-            f"{self.batch_sequences[0]:,.0f} sequences",
+            f"({_mib(self.free_bytes)} free), {self.n_files:,} files; harvesting takes {harvest}; reading takes about "
+            f"{reading:,.0f} s per pass; a batch comes from about {self.batch_sequences[0]:,.0f} sequences",
             f"recommended {way}: {reason}",
         ]
         if self.training_bytes:
@@ -330,6 +366,7 @@ def join_plans(hook_names: Sequence[str], plans: Sequence[Plan], deepest: int) -
         model_bytes=models.model_bytes,
         models_fit=models.models_fit,
         loaded_bytes=models.loaded_bytes,
+        pass_bytes=models.pass_bytes,
         seconds=models.seconds,
         harvest_bytes=sum(plan.harvest_bytes for plan in plans),
         n_files=sum(plan.n_files for plan in plans),

@@ -53,6 +53,7 @@ from crosslens.cli.arguments import (
     one_of,
     open_consensus,
     open_run,
+    parse_activations,
     parse_numbers,
     parse_prices,
     parse_settings,
@@ -296,20 +297,21 @@ def plan(
         check_training(options, device, n_tokens)
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
-    from crosslens.activations import Activations, Dataset
     from crosslens.evolution import plan_decodability, untrained_steps
 
     settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
-    data = Dataset(
+    acts = parse_activations(
+        load,
+        hook,
         dataset,
         n_tokens,
         context_size,
+        settings=settings,
         column=column,
         split=split,
         sample_by=sample_by,
         drop_positions=drop_positions,
     )
-    acts = Activations(load(), hook, data, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens) if trained else (None, None)
     planned = acts.plan(
         training_tokens=training_tokens if config is None else config.training_tokens,
@@ -361,19 +363,20 @@ def harvest(
     split = check_split(dataset, split)
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
-    from crosslens.activations import Activations, Dataset
 
-    data = Dataset(
+    settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
+    acts = parse_activations(
+        load,
+        hook,
         dataset,
         n_tokens,
         context_size,
+        seed=seed,
+        settings=settings,
         column=column,
         split=split,
         sample_by=sample_by,
         drop_positions=drop_positions,
-    )
-    acts = Activations(
-        load(), hook, data, seed=seed, settings=parse_settings(device, backend, dtype=model_dtype, attention=attention)
     )
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
     _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {' and '.join(hook)} in {cache}")
@@ -520,23 +523,25 @@ def train(
     split = check_split(dataset, split)
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
-    from crosslens.activations import Activations, Dataset
     from crosslens.evolution import describe_doubtful, doubtful_snapshots
     from crosslens.rundir import RunDir
     from crosslens.training.run import claim
     from crosslens.training.seeds import train_seeds
 
     settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
-    data = Dataset(
+    acts = parse_activations(
+        load,
+        hook,
         dataset,
         n_tokens,
         context_size,
+        seed=seed,
+        settings=settings,
         column=column,
         split=split,
         sample_by=sample_by,
         drop_positions=drop_positions,
     )
-    acts = Activations(load(), hook[0], data, seed=seed, settings=settings)
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if _first():
         claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
@@ -601,8 +606,11 @@ def sweep(
     column: ColumnOption = "text",
     sample_by: SampleOption = "line",
     seed: SeedOption = 0,
+    drop_positions: DropOption = 0,
     device: DeviceOption = None,
     backend: BackendOption = "bridge",
+    model_dtype: ModelDtypeOption = "float32",
+    attention: AttentionOption = "eager",
 ) -> None:
     """Train several numbers of features and k, each from several seeds, and propose one; before `train`."""
     grid_F, grid_k = parse_numbers(d_sae, "--d-sae"), parse_numbers(k, "--k")
@@ -618,18 +626,29 @@ def sweep(
     )
     check_training(options, device, n_tokens)
     split = check_split(dataset, split)
+    check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     import dataclasses
 
     import pandas as pd
 
-    from crosslens.activations import Activations, Dataset
     from crosslens.evolution.sweep import choose
     from crosslens.rundir import RunDir
 
-    settings = parse_settings(device, backend)
-    data = Dataset(dataset, n_tokens, context_size, column=column, split=split, sample_by=sample_by)
-    acts = Activations(load(), hook[0], data, seed=seed, settings=settings)
+    settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
+    acts = parse_activations(
+        load,
+        hook,
+        dataset,
+        n_tokens,
+        context_size,
+        seed=seed,
+        settings=settings,
+        column=column,
+        split=split,
+        sample_by=sample_by,
+        drop_positions=drop_positions,
+    )
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     run = RunDir(run_dir)
     run.hold()

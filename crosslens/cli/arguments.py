@@ -480,6 +480,24 @@ def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -
     return ModelSettings(**given, backend=backend, **others)
 
 
+def parse_activations(
+    load: LoadSnapshots,
+    hook: Sequence[str],
+    dataset: str,
+    n_tokens: int | None,
+    context_size: int | None,
+    *,
+    settings: ModelSettings,
+    seed: int = 0,
+    **others: Any,
+) -> Activations:
+    """The activations that a command asks for; `others` are further fields of `Dataset`."""
+    from crosslens.activations import Activations, Dataset
+
+    data = Dataset(dataset, n_tokens, context_size, **others)
+    return Activations(load(), hook, data, seed=seed, settings=settings)
+
+
 def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:
     """Open a trained run: its crosscoder, and the activations it was trained on."""
     from crosslens.activations import Activations

@@ -17,7 +17,6 @@ Symbols: B tokens, S snapshots, D d_model, N planted features.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +33,11 @@ from sae_lens.synthetic import (
 from torch import Tensor
 from typing_extensions import override
 
-from crosslens.activations.loader import Activations
-from crosslens.activations.tokens import Dataset, generator
-from crosslens.distributed.parallel import ALONE, Parallel
+from crosslens.activations.tokens import generator
 from crosslens.errors import UserError
-from crosslens.snapshots.collection import Snapshots
-from crosslens.snapshots.snapshot import Snapshot
+from crosslens.planted.drawn import Drawn
 
-_STEPS = 1000  # between two planted snapshots
-_TOKENS = 2_000_000  # per planted step, for the metadata only
-_HELD_OUT = 4096  # held-out tokens to draw at a time
+_TOKENS = 2_000_000  # per training step, for the metadata only
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ REGIMES = {
 """Easy; crowded: three to seven features per dimension at every snapshot; entangled: correlated firing and splits."""
 
 
-class Planted(Activations):
+class Planted(Drawn):
     """An endless stream of activations of a regime; the ground truth is in `rows` and `truth`.
 
     Args:
@@ -136,9 +130,9 @@ class Planted(Activations):
         n_held_out: int = 20_000,
         keep: bool = False,
     ) -> None:
-        self.regime, self.seed = regime, seed
+        super().__init__("planted", seed, n_tokens, n_held_out)
+        self.regime = regime
         self.kept: dict[tuple[int, int], Tensor] | None = {} if keep else None
-        self.n_held_out, self._n_tokens = n_held_out, n_tokens
         rng = np.random.default_rng(seed)
         self.truth = _lifecycles(regime, rng)
         low, high = regime.scales
@@ -155,14 +149,7 @@ class Planted(Activations):
         )
         self.members = list(range(regime.n_snapshots))
         self.whole: Planted | None = None
-        self.hook_names, self.dataset = ("planted",), Dataset([])  # drawn, not read
-        self._name_snapshots()
-
-    def _name_snapshots(self) -> None:
-        steps = [s * _STEPS for s in self.members]
-        self.snapshots = Snapshots(
-            [Snapshot(f"step{step}", step, step * _TOKENS, name="planted") for step in steps], name="planted"
-        )
+        self.name_snapshots(self.members, _TOKENS)
 
     def only(self, snapshot: int) -> Planted:
         """The same activations at one snapshot; batches kept in memory are shared."""
@@ -171,7 +158,7 @@ class Planted(Activations):
         part.whole = self.whole or self
         part.members = [self.members[snapshot]]
         part.rows, part.scales = self.rows[:, [snapshot]], self.scales[[snapshot]]
-        part._name_snapshots()
+        part.name_snapshots(part.members, _TOKENS)
         return part
 
     @property
@@ -185,51 +172,13 @@ class Planted(Activations):
         return self.regime.d_model
 
     @property
-    @override
-    def n_tokens(self) -> int:
-        return self._n_tokens
-
-    @property
     def l0(self) -> float:
         """Mean number of active features per token, of those present at one of the snapshots or more."""
         there = (self.rows.norm(dim=-1) > 0).any(1).numpy()
         return float(self.truth["firing"][there].sum())
 
     @override
-    def metadata(self) -> dict[str, Any]:
-        snapshots = [{"label": s.label, "step": s.step, "tokens": s.tokens} for s in self.snapshots]
-        return {
-            "model_name": "planted",
-            "hook_name": self.hook_name,
-            "dataset_path": f"planted, seed {self.seed}",
-            "snapshots": snapshots,
-        }
-
-    @override
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        start: int = 0,
-        epochs: int | None = None,
-        device: str | torch.device = "cpu",
-        parallel: Parallel = ALONE,
-        whole: bool = True,
-    ) -> Generator[Float[Tensor, "B S D"], None, None]:
-        last = None if epochs is None else self.n_tokens * epochs // batch_size
-        i = start
-        while last is None or i < last:
-            batch = self._activations(batch_size, i)
-            yield (batch if whole else batch[parallel.tokens(batch_size)]).to(device)
-            i += 1
-
-    @override
-    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        # fixed chunks: the same tokens for every batch size
-        for i, first in enumerate(range(0, self.n_held_out, _HELD_OUT)):
-            yield from self._activations(min(_HELD_OUT, self.n_held_out - first), -1 - i).split(batch_size)
-
-    def _activations(self, n: int, index: int) -> Float[Tensor, "B S D"]:
+    def activations(self, n: int, index: int) -> Float[Tensor, "B S D"]:
         if self.kept is None:
             return self.draw(n, index)[1]
         if (n, index) not in self.kept:

@@ -22,9 +22,7 @@ Symbols: B tokens, S snapshots, D d_model, N planted features, F found features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,16 +32,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from typing_extensions import override
 
-from crosslens.activations.loader import Activations
-from crosslens.activations.tokens import Dataset, generator
+from crosslens.activations.tokens import generator
 from crosslens.crosscoders import Crosscoder
-from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.errors import UserError
 from crosslens.evolution.births import date_births, presence_curves
 from crosslens.evolution.lifecycles import birth_index, held_out_features
 from crosslens.evolution.presence import measure_decodability
-from crosslens.snapshots.collection import Snapshots
-from crosslens.snapshots.snapshot import Snapshot
+from crosslens.planted.drawn import Drawn
 
 KINDS = ("initial", "lexical", "sudden", "lexical_sudden", "slow", "hidden", "faint")
 UNBORN = ("initial", "lexical", "faint")
@@ -93,7 +88,7 @@ TRAPS = {
 }
 
 
-class PlantedTraps(Activations):
+class PlantedTraps(Drawn):
     """An endless stream of activations of a trap, with tokens for the held-out ones.
 
     Args:
@@ -107,10 +102,11 @@ class PlantedTraps(Activations):
         at: snapshot of its planted change; 0 for features that do not change.
     """
 
+    chunk = 4000  # whole sequences
+
     def __init__(self, trap: Trap, seed: int = 0, *, n_tokens: int = 1_000_000, n_held_out: int = 20_000) -> None:
-        self.trap, self.seed = trap, seed
-        self._n_tokens, self.n_held_out = n_tokens, n_held_out // _LENGTH * _LENGTH
-        self._first = 0  # of the chunks of held-out activations
+        super().__init__("planted traps", seed, n_tokens, n_held_out // _LENGTH * _LENGTH)
+        self.trap = trap
         rng, draw = np.random.default_rng(seed), generator(seed)
         kinds = KINDS if trap.births else UNBORN
         n = len(KINDS) * trap.n_each
@@ -125,9 +121,7 @@ class PlantedTraps(Activations):
         self.embedding = torch.randn(_TYPES, D, generator=draw)
         self.mean = torch.randn(S, D, generator=draw)
         self.strength, self.noise = self._schedules()
-        self.hook_names, self.dataset = ("planted",), Dataset([])  # drawn, not read
-        steps = [1000 * s for s in range(S)]
-        self.snapshots = Snapshots([Snapshot(f"step{step}", step, None, name="planted") for step in steps], "planted")
+        self.name_snapshots(range(S))
 
     def _schedules(self) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
         """Strength of every feature, and standard deviation of the noise along its direction."""
@@ -156,37 +150,9 @@ class PlantedTraps(Activations):
     def d_model(self) -> int:
         return self.trap.d_model
 
-    @property
     @override
-    def n_tokens(self) -> int:
-        return self._n_tokens
-
-    @override
-    def metadata(self) -> dict[str, Any]:
-        return {
-            "model_name": "planted",
-            "hook_name": self.hook_name,
-            "dataset_path": f"planted traps, seed {self.seed}",
-            "snapshots": [{"label": s.label, "step": s.step, "tokens": s.tokens} for s in self.snapshots],
-        }
-
-    @override
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        start: int = 0,
-        epochs: int | None = None,
-        device: str | torch.device = "cpu",
-        parallel: Parallel = ALONE,
-        whole: bool = True,
-    ) -> Generator[Float[Tensor, "B S D"], None, None]:
-        last = None if epochs is None else self.n_tokens * epochs // batch_size
-        i = start
-        while last is None or i < last:
-            batch = self.draw(batch_size, i)[2]
-            yield (batch if whole else batch[parallel.tokens(batch_size)]).to(device)
-            i += 1
+    def activations(self, n: int, index: int) -> Float[Tensor, "B S D"]:
+        return self.draw(n, index)[2]
 
     def fresh(self, n_held_out: int) -> PlantedTraps:
         """The same truth with other held-out activations."""
@@ -196,24 +162,15 @@ class PlantedTraps(Activations):
 
     @override
     def held_out_tokens(self) -> Int[Tensor, "N T"]:
-        return torch.cat([self.draw(n, i)[0] for i, n in self._chunks()]).view(-1, _LENGTH)
+        return torch.cat([self.draw(n, i)[0] for i, n in self.chunks()]).view(-1, _LENGTH)
 
     @override
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
         return torch.ones_like(tokens, dtype=torch.bool)
 
-    @override
-    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        for i, n in self._chunks():
-            yield from self.draw(n, i)[2].split(batch_size)
-
     def held_out_values(self) -> Float[Tensor, "B N"]:
         """Values of the planted features on the held-out tokens."""
-        return torch.cat([self.draw(n, i)[1] for i, n in self._chunks()])
-
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        for i, first in enumerate(range(0, self.n_held_out, 4000)):
-            yield -1 - self._first - i, min(4000, self.n_held_out - first)
+        return torch.cat([self.draw(n, i)[1] for i, n in self.chunks()])
 
     def draw(self, n: int, index: int) -> tuple[Int[Tensor, " B"], Float[Tensor, "B N"], Float[Tensor, "B S D"]]:
         """Tokens, feature values and activations; they depend on seed, n and index only."""

@@ -99,6 +99,12 @@ def quiet() -> Generator[None, None, None]:
             logging.disable(logged)
 
 
+def _drop_pattern(attention: Any, *_: Any) -> None:
+    """Bridges of some families keep (B, heads, T, T) of every block after the forward pass, and read it nowhere."""
+    if getattr(attention, "_pattern", None) is not None:
+        attention._pattern = None
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -303,6 +309,8 @@ class Snapshot:
                 # calls the attention of transformers, in which hooks at its input, output and heads (z) remain
                 for block in model.blocks:
                     block.attn.__dict__["forward"] = functools.partial(AttentionBridge.forward, block.attn)
+            for block in model.blocks:
+                block.attn.register_forward_hook(_drop_pattern)
             return model.requires_grad_(False).eval()
         try:
             with quiet():

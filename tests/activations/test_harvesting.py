@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -21,8 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from crosslens.activations.harvesting import harvest, rounding_error, run_to_hooks
+from crosslens.activations.harvesting import harvest, pass_sequences, rounding_error, run_to_hooks
 from crosslens.activations.loader import Activations
+from crosslens.activations.plan import pass_bytes
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
 from crosslens.intervention.splice import spliced_logits
@@ -210,6 +214,63 @@ def test_the_error_needs_one_model_in_memory(snaps: Snapshots, monkeypatch: pyte
 
 # ---------------------------------------------------------------------- activations at several hook points
 NAMES = ["blocks.0.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"]
+
+
+# ---------------------------------------------------------------------- memory of a forward pass
+def peak_bytes(model: Any, n: int, n_positions: int, settings: ModelSettings) -> int:
+    """The most that a forward pass has allocated at once, as torch's profiler counts it."""
+    name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    out = torch.zeros(n, n_positions, model.cfg.d_model)
+    tokens = torch.zeros(n, n_positions, dtype=torch.long)
+    run_to_hooks(model, tokens[:1], {name: out[:1]}, settings)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run_to_hooks(model, tokens, {name: out}, settings)
+    assert found.profiler is not None and found.profiler.kineto_results is not None
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "olmo", "olmo2", "llama"])
+@pytest.mark.parametrize(("dtype", "attention"), [("float32", "eager"), ("bfloat16", "eager"), ("float32", "sdpa")])
+def test_the_memory_of_a_forward_pass(
+    snaps: Snapshots, families: Path, family: str, dtype: str, attention: str
+) -> None:
+    """Where scores dominate, where the MLP does, and in two blocks as in one."""
+    if (family, attention) == ("bloom", "sdpa"):
+        pytest.skip("BLOOM has eager attention only")
+    model_of = snaps if family == "gpt_neox" else Snapshots.local(families / family)
+    settings = ModelSettings("cpu", dtype, attention=attention)
+    for n_blocks in (1, 2):
+        model = model_of[0].load("cpu", dtype, n_blocks=n_blocks, attention=attention)
+        for n, T in ((2, 256), (64, 8)):
+            expected = pass_bytes(model_of[0].config(), n, T, dtype, attention)
+            assert peak_bytes(model, n, T, settings) == pytest.approx(expected, rel=0.3), (n_blocks, n, T)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom"])
+def test_no_block_keeps_its_attention_pattern(snaps: Snapshots, families: Path, family: str) -> None:
+    """TransformerLens keeps (B, heads, T, T) of every block in the model."""
+    model = (snaps if family == "gpt_neox" else Snapshots.local(families / family))[0].load("cpu")
+    T = 11
+    patterns: list[weakref.ref[torch.Tensor]] = []
+
+    def note(pattern: torch.Tensor, hook: Any) -> None:
+        del hook
+        patterns.append(weakref.ref(pattern))
+
+    hooks = [(f"blocks.{i}.attn.hook_pattern", note) for i in range(model.cfg.n_layers)]
+    with torch.no_grad():
+        model.run_with_hooks(TOKENS[:2].repeat(1, 2)[:, :T], fwd_hooks=hooks)
+    assert len(patterns) == model.cfg.n_layers and not [found for found in patterns if found() is not None]
+
+
+def test_passes_are_smaller_where_scores_are_large() -> None:
+    settings = ModelSettings("cpu")
+    assert pass_sequences(128, 12, settings) == 128  # 16,384 tokens
+    assert pass_sequences(1024, 12, settings) == 2**30 // (8 * 12 * 1024**2) == 10
+    assert pass_sequences(2048, 32, settings) == 1
+    assert pass_sequences(2048, 32, dataclasses.replace(settings, attention="sdpa")) == 8
+    assert pass_sequences(2048, 12, dataclasses.replace(settings, batch_tokens=100)) == 1
 
 
 def several(snaps: Snapshots, hook_name: Any, **options: Any) -> Activations:

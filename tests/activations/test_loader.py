@@ -348,7 +348,7 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert plan.batch_bytes == n * token and plan.mixing_bytes == (n + 13 * T) * token
     assert plan.order_bytes == int(n * (5 + 3 * 5 / 32))
     assert plan.cached_bytes == 3 * plan.batch_bytes + plan.order_bytes
-    assert plan.live_bytes == 3 * plan.model_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
+    assert plan.live_bytes == 3 * plan.model_bytes + plan.pass_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
     assert acts.plan(measure=False, batch_size=100).batch_bytes == 100 * token
     assert plan.harvest_bytes == len(acts.train_tokens()) * T * 16 * (2 * 4 + 2)  # two shards, and one as stored
     assert plan.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05) and plan.n_downloads == 0
@@ -360,7 +360,7 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     monkeypatch.setattr("crosslens.activations.loader.model_memory", lambda _: 3 * plan.model_bytes - 1)
     large = acts.plan(measure=False)
     assert not large.models_fit and large.recommendation[0] == "cached"
-    assert large.live_bytes == plan.model_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
+    assert large.live_bytes == plan.model_bytes + plan.pass_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
     monkeypatch.setattr("crosslens.activations.loader.free_bytes", lambda _: large.cache_bytes - 1)
     assert "too full for a cache" in acts.plan(measure=False).recommendation[1]
     assert plan.training_bytes == 0 and "training" not in str(plan)
@@ -391,7 +391,7 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
     on_cpu = acts.plan(measure=False, **options)
     acts.settings = dataclasses.replace(acts.settings, device="cuda:1")
     plan = acts.plan(measure=False, **options)
-    models = 3 * plan.model_bytes if passes == 1 else 0
+    models = 3 * plan.model_bytes + plan.pass_bytes if passes == 1 else 0
     batches = 2 * plan.batch_bytes  # in use, and on its way
     assert plan.device_memory == plan.training_bytes + models + batches > 0
     checkpoint = 3 * 4 * 3 * 16 * 4096 // 2
@@ -407,8 +407,8 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
     assert f"{mib(plan.device_memory)} of GPU memory in each of 2 processes: " in lines["training"]
     assert f"; {mib(plan.host_memory)} of host memory: " in lines["training"]
     assert ("for models" in lines["training"]) == (passes == 1)
-    live = plan.live_bytes - plan.loaded_bytes
-    assert f"{mib(plan.loaded_bytes)} of GPU memory, {mib(live)} of host memory" in lines["live"]
+    live = plan.live_bytes - plan.loaded_bytes - plan.pass_bytes
+    assert f"{mib(plan.loaded_bytes + plan.pass_bytes)} of GPU memory, {mib(live)} of host memory" in lines["live"]
     assert f"{mib(plan.cached_bytes)} of host memory" in lines["cached"]
 
 

@@ -162,9 +162,12 @@ def test_a_sweep_before_training(command: Command, tiny_snapshots: Path, files: 
     sweep = [
         *("sweep", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt", "--n-tokens", 2000),
         *("--context-size", 16, "--batch-size", 128, "--run-dir", run.path, "--cache", tmp_path / "cache"),
+        *("--drop-positions", 1, "--model-dtype", "bfloat16"),
     ]
     code, out, err = command(*sweep, "--d-sae", "16,32", "--k", "2")
     assert (code, err) == (0, "")
+    source = RunDir(run.path / "sweep" / "F16-k2-seed0").read_json()["source"]
+    assert source["settings"]["dtype"] == "bfloat16" and source["dataset"]["drop_positions"] == 1
     table = run.table("sweep")
     assert table is not None and len(table) == 2 and out.splitlines()[-1].startswith("F=")
     row = table[table["proposed"]].iloc[0]
