@@ -4,6 +4,9 @@ A synthetic cache of as many files as 20 million tokens have, each smaller, so t
 from as many files; all of it is in the page cache. Beside it version 0.1's path: a file per (block, snapshot), blocks
 of 1 GiB, shuffled inside. Every process is measured: with "all tokens" each needs the whole batch (they split the
 features), with "own tokens" a part of it (they split the tokens); version 0.1 read everything in each.
+
+"the least" is what no path can do without: system calls that read each run of rows, and widening them into a buffer in
+shared memory, with fixed places, no checksums and no waiting; each process does its part.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import measure
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslens.activations.cache import ActivationCache, row_bytes, shard_sequences
+from crosslens.activations.cache import HEADER, ActivationCache, row_bytes, shard_sequences
 from crosslens.activations.feed import CachedRows, feed
 from crosslens.activations.order import Order, stored_order
 from crosslens.activations.plan import distinct_sequences
@@ -36,6 +40,7 @@ from crosslens.distributed.parallel import ALONE, join
 PACKAGES = ("crosslens", "torch", "numpy", "safetensors", "xxhash")
 TARGET = 20_000_000  # tokens
 OLD_BLOCK = 1 << 30
+LEAST = "the least"
 
 
 # ---------------------------------------------------------------------- the caches
@@ -104,6 +109,44 @@ def consume(rank: int, way: str, folder: Path, args: argparse.Namespace) -> dict
     return {"rank": rank, **{f"first {k}": v for k, v in first[0].items()}, **second, "memory": peak()}
 
 
+def least(rank: int, buffer: Tensor, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """CPU seconds of one process to read and widen its part of each batch."""
+    torch.set_num_threads(1)
+    cache = open_cache(folder / "new", args)
+    size = row_bytes(args.d_model, args.dtype)
+    n = args.batch_size // cache.n_training_shards
+    stored = torch.empty(n, args.d_model, dtype=getattr(torch, args.dtype))
+    raw = stored.view(torch.uint8).numpy().reshape(-1).data
+    spent = {"read": 0.0, "widen": 0.0}
+    wall = 0.0
+    for batch in range(args.batches + 1):
+        if batch == 1:  # the first brings the buffer's pages into being
+            spent, wall = dict.fromkeys(spent, 0.0), time.perf_counter()
+        for shard in range(rank, cache.n_training_shards, args.world):
+            for s in range(args.snapshots):
+                began = time.thread_time()
+                with open(cache.path(shard, s), "rb", buffering=0) as file:
+                    os.preadv(file.fileno(), [raw], HEADER + batch * n % (args.context_size - n) * size)
+                middle = time.thread_time()
+                buffer[shard * n : (shard + 1) * n, s].copy_(stored)
+                spent["read"] += middle - began
+                spent["widen"] += time.thread_time() - middle
+    cpu = {name: seconds / args.batches for name, seconds in spent.items()}
+    wall = (time.perf_counter() - wall) / args.batches
+    nothing = {"first cpu": float("nan"), "bytes": size * n * len(range(rank, cache.n_training_shards, args.world))}
+    nothing["bytes"] *= args.snapshots
+    return {"rank": rank, **cpu, "cpu": sum(cpu.values()), "wall": wall, "memory": peak(), **nothing}
+
+
+def hash_rate() -> float:
+    """Bytes a second of the checksum, in blocks of 48 KiB that are not in the processor's cache."""
+    data = np.random.default_rng(0).integers(0, 256, 256 << 20, dtype=np.uint8).data
+    began = time.process_time()
+    for first in range(0, len(data), 48 << 10):
+        xxhash.xxh3_64_intdigest(data[first : first + (48 << 10)], 0)
+    return len(data) / (time.process_time() - began)
+
+
 def spend(stream: Any, n: int) -> dict[str, float]:
     cpu, wall, read = time.process_time(), time.perf_counter(), characters()
     for _ in range(n):
@@ -131,10 +174,13 @@ def run(way: str, world: int, folder: Path, args: argparse.Namespace) -> dict[st
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     args.world = world
+    args.buffer = torch.empty(args.batch_size, args.snapshots, args.d_model).share_memory_() if way == LEAST else None
     with tempfile.TemporaryDirectory() as results:
         mp.start_processes(_enter, (world, port, way, folder, args, results), nprocs=world, start_method="fork")
         parts = [torch.load(Path(results) / f"{rank}.pt") for rank in range(world)]
-    total = {name: sum(part[name] for part in parts) for name in ("cpu", "first cpu", "bytes", "memory")}
+    names = ("cpu", "first cpu", "bytes", "memory", *(("read", "widen") if way == LEAST else ()))
+    total = {name: sum(part[name] for part in parts) for name in names}
+    args.buffer = None
     return {"way": way, "world": world, **total, "wall": max(part["wall"] for part in parts)}
 
 
@@ -142,7 +188,8 @@ def _enter(rank: int, world: int, port: int, way: str, folder: Path, args: argpa
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    torch.save(consume(rank, way, folder, args), Path(results) / f"{rank}.pt")
+    found = least(rank, args.buffer, folder, args) if way == LEAST else consume(rank, way, folder, args)
+    torch.save(found, Path(results) / f"{rank}.pt")
 
 
 # ---------------------------------------------------------------------- sequences
@@ -192,7 +239,7 @@ def main() -> None:
         old_tokens = old_blocks(folder / "old", args)
         rows: list[Any] = []
         for world in args.processes:
-            for way in ("all tokens", *(["own tokens"] if world > 1 else [])):
+            for way in ("all tokens", *(["own tokens"] if world > 1 else []), LEAST):
                 rows.append(run(way, world, folder, args))
                 print(rows[-1], flush=True)
         rows.append(run("version 0.1", 1, folder, args))
@@ -214,7 +261,9 @@ def main() -> None:
                     "path": lambda row: row["way"],
                     "processes": number("world", "d"),
                     "CPU s a batch": number("cpu", ".3f"),
-                    "first epoch (checksums)": number("first cpu", ".3f"),
+                    "first epoch (checksums)": lambda row: (
+                        "" if np.isnan(row["first cpu"]) else f"{row['first cpu']:.3f}"
+                    ),
                     "wall s a batch": number("wall", ".3f"),
                     "MB read a batch": lambda row: (
                         "mapped" if row["way"] == "version 0.1" else f"{row['bytes'] / 1e6:.0f}"
@@ -222,6 +271,9 @@ def main() -> None:
                     "peak memory, GB": lambda row: f"{row['memory'] / 1e9:.2f}",
                 },
             ),
+            "The least, CPU s a batch to read and to widen: "
+            + "; ".join(f"{r['world']} processes {r['read']:.3f} + {r['widen']:.3f}" for r in rows if r["way"] == LEAST)
+            + f". A batch is {4 * B * S * D / 1e6:.0f} MB in float32. Checksums run at {hash_rate() / 1e9:.1f} GB/s.",
             f"Files: {n_files:,} here ({cache.tokens.numel():,} tokens); at 20 million tokens "
             f"({found['bytes'] / 1e9:,.0f} GB) {found['files']:,}, version 0.1 {old_files:,}.",
             f"Sequences in a batch of {B:,} at 20 million tokens: {found['mean']:,.0f} on average over 50 batches, at "

@@ -527,11 +527,10 @@ class _File:
 
     def _verify(self, blocks: Indices, found: Mapping[str, Tensor]) -> None:
         """Compare the checksums of these blocks, all of which were read."""
-        raw = {name: values.view(torch.uint8).numpy() for name, values in found.items()}
+        raw = _bytes_of(found)
         for i, block in enumerate(blocks.tolist()):
             if not self.verified[block]:
-                here = slice(i * BLOCK, (i + 1) * BLOCK)  # only the last block of a file may have fewer rows
-                if _check({name: values[here] for name, values in raw.items()}) != self.checks[block]:
+                if _check(raw, i) != self.checks[block]:
                     raise DamagedShardError(self.path, "does not match its checksum")
                 self.verified[block] = True
                 self.n_unknown -= 1
@@ -643,11 +642,18 @@ def _view(raw: Tensor, entry: Mapping[str, Any]) -> Tensor:
     return raw[HEADER + first : HEADER + last].view(_TYPES[entry["dtype"]]).view(entry["shape"])
 
 
-def _check(rows: Mapping[str, NDArray[np.uint8]]) -> int:
-    """The checksum of a block of rows, over all tensors."""
+def _bytes_of(rows: Mapping[str, Tensor]) -> list[tuple[memoryview, int]]:
+    """The bytes of each tensor, by name, and how many of them are a block."""
+    ordered = [rows[name] for name in sorted(rows)]
+    sizes = [BLOCK * tensor.dtype.itemsize * math.prod(tensor.shape[1:]) for tensor in ordered]
+    return [(tensor.view(torch.uint8).numpy().reshape(-1).data, n) for tensor, n in zip(ordered, sizes, strict=True)]
+
+
+def _check(raw: Sequence[tuple[memoryview, int]], i: int) -> int:
+    """The checksum of the i-th block of rows, over all tensors."""
     digest = 0
-    for name in sorted(rows):
-        digest = xxhash.xxh3_64_intdigest(rows[name].data, digest)
+    for data, size in raw:  # only the last block of a file may have fewer rows
+        digest = xxhash.xxh3_64_intdigest(data[i * size : (i + 1) * size], digest)
     return (digest & (2**32 - 1)) - 2**31
 
 
@@ -890,10 +896,9 @@ def write_shard(path: Path, acts: Float[Tensor, "n D"], rows: Indices, dtype: st
         squares += float(part.square().sum(dtype=torch.float64))
         if dtype != "float32":
             error += float((decode(stored) - part).square_().sum(dtype=torch.float64))
-    raw = {name: tensor.view(torch.uint8).numpy() for name, tensor in tensors.items() if name != "checks"}
-    checks = tensors["checks"].numpy()
+    checks, raw = tensors["checks"].numpy(), _bytes_of({k: v for k, v in tensors.items() if k != "checks"})
     for block in range(len(checks)):
-        checks[block] = _check({name: rows[block * BLOCK : (block + 1) * BLOCK] for name, rows in raw.items()})
+        checks[block] = _check(raw, block)
     write_file(path, tensors, {**notes, "squared_error": error, "squares": squares, "checks": _digest(checks)})
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from crosslens.activations.cache import ActivationCache, DamagedShardError, decode
 from crosslens.activations.cache import Rows as ShardRows
+from crosslens.activations.harvesting import AbandonedError
 from crosslens.activations.mixing import Held, Mixed, cut
 from crosslens.activations.order import Order
 from crosslens.distributed.parallel import Parallel
@@ -51,6 +52,8 @@ class CachedRows:
         order: of its training shards.
         repair: harvests a damaged file again.
     """
+
+    together = False
 
     def __init__(self, cache: ActivationCache, order: Order, repair: Repair) -> None:
         self.cache, self.order, self.repair = cache, order, repair
@@ -123,15 +126,19 @@ def feed(
         source = _Widened(rows, part, (n, *width), buffers)
     mine = slice(own.start + part.start, own.start + part.stop)
     wanted = threading.Semaphore(1)
+    n_wanted, n_begun = 1, 0
 
     def made() -> Iterator[Any]:
-        for first, last in spans:
+        nonlocal n_begun
+        while True:
             wanted.acquire()
-            if closed.is_set():
+            if closed.is_set() or (span := next(spans, None)) is None:
                 return
-            yield source.make(first, last, n_parts, mine)
+            n_begun += 1
+            yield source.make(*span, n_parts, mine)
 
     def arrived() -> Iterator[Any]:
+        nonlocal n_wanted
         while True:
             began = time.perf_counter()
             item = next(ahead, None)
@@ -139,6 +146,7 @@ def feed(
                 return
             if isinstance(source, _Widened):
                 team.meet()  # before any process goes on to the buffer that another may still use
+            n_wanted += 1
             wanted.release()
             waited(time.perf_counter() - began)
             yield item
@@ -152,6 +160,10 @@ def feed(
         closed.set()
         wanted.release()
         ahead.close()
+        # other processes may have begun the batch that this one did not, and wait to be told that it is not needed
+        if rows.together and n_begun < n_wanted and (span := next(spans, None)) is not None:
+            with suppress(AbandonedError):
+                source.make(*span, n_parts, mine)
 
 
 # ---------------------------------------------------------------------- processes

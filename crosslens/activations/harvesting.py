@@ -4,7 +4,9 @@
    while the device goes on.
 2. `harvest` gives the activations of all snapshots in memory; `fill` writes them into caches, with one model in memory
    at a time, all hook points in one pass. A thread writes a shard while the model runs on the next.
-3. `rounding_error` says what another dtype or attention than float32 and eager does to the activations.
+3. `harvest_together` splits the forward passes of live activations over processes, which exchange the results. The
+   passes are those of one process, so the activations are, too.
+4. `rounding_error` says what another dtype or attention than float32 and eager does to the activations.
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.activations.cache import ActivationCache
+from crosslens.distributed.parallel import TIMEOUT, Parallel
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
@@ -85,6 +92,78 @@ def harvest(
             run_to_hooks(model, tokens, {hook_name: out[:, :, column]}, settings, abandoned)
         check_finite(out[:, :, column], snapshots.labels[s], hook_name)
     return out
+
+
+class Together(NamedTuple):
+    """Processes that harvest together, in a thread of their own beside the training."""
+
+    rank: int
+    n: int
+    group: Any
+
+    @classmethod
+    @contextmanager
+    def of(cls, parallel: Parallel) -> Generator[Together | None, None, None]:
+        """All processes, each of which enters and leaves; None for a single one."""
+        if parallel.alone:
+            yield None
+            return
+        # threads of one process must not share a group; activations are exchanged on the host
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        try:
+            yield cls(parallel.rank, parallel.n_ranks, group)
+        finally:
+            dist.destroy_process_group(group)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of them."""
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
+        return bool(found)
+
+    def exchange(self, rows: Tensor, cuts: Sequence[int]) -> None:
+        """Complete the rows: process r has those from `cuts[r]` to `cuts[r + 1]`."""
+        for rank, (first, last) in enumerate(pairwise(cuts)):
+            if first < last:
+                dist.broadcast(rows[first:last], rank, self.group)
+
+
+def harvest_together(
+    snapshots: Snapshots,
+    tokens: Int[Tensor, "N T"],
+    hook_name: str,
+    settings: ModelSettings,
+    together: Together,
+    abandoned: Callable[[], bool],
+) -> Float[Tensor, "N T S D"]:
+    """As `harvest` with `cut`, in n processes: each runs 1/n of the passes of the models, of neighbouring snapshots.
+
+    Args:
+        snapshots: models of one pretraining run.
+        tokens: sequences of equal length, the same in all processes.
+        hook_name: the hook point.
+        settings: how the models run.
+        together: the processes; all of them call this.
+        abandoned: called before the first pass; True in any process ends the harvest in all with `AbandonedError`.
+    """
+    (N, T), S = tokens.shape, len(snapshots)
+    if together.any(abandoned()):
+        raise AbandonedError
+    config: Any = snapshots[0].config()
+    size = pass_sequences(T, config.num_attention_heads, settings)
+    out = torch.empty(S * N, T, snapshots.hook_width(hook_name))
+    starts = [*(s * N + first for s in range(S) for first in range(0, N, size)), S * N]
+    cuts = [starts[rank * (len(starts) - 1) // together.n] for rank in range(together.n + 1)]
+    first, last = cuts[together.rank], cuts[together.rank + 1]
+    for s in range(first // N, -(-last // N)):
+        begin, end = max(first, s * N), min(last, (s + 1) * N)
+        with _CUT_MODELS:
+            model = snapshots.model(s, settings, hook_layer(hook_name))
+            run_to_hooks(model, tokens[begin - s * N : end - s * N], {hook_name: out[begin:end]}, settings)
+    together.exchange(out, cuts)
+    for s, acts in enumerate(out.split(N)):  # by all, so that all end with the same message
+        check_finite(acts, snapshots.labels[s], hook_name)
+    return rearrange(out, "(S N) T D -> N T S D", S=S)
 
 
 @torch.no_grad()

@@ -50,7 +50,16 @@ from crosslens.activations.cache import (
     shard_sequences,
 )
 from crosslens.activations.feed import CachedRows, Rows, feed
-from crosslens.activations.harvesting import describe_error, fill, harvest, pass_sequences, rounding_error, run_to_hooks
+from crosslens.activations.harvesting import (
+    Together,
+    describe_error,
+    fill,
+    harvest,
+    harvest_together,
+    pass_sequences,
+    rounding_error,
+    run_to_hooks,
+)
 from crosslens.activations.identity import source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
@@ -327,7 +336,8 @@ class Activations:
         """Shuffled batches of raw float32 activations: a SAELens data provider. Closing it ends the background work.
 
         Processes that are given as `parallel` read together, each a part of every batch, and must read the same
-        batches. On CPUs their batches are in shared memory, and valid until the next is asked for.
+        batches and as many; live, each runs a part of the forward passes. On CPUs the batches of a cache are then in
+        shared memory, and valid until the next is asked for.
 
         Args:
             batch_size: B tokens; the rest of an epoch goes into the first batch of the next.
@@ -349,37 +359,44 @@ class Activations:
         steps = itertools.count(start) if last is None else range(start, last)
         spans = ((step * batch_size, (step + 1) * batch_size) for step in steps)
         shape = (batch_size, self.n_snapshots, self.d_model)
-        rows = self._rows(closed.is_set)
-        yield from feed(rows, spans, shape, torch.device(device), parallel, whole, closed, waited)
+        with Together.of(ALONE if self._cache is not None else parallel) as together:
+            rows = self._rows(closed.is_set, together)
+            yield from feed(rows, spans, shape, torch.device(device), parallel, whole, closed, waited)
 
     def check_batch(self, batch_size: int) -> None:
         """Refuse a `batch_size` that is larger than an epoch."""
         if not 0 < batch_size <= self.n_tokens:
             raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
 
-    def _rows(self, abandoned: Callable[[], bool]) -> Rows:
+    def _rows(self, abandoned: Callable[[], bool], together: Together | None) -> Rows:
         """Where batches come from."""
         width = (self.n_snapshots, self.d_model)
         if self._cached_rows is not None:
             return self._cached_rows
+
+        def run(sequences: Int[Tensor, " n"]) -> Float[Tensor, "K S D"]:
+            """Activations of the kept positions of some sequences."""
+            self._compare()
+            tokens = self.tokens[sequences]
+            if together is None:
+                acts = harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
+            else:
+                acts = harvest_together(self.snapshots, tokens, self.hook_name, self.settings, together, abandoned)
+            return acts[self.keep(tokens)]
+
         if self.mixing_tokens < self.n_tokens:
             schedule = Schedule(self._counts, self.mixing_tokens, self.seed, self.block_sequences)
-            return Mixed(schedule, lambda sequences: self._kept(torch.from_numpy(sequences), abandoned), width)
+            return Mixed(schedule, lambda sequences: run(torch.from_numpy(sequences)), width, together is not None)
         if self._held is None:
             counts = [int(self._counts[first:last].sum()) for first, last in self._shards()]
-            self._held = Held(Order(counts, self.seed), lambda out: self._hold(out, abandoned), width)
+            self._held = Held(Order(counts, self.seed), width)
+        if together is not None and together.any(self._held.buffer is None):
+            self._held.buffer = None  # some have filled it by themselves
+        self._held.fill, self._held.together = (lambda out: self._hold(out, run)), together is not None
         return self._held
 
-    def _kept(self, sequences: Int[Tensor, " n"], abandoned: Callable[[], bool]) -> Float[Tensor, "K S D"]:
-        """Activations of the kept positions of some sequences."""
-        self._compare()
-        tokens = self.tokens[sequences]
-        acts = harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
-        return acts[self.keep(tokens)]
-
-    def _hold(self, out: Float[Tensor, "K S D"], abandoned: Callable[[], bool]) -> None:
+    def _hold(self, out: Float[Tensor, "K S D"], run: Callable[[Tensor], Tensor]) -> None:
         """Harvest all training sequences, in the forward passes and in the order of a cache."""
-        self._compare()
         block, at = self.block_sequences, 0
         for shard, (first, last) in enumerate(self._shards()):
             n = int(self._counts[first:last].sum())
@@ -387,8 +404,7 @@ class Activations:
             places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
             at, done = at + n, 0
             for begin in range(first, last, block):
-                end = min(begin + block, last)
-                kept = self.block(begin, end, abandoned)[self.keep(self.tokens[begin:end])]
+                kept = run(torch.arange(begin, min(begin + block, last)))
                 out[torch.from_numpy(places[done : done + len(kept)])] = kept
                 done += len(kept)
 

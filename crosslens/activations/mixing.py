@@ -95,10 +95,11 @@ class Mixed:
         schedule: what enters and leaves the buffer.
         harvest: runs the models.
         width: (S, D).
+        together: whether it does so with other processes, which all have to read the same batches.
     """
 
-    def __init__(self, schedule: Schedule, harvest: Harvest, width: tuple[int, int]) -> None:
-        self.schedule, self.harvest = schedule, harvest
+    def __init__(self, schedule: Schedule, harvest: Harvest, width: tuple[int, int], together: bool = False) -> None:
+        self.schedule, self.harvest, self.together = schedule, harvest, together
         self.buffer = torch.empty(schedule.capacity, *width)
         self.n_tokens = int(schedule.counts.sum())
         self._at = -1  # the position of the next token
@@ -166,12 +167,18 @@ class Held:
 
     Args:
         order: the order of a cache of these tokens.
-        fill: called once, before the first batch, with the buffer.
         width: (S, D).
+
+    Attributes:
+        fill: called with the buffer before the first batch that needs it.
+        together: as in `Mixed`.
     """
 
-    def __init__(self, order: Order, fill: Callable[[Float[Tensor, "N S D"]], None], width: tuple[int, int]) -> None:
-        self.order, self.fill = order, fill
+    fill: Callable[[Float[Tensor, "N S D"]], None]
+    together = False
+
+    def __init__(self, order: Order, width: tuple[int, int]) -> None:
+        self.order = order
         self.width = width
         self.starts = np.cumsum([0, *order.counts])
         self.buffer: Tensor | None = None
