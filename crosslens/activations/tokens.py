@@ -233,9 +233,10 @@ def split_sequences(
         UserError: the dataset has too few tokens.
     """
     total, largest = int(counts.sum()), int(counts.max()) if len(counts) else 0
+    most = total - held_out - max(0, largest - 1)
+    remedy = f"ask for at most {most}" if most > 0 else "give more documents, or set held_out_tokens"
     too_many = UserError(
-        f"{name} has only {total} usable tokens, too few for n_tokens={wanted} plus {held_out} held out; ask for at "
-        f"most {max(0, total - held_out - max(0, largest - 1))}"
+        f"{name} has only {total} usable tokens, too few for n_tokens={wanted} plus {held_out} held out; {remedy}"
     )
     if wanted is None:
         held_out = min(held_out, total // 10)

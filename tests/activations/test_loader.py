@@ -464,6 +464,8 @@ def test_more_tokens_than_there_are(snapshots: Snapshots, tiny_text: list[str]):
     assert make(snapshots, tiny_text, n_tokens=most).n_tokens >= most  # the remedy works
     with pytest.raises(UserError, match=f"n_tokens={most + T}"):
         _ = make(snapshots, tiny_text, n_tokens=most + T).tokens
+    with pytest.raises(UserError, match="plus 200 held out; give more documents, or set held_out_tokens"):
+        _ = make(snapshots, tiny_text[:2], n_tokens=300).tokens
 
 
 @pytest.mark.parametrize("seed", [0, 1])
