@@ -4,9 +4,9 @@ run.json                        what was run: versions, command, data and snapsh
 crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
 checkpoints/                    the last two complete checkpoints of an unfinished training run
 evaluation.parquet              explained variance, L0, CE and KL per snapshot
-evolution.parquet               one row per feature
-presence.parquet                one row per feature and snapshot: decoder norm, decodability
-births.parquet                  one row per measure and feature; birth_counts.parquet: counts with their controls
+evolution.parquet               one row per feature and snapshot: decoder norm, decodability, firing rate
+lifecycles.parquet              one row per measure of presence and feature: birth, peak, fate
+birth_counts.parquet            counts of births with their controls
 examples.parquet                where each feature is most active; the tokens around it: example_tokens.parquet
 lens.parquet                    tokens that each feature promotes and suppresses at each snapshot
 nearest.parquet                 the nearest other features of each feature
@@ -236,7 +236,8 @@ class RunDir:
         """Read a table such as "evolution" or "attribution/simple"; None if there is none.
 
         Raises:
-            UserError: the file is damaged, or belongs to another run or another table.
+            UserError: the file is damaged, belongs to another run or another table, or is an evolution table of an older
+                version, which had a row per feature.
         """
         path = self._table_path(name)
         if not path.is_file():
@@ -258,6 +259,8 @@ class RunDir:
             raise UserError(f"{path} holds the table {seal['table']!r}: {again}")
         if seal is not None and seal["run"] not in (None, self._id()):
             raise UserError(f"{path} belongs to another run: {again}")
+        if name == "evolution" and "snapshot" not in frame:
+            raise UserError(f"{path} was written by an older version of crosslens: repeat `crosslens evolve`")
         return frame
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:

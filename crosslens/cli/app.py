@@ -684,49 +684,41 @@ def evolve(
     device: DeviceOption = None,
 ) -> None:
     """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
-    import pandas as pd
-
     from crosslens.evolution import (
         add_consensus,
         describe_doubtful,
         describe_probes,
-        doubtful_snapshots,
-        encoder_share,
         recorded_training,
-        study_births,
         study_dynamics,
         study_evolution,
         study_probes,
         table_of_counts,
         untrained_births,
     )
+    from crosslens.evolution import evolve as read_evolution
     from crosslens.features import feature_tables
 
     run, crosscoder, acts = open_run(run_dir, device)
-    history = study_evolution(crosscoder, acts)
-    seeds = run.table("consensus")
-    if seeds is not None:
-        history["evolution"] = add_consensus(history["evolution"], seeds)
+    evolution = read_evolution(crosscoder, acts)
     if untrained:
         run.save_table("untrained_births", untrained_births(acts, *recorded_training(run, acts.settings.device)))
-    births = study_births(crosscoder, acts, untrained=run.table("untrained_births"))
-    run.save_tables(births)
+    history = study_evolution(crosscoder, acts, evolution, untrained=run.table("untrained_births"))
+    seeds = run.table("consensus")
+    if seeds is not None:
+        history["lifecycles"] = add_consensus(history["lifecycles"], seeds)
     run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
-    run.save_tables(study_dynamics(crosscoder, acts, accuracy=run.table("accuracy")))
-    probes = study_probes(crosscoder, acts, births["presence"])
+    accuracy, doubtful = run.table("accuracy"), history["doubtful"]
+    if accuracy is not None:
+        accuracy = accuracy[accuracy["label"].isin(acts.snapshots.labels)]
+    run.save_tables(study_dynamics(crosscoder, acts, evolution=evolution, doubtful=doubtful, accuracy=accuracy))
+    probes = study_probes(crosscoder, acts, evolution)
     run.save_tables(probes)
-    table = history["evolution"]
-    counts = ", ".join(f"{count} {name}" for name, count in pd.Series(table["origin"]).value_counts().items())
-    typer.echo(f"{int(table['alive'].sum())} live features; by decoder norm: {counts}")
-    doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
-    run.save_table("doubtful", doubtful)
-    for line in describe_doubtful(doubtful):
+    lines = [*evolution.describe(), *describe_doubtful(doubtful), *table_of_counts(history["birth_counts"])]
+    for line in [*lines, *describe_probes(probes["probe_presence"])]:
         typer.echo(line)
-    for line in table_of_counts(births["birth_counts"]):
-        typer.echo(line)
-    for line in describe_probes(probes["probe_presence"]):
-        typer.echo(line)
+    if "scaling" not in history:
+        typer.echo("latent scaling is left out: without a penalty on the decoder it equals the decoder norm")
 
 
 @app.command()
@@ -888,9 +880,11 @@ def label_run(
     labels = ask()
     counts = ", ".join(f"{count} {status}" for status, count in labels.table["status"].value_counts().items())
     typer.echo(f"{counts}; {labels.tokens_in:,} tokens in, {labels.tokens_out:,} out")
-    evolution, table = run.table("evolution"), run.table("labels")
-    if evolution is not None and table is not None:
-        for row in complexity_correlation(table, evolution, unit="index").to_dict("records"):
+    lifecycles, table = run.table("lifecycles"), run.table("labels")
+    if lifecycles is not None and table is not None:
+        from crosslens.report.tables import by_measure
+
+        for row in complexity_correlation(table, by_measure(lifecycles), unit="index").to_dict("records"):
             interval = f"[{row['spearman_low']:+.2f}, {row['spearman_high']:+.2f}]"
             words = f"Spearman {row['spearman']:+.2f} {interval}, {row['n']} features"
             typer.echo(f"complexity and {row['event']}: {words}")

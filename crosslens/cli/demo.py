@@ -26,9 +26,10 @@ from crosslens.activations.loader import Activations
 from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
+from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
-from crosslens.evolution.study import study_births, study_dynamics, study_evolution, study_probes
+from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
 from crosslens.features.tables import feature_tables
 from crosslens.report import write_report
 from crosslens.rundir import RunDir, write_text
@@ -119,12 +120,12 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     mark = lap("pretraining", began)
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
-    run.save_tables(study_evolution(crosscoder, acts, seed=seed))
-    births = study_births(crosscoder, acts, seed=seed)
-    run.save_tables(births)
+    evolution = evolve(crosscoder, acts, seed=seed)
+    history = study_evolution(crosscoder, acts, evolution, seed=seed)
+    run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
     mark = lap("evolution", mark)
-    probes = study_probes(crosscoder, acts, births["presence"], n_features=config.n_probes, seed=seed)
+    probes = study_probes(crosscoder, acts, evolution, n_features=config.n_probes, seed=seed)
     run.save_tables(probes)
     mark = lap("probes", mark)
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
@@ -135,7 +136,16 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
     batches = islice(demo_batches(seed), PretrainingConfig().n_steps)
     counts = count_ngrams(batches, snaps.tokenizer) if snapshots is None else None
-    dynamics = study_dynamics(crosscoder, acts, counts, snapshots=every, accuracy=accuracy, seed=seed)
+    dynamics = study_dynamics(
+        crosscoder,
+        acts,
+        counts,
+        evolution=evolution,
+        doubtful=history["doubtful"],
+        snapshots=every,
+        accuracy=accuracy,
+        seed=seed,
+    )
     run.save_tables(dynamics)
     mark = lap("dynamics", mark)
     # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence

@@ -9,13 +9,16 @@ from .controls import latent_scaling as latent_scaling
 from .dynamics import Dynamics as Dynamics
 from .dynamics import dynamics_table as dynamics_table
 from .dynamics import measure_dynamics as measure_dynamics
+from .geometry import HalfCosines as HalfCosines
 from .geometry import decoder_cosines as decoder_cosines
 from .geometry import feature_dimensionality as feature_dimensionality
+from .geometry import half_cosines as half_cosines
 from .geometry import rotation_per_interval as rotation_per_interval
 from .geometry import total_dimensionality as total_dimensionality
+from .history import Evolution as Evolution
+from .history import evolve as evolve
 from .lifecycles import Firing as Firing
 from .lifecycles import classify_lifecycles as classify_lifecycles
-from .lifecycles import evolve as evolve
 from .lifecycles import measure_firing as measure_firing
 from .lifecycles import rotation as rotation
 from .ngrams import NgramCounts as NgramCounts
@@ -44,7 +47,6 @@ from .selection import snapshot_similarity as snapshot_similarity
 from .selection import untrained_steps as untrained_steps
 from .splitting import replacements as replacements
 from .splitting import splits as splits
-from .study import study_births as study_births
 from .study import study_dynamics as study_dynamics
 from .study import study_evolution as study_evolution
 from .study import study_probes as study_probes

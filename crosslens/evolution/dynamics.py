@@ -42,7 +42,8 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.geometry import total_dimensionality
-from crosslens.evolution.lifecycles import Firing, classify_lifecycles, measure_firing, rotation, snapshot_columns
+from crosslens.evolution.history import Evolution, evolve
+from crosslens.evolution.lifecycles import Firing, measure_firing, rotation, snapshot_columns
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
@@ -285,7 +286,7 @@ class _Averages:
 def dynamics_table(
     dynamics: Dynamics,
     crosscoder: Crosscoder,
-    acts: Activations | Firing,
+    acts: Activations | Firing | Evolution,
     *,
     presence: float = 0.5,
     min_cosine: float = 0.5,
@@ -296,28 +297,30 @@ def dynamics_table(
     Args:
         dynamics: dynamics of the crosscoder's snapshots, or of more snapshots of the same run.
         crosscoder: trained on two snapshots or more.
-        acts: activations of its snapshots, or the result of `measure_firing`; features that never fire are left out.
-        presence: a feature is present where its norm is at least this share of its largest norm.
+        acts: the result of `evolve`, whose first measure says where features are present and when they are born; or
+            activations of the snapshots or the result of `measure_firing`, for decoder norms. Features that never fire
+            are left out.
+        presence: without an `Evolution`, a feature is present where its norm is at least this share of its largest.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
         seed: seed for the random directions.
 
     Returns:
-        The columns of `Dynamics.to_frame`, then present (number of features), born (emergent features whose birth is
-        here), settled (features that keep their final direction from here on), alive (features that ever fire),
-        dimensionality (total / D) and random_dimensionality (of as many random directions). They are missing at
-        snapshots that the crosscoder does not have.
+        The columns of `Dynamics.to_frame`, then measure (of presence), present (number of features), born (emergent
+        features whose birth is here), settled (features that keep their final direction from here on), alive (features
+        that ever fire), dimensionality (total / D) and random_dimensionality (of as many random directions). They are
+        missing at snapshots that the crosscoder does not have.
 
     Raises:
         UserError: a crosscoder with snapshots that the dynamics lack, or activations of other snapshots.
     """
     places = places_of(dynamics, crosscoder)
-    firing = measure_firing(crosscoder, acts)
-    dimensionality = total_dimensionality(crosscoder, firing, presence=presence, seed=seed)
-    births, settling = feature_dates(crosscoder, firing, presence, min_cosine)
+    firing, evolution = read_evolution(crosscoder, acts, presence)
+    dimensionality = total_dimensionality(crosscoder, firing, presence=evolution.presence, seed=seed)
+    births, settling = feature_dates(crosscoder, firing, evolution, min_cosine)
     S = crosscoder.n_snapshots
-    table = dynamics.to_frame()
+    table = dynamics.to_frame().assign(measure=evolution.measures[0])
     columns: dict[str, Any] = {
-        "present": dimensionality["present"].to_numpy(),
+        "present": evolution.present().sum(0),
         "born": np.bincount(births, minlength=S),
         "settled": np.bincount(settling, minlength=S).cumsum(),
         "alive": np.full(S, int((firing.rate > 0).sum())),
@@ -331,19 +334,35 @@ def dynamics_table(
     return table
 
 
-def feature_dates(crosscoder: Crosscoder, firing: Firing, presence: float, min_cosine: float) -> tuple[Any, Any]:
+def read_evolution(
+    crosscoder: Crosscoder, acts: Activations | Firing | Evolution, presence: float
+) -> tuple[Firing, Evolution]:
+    """How features fire and when they are present: as given, or by decoder norm.
+
+    Raises:
+        UserError: an `Evolution` without activations.
+    """
+    if not isinstance(acts, Evolution):
+        firing = measure_firing(crosscoder, acts)
+        return firing, evolve(crosscoder, firing, presence=presence)
+    if acts.firing is None:
+        raise UserError("this evolution was read without activations: give evolve(crosscoder, acts)")
+    return acts.firing, acts
+
+
+def feature_dates(crosscoder: Crosscoder, firing: Firing, evolution: Evolution, min_cosine: float) -> tuple[Any, Any]:
     """Births of emergent features, and the snapshots from which features that fire keep their direction.
 
     Returns:
         Two arrays of snapshot indices, each in the order of its features.
 
     Raises:
-        UserError: a threshold out of range, one snapshot only.
+        UserError: a threshold out of range.
     """
     if not -1 < min_cosine <= 1:
         raise UserError(f"min_cosine={min_cosine} is not in (-1, 1]: it is a cosine, such as 0.5")
     alive = (firing.rate > 0)[:, None].to("cpu")
-    lifecycles = classify_lifecycles(crosscoder.decoder_norms.detach().cpu().float() * alive, presence)
+    lifecycles = evolution.lifecycles()
     births = lifecycles.loc[lifecycles["origin"] == "emergent", "birth"].to_numpy(dtype=np.int64)
     kept = (rotation(crosscoder) >= min_cosine) & alive
     settled = first_for_good(kept.numpy())

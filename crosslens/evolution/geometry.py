@@ -2,17 +2,29 @@
 
 1. Cosines between the decoder rows of a feature at all pairs of snapshots, where both rows are long enough to have a
    direction (`min_norm` of the feature's largest). `rotation_per_interval` counts, for every pair of neighbouring
-   snapshots, the features that rotate most between the two.
-2. Dimensionality (after Elhage et al., arXiv 2209.10652, weighted by how active features are). With
-   `w_is = rms(f_i) W_dec[i, s]` and j over the features present at s, including i,
+   snapshots, the features that rotate most between the two, and gives the median angle, in degrees, per interval and
+   per doubling of training: what is learnt goes with the logarithm of the tokens rather than with their number, and
+   snapshots are spaced accordingly, so angles per token would rank the intervals by their length.
+2. The null of rotation: how far would a row seem to turn by chance? Each half h of the held-out tokens gives its own
+   estimate of every row, by least squares for one feature with the others held, `half_cosines`:
+
+       w_is^h = W_dec[i, s] + E_h[f_is (x_s - x_hat_s)] / E_h[f_is^2]
+
+   The angle between the two estimates at the *same* snapshot is what sampling alone makes of no rotation; the angle
+   between estimates of different halves at *neighbouring* snapshots is to be compared with it. Held-out tokens are
+   fewer than those for training, so the null overstates the noise of the rows. `seeds.rotation_of_partners` compares
+   the same feature in two seeds.
+3. Dimensionality, with j over the features present at s, including i:
 
        D_is = |w_is|^4 / sum_j (w_is . w_js)^2
 
    is 1 for a feature that is orthogonal to all others, and 1/n for one of n equal ones. The sum over features is at
-   most D. Since `sum_j (w_i . w_j)^2 = w_i (sum_j w_j^T w_j) w_i^T`, a D x D matrix is enough; no F x F matrix is made.
+   most D. Here `w_is = rms(f_i) W_dec[i, s]`; with `w_is = W_dec[i, s]` it is the formula of Elhage et al. (arXiv
+   2209.10652), `|W_i|^2 / sum_j (W_i/|W_i| . W_j)^2`, which is for features of equal size: the scale of a row is free
+   in a dictionary, as long as its activations shrink as it grows. Since `sum_j (w_i . w_j)^2` is
+   `w_i (sum_j w_j^T w_j) w_i^T`, a D x D matrix is enough; no F x F matrix is made.
 
-Ge et al. (arXiv 2509.17196) plot rotation and dimensionality without formulas; the counts per interval, this form of
-`D_is` and the comparison with random directions are new here.
+Ge et al. (arXiv 2509.17196) plot rotation and dimensionality without formulas; the rest is new here.
 
 Symbols: S snapshots, D d_model, F features.
 """
@@ -21,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,7 +46,9 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.evolution.lifecycles import (
     Firing,
+    check_activations,
     check_presence,
+    held_out_features,
     measure_firing,
     relative_norms,
     require_two_snapshots,
@@ -71,22 +86,85 @@ def decoder_cosines(
     return out
 
 
+class HalfCosines(NamedTuple):
+    """Cosines between decoder rows estimated on different halves of the held-out tokens, by `half_cosines`."""
+
+    same: Float[Tensor, "F S"]
+    """At the same snapshot: 1 but for the noise of the estimates."""
+    next: Float[Tensor, "F S-1"]
+    """At a snapshot and the one after it: mean of first half against second, and second against first."""
+
+
+@torch.no_grad()
+def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
+    """Estimate every decoder row on each half of the held-out tokens, and compare the estimates.
+
+    The sums take 2 F S D numbers in float32.
+
+    Args:
+        crosscoder: any.
+        acts: activations of its snapshots.
+
+    Returns:
+        Cosines, NaN for features that are silent on either half.
+
+    Raises:
+        UserError: no activations held out, or those of other snapshots.
+    """
+    check_activations(crosscoder, acts)
+    F, S, D = crosscoder.cfg.d_sae, crosscoder.n_snapshots, crosscoder.d_model
+    middle = int(acts.keep(acts.held_out_tokens()).sum()) // 2
+    device = crosscoder.W_dec.device
+    rows = torch.zeros(2, F, S, D, device=device)
+    squares = torch.zeros(2, F, S, dtype=torch.float64, device=device)
+    begin = 0
+    for x, features in held_out_features(crosscoder, acts):
+        scaled = crosscoder.scale(x)
+        error = scaled - crosscoder.decode_flat(features).view_as(scaled)
+        cut = min(max(middle - begin, 0), len(x))
+        begin += len(x)
+        for half, part in enumerate((slice(0, cut), slice(cut, None))):
+            for s in range(S):
+                gated = crosscoder.snapshot_acts(features[part], s)
+                rows[half, :, s] += gated.t().to_sparse() @ error[part, s]
+                squares[half, :, s] += gated.double().square().sum(0)
+    for half in range(2):
+        rows[half] /= squares[half, ..., None].float()  # NaN where the feature is silent
+        rows[half] += crosscoder.W_dec_by_snapshot
+    one, other = normalize(rows, dim=-1, eps=1e-30)
+    same = (one * other).sum(-1)
+    following = ((one[:, :-1] * other[:, 1:]).sum(-1) + (other[:, :-1] * one[:, 1:]).sum(-1)) / 2
+    return HalfCosines(same.clamp(-1, 1).cpu(), following.clamp(-1, 1).cpu())
+
+
 def rotation_per_interval(
-    crosscoder: Crosscoder, alive: Bool[Tensor, " F"] | None = None, *, min_norm: float = 0.05, max_cosine: float = 0.9
+    crosscoder: Crosscoder,
+    alive: Bool[Tensor, " F"] | None = None,
+    halves: HalfCosines | None = None,
+    *,
+    min_norm: float = 0.05,
+    max_cosine: float = 0.9,
 ) -> pd.DataFrame:
-    """Count the features that rotate between each pair of neighbouring snapshots.
+    """Measure how far features rotate between each pair of neighbouring snapshots, and count those that do.
 
     Args:
         crosscoder: trained on two snapshots or more.
-        alive: features to count, such as `evolve(...)["alive"]`; all with a decoder if None.
+        alive: features to count, such as `evolve(...).lifecycles()["alive"]`; all with a decoder if None.
+        halves: the result of `half_cosines`, for the null.
         min_norm: rows below this share of the feature's largest norm have no direction.
         max_cosine: a feature rotates if its cosine between two neighbours is below this at least once.
 
     Returns:
-        A row per interval: before, after (indices), from, to (labels), from_step, to_step, from_tokens, to_tokens; n
-        (features with a direction at both ends); median_cosine (of these); rotated (features whose largest rotation is
-        here); share (of all features that rotate); largest (True in the first row with the largest `rotated`,
-        nowhere if no feature rotates).
+        A row per interval: before, after (indices), from, to (labels), from_step, to_step, from_tokens, to_tokens;
+        at_edge (the first or last interval: what rotates most here may rotate more outside of the snapshots); n
+        (features with a direction at both ends); median_cosine (of these); angle (median, in degrees), halves_angle and
+        null_angle (medians of the angle between estimates on different halves at neighbouring snapshots, and at the
+        same one: the geometric mean of the cosines at both ends); beyond_null (share of the features whose halves_angle
+        exceeds their null_angle; half of them do by chance); doublings (of tokens, or of steps where tokens are
+        unknown), angle_per_doubling, null_per_doubling; rotated (features whose largest rotation is here); share (of
+        all features that rotate); largest (True in the first row with the largest `rotated`, nowhere if no feature
+        rotates). halves_angle, null_angle and beyond_null are NaN without `halves`, and doublings for an interval that
+        begins at 0 or without steps.
 
     Raises:
         UserError: one snapshot only.
@@ -108,12 +186,36 @@ def rotation_per_interval(
     for unit, suffix in (("label", ""), ("step", "_step"), ("tokens", "_tokens")):
         table[f"from{suffix}"] = snapshots[unit].array[:-1]
         table[f"to{suffix}"] = snapshots[unit].array[1:]
+    table["at_edge"] = [s in (0, S - 2) for s in range(S - 1)]
     table["n"] = (~cosines.isnan()).sum(0).numpy()
     table["median_cosine"] = np.array([_median(column) for column in cosines.T])
+    nothing = torch.full_like(cosines, torch.nan)
+    between, null = nothing, nothing
+    if halves is not None:
+        between = halves.next.masked_fill(cosines.isnan(), torch.nan)
+        null = (halves.same[:, :-1].clamp(min=0) * halves.same[:, 1:].clamp(min=0)).sqrt()
+        null = null.masked_fill(between.isnan(), torch.nan)
+    for name, values in (("angle", cosines), ("halves_angle", between), ("null_angle", null)):
+        table[name] = np.array([_median(column) for column in values.acos().rad2deg().T])
+    compared = (~null.isnan()).sum(0)
+    table["beyond_null"] = ((between < null).sum(0) / compared).numpy()  # NaN where nothing is compared
+    table["doublings"] = _doublings(snapshots)
+    for name in ("angle", "null"):
+        angle = table["angle" if name == "angle" else "null_angle"]
+        table[f"{name}_per_doubling"] = angle / table["doublings"]
     table["rotated"] = rotated.numpy()
     table["share"] = (rotated / rotated.sum()).numpy()
     table["largest"] = (torch.arange(S - 1) == rotated.argmax()).numpy() & bool(rotated.sum())
     return table
+
+
+def _doublings(snapshots: pd.DataFrame) -> Any:
+    """Doublings of training between neighbouring snapshots, NaN where they are unknown or infinite."""
+    unit = "tokens" if snapshots["tokens"].notna().all() else "step"
+    when = snapshots[unit].to_numpy(dtype=float, na_value=np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.log2(when[1:] / when[:-1])
+    return np.where(np.isfinite(found) & (found > 0), found, np.nan)
 
 
 def _median(values: Tensor) -> float:
@@ -160,7 +262,8 @@ def total_dimensionality(
 
     Returns:
         A row per snapshot: snapshot, label, step, tokens, present (number of features), total (the sum of `D_is`),
-        share (total / D), random_total, random_share.
+        share (total / D), random_total, random_share; elhage_total, elhage_share, random_elhage_share: the same by the
+        formula of Elhage et al. as they wrote it, without the rms.
 
     Raises:
         UserError: activations that are not the crosscoder's.
@@ -173,15 +276,22 @@ def total_dimensionality(
     for s in range(crosscoder.n_snapshots):
         ids, rows = present[:, s].nonzero().flatten(), crosscoder.W_dec_by_snapshot[:, s]
         totals.append(
-            [float(_dimensionality(partial(_weighted, rows, ids, sizes, seed)).sum()) for seed in (None, seed + s)]
+            [
+                float(_dimensionality(partial(_weighted, rows, ids, weights, drawn)).sum())
+                for weights in (sizes, torch.ones_like(sizes))
+                for drawn in (None, seed + s)
+            ]
         )
-    total, random_total = np.array(totals).T
+    total, random_total, elhage, random_elhage = np.array(totals).T
     return snapshots.assign(
         present=present.sum(0).numpy(),
         total=total,
         share=total / D,
         random_total=random_total,
         random_share=random_total / D,
+        elhage_total=elhage,
+        elhage_share=elhage / D,
+        random_elhage_share=random_elhage / D,
     )
 
 

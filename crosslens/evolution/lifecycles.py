@@ -1,15 +1,15 @@
-"""When features appear, peak and disappear, read off the decoder norms; and how their directions rotate.
+"""When features appear, peak and disappear, for any curves of presence; and how their directions rotate.
 
-With decoder norms `n_is` (F, S) of the scaled space and `v_is = n_is / max_s' n_is'`:
+With a measure of presence `n_is` (F, S), such as decoder norms or R2, and `v_is = n_is / max_s' n_is'`:
 
 1. Feature i is *present* at snapshot s where `v_is >= presence`.
 2. Origin: *initial* if present at the first snapshot; *emergent* if it has a birth, the first snapshot from which it is
    present for `min_run` snapshots in a row or until the end; otherwise *never*. The birth of an initial feature is 0.
 3. Fate: *transient* if the feature disappears for good (its death is the first snapshot of that absence); otherwise
    *persistent*.
-4. Peak: the first snapshot with the largest norm. Lifetime: the number of snapshots where it is present.
-5. Dead features (never active on held-out activations, or with a zero decoder at every snapshot) keep their row with
-   `alive = False`; all other lifecycle columns are missing.
+4. Peak: the first snapshot with the largest value. Lifetime: the number of snapshots where it is present.
+5. Features without a reading, whose values are all 0, keep their row; all columns are missing. `history.evolve` treats
+   dead features (never active on held-out activations, or with a zero decoder at every snapshot) in this way.
 
 The curves `v` and the rotation of decoder rows follow Ge et al. (arXiv 2509.17196), RelDec, `n_is / sum_s' n_is'`,
 follows Bayazit et al. (arXiv 2509.05291); the definitions above are new here.
@@ -55,16 +55,16 @@ def relative_norms(norms: Float[Tensor, "F S"]) -> Float[Tensor, "F S"]:
 
 
 def classify_lifecycles(norms: Float[Tensor, "F S"], presence: float = 0.5, *, min_run: int = 2) -> pd.DataFrame:
-    """Classify every feature by its decoder norms alone.
+    """Classify every feature by one measure of presence.
 
     Args:
-        norms: decoder norms; only their ratios within a feature matter.
-        presence: a feature is present where its norm is at least this share of its largest norm, in (0, 1].
+        norms: decoder norms, or another measure that is 0 or more; only their ratios within a feature matter.
+        presence: a feature is present where its value is at least this share of its largest, in (0, 1].
         min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
         A row per feature: origin, fate, birth, peak, death, lifetime. Snapshots are nullable integer indices, missing
-        where there is no such snapshot. All columns are missing for features without a decoder.
+        where there is no such snapshot. All columns are missing for features whose values are all 0.
 
     Raises:
         UserError: fewer than two snapshots, a norm that is not finite, a threshold out of range.
@@ -102,65 +102,14 @@ def birth_index(present: Bool[np.ndarray, "... S"], min_run: int) -> Int[np.ndar
     return birth
 
 
-def evolve(
-    crosscoder: Crosscoder,
-    acts: Activations | Firing | None = None,
-    *,
-    presence: float = 0.5,
-    min_run: int = 2,
-    min_firing_rate: float = 0.0,
-) -> pd.DataFrame:
-    """Tabulate the lifecycle of every feature.
+def add_dates(table: pd.DataFrame, snapshots: pd.DataFrame, present: Bool[np.ndarray, "F S"]) -> None:
+    """Insert the steps and tokens of birth, peak, death and lifetime next to each column.
 
     Args:
-        crosscoder: trained on two snapshots or more.
-        acts: activations of the same snapshots, or the result of `measure_firing`. If given, features that are not
-            active on the held-out activations are dead.
-        presence: a feature is present where its norm is at least this share of its largest norm.
-        min_run: snapshots in a row a feature must be present for to count as born.
-        min_firing_rate: features active on this share of the held-out tokens or less are dead.
-
-    Returns:
-        A row per feature: feature, alive, firing_rate (share of held-out tokens, NaN without `acts`), origin, fate;
-        birth, peak, death (snapshot indices) and lifetime (number of snapshots where it is present), each followed by
-        its date in steps and in tokens: birth_step, birth_tokens and so on. `lifetime_step` adds up the steps from each
-        snapshot where the feature is present to the next snapshot; if it is present only once and then disappears, that
-        is death minus birth. Dates are missing where the metadata lack them.
-        Then, per snapshot, norm/<label> (the decoder norm), strength/<label> (v), reldec/<label>, present/<label>, and
-        with `acts` firing_rate/<label> (share of tokens with f_is > 0) and mean_activation/<label> (mean of f_is n_is,
-        the length of the vector the feature writes, over those tokens).
-
-    Raises:
-        UserError: one snapshot only, a threshold out of range, activations of other snapshots or another hook point.
+        table: the columns of `classify_lifecycles`.
+        snapshots: the result of `snapshot_columns`.
+        present: where features are present.
     """
-    if not 0 <= min_firing_rate < 1:
-        raise UserError(f"min_firing_rate={min_firing_rate} is not in [0, 1): it is a share of tokens, such as 1e-5")
-    require_two_snapshots("evolution", crosscoder.n_snapshots)
-    check_presence(presence, min_run)
-    norms = crosscoder.decoder_norms.detach().cpu().float()
-    firing = None if acts is None else measure_firing(crosscoder, acts)
-    rate = torch.full((len(norms),), torch.nan) if firing is None else firing.rate
-    silent = rate <= min_firing_rate
-    table = classify_lifecycles(norms.masked_fill(silent[:, None], 0.0), presence, min_run=min_run)
-    table.insert(0, "feature", np.arange(len(table)))
-    table.insert(1, "alive", table["origin"].notna())
-    table.insert(2, "firing_rate", rate.numpy())
-    snapshots, v = snapshot_columns(crosscoder), relative_norms(norms)
-    present = (v >= presence) & torch.tensor(table["alive"].to_numpy())[:, None]
-    _add_dates(table, snapshots, present.numpy())
-    curves = {"norm": norms, "strength": v.float(), "reldec": norms / norms.sum(1, keepdim=True), "present": present}
-    if firing is not None:
-        curves |= {"firing_rate": firing.snapshot_rate.float(), "mean_activation": (firing.mean * norms).float()}
-    columns = {
-        f"{name}/{label}": values[:, s].numpy()
-        for name, values in curves.items()
-        for s, label in enumerate(snapshots["label"])
-    }
-    return pd.concat([table, pd.DataFrame(columns)], axis=1)
-
-
-def _add_dates(table: pd.DataFrame, snapshots: pd.DataFrame, present: Any) -> None:
-    """Insert the steps and tokens of birth, peak, death and lifetime next to each column."""
     for offset, unit in enumerate(("step", "tokens"), start=1):
         dates = snapshots[unit].array
         for name in ("birth", "peak", "death"):
@@ -168,7 +117,7 @@ def _add_dates(table: pd.DataFrame, snapshots: pd.DataFrame, present: Any) -> No
             found = pd.api.extensions.take(dates, where, allow_fill=True)
             table.insert(list(table).index(name) + offset, f"{name}_{unit}", found)
         spans = np.diff(snapshots[unit].to_numpy(dtype=float, na_value=np.nan))
-        known = table["alive"] & bool(np.isfinite(spans).all())
+        known = table["lifetime"].notna() & bool(np.isfinite(spans).all())
         lived = np.where(np.isfinite(spans), spans, 0).astype(np.int64)
         table.insert(
             list(table).index("lifetime") + offset, f"lifetime_{unit}", _integers(present[:, :-1] @ lived, known)
@@ -315,7 +264,7 @@ def require_two_snapshots(what: str, n_snapshots: int) -> None:
 def check_presence(presence: float, min_run: int = 1) -> None:
     """Raise UserError where a threshold of presence is out of range."""
     if not 0 < presence <= 1:
-        raise UserError(f"presence={presence} is not in (0, 1]: it is a share of a feature's largest norm, such as 0.5")
+        raise UserError(f"presence={presence} is not in (0, 1]: it is a share of a feature's largest value, like 0.5")
     if min_run < 1:
         raise UserError(f"min_run={min_run} must be 1 or more snapshots in a row")
 

@@ -43,9 +43,17 @@ import pandas as pd
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.dynamics import Dynamics, bigram_progress, feature_dates, first_for_good, places_of
+from crosslens.evolution.dynamics import (
+    Dynamics,
+    bigram_progress,
+    feature_dates,
+    first_for_good,
+    places_of,
+    read_evolution,
+)
 from crosslens.evolution.geometry import total_dimensionality
-from crosslens.evolution.lifecycles import Firing, measure_firing
+from crosslens.evolution.history import Evolution
+from crosslens.evolution.lifecycles import Firing
 
 _COLUMNS = [
     *("event", "snapshot", "label", "step", "tokens", "low", "high", "low_step", "high_step", "at_edge"),
@@ -57,7 +65,7 @@ _COLUMNS = [
 def find_phases(
     dynamics: Dynamics,
     crosscoder: Crosscoder | None = None,
-    acts: Activations | Firing | None = None,
+    acts: Activations | Firing | Evolution | None = None,
     *,
     presence: float = 0.5,
     min_cosine: float = 0.5,
@@ -70,8 +78,9 @@ def find_phases(
     Args:
         dynamics: dynamics of two snapshots or more.
         crosscoder: crosscoder of some of these snapshots; without it only events of the predictions are found.
-        acts: activations of its snapshots, or the result of `measure_firing`.
-        presence: a feature is present where its norm is at least this share of its largest norm.
+        acts: as in `dynamics_table`: the result of `evolve`, whose first measure dates births, or for decoder norms
+            activations of its snapshots or the result of `measure_firing`.
+        presence: without an `Evolution`, a feature is present where its norm is at least this share of its largest.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
         level: confidence level of the intervals.
         most: share of a curve in one interval from which the order of the phases is unresolved.
@@ -103,8 +112,8 @@ def find_phases(
     if not 0 < most <= 1:
         raise UserError(f"most={most} is not in (0, 1]: it is a share of a curve, such as 0.9")
     places = np.array(places_of(dynamics, crosscoder))
-    firing = measure_firing(crosscoder, acts)
-    births, settling = feature_dates(crosscoder, firing, presence, min_cosine)
+    firing, evolution = read_evolution(crosscoder, acts, presence)
+    births, settling = feature_dates(crosscoder, firing, evolution, min_cosine)
     rng = np.random.default_rng(seed + 1)
     born, settled = (_shares(when, len(places), n_bootstrap, rng) for when in (births, settling))
     progress = bigram_progress(kl2)
@@ -130,7 +139,7 @@ def find_phases(
     for name, shares, n in (("births", born, len(births)), ("settling", settled, len(settling))):
         half = shares >= 0.5
         events.append(_Event(name, np.where(half.any(1), places[half.argmax(1)], S), n=n))
-    total = total_dimensionality(crosscoder, firing, presence=presence, seed=seed)["share"].to_numpy()
+    total = total_dimensionality(crosscoder, firing, presence=evolution.presence, seed=seed)["share"].to_numpy()
     least = int(total.argmin())
     half = (total >= (total[least] + total[-1]) / 2) & (np.arange(len(total)) > least)
     when = places[half.argmax()] if half.any() else S

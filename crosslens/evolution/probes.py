@@ -43,7 +43,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.births import NAMES
-from crosslens.evolution.lifecycles import batch_tokens, measure_firing, relative_norms, snapshot_columns
+from crosslens.evolution.lifecycles import Firing, batch_tokens, measure_firing, relative_norms, snapshot_columns
 
 NEGATIVES = ("any", "same_token")
 _MARGIN = 1.5  # a feature is probed if its expected number of samples exceeds the minimum by this factor
@@ -53,6 +53,7 @@ def probe(
     crosscoder: Crosscoder,
     acts: Activations,
     *,
+    firing: Firing | None = None,
     n_features: int = 50,
     n_samples: int = 2000,
     seed: int = 0,
@@ -65,6 +66,7 @@ def probe(
     Args:
         crosscoder: trained on the snapshots of `acts`.
         acts: features are chosen by their firing rates on the held-out activations; probes use the training ones.
+        firing: the result of `measure_firing`; measured here if None.
         n_features: features to draw at random from those that fire often enough.
         n_samples: most tokens per feature, train and test together; half of them active.
         seed: seed for the features and the halves.
@@ -89,7 +91,7 @@ def probe(
     if n_samples < min_samples:
         raise UserError(f"n_samples={n_samples} is less than min_samples={min_samples}: raise it, or lower min_samples")
     available = min(max_tokens, acts.n_tokens)
-    rates = measure_firing(crosscoder, acts).rate
+    rates = measure_firing(crosscoder, firing or acts).rate
     expected = torch.minimum(rates, 1 - rates) * available
     eligible = (expected >= _MARGIN * min_samples / 2).nonzero().squeeze(1).numpy()
     if not len(eligible):
@@ -205,7 +207,7 @@ def probe_parts(
 
 def probe_presence(
     table: pd.DataFrame,
-    presence: pd.DataFrame,
+    evolution: pd.DataFrame,
     *,
     without: Collection[int] = (),
     n_bootstrap: int = 1000,
@@ -219,7 +221,7 @@ def probe_presence(
 
     Args:
         table: the result of `probe`.
-        presence: the table "presence" of `study_births`.
+        evolution: the `table` of `evolve(crosscoder, acts)`.
         without: indices of snapshots to leave out.
         n_bootstrap: bootstrap draws.
         seed: seed for the draws.
@@ -232,7 +234,7 @@ def probe_presence(
     Raises:
         UserError: a snapshot that the table does not have, or fewer than two features.
     """
-    wanted = presence[["feature", "snapshot", "r2", "within", "strength"]]
+    wanted = evolution[["feature", "snapshot", "r2", "within", "strength"]]
     merged = table[["feature", "snapshot", "probe_error"]].merge(wanted, on=["feature", "snapshot"])
     rows: list[dict[str, Any]] = []
     for measure, column in (("r2", "r2"), ("within", "within"), ("norm", "strength")):

@@ -36,12 +36,12 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
+from crosslens.evolution.history import evolve
 from crosslens.evolution.lifecycles import (
     Firing,
     batch_tokens,
     check_activations,
     classify_lifecycles,
-    evolve,
     measure_firing,
     snapshot_columns,
 )
@@ -201,7 +201,8 @@ def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "crosscoder": name,
-                "alive": len(live),
+                "alive": int(table["alive"].sum()),
+                "measure": found.measures[0],
                 "consensus": float(live["consensus"].mean()),
                 "unanimous": float(all_of.mean()),
                 "consensus_variance": float(live.loc[live["consensus"], "variance"].sum()),
@@ -280,7 +281,7 @@ def save_seeds(
 
 
 def add_consensus(table: pd.DataFrame, found: pd.DataFrame, *, only: bool = False) -> pd.DataFrame:
-    """Add n_seeds and consensus to a table with a column `feature`, such as that of `evolve` or of an attribution.
+    """Add n_seeds and consensus to a table with a column `feature`, such as lifecycles or an attribution.
 
     Args:
         table: a table about features of one crosscoder.
@@ -376,15 +377,16 @@ def compare_evolutions(
 
     Args:
         crosscoders: by name, each with the activations of its own snapshots or the result of `measure_firing`.
-        presence: a feature is present where its norm is at least this share of its largest norm.
+            Lifecycles are by R2 with activations, otherwise by decoder norm.
+        presence: a feature is present where that measure is at least this share of its largest value.
         min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
-        A row per crosscoder: name, snapshots, features, alive; initial, emergent, never, transient (shares of live
-        features); median_birth (step, of emergent features); rotation_from, rotation_to (labels of the interval where
-        most features rotate), rotation_from_step, rotation_to_step, rotation_share (of all features that rotate);
-        dimensionality_first, dimensionality_least, dimensionality_last (shares of D). Steps are missing if none are
-        recorded, the interval if no feature rotates.
+        A row per crosscoder: name, snapshots, features, alive, measure (of presence); initial, emergent, never,
+        transient (shares of the live features with a reading); median_birth (step, of emergent features);
+        rotation_from, rotation_to (labels of the interval where most features rotate), rotation_from_step,
+        rotation_to_step, rotation_share (of all features that rotate); dimensionality_first, dimensionality_least,
+        dimensionality_last (shares of D). Steps are missing if none are recorded, the interval if no feature rotates.
 
     Raises:
         UserError: no crosscoder, or as `evolve`.
@@ -393,9 +395,9 @@ def compare_evolutions(
         raise UserError("crosscoders is empty: give one or more by name")
     rows: list[dict[str, Any]] = []
     for name, (crosscoder, acts) in crosscoders.items():
-        firing = measure_firing(crosscoder, acts)
-        table = evolve(crosscoder, firing, presence=presence, min_run=min_run)
-        live = pd.DataFrame(table[table["alive"]])
+        found = evolve(crosscoder, acts, presence=presence, min_run=min_run)
+        table, firing = found.lifecycles(), measure_firing(crosscoder, found.firing or acts)
+        live = pd.DataFrame(table[table["origin"].notna()])
         intervals = rotation_per_interval(crosscoder, torch.tensor(table["alive"].to_numpy()))
         most = intervals.loc[intervals["largest"]]
         share = total_dimensionality(crosscoder, firing, presence=presence)["share"].to_numpy()
@@ -403,7 +405,8 @@ def compare_evolutions(
             "name": name,
             "snapshots": crosscoder.n_snapshots,
             "features": len(table),
-            "alive": len(live),
+            "alive": int(table["alive"].sum()),
+            "measure": found.measures[0],
             **{origin: _mean((live["origin"] == origin).to_numpy()) for origin in ("initial", "emergent", "never")},
             "transient": _mean((live["fate"] == "transient").to_numpy()),
             "median_birth": live.loc[live["origin"] == "emergent", "birth_step"].astype("Float64").median(),

@@ -7,11 +7,13 @@
 2. The distance of two snapshots is `(1 - weight) a + weight b`. a is 1 - similarity, divided by its largest value. b is
    the root mean square over tasks of the difference in accuracy, with the part expected by chance (the binomial
    variances of both) subtracted from the square, divided by its largest value.
-3. `propose_snapshots` takes the first and the last snapshot, and the k - 2 between them that minimise the sum of
-   distances from every snapshot to the nearer of the two chosen ones around it. Since snapshots are ordered, dynamic
-   programming finds the optimum. The search is new here.
+3. `propose_snapshots` takes the first and the last snapshot that are not doubtful, and the k - 2 between them that
+   minimise the sum of distances from every snapshot to the nearer of the two chosen ones around it. Since snapshots are
+   ordered, dynamic programming finds the optimum. The search is new here.
 4. `doubtful_snapshots` names those that a crosscoder is better trained without, since they take features from the
-   others: untrained ones, whose variance is spread over many directions, and those nearly equal to one before.
+   others: untrained ones, whose variance is spread over many directions, and those nearly equal to one before. They are
+   not proposed: on one family, a dictionary over twelve snapshots, five of them untrained or nearly so, found no birth
+   by R2 that reversed time did not match, and one over the last six found 100 against 6.
 
 The proposal only reflects what was measured: changes between saved snapshots, or changes that neither the tasks nor the
 activations at this hook point show, are missed. Symbols: B tokens, S snapshots, D d_model.
@@ -183,22 +185,25 @@ def propose_snapshots(
     measure: str = "cka",
     weight: float = 0.5,
     steps: Sequence[int | None] | None = None,
+    doubtful: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Propose the k snapshots that best represent all of them, and say why.
 
     Args:
         similarity: the result of `snapshot_similarity`.
-        k: number of snapshots, from 2 to all.
+        k: number of snapshots, 2 or more; at most all, or all that are not doubtful.
         accuracy: the result of `Task.accuracy` for the same snapshots; concatenate the tables of several tasks.
         measure: "cosine", "pearson" or "cka".
         weight: weight of accuracy relative to similarity, in [0, 1]; ignored without accuracy.
         steps: training steps of the snapshots, for the table.
+        doubtful: the result of `doubtful_snapshots`: what it names is neither chosen nor represented, unless fewer than
+            two snapshots would be left.
 
     Returns:
         A row per snapshot: snapshot, label, step, chosen, stands_for (labels represented by a chosen snapshot), nearest
-        (label of the chosen snapshot that represents it), distance (to that one), previous_similarity (to the snapshot
-        before), cost (increase in the summed distance without this chosen snapshot), and reason, in words; with
-        `accuracy`, accuracy/<task>.
+        (label of the chosen snapshot that represents it; missing for a doubtful one), distance (to that one),
+        previous_similarity (to the snapshot before), cost (increase in the summed distance without this chosen
+        snapshot), and reason, in words, for what is chosen and for what is doubtful; with `accuracy`, accuracy/<task>.
 
     Raises:
         UserError: k out of range, an unknown measure, a weight outside [0, 1], accuracy of other snapshots.
@@ -207,6 +212,14 @@ def propose_snapshots(
     labels: dict[int, str] = {s: label for rows in ends for s, label in rows.itertuples(index=False)}
     S = max(labels) + 1
     names = [labels.get(s, str(s)) for s in range(S)]
+    doubts = [""] * S if doubtful is None else doubtful.sort_values("snapshot")["reason"].tolist()
+    if len(doubts) != S:
+        raise UserError(f"doubtful has {len(doubts)} snapshots, similarity has {S}: measure both on the same snapshots")
+    kept = np.flatnonzero(np.array(doubts) == "")
+    if len(kept) < 2:
+        kept = np.arange(S)
+    if doubtful is not None:
+        k = min(k, len(kept))
     if not 2 <= k <= S:
         raise UserError(f"k={k} is not in [2, {S}]: the first and the last of the {S} snapshots are always chosen")
     if measure not in MEASURES:
@@ -222,32 +235,41 @@ def propose_snapshots(
         raise UserError(
             f"{measure} is missing for some pairs of the {S} snapshots: give the whole table of snapshot_similarity"
         )
-    distance = _scaled(1 - pairwise)
     curves = _curves(accuracy, names) if accuracy is not None else {}
+    distance = _scaled(1 - pairwise[np.ix_(kept, kept)])
     if curves:
-        distance = (1 - weight) * distance + weight * _scaled(_accuracy_distance(curves))
+        of_kept = {task: (value[kept], variance[kept]) for task, (value, variance) in curves.items()}
+        distance = (1 - weight) * distance + weight * _scaled(_accuracy_distance(of_kept))
     cost = _segments(distance)
-    chosen = _best_path(cost, k)
+    path = np.array(_best_path(cost, k))  # places in `kept`, as are `nearest` and `distance`
+    n = np.arange(len(kept))
+    later = np.clip(np.searchsorted(path, n), 1, k - 1)
+    both = np.stack([path[later - 1], path[later]], 1)
+    nearest = np.where(np.isin(n, path), n, both[n, distance[n[:, None], both].argmin(1)])
+    chosen = kept[path].tolist()
     table = pd.DataFrame({"snapshot": np.arange(S), "label": names})
     table["step"] = pd.array([None] * S if steps is None else list(steps), dtype="Int64")
     table["chosen"] = np.isin(np.arange(S), chosen)
-    around = np.array(chosen)
-    later = np.clip(np.searchsorted(around, np.arange(S)), 1, k - 1)
-    both = np.stack([around[later - 1], around[later]], 1)
-    near = distance[np.arange(S)[:, None], both].argmin(1)
-    nearest = np.where(table["chosen"], np.arange(S), both[np.arange(S), near])
-    table["nearest"] = [names[i] for i in nearest]
-    table["distance"] = distance[np.arange(S), nearest]
+    table["nearest"] = pd.Series([names[i] for i in kept[nearest]], index=kept)
+    table["distance"] = pd.Series(distance[n, nearest], index=kept)
     table["stands_for"] = [
-        ", ".join(names[i] for i in np.flatnonzero(nearest == s)) if s in chosen else "" for s in range(S)
+        ", ".join(names[i] for i in kept[kept[nearest] == s]) if s in chosen else "" for s in range(S)
     ]
     table["previous_similarity"] = [np.nan, *(pairwise[s - 1, s] for s in range(1, S))]
     table["cost"] = np.nan
-    for a, b, c in zip(chosen, chosen[1:], chosen[2:], strict=False):
-        table.loc[b, "cost"] = cost[a, c] - cost[a, b] - cost[b, c]
+    for a, b, c in zip(path, path[1:], path[2:], strict=False):
+        table.loc[kept[b], "cost"] = cost[a, c] - cost[a, b] - cost[b, c]
     for task, (value, _) in curves.items():
         table[f"accuracy/{task}"] = value
-    table["reason"] = [_reason(table, s, chosen, pairwise, measure, curves) if s in chosen else "" for s in range(S)]
+    left_out = set(range(S)) - set(kept.tolist())
+    table["reason"] = [
+        _reason(table, s, chosen, pairwise, measure, curves)
+        if s in chosen
+        else f"left out: {doubts[s]}"
+        if s in left_out
+        else ""
+        for s in range(S)
+    ]
     return table
 
 
@@ -330,7 +352,9 @@ def _reason(
 ) -> str:
     """Why a snapshot was chosen."""
     place = chosen.index(s)
-    parts = ["the first snapshot"] if place == 0 else ["the last snapshot"] if place == len(chosen) - 1 else []
+    which = "first" if place == 0 else "last" if place == len(chosen) - 1 else ""
+    sure = "" if s in (0, len(table) - 1) else " that is not doubtful"
+    parts = [f"the {which} snapshot{sure}"] if which else []
     others = table["stands_for"].iloc[s].count(",")
     if others:
         parts.append(f"stands for {others} other{'s' * (others > 1)}")

@@ -24,9 +24,10 @@ from torch.nn.functional import cosine_similarity, normalize
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.evolution.history import evolve
 from crosslens.evolution.lifecycles import (
-    evolve,
     held_out_features,
+    measure_firing,
     relative_norms,
     require_two_snapshots,
     snapshot_columns,
@@ -51,7 +52,8 @@ def replacements(
     Args:
         crosscoder: trained on two snapshots or more.
         acts: activations of the same snapshots.
-        lifecycles: the table of `evolve(crosscoder, acts)`; computed here if None.
+        lifecycles: of `evolve(crosscoder, acts).lifecycles("norm")`, which is computed here if None: that one row
+            takes over from another is a matter of the dictionary.
         max_gap: most snapshots between the death of the first and the birth of the second, in either order.
         min_cosine: least cosine between the predecessor's row at its last snapshot and the successor's at its birth.
         min_overlap: how much more often both are active together than by chance, relative to the most their firing
@@ -70,10 +72,12 @@ def replacements(
     if max_gap < 0:
         raise UserError(f"max_gap={max_gap} must be 0 or more snapshots")
     if lifecycles is None:
-        lifecycles = evolve(crosscoder, acts)
+        lifecycles = evolve(crosscoder, measure_firing(crosscoder, acts)).lifecycles("norm")
     rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
     if len(rate) != crosscoder.cfg.d_sae or rate.isnan().any():
-        raise UserError("lifecycles lack the firing rates of this crosscoder's features: give evolve(crosscoder, acts)")
+        raise UserError(
+            "lifecycles lack the firing rates of this crosscoder's features: give those of evolve(crosscoder, acts)"
+        )
     found = _candidates(crosscoder, lifecycles, max_gap, min_cosine)
     overlap = _overlap(crosscoder, acts, found[0], rate)
     pairs, cosine = found[0][overlap >= min_overlap], found[1][overlap >= min_overlap]
@@ -110,7 +114,7 @@ def splits(
 
     Args:
         crosscoder: trained on two snapshots or more.
-        alive: features to compare, such as `evolve(...)["alive"]`; all with a decoder if None.
+        alive: features to compare, such as `evolve(...).lifecycles()["alive"]`; all with a decoder if None.
         presence: a feature is present where its norm is at least this share of its largest norm.
         together: two rows whose cosine is at least this have the same direction.
         apart: two rows whose cosine is below this have different directions.

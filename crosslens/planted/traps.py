@@ -21,7 +21,6 @@ Symbols: B tokens, S snapshots, D d_model, N planted features, F found features.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,12 +153,6 @@ class PlantedTraps(Drawn):
     def activations(self, n: int, index: int) -> Float[Tensor, "B S D"]:
         return self.draw(n, index)[2]
 
-    def fresh(self, n_held_out: int) -> PlantedTraps:
-        """The same truth with other held-out activations."""
-        other = copy.copy(self)
-        other.n_held_out, other._first = n_held_out // _LENGTH * _LENGTH, self._first + 10_000
-        return other
-
     @override
     def held_out_tokens(self) -> Int[Tensor, "N T"]:
         return torch.cat([self.draw(n, i)[0] for i, n in self.chunks()]).view(-1, _LENGTH)
@@ -239,9 +232,8 @@ def judge_births(
         min_correlation: least correlation of activations between a planted feature and the one found for it.
 
     Returns:
-        A row per planted feature that is found: kind, feature, correlation, birth (true; 0 if not born), crossing (as
-        in `date_births`, on 100,000 other tokens), norm and r2 (births found; S if there is none), birth_low,
-        birth_high, crossing_low, crossing_high, q.
+        A row per planted feature that is found: kind, feature, correlation, birth (true; 0 if not born), norm and r2
+        (births found; S if there is none), birth_low, birth_high, q.
     """
     values = traps.held_out_values().double()
     parts = [features for _, features in held_out_features(crosscoder, traps)]
@@ -256,17 +248,12 @@ def judge_births(
     dates = date_births(decodability, "r2", curves["r2"].max(1) > 0, presence=presence, min_run=min_run).iloc[columns]
     true = traps.truth()[rows].clip(0)
     birth = birth_index(true / true.max(1, keepdims=True) >= presence, min_run)
-    # the interval is one over tokens, for the feature that was found: its own crossing on many tokens is the truth
-    many = measure_decodability(crosscoder, traps.fresh(_TRUE_TOKENS))
-    crossing = date_births(many, "r2", np.isfinite(many.r2[:, 0]), presence=presence, min_run=min_run, n_bootstrap=2)[
-        "crossing"
-    ].to_numpy()[columns]
     table = pd.DataFrame({"kind": traps.kinds[rows], "feature": columns, "correlation": correlation[rows, columns]})
-    table["birth"], table["crossing"] = birth, crossing
+    table["birth"] = birth
     for measure in ("norm", "r2"):
         relative = curves[measure][columns] / np.maximum(curves[measure][columns].max(1, keepdims=True), 1e-30)
         table[measure] = birth_index(relative >= presence, min_run)
-    for name in ("birth_low", "birth_high", "crossing_low", "crossing_high", "q"):
+    for name in ("birth_low", "birth_high", "q"):
         table[name] = dates[name].to_numpy(dtype=float, na_value=np.nan)
     return table
 
@@ -277,9 +264,9 @@ def score_births(judged: pd.DataFrame) -> dict[str, float]:
     Returns:
         found and born (numbers of features). By measure, norm and r2: exact/<measure> (share of the truly born with the
         exact date), false/<measure> (share of the features said to be born that are not) and false_rate/<measure>
-        (share of the features that are not born but said to be). covered and covered_crossing (shares of the truly born
-        whose interval contains the true birth, and the crossing on many tokens), and false_sure (share of false births
-        among those with q up to .05). NaN where there are no such features.
+        (share of the features that are not born but said to be). covered (share of the truly born whose interval
+        contains the true birth), and false_sure (share of false births among those with q up to .05). NaN where there
+        are no such features.
     """
     born = judged["birth"] > 0
     scores: dict[str, float] = {"found": float(len(judged)), "born": float(born.sum())}
@@ -288,9 +275,8 @@ def score_births(judged: pd.DataFrame) -> dict[str, float]:
         scores[f"exact/{measure}"] = float((judged[measure] == judged["birth"])[born].mean()) if born.any() else np.nan
         scores[f"false/{measure}"] = float((~born)[said].mean()) if said.any() else 0.0
         scores[f"false_rate/{measure}"] = float(said[~born].mean()) if (~born).any() else np.nan
-    for name, true in (("birth", "covered"), ("crossing", "covered_crossing")):
-        inside = judged[name].between(judged[f"{name}_low"], judged[f"{name}_high"])
-        scores[true] = float(inside[born].mean()) if born.any() else np.nan
+    inside = judged["birth"].between(judged["birth_low"], judged["birth_high"])
+    scores["covered"] = float(inside[born].mean()) if born.any() else np.nan
     sure = judged["q"] <= 0.05
     scores["false_sure"] = float((~born)[sure].mean()) if sure.any() else 0.0
     return scores

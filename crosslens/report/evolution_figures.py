@@ -31,6 +31,7 @@ from crosslens.report.chart import (
     new_figure,
     shown,
 )
+from crosslens.report.tables import MEASURES, by_measure, curves, main_measure
 
 MAX_ROWS = 2000  # of the heat map; more would be thinner than a pixel
 MAX_POINTS = 4000  # of a scatter plot; more make the page slow
@@ -44,7 +45,6 @@ _PARTS = {
     "within_snapshots": "within snapshots",
     "disattenuated": "corrected for probe noise",
 }
-_MEASURES = {"norm": "decoder norm", "r2": "R²", "within": "within-token R²"}
 _READINGS = {
     ("norm", "all"): "decoder norm",
     ("r2", "all"): "R²",
@@ -56,21 +56,24 @@ _NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _EVENTS = {"birth": "born here", "peak": "strongest here"}
 
 
-def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
-    """Heat map of normalised decoder norms, with features ordered by origin, then birth, then peak.
+def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure: str | None = None) -> Chart | str:
+    """Heat map of relative presence, with features ordered by origin, then birth, then peak.
 
     Args:
-        table: from `evolve`; its `norm/<label>` columns are in the order of the snapshots.
+        evolution: a row per feature and snapshot, from `evolve`.
+        lifecycles: a row per measure and feature.
         snapshots: snapshot, label, step.
+        measure: "r2", "within" or "norm"; the main one if None.
     """
+    measure = measure or main_measure(lifecycles)
+    table = by_measure(lifecycles, measure)
     alive = ordered_features(table)
     if alive.empty:
         return _ALL_DEAD
-    columns = [name for name in table.columns if str(name).startswith("norm/")]
     drawn = evenly_spaced(alive, MAX_ROWS)
-    norms = drawn[columns].to_numpy(dtype=float)
-    v = norms / norms.max(1, keepdims=True)
-    labels = [str(name).removeprefix("norm/") for name in columns]
+    values = curves(evolution, drawn["feature"], measure)
+    v = values / values.max(1, keepdims=True)
+    labels = evolution.drop_duplicates("snapshot").sort_values("snapshot")["label"].astype(str).tolist()
     known = snapshots.drop_duplicates("label").set_index("label")
     order = pd.DataFrame(
         {
@@ -113,8 +116,7 @@ def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
         first = float(np.flatnonzero(groups == origin)[0])
         if first > 0:
             figure.add_hline(y=first - 0.5, line={"color": INK, "width": 1})
-    dead = len(table) - len(alive)
-    note = f"{len(alive):,} live features; {dead:,} dead ones omitted."
+    note = _of_all(table, measure)
     if len(drawn) < len(alive):
         note += f" {len(drawn):,} of them are drawn, evenly spaced in this order."
     if thin:
@@ -123,20 +125,30 @@ def evolution_map(table: Frame, snapshots: Frame) -> Chart | str:
     return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
 
 
-def ordered_features(evolution: Frame) -> Frame:
-    """Live features, ordered by origin, then birth, then peak."""
-    alive = evolution[evolution["alive"].astype(bool)]
+def _of_all(table: Frame, measure: str) -> str:
+    """How many features a lifecycle is known of, in words."""
+    alive, read = table["alive"].astype(bool), table["origin"].notna()
+    words = f"{read.sum():,} features by {MEASURES[measure]}"
+    rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), "without a reading")]
+    left = " and ".join(f"{n:,} {what}" for n, what in rest if n)
+    return f"{words}; {left} omitted." if left else f"{words}."
+
+
+def ordered_features(lifecycles: Frame) -> Frame:
+    """Features with a lifecycle by one measure, ordered by origin, then birth, then peak."""
+    alive = lifecycles[lifecycles["origin"].notna()]
     rank = alive["origin"].map({origin: i for i, origin in enumerate(ORIGINS)}).astype(float)
     keys = pd.DataFrame({"origin": rank, "birth": floats(alive["birth"]), "peak": floats(alive["peak"])}, alive.index)
     return alive.loc[keys.sort_values(["origin", "birth", "peak"], kind="stable").index]
 
 
-def births(table: Frame, snapshots: Frame) -> Chart | str:
-    """Number of emergent features by snapshot of birth, stacked by fate."""
-    alive = table[table["alive"].astype(bool)]
+def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
+    """Number of emergent features by snapshot of birth, stacked by fate, with those by decoder norm beside them."""
+    measure = main_measure(lifecycles)
+    alive = by_measure(lifecycles).dropna(subset=["origin"])
     emergent = alive[alive["origin"] == "emergent"]
     if emergent.empty:
-        return "No feature emerged after the first snapshot."
+        return f"By {MEASURES[measure]}, no feature emerged after the first snapshot."
     axis = SnapshotAxis.of(snapshots, even=True)
     ids = list(axis.labels)
     counts = pd.DataFrame(
@@ -145,11 +157,29 @@ def births(table: Frame, snapshots: Frame) -> Chart | str:
     )  # fmt: skip
     figure = new_figure("features born", barmode="stack", bargap=0.25)
     add_bars(figure, axis, counts, "features")
+    note = (
+        f"By {MEASURES[measure]} {len(emergent):,} features emerged; {(alive['origin'] == 'initial').sum():,} initial "
+        "ones are not shown."
+    )
+    if measure != "norm":
+        others = by_measure(lifecycles, "norm")
+        others = others[others["origin"] == "emergent"]
+        by_norm = others["birth"].astype(int).value_counts().reindex(ids, fill_value=0)
+        figure.add_scatter(
+            x=axis.x(ids),
+            y=ints(by_norm),
+            mode="markers",
+            name="by decoder norm",
+            marker={"color": INK, "symbol": "line-ew-open", "size": 18, "line": {"width": 2}},
+            customdata=axis.hover(ids),
+            hovertemplate="<b>%{customdata}</b><br>%{y} features by decoder norm<extra></extra>",
+        )
+        counts["by decoder norm"] = by_norm
+        note += f" By decoder norm {len(others):,} emerged (lines)."
     axis.apply(figure)
     figure.update_xaxes(title_text="snapshot of birth")
     data = pd.DataFrame({"snapshot": ids, "label": [axis.labels[i] for i in ids]})
     data = pd.concat([data, counts.reset_index(drop=True)], axis=1)
-    note = f"{len(emergent):,} features emerged; {(alive['origin'] == 'initial').sum():,} initial ones are not shown."
     return Chart(figure, data, note)
 
 
@@ -204,7 +234,7 @@ def birth_counts(table: Frame) -> Chart | str:
     figure.update_layout(yaxis_title_text="share of features born")
     at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
     parts = [
-        f"{_MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
+        f"{MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
         for row in at.to_dict("records")
     ]
     note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
@@ -214,17 +244,23 @@ def birth_counts(table: Frame) -> Chart | str:
     return Chart(figure, table.reset_index(drop=True), note.strip())
 
 
-def origins(table: Frame) -> Chart | str:
-    """Number of features by origin, stacked by fate."""
-    alive = table[table["alive"].astype(bool)]
-    if alive.empty:
+def origins(lifecycles: Frame) -> Chart | str:
+    """Number of features by origin, stacked by fate, for every measure of presence."""
+    read = lifecycles.dropna(subset=["origin"])
+    if read.empty:
         return _ALL_DEAD
-    counts = pd.crosstab(alive["origin"], alive["fate"]).reindex(index=ORIGINS, columns=FATES, fill_value=0)
-    figure = new_figure("", height=260, barmode="stack", bargap=0.35)
+    parts: list[Frame] = []
+    for measure in pd.unique(read["measure"]):
+        rows = read[read["measure"] == measure]
+        counts = pd.crosstab(rows["origin"], rows["fate"]).reindex(index=ORIGINS, columns=FATES, fill_value=0)
+        parts.append(counts.reset_index(names="origin").assign(measure=measure))
+    data = pd.concat(parts, ignore_index=True)
+    names = [MEASURES[str(measure)] for measure in data["measure"]]
+    figure = new_figure("", height=110 + 34 * len(data), barmode="stack", bargap=0.35)
     for i, fate in enumerate(FATES):
         figure.add_bar(
-            y=list(ORIGINS),
-            x=ints(counts[fate]),
+            y=[names, data["origin"].tolist()],
+            x=ints(data[fate]),
             orientation="h",
             name=fate,
             marker={"color": SERIES[i]},
@@ -232,8 +268,12 @@ def origins(table: Frame) -> Chart | str:
         )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     figure.update_xaxes(title_text="features", showgrid=True, gridcolor=GRID)
-    data = counts.stack().rename("features").reset_index()
-    return Chart(figure, data, f"{len(alive):,} live features, {len(table) - len(alive):,} dead.")
+    first = by_measure(lifecycles)
+    alive = int(first["alive"].sum())
+    note = f"{alive:,} live features, {len(first) - alive:,} dead."
+    if "within" in set(read["measure"]):
+        note += " By within-token R² only contextual features are read."
+    return Chart(figure, data[["measure", "origin", *FATES]], note)
 
 
 def rotation(table: Frame) -> Chart | str:
@@ -242,13 +282,20 @@ def rotation(table: Frame) -> Chart | str:
         return "No feature changes direction between neighbouring snapshots."
     names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
     figure = new_figure("features that rotate most here", bargap=0.25)
+    ends = table["at_edge"].to_numpy(dtype=bool)
     figure.add_bar(
         x=list(range(len(table))),
         y=ints(table["rotated"]),
         marker={"color": [SERIES[1] if point else SERIES[0] for point in table["largest"]]},
         customdata=[
-            [name, f"{n:,} features with a direction at both snapshots, median cosine {cosine:.3f}"]
-            for name, n, cosine in zip(names, ints(table["n"]), floats(table["median_cosine"]), strict=True)
+            [
+                name,
+                f"{n:,} features with a direction at both snapshots, median cosine {cosine:.3f}"
+                + "<br>at an end of the snapshots" * edge,
+            ]
+            for name, n, cosine, edge in zip(
+                names, ints(table["n"]), floats(table["median_cosine"]), ends.tolist(), strict=True
+            )
         ],
         hovertemplate="<b>%{customdata[0]}</b><br>%{y} features<br>%{customdata[1]}<extra></extra>",
         showlegend=False,
@@ -265,6 +312,58 @@ def rotation(table: Frame) -> Chart | str:
         f"{row['share']:.0%} of the {int(table['rotated'].sum()):,} features that change direction rotate most between "
         f"{row['from']} and {row['to']} (orange)."
     )
+    if row["at_edge"]:
+        note += " This is an end of the snapshots: these features may rotate more outside of them."
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def rotation_rate(table: Frame) -> Chart | str:
+    """Median angle that features turn in every interval, per interval and per doubling of training, with the null."""
+    if not np.isfinite(table["angle"].to_numpy(dtype=float)).any():
+        return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
+    names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
+    per_doubling = np.isfinite(table["angle_per_doubling"].to_numpy(dtype=float)).any()
+    panels = [("degrees per interval", ("angle", "halves_angle", "null_angle"))]
+    if per_doubling:
+        panels.append(("degrees per doubling of training", ("angle_per_doubling", "", "null_per_doubling")))
+    words = ("decoder vectors", "estimates on different halves", "null: the same snapshot, different halves")
+    figure = new_figure("", height=420)
+    figure.update_layout(grid={"rows": 1, "columns": len(panels), "pattern": "independent", "xgap": 0.1})
+    x = list(range(len(table)))
+    for place, (title, columns) in enumerate(panels):
+        end = str(place + 1) if place else ""
+        for i, (column, name) in enumerate(zip(columns, words, strict=True)):
+            if not column or not np.isfinite(table[column].to_numpy(dtype=float)).any():
+                continue
+            style = Style.of(i)
+            figure.add_scatter(
+                x=x,
+                y=floats(table[column]),
+                name=name,
+                legendgroup=name,
+                showlegend=place == 0,
+                mode="lines+markers",
+                line={"color": style.color, "dash": style.dash},
+                marker={"color": style.color, "symbol": style.symbol, "size": 8},
+                customdata=names,
+                hovertemplate=f"<b>{name}</b><br>%{{customdata}}<br>%{{y:.2f}} {title}<extra></extra>",
+                xaxis=f"x{end}",
+                yaxis=f"y{end}",
+            )
+        figure.update_layout(
+            {
+                f"xaxis{end}": {"tickmode": "array", "tickvals": x, "ticktext": names, "tickangle": -45},
+                f"yaxis{end}": {"title": {"text": title}, "rangemode": "tozero", "gridcolor": GRID},
+            }
+        )
+    note = "Medians over live features with a direction at both snapshots."
+    if per_doubling:
+        rates = table["angle_per_doubling"].to_numpy(dtype=float)
+        row = table.iloc[int(np.nanargmax(rates))]
+        note += (
+            f" Features turn fastest between {row['from']} and {row['to']}, {row['angle_per_doubling']:.1f}° per "
+            f"doubling{' (an end of the snapshots)' * bool(row['at_edge'])}."
+        )
     return Chart(figure, table.reset_index(drop=True), note)
 
 
@@ -298,18 +397,28 @@ def cosines(table: Frame) -> Chart | str:
 
 
 def dimensionality(table: Frame) -> Chart:
-    """Total dimensionality of the present features, and of as many random directions."""
+    """Total dimensionality of the present features by two formulas, of random directions, and of the activations."""
     axis = SnapshotAxis.of(table)
     ids = ints(table["snapshot"])
-    figure = new_figure("total dimensionality / d_model", height=340)
-    for i, (column, name) in enumerate((("share", "features"), ("random_share", "random directions"))):
-        add_line(figure, axis.x(ids), floats(table[column]), name, Style.of(i), hover=axis.hover(ids))
+    figure = new_figure("dimensions / d_model", height=380)
+    d_model = float((table["total"] / table["share"]).max())
+    drawn = table.assign(participation=table["participation_ratio"] / d_model)
+    lines = {
+        "share": "features, by activation",
+        "random_share": "random directions of these lengths",
+        "elhage_share": "features, all alike (Elhage et al.)",
+        "random_elhage_share": "random directions of those lengths",
+        "participation": "participation ratio of the activations",
+    }
+    for i, (column, name) in enumerate(lines.items()):
+        add_line(figure, axis.x(ids), floats(drawn[column]), name, Style.of(i), hover=axis.hover(ids))
     figure.update_yaxes(rangemode="tozero")
     axis.apply(figure)
     first, last = table.iloc[0], table.iloc[-1]
     note = (
-        f"{int(first['present']):,} features are present at {first['label']}, {int(last['present']):,} at "
-        f"{last['label']}."
+        f"By decoder norm, {int(first['present']):,} features are present at {first['label']}, "
+        f"{int(last['present']):,} at {last['label']}. The participation ratio is {first['participation_ratio']:.1f} "
+        f"and {last['participation_ratio']:.1f} of {d_model:.0f} dimensions."
     )
     return Chart(figure, table.reset_index(drop=True), note)
 
@@ -342,19 +451,20 @@ def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame
     return Chart(figure, data, f"{int(counts.to_numpy().sum()):,} pairs in total.")
 
 
-def scaling(table: Frame, evolution: Frame) -> Chart | str:
+def scaling(table: Frame, evolution: Frame, lifecycles: Frame) -> Chart | str:
     """Latent scaling against decoder norm, a point per live feature and snapshot.
 
     Args:
         table: from `LatentScaling.to_frame`.
-        evolution: from `evolve`.
+        evolution: a row per feature and snapshot, from `evolve`.
+        lifecycles: a row per measure and feature.
     """
-    norms = [str(name) for name in evolution.columns if str(name).startswith("norm/")]
-    labels = [name.removeprefix("norm/") for name in norms]
-    alive = evolution["alive"].to_numpy(dtype=bool)
-    norm = evolution.loc[alive, norms].to_numpy(dtype=float)
+    labels = [str(name).removeprefix("peak/") for name in table.columns if str(name).startswith("peak/")]
+    by_norm = by_measure(lifecycles, "norm")
+    features = by_norm.loc[by_norm["alive"].astype(bool), "feature"]
+    norm = curves(evolution, features, "norm")
     top = norm.max(1, keepdims=True)
-    found = table.loc[alive, [f"peak/{label}" for label in labels]].to_numpy(dtype=float)
+    found = table.set_index("feature").loc[features, [f"peak/{label}" for label in labels]].to_numpy(dtype=float)
     v, beta = norm / top, found / top
     keep = np.isfinite(beta)
     if not keep.any():
@@ -362,7 +472,7 @@ def scaling(table: Frame, evolution: Frame) -> Chart | str:
     feature, snapshot = np.nonzero(keep)
     data = pd.DataFrame(
         {
-            "feature": evolution.loc[alive, "feature"].to_numpy()[feature],
+            "feature": features.to_numpy()[feature],
             "label": np.array(labels, dtype=object)[snapshot],
             "strength": v[keep],
             "scaling": beta[keep],
@@ -394,16 +504,17 @@ def scaling(table: Frame, evolution: Frame) -> Chart | str:
     return Chart(figure, data, note)
 
 
-def encoder(table: Frame, evolution: Frame) -> Chart | str:
+def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     """Median encoder share of each snapshot, by the snapshot in which features are born.
 
     Args:
         table: from `encoder_share`, a column share/<label> per snapshot.
-        evolution: from `evolve`.
+        lifecycles: a row per measure and feature; the main measure dates births.
     """
+    evolution = by_measure(lifecycles)
     columns = [str(name) for name in table.columns if str(name).startswith("share/")]
     labels = [name.removeprefix("share/") for name in columns]
-    birth = evolution["birth"].where(evolution["alive"].astype(bool))
+    birth = evolution.set_index("feature")["birth"].reindex(table["feature"]).reset_index(drop=True)
     known = birth.notna() & table[columns].notna().all(axis=1)
     if not known.any():
         return "No feature is born at any snapshot."
@@ -430,14 +541,15 @@ def encoder(table: Frame, evolution: Frame) -> Chart | str:
     return Chart(figure, data, note)
 
 
-def complexity(labels: Frame, evolution: Frame, snapshots: Frame) -> Chart | str:
+def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | str:
     """Mean complexity of the features that are born, and of those that peak, at each snapshot.
 
     Args:
         labels: from `label_features`: feature, complexity.
-        evolution: from `evolve`.
+        lifecycles: a row per measure and feature; the main measure dates births and peaks.
         snapshots: snapshot, label, step.
     """
+    evolution = by_measure(lifecycles)
     rated = labels[["feature", "complexity"]].dropna()
     if rated.empty:
         return "No feature has a complexity rating."
@@ -463,26 +575,99 @@ def complexity(labels: Frame, evolution: Frame, snapshots: Frame) -> Chart | str
     return Chart(figure, pd.concat(parts, ignore_index=True), note.replace("-", "−"))
 
 
-def probe(table: Frame) -> Chart | str:
-    """Held-out error of linear probes against decoder norm, a point per feature and snapshot."""
+def probe(table: Frame, evolution: Frame) -> Chart | str:
+    """Held-out error of linear probes against R² and against decoder norm, a point per feature and snapshot."""
     points = table.dropna(subset=["norm", "probe_error"])
     if len(points) < 3:
         return f"Only {len(points)} probes could be fitted, too few to draw."
+    points = points.merge(evolution[["feature", "snapshot", "r2"]], on=["feature", "snapshot"], how="left")
     drawn = evenly_spaced(points, MAX_POINTS)
     axis = SnapshotAxis.of(table, even=True)
+    panels = [("norm", "decoder norm / largest norm", "norm")]
+    if points["r2"].notna().any():
+        panels.insert(0, ("r2", "R²", "R²"))
     figure = new_figure("probe error (share of tokens)", height=480)
-    figure.update_yaxes(rangemode="tozero")
-    add_level(figure, 0.5, "chance")
-    add_points(figure, axis, drawn, "norm", "probe_error", "norm %{x:.3f}, error %{y:.3f}")
-    figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, zeroline=False)
+    figure.update_layout(grid={"rows": 1, "columns": len(panels), "pattern": "independent", "xgap": 0.1})
+    top = 1.05 * max(0.5, float(points["probe_error"].max()))
+    for place, (column, title, name) in enumerate(panels):
+        end = str(place + 1) if place else ""
+        known: Frame = drawn.dropna(subset=[column])
+        add_points(figure, axis, known, column, "probe_error", f"{name} %{{x:.3f}}, error %{{y:.3f}}")
+        figure.data[-1].update(xaxis=f"x{end}", yaxis=f"y{end}")
+        figure.add_shape(
+            type="line", xref=f"x{end} domain", yref=f"y{end}", x0=0, x1=1, y0=0.5, y1=0.5,
+            line={"color": MUTED, "dash": "dot"},
+        )  # fmt: skip
+        figure.add_annotation(
+            text="chance", xref=f"x{end} domain", yref=f"y{end}", x=1, y=0.5, xanchor="right", yanchor="bottom",
+            showarrow=False, font={"color": MUTED},
+        )  # fmt: skip
+        figure.update_layout(
+            {
+                f"xaxis{end}": {"title": {"text": title}, "showgrid": True, "gridcolor": GRID, "zeroline": False},
+                f"yaxis{end}": {"range": [0, top], "gridcolor": GRID},
+            }
+        )
+    note = f"All points, by decoder norm: {_correlation(points, [])}."
     untrained = sorted(set(ints(points.loc[pd.to_numeric(points["step"], errors="coerce") == 0, "snapshot"])))
-    note = f"All snapshots: {_correlation(points, [])}."
     if untrained and len(axis.labels) > 1:
         note += f" Without step 0: {_correlation(points, untrained)}."
     if len(drawn) < len(points):
         note += f" {len(drawn):,} of {len(points):,} points are drawn, evenly spaced in the table."
-    columns = [c for c in ("feature", "snapshot", "label", "step", "norm", "probe_error", "n") if c in drawn]
+    columns = [c for c in ("feature", "snapshot", "label", "step", "r2", "norm", "probe_error", "n") if c in drawn]
     return Chart(figure, drawn[columns].reset_index(drop=True), note)
+
+
+def probe_presence(table: Frame) -> Chart | str:
+    """Rank correlation of probe error and every measure of presence, within and between features, with intervals.
+
+    Args:
+        table: from `probe_presence`.
+    """
+    known = table.dropna(subset=["spearman"]).reset_index(drop=True)
+    if known.empty:
+        return "No feature that was probed has a reading of presence."
+    names = [
+        f"{MEASURES[str(row['measure'])]}, {str(row['part']).replace('_', ' ')}" for row in known.to_dict("records")
+    ]
+    order = np.argsort(known["part"] == "between_features", kind="stable")
+    known, names = known.iloc[order].reset_index(drop=True), [names[i] for i in order]
+    figure = new_figure("", height=140 + 36 * len(names))
+    values, low, high = (floats(known[f"spearman{end}"]) for end in ("", "_low", "_high"))
+    figure.add_scatter(
+        x=values,
+        y=list(range(len(names))),
+        mode="markers",
+        showlegend=False,
+        marker={"color": [SERIES[0] if part == "within_features" else MUTED for part in known["part"]], "size": 9},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [b - a for a, b in zip(values, high, strict=True)],
+            "arrayminus": [a - b for a, b in zip(values, low, strict=True)],
+            "color": MUTED,
+            "thickness": 1.5,
+        },
+        customdata=[
+            [name, f"{a:.2f} to {b:.2f}, {n:,} points of {features:,} features"]
+            for name, a, b, n, features in zip(
+                names, low, high, ints(known["n"]), ints(known["n_features"]), strict=True
+            )
+        ],
+        hovertemplate="<b>%{customdata[0]}</b><br>%{x:.3f}<br>%{customdata[1]}<extra></extra>",
+    )
+    figure.update_yaxes(
+        autorange="reversed", showgrid=False, zeroline=False, tickvals=list(range(len(names))), ticktext=names
+    )
+    figure.update_xaxes(title_text="Spearman correlation", range=[-1.03, 0.53], showgrid=True)
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    within = known[known["part"] == "within_features"].to_dict("records")
+    words = [
+        f"{MEASURES[str(row['measure'])]} {row['spearman']:.2f} ({row['spearman_low']:.2f} to {row['spearman_high']:.2f})"
+        for row in within
+    ]
+    note = f"Within features: {', '.join(words)}. Correlations between features have nothing to do with training."
+    return Chart(figure, table.reset_index(drop=True), note.replace("-", "−"))
 
 
 def _correlation(points: Frame, without: list[int]) -> str:

@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 
 from crosslens.report.chart import MUTED, Chart, Frame, SnapshotAxis, Style, add_level, add_line, new_figure, shown
-from crosslens.report.tables import AGAIN, Tables
+from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, curves, main_measure
 
 SHARD = 64
-_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of a decoder norm in the table's strips
+_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of presence in the table's strips
 _LIFECYCLE = ("birth", "peak", "death", "lifetime")
 _EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
 _COLLECT = "Not collected yet. Run: crosslens evolve RUN_DIR"
@@ -40,6 +40,7 @@ class FeatureSet:
         labels: snapshot labels.
         tasks: with effects of features.
         words: why there are no features; empty if there are some.
+        measure: what presence is read by, in words.
         missing: why effects, examples, lens or nearest are missing, by name.
     """
 
@@ -47,6 +48,7 @@ class FeatureSet:
     labels: list[str]
     tasks: list[str]
     words: str = ""
+    measure: str = ""
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,33 +59,37 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
         tables: tables of the run.
         write: writes a file in data/, given its name and text.
     """
-    lifecycles = tables["evolution"]
-    if lifecycles is None:
+    lifecycles, evolution = tables["lifecycles"], tables["evolution"]
+    if lifecycles is None or evolution is None:
         return FeatureSet([], [], [], _EVOLVE)
-    labels = [str(name)[5:] for name in lifecycles.columns if str(name).startswith("norm/")]
-    if not labels or "feature" not in lifecycles:
+    if not {"feature", "measure"} <= set(lifecycles) or not {"feature", "snapshot", "label", "norm"} <= set(evolution):
         return FeatureSet([], [], [], f"The evolution table lists no features or no snapshots. {AGAIN}")
-    features = _Features(lifecycles.sort_values("feature", ignore_index=True), labels, tables)
+    labels = evolution.drop_duplicates("snapshot").sort_values("snapshot")["label"].astype(str).tolist()
+    features = _Features(lifecycles, evolution, labels, tables)
     write("features.js", f"crosslens.index({ascii_json(features.index())});\n")
     shards = features.ids // SHARD
     for shard in np.unique(shards).tolist():
         contents = features.shard(np.flatnonzero(shards == shard).tolist())
         write(f"features-{shard:05d}.js", f"crosslens.load({shard}, {ascii_json(contents)});\n")
-    return FeatureSet(features.ids.tolist(), labels, list(features.effects.of_task), "", features.missing)
+    return FeatureSet(
+        features.ids.tolist(), labels, list(features.effects.of_task), "", MEASURES[features.measure], features.missing
+    )
 
 
-def norm_figure(snapshots: Frame) -> Chart:
-    """The decoder norm and its presence threshold, without numbers: the page's script fills them in.
+def presence_figure(snapshots: Frame) -> Chart:
+    """Every measure of presence and the threshold, without numbers: the page's script fills them in.
 
     Args:
         snapshots: snapshot, label, step, tokens.
     """
     axis = SnapshotAxis.of(snapshots)
     ids = list(axis.labels)
-    figure = new_figure("decoder norm", height=320)
-    add_level(figure, 0.5, "half the largest norm")
-    add_line(figure, axis.x(ids), [0.0] * len(ids), "decoder norm", Style.of(0), hover=axis.hover(ids))
-    figure.update_yaxes(rangemode="tozero")
+    figure = new_figure("share of its largest value", height=320)
+    add_level(figure, 0.5, "half of the largest")
+    for i, name in enumerate(MEASURES.values()):
+        add_line(figure, axis.x(ids), [0.0] * len(ids), name, Style.of(i), hover=axis.hover(ids))
+    figure.update_yaxes(range=[-0.03, 1.05])
+    figure.update_layout(showlegend=True)
     axis.apply(figure)
     return Chart(figure, snapshots)
 
@@ -113,10 +119,19 @@ def ascii_json(value: Any) -> str:
 class _Features:
     """Columns over all features, and the data of single ones."""
 
-    def __init__(self, lifecycles: Frame, labels: list[str], tables: Tables) -> None:
-        self.lifecycles, self.labels = lifecycles, labels
-        self.ids = lifecycles["feature"].to_numpy(dtype=np.int64)
-        self.norms = np.nan_to_num(lifecycles[[f"norm/{label}" for label in labels]].to_numpy(dtype=float))
+    def __init__(self, lifecycles: Frame, evolution: Frame, labels: list[str], tables: Tables) -> None:
+        self.measure = main_measure(lifecycles)
+        first = by_measure(lifecycles).sort_values("feature", ignore_index=True)
+        self.lifecycles, self.labels = first, labels
+        self.ids = first["feature"].to_numpy(dtype=np.int64)
+        self.norms = curves(evolution, self.ids, "norm")
+        # by measure, zero for features without a reading
+        self.presence = {"norm": self.norms}
+        for measure in set(lifecycles["measure"]) - {"norm"}:
+            rows = by_measure(lifecycles, measure)
+            read = rows.loc[rows["origin"].notna(), "feature"]
+            self.presence[measure] = curves(evolution, self.ids, measure) * np.isin(self.ids, read)[:, None]
+        lifecycles = first
         self.classes = _classes(lifecycles)
         self.lifecycle = {name: self._integers(name) for name in _LIFECYCLE}
         self.rates = _short(self._floats("firing_rate"))
@@ -136,7 +151,7 @@ class _Features:
         rated = _labelled(tables["labels"], ids, "complexity")
         self.complexities = [None if complexity is None else int(complexity) for complexity in rated]
         self.top = self.examples.tops() if self.examples else nothing
-        self.promoted = self.lens.tops(self.norms.argmax(1)) if self.lens else nothing
+        self.promoted = self.lens.tops(self.presence[self.measure].argmax(1)) if self.lens else nothing
         known = zip(ids.tolist(), self.names, self.top, strict=True)
         self._called = {feature: name or top for feature, name, top in known}
 
@@ -171,6 +186,7 @@ class _Features:
         """Everything about the features in these rows."""
         words = Words()
         norms = rounded(self.norms[rows], 5)
+        presence = {column: rounded(values[rows], 4) for column, values in self.presence.items() if column != "norm"}
         features = [
             {
                 "id": int(self.ids[row]),
@@ -180,6 +196,7 @@ class _Features:
                 "rate": self.rates[row],
                 **{name: values[row] for name, values in self.lifecycle.items()},
                 "norms": norms[i].tolist(),
+                **{column: values[i].tolist() for column, values in presence.items() if values[i].any()},
                 "effects": self.effects.of(row),
                 "examples": self.examples.of(row, words) if self.examples else None,
                 "lens": self.lens.of(row, words) if self.lens else None,
@@ -190,8 +207,9 @@ class _Features:
         return {"words": words.list(), "features": features}
 
     def _heat(self) -> str:
-        """A character per feature and snapshot: the decoder norm relative to the feature's largest."""
-        shares = self.norms / np.maximum(self.norms.max(1, keepdims=True), 1e-30)
+        """A character per feature and snapshot: presence relative to the feature's largest."""
+        values = self.presence[self.measure]
+        shares = values / np.maximum(values.max(1, keepdims=True), 1e-30)
         levels = (shares * (len(_LEVELS) - 1)).round().astype(np.uint8).flatten()
         return np.frombuffer(_LEVELS.encode(), np.uint8)[levels].tobytes().decode()
 
@@ -206,12 +224,16 @@ class _Features:
 
 
 def _classes(lifecycles: Frame) -> list[str]:
-    """Origin and fate of each feature, or "dead"."""
+    """Origin, fate and kind of each feature; "dead", or "unread" where it lives but presence has no reading."""
     n = len(lifecycles)
-    parts = [lifecycles[name].astype(object) for name in ("origin", "fate") if name in lifecycles]
+    parts = [lifecycles[name].astype(object) for name in ("origin", "fate", "kind") if name in lifecycles]
     classes = [", ".join(filter(None, map(_text, row))) for row in zip(*parts, strict=True)] or [""] * n
     alive = lifecycles["alive"].astype(bool).tolist() if "alive" in lifecycles else [True] * n
-    return [one if lives else "dead" for one, lives in zip(classes, alive, strict=True)]
+    read = lifecycles["origin"].notna().tolist() if "origin" in lifecycles else [True] * n
+    return [
+        one if lives and known else "unread" if lives else "dead"
+        for one, lives, known in zip(classes, alive, read, strict=True)
+    ]
 
 
 def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:

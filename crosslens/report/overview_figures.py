@@ -212,6 +212,10 @@ def proposal(table: Frame) -> Grid:
     ]
     note = f"{len(chosen)} of {len(table)} snapshots. The distances of all snapshots to their representatives sum to "
     note += f"{table['distance'].sum():.3f}."
+    left: Frame = table[~table["chosen"].astype(bool) & (table["reason"] != "")]
+    if len(left):
+        reasons = (f"{row['label']} {str(row['reason']).removeprefix('left out: ')}" for row in left.to_dict("records"))
+        note += f" Left out: {'; '.join(shown(text, 240) for text in reasons)}."
     return Grid(["snapshot", "represents", "reason"], rows, table.reset_index(drop=True), note)
 
 

@@ -23,9 +23,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from crosslens.report.chart import THEME, Chart, Frame, Grid, short_count
-from crosslens.report.features import SHARD, FeatureSet, effect_figure, norm_figure, write_features
+from crosslens.report.features import SHARD, FeatureSet, effect_figure, presence_figure, write_features
 from crosslens.report.sections import PAGES, Entry, Section
-from crosslens.report.tables import AGAIN, Tables
+from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, main_measure
 from crosslens.rundir import RunDir, without_paths, write_text
 
 _FEATURES = "features", "Features"
@@ -133,9 +133,9 @@ def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
     """Context of the templates of the pages Features and Feature."""
     snapshots = _snapshots(tables["snapshots"], features.labels)
-    figures: dict[str, Any] = {"norms": None, "effects": None}
+    figures: dict[str, Any] = {"presence": None, "effects": None}
     if features.ids:
-        figures["norms"] = script_json(figure_spec(norm_figure(snapshots)))
+        figures["presence"] = script_json(figure_spec(presence_figure(snapshots)))
     if features.ids and features.tasks:
         figures["effects"] = script_json(figure_spec(effect_figure(snapshots, features.tasks)))
     known = snapshots.astype(object).where(snapshots.notna(), None)
@@ -378,11 +378,14 @@ def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str,
         found = tables[name]
         return None if found is None or column not in found else found[column]
 
-    alive, origin = column("evolution", "alive"), column("evolution", "origin")
-    if alive is not None:
+    lifecycles = tables["lifecycles"]
+    if lifecycles is not None and {"measure", "alive", "origin"} <= set(lifecycles):
+        first = by_measure(lifecycles)
+        alive, origin = first["alive"].astype(bool), first["origin"].dropna()
         numbers.append((f"{alive.sum():,}", f"live features of {len(alive):,}"))
-        if origin is not None and alive.any():
-            numbers.append((f"{(origin[alive.astype(bool)] == 'emergent').mean():.0%}", "of these are emergent"))
+        if len(origin):
+            words = f"of {len(origin):,} are emergent by {MEASURES[main_measure(lifecycles)]}"
+            numbers.append((f"{(origin == 'emergent').mean():.0%}", words))
     if (ev := column("evaluation", "explained_variance")) is not None:
         numbers.append((f"{ev.mean():.3f}", f"mean explained variance (lowest {ev.min():.3f})"))
     if (l0 := column("evaluation", "l0")) is not None:

@@ -229,18 +229,20 @@ _EVOLUTION: tuple[Section, ...] = (
     Section(
         "evolution",
         "Lifecycles",
-        "A feature is present at a snapshot if its decoder norm there is at least half of its largest. “Initial” "
-        "features are present at the first snapshot; “emergent” ones are born later, at the first snapshot from which "
-        "they stay; “never” ones are present too briefly to count as born. “Transient” ones later disappear for good.",
+        "A feature is present at a snapshot if its R² there is at least half of its largest: how well the activations "
+        "of the snapshot alone predict the feature on held-out tokens. The decoder norm, which says what the dictionary "
+        "writes and not what the model holds, stands beside it. “Initial” features are present at the first snapshot; "
+        "“emergent” ones are born later, at the first snapshot from which they stay; “never” ones are present too "
+        "briefly to count as born. “Transient” ones later disappear for good.",
         _EVOLVE,
         (
             Entry(
                 "evolution-map",
-                "Decoder norms over training",
-                "Normalised decoder norm v = norm / largest norm over snapshots (0 to 1). Each row is a feature; rows "
-                "are ordered by origin, then birth, then peak. Snapshots are evenly spaced.",
+                "Presence over training",
+                "v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, then "
+                "birth, then peak. Snapshots are evenly spaced.",
                 evolution_figures.evolution_map,
-                ("evolution", "snapshots"),
+                ("evolution", "lifecycles", "snapshots"),
                 wide=True,
             ),
             Entry(
@@ -259,16 +261,39 @@ _EVOLUTION: tuple[Section, ...] = (
             Entry(
                 "births",
                 "Births",
-                "Number of emergent features by the snapshot of birth, and whether they persist to the last snapshot.",
+                "Number of emergent features by the snapshot of birth by R², and whether they persist to the last "
+                "snapshot; beside it, the number by decoder norm.",
                 evolution_figures.births,
-                ("evolution", "snapshots"),
+                ("lifecycles", "snapshots"),
             ),
             Entry(
                 "origins",
                 "Origin and fate",
-                "Number of features by origin, and whether they persist to the last snapshot.",
+                "Number of features by origin, and whether they persist to the last snapshot, by every measure.",
                 evolution_figures.origins,
-                ("evolution",),
+                ("lifecycles",),
+            ),
+            Entry(
+                "norm-map",
+                "Decoder norms over training",
+                "The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles "
+                "that follow from it. Norms do not know the direction of time: see the births with their controls.",
+                partial(evolution_figures.evolution_map, measure="norm"),
+                ("evolution", "lifecycles", "snapshots"),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
+                "rotation-rate",
+                "Rotation",
+                "Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per "
+                "doubling of the training tokens (of steps where tokens are unknown). The null is the angle between "
+                "two estimates of the same vector on different halves of the held-out tokens: what sampling alone makes "
+                "of no rotation; the angle between such estimates at neighbouring snapshots is to be compared with it.",
+                evolution_figures.rotation_rate,
+                ("rotation",),
+                wide=True,
+                optional=True,
             ),
             Entry(
                 "rotation",
@@ -292,7 +317,9 @@ _EVOLUTION: tuple[Section, ...] = (
                 "dimensionality",
                 "Total dimensionality",
                 "Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector "
-                "times the feature's RMS activation; beside the same number of random directions of the same lengths.",
+                "times the feature's RMS activation, or the decoder vector alone, as Elhage et al. wrote it; beside as "
+                "many random directions of the same lengths, and the participation ratio of the activations, "
+                "(Σ variances)² / Σ variances² over principal directions.",
                 evolution_figures.dimensionality,
                 ("dimensionality",),
                 optional=True,
@@ -314,7 +341,7 @@ _EVOLUTION: tuple[Section, ...] = (
                 "unexplained, against its decoder norm, both divided by its largest norm. Above the line, the "
                 "direction is stronger in the activations than the norm suggests.",
                 evolution_figures.scaling,
-                ("scaling", "evolution"),
+                ("scaling", "evolution", "lifecycles"),
                 optional=True,
             ),
             Entry(
@@ -324,7 +351,7 @@ _EVOLUTION: tuple[Section, ...] = (
                 "pre-activation rises from all tokens to those where the feature is active. Median over the features "
                 "born at a snapshot.",
                 evolution_figures.encoder,
-                ("encoder", "evolution"),
+                ("encoder", "lifecycles"),
                 optional=True,
             ),
             Entry(
@@ -334,7 +361,7 @@ _EVOLUTION: tuple[Section, ...] = (
                 "language model, of the features born, and of those strongest, at a snapshot. Bands are ± two "
                 "standard errors; correlations have 95% bootstrap intervals over features.",
                 evolution_figures.complexity,
-                ("labels", "evolution", "snapshots"),
+                ("labels", "lifecycles", "snapshots"),
                 optional=True,
             ),
         ),
@@ -342,22 +369,33 @@ _EVOLUTION: tuple[Section, ...] = (
     Section(
         "probes",
         "Probes",
-        "Whether a feature's decoder norm at a snapshot predicts how well the feature can be decoded from that "
-        "snapshot's activations.",
+        "Whether the presence of a feature at a snapshot, by R² or by decoder norm, goes with how well a probe decodes "
+        "it from that snapshot's activations.",
         _PROBE,
         (
             Entry(
+                "probe-presence",
+                "Probe error and presence, within features",
+                "Rank correlation of probe error with each measure of presence, with 95% intervals over features: "
+                "within features over snapshots (is a feature easier to decode where the measure is higher?), and "
+                "between features at one snapshot, which says nothing about training.",
+                evolution_figures.probe_presence,
+                ("probe_presence",),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
                 "probe",
-                "Probe error and decoder norm",
+                "Probe error by feature and snapshot",
                 "Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether "
-                "the feature is active, against the feature's decoder norm there divided by its largest.",
+                "the feature is active, against the feature's R² there, and its decoder norm divided by its largest.",
                 evolution_figures.probe,
-                ("probe",),
+                ("probe", "evolution"),
                 wide=True,
             ),
             Entry(
                 "probe-parts",
-                "Correlation of probe error and decoder norm",
+                "Correlation of probe error and decoder norm by part",
                 "With 95% intervals over features: over all points, without step 0, after subtracting each feature's "
                 "means, after subtracting each snapshot's means, and corrected for the noise of single probes.",
                 evolution_figures.probe_parts,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from crosslens.errors import UserError
+from crosslens.report.chart import Frame
 from crosslens.rundir import RunDir
 
+MEASURES = {"r2": "R²", "within": "within-token R²", "norm": "decoder norm"}
 AGAIN = "It was written by another version of crosslens; rerun the command that writes it."
 
 
@@ -74,13 +77,29 @@ class Tables:
         return pd.concat(found, ignore_index=True) if found else None
 
     def _snapshots(self) -> pd.DataFrame | None:
-        """Snapshot, label, step and tokens from run.json, or labels from the columns of the evolution table."""
+        """Snapshot, label, step and tokens from run.json, or from the evolution table."""
         rows: list[dict[str, Any]] = self._info.get("snapshots") or []
         evolution = self["evolution"]
         if not rows and evolution is not None:
-            names = (str(name) for name in evolution.columns)
-            rows = [{"label": name.removeprefix("norm/")} for name in names if name.startswith("norm/")]
+            rows = evolution.drop_duplicates("snapshot").sort_values("snapshot").to_dict("records")
         if not rows:
             return None
         columns = {key: [row.get(key) for row in rows] for key in ("label", "step", "tokens")}
         return pd.DataFrame({"snapshot": range(len(rows)), **columns})
+
+
+def main_measure(lifecycles: Frame) -> str:
+    """The measure of presence that the report puts first: R2 where activations were given."""
+    known = set(lifecycles["measure"])
+    return next(measure for measure in MEASURES if measure in known)
+
+
+def by_measure(lifecycles: Frame, measure: str | None = None) -> Frame:
+    """Lifecycles by one measure of presence, the main one if None."""
+    return lifecycles[lifecycles["measure"] == (measure or main_measure(lifecycles))].reset_index(drop=True)
+
+
+def curves(evolution: Frame, features: Any, column: str) -> np.ndarray:
+    """One column of the evolution table as (features, S), 0 where it is missing or below 0."""
+    wide = evolution.pivot(index="feature", columns="snapshot", values=column)
+    return np.nan_to_num(wide.reindex(features).to_numpy(dtype=float)).clip(0)

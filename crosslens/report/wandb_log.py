@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from crosslens.errors import UserError
 from crosslens.report.evolution_figures import evolution_map
-from crosslens.report.tables import Tables
+from crosslens.report.tables import Tables, by_measure
 from crosslens.rundir import RunDir
 from crosslens.training.logging import wandb_run
 
@@ -23,7 +23,7 @@ MAX_ROWS = 10_000  # of a table to browse on W&B; the files have all
 def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
     """Add the tables of a run directory and the heat map of its features to W&B.
 
-    Logs `evolution/decoder_norms` (HTML), `evolution/features` (a table, for at most 10,000 features), and an artifact
+    Logs `evolution/presence` (HTML), `evolution/features` (a table, for at most 10,000 features), and an artifact
     `<id>-tables` of type "tables" with all tables as parquet files. Resumes the W&B run of the training if there is
     one, and starts one otherwise. With WANDB_MODE=offline, nothing leaves this machine.
 
@@ -46,18 +46,19 @@ def log_report(run_dir: str | Path, *, project: str | None = None) -> str:
     if not names:
         raise UserError(f"{run_dir} has no tables yet: run `crosslens evolve {run_dir}` first")
     tables = Tables(run, info)
-    evolution, snapshots = tables["evolution"], tables["snapshots"]
+    evolution, lifecycles, snapshots = tables["evolution"], tables["lifecycles"], tables["snapshots"]
     import wandb
 
     with wandb_run(project, run=run) as started:
-        if evolution is not None and snapshots is not None:
-            chart = evolution_map(evolution, snapshots)
+        if evolution is not None and lifecycles is not None and snapshots is not None:
+            chart = evolution_map(evolution, lifecycles, snapshots)
             if not isinstance(chart, str):
                 page = _with_tooltips(chart.figure).to_html(include_plotlyjs="cdn")
-                started.log({"evolution/decoder_norms": wandb.Html(page, inject=False)}, commit=False)
-            if len(evolution) <= MAX_ROWS:
+                started.log({"evolution/presence": wandb.Html(page, inject=False)}, commit=False)
+            features = by_measure(lifecycles)
+            if len(features) <= MAX_ROWS:
                 # W&B accepts only None as missing
-                known = evolution.astype(object).where(evolution.notna(), None)
+                known = features.astype(object).where(features.notna(), None)
                 started.log({"evolution/features": wandb.Table(dataframe=known)}, commit=False)
             started.log({})
         artifact = wandb.Artifact(f"{started.id}-tables", type="tables", description=f"Tables of {run.path.name}.")

@@ -54,7 +54,7 @@
     byId("feature").hidden = false;
     document.title = `${byId("name").textContent}${feature.name ? `: ${visible(feature.name)}` : ""} · ${report.replace(/^Feature · /, "")}`;
     describe();
-    norms();
+    presence();
     effects();
     examples();
     lens();
@@ -90,20 +90,26 @@
       ["peak at", label(feature.peak)],
       ["disappears at", label(feature.death)],
       ["snapshots present", feature.lifetime === null ? null : `${feature.lifetime} of ${S}`],
+      ["largest R²", feature.r2 ? Math.max(...feature.r2).toFixed(2) : null],
       ["active on held-out tokens", feature.rate === null ? null : `${Number((100 * feature.rate).toPrecision(3))}%`],
     ].filter(([, value]) => value);
     byId("label").textContent = visible(feature.name);
     byId("facts").replaceChildren(...facts.map(([name, value]) => element("div", {}, [element("dt", { text: name }), element("dd", { text: value })])));
     byId("facts").hidden = !facts.length;
-    for (const id of ["figure-norms", "figure-effects"]) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
+    for (const id of ["figure-presence", "figure-effects"]) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
   }
 
-  function norms() {
-    const plot = byId("figure-norms").querySelector(".plot"), spec = crosslens.spec(plot);
-    spec.data[0].y = feature.norms;
-    const half = Math.max(...feature.norms) / 2;
-    Object.assign(spec.layout.shapes[0], { y0: half, y1: half });
-    crosslens.show(plot, spec);
+  // the measures of presence, in the order of the figure's lines
+  const measures = () => [["r2", feature.r2], ["within", feature.within], ["norm", feature.norms]];
+
+  function presence() {
+    const plot = byId("figure-presence").querySelector(".plot"), spec = crosslens.spec(plot);
+    const lines = measures().map(([, values], i) => {
+      if (!values) return null;
+      const largest = Math.max(...values, 1e-30);
+      return { ...spec.data[i], y: values.map((value) => value / largest) };
+    });
+    crosslens.show(plot, { ...spec, data: [...lines.filter(Boolean), ...spec.data.slice(3)] });
   }
 
   function effects() {
@@ -200,7 +206,7 @@
   const dates = (s) => [s, about.labels[s], about.steps[s], about.tokens[s]];
   const dated = ["snapshot", "label", "step", "tokens"];
   const tables = {
-    "figure-norms": () => [[...dated, "norm"], ...feature.norms.map((norm, s) => [...dates(s), norm])],
+    "figure-presence": () => [[...dated, "r2", "within", "norm"], ...feature.norms.map((norm, s) => [...dates(s), feature.r2?.[s] ?? "", feature.within?.[s] ?? "", norm])],
     "figure-effects": () => [["task", ...dated, "ie", "ie_se"], ...feature.effects.flatMap(([task, ie, se]) => ie.map((value, s) => [about.tasks[task], ...dates(s), value, se[s]]))],
     examples: () => [
       ["rank", "sequence", "position", "token", "activation", ...about.labels.map((label) => `writes/${label}`), ...about.labels.map((label) => `reads/${label}`)],

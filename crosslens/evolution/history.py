@@ -1,0 +1,253 @@
+"""The history of every feature: curves of presence over snapshots, and the lifecycles that follow from them.
+
+Presence is read in up to three ways, and every lifecycle says by which:
+
+1. R2, how well a snapshot alone predicts the feature (`presence.measure_decodability`): what the model holds.
+2. Within-token R2, what the context adds to that, for contextual features.
+3. The decoder norm, what the dictionary writes: the reading of Ge et al. (arXiv 2509.17196) and, as RelDec, of Bayazit
+   et al. (arXiv 2509.05291). It depends on the other features and on how spread a snapshot's activations are, and as
+   many features are born by it with the snapshots in reversed order as forwards (`births.count_births`).
+
+With activations all three are read, and R2 comes first; without them there are only decoder norms. A feature is present
+where a measure is at least `presence` of the feature's largest value; for the rest see `lifecycles.classify_lifecycles`.
+
+Symbols: S snapshots, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float64
+
+from crosslens.activations.loader import Activations
+from crosslens.crosscoders import Crosscoder
+from crosslens.errors import UserError
+from crosslens.evolution.births import NAMES, beside_untrained, count_births, date_births, presence_curves
+from crosslens.evolution.lifecycles import (
+    Firing,
+    add_dates,
+    check_presence,
+    classify_lifecycles,
+    measure_firing,
+    relative_norms,
+    require_two_snapshots,
+    snapshot_columns,
+)
+from crosslens.evolution.presence import Decodability, measure_decodability
+
+ORDER = ("r2", "within", "norm")  # the first one that was read is the default
+
+
+@dataclass(frozen=True, repr=False)
+class Evolution:
+    """Curves and lifecycles of every feature, by `evolve`.
+
+    Attributes:
+        table: a row per feature and snapshot: feature, snapshot, label, step, tokens; norm (of the decoder), strength
+            (norm relative to the feature's largest), reldec (relative to the sum over snapshots); r2, within (see
+            `Decodability`); firing_rate (share of held-out tokens with f_is > 0), mean_activation (mean of f_is n_is,
+            the length of the vector the feature writes, over those tokens). The last four are NaN where there is no
+            reading, and throughout without activations.
+        curves: by measure, in the order of `measures`: what lifecycles are read from, all zero for features without a
+            reading (of `presence_curves`).
+        firing: how often features fire, None without activations.
+        decodability: what r2 and within come from, None without activations.
+        presence: share of a feature's largest value from which it is present.
+        min_run: snapshots in a row a feature must be present for to count as born.
+    """
+
+    table: pd.DataFrame
+    curves: dict[str, Float64[np.ndarray, "F S"]]
+    firing: Firing | None
+    decodability: Decodability | None
+    presence: float
+    min_run: int
+    _lifecycles: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> list[str]:
+        """What presence was read by, the default first: r2, within and norm with activations, otherwise norm alone."""
+        return list(self._lifecycles)
+
+    def lifecycles(self, measure: str | None = None) -> pd.DataFrame:
+        """The lifecycle of every feature by one measure.
+
+        Args:
+            measure: "r2", "within" or "norm"; the first of `measures` if None, which is r2 if activations were given.
+
+        Returns:
+            A row per feature: feature, alive (it fires on held-out tokens, where known, and has a decoder), kind
+            (lexical, contextual or missing), token_share (of its variance, between token types), firing_rate (share of
+            held-out tokens); origin, fate; birth, peak, death (snapshot indices) and lifetime (number of snapshots
+            where it is present), each followed by its date in steps and in tokens: birth_step, birth_tokens and so on.
+            `lifetime_step` adds up the steps from each snapshot where the feature is present to the next one; if it is
+            present only once and then disappears, that is death minus birth. Dates are missing where the metadata lack
+            them, all of these for features without a reading. By r2 and within also the columns of `date_births`.
+
+        Raises:
+            UserError: a measure that was not read.
+        """
+        measure = measure or self.measures[0]
+        if measure not in self._lifecycles:
+            known = " or ".join(map(repr, self.measures))
+            without = "" if self.decodability else "; the others need activations, evolve(crosscoder, acts)"
+            raise UserError(f"measure={measure!r} was not read: use {known}{without}")
+        return self._lifecycles[measure]
+
+    def wide(self, column: str) -> pd.DataFrame:
+        """One column of `table` as a table with a row per feature and a column per snapshot.
+
+        Args:
+            column: such as "r2" or "norm".
+
+        Raises:
+            UserError: an unknown column.
+        """
+        known = [name for name in self.table if name not in ("feature", "snapshot", "label", "step", "tokens")]
+        if column not in known:
+            raise UserError(f"column={column!r} is unknown: use one of {', '.join(map(str, known))}")
+        S = int(self.table["snapshot"].max()) + 1
+        labels = pd.Index(self.table["label"].iloc[:S], name=None)
+        return pd.DataFrame(self.table[column].to_numpy().reshape(-1, S), columns=labels)
+
+    def present(self, measure: str | None = None) -> Bool[np.ndarray, "F S"]:
+        """Where every feature is present by one measure; nowhere if it has no reading.
+
+        Args:
+            measure: as in `lifecycles`.
+        """
+        return _present(self.curves[measure or self.measures[0]], self.presence)
+
+    def count_births(self, untrained: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Births by every measure over thresholds, with the snapshots in order and reversed; see `count_births`.
+
+        Args:
+            untrained: the result of `untrained_births`, to stand beside the counts.
+        """
+        lexical = None if self.decodability is None else self.decodability.lexical
+        counts = count_births(self.curves, lexical, self.decodability, min_run=self.min_run)
+        return counts if untrained is None else beside_untrained(counts, untrained)
+
+    def to_frames(self) -> dict[str, pd.DataFrame]:
+        """The tables of a run directory: evolution (`table`), and lifecycles, those of all measures one after another.
+
+        In lifecycles, `measure` is the first column.
+        """
+        parts = [table.assign(measure=measure) for measure, table in self._lifecycles.items()]
+        lifecycles = pd.concat(parts, ignore_index=True)
+        columns = ["measure", *(name for name in lifecycles if name != "measure")]
+        return {"evolution": self.table, "lifecycles": pd.DataFrame(lifecycles[columns])}
+
+    def describe(self) -> list[str]:
+        """How many features have which origin by every measure, a line each."""
+        first = self.lifecycles()
+        labels = self.table["label"].iloc[: int(self.table["snapshot"].max()) + 1]
+        lines = [
+            f"{int(first['alive'].sum()):,} live features of {len(first):,} at {len(labels)} snapshots, "
+            f"{labels.iloc[0]} to {labels.iloc[-1]}"
+        ]
+        for measure, table in self._lifecycles.items():
+            counts = table.loc[table["alive"], "origin"].value_counts()
+            words = [f"{counts[origin]:,} {origin}" for origin in ("initial", "emergent", "never") if origin in counts]
+            unread = int(table["alive"].sum() - counts.sum())
+            if unread:
+                why = "not contextual, or hardly predicted" if measure == "within" else "hardly predicted"
+                words.append(f"{unread:,} without a reading ({why})")
+            lines.append(f"by {NAMES[measure]}: {', '.join(words)}")
+        if self.decodability is None:
+            lines.append("decoder norms alone do not date births: give activations, evolve(crosscoder, acts)")
+        return lines
+
+    def __repr__(self) -> str:
+        return "\n".join(self.describe())
+
+
+def evolve(
+    crosscoder: Crosscoder,
+    acts: Activations | Firing | None = None,
+    *,
+    presence: float = 0.5,
+    min_run: int = 2,
+    min_firing_rate: float = 0.0,
+    seed: int = 0,
+) -> Evolution:
+    """Read the presence of every feature at every snapshot, and its lifecycle by every measure of presence.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots; the held-out ones are used. Without them, or with the result of
+            `measure_firing` in their place, decoder norms are all that is read.
+        presence: a feature is present where a measure is at least this share of its largest value.
+        min_run: snapshots in a row a feature must be present for to count as born.
+        min_firing_rate: features active on this share of the held-out tokens or less are dead.
+        seed: seed for the intervals.
+
+    Returns:
+        An `Evolution`. Its default measure is R2 where activations are given, otherwise the decoder norm.
+
+    Raises:
+        UserError: one snapshot only, a threshold out of range, too few activations held out, or those of other
+            snapshots or of another hook point.
+    """
+    if not 0 <= min_firing_rate < 1:
+        raise UserError(f"min_firing_rate={min_firing_rate} is not in [0, 1): it is a share of tokens, such as 1e-5")
+    require_two_snapshots("evolution", crosscoder.n_snapshots)
+    check_presence(presence, min_run)
+    norms = crosscoder.decoder_norms.detach().cpu().float()
+    relative_norms(norms)  # refuses norms that are not finite before anything is encoded
+    firing = None if acts is None else measure_firing(crosscoder, acts)
+    found = None if acts is None or isinstance(acts, Firing) else measure_decodability(crosscoder, acts)
+    alive = (norms > 0).any(1).numpy()
+    if firing is not None:
+        alive &= (firing.rate > min_firing_rate).numpy()
+    read = presence_curves(norms, found, alive)
+    curves = {measure: read[measure] for measure in ORDER if measure in read}
+    snapshots, F = snapshot_columns(crosscoder), len(norms)
+    about = pd.DataFrame({"feature": np.arange(F), "alive": alive})
+    kind = np.full(F, None, dtype=object)
+    if found is not None:
+        kind[found.between > 0.5], kind[found.between <= 0.5] = "lexical", "contextual"
+    about["kind"] = kind
+    about["token_share"] = np.full(F, np.nan) if found is None else found.between
+    about["firing_rate"] = np.full(F, np.nan) if firing is None else firing.rate.numpy()
+    lifecycles: dict[str, pd.DataFrame] = {}
+    for measure, values in curves.items():
+        table = pd.concat([about, classify_lifecycles(torch.from_numpy(values), presence, min_run=min_run)], axis=1)
+        add_dates(table, snapshots, _present(values, presence))
+        if found is not None and measure != "norm":
+            dates = date_births(found, measure, values.max(1) > 0, presence=presence, min_run=min_run, seed=seed)
+            table = pd.concat([table, dates], axis=1)
+        lifecycles[measure] = table
+    table = _table(crosscoder, snapshots, firing, found)
+    return Evolution(table, curves, firing, found, presence, min_run, lifecycles)
+
+
+def _present(values: Float64[np.ndarray, "F S"], presence: float) -> Bool[np.ndarray, "F S"]:
+    return relative_norms(torch.from_numpy(values)).numpy() >= presence  # NaN, and so False, without a reading
+
+
+def _table(
+    crosscoder: Crosscoder, snapshots: pd.DataFrame, firing: Firing | None, found: Decodability | None
+) -> pd.DataFrame:
+    """A row per feature and snapshot."""
+    norms = crosscoder.decoder_norms.detach().cpu().float()
+    F, S = norms.shape
+    table = pd.DataFrame({"feature": np.repeat(np.arange(F), S), "snapshot": np.tile(np.arange(S), F)})
+    for name in snapshots:
+        table[name] = snapshots[name].take(table["snapshot"]).array
+    nothing = np.full((F, S), np.nan)
+    for name, values in (
+        ("norm", norms.numpy()),
+        ("strength", relative_norms(norms).numpy()),
+        ("reldec", (norms / norms.sum(1, keepdim=True)).numpy()),
+        ("r2", nothing if found is None else found.r2),
+        ("within", nothing if found is None else found.within),
+        ("firing_rate", nothing if firing is None else firing.snapshot_rate.numpy()),
+        ("mean_activation", nothing if firing is None else (firing.mean * norms).numpy()),
+    ):
+        table[name] = values.astype(np.float32).flatten()
+    return table
