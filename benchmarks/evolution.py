@@ -26,7 +26,8 @@ from crosslens.evolution.geometry import (
     rotation_per_interval,
     total_dimensionality,
 )
-from crosslens.evolution.lifecycles import evolve, measure_firing
+from crosslens.evolution.history import evolve
+from crosslens.evolution.lifecycles import measure_firing
 from crosslens.evolution.splitting import replacements, splits
 
 N_TOKENS, L0 = 4096, 32

@@ -14,7 +14,7 @@ labels.parquet                  feature, label, complexity; the model's answers 
 attribution/<task>.parquet      effects per feature and snapshot
 ablation/<task>.parquet         ablation curves
 seeds/<seed>/                   run directories of the same training from other seeds
-seeds.parquet                   agreement of every pair of seeds
+seeds.parquet                   agreement of every pair of seeds; seeds_rotation.parquet: of their rotation
 consensus.parquet               one row per feature: how many seeds have it
 sweep.parquet                   agreement and explained variance by number of features and k
 sweep/<setting>/                run directories of the trainings behind it

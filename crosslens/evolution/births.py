@@ -38,7 +38,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import birth_index, check_presence, require_two_snapshots
 from crosslens.evolution.presence import Decodability
 
-MEASURES = ("norm", "r2", "within")
+MEASURES = ("r2", "within", "norm")  # the first one that was read is the default
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
@@ -48,7 +48,7 @@ _FEATURES = 1024  # at a time when resampling
 def presence_curves(
     norms: Float[Tensor, "F S"], decodability: Decodability | None, alive: Bool[np.ndarray, " F"]
 ) -> dict[str, Float64[np.ndarray, "F S"]]:
-    """Curves of presence by measure, all zero for features without a reading.
+    """Curves of presence by measure, in the order of `MEASURES`; all zero for features without a reading.
 
     R2 below 0 counts as 0. Features whose R2 stays below .05 at every snapshot cannot be dated by it. Within-token R2
     is read for contextual features only: too little of the variance of the others is left within token types.
@@ -58,13 +58,13 @@ def presence_curves(
         decodability: the result of `measure_decodability`; without it, only the norm is read.
         alive: features that are read.
     """
-    curves = {"norm": norms.detach().cpu().double().numpy()}
+    curves: dict[str, Any] = {}
     if decodability is not None:
         contextual = decodability.between <= 0.5
         for measure, kept in (("r2", alive), ("within", alive & contextual)):
             values = np.nan_to_num(decodability.curves(measure)).clip(0)
             curves[measure] = np.where((kept & (values.max(1) >= MIN_R2))[:, None], values, 0.0)
-    return {measure: np.where(alive[:, None], values, 0.0) for measure, values in curves.items()}
+    return {**curves, "norm": np.where(alive[:, None], norms.detach().cpu().double().numpy(), 0.0)}
 
 
 def date_births(
@@ -260,7 +260,7 @@ def _q_of_births(
 
 
 def _check(decodability: Decodability, measure: str, presence: float, min_run: int) -> None:
-    if measure not in MEASURES[1:]:
-        raise UserError(f"measure={measure!r} is unknown: use {' or '.join(map(repr, MEASURES[1:]))}")
+    if measure not in MEASURES[:2]:
+        raise UserError(f"measure={measure!r} is unknown: use {' or '.join(map(repr, MEASURES[:2]))}")
     require_two_snapshots("dating births", decodability.r2.shape[1])
     check_presence(presence, min_run)

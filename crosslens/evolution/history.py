@@ -9,7 +9,7 @@ Presence is read in up to three ways, and every lifecycle says by which:
    many features are born by it with the snapshots in reversed order as forwards (`births.count_births`).
 
 With activations all three are read, and R2 comes first; without them there are only decoder norms. A feature is present
-where a measure is at least `presence` of the feature's largest value; for the rest see `lifecycles.classify_lifecycles`.
+where a measure is at least `presence` of the feature's largest value; see `lifecycles.classify_lifecycles`.
 
 Symbols: S snapshots, F features.
 """
@@ -38,8 +38,6 @@ from crosslens.evolution.lifecycles import (
     snapshot_columns,
 )
 from crosslens.evolution.presence import Decodability, measure_decodability
-
-ORDER = ("r2", "within", "norm")  # the first one that was read is the default
 
 
 @dataclass(frozen=True, repr=False)
@@ -204,8 +202,7 @@ def evolve(
     alive = (norms > 0).any(1).numpy()
     if firing is not None:
         alive &= (firing.rate > min_firing_rate).numpy()
-    read = presence_curves(norms, found, alive)
-    curves = {measure: read[measure] for measure in ORDER if measure in read}
+    curves = presence_curves(norms, found, alive)
     snapshots, F = snapshot_columns(crosscoder), len(norms)
     about = pd.DataFrame({"feature": np.arange(F), "alive": alive})
     kind = np.full(F, None, dtype=object)

@@ -6,8 +6,10 @@
    cosine of the decoders stands beside it: by cosine two seeds of one demo share a twentieth of their features, by
    activation half, because a feature that fires on the same tokens can be written with other features' help.
 3. Features weigh by the variance they write, `Var(f_i) sum_s n_is^2`, as a share of that of all live features.
-4. The *null* is the same matching with the tokens of the second crosscoder permuted.
-5. A feature's `n_seeds` is the number of crosscoders, its own included, in which its partner has a correlation of at
+4. `rotation_of_partners` asks of rotation whether the same feature turns by as much in the other seed, and how far
+   apart the two directions are at one snapshot.
+5. The *null* is the same matching with the tokens of the second crosscoder permuted.
+6. A feature's `n_seeds` is the number of crosscoders, its own included, in which its partner has a correlation of at
    least `threshold`. It is a *consensus* feature if these are more than half of all.
 
 Correlations need tokens: a feature that fires on a handful has a partner by luck or not at all. Rows are reported with
@@ -30,6 +32,7 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csc_matrix, csr_matrix, vstack
+from scipy.stats import spearmanr
 from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
@@ -43,6 +46,7 @@ from crosslens.evolution.lifecycles import (
     check_activations,
     classify_lifecycles,
     measure_firing,
+    relative_norms,
     snapshot_columns,
 )
 from crosslens.rundir import RunDir
@@ -128,6 +132,56 @@ def match_shares(pairs: pd.DataFrame, threshold: float = 0.7) -> dict[str, float
     return {name: float(value) for name, value in row.items()}
 
 
+@torch.no_grad()
+def rotation_of_partners(
+    a: Crosscoder, b: Crosscoder, pairs: pd.DataFrame, threshold: float = 0.7, *, min_norm: float = 0.05
+) -> pd.DataFrame:
+    """Compare how far partners in two seeds rotate between neighbouring snapshots.
+
+    Args:
+        a: a crosscoder.
+        b: another one of the same snapshots.
+        pairs: the result of `match`.
+        threshold: correlation from which two features are partners.
+        min_norm: rows below this share of the feature's largest norm have no direction.
+
+    Returns:
+        A row per interval: before, after (indices), from, to (labels), n (pairs with directions at both ends), angle_a,
+        angle_b (median angles in degrees), spearman (of the angles of partners: do the same features turn?), apart
+        (median angle between the two partners' rows at `after`: how far a seed determines a direction at all).
+
+    Raises:
+        UserError: fewer than two snapshots in common.
+    """
+    at = shared_snapshots(a, b)
+    if len(at[0]) < 2:
+        raise UserError(f"the crosscoders have {len(at[0])} snapshot in common: rotation needs at least 2")
+    kept = pairs.loc[pairs["correlation"] >= threshold, ["feature", "partner"]].to_numpy(dtype=int)
+    rows: list[torch.Tensor] = []
+    for crosscoder, places, ids in ((a, at[0], kept[:, 0]), (b, at[1], kept[:, 1])):
+        found = crosscoder.W_dec_by_snapshot[ids][:, places].float().cpu()
+        short = relative_norms(crosscoder.decoder_norms)[ids][:, places] < min_norm
+        rows.append(normalize(found, dim=-1, eps=1e-30).masked_fill(short[..., None], torch.nan))
+    one, other = rows
+
+    def angle(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
+        return (x * y).sum(-1).clamp(-1, 1).acos().rad2deg().double().numpy()
+
+    turns = angle(one[:, :-1], one[:, 1:]), angle(other[:, :-1], other[:, 1:])
+    between = angle(one, other)[:, 1:]
+    known = np.isfinite(turns[0]) & np.isfinite(turns[1])
+    labels = snapshot_columns(a)["label"].take(at[0]).tolist()
+    table = pd.DataFrame({"before": at[0][:-1], "after": at[0][1:], "from": labels[:-1], "to": labels[1:]})
+    table["n"] = known.sum(0)
+    for name, values in (("angle_a", turns[0]), ("angle_b", turns[1]), ("apart", between)):
+        table[name] = [np.median(values[use, s]) if use.any() else np.nan for s, use in enumerate(known.T)]
+    table["spearman"] = [
+        float(spearmanr(turns[0][use, s], turns[1][use, s])[0]) if use.sum() > 2 else np.nan
+        for s, use in enumerate(known.T)
+    ]
+    return table
+
+
 def consensus(
     crosscoders: Mapping[str, Crosscoder] | Sequence[Crosscoder],
     acts: Activations,
@@ -201,8 +255,7 @@ def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "crosscoder": name,
-                "alive": int(table["alive"].sum()),
-                "measure": found.measures[0],
+                "alive": len(live),
                 "consensus": float(live["consensus"].mean()),
                 "unanimous": float(all_of.mean()),
                 "consensus_variance": float(live.loc[live["consensus"], "variance"].sum()),
@@ -225,8 +278,9 @@ def study_seeds(
         min_rate: features that fire on this share of the held-out tokens or less are not live.
 
     Returns:
-        The tables consensus (of `consensus`) and seeds: a row per pair of crosscoders with a, b (their names) and the
-        columns of `match_shares`.
+        The tables consensus (of `consensus`); seeds: a row per pair of crosscoders with a, b (their names) and the
+        columns of `match_shares`; and, for two snapshots or more, seeds_rotation: a row per pair and interval with a, b
+        and the columns of `rotation_of_partners`.
 
     Raises:
         UserError: as `consensus`.
@@ -234,11 +288,16 @@ def study_seeds(
     _check_options("activation", None, min_rate)
     _check_several(len(crosscoders), threshold)
     read = dict(zip(crosscoders, read_features(list(crosscoders.values()), acts, min_rate=min_rate), strict=True))
-    rows = [
-        {"a": a, "b": b, **match_shares(_matched(read[a], read[b], "activation", None, 0), threshold)}
-        for a, b in combinations(read, 2)
-    ]
-    return {"consensus": _consensus(read, threshold, None), "seeds": pd.DataFrame(rows)}
+    rows: list[dict[str, Any]] = []
+    turns: list[pd.DataFrame] = []
+    for a, b in combinations(read, 2):
+        pairs = _matched(read[a], read[b], "activation", None, 0)
+        rows.append({"a": a, "b": b, **match_shares(pairs, threshold)})
+        if crosscoders[a].n_snapshots > 1:
+            turned = rotation_of_partners(crosscoders[a], crosscoders[b], pairs, threshold)
+            turns.append(turned.assign(a=a, b=b))
+    tables = {"consensus": _consensus(read, threshold, None), "seeds": pd.DataFrame(rows)}
+    return {**tables, "seeds_rotation": pd.concat(turns, ignore_index=True)} if turns else tables
 
 
 def save_seeds(
@@ -246,7 +305,8 @@ def save_seeds(
 ) -> str:
     """Write the tables of `study_seeds` to the run directories of several seeds.
 
-    The directory of the first seed gets `seeds`; each directory gets `consensus`, about its own features.
+    The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
+    features.
 
     Args:
         run_dir: the run directory of the first seed.
@@ -262,7 +322,7 @@ def save_seeds(
     """
     tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
     run, first = RunDir(run_dir), min(crosscoders)
-    run.save_table("seeds", tables["seeds"])
+    run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
     for seed in crosscoders:
         place = run if seed == first else run.other_seed(seed)
         found = tables["consensus"]

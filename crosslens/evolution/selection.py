@@ -101,7 +101,8 @@ def doubtful_snapshots(
     - its step is 0: it is untrained;
     - the participation ratio of its activations, `(sum of variances)^2 / sum of squared variances` over principal
       directions, is more than `max_ratio` times that of the last snapshot: so are those of untrained models;
-    - CKA to a snapshot before it, named or not, is `max_similarity` or more: it adds next to nothing;
+    - CKA to a snapshot before it, named or not, or to the last one, is `max_similarity` or more: it adds next to
+      nothing. The last snapshot itself is not named for this, it stands for the trained model;
     - the median of its encoder shares exceeds 3 / S: features are mostly read from it.
 
     Args:
@@ -112,8 +113,8 @@ def doubtful_snapshots(
         max_similarity: CKA from which on two snapshots are near duplicates.
 
     Returns:
-        A row per snapshot: snapshot, label, step, participation_ratio, similarity (largest CKA to one before it, NaN
-        for the first), encoder_share (median over features, NaN without `share`), reason (empty if there is none).
+        A row per snapshot: snapshot, label, step, participation_ratio, similarity (largest CKA to one before it or
+        to the last), encoder_share (median over features, NaN without `share`), reason (empty if there is none).
 
     Raises:
         UserError: one snapshot only, or fewer than two tokens.
@@ -125,16 +126,17 @@ def doubtful_snapshots(
     rows: list[dict[str, Any]] = []
     for s, (label, step) in enumerate(zip(acts.snapshots.labels, acts.snapshots.steps, strict=True)):
         row: dict[str, Any] = {"snapshot": s, "label": label, "step": step, "participation_ratio": ratios[s]}
-        before = np.array([similarity[t, s] for t in range(s)])
-        row["similarity"] = before.max() if s else np.nan
+        others = [*range(s), S - 1] if s < S - 1 else list(range(s))
+        near = np.array([similarity[min(t, s), max(t, s)] for t in others])
+        row["similarity"] = near.max()
         row["encoder_share"] = medians[s]
         reasons: list[str] = []
         if step == 0:
             reasons.append("untrained (step 0)")
         if ratios[s] > max_ratio * ratios[-1]:
             reasons.append(f"as if untrained (participation ratio {ratios[s]:.1f}, {ratios[-1]:.1f} at the end)")
-        if row["similarity"] >= max_similarity:
-            nearest = acts.snapshots.labels[int(before.argmax())]
+        if row["similarity"] >= max_similarity and s < S - 1:
+            nearest = acts.snapshots.labels[others[int(near.argmax())]]
             reasons.append(f"nearly equal to {nearest} (CKA {row['similarity']:.3f})")
         if medians[s] > 3 / S:
             reasons.append(f"most features are read from it (median encoder share {medians[s]:.0%}, 3/S = {3 / S:.0%})")

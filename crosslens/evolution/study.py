@@ -125,7 +125,7 @@ def study_dynamics(
         counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the crosscoder's training tokens
             if None. With few tokens the bigram entropy is too small, the bigram KL too large, and the loss falls below
             the entropy too late, so count as much text as possible.
-        evolution: the result of `evolve(crosscoder, acts)`, which says when features are present; computed here if None.
+        evolution: the result of `evolve(crosscoder, acts)`, which says when features are present; read here if None.
         doubtful: the result of `doubtful_snapshots`; what it names is not proposed. Computed here if None, without
             encoder shares.
         snapshots: snapshots whose predictions are measured, those of `acts` among them: with the untrained model, which

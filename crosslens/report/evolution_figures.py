@@ -5,6 +5,8 @@ Each function turns tables into a chart, or into a sentence that says why there 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -54,6 +56,17 @@ _READINGS = {
 }
 _NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _EVENTS = {"birth": "born here", "peak": "strongest here"}
+
+
+def _panels(y_title: str, n: int, *, height: int) -> Any:
+    """A figure of n panels side by side, whose axes look alike; the first has the title of the y axis."""
+    figure = new_figure(y_title, height=height)
+    layout: Any = figure.layout
+    figure.update_layout(grid={"rows": 1, "columns": n, "pattern": "independent", "xgap": 0.1})
+    for place in range(2, n + 1):
+        y = {**layout.yaxis.to_plotly_json(), "title": {"font": {"size": 13}, "standoff": 10}}
+        figure.update_layout({f"xaxis{place}": layout.xaxis.to_plotly_json(), f"yaxis{place}": y})
+    return figure
 
 
 def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure: str | None = None) -> Chart | str:
@@ -191,12 +204,9 @@ def birth_counts(table: Frame) -> Chart | str:
     """
     if not table["n"].sum():
         return _ALL_DEAD
-    figure = new_figure("share of features born", height=420, yaxis_tickformat=".0%")
     drawn = table[table["n"] > 0]
     groups = [group for group in _READINGS if group in set(zip(drawn["measure"], drawn["kind"], strict=True))]
-    figure.update_layout(
-        grid={"rows": 1, "columns": len(groups), "pattern": "independent", "xgap": 0.08},
-    )
+    figure = _panels("share of features born", len(groups), height=420)
     highest = 0.0
     for place, group in enumerate(groups):
         rows = drawn[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1])].sort_values("threshold")
@@ -222,16 +232,14 @@ def birth_counts(table: Frame) -> Chart | str:
             )
     for place, group in enumerate(groups):
         n = drawn.loc[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1]), "n"].iloc[0]
-        title = f"{_READINGS[group]} ({int(n):,})"
+        title = f"{_READINGS[group].replace(', ', '<br>')} ({int(n):,})"
         end = str(place + 1) if place else ""
         figure.update_layout(
             {
                 f"xaxis{end}": {"title": {"text": title}, "tickvals": sorted(set(floats(drawn["threshold"])))},
-                f"yaxis{end}": {"range": [-0.02, 1.05 * highest + 0.02], "gridcolor": GRID, "tickformat": ".0%"},
+                f"yaxis{end}": {"range": [-0.02, 1.05 * highest + 0.02], "tickformat": ".0%"},
             }
         )
-    figure.update_yaxes(title_text="", selector=None)
-    figure.update_layout(yaxis_title_text="share of features born")
     at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
     parts = [
         f"{MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
@@ -327,8 +335,7 @@ def rotation_rate(table: Frame) -> Chart | str:
     if per_doubling:
         panels.append(("degrees per doubling of training", ("angle_per_doubling", "", "null_per_doubling")))
     words = ("decoder vectors", "estimates on different halves", "null: the same snapshot, different halves")
-    figure = new_figure("", height=420)
-    figure.update_layout(grid={"rows": 1, "columns": len(panels), "pattern": "independent", "xgap": 0.1})
+    figure = _panels("", len(panels), height=420)
     x = list(range(len(table)))
     for place, (title, columns) in enumerate(panels):
         end = str(place + 1) if place else ""
@@ -353,7 +360,7 @@ def rotation_rate(table: Frame) -> Chart | str:
         figure.update_layout(
             {
                 f"xaxis{end}": {"tickmode": "array", "tickvals": x, "ticktext": names, "tickangle": -45},
-                f"yaxis{end}": {"title": {"text": title}, "rangemode": "tozero", "gridcolor": GRID},
+                f"yaxis{end}": {"title": {"text": title}, "rangemode": "tozero"},
             }
         )
     note = "Medians over live features with a direction at both snapshots."
@@ -361,8 +368,9 @@ def rotation_rate(table: Frame) -> Chart | str:
         rates = table["angle_per_doubling"].to_numpy(dtype=float)
         row = table.iloc[int(np.nanargmax(rates))]
         note += (
-            f" Features turn fastest between {row['from']} and {row['to']}, {row['angle_per_doubling']:.1f}° per "
-            f"doubling{' (an end of the snapshots)' * bool(row['at_edge'])}."
+            f" Features turn fastest between {row['from']} and {row['to']}, at {row['angle_per_doubling']:.1f}° per "
+            f"doubling{' (an end of the snapshots)' * bool(row['at_edge'])}: a rate to compare intervals by, not the "
+            "angle that a doubling reaches, since directions also turn back."
         )
     return Chart(figure, table.reset_index(drop=True), note)
 
@@ -396,8 +404,10 @@ def cosines(table: Frame) -> Chart | str:
     return Chart(figure, table.reset_index(drop=True))
 
 
-def dimensionality(table: Frame) -> Chart:
+def dimensionality(table: Frame) -> Chart | str:
     """Total dimensionality of the present features by two formulas, of random directions, and of the activations."""
+    if not table["total"].any():
+        return "No feature is present at any snapshot."
     axis = SnapshotAxis.of(table)
     ids = ints(table["snapshot"])
     figure = new_figure("dimensions / d_model", height=380)
@@ -405,9 +415,9 @@ def dimensionality(table: Frame) -> Chart:
     drawn = table.assign(participation=table["participation_ratio"] / d_model)
     lines = {
         "share": "features, by activation",
-        "random_share": "random directions of these lengths",
+        "random_share": "random directions, by activation",
         "elhage_share": "features, all alike (Elhage et al.)",
-        "random_elhage_share": "random directions of those lengths",
+        "random_elhage_share": "random directions, all alike",
         "participation": "participation ratio of the activations",
     }
     for i, (column, name) in enumerate(lines.items()):
@@ -586,8 +596,7 @@ def probe(table: Frame, evolution: Frame) -> Chart | str:
     panels = [("norm", "decoder norm / largest norm", "norm")]
     if points["r2"].notna().any():
         panels.insert(0, ("r2", "R²", "R²"))
-    figure = new_figure("probe error (share of tokens)", height=480)
-    figure.update_layout(grid={"rows": 1, "columns": len(panels), "pattern": "independent", "xgap": 0.1})
+    figure = _panels("probe error (share of tokens)", len(panels), height=480)
     top = 1.05 * max(0.5, float(points["probe_error"].max()))
     for place, (column, title, name) in enumerate(panels):
         end = str(place + 1) if place else ""
@@ -604,8 +613,8 @@ def probe(table: Frame, evolution: Frame) -> Chart | str:
         )  # fmt: skip
         figure.update_layout(
             {
-                f"xaxis{end}": {"title": {"text": title}, "showgrid": True, "gridcolor": GRID, "zeroline": False},
-                f"yaxis{end}": {"range": [0, top], "gridcolor": GRID},
+                f"xaxis{end}": {"title": {"text": title}, "showgrid": True, "zeroline": False},
+                f"yaxis{end}": {"range": [0, top]},
             }
         )
     note = f"All points, by decoder norm: {_correlation(points, [])}."
@@ -663,11 +672,12 @@ def probe_presence(table: Frame) -> Chart | str:
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     within = known[known["part"] == "within_features"].to_dict("records")
     words = [
-        f"{MEASURES[str(row['measure'])]} {row['spearman']:.2f} ({row['spearman_low']:.2f} to {row['spearman_high']:.2f})"
+        f"{MEASURES[str(row['measure'])]} "
+        + f"{row['spearman']:.2f} ({row['spearman_low']:.2f} to {row['spearman_high']:.2f})".replace("-", "−")
         for row in within
     ]
     note = f"Within features: {', '.join(words)}. Correlations between features have nothing to do with training."
-    return Chart(figure, table.reset_index(drop=True), note.replace("-", "−"))
+    return Chart(figure, table.reset_index(drop=True), note)
 
 
 def _correlation(points: Frame, without: list[int]) -> str:

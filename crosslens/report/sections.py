@@ -230,8 +230,8 @@ _EVOLUTION: tuple[Section, ...] = (
         "evolution",
         "Lifecycles",
         "A feature is present at a snapshot if its R² there is at least half of its largest: how well the activations "
-        "of the snapshot alone predict the feature on held-out tokens. The decoder norm, which says what the dictionary "
-        "writes and not what the model holds, stands beside it. “Initial” features are present at the first snapshot; "
+        "of the snapshot alone predict the feature on held-out tokens. The decoder norm stands beside it: it says what "
+        "the dictionary writes, not what the model holds. “Initial” features are present at the first snapshot; "
         "“emergent” ones are born later, at the first snapshot from which they stay; “never” ones are present too "
         "briefly to count as born. “Transient” ones later disappear for good.",
         _EVOLVE,
@@ -288,8 +288,8 @@ _EVOLUTION: tuple[Section, ...] = (
                 "Rotation",
                 "Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per "
                 "doubling of the training tokens (of steps where tokens are unknown). The null is the angle between "
-                "two estimates of the same vector on different halves of the held-out tokens: what sampling alone makes "
-                "of no rotation; the angle between such estimates at neighbouring snapshots is to be compared with it.",
+                "two estimates of the same vector on different halves of the held-out tokens: what sampling alone "
+                "makes of no rotation. Compare it with the angle between such estimates at neighbouring snapshots.",
                 evolution_figures.rotation_rate,
                 ("rotation",),
                 wide=True,

@@ -64,7 +64,7 @@ def test_32_snapshots_end_to_end(
         cl.TrainConfig(run_dir=tmp_path / "run", training_tokens=4500, batch_size=250, lr=1e-2, evaluate=False),
     )
     assert cc.decoder_norms.shape == (48, 32)
-    table = cl.evolve(cc, cached)
+    table = cl.evolve(cc, cached).lifecycles("norm")
     assert len(table) == 48 and table["peak"].between(0, 31).all()
     x = next(cached.held_out(256))
     assert x.shape[1:] == (32, 16)

@@ -19,7 +19,8 @@ import crosslens.evolution.ngrams
 from crosslens.errors import UserError
 from crosslens.evolution.dynamics import Dynamics, bigram_progress, dynamics_table, first_for_good, measure_dynamics
 from crosslens.evolution.geometry import total_dimensionality
-from crosslens.evolution.lifecycles import Firing, evolve, measure_firing, rotation
+from crosslens.evolution.history import evolve
+from crosslens.evolution.lifecycles import Firing, measure_firing, rotation
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams, vocabulary_hash
 from crosslens.evolution.phases import find_phases
 from crosslens.snapshots.collection import Snapshots
@@ -519,15 +520,12 @@ def test_the_table_matches_its_parts(F: int, S: int, D: int, seed: int) -> None:
     dynamics = curves(*np.random.default_rng(seed).uniform(1, 5, (3, S)))
     firing = measure_firing(crosscoder, acts)
     table = dynamics_table(dynamics, crosscoder, firing, min_cosine=0.8)
-    lifecycles, cosines = evolve(crosscoder, firing), rotation(crosscoder)
+    evolution, cosines = evolve(crosscoder, firing), rotation(crosscoder)
+    lifecycles = evolution.lifecycles()
     alive = lifecycles["alive"].to_numpy()
     dimensionality = total_dimensionality(crosscoder, firing)
     for s in range(S):
-        assert (
-            table["present"].iloc[s]
-            == int(lifecycles[f"present/step{10 * s}"].sum())
-            == dimensionality["present"].iloc[s]
-        )
+        assert table["present"].iloc[s] == int(evolution.present()[:, s].sum()) == dimensionality["present"].iloc[s]
         emergent = lifecycles[lifecycles["origin"] == "emergent"]
         assert table["born"].iloc[s] == int((emergent["birth"] == s).sum())
         settled = sum(bool(alive[i]) and all(float(cosines[i, t]) >= 0.8 for t in range(s, S)) for i in range(F))

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,11 +15,13 @@ from crosslens.errors import UserError
 from crosslens.evolution.geometry import (
     decoder_cosines,
     feature_dimensionality,
+    half_cosines,
     rotation_per_interval,
     total_dimensionality,
 )
-from crosslens.evolution.lifecycles import Firing, evolve, measure_firing, rotation
-from tests.given import Held, of_norms, of_rows, snapshots_at
+from crosslens.evolution.history import evolve
+from crosslens.evolution.lifecycles import Firing, measure_firing, rotation
+from tests.given import Held, Read, of_norms, of_rows, snapshots_at
 
 
 def firing_of(rms: Any, S: int) -> Firing:
@@ -115,6 +118,68 @@ def test_rotation_per_interval_by_hand() -> None:
     last = rotation_per_interval(of_rows(rows), torch.tensor([False, False, True, True]))
     assert last["rotated"].tolist() == [1, 0, 0] and last["from"].tolist() == ["0", "1", "2"]
     assert last["from_step"].isna().all()
+
+
+@pytest.mark.parametrize(("jumprelu", "seed"), [(False, 0), (True, 1), (False, 2)])
+def test_halves_are_least_squares_of_one_feature_with_the_others_held(jumprelu: bool, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    F, S, D = 6, 3, 4
+    cc = of_norms(torch.rand(F, S, generator=draw) + 0.2, snapshots_at(0, 5, 20), D=D, seed=seed, jumprelu=jumprelu)
+    cc.b_dec.data = torch.randn(S * D, generator=draw)
+    cc.b_enc.data[5] = -1e3  # silent
+    tokens = torch.randint(1, 5, (9, 7), generator=draw)
+    held = Read(torch.randn(9, 7, S, D, generator=draw), tokens)
+    found = half_cosines(cc, held)
+    n = 63
+    f, x = cc.encode(held.x).double(), cc.scale(held.x).double()
+    rows = np.full((2, F, S, D), np.nan)
+    for half, part in enumerate((range(n // 2), range(n // 2, n))):
+        for i in range(F):
+            for s in range(S):
+                gated = cc.snapshot_acts(f.float(), s).double()
+                others = gated @ cc.W_dec_by_snapshot[:, s].double() + cc.b_dec.view(S, D)[s].double()
+                own = cc.W_dec_by_snapshot[i, s].double()
+                target = torch.stack([x[t, s] - others[t] + gated[t, i] * own for t in part])
+                values = gated[list(part), i][:, None]
+                if values.any():
+                    rows[half, i, s] = np.linalg.lstsq(values.numpy(), target.numpy(), rcond=None)[0][0]
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    same = (rows[0] * rows[1]).sum(-1)
+    following = ((rows[0, :, :-1] * rows[1, :, 1:]).sum(-1) + (rows[1, :, :-1] * rows[0, :, 1:]).sum(-1)) / 2
+    np.testing.assert_allclose(found.same, same, atol=1e-4)
+    np.testing.assert_allclose(found.next, following, atol=1e-4)
+    assert found.same[5].isnan().all() and found.same[:4].isfinite().all()
+
+    table = rotation_per_interval(cc, halves=found)
+    alone = rotation_per_interval(cc)
+    own = cc.W_dec_by_snapshot.detach().double().numpy()
+    own = own / np.linalg.norm(own, axis=-1, keepdims=True)
+    turned = np.rad2deg(np.arccos((own[:, :-1] * own[:, 1:]).sum(-1)))
+    assert table["angle"].tolist() == pytest.approx(np.median(turned, 0).tolist(), abs=1e-2)
+    null = np.sqrt(same[:, :-1].clip(0) * same[:, 1:].clip(0))
+    for name, values in (("halves_angle", following), ("null_angle", null)):
+        expected = np.nanmedian(np.rad2deg(np.arccos(values)), 0)
+        assert table[name].tolist() == pytest.approx(expected.tolist(), abs=1e-2)
+        assert alone[name].isna().all()
+    assert table["beyond_null"].tolist() == pytest.approx([(following < null)[:5, s].mean() for s in range(S - 1)])
+    assert np.isnan(table["doublings"][0]) and table["doublings"][1] == 2.0  # of 35 to 140 tokens
+    assert table["angle_per_doubling"].tolist()[1] == pytest.approx(table["angle"][1] / 2)
+    assert table["null_per_doubling"].tolist()[1] == pytest.approx(table["null_angle"][1] / 2)
+    pd.testing.assert_frame_equal(table[["n", "rotated", "angle"]], alone[["n", "rotated", "angle"]])
+
+
+def test_halves_of_what_does_not_turn_agree() -> None:
+    """Noise around rows that are equal at all snapshots is no more rotation than between halves of one snapshot."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 1, 16, generator=draw).expand(12, 3, 16)
+    cc = of_rows(rows / rows.norm(dim=-1, keepdim=True), snapshots_at(1, 2, 4))
+    f = torch.rand(400, 10, 12, generator=draw) * (torch.rand(400, 10, 12, generator=draw) < 0.2)
+    x = torch.einsum("ntf,fsd->ntsd", f, cc.W_dec_by_snapshot) + 0.3 * torch.randn(400, 10, 3, 16, generator=draw)
+    table = rotation_per_interval(cc, halves=half_cosines(cc, Read(x, torch.ones(400, 10, dtype=torch.long))))
+    assert table["angle"].max() < 0.1
+    assert (table["null_angle"] > 1).all()
+    assert table["halves_angle"].tolist() == pytest.approx(table["null_angle"].tolist(), rel=0.25)
+    assert table["at_edge"].all() and table["doublings"].tolist() == [1.0, 1.0]
 
 
 def test_no_interval_is_marked_if_nothing_rotates() -> None:
@@ -215,6 +280,16 @@ def test_random_directions_have_the_same_number_and_norms() -> None:
     assert table["total"].tolist() == pytest.approx([same["total"][0]] * 2)
     assert table["random_total"][0] != table["random_total"][1]  # every snapshot has its own draws
     assert (tables[0]["random_share"] * 6).tolist() == pytest.approx(tables[0]["random_total"].tolist())
+    # without the rms, as Elhage et al. wrote it: |W_i|^2 / sum_j (W_i / |W_i| . W_j)^2
+    for s in range(2):
+        w = cc.W_dec_by_snapshot[:, s].detach().double().numpy()[(norms[:, s] / norms.amax(1) >= 0.5).numpy()]
+        unit = w / np.linalg.norm(w, axis=1, keepdims=True)
+        expected = (np.linalg.norm(w, axis=1) ** 2 / ((unit @ w.T) ** 2).sum(1)).sum()
+        assert tables[0]["elhage_total"][s] == pytest.approx(expected)
+        assert tables[0]["elhage_share"][s] == pytest.approx(expected / 6)
+        assert tables[0]["random_elhage_share"][s] <= 1
+    alike = total_dimensionality(cc, firing_of(torch.ones(30), 2))
+    assert alike["total"].tolist() == pytest.approx(alike["elhage_total"].tolist())
 
 
 def test_many_features_fit_in_memory() -> None:
@@ -234,4 +309,5 @@ def test_without_present_features_dimensionality_is_zero() -> None:
         total_dimensionality(cc, firing_of([1.0] * 3, 2), presence=0)
     cc.b_enc.data.fill_(-99)
     held = Held(torch.randn(5, 2, 4))
-    assert not evolve(cc, held)["alive"].any() and total_dimensionality(cc, held)["total"].tolist() == [0.0, 0.0]
+    assert not evolve(cc, measure_firing(cc, held)).lifecycles()["alive"].any()
+    assert total_dimensionality(cc, held)["total"].tolist() == [0.0, 0.0]

@@ -22,22 +22,25 @@ from crosslens.crosscoders import (
     JumpReLUCrosscoderConfig,
 )
 from crosslens.errors import UserError
+from crosslens.evolution.births import date_births
+from crosslens.evolution.history import Evolution, evolve
 from crosslens.evolution.lifecycles import (
     check_activations,
     classify_lifecycles,
-    evolve,
     measure_firing,
     relative_norms,
     rotation,
 )
+from crosslens.evolution.presence import measure_decodability
 from crosslens.snapshots.collection import Snapshots
-from tests.given import Held, of_norms
+from tests.given import Held, Read, of_norms, snapshots_at
 
 COLUMNS = [
-    "feature", "alive", "firing_rate", "origin", "fate", "birth", "birth_step", "birth_tokens", "peak", "peak_step",
+    "feature", "alive", "kind", "token_share", "firing_rate",
+    "origin", "fate", "birth", "birth_step", "birth_tokens", "peak", "peak_step",
     "peak_tokens", "death", "death_step", "death_tokens", "lifetime", "lifetime_step", "lifetime_tokens",
 ]  # fmt: skip
-CURVES = ["norm", "strength", "reldec", "present"]
+CURVES = ["norm", "strength", "reldec", "r2", "within", "firing_rate", "mean_activation"]
 
 
 # ---- the definitions
@@ -69,9 +72,9 @@ def slow_lifecycle(norms: list[float], presence: float, min_run: int) -> dict[st
     return life
 
 
-def curve(table: pd.DataFrame, name: str) -> np.ndarray:
-    """The columns of one quantity, (F, S)."""
-    return table[[c for c in table if c.startswith(f"{name}/")]].to_numpy()
+def curve(evolution: Evolution, name: str) -> np.ndarray:
+    """One quantity, (F, S)."""
+    return evolution.wide(name).to_numpy()
 
 
 levels = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), st.floats(0, 8, width=32))
@@ -142,8 +145,12 @@ def test_errors_come_before_activations_are_read() -> None:
 def test_columns_and_dates() -> None:
     metadata = [{"label": f"step{10**s}", "step": 10**s, "tokens": 3 * 10 ** (s + 11)} for s in range(4)]
     norms = [[1, 1, 5, 4], [2, 1, 1, 1], [0, 3, 0, 0], [0, 0, 0, 0]]
-    table = evolve(of_norms(norms, metadata))
-    assert list(table) == COLUMNS + [f"{name}/step{10**s}" for name in CURVES for s in range(4)]
+    found = evolve(of_norms(norms, metadata))
+    assert list(found.table) == ["feature", "snapshot", "label", "step", "tokens", *CURVES]
+    assert found.table["label"].tolist() == ["step1", "step10", "step100", "step1000"] * 4
+    assert found.measures == ["norm"] and list(found.wide("norm")) == ["step1", "step10", "step100", "step1000"]
+    table = found.lifecycles()
+    assert list(table) == COLUMNS
     assert table["feature"].tolist() == [0, 1, 2, 3]
     assert table["alive"].dtype == bool and table["alive"].tolist() == [True, True, True, False]
     assert table["firing_rate"].isna().all()
@@ -157,39 +164,43 @@ def test_columns_and_dates() -> None:
     # present at steps 100 and 1000; from 1 to 1000; from 10 to 100
     assert table["lifetime_step"].tolist() == [900, 999, 90, pd.NA]
     assert table["lifetime_tokens"].tolist() == [27 * 10**13, 3 * 10**14 - 3 * 10**11, 27 * 10**12, pd.NA]
-    assert curve(table, "norm") == pytest.approx(np.array(norms))
-    assert curve(table, "strength")[:3] == pytest.approx(
+    assert curve(found, "norm") == pytest.approx(np.array(norms))
+    assert curve(found, "strength")[:3] == pytest.approx(
         np.array([[0.2, 0.2, 1, 0.8], [1, 0.5, 0.5, 0.5], [0, 1, 0, 0]])
     )
-    assert curve(table, "reldec")[:3] == pytest.approx(
+    assert curve(found, "reldec")[:3] == pytest.approx(
         np.array([[1 / 11, 1 / 11, 5 / 11, 4 / 11], [0.4, 0.2, 0.2, 0.2], [0, 1, 0, 0]])
     )
-    assert np.isnan(curve(table, "strength")[3]).all() and np.isnan(curve(table, "reldec")[3]).all()
-    assert curve(table, "present").tolist() == [
+    assert np.isnan(curve(found, "strength")[3]).all() and np.isnan(curve(found, "reldec")[3]).all()
+    assert all(np.isnan(curve(found, name)).all() for name in CURVES[3:])
+    assert found.present().tolist() == [
         [False, False, True, True], [True] * 4, [False, True, False, False], [False] * 4,
     ]  # fmt: skip
     higher = evolve(of_norms(norms, metadata), presence=0.9, min_run=1)
-    assert higher["lifetime"].tolist() == [1, 1, 1, pd.NA] and higher["birth"].tolist() == [2, 0, 1, pd.NA]
-    assert curve(higher, "present")[1].tolist() == [True, False, False, False]
+    lives = higher.lifecycles()
+    assert lives["lifetime"].tolist() == [1, 1, 1, pd.NA] and lives["birth"].tolist() == [2, 0, 1, pd.NA]
+    assert higher.present()[1].tolist() == [True, False, False, False]
 
 
 def test_lifetime_steps_add_up_over_interruptions() -> None:
     metadata = [{"label": str(s), "step": 10**s, "tokens": None} for s in range(4)]
-    table = evolve(of_norms([[1, 0, 1, 1], [1, 0, 0, 1]], metadata))
+    table = evolve(of_norms([[1, 0, 1, 1], [1, 0, 0, 1]], metadata)).lifecycles()
     assert table["lifetime_step"].tolist() == [9 + 900, 9]
     assert table["lifetime_tokens"].isna().all() and table["birth_tokens"].isna().all()
 
 
 def test_without_metadata_labels_are_indices(tmp_path: Path) -> None:
-    table = evolve(of_norms([[1, 1, 4], [0, 0, 0]]))
-    assert [c for c in table if c.startswith("norm/")] == ["norm/0", "norm/1", "norm/2"]
+    found = evolve(of_norms([[1, 1, 4], [0, 0, 0]]))
+    assert list(found.wide("norm")) == ["0", "1", "2"]
+    table = found.lifecycles()
     assert table["birth"].tolist() == [2, pd.NA] and table["birth_step"].isna().all()
     assert table["lifetime"].tolist() == [1, pd.NA] and table["lifetime_step"].isna().all()
     table.to_parquet(tmp_path / "evolution.parquet")
     again = pd.read_parquet(tmp_path / "evolution.parquet")
-    words = ["origin", "fate"]  # the dtype of text depends on the version of pandas
+    words = ["kind", "origin", "fate"]  # the dtype of text depends on the version of pandas
     pd.testing.assert_frame_equal(again.drop(columns=words), table.drop(columns=words))
     assert again["origin"].tolist()[0] == "emergent" and again[words].isna().all(axis=1).tolist() == [False, True]
+    assert again["kind"].isna().all()
 
 
 def test_features_that_never_fire_are_dead() -> None:
@@ -202,18 +213,19 @@ def test_features_that_never_fire_are_dead() -> None:
     held = Held(x)
     rates = measure_firing(cc, held).rate
     assert rates.tolist() == pytest.approx(fired)
-    table, all_alive = evolve(cc, held), evolve(cc)
+    found, all_found = evolve(cc, measure_firing(cc, held)), evolve(cc)
+    table, all_alive = found.lifecycles(), all_found.lifecycles()
     assert table["firing_rate"].tolist() == pytest.approx(fired)
     assert table["alive"].tolist() == [rate > 0 for rate in fired]
-    life = [c for c in COLUMNS if c not in ("feature", "alive", "firing_rate")]
+    life = COLUMNS[COLUMNS.index("origin") :]
     dead = ~table["alive"]
     assert table.loc[dead, life].isna().all(axis=None) and table.loc[~dead, ["origin", "peak"]].notna().all(axis=None)
     pd.testing.assert_frame_equal(table.loc[~dead, life], all_alive.loc[~dead, life])
     for name in ("norm", "strength", "reldec"):
-        assert np.array_equal(curve(table, name), curve(all_alive, name))
-    assert not curve(table, "present")[dead].any() and curve(table, "present")[~dead].any()
-    few = evolve(cc, held, min_firing_rate=0.3)
-    assert few["alive"].tolist() == [rate > 0.3 for rate in fired]
+        assert np.array_equal(curve(found, name), curve(all_found, name))
+    assert not found.present()[dead].any() and found.present()[~dead].any()
+    few = evolve(cc, measure_firing(cc, held), min_firing_rate=0.3)
+    assert few.lifecycles()["alive"].tolist() == [rate > 0.3 for rate in fired]
     with pytest.raises(UserError, match="no activations are held out"):
         evolve(cc, Held(x[:0]))
 
@@ -266,10 +278,10 @@ def test_firing_matches_plain_loops(kind: str, seed: int) -> None:
     shared = (firing.snapshot_rate == firing.rate[:, None]).all()
     assert bool(shared) == (kind == "shared gate")
     assert firing.rate[0] == 0 and firing.mean[0].isnan().all()
-    table = evolve(cc, firing)
-    pd.testing.assert_frame_equal(table, evolve(cc, Held(x)))
-    assert curve(table, "firing_rate") == pytest.approx(slow["snapshot_rate"])
-    assert curve(table, "mean_activation") == pytest.approx(slow["mean"] * norms.numpy(), rel=1e-4, nan_ok=True)
+    found = evolve(cc, firing)
+    assert found.firing is firing
+    assert curve(found, "firing_rate") == pytest.approx(slow["snapshot_rate"])
+    assert curve(found, "mean_activation") == pytest.approx(slow["mean"] * norms.numpy(), rel=1e-4, nan_ok=True)
     assert measure_firing(cc, firing) is firing
 
 
@@ -283,9 +295,14 @@ def test_a_training_crosscoder_uses_its_inference_gate() -> None:
 def test_a_crosscoder_with_only_dead_features_has_a_table() -> None:
     cc = of_norms(torch.ones(5, 3))
     cc.b_enc.data.fill_(-99)
-    table = evolve(cc, Held(torch.randn(9, 3, 4)))
-    assert not table["alive"].any() and table["origin"].isna().all() and table["lifetime"].isna().all()
-    assert not curve(table, "present").any() and (curve(table, "norm") > 0).all()
+    x = torch.randn(9, 20, 3, 4, generator=torch.Generator().manual_seed(1))
+    found = evolve(cc, Read(x, torch.ones(9, 20, dtype=torch.long)))
+    for measure in ("r2", "within", "norm"):
+        table = found.lifecycles(measure)
+        assert not table["alive"].any() and table["origin"].isna().all() and table["lifetime"].isna().all()
+        assert not found.present(measure).any()
+    assert (curve(found, "norm") > 0).all() and np.isnan(curve(found, "r2")).all()
+    assert found.describe()[0].startswith("0 live features of 5 at 3 snapshots, 0 to 2")
 
 
 def test_activations_of_other_snapshots_or_hook_points_are_refused(tiny_snapshots: Path, tiny_text: list[str]) -> None:
@@ -321,11 +338,61 @@ def test_activations_of_other_snapshots_or_hook_points_are_refused(tiny_snapshot
 def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
     cc = of_norms(torch.rand(8, 3, generator=torch.Generator().manual_seed(4)), acts.metadata()["snapshots"], D=16)
-    table = evolve(cc, acts)
-    assert [c for c in table if c.startswith("norm/")] == ["norm/step0", "norm/step10", "norm/step20"]
+    found = evolve(cc, acts)
+    assert list(found.wide("r2")) == ["step0", "step10", "step20"]
+    table = found.lifecycles()
     x = torch.cat(list(acts.held_out()))
     assert table["firing_rate"].tolist() == pytest.approx((cc.encode(x) > 0).double().mean(0).tolist())
     assert set(table["peak_step"].dropna()) <= {0, 10, 20}
+
+
+@pytest.mark.parametrize(("F", "S", "seed"), [(12, 4, 0), (5, 2, 1), (30, 7, 2)])
+def test_every_measure_has_its_own_lifecycles(F: int, S: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 5, (40, 10), generator=draw)
+    x = torch.randn(5, S, 6, generator=draw)[tokens] + torch.randn(40, 10, S, 6, generator=draw)
+    cc = of_norms(torch.rand(F, S, generator=draw), snapshots_at(*range(1, S + 1)), D=6, seed=seed)
+    held = Read(x, tokens)
+    found, read = evolve(cc, held, presence=0.7, min_run=1, seed=3), measure_decodability(cc, held)
+    assert found.measures == ["r2", "within", "norm"]
+    alive = (cc.encode(held.x) > 0).any(0).numpy()
+    contextual = read.between <= 0.5
+    for measure, values in (("r2", read.r2), ("within", read.within), ("norm", cc.decoder_norms.numpy())):
+        assert curve(found, measure) == pytest.approx(values, rel=1e-6, nan_ok=True)
+        kept = alive & (contextual if measure == "within" else True)
+        kept = kept & (measure == "norm" or np.nan_to_num(values).max(1) >= 0.05)
+        table = found.lifecycles(measure)
+        assert table["origin"].notna().tolist() == kept.tolist() and table["alive"].tolist() == alive.tolist()
+        assert (table["kind"] == "contextual").tolist() == contextual.tolist()
+        for i in np.flatnonzero(kept):
+            expected = slow_lifecycle(np.nan_to_num(values[i]).clip(0).tolist(), 0.7, 1)
+            assert expected is not None
+            row = table.loc[i].to_dict()
+            for name, value in expected.items():
+                assert row[name] == value or (pd.isna(row[name]) and value is None), (measure, i, name)
+            assert found.present(measure)[i].sum() == expected["lifetime"]
+        if measure != "norm":
+            dates = date_births(read, measure, kept, presence=0.7, min_run=1, seed=3)
+            pd.testing.assert_frame_equal(table[list(dates)], dates)
+    pd.testing.assert_frame_equal(found.lifecycles(), found.lifecycles("r2"))
+    frames = found.to_frames()
+    assert frames["lifecycles"]["measure"].tolist() == ["r2"] * F + ["within"] * F + ["norm"] * F
+    counts = found.count_births().query("measure == 'r2' and kind == 'all' and threshold == 0.7").iloc[0]
+    assert counts["born"] == (found.lifecycles()["origin"] == "emergent").sum()
+    lines = found.describe()
+    assert lines[0] == f"{alive.sum()} live features of {F} at {S} snapshots, step1 to step{S}"
+    assert [line.split(":")[0] for line in lines[1:]] == ["by R2", "by within-token R2", "by decoder norm"]
+    assert repr(found) == "\n".join(lines)
+
+
+def test_what_an_evolution_does_not_have_is_named() -> None:
+    found = evolve(of_norms(torch.ones(3, 2)))
+    assert "give activations" in found.describe()[-1]
+    with pytest.raises(UserError, match="measure='r2' was not read: use 'norm'; the others need activations"):
+        found.lifecycles("r2")
+    with pytest.raises(UserError, match="column='present' is unknown: use one of norm, strength"):
+        found.wide("present")
+    assert found.count_births()["measure"].unique().tolist() == ["norm"]
 
 
 # ---- rotation

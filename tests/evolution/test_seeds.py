@@ -15,7 +15,8 @@ import crosslens.evolution.seeds
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
 from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
-from crosslens.evolution.lifecycles import classify_lifecycles, evolve, measure_firing
+from crosslens.evolution.history import evolve
+from crosslens.evolution.lifecycles import classify_lifecycles, measure_firing
 from crosslens.evolution.seeds import (
     add_consensus,
     compare_evolutions,
@@ -24,9 +25,10 @@ from crosslens.evolution.seeds import (
     consensus_shares,
     match,
     match_shares,
+    rotation_of_partners,
     shared_snapshots,
 )
-from tests.given import Held, of_norms, of_rows, snapshots_at
+from tests.given import Held, Read, of_norms, of_rows, snapshots_at
 
 
 def drawn(F: int, seed: int, *, S: int = 2, D: int = 6) -> Any:
@@ -333,6 +335,42 @@ def test_a_trained_crosscoder_is_read_with_its_inference_gate(acts: Activations)
     assert [found[i] for i in live] == pytest.approx([float((f[:, i] > 0).double().mean()) for i in live])
 
 
+# ---- rotation of pairs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rotation_of_partners_matches_plain_loops(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    a = of_norms(torch.rand(8, 4, generator=draw) + 0.1, snapshots_at(1, 2, 4, 8), D=5, seed=seed)
+    b = of_norms(torch.rand(9, 4, generator=draw) + 0.1, snapshots_at(1, 2, 4, 8), D=5, seed=seed + 10)
+    a.W_dec_by_snapshot.data[3, 2] *= 0.01  # has no direction there
+    partners = [(0, 4), (3, 1), (5, 8), (6, 2), (7, 7)]
+    pairs = pd.DataFrame(partners, columns=["feature", "partner"]).assign(correlation=[0.9, 0.8, 0.7, 0.95, 0.69])
+    pairs = pd.concat([pairs, pd.DataFrame({"feature": [1], "partner": [pd.NA], "correlation": [np.nan]})])
+    table = rotation_of_partners(a, b, pairs)
+
+    def angle(u: torch.Tensor, v: torch.Tensor) -> float:
+        return math.degrees(math.acos(float(u @ v / u.norm() / v.norm())))
+
+    for s, row in enumerate(table.to_dict("records")):
+        kept = [(i, j) for i, j in partners[:4] if i != 3 or s == 0]
+        one = [angle(a.W_dec_by_snapshot[i, s], a.W_dec_by_snapshot[i, s + 1]) for i, _ in kept]
+        other = [angle(b.W_dec_by_snapshot[j, s], b.W_dec_by_snapshot[j, s + 1]) for _, j in kept]
+        apart = [angle(a.W_dec_by_snapshot[i, s + 1], b.W_dec_by_snapshot[j, s + 1]) for i, j in kept]
+        assert (row["before"], row["after"], row["n"]) == (s, s + 1, len(kept))
+        assert (row["from"], row["to"]) == (f"step{2**s}", f"step{2 ** (s + 1)}")
+        assert row["angle_a"] == pytest.approx(np.median(one), abs=1e-2)
+        assert row["angle_b"] == pytest.approx(np.median(other), abs=1e-2)
+        assert row["apart"] == pytest.approx(np.median(apart), abs=1e-2)
+        ranks = np.argsort(np.argsort([one, other], 1), 1)
+        assert row["spearman"] == pytest.approx(np.corrcoef(ranks)[0, 1])
+    nothing = rotation_of_partners(a, b, pairs, 0.99)
+    assert (nothing["n"] == 0).all() and nothing[["angle_a", "apart", "spearman"]].isna().all(axis=None)
+    with pytest.raises(UserError, match="rotation needs at least 2"):
+        one = [of_norms(torch.ones(3, 1), snapshots_at(1), D=5) for _ in range(2)]
+        rotation_of_partners(*one, pairs)
+
+
 # ---- lifecycles of pairs
 
 
@@ -387,20 +425,23 @@ def test_agreement_of_lifecycles_matches_plain_loops(seed: int) -> None:
 
 def test_summaries_match_their_parts() -> None:
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(40, 4, 6, generator=generator)
+    x = torch.randn(10, 20, 4, 6, generator=generator)
     wide = of_norms(torch.rand(30, 4, generator=generator), snapshots_at(0, 1, 10, 100), D=6, seed=1)
     narrow = of_norms(torch.rand(9, 4, generator=generator), snapshots_at(0, 1, 10, 100), D=6, seed=2)
     narrow.b_enc.data[0] = -99
     still = of_rows(torch.ones(3, 2, 6), None)
+    held, of_two = Read(x, torch.ones(10, 20, dtype=torch.long)), measure_firing(still, Held(x[:, :, :2].flatten(0, 1)))
     table = compare_evolutions(
-        {"32x": (wide, Held(x)), "8x": (narrow, measure_firing(narrow, Held(x))), "still": (still, Held(x[:, :2]))}
+        {"32x": (wide, held), "8x": (narrow, measure_firing(narrow, held)), "still": (still, of_two)}
     ).set_index("name")
     assert table["features"].tolist() == [30, 9, 3] and table["snapshots"].tolist() == [4, 4, 2]
     assert table["alive"].tolist() == [30, 8, 3]
     for name, cc in (("32x", wide), ("8x", narrow)):
-        row, life = table.loc[name], evolve(cc, Held(x))
-        live = life[life["alive"]]
-        assert row["alive"] == len(live)
+        evolution = evolve(cc, held if name == "32x" else measure_firing(cc, held))
+        row, life = table.loc[name], evolution.lifecycles()
+        assert row["measure"] == evolution.measures[0] == ("r2" if name == "32x" else "norm")
+        assert row["alive"] == life["alive"].sum()
+        live = life[life["origin"].notna()]
         for origin in ("initial", "emergent", "never"):
             assert row[origin] == pytest.approx((live["origin"] == origin).mean())
         assert row["transient"] == pytest.approx((live["fate"] == "transient").mean())
@@ -409,7 +450,7 @@ def test_summaries_match_their_parts() -> None:
         point = intervals[intervals["largest"]].iloc[0]
         for column in ("from", "to", "from_step", "to_step", "share"):
             assert row[f"rotation_{column}"] == point[column]
-        share = total_dimensionality(cc, Held(x))["share"].tolist()
+        share = total_dimensionality(cc, held)["share"].tolist()
         assert [row[f"dimensionality_{k}"] for k in ("first", "least", "last")] == [share[0], min(share), share[-1]]
     assert table.loc["still", ["rotation_from", "rotation_to_step", "rotation_share", "median_birth"]].isna().all()
     with pytest.raises(UserError, match="crosscoders is empty"):

@@ -262,9 +262,12 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     assert table["reason"][2] == "nearly equal to step8 (CKA 1.000)"
     assert table["reason"].tolist()[1::2] == ["", ""] and table["reason"][4] == ""
     similarity = snapshot_similarity(acts).set_index(["snapshot", "other"])["cka"]
-    assert np.isnan(table["similarity"][0])
-    for s in range(1, 5):
-        assert table["similarity"][s] == max(similarity[t, s] for t in range(s))
+    for s in range(5):
+        expected = [similarity[t, s] for t in range(s)] + [similarity[s, 4]] * (s < 4)
+        assert table["similarity"][s] == max(expected)
+    # of two that are nearly equal the earlier one goes, if the other is the last
+    acts.x = torch.cat([x[:, :4], x[:, 3:4] * 2], 1)
+    assert doubtful_snapshots(acts)["reason"][3:].tolist() == ["nearly equal to step512 (CKA 1.000)", ""]
     lines = describe_doubtful(table)
     assert lines[-1] == "a crosscoder is better trained without: --steps 8,64,512" and len(lines) == 3
     share = torch.full((7, 5), 0.1)
@@ -274,6 +277,39 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     assert read["reason"][3] == "most features are read from it (median encoder share 61%, 3/S = 60%)"
     assert read["encoder_share"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.61, 0.1])
     assert describe_doubtful(table[table["reason"] == ""]) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_doubtful_snapshots_are_not_proposed(seed: int) -> None:
+    alike = random_similarity(7, seed)
+    doubtful = pd.DataFrame({"snapshot": range(7), "reason": ["untrained (step 0)", "", "", "odd", "", "", ""]})
+    curves = np.random.default_rng(seed).random(7)
+    table = propose_snapshots(
+        similarity_of(alike),
+        4,
+        accuracy_of(task=curves),
+        steps=range(7),
+        doubtful=doubtful.sample(frac=1, random_state=0),
+    )
+    kept = [1, 2, 4, 5, 6]
+    left = [[alike[s][t] for t in kept] for s in kept]
+    names = {f"step{i}": f"step{s}" for i, s in enumerate(kept)}
+    alone = propose_snapshots(similarity_of(left), 4, accuracy_of(task=curves[kept]))
+    of_kept = table.loc[kept].reset_index(drop=True)
+    assert of_kept["chosen"].tolist() == alone["chosen"].tolist()
+    assert of_kept["nearest"].tolist() == alone["nearest"].map(names).tolist()
+    assert of_kept["distance"].tolist() == pytest.approx(alone["distance"].tolist())
+    assert of_kept["cost"].tolist() == pytest.approx(alone["cost"].tolist(), nan_ok=True)
+    assert table["reason"][[0, 3]].tolist() == ["left out: untrained (step 0)", "left out: odd"]
+    assert table.loc[[0, 3], ["nearest", "distance"]].isna().all(axis=None) and not table["chosen"][[0, 3]].any()
+    assert table["reason"][1].startswith("the first snapshot that is not doubtful")
+    assert table["reason"][6].startswith("the last snapshot;")
+    assert propose_snapshots(similarity_of(alike), 7, doubtful=doubtful)["chosen"].sum() == 5
+    hopeless = doubtful.assign(reason="odd")
+    everything = propose_snapshots(similarity_of(alike), 7, doubtful=hopeless)
+    assert everything["chosen"].all() and not everything["reason"].str.contains("left out").any()
+    with pytest.raises(UserError, match="doubtful has 2 snapshots, similarity has 7"):
+        propose_snapshots(similarity_of(alike), 3, doubtful=doubtful[:2])
 
 
 def test_step_0_is_untrained_and_unknown_steps_are_not_printed() -> None:

@@ -13,7 +13,8 @@ import torch
 import crosslens.evolution.splitting
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify_lifecycles, evolve
+from crosslens.evolution.history import evolve
+from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.evolution.splitting import replacements, splits
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, of_norms, of_rows, snapshots_at
@@ -137,7 +138,8 @@ def test_there_are_no_replacements_without_deaths(tiny_snapshots: Path, tiny_tex
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 500, 16)
     other = [{**row, "fingerprint": "0" * 64} for row in acts.metadata()["snapshots"]]
     with pytest.raises(UserError, match="lifecycles lack the firing rates of this crosscoder"):
-        replacements(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)), evolve(of_norms(torch.ones(4, 3))))
+        of_norm = evolve(of_norms(torch.ones(4, 3))).lifecycles()
+        replacements(of_norms(torch.ones(4, 3)), Held(torch.randn(9, 3, 4)), of_norm)
     with pytest.raises(UserError, match="trained on other weights"):
         replacements(of_norms(torch.ones(4, 3), other, D=16), acts)
 
@@ -196,7 +198,7 @@ def test_a_split_and_a_merger_by_hand() -> None:
     cc = of_rows(rows)
     assert len(splits(cc, torch.tensor([True, False, True, True, True, True]))) == 1
     assert splits(of_rows(torch.eye(4)[:, None].expand(4, 3, 4))).empty
-    assert splits(cc, torch.tensor(evolve(cc)["alive"].to_numpy()) & False).empty
+    assert splits(cc, torch.tensor(evolve(cc).lifecycles()["alive"].to_numpy()) & False).empty
     with pytest.raises(UserError, match="splitting needs at least 2 snapshots, this crosscoder has 1"):
         splits(of_rows(torch.ones(2, 1, 3)))
     with pytest.raises(UserError, match="apart=0.9 and together=0.8 must satisfy"):

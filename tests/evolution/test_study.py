@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,23 +22,33 @@ from crosslens.evolution.dynamics import dynamics_table, measure_dynamics
 from crosslens.evolution.geometry import (
     decoder_cosines,
     feature_dimensionality,
+    half_cosines,
     rotation_per_interval,
     total_dimensionality,
 )
-from crosslens.evolution.lifecycles import evolve, rotation
+from crosslens.evolution.history import evolve
+from crosslens.evolution.lifecycles import rotation
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.phases import find_phases
-from crosslens.evolution.probes import probe, probe_parts
-from crosslens.evolution.selection import propose_snapshots, snapshot_similarity
+from crosslens.evolution.probes import probe, probe_parts, probe_presence
+from crosslens.evolution.selection import doubtful_snapshots, propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
 from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
 from crosslens.report import evolution_figures
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
-from tests.given import Held, of_norms, snapshots_at
+from tests.given import Held, Read, of_norms, snapshots_at
 from tests.plain_model import make_crosscoder
 
 LABELS = ["step0", "step8", "step64", "step512"]
+
+
+class Dated(Read):
+    """Activations of snapshots with labels and steps."""
+
+    snapshots: Any = SimpleNamespace(labels=LABELS, steps=[0, 8, 64, 512])
+    n_snapshots = 4
+    d_model = 5
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +60,37 @@ def crosscoder() -> Any:
 
 
 @pytest.fixture(scope="module")
-def acts() -> Held:
-    return Held(torch.randn(60, 4, 5, generator=torch.Generator().manual_seed(3)))
+def acts() -> Read:
+    draw = torch.Generator().manual_seed(3)
+    return Dated(torch.randn(20, 15, 4, 5, generator=draw), torch.randint(1, 6, (20, 15), generator=draw))
 
 
 @pytest.fixture(scope="module")
-def found(crosscoder: Any, acts: Held) -> dict[str, pd.DataFrame]:
-    return study_evolution(crosscoder, acts, presence=0.4, seed=5)
+def found(crosscoder: Any, acts: Read) -> dict[str, pd.DataFrame]:
+    return study_evolution(crosscoder, acts, evolve(crosscoder, acts, presence=0.4, seed=5), seed=5)
 
 
-def test_study_evolution_matches_its_parts(crosscoder: Any, acts: Held, found: dict[str, pd.DataFrame]) -> None:
+def test_study_evolution_matches_its_parts(crosscoder: Any, acts: Read, found: dict[str, pd.DataFrame]) -> None:
     tables = found
-    lifecycles = evolve(crosscoder, acts, presence=0.4)
+    evolution = evolve(crosscoder, acts, presence=0.4, seed=5)
+    lifecycles = evolution.lifecycles("norm")
     alive = torch.tensor(lifecycles["alive"].to_numpy())
+    doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
+    dimensionality = total_dimensionality(crosscoder, acts, presence=0.4, seed=5)
     expected = {
-        "evolution": lifecycles,
-        "rotation": rotation_per_interval(crosscoder, alive),
-        "dimensionality": total_dimensionality(crosscoder, acts, presence=0.4, seed=5),
+        "evolution": evolution.table,
+        "lifecycles": pd.concat([evolution.lifecycles(m).assign(measure=m) for m in ("r2", "within", "norm")]),
+        "birth_counts": evolution.count_births(),
+        "doubtful": doubtful,
+        "rotation": rotation_per_interval(crosscoder, alive, half_cosines(crosscoder, acts)),
+        "dimensionality": dimensionality.assign(participation_ratio=doubtful["participation_ratio"]),
         "scaling": latent_scaling(crosscoder, acts).to_frame(LABELS),
         "replacements": replacements(crosscoder, acts, lifecycles),
         "splits": splits(crosscoder, alive, presence=0.4),
         "agreement": top_agreement(crosscoder, acts),
     }
     for name, table in expected.items():
-        pd.testing.assert_frame_equal(tables[name], table)
+        pd.testing.assert_frame_equal(tables[name], table[list(tables[name])].reset_index(drop=True))
     per_feature = {
         "directions": ("cosine", rotation(crosscoder)),
         "feature_dimensionality": ("dimensionality", feature_dimensionality(crosscoder, acts, presence=0.4)),
@@ -85,7 +103,7 @@ def test_study_evolution_matches_its_parts(crosscoder: Any, acts: Held, found: d
 
 
 def test_cosines_are_of_live_features(crosscoder: Any, found: dict[str, pd.DataFrame]) -> None:
-    alive = found["evolution"].query("alive")["feature"].tolist()
+    alive = found["lifecycles"].query("measure == 'norm' and alive")["feature"].tolist()
     rows = decoder_cosines(crosscoder)
     for row in found["cosines"].to_dict("records"):
         values = [float(rows[i, row["snapshot"], row["other"]]) for i in alive]
@@ -110,17 +128,27 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     lines = evolution_figures.dimensionality(tables["dimensionality"]).figure.data
     assert list(lines[0].y) == pytest.approx(tables["dimensionality"]["share"].tolist())
     assert list(lines[1].y) == pytest.approx(tables["dimensionality"]["random_share"].tolist())
-    points = evolution_figures.scaling(tables["scaling"], tables["evolution"]).data
-    norms = tables["evolution"][[f"norm/{label}" for label in LABELS]].to_numpy()
+    assert list(lines[2].y) == pytest.approx(tables["dimensionality"]["elhage_share"].tolist())
+    assert list(lines[4].y) == pytest.approx((tables["dimensionality"]["participation_ratio"] / 5).tolist())
+    rates = {(trace.name, trace.yaxis): list(trace.y) for trace in evolution_figures.rotation_rate(
+        tables["rotation"]).figure.data}  # fmt: skip
+    for name, column in (("decoder vectors", "angle"), ("null: the same snapshot, different halves", "null")):
+        per_interval = "null_angle" if column == "null" else column
+        assert rates[(name, "y")] == pytest.approx(tables["rotation"][per_interval].tolist())
+        per_doubling = tables["rotation"][f"{column}_per_doubling"].tolist()
+        assert np.isnan(per_doubling[0]) and rates[(name, "y2")][1:] == pytest.approx(per_doubling[1:])
+    points = evolution_figures.scaling(tables["scaling"], tables["evolution"], tables["lifecycles"]).data
+    norms = tables["evolution"].pivot(index="feature", columns="snapshot", values="norm").to_numpy()
     for row in points.sample(20, random_state=0).to_dict("records"):
         top = norms[row["feature"]].max()
         assert row["strength"] == pytest.approx(norms[row["feature"], LABELS.index(row["label"])] / top)
         beta = tables["scaling"].loc[row["feature"], f"peak/{row['label']}"]
         assert row["scaling"] == pytest.approx(beta / top)
-    drawn = evolution_figures.encoder(tables["encoder"], tables["evolution"])
-    born = tables["evolution"].query("alive and birth == 2")["feature"]
+    drawn = evolution_figures.encoder(tables["encoder"], tables["lifecycles"])
+    at = int(tables["lifecycles"].query("measure == 'r2'")["birth"].max())
+    born = tables["lifecycles"].query("measure == 'r2' and alive and birth == @at")["feature"]
     shares = tables["encoder"].loc[born, "share/step64"].dropna()
-    place = drawn.data["born"].tolist().index(2)
+    place = drawn.data["born"].tolist().index(at)
     assert drawn.figure.data[0].z[place][2] == pytest.approx(shares.median())
     counted = evolution_figures.splits_and_replacements(
         pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), pd.DataFrame({"birth": [1, 1, 3]}), snapshots
@@ -135,11 +163,18 @@ def test_study_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[
     own = count_ngrams(acts.train_tokens(), snaps.tokenizer)
     found = study_dynamics(cc, acts, seed=4)
     measured = measure_dynamics(snaps, own, acts.tokens, seed=4)  # fewer than 30,000
-    pd.testing.assert_frame_equal(found["dynamics"], dynamics_table(measured, cc, acts, seed=4))
-    pd.testing.assert_frame_equal(found["phases"], find_phases(measured, cc, acts, seed=4))
+    evolution = evolve(cc, acts, seed=4)
+    pd.testing.assert_frame_equal(found["dynamics"], dynamics_table(measured, cc, evolution, seed=4))
+    assert found["dynamics"]["present"].tolist() == evolution.present("r2").sum(0).tolist()
+    assert found["dynamics"]["measure"].unique().tolist() == ["r2"]
+    pd.testing.assert_frame_equal(found["phases"], find_phases(measured, cc, evolution, seed=4))
+    doubtful = doubtful_snapshots(acts)
     pd.testing.assert_frame_equal(
-        found["selection"], propose_snapshots(snapshot_similarity(acts), 3, steps=snaps.steps)
+        found["selection"], propose_snapshots(snapshot_similarity(acts), 3, steps=snaps.steps, doubtful=doubtful)
     )
+    again = study_dynamics(cc, acts, evolution=evolution, doubtful=doubtful.assign(reason=""), seed=4)
+    pd.testing.assert_frame_equal(again["phases"], found["phases"])
+    assert again["selection"]["chosen"].all()
     # a crosscoder of the trained snapshots, beside the predictions of all
     later = Activations(snaps[1:], "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     without = study_dynamics(make_crosscoder(later.snapshots, "standard_crosscoder"), later, snapshots=snaps, seed=4)
@@ -161,13 +196,28 @@ def test_study_probes_matches_its_parts(tiny_snapshots: Path, tiny_text: list[st
     probes = probe(cc, acts, n_features=3, seed=2)
     pd.testing.assert_frame_equal(found["probe"], probes)
     pd.testing.assert_frame_equal(found["probe_parts"], probe_parts(probes, seed=2))
+    evolution = evolve(cc, acts, seed=2)
+    pd.testing.assert_frame_equal(found["probe_presence"], probe_presence(probes, evolution.table, seed=2))
+    chart = evolution_figures.probe_presence(found["probe_presence"])
+    assert not isinstance(chart, str)
+    known = found["probe_presence"].dropna(subset=["spearman"])
+    within = known.query("part == 'within_features'")["spearman"].tolist()
+    assert list(chart.figure.data[0].x)[: len(within)] == pytest.approx(within)
+    points = evolution_figures.probe(probes, evolution.table)
+    assert not isinstance(points, str)
+    assert [trace.xaxis for trace in points.figure.data] == ["x", "x2"]
+    r2 = [evolution.wide("r2").iloc[i, s] for i, s in zip(probes["feature"], probes["snapshot"], strict=True)]
+    assert list(points.figure.data[0].x) == pytest.approx([value for value in r2 if value == value])
+    assert list(points.figure.data[1].x) == pytest.approx(probes["norm"].tolist())
+    alone = evolution_figures.probe(probes, evolution.table.assign(r2=np.nan))
+    assert not isinstance(alone, str) and len(alone.figure.data) == 1
 
 
 def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     tables = found
-    dead = tables["evolution"].assign(alive=False)
+    dead = tables["lifecycles"].assign(alive=False, birth=None)
     assert "No feature is born" in evolution_figures.encoder(tables["encoder"], dead)
-    assert "No feature fires" in evolution_figures.scaling(tables["scaling"], dead)
+    assert "No feature fires" in evolution_figures.scaling(tables["scaling"], tables["evolution"], dead)
     assert "No feature changes" in evolution_figures.rotation(tables["rotation"].assign(rotated=0))
     assert "No feature has a decoder vector long enough" in evolution_figures.cosines(tables["cosines"].assign(n=0))
     none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
@@ -175,7 +225,7 @@ def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     assert "No feature splits" in evolution_figures.splits_and_replacements(*none, snapshots)
 
 
-def test_topk_crosscoders_have_no_latent_scaling(acts: Held) -> None:
+def test_topk_crosscoders_have_no_latent_scaling(acts: Read) -> None:
     made = BatchTopKCrosscoder(BatchTopKCrosscoderConfig(d_in=20, d_sae=6, n_snapshots=4))
     made.W_dec.data = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     made.W_enc.data = made.W_dec.data.T.clone()
@@ -187,3 +237,8 @@ def test_topk_crosscoders_have_no_latent_scaling(acts: Held) -> None:
 def test_one_snapshot_is_refused() -> None:
     with pytest.raises(UserError, match="snapshot"):
         study_evolution(of_norms(torch.rand(4, 1), D=5), Held(torch.randn(9, 1, 5)))
+
+
+def test_an_evolution_without_activations_is_refused(crosscoder: Any, acts: Read) -> None:
+    with pytest.raises(UserError, match=r"read without activations: give evolve\(crosscoder, acts\)"):
+        study_evolution(crosscoder, acts, evolve(crosscoder))

@@ -15,8 +15,9 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.evolution.births import beside_untrained, count_births, table_of_counts
+from crosslens.evolution.history import evolve
 from crosslens.evolution.presence import measure_decodability
-from crosslens.evolution.study import study_births
+from crosslens.evolution.study import study_evolution
 from crosslens.evolution.untrained import recorded_training, untrained_births, untrained_snapshots
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -61,16 +62,13 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     pd.testing.assert_frame_equal(control, untrained_births(acts, architecture, config))
     assert (control["born"] <= control["n"]).all() and control["n"].max() > 0
 
-    tables = study_births(crosscoder, acts, untrained=control, seed=3)
+    tables = study_evolution(crosscoder, acts, untrained=control, seed=3)
     found = measure_decodability(crosscoder, acts)
-    long = tables["presence"]
-    assert list(long) == [
-        "feature", "snapshot", "label", "step", "norm", "r2", "within", "strength", "firing_rate"
-    ]  # fmt: skip
+    long = tables["evolution"]
     assert len(long) == 24 * 3 and long["step"].tolist()[:3] == [0, 10, 20]
     for name, values in (("r2", found.r2), ("within", found.within), ("norm", crosscoder.decoder_norms.numpy())):
         np.testing.assert_allclose(long.pivot(index="feature", columns="snapshot", values=name), values, rtol=1e-6)
-    births = tables["births"].set_index(["measure", "feature"])
+    births = tables["lifecycles"].dropna(subset=["origin"]).set_index(["measure", "feature"])
     for i in births.loc["r2"].index:
         row, curve = births.loc[("r2", i)], found.r2[i].clip(0)
         assert row["peak"] == curve.argmax() and curve.max() >= 0.05
@@ -89,8 +87,8 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     assert row["born"] == (births.loc["r2"]["origin"] == "emergent").sum()
     lines = table_of_counts(counts)
     assert len(lines) == 9 and max(map(len, lines)) <= 130
-    assert f"{row['born']} / {row['born_reversed']} ({row['untrained'] * row['untrained_n']:.0f} of" in lines[4]
-    assert "--untrained" in table_of_counts(study_births(crosscoder, acts)["birth_counts"])[-1]
+    assert f"{row['born']} / {row['born_reversed']} ({row['untrained'] * row['untrained_n']:.0f} of" in lines[1]
+    assert "--untrained" in table_of_counts(evolve(crosscoder, acts).count_births())[-1]
 
 
 def test_controls_are_joined_by_measure_kind_and_threshold() -> None:

@@ -588,7 +588,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_command(run: RunDir, client: str, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dates = {f"{event}": pd.array([0, 1, 2, 3], dtype="Int64") for event in ("birth", "peak")}
-    run.save_table("evolution", pd.DataFrame({"feature": range(4), **dates}))
+    run.save_table("lifecycles", pd.DataFrame({"measure": "r2", "feature": range(4), **dates}))
     with label_server.serve(lambda user, _: label("a", feature_of(user) + 1)) as server:
         options = ("--client", client, "--model", "m", "--base-url", server.url(client))
         code, out, _ = said(run.path, *options, "--dry-run", "--prices", "3,15")

@@ -74,8 +74,6 @@ def test_held_out_tokens_values_and_activations_belong_together() -> None:
     assert tokens.shape == (450, 20) and len(values) == len(x) == 9000 and traps.keep(tokens).all()
     for i in np.flatnonzero(traps.lexical):
         assert torch.equal(values[:, i] > 0, traps.types[i, tokens.flatten()])
-    other = torch.cat(list(traps.fresh(4000).held_out()))
-    assert len(other) == 4000 and not torch.equal(other, x[:4000])
     again = PlantedTraps(Trap(**SMALL), 5, n_tokens=3000)
     assert torch.equal(next(iter(again.batches(1000))), next(iter(traps.batches(1000))))
     assert len(list(again.batches(1000, epochs=2))) == 6
@@ -85,8 +83,7 @@ def test_scores_are_counts() -> None:
     judged = pd.DataFrame(
         {
             "birth": [2, 3, 0, 0, 4], "norm": [2, 2, 3, 0, 0], "r2": [2, 3, 1, 0, 4],
-            "crossing": [1.5, 2.4, 0.0, 0.0, 3.9], "birth_low": [2, 4, 0, 0, 4], "birth_high": [2, 4, 1, 0, 4],
-            "crossing_low": [1.4, 2.5, 0, 0, 3], "crossing_high": [1.6, 2.6, 1, 0, 3.8],
+            "birth_low": [2, 4, 0, 0, 4], "birth_high": [2, 4, 1, 0, 4],
             "q": [0.01, 0.2, 0.04, 0.9, 0.01],
         }
     )  # fmt: skip
@@ -94,7 +91,7 @@ def test_scores_are_counts() -> None:
     assert scores == pytest.approx(
         {
             "found": 5, "born": 3, "exact/norm": 1 / 3, "false/norm": 1 / 3, "false_rate/norm": 0.5, "exact/r2": 1.0,
-            "false/r2": 0.25, "false_rate/r2": 0.5, "covered": 2 / 3, "covered_crossing": 1 / 3, "false_sure": 1 / 3,
+            "false/r2": 0.25, "false_rate/r2": 0.5, "covered": 2 / 3, "false_sure": 1 / 3,
         }
     )  # fmt: skip
     none = score_births(judged.iloc[3:4])
@@ -120,9 +117,15 @@ def test_births_by_decodability_survive_the_traps(name: str) -> None:
     )
     crosscoder = train(traps, BatchTopKCrosscoderTrainingConfig(d_sae=80, k=4), config)
     scores = score_births(judge_births(crosscoder, traps))
+    unborn = scores["found"] - scores["born"]
     assert scores["found"] >= 30 and scores["false_sure"] <= 0.05
-    assert not scores["false_rate/r2"] > 0.05  # NaN where every feature is born
-    if scores["born"]:
-        assert scores["exact/r2"] >= 0.9 and scores["exact/norm"] < scores["exact/r2"]
+    # with an untrained first snapshot nearly every feature is born after it
+    assert (unborn == 0) == np.isnan(scores["false_rate/r2"])
+    assert unborn >= 20 or name == "untrained"
+    if unborn:
+        assert scores["false_rate/r2"] <= (0.02 if name == "no_births" else 0.05)
     if name == "no_births":
-        assert scores["false_rate/r2"] <= 0.02 < scores["false_rate/norm"]
+        assert scores["born"] == 0 and scores["false_rate/norm"] > 0.02
+    else:
+        assert scores["born"] >= 20 and scores["covered"] >= 0.92
+        assert scores["exact/r2"] >= 0.95 and scores["exact/norm"] < scores["exact/r2"]

@@ -15,7 +15,7 @@ import pytest
 from crosslens.report import write_report
 from crosslens.rundir import RunDir
 from tests.report.test_features import TOKENS, add_features
-from tests.report.test_pages import HOSTILE, PAGES, TASKS, _Page, add_study, make_run, table
+from tests.report.test_pages import HOSTILE, PAGES, TASKS, _Page, add_study, lives, make_run, table, wide
 
 _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -84,7 +84,7 @@ class Visitor:
         self.page.goto((self.report / "feature.html").as_uri() + f"#{number}")
         self.page.wait_for_selector(f"h1:text-is('Feature {number}')")
         self.page.wait_for_selector("#feature:not([hidden])")
-        self.page.wait_for_function("document.querySelector('#figure-norms .plot').data")
+        self.page.wait_for_function("document.querySelector('#figure-presence .plot').data")
         self.page.wait_for_selector(DRAWN)
         return self.page
 
@@ -200,7 +200,6 @@ def test_links_lead_to_every_page_and_back(browser: Any, run: RunDir) -> None:
 
 
 def test_search_and_sort_of_the_table(browser: Any, run: RunDir) -> None:
-    lives = table(run, "evolution")
     visitor = Visitor(browser, run.report)
     page = visitor.open("features")
     assert visitor.column("Feature") == [str(i) for i in range(50)]
@@ -208,7 +207,7 @@ def test_search_and_sort_of_the_table(browser: Any, run: RunDir) -> None:
     page.fill("#search", "22")
     assert visitor.column("Feature") == [str(i) for i in (22, *range(220, 230))]
     page.fill("#search", "TRANSIENT emergent")
-    expected = lives.query("origin == 'emergent' and fate == 'transient'")["feature"]
+    expected = lives(run).query("origin == 'emergent' and fate == 'transient'")["feature"]
     assert visitor.column("Feature") == [str(i) for i in expected[:50]]
     assert f"{len(expected)} of 230 features match" in page.inner_text("#found")
     page.fill("#search", HOSTILE)
@@ -307,17 +306,20 @@ def test_hostile_tokens_are_text(browser: Any, run: RunDir) -> None:
 
 
 def test_a_feature_shows_its_numbers(browser: Any, run: RunDir) -> None:
-    lives = table(run, "evolution").set_index("feature")
     visitor = Visitor(browser, run.report)
     effects = table(run, "attribution/simple")
     examples = table(run, "example_tokens").sort_values(["feature", "rank", "position"])
     number = max(set(effects["feature"]) & set(examples["feature"]))
     page = visitor.feature(number)
-    norms = lives.filter(like="norm/").loc[number].to_numpy(dtype=float)
-    drawn = page.evaluate("document.querySelector('#figure-norms .plot').data[0].y")
-    assert drawn == pytest.approx(norms.tolist(), abs=1e-4 * norms.max())
-    level = page.evaluate("document.querySelector('#figure-norms .plot').layout.shapes[0].y0")
-    assert level == pytest.approx(norms.max() / 2, rel=1e-3)
+    norms = wide(run, "norm").loc[number].to_numpy(dtype=float)
+    lines = "document.querySelector('#figure-presence .plot').data.map((t) => [t.name, t.y])"
+    drawn = dict(page.evaluate(lines))
+    names = {"R²": "r2", "within-token R²": "within", "decoder norm": "norm"}
+    read = [name for name, measure in names.items() if isinstance(lives(run, measure).loc[number, "origin"], str)]
+    assert "R²" in read and list(drawn)[: len(read)] == read
+    for name in read:
+        values = wide(run, names[name]).loc[number].to_numpy(dtype=float).clip(0)
+        assert drawn[name] == pytest.approx((values / values.max()).tolist(), abs=1e-3)
     band, line = page.evaluate("document.querySelector('#figure-effects .plot').data.map((t) => t.y)")[:2]
     rows = effects[effects["feature"] == number].sort_values("snapshot")
     assert line == pytest.approx(rows["ie"].tolist(), abs=1e-3 * rows["ie"].abs().max())
@@ -336,7 +338,7 @@ def test_a_feature_shows_its_numbers(browser: Any, run: RunDir) -> None:
         silent += sum((wrote > 0.02) & (wrote <= 0.25))
         wrote = wrote * (wrote > 0.25) / (activation.max() * norms.max())
         assert tints == pytest.approx(wrote, abs=5e-3)
-        assert page.inner_text("#at-label") == lives.filter(like="norm/").columns[s][5:]
+        assert page.inner_text("#at-label") == wide(run, "norm").columns[s]
     assert silent, "nothing that a gate keeps back"
     assert not visitor.troubles
 
@@ -419,18 +421,18 @@ def test_numbers_and_pictures_are_saved(browser: Any, run: RunDir, tmp_path: Pat
     page.fill("#search", "emergent")
     page.click("#features thead >> text=Peak")
     rows = list(csv.DictReader(io.StringIO(saved("#numbers").read_text(encoding="utf-8"), newline="")))
-    lives = table(run, "evolution").query("alive and origin == 'emergent'").sort_values("peak", kind="stable")
-    assert [int(row["Feature"]) for row in rows] == lives["feature"].tolist()
-    assert [row["Peak"] for row in rows] == [lives.filter(like="norm/").columns[s][5:] for s in lives["peak"]]
-    assert [float(row["Active (%)"]) for row in rows] == pytest.approx(100 * lives["firing_rate"], rel=1e-2)
+    born = lives(run).query("alive and origin == 'emergent'").sort_values("peak", kind="stable")
+    norms = wide(run, "norm").loc[8]
+    assert [int(row["Feature"]) for row in rows] == born["feature"].tolist()
+    assert [row["Peak"] for row in rows] == [norms.index[s] for s in born["peak"]]
+    assert [float(row["Active (%)"]) for row in rows] == pytest.approx(100 * born["firing_rate"], rel=1e-2)
     page = visitor.feature(8)
-    assert saved("#figure-norms button[data-picture=svg]").name == "feature-8-norms.svg"
-    norms = table(run, "evolution").set_index("feature").filter(like="norm/").loc[8]
-    for part in ("#figure-norms", "#figure-effects", "#examples", "#lens"):
+    assert saved("#figure-presence button[data-picture=svg]").name == "feature-8-presence.svg"
+    for part in ("#figure-presence", "#figure-effects", "#examples", "#lens"):
         target = saved(f"{part} button[data-numbers]")
         rows = list(csv.DictReader(io.StringIO(target.read_text(encoding="utf-8"), newline="")))
-        if part == "#figure-norms":
-            assert [row["label"] for row in rows] == [name[5:] for name in norms.index]
+        if part == "#figure-presence":
+            assert [row["label"] for row in rows] == norms.index.tolist()
             assert [float(row["norm"]) for row in rows] == pytest.approx(norms.tolist(), abs=1e-4 * norms.max())
         if part == "#figure-effects":
             assert {row["task"] for row in rows} == set(TASKS) and len(rows) == len(TASKS) * len(norms)

@@ -17,7 +17,7 @@ from crosslens.report.evolution_figures import complexity as complexity_figure
 from crosslens.report.features import SHARD, write_features
 from crosslens.report.tables import Tables
 from crosslens.rundir import RunDir
-from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, drop, make_run, table
+from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, drop, lives, make_run, table, wide
 
 TOKENS = [
     HOSTILE, "</script>", "<!--", "\"'`&", "שלום", "\u202egnirts", "👩\u200d💻", "\x00", "\n", "\u2028", "%{x}", 
@@ -29,10 +29,10 @@ FORMAT = re.compile(r"crosslens\.(index|load)\((?:(\d+), )?(.*)\);\n", re.S)
 def add_features(run: RunDir, seed: int = 0) -> RunDir:
     """Add random tables as `feature_tables` makes them, with hostile tokens."""
     rng = np.random.default_rng(seed)
-    lives = table(run, "evolution")
-    labels = [name[5:] for name in lives.columns if name.startswith("norm/")]
-    F, S, E, W, K = len(lives), len(labels), 3, 5, 4
-    alive = lives["alive"].to_numpy(dtype=bool)
+    rows = lives(run)
+    labels = list(wide(run, "norm"))
+    F, S, E, W, K = len(rows), len(labels), 3, 5, 4
+    alive = rows["alive"].to_numpy(dtype=bool)
     feature = np.repeat(np.flatnonzero(alive), E)
     n = len(feature)
     position = rng.integers(0, 30, n)
@@ -119,16 +119,22 @@ def near(a: Any, b: Any, digits: int = 3, size: float = 0.0) -> bool:
 
 
 def test_every_feature_is_what_the_tables_say(written: RunDir) -> None:
-    lives, found = table(written, "evolution"), shards(written)
-    labels = [name[5:] for name in lives.columns if name.startswith("norm/")]
-    assert list(found) == lives["feature"].tolist()
+    source, found = lives(written), shards(written)
+    curves = {name: wide(written, name).clip(lower=0) for name in ("norm", "r2", "within")}
+    within = lives(written, "within")["origin"].notna()
+    assert list(found) == source["feature"].tolist()
     effects = {task: table(written, f"attribution/{task}") for task in TASKS}
-    for row in lives.to_dict("records"):
-        feature, _ = found[row["feature"]]
-        assert near(feature["norms"], [row[f"norm/{label}"] for label in labels])
+    for row in source.to_dict("records"):
+        i, read = row["feature"], isinstance(row["origin"], str)
+        feature, _ = found[i]
+        assert near(feature["norms"], curves["norm"].loc[i])
+        assert ("r2" in feature) == read and ("within" in feature) == within[i]
+        for name in {"r2", "within"} & set(feature):
+            assert near(feature[name], curves[name].loc[i])
         for name in ("birth", "peak", "death", "lifetime"):
             assert feature[name] == (None if pd.isna(row[name]) else row[name])
-        assert feature["kind"] == (f"{row['origin']}, {row['fate']}" if row["alive"] else "dead")
+        words = f"{row['origin']}, {row['fate']}, {row['kind']}"
+        assert feature["kind"] == (words if read else "unread" if row["alive"] else "dead")
         assert feature["rate"] == pytest.approx(row["firing_rate"], rel=1e-2)
         assert feature["name"] == {5: f"plural {HOSTILE}", 7: "verbs"}.get(row["feature"], "")
         drawn = {TASKS[task]: (ie, se) for task, ie, se in feature["effects"]}
@@ -178,22 +184,22 @@ def top_tokens(run: RunDir) -> dict[int, str]:
 
 
 def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
-    index, lives = script(written, "features.js"), table(written, "evolution")
-    F, S = len(lives), len(index["snapshots"])
-    assert index["id"] == lives["feature"].tolist() and len(index["heat"]) == F * S
+    index, source = script(written, "features.js"), lives(written)
+    F, S = len(source), len(index["snapshots"])
+    assert index["id"] == source["feature"].tolist() and len(index["heat"]) == F * S
     found = shards(written)
     tops = top_tokens(written)
     names = {"token": tops, "kind": {f: feature["kind"] for f, (feature, _) in found.items()}}
     for name, expected in names.items():
         codes, words = index[name]
         assert [words[code] for code in codes] == [expected.get(f, "") for f in index["id"]]
-    norms = lives.filter(like="norm/").to_numpy()
+    r2 = wide(written, "r2").to_numpy().clip(0) * source["origin"].notna().to_numpy()[:, None]
     lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
     codes, words = index["promoted"]
-    assert [words[code] for code in codes] == [lens[f, norms[f].argmax()] for f in range(F)]
+    assert [words[code] for code in codes] == [lens[f, r2[f].argmax()] for f in range(F)]
     for f in range(F):
         levels = [int(level, 36) for level in index["heat"][f * S : (f + 1) * S]]
-        assert np.abs(np.array(levels) / 35 - norms[f] / norms[f].max()).max() <= 0.5 / 35 + 1e-9
+        assert np.abs(np.array(levels) / 35 - r2[f] / max(r2[f].max(), 1e-9)).max() <= 0.5 / 35 + 1e-9
     for name in ("birth", "peak", "lifetime"):
         assert index[name] == [found[f][0][name] for f in index["id"]]
     assert index["label"][5] == f"plural {HOSTILE}" and index["label"][6] == ""
@@ -208,7 +214,7 @@ def test_shuffled_tables_give_the_same_scripts(tmp_path: Path) -> None:
     run = add_features(make_run(tmp_path, 3))
     write_scripts(run)
     first = {path.name: path.read_bytes() for path in (run.report / "data").glob("*.js")}
-    for name in ("evolution", "examples", "example_tokens", "lens", "nearest"):
+    for name in ("evolution", "lifecycles", "examples", "example_tokens", "lens", "nearest"):
         run.save_table(name, table(run, name).sample(frac=1, random_state=0))
     for task in TASKS:
         run.save_table(f"attribution/{task}", table(run, f"attribution/{task}").sample(frac=1, random_state=0))
@@ -245,14 +251,14 @@ def test_missing_tables_are_named(tmp_path: Path) -> None:
 def test_features_need_not_be_all_of_them(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
     kept = [3, 64, 65, 119]
-    run.save_table("evolution", table(run, "evolution").query("feature in @kept").drop(columns=["fate", "death"]))
+    run.save_table("lifecycles", table(run, "lifecycles").query("feature in @kept").drop(columns=["fate", "death"]))
     add = add_features(make_run(tmp_path / "whole", 3))
     for name in ("examples", "example_tokens", "lens", "nearest"):
         run.save_table(name, table(add, name))
     write_scripts(run)
     found = shards(run)
     assert list(found) == kept and found[64][0]["death"] is None
-    assert found[65][0]["kind"] in ("initial", "emergent", "never", "dead")
+    assert found[65][0]["kind"].split(",")[0] in ("initial", "emergent", "never", "dead")
     assert len(found[119][0]["lens"]) == 3
 
 

@@ -71,8 +71,9 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
             dead_fraction=0.1,
         ),
     )
-    evolution = _evolution(labels, n_features, rng)
-    run.save_table("evolution", evolution)
+    evolution, lifecycles = _evolution(labels, n_features, rng)
+    run.save_table("evolution", evolution.merge(common))
+    run.save_table("lifecycles", lifecycles)
     for i, task in enumerate(TASKS):
         effects, snapshots = _effects(common, n_features, i, rng)
         run.save_table(f"attribution/{task}", effects)
@@ -94,6 +95,19 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
         ),
     )
     return run
+
+
+def lives(run: RunDir, measure: str = "r2") -> pd.DataFrame:
+    """Lifecycles by one measure."""
+    found = table(run, "lifecycles")
+    return found[found["measure"] == measure].reset_index(drop=True)
+
+
+def wide(run: RunDir, column: str) -> pd.DataFrame:
+    """A column of the evolution table with a row per feature, and labels as columns."""
+    long = table(run, "evolution").sort_values(["feature", "snapshot"])
+    labels = long["label"].iloc[: long["snapshot"].max() + 1]
+    return long.pivot(index="feature", columns="snapshot", values=column).set_axis(labels.tolist(), axis=1)
 
 
 def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
@@ -157,27 +171,38 @@ def _accuracy(common: pd.DataFrame, task: str, i: int, rng: np.random.Generator)
     )
 
 
-def _evolution(labels: list[str], F: int, rng: np.random.Generator) -> pd.DataFrame:
-    S = len(labels)
+def _evolution(labels: list[str], F: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables evolution and lifecycles, with R2, within-token R2 of the even features, and norms."""
+    S, alive = len(labels), rng.random(F) > 0.1
+    norms = _presence(S, F, rng) * rng.uniform(1, 3, (F, 1))
+    r2 = _presence(S, F, rng) * rng.uniform(0.1, 0.9, (F, 1))
+    r2[6] = 0.01  # hardly predicted: no reading
+    within = np.where(np.arange(F)[:, None] % 2, np.nan, 0.8 * r2)
+    long = pd.DataFrame({"feature": np.repeat(np.arange(F), S), "snapshot": np.tile(np.arange(S), F)})
+    long["label"] = labels * F
+    for name, values in (("norm", norms), ("r2", r2 - 0.001), ("within", within)):
+        long[name] = values.flatten()
+    about = pd.DataFrame({"feature": np.arange(F), "alive": alive, "firing_rate": rng.uniform(0, 0.1, F)})
+    about["kind"] = np.where(np.arange(F) % 2, "lexical", "contextual")
+    parts = []
+    for measure, values in (("norm", norms), ("r2", r2), ("within", np.nan_to_num(within))):
+        life = classify_lifecycles(
+            torch.from_numpy(np.where(alive[:, None] & (values.max(1) > 0.05)[:, None], values, 0))
+        )
+        parts.append(pd.concat([about, life], axis=1).assign(measure=measure))
+    return long, pd.concat(parts, ignore_index=True)
+
+
+def _presence(S: int, F: int, rng: np.random.Generator) -> np.ndarray:
     birth, s = rng.integers(0, S, F), np.arange(S)
     peak = np.minimum(birth + rng.integers(0, 3, F), S - 1)
     death = np.where(rng.random(F) < 0.2, peak + 2, S)
     there = (s >= birth[:, None]) & (s < death[:, None])
-    norms = np.where(there, 1.0, 0.1) * np.exp(-0.1 * np.abs(s - peak[:, None])) * rng.uniform(1, 3, (F, 1))
+    found = np.where(there, 1.0, 0.1) * np.exp(-0.1 * np.abs(s - peak[:, None]))
     if S > 4:
-        norms[:4] = 0.1
-        norms[:4, 2] = 1  # present at one snapshot only: never born
-    life = classify_lifecycles(torch.from_numpy(norms))
-    alive = rng.random(F) > 0.1
-    life.loc[~alive] = pd.NA
-    return pd.concat(
-        [
-            pd.DataFrame({"feature": np.arange(F), "alive": alive, "firing_rate": rng.uniform(0, 0.1, F)}),
-            life,
-            pd.DataFrame(norms, columns=[f"norm/{label}" for label in labels]),
-        ],
-        axis=1,
-    )
+        found[:4] = 0.1
+        found[:4, 2] = 1  # present at one snapshot only: never born
+    return found
 
 
 def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -370,18 +395,20 @@ def test_reconstruction_equals_the_table(written: tuple[RunDir, _Page, int], nam
         assert close(csv(run, name)[column], source[column], rel=1e-12)
 
 
-def test_evolution_map_is_the_table_in_order(written: tuple[RunDir, _Page, int]) -> None:
+@pytest.mark.parametrize(("name", "measure"), [("evolution-map", "r2"), ("norm-map", "norm")])
+def test_evolution_map_is_the_table_in_order(written: tuple[RunDir, _Page, int], name: str, measure: str) -> None:
     run, page, S = written
-    spec, source = page.specs()["evolution-map"], table(run, "evolution")
+    spec, source = page.specs()[name], lives(run, measure)
     z = spec["data"][0]["z"]
     rows, columns = (int(n) for n in z["shape"].split(","))
     drawn = np.frombuffer(base64.b64decode(z["bdata"]), dtype=np.uint8).reshape(rows, columns) / 100
     features = spec["layout"]["meta"]["rows"]
-    assert columns == S and sorted(features) == source.loc[source["alive"], "feature"].tolist()
-    norms = source.set_index("feature").filter(like="norm/").to_numpy()
-    exact = np.array([norms[f] / max(norms[f]) for f in features])
+    assert columns == S and sorted(features) == source.loc[source["origin"].notna(), "feature"].tolist()
+    assert len(features) == source["alive"].sum() - (measure == "r2") * source["alive"][6]
+    values = wide(run, measure).to_numpy().clip(0)
+    exact = np.array([values[f] / max(values[f]) for f in features])
     assert np.abs(drawn - exact).max() <= 0.005 + 1e-9
-    assert np.allclose(csv(run, "evolution-map").iloc[:, -S:], exact, rtol=1e-12)
+    assert np.allclose(csv(run, name).iloc[:, -S:], exact, rtol=1e-12)
     by_feature = source.set_index("feature")
     rank = {"initial": 0, "emergent": 1, "never": 2}
     keys = [
@@ -397,33 +424,42 @@ def test_evolution_map_is_the_table_in_order(written: tuple[RunDir, _Page, int])
 
 def test_large_evolution_map_is_thinned_and_says_so() -> None:
     F = 3 * MAX_ROWS
-    evolution = _evolution(list("abcde"), F, np.random.default_rng(0))
+    evolution, lifecycles = _evolution(list("abcde"), F, np.random.default_rng(0))
     snapshots = pd.DataFrame({"snapshot": range(5), "label": list("abcde"), "step": range(5)})
-    chart = evolution_map(evolution, snapshots)
+    chart = evolution_map(evolution, lifecycles, snapshots, "norm")
     assert not isinstance(chart, str)
-    alive = int(evolution["alive"].sum())
+    by_norm = lifecycles.query("measure == 'norm'")
+    alive = int(by_norm["alive"].sum())
     assert len(chart.data) == MAX_ROWS == len(set(chart.data["feature"]))
-    assert f"{alive:,} live features; {F - alive:,} dead ones omitted. {MAX_ROWS:,} of them are drawn" in chart.note
-    order = ordered_features(evolution)["feature"].tolist()
+    words = f"{alive:,} features by decoder norm; {F - alive:,} dead omitted. {MAX_ROWS:,} of them are drawn"
+    assert words in chart.note
+    order = ordered_features(by_norm)["feature"].tolist()
     places = [order.index(f) for f in chart.data["feature"]]
     assert places[0] == 0 and places[-1] == alive - 1 and max(np.diff(places)) <= -(-alive // MAX_ROWS)
 
 
 def test_births_and_origins_are_counted(written: tuple[RunDir, _Page, int]) -> None:
     run, page, S = written
-    source = [row for row in table(run, "evolution").to_dict("records") if row["alive"]]
+    source = lives(run).to_dict("records")
     births, origins = page.specs()["births"], page.specs()["origins"]
+    assert [trace["name"] for trace in births["data"]] == ["persistent", "transient", "by decoder norm"]
     for trace in births["data"]:
+        by_norm = trace["name"] == "by decoder norm"
         counts = [
-            sum(r["origin"] == "emergent" and r["fate"] == trace["name"] and r["birth"] == s for r in source)
+            sum(r["origin"] == "emergent" and (by_norm or r["fate"] == trace["name"]) and r["birth"] == s for r in rows)
+            for rows in [lives(run, "norm").to_dict("records") if by_norm else source]
             for s in range(S)
         ]
         assert trace["y"] == counts == csv(run, "births")[trace["name"]].tolist()
+    names = {"R²": "r2", "within-token R²": "within", "decoder norm": "norm"}
+    of = {measure: lives(run, measure).to_dict("records") for measure in names.values()}
     for trace in origins["data"]:
-        counts = [sum(r["origin"] == origin and r["fate"] == trace["name"] for r in source) for origin in trace["y"]]
-        assert trace["x"] == counts
-        assert csv(run, "origins").query("fate == @trace['name']")["features"].tolist() == counts
-    assert sum(map(sum, (trace["x"] for trace in origins["data"]))) == len(source)
+        counts = [
+            sum(r["origin"] == origin and r["fate"] == trace["name"] for r in of[names[name]])
+            for name, origin in zip(*trace["y"], strict=True)
+        ]
+        assert trace["x"] == counts == csv(run, "origins")[trace["name"]].tolist()
+    assert sum(map(sum, (trace["x"] for trace in origins["data"]))) == table(run, "lifecycles")["origin"].notna().sum()
 
 
 def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir, _Page, int]) -> None:
@@ -629,7 +665,7 @@ def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
     effects = table(run, "attribution/simple")
     run.save_table("attribution/simple", effects.assign(relie=math.nan))
-    run.save_table("evolution", table(run, "evolution").assign(alive=False))
+    run.save_table("lifecycles", table(run, "lifecycles").assign(alive=False, origin=None))
     run.save_table("ablation/simple", table(run, "ablation/simple").query("snapshot == 2 and mode == 'ablate'"))
     run.save_table("evaluation", table(run, "evaluation").drop(columns="l0"))
     run.save_table("probe", table(run, "probe").iloc[:0])

@@ -18,7 +18,7 @@ import crosslens as cl
 from crosslens.cli import app as cli
 from crosslens.report.wandb_log import MAX_ROWS
 from crosslens.rundir import RunDir
-from tests.report.test_pages import add_study, make_run, table
+from tests.report.test_pages import add_study, lives, make_run, table, wide
 from tests.training.test_run import wandb_records
 
 
@@ -60,19 +60,19 @@ def test_everything_is_read_back(run: RunDir) -> None:
     for name, found in kept.items():
         pd.testing.assert_frame_equal(found, table(run, name.removesuffix(".parquet")))
 
-    evolution = table(run, "evolution")
+    evolution = lives(run)
     browsed = json.loads(media(run, values["evolution/features/path"]))
     assert browsed["columns"] == list(evolution.columns)
     missing = evolution.isna().to_numpy()
     assert missing.any() and [[cell is None for cell in row] for row in browsed["data"]] == missing.tolist()
     assert [row[0] for row in browsed["data"]] == evolution["feature"].tolist()
 
-    page = media(run, values["evolution/decoder_norms/path"])
+    page = media(run, values["evolution/presence/path"])
     (shape, data) = re.search(r'"z":\{"dtype":"u1","bdata":"([^"]+)","shape":"(\d+), 3"\}', page).group(2, 1)  # type: ignore[union-attr]
     z = np.frombuffer(base64.b64decode(data.replace("\\u002f", "/")), np.uint8).reshape(int(shape), 3)
     (features,) = re.findall(r'"rows":\[([\d,]+)\]', page)
-    norms = evolution.set_index("feature").filter(like="norm/").loc[[int(one) for one in features.split(",")]]
-    np.testing.assert_allclose(z, 100 * norms.to_numpy() / norms.to_numpy().max(1, keepdims=True), atol=0.51)
+    r2 = wide(run, "r2").loc[[int(one) for one in features.split(",")]].to_numpy().clip(0)
+    np.testing.assert_allclose(z, 100 * r2 / r2.max(1, keepdims=True), atol=0.51)
     assert '"customdata":[[' in page and "cdn" in page
 
 
@@ -104,11 +104,11 @@ def test_from_the_command_line(
 
 
 def test_large_tables_are_not_browsed_and_runs_without_tables_refused(run: RunDir) -> None:
-    evolution = table(run, "evolution")
-    run.save_table("evolution", pd.concat([evolution] * (MAX_ROWS // len(evolution) + 1), ignore_index=True))
+    found = table(run, "lifecycles")
+    run.save_table("lifecycles", pd.concat([found] * (MAX_ROWS // len(lives(run)) + 1), ignore_index=True))
     cl.report.log_report(run.path, project="p")
     _, values, (artifact,) = read(run)
-    assert "evolution/decoder_norms/path" in values and "evolution/features/path" not in values
+    assert "evolution/presence/path" in values and "evolution/features/path" not in values
     assert "evolution.parquet" in {file.path for file in artifact.manifest.contents}
 
     bare = RunDir(run.path.parent / "bare")
