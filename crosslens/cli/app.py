@@ -710,7 +710,7 @@ def evolve(
     run.save_tables(feature_tables(crosscoder, acts))
     accuracy, doubtful = run.table("accuracy"), history["doubtful"]
     if accuracy is not None:
-        accuracy = accuracy[accuracy["label"].isin(acts.snapshots.labels)]
+        accuracy = accuracy.loc[accuracy["label"].isin(acts.snapshots.labels)]
     run.save_tables(study_dynamics(crosscoder, acts, evolution=evolution, doubtful=doubtful, accuracy=accuracy))
     probes = study_probes(crosscoder, acts, evolution)
     run.save_tables(probes)

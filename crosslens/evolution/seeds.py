@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csc_matrix, csr_matrix, vstack
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
@@ -176,7 +176,7 @@ def rotation_of_partners(
     for name, values in (("angle_a", turns[0]), ("angle_b", turns[1]), ("apart", between)):
         table[name] = [np.median(values[use, s]) if use.any() else np.nan for s, use in enumerate(known.T)]
     table["spearman"] = [
-        float(spearmanr(turns[0][use, s], turns[1][use, s])[0]) if use.sum() > 2 else np.nan
+        np.corrcoef(rankdata([turn[use, s] for turn in turns], axis=1))[0, 1] if use.sum() > 2 else np.nan
         for s, use in enumerate(known.T)
     ]
     return table
