@@ -65,10 +65,17 @@ def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDi
     alive = rng.random(F) > 0.05
     life = classify_lifecycles(torch.from_numpy(norms))
     life.loc[~alive] = pd.NA
-    wide = {f"norm/{label}": norms[:, s].astype(np.float32) for s, label in enumerate(labels)}
+    r2 = 0.5 * norms / norms.max(1, keepdims=True)
+    long = pd.DataFrame({"feature": np.repeat(np.arange(F), S), "snapshot": np.tile(np.arange(S), F)})
+    long["label"] = labels * F
+    for name, values in (("norm", norms), ("r2", r2)):
+        long[name] = values.astype(np.float32).flatten()
+    run.save_table("evolution", long)
     rates = rng.uniform(0, 0.02, F) * alive
-    first = pd.DataFrame({"feature": np.arange(F), "alive": alive, "firing_rate": rates})
-    run.save_table("evolution", pd.concat([first, life, pd.DataFrame(wide)], axis=1))
+    first = pd.DataFrame({"feature": np.arange(F), "alive": alive, "kind": "contextual", "firing_rate": rates})
+    lives = pd.concat([first, life], axis=1)
+    lifecycles = [lives.assign(measure=measure) for measure in ("r2", "norm")]
+    run.save_table("lifecycles", pd.concat(lifecycles, ignore_index=True))
     for task in tasks:
         _save_task(run, task, common, np.flatnonzero(alive), rng)
     _save_features(run, labels, np.flatnonzero(alive), F, rng)

@@ -236,8 +236,8 @@ class RunDir:
         """Read a table such as "evolution" or "attribution/simple"; None if there is none.
 
         Raises:
-            UserError: the file is damaged, belongs to another run or another table, or is an evolution table of an older
-                version, which had a row per feature.
+            UserError: the file is damaged, belongs to another run or table, or is the evolution table of an older
+                version.
         """
         path = self._table_path(name)
         if not path.is_file():
@@ -394,8 +394,8 @@ def _maker(table: str) -> str:
     """The command that writes a table."""
     kind, slash, _ = table.partition("/")
     commands = {
-        "evaluation": "train", "seeds": "train", "consensus": "train", "attribution": "attribute",
-        "accuracy": "attribute", "ablation": "ablate", "labels": "label", "sweep": "sweep",
+        "evaluation": "train", "seeds": "train", "seeds_rotation": "train", "consensus": "train",
+        "attribution": "attribute", "accuracy": "attribute", "ablation": "ablate", "labels": "label", "sweep": "sweep",
     }  # fmt: skip
     return commands.get(kind, "demo" if slash else "evolve")
 

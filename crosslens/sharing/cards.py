@@ -93,7 +93,8 @@ def make_card(
         "",
         f"A {_WHAT[cfg.architecture()]} with {cfg.d_sae:,} features, trained on the activations of {cfg.n_snapshots} "
         f"snapshots of {model} (width {cfg.d_model:,}) at {hook}. The snapshots share its features; the decoder norm "
-        "of a feature at a snapshot says how strongly the feature is present there.",
+        "of a feature at a snapshot says how strongly the dictionary writes it there; what the snapshot itself holds, "
+        "`cl.evolve(cc, acts)` measures.",
         "",
         "## Usage",
         "",
