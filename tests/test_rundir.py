@@ -108,12 +108,15 @@ def test_tables_come_back_as_they_were(tmp_path: Path):
     table = pd.DataFrame(
         {"feature": [0, 1], "norm/step 0": [0.25, float("nan")], "origin": ["initial", "never"], "step": [None, 7]}
     )
-    assert run.table("evolution") is None and run.tasks("attribution") == []
-    for name in ("evolution", "attribution/b", "attribution/b.snapshots", "attribution/a.b c"):
+    assert run.table("lifecycles") is None and run.tasks("attribution") == []
+    for name in ("lifecycles", "attribution/b", "attribution/b.snapshots", "attribution/a.b c"):
         run.save_table(name, table)
         pd.testing.assert_frame_equal(run.table(name), table)  # type: ignore[arg-type]
     assert run.tasks("attribution") == ["a.b c", "b"]
     assert not list(tmp_path.rglob("*.tmp"))
+    run.save_table("evolution", table)  # a row per feature, as older versions wrote it
+    with pytest.raises(UserError, match="was written by an older version of crosslens: repeat `crosslens evolve`"):
+        run.table("evolution")
 
 
 @pytest.mark.parametrize("name", ["../outside", "attribution/../../outside", "/tmp/outside"])

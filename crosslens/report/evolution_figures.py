@@ -48,11 +48,11 @@ _PARTS = {
     "disattenuated": "corrected for probe noise",
 }
 _READINGS = {
-    ("norm", "all"): "decoder norm",
     ("r2", "all"): "R²",
     ("r2", "lexical"): "R², lexical",
     ("r2", "contextual"): "R², contextual",
     ("within", "contextual"): "within-token R², contextual",
+    ("norm", "all"): "decoder norm",
 }
 _NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _EVENTS = {"birth": "born here", "peak": "strongest here"}
@@ -161,7 +161,7 @@ def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
     alive = by_measure(lifecycles).dropna(subset=["origin"])
     emergent = alive[alive["origin"] == "emergent"]
     if emergent.empty:
-        return f"By {MEASURES[measure]}, no feature emerged after the first snapshot."
+        return f"No feature emerged after the first snapshot by {MEASURES[measure]}."
     axis = SnapshotAxis.of(snapshots, even=True)
     ids = list(axis.labels)
     counts = pd.DataFrame(

@@ -205,7 +205,7 @@ _OVERVIEW: tuple[Section, ...] = (
                 "Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, "
                 "averaged over contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram "
                 "KL's fall is completed; features that have settled (cosine to their final direction at least 0.5 from "
-                "here on); features present; total dimensionality / d_model.",
+                "here on); features present, by R²; total dimensionality / d_model.",
                 overview_figures.dynamics,
                 ("dynamics", "phases"),
                 wide=True,

@@ -265,9 +265,6 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     for s in range(5):
         expected = [similarity[t, s] for t in range(s)] + [similarity[s, 4]] * (s < 4)
         assert table["similarity"][s] == max(expected)
-    # of two that are nearly equal the earlier one goes, if the other is the last
-    acts.x = torch.cat([x[:, :4], x[:, 3:4] * 2], 1)
-    assert doubtful_snapshots(acts)["reason"][3:].tolist() == ["nearly equal to step512 (CKA 1.000)", ""]
     lines = describe_doubtful(table)
     assert lines[-1] == "a crosscoder is better trained without: --steps 8,64,512" and len(lines) == 3
     share = torch.full((7, 5), 0.1)
@@ -277,6 +274,9 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     assert read["reason"][3] == "most features are read from it (median encoder share 61%, 3/S = 60%)"
     assert read["encoder_share"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.61, 0.1])
     assert describe_doubtful(table[table["reason"] == ""]) == []
+    # of two that are nearly equal the earlier one goes, if the other is the last
+    acts.x = torch.cat([x[:, :4], x[:, 3:4] * 2], 1)
+    assert doubtful_snapshots(acts)["reason"][3:].tolist() == ["nearly equal to step512 (CKA 1.000)", ""]
 
 
 @pytest.mark.parametrize("seed", range(4))

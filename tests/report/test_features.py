@@ -272,8 +272,8 @@ def test_labels_are_not_markup(tmp_path: Path) -> None:
 
 def test_complexity_in_scripts_and_figure(tmp_path: Path) -> None:
     run = add_features(make_run(tmp_path / "r", 8))
-    lives, rng = table(run, "evolution"), np.random.default_rng(0)
-    judged = rng.permutation(lives["feature"])[:90]
+    source, rng = lives(run), np.random.default_rng(0)
+    judged = rng.permutation(source["feature"])[:90]
     complexity = pd.array(rng.integers(1, 6, 90), dtype="Int8")
     complexity[:5] = pd.NA
     run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs", "complexity": complexity}))
@@ -285,12 +285,12 @@ def test_complexity_in_scripts_and_figure(tmp_path: Path) -> None:
         feature: known.get(feature) for feature in index["id"]
     }
     snapshots = pd.DataFrame({"snapshot": range(8), "label": list("abcdefgh"), "step": STEPS[8]})
-    chart = complexity_figure(table(run, "labels"), table(run, "evolution"), snapshots)
+    chart = complexity_figure(table(run, "labels"), table(run, "lifecycles"), snapshots)
     assert not isinstance(chart, str)
     drawn = {trace.name: trace for trace in chart.figure.data if trace.meta != "band"}
     numbers = chart.data
     for event, name in (("birth", "born here"), ("peak", "strongest here")):
-        dates = {row["feature"]: row[event] for row in lives.to_dict("records") if not pd.isna(row[event])}
+        dates = {row["feature"]: row[event] for row in source.to_dict("records") if not pd.isna(row[event])}
         for s in range(8):
             values = [c for feature, c in known.items() if dates.get(feature) == s]
             row = numbers[(numbers["event"] == event) & (numbers["snapshot"] == s)]
@@ -300,7 +300,7 @@ def test_complexity_in_scripts_and_figure(tmp_path: Path) -> None:
             if len(values) > 1:
                 assert row["se"].item() == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
         assert list(drawn[name].y) == numbers.loc[numbers["event"] == event, "mean"].tolist()
-    found = complexity_correlation(table(run, "labels"), lives, unit="index").set_index("event")
+    found = complexity_correlation(table(run, "labels"), source, unit="index").set_index("event")
     assert f"Spearman with birth {found.loc['birth', 'spearman']:+.2f}".replace("-", "−") in chart.note
     run.save_table("labels", pd.DataFrame({"feature": judged, "label": "verbs"}))
     write_scripts(run)

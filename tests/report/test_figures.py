@@ -149,7 +149,7 @@ def test_proposal_lists_the_chosen_snapshots_and_escapes_text() -> None:
 
 
 def counted(untrained: bool = True) -> pd.DataFrame:
-    groups = [("norm", "all"), ("r2", "all"), ("r2", "lexical"), ("r2", "contextual"), ("within", "contextual")]
+    groups = [("r2", "all"), ("r2", "lexical"), ("r2", "contextual"), ("within", "contextual"), ("norm", "all")]
     rows = [
         {"measure": measure, "kind": kind, "threshold": threshold, "n": 20 + i, "born": 3 + i + j, "born_reversed": j}
         for i, (measure, kind) in enumerate(groups)
@@ -173,7 +173,7 @@ def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
         assert list(own["forward"].y) == (rows["born"] / rows["n"]).tolist()
         assert list(own["reversed in time"].y) == (rows["born_reversed"] / rows["n"]).tolist()
         assert ("models that never trained" in own) == untrained
-    assert "by decoder norm 4 forward, 1 reversed; by R² 5 forward, 1 reversed" in chart.note
+    assert "by R² 4 forward, 1 reversed; by decoder norm 8 forward, 1 reversed" in chart.note
     assert ("--untrained" in chart.note) == (not untrained)
     pd.testing.assert_frame_equal(chart.data, table)
     assert isinstance(evolution_figures.birth_counts(table.assign(n=0)), str)

@@ -351,7 +351,7 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
     specs = page.specs()
     stems = {path.stem for path in (run.report / "data").glob("*.csv")}
     assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
-    assert len(specs) == 11 + 8 * len(TASKS)
+    assert len(specs) == 12 + 8 * len(TASKS)
     assert "Latent scaling" not in page.text and "Additivity" not in page.text, "optional, and without tables"
     assert page.text.count("Numbers (CSV)") == len(stems)
     for name, spec in specs.items():
@@ -585,12 +585,14 @@ def test_bands_do_not_cross_gaps() -> None:
 
 def test_probe_points_and_correlation(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
-    source, trace = table(run, "probe"), page.specs()["probe"]["data"][0]
-    assert close(trace["x"], source["norm"]) and close(trace["y"], source["probe_error"])
+    source, (first, second) = table(run, "probe"), page.specs()["probe"]["data"]
+    r2 = source[["feature", "snapshot"]].merge(table(run, "evolution"), how="left")["r2"]
+    assert close(first["x"], r2) and close(first["y"], source["probe_error"])
+    assert close(second["x"], source["norm"]) and close(second["y"], source["probe_error"])
     rho = source["norm"].rank().corr(source["probe_error"].rank())
     later = source[source["step"] != 0]
     rho_later = later["norm"].rank().corr(later["probe_error"].rank())
-    assert f"All snapshots: Spearman −{-rho:.2f}" in page.text
+    assert f"All points, by decoder norm: Spearman −{-rho:.2f}" in page.text
     assert f"Without step 0: Spearman −{-rho_later:.2f}" in page.text
 
 
