@@ -121,10 +121,13 @@ class Evolution:
         return _present(self.curves[measure or self.measures[0]], self.presence)
 
     def count_births(self, untrained: pd.DataFrame | None = None) -> pd.DataFrame:
-        """Births by every measure over thresholds, with the snapshots in order and reversed; see `count_births`.
+        """Count births by every measure over thresholds, with the snapshots in order and reversed.
 
         Args:
             untrained: the result of `untrained_births`, to stand beside the counts.
+
+        Returns:
+            A row per measure, kind and threshold, as `births.count_births` returns them.
         """
         lexical = None if self.decodability is None else self.decodability.lexical
         counts = count_births(self.curves, lexical, self.decodability, min_run=self.min_run)
@@ -142,7 +145,7 @@ class Evolution:
 
     def describe(self) -> list[str]:
         """How many features have which origin by every measure, a line each."""
-        first = self.lifecycles()
+        first = self._lifecycles[self.measures[0]]
         labels = self.table["label"].iloc[: int(self.table["snapshot"].max()) + 1]
         lines = [
             f"{int(first['alive'].sum()):,} live features of {len(first):,} at {len(labels)} snapshots, "

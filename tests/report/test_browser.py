@@ -207,7 +207,8 @@ def test_search_and_sort_of_the_table(browser: Any, run: RunDir) -> None:
     page.fill("#search", "22")
     assert visitor.column("Feature") == [str(i) for i in (22, *range(220, 230))]
     page.fill("#search", "TRANSIENT emergent")
-    expected = lives(run).query("origin == 'emergent' and fate == 'transient'")["feature"]
+    source = lives(run)
+    expected = source.query("origin == 'emergent' and fate == 'transient'")["feature"]
     assert visitor.column("Feature") == [str(i) for i in expected[:50]]
     assert f"{len(expected)} of 230 features match" in page.inner_text("#found")
     page.fill("#search", HOSTILE)
@@ -222,8 +223,8 @@ def test_search_and_sort_of_the_table(browser: Any, run: RunDir) -> None:
         shown = visitor.column("Feature")
         values = {
             "Largest |IE|": largest_effects(run),
-            "Active (%)": dict(zip(lives["feature"], lives["firing_rate"], strict=True)),
-            "Born": dict(zip(lives["feature"], lives["birth"].astype(float), strict=True)),
+            "Active (%)": dict(zip(source["feature"], source["firing_rate"], strict=True)),
+            "Born": dict(zip(source["feature"], source["birth"].astype(float), strict=True)),
         }[title]
         ranked = [values.get(int(f), float("nan")) for f in shown]
         assert all(a == a for a in ranked), "features without a value come last"
