@@ -36,7 +36,6 @@ class Drawn(Activations):
     def __init__(self, title: str, seed: int, n_tokens: int, n_held_out: int) -> None:
         self.title, self.seed = title, seed
         self._n_tokens, self.n_held_out = n_tokens, n_held_out
-        self._first = 0  # of the chunks of held-out activations
         self.hook_names, self.dataset = ("planted",), Dataset([])  # drawn, not read
 
     def name_snapshots(self, members: Sequence[int], tokens: int | None = None) -> None:
@@ -95,4 +94,4 @@ class Drawn(Activations):
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Index and size of the chunks of held-out tokens."""
         for i, first in enumerate(range(0, self.n_held_out, self.chunk)):
-            yield -1 - self._first - i, min(self.chunk, self.n_held_out - first)
+            yield -1 - i, min(self.chunk, self.n_held_out - first)
