@@ -131,10 +131,16 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
     for half in range(2):
         rows[half] /= squares[half, ..., None].float()  # NaN where the feature is silent
         rows[half] += crosscoder.W_dec_by_snapshot
-    one, other = normalize(rows, dim=-1, eps=1e-30)
-    same = (one * other).sum(-1)
-    following = ((one[:, :-1] * other[:, 1:]).sum(-1) + (other[:, :-1] * one[:, 1:]).sum(-1)) / 2
-    return HalfCosines(same.clamp(-1, 1).cpu(), following.clamp(-1, 1).cpu())
+    same, following = torch.empty(F, S), torch.empty(F, S - 1)
+    before: Tensor | None = None
+    for s in range(S):  # one snapshot at a time: another (2, F, S, D) tensor is too much for large crosscoders
+        one, other = here = normalize(rows[:, :, s], dim=-1, eps=1e-30)
+        same[:, s] = (one * other).sum(-1).clamp(-1, 1).cpu()
+        if before is not None:
+            both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
+            following[:, s - 1] = (both / 2).clamp(-1, 1).cpu()
+        before = here
+    return HalfCosines(same, following)
 
 
 def rotation_per_interval(
