@@ -125,7 +125,7 @@ def measured_cost(
     crosscoder: Crosscoder, snaps: cl.Snapshots, task: cl.Task, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     device, nodes = arguments.device, arguments.nodes
-    runs, ig = PromptRuns(crosscoder, snaps, task), Estimator(n_nodes=nodes)
+    runs, ig = PromptRuns(crosscoder, snaps, task), Estimator("ig", n_nodes=nodes)
     calls: dict[str, Callable[[], Any]] = {
         "floor": lambda: floor(runs, nodes, bridge_logits),
         "ig": lambda: attribute(crosscoder, snaps, task, ig),
@@ -269,7 +269,7 @@ def cost_table(cost: dict[str, Any]) -> str:
 def agreement(crosscoder: Crosscoder, snaps: cl.Snapshots, task: cl.Task, nodes: int) -> list[dict[str, Any]]:
     """Rank correlation of estimates with exact ablation, among the 100 features of the largest estimate."""
     runs = PromptRuns(crosscoder, snaps, task)
-    ig = attribute(runs, Estimator(n_nodes=nodes), positions=True)
+    ig = attribute(runs, Estimator("ig", n_nodes=nodes), positions=True)
     gradient = attribute(runs, "gradient")
     n = min(100, int(ig.active.sum(0).min()))
     largest = torch.stack([ig.top(n, s, by="magnitude") for s in range(len(snaps))])

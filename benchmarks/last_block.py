@@ -28,7 +28,7 @@ def main() -> None:
         config = cl.TrainConfig(batch_size=1024, lr=1.5e-3, dead_tokens=50_000, evaluate=False, training_tokens=80_000)
         cc = cl.train(acts, cl.BatchTopKCrosscoderTrainingConfig(d_sae=512, k=16, decoder_init_norm=None), config)
         task = cl.Task.demo("pp", n=50, seed=seed)
-        ie = cl.attribute(cc, snaps, task, cl.causal.Estimator(n_nodes=10, baseline="patch"), positions=True)
+        ie = cl.attribute(cc, snaps, task, cl.causal.Estimator("ig", n_nodes=10, baseline="patch"), positions=True)
         row = ie.positions.shares().query("position == 0").iloc[-1]
         print(f"{hook}: {row['share']:.4%} of the absolute effect sits at the last position")
 

@@ -12,6 +12,8 @@ lens.parquet                    tokens that each feature promotes and suppresses
 nearest.parquet                 the nearest other features of each feature
 labels.parquet                  feature, label, complexity; the model's answers are in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
+completeness/<task>.parquet     the metric and its parts per snapshot, by integrated gradients
+validation/<task>.parquet       exact effects per feature and snapshot, beside the measures that should predict them
 ablation/<task>.parquet         ablation curves
 seeds/<seed>/                   run directories of the same training from other seeds
 seeds.parquet                   agreement of every pair of seeds; seeds_rotation.parquet: of their rotation
@@ -38,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from crosslens.errors import UserError, brief, shortened
+from crosslens.errors import UserError, brief, did_you_mean, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,6 +307,34 @@ class RunDir:
         """Names of the tasks that have a table under "attribution" or "ablation"."""
         names = (p.name.removesuffix(".parquet") for p in (self.path / kind).glob("*.parquet"))
         return sorted(name for name in names if not name.endswith(".snapshots"))
+
+    def remove_task(self, task: str) -> list[str]:
+        """Delete the tables of a task, and its rows of the table "accuracy"; returns what was deleted.
+
+        Raises:
+            UserError: there is nothing of that task; those that have something are named.
+        """
+        suffixes = ("", ".snapshots", ".summary")
+        names = [name for name in self.table_names() if "/" in name]
+        removed = [name for name in names if name.partition("/")[2] in [task + suffix for suffix in suffixes]]
+        accuracy = self.table("accuracy")
+        rest = None if accuracy is None else accuracy[accuracy["task"] != task]
+        if accuracy is not None and rest is not None and len(rest) < len(accuracy):
+            removed.append("accuracy")
+            if rest.empty:
+                self._table_path("accuracy").unlink()
+            else:
+                self.save_table("accuracy", rest.reset_index(drop=True))
+        if not removed:
+            known = sorted({*self.tasks("attribution"), *(() if accuracy is None else accuracy["task"])})
+            raise UserError(
+                f"{self.path} has no table of task {task!r}: it has {', '.join(known) or 'no task'}"
+                f"{did_you_mean(task, known)}"
+            )
+        for name in removed:
+            if name != "accuracy":
+                self._table_path(name).unlink()
+        return removed
 
     def table_names(self) -> list[str]:
         """Names of all saved tables."""

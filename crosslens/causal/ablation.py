@@ -8,9 +8,9 @@ paired prompt) and gates frozen from the clean run, editing moves the activation
 
 1. `set_metrics` runs every (set, prompt) in which anything changes as one edited copy of the prompt. The copies go
    through the model above the hook in full batches, and nothing below it is run again.
-2. `draw_sets` gives, for every size k, the top features by effect and two controls. `random` draws active features.
-   `size_matched` draws, for every feature of the top set, one of about the same size from outside the set, where size
-   is the mean activation times the decoder norm on the prompts that the sets are ablated on.
+2. `draw_sets` gives, for every size k, the top features by effect and two controls, both from outside the top set.
+   `random` draws active features. `size_matched` draws, for every feature of the top set, one of about the same size,
+   where size is the mean activation times the decoder norm on the prompts that the sets are ablated on.
 3. `ablate` does both at every snapshot: curves over k as in Ge et al. (arXiv 2509.17196), alongside the controls.
 4. `faithfulness` puts a curve between nothing edited and everything edited.
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from tqdm.auto import tqdm
 
-from crosslens.causal.attribution import BATCH_TOKENS, Attribution, check_baseline, metrics
+from crosslens.causal.attribution import BATCH_TOKENS, Attribution, check_baseline, feature_sizes, metrics
 from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
@@ -98,7 +98,7 @@ def ablate(
     Args:
         runs: clean runs of a task; or crosscoder, snapshots and task in its place.
         ie: effects that rank the features.
-        k: sizes of the feature sets.
+        k: sizes of the feature sets; 0, when keeping, keeps none.
         keep: keep only the set instead of ablating it.
         baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's.
         error: keep the error node; None keeps it when ablating, and leaves it out when keeping, where it alone can
@@ -120,8 +120,9 @@ def ablate(
     """
     if not isinstance(controls, Controls):
         controls = Controls(controls)
-    if not k or min(k) < 1:
-        raise UserError(f"k={list(k)} must be one or more numbers, each at least 1")
+    least = 0 if keep else 1
+    if not k or min(k) < least:
+        raise UserError(f"k={list(k)} must be one or more numbers, each at least {least}")
     check_baseline(baseline, runs)
     where = check_effects(runs, ie, at)
     if not controls.allow_fewer:
@@ -182,25 +183,6 @@ def faithfulness(table: pd.DataFrame, floor: float = 0.05) -> Float[np.ndarray, 
     whole = np.where(np.abs(whole) >= floor * np.abs(whole).max(), whole, np.nan)
     left = (table["metric"].to_numpy() - table["all_edited"].to_numpy()) / whole
     return np.where(table["mode"] == "keep", left, 1 - left)
-
-
-@on_runs
-def exact_effects(
-    runs: PromptRuns, snapshot: int, features: Int[Tensor, " n"], baseline: str = "zero"
-) -> Float[Tensor, " n"]:
-    """Exact effect of each feature: the mean drop of the metric when it alone is ablated, in logits.
-
-    Args:
-        runs: clean runs of a task; or crosscoder, snapshots and task in its place.
-        snapshot: index of the snapshot.
-        features: ids of the features.
-        baseline: what each becomes: "zero", "mean" or "patch"; use that of the attribution it is compared with.
-
-    Raises:
-        UserError: as in `set_metrics`.
-    """
-    found = set_metrics(runs, snapshot, [features[:0], *features[:, None]], baseline=baseline).mean(-1)
-    return found[0] - found[1:]
 
 
 @on_runs
@@ -347,7 +329,7 @@ def draw_sets(
         runs: clean runs of the prompts that the sets are ablated on.
         ie: effects that rank the features.
         snapshot: index of the snapshot.
-        ks: sizes of the sets.
+        ks: sizes of the sets; 0 gives the empty set alone, without controls.
         by: as in `Attribution.top`.
         controls: what to draw.
 
@@ -358,15 +340,18 @@ def draw_sets(
     active = runs.active[:, snapshot].nonzero().flatten()
     found: list[FeatureSets] = []
     for k in ks:
+        if not k:
+            found.append(FeatureSets("top", 0, [active[:0]], 0.0))
+            continue
         top = ie.top(min(k, int(ie.active[:, snapshot].sum())) if controls.allow_fewer else k, snapshot, by=by)
         kinds: dict[str, list[Tensor]] = {"top": [top]}
+        pool = active[~torch.isin(active, top)]
         for name in controls.kinds:
-            pool = active if name == "random" else active[~torch.isin(active, top)]
             if len(pool) < len(top) and not controls.allow_fewer:
                 raise UserError(
-                    f"{name} sets of k={k} need as many active features{'' if name == 'random' else ' outside the set'}"
-                    f", and {runs.task.name!r} has {len(pool)} at {runs.snapshots.labels[snapshot]}: use a smaller k, "
-                    f"leave out {name!r}, or Controls(allow_fewer=True)"
+                    f"{name} sets of k={k} need as many active features outside the set, and {runs.task.name!r} has "
+                    f"{len(pool)} at {runs.snapshots.labels[snapshot]}: use a smaller k, leave out {name!r}, or "
+                    "Controls(allow_fewer=True)"
                 )
             rng = np.random.default_rng((controls.seed, snapshot, k, CONTROLS.index(name)))
             if name == "random":
@@ -401,11 +386,6 @@ def size_matched(
             # no feature twice in a set
             row_of_set[i] = rng.choice(row[~np.isin(row, row_of_set[:i])][:NEIGHBOURS])
     return torch.from_numpy(drawn)
-
-
-def feature_sizes(runs: PromptRuns, snapshot: int) -> Float[Tensor, " F"]:
-    """Size of every feature: mean of `f_is` over the prompts' positions, times the decoder norm."""
-    return runs.mean_features(snapshot).cpu() * runs.crosscoder.decoder_norms[:, snapshot].detach().cpu()
 
 
 def active_features(runs: PromptRuns, snapshot: int, baseline: str) -> Bool[Tensor, " F"]:

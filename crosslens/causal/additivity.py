@@ -8,11 +8,12 @@ snapshot, with m the metric:
 
 All are exact, with the error node kept, and averaged over prompts before they are compared. Per snapshot:
 
-    correlation    Pearson, of joint effects and sums over the pairs
+    interacting    share of the pairs whose |deviation| exceeds half of the smaller |single effect|: 0 if effects add up
     deviation      sum over pairs |joint - sum| / sum over pairs |sum|: 0 if effects add up
 
-Intervals are percentiles of bootstrap replicates that resample prompts and pairs, both with replacement; pairs that
-share a feature are treated as independent. Both measures are new here.
+A correlation of joint effects and sums says little: it is near 1 as soon as some features have much larger effects than
+others. Intervals are percentiles of bootstrap replicates that resample prompts and pairs, both with replacement; pairs
+that share a feature are treated as independent. Both measures are new here.
 
 Symbols: P prompts, n features, m pairs, R replicates.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from crosslens.causal.ablation import check_effects, check_k, set_metrics
@@ -45,10 +46,10 @@ class Additivity:
 
     Attributes:
         pairs: a row per snapshot and pair, effects in logits: snapshot, label, step, feature_a, feature_b, effect_a,
-            effect_b, sum (of both), joint, deviation (joint - sum).
+            effect_b, sum (of both), joint, deviation (joint - sum), interacting.
         summary: a row per snapshot: snapshot, label, step, baseline, k (features that were paired), n_pairs, n_prompts;
-            correlation and deviation (no unit), each with its bootstrap interval, _low and _high. The correlation is
-            NaN if all pairs have the same effect, the deviation if no feature has any.
+            interacting and deviation (no unit), each with its bootstrap interval, _low and _high. The deviation is
+            NaN if no feature has an effect.
     """
 
     pairs: pd.DataFrame
@@ -84,7 +85,7 @@ def pair_additivity(
             features, fewer than three features or pairs, "patch" with runs that are not paired.
     """
     if k < 3 or n_pairs < 3:
-        raise UserError(f"k={k} and n_pairs={n_pairs} must be at least 3 for a correlation")
+        raise UserError(f"k={k} and n_pairs={n_pairs} must be at least 3 for an interval")
     check_level(level)
     check_baseline(baseline, runs)
     where = check_effects(runs, ie, at)
@@ -114,11 +115,12 @@ def pair_additivity(
                     "sum": total,
                     "joint": joint,
                     "deviation": joint - total,
+                    "interacting": interacting(single[pairs], joint),
                 }
             )
         )
         found = {
-            "correlation": correlation(total[None], joint[None]),
+            "interacting": interacting(single[pairs], joint).mean(keepdims=True),
             "deviation": relative_deviation(total[None], joint[None]),
         }
         row = {**place, "baseline": baseline, "k": k, "n_pairs": len(pairs), "n_prompts": len(runs)}
@@ -129,11 +131,9 @@ def pair_additivity(
     return Additivity(pd.concat(tables, ignore_index=True), pd.DataFrame(rows))
 
 
-def correlation(total: Float[np.ndarray, "R m"], joint: Float[np.ndarray, "R m"]) -> Float[np.ndarray, " R"]:
-    """Pearson correlation of each row; NaN if either is constant."""
-    total, joint = (each - each.mean(-1, keepdims=True) for each in (total, joint))
-    with np.errstate(invalid="ignore"):
-        return (total * joint).sum(-1) / np.sqrt((total**2).sum(-1) * (joint**2).sum(-1))
+def interacting(single: Float[np.ndarray, "*R m 2"], joint: Float[np.ndarray, "*R m"]) -> Bool[np.ndarray, "*R m"]:
+    """Whether the deviation of each pair from the sum exceeds half of its smaller single effect."""
+    return np.abs(joint - single.sum(-1)) > 0.5 * np.abs(single).min(-1)
 
 
 def relative_deviation(total: Float[np.ndarray, "R m"], joint: Float[np.ndarray, "R m"]) -> Float[np.ndarray, " R"]:
@@ -145,12 +145,12 @@ def relative_deviation(total: Float[np.ndarray, "R m"], joint: Float[np.ndarray,
 def _replicates(
     effects: Float[np.ndarray, "n_and_m P"], pairs: Int[np.ndarray, "m 2"], rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
-    """Correlation and deviation on prompts and pairs resampled with replacement."""
+    """Share of interacting pairs, and deviation, on prompts and pairs resampled with replacement."""
     P, m = effects.shape[1], len(pairs)
     weights = rng.multinomial(P, np.full(P, 1 / P), size=REPLICATES) / P
     means = weights @ effects.T
     single, joint = means[:, :-m], means[:, -m:]
     drawn = rng.integers(m, size=(REPLICATES, m))
-    total = np.take_along_axis(single[:, pairs].sum(-1), drawn, 1)
+    both = np.take_along_axis(single[:, pairs], drawn[..., None], 1)
     joint = np.take_along_axis(joint, drawn, 1)
-    return correlation(total, joint), relative_deviation(total, joint)
+    return interacting(both, joint).mean(-1), relative_deviation(both.sum(-1), joint)

@@ -1,4 +1,4 @@
-"""Attribution: what each feature does for a task, at every snapshot, by integrated gradients or exact ablation.
+"""Attribution: what each feature does for a task, at every snapshot, by gradients along a path or exact ablation.
 
 For a prompt and snapshot s, with gates frozen from the clean run (see `crosslens.intervention.prompt_runs`):
 
@@ -18,8 +18,20 @@ For a prompt and snapshot s, with gates frozen from the clean run (see `crosslen
    prompts; the error node's effect is sum_t <e_s - e0, g>. Together they must add up to m(clean) - m(baseline):
    completeness, an axiom of integrated gradients.
 
-`method="gradient"` takes g at the clean run alone (attribution patching). `method="exact"` runs the model once per
-prompt and active feature: IE_is = m(clean) - m(f_is set to f0_is at all positions, everything else clean).
+Which part of the path g is averaged over depends on the question:
+
+    removal     the tenth of the path at the clean run: what is lost if the feature alone is set to its baseline. This
+                is what ablation measures, and the default: it ranks features most like exact ablation does
+    both_ends   the tenths at either end: the mean of what is lost by removing the feature from the clean run, and
+                gained by adding it to the baseline
+    ig          the whole path: how the effect of all features together divides among them. Only these effects are
+                complete; in between the ends the model can behave unlike at either
+    gradient    the clean run alone (attribution patching)
+    exact       no gradient: IE_is = m(clean) - m(f_is set to f0_is at all positions, everything else clean), with a run
+                of the model per prompt and active feature
+
+`attribute(..., n_exact=100)` compares the largest effects with exact ones of the same kind: removed from the clean run,
+or for `both_ends` and `ig` the mean of that and of added to the baseline.
 
 m = logit(correct) - logit(wrong) at the last position, so a positive effect supports the correct answer. Nothing below
 the hook is run again, and effects are computed on (token, feature) pairs, never on dense features. Effects by position
@@ -34,23 +46,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from crosslens.causal.relative import reldec, relie, relie_interval
+from crosslens.causal.relative import (
+    effect_interval,
+    q_values,
+    reldec,
+    relie,
+    relie_interval,
+    share_relie,
+    significant,
+)
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
+from crosslens.intervention.splice import check_snapshot
 from crosslens.tasks.prompts import logit_difference
 
-METHODS = ("ig", "gradient", "exact")
+METHODS = ("removal", "both_ends", "ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
 BASELINES = ("zero", "mean", "patch")
 ERRORS = ("joint", "frozen")
+ENDS = ("clean", "baseline")
+END, END_NODES = 0.1, 2  # of the path, near the clean run or the baseline
 BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
 _ESTIMATOR = ("method", "rule", "n_nodes", "baseline", "error", "threshold")  # columns of `snapshot_frame`
 
@@ -60,10 +85,9 @@ class Estimator:
     """How to estimate effects.
 
     Attributes:
-        method: "ig" integrates the gradient along the path, "gradient" takes it at the clean run alone (attribution
-            patching), "exact" sets every active feature to its baseline in turn and runs the model.
-        rule: quadrature rule; None for methods other than "ig".
-        n_nodes: number of quadrature nodes; each costs one backward pass; None for methods other than "ig".
+        method: "removal", "both_ends", "ig", "gradient" or "exact", see `crosslens.causal.attribution`.
+        rule: quadrature rule of "ig"; None is "gauss_legendre", and for other methods it is always None.
+        n_nodes: quadrature nodes of "ig", each a backward pass; None is 20, and for other methods it is always None.
         baseline: where features start: "zero", "mean" over the prompts, or "patch", their values on the paired prompt.
         error: "joint" moves the error node along the path too, "frozen" keeps it clean.
         threshold: effects of a feature at one position of a prompt count as 0 unless they exceed this, in logits.
@@ -72,14 +96,22 @@ class Estimator:
         UserError: an unknown option, n_nodes below 1, a negative threshold, or one for "exact".
     """
 
-    method: str = "ig"
-    rule: str | None = "gauss_legendre"
-    n_nodes: int | None = 20
+    method: str = "removal"
+    rule: str | None = None
+    n_nodes: int | None = None
     baseline: str = "zero"
     error: str = "joint"
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.method in ("removal", "both_ends") and (self.rule, self.n_nodes) != (None, None):
+            raise UserError(
+                f"rule={self.rule!r} and n_nodes={self.n_nodes} belong to method='ig', not to {self.method!r}: give "
+                "method='ig' with them, or leave them out"
+            )
+        if self.method == "ig":
+            object.__setattr__(self, "rule", self.rule or "gauss_legendre")
+            object.__setattr__(self, "n_nodes", 20 if self.n_nodes is None else self.n_nodes)
         for name, value, options in (
             ("method", self.method, METHODS),
             ("rule", self.rule, RULES),
@@ -103,9 +135,15 @@ class Estimator:
 
     def nodes(self) -> tuple[list[float], list[float]]:
         """Nodes in [0, 1] where the gradient is taken, and their weights."""
-        if self.rule is None or self.n_nodes is None:
+        if self.rule is not None and self.n_nodes is not None:
+            return quadrature(self.rule, self.n_nodes)
+        if self.method == "gradient":
             return [1.0], [1.0]
-        return quadrature(self.rule, self.n_nodes)
+        points, weights = quadrature("gauss_legendre", END_NODES)
+        near_clean = [1 - END + END * point for point in points]
+        if self.method == "removal":
+            return near_clean, weights
+        return [END * point for point in points] + near_clean, [weight / 2 for weight in [*weights, *weights]]
 
     def __str__(self) -> str:
         path = f" ({self.rule}, {self.n_nodes} nodes)" if self.rule is not None else ""
@@ -126,11 +164,12 @@ def quadrature(rule: str, n_nodes: int) -> tuple[list[float], list[float]]:
 @on_runs
 def attribute(
     runs: PromptRuns,
-    method: str | Estimator = "ig",
+    method: str | Estimator = "removal",
     *,
     baseline: str | None = None,
     positions: bool = False,
     features: Sequence[int] | Int[Tensor, " n"] | None = None,
+    n_exact: int = 0,
     n_bootstrap: int = 0,
     seed: int = 0,
 ) -> Attribution:
@@ -138,13 +177,15 @@ def attribute(
 
     Args:
         runs: clean runs of a task; or crosscoder, snapshots and task in its place.
-        method: "ig" integrates the gradient along the path, "gradient" takes it at the clean run alone, "exact" ablates
-            every active feature in turn; an `Estimator` sets rule, nodes, error node and threshold too.
+        method: "removal" (the default), "both_ends", "ig", "gradient" or "exact", see `crosslens.causal.attribution`;
+            an `Estimator` sets rule, nodes, error node and threshold too.
         baseline: "zero", "mean" over the prompts, or "patch", the features of the paired prompt; None is that of the
             `Estimator`, or "zero".
         positions: keep effects by position from the end of the prompt, as `Attribution.positions`.
         features: for "exact", ids of the features to ablate; effects of the others are 0, and completeness is NaN.
-        n_bootstrap: replicates over prompts, for intervals of RelIE; 0 keeps none.
+        n_exact: at every snapshot, ablate this many features with the largest |IE| one by one, for
+            `Attribution.agreement`; 0 ablates none.
+        n_bootstrap: replicates over prompts, for intervals; 0 keeps none.
         seed: seed for the replicates.
 
     Raises:
@@ -160,12 +201,14 @@ def attribute(
         raise UserError(f"method={estimator.method!r} computes all features at once: features= needs method='exact'")
     if positions and estimator.method == "exact":
         raise UserError("method='exact' ablates a feature at all positions at once: use method='ig' for positions=True")
+    if n_exact < 0 or n_exact in (1, 2):
+        raise UserError(f"n_exact={n_exact} must be 0, or at least 3 for a correlation; 100 is usual")
     if n_bootstrap < 0:
         raise UserError(f"n_bootstrap={n_bootstrap} must be at least 0; 200 is usual")
     draws = _draws(len(runs), n_bootstrap, seed)
     snapshots, task = runs.snapshots, runs.task
     progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
-    columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected) for s in progress]
+    columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected, n_exact) for s in progress]
     # snapshots last, as everywhere in an Attribution
     stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
     active = runs.active | runs.active_paired if estimator.baseline == "patch" else runs.active
@@ -182,6 +225,7 @@ def attribute(
         steps=snapshots.steps,
         estimator=estimator,
         active=active,
+        sizes=torch.stack([feature_sizes(runs, s) for s in range(len(snapshots))], -1),
         n_prompts=len(runs),
         bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
         positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
@@ -189,14 +233,9 @@ def attribute(
     )
 
 
-def crosscoding_through_time() -> Estimator:
-    """The estimator of Bayazit et al. (arXiv 2509.05291), for `attribute(runs, crosscoding_through_time())`.
-
-    The left rule at alpha = 1, .9, ..., .1, a baseline of zero for features and error node alike, and a threshold of
-    .1 logits for effects at one token. Effects are here summed over the positions of a prompt and averaged over
-    prompts; their code averages over the positions of a batch, padding included.
-    """
-    return Estimator("ig", rule="left", n_nodes=10, baseline="zero", error="joint", threshold=0.1)
+def feature_sizes(runs: PromptRuns, snapshot: int) -> Float[Tensor, " F"]:
+    """Size of every feature: mean of `f_is` over the prompts' positions, times the decoder norm."""
+    return runs.mean_features(snapshot).cpu() * runs.crosscoder.decoder_norms[:, snapshot].detach().cpu()
 
 
 @dataclass(frozen=True)
@@ -214,8 +253,10 @@ class Attribution:
         metric_clean: (S,) mean metric of the clean models.
         metric_baseline: (S,) mean metric at the baseline.
         completeness: (S,) mean |sum of effects - (clean - baseline)| over prompts, relative to mean |clean - baseline|.
-            For "ig" the error of the quadrature; for "gradient" and "exact" a measure of the model's nonlinearity.
+            For "ig" the error of the quadrature; for other methods a measure of the model's nonlinearity.
+        agreement: (S,) Spearman correlation of the largest effects with exact ones; NaN where not measured.
         active: (F, S) whether the feature is active on any prompt (for "patch", or on any paired prompt).
+        sizes: (F, S) mean activation times decoder norm on the prompts.
         n_prompts: prompts averaged over.
         bootstrap: replicates over prompts, if requested.
         positions: effects by position, if requested.
@@ -231,7 +272,9 @@ class Attribution:
     metric_clean: Float[Tensor, " S"]
     metric_baseline: Float[Tensor, " S"]
     completeness: Float[Tensor, " S"]
+    agreement: Float[Tensor, " S"]
     active: Bool[Tensor, "F S"]
+    sizes: Float[Tensor, "F S"]
     n_prompts: int
     bootstrap: Bootstrap | None = None
     positions: Positions | None = None
@@ -271,28 +314,46 @@ class Attribution:
         kept[list(features)] = True
         return replace(self, active=self.active & kept.to(self.active.device))
 
-    def to_frame(self, decoder_norms: Float[Tensor, "F S"]) -> pd.DataFrame:
+    def to_frame(
+        self, decoder_norms: Float[Tensor, "F S"], encoder_share: Float[Tensor, "F S"] | None = None
+    ) -> pd.DataFrame:
         """Long table of the active features: a row per feature and snapshot.
+
+        An effect at an early snapshot may belong to a feature that is active because of what later snapshots hold: all
+        snapshots share one activation. The encoder share says where it is read from.
 
         Args:
             decoder_norms: the crosscoder's, for RelDec.
+            encoder_share: as from `evolution.encoder_share`.
 
         Returns:
-            feature, snapshot, label, step, ie and ie_se (standard error), both in logits, relie, relie_normalised (of
-            effects divided by the metric), reldec, active; with bootstrap replicates also relie_low and relie_high.
+            feature, snapshot, label, step, ie and ie_se (standard error), both in logits, q (adjusted p-value),
+            significant, share_relie, relie, reldec, active, size (mean activation times decoder norm); with bootstrap
+            replicates also the 95 % intervals ie_low and ie_high, share_relie_low, share_relie_high, relie_low and
+            relie_high (signed, see `relie_interval`); with encoder shares encoder_share, read_later (the sum over later
+            snapshots) and mostly_later (whether that is above .5).
         """
         features = self.active.any(-1).nonzero().flatten()
         S = len(self.labels)
-        columns = {
+        columns: dict[str, Tensor] = {
             "ie": self.effects,
             "ie_se": self.standard_errors,
+            "q": q_values(self),
+            "significant": significant(self),
+            "share_relie": share_relie(self),
             "relie": relie(self),
-            "relie_normalised": relie(self, normalised=True),
             "reldec": reldec(decoder_norms),
             "active": self.active,
+            "size": self.sizes,
         }
         if self.bootstrap is not None:
+            columns["ie_low"], columns["ie_high"] = effect_interval(self)
+            columns["share_relie_low"], columns["share_relie_high"] = relie_interval(self, share=True)
             columns["relie_low"], columns["relie_high"] = relie_interval(self)
+        if encoder_share is not None:
+            share = encoder_share.double().cpu()
+            later = share.sum(-1, keepdim=True) - share.cumsum(-1)
+            columns |= {"encoder_share": share, "read_later": later, "mostly_later": later > 0.5}
         return pd.DataFrame(
             {
                 "feature": features.repeat_interleave(S).numpy(),
@@ -307,8 +368,9 @@ class Attribution:
         """One row per snapshot: the metric, completeness, and how effects were estimated.
 
         Returns:
-            snapshot, label, step; metric_clean, metric_baseline and error_effect, in logits; completeness_error,
-            n_active (features), n (prompts), method, rule, n_nodes, baseline, error, threshold (in logits).
+            snapshot, label, step; metric_clean, metric_baseline, features_effect (sum of effects) and error_effect, in
+            logits; completeness_error, agreement, n_active (features), n (prompts), method, rule, n_nodes, baseline,
+            error, threshold (in logits).
         """
         how = self.estimator
         return pd.DataFrame(
@@ -318,8 +380,10 @@ class Attribution:
                 "step": self.steps,
                 "metric_clean": self.metric_clean.numpy(),
                 "metric_baseline": self.metric_baseline.numpy(),
+                "features_effect": self.effects.sum(0).numpy(),
                 "error_effect": self.error_effect.numpy(),
                 "completeness_error": self.completeness.numpy(),
+                "agreement": self.agreement.numpy(),
                 "n_active": self.active.sum(0).numpy(),
                 "n": self.n_prompts,
                 "method": how.method,
@@ -344,7 +408,9 @@ class Attribution:
         Raises:
             UserError: the table lacks a column that says how effects were estimated.
         """
-        if missing := [name for name in _ESTIMATOR if name not in snapshots]:
+        missing = [name for name in (*_ESTIMATOR, "agreement") if name not in snapshots]
+        missing += [name for name in ("size",) if name not in frame]
+        if missing:
             raise UserError(f"the table of task {task!r} lacks {', '.join(missing)}: attribute the task again")
         S = len(snapshots)
         features = torch.as_tensor(frame["feature"].to_numpy()[::S].copy())
@@ -375,7 +441,9 @@ class Attribution:
             metric_clean=per_snapshot("metric_clean"),
             metric_baseline=per_snapshot("metric_baseline"),
             completeness=per_snapshot("completeness_error"),
+            agreement=per_snapshot("agreement"),
             active=column("active"),
+            sizes=column("size"),
             n_prompts=int(first["n"]),
         )
 
@@ -493,6 +561,7 @@ def _attribute_snapshot(
     draws: Int[Tensor, "R N"],
     positions: bool,
     selected: Int[Tensor, " n"] | None,
+    n_exact: int,
 ) -> dict[str, Tensor]:
     sums = _Sums(runs, draws, positions)
     mean = runs.mean(s).to(runs.crosscoder.device) if estimator.baseline == "mean" else None
@@ -503,11 +572,66 @@ def _attribute_snapshot(
         start = baseline_activation(part, estimator, mean)
         clean, baseline = metrics(part, part.clean, start).double().cpu().chunk(2)
         if estimator.method == "exact":
-            effects, error = _ablated(part, start, clean, estimator, mean, wanted)
+            effects = single_effects(part, estimator.baseline, mean, wanted)
+            error = _error_effect(part, start, clean, estimator, mean)
         else:
             effects, error = _integrated(part, start, estimator, mean, sums)
         sums.add_prompts(part.first, effects, error, clean, baseline)
-    return sums.result(len(runs), complete=selected is None)
+    found = sums.result(len(runs), complete=selected is None)
+    return {**found, "agreement": torch.tensor(_agreement(runs, s, estimator, found["effects"], n_exact))}
+
+
+def _agreement(runs: PromptRuns, s: int, estimator: Estimator, effects: Float[Tensor, " A"], n: int) -> float:
+    """Spearman correlation of the n largest effects with exact ones of the same kind."""
+    top = effects.abs().topk(min(n, int((effects != 0).sum()))).indices
+    if len(top) < 3:
+        return math.nan
+    if estimator.method == "exact":
+        return math.nan
+    ends = ("clean", "baseline") if estimator.method in ("both_ends", "ig") else ("clean",)
+    exact = torch.stack([exact_effects(runs, s, runs.features[top], estimator.baseline, end) for end in ends]).mean(0)
+    return rank_correlation(effects[top].numpy(), exact.numpy())
+
+
+def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+    """Spearman correlation; NaN if either is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    found: Any = spearmanr(a, b)
+    return float(found.statistic)
+
+
+@on_runs
+@torch.no_grad()
+def exact_effects(
+    runs: PromptRuns, snapshot: int, features: Int[Tensor, " n"], baseline: str = "zero", end: str = "clean"
+) -> Float[Tensor, " n"]:
+    """Exact effect of each feature on the metric, in logits, mean over prompts.
+
+    Args:
+        runs: clean runs of a task; or crosscoder, snapshots and task in its place.
+        snapshot: index of the snapshot.
+        features: ids of the features.
+        baseline: "zero", "mean" or "patch"; use that of the attribution it is compared with.
+        end: "clean" is the drop when the feature alone is set to its baseline in the clean run; "baseline" the gain
+            when it alone is set to its clean value where all features, and the error node, are at their baseline.
+
+    Raises:
+        UserError: no such snapshot, feature or end, a feature twice, "patch" without paired prompts.
+    """
+    s = check_snapshot(runs.crosscoder, snapshot)
+    check_baseline(baseline, runs)
+    if end not in ENDS:
+        raise UserError(f"end={end!r} is unknown; use one of {ENDS}{did_you_mean(end, ENDS)}")
+    ids = check_features(features, runs.crosscoder.cfg.d_sae)
+    mean = runs.mean(s).to(runs.crosscoder.device) if baseline == "mean" else None
+    wanted = torch.isin(runs.features, ids)
+    total = torch.zeros(len(runs.features), dtype=torch.float64)
+    for part in runs.at(s):
+        total += single_effects(part, baseline, mean, wanted, end).sum(0)
+    found = torch.zeros(runs.crosscoder.cfg.d_sae, dtype=torch.float64)
+    found[runs.features] = total / len(runs)
+    return found[ids]
 
 
 class _Sums:
@@ -653,16 +777,25 @@ def _integrated(
     return effects.view(B, A), errors.sum(-1)
 
 
-def _ablated(
-    part: BatchAt, start: Tensor, clean: Tensor, estimator: Estimator, mean: Tensor | None, wanted: Tensor
-) -> tuple[Float[Tensor, "B A"], Float[Tensor, " B"]]:
-    """Drop of the metric when one feature, or the error node, is set to its baseline at all positions."""
+def single_effects(
+    part: BatchAt, baseline: str, mean: Tensor | None, wanted: Bool[Tensor, " A"], end: str = "clean"
+) -> Float[Tensor, "B A"]:
+    """Change of the metric when one feature is set to its baseline, or its clean value, at all positions.
+
+    Args:
+        part: a batch at a snapshot.
+        baseline: "zero", "mean" or "patch".
+        mean: mean of each feature, for "mean".
+        wanted: features to edit; effects of the others are 0.
+        end: as in `exact_effects`.
+    """
     B, T = part.keep.shape
     A, device = len(part.directions), part.clean.device
     effects = torch.zeros(B * A, dtype=torch.float64)
-    without_error = start.clone()
-    for pairs in part.changes(estimator.baseline, mean):
-        without_error += part.moved(pairs)
+    sign = -1 if end == "clean" else 1
+    origin = part.clean if end == "clean" else baseline_activation(part, Estimator(baseline=baseline), mean)
+    unedited = metrics(part, origin).double().cpu()
+    for pairs in part.changes(baseline, mean):
         ours = wanted.to(device)[pairs.features]
         tokens, features, values = pairs.tokens[ours], pairs.features[ours], pairs.values[ours]
         # every (prompt, feature) is one version of the prompt; its pairs are adjacent
@@ -675,10 +808,18 @@ def _ablated(
             inside = slice(
                 *torch.searchsorted(which, torch.tensor([first, first + len(block)], device=device)).tolist()
             )
-            x = part.clean[block // A]
-            x.flatten(0, 1).index_add_(0, (which[inside] - first) * T + position[inside], shift[inside], alpha=-1)
-            ablated = part.metric(x, block // A).double().cpu()
-            effects[block.cpu()] = clean[(block // A).cpu()] - ablated
+            x = origin[block // A]
+            x.flatten(0, 1).index_add_(0, (which[inside] - first) * T + position[inside], shift[inside], alpha=sign)
+            edited = part.metric(x, block // A).double().cpu()
+            effects[block.cpu()] = sign * (edited - unedited[(block // A).cpu()])
+    return effects.view(B, A)
+
+
+def _error_effect(
+    part: BatchAt, start: Tensor, clean: Tensor, estimator: Estimator, mean: Tensor | None
+) -> Float[Tensor, " B"]:
+    """Drop of the metric when the error node alone is set to its baseline."""
     if estimator.error == "frozen":
-        return effects.view(B, A), torch.zeros(B, dtype=torch.float64)
-    return effects.view(B, A), clean - metrics(part, without_error).double().cpu()
+        return torch.zeros(len(clean), dtype=torch.float64)
+    without = start + sum(part.moved(pairs) for pairs in part.changes(estimator.baseline, mean))
+    return clean - metrics(part, without).double().cpu()

@@ -5,16 +5,17 @@ set of a language is its k features with the largest effect (without those that 
 sign). A feature *serves* the languages whose sets contain it. Bayazit et al. (arXiv 2509.05291) count shared features
 without a comparison with chance.
 
-Sets also overlap by chance, the more so the fewer features are active on the prompts. The null model redraws the sets:
+Sets also overlap by chance: the more so the fewer features are active on the prompts, and because a feature that is
+large in one language (mean activation times decoder norm) tends to be large, and so to have a large effect, in the
+other. The null model redraws the set of every language: each feature is replaced by one of the `ablation.NEIGHBOURS`
+active features nearest in size in that language, itself included, and none is drawn twice.
 
-1. `compare_languages`, for two languages: of the N features active in both, n_a are in one set and n_b in the other.
-   If drawn at random, their overlap is hypergeometric with mean n_a n_b / N. Features that are active in one language
-   only cannot be shared and do not count.
-2. `count_languages`, for features that serve exactly m languages: features active in the same languages are
-   exchangeable. Of N such features, n_l are in the set of language l, so each is with probability n_l / N, and the
-   number of its languages is a sum of independent draws. With two languages this agrees with 1.
+1. `compare_languages`, for two languages: the features active in both are redrawn among themselves. Features that are
+   active in one language only cannot be shared and do not count.
+2. `count_languages`, for features that serve exactly m languages: each set is redrawn among all features active in its
+   language.
 
-Both null models are new here.
+The null model is new here.
 
     parts = split_languages(Task.demo("pp"))
     effects = {language: attribute(cc, snaps, part) for language, part in parts.items()}
@@ -25,7 +26,7 @@ Symbols: L languages, S snapshots, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -34,9 +35,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import hypergeom
 from torch import Tensor
 
+from crosslens.causal.ablation import size_matched
 from crosslens.causal.attribution import Attribution
 from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
@@ -54,28 +55,37 @@ def split_languages(task: Task) -> dict[str, Task]:
             name=f"{task.name}-{language}",
             items=tuple(item for item, own in zip(task.items, named, strict=True) if own == language),
             duplicates=0,
+            same_prompt=0,
         )
         for language in dict.fromkeys(str(name) for name in named)
     }
 
 
 def compare_languages(
-    effects: Mapping[str, Attribution], k: int = 10, *, by: str = "magnitude", level: float = 0.95
+    effects: Mapping[str, Attribution],
+    k: int = 10,
+    *,
+    by: str = "magnitude",
+    level: float = 0.95,
+    n_draws: int = 500,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """How far the top features of languages overlap: a row per snapshot and pair of languages.
+    """How far the top features of languages overlap, beside chance: a row per snapshot and pair of languages.
 
     Args:
         effects: effects of one crosscoder on the same task, by language.
         k: features in the set of a language.
         by: what ranks them: "magnitude", "signed" (the most helpful) or "negative" (the most harmful).
         level: confidence level of the chance interval.
+        n_draws: sets of features of the same sizes drawn per language.
+        seed: seed for the draws.
 
     Returns:
         snapshot, label, step, language, other, k; n and n_other (features in the sets, fewer than k if the others have
         no effect), shared (in both), same_sign (of these, with effects of one sign), jaccard (shared / in either);
         candidates (features active in both languages), in_candidates and other_in_candidates (of the two sets);
-        expected (mean overlap by chance), low and high (its central `level`), level, p (probability of an overlap at
-        least as large by chance, of this row alone) and expected_jaccard (mean by chance).
+        expected (mean overlap of size-matched sets), low and high (its central `level`), level, p (probability of an
+        overlap at least as large by chance, of this row alone), expected_jaccard (mean by chance) and n_draws.
 
     Raises:
         UserError: fewer than two languages, effects of different crosscoders or snapshots, a k larger than the active
@@ -100,19 +110,30 @@ def compare_languages(
                     "n_other": int(b.sum()),
                     "shared": int(both.sum()),
                     "same_sign": int((both & signs).sum()),
-                    **_by_chance(a, b, candidates, level),
+                    **_by_chance(
+                        (a, b),
+                        [effects[name].sizes[:, s] for name in (one, other)],
+                        candidates,
+                        level,
+                        n_draws,
+                        (seed, s),
+                    ),
                 }
             )
     return _tidy(rows)
 
 
-def count_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str = "magnitude") -> pd.DataFrame:
+def count_languages(
+    effects: Mapping[str, Attribution], k: int = 10, *, by: str = "magnitude", n_draws: int = 500, seed: int = 0
+) -> pd.DataFrame:
     """How many features serve one language, two, ..., all: a row per snapshot and number of languages.
 
     Args:
         effects: effects of one crosscoder on the same task, by language.
         k: features in the set of a language.
         by: what ranks them, as in `compare_languages`.
+        n_draws: sets of features of the same sizes drawn per language.
+        seed: seed for the draws.
 
     Returns:
         snapshot, label, step, k, n_languages (1 to L), features (that serve exactly this many), share (of the features
@@ -125,9 +146,12 @@ def count_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str 
     rows: list[dict[str, Any]] = []
     for s in range(len(_first(effects).labels)):
         in_set = torch.stack([mask[:, s] for mask in sets.values()], -1)
-        active = torch.stack([each.active[:, s] for each in effects.values()], -1)
         counts = in_set.sum(-1).bincount(minlength=len(effects) + 1)
-        expected = _expected_counts(in_set, active)
+        drawn = torch.zeros(n_draws, len(in_set), dtype=torch.long)
+        for i, each in enumerate(effects.values()):
+            rng = np.random.default_rng((seed, s, i))
+            drawn += _redrawn(in_set[:, i], each.active[:, s], each.sizes[:, s], n_draws, rng)
+        expected = [float((drawn == m).sum(-1).double().mean()) for m in range(len(effects) + 1)]
         rows += [
             {
                 **_snapshot(effects, s),
@@ -135,7 +159,7 @@ def count_languages(effects: Mapping[str, Attribution], k: int = 10, *, by: str 
                 "n_languages": m,
                 "features": int(counts[m]),
                 "share": float(counts[m] / counts[1:].sum()) if counts[1:].any() else np.nan,
-                "expected": float(expected[m]),
+                "expected": expected[m],
             }
             for m in range(1, len(effects) + 1)
         ]
@@ -155,40 +179,49 @@ def _sets(effects: Mapping[str, Attribution], k: int, by: str) -> dict[str, Bool
     return sets
 
 
+def _redrawn(
+    chosen: Bool[Tensor, " F"],
+    candidates: Bool[Tensor, " F"],
+    sizes: Float[Tensor, " F"],
+    n_draws: int,
+    rng: np.random.Generator,
+) -> Bool[Tensor, "n F"]:
+    """Sets in which each chosen candidate is replaced by a candidate of about its size."""
+    drawn = torch.zeros(n_draws, len(chosen), dtype=torch.bool)
+    top, pool = ((mask & candidates).nonzero().flatten() for mask in (chosen, candidates))
+    return drawn.scatter_(1, size_matched(top, pool, sizes, n_draws, rng), True) if len(top) else drawn
+
+
 def _by_chance(
-    a: Bool[Tensor, " F"], b: Bool[Tensor, " F"], candidates: Bool[Tensor, " F"], level: float
+    sets: tuple[Bool[Tensor, " F"], Bool[Tensor, " F"]],
+    sizes: Sequence[Float[Tensor, " F"]],
+    candidates: Bool[Tensor, " F"],
+    level: float,
+    n_draws: int,
+    seed: tuple[int, int],
 ) -> dict[str, float]:
-    N, n_a, n_b = (int(mask.sum()) for mask in (candidates, a & candidates, b & candidates))
+    a, b = sets
     shared, either = int((a & b).sum()), int((a | b).sum())
-    law: Any = hypergeom(max(N, 1), n_a, n_b)  # scipy refuses a population of 0
-    low, high = law.interval(level)
-    possible = np.arange(min(n_a, n_b) + 1)
-    united = np.maximum(int(a.sum()) + int(b.sum()) - possible, 1)  # 1 where both sets are empty
+    one, other = (
+        _redrawn(chosen, candidates, size, n_draws, np.random.default_rng((*seed, i)))
+        for i, (chosen, size) in enumerate(zip(sets, sizes, strict=True))
+    )
+    overlap = (one & other).sum(-1).double()
+    low, high = np.quantile(overlap, [(1 - level) / 2, (1 + level) / 2])
+    united = (int(a.sum()) + int(b.sum()) - overlap).clamp_min(1)  # 1 where both sets are empty
     return {
         "jaccard": shared / either if either else float("nan"),
-        "candidates": N,
-        "in_candidates": n_a,
-        "other_in_candidates": n_b,
-        "expected": n_a * n_b / N if N else 0.0,
-        "low": int(low),
-        "high": int(high),
+        "candidates": int(candidates.sum()),
+        "in_candidates": int((a & candidates).sum()),
+        "other_in_candidates": int((b & candidates).sum()),
+        "expected": float(overlap.mean()),
+        "low": float(low),
+        "high": float(high),
         "level": level,
-        "p": float(law.sf(shared - 1)),
-        "expected_jaccard": float(law.pmf(possible) @ (possible / united)) if either else float("nan"),
+        "p": (1 + int((overlap >= shared).sum())) / (1 + n_draws),
+        "expected_jaccard": float((overlap / united).mean()) if either else float("nan"),
+        "n_draws": n_draws,
     }
-
-
-def _expected_counts(in_set: Bool[Tensor, "F L"], active: Bool[Tensor, "F L"]) -> Float[np.ndarray, " counts"]:
-    """Mean number of features that serve exactly 0, 1, ..., L languages by chance."""
-    expected = np.zeros(active.shape[1] + 1)
-    patterns, which = active.unique(dim=0, return_inverse=True)
-    for i in range(len(patterns)):
-        members = in_set[which == i].double()
-        law = np.ones(1)
-        for share in members.mean(0).tolist():
-            law = np.convolve(law, (1 - share, share))
-        expected += len(members) * law
-    return expected
 
 
 def _check(effects: Mapping[str, Attribution]) -> None:

@@ -1,9 +1,11 @@
 """All causal analyses of one task in one call.
 
 1. Split the prompts in two: a selection split and a held-out split that share no prefix.
-2. On the selection split, estimate effects (`attribute`), follow the top features over snapshots (`follow_features`),
-   measure single effects exactly, and compare languages (`compare_languages`).
+2. On the selection split, estimate effects (`attribute`), ablate those with the largest effects one by one to see how
+   far the estimates agree with exact effects, follow the top features over snapshots (`follow_features`), and compare
+   languages (`compare_languages`).
 3. On the held-out split, test the features that step 2 ranks highest: `ablate`, `transfer_matrix`, `pair_additivity`.
+   Ablate every significant feature at every snapshot, to see which measure predicts when it acts (`validate`).
 
 The clean runs of each split are made once and shared. The splits and `Study.rank_agreement` are new here.
 """
@@ -11,18 +13,20 @@ The clean runs of each split are made once and shared. The splits and `Study.ran
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import pandas as pd
-from scipy.stats import spearmanr
+from jaxtyping import Float
+from torch import Tensor
 
-from crosslens.causal.ablation import Controls, ablate, exact_effects
+from crosslens.causal.ablation import Controls, ablate
 from crosslens.causal.additivity import pair_additivity
-from crosslens.causal.attribution import Attribution, attribute
+from crosslens.causal.attribution import Attribution, attribute, exact_effects, rank_correlation
 from crosslens.causal.languages import compare_languages, split_languages
+from crosslens.causal.relative import significant
 from crosslens.causal.timeline import follow_features
 from crosslens.causal.transfer import transfer_matrix
+from crosslens.causal.validation import Validation, validate
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -42,16 +46,20 @@ class StudySizes:
             controls are drawn `n_draws_last` times.
         n_draws: sets drawn per control, random and size-matched, at all snapshots.
         n_draws_last: sets of size k drawn per control at the last snapshot.
-        n_exact: features with the largest |IE| that are ablated one by one, at the last snapshot.
+        n_exact: features with the largest |IE| that are ablated one by one, at every snapshot.
+        n_validated: significant features that are ablated one by one on the held-out split, at every snapshot.
+        n_bootstrap: replicates over prompts, for intervals.
         n_pairs: pairs of features ablated together, at the last snapshot.
     """
 
     ablate_k: Sequence[int] = (1, 5, 15, 50)
-    keep_k: Sequence[int] = (5, 15, 50, 100)
+    keep_k: Sequence[int] = (0, 5, 15, 50, 100)
     k: int = 15
     n_draws: int = 4
     n_draws_last: int = 100
     n_exact: int = 100
+    n_validated: int = 200
+    n_bootstrap: int = 200
     n_pairs: int = 100
 
 
@@ -61,46 +69,44 @@ class Study:
 
     Attributes:
         task: name of the task.
-        ie: integrated gradients on the selection split.
-        gradient: effects by a single gradient on the same split.
-        exact: the features with the largest |IE| at the last snapshot, one by one, in logits: feature, ig, gradient,
-            removed (drop of the metric when the feature alone is set to its baseline) and, with paired prompts, added
-            (gain of the paired prompt's metric when the feature alone is set to its clean value).
-        tables: by their names in a run directory: attribution/<task>, attribution/<task>.snapshots, ablation/<task>,
-            transfer/<task>, additivity/<task>, additivity/<task>.snapshots, timeline/<task> and, if the items are of
-            several languages, languages/<task>.
+        estimates: effects on the selection split by each method: "removal", "ig" and "gradient".
+        exact: the features with the largest |IE| by removal at the last snapshot, one by one, in logits: feature; the
+            three estimates; removed (drop of the metric when the feature alone is set to its baseline) and added (gain
+            when it alone is set to its clean value in the baseline run).
+        validation: exact effects at every snapshot on the held-out split; None if no effect is significant.
+        tables: by their names in a run directory: attribution/<task>, attribution/<task>.snapshots, completeness/<task>
+            (the snapshots of "ig", whose effects add up), ablation/<task>, transfer/<task>, additivity/<task>,
+            additivity/<task>.snapshots, timeline/<task>, validation/<task>, validation/<task>.summary and, if the items
+            are of several languages, languages/<task>. The first two and `completeness` name their split.
     """
 
     task: str
-    ie: Attribution
-    gradient: Attribution
+    estimates: dict[str, Attribution]
     exact: pd.DataFrame
+    validation: Validation | None
     tables: dict[str, pd.DataFrame]
 
-    def rank_agreement(self, method: str = "ig", end: str = "removed") -> float:
+    @property
+    def ie(self) -> Attribution:
+        """Effects by removal, which rank the features in all tables."""
+        return self.estimates["removal"]
+
+    def rank_agreement(self, method: str = "removal", end: str = "removed") -> float:
         """Spearman correlation of a method with exact effects of single features, at the last snapshot.
 
-        Integrated gradients average over the path from the baseline to the clean run, ablation looks only at its clean
-        end. If the model is not additive in between, the two differ although neither is wrong.
-
         Args:
-            method: "ig" or "gradient".
+            method: "removal", "ig" or "gradient".
             end: "removed" (from the clean run), "added" (to the baseline), or "both", the mean of the two.
 
         Raises:
-            UserError: an unknown method or end, or "added" without paired prompts.
+            UserError: an unknown method or end.
         """
-        if method not in ("ig", "gradient"):
-            raise UserError(f"method={method!r} must be 'ig' or 'gradient'")
+        if method not in self.estimates:
+            raise UserError(f"method={method!r} must be one of {tuple(self.estimates)}")
         if end not in ("removed", "added", "both"):
             raise UserError(f"end={end!r} must be 'removed', 'added' or 'both'")
         ends = ["removed", "added"] if end == "both" else [end]
-        if missing := [name for name in ends if name not in self.exact]:
-            raise UserError(
-                f"end={end!r} needs the effects of {missing[0]} features: use study_task(..., baseline='patch')"
-            )
-        found: Any = spearmanr(self.exact[method], self.exact[ends].mean(axis=1))
-        return float(found.statistic)
+        return rank_correlation(self.exact[method].to_numpy(), self.exact[ends].mean(axis=1).to_numpy())
 
 
 def study_task(
@@ -109,6 +115,8 @@ def study_task(
     task: Task,
     *,
     baseline: str = "patch",
+    decodability: Float[Tensor, "F S"] | None = None,
+    encoder_share: Float[Tensor, "F S"] | None = None,
     sizes: StudySizes = StudySizes(),
     seed: int = 0,
     settings: ModelSettings | None = None,
@@ -120,6 +128,9 @@ def study_task(
         snapshots: the models.
         task: minimal pairs; with the baseline "patch", only items with a paired prompt are used.
         baseline: what features are set to, and the baseline of their effects: "patch", "zero" or "mean".
+        decodability: of every feature at every snapshot, as from `evolution.measure_decodability(...).r2`, to be
+            validated beside the effects.
+        encoder_share: as from `evolution.encoder_share`, to mark effects of features that later snapshots activate.
         sizes: numbers of features and draws.
         seed: seed for the split and every draw.
         settings: how the models run; None runs them on the crosscoder's device.
@@ -134,7 +145,8 @@ def study_task(
         return PromptRuns(crosscoder, snapshots, part, paired=paired, settings=settings)
 
     selection, held_out = (run(half) for half in task.split(seed))
-    ie, gradient = (attribute(selection, method, baseline=baseline) for method in ("ig", "gradient"))
+    ie = attribute(selection, baseline=baseline, n_exact=sizes.n_exact, n_bootstrap=sizes.n_bootstrap)
+    estimates = {"removal": ie, **{name: attribute(selection, name, baseline=baseline) for name in ("ig", "gradient")}}
     last, most = len(snapshots) - 1, int(ie.active.sum(0).min())
     if most < 3:
         raise UserError(f"only {most} features are active on {task.name!r} at some snapshot: at least 3 are needed")
@@ -156,36 +168,29 @@ def study_task(
     ).drop_duplicates(["snapshot", "mode", "features", "k"], ignore_index=True)
     pairs = pair_additivity(held_out, ie, k, sizes.n_pairs, baseline=baseline, at=[last], seed=seed)
     tables = {
-        f"attribution/{task.name}": ie.to_frame(crosscoder.decoder_norms),
-        f"attribution/{task.name}.snapshots": ie.snapshot_frame(),
+        f"attribution/{task.name}": ie.to_frame(crosscoder.decoder_norms, encoder_share),
+        f"attribution/{task.name}.snapshots": ie.snapshot_frame().assign(split="selection"),
+        f"completeness/{task.name}": estimates["ig"].snapshot_frame().assign(split="selection"),
         f"ablation/{task.name}": curves,
         f"transfer/{task.name}": transfer_matrix(held_out, ie, k, baseline=baseline),
         f"additivity/{task.name}": pairs.pairs,
         f"additivity/{task.name}.snapshots": pairs.summary,
         f"timeline/{task.name}": follow_features(selection, ie, min(5, most)),
     }
+    validation = None
+    if significant(ie).any():
+        validation = validate(
+            held_out, ie, baseline=baseline, decodability=decodability, max_features=sizes.n_validated, seed=seed
+        )
+        tables[f"validation/{task.name}"] = validation.effects
+        tables[f"validation/{task.name}.summary"] = validation.summary
     parts = split_languages(selection.task) if split_languages(task) else {}
     if len(parts) > 1:
         by_language = {language: attribute(run(part), baseline=baseline) for language, part in parts.items()}
         tables[f"languages/{task.name}"] = compare_languages(by_language, min(10, most))
     largest = ie.top(min(sizes.n_exact, int(ie.active[:, last].sum())), last, by="magnitude")
-    exact = pd.DataFrame(
-        {
-            "feature": largest.numpy(),
-            "ig": ie.effects[largest, last].numpy(),
-            "gradient": gradient.effects[largest, last].numpy(),
-            "removed": exact_effects(selection, last, largest, baseline).numpy(),
-        }
-    )
-    if paired:
-        exact["added"] = -exact_effects(run(_swapped(selection.task)), last, largest, baseline).numpy()
-    return Study(task.name, ie, gradient, exact, tables)
-
-
-def _swapped(task: Task) -> Task:
-    """The task with prompts and paired prompts swapped, and the same answers."""
-    items = tuple(
-        item if item.patch_prefix is None else replace(item, prefix=item.patch_prefix, patch_prefix=item.prefix)
-        for item in task.items
-    )
-    return replace(task, items=items)
+    columns = {name: each.effects[largest, last] for name, each in estimates.items()}
+    for name, end in (("removed", "clean"), ("added", "baseline")):
+        columns[name] = exact_effects(selection, last, largest, baseline, end)
+    exact = pd.DataFrame({"feature": largest.numpy(), **{name: each.numpy() for name, each in columns.items()}})
+    return Study(task.name, estimates, exact, validation, tables)

@@ -2,8 +2,8 @@
 
 1. At every snapshot, select the k features with the largest significant effect.
 2. Follow every feature that was selected at any snapshot over all of them: decoder norm, signed effect, RelIE.
-3. Order them by when they matter, the centre of mass of RelIE over the snapshots: features that the task stops using
-   come first, features that it starts to use come last.
+3. Order them by when they matter, the centre of mass of share RelIE over the snapshots: features that the task stops
+   using come first, features that it starts to use come last.
 4. `find_examples` lists where in the task's prompts a feature is most active.
 
 `late_feature` and `sign_change` each pick the one feature of several tasks that best shows the effect. A timeline says
@@ -26,7 +26,7 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.causal.ablation import check_effects
 from crosslens.causal.attribution import Attribution
-from crosslens.causal.relative import classify, relie
+from crosslens.causal.relative import classify, relie, share_relie, significant
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import relative_norms
@@ -52,15 +52,16 @@ def follow_features(
         ie: effects on the task.
         k: features taken from each snapshot.
         by: what ranks them: "magnitude", "signed" (the most helpful) or "negative" (the most harmful ones).
-        min_effect: a feature is selected only where its |IE| is larger, in logits; None is two standard errors (with a
-            single prompt there are none, and nothing is selected).
+        min_effect: a feature is selected only where its effect counts, see `relative.significant` (with a single
+            prompt none is significant, and nothing is selected).
         n_examples: examples of each feature; 0 runs no model.
 
     Returns:
         A row per feature and snapshot, empty if no effect is large enough: order (0 is the feature that matters first),
         feature, snapshot, label, step; norm (of the decoder), strength (norm / its largest), ie and ie_se (logits),
-        relie, rank (of |IE| at this snapshot, 1 the largest, missing where the feature is not active), top (selected at
-        this snapshot); and per feature class and signed_class (as in `classify`), centre_of_mass, examples.
+        share_relie, relie, rank (of |IE| at this snapshot, 1 the largest, missing where the feature is not active), top
+        (selected at this snapshot); and per feature class and signed_class (as in `classify`), centre_of_mass,
+        examples.
 
     Raises:
         UserError: a single snapshot, effects of another crosscoder, k larger than the active features, a crosscoder of
@@ -70,12 +71,12 @@ def follow_features(
         raise UserError(f"n_examples={n_examples} must be at least 0")
     check_effects(runs, ie)
     crosscoder, snapshots = runs.crosscoder, runs.snapshots
-    least = 2 * ie.standard_errors if min_effect is None else min_effect
+    counts = significant(ie, min_effect)
     selected = torch.zeros_like(ie.active)
     for s in range(len(snapshots)):
         selected[ie.top(k, s, by), s] = True
     # fewer than k features may be helpful, or harmful
-    selected &= {"signed": ie.effects, "negative": -ie.effects}.get(by, ie.effects.abs()) > least
+    selected &= counts & ({"signed": ie.effects, "negative": -ie.effects}.get(by, ie.effects.abs()) > 0)
     courses = classify(ie, min_effect).sort_values("centre_of_mass", kind="stable", ignore_index=True)
     courses = courses.loc[selected.any(-1).numpy()[courses["feature"]]]
     features = torch.tensor(courses["feature"].to_numpy(), dtype=torch.long)
@@ -86,6 +87,7 @@ def follow_features(
         "strength": relative_norms(norms).float(),
         "ie": ie.effects,
         "ie_se": ie.standard_errors,
+        "share_relie": share_relie(ie, min_effect),
         "relie": relie(ie, min_effect),
         "rank": _ranks(ie),
         "top": selected,
@@ -195,10 +197,10 @@ def _in_brackets(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def late_feature(effects: Iterable[Attribution]) -> dict[str, Any]:
-    """Among features that carry a tenth of a task's metric at the last snapshot, the one with the latest RelIE."""
+    """Among features that carry a tenth of a task's metric at the last snapshot, that with the latest share RelIE."""
     found: list[dict[str, Any]] = []
     for ie in effects:
-        share = relie(ie)
+        share = share_relie(ie)
         S = share.shape[1]
         top = ie.top(min(15, int(ie.active[:, -1].sum())), S - 1)
         carried = ie.effects[top, -1] >= 0.1 * ie.metric_clean[-1]
@@ -213,8 +215,8 @@ def sign_change(effects: Iterable[Attribution]) -> dict[str, Any]:
     """The feature with the largest significant change of sign: harmful at one snapshot, helpful at another."""
     found: list[dict[str, Any]] = []
     for ie in effects:
-        significant = torch.where(ie.effects.abs() > 2 * ie.standard_errors, ie.effects, torch.zeros_like(ie.effects))
-        swing = torch.minimum(significant.amax(1), -significant.amin(1))
+        counted = torch.where(significant(ie), ie.effects, torch.zeros_like(ie.effects))
+        swing = torch.minimum(counted.amax(1), -counted.amin(1))
         found.append(_finding(ie, int(swing.argmax()), swing=float(swing.max())))
     return max(found, key=lambda finding: finding["swing"])
 
@@ -245,5 +247,6 @@ def _finding(ie: Attribution, feature: int, **figures: float) -> dict[str, Any]:
         **figures,
         "ie": [round(v, 4) for v in ie.effects[feature].tolist()],
         "ie_se": [round(v, 4) for v in ie.standard_errors[feature].tolist()],
+        "share_relie": [round(v, 4) for v in share_relie(ie)[feature].tolist()],
         "relie": [round(v, 4) for v in relie(ie)[feature].tolist()],
     }

@@ -46,8 +46,9 @@ from crosslens.cli.arguments import (
     check_repository,
     check_run,
     check_split,
-    check_task,
+    check_tasks,
     check_trained_run,
+    encoder_shares,
     find_snapshots,
     in_range,
     one_of,
@@ -58,7 +59,7 @@ from crosslens.cli.arguments import (
     parse_prices,
     parse_settings,
     parse_steps,
-    parse_task,
+    parse_tasks,
 )
 from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
@@ -167,13 +168,13 @@ ParallelOption = Annotated[
         in_range(1),
     ),
 ]
-TaskOption = Annotated[
-    str,
+TasksOption = Annotated[
+    list[str],
     _option(
         "--task",
         "demo:simple, sva:FILE, blimp:UID, blimp:FILE, clams:FILE, multiblimp:LANGUAGE, ioi, or a jsonl, csv or "
-        "parquet file with the columns prefix, correct and wrong.",
-        check_task,
+        "parquet file with the columns prefix, correct and wrong. Repeat it for several tasks.",
+        check_tasks,
     ),
 ]
 BaselineOption = Annotated[
@@ -724,55 +725,79 @@ def evolve(
 @app.command()
 def attribute(
     run_dir: TrainedArgument,
-    task: TaskOption,
+    task: TasksOption,
     method: Annotated[
         str,
         _option(
             "--method",
-            "ig (integrated gradients), gradient (attribution patching) or exact (ablate features one by one).",
+            "removal (what is lost without a feature), both_ends (the mean of that and of what adding it gains), ig "
+            "(integrated gradients, whose effects add up), gradient (attribution patching) or exact (ablate features "
+            "one by one).",
             one_of(*METHODS),
         ),
-    ] = "ig",
+    ] = "removal",
     rule: Annotated[
         str, _option("--rule", "Quadrature rule of ig: gauss_legendre, midpoint or left.", one_of(*RULES))
     ] = "gauss_legendre",
     n_nodes: Annotated[int, _option("--n-nodes", "Nodes of the rule, each a backward pass.", in_range(1))] = 20,
     baseline: BaselineOption = "zero",
+    n_exact: Annotated[
+        int,
+        _option(
+            "--n-exact",
+            "Ablate this many of the largest effects one by one at every snapshot, to see how far the estimates agree. "
+            "0: none.",
+            in_range(0),
+        ),
+    ] = 20,
     consensus: ConsensusOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:
-    """Estimate the effect of every feature on a task at every snapshot, on the selection half of its prompts."""
+    """Estimate the effect of every feature on tasks at every snapshot, on the selection half of their prompts."""
     kept = open_consensus(run_dir) if consensus else None
     import pandas as pd
 
     from crosslens.causal import Estimator
     from crosslens.causal import attribute as attribute_effects
     from crosslens.intervention import PromptRuns
+    from crosslens.tasks import describe_accuracy, list_counts
 
+    estimator = Estimator(method, rule if method == "ig" else None, n_nodes if method == "ig" else None, baseline)
     run, crosscoder, acts = open_run(run_dir, device)
-    prompts = parse_task(task)
-    selection, _ = prompts.split(seed)
-    runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=baseline == "patch", settings=acts.settings)
-    ie = attribute_effects(runs, Estimator(method, rule, n_nodes, baseline))
-    if kept is not None:
-        ie = ie.among(kept)
-    run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms))
-    run.save_table(f"attribution/{prompts.name}.snapshots", ie.snapshot_frame())
-    accuracy = prompts.accuracy(acts.snapshots, settings=acts.settings)
-    before = run.table("accuracy")
-    if before is not None:
-        accuracy = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
-    run.save_table("accuracy", accuracy)
-    for s, label in enumerate(ie.labels):
-        top = ", ".join(str(i) for i in ie.top(min(5, int(ie.active[:, s].sum())), s).tolist())
-        typer.echo(f"{label:>12}  metric {ie.metric_clean[s]:+8.3f}  completeness {ie.completeness[s]:.2%}  top {top}")
+    for prompts in parse_tasks(task):
+        selection, _ = prompts.split(seed)
+        runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=baseline == "patch", settings=acts.settings)
+        ie = attribute_effects(runs, estimator, n_exact=n_exact, n_bootstrap=200)
+        if kept is not None:
+            ie = ie.among(kept)
+        run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms, encoder_shares(run, ie)))
+        snapshots = ie.snapshot_frame().assign(split="selection")
+        run.save_table(f"attribution/{prompts.name}.snapshots", snapshots)
+        if method == "ig":
+            run.save_table(f"completeness/{prompts.name}", snapshots)
+        accuracy = prompts.accuracy(acts.snapshots, settings=acts.settings)
+        before = run.table("accuracy")
+        together = accuracy
+        if before is not None:
+            together = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
+        run.save_table("accuracy", together)
+        for line in describe_accuracy(accuracy):
+            typer.echo(line)
+        left_out = f", left out {list_counts(runs.left_out)}" if runs.left_out else ""
+        typer.echo(f"{prompts.name}, effects by {ie.estimator} on the selection half: {len(runs)} prompts{left_out}")
+        for s, label in enumerate(ie.labels):
+            top = ", ".join(str(i) for i in ie.top(min(5, int(ie.active[:, s].sum())), s).tolist())
+            complete = f"  completeness {ie.completeness[s]:.2%}" if method == "ig" else ""
+            agreement = float(ie.agreement[s])
+            agrees = "" if agreement != agreement else f"  agreement with exact {agreement:+.2f}"
+            typer.echo(f"{label:>12}  metric {ie.metric_clean[s]:+8.3f}{complete}{agrees}  top {top}")
 
 
 @app.command()
 def ablate(
     run_dir: TrainedArgument,
-    task: TaskOption,
+    task: TasksOption,
     k: Annotated[
         str, _option("--k", "Sizes of the sets of top features, such as 1,5,15,50.", check_numbers)
     ] = "1,5,15,50",
@@ -783,35 +808,55 @@ def ablate(
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:
-    """Ablate the top features, and keep only them, on the held-out half of a task's prompts."""
+    """Ablate the top features, and keep only them, on the held-out half of the prompts of tasks."""
     import pandas as pd
 
     from crosslens.causal import Attribution, Controls
     from crosslens.causal import ablate as ablate_features
     from crosslens.intervention import PromptRuns
+    from crosslens.tasks import list_counts
 
     run, crosscoder, acts = open_run(run_dir, device)
-    prompts = parse_task(task)
-    frame, snapshots = (run.table(f"attribution/{prompts.name}{part}") for part in ("", ".snapshots"))
-    if frame is None or snapshots is None:
-        raise UserError(
-            f"{run_dir} has no effects on {prompts.name!r}; run `crosslens attribute {run_dir} --task {task}` first"
-        )
-    ie = Attribution.from_frames(prompts.name, frame, snapshots, crosscoder.cfg.d_sae)
-    _, held_out = prompts.split(seed)
-    runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=baseline == "patch", settings=acts.settings)
-    controls = Controls(n_draws=n_draws, seed=seed)
-    tables = [
-        ablate_features(runs, ie, parse_numbers(k, "--k"), keep=keep, baseline=baseline, controls=controls)
-        for keep in (False, True)
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    run.save_table(f"ablation/{prompts.name}", table)
-    last = table[table["snapshot"] == table["snapshot"].max()]
-    for row in last.itertuples():
-        typer.echo(
-            f"{row.label:>12}  {row.mode:>6} {row.features:>12} {row.k:>4}: {row.metric:+.3f} of {row.clean:+.3f}"
-        )
+    tasks = parse_tasks(task)
+    found: list[Attribution] = []
+    for spec, prompts in zip(task, tasks, strict=True):
+        frame, snapshots = (run.table(f"attribution/{prompts.name}{part}") for part in ("", ".snapshots"))
+        if frame is None or snapshots is None:
+            raise UserError(
+                f"{run_dir} has no effects on {prompts.name!r}; run `crosslens attribute {run_dir} --task {spec}` first"
+            )
+        found.append(Attribution.from_frames(prompts.name, frame, snapshots, crosscoder.cfg.d_sae))
+    sizes = parse_numbers(k, "--k")
+    for prompts, ie in zip(tasks, found, strict=True):
+        _, held_out = prompts.split(seed)
+        runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=baseline == "patch", settings=acts.settings)
+        controls = Controls(n_draws=n_draws, seed=seed)
+        tables = [
+            ablate_features(runs, ie, ks, keep=keep, baseline=baseline, controls=controls)
+            for keep, ks in ((False, sizes), (True, [0, *sizes]))
+        ]
+        table = pd.concat(tables, ignore_index=True).assign(split="held-out")
+        run.save_table(f"ablation/{prompts.name}", table)
+        left_out = f", left out {list_counts(runs.left_out)}" if runs.left_out else ""
+        typer.echo(f"{prompts.name}, metric on the held-out half: {len(runs)} prompts{left_out}")
+        last = table[table["snapshot"] == table["snapshot"].max()]
+        for row in last.itertuples():
+            typer.echo(
+                f"{row.label:>12}  {row.mode:>6} {row.features:>12} {row.k:>4}: {row.metric:+.3f} of {row.clean:+.3f}"
+            )
+
+
+@app.command()
+def remove(
+    run_dir: RunArgument,
+    task: Annotated[list[str], _option("--task", "Name of a task, as the report shows it. Repeat it for several.")],
+) -> None:
+    """Delete the tables of tasks from a run; the report then leaves them out."""
+    from crosslens.rundir import RunDir
+
+    run = RunDir(run_dir)
+    for name in task:
+        typer.echo(f"{name}: {', '.join(run.remove_task(name))}")
 
 
 @app.command("label")

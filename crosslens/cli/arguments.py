@@ -26,7 +26,10 @@ from crosslens.snapshots.settings import ATTENTIONS, BACKENDS
 from crosslens.snapshots.settings import DTYPES as MODEL_DTYPES
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from crosslens.activations import Activations
+    from crosslens.causal import Attribution
     from crosslens.crosscoders import Crosscoder
     from crosslens.snapshots import ModelSettings, Snapshots
     from crosslens.tasks import Task
@@ -42,7 +45,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 MOMENTS = ("float32", "bfloat16")
 CACHE_DTYPES = ("bfloat16", "float32", "int8")
 SAMPLES = ("line", "paragraph")
-METHODS = ("ig", "gradient", "exact")
+METHODS = ("removal", "both_ends", "ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
 BASELINES = ("zero", "mean", "patch")
 TEXT_FILES = (".txt", ".text", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -233,8 +236,12 @@ def check_numbers(option: str, value: str | None) -> str | None:
     return value
 
 
-def check_task(option: str, value: str) -> str:
-    """Refuse a task that does not exist, as far as files and names tell."""
+def check_tasks(option: str, values: list[str]) -> list[str]:
+    """Refuse tasks that do not exist, as far as files and names tell."""
+    return [_check_task(option, value) for value in values]
+
+
+def _check_task(option: str, value: str) -> str:
     kind, _, rest = value.partition(":")
     if kind == "demo":
         from crosslens.synthetic.grammar import CONSTRUCTIONS
@@ -446,8 +453,17 @@ def parse_prices(text: str) -> tuple[float, float]:
     return into, out
 
 
-def parse_task(spec: str) -> Task:
-    """Make the task that `check_task` has accepted."""
+def parse_tasks(specs: Sequence[str]) -> list[Task]:
+    """Make the tasks that `check_tasks` has accepted; two of one name are refused, because names are file names."""
+    tasks = [_parse_task(spec) for spec in specs]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--task names {name!r} twice: give each task once")
+    return tasks
+
+
+def _parse_task(spec: str) -> Task:
     from crosslens.tasks import Task
 
     kind, _, rest = spec.partition(":")
@@ -508,6 +524,17 @@ def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activa
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
     return run, load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)
+
+
+def encoder_shares(run: RunDir, ie: Attribution) -> Tensor | None:
+    """Encoder shares (F, S) that `crosslens evolve` has saved, for the features and snapshots of the effects."""
+    table = run.table("encoder")
+    columns = [f"share/{label}" for label in ie.labels]
+    if table is None or len(table) != len(ie.effects) or not set(columns) <= set(table):
+        return None
+    import torch
+
+    return torch.as_tensor(table.sort_values("feature")[columns].to_numpy(dtype=float).copy())
 
 
 def open_consensus(path: Path) -> list[int]:

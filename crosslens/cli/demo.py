@@ -26,6 +26,7 @@ from crosslens.activations.loader import Activations
 from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
+from crosslens.evolution.controls import encoder_share
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
@@ -150,7 +151,14 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     mark = lap("dynamics", mark)
     # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence
     sizes = StudySizes(n_draws_last=config.n_random, n_exact=config.n_exact)
-    studies = {name: study_task(crosscoder, snaps, task, sizes=sizes, seed=seed) for name, task in tasks.items()}
+    presence = births["presence"].pivot(index="feature", columns="snapshot", values="r2")
+    decodability, share = torch.from_numpy(presence.to_numpy(dtype=float)), encoder_share(crosscoder, acts)
+    studies = {
+        name: study_task(
+            crosscoder, snaps, task, decodability=decodability, encoder_share=share, sizes=sizes, seed=seed
+        )
+        for name, task in tasks.items()
+    }
     for each in studies.values():
         run.save_tables(each.tables)
     mark = lap("causes", mark)
@@ -222,7 +230,21 @@ def _ablation_summary(found: Study) -> dict[str, float]:
 
 def _additivity_summary(found: Study) -> dict[str, float]:
     row = found.tables[f"additivity/{found.task}.snapshots"].iloc[-1]
-    return {name: float(row[name]) for name in ("correlation", "deviation")}
+    return {name: float(row[name]) for name in ("interacting", "deviation")}
+
+
+def _validation_summary(found: Study) -> dict[str, dict[str, list[float]]]:
+    """Correlation of each measure with exact effects over the snapshots of a feature, and its interval."""
+    if found.validation is None:
+        return {}
+    table = found.validation.summary
+    return {
+        str(target): {
+            str(row["measure"]): [round(float(row[name]), 3) for name in ("correlation", "low", "high")]
+            for row in rows.to_dict("records")
+        }
+        for target, rows in table[table["kind"] == "within"].groupby("target")
+    }
 
 
 def _transfer_summary(found: Study) -> list[float]:
@@ -237,7 +259,7 @@ def _summary(
 ) -> dict[str, Any]:
     evaluation, accuracy = run.table("evaluation"), run.table("accuracy")
     assert evaluation is not None and accuracy is not None
-    completeness = torch.stack([each.ie.completeness for each in studies.values()])
+    completeness = torch.stack([each.estimates["ig"].completeness for each in studies.values()])
     return {
         "snapshots": snaps.labels,
         # of the untrained model, too
@@ -256,12 +278,15 @@ def _summary(
         "ablation": {name: _ablation_summary(each) for name, each in studies.items()},
         "spearman_ie_exact": {
             name: {
-                "ig": each.rank_agreement(),
+                "removal": each.rank_agreement(),
                 "gradient": each.rank_agreement("gradient"),
-                "ig_both_ends": each.rank_agreement(end="both"),
+                "ig": each.rank_agreement("ig"),
+                "ig_both_ends": each.rank_agreement("ig", "both"),
             }
             for name, each in studies.items()
         },
+        "agreement": {name: [round(v, 4) for v in each.ie.agreement.tolist()] for name, each in studies.items()},
+        "validation": {name: _validation_summary(each) for name, each in studies.items()},
         "additivity": {name: _additivity_summary(each) for name, each in studies.items()},
         "transfer_to_last": {name: _transfer_summary(each) for name, each in studies.items()},
         "probe": probe_correlation(probes),

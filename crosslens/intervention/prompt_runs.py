@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -162,11 +163,13 @@ class PromptRuns:
         task: minimal pairs; prompts are tokenised with the snapshots' tokenizer.
         paired: also run the paired prompts, for the baseline "patch"; prompts without one are left out.
         on_disk: keep the activations in a temporary file instead of memory.
+        prepend_bos: begin prompts with the BOS token; None does as in the crosscoder's training.
         batch_size: prompts per batch of everything dense.
         settings: how the models run; None runs them on the crosscoder's device.
 
     Attributes:
         batches: the prompts; the same order whatever the batch size.
+        left_out: number of items that are not among the prompts, by reason.
 
     Raises:
         UserError: a crosscoder of other snapshots or on another device than the models, a task without usable (or
@@ -181,6 +184,7 @@ class PromptRuns:
         *,
         paired: bool = False,
         on_disk: bool = False,
+        prepend_bos: bool | None = None,
         batch_size: int = 256,
         settings: ModelSettings | None = None,
     ) -> None:
@@ -197,10 +201,15 @@ class PromptRuns:
         self.crosscoder, self.snapshots, self.task, self.paired = crosscoder, snapshots, task, paired
         self.hook_name: str = metadata.hook_name
         self._kept_options = metadata.keep_special, metadata.separator, metadata.drop_positions
-        bos = True if metadata.prepend_bos is None else bool(metadata.prepend_bos)
-        prompts = task.prompts(snapshots.tokenizer, prepend_bos=bos, max_length=snapshots.n_ctx)
+        if prepend_bos is None:
+            prepend_bos = True if metadata.prepend_bos is None else bool(metadata.prepend_bos)
+        prompts = task.prompts(snapshots.tokenizer, prepend_bos=prepend_bos, max_length=snapshots.n_ctx)
+        self.left_out = Counter(prompts.skipped)
         self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
         if paired:
+            self.left_out += prompts.unpaired
+            alone = sum(len(batch) for batch in self.batches if batch.patch is None) - sum(prompts.unpaired.values())
+            self.left_out += Counter({"no paired prompt": alone})  # adding drops a count of 0
             self.batches = [batch for batch in self.batches if batch.patch is not None]
             if not self.batches:
                 raise UserError(

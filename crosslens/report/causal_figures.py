@@ -42,7 +42,13 @@ MAX_POINTS = 2000  # features in the ternary plot
 MAX_PAIRS = 800  # of a feature and a snapshot
 ABLATE_K, KEEP_K = 15, 100  # set sizes over snapshots; the nearest size that was measured is drawn
 MIN_CLEAN = 0.1  # of the largest |clean metric|: below this, shares divide by noise
-_NOTHING = "No feature has an effect above two standard errors on this task."
+_NOTHING = "No feature has a significant effect on this task."
+_MEASURES = {
+    "share_relie": "share RelIE",
+    "relie": "RelIE",
+    "decodability": "decodability (R²)",
+    "reldec": "RelDec (decoder norm)",
+}
 _SETS = {
     "top": ("top features by effect", Style(SERIES[0], "circle")),
     "random": ("random active features", Style(MUTED, "square", "dash")),
@@ -78,26 +84,77 @@ def completeness(table: Frame) -> Chart | str:
     return Chart(figure, data.reset_index(drop=True), note)
 
 
-def relative_effects(table: Frame) -> Chart | str:
-    """RelIE: a ternary plot for three snapshots, otherwise lines of the features with the largest effects."""
+def relative_effects(table: Frame, column: str = "share_relie") -> Chart | str:
+    """Share RelIE or RelIE: a strip for two snapshots, a triangle for three, otherwise lines of the largest effects."""
     if table["relie"].notna().sum() == 0:
         return _NOTHING
-    if table["snapshot"].nunique() == 3:
-        return _ternary(table)
-    chart = _feature_lines(table, "relie", "RelIE")
+    title = _MEASURES[column]
+    n = table["snapshot"].nunique()
+    if n == 2:
+        return _strip(table, column, title)
+    if n == 3:
+        return _ternary(table, column)
+    chart = _feature_lines(table, column, title)
     chart.figure.update_yaxes(rangemode="tozero")
     return chart
 
 
-def _ternary(table: Frame) -> Chart:
+def _strip(table: Frame, column: str, title: str) -> Chart:
+    """A point per feature at the share of the second of two snapshots, over its largest signed effect."""
     axis = SnapshotAxis.of(table)
-    corners = list(axis.labels)
-    defined = table.dropna(subset=["relie"])
+    _, second = axis.labels
+    names = list(axis.names().values())
+    defined = table.dropna(subset=[column])
     size = _largest(defined)
     features = size.index[:MAX_POINTS]
-    shares = defined.pivot(index="feature", columns="snapshot", values="relie").reindex(features)[corners].fillna(0.0)
-    ie = defined.pivot(index="feature", columns="snapshot", values="ie").reindex(features)[corners].fillna(0.0)
-    strongest: Any = pd.Series([row[np.abs(row).argmax()] for row in ie.to_numpy()], features)
+    share = defined[defined["snapshot"] == second].set_index("feature")[column].reindex(features)
+    strongest = _strongest(defined, features)
+    figure = new_figure("IE (logits)", height=360)
+    for name, inside, style in (
+        ("supports the correct answer", strongest > 0, Style(SERIES[0], "circle")),
+        ("opposes it", strongest <= 0, Style(SERIES[1], "diamond")),
+    ):
+        figure.add_scatter(
+            x=floats(share[inside]),
+            y=floats(strongest[inside]),
+            mode="markers",
+            name=name,
+            marker={"color": style.color, "symbol": style.symbol, "opacity": 0.75, "size": 8},
+            customdata=ints(strongest[inside].index.to_numpy()),
+            hovertemplate=f"feature %{{customdata}}<br>IE %{{y:+.3f}} logits<br>{names[1]} %{{x:.2f}}<extra></extra>",
+        )
+    for edge in (0.3, 0.7):
+        figure.add_vline(edge, line={"color": MUTED, "dash": "dot", "width": 1})
+    figure.update_xaxes(
+        title_text=f"{title} of {names[1]} (0: only {names[0]}, 1: only {names[1]})",
+        range=[-0.03, 1.03],
+        showgrid=True,
+        gridcolor=GRID,
+        zeroline=False,
+    )
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
+    data = pd.DataFrame({"feature": features, "ie_largest": strongest.to_numpy(), column: share.to_numpy()})
+    note = (
+        f"{len(features):,} features with a significant effect. Below 0.3 a feature is discontinued, above 0.7 it has "
+        "emerged."
+    )
+    return Chart(figure, data, note)
+
+
+def _strongest(table: Frame, features: pd.Index) -> pd.Series:
+    """The effect of largest |IE| of each feature."""
+    order = table["ie"].abs().sort_values(ascending=False, kind="stable").index
+    return table.loc[order].drop_duplicates("feature").set_index("feature")["ie"].reindex(features)
+
+
+def _ternary(table: Frame, column: str) -> Chart:
+    axis = SnapshotAxis.of(table)
+    corners = list(axis.labels)
+    defined = table.dropna(subset=[column])
+    size = _largest(defined)
+    features = size.index[:MAX_POINTS]
+    shares = defined.pivot(index="feature", columns="snapshot", values=column).reindex(features)[corners].fillna(0.0)
+    strongest: Any = _strongest(defined, features)
     texts = list(axis.names().values())
     figure = new_figure("", height=520)
     names = "supports the correct answer", "opposes it"
@@ -149,12 +206,12 @@ def _ternary(table: Frame) -> Chart:
     )
     data = pd.DataFrame({"feature": features, "ie_largest": strongest.to_numpy()})
     for corner_snapshot in corners:
-        data[f"relie/{axis.labels[corner_snapshot]}"] = shares[corner_snapshot].to_numpy()
+        data[f"{column}/{axis.labels[corner_snapshot]}"] = shares[corner_snapshot].to_numpy()
     hidden = table["feature"].nunique() - len(size)
     note = (
         "Each point is a feature, near the corner of the snapshot where it matters most; its area grows with its "
-        f"largest |IE|, whose sign gives the colour. {len(features):,} features; {hidden:,} with no effect above two "
-        "standard errors are omitted."
+        f"largest |IE|, whose sign gives the colour. {len(features):,} features; {hidden:,} without a significant "
+        "effect are omitted."
     )
     if len(features) < len(size):
         note += f" {len(size) - len(features):,} with smaller effects are not drawn."
@@ -184,31 +241,30 @@ def _feature_lines(table: Frame, column: str, y_title: str) -> Chart:
     figure.update_layout(legend_title_text="feature")
     axis.apply(figure)
     data = pd.concat(parts, ignore_index=True)
-    extra = "ie_se" if column == "ie" else "relie_normalised"
-    columns = [c for c in ("feature", "snapshot", "label", "step", column, extra) if c in data]
+    extra = ("ie_se", "ie_low", "ie_high", "q") if column == "ie" else (f"{column}_low", f"{column}_high")
+    columns = [c for c in ("feature", "snapshot", "label", "step", column, *extra) if c in data]
     return Chart(figure, data[columns], f"The {len(features)} features with the largest |IE| at any snapshot.")
 
 
 def signed_against_relative(table: Frame) -> Chart | str:
-    """Signed IE against RelIE, a point per feature and snapshot, for the features with the largest effects."""
+    """Signed IE against share RelIE, a point per feature and snapshot, for the features with the largest effects."""
     axis = SnapshotAxis.of(table, even=True)
     features = top_features(table, max(1, MAX_PAIRS // len(axis.labels)))
     if not features:
         return _NOTHING
-    rows = table[table["feature"].isin(features)].dropna(subset=["relie"])
+    rows = table[table["feature"].isin(features)].dropna(subset=["share_relie"])
     figure = new_figure("IE (logits)", height=440)
-    add_points(figure, axis, rows, "relie", "ie", "RelIE %{x:.3f}, IE %{y:+.3f}")
-    figure.update_xaxes(title_text="RelIE", showgrid=True, gridcolor=GRID, zeroline=False)
+    add_points(figure, axis, rows, "share_relie", "ie", "share RelIE %{x:.3f}, IE %{y:+.3f}")
+    figure.update_xaxes(title_text="share RelIE", showgrid=True, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     note = f"The {len(features)} features with the largest |IE| at any snapshot."
-    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "relie") if c in rows]
+    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "share_relie", "relie") if c in rows]
     return Chart(figure, rows[columns].reset_index(drop=True), note)
 
 
-def effect_budget(table: Frame, effects: Frame) -> Chart:
+def effect_budget(table: Frame) -> Chart:
     """The clean and baseline metrics, and the contributions of the features and the error node."""
     rows = table.sort_values("snapshot").reset_index(drop=True)
-    rows["features_effect"] = rows["snapshot"].map(effects.groupby("snapshot")["ie"].sum())
     names = {
         "metric_clean": "clean metric",
         "features_effect": "sum of IE over features",
@@ -225,8 +281,51 @@ def effect_budget(table: Frame, effects: Frame) -> Chart:
     return Chart(figure, rows[["snapshot", "label", "step", *names]], f"Means over {int(rows['n'].max()):,} prompts.")
 
 
-def effect_table(table: Frame) -> Grid | str:
-    """IE and its standard error by snapshot, for the features with the largest effects, tinted by sign and size."""
+def validation(summary: Frame) -> Chart:
+    """How well each measure predicts exact effects over snapshots, with intervals.
+
+    Args:
+        summary: `Validation.summary`.
+    """
+    names = {
+        ("within", "effect"): "when a feature acts",
+        ("within", "share"): "when a feature acts, as a share of all",
+        ("pairs", "effect"): "which features grow",
+        ("pairs", "share"): "which features grow, as a share of all",
+    }
+    figure = new_figure("Spearman correlation with exact effects", height=380)
+    measures = [name for name in _MEASURES if name in set(summary["measure"])]
+    for i, ((kind, target), name) in enumerate(names.items()):
+        rows = summary[(summary["kind"] == kind) & (summary["target"] == target)].set_index("measure").reindex(measures)
+        value = rows["correlation"]
+        figure.add_scatter(
+            x=[_MEASURES[measure] for measure in measures],
+            y=floats(value),
+            mode="markers",
+            name=name,
+            marker={"color": Style.of(i).color, "symbol": Style.of(i).symbol, "size": 9},
+            error_y={
+                "type": "data",
+                "array": floats(rows["high"] - value),
+                "arrayminus": floats(value - rows["low"]),
+                "thickness": 1,
+            },
+            hovertemplate="%{x}: %{y:.2f}<extra>" + name + "</extra>",
+        )
+    figure.update_yaxes(range=[-1.03, 1.03], zeroline=True, zerolinecolor=MUTED)
+    figure.update_layout(scattermode="group")
+    level = f"{float(summary['level'].iloc[0]):.0%}"
+    note = f"{int(summary['n_features'].iloc[0]):,} features with a significant effect, bars are {level} intervals."
+    return Chart(figure, summary.reset_index(drop=True), note)
+
+
+def effect_table(table: Frame, snapshots: Frame) -> Grid | str:
+    """IE and its standard error by snapshot, for the features with the largest effects, tinted by sign and size.
+
+    Args:
+        table: from `Attribution.to_frame`.
+        snapshots: from `Attribution.snapshot_frame`.
+    """
     features = top_features(table, N_ROWS)
     if not features:
         return _NOTHING
@@ -235,20 +334,46 @@ def effect_table(table: Frame) -> Grid | str:
     ie = rows.pivot(index="feature", columns="snapshot", values="ie").reindex(index=features, columns=list(axis.labels))
     se = rows.pivot(index="feature", columns="snapshot", values="ie_se").reindex_like(ie)
     largest = float(np.nanmax(np.abs(ie.to_numpy())))
+    if "mostly_later" in rows:
+        flags = rows.pivot(index="feature", columns="snapshot", values="mostly_later").reindex_like(ie)
+        later = {feature: flags.loc[feature].astype(bool).tolist() for feature in features}
+    else:
+        later = {feature: [False] * ie.shape[1] for feature in features}
     grid = [
         [Cell(str(feature))]
         + [
-            Cell(f"{value:+.3f} ± {error:.3f}".replace("-", "−"), math.copysign(math.sqrt(abs(value) / largest), value))
-            for value, error in zip(floats(ie.loc[feature]), floats(se.loc[feature]), strict=True)
+            Cell(
+                f"{value:+.3f} ± {error:.3f}".replace("-", "−") + ("*" if late else ""),
+                math.copysign(math.sqrt(abs(value) / largest), value),
+            )
+            for value, error, late in zip(floats(ie.loc[feature]), floats(se.loc[feature]), later[feature], strict=True)
         ]
         for feature in features
     ]
     order = {feature: i for i, feature in enumerate(features)}
     data = rows.sort_values(["feature", "snapshot"], key=lambda column: column.replace(order), kind="stable")
-    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "relie", "reldec") if c in data]
+    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "q", "share_relie", "relie",
+               "reldec", "encoder_share", "read_later") if c in data]  # fmt: skip
     total = table["feature"].nunique()
     note = f"The {len(features)} features with the largest |IE| at any snapshot, of {total:,}."
+    if any(any(flags) for flags in later.values()):
+        note += " * More than half of what activates the feature is read from later snapshots."
+    note += f" {_agreement(snapshots)}"
     return Grid(["feature", *axis.labels.values()], grid, data[columns].reset_index(drop=True), note)
+
+
+def _agreement(snapshots: Frame) -> str:
+    """How far the estimates agree with exact effects of the same kind."""
+    method = f"Estimated by {snapshots['method'].iloc[0]}"
+    known = snapshots.dropna(subset=["agreement"]) if "agreement" in snapshots else snapshots.iloc[:0]
+    if known.empty:
+        return f"{method}."
+    worst = known.loc[known["agreement"].idxmin()]
+    return (
+        f"{method}; rank correlation of the largest effects with exact ablation "
+        f"{known.sort_values('snapshot')['agreement'].iloc[-1]:.2f} at the last snapshot, lowest "
+        f"{worst['agreement']:.2f} at {worst['label']}."
+    )
 
 
 def top_features(table: Frame, n: int) -> list[int]:
@@ -272,7 +397,7 @@ class _Panel(NamedTuple):
 
 
 def feature_timeline(table: Frame) -> Chart | str:
-    """Decoder norm, signed IE and RelIE of a task's features, a row each, ordered by when they matter."""
+    """Decoder norm, signed IE and share RelIE of a task's features, a row each, ordered by when they matter."""
     if table.empty:
         return _NOTHING
     kept = table[table["feature"].isin(_largest(table).index[:N_TIMELINE])].sort_values(["order", "snapshot"])
@@ -284,7 +409,7 @@ def feature_timeline(table: Frame) -> Chart | str:
     panels = (
         _Panel("strength", "decoder norm / largest norm", False, ".2f"),
         _Panel("ie", "IE (logits)", True, "+.3f"),
-        _Panel("relie", "RelIE", False, ".2f"),
+        _Panel("share_relie", "share RelIE", False, ".2f"),
     )
     figure = _panels(kept.assign(row=kept["feature"].astype(str)), panels, names, texts)
     marked = kept[kept["top"].astype(bool)]
@@ -300,7 +425,10 @@ def feature_timeline(table: Frame) -> Chart | str:
         showlegend=True,
     )
     total = table["feature"].nunique()
-    note = "Rows are ordered by the centre of mass of RelIE, from features that matter early to those that matter late."
+    note = (
+        "Rows are ordered by the centre of mass of share RelIE, from features that matter early to those that matter "
+        "late."
+    )
     if total > N_TIMELINE:
         note += f" The {N_TIMELINE} features with the largest |IE| are drawn, of {total:,}."
     columns = [name for name in table if name != "order"]
@@ -426,7 +554,7 @@ def language_overlap(table: Frame) -> Chart:
     axis.apply(figure)
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
     level = f"{float(table['level'].iloc[0]):.0%}"
-    note = f"Sets of k = {k} features. Bands: {level} of random draws from the features active in both languages."
+    note = f"Sets of k = {k} features. Bands: {level} of sets of features of the same sizes, active in both languages."
     return Chart(figure, table.reset_index(drop=True), note)
 
 
@@ -443,13 +571,20 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
         return f"The clean metric at {label} is {clean:.3f}, too close to zero to divide by."
     figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
     _levels(figure, rows, mode)
+    sizes = sorted(set(ints(rows["k"])))
+    # a logarithmic axis has no 0: the empty set is drawn half a decade before the smallest other
+    places = {size: float(size) if size else min((other for other in sizes if other), default=1) / 3 for size in sizes}
     for name, style, lines in _sets(rows):
         k = ints(lines["k"])
         texts = [f"k = {size}" for size in k]
-        add_line(figure, k, floats(lines["share"]), name, style, hover=texts, value="%{y:.1%}", band=_band(lines))
-    sizes = sorted(set(ints(rows["k"])))
+        x = [places[size] for size in k]
+        add_line(figure, x, floats(lines["share"]), name, style, hover=texts, value="%{y:.1%}", band=_band(lines))
     figure.update_xaxes(
-        type="log", title_text="number of features k (log scale)", tickmode="array", tickvals=sizes, ticktext=sizes
+        type="log",
+        title_text="number of features k (log scale)",
+        tickmode="array",
+        tickvals=list(places.values()),
+        ticktext=sizes,
     )
     draws = int(rows["n_draws"].max())
     note = f"At {label}, where the clean metric is {clean:.3f} logits."
@@ -564,8 +699,9 @@ def additivity(pairs: Frame, summary: Frame) -> Chart:
     figure.update_yaxes(zeroline=False, linecolor=INK)
     note = (
         f"At {row['label']}: {int(row['n_pairs'])} pairs of the {int(row['k'])} features with the largest |IE|, on "
-        f"{int(row['n_prompts'])} prompts. Correlation {row['correlation']:.3f} "
-        f"({row['correlation_low']:.3f} to {row['correlation_high']:.3f}); sum of |joint − sum| / sum of |sum| "
+        f"{int(row['n_prompts'])} prompts. {row['interacting']:.0%} of them ({row['interacting_low']:.0%} to "
+        f"{row['interacting_high']:.0%}) interact: they miss the sum by more than half of the smaller effect. Sum of "
+        f"|joint − sum| / sum of |sum| "
         f"{row['deviation']:.1%} ({row['deviation_low']:.1%} to {row['deviation_high']:.1%})."
     )
     return Chart(figure, points.reset_index(drop=True), note)

@@ -56,9 +56,25 @@ def accuracy(table: Frame) -> Chart:
             band=(floats(rows["low"]), floats(rows["high"])),
         )
     axis.apply(figure)
-    counts = table.groupby("task", sort=False)["n"].max()
-    data = _pick(table, "task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "n")
-    return Chart(figure, data, "Items: " + ", ".join(f"{task} {int(n):,}" for task, n in counts.items()) + ".")
+    columns = ("task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "at_chance", "n", "few")
+    columns += ("skipped", "reasons", "merged", "merged_reasons")
+    notes = [_items(str(task), rows) for task, rows in table.groupby("task", sort=False)]
+    return Chart(figure, _pick(table, *columns), f"Items: {'; '.join(notes)}.")
+
+
+def _items(task: str, rows: Frame) -> str:
+    """How many items a task has, what was left out of it, and where its accuracy is at chance."""
+    first = rows.iloc[0]
+    parts = [f"{task} {int(rows['n'].max()):,}"]
+    if first.get("few", False):
+        parts.append("too few for means over tasks")
+    for name, reasons in (("merged", "merged_reasons"), ("skipped", "reasons")):
+        if first.get(name, 0):
+            parts.append(f"{int(first[name]):,} {name} ({first[reasons]})")
+    if "at_chance" in rows and rows["at_chance"].any():
+        labels = rows.loc[rows["at_chance"].astype(bool)].sort_values("snapshot")["label"]
+        parts.append("at chance at " + (", ".join(labels) if len(labels) < len(rows) else "every snapshot"))
+    return ", ".join(parts)
 
 
 def explained_variance(table: Frame) -> Chart:

@@ -392,9 +392,12 @@ def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str,
         numbers.append((f"{l0.mean():.1f}", "features per token (L0)"))
     if (accuracy := column("accuracy", "accuracy")) is not None:
         snapshot = column("accuracy", "snapshot")
-        last = accuracy[snapshot == snapshot.max()]
-        numbers.append((f"{last.mean():.0%}", "mean accuracy over tasks, last snapshot"))
-    if (error := column("attribution/*.snapshots", "completeness_error")) is not None:
+        counted = snapshot == snapshot.max()
+        if (few := column("accuracy", "few")) is not None:
+            counted &= ~few.astype(bool)  # too few items for a mean
+        if counted.any():
+            numbers.append((f"{accuracy[counted].mean():.0%}", "mean accuracy over tasks, last snapshot"))
+    if (error := column("completeness/*", "completeness_error")) is not None:
         numbers.append((f"{100 * error.max():.2g}%", "largest completeness error"))
     return numbers
 

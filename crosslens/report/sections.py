@@ -419,28 +419,40 @@ _CAUSAL: tuple[Section, ...] = (
     Section(
         "effects",
         "Effects on tasks",
-        "The indirect effect (IE) of a feature on logit(correct) − logit(wrong) at the last position, by integrated "
-        "gradients from the baseline to the clean features. Positive effects support the correct answer. The relative "
-        "effect (RelIE) is a snapshot's share of a feature's effect, |IE| / sum over snapshots of |IE|, without sign.",
+        "The indirect effect (IE) of a feature on logit(correct) − logit(wrong) at the last position, on the "
+        "selection half of the prompts. Positive effects support the correct answer. RelIE is a snapshot's share of a "
+        "feature's effect, |IE| / sum over snapshots of |IE|, without sign; share RelIE first divides each effect by "
+        "the sum over features at its snapshot, because logits grow in training. An effect is significant at a false "
+        "discovery rate of 5% over features and snapshots.",
         _ATTRIBUTE,
         (
             Entry(
                 "completeness",
                 "Completeness error",
                 "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of "
-                "|clean − baseline metric|. At 0, the effects account for all of that difference.",
+                "|clean − baseline metric|, of integrated gradients. At 0, the effects account for all of that "
+                "difference.",
                 causal_figures.completeness,
-                ("attribution/*.snapshots",),
+                ("completeness/*",),
                 wide=True,
+                optional=True,
             ),
         ),
         (
             Entry(
+                "share-relie",
+                "Relative effect, of shares (share RelIE)",
+                "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features "
+                "with a significant effect at some snapshot.",
+                partial(causal_figures.relative_effects, column="share_relie"),
+                ("attribution/{task}",),
+            ),
+            Entry(
                 "relie",
                 "Relative effect (RelIE)",
-                "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with an effect above "
-                "two standard errors at some snapshot.",
-                causal_figures.relative_effects,
+                "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant "
+                "effect at some snapshot.",
+                partial(causal_figures.relative_effects, column="relie"),
                 ("attribution/{task}",),
             ),
             Entry(
@@ -463,11 +475,12 @@ _CAUSAL: tuple[Section, ...] = (
             Entry(
                 "budget",
                 "Decomposition of the metric",
-                "Clean metric, baseline metric, and the summed effects of all features and of the error node, in "
-                "logits. Features + error node + baseline add up to the clean metric.",
+                "Clean metric, baseline metric, and the summed effects of all features and of the error node by "
+                "integrated gradients, in logits. Features + error node + baseline add up to the clean metric.",
                 causal_figures.effect_budget,
-                ("attribution/{task}.snapshots", "attribution/{task}"),
+                ("completeness/{task}",),
                 wide=True,
+                optional=True,
             ),
             Entry(
                 "ie-table",
@@ -475,15 +488,26 @@ _CAUSAL: tuple[Section, ...] = (
                 "IE ± standard error over prompts, in logits, by snapshot. Blue supports the correct answer, orange "
                 "opposes it.",
                 causal_figures.effect_table,
-                ("attribution/{task}",),
+                ("attribution/{task}", "attribution/{task}.snapshots"),
                 wide=True,
+            ),
+            Entry(
+                "validation",
+                "Which measure says when a feature acts",
+                "Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. "
+                "Correlation of each measure with these exact effects: over the snapshots of a feature (when it acts), "
+                "and over features, of the ratio between neighbouring snapshots (which features grow).",
+                causal_figures.validation,
+                ("validation/{task}.summary",),
+                wide=True,
+                optional=True,
             ),
             Entry(
                 "timeline",
                 "Features over training",
-                "Decoder norm, signed effect (IE) and relative effect (RelIE) by snapshot, a row per feature, for the "
-                "features with the largest |IE|. Rows are labelled with the feature's number and the word in the "
-                "prompts at which it is most active.",
+                "Decoder norm, signed effect (IE) and relative effect (share RelIE) by snapshot, a row per feature, "
+                "for the features with the largest |IE|. Rows are labelled with the feature's number and the word in "
+                "the prompts at which it is most active.",
                 causal_figures.feature_timeline,
                 ("timeline/{task}",),
                 wide=True,
@@ -492,8 +516,8 @@ _CAUSAL: tuple[Section, ...] = (
             Entry(
                 "languages",
                 "Features shared between languages",
-                "Number of features among those with the largest |IE| in both languages, and the number expected of "
-                "random sets of the same size drawn from the features active in both.",
+                "Number of features among those with the largest |IE| in both languages, and the number expected if "
+                "each feature is replaced by one of about its size, of those active in both.",
                 causal_figures.language_overlap,
                 ("languages/{task}",),
                 wide=True,
@@ -506,10 +530,10 @@ _CAUSAL: tuple[Section, ...] = (
         "ablation",
         "Ablation",
         "The metric when a set of features is ablated, or when it is all that is kept, measured with forward passes; "
-        "crosslens ablate uses held-out prompts. Ablated features are set to zero at all positions unless a mean or "
+        "on the held-out half of the prompts. Ablated features are set to zero at all positions unless a mean or "
         "paired-prompt baseline was chosen. Shares of the clean metric are 1 + (metric − clean) / |clean|, which is "
-        "metric / clean if the clean metric is positive. Random sets hold as many active features; size-matched sets "
-        "also match activation × decoder norm.",
+        "metric / clean if the clean metric is positive. Random sets hold as many other active features; size-matched "
+        "sets also match activation × decoder norm.",
         _ABLATE,
         per_task=(
             Entry(

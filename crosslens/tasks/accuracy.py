@@ -1,8 +1,8 @@
-"""How often each snapshot prefers the correct answer, with binomial intervals."""
+"""How often each snapshot prefers the correct answer, with binomial intervals, and which items were left out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,6 +17,9 @@ from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, logit_difference, summed_log_probability
 
+CHANCE = 0.5
+MIN_ITEMS = 20  # a task with fewer usable items is marked, and left out of means over tasks
+
 
 def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion; `successes` may be fractional, because a tie counts as half."""
@@ -29,7 +32,12 @@ def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[floa
 
 @torch.no_grad()
 def accuracy_table(
-    name: str, snapshots: Snapshots, prompts: Prompts | Answers, batch_size: int, settings: ModelSettings
+    name: str,
+    snapshots: Snapshots,
+    prompts: Prompts | Answers,
+    batch_size: int,
+    settings: ModelSettings,
+    merged: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
     """The table of `Task.accuracy`.
 
@@ -49,7 +57,16 @@ def accuracy_table(
             )
         right = float((metric > 0).sum() + 0.5 * (metric == 0).sum())
         low, high = wilson_interval(right, n)
-        rows.append({"accuracy": right / n, "low": low, "high": high, "metric": float(metric.mean()), "n": n})
+        rows.append(
+            {
+                "accuracy": right / n,
+                "low": low,
+                "high": high,
+                "at_chance": low <= CHANCE <= high,
+                "metric": float(metric.mean()),
+                "n": n,
+            }
+        )
     where = {
         "task": [name] * len(snapshots),
         "snapshot": range(len(snapshots)),
@@ -58,8 +75,41 @@ def accuracy_table(
         "tokens": pd.array(snapshots.tokens, dtype="Int64"),
     }
     table = pd.concat([pd.DataFrame(where), pd.DataFrame(rows)], axis=1)
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in prompts.skipped.most_common())
-    return table.assign(skipped=sum(prompts.skipped.values()), reasons=reasons)
+    merged = merged or {}
+    return table.assign(
+        few=n < MIN_ITEMS,
+        skipped=sum(prompts.skipped.values()),
+        reasons=list_counts(prompts.skipped),
+        merged=sum(merged.values()),
+        merged_reasons=list_counts(merged),
+    )
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Reasons with their counts, the most frequent first: "too long: 3, unknown: 1"."""
+    return ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items(), key=lambda entry: -entry[1]))
+
+
+def describe_accuracy(table: pd.DataFrame) -> list[str]:
+    """Lines for a terminal: what was left out of a task, and its accuracy at every snapshot.
+
+    Args:
+        table: from `Task.accuracy`, of one task.
+    """
+    first = table.iloc[0]
+    left_out = [
+        f"{first[name]} {name} ({first[reasons]})"
+        for name, reasons in (("merged", "merged_reasons"), ("skipped", "reasons"))
+        if first[name]
+    ]
+    few = f"; fewer than {MIN_ITEMS}, so means over tasks leave it out" if first["few"] else ""
+    lines = [f"{first['task']}: {first['n']} items" + "".join(f", {part}" for part in left_out) + few]
+    for row in table.to_dict("records"):
+        chance = ", at chance" if row["at_chance"] else ""
+        lines.append(
+            f"{row['label']:>12}  accuracy {row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]{chance}"
+        )
+    return lines
 
 
 def _metric(

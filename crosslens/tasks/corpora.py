@@ -211,8 +211,9 @@ def blimp_items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], s
     elsewhere = next((row for row in rows if str(row.values.get("one_prefix_method")).lower() == "false"), None)
     if elsewhere is not None and answers == "single":
         raise UserError(
-            f"{elsewhere.where}: {elsewhere.values.get('UID', 'this paradigm')!r} does not have the one-prefix method, "
-            "so answers='single' is not possible: leave answers out to compare full sentences"
+            f"{elsewhere.where}: {elsewhere.values.get('UID', 'this paradigm')!r} does not have the one-prefix method: "
+            "what follows the word that differs decides which is right, so only full sentences can be compared, by "
+            "Task.accuracy (leave answers out); for attribution choose a paradigm with one_prefix_method"
         )
     answers = answers or ("single" if elsewhere is None else "multi")
     if answers == "multi":

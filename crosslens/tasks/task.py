@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,16 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError, did_you_mean, shortened
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
 from crosslens.tasks import corpora, generated
-from crosslens.tasks.accuracy import accuracy_table
+from crosslens.tasks.accuracy import accuracy_table, list_counts
 from crosslens.tasks.prompts import Answers, Item, Prompts, encode, encode_answers
 
 _COLUMNS = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
-_SVA = {"prefix": "clean_prefix", "correct": "clean_answer", "wrong": "patch_answer", "patch_prefix": "patch_prefix"}
+_SVA = {"prefix": "clean_prefix", "correct": "clean_answer", "wrong": "patch_answer"}
 ANSWERS = ("single", "multi")
 
 
@@ -47,13 +47,20 @@ class Task:
     items: tuple[Item, ...] = field(repr=False)
     """The pairs in words."""
     duplicates: int = 0
-    """Exact duplicates that were dropped: they add no evidence and would make standard errors too small."""
+    """Duplicates that were merged: they add no evidence and would make standard errors too small."""
     answers: str = "single"
     """"single": the answers differ in one token; "multi": their summed log-probabilities are compared."""
+    same_prompt: int = 0
+    """How many of the duplicates come from different sentences, which differ only in words after the answers."""
 
     def __post_init__(self) -> None:
         if not self.name or {"/", "\\"} & set(self.name):
             raise UserError(f"task name {self.name!r} is used in file names: remove '/' and '\\'")
+        if self.name.endswith((".snapshots", ".summary")) or len(self.name.encode()) > 200:
+            raise UserError(
+                f"task name {shortened(self.name)!r} is used in file names: use at most 200 bytes, not ending in "
+                "'.snapshots' or '.summary'"
+            )
         _check_answers(self.answers)
 
     def __len__(self) -> int:
@@ -77,6 +84,22 @@ class Task:
         return cls(name, kept, len(made) - len(kept), answers)
 
     @classmethod
+    def _from_pairs(cls, name: str, rows: Sequence[corpora.Row], good: str, bad: str, answers: str) -> Task:
+        """A task from the columns of a correct and a wrong sentence, which counts what merges different sentences."""
+        task = cls.from_items(name, [corpora.make_pair(row, good, bad, answers) for row in rows], answers)
+        sentences = {(row.values[good], row.values[bad]) for row in rows}
+        return replace(task, same_prompt=len(sentences) - len(task))
+
+    @property
+    def merged(self) -> dict[str, int]:
+        """Number of merged items by reason."""
+        counts = {
+            "the same item": self.duplicates - self.same_prompt,
+            "the same prompt and answers, other words after them": self.same_prompt,
+        }
+        return {reason: n for reason, n in counts.items() if n}
+
+    @classmethod
     def from_sentences(
         cls,
         name: str,
@@ -98,13 +121,15 @@ class Task:
             UserError: no rows, a row that lacks a key or has an empty sentence, or unknown `answers`.
         """
         _check_answers(answers)
-        numbered = (corpora.Row(f"task {name!r}, row {i}", row) for i, row in enumerate(rows))
-        return cls.from_items(name, [corpora.make_pair(row, good, bad, answers) for row in numbered], answers)
+        numbered = [corpora.Row(f"task {name!r}, row {i}", row) for i, row in enumerate(rows)]
+        return cls._from_pairs(name, numbered, good, bad, answers)
 
     @classmethod
     def sva(cls, path: str | Path, name: str | None = None, answers: str = "single") -> Task:
         """Pairs in the format of feature-circuits (Marks et al., arXiv 2403.19647): JSON lines with `clean_prefix`,
-        `patch_prefix`, `clean_answer`, `patch_answer`; arguments and errors as in `local`.
+        `clean_answer`, `patch_answer` and, optionally, `patch_prefix`; arguments and errors as in `local`.
+
+        The task files of Bayazit et al. (arXiv 2509.05291), such as `clams_data/*.jsonl`, have no `patch_prefix`.
         """
         return cls.local(path, _SVA, name=name, answers=answers)
 
@@ -135,7 +160,7 @@ class Task:
         language_or_path: str | Path,
         case: str | None = None,
         folder: str | Path | None = None,
-        answers: str = "single",
+        answers: str | None = None,
         capitalise: bool = False,
         end: str = "",
     ) -> Task:
@@ -145,7 +170,9 @@ class Task:
             language_or_path: a .txt file, or a language such as "fr".
             case: such as "simple_agrmt".
             folder: a clone of github.com/aaronmueller/clams, with `<language>_evalset/<case>.txt`.
-            answers: "single" compares the word that differs, "multi" full sentences.
+            answers: "single" compares the word that differs, "multi" full sentences; None is "single", or "multi" where
+                sentences differ in their first word, as in `simple_npi_anim`: no prompt stands before it, and what
+                makes it right or wrong comes later.
             capitalise: capitalise sentences; the sets are in lower case.
             end: text to append to every sentence, such as "."; the sets have no full stop, and a full sentence that is
                 the beginning of the other is skipped without it.
@@ -153,15 +180,18 @@ class Task:
         Raises:
             UserError: no such file, or lines that do not pair up.
         """
-        _check_answers(answers)
+        _check_answers(answers or "single")
         path = Path(language_or_path)
         info: dict[str, str] = {}
         if path.suffix != ".txt":
             path = corpora.clams_file(str(language_or_path), case, folder)
             info = {"language": str(language_or_path), "case": path.stem}
         rows = corpora.read_clams(path, capitalise, end, info)
-        items = [corpora.make_pair(row, "good", "bad", answers) for row in rows]
-        return cls.from_items("-".join(("clams", *info.values())) if info else path.stem, items, answers)
+        name = "-".join(("clams", *info.values())) if info else path.stem
+        if answers is None:
+            prefixes = (corpora.make_pair(row, "good", "bad", "single").prefix for row in rows)
+            answers = "single" if all(prefixes) else "multi"
+        return cls._from_pairs(name, rows, "good", "bad", answers)
 
     @classmethod
     def multiblimp(
@@ -190,7 +220,7 @@ class Task:
         if phenomenon is not None:
             rows = corpora.select(rows, "phenomenon", phenomenon)
         name = "-".join(("multiblimp", language, *([] if phenomenon is None else [phenomenon])))
-        return cls.from_items(name, [corpora.make_pair(row, "sen", "wrong_sen", answers) for row in rows], answers)
+        return cls._from_pairs(name, rows, "sen", "wrong_sen", answers)
 
     @classmethod
     def ioi(cls, path: str | Path | None = None, n: int = 200, seed: int = 0) -> Task:
@@ -299,7 +329,7 @@ class Task:
         if self.answers != "single":
             raise UserError(
                 f"task {self.name!r} compares answers of several tokens (answers='multi'), which attribution does not "
-                "support: use Task.accuracy, or make the task with answers='single'"
+                "support: use Task.accuracy, or a task whose answers differ in one token"
             )
         prompts = encode(tokenizer, self.items, prepend_bos, max_length)
         self._check_usable(prompts, "whose answers differ in one token of this tokenizer")
@@ -317,7 +347,7 @@ class Task:
 
     def _check_usable(self, prompts: Prompts | Answers, wanted: str) -> None:
         if not len(prompts):
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in prompts.skipped.most_common())
+            reasons = list_counts(prompts.skipped)
             raise UserError(
                 f"task {self.name!r}: none of its {len(self)} items is usable ({reasons}): give items {wanted}, with "
                 "prompts that fit the model's context"
@@ -340,16 +370,17 @@ class Task:
             settings: how the models run; None is `ModelSettings()`.
 
         Returns:
-            task, snapshot, label, step, tokens, accuracy, low and high (Wilson's 95 % interval), metric (mean
-            difference of the logits, or of the summed log-probabilities), n (items), skipped (unusable items) and
-            reasons (why, with counts).
+            task, snapshot, label, step, tokens, accuracy, low and high (Wilson's 95 % interval), at_chance (whether
+            that covers .5), metric (mean difference of the logits, or of the summed log-probabilities), n (items), few
+            (n is below 20), skipped (unusable items) and reasons (why, with counts), merged (duplicates) and
+            merged_reasons.
 
         Raises:
             UserError: no usable item, or a snapshot with non-finite logits.
         """
         encode_items = self.prompts if self.answers == "single" else self.strings
         prompts = encode_items(snapshots.tokenizer, prepend_bos, snapshots.n_ctx)
-        return accuracy_table(self.name, snapshots, prompts, batch_size, settings or ModelSettings())
+        return accuracy_table(self.name, snapshots, prompts, batch_size, settings or ModelSettings(), self.merged)
 
     def split(self, seed: int = 0) -> tuple[Task, Task]:
         """Split at random, by `seed`, into two halves that share no prefix, paired prefixes included.
@@ -372,7 +403,10 @@ class Task:
         halves: tuple[list[int], list[int]] = ([], [])
         for group in drawn:
             min(halves, key=len).extend(group)
-        one, other = (replace(self, items=tuple(self.items[i] for i in sorted(half)), duplicates=0) for half in halves)
+        one, other = (
+            replace(self, items=tuple(self.items[i] for i in sorted(half)), duplicates=0, same_prompt=0)
+            for half in halves
+        )
         return one, other
 
 

@@ -20,13 +20,12 @@ from crosslens.causal.ablation import (
     ablate,
     active_features,
     draw_sets,
-    exact_effects,
     faithfulness,
     feature_sizes,
     set_metrics,
     size_matched,
 )
-from crosslens.causal.attribution import Attribution, Estimator, attribute
+from crosslens.causal.attribution import Attribution, Estimator, attribute, exact_effects
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.intervention.splice import CleanRun, Edit, Splice
@@ -170,7 +169,7 @@ def test_nothing_below_the_hook_runs_and_unchanged_prompts_run_once(snaps: Snaps
 def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: str, keep: bool) -> None:
     """Every number of the table, one prompt and one feature set at a time."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
     runs = PromptRuns(cc, snaps, task, paired=True)
     slow, n_draws, level = Spliced(runs), 3, 0.5
     controls = Controls(n_draws=n_draws, level=level, seed=5)
@@ -214,7 +213,7 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
 
 def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
     runs = PromptRuns(cc, snaps, task)
     n = int(ie.active[:, 2].sum())
     rows = {
@@ -235,7 +234,7 @@ def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
 
 def test_draws_depend_on_seed_snapshot_and_size_alone(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
     runs = PromptRuns(cc, snaps, task)
     table = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1))
     assert table.equals(ablate(cc, snaps, task, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1)))
@@ -263,19 +262,20 @@ def test_features_that_an_edit_can_change(snaps: Snapshots, task: Task) -> None:
         assert active_features(runs, 1, baseline).nonzero().flatten().tolist() == expected
 
 
-def test_random_sets_are_active_features_and_reach_all_of_them(snaps: Snapshots, task: Task) -> None:
+def test_controls_are_active_features_outside_the_top_and_reach_all_of_them(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
     runs = PromptRuns(cc, snaps, task)
-    ie = attribute(runs, Estimator(n_nodes=1))
+    ie = attribute(runs, Estimator("ig", n_nodes=1))
     runs.active[4:8, 0] = False
     runs.active[8:12, 1] = False
     for s in range(3):
         active = set(runs.active[:, s].nonzero().flatten().tolist())
         kinds = draw_sets(runs, ie, s, [3], controls=Controls(n_draws=200))
         top, random, matched = (torch.stack(kind.sets) for kind in kinds)
-        assert set(random.flatten().tolist()) == active
+        others = active - set(top.flatten().tolist())
+        assert set(random.flatten().tolist()) == others
         assert all(len(set(row)) == 3 for row in random.tolist())
-        assert set(matched.flatten().tolist()) <= active - set(top.flatten().tolist())
+        assert set(matched.flatten().tolist()) <= others
 
 
 def test_size_matched_sets_are_of_like_size_and_disjoint() -> None:
@@ -309,18 +309,29 @@ def test_sizes_are_mean_activation_times_decoder_norm(snaps: Snapshots, task: Ta
 
 def test_smaller_sets_are_allowed_on_request(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=1))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=1))
     runs = PromptRuns(cc, snaps, task)
     n = int(ie.active[:, 1].sum())
     table = ablate(runs, ie, [n - 1, n, 99], at=[1], controls=Controls(n_draws=2, allow_fewer=True))
     found = table.pivot(index="k", columns="features", values="n_features")
     assert found.to_dict() == {
         "top": {n - 1: n - 1, n: n, 99: n},
-        "random": {n - 1: n - 1, n: n, 99: n},
+        "random": {n - 1: 1, n: 0, 99: 0},
         "size_matched": {n - 1: 1, n: 0, 99: 0},
     }
     empty = table[(table.features == "size_matched") & (table.k == n)].iloc[0]
     assert empty["metric"] == pytest.approx(empty["clean"]) and empty["size"] == 0
+
+
+def test_keeping_begins_at_the_empty_set(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "topk_crosscoder")
+    runs = PromptRuns(cc, snaps, task)
+    ie = attribute(runs, "gradient")
+    table = ablate(runs, ie, [0, 2], keep=True, at=[2], controls=Controls(n_draws=2))
+    empty = table[table["k"] == 0]
+    assert empty["features"].tolist() == ["top"] and empty["n_features"].tolist() == [0]
+    assert empty["metric"].item() == pytest.approx(empty["all_edited"].item()) and empty["size"].item() == 0
+    assert faithfulness(table)[0] == pytest.approx(0, abs=1e-9)
 
 
 # ---------------------------------------------------------------------- faithfulness

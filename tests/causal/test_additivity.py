@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import pearsonr
 
 from crosslens.causal import additivity
-from crosslens.causal.additivity import correlation, pair_additivity, relative_deviation
+from crosslens.causal.additivity import interacting, pair_additivity, relative_deviation
 from crosslens.causal.attribution import Attribution, Estimator, attribute
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -23,7 +22,7 @@ from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, baseline: str) -> None:
     """One prompt and one pair at a time, by hand-written hooks in plain transformers."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
     found = pair_additivity(cc, snaps, task, ie, 5, 6, at=[2], seed=3, baseline=baseline)
     assert found.summary["snapshot"].tolist() == [2]
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
@@ -47,7 +46,8 @@ def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture
             assert (row.effect_a, row.effect_b, row.sum, row.joint, row.deviation) == pytest.approx(expected, abs=1e-4)
             assert (row.label, row.step) == (snaps.labels[s], snaps.steps[s])
         (summary,) = found.summary[found.summary["snapshot"] == s].to_dict("records")
-        assert summary["correlation"] == pytest.approx(pearsonr(rows["sum"], rows["joint"])[0])
+        beyond = [abs(row.joint - row.sum) > min(abs(row.effect_a), abs(row.effect_b)) / 2 for row in rows.itertuples()]
+        assert rows["interacting"].tolist() == beyond and summary["interacting"] == pytest.approx(np.mean(beyond))
         deviation = sum(abs(row.joint - row.sum) for row in rows.itertuples()) / sum(map(abs, rows["sum"]))
         assert summary["deviation"] == pytest.approx(deviation)
         assert (summary["k"], summary["n_pairs"], summary["n_prompts"], summary["baseline"]) == (5, 6, 4, baseline)
@@ -68,10 +68,9 @@ def test_intervals_equal_a_slow_bootstrap(monkeypatch: pytest.MonkeyPatch) -> No
         mean = effects[:, prompts].mean(1)
         total = [mean[pairs[i][0]] + mean[pairs[i][1]] for i in draws[r]]
         joint = [mean[4 + i] for i in draws[r]]
-        if len(set(draws[r])) > 1:
-            assert found[0][r] == pytest.approx(pearsonr(total, joint)[0])
-        else:
-            assert np.isnan(found[0][r]) or abs(found[0][r]) <= 1
+        smaller = [min(abs(mean[pairs[i][0]]), abs(mean[pairs[i][1]])) for i in draws[r]]
+        beyond = [abs(j - t) > size / 2 for j, t, size in zip(joint, total, smaller, strict=True)]
+        assert found[0][r] == pytest.approx(np.mean(beyond))
         expected = sum(abs(j - t) for j, t in zip(joint, total, strict=True)) / sum(map(abs, total))
         assert found[1][r] == pytest.approx(expected)
 
@@ -80,7 +79,7 @@ def test_at_the_last_block_without_a_norm_effects_add_up(snaps: Snapshots, task:
     """Above the last block only the final norm is nonlinear; without it, effects add up exactly."""
     cc = make_crosscoder(snaps, "standard_crosscoder", layer=2)
     runs = PromptRuns(cc, snaps, task)
-    ie = attribute(runs, Estimator(n_nodes=2))
+    ie = attribute(runs, Estimator("ig", n_nodes=2))
     before = pair_additivity(runs, ie, 6, at=[2]).summary.iloc[0]
     assert before["deviation"] > 0.01
     model = snaps.model(2)
@@ -92,8 +91,8 @@ def test_at_the_last_block_without_a_norm_effects_add_up(snaps: Snapshots, task:
         handle.remove()
     row = found.summary.iloc[0]
     assert row["n_pairs"] == 15
-    assert row["correlation"] == pytest.approx(1, abs=1e-6) and row["deviation"] < 1e-4
-    assert row["correlation_low"] <= row["correlation"] + 1e-9 and row["deviation_high"] < 1e-4
+    assert row["interacting"] == 0 and row["deviation"] < 1e-4
+    assert row["interacting_high"] == 0 and row["deviation_high"] < 1e-4
     assert found.pairs["joint"].abs().max() > 0.1
 
 
@@ -101,8 +100,9 @@ def test_measures_by_hand() -> None:
     total = np.array([[1.0, 2.0, 4.0], [1.0, -2.0, 3.0], [0.0, 0.0, 0.0]])
     joint = np.array([[0.5, 1.0, 2.0], [2.0, -2.0, 2.0], [0.0, 0.0, 0.0]])
     np.testing.assert_allclose(relative_deviation(total, joint), [0.5, 2 / 6, np.nan])
-    expected = [1.0, pearsonr(total[1], joint[1])[0], np.nan]
-    np.testing.assert_allclose(correlation(total, joint), expected)
+    single = np.array([[1.0, 3.0], [2.0, -4.0], [0.0, 1.0]])
+    assert interacting(single, np.array([4.4, -1.1, 1.0])).tolist() == [False, False, False]
+    assert interacting(single, np.array([3.4, -0.9, 1.01])).tolist() == [True, True, True]
 
 
 def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -> None:
@@ -110,7 +110,7 @@ def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -
     many = Task.from_items(
         "many", [{**item, "prefix": f"{item['prefix']} {w}".strip()} for item in ITEMS for w in ("", "near")]
     )
-    ie = attribute(cc, snaps, many, Estimator(n_nodes=1))
+    ie = attribute(cc, snaps, many, Estimator("ig", n_nodes=1))
     runs = PromptRuns(cc, snaps, many)
     one, same, other = (
         pair_additivity(runs, ie, 8, 12, seed=seed, at=at) for seed, at in ((0, None), (0, [1]), (1, None))
@@ -118,12 +118,12 @@ def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -
     assert one.pairs[one.pairs["snapshot"] == 1].reset_index(drop=True).equals(same.pairs)
     assert one.summary.iloc[[1]].reset_index(drop=True).equals(same.summary)
     assert not one.pairs.equals(other.pairs)
-    for name in ("correlation", "deviation"):
-        assert (one.summary[f"{name}_low"] < one.summary[f"{name}_high"]).all()
+    for name in ("interacting", "deviation"):
+        assert (one.summary[f"{name}_low"] <= one.summary[f"{name}_high"]).all()
         inside = one.summary[name].between(one.summary[f"{name}_low"], one.summary[f"{name}_high"])
         assert inside.sum() >= 2
     narrow = pair_additivity(runs, ie, 8, 12, level=0.5).summary
-    assert (narrow["correlation_low"] > one.summary["correlation_low"]).all()
+    assert (narrow["deviation_low"] > one.summary["deviation_low"]).all()
 
 
 @pytest.fixture(scope="module")

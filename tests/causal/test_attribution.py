@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import spearmanr
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -22,10 +23,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from crosslens import crosscoders
-from crosslens.causal import attribution
-from crosslens.causal.ablation import exact_effects
-from crosslens.causal.attribution import Attribution, Estimator, attribute, crosscoding_through_time, quadrature
-from crosslens.causal.relative import relie, relie_interval, sign_changes
+from crosslens.causal import attribution, recipes
+from crosslens.causal.attribution import Attribution, Estimator, attribute, exact_effects, quadrature
+from crosslens.causal.relative import effect_interval, relie, relie_interval, share_relie, sign_changes
 from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -33,7 +33,7 @@ from crosslens.intervention.splice import CleanRun, spliced_logits
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.prompts import PromptBatch
 from crosslens.tasks.task import Task
-from tests.plain_model import ITEMS, F, Slow, baselines, make_crosscoder, slow_runs
+from tests.plain_model import ITEMS, F, Slow, baselines, make_crosscoder, plain_model, slow_runs
 
 NOUNS = ("cat", "dog", "king", "child")
 MANY = [
@@ -57,6 +57,8 @@ def same(found: Tensor, expected: Tensor, rtol: float = 1e-4, atol: float = 1e-5
         ("jumprelu_crosscoder", "mean", "frozen", "left", 3),
         ("jumprelu_crosscoder", "patch", "joint", "gauss_legendre", 2),
         ("topk_crosscoder", "patch", "frozen", "left", 4),
+        ("batchtopk_crosscoder", "patch", "joint", "removal", 0),
+        ("standard_crosscoder", "mean", "joint", "both_ends", 0),
     ],
 )
 def test_ig_equals_gradients_of_single_features(
@@ -65,13 +67,19 @@ def test_ig_equals_gradients_of_single_features(
     cc = make_crosscoder(snaps, architecture)
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
     runs = PromptRuns(cc, snaps, task, batch_size=2, paired=baseline == "patch")
-    found = attribute(runs, Estimator(rule=rule, n_nodes=n_nodes, error=error, baseline=baseline), positions=True)
+    if n_nodes:
+        estimator = Estimator("ig", rule=rule, n_nodes=n_nodes, error=error, baseline=baseline)
+        points = quadrature(rule, n_nodes)
+    else:
+        estimator = Estimator(rule, baseline=baseline)
+        points = estimator.nodes()
+    found = attribute(runs, estimator, positions=True)
     assert found.positions is not None
     for s in (0, 2):
         effects, errors = torch.zeros(4, 6, F), torch.zeros(4, 6)  # by prompt and position from the end
         clean, start = torch.zeros(4), torch.zeros(4)
         for i, (run, (f0, e0)) in enumerate(zip(slow, baselines(baseline, slow, paired, s), strict=True)):
-            by_position, error_node = run.effects(s, f0, e0 if error == "joint" else None, *quadrature(rule, n_nodes))
+            by_position, error_node = run.effects(s, f0, e0 if error == "joint" else None, *points)
             effects[i, : len(by_position)], errors[i, : len(error_node)] = by_position.flip(0), error_node.flip(0)
             clean[i] = run.metric(s)
             start[i] = run.metric(s, run.decode(f0, s) + (e0 if error == "joint" else run.error(s)))
@@ -189,7 +197,7 @@ def test_ig_equals_captum(snaps: Snapshots, task: Task, rule: str, theirs: str, 
     captum_attr = pytest.importorskip("captum.attr")
     cc = make_crosscoder(snaps, "topk_crosscoder", seed=3)
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
-    found = attribute(cc, snaps, task, Estimator(rule=rule, n_nodes=6), baseline=baseline)
+    found = attribute(cc, snaps, task, Estimator("ig", rule=rule, n_nodes=6), baseline=baseline)
     for s in (2,):
         rows: list[Tensor] = []
         errors: list[Tensor] = []
@@ -293,7 +301,7 @@ def test_two_linear_features_by_hand(linear: tuple[Snapshots, StandardCrosscoder
         same(found.metric_baseline, found.metric_clean - BY_HAND.sum(0), rtol=1e-3, atol=1e-3)
         assert not found.error_effect.any()
         same(found.completeness, torch.zeros(2), atol=1e-3)
-    turned = sign_changes(found)
+    turned = sign_changes(found, 0.1)
     assert turned[["feature", "from_snapshot", "to_snapshot"]].to_numpy().tolist() == [[1, 0, 1]]
     if found.positions is not None:
         # nothing above the last block moves anything between positions
@@ -306,14 +314,86 @@ def test_positive_effects_support_the_correct_answer(linear: tuple[Snapshots, St
     swapped = Task.from_items(
         "swapped", [{"prefix": item.prefix, "correct": "wrong", "wrong": "right"} for item in LINEAR_TASK.items]
     )
-    same(attribute(cc, snaps, swapped, Estimator(n_nodes=2)).effects, -BY_HAND, rtol=1e-4, atol=1e-4)
+    same(attribute(cc, snaps, swapped, Estimator("ig", n_nodes=2)).effects, -BY_HAND, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- exact effects and their agreement
+@pytest.mark.parametrize("baseline", ["zero", "mean", "patch"])
+def test_features_added_to_the_baseline_equal_single_splices(snaps: Snapshots, task: Task, baseline: str) -> None:
+    cc = make_crosscoder(snaps, "jumprelu_crosscoder", seed=3)
+    slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
+    runs = PromptRuns(cc, snaps, task, batch_size=2, paired=baseline == "patch")
+    s = 2
+    removed, added = torch.zeros(F), torch.zeros(F)
+    for run, (f0, e0) in zip(slow, baselines(baseline, slow, paired, s), strict=True):
+        start = run.decode(f0, s) + e0
+        for i in range(F):
+            f, g = run.f[s].clone(), f0.clone()
+            f[:, i], g[:, i] = f0[:, i], run.f[s][:, i]
+            removed[i] += (run.metric(s) - run.metric(s, run.decode(f, s) + run.error(s))) / 4
+            added[i] += (run.metric(s, run.decode(g, s) + e0) - run.metric(s, start)) / 4
+    every = torch.arange(F)
+    same(exact_effects(runs, s, every, baseline), removed, atol=1e-4)
+    same(exact_effects(runs, s, every, baseline, "baseline"), added, atol=1e-4)
+    for method, exact in (("removal", removed), ("ig", (removed + added) / 2), ("gradient", removed)):
+        found = attribute(runs, method, baseline=baseline, n_exact=6)
+        top = found.effects[:, s].abs().topk(6).indices
+        expected = spearmanr(found.effects[top, s], exact[top])[0]
+        assert float(found.agreement[s]) == pytest.approx(expected, abs=1e-6)
+    assert attribute(runs, baseline=baseline).agreement.isnan().all()
+    with pytest.raises(UserError, match="end='start' is unknown; use one of"):
+        exact_effects(runs, s, every, baseline, "start")
+
+
+def test_encoder_shares_mark_features_that_later_snapshots_activate(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "standard_crosscoder")
+    share = torch.rand(F, 3, dtype=torch.float64)
+    share /= share.sum(-1, keepdim=True)
+    frame = attribute(cc, snaps, task, "gradient").to_frame(cc.decoder_norms, share)
+    for row in frame.head(30).itertuples():
+        later = sum(float(share[row.feature, s]) for s in range(row.snapshot + 1, 3))
+        assert row.encoder_share == pytest.approx(float(share[row.feature, row.snapshot]))
+        assert row.read_later == pytest.approx(later, abs=1e-12) and row.mostly_later == (later > 0.5)
 
 
 # ---------------------------------------------------------------------- mistakes of the released code
+def clean_gradient(model: Any, ids: Tensor, hidden: Tensor, correct: int, wrong: int) -> Tensor:
+    """Gradient of log p(wrong) - log p(correct) at the output (T, D) of block 1."""
+    x = hidden[None].detach().requires_grad_()
+
+    def splice(_module: Any, _inputs: Any, output: Any) -> Any:
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = model.gpt_neox.layers[1].register_forward_hook(splice)
+    log_p = model(ids).logits[0, -1].log_softmax(-1)
+    handle.remove()
+    return torch.autograd.grad(log_p[wrong] - log_p[correct], x)[0][0]
+
+
+def test_the_released_code_is_reproduced(snaps: Snapshots, task: Task) -> None:
+    """Every node gets the logits of the first, the clean run: (0 - f) times one gradient; its prompts have no BOS."""
+    cc = make_crosscoder(snaps, "standard_crosscoder", seed=2)
+    found = attribute(PromptRuns(cc, snaps, task, prepend_bos=False), recipes.released())
+    vocabulary = snaps.tokenizer.get_vocab()
+    expected = torch.zeros(F, 3)
+    for item in ITEMS:
+        ids = torch.tensor([[vocabulary[word] for word in item["prefix"].split()]])
+        models = [plain_model(each.name) for each in snaps]
+        states = [model(ids, output_hidden_states=True).hidden_states[2][0] for model in models]
+        f = cc.encode(torch.stack(states, 1)).detach()
+        for s, (model, hidden) in enumerate(zip(models, states, strict=True)):
+            gradient = clean_gradient(model, ids, hidden, vocabulary[item["correct"]], vocabulary[item["wrong"]])
+            rows = cc.W_dec[:, s * cc.d_model : (s + 1) * cc.d_model] / cc.activation_scale[s]
+            by_token = (0 - f) * (gradient @ rows.T)
+            expected[:, s] += torch.where(by_token.abs() <= 0.1, 0.0, by_token).sum(0).detach() / len(ITEMS)
+    same(found.effects, expected, rtol=1e-5, atol=1e-6)
+    assert found.effects.abs().max() > 0.1
+
+
 def test_the_papers_rule_is_reproduced(snaps: Snapshots, task: Task) -> None:
     """h(alpha_k) = W_dec ((1 - k/10) f) + b_dec + (1 - k/10) error, k = 0..9; |effect of a token| <= .1 becomes 0."""
     cc = make_crosscoder(snaps, "standard_crosscoder", seed=2)
-    found = attribute(cc, snaps, task, crosscoding_through_time())
+    found = attribute(cc, snaps, task, recipes.paper())
     assert str(found.estimator) == "ig (left, 10 nodes), zero baseline, joint error, threshold 0.1"
     cut = 0
     for s in range(len(snaps)):
@@ -331,7 +411,7 @@ def test_the_papers_rule_is_reproduced(snaps: Snapshots, task: Task) -> None:
             rows.append(torch.where(small, 0.0, by_token).sum(0))
         same(found.effects[:, s], torch.stack(rows).mean(0))
     assert cut > 20
-    kept = attribute(cc, snaps, task, Estimator(rule="left", n_nodes=10))
+    kept = attribute(cc, snaps, task, Estimator("ig", rule="left", n_nodes=10))
     assert (kept.effects - found.effects).abs().max() > 0.01
 
 
@@ -339,11 +419,15 @@ def test_results_do_not_depend_on_the_batches(snaps: Snapshots) -> None:
     """Their mean is over the positions of a batch, padding included, which overweights a short last batch."""
     cc = make_crosscoder(snaps, "batchtopk_crosscoder")
     many = Task.from_items("many", MANY[:24])
-    whole = attribute(cc, snaps, many, Estimator(n_nodes=3), positions=True, n_bootstrap=5)
-    parts = [attribute(cc, snaps, Task.from_items("part", MANY[:24][i::3]), Estimator(n_nodes=3)) for i in range(3)]
+    whole = attribute(cc, snaps, many, Estimator("ig", n_nodes=3), positions=True, n_bootstrap=5)
+    parts = [
+        attribute(cc, snaps, Task.from_items("part", MANY[:24][i::3]), Estimator("ig", n_nodes=3)) for i in range(3)
+    ]
     assert {len(batch.tokens[0]) for batch in PromptRuns(cc, snaps, many).batches} == {3, 6, 9}
     same(whole.effects, torch.stack([part.effects for part in parts]).mean(0))  # prompts of each part have one length
-    again = attribute(PromptRuns(cc, snaps, many, batch_size=5), Estimator(n_nodes=3), positions=True, n_bootstrap=5)
+    again = attribute(
+        PromptRuns(cc, snaps, many, batch_size=5), Estimator("ig", n_nodes=3), positions=True, n_bootstrap=5
+    )
     for name in ("effects", "standard_errors", "error_effect", "metric_clean", "metric_baseline", "completeness"):
         same(getattr(again, name), getattr(whole, name))
     same(again.positions.sizes, whole.positions.sizes)  # type: ignore[union-attr]
@@ -359,19 +443,19 @@ def test_gates_do_not_depend_on_the_batch(snaps: Snapshots, task: Task) -> None:
     state = {**training.state_dict(), **inference.state_dict()}
     training.load_state_dict(state)
     training.cfg.metadata = inference.cfg.metadata
-    ours = attribute(training, snaps, task, Estimator(n_nodes=2))
-    same(ours.effects, attribute(inference, snaps, task, Estimator(n_nodes=2)).effects)
+    ours = attribute(training, snaps, task, Estimator("ig", n_nodes=2))
+    same(ours.effects, attribute(inference, snaps, task, Estimator("ig", n_nodes=2)).effects)
 
 
 def test_the_bos_is_left_out(snaps: Snapshots, task: Task) -> None:
     """Theirs counts the first position, which training leaves out."""
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    found = attribute(cc, snaps, task, Estimator(n_nodes=2), positions=True)
+    found = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), positions=True)
     assert found.positions is not None
     table = found.positions.to_frame()
     assert table["position"].max() == 4  # six tokens with the BOS, five without
     cc.cfg.metadata.keep_special = True
-    kept = attribute(cc, snaps, task, Estimator(n_nodes=2), positions=True)
+    kept = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), positions=True)
     assert kept.positions is not None and kept.positions.to_frame()["position"].max() == 5
     same(kept.metric_clean, found.metric_clean)
 
@@ -381,8 +465,8 @@ def test_effects_of_opposite_sign_cancel_before_the_absolute_value(snaps: Snapsh
     item = {"prefix": "the cat", "correct": "sees", "wrong": "likes"}
     both = [item, {"prefix": "the cat", "correct": "likes", "wrong": "sees"}]
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    found = attribute(cc, snaps, Task.from_items("both", both), Estimator(n_nodes=2), positions=True)
-    one = attribute(cc, snaps, Task.from_items("one", [item]), Estimator(n_nodes=2))
+    found = attribute(cc, snaps, Task.from_items("both", both), Estimator("ig", n_nodes=2), positions=True)
+    one = attribute(cc, snaps, Task.from_items("one", [item]), Estimator("ig", n_nodes=2))
     assert one.effects.abs().max() > 0.1 and found.effects.abs().max() < 1e-6
     assert relie(found).isnan().all()
     assert found.positions is not None and found.positions.sizes.max() > 0.05
@@ -390,7 +474,7 @@ def test_effects_of_opposite_sign_cancel_before_the_absolute_value(snaps: Snapsh
 
 def test_the_most_harmful_are_not_the_smallest(snaps: Snapshots, task: Task) -> None:
     """Their `bottom` features are the smallest in magnitude: zeros."""
-    found = attribute(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, Estimator(n_nodes=2))
+    found = attribute(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, Estimator("ig", n_nodes=2))
     worst = found.top(3, 2, by="negative")
     assert found.effects[worst, 2].tolist() == sorted(found.effects[:, 2].tolist())[:3]
     assert found.effects[worst[0], 2] < 0
@@ -403,7 +487,7 @@ def test_no_global_state_is_changed(snaps: Snapshots, task: Task) -> None:
     tokens = torch.tensor([[0, 3, 7]])
     before = snaps.model(1)(tokens)
     with torch.no_grad():
-        attribute(cc, snaps, task, Estimator(n_nodes=2))
+        attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled() and not torch.is_anomaly_enabled()
     same(snaps.model(1)(tokens), before, rtol=0, atol=0)
@@ -488,7 +572,7 @@ def test_methods_share_runs(snaps: Snapshots, task: Task) -> None:
 # ---------------------------------------------------------------------- what is reported
 def test_effects_and_error_node_add_up(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
-    fine = attribute(cc, snaps, task, Estimator(n_nodes=64))
+    fine = attribute(cc, snaps, task, Estimator("ig", n_nodes=64))
     assert fine.completeness.max() < 1e-3
     coarse = attribute(cc, snaps, task, "gradient")
     assert coarse.completeness.max() > 10 * fine.completeness.max()
@@ -500,7 +584,7 @@ def test_bootstrap_against_loops(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
     few = MANY[:9]
     runs = PromptRuns(cc, snaps, Task.from_items("few", few), batch_size=2)
-    found = attribute(runs, Estimator(n_nodes=2), n_bootstrap=300, seed=5)
+    found = attribute(runs, Estimator("ig", n_nodes=2), n_bootstrap=300, seed=5)
     kept = found.bootstrap
     assert kept is not None and kept.effects.shape == (300, len(kept.features), 3)
     order = torch.cat([b.index for b in runs.batches]).tolist()
@@ -521,24 +605,31 @@ def test_bootstrap_against_loops(snaps: Snapshots) -> None:
     spread, error = kept.effects.double().std(0), found.standard_errors[kept.features] * math.sqrt(8 / 9)
     large = error > error.max() / 20
     assert (spread / error)[large].median() == pytest.approx(1, abs=0.05)
-    again = attribute(cc, snaps, Task.from_items("few", few), Estimator(n_nodes=2), n_bootstrap=300, seed=5)
+    again = attribute(cc, snaps, Task.from_items("few", few), Estimator("ig", n_nodes=2), n_bootstrap=300, seed=5)
     same(again.bootstrap.effects, kept.effects)  # type: ignore[union-attr]
-    other = attribute(cc, snaps, Task.from_items("few", few), Estimator(n_nodes=2), n_bootstrap=300, seed=6)
+    other = attribute(cc, snaps, Task.from_items("few", few), Estimator("ig", n_nodes=2), n_bootstrap=300, seed=6)
     assert (other.bootstrap.effects - kept.effects).abs().max() > 0.01  # type: ignore[union-attr]
-    low, high = relie_interval(found)
-    share = relie(found)
-    sure = ~share.isnan()
+    low, high = relie_interval(found, min_effect=0.0)
+    share = relie(found, 0.0)
+    sure = (~share.isnan()) & (found.effects.abs() > 2 * found.standard_errors)
     assert sure.any() and ((low <= share) & (share <= high))[sure].float().mean() > 0.9
     frame = found.to_frame(cc.decoder_norms)
-    np.testing.assert_allclose(frame["relie_low"], low[found.active.any(-1)].flatten())
-    assert "relie_low" not in attribute(cc, snaps, Task.from_items("few", few), Estimator(n_nodes=1)).to_frame(
+    listed = found.active.any(-1)
+    for column, bound in zip(("relie_low", "relie_high"), relie_interval(found), strict=True):
+        np.testing.assert_allclose(frame[column], bound[listed].flatten())
+    for column, bound in zip(("ie_low", "ie_high"), effect_interval(found), strict=True):
+        np.testing.assert_allclose(frame[column], bound[listed].flatten())
+    shares = share_relie(found, 0.0)[:, 2]
+    size = found.effects.abs() / found.effects.abs().sum(0)
+    same(shares[listed], (size[:, 2] / size.sum(-1))[listed])
+    assert "relie_low" not in attribute(cc, snaps, Task.from_items("few", few), Estimator("ig", n_nodes=1)).to_frame(
         cc.decoder_norms
     )
 
 
 def test_one_prompt_has_no_standard_error(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    found = attribute(cc, snaps, Task.from_items("one", ITEMS[:1]), Estimator(n_nodes=2), n_bootstrap=3)
+    found = attribute(cc, snaps, Task.from_items("one", ITEMS[:1]), Estimator("ig", n_nodes=2), n_bootstrap=3)
     assert found.standard_errors[found.active.any(-1)].isnan().all()
     assert relie(found).isnan().all() and not relie(found, 1e-3)[found.effects.abs().amax(-1) > 1e-3].isnan().any()
 
@@ -546,12 +637,12 @@ def test_one_prompt_has_no_standard_error(snaps: Snapshots) -> None:
 def test_an_attribution_can_be_rebuilt_from_its_tables(snaps: Snapshots, task: Task, tmp_path: Path) -> None:
     cc = make_crosscoder(snaps, "batchtopk_crosscoder")
     for estimator in (
-        Estimator(n_nodes=2),
+        Estimator("ig", n_nodes=2),
         Estimator("gradient", baseline="patch"),
         Estimator("exact", baseline="mean", error="frozen"),
-        crosscoding_through_time(),
+        recipes.paper(),
     ):
-        ie = attribute(cc, snaps, task, estimator)
+        ie = attribute(cc, snaps, task, estimator, n_exact=4)
         for name, table in (("features", ie.to_frame(cc.decoder_norms)), ("snapshots", ie.snapshot_frame())):
             table.to_parquet(tmp_path / name)
         frame, per_snapshot = pd.read_parquet(tmp_path / "features"), pd.read_parquet(tmp_path / "snapshots")
@@ -563,9 +654,12 @@ def test_an_attribution_can_be_rebuilt_from_its_tables(snaps: Snapshots, task: T
             "metric_clean",
             "metric_baseline",
             "completeness",
+            "agreement",
             "active",
         ):
-            torch.testing.assert_close(getattr(again, name), getattr(ie, name))
+            torch.testing.assert_close(getattr(again, name), getattr(ie, name), equal_nan=True)
+        listed = ie.active.any(-1)
+        torch.testing.assert_close(again.sizes[listed], ie.sizes[listed])
         assert (again.labels, again.steps, again.n_prompts) == (ie.labels, ie.steps, ie.n_prompts)
         assert again.estimator == ie.estimator
         assert again.top(3, 1).tolist() == ie.top(3, 1).tolist()
@@ -579,7 +673,7 @@ def test_an_attribution_can_be_rebuilt_from_its_tables(snaps: Snapshots, task: T
 def test_tables_say_how_effects_were_estimated(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
     table = attribute(
-        cc, snaps, task, Estimator(rule="midpoint", n_nodes=3, error="frozen"), baseline="mean"
+        cc, snaps, task, Estimator("ig", rule="midpoint", n_nodes=3, error="frozen"), baseline="mean"
     ).snapshot_frame()
     recorded = table[["method", "rule", "n_nodes", "baseline", "error", "threshold"]].drop_duplicates()
     assert recorded.to_numpy().tolist() == [["ig", "midpoint", 3, "mean", "frozen", 0.0]]
@@ -589,18 +683,18 @@ def test_tables_say_how_effects_were_estimated(snaps: Snapshots, task: Task) -> 
 def test_features_active_on_the_paired_prompt_alone_are_in_the_table(snaps: Snapshots) -> None:
     one = Task.from_items("one", ITEMS[1:2])
     cc = make_crosscoder(snaps, "jumprelu_crosscoder", seed=1)
-    found = attribute(cc, snaps, one, Estimator(n_nodes=2), baseline="patch")
+    found = attribute(cc, snaps, one, Estimator("ig", n_nodes=2), baseline="patch")
     frame = found.to_frame(cc.decoder_norms)
     for s in range(3):
         same(torch.tensor(frame[frame["snapshot"] == s]["ie"].sum()), found.effects[:, s].sum())
-    alone = found.active & ~attribute(cc, snaps, one, Estimator(n_nodes=1)).active
+    alone = found.active & ~attribute(cc, snaps, one, Estimator("ig", n_nodes=1)).active
     assert alone.any() and found.effects[alone].abs().max() > 0
 
 
 # ---------------------------------------------------------------------- positions
 def test_positions_separate_direct_effects_from_moved_ones(snaps: Snapshots, task: Task) -> None:
     last = make_crosscoder(snaps, "standard_crosscoder", layer=2)
-    control = attribute(last, snaps, task, Estimator(n_nodes=3), positions=True)
+    control = attribute(last, snaps, task, Estimator("ig", n_nodes=3), positions=True)
     assert control.positions is not None
     shares = control.positions.shares()
     assert shares[shares["position"] == 0][["share", "error_share"]].to_numpy().tolist() == [[1, 1]] * 3
@@ -608,7 +702,9 @@ def test_positions_separate_direct_effects_from_moved_ones(snaps: Snapshots, tas
     assert control.positions.main()[["position", "share", "last_share"]].drop_duplicates().to_numpy().tolist() == [
         [0, 1, 1]
     ]
-    middle = attribute(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, Estimator(n_nodes=3), positions=True)
+    middle = attribute(
+        make_crosscoder(snaps, "standard_crosscoder"), snaps, task, Estimator("ig", n_nodes=3), positions=True
+    )
     assert middle.positions is not None
     shares = middle.positions.shares()
     np.testing.assert_allclose(shares.groupby("snapshot")["share"].sum(), 1)
@@ -616,7 +712,9 @@ def test_positions_separate_direct_effects_from_moved_ones(snaps: Snapshots, tas
 
 
 def test_position_tables_against_loops(snaps: Snapshots, task: Task) -> None:
-    found = attribute(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, Estimator(n_nodes=2), positions=True)
+    found = attribute(
+        make_crosscoder(snaps, "topk_crosscoder"), snaps, task, Estimator("ig", n_nodes=2), positions=True
+    )
     kept = found.positions
     assert kept is not None
     same(kept.effects.sum(0), found.effects[kept.features])
@@ -637,7 +735,9 @@ def test_position_tables_against_loops(snaps: Snapshots, task: Task) -> None:
             assert row["last_share"] == pytest.approx(sizes[0] / sum(sizes))
     frame = kept.to_frame()
     assert frame["size"].gt(0).all() and frame["ie"].sum() == pytest.approx(float(kept.effects.sum()))
-    assert attribute(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, Estimator(n_nodes=1)).positions is None
+    assert (
+        attribute(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, Estimator("ig", n_nodes=1)).positions is None
+    )
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -648,6 +748,7 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
         ({"method": "integrated"}, "method='integrated' is unknown; use one of"),
         ({"baseline": "none"}, "baseline='none' is unknown"),
         ({"n_bootstrap": -1}, "n_bootstrap=-1 must be at least 0"),
+        ({"n_exact": 2}, "n_exact=2 must be 0, or at least 3"),
         ({"method": "exact", "positions": True}, "ablates a feature at all positions at once"),
         ({"method": "ig", "features": [1]}, "features= needs method='exact'"),
         ({"method": "exact", "features": [1, F]}, r"feature 24 is not in \[0, 23\]"),
@@ -670,7 +771,7 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
 
 
 def test_errors_of_top(snaps: Snapshots, task: Task) -> None:
-    ie = attribute(make_crosscoder(snaps, "batchtopk_crosscoder"), snaps, task, Estimator(n_nodes=1))
+    ie = attribute(make_crosscoder(snaps, "batchtopk_crosscoder"), snaps, task, Estimator("ig", n_nodes=1))
     with pytest.raises(UserError, match=r"k=1000 is not in \[1, "):
         ie.top(1000, 0)
     with pytest.raises(UserError, match=r"snapshot 3 is not in \[-3, 2\]"):

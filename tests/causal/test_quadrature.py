@@ -49,26 +49,34 @@ def test_rules_converge_to_the_mean(rule: str) -> None:
 
 
 def test_estimators_as_text() -> None:
-    assert str(Estimator()) == "ig (gauss_legendre, 20 nodes), zero baseline, joint error"
+    assert str(Estimator()) == "removal, zero baseline, joint error"
+    assert str(Estimator("ig")) == "ig (gauss_legendre, 20 nodes), zero baseline, joint error"
     assert str(Estimator("gradient", baseline="patch")) == "gradient, patch baseline, joint error"
-    assert str(Estimator(rule="left", n_nodes=10, threshold=0.1)).endswith("joint error, threshold 0.1")
+    assert str(Estimator("ig", rule="left", n_nodes=10, threshold=0.1)).endswith("joint error, threshold 0.1")
     assert Estimator("exact", rule="midpoint", n_nodes=5) == Estimator("exact", rule=None, n_nodes=None)
     assert Estimator("gradient").nodes() == ([1.0], [1.0])
-    assert Estimator(rule="left", n_nodes=2).nodes() == ([1.0, 0.5], [0.5, 0.5])
+    # the mean of a function over the tenth at the clean run, and over those at both ends
+    for method, ends in (("removal", [(0.9, 1.0)]), ("both_ends", [(0.0, 0.1), (0.9, 1.0)])):
+        nodes, weights = Estimator(method).nodes()
+        assert sum(weights) == pytest.approx(1)
+        for power in range(4):
+            mean = [(b ** (power + 1) - a ** (power + 1)) / (power + 1) / (b - a) for a, b in ends]
+            found = sum(w * x**power for x, w in zip(nodes, weights, strict=True))
+            assert found == pytest.approx(sum(mean) / len(mean))
+    assert Estimator("ig", rule="left", n_nodes=2).nodes() == ([1.0, 0.5], [0.5, 0.5])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "igg"}, "method='igg' is unknown; use one of .*did you mean 'ig'"),
-        ({"rule": "gauss"}, "rule='gauss' is unknown"),
-        ({"rule": None}, "rule=None is unknown"),
+        ({"method": "ig", "rule": "gauss"}, "rule='gauss' is unknown"),
+        ({"n_nodes": 5}, "rule=None and n_nodes=5 belong to method='ig', not to 'removal'"),
         ({"method": "exact", "rule": "gauss"}, "rule='gauss' is unknown"),
         ({"baseline": "none"}, "baseline='none' is unknown"),
         ({"error": "gone"}, "error='gone' is unknown"),
-        ({"n_nodes": 0}, "n_nodes=0 must be at least 1"),
-        ({"n_nodes": -3}, "n_nodes=-3 must be at least 1"),
-        ({"n_nodes": None}, "n_nodes=None must be at least 1"),
+        ({"method": "ig", "n_nodes": 0}, "n_nodes=0 must be at least 1"),
+        ({"method": "ig", "n_nodes": -3}, "n_nodes=-3 must be at least 1"),
         ({"threshold": -1.0}, "threshold=-1.0 must be at least 0"),
         ({"threshold": math.nan}, "threshold=nan must be at least 0"),
         ({"method": "exact", "threshold": 0.1}, "threshold=0.1 applies to effects at one position"),

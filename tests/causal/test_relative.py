@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 from crosslens.causal.attribution import Bootstrap
@@ -17,14 +16,19 @@ from crosslens.causal.relative import (
     centre_of_mass,
     classes,
     classify,
+    effect_interval,
+    p_values,
     pairwise_relie,
     pairwise_shares,
+    q_values,
     reldec,
     relie,
     relie_interval,
+    share_relie,
     shares,
     sign_changes,
     signed_classes,
+    significant,
     three_way_classes,
 )
 from crosslens.errors import UserError
@@ -32,12 +36,13 @@ from crosslens.errors import UserError
 
 @dataclass
 class Given:
-    """Given effects; every feature is active, standard errors are `se`."""
+    """Given effects of `n_prompts` prompts; every feature is active, standard errors are `se`."""
 
     effects: Tensor
     se: float = 0.5
-    metric_clean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    n_prompts: int = 100
     bootstrap: Any = None
+    errors: Tensor | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -45,7 +50,7 @@ class Given:
 
     @property
     def standard_errors(self) -> Tensor:
-        return torch.full_like(self.effects, self.se)
+        return torch.full_like(self.effects, self.se) if self.errors is None else self.errors
 
     @property
     def active(self) -> Tensor:
@@ -54,38 +59,136 @@ class Given:
 
 def drawn(F: int, S: int, seed: int) -> Given:
     generator = torch.Generator().manual_seed(seed)
-    effects = 1.5 * torch.randn(F, S, generator=generator, dtype=torch.float64)
-    return Given(effects, metric_clean=torch.randn(S, generator=generator, dtype=torch.float64))
+    return Given(1.5 * torch.randn(F, S, generator=generator, dtype=torch.float64))
 
 
+def of_prompts(x: np.ndarray) -> Given:
+    """Effects of prompts (N, F, S)."""
+    N = len(x)
+    errors = torch.from_numpy(x.std(0, ddof=1) / math.sqrt(N))
+    return Given(torch.from_numpy(x.mean(0)), n_prompts=N, errors=errors)
+
+
+# ---------------------------------------------------------------------- significance
+def tail(t: float) -> float:
+    """P(Z >= t)."""
+    return 0.5 * math.erfc(t / math.sqrt(2))
+
+
+def adjusted(p: list[float]) -> list[float]:
+    """q-values of Benjamini and Hochberg: the least p n / rank among those at least as large."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    q = [0.0] * len(p)
+    least = 1.0
+    for rank in range(len(p), 0, -1):
+        i = order[rank - 1]
+        least = min(least, p[i] * len(p) / rank)
+        q[i] = least
+    return q
+
+
+@pytest.mark.parametrize(("N", "F", "S", "seed"), [(2, 3, 2, 0), (9, 6, 3, 1), (60, 20, 5, 2)])
+def test_significance_against_loops_over_prompts(N: int, F: int, S: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 1, (N, F, S)) * (rng.random((N, F, S)) < 0.5) + rng.normal(0, 0.6, (F, S))
+    given = of_prompts(x)
+    expected = []
+    for i in range(F):
+        for s in range(S):
+            r = abs(sum(x[:, i, s])) / math.sqrt(sum(v * v for v in x[:, i, s]))
+            expected.append(min(1.0, 2 * tail(r) / (4 * tail(math.sqrt(2)))))
+    assert p_values(given).flatten().tolist() == pytest.approx(expected, rel=1e-6)
+    q = adjusted(expected)
+    assert q_values(given).flatten().tolist() == pytest.approx(q, rel=1e-6)
+    assert significant(given).flatten().tolist() == [value <= 0.05 for value in q]
+    assert significant(given, fdr=0.4).flatten().tolist() == [value <= 0.4 for value in q]
+    assert significant(given, 0.3).tolist() == (given.effects.abs() > 0.3).tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_p_values_bound_the_exact_test_that_flips_every_sign(seed: int) -> None:
+    """All 2^N signs: the share of sums at least as large is never above the p-value, whatever the sizes."""
+    rng = np.random.default_rng(seed)
+    N = 10
+    signs = 1 - 2 * ((np.arange(2**N)[:, None] >> np.arange(N)) & 1)
+    x = np.stack([rng.normal(0.7, 1, (N, 4)), rng.exponential(1, (N, 4)), rng.random((N, 4)) < 0.4], -1)
+    given = of_prompts(x)
+    sums = np.abs(np.einsum("rn,nfs->rfs", signs, x))
+    exact = (sums >= np.abs(x.sum(0)) - 1e-9).mean(0)
+    p = p_values(given).numpy()
+    assert (p >= exact - 1e-9).all() and (p < 0.1).any()
+
+
+def test_few_shuffled_effects_and_most_planted_ones_are_significant() -> None:
+    """Effects of 120 prompts: at 1,800 features and snapshots, dense or on a few prompts, a fifth of them planted."""
+    rng = np.random.default_rng(0)
+    N, F, S = 120, 200, 9
+    on = rng.random((N, F, S)) < rng.choice([0.05, 0.3, 1.0], F)[:, None]
+    sizes = rng.exponential(1, (N, F, S)) * on
+    null = sizes * rng.choice([-1, 1], (N, F, S))
+    assert significant(of_prompts(null)).double().mean() <= 0.05
+    planted = rng.random((F, S)) < 0.2
+    x = np.where(planted, rng.normal(0.6, 1, (N, F, S)), null)
+    found = significant(of_prompts(x)).numpy()
+    assert found[planted].mean() >= 0.9
+    assert found[~planted].sum() <= 0.05 * found.sum()
+
+
+def test_a_feature_on_two_prompts_is_not_significant_and_nor_is_one_prompt() -> None:
+    """By chance, three equal effects have one sign in every fourth case."""
+    x = np.zeros((40, 1, 2))
+    x[:3, 0, 0], x[:, 0, 1] = 1.0, 1.0
+    given = of_prompts(x)
+    assert significant(given).tolist() == [[False, True]]
+    one = Given(torch.tensor([[3.0, 1.0]]), se=math.nan, n_prompts=1)
+    assert p_values(one).tolist() == [[1, 1]] and relie(one).isnan().all()
+    assert relie(one, 0.5).tolist() == [[0.75, 0.25]]
+    for wrong, message in (({"fdr": 5}, "fdr=5 must be between 0 and 1"), ({"min_effect": -1}, "min_effect=-1 must")):
+        with pytest.raises(UserError, match=message):
+            significant(given, **wrong)
+
+
+# ---------------------------------------------------------------------- relative effects
 SHAPES = [(1, 2, 0), (40, 2, 1), (40, 3, 2), (25, 7, 3)]
 
 
-@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("min_effect", [None, 0.7])
 @pytest.mark.parametrize(("F", "S", "seed"), SHAPES)
-def test_relie_against_loops(F: int, S: int, seed: int, min_effect: float | None, normalised: bool) -> None:
+def test_relie_against_loops(F: int, S: int, seed: int, min_effect: float | None) -> None:
     given = drawn(F, S, seed)
-    found = relie(given, min_effect, normalised=normalised, floor=0.3)
-    pairs = pairwise_relie(given, min_effect, normalised=normalised, floor=0.3)
-    least = 2 * given.se if min_effect is None else min_effect
+    found, of_shares = relie(given, min_effect), share_relie(given, min_effect)
+    pairs, share_pairs = (pairwise_relie(given, min_effect, share=share) for share in (False, True))
+    counts = significant(given, min_effect).tolist()
+    raw = [[abs(float(given.effects[i, s])) for s in range(S)] for i in range(F)]
+    total = [sum(raw[i][s] for i in range(F)) for s in range(S)]
     for i in range(F):
-        raw = [abs(float(given.effects[i, s])) for s in range(S)]
-        size = [x / max(abs(float(given.metric_clean[s])), 0.3) if normalised else x for s, x in enumerate(raw)]
-        for s in range(S):
-            expected = size[s] / sum(size) if any(x > least for x in raw) else math.nan
-            assert float(found[i, s]) == pytest.approx(expected, nan_ok=True)
-            for t in range(S):
-                expected = size[t] / (size[s] + size[t]) if raw[s] > least or raw[t] > least else math.nan
-                assert float(pairs[i, s, t]) == pytest.approx(expected, nan_ok=True)
+        share = [raw[i][s] / total[s] for s in range(S)]
+        for sizes, each, pair in ((raw[i], found, pairs), (share, of_shares, share_pairs)):
+            for s in range(S):
+                expected = sizes[s] / sum(sizes) if any(counts[i]) else math.nan
+                assert float(each[i, s]) == pytest.approx(expected, nan_ok=True)
+                for t in range(S):
+                    expected = sizes[t] / (sizes[s] + sizes[t]) if counts[i][s] or counts[i][t] else math.nan
+                    assert float(pair[i, s, t]) == pytest.approx(expected, nan_ok=True)
+
+
+def test_shares_undo_the_growth_of_logits() -> None:
+    """Effects that all grow tenfold: by RelIE every feature emerges, by share none does."""
+    before = torch.tensor([[4.0], [-2.0], [1.0]])
+    given = Given(torch.cat([before, 10 * before], -1), se=0.01)
+    assert classes(relie(given)).tolist() == ["emerged"] * 3
+    assert classes(share_relie(given)).tolist() == ["maintained"] * 3
+    silent = Given(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), se=0.01)
+    assert share_relie(silent).tolist() == [[0, 1], [0, 1]]  # no feature has an effect at the first
 
 
 def test_relie_of_some_snapshots() -> None:
     given = drawn(30, 6, 4)
-    found = relie(given, snapshots=[5, 1])
+    found, counts = relie(given, snapshots=[5, 1]), significant(given)
     for i in range(30):
         sizes = given.effects[i, [5, 1]].abs()
-        expected = sizes / sizes.sum() if bool((sizes > 1).any()) else torch.full_like(sizes, math.nan)
+        kept = bool(counts[i, [5, 1]].any())
+        expected = sizes / sizes.sum() if kept else torch.full_like(sizes, math.nan)
         torch.testing.assert_close(found[i], expected, equal_nan=True)
     for wrong in ([6], [-7], [0, 99]):
         with pytest.raises(UserError, match=r"is not in \[-6, 5\]: there are 6 snapshots"):
@@ -101,18 +204,7 @@ def test_features_without_effect_are_nan_and_undefined_not_shared() -> None:
     assert classes(found).tolist() == ["undefined", "undefined", "discontinued"]
     assert three_way_classes(found).tolist() == ["undefined", "undefined", "A-specific"]
     assert signed_classes(given).tolist() == ["undefined", "undefined", "helpful"]
-    assert relie(given, 0.0)[0].isnan().all()
-    one_prompt = Given(torch.tensor([[3.0, 1.0]]), se=math.nan)
-    assert relie(one_prompt).isnan().all()
-    assert relie(one_prompt, 0.5).tolist() == [[0.75, 0.25]]
-
-
-def test_small_metrics_are_divided_by_the_floor() -> None:
-    given = Given(torch.tensor([[0.02, 2.0]]), se=0.001, metric_clean=torch.tensor([1e-6, 4.0]))
-    assert relie(given, normalised=True)[0].tolist() == pytest.approx([0.2 / 0.7, 0.5 / 0.7])
-    assert relie(given, normalised=True, floor=0.01)[0].tolist() == pytest.approx([2 / 2.5, 0.5 / 2.5])
-    with pytest.raises(UserError, match="floor=0 must be positive"):
-        relie(given, normalised=True, floor=0)
+    assert relie(given, 0.0)[0].isnan().all() and not relie(given, 0.0)[1:].isnan().any()
 
 
 def test_reldec_and_pairwise_of_norms() -> None:
@@ -125,36 +217,34 @@ def test_reldec_and_pairwise_of_norms() -> None:
     assert pairs[1].isnan().all() and float(pairs[2, 0, 1]) == 0 and pairs[2, 1, 2].isnan()
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("level", [0.95, 0.5])
-def test_interval_against_one_relie_per_replicate(level: float, normalised: bool) -> None:
+def test_interval_against_one_relie_per_replicate(level: float, share: bool) -> None:
     given = drawn(12, 4, 5)
     rng = np.random.default_rng(0)
     features = torch.tensor([1, 4, 7, 11])
     R = 60
     effects = given.effects[features] + torch.from_numpy(rng.normal(0, 0.4, (R, 4, 4)))
-    metric = given.metric_clean + torch.from_numpy(rng.normal(0, 0.2, (R, 4)))
-    given.bootstrap = Bootstrap(features, effects, metric)
-    low, high = relie_interval(given, level, normalised=normalised)
-    share = relie(given, normalised=normalised)
-    assert torch.equal(low.isnan(), high.isnan())
+    given.bootstrap = Bootstrap(features, effects, torch.zeros(R, 4))
+    low, high = relie_interval(given, level, 0.0, share=share)
+    lowest, highest = effect_interval(given, level)
     for i in range(12):
-        if i not in features or share[i].isnan().any():
-            assert low[i].isnan().all()
+        if i not in features:
+            assert low[i].isnan().all() and high[i].isnan().all() and lowest[i].isnan().all()
             continue
+        a = features.tolist().index(i)
         each = []
         for r in range(R):
-            size = effects[r, features.tolist().index(i)].abs()
-            size = size / metric[r].abs().clamp_min(0.1) if normalised else size
-            each.append((size / size.sum()).tolist())
+            size = effects[r, a].abs() / (effects[r].abs().sum(0) if share else 1)
+            each.append([float(v) for v in size / size.sum() * effects[r, a].sign() * given.effects[i].sign()])
         for s in range(4):
-            values = [row[s] for row in each]
-            expected = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-            assert [float(low[i, s]), float(high[i, s])] == pytest.approx(expected.tolist())
-    some = relie_interval(given, level, normalised=normalised, snapshots=[3, 1])
-    alone = Given(given.effects[:, [3, 1]], metric_clean=given.metric_clean[[3, 1]])
-    alone.bootstrap = Bootstrap(features, effects[..., [3, 1]], metric[:, [3, 1]])
-    for ours, theirs in zip(some, relie_interval(alone, level, normalised=normalised), strict=True):
+            for values, found in (([row[s] for row in each], (low, high)), (effects[:, a, s], (lowest, highest))):
+                expected = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+                assert [float(bound[i, s]) for bound in found] == pytest.approx(expected.tolist())
+    some = relie_interval(given, level, 0.0, snapshots=[3, 1])
+    alone = Given(given.effects[:, [3, 1]])
+    alone.bootstrap = Bootstrap(features, effects[..., [3, 1]], torch.zeros(R, 2))
+    for ours, theirs in zip(some, relie_interval(alone, level, 0.0), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
     with pytest.raises(UserError, match="no bootstrap replicates"):
         relie_interval(drawn(3, 2, 0))
@@ -162,30 +252,43 @@ def test_interval_against_one_relie_per_replicate(level: float, normalised: bool
         relie_interval(given, 95)
 
 
+def test_interval_covers_zero_where_the_sign_is_uncertain() -> None:
+    """No interval of the absolute value does."""
+    rng = np.random.default_rng(1)
+    given = Given(torch.tensor([[2.0, 0.1]], dtype=torch.float64))
+    replicates = given.effects + torch.from_numpy(rng.normal(0, 0.3, (400, 1, 2)))
+    given.bootstrap = Bootstrap(torch.tensor([0]), replicates, torch.zeros(400, 2))
+    low, high = relie_interval(given)
+    assert low[0, 0] > 0 and low[0, 1] < 0 < high[0, 1]
+    assert effect_interval(given)[0][0, 1] < 0 < effect_interval(given)[1][0, 1]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_sign_changes_against_loops(seed: int) -> None:
     given = drawn(50, 5, seed)
+    counts, q = significant(given), q_values(given)
     expected = []
     for i in range(50):
         last = None
         for s in range(5):
-            z = float(given.effects[i, s]) / given.se
-            if abs(z) <= 2:
+            value = float(given.effects[i, s])
+            if not counts[i, s]:
                 continue
-            if last is not None and z * last[1] < 0:
-                expected.append((i, last[0], s, min(abs(z), abs(last[1]))))
-            last = (s, z)
+            if last is not None and value * last[1] < 0:
+                least = min(abs(value), abs(last[1]))
+                expected.append((i, last[0], s, least, max(float(q[i, s]), float(q[i, last[0]]))))
+            last = (s, value)
     table = sign_changes(given)
     assert len(expected) > 5 and len(table) == len(expected)
-    assert table["z"].is_monotonic_decreasing
-    found = sorted(zip(table["feature"], table["from_snapshot"], table["to_snapshot"], table["z"], strict=True))
+    assert table["least"].is_monotonic_decreasing
+    columns = ("feature", "from_snapshot", "to_snapshot", "least", "q")
+    found = sorted(zip(*(table[name] for name in columns), strict=True))
     for ours, theirs in zip(found, sorted(expected), strict=True):
         assert tuple(ours) == pytest.approx(theirs)
     row = table.iloc[0]
     assert row["from_ie"] == float(given.effects[row["feature"], row["from_snapshot"]])
     assert row["to_label"] == f"s{row['to_snapshot']}"
-    assert row["p"] == pytest.approx(2 * (1 - norm.cdf(row["z"])), rel=1e-3)
-    assert sign_changes(given, min_z=1e3).empty
+    assert sign_changes(given, 1e3).empty and len(sign_changes(given, 0.0)) > len(table)
 
 
 def test_two_snapshots_are_classified_by_the_share_of_the_second() -> None:
@@ -263,7 +366,7 @@ def test_signed_classes() -> None:
     )
     expected = ["helpful", "harmful", "turns helpful", "turns harmful", "wavers", "undefined"]
     assert signed_classes(given).tolist() == expected
-    assert signed_classes(given, min_z=5).tolist() == [
+    assert signed_classes(given, 2.5).tolist() == [
         "helpful",
         "harmful",
         "helpful",
@@ -276,12 +379,14 @@ def test_signed_classes() -> None:
 def test_classes_in_one_table() -> None:
     given = Given(torch.tensor([[-3.0, 0.1, 4.0], [0.1, 5.0, 0.1], [0.0, 0.0, 0.0]]))
     table = classify(given)
+    share = given.effects.abs() / given.effects.abs().sum(0)
     assert table["feature"].tolist() == [0, 1, 2]
-    assert table["class"].tolist() == ["maintained", "transient", "undefined"]
+    assert table["class"].tolist() == classes(share_relie(given)).tolist() == ["maintained", "transient", "undefined"]
+    assert table["relie_class"].tolist() == ["maintained", "transient", "undefined"]
     assert table["signed_class"].tolist() == ["turns helpful", "helpful", "undefined"]
     assert table["peak"].tolist() == [2, 1, -1]
     assert table["three_way"].tolist() == ["s0-s2 shared", "s1-specific", "undefined"]
-    assert table["centre_of_mass"][0] == pytest.approx((0.1 * 0.5 + 4) / 7.1)
+    assert table["centre_of_mass"][0] == pytest.approx(float((share[0, 1] / 2 + share[0, 2]) / share[0].sum()))
     assert "three_way" not in classify(drawn(5, 4, 0))
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crosslens.causal import timeline
 from crosslens.causal.attribution import Attribution, attribute
+from crosslens.causal.relative import significant
 from crosslens.causal.timeline import SEPARATOR, find_examples, follow_features
 from crosslens.errors import UserError
 from crosslens.intervention import prompt_runs
@@ -42,8 +43,9 @@ def runs(snaps: Snapshots, task: Task) -> PromptRuns:
 
 @pytest.fixture(scope="module")
 def ie(runs: PromptRuns) -> Attribution:
-    """Two of the strongest features are inactive at one snapshot each."""
+    """Two of the strongest features are inactive at one snapshot each; errors are as if of 400 prompts."""
     found = attribute(runs, "gradient")
+    found = dataclasses.replace(found, n_prompts=400, standard_errors=found.standard_errors / 4)
     for feature, s in ((19, 1), (4, 0)):
         found.effects[feature, s] = found.standard_errors[feature, s] = 0.0
         found.active[feature, s] = False
@@ -62,7 +64,7 @@ def test_the_table_equals_loops(runs: PromptRuns, ie: Attribution, k: int, by: s
         signs = {"magnitude": (1, -1), "signed": (1,), "negative": (-1,)}[by]
         listed = [(max(sign * float(ie.effects[i, s]) for sign in signs), i) for i in range(F) if ie.active[i, s]]
         for size, i in sorted(listed, reverse=True)[:k]:
-            if size > (2 * float(ie.standard_errors[i, s]) if min_effect is None else min_effect):
+            if size > 0 and significant(ie, min_effect)[i, s]:
                 taken.add((i, s))
     features = {i for i, _ in taken}
     assert len(table) == 3 * len(features) and set(table["feature"]) == features and len(features) > 1
@@ -73,16 +75,18 @@ def test_the_table_equals_loops(runs: PromptRuns, ie: Attribution, k: int, by: s
         norms = [float(cc.W_dec[i, s * 16 : (s + 1) * 16].detach().norm()) for s in range(3)]
         effects = [float(ie.effects[i, s]) for s in range(3)]
         total = sum(map(abs, effects))
+        of_total = [abs(e) / float(ie.effects[:, s].abs().sum()) for s, e in enumerate(effects)]
         assert rows["norm"].tolist() == pytest.approx(norms)
         assert rows["strength"].tolist() == pytest.approx([n / max(norms) for n in norms])
         assert rows["ie"].tolist() == effects
         assert rows["ie_se"].tolist() == [float(ie.standard_errors[i, s]) for s in range(3)]
         assert rows["relie"].tolist() == pytest.approx([abs(e) / total for e in effects])
+        assert rows["share_relie"].tolist() == pytest.approx([e / sum(of_total) for e in of_total])
         assert rows["top"].tolist() == [(i, s) in taken for s in range(3)]
         for s, rank in enumerate(rows["rank"]):
             larger = sum(bool(ie.active[j, s]) and abs(ie.effects[j, s]) > abs(ie.effects[i, s]) for j in range(F))
             assert (rank is pd.NA) if not ie.active[i, s] else rank == 1 + larger
-        centres.append(sum(s * abs(e) / total for s, e in enumerate(effects)) / 2)
+        centres.append(sum(s * e / sum(of_total) for s, e in enumerate(of_total)) / 2)
         assert rows["centre_of_mass"].tolist() == pytest.approx([centres[-1]] * 3), feature
         texts = find_examples(runs, [i], 2)["text"].tolist()
         assert rows["examples"].tolist() == [SEPARATOR.join(texts)] * 3
@@ -160,7 +164,7 @@ def test_nothing_is_followed_without_significant_effects(runs: PromptRuns, ie: A
     table = follow_features(runs, unsure, 3)
     full = follow_features(runs, ie, 3)
     assert table.empty and list(table) == list(full)
-    assert feature_timeline(table) == "No feature has an effect above two standard errors on this task."
+    assert feature_timeline(table) == "No feature has a significant effect on this task."
 
 
 def test_errors_are_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
@@ -206,7 +210,7 @@ def test_the_chart_of_features(runs: PromptRuns, ie: Attribution) -> None:
     *heat, marks = drawn["data"]
     features = table.drop_duplicates("feature")["feature"].tolist()
     assert [trace["xaxis"] for trace in heat] == ["x", "x2", "x3"]
-    for trace, column in zip(heat, ("strength", "ie", "relie"), strict=True):
+    for trace, column in zip(heat, ("strength", "ie", "share_relie"), strict=True):
         assert trace["type"] == "heatmap" and trace["x"] == [0, 1, 2]
         wanted = table.pivot(index="feature", columns="snapshot", values=column).loc[features].to_numpy(dtype=float)
         np.testing.assert_allclose(np.array(trace["z"], dtype=float), wanted, rtol=1e-4)
@@ -217,7 +221,7 @@ def test_the_chart_of_features(runs: PromptRuns, ie: Attribution) -> None:
     assert layout["yaxis"]["ticktext"][0].startswith(str(features[0])) and layout["height"] == 190 + 20 * len(features)
     largest = table["ie"].abs().max()
     assert layout["coloraxis2"]["cmax"] == pytest.approx(largest, rel=1e-3) == -layout["coloraxis2"]["cmin"]
-    assert layout["coloraxis3"]["cmax"] == pytest.approx(table["relie"].max(), rel=1e-3)
+    assert layout["coloraxis3"]["cmax"] == pytest.approx(table["share_relie"].max(), rel=1e-3)
     titles = ["decoder norm / largest norm", "IE (logits)", "RelIE"]
     assert [each["text"] for each in layout["annotations"]] == titles
     domains = [layout[name]["domain"] for name in ("xaxis", "xaxis2", "xaxis3")]
@@ -236,7 +240,7 @@ def test_the_chart_shows_only_the_largest_features() -> None:
         {
             "order": np.repeat(np.arange(n), 2), "feature": np.repeat(draw.permutation(n), 2), "snapshot": [0, 1] * n,
             "label": ["<a>", "b"] * n, "step": [0, 8] * n, "strength": 1.0, "ie": draw.normal(size=2 * n),
-            "relie": 0.5, "top": True, "examples": "the [<cat>] | a [b]",
+            "share_relie": 0.5, "top": True, "examples": "the [<cat>] | a [b]",
         }
     )  # fmt: skip
     chart = feature_timeline(table)
@@ -260,5 +264,5 @@ def test_the_picture_of_overlap() -> None:
     assert (shared.name, expected.name) == ("en, fr", "en, fr, by chance") and band.meta == "band"
     assert list(shared.y) == [1, 7] and list(expected.y) == [2, 2.5] and set(band.y) == {0, 1, 4, 5}
     assert shared.customdata[1] == "b, step 8, p = 0.0001"
-    assert chart.note.startswith("Sets of k = 10 features. Bands: 95% of random draws")
+    assert chart.note.startswith("Sets of k = 10 features. Bands: 95% of sets of features of the same")
     assert colors(spec(chart.figure)) - {"rgba(0,0,0,0)"} <= set(THEME)

@@ -23,7 +23,7 @@ from tests.plain_model import F, make_crosscoder, slow_runs
 def test_every_entry_equals_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, keep: bool) -> None:
     """The sets of snapshot s, ablated at snapshot s' by hand-written hooks in plain transformers."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
     runs = PromptRuns(cc, snaps, task)
     k = 4
     table = transfer_matrix(runs, ie, k, keep=keep)
@@ -59,7 +59,7 @@ def test_every_entry_equals_a_plain_splice(snaps: Snapshots, task: Task, archite
 
 def test_the_diagonal_is_the_curve(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "batchtopk_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator(n_nodes=2), baseline="patch")
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="patch")
     runs = PromptRuns(cc, snaps, task, paired=True)
     table = transfer_matrix(runs, ie, 3, baseline="patch")
     curve = ablate(runs, ie, [3], baseline="patch", controls=())

@@ -85,16 +85,38 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_snapshots: Path, file
 
 
 def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
-    task = f"sva:{files / 'task.json'}"
+    (files / "other.json").write_text((files / "task.json").read_text())
+    task, other = (f"sva:{files / name}" for name in ("task.json", "other.json"))
+    said: dict[str, str] = {}
     for arguments in (
         ("evolve", trained),
-        ("attribute", trained, "--task", task, "--n-nodes", 4),
-        ("ablate", trained, "--task", task, "--k", "1,3", "--n-draws", 2),
+        ("attribute", trained, "--task", task, "--task", other, "--n-exact", 3),
+        ("ablate", trained, "--task", task, "--task", other, "--k", "1,3", "--n-draws", 2),
         ("report", trained),
     ):
         code, out, err = command(*arguments)
         assert (code, err) == (0, ""), arguments
-        assert out
+        said[str(arguments[0])] = out
+    for name in ("task", "other"):
+        n = len(Task.sva(files / f"{name}.json"))
+        assert f"{name}: {n} items" in said["attribute"] and "fewer than 20, so means over tasks" in said["attribute"]
+        assert f"{name}, effects by removal, zero baseline, joint error on the selection half:" in said["attribute"]
+        assert f"{name}, metric on the held-out half:" in said["ablate"]
+    assert "agreement with exact" in said["attribute"] and "accuracy" in said["attribute"]
+    assert "completeness" not in said["attribute"]  # these effects need not add up
+    code, out, err = command("attribute", trained, "--task", other, "--method", "ig", "--n-nodes", 4, "--n-exact", 0)
+    assert (code, err) == (0, "") and "completeness" in out and "agreement" not in out
+    assert RunDir.open(trained).table("completeness/other") is not None
+    code, out, err = command("attribute", trained, "--task", task, "--task", task)
+    assert code == 2 and "--task names 'task' twice: give each task once" in err
+    code, out, err = command("remove", trained, "--task", "other")
+    assert (code, err) == (0, "") and "completeness/other" in out and "accuracy" in out
+    left = RunDir.open(trained)
+    assert not [name for name in left.table_names() if "other" in name] and left.tasks("attribution") == ["task"]
+    accuracy = left.table("accuracy")
+    assert accuracy is not None and set(accuracy["task"]) == {"task"}
+    code, out, err = command("remove", trained, "--task", "tsk")
+    assert code == 2 and "has no table of task 'tsk': it has task; did you mean 'task'" in err
     run = RunDir.open(trained)
     for table in (
         *("evaluation", "evolution", "lifecycles", "birth_counts", "doubtful", "probe", "probe_presence", "accuracy"),
@@ -144,7 +166,7 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     run.save_table("consensus", marked.assign(consensus=kept))
     kept = set(marked.loc[kept, "feature"])
     for arguments in (
-        ("attribute", run.path, "--task", task, "--n-nodes", 4, "--consensus"),
+        ("attribute", run.path, "--task", task, "--n-exact", 0, "--consensus"),
         ("evolve", run.path),
     ):
         assert command(*arguments)[0] == 0, arguments
@@ -402,7 +424,20 @@ def test_a_corrupted_snapshot_is_named(command: Command, tiny_snapshots: Path, f
 
 
 def test_help_and_version_of_the_program() -> None:
-    verbs = ("ls", "plan", "harvest", "train", "evolve", "attribute", "ablate", "label", "report", "push", "demo")
+    verbs = (
+        "ls",
+        "plan",
+        "harvest",
+        "train",
+        "evolve",
+        "attribute",
+        "ablate",
+        "remove",
+        "label",
+        "report",
+        "push",
+        "demo",
+    )
     for option, told in (("--help", verbs), ("--version", ("crosslens 0.",))):
         out = subprocess.run([sys.executable, "-m", "crosslens", option], check=True, capture_output=True, text=True)
         assert all(word in out.stdout for word in told)

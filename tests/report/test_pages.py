@@ -78,6 +78,7 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
         effects, snapshots = _effects(common, n_features, i, rng)
         run.save_table(f"attribution/{task}", effects)
         run.save_table(f"attribution/{task}.snapshots", snapshots)
+        run.save_table(f"completeness/{task}", snapshots.assign(method="ig", agreement=np.nan))
         run.save_table(f"ablation/{task}", _ablation(common, snapshots["metric_clean"].tolist(), rng))
     norms = rng.uniform(0, 1, (12, S))
     run.save_table(
@@ -146,7 +147,18 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
              "effect_a": total / 2, "effect_b": total / 2, "sum": total, "joint": total * 0.9}
         ),
     )  # fmt: skip
-    figures = {f"{name}{edge}": 0.9 for name in ("correlation", "deviation") for edge in ("", "_low", "_high")}
+    run.save_table(
+        f"validation/{task}.summary",
+        pd.DataFrame(
+            [
+                {"kind": kind, "target": target, "measure": measure, "correlation": 0.1 * i, "low": 0.1 * i - 0.2,
+                 "high": 0.1 * i + 0.1, "level": 0.95, "n_features": 31}
+                for kind in ("within", "pairs") for target in ("effect", "share")
+                for i, measure in enumerate(MEASURES)
+            ]
+        ),
+    )  # fmt: skip
+    figures = {f"{name}{edge}": 0.9 for name in ("interacting", "deviation") for edge in ("", "_low", "_high")}
     run.save_table(
         f"additivity/{task}.snapshots",
         pd.DataFrame([{**last.to_dict(), "n_pairs": n, "k": 15, "n_prompts": 60, **figures}]),
@@ -210,7 +222,9 @@ def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> 
     n = F // 2
     ie = rng.standard_t(2, (n, S)) * np.linspace(0.02, 0.4, S) * rng.choice([0.1, 1], (n, 1))
     relie = np.abs(ie) / np.abs(ie).sum(1, keepdims=True)
-    relie[:7] = np.nan
+    share = np.abs(ie) / np.abs(ie).sum(0)
+    share = share / share.sum(1, keepdims=True)
+    relie[:7] = share[:7] = np.nan
     effects = pd.DataFrame(
         {
             "feature": np.repeat(np.arange(n) * 2, S),
@@ -219,8 +233,9 @@ def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> 
             "step": common["step"].tolist() * n,
             "ie": ie.flatten(),
             "ie_se": np.abs(ie).flatten() / 5,
+            "share_relie": share.flatten(),
             "relie": relie.flatten(),
-            "relie_normalised": relie.flatten(),
+            "mostly_later": np.tile(np.arange(S) < 1, n),
             "reldec": np.full(n * S, 1 / S),
         }
     )
@@ -228,7 +243,10 @@ def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> 
     snapshots = common[["snapshot", "label", "step"]].assign(
         metric_clean=clean,
         metric_baseline=0.1,
+        features_effect=ie.sum(0),
         error_effect=clean - 0.1 - ie.sum(0),
+        method="removal",
+        agreement=np.linspace(0.9, 0.5, S),
         completeness_error=10.0 ** rng.uniform(-6, -3, S),
         n=150,
     )
@@ -238,9 +256,9 @@ def _effects(common: pd.DataFrame, F: int, i: int, rng: np.random.Generator) -> 
 def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for s, label, step in zip(common["snapshot"], common["label"], common["step"], strict=True):
-        for mode, sizes in (("ablate", (1, 5, 15, 50)), ("keep", (5, 15, 50, 100))):
+        for mode, sizes in (("ablate", (1, 5, 15, 50)), ("keep", (0, 5, 15, 50, 100))):
             for features in ("top", "random", "size_matched") if mode == "ablate" else ("top", "random"):
-                for k in sizes:
+                for k in sizes if features == "top" else sizes[-4:]:
                     part = math.log(k + 1) / math.log(101) * (1 if features == "top" else 0.2)
                     metric = clean[s] * (1 - part if mode == "ablate" else part) + rng.normal(0, 0.05)
                     rows.append(
@@ -256,6 +274,7 @@ def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator
     return pd.DataFrame(rows)
 
 
+MEASURES = ("relie", "share_relie", "reldec", "decodability")
 PAGES = ("index", "evolution", "causal")
 
 
@@ -462,11 +481,13 @@ def test_births_and_origins_are_counted(written: tuple[RunDir, _Page, int]) -> N
     assert sum(map(sum, (trace["x"] for trace in origins["data"]))) == table(run, "lifecycles")["origin"].notna().sum()
 
 
-def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir, _Page, int]) -> None:
+@pytest.mark.parametrize("column", ["share_relie", "relie"])
+def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir, _Page, int], column: str) -> None:
     run, page, S = written
-    spec, source = page.specs()["relie-simple"], table(run, "attribution/simple").dropna(subset=["relie"])
+    name = f"{column.replace('_', '-')}-simple"
+    spec, source = page.specs()[name], table(run, "attribution/simple").dropna(subset=["relie"])
     assert {trace["type"] for trace in spec["data"]} == {"scatterternary" if S == 3 else "scatter"}
-    relie = source.set_index(["feature", "snapshot"])["relie"]
+    relie = source.set_index(["feature", "snapshot"])[column]
     if S == 3:
         drawn = 0
         for trace in spec["data"]:
@@ -478,8 +499,8 @@ def test_three_snapshots_make_a_triangle_and_others_lines(written: tuple[RunDir,
                 assert close([strongest], [max(effects, key=abs)])
                 assert (strongest > 0) == trace["name"].startswith("supports")
                 drawn += 1
-        assert drawn == source["feature"].nunique() == len(csv(run, "relie-simple"))
-        assert "7 with no effect" in page.text
+        assert drawn == source["feature"].nunique() == len(csv(run, name))
+        assert "7 without a significant effect" in page.text
     else:
         largest = source.groupby("feature")["ie"].agg(lambda effects: max(abs(e) for e in effects))
         wanted = largest.sort_values(ascending=False).index[:12].tolist()
@@ -498,8 +519,13 @@ def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> 
     assert close(numbers["ie"], [ie[f, s] for f, s in zip(numbers["feature"], numbers["snapshot"], strict=True)], 1e-12)
     links = {str(a.get("href")) for _, a in page.elements}
     assert {f"feature.html#{feature}" for feature in numbers["feature"]} <= links
-    cell = f"{numbers['ie'][0]:+.3f} ± {numbers['ie_se'][0]:.3f}".replace("-", "−")
-    assert cell in page.text
+    # the effects at the first snapshot are of features that later ones activate
+    for row in numbers.head(2).to_dict("records"):
+        cell = f"{row['ie']:+.3f} ± {row['ie_se']:.3f}".replace("-", "−") + ("*" if row["snapshot"] == 0 else " ")
+        assert cell in page.text + " "
+    assert "* More than half of what activates the feature is read from later snapshots" in page.text
+    last = f"exact ablation 0.50 at the last snapshot, lowest 0.50 at {numbers['label'].iloc[-1]}."
+    assert f"Estimated by removal; rank correlation of the largest effects with {last}" in page.text
     budget = lines(page.specs()["budget-subj_rel"])
     total = [sum(ie[:, s]) for s in range(S)]
     assert close(budget["sum of IE over features"]["y"], total)
@@ -517,15 +543,45 @@ def test_effects_against_shares_are_pairs_of_the_table(written: tuple[RunDir, _P
         trace["customdata"], trace["marker"]["color"], trace["x"], trace["y"], strict=True
     ):
         row = source.loc[(feature, s)]
-        assert close([x, y], [row["relie"], row["ie"]])
+        assert close([x, y], [row["share_relie"], row["ie"]])
     assert len(trace["x"]) == len(numbers) == S * source["relie"].dropna().index.get_level_values(0).nunique()
     assert names == ["step 0", "step 1k" if S == 3 else "step 367"]
+
+
+def test_validation_shows_every_correlation_with_its_interval(tmp_path: Path) -> None:
+    run = add_study(drop(make_run(tmp_path, 3), "probe", "evolution", "evaluation"), "simple")
+    spec = _Page(write_report(tmp_path)).specs()["validation-simple"]
+    source = table(run, "validation/simple.summary")
+    assert len(spec["data"]) == 4
+    for trace, (_, rows) in zip(spec["data"], source.groupby(["kind", "target"], sort=False), strict=True):
+        value = rows.set_index("measure").loc[["share_relie", "relie", "decodability", "reldec"]]
+        assert trace["x"] == ["share RelIE", "RelIE", "decodability (R²)", "RelDec (decoder norm)"]
+        assert close(trace["y"], value["correlation"])
+        assert close(trace["error_y"]["array"], value["high"] - value["correlation"])
+        assert close(trace["error_y"]["arrayminus"], value["correlation"] - value["low"])
+
+
+def test_accuracy_says_what_is_left_out_and_where_it_is_at_chance(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "probe", "evolution", "evaluation", "attribution", "ablation")
+    accuracy = table(run, "accuracy")
+    few = accuracy["task"] == TASKS[0]
+    accuracy = accuracy.assign(
+        few=few, n=np.where(few, 7, 200), at_chance=(accuracy["snapshot"] == 0) & few, skipped=3,
+        reasons="too long: 3", merged=2, merged_reasons="the same item: 2", accuracy=np.where(few, 0.1, 0.9),
+    )  # fmt: skip
+    run.save_table("accuracy", accuracy)
+    text = _Page(write_report(tmp_path)).text
+    left_out = "2 merged (the same item: 2), 3 skipped (too long: 3)"
+    first = accuracy["label"].iloc[0]
+    assert f"{TASKS[0]} 7, too few for means over tasks, {left_out}, at chance at {first}" in text
+    assert f"{TASKS[1]} 200, {left_out}" in text
+    assert "90%" in text and "mean accuracy over tasks" in text  # without the task of 7 items
 
 
 def test_completeness_is_in_percent(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
     for task in TASKS:
-        share = table(run, f"attribution/{task}.snapshots")["completeness_error"]
+        share = table(run, f"completeness/{task}")["completeness_error"]
         assert close(lines(page.specs()["completeness"])[task]["y"], 100 * share)
 
 
@@ -547,12 +603,15 @@ def test_ablation_shares(written: tuple[RunDir, _Page, int], mode: str) -> None:
     by_size, over = (lines(page.specs()[f"{mode}-{what}-simple"]) for what in ("size", "snapshots"))
     k = 15 if mode == "ablate" else 100
     for kind, name in names.items():
-        assert close(by_size[name]["y"], [share(kind, S - 1, size) for size in sizes])
+        own = sizes if kind == "top" else [size for size in sizes if size]
+        assert close(by_size[name]["y"], [share(kind, S - 1, size) for size in own])
+        if mode == "keep" and kind == "top":  # the empty set, left of the others on the logarithmic axis
+            assert sizes[0] == 0 and 0 < by_size[name]["x"][0] < 5 and by_size[name]["x"][1:] == sizes[1:]
         drawn = [math.nan if y is None else y for y in over[name]["y"]]
         assert close(drawn, [share(kind, s, k) for s in range(S)])
     assert ("size-matched features" in by_size) == (mode == "ablate")
     band = next(t for t in page.specs()[f"{mode}-size-simple"]["data"] if t.get("meta") == "band")
-    r = by_key["random", S - 1, sizes[0]]
+    r = by_key["random", S - 1, next(size for size in sizes if size)]
     assert close([band["y"][0], band["y"][-1]], [(r["metric"] + 0.2) / r["clean"], (r["metric"] - 0.3) / r["clean"]])
     for row in csv(run, f"{mode}-size-simple").to_dict("records"):
         assert row["metric"] == pytest.approx(by_key[row["features"], row["snapshot"], row["k"]]["metric"], rel=1e-12)
@@ -666,14 +725,14 @@ def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
 def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
     run = make_run(tmp_path, 3)
     effects = table(run, "attribution/simple")
-    run.save_table("attribution/simple", effects.assign(relie=math.nan))
+    run.save_table("attribution/simple", effects.assign(relie=math.nan, share_relie=math.nan))
     run.save_table("lifecycles", table(run, "lifecycles").assign(alive=False, origin=None))
     run.save_table("ablation/simple", table(run, "ablation/simple").query("snapshot == 2 and mode == 'ablate'"))
     run.save_table("evaluation", table(run, "evaluation").drop(columns="l0"))
     run.save_table("probe", table(run, "probe").iloc[:0])
     page = _Page(write_report(tmp_path))
     for words in (
-        "No feature has an effect above two standard errors",
+        "No feature has a significant effect",
         "Every feature is dead",
         "No feature emerged",
         "Only one snapshot was ablated.",
@@ -694,7 +753,20 @@ def test_one_and_two_snapshots_are_drawn(tmp_path: Path) -> None:
             if "snapshot" in frame:
                 frame[frame["snapshot"] < n].to_parquet(path)
         specs = _Page(write_report(run.path)).specs()
-        assert all(len(trace["x"]) == n for trace in lines(specs["relie-simple"]).values())
+        source = table(run, "attribution/simple").dropna(subset=["relie"])
+        for name in ("relie", "share_relie"):
+            drawn = lines(specs[f"{name.replace('_', '-')}-simple"])
+            if n == 1:
+                assert all(len(trace["x"]) == 1 for trace in drawn.values())
+                continue
+            assert set(drawn) == {"supports the correct answer", "opposes it"}
+            seen = 0
+            for trace in drawn.values():
+                for feature, x, y in zip(trace["customdata"], trace["x"], trace["y"], strict=True):
+                    rows = source[source["feature"] == feature]
+                    assert close([x], [rows[name].iloc[1]]) and close([y], [max(rows["ie"], key=abs)])
+                    seen += 1
+            assert seen == source["feature"].nunique()
         assert all(len(trace["x"]) == n for trace in lines(specs["accuracy"]).values())
 
 

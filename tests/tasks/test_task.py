@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.synthetic import grammar
-from crosslens.tasks.accuracy import wilson_interval
+from crosslens.tasks.accuracy import describe_accuracy, list_counts, wilson_interval
 from crosslens.tasks.prompts import Item
 from crosslens.tasks.task import Task
 from tests.hub_server import serve_datasets
@@ -219,7 +219,11 @@ def test_blimp_without_the_one_prefix_method_compares_full_sentences(tmp_path: P
     task = Task.blimp(path)
     assert task.answers == "multi"
     assert words_of(task) == [("Who should Derek hug", "after shocking Richard?", "Richard after shocking?")]
-    with pytest.raises(UserError, match="line 1: 'adjunct_island' does not have the one-prefix method"):
+    with pytest.raises(
+        UserError,
+        match="line 1: 'adjunct_island' does not have the one-prefix method: .*only full sentences can be compared, by "
+        "Task.accuracy .leave answers out.; for attribution choose a paradigm with one_prefix_method",
+    ):
         Task.blimp(path, answers="single")
     pd.DataFrame([ISLAND]).to_csv(tmp_path / "adjunct_island.csv", index=False)
     assert Task.blimp(tmp_path / "adjunct_island.csv").answers == "multi"
@@ -227,7 +231,7 @@ def test_blimp_without_the_one_prefix_method_compares_full_sentences(tmp_path: P
         task.prompts(words)
     assert str(caught.value) == (
         "task 'adjunct_island' compares answers of several tokens (answers='multi'), which attribution does not "
-        "support: use Task.accuracy, or make the task with answers='single'"
+        "support: use Task.accuracy, or a task whose answers differ in one token"
     )
     with pytest.raises(UserError, match="none of its 1 items is usable .*unknown to the tokenizer: 1.*tells apart"):
         task.strings(words)
@@ -270,6 +274,57 @@ def test_sentences_are_divided_at_the_words_that_differ(
 
 
 CLAMS = "True\tles auteurs sont vieux\nFalse\tles auteurs est vieux\nFalse\tl' auteur rient\nTrue\tl' auteur rit\n"
+
+
+def test_pairs_that_differ_in_their_first_word_are_compared_as_sentences(tmp_path: Path) -> None:
+    """In `simple_npi_anim`, "no" or "the" is right because of the "ever" after it; no prompt stands before either."""
+    pairs = [f"{noun} have ever {end}" for noun in ("authors", "pilots") for end in ("been popular", "had children")]
+    path = tmp_path / "simple_npi_anim.txt"
+    path.write_text("".join(f"True\tno {rest}\nFalse\tthe {rest}\n" for rest in [*pairs, pairs[0]]))
+    task = Task.clams(path)
+    assert task.answers == "multi" and len(task) == 4 and task.merged == {"the same item": 1}
+    assert words_of(task)[0] == ("", "no authors have ever been popular", "the authors have ever been popular")
+    one_word = Task.clams(path, answers="single")
+    assert words_of(one_word) == [("", "no", "the")]
+    assert one_word.merged == {
+        "the same item": 1,
+        "the same prompt and answers, other words after them": 3,
+    }
+    assert [half.merged for half in Task.clams(path).split()] == [{}, {}]
+
+
+def test_task_files_of_crosscoding_through_time(tmp_path: Path) -> None:
+    """`clams_data/*.jsonl`: the keys of feature-circuits without paired prompts, and further ones."""
+    rows = [
+        {"clean_prefix": "The author", "clean_answer": " laughs", "patch_answer": " laugh", "skip": 0, "lang": "en"},
+        {"clean_prefix": "L'auteur", "clean_answer": " rit", "patch_answer": " rient", "skip": 1, "lang": "fr"},
+    ]
+    task = Task.sva(write(tmp_path / "clams_simple_agrmt.jsonl", *rows))
+    assert words_of(task) == [("The author", " laughs", " laugh"), ("L'auteur", " rit", " rient")]
+    assert [item.patch_prefix for item in task.items] == [None, None] and task.items[1].info["lang"] == "fr"
+
+
+def test_names_that_would_overwrite_other_tables_are_refused() -> None:
+    for name in ("simple.snapshots", "simple.summary", "x" * 201, "é" * 101):
+        with pytest.raises(UserError, match="is used in file names: use at most 200 bytes, not ending in '.snapshots'"):
+            Task.from_items(name, [Item("a", "b", "c")])
+
+
+def test_what_is_left_out_is_said() -> None:
+    table = pd.DataFrame(
+        {
+            "task": "t", "label": ["a", "b"], "accuracy": [0.5, 0.9], "low": [0.3, 0.7], "high": [0.7, 1.0],
+            "at_chance": [True, False], "n": 12, "few": True, "skipped": 3, "reasons": "too long: 2, odd: 1",
+            "merged": 1, "merged_reasons": "the same item: 1",
+        }
+    )  # fmt: skip
+    assert describe_accuracy(table) == [
+        "t: 12 items, 1 merged (the same item: 1), 3 skipped (too long: 2, odd: 1); fewer than 20, so means over tasks "
+        "leave it out",
+        "           a  accuracy 50.0% [30.0%, 70.0%], at chance",
+        "           b  accuracy 90.0% [70.0%, 100.0%]",
+    ]
+    assert list_counts({"a": 1, "b": 3}) == "b: 3, a: 1" and list_counts({}) == ""
 
 
 def test_clams_pairs_are_adjacent_lines(tmp_path: Path) -> None:
@@ -575,8 +630,11 @@ def test_accuracy_equals_transformers_item_by_item(snapshots: Snapshots, words: 
     items = [item for c in ("simple", "pp", "obj_rel") for item in Task.demo(c, n=10).items]
     task = Task.from_items("mixed", items)
     table = task.accuracy(snapshots, batch_size=7)
-    numbers = ["accuracy", "low", "high", "metric", "n", "skipped", "reasons"]
-    assert list(table) == ["task", "snapshot", "label", "step", "tokens", *numbers]
+    numbers = ["accuracy", "low", "high", "at_chance", "metric", "n"]
+    left_out = ["few", "skipped", "reasons", "merged", "merged_reasons"]
+    assert list(table) == ["task", "snapshot", "label", "step", "tokens", *numbers, *left_out]
+    assert table["at_chance"].tolist() == [low <= 0.5 <= high for low, high in table[["low", "high"]].to_numpy()]
+    assert table["at_chance"][1] and not table["few"].any()
     assert table["label"].tolist() == ["step0", "step10", "step20"] and table["step"].tolist() == [0, 10, 20]
     assert table["tokens"].isna().all() and (table["n"] == 60).all() and (table["task"] == "mixed").all()
     for s, row in table.iterrows():

@@ -1,0 +1,194 @@
+"""Which measure says at which snapshots a feature acts? Exact ablation at every snapshot, as in Bayazit et al.
+
+For features i with a significant effect, D_is is the exact effect at snapshot s: the drop of the metric when the
+feature alone is ablated. The metric is logit(correct) - logit(wrong), which is also the log-probability ratio of the
+answers. D_is is measured on other prompts than the effects that select the features. Four measures are compared with
+it:
+
+    relie           |IE_is|                       share_relie     |IE_is| / sum_j |IE_js|
+    reldec          norm of the decoder row       decodability    R2 of the feature, predicted from snapshot s alone
+
+against two targets: the *effect* |D_is|, and its *share* of the snapshot's total, |D_is| / sum_j |D_js|, which does not
+grow with the model's logits. Two correlations, both Spearman's:
+
+    within    over the snapshots of one feature, mean over features: when does this feature act?
+    pairs     over features, of x_b / (x_a + x_b) at consecutive snapshots a and b, mean over these pairs: which
+              features grow here? This is the validation of Bayazit et al. (arXiv 2509.05291), who use x_b / x_a
+
+Intervals are percentiles of bootstrap replicates that resample features. The first correlation, decodability, shares
+and intervals are new here.
+
+Symbols: n features, S snapshots, R replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import rankdata
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from crosslens.causal.ablation import check_effects
+from crosslens.causal.attribution import Attribution, check_baseline, exact_effects
+from crosslens.causal.relative import check_level, relie, share_relie, significant
+from crosslens.errors import UserError
+from crosslens.intervention.prompt_runs import PromptRuns, on_runs
+
+REPLICATES = 1000
+Correlation = Callable[[np.ndarray, np.ndarray], Any]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Exact effects of features at every snapshot, and how well each measure predicts them.
+
+    Attributes:
+        effects: a row per feature and snapshot: feature, snapshot, label, step, exact (effect on the metric when the
+            feature alone is ablated, in logits), ie, relie, share_relie, reldec and, if given, decodability.
+        summary: a row per kind ("within", "pairs"), target ("effect", "share") and measure: correlation with its
+            bootstrap interval low and high, level, n_features, baseline. NaN with fewer than three features, or where
+            a measure does not vary.
+    """
+
+    effects: pd.DataFrame
+    summary: pd.DataFrame
+
+
+@on_runs
+def validate(
+    runs: PromptRuns,
+    ie: Attribution,
+    *,
+    baseline: str = "zero",
+    decodability: Float[Tensor, "F S"] | None = None,
+    max_features: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Validation:
+    """Ablate every significant feature at every snapshot, one by one, and compare the measures with its effects.
+
+    Args:
+        runs: clean runs of other prompts of the task than `ie`; or crosscoder, snapshots and task in its place.
+        ie: effects on the task.
+        baseline: what an ablated feature becomes; use that of `ie`.
+        decodability: R2 of every feature at every snapshot, as from `evolution.measure_decodability(...).r2`.
+        max_features: of more significant features, those with the largest |IE| at any snapshot are ablated.
+        level: confidence level of the intervals.
+        seed: seed for the replicates.
+
+    Raises:
+        UserError: a single snapshot, effects of another crosscoder, no significant effect, an unknown baseline, "patch"
+            without paired prompts, decodability of another shape, max_features below 3, a level outside (0, 1).
+    """
+    check_level(level)
+    check_baseline(baseline, runs)
+    check_effects(runs, ie)
+    S = len(ie.labels)
+    if S < 2:
+        raise UserError("validation compares snapshots, but there is only 1: give more snapshots")
+    if max_features < 3:
+        raise UserError(f"max_features={max_features} must be at least 3 for a correlation")
+    if decodability is not None and decodability.shape != ie.effects.shape:
+        raise UserError(
+            f"decodability has shape {tuple(decodability.shape)}, not (features, snapshots) = "
+            f"{tuple(ie.effects.shape)}: measure it for this crosscoder"
+        )
+    candidates = significant(ie).any(-1).nonzero().flatten()
+    if not len(candidates):
+        raise UserError(f"no feature has a significant effect on {ie.task!r}: give more prompts, or another task")
+    order = ie.effects[candidates].abs().amax(-1).argsort(descending=True, stable=True)
+    features = candidates[order[:max_features]].sort().values
+    progress = tqdm(range(S), desc=f"Validating {runs.task.name}", unit="snapshot", leave=False)
+    exact = torch.stack([exact_effects(runs, s, features, baseline) for s in progress], -1)
+    norms = runs.crosscoder.decoder_norms.detach().cpu().double()
+    columns = {
+        "exact": exact,
+        "ie": ie.effects[features],
+        "relie": relie(ie)[features],
+        "share_relie": share_relie(ie)[features],
+        "reldec": (norms / norms.sum(-1, keepdim=True))[features],
+    }
+    # shares within a feature are in the order of the sizes that they are shares of
+    measures = {
+        "relie": ie.effects[features].abs(),
+        "share_relie": (ie.effects.abs() / ie.effects.abs().sum(0))[features].nan_to_num(0.0),
+        "reldec": norms[features],
+    }
+    if decodability is not None:
+        columns["decodability"] = decodability[features]
+        measures["decodability"] = decodability[features].clamp_min(0)
+    targets = {"effect": exact.abs(), "share": (exact.abs() / exact.abs().sum(0)).nan_to_num(0.0)}
+    table = pd.DataFrame(
+        {
+            "feature": features.repeat_interleave(S).numpy(),
+            "snapshot": np.tile(np.arange(S), len(features)),
+            "label": list(ie.labels) * len(features),
+            "step": pd.array(list(ie.steps) * len(features), dtype="Int64"),
+            **{name: values.double().flatten().numpy() for name, values in columns.items()},
+        }
+    )
+    rows: list[dict[str, object]] = []
+    for kind, correlate in (("within", within_correlation), ("pairs", pair_correlation)):
+        for target, y in targets.items():
+            for measure, x in measures.items():
+                estimate, low, high = _interval(correlate, x.double().numpy(), y.double().numpy(), seed, level)
+                found = {"kind": kind, "target": target, "measure": measure, "correlation": estimate}
+                rows.append({**found, "low": low, "high": high})
+    summary = pd.DataFrame(rows).assign(level=level, n_features=len(features), baseline=baseline)
+    return Validation(table, summary)
+
+
+def within_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:
+    """Spearman correlation over snapshots, mean over the features for which it is defined."""
+    return _mean(_pearson(rankdata(x, axis=-1), rankdata(y, axis=-1)))
+
+
+def pair_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:
+    """Spearman correlation over features of x_b / (x_a + x_b), mean over consecutive snapshots; 1/2 if both are 0."""
+    found = [
+        _pearson(rankdata(_growth(x, a, b), axis=-1), rankdata(_growth(y, a, b), axis=-1))
+        for a, b in pairwise(range(x.shape[-1]))
+    ]
+    return _mean(np.stack(found, -1))
+
+
+def _growth(x: Float[np.ndarray, "*R n S"], a: int, b: int) -> Float[np.ndarray, "*R n"]:
+    total = x[..., a] + x[..., b]
+    return np.where(total > 0, x[..., b] / np.where(total > 0, total, 1), 0.5)
+
+
+def _pearson(x: Float[np.ndarray, "*R n"], y: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R"]:
+    x, y = (each - each.mean(-1, keepdims=True) for each in (x, y))
+    size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.where(size > 0, (x * y).sum(-1) / np.where(size > 0, size, 1), np.nan)
+
+
+def _mean(values: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R"]:
+    """Mean of the values that are defined; NaN if none is."""
+    defined = ~np.isnan(values)
+    count = defined.sum(-1)
+    return np.where(count > 0, np.where(defined, values, 0).sum(-1) / np.maximum(count, 1), np.nan)
+
+
+def _interval(
+    correlate: Correlation, x: Float[np.ndarray, "n S"], y: Float[np.ndarray, "n S"], seed: int, level: float
+) -> tuple[float, float, float]:
+    """A correlation over the features for which `x` is known, with its bootstrap interval."""
+    known = ~np.isnan(x).any(-1)
+    x, y = x[known], y[known]
+    if len(x) < 3:
+        return np.nan, np.nan, np.nan
+    draws = np.random.default_rng(seed).integers(len(x), size=(REPLICATES, len(x)))
+    # some replicates at a time: all of them hold R n S numbers
+    replicates = np.concatenate([correlate(x[part], y[part]) for part in np.array_split(draws, 20)])
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(replicates, [tail, 1 - tail]) if not np.isnan(replicates).all() else (np.nan, np.nan)
+    return float(correlate(x, y)), float(low), float(high)
