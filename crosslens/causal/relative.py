@@ -395,7 +395,7 @@ def _quantiles(
     check_level(level)
     tail = (1 - level) / 2
     found = np.full((2, len(effects.effects), drawn.shape[-1]), np.nan)
-    found[:, effects.bootstrap.features] = np.quantile(drawn.numpy(), [tail, 1 - tail], axis=0)
+    found[:, effects.bootstrap.features.numpy()] = np.quantile(drawn.numpy(), [tail, 1 - tail], axis=0)
     low, high = torch.from_numpy(found).unbind()
     return low, high
 

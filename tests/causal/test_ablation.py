@@ -404,7 +404,7 @@ def test_effects_of_another_crosscoder(snaps: Snapshots, task: Task, runs: Promp
     cc = runs.crosscoder
     with pytest.raises(UserError, match="24 features at snapshots a, b, c, but the crosscoder has 24 at step0, step10"):
         ablate(runs, replace(ie, labels=["a", "b", "c"]), [1])
-    fewer = {name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "active")}
+    fewer = {name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "active", "sizes")}
     with pytest.raises(UserError, match="effects cover 23 features at .* has 24 .*: attribute with this"):
         ablate(runs, replace(ie, **fewer), [1])
     with pytest.raises(UserError, match="trained on 3 snapshots, but 2 were given"):

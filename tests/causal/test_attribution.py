@@ -330,8 +330,8 @@ def test_features_added_to_the_baseline_equal_single_splices(snaps: Snapshots, t
         for i in range(F):
             f, g = run.f[s].clone(), f0.clone()
             f[:, i], g[:, i] = f0[:, i], run.f[s][:, i]
-            removed[i] += (run.metric(s) - run.metric(s, run.decode(f, s) + run.error(s))) / 4
-            added[i] += (run.metric(s, run.decode(g, s) + e0) - run.metric(s, start)) / 4
+            removed[i] += float(run.metric(s) - run.metric(s, run.decode(f, s) + run.error(s))) / 4
+            added[i] += float(run.metric(s, run.decode(g, s) + e0) - run.metric(s, start)) / 4
     every = torch.arange(F)
     same(exact_effects(runs, s, every, baseline), removed, atol=1e-4)
     same(exact_effects(runs, s, every, baseline, "baseline"), added, atol=1e-4)

@@ -32,17 +32,17 @@ K = 4
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    """40 items in two languages."""
+    """42 items in two languages, alike enough for significant effects."""
     items = [
         {
-            **item,
-            "prefix": f"{before} near {item['prefix']}",
-            "patch_prefix": f"{before} near {item['patch_prefix']}",
+            **ITEMS[0],
+            "prefix": f"{article} {noun} {place} {ITEMS[0]['prefix']}",
+            "patch_prefix": f"{article} {noun} {place} {ITEMS[0]['patch_prefix']}",
             "language": language,
         }
         for language, article in (("en", "the"), ("fr", "a"))
-        for before in (f"{article} {noun}" for noun in ("bread", "house", "fish", "king", "cat"))
-        for item in ITEMS
+        for noun in ("bread", "house", "fish", "king", "cat", "dog", "child")
+        for place in ("near", "near the fish near", "near a house near")
     ]
     return Task.from_items("tiny", items)
 
@@ -127,7 +127,7 @@ def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, f
 
 def test_languages(task: Task, found: Study, tmp_path: Path) -> None:
     parts = split_languages(task)
-    assert {name: part.items for name, part in parts.items()} == {"en": task.items[:20], "fr": task.items[20:]}
+    assert {name: part.items for name, part in parts.items()} == {"en": task.items[:21], "fr": task.items[21:]}
     assert [part.name for part in parts.values()] == ["tiny-en", "tiny-fr"]
     assert set(found.tables["languages/tiny"]["language"]) == {"en"}
     silent = replace(task, items=(*task.items[:-1], replace(task.items[-1], info={})))

@@ -222,7 +222,7 @@ def test_the_chart_of_features(runs: PromptRuns, ie: Attribution) -> None:
     largest = table["ie"].abs().max()
     assert layout["coloraxis2"]["cmax"] == pytest.approx(largest, rel=1e-3) == -layout["coloraxis2"]["cmin"]
     assert layout["coloraxis3"]["cmax"] == pytest.approx(table["share_relie"].max(), rel=1e-3)
-    titles = ["decoder norm / largest norm", "IE (logits)", "RelIE"]
+    titles = ["decoder norm / largest norm", "IE (logits)", "share RelIE"]
     assert [each["text"] for each in layout["annotations"]] == titles
     domains = [layout[name]["domain"] for name in ("xaxis", "xaxis2", "xaxis3")]
     assert domains[0][0] == 0 and domains[2][1] == 1 and all(a[1] < b[0] for a, b in zip(domains, domains[1:]))  # noqa: B905

@@ -370,7 +370,7 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
     specs = page.specs()
     stems = {path.stem for path in (run.report / "data").glob("*.csv")}
     assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
-    assert len(specs) == 12 + 8 * len(TASKS)
+    assert len(specs) == 12 + 9 * len(TASKS)
     assert "Latent scaling" not in page.text and "Additivity" not in page.text, "optional, and without tables"
     assert page.text.count("Numbers (CSV)") == len(stems)
     for name, spec in specs.items():
@@ -521,8 +521,8 @@ def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> 
     assert {f"feature.html#{feature}" for feature in numbers["feature"]} <= links
     # the effects at the first snapshot are of features that later ones activate
     for row in numbers.head(2).to_dict("records"):
-        cell = f"{row['ie']:+.3f} ± {row['ie_se']:.3f}".replace("-", "−") + ("*" if row["snapshot"] == 0 else " ")
-        assert cell in page.text + " "
+        cell = f"{row['ie']:+.3f} ± {row['ie_se']:.3f}".replace("-", "−")
+        assert cell in page.text and (f"{cell}*" in page.text) == (row["snapshot"] == 0)
     assert "* More than half of what activates the feature is read from later snapshots" in page.text
     last = f"exact ablation 0.50 at the last snapshot, lowest 0.50 at {numbers['label'].iloc[-1]}."
     assert f"Estimated by removal; rank correlation of the largest effects with {last}" in page.text
