@@ -26,7 +26,6 @@ from crosslens.activations.loader import Activations
 from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
-from crosslens.evolution.controls import encoder_share
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
@@ -151,8 +150,10 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     mark = lap("dynamics", mark)
     # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence
     sizes = StudySizes(n_draws_last=config.n_random, n_exact=config.n_exact)
-    presence = births["presence"].pivot(index="feature", columns="snapshot", values="r2")
-    decodability, share = torch.from_numpy(presence.to_numpy(dtype=float)), encoder_share(crosscoder, acts)
+    presence = evolution.table.pivot(index="feature", columns="snapshot", values="r2")
+    decodability = torch.from_numpy(presence.to_numpy(dtype=float))
+    columns = [f"share/{label}" for label in snaps.labels]
+    share = torch.from_numpy(history["encoder"].sort_values("feature")[columns].to_numpy(dtype=float))
     studies = {
         name: study_task(
             crosscoder, snaps, task, decodability=decodability, encoder_share=share, sizes=sizes, seed=seed
