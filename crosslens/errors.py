@@ -10,13 +10,18 @@ from __future__ import annotations
 import difflib
 import json
 import stat
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 MAX_TEXT = 16 * 2**20
 """Bytes of the largest text file that is read; the config of a crosscoder over 1,000 snapshots takes a 64th of it."""
+MAX_NAME = 100
+"""Bytes of the longest name that becomes part of a file name."""
 _DEPTH = 12
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
+_SUFFIXES = (".snapshots", ".summary")  # of the tables beside that of a task
 
 
 class UserError(ValueError):
@@ -145,6 +150,32 @@ def check_inside(name: str, what: str) -> str:
     """
     if not _is_plain(name):
         raise UserError(f"{what} {shortened(name)!r} is not a path inside a repository: give one without '..' and '\\'")
+    return name
+
+
+def check_file_name(name: str, what: str) -> str:
+    """A name that can be part of a file name on every system, in Unicode's composed form (NFC).
+
+    Args:
+        name: the name.
+        what: what has the name, for the message.
+
+    Raises:
+        UserError: it is empty, too long, reserved, or has characters that file names cannot have.
+    """
+    name = unicodedata.normalize("NFC", name)
+    wrong = sorted({c for c in name if c in '/\\<>:"|?*' or ord(c) < 32 or ord(c) == 127})
+    if wrong:
+        raise UserError(f"{what} {shortened(repr(name))} is used in file names: remove {' '.join(map(repr, wrong))}")
+    if not name or name.strip(" .") != name:
+        raise UserError(f"{what} {name!r} is used in file names: it must not be empty, or begin or end with ' ' or '.'")
+    if len(name.encode()) > MAX_NAME:
+        raise UserError(
+            f"{what} {shortened(repr(name))} has {len(name.encode())} bytes, and is used in file names: give a name of at "
+            f"most {MAX_NAME}"
+        )
+    if name.lower() in _RESERVED or name.lower().endswith(_SUFFIXES):
+        raise UserError(f"{what} {name!r} is reserved in file names: choose another one")
     return name
 
 

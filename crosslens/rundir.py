@@ -272,6 +272,11 @@ class RunDir:
 
         path = self._table_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and not any(p.name == path.name for p in path.parent.iterdir()):
+            raise UserError(
+                f"{path} is the file of another name, which differs from {name!r} in case or in Unicode's form only, and "
+                "this file system does not tell them apart: choose another name"
+            )
         whole = pa.Table.from_pandas(table, preserve_index=False)
         notes, run = whole.schema.metadata, self._id()
         empty = pa.BufferOutputStream()
@@ -318,7 +323,7 @@ class RunDir:
         names = [name for name in self.table_names() if "/" in name]
         removed = [name for name in names if name.partition("/")[2] in [task + suffix for suffix in suffixes]]
         accuracy = self.table("accuracy")
-        rest = None if accuracy is None else accuracy[accuracy["task"] != task]
+        rest = None if accuracy is None else pd.DataFrame(accuracy[accuracy["task"] != task])
         if accuracy is not None and rest is not None and len(rest) < len(accuracy):
             removed.append("accuracy")
             if rest.empty:

@@ -113,7 +113,7 @@ class Together(NamedTuple):
         try:
             yield cls(parallel.rank, parallel.n_ranks, group)
         finally:
-            dist.destroy_process_group(group)
+            dist.destroy_process_group(group)  # pyright: ignore[reportArgumentType]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in one of them."""

@@ -242,7 +242,7 @@ def _validation_summary(found: Study) -> dict[str, dict[str, list[float]]]:
     return {
         str(target): {
             str(row["measure"]): [round(float(row[name]), 3) for name in ("correlation", "low", "high")]
-            for row in rows.to_dict("records")
+            for row in pd.DataFrame(rows).to_dict("records")
         }
         for target, rows in table[table["kind"] == "within"].groupby("target")
     }

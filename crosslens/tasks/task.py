@@ -21,7 +21,7 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from crosslens.errors import UserError, did_you_mean, shortened
+from crosslens.errors import UserError, check_file_name, did_you_mean
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
@@ -54,13 +54,7 @@ class Task:
     """How many of the duplicates come from different sentences, which differ only in words after the answers."""
 
     def __post_init__(self) -> None:
-        if not self.name or {"/", "\\"} & set(self.name):
-            raise UserError(f"task name {self.name!r} is used in file names: remove '/' and '\\'")
-        if self.name.endswith((".snapshots", ".summary")) or len(self.name.encode()) > 200:
-            raise UserError(
-                f"task name {shortened(self.name)!r} is used in file names: use at most 200 bytes, not ending in "
-                "'.snapshots' or '.summary'"
-            )
+        object.__setattr__(self, "name", check_file_name(self.name, "task name"))
         _check_answers(self.answers)
 
     def __len__(self) -> int:
