@@ -171,8 +171,8 @@ def check_file_name(name: str, what: str) -> str:
         raise UserError(f"{what} {name!r} is used in file names: it must not be empty, or begin or end with ' ' or '.'")
     if len(name.encode()) > MAX_NAME:
         raise UserError(
-            f"{what} {shortened(repr(name))} has {len(name.encode())} bytes, and is used in file names: give a name of at "
-            f"most {MAX_NAME}"
+            f"{what} {shortened(repr(name))} has {len(name.encode())} bytes, and is used in file names: give a name of "
+            f"at most {MAX_NAME}"
         )
     if name.lower() in _RESERVED or name.lower().endswith(_SUFFIXES):
         raise UserError(f"{what} {name!r} is reserved in file names: choose another one")

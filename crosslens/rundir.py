@@ -274,8 +274,8 @@ class RunDir:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not any(p.name == path.name for p in path.parent.iterdir()):
             raise UserError(
-                f"{path} is the file of another name, which differs from {name!r} in case or in Unicode's form only, and "
-                "this file system does not tell them apart: choose another name"
+                f"{path} is the file of another name, which differs from {name!r} in case or in Unicode's form only, "
+                "and this file system does not tell them apart: choose another name"
             )
         whole = pa.Table.from_pandas(table, preserve_index=False)
         notes, run = whole.schema.metadata, self._id()
