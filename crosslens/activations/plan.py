@@ -109,8 +109,11 @@ def pass_bytes(config: Any, n_sequences: int, n_positions: int, dtype: str, atte
     D, size = int(config.hidden_size), getattr(torch, dtype).itemsize
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * D
     full, half, n_wide = _PASSES.get(config.model_type, _PASS)
-    score = 0 if attention != "eager" else full if size == 4 else half
-    in_attention = score * config.num_attention_heads * n_positions + size * (15 if score else 10) * D
+    if attention == "eager":
+        score = full if size == 4 else half
+        in_attention = score * config.num_attention_heads * n_positions + size * 15 * D
+    else:  # the mask has a byte for each pair of positions
+        in_attention = n_positions + size * 10 * D
     in_mlp = size * (4 * D + n_wide * width)
     return int(n_sequences * n_positions * max(in_attention, in_mlp))
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -437,7 +438,13 @@ def test_only_what_is_read_is_verified_and_only_once(tmp_path: Path, monkeypatch
     cache.write(0, 0, values[:, :, 0])
     checked: list[int] = []
     check = cache_module._check  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(cache_module, "_check", lambda rows: checked.append(len(rows["data"])) or check(rows))
+
+    def watched(raw: Sequence[tuple[memoryview, int]], i: int) -> int:
+        data, size = raw[0]
+        checked.append(len(data[i * size : (i + 1) * size]) // 16)  # rows of four float32
+        return check(raw, i)
+
+    monkeypatch.setattr(cache_module, "_check", watched)
     assert torch.equal(cache.read(10, 12), values[10:12]) and checked == [32, 32]  # rows 30 to 35
     assert torch.equal(cache.read(11, 13), values[11:13]) and len(checked) == 2
     assert torch.equal(cache.read(0, 100), values) and checked[2:] == [32] * 7 + [12]
