@@ -79,6 +79,9 @@ def p_values(effects: Effects) -> Float[Tensor, "F S"]:
     """Two-sided p-value of every effect against 0, by the bound above; 1 with a single prompt.
 
     NaN where the feature is not active. Not corrected for the number of effects.
+
+    Args:
+        effects: from `attribute`.
     """
     N = effects.n_prompts
     mean, error = effects.effects.double().cpu(), effects.standard_errors.double().cpu()
@@ -90,7 +93,11 @@ def p_values(effects: Effects) -> Float[Tensor, "F S"]:
 
 
 def q_values(effects: Effects) -> Float[Tensor, "F S"]:
-    """`p_values` adjusted over all active features and snapshots; NaN where the feature is not active."""
+    """`p_values` adjusted over all active features and snapshots; NaN where the feature is not active.
+
+    Args:
+        effects: from `attribute`.
+    """
     p = p_values(effects)
     tested = ~p.isnan()
     if tested.any():
@@ -150,8 +157,16 @@ def pairwise_relie(
 ) -> Float[Tensor, "F S S"]:
     """`[i, a, b]`: the share of snapshot b in |IE| at a and b; NaN if neither counts.
 
-    This is what Bayazit et al. plot for pairs of snapshots; `share=True` compares shares of the snapshots' totals.
-    Other arguments and errors as in `significant`.
+    This is what Bayazit et al. plot for pairs of snapshots.
+
+    Args:
+        effects: from `attribute`.
+        min_effect: as in `significant`.
+        share: compare shares of the snapshots' totals instead of effects.
+        fdr: as in `significant`.
+
+    Raises:
+        UserError: as in `significant`.
     """
     matters = significant(effects, min_effect, fdr=fdr)
     sizes = _sizes(effects.effects, share)
@@ -223,6 +238,9 @@ def sign_changes(effects: Effects, min_effect: float | None = None, *, fdr: floa
         A row per change, the largest first: feature, from_snapshot and to_snapshot (indices), from_label, to_label,
         from_ie and to_ie (the effects there, in logits), least (the smaller |IE| of the two) and q (the larger
         `q_values` of the two).
+
+    Raises:
+        UserError: as in `significant`.
     """
     counts, q = significant(effects, min_effect, fdr=fdr), q_values(effects)
     rows: list[dict[str, Any]] = []
