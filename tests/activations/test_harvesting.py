@@ -226,7 +226,7 @@ def peak_bytes(model: Any, n: int, n_positions: int, settings: ModelSettings) ->
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run_to_hooks(model, tokens, {name: out}, settings)
     assert found.profiler is not None and found.profiler.kineto_results is not None
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
