@@ -24,15 +24,16 @@ from tests.plain_model import F, make_crosscoder, slow_runs
 
 
 def slow_within(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.mean([spearmanr(a, b)[0] for a, b in zip(x, y, strict=True) if np.ptp(a) and np.ptp(b)]))
+    found: list[Any] = [spearmanr(a, b)[0] for a, b in zip(x, y, strict=True) if np.ptp(a) and np.ptp(b)]
+    return float(np.mean(found))
 
 
 def slow_pairs(x: np.ndarray, y: np.ndarray) -> float:
-    found = []
+    found: list[Any] = []
     for a, b in pairwise(range(x.shape[1])):
         shares = [[row[b] / (row[a] + row[b]) if row[a] + row[b] else 0.5 for row in each] for each in (x, y)]
         if np.ptp(shares[0]) and np.ptp(shares[1]):
-            found.append(spearmanr(*shares)[0])
+            found.append(spearmanr(shares[0], shares[1])[0])
     return float(np.mean(found))
 
 
@@ -99,20 +100,20 @@ def test_exact_effects_and_measures_equal_plain_splices(
         "decodability": np.maximum(wide["decodability"], 0),
     }
     assert len(found.summary) == 2 * 2 * 4
-    for row in found.summary.itertuples():
-        x, y = measures[row.measure], targets[row.target]
+    for row in found.summary.to_dict("records"):
+        x, y = measures[row["measure"]], targets[row["target"]]
         known = ~np.isnan(x).any(-1)
-        expected = {"within": slow_within, "pairs": slow_pairs}[row.kind](x[known], y[known])
-        assert row.correlation == pytest.approx(expected, abs=1e-6)
-        assert row.low <= row.high and row.n_features == 9
+        expected = {"within": slow_within, "pairs": slow_pairs}[row["kind"]](x[known], y[known])
+        assert row["correlation"] == pytest.approx(expected, abs=1e-6)
+        assert row["low"] <= row["high"] and row["n_features"] == 9
 
 
 def test_a_measure_that_knows_the_effects_is_found(runs: PromptRuns, ie: Attribution) -> None:
     """Decodability that equals the exact effects has a correlation of 1."""
     first = validate(runs, ie)
     exact = torch.zeros(F, 3, dtype=torch.float64)
-    for row in first.effects.itertuples():
-        exact[row.feature, row.snapshot] = abs(row.exact)
+    for row in first.effects.to_dict("records"):
+        exact[row["feature"], row["snapshot"]] = abs(row["exact"])
     table = validate(runs, ie, decodability=exact).summary
     told = table[(table["measure"] == "decodability") & (table["target"] == "effect")]
     assert told["correlation"].tolist() == pytest.approx([1, 1]) and told["low"].tolist() == pytest.approx([1, 1])
@@ -120,12 +121,13 @@ def test_a_measure_that_knows_the_effects_is_found(runs: PromptRuns, ie: Attribu
 
 def test_errors_are_one_line(runs: PromptRuns, ie: Attribution) -> None:
     nothing = dataclasses.replace(ie, n_prompts=1)
-    for effects, options, message in (
+    cases: list[tuple[Attribution, dict[str, Any], str]] = [
         (ie, {"level": 2}, "level=2 must be between 0 and 1"),
         (ie, {"max_features": 2}, "max_features=2 must be at least 3"),
         (ie, {"decodability": torch.zeros(4, 3)}, r"decodability has shape \(4, 3\), not \(features, snapshots\)"),
         (ie, {"baseline": "patch"}, "needs the paired prompts"),
         (nothing, {}, "no feature has a significant effect on 'tiny': give more prompts"),
-    ):
+    ]
+    for effects, options, message in cases:
         with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
             validate(runs, effects, **options)
