@@ -115,6 +115,11 @@ def evaluate(
     return pd.concat([table, spliced], axis=1)
 
 
+LOGIT_BYTES = 1 << 30
+"""What the logits of a pass may take: with a vocabulary of 50,000 those of 4,096 tokens would take 7 GB."""
+_COPIES = 9  # of (tokens, vocabulary) in `_losses`: three models, and what the divergence is computed from
+
+
 @torch.no_grad()
 def splice_losses(
     crosscoder: Crosscoder,
@@ -139,8 +144,9 @@ def splice_losses(
         chunk.copy_(crosscoder.decode(crosscoder.encode(whole)))
     sums = torch.zeros(S, 4, dtype=torch.float64)
     for s in tqdm(own, desc="Cross-entropy", unit="snapshot", leave=False):
-        model = acts.snapshots.model(s, settings)
-        for batch, kept, decoded in zip(tokens.split(step), keep.split(step), x[:, :, s].split(step), strict=True):
+        model: Any = acts.snapshots.model(s, settings)
+        few = max(1, min(step, LOGIT_BYTES // (_COPIES * 4 * model.cfg.d_vocab * tokens.shape[1])))
+        for batch, kept, decoded in zip(tokens.split(few), keep.split(few), x[:, :, s].split(few), strict=True):
             batch, kept, decoded = (part.to(settings.device) for part in (batch, kept, decoded))
             sums[s] += _losses(model, batch, kept, decoded, acts.hook_name)
     sums = parallel.sum_(sums.to(crosscoder.device)).cpu()

@@ -215,3 +215,15 @@ def test_columns_of_the_table(acts: Activations, batchtopk: Crosscoder):
         "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl",
     ]  # fmt: skip
     assert table["snapshot"].tolist() == [0, 1, 2] and len(table) == 3
+
+
+def test_passes_of_few_sequences_give_the_same_losses(
+    acts: Activations, batchtopk: Crosscoder, monkeypatch: pytest.MonkeyPatch
+):
+    """As for large vocabularies, whose logits are limited."""
+    tokens = acts.held_out_tokens()[:7].long()
+    whole = splice_losses(batchtopk, acts, tokens)
+    monkeypatch.setattr(crosslens.training.evaluation, "LOGIT_BYTES", 1)
+    one_by_one = splice_losses(batchtopk, acts, tokens)
+    for a, b in zip(whole, one_by_one, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
