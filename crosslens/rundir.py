@@ -323,7 +323,7 @@ class RunDir:
         names = [name for name in self.table_names() if "/" in name]
         removed = [name for name in names if name.partition("/")[2] in [task + suffix for suffix in suffixes]]
         accuracy = self.table("accuracy")
-        rest = None if accuracy is None else pd.DataFrame(accuracy[accuracy["task"] != task])
+        rest = None if accuracy is None else accuracy.query("task != @task")
         if accuracy is not None and rest is not None and len(rest) < len(accuracy):
             removed.append("accuracy")
             if rest.empty:

@@ -565,7 +565,8 @@ def test_train_in_two_processes(acts: Activations, tmp_path: Path, data_parallel
     close(dict(enumerate(first)), dict(enumerate(alone.parameters())))  # type: ignore[arg-type]
     run = RunDir(tmp_path / "run")
     files = {p.relative_to(run.path).as_posix() for p in run.path.rglob("*") if p.is_file()}
-    assert files == {"run.json", "evaluation.parquet", "crosscoder/cfg.json", "crosscoder/sae_weights.safetensors"}
+    expected = {"run.json", "evaluation.parquet", "crosscoder/cfg.json", "crosscoder/sae_weights.safetensors", ".lock"}
+    assert files == expected
     assert run.read_json()["processes"] == 2
     assert load(run.crosscoder).cfg.metadata.num_dead_features == alone.cfg.metadata.num_dead_features
     table, expected = run.table("evaluation"), evaluate(load(run.crosscoder), acts)

@@ -246,14 +246,14 @@ def test_no_path_and_no_token_is_published() -> None:
 
 def test_names_in_a_card_are_text() -> None:
     crosscoder = of_norms(torch.ones(4, 2))
-    hostile = "<img src=x onerror=alert(1)> | [a](javascript:b)\n# `c`"
+    hostile = "<img src=x onerror=alert(1)> | [a](javascript:b)\n# `zq`"
     crosscoder.cfg.metadata.model_name = hostile
     crosscoder.cfg.metadata.snapshots = [{"label": hostile, "step": 0}, {"label": "b", "step": 1}]
     card = make_card(crosscoder, "someone/things", "x", licence=hostile)
     body = card.split("---\n", 2)[2]
     assert "<img" not in re.sub(r"\\.", "", body)
     assert [line for line in body.splitlines() if re.match("#+ .*c", line)][0].startswith("# x: a crosscoder over 2")
-    assert not re.search(r"(?<!\\)`c", body)
+    assert not re.search(r"(?<!\\)`zq", body)
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [4, 4, 4]
     picture = evolution_picture(crosscoder.decoder_norms, ["<script>alert(1)</script>", "b"])
