@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import os
 import random
@@ -38,6 +39,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -92,53 +94,63 @@ class Ended:
 
 
 # ---------------------------------------------------------------------- running commands
-def start(stage: str, folder: Path, log: Path, largest: int | None = None) -> int:
-    """Start a command in a fork; returns its process id."""
+@dataclass(frozen=True)
+class Started:
+    """A process, and the pipe that it writes to: a pipe is not a file, so it is never full."""
+
+    process: int
+    pipe: int
+
+
+def start(stage: str, folder: Path, largest: int | None = None) -> Started:
+    """Start a command in a fork."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
     process = os.fork()
     if process:
-        return process
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(folder)
-    if largest is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with an error, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    sys.argv = ["crosslens", *COMMANDS[stage].split()]
-    status = 0
-    try:
+        os.close(writer)
+        return Started(process, reader)
+    status = 1
+    try:  # nothing may return to what the parent does next
+        os.setsid()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.chdir(folder)
+        if largest is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with an error, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        sys.argv = ["crosslens", *COMMANDS[stage].split()]
         command_line()
+        status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        status = 1
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
-def wait(process: int, log: Path, seconds: float = SECONDS) -> Ended:
+def wait(started: Started, seconds: float = SECONDS) -> Ended:
     """Wait for a command, and kill it if it does not end."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return Ended(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"))
-        time.sleep(0.01)
-    os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return Ended(None, log.read_text(errors="replace"))
+    until, status = time.monotonic() + seconds, None
+    while status is None and time.monotonic() < until:
+        done, code = os.waitpid(started.process, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if done else None
+        time.sleep(0.0 if done else 0.01)
+    if status is None:
+        os.killpg(started.process, signal.SIGKILL)
+        os.waitpid(started.process, 0)
+    with os.fdopen(started.pipe, "rb") as pipe:
+        said = pipe.read().decode(errors="replace")
+    return Ended(status, said)
 
 
 def run(stage: str, folder: Path, largest: int | None = None) -> Ended:
     """Run a command to its end."""
-    log = folder / f"{stage}.log"
-    return wait(start(stage, folder, log, largest), log)
+    return wait(start(stage, folder, largest))
 
 
 # ---------------------------------------------------------------------- what a command leaves
@@ -196,18 +208,17 @@ def trial(kind: str, stage: str, states: Path, expected: dict[str, str], seconds
         shutil.copytree(states / stage, folder, symlinks=True)
         if kind in ("flip", "truncate", "missing"):
             return _damaged(kind, stage, folder, expected, rng)
-        log = folder / "first.log"
         if kind == "kill":
-            process = start(stage, folder, log)
+            started = start(stage, folder)
             time.sleep(rng.uniform(0, 1.1 * seconds))
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            first = wait(process, log)
+                os.kill(started.process, signal.SIGKILL)
+            first = wait(started)
         elif kind == "full":
             first = run(stage, folder, largest=int(2 ** rng.uniform(6, 17)))
         else:
-            processes = [start(stage, folder, folder / f"{i}.log") for i in range(2)]
-            both = [wait(process, folder / f"{i}.log") for i, process in enumerate(processes)]
+            running = [start(stage, folder) for _ in range(2)]
+            both = [wait(each) for each in running]
             first = next((each for each in both if each.raw or each.status is None), both[0])
         if first.status is None:
             return "hang"

@@ -377,7 +377,8 @@ def size_matched(
     With fewer others than features, a set is all of the others.
     """
     count = min(len(top), len(others))
-    distance = np.abs(np.log(sizes[others].numpy())[None] - np.log(sizes[top].clamp_min(1e-12).numpy())[:, None])
+    logs = np.log(sizes.clamp_min(1e-12).numpy())
+    distance = np.abs(logs[others.numpy()][None] - logs[top.numpy()][:, None])
     # the rest of a set can take at most count - 1 of the nearest
     nearest = others.numpy()[distance.argsort(-1)[:, : NEIGHBOURS + count]]
     drawn = np.empty((n_draws, count), dtype=np.int64)

@@ -49,6 +49,8 @@ _MEASURES = {
     "decodability": "decodability (R²)",
     "reldec": "RelDec (decoder norm)",
 }
+_SHORT = {"share_relie": "share<br>RelIE", "relie": "RelIE", "decodability": "R²", "reldec": "RelDec"}
+"""The same for the narrow ticks of a phone."""
 _SETS = {
     "top": ("top features by effect", Style(SERIES[0], "circle")),
     "random": ("random active features", Style(MUTED, "square", "dash")),
@@ -314,6 +316,9 @@ def validation(summary: Frame) -> Chart:
         )
     figure.update_yaxes(range=[-1.03, 1.03], zeroline=True, zerolinecolor=MUTED)
     figure.update_layout(scattermode="group")
+    figure.update_xaxes(
+        tickvals=[_MEASURES[measure] for measure in measures], ticktext=[_SHORT[measure] for measure in measures]
+    )
     level = f"{float(summary['level'].iloc[0]):.0%}"
     note = f"{int(summary['n_features'].iloc[0]):,} features with a significant effect, bars are {level} intervals."
     return Chart(figure, summary.reset_index(drop=True), note)
