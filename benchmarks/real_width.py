@@ -70,9 +70,9 @@ train = acts[given["hooks"][0]].plan(False, architecture=architecture, **options
 both = acts[given["hooks"][0]].plan(False, architecture=architecture, processes=2, **options)
 print(json.dumps({
     "cache": plan.cache_bytes, "files": plan.n_files, "seconds": plan.seconds, "model": plan.model_bytes,
-    "harvest": plan.process_bytes + plan.model_bytes + plan.harvest_bytes,
-    "train": train.process_bytes + train.cached_bytes + train.training_bytes,
-    "train2": both.process_bytes + both.cached_bytes + both.training_bytes,
+    "harvest": plan.process_bytes + plan.model_bytes + plan.pass_bytes + plan.harvest_bytes,
+    "train": train.process_bytes + max(train.cached_bytes + train.training_bytes, train.evaluation_bytes),
+    "train2": both.process_bytes + max(both.cached_bytes + both.training_bytes, both.evaluation_bytes),
 }))
 """
 

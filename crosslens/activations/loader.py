@@ -68,6 +68,7 @@ from crosslens.activations.plan import (
     buffered_sequences,
     cache_bytes,
     distinct_sequences,
+    evaluation_bytes,
     join_plans,
     model_bytes,
     order_bytes,
@@ -630,6 +631,14 @@ class Activations:
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
         own = batch_size // data_parallel
+        matrix, evaluation = 0, 0
+        if architecture is not None:
+            share = data_parallel / processes
+            matrix = int(4 * S * D * architecture.d_sae * share)
+            whole = self.snapshots[0].config()  # the other one was cut
+            shape = (architecture.d_sae * share, S, D, T)
+            held = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments
+            evaluation = evaluation_bytes(whole, held, *shape, ours.dtype, one_pass)
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),
@@ -664,7 +673,8 @@ class Activations:
             else training_bytes(
                 architecture, S, D, batch_size // data_parallel, processes // data_parallel, adam_moments
             ),
-            matrix_bytes=0 if architecture is None else 4 * S * D * architecture.d_sae // (processes // data_parallel),
+            matrix_bytes=matrix,
+            evaluation_bytes=evaluation,
             processes=processes,
             device=torch.device(self.settings.device).type,
         )

@@ -118,6 +118,49 @@ def pass_bytes(config: Any, n_sequences: int, n_positions: int, dtype: str, atte
     return int(n_sequences * n_positions * max(in_attention, in_mlp))
 
 
+LOGIT_BYTES = 1 << 30
+"""What the logits of a pass may take: with a vocabulary of 50,000 those of 4,096 tokens would take 800 MB a copy."""
+LOGIT_COPIES = 3  # clean and spliced, and what a model makes meanwhile
+EVALUATED_TOKENS = 8192
+_CHUNK = 4096  # tokens that are encoded and decoded at a time
+
+
+def logit_sequences(n_vocabulary: int, n_positions: int) -> int:
+    """Sequences of T = `n_positions` tokens whose logits a pass of the evaluation may hold."""
+    return max(1, min(_CHUNK // n_positions, LOGIT_BYTES // (LOGIT_COPIES * 4 * n_vocabulary * n_positions)))
+
+
+def evaluation_bytes(
+    config: Any,
+    held_bytes: int,
+    d_sae: float,
+    n_snapshots: int,
+    d_model: int,
+    n_positions: int,
+    dtype: str,
+    one_pass: int,
+) -> int:
+    """Memory in bytes for evaluating a crosscoder after training: the largest of its parts.
+
+    Args:
+        config: of transformers.
+        held_bytes: weights of one process, and what else is in memory all the time.
+        d_sae: features of one process.
+        n_snapshots: S.
+        d_model: D.
+        n_positions: T.
+        dtype: of the model.
+        one_pass: memory of a forward pass up to the hook point, as in `pass_bytes`.
+    """
+    wide, chunk = n_snapshots * d_model, max(_CHUNK, n_positions)
+    # pre-activations and features; decoded, in float64 the error and its square
+    reconstruct = chunk * (2 * 4 * d_sae + (2 * 4 + 2 * 8) * wide)
+    kept = max(EVALUATED_TOKENS, n_positions) * 4 * wide
+    model = model_bytes(config, config.num_hidden_layers, dtype)
+    logits = LOGIT_COPIES * 4 * config.vocab_size * n_positions * logit_sequences(config.vocab_size, n_positions)
+    return int(held_bytes + kept + max(reconstruct, model + max(one_pass, logits)))
+
+
 def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:
     """Disk space of a cache in bytes: activations and their checksums, tokens and the order of rows, and headers.
 
@@ -209,6 +252,8 @@ class Plan:
         process_bytes: memory of the process so far: libraries, and the tokens it has read.
         training_bytes: further memory for training on the device, per process; 0 without an architecture.
         matrix_bytes: encoder or decoder of one process; 0 without an architecture.
+        evaluation_bytes: further memory for evaluating the crosscoder after training; 0 without an architecture. A
+            single process has let go of gradients and Adam by then.
         processes: number of processes that split the crosscoder.
         device: where models and crosscoder are, such as "cpu" or "cuda"; on CPUs host and device are one memory.
         hook_names: if there are several, the hook points. Disk, files, `harvest_bytes` and `seconds` are for all of
@@ -241,6 +286,7 @@ class Plan:
     process_bytes: int
     training_bytes: int
     matrix_bytes: int
+    evaluation_bytes: int
     processes: int
     device: str = "cpu"
     hook_names: tuple[str, ...] = ()
@@ -350,7 +396,9 @@ class Plan:
             f"recommended {way}: {reason}",
         ]
         if self.training_bytes:
-            lines.append(self.training)
+            total = self.evaluation_bytes + self.process_bytes
+            memory = "memory of host and GPU" if self._has_gpu else "memory"
+            lines += [self.training, f"evaluation  {_mib(total)} of {memory} afterwards, for one whole model at a time"]
         return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ Per snapshot, over held-out tokens:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
+from crosslens.activations.plan import EVALUATED_TOKENS, logit_sequences
 from crosslens.crosscoders import Crosscoder
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.intervention.splice import spliced_logits
@@ -90,7 +92,7 @@ def quick_metrics(crosscoder: Crosscoder, acts: Activations, parallel: Parallel 
 
 
 def evaluate(
-    crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = 8192, parallel: Parallel = ALONE
+    crosscoder: Crosscoder, acts: Activations, *, n_tokens: int = EVALUATED_TOKENS, parallel: Parallel = ALONE
 ) -> pd.DataFrame:
     """All held-out metrics, one row per snapshot.
 
@@ -115,9 +117,7 @@ def evaluate(
     return pd.concat([table, spliced], axis=1)
 
 
-LOGIT_BYTES = 1 << 30
-"""What the logits of a pass may take: with a vocabulary of 50,000 those of 4,096 tokens would take 7 GB."""
-_COPIES = 9  # of (tokens, vocabulary) in `_losses`: three models, and what the divergence is computed from
+_ROWS = 256  # predictions whose divergence is computed at a time
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def splice_losses(
     sums = torch.zeros(S, 4, dtype=torch.float64)
     for s in tqdm(own, desc="Cross-entropy", unit="snapshot", leave=False):
         model: Any = acts.snapshots.model(s, settings)
-        few = max(1, min(step, LOGIT_BYTES // (_COPIES * 4 * model.cfg.d_vocab * tokens.shape[1])))
+        few = min(step, logit_sequences(model.cfg.d_vocab, tokens.shape[1]))
         for batch, kept, decoded in zip(tokens.split(few), keep.split(few), x[:, :, s].split(few), strict=True):
             batch, kept, decoded = (part.to(settings.device) for part in (batch, kept, decoded))
             sums[s] += _losses(model, batch, kept, decoded, acts.hook_name)
@@ -165,19 +165,31 @@ def _losses(
     hook_name: str,
 ) -> Tensor:
     """Sums over predicted tokens of the three cross-entropies and the KL divergence."""
-    targets = tokens[:, 1:].flatten()
-    clean, spliced, zero = (
-        logits[:, :-1].flatten(0, 1).float()
-        for logits in (
-            model(tokens, return_type="logits"),
-            spliced_logits(model, tokens, hook_name, decoded, keep),
-            spliced_logits(model, tokens, hook_name, torch.zeros_like(decoded), keep),
-        )
-    )
-    log_p, log_q = log_softmax(clean, -1), log_softmax(spliced, -1)
-    sums = [cross_entropy(logits, targets, reduction="sum") for logits in (clean, spliced, zero)]
-    sums.append((log_p.exp() * (log_p - log_q)).sum())
-    return torch.stack(sums).double().cpu()
+    zero = spliced_logits(model, tokens, hook_name, torch.zeros_like(decoded), keep)
+    sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
+    for of_zero, target in _predictions(tokens, zero):
+        sums[2] += _cross_entropy(of_zero, target)
+    del zero, of_zero  # before the next logits: with a large vocabulary they are most of what evaluation holds
+    clean = model(tokens, return_type="logits")
+    spliced = spliced_logits(model, tokens, hook_name, decoded, keep)
+    for of_clean, of_spliced, target in _predictions(tokens, clean, spliced):
+        sums[0] += _cross_entropy(of_clean, target)
+        sums[1] += _cross_entropy(of_spliced, target)
+        log_p, log_q = log_softmax(of_clean, -1), log_softmax(of_spliced, -1)
+        sums[3] += (log_p.exp() * (log_p - log_q)).sum()
+    return sums.cpu()
+
+
+def _predictions(tokens: Int[Tensor, "B T"], *logits: Float[Tensor, "B T V"]) -> Iterator[list[Tensor]]:
+    """Some rows of each of the logits at a time, in float32, and the tokens that they predict."""
+    for sequence, *of_sequence in zip(tokens, *logits, strict=True):
+        parts = [*(each[:-1] for each in of_sequence), sequence[1:]]
+        for rows in zip(*(part.split(_ROWS) for part in parts), strict=True):
+            yield [*(each.float() for each in rows[:-1]), rows[-1]]
+
+
+def _cross_entropy(logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    return cross_entropy(logits, targets, reduction="sum")
 
 
 def _columns(acts: Activations) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import crosslens.activations.plan
 import crosslens.training.evaluation
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
@@ -223,7 +224,7 @@ def test_passes_of_few_sequences_give_the_same_losses(
     """As for large vocabularies, whose logits are limited."""
     tokens = acts.held_out_tokens()[:7].long()
     whole = splice_losses(batchtopk, acts, tokens)
-    monkeypatch.setattr(crosslens.training.evaluation, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(crosslens.activations.plan, "LOGIT_BYTES", 1)
     one_by_one = splice_losses(batchtopk, acts, tokens)
     for a, b in zip(whole, one_by_one, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-6, nan_ok=True)
