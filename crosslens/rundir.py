@@ -12,6 +12,7 @@ lens.parquet                    tokens that each feature promotes and suppresses
 nearest.parquet                 the nearest other features of each feature
 labels.parquet                  feature, label, complexity; the model's answers are in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
+prompts/<task>.parquet          effects in some prompts, word by word
 completeness/<task>.parquet     the metric and its parts per snapshot, by integrated gradients
 validation/<task>.parquet       exact effects per feature and snapshot, beside the measures that should predict them
 ablation/<task>.parquet         ablation curves

@@ -638,7 +638,7 @@ class Activations:
             whole = self.snapshots[0].config()  # the other one was cut
             shape = (architecture.d_sae * share, S, D, T)
             held = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments
-            evaluation = evaluation_bytes(whole, held, *shape, ours.dtype, one_pass)
+            evaluation = evaluation_bytes(whole, held, *shape, ours.dtype, one_model, one_pass, allowed)
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),

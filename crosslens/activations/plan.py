@@ -138,7 +138,9 @@ def evaluation_bytes(
     d_model: int,
     n_positions: int,
     dtype: str,
+    cut_bytes: int,
     one_pass: int,
+    allowed_bytes: int,
 ) -> int:
     """Memory in bytes for evaluating a crosscoder after training: the largest of its parts.
 
@@ -150,15 +152,18 @@ def evaluation_bytes(
         d_model: D.
         n_positions: T.
         dtype: of the model.
-        one_pass: memory of a forward pass up to the hook point, as in `pass_bytes`.
+        cut_bytes: one model up to the hook point.
+        one_pass: memory of a forward pass of it, as in `pass_bytes`.
+        allowed_bytes: models of all snapshots stay in memory if they take no more than this, whole ones and others.
     """
     wide, chunk = n_snapshots * d_model, max(_CHUNK, n_positions)
     # pre-activations and features; decoded, in float64 the error and its square
     reconstruct = chunk * (2 * 4 * d_sae + (2 * 4 + 2 * 8) * wide)
     kept = max(EVALUATED_TOKENS, n_positions) * 4 * wide
-    model = model_bytes(config, config.num_hidden_layers, dtype)
+    whole = model_bytes(config, config.num_hidden_layers, dtype)
+    models = sum(each * (n_snapshots if each * n_snapshots <= allowed_bytes else 1) for each in (whole, cut_bytes))
     logits = LOGIT_COPIES * 4 * config.vocab_size * n_positions * logit_sequences(config.vocab_size, n_positions)
-    return int(held_bytes + kept + max(reconstruct, model + max(one_pass, logits)))
+    return int(held_bytes + kept + max(reconstruct, models + max(one_pass, logits)))
 
 
 def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:
@@ -398,7 +403,7 @@ class Plan:
         if self.training_bytes:
             total = self.evaluation_bytes + self.process_bytes
             memory = "memory of host and GPU" if self._has_gpu else "memory"
-            lines += [self.training, f"evaluation  {_mib(total)} of {memory} afterwards, for one whole model at a time"]
+            lines += [self.training, f"evaluation  {_mib(total)} of {memory} afterwards, when it runs whole models"]
         return "\n".join(lines)
 
 

@@ -4,8 +4,8 @@ In: clean runs of a task (`PromptRuns`), or crosscoder, snapshots and task. Out:
 over the snapshots (RelIE), and exact ablations that check them.
 
 Start with `attribution.attribute`, then `ablation.ablate`; `study.study_task` runs the whole analysis. `relative` has
-RelIE, significance and classes; `validation`, `additivity`, `transfer`, `timeline`, `languages` and `circuits` each
-cover one further analysis; `recipes` has the estimators of a paper.
+RelIE, significance and classes; `validation`, `additivity`, `transfer`, `timeline` and `languages` each cover one
+further analysis; `recipes` has the estimators of a paper.
 """
 
 import lazy_loader

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from tqdm.auto import tqdm
 
-from crosslens.causal.attribution import BATCH_TOKENS, Attribution, check_baseline, feature_sizes, metrics
+from crosslens.causal.attribution import BATCH_TOKENS, Attribution, feature_sizes, metrics, resolve_baseline
 from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
@@ -84,7 +84,7 @@ def ablate(
     k: Sequence[int] = (1, 5, 15, 50),
     *,
     keep: bool = False,
-    baseline: str = "zero",
+    baseline: str | None = None,
     error: bool | None = None,
     controls: Controls | Sequence[str] = Controls(),
     at: Sequence[int] | None = None,
@@ -100,7 +100,8 @@ def ablate(
         ie: effects that rank the features.
         k: sizes of the feature sets; 0, when keeping, keeps none.
         keep: keep only the set instead of ablating it.
-        baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's.
+        baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's; None is
+            that of `ie`.
         error: keep the error node; None keeps it when ablating, and leaves it out when keeping, where it alone can
             carry most of the metric.
         controls: sets to compare with: `Controls`, or the names of some.
@@ -123,7 +124,7 @@ def ablate(
     least = 0 if keep else 1
     if not k or min(k) < least:
         raise UserError(f"k={list(k)} must be one or more numbers, each at least {least}")
-    check_baseline(baseline, runs)
+    baseline = resolve_baseline(baseline, runs, ie)
     where = check_effects(runs, ie, at)
     if not controls.allow_fewer:
         for s in where:
@@ -193,7 +194,7 @@ def set_metrics(
     sets: Sequence[Int[Tensor, " _"]] | Int[Tensor, "n k"],
     *,
     keep: bool = False,
-    baseline: str = "zero",
+    baseline: str | None = None,
     error: bool = True,
     positions: Sequence[int] | None = None,
 ) -> Float[Tensor, "n P"]:
@@ -205,7 +206,7 @@ def set_metrics(
         snapshot: index of the snapshot.
         sets: n sets of feature ids; they may be empty, and of different sizes.
         keep: keep only the set instead of ablating it.
-        baseline: what edited features become: "zero", "mean" or "patch".
+        baseline: what edited features become: "zero", "mean" or "patch"; None is "patch" if prompts are paired.
         error: keep the error node.
         positions: edit only at these positions, negative ones counted from the end of the prompt; all when None.
 
@@ -214,7 +215,7 @@ def set_metrics(
             without paired prompts.
     """
     s = check_snapshot(runs.crosscoder, snapshot)
-    check_baseline(baseline, runs)
+    baseline = resolve_baseline(baseline, runs)
     shortest = min(batch.tokens.shape[1] for batch in runs.batches)
     for position in positions or ():
         if not -shortest <= position < shortest:

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from crosslens.causal.ablation import check_effects, check_k, set_metrics
-from crosslens.causal.attribution import Attribution, check_baseline
+from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
@@ -63,7 +63,7 @@ def pair_additivity(
     k: int = 30,
     n_pairs: int = 200,
     *,
-    baseline: str = "zero",
+    baseline: str | None = None,
     at: Sequence[int] | None = None,
     level: float = 0.95,
     seed: int = 0,
@@ -75,7 +75,8 @@ def pair_additivity(
         ie: effects that rank the features, by magnitude.
         k: features to pair.
         n_pairs: pairs drawn without replacement; all k (k - 1) / 2 if there are fewer.
-        baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's.
+        baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's; None is
+            that of `ie`.
         at: snapshots to work at; all when None.
         level: confidence level of the intervals.
         seed: seed for the pairs and replicates.
@@ -87,7 +88,7 @@ def pair_additivity(
     if k < 3 or n_pairs < 3:
         raise UserError(f"k={k} and n_pairs={n_pairs} must be at least 3 for an interval")
     check_level(level)
-    check_baseline(baseline, runs)
+    baseline = resolve_baseline(baseline, runs, ie)
     where = check_effects(runs, ie, at)
     for s in where:
         check_k(k, ie, s)

@@ -77,6 +77,7 @@ ERRORS = ("joint", "frozen")
 ENDS = ("clean", "baseline")
 END, END_NODES = 0.1, 2  # of the path, near the clean run or the baseline
 BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
+PROMPTS = 16  # that `positions=True` keeps word by word, evenly spaced among all
 _ESTIMATOR = ("method", "rule", "n_nodes", "baseline", "error", "threshold")  # columns of `snapshot_frame`
 
 
@@ -89,6 +90,8 @@ class Estimator:
         rule: quadrature rule of "ig"; None is "gauss_legendre", and for other methods it is always None.
         n_nodes: quadrature nodes of "ig", each a backward pass; None is 20, and for other methods it is always None.
         baseline: where features start: "zero", "mean" over the prompts, or "patch", their values on the paired prompt.
+            None is "patch" where prompts are paired, and otherwise "zero": on a path to the paired prompt effects agree
+            better with ablations.
         error: "joint" moves the error node along the path too, "frozen" keeps it clean.
         threshold: effects of a feature at one position of a prompt count as 0 unless they exceed this, in logits.
 
@@ -99,7 +102,7 @@ class Estimator:
     method: str = "removal"
     rule: str | None = None
     n_nodes: int | None = None
-    baseline: str = "zero"
+    baseline: str | None = None
     error: str = "joint"
     threshold: float = 0.0
 
@@ -118,7 +121,7 @@ class Estimator:
             ("baseline", self.baseline, BASELINES),
             ("error", self.error, ERRORS),
         ):
-            if value not in options and not (name == "rule" and value is None and self.method != "ig"):
+            if value not in options and not (value is None and (name == "baseline" or self.method != "ig")):
                 raise UserError(f"{name}={value!r} is unknown; use one of {options}{did_you_mean(value, options)}")
         if self.method != "ig":
             object.__setattr__(self, "rule", None)
@@ -132,6 +135,11 @@ class Estimator:
                 f"threshold={self.threshold} applies to effects at one position, but method='exact' ablates a feature "
                 "at all positions: use method='ig', or threshold=0"
             )
+
+    @property
+    def start(self) -> str:
+        """The baseline; where none was given and prompts did not decide, "zero"."""
+        return self.baseline or "zero"
 
     def nodes(self) -> tuple[list[float], list[float]]:
         """Nodes in [0, 1] where the gradient is taken, and their weights."""
@@ -148,7 +156,7 @@ class Estimator:
     def __str__(self) -> str:
         path = f" ({self.rule}, {self.n_nodes} nodes)" if self.rule is not None else ""
         cut = f", threshold {self.threshold:g}" if self.threshold else ""
-        return f"{self.method}{path}, {self.baseline} baseline, {self.error} error{cut}"
+        return f"{self.method}{path}, {self.baseline or 'default'} baseline, {self.error} error{cut}"
 
 
 def quadrature(rule: str, n_nodes: int) -> tuple[list[float], list[float]]:
@@ -180,8 +188,9 @@ def attribute(
         method: "removal" (the default), "both_ends", "ig", "gradient" or "exact", see `crosslens.causal.attribution`;
             an `Estimator` sets rule, nodes, error node and threshold too.
         baseline: "zero", "mean" over the prompts, or "patch", the features of the paired prompt; None is that of the
-            `Estimator`, or "zero".
-        positions: keep effects by position from the end of the prompt, as `Attribution.positions`.
+            `Estimator`.
+        positions: keep effects by position from the end of the prompt, as `Attribution.positions`, and those of some
+            prompts word by word, for `Attribution.prompt`.
         features: for "exact", ids of the features to ablate; effects of the others are 0, and completeness is NaN.
         n_exact: at every snapshot, ablate this many features with the largest |IE| one by one, for
             `Attribution.agreement`; 0 ablates none.
@@ -193,9 +202,7 @@ def attribute(
             other snapshots, or a task without usable (or without paired) prompts.
     """
     estimator = method if isinstance(method, Estimator) else Estimator(method)
-    if baseline is not None:
-        estimator = replace(estimator, baseline=baseline)
-    check_baseline(estimator.baseline, runs)
+    estimator = replace(estimator, baseline=resolve_baseline(baseline or estimator.baseline, runs))
     selected = None if features is None else check_features(features, runs.crosscoder.cfg.d_sae)
     if selected is not None and estimator.method != "exact":
         raise UserError(f"method={estimator.method!r} computes all features at once: features= needs method='exact'")
@@ -210,6 +217,7 @@ def attribute(
     progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
     columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected, n_exact) for s in progress]
     # snapshots last, as everywhere in an Attribution
+    words = [column.pop("words") for column in columns]
     stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
     active = runs.active | runs.active_paired if estimator.baseline == "patch" else runs.active
     if selected is not None:
@@ -229,6 +237,7 @@ def attribute(
         n_prompts=len(runs),
         bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
         positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
+        prompts=_words_of_prompts(runs, words) if positions else None,
         **stacked,
     )
 
@@ -260,6 +269,8 @@ class Attribution:
         n_prompts: prompts averaged over.
         bootstrap: replicates over prompts, if requested.
         positions: effects by position, if requested.
+        prompts: with them, the effects in some prompts: columns prompt, snapshot, position (from the start of the
+            prompt), token, feature (-1 where none has an effect), effect; see `prompt`.
     """
 
     task: str
@@ -278,6 +289,58 @@ class Attribution:
     n_prompts: int
     bootstrap: Bootstrap | None = None
     positions: Positions | None = None
+    prompts: pd.DataFrame | None = None
+
+    def prompt(self, prompt: int) -> pd.DataFrame:
+        """Effects in one prompt, a row per snapshot, position and feature.
+
+        Args:
+            prompt: index of a prompt, one of `Attribution.prompts["prompt"]`.
+
+        Returns:
+            snapshot, label, position (from the start of the prompt), token, feature, effect (logits). The effects of a
+            feature add up to its effect on this prompt.
+
+        Raises:
+            UserError: effects were computed without `positions=True`, or this prompt is not kept.
+        """
+        if self.prompts is None:
+            raise UserError("no prompts are kept: compute the effects with positions=True")
+        kept = self.prompts["prompt"].unique().tolist()
+        if prompt not in kept:
+            raise UserError(f"prompt {prompt} is not kept; these are: {', '.join(map(str, kept))}")
+        table = self.prompts[(self.prompts["prompt"] == prompt) & (self.prompts["feature"] >= 0)]
+        table = table.drop(columns="prompt").reset_index(drop=True)
+        table.insert(1, "label", [self.labels[s] for s in table["snapshot"]])
+        return table
+
+    def prompt_frame(self) -> pd.DataFrame:
+        """The words of the kept prompts: a row per prompt, snapshot and position.
+
+        Returns:
+            prompt, snapshot, label, step, position, token, effect (of all active features there, in logits), feature
+            (the one with the largest effect there, -1 where none has one), feature_effect (logits).
+
+        Raises:
+            UserError: effects were computed without `positions=True`.
+        """
+        if self.prompts is None:
+            raise UserError("no prompts are kept: compute the effects with positions=True")
+        # features that a ranking leaves out are no features of a word
+        known = self.active.any(-1).numpy()
+        table = self.prompts.assign(
+            effect=self.prompts["effect"].where(known[self.prompts["feature"].clip(lower=0)], 0.0),
+        )
+        table["feature"] = table["feature"].where(table["effect"] != 0, -1)
+        keys = ["prompt", "snapshot", "position"]
+        table["size"] = table["effect"].abs()
+        largest = table.sort_values([*keys, "size"], kind="stable").groupby(keys, sort=True).tail(1)
+        total = table.groupby(keys, sort=True)["effect"].sum().reset_index(drop=True)
+        largest = largest.rename(columns={"effect": "feature_effect"}).reset_index(drop=True).assign(effect=total)
+        largest["label"] = [self.labels[s] for s in largest["snapshot"]]
+        largest["step"] = [self.steps[s] for s in largest["snapshot"]]
+        columns = [*keys[:2], "label", "step", "position", "token", "effect", "feature", "feature_effect"]
+        return pd.DataFrame(largest[columns])
 
     def top(self, k: int, snapshot: int, by: str = "signed") -> Int[Tensor, " k"]:
         """The k active features with the largest effect at a snapshot.
@@ -541,16 +604,21 @@ class Positions:
         )
 
 
-def check_baseline(baseline: str, runs: PromptRuns) -> None:
-    """Refuse an unknown baseline, or "patch" with runs that lack the paired prompts.
+def resolve_baseline(baseline: str | None, runs: PromptRuns, ie: Attribution | None = None) -> str:
+    """What features are set to: as given, as in the effects, or "patch" where prompts are paired and "zero" elsewhere.
 
     Raises:
-        UserError: either.
+        UserError: an unknown baseline, or "patch" with runs that lack the paired prompts.
     """
+    if baseline is None and ie is not None:
+        baseline = ie.estimator.baseline
+    if baseline is None:
+        return "patch" if runs.paired else "zero"
     if baseline not in BASELINES:
         raise UserError(f"baseline={baseline!r} is unknown; use one of {BASELINES}{did_you_mean(baseline, BASELINES)}")
     if baseline == "patch" and not runs.paired:
         raise UserError("baseline='patch' needs the paired prompts: make the runs with PromptRuns(..., paired=True)")
+    return baseline
 
 
 @torch.no_grad()
@@ -572,7 +640,7 @@ def _attribute_snapshot(
         start = baseline_activation(part, estimator, mean)
         clean, baseline = metrics(part, part.clean, start).double().cpu().chunk(2)
         if estimator.method == "exact":
-            effects = single_effects(part, estimator.baseline, mean, wanted)
+            effects = single_effects(part, estimator.start, mean, wanted)
             error = _error_effect(part, start, clean, estimator, mean)
         else:
             effects, error = _integrated(part, start, estimator, mean, sums)
@@ -604,7 +672,7 @@ def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> 
 @on_runs
 @torch.no_grad()
 def exact_effects(
-    runs: PromptRuns, snapshot: int, features: Int[Tensor, " n"], baseline: str = "zero", end: str = "clean"
+    runs: PromptRuns, snapshot: int, features: Int[Tensor, " n"], baseline: str | None = None, end: str = "clean"
 ) -> Float[Tensor, " n"]:
     """Exact effect of each feature on the metric, in logits, mean over prompts.
 
@@ -612,7 +680,7 @@ def exact_effects(
         runs: clean runs of a task; or crosscoder, snapshots and task in its place.
         snapshot: index of the snapshot.
         features: ids of the features.
-        baseline: "zero", "mean" or "patch"; use that of the attribution it is compared with.
+        baseline: "zero", "mean" or "patch"; use that of the attribution it is compared with. None as in `Estimator`.
         end: "clean" is the drop when the feature alone is set to its baseline in the clean run; "baseline" the gain
             when it alone is set to its clean value where all features, and the error node, are at their baseline.
 
@@ -620,7 +688,7 @@ def exact_effects(
         UserError: no such snapshot, feature or end, a feature twice, "patch" without paired prompts.
     """
     s = check_snapshot(runs.crosscoder, snapshot)
-    check_baseline(baseline, runs)
+    baseline = resolve_baseline(baseline, runs)
     if end not in ENDS:
         raise UserError(f"end={end!r} is unknown; use one of {ENDS}{did_you_mean(end, ENDS)}")
     ids = check_features(features, runs.crosscoder.cfg.d_sae)
@@ -648,6 +716,8 @@ class _Sums:
         self.error_effects, self.error_sizes = (torch.zeros(length, dtype=torch.float64) for _ in range(2))
         # error node, clean metric, baseline metric, |residual|, |change|
         self.scalars = torch.zeros(5, dtype=torch.float64)
+        self.shown = _shown(runs) if positions else torch.zeros(0)
+        self.words: list[Tensor] = []
 
     def add_prompts(self, first: int, effects: Tensor, error: Tensor, clean: Tensor, baseline: Tensor) -> None:
         """Add effects (B, A), error node, clean and baseline metric (B,) of a batch that starts at prompt `first`."""
@@ -660,8 +730,12 @@ class _Sums:
         residual = effects.sum(-1) + error - change
         self.scalars += torch.stack([error, clean, baseline, residual.abs(), change.abs()]).sum(-1)
 
-    def add_pairs(self, pairs: Pairs, values: Tensor, length: int) -> None:
-        """Add effects of (token, feature) pairs by position from the end; all prompts have the same length."""
+    def add_pairs(self, pairs: Pairs, values: Tensor, length: int, first: int) -> None:
+        """Add effects of (token, feature) pairs of a batch by position; all its prompts have the same length."""
+        prompts = first + pairs.tokens // length
+        shown = torch.isin(prompts, self.shown)
+        columns = prompts, pairs.tokens % length, pairs.features, values
+        self.words.append(torch.stack([column[shown].double() for column in columns], 1))
         A = len(self.effects)
         place = (length - 1 - pairs.tokens % length) * A + pairs.features
         self.position_effects.view(-1).index_add_(0, place, values)
@@ -690,7 +764,32 @@ class _Sums:
             "position_sizes": self.position_sizes / n,
             "position_error_effects": self.error_effects / n,
             "position_error_sizes": self.error_sizes / n,
+            "words": torch.cat([*self.words, torch.zeros(0, 4, dtype=torch.float64)]),
         }
+
+
+def _shown(runs: PromptRuns) -> Int[Tensor, " n"]:
+    """The prompts whose words are kept."""
+    return torch.linspace(0, len(runs) - 1, min(PROMPTS, len(runs))).round().long()
+
+
+def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd.DataFrame:
+    """`Attribution.prompts`, from rows of prompt, position, column of `runs.features` and effect at every snapshot."""
+    prompts = [tokens for batch in runs.batches for tokens in batch.tokens]
+    every = [(int(i), t) for i in _shown(runs) for t in range(len(prompts[i]))]
+    texts = runs.snapshots.tokenizer.batch_decode([[int(prompts[i][t])] for i, t in every])
+    tokens = pd.DataFrame(every, columns=["prompt", "position"]).assign(token=texts)
+    tables: list[pd.DataFrame] = []
+    for s, rows in enumerate(words):
+        prompt, position, column = rows[:, :3].long().T.numpy()
+        features = runs.features.numpy()[column]
+        effects = {"prompt": prompt, "position": position, "feature": features, "effect": rows[:, 3].numpy()}
+        # an edit's change may come in two parts: where the feature is clean, and where it is in the paired prompt
+        summed = pd.DataFrame(effects).groupby(["prompt", "position", "feature"], as_index=False)["effect"].sum()
+        table = tokens.merge(summed[summed["effect"] != 0], how="left", on=["prompt", "position"])
+        tables.append(table.fillna({"feature": -1, "effect": 0.0}).assign(snapshot=s))
+    found = pd.concat(tables, ignore_index=True).astype({"feature": "int64"})
+    return found[["prompt", "snapshot", "position", "token", "feature", "effect"]]
 
 
 def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R N"]:
@@ -702,7 +801,7 @@ def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R N"]:
 def baseline_activation(part: BatchAt, estimator: Estimator, mean: Tensor | None) -> Float[Tensor, "B T D"]:
     """x(0): the activation at the hook with features, and the error node unless frozen, at their baseline."""
     if estimator.error == "frozen":
-        start = part.clean - sum(part.moved(pairs) for pairs in part.changes(estimator.baseline, mean))
+        start = part.clean - sum(part.moved(pairs) for pairs in part.changes(estimator.start, mean))
     elif estimator.baseline == "patch":
         assert part.patch is not None
         start = part.patch
@@ -761,7 +860,7 @@ def _integrated(
     effects = torch.zeros(B * A, dtype=torch.float64)
     # the error node is what changes along the path minus the features' part
     errors = ((part.clean - start) * gradient).sum(-1).double().cpu()
-    for pairs in part.changes(estimator.baseline, mean):
+    for pairs in part.changes(estimator.start, mean):
         values = part.along(pairs, gradient).double().cpu()
         pairs = pairs.to("cpu")
         errors.view(-1).index_add_(0, pairs.tokens, values, alpha=-1)
@@ -769,7 +868,7 @@ def _integrated(
             values = torch.where(values.abs() > estimator.threshold, values, 0.0)
         effects.index_add_(0, pairs.tokens // T * A + pairs.features, values)
         if sums.positions:
-            sums.add_pairs(pairs, values, T)
+            sums.add_pairs(pairs, values, T, part.first)
     if estimator.error == "frozen":
         errors.zero_()  # only rounding is left
     if sums.positions:
@@ -821,5 +920,5 @@ def _error_effect(
     """Drop of the metric when the error node alone is set to its baseline."""
     if estimator.error == "frozen":
         return torch.zeros(len(clean), dtype=torch.float64)
-    without = start + sum(part.moved(pairs) for pairs in part.changes(estimator.baseline, mean))
+    without = start + sum(part.moved(pairs) for pairs in part.changes(estimator.start, mean))
     return clean - metrics(part, without).double().cpu()

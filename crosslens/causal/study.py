@@ -75,9 +75,10 @@ class Study:
             when it alone is set to its clean value in the baseline run).
         validation: exact effects at every snapshot on the held-out split; None if no effect is significant.
         tables: by their names in a run directory: attribution/<task>, attribution/<task>.snapshots, completeness/<task>
-            (the snapshots of "ig", whose effects add up), ablation/<task>, transfer/<task>, additivity/<task>,
-            additivity/<task>.snapshots, timeline/<task>, validation/<task>, validation/<task>.summary and, if the items
-            are of several languages, languages/<task>. The first two and `completeness` name their split.
+            (the snapshots of "ig", whose effects add up), prompts/<task>, ablation/<task>, transfer/<task>,
+            additivity/<task>, additivity/<task>.snapshots, timeline/<task>, validation/<task>,
+            validation/<task>.summary and, if the items are of several languages, languages/<task>. The first two and
+            `completeness` name their split.
     """
 
     task: str
@@ -114,7 +115,7 @@ def study_task(
     snapshots: Snapshots,
     task: Task,
     *,
-    baseline: str = "patch",
+    baseline: str | None = None,
     decodability: Float[Tensor, "F S"] | None = None,
     encoder_share: Float[Tensor, "F S"] | None = None,
     sizes: StudySizes = StudySizes(),
@@ -127,7 +128,8 @@ def study_task(
         crosscoder: trained on these snapshots.
         snapshots: the models.
         task: minimal pairs; with the baseline "patch", only items with a paired prompt are used.
-        baseline: what features are set to, and the baseline of their effects: "patch", "zero" or "mean".
+        baseline: what features are set to, and the baseline of their effects: "patch", "zero" or "mean"; None is
+            "patch" if half of the prompts or more have a paired prompt, and otherwise "zero".
         decodability: of every feature at every snapshot, as from `evolution.measure_decodability(...).r2`, to be
             validated beside the effects.
         encoder_share: as from `evolution.encoder_share`, to mark effects of features that later snapshots activate.
@@ -139,13 +141,14 @@ def study_task(
         UserError: a single snapshot, a task that cannot be split or has no usable items, "patch" without paired
             prompts, fewer than three features active at a snapshot.
     """
-    paired = baseline == "patch"
+    paired = None if baseline is None else baseline == "patch"
 
     def run(part: Task) -> PromptRuns:
         return PromptRuns(crosscoder, snapshots, part, paired=paired, settings=settings)
 
     selection, held_out = (run(half) for half in task.split(seed))
-    ie = attribute(selection, baseline=baseline, n_exact=sizes.n_exact, n_bootstrap=sizes.n_bootstrap)
+    options = {"n_exact": sizes.n_exact, "n_bootstrap": sizes.n_bootstrap}
+    ie = attribute(selection, baseline=baseline, positions=True, **options)
     estimates = {"removal": ie, **{name: attribute(selection, name, baseline=baseline) for name in ("ig", "gradient")}}
     last, most = len(snapshots) - 1, int(ie.active.sum(0).min())
     if most < 3:
@@ -170,6 +173,7 @@ def study_task(
     tables = {
         f"attribution/{task.name}": ie.to_frame(crosscoder.decoder_norms, encoder_share),
         f"attribution/{task.name}.snapshots": ie.snapshot_frame().assign(split="selection"),
+        f"prompts/{task.name}": ie.prompt_frame(),
         f"completeness/{task.name}": estimates["ig"].snapshot_frame().assign(split="selection"),
         f"ablation/{task.name}": curves,
         f"transfer/{task.name}": transfer_matrix(held_out, ie, k, baseline=baseline),

@@ -7,8 +7,7 @@
 4. `find_examples` lists where in the task's prompts a feature is most active.
 
 `late_feature` and `sign_change` each pick the one feature of several tasks that best shows the effect. A timeline says
-which features matter when, not how they act on one another; for that see `crosslens.causal.circuits`. Selection and
-order of features are new here.
+which features matter when, not how they act on one another. Selection and order of features are new here.
 
 Symbols: B prompts, T positions, S snapshots, F features.
 """

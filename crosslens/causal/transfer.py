@@ -23,7 +23,7 @@ from crosslens.causal.ablation import (
     set_metrics,
     standard_error,
 )
-from crosslens.causal.attribution import Attribution, check_baseline
+from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
 
@@ -35,7 +35,7 @@ def transfer_matrix(
     k: int = 15,
     *,
     keep: bool = False,
-    baseline: str = "zero",
+    baseline: str | None = None,
     error: bool | None = None,
     at: Sequence[int] | None = None,
 ) -> pd.DataFrame:
@@ -46,7 +46,8 @@ def transfer_matrix(
         ie: effects that rank the features, by signed effect for ablating, by magnitude for keeping.
         k: features of a set.
         keep: keep only the set instead of ablating it.
-        baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's.
+        baseline: what edited features become: "zero", "mean", or "patch", the paired prompt's; None is
+            that of `ie`.
         error: keep the error node; None keeps it when ablating and leaves it out when keeping.
         at: snapshots to select and to ablate at; all when None.
 
@@ -63,7 +64,7 @@ def transfer_matrix(
     """
     if k < 1:
         raise UserError(f"k={k} must be at least 1")
-    check_baseline(baseline, runs)
+    baseline = resolve_baseline(baseline, runs, ie)
     where = check_effects(runs, ie, at)
     for s in where:
         check_k(k, ie, s)

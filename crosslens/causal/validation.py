@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.causal.ablation import check_effects
-from crosslens.causal.attribution import Attribution, check_baseline, exact_effects
+from crosslens.causal.attribution import Attribution, exact_effects, resolve_baseline
 from crosslens.causal.relative import check_level, relie, share_relie, significant
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
@@ -67,7 +67,7 @@ def validate(
     runs: PromptRuns,
     ie: Attribution,
     *,
-    baseline: str = "zero",
+    baseline: str | None = None,
     decodability: Float[Tensor, "F S"] | None = None,
     max_features: int = 200,
     level: float = 0.95,
@@ -78,7 +78,7 @@ def validate(
     Args:
         runs: clean runs of other prompts of the task than `ie`; or crosscoder, snapshots and task in its place.
         ie: effects on the task.
-        baseline: what an ablated feature becomes; use that of `ie`.
+        baseline: what an ablated feature becomes; None is that of `ie`.
         decodability: R2 of every feature at every snapshot, as from `evolution.measure_decodability(...).r2`.
         max_features: of more significant features, those with the largest |IE| at any snapshot are ablated.
         level: confidence level of the intervals.
@@ -89,7 +89,7 @@ def validate(
             without paired prompts, decodability of another shape, max_features below 3, a level outside (0, 1).
     """
     check_level(level)
-    check_baseline(baseline, runs)
+    baseline = resolve_baseline(baseline, runs, ie)
     check_effects(runs, ie)
     S = len(ie.labels)
     if S < 2:

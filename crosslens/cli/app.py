@@ -178,10 +178,11 @@ TasksOption = Annotated[
     ),
 ]
 BaselineOption = Annotated[
-    str,
+    str | None,
     _option(
         "--baseline",
-        "What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt.",
+        "What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default: "
+        "patch if half of the prompts or more are paired, otherwise zero; for ablate as in attribute.",
         one_of(*BASELINES),
     ),
 ]
@@ -740,7 +741,7 @@ def attribute(
         str, _option("--rule", "Quadrature rule of ig: gauss_legendre, midpoint or left.", one_of(*RULES))
     ] = "gauss_legendre",
     n_nodes: Annotated[int, _option("--n-nodes", "Nodes of the rule, each a backward pass.", in_range(1))] = 20,
-    baseline: BaselineOption = "zero",
+    baseline: BaselineOption = None,
     n_exact: Annotated[
         int,
         _option(
@@ -767,13 +768,17 @@ def attribute(
     run, crosscoder, acts = open_run(run_dir, device)
     for prompts in parse_tasks(task):
         selection, _ = prompts.split(seed)
-        runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=baseline == "patch", settings=acts.settings)
-        ie = attribute_effects(runs, estimator, n_exact=n_exact, n_bootstrap=200)
+        paired = None if baseline is None else baseline == "patch"
+        runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=paired, settings=acts.settings)
+        by_word = method != "exact"  # which edits a feature at all positions at once
+        ie = attribute_effects(runs, estimator, positions=by_word, n_exact=n_exact, n_bootstrap=200)
         if kept is not None:
             ie = ie.among(kept)
         run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms, encoder_shares(run, ie)))
         snapshots = ie.snapshot_frame().assign(split="selection")
         run.save_table(f"attribution/{prompts.name}.snapshots", snapshots)
+        if by_word:
+            run.save_table(f"prompts/{prompts.name}", ie.prompt_frame())
         if method == "ig":
             run.save_table(f"completeness/{prompts.name}", snapshots)
         accuracy = prompts.accuracy(acts.snapshots, settings=acts.settings)
@@ -801,7 +806,7 @@ def ablate(
     k: Annotated[
         str, _option("--k", "Sizes of the sets of top features, such as 1,5,15,50.", check_numbers)
     ] = "1,5,15,50",
-    baseline: BaselineOption = "zero",
+    baseline: BaselineOption = None,
     n_draws: Annotated[
         int, _option("--n-draws", "Sets of random and of size-matched features to compare with.", in_range(1))
     ] = 20,
@@ -829,7 +834,8 @@ def ablate(
     sizes = parse_numbers(k, "--k")
     for prompts, ie in zip(tasks, found, strict=True):
         _, held_out = prompts.split(seed)
-        runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=baseline == "patch", settings=acts.settings)
+        paired = (baseline or ie.estimator.baseline) == "patch"
+        runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=paired, settings=acts.settings)
         controls = Controls(n_draws=n_draws, seed=seed)
         tables = [
             ablate_features(runs, ie, ks, keep=keep, baseline=baseline, controls=controls)

@@ -161,7 +161,8 @@ class PromptRuns:
         crosscoder: trained on these snapshots.
         snapshots: the models.
         task: minimal pairs; prompts are tokenised with the snapshots' tokenizer.
-        paired: also run the paired prompts, for the baseline "patch"; prompts without one are left out.
+        paired: also run the paired prompts, for the baseline "patch"; prompts without one are left out. None runs them
+            if half of the prompts or more have one.
         on_disk: keep the activations in a temporary file instead of memory.
         prepend_bos: begin prompts with the BOS token; None does as in the crosscoder's training.
         batch_size: prompts per batch of everything dense.
@@ -182,7 +183,7 @@ class PromptRuns:
         snapshots: Snapshots,
         task: Task,
         *,
-        paired: bool = False,
+        paired: bool | None = None,
         on_disk: bool = False,
         prepend_bos: bool | None = None,
         batch_size: int = 256,
@@ -198,7 +199,7 @@ class PromptRuns:
         metadata = crosscoder.cfg.metadata
         if isinstance(crosscoder, CrosscoderTrainingSAE):
             crosscoder = crosscoder.to_inference()  # in training the gate may depend on the batch
-        self.crosscoder, self.snapshots, self.task, self.paired = crosscoder, snapshots, task, paired
+        self.crosscoder, self.snapshots, self.task = crosscoder, snapshots, task
         self.hook_name: str = metadata.hook_name
         self._kept_options = metadata.keep_special, metadata.separator, metadata.drop_positions
         if prepend_bos is None:
@@ -206,6 +207,10 @@ class PromptRuns:
         prompts = task.prompts(snapshots.tokenizer, prepend_bos=prepend_bos, max_length=snapshots.n_ctx)
         self.left_out = Counter(prompts.skipped)
         self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
+        if paired is None:
+            n_paired = sum(len(batch) for batch in self.batches if batch.patch is not None)
+            paired = 0 < sum(len(batch) for batch in self.batches) <= 2 * n_paired
+        self.paired = paired
         if paired:
             self.left_out += prompts.unpaired
             alone = sum(len(batch) for batch in self.batches if batch.patch is None) - sum(prompts.unpaired.values())
@@ -373,8 +378,8 @@ class OnRuns(Protocol[P, R_co]):
 def on_runs(analysis: Callable[Concatenate[PromptRuns, P], R_co]) -> OnRuns[P, R_co]:
     """Let an analysis be called with crosscoder, snapshots and task in place of its clean runs.
 
-    The runs are then made with default settings, and are paired if the analysis's `baseline`, or that of the
-    `Estimator` in its `method`, is "patch".
+    The runs are then made with default settings. They are paired for the baseline "patch": of the analysis, of the
+    `Estimator` in its `method`, or of its effects `ie`. Without any of them `PromptRuns` decides.
     """
     signature, run = inspect.signature(analysis), cast("Callable[..., R_co]", analysis)
 
@@ -385,8 +390,12 @@ def on_runs(analysis: Callable[Concatenate[PromptRuns, P], R_co]) -> OnRuns[P, R
         crosscoder, snapshots, task, *rest = args
         options = signature.bind(None, *rest, **kwargs)
         options.apply_defaults()
-        baseline = options.arguments.get("baseline") or getattr(options.arguments.get("method"), "baseline", None)
-        return run(PromptRuns(crosscoder, snapshots, task, paired=baseline == "patch"), *rest, **kwargs)
+        given = options.arguments
+        estimators = given.get("method"), getattr(given.get("ie"), "estimator", None)
+        baselines = [given.get("baseline"), *(getattr(each, "baseline", None) for each in estimators)]
+        baseline = next(filter(None, baselines), None)
+        paired = None if baseline is None else baseline == "patch"
+        return run(PromptRuns(crosscoder, snapshots, task, paired=paired), *rest, **kwargs)
 
     return call
 

@@ -37,6 +37,7 @@ from crosslens.report.chart import (
 
 N_LINES = 12  # features drawn as lines
 N_ROWS = 20  # features in the table
+N_PROMPTS = 6  # drawn word by word
 N_TIMELINE = 40  # features in the timeline
 MAX_POINTS = 2000  # features in the ternary plot
 MAX_PAIRS = 800  # of a feature and a snapshot
@@ -365,6 +366,34 @@ def effect_table(table: Frame, snapshots: Frame) -> Grid | str:
         note += " * More than half of what activates the feature is read from later snapshots."
     note += f" {_agreement(snapshots)}"
     return Grid(["feature", *axis.labels.values()], grid, data[columns].reset_index(drop=True), note)
+
+
+def prompt_words(table: Frame) -> Grid | str:
+    """Some prompts, each word tinted by the effect of its features, at the first, the middle and the last snapshot.
+
+    Args:
+        table: from `Attribution.prompt_frame`.
+    """
+    if not table["effect"].abs().max() > 0:
+        return "No feature has an effect on these prompts."
+    snapshots = sorted(ints(table["snapshot"].unique()))
+    few = sorted({snapshots[0], snapshots[len(snapshots) // 2], snapshots[-1]})
+    prompts = sorted(ints(table["prompt"].unique()))
+    shown = [prompts[i * len(prompts) // min(N_PROMPTS, len(prompts))] for i in range(min(N_PROMPTS, len(prompts)))]
+    rows = table[table["prompt"].isin(shown) & table["snapshot"].isin(few)]
+    largest, longest = float(rows["effect"].abs().max()), int(rows["position"].max()) + 1
+    grid: list[list[Cell]] = []
+    for (prompt, _), words in rows.sort_values("position").groupby(["prompt", "snapshot"], sort=True):
+        cells = [Cell(f"prompt {prompt}, {words['label'].iloc[0]}")]
+        for word in words.itertuples():
+            feature = "" if word.feature < 0 else f" {word.feature}"
+            effect = float(word.effect)
+            weight = math.copysign(math.sqrt(abs(effect) / largest), effect) if effect else 0.0
+            cells.append(Cell(f"{str(word.token).strip() or '␣'}{feature}", weight))
+        grid.append(cells + [Cell("")] * (longest - len(words)))
+    header = ["", *(str(position) for position in range(longest))]
+    note = f"The deepest colour is an effect of {largest:.2f} logits. {len(shown)} of {len(prompts)} kept prompts."
+    return Grid(header, grid, rows.reset_index(drop=True), note)
 
 
 def _agreement(snapshots: Frame) -> str:

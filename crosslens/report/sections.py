@@ -492,6 +492,17 @@ _CAUSAL: tuple[Section, ...] = (
                 wide=True,
             ),
             Entry(
+                "words",
+                "Effects in single prompts",
+                "Some prompts at the first, the middle and the last snapshot. A word is coloured by the effect of all "
+                "features active on it: blue where they support the correct answer, orange where they oppose it. The "
+                "number is the feature with the largest effect there.",
+                causal_figures.prompt_words,
+                ("prompts/{task}",),
+                wide=True,
+                optional=True,
+            ),
+            Entry(
                 "validation",
                 "Which measure says when a feature acts",
                 "Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. "

@@ -139,7 +139,7 @@ def test_exact_effects_are_single_ablations(snaps: Snapshots, task: Task, baseli
 
 def test_nothing_below_the_hook_runs_and_unchanged_prompts_run_once(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
-    runs = PromptRuns(cc, snaps, Task.from_items("tiny", ITEMS), batch_size=1)
+    runs = PromptRuns(cc, snaps, Task.from_items("tiny", ITEMS), batch_size=1, paired=False)
     model, rows = snaps.model(1), Counter[int]()
 
     def count(block: int) -> Callable[..., None]:
@@ -169,7 +169,7 @@ def test_nothing_below_the_hook_runs_and_unchanged_prompts_run_once(snaps: Snaps
 def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: str, keep: bool) -> None:
     """Every number of the table, one prompt and one feature set at a time."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="zero")
     runs = PromptRuns(cc, snaps, task, paired=True)
     slow, n_draws, level = Spliced(runs), 3, 0.5
     controls = Controls(n_draws=n_draws, level=level, seed=5)
@@ -213,8 +213,8 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
 
 def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
-    runs = PromptRuns(cc, snaps, task)
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="zero")
+    runs = PromptRuns(cc, snaps, task, paired=False)
     n = int(ie.active[:, 2].sum())
     rows = {
         (keep, error): ablate(runs, ie, [n], keep=keep, error=error, at=[-1], controls=()).iloc[0]
@@ -234,8 +234,8 @@ def test_with_and_without_the_error_node(snaps: Snapshots, task: Task) -> None:
 
 def test_draws_depend_on_seed_snapshot_and_size_alone(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
-    runs = PromptRuns(cc, snaps, task)
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="zero")
+    runs = PromptRuns(cc, snaps, task, paired=False)
     table = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1))
     assert table.equals(ablate(cc, snaps, task, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1)))
     alone = ablate(runs, ie, k=[4], at=[2], controls=Controls(["size_matched"], n_draws=3, seed=1))
@@ -264,7 +264,7 @@ def test_features_that_an_edit_can_change(snaps: Snapshots, task: Task) -> None:
 
 def test_controls_are_active_features_outside_the_top_and_reach_all_of_them(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
-    runs = PromptRuns(cc, snaps, task)
+    runs = PromptRuns(cc, snaps, task, paired=False)
     ie = attribute(runs, Estimator("ig", n_nodes=1))
     runs.active[4:8, 0] = False
     runs.active[8:12, 1] = False
@@ -300,7 +300,7 @@ _orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 def test_sizes_are_mean_activation_times_decoder_norm(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
-    runs, slow = PromptRuns(cc, snaps, task), slow_runs(snaps, cc)
+    runs, slow = PromptRuns(cc, snaps, task, paired=False), slow_runs(snaps, cc)
     for s in range(3):
         mean = torch.cat([run.f[s][1:] for run in slow]).mean(0)
         norm = cc.W_dec[:, s * snaps.d_model : (s + 1) * snaps.d_model].square().sum(-1).sqrt()
@@ -309,8 +309,8 @@ def test_sizes_are_mean_activation_times_decoder_norm(snaps: Snapshots, task: Ta
 
 def test_smaller_sets_are_allowed_on_request(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
-    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=1))
-    runs = PromptRuns(cc, snaps, task)
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=1), baseline="zero")
+    runs = PromptRuns(cc, snaps, task, paired=False)
     n = int(ie.active[:, 1].sum())
     table = ablate(runs, ie, [n - 1, n, 99], at=[1], controls=Controls(n_draws=2, allow_fewer=True))
     found = table.pivot(index="k", columns="features", values="n_features")
@@ -325,13 +325,13 @@ def test_smaller_sets_are_allowed_on_request(snaps: Snapshots, task: Task) -> No
 
 def test_keeping_begins_at_the_empty_set(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "topk_crosscoder")
-    runs = PromptRuns(cc, snaps, task)
+    runs = PromptRuns(cc, snaps, task, paired=False)
     ie = attribute(runs, "gradient")
     table = ablate(runs, ie, [0, 2], keep=True, at=[2], controls=Controls(n_draws=2))
     empty = table[table["k"] == 0]
     assert empty["features"].tolist() == ["top"] and empty["n_features"].tolist() == [0]
     assert empty["metric"].item() == pytest.approx(empty["all_edited"].item()) and empty["size"].item() == 0
-    assert faithfulness(table)[0] == pytest.approx(0, abs=1e-9)
+    assert faithfulness(table)[0] == pytest.approx(0, abs=1e-5)
 
 
 # ---------------------------------------------------------------------- faithfulness
@@ -360,7 +360,7 @@ def test_faithfulness_by_hand() -> None:
 # ---------------------------------------------------------------------- errors
 @pytest.fixture(scope="module")
 def runs(snaps: Snapshots, task: Task) -> PromptRuns:
-    return PromptRuns(make_crosscoder(snaps, "standard_crosscoder"), snaps, task)
+    return PromptRuns(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, paired=False)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, baseline: str) -> None:
     """One prompt and one pair at a time, by hand-written hooks in plain transformers."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="zero")
     found = pair_additivity(cc, snaps, task, ie, 5, 6, at=[2], seed=3, baseline=baseline)
     assert found.summary["snapshot"].tolist() == [2]
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
@@ -78,7 +78,7 @@ def test_intervals_equal_a_slow_bootstrap(monkeypatch: pytest.MonkeyPatch) -> No
 def test_at_the_last_block_without_a_norm_effects_add_up(snaps: Snapshots, task: Task) -> None:
     """Above the last block only the final norm is nonlinear; without it, effects add up exactly."""
     cc = make_crosscoder(snaps, "standard_crosscoder", layer=2)
-    runs = PromptRuns(cc, snaps, task)
+    runs = PromptRuns(cc, snaps, task, paired=False)
     ie = attribute(runs, Estimator("ig", n_nodes=2))
     before = pair_additivity(runs, ie, 6, at=[2]).summary.iloc[0]
     assert before["deviation"] > 0.01
@@ -110,8 +110,8 @@ def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -
     many = Task.from_items(
         "many", [{**item, "prefix": f"{item['prefix']} {w}".strip()} for item in ITEMS for w in ("", "near")]
     )
-    ie = attribute(cc, snaps, many, Estimator("ig", n_nodes=1))
-    runs = PromptRuns(cc, snaps, many)
+    ie = attribute(cc, snaps, many, Estimator("ig", n_nodes=1), baseline="zero")
+    runs = PromptRuns(cc, snaps, many, paired=False)
     one, same, other = (
         pair_additivity(runs, ie, 8, 12, seed=seed, at=at) for seed, at in ((0, None), (0, [1]), (1, None))
     )
@@ -128,7 +128,7 @@ def test_draws_are_seeded_and_intervals_contain_the_estimate(snaps: Snapshots) -
 
 @pytest.fixture(scope="module")
 def effects(snaps: Snapshots, task: Task) -> tuple[PromptRuns, Attribution]:
-    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task)
+    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, paired=False)
     return runs, attribute(runs, "gradient")
 
 

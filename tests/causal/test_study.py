@@ -142,8 +142,9 @@ def test_languages(task: Task, found: Study, tmp_path: Path) -> None:
 def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:
     unpaired = replace(task, items=tuple(replace(item, patch_prefix=None, info={}) for item in task.items))
     with pytest.raises(UserError, match="patch"):
-        study_task(crosscoder, snaps, unpaired)
+        study_task(crosscoder, snaps, unpaired, baseline="patch")
     sizes = StudySizes(ablate_k=(1,), keep_k=(1,), k=3, n_draws=2, n_draws_last=2, n_exact=3, n_pairs=3)
-    plain = study_task(crosscoder, snaps, unpaired, baseline="zero", sizes=sizes)
+    plain = study_task(crosscoder, snaps, unpaired, sizes=sizes)
+    assert plain.ie.estimator.baseline == "zero"
     assert "languages/tiny" not in plain.tables
     assert -1 <= plain.rank_agreement(end="added") <= 1

@@ -38,7 +38,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def runs(snaps: Snapshots, task: Task) -> PromptRuns:
-    return PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task, batch_size=2)
+    return PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task, batch_size=2, paired=False)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_examples_are_the_positions_of_largest_activation(
 ) -> None:
     cc = make_crosscoder(snaps, architecture)
     features = [5, 0, 17]
-    found = find_examples(PromptRuns(cc, snaps, task, batch_size=batch_size), features, n)
+    found = find_examples(PromptRuns(cc, snaps, task, batch_size=batch_size, paired=False), features, n)
     every: dict[int, dict[str, tuple[float, int, int]]] = {i: {} for i in features}
     words = [item["prefix"].split() for item in MORE]
     for item, run in enumerate(slow_runs(snaps, cc, items=MORE)):
@@ -152,7 +152,7 @@ def test_examples_as_text_for_any_tokenizer() -> None:
 def test_no_model_runs_without_examples(
     snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_examples = follow_features(PromptRuns(runs.crosscoder, snaps, task, batch_size=3), ie, 3)
+    with_examples = follow_features(PromptRuns(runs.crosscoder, snaps, task, batch_size=3, paired=False), ie, 3)
     monkeypatch.setattr(prompt_runs, "harvest", None)
     without = follow_features(runs.crosscoder, snaps, task, ie, 3, n_examples=0)
     pd.testing.assert_frame_equal(without, with_examples.assign(examples=""))

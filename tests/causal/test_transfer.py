@@ -23,8 +23,8 @@ from tests.plain_model import F, make_crosscoder, slow_runs
 def test_every_entry_equals_a_plain_splice(snaps: Snapshots, task: Task, architecture: str, keep: bool) -> None:
     """The sets of snapshot s, ablated at snapshot s' by hand-written hooks in plain transformers."""
     cc = make_crosscoder(snaps, architecture)
-    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2))
-    runs = PromptRuns(cc, snaps, task)
+    ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="zero")
+    runs = PromptRuns(cc, snaps, task, paired=False)
     k = 4
     table = transfer_matrix(runs, ie, k, keep=keep)
     assert table[["selected_at", "ablated_at"]].to_numpy().tolist() == [[a, b] for a in range(3) for b in range(3)]
@@ -90,7 +90,7 @@ def test_the_diagonal_is_the_curve(snaps: Snapshots, task: Task) -> None:
 
 @pytest.fixture(scope="module")
 def effects(snaps: Snapshots, task: Task) -> tuple[PromptRuns, Attribution]:
-    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task)
+    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, paired=False)
     return runs, attribute(runs, "gradient")
 
 

@@ -56,7 +56,7 @@ def test_correlations_equal_loops(n: int, S: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(snaps: Snapshots, task: Task) -> PromptRuns:
-    return PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task)
+    return PromptRuns(make_crosscoder(snaps, "jumprelu_crosscoder"), snaps, task, paired=False)
 
 
 @pytest.fixture(scope="module")

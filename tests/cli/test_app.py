@@ -100,7 +100,7 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
     for name in ("task", "other"):
         n = len(Task.sva(files / f"{name}.json"))
         assert f"{name}: {n} items" in said["attribute"] and "fewer than 20, so means over tasks" in said["attribute"]
-        assert f"{name}, effects by removal, zero baseline, joint error on the selection half:" in said["attribute"]
+        assert f"{name}, effects by removal, patch baseline, joint error on the selection half:" in said["attribute"]
         assert f"{name}, metric on the held-out half:" in said["ablate"]
     assert "agreement with exact" in said["attribute"] and "accuracy" in said["attribute"]
     assert "completeness" not in said["attribute"]  # these effects need not add up

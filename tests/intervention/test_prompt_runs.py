@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -101,9 +101,9 @@ def test_changes_and_their_effect_on_the_activation(
 def test_only_a_block_of_tokens_is_dense(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     for architecture in crosscoders.ARCHITECTURES:
         cc = make_crosscoder(snaps, architecture)
-        whole = [run.features for _, run, _ in PromptRuns(cc, snaps, task).clean()]
+        whole = [run.features for _, run, _ in PromptRuns(cc, snaps, task, paired=False).clean()]
         monkeypatch.setattr(prompt_runs, "_DENSE_ENTRIES", 3 * F)
-        blocks = [run.features for _, run, _ in PromptRuns(cc, snaps, task).clean()]
+        blocks = [run.features for _, run, _ in PromptRuns(cc, snaps, task, paired=False).clean()]
         monkeypatch.undo()
         torch.testing.assert_close(blocks, whole, rtol=1e-4, atol=1e-6)
 
@@ -133,7 +133,7 @@ def test_features_are_stored_as_pairs(snaps: Snapshots, task: Task) -> None:
 def test_paired_runs_leave_out_prompts_without_a_pair(snaps: Snapshots) -> None:
     cc = make_crosscoder(snaps, "standard_crosscoder")
     some = Task.from_items("some", UNPAIRED)
-    assert len(PromptRuns(cc, snaps, some)) == 5
+    assert len(PromptRuns(cc, snaps, some, paired=False)) == 5
     assert len(PromptRuns(cc, snaps, some, paired=True)) == 4
 
 
@@ -143,7 +143,7 @@ def test_special_tokens_are_spliced_if_training_kept_them(
     monkeypatch.setattr(prompt_runs, "_MEAN_ENTRIES", F)
     cc = make_crosscoder(snaps, "standard_crosscoder")
     cc.cfg.metadata.keep_special = True
-    runs = PromptRuns(cc, snaps, task)
+    runs = PromptRuns(cc, snaps, task, paired=False)
     clean = [run for _, run, _ in runs.clean()]
     mean = torch.cat([run.features.flatten(0, 1) for run in clean]).mean(0)
     for part, run in zip(runs.at(0), clean, strict=True):
@@ -156,13 +156,23 @@ def test_special_tokens_are_spliced_if_training_kept_them(
 
 
 def test_models_run_at_first_use(snaps: Snapshots, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task)
+    runs = PromptRuns(make_crosscoder(snaps, "topk_crosscoder"), snaps, task, paired=False)
     with monkeypatch.context() as patch:
         patch.setattr(prompt_runs, "harvest", None)
         assert len(runs) == 4
         with pytest.raises(TypeError):
             runs.mean(0)
     assert runs.mean(0).shape == runs.features.shape
+
+
+def test_prompts_are_paired_if_half_of_them_can_be(snaps: Snapshots, task: Task) -> None:
+    cc = make_crosscoder(snaps, "topk_crosscoder")
+    n = len(PromptRuns(cc, snaps, task))
+    for n_alone, paired in ((0, True), (n // 2, True), (n // 2 + 1, False), (n, False)):
+        items = (replace(item, patch_prefix=None) if i < n_alone else item for i, item in enumerate(task.items))
+        runs = PromptRuns(cc, snaps, replace(task, items=tuple(items)))
+        assert (runs.paired, len(runs)) == (paired, n - n_alone if paired else n)
+    assert not PromptRuns(cc, snaps, task, paired=False).paired
 
 
 def test_analyses_take_crosscoder_snapshots_and_task_in_place_of_runs(snaps: Snapshots, task: Task) -> None:
@@ -177,10 +187,10 @@ def test_analyses_take_crosscoder_snapshots_and_task_in_place_of_runs(snaps: Sna
         """Analyse."""
         return runs, k, method, baseline
 
-    runs = PromptRuns(cc, snaps, task)
+    runs = PromptRuns(cc, snaps, task, paired=False)
     assert analyse(runs, 3, baseline="zero") == (runs, 3, "ig", "zero")
     for options, paired in (
-        ({}, False),
+        ({}, True),  # the task is paired
         ({"baseline": "mean"}, False),
         ({"baseline": "patch"}, True),
         ({"method": Method("patch")}, True),
@@ -208,12 +218,17 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
             check_features(wrong, 4)
     cc = make_crosscoder(snaps, "standard_crosscoder")
     with pytest.raises(UserError, match="trained on 3 snapshots, but 1 were given"):
-        PromptRuns(cc, snaps[[0]], task)
+        PromptRuns(cc, snaps[[0]], task, paired=False)
     with pytest.raises(UserError, match=r"the crosscoder is on cpu and the models would run on meta: .*to\('meta'\)"):
-        PromptRuns(cc, snaps, task, settings=ModelSettings(device="meta"))
+        PromptRuns(cc, snaps, task, settings=ModelSettings(device="meta"), paired=False)
     with pytest.raises(UserError, match="which the 'patch' baseline needs; use 'zero' or 'mean'"):
         PromptRuns(cc, snaps, Task.from_items("one", UNPAIRED[-1:]), paired=True)
     with pytest.raises(UserError, match="longer than 32 tokens: 1"):
-        PromptRuns(cc, snaps, Task.from_items("long", [{"prefix": "the cat " * 20, "correct": "sees", "wrong": "a"}]))
+        PromptRuns(
+            cc,
+            snaps,
+            Task.from_items("long", [{"prefix": "the cat " * 20, "correct": "sees", "wrong": "a"}]),
+            paired=False,
+        )
     with pytest.raises(UserError, match="answers='multi'"):
-        PromptRuns(cc, snaps, Task.from_items("multi", ITEMS, answers="multi"))
+        PromptRuns(cc, snaps, Task.from_items("multi", ITEMS, answers="multi"), paired=False)
