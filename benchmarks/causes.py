@@ -1,7 +1,7 @@
 """Do the causal claims hold up? Agreement with exact effects, calibration, and which measure says when a feature acts.
 
     python benchmarks/causes.py --demo runs/demo0 --seed 0 --demo runs/demo1 --seed 1
-    python benchmarks/causes.py --run runs/e2l --task sva:simple_test.json --baseline zero
+    python benchmarks/causes.py --run runs/e2l --task sva:simple_test.json
 
 RUN is a run directory with a trained crosscoder; for `--demo` its snapshots are the demo's with the seed of the same
 position, and its tasks simple, pp and subj_rel. For every task, on one half of its prompts:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", action="append", type=int, default=[], help="its seed")
     parser.add_argument("--run", action="append", default=[], help="another run directory")
     parser.add_argument("--task", action="append", default=[], help="task of the other runs, as in crosslens attribute")
-    parser.add_argument("--baseline", default="patch")
+    parser.add_argument("--baseline", help="by default that of crosslens attribute")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--exact", type=int, default=100)
     parser.add_argument("--shuffles", type=int, default=3)
@@ -86,7 +86,9 @@ def measure_task(
     baseline = arguments.baseline
 
     def run(part: cl.Task) -> PromptRuns:
-        return PromptRuns(crosscoder, snaps, part, paired=baseline == "patch", settings=CPU)
+        return PromptRuns(
+            crosscoder, snaps, part, paired=None if baseline is None else baseline == "patch", settings=CPU
+        )
 
     selection, held_out = task.split(seed)
     runs = run(selection)
@@ -113,7 +115,7 @@ def measure_task(
 
 
 def agreement(
-    runs: PromptRuns, effects: dict[str, Attribution], baseline: str, n: int
+    runs: PromptRuns, effects: dict[str, Attribution], baseline: str | None, n: int
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """By method and kind of exact effect: correlation at the last snapshot, and the lowest."""
     found: dict[str, dict[str, list[float]]] = {name: {"removed": [], "both": []} for name in effects}
@@ -132,7 +134,7 @@ def agreement(
     }
 
 
-def shuffled(run: Any, task: cl.Task, baseline: str, draw: int) -> float:
+def shuffled(run: Any, task: cl.Task, baseline: str | None, draw: int) -> float:
     """Share of active features and snapshots that are significant when answers are swapped at random."""
     rng = random.Random(draw)
     items = [
