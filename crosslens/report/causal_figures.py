@@ -381,17 +381,19 @@ def prompt_words(table: Frame) -> Grid | str:
     prompts = sorted(ints(table["prompt"].unique()))
     shown = [prompts[i * len(prompts) // min(N_PROMPTS, len(prompts))] for i in range(min(N_PROMPTS, len(prompts)))]
     rows = table[table["prompt"].isin(shown) & table["snapshot"].isin(few)]
-    largest, longest = float(rows["effect"].abs().max()), int(rows["position"].max()) + 1
+    rows = rows[rows.groupby("position")["effect"].transform(lambda effects: (effects != 0).any())]  # not the BOS
+    positions = sorted(ints(rows["position"].unique()))
+    largest = float(rows["effect"].abs().max())
     grid: list[list[Cell]] = []
     for (prompt, _), words in rows.sort_values("position").groupby(["prompt", "snapshot"], sort=True):
-        cells = [Cell(f"prompt {prompt}, {words['label'].iloc[0]}")]
+        cells = [Cell(f"prompt {prompt}, {words['label'].iloc[0]}"), *(Cell("") for _ in positions)]
         for word in words.itertuples():
             feature = "" if word.feature < 0 else f" {word.feature}"
             effect = float(word.effect)
             weight = math.copysign(math.sqrt(abs(effect) / largest), effect) if effect else 0.0
-            cells.append(Cell(f"{str(word.token).strip() or '␣'}{feature}", weight))
-        grid.append(cells + [Cell("")] * (longest - len(words)))
-    header = ["", *(str(position) for position in range(longest))]
+            cells[1 + positions.index(word.position)] = Cell(f"{str(word.token).strip() or '␣'}{feature}", weight)
+        grid.append(cells)
+    header = ["", *(str(position) for position in positions)]
     note = f"The deepest colour is an effect of {largest:.2f} logits. {len(shown)} of {len(prompts)} kept prompts."
     return Grid(header, grid, rows.reset_index(drop=True), note)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from crosslens.report import evolution_figures, overview_figures
+from crosslens.report import causal_figures, evolution_figures, overview_figures
 from crosslens.report.chart import Grid
 
 
@@ -177,3 +178,33 @@ def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
     assert ("--untrained" in chart.note) == (not untrained)
     pd.testing.assert_frame_equal(chart.data, table)
     assert isinstance(evolution_figures.birth_counts(table.assign(n=0)), str)
+
+
+def words(S: int = 4, n_prompts: int = 8) -> pd.DataFrame:
+    """The words of prompts of different lengths; nothing acts on the first, and position 1 opposes the answer."""
+    rows = [
+        {"prompt": prompt, "snapshot": s, "label": f"step{s}", "step": s, "position": t, "token": " <b>"[: t + 1],
+         "effect": 0.1 * s * (-1) ** t * (t > 0), "feature": t if t * s else -1, "feature_effect": 0.1 * s * t}
+        for prompt in range(n_prompts)
+        for s in range(S)
+        for t in range(3 + prompt % 2)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_words_are_tinted_by_their_effects() -> None:
+    grid = causal_figures.prompt_words(words())
+    assert isinstance(grid, Grid)
+    assert grid.header == ["", "1", "2", "3"]  # no feature acts at position 0
+    assert [row[0].text for row in grid.rows[:4]] == [f"prompt 0, step{s}" for s in (0, 2, 3)] + ["prompt 1, step0"]
+    assert len(grid.rows) == 6 * 3 and {len(row) for row in grid.rows} == {4}
+    for row in grid.rows:
+        prompt, s = map(int, re.findall(r"\d+", row[0].text))
+        for t, cell in enumerate(row[1:], start=1):
+            if t == 3 and prompt % 2 == 0:
+                assert (cell.text, cell.weight) == ("", 0)  # a shorter prompt
+            else:
+                assert cell.text == " <b>"[: t + 1].strip() + (f" {t}" if s else "")
+                assert cell.weight == pytest.approx((-1) ** t * math.sqrt(s / 3))
+    assert "0.30 logits. 6 of 8 kept prompts" in grid.note
+    assert isinstance(causal_figures.prompt_words(words().assign(effect=0.0)), str)
