@@ -85,20 +85,20 @@ def measure_task(
 ) -> dict[str, Any]:
     baseline = arguments.baseline
 
-    def run(part: cl.Task) -> PromptRuns:
-        return PromptRuns(
-            crosscoder, snaps, part, paired=None if baseline is None else baseline == "patch", settings=CPU
-        )
+    first, second = task.split(seed)
+    paired = None if baseline is None else baseline == "patch"
+    runs = PromptRuns(crosscoder, snaps, first, paired=paired, settings=CPU)
 
-    selection, held_out = task.split(seed)
-    runs = run(selection)
+    def run(part: cl.Task) -> PromptRuns:
+        return PromptRuns(crosscoder, snaps, part, paired=runs.paired, settings=CPU)
+
     effects = {name: attribute(runs, name, baseline=baseline) for name in METHODS}
     ie = effects["removal"]
     row: dict[str, Any] = {"prompts": len(runs), "agreement": agreement(runs, effects, baseline, arguments.exact)}
     row["completeness"] = round(float(effects["ig"].completeness.max()), 6)
     row["significant"] = round(float(significant(ie)[ie.active].double().mean()), 4)
-    row["shuffled"] = [shuffled(run, selection, baseline, draw) for draw in range(arguments.shuffles)]
-    summary = validate(run(held_out), ie, baseline=baseline, decodability=decodability, seed=seed).summary
+    row["shuffled"] = [shuffled(run, first, baseline, draw) for draw in range(arguments.shuffles)]
+    summary = validate(run(second), ie, baseline=baseline, decodability=decodability, seed=seed).summary
     row["features"] = int(summary["n_features"].iloc[0])
     row["validation"] = {
         f"{each['kind']} {each['target']} {each['measure']}": [

@@ -92,6 +92,8 @@ BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
 _JUDGED_TOKENS = 2048
 """Tokens for the error of the models' dtype and attention."""
+HELD_OUT_BYTES = 256 << 20
+"""Held-out activations of no more than this are kept when models make them."""
 MIXING_BYTES = 4 << 30
 """Host memory of the default mixing buffer. It is the same on every machine, because the order depends on it."""
 
@@ -179,6 +181,7 @@ class Activations:
         self._cache: ActivationCache | None = None
         self._cached_rows: CachedRows | None = None
         self._held: Held | None = None
+        self._kept: dict[int, Tensor] = {}
         self._tokens: Tensor | None = None
         self._n_train = 0
 
@@ -213,7 +216,7 @@ class Activations:
             return self
         if hook_name not in self._parts:
             part = copy.copy(self)
-            part.hook_names, part._parts, part._whole = (hook_name,), {}, self
+            part.hook_names, part._parts, part._whole, part._kept = (hook_name,), {}, self, {}
             self._parts[hook_name] = part
         return self._parts[hook_name]
 
@@ -425,10 +428,25 @@ class Activations:
         return [(first, min(first + size, n)) for first in range(0, n, size)]
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer."""
+        """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer.
+
+        An analysis reads them many times. If they take no more than `HELD_OUT_BYTES` they are kept in memory, and the
+        models run once.
+        """
+        small = self._cache is None and self._held_out_bytes() <= HELD_OUT_BYTES
         for first in range(self._n_train or len(self.train_tokens()), len(self.tokens), self.block_sequences):
             last = min(first + self.block_sequences, len(self.tokens))
-            yield from self.block(first, last)[self.keep(self.tokens[first:last])].split(batch_size)
+            if first not in self._kept:
+                x = self.block(first, last)[self.keep(self.tokens[first:last])]
+                if not small:
+                    yield from x.split(batch_size)
+                    continue
+                self._kept[first] = x
+            for part in self._kept[first].split(batch_size):
+                yield part.clone()  # what is kept must not change
+
+    def _held_out_bytes(self) -> int:
+        return int(self.keep(self.held_out_tokens()).sum()) * self.n_snapshots * self.d_model * 4
 
     # ------------------------------------------------------------------ cache
     def cache(
@@ -511,7 +529,7 @@ class Activations:
     def _reading(self, cache: ActivationCache) -> Activations:
         """The same activations, read from a cache."""
         cached = copy.copy(self)
-        cached._cache, cached._held = cache, None
+        cached._cache, cached._held, cached._kept = cache, None, {}
         cached._cached_rows = CachedRows(cache, Order(cache.training_counts(), self.seed), cached._repair)
         return cached
 
@@ -556,6 +574,7 @@ class Activations:
         Raises:
             UserError: the models or the dataset are in memory.
         """
+        cache = None if self._cache is None else [str(self._cache.folder.resolve()), self._cache.dtype]
         snapshots, source = self.snapshots.to_dict(), self.dataset.source
         if not isinstance(source, (str, Path)):
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
@@ -569,12 +588,16 @@ class Activations:
             "seed": self.seed,
             "mixing_tokens": self._mixing_tokens,
             "settings": settings,
+            "cache": cache,
         }
 
     @classmethod
     def from_dict(cls, recorded: dict[str, Any], settings: ModelSettings | None = None) -> Activations:
-        """The activations that `to_dict` recorded; `settings` replace the recorded ones."""
-        return cls(
+        """The activations that `to_dict` recorded; `settings` replace the recorded ones.
+
+        If they were read from a cache that is still there, they are again, and neither dataset nor models are needed.
+        """
+        acts = cls(
             Snapshots.from_dict(recorded["snapshots"]),
             recorded["hook_name"],
             Dataset(**recorded["dataset"]),
@@ -582,6 +605,14 @@ class Activations:
             settings=settings or ModelSettings(**recorded["settings"]),
             mixing_tokens=recorded.get("mixing_tokens"),
         )
+        folder, dtype = recorded.get("cache") or (None, None)
+        if folder is None or not (Path(folder) / "manifest.json").is_file():
+            return acts
+        try:
+            return acts.cache(folder, dtype)
+        except UserError as error:
+            tqdm.write(f"the cache {folder} is not used, and the models run instead: {error}", file=sys.stderr)
+            return acts
 
     def plan(
         self,
@@ -630,7 +661,7 @@ class Activations:
         fit = one_model * S <= allowed
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
-        own = batch_size // data_parallel
+        own, kept = batch_size // data_parallel, self._held_out_bytes()
         matrix, evaluation = 0, 0
         if architecture is not None:
             share = data_parallel / processes
@@ -654,7 +685,7 @@ class Activations:
             batch_bytes=min(own, self.n_tokens) * S * D * 4,
             order_bytes=order_bytes(self.n_tokens, S, size * T),
             mixing_tokens=self.mixing_tokens,
-            mixing_bytes=self.mixing_tokens * S * D * 4 + chunk,
+            mixing_bytes=self.mixing_tokens * S * D * 4 + chunk + (kept if kept <= HELD_OUT_BYTES else 0),
             # one shard is written while the next is harvested
             harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
             n_files=1 + files,

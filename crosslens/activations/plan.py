@@ -245,7 +245,8 @@ class Plan:
         batch_bytes: one batch of float32 activations of all snapshots in one process.
         order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.
         mixing_tokens: tokens in the buffer that live batches are drawn from.
-        mixing_bytes: this buffer in float32, and a chunk of sequences on its way into it.
+        mixing_bytes: this buffer in float32, a chunk of sequences on its way into it, and held-out activations that are
+            kept.
         harvest_bytes: host memory for filling a cache, besides model and forward pass: a shard of one snapshot.
         n_files: files of the cache.
         batch_sequences: expected number of sequences in a batch, cached and live.

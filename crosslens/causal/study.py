@@ -141,12 +141,14 @@ def study_task(
         UserError: a single snapshot, a task that cannot be split or has no usable items, "patch" without paired
             prompts, fewer than three features active at a snapshot.
     """
+    first, second = task.split(seed)
     paired = None if baseline is None else baseline == "patch"
+    selection = PromptRuns(crosscoder, snapshots, first, paired=paired, settings=settings)
 
-    def run(part: Task) -> PromptRuns:
-        return PromptRuns(crosscoder, snapshots, part, paired=paired, settings=settings)
+    def run(part: Task) -> PromptRuns:  # all as the first half
+        return PromptRuns(crosscoder, snapshots, part, paired=selection.paired, settings=settings)
 
-    selection, held_out = (run(half) for half in task.split(seed))
+    held_out = run(second)
     options = {"n_exact": sizes.n_exact, "n_bootstrap": sizes.n_bootstrap}
     ie = attribute(selection, baseline=baseline, positions=True, **options)
     estimates = {"removal": ie, **{name: attribute(selection, name, baseline=baseline) for name in ("ig", "gradient")}}

@@ -344,8 +344,8 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     cut = snapshots[0].load(n_blocks=2).original_model
     size = sum(p.numel() for p in cut.parameters())
     assert plan.model_bytes == pytest.approx(4 * size, rel=0.01) and plan.models_fit
-    token, n = 3 * 16 * 4, acts.n_tokens
-    assert plan.batch_bytes == n * token and plan.mixing_bytes == (n + 13 * T) * token
+    token, n, held = 3 * 16 * 4, acts.n_tokens, int(acts.keep(acts.held_out_tokens()).sum())
+    assert plan.batch_bytes == n * token and plan.mixing_bytes == (n + 13 * T + held) * token
     assert plan.order_bytes == int(n * (5 + 3 * 5 / 32))
     assert plan.cached_bytes == 3 * plan.batch_bytes + plan.order_bytes
     assert plan.live_bytes == 3 * plan.model_bytes + plan.pass_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
@@ -410,6 +410,42 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
     live = plan.live_bytes - plan.loaded_bytes - plan.pass_bytes
     assert f"{mib(plan.loaded_bytes + plan.pass_bytes)} of GPU memory, {mib(live)} of host memory" in lines["live"]
     assert f"{mib(plan.cached_bytes)} of host memory" in lines["cached"]
+
+
+def test_held_out_activations_are_kept_if_they_are_few(
+    snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    acts, blocks = make(snapshots, tiny_text), []
+    monkeypatch.setattr(Activations, "block", lambda self, *at: blocks.append(at) or Activations_block(self, *at))
+    first = torch.cat(list(acts.held_out(50)))
+    n = len(blocks)
+    assert n > 0
+    for x in acts.held_out(7):
+        x.zero_()  # what a caller does with them changes nothing
+    assert torch.equal(torch.cat(list(acts.held_out(50))), first) and len(blocks) == n
+    monkeypatch.setattr("crosslens.activations.loader.HELD_OUT_BYTES", first.nbytes - 1)
+    many = make(snapshots, tiny_text)
+    assert all(torch.equal(torch.cat(list(many.held_out(50))), first) for _ in range(2)) and len(blocks) == 3 * n
+
+
+def test_a_run_reads_the_cache_it_was_recorded_with(
+    snapshots: Snapshots, tiny_text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(tiny_text))
+    cached = make(snapshots, path).cache(tmp_path / "cache", "int8")
+    recorded = json.loads(json.dumps(cached.to_dict()))
+    again = Activations.from_dict(recorded)
+    found = torch.cat(list(again.held_out()))
+    assert torch.equal(found, torch.cat(list(cached.held_out())))
+    live = torch.cat(list(make(snapshots, path).held_out()))
+    assert not torch.equal(found, live)  # int8 rounds
+    other = {**recorded, "hook_name": "blocks.0.hook_resid_post"}
+    capsys.readouterr()
+    assert not torch.equal(torch.cat(list(Activations.from_dict(other).held_out())), found)
+    assert "is not used, and the models run instead" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(torch.cat(list(Activations.from_dict(recorded).held_out())), live)
 
 
 def test_recorded_and_made_again(snapshots: Snapshots, tiny_text: list[str], tmp_path: Path):
