@@ -415,8 +415,15 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
 def test_held_out_activations_are_kept_if_they_are_few(
     snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    acts, blocks = make(snapshots, tiny_text), []
-    monkeypatch.setattr(Activations, "block", lambda self, *at: blocks.append(at) or Activations_block(self, *at))
+    acts = make(snapshots, tiny_text)
+    blocks: list[tuple[int, int]] = []
+    block = Activations.block
+
+    def counted(acts: Activations, first: int, last: int) -> Tensor:
+        blocks.append((first, last))
+        return block(acts, first, last)
+
+    monkeypatch.setattr(Activations, "block", counted)
     first = torch.cat(list(acts.held_out(50)))
     n = len(blocks)
     assert n > 0
