@@ -605,7 +605,7 @@ class Activations:
             settings=settings or ModelSettings(**recorded["settings"]),
             mixing_tokens=recorded.get("mixing_tokens"),
         )
-        folder, dtype = recorded.get("cache") or (None, None)
+        folder, dtype = recorded.get("cache") or (None, "")
         if folder is None or not (Path(folder) / "manifest.json").is_file():
             return acts
         try:

@@ -306,10 +306,11 @@ class Attribution:
         """
         if self.prompts is None:
             raise UserError("no prompts are kept: compute the effects with positions=True")
-        kept = self.prompts["prompt"].unique().tolist()
+        every: Any = self.prompts
+        kept = every["prompt"].unique().tolist()
         if prompt not in kept:
             raise UserError(f"prompt {prompt} is not kept; these are: {', '.join(map(str, kept))}")
-        table = self.prompts[(self.prompts["prompt"] == prompt) & (self.prompts["feature"] >= 0)]
+        table = every[(every["prompt"] == prompt) & (every["feature"] >= 0)]
         table = table.drop(columns="prompt").reset_index(drop=True)
         table.insert(1, "label", [self.labels[s] for s in table["snapshot"]])
         return table
@@ -328,9 +329,8 @@ class Attribution:
             raise UserError("no prompts are kept: compute the effects with positions=True")
         # features that a ranking leaves out are no features of a word
         known = self.active.any(-1).numpy()
-        table = self.prompts.assign(
-            effect=self.prompts["effect"].where(known[self.prompts["feature"].clip(lower=0)], 0.0),
-        )
+        every: Any = self.prompts
+        table = every.assign(effect=every["effect"].where(known[every["feature"].clip(lower=0)], 0.0))
         table["feature"] = table["feature"].where(table["effect"] != 0, -1)
         keys = ["prompt", "snapshot", "position"]
         table["size"] = table["effect"].abs()
@@ -778,17 +778,18 @@ def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd
     prompts = [tokens for batch in runs.batches for tokens in batch.tokens]
     every = [(int(i), t) for i in _shown(runs) for t in range(len(prompts[i]))]
     texts = runs.snapshots.tokenizer.batch_decode([[int(prompts[i][t])] for i, t in every])
-    tokens = pd.DataFrame(every, columns=["prompt", "position"]).assign(token=texts)
-    tables: list[pd.DataFrame] = []
+    tokens: Any = pd.DataFrame(every, columns=["prompt", "position"]).assign(token=texts)
+    tables: list[Any] = []
     for s, rows in enumerate(words):
         prompt, position, column = rows[:, :3].long().T.numpy()
         features = runs.features.numpy()[column]
         effects = {"prompt": prompt, "position": position, "feature": features, "effect": rows[:, 3].numpy()}
         # an edit's change may come in two parts: where the feature is clean, and where it is in the paired prompt
-        summed = pd.DataFrame(effects).groupby(["prompt", "position", "feature"], as_index=False)["effect"].sum()
+        table: Any = pd.DataFrame(effects)
+        summed = table.groupby(["prompt", "position", "feature"], as_index=False)["effect"].sum()
         table = tokens.merge(summed[summed["effect"] != 0], how="left", on=["prompt", "position"])
         tables.append(table.fillna({"feature": -1, "effect": 0.0}).assign(snapshot=s))
-    found = pd.concat(tables, ignore_index=True).astype({"feature": "int64"})
+    found: Any = pd.concat(tables, ignore_index=True).astype({"feature": "int64"})
     return found[["prompt", "snapshot", "position", "token", "feature", "effect"]]
 
 

@@ -149,7 +149,7 @@ def study_task(
         return PromptRuns(crosscoder, snapshots, part, paired=selection.paired, settings=settings)
 
     held_out = run(second)
-    options = {"n_exact": sizes.n_exact, "n_bootstrap": sizes.n_bootstrap}
+    options: dict[str, Any] = {"n_exact": sizes.n_exact, "n_bootstrap": sizes.n_bootstrap}
     ie = attribute(selection, baseline=baseline, positions=True, **options)
     estimates = {"removal": ie, **{name: attribute(selection, name, baseline=baseline) for name in ("ig", "gradient")}}
     last, most = len(snapshots) - 1, int(ie.active.sum(0).min())

@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
+from crosslens.activations.plan import logit_sequences
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.geometry import total_dimensionality
@@ -163,7 +164,7 @@ def measure_dynamics(
     draws = torch.from_numpy(np.vstack([np.ones((1, G)), weights]))
     snapshots.check(weights=False)
     found: dict[str, list[np.ndarray]] = {"kl1": [], "kl2": [], "loss": []}
-    step = max(1, batch_tokens // T)
+    step = min(max(1, batch_tokens // T), logit_sequences(len(snapshots.tokenizer), T))
     for s in tqdm(range(len(snapshots)), desc="Dynamics", unit="snapshot", leave=False):
         model: Any = snapshots.model(s, settings)
         averages.clear()

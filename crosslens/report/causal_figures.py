@@ -111,7 +111,7 @@ def _strip(table: Frame, column: str, title: str) -> Chart:
     size = _largest(defined)
     features = size.index[:MAX_POINTS]
     share = defined[defined["snapshot"] == second].set_index("feature")[column].reindex(features)
-    strongest = _strongest(defined, features)
+    strongest: Frame = _strongest(defined, features)
     figure = new_figure("IE (logits)", height=360)
     for name, inside, style in (
         ("supports the correct answer", strongest > 0, Style(SERIES[0], "circle")),

@@ -167,6 +167,7 @@ def _losses(
     """Sums over predicted tokens of the three cross-entropies and the KL divergence."""
     zero = spliced_logits(model, tokens, hook_name, torch.zeros_like(decoded), keep)
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
+    of_zero = None
     for of_zero, target in _predictions(tokens, zero):
         sums[2] += _cross_entropy(of_zero, target)
     del zero, of_zero  # before the next logits: with a large vocabulary they are most of what evaluation holds
