@@ -35,7 +35,7 @@ class UserError(ValueError):
 def did_you_mean(value: object, options: Iterable[object]) -> str:
     """A clause for the end of a message that names the option closest to `value`, or an empty string."""
     close = difflib.get_close_matches(str(value), [str(option) for option in options], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {shortened(repr(close[0]))}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

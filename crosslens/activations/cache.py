@@ -33,6 +33,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, lru_cache
@@ -47,7 +48,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crosslens.activations.order import RUN, Indices, stored_order
-from crosslens.errors import UserError, did_you_mean, first_line, shortened
+from crosslens.errors import UserError, brief, did_you_mean, first_line, shortened
 
 try:
     import fcntl
@@ -155,7 +156,8 @@ class ActivationCache:
             _remove(self.folder.glob("*.tmp"))
             recorded = {**request, "shard_sequences": shard_sequences, "source": source}
             partial = manifest.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
-            partial.write_text(json.dumps(recorded, indent=1))
+            recorded = json.loads(json.dumps(recorded))
+            partial.write_text(json.dumps({"checksum": _json_digest(recorded), **recorded}, indent=1))
             os.replace(partial, manifest)
         return shard_sequences
 
@@ -183,6 +185,8 @@ class ActivationCache:
                 locks.wait(0)
                 for shard in self._missing_tokens():
                     first, last = self.span(shard)
+                    if self._tokens_path(shard).exists():
+                        warnings.warn(f"{self._tokens_path(shard)} is damaged: writing it again", stacklevel=4)
                     tensors = {"tokens": self.tokens[first:last], "rows": torch.from_numpy(self._order(shard))}
                     write_file(self._tokens_path(shard), {k: v.to(torch.int32) for k, v in tensors.items()}, {})
                 self._missing_tokens()
@@ -244,7 +248,11 @@ class ActivationCache:
         """
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
         pairs = ((shard, s) for s in range(self.n_snapshots) for shard in range(self.n_shards))
-        return [pair for pair in pairs if not self._is_good(pair, sizes.get(self.path(*pair).name), verify)]
+        missing = [pair for pair in pairs if not self._is_good(pair, sizes.get(self.path(*pair).name), verify)]
+        for path in (self.path(*pair) for pair in missing):
+            if path.name in sizes:
+                warnings.warn(f"{path} is damaged: it has to be harvested again", stacklevel=3)
+        return missing
 
     def _is_good(self, pair: tuple[int, int], size: int | None, verify: bool) -> bool:
         if size != self._file_bytes(pair[0]):
@@ -752,9 +760,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, OSError) as error:
-        raise _damaged_manifest(path, first_line(error)) from error
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise _damaged_manifest(path, brief(error)) from error
+    checksum = found.pop("checksum", None)  # caches of older releases have none
+    if checksum is not None and checksum != _json_digest(found):
+        raise _damaged_manifest(path, "its contents do not have the checksum in it")
+    return found
 
 
 def _damaged_manifest(path: Path, what: str) -> UserError:
@@ -812,15 +824,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError("no header of this format")
         entries = json.loads(raw[8:])
         notes = json.loads(entries.pop("__metadata__")["crosslens"])
-        if notes.pop("header") != _header_digest(entries, notes):
+        if notes.pop("header") != _json_digest([entries, notes]):
             raise ValueError("its header does not match its checksum")
         return entries, notes
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedShardError(path, f"cannot be read ({first_line(error)})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedShardError(path, f"cannot be read ({brief(error)})") from error
 
 
-def _header_digest(entries: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps([entries, notes], sort_keys=True).encode())
+def _json_digest(contents: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -847,7 +859,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     for name, tensor in tensors.items():
         first, end = end, end + arrays[name].nbytes
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
-    notes = {**notes, "header": _header_digest(entries, notes)}
+    notes = {**notes, "header": _json_digest([entries, notes])}
     header = json.dumps({"__metadata__": {"crosslens": json.dumps(notes)}, **entries}).encode().ljust(HEADER - 8)
     # with locks, only one process writes this file
     partial = path.with_suffix(".tmp" if fcntl is not None else f".{uuid.uuid4().hex}.tmp")

@@ -60,7 +60,7 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> None:
         UserError: a file is not what was saved; names the file and the tensor.
     """
     expected = config.get("metadata", {}).get(KEY)
-    if expected is None:
+    if expected is None and not _has_lost_checksums(config):
         return
     if not isinstance(expected, dict) or expected.get(CONFIG) != config_checksum(config):
         raise UserError(
@@ -74,3 +74,9 @@ def check_files(folder: Path, config: Mapping[str, Any]) -> None:
                     f"{folder / WEIGHTS} is damaged, or belongs to another crosscoder: the checksum of {name} is not "
                     f"that in {CONFIG}; restore it, train or download it again"
                 )
+
+
+def _has_lost_checksums(config: Mapping[str, Any]) -> bool:
+    """Whether checksums are where none belong: what is around them was damaged, such as the word "metadata"."""
+    others = [part for name, part in config.items() if name != "metadata"]
+    return any(isinstance(part, dict) and KEY in part for part in (config, *others))

@@ -24,15 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from crosslens.errors import UserError, first_line
+from crosslens.errors import UserError, brief
 
 _FORMAT = "crosslens ngrams 1"
+_TENSORS = ("unigrams", "starts", "followers", "counts")
 _PAIRS = 1 << 26  # encoded pairs to sort at a time
 
 
@@ -105,29 +107,42 @@ class NgramCounts:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the counts to the safetensors file `path`."""
-        tensors = {name: getattr(self, name).contiguous() for name in ("unigrams", "starts", "followers", "counts")}
-        save_file(tensors, path, {"format": _FORMAT, "about": json.dumps({"vocabulary": self.vocabulary})})
+        """Write the counts, with a checksum, to the safetensors file `path`."""
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        about = {"vocabulary": self.vocabulary, "checksum": self._checksum()}
+        save_file(tensors, path, {"format": _FORMAT, "about": json.dumps(about)})
         return Path(path)
+
+    def _checksum(self) -> str:
+        digest = xxhash.xxh3_64(self.vocabulary.encode())
+        for name in _TENSORS:
+            digest.update(getattr(self, name).contiguous().numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> NgramCounts:
         """Load the counts that `save` wrote to `path`.
 
         Raises:
-            UserError: `path` is missing or is not such a file.
+            UserError: `path` is missing, damaged, or is not such a file.
         """
+        again = "count again, or give a file written by NgramCounts.save"
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise UserError(f"{path} holds no n-gram counts: give a file written by NgramCounts.save")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(**tensors, vocabulary=json.loads(metadata["about"])["vocabulary"])
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path} cannot be read ({first_line(error)}): give a file written by NgramCounts.save"
-            ) from error
+            about = json.loads(metadata["about"])
+            found = cls(**tensors, vocabulary=about["vocabulary"])
+            whole = about.get("checksum") in (None, found._checksum())  # files of older releases have none
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can raise anything
+            raise UserError(f"{path} cannot be read ({brief(error)}): {again}") from error
+        if not whole:
+            raise UserError(f"{path} is damaged (its counts do not have the checksum in it): {again}")
+        return found
 
 
 def count_ngrams(

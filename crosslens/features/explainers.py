@@ -2,7 +2,7 @@
 
 1. Every prompt has a key, a hash of the prompt and the model. Prompts that have been answered are not sent again.
 2. Answers are appended to a file of JSON lines as they arrive, so a killed run loses only the requests in flight. An
-   incomplete last line is ignored.
+   incomplete or damaged line is ignored, with a warning.
 3. All requests obey the rate limit, including the clients' own retries after a status such as 429 or 500.
 4. Refusals, answers cut off at `max_tokens` and malformed answers are kept with their status. Failed requests are not.
 
@@ -18,12 +18,15 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from crosslens.errors import UserError, did_you_mean, first_line
 
@@ -294,17 +297,26 @@ class Answers:
         self._replies: dict[str, Reply] = {}
         self._times: Counter[str] = Counter()
         if path is not None and path.is_file():
-            for line in path.read_bytes().splitlines():
-                self._read(line)
+            read = [self._read(line) for line in path.read_bytes().split(b"\n") if line]
+            if damaged := read.count(False):
+                warnings.warn(
+                    f"{path} has {damaged} of {len(read)} lines that are incomplete or damaged: what they answered is "
+                    "asked again",
+                    stacklevel=3,
+                )
 
-    def _read(self, line: bytes) -> None:
+    def _read(self, line: bytes) -> bool:
+        """Keep the answer in a line; False if there is none, or it does not have the line's checksum."""
         try:
             found = json.loads(line)
             key, reply = found["key"], Reply(**{name: found[name] for name in Reply.__annotations__})
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return  # an incomplete or foreign line
-        if isinstance(key, str) and isinstance(reply.text, str):
-            self._keep(key, reply)
+            checksum = found.pop("checksum", None)  # lines of older releases have none
+            if not isinstance(key, str) or not isinstance(reply.text, str) or checksum not in (None, _checksum(found)):
+                return False
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return False
+        self._keep(key, reply)
+        return True
 
     def _keep(self, key: str, reply: Reply) -> None:
         self._replies[key] = reply
@@ -325,13 +337,18 @@ class Answers:
             if self._path is None:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"key": key, **about, **asdict(reply)}).encode() + b"\n"
+            contents = {"key": key, **about, **asdict(reply)}
+            line = json.dumps({**contents, "checksum": _checksum(contents)}).encode() + b"\n"
             with self._path.open("a+b") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":  # the last line is incomplete
                         line = b"\n" + line
                 file.write(line)
+
+
+def _checksum(contents: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
 class _RateLimit:

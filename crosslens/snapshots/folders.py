@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslens.errors import UserError, shortened
+from crosslens.errors import UserError, brief, shortened
 
 if TYPE_CHECKING:
     from crosslens.snapshots.snapshot import Snapshot
@@ -62,10 +62,11 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
                 raise TypeError("label and path are strings")
             if any(type(row[key]) not in (int, type(None)) for key in ("step", "tokens")):
                 raise TypeError("step and tokens are whole numbers")
+            (path.parent / row["path"]).is_dir()  # raises what a path of this length or with these characters raises
         return str(manifest.get("name", path.parent.name)), rows
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a manifest of snapshots ({type(error).__name__}: {error}): write "
+            f"{path} is not a manifest of snapshots ({type(error).__name__}: {brief(error)}): write "
             '{"snapshots": [{"label": "start", "path": "folder", "step": 0, "tokens": 0}, ...]}'
         ) from error
 

@@ -33,8 +33,10 @@ def remembered_hash(files: Sequence[Path]) -> str | None:
     """The checksum of these files, if it was computed before and they have not changed since."""
     try:
         found = json.loads(_record(files).read_text())
-        return str(found["sha256"]) if found["files"] == _state(files) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        # a record of an older release has no checksum, and one that is damaged another: it is computed again
+        whole = found["checksum"] == _checksum(found["sha256"], found["files"])
+        return str(found["sha256"]) if whole and found["files"] == _state(files) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -51,11 +53,15 @@ def remember_hash(files: Sequence[Path], sha256: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"sha256": sha256, "files": state}))
+        partial.write_text(json.dumps({"sha256": sha256, "files": state, "checksum": _checksum(sha256, state)}))
         os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _checksum(sha256: str, state: list[list[str | int]]) -> str:
+    return hashlib.sha256(json.dumps([sha256, state]).encode()).hexdigest()
 
 
 def _record(files: Sequence[Path]) -> Path:

@@ -104,7 +104,7 @@ def weight_etags(repo: str, commit: str) -> tuple[str, ...] | None:
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
                 found = [_etag(repo, commit, name) for name in sorted(names)]
                 return None if None in found else tuple(etag for etag in found if etag)
-    except (*_NO_ANSWER, UserError, ValueError, KeyError, TypeError, AttributeError):
+    except (*_NO_ANSWER, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None
 

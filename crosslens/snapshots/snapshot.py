@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
-from crosslens.errors import UserError, first_line
+from crosslens.errors import UserError, brief, check_inside, first_line
 from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
     WEIGHTS,
@@ -160,17 +160,19 @@ class Snapshot:
         try:
             with quiet():
                 return AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._error(f"transformers cannot read {folder / 'config.json'}: {first_line(error)}") from error
+        except Exception as error:  # values of a wrong type or size can raise anything
+            raise self._error(f"transformers cannot read {folder / 'config.json'}: {brief(error)}") from error
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in `tokenizer_source`."""
         folder = self.tokenizer_source()
         try:
             with quiet():
-                return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._error(f"transformers cannot read the tokenizer in {folder}: {first_line(error)}") from error
+                found = AutoTokenizer.from_pretrained(folder)
+                found("a")  # some settings of a wrong type are only noticed here
+                return found
+        except Exception as error:  # tokenizers raises the base class
+            raise self._error(f"transformers cannot read the tokenizer in {folder}: {brief(error)}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -361,8 +363,8 @@ class Snapshot:
             raise self._damaged(error.path) from error
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise self._error(f"transformers cannot load {self.folder()}: {first_line(error)}") from error
+        except Exception as error:  # as in `config`
+            raise self._error(f"transformers cannot load {self.folder()}: {brief(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise self._error(
                 f"{self.folder()} is missing {len(missing)} tensors, such as {missing[0]}, which would be initialised "
@@ -420,9 +422,11 @@ class Snapshot:
             if index := self._file(f"{filename}.index.json"):
                 try:
                     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    shards = [self._file(check_inside(name, f"{index}: file")) for name in names]
+                except UserError:
+                    raise
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
                     raise self._damaged(index) from error
-                shards = [self._file(name) for name in names]
                 if None in shards:
                     raise self._absent(names[shards.index(None)])
                 return [shard for shard in shards if shard]

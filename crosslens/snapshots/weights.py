@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from crosslens.errors import check_regular
@@ -55,7 +54,7 @@ def open_weights(path: Path, stack: contextlib.ExitStack) -> dict[str, Callable[
         # early snapshots of some families have no other format; weights_only executes no code
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {name: functools.partial(state.get, name) for name in state}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # zipfile, pickle, torch and safetensors each raise their own for damaged files
         raise DamagedFileError(path) from error
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +110,9 @@ def read_clams(path: Path, capitalise: bool, end: str, info: Mapping[str, str]) 
     for number, line in lines:
         verdict, _, sentence = line.partition("\t")
         if verdict not in ("True", "False") or not sentence.strip():
-            raise UserError(f"{path}, line {number}: {line!r} is not 'True' or 'False', a tab, and a sentence")
+            raise UserError(
+                f"{path}, line {number}: {shortened(repr(line))} is not 'True' or 'False', a tab, and a sentence"
+            )
         sentence = sentence.strip() + end
         sentences.append((number, verdict, sentence[0].upper() + sentence[1:] if capitalise else sentence))
     if len(sentences) % 2:
@@ -137,10 +139,9 @@ def _read_text(path: Path) -> str:
 def _read_parquet(path: Path) -> list[Row]:
     check_regular(path, "file of a task", MAX_BYTES)
     try:
-        frame = pd.read_parquet(path)
+        records = pd.read_parquet(path).to_dict("records")
     except Exception as error:  # pyarrow has its own exceptions, and not all are ValueErrors
         raise UserError(f"cannot read {path} ({first_line(error)}): give an existing parquet file") from error
-    records = frame.to_dict("records")
     return [Row(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, start=1)]
 
 
@@ -235,9 +236,7 @@ def select(rows: Sequence[Row], key: str, wanted: str) -> list[Row]:
     """
     present = sorted({str(row.values.get(key)) for row in rows})
     if wanted not in present:
-        raise UserError(
-            f"no row has {key} {wanted!r}: choose one of {', '.join(map(repr, present))}{did_you_mean(wanted, present)}"
-        )
+        raise UserError(f"no row has {key} {wanted!r}: choose one of {_named(present)}{did_you_mean(wanted, present)}")
     return [row for row in rows if str(row.values.get(key)) == wanted]
 
 
@@ -302,13 +301,19 @@ def _existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
 def _texts(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
     for key in columns.values():
         if key not in row.values:
-            present = ", ".join(repr(name) for name in row.values)
+            present = _named(row.values)
             raise UserError(
                 f"{row.where}: the key {key!r} is missing; present are {present}{did_you_mean(key, row.values)}"
             )
         if not isinstance(row.values[key], str):
-            raise UserError(f"{row.where}: the key {key!r} is {row.values[key]!r}; give text")
+            raise UserError(f"{row.where}: the key {key!r} is {shortened(repr(row.values[key]))}; give text")
     return {role: row.values[key] for role, key in columns.items()}
+
+
+def _named(names: Iterable[Any]) -> str:
+    """The first names, for a message."""
+    listed = [shortened(repr(name)) for name in islice(names, 21)]
+    return ", ".join(listed if len(listed) <= 20 else [*listed[:20], "..."])
 
 
 def _n_shared(a: Sequence[str], b: Sequence[str]) -> int:

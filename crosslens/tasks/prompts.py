@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, shortened
 
 
 def logit_difference(logits: Float[Tensor, "B V"], batch: PromptBatch) -> Float[Tensor, " B"]:
@@ -127,7 +127,9 @@ class Item:
     def __post_init__(self) -> None:
         for name in ("correct", "wrong"):
             if not getattr(self, name).strip():
-                raise UserError(f"the {name} answer after {self.prefix!r} is empty: give at least one word")
+                raise UserError(
+                    f"the {name} answer after {shortened(repr(self.prefix))} is empty: give at least one word"
+                )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, tensor_checksum, with_checksum
 from crosslens.distributed.parallel import Parallel
-from crosslens.errors import first_line
+from crosslens.errors import brief, first_line
 from crosslens.rundir import complete_checkpoints
 
 BLOCK_BYTES = 1 << 28
@@ -163,8 +163,8 @@ def _inspected(folder: Path, expected: dict[str, int], parallel: Parallel) -> tu
             path = folder / name
             if file_checksum(path) != checksum:
                 return {}, f"{name}: its checksum does not match"
-    except (OSError, ValueError, TypeError) as error:
-        return {}, f"{path.name}: {first_line(error)}"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return {}, f"{path.name}: {brief(error)}"
     try:
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:  # a file that no checksum belongs to can raise anything

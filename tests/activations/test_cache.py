@@ -237,9 +237,9 @@ def test_damage_is_found_and_only_that_file_is_harvested_again(
         warnings.simplefilter("always")
         cached = cached or make().cache(folder, "float32")
         assert torch.equal(torch.cat(list(cached.batches(64, epochs=1))), whole)
-    told = [str(w.message) for w in caught if "harvesting it again" in str(w.message)]
     # a wrong length is seen and repaired when the cache is opened, a wrong value when it is read
-    assert len(told) == (damage == "byte" or when == "after") and all(victim.name in line for line in told)
+    again = "harvesting it again" if damage == "byte" or when == "after" else "it has to be harvested again"
+    assert [victim.name in str(w.message) for w in caught if again in str(w.message)] == [True]
     after = state(folder)
     assert [name for name in before if before[name] != after[name]] == [victim.name] and before.keys() == after.keys()
     assert victim.read_bytes() == as_written
@@ -252,7 +252,8 @@ def test_a_cache_can_be_verified(make: Any, pristine: Path, tmp_path: Path):
     damage_file(victim, "byte")
     make().cache(folder, "float32")
     assert victim.read_bytes() != as_written
-    make().cache(folder, "float32", verify=True)
+    with pytest.warns(UserWarning, match=f"{victim.name} is damaged: it has to be harvested again"):
+        make().cache(folder, "float32", verify=True)
     assert victim.read_bytes() == as_written
     assert [name for name, when in state(folder).items() if before[name] != when] == [victim.name]
 
@@ -362,6 +363,41 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text()[:40])
     with pytest.raises(UserError, match="manifest.json is damaged .* delete the folder"):
         ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"})
+
+
+def test_a_changed_manifest_is_refused_even_where_no_request_differs(tmp_path: Path) -> None:
+    tokens = torch.arange(12, dtype=torch.int32).view(4, 3)
+
+    def opened() -> int:
+        return ActivationCache(tmp_path / "cache", tokens, 2, 2, 4, "float32", {"hook_name": "h"}).size
+
+    assert opened() == 2
+    manifest = tmp_path / "cache" / "manifest.json"
+    whole = manifest.read_text()
+    for text in (
+        whole.replace('"shard_sequences": 2', '"shard_sequences": 1'),
+        '{"a":' * 100_000 + "1" + "}" * 100_000,
+    ):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match="manifest.json is damaged .* delete the folder"):
+            opened()
+    contents = json.loads(whole)
+    del contents["checksum"]  # as older releases wrote it
+    manifest.write_text(json.dumps(contents))
+    assert opened() == 2
+
+
+def test_a_damaged_shard_of_tokens_is_written_again_and_told(make: Any, pristine: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pristine, tmp_path / "cache"))
+    victim = folder / "tokens-00001.safetensors"
+    as_written = victim.read_bytes()
+    damage_file(victim, "byte")
+    with pytest.warns(UserWarning, match=f"{victim.name} is damaged: writing it again"):
+        make().cache(folder, "float32")
+    assert victim.read_bytes() == as_written
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make().cache(folder, "float32")
 
 
 # ---------------------------------------------------------------------- what a file is

@@ -242,6 +242,32 @@ def test_checksums_of_another_form_are_refused(folder: Path, entry: Any) -> None
             load(folder)
 
 
+def test_a_flipped_bit_anywhere_in_the_config_is_refused_or_harmless(folder: Path) -> None:
+    """Also in the word "metadata", without which a config of another program has no checksums."""
+    config, expected = folder / "cfg.json", load(folder)
+    whole = config.read_bytes()
+    for at in range(len(whole)):
+        flip(config, at, 0)
+        try:
+            found = load(folder)
+        except UserError:
+            pass
+        else:
+            assert found.cfg.snapshot_labels == expected.cfg.snapshot_labels, whole[at - 10 : at + 10]
+            assert torch.equal(found.W_dec, expected.W_dec)
+        config.write_bytes(whole)
+
+
+@pytest.mark.parametrize("release", ["6s_4.1", "x", "\u00b2", 6, "5.9"])
+def test_a_release_that_is_none_is_refused(folder: Path, release: Any) -> None:
+    change(folder, metadata__checksums=None, metadata__sae_lens_version=release)
+    if release == "6s_4.1":
+        load(folder)  # its number can be read
+    else:
+        with pytest.raises(UserError, match="is not a release from 6 on"):
+            load(folder)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_crosscoder_that_was_changed_is_saved_with_its_own_checksums(
     folder: Path, tmp_path: Path, dtype: str

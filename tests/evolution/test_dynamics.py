@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import crosslens.evolution.dynamics
@@ -120,6 +122,25 @@ def test_counts_can_be_saved_and_loaded(snaps: Snapshots, tmp_path: Path) -> Non
     model = next(Path(snaps[0].folder()).glob("*.safetensors"))
     with pytest.raises(UserError, match="holds no n-gram counts"):
         NgramCounts.load(model)
+
+
+def test_damaged_counts_are_refused(snaps: Snapshots, tmp_path: Path) -> None:
+    counts = count_ngrams(random_tokens(5, 8, len(snaps.tokenizer), 0), snaps.tokenizer)
+    path = counts.save(tmp_path / "counts.safetensors")
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="counts.safetensors is damaged .*: count again, or give a file"):
+            NgramCounts.load(path)
+    for old, new in ((counts.vocabulary[:9], "123456789"), ("vocabulary", "vocabulari"), ('"about":"{', '"about":"[')):
+        path.write_bytes(whole.replace(old.encode(), new.encode()))
+        assert path.read_bytes() != whole
+        with pytest.raises(UserError, match=r"counts.safetensors (is damaged|cannot be read) \(.*\): count again"):
+            NgramCounts.load(path)
+    tensors = {name: getattr(counts, name) for name in ("unigrams", "starts", "followers", "counts")}
+    about = json.dumps({"vocabulary": counts.vocabulary})  # as older releases wrote it
+    save_file(tensors, path, {"format": "crosslens ngrams 1", "about": about})
+    assert NgramCounts.load(path).vocabulary == counts.vocabulary
 
 
 def test_counts_of_another_tokenizer_are_refused(snaps: Snapshots) -> None:

@@ -6,11 +6,13 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -321,7 +323,26 @@ def test_an_incomplete_line(tmp_path: Path) -> None:
         again = Answers(path)
         assert again.get("c") == Reply("refused", "") and again.get("a") is not None
     path.write_bytes(b'[]\n3\n{"key": 3}\n{"key": "a", "status": "answered"}\n' + b"\xff\n" + whole)
-    assert Answers(path).get("b") == Reply("answered", "whole") and Answers(path).times("a") == 1
+    with pytest.warns(UserWarning, match=r"a.jsonl has 5 of 7 lines that are incomplete or damaged: .* is asked again"):
+        found = Answers(path)
+    assert found.get("b") == Reply("answered", "whole") and found.times("a") == 1
+
+
+def test_a_changed_answer_is_left_out_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    kept = Answers(path)
+    kept.add("a", Reply("answered", "nouns"), client="c")
+    kept.add("b", Reply("answered", "verbs"), client="c")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"nouns", b"nount"))
+    with pytest.warns(UserWarning, match="a.jsonl has 1 of 2 lines that are incomplete or damaged"):
+        found = Answers(path)
+    assert found.get("a") is None and found.get("b") == Reply("answered", "verbs")
+    path.write_bytes(b"".join(re.sub(b', "checksum": "[0-9a-f]+"', b"", line) for line in whole.splitlines(True)))
+    assert b"checksum" not in path.read_bytes()  # as older releases wrote it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Answers(path).get("a") == Reply("answered", "nouns")
 
 
 @pytest.mark.parametrize(

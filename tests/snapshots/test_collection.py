@@ -180,6 +180,8 @@ LOCAL_MISTAKES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda root: _write_rows(root, {"label": "a"}), "not a manifest of snapshots .KeyError: 'path'"),
     (lambda root: _write_rows(root, {"label": "a", "path": "x"}), "'a': there is no folder .*x: check its path"),
     (lambda root: _write_rows(root, {"label": "a", "path": "x", "step": 1.5}), "step and tokens are whole numbers"),
+    (lambda root: (root / "snapshots.json").write_text("[" * 100_000), "not a manifest of snapshots .RecursionError"),
+    (lambda root: _write_rows(root, {"label": "a", "path": "x" * 5000}), r"not a manifest of snapshots .*: write"),
 ]
 
 
@@ -188,7 +190,7 @@ def test_a_folder_that_is_not_a_run_is_refused(copy: Path, spoil: Callable[[Path
     spoil(copy)
     with pytest.raises(UserError, match=message) as caught:
         Snapshots.local(copy)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def test_a_revision_of_a_local_folder_is_refused(run: Path) -> None:
@@ -344,6 +346,41 @@ def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
     (copy / "step10" / "config.json").write_text('{"model_type": "unheard"}')
     with pytest.raises(UserError, match="snapshot 'step10': transformers cannot read .*config.json: "):
         Snapshots.local(copy).check()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 17}, {"hidden_size": {}}, {"rope_parameters": 3}, {"num_attention_heads": 0}]
+)
+def test_configs_that_no_model_can_have_are_refused(copy: Path, changes: dict[str, Any]) -> None:
+    path = copy / "step0" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match="snapshot 'step0': transformers cannot read .*config.json: ") as caught:
+        Snapshots.local(copy).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "Unheard"}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": {}}'),
+    ],
+)
+def test_tokenizers_that_cannot_be_used_are_refused(copy: Path, file: str, text: str) -> None:
+    (copy / "tokenizer" / file).write_text(text)
+    with pytest.raises(UserError, match="snapshot 'step0': transformers cannot read the tokenizer in .*: ") as caught:
+        Snapshots.local(copy).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../step0/model.safetensors", "x" * 5000, 3, "[" * 100_000])
+def test_indices_of_weights_that_lead_nowhere_are_refused(copy: Path, name: Any) -> None:
+    (copy / "step0" / "model.safetensors").unlink()
+    index = copy / "step0" / "model.safetensors.index.json"
+    index.write_text(name if name == "[" * 100_000 else json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=r"model.safetensors.index.json.*(not a path inside|is truncated, damaged)"):
+        _ = Snapshots.local(copy)[0].fingerprint
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

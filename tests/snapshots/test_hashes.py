@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -72,7 +73,8 @@ def test_damaged_records_and_folders_that_cannot_be_written(
     aged(run / "step0")
     found = Snapshots.local(run)[0].fingerprint
     (record,) = (tmp_path / "mine" / "hashes").iterdir()
-    for text in ("", "[]", '{"sha256": "x"}', '{"sha256": "x", "files": []}'):
+    changed = json.loads(record.read_text()) | {"sha256": "0" * 64}
+    for text in ("", "[]", '{"sha256": "x"}', '{"sha256": "x", "files": []}', json.dumps(changed), "[" * 100_000):
         record.write_text(text)
         counted.clear()
         assert Snapshots.local(run)[0].fingerprint == found and len(counted) == 1

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -132,12 +134,20 @@ def test_errors_name_file_line_and_keys(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("prefix,correct,wrong\na,b\n")
     with pytest.raises(UserError, match="t.csv, line 2: the key 'wrong' is None; give text"):
         Task.local(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text(",".join("x" * 5000 + str(i) for i in range(100)) + "\n" + "a," * 99 + "b\n")
+    with pytest.raises(UserError, match=r"the key 'prefix' is missing; present are 'x+\.\.\., .*, \.\.\.") as caught:
+        Task.local(tmp_path / "t.csv")
+    assert len(str(caught.value)) < 2000
     with pytest.raises(UserError, match="cannot read .*missing.json"):
         Task.sva(tmp_path / "missing.json")
     (tmp_path / "t.parquet").write_text("none")
     for name in ("t.parquet", "missing.parquet"):
         with pytest.raises(UserError, match=f"cannot read .*{name} .*: give an existing parquet file"):
             Task.local(tmp_path / name)
+    damaged = pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xe1"))
+    pq.write_table(pa.table({"prefix": damaged, "correct": ["a"], "wrong": ["b"]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"cannot read .*t.parquet \(.*utf-8"):
+        Task.local(tmp_path / "t.parquet")
     with pytest.raises(UserError, match="unknown suffix '.xlsx': use one of .jsonl, .json, .ndjson, .csv, .tsv, .parq"):
         Task.local(tmp_path / "t.xlsx")
 
@@ -345,6 +355,7 @@ def test_clams_pairs_are_adjacent_lines(tmp_path: Path) -> None:
         ("True\ta b\nFalse\ta c\nTrue\ta d", "has 3 sentences, an odd number: give pairs"),
         ("\nTrue a b\n", "line 2: 'True a b' is not 'True' or 'False', a tab, and a sentence"),
         ("True\t \nFalse\ta", "line 1: 'True' is not 'True' or 'False', a tab"),
+        ("[" * 100_000, r"line 1: '\[{56}... is not 'True' or 'False', a tab"),
         ("", "has no items"),
     ):
         path.write_text(content)

@@ -244,15 +244,22 @@ def test_resuming_is_told_and_initialises_nothing(
     assert sae.W_enc.stride() == (1, 48) and sae.cfg.device == "cpu" and sae.device.type == "cpu"
 
 
-DAMAGES = ["a shard is cut", "a shard is missing", "a bit of a shard", "state.json is cut", "a digit of state.json"]
+DAMAGES = [
+    *("a shard is cut", "a shard is missing", "a bit of a shard", "state.json is cut", "a digit of state.json"),
+    *("state.json is nested", "checksums are nested"),
+]
 
 
 def damaged(checkpoint: Path, damage: str) -> str:
     """Damage a checkpoint; returns the name of the file."""
     path = checkpoint / "state.json" if "state" in damage else sorted(checkpoint.glob("*.safetensors"))[3]
+    if damage == "checksums are nested":
+        path = checkpoint / "checksums-00000.json"
     contents = bytearray(path.read_bytes())
     if damage == "a shard is missing":
         path.unlink()
+    elif "nested" in damage:
+        path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     elif "bit" in damage:
         contents[-5] ^= 1
         path.write_bytes(contents)
