@@ -135,8 +135,8 @@ def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
         if name.startswith("_") or hasattr(SAEMetadata, name):
             raise UserError(f"{path}: metadata has a key {shortened(repr(name))}, which is reserved: rename it")
     release = metadata.get("sae_lens_version", "6")
-    major = re.match("[0-9]{1,9}", release) if isinstance(release, str) else None
-    if major is None or int(major[0]) < 6:
+    major = re.match(r"([0-9]{1,9})(\.|$)", release) if isinstance(release, str) else None
+    if major is None or int(major[1]) < 6:
         raise UserError(f"{path}: sae_lens_version={shortened(repr(release))} is not a release from 6 on")
     recorded = metadata.get("snapshots")
     if recorded and not (isinstance(recorded, list) and len(recorded) == n_snapshots):
