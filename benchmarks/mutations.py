@@ -384,10 +384,12 @@ def _of_runs(work: Path) -> Iterator[Kind]:
     for i in range(6):
         answers.add(f"{i:064x}", Reply("answered", f'{{"label": "words {i}", "complexity": 2}}', 100, 10), model="m")
 
+    given = {f"{i:064x}": answers.get(f"{i:064x}") for i in range(6)}
+
     def answered() -> Any:
-        """Answers that differ; one that is missing with its line is asked for again."""
+        """All answers; one whose whole line is missing is as if it had not been given yet, and is asked for again."""
         found = Answers(labels)
-        return {key: found.get(key) for key in (f"{i:064x}" for i in range(6)) if found.get(key) is not None}
+        return {key: found.get(key) or reply for key, reply in given.items()}
 
     yield Kind("labels.jsonl", labels, answered, sealed=True)
 
@@ -677,9 +679,9 @@ def shares(seconds: Counter[str], total: float) -> str:
     return f"{sum(seconds.values()):.3f} of {total:.2f} CPU seconds, {sum(seconds.values()) / total:.2%} ({parts})"
 
 
-def cost(work: Path, steps: int, rounds: int) -> None:
+def cost(work: Path, steps: int, S: int, rounds: int) -> None:
     """Print the share of checksums in training (F = 4,096, S D = 1,024, B = 1,024), and in reading an epoch."""
-    S, D, F, B = 8, 128, 4096, 1024
+    D, F, B = 1024 // S, 4096, 1024
     shape = PretrainingConfig(
         n_layers=1, d_model=D, n_heads=4, d_mlp=64, batch_size=4, n_steps=S, warmup_steps=1,
         snapshot_steps=tuple(range(1, S + 1)),
@@ -736,11 +738,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write a dated file under benchmarks/reports")
     parser.add_argument("--cost", action="store_true", help="measure what checksums cost, and nothing else")
     parser.add_argument("--steps", type=int, default=300, help="training steps for --cost")
+    parser.add_argument("--snapshots", type=int, default=2, help="S for --cost; D is 1,024 / S")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.cost:
         with tempfile.TemporaryDirectory() as temporary:
-            cost(Path(temporary), arguments.steps, 5)
+            cost(Path(temporary), arguments.steps, arguments.snapshots, 5)
         return
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as temporary:
