@@ -33,7 +33,7 @@ from crosslens.causal import Attribution, attribute, exact_effects, significant,
 from crosslens.causal.attribution import rank_correlation
 from crosslens.cli.arguments import parse_tasks
 from crosslens.evolution import measure_decodability
-from crosslens.intervention import PromptRuns
+from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.rundir import RunDir
 from crosslens.snapshots import ModelSettings
 
@@ -86,8 +86,7 @@ def measure_task(
     baseline = arguments.baseline
 
     first, second = task.split(seed)
-    paired = None if baseline is None else baseline == "patch"
-    runs = PromptRuns(crosscoder, snaps, first, paired=paired, settings=CPU)
+    runs = PromptRuns(crosscoder, snaps, first, paired=needs_pairs(baseline), settings=CPU)
 
     def run(part: cl.Task) -> PromptRuns:
         return PromptRuns(crosscoder, snaps, part, paired=runs.paired, settings=CPU)

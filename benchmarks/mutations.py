@@ -649,8 +649,8 @@ def timed_checksums() -> Generator[Counter[str], None, None]:
     """CPU seconds spent on checksums, by function."""
     places: list[tuple[Any, str]] = [
         (crosscoder_checksums, "tensor_checksum"), (crosscoder_checksums, "config_checksum"),
-        (checkpoints, "file_checksum"), (checkpoints, "_json_checksum"), (rundir, "_checksum"), (rundir, "_seal"),
-        (cache._File, "_verify"), (cache, "_digest"), (cache, "_json_digest"),
+        (checkpoints, "file_checksum"), (checkpoints, "json_checksum"), (rundir, "json_checksum"), (rundir, "_seal"),
+        (cache._File, "_verify"), (cache, "_digest"), (cache, "json_checksum"),
     ]  # fmt: skip
     seconds: Counter[str] = Counter()
     before = [getattr(owner, name) for owner, name in places]

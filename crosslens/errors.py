@@ -1,4 +1,4 @@
-"""`UserError`, for mistakes that a user can fix, and readers of small files that raise it for any defect.
+"""`UserError`, for mistakes that a user can fix; readers of small files, which raise it for any defect; a checksum.
 
 An error is one line with the value, the valid range and the remedy. Files that others wrote are read within limits,
 parsed safely, and never lead out of the folder they were found in. Nothing here imports torch, so that a wrong file is
@@ -100,6 +100,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a valid {what}: it contains a {type(found).__name__} instead of an object")
     return found
+
+
+def json_checksum(contents: Any) -> str:
+    """The XXH3 of contents as JSON reads them back: the same before they are written and after they are read."""
+    import xxhash  # not where only a message is needed
+
+    return xxhash.xxh3_64_hexdigest(json.dumps(json.loads(json.dumps(contents)), sort_keys=True).encode())
 
 
 def read_yaml(path: Path, what: str) -> dict[Any, Any]:

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from crosslens.errors import UserError, brief, did_you_mean, shortened
+from crosslens.errors import UserError, brief, did_you_mean, json_checksum, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +97,7 @@ class RunDir:
         if not isinstance(contents, dict):
             raise UserError(f"{path} holds a {type(contents).__name__}, not an object; restore or delete it")
         checksum = contents.pop("checksum", None)
-        if checksum is not None and checksum != _checksum(contents):
+        if checksum is not None and checksum != json_checksum(contents):
             raise UserError(
                 f"{path} is damaged, or was edited: its contents do not have the checksum in it; restore it, or remove "
                 "the line `checksum` if the edit was meant"
@@ -108,7 +108,7 @@ class RunDir:
         """Replace run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(contents, default=str))
-        write_text(self.path / "run.json", json.dumps({"checksum": _checksum(plain), **plain}, indent=1))
+        write_text(self.path / "run.json", json.dumps({"checksum": json_checksum(plain), **plain}, indent=1))
 
     def update(self, **entries: Any) -> None:
         """Add entries to run.json; dictionaries are merged one level deep."""
@@ -410,12 +410,6 @@ def replacing(path: Path) -> Generator[Path, None, None]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _checksum(contents: dict[str, Any]) -> str:
-    import xxhash
-
-    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
 def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str) -> str:

@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crosslens.activations.order import RUN, Indices, stored_order
-from crosslens.errors import UserError, brief, did_you_mean, first_line, shortened
+from crosslens.errors import UserError, brief, did_you_mean, first_line, json_checksum, shortened
 
 try:
     import fcntl
@@ -156,8 +156,7 @@ class ActivationCache:
             _remove(self.folder.glob("*.tmp"))
             recorded = {**request, "shard_sequences": shard_sequences, "source": source}
             partial = manifest.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
-            recorded = json.loads(json.dumps(recorded))
-            partial.write_text(json.dumps({"checksum": _json_digest(recorded), **recorded}, indent=1))
+            partial.write_text(json.dumps({"checksum": json_checksum(recorded), **recorded}, indent=1))
             os.replace(partial, manifest)
         return shard_sequences
 
@@ -764,7 +763,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise _damaged_manifest(path, brief(error)) from error
     checksum = found.pop("checksum", None)  # caches of older releases have none
-    if checksum is not None and checksum != _json_digest(found):
+    if checksum is not None and checksum != json_checksum(found):
         raise _damaged_manifest(path, "its contents do not have the checksum in it")
     return found
 
@@ -824,15 +823,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError("no header of this format")
         entries = json.loads(raw[8:])
         notes = json.loads(entries.pop("__metadata__")["crosslens"])
-        if notes.pop("header") != _json_digest([entries, notes]):
+        if notes.pop("header") != json_checksum([entries, notes]):
             raise ValueError("its header does not match its checksum")
         return entries, notes
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedShardError(path, f"cannot be read ({brief(error)})") from error
-
-
-def _json_digest(contents: Any) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -859,7 +854,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     for name, tensor in tensors.items():
         first, end = end, end + arrays[name].nbytes
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
-    notes = {**notes, "header": _json_digest([entries, notes])}
+    notes = {**notes, "header": json_checksum([entries, notes])}
     header = json.dumps({"__metadata__": {"crosslens": json.dumps(notes)}, **entries}).encode().ljust(HEADER - 8)
     # with locks, only one process writes this file
     partial = path.with_suffix(".tmp" if fcntl is not None else f".{uuid.uuid4().hex}.tmp")

@@ -70,6 +70,7 @@ from crosslens.activations.plan import (
     distinct_sequences,
     evaluation_bytes,
     join_plans,
+    logit_bytes,
     model_bytes,
     order_bytes,
     pass_bytes,
@@ -662,14 +663,17 @@ class Activations:
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
         own, kept = batch_size // data_parallel, self._held_out_bytes()
+        loaded = one_model * (S if fit else 1)
         matrix, evaluation = 0, 0
         if architecture is not None:
             share = data_parallel / processes
             matrix = int(4 * S * D * architecture.d_sae * share)
-            whole = self.snapshots[0].config()  # the other one was cut
-            shape = (architecture.d_sae * share, S, D, T)
-            held = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments
-            evaluation = evaluation_bytes(whole, held, *shape, ours.dtype, one_model, one_pass, allowed)
+            whole_config = self.snapshots[0].config()  # the other one was cut
+            whole = model_bytes(whole_config, whole_config.num_hidden_layers, ours.dtype)
+            models = loaded + whole * (S if whole * S <= allowed else 1)  # those up to the hook point stay, too
+            weights = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments
+            running = models + max(one_pass, logit_bytes(config.vocab_size, T))
+            evaluation = weights + evaluation_bytes(architecture.d_sae * share, S * D, T, running)
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),
@@ -680,7 +684,7 @@ class Activations:
             model_bytes=one_model,
             models_fit=fit,
             allowed_bytes=allowed,
-            loaded_bytes=one_model * (S if fit else 1),
+            loaded_bytes=loaded,
             pass_bytes=one_pass,
             batch_bytes=min(own, self.n_tokens) * S * D * 4,
             order_bytes=order_bytes(self.n_tokens, S, size * T),

@@ -120,50 +120,33 @@ def pass_bytes(config: Any, n_sequences: int, n_positions: int, dtype: str, atte
 
 LOGIT_BYTES = 1 << 30
 """What the logits of a pass may take: with a vocabulary of 50,000 those of 4,096 tokens would take 800 MB a copy."""
-LOGIT_COPIES = 3  # clean and spliced, and what a model makes meanwhile
+_LOGIT_COPIES = 3  # clean and spliced, and what a model makes meanwhile
 EVALUATED_TOKENS = 8192
 _CHUNK = 4096  # tokens that are encoded and decoded at a time
 
 
 def logit_sequences(n_vocabulary: int, n_positions: int) -> int:
-    """Sequences of T = `n_positions` tokens whose logits a pass of the evaluation may hold."""
-    return max(1, min(_CHUNK // n_positions, LOGIT_BYTES // (LOGIT_COPIES * 4 * n_vocabulary * n_positions)))
+    """Sequences of T = `n_positions` tokens in a pass of whole models, whose logits are held in several copies."""
+    return max(1, min(_CHUNK // n_positions, LOGIT_BYTES // (_LOGIT_COPIES * 4 * n_vocabulary * n_positions)))
 
 
-def evaluation_bytes(
-    config: Any,
-    held_bytes: int,
-    d_sae: float,
-    n_snapshots: int,
-    d_model: int,
-    n_positions: int,
-    dtype: str,
-    cut_bytes: int,
-    one_pass: int,
-    allowed_bytes: int,
-) -> int:
-    """Memory in bytes for evaluating a crosscoder after training: the largest of its parts.
+def logit_bytes(n_vocabulary: int, n_positions: int) -> int:
+    """Memory in bytes for the logits of such a pass."""
+    return _LOGIT_COPIES * 4 * n_vocabulary * n_positions * logit_sequences(n_vocabulary, n_positions)
+
+
+def evaluation_bytes(d_sae: float, wide: int, n_positions: int, running_bytes: int) -> int:
+    """Memory in bytes for evaluating a crosscoder after training, besides its weights: the largest of its parts.
 
     Args:
-        config: of transformers.
-        held_bytes: weights of one process, and what else is in memory all the time.
         d_sae: features of one process.
-        n_snapshots: S.
-        d_model: D.
+        wide: S D, the width of its input.
         n_positions: T.
-        dtype: of the model.
-        cut_bytes: one model up to the hook point.
-        one_pass: memory of a forward pass of it, as in `pass_bytes`.
-        allowed_bytes: models of all snapshots stay in memory if they take no more than this, whole ones and others.
+        running_bytes: the models in memory, and a pass of one of them.
     """
-    wide, chunk = n_snapshots * d_model, max(_CHUNK, n_positions)
     # pre-activations and features; decoded, in float64 the error and its square
-    reconstruct = chunk * (2 * 4 * d_sae + (2 * 4 + 2 * 8) * wide)
-    kept = max(EVALUATED_TOKENS, n_positions) * 4 * wide
-    whole = model_bytes(config, config.num_hidden_layers, dtype)
-    models = sum(each * (n_snapshots if each * n_snapshots <= allowed_bytes else 1) for each in (whole, cut_bytes))
-    logits = LOGIT_COPIES * 4 * config.vocab_size * n_positions * logit_sequences(config.vocab_size, n_positions)
-    return int(held_bytes + kept + max(reconstruct, models + max(one_pass, logits)))
+    reconstruct = max(_CHUNK, n_positions) * (2 * 4 * d_sae + (2 * 4 + 2 * 8) * wide)
+    return int(max(EVALUATED_TOKENS, n_positions) * 4 * wide + max(reconstruct, running_bytes))
 
 
 def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:

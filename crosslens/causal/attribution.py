@@ -115,13 +115,14 @@ class Estimator:
         if self.method == "ig":
             object.__setattr__(self, "rule", self.rule or "gauss_legendre")
             object.__setattr__(self, "n_nodes", 20 if self.n_nodes is None else self.n_nodes)
+        optional = ("baseline",) if self.method == "ig" else ("baseline", "rule")
         for name, value, options in (
             ("method", self.method, METHODS),
             ("rule", self.rule, RULES),
             ("baseline", self.baseline, BASELINES),
             ("error", self.error, ERRORS),
         ):
-            if value not in options and not (value is None and (name == "baseline" or self.method != "ig")):
+            if value not in options and not (value is None and name in optional):
                 raise UserError(f"{name}={value!r} is unknown; use one of {options}{did_you_mean(value, options)}")
         if self.method != "ig":
             object.__setattr__(self, "rule", None)
@@ -304,9 +305,7 @@ class Attribution:
         Raises:
             UserError: effects were computed without `positions=True`, or this prompt is not kept.
         """
-        if self.prompts is None:
-            raise UserError("no prompts are kept: compute the effects with positions=True")
-        every: Any = self.prompts
+        every = self._kept_prompts()
         kept = every["prompt"].unique().tolist()
         if prompt not in kept:
             raise UserError(f"prompt {prompt} is not kept; these are: {', '.join(map(str, kept))}")
@@ -325,11 +324,9 @@ class Attribution:
         Raises:
             UserError: effects were computed without `positions=True`.
         """
-        if self.prompts is None:
-            raise UserError("no prompts are kept: compute the effects with positions=True")
+        every = self._kept_prompts()
         # features that a ranking leaves out are no features of a word
         known = self.active.any(-1).numpy()
-        every: Any = self.prompts
         table = every.assign(effect=every["effect"].where(known[every["feature"].clip(lower=0)], 0.0))
         table["feature"] = table["feature"].where(table["effect"] != 0, -1)
         keys = ["prompt", "snapshot", "position"]
@@ -341,6 +338,11 @@ class Attribution:
         largest["step"] = [self.steps[s] for s in largest["snapshot"]]
         columns = [*keys[:2], "label", "step", "position", "token", "effect", "feature", "feature_effect"]
         return pd.DataFrame(largest[columns])
+
+    def _kept_prompts(self) -> Any:
+        if self.prompts is None:
+            raise UserError("no prompts are kept: compute the effects with positions=True")
+        return self.prompts
 
     def top(self, k: int, snapshot: int, by: str = "signed") -> Int[Tensor, " k"]:
         """The k active features with the largest effect at a snapshot.

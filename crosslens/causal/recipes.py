@@ -4,7 +4,7 @@ Their paper describes integrated gradients with ten nodes from the clean run tow
 the versions that it pins, every node gets the logits of the first, so that all gradients are taken at the clean run.
 That is attribution patching. Both recipes have their threshold: an effect at one token counts only above .1 logits.
 
-    runs = PromptRuns(crosscoder, snapshots, task, prepend_bos=False)     # they add no BOS
+    runs = PromptRuns(crosscoder, snapshots, task, paired=False, prepend_bos=False)  # they add no BOS
     ie = attribute(runs, recipes.released())
     share = relie(ie, min_effect=0)                                       # and leave out no small effect
 

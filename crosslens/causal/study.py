@@ -29,7 +29,7 @@ from crosslens.causal.transfer import transfer_matrix
 from crosslens.causal.validation import Validation, validate
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.task import Task
@@ -142,15 +142,13 @@ def study_task(
             prompts, fewer than three features active at a snapshot.
     """
     first, second = task.split(seed)
-    paired = None if baseline is None else baseline == "patch"
-    selection = PromptRuns(crosscoder, snapshots, first, paired=paired, settings=settings)
+    selection = PromptRuns(crosscoder, snapshots, first, paired=needs_pairs(baseline), settings=settings)
 
     def run(part: Task) -> PromptRuns:  # all as the first half
         return PromptRuns(crosscoder, snapshots, part, paired=selection.paired, settings=settings)
 
     held_out = run(second)
-    options: dict[str, Any] = {"n_exact": sizes.n_exact, "n_bootstrap": sizes.n_bootstrap}
-    ie = attribute(selection, baseline=baseline, positions=True, **options)
+    ie = attribute(selection, baseline=baseline, positions=True, n_exact=sizes.n_exact, n_bootstrap=sizes.n_bootstrap)
     estimates = {"removal": ie, **{name: attribute(selection, name, baseline=baseline) for name in ("ig", "gradient")}}
     last, most = len(snapshots) - 1, int(ie.active.sum(0).min())
     if most < 3:

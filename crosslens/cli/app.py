@@ -761,14 +761,14 @@ def attribute(
 
     from crosslens.causal import Estimator
     from crosslens.causal import attribute as attribute_effects
-    from crosslens.intervention import PromptRuns
+    from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
     from crosslens.tasks import describe_accuracy, list_counts
 
     estimator = Estimator(method, rule if method == "ig" else None, n_nodes if method == "ig" else None, baseline)
     run, crosscoder, acts = open_run(run_dir, device)
     for prompts in parse_tasks(task):
         selection, _ = prompts.split(seed)
-        paired = None if baseline is None else baseline == "patch"
+        paired = needs_pairs(baseline)
         runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=paired, settings=acts.settings)
         by_word = method != "exact"  # which edits a feature at all positions at once
         ie = attribute_effects(runs, estimator, positions=by_word, n_exact=n_exact, n_bootstrap=200)
@@ -818,7 +818,7 @@ def ablate(
 
     from crosslens.causal import Attribution, Controls
     from crosslens.causal import ablate as ablate_features
-    from crosslens.intervention import PromptRuns
+    from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
     from crosslens.tasks import list_counts
 
     run, crosscoder, acts = open_run(run_dir, device)
@@ -834,7 +834,7 @@ def ablate(
     sizes = parse_numbers(k, "--k")
     for prompts, ie in zip(tasks, found, strict=True):
         _, held_out = prompts.split(seed)
-        paired = (baseline or ie.estimator.baseline) == "patch"
+        paired = needs_pairs(baseline or ie.estimator.baseline)
         runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=paired, settings=acts.settings)
         controls = Controls(n_draws=n_draws, seed=seed)
         tables = [

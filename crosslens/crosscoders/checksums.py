@@ -16,7 +16,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, json_checksum
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 KEY = "checksums"
@@ -37,7 +37,7 @@ def config_checksum(config: Mapping[str, Any]) -> str:
     """The checksum of a config as it is read back from JSON, without the checksums in it."""
     contents = json.loads(json.dumps(config))
     contents.get("metadata", {}).pop(KEY, None)
-    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
+    return json_checksum(contents)
 
 
 def with_checksum(config: Mapping[str, Any]) -> dict[str, Any]:

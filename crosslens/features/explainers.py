@@ -26,9 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from crosslens.errors import UserError, did_you_mean, first_line
+from crosslens.errors import UserError, did_you_mean, first_line, json_checksum
 
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 """Clients and the environment variables of their API keys."""
@@ -311,7 +309,11 @@ class Answers:
             found = json.loads(line)
             key, reply = found["key"], Reply(**{name: found[name] for name in Reply.__annotations__})
             checksum = found.pop("checksum", None)  # lines of older releases have none
-            if not isinstance(key, str) or not isinstance(reply.text, str) or checksum not in (None, _checksum(found)):
+            if (
+                not isinstance(key, str)
+                or not isinstance(reply.text, str)
+                or checksum not in (None, json_checksum(found))
+            ):
                 return False
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
@@ -338,17 +340,13 @@ class Answers:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             contents = {"key": key, **about, **asdict(reply)}
-            line = json.dumps({**contents, "checksum": _checksum(contents)}).encode() + b"\n"
+            line = json.dumps({**contents, "checksum": json_checksum(contents)}).encode() + b"\n"
             with self._path.open("a+b") as file:
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":  # the last line is incomplete
                         line = b"\n" + line
                 file.write(line)
-
-
-def _checksum(contents: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
 class _RateLimit:

@@ -375,6 +375,11 @@ class OnRuns(Protocol[P, R_co]):
     ) -> R_co: ...
 
 
+def needs_pairs(baseline: str | None) -> bool | None:
+    """`PromptRuns(paired=)` for a baseline; None, for no baseline, lets the prompts decide."""
+    return None if baseline is None else baseline == "patch"
+
+
 def on_runs(analysis: Callable[Concatenate[PromptRuns, P], R_co]) -> OnRuns[P, R_co]:
     """Let an analysis be called with crosscoder, snapshots and task in place of its clean runs.
 
@@ -394,8 +399,7 @@ def on_runs(analysis: Callable[Concatenate[PromptRuns, P], R_co]) -> OnRuns[P, R
         estimators = given.get("method"), getattr(given.get("ie"), "estimator", None)
         baselines = [given.get("baseline"), *(getattr(each, "baseline", None) for each in estimators)]
         baseline = next(filter(None, baselines), None)
-        paired = None if baseline is None else baseline == "patch"
-        return run(PromptRuns(crosscoder, snapshots, task, paired=paired), *rest, **kwargs)
+        return run(PromptRuns(crosscoder, snapshots, task, paired=needs_pairs(baseline)), *rest, **kwargs)
 
     return call
 

@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, tensor_checksum, with_checksum
 from crosslens.distributed.parallel import Parallel
-from crosslens.errors import brief, first_line
+from crosslens.errors import brief, first_line, json_checksum
 from crosslens.rundir import complete_checkpoints
 
 BLOCK_BYTES = 1 << 28
@@ -96,7 +96,7 @@ def write_state(
     _write_json(folder / f"checksums-{parallel.rank:05d}.json", {path.name: file_checksum(path) for path in own})
     parallel.barrier()
     if parallel.rank == 0:
-        _write_json(folder / "state.json", {**numbers, "checksum": _json_checksum(numbers)})
+        _write_json(folder / "state.json", {**numbers, "checksum": json_checksum(numbers)})
         sync_folder(folder)
 
 
@@ -107,10 +107,6 @@ def file_checksum(path: Path) -> str:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _json_checksum(contents: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(json.loads(json.dumps(contents)), sort_keys=True).encode())
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
@@ -154,7 +150,7 @@ def _inspected(folder: Path, expected: dict[str, int], parallel: Parallel) -> tu
     path = folder / "state.json"
     try:
         numbers = dict(json.loads(path.read_text()))
-        if numbers.pop("checksum", None) != _json_checksum(numbers):
+        if numbers.pop("checksum", None) != json_checksum(numbers):
             return {}, f"{path.name}: its checksum does not match"
         checksums: dict[str, str] = {}
         for path in sorted(folder.glob("checksums-*.json")):

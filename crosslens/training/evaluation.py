@@ -165,12 +165,11 @@ def _losses(
     hook_name: str,
 ) -> Tensor:
     """Sums over predicted tokens of the three cross-entropies and the KL divergence."""
-    zero = spliced_logits(model, tokens, hook_name, torch.zeros_like(decoded), keep)
     sums = torch.zeros(4, dtype=torch.float64, device=tokens.device)
-    of_zero = None
-    for of_zero, target in _predictions(tokens, zero):
-        sums[2] += _cross_entropy(of_zero, target)
-    del zero, of_zero  # before the next logits: with a large vocabulary they are most of what evaluation holds
+    # these logits are gone before the next: with a large vocabulary they are most of what evaluation holds
+    zero = _predictions(tokens, spliced_logits(model, tokens, hook_name, torch.zeros_like(decoded), keep))
+    sums[2] = sum(_cross_entropy(*each).double() for each in zero)
+    del zero
     clean = model(tokens, return_type="logits")
     spliced = spliced_logits(model, tokens, hook_name, decoded, keep)
     for of_clean, of_spliced, target in _predictions(tokens, clean, spliced):

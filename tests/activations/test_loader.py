@@ -368,6 +368,7 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     alone, split = (acts.plan(measure=False, architecture=architecture, processes=n) for n in (1, 4))
     held = 16 * 4096 * (2 * 48 + 2)  # value, gradient, two moments
     assert held < split.training_bytes * 4 and 3 * held < 4 * (alone.training_bytes - split.training_bytes)
+    assert alone.harvest_bytes == split.harvest_bytes == plan.harvest_bytes  # whatever is trained
     assert alone.host_memory == alone.process_bytes + alone.training_bytes + alone.live_bytes > 100e6
     assert alone.device_memory == 0 and "GPU" not in str(alone)
     assert "for weights, gradients, Adam and a step" in str(alone) and "in each of 4 processes" in str(split)
