@@ -2,21 +2,21 @@
 
     python benchmarks/evolution.py [--shape 16384,8,512]
 
-The crosscoder and 4,096 held-out activations are random, with F features, S snapshots and width D (`--shape F,S,D`) and
-about 32 active features per token. Every analysis runs in its own process; memory is the kernel's peak minus what the
-process held before.
+The crosscoder is random, with F features, S snapshots and width D (`--shape F,S,D`) and about 32 active features per
+token; the 4,000 held-out activations are planted (`crosslens.planted.PlantedTraps`). Every analysis runs in its own
+process; memory is the kernel's peak minus what the process held before. The last row is everything that
+`cl.study_evolution` does, births with their intervals and controls among it, and its whole memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import measure
 import torch
-from torch import Tensor
 
 import crosslens as cl
 from crosslens.evolution.controls import encoder_share, latent_scaling
@@ -29,24 +29,21 @@ from crosslens.evolution.geometry import (
 from crosslens.evolution.history import evolve
 from crosslens.evolution.lifecycles import measure_firing
 from crosslens.evolution.splitting import replacements, splits
+from crosslens.evolution.study import study_evolution
+from crosslens.planted import PlantedTraps, Trap
 
-N_TOKENS, L0 = 4096, 32
-
-
-class Random(cl.Activations):
-    """Normally distributed held-out activations, the same on every call."""
-
-    def __init__(self, S: int, D: int) -> None:
-        self.shape = (S, D)
-
-    def held_out(self, batch_size: int = 1024) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        for start in range(0, N_TOKENS, batch_size):
-            yield torch.randn(min(batch_size, N_TOKENS - start), *self.shape, generator=generator)
+N_TOKENS, L0 = 4000, 32
+WHOLE = "study_evolution"
 
 
-def make(F: int, S: int, D: int) -> cl.crosscoders.Crosscoder:
+def planted(S: int, D: int) -> PlantedTraps:
+    """Held-out activations, the same on every call."""
+    return PlantedTraps(Trap(n_each=(D - 16) // 7, d_model=D, n_snapshots=S), n_held_out=N_TOKENS)
+
+
+def make(acts: PlantedTraps, F: int) -> cl.crosscoders.Crosscoder:
     """Make a crosscoder with rows that rotate and vary in norm, and a bias that leaves about `L0` features active."""
+    S, D = acts.n_snapshots, acts.d_model
     generator = torch.Generator().manual_seed(0)
     cc = cl.crosscoders.StandardCrosscoder(cl.crosscoders.StandardCrosscoderConfig(d_in=S * D, d_sae=F, n_snapshots=S))
     with torch.no_grad():
@@ -55,7 +52,8 @@ def make(F: int, S: int, D: int) -> cl.crosscoders.Crosscoder:
         rows = torch.nn.functional.normalize(first * (1 - way) + last * way, dim=-1)
         cc.W_dec.copy_((rows * torch.rand(F, S, 1, generator=generator)).flatten(1))
         cc.W_enc.copy_(cc.W_dec.T)
-        sample = next(iter(Random(S, D).held_out())).flatten(1)
+        cc.activation_scale.copy_(D**0.5 / next(acts.held_out(N_TOKENS)).norm(dim=-1).mean(0))
+        sample = cc.scale(next(acts.held_out(1024))).flatten(1)
         h = sample @ cc.W_enc
         cc.b_enc.copy_(-h.quantile(1 - L0 / F, dim=0) if len(sample) * L0 >= F else -h.amax(0) * 0.9)
     return cc.requires_grad_(False)
@@ -73,6 +71,7 @@ ANALYSES: dict[str, tuple[Callable[..., Any], str]] = {
     "encoder share": (encoder_share, "acts"),
     "replacements": (replacements, "acts"),
     "splits": (splits, ""),
+    WHOLE: (study_evolution, "acts"),
 }
 
 
@@ -81,10 +80,11 @@ def measure_one(name: str, shape: tuple[int, int, int], threads: int) -> dict[st
     torch.set_num_threads(threads)
     measure.return_freed_memory()
     F, S, D = shape
-    cc, acts = make(F, S, D), Random(S, D)
+    acts = planted(S, D)
+    cc = make(acts, F)
     function, wanted = ANALYSES[name]
     given = {"acts": lambda: [acts], "firing": lambda: [measure_firing(cc, acts)], "": list}[wanted]()
-    before = measure.reset_resident_peak()
+    before = measure.reset_resident_peak() if name != WHOLE else 0
     began = time.perf_counter()
     function(cc, *given)
     seconds, after = time.perf_counter() - began, measure.resident("VmHWM")
