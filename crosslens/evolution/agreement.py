@@ -169,7 +169,9 @@ def _moments(
     mean = total / max(n, 1)
     covariance = squares / max(n, 1) - mean[:, :, None] * mean[:, None]
     size = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-    inverse = torch.linalg.inv(covariance + (ridge * size)[:, None, None] * torch.eye(D).double())
+    covariance += (ridge * size)[:, None, None] * torch.eye(D).double()
+    # one at a time: in PyTorch 2.13 with several threads, batches of matrices of 160 rows or more fail or hang
+    inverse = torch.stack([torch.linalg.inv(matrix) for matrix in covariance])
     return mean.to(crosscoder.W_dec), inverse.to(crosscoder.W_dec)
 
 

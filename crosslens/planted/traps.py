@@ -209,7 +209,9 @@ class PlantedTraps(Drawn):
         n = 4000 * chunks
         covariance = sums / n - means[:, :, None] * means[:, None, :] / n**2
         cross = covariance[:, :D, D:]
-        explained = (cross * torch.linalg.solve(covariance[:, :D, :D], cross)).sum(1)
+        # one at a time: in PyTorch 2.13 with several threads, batches of large matrices fail or hang
+        solved = [torch.linalg.solve(both[:D, :D], other) for both, other in zip(covariance, cross, strict=True)]
+        explained = (cross * torch.stack(solved)).sum(1)
         return (explained / covariance[:, D:, D:].diagonal(dim1=1, dim2=2)).T.numpy()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -73,6 +74,19 @@ def test_agreement_matches_plain_loops(by: str, F: int, S: int, D: int, n_top: i
                 s,
                 s + 1,
             )
+
+
+def test_wide_models_with_several_threads() -> None:
+    # PyTorch's batched inverse raised an error or hung here
+    crosscoder, x = made(5, 3, 192, 0)
+    alone = top_agreement(crosscoder, Held(x), n_top=5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        several = top_agreement(crosscoder, Held(x), n_top=5)
+    finally:
+        torch.set_num_threads(before)
+    pd.testing.assert_frame_equal(alone, several)
 
 
 def test_snapshots_agree_if_a_direction_responds_to_the_same_tokens() -> None:
