@@ -64,6 +64,7 @@ from crosslens.activations.identity import source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
 from crosslens.activations.plan import (
+    EVALUATED_TOKENS,
     Plan,
     buffered_sequences,
     cache_bytes,
@@ -670,9 +671,12 @@ class Activations:
             matrix = int(4 * S * D * architecture.d_sae * share)
             whole_config = self.snapshots[0].config()  # the other one was cut
             whole = model_bytes(whole_config, whole_config.num_hidden_layers, ours.dtype)
-            models = loaded + whole * (S if whole * S <= allowed else 1)  # those up to the hook point stay, too
+            # every process runs the models of some snapshots
+            models = whole * (-(-S // processes) if whole * S <= allowed else 1)
             weights = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments
-            running = models + max(one_pass, logit_bytes(config.vocab_size, T))
+            n_evaluated = min(n_pass, max(1, EVALUATED_TOKENS // T))
+            evaluated = pass_bytes(whole_config, n_evaluated, T, ours.dtype, ours.attention)
+            running = models + max(evaluated, logit_bytes(config.vocab_size, T))
             evaluation = weights + evaluation_bytes(architecture.d_sae * share, S * D, T, running)
         return Plan(
             n_tokens=self.n_tokens,

@@ -241,8 +241,9 @@ class Plan:
         process_bytes: memory of the process so far: libraries, and the tokens it has read.
         training_bytes: further memory for training on the device, per process; 0 without an architecture.
         matrix_bytes: encoder or decoder of one process; 0 without an architecture.
-        evaluation_bytes: further memory for evaluating the crosscoder after training; 0 without an architecture. A
-            single process has let go of gradients and Adam by then.
+        evaluation_bytes: further memory for evaluating the crosscoder after training, per process; 0 without an
+            architecture. A single process has let go of gradients and Adam by then. Models up to the hook point, which
+            stay if training was live, are not counted.
         processes: number of processes that split the crosscoder.
         device: where models and crosscoder are, such as "cpu" or "cuda"; on CPUs host and device are one memory.
         hook_names: if there are several, the hook points. Disk, files, `harvest_bytes` and `seconds` are for all of
@@ -386,6 +387,8 @@ class Plan:
         ]
         if self.training_bytes:
             total = self.evaluation_bytes + self.process_bytes
+            if way == "live":
+                total += self.loaded_bytes  # models up to the hook point stay beside whole ones
             memory = "memory of host and GPU" if self._has_gpu else "memory"
             lines += [self.training, f"evaluation  {_mib(total)} of {memory} afterwards, when it runs whole models"]
         return "\n".join(lines)

@@ -374,6 +374,13 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert "for weights, gradients, Adam and a step" in str(alone) and "in each of 4 processes" in str(split)
     halved = acts.plan(measure=False, architecture=architecture, processes=4, data_parallel=2)
     assert halved.training_bytes == training_bytes(architecture, 3, 16, 2048, 2) < alone.training_bytes
+    with monkeypatch.context() as larger:  # three of four processes run the models of a snapshot each
+        larger.setattr("crosslens.activations.loader.model_bytes", lambda *_: 1 << 30)
+        larger.setattr("crosslens.activations.loader.model_memory", lambda *_: 1 << 40)
+        evaluated_alone, evaluated_by_four = (
+            acts.plan(measure=False, architecture=architecture, processes=n).evaluation_bytes >> 30 for n in (1, 4)
+        )
+        assert (evaluated_alone, evaluated_by_four) == (3, 1)
     light = acts.plan(measure=False, architecture=architecture, adam_moments="bfloat16")
     assert alone.training_bytes - light.training_bytes == 2 * 2 * 2 * 48 * 4096  # 2 bytes, 2 moments, 2 matrices
     measured = acts.plan()
