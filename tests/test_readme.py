@@ -1,4 +1,4 @@
-"""The code of the README, typed from top to bottom."""
+"""The code of the README and of the tour, typed from top to bottom."""
 
 from __future__ import annotations
 
@@ -10,18 +10,30 @@ import pytest
 
 import crosslens as cl
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+
+
+def run_page(page: str) -> dict[str, Any]:
+    """The names that a page defines: every block but the last, whose models are on the hub, in one namespace."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    *local, hub = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
+    assert local and "pythia" in hub
+    names: dict[str, Any] = {}
+    for number, code in enumerate(local):
+        exec(compile(code, f"{page}, block {number}", "exec"), names)
+    return names
+
+
+def test_the_readme_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page("README.md")
+    assert names["ie"].effects.shape == (names["cc"].cfg.d_sae, len(names["snaps"]))
 
 
 @pytest.mark.exhaustive
-def test_the_readme_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block but the last, whose models are on the hub, one after the other in one namespace."""
+def test_the_tour_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    *local, hub = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.M | re.S)
-    assert len(local) == 4 and "pythia" in hub
-    names: dict[str, Any] = {}
-    for number, code in enumerate(local):
-        exec(compile(code, f"README.md, block {number}", "exec"), names)
+    names = run_page("docs/tour.md")
     assert isinstance(names["cc"], cl.crosscoders.BatchTopKCrosscoder)
     assert (tmp_path / "my-crosscoder" / "cfg.json").is_file()
     assert names["ie"].agreement[-1] > 0.7  # rank correlation with 50 exact effects

@@ -1,0 +1,80 @@
+"""Pictures of the documentation: figures of the report of a demo run, as small PNGs in docs/pictures.
+
+    crosslens demo --out runs/demo && python scripts/take_pictures.py runs/demo
+
+Every picture is a figure of the report, found by its anchor, or the top of a feature's page. Needs Chromium in PATH,
+playwright and Pillow, which `make test` and matplotlib bring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+OUT = Path(__file__).parents[1] / "docs" / "pictures"
+MAX_BYTES = 150_000
+FIGURES = {  # picture: page and anchor
+    "accuracy": "index.html#figure-accuracy",
+    "explained-variance": "index.html#figure-explained-variance",
+    "cross-entropy": "index.html#figure-cross-entropy",
+    "dynamics": "index.html#figure-dynamics",
+    "presence": "evolution.html#figure-evolution-map",
+    "births": "evolution.html#figure-birth-counts",
+    "rotation": "evolution.html#figure-rotation-rate",
+    "probes": "evolution.html#figure-probe-presence",
+    "relie": "causal.html#figure-share-relie-pp",
+    "words": "causal.html#figure-words-pp",
+    "validation": "causal.html#figure-validation-pp",
+    "timeline": "causal.html#figure-timeline-pp",
+    "ablation": "causal.html#figure-ablate-size-pp",
+    "keeping": "causal.html#figure-keep-size-pp",
+    "transfer": "causal.html#figure-transfer-pp",
+}
+
+
+def save(name: str, png: bytes) -> None:
+    """A picture in 64 colours, which for charts and text look like all of them."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    path = OUT / f"{name}.png"
+    picture.save(path, optimize=True)
+    if path.stat().st_size > MAX_BYTES:
+        raise SystemExit(f"{path} has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
+
+
+def take(page: Page, report: Path, feature: int) -> None:
+    for name, where in FIGURES.items():
+        file, anchor = where.split("#")
+        page.goto((report / file).resolve().as_uri())
+        figure = page.locator(f"#{anchor}")
+        figure.scroll_into_view_if_needed()
+        page.wait_for_timeout(2_000)  # figures are drawn when they come into view
+        save(name, figure.screenshot())
+    page.set_viewport_size({"width": 1000, "height": 980})
+    page.goto((report / "feature.html").resolve().as_uri() + f"#{feature}")
+    page.wait_for_timeout(3_000)
+    save("feature", page.screenshot())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory of `crosslens demo`, with its report")
+    parser.add_argument("--feature", type=int, default=217, help="feature whose page is shown")
+    args = parser.parse_args()
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        raise SystemExit("needs chromium, chromium-browser or google-chrome in PATH")
+    OUT.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 960, "height": 1000}, device_scale_factor=1.5)
+        take(page, args.run / "report", args.feature)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
