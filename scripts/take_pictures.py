@@ -50,12 +50,14 @@ def take(page: Page, report: Path, feature: int) -> None:
     for name, where in FIGURES.items():
         file, anchor = where.split("#")
         page.goto((report / file).resolve().as_uri())
+        page.add_style_tag(content=".actions { display: none !important }")  # links to numbers
         figure = page.locator(f"#{anchor}")
         figure.scroll_into_view_if_needed()
         page.wait_for_timeout(2_000)  # figures are drawn when they come into view
         save(name, figure.screenshot())
-    page.set_viewport_size({"width": 1000, "height": 980})
+    page.set_viewport_size({"width": 1180, "height": 900})
     page.goto((report / "feature.html").resolve().as_uri() + f"#{feature}")
+    page.add_style_tag(content=".actions { display: none !important }")
     page.wait_for_timeout(3_000)
     save("feature", page.screenshot())
 

@@ -24,6 +24,7 @@ def run_page(page: str) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.exhaustive
 def test_the_readme_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_page("README.md")
