@@ -2,8 +2,8 @@
 
     crosslens demo --out runs/demo && python scripts/take_pictures.py runs/demo
 
-Every picture is a figure of the report, found by its anchor, or the top of a feature's page. Needs Chromium in PATH,
-playwright and Pillow, which `make test` and matplotlib bring.
+Every picture is a figure of the report, found by its anchor, or the top of a feature's page, but for one, which draws
+the table of docs/architectures.md. Needs Chromium in PATH; playwright and matplotlib come with `make test`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
@@ -55,11 +56,32 @@ def take(page: Page, report: Path, feature: int) -> None:
         figure.scroll_into_view_if_needed()
         page.wait_for_timeout(2_000)  # figures are drawn when they come into view
         save(name, figure.screenshot())
-    page.set_viewport_size({"width": 1180, "height": 900})
+    page.set_viewport_size({"width": 1180, "height": 950})
     page.goto((report / "feature.html").resolve().as_uri() + f"#{feature}")
     page.add_style_tag(content=".actions { display: none !important }")
     page.wait_for_timeout(3_000)
     save("feature", page.screenshot())
+
+
+def draw_architectures() -> bytes:
+    """Planted features that are recovered against births that are false, by architecture and regime."""
+    lines = (OUT.parent / "architectures.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [row for row in cells if row[0] in ("easy", "crowded", "entangled")]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharex=True, sharey=True, layout="constrained")
+    for axis, regime in zip(axes, ("easy", "crowded", "entangled"), strict=True):
+        for marker, (_, name, recovered, _, false, *_) in zip(
+            "osD^x", (row for row in rows if row[0] == regime), strict=True
+        ):
+            axis.plot(float(false.split()[0]), float(recovered.split()[0]), marker, label=name, ms=8)
+        axis.set_title(regime)
+        axis.set_xlabel("false births, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("features recovered, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130)
+    return png.getvalue()
 
 
 def main() -> None:
@@ -70,7 +92,7 @@ def main() -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("needs chromium, chromium-browser or google-chrome in PATH")
-    OUT.mkdir(exist_ok=True)
+    save("architectures", draw_architectures())
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 960, "height": 1000}, device_scale_factor=1.5)
