@@ -103,6 +103,18 @@ def test_files_exist(path: Path) -> None:
     assert not [each for each in links if not (path.parent / each).exists()]
 
 
+def test_pictures_are_small_and_shown() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert f"(pictures/{picture.name})" in text and picture.stat().st_size < 150_000, picture.name
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(re.findall(r": ([\w/]+\.md)$", nav, re.M))
+
+
 def test_the_map_has_every_package_and_only_files_that_exist() -> None:
     text = read(ROOT / "docs" / "contributing.md")
     listed: list[str] = []
