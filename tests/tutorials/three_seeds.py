@@ -1,0 +1,28 @@
+# %% One cache, three trainings
+by_seed = quality["explained_variance"].groupby("seed").mean()
+assert by_seed.min() > 0.97 and np.ptp(by_seed) < 0.01
+
+# %% Is it the same feature?
+assert matched["share_a"].between(0.25, 0.42).all() and matched["variance_a"].between(0.65, 0.95).all()
+assert (matched["null_a"] < 0.01).all() and pairs["null"].quantile(0.99) < 0.3
+assert (matched["cosine_a"] < matched["share_a"]).all()
+
+# %% What most seeds find
+assert bars.loc[1, "share of the features"] > 0.5 and bars.loc[1, "share of the variance"] < 0.15
+all_tokens, fewer, frequent = shares.values()
+assert fewer["consensus"] > all_tokens["consensus"] - 0.05
+assert 0.6 < frequent["consensus"] < 0.9 and frequent["consensus"] > all_tokens["consensus"] + 0.2
+
+# %% Do partners do the same?
+found = alike(both)
+assert found["born at the same snapshot"] > 0.75 and chance["born at the same snapshot"].mean() < 0.65
+assert chance["born at the same snapshot"].max() < found["born at the same snapshot"]
+largest = both["seed 0"].idxmax()
+assert both["seed 1"].idxmax() == largest and both.loc[largest, "seed 1"] < 0.6 * both.loc[largest, "seed 0"]
+others = both.drop(largest).query("`seed 0` > 0.2")
+assert (others["seed 1"] < 0.2 * others["seed 0"]).any()
+
+# %% Claims about counts and sets
+assert (claims["born"] > 36).all() and (claims["born, reversed"] <= 5).all()
+assert (claims["left, top 15 ablated"] < -0.5).all() and claims["left, random 15"].between(0.9, 1.1).all()
+assert claims["consensus among the 15"].between(8, 14).all()
