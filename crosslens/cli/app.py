@@ -61,6 +61,7 @@ from crosslens.cli.arguments import (
     parse_steps,
     parse_tasks,
 )
+from crosslens.cli.display import Column, Output
 from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
@@ -211,6 +212,9 @@ AttentionOption = Annotated[
         "eager, or sdpa: faster and in less memory, where the family has it, with a small error, which is printed.",
         one_of(*ATTENTIONS),
     ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and everything else on stderr.")
 ]
 DropOption = Annotated[
     int,
@@ -850,6 +854,18 @@ def ablate(
             typer.echo(
                 f"{row.label:>12}  {row.mode:>6} {row.features:>12} {row.k:>4}: {row.metric:+.3f} of {row.clean:+.3f}"
             )
+
+
+@app.command()
+def status(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+    """Say what a run directory holds, what is missing or damaged, and the next command to type."""
+    from crosslens.cli.status import inspect_run
+
+    out, found = Output(as_json), inspect_run(run_dir)
+    columns = [Column("part", left=True), Column("state", left=True), Column("contents", left=True)]
+    out.table(columns, [part[:3] for part in found.parts], title=f"{run_dir}: {found.about}")
+    out.say(f"next: {found.next}")
+    out.end(run=run_dir, about=found.about, parts=[part._asdict() for part in found.parts], next=found.next)
 
 
 @app.command()
