@@ -1,7 +1,7 @@
 """What a run directory holds: each part, what is missing or damaged, and the command to type next.
 
-Everything is compared with its checksum: run.json, the crosscoder's tensors, the files of the last checkpoint, and every
-table. Nothing is changed. Torch, which takes seconds to import, is not needed.
+Everything is compared with its checksum: run.json, the crosscoder's tensors, the files of the last checkpoint, and all
+tables. Nothing is changed. Torch, which takes seconds to import, is not needed.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def inspect_run(path: Path) -> Status:
     parts = [_crosscoder(run, info)]
     parts += _checkpoints(run, info, trained=parts[0].state == OK)
     if parts[0].state == OK or tables or damaged:
-        parts += [_evaluation(run, info, tables, damaged), _evolution(name, tables, damaged)]
-        parts += _tasks(name, run, info, tables, damaged)
+        parts += [_evaluation(info, tables, damaged), _evolution(name, tables, damaged)]
+        parts += _tasks(name, info, tables, damaged)
         parts += _others(run, info, tables, damaged)
         parts.append(_labels(tables, damaged))
         parts.append(_report(run, name))
-    return Status(_describe(info), parts, _next(run, name, parts))
+    return Status(_describe(info), parts, _next(run, parts))
 
 
 def _describe(info: dict[str, Any]) -> str:
@@ -199,7 +199,7 @@ def _read_tables(run: RunDir) -> tuple[dict[str, Any], dict[str, str]]:
     return tables, damaged
 
 
-def _evaluation(run: RunDir, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]) -> Part:
+def _evaluation(info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]) -> Part:
     if "evaluation" in damaged:
         return Part("evaluation", DAMAGED, damaged["evaluation"], _repeat(info))
     table = tables.get("evaluation")
@@ -236,9 +236,7 @@ def _evolution(name: str, tables: dict[str, Any], damaged: dict[str, str]) -> Pa
     )
 
 
-def _tasks(
-    name: str, run: RunDir, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]
-) -> Iterator[Part]:
+def _tasks(name: str, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]) -> Iterator[Part]:
     parts = [table.partition("/") for table in [*tables, *damaged] if "/" in table]
     names = sorted({task.removesuffix(".snapshots").removesuffix(".summary") for _, _, task in parts})
     if not names:
@@ -296,7 +294,7 @@ def _report(run: RunDir, name: str) -> Part:
     return Part("report", OK, str(page))
 
 
-def _next(run: RunDir, name: str, parts: list[Part]) -> str:
+def _next(run: RunDir, parts: list[Part]) -> str:
     if (run.path / ".lock").is_file() and os.access(run.path, os.W_OK):
         try:
             run.hold()()
