@@ -65,6 +65,7 @@ from crosslens.cli.arguments import (
     parse_steps,
     parse_tasks,
 )
+from crosslens.cli.config_file import given_options, read_config
 from crosslens.cli.display import Column, Output, counted, number, percent, size
 from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
@@ -400,6 +401,7 @@ def harvest(
 
 @app.command()
 def train(
+    context: typer.Context,
     snapshots: SnapshotsOption,
     hook: HookOption,
     dataset: DatasetOption,
@@ -504,9 +506,20 @@ def train(
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
     wandb_project: Annotated[str | None, _option("--wandb-project", "Log to this W&B project.")] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Take options from this file: a .toml with the names of options as keys, or the run.json of an "
+            "earlier run. The command line wins.",
+            callback=read_config,
+            is_eager=True,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a crosscoder, in one process or under torchrun. Run the same command again to resume."""
+    del config_file  # read by its callback
     out = Output(as_json)
     options = TrainingOptions(
         recipe=recipe,
@@ -563,6 +576,7 @@ def train(
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if _first():
         claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
+        RunDir(run_dir).update(options=given_options(context))
     if cache is not None:
         acts = acts.cache(cache, cache_dtype)
     planned = acts.plan(
@@ -960,6 +974,21 @@ def export(
     out.say(f"features are active on the same tokens with a mean F1 of {number(metadata.feature_agreement, 2)}")
     out.say(f'load it with sae_lens.SAE.load_from_disk("{place}")')
     out.end(run=run_dir, format=format, snapshot=chosen, folder=place, **measured_values)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Run directory.", metavar="A", callback=check_trained_run)],
+    b: Annotated[Path, typer.Argument(help="Another run directory.", metavar="B", callback=check_trained_run)],
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two runs: settings, explained variance, and matched features if both have the same snapshots."""
+    from crosslens.cli.comparison import read_pairs, show_comparison
+    from crosslens.rundir import RunDir
+
+    runs = RunDir(a), RunDir(b)
+    show_comparison(Output(as_json), *runs, *read_pairs(*runs, device))
 
 
 @app.command()
