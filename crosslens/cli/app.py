@@ -65,7 +65,7 @@ from crosslens.cli.arguments import (
     parse_steps,
     parse_tasks,
 )
-from crosslens.cli.config_file import given_options, read_config
+from crosslens.cli.config_file import Context, given_options, read_config
 from crosslens.cli.display import Column, Output, counted, number, percent, size
 from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
@@ -401,7 +401,7 @@ def harvest(
 
 @app.command()
 def train(
-    context: typer.Context,
+    context: Context,
     snapshots: SnapshotsOption,
     hook: HookOption,
     dataset: DatasetOption,

@@ -27,7 +27,11 @@ def list_differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
     """Settings that differ between two run.json, with nested names; of snapshots the labels, or that weights differ."""
     one, other = (_flat(info.get("identity", {})) for info in (a, b))
     rows = [Difference(key, one.get(key), other.get(key)) for key in {**one, **other}]
-    rows = [row for row in rows if row.a != row.b]
+    rows = [
+        row if row.setting != "tokens_sha256" else Difference("tokens", "of this run", "other ones")
+        for row in rows
+        if row.a != row.b
+    ]
     labels = [[row["label"] for row in info.get("identity", {}).get("snapshots") or ()] for info in (a, b)]
     if labels[0] != labels[1]:
         rows.append(Difference("snapshots", *(", ".join(each) for each in labels)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -28,10 +28,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# typer's class is for annotations only: what it passes is the context of the click in use
+Context = typer.Context if TYPE_CHECKING else typer.Context.__base__
 _NOT_IN_FILES = ("help", "config", "json")
 
 
-def read_config(context: typer.Context, path: Path | None) -> Path | None:
+def read_config(context: Context, path: Path | None) -> Path | None:
     """Make the options in a file the defaults of a command; the callback of its --config option.
 
     Raises:
@@ -57,7 +59,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def given_options(context: typer.Context) -> dict[str, Any]:
+def given_options(context: Context) -> dict[str, Any]:
     """The options of a command that were given, on the command line or in a file, as `read_config` reads them."""
     return {
         option.replace("-", "_"): to_json(context.params[name])
@@ -66,7 +68,7 @@ def given_options(context: typer.Context) -> dict[str, Any]:
     }
 
 
-def _parameters(context: typer.Context) -> dict[str, tuple[str, bool]]:
+def _parameters(context: Context) -> dict[str, tuple[str, bool]]:
     """Options of a command by name: the parameter, and whether it can be repeated."""
     found: dict[str, tuple[str, bool]] = {}
     for parameter in context.command.params:

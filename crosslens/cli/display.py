@@ -151,11 +151,9 @@ def _draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str, 
     console = Console(markup=False, emoji=False, highlight=False)
     room = max(MIN_WIDTH, console.width)
     widths = [max(map(cell_len, [column.name, *(row[i] for row in rows)])) for i, column in enumerate(columns)]
-    shown, left_out = list(range(len(columns))), list[str]()
+    shown = list(range(len(columns)))
     while sum(widths[i] for i in shown) + 2 * (len(shown) - 1) > room and any(columns[i].drop for i in shown):
-        out = max(shown, key=lambda i: (columns[i].drop, i))
-        shown.remove(out)
-        left_out.append(columns[out].name)
+        shown.remove(max(shown, key=lambda i: (columns[i].drop, i)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for i in shown:
         table.add_column(columns[i].name, justify="left" if columns[i].left else "right", overflow="fold")
@@ -164,8 +162,8 @@ def _draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str, 
     if title:
         console.print(title, style="bold")
     console.print(table)
-    if left_out:
-        note = f"{note}\n" * bool(note) + f"no room for {', '.join(reversed(left_out))}: widen the terminal"
+    if left_out := [column.name for i, column in enumerate(columns) if i not in shown]:
+        note = f"{note}\n" * bool(note) + f"no room for {', '.join(left_out)}: widen the terminal"
     if note:
         console.print(note, style="dim")
     console.print()
