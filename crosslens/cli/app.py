@@ -763,8 +763,6 @@ def evolve(
     run.save_tables(probes)
     out = Output(as_json)
     show_evolution(out, history, acts.snapshots.labels, probes["probe_presence"])
-    if evolution.decodability is None:
-        out.say("decoder norms alone do not date births")
     for line in describe_doubtful(doubtful):
         out.say(line)
     if "scaling" not in history:
@@ -1188,13 +1186,13 @@ def _list(out: Output, what: str, steps: str | None) -> None:
     else:
         revisions = model.revisions(parse_steps(steps or "all"), lambda: list_revisions(model.repository))
         rows = [(row, is_on_disk(model.repository, row.revision)) for row in revisions]
-    columns = [
-        Column("snapshot"), Column("revision", drop=2), Column("trained on"), Column("on this disk", left=True, drop=1),
-    ]  # fmt: skip
+    revised = any(row.revision for row, _ in rows)
+    columns = [Column("snapshot"), *[Column("revision", drop=2)] * revised, Column("trained on")]
+    columns.append(Column("on this disk", left=True, drop=1))
     cells = [
         (
             row.label,
-            row.revision,
+            *[row.revision] * revised,
             "" if row.tokens is None else f"{row.tokens:,} tokens",
             "on this disk" if on_disk else "not on this disk",
         )

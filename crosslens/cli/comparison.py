@@ -178,6 +178,6 @@ def read_pairs(a: RunDir, b: RunDir, device: str | None) -> tuple[pd.DataFrame |
 
     try:
         _, crosscoder, acts = open_run(a.path, device)
-        return match(crosscoder, load(b.crosscoder, device=crosscoder.device), acts), ""
+        return match(crosscoder, load(b.crosscoder, device=str(crosscoder.device)), acts), ""
     except (UserError, OSError) as error:
         return None, f"{brief(error)}; matching needs the snapshots and the text that A was trained on"

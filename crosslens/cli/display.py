@@ -128,7 +128,7 @@ def size(n_bytes: int) -> str:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or type(value).__name__ == "NAType" or value != value
+    return value is None or type(value).__name__ == "NAType" or bool(value != value)
 
 
 def _aligned(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> list[str]:

@@ -198,13 +198,8 @@ def test_one_object_for_programs(
     table = run.table("ablation/task")
     assert table is not None and [row["metric"] for row in found] == table["metric"].tolist()
     assert [row["metric_sd"] for row in found if row["features"] == "top"] == [None] * (3 * 5)
-    assert Path(ask("report", run.path)["page"]).is_file()
-    assert ask("status", run.path)["next"] == f"open {run.report / 'index.html'}"
+    assert ask("status", run.path)["next"] == f"crosslens report {run.path}"  # it is older than the effects
     assert ask("remove", run.path, "--task", "task")["removed"]["task"]
-    found = ask("evolve", run.path)
-    assert [row["live"] for row in found["lifecycles"]] and found["snapshots"] == labels
-    births = run.table("birth_counts")
-    assert births is not None and [row["born"] for row in found["birth_counts"]] == births["born"].tolist()
 
 
 def test_a_run_json_given_back(command: Command, trained: Path, tiny_snapshots: Path, files: Path, tmp_path: Path):
@@ -341,15 +336,18 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     kept = marked["feature"].isin(marked.loc[marked["alive"], "feature"].iloc[::2])
     run.save_table("consensus", marked.assign(consensus=kept))
     kept = set(marked.loc[kept, "feature"])
-    for arguments in (
-        ("attribute", run.path, "--task", task, "--n-exact", 0, "--consensus"),
-        ("evolve", run.path),
-    ):
-        assert command(*arguments)[0] == 0, arguments
+    assert command("attribute", run.path, "--task", task, "--n-exact", 0, "--consensus")[0] == 0
+    code, out, _ = command("evolve", run.path, "--json")
+    found, births = json.loads(out, parse_constant=pytest.fail), run.table("birth_counts")
+    assert births is not None and [row["born"] for row in found["birth_counts"]] == births["born"].tolist()
+    assert code == 0 and found["snapshots"] == ["step0", "step10", "step20"]
+    assert [row["features"] for row in found["lifecycles"]] == [32] * 3
+    for row in found["lifecycles"]:
+        assert row["live"] == row["initial"] + row["emergent"] + row["never"] + row["without_reading"]
     effects, lifecycles = run.table("attribution/task"), run.table("lifecycles")
     assert effects is not None and set(effects["feature"]) <= kept and len(effects)
     assert lifecycles is not None and lifecycles["consensus"].tolist() == [i in kept for i in range(32)] * 3
-    assert command("report", run.path, "--consensus")[0] == 0
+    assert json.loads(command("report", run.path, "--consensus", "--json")[1])["page"] == str(run.report / "index.html")
     assert "Features by number of seeds" in (run.report / "index.html").read_text()
     listed = pd.read_csv(run.report / "data" / "evolution-map.csv")["feature"]
     by_r2 = lifecycles.query("measure == 'r2' and origin.notna()")
