@@ -119,7 +119,7 @@ def _show_pairs(out: Output, pairs: pd.DataFrame) -> dict[str, Any]:
     from crosslens.evolution import match_shares
 
     shares = match_shares(pairs, _SAME)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for threshold in THRESHOLDS:
         at = match_shares(pairs, threshold)
         found = int((pairs["correlation"] >= threshold).sum())

@@ -47,7 +47,13 @@ class Output:
             typer.echo(words, err=self.as_json)
 
     def table(
-        self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, title: str = "", note: str = "", bare=False
+        self,
+        columns: Sequence[Column],
+        rows: Iterable[Sequence[str]],
+        *,
+        title: str = "",
+        note: str = "",
+        bare: bool = False,
     ) -> None:
         """Print a table, unless there is an object that holds its values.
 

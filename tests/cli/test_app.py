@@ -22,9 +22,11 @@ from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.causal import attribute
 from crosslens.cli import app as cli
 from crosslens.crosscoders import load
+from crosslens.errors import json_checksum
 from crosslens.rundir import RunDir
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
+from crosslens.training.checkpoints import file_checksum
 from tests.hub_server import run_program, serve_datasets
 
 HOOK = "blocks.1.hook_resid_post"
@@ -275,10 +277,17 @@ def test_status(command: Command, analysed: tuple[Path, dict[str, str]], files: 
     weights.write_bytes(contents[:-8])
     assert states()[0]["crosscoder"] == "damaged"
     shutil.rmtree(run.crosscoder)
-    (run.checkpoints / "tokens-1024").mkdir(parents=True)
-    (run.checkpoints / "tokens-1024" / "state.json").write_text("{}")
+    checkpoint = run.checkpoints / "tokens-1024"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "shard-0.safetensors").write_bytes(b"abc")
+    checksums = {"shard-0.safetensors": file_checksum(checkpoint / "shard-0.safetensors")}
+    (checkpoint / "checksums-00000.json").write_text(json.dumps(checksums))
+    (checkpoint / "state.json").write_text(json.dumps({"n": 1, "checksum": json_checksum({"n": 1})}))
     found, following = states()
-    assert (found["crosscoder"], found["checkpoints"]) == ("missing", "damaged")
+    assert (found["crosscoder"], found["checkpoints"]) == ("missing", "unfinished")
+    assert following.startswith("crosslens train --snapshots ")
+    (checkpoint / "shard-0.safetensors").write_bytes(b"abd")
+    assert states()[0]["checkpoints"] == "damaged"
     assert command("status", tmp_path)[0] == 2
 
 
