@@ -28,8 +28,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# typer's class is for annotations only: what it passes is the context of the click in use
-Context = typer.Context if TYPE_CHECKING else typer.Context.__base__
+if TYPE_CHECKING:
+    Context = typer.Context
+else:  # that class is for annotations only: what typer passes is the context of the click in use
+    Context = typer.Context.__base__
 _NOT_IN_FILES = ("help", "config", "json")
 
 

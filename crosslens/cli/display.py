@@ -87,14 +87,14 @@ def to_json(value: Any) -> Any:
         return {str(key): to_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [to_json(inner) for inner in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a data frame; importing pandas takes half a second
         return [to_json(row) for row in value.to_dict("records")]
     if hasattr(value, "tolist"):  # of numpy, pandas or torch
         return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value) or type(value).__name__ in ("NAType", "NaTType"):
         return None
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return str(value) if isinstance(value, Path) else value
 
 

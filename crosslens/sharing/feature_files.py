@@ -172,7 +172,7 @@ class _Tables:
 
 def _feature(tables: _Tables, i: int) -> dict[str, Any]:
     evolution, named, lifecycles = (tables.of(name, i) for name in ("evolution", "labels", "lifecycles"))
-    examples = [
+    examples: list[dict[str, Any]] = [
         {
             "sequence": sequence,
             "position": position,
