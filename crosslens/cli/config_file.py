@@ -26,7 +26,7 @@ from crosslens.rundir import RunDir
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 if TYPE_CHECKING:
     Context = typer.Context
@@ -75,7 +75,7 @@ def _parameters(context: Context) -> dict[str, tuple[str, bool]]:
     found: dict[str, tuple[str, bool]] = {}
     for parameter in context.command.params:
         option = parameter.opts[0].removeprefix("--")
-        if option not in _NOT_IN_FILES and parameter.name is not None:
+        if option not in _NOT_IN_FILES:
             found[option] = parameter.name, bool(getattr(parameter, "multiple", False))
     return found
 

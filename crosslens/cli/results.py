@@ -158,7 +158,7 @@ def show_ablation(
         n_prompts: prompts of the held-out half.
         left_out: reasons why prompts were left out, and how many.
     """
-    last = table[table["snapshot"] == table["snapshot"].max()]
+    last = pd.DataFrame(table[table["snapshot"] == table["snapshot"].max()])
     first = last.iloc[0]
     without = f", left out {list_counts(left_out)}" if left_out else ""
     rows = [
