@@ -247,7 +247,7 @@ class RunDir:
             return None
         import pyarrow.parquet as pq  # half a second, which commands that only check a run directory do without
 
-        again = f"delete it, and repeat `crosslens {_maker(name)}`"
+        again = f"delete it, and repeat `crosslens {maker(name)}`"
         try:
             found = pq.ParquetFile(path, page_checksum_verification=True).read()
             seal = json.loads(found.schema.metadata.get(b"crosslens", b"null"))
@@ -420,12 +420,13 @@ def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
 
 
-def _maker(table: str) -> str:
-    """The command that writes a table."""
+def maker(table: str) -> str:
+    """The command that writes a table; `demo` writes those of the other kinds of study of a task."""
     kind, slash, _ = table.partition("/")
     commands = {
         "evaluation": "train", "seeds": "train", "seeds_rotation": "train", "consensus": "train",
-        "attribution": "attribute", "accuracy": "attribute", "ablation": "ablate", "labels": "label", "sweep": "sweep",
+        "attribution": "attribute", "completeness": "attribute", "prompts": "attribute", "accuracy": "attribute",
+        "ablation": "ablate", "labels": "label", "sweep": "sweep",
     }  # fmt: skip
     return commands.get(kind, "demo" if slash else "evolve")
 

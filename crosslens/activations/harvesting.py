@@ -340,7 +340,7 @@ def fill(
     with (
         first.harvesting(pairs, len(pairs) * rank // world, others) as turns,
         ThreadPoolExecutor(1, "crosslens-writer") as writer,
-        tqdm(total=len(pairs), desc="Harvesting", unit="shard") as progress,
+        tqdm(total=len(pairs), desc="Harvesting", unit="shard", leave=False) as progress,
     ):
         for shard, s in turns:
             if loaded != s:

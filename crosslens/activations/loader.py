@@ -493,7 +493,12 @@ class Activations:
             )
         freed = 0
         missing = {name: cache.missing(verify=verify) for name, cache in caches.items()}
-        if pairs := {pair for found in missing.values() for pair in found}:
+        pairs = {pair for found in missing.values() for pair in found}
+        every = next(iter(caches.values())).n_shards * self.n_snapshots
+        if len(pairs) < every and os.environ.get("RANK", "0") == "0":
+            rest = "resuming" if pairs else "nothing is harvested"
+            tqdm.write(f"{path} holds {every - len(pairs):,} of {every:,} shards already: {rest}", file=sys.stderr)
+        if pairs:
             check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
             check_known(self.snapshots)
             self._say_error(min(s for _, s in pairs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +33,7 @@ from crosslens.cli.arguments import (
     check_dataset,
     check_device,
     check_duration,
+    check_export,
     check_folder,
     check_fraction,
     check_hooks,
@@ -48,9 +50,11 @@ from crosslens.cli.arguments import (
     check_split,
     check_tasks,
     check_trained_run,
+    choose_label,
     encoder_shares,
     find_snapshots,
     in_range,
+    list_labels,
     one_of,
     open_consensus,
     open_run,
@@ -61,13 +65,12 @@ from crosslens.cli.arguments import (
     parse_steps,
     parse_tasks,
 )
+from crosslens.cli.config_file import Context, given_options, read_config
+from crosslens.cli.display import Column, Output, counted, number, percent, size
 from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
-
-if TYPE_CHECKING:
-    from crosslens.snapshots.families import Revision
 
 app = typer.Typer(
     name="crosslens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -212,6 +215,9 @@ AttentionOption = Annotated[
         one_of(*ATTENTIONS),
     ),
 ]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and everything else on stderr.")
+]
 DropOption = Annotated[
     int,
     _option(
@@ -246,10 +252,10 @@ def list_(
         str, typer.Argument(help="A model such as pythia-160m, a folder of snapshots, `releases`, or a release.")
     ] = "",
     steps: StepsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List model families, the snapshots of a model, or releases of crosscoders."""
-    for line in _list(what, steps):
-        typer.echo(line)
+    _list(Output(as_json), what, steps)
 
 
 @app.command()
@@ -281,8 +287,10 @@ def plan(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    as_json: JsonOption = False,
 ) -> None:
     """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
+    out = Output(as_json)
     check_processes(processes, data_parallel)
     split = check_split(dataset, split)
     options = TrainingOptions(
@@ -325,13 +333,17 @@ def plan(
         processes=processes,
         data_parallel=data_parallel,
     )
-    typer.echo(str(planned))
+    out.say(str(planned))
+    evolving: dict[str, float] | None = None
     if architecture_config is not None:
         shape = architecture_config.d_sae, acts.n_snapshots, acts[hook[0]].d_model
         held, seconds = plan_decodability(*shape, acts.dataset.n_held_out)
-        typer.echo(f"evolve: {held / 2**30:.2f} GiB of memory to read presence, {seconds / 60:.1f} min of one CPU core")
-    for line in untrained_steps(acts.snapshots.labels, acts.snapshots.steps):
-        typer.echo(line)
+        evolving = {"bytes": held, "cpu_seconds": seconds}
+        out.say(f"evolve: {held / 2**30:.2f} GiB of memory to read presence, {seconds / 60:.1f} min of one CPU core")
+    untrained = untrained_steps(acts.snapshots.labels, acts.snapshots.steps)
+    for line in untrained:
+        out.say(line)
+    out.end(plan=planned, evolve=evolving, warnings=untrained)
 
 
 @app.command()
@@ -360,6 +372,7 @@ def harvest(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    as_json: JsonOption = False,
 ) -> None:
     """Write activations to disk. Run the same command again to resume; several may run at once."""
     split = check_split(dataset, split)
@@ -381,11 +394,14 @@ def harvest(
         drop_positions=drop_positions,
     )
     acts.cache(cache, cache_dtype, evict=evict, verify=verify)
-    _say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {' and '.join(hook)} in {cache}")
+    out = Output(as_json)
+    out.say(f"{acts.n_tokens:,} tokens x {acts.n_snapshots} snapshots at {' and '.join(hook)} in {cache}")
+    out.end(tokens=acts.n_tokens, snapshots=acts.snapshots.labels, hooks=hook, cache=cache)
 
 
 @app.command()
 def train(
+    context: Context,
     snapshots: SnapshotsOption,
     hook: HookOption,
     dataset: DatasetOption,
@@ -490,8 +506,21 @@ def train(
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
     wandb_project: Annotated[str | None, _option("--wandb-project", "Log to this W&B project.")] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Take options from this file: a .toml with the names of options as keys, or the run.json of an "
+            "earlier run. The command line wins.",
+            callback=read_config,
+            is_eager=True,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a crosscoder, in one process or under torchrun. Run the same command again to resume."""
+    del config_file  # read by its callback
+    out = Output(as_json)
     options = TrainingOptions(
         recipe=recipe,
         architecture=architecture,
@@ -547,6 +576,7 @@ def train(
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if _first():
         claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
+        RunDir(run_dir).update(options=given_options(context))
     if cache is not None:
         acts = acts.cache(cache, cache_dtype)
     planned = acts.plan(
@@ -560,21 +590,28 @@ def train(
     )
     if _first() and acts.n_snapshots > 1 and not (RunDir(run_dir).crosscoder / "cfg.json").is_file():
         for line in describe_doubtful(doubtful_snapshots(acts)):
-            _say(line)
+            out.say(line)
     total = (config.training_tokens or acts.n_tokens) // config.batch_size
-    _say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
+    out.say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
     trained = train_seeds(acts, architecture_config, config, seeds)
     crosscoder = trained[seed]
-    timings = RunDir(run_dir).read_json().get("timings", {})
-    _say(
+    run = RunDir(run_dir)
+    timings, evaluation = run.read_json().get("timings", {}), None
+    out.say(
         f"{type(crosscoder).__name__} with {crosscoder.cfg.d_sae} features saved in {run_dir}: "
         f"{timings.get('train', 0):,.0f} s, {timings.get('tokens_per_second', 0):,.0f} tokens/s, "
         f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
     )
-    if seeds > 1 and _first():
-        from crosslens.evolution.seeds import save_seeds
+    found: dict[str, Any] = {}
+    if _first():
+        evaluation = run.table("evaluation")
+        if seeds > 1:
+            from crosslens.evolution.seeds import save_seeds
 
-        _say(save_seeds(run_dir, trained, acts))
+            out.say(save_seeds(run_dir, trained, acts))
+            found = {"seeds": run.table("seeds")}
+    out.say(f"next: crosslens evolve {shlex.quote(str(run_dir))}")
+    out.end(run=run_dir, features=crosscoder.cfg.d_sae, timings=timings, evaluation=evaluation, **found)
 
 
 @app.command()
@@ -613,6 +650,7 @@ def sweep(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    as_json: JsonOption = False,
 ) -> None:
     """Train several numbers of features and k, each from several seeds, and propose one; before `train`."""
     grid_F, grid_k = parse_numbers(d_sae, "--d-sae"), parse_numbers(k, "--k")
@@ -631,8 +669,6 @@ def sweep(
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     import dataclasses
-
-    import pandas as pd
 
     from crosslens.evolution.sweep import choose
     from crosslens.rundir import RunDir
@@ -666,10 +702,19 @@ def sweep(
         n_seeds=seeds,
     )
     run.save_table("sweep", choice.table)
-    formats = {"d_sae": "{:.0f}", "k": "{:g}", "live": "{:.0f}"}
-    columns = ["d_sae", "k", "explained_variance", "least_explained", "dead", "live", "agreement", "variance"]
-    shown = pd.DataFrame({name: choice.table[name].map(formats.get(name, "{:.3f}").format) for name in columns})
-    _say(f"{shown.to_string(index=False)}\n{choice.reason}")
+    out = Output(as_json)
+    columns = [Column("F"), Column("k"), Column("mean EV"), Column("least EV"), Column("dead"), Column("live"),
+               Column("in another seed"), Column("their variance", drop=1)]  # fmt: skip
+    rows = [
+        (
+            f"{row['d_sae']:,.0f}", f"{row['k']:g}", number(row["explained_variance"]), number(row["least_explained"]),
+            percent(row["dead"]), f"{row['live']:,.0f}", percent(row["agreement"], 0), percent(row["variance"], 0),
+        )
+        for row in choice.table.to_dict("records")
+    ]  # fmt: skip
+    out.table(columns, rows, title=f"{counted(len(rows), 'setting')}, each from {seeds} seeds")
+    out.say(choice.reason)
+    out.end(run=run_dir, settings=choice.table, reason=choice.reason)
 
 
 @app.command()
@@ -684,17 +729,17 @@ def evolve(
         ),
     ] = False,
     device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
+    from crosslens.cli.results import count_lifecycles, show_evolution
     from crosslens.evolution import (
         add_consensus,
         describe_doubtful,
-        describe_probes,
         recorded_training,
         study_dynamics,
         study_evolution,
         study_probes,
-        table_of_counts,
         untrained_births,
     )
     from crosslens.evolution import evolve as read_evolution
@@ -716,11 +761,17 @@ def evolve(
     run.save_tables(study_dynamics(crosscoder, acts, evolution=evolution, doubtful=doubtful, accuracy=accuracy))
     probes = study_probes(crosscoder, acts, evolution)
     run.save_tables(probes)
-    lines = [*evolution.describe(), *describe_doubtful(doubtful), *table_of_counts(history["birth_counts"])]
-    for line in [*lines, *describe_probes(probes["probe_presence"])]:
-        typer.echo(line)
+    out = Output(as_json)
+    show_evolution(out, history, acts.snapshots.labels, probes["probe_presence"])
+    for line in describe_doubtful(doubtful):
+        out.say(line)
     if "scaling" not in history:
-        typer.echo("latent scaling is left out: without a penalty on the decoder it equals the decoder norm")
+        out.say("latent scaling is left out: without a penalty on the decoder it equals the decoder norm")
+    counts = {name: history[name] for name in ("birth_counts", "doubtful")}
+    out.end(
+        run=run_dir, snapshots=acts.snapshots.labels, lifecycles=count_lifecycles(history["lifecycles"]), **counts,
+        probes=probes["probe_presence"],
+    )  # fmt: skip
 
 
 @app.command()
@@ -754,6 +805,7 @@ def attribute(
     consensus: ConsensusOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Estimate the effect of every feature on tasks at every snapshot, on the selection half of their prompts."""
     kept = open_consensus(run_dir) if consensus else None
@@ -761,12 +813,13 @@ def attribute(
 
     from crosslens.causal import Estimator
     from crosslens.causal import attribute as attribute_effects
+    from crosslens.cli.results import show_effects
     from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
-    from crosslens.tasks import describe_accuracy, list_counts
 
     estimator = Estimator(method, rule if method == "ig" else None, n_nodes if method == "ig" else None, baseline)
+    out, results = Output(as_json), dict[str, Any]()
     run, crosscoder, acts = open_run(run_dir, device)
-    for prompts in parse_tasks(task):
+    for spec, prompts in zip(task, parse_tasks(task), strict=True):
         selection, _ = prompts.split(seed)
         paired = needs_pairs(baseline)
         runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=paired, settings=acts.settings)
@@ -787,16 +840,9 @@ def attribute(
         if before is not None:
             together = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
         run.save_table("accuracy", together)
-        for line in describe_accuracy(accuracy):
-            typer.echo(line)
-        left_out = f", left out {list_counts(runs.left_out)}" if runs.left_out else ""
-        typer.echo(f"{prompts.name}, effects by {ie.estimator} on the selection half: {len(runs)} prompts{left_out}")
-        for s, label in enumerate(ie.labels):
-            top = ", ".join(str(i) for i in ie.top(min(5, int(ie.active[:, s].sum())), s).tolist())
-            complete = f"  completeness {ie.completeness[s]:.2%}" if method == "ig" else ""
-            agreement = float(ie.agreement[s])
-            agrees = "" if agreement != agreement else f"  agreement with exact {agreement:+.2f}"
-            typer.echo(f"{label:>12}  metric {ie.metric_clean[s]:+8.3f}{complete}{agrees}  top {top}")
+        run.update(tasks={prompts.name: spec})
+        results[prompts.name] = show_effects(out, prompts.name, ie, accuracy, snapshots, len(runs), runs.left_out)
+    out.end(run=run_dir, tasks=results)
 
 
 @app.command()
@@ -812,15 +858,17 @@ def ablate(
     ] = 20,
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Ablate the top features, and keep only them, on the held-out half of the prompts of tasks."""
     import pandas as pd
 
     from crosslens.causal import Attribution, Controls
     from crosslens.causal import ablate as ablate_features
+    from crosslens.cli.results import show_ablation
     from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
-    from crosslens.tasks import list_counts
 
+    out, results = Output(as_json), dict[str, Any]()
     run, crosscoder, acts = open_run(run_dir, device)
     tasks = parse_tasks(task)
     found: list[Attribution] = []
@@ -843,26 +891,118 @@ def ablate(
         ]
         table = pd.concat(tables, ignore_index=True).assign(split="held-out")
         run.save_table(f"ablation/{prompts.name}", table)
-        left_out = f", left out {list_counts(runs.left_out)}" if runs.left_out else ""
-        typer.echo(f"{prompts.name}, metric on the held-out half: {len(runs)} prompts{left_out}")
-        last = table[table["snapshot"] == table["snapshot"].max()]
-        for row in last.itertuples():
-            typer.echo(
-                f"{row.label:>12}  {row.mode:>6} {row.features:>12} {row.k:>4}: {row.metric:+.3f} of {row.clean:+.3f}"
-            )
+        results[prompts.name] = show_ablation(out, prompts.name, table, len(runs), runs.left_out)
+    out.end(run=run_dir, tasks=results)
+
+
+@app.command()
+def status(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+    """Say what a run directory holds, what is missing or damaged, and the next command to type."""
+    from crosslens.cli.status import inspect_run
+
+    out, found = Output(as_json), inspect_run(run_dir)
+    columns = [Column("part", left=True), Column("state", left=True), Column("contents", left=True)]
+    out.table(columns, [part[:3] for part in found.parts], title=f"{run_dir}: {found.about}")
+    out.say(f"next: {found.next}")
+    out.end(run=run_dir, about=found.about, parts=[part._asdict() for part in found.parts], next=found.next)
+
+
+@app.command()
+def export(
+    run_dir: TrainedArgument,
+    format: Annotated[
+        str,
+        _option(
+            "--format",
+            "sae: one snapshot as a folder that sae_lens.SAE.load_from_disk reads; json: all features in one file, "
+            "with labels, lifecycles, examples and logit lens; neuronpedia: the features of one snapshot as batch "
+            "files of SAEDashboard 0.8. json and neuronpedia need `crosslens evolve` first.",
+            one_of("sae", "json", "neuronpedia"),
+        ),
+    ],
+    snapshot: Annotated[
+        str | None, _option("--snapshot", "Label of the snapshot, for sae and neuronpedia. Default: the last one.")
+    ] = None,
+    to: Annotated[
+        Path | None,
+        _option("--to", "Folder, or for json the file. Default: in the folder exports of the run.", check_export),
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a crosscoder or its features in a format of other tools."""
+    if format == "json" and snapshot is not None:
+        raise UserError(f"--snapshot {snapshot} is not for --format json, which holds all snapshots: leave it out")
+    out, labels = Output(as_json), list_labels(run_dir)
+    chosen = labels[-1] if snapshot is None else choose_label(labels, snapshot)
+    name = "features.json" if format == "json" else f"{format}-{chosen}"
+    place = to or run_dir / "exports" / name
+    from crosslens.rundir import RunDir
+
+    if format == "json":
+        from crosslens.sharing.feature_files import write_features
+
+        path = write_features(RunDir(run_dir), place)
+        out.say(f"{path}: features at {counted(len(labels), 'snapshot')}, {size(path.stat().st_size)}")
+        out.end(run=run_dir, format=format, files=[path])
+        return
+    _, crosscoder, acts = open_run(run_dir, device)
+    if format == "neuronpedia":
+        from crosslens.sharing.feature_files import write_neuronpedia
+
+        files = write_neuronpedia(RunDir(run_dir), place, chosen, len(acts.held_out_tokens()))
+        out.say(
+            f"{place}: {counted(crosscoder.cfg.d_sae, 'feature')} at {chosen} in {counted(len(files), 'batch file')}"
+        )
+        out.end(run=run_dir, format=format, snapshot=chosen, files=files)
+        return
+    from crosslens.sharing import export_sae
+
+    sae = export_sae(crosscoder, acts, chosen)
+    sae.save_model(place)
+    metadata = sae.cfg.metadata
+    names = ("explained_variance", "crosscoder_explained_variance", "l0", "crosscoder_l0", "feature_agreement")
+    measured_values = {name: getattr(metadata, name) for name in names}
+    columns = [Column("on held-out tokens", left=True), Column("EV"), Column("L0")]
+    rows = [
+        (who, number(measured_values[f"{part}explained_variance"]), number(measured_values[f"{part}l0"], 1))
+        for who, part in (("SAE", ""), ("crosscoder", "crosscoder_"))
+    ]
+    out.table(columns, rows, title=f"{place}: a JumpReLU SAE of {counted(crosscoder.cfg.d_sae, 'feature')} at {chosen}")
+    out.say(f"features are active on the same tokens with a mean F1 of {number(metadata.feature_agreement, 2)}")
+    out.say(f'load it with sae_lens.SAE.load_from_disk("{place}")')
+    out.end(run=run_dir, format=format, snapshot=chosen, folder=place, **measured_values)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Run directory.", metavar="A", callback=check_trained_run)],
+    b: Annotated[Path, typer.Argument(help="Another run directory.", metavar="B", callback=check_trained_run)],
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two runs: settings, explained variance, and matched features if both have the same snapshots."""
+    from crosslens.cli.comparison import read_pairs, show_comparison
+    from crosslens.rundir import RunDir
+
+    runs = RunDir(a), RunDir(b)
+    show_comparison(Output(as_json), *runs, *read_pairs(*runs, device))
 
 
 @app.command()
 def remove(
     run_dir: RunArgument,
     task: Annotated[list[str], _option("--task", "Name of a task, as the report shows it. Repeat it for several.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Delete the tables of tasks from a run; the report then leaves them out."""
     from crosslens.rundir import RunDir
 
-    run = RunDir(run_dir)
+    run, out, removed = RunDir(run_dir), Output(as_json), dict[str, list[str]]()
     for name in task:
-        typer.echo(f"{name}: {', '.join(run.remove_task(name))}")
+        removed[name] = run.remove_task(name)
+        out.say(f"{name}: {', '.join(removed[name])}")
+    out.end(run=run_dir, removed=removed)
 
 
 @app.command("label")
@@ -889,6 +1029,7 @@ def label_run(
     seed: SeedOption = 0,
     dry_run: Annotated[bool, _option("--dry-run", "Estimate the cost without sending a request.")] = False,
     yes: Annotated[bool, _option("--yes", "Do not ask for confirmation.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Label features with a language model; the key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY."""
     from functools import partial
@@ -919,26 +1060,31 @@ def label_run(
         n_examples=n_examples,
         seed=seed,
     )
-    estimate = ask(dry_run=True).estimate
-    typer.echo(str(estimate))
+    out, estimate = Output(as_json), ask(dry_run=True).estimate
+    out.say(str(estimate))
     if dry_run:
+        out.end(run=run_dir, estimate=estimate)
         return
     run.hold()
     if estimate.requests:
         check_client(explainer)
         if not yes:
-            typer.confirm("Send them?", abort=True)
+            typer.confirm("Send them?", abort=True, err=as_json)
     labels = ask()
     counts = ", ".join(f"{count} {status}" for status, count in labels.table["status"].value_counts().items())
-    typer.echo(f"{counts}; {labels.tokens_in:,} tokens in, {labels.tokens_out:,} out")
+    out.say(f"{counts}; {labels.tokens_in:,} tokens in, {labels.tokens_out:,} out")
+    correlations: list[dict[str, Any]] = []
     lifecycles, table = run.table("lifecycles"), run.table("labels")
     if lifecycles is not None and table is not None:
         from crosslens.report.tables import by_measure
 
-        for row in complexity_correlation(table, by_measure(lifecycles), unit="index").to_dict("records"):
+        correlations = complexity_correlation(table, by_measure(lifecycles), unit="index").to_dict("records")
+        for row in correlations:
             interval = f"[{row['spearman_low']:+.2f}, {row['spearman_high']:+.2f}]"
             words = f"Spearman {row['spearman']:+.2f} {interval}, {row['n']} features"
-            typer.echo(f"complexity and {row['event']}: {words}")
+            out.say(f"complexity and {row['event']}: {words}")
+    tokens = {"in": labels.tokens_in, "out": labels.tokens_out}
+    out.end(run=run_dir, estimate=estimate, labels=labels.table, tokens=tokens, complexity=correlations)
 
 
 @app.command("report")
@@ -949,15 +1095,19 @@ def report_run(
         str | None, _option("--wandb-project", "W&B project to add them to, for a run trained without W&B.")
     ] = None,
     consensus: ConsensusOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the HTML report of a run."""
     if consensus:
         open_consensus(run_dir)
     from crosslens.report import log_report, write_report
 
-    typer.echo(str(write_report(run_dir, consensus=consensus)))
+    out, page, logged = Output(as_json), write_report(run_dir, consensus=consensus), None
+    out.say(str(page))
     if wandb or wandb_project is not None:
-        typer.echo(f"W&B run {log_report(run_dir, project=wandb_project)}")
+        logged = log_report(run_dir, project=wandb_project)
+        out.say(f"W&B run {logged}")
+    out.end(run=run_dir, page=page, wandb=logged)
 
 
 @app.command()
@@ -977,17 +1127,22 @@ def push(
     private: Annotated[bool, _option("--private", "Create a private repository.")] = False,
     dry_run: Annotated[bool, _option("--dry-run", "Show what would be uploaded.")] = False,
     licence: Annotated[str | None, _option("--licence", "Licence of the weights, such as mit.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Publish a crosscoder on the Hugging Face hub, with a model card."""
     from crosslens.sharing.publishing import push_to_hub
 
-    typer.echo(str(push_to_hub(source, repository, sae_id, private=private, dry_run=dry_run, licence=licence)))
+    out = Output(as_json)
+    pushed = push_to_hub(source, repository, sae_id, private=private, dry_run=dry_run, licence=licence)
+    out.say(str(pushed))
+    out.end(push=pushed)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, _option("--out", "Run directory; created if missing.", check_new_run)] = Path("runs/demo"),
     seed: SeedOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Pretrain a tiny model, train a crosscoder on its snapshots, and write the report: minutes on two CPU cores."""
     from crosslens.rundir import RunDir
@@ -995,53 +1150,63 @@ def demo(
     RunDir(out).check_settings({"seed": seed}, part="demo")
     from crosslens.cli.demo import run_demo
 
-    summary = run_demo(out, seed)
-    typer.echo(f"done in {summary['seconds']:.0f} s; open {out / 'report' / 'index.html'}")
+    shown, summary = Output(as_json), run_demo(out, seed)
+    shown.say(f"done in {summary['seconds']:.0f} s; open {out / 'report' / 'index.html'}")
+    shown.end(run=out, summary=summary)
 
 
 # ---------------------------------------------------------------------- listing
-def _list(what: str, steps: str | None) -> Iterator[str]:
-    """Lines about families, releases, a release, or snapshots."""
-    from crosslens.sharing.registry import describe_releases, list_releases
+def _list(out: Output, what: str, steps: str | None) -> None:
+    """Print families, releases, a release, or snapshots."""
+    from crosslens.sharing.registry import describe_releases, find_release, list_releases
     from crosslens.snapshots import families
     from crosslens.snapshots.hub import is_on_disk, list_revisions
 
     if not what:
-        for name, entry in families.read_table().items():
-            yield f"{name}: {', '.join(entry['sizes'])} ({entry['about']})"
+        known = families.read_table()
+        columns = [Column("family", left=True), Column("sizes", left=True), Column("about", left=True)]
+        out.table(columns, [(name, ", ".join(entry["sizes"]), entry["about"]) for name, entry in known.items()])
+        out.end(families={name: {"sizes": [*entry["sizes"]], "about": entry["about"]} for name, entry in known.items()})
         return
     is_folder = Path(what).is_dir()
     if not is_folder and (what == "releases" or what in list_releases()):
-        yield from describe_releases(None if what == "releases" else what)
+        chosen = None if what == "releases" else what
+        out.say("\n".join(describe_releases(chosen)))
+        out.end(releases=[find_release(chosen)] if chosen else [*list_releases().values()])
         return
     repository, _, pattern = what.partition("@")
     model = None if is_folder else families.match_model(what)
     if "{step}" in pattern and not is_folder:
         model = families.pattern_model(repository, pattern)
     if model is None:
-        for snapshot in find_snapshots(what, steps)():
-            row = families.Revision(snapshot.label, snapshot.revision or "", snapshot.step, snapshot.tokens)
-            yield _line(row, snapshot.is_on_disk())
-        return
-    for row in model.revisions(parse_steps(steps or "all"), lambda: list_revisions(model.repository)):
-        yield _line(row, is_on_disk(model.repository, row.revision))
-
-
-def _line(row: Revision, on_disk: bool) -> str:
-    tokens = "" if row.tokens is None else f"{row.tokens:,} tokens"
-    return f"{row.label:>12}  {row.revision:>12}  {tokens:>26}  {'on this disk' if on_disk else 'not on this disk'}"
+        rows = [
+            (families.Revision(each.label, each.revision or "", each.step, each.tokens), each.is_on_disk())
+            for each in find_snapshots(what, steps)()
+        ]
+    else:
+        revisions = model.revisions(parse_steps(steps or "all"), lambda: list_revisions(model.repository))
+        rows = [(row, is_on_disk(model.repository, row.revision)) for row in revisions]
+    revised = any(row.revision for row, _ in rows)
+    columns = [Column("snapshot"), *[Column("revision", drop=2)] * revised, Column("trained on")]
+    columns.append(Column("on this disk", left=True, drop=1))
+    cells = [
+        (
+            row.label,
+            *[row.revision] * revised,
+            "" if row.tokens is None else f"{row.tokens:,} tokens",
+            "on this disk" if on_disk else "not on this disk",
+        )
+        for row, on_disk in rows
+    ]
+    held = sum(on_disk for _, on_disk in rows)
+    out.table(columns, cells, note=f"{counted(len(rows), 'snapshot')}, {held:,} on this disk", bare=True)
+    out.end(snapshots=[{**row._asdict(), "on_disk": on_disk} for row, on_disk in rows])
 
 
 # ---------------------------------------------------------------------- processes
 def _first() -> bool:
     """Whether this is the first, or only, process that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _say(words: str) -> None:
-    """Print a result once, whatever the number of processes."""
-    if _first():
-        typer.echo(words)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:

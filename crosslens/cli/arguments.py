@@ -182,6 +182,13 @@ def check_folder(_: str, value: Path | None) -> Path | None:
     return value
 
 
+def check_export(_: str, value: Path | None) -> Path | None:
+    """Refuse a place whose folder cannot be created or written to."""
+    if value is not None:
+        check_writable(value.parent)
+    return value
+
+
 def check_new_run(_: str, value: Path) -> Path:
     """Refuse a directory where no run can be written."""
     RunDir(value).check_usable()
@@ -417,6 +424,18 @@ def check_processes(processes: int, data_parallel: int) -> None:
             f"--data-parallel {data_parallel} does not divide the {processes} process{'es' * (processes > 1)} of this "
             f"run: start a multiple of {data_parallel} processes with torchrun, or leave it out"
         )
+
+
+def list_labels(path: Path) -> list[str]:
+    """Labels of the snapshots of a trained run."""
+    return [row["label"] for row in RunDir(path).read_json()["source"]["snapshots"]["snapshots"]]
+
+
+def choose_label(labels: Sequence[str], text: str) -> str:
+    """The --snapshot option, if it is a label of a run."""
+    if text not in labels:
+        raise UserError(f"--snapshot {text!r} is unknown: use one of {', '.join(labels)}{did_you_mean(text, labels)}")
+    return text
 
 
 # ---------------------------------------------------------------------- what they stand for

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import torch
 from crosslens.activations.loader import Activations
 from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
+from crosslens.cli.display import to_json
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
@@ -174,7 +174,7 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     lap("report", mark)
     write_report(run.path, title=f"crosslens demo, seed {seed}")
     shutil.rmtree(run.path / "activations")  # 450 MB that can be harvested again in seconds
-    summary = _strict({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
+    summary = to_json({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
 
@@ -292,13 +292,3 @@ def _summary(
         "transfer_to_last": {name: _transfer_summary(each) for name, each in studies.items()},
         "probe": probe_correlation(probes),
     }
-
-
-def _strict(value: Any) -> Any:
-    """Replace NaN, infinities and NA by None, since strict JSON has only null."""
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_strict(inner) for inner in value]
-    missing = value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
-    return None if missing else value

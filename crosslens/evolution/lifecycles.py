@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
@@ -185,11 +186,13 @@ def held_out_features(
     if isinstance(crosscoder, CrosscoderTrainingSAE):
         crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
     n = 0
-    for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
-        n += len(x)
-        if len(x):
-            x = x.to(crosscoder.W_dec.device)
-            yield x, crosscoder.encode(x)
+    with tqdm(desc="Reading features", unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
+        for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
+            n += len(x)
+            if len(x):
+                x = x.to(crosscoder.W_dec.device)
+                yield x, crosscoder.encode(x)
+            bar.update(len(x))
     if not n:
         raise UserError("no activations are held out: give Dataset(held_out_tokens=...) of 1 or more")
 

@@ -16,7 +16,7 @@ how well they agree on when each feature is active (F1) and on its value (Pearso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,18 +24,18 @@ from jaxtyping import Float
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.errors import UserError
-from crosslens.intervention.splice import check_snapshot
+from crosslens.errors import UserError, did_you_mean
 
 
 @torch.no_grad()
 def export_sae(
     crosscoder: Crosscoder,
     acts: Activations,
-    snapshot: int,
+    snapshot: int | str,
     *,
     n_tokens: int = 100_000,
     ridge: float = 1e-6,
@@ -46,7 +46,7 @@ def export_sae(
     Args:
         crosscoder: the crosscoder.
         acts: activations it was trained on; the encoder is fitted on training tokens, evaluated on held-out ones.
-        snapshot: index of the snapshot.
+        snapshot: index or label of the snapshot.
         n_tokens: activations to fit on, at most one epoch.
         ridge: weight of the penalty on the encoder, in units of the mean variance of an activation.
         batch_size: activations per batch.
@@ -60,7 +60,7 @@ def export_sae(
     Raises:
         UserError: no such snapshot, activations of other snapshots, n_tokens or ridge out of range.
     """
-    s = check_snapshot(crosscoder, snapshot)
+    s = find_snapshot(crosscoder.cfg.snapshot_labels, snapshot)
     if acts.n_snapshots != crosscoder.n_snapshots or acts.d_model != crosscoder.d_model:
         raise UserError(
             f"activations of {acts.n_snapshots} snapshots of width {acts.d_model} do not fit this crosscoder, which "
@@ -75,12 +75,13 @@ def export_sae(
     batch_size = min(batch_size, acts.n_tokens)
     n_batches = min(math.ceil(n_tokens / batch_size), acts.n_tokens // batch_size)
 
-    def batches() -> Iterator[Float[Tensor, "B S D"]]:
+    def batches(purpose: str) -> Iterator[Float[Tensor, "B S D"]]:
         stream = acts.batches(batch_size, epochs=1)
-        return (next(stream).to(crosscoder.device) for _ in range(n_batches))
+        bar = tqdm(range(n_batches), desc=purpose, unit="batch", leave=False, delay=2)
+        return (next(stream).to(crosscoder.device) for _ in bar)
 
-    weight, bias = fit_encoder(crosscoder, batches(), s, ridge)
-    threshold, gain = calibrate(crosscoder, batches(), s, weight, bias)
+    weight, bias = fit_encoder(crosscoder, batches("Fitting the encoder"), s, ridge)
+    threshold, gain = calibrate(crosscoder, batches("Calibrating"), s, weight, bias)
     D, F = crosscoder.d_model, crosscoder.cfg.d_sae
     recorded = crosscoder.cfg.metadata
     label = crosscoder.cfg.snapshot_labels[s]
@@ -110,6 +111,28 @@ def export_sae(
         f"{metadata.feature_agreement:.3f}."
     )
     return sae.eval().requires_grad_(False)
+
+
+def find_snapshot(labels: Sequence[str], snapshot: int | str) -> int:
+    """Index of a snapshot, counted from the left.
+
+    Args:
+        labels: of all snapshots.
+        snapshot: index or label.
+
+    Raises:
+        UserError: no such snapshot.
+    """
+    S = len(labels)
+    if isinstance(snapshot, str):
+        if snapshot not in labels:
+            raise UserError(
+                f"there is no snapshot {snapshot!r}: use one of {', '.join(labels)}{did_you_mean(snapshot, labels)}"
+            )
+        return list(labels).index(snapshot)
+    if not -S <= snapshot < S:
+        raise UserError(f"snapshot {snapshot} is not in [0, {S - 1}]: there are {S} snapshots")
+    return snapshot % S
 
 
 def fit_encoder(

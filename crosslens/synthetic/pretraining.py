@@ -249,7 +249,8 @@ def _train(seed: int, config: PretrainingConfig, progress: bool) -> Iterator[tup
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
     batches = demo_batches(seed, config)
-    for step in tqdm(range(config.n_steps + 1), desc=f"pretraining, seed {seed}", unit="step", disable=not progress):
+    steps = range(config.n_steps + 1)
+    for step in tqdm(steps, desc=f"pretraining, seed {seed}", unit="step", leave=False, disable=not progress):
         if step in config.snapshot_steps:
             yield step, model
         if step == config.n_steps:

@@ -52,6 +52,7 @@ class Bar:
             desc="Training",
             unit=" tokens",
             unit_scale=True,
+            leave=False,
             miniters=1,
             mininterval=0,
             **disable,
@@ -77,7 +78,7 @@ class Bar:
         self._drawn = time.monotonic()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Remove the bar."""
         self._bar.close()
 
 

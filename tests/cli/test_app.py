@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -9,18 +11,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from sae_lens import SAE
 from safetensors.torch import load_file
 
 from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.causal import attribute
 from crosslens.cli import app as cli
 from crosslens.crosscoders import load
+from crosslens.errors import json_checksum
 from crosslens.rundir import RunDir
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
+from crosslens.training.checkpoints import file_checksum
 from tests.hub_server import run_program, serve_datasets
 
 HOOK = "blocks.1.hook_resid_post"
@@ -84,19 +90,33 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_snapshots: Path, file
     return run
 
 
-def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files: Path) -> None:
+@pytest.fixture(scope="module")
+def analysed(trained: Path, files: Path) -> tuple[Path, dict[str, str]]:
+    """A run that every verb has been run on, and what they printed."""
     (files / "other.json").write_text((files / "task.json").read_text())
-    task, other = (f"sva:{files / name}" for name in ("task.json", "other.json"))
+    tasks = ["--task", f"sva:{files / 'task.json'}", "--task", f"sva:{files / 'other.json'}"]
     said: dict[str, str] = {}
     for arguments in (
-        ("evolve", trained),
-        ("attribute", trained, "--task", task, "--task", other, "--n-exact", 3),
-        ("ablate", trained, "--task", task, "--task", other, "--k", "1,3", "--n-draws", 2),
-        ("report", trained),
+        ["evolve", trained],
+        ["attribute", trained, *tasks, "--n-exact", 3],
+        ["ablate", trained, *tasks, "--k", "1,3", "--n-draws", 2],
+        ["report", trained],
     ):
-        code, out, err = command(*arguments)
-        assert (code, err) == (0, ""), arguments
-        said[str(arguments[0])] = out
+        told = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+            patch.setattr(sys, "argv", list(map(str, ["crosslens", *arguments])))
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        assert not stop.value.code, arguments
+        said[str(arguments[0])] = told.getvalue()
+    return trained, said
+
+
+def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tiny_snapshots: Path, files: Path) -> None:
+    trained, said = analysed
+    task, other = (f"sva:{files / name}" for name in ("task.json", "other.json"))
+    assert re.search(r"live features of 32 at 3 snapshots, step0 to step20\n", said["evolve"])
+    assert re.search(r"^births by +features +n +at 0.3", said["evolve"], re.M) and "Spearman" in said["evolve"]
     for name in ("task", "other"):
         n = len(Task.sva(files / f"{name}.json"))
         assert f"{name}: {n} items" in said["attribute"] and "fewer than 20, so means over tasks" in said["attribute"]
@@ -105,7 +125,7 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
     assert "agreement with exact" in said["attribute"] and "accuracy" in said["attribute"]
     assert "completeness" not in said["attribute"]  # these effects need not add up
     code, out, err = command("attribute", trained, "--task", other, "--method", "ig", "--n-nodes", 4, "--n-exact", 0)
-    assert (code, err) == (0, "") and "completeness" in out and "agreement" not in out
+    assert (code, err) == (0, "") and "completeness" in out and "agreement with exact" not in out
     assert RunDir.open(trained).table("completeness/other") is not None
     code, out, err = command("attribute", trained, "--task", task, "--task", task)
     assert code == 2 and "--task names 'task' twice: give each task once" in err
@@ -148,6 +168,166 @@ def test_every_verb(command: Command, trained: Path, tiny_snapshots: Path, files
     ]
 
 
+def test_one_object_for_programs(
+    command: Command, analysed: tuple[Path, dict[str, str]], tiny_snapshots: Path, files: Path, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(analysed[0], run.path)
+    labels = ["step0", "step10", "step20"]
+
+    def ask(*arguments: object) -> dict[str, Any]:
+        code, out, err = command(*arguments, "--json")
+        assert (code, err) == (0, ""), err
+        return json.loads(out, parse_constant=pytest.fail)  # NaN
+
+    assert [row["label"] for row in ask("ls", tiny_snapshots)["snapshots"]] == labels
+    assert ask("ls")["families"]["olmo2"]["sizes"] == ["1b", "7b", "13b"]
+    assert ask("ls", "crosslens-demo")["releases"][0]["name"] == "crosslens-demo"
+    found = ask(*train_arguments(tiny_snapshots, files, run.path))  # it is finished
+    assert [row["label"] for row in found["evaluation"]] == labels and found["features"] == 32
+    task = f"sva:{files / 'task.json'}"
+    found = ask("attribute", run.path, "--task", task, "--n-exact", 0)["tasks"]["task"]["snapshots"]
+    table = run.table("attribution/task.snapshots")
+    assert table is not None and [row["metric_clean"] for row in found] == table["metric_clean"].tolist()
+    assert found[0]["agreement"] is None and 0 <= found[0]["accuracy"] <= 1  # no effect was computed exactly
+    effects = run.table("attribution/task")
+    assert effects is not None
+    of_last = effects[effects["snapshot"] == 2].set_index("feature")["ie"]
+    top = found[2]["top"]
+    assert [abs(row["effect"]) for row in top] == sorted((abs(row["effect"]) for row in top), reverse=True)
+    assert all(of_last[row["feature"]] == pytest.approx(row["effect"], rel=1e-5) for row in top)
+    found = ask("ablate", run.path, "--task", task, "--k", "1,3", "--n-draws", 2)["tasks"]["task"]["curves"]
+    table = run.table("ablation/task")
+    assert table is not None and [row["metric"] for row in found] == table["metric"].tolist()
+    assert [row["metric_sd"] for row in found if row["features"] == "top"] == [None] * (3 * 5)
+    assert ask("status", run.path)["next"] == f"crosslens report {run.path}"  # it is older than the effects
+    assert ask("remove", run.path, "--task", "task")["removed"]["task"]
+
+
+def test_a_run_json_given_back(command: Command, trained: Path, tiny_snapshots: Path, files: Path, tmp_path: Path):
+    recorded = RunDir.open(trained).read_json()["options"]
+    assert recorded == {
+        "snapshots": str(tiny_snapshots), "hook": [HOOK], "dataset": str(files / "text.txt"), "n_tokens": 2000,
+        "context_size": 16, "d_sae": 32, "k": 4, "batch_size": 128, "run_dir": str(trained),
+    }  # fmt: skip
+    again = tmp_path / "again"
+    assert command("train", "--config", trained / "run.json", "--run-dir", again)[0] == 0
+    weights = [(run / "crosscoder" / "sae_weights.safetensors").read_bytes() for run in (trained, again)]
+    assert weights[0] == weights[1]
+    code, out, _ = command("diff", trained, again, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["settings"] == [] and found["not_matched"] is None
+    assert found["matched"]["share_a"] == found["matched"]["variance_b"] == pytest.approx(1)
+    assert all(row["feature"] == row["partner"] and row["correlation"] > 0.999 for row in found["pairs"])
+    explained = RunDir.open(trained).table("evaluation")
+    assert explained is not None
+    for run in "ab":
+        assert [row[f"explained_variance_{run}"] for row in found["evaluation"]] == pytest.approx(
+            explained["explained_variance"].tolist()
+        )
+    # settings that differ, and snapshots that do
+    other = tmp_path / "other"
+    arguments = train_arguments(tiny_snapshots, files, other, "--k", 3, "--steps", "0,20")
+    assert command(*arguments)[0] == 0
+    code, out, _ = command("diff", trained, other)
+    assert code == 0 and "features are not matched: they were trained on other snapshots" in out
+    rows = {line.split("  ")[0]: line.split()[1:] for line in out.splitlines()}
+    assert rows["architecture.k"] == ["4", "3"] and rows["architecture.n_snapshots"] == ["3", "2"]
+    (middle,) = [line.split() for line in out.splitlines() if line.strip().startswith("step10 ")]
+    assert middle[2::2] == ["-"] * 3  # B does not have it
+
+
+def test_status(command: Command, analysed: tuple[Path, dict[str, str]], files: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(analysed[0], run.path)
+    task = f"sva:{files / 'task.json'}"
+
+    def states() -> tuple[dict[str, str], str]:
+        code, out, err = command("status", run.path, "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(out)
+        return {part["name"]: part["state"] for part in found["parts"]}, found["next"]
+
+    found, following = states()
+    assert found["crosscoder"] == found["evaluation"] == found["evolution"] == found["task task"] == "ok"
+    (run.path / "ablation" / "task.parquet").unlink()
+    assert states()[1] == f"crosslens ablate {run.path} --task {task}"
+    code, out, _ = command("status", run.path)
+    assert code == 0 and out.splitlines()[-1] == f"next: crosslens ablate {run.path} --task {task}"
+    lens = run.path / "lens.parquet"
+    lens.write_bytes(lens.read_bytes()[:-100])
+    found, following = states()
+    assert (found["evolution"], following) == ("damaged", f"crosslens evolve {run.path}")
+    lens.unlink()
+    assert states()[0]["evolution"] == "unfinished"
+    (run.report / "index.html").unlink()
+    assert states()[0]["report"] == "missing"
+    with RunDir(run.path).writing():
+        done = subprocess.run(
+            [sys.executable, "-m", "crosslens", "status", str(run.path), "--json"], capture_output=True, text=True
+        )
+    assert "another process is writing the run" in json.loads(done.stdout)["next"]
+    # one bit of one weight
+    weights = run.crosscoder / "sae_weights.safetensors"
+    contents = bytearray(weights.read_bytes())
+    contents[-5] ^= 1
+    weights.write_bytes(contents)
+    found, following = states()
+    assert found["crosscoder"] == "damaged" and following.startswith("crosslens train --snapshots ")
+    weights.write_bytes(contents[:-8])
+    assert states()[0]["crosscoder"] == "damaged"
+    shutil.rmtree(run.crosscoder)
+    checkpoint = run.checkpoints / "tokens-1024"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "shard-0.safetensors").write_bytes(b"abc")
+    checksums = {"shard-0.safetensors": file_checksum(checkpoint / "shard-0.safetensors")}
+    (checkpoint / "checksums-00000.json").write_text(json.dumps(checksums))
+    (checkpoint / "state.json").write_text(json.dumps({"n": 1, "checksum": json_checksum({"n": 1})}))
+    found, following = states()
+    assert (found["crosscoder"], found["checkpoints"]) == ("missing", "unfinished")
+    assert following.startswith("crosslens train --snapshots ")
+    (checkpoint / "shard-0.safetensors").write_bytes(b"abd")
+    assert states()[0]["checkpoints"] == "damaged"
+    assert command("status", tmp_path)[0] == 2
+
+
+def test_status_needs_no_torch(analysed: tuple[Path, dict[str, str]]) -> None:
+    program = (
+        "import sys\nfrom crosslens.cli.app import app\n"
+        f"app(['status', {str(analysed[0])!r}], standalone_mode=False)\n"
+        "assert not {'torch', 'sae_lens', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "next: " in done.stdout
+
+
+def test_exports(command: Command, analysed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(analysed[0], run.path)
+    code, out, _ = command("export", run.path, "--format", "sae", "--snapshot", "step10", "--to", tmp_path / "sae")
+    assert code == 0 and "a JumpReLU SAE of 32 features at step10" in out
+    sae: Any = SAE.load_from_disk(tmp_path / "sae")
+    assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.metadata.snapshot) == (16, 32, "step10")
+    code, out, _ = command("export", run.path, "--format", "json", "--json")
+    (path,) = json.loads(out)["files"]
+    assert code == 0 and len(json.loads(Path(path).read_text())["features"]) == 32
+    code, out, _ = command("export", run.path, "--format", "neuronpedia", "--json")
+    (path,) = json.loads(out)["files"]
+    assert code == 0 and Path(path) == run.path / "exports" / "neuronpedia-step20" / "batch-0.json"
+    assert json.loads(Path(path).read_text())["sae_id_suffix"] == "step20"
+    for arguments, told in (
+        (("--format", "sea"), "did you mean 'sae'"),
+        (("--format", "sae", "--snapshot", "step11"), "use one of step0, step10, step20; did you mean 'step10'"),
+        (("--format", "json", "--snapshot", "step10"), "holds all snapshots: leave it out"),
+    ):
+        code, _, err = command("export", run.path, *arguments)
+        assert code == 2 and told in err
+    (run.path / "lens.parquet").unlink()
+    code, _, err = command("export", run.path, "--format", "json")
+    assert code == 2 and f"has no table lens: run `crosslens evolve {run.path}` first" in err
+
+
 def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
     run, task = RunDir(tmp_path / "run"), f"sva:{files / 'task.json'}"
     assert command(*train_arguments(tiny_snapshots, files, run.path))[0] == 0
@@ -165,15 +345,18 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     kept = marked["feature"].isin(marked.loc[marked["alive"], "feature"].iloc[::2])
     run.save_table("consensus", marked.assign(consensus=kept))
     kept = set(marked.loc[kept, "feature"])
-    for arguments in (
-        ("attribute", run.path, "--task", task, "--n-exact", 0, "--consensus"),
-        ("evolve", run.path),
-    ):
-        assert command(*arguments)[0] == 0, arguments
+    assert command("attribute", run.path, "--task", task, "--n-exact", 0, "--consensus")[0] == 0
+    code, out, _ = command("evolve", run.path, "--json")
+    found, births = json.loads(out, parse_constant=pytest.fail), run.table("birth_counts")
+    assert births is not None and [row["born"] for row in found["birth_counts"]] == births["born"].tolist()
+    assert code == 0 and found["snapshots"] == ["step0", "step10", "step20"]
+    assert [row["features"] for row in found["lifecycles"]] == [32] * 3
+    for row in found["lifecycles"]:
+        assert row["live"] == row["initial"] + row["emergent"] + row["never"] + row["without_reading"]
     effects, lifecycles = run.table("attribution/task"), run.table("lifecycles")
     assert effects is not None and set(effects["feature"]) <= kept and len(effects)
     assert lifecycles is not None and lifecycles["consensus"].tolist() == [i in kept for i in range(32)] * 3
-    assert command("report", run.path, "--consensus")[0] == 0
+    assert json.loads(command("report", run.path, "--consensus", "--json")[1])["page"] == str(run.report / "index.html")
     assert "Features by number of seeds" in (run.report / "index.html").read_text()
     listed = pd.read_csv(run.report / "data" / "evolution-map.csv")["feature"]
     by_r2 = lifecycles.query("measure == 'r2' and origin.notna()")
@@ -217,7 +400,7 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     assert all(line.endswith(" on this disk") for line in command("ls", tiny_snapshots)[1].splitlines())
     assert [line.split()[0] for line in command("ls", tiny_snapshots)[1].splitlines()] == ["step0", "step10", "step20"]
     families = command("ls")[1]
-    assert "pythia: 14m" in families and "olmo2: 1b, 7b" in families and "bloom: 560m" in families
+    assert re.search(r"^pythia +14m.*^olmo2 +1b, 7b.*^bloom +560m", families, re.M | re.S)
     code, out, _ = command(
         *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
         *("--n-tokens", 1000, "--context-size", 16, "--training-tokens", 5000),
@@ -432,6 +615,9 @@ def test_help_and_version_of_the_program() -> None:
         "evolve",
         "attribute",
         "ablate",
+        "status",
+        "export",
+        "diff",
         "remove",
         "label",
         "report",

@@ -166,6 +166,16 @@ WRONG = [
     (["push", "{files}", "me/repository"], "holds no crosscoder"),
     (["push", RUN, "repository"], "'repository' is not a repository name"),
     (["push", RUN, "me/repository", "--id", "../a"], "--id '../a' is not a path inside a repository"),
+    (["status", "{files}"], "is not a run directory"),
+    (["status", "{files}/damaged"], "is not valid JSON"),
+    (["export", RUN, "--format", "sea"], "--format 'sea' is unknown: use one of sae, json, neuronpedia; did you mean"),
+    (["export", RUN, "--format", "sae", "--snapshot", "step1"], "--snapshot 'step1' is unknown: use one of step0"),
+    (["export", RUN, "--format", "json", "--snapshot", "step0"], "which holds all snapshots: leave it out"),
+    (["export", RUN, "--format", "sae", "--to", "{files}/text.txt/a"], "text.txt is a file"),
+    (["diff", RUN, "{files}"], "is not a run directory"),
+    (["diff", RUN, "{files}/untrained"], "has no trained crosscoder"),
+    (["train", "--config", "{files}/run.toml"], "run.toml cannot be read"),
+    (["train", "--config", "{files}/untrained/run.json"], "records no options of `crosslens train`"),
     (["demo", "--out", RUN, "--seed", "1"], "it has seed=0, this run has seed=1"),
     (["trian"], "No such command 'trian'"),
 ]
@@ -178,7 +188,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("text.txt", "task.ini"):
         (folder / name).write_text("a b c\n")
     identity = {"training": {"lr": 0.1}, "architecture": {"scale": "norm"}}
-    recorded = {"source": {"seed": 0}, "demo": {"seed": 0}, "identity": identity}
+    source = {"seed": 0, "snapshots": {"snapshots": [{"label": "step0"}]}}
+    recorded = {"source": source, "demo": {"seed": 0}, "identity": identity}
     runs = {"run": recorded, "untrained": recorded, "unrecorded": {}, "damaged": "", "labelled": {}}
     for name, contents in runs.items():
         (folder / name / "crosscoder").mkdir(parents=True)

@@ -78,7 +78,7 @@ def test_features_are_as_frequent_and_as_large_as_the_crosscoders(crosscoder: Cr
 def test_what_is_exported_is_a_plain_sae_that_says_how_good_it_is(
     crosscoder: Crosscoder, acts: Activations, tmp_path: Path
 ) -> None:
-    sae = export_sae(crosscoder, acts, -1)
+    sae = export_sae(crosscoder, acts, "2")  # the label of the last
     sae.save_model(tmp_path)
     loaded: Any = SAE.load_from_disk(tmp_path)
     assert type(loaded) is JumpReLUSAE and loaded.cfg.d_in == D and loaded.cfg.d_sae == F
@@ -133,7 +133,8 @@ def test_a_snapshot_that_decides_alone_is_exported_exactly(acts: Activations) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"snapshot": 3}, "snapshot"),
+        ({"snapshot": 3}, r"snapshot 3 is not in \[0, 2\]: there are 3 snapshots"),
+        ({"snapshot": "step600"}, "there is no snapshot 'step600': use one of 0, 1, 2"),
         ({"n_tokens": 10}, "n_tokens=10 must be more than d_model=16"),
         ({"ridge": -1.0}, "ridge=-1.0 must be a finite number"),
     ],

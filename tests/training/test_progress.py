@@ -114,7 +114,7 @@ def test_the_bar_is_drawn_once_a_second(
     trainer.fit()
     assert at == {0.0: [12], 0.3: [4, 8, 12, 12], 7.0: [*range(1, 13), 12]}[seconds]
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "EV" in line]
-    assert len(lines) >= len(at)
+    assert len(lines) >= len({*at})  # the last step is measured twice, but the bar is gone when it closes
     numbers = re.search(r"768/768 .* tokens/s, EV (\S+), L0 (\S+), dead (\S+)%\]", lines[-1])
     measured = trainer.last_measured
     assert numbers is not None and measured is not None

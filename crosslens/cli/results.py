@@ -1,0 +1,184 @@
+"""The results of `evolve`, `attribute` and `ablate` as tables for a terminal, and as values for --json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from crosslens.causal import Attribution
+from crosslens.cli.display import Column, Output, measured, number, percent
+from crosslens.evolution.births import NAMES
+from crosslens.tasks import describe_accuracy, list_counts
+
+_TOP = 5
+
+
+def count_lifecycles(lifecycles: pd.DataFrame) -> list[dict[str, Any]]:
+    """How many live features have which origin, by every measure of presence."""
+    rows: list[dict[str, Any]] = []
+    for measure, table in lifecycles.groupby("measure", sort=False):
+        origins = table.loc[table["alive"], "origin"].value_counts()
+        live = int(table["alive"].sum())
+        counts = {origin: int(origins.get(origin, 0)) for origin in ("initial", "emergent", "never")}
+        unread = live - sum(counts.values())
+        rows.append({"measure": measure, "features": len(table), "live": live, **counts, "without_reading": unread})
+    return rows
+
+
+def show_evolution(
+    out: Output, history: Mapping[str, pd.DataFrame], labels: Sequence[str], probes: pd.DataFrame
+) -> None:
+    """Print when features form, births with their controls, and how presence agrees with probes.
+
+    Args:
+        out: where to print.
+        history: the tables of `study_evolution`.
+        labels: of the snapshots.
+        probes: the table "probe_presence" of `study_probes`.
+    """
+    counts = count_lifecycles(history["lifecycles"])
+    columns = [
+        Column("presence by", left=True), Column("live"), Column("initial"), Column("emergent"),
+        Column("never"), Column("without a reading", drop=1),
+    ]  # fmt: skip
+    names = ("live", "initial", "emergent", "never", "without_reading")
+    out.table(
+        columns,
+        [(NAMES[row["measure"]], *(f"{row[name]:,}" for name in names)) for row in counts],
+        title=f"{counts[0]['live']:,} live features of {counts[0]['features']:,} at {len(labels)} snapshots, "
+        f"{labels[0]} to {labels[-1]}",
+        note="initial: present from the first snapshot on; emergent: born later; never: above no threshold for long",
+    )
+    _show_births(out, history["birth_counts"])
+    out.table(
+        [Column("probe error and", left=True), Column("", left=True), Column("Spearman"), Column("95% interval"),
+         Column("n", drop=1), Column("features", drop=2)],
+        [
+            (
+                NAMES[row["measure"]], str(row["part"]).replace("_", " "), number(row["spearman"], 2, sign=True),
+                _interval(row["spearman_low"], row["spearman_high"], "+.2f"), f"{row['n']:,}", f"{row['n_features']:,}",
+            )
+            for row in probes.to_dict("records")
+        ],
+    )  # fmt: skip
+
+
+def _show_births(out: Output, counts: pd.DataFrame) -> None:
+    thresholds = sorted(set(counts["threshold"].tolist()))
+    known = "untrained" in counts
+    rows: list[tuple[str, ...]] = []
+    for _, part in counts.groupby(["measure", "kind"], sort=False):
+        cells: list[str] = []
+        for row in part.sort_values("threshold").to_dict("records"):
+            cell = f"{row['born']:,} / {row['born_reversed']:,}"
+            cells.append(f"{cell} ({row['untrained']:.1%})" if known else cell)
+        first = part.iloc[0]
+        rows.append((NAMES[first["measure"]], first["kind"], f"{first['n']:,}", *cells))
+    rest = "in brackets: share born in models that never trained" if known else (
+        "false births were not measured: --untrained does"
+    )  # fmt: skip
+    out.table(
+        [Column("births by", left=True), Column("features", left=True), Column("n"),
+         *(Column(f"at {one:g}", drop=int(one != 0.5)) for one in thresholds)],
+        rows,
+        note=f"births / births with the snapshots reversed, by threshold of presence; {rest}",
+    )  # fmt: skip
+
+
+def show_effects(
+    out: Output,
+    name: str,
+    ie: Attribution,
+    accuracy: pd.DataFrame,
+    snapshots: pd.DataFrame,
+    n_prompts: int,
+    left_out: Mapping[str, int],
+) -> dict[str, Any]:
+    """Print effects on a task at every snapshot, and the accuracy on it; return the values.
+
+    Args:
+        out: where to print.
+        name: of the task.
+        ie: the effects, of prompts of the selection half.
+        accuracy: the result of `Task.accuracy`, of all items.
+        snapshots: `Attribution.snapshot_frame`.
+        n_prompts: prompts that effects are means over.
+        left_out: reasons why prompts were left out, and how many.
+    """
+    complete, exact = ie.estimator.method == "ig", bool(snapshots["agreement"].notna().any())
+    columns = [
+        Column("snapshot"), Column("accuracy"), Column("95% interval", drop=3), Column("metric"),
+        *[Column("completeness", drop=2)] * complete, *[Column("agreement with exact", drop=1)] * exact,
+        Column("active"), Column("top features", left=True),
+    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    values: list[dict[str, Any]] = []
+    of_label = accuracy.set_index("label").to_dict("index")
+    for s, row in enumerate(snapshots.to_dict("records")):
+        right = of_label[row["label"]]
+        active = int(ie.active[:, s].sum())
+        top = [int(i) for i in ie.top(min(_TOP, active), s).tolist()]
+        rows.append(
+            (
+                row["label"], percent(right["accuracy"]), _interval(right["low"], right["high"], ".1%"),
+                number(row["metric_clean"], sign=True),
+                *[percent(float(ie.completeness[s]), 2)] * complete, *[number(row["agreement"], 2, sign=True)] * exact,
+                f"{active:,}", ", ".join(map(str, top)),
+            )
+        )  # fmt: skip
+        values.append(
+            {
+                **row, "completeness": ie.completeness[s], "accuracy": right["accuracy"], "accuracy_low": right["low"],
+                "accuracy_high": right["high"], "accuracy_n": right["n"],
+                "top": [{"feature": i, "effect": ie.effects[i, s]} for i in top],
+            }
+        )  # fmt: skip
+    without = f", left out {list_counts(left_out)}" if left_out else ""
+    out.say(describe_accuracy(accuracy)[0])
+    out.table(
+        columns,
+        rows,
+        title=f"{name}, effects by {ie.estimator} on the selection half: {n_prompts} prompts{without}",
+        note="metric: logit of the correct answer minus that of the wrong one; accuracy: of all items",
+    )
+    return {"items": accuracy["n"].iloc[0], "prompts": n_prompts, "left_out": left_out, "snapshots": values}
+
+
+def show_ablation(
+    out: Output, name: str, table: pd.DataFrame, n_prompts: int, left_out: Mapping[str, int]
+) -> dict[str, Any]:
+    """Print what ablations do to a task at the last snapshot; return the values of all snapshots.
+
+    Args:
+        out: where to print.
+        name: of the task.
+        table: ablation curves.
+        n_prompts: prompts of the held-out half.
+        left_out: reasons why prompts were left out, and how many.
+    """
+    last = pd.DataFrame(table[table["snapshot"] == table["snapshot"].max()])
+    first = last.iloc[0]
+    without = f", left out {list_counts(left_out)}" if left_out else ""
+    rows = [
+        (
+            row["mode"], str(row["features"]).replace("_", "-"), f"{row['k']:,}",
+            measured(row["metric"], row["metric_sd"] if row["n_draws"] > 1 else row["metric_se"], sign=True),
+            percent(row["metric"] / row["clean"] if row["clean"] > 0 else None, 0), f"{row['n_draws']:,}",
+        )
+        for row in last.to_dict("records")
+    ]  # fmt: skip
+    out.table(
+        [Column("", left=True), Column("features", left=True), Column("k"), Column("metric"), Column("of clean"),
+         Column("draws", drop=1)],
+        rows,
+        title=f"{name}, metric on the held-out half: {n_prompts} prompts{without}; at {first['label']}, where it is "
+        f"{number(first['clean'], sign=True)} and {first['n_active']:,} features are active",
+        note="± standard error over prompts; over draws their standard deviation. keep: without the error node",
+    )  # fmt: skip
+    return {"prompts": n_prompts, "left_out": left_out, "curves": table}
+
+
+def _interval(low: float, high: float, spec: str) -> str:
+    return f"[{low:{spec}}, {high:{spec}}]"

@@ -1,0 +1,95 @@
+"""Options of `crosslens train` from a file, and how they give way to the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crosslens.cli import app as cli
+from crosslens.rundir import RunDir
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `train` asked of `TrainingOptions`, which is all it does here."""
+    found: dict[str, Any] = {}
+
+    def stop(options: Any, device: str | None, n_tokens: int | None) -> None:
+        found.update(vars(options), device=device, n_tokens=n_tokens)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli, "check_training", stop)
+    return found
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["crosslens", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def write(path: Path, text: str) -> Path:
+    (path / "run.toml").write_text(text)
+    return path / "run.toml"
+
+
+def test_options_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
+    text = (
+        f'snapshots = "demo"\nhook = "{HOOK}"\ndataset = "user/name"\nrun-dir = "{tmp_path / "run"}"\n'
+        'd_sae = 32\nlr-warm-up = 0.25\nn_tokens = 2e3\nsteps = [0, 512]\ndevice = "cpu"\nk = 4\n'
+    )
+    config = write(tmp_path, text)
+    assert run(monkeypatch, "--config", config) == 0
+    assert (asked["d_sae"], asked["k"], asked["lr_warm_up"], asked["n_tokens"]) == (32, 4, 0.25, 2000)
+    assert asked["others"]["run_dir"] == tmp_path / "run" and asked["device"] == "cpu"
+    assert run(monkeypatch, "--k", 8, "--config", config, "--lr", 0.01) == 0  # in any order
+    assert (asked["k"], asked["lr"], asked["d_sae"]) == (8, 0.01, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("d-sea = 32", "'d-sea' is no option of `crosslens train`; did you mean 'd-sae'?"),
+        ("k = 4\n[training]\nlr = 1", "'training' is no option of `crosslens train`"),
+        ("d-sae = 32\nd_sae = 64", "'d_sae' is given twice"),
+        ("k = true", "k = True must be a text, a number or a list of them"),
+        ("k = {a = 1}", "k = {'a': 1} must be a text"),
+        ("k = ", "is not valid TOML"),
+        ('config = "other.toml"', "'config' is no option"),
+    ],
+)
+def test_a_wrong_file_is_refused(
+    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--config", write(tmp_path, text)) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_a_wrong_value_is_refused_as_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = f'snapshots="demo"\nhook="{HOOK}"\ndataset="user/name"\nrun-dir="{tmp_path / "run"}"\n'
+    for line, told in (("k = 4.5", "--k"), ("k = 0", "--k 0 must be at least 1"), ('lr = "x"', "--lr"),
+                       ('architecture = "topkk"', "did you mean 'topk'")):  # fmt: skip
+        assert run(monkeypatch, "--config", write(tmp_path, needed + line)) == 2
+        assert told in capsys.readouterr().err
+    assert run(monkeypatch, "--config", write(tmp_path, "k = 4")) == 2
+    assert "--snapshots" in capsys.readouterr().err  # is missing
+    assert run(monkeypatch, "--config", tmp_path / "gone.toml") == 2
+    assert run(monkeypatch, "--config", tmp_path / "run.yaml") == 2
+    assert "is neither a .toml file nor a run.json" in capsys.readouterr().err
+
+
+def test_a_run_of_another_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunDir(tmp_path).write_json({"command": ["crosslens", "demo"]})
+    assert run(monkeypatch, "--config", tmp_path / "run.json") == 2
+    assert "records no options of `crosslens train`: the run was made by 'crosslens demo'" in capsys.readouterr().err
