@@ -84,7 +84,8 @@ def ask_all(
 
     def one(key: str, prompt: Prompt) -> Reply:
         reply = ask(prompt)
-        answers.add(key, reply, client=explainer.client, model=explainer.model)
+        about = {"client": explainer.client, "model": explainer.model, "system": prompt.system, "user": prompt.user}
+        answers.add(key, reply, **about)
         return reply
 
     pool, failures = ThreadPoolExecutor(explainer.workers), 0
@@ -255,14 +256,22 @@ class Explainer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A system prompt with the task, and a user prompt with the data."""
+    """A system prompt with the task, and a user prompt with the data.
+
+    Attributes:
+        system: the task.
+        user: the data.
+        draw: 1, or the number of an independent answer to the same prompt.
+    """
 
     system: str
     user: str
+    draw: int = 1
 
     def key(self, explainer: Explainer) -> str:
         """SHA-256 of the prompt, the client, the model and `max_tokens`."""
         contents = [explainer.client, explainer.model, explainer.max_tokens, self.system, self.user]
+        contents += [self.draw] if self.draw > 1 else []
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
