@@ -206,7 +206,8 @@ def local_text(tokens: Sequence[str]) -> str:
 
 def local_verdicts(tokens: Sequence[str], passages: Sequence[Passage]) -> list[bool]:
     """Whether each passage holds one of the tokens."""
-    return [not set(tokens).isdisjoint(passage.tokens) for passage in passages]
+    top = frozenset(tokens)
+    return [not top.isdisjoint(passage.tokens) for passage in passages]
 
 
 def clean(text: str) -> str:

@@ -1,8 +1,8 @@
 """Ask language models for labels through the OpenAI and Anthropic clients, and keep their answers.
 
 1. Every prompt has a key, a hash of the prompt and the model. Prompts that have been answered are not sent again.
-2. Answers are appended to a file of JSON lines as they arrive, so a killed run loses only the requests in flight. An
-   incomplete or damaged line is ignored, with a warning.
+2. Answers are appended, with their prompts, to a file of JSON lines as they arrive, so a killed run loses only the
+   requests in flight. An incomplete or damaged line is ignored, with a warning.
 3. All requests obey the rate limit, including the clients' own retries after a status such as 429 or 500.
 4. Refusals, answers cut off at `max_tokens` and malformed answers are kept with their status. Failed requests are not.
 
@@ -218,7 +218,7 @@ class Explainer:
         max_retries: how often the client retries a request, with growing pauses.
         timeout: seconds per request.
         workers: concurrent requests.
-        attempts: how often, over all runs, to ask for a feature whose answer is a refusal or malformed.
+        attempts: how often, over all runs, to send a prompt whose answer is a refusal or malformed.
         prices: prices of a million tokens in and out, in any currency, for estimates.
 
     Raises:

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
 from crosslens.features.detection import (
+    BATCH,
     QUARTERS,
     Passage,
     choose_controls,
@@ -157,16 +158,22 @@ def label_features(
 
     # what is not known yet is estimated with labels of the usual length
     open_labels = {f: _USUAL.format(f) for f, r in first.items() if r.answer(answers) or r.is_wanted(answers)}
-    detections = [] if explainer is None else scoring.requests({**open_labels, **labels()}, explainer)
-    kinds = {"labels": list(first.values()), "second ratings": list(again.values()), "detections": detections}
+    planned = scoring.judgements({**open_labels, **labels()}, explainer)
+    kinds = {
+        "labels": list(first.values()),
+        "second ratings": list(again.values()),
+        "detections": _requests(planned),
+    }
     estimate = Estimate.of({kind: _wanted(requests, answers) for kind, requests in kinds.items()}, len(chosen))
 
     def result() -> Labels:
         table = _table(chosen, first, again, answers)
-        judging = {} if explainer is None else scoring.judge(labels(), explainer, answers)
-        table = _typed(_with_scores(table, judging, scoring.judge_locally(local), local, explainer is None))
-        requests = [] if explainer is None else scoring.requests(labels(), explainer)
-        return Labels(table, estimate, spent["in"], spent["out"], Counter(r.status(answers) for r in requests))
+        judged = scoring.judgements(labels(), explainer)
+        table = _with_scores(
+            table, scoring.judge(judged, answers), scoring.judge_locally(local), local, explainer is None
+        )
+        statuses = Counter(request.status(answers) for request in _requests(judged))
+        return Labels(_typed(table), estimate, spent["in"], spent["out"], statuses)
 
     spent = Counter[str]()
     if dry_run:
@@ -176,8 +183,8 @@ def label_features(
             check_client(asked)
     try:
         for kind, requests in kinds.items():
-            if kind == "detections" and explainer is not None:
-                requests = scoring.requests(labels(), explainer)
+            if kind == "detections":  # by the labels that came
+                requests = _requests(scoring.judgements(labels(), explainer))
             spent += _ask(_wanted(requests, answers), answers, kind)
     finally:
         found = result()
@@ -475,38 +482,38 @@ class _Scoring:
             controls = dict(zip(drawn["feature"].tolist(), drawn["control_feature"].astype(int).tolist(), strict=True))
         return cls(*read_passages(passages, tokens, chosen, n_passages, seed), known, controls, seed)
 
-    def pairs(
-        self, labels: Mapping[int, str], explainer: Explainer
-    ) -> dict[int, tuple[int | None, list[_Request], list[_Request]]]:
-        """For each label the control, and the requests that judge the feature's passages by either."""
+    def judgements(self, labels: Mapping[int, str], explainer: Explainer | None) -> dict[int, _Judgement]:
+        """How to judge each feature's passages by its label, and by its control's."""
+        if explainer is None or not self.passages:
+            return {}
         candidates = {**self.known, **labels}
         controls = choose_controls(candidates, self.rates, self.seed, self.controls)
-        found: dict[int, tuple[int | None, list[_Request], list[_Request]]] = {}
-        for feature, label in labels.items():
-            passages, control = self.passages.get(feature, []), controls.get(feature)
-            by = (label,) if control is None else (label, candidates[control])
-            own, *other = ([self._detection(p, explainer) for p in detection_prompts(b, passages)] for b in by)
-            found[feature] = (control, own, other[0] if other else [])
+        found: dict[int, _Judgement] = {}
+        for feature in sorted(labels.keys() & self.passages.keys()):
+            control = controls.get(feature)
+            by = (labels[feature], *([] if control is None else [candidates[control]]))
+            own, *other = (
+                [
+                    _Request(explainer, prompt, partial(read_verdicts, n=prompt.user.count("\n")))
+                    for prompt in detection_prompts(label, self.passages[feature])
+                ]
+                for label in by
+            )
+            found[feature] = _Judgement(own, control, other[0] if other else [])
         return found
 
-    def _detection(self, prompt: Prompt, explainer: Explainer) -> _Request:
-        return _Request(explainer, prompt, partial(read_verdicts, n=prompt.user.count("\n")))
-
-    def requests(self, labels: Mapping[int, str], explainer: Explainer) -> list[_Request]:
-        return [request for _, own, other in self.pairs(labels, explainer).values() for request in (*own, *other)]
-
-    def judge(self, labels: Mapping[int, str], explainer: Explainer, answers: Answers) -> dict[int, dict[str, Any]]:
+    def judge(self, judgements: Mapping[int, _Judgement], answers: Answers) -> dict[int, dict[str, Any]]:
         """The columns detection to control_feature of features that have a verdict."""
         rows: dict[int, dict[str, Any]] = {}
-        for feature, (control, own, other) in self.pairs(labels, explainer).items():
-            passages = self.passages.get(feature, [])
-            mine, theirs = (score(passages, _verdicts(requests, passages, answers)) for requests in (own, other))
-            if not mine["n"]:
+        for feature, judged in judgements.items():
+            passages = self.passages[feature]
+            own, other = (score(passages, _verdicts(r, passages, answers)) for r in (judged.own, judged.other))
+            if not own["n"]:
                 continue
-            rows[feature] = _named("detection", mine) | {"specificity": mine["inactive"]}
-            rows[feature] |= {f"recall_q{q}": mine[name] for q, name in enumerate(QUARTERS, 1)}
-            if theirs["n"]:
-                rows[feature] |= _named("control", theirs) | {"control_feature": control}
+            rows[feature] = _named("detection", own) | {"specificity": own["inactive"]}
+            rows[feature] |= {f"recall_q{q}": own[name] for q, name in enumerate(QUARTERS, 1)}
+            if other["n"]:
+                rows[feature] |= _named("control", other) | {"control_feature": judged.control}
         return rows
 
     def judge_locally(self, local: Mapping[int, tuple[str, ...]]) -> dict[int, dict[str, Any]]:
@@ -523,11 +530,23 @@ class _Scoring:
         return rows
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """The requests that judge a feature's passages by its own label, and by that of the control."""
+
+    own: list[_Request]
+    control: int | None
+    other: list[_Request]
+
+
+def _requests(judgements: Mapping[int, _Judgement]) -> list[_Request]:
+    return [request for judged in judgements.values() for request in (*judged.own, *judged.other)]
+
+
 def _verdicts(requests: Sequence[_Request], passages: Sequence[Passage], answers: Answers) -> list[bool | None]:
     found: list[bool | None] = []
     for request in requests:
-        n = request.prompt.user.count("\n")
-        found += request.answer(answers) or [None] * n
+        found += request.answer(answers) or [None] * min(BATCH, len(passages) - len(found))
     return found or [None] * len(passages)
 
 

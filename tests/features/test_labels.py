@@ -857,6 +857,7 @@ def test_the_command(run: RunDir, client: str, said: Any, monkeypatch: pytest.Mo
         assert code == 2 and err.startswith("crosslens: --prices '3' must be two numbers")
 
 
+@pytest.mark.parametrize("client", ["openai"], indirect=True)
 def test_the_command_scores_labels(scored: RunDir, client: str, said: Any) -> None:
     with label_server.serve(answer) as server:
         code, out, _ = said(scored.path, "--local", "--dry-run")
