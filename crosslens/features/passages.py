@@ -79,7 +79,7 @@ class PassageSampler:
     def _merge(self, kind: int, keys: Tensor, *found: Tensor) -> None:
         merged = torch.cat([self.keys[kind], keys.T], 1)
         self.keys[kind], order = (
-            kept[:, : self.keys.shape[2]] for kept in merged.sort(1, descending=True, stable=True)
+            kept[:, : self.keys.shape[2]] for kept in merged.sort(dim=1, descending=True, stable=True)
         )
         for held, new in zip((self.sequences, self.positions, self.values), found, strict=True):
             held[kind] = torch.cat([held[kind], new.T], 1).gather(1, order)
