@@ -681,7 +681,7 @@ class Estimate:
         tokens_in: one token per 3 bytes of UTF-8, plus 16 per request.
         tokens_out: at most: `max_tokens` per request.
         minutes: at the rate limit.
-        price: at most, in the currency of `Explainer.prices`; None without prices.
+        price: at most, in the currency of `Explainer.prices`; None without prices or requests.
         kinds: requests of each kind: labels, second ratings, detections.
     """
 
@@ -708,7 +708,7 @@ class Estimate:
             sum(size for _, size in sizes),
             sum(asked.max_tokens for asked, _ in sizes),
             sum(1 / asked.requests_per_minute for asked, _ in sizes),
-            None if None in prices else sum(price for price in prices if price is not None),
+            None if None in prices or not prices else sum(price for price in prices if price is not None),
             {kind: len(requests) for kind, requests in wanted.items() if requests},
         )
 

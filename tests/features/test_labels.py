@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -602,6 +603,14 @@ def test_scored_labels(scored: RunDir, client: str) -> None:
     recorded = scored.read_json()["labels"]
     assert (recorded["seed"], recorded["n_passages"], recorded["model"], recorded["second_model"]) == (0, 48, "m", "m")
     assert recorded["prompts"] == {"label": SYSTEM, "detection": detection.SYSTEM}
+
+
+def test_keys() -> None:
+    """Answers of older releases are found again; a second draw is another request."""
+    asked, prompt = Explainer("openai", "m", max_tokens=99), Prompt("task", "data")
+    assert prompt.key(asked) == hashlib.sha256(b'["openai", "m", 99, "task", "data"]').hexdigest()
+    keys = [replace(prompt, draw=draw).key(asked) for draw in (1, 2, 3)]
+    assert keys[0] == prompt.key(asked) and len(set(keys)) == 3
 
 
 def system_of(asked: label_server.Asked) -> str:
