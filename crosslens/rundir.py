@@ -10,7 +10,8 @@ birth_counts.parquet            counts of births with their controls
 examples.parquet                where each feature is most active; the tokens around it: example_tokens.parquet
 lens.parquet                    tokens that each feature promotes and suppresses at each snapshot
 nearest.parquet                 the nearest other features of each feature
-labels.parquet                  feature, label, complexity; the model's answers are in labels.jsonl
+passages.parquet                what labels are judged on; the tokens: held_out_tokens.parquet
+labels.parquet                  labels, ratings and scores; the requests and their answers are in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
 prompts/<task>.parquet          effects in some prompts, word by word
 completeness/<task>.parquet     the metric and its parts per snapshot, by integrated gradients

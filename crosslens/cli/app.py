@@ -1008,8 +1008,11 @@ def remove(
 @app.command("label")
 def label_run(
     run_dir: RunArgument,
-    client: Annotated[str, _option("--client", "API of the server: openai or anthropic.")],
-    model: Annotated[str, _option("--model", "Name of the language model on the server.")],
+    client: Annotated[str | None, _option("--client", "API of the server: openai or anthropic.")] = None,
+    model: Annotated[str | None, _option("--model", "Name of the language model on the server.")] = None,
+    local: Annotated[
+        bool, _option("--local", "Label each feature by the tokens of its examples instead, without a language model.")
+    ] = False,
     base_url: Annotated[
         str | None, _option("--base-url", "URL of another server with that API, such as a local one.")
     ] = None,
@@ -1020,8 +1023,19 @@ def label_run(
         int | None, _option("--n-features", "Label this many of them, drawn at random.", in_range(1))
     ] = None,
     n_examples: Annotated[int, _option("--n-examples", "Examples shown per feature.", in_range(1))] = 7,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score/--no-score",
+            help="Have complexity rated a second time, and judge every label, and as a control another feature's, on "
+            "held-out passages: six requests per feature instead of one.",
+        ),
+    ] = True,
+    second_model: Annotated[
+        str | None, _option("--second-model", "Model of the second rating. Default: the same, asked once more.")
+    ] = None,
     attempts: Annotated[
-        int, _option("--attempts", "Requests per feature until an answer can be parsed.", in_range(1))
+        int, _option("--attempts", "Requests of each kind until an answer can be parsed.", in_range(1))
     ] = 1,
     requests_per_minute: Annotated[float, _option("--requests-per-minute", "Rate limit.", check_positive)] = 50.0,
     workers: Annotated[int, _option("--workers", "Concurrent requests.", in_range(1))] = 4,
@@ -1031,7 +1045,11 @@ def label_run(
     yes: Annotated[bool, _option("--yes", "Do not ask for confirmation.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Label features with a language model; the key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY."""
+    """Label features with a language model, and score the labels.
+
+    The key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY.
+    """
+    from dataclasses import replace
     from functools import partial
 
     from crosslens.features.explainers import Explainer, check_client
@@ -1040,16 +1058,21 @@ def label_run(
     run = RunDir(run_dir)
     if "examples" not in run.table_names():
         raise UserError(f"{run_dir} has no examples of features: run `crosslens evolve {run_dir}` first")
-    explainer = Explainer(
-        client,
-        model,
-        base_url,
-        requests_per_minute=requests_per_minute,
-        workers=workers,
-        attempts=attempts,
-        prices=None if prices is None else parse_prices(prices),
-    )
-    from crosslens.features.labels import complexity_correlation, label_features
+    explainer = second = None
+    if not local:
+        if client is None or model is None:
+            raise UserError("give --client and --model, or --local for labels without a language model")
+        explainer = Explainer(
+            client,
+            model,
+            base_url,
+            requests_per_minute=requests_per_minute,
+            workers=workers,
+            attempts=attempts,
+            prices=None if prices is None else parse_prices(prices),
+        )
+        second = replace(explainer, model=second_model or model) if score else None
+    from crosslens.features.labels import complexity_correlation, describe_labels, label_features, summarise_labels
 
     ask = partial(
         label_features,
@@ -1058,6 +1081,8 @@ def label_run(
         features=None if features is None else parse_numbers(features, "--features"),
         n_features=n_features,
         n_examples=n_examples,
+        second=second,
+        n_passages=40 if score else 0,
         seed=seed,
     )
     out, estimate = Output(as_json), ask(dry_run=True).estimate
@@ -1066,16 +1091,20 @@ def label_run(
         out.end(run=run_dir, estimate=estimate)
         return
     run.hold()
-    if estimate.requests:
+    if explainer is not None and estimate.requests:
         check_client(explainer)
         if not yes:
             typer.confirm("Send them?", abort=True, err=as_json)
     labels = ask()
     counts = ", ".join(f"{count} {status}" for status, count in labels.table["status"].value_counts().items())
     out.say(f"{counts}; {labels.tokens_in:,} tokens in, {labels.tokens_out:,} out")
-    correlations: list[dict[str, Any]] = []
+    if labels.detections:
+        out.say(f"detections: {', '.join(f'{count} {status}' for status, count in labels.detections.items())}")
     lifecycles, table = run.table("lifecycles"), run.table("labels")
-    if lifecycles is not None and table is not None:
+    for line in [] if table is None else describe_labels(table):
+        out.say(line)
+    correlations: list[dict[str, Any]] = []
+    if lifecycles is not None and table is not None and table["complexity"].notna().any():
         from crosslens.report.tables import by_measure
 
         correlations = complexity_correlation(table, by_measure(lifecycles), unit="index").to_dict("records")
@@ -1084,7 +1113,8 @@ def label_run(
             words = f"Spearman {row['spearman']:+.2f} {interval}, {row['n']} features"
             out.say(f"complexity and {row['event']}: {words}")
     tokens = {"in": labels.tokens_in, "out": labels.tokens_out}
-    out.end(run=run_dir, estimate=estimate, labels=labels.table, tokens=tokens, complexity=correlations)
+    scores = None if table is None else summarise_labels(table)
+    out.end(run=run_dir, estimate=estimate, labels=labels.table, tokens=tokens, scores=scores, complexity=correlations)
 
 
 @app.command("report")

@@ -3,7 +3,8 @@
 In: a crosscoder and held-out activations. Out: top examples, promoted tokens, nearest features, labels.
 
 Start with `tables.feature_tables`, or `tables.export_features` for one JSON file. `examples` finds the top positions;
-`labels` asks a language model for a label and a complexity through the clients in `explainers`.
+`labels` asks a language model for a label and a complexity through the clients in `explainers`, and scores labels by
+`detection` on `passages`.
 """
 
 import lazy_loader

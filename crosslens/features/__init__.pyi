@@ -3,7 +3,9 @@ from .examples import collect_examples as collect_examples
 from .explainers import Explainer as Explainer
 from .labels import Labels as Labels
 from .labels import complexity_correlation as complexity_correlation
+from .labels import describe_labels as describe_labels
 from .labels import label_features as label_features
+from .labels import summarise_labels as summarise_labels
 from .tables import export_features as export_features
 from .tables import feature_tables as feature_tables
 from .tables import logit_lens as logit_lens

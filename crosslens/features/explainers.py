@@ -1,8 +1,8 @@
 """Ask language models for labels through the OpenAI and Anthropic clients, and keep their answers.
 
 1. Every prompt has a key, a hash of the prompt and the model. Prompts that have been answered are not sent again.
-2. Answers are appended to a file of JSON lines as they arrive, so a killed run loses only the requests in flight. An
-   incomplete or damaged line is ignored, with a warning.
+2. Answers are appended, with their prompts, to a file of JSON lines as they arrive, so a killed run loses only the
+   requests in flight. An incomplete or damaged line is ignored, with a warning.
 3. All requests obey the rate limit, including the clients' own retries after a status such as 429 or 500.
 4. Refusals, answers cut off at `max_tokens` and malformed answers are kept with their status. Failed requests are not.
 
@@ -84,7 +84,8 @@ def ask_all(
 
     def one(key: str, prompt: Prompt) -> Reply:
         reply = ask(prompt)
-        answers.add(key, reply, client=explainer.client, model=explainer.model)
+        about = {"client": explainer.client, "model": explainer.model, "system": prompt.system, "user": prompt.user}
+        answers.add(key, reply, **about)
         return reply
 
     pool, failures = ThreadPoolExecutor(explainer.workers), 0
@@ -217,7 +218,7 @@ class Explainer:
         max_retries: how often the client retries a request, with growing pauses.
         timeout: seconds per request.
         workers: concurrent requests.
-        attempts: how often, over all runs, to ask for a feature whose answer is a refusal or malformed.
+        attempts: how often, over all runs, to send a prompt whose answer is a refusal or malformed.
         prices: prices of a million tokens in and out, in any currency, for estimates.
 
     Raises:
@@ -255,14 +256,22 @@ class Explainer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A system prompt with the task, and a user prompt with the data."""
+    """A system prompt with the task, and a user prompt with the data.
+
+    Attributes:
+        system: the task.
+        user: the data.
+        draw: 1, or the number of an independent answer to the same prompt.
+    """
 
     system: str
     user: str
+    draw: int = 1
 
     def key(self, explainer: Explainer) -> str:
         """SHA-256 of the prompt, the client, the model and `max_tokens`."""
         contents = [explainer.client, explainer.model, explainer.max_tokens, self.system, self.user]
+        contents += [self.draw] if self.draw > 1 else []
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 

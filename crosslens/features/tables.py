@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import check_activations, snapshot_columns
 from crosslens.features.examples import Examples, collect_examples
+from crosslens.features.passages import PassageSampler, passage_tables
 from crosslens.intervention.splice import check_snapshots
 from crosslens.rundir import write_text
 
@@ -142,8 +144,10 @@ def feature_tables(
     window: int = 8,
     n_logits: int = 8,
     n_nearest: int = 8,
+    n_passages: int = 20,
+    seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
-    """Tabulate examples, logit lens and nearest features of all features.
+    """Tabulate examples, passages, logit lens and nearest features of all features.
 
     Args:
         crosscoder: any.
@@ -152,12 +156,15 @@ def feature_tables(
         window: tokens on each side of an example.
         n_logits: tokens at either end of the logit lens.
         n_nearest: features with the largest cosine.
+        n_passages: at most this many passages where a feature is active, and as many where it is not.
+        seed: seed for the draw of passages.
 
     Returns:
         examples: feature, rank, sequence, position, activation (f_i there), threshold (the feature is active at a
         snapshot if its activation times its decoder norm exceeds this; 0 if the gate is shared), and read/<label> (the
         snapshot's part of the pre-activation there, minus its mean over all tokens).
         example_tokens: feature, rank, position, token, activation; the tokens around each example.
+        passages, held_out_tokens: what labels are judged on, see `passages.passage_tables`.
         lens: feature, snapshot, rank, promoted, promoted_logit, suppressed, suppressed_logit.
         nearest: feature, rank, other, cosine (of the concatenated decoder rows of all snapshots).
 
@@ -166,11 +173,17 @@ def feature_tables(
     """
     check_activations(crosscoder, acts)
     check_snapshots(crosscoder, acts.snapshots)
-    _check_sizes(n_examples=n_examples, window=window, n_logits=n_logits, n_nearest=n_nearest)
+    _check_sizes(
+        n_examples=n_examples, window=window, n_logits=n_logits, n_nearest=n_nearest, n_passages=n_passages, seed=seed
+    )
     index = torch.arange(crosscoder.cfg.d_sae)
-    examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, window)
+    # as many again, in place of those that are dropped
+    sampler = PassageSampler(len(index), 2 * n_passages + n_examples if n_passages else 0, seed)
+    examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, window, sampler)
+    used, texts = examples.sequences.where(examples.values > 0, -1), partial(_categories, acts.snapshots.tokenizer)
     return {
         **_example_tables(crosscoder, acts, examples),
+        **passage_tables(sampler, acts.held_out_tokens(), texts, used, examples.positions, n_passages),
         "lens": _lens_table(acts, *logit_lens(crosscoder, acts, index, n_logits)),
         "nearest": _nearest_table(*nearest_features(crosscoder, n_nearest)),
     }

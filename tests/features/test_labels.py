@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +29,9 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.cli import app as cli
 from crosslens.errors import UserError
+from crosslens.features import detection
 from crosslens.features.explainers import KEYS, Answers, Explainer, Prompt, Reply, estimate_tokens
-from crosslens.features.labels import SYSTEM, complexity_correlation, label_features, read_label
+from crosslens.features.labels import COLUMNS, SYSTEM, Labels, complexity_correlation, label_features, read_label
 from crosslens.features.tables import feature_tables
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -98,7 +101,7 @@ def test_labels_and_what_is_sent(run: RunDir, client: str) -> None:
     assert rows(labels.table) == want
     saved = run.table("labels")
     assert saved is not None and rows(saved) == want
-    assert list(saved) == ["feature", "label", "complexity", "status", "client", "model"]
+    assert tuple(saved) == COLUMNS
     assert set(saved["client"]) == {client} and set(saved["model"]) == {"m"}
     assert (labels.tokens_in, labels.tokens_out) == (300, 21)
     asked = {feature_of(a.user): a for a in server.asked}
@@ -502,6 +505,240 @@ def test_mistakes(run: RunDir, tmp_path: Path) -> None:
         label_features(tmp_path / "empty", good)
 
 
+@pytest.fixture
+def scored(tmp_path: Path) -> RunDir:
+    """Features 0, 2 and 3 with 24 active and 24 inactive passages each, most but not all of which " top<f>" tells."""
+    run = make_run(tmp_path / "run", 4)
+    rng = np.random.default_rng(0)
+    passages: list[dict[str, Any]] = []
+    tokens: list[dict[str, Any]] = []
+    for feature in (0, 2, 3):
+        for active in (True, False):
+            for rank in range(24):
+                n = len(passages)
+                told = rng.random() < (0.9 if active else 0.1)
+                words = [f" p{n}", f" top{feature}" if told else " no", " end"]
+                tokens += [{"sequence": n, "position": t, "token": word} for t, word in enumerate(words)]
+                row = {"feature": feature, "active": active, "rank": rank, "sequence": n, "begin": 0, "end": 3}
+                passages.append({**row, "activation": active * (1.0 + rng.random()), "rate": 0.01 * (1 + feature)})
+    run.save_table("passages", pd.DataFrame(passages))
+    run.save_table("held_out_tokens", pd.DataFrame(tokens).astype({"token": "category"}))
+    return run
+
+
+def is_detection(user: str) -> bool:
+    return user.startswith('{"description"')
+
+
+def judge(user: str) -> str:
+    """Active where the text holds the last word of the description."""
+    first, *lines = (json.loads(line) for line in user.split("\n"))
+    word = first["description"].split()[-1]
+    return json.dumps({line["passage"]: int(f" {word} " in line["text"]) for line in lines})
+
+
+def answer(user: str, n: int) -> Any:
+    """Labels that name the token, ratings that differ by a draw, and honest verdicts."""
+    if is_detection(user):
+        return judge(user)
+    feature = feature_of(user)
+    return label(f"the word top{feature}", 2 - n % 2 if feature == 3 else feature + 1)
+
+
+def score_labels(run: RunDir, asked: Explainer | None, **options: Any) -> Labels:
+    return label_features(run, asked, **{"second": asked, "n_passages": 48, **options})
+
+
+def by_feature(run: RunDir) -> dict[int, dict[str, Any]]:
+    table = run.table("labels")
+    assert table is not None and tuple(table) == COLUMNS
+    return {row["feature"]: row for row in table.astype(object).where(table.notna(), None).to_dict("records")}
+
+
+def in_loops(run: RunDir, feature: int, word: str) -> tuple[float, list[float]]:
+    """Balanced accuracy of a label that names a word, and the shares found by quarter of activation."""
+    passages, tokens = run.table("passages"), run.table("held_out_tokens")
+    assert passages is not None and tokens is not None
+    rows = passages[passages["feature"] == feature].to_dict("records")
+    texts = {row["sequence"]: [] for row in rows}
+    for row in tokens.to_dict("records"):
+        texts.setdefault(row["sequence"], []).append(row["token"])
+    said = {row["sequence"]: f" {word}" in texts[row["sequence"]] for row in rows}
+    active = sorted((row for row in rows if row["active"]), key=lambda row: row["activation"])
+    shares = [sum(said[row["sequence"]] for row in active[q : q + 6]) / 6 for q in (0, 6, 12, 18)]
+    passed = sum(not said[row["sequence"]] for row in rows if not row["active"]) / 24
+    return (sum(shares) / 4 + passed) / 2, shares
+
+
+def test_scored_labels(scored: RunDir, client: str) -> None:
+    with label_server.serve(answer) as server:
+        planned = score_labels(scored, explainer(server, client), dry_run=True).estimate
+        assert planned.kinds == {"labels": 3, "second ratings": 3, "detections": 3 * 2 * 3} and not server.asked
+        assert "24 requests (3 labels, 3 second ratings, 18 detections): about" in str(planned)
+        labels = score_labels(scored, explainer(server, client))
+        assert len(server.asked) == planned.requests and labels.detections == {"answered": 18}
+        sent = sum(math.ceil(len((a.user + system_of(a)).encode()) / 3) + 16 for a in server.asked)
+        assert sent == pytest.approx(planned.tokens_in, rel=0.05)  # labels of another length
+        score_labels(scored, explainer(server, client))
+        assert len(server.asked) == 24
+        assert score_labels(scored, explainer(server, client), dry_run=True).estimate.requests == 0
+    found = by_feature(scored)
+    assert {f: (row["complexity"], row["complexity_2"]) for f, row in found.items()} == {
+        0: (1, 1),
+        2: (3, 3),
+        3: (2, 1),
+    }
+    for f, row in found.items():
+        value, shares = in_loops(scored, f, f"top{f}")
+        assert row["model_2"] == "m" and row["detection_n"] == 48 and row["detection"] == pytest.approx(value)
+        assert [row[f"recall_q{q}"] for q in (1, 2, 3, 4)] == pytest.approx(shares)
+        assert row["detection_low"] < row["detection"] < row["detection_high"]
+        assert row["control_feature"] in {0, 2, 3} - {f} and row["control_n"] == 48
+        assert row["control"] == 0.5 and row["control_low"] < 0.5 < row["control_high"]  # its token is in no passage
+        assert row["local_label"] == f'fires on: "top{f}"' and row["local_detection"] == row["detection"]
+        assert row["local_control"] == 0.5 and row["local_n"] == 48
+    lines = [json.loads(line) for line in (scored.path / "labels.jsonl").read_text().splitlines()]
+    assert {line["user"] for line in lines} == {a.user for a in server.asked}
+    assert Counter(line["system"] for line in lines) == {SYSTEM: 6, detection.SYSTEM: 18}
+    recorded = scored.read_json()["labels"]
+    assert (recorded["seed"], recorded["n_passages"], recorded["model"], recorded["second_model"]) == (0, 48, "m", "m")
+    assert recorded["prompts"] == {"label": SYSTEM, "detection": detection.SYSTEM}
+
+
+def test_keys() -> None:
+    """Answers of older releases are found again; a second draw is another request."""
+    asked, prompt = Explainer("openai", "m", max_tokens=99), Prompt("task", "data")
+    assert prompt.key(asked) == hashlib.sha256(b'["openai", "m", 99, "task", "data"]').hexdigest()
+    keys = [replace(prompt, draw=draw).key(asked) for draw in (1, 2, 3)]
+    assert keys[0] == prompt.key(asked) and len(set(keys)) == 3
+
+
+def system_of(asked: label_server.Asked) -> str:
+    return asked.body["system"] if asked.client == "anthropic" else asked.body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("client", ["openai"], indirect=True)
+def test_the_seed_orders_the_passages(scored: RunDir, client: str, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    with label_server.serve(answer) as server:
+        for seed in (0, 0, 1):
+            before = len(server.asked)
+            score_labels(scored, explainer(server, client), seed=seed, cache=tmp_path / f"{len(asked)}.jsonl")
+            asked.append(sorted(a.user for a in server.asked[before:] if is_detection(a.user)))
+    assert asked[0] == asked[1] != asked[2]
+    # the label and its control are judged on the same passages in the same order
+    lines = Counter("\n".join(user.split("\n")[1:]) for user in asked[0])
+    assert set(lines.values()) == {2}
+
+
+@pytest.mark.parametrize("client", ["openai"], indirect=True)
+def test_another_model_rates_too(scored: RunDir, client: str) -> None:
+    with label_server.serve(answer) as server:
+        first = explainer(server, client)
+        score_labels(scored, first, second=replace(first, model="other"), n_passages=0)
+        assert Counter(a.body["model"] for a in server.asked) == {"m": 3, "other": 3}
+        assert {row["model_2"] for row in by_feature(scored).values()} == {"other"}
+        score_labels(scored, first)  # the model's own second draw is another request
+        assert len([a for a in server.asked if not is_detection(a.user)]) == 9
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ['{"1": 1, "2": 0}', "All of them.", ("refused", "I would rather not."), ("cut", '{"1": 1, '), ("body", b"[]")],
+)
+def test_verdicts_that_make_no_sense(scored: RunDir, client: str, bad: Any) -> None:
+    """The batches without verdicts are left out of the score; they were paid for, and are not asked again."""
+    broken = {"on": True}
+
+    def script(user: str, n: int) -> Any:
+        last_batch = is_detection(user) and user.count("\n") == 8
+        return bad if broken["on"] and last_batch and "the word top2" in user else answer(user, n)
+
+    with label_server.serve(script) as server:
+        labels = score_labels(scored, explainer(server, client))
+        row = by_feature(scored)[2]
+        assert row["detection_n"] == 40 and row["control_n"] == 48
+        mistakes = sum(found["control_feature"] == 2 for found in by_feature(scored).values()) + 1
+        assert sum(labels.detections.values()) == 18 and labels.detections["answered"] == 18 - mistakes
+        asked = len(server.asked)
+        score_labels(scored, explainer(server, client))
+        assert len(server.asked) == asked
+        broken["on"] = False
+        score_labels(scored, explainer(server, client, attempts=2))
+        assert len(server.asked) == asked + mistakes and by_feature(scored)[2]["detection_n"] == 48
+
+
+def test_a_judge_that_fails(scored: RunDir, client: str) -> None:
+    """Labels and ratings are kept, and the next run asks for what is missing only."""
+    up, judged = {"on": False}, list[str]()
+
+    def script(user: str, n: int) -> Any:
+        judged.extend([user] if is_detection(user) else [])
+        return ("status", 500) if not up["on"] and len(judged) > 5 else answer(user, n)
+
+    with label_server.serve(script) as server:
+        options: dict[str, Any] = {"workers": 1, "max_retries": 0}
+        with pytest.raises(UserError, match="does not answer for model 'm'.*answers received so far are kept"):
+            score_labels(scored, explainer(server, client, **options))
+        kept = by_feature(scored)
+        assert {row["label"] for row in kept.values()} == {f"the word top{f}" for f in (0, 2, 3)}
+        assert all(row["complexity_2"] for row in kept.values()) and kept[3]["detection"] is None
+        assert kept[0]["detection_n"] == 48 or kept[0]["control_n"] == 48  # five of six batches
+        assert len((scored.path / "labels.jsonl").read_text().splitlines()) == 6 + 5
+        asked, up["on"] = len(server.asked), True
+        labels = score_labels(scored, explainer(server, client))
+        assert labels.detections == {"answered": 18} and len(server.asked) - asked == 18 - 5
+        assert all(row["detection_n"] == 48 for row in by_feature(scored).values())
+
+
+@pytest.mark.parametrize("client", ["openai"], indirect=True)
+def test_scores_belong_to_a_label(scored: RunDir, client: str) -> None:
+    def script(user: str, n: int) -> Any:
+        return label("all the same") if feature_of(user) == 0 and len(user.split("\n")) == 1 else answer(user, n)
+
+    with label_server.serve(answer) as server:
+        score_labels(scored, explainer(server, client))
+    before = by_feature(scored)
+    with label_server.serve(script) as server:
+        label_features(scored, explainer(server, client, max_tokens=99), n_examples=1)  # labels only; 0 gets another
+    after = by_feature(scored)
+    assert after[2] == before[2] and after[3]["detection"] == before[3]["detection"]
+    assert after[0]["label"] == "all the same" and after[0]["detection"] is None and after[0]["complexity_2"] is None
+    assert after[0]["local_detection"] == before[0]["local_detection"]
+
+
+def test_labels_without_a_model(scored: RunDir, client: str) -> None:
+    labels = score_labels(scored, None, second=None)
+    assert str(labels.estimate) == "3 features, no requests" and not (scored.path / "labels.jsonl").exists()
+    found = by_feature(scored)
+    for f, row in found.items():
+        assert (row["label"], row["status"], row["complexity"]) == (f'fires on: "top{f}"', "local", None)
+        assert row["local_detection"] == pytest.approx(in_loops(scored, f, f"top{f}")[0]) and row["detection"] is None
+        assert row["local_low"] < row["local_detection"] < row["local_high"]
+    with label_server.serve(
+        lambda user, n: "?" if not is_detection(user) and feature_of(user) == 2 else answer(user, n)
+    ) as s:
+        score_labels(scored, explainer(s, client))  # replaces them where there is a label
+    mixed = by_feature(scored)
+    assert [mixed[f]["label"] for f in (0, 2, 3)] == ["the word top0", 'fires on: "top2"', "the word top3"]
+    assert mixed[0]["local_detection"] == found[0]["local_detection"] and mixed[0]["detection_n"] == 48
+    score_labels(scored, None, second=None)  # a local label never replaces one of a model
+    assert by_feature(scored) == mixed
+
+
+def test_scoring_mistakes(run: RunDir, client: str) -> None:
+    with label_server.serve(answer) as server:
+        asked = explainer(server, client)
+        with pytest.raises(
+            UserError, match="there are no passages to score labels on: run `crosslens evolve RUN` again"
+        ):
+            score_labels(run, asked)
+        with pytest.raises(UserError, match="n_passages=7 must be an even number, 0 or more"):
+            score_labels(run, asked, n_passages=7)
+        assert not server.asked
+        assert rows(label_features(run, None).table)[2] == ('fires on: "top2"', None, "local")
+
+
 def make_tables(n: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     rng = np.random.default_rng(seed)
     complexity = rng.integers(1, 6, n)
@@ -612,6 +849,7 @@ def test_the_command(run: RunDir, client: str, said: Any, monkeypatch: pytest.Mo
     run.save_table("lifecycles", pd.DataFrame({"measure": "r2", "feature": range(4), **dates}))
     with label_server.serve(lambda user, _: label("a", feature_of(user) + 1)) as server:
         options = ("--client", client, "--model", "m", "--base-url", server.url(client))
+        options = (*options, "--no-score")
         code, out, _ = said(run.path, *options, "--dry-run", "--prices", "3,15")
         assert code == 0 and out.startswith("3 features, 3 requests") and "a price of at most" in out
         monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
@@ -626,3 +864,34 @@ def test_the_command(run: RunDir, client: str, said: Any, monkeypatch: pytest.Mo
         assert code == 2 and err.startswith(f"crosslens: the environment has no {KEYS[client]}")
         code, _, err = said(run.path, *options, "--prices", "3")
         assert code == 2 and err.startswith("crosslens: --prices '3' must be two numbers")
+
+
+@pytest.mark.parametrize("client", ["openai"], indirect=True)
+def test_the_command_scores_labels(scored: RunDir, client: str, said: Any) -> None:
+    with label_server.serve(answer) as server:
+        code, out, _ = said(scored.path, "--local", "--dry-run")
+        assert (code, out) == (0, "3 features, no requests\n") and scored.table("labels") is None
+        code, out, _ = said(scored.path, "--local")
+        assert code == 0 and "3 local; 0 tokens in, 0 out\ntop tokens: balanced accuracy" in out
+        code, _, err = said(scored.path, "--client", client)
+        assert code == 2 and err.startswith("crosslens: give --client and --model, or --local")
+        options = (
+            "--client",
+            client,
+            "--model",
+            "m",
+            "--base-url",
+            server.url(client),
+            "--requests-per-minute",
+            60_000,
+        )
+        code, out, _ = said(scored.path, *options, "--dry-run", "--prices", "3,15")
+        assert code == 0 and out.startswith(
+            "3 features, 18 requests (3 labels, 3 second ratings, 12 detections): about"
+        )
+        assert not server.asked
+        code, out, _ = said(scored.path, *options, "--yes", "--second-model", "other")
+        assert code == 0 and Counter(a.body["model"] for a in server.asked) == {"m": 15, "other": 3}
+    said_of = [line.split(":")[0] for line in out.splitlines()]
+    assert said_of[2:] == ["detections", "labels", "top tokens", "labels minus top tokens", "two ratings of complexity"]
+    assert "detections: 12 answered" in out and "3 features, 40 passages each; 0.50 [0.50, 0.50] with another" in out

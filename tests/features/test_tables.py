@@ -142,7 +142,7 @@ def test_tables_match_plain_loops(acts: Activations, architecture: str) -> None:
     cc = make_crosscoder(architecture)
     cc.cfg.metadata.snapshots = [{"label": s.label, "step": s.step, "tokens": s.tokens} for s in acts.snapshots]
     tables = feature_tables(cc, acts, n_examples=4, window=3, n_logits=2, n_nearest=3)
-    assert list(tables) == ["examples", "example_tokens", "lens", "nearest"]
+    assert list(tables) == ["examples", "example_tokens", "passages", "held_out_tokens", "lens", "nearest"]
     tokens = acts.held_out_tokens()
     x = acts.block(len(acts.tokens) - len(tokens), len(acts.tokens))
     values = cc.encode(x)
@@ -239,7 +239,7 @@ def test_a_run_directory_keeps_the_tables(acts: Activations, crosscoder: Crossco
         pd.testing.assert_frame_equal(kept, table, check_categorical=False, check_dtype=False)
     with pytest.raises(UserError, match="n_nearest=-1 must be 0 or more"):
         feature_tables(crosscoder, acts, n_nearest=-1)
-    nothing = feature_tables(crosscoder, acts, n_examples=0, n_logits=0, n_nearest=0)
+    nothing = feature_tables(crosscoder, acts, n_examples=0, n_logits=0, n_nearest=0, n_passages=0)
     assert all(table.empty for table in nothing.values())
 
 
