@@ -7,7 +7,7 @@ DOCS   := $(VENV)/.docs-installed
 OUT    ?= runs/demo
 SEED   ?= 0
 
-.PHONY: demo test test-exhaustive test-all test-fast lint types layers docs check clean
+.PHONY: demo test test-exhaustive test-all test-fast test-lowest lint types layers docs dist check clean
 
 demo: $(STAMP)
 	$(BIN)/crosslens demo --out $(OUT) --seed $(SEED)
@@ -24,6 +24,17 @@ test-all: test test-exhaustive
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+
+# the fast tests at the lowest versions that pyproject.toml allows, on the lowest Python; needs uv
+test-lowest:
+	uv venv --quiet --clear --python 3.10 build/lowest
+	uv pip install --quiet --python build/lowest --resolution lowest-direct -e ".[dev]"
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto -m "not slow and not exhaustive"
+
+# wheel and sdist, in dist
+dist: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ from crosslens.sharing import import_crosscoder
 from crosslens.sharing.registry import read_registry
 from crosslens.snapshots import Snapshot, hashes
 from crosslens.synthetic import grammar
-from crosslens.synthetic.pretraining import PretrainingConfig, pretrain_demo
+from crosslens.synthetic.pretraining import PretrainingConfig, demo_tokenizer, pretrain_demo
 from crosslens.training import CrosscoderTrainer, checkpoints, initialise
 from crosslens.training.initialisation import uninitialised
 from crosslens.training.run import claim
@@ -478,6 +478,9 @@ def _of_snapshots(work: Path) -> Iterator[Kind]:
     root = work / "models"
     own = work / "own"
     shutil.copytree(root, own)
+    demo_tokenizer().save_pretrained(own / "tokenizer")  # one for all: a damaged one is not compared with whole ones
+    for file in own.glob("step*/tokenizer*"):
+        file.unlink()
     (own / "step2").rename(own / "start")
     rows = [{"label": "a", "path": "start", "step": 2, "tokens": 64}, {"label": "b", "path": "step4", "step": 4}]
     (own / "snapshots.json").write_text(json.dumps({"name": "mine", "snapshots": rows}, indent=1))

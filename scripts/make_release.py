@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import crosslens as cl
 from crosslens.cli.demo import CPU, DemoConfig
+from crosslens.snapshots.snapshot import tokenizer_files
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig, pretrain_demo
 
@@ -38,10 +39,11 @@ def write_snapshots(folder: Path, seed: int) -> cl.Snapshots:
     with tempfile.TemporaryDirectory() as temporary:
         made = pretrain_demo(Path(temporary) / "demo", seed, config=MODEL)
         manifest = json.loads((made / "snapshots.json").read_text())
-        shutil.copytree(made / "tokenizer", folder / "tokenizer")
         for row in manifest["snapshots"]:
             target = folder / row["path"]
-            target.mkdir()
+            target.mkdir(parents=True)
+            for file in tokenizer_files(made / row["path"]):
+                shutil.copy(file, target)
             config = json.loads((made / row["path"] / "config.json").read_text())
             (target / "config.json").write_text(json.dumps({**config, "dtype": "float16"}, indent=1) + "\n")
             weights = load_file(made / row["path"] / "model.safetensors")

@@ -90,7 +90,7 @@ def classify_lifecycles(norms: Float[Tensor, "F S"], presence: float = 0.5, *, m
     )
 
 
-def birth_index(present: Bool[np.ndarray, "... S"], min_run: int) -> Int[np.ndarray, ...]:
+def birth_index(present: Bool[np.ndarray, "*rows S"], min_run: int) -> Int[np.ndarray, "*rows"]:
     """First snapshot from which a feature is present for `min_run` in a row or until the end.
 
     0 if it is present at the first snapshot, however long; S if there is no such snapshot.

@@ -253,8 +253,8 @@ def _coded(words: list[str]) -> list[Any] | None:
     """Codes and the words they stand for; None if all words are empty."""
     if not any(words):
         return None
-    coded: Any = pd.Categorical(words)
-    return [np.asarray(coded.codes).tolist(), [str(word) for word in coded.categories]]
+    codes = {word: code for code, word in enumerate(sorted(set(words)))}  # pandas 2 takes "\0" for ""
+    return [[codes[word] for word in words], list(codes)]
 
 
 def _text(value: object) -> str:

@@ -3,8 +3,8 @@
 1. Turn documents of `grammar` into rows of word ids: `<|endoftext|>` precedes each document, each row begins with a new
    document and is cut at the context size. Every row is used once.
 2. Train a `GPTNeoXForCausalLM` on them with AdamW, a linear warmup and a cosine decay.
-3. Write the weights at `snapshot_steps` to folders `step{N}` in the layout of transformers, next to `tokenizer/` and
-   the manifest `snapshots.json`, which holds the recipe and a checksum of every file.
+3. Write the weights at `snapshot_steps` to folders `step{N}` in the layout of transformers, each with the tokenizer,
+   and the manifest `snapshots.json`, which holds the recipe and a checksum of every file.
 
 Everything is written to a temporary folder that is renamed at the end, so a folder with the final name is complete. The
 same seed gives the same bytes on the same machine with the same number of threads.
@@ -38,7 +38,7 @@ from crosslens.synthetic import grammar
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had one tokenizer beside the snapshots
 _MANIFEST = "snapshots.json"
 
 
@@ -174,7 +174,7 @@ def pretrain_demo(
 ) -> Path:
     """Pretrain the demo's model, unless `folder` holds it already.
 
-    `step{N}/` in it holds a model for `from_pretrained`, `tokenizer/` the tokenizer, and `snapshots.json` the manifest:
+    `step{N}/` in it holds a model and its tokenizer for `from_pretrained`, and `snapshots.json` the manifest:
     `snapshots` (label, path, step, tokens seen), `seed`, `config` and `files` (sha256 of each).
 
     Args:
@@ -219,11 +219,13 @@ def pretrain_demo(
 
 def _write_demo(folder: Path, seed: int, config: PretrainingConfig, progress: bool) -> None:
     folder.mkdir()
-    demo_tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer = demo_tokenizer()
     snapshots: list[dict[str, Any]] = []
     for step, model in _train(seed, config, progress):
         label = f"step{step}"
         _save(model, folder / label)
+        # a bridge booted from a folder without a tokenizer reads other tokens, silently
+        tokenizer.save_pretrained(folder / label)
         tokens = step * config.batch_size * config.context_size
         snapshots.append({"label": label, "path": label, "step": step, "tokens": tokens})
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -81,7 +81,7 @@ def test_valid_files_pass(architecture: str, tmp_path: Path) -> None:
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not available"),
         (
             {"apply_b_dec_to_input": "x" * 5000},
-            r"apply_b_dec_to_input='xxx.*[.]{3}$|is not a config of a crosscoder \(Type-check error",
+            r"apply_b_dec_to_input='xxx.*[.]{3}$|is not a config of a crosscoder \(Type-check error|is damaged",
         ),
         ({"metadata": []}, "metadata is a list"),
         ({"metadata__snapshots": [1, 2, 3]}, "1 in metadata.snapshots is not a snapshot"),

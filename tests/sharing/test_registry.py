@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformer_lens.model_bridge import TransformerBridge
 from typer.testing import CliRunner
 
 import crosslens
@@ -76,6 +78,17 @@ def test_the_embedded_release_fits_its_snapshots_and_needs_no_network(monkeypatc
     assert sum(path.stat().st_size for path in EMBEDDED.parent.glob("releases/**/*")) < 8 * 2**20
     recorded = (EMBEDDED.parent / "releases" / "demo" / HOOK / "cfg.json").read_text()
     assert "/" not in recorded.replace(f"crosslens.synthetic.grammar, {8000} documents", "")
+
+
+def test_a_bridge_booted_from_an_embedded_folder_reads_the_same_tokens() -> None:
+    """A folder without a tokenizer gives it that of another GPT-NeoX, and a loss that means nothing."""
+    every = load_snapshots(DEMO, every=True)
+    assert {snapshot.tokenizer_folder for snapshot in every} == {snapshot.name for snapshot in every}
+    bridge, loaded = TransformerBridge.boot_transformers(every[-1].name, device="cpu"), every[-1].load("cpu")
+    documents = list(grammar.documents(20, seed=77))
+    losses = [[float(model(text, return_type="loss")) for text in documents] for model in (bridge, loaded)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert sum(losses[0]) / len(documents) < 4 < math.log(len(every.tokenizer))
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def _weights(folder: Path) -> dict[str, bytes]:
 
 def test_the_manifest_lists_every_file(demo: Path):
     manifest = json.loads((demo / "snapshots.json").read_text())
-    assert manifest["format"] == 1 and manifest["name"] == "crosslens-demo-seed0" and manifest["seed"] == 0
+    assert manifest["format"] == 2 and manifest["name"] == "crosslens-demo-seed0" and manifest["seed"] == 0
     assert manifest["snapshots"] == [
         {"label": f"step{step}", "path": f"step{step}", "step": step, "tokens": step * 4 * 16} for step in (0, 3, 6)
     ]
@@ -52,7 +52,7 @@ def test_the_manifest_lists_every_file(demo: Path):
 
 
 def test_snapshots_load_with_transformers(demo: Path):
-    tokenizer = AutoTokenizer.from_pretrained(demo / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(demo / "step0")
     tokens = torch.tensor([[0, *tokenizer.encode("the king near the cars")]])
     logits = {}
     for step in (0, 3, 6):
@@ -135,7 +135,7 @@ def test_learning_rate_at_the_corners():
 
 def test_tokenizer_has_one_id_per_word(demo: Path):
     words = grammar.vocabulary()
-    for tokenizer in (demo_tokenizer(), AutoTokenizer.from_pretrained(demo / "tokenizer")):
+    for tokenizer in (demo_tokenizer(), *map(AutoTokenizer.from_pretrained, sorted(demo.glob("step*")))):
         assert len(tokenizer) == len(words) + 2
         assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
         assert tokenizer.bos_token == "<|endoftext|>" and tokenizer.unk_token_id == 1
@@ -153,7 +153,7 @@ def test_intact_means_the_same_bytes_and_recipe(demo: Path, tmp_path: Path):
     assert not demo_is_intact(tmp_path / "absent", 0, TINY)
 
     folder = shutil.copytree(demo, tmp_path / "demo")
-    for name in ("step3/model.safetensors", "step6/config.json", "tokenizer/tokenizer.json"):
+    for name in ("step3/model.safetensors", "step6/config.json", "step0/tokenizer.json"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         assert not demo_is_intact(folder, 0, TINY), name
