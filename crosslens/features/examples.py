@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.evolution.lifecycles import batch_tokens
+from crosslens.features.activations import ActivationSample
 
 _ENTRIES = 1 << 24  # numbers to gather at a time
 
@@ -61,7 +62,12 @@ class Examples:
 
 @torch.no_grad()
 def collect_examples(
-    crosscoder: Crosscoder, acts: Activations, index: Int[Tensor, " n"], n_examples: int, window: int
+    crosscoder: Crosscoder,
+    acts: Activations,
+    index: Int[Tensor, " n"],
+    n_examples: int,
+    window: int,
+    sample: ActivationSample | None = None,
 ) -> tuple[Examples, Float[Tensor, "n S"], Float[Tensor, " n"]]:
     """Collect examples of features.
 
@@ -71,6 +77,7 @@ def collect_examples(
         index: features.
         n_examples: E, at most the number of sequences.
         window: positions on each side.
+        sample: is given the activations of these features too.
 
     Returns:
         The examples, the share of tokens on which each feature is active at each snapshot, and its largest activation.
@@ -95,6 +102,8 @@ def collect_examples(
             keep = acts.keep(tokens[at : at + len(x)])
             encoded = crosscoder.encode(x)
             values = encoded[..., chosen] * keep[..., None].to(device)
+            if sample is not None:
+                sample.add(values, at)
             for s in range(gates):
                 active = crosscoder.snapshot_acts(encoded, s)[..., chosen] != 0
                 fired[:, s] += (active & keep[..., None].to(device)).sum((0, 1)).cpu()

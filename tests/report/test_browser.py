@@ -33,7 +33,7 @@ OVERLAPS = r"""() => {
   const hit = (a, b) =>
     Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
     Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
-  const slanted = (e) => e.matches(".xtick text") && /rotate\(-45/.test(e.getAttribute("transform"));
+  const slanted = (e) => e.matches(".xtick text, .x2tick text, .x3tick text") && /rotate\(-45/.test(e.getAttribute("transform"));
   const kinds = ".legend, .g-xtitle text, .g-ytitle text, .xtick text, .x2tick text, .x3tick text, .ytick text, "
     + ".modebar-group, .annotation text, .colorbar text";
   const found = [];

@@ -150,7 +150,8 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
     examples, around = table(written, "examples"), table(written, "example_tokens")
     lens, nearest = table(written, "lens"), table(written, "nearest")
     reads = [name for name in examples if name.startswith("read/")]
-    tops = top_tokens(written)
+    tops, source = top_tokens(written), lives(written)
+    alive = source.loc[source["alive"], "feature"]
     for number, (feature, words) in found.items():
         rows = examples[examples["feature"] == number].sort_values("rank")
         assert len(feature["examples"]["list"]) == len(rows)
@@ -166,7 +167,7 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
             assert [words[token] for token in up] == part["promoted"].tolist()
             assert [words[token] for token in down] == part["suppressed"].tolist()
             assert near(ups, part["promoted_logit"], 2) and near(downs, part["suppressed_logit"], 2)
-        part = nearest[nearest["feature"] == number].sort_values("rank")
+        part = nearest[(nearest["feature"] == number) & nearest["other"].isin(alive)].sort_values("rank")
         assert [other for other, _, _ in feature["nearest"]] == part["other"].tolist()
         assert near([cosine for _, cosine, _ in feature["nearest"]], part["cosine"], 2)
         for other, _, name in feature["nearest"]:
@@ -193,10 +194,19 @@ def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
     for name, expected in names.items():
         codes, words = index[name]
         assert [words[code] for code in codes] == [expected.get(f, "") for f in index["id"]]
-    r2 = wide(written, "r2").to_numpy().clip(0) * source["origin"].notna().to_numpy()[:, None]
     lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
     codes, words = index["promoted"]
-    assert [words[code] for code in codes] == [lens[f, r2[f].argmax()] for f in range(F)]
+    assert [words[code] for code in codes] == [lens[f, S - 1] for f in range(F)], "the last snapshot"
+    sizes = np.full((F, S), -1.0)
+    for task in TASKS:
+        for row in table(written, f"attribution/{task}").itertuples():
+            sizes[row.feature, row.snapshot] = max(sizes[row.feature, row.snapshot], abs(row.ie))
+    strongest = [int(row.argmax()) if row.max() >= 0 else S - 1 for row in sizes]
+    for name, at in (*((f"{s:05d}", [s] * F) for s in range(S)), ("effect", strongest)):
+        text = (written.report / "data" / f"promotes-{name}.js").read_text(encoding="ascii")
+        assert text.startswith(f'crosslens.promotes("{name}", ') and text.endswith(");\n")
+        codes, words = json.loads(text[len(f'crosslens.promotes("{name}", ') : -3])
+        assert [words[code] for code in codes] == [lens[f, s] for f, s in enumerate(at)]
     for f in range(F):
         levels = [int(level, 36) for level in index["heat"][f * S : (f + 1) * S]]
         assert np.abs(np.array(levels) / 35 - r2[f] / max(r2[f].max(), 1e-9)).max() <= 0.5 / 35 + 1e-9
