@@ -274,7 +274,6 @@ def _windows(tokens: Int[Tensor, "N T"], examples: Examples, i: int, words: Any)
 def _example_tables(
     crosscoder: Crosscoder, acts: Activations, examples: Examples, window: int
 ) -> dict[str, pd.DataFrame]:
-    tokens = acts.held_out_tokens()
     feature, rank = (column.numpy() for column in (examples.values > 0).nonzero(as_tuple=True))
     sequence, position = (found[feature, rank] for found in (examples.sequences, examples.positions))
     labels = snapshot_columns(crosscoder)["label"]

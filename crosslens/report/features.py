@@ -138,7 +138,9 @@ def rate_figure() -> Chart:
     figure = new_figure("share of active tokens", height=240, bargap=0.05, yaxis_tickformat=".0%")
     figure.add_bar(
         x=[0.0], y=[0.0], marker={"color": SERIES[0]}, showlegend=False,
-        hovertemplate="activation %{customdata[0]}<br>%{customdata[1]:,} tokens, %{y:.2%} of the active ones<extra></extra>",
+        hovertemplate=(
+            "activation %{customdata[0]}<br>%{customdata[1]:,} tokens, %{y:.2%} of the active ones<extra></extra>"
+        ),
     )  # fmt: skip
     figure.update_xaxes(title_text="activation (log scale)")
     figure.update_yaxes(rangemode="tozero")

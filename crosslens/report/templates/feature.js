@@ -60,7 +60,7 @@
     bars("rates", histogram(), "The feature is active on no held-out token.");
     examples();
     lens();
-    select(feature.examples?.list.length || feature.lens ? start() : 0);
+    select(start());
     nearest();
     seeds();
     crosslens.say(`Showing ${byId("name").textContent}.`);
