@@ -77,7 +77,7 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
     if values.dropna().empty:
         return "The completeness error is undefined at every snapshot."
     axis = SnapshotAxis.of(data)
-    figure = new_figure("completeness error (%)", height=340)
+    figure = new_figure("error (%)", height=340)
     styles = Style.of_tasks(list(dict.fromkeys(data["task"])), tasks)
     for task, style in styles.items():
         rows = data[data["task"] == task]
@@ -85,7 +85,7 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
         percent = floats(100 * rows["completeness_error"])
         add_line(figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%")
     if (values.dropna() > 0).all():
-        figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="completeness error (%, log scale)")
+        figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
     axis.apply(figure)
     worst = data.loc[values.idxmax()]
     small = bool(values.max() <= FINE_COMPLETENESS)
@@ -137,7 +137,7 @@ def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
     for edge in (0.3, 0.7):
         figure.add_vline(edge, line={"color": MUTED, "dash": "dot", "width": 1})
     figure.update_xaxes(
-        title_text=f"{title} of {ends[1]} (0: only {ends[0]}, 1: only {ends[1]})",
+        title_text=f"{title} of {ends[1]}<br>(0: only {ends[0]}, 1: only {ends[1]})",
         range=[-0.03, 1.03],
         showgrid=True,
         gridcolor=GRID,
