@@ -26,7 +26,8 @@ import pandas as pd
 from crosslens.rundir import RunDir
 
 VOCABULARY = 50_000
-EXAMPLES, WINDOW, LOGITS, NEAREST = 8, 8, 8, 8
+EXAMPLES, SAMPLES, WINDOW, CONTEXT, LOGITS, NEAREST = 8, 12, 8, 24, 8, 8
+PROMPTS, POSITIONS = 16, 12
 VISITS = 5
 
 
@@ -72,6 +73,11 @@ def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDi
         long[name] = values.astype(np.float32).flatten()
     run.save_table("evolution", long)
     rates = rng.uniform(0, 0.02, F) * alive
+    shares = rng.dirichlet(np.ones(S), F).astype(np.float32)
+    run.save_table(
+        "encoder",
+        pd.DataFrame(shares, columns=pd.Index([f"share/{label}" for label in labels])).assign(feature=range(F)),
+    )
     first = pd.DataFrame({"feature": np.arange(F), "alive": alive, "kind": "contextual", "firing_rate": rates})
     lives = pd.concat([first, life], axis=1)
     lifecycles = [lives.assign(measure=measure) for measure in ("r2", "norm")]
@@ -90,18 +96,26 @@ def _save_task(run: RunDir, task: str, common: pd.DataFrame, features: np.ndarra
         "label": np.tile(common["label"], n), "step": np.tile(common["step"], n), "ie": ie.flatten(),
         "ie_se": np.abs(ie).flatten() / 4, "relie": (np.abs(ie) / np.abs(ie).sum(1, keepdims=True)).flatten(),
     }  # fmt: skip
-    table["relie_normalised"], table["reldec"] = table["relie"], np.full(n * S, 1 / S)
+    table["share_relie"], table["reldec"] = table["relie"], np.full(n * S, 1 / S)
     run.save_table(f"attribution/{task}", pd.DataFrame(table))
     run.save_table(
         f"attribution/{task}.snapshots",
         common[["snapshot", "label", "step"]].assign(
-            metric_clean=1.0, metric_baseline=0.1, error_effect=0.1, completeness_error=1e-4, n=150
+            metric_clean=1.0, metric_baseline=0.1, error_effect=0.1, completeness_error=1e-4, n=150, method="removal"
         ),
     )
+    places = pd.DataFrame(
+        {"prompt": np.repeat(range(PROMPTS), POSITIONS), "position": np.tile(range(POSITIONS), PROMPTS)}
+    )
+    places["token"] = [f" word{i}" for i in rng.integers(0, 999, len(places))]
+    prompts = places.merge(common[["snapshot", "label", "step"]], how="cross")
+    effect = rng.normal(size=len(prompts))
+    prompts = prompts.assign(effect=effect, feature=rng.choice(features, len(prompts)), feature_effect=effect)
+    run.save_table(f"prompts/{task}", prompts)
 
 
 def _save_features(run: RunDir, labels: list[str], alive: np.ndarray, F: int, rng: np.random.Generator) -> None:
-    S, W, n = len(labels), 2 * WINDOW + 1, len(alive) * EXAMPLES
+    S, n = len(labels), len(alive) * EXAMPLES
     vocabulary = pd.Index([f" token{i}" for i in range(VOCABULARY)], dtype=object)
 
     def tokens(size: int) -> pd.Categorical:
@@ -112,25 +126,40 @@ def _save_features(run: RunDir, labels: list[str], alive: np.ndarray, F: int, rn
         np.repeat(alive, EXAMPLES).astype(np.int32),
         np.tile(np.arange(EXAMPLES, dtype=np.int16), len(alive)),
     )
-    position = rng.integers(WINDOW, 1000, n).astype(np.int32)
+    position = rng.integers(CONTEXT, 1000, n).astype(np.int32)
     reads = {f"read/{label}": rng.normal(size=n).astype(np.float32) for label in labels}
     run.save_table(
         "examples",
         pd.DataFrame({"feature": feature, "rank": rank, "sequence": rng.integers(0, 100, n), "position": position,
                       "activation": np.full(n, 3, np.float32), "threshold": np.zeros(n, np.float32), **reads}),
     )  # fmt: skip
-    run.save_table(
-        "example_tokens",
-        pd.DataFrame(
+
+    def around(table: pd.DataFrame, places: np.ndarray) -> pd.DataFrame:
+        W, n = len(places), len(table)
+        active = rng.uniform(0, 3, n * W) * (rng.random(n * W) < 0.2)
+        return pd.DataFrame(
             {
-                "feature": np.repeat(feature, W), "rank": np.repeat(rank, W), "token": tokens(n * W),
-                "position": np.repeat(position, W) + np.tile(np.arange(-WINDOW, WINDOW + 1, dtype=np.int32), n),
-                "activation": np.where(
-                    np.tile(np.arange(W) == WINDOW, n), 3, rng.uniform(0, 3, n * W) * (rng.random(n * W) < 0.2)
-                ).astype(np.float32),
+                "feature": np.repeat(table["feature"], W), "rank": np.repeat(table["rank"], W), "token": tokens(n * W),
+                "position": np.repeat(table["position"], W) + np.tile(places, n).astype(np.int32),
+                "activation": np.where(np.tile(places == 0, n), 3, active).astype(np.float32),
             }
-        ),
+        ).reset_index(drop=True)  # fmt: skip
+
+    near, far = np.arange(-WINDOW, WINDOW + 1), np.arange(-CONTEXT, CONTEXT + 1)
+    found = pd.DataFrame({"feature": feature, "rank": rank, "position": position})
+    run.save_table("example_tokens", around(found, near))
+    run.save_table("example_contexts", around(found, far[np.abs(far) > WINDOW]))
+    n = len(alive) * SAMPLES
+    samples = pd.DataFrame(
+        {"feature": np.repeat(alive, SAMPLES).astype(np.int32),
+         "rank": np.tile(np.arange(SAMPLES, dtype=np.int16), len(alive)),
+         "sequence": rng.integers(0, 100, n), "position": rng.integers(CONTEXT, 1000, n).astype(np.int32),
+         "activation": np.full(n, 3, np.float32), "threshold": np.zeros(n, np.float32)}
     )  # fmt: skip
+    run.save_table("samples", samples)
+    run.save_table("sample_tokens", around(samples, far))
+    bins = pd.DataFrame({"feature": np.repeat(alive, 20).astype(np.int32), "bin": np.tile(range(-10, 10), len(alive))})
+    run.save_table("activations", bins.assign(count=rng.integers(1, 1000, len(bins))))
     size = F * S * LOGITS
     lens: dict[str, Any] = {
         "feature": np.repeat(np.arange(F, dtype=np.int32), S * LOGITS),
@@ -172,7 +201,7 @@ def build(folder: Path) -> None:
 
 
 def visit(report: Path, features: list[int]) -> dict[str, list[list[float]]]:
-    """Seconds until a page can be read and until its visible figures are drawn, by page; empty without a browser."""
+    """Seconds until a page can be read and until its first figure is drawn, by page; empty without a browser."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     try:
         from playwright.sync_api import sync_playwright
@@ -181,7 +210,10 @@ def visit(report: Path, features: list[int]) -> dict[str, list[list[float]]]:
     if chromium is None:
         return {}
     found: dict[str, list[list[float]]] = {}
-    ready = {"index": "#accuracy", "features": "#finder:not([hidden]) tbody tr", "feature": "#lens tbody tr"}
+    ready = {
+        "index": "#accuracy", "evolution": "#evolution", "causal": "#effects",
+        "features": "#finder:not([hidden]) tbody tr", "feature": "#lens tbody tr",
+    }  # fmt: skip
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for number in features:
@@ -191,9 +223,10 @@ def visit(report: Path, features: list[int]) -> dict[str, list[list[float]]]:
                 began = time.perf_counter()
                 part = f"#{number}" if name == "feature" else ""
                 page.goto((report / f"{name}.html").as_uri() + part, wait_until="commit")
-                page.wait_for_selector(selector)
+                page.wait_for_selector(selector, state="attached")
                 readable = time.perf_counter() - began
-                page.wait_for_selector("html[data-figures=drawn]" if name != "feature" else "#figure-norms .main-svg")
+                if name != "features":
+                    page.wait_for_selector(".plot .main-svg", state="attached")
                 found.setdefault(name, []).append([readable, time.perf_counter() - began])
                 context.close()
         browser.close()
@@ -239,7 +272,7 @@ def main() -> None:
         for name, times in visits.items():
             readable, drawn = ([row[k] for row in times] for k in (0, 1))
             print(
-                f"{name}.html: readable after {statistics.median(readable):.2f} s, figures drawn after "
+                f"{name}.html: readable after {statistics.median(readable):.2f} s, first figure after "
                 f"{statistics.median(drawn):.2f} s (medians of {len(times)}, maxima {max(readable):.2f} and "
                 f"{max(drawn):.2f})"
             )

@@ -8,6 +8,9 @@ evolution.parquet               one row per feature and snapshot: decoder norm, 
 lifecycles.parquet              one row per measure of presence and feature: birth, peak, fate
 birth_counts.parquet            counts of births with their controls
 examples.parquet                where each feature is most active; the tokens around it: example_tokens.parquet
+example_contexts.parquet        more of the tokens around the examples
+samples.parquet                 random active tokens of each feature; the tokens around them: sample_tokens.parquet
+activations.parquet             histogram of the activations of each feature
 lens.parquet                    tokens that each feature promotes and suppresses at each snapshot
 nearest.parquet                 the nearest other features of each feature
 passages.parquet                what labels are judged on; the tokens: held_out_tokens.parquet

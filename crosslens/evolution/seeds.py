@@ -205,7 +205,9 @@ def consensus(
         A row per crosscoder and feature: crosscoder (its name), feature, alive, firing_rate, variance (share of that of
         the live features), n_seeds (crosscoders that have the feature, its own included; 0 if dead), of (number of
         crosscoders), consensus (n_seeds is more than half of them), correlation (mean over the other crosscoders of the
-        correlation with the partner there, 0 where there is none; NaN if dead).
+        correlation with the partner there, 0 where there is none; NaN if dead); and for each crosscoder
+        partner/<name> and correlation/<name>, the partner there, whatever its correlation (missing if there is none,
+        and for the crosscoder itself).
 
     Raises:
         UserError: fewer than two crosscoders, a threshold out of range, or as `match`.
@@ -221,11 +223,14 @@ def _consensus(read: Mapping[str, LiveFeatures], threshold: float, method: str |
     """The table of `consensus`."""
     n_seeds = {name: np.where(each.alive, 1, 0) for name, each in read.items()}
     total = {name: np.zeros(len(each.alive)) for name, each in read.items()}
+    partners = {(m, n): np.full((2, len(read[m].alive)), np.nan) for m in read for n in read}
     for m, n in combinations(read, 2):
         i, j, value, _, _ = _assigned(_correlations(read[m], read[n]), len(read[m].ids), len(read[n].ids), method)
         for name, ids in ((m, read[m].ids[i]), (n, read[n].ids[j])):
             n_seeds[name][ids] += value >= threshold
             total[name][ids] += value
+        a, b = read[m].ids[i], read[n].ids[j]
+        partners[m, n][:, a], partners[n, m][:, b] = (b, value), (a, value)
     tables: list[pd.DataFrame] = []
     for name, each in read.items():
         found = n_seeds[name]
@@ -233,6 +238,9 @@ def _consensus(read: Mapping[str, LiveFeatures], threshold: float, method: str |
         columns |= {"firing_rate": each.rate, "variance": each.variance, "n_seeds": found, "of": len(read)}
         columns["consensus"] = 2 * found > len(read)
         columns["correlation"] = np.where(each.alive, total[name] / (len(read) - 1), np.nan)
+        for other in read:
+            ids, value = partners[name, other]
+            columns |= {f"partner/{other}": pd.array(ids, dtype="Int64"), f"correlation/{other}": value}
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 

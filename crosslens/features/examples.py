@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.evolution.lifecycles import batch_tokens
+from crosslens.features.activations import ActivationSample
 from crosslens.features.passages import PassageSampler
 
 _ENTRIES = 1 << 24  # numbers to gather at a time
@@ -68,6 +69,7 @@ def collect_examples(
     n_examples: int,
     window: int,
     sampler: PassageSampler | None = None,
+    sample: ActivationSample | None = None,
 ) -> tuple[Examples, Float[Tensor, "n S"], Float[Tensor, " n"]]:
     """Collect examples of features.
 
@@ -78,6 +80,7 @@ def collect_examples(
         n_examples: E, at most the number of sequences.
         window: positions on each side.
         sampler: also draws passages of these features.
+        sample: is given the activations of these features too.
 
     Returns:
         The examples, the share of tokens on which each feature is active at each snapshot, and its largest activation.
@@ -104,6 +107,8 @@ def collect_examples(
             values = encoded[..., chosen] * keep[..., None].to(device)
             if sampler is not None:
                 sampler.add(values, keep, at)
+            if sample is not None:
+                sample.add(values, at)
             for s in range(gates):
                 active = crosscoder.snapshot_acts(encoded, s)[..., chosen] != 0
                 fired[:, s] += (active & keep[..., None].to(device)).sum((0, 1)).cpu()

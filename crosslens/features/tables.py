@@ -44,6 +44,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import check_activations, snapshot_columns
+from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import Examples, collect_examples
 from crosslens.features.passages import PassageSampler, passage_tables
 from crosslens.intervention.splice import check_snapshots
@@ -144,10 +145,12 @@ def feature_tables(
     window: int = 8,
     n_logits: int = 8,
     n_nearest: int = 8,
+    n_samples: int = 12,
+    context: int = 24,
     n_passages: int = 20,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
-    """Tabulate examples, passages, logit lens and nearest features of all features.
+    """Tabulate examples, passages, activations, logit lens and nearest features of all features.
 
     Args:
         crosscoder: any.
@@ -156,6 +159,8 @@ def feature_tables(
         window: tokens on each side of an example.
         n_logits: tokens at either end of the logit lens.
         n_nearest: features with the largest cosine.
+        n_samples: random active tokens per feature.
+        context: tokens on each side in example_contexts and sample_tokens.
         n_passages: at most this many passages where a feature is active, and as many where it is not.
         seed: seed for the draw of passages.
 
@@ -165,6 +170,9 @@ def feature_tables(
         snapshot's part of the pre-activation there, minus its mean over all tokens).
         example_tokens: feature, rank, position, token, activation; the tokens around each example.
         passages, held_out_tokens: what labels are judged on, see `passages.passage_tables`.
+        example_contexts: the same, of tokens further away.
+        samples, sample_tokens: random active tokens, strongest first, with the same columns, but without read/<label>.
+        activations: feature, bin, count; the histogram of `activations.ActivationSample`.
         lens: feature, snapshot, rank, promoted, promoted_logit, suppressed, suppressed_logit.
         nearest: feature, rank, other, cosine (of the concatenated decoder rows of all snapshots).
 
@@ -174,15 +182,18 @@ def feature_tables(
     check_activations(crosscoder, acts)
     check_snapshots(crosscoder, acts.snapshots)
     _check_sizes(
-        n_examples=n_examples, window=window, n_logits=n_logits, n_nearest=n_nearest, n_passages=n_passages, seed=seed
-    )
+        n_examples=n_examples, window=window, n_logits=n_logits, n_nearest=n_nearest, n_samples=n_samples,
+        context=context, n_passages=n_passages, seed=seed,
+    )  # fmt: skip
     index = torch.arange(crosscoder.cfg.d_sae)
+    sample = ActivationSample(len(index), n_samples, context)
     # as many again, in place of those that are dropped
     sampler = PassageSampler(len(index), 2 * n_passages + n_examples if n_passages else 0, seed)
-    examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, window, sampler)
+    examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, max(window, context), sampler, sample)
     used, texts = examples.sequences.where(examples.values > 0, -1), partial(_categories, acts.snapshots.tokenizer)
     return {
-        **_example_tables(crosscoder, acts, examples),
+        **_example_tables(crosscoder, acts, examples, window),
+        **_sample_tables(crosscoder, acts, sample),
         **passage_tables(sampler, acts.held_out_tokens(), texts, used, examples.positions, n_passages),
         "lens": _lens_table(acts, *logit_lens(crosscoder, acts, index, n_logits)),
         "nearest": _nearest_table(*nearest_features(crosscoder, n_nearest)),
@@ -271,11 +282,11 @@ def _windows(tokens: Int[Tensor, "N T"], examples: Examples, i: int, words: Any)
     return found
 
 
-def _example_tables(crosscoder: Crosscoder, acts: Activations, examples: Examples) -> dict[str, pd.DataFrame]:
-    tokens = acts.held_out_tokens()
+def _example_tables(
+    crosscoder: Crosscoder, acts: Activations, examples: Examples, window: int
+) -> dict[str, pd.DataFrame]:
     feature, rank = (column.numpy() for column in (examples.values > 0).nonzero(as_tuple=True))
     sequence, position = (found[feature, rank] for found in (examples.sequences, examples.positions))
-    threshold: Any = crosscoder.threshold if crosscoder.gate_per_snapshot else torch.zeros(crosscoder.cfg.d_sae)
     labels = snapshot_columns(crosscoder)["label"]
     table = {
         "feature": feature.astype(np.int32),
@@ -283,25 +294,49 @@ def _example_tables(crosscoder: Crosscoder, acts: Activations, examples: Example
         "sequence": sequence.numpy().astype(np.int32),
         "position": position.numpy().astype(np.int32),
         "activation": examples.values[feature, rank].numpy(),
-        "threshold": threshold.detach().float().cpu().numpy()[feature],
+        "threshold": _thresholds(crosscoder)[feature],
         **{f"read/{label}": examples.read[feature, rank, s].numpy() for s, label in enumerate(labels)},
     }
-    half, T = examples.activations.shape[-1] // 2, tokens.shape[1]
-    around = position[:, None] + torch.arange(-half, half + 1)
-    row, column = ((around >= 0) & (around < T)).nonzero(as_tuple=True)
-    places = around[row, column]
+    found = pd.DataFrame(table)
+    around, distance = _token_table(acts, found, examples.activations[feature, rank].numpy())
+    near = distance <= window
     return {
-        "examples": pd.DataFrame(table),
-        "example_tokens": pd.DataFrame(
-            {
-                "feature": table["feature"][row.numpy()],
-                "rank": table["rank"][row.numpy()],
-                "position": places.numpy().astype(np.int32),
-                "token": _categories(acts.snapshots.tokenizer, tokens[sequence[row], places].numpy()),
-                "activation": examples.activations[feature, rank][row, column].numpy(),
-            }
-        ),
+        "examples": found,
+        "example_tokens": around[near].reset_index(drop=True),
+        "example_contexts": around[~near].reset_index(drop=True),
     }
+
+
+def _sample_tables(crosscoder: Crosscoder, acts: Activations, sample: ActivationSample) -> dict[str, pd.DataFrame]:
+    found, activations = sample.sample()
+    found["threshold"] = _thresholds(crosscoder)[found["feature"].to_numpy()]
+    around, _ = _token_table(acts, found, activations)
+    return {"samples": found, "sample_tokens": around, "activations": sample.histogram()}
+
+
+def _thresholds(crosscoder: Crosscoder) -> np.ndarray:
+    """What activation times decoder norm must exceed, 0 where all snapshots share the gate."""
+    threshold: Any = crosscoder.threshold if crosscoder.gate_per_snapshot else torch.zeros(crosscoder.cfg.d_sae)
+    return threshold.detach().float().cpu().numpy()
+
+
+def _token_table(acts: Activations, found: pd.DataFrame, activations: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
+    """The tokens around some places, given the activations there, (rows, W), and how far from the place each is."""
+    tokens = acts.held_out_tokens().numpy()
+    half = activations.shape[1] // 2
+    around = found["position"].to_numpy()[:, None] + np.arange(-half, half + 1)
+    row, column = ((around >= 0) & (around < tokens.shape[1])).nonzero()
+    places = around[row, column]
+    table = pd.DataFrame(
+        {
+            "feature": found["feature"].to_numpy()[row],
+            "rank": found["rank"].to_numpy()[row],
+            "position": places.astype(np.int32),
+            "token": _categories(acts.snapshots.tokenizer, tokens[found["sequence"].to_numpy()[row], places]),
+            "activation": activations[row, column],
+        }
+    )
+    return table, np.abs(column - half)
 
 
 def _lens_table(acts: Activations, ids: Int[Tensor, "F S 2 k"], values: Float[Tensor, "F S 2 k"]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from crosslens.report.chart import (
+    FEATURES,
     GRID,
     HEAT,
     INK,
@@ -22,6 +23,7 @@ from crosslens.report.chart import (
     Chart,
     Frame,
     Grid,
+    Prompts,
     SnapshotAxis,
     Style,
     add_level,
@@ -29,6 +31,7 @@ from crosslens.report.chart import (
     add_matrix,
     add_points,
     apply_colors,
+    feature_names,
     floats,
     ints,
     new_figure,
@@ -37,9 +40,9 @@ from crosslens.report.chart import (
 
 N_LINES = 12  # features drawn as lines
 N_ROWS = 20  # features in the table
-N_PROMPTS = 6  # drawn word by word
 N_TIMELINE = 40  # features in the timeline
 MAX_POINTS = 2000  # features in the ternary plot
+FINE_COMPLETENESS = 1.0  # per cent; below it the figure is small
 MAX_PAIRS = 800  # of a feature and a snapshot
 ABLATE_K, KEEP_K = 15, 100  # set sizes over snapshots; the nearest size that was measured is drawn
 MIN_CLEAN = 0.1  # of the largest |clean metric|: below this, shares divide by noise
@@ -67,46 +70,50 @@ _GAP = 0.1  # between panels, as a fraction of the width
 _SIGNED = (SERIES[1], HEAT[0], SERIES[0])  # below zero, zero, above
 
 
-def completeness(table: Frame) -> Chart | str:
-    """Completeness error over snapshots, a line per task."""
+def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
+    """Completeness error over snapshots, a line per task, in the colours of `tasks`."""
     data = table[["task", "snapshot", "label", "step", "completeness_error"]].sort_values(["task", "snapshot"])
     values = 100 * data["completeness_error"]
     if values.dropna().empty:
         return "The completeness error is undefined at every snapshot."
     axis = SnapshotAxis.of(data)
-    figure = new_figure("completeness error (%)", height=340)
-    for i, (task, rows) in enumerate(data.groupby("task", sort=False)):
+    figure = new_figure("error (%)", height=340)
+    styles = Style.of_tasks(list(dict.fromkeys(data["task"])), tasks)
+    for task, style in styles.items():
+        rows = data[data["task"] == task]
         ids = ints(rows["snapshot"])
         percent = floats(100 * rows["completeness_error"])
-        add_line(figure, axis.x(ids), percent, shown(task), Style.of(i), hover=axis.hover(ids), value="%{y:.2g}%")
+        add_line(figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%")
     if (values.dropna() > 0).all():
-        figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="completeness error (%, log scale)")
+        figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
     axis.apply(figure)
     worst = data.loc[values.idxmax()]
+    small = bool(values.max() <= FINE_COMPLETENESS)
+    figure.update_layout(height=230 if small else 340)
     note = f"Largest: {values.max():.2g}% ({worst['task']}, {worst['label']})."
-    return Chart(figure, data.reset_index(drop=True), note)
+    return Chart(figure, data.reset_index(drop=True), note, small)
 
 
-def relative_effects(table: Frame, column: str = "share_relie") -> Chart | str:
+def relative_effects(table: Frame, names: Frame | None = None, column: str = "share_relie") -> Chart | str:
     """Share RelIE or RelIE: a strip for two snapshots, a triangle for three, otherwise lines of the largest effects."""
     if table["relie"].notna().sum() == 0:
         return _NOTHING
     title = _MEASURES[column]
     n = table["snapshot"].nunique()
     if n == 2:
-        return _strip(table, column, title)
+        return _strip(table, names, column, title)
     if n == 3:
-        return _ternary(table, column)
-    chart = _feature_lines(table, column, title)
+        return _ternary(table, names, column)
+    chart = _feature_lines(table, names, column, title)
     chart.figure.update_yaxes(rangemode="tozero")
     return chart
 
 
-def _strip(table: Frame, column: str, title: str) -> Chart:
+def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
     """A point per feature at the share of the second of two snapshots, over its largest signed effect."""
     axis = SnapshotAxis.of(table)
     _, second = axis.labels
-    names = list(axis.names().values())
+    called, ends = feature_names(names), list(axis.names().values())
     defined = table.dropna(subset=[column])
     size = _largest(defined)
     features = size.index[:MAX_POINTS]
@@ -123,13 +130,14 @@ def _strip(table: Frame, column: str, title: str) -> Chart:
             mode="markers",
             name=name,
             marker={"color": style.color, "symbol": style.symbol, "opacity": 0.75, "size": 8},
-            customdata=ints(strongest[inside].index.to_numpy()),
-            hovertemplate=f"feature %{{customdata}}<br>IE %{{y:+.3f}} logits<br>{names[1]} %{{x:.2f}}<extra></extra>",
+            customdata=[[f, shown(called(f))] for f in ints(strongest[inside].index.to_numpy())],
+            hovertemplate=f"feature %{{customdata[1]}}<br>IE %{{y:+.3f}} logits<br>{ends[1]} %{{x:.2f}}<extra></extra>",
+            meta=FEATURES,
         )
     for edge in (0.3, 0.7):
         figure.add_vline(edge, line={"color": MUTED, "dash": "dot", "width": 1})
     figure.update_xaxes(
-        title_text=f"{title} of {names[1]} (0: only {names[0]}, 1: only {names[1]})",
+        title_text=f"{title} of {ends[1]}<br>(0: only {ends[0]}, 1: only {ends[1]})",
         range=[-0.03, 1.03],
         showgrid=True,
         gridcolor=GRID,
@@ -150,8 +158,8 @@ def _strongest(table: Frame, features: pd.Index) -> pd.Series:
     return table.loc[order].drop_duplicates("feature").set_index("feature")["ie"].reindex(features)
 
 
-def _ternary(table: Frame, column: str) -> Chart:
-    axis = SnapshotAxis.of(table)
+def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
+    axis, called = SnapshotAxis.of(table), feature_names(names)
     corners = list(axis.labels)
     defined = table.dropna(subset=[column])
     size = _largest(defined)
@@ -160,8 +168,8 @@ def _ternary(table: Frame, column: str) -> Chart:
     strongest: Any = _strongest(defined, features)
     texts = list(axis.names().values())
     figure = new_figure("", height=520)
-    names = "supports the correct answer", "opposes it"
-    for i, (name, inside) in enumerate(zip(names, (strongest > 0, strongest <= 0), strict=True)):
+    signs = "supports the correct answer", "opposes it"
+    for i, (name, inside) in enumerate(zip(signs, (strongest > 0, strongest <= 0), strict=True)):
         part = shares[inside]
         figure.add_scatterternary(
             a=floats(part[corners[2]]),
@@ -177,9 +185,10 @@ def _ternary(table: Frame, column: str) -> Chart:
                 "size": [5 + 17 * math.sqrt(v / size.iloc[0]) for v in size[part.index]],
                 "line": {"width": 0},
             },
-            customdata=[[int(str(f)), float(s)] for f, s in strongest[part.index].items()],
+            customdata=[[f, float(strongest[f]), shown(called(f))] for f in ints(part.index.to_numpy())],
+            meta=FEATURES,
             hovertemplate=(
-                f"feature %{{customdata[0]}}<br>IE %{{customdata[1]:+.3f}} logits<br>{texts[0]} %{{b:.2f}}<br>"
+                f"feature %{{customdata[2]}}<br>IE %{{customdata[1]:+.3f}} logits<br>{texts[0]} %{{b:.2f}}<br>"
                 f"{texts[1]} %{{c:.2f}}<br>{texts[2]} %{{a:.2f}}<extra></extra>"
             ),
         )
@@ -221,25 +230,27 @@ def _ternary(table: Frame, column: str) -> Chart:
     return Chart(figure, data, note)
 
 
-def signed_effects(table: Frame) -> Chart | str:
+def signed_effects(table: Frame, names: Frame | None = None) -> Chart | str:
     """Signed IE of the features that `relative_effects` draws as lines."""
     if table["relie"].notna().sum() == 0:
         return _NOTHING
-    chart = _feature_lines(table, "ie", "IE (logits)")
+    chart = _feature_lines(table, names, "ie", "IE (logits)")
     chart.figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     return chart
 
 
-def _feature_lines(table: Frame, column: str, y_title: str) -> Chart:
+def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str) -> Chart:
     """A column over snapshots, a line per feature, for the features with the largest effects."""
-    features = top_features(table, N_LINES)
+    features, called = top_features(table, N_LINES), feature_names(names, 10)
     axis = SnapshotAxis.of(table)
     figure = new_figure(y_title, height=400)
     parts: list[Frame] = []
     for i, feature in enumerate(features):
         rows = table[table["feature"] == feature].sort_values("snapshot")
         ids = ints(rows["snapshot"])
-        add_line(figure, axis.x(ids), floats(rows[column]), str(feature), Style.of(i), hover=axis.hover(ids))
+        name = shown(called(feature))
+        add_line(figure, axis.x(ids), floats(rows[column]), name, Style.of(i), hover=axis.hover(ids))
+        figure.data[-1].meta = {"feature": feature}
         parts.append(rows)
     figure.update_layout(legend_title_text="feature")
     axis.apply(figure)
@@ -249,7 +260,7 @@ def _feature_lines(table: Frame, column: str, y_title: str) -> Chart:
     return Chart(figure, data[columns], f"The {len(features)} features with the largest |IE| at any snapshot.")
 
 
-def signed_against_relative(table: Frame) -> Chart | str:
+def signed_against_relative(table: Frame, names: Frame | None = None) -> Chart | str:
     """Signed IE against share RelIE, a point per feature and snapshot, for the features with the largest effects."""
     axis = SnapshotAxis.of(table, even=True)
     features = top_features(table, max(1, MAX_PAIRS // len(axis.labels)))
@@ -257,7 +268,7 @@ def signed_against_relative(table: Frame) -> Chart | str:
         return _NOTHING
     rows = table[table["feature"].isin(features)].dropna(subset=["share_relie"])
     figure = new_figure("IE (logits)", height=440)
-    add_points(figure, axis, rows, "share_relie", "ie", "share RelIE %{x:.3f}, IE %{y:+.3f}")
+    add_points(figure, axis, rows, "share_relie", "ie", "share RelIE %{x:.3f}, IE %{y:+.3f}", names)
     figure.update_xaxes(title_text="share RelIE", showgrid=True, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     note = f"The {len(features)} features with the largest |IE| at any snapshot."
@@ -325,19 +336,23 @@ def validation(summary: Frame) -> Chart:
     return Chart(figure, summary.reset_index(drop=True), note)
 
 
-def effect_table(table: Frame, snapshots: Frame) -> Grid | str:
-    """IE and its standard error by snapshot, for the features with the largest effects, tinted by sign and size.
+def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> Grid | str:
+    """IE and its standard error by snapshot, the last first, for the features with the largest effects, tinted by sign
+    and size.
 
     Args:
         table: from `Attribution.to_frame`.
         snapshots: from `Attribution.snapshot_frame`.
+        names: feature, name.
     """
+    called = feature_names(names)
     features = top_features(table, N_ROWS)
     if not features:
         return _NOTHING
     axis = SnapshotAxis.of(table)
     rows = table[table["feature"].isin(features)]
-    ie = rows.pivot(index="feature", columns="snapshot", values="ie").reindex(index=features, columns=list(axis.labels))
+    late = list(axis.labels)[::-1]
+    ie = rows.pivot(index="feature", columns="snapshot", values="ie").reindex(index=features, columns=late)
     se = rows.pivot(index="feature", columns="snapshot", values="ie_se").reindex_like(ie)
     largest = float(np.nanmax(np.abs(ie.to_numpy())))
     if "mostly_later" in rows:
@@ -346,7 +361,7 @@ def effect_table(table: Frame, snapshots: Frame) -> Grid | str:
     else:
         later = {feature: [False] * ie.shape[1] for feature in features}
     grid = [
-        [Cell(str(feature))]
+        [Cell(called(feature), feature=feature)]
         + [
             Cell(
                 f"{value:+.3f} ± {error:.3f}".replace("-", "−") + ("*" if late else ""),
@@ -365,37 +380,44 @@ def effect_table(table: Frame, snapshots: Frame) -> Grid | str:
     if any(any(flags) for flags in later.values()):
         note += " * More than half of what activates the feature is read from later snapshots."
     note += f" {_agreement(snapshots)}"
-    return Grid(["feature", *axis.labels.values()], grid, data[columns].reset_index(drop=True), note)
+    return Grid(["feature", *(axis.labels[s] for s in late)], grid, data[columns].reset_index(drop=True), note)
 
 
-def prompt_words(table: Frame) -> Grid | str:
-    """Some prompts, each word tinted by the effect of its features, at the first, the middle and the last snapshot.
+def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
+    """Prompts with each word tinted by the effect of the features active on it, at any snapshot.
 
     Args:
         table: from `Attribution.prompt_frame`.
+        names: feature, name.
     """
     if not table["effect"].abs().max() > 0:
         return "No feature has an effect on these prompts."
-    snapshots = sorted(ints(table["snapshot"].unique()))
-    few = sorted({snapshots[0], snapshots[len(snapshots) // 2], snapshots[-1]})
-    prompts = sorted(ints(table["prompt"].unique()))
-    shown = [prompts[i * len(prompts) // min(N_PROMPTS, len(prompts))] for i in range(min(N_PROMPTS, len(prompts)))]
-    rows = table[table["prompt"].isin(shown) & table["snapshot"].isin(few)]
-    rows = rows[rows.groupby("position")["effect"].transform(lambda effects: (effects != 0).any())]  # not the BOS
-    positions = sorted(ints(rows["position"].unique()))
+    called = feature_names(names)
+    rows = table.sort_values(["prompt", "position", "snapshot"])
+    words, text = pd.factorize(rows["token"].astype(str).str.strip().replace("", "␣"))
+    rows = rows.assign(word=words)
+    snapshots = rows.drop_duplicates("snapshot").sort_values("snapshot")
+    prompts: list[dict[str, Any]] = []
+    for prompt, part in rows.groupby("prompt", sort=True):
+        wide = {
+            column: part.pivot(index="snapshot", columns="position", values=column)
+            for column in ("effect", "feature", "word")
+        }
+        effects = [[float(f"{effect:.3g}") for effect in floats(line)] for line in wide["effect"].to_numpy()]
+        features = [ints(line) for line in wide["feature"].to_numpy()]
+        tokens = ints(wide["word"].iloc[0])
+        prompts.append({"id": int(str(prompt)), "tokens": tokens, "effects": effects, "features": features})
     largest = float(rows["effect"].abs().max())
-    grid: list[list[Cell]] = []
-    for (prompt, _), words in rows.sort_values("position").groupby(["prompt", "snapshot"], sort=True):
-        cells = [Cell(f"prompt {prompt}, {words['label'].iloc[0]}"), *(Cell("") for _ in positions)]
-        for word in words.itertuples():
-            feature = "" if word.feature < 0 else f" {word.feature}"
-            effect = float(word.effect)
-            weight = math.copysign(math.sqrt(abs(effect) / largest), effect) if effect else 0.0
-            cells[1 + positions.index(word.position)] = Cell(f"{str(word.token).strip() or '␣'}{feature}", weight)
-        grid.append(cells)
-    header = ["", *(str(position) for position in positions)]
-    note = f"The deepest colour is an effect of {largest:.2f} logits. {len(shown)} of {len(prompts)} kept prompts."
-    return Grid(header, grid, rows.reset_index(drop=True), note)
+    known = sorted(set(ints(rows.loc[rows["feature"] >= 0, "feature"])))
+    contents = {
+        "labels": [str(label) for label in snapshots["label"]],
+        "words": text.tolist(),
+        "names": {str(feature): called(feature) for feature in known},
+        "largest": largest,
+        "prompts": prompts,
+    }
+    note = f"The deepest colour is an effect of {largest:.2f} logits. The {len(prompts)} prompts that were kept."
+    return Prompts(contents, rows.drop(columns="word").reset_index(drop=True), note)
 
 
 def _agreement(snapshots: Frame) -> str:
@@ -432,7 +454,7 @@ class _Panel(NamedTuple):
     number: str
 
 
-def feature_timeline(table: Frame) -> Chart | str:
+def feature_timeline(table: Frame, known: Frame | None = None) -> Chart | str:
     """Decoder norm, signed IE and share RelIE of a task's features, a row each, ordered by when they matter."""
     if table.empty:
         return _NOTHING
@@ -441,7 +463,11 @@ def feature_timeline(table: Frame) -> Chart | str:
     for feature, examples in kept.drop_duplicates("feature")[["feature", "examples"]].itertuples(index=False):
         word = str(examples).partition("]")[0].rpartition("[")[2]
         names[str(feature)] = f"{feature} {shown(word, 12)}" if word else str(feature)
-    texts = [shown(text, 110) for text in kept.drop_duplicates("feature")["examples"]]
+    called = feature_names(known, 40)
+    texts = [
+        f"feature {shown(called(feature), 60)}<br>{shown(text, 110)}"
+        for feature, text in kept.drop_duplicates("feature")[["feature", "examples"]].itertuples(index=False)
+    ]
     panels = (
         _Panel("strength", "decoder norm / largest norm", False, ".2f"),
         _Panel("ie", "IE (logits)", True, "+.3f"),
@@ -505,6 +531,8 @@ def _panels(table: Frame, panels: tuple[_Panel, ...], names: dict[str, str], tex
             text=[[f"{cell}: {panel.title} {_written(value, panel.number)}" + (f"<br>{text}" if text else "")
                    for cell, value in zip(line, floats(values), strict=True)]
                   for line, values, text in zip(hover, wide.to_numpy(dtype=float), texts, strict=True)],
+            customdata=[[int(feature)] * len(ids) for feature in rows],
+            meta=FEATURES,
             hovertemplate="%{text}<extra></extra>",
             hoverongaps=False,
             ygap=1,
@@ -707,13 +735,15 @@ def _ablation_data(rows: Frame) -> Frame:
     return rows[[c for c in columns if c in rows]].reset_index(drop=True)
 
 
-def additivity(pairs: Frame, summary: Frame) -> Chart:
+def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Chart:
     """Joint effects of pairs of features against the sum of their single effects, at the last snapshot measured.
 
     Args:
         pairs: `Additivity.pairs`.
         summary: `Additivity.summary`.
+        names: feature, name.
     """
+    called = feature_names(names)
     row = summary.sort_values("snapshot").iloc[-1]
     points = pairs[pairs["snapshot"] == row["snapshot"]]
     figure = new_figure("effect of ablating both (logits)", height=420)
@@ -727,7 +757,10 @@ def additivity(pairs: Frame, summary: Frame) -> Chart:
         mode="markers",
         name="a pair of features",
         marker={"size": 6, "opacity": 0.7, "color": SERIES[0]},
-        customdata=points[["feature_a", "feature_b", "effect_a", "effect_b"]].to_numpy(dtype=float).tolist(),
+        customdata=[
+            [shown(called(int(a))), shown(called(int(b))), x, y]
+            for a, b, x, y in points[["feature_a", "feature_b", "effect_a", "effect_b"]].itertuples(index=False)
+        ],
         hovertemplate="features %{customdata[0]} and %{customdata[1]}<br>single effects %{customdata[2]:.3f} and "
         "%{customdata[3]:.3f}<br>sum %{x:.3f}, joint %{y:.3f}<extra></extra>",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -41,6 +41,7 @@ _HEAT_DARK = ("#20262d", "#23486a", "#2f74ab", "#69b1e3", "#dff1ff")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 _DASHES = ("solid", "dash", "dot")
 _BAND = 0.16
+FEATURES = "features"  # the meta of traces in which a click on a point opens the feature first in its customdata
 _LABEL_WIDTH = 14  # characters that fit below an axis, or at a corner of a ternary plot on a phone
 
 
@@ -69,19 +70,22 @@ class Chart:
         figure: without a title; fills the available width.
         data: every number drawn, at full precision.
         note: caption below the figure: counts, what was left out.
+        small: the values are as they should be, so the figure may be small.
     """
 
     figure: go.Figure
     data: Frame
     note: str = ""
+    small: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above."""
+    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above. It links to a feature, if given."""
 
     text: str
     weight: float = 0.0
+    feature: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,21 @@ class Grid:
 
     header: list[str]
     rows: list[list[Cell]]
+    data: Frame
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts whose words are tinted by their effects, at a snapshot that the reader selects.
+
+    Attributes:
+        contents: what the page's script shows.
+        data: every number.
+        note: caption.
+    """
+
+    contents: dict[str, Any]
     data: Frame
     note: str = ""
 
@@ -107,6 +126,13 @@ class Style:
     def of(cls, index: int) -> Style:
         """The style of series `index`; the first 18 are distinct."""
         return cls(SERIES[index % 6], _SYMBOLS[index % 6], _DASHES[index // 6 % 3])
+
+    @classmethod
+    def of_tasks(cls, names: Sequence[str], tasks: Frame | None) -> dict[str, Style]:
+        """The style of each task, the same in every figure that knows the run's table `tasks`."""
+        known = [] if tasks is None else tasks["task"].tolist()
+        order = list(dict.fromkeys([*known, *names]))
+        return {name: cls.of(order.index(name)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -206,11 +232,33 @@ def shown(text: object, width: int = 32) -> str:
 
     Plotly interprets a subset of HTML in every text, and `%{...}` in hover templates.
     """
+    return html.escape(shortened(text, width), quote=False).replace("{", "&#123;")
+
+
+def shortened(text: object, width: int = 32) -> str:
+    """Text on one line, shortened in the middle if it is long."""
     plain = " ".join(str(text).split())
     if len(plain) > width:
         keep = (width - 1) // 2
         plain = f"{plain[:keep]}…{plain[-keep:]}"
-    return html.escape(plain, quote=False).replace("{", "&#123;")
+    return plain
+
+
+def feature_names(names: Frame | None, width: int = 14) -> Callable[[int], str]:
+    """A function that writes a feature's number, with its label or top token beside it; not escaped.
+
+    Args:
+        names: feature, name; the number stands alone for features that are not in it.
+        width: characters of the name at most.
+    """
+    known: dict[int, str] = {} if names is None else dict(zip(names["feature"], names["name"], strict=True))
+
+    def called(feature: int) -> str:
+        # characters that cannot be seen, or change the direction of what follows, are left out
+        visible = "".join(c if c.isprintable() else " " for c in known.get(feature, ""))
+        return f"{feature} {shortened(visible, width)}".rstrip()
+
+    return called
 
 
 def short_count(value: float) -> str:
@@ -349,7 +397,9 @@ def add_bars(figure: go.Figure, axis: SnapshotAxis, counts: Frame, unit: str) ->
         )
 
 
-def add_points(figure: go.Figure, axis: SnapshotAxis, table: Frame, x: str, y: str, value: str) -> None:
+def add_points(
+    figure: go.Figure, axis: SnapshotAxis, table: Frame, x: str, y: str, value: str, names: Frame | None = None
+) -> None:
     """Add a point per row of a table with columns feature and snapshot, coloured by snapshot.
 
     Args:
@@ -359,20 +409,27 @@ def add_points(figure: go.Figure, axis: SnapshotAxis, table: Frame, x: str, y: s
         x: column along x.
         y: column along y.
         value: plotly template of the values in the tooltip.
+        names: feature, name.
     """
+    called = feature_names(names)
     order = {snapshot: i for i, snapshot in enumerate(axis.labels)}
-    snapshots, names = ints(table["snapshot"]), list(axis.names().values())
+    snapshots, ends = ints(table["snapshot"]), list(axis.names().values())
+    features = ints(table["feature"])
     figure.add_scatter(
         x=floats(table[x]),
         y=floats(table[y]),
         mode="markers",
         showlegend=False,
         marker={"size": 6, "opacity": 0.75, "color": [order[s] for s in snapshots], "coloraxis": "coloraxis"},
-        customdata=list(map(list, zip(ints(table["feature"]), axis.hover(snapshots), strict=True))),
-        hovertemplate=f"feature %{{customdata[0]}}<br>%{{customdata[1]}}<br>{value}<extra></extra>",
+        customdata=[
+            [feature, shown(called(feature)), text]
+            for feature, text in zip(features, axis.hover(snapshots), strict=True)
+        ],
+        hovertemplate=f"feature %{{customdata[1]}}<br>%{{customdata[2]}}<br>{value}<extra></extra>",
+        meta=FEATURES,
     )
     # no light shades: a point needs more contrast than an area
-    apply_colors(figure, HEAT[2:], {0: names[0], max(1, len(names) - 1): names[-1]})
+    apply_colors(figure, HEAT[2:], {0: ends[0], max(1, len(ends) - 1): ends[-1]})
 
 
 def add_matrix(

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from crosslens.features.labels import complexity_correlation
 from crosslens.report.chart import (
+    FEATURES,
     GRID,
     HEAT,
     INK,
@@ -28,6 +30,7 @@ from crosslens.report.chart import (
     add_points,
     apply_colors,
     evenly_spaced,
+    feature_names,
     floats,
     ints,
     new_figure,
@@ -69,15 +72,19 @@ def _panels(y_title: str, n: int, *, height: int) -> Any:
     return figure
 
 
-def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure: str | None = None) -> Chart | str:
-    """Heat map of relative presence, with features ordered by origin, then birth, then peak.
+def evolution_map(
+    evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None, measure: str | None = None
+) -> Chart | str:
+    """Heat map of relative presence, with features ordered by origin, birth and peak, then clustered.
 
     Args:
         evolution: a row per feature and snapshot, from `evolve`.
         lifecycles: a row per measure and feature.
         snapshots: snapshot, label, step.
+        names: feature, name.
         measure: "r2", "within" or "norm"; the main one if None.
     """
+    called = feature_names(names)
     measure = measure or main_measure(lifecycles)
     table = by_measure(lifecycles, measure)
     alive = ordered_features(table)
@@ -86,6 +93,8 @@ def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure
     drawn = evenly_spaced(alive, MAX_ROWS)
     values = curves(evolution, drawn["feature"], measure)
     v = values / values.max(1, keepdims=True)
+    places = _clustered(drawn, v)
+    drawn, v = drawn.iloc[places], v[places]
     labels = evolution.drop_duplicates("snapshot").sort_values("snapshot")["label"].astype(str).tolist()
     known = snapshots.drop_duplicates("label").set_index("label")
     order = pd.DataFrame(
@@ -103,7 +112,8 @@ def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure
         x=list(axis.positions.values()),
         y=list(range(len(drawn))),
         coloraxis="coloraxis",
-        hovertemplate="feature %{customdata}<br>%{text}<br>v = %{z}%<extra></extra>",
+        meta=FEATURES,
+        hovertemplate="feature %{text}<br>v = %{z}%<extra></extra>",
     )
     axis.apply(figure)
     groups = drawn["origin"].to_numpy()
@@ -114,7 +124,12 @@ def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure
     thin = ", ".join(f"{totals[origin]:,} {origin}" for origin in middles if origin not in labelled)
     figure.update_layout(
         # the page's script expands these to the tooltips of all cells
-        meta={"axis": "labels", "rows": ints(drawn["feature"]), "columns": axis.hover(list(axis.labels))},
+        meta={
+            "axis": "labels",
+            "rows": ints(drawn["feature"]),
+            "names": [shown(called(feature)) for feature in ints(drawn["feature"])],
+            "columns": axis.hover(list(axis.labels)),
+        },
     )
     apply_colors(figure, HEAT, {0: "v = 0", 100: "1"})
     figure.update_yaxes(
@@ -136,6 +151,23 @@ def evolution_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, measure
         note += f" Too few for a label, from top to bottom: {thin}."
     data = drawn[[c for c in ("feature", "origin", "fate", "birth", "peak") if c in drawn]].reset_index(drop=True)
     return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
+
+
+def _clustered(lifecycles: Frame, v: np.ndarray) -> np.ndarray:
+    """An order of rows that stay sorted by origin, birth and peak, in which rows of similar curves are neighbours.
+
+    Within each group these are the leaves of Ward's clustering, turned so that early ones come first.
+    """
+    groups = lifecycles.groupby(["origin", "birth", "peak"], sort=False, dropna=False).ngroup().to_numpy()
+    order: list[np.ndarray] = []
+    for group in pd.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        if len(rows) > 2:
+            rows = rows[leaves_list(linkage(v[rows], "ward"))]
+            late = v[rows] @ np.arange(v.shape[1]) / v[rows].sum(1)
+            rows = rows[::-1] if late[: len(rows) // 2].mean() > late[len(rows) // 2 :].mean() else rows
+        order.append(rows)
+    return np.concatenate(order)
 
 
 def _of_all(table: Frame, measure: str) -> str:
@@ -461,14 +493,16 @@ def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame
     return Chart(figure, data, f"{int(counts.to_numpy().sum()):,} pairs in total.")
 
 
-def scaling(table: Frame, evolution: Frame, lifecycles: Frame) -> Chart | str:
+def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | None = None) -> Chart | str:
     """Latent scaling against decoder norm, a point per live feature and snapshot.
 
     Args:
         table: from `LatentScaling.to_frame`.
         evolution: a row per feature and snapshot, from `evolve`.
         lifecycles: a row per measure and feature.
+        names: feature, name.
     """
+    called = feature_names(names)
     labels = [str(name).removeprefix("peak/") for name in table.columns if str(name).startswith("peak/")]
     by_norm = by_measure(lifecycles, "norm")
     features = by_norm.loc[by_norm["alive"].astype(bool), "feature"]
@@ -499,8 +533,12 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame) -> Chart | str:
         mode="markers",
         name="a feature at a snapshot",
         marker={"size": 4, "opacity": 0.4, "color": SERIES[0]},
-        customdata=[[int(f), shown(label, 40)] for f, label in zip(drawn["feature"], drawn["label"], strict=True)],
-        hovertemplate="feature %{customdata[0]}<br>%{customdata[1]}<br>norm %{x:.3f}, scaling %{y:.3f}<extra></extra>",
+        customdata=[
+            [f, shown(called(f)), shown(label, 40)]
+            for f, label in zip(ints(drawn["feature"]), drawn["label"], strict=True)
+        ],
+        meta=FEATURES,
+        hovertemplate="feature %{customdata[1]}<br>%{customdata[2]}<br>norm %{x:.3f}, scaling %{y:.3f}<extra></extra>",
     )
     figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, gridcolor=GRID, zeroline=False)
     absent = v[keep] < 0.5
@@ -585,7 +623,7 @@ def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | st
     return Chart(figure, pd.concat(parts, ignore_index=True), note.replace("-", "−"))
 
 
-def probe(table: Frame, evolution: Frame) -> Chart | str:
+def probe(table: Frame, evolution: Frame, names: Frame | None = None) -> Chart | str:
     """Held-out error of linear probes against R² and against decoder norm, a point per feature and snapshot."""
     points = table.dropna(subset=["norm", "probe_error"])
     if len(points) < 3:
@@ -601,7 +639,7 @@ def probe(table: Frame, evolution: Frame) -> Chart | str:
     for place, (column, title, name) in enumerate(panels):
         end = str(place + 1) if place else ""
         known: Frame = drawn.dropna(subset=[column])
-        add_points(figure, axis, known, column, "probe_error", f"{name} %{{x:.3f}}, error %{{y:.3f}}")
+        add_points(figure, axis, known, column, "probe_error", f"{name} %{{x:.3f}}, error %{{y:.3f}}", names)
         figure.data[-1].update(xaxis=f"x{end}", yaxis=f"y{end}")
         figure.add_shape(
             type="line", xref=f"x{end} domain", yref=f"y{end}", x0=0, x1=1, y0=0.5, y1=0.5,

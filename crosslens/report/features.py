@@ -13,17 +13,29 @@ is ASCII, so that no token can end its string. Symbols: F features, S snapshots.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from crosslens.report.chart import MUTED, Chart, Frame, SnapshotAxis, Style, add_level, add_line, new_figure, shown
+from crosslens.report.chart import (
+    MUTED,
+    SERIES,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_level,
+    add_line,
+    new_figure,
+    shown,
+)
 from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, curves, main_measure
 
 SHARD = 64
+MIN_ITEMS = 20  # effects on fewer prompts do not rank features
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of presence in the table's strips
 _LIFECYCLE = ("birth", "peak", "death", "lifetime")
 _EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
@@ -41,7 +53,9 @@ class FeatureSet:
         tasks: with effects of features.
         words: why there are no features; empty if there are some.
         measure: what presence is read by, in words.
-        missing: why effects, examples, lens or nearest are missing, by name.
+        missing: why effects, examples, lens, nearest, read (encoder shares) or rates (histograms) are missing, by name.
+        names: the label or the top token of each feature.
+        selects: whether "Promotes" can be shown at every snapshot.
     """
 
     ids: list[int]
@@ -50,6 +64,8 @@ class FeatureSet:
     words: str = ""
     measure: str = ""
     missing: dict[str, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    selects: bool = False
 
 
 def write_features(tables: Tables, write: Callable[[str, str], None]) -> FeatureSet:
@@ -71,8 +87,17 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
     for shard in np.unique(shards).tolist():
         contents = features.shard(np.flatnonzero(shards == shard).tolist())
         write(f"features-{shard:05d}.js", f"crosslens.load({shard}, {ascii_json(contents)});\n")
+    for name, tokens in features.promotes():
+        write(f"promotes-{name}.js", f"crosslens.promotes({json.dumps(name)}, {ascii_json(tokens)});\n")
     return FeatureSet(
-        features.ids.tolist(), labels, list(features.effects.of_task), "", MEASURES[features.measure], features.missing
+        features.ids.tolist(),
+        labels,
+        list(features.effects.of_task),
+        "",
+        MEASURES[features.measure],
+        features.missing,
+        features.called,
+        features.lens is not None,
     )
 
 
@@ -94,15 +119,49 @@ def presence_figure(snapshots: Frame) -> Chart:
     return Chart(figure, snapshots)
 
 
-def effect_figure(snapshots: Frame, tasks: list[str]) -> Chart:
-    """A line and a band per task: IE with two standard errors, without numbers: the page's script fills them in."""
+def read_figure(snapshots: Frame) -> Chart:
+    """The encoder share of every snapshot as bars, without numbers: the page's script fills them in."""
+    axis = SnapshotAxis.of(snapshots, even=True)
+    ids = list(axis.labels)
+    figure = new_figure("encoder share", height=240, bargap=0.3, yaxis_tickformat=".0%")
+    figure.add_bar(
+        x=axis.x(ids), y=[0.0] * len(ids), marker={"color": SERIES[0]}, showlegend=False, customdata=axis.hover(ids),
+        hovertemplate="%{customdata}<br>%{y:.1%} of the encoder input<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
+    axis.apply(figure)
+    return Chart(figure, snapshots)
+
+
+def rate_figure() -> Chart:
+    """A histogram of activations, without numbers: the page's script fills them in."""
+    figure = new_figure("share of active tokens", height=240, bargap=0.05, yaxis_tickformat=".0%")
+    figure.add_bar(
+        x=[0.0], y=[0.0], marker={"color": SERIES[0]}, showlegend=False,
+        hovertemplate=(
+            "activation %{customdata[0]}<br>%{customdata[1]:,} tokens, %{y:.2%} of the active ones<extra></extra>"
+        ),
+    )  # fmt: skip
+    figure.update_xaxes(title_text="activation (log scale)")
+    figure.update_yaxes(rangemode="tozero")
+    return Chart(figure, pd.DataFrame())
+
+
+def effect_figure(snapshots: Frame, tasks: list[str], order: Frame | None = None) -> Chart:
+    """A line and a band per task: IE with two standard errors, without numbers: the page's script fills them in.
+
+    Args:
+        snapshots: snapshot, label, step, tokens.
+        tasks: with effects.
+        order: the table `tasks`, which gives every task its colour.
+    """
     axis = SnapshotAxis.of(snapshots)
     ids = list(axis.labels)
     zeros = [0.0] * len(ids)
     figure = new_figure("IE (logits)", height=320)
-    for i, task in enumerate(tasks):
+    for task, style in Style.of_tasks(tasks, order).items():
         add_line(
-            figure, axis.x(ids), zeros, shown(task), Style.of(i), hover=axis.hover(ids), value="%{y:+.3f}",
+            figure, axis.x(ids), zeros, shown(task), style, hover=axis.hover(ids), value="%{y:+.3f}",
             band=(zeros, zeros),
         )  # fmt: skip
     figure.update_layout(showlegend=True)
@@ -142,18 +201,29 @@ class _Features:
             "examples",
             tables,
             ("examples", "example_tokens"),
-            lambda table, around: Examples(table, around, ids, labels),
+            lambda table, around: Examples(table, _with_contexts(around, tables), ids, labels),
         )
+        self.samples: Examples | None = self._part(
+            "samples", tables, ("samples", "sample_tokens"), lambda table, around: Examples(table, around, ids, [])
+        )
+        self.rates_: Cut | None = self._part(
+            "rates", tables, ("activations",), lambda table: Cut(table, ["feature", "bin"], ids)
+        )
+        self.seeds = _seeds(tables["consensus"], ids)
         self.lens: Lens | None = self._part("lens", tables, ("lens",), lambda table: Lens(table, ids, S))
-        self.nearest: Nearest | None = self._part("nearest", tables, ("nearest",), lambda table: Nearest(table, ids))
+        alive = set(ids.tolist()) if "alive" not in first else set(first.loc[first["alive"].astype(bool), "feature"])
+        self.nearest: Nearest | None = self._part(
+            "nearest", tables, ("nearest",), lambda table: Nearest(table, ids, alive)
+        )
+        self.read: np.ndarray | None = self._part("read", tables, ("encoder",), lambda table: _read(table, ids, labels))
         nothing = [""] * len(ids)
         self.names = [_text(name) for name in _labelled(tables["labels"], ids, "label")]
         rated = _labelled(tables["labels"], ids, "complexity")
         self.complexities = [None if complexity is None else int(complexity) for complexity in rated]
         self.top = self.examples.tops() if self.examples else nothing
-        self.promoted = self.lens.tops(self.presence[self.measure].argmax(1)) if self.lens else nothing
+        self.promoted = self.lens.tops(np.full(len(ids), S - 1)) if self.lens else nothing
         known = zip(ids.tolist(), self.names, self.top, strict=True)
-        self._called = {feature: name or top for feature, name, top in known}
+        self.called = {feature: name or top for feature, name, top in known}
 
     def _part(self, name: str, tables: Tables, wanted: tuple[str, ...], make: Callable[..., Any]) -> Any:
         found = [tables.once(table) for table in wanted]
@@ -165,6 +235,15 @@ class _Features:
         except KeyError as error:
             self.missing[name] = f"A table of this run has no column {error}. {AGAIN}"
             return None
+
+    def promotes(self) -> Iterator[tuple[str, list[Any] | None]]:
+        """The token that each feature promotes most at every snapshot, and at that of its largest effect, by name."""
+        if self.lens is None:
+            return
+        for s, _ in enumerate(self.labels):
+            yield f"{s:05d}", _coded(self.lens.tops(np.full(len(self.ids), s)))
+        if self.effects.of_task:
+            yield "effect", _coded(self.lens.tops(self.effects.peak()))
 
     def index(self) -> dict[str, Any]:
         """Columns of the table of all features."""
@@ -191,6 +270,7 @@ class _Features:
             {
                 "id": int(self.ids[row]),
                 "name": self.names[row],
+                "top": self.top[row],
                 "complexity": self.complexities[row],
                 "kind": self.classes[row],
                 "rate": self.rates[row],
@@ -199,8 +279,12 @@ class _Features:
                 **{column: values[i].tolist() for column, values in presence.items() if values[i].any()},
                 "effects": self.effects.of(row),
                 "examples": self.examples.of(row, words) if self.examples else None,
+                "samples": self.samples.of(row, words)["list"] if self.samples else None,
+                "rates": None if self.rates_ is None else _histogram(self.rates_, row),
+                "seeds": self.seeds.get(int(self.ids[row])),
                 "lens": self.lens.of(row, words) if self.lens else None,
-                "nearest": self.nearest.of(row, self._called) if self.nearest else None,
+                "nearest": self.nearest.of(row, self.called) if self.nearest else None,
+                "read": None if self.read is None else optional(rounded(self.read[row], 3)).tolist(),
             }
             for i, row in enumerate(rows)
         ]
@@ -243,6 +327,50 @@ def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
     known = labels.dropna(subset=[column])
     found = dict(zip(known["feature"], known[column], strict=True))
     return [found.get(feature) for feature in ids.tolist()]
+
+
+def _with_contexts(around: Frame, tables: Tables) -> Frame:
+    """Tokens around examples, with those further away if the run has them."""
+    far = tables.once("example_contexts")
+    if far is None:
+        return around
+    words = pd.api.types.union_categoricals([part["token"].astype("category") for part in (around, far)])
+    both = pd.concat([around.drop(columns="token"), far.drop(columns="token")], ignore_index=True)
+    return both.assign(token=words)
+
+
+def _histogram(counts: Cut, row: int) -> list[Any] | None:
+    """The first bin of a feature and the counts from there on."""
+    part = counts.parts[row]
+    if part.start == part.stop:
+        return None
+    bins = counts["bin"][part].astype(int)
+    found = np.zeros(bins[-1] - bins[0] + 1, dtype=int)
+    found[bins - bins[0]] = counts["count"][part]
+    return [int(bins[0]), found.tolist()]
+
+
+def _seeds(consensus: Frame | None, ids: np.ndarray) -> dict[int, dict[str, Any]]:
+    """In how many seeds each live feature was found, and [seed, partner, correlation] in the others."""
+    if consensus is None or not {"feature", "alive", "n_seeds", "of"} <= set(consensus):
+        return {}
+    live = consensus[consensus["alive"].astype(bool) & consensus["feature"].isin(ids)]
+    others = [str(name).removeprefix("partner/") for name in live if str(name).startswith("partner/")]
+    found: dict[int, dict[str, Any]] = {}
+    for row in live.to_dict("records"):
+        pairs = [
+            [seed, None if pd.isna(row[f"partner/{seed}"]) else int(row[f"partner/{seed}"]),
+             round(float(row[f"correlation/{seed}"]), 3)]
+            for seed in others if not pd.isna(row[f"correlation/{seed}"])
+        ]  # fmt: skip
+        found[int(row["feature"])] = {"n": int(row["n_seeds"]), "of": int(row["of"]), "partners": pairs}
+    return found
+
+
+def _read(encoder: Frame, ids: np.ndarray, labels: list[str]) -> np.ndarray:
+    """Encoder share of each feature and snapshot, (F, S), NaN where unknown."""
+    found = encoder.set_index("feature")[[f"share/{label}" for label in labels]]
+    return found.reindex(ids).to_numpy(dtype=float)
 
 
 def _short(values: np.ndarray) -> list[float | None]:
@@ -315,10 +443,14 @@ class Effects:
         self._place = pd.Series(np.arange(len(ids)), ids)
         self._shape = (2, len(ids), S)
         self.of_task: dict[str, np.ndarray] = {}
+        self._large: list[str] = []
         for task in tables.tasks("attribution"):
             table = tables[f"attribution/{task}"]
             if table is not None and {"feature", "snapshot", "ie", "ie_se"} <= set(table):
                 self.of_task[task] = self._wide(table)
+                about = tables[f"attribution/{task}.snapshots"]
+                if about is None or "n" not in about or about["n"].max() >= MIN_ITEMS:
+                    self._large.append(task)
 
     def _wide(self, table: Frame) -> np.ndarray:
         row, snapshot = table["feature"].map(self._place), table["snapshot"].to_numpy(dtype=int)
@@ -329,12 +461,23 @@ class Effects:
             values[at] = table[name].to_numpy(dtype=float)[known]
         return both
 
+    def _sizes(self) -> np.ndarray:
+        """Largest |IE| over tasks, (F, S), -1 without any."""
+        largest = np.full(self._shape[1:], -1.0)
+        for task in self._large or self.of_task:
+            effects = self.of_task[task][0]
+            largest = np.maximum(largest, np.where(np.isfinite(effects), np.abs(effects), -1))
+        return largest
+
     def largest(self) -> np.ndarray:
-        """Largest |IE| of each feature over tasks and snapshots, NaN without any."""
-        largest = np.full(self._shape[1], -1.0)
-        for effects, _ in self.of_task.values():
-            largest = np.maximum(largest, np.where(np.isfinite(effects), np.abs(effects), -1).max(1))
+        """Largest |IE| of each feature over snapshots and tasks, small ones left out, NaN without any."""
+        largest = self._sizes().max(1)
         return np.where(largest < 0, np.nan, largest)
+
+    def peak(self) -> np.ndarray:
+        """The snapshot of the largest |IE| of each feature, the last one without any."""
+        largest = self._sizes()
+        return np.where(largest.max(1) < 0, self._shape[2] - 1, largest.argmax(1))
 
     def of(self, row: int) -> list[Any]:
         """[number of the task, IE, standard error] of the tasks in which the feature has an effect."""
@@ -404,17 +547,22 @@ class Lens:
     def __init__(self, lens: Frame, ids: np.ndarray, S: int) -> None:
         self._lens, self._S = Cut(lens, ["feature", "snapshot", "rank"], ids), S
         self._snapshot = self._lens["snapshot"]
+        place = np.repeat(np.arange(len(ids)), [part.stop - part.start for part in self._lens.parts])
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in self._lens.parts]) if len(ids) else place
+        at = np.stack([place, self._snapshot[rows]])
+        first = np.ones(len(rows), bool)
+        first[1:] = (at[:, 1:] != at[:, :-1]).any(0)
+        self._first = np.full((len(ids), S), -1)
+        kept = first & (at[1] < S)
+        self._first[at[0, kept], at[1, kept]] = rows[kept]
         self._sides = [
             (Tokens(self._lens.table, name), self._lens[f"{name}_logit"]) for name in ("promoted", "suppressed")
         ]
 
     def tops(self, snapshots: np.ndarray) -> list[str]:
         """The token that each feature promotes most at the snapshot given for it, or an empty string."""
-        found: list[str] = []
-        for part, snapshot in zip(self._lens.parts, snapshots.tolist(), strict=True):
-            at = part.start + int(np.searchsorted(self._snapshot[part], snapshot))
-            found.append(self._sides[0][0][at] if at < part.stop and self._snapshot[at] == snapshot else "")
-        return found
+        rows = self._first[np.arange(len(snapshots)), snapshots].tolist()
+        return [self._sides[0][0][row] if row >= 0 else "" for row in rows]
 
     def of(self, row: int, words: Words) -> list[list[Any]]:
         """By snapshot: promoted words, their logits, suppressed words, their logits."""
@@ -432,10 +580,11 @@ class Nearest:
     Args:
         nearest: table of that name.
         ids: features, in order.
+        alive: features that are shown as neighbours.
     """
 
-    def __init__(self, nearest: Frame, ids: np.ndarray) -> None:
-        self._nearest = Cut(nearest, ["feature", "rank"], ids)
+    def __init__(self, nearest: Frame, ids: np.ndarray, alive: set[int]) -> None:
+        self._nearest = Cut(nearest[nearest["other"].isin(alive)], ["feature", "rank"], ids)
         self._other, self._cosine = self._nearest["other"], self._nearest["cosine"]
 
     def of(self, row: int, names: dict[int, str]) -> list[list[Any]]:

@@ -27,6 +27,8 @@ from crosslens.report.chart import (
     shown,
 )
 
+# where the values are at least this good, the figure is small
+FINE_EV, FINE_DEAD, FINE_CE, FINE_KL = 0.9, 0.1, 0.95, 0.1
 _FAINT = "rgba(107,116,126,0.16)"  # MUTED, as a band
 _NATS = {"kl1": "unigram KL", "kl2": "bigram KL", "loss": "loss"}
 _SHARES = {
@@ -37,20 +39,21 @@ _SHARES = {
 }
 
 
-def accuracy(table: Frame) -> Chart:
-    """Accuracy per task over snapshots, with its 95% interval as a band."""
+def accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
+    """Accuracy per task over snapshots, with its 95% interval as a band, in the colours of `tasks`."""
     axis = SnapshotAxis.of(table)
     figure = new_figure("accuracy", yaxis_tickformat=".0%", yaxis_range=[-0.03, 1.05])
     add_level(figure, 0.5, "chance")
-    for i, (task, rows) in enumerate(table.groupby("task", sort=False)):
-        rows = rows.sort_values("snapshot")
+    styles = Style.of_tasks(list(dict.fromkeys(table["task"])), tasks)
+    for task, style in styles.items():
+        rows = table[table["task"] == task].sort_values("snapshot")
         ids = ints(rows["snapshot"])
         add_line(
             figure,
             axis.x(ids),
             floats(rows["accuracy"]),
             shown(task),
-            Style.of(i),
+            style,
             hover=axis.hover(ids),
             value="%{y:.1%}",
             band=(floats(rows["low"]), floats(rows["high"])),
@@ -80,49 +83,53 @@ def _items(task: str, rows: Frame) -> str:
 def explained_variance(table: Frame) -> Chart:
     """Explained variance of the reconstruction, by both definitions."""
     names = {"explained_variance": "over all tokens", "explained_variance_per_token": "mean over tokens"}
-    chart = _per_snapshot(table, names, "explained variance", value="%{y:.4f}")
+    small = bool(table["explained_variance"].min() >= FINE_EV)
+    chart = _per_snapshot(table, names, "explained variance", value="%{y:.4f}", small=small)
     mean, worst = table["explained_variance"].mean(), table["explained_variance"].min()
     label = table.loc[table["explained_variance"].idxmin(), "label"]
-    return Chart(chart.figure, chart.data, f"Over all tokens: mean {mean:.3f}, lowest {worst:.3f} at {label}.")
+    return Chart(chart.figure, chart.data, f"Over all tokens: mean {mean:.3f}, lowest {worst:.3f} at {label}.", small)
 
 
 def l0(table: Frame) -> Chart:
     """Active features per token."""
-    chart = _per_snapshot(table, {"l0": "L0"}, "L0 (features per token)", value="%{y:.2f}")
+    chart = _per_snapshot(table, {"l0": "L0"}, "L0", value="%{y:.2f}", small=True)
     chart.figure.update_yaxes(rangemode="tozero")
     note = f"Mean {table['l0'].mean():.2f}."
     if "dead_fraction" in table:
         note += f" Dead features: {table['dead_fraction'].iloc[0]:.1%}."
-    return Chart(chart.figure, chart.data, note)
+    return Chart(chart.figure, chart.data, note, small=True)
 
 
 def dead(table: Frame) -> Chart:
     """Percentage of features that are active on no held-out token."""
     percent = table.assign(dead=100 * table["dead_fraction"])
-    chart = _per_snapshot(percent, {"dead": "dead features"}, "dead features (%)", value="%{y:.2f}")
+    small = bool(percent["dead"].max() <= 100 * FINE_DEAD)
+    chart = _per_snapshot(percent, {"dead": "dead features"}, "dead (%)", value="%{y:.2f}", small=small)
     chart.figure.update_yaxes(rangemode="tozero")
     low, high = percent["dead"].min(), percent["dead"].max()
-    return Chart(chart.figure, chart.data, f"{low:.1f}% at every snapshot." if low == high else "")
+    return Chart(chart.figure, chart.data, f"{low:.1f}% at every snapshot." if low == high else "", small)
 
 
 def cross_entropy(table: Frame) -> Chart:
     """Cross-entropy of the clean, spliced and zero-ablated models."""
     names = {"ce_clean": "clean", "ce_spliced": "spliced", "ce_zero": "zero-ablated"}
-    chart = _per_snapshot(table, names, "cross-entropy (nats per token)")
     recovered: Any = pd.to_numeric(table["ce_recovered"], errors="coerce") if "ce_recovered" in table else pd.Series()
     known = recovered.dropna()
+    small = bool(known.min() >= FINE_CE)
+    chart = _per_snapshot(table, names, "nats per token", small=small)
     if known.empty:
         note = "CE recovered is undefined at every snapshot: zero ablation costs less than 0.1 nats."
     else:
         note = f"CE recovered: {known.min():.3f} to {known.max():.3f}."
         if missing := len(table) - len(known):
             note += f" Undefined at {missing} of {len(table)} snapshots, where zero ablation costs less than 0.1 nats."
-    return Chart(chart.figure, chart.data, note)
+    return Chart(chart.figure, chart.data, note, small)
 
 
 def kl(table: Frame) -> Chart:
     """KL divergence of the spliced model from the clean one."""
-    chart = _per_snapshot(table, {"kl": "KL"}, "KL (nats per token)", value="%{y:.4f}")
+    small = bool(table["kl"].max() <= FINE_KL)
+    chart = _per_snapshot(table, {"kl": "KL"}, "nats per token", value="%{y:.4f}", small=small)
     chart.figure.update_yaxes(rangemode="tozero")
     return chart
 
@@ -235,12 +242,14 @@ def proposal(table: Frame) -> Grid:
     return Grid(["snapshot", "represents", "reason"], rows, table.reset_index(drop=True), note)
 
 
-def _per_snapshot(table: Frame, names: dict[str, str], y_title: str, value: str = "%{y:.3f}") -> Chart:
+def _per_snapshot(
+    table: Frame, names: dict[str, str], y_title: str, value: str = "%{y:.3f}", *, small: bool = False
+) -> Chart:
     """A line per column of a table with one row per snapshot."""
     rows = table.sort_values("snapshot")
     axis = SnapshotAxis.of(rows)
     ids = ints(rows["snapshot"])
-    figure = new_figure(y_title, height=320)
+    figure = new_figure(y_title, height=210 if small else 320)
     present = [column for column in names if column in rows]
     for i, column in enumerate(present):
         add_line(
@@ -248,7 +257,7 @@ def _per_snapshot(table: Frame, names: dict[str, str], y_title: str, value: str 
         )
     figure.update_layout(showlegend=len(present) > 1)
     axis.apply(figure)
-    return Chart(figure, _pick(rows, "snapshot", "label", "step", "tokens", *present))
+    return Chart(figure, _pick(rows, "snapshot", "label", "step", "tokens", *present), small=small)
 
 
 def _pick(table: Frame, *columns: str) -> Frame:

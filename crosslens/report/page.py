@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -22,10 +21,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from crosslens.report.chart import THEME, Chart, Frame, Grid, short_count
-from crosslens.report.features import SHARD, FeatureSet, effect_figure, presence_figure, write_features
+from crosslens.report.chart import THEME, Chart, Frame, Grid, Prompts, short_count
+from crosslens.report.features import (
+    SHARD,
+    FeatureSet,
+    effect_figure,
+    presence_figure,
+    rate_figure,
+    read_figure,
+    write_features,
+)
+from crosslens.report.findings import find, warn
 from crosslens.report.sections import PAGES, Entry, Section
-from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, main_measure
+from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, main_measure, slug
 from crosslens.rundir import RunDir, without_paths, write_text
 
 _FEATURES = "features", "Features"
@@ -61,6 +69,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     info = without_paths(run.read_json())
     tables = Tables(run, info, consensus=consensus)
     overview = _overview(info, tables)
+    warnings = warn(tables)
     data, written = run.report / "data", set[str]()
     data.mkdir(parents=True, exist_ok=True)
 
@@ -69,12 +78,14 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
         written.add(name)
 
     features = write_features(tables, write)
+    tables.names = features.names
     of_features = list(tables.damaged.values())
     common = {
         "report": title or overview.title,
         "nav": [*((page.name, page.title) for page in PAGES), _FEATURES],
         "theme": script_json(THEME),
         "plotly": _PLOTLY,
+        "warnings": warnings,
     }
     pages = {
         f"{name}.html": _render(
@@ -88,7 +99,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
         for name in ("features", "feature")
     }
     csv: dict[str, pd.DataFrame] = {}
-    for page in PAGES:
+    for page in (*PAGES[1:], PAGES[0]):  # the first one links to figures of the others
         done = set(csv)
         tables.damaged.clear()
         parts = [_make_part(section, tables, csv) for section in page.sections]
@@ -103,6 +114,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             intro=page.intro,
             parts=parts,
             facts=facts,
+            findings=find(tables, set(csv)) if facts else [],
         )
         for name in csv.keys() - done:
             write(name, _without_formulas(csv[name]).to_csv(index=False))
@@ -133,11 +145,15 @@ def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
     """Context of the templates of the pages Features and Feature."""
     snapshots = _snapshots(tables["snapshots"], features.labels)
-    figures: dict[str, Any] = {"presence": None, "effects": None}
+    figures: dict[str, Any] = {"presence": None, "effects": None, "read": None, "rates": None}
+    if features.ids and "read" not in features.missing:
+        figures["read"] = script_json(figure_spec(read_figure(snapshots)))
+    if features.ids and "rates" not in features.missing:
+        figures["rates"] = script_json(figure_spec(rate_figure()))
     if features.ids:
         figures["presence"] = script_json(figure_spec(presence_figure(snapshots)))
     if features.ids and features.tasks:
-        figures["effects"] = script_json(figure_spec(effect_figure(snapshots, features.tasks)))
+        figures["effects"] = script_json(figure_spec(effect_figure(snapshots, features.tasks, tables["tasks"])))
     known = snapshots.astype(object).where(snapshots.notna(), None)
     about = {
         "shard": SHARD,
@@ -180,6 +196,9 @@ class Block:
         entry: what is shown.
         figure: JSON for a <script> element, for a figure.
         height: pixels of the figure.
+        small: whether the figure may be small.
+        prompts: JSON for a <script> element, for tinted prompts.
+        last: number of their last snapshot.
         grid: for a table of numbers.
         tinted: whether the grid's cells are numbers tinted by size, rather than words.
         words: for neither: why there is nothing to show.
@@ -191,6 +210,9 @@ class Block:
     entry: Entry
     figure: Markup | None = None
     height: int = 0
+    small: bool = False
+    prompts: Markup | None = None
+    last: int = 0
     grid: Grid | None = None
     tinted: bool = False
     words: str = ""
@@ -216,7 +238,7 @@ def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame]) -
     taken: list[str] = []
     tasks: list[tuple[str, str, list[Block]]] = []
     for task in names:
-        taken.append(_free_name(f"{section.name}-{_slug(task)}", taken))
+        taken.append(_free_name(f"{section.name}-{slug(task)}", taken))
         tasks.append((task, taken[-1], _blocks(section.per_task, section, tables, csv, task)))
     if not tasks and all(block.words == section.empty for block in blocks):
         return Part(section, [], words=section.empty)  # once, instead of for every entry
@@ -237,7 +259,7 @@ def _blocks(
 def _block(
     entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None = None
 ) -> Block:
-    id = _free_name(entry.name if task is None else f"{entry.name}-{_slug(task)}", {Path(name).stem for name in csv})
+    id = _free_name(entry.name if task is None else f"{entry.name}-{slug(task)}", {Path(name).stem for name in csv})
     wanted = [tables[name if task is None else name.format(task=task)] for name in entry.tables]
     found = [table for table in wanted if table is not None]
     if len(found) < len(wanted):
@@ -252,9 +274,13 @@ def _block(
     if isinstance(drawn, Grid):
         tinted = any(cell.weight for row in drawn.rows for cell in row)
         return Block(id, entry, grid=drawn, tinted=tinted, note=drawn.note, csv=f"data/{id}.csv")
+    if isinstance(drawn, Prompts):
+        prompts, last = script_json(drawn.contents), len(drawn.contents["labels"]) - 1
+        return Block(id, entry, prompts=prompts, last=last, note=drawn.note, csv=f"data/{id}.csv")
     spec = figure_spec(drawn)
     _add_tokens(spec["layout"].get("meta"), tables["snapshots"])
-    return Block(id, entry, script_json(spec), spec["layout"]["height"], note=drawn.note, csv=f"data/{id}.csv")
+    height = spec["layout"]["height"]
+    return Block(id, entry, script_json(spec), height, drawn.small, note=drawn.note, csv=f"data/{id}.csv")
 
 
 def _add_tokens(meta: Any, snapshots: Frame | None) -> None:
@@ -265,10 +291,6 @@ def _add_tokens(meta: Any, snapshots: Frame | None) -> None:
     tokens = dict(zip(known["step"], known["tokens"], strict=True))
     if len({tokens[step] for step in meta["steps"] if step in tokens}) == len(meta["steps"]):
         meta["tokens"] = [tokens[step] for step in meta["steps"]]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:60] or "task"
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:
@@ -395,8 +417,10 @@ def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str,
         counted = snapshot == snapshot.max()
         if (few := column("accuracy", "few")) is not None:
             counted &= ~few.astype(bool)  # too few items for a mean
-        if counted.any():
-            numbers.append((f"{accuracy[counted].mean():.0%}", "mean accuracy over tasks, last snapshot"))
+        if counted.any() and (n := column("accuracy", "n")) is not None:
+            items, tasks = int(n[counted].sum()), int(counted.sum())
+            mean = (accuracy[counted] * n[counted]).sum() / items
+            numbers.append((f"{mean:.0%}", f"accuracy over the {items:,} items of {tasks} tasks, last snapshot"))
     if (error := column("completeness/*", "completeness_error")) is not None:
         numbers.append((f"{100 * error.max():.2g}%", "largest completeness error"))
     return numbers

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from crosslens.report import causal_figures, evolution_figures, overview_figures, seed_figures
-from crosslens.report.chart import Chart, Grid
+from crosslens.report.chart import Chart, Grid, Prompts
 
 _ACCURACY = "No task accuracy has been measured. Run: crosslens attribute RUN_DIR --task TASK"
 _EVALUATE = "The crosscoder has not been evaluated. crosslens train does this when training ends."
@@ -20,7 +20,7 @@ _PROBE = "No probes have been fitted. Run: crosslens evolve RUN_DIR"
 _ATTRIBUTE = "No effects on tasks have been computed. Run: crosslens attribute RUN_DIR --task TASK"
 _ABLATE = "No features have been ablated. After crosslens attribute, run: crosslens ablate RUN_DIR --task TASK"
 
-Draw = Callable[..., Chart | Grid | str]
+Draw = Callable[..., Chart | Grid | Prompts | str]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Entry:
         definition: one or two sentences: what is shown, in which unit, how it is computed.
         draw: makes a figure from the tables, or returns a sentence that says why there is nothing to draw.
         tables: names of the tables that `draw` takes, in order. "{task}" stands for the task; "kind/*" is the tables
-            of all tasks of a kind, concatenated, with a column `task`; "snapshots" is the list in run.json.
+            of all tasks of a kind, concatenated, with a column `task`; "snapshots" is the list in run.json; "names"
+            has the label or top token of features, "tasks" the tasks in the order of their colours.
         wide: full width, even where two figures fit side by side.
         optional: omitted if a table is missing, instead of saying so.
     """
@@ -100,7 +101,7 @@ _OVERVIEW: tuple[Section, ...] = (
                 "Share of items for which the correct continuation has a higher logit than the wrong one at the last "
                 "position. Bands are 95% Wilson intervals over items.",
                 overview_figures.accuracy,
-                ("accuracy",),
+                ("accuracy", "tasks"),
                 wide=True,
             ),
         ),
@@ -239,10 +240,10 @@ _EVOLUTION: tuple[Section, ...] = (
             Entry(
                 "evolution-map",
                 "Presence over training",
-                "v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, then "
-                "birth, then peak. Snapshots are evenly spaced.",
+                "v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, "
+                "birth and peak, then clustered by their curves. Drag to zoom in; a click opens the feature.",
                 evolution_figures.evolution_map,
-                ("evolution", "lifecycles", "snapshots"),
+                ("evolution", "lifecycles", "snapshots", "names"),
                 wide=True,
             ),
             Entry(
@@ -279,7 +280,7 @@ _EVOLUTION: tuple[Section, ...] = (
                 "The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles "
                 "that follow from it. Norms do not know the direction of time: see the births with their controls.",
                 partial(evolution_figures.evolution_map, measure="norm"),
-                ("evolution", "lifecycles", "snapshots"),
+                ("evolution", "lifecycles", "snapshots", "names"),
                 wide=True,
                 optional=True,
             ),
@@ -341,7 +342,7 @@ _EVOLUTION: tuple[Section, ...] = (
                 "unexplained, against its decoder norm, both divided by its largest norm. Above the line, the "
                 "direction is stronger in the activations than the norm suggests.",
                 evolution_figures.scaling,
-                ("scaling", "evolution", "lifecycles"),
+                ("scaling", "evolution", "lifecycles", "names"),
                 optional=True,
             ),
             Entry(
@@ -390,7 +391,7 @@ _EVOLUTION: tuple[Section, ...] = (
                 "Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether "
                 "the feature is active, against the feature's R² there, and its decoder norm divided by its largest.",
                 evolution_figures.probe,
-                ("probe", "evolution"),
+                ("probe", "evolution", "names"),
                 wide=True,
             ),
             Entry(
@@ -433,7 +434,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "|clean − baseline metric|, of integrated gradients. At 0, the effects account for all of that "
                 "difference.",
                 causal_figures.completeness,
-                ("completeness/*",),
+                ("completeness/*", "tasks"),
                 wide=True,
                 optional=True,
             ),
@@ -445,7 +446,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features "
                 "with a significant effect at some snapshot.",
                 partial(causal_figures.relative_effects, column="share_relie"),
-                ("attribution/{task}",),
+                ("attribution/{task}", "names"),
             ),
             Entry(
                 "relie",
@@ -453,7 +454,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant "
                 "effect at some snapshot.",
                 partial(causal_figures.relative_effects, column="relie"),
-                ("attribution/{task}",),
+                ("attribution/{task}", "names"),
             ),
             Entry(
                 "ie",
@@ -461,7 +462,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "Mean effect over prompts, in logits, of the features with the largest |IE|. Positive values support "
                 "the correct answer, negative ones oppose it.",
                 causal_figures.signed_effects,
-                ("attribution/{task}",),
+                ("attribution/{task}", "names"),
             ),
             Entry(
                 "ie-relie",
@@ -469,7 +470,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that "
                 "act mostly at that snapshot, points on the left to features that act mostly at others.",
                 causal_figures.signed_against_relative,
-                ("attribution/{task}",),
+                ("attribution/{task}", "names"),
                 wide=True,
             ),
             Entry(
@@ -485,20 +486,20 @@ _CAUSAL: tuple[Section, ...] = (
             Entry(
                 "ie-table",
                 "Features with the largest effects",
-                "IE ± standard error over prompts, in logits, by snapshot. Blue supports the correct answer, orange "
-                "opposes it.",
+                "IE ± standard error over prompts, in logits, by snapshot, the last one first. Blue supports the "
+                "correct answer, orange opposes it.",
                 causal_figures.effect_table,
-                ("attribution/{task}", "attribution/{task}.snapshots"),
+                ("attribution/{task}", "attribution/{task}.snapshots", "names"),
                 wide=True,
             ),
             Entry(
                 "words",
                 "Effects in single prompts",
-                "Some prompts at the first, the middle and the last snapshot. A word is coloured by the effect of all "
-                "features active on it: blue where they support the correct answer, orange where they oppose it. The "
-                "number is the feature with the largest effect there.",
+                "A word is coloured by the effect of all features active on it at the selected snapshot: blue where "
+                "they support the correct answer, orange where they oppose it. A click opens the feature with the "
+                "largest effect there.",
                 causal_figures.prompt_words,
-                ("prompts/{task}",),
+                ("prompts/{task}", "names"),
                 wide=True,
                 optional=True,
             ),
@@ -520,7 +521,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "for the features with the largest |IE|. Rows are labelled with the feature's number and the word in "
                 "the prompts at which it is most active.",
                 causal_figures.feature_timeline,
-                ("timeline/{task}",),
+                ("timeline/{task}", "names"),
                 wide=True,
                 optional=True,
             ),
@@ -583,7 +584,7 @@ _CAUSAL: tuple[Section, ...] = (
                 "Effect of ablating two features together, against the sum of their single effects. Where points leave "
                 "the line, the effect of a set is not the sum of the effects of its features.",
                 causal_figures.additivity,
-                ("additivity/{task}", "additivity/{task}.snapshots"),
+                ("additivity/{task}", "additivity/{task}.snapshots", "names"),
                 optional=True,
             ),
             Entry(

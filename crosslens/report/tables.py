@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ class Tables:
     """Tables of a run; None if a table does not exist or is empty.
 
     A name is that of a table in the run directory. "kind/*" is the tables of a kind of all tasks, concatenated, with a
-    column `task`; "snapshots" is the list in run.json. Tables of single tasks can be many, so they are read at every
-    access; the others are read once.
+    column `task`; "snapshots" is the list in run.json; "names" and "tasks" are `names` and the tasks in the order of
+    their colours, which may have no rows. Tables of single tasks can be many, so they are read at every access; the
+    others are read once.
 
     Args:
         run: the run directory.
@@ -37,6 +39,8 @@ class Tables:
         found = run.consensus() if consensus else None
         self._kept = None if found is None else set(found.loc[found["consensus"], "feature"])
         self._read: dict[str, pd.DataFrame | None] = {}
+        self.names: dict[int, str] = {}
+        """The label or the top token of each feature, once the data of features are written."""
         self.damaged: dict[str, str] = {}
         """What is wrong with the tables that were asked for since this was last cleared; pages do without them."""
         self._defects: dict[str, str] = {}
@@ -62,6 +66,12 @@ class Tables:
     def _load(self, name: str) -> pd.DataFrame | None:
         if name == "snapshots":
             return self._snapshots()
+        if name == "names":
+            return pd.DataFrame({"feature": list(self.names), "name": list(self.names.values())})
+        if name == "tasks":
+            accuracy = self["accuracy"]
+            first = [] if accuracy is None or "task" not in accuracy else accuracy["task"].astype(str).tolist()
+            return pd.DataFrame({"task": list(dict.fromkeys([*first, *self.tasks("attribution")]))})
         kind, star, suffix = name.partition("/*")
         if not star:
             try:
@@ -86,6 +96,11 @@ class Tables:
             return None
         columns = {key: [row.get(key) for row in rows] for key in ("label", "step", "tokens")}
         return pd.DataFrame({"snapshot": range(len(rows)), **columns})
+
+
+def slug(text: str) -> str:
+    """Text as part of an id or a file name."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:60] or "task"
 
 
 def main_measure(lifecycles: Frame) -> str:

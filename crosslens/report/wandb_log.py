@@ -76,7 +76,7 @@ def _with_tooltips(figure: go.Figure) -> go.Figure:
     if "rows" in meta:
         figure.update_traces(
             customdata=[[row] * len(meta["columns"]) for row in meta["rows"]],
-            text=[meta["columns"]] * len(meta["rows"]),
+            text=[[f"{name}<br>{column}" for column in meta["columns"]] for name in meta["names"]],
             selector={"type": "heatmap"},
         )
     return figure

@@ -272,6 +272,9 @@ def test_consensus_matches_plain_loops(n: int) -> None:
                     i = row["feature"] if first == m else row["partner"]
                     n_seeds[i] += row["correlation"] >= 0.6
                     total[i] += row["correlation"]
+                    own = mine.loc[i]
+                    assert own[f"partner/seed{other}"] == (row["partner"] if first == m else row["feature"])
+                    assert own[f"correlation/seed{other}"] == pytest.approx(row["correlation"])
         for i in range(12):
             if m == 0 and i == 5:
                 assert not mine.loc[i, "alive"] and mine.loc[i, "n_seeds"] == 0 and not mine.loc[i, "consensus"]
@@ -280,6 +283,7 @@ def test_consensus_matches_plain_loops(n: int) -> None:
             assert mine.loc[i, "n_seeds"] == n_seeds[i] and mine.loc[i, "consensus"] == (n_seeds[i] > n / 2)
             assert mine.loc[i, "correlation"] == pytest.approx(total[i] / (n - 1))
         assert mine["variance"].to_numpy() == pytest.approx(variances(ccs[m], acts))
+        assert mine[f"partner/seed{m}"].isna().all() and mine[f"correlation/seed{m}"].isna().all()
     assert table["consensus"].any() and not table.loc[table["alive"], "consensus"].all()
     shares = consensus_shares(table).set_index("crosscoder")
     for name, mine in table.groupby("crosscoder"):

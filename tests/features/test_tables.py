@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +19,7 @@ from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import batch_tokens
+from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import collect_examples
 from crosslens.features.tables import direct_logits, export_features, feature_tables, nearest_features, token_texts
 from crosslens.rundir import RunDir
@@ -141,8 +145,11 @@ def test_the_logit_lens_of_other_families(tmp_path: Path, family: str) -> None:
 def test_tables_match_plain_loops(acts: Activations, architecture: str) -> None:
     cc = make_crosscoder(architecture)
     cc.cfg.metadata.snapshots = [{"label": s.label, "step": s.step, "tokens": s.tokens} for s in acts.snapshots]
-    tables = feature_tables(cc, acts, n_examples=4, window=3, n_logits=2, n_nearest=3)
-    assert list(tables) == ["examples", "example_tokens", "passages", "held_out_tokens", "lens", "nearest"]
+    tables = feature_tables(cc, acts, n_examples=4, window=3, n_logits=2, n_nearest=3, n_samples=5, context=6)
+    assert list(tables) == [
+        "examples", "example_tokens", "example_contexts", "samples", "sample_tokens", "activations", "passages",
+        "held_out_tokens", "lens", "nearest",
+    ]  # fmt: skip
     tokens = acts.held_out_tokens()
     x = acts.block(len(acts.tokens) - len(tokens), len(acts.tokens))
     values = cc.encode(x)
@@ -174,6 +181,10 @@ def test_tables_match_plain_loops(acts: Activations, architecture: str) -> None:
             assert part["token"].tolist() == [texts[int(tokens[n, u])] for u in places]
             shown = [float(values[n, u, i]) if keep[n, u] else 0.0 for u in places]
             assert part["activation"].tolist() == pytest.approx(shown, rel=1e-5)
+            far = tables["example_contexts"].query(f"feature == {i} and rank == {row['rank']}")
+            away = [u for u in range(max(0, t - 6), min(tokens.shape[1], t + 7)) if abs(u - t) > 3]
+            assert far["position"].tolist() == away
+            assert far["token"].tolist() == [texts[int(tokens[n, u])] for u in away]
         if len(best) == 4 and i > 3:
             break  # plain loops are slow
     assert isinstance(around["token"].dtype, pd.CategoricalDtype)
@@ -188,6 +199,44 @@ def test_tables_match_plain_loops(acts: Activations, architecture: str) -> None:
         assert part["suppressed"].tolist() == [texts[t] for t in order[::-1][:2]]
         assert part["promoted_logit"].tolist() == pytest.approx(logits[order[:2]].tolist(), abs=1e-4)
         assert part["suppressed_logit"].tolist() == pytest.approx(logits[order[::-1][:2]].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 40])
+def test_samples_and_histograms_match_plain_loops(size: int) -> None:
+    """The sample does not depend on batches, holds the largest draws, and is uniform over active tokens."""
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(9, 11, 6, generator=generator).relu() * torch.rand(6, generator=generator)
+    values[..., 2] = 0
+    values[3] = 0
+    found = ActivationSample(6, size, window=2, seed=1)
+    for begin in range(0, 9, 2):
+        found.add(values[begin : begin + 2], begin)
+    whole = ActivationSample(6, size, window=2, seed=1)
+    whole.add(values, 0)
+    table, around = found.sample()
+    pd.testing.assert_frame_equal(table, whole.sample()[0])
+    histogram = found.histogram()
+    pd.testing.assert_frame_equal(histogram, whole.histogram())
+    drawn: dict[int, list[tuple[float, float, int, int]]] = {i: [] for i in range(6)}
+    for n in range(9):
+        numbers = np.random.default_rng([1, n]).random(int((values[n] > 0).sum())).tolist()
+        for t in range(11):
+            for i in range(6):
+                if values[n, t, i] > 0:
+                    drawn[i].append((numbers.pop(0), float(values[n, t, i]), n, t))
+    for i in range(6):
+        largest = sorted(sorted(drawn[i], reverse=True)[:size], key=lambda one: -one[1])
+        rows = table[table["feature"] == i]
+        assert rows["rank"].tolist() == list(range(len(largest)))
+        assert list(zip(rows["activation"], rows["sequence"], rows["position"], strict=True)) == [
+            (value, n, t) for _, value, n, t in largest
+        ]
+        for at, (_, _, n, t) in zip(rows.index, largest, strict=True):
+            padded = torch.nn.functional.pad(values[n, :, i], (2, 2))
+            assert around[at].tolist() == padded[t : t + 5].tolist()
+        bins = histogram[histogram["feature"] == i]
+        counts = Counter(math.floor(4 * math.log2(value)) for _, value, _, _ in drawn[i])
+        assert dict(zip(bins["bin"], bins["count"], strict=True)) == counts
 
 
 def test_nearest_features_match_plain_loops(crosscoder: Crosscoder) -> None:
@@ -239,8 +288,8 @@ def test_a_run_directory_keeps_the_tables(acts: Activations, crosscoder: Crossco
         pd.testing.assert_frame_equal(kept, table, check_categorical=False, check_dtype=False)
     with pytest.raises(UserError, match="n_nearest=-1 must be 0 or more"):
         feature_tables(crosscoder, acts, n_nearest=-1)
-    nothing = feature_tables(crosscoder, acts, n_examples=0, n_logits=0, n_nearest=0, n_passages=0)
-    assert all(table.empty for table in nothing.values())
+    nothing = feature_tables(crosscoder, acts, n_examples=0, n_logits=0, n_nearest=0, n_samples=0, n_passages=0)
+    assert [name for name, table in nothing.items() if not table.empty] == ["activations"]
 
 
 def test_mistakes(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:

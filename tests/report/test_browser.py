@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from crosslens.report import write_report
@@ -33,9 +35,10 @@ OVERLAPS = r"""() => {
   const hit = (a, b) =>
     Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
     Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
-  const slanted = (e) => e.matches(".xtick text") && /rotate\(-45/.test(e.getAttribute("transform"));
-  const kinds = ".legend, .g-xtitle text, .g-ytitle text, .xtick text, .x2tick text, .x3tick text, .ytick text, "
-    + ".modebar-group, .annotation text, .colorbar text";
+  const ticks = ".xtick text, .x2tick text, .x3tick text";
+  const slanted = (e) => e.matches(ticks) && /rotate\(-45/.test(e.getAttribute("transform"));
+  const kinds = ticks + ", .legend, .g-xtitle text, .g-ytitle text, .ytick text, .modebar-group, .annotation text, "
+    + ".colorbar text";
   const found = [];
   for (const plot of document.querySelectorAll(".plot")) {
     if (!plot.clientWidth) continue;
@@ -172,7 +175,7 @@ def test_pages_load_and_nothing_overlaps(
         assert page.evaluate(OVERLAPS) == [], name
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         drawn = page.locator(".js-plotly-plot .main-svg").count() and page.locator(".plot.js-plotly-plot").count()
-        wanted = 2 if name == "feature" else len(_Page(report / "index.html", (name,)).specs())
+        wanted = 4 if name == "feature" else len(_Page(report / "index.html", (name,)).specs())
         assert drawn == wanted, name
         line = ("rgb(109, 179, 255)", "rgb(26, 106, 200)")
         if wanted:
@@ -262,6 +265,7 @@ def test_the_table_by_keyboard_and_its_address(browser: Any, run: RunDir) -> Non
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
     page.keyboard.type("persistent")
+    page.keyboard.press("Tab")  # the snapshot of "Promotes"
     page.keyboard.press("Tab")  # the scrolling region
     for _ in ("Feature", "Label", "Complexity", "Top token"):
         page.keyboard.press("Tab")
@@ -285,19 +289,19 @@ def test_hostile_tokens_are_text(browser: Any, run: RunDir) -> None:
     lens = table(run, "lens")
     for number in (5, 64, 130):
         page = visitor.feature(number)
-        shown = page.eval_on_selector_all("#lens tbody .chip", "chips => chips.map((chip) => chip.textContent)")
+        shown = page.eval_on_selector_all("#lens .chip", "chips => chips.map((chip) => chip.textContent)")
         part = lens[lens["feature"] == number]
-        expected = [
-            token
-            for _, rows in part.groupby("snapshot")
-            for name in ("promoted", "suppressed")
-            for token in rows[name]
-        ]  # fmt: skip
+        by_snapshot = [
+            [*rows["promoted"], *rows["suppressed"]] for _, rows in part.sort_values("rank").groupby("snapshot")
+        ]
+        selected = by_snapshot[int(page.input_value("#lens-at"))]
+        # the bars of the selected snapshot, then all snapshots, the last one first
+        expected = [*selected, *(token for tokens in by_snapshot[::-1] for token in tokens)]
         names = {"\x00": "␀", "\n": "↵", "\u2028": "⟨U+2028⟩", "\u202egnirts": "⟨U+202E⟩gnirts",
                  "👩\u200d💻": "👩⟨U+200D⟩💻"}  # fmt: skip
         assert shown == [names.get(token, token) for token in expected]
-        around = table(run, "example_tokens").query(f"feature == {number}").sort_values(["rank", "position"])
-        texts = page.eval_on_selector_all("#examples .token", "tokens => tokens.map((token) => token.textContent)")
+        around = all_tokens(run).query(f"feature == {number}")
+        texts = page.eval_on_selector_all("#examples > ol .token", "tokens => tokens.map((token) => token.textContent)")
         assert texts == [names.get(token, token) for token in around["token"]]
     assert set(TOKENS) <= set(lens["promoted"])
     visitor.feature(5)
@@ -306,10 +310,16 @@ def test_hostile_tokens_are_text(browser: Any, run: RunDir) -> None:
     assert not visitor.troubles
 
 
+def all_tokens(run: RunDir) -> Any:
+    """Tokens around examples, near and far."""
+    both = pd.concat([table(run, "example_tokens"), table(run, "example_contexts")], ignore_index=True)
+    return both.sort_values(["feature", "rank", "position"])
+
+
 def test_a_feature_shows_its_numbers(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     effects = table(run, "attribution/simple")
-    examples = table(run, "example_tokens").sort_values(["feature", "rank", "position"])
+    examples = all_tokens(run)
     number = max(set(effects["feature"]) & set(examples["feature"]))
     page = visitor.feature(number)
     norms = wide(run, "norm").loc[number].to_numpy(dtype=float)
@@ -333,7 +343,7 @@ def test_a_feature_shows_its_numbers(browser: Any, run: RunDir) -> None:
         page.fill("#at", str(s))
         page.dispatch_event("#at", "input")
         tints = page.eval_on_selector_all(
-            "#examples .token", "tokens => tokens.map((token) => Number(token.style.getPropertyValue('--w')))"
+            "#examples > ol .token", "tokens => tokens.map((token) => Number(token.style.getPropertyValue('--w')))"
         )
         wrote = activation * norms[s]
         silent += sum((wrote > 0.02) & (wrote <= 0.25))
@@ -396,6 +406,83 @@ def test_scales_and_units_of_the_axis(browser: Any, run: RunDir) -> None:
     assert [x - found[1] for x in found[1:]] == pytest.approx([x - logs[1] for x in logs[1:]], abs=1e-5)
     ticks = page.eval_on_selector_all("#figure-accuracy .xtick text", "ticks => ticks.map((t) => t.textContent)")
     assert ticks[0] == "0" and ticks[-1] == "1.503M"
+    assert not visitor.troubles
+
+
+def test_features_open_from_figures_words_and_keys(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("evolution")
+    plot = page.locator("#figure-evolution-map .plot")
+    plot.scroll_into_view_if_needed()
+    page.wait_for_selector("#figure-evolution-map .main-svg")
+    rows = page.evaluate("document.querySelector('#figure-evolution-map .plot').layout.meta.rows")
+    area = page.locator("#figure-evolution-map .nsewdrag").bounding_box()
+    page.mouse.move(area["x"] + 0.5 * area["width"], area["y"] + 0.5 * area["height"])
+    page.wait_for_timeout(300)
+    page.mouse.click(area["x"] + 0.5 * area["width"], area["y"] + 0.5 * area["height"])
+    page.wait_for_url("**/feature.html#*")
+    assert abs(rows.index(int(page.url.partition("#")[2])) - len(rows) / 2) < 2
+    page = visitor.feature(12)
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("h1:text-is('Feature 13')")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("h1:text-is('Feature 12')")
+    page.focus("#number")
+    page.keyboard.press("ArrowRight")  # moves in the field
+    page.keyboard.press("Escape")
+    assert page.inner_text("h1") == "Feature 12"
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    page.wait_for_selector("#finder:not([hidden])")
+    assert page.evaluate("document.activeElement.id") == "search" and page.input_value("#search") == ""
+    page.keyboard.type("/")
+    assert page.input_value("#search") == "/"
+    page = visitor.open("causal")
+    page.locator("#figure-words-simple").scroll_into_view_if_needed()
+    prompts = table(run, "prompts/simple").query("prompt == 3 and snapshot == 1").sort_values("position")
+    page.fill("#at-words-simple", "1")
+    page.dispatch_event("#at-words-simple", "input")
+    line = page.locator("#figure-words-simple .examples li").first
+    assert line.locator(".where").inner_text() == "prompt 3"
+    tints = line.locator(".token").evaluate_all(
+        "tokens => tokens.map((t) => Number(t.style.getPropertyValue('--w')) * (t.classList.contains('down') ? -1 : 1))"
+    )
+    largest = table(run, "prompts/simple")["effect"].abs().max()
+    expected = [math.copysign(math.sqrt(abs(effect) / largest), effect) for effect in prompts["effect"]]
+    assert tints == pytest.approx(expected, abs=6e-3)
+    links = line.locator("a").evaluate_all("links => links.map((a) => a.getAttribute('href'))")
+    assert links == [f"feature.html#{feature}" for feature in prompts["feature"] if feature >= 0]
+    assert not visitor.troubles
+
+
+def test_promotes_and_context_are_those_of_the_selected_snapshot(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("features")
+    lens = table(run, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
+    names = {"\x00": "␀", "\n": "↵", "\u2028": "⟨U+2028⟩", "\u202egnirts": "⟨U+202E⟩gnirts",
+             "👩\u200d💻": "👩⟨U+200D⟩💻"}  # fmt: skip
+    for value, snapshot in ((None, 7), ("00002", 2)):
+        if value:
+            page.select_option("#at", value)
+            page.wait_for_timeout(300)
+        assert visitor.column("Promotes") == [names.get(lens[f, snapshot], lens[f, snapshot]) for f in range(50)]
+    page = visitor.feature(8)
+    effects = pd.concat([table(run, f"attribution/{task}") for task in TASKS]).query("feature == 8")
+    strongest = effects.loc[effects["ie"].abs().idxmax(), "snapshot"]
+    assert page.input_value("#at") == page.input_value("#lens-at") == str(strongest)
+    page.fill("#lens-at", "3")
+    page.dispatch_event("#lens-at", "input")
+    assert page.input_value("#at") == "3" and page.inner_text("#lens-label") == page.inner_text("#at-label")
+    rows = table(run, "lens").query("feature == 8 and snapshot == 3").sort_values("rank")
+    shown = page.eval_on_selector_all("#lens .logits.up span", "cells => cells.map((c) => Number(c.textContent))")
+    assert shown == pytest.approx(rows["promoted_logit"].tolist(), rel=1e-2)
+    text = page.locator("#examples > ol .text[aria-expanded]").first
+    far = text.locator(".far")
+    assert far.count() and not far.first.is_visible()
+    text.click()
+    assert far.first.is_visible() and text.get_attribute("aria-expanded") == "true"
+    assert page.locator("#samples details").count() == 3, "a sample of three tokens"
+    assert "feature 221, correlation 0.9" in page.inner_text("#seeds-section")
     assert not visitor.troubles
 
 

@@ -71,9 +71,45 @@ def add_features(run: RunDir, seed: int = 0) -> RunDir:
                       "cosine": rng.uniform(-1, 1, 2 * F)}),
     )  # fmt: skip
     complexity = pd.array([4, None], dtype="Int8")
+    add_activations(run, examples, around, rng)
     labels = {"feature": [5, 7], "label": [f"plural {HOSTILE}", "verbs"], "complexity": complexity}
     run.save_table("labels", pd.DataFrame(labels))
     return run
+
+
+def add_activations(run: RunDir, examples: pd.DataFrame, around: pd.DataFrame, rng: np.random.Generator) -> None:
+    """Add contexts, samples, histograms, encoder shares, prompts and seeds, of the same features."""
+    feature = examples["feature"].unique()
+    F, labels = len(lives(run)), list(wide(run, "norm"))
+    at = examples.set_index(["feature", "rank"])["position"]
+    keys = pd.MultiIndex.from_frame(around[["feature", "rank"]])
+    far = around.assign(position=around["position"] + 12)[around["position"] <= at.loc[keys].to_numpy()]
+    run.save_table("example_contexts", far.reset_index(drop=True))
+    run.save_table("samples", examples.drop(columns=[name for name in examples if name.startswith("read/")]))
+    run.save_table("sample_tokens", around)
+    bins = pd.DataFrame({"feature": np.repeat(feature, 3), "bin": np.tile([-2, 1, 5], len(feature))})
+    run.save_table("activations", bins.assign(count=rng.integers(1, 99, len(bins))))
+    shares = rng.dirichlet(np.ones(len(labels)), F)
+    run.save_table(
+        "encoder", pd.DataFrame(shares, columns=[f"share/{label}" for label in labels]).assign(feature=range(F))
+    )
+    for task in TASKS:
+        effects = table(run, f"attribution/{task}")
+        dates = effects.drop_duplicates("snapshot")[["snapshot", "label", "step"]]
+        words = pd.DataFrame({"position": range(4), "token": TOKENS[:4], "feature": [-1, 2, 4, 8]})
+        prompts = pd.DataFrame({"prompt": [3, 9]}).merge(dates, how="cross").merge(words, how="cross")
+        effect = rng.normal(size=len(prompts)) * (prompts["feature"] >= 0)
+        run.save_table(f"prompts/{task}", prompts.assign(effect=effect, feature_effect=effect))
+    live = np.isin(np.arange(F), feature)
+    consensus = pd.DataFrame({"feature": range(F), "alive": live, "firing_rate": 0.01, "variance": live / live.sum()})
+    consensus = consensus.assign(n_seeds=2 * live, of=3, consensus=live, correlation=0.8)
+    partner = pd.array(np.where(live, np.arange(F)[::-1], -1), dtype="Int64")
+    partner[partner < 0] = pd.NA
+    partner[feature[0]] = pd.NA
+    consensus["partner/1"], consensus["correlation/1"] = partner, np.where(partner.isna(), np.nan, 0.9)
+    run.save_table("consensus", consensus)
+    pair = {f"{name}_{end}": 0.5 for name in ("share", "variance", "cosine", "null") for end in "ab"}
+    run.save_table("seeds", pd.DataFrame([{"a": "0", "b": "1", **pair}]))
 
 
 def script(run: RunDir, name: str) -> Any:
@@ -149,15 +185,19 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
     found = shards(written)
     examples, around = table(written, "examples"), table(written, "example_tokens")
     lens, nearest = table(written, "lens"), table(written, "nearest")
+    far, bins, consensus = (table(written, name) for name in ("example_contexts", "activations", "consensus"))
+    shares = table(written, "encoder").set_index("feature")
     reads = [name for name in examples if name.startswith("read/")]
-    tops = top_tokens(written)
+    tops, source = top_tokens(written), lives(written)
+    alive = source.loc[source["alive"], "feature"]
     for number, (feature, words) in found.items():
         rows = examples[examples["feature"] == number].sort_values("rank")
         assert len(feature["examples"]["list"]) == len(rows)
         assert feature["examples"]["threshold"] == (0.25 if len(rows) else 0)
         for (_, row), example in zip(rows.iterrows(), feature["examples"]["list"], strict=True):
             sequence, position, first, tokens, activations, read = example
-            part = around[(around["feature"] == number) & (around["rank"] == row["rank"])].sort_values("position")
+            part = pd.concat([around, far])
+            part = part[(part["feature"] == number) & (part["rank"] == row["rank"])].sort_values("position")
             assert (sequence, position, first) == (row["sequence"], row["position"], part["position"].iloc[0])
             assert [words[token] for token in tokens] == part["token"].tolist()
             assert near(activations, part["activation"], 2) and near(read, row[reads], 2)
@@ -166,7 +206,21 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
             assert [words[token] for token in up] == part["promoted"].tolist()
             assert [words[token] for token in down] == part["suppressed"].tolist()
             assert near(ups, part["promoted_logit"], 2) and near(downs, part["suppressed_logit"], 2)
-        part = nearest[nearest["feature"] == number].sort_values("rank")
+        own = bins[bins["feature"] == number]
+        if len(own):
+            first, counts = feature["rates"]
+            assert {first + i: n for i, n in enumerate(counts) if n} == dict(zip(own["bin"], own["count"], strict=True))
+        else:
+            assert feature["rates"] is None
+        assert len(feature["samples"]) == len(rows)
+        assert near(feature["read"], shares.loc[number], 2)
+        seeds = consensus.loc[number]
+        if seeds["alive"]:
+            partner = [] if pd.isna(seeds["partner/1"]) else [["1", int(seeds["partner/1"]), 0.9]]
+            assert feature["seeds"] == {"n": 2, "of": 3, "partners": partner}
+        else:
+            assert feature["seeds"] is None
+        part = nearest[(nearest["feature"] == number) & nearest["other"].isin(alive)].sort_values("rank")
         assert [other for other, _, _ in feature["nearest"]] == part["other"].tolist()
         assert near([cosine for _, cosine, _ in feature["nearest"]], part["cosine"], 2)
         for other, _, name in feature["nearest"]:
@@ -196,7 +250,17 @@ def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
     r2 = wide(written, "r2").to_numpy().clip(0) * source["origin"].notna().to_numpy()[:, None]
     lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
     codes, words = index["promoted"]
-    assert [words[code] for code in codes] == [lens[f, r2[f].argmax()] for f in range(F)]
+    assert [words[code] for code in codes] == [lens[f, S - 1] for f in range(F)], "the last snapshot"
+    sizes = np.full((F, S), -1.0)
+    for task in TASKS:
+        for row in table(written, f"attribution/{task}").itertuples():
+            sizes[row.feature, row.snapshot] = max(sizes[row.feature, row.snapshot], abs(row.ie))
+    strongest = [int(row.argmax()) if row.max() >= 0 else S - 1 for row in sizes]
+    for name, at in (*((f"{s:05d}", [s] * F) for s in range(S)), ("effect", strongest)):
+        text = (written.report / "data" / f"promotes-{name}.js").read_text(encoding="ascii")
+        assert text.startswith(f'crosslens.promotes("{name}", ') and text.endswith(");\n")
+        codes, words = json.loads(text[len(f'crosslens.promotes("{name}", ') : -3])
+        assert [words[code] for code in codes] == [lens[f, s] for f, s in enumerate(at)]
     for f in range(F):
         levels = [int(level, 36) for level in index["heat"][f * S : (f + 1) * S]]
         assert np.abs(np.array(levels) / 35 - r2[f] / max(r2[f].max(), 1e-9)).max() <= 0.5 / 35 + 1e-9

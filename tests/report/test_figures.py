@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 import pytest
 
 from crosslens.report import causal_figures, evolution_figures, overview_figures
-from crosslens.report.chart import Grid
+from crosslens.report.chart import Grid, Prompts, Style
 
 
 def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
@@ -193,18 +192,27 @@ def words(S: int = 4, n_prompts: int = 8) -> pd.DataFrame:
 
 
 def test_words_are_tinted_by_their_effects() -> None:
-    grid = causal_figures.prompt_words(words())
-    assert isinstance(grid, Grid)
-    assert grid.header == ["", "1", "2", "3"]  # no feature acts at position 0
-    assert [row[0].text for row in grid.rows[:4]] == [f"prompt 0, step{s}" for s in (0, 2, 3)] + ["prompt 1, step0"]
-    assert len(grid.rows) == 6 * 3 and {len(row) for row in grid.rows} == {4}
-    for row in grid.rows:
-        prompt, s = map(int, re.findall(r"\d+", row[0].text))
-        for t, cell in enumerate(row[1:], start=1):
-            if t == 3 and prompt % 2 == 0:
-                assert (cell.text, cell.weight) == ("", 0)  # a shorter prompt
-            else:
-                assert cell.text == " <b>"[: t + 1].strip() + (f" {t}" if s else "")
-                assert cell.weight == pytest.approx((-1) ** t * math.sqrt(s / 3))
-    assert "0.30 logits. 6 of 8 kept prompts" in grid.note
+    names = pd.DataFrame({"feature": [1, 2], "name": ["boy", "\u202e"]})
+    made = causal_figures.prompt_words(words(), names)
+    assert isinstance(made, Prompts)
+    found, source = made.contents, words().set_index(["prompt", "snapshot", "position"])
+    assert found["labels"] == [f"step{s}" for s in range(4)] and found["largest"] == pytest.approx(0.3)
+    assert found["names"]["1"] == "1 boy" and found["names"]["2"] == "2", "what cannot be seen is left out"
+    assert [prompt["id"] for prompt in found["prompts"]] == list(range(8))
+    for prompt in found["prompts"]:
+        for s in range(4):
+            for t, word in enumerate(prompt["tokens"]):
+                row = source.loc[prompt["id"], s, t]
+                assert found["words"][word] == (row["token"].strip() or "␣")
+                assert prompt["effects"][s][t] == pytest.approx(row["effect"])
+                assert prompt["features"][s][t] == row["feature"]
+        assert len(prompt["tokens"]) == 3 + prompt["id"] % 2
+    assert "0.30 logits. The 8 prompts" in made.note and len(made.data) == len(words())
     assert isinstance(causal_figures.prompt_words(words().assign(effect=0.0)), str)
+
+
+def test_a_task_has_one_colour() -> None:
+    tasks = pd.DataFrame({"task": ["b", "a", "c"]})
+    assert Style.of_tasks(["a", "c"], tasks) == {"a": Style.of(1), "c": Style.of(2)}
+    assert Style.of_tasks(["d", "a"], tasks) == {"d": Style.of(3), "a": Style.of(1)}
+    assert Style.of_tasks(["d", "a"], None) == {"d": Style.of(0), "a": Style.of(1)}

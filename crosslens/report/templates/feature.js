@@ -56,9 +56,13 @@
     describe();
     presence();
     effects();
+    bars("read", feature.read && { x: feature.read.map((_, s) => s), y: feature.read }, "It is unknown for this feature.");
+    bars("rates", histogram(), "The feature is active on no held-out token.");
     examples();
     lens();
+    select(start());
     nearest();
+    seeds();
     crosslens.say(`Showing ${byId("name").textContent}.`);
   }
 
@@ -91,12 +95,14 @@
       ["disappears at", label(feature.death)],
       ["snapshots present", feature.lifetime === null ? null : `${feature.lifetime} of ${S}`],
       ["largest R²", feature.r2 ? Math.max(...feature.r2).toFixed(2) : null],
+      ["seeds that have it", feature.seeds && `${feature.seeds.n} of ${feature.seeds.of}`],
       ["active on held-out tokens", feature.rate === null ? null : `${Number((100 * feature.rate).toPrecision(3))}%`],
     ].filter(([, value]) => value);
-    byId("label").textContent = visible(feature.name);
+    byId("label").textContent = feature.name ? visible(feature.name) : "";
+    if (!feature.name && feature.top) byId("label").replaceChildren("most active at ", element("bdi", { class: "chip", text: visible(feature.top) }));
     byId("facts").replaceChildren(...facts.map(([name, value]) => element("div", {}, [element("dt", { text: name }), element("dd", { text: value })])));
     byId("facts").hidden = !facts.length;
-    for (const id of ["figure-presence", "figure-effects"]) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
+    for (const { id } of document.querySelectorAll("#feature figure")) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
   }
 
   // the measures of presence, in the order of the figure's lines
@@ -132,6 +138,51 @@
     crosslens.show(plot, { ...spec, data: traces });
   }
 
+  // a figure of bars
+  function bars(name, drawn, reason) {
+    const figure = byId(`figure-${name}`);
+    if (!figure) return;
+    const there = Boolean(drawn) && drawn.y.some((y) => y !== null), plot = figure.querySelector(".plot"), missing = figure.querySelector("[data-missing]");
+    for (const one of figure.querySelectorAll(".plot, figcaption")) one.hidden = !there;
+    missing.hidden = there;
+    missing.textContent = reason;
+    if (!there) return;
+    const spec = crosslens.spec(plot);
+    if (name === "rates") {
+      const powers = [];
+      for (let power = Math.ceil(drawn.x[0]); power <= drawn.x.at(-1); power++) powers.push(power);
+      Object.assign(spec.layout.xaxis, { tickmode: "array", tickvals: powers, ticktext: powers.map((power) => String(2 ** power)) });
+    }
+    crosslens.show(plot, { ...spec, data: [{ ...spec.data[0], ...drawn }] });
+  }
+
+  // counts of the bins first, first + 1, ..., of which there are 4 per doubling
+  function histogram() {
+    if (!feature.rates) return null;
+    const [first, counts] = feature.rates, total = counts.reduce((a, b) => a + b, 0);
+    const edge = (i) => Number((2 ** ((first + i) / 4)).toPrecision(3));
+    const customdata = counts.map((n, i) => [`${edge(i)} to ${edge(i + 1)}`, n]);
+    return { x: counts.map((_, i) => (first + i + 0.5) / 4), y: counts.map((n) => n / total), customdata };
+  }
+
+  // the snapshot shown first: that of the largest effect, or the last
+  function start() {
+    let best = [0, S - 1];
+    for (const [, ie] of feature.effects) ie.forEach((value, s) => { if (Math.abs(value ?? 0) > best[0]) best = [Math.abs(value), s]; });
+    return best[1];
+  }
+
+  let repaint = [];
+  function select(s) {
+    for (const id of ["at", "lens-at"]) {
+      Object.assign(byId(id), { max: S - 1, value: s });
+      byId(id).setAttribute("aria-valuetext", about.labels[s]);
+    }
+    byId("at-label").textContent = byId("lens-label").textContent = about.labels[s];
+    for (const paint of repaint) paint(s);
+  }
+  for (const id of ["at", "lens-at"]) byId(id).addEventListener("input", (event) => select(Number(event.target.value)));
+
   // what the feature writes at snapshot s with activation f
   function written(f, s) {
     const strength = f * feature.norms[s];
@@ -147,48 +198,76 @@
     return element("div", { class: "read" }, [element("span", { text: name }), element("span", { class: "strip", role: "img", "aria-label": `${name}, by snapshot`, style: { "--n": S } }, cells)]);
   }
 
+  const NEAR = 8;  // tokens on each side that are shown before a text is unfolded
+
+  // a text whose tokens are tinted by what the feature writes
+  function passage([, position, first, tokens, activations], top) {
+    const at = position - first, far = (t) => Math.abs(t - at) > NEAR;
+    const parts = tokens.map((token, t) => element("bdi", { class: `token${t === at ? " peak" : ""}${far(t) ? " far" : ""}`, text: visible(words[token]) }));
+    const text = element("p", { class: "text", dir: "auto" }, parts);
+    if (parts.some((_, t) => far(t))) {
+      text.classList.add("folded");
+      Object.assign(text, { tabIndex: 0, title: "click for more context" });
+      text.setAttribute("role", "button");
+      text.setAttribute("aria-expanded", "false");
+      const unfold = () => text.setAttribute("aria-expanded", String(!text.classList.toggle("folded")));
+      text.addEventListener("click", unfold);
+      text.addEventListener("keydown", (event) => { if (event.key === "Enter") unfold(); });
+    }
+    repaint.push((s) => parts.forEach((part, t) => {
+      const strength = written(activations[t], s);
+      part.style.setProperty("--w", Math.min(1, strength / top).toFixed(3));
+      part.title = `activation ${activations[t]}, writes ${Number(strength.toPrecision(3))} at ${about.labels[s]}`;
+    }));
+    return text;
+  }
+
   function examples() {
-    const list = feature.examples?.list ?? [];
+    repaint = [];
+    const list = feature.examples?.list ?? [], sampled = feature.samples ?? [];
+    byId("samples").replaceChildren();
     if (!part("examples", list.length > 0, "The feature is active on no held-out token.")) return;
-    const strongest = feature.norms.indexOf(Math.max(...feature.norms));
-    const top = Math.max(...list.map(([, , , , activations]) => written(Math.max(...activations), strongest)), 1e-30);
+    const top = Math.max(...list.map(([, , , , activations]) => Math.max(...feature.norms.map((_, s) => written(Math.max(...activations), s)))), 1e-30);
     const reads = Math.max(...list.flatMap(([, , , , , read]) => read.map(Math.abs)), 1e-30);
-    const items = list.map(([sequence, position, first, tokens, activations, read]) => {
-      const text = element("p", { class: "text", dir: "auto" }, tokens.map((token, t) => element("bdi", { class: first + t === position ? "token peak" : "token", text: visible(words[token]) })));
-      const at = activations[position - first];
+    byId("examples").querySelector("ol").replaceChildren(...list.map((one) => {
+      const [sequence, position, first, , activations, read] = one, at = activations[position - first];
       return element("li", {}, [
-        text,
+        passage(one, top),
         strip("writes", feature.norms.map((_, s) => written(at, s)), top),
         strip("reads", read, reads),
         element("p", { class: "where", text: `sequence ${sequence}, position ${position}, activation ${at}` }),
       ]);
-    });
-    byId("examples").querySelector("ol").replaceChildren(...items);
-    const slider = byId("at");
-    Object.assign(slider, { max: S - 1, value: strongest });
-    const color = () => {
-      const s = Number(slider.value);
-      byId("at-label").textContent = about.labels[s];
-      slider.setAttribute("aria-valuetext", about.labels[s]);
-      list.forEach(([, , , , activations], i) => activations.forEach((f, t) => {
-        const token = items[i].firstChild.children[t], strength = written(f, s);
-        token.style.setProperty("--w", Math.min(1, strength / top).toFixed(3));
-        token.title = `activation ${f}, writes ${Number(strength.toPrecision(3))} at ${about.labels[s]}`;
-      }));
-    };
-    slider.oninput = color;
-    color();
+    }));
+    const quarters = ["Strongest", "Second", "Third", "Weakest"], n = sampled.length;
+    for (const [q, name] of quarters.entries()) {
+      const some = sampled.slice(Math.ceil((q * n) / 4), Math.ceil(((q + 1) * n) / 4));
+      if (!some.length) continue;
+      const strengths = some.map(([, position, first, , activations]) => activations[position - first]);
+      const range = `activations ${Math.min(...strengths)} to ${Math.max(...strengths)}`;
+      byId("samples").append(element("details", {}, [
+        element("summary", { text: `${name} quarter of ${n} random active tokens: ${range}` }),
+        element("ol", { class: "examples" }, some.map((one) => element("li", {}, [passage(one, top)]))),
+      ]));
+    }
   }
 
   function lens() {
     const there = (feature.lens ?? []).some(([promoted]) => promoted.length);
     if (!part("lens", there, "There is no logit lens for this feature.")) return;
     const largest = Math.max(...feature.lens.flatMap((row) => [...row[1], ...row[3]].map(Math.abs)), 1e-30);
+    const width = (logit) => (Math.abs(logit) / largest).toFixed(3);
+    const side = (name, tokens, logits, kind) => element("div", {}, [element("h3", { class: "title", text: name }), element("ol", { class: `logits ${kind}` }, tokens.map((token, i) => element("li", {}, [
+      element("bdi", { class: "chip", text: visible(words[token]) }), element("i", { style: { "--w": width(logits[i]) } }), element("span", { text: signed(logits[i]) }),
+    ])))]);
+    repaint.push((s) => {
+      const [up, ups, down, downs] = feature.lens[s];
+      byId("lens").querySelector(".sides").replaceChildren(side("Promotes", up, ups, "up"), side("Suppresses", down, downs, "down"));
+    });
     const chips = (tokens, logits, kind) => element("td", { class: "word", "data-column": kind === "up" ? "promotes" : "suppresses" }, tokens.map((token, i) => element("bdi", {
-      class: `chip ${kind}`, style: { "--w": (Math.abs(logits[i]) / largest).toFixed(2) }, text: visible(words[token]), title: signed(logits[i]),
+      class: `chip ${kind}`, style: { "--w": width(logits[i]) }, text: visible(words[token]), title: signed(logits[i]),
     })));
     byId("lens").querySelector("tbody").replaceChildren(...feature.lens.map(([up, ups, down, downs], s) =>
-      element("tr", {}, [element("th", { scope: "row", text: about.labels[s] }), chips(up, ups, "up"), chips(down, downs, "down")])));
+      element("tr", {}, [element("th", { scope: "row", text: about.labels[s] }), chips(up, ups, "up"), chips(down, downs, "down")])).reverse());
   }
 
   const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value)}`;
@@ -202,12 +281,23 @@
     ])));
   }
 
+  function seeds() {
+    const found = feature.seeds;
+    byId("seeds-section").hidden = !found;
+    byId("seeds").replaceChildren(...(found?.partners ?? []).map(([seed, other, correlation]) => element("li", {}, [
+      element("span", { text: `seed ${seed}` }),
+      element("span", { text: other === null ? "no partner" : `feature ${other}, correlation ${String(correlation).replace("-", "−")}` }),
+    ])));
+  }
+
   // ------------------------------------------------------------------ numbers
   const dates = (s) => [s, about.labels[s], about.steps[s], about.tokens[s]];
   const dated = ["snapshot", "label", "step", "tokens"];
   const tables = {
     "figure-presence": () => [[...dated, "r2", "within", "norm"], ...feature.norms.map((norm, s) => [...dates(s), feature.r2?.[s] ?? "", feature.within?.[s] ?? "", norm])],
     "figure-effects": () => [["task", ...dated, "ie", "ie_se"], ...feature.effects.flatMap(([task, ie, se]) => ie.map((value, s) => [about.tasks[task], ...dates(s), value, se[s]]))],
+    "figure-read": () => [[...dated, "encoder_share"], ...feature.read.map((share, s) => [...dates(s), share])],
+    "figure-rates": () => [["low", "high", "count"], ...feature.rates[1].map((n, i) => [2 ** ((feature.rates[0] + i) / 4), 2 ** ((feature.rates[0] + i + 1) / 4), n])],
     examples: () => [
       ["rank", "sequence", "position", "token", "activation", ...about.labels.map((label) => `writes/${label}`), ...about.labels.map((label) => `reads/${label}`)],
       ...feature.examples.list.flatMap(([sequence, position, first, tokens, activations, read], rank) => tokens.map((token, t) => [
@@ -227,9 +317,19 @@
     event.preventDefault();
     location.hash = String(Number(byId("number").value));
   });
+  let walking = false;
+  document.addEventListener("keydown", (event) => {
+    const place = { ArrowLeft: "before", ArrowRight: "after" }[event.key];
+    if (!place || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey || crosslens.typing(event) || !byId(place).href) return;
+    event.preventDefault();
+    walking = true;
+    location.hash = byId(place).hash;
+  });
   window.addEventListener("hashchange", () => {
-    // keep the focus when stepping through features; go to the top after a link further down
-    if (!document.activeElement?.closest(".steps")) {
+    // keep the focus and the place when stepping through features; go to the top after a link further down
+    const stepped = walking || document.activeElement?.closest(".steps");
+    walking = false;
+    if (!stepped) {
       byId("name").focus({ preventScroll: true });
       window.scrollTo(0, 0);
     }

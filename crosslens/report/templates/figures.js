@@ -89,6 +89,18 @@ window.crosslens = (() => {
     xaxis.tickangle = angle;
   }
 
+  // several panels stand below each other on narrow screens
+  function stacked(layout, width) {
+    if (width > 600 || !layout.grid) return;
+    const n = layout.grid.columns;
+    layout.grid = { ...layout.grid, rows: n, columns: 1, ygap: 0.5 };
+    layout.height = Math.round(layout.height * 0.7 * n);
+    for (const name of Object.keys(layout)) {
+      if (/^[xy]axis/.test(name)) delete layout[name].domain;
+      if (/^yaxis\d/.test(name)) layout[name].title = { ...layout[name].title, text: layout[name].title.text || layout.yaxis.title.text };
+    }
+  }
+
   // shorter labels of colour bars and panels on narrow screens
   function shortened(layout, width) {
     if (width > 480) return;
@@ -118,7 +130,7 @@ window.crosslens = (() => {
     const { meta } = figure.layout;
     if (!meta || !meta.rows) return;
     figure.data[0].customdata = meta.rows.map((row) => meta.columns.map(() => row));
-    figure.data[0].text = meta.rows.map(() => meta.columns);
+    figure.data[0].text = meta.names.map((name) => meta.columns.map((column) => `${name}<br>${column}`));
   }
 
   // the figure for this window, with axes so many pixels wide
@@ -127,6 +139,7 @@ window.crosslens = (() => {
     spread(figure);
     along(figure, width);
     shortened(figure.layout, width);
+    stacked(figure.layout, plot.clientWidth);
     if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
     figure.layout.width = plot.clientWidth;
     // a ternary plot is about as high as it is wide
@@ -144,11 +157,20 @@ window.crosslens = (() => {
       figure = prepared(plot, area ? area.getBBox().width / (right - left) : plot.clientWidth - 90);
       figure.layout.height += legend ? Math.ceil(legend.getBBox().height) : 0;
       await Plotly.react(plot, figure.data, figure.layout, config);
+      if (!linked.has(plot)) plot.on("plotly_click", openFeature);
+      linked.add(plot);
       plot.style.minHeight = `${figure.layout.height}px`;
     } catch (error) {
       plot.textContent = "This figure could not be drawn. Its numbers are in the CSV file.";
       console.error(error);
     }
+  }
+
+  // a click on a feature opens its page
+  const linked = new WeakSet();
+  function openFeature({ points: [{ data, customdata }] }) {
+    const feature = data.meta === "features" ? [customdata].flat()[0] : data.meta?.feature;
+    if (feature !== undefined) location.href = `feature.html#${feature}`;
   }
 
   // figures are drawn one at a time, when they are in view or close to it
@@ -253,6 +275,43 @@ window.crosslens = (() => {
     return made;
   }
 
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || typing(event)) return;
+    event.preventDefault();
+    const search = document.getElementById("search");
+    if (search) search.focus();
+    else location.href = "features.html#focus=1";
+  });
+  // whether a key belongs to the element that has the focus
+  const typing = ({ target }) => target.matches("input, select, textarea, summary");
+
+  // a text with a word tinted by its effect, from -1 to 1
+  function word(text, weight, title) {
+    return element("bdi", { class: `token ${weight < 0 ? "down" : "up"}`, style: { "--w": Math.abs(weight).toFixed(3) }, text: visible(text), title });
+  }
+
+  // prompts, whose words are tinted by their effects at the selected snapshot
+  for (const place of document.querySelectorAll(".prompts")) {
+    const { labels, words, names, largest, prompts } = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+    const slider = place.querySelector("input");
+    const show = () => {
+      const s = Number(slider.value);
+      place.querySelector("output").textContent = labels[s];
+      slider.setAttribute("aria-valuetext", labels[s]);
+      place.querySelector("ol").replaceChildren(...prompts.map(({ id, tokens, effects, features }) => element("li", {}, [
+        element("span", { class: "where", text: `prompt ${id}` }),
+        element("span", { class: "text", dir: "auto" }, tokens.map((token, t) => {
+          const effect = effects[s][t], feature = features[s][t];
+          const told = feature < 0 ? "no feature" : `feature ${visible(names[feature] ?? String(feature))}`;
+          const made = word(words[token], Math.sign(effect) * Math.sqrt(Math.abs(effect) / largest), `${effect > 0 ? "+" : ""}${effect} logits, most by ${told}`);
+          return feature < 0 ? made : element("a", { href: `feature.html#${feature}` }, [made]);
+        })),
+      ])));
+    };
+    slider.oninput = show;
+    show();
+  }
+
   for (const plot of document.querySelectorAll(".plot")) if (!plot.closest("[data-later]")) show(plot, spec(plot));
   if (!specs.size) document.documentElement.dataset.figures = "drawn";
   // the URL holds the page's state, so a jump must not change it
@@ -278,5 +337,5 @@ window.crosslens = (() => {
   });
   window.addEventListener("beforeprint", () => { printing = true; drawAll(); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
-  return { await: await_, element, save, say, show, spec, visible };
+  return { await: await_, element, save, say, show, spec, typing, visible };
 })();

@@ -11,13 +11,17 @@
 
   crosslens.index = (loaded) => {
     data = loaded;
+    prepare();
+  };
+
+  function prepare() {
     const word = (coded) => (i) => coded[1][coded[0][i]];
     const date = (values) => (i) => (values[i] === null ? "" : data.snapshots[values[i]]);
     columns = [
       { name: "id", title: "Feature", value: (i) => data.id[i], cell: link },
       data.label && { name: "label", title: "Label", value: (i) => data.label[i], cell: (i) => data.label[i], words: true },
       data.complexity && { name: "complexity", title: "Complexity", value: (i) => data.complexity[i], cell: (i) => data.complexity[i] ?? "", largest: true },
-      { title: "Decoder norm", cell: strip, words: true },
+      { title: byId("features").dataset.measure, cell: strip, words: true },
       data.token && { name: "token", title: "Top token", value: word(data.token), cell: (i) => token(word(data.token)(i)), words: true },
       data.promoted && { name: "promoted", title: "Promotes", value: word(data.promoted), cell: (i) => token(word(data.promoted)(i)), words: true },
       data.kind && { name: "kind", title: "Class", value: word(data.kind), cell: word(data.kind), words: true },
@@ -34,7 +38,20 @@
     byId("trouble").hidden = true;
     byId("finder").hidden = false;
     read();
+  }
+
+  // "Promotes" at another snapshot, from the script of that snapshot
+  crosslens.promotes = (name, coded) => {
+    data.promoted = coded ?? [data.id.map(() => 0), [""]];
+    if (name === byId("at").value) prepare();
   };
+
+  byId("at")?.addEventListener("change", () => {
+    const script = element("script", { src: `data/promotes-${byId("at").value}.js` });
+    script.addEventListener("error", () => crosslens.say(`${script.getAttribute("src")} was not found.`));
+    script.addEventListener("load", () => script.remove());
+    document.body.append(script);
+  });
 
   function link(i) {
     return element("a", { href: `feature.html#${data.id[i]}`, text: String(data.id[i]) });
@@ -139,6 +156,7 @@
     const sort = asked.get("sort"), known = columns.some((column) => column.name === sort);
     Object.assign(state, { q: asked.get("q") ?? "", sort: known ? sort : "id", down: asked.has("down"), page: Number(asked.get("page")) || 1 });
     byId("search").value = state.q;
+    if (asked.has("focus")) byId("search").focus();
     update();
   }
 

@@ -1,0 +1,228 @@
+"""What a run found, in five sentences with links to their figures and controls, and what its numbers do not carry.
+
+`find` reads the tables that the figures show; a sentence whose table is missing is left out. `warn` names values
+outside the range in which the conclusions hold, and the range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crosslens.report.chart import Frame, feature_names, shortened
+from crosslens.report.tables import MEASURES, Tables, by_measure, main_measure, slug
+
+# the same as where training, tasks and the sweep warn
+MIN_EV, MAX_DEAD, MIN_ITEMS = 0.7, 0.2, 20
+MAX_COMPLETENESS = 0.05
+RECONSTRUCTED = 0.8, 1.2  # of the clean metric
+LEARNT = 0.9
+_BOUND = 6  # names in a list
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence and (name, link) of its figure and its control."""
+
+    text: str
+    links: list[tuple[str, str]]
+
+
+def warn(tables: Tables) -> list[str]:
+    """Values that do not carry the conclusions, with what is acceptable."""
+    found: list[str] = []
+    evaluation = _with(tables["evaluation"], "explained_variance", "dead_fraction", "label")
+    if evaluation is not None:
+        poor = evaluation[~(evaluation["explained_variance"] >= MIN_EV)]
+        if len(poor):
+            values = _listed(f"{row['label']} ({row['explained_variance']:.2f})" for row in poor.to_dict("records"))
+            found.append(
+                f"Explained variance is too low at {values}: what is said of features there is about a part of the "
+                f"activations. Acceptable: {MIN_EV:g} or more."
+            )
+        dead = float(evaluation["dead_fraction"].max())
+        if dead > MAX_DEAD:
+            found.append(
+                f"{dead:.0%} of the features are dead: the dictionary is larger than the training could use, and "
+                f"counts of features depend on its size. Acceptable: {MAX_DEAD:.0%} or less."
+            )
+    accuracy = _with(tables["accuracy"], "task", "n")
+    if accuracy is not None:
+        sizes = accuracy.groupby("task", sort=False)["n"].max()
+        for task, n in sizes[sizes < MIN_ITEMS].items():
+            found.append(
+                f"Task {task} has {int(n)} items, too few for means over tasks or for ranking features. Acceptable: "
+                f"{MIN_ITEMS} or more."
+            )
+    errors = _with(tables["completeness/*"], "completeness_error", "task", "label")
+    if errors is not None and errors["completeness_error"].max() > MAX_COMPLETENESS:
+        worst = errors.loc[errors["completeness_error"].idxmax()]
+        found.append(
+            f"The effects of {worst['task']} at {worst['label']} miss the change of the metric by "
+            f"{worst['completeness_error']:.0%}. Acceptable: {MAX_COMPLETENESS:.0%} or less."
+        )
+    for task in tables.tasks("ablation"):
+        rows = _with(tables[f"ablation/{task}"], "clean", "reconstruction_only", "snapshot", "label")
+        if rows is None:
+            continue
+        last = rows.loc[rows["snapshot"].idxmax()]
+        share = float(last["reconstruction_only"] / last["clean"]) if last["clean"] else np.nan
+        if not RECONSTRUCTED[0] <= share <= RECONSTRUCTED[1]:
+            low, high = RECONSTRUCTED
+            found.append(
+                f"With the reconstruction alone, {task} at {last['label']} has {share:.0%} of its metric: the features "
+                f"do not hold what the model uses. Acceptable: {low:.0%} to {high:.0%}."
+            )
+    return found
+
+
+def find(tables: Tables, drawn: set[str]) -> list[Finding]:
+    """What the run found: what is learnt when, how well it is described, what is born, what acts, what recurs.
+
+    Args:
+        tables: of the run.
+        drawn: names of the CSV files of the figures that were drawn.
+    """
+    parts = (_learnt, _described, _born, _acts, _recurs)
+    return [found for part in parts if (found := part(tables, drawn)) is not None]
+
+
+def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
+    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "n")
+    if accuracy is None:
+        return None
+    parts: list[str] = []
+    for task, rows in accuracy[accuracy["n"] >= MIN_ITEMS].groupby("task", sort=False):
+        rows = rows.sort_values("snapshot")
+        stays = np.minimum.accumulate(rows["accuracy"].to_numpy()[::-1])[::-1] >= LEARNT
+        n = int(rows["n"].max())
+        if stays.any():
+            parts.append(f"{task} from {rows['label'].iloc[int(stays.argmax())]} on (n = {n:,})")
+        else:
+            parts.append(f"not {task} ({rows['accuracy'].iloc[-1]:.0%} at the end, n = {n:,})")
+    if not parts:
+        return None
+    links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
+    return Finding(f"The model answers at least {LEARNT:.0%} of the items correctly: {_listed(parts)}.", links)
+
+
+def _described(tables: Tables, drawn: set[str]) -> Finding | None:
+    evaluation = _with(tables["evaluation"], "explained_variance", "label")
+    if evaluation is None:
+        return None
+    ev = evaluation["explained_variance"]
+    text = (
+        f"The crosscoder explains {ev.mean():.1%} of the variance on held-out tokens on average, and "
+        f"{ev.min():.1%} at {evaluation.loc[ev.idxmin(), 'label']}, the least"
+    )
+    if "ce_recovered" in evaluation and evaluation["ce_recovered"].notna().any():
+        text += (
+            f"; spliced into the model, its reconstruction recovers at least {evaluation['ce_recovered'].min():.1%} of "
+            "the loss that zeros would cost"
+        )
+    links = _links(
+        drawn,
+        ("explained-variance", "index", "explained-variance", "Figure"),
+        ("cross-entropy", "index", "cross-entropy", "Control: loss with zeros instead"),
+    )
+    return Finding(f"{text}.", links)
+
+
+def _born(tables: Tables, drawn: set[str]) -> Finding | None:
+    lifecycles = _with(tables["lifecycles"], "measure", "origin")
+    if lifecycles is None:
+        return None
+    read = by_measure(lifecycles).dropna(subset=["origin"])
+    if read.empty:
+        return None
+    measure, born = main_measure(lifecycles), int((read["origin"] == "emergent").sum())
+    text = f"By {MEASURES[measure]}, {born:,} of {len(read):,} features are born after the first snapshot"
+    counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
+    if counts is not None:
+        at = counts[(counts["measure"] == measure) & (counts["kind"] == "all") & (counts["threshold"] == 0.5)]
+        if len(at):
+            row = at.iloc[0]
+            text += "; counted from the last snapshot backwards, which no training can explain, "
+            text += f"{row['born_reversed']:,} are"
+    links = _links(
+        drawn,
+        ("evolution-map", "evolution", "evolution-map", "Figure"),
+        ("birth-counts", "evolution", "birth-counts", "Control: births reversed in time"),
+    )
+    return Finding(f"{text}.", links)
+
+
+def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
+    found: list[tuple[float, str, Frame]] = []
+    for task in tables.tasks("ablation"):
+        rows = _with(tables[f"ablation/{task}"], "snapshot", "mode", "features", "k", "metric", "clean")
+        if rows is None:
+            continue
+        rows = rows[(rows["snapshot"] == rows["snapshot"].max()) & (rows["mode"] == "ablate")]
+        sizes = sorted(set(rows.loc[rows["features"] == "top", "k"]) & set(rows.loc[rows["features"] == "random", "k"]))
+        if sizes:
+            k = min(sizes, key=lambda size: abs(size - 15))
+            rows = rows[rows["k"] == k].groupby("features").first()
+            found.append((float(rows.loc["top", "clean"]), task, rows))
+    if not found:
+        return None
+    clean, task, rows = max(found, key=lambda each: each[0])
+    top, random = rows.loc["top"], rows.loc["random"]
+    text = (
+        f"On {task} at {top['label']}, ablating the {int(top['k'])} features with the largest effects takes the metric "
+        f"from {clean:.2f} to {_signed(top['metric'])} logits, {int(random['k'])} random active ones to "
+        f"{_signed(random['metric'])}"
+    )
+    effects = _with(tables[f"attribution/{task}"], "feature", "snapshot", "ie")
+    if effects is not None:
+        last = effects[effects["snapshot"] == effects["snapshot"].max()]
+        best = last.loc[last["ie"].idxmax()]
+        text += f"; the largest effect there is that of feature {feature_names(tables['names'])(int(best['feature']))}"
+    name = slug(task)
+    links = _links(
+        drawn,
+        (f"ie-{name}", "causal", f"ie-{name}", "Figure"),
+        (f"ablate-size-{name}", "causal", f"ablate-size-{name}", "Control: random features"),
+    )
+    return Finding(f"{text}.", links)
+
+
+def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
+    consensus, pairs = tables["consensus"], tables["seeds"]
+    if consensus is None or pairs is None:
+        if tables["lifecycles"] is None:
+            return None
+        text = "One seed was trained, so it is not known which of these features another training would find again."
+        return Finding(text, [("What to run", "index.html#seeds")])
+    live = consensus[consensus["alive"].astype(bool)]
+    kept = live[live["consensus"].astype(bool)]
+    text = (
+        f"Most of {int(live['of'].iloc[0])} seeds have {len(kept):,} of {len(live):,} live features, which write "
+        f"{kept['variance'].sum():.0%} of the variance; with permuted tokens "
+        f"{pairs['null_a'].mean():.1%} have a partner."
+    )
+    links = _links(
+        drawn, ("seeds", "index", "seeds", "Figure"), ("seeds-rate", "index", "seeds-rate", "Control: by firing rate")
+    )
+    return Finding(text, links)
+
+
+def _links(drawn: set[str], *figures: tuple[str, str, str, str]) -> list[tuple[str, str]]:
+    """(name, link) of the figures that were drawn, given as (CSV file, page, id, name)."""
+    return [(name, f"{page}.html#figure-{id}") for csv, page, id, name in figures if f"{csv}.csv" in drawn]
+
+
+def _with(table: Frame | None, *columns: str) -> Any:
+    return None if table is None or not set(columns) <= set(table) else table
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _listed(parts: Any) -> str:
+    """A list in words; long ones are cut."""
+    names = [shortened(part, 60) for part in parts]
+    return ", ".join(names[:_BOUND]) + (f" and {len(names) - _BOUND} more" if len(names) > _BOUND else "")

@@ -1,0 +1,120 @@
+"""What a report says was found, and what it warns of, against tables whose answer is known."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from crosslens.report import findings, write_report
+from crosslens.report.features import MIN_ITEMS as RANKED
+from crosslens.report.findings import find, warn
+from crosslens.report.tables import Tables
+from crosslens.rundir import RunDir
+from crosslens.tasks import accuracy
+from crosslens.training import progress
+from tests.report.test_features import add_features
+from tests.report.test_pages import PAGES, TASKS, _Page, drop, lives, make_run, table
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "r", 8)
+
+
+def warnings(run: RunDir) -> list[str]:
+    return warn(Tables(run, run.read_json()))
+
+
+def test_bounds_are_those_of_training_and_tasks() -> None:
+    assert (findings.MIN_EV, findings.MAX_DEAD) == (progress.MIN_EXPLAINED_VARIANCE, progress.MAX_DEAD_FRACTION)
+    assert accuracy.MIN_ITEMS == findings.MIN_ITEMS == RANKED
+
+
+def test_a_sound_run_has_no_warning(run: RunDir) -> None:
+    assert warnings(run) == []
+    write_report(run.path)
+    assert "with care" not in _Page(run.report / "index.html", PAGES).text
+
+
+def test_every_value_that_does_not_carry_is_named_with_its_bound(run: RunDir) -> None:
+    evaluation = table(run, "evaluation")
+    evaluation.loc[2, "explained_variance"] = 0.06
+    run.save_table("evaluation", evaluation.assign(dead_fraction=0.31))
+    scores = table(run, "accuracy")
+    run.save_table("accuracy", scores.assign(n=scores["n"].where(scores["task"] != TASKS[1], 3)))
+    errors = table(run, f"completeness/{TASKS[0]}")
+    errors.loc[3, "completeness_error"] = 0.4
+    run.save_table(f"completeness/{TASKS[0]}", errors)
+    shares = table(run, f"ablation/{TASKS[0]}")
+    run.save_table(f"ablation/{TASKS[0]}", shares.assign(reconstruction_only=0.5 * shares["clean"]))
+    found = warnings(run)
+    assert len(found) == 5
+    label = evaluation["label"]
+    for words in (
+        f"too low at {label[2]} (0.06)", "Acceptable: 0.7 or more", "31% of the features are dead",
+        "Acceptable: 20% or less", f"Task {TASKS[1]} has 3 items", "Acceptable: 20 or more",
+        f"effects of {TASKS[0]} at {label[3]} miss the change of the metric by 40%",
+        f"{TASKS[0]} at {label[7]} has 50% of its metric", "Acceptable: 80% to 120%",
+    ):  # fmt: skip
+        assert words in " ".join(found)
+    write_report(run.path)
+    for name in (*PAGES, "features", "feature"):
+        text = _Page(run.report / "index.html", (name,)).text
+        assert all(line in text for line in found), name
+
+
+def test_a_missing_value_is_warned_of(run: RunDir) -> None:
+    evaluation = table(run, "evaluation")
+    evaluation.loc[0, "explained_variance"] = float("nan")
+    run.save_table("evaluation", evaluation)
+    assert len(warnings(run)) == 1
+
+
+def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
+    add_features(run)
+    steps = table(run, "evaluation")["label"].tolist()
+    scores = table(run, "accuracy").sort_values(["task", "snapshot"])
+    simple = [0.5, 0.95, 0.8, 0.9, 0.9, 0.91, 0.99, 1.0]
+    scores.loc[scores["task"] == TASKS[0], "accuracy"] = simple
+    scores.loc[scores["task"] == TASKS[1], "accuracy"] = 0.85
+    run.save_table("accuracy", scores)
+    counts = pd.DataFrame([{"measure": "r2", "kind": "all", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 3}])
+    run.save_table("birth_counts", counts)
+    write_report(run.path)
+    page = _Page(run.report / "index.html", ("index",))
+    found = find(Tables(run, run.read_json()), {path.name for path in (run.report / "data").glob("*.csv")})
+    learnt, described, born, acts, recurs = (one.text for one in found)
+    assert f"{TASKS[0]} from {steps[3]} on (n = 200), not {TASKS[1]} (85% at the end, n = 200)" in learnt
+    ev = table(run, "evaluation")["explained_variance"]
+    assert f"{ev.mean():.1%}" in described and f"{ev.min():.1%} at {steps[0]}" in described
+    read = lives(run)["origin"].dropna()
+    assert f"{(read == 'emergent').sum()} of {len(read)} features are born" in born and born.endswith("3 are.")
+    last = pd.concat([table(run, f"ablation/{task}").assign(task=task) for task in TASKS], ignore_index=True)
+    last = last[(last["snapshot"] == 7) & (last["mode"] == "ablate") & (last["k"] == 15)]
+    task = last.loc[last["clean"].idxmax(), "task"]
+    rows = last[last["task"] == task].set_index("features")
+    numbers = [rows.loc["top", "clean"], rows.loc["top", "metric"], rows.loc["random", "metric"]]
+    assert [f"{n:.2f}".replace("-", "−") for n in numbers] == re.findall(r"−?\d+\.\d\d", acts)
+    effects = table(run, f"attribution/{task}").query("snapshot == 7")
+    assert f"feature {effects.loc[effects['ie'].idxmax(), 'feature']}" in acts
+    consensus = table(run, "consensus").query("alive")
+    assert f"have {consensus['consensus'].sum()} of {len(consensus)} live features" in recurs
+    for one in found:
+        assert one.links
+        for _, link in one.links:
+            name, _, anchor = link.partition(".html#")
+            ids = {a.get("id") for _, a in _Page(run.report / "index.html", (name,)).elements}
+            assert anchor in ids, link
+            assert ("a", link) in [(tag, a.get("href")) for tag, a in page.elements]
+
+
+def test_sentences_without_tables_are_left_out(run: RunDir) -> None:
+    found = find(Tables(run, run.read_json()), set())
+    assert "One seed was trained" in found[-1].text and len(found) == 5
+    drop(run, "accuracy", "ablation", "evaluation")
+    assert len(find(Tables(run, run.read_json()), set())) == 2
+    drop(run, "lifecycles", "evolution")
+    assert find(Tables(run, run.read_json()), set()) == []
