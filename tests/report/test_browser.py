@@ -467,7 +467,7 @@ def test_promotes_and_context_are_those_of_the_selected_snapshot(browser: Any, r
             page.wait_for_timeout(300)
         assert visitor.column("Promotes") == [names.get(lens[f, snapshot], lens[f, snapshot]) for f in range(50)]
     page = visitor.feature(8)
-    effects = pd.concat([table(run, f"attribution/{task}") for task in TASKS]).query("feature == 8")
+    effects = pd.concat([table(run, f"attribution/{task}") for task in TASKS], ignore_index=True).query("feature == 8")
     strongest = effects.loc[effects["ie"].abs().idxmax(), "snapshot"]
     assert page.input_value("#at") == page.input_value("#lens-at") == str(strongest)
     page.fill("#lens-at", "3")
