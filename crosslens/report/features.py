@@ -220,6 +220,7 @@ class _Features:
         self.names = [_text(name) for name in _labelled(tables["labels"], ids, "label")]
         rated = _labelled(tables["labels"], ids, "complexity")
         self.complexities = [None if complexity is None else int(complexity) for complexity in rated]
+        self.judged = _judged(tables["labels"], ids)
         self.top = self.examples.tops() if self.examples else nothing
         self.promoted = self.lens.tops(np.full(len(ids), S - 1)) if self.lens else nothing
         known = zip(ids.tolist(), self.names, self.top, strict=True)
@@ -272,6 +273,7 @@ class _Features:
                 "name": self.names[row],
                 "top": self.top[row],
                 "complexity": self.complexities[row],
+                "judged": self.judged[row],
                 "kind": self.classes[row],
                 "rate": self.rates[row],
                 **{name: values[row] for name, values in self.lifecycle.items()},
@@ -327,6 +329,33 @@ def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
     known = labels.dropna(subset=[column])
     found = dict(zip(known["feature"], known[column], strict=True))
     return [found.get(feature) for feature in ids.tolist()]
+
+
+def _judged(labels: Frame | None, ids: np.ndarray) -> list[str | None]:
+    """How well the label of each feature finds the passages that activate it, in words; None where it is not judged."""
+    names = ("detection", "detection_low", "detection_high", "detection_n", "control", "control_feature")
+    local = ("local_detection", "local_low", "local_high", "local_control")
+    values = {name: _labelled(labels, ids, name) for name in (*names, *local)}
+    found: list[str | None] = []
+    for row in range(len(ids)):
+        value = {name: column[row] for name, column in values.items()}
+        parts: list[str] = []
+        judged = all(
+            value[name] is not None for name in ("detection", "detection_low", "detection_high", "detection_n")
+        )
+        if judged:
+            interval = f"[{value['detection_low']:.2f}, {value['detection_high']:.2f}]"
+            parts.append(f"{value['detection']:.2f} {interval} on {value['detection_n']:.0f} held-out passages")
+            if value["control"] is not None and value["control_feature"] is not None:
+                parts.append(f"{value['control']:.2f} with the label of feature {value['control_feature']:.0f}")
+        if all(value[name] is not None for name in ("local_detection", "local_low", "local_high")):
+            interval = f"[{value['local_low']:.2f}, {value['local_high']:.2f}]"
+            parts.append(f"{value['local_detection']:.2f} {interval} by its top tokens alone")
+            if value["local_control"] is not None:
+                parts.append(f"{value['local_control']:.2f} by those of another feature")
+        what = "Label, judged by" if judged else "Top tokens as a label, judged by"
+        found.append(f"{what} balanced accuracy (chance 0.5): {'; '.join(parts)}." if parts else None)
+    return found
 
 
 def _with_contexts(around: Frame, tables: Tables) -> Frame:

@@ -420,7 +420,8 @@ def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str,
         if counted.any() and (n := column("accuracy", "n")) is not None:
             items, tasks = int(n[counted].sum()), int(counted.sum())
             mean = (accuracy[counted] * n[counted]).sum() / items
-            numbers.append((f"{mean:.0%}", f"accuracy over the {items:,} items of {tasks} tasks, last snapshot"))
+            word = "task" if tasks == 1 else "tasks"
+            numbers.append((f"{mean:.0%}", f"accuracy over the {items:,} items of {tasks} {word}, last snapshot"))
     if (error := column("completeness/*", "completeness_error")) is not None:
         numbers.append((f"{100 * error.max():.2g}%", "largest completeness error"))
     return numbers

@@ -334,6 +334,30 @@ def test_labels_are_not_markup(tmp_path: Path) -> None:
         assert not any("alert" in str(value) for _, a in page.elements for value in a.values())
 
 
+def test_scores_of_labels_in_scripts(tmp_path: Path) -> None:
+    run = add_features(make_run(tmp_path / "r", 8))
+    ids = lives(run)["feature"].tolist()[:3]
+    nothing = [np.nan] * 3
+    scores = {
+        "detection": [0.8712, np.nan, np.nan], "detection_low": [0.75, np.nan, np.nan],
+        "detection_high": [0.94, np.nan, np.nan], "detection_n": pd.array([40, None, None], dtype="Int64"),
+        "control": [0.52, np.nan, np.nan], "control_feature": pd.array([ids[1], None, None], dtype="Int64"),
+        "local_detection": [0.61, 0.58, np.nan], "local_low": [0.5, 0.4, np.nan], "local_high": [0.7, 0.7, np.nan],
+        "local_control": nothing,
+    }  # fmt: skip
+    run.save_table("labels", pd.DataFrame({"feature": ids, "label": "verbs", "complexity": nothing, **scores}))
+    write_scripts(run)
+    found = {id: feature["judged"] for id, (feature, _) in shards(run).items()}
+    assert found[ids[0]] == (
+        "Label, judged by balanced accuracy (chance 0.5): 0.87 [0.75, 0.94] on 40 held-out passages; 0.52 with the "
+        f"label of feature {ids[1]}; 0.61 [0.50, 0.70] by its top tokens alone."
+    )
+    assert found[ids[1]] == (
+        "Top tokens as a label, judged by balanced accuracy (chance 0.5): 0.58 [0.40, 0.70] by its top tokens alone."
+    )
+    assert found[ids[2]] is None
+
+
 def test_complexity_in_scripts_and_figure(tmp_path: Path) -> None:
     run = add_features(make_run(tmp_path / "r", 8))
     source, rng = lives(run), np.random.default_rng(0)

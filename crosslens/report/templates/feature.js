@@ -35,6 +35,7 @@
     const id = /^\d{1,9}$/.test(asked) ? Number(asked) : -1;
     byId("feature").hidden = true;
     byId("label").textContent = "";
+    byId("judged").textContent = "";
     byId("name").textContent = id < 0 ? "Feature" : `Feature ${id}`;
     try {
       if (id < 0) throw new Error(`“${visible(decodeURIComponent(asked))}” is not a feature number`);
@@ -100,6 +101,8 @@
     ].filter(([, value]) => value);
     byId("label").textContent = feature.name ? visible(feature.name) : "";
     if (!feature.name && feature.top) byId("label").replaceChildren("most active at ", element("bdi", { class: "chip", text: visible(feature.top) }));
+    byId("judged").textContent = feature.judged ? visible(feature.judged) : "";
+    byId("judged").hidden = !feature.judged;
     byId("facts").replaceChildren(...facts.map(([name, value]) => element("div", {}, [element("dt", { text: name }), element("dd", { text: value })])));
     byId("facts").hidden = !facts.length;
     for (const { id } of document.querySelectorAll("#feature figure")) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
