@@ -81,10 +81,14 @@ def add_activations(run: RunDir, examples: pd.DataFrame, around: pd.DataFrame, r
     """Add contexts, samples, histograms, encoder shares, prompts and seeds, of the same features."""
     feature = examples["feature"].unique()
     F, labels = len(lives(run)), list(wide(run, "norm"))
-    at = examples.set_index(["feature", "rank"])["position"]
-    keys = pd.MultiIndex.from_frame(around[["feature", "rank"]])
-    far = around.assign(position=around["position"] + 12)[around["position"] <= at.loc[keys].to_numpy()]
-    run.save_table("example_contexts", far.reset_index(drop=True))
+    n = len(examples)
+    far = examples.loc[examples.index.repeat(10), ["feature", "rank"]].reset_index(drop=True)
+    far["position"] = np.repeat(examples["position"].to_numpy(), 10) + np.tile(
+        np.arange(3, 13), n
+    )  # further right
+    far["activation"] = rng.uniform(0, 0.5, 10 * n)
+    far["token"] = pd.Categorical.from_codes(rng.integers(0, len(TOKENS), 10 * n), TOKENS)
+    run.save_table("example_contexts", far)
     run.save_table("samples", examples.drop(columns=[name for name in examples if name.startswith("read/")]))
     run.save_table("sample_tokens", around)
     bins = pd.DataFrame({"feature": np.repeat(feature, 3), "bin": np.tile([-2, 1, 5], len(feature))})
