@@ -300,11 +300,8 @@ def _example_tables(
     found = pd.DataFrame(table)
     around, distance = _token_table(acts, found, examples.activations[feature, rank].numpy())
     near = distance <= window
-    return {
-        "examples": found,
-        "example_tokens": around[near].reset_index(drop=True),
-        "example_contexts": around[~near].reset_index(drop=True),
-    }
+    tokens, contexts = (around.loc[rows].reset_index(drop=True) for rows in (near, ~near))
+    return {"examples": found, "example_tokens": tokens, "example_contexts": contexts}
 
 
 def _sample_tables(crosscoder: Crosscoder, acts: Activations, sample: ActivationSample) -> dict[str, pd.DataFrame]:

@@ -199,7 +199,7 @@ def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
     live = consensus[consensus["alive"].astype(bool)]
     kept = live[live["consensus"].astype(bool)]
     text = (
-        f"Most of {int(live['of'].iloc[0])} seeds have {len(kept):,} of {len(live):,} live features, which write "
+        f"Most of {int(consensus['of'].max())} seeds have {len(kept):,} of {len(live):,} live features, which write "
         f"{kept['variance'].sum():.0%} of the variance; with permuted tokens "
         f"{pairs['null_a'].mean():.1%} have a partner."
     )

@@ -83,9 +83,7 @@ def add_activations(run: RunDir, examples: pd.DataFrame, around: pd.DataFrame, r
     F, labels = len(lives(run)), list(wide(run, "norm"))
     n = len(examples)
     far = examples.loc[examples.index.repeat(10), ["feature", "rank"]].reset_index(drop=True)
-    far["position"] = np.repeat(examples["position"].to_numpy(), 10) + np.tile(
-        np.arange(3, 13), n
-    )  # further right
+    far["position"] = np.repeat(examples["position"].to_numpy(), 10) + np.tile(np.arange(3, 13), n)  # further right
     far["activation"] = rng.uniform(0, 0.5, 10 * n)
     far["token"] = pd.Categorical.from_codes(rng.integers(0, len(TOKENS), 10 * n), TOKENS)
     run.save_table("example_contexts", far)
