@@ -169,7 +169,7 @@ def describe_doubtful(table: pd.DataFrame) -> list[str]:
     lines = [f"{row['label']}: {row['reason']}" for row in named.to_dict("records")]
     left: pd.DataFrame = table.loc[table["reason"] == ""]
     if len(left) >= 2 and left["step"].notna().all():
-        lines.append(f"a crosscoder is better trained without: --steps {','.join(map(str, left['step']))}")
+        lines.append(f"to leave these out: --steps {','.join(map(str, left['step']))}")
     return lines
 
 

@@ -414,7 +414,7 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
     assert "evolve: 0." in out and "GiB of memory to read presence" in out
-    assert "step0: untrained (step 0)\na crosscoder is better trained without: --steps 10,20" in out
+    assert "step0: untrained (step 0)\nto leave these out: --steps 10,20" in out
 
 
 def test_two_models_of_any_kind(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
         expected = [similarity[t, s] for t in range(s)] + [similarity[s, 4]] * (s < 4)
         assert table["similarity"][s] == max(expected)
     lines = describe_doubtful(table)
-    assert lines[-1] == "a crosscoder is better trained without: --steps 8,64,512" and len(lines) == 3
+    assert lines[-1] == "to leave these out: --steps 8,64,512" and len(lines) == 3
     share = torch.full((7, 5), 0.1)
     share[:, 3] = 0.61
     share[0] = torch.nan
@@ -315,7 +315,7 @@ def test_doubtful_snapshots_are_not_proposed(seed: int) -> None:
 def test_step_0_is_untrained_and_unknown_steps_are_not_printed() -> None:
     x = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(1))
     acts = Given(x)
-    for steps, last in (((0, 1, 2), "a crosscoder is better trained without: --steps 1,2"), ((0, None, 2), None)):
+    for steps, last in (((0, 1, 2), "to leave these out: --steps 1,2"), ((0, None, 2), None)):
         acts.snapshots = Snapshots([Snapshot(f"s{i}", n, None, name="x") for i, n in enumerate(steps)], "x")
         lines = describe_doubtful(doubtful_snapshots(acts))
         assert lines == ["s0: untrained (step 0)", *([last] if last else [])]
