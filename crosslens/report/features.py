@@ -217,7 +217,11 @@ class _Features:
         )
         self.read: np.ndarray | None = self._part("read", tables, ("encoder",), lambda table: _read(table, ids, labels))
         nothing = [""] * len(ids)
-        self.names = [_text(name) for name in _labelled(tables["labels"], ids, "label")]
+        statuses = _labelled(tables["labels"], ids, "status")
+        self.names = [  # labels of top tokens say no more than these, at greater length
+            "" if status == "local" else _text(name)
+            for name, status in zip(_labelled(tables["labels"], ids, "label"), statuses, strict=True)
+        ]
         rated = _labelled(tables["labels"], ids, "complexity")
         self.complexities = [None if complexity is None else int(complexity) for complexity in rated]
         self.judged = _judged(tables["labels"], ids)
@@ -334,7 +338,7 @@ def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
 def _judged(labels: Frame | None, ids: np.ndarray) -> list[str | None]:
     """How well the label of each feature finds the passages that activate it, in words; None where it is not judged."""
     names = ("detection", "detection_low", "detection_high", "detection_n", "control", "control_feature")
-    local = ("local_detection", "local_low", "local_high", "local_control")
+    local = ("local_label", "local_detection", "local_low", "local_high", "local_control")
     values = {name: _labelled(labels, ids, name) for name in (*names, *local)}
     found: list[str | None] = []
     for row in range(len(ids)):
@@ -353,8 +357,11 @@ def _judged(labels: Frame | None, ids: np.ndarray) -> list[str | None]:
             parts.append(f"{value['local_detection']:.2f} {interval} by its top tokens alone")
             if value["local_control"] is not None:
                 parts.append(f"{value['local_control']:.2f} by those of another feature")
-        what = "Label, judged by" if judged else "Top tokens as a label, judged by"
-        found.append(f"{what} balanced accuracy (chance 0.5): {'; '.join(parts)}." if parts else None)
+        what = "Label" if judged else "Top tokens as a label"
+        if not judged and value["local_label"] is not None:
+            what += f" ({value['local_label']})"
+        words = f"{what}, judged by balanced accuracy (chance 0.5): {'; '.join(parts)}."
+        found.append(words if parts else None)
     return found
 
 

@@ -345,7 +345,7 @@ def test_scores_of_labels_in_scripts(tmp_path: Path) -> None:
         "detection_high": [0.94, np.nan, np.nan], "detection_n": pd.array([40, None, None], dtype="Int64"),
         "control": [0.52, np.nan, np.nan], "control_feature": pd.array([ids[1], None, None], dtype="Int64"),
         "local_detection": [0.61, 0.58, np.nan], "local_low": [0.5, 0.4, np.nan], "local_high": [0.7, 0.7, np.nan],
-        "local_control": nothing,
+        "local_control": nothing, "local_label": [None, "fires on: x", None], "status": ["answered", "local", "local"],
     }  # fmt: skip
     run.save_table("labels", pd.DataFrame({"feature": ids, "label": "verbs", "complexity": nothing, **scores}))
     write_scripts(run)
@@ -355,9 +355,11 @@ def test_scores_of_labels_in_scripts(tmp_path: Path) -> None:
         f"label of feature {ids[1]}; 0.61 [0.50, 0.70] by its top tokens alone."
     )
     assert found[ids[1]] == (
-        "Top tokens as a label, judged by balanced accuracy (chance 0.5): 0.58 [0.40, 0.70] by its top tokens alone."
+        "Top tokens as a label (fires on: x), judged by balanced accuracy (chance 0.5): 0.58 [0.40, 0.70] by its top "
+        "tokens alone."
     )
     assert found[ids[2]] is None
+    assert [shards(run)[id][0]["name"] for id in ids] == ["verbs", "", ""]
 
 
 def test_complexity_in_scripts_and_figure(tmp_path: Path) -> None:
