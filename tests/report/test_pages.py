@@ -575,7 +575,7 @@ def test_accuracy_says_what_is_left_out_and_where_it_is_at_chance(tmp_path: Path
     first = accuracy["label"].iloc[0]
     assert f"{TASKS[0]} 7, too few for means over tasks, {left_out}, at chance at {first}" in text
     assert f"{TASKS[1]} 200, {left_out}" in text
-    assert "90%" in text and "accuracy over the 200 items of 1 tasks" in text  # without the task of 7 items
+    assert "90%" in text and "accuracy over the 200 items of 1 task," in text  # without the task of 7 items
     assert f"Task {TASKS[0]} has 7 items, too few for means over tasks" in text
 
 
