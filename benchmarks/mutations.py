@@ -653,6 +653,7 @@ def timed_checksums() -> Generator[Counter[str], None, None]:
     places: list[tuple[Any, str]] = [
         (crosscoder_checksums, "tensor_checksum"), (crosscoder_checksums, "config_checksum"),
         (checkpoints, "file_checksum"), (checkpoints, "json_checksum"), (rundir, "json_checksum"), (rundir, "_seal"),
+        (rundir, "file_checksum"),
         (cache._File, "_verify"), (cache, "_digest"), (cache, "json_checksum"),
     ]  # fmt: skip
     seconds: Counter[str] = Counter()

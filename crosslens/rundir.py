@@ -386,6 +386,42 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(complete, key=lambda path: int(path.name.removeprefix("tokens-")))
 
 
+def inspect_checkpoint(folder: Path, rank: int = 0, n_ranks: int = 1) -> tuple[dict[str, Any], str]:
+    """The contents of `state.json` in a checkpoint, and what is wrong with its files, if anything.
+
+    Args:
+        folder: the checkpoint.
+        rank: which of several processes this is; each compares the checksums of some of the files.
+        n_ranks: how many they are.
+    """
+    path = folder / "state.json"
+    try:
+        numbers = dict(json.loads(path.read_text()))
+        if numbers.pop("checksum", None) != json_checksum(numbers):
+            return {}, f"{path.name}: its checksum does not match"
+        checksums: dict[str, str] = {}
+        for path in sorted(folder.glob("checksums-*.json")):
+            checksums |= json.loads(path.read_text())
+        for name, checksum in list(sorted(checksums.items()))[rank::n_ranks]:
+            path = folder / name
+            if file_checksum(path) != checksum:
+                return {}, f"{name}: its checksum does not match"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return {}, f"{path.name}: {brief(error)}"
+    return numbers, ""
+
+
+def file_checksum(path: Path) -> str:
+    """The XXH3 of a file."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_writable(folder: Path) -> None:
     """Check that files can be written to a folder, which need not exist yet.
 

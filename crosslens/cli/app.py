@@ -66,7 +66,7 @@ from crosslens.cli.arguments import (
     parse_tasks,
 )
 from crosslens.cli.config_file import Context, given_options, read_config
-from crosslens.cli.display import Column, Output, counted, number, percent, size
+from crosslens.cli.display import Column, Output, counted, is_first, number, percent, size
 from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
@@ -574,7 +574,7 @@ def train(
         drop_positions=drop_positions,
     )
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
-    if _first():
+    if is_first():
         claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
         RunDir(run_dir).update(options=given_options(context))
     if cache is not None:
@@ -588,7 +588,7 @@ def train(
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         data_parallel=data_parallel,
     )
-    if _first() and acts.n_snapshots > 1 and not (RunDir(run_dir).crosscoder / "cfg.json").is_file():
+    if is_first() and acts.n_snapshots > 1 and not (RunDir(run_dir).crosscoder / "cfg.json").is_file():
         for line in describe_doubtful(doubtful_snapshots(acts)):
             out.say(line)
     total = (config.training_tokens or acts.n_tokens) // config.batch_size
@@ -603,7 +603,7 @@ def train(
         f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
     )
     found: dict[str, Any] = {}
-    if _first():
+    if is_first():
         evaluation = run.table("evaluation")
         if seeds > 1:
             from crosslens.evolution.seeds import save_seeds
@@ -1234,11 +1234,6 @@ def _list(out: Output, what: str, steps: str | None) -> None:
 
 
 # ---------------------------------------------------------------------- processes
-def _first() -> bool:
-    """Whether this is the first, or only, process that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Write a warning to stderr in one line, without the line of code that raised it."""
     if issubclass(category, UserWarning):

@@ -39,7 +39,7 @@ class Output:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.silent = os.environ.get("RANK", "0") != "0"
+        self.silent = not is_first()
 
     def say(self, words: str) -> None:
         """Print lines of text."""
@@ -79,6 +79,11 @@ class Output:
         """Print the object, if one was asked for."""
         if self.as_json and not self.silent:
             typer.echo(json.dumps(to_json(values), indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes of torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def to_json(value: Any) -> Any:

@@ -10,6 +10,7 @@ import pandas as pd
 from crosslens.causal import Attribution
 from crosslens.cli.display import Column, Output, measured, number, percent
 from crosslens.evolution.births import NAMES
+from crosslens.evolution.lifecycles import count_origins
 from crosslens.tasks import describe_accuracy, list_counts
 
 _TOP = 5
@@ -19,10 +20,8 @@ def count_lifecycles(lifecycles: pd.DataFrame) -> list[dict[str, Any]]:
     """How many live features have which origin, by every measure of presence."""
     rows: list[dict[str, Any]] = []
     for measure, table in lifecycles.groupby("measure", sort=False):
-        origins = table.loc[table["alive"], "origin"].value_counts()
-        live = int(table["alive"].sum())
-        counts = {origin: int(origins.get(origin, 0)) for origin in ("initial", "emergent", "never")}
-        unread = live - sum(counts.values())
+        counts, live = count_origins(table), int(table["alive"].sum())
+        unread = counts.pop("unread")
         rows.append({"measure": measure, "features": len(table), "live": live, **counts, "without_reading": unread})
     return rows
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from crosslens.cli.display import counted, number, percent, size
 from crosslens.errors import UserError, brief, json_checksum
-from crosslens.rundir import RunDir, complete_checkpoints, maker
+from crosslens.rundir import RunDir, complete_checkpoints, inspect_checkpoint, maker
 
 OK, MISSING, DAMAGED, OLD, UNFINISHED = "ok", "missing", "damaged", "out of date", "unfinished"
 OF_EVOLVE = (
@@ -155,7 +155,7 @@ def _checkpoints(run: RunDir, info: dict[str, Any], trained: bool) -> Iterator[P
     if found and not trained:
         done = int(found[-1].name.removeprefix("tokens-"))
         of = f" of {total:,} ({done / total:.0%})" if total else ""
-        damage = _damage(found[-1])
+        _, damage = inspect_checkpoint(found[-1])
         if damage:
             earlier = "the one before is used" if len(found) > 1 else "training starts again from the first token"
             yield Part("checkpoints", DAMAGED, f"at {done:,} tokens: {damage}; {earlier}", _repeat(info))
@@ -164,27 +164,6 @@ def _checkpoints(run: RunDir, info: dict[str, Any], trained: bool) -> Iterator[P
     if aside := [*run.checkpoints.glob("damaged-*"), *run.path.glob("damaged-crosscoder")]:
         names = ", ".join(str(path.relative_to(run.path)) for path in aside)
         yield Part("set aside", DAMAGED, f"{names}: replaced since, and may be deleted")
-
-
-def _damage(checkpoint: Path) -> str:
-    """What is wrong with the files of a checkpoint, if anything."""
-    import xxhash
-
-    try:
-        numbers = json.loads((checkpoint / "state.json").read_text())
-        if numbers.pop("checksum", None) != json_checksum(numbers):
-            return "state.json does not have the checksum in it"
-        for listed in checkpoint.glob("checksums-*.json"):
-            for name, checksum in json.loads(listed.read_text()).items():
-                digest = xxhash.xxh3_64()
-                with (checkpoint / name).open("rb") as file:
-                    while block := file.read(_BLOCK):
-                        digest.update(block)
-                if digest.hexdigest() != checksum:
-                    return f"{name} does not have its checksum"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        return brief(error)
-    return ""
 
 
 def _read_tables(run: RunDir) -> tuple[dict[str, Any], dict[str, str]]:

@@ -32,6 +32,7 @@ from crosslens.evolution.lifecycles import (
     add_dates,
     check_presence,
     classify_lifecycles,
+    count_origins,
     measure_firing,
     relative_norms,
     require_two_snapshots,
@@ -152,9 +153,9 @@ class Evolution:
             f"{labels.iloc[0]} to {labels.iloc[-1]}"
         ]
         for measure, table in self._lifecycles.items():
-            counts = table.loc[table["alive"], "origin"].value_counts()
-            words = [f"{counts[origin]:,} {origin}" for origin in ("initial", "emergent", "never") if origin in counts]
-            unread = int(table["alive"].sum() - counts.sum())
+            counts = count_origins(table)
+            unread = counts.pop("unread")
+            words = [f"{count:,} {origin}" for origin, count in counts.items() if count]
             if unread:
                 why = "not contextual, or hardly predicted" if measure == "within" else "hardly predicted"
                 words.append(f"{unread:,} without a reading ({why})")

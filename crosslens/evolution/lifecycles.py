@@ -242,6 +242,17 @@ def rotation(crosscoder: Crosscoder, reference: int = -1, *, min_norm: float = 0
     return torch.stack(cosines, 1).masked_fill(~(directed & directed[:, [reference]]), torch.nan)
 
 
+def count_origins(lifecycles: pd.DataFrame) -> dict[str, int]:
+    """How many live features have each origin, and how many are `unread`: presence has no reading of them.
+
+    Args:
+        lifecycles: the table of one measure.
+    """
+    counts = lifecycles.loc[lifecycles["alive"], "origin"].value_counts()
+    found = {origin: int(counts.get(origin, 0)) for origin in ("initial", "emergent", "never")}
+    return {**found, "unread": int(lifecycles["alive"].sum()) - sum(found.values())}
+
+
 def snapshot_columns(crosscoder: Crosscoder) -> pd.DataFrame:
     """label, step and tokens of the crosscoder's snapshots from its metadata; labels default to indices."""
     recorded: list[dict[str, Any]] = crosscoder.cfg.metadata.snapshots or []

@@ -19,13 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import hypot, log
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from crosslens.features.explainers import Prompt
+from crosslens.features.explainers import Prompt, first_object
+from crosslens.tasks.intervals import wilson_interval
 
 SYSTEM = """You are given a description of what one feature of a language model is active on, and numbered passages. \
 A feature is a number that the model computes at every token; it is zero at most of them. The first line is the \
@@ -133,10 +133,8 @@ def detection_prompts(label: str, passages: Sequence[Passage]) -> list[Prompt]:
 
 def read_verdicts(text: str, n: int) -> list[bool] | None:
     """Parse an answer about n passages; None unless its first JSON object has 0 or 1 (or false or true) for each."""
-    begin = text.find("{")
-    try:
-        found, _ = json.JSONDecoder().raw_decode(text[begin:] if begin >= 0 else "")
-    except (ValueError, RecursionError):
+    found = first_object(text)
+    if found is None:
         return None
     verdicts = [found.get(str(number)) for number in range(1, n + 1)]
     right = len(found) == n and all(type(verdict) in (int, bool) and verdict in (0, 1) for verdict in verdicts)
@@ -169,17 +167,10 @@ def balanced_accuracy(k1: int, n1: int, k0: int, n0: int, level: float = 0.95) -
     """Balanced accuracy (k1 / n1 + k0 / n0) / 2 with Newcombe's interval; NaN if n1 or n0 is 0."""
     if not n1 or not n0:
         return float("nan"), float("nan"), float("nan")
-    (p, *p_ends), (q, *q_ends) = wilson(k1, n1, level), wilson(k0, n0, level)
-    below, above = (hypot(p - end, q - other) / 2 for end, other in zip(p_ends, q_ends, strict=True))
+    p, q = k1 / n1, k0 / n0
+    ends = zip(wilson_interval(k1, n1, level), wilson_interval(k0, n0, level), strict=True)
+    below, above = (hypot(p - end, q - other) / 2 for end, other in ends)
     return (p + q) / 2, max(0.0, (p + q) / 2 - below), min(1.0, (p + q) / 2 + above)
-
-
-def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float, float]:
-    """A share k / n with Wilson's score interval."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p, middle = k / n, (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * (k * (n - k) / n + z * z / 4) ** 0.5
-    return p, middle - half, middle + half
 
 
 def local_labels(examples: pd.DataFrame, tokens: pd.DataFrame, n_examples: int) -> dict[int, tuple[str, ...]]:

@@ -292,6 +292,15 @@ class Reply:
     tokens_out: int = 0
 
 
+def first_object(text: str) -> dict[str, Any] | None:
+    """The first JSON object in an answer, which may say something before and after it; None if there is none."""
+    begin = text.find("{")
+    try:
+        return json.JSONDecoder().raw_decode(text[begin:] if begin >= 0 else "")[0]
+    except (ValueError, RecursionError):
+        return None
+
+
 class Answers:
     """Answers by key, in an append-only file of JSON lines.
 

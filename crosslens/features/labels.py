@@ -53,6 +53,7 @@ from crosslens.features.explainers import (
     ask_all,
     check_client,
     estimate_tokens,
+    first_object,
 )
 from crosslens.rundir import RunDir
 
@@ -351,12 +352,8 @@ def read_label(text: str) -> tuple[str, int] | None:
 
     Line breaks and characters that UTF-8 cannot encode are removed from the label.
     """
-    begin = text.find("{")
-    try:
-        found, _ = json.JSONDecoder().raw_decode(text[begin:] if begin >= 0 else "")
-    except (ValueError, RecursionError):
-        return None
-    label, complexity = (found.get("label"), found.get("complexity")) if isinstance(found, dict) else (None, None)
+    found = first_object(text) or {}
+    label, complexity = found.get("label"), found.get("complexity")
     if not isinstance(label, str) or type(complexity) is not int or not 1 <= complexity <= 5:
         return None
     line = " ".join(clean(label).split())[:_LABEL]

@@ -8,26 +8,17 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import norm
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.tasks.intervals import wilson_interval
 from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, logit_difference, summed_log_probability
 
 CHANCE = 0.5
 MIN_ITEMS = 20  # a task with fewer usable items is marked, and left out of means over tasks
-
-
-def wilson_interval(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion; `successes` may be fractional, because a tie counts as half."""
-    z = float(norm.ppf((1 + level) / 2))
-    p, shrink = successes / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @torch.no_grad()

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -40,8 +39,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, tensor_checksum, with_checksum
 from crosslens.distributed.parallel import Parallel
-from crosslens.errors import brief, first_line, json_checksum
-from crosslens.rundir import complete_checkpoints
+from crosslens.errors import first_line, json_checksum
+from crosslens.rundir import complete_checkpoints, file_checksum, inspect_checkpoint
 
 BLOCK_BYTES = 1 << 28
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -100,15 +99,6 @@ def write_state(
         sync_folder(folder)
 
 
-def file_checksum(path: Path) -> str:
-    """The XXH3 of a file."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
     with path.open("w") as file:
         file.write(json.dumps(contents, indent=1))
@@ -139,28 +129,17 @@ def read_state(folder: Path, rows: dict[str, Tensor], copies: dict[str, Tensor],
 def _inspected(folder: Path, expected: dict[str, int], parallel: Parallel) -> tuple[dict[str, Any], str]:
     """The contents of `state.json`, and what is wrong with the checkpoint, if anything.
 
-    Every process compares the checksums of some of the files. torch.distributed.checkpoint does not notice the missing
-    file of one of several processes: it leaves the rows as they are.
+    torch.distributed.checkpoint does not notice the missing file of one of several processes: it leaves the rows as
+    they are.
 
     Args:
         folder: the checkpoint.
         expected: number of elements of every tensor.
         parallel: the processes.
     """
-    path = folder / "state.json"
-    try:
-        numbers = dict(json.loads(path.read_text()))
-        if numbers.pop("checksum", None) != json_checksum(numbers):
-            return {}, f"{path.name}: its checksum does not match"
-        checksums: dict[str, str] = {}
-        for path in sorted(folder.glob("checksums-*.json")):
-            checksums |= json.loads(path.read_text())
-        for name, checksum in list(sorted(checksums.items()))[parallel.rank :: parallel.n_ranks]:
-            path = folder / name
-            if file_checksum(path) != checksum:
-                return {}, f"{name}: its checksum does not match"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return {}, f"{path.name}: {brief(error)}"
+    numbers, damage = inspect_checkpoint(folder, parallel.rank, parallel.n_ranks)
+    if damage:
+        return {}, damage
     try:
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:  # a file that no checksum belongs to can raise anything

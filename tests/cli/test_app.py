@@ -23,10 +23,9 @@ from crosslens.causal import attribute
 from crosslens.cli import app as cli
 from crosslens.crosscoders import load
 from crosslens.errors import json_checksum
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, file_checksum
 from crosslens.snapshots import Snapshots
 from crosslens.tasks import Task
-from crosslens.training.checkpoints import file_checksum
 from tests.hub_server import run_program, serve_datasets
 
 HOOK = "blocks.1.hook_resid_post"

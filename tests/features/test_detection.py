@@ -23,9 +23,9 @@ from crosslens.features.detection import (
     read_passages,
     read_verdicts,
     score,
-    wilson,
 )
 from crosslens.features.labels import describe_labels, summarise_labels, weighted_kappa
+from crosslens.tasks.intervals import wilson_interval
 
 
 @pytest.mark.parametrize(("n1", "n0", "seed"), [(20, 20, 0), (7, 13, 1), (4, 1, 2), (3, 5, 3), (1, 9, 4)])
@@ -62,7 +62,7 @@ def test_intervals(level: float) -> None:
     for n in (1, 5, 20):
         for k in range(n + 1):
             want = binomtest(k, n).proportion_ci(level, method="wilson")
-            assert wilson(k, n, level) == pytest.approx((k / n, want.low, want.high), abs=1e-12)
+            assert wilson_interval(k, n, level) == pytest.approx((want.low, want.high), abs=1e-12)
     # Newcombe (1998), table II (a), method 10: 56/70 - 48/80
     value, low, high = balanced_accuracy(56, 70, 80 - 48, 80)
     assert [2 * end - 1 for end in (value, low, high)] == pytest.approx([0.2, 0.0524, 0.3339], abs=5e-5)
