@@ -40,6 +40,8 @@ from crosslens.rundir import RunDir, without_paths, write_text
 _FEATURES = "features", "Features"
 _ASSETS = ("report.css", "figures.js", "table.js", "feature.js")
 _PLOTLY = "plotly.min.js"
+# Chromium then compiles the whole script while it loads, in another thread; it is a comment to other browsers
+_EARLY = "//# allFunctionsCalledOnLoad\n"
 _DIGITS = 5  # significant digits of the numbers in figures; the CSV files have all
 _POSITION_DIGITS = 7  # of those along x, so that close steps stay apart
 _UNKNOWN = "not recorded"
@@ -134,7 +136,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     assets.mkdir(exist_ok=True)
     for name in _ASSETS:
         write_text(assets / name, (files("crosslens.report") / "templates" / name).read_text(encoding="utf-8"))
-    write_text(assets / _PLOTLY, get_plotlyjs())
+    write_text(assets / _PLOTLY, _EARLY + get_plotlyjs())
     for name, page in pages.items():
         write_text(run.report / name, page)
     return run.report / "index.html"

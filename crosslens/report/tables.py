@@ -92,17 +92,17 @@ class Tables:
 
     def _tasks(self) -> pd.DataFrame | None:
         """Each task, the file of its page, and the row of its last snapshot in the accuracy table, if it has one."""
-        accuracy, pages = self["accuracy"], dict[str, str]()
-        known = accuracy is not None and {"task", "snapshot"} <= set(accuracy)
-        first = accuracy["task"].astype(str) if known else ()
+        found, pages = self["accuracy"], dict[str, str]()
+        accuracy = found if found is not None and {"task", "snapshot"} <= set(found) else None
+        first = [] if accuracy is None else accuracy["task"].astype(str).tolist()
         for task in (*first, *self.tasks("attribution"), *self.tasks("ablation")):
             if task not in pages:
                 pages[task] = free_name(f"task-{slug(task)}", pages.values())
-        found = pd.DataFrame({"task": list(pages), "page": [f"{page}.html" for page in pages.values()]})
-        if known:
+        tasks = pd.DataFrame({"task": list(pages), "page": [f"{page}.html" for page in pages.values()]})
+        if accuracy is not None:
             last = accuracy.sort_values("snapshot").drop_duplicates("task", keep="last")
-            found = found.merge(last, how="left", on="task")
-        return None if found.empty else found
+            tasks = tasks.merge(last, how="left", on="task")
+        return None if tasks.empty else tasks
 
     def _snapshots(self) -> pd.DataFrame | None:
         """Snapshot, label, step and tokens from run.json, or from the evolution table."""
