@@ -31,10 +31,12 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 ENVIRONMENT = {
+    "COLUMNS": "120",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PLOTLY_RENDERER": "plotly_mimetype",
+    "TERM": "dumb",  # tables without escape sequences
     "TQDM_DISABLE": "1",
     "WANDB_MODE": "offline",
 }

@@ -85,6 +85,8 @@ class Tables:
                 return None
             if table is not None and self._kept is not None and "feature" in table and name != "consensus":
                 table = pd.DataFrame(table[table["feature"].isin(self._kept)]).reset_index(drop=True)
+            if table is not None and name == "accuracy" and {"snapshot", "label", "step"} <= set(table):
+                table = _numbered_alike(table)
             return None if table is None or table.empty else table
         tables = {task: self[f"{kind}/{task}{suffix}"] for task in self._run.tasks(kind)}
         found = [table.assign(task=task) for task, table in tables.items() if table is not None]
@@ -114,6 +116,15 @@ class Tables:
             return None
         columns = {key: [row.get(key) for row in rows] for key in ("label", "step", "tokens")}
         return pd.DataFrame({"snapshot": range(len(rows)), **columns})
+
+
+def _numbered_alike(accuracy: Frame) -> Frame:
+    """The accuracy table with one number per snapshot: tasks may have been measured on different sets of snapshots."""
+    pairs = accuracy[["snapshot", "label"]].drop_duplicates()
+    if pairs["snapshot"].is_unique and pairs["label"].is_unique:
+        return accuracy
+    order = accuracy.drop_duplicates("label").sort_values("step", kind="stable")["label"]
+    return accuracy.assign(snapshot=accuracy["label"].map({label: i for i, label in enumerate(order)}))
 
 
 def slug(text: str) -> str:

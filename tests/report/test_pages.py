@@ -580,6 +580,19 @@ def test_accuracy_says_what_is_left_out_and_where_it_is_at_chance(tmp_path: Path
     assert f"Task {TASKS[0]} has 7 items, too few for means over tasks" in text
 
 
+def test_tasks_measured_on_different_snapshots_share_an_axis(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 8), "probe", "evolution", "evaluation", "attribution", "ablation")
+    accuracy = table(run, "accuracy")
+    late = (accuracy["task"] == TASKS[1]) & (accuracy["snapshot"] >= 3)
+    fewer = accuracy[late].assign(snapshot=lambda rows: rows["snapshot"] - 3)
+    run.save_table("accuracy", pd.concat([fewer, accuracy[accuracy["task"] == TASKS[0]]], ignore_index=True))
+    page = _Page(write_report(tmp_path))
+    drawn = lines(page.specs()["accuracy"])
+    assert drawn[TASKS[1]]["x"] == drawn[TASKS[0]]["x"][3:] and len(drawn[TASKS[0]]["x"]) == 8
+    assert close(drawn[TASKS[1]]["y"], accuracy.loc[late, "accuracy"])
+    assert "accuracy over the 400 items of 2 tasks" in page.text
+
+
 def test_completeness_is_in_percent(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
     for task in TASKS:
