@@ -36,7 +36,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PLOTLY_RENDERER": "plotly_mimetype",
-    "TERM": "dumb",  # tables without escape sequences
     "TQDM_DISABLE": "1",
     "WANDB_MODE": "offline",
 }
@@ -67,6 +66,7 @@ def clean(output: Any, folder: str) -> Any:
 def plain(text: str, folder: str) -> str:
     """Text without the path of the folder, lines that a terminal rewrites, durations, and what the machine has left."""
     text = re.sub(r"^.*\r(?!\n)", "", text.replace("\r\n", "\n"), flags=re.M).replace(folder, ".")
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # bold and faint
     text = re.sub(r"[\d,.]+( tokens/s\b| s\b(?! ago))", r"…\1", text)
     return re.sub(r"[\d,]+ ([KMG]iB) (free|allowed)", r"… \1 \2", text)
 
