@@ -211,7 +211,7 @@ def visit(report: Path, features: list[int]) -> dict[str, list[list[float]]]:
         return {}
     found: dict[str, list[list[float]]] = {}
     ready = {
-        "index": "#accuracy", "evolution": "#evolution", "causal": "#effects",
+        "index": "#accuracy", "evolution": "#evolution", "causal": "#tasks", "task-task_0": "#effects",
         "features": "#finder:not([hidden]) tbody tr", "feature": "#lens tbody tr",
     }  # fmt: skip
     with sync_playwright() as playwright:

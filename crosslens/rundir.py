@@ -16,7 +16,7 @@ nearest.parquet                 the nearest other features of each feature
 passages.parquet                what labels are judged on; the tokens: held_out_tokens.parquet
 labels.parquet                  labels, ratings and scores; the requests and their answers are in labels.jsonl
 attribution/<task>.parquet      effects per feature and snapshot
-prompts/<task>.parquet          effects in some prompts, word by word
+prompts/<task>.parquet          effects in some prompts, word by word, and their items
 completeness/<task>.parquet     the metric and its parts per snapshot, by integrated gradients
 validation/<task>.parquet       exact effects per feature and snapshot, beside the measures that should predict them
 ablation/<task>.parquet         ablation curves

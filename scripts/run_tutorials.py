@@ -31,6 +31,7 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 ENVIRONMENT = {
+    "COLUMNS": "120",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -65,6 +66,7 @@ def clean(output: Any, folder: str) -> Any:
 def plain(text: str, folder: str) -> str:
     """Text without the path of the folder, lines that a terminal rewrites, durations, and what the machine has left."""
     text = re.sub(r"^.*\r(?!\n)", "", text.replace("\r\n", "\n"), flags=re.M).replace(folder, ".")
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # bold and faint
     text = re.sub(r"[\d,.]+( tokens/s\b| s\b(?! ago))", r"…\1", text)
     return re.sub(r"[\d,]+ ([KMG]iB) (free|allowed)", r"… \1 \2", text)
 

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ from crosslens.causal.relative import (
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.intervention.splice import check_snapshot
-from crosslens.tasks.prompts import logit_difference
+from crosslens.tasks.prompts import Item, logit_difference
 
 METHODS = ("removal", "both_ends", "ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
@@ -239,6 +239,7 @@ def attribute(
         bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
         positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
         prompts=_words_of_prompts(runs, words) if positions else None,
+        items=_shown_items(runs) if positions else {},
         **stacked,
     )
 
@@ -272,6 +273,7 @@ class Attribution:
         positions: effects by position, if requested.
         prompts: with them, the effects in some prompts: columns prompt, snapshot, position (from the start of the
             prompt), token, feature (-1 where none has an effect), effect; see `prompt`.
+        items: the items of these prompts, by prompt.
     """
 
     task: str
@@ -291,6 +293,7 @@ class Attribution:
     bootstrap: Bootstrap | None = None
     positions: Positions | None = None
     prompts: pd.DataFrame | None = None
+    items: dict[int, Item] = field(default_factory=dict)
 
     def prompt(self, prompt: int) -> pd.DataFrame:
         """Effects in one prompt, a row per snapshot, position and feature.
@@ -319,7 +322,8 @@ class Attribution:
 
         Returns:
             prompt, snapshot, label, step, position, token, effect (of all active features there, in logits), feature
-            (the one with the largest effect there, -1 where none has one), feature_effect (logits).
+            (the one with the largest effect there, -1 where none has one), feature_effect (logits); of the prompt's
+            item: prefix, correct, wrong, paired (the paired prefix, if it has one).
 
         Raises:
             UserError: effects were computed without `positions=True`.
@@ -336,8 +340,12 @@ class Attribution:
         largest = largest.rename(columns={"effect": "feature_effect"}).reset_index(drop=True).assign(effect=total)
         largest["label"] = [self.labels[s] for s in largest["snapshot"]]
         largest["step"] = [self.steps[s] for s in largest["snapshot"]]
+        items = [self.items[prompt] for prompt in largest["prompt"]]
+        for name in ("prefix", "correct", "wrong"):
+            largest[name] = [getattr(item, name) for item in items]
+        largest["paired"] = [item.patch_prefix for item in items]
         columns = [*keys[:2], "label", "step", "position", "token", "effect", "feature", "feature_effect"]
-        return pd.DataFrame(largest[columns])
+        return pd.DataFrame(largest[[*columns, "prefix", "correct", "wrong", "paired"]])
 
     def _kept_prompts(self) -> Any:
         if self.prompts is None:
@@ -773,6 +781,12 @@ class _Sums:
 def _shown(runs: PromptRuns) -> Int[Tensor, " n"]:
     """The prompts whose words are kept."""
     return torch.linspace(0, len(runs) - 1, min(PROMPTS, len(runs))).round().long()
+
+
+def _shown_items(runs: PromptRuns) -> dict[int, Item]:
+    """`Attribution.items`."""
+    order = torch.cat([batch.index for batch in runs.batches])
+    return {i: runs.task.items[int(order[i])] for i in _shown(runs).tolist()}
 
 
 def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd.DataFrame:

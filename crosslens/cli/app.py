@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,6 +71,9 @@ from crosslens.cli.failures import explain
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
+
+if TYPE_CHECKING:
+    from crosslens.sharing.registry import Release
 
 app = typer.Typer(
     name="crosslens", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -597,14 +600,14 @@ def train(
     crosscoder = trained[seed]
     run = RunDir(run_dir)
     timings, evaluation = run.read_json().get("timings", {}), None
-    out.say(
-        f"{type(crosscoder).__name__} with {crosscoder.cfg.d_sae} features saved in {run_dir}: "
-        f"{timings.get('train', 0):,.0f} s, {timings.get('tokens_per_second', 0):,.0f} tokens/s, "
-        f"{timings.get('peak_memory', 0) / 2**30:.2f} GiB memory"
-    )
     found: dict[str, Any] = {}
     if is_first():
+        from crosslens.cli.results import show_training
+
         evaluation = run.table("evaluation")
+        runs = {one: run if one == seed else run.other_seed(one) for one in trained}
+        title = f"{type(crosscoder).__name__} with {counted(crosscoder.cfg.d_sae, 'feature')} saved in {run_dir}"
+        show_training(out, runs, title)
         if seeds > 1:
             from crosslens.evolution.seeds import save_seeds
 
@@ -1188,21 +1191,24 @@ def demo(
 # ---------------------------------------------------------------------- listing
 def _list(out: Output, what: str, steps: str | None) -> None:
     """Print families, releases, a release, or snapshots."""
-    from crosslens.sharing.registry import describe_releases, find_release, list_releases
+    from crosslens.sharing.registry import find_release, list_releases
     from crosslens.snapshots import families
     from crosslens.snapshots.hub import is_on_disk, list_revisions
 
     if not what:
         known = families.read_table()
-        columns = [Column("family", left=True), Column("sizes", left=True), Column("about", left=True)]
-        out.table(columns, [(name, ", ".join(entry["sizes"]), entry["about"]) for name, entry in known.items()])
+        columns = [Column("family", left=True), Column("sizes", left=True), Column("snapshots", left=True)]
+        # the rest of `about`, on how documents end, would fill the terminal
+        rows = [(name, _sizes([*entry["sizes"]]), entry["about"].split(". ")[0]) for name, entry in known.items()]
+        out.table(columns, rows, note="crosslens ls FAMILY-SIZE lists snapshots, crosslens ls releases crosscoders")
         out.end(families={name: {"sizes": [*entry["sizes"]], "about": entry["about"]} for name, entry in known.items()})
         return
     is_folder = Path(what).is_dir()
     if not is_folder and (what == "releases" or what in list_releases()):
         chosen = None if what == "releases" else what
-        out.say("\n".join(describe_releases(chosen)))
-        out.end(releases=[find_release(chosen)] if chosen else [*list_releases().values()])
+        found = [find_release(chosen)] if chosen else [*list_releases().values()]
+        (_show_release if chosen else _show_releases)(out, *found)
+        out.end(releases=found)
         return
     repository, _, pattern = what.partition("@")
     model = None if is_folder else families.match_model(what)
@@ -1231,6 +1237,38 @@ def _list(out: Output, what: str, steps: str | None) -> None:
     held = sum(on_disk for _, on_disk in rows)
     out.table(columns, cells, note=f"{counted(len(rows), 'snapshot')}, {held:,} on this disk", bare=True)
     out.end(snapshots=[{**row._asdict(), "on_disk": on_disk} for row, on_disk in rows])
+
+
+def _sizes(sizes: list[str]) -> str:
+    """Sizes of a family; those that all exist deduplicated as well are listed once."""
+    plain = [one for one in sizes if not one.endswith("-deduped")]
+    if len(plain) < len(sizes) and all(f"{one}-deduped" in sizes for one in plain):
+        return f"{', '.join(plain)}; each also as SIZE-deduped"
+    return ", ".join(sizes)
+
+
+def _show_releases(out: Output, *releases: Release) -> None:
+    release, model, place = (Column(name, left=True) for name in ("release", "model", "place"))
+    rows = [(each.name, each.model, f"{len(each.entries):,}", each.place) for each in releases]
+    out.table([release, model, Column("crosscoders"), place], rows, note="crosslens ls RELEASE lists its crosscoders")
+
+
+def _show_release(out: Output, release: Release) -> None:
+    columns = [Column("id", left=True), Column("hook", left=True), Column("settings", left=True)]
+    rows = [
+        (
+            entry.id, entry.hook_name or "-", ", ".join(f"{key} {value}" for key, value in entry.config.items()),
+            number(entry.variance_explained), number(entry.l0, 1),
+        )
+        for entry in release.entries.values()
+    ]  # fmt: skip
+    about = (("licence", release.licence), ("data", release.dataset))
+    out.table(
+        [*columns, Column("EV"), Column("L0")],
+        rows,
+        title=f"{release.name}: {release.model}, {release.place}",
+        note="; ".join(f"{what}: {said}" for what, said in about if said),
+    )
 
 
 # ---------------------------------------------------------------------- processes

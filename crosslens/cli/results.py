@@ -1,4 +1,4 @@
-"""The results of `evolve`, `attribute` and `ablate` as tables for a terminal, and as values for --json."""
+"""The results of `train`, `evolve`, `attribute` and `ablate` as tables for a terminal, and as values for --json."""
 
 from __future__ import annotations
 
@@ -8,12 +8,49 @@ from typing import Any
 import pandas as pd
 
 from crosslens.causal import Attribution
-from crosslens.cli.display import Column, Output, measured, number, percent
+from crosslens.cli.display import Column, Output, measured, number, percent, size
 from crosslens.evolution.births import NAMES
 from crosslens.evolution.lifecycles import count_origins
+from crosslens.rundir import RunDir
 from crosslens.tasks import describe_accuracy, list_counts
 
 _TOP = 5
+
+
+def show_training(out: Output, runs: Mapping[int, RunDir], title: str) -> None:
+    """Print how good the crosscoders of a training are, and what they took, a row per seed.
+
+    Args:
+        out: where to print.
+        runs: the run directory of each seed.
+        title: a line above the table.
+    """
+    columns = [
+        Column("seed"), Column("mean EV"), Column("first EV", drop=2), Column("last EV", drop=2),
+        Column("lowest EV", left=True), Column("L0"), Column("dead"), Column("CE recovered", drop=1),
+        Column("CE added", drop=3), Column("time"), Column("speed", drop=4), Column("memory", drop=4),
+    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    for seed, run in runs.items():
+        timings, table = run.read_json().get("timings", {}), run.table("evaluation")
+        assert table is not None  # `train` writes it
+        ev, ce = table["explained_variance"], table["ce_spliced"] - table["ce_clean"]
+        rows.append(
+            (
+                str(seed), number(ev.mean()), number(ev.iloc[0]), number(ev.iloc[-1]),
+                f"{number(ev.min())} ({table.loc[ev.idxmin(), 'label']})", number(table["l0"].mean(), 1),
+                percent(table["dead_fraction"].max()), percent(table["ce_recovered"].min()),
+                number(ce.max(), sign=True), f"{timings.get('train', 0):,.0f} s",
+                f"{timings.get('tokens_per_second', 0):,.0f} tokens/s", size(timings.get("peak_memory", 0)),
+            )
+        )  # fmt: skip
+    out.table(
+        columns,
+        rows,
+        title=title,
+        note="on held-out tokens. EV: explained variance, over snapshots; CE added: by the reconstruction, in nats, at "
+        "the worst snapshot; CE recovered: the lowest share",
+    )
 
 
 def count_lifecycles(lifecycles: pd.DataFrame) -> list[dict[str, Any]]:

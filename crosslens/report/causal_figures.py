@@ -1,4 +1,4 @@
-"""Figures of the Causal effects page: effects on a task, features over training, ablation and its checks.
+"""Figures of the pages of tasks: effects of features, features over training, ablation and its checks; and all tasks.
 
 Each function turns tables into a chart or a grid, or into a sentence that says why there is nothing to draw.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from markupsafe import Markup
 
 from crosslens.report.chart import (
     FEATURES,
@@ -36,6 +37,8 @@ from crosslens.report.chart import (
     ints,
     new_figure,
     shown,
+    task_link,
+    task_pages,
 )
 
 N_LINES = 12  # features drawn as lines
@@ -83,14 +86,19 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
         rows = data[data["task"] == task]
         ids = ints(rows["snapshot"])
         percent = floats(100 * rows["completeness_error"])
-        add_line(figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%")
+        add_line(
+            figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%",
+            meta={"page": task_pages(tasks).get(task)},
+        )  # fmt: skip
     if (values.dropna() > 0).all():
         figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
     axis.apply(figure)
     worst = data.loc[values.idxmax()]
     small = bool(values.max() <= FINE_COMPLETENESS)
     figure.update_layout(height=230 if small else 340)
-    note = f"Largest: {values.max():.2g}% ({worst['task']}, {worst['label']})."
+    note = Markup("Largest: {}% ({}, {}).").format(
+        f"{values.max():.2g}", task_link(str(worst["task"]), tasks), worst["label"]
+    )
     return Chart(figure, data.reset_index(drop=True), note, small)
 
 
@@ -249,8 +257,10 @@ def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str)
         rows = table[table["feature"] == feature].sort_values("snapshot")
         ids = ints(rows["snapshot"])
         name = shown(called(feature))
-        add_line(figure, axis.x(ids), floats(rows[column]), name, Style.of(i), hover=axis.hover(ids))
-        figure.data[-1].meta = {"feature": feature}
+        add_line(
+            figure, axis.x(ids), floats(rows[column]), name, Style.of(i), hover=axis.hover(ids),
+            meta={"feature": feature},
+        )  # fmt: skip
         parts.append(rows)
     figure.update_layout(legend_title_text="feature")
     axis.apply(figure)
@@ -361,7 +371,7 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
     else:
         later = {feature: [False] * ie.shape[1] for feature in features}
     grid = [
-        [Cell(called(feature), feature=feature)]
+        [Cell(called(feature), link=f"feature.html#{feature}")]
         + [
             Cell(
                 f"{value:+.3f} ± {error:.3f}".replace("-", "−") + ("*" if late else ""),
@@ -406,7 +416,10 @@ def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
         effects = [[float(f"{effect:.3g}") for effect in floats(line)] for line in wide["effect"].to_numpy()]
         features = [ints(line) for line in wide["feature"].to_numpy()]
         tokens = ints(wide["word"].iloc[0])
-        prompts.append({"id": int(str(prompt)), "tokens": tokens, "effects": effects, "features": features})
+        answers = part.iloc[0][["correct", "wrong"]].tolist() if {"correct", "wrong"} <= set(part) else []
+        prompts.append(
+            {"id": int(str(prompt)), "tokens": tokens, "effects": effects, "features": features, "answers": answers}
+        )
     largest = float(rows["effect"].abs().max())
     known = sorted(set(ints(rows.loc[rows["feature"] >= 0, "feature"])))
     contents = {

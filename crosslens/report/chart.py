@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     Frame: TypeAlias = Any  # pandas types an element of a frame as a union of everything it could hold
@@ -81,11 +82,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above. It links to a feature, if given."""
+    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above. It links to a page, if given."""
 
     text: str
     weight: float = 0.0
-    feature: int | None = None
+    link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,17 @@ class Style:
         known = [] if tasks is None else tasks["task"].tolist()
         order = list(dict.fromkeys([*known, *names]))
         return {name: cls.of(order.index(name)) for name in names}
+
+
+def task_pages(tasks: Frame | None) -> dict[str, str]:
+    """File of the page of each task, from the run's table `tasks`."""
+    return {} if tasks is None else dict(zip(tasks["task"], tasks["page"], strict=True))
+
+
+def task_link(task: str, tasks: Frame | None) -> Markup:
+    """The name of a task as a link to its page."""
+    page = task_pages(tasks).get(task)
+    return escape(task) if page is None else Markup('<a href="{}">{}</a>').format(page, task)
 
 
 @dataclass(frozen=True)
@@ -338,6 +350,7 @@ def add_line(
     hover: Sequence[str],
     value: str = "%{y:.3f}",
     band: tuple[Sequence[float], Sequence[float]] | None = None,
+    meta: Any = None,
 ) -> None:
     """Add a line, over a band if one is given.
 
@@ -350,6 +363,7 @@ def add_line(
         hover: tooltip of each point, escaped.
         value: plotly template of the value in the tooltip.
         band: lower and upper bounds.
+        meta: what a click on a point opens: {"feature": its number} or {"page": its file}.
     """
     if band is not None:
         outline = _outline(x, *band)
@@ -375,6 +389,7 @@ def add_line(
         marker={"color": style.color, "symbol": style.symbol, "size": 7},
         customdata=list(hover),
         hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>{value}<extra></extra>",
+        meta=meta,
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from crosslens.report.chart import Frame, feature_names, shortened
-from crosslens.report.tables import MEASURES, Tables, by_measure, main_measure, slug
+from crosslens.report.chart import Frame, feature_names, shortened, task_pages
+from crosslens.report.tables import MEASURES, Tables, by_measure, main_measure
 
 # the same as where training, tasks and the sweep warn
 MIN_EV, MAX_DEAD, MIN_ITEMS = 0.7, 0.2, 20
@@ -24,27 +24,32 @@ _BOUND = 6  # names in a list
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence and (name, link) of its figure and its control."""
+    """A sentence and (name, link) of its figure, its control and its tasks."""
 
     text: str
     links: list[tuple[str, str]]
 
 
-def warn(tables: Tables) -> list[str]:
+def warn(tables: Tables) -> list[Finding]:
     """Values that do not carry the conclusions, with what is acceptable."""
-    found: list[str] = []
+    found: list[Finding] = []
+    pages = task_pages(tables["tasks"])
+
+    def add(text: str, task: str | None = None) -> None:
+        found.append(Finding(text, [] if task is None else [(f"Task {task}", pages[task])]))
+
     evaluation = _with(tables["evaluation"], "explained_variance", "dead_fraction", "label")
     if evaluation is not None:
         poor = evaluation[~(evaluation["explained_variance"] >= MIN_EV)]
         if len(poor):
             values = _listed(f"{row['label']} ({row['explained_variance']:.2f})" for row in poor.to_dict("records"))
-            found.append(
+            add(
                 f"Explained variance is too low at {values}: what is said of features there is about a part of the "
                 f"activations. Acceptable: {MIN_EV:g} or more."
             )
         dead = float(evaluation["dead_fraction"].max())
         if dead > MAX_DEAD:
-            found.append(
+            add(
                 f"{dead:.0%} of the features are dead: the dictionary is larger than the training could use, and "
                 f"counts of features depend on its size. Acceptable: {MAX_DEAD:.0%} or less."
             )
@@ -52,16 +57,18 @@ def warn(tables: Tables) -> list[str]:
     if accuracy is not None:
         sizes = accuracy.groupby("task", sort=False)["n"].max()
         for task, n in sizes[sizes < MIN_ITEMS].items():
-            found.append(
+            add(
                 f"Task {task} has {int(n)} items, too few for means over tasks or for ranking features. Acceptable: "
-                f"{MIN_ITEMS} or more."
+                f"{MIN_ITEMS} or more.",
+                str(task),
             )
     errors = _with(tables["completeness/*"], "completeness_error", "task", "label")
     if errors is not None and errors["completeness_error"].max() > MAX_COMPLETENESS:
         worst = errors.loc[errors["completeness_error"].idxmax()]
-        found.append(
+        add(
             f"The effects of {worst['task']} at {worst['label']} miss the change of the metric by "
-            f"{worst['completeness_error']:.0%}. Acceptable: {MAX_COMPLETENESS:.0%} or less."
+            f"{worst['completeness_error']:.0%}. Acceptable: {MAX_COMPLETENESS:.0%} or less.",
+            str(worst["task"]),
         )
     for task in tables.tasks("ablation"):
         rows = _with(tables[f"ablation/{task}"], "clean", "reconstruction_only", "snapshot", "label")
@@ -71,9 +78,10 @@ def warn(tables: Tables) -> list[str]:
         share = float(last["reconstruction_only"] / last["clean"]) if last["clean"] else np.nan
         if not RECONSTRUCTED[0] <= share <= RECONSTRUCTED[1]:
             low, high = RECONSTRUCTED
-            found.append(
+            add(
                 f"With the reconstruction alone, {task} at {last['label']} has {share:.0%} of its metric: the features "
-                f"do not hold what the model uses. Acceptable: {low:.0%} to {high:.0%}."
+                f"do not hold what the model uses. Acceptable: {low:.0%} to {high:.0%}.",
+                task,
             )
     return found
 
@@ -94,7 +102,9 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
     if accuracy is None:
         return None
     parts: list[str] = []
+    named: list[str] = []
     for task, rows in accuracy[accuracy["n"] >= MIN_ITEMS].groupby("task", sort=False):
+        named.append(str(task))
         rows = rows.sort_values("snapshot")
         stays = np.minimum.accumulate(rows["accuracy"].to_numpy()[::-1])[::-1] >= LEARNT
         n = int(rows["n"].max())
@@ -105,6 +115,8 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
     if not parts:
         return None
     links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
+    pages = task_pages(tables["tasks"])
+    links += [(task, pages[task]) for task in named[:_BOUND]]
     return Finding(f"The model answers at least {LEARNT:.0%} of the items correctly: {_listed(parts)}.", links)
 
 
@@ -180,11 +192,12 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
         last = effects[effects["snapshot"] == effects["snapshot"].max()]
         best = last.loc[last["ie"].idxmax()]
         text += f"; the largest effect there is that of feature {feature_names(tables['names'])(int(best['feature']))}"
-    name = slug(task)
+    page = task_pages(tables["tasks"])[task].removesuffix(".html")
+    name = page.removeprefix("task-")
     links = _links(
         drawn,
-        (f"ie-{name}", "causal", f"ie-{name}", "Figure"),
-        (f"ablate-size-{name}", "causal", f"ablate-size-{name}", "Control: random features"),
+        (f"ie-{name}", page, f"ie-{name}", "Figure"),
+        (f"ablate-size-{name}", page, f"ablate-size-{name}", "Control: random features"),
     )
     return Finding(f"{text}.", links)
 

@@ -1,4 +1,5 @@
-"""Figures of the Overview page: accuracy, reconstruction, what the model predicts when, which snapshots to use.
+"""Figures of the Overview page: accuracy, reconstruction, what the model predicts when, which snapshots to use; and the
+table of tasks and their items.
 
 Each function turns tables into a chart, or into a sentence that says why there is nothing to draw.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from markupsafe import Markup
 
 from crosslens.report.chart import (
     MUTED,
@@ -21,12 +23,16 @@ from crosslens.report.chart import (
     Style,
     add_level,
     add_line,
+    evenly_spaced,
     floats,
     ints,
     new_figure,
     shown,
+    task_link,
+    task_pages,
 )
 
+N_ITEMS = 3  # items shown as examples of a task
 # where the values are at least this good, the figure is small
 FINE_EV, FINE_DEAD, FINE_CE, FINE_KL = 0.9, 0.1, 0.95, 0.1
 _FAINT = "rgba(107,116,126,0.16)"  # MUTED, as a band
@@ -39,12 +45,19 @@ _SHARES = {
 }
 
 
-def accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
-    """Accuracy per task over snapshots, with its 95% interval as a band, in the colours of `tasks`."""
+def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) -> Chart:
+    """Accuracy per task over snapshots, with its 95% interval as a band, in the colours of `tasks`.
+
+    Args:
+        table: from `Task.accuracy`, of one task or several.
+        tasks: the run's table of that name.
+        links: link to the pages of the tasks.
+    """
     axis = SnapshotAxis.of(table)
     figure = new_figure("accuracy", yaxis_tickformat=".0%", yaxis_range=[-0.03, 1.05])
     add_level(figure, 0.5, "chance")
     styles = Style.of_tasks(list(dict.fromkeys(table["task"])), tasks)
+    pages = tasks if links else None
     for task, style in styles.items():
         rows = table[table["task"] == task].sort_values("snapshot")
         ids = ints(rows["snapshot"])
@@ -57,27 +70,68 @@ def accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
             hover=axis.hover(ids),
             value="%{y:.1%}",
             band=(floats(rows["low"]), floats(rows["high"])),
+            meta={"page": task_pages(pages).get(task)},
         )
     axis.apply(figure)
     columns = ("task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "at_chance", "n", "few")
     columns += ("skipped", "reasons", "merged", "merged_reasons")
-    notes = [_items(str(task), rows) for task, rows in table.groupby("task", sort=False)]
-    return Chart(figure, _pick(table, *columns), f"Items: {'; '.join(notes)}.")
+    notes = [
+        Markup("{} {}").format(task_link(str(task), pages), _items(rows))
+        for task, rows in table.groupby("task", sort=False)
+    ]
+    return Chart(figure, _pick(table, *columns), Markup("Items: {}.").format(Markup("; ").join(notes)))
 
 
-def _items(task: str, rows: Frame) -> str:
+def _items(rows: Frame) -> str:
     """How many items a task has, what was left out of it, and where its accuracy is at chance."""
     first = rows.iloc[0]
-    parts = [f"{task} {int(rows['n'].max()):,}"]
+    parts = [f"{int(rows['n'].max()):,}"]
     if first.get("few", False):
         parts.append("too few for means over tasks")
-    for name, reasons in (("merged", "merged_reasons"), ("skipped", "reasons")):
-        if first.get(name, 0):
-            parts.append(f"{int(first[name]):,} {name} ({first[reasons]})")
+    parts += filter(None, [_left_out(first)])
     if "at_chance" in rows and rows["at_chance"].any():
         labels = rows.loc[rows["at_chance"].astype(bool)].sort_values("snapshot")["label"]
         parts.append("at chance at " + (", ".join(labels) if len(labels) < len(rows) else "every snapshot"))
     return ", ".join(parts)
+
+
+def _left_out(row: Any) -> str:
+    """How many items of a task were merged or skipped, and why, from a row of the accuracy table."""
+    parts = (("merged", "merged_reasons"), ("skipped", "reasons"))
+    return ", ".join(f"{int(row[name]):,} {name} ({row[reasons]})" for name, reasons in parts if row.get(name, 0))
+
+
+def task_table(tasks: Frame) -> Grid:
+    """Items and accuracy at the last snapshot, a row per task, with a link to its page.
+
+    Args:
+        tasks: the run's table of that name.
+    """
+    rows: list[list[Cell]] = []
+    for row in tasks.to_dict("records"):
+        if pd.isna(row.get("accuracy", math.nan)):
+            texts = ["not measured", "", "", "", ""]
+        else:
+            interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
+            texts = [f"{row['n']:,.0f}", _left_out(row) or "none", row["label"], f"{row['accuracy']:.1%}", interval]
+        rows.append([Cell(row["task"], link=row["page"]), *(Cell(str(text)) for text in texts)])
+    header = ["task", "items", "left out", "snapshot", "accuracy", "95% interval"]
+    return Grid(header, rows, tasks)
+
+
+def item_table(table: Frame) -> Grid:
+    """Some items of a task: the prompt, its answers and the paired prompt.
+
+    Args:
+        table: from `Attribution.prompt_frame`.
+    """
+    columns = ["prompt", "prefix", "correct", "wrong", "paired"]
+    items = table.drop_duplicates("prompt").sort_values("prompt")[columns].reset_index(drop=True)
+    rows = [
+        [Cell(f"prompt {prompt}"), *(Cell("" if text is None else str(text).strip()) for text in texts)]
+        for prompt, *texts in evenly_spaced(items, N_ITEMS).itertuples(index=False)
+    ]
+    return Grid(["", "prompt", "correct", "wrong", "paired prompt"], rows, items)
 
 
 def explained_variance(table: Frame) -> Chart:

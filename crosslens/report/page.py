@@ -2,7 +2,8 @@
 
 1. Each entry in `sections` gets its tables and returns a chart, a grid, or a sentence about what is missing.
 2. Its numbers go to `data/<entry>.csv`; its figure goes into the page as compact JSON, escaped for a <script> element.
-3. The data of single features go to scripts that a page loads when it shows the feature (`features`).
+3. The data of single features go to scripts that a page loads when it shows the feature (`features`); every task has
+   a page of its own.
 4. Templates turn this into HTML. Plotly's script, copied from the installed package, draws the JSON offline.
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from crosslens.report.chart import THEME, Chart, Frame, Grid, Prompts, short_count
+from crosslens.report.chart import THEME, Chart, Frame, Grid, Prompts, short_count, task_link, task_pages
 from crosslens.report.features import (
     SHARD,
     FeatureSet,
@@ -32,13 +33,15 @@ from crosslens.report.features import (
     write_features,
 )
 from crosslens.report.findings import find, warn
-from crosslens.report.sections import PAGES, Entry, Section
-from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, main_measure, slug
+from crosslens.report.sections import PAGES, TASK, Entry, Page, Section
+from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, free_name, main_measure
 from crosslens.rundir import RunDir, without_paths, write_text
 
 _FEATURES = "features", "Features"
 _ASSETS = ("report.css", "figures.js", "table.js", "feature.js")
 _PLOTLY = "plotly.min.js"
+# Chromium then compiles the whole script while it loads, in another thread; it is a comment to other browsers
+_EARLY = "//# allFunctionsCalledOnLoad\n"
 _DIGITS = 5  # significant digits of the numbers in figures; the CSV files have all
 _POSITION_DIGITS = 7  # of those along x, so that close steps stay apart
 _UNKNOWN = "not recorded"
@@ -99,34 +102,41 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
         for name in ("features", "feature")
     }
     csv: dict[str, pd.DataFrame] = {}
-    for page in (*PAGES[1:], PAGES[0]):  # the first one links to figures of the others
+
+    def add(name: str, page: Page, task: str | None = None, **context: Any) -> None:
         done = set(csv)
         tables.damaged.clear()
-        parts = [_make_part(section, tables, csv) for section in page.sections]
-        facts = overview if page is PAGES[0] else None
-        pages[f"{page.name}.html"] = _render(
+        parts = [_make_part(section, tables, csv, task) for section in page.sections]
+        if page is PAGES[0]:
+            context |= {"facts": overview, "numbers": overview.numbers, "findings": find(tables, set(csv))}
+        pages[name] = _render(
             "page.html.j2",
-            **common,
-            page=page.name,
+            **{**common, "title": page.title, "facts": None, "numbers": [], "findings": [], "pager": None, **context},
+            page="causal" if page is TASK else page.name,
             drawn=True,
             damaged=list(tables.damaged.values()),
-            title=page.title,
             intro=page.intro,
             parts=parts,
-            facts=facts,
-            findings=find(tables, set(csv)) if facts else [],
         )
         for name in csv.keys() - done:
             write(name, _without_formulas(csv[name]).to_csv(index=False))
             csv[name] = pd.DataFrame()  # keep the name, free the memory
-    for stale in data.iterdir():
-        if stale.name not in written:
+
+    of_tasks = task_pages(tables["tasks"])
+    around = [None, *of_tasks.values(), None]
+    for i, (task, file) in enumerate(of_tasks.items()):
+        pager = {"before": around[i], "after": around[i + 2]}
+        add(file, TASK, task, title=f"Task: {task}", numbers=_task_numbers(task, tables), pager=pager)
+    for page in (*PAGES[1:], PAGES[0]):  # the first one links to figures of the others
+        add(f"{page.name}.html", page)
+    for stale in (*data.iterdir(), *run.report.glob("task-*.html")):
+        if stale.name not in written | pages.keys():
             stale.unlink()
     assets = run.report / "assets"
     assets.mkdir(exist_ok=True)
     for name in _ASSETS:
         write_text(assets / name, (files("crosslens.report") / "templates" / name).read_text(encoding="utf-8"))
-    write_text(assets / _PLOTLY, get_plotlyjs())
+    write_text(assets / _PLOTLY, _EARLY + get_plotlyjs())
     for name, page in pages.items():
         write_text(run.report / name, page)
     return run.report / "index.html"
@@ -164,8 +174,10 @@ def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
         "steps": known["step"].tolist(),
         "tokens": known["tokens"].tolist(),
         "tasks": features.tasks,
+        "pages": task_pages(tables["tasks"]),
     }
-    return {"features": features, "figures": figures, "about": script_json(about)}
+    links = [task_link(task, tables["tasks"]) for task in features.tasks]
+    return {"features": features, "figures": figures, "about": script_json(about), "task_links": links}
 
 
 def _snapshots(recorded: Frame | None, labels: list[str]) -> Frame:
@@ -176,15 +188,19 @@ def _snapshots(recorded: Frame | None, labels: list[str]) -> Frame:
     return table.assign(step=times["step"].tolist(), tokens=times["tokens"].tolist())
 
 
-def _render(template: str, **context: Any) -> str:
-    environment = Environment(
+@cache
+def _templates() -> Environment:
+    return Environment(
         loader=PackageLoader("crosslens.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**context)
+
+
+def _render(template: str, **context: Any) -> str:
+    return _templates().get_template(template).render(**context)
 
 
 @dataclass(frozen=True)
@@ -192,7 +208,7 @@ class Block:
     """An entry, ready for the template.
 
     Attributes:
-        id: id of its anchor and files; ends in the task's name if it belongs to a task.
+        id: id of its anchor and files; ends in the name of the task on a task's page.
         entry: what is shown.
         figure: JSON for a <script> element, for a figure.
         height: pixels of the figure.
@@ -222,44 +238,26 @@ class Block:
 
 @dataclass(frozen=True)
 class Part:
-    """A section, ready for the template: blocks of the run and of each task, or why there are none."""
+    """A section, ready for the template: its blocks, or why there are none."""
 
     section: Section
     blocks: list[Block]
-    tasks: list[tuple[str, str, list[Block]]] = field(default_factory=list)
-    """Name, anchor and blocks of each task."""
     words: str = ""
 
 
-def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame]) -> Part:
+def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
     """Draw the entries of a section, and add their numbers to `csv`, by file name."""
-    blocks = _blocks(section.entries, section, tables, csv)
-    names = tables.tasks(section.kind) if section.per_task else []
-    taken: list[str] = []
-    tasks: list[tuple[str, str, list[Block]]] = []
-    for task in names:
-        taken.append(_free_name(f"{section.name}-{slug(task)}", taken))
-        tasks.append((task, taken[-1], _blocks(section.per_task, section, tables, csv, task)))
-    if not tasks and all(block.words == section.empty for block in blocks):
-        return Part(section, [], words=section.empty)  # once, instead of for every entry
-    return Part(section, blocks, tasks)
+    blocks = [_block(entry, section, tables, csv, task) for entry in section.entries]
+    if all(block.words == section.empty for block in blocks):
+        return Part(section, [], section.empty)  # once, instead of for every entry
+    return Part(section, [block for block in blocks if not (block.entry.optional and block.words == section.empty)])
 
 
-def _blocks(
-    entries: Iterable[Entry],
-    section: Section,
-    tables: Tables,
-    csv: dict[str, pd.DataFrame],
-    task: str | None = None,
-) -> list[Block]:
-    made = [(entry, _block(entry, section, tables, csv, task)) for entry in entries]
-    return [block for entry, block in made if not (entry.optional and block.words == section.empty)]
-
-
-def _block(
-    entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None = None
-) -> Block:
-    id = _free_name(entry.name if task is None else f"{entry.name}-{slug(task)}", {Path(name).stem for name in csv})
+def _block(entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Block:
+    id = entry.name
+    if task is not None:
+        id += Path(task_pages(tables["tasks"])[task]).stem.removeprefix("task")
+    id = free_name(id, {Path(name).stem for name in csv})
     wanted = [tables[name if task is None else name.format(task=task)] for name in entry.tables]
     found = [table for table in wanted if table is not None]
     if len(found) < len(wanted):
@@ -291,14 +289,6 @@ def _add_tokens(meta: Any, snapshots: Frame | None) -> None:
     tokens = dict(zip(known["step"], known["tokens"], strict=True))
     if len({tokens[step] for step in meta["steps"] if step in tokens}) == len(meta["steps"]):
         meta["tokens"] = [tokens[step] for step in meta["steps"]]
-
-
-def _free_name(name: str, taken: Iterable[str]) -> str:
-    """The name, with a number if it is taken: the tasks "a b" and "a-b" have the same slug."""
-    used, free, number = set(taken), name, 2
-    while free in used:
-        free, number = f"{name}-{number}", number + 1
-    return free
 
 
 def figure_spec(chart: Chart) -> dict[str, Any]:
@@ -355,6 +345,7 @@ class Overview:
 
 def _overview(info: dict[str, Any], tables: Tables) -> Overview:
     model, hook = _text(info.get("model")), _text(info.get("hook_name"))
+    tasks = tables["tasks"]
     architecture = info.get("architecture")
     if isinstance(architecture, dict):
         architecture = architecture.get("architecture")
@@ -368,7 +359,7 @@ def _overview(info: dict[str, Any], tables: Tables) -> Overview:
         ("Architecture", _text(architecture)),
         ("Features", _count(info.get("d_sae"))),
         ("Seed", _text(info.get("seed"))),
-        ("Tasks attributed", ", ".join(tables.tasks("attribution")) or "none"),
+        ("Tasks", Markup(", ").join(task_link(task, tasks) for task in task_pages(tasks)) or "none"),
         ("Created", _text(info.get("created"))),
         ("Command", " ".join(map(str, command)) if isinstance(command, list) else _text(command)),
         ("Versions", ", ".join(f"{name} {_text(version)}" for name, version in versions.items())),
@@ -424,6 +415,27 @@ def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str,
             numbers.append((f"{mean:.0%}", f"accuracy over the {items:,} items of {tasks} {word}, last snapshot"))
     if (error := column("completeness/*", "completeness_error")) is not None:
         numbers.append((f"{100 * error.max():.2g}%", "largest completeness error"))
+    return numbers
+
+
+def _task_numbers(task: str, tables: Tables) -> list[tuple[str, str]]:
+    """Key numbers of a task, as far as the tables and their columns exist."""
+    numbers: list[tuple[str, str]] = []
+    accuracy, snapshots = tables[f"accuracy@{task}"], tables[f"attribution/{task}.snapshots"]
+    if accuracy is not None and {"n", "accuracy", "low", "high"} <= set(accuracy):
+        last = accuracy.loc[accuracy["snapshot"].idxmax()]
+        left_out = sum(int(last[name]) for name in ("merged", "skipped") if name in last)
+        numbers.append((f"{int(last['n']):,}", f"items; {left_out:,} left out"))
+        interval = f"{last['low']:.1%} to {last['high']:.1%}"
+        numbers.append((f"{last['accuracy']:.1%}", f"accuracy at {last['label']} ({interval}; chance 50%)"))
+    if snapshots is not None and {"n", "metric_clean"} <= set(snapshots):
+        last = snapshots.loc[snapshots["snapshot"].idxmax()]
+        numbers.append((f"{last['metric_clean']:+.2f}".replace("-", "−"), f"mean metric in logits at {last['label']}"))
+        numbers.append((f"{int(last['n']):,}", "prompts that effects are means over"))
+    effects = tables[f"attribution/{task}"]
+    if effects is not None and {"feature", "relie"} <= set(effects):
+        known, active = effects.loc[effects["relie"].notna(), "feature"].nunique(), effects["feature"].nunique()
+        numbers.append((f"{known:,}", f"features with a significant effect, of {active:,} active"))
     return numbers
 
 

@@ -32,9 +32,7 @@ class Entry:
         title: heading.
         definition: one or two sentences: what is shown, in which unit, how it is computed.
         draw: makes a figure from the tables, or returns a sentence that says why there is nothing to draw.
-        tables: names of the tables that `draw` takes, in order. "{task}" stands for the task; "kind/*" is the tables
-            of all tasks of a kind, concatenated, with a column `task`; "snapshots" is the list in run.json; "names"
-            has the label or top token of features, "tasks" the tasks in the order of their colours.
+        tables: names of the tables that `draw` takes, in order, as in `Tables`; "{task}" is the task of a task's page.
         wide: full width, even where two figures fit side by side.
         optional: omitted if a table is missing, instead of saying so.
     """
@@ -57,18 +55,14 @@ class Section:
         title: its heading.
         intro: a sentence or two before the figures.
         empty: shown instead of a figure whose table is missing.
-        entries: drawn once for the run.
-        per_task: drawn once per task.
-        kind: whose tasks: "attribution" or "ablation".
+        entries: in order.
     """
 
     name: str
     title: str
     intro: str
     empty: str
-    entries: tuple[Entry, ...] = ()
-    per_task: tuple[Entry, ...] = ()
-    kind: str = ""
+    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -418,15 +412,21 @@ _EVOLUTION: tuple[Section, ...] = (
 
 _CAUSAL: tuple[Section, ...] = (
     Section(
-        "effects",
-        "Effects on tasks",
-        "The indirect effect (IE) of a feature on logit(correct) − logit(wrong) at the last position, on the "
-        "selection half of the prompts. Positive effects support the correct answer. RelIE is a snapshot's share of a "
-        "feature's effect, |IE| / sum over snapshots of |IE|, without sign; share RelIE first divides each effect by "
-        "the sum over features at its snapshot, because logits grow in training. An effect is significant at a false "
-        "discovery rate of 5% over features and snapshots.",
+        "tasks",
+        "Tasks",
+        "Every task has a page of its own: its items, the features with the largest effects, prompts word by word, and "
+        "ablations.",
         _ATTRIBUTE,
         (
+            Entry(
+                "tasks",
+                "Accuracy by task, last snapshot",
+                "Share of items for which the correct continuation has a higher logit than the wrong one at the last "
+                "position, with its 95% Wilson interval over items; chance is 50%.",
+                overview_figures.task_table,
+                ("tasks",),
+                wide=True,
+            ),
             Entry(
                 "completeness",
                 "Completeness error",
@@ -439,7 +439,57 @@ _CAUSAL: tuple[Section, ...] = (
                 optional=True,
             ),
         ),
+    ),
+)
+
+_TASK: tuple[Section, ...] = (
+    Section(
+        "items",
+        "What the task asks",
+        "Each item is a prompt with a correct and a wrong continuation. The accuracy is that of the model itself, "
+        "without the crosscoder.",
+        _ACCURACY,
         (
+            Entry(
+                "accuracy",
+                "Accuracy",
+                "Share of items for which the correct continuation has a higher logit than the wrong one at the last "
+                "position. The band is the 95% Wilson interval over items.",
+                partial(overview_figures.accuracy, links=False),
+                ("accuracy@{task}", "tasks"),
+                wide=True,
+            ),
+            Entry(
+                "items",
+                "Examples of items",
+                "The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the "
+                "paired prompt, the wrong answer is the correct one.",
+                overview_figures.item_table,
+                ("prompts/{task}",),
+                wide=True,
+                optional=True,
+            ),
+        ),
+    ),
+    Section(
+        "effects",
+        "Effects of features",
+        "The indirect effect (IE) of a feature on logit(correct) − logit(wrong) at the last position, on the "
+        "selection half of the prompts. Positive effects support the correct answer. RelIE is a snapshot's share of a "
+        "feature's effect, |IE| / sum over snapshots of |IE|, without sign; share RelIE first divides each effect by "
+        "the sum over features at its snapshot, because logits grow in training. An effect is significant at a false "
+        "discovery rate of 5% over features and snapshots.",
+        _ATTRIBUTE,
+        (
+            Entry(
+                "ie-table",
+                "Features with the largest effects",
+                "IE ± standard error over prompts, in logits, by snapshot, the last one first. Blue supports the "
+                "correct answer, orange opposes it.",
+                causal_figures.effect_table,
+                ("attribution/{task}", "attribution/{task}.snapshots", "names"),
+                wide=True,
+            ),
             Entry(
                 "share-relie",
                 "Relative effect, of shares (share RelIE)",
@@ -484,26 +534,6 @@ _CAUSAL: tuple[Section, ...] = (
                 optional=True,
             ),
             Entry(
-                "ie-table",
-                "Features with the largest effects",
-                "IE ± standard error over prompts, in logits, by snapshot, the last one first. Blue supports the "
-                "correct answer, orange opposes it.",
-                causal_figures.effect_table,
-                ("attribution/{task}", "attribution/{task}.snapshots", "names"),
-                wide=True,
-            ),
-            Entry(
-                "words",
-                "Effects in single prompts",
-                "A word is coloured by the effect of all features active on it at the selected snapshot: blue where "
-                "they support the correct answer, orange where they oppose it. A click opens the feature with the "
-                "largest effect there.",
-                causal_figures.prompt_words,
-                ("prompts/{task}", "names"),
-                wide=True,
-                optional=True,
-            ),
-            Entry(
                 "validation",
                 "Which measure says when a feature acts",
                 "Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. "
@@ -536,7 +566,25 @@ _CAUSAL: tuple[Section, ...] = (
                 optional=True,
             ),
         ),
-        "attribution",
+    ),
+    Section(
+        "prompts",
+        "Prompts",
+        "The effects of features in single prompts of the selection half.",
+        "No effects in single prompts were kept. crosslens attribute keeps some, except with --method exact.",
+        (
+            Entry(
+                "words",
+                "Effects in single prompts",
+                "A word is coloured by the effect of all features active on it at the selected snapshot: blue where "
+                "they support the correct answer, orange where they oppose it. A click opens the feature with the "
+                "largest effect there.",
+                causal_figures.prompt_words,
+                ("prompts/{task}", "names"),
+                wide=True,
+                optional=True,
+            ),
+        ),
     ),
     Section(
         "ablation",
@@ -547,7 +595,7 @@ _CAUSAL: tuple[Section, ...] = (
         "metric / clean if the clean metric is positive. Random sets hold as many other active features; size-matched "
         "sets also match activation × decoder norm.",
         _ABLATE,
-        per_task=(
+        (
             Entry(
                 "ablate-size",
                 "Ablating the top k features, last snapshot",
@@ -599,7 +647,6 @@ _CAUSAL: tuple[Section, ...] = (
                 optional=True,
             ),
         ),
-        kind="ablation",
     ),
 )
 
@@ -608,3 +655,5 @@ PAGES = (
     Page("evolution", "Evolution", "When features appear, how they rotate, split and disappear.", _EVOLUTION),
     Page("causal", "Causal effects", "Which features each task depends on, and at which snapshots.", _CAUSAL),
 )
+TASK = Page("task", "Task", "What one task asks, when it is learnt, and which features it depends on.", _TASK)
+"""The page of every task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ class Tables:
     """Tables of a run; None if a table does not exist or is empty.
 
     A name is that of a table in the run directory. "kind/*" is the tables of a kind of all tasks, concatenated, with a
-    column `task`; "snapshots" is the list in run.json; "names" and "tasks" are `names` and the tasks in the order of
-    their colours, which may have no rows. Tables of single tasks can be many, so they are read at every access; the
-    others are read once.
+    column `task`, and "table@task" the rows of a table with that task; "snapshots" is the list in run.json; "names" is
+    `names`, which may have no rows, and "tasks" the tasks in the order of their colours, with the files of their pages.
+    Tables of single tasks can be many, so they are read at every access; the others are read once.
 
     Args:
         run: the run directory.
@@ -47,7 +48,7 @@ class Tables:
 
     def __getitem__(self, name: str) -> pd.DataFrame | None:
         found = self._read[name] if name in self._read else self._load(name)
-        if "/" not in name or name.endswith(".snapshots"):
+        if not set("/@") & set(name) or name.endswith(".snapshots"):
             self._read[name] = found
         kind, star, _ = name.partition("*")
         self.damaged |= {t: said for t, said in self._defects.items() if t == name or (star and t.startswith(kind))}
@@ -69,9 +70,12 @@ class Tables:
         if name == "names":
             return pd.DataFrame({"feature": list(self.names), "name": list(self.names.values())})
         if name == "tasks":
-            accuracy = self["accuracy"]
-            first = [] if accuracy is None or "task" not in accuracy else accuracy["task"].astype(str).tolist()
-            return pd.DataFrame({"task": list(dict.fromkeys([*first, *self.tasks("attribution")]))})
+            return self._tasks()
+        whole, at, task = name.partition("@")
+        if at and "/" not in whole:
+            table = self[whole]
+            rows = None if table is None or "task" not in table else table[table["task"].astype(str) == task]
+            return None if rows is None or rows.empty else pd.DataFrame(rows).reset_index(drop=True)
         kind, star, suffix = name.partition("/*")
         if not star:
             try:
@@ -81,10 +85,26 @@ class Tables:
                 return None
             if table is not None and self._kept is not None and "feature" in table and name != "consensus":
                 table = pd.DataFrame(table[table["feature"].isin(self._kept)]).reset_index(drop=True)
+            if table is not None and name == "accuracy" and {"snapshot", "label", "step"} <= set(table):
+                table = _numbered_alike(table)
             return None if table is None or table.empty else table
         tables = {task: self[f"{kind}/{task}{suffix}"] for task in self._run.tasks(kind)}
         found = [table.assign(task=task) for task, table in tables.items() if table is not None]
         return pd.concat(found, ignore_index=True) if found else None
+
+    def _tasks(self) -> pd.DataFrame | None:
+        """Each task, the file of its page, and the row of its last snapshot in the accuracy table, if it has one."""
+        found, pages = self["accuracy"], dict[str, str]()
+        accuracy = found if found is not None and {"task", "snapshot"} <= set(found) else None
+        first = [] if accuracy is None else accuracy["task"].astype(str).tolist()
+        for task in (*first, *self.tasks("attribution"), *self.tasks("ablation")):
+            if task not in pages:
+                pages[task] = free_name(f"task-{slug(task)}", pages.values())
+        tasks = pd.DataFrame({"task": list(pages), "page": [f"{page}.html" for page in pages.values()]})
+        if accuracy is not None:
+            last = accuracy.sort_values("snapshot").drop_duplicates("task", keep="last")
+            tasks = tasks.merge(last, how="left", on="task")
+        return None if tasks.empty else tasks
 
     def _snapshots(self) -> pd.DataFrame | None:
         """Snapshot, label, step and tokens from run.json, or from the evolution table."""
@@ -98,9 +118,26 @@ class Tables:
         return pd.DataFrame({"snapshot": range(len(rows)), **columns})
 
 
+def _numbered_alike(accuracy: Frame) -> Frame:
+    """The accuracy table with one number per snapshot: tasks may have been measured on different sets of snapshots."""
+    pairs = accuracy[["snapshot", "label"]].drop_duplicates()
+    if pairs["snapshot"].is_unique and pairs["label"].is_unique:
+        return accuracy
+    order = accuracy.drop_duplicates("label").sort_values("step", kind="stable")["label"]
+    return accuracy.assign(snapshot=accuracy["label"].map({label: i for i, label in enumerate(order)}))
+
+
 def slug(text: str) -> str:
     """Text as part of an id or a file name."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:60] or "task"
+
+
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """The name, with a number if it is taken: the tasks "a b" and "a-b" have the same slug."""
+    used, free, number = {one.casefold() for one in taken}, name, 2  # some file systems do not know case
+    while free.casefold() in used:
+        free, number = f"{name}-{number}", number + 1
+    return free
 
 
 def main_measure(lifecycles: Frame) -> str:

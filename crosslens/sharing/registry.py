@@ -118,6 +118,13 @@ class Release:
     snapshots: Mapping[str, Any] | None
     entries: Mapping[str, Entry]
 
+    @property
+    def place(self) -> str:
+        """Where the crosscoders are, in words."""
+        if self.repo_id is None:
+            return "in this package" if self.folder and EMBEDDED.parent in self.folder.parents else "local"
+        return self.repo_id + (f" at {self.revision}" if self.revision else "")
+
     def entry(self, sae_id: str) -> Entry:
         """The crosscoder with this id.
 
@@ -201,28 +208,6 @@ def find_release(name: str) -> Release:
             f"there is no release {shortened(name)!r}: there are {', '.join(releases)}{did_you_mean(name, releases)}"
         )
     return releases[name]
-
-
-def describe_releases(name: str | None = None) -> list[str]:
-    """The lines that `crosslens ls releases` prints, or those about one release."""
-    if name is None:
-        return [
-            f"{release.name}: {release.model}, {len(release.entries)} crosscoder{'s' * (len(release.entries) > 1)}, "
-            f"{_place(release)}"
-            for release in list_releases().values()
-        ]
-    release = find_release(name)
-    lines = [f"{release.name}: {release.model}, {_place(release)}"]
-    lines += [f"{what}: {said}" for what, said in (("licence", release.licence), ("data", release.dataset)) if said]
-    for entry in release.entries.values():
-        facts = [f"hook {entry.hook_name}"] if entry.hook_name else []
-        facts += [f"{key} {value}" for key, value in entry.config.items()]
-        if entry.variance_explained is not None:
-            facts.append(f"explained variance {entry.variance_explained:.3f}")
-        if entry.l0 is not None:
-            facts.append(f"L0 {entry.l0:.1f}")
-        lines.append(f"  {entry.id}: {', '.join(facts)}")
-    return lines
 
 
 def read_registry(path: Path) -> dict[str, Release]:
@@ -329,9 +314,3 @@ def _check_keys(where: str, value: Any, known: Mapping[str, Any], needed: tuple[
             raise UserError(f"{where} has an unknown key {shortened(key)!r}{did_you_mean(key, known)}")
         if isinstance(item, bool) or not isinstance(item, known[key]):
             raise UserError(f"{where}: {key}={shortened(repr(item))} has the wrong type ({type(item).__name__})")
-
-
-def _place(release: Release) -> str:
-    if release.repo_id is None:
-        return "in this package" if release.folder and EMBEDDED.parent in release.folder.parents else "local"
-    return release.repo_id + (f" at {release.revision}" if release.revision else "")

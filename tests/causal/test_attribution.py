@@ -753,6 +753,9 @@ def test_the_words_of_single_prompts(snaps: Snapshots, task: Task, method: str, 
     for prompt, item in enumerate(order):
         text = found.prompts.query(f"prompt == {prompt} and snapshot == 0").drop_duplicates("position")["token"]
         assert " ".join(text).replace("<|endoftext|>", "").strip() == task.items[item].prefix
+        stored = words.loc[words["prompt"] == prompt, ["prefix", "correct", "wrong", "paired"]].drop_duplicates()
+        pair = task.items[item]
+        assert stored.to_numpy().tolist() == [[pair.prefix, pair.correct, pair.wrong, pair.patch_prefix]]
         table = found.prompt(prompt)
         by_feature = table.pivot_table(index="feature", columns="snapshot", values="effect", aggfunc="sum")
         if baseline == "mean":  # the mean of one prompt alone is another

@@ -155,8 +155,19 @@ def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tin
     page = (trained / "report" / "index.html").read_text()
     assert "step20" in page and "No attribution" not in page
     weights = (trained / "crosscoder" / "sae_weights.safetensors").read_bytes()
-    code, _, err = command(*train_arguments(tiny_snapshots, files, trained))
+    code, out, err = command(*train_arguments(tiny_snapshots, files, trained))
     assert (code, err) == (0, "")
+    evaluation = run.table("evaluation")
+    assert evaluation is not None
+    ev, timings = evaluation["explained_variance"], run.read_json()["timings"]
+    title, head, row = out[out.index("BatchTopKCrosscoder with 32 features") :].splitlines()[:3]
+    assert title == f"BatchTopKCrosscoder with 32 features saved in {trained}"
+    assert head.split()[:4] == ["seed", "mean", "EV", "first"] and head.split()[-2:] == ["speed", "memory"]
+    lowest = f"{ev.min():.3f} ({evaluation.loc[ev.idxmin(), 'label']})"
+    assert row.split()[:4] == ["0", f"{ev.mean():.3f}", f"{ev.iloc[0]:.3f}", f"{ev.iloc[-1]:.3f}"] and lowest in row
+    assert f"{evaluation['l0'].mean():.1f}  {evaluation['dead_fraction'].max():.1%}" in re.sub(" {3,}", "  ", row)
+    worst = (evaluation["ce_spliced"] - evaluation["ce_clean"]).max()
+    assert f"{worst:+.3f}" in row and f"{timings['train']:,.0f} s" in row and row.endswith("iB")
     assert (trained / "crosscoder" / "sae_weights.safetensors").read_bytes() == weights
     recorded = run.read_json()
     assert recorded["hook_name"] == HOOK
@@ -400,6 +411,8 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     assert [line.split()[0] for line in command("ls", tiny_snapshots)[1].splitlines()] == ["step0", "step10", "step20"]
     families = command("ls")[1]
     assert re.search(r"^pythia +14m.*^olmo2 +1b, 7b.*^bloom +560m", families, re.M | re.S)
+    assert "1b, 1.4b, 2.8b, 6.9b, 12b; each also as SIZE-deduped" in families and "70m-deduped" not in families
+    assert max(map(len, families.splitlines())) <= 200
     code, out, _ = command(
         *("plan", "--snapshots", tiny_snapshots, "--hook", HOOK, "--dataset", files / "text.txt"),
         *("--n-tokens", 1000, "--context-size", 16, "--training-tokens", 5000),

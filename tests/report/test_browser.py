@@ -437,7 +437,7 @@ def test_features_open_from_figures_words_and_keys(browser: Any, run: RunDir) ->
     assert page.evaluate("document.activeElement.id") == "search" and page.input_value("#search") == ""
     page.keyboard.type("/")
     assert page.input_value("#search") == "/"
-    page = visitor.open("causal")
+    page = visitor.open("task-simple")
     page.locator("#figure-words-simple").scroll_into_view_if_needed()
     prompts = table(run, "prompts/simple").query("prompt == 3 and snapshot == 1").sort_values("position")
     page.fill("#at-words-simple", "1")
@@ -452,6 +452,45 @@ def test_features_open_from_figures_words_and_keys(browser: Any, run: RunDir) ->
     assert tints == pytest.approx(expected, abs=6e-3)
     links = line.locator("a").evaluate_all("links => links.map((a) => a.getAttribute('href'))")
     assert links == [f"feature.html#{feature}" for feature in prompts["feature"] if feature >= 0]
+    assert not visitor.troubles
+
+
+def test_tasks_open_from_figures_search_and_keys(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report)
+    page = visitor.open("index")
+    page.locator("#figure-accuracy figcaption >> text=subj_rel").click()
+    page.wait_for_selector("h1:text-is('Task: subj_rel')")
+    page.keyboard.press("ArrowRight")  # the last one
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("h1:text-is('Task: simple')")
+    assert page.get_attribute("#before", "href") is None
+    page.focus("#at-words-simple")
+    page.keyboard.press("ArrowRight")  # moves the slider
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("h1:text-is('Task: subj_rel')")
+    page.keyboard.press("/")
+    page.wait_for_selector("#finder:not([hidden])")
+    page.keyboard.type("REL subj")
+    assert page.locator("#tasks a").all_inner_texts() == ["subj_rel"]
+    page.fill("#search", "")
+    assert not page.locator("#tasks").is_visible()
+    page.fill("#search", "s")
+    page.locator("#tasks a").first.click()
+    page.wait_for_selector("h1:text-is('Task: simple')")
+    # a point of a task's line
+    page = visitor.open("index")
+    plot = page.locator("#figure-accuracy .plot")
+    plot.scroll_into_view_if_needed()
+    plot.locator(".main-svg").first.wait_for(state="attached")
+    point = plot.locator(".scatterlayer .point").last.bounding_box()
+    page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    page.wait_for_timeout(300)
+    page.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    page.wait_for_url("**/task-*.html")
+    page = visitor.feature(12)
+    page.locator("#figure-effects figcaption >> text=simple").click()
+    page.wait_for_selector("h1:text-is('Task: simple')")
     assert not visitor.troubles
 
 
@@ -537,7 +576,7 @@ def test_empty_states_in_words(browser: Any, tmp_path: Path) -> None:
     bare.write_json({"model": "m", "hook_name": "h"})
     write_report(bare.path)
     visitor = Visitor(browser, bare.report, 375)
-    for name in ALL:
+    for name in ("index", "evolution", "causal", "features", "feature"):
         page = visitor.open(name)
         assert "crosslens" in page.inner_text("main") and page.locator(".words:visible").count(), name
     plain = make_run(tmp_path / "plain", 3)

@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def warnings(run: RunDir) -> list[str]:
-    return warn(Tables(run, run.read_json()))
+    return [one.text for one in warn(Tables(run, run.read_json()))]
 
 
 def test_bounds_are_those_of_training_and_tasks() -> None:
@@ -64,6 +64,8 @@ def test_every_value_that_does_not_carry_is_named_with_its_bound(run: RunDir) ->
     for name in (*PAGES, "features", "feature"):
         text = _Page(run.report / "index.html", (name,)).text
         assert all(line in text for line in found), name
+        links = [a.get("href") for _, a in _Page(run.report / "index.html", (name,)).elements]
+        assert {f"task-{task}.html" for task in TASKS} <= set(links), name
 
 
 def test_a_missing_value_is_warned_of(run: RunDir) -> None:
@@ -105,9 +107,9 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     for one in found:
         assert one.links
         for _, link in one.links:
-            name, _, anchor = link.partition(".html#")
-            ids = {a.get("id") for _, a in _Page(run.report / "index.html", (name,)).elements}
-            assert anchor in ids, link
+            file, _, anchor = link.partition("#")
+            ids = {a.get("id") for _, a in _Page(run.report / "index.html", (file.removesuffix(".html"),)).elements}
+            assert not anchor or anchor in ids, link
             assert ("a", link) in [(tag, a.get("href")) for tag, a in page.elements]
 
 

@@ -275,7 +275,7 @@ def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator
 
 
 MEASURES = ("relie", "share_relie", "reldec", "decodability")
-PAGES = ("index", "evolution", "causal")
+PAGES = ("index", "evolution", "causal", "task-simple", "task-subj_rel")
 
 
 class _Page(HTMLParser):
@@ -288,7 +288,8 @@ class _Page(HTMLParser):
         self.text = ""
         self._script: dict[str, str | None] | None = None
         for name in names:
-            self.feed(index.with_name(f"{name}.html").read_text(encoding="utf-8"))
+            if names is not PAGES or not name.startswith("task") or index.with_name(f"{name}.html").is_file():
+                self.feed(index.with_name(f"{name}.html").read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -354,7 +355,7 @@ def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> Non
         linked |= {link.partition("#")[0] for link in links if not link.startswith(("#", "data:,"))}
         assert (run.report / f"{name}.html").stat().st_size < 300_000
         current = [a["href"] for _, a in one.elements if a.get("aria-current") == "page"]
-        assert current == [f"{'features' if name == 'feature' else name}.html"]
+        assert current == [f"{'features' if name == 'feature' else 'causal' if 'task' in name else name}.html"]
     assert all((run.report / link).is_file() for link in linked), linked
     data = {f"data/{path.name}" for path in (run.report / "data").iterdir()}
     shards = {"data/features-00000.js", "data/features-00001.js"}
@@ -369,8 +370,8 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
     run, page, _ = written
     specs = page.specs()
     stems = {path.stem for path in (run.report / "data").glob("*.csv")}
-    assert set(specs) == {stem for stem in stems if not stem.startswith("ie-table")}
-    assert len(specs) == 12 + 9 * len(TASKS)
+    assert set(specs) == {stem for stem in stems if not stem.startswith(("ie-table", "tasks"))}
+    assert len(specs) == 12 + 10 * len(TASKS)
     assert "Latent scaling" not in page.text and "Additivity" not in page.text, "optional, and without tables"
     assert page.text.count("Numbers (CSV)") == len(stems)
     for name, spec in specs.items():
@@ -579,6 +580,19 @@ def test_accuracy_says_what_is_left_out_and_where_it_is_at_chance(tmp_path: Path
     assert f"Task {TASKS[0]} has 7 items, too few for means over tasks" in text
 
 
+def test_tasks_measured_on_different_snapshots_share_an_axis(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 8), "probe", "evolution", "evaluation", "attribution", "ablation")
+    accuracy = table(run, "accuracy")
+    late = (accuracy["task"] == TASKS[1]) & (accuracy["snapshot"] >= 3)
+    fewer = accuracy[late].assign(snapshot=lambda rows: rows["snapshot"] - 3)
+    run.save_table("accuracy", pd.concat([fewer, accuracy[accuracy["task"] == TASKS[0]]], ignore_index=True))
+    page = _Page(write_report(tmp_path))
+    drawn = lines(page.specs()["accuracy"])
+    assert drawn[TASKS[1]]["x"] == drawn[TASKS[0]]["x"][3:] and len(drawn[TASKS[0]]["x"]) == 8
+    assert close(drawn[TASKS[1]]["y"], accuracy.loc[late, "accuracy"])
+    assert "accuracy over the 400 items of 2 tasks" in page.text
+
+
 def test_completeness_is_in_percent(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
     for task in TASKS:
@@ -708,7 +722,6 @@ def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
         "The crosscoder has not been evaluated. crosslens train",
         "The evolution of features has not been computed. Run: crosslens evolve",
         "No effects on tasks have been computed. Run: crosslens attribute",
-        "No features have been ablated. After crosslens attribute, run: crosslens ablate",
         "No probes have been fitted",
         "not recorded",
     ):
@@ -771,14 +784,93 @@ def test_one_and_two_snapshots_are_drawn(tmp_path: Path) -> None:
         assert all(len(trace["x"]) == n for trace in lines(specs["accuracy"]).values())
 
 
+def test_the_page_of_a_task_says_what_it_asks(written: tuple[RunDir, _Page, int]) -> None:
+    run, _, S = written
+    names = ["task-simple", "task-subj_rel"]
+    for i, (task, name) in enumerate(zip(TASKS, names, strict=True)):
+        page = _Page(run.report / "index.html", (name,))
+        row = table(run, "accuracy").query("task == @task and snapshot == @S - 1").iloc[0]
+        effects, snapshots = table(run, f"attribution/{task}"), table(run, f"attribution/{task}.snapshots")
+        for words in (
+            f"{row['accuracy']:.1%}",
+            f"accuracy at {row['label']} ({row['low']:.1%} to {row['high']:.1%}; chance 50%)",
+            "items; 0 left out",
+            f"{snapshots['metric_clean'].iloc[-1]:+.2f}",
+            "features with a significant effect, of 60 active",
+            str(effects.dropna(subset=["relie"])["feature"].nunique()),
+        ):
+            assert words in page.text, words
+        links = {a.get("id"): a.get("href") for tag, a in page.elements if tag == "a"}
+        around = [None, *(f"{other}.html" for other in names), None]
+        assert (links["before"], links["after"]) == (around[i], around[i + 2])
+        drawn = lines(page.specs()[f"accuracy-{task}"])
+        assert set(drawn) == {task, "chance"} or set(drawn) == {task}
+        source = table(run, "accuracy").query("task == @task").sort_values("snapshot")
+        assert close(drawn[task]["y"], source["accuracy"])
+        assert len(csv(run, f"accuracy-{task}")) == S
+    # both are linked from where they are named
+    for name in ("index", "causal", "feature"):
+        elements = _Page(run.report / "index.html", (name,)).elements
+        assert {f"{one}.html" for one in names} <= {a.get("href") for _, a in elements}, name
+
+
+def test_examples_of_items_and_all_tasks(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "probe", "ablation", "evolution", "evaluation")
+    run.save_table("accuracy", table(run, "accuracy").assign(skipped=2, reasons="too long: 2"))
+    common = table(run, "accuracy").query("task == 'simple'")[["snapshot", "label", "step"]]
+    words = pd.DataFrame({"position": [0, 1], "token": ["<s>", " boys"], "effect": [0.0, 0.5], "feature": [-1, 2]})
+    items = pd.DataFrame({"prompt": [0, 4, 7, 9], "prefix": [f"the {HOSTILE} {i}" for i in range(4)]})
+    items = items.assign(
+        correct=[" are", " is", " were", " go"], wrong=[" is"] * 4, paired=["the boy", None, "x", None]
+    )
+    prompts = items.merge(common, how="cross").merge(words, how="cross")
+    run.save_table("prompts/simple", prompts.assign(feature_effect=prompts["effect"]))
+    page = _Page(write_report(tmp_path), ("task-simple",))
+    rows = csv(run, "items-simple")
+    assert rows["prefix"].tolist() == items["prefix"].tolist() and rows["correct"].tolist() == items["correct"].tolist()
+    assert "prompt 0" in page.text and "prompt 9" in page.text and f"the {HOSTILE} 0" in page.text
+    assert "paired prompt" in page.text and "the boy" in page.text
+    shown = next(json.loads(text) for a, text in page.scripts if a.get("id") == "figure-words-simple-prompts")
+    assert [one["answers"] for one in shown["prompts"]] == items[["correct", "wrong"]].to_numpy().tolist()
+    other = _Page(run.report / "index.html", ("task-subj_rel",))
+    assert "No effects in single prompts were kept" in other.text and "Examples of items" not in other.text
+    every = csv(run, "tasks").set_index("task")
+    causal = _Page(run.report / "index.html", ("causal",)).text
+    for task in TASKS:
+        row = table(run, "accuracy").query("task == @task and snapshot == 2").iloc[0]
+        assert every.loc[task, "accuracy"] == row["accuracy"]
+        for text in (f"{row['accuracy']:.1%}", f"[{row['low']:.1%}, {row['high']:.1%}]", "2 skipped (too long: 2)"):
+            assert text in causal
+
+
+def test_a_run_without_tasks_or_with_one(tmp_path: Path) -> None:
+    run = drop(make_run(tmp_path, 3), "probe", "evolution", "evaluation", "completeness")
+    for name in ("accuracy", "attribution/subj_rel"):
+        drop(run, name)
+    (run.path / "ablation" / "subj_rel.parquet").unlink()
+    page = _Page(write_report(tmp_path), ("task-simple",))
+    links = {a.get("id"): a.get("href") for tag, a in page.elements if tag == "a"}
+    assert (links["before"], links["after"]) == (None, None)
+    assert "No task accuracy has been measured" in page.text and "ie-simple" in page.specs()
+    causal = _Page(run.report / "index.html", ("causal",))
+    assert ("a", "task-simple.html") in [(tag, a.get("href")) for tag, a in causal.elements], "without an accuracy too"
+    drop(run, "attribution", "ablation")
+    write_report(tmp_path)
+    assert not list(run.report.glob("task-*.html"))
+    assert "No effects on tasks have been computed" in _Page(run.report / "index.html", ("causal",)).text
+
+
 def test_tasks_with_similar_names_have_separate_files(tmp_path: Path) -> None:
     run = drop(make_run(tmp_path, 3), "probe", "ablation", "evolution", "evaluation")
     for task in ("a b", "a-b", "<i>"):
         for name in ("", ".snapshots"):
             run.save_table(f"attribution/{task}{name}", table(run, f"attribution/simple{name}"))
-    page = _Page(write_report(tmp_path))
+    page = _Page(write_report(tmp_path), ("task-a-b", "task-a-b-2", "task-i"))
     assert {"ie-a-b", "ie-a-b-2", "ie-i"} <= set(page.specs())
     assert "Task: <i>" in page.text
+    causal = _Page(run.report / "index.html", ("causal",))
+    links = [a["href"] for tag, a in causal.elements if tag == "a" and str(a.get("href")).startswith("task-")]
+    assert {"task-simple.html", "task-a-b.html", "task-a-b-2.html", "task-i.html"} <= set(links)
 
 
 def test_writing_again_gives_the_same_pages_and_removes_stale_files(tmp_path: Path) -> None:
@@ -788,9 +880,11 @@ def test_writing_again_gives_the_same_pages_and_removes_stale_files(tmp_path: Pa
     write_report(tmp_path)
     assert {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()} == first
     shutil.rmtree(tmp_path / "ablation")
+    run.remove_task("subj_rel")
     write_report(tmp_path)
     left = {path.name for path in run.report.rglob("*") if path.is_file()}
     assert not [name for name in left if name.startswith(("ablate", "keep")) or name.endswith(".tmp")]
+    assert [name for name in left if name.startswith("task-")] == ["task-simple.html"]
 
 
 def test_no_run_is_a_user_error(tmp_path: Path) -> None:
@@ -821,10 +915,14 @@ def test_a_damaged_table_is_a_line_on_its_pages(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     index = write_report(run.path)
     said = "attribution/simple.parquet is damaged"
-    assert said in (index.parent / "causal.html").read_text() and said in (index.parent / "features.html").read_text()
-    assert "repeat `crosslens attribute`" in (index.parent / "causal.html").read_text()
-    assert str(tmp_path) not in (index.parent / "causal.html").read_text()
-    assert said not in (index.parent / "evolution.html").read_text()
+    own = (index.parent / "task-simple.html").read_text()
+    assert (
+        said in own and "repeat `crosslens attribute`" in own and said in (index.parent / "features.html").read_text()
+    )
+    assert "No effects on tasks have been computed" in own and "figure-ablate-size-simple" in own
+    assert str(tmp_path) not in own
+    for name in ("evolution", "causal", "task-subj_rel"):
+        assert said not in (index.parent / f"{name}.html").read_text(), name
 
 
 def test_no_path_and_no_formula_leaves_the_machine(tmp_path: Path) -> None:

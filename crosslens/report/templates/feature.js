@@ -321,13 +321,7 @@
     location.hash = String(Number(byId("number").value));
   });
   let walking = false;
-  document.addEventListener("keydown", (event) => {
-    const place = { ArrowLeft: "before", ArrowRight: "after" }[event.key];
-    if (!place || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey || crosslens.typing(event) || !byId(place).href) return;
-    event.preventDefault();
-    walking = true;
-    location.hash = byId(place).hash;
-  });
+  for (const id of ["before", "after"]) byId(id).addEventListener("click", () => { walking = true; });
   window.addEventListener("hashchange", () => {
     // keep the focus and the place when stepping through features; go to the top after a link further down
     const stepped = walking || document.activeElement?.closest(".steps");

@@ -166,11 +166,12 @@ window.crosslens = (() => {
     }
   }
 
-  // a click on a feature opens its page
+  // a click on a feature or a task opens its page
   const linked = new WeakSet();
   function openFeature({ points: [{ data, customdata }] }) {
     const feature = data.meta === "features" ? [customdata].flat()[0] : data.meta?.feature;
-    if (feature !== undefined) location.href = `feature.html#${feature}`;
+    const page = feature === undefined ? data.meta?.page : `feature.html#${feature}`;
+    if (page) location.href = page;
   }
 
   // figures are drawn one at a time, when they are in view or close to it
@@ -276,10 +277,13 @@ window.crosslens = (() => {
   }
 
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || typing(event)) return;
+    const link = document.getElementById({ ArrowLeft: "before", ArrowRight: "after" }[event.key]);
+    if (!(event.key === "/" || link?.href) || event.ctrlKey || event.metaKey || event.altKey || typing(event)) return;
+    if (link && event.shiftKey) return;  // selects text; some keyboards need it for "/"
     event.preventDefault();
     const search = document.getElementById("search");
-    if (search) search.focus();
+    if (link) link.click();
+    else if (search) search.focus();
     else location.href = "features.html#focus=1";
   });
   // whether a key belongs to the element that has the focus
@@ -298,7 +302,7 @@ window.crosslens = (() => {
       const s = Number(slider.value);
       place.querySelector("output").textContent = labels[s];
       slider.setAttribute("aria-valuetext", labels[s]);
-      place.querySelector("ol").replaceChildren(...prompts.map(({ id, tokens, effects, features }) => element("li", {}, [
+      place.querySelector("ol").replaceChildren(...prompts.map(({ id, tokens, effects, features, answers: [correct, wrong] }) => element("li", {}, [
         element("span", { class: "where", text: `prompt ${id}` }),
         element("span", { class: "text", dir: "auto" }, tokens.map((token, t) => {
           const effect = effects[s][t], feature = features[s][t];
@@ -306,6 +310,8 @@ window.crosslens = (() => {
           const made = word(words[token], Math.sign(effect) * Math.sqrt(Math.abs(effect) / largest), `${effect > 0 ? "+" : ""}${effect} logits, most by ${told}`);
           return feature < 0 ? made : element("a", { href: `feature.html#${feature}` }, [made]);
         })),
+        ...(correct === undefined ? [] : [element("span", { class: "answers" }, [["correct", correct], ["wrong", wrong]].map(([kind, text]) =>
+          element("span", {}, [`${kind}: `, element("bdi", { class: "chip", text: visible(text) })])))]),
       ])));
     };
     slider.oninput = show;
@@ -337,5 +343,5 @@ window.crosslens = (() => {
   });
   window.addEventListener("beforeprint", () => { printing = true; drawAll(); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
-  return { await: await_, element, save, say, show, spec, typing, visible };
+  return { await: await_, element, save, say, show, spec, visible };
 })();

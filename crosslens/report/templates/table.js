@@ -7,6 +7,7 @@
   const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
   const count = (n) => n.toLocaleString("en");
   let data, columns, haystack, found = [];
+  const tasks = Object.entries(JSON.parse(byId("about").textContent).pages);
   const state = { q: "", sort: "id", down: false, page: 1 };
 
   crosslens.index = (loaded) => {
@@ -111,7 +112,11 @@
   }
 
   function update() {
-    found = order(matches(state.q.toLowerCase().split(/\s+/).filter(Boolean)));
+    const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
+    found = order(matches(words));
+    const named = words.length ? tasks.filter(([task]) => words.every((word) => task.toLowerCase().includes(word))) : [];
+    byId("tasks").hidden = !named.length;
+    byId("tasks").replaceChildren("Tasks: ", ...named.flatMap(([task, page], i) => [i ? ", " : "", element("a", { href: page, text: visible(task) })]));
     render();
   }
 
