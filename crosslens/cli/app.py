@@ -340,8 +340,8 @@ def plan(
         held, seconds = plan_decodability(*shape, acts.dataset.n_held_out)
         evolving = {"bytes": held, "cpu_seconds": seconds}
         out.say(
-            f"evolve: {held / 2**30:.2f} GiB of memory and {seconds / 60:.1f} min of one CPU core to read presence; it also "
-            "runs whole models"
+            f"evolve: {held / 2**30:.2f} GiB of memory and {seconds / 60:.1f} min of one CPU core to read presence; "
+            "it also runs whole models"
         )
     untrained = untrained_steps(acts.snapshots.labels, acts.snapshots.steps)
     for line in untrained:
