@@ -58,9 +58,9 @@ class CachedRows:
     def __init__(self, cache: ActivationCache, order: Order, repair: Repair) -> None:
         self.cache, self.order, self.repair = cache, order, repair
 
-    def read(self, first: int, last: int, n_parts: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
+    def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
         """As `Mixed.read`, from any position at once."""
-        for piece, place in cut(self.order.pieces(first, last, n_parts), rows):
+        for piece, place in cut(self.order.pieces(first, last), rows):
             chosen = ShardRows(piece.rows)
             for s, here in enumerate(out[place].unbind(1)):
                 stored = self.cache.gather(piece.shard, s, chosen, self.repair)
@@ -75,9 +75,9 @@ class CachedRows:
         shapes = {"data": ((n, S, D), getattr(torch, self.cache.dtype))}
         return {**shapes, "scale": ((n, S, 1), torch.float32)} if self.cache.dtype == "int8" else shapes
 
-    def read_stored(self, first: int, last: int, n_parts: int, rows: slice, out: Stored) -> None:
+    def read_stored(self, first: int, last: int, rows: slice, out: Stored) -> None:
         """As `read`, without widening."""
-        for piece, place in cut(self.order.pieces(first, last, n_parts), rows):
+        for piece, place in cut(self.order.pieces(first, last), rows):
             chosen = ShardRows(piece.rows)
             for s in range(self.cache.n_snapshots):
                 for name, values in self.cache.gather(piece.shard, s, chosen, self.repair).items():
@@ -110,7 +110,6 @@ def feed(
         closed: set when the consumer has enough.
         waited: called with the seconds that the consumer waited for each batch.
     """
-    n_parts = 1 if whole else parallel.n_data_ranks
     own = slice(0, shape[0]) if whole else parallel.tokens(shape[0])
     n, width = own.stop - own.start, shape[1:]
     team = _Team(parallel, whole)
@@ -135,7 +134,7 @@ def feed(
             if closed.is_set() or (span := next(spans, None)) is None:
                 return
             n_begun += 1
-            yield source.make(*span, n_parts, mine)
+            yield source.make(*span, mine)
 
     def arrived() -> Iterator[Any]:
         nonlocal n_wanted
@@ -163,7 +162,7 @@ def feed(
         # other processes may have begun the batch that this one did not, and wait to be told that it is not needed
         if rows.together and n_begun < n_wanted and (span := next(spans, None)) is not None:
             with suppress(AbandonedError):
-                source.make(*span, n_parts, mine)
+                source.make(*span, mine)
 
 
 # ---------------------------------------------------------------------- processes
@@ -263,12 +262,12 @@ class _Widened:
         self.free: list[NDArray[np.float32]] = []
         self.made = 0
 
-    def make(self, first: int, last: int, n_parts: int, mine: slice) -> Tensor:
+    def make(self, first: int, last: int, mine: slice) -> Tensor:
         """The next batch; with shared buffers only this process's part of it."""
         batch = self._buffer() if self.shared is None else self.shared[self.made % len(self.shared)]
         self.made += 1
         if mine.stop > mine.start:
-            self.rows.read(first, last, n_parts, mine, batch[self.part])
+            self.rows.read(first, last, mine, batch[self.part])
         return batch
 
     def _buffer(self) -> Tensor:
@@ -302,13 +301,13 @@ class _Pinned:
         self.rows, self.part, self.n, self.needed, self.width = rows, part, n, needed, width
         self.free: list[Stored] = []
 
-    def make(self, first: int, last: int, n_parts: int, mine: slice) -> Stored:
+    def make(self, first: int, last: int, mine: slice) -> Stored:
         """This process's rows of the next batch, as they are stored."""
         buffer = self.free.pop() if self.free else self._new()
         if isinstance(self.rows, CachedRows):
-            self.rows.read_stored(first, last, n_parts, mine, buffer)  # the rest of a buffer is not needed
+            self.rows.read_stored(first, last, mine, buffer)  # the rest of a buffer is not needed
         else:
-            self.rows.read(first, last, n_parts, mine, buffer["data"])
+            self.rows.read(first, last, mine, buffer["data"])
         return buffer
 
     def _new(self) -> Stored:

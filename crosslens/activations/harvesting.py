@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import platform
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +44,10 @@ _CUT_MODELS = threading.RLock()
 
 SCORE_BYTES = 1 << 30
 """Attention scores of a forward pass with eager attention, at most: as float32, twice, as most families hold them."""
+
+_M_MMAP_THRESHOLD = -3  # from malloc.h
+_MAPPED_BYTES = 4 << 20
+_HEAP_BYTES = 32 << 20  # the largest block that glibc comes to keep by itself
 
 
 def pass_sequences(n_positions: int, n_heads: int, settings: ModelSettings) -> int:
@@ -338,6 +344,7 @@ def fill(
     loaded, model = None, None
     written: Future[None] | None = None  # one shard is written while the next is harvested, so two are in memory
     with (
+        large_blocks_mapped(),
         first.harvesting(pairs, len(pairs) * rank // world, others) as turns,
         ThreadPoolExecutor(1, "crosslens-writer") as writer,
         tqdm(total=len(pairs), desc="Harvesting", unit="shard", leave=False) as progress,
@@ -374,6 +381,25 @@ def fill(
         if loaded is not None:
             freed += leave(loaded)
     return freed
+
+
+@contextmanager
+def large_blocks_mapped() -> Generator[None, None, None]:
+    """Let glibc map large blocks by themselves, so that they are given back to the system once they are freed.
+
+    glibc soon keeps blocks of up to 32 MiB in its heap, where those of a forward pass leave gaps of other sizes than
+    the next pass needs: the heap of a harvest grows by a quarter. Another C library, or a threshold that the user set,
+    is left alone.
+    """
+    if platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    try:
+        yield
+    finally:  # training allocates the same sizes in every step, and would wait for new pages
+        libc.mallopt(_M_MMAP_THRESHOLD, _HEAP_BYTES)
 
 
 def check_finite(acts: Float[Tensor, "n T D"], label: str, hook_name: str, where: str = "", first: int = 0) -> None:

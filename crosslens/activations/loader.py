@@ -311,6 +311,11 @@ class Activations:
         tqdm.write(describe_error(ours, self.snapshots.labels[s], tokens.numel(), errors), file=sys.stderr)
 
     @property
+    def is_cached(self) -> bool:
+        """Whether activations are read from a cache; otherwise the models run."""
+        return self._cache is not None
+
+    @property
     def block_sequences(self) -> int:
         """Number of sequences whose activations, of all snapshots, are at most 1 GiB; in whole forward passes."""
         per_token = self.n_snapshots * self.d_model * 4

@@ -20,7 +20,6 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from crosslens.activations.order import Indices, Order, Piece, random
@@ -106,28 +105,28 @@ class Mixed:
         self._left: Indices = np.empty(0, dtype=np.int64)  # slots that were drawn and not yet read
         self._events: Iterator[Fill | Draw] = iter(())
 
-    def read(self, first: int, last: int, n_parts: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
+    def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
         """Write some rows of the batch of positions `first` to `last` into `out`.
 
         Args:
             first: position in the endless stream; at best the one where the batch before ended.
             last: the position after the last.
-            n_parts: m: rows are grouped so that each m-th of them is a uniform draw; here by position modulo m.
             rows: which rows.
             out: for these rows.
         """
         if first != self._at:
             self._seek(first)
-        places = _places(last - first, n_parts)
         while self._at < last:
             if not len(self._left):
                 self._advance()
                 continue
             n = min(len(self._left), last - self._at)
             slots, self._left = self._left[:n], self._left[n:]
-            to = places[self._at - first : self._at - first + n]
-            own = (to >= rows.start) & (to < rows.stop)
-            out[torch.from_numpy(to[own] - rows.start)] = self.buffer[torch.from_numpy(slots[own])]
+            begin = self._at - first  # row of the first of them in the batch
+            low, high = max(rows.start, begin), min(rows.stop, begin + n)
+            if low < high:
+                own = torch.from_numpy(slots[low - begin : high - begin])
+                torch.index_select(self.buffer, 0, own, out=out[low - rows.start : high - rows.start])
             self._at += n
 
     def _advance(self) -> None:
@@ -183,13 +182,13 @@ class Held:
         self.starts = np.cumsum([0, *order.counts])
         self.buffer: Tensor | None = None
 
-    def read(self, first: int, last: int, n_parts: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
+    def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
         """As `Mixed.read`, from any position at once."""
         if self.buffer is None:
             buffer = torch.empty(self.order.n_tokens, *self.width)
             self.fill(buffer)
             self.buffer = buffer
-        pieces = self.order.pieces(first, last, n_parts)
+        pieces = self.order.pieces(first, last)
         places = np.concatenate([self.starts[piece.shard] + piece.rows for piece in pieces])[rows]
         torch.index_select(self.buffer, 0, torch.from_numpy(places), out=out)
 
@@ -203,11 +202,3 @@ def cut(pieces: list[Piece], rows: slice) -> Iterator[tuple[Piece, slice]]:
         if low < high:
             yield Piece(piece.shard, piece.rows[low:high]), slice(at + low, at + high)
         at += n
-
-
-def _places(n: int, n_parts: int) -> NDArray[np.int64]:
-    """The row of each of n positions in a batch that is grouped by position modulo `n_parts`."""
-    order = np.concatenate([np.arange(part, n, n_parts) for part in range(n_parts)])
-    places = np.empty(n, dtype=np.int64)
-    places[order] = np.arange(n)
-    return places

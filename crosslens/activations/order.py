@@ -56,30 +56,14 @@ class Order:
         self._groups = lru_cache(maxsize=2)(self._draw_groups)
         self._window = lru_cache(maxsize=2)(self._draw_window)  # a batch may lie in two
 
-    def pieces(self, first: int, last: int, n_parts: int = 1) -> list[Piece]:
+    def pieces(self, first: int, last: int) -> list[Piece]:
         """The tokens at positions `first` to `last` (exclusive) of the endless stream, grouped by shard.
 
         Args:
             first: a position, counted over all epochs.
             last: the one after the last.
-            n_parts: m: each m-th of the result has its share of every shard, and so is a uniform draw, too.
         """
-        found: list[Piece] = []
-        for window, low, high in self._spans(first, last):
-            found += window.pieces(low, high)
-        parts: list[list[Piece]] = [[] for _ in range(n_parts)]
-        at = 0
-        for piece in found:
-            # part j has as many of the first n rows as there are numbers below n that are j modulo m
-            end = at + len(piece.rows)
-            cuts = np.cumsum(
-                [(end + n_parts - 1 - j) // n_parts - (at + n_parts - 1 - j) // n_parts for j in range(n_parts)]
-            )
-            for part, rows in zip(parts, np.split(piece.rows, cuts[:-1]), strict=True):
-                if len(rows):
-                    part.append(Piece(piece.shard, rows))
-            at = end
-        return [piece for part in parts for piece in part]
+        return [piece for window, low, high in self._spans(first, last) for piece in window.pieces(low, high)]
 
     def _spans(self, first: int, last: int) -> Iterator[tuple[_Window, int, int]]:
         """The windows that these positions lie in, and the positions in each."""

@@ -342,7 +342,10 @@ def plan(
         shape = architecture_config.d_sae, acts.n_snapshots, acts[hook[0]].d_model
         held, seconds = plan_decodability(*shape, acts.dataset.n_held_out)
         evolving = {"bytes": held, "cpu_seconds": seconds}
-        out.say(f"evolve: {held / 2**30:.2f} GiB of memory to read presence, {seconds / 60:.1f} min of one CPU core")
+        out.say(
+            f"evolve: {held / 2**30:.2f} GiB of memory and {seconds / 60:.1f} min of one CPU core to read presence; "
+            "it also runs whole models"
+        )
     untrained = untrained_steps(acts.snapshots.labels, acts.snapshots.steps)
     for line in untrained:
         out.say(line)

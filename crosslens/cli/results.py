@@ -9,7 +9,7 @@ import pandas as pd
 
 from crosslens.causal import Attribution
 from crosslens.cli.display import Column, Output, measured, number, percent, size
-from crosslens.evolution.births import NAMES
+from crosslens.evolution.births import NAMES, describe_unlikely
 from crosslens.evolution.lifecycles import count_origins
 from crosslens.rundir import RunDir
 from crosslens.tasks import describe_accuracy, list_counts
@@ -115,11 +115,15 @@ def _show_births(out: Output, counts: pd.DataFrame) -> None:
     rest = "in brackets: share born in models that never trained" if known else (
         "false births were not measured: --untrained does"
     )  # fmt: skip
+    notes = [
+        f"births / births with the snapshots reversed, by threshold of presence; {rest}",
+        *describe_unlikely(counts),
+    ]
     out.table(
         [Column("births by", left=True), Column("features", left=True), Column("n"),
          *(Column(f"at {one:g}", drop=int(one != 0.5)) for one in thresholds)],
         rows,
-        note=f"births / births with the snapshots reversed, by threshold of presence; {rest}",
+        note="\n".join(notes),
     )  # fmt: skip
 
 

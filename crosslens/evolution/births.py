@@ -43,6 +43,8 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 _FEATURES = 1024  # at a time when resampling
+_SHARE = 0.25  # births reversed in time per birth, from which on births are not to be believed
+_FEW = 5  # births reversed in time that say nothing
 
 
 def presence_curves(
@@ -213,6 +215,27 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
         "false births not measured: use --untrained"
     )  # fmt: skip
     return [*lines, f"forward / with the snapshots reversed; {rest}"]
+
+
+def describe_unlikely(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
+    """Which births by decodability the control speaks against, a line each; none if all is well.
+
+    These are kinds of features of which more than a quarter as many are born with the snapshots in reversed order.
+
+    Args:
+        counts: the result of `count_births`.
+        presence: the threshold of presence to judge at.
+    """
+    lines: list[str] = []
+    for row in counts[(counts["threshold"] == presence) & (counts["measure"] != "norm")].to_dict("records"):
+        if row["born_reversed"] > max(_FEW, _SHARE * row["born"]):
+            kind = "features" if row["kind"] == "all" else f"{row['kind']} features"
+            measure = NAMES.get(row["measure"], row["measure"])
+            lines.append(
+                f"births of {kind} by {measure} are not to be believed: {row['born']:,} forward, but "
+                f"{row['born_reversed']:,} with the snapshots reversed"
+            )
+    return lines
 
 
 def q_values(p: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:

@@ -324,18 +324,20 @@ def _samples(
     labels: list[Tensor] = []
     ids: list[Tensor] = []
     matched = negatives == "same_token"
-    stream = _with_tokens(acts, size) if matched else ((x, None) for x in acts.batches(size, epochs=1))
+    # live, the first batch would wait until a buffer of gigabytes is harvested
+    in_sequences = matched or not acts.is_cached
+    stream = _with_tokens(acts, size, max_tokens) if in_sequences else ((x, None) for x in acts.batches(size, epochs=1))
     seen = 0
     for x, tokens in stream:
         active = (crosscoder.encode(x.to(crosscoder.W_dec.device))[:, features.to(crosscoder.W_dec.device)] != 0).cpu()
-        both = torch.stack([~active, active]) if tokens is None else _same_tokens(active, tokens)
+        both = _same_tokens(active, tokens) if matched and tokens is not None else torch.stack([~active, active])
         wanted = both & (have[:, None] + both.cumsum(1) <= per_class)
         have += both.sum(1)
         label = torch.where(wanted[1], 1, torch.where(wanted[0], 0, -1)).to(torch.int8)
         used = (label >= 0).any(1)
         kept.append(x[used].cpu())
         labels.append(label[used])
-        if tokens is not None:
+        if matched and tokens is not None:
             ids.append(tokens[used])
         seen += len(x)
         if seen >= max_tokens or (have >= per_class).all():
@@ -343,11 +345,14 @@ def _samples(
     return torch.cat(kept), torch.cat(labels), torch.cat(ids) if matched else None
 
 
-def _with_tokens(acts: Activations, size: int) -> Iterator[tuple[Float[Tensor, "B S D"], Int[Tensor, " B"]]]:
+def _with_tokens(
+    acts: Activations, size: int, max_tokens: int
+) -> Iterator[tuple[Float[Tensor, "B S D"], Int[Tensor, " B"]]]:
     """Yield training activations and their tokens, sequence by sequence; `Activations` has shuffled the sequences."""
     sequences = acts.train_tokens()
-    for first in range(0, len(sequences), acts.block_sequences):
-        tokens = sequences[first : first + acts.block_sequences]
+    step = min(acts.block_sequences, -(-max_tokens // max(1, acts.keep(sequences[:1]).sum().item())))
+    for first in range(0, len(sequences), step):
+        tokens = sequences[first : first + step]
         kept = acts.keep(tokens)
         yield from zip(acts.block(first, first + len(tokens))[kept].split(size), tokens[kept].split(size), strict=True)
 

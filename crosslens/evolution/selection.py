@@ -93,6 +93,7 @@ def doubtful_snapshots(
     max_tokens: int = 4096,
     max_ratio: float = 1.5,
     max_similarity: float = 0.99,
+    min_similarity: float = 0.2,
 ) -> pd.DataFrame:
     """Name the snapshots that a crosscoder is better trained without, and why.
 
@@ -103,6 +104,8 @@ def doubtful_snapshots(
       directions, is more than `max_ratio` times that of the last snapshot: so are those of untrained models;
     - CKA to a snapshot before it, named or not, or to the last one, is `max_similarity` or more: it adds next to
       nothing. The last snapshot itself is not named for this, it stands for the trained model;
+    - there are three snapshots or more, and CKA to each of the others is less than `min_similarity`: a crosscoder then
+      spends features on it alone, which vanish at the next snapshot. Neither is the last snapshot named for this;
     - the median of its encoder shares exceeds 3 / S: features are mostly read from it.
 
     Args:
@@ -111,6 +114,7 @@ def doubtful_snapshots(
         max_tokens: held-out tokens to compare on; all their activations are in memory at once.
         max_ratio: largest participation ratio, relative to the last snapshot.
         max_similarity: CKA from which on two snapshots are near duplicates.
+        min_similarity: CKA below which two snapshots have next to nothing in common.
 
     Returns:
         A row per snapshot: snapshot, label, step, participation_ratio, similarity (largest CKA to one before it or
@@ -128,6 +132,7 @@ def doubtful_snapshots(
         row: dict[str, Any] = {"snapshot": s, "label": label, "step": step, "participation_ratio": ratios[s]}
         others = [*range(s), S - 1] if s < S - 1 else list(range(s))
         near = np.array([similarity[min(t, s), max(t, s)] for t in others])
+        nearest_of_all = max(similarity[min(t, s), max(t, s)] for t in range(S) if t != s)
         row["similarity"] = near.max()
         row["encoder_share"] = medians[s]
         reasons: list[str] = []
@@ -138,6 +143,8 @@ def doubtful_snapshots(
         if row["similarity"] >= max_similarity and s < S - 1:
             nearest = acts.snapshots.labels[others[int(near.argmax())]]
             reasons.append(f"nearly equal to {nearest} (CKA {row['similarity']:.3f})")
+        if nearest_of_all < min_similarity and S > 2 and s < S - 1:
+            reasons.append(f"next to nothing in common with any other (CKA {nearest_of_all:.2f} at most)")
         if medians[s] > 3 / S:
             reasons.append(f"most features are read from it (median encoder share {medians[s]:.0%}, 3/S = {3 / S:.0%})")
         rows.append({**row, "reason": "; ".join(reasons)})

@@ -153,11 +153,14 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
     text = f"By {MEASURES[measure]}, {born:,} of {len(read):,} features are born after the first snapshot"
     counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
+        from crosslens.evolution.births import describe_unlikely
+
         at = counts[(counts["measure"] == measure) & (counts["kind"] == "all") & (counts["threshold"] == 0.5)]
         if len(at):
             row = at.iloc[0]
             text += "; counted from the last snapshot backwards, which no training can explain, "
             text += f"{row['born_reversed']:,} are"
+        text += "".join(f"; {line}" for line in describe_unlikely(counts))
     links = _links(
         drawn,
         ("evolution-map", "evolution", "evolution-map", "Figure"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import platform
 import warnings
 import weakref
 from pathlib import Path
@@ -24,7 +26,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from crosslens.activations.harvesting import harvest, pass_sequences, rounding_error, run_to_hooks
+from crosslens.activations.harvesting import (
+    harvest,
+    large_blocks_mapped,
+    pass_sequences,
+    rounding_error,
+    run_to_hooks,
+)
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import pass_bytes
 from crosslens.activations.tokens import Dataset
@@ -387,3 +395,33 @@ def test_the_new_hook_points_can_be_spliced(snaps: Snapshots, point: str) -> Non
     torch.testing.assert_close(same, clean, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(upper, clean[:, -1], atol=1e-5, rtol=1e-5)
     assert float((changed - clean).abs().max()) > 1e-3
+
+
+class MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", *"abcde")]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_are_given_back_while_harvesting_and_kept_afterwards():
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = MallInfo
+
+    def mapped() -> int:  # MiB that a block of 8 MiB adds to those mapped by themselves
+        before = read().hblkhd
+        block = np.empty(1 << 20)
+        found = read().hblkhd - before
+        del block
+        return found >> 20
+
+    with large_blocks_mapped():
+        assert mapped() == 8
+    assert mapped() == 0
+
+
+def test_a_threshold_of_the_user_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("the threshold was set"))
+    with large_blocks_mapped():
+        pass

@@ -425,7 +425,7 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
         *("--context-size", 16, "--d-sae", 4096, "--architecture", "standard", "--processes", 2),
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
-    assert "evolve: 0." in out and "GiB of memory to read presence" in out
+    assert "evolve: 0." in out and "min of one CPU core to read presence" in out
     assert "step0: untrained (step 0)\nto leave these out: --steps 10,20" in out
 
 

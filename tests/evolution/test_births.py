@@ -12,7 +12,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from crosslens.errors import UserError
-from crosslens.evolution.births import count_births, date_births, presence_curves, q_values
+from crosslens.evolution.births import count_births, date_births, describe_unlikely, presence_curves, q_values
 from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.evolution.presence import Decodability
 
@@ -143,3 +143,24 @@ def test_refused() -> None:
         count_births({"norm": np.ones((4, 1))})
     with pytest.raises(UserError, match="presence=2 is not in"):
         count_births({"norm": np.ones((4, 2))}, thresholds=(2,))
+
+
+def test_births_that_the_control_speaks_against_are_named():
+    rows = [
+        ("r2", "all", 0.5, 388, 90),
+        ("r2", "contextual", 0.3, 63, 84),
+        ("r2", "contextual", 0.5, 66, 87),
+        ("r2", "lexical", 0.5, 4, 5),
+        ("within", "contextual", 0.5, 20, 6),
+        ("norm", "all", 0.5, 30, 300),
+    ]
+    counts = pd.DataFrame(rows, columns=["measure", "kind", "threshold", "born", "born_reversed"])
+    rest = "with the snapshots reversed"
+    assert describe_unlikely(counts) == [
+        f"births of contextual features by R2 are not to be believed: 66 forward, but 87 {rest}",
+        f"births of contextual features by within-token R2 are not to be believed: 20 forward, but 6 {rest}",
+    ]
+    assert describe_unlikely(counts, 0.3) == [
+        f"births of contextual features by R2 are not to be believed: 63 forward, but 84 {rest}"
+    ]
+    assert describe_unlikely(counts, 0.7) == []

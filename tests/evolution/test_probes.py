@@ -42,6 +42,8 @@ S, D, F = 3, 8, 5
 class Given(Activations):
     """Given activations, of which the last fifth is held out."""
 
+    is_cached = True
+
     def __init__(self, x: torch.Tensor) -> None:
         self.train, self.test = x[: len(x) * 4 // 5], x[len(x) * 4 // 5 :]
 
@@ -316,11 +318,32 @@ def test_against_the_same_word_only_the_context_counts() -> None:
 def test_same_token_on_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
     acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
-    x, tokens = zip(*_with_tokens(acts, 100), strict=True)
-    assert {len(part) for part in x[:-1]} == {100}
     kept = acts.keep(acts.train_tokens())
-    assert torch.equal(torch.cat(tokens), acts.train_tokens()[kept])
-    assert torch.equal(torch.cat(x), acts.block(0, len(kept))[kept])
+    for max_tokens in (10_000, 150):
+        x, tokens = zip(*_with_tokens(acts, 100, max_tokens), strict=True)
+        assert torch.equal(torch.cat(tokens), acts.train_tokens()[kept])
+        assert torch.equal(torch.cat(x), acts.block(0, len(kept))[kept])
+        first = int(kept[: -(-max_tokens // int(kept[0].sum()))].sum())  # of the first sequences that are read at once
+        assert [len(part) for part in x[:3]] == ([100] * 3 if max_tokens > 150 else [100, first - 100, 100])
+
+
+def test_live_probes_harvest_no_more_than_they_read(
+    tiny_snapshots: Path, tiny_text: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
+    assert not acts.is_cached
+    harvested: list[int] = []
+    block = Activations.block
+
+    def counted(self: Activations, first: int, last: int, *options: Any) -> torch.Tensor:
+        harvested.append(last - first)
+        return block(self, first, last, *options)
+
+    monkeypatch.setattr(Activations, "block", counted)
+    S, D = acts.n_snapshots, acts.d_model
+    crosscoder = StandardCrosscoder(StandardCrosscoderConfig(d_in=S * D, d_sae=4, n_snapshots=S))
+    x, labels, _ = _samples(crosscoder, acts, torch.tensor([0, 1]), 20, 150)
+    assert harvested == [-(-150 // int(acts.keep(acts.tokens[:1]).sum()))] and len(x) == len(labels) <= 150
 
 
 def test_errors(planted: Any) -> None:

@@ -253,7 +253,7 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     x = torch.stack([spread, low, low * 2 + 1e-3 * spread, other, last], 1)
     acts = Given(x)
     acts.snapshots = Snapshots([Snapshot(f"step{n}", n, None, name="x") for n in (1, 8, 16, 64, 512)], "x")
-    table = doubtful_snapshots(acts)
+    table = doubtful_snapshots(acts, min_similarity=0.0)
     for s in range(5):
         values = torch.linalg.eigvalsh(torch.cov(x[:, s].double().T))
         expected = float(values.sum() ** 2 / values.square().sum())
@@ -270,13 +270,32 @@ def test_doubtful_snapshots_are_named_with_reasons() -> None:
     share = torch.full((7, 5), 0.1)
     share[:, 3] = 0.61
     share[0] = torch.nan
-    read = doubtful_snapshots(acts, share)
+    read = doubtful_snapshots(acts, share, min_similarity=0.0)
     assert read["reason"][3] == "most features are read from it (median encoder share 61%, 3/S = 60%)"
     assert read["encoder_share"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.61, 0.1])
     assert describe_doubtful(table[table["reason"] == ""]) == []
     # of two that are nearly equal the earlier one goes, if the other is the last
     acts.x = torch.cat([x[:, :4], x[:, 3:4] * 2], 1)
-    assert doubtful_snapshots(acts)["reason"][3:].tolist() == ["nearly equal to step512 (CKA 1.000)", ""]
+    given = doubtful_snapshots(acts, min_similarity=0.0)
+    assert given["reason"][3:].tolist() == ["nearly equal to step512 (CKA 1.000)", ""]
+
+
+def test_a_snapshot_that_shares_nothing_with_the_others_is_named() -> None:
+    draw = torch.Generator().manual_seed(0)
+    alone, shared, noise = (torch.randn(400, 12, generator=draw) for _ in range(3))
+    x = torch.stack([alone, shared, shared + noise, shared + 0.5 * noise], 1)
+    acts = Given(x)
+    acts.snapshots = Snapshots([Snapshot(f"step{n}", n, None, name="x") for n in (16, 64, 128, 512)], "x")
+    similarity = snapshot_similarity(acts).set_index(["snapshot", "other"])["cka"]
+    most = max(similarity[0, t] for t in (1, 2, 3))
+    found = f"next to nothing in common with any other (CKA {most:.2f} at most)"
+    assert doubtful_snapshots(acts)["reason"].tolist() == [found, "", "", ""]
+    assert doubtful_snapshots(acts, min_similarity=0.0)["reason"].tolist() == [""] * 4
+    # the last one stands for the trained model, and of two neither is chosen
+    for kept in ([1, 2, 0], [0, 1]):
+        acts.x = x[:, kept]
+        acts.snapshots = Snapshots([Snapshot(f"step{n}", n, None, name="x") for n in range(1, len(kept) + 1)], "x")
+        assert doubtful_snapshots(acts)["reason"].tolist() == [""] * len(kept)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -313,8 +332,8 @@ def test_doubtful_snapshots_are_not_proposed(seed: int) -> None:
 
 
 def test_step_0_is_untrained_and_unknown_steps_are_not_printed() -> None:
-    x = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(1))
-    acts = Given(x)
+    draw = torch.Generator().manual_seed(1)
+    acts = Given(torch.randn(50, 1, 4, generator=draw) + 0.5 * torch.randn(50, 3, 4, generator=draw))
     for steps, last in (((0, 1, 2), "to leave these out: --steps 1,2"), ((0, None, 2), None)):
         acts.snapshots = Snapshots([Snapshot(f"s{i}", n, None, name="x") for i, n in enumerate(steps)], "x")
         lines = describe_doubtful(doubtful_snapshots(acts))
