@@ -157,7 +157,8 @@ class Estimator:
     def __str__(self) -> str:
         path = f" ({self.rule}, {self.n_nodes} nodes)" if self.rule is not None else ""
         cut = f", threshold {self.threshold:g}" if self.threshold else ""
-        return f"{self.method}{path}, {self.baseline or 'default'} baseline, {self.error} error{cut}"
+        error = "error node kept" if self.error == "frozen" else "error node moved too"
+        return f"{self.method}{path}, {self.baseline or 'default'} baseline, {error}{cut}"
 
 
 def quadrature(rule: str, n_nodes: int) -> tuple[list[float], list[float]]:
