@@ -170,7 +170,7 @@ def show_effects(
                 number(row["metric_clean"], sign=True),
                 *[percent(float(ie.completeness[s]), 2)] * complete, *[number(row["agreement"], 2, sign=True)] * exact,
                 f"{active:,}",
-                ", ".join(f"{one['feature']} {one['effect']:+.3f}{'*' * one['significant']}" for one in top),
+                ", ".join(f"{one['feature']}:{one['effect']:+.3f}{'*' * one['significant']}" for one in top),
             )
         )  # fmt: skip
         values.append(
@@ -233,8 +233,8 @@ def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns)
         rows,
         title=f"{name}, metric on the held-out half: {_count(runs)}; at {first['label']}, where it is "
         f"{number(first['clean'], sign=True)} and {first['n_active']:,} features are active",
-        note="change: from the clean metric, prompt by prompt, ± its standard error; their sd: standard deviation of the "
-        "metric over draws. keep: without the error node",
+        note="change: from the clean metric, prompt by prompt, ± its standard error; their sd: standard deviation of "
+        "the metric over draws. keep: without the error node",
     )  # fmt: skip
     return {"prompts": len(runs), "left_out": runs.left_out, "curves": table}
 

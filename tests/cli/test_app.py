@@ -370,7 +370,7 @@ def test_attribute_and_ablate_say_what_they_show(command: Command, trained: Path
     assert table is not None
     last = table[table["snapshot"] == 2].set_index("feature")
     largest = last.loc[last["ie"].abs().nlargest(5).index]
-    shown = [f"{i} {row['ie']:+.3f}{'*' if row['significant'] else ''}" for i, row in largest.iterrows()]
+    shown = [f"{i}:{row['ie']:+.3f}{'*' if row['significant'] else ''}" for i, row in largest.iterrows()]
     assert re.search(rf"^ *step20 .*  {re.escape(', '.join(shown))}$", out, re.M), (shown, out)
     code, out, err = command("ablate", run.path, "--task", task, "--k", "1,3", "--n-draws", 2)
     assert (code, err) == (0, "")
