@@ -68,7 +68,8 @@ from crosslens.causal.relative import (
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.intervention.splice import check_snapshot
-from crosslens.tasks.prompts import Item, logit_difference
+from crosslens.tasks.items import Item
+from crosslens.tasks.prompts import logit_difference
 
 METHODS = ("removal", "both_ends", "ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
