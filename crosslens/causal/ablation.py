@@ -113,7 +113,8 @@ def ablate(
         feature edited, error node as in the row), n_active (features active on the prompts); features ("top" or the
         control), k, n_features (in the set: k unless fewer are allowed), size (mean activation times decoder norm,
         summed over the set, mean over draws), metric (mean over prompts and draws), metric_se (standard error over
-        prompts), metric_sd (standard deviation over draws), metric_low and metric_high (the band), n_draws.
+        prompts), change_se (standard error over prompts of metric - clean, taken prompt by prompt), metric_sd (standard
+        deviation over draws), metric_low and metric_high (the band), n_draws.
 
     Raises:
         UserError: an unknown option, effects of another crosscoder, no such snapshot, k larger than the active
@@ -142,6 +143,7 @@ def ablate(
             "step": runs.snapshots.steps[s],
             **reference_metrics(runs, s, keep=keep, baseline=baseline, error=error),
         }
+        clean = set_metrics(runs, s, [runs.features[:0]])[0]
         sets = [ids for kind in kinds for ids in kind.sets]
         found = set_metrics(runs, s, sets, keep=keep, baseline=baseline, error=error)
         for kind, per_set in zip(kinds, found.split([len(kind.sets) for kind in kinds]), strict=True):
@@ -157,6 +159,7 @@ def ablate(
                     "size": kind.size,
                     "metric": float(over_draws.mean()),
                     "metric_se": standard_error(per_set.mean(0)),
+                    "change_se": standard_error(per_set.mean(0) - clean),
                     "metric_sd": float(over_draws.std(correction=1)) if many else math.nan,
                     "metric_low": float(low),
                     "metric_high": float(high),

@@ -68,7 +68,8 @@ from crosslens.causal.relative import (
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.intervention.splice import check_snapshot
-from crosslens.tasks.prompts import Item, logit_difference
+from crosslens.tasks.items import Item
+from crosslens.tasks.prompts import logit_difference
 
 METHODS = ("removal", "both_ends", "ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
@@ -157,7 +158,8 @@ class Estimator:
     def __str__(self) -> str:
         path = f" ({self.rule}, {self.n_nodes} nodes)" if self.rule is not None else ""
         cut = f", threshold {self.threshold:g}" if self.threshold else ""
-        return f"{self.method}{path}, {self.baseline or 'default'} baseline, {self.error} error{cut}"
+        error = "error node kept" if self.error == "frozen" else "error node moved too"
+        return f"{self.method}{path}, {self.baseline or 'default'} baseline, {error}{cut}"
 
 
 def quadrature(rule: str, n_nodes: int) -> tuple[list[float], list[float]]:

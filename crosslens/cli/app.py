@@ -68,6 +68,7 @@ from crosslens.cli.arguments import (
 from crosslens.cli.config_file import Context, given_options, read_config
 from crosslens.cli.display import Column, Output, counted, is_first, number, percent, size
 from crosslens.cli.failures import explain
+from crosslens.cli.help import SectionedCommand
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
@@ -178,8 +179,9 @@ TasksOption = Annotated[
     list[str],
     _option(
         "--task",
-        "demo:simple, sva:FILE, blimp:UID, blimp:FILE, clams:FILE, multiblimp:LANGUAGE, ioi, or a jsonl, csv or "
-        "parquet file with the columns prefix, correct and wrong. Repeat it for several tasks.",
+        "A jsonl, csv or parquet file with the columns prefix, correct and wrong; sva:FILE, with clean_prefix, "
+        "patch_prefix, clean_answer and patch_answer; blimp:FILE; clams:FILE; or, without a file, blimp:UID, "
+        "multiblimp:LANGUAGE, ioi or demo:simple. Repeat it for several tasks.",
         check_tasks,
     ),
 ]
@@ -225,7 +227,8 @@ DropOption = Annotated[
     int,
     _option(
         "--drop-positions",
-        "Leave out this many tokens at the start of every sequence and document: 1 for models trained without BOS.",
+        "Leave out this many tokens at the start of every sequence and document. 1 for models trained without BOS: the "
+        "norm of the first token is then many times that of others (the FAQ shows how to see it).",
         in_range(0),
     ),
 ]
@@ -261,7 +264,7 @@ def list_(
     _list(Output(as_json), what, steps)
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def plan(
     snapshots: SnapshotsOption,
     hook: HooksOption,
@@ -352,7 +355,7 @@ def plan(
     out.end(plan=planned, evolve=evolving, warnings=untrained)
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def harvest(
     snapshots: SnapshotsOption,
     hook: HooksOption,
@@ -405,7 +408,7 @@ def harvest(
     out.end(tokens=acts.n_tokens, snapshots=acts.snapshots.labels, hooks=hook, cache=cache)
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def train(
     context: Context,
     snapshots: SnapshotsOption,
@@ -524,7 +527,10 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a crosscoder, in one process or under torchrun. Run the same command again to resume."""
+    """Train a crosscoder, in one process or under torchrun. Run the same command again to resume.
+
+    The defaults suit long runs. In a small one give --d-sae, --k, --lr and --dead-tokens, and look at the evaluation.
+    """
     del config_file  # read by its callback
     out = Output(as_json)
     options = TrainingOptions(
@@ -620,7 +626,7 @@ def train(
     out.end(run=run_dir, features=crosscoder.cfg.d_sae, timings=timings, evaluation=evaluation, **found)
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def sweep(
     snapshots: SnapshotsOption,
     hook: HookOption,
@@ -819,7 +825,7 @@ def attribute(
 
     from crosslens.causal import Estimator
     from crosslens.causal import attribute as attribute_effects
-    from crosslens.cli.results import show_effects
+    from crosslens.cli.results import explain_baseline, show_effects
     from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 
     estimator = Estimator(method, rule if method == "ig" else None, n_nodes if method == "ig" else None, baseline)
@@ -829,6 +835,8 @@ def attribute(
         selection, _ = prompts.split(seed)
         paired = needs_pairs(baseline)
         runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=paired, settings=acts.settings)
+        if baseline is None and (why := explain_baseline(prompts.name, runs)):
+            out.say(why)
         by_word = method != "exact"  # which edits a feature at all positions at once
         ie = attribute_effects(runs, estimator, positions=by_word, n_exact=n_exact, n_bootstrap=200)
         if kept is not None:
@@ -847,7 +855,7 @@ def attribute(
             together = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
         run.save_table("accuracy", together)
         run.update(tasks={prompts.name: spec})
-        results[prompts.name] = show_effects(out, prompts.name, ie, accuracy, snapshots, len(runs), runs.left_out)
+        results[prompts.name] = show_effects(out, prompts.name, ie, accuracy, snapshots, runs)
     out.end(run=run_dir, tasks=results)
 
 
@@ -897,7 +905,7 @@ def ablate(
         ]
         table = pd.concat(tables, ignore_index=True).assign(split="held-out")
         run.save_table(f"ablation/{prompts.name}", table)
-        results[prompts.name] = show_ablation(out, prompts.name, table, len(runs), runs.left_out)
+        results[prompts.name] = show_ablation(out, prompts.name, table, runs)
     out.end(run=run_dir, tasks=results)
 
 

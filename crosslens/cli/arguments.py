@@ -24,6 +24,7 @@ from crosslens.rundir import RunDir, check_writable
 from crosslens.snapshots import families
 from crosslens.snapshots.settings import ATTENTIONS, BACKENDS
 from crosslens.snapshots.settings import DTYPES as MODEL_DTYPES
+from crosslens.tasks import corpora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,6 @@ METHODS = ("removal", "both_ends", "ig", "gradient", "exact")
 RULES = ("gauss_legendre", "midpoint", "left")
 BASELINES = ("zero", "mean", "patch")
 TEXT_FILES = (".txt", ".text", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-TASK_FILES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 MAX_SEED = 2**32 - 1
 """The largest seed that every random generator in use accepts."""
@@ -244,7 +244,7 @@ def check_numbers(option: str, value: str | None) -> str | None:
 
 
 def check_tasks(option: str, values: list[str]) -> list[str]:
-    """Refuse tasks that do not exist, as far as files and names tell."""
+    """Refuse tasks that do not exist, and files of another format."""
     return [_check_task(option, value) for value in values]
 
 
@@ -258,23 +258,26 @@ def _check_task(option: str, value: str) -> str:
                 f"{option} {value!r} is unknown: use demo: and one of {', '.join(CONSTRUCTIONS)}"
                 f"{did_you_mean(rest, CONSTRUCTIONS)}"
             )
-    elif kind == "sva" or (kind == "ioi" and rest) or (kind == "blimp" and Path(rest).suffix in TASK_FILES):
-        _check_file(option, rest, value, TASK_FILES)
+    elif kind == "sva" or (kind == "ioi" and rest):
+        corpora.read_items(_check_file(option, rest, value), corpora.SVA)
+    elif kind == "blimp" and Path(rest).suffix in corpora.FILES:
+        corpora.blimp_items(corpora.read_rows(_check_file(option, rest, value)), None)
     elif kind == "clams":
-        _check_file(option, rest, value, (".txt",))
+        corpora.read_clams(_check_file(option, rest, value, (".txt",)), capitalise=False, end="", info={})
     elif kind in ("blimp", "multiblimp"):
         if not re.fullmatch(r"\w+" if kind == "blimp" else r"[a-z]{3}(:.+)?", rest):
             raise UserError(f"{option} {value!r} does not name a paradigm or language: give {_TASKS}")
     elif kind != "ioi":
-        _check_file(option, value, value, TASK_FILES)
+        corpora.read_items(_check_file(option, value, value), corpora.PLAIN)
     return value
 
 
-def _check_file(option: str, path: str, spec: str, known: Sequence[str]) -> None:
+def _check_file(option: str, path: str, spec: str, known: Sequence[str] = corpora.FILES) -> Path:
     if not Path(path).is_file():
         raise UserError(f"{option} {spec!r}: there is no file {path!r}; give {_TASKS}")
     if Path(path).suffix not in known:
         raise UserError(f"{option} {spec!r} has an unsupported file type: give one of {', '.join(known)}")
+    return Path(path)
 
 
 # ---------------------------------------------------------------------- options together

@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 
 from crosslens.causal import Attribution
+from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, measured, number, percent, size
 from crosslens.evolution.births import NAMES, describe_unlikely
 from crosslens.evolution.lifecycles import count_origins
+from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.rundir import RunDir
-from crosslens.tasks import describe_accuracy, list_counts
+from crosslens.tasks import MIN_ITEMS, describe_accuracy, list_counts
 
 _TOP = 5
 
@@ -133,8 +135,7 @@ def show_effects(
     ie: Attribution,
     accuracy: pd.DataFrame,
     snapshots: pd.DataFrame,
-    n_prompts: int,
-    left_out: Mapping[str, int],
+    runs: PromptRuns,
 ) -> dict[str, Any]:
     """Print effects on a task at every snapshot, and the accuracy on it; return the values.
 
@@ -144,14 +145,14 @@ def show_effects(
         ie: the effects, of prompts of the selection half.
         accuracy: the result of `Task.accuracy`, of all items.
         snapshots: `Attribution.snapshot_frame`.
-        n_prompts: prompts that effects are means over.
-        left_out: reasons why prompts were left out, and how many.
+        runs: the prompts that effects are means over.
     """
+    sure = significant(ie)
     complete, exact = ie.estimator.method == "ig", bool(snapshots["agreement"].notna().any())
     columns = [
         Column("snapshot"), Column("accuracy"), Column("95% interval", drop=3), Column("metric"),
         *[Column("completeness", drop=2)] * complete, *[Column("agreement with exact", drop=1)] * exact,
-        Column("active"), Column("top features", left=True),
+        Column("active"), Column("largest effects", left=True),
     ]  # fmt: skip
     rows: list[tuple[str, ...]] = []
     values: list[dict[str, Any]] = []
@@ -159,65 +160,83 @@ def show_effects(
     for s, row in enumerate(snapshots.to_dict("records")):
         right = of_label[row["label"]]
         active = int(ie.active[:, s].sum())
-        top = [int(i) for i in ie.top(min(_TOP, active), s).tolist()]
+        top: list[dict[str, Any]] = [
+            {"feature": i, "effect": float(ie.effects[i, s]), "significant": bool(sure[i, s])}
+            for i in (ie.top(min(_TOP, active), s, by="magnitude").tolist() if active else [])
+        ]
         rows.append(
             (
                 row["label"], percent(right["accuracy"]), _interval(right["low"], right["high"], ".1%"),
                 number(row["metric_clean"], sign=True),
                 *[percent(float(ie.completeness[s]), 2)] * complete, *[number(row["agreement"], 2, sign=True)] * exact,
-                f"{active:,}", ", ".join(map(str, top)),
+                f"{active:,}",
+                ", ".join(f"{one['feature']}:{one['effect']:+.3f}{'*' * one['significant']}" for one in top),
             )
         )  # fmt: skip
         values.append(
             {
                 **row, "completeness": ie.completeness[s], "accuracy": right["accuracy"], "accuracy_low": right["low"],
-                "accuracy_high": right["high"], "accuracy_n": right["n"],
-                "top": [{"feature": i, "effect": ie.effects[i, s]} for i in top],
+                "accuracy_high": right["high"], "accuracy_n": right["n"], "top": top,
             }
         )  # fmt: skip
-    without = f", left out {list_counts(left_out)}" if left_out else ""
     out.say(describe_accuracy(accuracy)[0])
     out.table(
         columns,
         rows,
-        title=f"{name}, effects by {ie.estimator} on the selection half: {n_prompts} prompts{without}",
-        note="metric: logit of the correct answer minus that of the wrong one; accuracy: of all items",
+        title=f"{name}, effects by {ie.estimator}, on the selection half: {_count(runs)}",
+        note="metric: logit of the correct answer minus that of the wrong one; accuracy: of all items; effects: in "
+        "logits, positive for what supports the correct answer, * significant (false discovery rate 5%)",
     )
-    return {"items": accuracy["n"].iloc[0], "prompts": n_prompts, "left_out": left_out, "snapshots": values}
+    return {"items": accuracy["n"].iloc[0], "prompts": len(runs), "left_out": runs.left_out, "snapshots": values}
 
 
-def show_ablation(
-    out: Output, name: str, table: pd.DataFrame, n_prompts: int, left_out: Mapping[str, int]
-) -> dict[str, Any]:
+def explain_baseline(name: str, runs: PromptRuns) -> str:
+    """Why the baseline of a task with paired prompts is not `patch` although none was asked for; or nothing."""
+    if runs.paired or not runs.unpaired:
+        return ""
+    return (
+        f"{name}: baseline zero, because only {runs.n_paired} of {len(runs)} prompts on the selection half have a "
+        f"usable paired prompt ({list_counts(runs.unpaired)})"
+        + (f"; --baseline patch uses these {runs.n_paired} alone" if runs.n_paired else "")
+    )
+
+
+def _count(runs: PromptRuns) -> str:
+    few = f" (fewer than {MIN_ITEMS}: standard errors are rough)" if len(runs) < MIN_ITEMS else ""
+    without = f"; {sum(runs.left_out.values())} left out ({list_counts(runs.left_out)})" if runs.left_out else ""
+    return f"{len(runs)} prompts{few}{without}"
+
+
+def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns) -> dict[str, Any]:
     """Print what ablations do to a task at the last snapshot; return the values of all snapshots.
 
     Args:
         out: where to print.
         name: of the task.
         table: ablation curves.
-        n_prompts: prompts of the held-out half.
-        left_out: reasons why prompts were left out, and how many.
+        runs: the prompts of the held-out half.
     """
     last = pd.DataFrame(table[table["snapshot"] == table["snapshot"].max()])
     first = last.iloc[0]
-    without = f", left out {list_counts(left_out)}" if left_out else ""
     rows = [
         (
-            row["mode"], str(row["features"]).replace("_", "-"), f"{row['k']:,}",
-            measured(row["metric"], row["metric_sd"] if row["n_draws"] > 1 else row["metric_se"], sign=True),
-            percent(row["metric"] / row["clean"] if row["clean"] > 0 else None, 0), f"{row['n_draws']:,}",
+            row["mode"], str(row["features"]).replace("_", "-"), f"{row['k']:,}", number(row["metric"], sign=True),
+            percent(row["metric"] / row["clean"] if row["clean"] > 0 else None, 0),
+            measured(row["metric"] - row["clean"], row["change_se"], sign=True), f"{row['n_draws']:,}",
+            number(row["metric_sd"]),
         )
         for row in last.to_dict("records")
     ]  # fmt: skip
     out.table(
         [Column("", left=True), Column("features", left=True), Column("k"), Column("metric"), Column("of clean"),
-         Column("draws", drop=1)],
+         Column("change"), Column("draws", drop=2), Column("their sd", drop=1)],
         rows,
-        title=f"{name}, metric on the held-out half: {n_prompts} prompts{without}; at {first['label']}, where it is "
+        title=f"{name}, metric on the held-out half: {_count(runs)}; at {first['label']}, where it is "
         f"{number(first['clean'], sign=True)} and {first['n_active']:,} features are active",
-        note="± standard error over prompts; over draws their standard deviation. keep: without the error node",
+        note="change: from the clean metric, prompt by prompt, ± its standard error; their sd: standard deviation of "
+        "the metric over draws. keep: without the error node",
     )  # fmt: skip
-    return {"prompts": n_prompts, "left_out": left_out, "curves": table}
+    return {"prompts": len(runs), "left_out": runs.left_out, "curves": table}
 
 
 def _interval(low: float, high: float, spec: str) -> str:

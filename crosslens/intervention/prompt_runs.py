@@ -171,6 +171,9 @@ class PromptRuns:
     Attributes:
         batches: the prompts; the same order whatever the batch size.
         left_out: number of items that are not among the prompts, by reason.
+        paired: whether the paired prompts are run.
+        n_paired: number of prompts with a usable paired prompt, among all usable prompts of the task.
+        unpaired: number of those whose paired prompt is unusable, by reason.
 
     Raises:
         UserError: a crosscoder of other snapshots or on another device than the models, a task without usable (or
@@ -207,13 +210,12 @@ class PromptRuns:
         prompts = task.prompts(snapshots.tokenizer, prepend_bos=prepend_bos, max_length=snapshots.n_ctx)
         self.left_out = Counter(prompts.skipped)
         self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
-        if paired is None:
-            n_paired = sum(len(batch) for batch in self.batches if batch.patch is not None)
-            paired = 0 < sum(len(batch) for batch in self.batches) <= 2 * n_paired
-        self.paired = paired
+        self.n_paired = sum(len(batch) for batch in self.batches if batch.patch is not None)
+        self.unpaired = prompts.unpaired
+        self.paired = paired = 0 < len(prompts) <= 2 * self.n_paired if paired is None else paired
         if paired:
             self.left_out += prompts.unpaired
-            alone = sum(len(batch) for batch in self.batches if batch.patch is None) - sum(prompts.unpaired.values())
+            alone = len(prompts) - self.n_paired - sum(prompts.unpaired.values())
             self.left_out += Counter({"no paired prompt": alone})  # adding drops a count of 0
             self.batches = [batch for batch in self.batches if batch.patch is not None]
             if not self.batches:

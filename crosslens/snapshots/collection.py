@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from crosslens.distributed.devices import model_memory
-from crosslens.errors import UserError
+from crosslens.errors import UserError, did_you_mean
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import (
     check_arrival,
@@ -48,7 +48,10 @@ _FORMAT = 1
 
 
 class Snapshots(Sequence[Snapshot]):
-    """Snapshots of one pretraining run, in the order of training. Indexing by a slice or a list gives `Snapshots`.
+    """Snapshots of one pretraining run, in the order of training.
+
+    An index or a label, such as `snaps[-1]` or `snaps["step1000"]`, gives a `Snapshot`; a slice or a list of them gives
+    `Snapshots`.
 
     `of` and `from_models` take other models too, such as a base model and its fine-tuned version.
 
@@ -322,14 +325,34 @@ class Snapshots(Sequence[Snapshot]):
         return len(self._snapshots)
 
     @overload
-    def __getitem__(self, index: SupportsIndex) -> Snapshot: ...
+    def __getitem__(self, index: SupportsIndex | str) -> Snapshot: ...
     @overload
-    def __getitem__(self, index: slice | Sequence[int]) -> Snapshots: ...
-    def __getitem__(self, index: SupportsIndex | slice | Sequence[int]) -> Snapshot | Snapshots:
-        if isinstance(index, SupportsIndex):
-            return self._snapshots[operator.index(index)]
-        chosen = self._snapshots[index] if isinstance(index, slice) else [self._snapshots[i] for i in index]
-        return Snapshots(chosen, self.name, self._demo, one_run=self._one_run)
+    def __getitem__(self, index: slice | Sequence[int | str]) -> Snapshots: ...
+    def __getitem__(self, index: SupportsIndex | str | slice | Sequence[int | str]) -> Snapshot | Snapshots:
+        if isinstance(index, (SupportsIndex, str)):
+            return self._snapshots[self._place(index)]
+        places = range(len(self))[index] if isinstance(index, slice) else map(self._place, index)
+        return Snapshots([self._snapshots[place] for place in places], self.name, self._demo, one_run=self._one_run)
+
+    def _place(self, index: SupportsIndex | str) -> int:
+        """Index from the left of an index or a label."""
+        labels = self.labels
+        if isinstance(index, str):
+            if index not in labels:
+                raise UserError(
+                    f"no snapshot has the label {index!r}: the labels are {', '.join(labels)}"
+                    f"{did_you_mean(index, labels)}"
+                )
+            return labels.index(index)
+        try:
+            return range(len(labels))[operator.index(index)]
+        except IndexError:
+            place = operator.index(index)
+            step = f"; for step {place} use {labels[self.steps.index(place)]!r}" if place in self.steps else ""
+            raise IndexError(
+                f"index {place} is not in [{-len(labels)}, {len(labels) - 1}]: there are {len(labels)} snapshots, "
+                f"{', '.join(labels)}{step}"
+            ) from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshots) and (self.name, self._snapshots) == (other.name, other._snapshots)
@@ -358,7 +381,7 @@ class Snapshots(Sequence[Snapshot]):
 
     def model(
         self,
-        i: SupportsIndex,
+        i: SupportsIndex | str,
         settings: ModelSettings | None = None,
         n_blocks: int | None = None,
     ) -> LanguageModel:
@@ -369,15 +392,15 @@ class Snapshots(Sequence[Snapshot]):
         ask for the next, or two are in memory.
 
         Args:
-            i: index of the snapshot.
+            i: index or label of the snapshot.
             settings: how the model runs.
             n_blocks: load only the first blocks; all when None.
 
         Raises:
-            UserError: no CUDA, or files of the model that are missing or damaged.
+            UserError: no such snapshot, no CUDA, or files of the model that are missing or damaged.
         """
         settings = settings or ModelSettings()
-        place = range(len(self))[operator.index(i)]
+        place = self._place(i)
         ours = (str(torch.device(settings.device)), settings.dtype, settings.backend, settings.attention)
         key = (place, *ours, n_blocks)
         if key not in self._models:

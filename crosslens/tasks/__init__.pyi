@@ -2,9 +2,9 @@ from .accuracy import MIN_ITEMS as MIN_ITEMS
 from .accuracy import accuracy_table as accuracy_table
 from .accuracy import describe_accuracy as describe_accuracy
 from .accuracy import list_counts as list_counts
+from .items import Item as Item
 from .prompts import AnswerBatch as AnswerBatch
 from .prompts import Answers as Answers
-from .prompts import Item as Item
 from .prompts import PromptBatch as PromptBatch
 from .prompts import Prompts as Prompts
 from .task import Task as Task

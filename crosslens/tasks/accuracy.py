@@ -70,15 +70,22 @@ def accuracy_table(
     return table.assign(
         few=n < MIN_ITEMS,
         skipped=sum(prompts.skipped.values()),
-        reasons=list_counts(prompts.skipped),
+        reasons=list_counts(prompts.skipped, prompts.examples),
         merged=sum(merged.values()),
         merged_reasons=list_counts(merged),
     )
 
 
-def list_counts(counts: Mapping[str, int]) -> str:
-    """Reasons with their counts, the most frequent first: "too long: 3, unknown: 1"."""
-    return ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items(), key=lambda entry: -entry[1]))
+def list_counts(counts: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+    """Reasons with their counts, the most frequent first: "too long: 3, unknown: 1"; a single one without its count.
+
+    Args:
+        counts: by reason.
+        examples: of some reasons.
+    """
+    told = {reason: f"{reason}, such as {example}" for reason, example in (examples or {}).items()}
+    ordered = sorted(counts.items(), key=lambda entry: -entry[1])
+    return ", ".join(told.get(reason, reason) + f": {n}" * (len(counts) > 1) for reason, n in ordered)
 
 
 def describe_accuracy(table: pd.DataFrame) -> list[str]:
@@ -94,7 +101,9 @@ def describe_accuracy(table: pd.DataFrame) -> list[str]:
         if first[name]
     ]
     few = f"; fewer than {MIN_ITEMS}, so means over tasks leave it out" if first["few"] else ""
-    lines = [f"{first['task']}: {first['n']} items" + "".join(f", {part}" for part in left_out) + few]
+    total = first["n"] + first["merged"] + first["skipped"]
+    of = f" of {total}" if left_out else ""
+    lines = [f"{first['task']}: {first['n']}{of} items" + "".join(f", {part}" for part in left_out) + few]
     for row in table.to_dict("records"):
         chance = ", at chance" if row["at_chance"] else ""
         lines.append(

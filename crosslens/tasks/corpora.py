@@ -4,6 +4,8 @@
 2. Makers turn rows into `Item`s. A pair of sentences becomes an item in one of two ways: for one differing token, the
    shared words are the prefix and the words that differ are the answers; for full sentences, the answers are everything
    after the shared words.
+
+Nothing here imports torch, so that a wrong file is refused at once.
 """
 
 from __future__ import annotations
@@ -17,11 +19,18 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-
 from crosslens.errors import UserError, check_regular, did_you_mean, first_line, shortened
-from crosslens.tasks.prompts import Item
+from crosslens.tasks.items import Item
 
+PLAIN = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
+SVA = {"prefix": "clean_prefix", "correct": "clean_answer", "wrong": "patch_answer"}
+FORMATS = {
+    "plain": (tuple(PLAIN.values()), "--task FILE, or Task.local in Python"),
+    "SVA": (tuple(SVA.values()), "--task sva:FILE, or Task.sva in Python"),
+    "BLiMP": (("sentence_good", "sentence_bad"), "--task blimp:FILE, or Task.blimp in Python"),
+}
+"""The keys that every row of a file has, by format, and what reads it."""
+_KEYS = {key for keys, _ in FORMATS.values() for key in keys}
 _BLIMP = {"prefix": "one_prefix_prefix", "correct": "one_prefix_word_good", "wrong": "one_prefix_word_bad"}
 MAX_BYTES = 64 * 2**20
 """Largest file of a task that is read: some 300,000 minimal pairs."""
@@ -69,6 +78,11 @@ def read_rows(path: Path) -> list[Row]:
         if None in row:
             raise UserError(f"{where} has more fields than the header: quote fields that contain separators")
     return [Row(*row) for row in rows]
+
+
+def read_items(path: Path, columns: Mapping[str, str]) -> list[Item]:
+    """Read the items of a file by the columns of their parts; errors as in `read_rows` and `make_item`."""
+    return [make_item(row, columns) for row in read_rows(path)]
 
 
 def read_hub(repository: str, config: str | None, split: str = "train") -> list[Row]:
@@ -138,6 +152,8 @@ def _read_text(path: Path) -> str:
 
 def _read_parquet(path: Path) -> list[Row]:
     check_regular(path, "file of a task", MAX_BYTES)
+    import pandas as pd  # takes half a second, and only parquet needs it
+
     try:
         records = pd.read_parquet(path).to_dict("records")
     except Exception as error:  # pyarrow has its own exceptions, and not all are ValueErrors
@@ -155,9 +171,13 @@ def _parsed(text: str, where: str) -> Any:
 def make_item(row: Row, columns: Mapping[str, str]) -> Item:
     """Make an item from the columns of its parts; the other columns are its `info`.
 
+    The paired prefix is optional unless the columns name one.
+
     Raises:
         UserError: a column is missing or is not text, or an answer is empty.
     """
+    if row.values.get("patch_prefix"):
+        columns = {"patch_prefix": "patch_prefix", **columns}
     texts = _texts(row, columns)
     info = {key: value for key, value in row.values.items() if key not in columns.values()}
     try:
@@ -222,7 +242,7 @@ def blimp_items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], s
     # rows on the hub have only the sentences
     return [
         make_pair(row, "sentence_good", "sentence_bad", answers)
-        if _BLIMP["prefix"] not in row.values and {"sentence_good", "sentence_bad"} <= set(row.values)
+        if _BLIMP["prefix"] not in row.values
         else make_item(row, _BLIMP)
         for row in rows
     ], answers
@@ -301,6 +321,12 @@ def _existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
 def _texts(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
     for key in columns.values():
         if key not in row.values:
+            for name, (keys, reader) in FORMATS.items():
+                if key in _KEYS.difference(keys) and all(each in row.values for each in keys):
+                    raise UserError(
+                        f"{row.where}: the key {key!r} is missing; this is the {name} format ({', '.join(keys)}): "
+                        f"use {reader}"
+                    )
             present = _named(row.values)
             raise UserError(
                 f"{row.where}: the key {key!r} is missing; present are {present}{did_you_mean(key, row.values)}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from crosslens.errors import UserError
-from crosslens.tasks.prompts import Item
+from crosslens.tasks.items import Item
 
 _NAMES = (
     "Adam Alice Andrew Anna Ben Daniel David Emma Grace Henry Jack James Jane John Kate Laura Lucy Mark Martin Mary "

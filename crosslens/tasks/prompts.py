@@ -17,8 +17,8 @@ Symbols: B prompts or strings, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -27,6 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosslens.errors import UserError, shortened
+from crosslens.tasks.items import Item
+
+_SAME = "the answers are the same tokens"
+_NOT_ONE = "the answers do not differ in exactly one token"
+_BEGINNING = "one answer is the beginning of the other"
 
 
 def logit_difference(logits: Float[Tensor, "B V"], batch: PromptBatch) -> Float[Tensor, " B"]:
@@ -67,6 +72,7 @@ def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_
             found = f"longer than {max_length} tokens"
         if isinstance(found, str):
             prompts.skipped[found] += 1
+            _keep_example(prompts.examples, found, item)
             continue
         if isinstance(pair, _Divided):
             pair = _mismatch(found, pair) or pair
@@ -96,40 +102,17 @@ def encode_answers(
         shared = _n_shared(correct, wrong)
         reason = _indistinct(correct, wrong, tokenizer.unk_token_id)
         if reason is None and shared == min(len(correct), len(wrong)):
-            reason = "one answer is the beginning of the other"
+            reason = _BEGINNING
         if reason is None and not bos and not shared:
             reason = "the first tokens differ, and there is no BOS token before them"
         if reason is None and max_length is not None and len(bos) + max(len(correct), len(wrong)) - 1 > max_length:
             reason = f"longer than {max_length} tokens"
         if reason is not None:
             answers.skipped[reason] += 1
+            _keep_example(answers.examples, reason, items[index])
             continue
         answers.usable.append(_Pair(index, len(bos) + shared, bos + correct, bos + wrong))
     return answers
-
-
-@dataclass(frozen=True)
-class Item:
-    """A minimal pair in words.
-
-    Raises:
-        UserError: an answer is empty.
-    """
-
-    prefix: str
-    correct: str
-    wrong: str
-    patch_prefix: str | None = None
-    """The paired prefix, after which `wrong` is the correct answer; None if the source has none."""
-    info: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Other columns of the source, such as case or language."""
-
-    def __post_init__(self) -> None:
-        for name in ("correct", "wrong"):
-            if not getattr(self, name).strip():
-                raise UserError(
-                    f"the {name} answer after {shortened(repr(self.prefix))} is empty: give at least one word"
-                )
 
 
 @dataclass(frozen=True)
@@ -158,12 +141,14 @@ class Prompts:
     Attributes:
         items: all items; `PromptBatch.index` points into it.
         skipped: number of unusable items by reason.
+        examples: the answers of the first of them, where the reason is in the answers.
         unpaired: number of usable items with an unusable paired prompt, by reason.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
         self.unpaired: Counter[str] = Counter()
         self.usable: list[_Prompt] = []
 
@@ -213,11 +198,13 @@ class Answers:
     Attributes:
         items: all items; `AnswerBatch.index` points into it.
         skipped: number of unusable items by reason.
+        examples: the answers of the first of them, where the reason is in the answers.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.skipped: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
         self.usable: list[_Pair] = []
 
     def __len__(self) -> int:
@@ -287,10 +274,15 @@ def _divided(tokenizer: Any, items: Sequence[tuple[str, Item]]) -> list[_Divided
     return [_divide(correct, wrong, tokenizer.unk_token_id) for correct, wrong in _tokenised(tokenizer, items)]
 
 
+def _keep_example(examples: dict[str, str], reason: str, item: Item) -> None:
+    if reason in (_SAME, _NOT_ONE, _BEGINNING):
+        examples.setdefault(reason, f"{shortened(repr(item.correct))} / {shortened(repr(item.wrong))}")
+
+
 def _indistinct(correct: list[int], wrong: list[int], unknown: int | None) -> str | None:
     if unknown is not None and unknown in (*correct, *wrong):
         return "a word is unknown to the tokenizer"
-    return "the answers are the same tokens" if correct == wrong else None
+    return _SAME if correct == wrong else None
 
 
 def _divide(correct: list[int], wrong: list[int], unknown: int | None) -> _Divided | str:
@@ -301,7 +293,7 @@ def _divide(correct: list[int], wrong: list[int], unknown: int | None) -> _Divid
     after = _n_shared(rest[::-1], other[::-1])
     rest, other = rest[: len(rest) - after], other[: len(other) - after]
     if len(rest) != 1 or len(other) != 1:
-        return "the answers do not differ in exactly one token"
+        return _NOT_ONE
     if not prompt:
         return "the prompt is empty"
     return _Divided(prompt, rest[0], other[0])

@@ -27,10 +27,9 @@ from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
 from crosslens.tasks import corpora, generated
 from crosslens.tasks.accuracy import accuracy_table, list_counts
-from crosslens.tasks.prompts import Answers, Item, Prompts, encode, encode_answers
+from crosslens.tasks.items import Item
+from crosslens.tasks.prompts import Answers, Prompts, encode, encode_answers
 
-_COLUMNS = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
-_SVA = {"prefix": "clean_prefix", "correct": "clean_answer", "wrong": "patch_answer"}
 ANSWERS = ("single", "multi")
 
 
@@ -69,7 +68,9 @@ class Task:
             UserError: no items, or an item that lacks a key or has an empty answer.
         """
         made = [
-            item if isinstance(item, Item) else _make_item(corpora.Row(f"task {name!r}, item {i}", item), _COLUMNS)
+            item
+            if isinstance(item, Item)
+            else corpora.make_item(corpora.Row(f"task {name!r}, item {i}", item), corpora.PLAIN)
             for i, item in enumerate(items)
         ]
         if not made:
@@ -125,7 +126,7 @@ class Task:
 
         The task files of Bayazit et al. (arXiv 2509.05291), such as `clams_data/*.jsonl`, have no `patch_prefix`.
         """
-        return cls.local(path, _SVA, name=name, answers=answers)
+        return cls.local(path, corpora.SVA, name=name, answers=answers)
 
     @classmethod
     def blimp(cls, uid_or_path: str | Path, folder: str | Path | None = None, answers: str | None = None) -> Task:
@@ -266,9 +267,8 @@ class Task:
         Raises:
             UserError: the file cannot be read, a row lacks a key, or `columns` has an unknown part.
         """
-        columns = _columns(columns)
-        rows = corpora.read_rows(Path(path))
-        return cls.from_items(name or Path(path).stem, [_make_item(row, columns) for row in rows], answers)
+        items = corpora.read_items(Path(path), _columns(columns))
+        return cls.from_items(name or Path(path).stem, items, answers)
 
     @classmethod
     def hub(
@@ -294,7 +294,7 @@ class Task:
         """
         columns = _columns(columns)
         rows = corpora.read_hub(repository, config, split)
-        items = [_make_item(row, columns) for row in rows]
+        items = [corpora.make_item(row, columns) for row in rows]
         return cls.from_items(name or config or repository.rpartition("/")[2], items, answers)
 
     @classmethod
@@ -341,7 +341,7 @@ class Task:
 
     def _check_usable(self, prompts: Prompts | Answers, wanted: str) -> None:
         if not len(prompts):
-            reasons = list_counts(prompts.skipped)
+            reasons = list_counts(prompts.skipped, prompts.examples)
             raise UserError(
                 f"task {self.name!r}: none of its {len(self)} items is usable ({reasons}): give items {wanted}, with "
                 "prompts that fit the model's context"
@@ -410,15 +410,8 @@ def _check_answers(answers: str) -> None:
 
 
 def _columns(columns: Mapping[str, str] | None) -> dict[str, str]:
-    parts = (*_COLUMNS, "patch_prefix")
+    parts = (*corpora.PLAIN, "patch_prefix")
     for part in columns or ():
         if part not in parts:
             raise UserError(f"columns: {part!r} is not an item's field; use any of {parts}{did_you_mean(part, parts)}")
-    return {**_COLUMNS, **(columns or {})}
-
-
-def _make_item(row: corpora.Row, columns: Mapping[str, str]) -> Item:
-    """An item; its paired prefix is optional unless the columns name one."""
-    if row.values.get("patch_prefix"):
-        columns = {"patch_prefix": "patch_prefix", **columns}
-    return corpora.make_item(row, columns)
+    return {**corpora.PLAIN, **(columns or {})}

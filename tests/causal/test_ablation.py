@@ -195,6 +195,10 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
             over_draws = np.sort(metrics.mean(1))
             assert row["metric"] == pytest.approx(metrics.mean(), abs=1e-4)
             assert row["metric_se"] == pytest.approx(metrics.mean(0).std(ddof=1) / 2, abs=1e-4)
+            changes = [np.mean([of_set[i] for of_set in metrics]) - both["clean"][i] for i in range(len(ITEMS))]
+            spread = sum((change - sum(changes) / len(changes)) ** 2 for change in changes)
+            paired = math.sqrt(spread / (len(changes) - 1) / len(changes))
+            assert row["change_se"] == pytest.approx(paired, abs=1e-4)
             assert row["size"] == pytest.approx(np.mean([sum(size[s][i] for i in ids) for ids in kind.sets]), rel=1e-4)
             assert row["n_features"] == row["k"] and row["n_draws"] == len(kind.sets) and row["n_active"] == active
             assert (row["mode"], row["baseline"], row["error"]) == ("keep" if keep else "ablate", "patch", not keep)

@@ -49,10 +49,11 @@ def test_rules_converge_to_the_mean(rule: str) -> None:
 
 
 def test_estimators_as_text() -> None:
-    assert str(Estimator()) == "removal, default baseline, joint error"
-    assert str(Estimator("ig", baseline="zero")) == "ig (gauss_legendre, 20 nodes), zero baseline, joint error"
-    assert str(Estimator("gradient", baseline="patch")) == "gradient, patch baseline, joint error"
-    assert str(Estimator("ig", rule="left", n_nodes=10, threshold=0.1)).endswith("joint error, threshold 0.1")
+    assert str(Estimator()) == "removal, default baseline, error node moved too"
+    assert str(Estimator("ig", baseline="zero")) == "ig (gauss_legendre, 20 nodes), zero baseline, error node moved too"
+    assert str(Estimator("ig", error="frozen")) == "ig (gauss_legendre, 20 nodes), default baseline, error node kept"
+    assert str(Estimator("gradient", baseline="patch")) == "gradient, patch baseline, error node moved too"
+    assert str(Estimator("ig", rule="left", n_nodes=10, threshold=0.1)).endswith("error node moved too, threshold 0.1")
     assert Estimator("exact", rule="midpoint", n_nodes=5) == Estimator("exact", rule=None, n_nodes=None)
     assert Estimator("gradient").nodes() == ([1.0], [1.0])
     # the mean of a function over the tenth at the clean run, and over those at both ends

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.causal import attribute
 from crosslens.cli import app as cli
+from crosslens.cli import display
 from crosslens.crosscoders import load
 from crosslens.errors import json_checksum
 from crosslens.rundir import RunDir, file_checksum
@@ -119,7 +120,10 @@ def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tin
     for name in ("task", "other"):
         n = len(Task.sva(files / f"{name}.json"))
         assert f"{name}: {n} items" in said["attribute"] and "fewer than 20, so means over tasks" in said["attribute"]
-        assert f"{name}, effects by removal, patch baseline, joint error on the selection half:" in said["attribute"]
+        assert (
+            f"{name}, effects by removal, patch baseline, error node moved too, on the selection half:"
+            in said["attribute"]
+        )
         assert f"{name}, metric on the held-out half:" in said["ablate"]
     assert "agreement with exact" in said["attribute"] and "accuracy" in said["attribute"]
     assert "completeness" not in said["attribute"]  # these effects need not add up
@@ -203,7 +207,10 @@ def test_one_object_for_programs(
     effects = run.table("attribution/task")
     assert effects is not None
     of_last = effects[effects["snapshot"] == 2].set_index("feature")["ie"]
+    sure = effects[effects["snapshot"] == 2].set_index("feature")["significant"]
     top = found[2]["top"]
+    assert [row["feature"] for row in top] == of_last[of_last != 0].abs().nlargest(5).index.tolist()
+    assert all(sure[row["feature"]] == row["significant"] for row in top)
     assert [abs(row["effect"]) for row in top] == sorted((abs(row["effect"]) for row in top), reverse=True)
     assert all(of_last[row["feature"]] == pytest.approx(row["effect"], rel=1e-5) for row in top)
     found = ask("ablate", run.path, "--task", task, "--k", "1,3", "--n-draws", 2)["tasks"]["task"]["curves"]
@@ -336,6 +343,46 @@ def test_exports(command: Command, analysed: tuple[Path, dict[str, str]], tmp_pa
     (run.path / "lens.parquet").unlink()
     code, _, err = command("export", run.path, "--format", "json")
     assert code == 2 and f"has no table lens: run `crosslens evolve {run.path}` first" in err
+
+
+def test_attribute_and_ablate_say_what_they_show(command: Command, trained: Path, files: Path, tmp_path: Path) -> None:
+    """Items and why they are left out, why the baseline is not patch, signed effects, paired changes."""
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(trained, run.path)
+    rows = [json.loads(line) for line in (files / "task.json").read_text().splitlines()]
+    short = [{**row, "patch_prefix": row["clean_prefix"].split(" near")[0]} for row in rows]
+    whole = {**rows[0], "clean_prefix": "the cat", "patch_prefix": "the dog"}
+    longer = {**whole, "clean_answer": " sees the dog"}
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, [*short, short[0], whole, longer])))
+    task = f"sva:{tmp_path / 'mine.jsonl'}"
+    code, out, err = command("attribute", run.path, "--task", task)
+    assert (code, err) == (0, "")
+    example = "such as ' sees the dog' / ' likes'"
+    items = "mine: 13 of 15 items, 1 merged (the same item), 1 skipped (the answers do not differ in exactly one token"
+    assert f"{items}, {example})" in out
+    reason = "the paired prompt has a different number of tokens"
+    assert re.search(
+        rf"^mine: baseline zero, because only [01] of \d+ prompts .* paired prompt \({reason}\)", out, re.M
+    )
+    assert "removal, zero baseline, error node moved too, on the selection half: " in out
+    assert "(fewer than 20: standard errors are rough)" in out
+    table = run.table("attribution/mine")
+    assert table is not None
+    last = table[table["snapshot"] == 2].set_index("feature")
+    largest = last.loc[last["ie"].abs().nlargest(5).index]
+    shown = [f"{i}:{row['ie']:+.3f}{'*' if row['significant'] else ''}" for i, row in largest.iterrows()]
+    assert re.search(rf"^ *step20 .*  {re.escape(', '.join(shown))}$", out, re.M), (shown, out)
+    code, out, err = command("ablate", run.path, "--task", task, "--k", "1,3", "--n-draws", 2)
+    assert (code, err) == (0, "")
+    table = run.table("ablation/mine")
+    assert table is not None
+    row = table[(table["snapshot"] == 2) & (table["mode"] == "ablate") & (table["features"] == "top")].iloc[0]
+    change = display.measured(row["metric"] - row["clean"], row["change_se"], sign=True)
+    metric = re.escape(display.number(row["metric"], sign=True))
+    assert re.search(rf"^ablate +top +1 +{metric} .* {re.escape(change)} +1 +-$", out, re.M), out
+    assert "(fewer than 20: standard errors are rough)" in out
+    code, out, err = command("attribute", run.path, "--task", task, "--baseline", "zero", "--n-exact", 0)
+    assert code == 0 and "baseline zero, because" not in out  # it was asked for
 
 
 def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:

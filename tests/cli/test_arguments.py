@@ -12,12 +12,14 @@ from typing import Any, get_args
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from crosslens.activations import cache, tokens
 from crosslens.causal import attribution
 from crosslens.cli import arguments, training_options
 from crosslens.cli.app import app
 from crosslens.cli.arguments import parse_snapshots
+from crosslens.cli.help import SECTIONS, SectionedCommand
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig as BATCHTOPK
@@ -26,7 +28,6 @@ from crosslens.crosscoders import StandardCrosscoderTrainingConfig as STANDARD
 from crosslens.crosscoders import TopKCrosscoderTrainingConfig as TOPK
 from crosslens.distributed.devices import Precision
 from crosslens.errors import UserError
-from crosslens.tasks import corpora
 from crosslens.training.config import TrainConfig
 
 PROGRAM = """
@@ -154,6 +155,10 @@ WRONG = [
     (["attribute", RUN, "--task", "{files}/none.json"], "there is no file '.*none.json'"),
     (["attribute", RUN, "--task", "sva:{files}/none.json"], "there is no file '.*none.json'"),
     (["attribute", RUN, "--task", "clams:fr"], "there is no file 'fr'"),
+    (["attribute", RUN, "--task", "{files}/sva.jsonl"], "sva.jsonl, line 1: the key 'prefix' .*use --task sva:FILE"),
+    (["ablate", RUN, "--task", "sva:{files}/sentences.csv"], "sentences.csv, line 2: .*use --task blimp:FILE"),
+    (["attribute", RUN, "--task", "blimp:{files}/sva.jsonl"], "'sentence_good' is missing; this is the SVA format"),
+    (["attribute", RUN, "--task", "clams:{files}/text.txt"], "text.txt, line 1: 'a b c' is not 'True' or 'False'"),
     (["attribute", RUN, "--task", "multiblimp:French"], "does not name a paradigm or language"),
     (["attribute", RUN, "--task", "{files}/text.txt"], "unsupported file type: give one of .jsonl"),
     (["attribute", RUN, "--task", "demo:simple", "--method", "igg"], "did you mean 'ig'"),
@@ -187,6 +192,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     for name in ("text.txt", "task.ini"):
         (folder / name).write_text("a b c\n")
+    sva = {"clean_prefix": "The cats", "clean_answer": " are", "patch_answer": " is"}
+    (folder / "sva.jsonl").write_text(json.dumps(sva) + "\n")
+    (folder / "sentences.csv").write_text("sentence_good,sentence_bad\nhe is,he are\n")
     identity = {"training": {"lr": 0.1}, "architecture": {"scale": "norm"}}
     source = {"seed": 0, "snapshots": {"snapshots": [{"label": "step0"}]}}
     recorded = {"source": source, "demo": {"seed": 0}, "identity": identity}
@@ -212,6 +220,20 @@ def test_wrong_arguments_are_refused_before_anything_heavy_is_imported(files: Pa
     assert sorted(files.rglob("*")) == before
 
 
+def test_help_lists_every_option_once_under_a_heading() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    sectioned = {name: each for name, each in commands.items() if isinstance(each, SectionedCommand)}
+    assert {"plan", "harvest", "train", "sweep"} == set(sectioned)
+    known = [name for names in SECTIONS.values() for name in names]
+    assert len(known) == len(set(known)) and set(known) == {p.name for c in sectioned.values() for p in c.params}
+    told = CliRunner().invoke(app, ["train", "--help"]).stdout
+    headings = [told.index(f"\n{title}:\n") for title in SECTIONS]
+    assert headings == sorted(headings)
+    for parameter in sectioned["train"].params:
+        assert len(re.findall(rf"^  {parameter.opts[0]}(?![-\w,])", told, re.M)) == 1, parameter.name
+    assert told.index("\n  --d-sae") < told.index("\n  --k ") < told.index("\n  --k-start")
+
+
 def test_choices_are_those_of_the_library() -> None:
     assert {f"{name}_crosscoder" for name in arguments.ARCHITECTURES} == {*TRAINING_ARCHITECTURES}
     assert {*arguments.CACHE_DTYPES} == {*cache.DTYPES}
@@ -219,7 +241,6 @@ def test_choices_are_those_of_the_library() -> None:
     assert arguments.RULES == attribution.RULES
     assert arguments.BASELINES == attribution.BASELINES
     assert {*arguments.TEXT_FILES} == {*tokens._BUILDERS}
-    assert {*arguments.TASK_FILES} == {*corpora.FILES}
     assert get_args(Precision) == arguments.PRECISIONS
     for moments in arguments.MOMENTS:
         assert TrainConfig(device="cpu", adam_moments=moments).adam_moments == moments  # type: ignore[arg-type]

@@ -131,8 +131,17 @@ def test_indexing(run: Path) -> None:
     assert snaps[[0, 2]].labels == ["step0", "step10"] == snaps[::2].labels
     assert snaps[1:] == snaps[[1, 2]] != snaps[[2, 1]]
     assert snaps[[0]].name == snaps.name
-    with pytest.raises(IndexError):
-        _ = snaps[3]
+    assert snaps["step10"] == snaps[2] and snaps[["step10", 0]] == snaps[[2, 0]]
+    assert snaps.model("step10") is snaps.model(2) is snaps.model(-1)
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=rf"index {index} is not in \[-3, 2\]: there are 3 snapshots, step0, s"):
+            _ = snaps[index]
+    for ask in (lambda: snaps[[0, 10]], lambda: snaps.model(10)):
+        with pytest.raises(IndexError, match="index 10 is not in .*; for step 10 use 'step10'"):
+            ask()
+    for ask in (lambda: snaps["step1O"], lambda: snaps[["step0", "step1O"]], lambda: snaps.model("step1O")):
+        with pytest.raises(UserError, match="'step1O': the labels are step0, step2, step10; did you mean 'step10'"):
+            ask()
     with pytest.raises(UserError, match="without snapshots"):
         _ = snaps[3:]
     with pytest.raises(UserError, match="two snapshots have the label 'step0'"):

@@ -14,7 +14,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from crosslens.errors import UserError
 from crosslens.synthetic import grammar
-from crosslens.tasks.prompts import Item, encode, encode_answers, logit_difference, summed_log_probability
+from crosslens.tasks.items import Item
+from crosslens.tasks.prompts import encode, encode_answers, logit_difference, summed_log_probability
 from crosslens.tasks.task import Task
 
 
@@ -110,6 +111,10 @@ def test_skipped_items_are_counted_by_reason(words: Any) -> None:
         "longer than 5 tokens": 1,
     }
     assert len(prompts) + sum(prompts.skipped.values()) == len(items)
+    assert prompts.examples == {
+        "the answers are the same tokens": "'sleeps' / 'sleeps'",
+        "the answers do not differ in exactly one token": "'sleeps now' / 'sleep'",
+    }
     assert len(encode(words, items, prepend_bos=True, max_length=7)) == 2
     assert len(encode(words, items, prepend_bos=False, max_length=6)) == 2
     assert len(encode(words, items, prepend_bos=True, max_length=6)) == 1
@@ -234,6 +239,10 @@ def test_skipped_answers_are_counted_by_reason(words: Any, pieces: Any) -> None:
         "the answers are the same tokens": 1,
         "one answer is the beginning of the other": 1,
         "longer than 7 tokens": 1,
+    }
+    assert answers.examples == {
+        "the answers are the same tokens": "'sleeps' / 'sleeps'",
+        "one answer is the beginning of the other": "'sleeps .' / 'sleeps'",
     }
     assert [pair.item for pair in answers.usable] == [0, 4]
     assert len(encode_answers(words, items, max_length=8)) == 3

@@ -25,7 +25,7 @@ from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.synthetic import grammar
 from crosslens.tasks.accuracy import describe_accuracy, list_counts, wilson_interval
-from crosslens.tasks.prompts import Item
+from crosslens.tasks.items import Item
 from crosslens.tasks.task import Task
 from tests.hub_server import serve_datasets
 
@@ -66,8 +66,8 @@ def test_no_usable_item_is_an_error_with_reasons(words: Any) -> None:
         task.prompts(words)
     assert str(caught.value) == (
         "task 'odd': none of its 2 items is usable (a word is unknown to the tokenizer: 1, the answers do not differ "
-        "in exactly one token: 1): give items whose answers differ in one token of this tokenizer, with prompts that "
-        "fit the model's context"
+        "in exactly one token, such as 'sleeps now' / 'sleep': 1): give items whose answers differ in one token of "
+        "this tokenizer, with prompts that fit the model's context"
     )
 
 
@@ -121,6 +121,23 @@ def test_errors_name_file_line_and_keys(tmp_path: Path) -> None:
         f"{path}, line 2: the key 'clean_prefix' is missing; present are 'clean_prefx', 'clean_answer'; "
         "did you mean 'clean_prefx'?"
     )
+    for make, row, message in (
+        (
+            Task.local,
+            SVA[0],
+            "the key 'prefix' is missing; this is the SVA format (clean_prefix, clean_answer, patch_answer): use "
+            "--task sva:FILE, or Task.sva in Python",
+        ),
+        (
+            Task.sva,
+            {"prefix": "a", "correct": "b", "wrong": "c"},
+            "plain format (prefix, correct, wrong): use --task",
+        ),
+        (Task.local, {"sentence_good": "a b", "sentence_bad": "a c"}, "use --task blimp:FILE, or Task.blimp in Python"),
+        (Task.blimp, SVA[0], "the key 'sentence_good' is missing; this is the SVA format"),
+    ):
+        with pytest.raises(UserError, match=f"t.json, line 1: .*{re.escape(message)}"):
+            make(write(path, row))
     for content, message in (
         ('{"prefix": "a", "correct": 3, "wrong": "c"}', "line 1: the key 'correct' is 3; give text"),
         ('{"prefix": "a", "correct": " ", "wrong": "c"}', "line 1: the correct answer after 'a' is empty"),
@@ -243,7 +260,7 @@ def test_blimp_without_the_one_prefix_method_compares_full_sentences(tmp_path: P
         "task 'adjunct_island' compares answers of several tokens (answers='multi'), which attribution does not "
         "support: use Task.accuracy, or a task whose answers differ in one token"
     )
-    with pytest.raises(UserError, match="none of its 1 items is usable .*unknown to the tokenizer: 1.*tells apart"):
+    with pytest.raises(UserError, match="none of its 1 items is usable .*unknown to the tokenizer.*tells apart"):
         task.strings(words)
     with pytest.raises(UserError, match=f"does not exist: give an existing file; did you mean '{UID}'"):
         Task.blimp(f"{UID}s", folder=write(tmp_path / f"{UID}.jsonl", BLIMP).parent)
@@ -302,6 +319,24 @@ def test_pairs_that_differ_in_their_first_word_are_compared_as_sentences(tmp_pat
     }
 
 
+def test_the_documented_formats_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    lines = page.split("```text\n")[1].split("```")[0].splitlines()
+    examples = {line[:12].strip(): line[12:] for line in lines if line[0] != " "}
+    rows = {name: tmp_path / f"{name}.jsonl" for name in examples}
+    for name, path in rows.items():
+        path.write_text(examples[name] + "\n")
+    clams = tmp_path / "clams.txt"
+    clams.write_text("\n".join(line[12:] for line in lines if line[12:].startswith(("True\t", "False\t"))))
+    expected = Item("The friends", " have", " has", "The friend")
+    assert Task.local(rows["plain"]).items == Task.sva(rows["SVA, IOI"]).items == (expected,)
+    assert Task.ioi(rows["SVA, IOI"]).items == (expected,)
+    assert Task.blimp(rows["BLiMP"]).items == (Item("Beth", "scares", "scare"),)
+    assert Task.clams(clams).items == (Item("the author", "laughs", "laugh"),)
+    found = Task.multiblimp("fra", "SV-#", rows["MultiBLiMP"]).items
+    assert found == (Item("le chat", "dort", "dorment"),)
+
+
 def test_task_files_of_crosscoding_through_time(tmp_path: Path) -> None:
     """`clams_data/*.jsonl`: the keys of feature-circuits without paired prompts, and further ones."""
     rows = [
@@ -327,16 +362,18 @@ def test_what_is_left_out_is_said() -> None:
         {
             "task": "t", "label": ["a", "b"], "accuracy": [0.5, 0.9], "low": [0.3, 0.7], "high": [0.7, 1.0],
             "at_chance": [True, False], "n": 12, "few": True, "skipped": 3, "reasons": "too long: 2, odd: 1",
-            "merged": 1, "merged_reasons": "the same item: 1",
+            "merged": 1, "merged_reasons": "the same item",
         }
     )  # fmt: skip
     assert describe_accuracy(table) == [
-        "t: 12 items, 1 merged (the same item: 1), 3 skipped (too long: 2, odd: 1); fewer than 20, so means over tasks "
-        "leave it out",
+        "t: 12 of 16 items, 1 merged (the same item), 3 skipped (too long: 2, odd: 1); fewer than 20, so means over "
+        "tasks leave it out",
         "           a  accuracy 50.0% [30.0%, 70.0%], at chance",
         "           b  accuracy 90.0% [70.0%, 100.0%]",
     ]
-    assert list_counts({"a": 1, "b": 3}) == "b: 3, a: 1" and list_counts({}) == ""
+    assert describe_accuracy(table.assign(skipped=0, merged=0, few=False))[0] == "t: 12 items"
+    assert list_counts({"a": 1, "b": 3}) == "b: 3, a: 1" and list_counts({}) == "" and list_counts({"a": 2}) == "a"
+    assert list_counts({"a": 1, "b": 3}, {"b": "' go' / ' goes'"}) == "b, such as ' go' / ' goes': 3, a: 1"
 
 
 def test_clams_pairs_are_adjacent_lines(tmp_path: Path) -> None:
@@ -674,7 +711,7 @@ def test_accuracy_skips_items_longer_than_the_context(snapshots: Snapshots) -> N
         table = task.accuracy(snapshots[[0]])
         assert table["n"].tolist() == [1] and table["skipped"].tolist() == [3]
         assert table["reasons"].tolist() == ["longer than 12 tokens: 2, a word is unknown to the tokenizer: 1"]
-        with pytest.raises(UserError, match=r"none of its 1 items is usable \(longer than 12 tokens: 1\): give items"):
+        with pytest.raises(UserError, match=r"none of its 1 items is usable \(longer than 12 tokens\): give items"):
             Task.from_items("t", [long], answers).accuracy(snapshots[[0]])
 
 
@@ -688,7 +725,7 @@ def test_accuracy_of_several_tokens_equals_whole_sentences(snapshots: Snapshots,
         rows.append({"good": f"{item.prefix} .", "bad": f"{other} ."})
     task = Task.from_sentences("whole", rows, "good", "bad")
     table = task.accuracy(snapshots, batch_size=5, prepend_bos=prepend_bos)
-    assert table["reasons"][0] == ("" if prepend_bos else f"{NO_BOS}: {table['skipped'][0]}")
+    assert table["reasons"][0] == ("" if prepend_bos else NO_BOS)
     assert table["skipped"][0] == (0 if prepend_bos else 8) and (table["n"] + table["skipped"] == 24).all()
     for s, row in table.iterrows():
         model = GPTNeoXForCausalLM.from_pretrained(snapshots[int(str(s))].name)
