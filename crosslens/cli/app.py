@@ -622,7 +622,9 @@ def train(
 
             out.say(save_seeds(run_dir, trained, acts))
             found = {"seeds": run.table("seeds")}
-    out.say(f"next: crosslens evolve {shlex.quote(str(run_dir))}")
+    place = shlex.quote(str(run_dir))
+    out.say(f"next: crosslens evolve {place} (when features are born)")
+    out.say(f"   or crosslens attribute {place} --task ... (which of them a task needs)")
     out.end(run=run_dir, features=crosscoder.cfg.d_sae, timings=timings, evaluation=evaluation, **found)
 
 
