@@ -508,7 +508,8 @@ def top_features(table: Frame, n: int) -> list[int]:
 def _others(table: Frame, n: int) -> list[int]:
     """The same among those without a significant effect; effects of zero are left out."""
     significant = table.loc[table["relie"].notna(), "feature"]
-    largest = _largest(table[~table["feature"].isin(significant)])
+    rest: Frame = table[~table["feature"].isin(significant)]
+    largest: Frame = _largest(rest)
     return ints(largest[largest > 0].index[:n].to_numpy())
 
 

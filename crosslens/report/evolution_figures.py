@@ -773,9 +773,10 @@ def probe_parts(table: Frame) -> Chart:
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     last = table.iloc[-1]
     note = (
-        f"{'Without step 0, the' if untrained else 'The'} standard deviation of probe errors is {last['sd_error']:.3f} and that of relative norms "
-        f"{last['sd_norm']:.2f}; the reliability of the errors is {last['reliability']:.2f}. If a feature can be "
-        "decoded from every snapshot, there is little variation for its norm to explain."
+        f"{'Without step 0, the' if untrained else 'The'} standard deviation of probe errors is "
+        f"{last['sd_error']:.3f} and that of relative norms {last['sd_norm']:.2f}; the reliability of the errors is "
+        f"{last['reliability']:.2f}. If a feature can be decoded from every snapshot, there is little variation for "
+        "its norm to explain."
     )
     return Chart(figure, table.reset_index(drop=True), note)
 

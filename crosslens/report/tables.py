@@ -75,8 +75,9 @@ class Tables:
         whole, at, task = name.partition("@")
         if whole == "chance":
             found = self[f"accuracy@{task}"]
-            known = found is not None and {"label", "at_chance"} <= set(found)
-            return found.loc[found["at_chance"].astype(bool), ["label"]] if known else pd.DataFrame({"label": []})
+            if found is None or not {"label", "at_chance"} <= set(found):
+                return pd.DataFrame({"label": []})
+            return pd.DataFrame({"label": found.loc[found["at_chance"].astype(bool), "label"]})
         if at and "/" not in whole:
             table = self[whole]
             rows = None if table is None or "task" not in table else table[table["task"].astype(str) == task]

@@ -113,7 +113,7 @@ def test_probe_parts_draws_the_table() -> None:
         assert list(trace.error_x.arrayminus) == pytest.approx([0.05] * 5)
     assert "Without step 0, the standard deviation of probe errors is 0.050 and that of relative norms" in chart.note
     assert "reliability of the errors is 0.90" in chart.note
-    without = evolution_figures.probe_parts(table.assign(n=90))  # step 0 is not among the snapshots
+    without: Any = evolution_figures.probe_parts(table.assign(n=90))  # step 0 is not among the snapshots
     assert list(without.figure.data[0].x) == table["spearman"].drop(1).tolist()
     assert "step 0" not in without.note and "without step 0" not in without.figure.layout.yaxis.ticktext
 
