@@ -6,6 +6,7 @@ Each function turns tables into a chart or a grid, or into a sentence that says 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,8 +103,17 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
     return Chart(figure, data.reset_index(drop=True), note, small)
 
 
-def relative_effects(table: Frame, names: Frame | None = None, column: str = "share_relie") -> Chart | str:
-    """Share RelIE or RelIE: a strip for two snapshots, a triangle for three, otherwise lines of the largest effects."""
+def relative_effects(
+    table: Frame, names: Frame | None = None, chance: Frame | None = None, column: str = "share_relie"
+) -> Chart | str:
+    """Share RelIE or RelIE: a strip for two snapshots, a triangle for three, otherwise lines of the largest effects.
+
+    Args:
+        table: from `Attribution.to_frame`.
+        names: feature, name.
+        chance: label of each snapshot at which accuracy is at chance; lines of share RelIE leave these out.
+        column: "share_relie" or "relie".
+    """
     if table["relie"].notna().sum() == 0:
         return _NOTHING
     title = _MEASURES[column]
@@ -112,9 +122,28 @@ def relative_effects(table: Frame, names: Frame | None = None, column: str = "sh
         return _strip(table, names, column, title)
     if n == 3:
         return _ternary(table, names, column)
+    said = ""
+    if column == "share_relie":
+        table, said = _without_chance(table, chance)
     chart = _feature_lines(table, names, column, title)
     chart.figure.update_yaxes(rangemode="tozero")
-    return chart
+    return Chart(chart.figure, chart.data, f"{chart.note}{said}")
+
+
+def _without_chance(table: Frame, chance: Frame | None) -> tuple[Frame, str]:
+    """The table without share RelIE where accuracy is at chance, and a sentence that says so.
+
+    The total |IE| is tiny at these snapshots, so that a share of it can be large without meaning anything.
+    """
+    labels = list(dict.fromkeys(table.sort_values("snapshot")["label"]))
+    at_chance = [label for label in labels if chance is not None and label in set(chance["label"])]
+    if not at_chance or len(at_chance) == len(labels):
+        return table, " Accuracy is at chance at every snapshot." if at_chance else ""
+    left = table.assign(share_relie=table["share_relie"].mask(table["label"].isin(at_chance)))
+    return left, (
+        f" Not drawn at {', '.join(at_chance)}, where accuracy is at chance: the total effect is tiny there, so that "
+        "shares of it say nothing."
+    )
 
 
 def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
@@ -239,49 +268,68 @@ def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
 
 
 def signed_effects(table: Frame, names: Frame | None = None) -> Chart | str:
-    """Signed IE of the features that `relative_effects` draws as lines."""
-    if table["relie"].notna().sum() == 0:
+    """Signed IE of the features that `relative_effects` draws as lines, and of the largest others in grey."""
+    if table["ie"].notna().sum() == 0:
         return _NOTHING
-    chart = _feature_lines(table, names, "ie", "IE (logits)")
+    chart = _feature_lines(table, names, "ie", "IE (logits)", fill=True)
     chart.figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     return chart
 
 
-def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str) -> Chart:
-    """A column over snapshots, a line per feature, for the features with the largest effects."""
+def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str, *, fill: bool = False) -> Chart:
+    """A column over snapshots, a line per feature, for the features with the largest significant effects; up to the
+    same number, `fill` adds the largest others in grey."""
     features, called = top_features(table, N_LINES), feature_names(names, 10)
+    others = _others(table, N_LINES - len(features)) if fill else []
     axis = SnapshotAxis.of(table)
     figure = new_figure(y_title, height=400)
     parts: list[Frame] = []
-    for i, feature in enumerate(features):
+    for i, feature in enumerate([*features, *others]):
         rows = table[table["feature"] == feature].sort_values("snapshot")
         ids = ints(rows["snapshot"])
-        name = shown(called(feature))
+        name, style = shown(called(feature)), Style.of(i)
+        if feature in others:
+            name, style = f"{name} (n.s.)", replace(style, color=MUTED)
         add_line(
-            figure, axis.x(ids), floats(rows[column]), name, Style.of(i), hover=axis.hover(ids),
-            meta={"feature": feature},
-        )  # fmt: skip
+            figure, axis.x(ids), floats(rows[column]), name, style, hover=axis.hover(ids), meta={"feature": feature}
+        )
         parts.append(rows)
     figure.update_layout(legend_title_text="feature")
     axis.apply(figure)
     data = pd.concat(parts, ignore_index=True)
     extra = ("ie_se", "ie_low", "ie_high", "q") if column == "ie" else (f"{column}_low", f"{column}_high")
     columns = [c for c in ("feature", "snapshot", "label", "step", column, *extra) if c in data]
-    return Chart(figure, data[columns], f"The {len(features)} features with the largest |IE| at any snapshot.")
+    return Chart(figure, data[columns], _which(table, len(features), len(others)))
 
 
-def signed_against_relative(table: Frame, names: Frame | None = None) -> Chart | str:
-    """Signed IE against share RelIE, a point per feature and snapshot, for the features with the largest effects."""
+def _which(table: Frame, drawn: int, others: int = 0) -> str:
+    """Which features are shown: those with a significant effect, and the largest others."""
+    n, total = table.loc[table["relie"].notna(), "feature"].nunique(), table["feature"].nunique()
+    note = f"{n:,} of {total:,} features have a significant effect (FDR 5%) at some snapshot"
+    if drawn < n:
+        note += f"; the {drawn:,} with the largest |IE| are shown"
+    if others:
+        which = f"the {others:,} with the largest |IE| of" if others < total - n else "all"
+        note += f". Grey, n.s.: {which} the others, whose effects are not significant"
+    return f"{note}."
+
+
+def signed_against_relative(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+    """Signed IE against share RelIE, a point per feature and snapshot, for the features with the largest effects.
+
+    Arguments as in `relative_effects`.
+    """
     axis = SnapshotAxis.of(table, even=True)
     features = top_features(table, max(1, MAX_PAIRS // len(axis.labels)))
     if not features:
         return _NOTHING
-    rows = table[table["feature"].isin(features)].dropna(subset=["share_relie"])
+    rows, said = _without_chance(table[table["feature"].isin(features)], chance)
+    rows = rows.dropna(subset=["share_relie"])
     figure = new_figure("IE (logits)", height=440)
     add_points(figure, axis, rows, "share_relie", "ie", "share RelIE %{x:.3f}, IE %{y:+.3f}", names)
     figure.update_xaxes(title_text="share RelIE", showgrid=True, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    note = f"The {len(features)} features with the largest |IE| at any snapshot."
+    note = f"{_which(table, len(features))}{said}"
     columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "share_relie", "relie") if c in rows]
     return Chart(figure, rows[columns].reset_index(drop=True), note)
 
@@ -348,7 +396,7 @@ def validation(summary: Frame) -> Chart:
 
 def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> Grid | str:
     """IE and its standard error by snapshot, the last first, for the features with the largest effects, tinted by sign
-    and size.
+    and size; below those with a significant effect, the largest others in grey.
 
     Args:
         table: from `Attribution.to_frame`.
@@ -356,7 +404,9 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
         names: feature, name.
     """
     called = feature_names(names)
-    features = top_features(table, N_ROWS)
+    top = top_features(table, N_ROWS)
+    others = _others(table, N_ROWS - len(top))
+    features = [*top, *others]
     if not features:
         return _NOTHING
     axis = SnapshotAxis.of(table)
@@ -371,11 +421,12 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
     else:
         later = {feature: [False] * ie.shape[1] for feature in features}
     grid = [
-        [Cell(called(feature), link=f"feature.html#{feature}")]
+        [Cell(called(feature) + (" (n.s.)" if feature in others else ""), link=f"feature.html#{feature}")]
         + [
             Cell(
-                f"{value:+.3f} ± {error:.3f}".replace("-", "−") + ("*" if late else ""),
-                math.copysign(math.sqrt(abs(value) / largest), value),
+                f"{value:+.3f} ±\N{NO-BREAK SPACE}{error:.3f}".replace("-", "−") + ("*" if late else ""),
+                0.0 if feature in others else math.copysign(math.sqrt(abs(value) / largest), value),
+                muted=feature in others,
             )
             for value, error, late in zip(floats(ie.loc[feature]), floats(se.loc[feature]), later[feature], strict=True)
         ]
@@ -385,8 +436,7 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
     data = rows.sort_values(["feature", "snapshot"], key=lambda column: column.replace(order), kind="stable")
     columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "q", "share_relie", "relie",
                "reldec", "encoder_share", "read_later") if c in data]  # fmt: skip
-    total = table["feature"].nunique()
-    note = f"The {len(features)} features with the largest |IE| at any snapshot, of {total:,}."
+    note = _which(table, len(top), len(others))
     if any(any(flags) for flags in later.values()):
         note += " * More than half of what activates the feature is read from later snapshots."
     note += f" {_agreement(snapshots)}"
@@ -404,7 +454,8 @@ def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
         return "No feature has an effect on these prompts."
     called = feature_names(names)
     rows = table.sort_values(["prompt", "position", "snapshot"])
-    words, text = pd.factorize(rows["token"].astype(str).str.strip().replace("", "␣"))
+    written = rows["token"].astype(str)  # with the spaces between words
+    words, text = pd.factorize(written.where(written.str.strip() != "", "␣"))
     rows = rows.assign(word=words)
     snapshots = rows.drop_duplicates("snapshot").sort_values("snapshot")
     prompts: list[dict[str, Any]] = []
@@ -448,9 +499,18 @@ def _agreement(snapshots: Frame) -> str:
 
 
 def top_features(table: Frame, n: int) -> list[int]:
-    """The `n` features with the largest |IE| at any snapshot, largest first, among those with a RelIE."""
+    """The `n` features with the largest |IE| at any snapshot, largest first, among those with a significant effect,
+    which have a RelIE."""
     defined = table.dropna(subset=["relie"])
     return ints(_largest(defined).index[:n].to_numpy())
+
+
+def _others(table: Frame, n: int) -> list[int]:
+    """The same among those without a significant effect; effects of zero are left out."""
+    significant = table.loc[table["relie"].notna(), "feature"]
+    rest: Frame = table[~table["feature"].isin(significant)]
+    largest: Frame = _largest(rest)
+    return ints(largest[largest > 0].index[:n].to_numpy())
 
 
 def _largest(table: Frame) -> pd.Series:

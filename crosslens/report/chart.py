@@ -82,11 +82,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above. It links to a page, if given."""
+    """A table cell; `weight` in [-1, 1] tints it, orange below zero and blue above. It links to a page, if given;
+    `muted` cells are grey."""
 
     text: str
     weight: float = 0.0
     link: str | None = None
+    muted: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,8 @@ class SnapshotAxis:
         if self.even:
             ticks, title, meta = list(self.names().values()), "snapshot", {"axis": "labels"}
         else:
-            ticks = [short_count(step) for step in self.steps.values()]
+            # in full, as in labels such as step1300
+            ticks = [str(step) if step < 1e6 else short_count(step) for step in self.steps.values()]
             apart = 0 in self.steps.values() and len(self.steps) > 1
             title = "training steps (log scale, 0 set apart)" if apart else "training steps (log scale)"
             meta = {"axis": "steps", "positions": positions, "steps": list(self.steps.values())}

@@ -65,7 +65,7 @@ def _panels(y_title: str, n: int, *, height: int) -> Any:
     """A figure of n panels side by side, whose axes look alike; the first has the title of the y axis."""
     figure = new_figure(y_title, height=height)
     layout: Any = figure.layout
-    figure.update_layout(grid={"rows": 1, "columns": n, "pattern": "independent", "xgap": 0.1})
+    figure.update_layout(grid={"rows": 1, "columns": n, "pattern": "independent", "xgap": 0.1 if n < 3 else 0.25})
     for place in range(2, n + 1):
         y = {**layout.yaxis.to_plotly_json(), "title": {"font": {"size": 13}, "standoff": 10}}
         figure.update_layout({f"xaxis{place}": layout.xaxis.to_plotly_json(), f"yaxis{place}": y})
@@ -121,7 +121,7 @@ def evolution_map(
     totals = alive["origin"].value_counts()
     # a label takes about 5% of the height, so the labels of thin groups would overlap
     labelled = {origin: y for origin, y in middles.items() if (groups == origin).mean() > 0.06}
-    thin = ", ".join(f"{totals[origin]:,} {origin}" for origin in middles if origin not in labelled)
+    thin = ", ".join(f"{totals[origin]:,} “{origin}”" for origin in middles if origin not in labelled)
     figure.update_layout(
         # the page's script expands these to the tooltips of all cells
         meta={
@@ -148,7 +148,7 @@ def evolution_map(
     if len(drawn) < len(alive):
         note += f" {len(drawn):,} of them are drawn, evenly spaced in this order."
     if thin:
-        note += f" Too few for a label, from top to bottom: {thin}."
+        note += f" Groups too thin to be named beside the figure, from top to bottom: {thin}."
     data = drawn[[c for c in ("feature", "origin", "fate", "birth", "peak") if c in drawn]].reset_index(drop=True)
     return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
 
@@ -174,9 +174,14 @@ def _of_all(table: Frame, measure: str) -> str:
     """How many features a lifecycle is known of, in words."""
     alive, read = table["alive"].astype(bool), table["origin"].notna()
     words = f"{read.sum():,} features by {MEASURES[measure]}"
-    rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), "without a reading")]
+    why = {
+        "r2": "unread (R² below 0.05 at every snapshot)",
+        "within": "unread (within-token R² below 0.05 at every snapshot, or lexical)",
+        "norm": "without a decoder norm",
+    }
+    rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), why[measure])]
     left = " and ".join(f"{n:,} {what}" for n, what in rest if n)
-    return f"{words}; {left} omitted." if left else f"{words}."
+    return f"{words}; left out: {left}." if left else f"{words}."
 
 
 def ordered_features(lifecycles: Frame) -> Frame:
@@ -733,6 +738,9 @@ def _correlation(points: Frame, without: list[int]) -> str:
 
 def probe_parts(table: Frame) -> Chart:
     """Correlation of probe error and decoder norm, in total and by part, with intervals."""
+    n = table.set_index("part")["n"]
+    untrained = n.get("trained") != n.get("all")  # whether step 0 is a snapshot
+    table = table if untrained else table[table["part"] != "trained"].reset_index(drop=True)
     names = [_PARTS.get(str(part), shown(part)) for part in table["part"]]
     figure = new_figure("", height=140 + 40 * len(names))
     for i, measure in enumerate(("spearman", "pearson")):
@@ -765,9 +773,10 @@ def probe_parts(table: Frame) -> Chart:
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     last = table.iloc[-1]
     note = (
-        f"Without step 0, the standard deviation of probe errors is {last['sd_error']:.3f} and that of relative norms "
-        f"{last['sd_norm']:.2f}; the reliability of the errors is {last['reliability']:.2f}. If a feature can be "
-        "decoded from every snapshot, there is little variation for its norm to explain."
+        f"{'Without step 0, the' if untrained else 'The'} standard deviation of probe errors is "
+        f"{last['sd_error']:.3f} and that of relative norms {last['sd_norm']:.2f}; the reliability of the errors is "
+        f"{last['reliability']:.2f}. If a feature can be decoded from every snapshot, there is little variation for "
+        "its norm to explain."
     )
     return Chart(figure, table.reset_index(drop=True), note)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from crosslens.report.chart import Frame, feature_names, shortened, task_pages
 from crosslens.report.tables import MEASURES, Tables, by_measure, main_measure
@@ -101,7 +102,8 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
     accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "n")
     if accuracy is None:
         return None
-    parts: list[str] = []
+    reached: list[str] = []
+    missed: list[str] = []
     named: list[str] = []
     for task, rows in accuracy[accuracy["n"] >= MIN_ITEMS].groupby("task", sort=False):
         named.append(str(task))
@@ -109,15 +111,23 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
         stays = np.minimum.accumulate(rows["accuracy"].to_numpy()[::-1])[::-1] >= LEARNT
         n = int(rows["n"].max())
         if stays.any():
-            parts.append(f"{task} from {rows['label'].iloc[int(stays.argmax())]} on (n = {n:,})")
+            reached.append(f"{task} from {rows['label'].iloc[int(stays.argmax())]} on (n = {n:,})")
         else:
-            parts.append(f"not {task} ({rows['accuracy'].iloc[-1]:.0%} at the end, n = {n:,})")
-    if not parts:
+            missed.append(f"{task} ({rows['accuracy'].iloc[-1]:.1%}, n = {n:,})")
+    if not named:
         return None
+    sentences: list[str] = []
+    if reached:
+        sentences.append(f"The model answers at least {LEARNT:.0%} of the items correctly on {_listed(reached)}.")
+    if missed:
+        which = "it" if reached else "the model"
+        sentences.append(
+            f"At the end, {which} answers less than {LEARNT:.0%} of the items correctly on {_listed(missed)}."
+        )
     links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
     pages = task_pages(tables["tasks"])
     links += [(task, pages[task]) for task in named[:_BOUND]]
-    return Finding(f"The model answers at least {LEARNT:.0%} of the items correctly: {_listed(parts)}.", links)
+    return Finding(" ".join(sentences), links)
 
 
 def _described(tables: Tables, drawn: set[str]) -> Finding | None:
@@ -194,7 +204,7 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
     if effects is not None:
         last = effects[effects["snapshot"] == effects["snapshot"].max()]
         best = last.loc[last["ie"].idxmax()]
-        text += f"; the largest effect there is that of feature {feature_names(tables['names'])(int(best['feature']))}"
+        text += Markup("; the largest effect there is that of {}").format(_feature(int(best["feature"]), tables))
     page = task_pages(tables["tasks"])[task].removesuffix(".html")
     name = page.removeprefix("task-")
     links = _links(
@@ -202,7 +212,14 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
         (f"ie-{name}", page, f"ie-{name}", "Figure"),
         (f"ablate-size-{name}", page, f"ablate-size-{name}", "Control: random features"),
     )
-    return Finding(f"{text}.", links)
+    return Finding(text + ".", links)  # an f-string would make text of the link
+
+
+def _feature(feature: int, tables: Tables) -> Markup:
+    """A feature as a link to its page, with its label or top token in quotation marks."""
+    name = feature_names(tables["names"])(feature).removeprefix(str(feature)).strip()
+    link = Markup('<a href="feature.html#{0}">feature {0}</a>').format(feature)
+    return link + (f" (“{name}”)" if name else "")
 
 
 def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:

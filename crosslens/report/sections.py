@@ -15,7 +15,10 @@ from crosslens.report.chart import Chart, Grid, Prompts
 _ACCURACY = "No task accuracy has been measured. Run: crosslens attribute RUN_DIR --task TASK"
 _EVALUATE = "The crosscoder has not been evaluated. crosslens train does this when training ends."
 _EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
-_SEEDS = "Only one seed has been trained. Run: crosslens train ... --seeds 3"
+_SEEDS = (
+    "Only one seed has been trained. To train three, repeat the command of this run, which is under Run details, with "
+    "--seeds 3."
+)
 _PROBE = "No probes have been fitted. Run: crosslens evolve RUN_DIR"
 _ATTRIBUTE = "No effects on tasks have been computed. Run: crosslens attribute RUN_DIR --task TASK"
 _ABLATE = "No features have been ablated. After crosslens attribute, run: crosslens ablate RUN_DIR --task TASK"
@@ -228,7 +231,8 @@ _EVOLUTION: tuple[Section, ...] = (
         "of the snapshot alone predict the feature on held-out tokens. The decoder norm stands beside it: it says what "
         "the dictionary writes, not what the model holds. “Initial” features are present at the first snapshot; "
         "“emergent” ones are born later, at the first snapshot from which they stay; “never” ones are present too "
-        "briefly to count as born. “Transient” ones later disappear for good.",
+        "briefly to count as born. “Transient” ones later disappear for good. Features whose R² is below 0.05 at every "
+        "snapshot are unread: their presence cannot be told.",
         _EVOLVE,
         (
             Entry(
@@ -391,8 +395,9 @@ _EVOLUTION: tuple[Section, ...] = (
             Entry(
                 "probe-parts",
                 "Correlation of probe error and decoder norm by part",
-                "With 95% intervals over features: over all points, without step 0, after subtracting each feature's "
-                "means, after subtracting each snapshot's means, and corrected for the noise of single probes.",
+                "With 95% intervals over features: over all points, without step 0 if it is a snapshot, after "
+                "subtracting each feature's means, after subtracting each snapshot's means, and corrected for the "
+                "noise of single probes.",
                 evolution_figures.probe_parts,
                 ("probe_parts",),
                 optional=True,
@@ -484,8 +489,9 @@ _TASK: tuple[Section, ...] = (
             Entry(
                 "ie-table",
                 "Features with the largest effects",
-                "IE ± standard error over prompts, in logits, by snapshot, the last one first. Blue supports the "
-                "correct answer, orange opposes it.",
+                "IE ± standard error over prompts, in logits, by snapshot, the last one first: features with a "
+                "significant effect at some snapshot, largest |IE| first, then, in grey, the largest others. Blue "
+                "supports the correct answer, orange opposes it.",
                 causal_figures.effect_table,
                 ("attribution/{task}", "attribution/{task}.snapshots", "names"),
                 wide=True,
@@ -496,7 +502,7 @@ _TASK: tuple[Section, ...] = (
                 "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features "
                 "with a significant effect at some snapshot.",
                 partial(causal_figures.relative_effects, column="share_relie"),
-                ("attribution/{task}", "names"),
+                ("attribution/{task}", "names", "chance@{task}"),
             ),
             Entry(
                 "relie",
@@ -509,8 +515,8 @@ _TASK: tuple[Section, ...] = (
             Entry(
                 "ie",
                 "Signed effect (IE)",
-                "Mean effect over prompts, in logits, of the features with the largest |IE|. Positive values support "
-                "the correct answer, negative ones oppose it.",
+                "Mean effect over prompts, in logits. Positive values support the correct answer, negative ones oppose "
+                "it.",
                 causal_figures.signed_effects,
                 ("attribution/{task}", "names"),
             ),
@@ -520,7 +526,7 @@ _TASK: tuple[Section, ...] = (
                 "A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that "
                 "act mostly at that snapshot, points on the left to features that act mostly at others.",
                 causal_figures.signed_against_relative,
-                ("attribution/{task}", "names"),
+                ("attribution/{task}", "names", "chance@{task}"),
                 wide=True,
             ),
             Entry(

@@ -22,7 +22,8 @@ class Tables:
     """Tables of a run; None if a table does not exist or is empty.
 
     A name is that of a table in the run directory. "kind/*" is the tables of a kind of all tasks, concatenated, with a
-    column `task`, and "table@task" the rows of a table with that task; "snapshots" is the list in run.json; "names" is
+    column `task`, and "table@task" the rows of a table with that task; "chance@task" is the labels of the snapshots at
+    which its accuracy is at chance, which may have no rows; "snapshots" is the list in run.json; "names" is
     `names`, which may have no rows, and "tasks" the tasks in the order of their colours, with the files of their pages.
     Tables of single tasks can be many, so they are read at every access; the others are read once.
 
@@ -72,6 +73,11 @@ class Tables:
         if name == "tasks":
             return self._tasks()
         whole, at, task = name.partition("@")
+        if whole == "chance":
+            found = self[f"accuracy@{task}"]
+            if found is None or not {"label", "at_chance"} <= set(found):
+                return pd.DataFrame({"label": []})
+            return pd.DataFrame({"label": found.loc[found["at_chance"].astype(bool), "label"]})
         if at and "/" not in whole:
             table = self[whole]
             rows = None if table is None or "task" not in table else table[table["task"].astype(str) == task]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -174,6 +175,9 @@ def test_pages_load_and_nothing_overlaps(
         assert not visitor.troubles, (name, visitor.troubles)
         assert page.evaluate(OVERLAPS) == [], name
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        tables = "[...document.querySelectorAll('.scroll')].map((e) => e.scrollWidth - e.clientWidth)"
+        if width > 500 and (which, name) != ("run", "features"):  # long labels of snapshots make that one scroll
+            assert not any(page.evaluate(tables)), f"a table of {name} is wider than the page"
         drawn = page.locator(".js-plotly-plot .main-svg").count() and page.locator(".plot.js-plotly-plot").count()
         wanted = 4 if name == "feature" else len(_Page(report / "index.html", (name,)).specs())
         assert drawn == wanted, name
@@ -601,3 +605,29 @@ def test_labels_do_not_break_the_json(run: RunDir) -> None:
         text for a, text in _Page(run.report / "index.html", ("feature",)).scripts if a.get("id") == "about"
     ))  # fmt: skip
     assert HOSTILE in about["labels"] and about["count"] == 230
+
+
+def test_tokens_that_are_characters_only_together_are_joined(browser: Any, run: RunDir) -> None:
+    page = Visitor(browser, run.report).open("features")
+    rng = np.random.default_rng(0)
+    shown = [byte for byte in range(256) if 32 < byte < 127 or (byte > 160 and byte != 173)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    alphabet = {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    names = [lambda part: "".join(alphabet[byte] for byte in part), lambda part: "".join(f"<0x{b:02X}>" for b in part)]
+    for name, most in ((names[0], 5), (names[1], 2)):
+        for text in ("Alors Saül dit à son écuyer", "он не в Москве — «да»", "日本語 👩‍💻 ok", "plain text"):
+            data, at, tokens = text.encode(), 0, list[str]()
+            while at < len(data):
+                part = data[at : at + int(rng.integers(1, most))]
+                at += len(part)
+                try:
+                    tokens.append(part.decode())
+                except UnicodeDecodeError:  # as in `token_texts`
+                    tokens += [name(part)] if name is names[0] else [name(bytes([byte])) for byte in part]
+            pieces = page.evaluate("tokens => crosslens.joined(tokens)", tokens)
+            assert "".join(piece[2] for piece in pieces) == text, tokens
+            assert sum(piece[1] for piece in pieces) == len(tokens)
+            assert [piece[0] for piece in pieces] == np.cumsum([0, *(p[1] for p in pieces)])[:-1].tolist()
+    for whole in (["é", "c", "u", "y", "er"], ["Ã"], [" dit", " à", " «"], ["\ufeff", "<0xZZ>", "", "Ð"]):
+        pieces = page.evaluate("tokens => crosslens.joined(tokens)", whole)
+        assert pieces == [[i, 1, token] for i, token in enumerate(whole)], "nothing to join"

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from crosslens.report import causal_figures, evolution_figures, overview_figures
-from crosslens.report.chart import Grid, Prompts, Style
+from crosslens.report.chart import MUTED, Chart, Grid, Prompts, Style
 
 
 def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
@@ -94,7 +94,14 @@ def test_dynamics_without_features_or_turning_point() -> None:
 def test_probe_parts_draws_the_table() -> None:
     names = ["all", "trained", "within_features", "within_snapshots", "disattenuated"]
     table = pd.DataFrame(
-        {"part": names, "n": 90, "n_features": 9, "sd_norm": 0.2, "sd_error": 0.05, "reliability": 0.9}
+        {
+            "part": names,
+            "n": [100, 90, 90, 90, 90],
+            "n_features": 9,
+            "sd_norm": 0.2,
+            "sd_error": 0.05,
+            "reliability": 0.9,
+        }
     )
     for measure in ("spearman", "pearson"):
         table[measure] = np.linspace(-0.9, -0.1, 5)
@@ -104,10 +111,11 @@ def test_probe_parts_draws_the_table() -> None:
         assert list(trace.x) == table[measure].tolist()
         assert list(trace.error_x.array) == pytest.approx([0.08] * 5)
         assert list(trace.error_x.arrayminus) == pytest.approx([0.05] * 5)
-    assert (
-        "probe errors is 0.050 and that of relative norms 0.20" in chart.note
-        and "reliability of the errors is 0.90" in chart.note
-    )
+    assert "Without step 0, the standard deviation of probe errors is 0.050 and that of relative norms" in chart.note
+    assert "reliability of the errors is 0.90" in chart.note
+    without: Any = evolution_figures.probe_parts(table.assign(n=90))  # step 0 is not among the snapshots
+    assert list(without.figure.data[0].x) == table["spearman"].drop(1).tolist()
+    assert "step 0" not in without.note and "without step 0" not in without.figure.layout.yaxis.ticktext
 
 
 def test_agreement_means_are_those_of_the_bands() -> None:
@@ -191,6 +199,58 @@ def words(S: int = 4, n_prompts: int = 8) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def effects(n_significant: int, n_others: int) -> pd.DataFrame:
+    """Features 0, 1, ... with |IE| of .1, .2, ... at the last of five snapshots; the first ones are significant."""
+    rows = [
+        {"feature": f, "snapshot": s, "label": f"step{s}", "step": 10 * (s + 1), "ie": 0.1 * (f + 1) * (s + 1) / 5,
+         "ie_se": 0.01, "relie": (s + 1) / 15 if f < n_significant else np.nan,
+         "share_relie": 0.2 if f < n_significant else np.nan}
+        for f in range(n_significant + n_others)
+        for s in range(5)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("n_significant", "n_others"), [(3, 2), (3, 40), (15, 10), (30, 4), (0, 5)])
+def test_features_without_a_significant_effect_follow_in_grey(n_significant: int, n_others: int) -> None:
+    """Also where their effects are larger."""
+    table = effects(n_significant, n_others)
+    snapshots = pd.DataFrame({"snapshot": [4], "label": "step4", "method": "removal"})
+    grid, lines = causal_figures.effect_table(table, snapshots), causal_figures.signed_effects(table)
+    assert isinstance(grid, Grid) and isinstance(lines, Chart)
+    order = [*range(n_significant)[::-1], *range(n_significant, n_significant + n_others)[::-1]]
+    for shown, most in (
+        ([(row[0].text, all(c.muted for c in row[1:]), any(c.weight for c in row[1:])) for row in grid.rows], 20),
+        ([(trace.name, trace.line.color == MUTED, trace.line.color != MUTED) for trace in lines.figure.data], 12),
+    ):
+        features = [f for f in order if f < n_significant][:most]
+        features += [f for f in order if f >= n_significant][: most - len(features)]
+        wanted = [(f"{f}" if f < n_significant else f"{f} (n.s.)", f >= n_significant, f < n_significant)
+                  for f in features]  # fmt: skip
+        assert shown == wanted
+    total, drawn = n_significant + n_others, min(n_significant, 12)
+    assert f"{n_significant} of {total} features have a significant effect (FDR 5%)" in lines.note
+    assert (f"the {drawn} with the largest |IE| are shown" in lines.note) == (n_significant > 12)
+    assert ("Grey, n.s.: " in lines.note) == (n_significant < 12)
+    assert "Grey, n.s.: the 9 with the largest |IE| of the others" in lines.note or (n_significant, n_others) != (3, 40)
+
+
+@pytest.mark.parametrize("chance", [[], ["step0", "step1"], ["step3"], [f"step{s}" for s in range(5)]])
+def test_shares_are_not_drawn_where_accuracy_is_at_chance(chance: list[str]) -> None:
+    table, labels = effects(3, 2), pd.DataFrame({"label": chance})
+    left = len(chance) if len(chance) < 5 else 0
+    for draw, column in ((causal_figures.relative_effects, "share_relie"), (causal_figures.relative_effects, "relie")):
+        chart: Any = draw(table, None, labels, column)
+        gaps = [[not np.isfinite(y) for y in trace.y] for trace in chart.figure.data]
+        wanted = [column == "share_relie" and bool(left) and f"step{s}" in chance for s in range(5)]
+        assert gaps == [wanted] * 3
+        assert ("where accuracy is at chance" in chart.note) == any(wanted)
+    points: Any = causal_figures.signed_against_relative(table, None, labels)
+    assert len(points.figure.data[0].x) == 3 * (5 - left) == len(points.data)
+    assert (f"Not drawn at {', '.join(chance)}, where" in points.note) == bool(left)
+    assert ("at chance at every snapshot" in points.note) == (len(chance) == 5)
+
+
 def test_words_are_tinted_by_their_effects() -> None:
     names = pd.DataFrame({"feature": [1, 2], "name": ["boy", "\u202e"]})
     made = causal_figures.prompt_words(words(), names)
@@ -203,7 +263,7 @@ def test_words_are_tinted_by_their_effects() -> None:
         for s in range(4):
             for t, word in enumerate(prompt["tokens"]):
                 row = source.loc[prompt["id"], s, t]
-                assert found["words"][word] == (row["token"].strip() or "␣")
+                assert found["words"][word] == (row["token"] if row["token"].strip() else "␣"), "spaces are kept"
                 assert prompt["effects"][s][t] == pytest.approx(row["effect"])
                 assert prompt["features"][s][t] == row["feature"]
         assert len(prompt["tokens"]) == 3 + prompt["id"] % 2

@@ -89,7 +89,10 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     page = _Page(run.report / "index.html", ("index",))
     found = find(Tables(run, run.read_json()), {path.name for path in (run.report / "data").glob("*.csv")})
     learnt, described, born, acts, recurs = (one.text for one in found)
-    assert f"{TASKS[0]} from {steps[3]} on (n = 200), not {TASKS[1]} (85% at the end, n = 200)" in learnt
+    assert learnt.startswith(
+        f"The model answers at least 90% of the items correctly on {TASKS[0]} from {steps[3]} on (n = 200). At the "
+        f"end, it answers less than 90% of the items correctly on {TASKS[1]} (85.0%, n = 200)."
+    )
     ev = table(run, "evaluation")["explained_variance"]
     assert f"{ev.mean():.1%}" in described and f"{ev.min():.1%} at {steps[0]}" in described
     read = lives(run)["origin"].dropna()
@@ -101,7 +104,9 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     numbers = [rows.loc["top", "clean"], rows.loc["top", "metric"], rows.loc["random", "metric"]]
     assert [f"{n:.2f}".replace("-", "−") for n in numbers] == re.findall(r"−?\d+\.\d\d", acts)
     effects = table(run, f"attribution/{task}").query("snapshot == 7")
-    assert f"feature {effects.loc[effects['ie'].idxmax(), 'feature']}" in acts
+    best = effects.loc[effects["ie"].idxmax(), "feature"]
+    assert f'the largest effect there is that of <a href="feature.html#{best}">feature {best}</a>' in acts
+    assert ("a", f"feature.html#{best}") in [(tag, a.get("href")) for tag, a in page.elements]
     consensus = table(run, "consensus").query("alive")
     assert f"have {consensus['consensus'].sum()} of {len(consensus)} live features" in recurs
     for one in found:
@@ -111,6 +116,13 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
             ids = {a.get("id") for _, a in _Page(run.report / "index.html", (file.removesuffix(".html"),)).elements}
             assert not anchor or anchor in ids, link
             assert ("a", link) in [(tag, a.get("href")) for tag, a in page.elements]
+
+
+def test_the_name_of_a_feature_is_quoted_and_escaped(run: RunDir) -> None:
+    tables = Tables(run, run.read_json())
+    tables.names = dict.fromkeys(range(1000), "<b>os")
+    (acts,) = (one.text for one in find(tables, set()) if "ablating" in one.text)
+    assert "</a> (“&lt;b&gt;os”)." in acts and "<b>" not in acts
 
 
 def test_sentences_without_tables_are_left_out(run: RunDir) -> None:

@@ -451,7 +451,7 @@ def test_large_evolution_map_is_thinned_and_says_so() -> None:
     by_norm = lifecycles.query("measure == 'norm'")
     alive = int(by_norm["alive"].sum())
     assert len(chart.data) == MAX_ROWS == len(set(chart.data["feature"]))
-    words = f"{alive:,} features by decoder norm; {F - alive:,} dead omitted. {MAX_ROWS:,} of them are drawn"
+    words = f"{alive:,} features by decoder norm; left out: {F - alive:,} dead. {MAX_ROWS:,} of them are drawn"
     assert words in chart.note
     order = ordered_features(by_norm)["feature"].tolist()
     places = sorted(order.index(f) for f in chart.data["feature"])  # clustered within groups
@@ -522,7 +522,7 @@ def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> 
     assert {f"feature.html#{feature}" for feature in numbers["feature"]} <= links
     # the effects at the first snapshot are of features that later ones activate
     for row in numbers.head(2).to_dict("records"):
-        cell = f"{row['ie']:+.3f} ± {row['ie_se']:.3f}".replace("-", "−")
+        cell = f"{row['ie']:+.3f} ±\N{NO-BREAK SPACE}{row['ie_se']:.3f}".replace("-", "−")
         assert cell in page.text and (f"{cell}*" in page.text) == (row["snapshot"] == 0)
     assert "* More than half of what activates the feature is read from later snapshots" in page.text
     last = f"exact ablation 0.50 at the last snapshot, lowest 0.50 at {numbers['label'].iloc[-1]}."

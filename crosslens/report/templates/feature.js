@@ -1,7 +1,7 @@
 "use strict";
 // One feature, by the number in the URL. Its data come from the script of its shard.
 (() => {
-  const { element, save, visible } = crosslens;
+  const { element, joined, save, visible } = crosslens;
   const byId = (id) => document.getElementById(id);
   const about = JSON.parse(byId("about").textContent), S = about.labels.length;
   const report = document.title;
@@ -205,10 +205,11 @@
 
   // a text whose tokens are tinted by what the feature writes
   function passage([, position, first, tokens, activations], top) {
-    const at = position - first, far = (t) => Math.abs(t - at) > NEAR;
-    const parts = tokens.map((token, t) => element("bdi", { class: `token${t === at ? " peak" : ""}${far(t) ? " far" : ""}`, text: visible(words[token]) }));
+    const at = position - first, pieces = joined(tokens.map((token) => words[token]));
+    const holds = ([t, n]) => t <= at && at < t + n, far = (piece) => !holds(piece) && Math.abs(piece[0] - at) > NEAR;
+    const parts = pieces.map((piece) => element("bdi", { class: `token${holds(piece) ? " peak" : ""}${far(piece) ? " far" : ""}`, text: visible(piece[2]) }));
     const text = element("p", { class: "text", dir: "auto" }, parts);
-    if (parts.some((_, t) => far(t))) {
+    if (pieces.some(far)) {
       text.classList.add("folded");
       Object.assign(text, { tabIndex: 0, title: "click for more context" });
       text.setAttribute("role", "button");
@@ -217,10 +218,10 @@
       text.addEventListener("click", unfold);
       text.addEventListener("keydown", (event) => { if (event.key === "Enter") unfold(); });
     }
-    repaint.push((s) => parts.forEach((part, t) => {
-      const strength = written(activations[t], s);
+    repaint.push((s) => parts.forEach((part, i) => {
+      const [t, n] = pieces[i], activation = Math.max(...activations.slice(t, t + n)), strength = written(activation, s);
       part.style.setProperty("--w", Math.min(1, strength / top).toFixed(3));
-      part.title = `activation ${activations[t]}, writes ${Number(strength.toPrecision(3))} at ${about.labels[s]}`;
+      part.title = `activation ${activation}, writes ${Number(strength.toPrecision(3))} at ${about.labels[s]}`;
     }));
     return text;
   }

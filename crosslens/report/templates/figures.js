@@ -81,7 +81,8 @@ window.crosslens = (() => {
         Object.assign(xaxis, { tickmode: "auto", nticks: Math.max(3, Math.floor(width / 90)) });
         return;
       }
-      Object.assign(xaxis, { tickvals: positions, ticktext: values.map(short) });
+      const full = (step) => (step < 1e6 ? String(step) : short(step));  // as in labels such as step1300
+      Object.assign(xaxis, { tickvals: positions, ticktext: values.map(unit === "steps" ? full : short) });
     }
     const [kept, angle] = thinned(xaxis.tickvals, xaxis.ticktext, width, meta.axis === "labels");
     xaxis.tickvals = kept.map((i) => xaxis.tickvals[i]);
@@ -266,6 +267,46 @@ window.crosslens = (() => {
     });
   }
 
+  // the bytes of a token that is written in the byte alphabet of GPT-2 or as <0xE2>; null for other tokens
+  const byteOf = new Map();
+  for (let byte = 0, above = 256; byte < 256; byte++) {
+    const shown = (byte > 32 && byte < 127) || (byte > 160 && byte !== 173);
+    byteOf.set(String.fromCharCode(shown ? byte : above++), byte);
+  }
+  function bytes(token) {
+    const named = /^<0x([0-9A-F]{2})>$/.exec(token);
+    const found = named ? [parseInt(named[1], 16)] : [...token].map((character) => byteOf.get(character));
+    return found.length && !found.includes(undefined) ? found : null;
+  }
+
+  function decoded(found) {
+    try {
+      return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(found));
+    } catch {
+      return null;
+    }
+  }
+
+  // tokens as [first, how many, text]: those whose bytes are characters only together are one
+  function joined(tokens) {
+    const pieces = [];
+    for (let first = 0, n; first < tokens.length; first += n) {
+      let text = tokens[first], sum = bytes(text);
+      n = 1;
+      for (let last = first; sum && last < tokens.length && last < first + 6; last++) {
+        const next = last > first ? bytes(tokens[last]) : [];
+        if (!next) break;
+        sum = [...sum, ...next];
+        const whole = decoded(sum);
+        if (whole === null) continue;
+        if (last > first) [n, text] = [last - first + 1, whole];
+        break;
+      }
+      pieces.push([first, n, text]);
+    }
+    return pieces;
+  }
+
   // an element with text, attributes and style properties
   function element(tag, { text, style, ...attributes } = {}, children = []) {
     const made = document.createElement(tag);
@@ -343,5 +384,5 @@ window.crosslens = (() => {
   });
   window.addEventListener("beforeprint", () => { printing = true; drawAll(); });
   window.addEventListener("afterprint", () => { printing = false; redraw(); });
-  return { await: await_, element, save, say, show, spec, visible };
+  return { await: await_, element, joined, save, say, show, spec, visible };
 })();
