@@ -462,17 +462,22 @@ def test_features_open_from_figures_words_and_keys(browser: Any, run: RunDir) ->
 def test_tasks_open_from_figures_search_and_keys(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")
+
+    def arrive(title: str) -> None:
+        page.wait_for_selector(f"h1:text-is('Task: {title}')")
+        page.wait_for_load_state()  # the page's script listens to keys from then on
+
     page.locator("#figure-accuracy figcaption >> text=subj_rel").click()
-    page.wait_for_selector("h1:text-is('Task: subj_rel')")
+    arrive("subj_rel")
     page.keyboard.press("ArrowRight")  # the last one
     page.keyboard.press("ArrowLeft")
-    page.wait_for_selector("h1:text-is('Task: simple')")
+    arrive("simple")
     assert page.get_attribute("#before", "href") is None
     page.focus("#at-words-simple")
     page.keyboard.press("ArrowRight")  # moves the slider
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("ArrowRight")
-    page.wait_for_selector("h1:text-is('Task: subj_rel')")
+    arrive("subj_rel")
     page.keyboard.press("/")
     page.wait_for_selector("#finder:not([hidden])")
     page.keyboard.type("REL subj")
@@ -481,7 +486,7 @@ def test_tasks_open_from_figures_search_and_keys(browser: Any, run: RunDir) -> N
     assert not page.locator("#tasks").is_visible()
     page.fill("#search", "s")
     page.locator("#tasks a").first.click()
-    page.wait_for_selector("h1:text-is('Task: simple')")
+    arrive("simple")
     # a point of a task's line
     page = visitor.open("index")
     plot = page.locator("#figure-accuracy .plot")
@@ -494,7 +499,7 @@ def test_tasks_open_from_figures_search_and_keys(browser: Any, run: RunDir) -> N
     page.wait_for_url("**/task-*.html")
     page = visitor.feature(12)
     page.locator("#figure-effects figcaption >> text=simple").click()
-    page.wait_for_selector("h1:text-is('Task: simple')")
+    arrive("simple")
     assert not visitor.troubles
 
 
