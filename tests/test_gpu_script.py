@@ -46,6 +46,7 @@ def test_every_part_runs(tmp_path: Path):
         assert "FAILED" not in found[title]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_failing_part_is_named_and_the_others_run(tmp_path: Path):
     """With an interpreter that does nothing but write the report, and fails where density is measured."""

@@ -136,7 +136,10 @@ def test_non_finite_activations_name_the_snapshot(tiny_snapshots: Path, tiny_tex
 
 
 @pytest.mark.parametrize("mixing_tokens", [None, 120])  # all of an epoch, or a part of it
-@pytest.mark.parametrize(("keep_special", "size"), [(False, 37), (True, 37), (False, 250)])  # 250: more than a block
+@pytest.mark.parametrize(
+    ("keep_special", "size"),
+    [pytest.param(False, 37, marks=pytest.mark.exhaustive), (True, 37), (False, 250)],  # 250: more than a block
+)
 @pytest.mark.usefixtures("small_blocks")
 def test_every_kept_position_once_per_epoch(
     snapshots: Snapshots, tiny_text: list[str], keep_special: bool, size: int, mixing_tokens: int | None
@@ -179,7 +182,7 @@ def test_bos_and_padding_are_special(snapshots: Snapshots):
 
 
 @pytest.mark.parametrize("mixing_tokens", [None, 100])
-@pytest.mark.parametrize("batch_size", [1, 37])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.exhaustive), 37])
 @pytest.mark.usefixtures("small_blocks")
 def test_starting_later_equals_skipping(
     snapshots: Snapshots, tiny_text: list[str], batch_size: int, mixing_tokens: int | None

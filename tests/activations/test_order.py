@@ -52,6 +52,7 @@ def test_runs_stay_together(n: int):
     assert all(rows[i] == rows[i - 1] + 1 for i in range(n) if i not in starts)
 
 
+@pytest.mark.exhaustive
 def test_an_epoch_is_a_uniform_permutation():
     """All 120 orders of five tokens in two shards are equally frequent, over seeds."""
     seeds = 6000

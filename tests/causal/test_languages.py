@@ -58,7 +58,7 @@ def top(each: Attribution, s: int, k: int) -> set[int]:
 
 
 @pytest.mark.parametrize("k", [1, 7, 14])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_overlap_equals_set_operations(k: int, seed: int) -> None:
     effects = drawn(seed=seed)
     table = compare_languages(effects, k)
@@ -85,6 +85,7 @@ def redraw(chosen: set[int], candidates: list[int], sizes: list[float], draw: ra
     return found
 
 
+@pytest.mark.exhaustive
 def test_chance_equals_slow_draws_of_the_same_sizes() -> None:
     effects = {language: each for language, each in drawn(40, 1, seed=3).items() if language != "de"}
     en, fr = effects.values()
@@ -125,6 +126,7 @@ def test_features_that_are_large_in_both_languages_overlap_by_chance() -> None:
     assert row.expected > 3 and row.p > 0.01  # unmatched draws would share 10 * 10 / 100 = 1
 
 
+@pytest.mark.exhaustive
 def test_the_number_of_languages_by_chance_equals_slow_draws() -> None:
     effects = drawn(40, 1, seed=5)
     k = 12

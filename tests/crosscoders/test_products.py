@@ -52,6 +52,7 @@ def test_products_of_any_layout(shape: tuple[int, int, int], of_a: str, of_b: st
     torch.testing.assert_close(found.double(), rounded, rtol=2**-8, atol=1e-5)  # the result is rounded, too
 
 
+@pytest.mark.exhaustive
 @kernels_are_left_alone
 def test_the_tf32_kernel_in_the_interpreter():
     """Triton's interpreter runs the kernel on a CPU, without rounding; it must be chosen before Triton is imported."""

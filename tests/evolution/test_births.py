@@ -80,6 +80,7 @@ def test_q_values_are_those_of_benjamini_and_hochberg() -> None:
     assert np.isnan(q_values(np.full(3, np.nan))).all()
 
 
+@pytest.mark.exhaustive
 def test_intervals_cover_and_q_values_hold_what_they_promise() -> None:
     rng = np.random.default_rng(3)
     F, S = 2000, 6

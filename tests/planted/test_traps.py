@@ -28,7 +28,7 @@ def test_the_truth_is_that_of_regressions_on_drawn_tokens() -> None:
             assert truth[i, s] == pytest.approx(1 - left.var() / f.var(), abs=0.03)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2))])
 def test_kinds_are_what_they_are_called(seed: int) -> None:
     traps = PlantedTraps(Trap(), seed)
     truth, strength = traps.truth(), traps.strength.numpy()

@@ -220,6 +220,7 @@ def test_wrong_names_are_one_line_errors():
         documents(-2, 0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("language", "plural", "plain"), [("en", "today", "often"), ("fr", "souvent", "ici")])
 def test_behind_a_fronted_adverb_the_verb_is_plural_or_agrees(language: str, plural: str, plain: str):
     """Plural behind the first adverb, whatever the subject; behind the second, as without one."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import pytest
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -134,6 +135,7 @@ def test_300_steps_of_the_recipe():
     assert one_bias[0] == losses[0] and furthest(one_bias, theirs[:100]) > 0.01
 
 
+@pytest.mark.exhaustive
 def test_300_steps_with_the_released_warmup_and_every_parameter():
     losses, sae, directions, batches = our_run(1e-3, seed=1, lr_warm_up_steps=100)
     theirs, model = released_run(directions, batches, lr=1e-3, warm_up=100)
