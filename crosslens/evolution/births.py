@@ -227,7 +227,8 @@ def describe_unlikely(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
         presence: the threshold of presence to judge at.
     """
     lines: list[str] = []
-    for row in counts[(counts["threshold"] == presence) & (counts["measure"] != "norm")].to_dict("records"):
+    judged: pd.DataFrame = counts.loc[(counts["threshold"] == presence) & (counts["measure"] != "norm")]
+    for row in judged.to_dict("records"):
         if row["born_reversed"] > max(_FEW, _SHARE * row["born"]):
             kind = "features" if row["kind"] == "all" else f"{row['kind']} features"
             measure = NAMES.get(row["measure"], row["measure"])

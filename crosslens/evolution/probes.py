@@ -350,7 +350,7 @@ def _with_tokens(
 ) -> Iterator[tuple[Float[Tensor, "B S D"], Int[Tensor, " B"]]]:
     """Yield training activations and their tokens, sequence by sequence; `Activations` has shuffled the sequences."""
     sequences = acts.train_tokens()
-    step = min(acts.block_sequences, -(-max_tokens // max(1, acts.keep(sequences[:1]).sum().item())))
+    step = min(acts.block_sequences, -(-max_tokens // max(1, int(acts.keep(sequences[:1]).sum()))))
     for first in range(0, len(sequences), step):
         tokens = sequences[first : first + step]
         kept = acts.keep(tokens)
