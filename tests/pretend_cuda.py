@@ -87,7 +87,8 @@ class PretendCuda(TorchFunctionMode):
                 kwargs["device"] = None if wanted is None else CPU
             return self._moved(args[0], wanted, lambda x: func(x, *rest, **kwargs))
         wanted = _device(kwargs.get("device"))
-        if wanted is None or func is torch._C._nn._parse_to:  # the arguments of `Module.to`
+        # transformers builds models on "meta"; `_parse_to` takes the arguments of `Module.to`
+        if wanted is None or wanted.type == "meta" or func is torch._C._nn._parse_to:
             return func(*args, **kwargs)
         kwargs.pop("pin_memory", None)  # without a driver there is none
         out = func(*args, **{**kwargs, "device": CPU})

@@ -69,7 +69,8 @@ def test_decodability_is_that_of_explicit_regressions(
     # activations depend on the token, on hidden variables, and have a large mean
     x = torch.randn(10, S, D, generator=draw)[tokens] + torch.randn(N, T, S, D, generator=draw) + 5
     crosscoder = of_norms(torch.rand(F, S, generator=draw) + 0.2, D=D, seed=seed)
-    crosscoder.b_enc.data = -(x.flatten(0, 1).flatten(1) @ crosscoder.W_enc.data).median(0).values
+    # half of the tokens are active, and none so little that rounding decides
+    crosscoder.b_enc.data = 0.01 - (x.flatten(0, 1).flatten(1) @ crosscoder.W_enc.data).median(0).values
     crosscoder.b_enc.data[2] = -1e3  # silent
     held = Read(x, tokens)
     found = measure_decodability(crosscoder, held, ridge=ridge, n_groups=G)
