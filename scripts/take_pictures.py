@@ -2,8 +2,8 @@
 
     crosslens demo --out runs/demo && python scripts/take_pictures.py runs/demo
 
-Every picture is a figure of the report, found by its anchor, or the top of a feature's page, but for one, which draws
-the table of docs/architectures.md. Needs Chromium in PATH; playwright and matplotlib come with `make test`.
+Every picture is a figure of the report, found by its anchor, or the top of a feature's or a task's page, but for one,
+which draws the table of docs/architectures.md. Needs Chromium in PATH; playwright and matplotlib come with `make test`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FIGURES = {  # picture: page and anchor
     "births": "evolution.html#figure-birth-counts",
     "rotation": "evolution.html#figure-rotation-rate",
     "probes": "evolution.html#figure-probe-presence",
-    "relie": "causal.html#figure-share-relie-pp",
-    "words": "causal.html#figure-words-pp",
-    "validation": "causal.html#figure-validation-pp",
-    "timeline": "causal.html#figure-timeline-pp",
-    "ablation": "causal.html#figure-ablate-size-pp",
-    "keeping": "causal.html#figure-keep-size-pp",
-    "transfer": "causal.html#figure-transfer-pp",
+    "relie": "task-pp.html#figure-share-relie-pp",
+    "words": "task-pp.html#figure-words-pp",
+    "validation": "task-pp.html#figure-validation-pp",
+    "timeline": "task-pp.html#figure-timeline-pp",
+    "ablation": "task-pp.html#figure-ablate-size-pp",
+    "keeping": "task-pp.html#figure-keep-size-pp",
+    "transfer": "task-pp.html#figure-transfer-pp",
 }
 
 
@@ -57,10 +57,11 @@ def take(page: Page, report: Path, feature: int) -> None:
         page.wait_for_timeout(2_000)  # figures are drawn when they come into view
         save(name, figure.screenshot())
     page.set_viewport_size({"width": 1180, "height": 950})
-    page.goto((report / "feature.html").resolve().as_uri() + f"#{feature}")
-    page.add_style_tag(content=".actions { display: none !important }")
-    page.wait_for_timeout(3_000)
-    save("feature", page.screenshot())
+    for name, where in (("feature", f"feature.html#{feature}"), ("task", "task-pp.html")):
+        page.goto(f"{report.resolve().as_uri()}/{where}")
+        page.add_style_tag(content=".actions { display: none !important }")
+        page.wait_for_timeout(3_000)
+        save(name, page.screenshot())
 
 
 def draw_architectures() -> bytes:
