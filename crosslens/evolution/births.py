@@ -43,7 +43,7 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 _FEATURES = 1024  # at a time when resampling
-_SHARE = 0.25  # births reversed in time per birth, from which on births are not to be believed
+_SHARE = 0.25  # births reversed in time per birth, from which on births are not credible
 _FEW = 5  # births reversed in time that say nothing
 
 
@@ -233,7 +233,7 @@ def describe_unlikely(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
             kind = "features" if row["kind"] == "all" else f"{row['kind']} features"
             measure = NAMES.get(row["measure"], row["measure"])
             lines.append(
-                f"births of {kind} by {measure} are not to be believed: {row['born']:,} forward, but "
+                f"births of {kind} by {measure} are not credible: {row['born']:,} forward, but "
                 f"{row['born_reversed']:,} with the snapshots reversed"
             )
     return lines

@@ -32,7 +32,7 @@ from crosslens.report.chart import (
     new_figure,
     shown,
 )
-from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, curves, main_measure
+from crosslens.report.tables import MEASURES, Tables, by_measure, curves, main_measure, missing_column
 
 SHARD = 64
 MIN_ITEMS = 20  # effects on fewer prompts do not rank features
@@ -238,7 +238,7 @@ class _Features:
         try:
             return make(*found)
         except KeyError as error:
-            self.missing[name] = f"A table of this run has no column {error}. {AGAIN}"
+            self.missing[name] = missing_column(error)
             return None
 
     def promotes(self) -> Iterator[tuple[str, list[Any] | None]]:

@@ -34,7 +34,7 @@ from crosslens.report.features import (
 )
 from crosslens.report.findings import find, warn
 from crosslens.report.sections import PAGES, TASK, Entry, Page, Section
-from crosslens.report.tables import AGAIN, MEASURES, Tables, by_measure, free_name, main_measure
+from crosslens.report.tables import MEASURES, Tables, by_measure, free_name, main_measure, missing_column
 from crosslens.rundir import RunDir, without_paths, write_text
 
 _FEATURES = "features", "Features"
@@ -265,7 +265,7 @@ def _block(entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.Dat
     try:
         drawn = entry.draw(*found)
     except KeyError as error:
-        return Block(id, entry, words=f"A table of this run has no column {error}. {AGAIN}")
+        return Block(id, entry, words=missing_column(error))
     if isinstance(drawn, str):
         return Block(id, entry, words=drawn)
     csv[f"{id}.csv"] = drawn.data

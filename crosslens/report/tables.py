@@ -15,7 +15,16 @@ from crosslens.report.chart import Frame
 from crosslens.rundir import RunDir
 
 MEASURES = {"r2": "R²", "within": "within-token R²", "norm": "decoder norm"}
-AGAIN = "It was written by another version of crosslens; rerun the command that writes it."
+
+
+def missing_column(error: KeyError) -> str:
+    """Why a figure is missing, for a reader: pandas names one column as 'x', and several as a list in a sentence."""
+    several = re.search(r"\[([^\[\]]+)\]", str(error))
+    names = re.findall(r"'[^']*'", several[1] if several else "") or [str(error)]
+    return (
+        f"A table of this run has no column {' or '.join(names)}. It was written by another version of crosslens; "
+        "rerun the command that writes it."
+    )
 
 
 class Tables:

@@ -158,10 +158,10 @@ def test_births_that_the_control_speaks_against_are_named():
     counts = pd.DataFrame(rows, columns=["measure", "kind", "threshold", "born", "born_reversed"])
     rest = "with the snapshots reversed"
     assert describe_unlikely(counts) == [
-        f"births of contextual features by R2 are not to be believed: 66 forward, but 87 {rest}",
-        f"births of contextual features by within-token R2 are not to be believed: 20 forward, but 6 {rest}",
+        f"births of contextual features by R2 are not credible: 66 forward, but 87 {rest}",
+        f"births of contextual features by within-token R2 are not credible: 20 forward, but 6 {rest}",
     ]
     assert describe_unlikely(counts, 0.3) == [
-        f"births of contextual features by R2 are not to be believed: 63 forward, but 84 {rest}"
+        f"births of contextual features by R2 are not credible: 63 forward, but 84 {rest}"
     ]
     assert describe_unlikely(counts, 0.7) == []

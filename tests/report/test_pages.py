@@ -22,6 +22,7 @@ from crosslens.report import write_report
 from crosslens.report.chart import SnapshotAxis, _outline, shown
 from crosslens.report.evolution_figures import MAX_ROWS, evolution_map, ordered_features
 from crosslens.report.page import compact, script_json
+from crosslens.report.tables import missing_column
 from crosslens.rundir import RunDir
 
 HOSTILE = "<script>alert(1)</script>"
@@ -734,6 +735,16 @@ def test_missing_tables_are_named_with_their_command(tmp_path: Path) -> None:
             "The evolution of features has not been computed. Run: crosslens evolve"
             in _Page(run.report / "index.html", (name,)).text
         )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [("z", "no column 'z'."), (["y", "z"], "no column 'y' or 'z'."), (["a", "y", "z"], "no column 'y' or 'z'.")],
+)
+def test_columns_that_are_missing_are_named(wanted: str | list[str], words: str) -> None:
+    with pytest.raises(KeyError) as error:
+        pd.DataFrame({"a": [1]})[wanted]
+    assert words in missing_column(error.value) and "index" not in missing_column(error.value)
 
 
 def test_tables_with_nothing_to_draw(tmp_path: Path) -> None:
