@@ -45,6 +45,7 @@ _CUT_MODELS = threading.RLock()
 SCORE_BYTES = 1 << 30
 """Attention scores of a forward pass with eager attention, at most: as float32, twice, as most families hold them."""
 
+_CPU_TOKENS = 4096
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 _MAPPED_BYTES = 4 << 20
 _HEAP_BYTES = 32 << 20  # the largest block that glibc comes to keep by itself
@@ -62,6 +63,21 @@ def pass_sequences(n_positions: int, n_heads: int, settings: ModelSettings) -> i
     if settings.attention == "eager":
         n = min(n, SCORE_BYTES // (8 * n_heads * n_positions**2))
     return max(1, n)
+
+
+def forward_sequences(n_positions: int, n_heads: int, settings: ModelSettings) -> int:
+    """Sequences that run at a time: `pass_sequences`, which also lays out the data, or 4,096 tokens on a CPU.
+
+    A CPU gains nothing from larger passes, and gets their memory from the system anew each time: a small model takes up
+    to twice as long.
+
+    Args:
+        n_positions: T.
+        n_heads: heads of attention.
+        settings: device, tokens of a forward pass, and attention.
+    """
+    n = pass_sequences(n_positions, n_heads, settings)
+    return n if torch.device(settings.device).type != "cpu" else min(n, max(1, _CPU_TOKENS // n_positions))
 
 
 def harvest(
@@ -187,7 +203,7 @@ def run_to_hooks(
         tokens: sequences of equal length.
         outs: the tensor to fill for each hook point, on the host; each has its own width. A copy from a GPU does not
             hold up the next forward pass if the tensor is in pinned memory (`host_tensor`).
-        settings: device and attention, and tokens of a forward pass (see `pass_sequences`).
+        settings: device and attention, and tokens of a forward pass (see `forward_sequences`).
         abandoned: called before every forward pass; True ends the harvest with `AbandonedError`.
 
     Raises:
@@ -199,7 +215,7 @@ def run_to_hooks(
         places.setdefault(canonical_hook(name), []).append(out)
     on_gpu = torch.device(settings.device).type == "cuda" and torch.cuda.is_available()
     copies = torch.cuda.Stream(settings.device) if on_gpu else None
-    step = pass_sequences(tokens.shape[1], model.cfg.n_heads, settings)
+    step = forward_sequences(tokens.shape[1], model.cfg.n_heads, settings)
     for start in range(0, len(tokens), step):
         if abandoned is not None and abandoned():
             raise AbandonedError

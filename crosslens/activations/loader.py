@@ -54,6 +54,7 @@ from crosslens.activations.harvesting import (
     Together,
     describe_error,
     fill,
+    forward_sequences,
     harvest,
     harvest_together,
     pass_sequences,
@@ -666,7 +667,7 @@ class Activations:
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
         config, ours = self.snapshots[0].config(), self.settings
         n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
-        n_pass = min(self._pass_sequences, max(n, held))
+        n_pass = min(forward_sequences(T, config.num_attention_heads, ours), max(n, held))
         one_pass = pass_bytes(config, n_pass, T, ours.dtype, ours.attention)
         one_model = model_bytes(config, hook_layer(self.hook_name), ours.dtype)
         allowed = model_memory(self.settings.device)

@@ -28,7 +28,8 @@ class ModelSettings:
     backend: str = "bridge"
     """`"bridge"` for a TransformerBridge, `"hooked_transformer"` for a HookedTransformer without weight processing."""
     batch_tokens: int = 16_384
-    """Tokens per forward pass; in harvests fewer where scores of eager attention would take more than 1 GiB."""
+    """Tokens per forward pass; in harvests fewer where scores of eager attention would take more than 1 GiB, and
+    on a CPU at most 4,096."""
     attention: str = "eager"
     """`"eager"` computes all scores (B, heads, T, T), which TransformerLens's hooks inside attention show; `"sdpa"` is
     torch's fused attention: faster, in less memory, without those hooks. Some families have the first only."""

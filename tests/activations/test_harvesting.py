@@ -26,7 +26,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from crosslens.activations import harvesting
 from crosslens.activations.harvesting import (
+    forward_sequences,
     harvest,
     large_blocks_mapped,
     pass_sequences,
@@ -279,6 +281,28 @@ def test_passes_are_smaller_where_scores_are_large() -> None:
     assert pass_sequences(2048, 32, settings) == 1
     assert pass_sequences(2048, 32, dataclasses.replace(settings, attention="sdpa")) == 8
     assert pass_sequences(2048, 12, dataclasses.replace(settings, batch_tokens=100)) == 1
+
+
+def test_a_cpu_runs_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = ModelSettings("cpu", attention="sdpa"), ModelSettings("cuda", attention="sdpa")
+    monkeypatch.setattr(harvesting, "_CPU_TOKENS", 512)
+    assert [forward_sequences(T, 2, cpu) for T in (128, 300, 2048)] == [4, 1, 1]
+    assert [forward_sequences(T, 2, gpu) for T in (128, 2048)] == [128, 8]
+    assert forward_sequences(128, 2, dataclasses.replace(cpu, batch_tokens=256)) == 2
+
+
+def test_few_tokens_at_a_time_give_the_same_activations(snaps: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, hook_name = TOKENS.repeat(1, 2)[:, :12], "blocks.1.hook_resid_post"
+    whole = harvest(snaps, tokens, hook_name)
+    sizes: list[int] = []
+    model = snaps.model(0, n_blocks=hook_layer(hook_name))
+    handle = model.blocks[0].register_forward_hook(lambda *found: sizes.append(found[-1][..., 0].numel()))
+    monkeypatch.setattr(harvesting, "_CPU_TOKENS", 24)
+    try:
+        torch.testing.assert_close(harvest(snaps, tokens, hook_name, cut=True), whole)
+    finally:
+        handle.remove()
+    assert max(sizes) == 24 and sum(sizes) == tokens.numel()
 
 
 def several(snaps: Snapshots, hook_name: Any, **options: Any) -> Activations:
