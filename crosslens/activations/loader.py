@@ -95,10 +95,13 @@ BLOCK_BYTES = 1 << 30
 BLOCK_TOKENS = 1 << 16
 _JUDGED_TOKENS = 2048
 """Tokens for the error of the models' dtype and attention."""
-HELD_OUT_BYTES = 256 << 20
+HELD_OUT_BYTES = 1 << 30
 """Held-out activations of no more than this are kept when models make them."""
 MIXING_BYTES = 4 << 30
 """Host memory of the default mixing buffer. It is the same on every machine, because the order depends on it."""
+
+SHUFFLED = "shuffled"
+"""The order of data of which every batch may hold every token."""
 
 
 class Activations:
@@ -333,7 +336,7 @@ class Activations:
     def data_order(self) -> str:
         """What decides the order of the tokens besides seed and data."""
         mixed = self._cache is None and self.mixing_tokens < self.n_tokens
-        return f"a live buffer of {self.mixing_tokens} tokens" if mixed else "shuffled"
+        return f"a live buffer of {self.mixing_tokens} tokens" if mixed else SHUFFLED
 
     def batches(
         self,

@@ -587,7 +587,8 @@ def train(
     )
     architecture_config, config = parse_training(options, settings.device, acts.n_tokens)
     if is_first():
-        claim(acts, architecture_config, config)  # refuse the directory of another run before the harvest
+        # refuse the directory of another run before the harvest
+        claim(acts, architecture_config, config, will_be_cached=cache is not None)
         RunDir(run_dir).update(options=given_options(context))
     if cache is not None:
         acts = acts.cache(cache, cache_dtype)

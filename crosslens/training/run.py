@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 from sae_lens import SAE
 
-from crosslens.activations.loader import Activations
+from crosslens.activations.loader import SHUFFLED, Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
 from crosslens.crosscoders.base import check_trainable
@@ -229,9 +229,15 @@ def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, 
 
 
 def claim(
-    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
+    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, *, will_be_cached: bool = False
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
     """Complete the architecture and make `config.run_dir`, if given, the directory of this training.
+
+    Args:
+        acts: activations to train on.
+        architecture: one of the four training configs.
+        config: how to train.
+        will_be_cached: they are live still, and will be read from a cache, whose order is not that of a live buffer.
 
     Returns:
         The completed architecture, and the run directory or None.
@@ -242,7 +248,8 @@ def claim(
     architecture, run = _claimed(acts, architecture, config)
     if run is None:
         return architecture, None
-    run.claim(training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens))
+    identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens)
+    run.claim({**identity, "data_order": SHUFFLED} if will_be_cached else identity)
     try:
         run.update(source=acts.to_dict())
     except UserError as error:

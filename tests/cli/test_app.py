@@ -385,6 +385,20 @@ def test_attribute_and_ablate_say_what_they_show(command: Command, trained: Path
     assert code == 0 and "baseline zero, because" not in out  # it was asked for
 
 
+def test_a_training_from_a_cache_is_repeated(
+    command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live activations would come in the order of a buffer that does not hold all tokens."""
+    monkeypatch.setattr("crosslens.activations.loader.MIXING_BYTES", 4 * 3 * 16 * 500)
+    run, cache = RunDir(tmp_path / "run"), ("--cache", tmp_path / "c")
+    for number in (1, 2):
+        code, out, err = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", number, *cache))
+        assert (code, err) == (0, ""), number
+    assert run.read_json()["identity"]["data_order"] == "shuffled"
+    code, _, err = command(*train_arguments(tiny_snapshots, files, run.path))
+    assert code == 2 and "it has data_order=shuffled, this run has data_order=a live buffer of 500 tokens" in err
+
+
 def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
     run, task = RunDir(tmp_path / "run"), f"sva:{files / 'task.json'}"
     assert command(*train_arguments(tiny_snapshots, files, run.path))[0] == 0
