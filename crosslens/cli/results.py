@@ -9,7 +9,7 @@ import pandas as pd
 
 from crosslens.causal import Attribution
 from crosslens.causal.relative import significant
-from crosslens.cli.display import Column, Output, measured, number, percent, size
+from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
 from crosslens.evolution.births import NAMES, describe_unlikely
 from crosslens.evolution.lifecycles import count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -179,13 +179,17 @@ def show_effects(
                 "accuracy_high": right["high"], "accuracy_n": right["n"], "top": top,
             }
         )  # fmt: skip
+    significance = (
+        "* significant (false discovery rate 5%)" if sure.any() else
+        f"none significant over features and snapshots (false discovery rate 5%, {counted(len(runs), 'prompt')})"
+    )  # fmt: skip
     out.say(describe_accuracy(accuracy)[0])
     out.table(
         columns,
         rows,
         title=f"{name}, effects by {ie.estimator}, on the selection half: {_count(runs)}",
         note="metric: logit of the correct answer minus that of the wrong one; accuracy: of all items; effects: in "
-        "logits, positive for what supports the correct answer, * significant (false discovery rate 5%)",
+        f"logits, positive for what supports the correct answer, {significance}",
     )
     return {"items": accuracy["n"].iloc[0], "prompts": len(runs), "left_out": runs.left_out, "snapshots": values}
 

@@ -94,6 +94,7 @@ def doubtful_snapshots(
     max_ratio: float = 1.5,
     max_similarity: float = 0.99,
     min_similarity: float = 0.2,
+    max_fall: float = 3.0,
 ) -> pd.DataFrame:
     """Name the snapshots that a crosscoder is better trained without, and why.
 
@@ -102,6 +103,8 @@ def doubtful_snapshots(
     - its step is 0: it is untrained;
     - the participation ratio of its activations, `(sum of variances)^2 / sum of squared variances` over principal
       directions, is more than `max_ratio` times that of the last snapshot: so are those of untrained models;
+    - or is more than `max_fall` times that of a later one. Directions of a random model are many; first training leaves
+      the few that carry the statistics of tokens, from which the others grow. Before this a model is as if untrained;
     - CKA to a snapshot before it, named or not, or to the last one, is `max_similarity` or more: it adds next to
       nothing. The last snapshot itself is not named for this, it stands for the trained model;
     - there are three snapshots or more, and CKA to each of the others is less than `min_similarity`: a crosscoder then
@@ -115,6 +118,7 @@ def doubtful_snapshots(
         max_ratio: largest participation ratio, relative to the last snapshot.
         max_similarity: CKA from which on two snapshots are near duplicates.
         min_similarity: CKA below which two snapshots have next to nothing in common.
+        max_fall: participation ratio, relative to the smallest of a later snapshot.
 
     Returns:
         A row per snapshot: snapshot, label, step, participation_ratio, similarity (largest CKA to one before it or
@@ -140,6 +144,12 @@ def doubtful_snapshots(
             reasons.append("untrained (step 0)")
         if ratios[s] > max_ratio * ratios[-1]:
             reasons.append(f"as if untrained (participation ratio {ratios[s]:.1f}, {ratios[-1]:.1f} at the end)")
+        elif ratios[s] > max_fall * ratios[s:].min():
+            lowest = s + int(ratios[s:].argmin())
+            reasons.append(
+                f"before the first training took effect (participation ratio {ratios[s]:.1f}, {ratios[lowest]:.1f} at "
+                f"{acts.snapshots.labels[lowest]})"
+            )
         if row["similarity"] >= max_similarity and s < S - 1:
             nearest = acts.snapshots.labels[others[int(near.argmax())]]
             reasons.append(f"nearly equal to {nearest} (CKA {row['similarity']:.3f})")

@@ -372,6 +372,7 @@ def test_attribute_and_ablate_say_what_they_show(command: Command, trained: Path
     largest = last.loc[last["ie"].abs().nlargest(5).index]
     shown = [f"{i}:{row['ie']:+.3f}{'*' if row['significant'] else ''}" for i, row in largest.iterrows()]
     assert re.search(rf"^ *step20 .*  {re.escape(', '.join(shown))}$", out, re.M), (shown, out)
+    assert ("none significant over features and snapshots" in out) == (not table["significant"].any())
     code, out, err = command("ablate", run.path, "--task", task, "--k", "1,3", "--n-draws", 2)
     assert (code, err) == (0, "")
     table = run.table("ablation/mine")

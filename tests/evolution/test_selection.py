@@ -298,6 +298,23 @@ def test_a_snapshot_that_shares_nothing_with_the_others_is_named() -> None:
         assert doubtful_snapshots(acts)["reason"].tolist() == [""] * len(kept)
 
 
+def test_a_snapshot_before_the_first_training_took_effect_is_named() -> None:
+    """The participation ratio falls and rises again, so the first is about that of the last."""
+    draw = torch.Generator().manual_seed(1)
+    base = torch.randn(500, 24, generator=draw)
+    spectra = [torch.ones(24), 0.1 ** torch.arange(24), 0.7 ** torch.arange(24), torch.ones(24)]
+    x = torch.stack([torch.randn(500, 24, generator=draw), *(base * spectrum.sqrt() for spectrum in spectra[1:])], 1)
+    acts = Given(x)
+    acts.snapshots = Snapshots([Snapshot(f"step{n}", n, None, name="x") for n in (16, 64, 128, 512)], "x")
+    table = doubtful_snapshots(acts, min_similarity=0.0)
+    ratios = table["participation_ratio"]
+    assert ratios[1] < ratios[2] / 3 and ratios[2] < ratios[3] and ratios[0] < 1.5 * ratios[3]
+    found = f"before the first training took effect (participation ratio {ratios[0]:.1f}, {ratios[1]:.1f} at step64)"
+    assert table["reason"].tolist() == [found, "", "", ""]
+    assert doubtful_snapshots(acts, min_similarity=0.0, max_fall=100.0)["reason"].tolist() == [""] * 4
+    assert describe_doubtful(table)[-1] == "to leave these out: --steps 64,128,512"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_doubtful_snapshots_are_not_proposed(seed: int) -> None:
     alike = random_similarity(7, seed)
