@@ -23,7 +23,7 @@ test-exhaustive: $(STAMP)
 test-all: test test-exhaustive
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not exhaustive"
 
 # the fast tests at the lowest versions that pyproject.toml allows, on the lowest Python; needs uv
 test-lowest:

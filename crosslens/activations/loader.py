@@ -413,15 +413,19 @@ class Activations:
     def _hold(self, out: Float[Tensor, "K S D"], run: Callable[[Tensor], Tensor]) -> None:
         """Harvest all training sequences, in the forward passes and in the order of a cache."""
         block, at = self.block_sequences, 0
-        for shard, (first, last) in enumerate(self._shards()):
-            n = int(self._counts[first:last].sum())
-            places = np.empty(n, dtype=np.int64)
-            places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
-            at, done = at + n, 0
-            for begin in range(first, last, block):
-                kept = run(torch.arange(begin, min(begin + block, last)))
-                out[torch.from_numpy(places[done : done + len(kept)])] = kept
-                done += len(kept)
+        with tqdm(
+            total=len(out), desc="Running the models", unit=" tokens", unit_scale=True, leave=False, delay=2
+        ) as bar:
+            for shard, (first, last) in enumerate(self._shards()):
+                n = int(self._counts[first:last].sum())
+                places = np.empty(n, dtype=np.int64)
+                places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
+                at, done = at + n, 0
+                for begin in range(first, last, block):
+                    kept = run(torch.arange(begin, min(begin + block, last)))
+                    out[torch.from_numpy(places[done : done + len(kept)])] = kept
+                    done += len(kept)
+                    bar.update(len(kept))
 
     @property
     def _pass_sequences(self) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from crosslens.activations.order import Indices, Order, Piece, random
 
@@ -155,7 +156,9 @@ class Mixed:
             n = min(len(event.slots), position - self._at)
             owner[event.slots[:n]] = -1
             self._left, self._at = event.slots[n:], self._at + n
-        for i in np.unique(owner[owner >= 0]).tolist():
+        wanted = np.unique(owner[owner >= 0]).tolist()
+        # at first the whole buffer is filled, later a chunk now and then, beside the training
+        for i in tqdm(wanted, "Filling the buffer", unit="chunk", leave=False, delay=2, disable=len(wanted) < 3):
             here = np.flatnonzero(owner[filled[i].slots] == i)
             rows = self.harvest(filled[i].sequences)[torch.from_numpy(here)]
             self.buffer[torch.from_numpy(filled[i].slots[here])] = rows
