@@ -151,9 +151,9 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence
     sizes = StudySizes(n_draws_last=config.n_random, n_exact=config.n_exact)
     presence = evolution.table.pivot(index="feature", columns="snapshot", values="r2")
-    decodability = torch.from_numpy(presence.to_numpy(dtype=float))
+    decodability = torch.tensor(presence.to_numpy(dtype=float))
     columns = [f"share/{label}" for label in snaps.labels]
-    share = torch.from_numpy(history["encoder"].sort_values("feature")[columns].to_numpy(dtype=float))
+    share = torch.tensor(history["encoder"].sort_values("feature")[columns].to_numpy(dtype=float))
     studies = {
         name: study_task(
             crosscoder, snaps, task, decodability=decodability, encoder_share=share, sizes=sizes, seed=seed
