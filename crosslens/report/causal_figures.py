@@ -424,7 +424,7 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
         [Cell(called(feature) + (" (n.s.)" if feature in others else ""), link=f"feature.html#{feature}")]
         + [
             Cell(
-                f"{value:+.3f} ±\N{NO-BREAK SPACE}{error:.3f}".replace("-", "−") + ("*" if late else ""),
+                f"{value:+.3f} ±\N{NO-BREAK SPACE}{error:.3f}".replace("-", "−") + ("†" if late else ""),
                 0.0 if feature in others else math.copysign(math.sqrt(abs(value) / largest), value),
                 muted=feature in others,
             )
@@ -438,7 +438,7 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
                "reldec", "encoder_share", "read_later") if c in data]  # fmt: skip
     note = _which(table, len(top), len(others))
     if any(any(flags) for flags in later.values()):
-        note += " * More than half of what activates the feature is read from later snapshots."
+        note += " † More than half of what activates the feature is read from later snapshots."
     note += f" {_agreement(snapshots)}"
     return Grid(["feature", *(axis.labels[s] for s in late)], grid, data[columns].reset_index(drop=True), note)
 

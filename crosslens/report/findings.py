@@ -161,6 +161,11 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
         return None
     measure, born = main_measure(lifecycles), int((read["origin"] == "emergent").sum())
     text = f"By {MEASURES[measure]}, {born:,} of {len(read):,} features are born after the first snapshot"
+    labels = _with(tables["evolution"], "snapshot", "label")
+    if born and "birth" in read and labels is not None:
+        dates = read.loc[read["origin"] == "emergent", "birth"].astype(int).value_counts()
+        label = labels.loc[labels["snapshot"] == dates.index[0], "label"].iloc[0]
+        text += f", most of them at {label} ({dates.iloc[0]:,})"
     counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
         from crosslens.evolution.births import describe_unlikely
@@ -170,7 +175,8 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             row = at.iloc[0]
             text += "; counted from the last snapshot backwards, which no training can explain, "
             text += f"{row['born_reversed']:,} are"
-        text += "".join(f"; {line}" for line in describe_unlikely(counts))
+        unlikely = "".join(f". B{line[1:]}" for line in describe_unlikely(counts))
+        text += unlikely.replace("R2", MEASURES["r2"])
     links = _links(
         drawn,
         ("evolution-map", "evolution", "evolution-map", "Figure"),

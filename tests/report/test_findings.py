@@ -97,6 +97,9 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     assert f"{ev.mean():.1%}" in described and f"{ev.min():.1%} at {steps[0]}" in described
     read = lives(run)["origin"].dropna()
     assert f"{(read == 'emergent').sum()} of {len(read)} features are born" in born and born.endswith("3 are.")
+    births = table(run, "lifecycles").query("measure == 'r2' and origin == 'emergent'")["birth"].astype(int)
+    snapshot, most = births.value_counts().index[0], births.value_counts().iloc[0]
+    assert f"after the first snapshot, most of them at {steps[snapshot]} ({most}); counted" in born
     last = pd.concat([table(run, f"ablation/{task}").assign(task=task) for task in TASKS], ignore_index=True)
     last = last[(last["snapshot"] == 7) & (last["mode"] == "ablate") & (last["k"] == 15)]
     task = last.loc[last["clean"].idxmax(), "task"]
@@ -116,6 +119,14 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
             ids = {a.get("id") for _, a in _Page(run.report / "index.html", (file.removesuffix(".html"),)).elements}
             assert not anchor or anchor in ids, link
             assert ("a", link) in [(tag, a.get("href")) for tag, a in page.elements]
+
+
+def test_births_that_the_control_speaks_against_are_named_in_a_sentence(run: RunDir) -> None:
+    row = {"measure": "r2", "kind": "contextual", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 30}
+    run.save_table("birth_counts", pd.DataFrame([row]))
+    born = next(one.text for one in find(Tables(run, run.read_json()), set()) if "are born" in one.text)
+    sentence = "Births of contextual features by R² are not credible: 40 forward, but 30 with the snapshots reversed."
+    assert born.endswith(f". {sentence}")
 
 
 def test_the_name_of_a_feature_is_quoted_and_escaped(run: RunDir) -> None:
