@@ -161,11 +161,11 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
         return None
     measure, born = main_measure(lifecycles), int((read["origin"] == "emergent").sum())
     text = f"By {MEASURES[measure]}, {born:,} of {len(read):,} features are born after the first snapshot"
-    labels = _with(tables["evolution"], "snapshot", "label")
-    if born and "birth" in read and labels is not None:
+    evolution = _with(tables["evolution"], "snapshot", "label")
+    if born and "birth" in read and evolution is not None:
         dates = read.loc[read["origin"] == "emergent", "birth"].astype(int).value_counts()
-        label = labels.loc[labels["snapshot"] == dates.index[0], "label"].iloc[0]
-        text += f", most of them at {label} ({dates.iloc[0]:,})"
+        label = dict(zip(evolution["snapshot"], evolution["label"], strict=True)).get(dates.index[0])
+        text += f", most of them at {label} ({dates.iloc[0]:,})" * (label is not None)
     counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
         from crosslens.evolution.births import describe_unlikely

@@ -524,8 +524,8 @@ def test_signed_effects_table_and_budget(written: tuple[RunDir, _Page, int]) -> 
     # the effects at the first snapshot are of features that later ones activate
     for row in numbers.head(2).to_dict("records"):
         cell = f"{row['ie']:+.3f} ±\N{NO-BREAK SPACE}{row['ie_se']:.3f}".replace("-", "−")
-        assert cell in page.text and (f"{cell}*" in page.text) == (row["snapshot"] == 0)
-    assert "* More than half of what activates the feature is read from later snapshots" in page.text
+        assert cell in page.text and (f"{cell}†" in page.text) == (row["snapshot"] == 0)
+    assert "† More than half of what activates the feature is read from later snapshots" in page.text
     last = f"exact ablation 0.50 at the last snapshot, lowest 0.50 at {numbers['label'].iloc[-1]}."
     assert f"Estimated by removal; rank correlation of the largest effects with {last}" in page.text
     budget = lines(page.specs()["budget-subj_rel"])
