@@ -100,6 +100,11 @@ HELD_OUT_BYTES = 1 << 30
 MIXING_BYTES = 4 << 30
 """Host memory of the default mixing buffer. It is the same on every machine, because the order depends on it."""
 
+FIRST_BYTES = 1 << 30
+"""The first batches of a live training, which its scales are measured on, are kept for training up to this size."""
+SCALE_TOKENS = 100_000
+"""Tokens of these batches: the default of `TrainConfig.scale_tokens`."""
+
 SHUFFLED = "shuffled"
 """The order of data of which every batch may hold every token."""
 
@@ -682,6 +687,7 @@ class Activations:
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
         own, kept = batch_size // data_parallel, self._held_out_bytes()
+        first = min(SCALE_TOKENS, self.n_tokens) * S * D * 4 * (processes == 1 and self.mixing_tokens < self.n_tokens)
         loaded = one_model * (S if fit else 1)
         matrix, evaluation = 0, 0
         if architecture is not None:
@@ -711,7 +717,10 @@ class Activations:
             batch_bytes=min(own, self.n_tokens) * S * D * 4,
             order_bytes=order_bytes(self.n_tokens, S, size * T),
             mixing_tokens=self.mixing_tokens,
-            mixing_bytes=self.mixing_tokens * S * D * 4 + chunk + (kept if kept <= HELD_OUT_BYTES else 0),
+            mixing_bytes=self.mixing_tokens * S * D * 4
+            + chunk
+            + (kept if kept <= HELD_OUT_BYTES else 0)
+            + (first if first <= FIRST_BYTES else 0),
             # one shard is written while the next is harvested
             harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
             n_files=1 + files,
@@ -744,11 +753,13 @@ class Activations:
         ours = self.settings
         n_blocks = hook_layer(self.hook_name)
         model = found.load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
-        probe = self.tokens[: max(1, 2048 // self.tokens.shape[1])]
-        out = torch.empty(*probe.shape, self.d_model)
+        n_heads = self.snapshots[0].config().num_attention_heads
+        probe = self.tokens[: forward_sequences(self.tokens.shape[1], n_heads, ours)]
         seconds: list[float] = []
         for _ in range(3):
+            # a new array each time, as in training, where its pages are not in memory yet either
+            out = torch.empty(*probe.shape, self.d_model)
             began = time.perf_counter()
             run_to_hooks(model, probe, {self.hook_name: out}, ours)
             seconds.append(time.perf_counter() - began)
-        return min(seconds) / probe.numel()
+        return sorted(seconds)[1] / probe.numel()

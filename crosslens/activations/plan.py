@@ -228,8 +228,8 @@ class Plan:
         batch_bytes: one batch of float32 activations of all snapshots in one process.
         order_bytes: the order of a cache's tokens, and the checksums of the files that are being read.
         mixing_tokens: tokens in the buffer that live batches are drawn from.
-        mixing_bytes: this buffer in float32, a chunk of sequences on its way into it, and held-out activations that are
-            kept.
+        mixing_bytes: this buffer in float32, a chunk of sequences on its way into it, and held-out activations and
+            first batches that are kept.
         harvest_bytes: host memory for filling a cache, besides model and forward pass: a shard of one snapshot.
         n_files: files of the cache.
         batch_sequences: expected number of sequences in a batch, cached and live.
@@ -246,6 +246,7 @@ class Plan:
             stay if training was live, are not counted.
         processes: number of processes that split the crosscoder.
         device: where models and crosscoder are, such as "cpu" or "cuda"; on CPUs host and device are one memory.
+        cached: whether training reads a cache; None: as recommended.
         hook_names: if there are several, the hook points. Disk, files, `harvest_bytes` and `seconds` are for all of
             them, the rest is for training at the widest.
     """
@@ -279,6 +280,7 @@ class Plan:
     evaluation_bytes: int
     processes: int
     device: str = "cpu"
+    cached: bool | None = None
     hook_names: tuple[str, ...] = ()
 
     @property
@@ -304,13 +306,19 @@ class Plan:
     def recommendation(self) -> tuple[str, str]:
         """ "live" or "cached", and the reason."""
         if self.passes <= 1 and self.models_fit:
-            return "live", "one pass over the data, and the models fit into memory together"
+            reason = "one pass over the data, and the models fit into memory together"
+            return "live", f"{reason}; with a cache, evolve and other seeds need not run them again"
         reason = f"{self.passes:.3g} passes over the data, and live would run the models in each"
         if not self.models_fit:
             reason = "the models do not fit into memory together, and live would reload each for every block"
         if self.cache_bytes > self.free_bytes:
             return "live", f"the disk is too full for a cache, which would be faster ({reason})"
         return "cached", reason
+
+    @property
+    def _live(self) -> bool:
+        """Whether the memory of training is that of live models."""
+        return self.recommendation[0] == "live" if self.cached is None else not self.cached
 
     @property
     def host_memory(self) -> int:
@@ -335,12 +343,12 @@ class Plan:
     @property
     def _activations(self) -> int:
         """Host memory for activations while training as recommended."""
-        return self._live_host if self.recommendation[0] == "live" else self.cached_bytes
+        return self._live_host if self._live else self.cached_bytes
 
     @property
     def _models(self) -> int:
         """Memory for running models while training as recommended."""
-        return self._live_device if self.recommendation[0] == "live" else 0
+        return self._live_device if self._live else 0
 
     @property
     def training(self) -> str:
@@ -361,6 +369,7 @@ class Plan:
     def __str__(self) -> str:
         unknown = "not measured" if not self.n_downloads else "not measured: no weights are downloaded yet"
         estimate = unknown if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
+        estimate += ", to which steps of training add" * bool(self.training_bytes)
         reading = self.cache_bytes / READ_BYTES_PER_SECOND
         way, reason = self.recommendation
         live = f"{_mib(self.live_bytes)} of memory"
@@ -387,7 +396,7 @@ class Plan:
         ]
         if self.training_bytes:
             total = self.evaluation_bytes + self.process_bytes
-            if way == "live":
+            if self._live:
                 total += self.loaded_bytes  # models up to the hook point stay beside whole ones
             memory = "memory of host and GPU" if self._has_gpu else "memory"
             lines += [self.training, f"evaluation  {_mib(total)} of {memory} afterwards, when it runs whole models"]

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -605,7 +606,8 @@ def train(
         for line in describe_doubtful(doubtful_snapshots(acts)):
             out.say(line)
     total = (config.training_tokens or acts.n_tokens) // config.batch_size
-    out.say(f"{total:,} steps of {config.batch_size:,} tokens\n{planned.training}")
+    memory = replace(planned, cached=cache is not None).training
+    out.say(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
     trained = train_seeds(acts, architecture_config, config, seeds)
     crosscoder = trained[seed]
     run = RunDir(run_dir)

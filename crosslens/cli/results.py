@@ -60,8 +60,7 @@ def count_lifecycles(lifecycles: pd.DataFrame) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for measure, table in lifecycles.groupby("measure", sort=False):
         counts, live = count_origins(table), int(table["alive"].sum())
-        unread = counts.pop("unread")
-        rows.append({"measure": measure, "features": len(table), "live": live, **counts, "without_reading": unread})
+        rows.append({"measure": measure, "features": len(table), "live": live, **counts})
     return rows
 
 
@@ -79,15 +78,16 @@ def show_evolution(
     counts = count_lifecycles(history["lifecycles"])
     columns = [
         Column("presence by", left=True), Column("live"), Column("initial"), Column("emergent"),
-        Column("never"), Column("without a reading", drop=1),
+        Column("never"), Column("unknown", drop=1),
     ]  # fmt: skip
-    names = ("live", "initial", "emergent", "never", "without_reading")
+    names = ("live", "initial", "emergent", "never", "unknown")
     out.table(
         columns,
         [(NAMES[row["measure"]], *(f"{row[name]:,}" for name in names)) for row in counts],
         title=f"{counts[0]['live']:,} live features of {counts[0]['features']:,} at {len(labels)} snapshots, "
         f"{labels[0]} to {labels[-1]}",
-        note="initial: present from the first snapshot on; emergent: born later; never: above no threshold for long",
+        note="initial: present from the first snapshot on; emergent: born later; never: present too briefly; "
+        "unknown: hardly predicted",
     )
     _show_births(out, history["birth_counts"])
     out.table(
@@ -181,7 +181,8 @@ def show_effects(
         )  # fmt: skip
     significance = (
         "* significant (false discovery rate 5%)" if sure.any() else
-        f"none significant over features and snapshots (false discovery rate 5%, {counted(len(runs), 'prompt')})"
+        f"none significant over features and snapshots (false discovery rate 5%, {counted(len(runs), 'prompt')}; with "
+        "more, smaller effects become significant)"
     )  # fmt: skip
     out.say(describe_accuracy(accuracy)[0])
     out.table(

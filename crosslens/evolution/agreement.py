@@ -91,7 +91,7 @@ def top_agreement(
     top = _Top(len(ids), S, n_top)
     mean, inverse = _moments(crosscoder, acts, ridge)
     n = 0
-    for x, values in held_out_features(crosscoder, acts):
+    for x, values in held_out_features(crosscoder, acts, "Agreement"):
         centred = crosscoder.scale(x) - mean
         for start in range(0, len(ids), _BLOCK):
             part = slice(start, start + _BLOCK)

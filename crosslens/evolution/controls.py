@@ -87,7 +87,7 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
     # <r, W_own> and <r, W_peak>, weighted by f; divided by the length of W at the end
     sums = torch.zeros(2, F, S, dtype=torch.float64)
     squares = torch.zeros(F, dtype=torch.float64)
-    for x, features in held_out_features(crosscoder, acts):
+    for x, features in held_out_features(crosscoder, acts, "Latent scaling"):
         scaled = crosscoder.scale(x)
         error = scaled - crosscoder.decode_flat(features).view_as(scaled)
         squares += features.double().square().sum(0).cpu()
@@ -134,7 +134,7 @@ def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F
     encoder = crosscoder.W_enc_by_snapshot
     sums, counts, n = torch.zeros(F, S, dtype=torch.float64), torch.zeros(F, dtype=torch.float64), 0
     total = torch.zeros(S, D, dtype=torch.float64)
-    for x, features in held_out_features(crosscoder, acts):
+    for x, features in held_out_features(crosscoder, acts, "Encoder shares"):
         n += len(x)
         scaled, active = crosscoder.scale(x), (features > 0).to(x.dtype)
         total += scaled.double().sum(0).cpu()

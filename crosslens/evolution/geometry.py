@@ -118,7 +118,7 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
     rows = torch.zeros(2, F, S, D, device=device)
     squares = torch.zeros(2, F, S, dtype=torch.float64, device=device)
     begin = 0
-    for x, features in held_out_features(crosscoder, acts):
+    for x, features in held_out_features(crosscoder, acts, "Directions"):
         scaled = crosscoder.scale(x)
         error = scaled - crosscoder.decode_flat(features).view_as(scaled)
         cut = min(max(middle - begin, 0), len(x))

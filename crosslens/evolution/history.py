@@ -154,11 +154,11 @@ class Evolution:
         ]
         for measure, table in self._lifecycles.items():
             counts = count_origins(table)
-            unread = counts.pop("unread")
+            unknown = counts.pop("unknown")
             words = [f"{count:,} {origin}" for origin, count in counts.items() if count]
-            if unread:
+            if unknown:
                 why = "not contextual, or hardly predicted" if measure == "within" else "hardly predicted"
-                words.append(f"{unread:,} without a reading ({why})")
+                words.append(f"{unknown:,} unknown ({why})")
             lines.append(f"by {NAMES[measure]}: {', '.join(words)}")
         if self.decodability is None:
             lines.append("decoder norms alone do not date births: give activations, evolve(crosscoder, acts)")

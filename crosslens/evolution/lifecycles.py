@@ -163,7 +163,7 @@ def measure_firing(crosscoder: Crosscoder, acts: Activations | Firing) -> Firing
     gates = S if crosscoder.gate_per_snapshot else 1
     counts, sums = torch.zeros(F, gates).double(), torch.zeros(F, gates).double()
     active, squares, n = torch.zeros(F).double(), torch.zeros(F).double(), 0
-    for _, features in held_out_features(crosscoder, acts):
+    for _, features in held_out_features(crosscoder, acts, "Firing rates"):
         n += len(features)
         active += features.count_nonzero(0).cpu()
         squares += features.square().sum(0).cpu()
@@ -176,9 +176,14 @@ def measure_firing(crosscoder: Crosscoder, acts: Activations | Firing) -> Firing
 
 @torch.no_grad()
 def held_out_features(
-    crosscoder: Crosscoder, acts: Activations
+    crosscoder: Crosscoder, acts: Activations, purpose: str = "Held-out features"
 ) -> Iterator[tuple[Float[Tensor, "B S D"], Float[Tensor, "B F"]]]:
     """Yield held-out activations and their dense features, as many tokens at a time as memory allows.
+
+    Args:
+        crosscoder: trained on the snapshots of `acts`.
+        acts: with held-out tokens.
+        purpose: what they are read for, in a word or two, for the progress bar.
 
     Raises:
         UserError: no activations are held out, or they do not fit the crosscoder.
@@ -186,7 +191,7 @@ def held_out_features(
     if isinstance(crosscoder, CrosscoderTrainingSAE):
         crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
     n = 0
-    with tqdm(desc="Reading features", unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
+    with tqdm(desc=purpose, unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
         for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
             n += len(x)
             if len(x):
@@ -243,14 +248,14 @@ def rotation(crosscoder: Crosscoder, reference: int = -1, *, min_norm: float = 0
 
 
 def count_origins(lifecycles: pd.DataFrame) -> dict[str, int]:
-    """How many live features have each origin, and how many are `unread`: presence has no reading of them.
+    """How many live features have each origin, and how many are `unknown`: their values are all 0.
 
     Args:
         lifecycles: the table of one measure.
     """
     counts = lifecycles.loc[lifecycles["alive"], "origin"].value_counts()
     found = {origin: int(counts.get(origin, 0)) for origin in ("initial", "emergent", "never")}
-    return {**found, "unread": int(lifecycles["alive"].sum()) - sum(found.values())}
+    return {**found, "unknown": int(lifecycles["alive"].sum()) - sum(found.values())}
 
 
 def snapshot_columns(crosscoder: Crosscoder) -> pd.DataFrame:

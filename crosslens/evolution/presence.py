@@ -136,7 +136,7 @@ def measure_decodability(
     fits: list[_Fit] = []
     error, total, active = np.zeros((2, G, F, S)), np.zeros((2, G, F)), np.zeros((2, F), dtype=np.int64)
     begin = 0
-    for x, features in held_out_features(crosscoder, acts):
+    for x, features in held_out_features(crosscoder, acts, "Presence"):
         x = crosscoder.scale(x)
         for first, last, group in _pieces(begin, begin + len(x), bounds):
             xs, fs, own = x[first - begin : last - begin], features[first - begin : last - begin], number[first:last]

@@ -194,7 +194,7 @@ def _overlap(
     joint, n = torch.zeros(len(pairs), dtype=torch.float64), 0
     if not len(pairs):
         return joint
-    for _, features in held_out_features(crosscoder, acts):
+    for _, features in held_out_features(crosscoder, acts, "Splits"):
         active = (features > 0).cpu()
         n += len(active)
         size = max(1, _PAIRS // len(active))

@@ -50,7 +50,10 @@ FINE_COMPLETENESS = 1.0  # per cent; below it the figure is small
 MAX_PAIRS = 800  # of a feature and a snapshot
 ABLATE_K, KEEP_K = 15, 100  # set sizes over snapshots; the nearest size that was measured is drawn
 MIN_CLEAN = 0.1  # of the largest |clean metric|: below this, shares divide by noise
-_NOTHING = "No feature has a significant effect on this task."
+_NOTHING = (
+    "No feature has a significant effect on this task (false discovery rate 5%). With more items, smaller effects "
+    "become significant."
+)
 _MEASURES = {
     "share_relie": "share RelIE",
     "relie": "RelIE",

@@ -175,8 +175,8 @@ def _of_all(table: Frame, measure: str) -> str:
     alive, read = table["alive"].astype(bool), table["origin"].notna()
     words = f"{read.sum():,} features by {MEASURES[measure]}"
     why = {
-        "r2": "unread (R² below 0.05 at every snapshot)",
-        "within": "unread (within-token R² below 0.05 at every snapshot, or lexical)",
+        "r2": "unknown (R² below 0.05 at every snapshot)",
+        "within": "unknown (within-token R² below 0.05 at every snapshot, or lexical)",
         "norm": "without a decoder norm",
     }
     rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), why[measure])]
@@ -403,11 +403,14 @@ def rotation_rate(table: Frame) -> Chart | str:
     note = "Medians over live features with a direction at both snapshots."
     if per_doubling:
         rates = table["angle_per_doubling"].to_numpy(dtype=float)
-        row = table.iloc[int(np.nanargmax(rates))]
+        low, high = (table.iloc[int(find(rates))] for find in (np.nanargmin, np.nanargmax))
+        ends = [
+            f"{row['angle_per_doubling']:.1f}° ({row['from']} to {row['to']}{', an end' * bool(row['at_edge'])})"
+            for row in (low, high)
+        ]
         note += (
-            f" Features turn fastest between {row['from']} and {row['to']}, at {row['angle_per_doubling']:.1f}° per "
-            f"doubling{' (an end of the snapshots)' * bool(row['at_edge'])}: a rate to compare intervals by, not the "
-            "angle that a doubling reaches, since directions also turn back."
+            f" From {ends[0]} to {ends[1]} per doubling: a rate to compare intervals by, not the angle that a doubling "
+            "reaches, since directions also turn back."
         )
     return Chart(figure, table.reset_index(drop=True), note)
 

@@ -314,14 +314,14 @@ class _Features:
 
 
 def _classes(lifecycles: Frame) -> list[str]:
-    """Origin, fate and kind of each feature; "dead", or "unread" where it lives but presence has no reading."""
+    """Origin, fate and kind of each feature; "dead", or "unknown" where it lives but presence has no reading."""
     n = len(lifecycles)
     parts = [lifecycles[name].astype(object) for name in ("origin", "fate", "kind") if name in lifecycles]
     classes = [", ".join(filter(None, map(_text, row))) for row in zip(*parts, strict=True)] or [""] * n
     alive = lifecycles["alive"].astype(bool).tolist() if "alive" in lifecycles else [True] * n
     read = lifecycles["origin"].notna().tolist() if "origin" in lifecycles else [True] * n
     return [
-        one if lives and known else "unread" if lives else "dead"
+        one if lives and known else "unknown" if lives else "dead"
         for one, lives, known in zip(classes, alive, read, strict=True)
     ]
 

@@ -17,9 +17,10 @@ from crosslens.report.tables import MEASURES, Tables, by_measure, main_measure
 
 # the same as where training, tasks and the sweep warn
 MIN_EV, MAX_DEAD, MIN_ITEMS = 0.7, 0.2, 20
+MIN_RECOVERED = 0.9
 MAX_COMPLETENESS = 0.05
 RECONSTRUCTED = 0.8, 1.2  # of the clean metric
-LEARNT = 0.9
+CHANCE, LEARNT = 0.5, 0.9
 _BOUND = 6  # names in a list
 
 
@@ -48,6 +49,14 @@ def warn(tables: Tables) -> list[Finding]:
                 f"Explained variance is too low at {values}: what is said of features there is about a part of the "
                 f"activations. Acceptable: {MIN_EV:g} or more."
             )
+        if "ce_recovered" in evaluation:
+            lost = evaluation[evaluation["ce_recovered"] < MIN_RECOVERED]
+            if len(lost):
+                values = _listed(f"{row['label']} ({row['ce_recovered']:.1%})" for row in lost.to_dict("records"))
+                add(
+                    f"The reconstruction recovers too little of the loss that zeros would cost at {values}: it misses "
+                    f"directions that the model uses. Acceptable: {MIN_RECOVERED:.0%} or more."
+                )
         dead = float(evaluation["dead_fraction"].max())
         if dead > MAX_DEAD:
             add(
@@ -99,35 +108,40 @@ def find(tables: Tables, drawn: set[str]) -> list[Finding]:
 
 
 def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
-    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "n")
+    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "low", "n")
     if accuracy is None:
         return None
-    reached: list[str] = []
+    above: list[str] = []
     missed: list[str] = []
     named: list[str] = []
     for task, rows in accuracy[accuracy["n"] >= MIN_ITEMS].groupby("task", sort=False):
         named.append(str(task))
         rows = rows.sort_values("snapshot")
-        stays = np.minimum.accumulate(rows["accuracy"].to_numpy()[::-1])[::-1] >= LEARNT
-        n = int(rows["n"].max())
-        if stays.any():
-            reached.append(f"{task} from {rows['label'].iloc[int(stays.argmax())]} on (n = {n:,})")
+        n, end = f"n = {int(rows['n'].max()):,}", f"{rows['accuracy'].iloc[-1]:.1%}"
+        since, learnt = _first_kept(rows, rows["low"] > CHANCE), _first_kept(rows, rows["accuracy"] >= LEARNT)
+        if since is None:
+            missed.append(f"{task} ({end}, {n})")
         else:
-            missed.append(f"{task} ({rows['accuracy'].iloc[-1]:.1%}, n = {n:,})")
+            reached = f"{end} at the end" if learnt is None else f"at least {LEARNT:.0%} from {learnt} on"
+            above.append(f"{task} from {since} on ({reached}, {n})")
     if not named:
         return None
     sentences: list[str] = []
-    if reached:
-        sentences.append(f"The model answers at least {LEARNT:.0%} of the items correctly on {_listed(reached)}.")
+    if above:
+        sentences.append(f"The model answers more items correctly than chance on {_listed(above)}.")
     if missed:
-        which = "it" if reached else "the model"
-        sentences.append(
-            f"At the end, {which} answers less than {LEARNT:.0%} of the items correctly on {_listed(missed)}."
-        )
+        which = "it" if above else "the model"
+        sentences.append(f"At the end, {which} is not above chance on {_listed(missed)}.")
     links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
     pages = task_pages(tables["tasks"])
     links += [(task, pages[task]) for task in named[:_BOUND]]
     return Finding(" ".join(sentences), links)
+
+
+def _first_kept(rows: Frame, holds: Any) -> str | None:
+    """Label of the first snapshot from which a condition holds until the last."""
+    kept = np.minimum.accumulate(holds.to_numpy(dtype=bool)[::-1])[::-1]
+    return str(rows["label"].iloc[int(kept.argmax())]) if kept.any() else None
 
 
 def _described(tables: Tables, drawn: set[str]) -> Finding | None:
@@ -206,11 +220,16 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
         f"from {clean:.2f} to {_signed(top['metric'])} logits, {int(random['k'])} random active ones to "
         f"{_signed(random['metric'])}"
     )
-    effects = _with(tables[f"attribution/{task}"], "feature", "snapshot", "ie")
+    if "size_matched" in rows.index:
+        matched = rows.loc["size_matched"]
+        text += f", and {int(matched['k'])} active ones of about their size to {_signed(matched['metric'])}"
+    effects = _with(tables[f"attribution/{task}"], "feature", "snapshot", "ie", "relie")
     if effects is not None:
         last = effects[effects["snapshot"] == effects["snapshot"].max()]
         best = last.loc[last["ie"].idxmax()]
         text += Markup("; the largest effect there is that of {}").format(_feature(int(best["feature"]), tables))
+        if not effects["relie"].notna().any():
+            text += ", but no single effect is significant (false discovery rate 5%)"
     page = task_pages(tables["tasks"])[task].removesuffix(".html")
     name = page.removeprefix("task-")
     links = _links(

@@ -120,18 +120,20 @@ def task_table(tasks: Frame) -> Grid:
 
 
 def item_table(table: Frame) -> Grid:
-    """Some items of a task: the prompt, its answers and the paired prompt.
+    """Some items of a task: the prompt, its answers and the paired prompt, where there are pairs.
 
     Args:
         table: from `Attribution.prompt_frame`.
     """
-    columns = ["prompt", "prefix", "correct", "wrong", "paired"]
-    items = table.drop_duplicates("prompt").sort_values("prompt")[columns].reset_index(drop=True)
+    titles = {"prefix": "prompt", "correct": "correct", "wrong": "wrong"}
+    if table["paired"].notna().any():
+        titles["paired"] = "paired prompt"
+    items = table.drop_duplicates("prompt").sort_values("prompt")[["prompt", *titles]].reset_index(drop=True)
     rows = [
         [Cell(f"prompt {prompt}"), *(Cell("" if text is None else str(text).strip()) for text in texts)]
         for prompt, *texts in evenly_spaced(items, N_ITEMS).itertuples(index=False)
     ]
-    return Grid(["", "prompt", "correct", "wrong", "paired prompt"], rows, items)
+    return Grid(["", *titles.values()], rows, items)
 
 
 def explained_variance(table: Frame) -> Chart:

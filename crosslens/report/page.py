@@ -250,7 +250,15 @@ def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame], t
     blocks = [_block(entry, section, tables, csv, task) for entry in section.entries]
     if all(block.words == section.empty for block in blocks):
         return Part(section, [], section.empty)  # once, instead of for every entry
-    return Part(section, [block for block in blocks if not (block.entry.optional and block.words == section.empty)])
+    kept: list[Block] = []
+    for block in blocks:
+        if block.words == section.empty:
+            leave_out = block.entry.optional
+        else:  # the same reason for several figures is given once
+            leave_out = bool(block.words) and block.words in {other.words for other in kept}
+        if not leave_out:
+            kept.append(block)
+    return Part(section, kept)
 
 
 def _block(entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Block:
@@ -431,7 +439,7 @@ def _task_numbers(task: str, tables: Tables) -> list[tuple[str, str]]:
     if snapshots is not None and {"n", "metric_clean"} <= set(snapshots):
         last = snapshots.loc[snapshots["snapshot"].idxmax()]
         numbers.append((f"{last['metric_clean']:+.2f}".replace("-", "−"), f"mean metric in logits at {last['label']}"))
-        numbers.append((f"{int(last['n']):,}", "prompts that effects are means over"))
+        numbers.append((f"{int(last['n']):,}", "prompts in each mean effect"))
     effects = tables[f"attribution/{task}"]
     if effects is not None and {"feature", "relie"} <= set(effects):
         known, active = effects.loc[effects["relie"].notna(), "feature"].nunique(), effects["feature"].nunique()

@@ -232,7 +232,7 @@ _EVOLUTION: tuple[Section, ...] = (
         "the dictionary writes, not what the model holds. “Initial” features are present at the first snapshot; "
         "“emergent” ones are born later, at the first snapshot from which they stay; “never” ones are present too "
         "briefly to count as born. “Transient” ones later disappear for good. Features whose R² is below 0.05 at every "
-        "snapshot are unread: their presence cannot be told.",
+        "snapshot are “unknown”: their presence cannot be told.",
         _EVOLVE,
         (
             Entry(
@@ -298,7 +298,8 @@ _EVOLUTION: tuple[Section, ...] = (
                 "rotation",
                 "Rotation by interval",
                 "Number of features whose decoder vector rotates more between these two snapshots than in any other "
-                "interval. Vectors shorter than a twentieth of the feature's largest norm are ignored.",
+                "interval. Intervals that span more of the training leave more room for it: the rate per doubling "
+                "allows for that. Vectors shorter than a twentieth of the feature's largest norm are ignored.",
                 evolution_figures.rotation,
                 ("rotation",),
                 optional=True,
@@ -468,7 +469,7 @@ _TASK: tuple[Section, ...] = (
                 "items",
                 "Examples of items",
                 "The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the "
-                "paired prompt, the wrong answer is the correct one.",
+                "paired prompt, if there is one, the wrong answer is the correct one.",
                 overview_figures.item_table,
                 ("prompts/{task}",),
                 wide=True,

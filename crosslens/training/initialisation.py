@@ -17,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ def initialise(
     scale_tokens: int,
     seed: int,
     parallel: Parallel = ALONE,
+    first: Sequence[Float[Tensor, "B S D"]] | None = None,
 ) -> CrosscoderTrainingSAE:
     """A crosscoder ready to train.
 
@@ -52,6 +55,7 @@ def initialise(
         scale_tokens: activations used to estimate scales and means.
         seed: seed for the weights.
         parallel: the processes that train it; together they start from the weights that one process would start from.
+        first: the batches that `first_batches` counts, if they have been read already.
 
     Raises:
         UserError: the activations of a snapshot are constant, all zero, or not finite.
@@ -62,7 +66,8 @@ def initialise(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae = _made(architecture, parallel)
-    moments = first_moments(acts, batch_size, scale_tokens, parallel)
+    batches = acts.batches(batch_size, epochs=1, parallel=parallel) if first is None else first
+    moments = first_moments(batches, first_batches(acts, batch_size, scale_tokens))
     scale = snapshot_scales(moments, architecture.scale, acts)
     if parallel.rank == 0:
         name_constant(moments, architecture.scale, acts)
@@ -116,19 +121,21 @@ class Moments(NamedTuple):
         return self.variances / self.squares
 
 
-def first_moments(acts: Activations, batch_size: int, n_tokens: int, parallel: Parallel = ALONE) -> Moments:
-    """The moments of the first `n_tokens` activations, in whole batches, which all processes read together."""
-    n_batches = max(1, min(n_tokens, acts.n_tokens) // batch_size)
-    norms, squares = torch.zeros(2, acts.n_snapshots, dtype=torch.float64)
-    means = torch.zeros(acts.n_snapshots, acts.d_model, dtype=torch.float64)
-    stream = acts.batches(batch_size, epochs=1, parallel=parallel)
-    batch = torch.empty(0, acts.n_snapshots, acts.d_model)
-    for _, batch in zip(range(n_batches), stream, strict=False):
+def first_batches(acts: Activations, batch_size: int, n_tokens: int) -> int:
+    """How many whole batches `n_tokens` activations make, one at least."""
+    return max(1, min(n_tokens, acts.n_tokens) // batch_size)
+
+
+def first_moments(batches: Iterable[Float[Tensor, "B S D"]], n_batches: int) -> Moments:
+    """The moments of the first batches, which are equally long."""
+    norms = squares = means = torch.zeros((), dtype=torch.float64)
+    batch = torch.empty(0)
+    for batch in islice(batches, n_batches):
         rows = batch.double()
         lengths = rows.norm(dim=-1)
-        norms += lengths.mean(0)
-        squares += lengths.square().mean(0)
-        means += rows.mean(0)
+        norms = norms + lengths.mean(0)
+        squares = squares + lengths.square().mean(0)
+        means = means + rows.mean(0)
     return Moments(norms / n_batches, squares / n_batches, means / n_batches, batch)
 
 

@@ -57,7 +57,7 @@ class Bar:
             mininterval=0,
             **disable,
         )
-        self._drawn = time.monotonic()
+        self._drawn, self._running = time.monotonic(), False
 
     def advance(self, done: int, measure: Callable[[], Measured]) -> None:
         """Set the number of tokens done.
@@ -66,6 +66,9 @@ class Bar:
             done: tokens trained on so far.
             measure: makes the host wait for a GPU, so it is called only if a second has passed since the last time.
         """
+        if not self._running:  # the first batch may wait for models that fill a buffer: that is not the pace of steps
+            self._bar.unpause()
+            self._running = True
         if not self._bar.disable and time.monotonic() - self._drawn >= REDRAWN:
             self.draw(done, measure())
 

@@ -18,15 +18,18 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
 import pandas as pd
 from sae_lens import SAE
+from torch import Tensor
 
-from crosslens.activations.loader import SHUFFLED, Activations
+from crosslens.activations.loader import FIRST_BYTES, SHUFFLED, Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
 from crosslens.crosscoders.base import check_trainable
@@ -39,10 +42,12 @@ from crosslens.rundir import RunDir, without_paths
 from crosslens.training.checkpoints import discard, save_whole
 from crosslens.training.config import TrainConfig, check_warm_up
 from crosslens.training.evaluation import evaluate, quick_metrics
-from crosslens.training.initialisation import initialise, uninitialised
+from crosslens.training.initialisation import first_batches, initialise, uninitialised
 from crosslens.training.logging import wandb_run
 from crosslens.training.progress import Measured, quality_table, tell, warn_if_poor
 from crosslens.training.trainer import CrosscoderTrainer, StoppedError
+
+Batches: TypeAlias = Generator[Tensor, None, None]
 
 
 def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
@@ -109,15 +114,13 @@ def _fit(
             tell(f"{run.path} holds this crosscoder: it is loaded, not trained again")
         return run
     began = time.perf_counter()
-    trainer = _trainer(acts, architecture, config, run, parallel)
+    trainer, read = _trainer(acts, architecture, config, run, parallel)
     sae = trainer.sae
-    trainer.data_provider = acts.batches(
-        config.batch_size, start=trainer.n_training_steps, device=config.device, parallel=parallel, whole=False
-    )
+    trainer.data_provider = read
     trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
     # closing ends the prefetching before the evaluation
-    with closing(trainer.data_provider), _checkpoint_at_sigterm(trainer):
+    with closing(read), _checkpoint_at_sigterm(trainer):
         trainer.fit()
         trainer.check_finite()
         if run is not None and trainer.n_training_samples > resumed:
@@ -175,8 +178,8 @@ def _trainer(
     config: TrainConfig,
     run: RunDir | None,
     parallel: Parallel,
-) -> CrosscoderTrainer:
-    """A trainer that continues from the last checkpoint, or else one at the start."""
+) -> tuple[CrosscoderTrainer, Batches]:
+    """A trainer that continues from the last checkpoint, or else one at the start, and its batches."""
 
     def made(sae: CrosscoderTrainingSAE) -> CrosscoderTrainer:
         total = config.training_tokens or acts.n_tokens
@@ -187,20 +190,51 @@ def _trainer(
     if parallel.count(int(found)):  # rank 0 decides, as above
         trainer = made(uninitialised(architecture, parallel))
         if trainer.resume():
-            return trainer
+            return trainer, _batches(acts, config, parallel, start=trainer.n_training_steps)
         del trainer
         if parallel.rank == 0:
             tell("no checkpoint can be read: training starts again from the first token")
-    return made(
-        initialise(
-            architecture,
-            acts,
-            batch_size=config.batch_size,
-            scale_tokens=config.scale_tokens,
-            seed=config.seed,
-            parallel=parallel,
-        )
+    first, read = _first(acts, config, parallel)
+    sae = initialise(
+        architecture,
+        acts,
+        batch_size=config.batch_size,
+        scale_tokens=config.scale_tokens,
+        seed=config.seed,
+        parallel=parallel,
+        first=first,
     )
+    return made(sae), read
+
+
+def _batches(acts: Activations, config: TrainConfig, parallel: Parallel, start: int = 0) -> Batches:
+    return acts.batches(config.batch_size, start=start, device=config.device, parallel=parallel, whole=False)
+
+
+def _first(acts: Activations, config: TrainConfig, parallel: Parallel) -> tuple[list[Tensor] | None, Batches]:
+    """The first batches, for the scales, if they are kept for training; and all batches of the training.
+
+    The models fill a buffer before the first live batch. If training opened the stream again they would fill it again,
+    so one process goes on with the stream that the scales were measured on. Caches, and a buffer that holds the whole
+    epoch, are not filled twice.
+    """
+    n = first_batches(acts, config.batch_size, config.scale_tokens)
+    n_bytes = n * config.batch_size * acts.n_snapshots * acts.d_model * 4
+    stream = _batches(acts, config, parallel)
+    if not parallel.alone or acts.data_order == SHUFFLED or n_bytes > FIRST_BYTES:
+        return None, stream
+    first = [batch.to("cpu", copy=True) for batch in islice(stream, n)]
+    return first, _continued(first, stream, config.device)
+
+
+def _continued(first: list[Tensor], stream: Batches, device: str | None) -> Batches:
+    """The first batches, each of which is let go of once it has been used, and the rest of a stream."""
+    with closing(stream):
+        left = deque(first)
+        first.clear()
+        while left:
+            yield left.popleft().to(device)
+        yield from stream
 
 
 @contextmanager
@@ -249,12 +283,27 @@ def claim(
     if run is None:
         return architecture, None
     identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens)
-    run.claim({**identity, "data_order": SHUFFLED} if will_be_cached else identity)
+    _claim_directory(run, {**identity, "data_order": SHUFFLED} if will_be_cached else identity)
     try:
         run.update(source=acts.to_dict())
     except UserError as error:
         tell(f"the command line cannot read {run.path}: {error}")
     return architecture, run
+
+
+def _claim_directory(run: RunDir, identity: dict[str, Any]) -> None:
+    """Claim it; where only the order of the tokens differs, say what decides it."""
+    try:
+        run.claim(identity)
+    except UserError as error:
+        recorded = run.read_json().get("identity") if run.exists() else None
+        others = json.loads(json.dumps({**identity, "data_order": ""}, default=str))
+        if recorded is None or {**recorded, "data_order": ""} != others:
+            raise
+        raise UserError(
+            f"{error}. All else is equal: a cache gives the tokens in another order than live models do, so repeat the "
+            "command with or without --cache (in Python Activations.cache) as at first"
+        ) from None
 
 
 def _claimed(

@@ -398,6 +398,7 @@ def test_a_training_from_a_cache_is_repeated(
     assert run.read_json()["identity"]["data_order"] == "shuffled"
     code, _, err = command(*train_arguments(tiny_snapshots, files, run.path))
     assert code == 2 and "it has data_order=shuffled, this run has data_order=a live buffer of 500 tokens" in err
+    assert "repeat the command with or without --cache" in err
 
 
 def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
@@ -424,7 +425,7 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     assert code == 0 and found["snapshots"] == ["step0", "step10", "step20"]
     assert [row["features"] for row in found["lifecycles"]] == [32] * 3
     for row in found["lifecycles"]:
-        assert row["live"] == row["initial"] + row["emergent"] + row["never"] + row["without_reading"]
+        assert row["live"] == row["initial"] + row["emergent"] + row["never"] + row["unknown"]
     effects, lifecycles = run.table("attribution/task"), run.table("lifecycles")
     assert effects is not None and set(effects["feature"]) <= kept and len(effects)
     assert lifecycles is not None and lifecycles["consensus"].tolist() == [i in kept for i in range(32)] * 3

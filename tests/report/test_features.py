@@ -172,7 +172,7 @@ def test_every_feature_is_what_the_tables_say(written: RunDir) -> None:
         for name in ("birth", "peak", "death", "lifetime"):
             assert feature[name] == (None if pd.isna(row[name]) else row[name])
         words = f"{row['origin']}, {row['fate']}, {row['kind']}"
-        assert feature["kind"] == (words if read else "unread" if row["alive"] else "dead")
+        assert feature["kind"] == (words if read else "unknown" if row["alive"] else "dead")
         assert feature["rate"] == pytest.approx(row["firing_rate"], rel=1e-2)
         assert feature["name"] == {5: f"plural {HOSTILE}", 7: "verbs"}.get(row["feature"], "")
         drawn = {TASKS[task]: (ie, se) for task, ie, se in feature["effects"]}

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import crosslens.training.checkpoints
 import crosslens.training.run
+from crosslens.activations import loader
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import (
@@ -711,6 +712,31 @@ def test_live_activations_train_the_same_crosscoder_as_cached_ones(acts: Activat
     few = config(training_tokens=6 * B)
     architecture = ALL["batchtopk_crosscoder"]()
     assert same(weights(train(live, architecture, few)), weights(train(acts, architecture, few)))
+
+
+def test_the_buffer_that_scales_are_measured_on_is_the_one_of_the_training(
+    live: Activations, monkeypatch: pytest.MonkeyPatch
+):
+    """The first batches come out of a live buffer; training goes on with it instead of filling another one."""
+    n = live.n_tokens // 2
+    few, ran = config(training_tokens=live.n_tokens // B * B), []
+    assert TrainConfig(device="cpu").scale_tokens == loader.SCALE_TOKENS
+    harvest = loader.harvest
+
+    def counted(snapshots: Any, tokens: Tensor, *args: Any, **options: Any) -> Tensor:
+        ran.append(len(tokens))
+        return harvest(snapshots, tokens, *args, **options)
+
+    def trained() -> tuple[dict[str, Tensor], int]:
+        ran.clear()
+        acts = Activations(live.snapshots, live.hook_name, live.dataset, seed=live.seed, mixing_tokens=n)
+        return weights(train(acts, ALL["topk_crosscoder"](), few)), sum(ran)
+
+    monkeypatch.setattr(loader, "harvest", counted)
+    once, n_once = trained()
+    monkeypatch.setattr("crosslens.training.run.FIRST_BYTES", 0)
+    twice, n_twice = trained()
+    assert same(once, twice) and n_once <= n_twice - n // T
 
 
 def test_without_a_run_directory_nothing_is_written(acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
