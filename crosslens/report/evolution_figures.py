@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from crosslens.features.labels import complexity_correlation
@@ -285,7 +286,8 @@ def birth_counts(table: Frame) -> Chart | str:
     note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
     known = table["untrained"] if "untrained" in table else pd.Series(dtype=float)
     if not known.notna().any():
-        note += " Models that never trained were not measured: run crosslens evolve with --untrained."
+        words = "{} Models that never trained were not measured: <code>crosslens evolve --untrained</code> does."
+        note = Markup(words).format(note)
     return Chart(figure, table.reset_index(drop=True), note.strip())
 
 

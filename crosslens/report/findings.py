@@ -22,6 +22,7 @@ MAX_COMPLETENESS = 0.05
 RECONSTRUCTED = 0.8, 1.2  # of the clean metric
 CHANCE, LEARNT = 0.5, 0.9
 _BOUND = 6  # names in a list
+_TASK_WIDTH = 150  # of a task with its snapshots and its number of items
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,18 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
         n, end = f"n = {int(rows['n'].max()):,}", f"{rows['accuracy'].iloc[-1]:.1%}"
         since, learnt = _first_kept(rows, rows["low"] > CHANCE), _first_kept(rows, rows["accuracy"] >= LEARNT)
         if since is None:
-            missed.append(f"{task} ({end}, {n})")
+            missed.append(f"{shortened(task, 60)} ({end}, {n})")
         else:
             reached = f"{end} at the end" if learnt is None else f"at least {LEARNT:.0%} from {learnt} on"
-            above.append(f"{task} from {since} on ({reached}, {n})")
+            above.append(f"{shortened(task, 60)} from {since} on ({reached}, {n})")
     if not named:
         return None
     sentences: list[str] = []
     if above:
-        sentences.append(f"The model answers more items correctly than chance on {_listed(above)}.")
+        sentences.append(f"The model answers more items correctly than chance on {_listed(above, _TASK_WIDTH)}.")
     if missed:
         which = "it" if above else "the model"
-        sentences.append(f"At the end, {which} is not above chance on {_listed(missed)}.")
+        sentences.append(f"At the end, {which} is not above chance on {_listed(missed, _TASK_WIDTH)}.")
     links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
     pages = task_pages(tables["tasks"])
     links += [(task, pages[task]) for task in named[:_BOUND]]
@@ -280,7 +281,7 @@ def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def _listed(parts: Any) -> str:
-    """A list in words; long ones are cut."""
-    names = [shortened(part, 60) for part in parts]
+def _listed(parts: Any, width: int = 60) -> str:
+    """A list in words; long ones are cut, and so are long parts."""
+    names = [shortened(part, width) for part in parts]
     return ", ".join(names[:_BOUND]) + (f" and {len(names) - _BOUND} more" if len(names) > _BOUND else "")

@@ -146,8 +146,10 @@ def explained_variance(table: Frame) -> Chart:
     return Chart(chart.figure, chart.data, f"Over all tokens: mean {mean:.3f}, lowest {worst:.3f} at {label}.", small)
 
 
-def l0(table: Frame) -> Chart:
-    """Active features per token."""
+def l0(table: Frame) -> Chart | str:
+    """Active features per token; in words if all snapshots share a gate."""
+    if table["l0"].nunique() == 1:
+        return f"{table['l0'].iloc[0]:.2f} at every snapshot."
     chart = _per_snapshot(table, {"l0": "L0"}, "L0", value="%{y:.2f}", small=True)
     chart.figure.update_yaxes(rangemode="tozero")
     note = f"Mean {table['l0'].mean():.2f}."
@@ -156,14 +158,15 @@ def l0(table: Frame) -> Chart:
     return Chart(chart.figure, chart.data, note, small=True)
 
 
-def dead(table: Frame) -> Chart:
-    """Percentage of features that are active on no held-out token."""
+def dead(table: Frame) -> Chart | str:
+    """Percentage of features that are active on no held-out token; in words if all snapshots share a gate."""
     percent = table.assign(dead=100 * table["dead_fraction"])
+    if percent["dead"].nunique() == 1:
+        return f"{percent['dead'].iloc[0]:.1f}% at every snapshot."
     small = bool(percent["dead"].max() <= 100 * FINE_DEAD)
     chart = _per_snapshot(percent, {"dead": "dead features"}, "dead (%)", value="%{y:.2f}", small=small)
     chart.figure.update_yaxes(rangemode="tozero")
-    low, high = percent["dead"].min(), percent["dead"].max()
-    return Chart(chart.figure, chart.data, f"{low:.1f}% at every snapshot." if low == high else "", small)
+    return Chart(chart.figure, chart.data, small=small)
 
 
 def cross_entropy(table: Frame) -> Chart:

@@ -372,7 +372,7 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
     specs = page.specs()
     stems = {path.stem for path in (run.report / "data").glob("*.csv")}
     assert set(specs) == {stem for stem in stems if not stem.startswith(("ie-table", "tasks"))}
-    assert len(specs) == 12 + 10 * len(TASKS)
+    assert len(specs) == 11 + 10 * len(TASKS)
     assert "Latent scaling" not in page.text and "Additivity" not in page.text, "optional, and without tables"
     assert page.text.count("Numbers (CSV)") == len(stems)
     for name, spec in specs.items():
@@ -383,7 +383,7 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
             assert spec["layout"]["xaxis"]["title"]["text"], name
             assert spec["layout"]["yaxis"]["title"]["text"] or name == "origins", name
     definitions = [a for tag, a in page.elements if tag == "p" and a.get("class") == "definition"]
-    assert len(definitions) == len(stems)
+    assert len(definitions) == len(stems) + 1  # as many features are dead at every snapshot, which is not drawn
     for kind in ("png", "svg"):
         assert sum(a.get("data-picture") == kind for _, a in page.elements) == len(specs)
 
@@ -902,6 +902,15 @@ def test_no_run_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run directory"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_all_snapshots_share_is_said_not_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    run.save_table("evaluation", table(run, "evaluation").assign(l0=15.789, dead_fraction=0.0312))
+    write_report(run.path)
+    page = _Page(run.report / "index.html")
+    assert "15.79 at every snapshot." in page.text and "3.1% at every snapshot." in page.text
+    assert not {"l0", "dead"} & set(page.specs())
 
 
 def test_axes_have_the_tokens_of_the_run(written: tuple[RunDir, _Page, int]) -> None:
