@@ -15,6 +15,7 @@ A buffer that holds all training tokens needs no schedule: `Held` harvests once,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -105,6 +106,7 @@ class Mixed:
         self._at = -1  # the position of the next token
         self._left: Indices = np.empty(0, dtype=np.int64)  # slots that were drawn and not yet read
         self._events: Iterator[Fill | Draw] = iter(())
+        self._bar = _bar(disable=True)
 
     def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
         """Write some rows of the batch of positions `first` to `last` into `out`.
@@ -135,10 +137,15 @@ class Mixed:
         event = next(self._events, None)
         if event is None:
             self._events = self.schedule.epoch(self._at // self.n_tokens)
-        elif isinstance(event, Draw):
+            return
+        if isinstance(event, Draw):
+            self._bar.close()
             self._left = event.slots
-        else:
-            self.buffer[torch.from_numpy(event.slots)] = self.harvest(event.sequences)
+            return
+        if self._at % self.n_tokens == 0 and self._bar.disable:  # an epoch fills the whole buffer before its first draw
+            self._bar = _bar(total=self.schedule.capacity, unit=" tokens", unit_scale=True)
+        self.buffer[torch.from_numpy(event.slots)] = self.harvest(event.sequences)
+        self._bar.update(len(event.slots))
 
     def _seek(self, position: int) -> None:
         """Bring the buffer into the state that it has before the token at `position`."""
@@ -157,11 +164,13 @@ class Mixed:
             owner[event.slots[:n]] = -1
             self._left, self._at = event.slots[n:], self._at + n
         wanted = np.unique(owner[owner >= 0]).tolist()
-        # at first the whole buffer is filled, later a chunk now and then, beside the training
-        for i in tqdm(wanted, "Filling the buffer", unit="chunk", leave=False, delay=2, disable=len(wanted) < 3):
+        for i in _bar(wanted, unit="chunk"):
             here = np.flatnonzero(owner[filled[i].slots] == i)
             rows = self.harvest(filled[i].sequences)[torch.from_numpy(here)]
             self.buffer[torch.from_numpy(filled[i].slots[here])] = rows
+
+
+_bar = partial(tqdm, desc="Filling the buffer", leave=False, delay=2)
 
 
 class Held:

@@ -530,10 +530,17 @@ class _Panel(NamedTuple):
     number: str
 
 
-def feature_timeline(table: Frame, known: Frame | None = None) -> Chart | str:
-    """Decoder norm, signed IE and share RelIE of a task's features, a row each, ordered by when they matter."""
+def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+    """Decoder norm, signed IE and share RelIE of a task's features, a row each, ordered by when they matter.
+
+    Args:
+        table: from `follow_features`.
+        known: feature, name.
+        chance: as in `relative_effects`.
+    """
     if table.empty:
         return _NOTHING
+    table, said = _without_chance(table, chance)
     kept = table[table["feature"].isin(_largest(table).index[:N_TIMELINE])].sort_values(["order", "snapshot"])
     names: dict[str, str] = {}
     for feature, examples in kept.drop_duplicates("feature")[["feature", "examples"]].itertuples(index=False):
@@ -569,6 +576,7 @@ def feature_timeline(table: Frame, known: Frame | None = None) -> Chart | str:
     )
     if total > N_TIMELINE:
         note += f" The {N_TIMELINE} features with the largest |IE| are drawn, of {total:,}."
+    note += said.replace("Not drawn", "Share RelIE is not drawn")
     columns = [name for name in table if name != "order"]
     return Chart(figure, kept[columns].reset_index(drop=True), note)
 

@@ -558,7 +558,7 @@ _TASK: tuple[Section, ...] = (
                 "for the features with the largest |IE|. Rows are labelled with the feature's number and the word in "
                 "the prompts at which it is most active.",
                 causal_figures.feature_timeline,
-                ("timeline/{task}", "names"),
+                ("timeline/{task}", "names", "chance@{task}"),
                 wide=True,
                 optional=True,
             ),

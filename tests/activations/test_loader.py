@@ -9,6 +9,7 @@ import math
 import shutil
 import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from crosslens.activations import mixing
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
 from crosslens.activations.mixing import Mixed
@@ -196,6 +198,24 @@ def test_starting_later_equals_skipping(
     for start in sorted(starts):
         later = list(itertools.islice(acts.batches(batch_size, start=start), 3))
         assert all(torch.equal(a, b) for a, b in zip(later, whole[start : start + 3], strict=True)), start
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_bar_while_the_buffer_is_filled(
+    snapshots: Snapshots,
+    tiny_text: list[str],
+    start: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """At the beginning and where a training is resumed; it goes before the first batch comes."""
+    monkeypatch.setattr(mixing, "_bar", partial(mixing._bar, delay=0, mininterval=0))
+    stream = make(snapshots, tiny_text, n_tokens=400, mixing_tokens=100).batches(10, start=start)
+    next(stream)
+    assert capfd.readouterr().err.count("Filling the buffer") > 2
+    next(stream)
+    assert "Filling the buffer" not in capfd.readouterr().err
 
 
 def test_deterministic_in_the_seed_and_off_the_global_generator(snapshots: Snapshots, tiny_text: list[str]):

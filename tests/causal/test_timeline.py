@@ -164,7 +164,8 @@ def test_nothing_is_followed_without_significant_effects(runs: PromptRuns, ie: A
     table = follow_features(runs, unsure, 3)
     full = follow_features(runs, ie, 3)
     assert table.empty and list(table) == list(full)
-    assert feature_timeline(table) == "No feature has a significant effect on this task."
+    words = feature_timeline(table)
+    assert isinstance(words, str) and words.startswith("No feature has a significant effect on this task")
 
 
 def test_errors_are_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:
@@ -231,6 +232,11 @@ def test_the_chart_of_features(runs: PromptRuns, ie: Attribution) -> None:
     assert heat[1]["text"][0][0].startswith(f"{layout['yaxis']['ticktext'][0]}<br>step0, step 0: IE (logits) ")
     assert first["examples"].partition("]")[0] in heat[1]["text"][0][0]
     pd.testing.assert_frame_equal(chart.data, table.drop(columns="order"))
+    blank = feature_timeline(table, None, pd.DataFrame({"label": ["step0"]}))
+    assert not isinstance(blank, str) and "Share RelIE is not drawn at step0, where accuracy is at chance" in blank.note
+    _, ie_, share, _ = spec(blank.figure)["data"]
+    assert all(row[0] is None and row[1] is not None for row in share["z"])
+    assert ie_["z"] == heat[1]["z"]
 
 
 def test_the_chart_shows_only_the_largest_features() -> None:
