@@ -87,5 +87,6 @@ def _number(error: BaseException) -> int:
     """The system's number of an error, 0 if it has none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\bos error (\d+)\b|\[[Ee]rrno (\d+)\]", str(error))  # of libraries in other languages
-    return int(found[1] or found[2]) if found else 0
+    # of libraries in other languages
+    found = re.search(r"(?:\bos error |\[[Ee]rrno |\bOs \{ code: )(\d+)\b", str(error))
+    return int(found[1]) if found else 0

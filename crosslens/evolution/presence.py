@@ -250,7 +250,8 @@ class _FirstHalf:
         place[again] = np.arange(len(again))
         counts = self.counts[again]
         type_x = (self.type_x[again] / torch.from_numpy(counts)[:, None, None]).float()
-        type_f = (scipy.sparse.diags_array(1 / counts) @ self.type_f[again]).tocsr().astype(np.float32)
+        shares = scipy.sparse.dia_array((1 / counts[None], 0), shape=(len(counts), len(counts)))
+        type_f = (shares @ self.type_f[again]).tocsr().astype(np.float32)
         return [
             _Fit(raw.to(self.device), x_mean[None].float(), f_mean[None].float().numpy()),
             _Fit(within.to(self.device), type_x, type_f, place),

@@ -260,8 +260,9 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshots, Standar
             torch.manual_seed(s)
             model = GPTNeoXForCausalLM(config)
         model.gpt_neox.final_layer_norm.weight.data.fill_(1e4)
-        model.lm_head.weight.data.zero_()
-        model.lm_head.weight.data[5, 0] = model.lm_head.weight.data[6, 1] = k
+        unembedding = model.get_output_embeddings().weight.data
+        unembedding.zero_()
+        unembedding[5, 0] = unembedding[6, 1] = k
         model.gpt_neox.embed_in.weight.data.mul_(100)
         model.save_pretrained(folder / f"step{s}")
     snaps = Snapshots.local(folder)

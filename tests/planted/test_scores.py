@@ -165,7 +165,7 @@ def test_the_table_names_the_features_found() -> None:
 
 def test_one_found_feature_recovers_one_planted_feature() -> None:
     planted = Planted(Regime(n_features=40, d_model=16, splitting=1.0, dying=0, rotating=0, split_angle=0.1))
-    first = torch.tensor((planted.truth["partner"] > planted.truth.index).to_numpy())
+    first = torch.tensor((planted.truth["partner"] > planted.truth.index).to_numpy(dtype=bool, na_value=False))
     found = recovery(planted, planted.rows[first], torch.ones(8))
     assert found["recovered"] == 0.5 and found["cosine"] > 0.99 and found["splits"] == 0.0
 
