@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from crosslens.tasks.task import Task
     from tests.pretend_cuda import Pretended, Real
 
+# a warning that is an error, such as of read-only arrays, would come in the first test of a process alone
+torch.set_warn_always(True)
+
 ROOT = Path(__file__).parent.parent
 # programs that tests start import from `tests`, too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -767,7 +767,7 @@ def test_the_words_of_single_prompts(snaps: Snapshots, task: Task, method: str, 
             baseline=baseline,
             positions=True,
         )
-        expected = alone.effects[by_feature.index.to_numpy()]
+        expected = alone.effects[by_feature.index.tolist()]
         same(torch.tensor(by_feature.fillna(0).to_numpy()), expected)
         assert set(alone.effects.abs().amax(-1).gt(1e-4).nonzero().flatten().tolist()) <= set(by_feature.index)
         length, kept = len(text), alone.positions
