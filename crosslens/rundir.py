@@ -175,12 +175,13 @@ class RunDir:
 
         return release
 
-    def claim(self, identity: dict[str, Any], part: str = "identity") -> None:
+    def claim(self, identity: dict[str, Any], part: str = "identity", hints: Mapping[str, str] | None = None) -> None:
         """Make this the directory of a run, or check that it already is.
 
         Args:
             identity: the settings that tell one run from another.
             part: entry of run.json that records them; the demo records its own settings beside those of training.
+            hints: by setting, what to do where it is the one that differs.
 
         Raises:
             UserError: the directory holds another run (the first difference is named) or other files, or cannot be
@@ -192,7 +193,7 @@ class RunDir:
         if part in contents and not self._has_results() and _first_difference(contents[part], wanted):
             contents = {}  # of a command that failed before it had written anything
         if part in contents:
-            self._refuse_difference(contents[part], wanted)
+            self._refuse_difference(contents[part], wanted, hints)
             return
         stamp = contents or {
             "id": uuid.uuid4().hex,
@@ -218,13 +219,14 @@ class RunDir:
         """Whether anything but run.json has been written."""
         return any(path.name != "run.json" and not _is_lock(path) for path in self.path.iterdir())
 
-    def _refuse_difference(self, found: Any, wanted: Any) -> None:
+    def _refuse_difference(self, found: Any, wanted: Any, hints: Mapping[str, str] | None = None) -> None:
         difference = _first_difference(found, wanted)
         if difference is not None:
             key, old, new = difference
             raise UserError(
                 f"{self.path} belongs to another run: it has {key}={shortened(old)}, this run has "
                 f"{key}={shortened(new)}; choose another directory (nothing in this one was changed)"
+                + (f"; {hints[key]}" if hints and key in hints else "")
             )
 
     def other_seed(self, seed: int) -> RunDir:

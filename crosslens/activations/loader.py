@@ -435,8 +435,12 @@ class Activations:
     @property
     def _pass_sequences(self) -> int:
         """Sequences in a forward pass."""
+        return pass_sequences(self.tokens.shape[1], self._n_heads, self.settings)
+
+    @property
+    def _n_heads(self) -> int:
         config: Any = self.snapshots[0].config()
-        return pass_sequences(self.tokens.shape[1], config.num_attention_heads, self.settings)
+        return config.num_attention_heads
 
     @property
     def _shard_sequences(self) -> int:
@@ -679,15 +683,18 @@ class Activations:
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
         config, ours = self.snapshots[0].config(), self.settings
         n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
-        n_pass = min(forward_sequences(T, config.num_attention_heads, ours), max(n, held))
+        n_pass = min(forward_sequences(T, self._n_heads, ours), max(n, held))
         one_pass = pass_bytes(config, n_pass, T, ours.dtype, ours.attention)
         one_model = model_bytes(config, hook_layer(self.hook_name), ours.dtype)
         allowed = model_memory(self.settings.device)
         fit = one_model * S <= allowed
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
         chunk = min(self.block_sequences, n) * T * S * D * 4
-        own, kept = batch_size // data_parallel, self._held_out_bytes()
-        first = min(SCALE_TOKENS, self.n_tokens) * S * D * 4 * (processes == 1 and self.mixing_tokens < self.n_tokens)
+        own = batch_size // data_parallel
+        filled_once = processes == 1 and self.mixing_tokens < self.n_tokens
+        first = min(SCALE_TOKENS, self.n_tokens) * S * D * 4 if filled_once else 0
+        bounded = (self._held_out_bytes(), HELD_OUT_BYTES), (first, FIRST_BYTES)
+        kept = sum(taken for taken, most in bounded if taken <= most)
         loaded = one_model * (S if fit else 1)
         matrix, evaluation = 0, 0
         if architecture is not None:
@@ -717,10 +724,7 @@ class Activations:
             batch_bytes=min(own, self.n_tokens) * S * D * 4,
             order_bytes=order_bytes(self.n_tokens, S, size * T),
             mixing_tokens=self.mixing_tokens,
-            mixing_bytes=self.mixing_tokens * S * D * 4
-            + chunk
-            + (kept if kept <= HELD_OUT_BYTES else 0)
-            + (first if first <= FIRST_BYTES else 0),
+            mixing_bytes=self.mixing_tokens * S * D * 4 + chunk + kept,
             # one shard is written while the next is harvested
             harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
             n_files=1 + files,
@@ -753,8 +757,7 @@ class Activations:
         ours = self.settings
         n_blocks = hook_layer(self.hook_name)
         model = found.load(ours.device, ours.dtype, ours.backend, n_blocks, attention=ours.attention)
-        n_heads = self.snapshots[0].config().num_attention_heads
-        probe = self.tokens[: forward_sequences(self.tokens.shape[1], n_heads, ours)]
+        probe = self.tokens[: forward_sequences(self.tokens.shape[1], self._n_heads, ours)]
         seconds: list[float] = []
         for _ in range(3):
             # a new array each time, as in training, where its pages are not in memory yet either

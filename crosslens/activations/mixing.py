@@ -31,6 +31,8 @@ UNIT = 1024
 CHUNKS = 4
 """Least number of chunks that a buffer holds."""
 
+_bar = partial(tqdm, desc="Filling the buffer", leave=False, delay=2)
+
 Harvest: TypeAlias = Callable[[Indices], Float[Tensor, "n S D"]]
 """Activations of the kept positions of some training sequences."""
 
@@ -168,9 +170,6 @@ class Mixed:
             here = np.flatnonzero(owner[filled[i].slots] == i)
             rows = self.harvest(filled[i].sequences)[torch.from_numpy(here)]
             self.buffer[torch.from_numpy(filled[i].slots[here])] = rows
-
-
-_bar = partial(tqdm, desc="Filling the buffer", leave=False, delay=2)
 
 
 class Held:

@@ -342,12 +342,12 @@ class Plan:
 
     @property
     def _activations(self) -> int:
-        """Host memory for activations while training as recommended."""
+        """Host memory for activations while training."""
         return self._live_host if self._live else self.cached_bytes
 
     @property
     def _models(self) -> int:
-        """Memory for running models while training as recommended."""
+        """Memory for running models while training."""
         return self._live_device if self._live else 0
 
     @property
@@ -369,7 +369,7 @@ class Plan:
     def __str__(self) -> str:
         unknown = "not measured" if not self.n_downloads else "not measured: no weights are downloaded yet"
         estimate = unknown if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
-        estimate += ", to which steps of training add" * bool(self.training_bytes)
+        estimate += ", not counting the training steps" * bool(self.training_bytes)
         reading = self.cache_bytes / READ_BYTES_PER_SECOND
         way, reason = self.recommendation
         live = f"{_mib(self.live_bytes)} of memory"

@@ -133,7 +133,7 @@ def relative_effects(
     return Chart(chart.figure, chart.data, f"{chart.note}{said}")
 
 
-def _without_chance(table: Frame, chance: Frame | None) -> tuple[Frame, str]:
+def _without_chance(table: Frame, chance: Frame | None, not_drawn: str = "Not drawn") -> tuple[Frame, str]:
     """The table without share RelIE where accuracy is at chance, and a sentence that says so.
 
     The total |IE| is tiny at these snapshots, so that a share of it can be large without meaning anything.
@@ -144,7 +144,7 @@ def _without_chance(table: Frame, chance: Frame | None) -> tuple[Frame, str]:
         return table, " Accuracy is at chance at every snapshot." if at_chance else ""
     left = table.assign(share_relie=table["share_relie"].mask(table["label"].isin(at_chance)))
     return left, (
-        f" Not drawn at {', '.join(at_chance)}, where accuracy is at chance: the total effect is tiny there, so that "
+        f" {not_drawn} at {', '.join(at_chance)}, where accuracy is at chance: the total effect is tiny there, so that "
         "shares of it say nothing."
     )
 
@@ -540,7 +540,7 @@ def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | N
     """
     if table.empty:
         return _NOTHING
-    table, said = _without_chance(table, chance)
+    table, said = _without_chance(table, chance, "Share RelIE is not drawn")
     kept = table[table["feature"].isin(_largest(table).index[:N_TIMELINE])].sort_values(["order", "snapshot"])
     names: dict[str, str] = {}
     for feature, examples in kept.drop_duplicates("feature")[["feature", "examples"]].itertuples(index=False):
@@ -576,7 +576,7 @@ def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | N
     )
     if total > N_TIMELINE:
         note += f" The {N_TIMELINE} features with the largest |IE| are drawn, of {total:,}."
-    note += said.replace("Not drawn", "Share RelIE is not drawn")
+    note += said
     columns = [name for name in table if name != "order"]
     return Chart(figure, kept[columns].reset_index(drop=True), note)
 

@@ -286,7 +286,7 @@ def birth_counts(table: Frame) -> Chart | str:
     note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
     known = table["untrained"] if "untrained" in table else pd.Series(dtype=float)
     if not known.notna().any():
-        words = "{} Models that never trained were not measured: <code>crosslens evolve --untrained</code> does."
+        words = "{} Untrained models were not measured; <code>crosslens evolve --untrained</code> measures them."
         note = Markup(words).format(note)
     return Chart(figure, table.reset_index(drop=True), note.strip())
 

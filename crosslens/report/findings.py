@@ -190,7 +190,7 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             row = at.iloc[0]
             text += "; counted from the last snapshot backwards, which no training can explain, "
             text += f"{row['born_reversed']:,} are"
-        unlikely = "".join(f". B{line[1:]}" for line in describe_unlikely(counts))
+        unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_unlikely(counts))
         text += unlikely.replace("R2", MEASURES["r2"])
     links = _links(
         drawn,

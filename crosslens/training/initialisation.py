@@ -66,8 +66,9 @@ def initialise(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae = _made(architecture, parallel)
-    batches = acts.batches(batch_size, epochs=1, parallel=parallel) if first is None else first
-    moments = first_moments(batches, first_batches(acts, batch_size, scale_tokens))
+    n_batches = first_batches(acts, batch_size, scale_tokens)
+    # no name holds the stream, whose buffer is let go of before the norm is searched
+    moments = first_moments(first or acts.batches(batch_size, epochs=1, parallel=parallel), n_batches)
     scale = snapshot_scales(moments, architecture.scale, acts)
     if parallel.rank == 0:
         name_constant(moments, architecture.scale, acts)

@@ -49,6 +49,11 @@ from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 Batches: TypeAlias = Generator[Tensor, None, None]
 
+_ORDER = (
+    "a cache gives the tokens in another order than live models do, so repeat the command with or without --cache (in "
+    "Python Activations.cache) as at first"
+)
+
 
 def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
     """Train a crosscoder on the activations of all snapshots.
@@ -114,13 +119,12 @@ def _fit(
             tell(f"{run.path} holds this crosscoder: it is loaded, not trained again")
         return run
     began = time.perf_counter()
-    trainer, read = _trainer(acts, architecture, config, run, parallel)
-    sae = trainer.sae
-    trainer.data_provider = read
+    trainer, batches = _trainer(acts, architecture, config, run, parallel)
+    sae, trainer.data_provider = trainer.sae, batches
     trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
     # closing ends the prefetching before the evaluation
-    with closing(read), _checkpoint_at_sigterm(trainer):
+    with closing(batches), _checkpoint_at_sigterm(trainer):
         trainer.fit()
         trainer.check_finite()
         if run is not None and trainer.n_training_samples > resumed:
@@ -179,7 +183,7 @@ def _trainer(
     run: RunDir | None,
     parallel: Parallel,
 ) -> tuple[CrosscoderTrainer, Batches]:
-    """A trainer that continues from the last checkpoint, or else one at the start, and its batches."""
+    """A trainer that continues from the last checkpoint, or else one at the start, and its batches from there on."""
 
     def made(sae: CrosscoderTrainingSAE) -> CrosscoderTrainer:
         total = config.training_tokens or acts.n_tokens
@@ -194,7 +198,7 @@ def _trainer(
         del trainer
         if parallel.rank == 0:
             tell("no checkpoint can be read: training starts again from the first token")
-    first, read = _first(acts, config, parallel)
+    first, batches = _first(acts, config, parallel)
     sae = initialise(
         architecture,
         acts,
@@ -204,14 +208,14 @@ def _trainer(
         parallel=parallel,
         first=first,
     )
-    return made(sae), read
+    return made(sae), batches
 
 
 def _batches(acts: Activations, config: TrainConfig, parallel: Parallel, start: int = 0) -> Batches:
     return acts.batches(config.batch_size, start=start, device=config.device, parallel=parallel, whole=False)
 
 
-def _first(acts: Activations, config: TrainConfig, parallel: Parallel) -> tuple[list[Tensor] | None, Batches]:
+def _first(acts: Activations, config: TrainConfig, parallel: Parallel) -> tuple[deque[Tensor] | None, Batches]:
     """The first batches, for the scales, if they are kept for training; and all batches of the training.
 
     The models fill a buffer before the first live batch. If training opened the stream again they would fill it again,
@@ -223,17 +227,15 @@ def _first(acts: Activations, config: TrainConfig, parallel: Parallel) -> tuple[
     stream = _batches(acts, config, parallel)
     if not parallel.alone or acts.data_order == SHUFFLED or n_bytes > FIRST_BYTES:
         return None, stream
-    first = [batch.to("cpu", copy=True) for batch in islice(stream, n)]
+    first = deque(batch.to("cpu", copy=True) for batch in islice(stream, n))
     return first, _continued(first, stream, config.device)
 
 
-def _continued(first: list[Tensor], stream: Batches, device: str | None) -> Batches:
+def _continued(first: deque[Tensor], stream: Batches, device: str | None) -> Batches:
     """The first batches, each of which is let go of once it has been used, and the rest of a stream."""
     with closing(stream):
-        left = deque(first)
-        first.clear()
-        while left:
-            yield left.popleft().to(device)
+        while first:
+            yield first.popleft().to(device)
         yield from stream
 
 
@@ -283,27 +285,14 @@ def claim(
     if run is None:
         return architecture, None
     identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens)
-    _claim_directory(run, {**identity, "data_order": SHUFFLED} if will_be_cached else identity)
+    if will_be_cached:
+        identity["data_order"] = SHUFFLED
+    run.claim(identity, hints={"data_order": _ORDER})
     try:
         run.update(source=acts.to_dict())
     except UserError as error:
         tell(f"the command line cannot read {run.path}: {error}")
     return architecture, run
-
-
-def _claim_directory(run: RunDir, identity: dict[str, Any]) -> None:
-    """Claim it; where only the order of the tokens differs, say what decides it."""
-    try:
-        run.claim(identity)
-    except UserError as error:
-        recorded = run.read_json().get("identity") if run.exists() else None
-        others = json.loads(json.dumps({**identity, "data_order": ""}, default=str))
-        if recorded is None or {**recorded, "data_order": ""} != others:
-            raise
-        raise UserError(
-            f"{error}. All else is equal: a cache gives the tokens in another order than live models do, so repeat the "
-            "command with or without --cache (in Python Activations.cache) as at first"
-        ) from None
 
 
 def _claimed(

@@ -376,8 +376,8 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert plan.harvest_bytes == len(acts.train_tokens()) * T * 16 * (2 * 4 + 2)  # two shards, and one as stored
     assert plan.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05) and plan.n_downloads == 0
     assert math.isnan(plan.seconds) and "not measured" in str(plan)
-    way, reason = plan.recommendation
-    assert way == "live" and reason.startswith("one pass over the data, and the models fit into memory together")
+    cheap = "one pass over the data, and the models fit into memory together"
+    assert plan.recommendation == ("live", f"{cheap}; with a cache, evolve and other seeds need not run them again")
     assert acts.plan(measure=False, dtype="int8").cache_bytes == int(N * T * (3 * (20 + 1 / 8) + 8)) + 8 * 4096
     several = acts.plan(measure=False, training_tokens=5 * acts.n_tokens)
     assert several.passes == 5 and several.recommendation[0] == "cached" and "recommended cached: 5 p" in str(several)

@@ -164,8 +164,8 @@ def test_nothing_is_followed_without_significant_effects(runs: PromptRuns, ie: A
     table = follow_features(runs, unsure, 3)
     full = follow_features(runs, ie, 3)
     assert table.empty and list(table) == list(full)
-    words = feature_timeline(table)
-    assert isinstance(words, str) and words.startswith("No feature has a significant effect on this task")
+    words = "No feature has a significant effect on this task (false discovery rate 5%)."
+    assert feature_timeline(table) == f"{words} With more items, smaller effects become significant."
 
 
 def test_errors_are_one_line(snaps: Snapshots, task: Task, runs: PromptRuns, ie: Attribution) -> None:

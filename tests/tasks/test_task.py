@@ -163,7 +163,8 @@ def test_errors_name_file_line_and_keys(tmp_path: Path) -> None:
             Task.local(tmp_path / name)
     damaged = pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xe1"))
     pq.write_table(pa.table({"prefix": damaged, "correct": ["a"], "wrong": ["b"]}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"cannot read .*t.parquet \(.*(utf-8|Wrapping)"):
+    said = "utf-8" if int(pd.__version__.partition(".")[0]) > 2 else "Wrapping a"  # which pandas 2 leaves to pyarrow
+    with pytest.raises(UserError, match=rf"cannot read .*t.parquet \(.*{said}"):
         Task.local(tmp_path / "t.parquet")
     with pytest.raises(UserError, match="unknown suffix '.xlsx': use one of .jsonl, .json, .ndjson, .csv, .tsv, .parq"):
         Task.local(tmp_path / "t.xlsx")

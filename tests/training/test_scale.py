@@ -26,9 +26,8 @@ class MostlyConstant(Planted):
     @override
     def draw(self, n: int, index: int) -> tuple[Tensor, Tensor]:
         values, x = super().draw(n, index)
-        variance = (
-            self.rows.square().sum(-1).mul(torch.from_numpy(self.truth["firing"].to_numpy(copy=True))[:, None]).sum(0)
-        )
+        firing = torch.from_numpy(self.truth["firing"].to_numpy(copy=True))
+        variance = self.rows.square().sum(-1).mul(firing[:, None]).sum(0)
         constant = torch.randn(3, self.d_model, generator=torch.Generator().manual_seed(0)).double()
         constant *= (6 * variance[:3] / constant.square().sum(1)).sqrt()[:, None]
         x[:, :3] += constant.float()
