@@ -17,7 +17,7 @@ from .activations import Activations as Activations
 from .causal import ablate as ablate
 from .causal import attribute as attribute
 from .causal import relie as relie
-from .causal import study_task as study_task
+from .causal import study as study
 from .crosscoders import BatchTopKCrosscoderTrainingConfig as BatchTopKCrosscoderTrainingConfig
 from .crosscoders import JumpReLUCrosscoderTrainingConfig as JumpReLUCrosscoderTrainingConfig
 from .crosscoders import StandardCrosscoderTrainingConfig as StandardCrosscoderTrainingConfig

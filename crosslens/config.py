@@ -74,15 +74,9 @@ class AblateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """Every causal analysis of tasks (`crosslens study`): effects, ablation with controls, transfer, additivity,
-    timeline, validation, languages. Numbers of features above those active at some snapshot are reduced."""
+class StudySizes:
+    """Numbers of features and draws of a study; those above the features active at some snapshot are reduced."""
 
-    task: tuple[str, ...]
-    """Tasks, in the spelling of the command line."""
-    baseline: Baseline | None = None
-    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
-    patch if half of the prompts or more are paired, otherwise zero."""
     ablate_k: tuple[int, ...] = (1, 5, 15, 50)
     """Sizes of the sets that are ablated."""
     keep_k: tuple[int, ...] = (0, 5, 15, 50, 100)
@@ -102,6 +96,18 @@ class StudyOptions:
     """Replicates over prompts, for intervals."""
     n_pairs: int = 100
     """Pairs of features ablated together, at the last snapshot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(StudySizes):
+    """Every causal analysis of tasks (`crosslens study`): effects, ablation with controls, transfer, additivity,
+    timeline, validation, languages."""
+
+    task: tuple[str, ...]
+    """Tasks, in the spelling of the command line."""
+    baseline: Baseline | None = None
+    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
+    patch if half of the prompts or more are paired, otherwise zero."""
     seed: int = 0
     """Seed of the split into halves and of every draw."""
 

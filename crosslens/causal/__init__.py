@@ -3,7 +3,7 @@
 In: clean runs of a task (`PromptRuns`), or crosscoder, snapshots and task. Out: indirect effects `(F, S)`, their shares
 over the snapshots (RelIE), and exact ablations that check them.
 
-Start with `attribution.attribute`, then `ablation.ablate`; `study.study_task` runs the whole analysis. `relative` has
+Start with `attribution.attribute`, then `ablation.ablate`; `analyses.study` runs the whole analysis. `relative` has
 RelIE, significance and classes; `validation`, `additivity`, `transfer`, `timeline` and `languages` each cover one
 further analysis; `recipes` has the estimators of a paper.
 """

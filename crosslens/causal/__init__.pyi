@@ -5,6 +5,8 @@ from .ablation import faithfulness as faithfulness
 from .ablation import set_metrics as set_metrics
 from .additivity import Additivity as Additivity
 from .additivity import pair_additivity as pair_additivity
+from .analyses import Study as Study
+from .analyses import study as study
 from .attribution import Attribution as Attribution
 from .attribution import Bootstrap as Bootstrap
 from .attribution import Estimator as Estimator
@@ -25,9 +27,6 @@ from .relative import relie_interval as relie_interval
 from .relative import share_relie as share_relie
 from .relative import sign_changes as sign_changes
 from .relative import significant as significant
-from .study import Study as Study
-from .study import StudySizes as StudySizes
-from .study import study_task as study_task
 from .timeline import find_examples as find_examples
 from .timeline import follow_features as follow_features
 from .timeline import late_feature as late_feature

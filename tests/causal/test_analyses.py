@@ -12,13 +12,14 @@ import torch
 from scipy.stats import spearmanr
 
 from crosslens.causal.ablation import Controls, ablate
+from crosslens.causal.analyses import METHODS, Study, study
 from crosslens.causal.attribution import attribute
 from crosslens.causal.languages import split_languages
 from crosslens.causal.relative import significant
-from crosslens.causal.study import Study, StudySizes, study_task
 from crosslens.causal.timeline import follow_features
 from crosslens.causal.transfer import transfer_matrix
 from crosslens.causal.validation import validate
+from crosslens.config import StudySizes
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -54,7 +55,7 @@ def crosscoder(snaps: Snapshots) -> Crosscoder:
 
 @pytest.fixture(scope="module")
 def found(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> Study:
-    return study_task(
+    return study(
         crosscoder, snaps, task, seed=3,
         sizes=StudySizes(
             ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20
@@ -82,6 +83,7 @@ def test_tables_equal_single_analyses(crosscoder: Crosscoder, snaps: Snapshots, 
     )
     controls = Controls(n_draws=5, seed=3, allow_fewer=True)
     last = ablate(runs, ie, [K], baseline="patch", at=[len(snaps) - 1], controls=controls)
+    last = last.assign(split="held-out")
     got = found.tables["ablation/tiny"]
     row = got[(got["snapshot"] == 2) & (got["mode"] == "ablate") & (got["features"] == "random") & (got["k"] == K)]
     pd.testing.assert_frame_equal(
@@ -114,8 +116,9 @@ def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, f
             before, after = (base.metric(2, base.decode(each, 2) + base.error(2)) for each in (base.f[2], f))
             gains.append(float(after - before))
         assert added == pytest.approx(np.mean(gains), abs=1e-4)
-    for method in ("removal", "ig", "gradient"):
-        assert found.exact[method].tolist() == found.estimates[method].effects[largest, 2].tolist()
+    for method in METHODS:
+        effects = attribute(crosscoder, snaps, selection, method, baseline="patch").effects
+        assert found.exact[method].tolist() == effects[largest, 2].tolist()
         both = (found.exact["removed"] + found.exact["added"]) / 2
         assert found.rank_agreement(method) == pytest.approx(spearmanr(found.exact[method], found.exact["removed"])[0])
         assert found.rank_agreement(method, "both") == pytest.approx(spearmanr(found.exact[method], both)[0])
@@ -142,9 +145,32 @@ def test_languages(task: Task, found: Study, tmp_path: Path) -> None:
 def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:
     unpaired = replace(task, items=tuple(replace(item, patch_prefix=None, info={}) for item in task.items))
     with pytest.raises(UserError, match="patch"):
-        study_task(crosscoder, snaps, unpaired, baseline="patch")
+        study(crosscoder, snaps, unpaired, baseline="patch")
     sizes = StudySizes(ablate_k=(1,), keep_k=(1,), k=3, n_draws=2, n_draws_last=2, n_exact=3, n_pairs=3)
-    plain = study_task(crosscoder, snaps, unpaired, sizes=sizes)
+    plain = study(crosscoder, snaps, unpaired, sizes=sizes)
     assert plain.ie.estimator.baseline == "zero"
     assert "languages/tiny" not in plain.tables
     assert -1 <= plain.rank_agreement(end="added") <= 1
+
+
+def test_a_study_continues(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+    """Effects that are there are built on, and tables that are there are not made again."""
+    sizes = StudySizes(
+        ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20
+    )
+    left = {name: table for name, table in found.tables.items() if not name.startswith(("ablation", "timeline"))}
+    saved: list[str] = []
+    again = study(crosscoder, snaps, task, seed=3, sizes=sizes, known=left, save=lambda tables: saved.extend(tables))
+    assert saved == ["ablation/tiny", "timeline/tiny"]
+    for name in saved:
+        pd.testing.assert_frame_equal(again.tables[name], found.tables[name])
+    assert again.tables.keys() == found.tables.keys()
+    assert again.rank_agreement("ig") == found.rank_agreement("ig")
+    of_ig = dict(left)
+    of_ig["attribution/tiny.snapshots"] = left["attribution/tiny.snapshots"].assign(
+        method="ig", rule="gauss_legendre", n_nodes=20
+    )
+    with pytest.raises(UserError, match="ranks features by removal"):
+        study(crosscoder, snaps, task, seed=3, sizes=sizes, known=of_ig)
+    with pytest.raises(UserError, match="baseline zero: remove"):
+        study(crosscoder, snaps, task, seed=3, sizes=sizes, known=left, baseline="zero")
