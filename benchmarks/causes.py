@@ -31,9 +31,9 @@ import crosslens as cl
 from crosslens.activations import Activations
 from crosslens.causal import Attribution, attribute, exact_effects, significant, validate
 from crosslens.causal.attribution import rank_correlation
-from crosslens.cli.arguments import parse_tasks
 from crosslens.evolution import measure_decodability
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
+from crosslens.pipeline.opening import parse_tasks
 from crosslens.rundir import RunDir
 from crosslens.snapshots import ModelSettings
 

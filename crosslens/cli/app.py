@@ -52,19 +52,10 @@ from crosslens.cli.arguments import (
     check_tasks,
     check_trained_run,
     choose_label,
-    encoder_shares,
-    find_snapshots,
     in_range,
-    list_labels,
     one_of,
-    open_consensus,
-    open_run,
-    parse_activations,
     parse_numbers,
     parse_prices,
-    parse_settings,
-    parse_steps,
-    parse_tasks,
 )
 from crosslens.cli.config_file import Context, given_options, read_config
 from crosslens.cli.display import Column, Output, counted, is_first, number, percent, size
@@ -72,6 +63,17 @@ from crosslens.cli.failures import explain
 from crosslens.cli.help import SectionedCommand
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
+from crosslens.pipeline.opening import (
+    encoder_shares,
+    find_snapshots,
+    list_labels,
+    open_consensus,
+    open_run,
+    parse_activations,
+    parse_settings,
+    parse_steps,
+    parse_tasks,
+)
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from crosslens.activations import cache, tokens
 from crosslens.causal import attribution
 from crosslens.cli import arguments, training_options
 from crosslens.cli.app import app
-from crosslens.cli.arguments import parse_snapshots
 from crosslens.cli.help import SECTIONS, SectionedCommand
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
@@ -28,6 +27,7 @@ from crosslens.crosscoders import StandardCrosscoderTrainingConfig as STANDARD
 from crosslens.crosscoders import TopKCrosscoderTrainingConfig as TOPK
 from crosslens.distributed.devices import Precision
 from crosslens.errors import UserError
+from crosslens.pipeline.opening import find_snapshots, parse_snapshots
 from crosslens.training.config import TrainConfig
 
 PROGRAM = """
@@ -396,6 +396,6 @@ def test_any_models(tiny_snapshots: Path) -> None:
     assert found.labels == ["first", "last", "hub", "old"]
     assert [s.revision for s in found] == [None, None, "main", "step1"]
     assert parse_snapshots(spec, "first,last").labels == ["first", "last"]
-    arguments.find_snapshots(spec, None, ["blocks.2.hook_resid_post"])
+    find_snapshots(spec, None, ["blocks.2.hook_resid_post"])
     with pytest.raises(UserError, match="hook_name='blocks.3.hook_resid_post' does not exist: the model has 3 blocks"):
-        arguments.find_snapshots(spec, None, ["blocks.3.hook_resid_post"])
+        find_snapshots(spec, None, ["blocks.3.hook_resid_post"])

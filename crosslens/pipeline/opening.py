@@ -1,0 +1,262 @@
+"""What the words of a user stand for: snapshots, activations, tasks, and runs that are there already.
+
+`find_snapshots` checks a spelling with small files and tables alone, and returns the function that makes the
+snapshots. It imports neither torch nor pandas, transformers or SAELens, which take seconds, so that a mistake is
+reported at once; the other functions make the objects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from crosslens.errors import UserError, did_you_mean, read_json
+from crosslens.rundir import RunDir
+from crosslens.snapshots import families
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crosslens.activations import Activations
+    from crosslens.causal import Attribution
+    from crosslens.crosscoders import Crosscoder
+    from crosslens.snapshots import ModelSettings, Snapshots
+    from crosslens.tasks import Task
+
+    LoadSnapshots: TypeAlias = Callable[[], Snapshots]
+
+
+def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> LoadSnapshots:
+    """Check a --snapshots and a --steps option, and return the function that makes the `Snapshots`.
+
+    Args:
+        spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
+            `org/model@pattern` with {step} in it; `label=place,label=place`, where a place is a folder, `org/model` or
+            `org/model@revision`; a release such as crosslens-demo; or demo.
+        steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
+        hooks: hook points that a model in a local folder must have.
+
+    Raises:
+        UserError: `spec` is none of these, or a step or the hook point does not exist.
+    """
+    from crosslens.sharing.registry import list_releases
+
+    if spec == "demo":
+        return lambda: _demo(steps)
+    if Path(spec).is_dir():
+        return _local(Path(spec), steps, hooks)
+    if release := list_releases().get(spec):
+        where = release.snapshots or {}
+        steps = steps or ",".join(where.get("trained", ())) or None
+        if "folder" in where:
+            return _local(Path(where["folder"]), steps, hooks)
+        if "revisions" in where:
+            labels = where.get("labels", where["revisions"])
+            chosen = _choose(spec, labels, where.get("steps", [None] * len(labels)), steps)
+            return lambda: _released(spec, every=True)[chosen]
+        return lambda: _released(spec)  # raises
+    if re.match(r"[^/@=,]+=", spec):
+        return _models(spec, steps, hooks)
+    repository, at, revisions = spec.partition("@")
+    if at and "{step}" in revisions:
+        return _of_model(families.pattern_model(repository, revisions), steps or "all")
+    if model := families.match_model(spec):
+        default = "paper" if "paper" in model.sets else "log:8" if model.steps is None else "all"
+        return _of_model(model, steps or default)
+    if at and revisions:
+        from crosslens.sharing.repositories import check_repository
+
+        check_repository(repository)
+        if steps is not None:
+            raise UserError(f"--steps {steps} contradicts {spec!r}, which names its revisions: leave one of them out")
+        return lambda: _snapshots().from_hub(repository, revisions.split(","))
+    raise UserError(
+        f"--snapshots {spec!r} is neither a folder nor a known model: give a folder, pythia-160m, "
+        f"org/model@revision,revision, label=place,label=place, a release, or demo{did_you_mean(spec, list_releases())}"
+    )
+
+
+def _of_model(model: families.Model, steps: str) -> LoadSnapshots:
+    from crosslens.snapshots.hub import list_revisions
+
+    wanted = parse_steps(steps)
+    model.revisions(wanted, lambda: list_revisions(model.repository))
+    return lambda: _snapshots().from_model(model, wanted)
+
+
+def _local(folder: Path, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
+    from crosslens.snapshots.folders import read_rows
+
+    root = folder.expanduser().resolve()
+    name, rows = read_rows(root)
+    chosen = _choose(name, [row["label"] for row in rows], [row["step"] for row in rows], steps)
+    _check_hooks_in(root / rows[0]["path"], hooks)
+    return lambda: _snapshots().local(root)[chosen]
+
+
+def _models(spec: str, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
+    from crosslens.snapshots.folders import check_places
+
+    pairs = [(label, place) for label, _, place in (part.partition("=") for part in spec.split(","))]
+    if not all(label and place for label, place in pairs):
+        raise UserError(f"--snapshots {spec!r} mixes forms: give label=place,label=place, such as base=a,chat=b")
+    labels = [label for label, _ in pairs]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"--snapshots {spec!r} has a label twice: give each model its own")
+    for name, revision in check_places(dict[str, str | Path](pairs)).values():
+        if revision is None:
+            _check_hooks_in(Path(name), hooks)
+    chosen = _choose(spec, labels, [None] * len(labels), steps)
+    return lambda: _snapshots().of(dict[str, str | Path](pairs))[chosen]
+
+
+def _check_hooks_in(folder: Path, hooks: Sequence[str]) -> None:
+    """Refuse hook points that the model in a folder does not have."""
+    from crosslens.snapshots.hooks import check_hook
+
+    path = folder / "config.json"
+    if hooks and path.is_file():
+        config = read_json(path, "config of a model")
+        if {"num_hidden_layers", "model_type"} <= config.keys():
+            for hook in hooks:
+                check_hook(hook, SimpleNamespace(**config))
+
+
+def _demo(steps: str | None) -> Snapshots:
+    from crosslens.synthetic import PretrainingConfig
+
+    known = PretrainingConfig().snapshot_steps
+    chosen = _choose("the demo", [f"step{step}" for step in known], known, steps)
+    return _snapshots().demo()[chosen]
+
+
+def _released(name: str, *, every: bool = False) -> Snapshots:
+    from crosslens.sharing.registry import load_snapshots
+
+    return load_snapshots(name, every=every)
+
+
+def _snapshots() -> type[Snapshots]:
+    from crosslens.snapshots import Snapshots
+
+    return Snapshots
+
+
+def _choose(name: str, labels: Sequence[str], steps: Sequence[int | None], text: str | None) -> list[int]:
+    """Indices of the snapshots that a --steps option names, in the order of training."""
+    if text is None or text == "all":
+        return list(range(len(labels)))
+    known = [step for step in steps if step is not None]
+    even = families.read_spaced(text)
+    if even and len(known) == len(steps):
+        wanted: set[int | str] = {*families.spaced(known, *even)}
+    else:
+        parsed = parse_steps(text)
+        wanted = {parsed} if isinstance(parsed, str) else {*parsed}
+    if unknown := wanted - {*labels, *known}:
+        raise UserError(
+            f"--steps {text!r}: {name} has no snapshot {sorted(map(str, unknown))[0]}; it has {', '.join(labels)}"
+        )
+    return [i for i, names in enumerate(zip(labels, steps, strict=True)) if wanted & {*names}]
+
+
+def list_labels(path: Path) -> list[str]:
+    """Labels of the snapshots of a trained run."""
+    return [row["label"] for row in RunDir(path).read_json()["source"]["snapshots"]["snapshots"]]
+
+
+def parse_snapshots(spec: str, steps: str | None) -> Snapshots:
+    """Make the snapshots that `find_snapshots` has found."""
+    return find_snapshots(spec, steps)()
+
+
+def parse_steps(text: str) -> str | list[int | str]:
+    """Steps (`0,512,143000`), revisions (`step1000-tokens2B,main`), or the name of a set (`paper`, `log:12`)."""
+    parts: list[int | str] = [int(p.replace("_", "")) if _is_number(p) else p for p in text.split(",")]
+    return parts if len(parts) > 1 or isinstance(parts[0], int) else text
+
+
+def _is_number(text: str) -> bool:
+    return text.replace("_", "").isdecimal()
+
+
+def parse_tasks(specs: Sequence[str]) -> list[Task]:
+    """Make the tasks that `check_tasks` has accepted; two of one name are refused, because names are file names."""
+    tasks = [_parse_task(spec) for spec in specs]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--task names {name!r} twice: give each task once")
+    return tasks
+
+
+def _parse_task(spec: str) -> Task:
+    from crosslens.tasks import Task
+
+    kind, _, rest = spec.partition(":")
+    if kind == "multiblimp":
+        language, _, phenomenon = rest.partition(":")
+        return Task.multiblimp(language, phenomenon or None)
+    if kind == "ioi":
+        return Task.ioi(rest or None)
+    if kind in ("demo", "sva", "blimp", "clams"):
+        return getattr(Task, kind)(rest)
+    return Task.local(spec)
+
+
+def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -> ModelSettings:
+    """How models run; device None is CUDA if available."""
+    from crosslens.snapshots import ModelSettings
+
+    given: dict[str, Any] = {} if device is None else {"device": device}
+    return ModelSettings(**given, backend=backend, **others)
+
+
+def parse_activations(
+    load: LoadSnapshots,
+    hook: Sequence[str],
+    dataset: str,
+    n_tokens: int | None,
+    context_size: int | None,
+    *,
+    settings: ModelSettings,
+    seed: int = 0,
+    **others: Any,
+) -> Activations:
+    """The activations that a command asks for; `others` are further fields of `Dataset`."""
+    from crosslens.activations import Activations, Dataset
+
+    data = Dataset(dataset, n_tokens, context_size, **others)
+    return Activations(load(), hook, data, seed=seed, settings=settings)
+
+
+def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:
+    """Open a trained run: its crosscoder, and the activations it was trained on."""
+    from crosslens.activations import Activations
+    from crosslens.crosscoders import load
+
+    run = RunDir.open(path)
+    run.hold()
+    source = run.read_json()["source"]
+    settings = parse_settings(device, **source["settings"])
+    return run, load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)
+
+
+def encoder_shares(run: RunDir, ie: Attribution) -> Tensor | None:
+    """Encoder shares (F, S) that `crosslens evolve` has saved, for the features and snapshots of the effects."""
+    table = run.table("encoder")
+    columns = [f"share/{label}" for label in ie.labels]
+    if table is None or len(table) != len(ie.effects) or not set(columns) <= set(table):
+        return None
+    import torch
+
+    return torch.as_tensor(table.sort_values("feature")[columns].to_numpy(dtype=float).copy())
+
+
+def open_consensus(path: Path) -> list[int]:
+    """Features of a run that most of its seeds have."""
+    found = RunDir.open(path).consensus()
+    return [int(feature) for feature in found.loc[found["consensus"], "feature"]]
