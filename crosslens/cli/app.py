@@ -755,14 +755,13 @@ def evolve(
     from crosslens.evolution import (
         add_consensus,
         describe_doubtful,
-        recorded_training,
         study_dynamics,
         study_evolution,
         study_probes,
-        untrained_births,
     )
     from crosslens.evolution import evolve as read_evolution
     from crosslens.features import feature_tables
+    from crosslens.pipeline import recorded_training, untrained_births
 
     run, crosscoder, acts = open_run(run_dir, device)
     evolution = read_evolution(crosscoder, acts)
@@ -848,7 +847,10 @@ def attribute(
         ie = attribute_effects(runs, estimator, positions=by_word, n_exact=n_exact, n_bootstrap=200)
         if kept is not None:
             ie = ie.among(kept)
-        run.save_table(f"attribution/{prompts.name}", ie.to_frame(crosscoder.decoder_norms, encoder_shares(run, ie)))
+        run.save_table(
+            f"attribution/{prompts.name}",
+            ie.to_frame(crosscoder.decoder_norms, encoder_shares(run, len(ie.effects), ie.labels)),
+        )
         snapshots = ie.snapshot_frame().assign(split="selection")
         run.save_table(f"attribution/{prompts.name}.snapshots", snapshots)
         if by_word:

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from crosslens.activations.loader import Activations
-from crosslens.causal.study import Study, StudySizes, study_task
+from crosslens.causal.analyses import Study
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.cli.display import to_json
-from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
-from crosslens.evolution.history import evolve
+from crosslens.config import EvolveOptions, ReportOptions, StudyOptions
+from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
-from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
-from crosslens.features.tables import feature_tables
-from crosslens.report import write_report
+from crosslens.pipeline.evolving import evolve
+from crosslens.pipeline.opening import read_run
+from crosslens.pipeline.reporting import report
+from crosslens.pipeline.studying import measure_accuracy, study
 from crosslens.rundir import RunDir, write_text
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
@@ -118,77 +118,47 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     every = snapshots or Snapshots.demo(seed)
     snaps = every[[s for s, step in enumerate(every.steps) if (step or 0) >= config.first_step]]
     mark = lap("pretraining", began)
-    acts, crosscoder = _crosscoder(run, snaps, seed, config)
-    mark = lap("crosscoder", mark)
-    evolution = evolve(crosscoder, acts, seed=seed)
-    history = study_evolution(crosscoder, acts, evolution, seed=seed)
-    run.save_tables(history)
-    run.save_tables(feature_tables(crosscoder, acts))
-    mark = lap("evolution", mark)
-    probes = study_probes(crosscoder, acts, evolution, n_features=config.n_probes, seed=seed)
-    run.save_tables(probes)
-    mark = lap("probes", mark)
-    tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
-    accuracy = pd.concat([task.accuracy(every, settings=CPU) for task in tasks.values()], ignore_index=True)
-    run.save_table("accuracy", accuracy)
-    accuracy = pd.DataFrame(accuracy[accuracy["label"].isin(snaps.labels)])
+    _train(run, snaps, seed, config)
+    mark = lap("train", mark)
+    tasks = tuple(Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS)
+    for task in tasks:
+        measure_accuracy(run, task, every, CPU)
     mark = lap("accuracy", mark)
     # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
     batches = islice(demo_batches(seed), PretrainingConfig().n_steps)
     counts = count_ngrams(batches, snaps.tokenizer) if snapshots is None else None
-    dynamics = study_dynamics(
-        crosscoder,
-        acts,
-        counts,
-        evolution=evolution,
-        doubtful=history["doubtful"],
-        snapshots=every,
-        accuracy=accuracy,
-        seed=seed,
-    )
-    run.save_tables(dynamics)
-    mark = lap("dynamics", mark)
+    evolving = EvolveOptions(n_probes=config.n_probes, seed=seed)
+    tables = evolve(run, evolving, device="cpu", counts=counts, snapshots=every)
+    mark = lap("evolve", mark)
     # the paired prompts differ in the number of the head noun, so effects measure number, not mere presence
-    sizes = StudySizes(n_draws_last=config.n_random, n_exact=config.n_exact)
-    presence = evolution.table.pivot(index="feature", columns="snapshot", values="r2")
-    decodability = torch.tensor(presence.to_numpy(dtype=float))
-    columns = [f"share/{label}" for label in snaps.labels]
-    share = torch.tensor(history["encoder"].sort_values("feature")[columns].to_numpy(dtype=float))
-    studies = {
-        name: study_task(
-            crosscoder, snaps, task, decodability=decodability, encoder_share=share, sizes=sizes, seed=seed
-        )
-        for name, task in tasks.items()
-    }
-    for each in studies.values():
-        run.save_tables(each.tables)
-    mark = lap("causes", mark)
-    run.update(timings=timings)
-    summary = _summary(run, snaps, studies, probes["probe"], dynamics)
+    studying = StudyOptions(task=tasks, n_draws_last=config.n_random, n_exact=config.n_exact, seed=seed)
+    studies = dict(study(run, studying, device="cpu"))
+    mark = lap("study", mark)
+    summary = _summary(run, snaps, studies, tables)
     effects = {name: each.ie for name, each in studies.items()}
+    crosscoder, acts = read_run(run, "cpu")
     for name, finding in (
         ("late_feature", late_feature(effects[name] for name in ATTRACTORS)),
         ("sign_change", sign_change(effects.values())),
     ):
         summary[name] = {**finding, "examples": top_examples(crosscoder, acts, finding["feature"])}
+    run.update(timings=timings)
+    report(run, ReportOptions(title=f"crosslens demo, seed {seed}"))
     lap("report", mark)
-    write_report(run.path, title=f"crosslens demo, seed {seed}")
     shutil.rmtree(run.path / "activations")  # 450 MB that can be harvested again in seconds
     summary = to_json({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
 
 
-def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> tuple[Activations, Crosscoder]:
+def _train(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> None:
     corpus = run.path / "documents.txt"
     text = "\n".join(grammar.documents(config.n_documents, seed + 1_000_003))
     if not corpus.exists():
         corpus.write_text(text, encoding="utf-8")
     acts = Activations(snaps, config.hook_name, corpus, config.n_tokens, seed=seed, settings=CPU)
-    cache = run.path / "activations"
-    cached = acts.cache(cache)
-    crosscoder = train(
-        cached,
+    train(
+        acts.cache(run.path / "activations"),
         BatchTopKCrosscoderTrainingConfig(
             d_sae=config.d_sae,
             k=config.k,
@@ -204,7 +174,6 @@ def _crosscoder(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) ->
             device="cpu",
         ),
     )
-    return cached, crosscoder
 
 
 def _ablation_summary(found: Study) -> dict[str, float]:
@@ -236,9 +205,9 @@ def _additivity_summary(found: Study) -> dict[str, float]:
 
 def _validation_summary(found: Study) -> dict[str, dict[str, list[float]]]:
     """Correlation of each measure with exact effects over the snapshots of a feature, and its interval."""
-    if found.validation is None:
+    table = found.tables.get(f"validation/{found.task}.summary")
+    if table is None:
         return {}
-    table = found.validation.summary
     return {
         str(target): {
             str(row["measure"]): [round(float(row[name]), 3) for name in ("correlation", "low", "high")]
@@ -256,11 +225,13 @@ def _transfer_summary(found: Study) -> list[float]:
 
 
 def _summary(
-    run: RunDir, snaps: Snapshots, studies: dict[str, Study], probes: pd.DataFrame, dynamics: dict[str, pd.DataFrame]
+    run: RunDir, snaps: Snapshots, studies: dict[str, Study], tables: dict[str, pd.DataFrame]
 ) -> dict[str, Any]:
     evaluation, accuracy = run.table("evaluation"), run.table("accuracy")
     assert evaluation is not None and accuracy is not None
-    completeness = torch.stack([each.estimates["ig"].completeness for each in studies.values()])
+    completeness = pd.DataFrame(
+        {name: each.tables[f"completeness/{name}"]["completeness_error"] for name, each in studies.items()}
+    )
     return {
         "snapshots": snaps.labels,
         # of the untrained model, too
@@ -271,11 +242,11 @@ def _summary(
         "explained_variance": evaluation["explained_variance"].tolist(),
         "phases": {
             str(row["event"]): {name: row[name] for name in ("label", "low_step", "high_step", "lead")}
-            for row in dynamics["phases"].to_dict("records")
+            for row in tables["phases"].to_dict("records")
         },
         "l0": float(evaluation["l0"].mean()),
         "dead_fraction": float(evaluation["dead_fraction"].iloc[0]),
-        "completeness_error": completeness.amax(0).tolist(),
+        "completeness_error": completeness.max(axis=1).tolist(),
         "ablation": {name: _ablation_summary(each) for name, each in studies.items()},
         "spearman_ie_exact": {
             name: {
@@ -290,5 +261,5 @@ def _summary(
         "validation": {name: _validation_summary(each) for name, each in studies.items()},
         "additivity": {name: _additivity_summary(each) for name, each in studies.items()},
         "transfer_to_last": {name: _transfer_summary(each) for name, each in studies.items()},
-        "probe": probe_correlation(probes),
+        "probe": probe_correlation(tables["probe"]),
     }

@@ -53,6 +53,3 @@ from .study import study_evolution as study_evolution
 from .study import study_probes as study_probes
 from .sweep import Choice as Choice
 from .sweep import choose as choose
-from .untrained import recorded_training as recorded_training
-from .untrained import untrained_births as untrained_births
-from .untrained import untrained_snapshots as untrained_snapshots

@@ -1,3 +1,5 @@
+from .evolving import evolve as evolve
+from .labelling import label as label
 from .opening import encoder_shares as encoder_shares
 from .opening import open_consensus as open_consensus
 from .opening import open_run as open_run
@@ -5,3 +7,11 @@ from .opening import parse_activations as parse_activations
 from .opening import parse_settings as parse_settings
 from .opening import parse_snapshots as parse_snapshots
 from .opening import parse_tasks as parse_tasks
+from .opening import read_run as read_run
+from .reporting import report as report
+from .studying import ablate as ablate
+from .studying import attribute as attribute
+from .studying import study as study
+from .untrained import recorded_training as recorded_training
+from .untrained import untrained_births as untrained_births
+from .untrained import untrained_snapshots as untrained_snapshots

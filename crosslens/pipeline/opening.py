@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crosslens.activations import Activations
-    from crosslens.causal import Attribution
     from crosslens.crosscoders import Crosscoder
     from crosslens.snapshots import ModelSettings, Snapshots
     from crosslens.tasks import Task
@@ -183,9 +182,10 @@ def _is_number(text: str) -> bool:
     return text.replace("_", "").isdecimal()
 
 
-def parse_tasks(specs: Sequence[str]) -> list[Task]:
-    """Make the tasks that `check_tasks` has accepted; two of one name are refused, because names are file names."""
-    tasks = [_parse_task(spec) for spec in specs]
+def parse_tasks(specs: Sequence[str | Task]) -> list[Task]:
+    """Make the tasks that `check_tasks` has accepted, unless they are made already; two of one name are refused,
+    because names are file names."""
+    tasks = [_parse_task(spec) if isinstance(spec, str) else spec for spec in specs]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
@@ -234,22 +234,27 @@ def parse_activations(
 
 
 def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:
-    """Open a trained run: its crosscoder, and the activations it was trained on."""
+    """Open a trained run: its crosscoder, and the activations it was trained on; others may not write in it."""
+    run = RunDir.open(path)
+    run.hold()
+    return (run, *read_run(run, device))
+
+
+def read_run(run: RunDir, device: str | None) -> tuple[Crosscoder, Activations]:
+    """The crosscoder of a trained run, and the activations it was trained on."""
     from crosslens.activations import Activations
     from crosslens.crosscoders import load
 
-    run = RunDir.open(path)
-    run.hold()
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
-    return run, load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)
+    return load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)
 
 
-def encoder_shares(run: RunDir, ie: Attribution) -> Tensor | None:
-    """Encoder shares (F, S) that `crosslens evolve` has saved, for the features and snapshots of the effects."""
+def encoder_shares(run: RunDir, d_sae: int, labels: Sequence[str]) -> Tensor | None:
+    """Encoder shares (F, S) that `evolve` has saved, if they are of these features and snapshots."""
     table = run.table("encoder")
-    columns = [f"share/{label}" for label in ie.labels]
-    if table is None or len(table) != len(ie.effects) or not set(columns) <= set(table):
+    columns = [f"share/{label}" for label in labels]
+    if table is None or len(table) != d_sae or not set(columns) <= set(table):
         return None
     import torch
 

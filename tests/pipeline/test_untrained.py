@@ -18,7 +18,7 @@ from crosslens.evolution.births import beside_untrained, count_births, table_of_
 from crosslens.evolution.history import evolve
 from crosslens.evolution.presence import measure_decodability
 from crosslens.evolution.study import study_evolution
-from crosslens.evolution.untrained import recorded_training, untrained_births, untrained_snapshots
+from crosslens.pipeline.untrained import recorded_training, untrained_births, untrained_snapshots
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from crosslens.training.config import TrainConfig

@@ -1,0 +1,86 @@
+"""`evolve`: everything about the features of a run over time that needs no task.
+
+1. Read the held-out activations and find when features form, rotate, split and fade, with controls
+   (`crosslens.evolution`).
+2. Collect examples, contexts, the logit lens and neighbours of every feature (`crosslens.features`).
+3. Measure what the models predict beside the features, and propose snapshots; with the accuracy on tasks where it is
+   known.
+4. Fit probes to some features.
+
+Every part leaves its tables as soon as it ends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from crosslens.config import EvolveOptions
+from crosslens.evolution import add_consensus, study_dynamics, study_evolution, study_probes
+from crosslens.evolution import evolve as read_evolution
+from crosslens.features import feature_tables
+from crosslens.pipeline.opening import read_run
+from crosslens.pipeline.untrained import recorded_training, untrained_births
+from crosslens.rundir import RunDir
+
+if TYPE_CHECKING:
+    from crosslens.evolution import NgramCounts
+    from crosslens.snapshots import Snapshots
+
+
+def evolve(
+    run: RunDir,
+    options: EvolveOptions | None = None,
+    *,
+    device: str | None = None,
+    counts: NgramCounts | None = None,
+    snapshots: Snapshots | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Analyse the features of a trained run over time, and save the tables.
+
+    Args:
+        run: with a trained crosscoder.
+        options: `EvolveOptions()` if None.
+        device: of models and crosscoder; CUDA if available.
+        counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the run's training tokens if None.
+        snapshots: snapshots whose predictions are measured, those of the run among them; those of the run if None.
+
+    Returns:
+        The tables by name, as in the run directory (`crosslens.tables`).
+
+    Raises:
+        UserError: the run has no trained crosscoder, one snapshot only, or too few held-out tokens; or another process
+            is writing in it.
+    """
+    options = options or EvolveOptions()
+    with run.writing():
+        crosscoder, acts = read_run(run, device)
+        evolution = read_evolution(crosscoder, acts, seed=options.seed)
+        if options.untrained:
+            found = untrained_births(acts, *recorded_training(run, acts.settings.device))
+            run.save_table("untrained_births", found)
+        untrained = run.table("untrained_births")
+        tables = study_evolution(crosscoder, acts, evolution, untrained=untrained, seed=options.seed)
+        consensus = run.table("consensus")
+        if consensus is not None:
+            tables["lifecycles"] = add_consensus(tables["lifecycles"], consensus)
+        run.save_tables(tables)
+        run.save_tables(feature_tables(crosscoder, acts))
+        accuracy = run.table("accuracy")
+        if accuracy is not None:
+            accuracy = pd.DataFrame(accuracy[accuracy["label"].isin(acts.snapshots.labels)])
+        dynamics = study_dynamics(
+            crosscoder,
+            acts,
+            counts,
+            evolution=evolution,
+            doubtful=tables["doubtful"],
+            snapshots=snapshots,
+            accuracy=accuracy,
+            seed=options.seed,
+        )
+        run.save_tables(dynamics)
+        probes = study_probes(crosscoder, acts, evolution, n_features=options.n_probes, seed=options.seed)
+        run.save_tables(probes)
+    return {**tables, **dynamics, **probes}
