@@ -26,6 +26,9 @@ consensus.parquet               one row per feature: how many seeds have it
 sweep.parquet                   agreement and explained variance by number of features and k
 sweep/<setting>/                run directories of the trainings behind it
 report/                         the HTML pages
+
+A run directory may be a link, which is followed. None of its parts may be one: what is written or deleted through it
+would be in a place that the command does not name. `RunDir.open` and `RunDir.check_usable` refuse such a run.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -53,6 +57,16 @@ if TYPE_CHECKING:
 
 _COUNT = itertools.count()
 _HELD: list[FileLock] = []
+_CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
+# what is written directly in a run directory; `check_cache` looks at caches, which can have any name
+_PARTS = re.compile(
+    r"checkpoints|crosscoder|crosscoder\.partial|damaged-crosscoder|report|seeds|sweep|activations|attribution|prompts"
+    r"|completeness|validation|ablation|timeline|transfer|additivity|languages|.+\.parquet|run\.json|labels\.jsonl"
+    r"|summary\.json|documents\.txt|\.lock|\.report\.lock"
+)
+# what is written in folders of it whose contents are not always ours
+_INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seeds": re.compile(r"\d+"),
+          "sweep": re.compile(r"F\d.*")}  # fmt: skip
 _PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
 _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
@@ -76,11 +90,12 @@ class RunDir:
         """Open an existing run directory.
 
         Raises:
-            UserError: `path` holds no run.
+            UserError: `path` holds no run, or a part of it is a link.
         """
         run = cls(path)
         if not run.exists():
             raise UserError(f"{path} is not a run directory (it has no run.json); `crosslens train` makes one")
+        run.check_links()
         return run
 
     def exists(self) -> bool:
@@ -125,13 +140,27 @@ class RunDir:
         """Check that a run can be written here, or continued.
 
         Raises:
-            UserError: the path is a file or not writable, or the directory holds files of something else.
+            UserError: the path is a file or not writable, the directory holds files of something else, or a part of
+                the run is a link.
         """
         check_writable(self.path)
+        self.check_links()
         if not self.exists() and self.path.is_dir() and any(not _is_lock(path) for path in self.path.iterdir()):
             raise UserError(
                 f"{self.path} contains files but is not a run directory; choose a new one (nothing in it was changed)"
             )
+
+    def check_links(self) -> None:
+        """Check that no part of the run is a link; the run directory itself may be one.
+
+        Raises:
+            UserError: a part is a link. It is named, with its target and the remedy.
+        """
+        for folder, ours in ((".", _PARTS), *_INNER.items()):
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / folder) as found:
+                for entry in found:
+                    if ours.fullmatch(entry.name):
+                        check_no_link(Path(entry.path), self.path)
 
     @contextmanager
     def writing(self, part: str = "run") -> Generator[None, None, None]:
@@ -334,7 +363,7 @@ class RunDir:
         if accuracy is not None and rest is not None and len(rest) < len(accuracy):
             removed.append("accuracy")
             if rest.empty:
-                self._table_path("accuracy").unlink()
+                delete(self._table_path("accuracy"), self.path)
             else:
                 self.save_table("accuracy", rest.reset_index(drop=True))
         if not removed:
@@ -345,7 +374,7 @@ class RunDir:
             )
         for name in removed:
             if name != "accuracy":
-                self._table_path(name).unlink()
+                delete(self._table_path(name), self.path)
         return removed
 
     def table_names(self) -> list[str]:
@@ -382,10 +411,72 @@ def _is_lock(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".lock")
 
 
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Everything in a folder that training wrote: checkpoints, whole, unfinished or set aside; not files of others."""
+    return [path for path in folder.glob("*") if _CHECKPOINT.fullmatch(path.name)]
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    complete = [path for path in folder.glob("tokens-*") if (path / "state.json").is_file()]
+    named = [path for path in all_checkpoints(folder) if path.name.startswith("tokens-")]
+    complete = [path for path in named if (path / "state.json").is_file()]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("tokens-")))
+
+
+def delete(path: Path, run: Path) -> None:
+    """Delete a part of a run, if it is there: a file, a folder, or a link, never what a link points to.
+
+    Nothing else in the package deletes what is in a run directory. Files of a folder that cannot be deleted are left;
+    `state.json`, which makes a checkpoint complete, goes first.
+
+    Args:
+        path: the part.
+        run: the run directory, or another folder above `path` that may be a link.
+
+    Raises:
+        UserError: a folder between the two is a link.
+    """
+    check_no_link(path.parent, run)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    (path / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def check_no_link(path: Path, run: Path) -> None:
+    """Check that neither a part of a run nor a folder between it and the run directory is a link.
+
+    Args:
+        path: the part, which need not exist.
+        run: the run directory.
+
+    Raises:
+        UserError: one is a link.
+    """
+    parts = path.relative_to(run).parts
+    for n in range(1, len(parts) + 1):
+        part = run.joinpath(*parts[:n])
+        if part.is_symlink():
+            raise UserError(
+                f"{part} is a link to {os.readlink(part)}: a part of a run cannot be elsewhere; move it back, and make "
+                "the run directory itself the link (nothing was changed)"
+            )
+
+
+def check_cache(folder: Path) -> None:
+    """Check that a cache of activations within a run directory is not reached through a link.
+
+    Args:
+        folder: of the cache, which need not exist; elsewhere it may be a link.
+
+    Raises:
+        UserError: it, or a folder between it and the run directory, is a link.
+    """
+    folder = Path(os.path.abspath(folder))  # not `resolve`, which would follow the link
+    run = next((above for above in folder.parents if (above / "run.json").is_file()), None)
+    if run is not None:
+        check_no_link(folder, run)
 
 
 def inspect_checkpoint(folder: Path, rank: int = 0, n_ranks: int = 1) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crosslens.errors import UserError
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, all_checkpoints, check_cache, delete
 
 IDENTITY: dict[str, Any] = {
     "model_name": "tiny",
@@ -274,3 +274,72 @@ def test_a_claim_without_results_is_replaced(tmp_path: Path):
     run.save_table("evolution", table())
     with pytest.raises(UserError, match="it has n_tokens=5, this run has n_tokens=1234"):
         run.claim(IDENTITY)
+
+
+# ---------------------------------------------------------------------- links, and files of others
+def claimed(folder: Path) -> RunDir:
+    run = RunDir(folder / "run")
+    run.claim(IDENTITY)
+    return run
+
+
+PARTS = ("checkpoints", "crosscoder", "crosscoder.partial", "report", "report/data", "seeds", "seeds/1", "sweep",
+         "checkpoints/tokens-64", "checkpoints/partial-64", "attribution", "evolution.parquet", "labels.jsonl", ".lock",
+         "activations")  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_run_that_is_a_link_is_refused(tmp_path: Path, part: str):
+    run, target = claimed(tmp_path), tmp_path / "elsewhere"
+    target.mkdir()
+    (run.path / part).parent.mkdir(exist_ok=True)
+    (run.path / part).symlink_to(target)
+    message = f"{part} is a link to {target}: a part of a run cannot be elsewhere; .*make the run directory itself the"
+    for call in (lambda: RunDir.open(run.path), run.hold, run.check_usable, lambda: run.check_settings({})):
+        with pytest.raises(UserError, match=message):
+            call()
+    with pytest.raises(UserError, match="is a link to"):
+        check_cache(run.path / part / "inside")
+    assert not any(target.iterdir())
+
+
+def test_the_run_directory_itself_may_be_a_link(tmp_path: Path):
+    run = claimed(tmp_path)
+    (tmp_path / "link").symlink_to(run.path)
+    linked = RunDir.open(tmp_path / "link")
+    with linked.writing():
+        linked.save_table("evolution", pd.DataFrame({"snapshot": [0]}))
+    check_cache(linked.path / "cache")
+    delete(linked.path / "evolution.parquet", linked.path)
+    assert run.table_names() == []
+
+
+def test_what_is_deleted_is_never_behind_a_link(tmp_path: Path):
+    run, victim = claimed(tmp_path), tmp_path / "victim"
+    (victim / "tokens-1").mkdir(parents=True)
+    (victim / "tokens-1" / "state.json").write_text("{}")
+    run.checkpoints.mkdir()
+    (run.checkpoints / "tokens-1").symlink_to(victim / "tokens-1")
+    delete(run.checkpoints / "tokens-1", run.path)
+    (run.checkpoints / "tokens-2").mkdir()
+    (run.checkpoints / "tokens-2" / "inside").symlink_to(victim)
+    delete(run.checkpoints / "tokens-2", run.path)
+    assert not any(run.checkpoints.iterdir())
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to(victim)
+    with pytest.raises(UserError, match="is a link to"):
+        delete(run.checkpoints / "tokens-1", run.path)
+    assert (victim / "tokens-1" / "state.json").is_file()
+
+
+def test_files_of_others_among_checkpoints(tmp_path: Path):
+    run = claimed(tmp_path)
+    ours = ("tokens-1000", "partial-2000", "damaged-tokens-500")
+    for name in (*ours, "tokens-abc", "tokens-", "damaged-mine", "partial", "mine"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "state.json").touch()
+    (run.checkpoints / ".DS_Store").touch()
+    (run.checkpoints / "tokens-of-love").symlink_to(tmp_path)  # whose name is not ours
+    assert sorted(path.name for path in all_checkpoints(run.checkpoints)) == sorted(ours)
+    assert run.last_checkpoint() == run.checkpoints / "tokens-1000"
+    RunDir.open(run.path)

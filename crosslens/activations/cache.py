@@ -449,8 +449,13 @@ class ActivationCache:
 
     @contextmanager
     def _locks(self) -> Generator[_Locks, None, None]:
-        with open(self.folder / "harvest.lock", "wb") as file:
+        with open(self.folder / "harvest.lock", "wb", opener=_open_no_link) as file:
             yield _Locks(file.fileno())
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """An opener for files that are written, which fails if the file is a link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _remove(left: Iterable[Path]) -> None:
@@ -859,7 +864,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     # with locks, only one process writes this file
     partial = path.with_suffix(".tmp" if fcntl is not None else f".{uuid.uuid4().hex}.tmp")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=_open_no_link) as file:
             file.write((HEADER - 8).to_bytes(8, "little") + header)
             for array in arrays.values():
                 file.write(array.data)

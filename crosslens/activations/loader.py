@@ -83,6 +83,7 @@ from crosslens.activations.tokens import Dataset, Source, split_sequences, token
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError, did_you_mean
+from crosslens.rundir import check_cache
 from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import check_hooks, hook_layer
@@ -492,12 +493,15 @@ class Activations:
             verify: compare the checksums of all files now.
 
         Raises:
-            UserError: a cache for a different request, a full disk, or activations that are not finite.
+            UserError: a cache for a different request, a link within a run directory, a full disk, or activations that
+                are not finite.
         """
         path = Path(folder)
         places = {name: path / name for name in self.hook_names}
         if len(places) == 1 and not (path / self.hook_name / "manifest.json").is_file():
             places = {self.hook_name: path}
+        for place in places.values():
+            check_cache(place)
         source = source_identity(self.dataset, self.snapshots.tokenizer, self.seed)
         for place in places.values():
             if self._tokens is None and (found := recorded_tokens(place, source)):
@@ -578,7 +582,12 @@ class Activations:
             "backend": self.settings.backend,
             "model_dtype": self.settings.dtype,
             "attention": self.settings.attention,
+            **self._trusted(),
         }
+
+    def _trusted(self) -> dict[str, Any]:
+        """That code of the snapshots may run; nothing if not, as in caches and runs of earlier versions."""
+        return {"trust_remote_code": True} if self.snapshots.trust_remote_code else {}
 
     def metadata(self) -> dict[str, Any]:
         """What a crosscoder trained on these activations records about them."""
@@ -595,6 +604,7 @@ class Activations:
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots
             ],
+            **self._trusted(),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -682,10 +692,11 @@ class Activations:
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
         config, ours = self.snapshots[0].config(), self.settings
+        trusted = self.snapshots[0].trust_remote_code
         n, held, size = len(self.train_tokens()), len(self.held_out_tokens()), self._shard_sequences
         n_pass = min(forward_sequences(T, self._n_heads, ours), max(n, held))
         one_pass = pass_bytes(config, n_pass, T, ours.dtype, ours.attention)
-        one_model = model_bytes(config, hook_layer(self.hook_name), ours.dtype)
+        one_model = model_bytes(config, hook_layer(self.hook_name), ours.dtype, trusted)
         allowed = model_memory(self.settings.device)
         fit = one_model * S <= allowed
         files = (len(self._shards()) + -(-held // size)) * (S + 1)
@@ -701,7 +712,7 @@ class Activations:
             share = data_parallel / processes
             matrix = int(4 * S * D * architecture.d_sae * share)
             whole_config = self.snapshots[0].config()  # the other one was cut
-            whole = model_bytes(whole_config, whole_config.num_hidden_layers, ours.dtype)
+            whole = model_bytes(whole_config, whole_config.num_hidden_layers, ours.dtype, trusted)
             # every process runs the models of some snapshots
             models = whole * (-(-S // processes) if whole * S <= allowed else 1)
             weights = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments

@@ -33,13 +33,13 @@ READ_BYTES_PER_SECOND = 200e6
 _BATCHES = 3
 
 
-def model_bytes(config: Any, n_blocks: int, dtype: str = "float32") -> int:
+def model_bytes(config: Any, n_blocks: int, dtype: str = "float32", trust_remote_code: bool = False) -> int:
     """Memory in bytes of a bridge with the first blocks of this transformers configuration."""
     if (in_memory := getattr(config, "parameter_bytes", None)) is not None:  # of a HookedTransformer
         return in_memory
     cut_config(config, n_blocks)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # TransformerLens splits a joint query-key-value matrix into three and keeps both
     return getattr(torch, dtype).itemsize * (

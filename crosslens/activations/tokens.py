@@ -399,7 +399,8 @@ def _file_rows(dataset: Dataset) -> Iterator[Any]:
         raise UserError(f"dataset file {name} does not exist; give an existing file, or a hub name such as 'user/name'")
     else:
         try:
-            table = load_dataset(name, split=dataset.split, streaming=True)
+            # releases of datasets before 4 run a script of the repository or folder, or ask
+            table = load_dataset(name, split=dataset.split, streaming=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"dataset {name!r} (split {dataset.split!r}) cannot be read from the hub: {first_line(error)}; "

@@ -223,6 +223,14 @@ AttentionOption = Annotated[
         one_of(*ATTENTIONS),
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that a model or tokenizer brings with it, which can do whatever you can. Such models "
+        "are refused otherwise.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and everything else on stderr.")
 ]
@@ -296,6 +304,7 @@ def plan(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
@@ -326,6 +335,7 @@ def plan(
         n_tokens,
         context_size,
         settings=settings,
+        trust_remote_code=trust_remote_code,
         column=column,
         split=split,
         sample_by=sample_by,
@@ -384,6 +394,7 @@ def harvest(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write activations to disk. Run the same command again to resume; several may run at once."""
@@ -400,6 +411,7 @@ def harvest(
         context_size,
         seed=seed,
         settings=settings,
+        trust_remote_code=trust_remote_code,
         column=column,
         split=split,
         sample_by=sample_by,
@@ -517,6 +529,7 @@ def train(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    trust_remote_code: TrustOption = False,
     wandb_project: Annotated[str | None, _option("--wandb-project", "Log to this W&B project.")] = None,
     config_file: Annotated[
         Path | None,
@@ -583,6 +596,7 @@ def train(
         context_size,
         seed=seed,
         settings=settings,
+        trust_remote_code=trust_remote_code,
         column=column,
         split=split,
         sample_by=sample_by,
@@ -669,6 +683,7 @@ def sweep(
     backend: BackendOption = "bridge",
     model_dtype: ModelDtypeOption = "float32",
     attention: AttentionOption = "eager",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train several numbers of features and k, each from several seeds, and propose one; before `train`."""
@@ -701,6 +716,7 @@ def sweep(
         context_size,
         seed=seed,
         settings=settings,
+        trust_remote_code=trust_remote_code,
         column=column,
         split=split,
         sample_by=sample_by,

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -32,7 +31,7 @@ from crosslens.pipeline.evolving import evolve
 from crosslens.pipeline.opening import read_run
 from crosslens.pipeline.reporting import report
 from crosslens.pipeline.studying import measure_accuracy, study
-from crosslens.rundir import RunDir, write_text
+from crosslens.rundir import RunDir, delete, write_text
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
@@ -145,7 +144,7 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     run.update(timings=timings)
     report(run, ReportOptions(title=f"crosslens demo, seed {seed}"))
     lap("report", mark)
-    shutil.rmtree(run.path / "activations")  # 450 MB that can be harvested again in seconds
+    delete(run.path / "activations", run.path)  # 450 MB that can be harvested again in seconds
     summary = to_json({"seconds": round(time.perf_counter() - began, 1), "timings": timings, **summary})
     write_text(run.path / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary
@@ -155,7 +154,7 @@ def _train(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> None
     corpus = run.path / "documents.txt"
     text = "\n".join(grammar.documents(config.n_documents, seed + 1_000_003))
     if not corpus.exists():
-        corpus.write_text(text, encoding="utf-8")
+        write_text(corpus, text)
     acts = Activations(snaps, config.hook_name, corpus, config.n_tokens, seed=seed, settings=CPU)
     train(
         acts.cache(run.path / "activations"),

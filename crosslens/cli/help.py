@@ -19,7 +19,9 @@ SECTIONS = {
         *("lr", "training_tokens", "batch_size", "dead_tokens", "lr_warm_up", "lr_decay", "seed", "seeds"),
         *("precision", "adam_moments"),
     ),
-    "Models and processes": ("device", "backend", "model_dtype", "attention", "processes", "data_parallel"),
+    "Models and processes": (
+        *("device", "backend", "model_dtype", "attention", "trust_remote_code", "processes", "data_parallel"),
+    ),
     "Run directory and logging": ("run_dir", "n_checkpoints", "config_file", "wandb_project", "as_json"),
 }
 """Parameters of the commands; those that are in no section are listed last."""

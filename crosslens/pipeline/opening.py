@@ -224,13 +224,14 @@ def parse_activations(
     *,
     settings: ModelSettings,
     seed: int = 0,
+    trust_remote_code: bool = False,
     **others: Any,
 ) -> Activations:
     """The activations that a command asks for; `others` are further fields of `Dataset`."""
     from crosslens.activations import Activations, Dataset
 
     data = Dataset(dataset, n_tokens, context_size, **others)
-    return Activations(load(), hook, data, seed=seed, settings=settings)
+    return Activations(load().trusting_code(trust_remote_code), hook, data, seed=seed, settings=settings)
 
 
 def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:

@@ -54,10 +54,10 @@ def untrained_snapshots(snapshots: Snapshots, folder: str | Path, n_models: int 
     for seed in range(n_models):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=snapshots.trust_remote_code)
         model.float().save_pretrained(root / f"step{seed}")
     snapshots.tokenizer.save_pretrained(root / "tokenizer")
-    found = Snapshots.local(root)
+    found = Snapshots.local(root, trust_remote_code=snapshots.trust_remote_code)
     return Snapshots(
         [dataclasses.replace(one, label=f"seed{i}", step=None) for i, one in enumerate(found)], "untrained"
     )

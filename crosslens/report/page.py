@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -35,11 +36,12 @@ from crosslens.report.features import (
 from crosslens.report.findings import find, warn
 from crosslens.report.sections import PAGES, TASK, Entry, Page, Section
 from crosslens.report.tables import MEASURES, Tables, by_measure, free_name, main_measure, missing_column
-from crosslens.rundir import RunDir, without_paths, write_text
+from crosslens.rundir import RunDir, delete, without_paths, write_text
 
 _FEATURES = "features", "Features"
 _ASSETS = ("report.css", "figures.js", "table.js", "feature.js")
 _PLOTLY = "plotly.min.js"
+_FILES = "files.json"
 # Chromium then compiles the whole script while it loads, in another thread; it is a comment to other browsers
 _EARLY = "//# allFunctionsCalledOnLoad\n"
 _DIGITS = 5  # significant digits of the numbers in figures; the CSV files have all
@@ -129,9 +131,10 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
         add(file, TASK, task, title=f"Task: {task}", numbers=_task_numbers(task, tables), pager=pager)
     for page in (*PAGES[1:], PAGES[0]):  # the first one links to figures of the others
         add(f"{page.name}.html", page)
-    for stale in (*data.iterdir(), *run.report.glob("task-*.html")):
-        if stale.name not in written | pages.keys():
-            stale.unlink()
+    made = sorted({*(f"data/{name}" for name in written), *pages})
+    for stale in {*_earlier(run.report)} - {*made}:
+        delete(run.report / stale, run.path)
+    write_text(run.report / _FILES, json.dumps(made, indent=1))
     assets = run.report / "assets"
     assets.mkdir(exist_ok=True)
     for name in _ASSETS:
@@ -140,6 +143,16 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     for name, page in pages.items():
         write_text(run.report / name, page)
     return run.report / "index.html"
+
+
+def _earlier(report: Path) -> list[str]:
+    """The files that an earlier report wrote: only these are deleted when they are not written again."""
+    try:
+        names: Any = json.loads((report / _FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    found = names if isinstance(names, list) else []
+    return [name for name in found if isinstance(name, str) and re.fullmatch(r"(data/)?[^/\\]+\.(html|js|csv)", name)]
 
 
 def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,6 +25,7 @@ SAEDashboard writes the names of tokens in the vocabulary; here they are as the 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
 from crosslens.features.tables import FORMAT
-from crosslens.rundir import RunDir, write_text
+from crosslens.rundir import RunDir, delete, write_text
 from crosslens.sharing.export import find_snapshot
 
 PER_BATCH = 128
@@ -113,8 +114,8 @@ def write_neuronpedia(
     }
     target, written = Path(folder), list[Path]()
     target.mkdir(parents=True, exist_ok=True)
-    for old in target.glob("batch-*.json"):
-        old.unlink()
+    for old in (path for path in target.glob("batch-*.json") if re.fullmatch(r"batch-\d+\.json", path.name)):
+        delete(old, target)
     batches = range(0, len(tables.features), PER_BATCH)
     for n, begin in enumerate(tqdm(batches, desc="Batches", unit="file", leave=False, delay=2)):
         features = [_dashboard(tables, i, s, common) for i in tables.features[begin : begin + PER_BATCH]]

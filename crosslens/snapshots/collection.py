@@ -11,7 +11,7 @@ import gc
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -87,18 +87,22 @@ class Snapshots(Sequence[Snapshot]):
             raise UserError(f"two snapshots have the label {twice!r}: give each its own label")
 
     @classmethod
-    def local(cls, folder: str | Path) -> Snapshots:
+    def local(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Snapshots:
         """Snapshots in the sub-folders of `folder`, each in the layout of transformers.
 
         The sub-folders are `step0`, `step1000`, ..., or any names that `snapshots.json` lists in order:
         `{"snapshots": [{"label": "start", "path": "a", "step": 0, "tokens": 0}, ...]}` (step and tokens may be absent).
         The tokenizer is in each of them, in `tokenizer`, or in the folder itself.
 
+        Args:
+            folder: the folder.
+            trust_remote_code: as in `trusting_code`.
+
         Raises:
             UserError: no such folder, nothing in it, a folder without a model, or no tokenizer.
         """
         name, snapshots = read_run(Path(folder).expanduser().resolve())
-        return cls(snapshots, name)
+        return cls(snapshots, name).trusting_code(trust_remote_code)
 
     @classmethod
     def from_hub(
@@ -109,6 +113,7 @@ class Snapshots(Sequence[Snapshot]):
         steps: Sequence[int | None] | None = None,
         tokens: Sequence[int | None] | None = None,
         labels: Sequence[str] | None = None,
+        trust_remote_code: bool = False,
     ) -> Snapshots:
         """Revisions of a repository on the hub; nothing is downloaded yet.
 
@@ -118,6 +123,7 @@ class Snapshots(Sequence[Snapshot]):
             steps: optimiser steps of each, if known.
             tokens: tokens seen by each, if known.
             labels: names of the snapshots; the revisions by default.
+            trust_remote_code: as in `trusting_code`.
 
         Raises:
             UserError: lists of different lengths, or the repository's name is that of a local folder.
@@ -129,10 +135,8 @@ class Snapshots(Sequence[Snapshot]):
                 raise UserError(f"{len(values)} {key} for {len(revisions)} revisions: give one for each")
         unknown: list[None] = [None] * len(revisions)
         rows = zip(labels or revisions, steps or unknown, tokens or unknown, revisions, strict=True)
-        return cls(
-            [Snapshot(label, step, seen, repo, revision) for label, step, seen, revision in rows],
-            repo.rsplit("/", 1)[-1],
-        )
+        found = [Snapshot(label, step, seen, repo, revision) for label, step, seen, revision in rows]
+        return cls(found, repo.rsplit("/", 1)[-1]).trusting_code(trust_remote_code)
 
     @classmethod
     def pythia(cls, size: str, steps: str | Sequence[int | str] = "paper") -> Snapshots:
@@ -206,7 +210,7 @@ class Snapshots(Sequence[Snapshot]):
         )
 
     @classmethod
-    def of(cls, models: Mapping[str, str | Path]) -> Snapshots:
+    def of(cls, models: Mapping[str, str | Path], *, trust_remote_code: bool = False) -> Snapshots:
         """Any models of one width and tokenizer, such as a base model and its chat version, or two seeds of one run.
 
         Nothing is downloaded yet. Depth and configuration may differ, as long as every model has the hook point.
@@ -215,6 +219,7 @@ class Snapshots(Sequence[Snapshot]):
             models: a place for each label, in the order that figures and tables will have: a folder in the layout of
                 transformers, a repository, or `repository@revision`. A folder's tokenizer is in it, or beside it (in
                 the folder above, or in `tokenizer` there).
+            trust_remote_code: as in `trusting_code`.
 
         Raises:
             UserError: no models, a folder without a model or tokenizer, a revision of a folder, or a name that no
@@ -222,7 +227,7 @@ class Snapshots(Sequence[Snapshot]):
         """
         snapshots = read_places(models)
         names = dict.fromkeys(Path(snapshot.name).name for snapshot in snapshots)
-        return cls(snapshots, ", ".join(names), one_run=False)
+        return cls(snapshots, ", ".join(names), one_run=False).trusting_code(trust_remote_code)
 
     @classmethod
     def from_models(
@@ -303,7 +308,8 @@ class Snapshots(Sequence[Snapshot]):
         whole = cls.demo(**demo)
         if unknown := [row.label for row in rows if row.label not in whole.labels]:
             raise UserError(f"the demo has no snapshot {unknown[0]!r}: it has {', '.join(whole.labels)}")
-        return whole[[whole.labels.index(row.label) for row in rows]]
+        found = whole[[whole.labels.index(row.label) for row in rows]]
+        return found.trusting_code(any(row.trust_remote_code for row in rows))
 
     def to_dict(self) -> dict[str, Any]:
         """A record for `from_dict`, in types of JSON.
@@ -316,10 +322,33 @@ class Snapshots(Sequence[Snapshot]):
                 "models in memory cannot be recorded: save each with save_pretrained, its tokenizer too, and use "
                 "Snapshots.of or Snapshots.local"
             )
-        recipe: dict[str, Any] = {"format": _FORMAT, "name": self.name, "snapshots": [asdict(s) for s in self]}
+        rows = [asdict(s) for s in self]
+        for row in rows:
+            if not row["trust_remote_code"]:
+                del row["trust_remote_code"]  # the rule, and unknown to earlier versions
+        recipe: dict[str, Any] = {"format": _FORMAT, "name": self.name, "snapshots": rows}
         if not self._one_run:
             recipe["one_run"] = False
         return recipe if self._demo is None else {**recipe, "demo": dict(self._demo)}
+
+    def trusting_code(self, trust_remote_code: bool = True) -> Snapshots:
+        """The same snapshots, with or without leave to run the Python code that a repository or folder brings.
+
+        Models and tokenizers that transformers does not know bring their own code, which can do whatever you can.
+        Without this, a model that needs it is refused. It is recorded in runs and caches.
+
+        Args:
+            trust_remote_code: run such code, if there is any.
+        """
+        if all(s.trust_remote_code == trust_remote_code for s in self):
+            return self
+        changed = [replace(s, trust_remote_code=trust_remote_code) for s in self]
+        return Snapshots(changed, self.name, self._demo, one_run=self._one_run)
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether any of them may run code that it brings."""
+        return any(s.trust_remote_code for s in self)
 
     def __len__(self) -> int:
         return len(self._snapshots)

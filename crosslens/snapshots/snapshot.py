@@ -4,7 +4,9 @@
    the folder of its commit in the hub's cache; config, weights and tokenizer are read only from that folder.
    (Libraries silently ignore `revision=` for folders: every snapshot would then have the same weights.)
 2. Its fingerprint is a checksum of the tensors, not of the files.
-3. Loading gives a raw TransformerBridge (no compatibility mode, which would centre the weights), or a HookedTransformer
+3. Python code that a repository brings (`auto_map` in its files) is run only with `trust_remote_code`: every load says
+   so, because transformers would ask on the terminal otherwise.
+4. Loading gives a raw TransformerBridge (no compatibility mode, which would centre the weights), or a HookedTransformer
    without weight processing. Both compute what the model computes in transformers.
 """
 
@@ -53,6 +55,8 @@ LanguageModel: TypeAlias = Any
 # a tokenizer has one of the first files, and perhaps some of the second
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TOKENIZER_EXTRAS = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+_TRUST = "if you trust it, allow it with --trust-remote-code (in Python: trust_remote_code=True)"
 
 _LOADING = threading.RLock()
 
@@ -132,6 +136,8 @@ class Snapshot:
     """Local folder of the tokenizer; None if it is with the weights."""
     tokenizer_repository: str | None = None
     """Repository of the tokenizer; None if it is with the weights."""
+    trust_remote_code: bool = False
+    """Run the Python code that the repository or folder brings for its model or tokenizer, if it brings any."""
 
     def __post_init__(self) -> None:
         if self.revision is not None and Path(self.name).is_dir():
@@ -159,8 +165,9 @@ class Snapshot:
         folder = self.folder()
         try:
             with quiet():
-                return AutoConfig.from_pretrained(folder)
+                return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # values of a wrong type or size can raise anything
+            self._refuse_code(error, folder)
             raise self._error(f"transformers cannot read {folder / 'config.json'}: {brief(error)}") from error
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,10 +175,11 @@ class Snapshot:
         folder = self.tokenizer_source()
         try:
             with quiet():
-                found = AutoTokenizer.from_pretrained(folder)
+                found = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
                 found("a")  # some settings of a wrong type are only noticed here
                 return found
         except Exception as error:  # tokenizers raises the base class
+            self._refuse_code(error, folder)
             raise self._error(f"transformers cannot read the tokenizer in {folder}: {brief(error)}") from error
 
     @property
@@ -303,7 +311,12 @@ class Snapshot:
         if backend == "bridge":
             with quiet():
                 model: Any = TransformerBridge.boot_transformers(
-                    self.name, hf_model=original.to(device), tokenizer=tokenizer, device=device, dtype=torch_dtype
+                    self.name,
+                    hf_model=original.to(device),
+                    tokenizer=tokenizer,
+                    device=device,
+                    dtype=torch_dtype,
+                    trust_remote_code=self.trust_remote_code,
                 )
             if attention != "eager":
                 original.set_attn_implementation(attention)  # booting sets some families to eager
@@ -325,6 +338,7 @@ class Snapshot:
                     dtype=torch_dtype,
                     revision=official.folder().name,
                     first_n_layers=n_blocks,
+                    trust_remote_code=self.trust_remote_code,
                 )
         except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
             # TransformerLens has its own list of sizes for some families
@@ -338,8 +352,11 @@ class Snapshot:
         config: Any = self.config()
         try:
             with quiet(), torch.device("meta"):  # the model's method that sets it does not refuse
-                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+                AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, trust_remote_code=self.trust_remote_code
+                )
         except ValueError as error:
+            self._refuse_code(error, self.folder())
             raise self._error(
                 f"attention={attention!r} is not available for {config.model_type} in transformers: use "
                 "attention='eager'"
@@ -357,13 +374,19 @@ class Snapshot:
                     open_weights(path, stack)
             with quiet():
                 model, report = from_pretrained(
-                    self.folder(), config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True
+                    self.folder(),
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                    trust_remote_code=self.trust_remote_code,
                 )
         except DamagedFileError as error:
             raise self._damaged(error.path) from error
         except UserError:
             raise
         except Exception as error:  # as in `config`
+            self._refuse_code(error, self.folder())
             raise self._error(f"transformers cannot load {self.folder()}: {brief(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise self._error(
@@ -383,19 +406,26 @@ class Snapshot:
 
     def _official(self) -> Snapshot:
         """The snapshot whose name TransformerLens knows: this one, or the tokenizer's repository."""
-        from transformer_lens.loading_from_pretrained import get_official_model_name
+        from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS, get_official_model_name
 
         candidates: list[Snapshot] = [] if self.revision is None else [self]
         if self.tokenizer_repository is not None:
             candidates.append(self._final())
         for candidate in candidates:
             with contextlib.suppress(ValueError):
-                get_official_model_name(candidate.name)
-                return candidate
-        raise self._error(
-            f"HookedTransformer cannot load {self.name}, only hub repositories that TransformerLens knows by name: "
-            "use backend='bridge'"
-        )
+                known = get_official_model_name(candidate.name)
+                break
+        else:
+            raise self._error(
+                f"HookedTransformer cannot load {self.name}, only hub repositories that TransformerLens knows by name: "
+                "use backend='bridge'"
+            )
+        if known.startswith(NEED_REMOTE_CODE_MODELS) and not self.trust_remote_code:
+            raise self._error(
+                f"for {known}, TransformerLens's HookedTransformer runs Python code from the hub: use "
+                f"backend='bridge', or {_TRUST}"
+            )
+        return candidate
 
     def _file(self, filename: str) -> Path | None:
         """A file next to the config, downloaded if needed; None if it does not exist."""
@@ -443,6 +473,14 @@ class Snapshot:
         if self.revision is not None:
             remedy = f"run `hf download {self.name} --revision {self.revision} --force-download`"
         return self._error(f"{path} is truncated, damaged or not a weight file: {remedy}")
+
+    def _refuse_code(self, error: Exception, folder: Path) -> None:
+        """Say why transformers refused a folder, if it was because its own code is not trusted."""
+        if not self.trust_remote_code and "trust_remote_code" in str(error):
+            raise self._error(
+                f"{folder} brings Python code of its own for its model or tokenizer (auto_map in its config.json or "
+                f"tokenizer_config.json), which is not run: read the code, and {_TRUST}, or leave this snapshot out"
+            ) from error
 
     def _error(self, message: str) -> UserError:
         return UserError(f"snapshot {self.label!r}: {message}")

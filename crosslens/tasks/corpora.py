@@ -95,7 +95,7 @@ def read_hub(repository: str, config: str | None, split: str = "train") -> list[
 
     name = repository if config is None else f"{repository} {config}"
     try:
-        table: Any = datasets.load_dataset(repository, config, split=split)
+        table: Any = datasets.load_dataset(repository, config, split=split, trust_remote_code=False)
         rows = [dict(row) for row in table]
     except Exception as error:  # datasets raises many kinds of errors and documents none
         if isinstance(error, ValueError) and "Available:" in str(error):

@@ -10,6 +10,7 @@ checksums-*.json           the checksums of the files that one process wrote
 1. Write the checkpoint to `partial-<activations>`, `state.json` last.
 2. Rename it to `tokens-<activations>`.
 3. Only then delete older checkpoints, but for the previous one: it is used if the last one turns out to be damaged.
+   Whatever else is in the folder is left alone.
 
 The crosscoder of several processes becomes the single file that SAELens reads, block by block: rank 0 writes, and the
 other processes send their features a few rows at a time, so no process needs memory for all of it. (The consolidation
@@ -22,7 +23,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,7 +40,14 @@ from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, tensor_checksum, with_checksum
 from crosslens.distributed.parallel import Parallel
 from crosslens.errors import first_line, json_checksum
-from crosslens.rundir import complete_checkpoints, file_checksum, inspect_checkpoint
+from crosslens.rundir import (
+    all_checkpoints,
+    check_no_link,
+    complete_checkpoints,
+    delete,
+    file_checksum,
+    inspect_checkpoint,
+)
 
 BLOCK_BYTES = 1 << 28
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -63,22 +70,27 @@ def save_checkpoint(
         copies: tensors that all processes hold alike.
         numbers: everything else, as JSON.
         parallel: the processes.
+
+    Raises:
+        UserError: the folder has become a link.
     """
+    run = folder.parent
     partial_path, whole = folder / f"partial-{n_samples}", folder / f"tokens-{n_samples}"
     with parallel.first() as first:
         if first:
-            shutil.rmtree(partial_path, ignore_errors=True)
+            check_no_link(folder, run)
+            delete(partial_path, run)
             partial_path.mkdir(parents=True)
     write_state(partial_path, rows, copies, numbers, parallel)
     with parallel.first() as first:
         if first:
-            discard(whole)
+            delete(whole, run)
             os.replace(partial_path, whole)
             sync_folder(folder)
             before = [p for p in complete_checkpoints(folder) if p != whole][-1:]
-            for other in folder.iterdir():
+            for other in all_checkpoints(folder):
                 if other not in (whole, *before):
-                    discard(other)
+                    delete(other, run)
 
 
 def write_state(
@@ -158,14 +170,8 @@ class DamagedCheckpointError(Exception):
 def set_aside(folder: Path) -> None:
     """Rename a checkpoint, so that it is no longer taken for one; the next checkpoint replaces it."""
     aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    delete(aside, folder.parent.parent)
     os.replace(folder, aside)
-
-
-def discard(folder: Path) -> None:
-    """Delete a checkpoint, first the file that makes it complete; ignore files that cannot be deleted."""
-    (folder / "state.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,14 +13,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Generator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
@@ -33,13 +32,13 @@ from crosslens.activations.loader import FIRST_BYTES, SHUFFLED, Activations
 from crosslens.activations.plan import peak_memory
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
 from crosslens.crosscoders.base import check_trainable
-from crosslens.crosscoders.checksums import check_files
+from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, check_files
 from crosslens.crosscoders.inspection import inspect_crosscoder
 from crosslens.distributed.devices import choose_precision, find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
-from crosslens.rundir import RunDir, without_paths
-from crosslens.training.checkpoints import discard, save_whole
+from crosslens.rundir import RunDir, all_checkpoints, delete, without_paths
+from crosslens.training.checkpoints import save_whole
 from crosslens.training.config import TrainConfig, check_warm_up
 from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import first_batches, initialise, uninitialised
@@ -109,8 +108,7 @@ def _fit(
         if first:
             architecture, run = claim(acts, architecture, config)
             if run is not None and not config.resume:
-                for checkpoint in run.checkpoints.glob("*"):
-                    discard(checkpoint)
+                _delete_checkpoints(run)
             finished = run is not None and config.resume and _is_whole(run)
         else:
             architecture, run = _claimed(acts, architecture, config)
@@ -138,16 +136,22 @@ def _fit(
     if run is None:
         return sae.to_inference()
     partial_path = run.path / "crosscoder.partial"
+    with parallel.first() as first:
+        if first:
+            delete(partial_path, run.path)  # left by a process that was killed
     if parallel.alone:
         sae.to_inference().save(partial_path)
     else:
         save_whole(sae, partial_path, parallel)
     with parallel.first() as first:
         if first:
-            shutil.rmtree(run.crosscoder, ignore_errors=True)  # of an earlier run, with resume=False
+            if run.crosscoder.is_dir():  # of an earlier run, with resume=False; what others put there is kept
+                for path in (path for path in run.crosscoder.iterdir() if path.name not in (CONFIG, WEIGHTS)):
+                    os.replace(path, partial_path / path.name)
+            delete(run.crosscoder, run.path)
             os.replace(partial_path, run.crosscoder)
-            (run.path / "evaluation.parquet").unlink(missing_ok=True)
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
+            delete(run.path / "evaluation.parquet", run.path)
+            _delete_checkpoints(run)
             seconds = {"train": time.perf_counter() - began, "waited_for_data": acts.waited}
             run.update(
                 timings={**seconds, "tokens_per_second": rate, "peak_memory": peak_memory()}, processes=n_processes()
@@ -161,6 +165,14 @@ def _fit(
     return run
 
 
+def _delete_checkpoints(run: RunDir) -> None:
+    """Delete all checkpoints, and their folder if nothing else is in it."""
+    for checkpoint in all_checkpoints(run.checkpoints):
+        delete(checkpoint, run.path)
+    with suppress(OSError):
+        run.checkpoints.rmdir()
+
+
 def _is_whole(run: RunDir) -> bool:
     """Whether a run directory holds its crosscoder; a damaged one is set aside, and told."""
     if not (run.crosscoder / "cfg.json").is_file():
@@ -169,7 +181,7 @@ def _is_whole(run: RunDir) -> bool:
         check_files(run.crosscoder, inspect_crosscoder(run.crosscoder))
     except UserError as error:
         aside = run.crosscoder.with_name("damaged-crosscoder")
-        shutil.rmtree(aside, ignore_errors=True)
+        delete(aside, run.path)
         os.replace(run.crosscoder, aside)
         tell(f"{error}; it is now in {aside}, and is trained again")
         return False

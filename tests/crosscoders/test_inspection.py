@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from crosslens.crosscoders import ARCHITECTURES, load
 from crosslens.crosscoders.inspection import MAX_HEADER, expected_shapes, inspect_crosscoder, read_header
 from crosslens.errors import MAX_TEXT, UserError, brief, inside
-from crosslens.snapshots.collection import Snapshots
 from tests.given import of_norms
 
 F, S, D = 6, 3, 4
@@ -173,25 +172,6 @@ def test_paths_stay_inside(tmp_path: Path) -> None:
     for name in ("..", "a/../..", "/etc", "link", "a\\b", "C:a", "a\0", "", ".", "a//b", "\x1b[2J"):
         with pytest.raises(UserError, match="is not below its folder"):
             inside(tmp_path / "root", name, "id")
-
-
-def test_code_beside_a_model_is_not_run(tiny_snapshots: Path, tmp_path: Path) -> None:
-    """`trust_remote_code` is never set: a config that points to a Python file beside it is refused."""
-    marker = tmp_path / "has_run"
-    folder = tmp_path / "models" / "step0"
-    folder.mkdir(parents=True)
-    config = json.loads((tiny_snapshots / "step0" / "config.json").read_text())
-    auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
-    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
-    (folder / "model.safetensors").write_bytes((tiny_snapshots / "step0" / "model.safetensors").read_bytes())
-    for file in (tiny_snapshots / "tokenizer").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="transformers cannot read"):
-        Snapshots.local(folder.parent)[0].config()
-    with pytest.raises(UserError):
-        Snapshots.local(folder.parent)[0].load()
-    assert not marker.exists()
 
 
 # ---------------------------------------------------------------------- checksums

@@ -363,7 +363,7 @@ def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> Non
     assert data == {link for link in linked if link.startswith("data/")} | shards
     assert "plotly.js v" in (run.report / "assets" / "plotly.min.js").read_text(encoding="utf-8")[:200]
     assert {path.name for path in run.report.iterdir()} == {
-        *(f"{name}.html" for name in (*PAGES, "features", "feature")), "assets", "data",
+        *(f"{name}.html" for name in (*PAGES, "features", "feature")), "assets", "data", "files.json",
     }  # fmt: skip
 
 
@@ -892,10 +892,36 @@ def test_writing_again_gives_the_same_pages_and_removes_stale_files(tmp_path: Pa
     assert {path: path.read_bytes() for path in run.report.rglob("*") if path.is_file()} == first
     shutil.rmtree(tmp_path / "ablation")
     run.remove_task("subj_rel")
+    theirs = [run.report / name for name in ("task-notes.html", "data/mine.csv", "data/folder/a.csv")]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a user's")
     write_report(tmp_path)
+    assert all(path.read_text() == "a user's" for path in theirs)
+    for path in theirs:
+        path.unlink()
     left = {path.name for path in run.report.rglob("*") if path.is_file()}
     assert not [name for name in left if name.startswith(("ablate", "keep")) or name.endswith(".tmp")]
     assert [name for name in left if name.startswith("task-")] == ["task-simple.html"]
+
+
+def test_a_report_is_never_written_through_a_link(tmp_path: Path) -> None:
+    run, victim = make_run(tmp_path / "run", 3), tmp_path / "victim"
+    write_report(run.path)
+    victim.mkdir()
+    (victim / "index.html").write_text("a victim's")
+    run.report.joinpath("index.html").unlink()
+    run.report.joinpath("index.html").symlink_to(victim / "index.html")
+    write_report(run.path)
+    assert not run.report.joinpath("index.html").is_symlink()
+    for part in ("report/data", "report/assets", "report"):
+        shutil.rmtree(run.path / part)
+        (run.path / part).symlink_to(victim)
+        with pytest.raises(UserError, match=f"{part} is a link to .*victim: a part of a run cannot be elsewhere; move"):
+            write_report(run.path)
+        (run.path / part).unlink()
+        (run.path / part).mkdir()
+    assert [(path.name, path.read_text()) for path in victim.iterdir()] == [("index.html", "a victim's")]
 
 
 def test_no_run_is_a_user_error(tmp_path: Path) -> None:

@@ -223,6 +223,51 @@ def test_a_checkpoint_cut_short_leaves_the_one_before(
     assert same(weights(resumed), reference("topk_crosscoder"))
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_only_what_training_wrote_is_deleted(acts: Activations, tmp_path: Path, resume: bool):
+    run = RunDir(tmp_path / "run")
+    train(acts, ALL["topk_crosscoder"](), config(run_dir=run.path))
+    theirs = [run.checkpoints / name for name in (".DS_Store", "README", "tokens-abc/state.json", "best/weights")]
+    if resume:
+        (run.crosscoder / "cfg.json").unlink()
+    else:
+        theirs.append(run.crosscoder / "README.md")
+    for name in ("partial-1/state.json", "damaged-tokens-1/state.json"):
+        (run.checkpoints / name).parent.mkdir(parents=True)
+        (run.checkpoints / name).touch()
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a user's")
+    train(acts, ALL["topk_crosscoder"](), config(run_dir=run.path, n_checkpoints=3, resume=resume))
+    assert all(path.read_text() == "a user's" for path in theirs)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [".DS_Store", "README", "best", "tokens-abc"]
+    assert load(run.crosscoder).cfg.d_sae == 40
+
+
+def test_nothing_behind_a_link_is_touched(acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A link as `checkpoints` is refused at the start, and if it is made while training goes on."""
+    run, scratch = RunDir(tmp_path / "run"), tmp_path / "scratch"
+    (scratch / "tokens-7").mkdir(parents=True)
+    (scratch / "tokens-7" / "state.json").touch()
+    (scratch / "others").mkdir()
+    settings = config(run_dir=run.path, n_checkpoints=3)
+    save = CrosscoderTrainer._save
+
+    def linked(trainer: CrosscoderTrainer, folder: Path) -> None:
+        if not folder.exists():
+            folder.symlink_to(scratch)
+        save(trainer, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CrosscoderTrainer, "_save", linked)
+        with pytest.raises(UserError, match="checkpoints is a link to .*scratch"):
+            train(acts, ALL["topk_crosscoder"](), settings)
+    monkeypatch.setattr(crosslens.training.run, "initialise", None)  # refused before
+    with pytest.raises(UserError, match="checkpoints is a link to .*scratch"):
+        train(acts, ALL["topk_crosscoder"](), settings)
+    assert sorted(path.name for path in scratch.rglob("*")) == ["others", "state.json", "tokens-7"]
+
+
 def test_a_finished_run_is_loaded_not_trained(acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = config(run_dir=tmp_path / "run", n_checkpoints=2, evaluate=True)
     first = train(acts, ALL["topk_crosscoder"](), settings)
