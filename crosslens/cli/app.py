@@ -64,16 +64,14 @@ from crosslens.cli.help import SectionedCommand
 from crosslens.cli.training_options import TrainingOptions, check_training, parse_training
 from crosslens.errors import UserError
 from crosslens.pipeline.opening import (
-    encoder_shares,
     find_snapshots,
     list_labels,
-    open_consensus,
     open_run,
     parse_activations,
     parse_settings,
     parse_steps,
-    parse_tasks,
 )
+from crosslens.rundir import RunDir
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
 
 if TYPE_CHECKING:
@@ -583,7 +581,6 @@ def train(
     check_models(backend, attention, hook)
     load = find_snapshots(snapshots, steps, hook)
     from crosslens.evolution import describe_doubtful, doubtful_snapshots
-    from crosslens.rundir import RunDir
     from crosslens.training.run import claim
     from crosslens.training.seeds import train_seeds
 
@@ -705,7 +702,6 @@ def sweep(
     import dataclasses
 
     from crosslens.evolution.sweep import choose
-    from crosslens.rundir import RunDir
 
     settings = parse_settings(device, backend, dtype=model_dtype, attention=attention)
     acts = parse_activations(
@@ -768,43 +764,21 @@ def evolve(
 ) -> None:
     """Analyse when features form, rotate, split and fade, the phases of training, and probes of some features."""
     from crosslens.cli.results import count_lifecycles, show_evolution
-    from crosslens.evolution import (
-        add_consensus,
-        describe_doubtful,
-        study_dynamics,
-        study_evolution,
-        study_probes,
-    )
-    from crosslens.evolution import evolve as read_evolution
-    from crosslens.features import feature_tables
-    from crosslens.pipeline import recorded_training, untrained_births
+    from crosslens.config import EvolveOptions
+    from crosslens.evolution import describe_doubtful
+    from crosslens.pipeline import evolve as evolve_run
 
-    run, crosscoder, acts = open_run(run_dir, device)
-    evolution = read_evolution(crosscoder, acts)
-    if untrained:
-        run.save_table("untrained_births", untrained_births(acts, *recorded_training(run, acts.settings.device)))
-    history = study_evolution(crosscoder, acts, evolution, untrained=run.table("untrained_births"))
-    seeds = run.table("consensus")
-    if seeds is not None:
-        history["lifecycles"] = add_consensus(history["lifecycles"], seeds)
-    run.save_tables(history)
-    run.save_tables(feature_tables(crosscoder, acts))
-    accuracy, doubtful = run.table("accuracy"), history["doubtful"]
-    if accuracy is not None:
-        accuracy = accuracy.loc[accuracy["label"].isin(acts.snapshots.labels)]
-    run.save_tables(study_dynamics(crosscoder, acts, evolution=evolution, doubtful=doubtful, accuracy=accuracy))
-    probes = study_probes(crosscoder, acts, evolution)
-    run.save_tables(probes)
-    out = Output(as_json)
-    show_evolution(out, history, acts.snapshots.labels, probes["probe_presence"])
-    for line in describe_doubtful(doubtful):
+    tables = evolve_run(RunDir(run_dir), EvolveOptions(untrained=untrained), device=device)
+    out, labels = Output(as_json), tables["doubtful"]["label"].tolist()
+    show_evolution(out, tables, labels, tables["probe_presence"])
+    for line in describe_doubtful(tables["doubtful"]):
         out.say(line)
-    if "scaling" not in history:
+    if "scaling" not in tables:
         out.say("latent scaling is left out: without a penalty on the decoder it equals the decoder norm")
-    counts = {name: history[name] for name in ("birth_counts", "doubtful")}
+    counts = {name: tables[name] for name in ("birth_counts", "doubtful")}
     out.end(
-        run=run_dir, snapshots=acts.snapshots.labels, lifecycles=count_lifecycles(history["lifecycles"]), **counts,
-        probes=probes["probe_presence"],
+        run=run_dir, snapshots=labels, lifecycles=count_lifecycles(tables["lifecycles"]), **counts,
+        probes=tables["probe_presence"],
     )  # fmt: skip
 
 
@@ -842,45 +816,17 @@ def attribute(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the effect of every feature on tasks at every snapshot, on the selection half of their prompts."""
-    kept = open_consensus(run_dir) if consensus else None
-    import pandas as pd
-
-    from crosslens.causal import Estimator
-    from crosslens.causal import attribute as attribute_effects
     from crosslens.cli.results import explain_baseline, show_effects
-    from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
+    from crosslens.config import AttributeOptions
+    from crosslens.pipeline import attribute as attribute_run
 
-    estimator = Estimator(method, rule if method == "ig" else None, n_nodes if method == "ig" else None, baseline)
+    options: dict[str, Any] = {"method": method, "rule": rule, "n_nodes": n_nodes, "baseline": baseline}
+    options |= {"n_exact": n_exact, "consensus": consensus, "seed": seed}
     out, results = Output(as_json), dict[str, Any]()
-    run, crosscoder, acts = open_run(run_dir, device)
-    for spec, prompts in zip(task, parse_tasks(task), strict=True):
-        selection, _ = prompts.split(seed)
-        paired = needs_pairs(baseline)
-        runs = PromptRuns(crosscoder, acts.snapshots, selection, paired=paired, settings=acts.settings)
-        if baseline is None and (why := explain_baseline(prompts.name, runs)):
+    for name, found in attribute_run(RunDir(run_dir), AttributeOptions(task=tuple(task), **options), device=device):
+        if baseline is None and (why := explain_baseline(name, found.runs)):
             out.say(why)
-        by_word = method != "exact"  # which edits a feature at all positions at once
-        ie = attribute_effects(runs, estimator, positions=by_word, n_exact=n_exact, n_bootstrap=200)
-        if kept is not None:
-            ie = ie.among(kept)
-        run.save_table(
-            f"attribution/{prompts.name}",
-            ie.to_frame(crosscoder.decoder_norms, encoder_shares(run, len(ie.effects), ie.labels)),
-        )
-        snapshots = ie.snapshot_frame().assign(split="selection")
-        run.save_table(f"attribution/{prompts.name}.snapshots", snapshots)
-        if by_word:
-            run.save_table(f"prompts/{prompts.name}", ie.prompt_frame())
-        if method == "ig":
-            run.save_table(f"completeness/{prompts.name}", snapshots)
-        accuracy = prompts.accuracy(acts.snapshots, settings=acts.settings)
-        before = run.table("accuracy")
-        together = accuracy
-        if before is not None:
-            together = pd.concat([pd.DataFrame(before[before["task"] != prompts.name]), accuracy], ignore_index=True)
-        run.save_table("accuracy", together)
-        run.update(tasks={prompts.name: spec})
-        results[prompts.name] = show_effects(out, prompts.name, ie, accuracy, snapshots, runs)
+        results[name] = show_effects(out, name, found)
     out.end(run=run_dir, tasks=results)
 
 
@@ -900,37 +846,47 @@ def ablate(
     as_json: JsonOption = False,
 ) -> None:
     """Ablate the top features, and keep only them, on the held-out half of the prompts of tasks."""
-    import pandas as pd
-
-    from crosslens.causal import Attribution, Controls
-    from crosslens.causal import ablate as ablate_features
     from crosslens.cli.results import show_ablation
-    from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
+    from crosslens.config import AblateOptions
+    from crosslens.pipeline import ablate as ablate_run
 
+    options: dict[str, Any] = {"k": tuple(parse_numbers(k, "--k")), "baseline": baseline}
+    options |= {"n_draws": n_draws, "seed": seed}
     out, results = Output(as_json), dict[str, Any]()
-    run, crosscoder, acts = open_run(run_dir, device)
-    tasks = parse_tasks(task)
-    found: list[Attribution] = []
-    for spec, prompts in zip(task, tasks, strict=True):
-        frame, snapshots = (run.table(f"attribution/{prompts.name}{part}") for part in ("", ".snapshots"))
-        if frame is None or snapshots is None:
-            raise UserError(
-                f"{run_dir} has no effects on {prompts.name!r}; run `crosslens attribute {run_dir} --task {spec}` first"
-            )
-        found.append(Attribution.from_frames(prompts.name, frame, snapshots, crosscoder.cfg.d_sae))
-    sizes = parse_numbers(k, "--k")
-    for prompts, ie in zip(tasks, found, strict=True):
-        _, held_out = prompts.split(seed)
-        paired = needs_pairs(baseline or ie.estimator.baseline)
-        runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=paired, settings=acts.settings)
-        controls = Controls(n_draws=n_draws, seed=seed)
-        tables = [
-            ablate_features(runs, ie, ks, keep=keep, baseline=baseline, controls=controls)
-            for keep, ks in ((False, sizes), (True, [0, *sizes]))
-        ]
-        table = pd.concat(tables, ignore_index=True).assign(split="held-out")
-        run.save_table(f"ablation/{prompts.name}", table)
-        results[prompts.name] = show_ablation(out, prompts.name, table, runs)
+    for name, found in ablate_run(RunDir(run_dir), AblateOptions(task=tuple(task), **options), device=device):
+        results[name] = show_ablation(out, name, found.curves, found.runs)
+    out.end(run=run_dir, tasks=results)
+
+
+@app.command()
+def study(
+    run_dir: TrainedArgument,
+    task: TasksOption,
+    k: Annotated[
+        int,
+        _option("--k", "Features of the sets whose ablation, transfer and additivity are measured.", in_range(3)),
+    ] = 15,
+    baseline: BaselineOption = None,
+    n_exact: Annotated[
+        int, _option("--n-exact", "Largest effects to ablate one by one, at every snapshot.", in_range(3))
+    ] = 100,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every causal analysis of tasks: effects, ablation with controls, transfer, additivity, timeline, validation.
+
+    What `attribute` and `ablate` have left is used again. Repeat it after an interruption and it continues.
+    """
+    from crosslens.cli.results import show_study
+    from crosslens.config import StudyOptions
+    from crosslens.pipeline import study as study_run
+
+    options: dict[str, Any] = {"k": k, "baseline": baseline, "n_exact": n_exact, "seed": seed}
+    run, out, results = RunDir(run_dir), Output(as_json), dict[str, Any]()
+    for name, found in study_run(run, StudyOptions(task=tuple(task), **options), device=device):
+        results[name] = show_study(out, found, k)
+    out.say(f"transfer, additivity, timeline, validation: crosslens report {shlex.quote(str(run_dir))}")
     out.end(run=run_dir, tasks=results)
 
 
@@ -976,7 +932,6 @@ def export(
     chosen = labels[-1] if snapshot is None else choose_label(labels, snapshot)
     name = "features.json" if format == "json" else f"{format}-{chosen}"
     place = to or run_dir / "exports" / name
-    from crosslens.rundir import RunDir
 
     if format == "json":
         from crosslens.sharing.feature_files import write_features
@@ -1022,7 +977,6 @@ def diff(
 ) -> None:
     """Compare two runs: settings, explained variance, and matched features if both have the same snapshots."""
     from crosslens.cli.comparison import read_pairs, show_comparison
-    from crosslens.rundir import RunDir
 
     runs = RunDir(a), RunDir(b)
     show_comparison(Output(as_json), *runs, *read_pairs(*runs, device))
@@ -1035,7 +989,6 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Delete the tables of tasks from a run; the report then leaves them out."""
-    from crosslens.rundir import RunDir
 
     run, out, removed = RunDir(run_dir), Output(as_json), dict[str, list[str]]()
     for name in task:
@@ -1088,53 +1041,28 @@ def label_run(
 
     The key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY.
     """
-    from dataclasses import replace
-    from functools import partial
+    from crosslens.config import LabelOptions
+    from crosslens.features.labels import Estimate, complexity_correlation, describe_labels, summarise_labels
+    from crosslens.pipeline import label as label_features
 
-    from crosslens.features.explainers import Explainer, check_client
-    from crosslens.rundir import RunDir
+    asked: dict[str, Any] = {"client": client, "model": model, "local": local, "base_url": base_url}
+    asked |= {"features": None if features is None else tuple(parse_numbers(features, "--features"))}
+    asked |= {"n_features": n_features, "n_examples": n_examples, "score": score, "second_model": second_model}
+    asked |= {"attempts": attempts, "requests_per_minute": requests_per_minute, "workers": workers, "seed": seed}
+    asked |= {"prices": None if prices is None else parse_prices(prices)}
+    run, out = RunDir(run_dir), Output(as_json)
 
-    run = RunDir(run_dir)
-    if "examples" not in run.table_names():
-        raise UserError(f"{run_dir} has no examples of features: run `crosslens evolve {run_dir}` first")
-    explainer = second = None
-    if not local:
-        if client is None or model is None:
-            raise UserError("give --client and --model, or --local for labels without a language model")
-        explainer = Explainer(
-            client,
-            model,
-            base_url,
-            requests_per_minute=requests_per_minute,
-            workers=workers,
-            attempts=attempts,
-            prices=None if prices is None else parse_prices(prices),
-        )
-        second = replace(explainer, model=second_model or model) if score else None
-    from crosslens.features.labels import complexity_correlation, describe_labels, label_features, summarise_labels
+    def confirm(estimate: Estimate) -> bool:
+        out.say(str(estimate))
+        if not dry_run and estimate.requests and not local and not yes:
+            typer.confirm("Send them?", abort=True, err=as_json)
+        return not dry_run
 
-    ask = partial(
-        label_features,
-        run,
-        explainer,
-        features=None if features is None else parse_numbers(features, "--features"),
-        n_features=n_features,
-        n_examples=n_examples,
-        second=second,
-        n_passages=40 if score else 0,
-        seed=seed,
-    )
-    out, estimate = Output(as_json), ask(dry_run=True).estimate
-    out.say(str(estimate))
+    labels = label_features(run, LabelOptions(**asked), confirm=confirm)
+    estimate = labels.estimate
     if dry_run:
         out.end(run=run_dir, estimate=estimate)
         return
-    run.hold()
-    if explainer is not None and estimate.requests:
-        check_client(explainer)
-        if not yes:
-            typer.confirm("Send them?", abort=True, err=as_json)
-    labels = ask()
     counts = ", ".join(f"{count} {status}" for status, count in labels.table["status"].value_counts().items())
     out.say(f"{counts}; {labels.tokens_in:,} tokens in, {labels.tokens_out:,} out")
     if labels.detections:
@@ -1167,14 +1095,14 @@ def report_run(
     as_json: JsonOption = False,
 ) -> None:
     """Write the HTML report of a run."""
-    if consensus:
-        open_consensus(run_dir)
-    from crosslens.report import log_report, write_report
+    from crosslens.config import ReportOptions
+    from crosslens.pipeline import report as write_report
 
-    out, page, logged = Output(as_json), write_report(run_dir, consensus=consensus), None
+    out = Output(as_json)
+    options = ReportOptions(wandb=wandb, wandb_project=wandb_project, consensus=consensus)
+    page, logged = write_report(RunDir(run_dir), options)
     out.say(str(page))
-    if wandb or wandb_project is not None:
-        logged = log_report(run_dir, project=wandb_project)
+    if logged is not None:
         out.say(f"W&B run {logged}")
     out.end(run=run_dir, page=page, wandb=logged)
 
@@ -1214,7 +1142,6 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Pretrain a tiny model, train a crosscoder on its snapshots, and write the report: minutes on two CPU cores."""
-    from crosslens.rundir import RunDir
 
     RunDir(out).check_settings({"seed": seed}, part="demo")
     from crosslens.cli.demo import run_demo

@@ -172,9 +172,9 @@ def read_pairs(a: RunDir, b: RunDir, device: str | None) -> tuple[pd.DataFrame |
     reason = why_not_matched(a.read_json(), b.read_json())
     if reason:
         return None, reason
-    from crosslens.cli.arguments import open_run
     from crosslens.crosscoders import load
     from crosslens.evolution import match
+    from crosslens.pipeline.opening import open_run
 
     try:
         _, crosscoder, acts = open_run(a.path, device)

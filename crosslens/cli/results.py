@@ -7,16 +7,18 @@ from typing import Any
 
 import pandas as pd
 
-from crosslens.causal import Attribution
+from crosslens.causal import Study
 from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
 from crosslens.evolution.births import NAMES, describe_unlikely
 from crosslens.evolution.lifecycles import count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.pipeline import Attributed
 from crosslens.rundir import RunDir
 from crosslens.tasks import MIN_ITEMS, describe_accuracy, list_counts
 
 _TOP = 5
+BASELINES = {"zero": "zero", "mean": "their mean", "patch": "their values on the paired prompts"}
 
 
 def show_training(out: Output, runs: Mapping[int, RunDir], title: str) -> None:
@@ -129,24 +131,20 @@ def _show_births(out: Output, counts: pd.DataFrame) -> None:
     )  # fmt: skip
 
 
-def show_effects(
-    out: Output,
-    name: str,
-    ie: Attribution,
-    accuracy: pd.DataFrame,
-    snapshots: pd.DataFrame,
-    runs: PromptRuns,
-) -> dict[str, Any]:
+def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
     """Print effects on a task at every snapshot, and the accuracy on it; return the values.
 
     Args:
         out: where to print.
         name: of the task.
-        ie: the effects, of prompts of the selection half.
-        accuracy: the result of `Task.accuracy`, of all items.
-        snapshots: `Attribution.snapshot_frame`.
-        runs: the prompts that effects are means over.
+        found: the results of `attribute`.
     """
+    ie, accuracy, runs = found.effects, found.accuracy, found.runs
+    snapshots, table = (found.tables[f"attribution/{name}{part}"] for part in (".snapshots", ""))
+    later = set[tuple[int, int]]()
+    if "mostly_later" in table:
+        marked = table.loc[table["mostly_later"], ["feature", "snapshot"]]
+        later = {(int(feature), int(s)) for feature, s in marked.itertuples(index=False)}
     sure = significant(ie)
     complete, exact = ie.estimator.method == "ig", bool(snapshots["agreement"].notna().any())
     columns = [
@@ -161,7 +159,12 @@ def show_effects(
         right = of_label[row["label"]]
         active = int(ie.active[:, s].sum())
         top: list[dict[str, Any]] = [
-            {"feature": i, "effect": float(ie.effects[i, s]), "significant": bool(sure[i, s])}
+            {
+                "feature": i,
+                "effect": float(ie.effects[i, s]),
+                "significant": bool(sure[i, s]),
+                "mostly_later": (i, s) in later,
+            }
             for i in (ie.top(min(_TOP, active), s, by="magnitude").tolist() if active else [])
         ]
         rows.append(
@@ -170,7 +173,10 @@ def show_effects(
                 number(row["metric_clean"], sign=True),
                 *[percent(float(ie.completeness[s]), 2)] * complete, *[number(row["agreement"], 2, sign=True)] * exact,
                 f"{active:,}",
-                ", ".join(f"{one['feature']}:{one['effect']:+.3f}{'*' * one['significant']}" for one in top),
+                ", ".join(
+                    f"{one['feature']}:{one['effect']:+.3f}{'*' * one['significant']}{'†' * one['mostly_later']}"
+                    for one in top
+                ),
             )
         )  # fmt: skip
         values.append(
@@ -184,6 +190,8 @@ def show_effects(
         f"none significant over features and snapshots (false discovery rate 5%, {counted(len(runs), 'prompt')}; with "
         "more, smaller effects become significant)"
     )  # fmt: skip
+    if later:
+        significance += "; † more than half of the feature is read from later snapshots"
     out.say(describe_accuracy(accuracy)[0])
     out.table(
         columns,
@@ -242,6 +250,31 @@ def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns)
         "the metric over draws. keep: without the error node",
     )  # fmt: skip
     return {"prompts": len(runs), "left_out": runs.left_out, "curves": table}
+
+
+def show_study(out: Output, study: Study, k: int) -> dict[str, Any]:
+    """Print what a task loses without its top features, beside the controls; return the values.
+
+    Args:
+        out: where to print.
+        study: the results of a task.
+        k: number of features; fewer where fewer are active.
+    """
+    curves = study.tables[f"ablation/{study.task}"]
+    last = pd.DataFrame(curves[(curves["snapshot"] == curves["snapshot"].max()) & (curves["mode"] == "ablate")])
+    k = max(size for size in last["k"] if size <= k)
+    first = last.iloc[0]
+    found = zip(last["features"], last["k"], last["metric"], strict=True)
+    kinds = {str(kind): float(metric) for kind, size, metric in found if size == k}
+    to = BASELINES[study.ie.estimator.baseline or "zero"]
+    exact = study.rank_agreement()
+    out.say(
+        f"{study.task}: {number(float(first['clean']), sign=True)} at {first['label']}, "
+        f"{number(kinds['top'], sign=True)} without the top {k} features (set to {to}); without "
+        + " or ".join(f"{k} {kind.replace('_', '-')} ones {number(kinds[kind], sign=True)}" for kind in [*kinds][1:])
+        + f". On the held-out half; estimates agree with exact effects by {number(exact, 2)} (Spearman)"
+    )
+    return {"k": k, "clean": float(first["clean"]), **kinds, "agreement": exact, "tables": sorted(study.tables)}
 
 
 def _interval(low: float, high: float, spec: str) -> str:

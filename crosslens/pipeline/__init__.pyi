@@ -9,6 +9,8 @@ from .opening import parse_snapshots as parse_snapshots
 from .opening import parse_tasks as parse_tasks
 from .opening import read_run as read_run
 from .reporting import report as report
+from .studying import Ablated as Ablated
+from .studying import Attributed as Attributed
 from .studying import ablate as ablate
 from .studying import attribute as attribute
 from .studying import study as study
