@@ -40,7 +40,7 @@ from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
-from crosslens.intervention.splice import check_snapshot
+from crosslens.snapshots.lookup import find_snapshot
 
 CONTROLS = ("random", "size_matched")
 NEIGHBOURS = 10  # a size-matched feature is drawn from this many of the nearest in size
@@ -217,7 +217,7 @@ def set_metrics(
         UserError: no such snapshot, feature or position, a feature twice in a set, an unknown baseline, or "patch"
             without paired prompts.
     """
-    s = check_snapshot(runs.crosscoder, snapshot)
+    s = find_snapshot(runs.snapshots.labels, snapshot)
     baseline = resolve_baseline(baseline, runs)
     shortest = min(batch.tokens.shape[1] for batch in runs.batches)
     for position in positions or ():
@@ -444,4 +444,4 @@ def check_effects(runs: PromptRuns, ie: Attribution, at: Sequence[int] | None = 
             f"the effects cover {len(ie.effects)} features at snapshots {', '.join(ie.labels)}, but the crosscoder has "
             f"{crosscoder.cfg.d_sae} at {', '.join(snapshots.labels)}: attribute with this crosscoder first"
         )
-    return list(range(len(snapshots))) if at is None else [check_snapshot(crosscoder, s) for s in at]
+    return list(range(len(snapshots))) if at is None else [find_snapshot(snapshots.labels, s) for s in at]

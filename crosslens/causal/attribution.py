@@ -67,7 +67,7 @@ from crosslens.causal.relative import (
 )
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
-from crosslens.intervention.splice import check_snapshot
+from crosslens.snapshots.lookup import find_snapshot
 from crosslens.tasks.items import Item
 from crosslens.tasks.prompts import logit_difference
 
@@ -365,11 +365,9 @@ class Attribution:
         Raises:
             UserError: k exceeds the number of active features, no such snapshot, or an unknown `by`.
         """
-        S = len(self.labels)
         if by not in ("signed", "negative", "magnitude"):
             raise UserError(f"by={by!r} is unknown; use 'signed', 'negative' or 'magnitude'")
-        if not -S <= snapshot < S:
-            raise UserError(f"snapshot {snapshot} is not in [{-S}, {S - 1}]: there are {S} snapshots")
+        snapshot = find_snapshot(self.labels, snapshot)
         active = int(self.active[:, snapshot].sum())
         if not 1 <= k <= active:
             raise UserError(f"k={k} is not in [1, {active}], the features active on {self.task!r} at this snapshot")
@@ -699,7 +697,7 @@ def exact_effects(
     Raises:
         UserError: no such snapshot, feature or end, a feature twice, "patch" without paired prompts.
     """
-    s = check_snapshot(runs.crosscoder, snapshot)
+    s = find_snapshot(runs.snapshots.labels, snapshot)
     baseline = resolve_baseline(baseline, runs)
     if end not in ENDS:
         raise UserError(f"end={end!r} is unknown; use one of {ENDS}{did_you_mean(end, ENDS)}")

@@ -42,6 +42,7 @@ from scipy.stats import false_discovery_control, norm
 from torch import Tensor
 
 from crosslens.errors import UserError
+from crosslens.snapshots.lookup import find_snapshot
 
 UNDEFINED = "undefined"
 FDR = 0.05  # expected part of the effects called significant that are 0
@@ -419,12 +420,8 @@ def _quantiles(
 
 
 def _indices(effects: Effects, snapshots: Sequence[int] | None) -> list[int]:
-    S = len(effects.labels)
-    indices = list(range(S)) if snapshots is None else list(snapshots)
-    for s in indices:
-        if not -S <= s < S:
-            raise UserError(f"snapshot {s} is not in [{-S}, {S - 1}]: there are {S} snapshots")
-    return indices
+    chosen = range(len(effects.labels)) if snapshots is None else snapshots
+    return [find_snapshot(effects.labels, s) for s in chosen]
 
 
 def _check_thresholds(low: float, high: float) -> None:

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
-from crosslens.intervention.splice import check_snapshots
+from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.hooks import canonical_hook
 
 _MAX_FEATURE_BYTES = 1 << 28  # of dense feature activations (B, F) in memory at a time

@@ -47,8 +47,8 @@ from crosslens.evolution.lifecycles import check_activations, snapshot_columns
 from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import Examples, collect_examples
 from crosslens.features.passages import PassageSampler, passage_tables
-from crosslens.intervention.splice import check_snapshots
 from crosslens.rundir import write_text
+from crosslens.snapshots.checks import check_snapshots
 
 FORMAT = "crosslens-features/1"
 _DIGITS = 5

@@ -39,8 +39,9 @@ from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.crosscoders.kernels.sparse import sampled_product
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError
-from crosslens.intervention.splice import CleanRun, check_snapshots
+from crosslens.intervention.splice import CleanRun
 from crosslens.intervention.upper import Upper, UpperRun
+from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.prompts import PromptBatch, logit_difference

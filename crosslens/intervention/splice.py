@@ -34,8 +34,10 @@ from crosslens.activations.harvesting import harvest
 from crosslens.activations.tokens import kept_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
+from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook
+from crosslens.snapshots.lookup import find_snapshot
 from crosslens.snapshots.settings import ModelSettings
 
 
@@ -105,26 +107,6 @@ def clean_run(
     return CleanRun(tokens, acts, crosscoder.encode(acts) * keep[..., None], keep)
 
 
-def check_snapshots(crosscoder: Crosscoder, snapshots: Snapshots) -> None:
-    """Refuse a crosscoder that was trained on other snapshots.
-
-    Raises:
-        UserError: a different number of snapshots, or a snapshot with different weights.
-    """
-    recorded: list[dict[str, Any]] = crosscoder.cfg.metadata.snapshots or []
-    if len(snapshots) != crosscoder.n_snapshots:
-        raise UserError(
-            f"the crosscoder was trained on {crosscoder.n_snapshots} snapshots, but {len(snapshots)} were given: "
-            "use those listed in its metadata.snapshots"
-        )
-    for trained, given in zip(recorded, snapshots, strict=False):
-        if trained.get("fingerprint") not in (None, given.fingerprint):
-            raise UserError(
-                f"the crosscoder was trained on other weights: its snapshot {trained.get('label')} does not match the "
-                f"given {given.label}: use the snapshots it was trained on"
-            )
-
-
 @dataclass(frozen=True)
 class Edit:
     """Set some features of one snapshot to `factor * f_is + value`, at some positions.
@@ -179,7 +161,7 @@ class Splice:
         *,
         error: bool = True,
     ) -> None:
-        s = check_snapshot(crosscoder, snapshot)
+        s = find_snapshot(crosscoder.cfg.snapshot_labels, snapshot)
         clean = run.snapshot_acts(crosscoder, s)
         self.run, self.features = run, clean
         for edit in edits:
@@ -217,18 +199,6 @@ class Splice:
             UserError: the model lacks the hook point, or has another shape there.
         """
         return spliced_logits(model, self.run.tokens, self.hook_name, self.replacement, self.run.keep)
-
-
-def check_snapshot(crosscoder: Crosscoder, snapshot: int) -> int:
-    """A snapshot's index, counted from the left.
-
-    Raises:
-        UserError: no such snapshot.
-    """
-    S = crosscoder.n_snapshots
-    if not -S <= snapshot < S:
-        raise UserError(f"snapshot {snapshot} is not in [0, {S - 1}]: the crosscoder has {S} snapshots")
-    return snapshot % S
 
 
 def _edited(

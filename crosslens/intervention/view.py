@@ -24,7 +24,8 @@ from typing_extensions import override
 
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.intervention.splice import CleanRun, check_snapshot
+from crosslens.intervention.splice import CleanRun
+from crosslens.snapshots.lookup import find_snapshot
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def snapshot_view(crosscoder: Crosscoder, snapshot: int, features: Float[Tensor,
     Raises:
         UserError: no such snapshot, or features of the wrong shape.
     """
-    s = check_snapshot(crosscoder, snapshot)
+    s = find_snapshot(crosscoder.cfg.snapshot_labels, snapshot)
     run = features if isinstance(features, CleanRun) else None
     shared = features.features if isinstance(features, CleanRun) else features
     D, F = crosscoder.d_model, crosscoder.cfg.d_sae

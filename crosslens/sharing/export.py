@@ -16,7 +16,7 @@ how well they agree on when each feature is active (F1) and on its value (Pearso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError
+from crosslens.snapshots.lookup import find_snapshot
 
 
 @torch.no_grad()
@@ -111,28 +112,6 @@ def export_sae(
         f"{metadata.feature_agreement:.3f}."
     )
     return sae.eval().requires_grad_(False)
-
-
-def find_snapshot(labels: Sequence[str], snapshot: int | str) -> int:
-    """Index of a snapshot, counted from the left.
-
-    Args:
-        labels: of all snapshots.
-        snapshot: index or label.
-
-    Raises:
-        UserError: no such snapshot.
-    """
-    S = len(labels)
-    if isinstance(snapshot, str):
-        if snapshot not in labels:
-            raise UserError(
-                f"there is no snapshot {snapshot!r}: use one of {', '.join(labels)}{did_you_mean(snapshot, labels)}"
-            )
-        return list(labels).index(snapshot)
-    if not -S <= snapshot < S:
-        raise UserError(f"snapshot {snapshot} is not in [0, {S - 1}]: there are {S} snapshots")
-    return snapshot % S
 
 
 def fit_encoder(

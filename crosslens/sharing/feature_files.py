@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from crosslens.errors import UserError
 from crosslens.features.tables import FORMAT
 from crosslens.rundir import RunDir, delete, write_text
-from crosslens.sharing.export import find_snapshot
+from crosslens.snapshots.lookup import find_snapshot
 
 PER_BATCH = 128
 """Features in a file for Neuronpedia, which takes no more at a time."""

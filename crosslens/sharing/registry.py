@@ -193,7 +193,7 @@ def load_snapshots(release: str, *, every: bool = False) -> Snapshots:
             f"release {release!r} was trained on {missing[0]!r}, which is not among its snapshots "
             f"{', '.join(snapshots.labels)}: correct `trained` in its registry"
         )
-    return snapshots[[snapshots.labels.index(label) for label in where["trained"]]]
+    return snapshots[where["trained"]]
 
 
 def find_release(name: str) -> Release:

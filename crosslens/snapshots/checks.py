@@ -108,6 +108,29 @@ def _compare(
         )
 
 
+def check_snapshots(crosscoder: Any, snapshots: Sequence[Snapshot]) -> None:
+    """Refuse a crosscoder that was trained on other snapshots.
+
+    Args:
+        crosscoder: a `Crosscoder`; what it records about its snapshots is read.
+        snapshots: the models.
+
+    Raises:
+        UserError: a different number of snapshots, or a snapshot with different weights.
+    """
+    if len(snapshots) != crosscoder.n_snapshots:
+        raise UserError(
+            f"the crosscoder was trained on {crosscoder.n_snapshots} snapshots, but {len(snapshots)} were given: "
+            "use those listed in its metadata.snapshots"
+        )
+    for trained, given in zip(crosscoder.cfg.metadata.snapshots or [], snapshots, strict=False):
+        if trained.get("fingerprint") not in (None, given.fingerprint):
+            raise UserError(
+                f"the crosscoder was trained on other weights: its snapshot {trained.get('label')} does not match the "
+                f"given {given.label}: use the snapshots it was trained on"
+            )
+
+
 def check_tokenizers(snapshots: Sequence[Snapshot], tokenizer: PreTrainedTokenizerBase, n_embedded: int) -> None:
     """Refuse tokenizers with different vocabularies, and one that is larger than the models' embedding.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from crosslens.distributed.devices import model_memory
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import (
     check_arrival,
@@ -35,6 +34,7 @@ from crosslens.snapshots.folders import read_places, read_run
 from crosslens.snapshots.hashes import cache_folder
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer, hook_width
 from crosslens.snapshots.hub import list_revisions
+from crosslens.snapshots.lookup import find_snapshot
 from crosslens.snapshots.memory import LoadedSnapshot, loaded_snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot
@@ -305,10 +305,7 @@ class Snapshots(Sequence[Snapshot]):
             raise UserError(f"not a record of snapshots ({error}): give what Snapshots.to_dict returned") from error
         if demo is None:
             return cls(rows, name, one_run=recipe.get("one_run", True))
-        whole = cls.demo(**demo)
-        if unknown := [row.label for row in rows if row.label not in whole.labels]:
-            raise UserError(f"the demo has no snapshot {unknown[0]!r}: it has {', '.join(whole.labels)}")
-        found = whole[[whole.labels.index(row.label) for row in rows]]
+        found = cls.demo(**demo)[[row.label for row in rows]]
         return found.trusting_code(any(row.trust_remote_code for row in rows))
 
     def to_dict(self) -> dict[str, Any]:
@@ -364,24 +361,7 @@ class Snapshots(Sequence[Snapshot]):
         return Snapshots([self._snapshots[place] for place in places], self.name, self._demo, one_run=self._one_run)
 
     def _place(self, index: SupportsIndex | str) -> int:
-        """Index from the left of an index or a label."""
-        labels = self.labels
-        if isinstance(index, str):
-            if index not in labels:
-                raise UserError(
-                    f"no snapshot has the label {index!r}: the labels are {', '.join(labels)}"
-                    f"{did_you_mean(index, labels)}"
-                )
-            return labels.index(index)
-        try:
-            return range(len(labels))[operator.index(index)]
-        except IndexError:
-            place = operator.index(index)
-            step = f"; for step {place} use {labels[self.steps.index(place)]!r}" if place in self.steps else ""
-            raise IndexError(
-                f"index {place} is not in [{-len(labels)}, {len(labels) - 1}]: there are {len(labels)} snapshots, "
-                f"{', '.join(labels)}{step}"
-            ) from None
+        return find_snapshot(self.labels, index, self.steps)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshots) and (self.name, self._snapshots) == (other.name, other._snapshots)

@@ -380,7 +380,7 @@ def ie(runs: PromptRuns) -> Attribution:
         ({"baseline": "patch"}, r"baseline='patch' needs the paired prompts: make the runs with PromptRuns\("),
         ({"k": [0]}, r"k=\[0\] must be one or more numbers"),
         ({"k": []}, r"k=\[\] must be one or more numbers"),
-        ({"at": [3]}, r"snapshot 3 is not in \[0, 2\]"),
+        ({"at": [3]}, r"snapshot 3 is not in \[-3, 2\]"),
         ({"k": [1, 25]}, "k=25 is more than the [0-9]+ features that are active on 'tiny' at step0: use k up to"),
         ({"k": [20], "controls": ["size_matched"]},
          "size_matched sets of k=20 need as many active features outside the set, and 'tiny' has [0-9] at step0: "
@@ -425,7 +425,7 @@ def test_errors_of_feature_sets(runs: PromptRuns) -> None:
         exact_effects(runs, 0, torch.tensor([-1]))
     with pytest.raises(UserError, match="a feature is given twice"):
         set_metrics(runs, 0, torch.tensor([[3, 3]]))
-    with pytest.raises(UserError, match=r"snapshot 3 is not in \[0, 2\]"):
+    with pytest.raises(UserError, match=r"snapshot 3 is not in \[-3, 2\]"):
         set_metrics(runs, 3, torch.tensor([[3]]))
     with pytest.raises(UserError, match="needs the paired prompts"):
         set_metrics(runs, 0, torch.tensor([[3]]), baseline="patch")

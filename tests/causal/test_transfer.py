@@ -99,7 +99,7 @@ def effects(snaps: Snapshots, task: Task) -> tuple[PromptRuns, Attribution]:
     [
         ({"k": 0}, "k=0 must be at least 1"),
         ({"k": 25}, "k=25 is more than the .* features that are active on 'tiny' at step0: use k up to"),
-        ({"at": [0, 5]}, "snapshot 5 is not in [0, 2]"),
+        ({"at": [0, 5]}, "snapshot 5 is not in [-3, 2]"),
         ({"baseline": "zeros"}, "did you mean 'zero'"),
     ],
 )

@@ -235,8 +235,8 @@ def test_errors_are_one_line(snaps: Snapshots, runs: Any, tokens: Tensor) -> Non
     B, T = tokens.shape
     model = snaps.model(0)
     for make, message in (
-        (lambda: Splice(cc, run, 3), r"snapshot 3 is not in \[0, 2\]: the crosscoder has 3 snapshots"),
-        (lambda: Splice(cc, run, -4), r"snapshot -4 is not in \[0, 2\]"),
+        (lambda: Splice(cc, run, 3), r"snapshot 3 is not in \[-3, 2\]: there are 3 snapshots"),
+        (lambda: Splice(cc, run, -4), r"snapshot -4 is not in \[-3, 2\]"),
         (lambda: Splice(cc, run, 0, [Edit([0, F])]), r"feature 24 is not in \[0, 23\]"),
         (lambda: Splice(cc, run, 0, [Edit([-1])]), r"feature -1 is not in \[0, 23\]"),
         (lambda: Splice(cc, run, 0, [Edit([0], positions=[T])]), rf"position {T} is not in \[-{T}, {T - 1}\]"),

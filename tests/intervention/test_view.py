@@ -131,7 +131,7 @@ def test_errors_are_one_line(snaps: Snapshots, tokens: Tensor, model: SAETransfo
             "model on its tokens, or make a view of the new batch",
         ),
         (lambda: model.run_with_saes(tokens[:1], saes=[view]), r"shape \(1, 6, 16\) do not match this view"),
-        (lambda: snapshot_view(cc, 3, run), r"snapshot 3 is not in \[0, 2\]"),
+        (lambda: snapshot_view(cc, 3, run), r"snapshot 3 is not in \[-3, 2\]"),
         (lambda: snapshot_view(cc, 0, run.features[..., :5]), r"shape \(2, 6, 5\) do not fit .* give \(B, T, 24\)"),
         (lambda: view.save_model("somewhere"), "a view of one batch cannot be saved to somewhere"),
         (lambda: view.fold_W_dec_norm(), "fold_W_dec_norm is not available"),

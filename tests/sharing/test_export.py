@@ -133,8 +133,8 @@ def test_a_snapshot_that_decides_alone_is_exported_exactly(acts: Activations) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"snapshot": 3}, r"snapshot 3 is not in \[0, 2\]: there are 3 snapshots"),
-        ({"snapshot": "step600"}, "there is no snapshot 'step600': use one of 0, 1, 2"),
+        ({"snapshot": 3}, r"snapshot 3 is not in \[-3, 2\]: there are 3 snapshots"),
+        ({"snapshot": "step600"}, "no snapshot has the label 'step600': there are 3 snapshots, 0, 1, 2"),
         ({"n_tokens": 10}, "n_tokens=10 must be more than d_model=16"),
         ({"ridge": -1.0}, "ridge=-1.0 must be a finite number"),
     ],

@@ -165,9 +165,9 @@ def test_the_batches_of_saedashboard(
 
 
 def test_mistakes(run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no snapshot 'step7': use one of 0, 1, 2"):
+    with pytest.raises(UserError, match="no snapshot has the label 'step7': there are 3 snapshots, 0, 1, 2"):
         write_neuronpedia(run, tmp_path, "step7", 1)
-    with pytest.raises(UserError, match=r"snapshot 3 is not in \[0, 2\]: there are 3 snapshots"):
+    with pytest.raises(UserError, match=r"snapshot 3 is not in \[-3, 2\]: there are 3 snapshots"):
         write_neuronpedia(run, tmp_path, 3, 1)
     empty = RunDir(tmp_path / "empty")
     empty.write_json({})

@@ -18,7 +18,6 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.cli.app import app
 from crosslens.errors import UserError
-from crosslens.intervention.splice import check_snapshots
 from crosslens.sharing import registry
 from crosslens.sharing.pretrained import from_pretrained
 from crosslens.sharing.registry import (
@@ -29,6 +28,7 @@ from crosslens.sharing.registry import (
     read_registry,
     register_release,
 )
+from crosslens.snapshots.checks import check_snapshots
 from crosslens.synthetic import grammar
 from crosslens.training.evaluation import evaluate
 from tests.given import of_norms

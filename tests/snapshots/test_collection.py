@@ -134,13 +134,15 @@ def test_indexing(run: Path) -> None:
     assert snaps["step10"] == snaps[2] and snaps[["step10", 0]] == snaps[[2, 0]]
     assert snaps.model("step10") is snaps.model(2) is snaps.model(-1)
     for index in (3, -4):
-        with pytest.raises(IndexError, match=rf"index {index} is not in \[-3, 2\]: there are 3 snapshots, step0, s"):
+        with pytest.raises(IndexError, match=rf"snapshot {index} is not in \[-3, 2\]: there are 3 snapshots, step0, s"):
             _ = snaps[index]
     for ask in (lambda: snaps[[0, 10]], lambda: snaps.model(10)):
-        with pytest.raises(IndexError, match="index 10 is not in .*; for step 10 use 'step10'"):
+        with pytest.raises(IndexError, match="snapshot 10 is not in .*; for step 10 use 'step10'"):
             ask()
     for ask in (lambda: snaps["step1O"], lambda: snaps[["step0", "step1O"]], lambda: snaps.model("step1O")):
-        with pytest.raises(UserError, match="'step1O': the labels are step0, step2, step10; did you mean 'step10'"):
+        with pytest.raises(
+            UserError, match="'step1O': there are 3 snapshots, step0, .*; did you mean 'step10'"
+        ):
             ask()
     with pytest.raises(UserError, match="without snapshots"):
         _ = snaps[3:]
