@@ -4,8 +4,8 @@ In: activations `(..., S, D)` or flat `(..., S D)`. Out: features `(..., F)`, re
 
 Start with `base`, which all architectures share, then `topk`, `standard` or `jumprelu`, each with its gate and losses.
 `kernels` holds the sparse training step: `topk` finds the active pairs (TopK, BatchTopK), `sparse` and `gated`
-reconstruct from them. `strategy` is the interface through which a step communicates with other processes. `loading`
-reads saved crosscoders after `inspection` has validated their files. Importing this package registers the architectures
+reconstruct from them; they communicate with other processes through `crosslens.distributed.strategy`. `loading` reads
+saved crosscoders after `inspection` has validated their files. Importing this package registers the architectures
 with SAELens (`registration`).
 """
 

@@ -35,8 +35,8 @@ from typing_extensions import override
 from crosslens.crosscoders.checksums import CONFIG, config_checksum, tensor_checksum
 from crosslens.crosscoders.kernels.products import encoder_product
 from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in, squared_error
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.distributed.devices import Precision
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
 DRAWN = 1 << 22  # random numbers drawn at a time; a multiple of 16 rows, because torch draws in groups of 16

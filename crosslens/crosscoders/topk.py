@@ -36,7 +36,7 @@ from crosslens.crosscoders.kernels.topk import (
     token_top_pairs,
     top_of_tokens,
 )
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
 

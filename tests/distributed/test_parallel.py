@@ -22,9 +22,9 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES, TopKCrosscoderTraining
 from crosslens.crosscoders.base import drawn_rows
 from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, token_top_pairs
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.crosscoders.topk import unexplained
 from crosslens.distributed.parallel import ALONE, Parallel, join, n_processes
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training.checkpoints import save_whole
