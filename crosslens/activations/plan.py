@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,8 @@ from transformers import AutoModelForCausalLM
 from crosslens.activations.cache import BLOCK, HEADER, row_bytes
 from crosslens.activations.mixing import CHUNKS
 from crosslens.activations.order import WINDOW
+from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig
 from crosslens.snapshots.snapshot import cut_config
-
-if TYPE_CHECKING:
-    from crosslens.crosscoders import CrosscoderTrainingConfig
 
 READ_BYTES_PER_SECOND = 200e6
 """A slow disk, for the estimate of a pass over the cache."""
@@ -47,14 +45,6 @@ def model_bytes(config: Any, n_blocks: int, dtype: str = "float32", trust_remote
     )
 
 
-# number of (B, F) arrays in a step at its densest (for the last two the first step), and extra columns; measured on
-# CPUs by `benchmarks/distributed.py`, whose column "off by" is the error of `training_bytes`
-_BATCH_TENSORS = {
-    "topk_crosscoder": (2.0, 0),
-    "batchtopk_crosscoder": (2.0, 0),
-    "standard_crosscoder": (4.5, 0),
-    "jumprelu_crosscoder": (3.0, 8192),
-}
 _WORKSPACE = 48 << 20
 # copies of one weight matrix on the host while a checkpoint is written from a GPU: the matrix, and two of it as the
 # bytes of a file (measured on a CPU, where they take the place of the gradients)
@@ -84,8 +74,8 @@ def training_bytes(
     wide, F = n_snapshots * d_model, architecture.d_sae / n_feature_ranks
     # in units of 4 bytes: value, gradient and two moments of each parameter
     held = (3 if adam_moments == "bfloat16" else 4) * 2 * wide * F + 4 * 2 * F
-    factor, columns = _BATCH_TENSORS[architecture.architecture()]
-    step = batch_size * (factor * F + columns + 6 * wide) + wide * F
+    declared = DECLARATIONS[architecture.architecture()]
+    step = batch_size * (declared.batch_tensors * F + declared.extra_columns + 6 * wide) + wide * F
     return int(4 * (held + step)) + _WORKSPACE
 
 

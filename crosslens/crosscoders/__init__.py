@@ -1,12 +1,12 @@
-"""The four crosscoder architectures, as SAELens classes.
+"""Crosscoder architectures, as SAELens classes.
 
 In: activations `(..., S, D)` or flat `(..., S D)`. Out: features `(..., F)`, reconstructions, and in training the loss.
 
-Start with `base`, which all architectures share, then `topk`, `standard` or `jumprelu`, each with its gate and losses.
-`kernels` holds the sparse training step: `topk` finds the active pairs (TopK, BatchTopK), `sparse` and `gated`
-reconstruct from them. `strategy` is the interface through which a step communicates with other processes. `loading`
-reads saved crosscoders after `inspection` has validated their files. Importing this package registers the architectures
-with SAELens (`registration`).
+Start with `base`, which all architectures share, then one of `architectures`: its gate, its loss, and the declaration
+(`declaration`) that other packages read. `kernels` holds the sparse training step: `topk` finds the active pairs,
+`sparse` and `gated` reconstruct from them; they communicate with other processes through
+`crosslens.distributed.strategy`. `loading` reads saved crosscoders after `inspection` has validated their files.
+Importing this package registers the architectures with SAELens (`registration`).
 """
 
 import importlib

@@ -10,13 +10,12 @@ A crosscoder is a SAELens SAE over the concatenated activations of S snapshots o
    `apply_b_dec_to_input` the encoder reads c_s x_s - b_dec[s].
 4. Decode: x_hat_s = (sum_i f_is W_dec[i, s] + b_dec[s]) / c_s, with f_is = f_i for every architecture but JumpReLU,
    whose gate is per snapshot.
-5. Train in the scaled space. `training_forward_pass` works on active pairs; `dense_forward_pass` is the same loss in
-   plain autograd, the reference that tests compare every gradient with.
+5. Train in the scaled space. `training_forward_pass` works on active pairs; tests compare its loss and every gradient
+   with plain dense autograd.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,8 +34,8 @@ from typing_extensions import override
 from crosslens.crosscoders.checksums import CONFIG, config_checksum, tensor_checksum
 from crosslens.crosscoders.kernels.products import encoder_product
 from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in, squared_error
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.distributed.devices import Precision
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
 DRAWN = 1 << 22  # random numbers drawn at a time; a multiple of 16 rows, because torch draws in groups of 16
@@ -417,10 +416,12 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         n_dead: number of dead features in the input of the next step; None, unless the trainer knows it, so that the
             host need not wait for a GPU.
         backward_reads_hidden_pre: whether the backward pass needs h.
+        unclipped: names of parameters whose gradients are neither clipped nor counted in the norm that clips others.
     """
 
     cfg: CrosscoderTrainingConfig
     backward_reads_hidden_pre = False
+    unclipped: tuple[str, ...] = ()
 
     def __init__(
         self, cfg: CrosscoderTrainingConfig, use_error_term: bool = False, strategy: Strategy = ONE_PROCESS
@@ -478,18 +479,6 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         hidden_pre = self.hidden_pre(self.process_sae_in(x))
         return self.hook_sae_acts_post(self.gate(hidden_pre)), hidden_pre
 
-    def training_acts(self, hidden_pre: Float[Tensor, "B F"]) -> Tensor:
-        """Features (B, F) for the losses, or (B, S, F) if every snapshot has its own gate."""
-        return self.gate(hidden_pre)
-
-    def shared_acts(self, acts: Tensor) -> Float[Tensor, "B F"]:
-        """One value per feature, from the result of `training_acts`."""
-        return acts
-
-    def decode_training(self, acts: Tensor) -> Float[Tensor, "B SD"]:
-        """`sum_i f_is W_dec[i, s]` of the result of `training_acts`, snapshots concatenated."""
-        return self.decode_without_bias(acts)
-
     @override
     def decode_flat(self, feature_acts: Float[Tensor, "... F"]) -> Float[Tensor, "... SD"]:
         """Scaled reconstruction by the features of all processes, which call this together with the same tokens."""
@@ -520,14 +509,12 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         `sae_in` and `sae_out` of the output are flat and scaled, and relative to b_dec with `apply_b_dec_to_input`.
         With `gradient_memory`, `hidden_pre` of the output may be empty.
 
-        In `eval()` mode this is the dense reference with the gate of inference.
+        In `eval()` mode features are gated as at inference.
 
         Raises:
             UserError: the parameters are in half precision.
         """
         check_trainable(self.dtype)
-        if not self.training:
-            return self.dense_forward_pass(step_input)
         with torch.no_grad():
             flat = self.process_sae_in(step_input.sae_in)
             reused = None if self.backward_reads_hidden_pre else hidden_pre_in(self.free_gradient_memory, len(flat))
@@ -536,37 +523,6 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         sae_out, feature_acts, losses = self.losses_on_pairs(flat, hidden_pre, step_input)  # relative to b_dec
         if reused is not None:
             hidden_pre = hidden_pre.new_empty(0, self.cfg.d_sae)
-        return self._output(step_input, flat, hidden_pre, sae_out, feature_acts, losses)
-
-    @abstractmethod
-    def losses_on_pairs(
-        self, flat: Float[Tensor, "B SD"], hidden_pre: Float[Tensor, "B F"], step_input: TrainStepInput
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Reconstruction, features (B, F; dense or COO) and losses, computed on active pairs if that is faster."""
-
-    def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The same step in plain dense autograd: the reference."""
-        flat = self.process_sae_in(step_input.sae_in)
-        hidden_pre = self.hidden_pre(flat)
-        acts = self.training_acts(hidden_pre)
-        feature_acts = self.hook_sae_acts_post(self.shared_acts(acts))
-        sae_out = self.hook_sae_recons(self.relative(self.decode_training(acts)))
-        scaled_input = dataclasses.replace(step_input, sae_in=flat)
-        losses = {
-            "mse_loss": self.reconstruction_loss(sae_out, flat),
-            **self.calculate_aux_loss(scaled_input, acts, hidden_pre, sae_out),
-        }
-        return self._output(step_input, flat, hidden_pre, sae_out, feature_acts, losses)
-
-    def _output(
-        self,
-        step_input: TrainStepInput,
-        flat: Tensor,
-        hidden_pre: Tensor,
-        sae_out: Tensor,
-        feature_acts: Tensor,
-        losses: dict[str, Tensor],
-    ) -> TrainStepOutput:
         # computed now, not passed as callables: the optimiser's step changes the gates
         logged = step_input.is_logging_step
         return TrainStepOutput(
@@ -579,12 +535,18 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
             metrics=self.snapshot_metrics(flat, sae_out, feature_acts) if logged else {},
         )
 
-    @override
     @abstractmethod
+    def losses_on_pairs(
+        self, flat: Float[Tensor, "B SD"], hidden_pre: Float[Tensor, "B F"], step_input: TrainStepInput
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstruction, features (B, F; dense or COO) and losses, computed on active pairs if that is faster."""
+
+    @override
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        """The loss terms other than reconstruction, by the name they are logged under."""
+        # only SAELens's own `training_forward_pass` calls this; ours has all terms from `losses_on_pairs`
+        raise NotImplementedError
 
     @torch.no_grad()
     def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:

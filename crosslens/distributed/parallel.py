@@ -11,7 +11,7 @@ TopK gates, enough about their scores to find the largest. Every loss is a funct
 processes, and each has the gradients of its own features without communication. The m groups average their gradients,
 as in data-parallel training. `ALONE` is a single process that holds everything; it exchanges nothing.
 
-`Parallel` is the strategy (`crosslens.crosscoders.strategy`) that the trainer gives to a training SAE.
+`Parallel` is the strategy (`crosslens.distributed.strategy`) that the trainer gives to a training SAE.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing_extensions import override
 
 from crosslens.distributed.devices import own_device
+from crosslens.distributed.strategy import Strategy
 from crosslens.errors import UserError
 
 DIGIT_BITS = 11  # bits per digit in the search for a threshold: 2,048 counts are exchanged for each
@@ -41,7 +43,7 @@ TIMEOUT = timedelta(minutes=30)  # one process may load models, or write, while 
 
 
 @dataclass(frozen=True)
-class Parallel:
+class Parallel(Strategy):
     """The ranks of this process, and the collective operations among the processes that train a crosscoder.
 
     Args:
@@ -51,6 +53,7 @@ class Parallel:
     mesh: DeviceMesh | None = None
 
     @property
+    @override
     def alone(self) -> bool:
         """Whether this is the only process."""
         return self.mesh is None
@@ -61,6 +64,7 @@ class Parallel:
         return 1 if self.mesh is None else self.mesh["features"].size()
 
     @cached_property
+    @override
     def n_data_ranks(self) -> int:
         """m, the number of groups that split the tokens of a batch."""
         return 1 if self.mesh is None else self.mesh["data"].size()
@@ -95,6 +99,7 @@ class Parallel:
         """The processes with the same features and other tokens."""
         return None if self.mesh is None else self.mesh["data"].get_group()
 
+    @override
     def features(self, d_sae: int) -> slice:
         """The features that this process holds."""
         size = d_sae // self.n_feature_ranks
@@ -105,6 +110,7 @@ class Parallel:
         size = batch_size // self.n_data_ranks
         return slice(self.data_rank * size, (self.data_rank + 1) * size)
 
+    @override
     def sum_features_(self, x: Tensor) -> Tensor:
         """Sum in place over the processes that split the features; the same bits in all of them."""
         return x if self.mesh is None or self.n_feature_ranks == 1 else _reduced(x, self.feature_group)
@@ -117,16 +123,19 @@ class Parallel:
         """Sum in place over all processes."""
         return x if self.mesh is None else _reduced(x, None)
 
+    @override
     def count(self, n: int) -> int:
         """Sum of a count over all processes."""
         return n if self.mesh is None else int(self.sum_(torch.tensor(n, device=self.mesh.device_type)))
 
+    @override
     def smallest(self, x: Tensor) -> Tensor:
         """Minimum of a scalar over all processes."""
         if self.mesh is not None:
             dist.all_reduce(x, dist.ReduceOp.MIN)
         return x
 
+    @override
     def total_features(self, x: Tensor) -> Tensor:
         """Sum a loss term over the processes that split the features; its gradient stays local."""
         if self.mesh is None or self.n_feature_ranks == 1:
@@ -135,6 +144,7 @@ class Parallel:
         assert isinstance(total, Tensor)
         return total
 
+    @override
     def mean_data(self, x: Tensor) -> Tensor:
         """Mean over the processes that split the tokens; its gradient is averaged with all others."""
         if self.mesh is None or self.n_data_ranks == 1:
@@ -174,6 +184,7 @@ class Parallel:
         if failed and self.rank:
             raise UserError("rank 0 stopped with an error; see its message")
 
+    @override
     @torch.no_grad()
     def kth_largest(self, values: Float[Tensor, " n"], k: int) -> tuple[Tensor, Tensor]:
         """The k-th largest value of all processes (NaN ranks first), and how many of the k largest equal it.
@@ -200,6 +211,7 @@ class Parallel:
             bits = bits[digits == digit]
         return found.to(kind).view(precise.dtype).to(values.dtype), left
 
+    @override
     def earliest(
         self,
         tied: Bool[Tensor, " n"],
@@ -229,6 +241,7 @@ class Parallel:
         first = places <= self.gather(padded).flatten().sort().values[count - 1]
         return tied.index_put((marked,), first)
 
+    @override
     def kth_per_token(self, largest: Float[Tensor, "B k"]) -> tuple[Float[Tensor, "B 1"], Int[Tensor, "B 1"]]:
         """The k-th largest score of each token over all processes, and how many of the k this process keeps.
 

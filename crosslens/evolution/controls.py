@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
-from crosslens.crosscoders import Crosscoder
+from crosslens.crosscoders import DECLARATIONS, Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import check_activations, held_out_features
 
@@ -107,8 +107,8 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
 
 
 def penalises_decoder(crosscoder: Crosscoder) -> bool:
-    """Whether the training loss shrinks decoder norms, as the L1 and JumpReLU penalties do."""
-    return "topk" not in crosscoder.cfg.architecture()
+    """Whether the training loss shrinks decoder norms."""
+    return DECLARATIONS[crosscoder.cfg.architecture()].penalises_decoder
 
 
 @torch.no_grad()

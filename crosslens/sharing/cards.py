@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslens import rundir
-from crosslens.crosscoders import Crosscoder
+from crosslens.crosscoders import DECLARATIONS, Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import relative_norms
 
@@ -37,12 +37,6 @@ _COLUMNS = {
     "ce_clean": ("CE clean", ".3f"),
     "ce_spliced": ("CE spliced", ".3f"),
     "kl": ("KL", ".4f"),
-}
-_WHAT = {
-    "standard_crosscoder": "ReLU crosscoder (L1 weighted by decoder norms)",
-    "topk_crosscoder": "TopK crosscoder",
-    "batchtopk_crosscoder": "BatchTopK crosscoder",
-    "jumprelu_crosscoder": "JumpReLU crosscoder (one gate per feature and snapshot)",
 }
 _CITATION = """```bibtex
 @article{ge2025evolution,
@@ -82,6 +76,7 @@ def make_card(
         picture: path of the picture, relative to the card.
     """
     cfg, metadata, run = crosscoder.cfg, crosscoder.cfg.metadata, run or {}
+    what = DECLARATIONS[cfg.architecture()].card
     model, hook = _text(metadata.model_name or "an unnamed model"), _text(metadata.hook_name or "an unnamed hook point")
     front = {"library_name": "saelens", "tags": ["crosscoder", "crosslens", "sparse-autoencoder", "training-dynamics"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
@@ -91,7 +86,7 @@ def make_card(
         "",
         f"# {_text(sae_id)}: a crosscoder over {cfg.n_snapshots} pretraining snapshots of {model}",
         "",
-        f"A {_WHAT[cfg.architecture()]} with {cfg.d_sae:,} features, trained on the activations of {cfg.n_snapshots} "
+        f"A {what} with {cfg.d_sae:,} features, trained on the activations of {cfg.n_snapshots} "
         f"snapshots of {model} (width {cfg.d_model:,}) at {hook}. The snapshots share its features; the decoder norm "
         "of a feature at a snapshot says how strongly the dictionary writes it there; what the snapshot itself holds, "
         "`cl.evolve(cc, acts)` measures.",

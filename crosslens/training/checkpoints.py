@@ -15,7 +15,7 @@ checksums-*.json           the checksums of the files that one process wrote
 The crosscoder of several processes becomes the single file that SAELens reads, block by block: rank 0 writes, and the
 other processes send their features a few rows at a time, so no process needs memory for all of it. (The consolidation
 of torch.distributed.checkpoint needs twice a process's weights in memory and the file twice on disk, and it writes
-scalars such as BatchTopK's threshold as 0.)
+scalars, such as a learnt threshold, as 0.)
 """
 
 from __future__ import annotations

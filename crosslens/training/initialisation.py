@@ -27,8 +27,8 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConfig, CrosscoderTrainingSAE
-from crosslens.crosscoders.strategy import ONE_PROCESS
 from crosslens.distributed.parallel import ALONE, Parallel
+from crosslens.distributed.strategy import ONE_PROCESS
 from crosslens.errors import UserError
 from crosslens.training.progress import tell
 

@@ -12,11 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from tqdm.auto import tqdm
 
-from crosslens.crosscoders import (
-    CrosscoderTrainingConfig,
-    JumpReLUCrosscoderTrainingConfig,
-    StandardCrosscoderTrainingConfig,
-)
+from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig
 
 MIN_EXPLAINED_VARIANCE = 0.7
 MAX_DEAD_FRACTION = 0.2
@@ -134,11 +130,7 @@ def warn_if_poor(
         dead_tokens: tokens without firing after which the auxiliary loss revives a feature.
         training_tokens: tokens that the crosscoder was trained on.
     """
-    sparser = "a larger k"
-    if isinstance(architecture, JumpReLUCrosscoderTrainingConfig):
-        sparser = "a smaller sparsity_coefficient"
-    elif isinstance(architecture, StandardCrosscoderTrainingConfig):
-        sparser = "a smaller l1_coefficient"
+    declared = DECLARATIONS[architecture.architecture()]
     pairs = zip(labels, measured.explained_variance, strict=True)
     poor = [f"{label} ({value:.2f})" for label, value in pairs if not value >= MIN_EXPLAINED_VARIANCE]
     if poor:
@@ -147,13 +139,13 @@ def warn_if_poor(
         warnings.warn(
             f"the crosscoder explains less than {MIN_EXPLAINED_VARIANCE:.0%} of the variance of {names}. If these "
             f"snapshots are untrained or nearly so, leave them out; otherwise try {scale}more training tokens, "
-            f"or {sparser}",
+            f"or {declared.denser}",
             stacklevel=4,
         )
     if measured.dead_fraction > MAX_DEAD_FRACTION:
         remedy = f"a smaller d_sae (now {architecture.d_sae:,})"
-        if sparser != "a larger k":
-            remedy += f", or {sparser}"
+        if not declared.revives_dead:
+            remedy += f", or {declared.denser}"
         elif dead_tokens < training_tokens:
             remedy += f", or a smaller dead_tokens (now {dead_tokens:,}), so that the auxiliary loss acts earlier"
         else:

@@ -3,7 +3,7 @@
 One step:
 
 1. Forward and backward on active pairs; average gradients and losses over the processes that split the tokens.
-2. Compute the global gradient norm, excluding thresholds.
+2. Compute the global gradient norm, without the parameters that are not clipped (thresholds).
 3. Adam divides the gradients by the clipping divisor, or changes nothing if the loss or a gradient is not finite.
 4. Step the schedules, and count which features fired.
 """
@@ -107,16 +107,16 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         """Active (token, feature) pairs of the last step: of all tokens, and of the features of this process."""
         self.check_late = sae.device.type != "cpu"
         self._unchecked: tuple[TrainStepOutput, Tensor, Tensor] | None = None
-        thresholds = {name: p for name, p in sae.named_parameters() if name == "log_threshold"}
-        self.unclipped = list(thresholds.values())
+        unclipped = {name: p for name, p in sae.named_parameters() if name in sae.unclipped}
+        self.unclipped = list(unclipped.values())
         # fused Adam needs contiguous parameters: a view of the encoder with one row per feature
         self.encoder_rows = nn.Parameter(sae.W_enc.detach().T)
         on_cpu = sae.device.type == "cpu"
         self.gradient_memory = sae.W_dec.detach().new_empty(2, *sae.W_dec.shape) if on_cpu else None
         """What the crosscoder uses as its `gradient_memory` during a step."""
-        others = {name: p for name, p in sae.named_parameters() if name not in ("log_threshold", "W_enc")}
+        others = {name: p for name, p in sae.named_parameters() if name not in ("W_enc", *unclipped)}
         self.clipped = [self.encoder_rows, *others.values()]
-        self.trained = {"W_enc": self.encoder_rows, **others, **thresholds}
+        self.trained = {"W_enc": self.encoder_rows, **others, **unclipped}
         """The optimiser's parameters by name, in its order; the encoder as (F, S D)."""
         factors = sae.lr_factors
         groups = [{"params": [p], "lr": config.lr * factors.get(name, 1.0)} for name, p in self.trained.items()]
@@ -267,10 +267,10 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         not_finite = ~torch.isfinite(output.loss.detach())
         not_finite |= ~torch.isfinite(norm)
         divisor = ((norm + 1e-6) / (self.config.max_grad_norm or math.inf)).clamp_min(1.0)
-        for threshold in self.unclipped:
-            if threshold.grad is not None:
-                threshold.grad.mul_(divisor)  # thresholds are not clipped: cancels the division
-                not_finite |= ~torch.isfinite(threshold.grad.sum())
+        for parameter in self.unclipped:
+            if parameter.grad is not None:
+                parameter.grad.mul_(divisor)  # cancels the division
+                not_finite |= ~torch.isfinite(parameter.grad.sum())
         if not self.parallel.alone:
             # all processes skip the step, and stop, if one of them does
             flags = torch.stack([not_finite, torch.full_like(not_finite, self.stop)]).double()

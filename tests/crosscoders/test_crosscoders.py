@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from crosslens.crosscoders import (
     TopKCrosscoderTrainingConfig,
     register,
 )
-from crosslens.crosscoders.jumprelu import SnapshotJumpReLU
 from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.topk import batch_top_pairs, token_top_pairs
 from crosslens.errors import UserError
+from tests.crosscoders.reference import SnapshotJumpReLU, dense_forward_pass
 
 ALL = list(TRAINING_ARCHITECTURES)
 B, D, F = 7, 6, 12
@@ -265,7 +266,7 @@ WAYS = ("pairs", "dense products", "reference")
 def forward(sae: CrosscoderTrainingSAE, way: str, inputs: TrainStepInput) -> TrainStepOutput:
     """One forward pass: on active pairs, with the kernels' dense products, or in plain autograd."""
     if way == "reference":
-        return sae.dense_forward_pass(inputs)
+        return dense_forward_pass(sae, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sparse.DENSE_ABOVE, "cpu", 2.0 if way == "pairs" else -1.0)
         return sae.training_forward_pass(inputs)
@@ -475,7 +476,7 @@ def test_active_pairs_equal_dense_autograd_in_float32(architecture: str):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
     x = torch.randn(n_tokens, S, width, generator=draw)
     dead = torch.rand(n_features, generator=draw) < 0.1
-    outputs = [sae.training_forward_pass(step_input(x, dead)), sae.dense_forward_pass(step_input(x, dead))]  # type: ignore[operator,union-attr]
+    outputs = [sae.training_forward_pass(step_input(x, dead)), dense_forward_pass(sae, step_input(x, dead))]  # type: ignore[operator,union-attr]
     fast, dense = (gradients(sae, output.loss) for output in outputs)
     for name, gradient in dense.items():
         assert float((fast[name] - gradient).abs().max()) < 1e-5 * float(gradient.abs().max()), name
@@ -764,7 +765,7 @@ def test_loading_what_is_no_crosscoder(tmp_path: Path):
     cc.save(tmp_path / "unknown")
     config = tmp_path / "unknown" / "cfg.json"
     config.write_text(config.read_text().replace("standard_crosscoder", "quantum_crosscoder"))
-    with pytest.raises(UserError, match="quantum_crosscoder.*known are standard_crosscoder"):
+    with pytest.raises(UserError, match="quantum_crosscoder.*known are batchtopk_crosscoder"):
         crosslens.load(tmp_path / "unknown")
     plain = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=4, d_sae=8))
     plain.save_model(tmp_path / "plain")
@@ -868,7 +869,7 @@ def test_flat_input_gives_the_same_result(architecture: str, S: int, leading: tu
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_training_step_on_flat_input(architecture: str):
     sae, x = make(architecture, 3), raw(3)
-    for forward_pass in (sae.training_forward_pass, sae.dense_forward_pass):
+    for forward_pass in (sae.training_forward_pass, partial(dense_forward_pass, sae)):
         outputs = [forward_pass(step_input(batch)) for batch in (x, x.flatten(1))]
         found, wanted = (gradients(sae, output.loss) for output in outputs)
         assert torch.equal(outputs[0].loss, outputs[1].loss)

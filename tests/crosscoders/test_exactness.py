@@ -24,6 +24,7 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingSAE
 from crosslens.crosscoders.kernels import sparse
 from crosslens.training.config import TrainConfig
 from crosslens.training.trainer import CrosscoderTrainer
+from tests.crosscoders.reference import dense_forward_pass
 
 ALL = list(TRAINING_ARCHITECTURES)
 TOP = ["topk_crosscoder", "batchtopk_crosscoder"]
@@ -112,7 +113,7 @@ def same_step(
             patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
         fast = sae.train().training_forward_pass(inputs)
         found = gradients(sae, fast.loss)
-    dense = sae.dense_forward_pass(inputs)
+    dense = dense_forward_pass(sae, inputs)
     wanted = gradients(sae, dense.loss)
     features = fast.feature_acts.to_dense()
     assert torch.equal(features != 0, dense.feature_acts != 0), "different features are kept"
@@ -360,7 +361,7 @@ def test_the_same_bits_every_time(architecture: str, way: str):
 def test_gradients_add_up_over_batches(architecture: str):
     """One step leaves nothing behind for the next, and gradients accumulate."""
     sae, batches = make(architecture, 3), [raw(3, seed).float() for seed in range(3)]
-    wanted = [gradients(sae, sae.dense_forward_pass(step_input(x)).loss) for x in batches]
+    wanted = [gradients(sae, dense_forward_pass(sae, step_input(x)).loss) for x in batches]
     sae.zero_grad()
     outputs = [sae.training_forward_pass(step_input(x)) for x in batches]
     for weight, output in zip((1.0, -0.5, 3.0), outputs, strict=True):
@@ -477,7 +478,7 @@ CASES = st.builds(
 def rounding(case: Case, architecture: str) -> float:
     """Error of the dense reference itself in float32, by the measure of this module."""
     found, wanted = (
-        gradients(sae, sae.train().dense_forward_pass(inputs).loss)
+        gradients(sae, dense_forward_pass(sae.train(), inputs).loss)
         for sae, inputs in (case.build(architecture, dtype) for dtype in ("float32", "float64"))
     )
     return max(float((found[name] - p).abs().max() / (p.abs().max() + FLOOR)) for name, p in wanted.items())
@@ -548,7 +549,7 @@ def learn_slowly(sae: CrosscoderTrainingSAE, config: TrainConfig, batches: list[
         inputs = step_input(x, silent > config.dead_tokens, step=step)
         rising = min(1, step / 8)
         inputs.coefficients = {"l1": 0.5 * rising, "sparsity": 0.3 * rising}
-        output = sae.dense_forward_pass(inputs)
+        output = dense_forward_pass(sae, inputs)
         adam.zero_grad()
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(clipped, config.max_grad_norm or math.inf)

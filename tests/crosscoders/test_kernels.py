@@ -28,6 +28,7 @@ from crosslens.crosscoders.kernels.topk import (
     token_top_pairs,
     top_of_tokens,
 )
+from tests.crosscoders.reference import dense_forward_pass
 
 ALL = list(TRAINING_ARCHITECTURES)
 TOP = ["topk_crosscoder", "batchtopk_crosscoder"]
@@ -496,6 +497,6 @@ def test_the_dense_reference_makes_what_the_step_avoids():
         S, D, F, B = 4, 32, 512, 768
         sae, inputs = step_of(architecture, S, D, F, B, **({"k": 8} if architecture in TOP else {}))
         with Made(inputs.sae_in, *sae.parameters()) as made:
-            sae.dense_forward_pass(inputs).loss.backward()
+            dense_forward_pass(sae, inputs).loss.backward()
         assert sum(size == B * F for size, _ in made.sizes) > 2
         assert any(size == B * S * F for size, _ in made.sizes) == (architecture == "jumprelu_crosscoder")

@@ -19,12 +19,12 @@ from torch.multiprocessing.spawn import ProcessExitedException
 import crosslens.training.checkpoints
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import TRAINING_ARCHITECTURES, TopKCrosscoderTrainingConfig, load
+from crosslens.crosscoders.architectures.topk import unexplained
 from crosslens.crosscoders.base import drawn_rows
 from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs, token_top_pairs
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
-from crosslens.crosscoders.topk import unexplained
 from crosslens.distributed.parallel import ALONE, Parallel, join, n_processes
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir
 from crosslens.training.checkpoints import save_whole

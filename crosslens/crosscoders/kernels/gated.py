@@ -39,8 +39,8 @@ from crosslens.crosscoders.kernels.sparse import (
     sum_rows,
 )
 from crosslens.crosscoders.kernels.topk import Pairs, density, pairs_above, row_pointers
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.distributed.devices import Precision
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 
 COLUMNS = 1024  # features per block of the dense sums
 

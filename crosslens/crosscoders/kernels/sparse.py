@@ -30,8 +30,8 @@ from torch.nn.functional import embedding_bag, mse_loss
 
 from crosslens.crosscoders.kernels.products import product
 from crosslens.crosscoders.kernels.topk import Pairs
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
 from crosslens.distributed.devices import Precision
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 
 # torch warns once per process; only the sampled product uses CSR
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

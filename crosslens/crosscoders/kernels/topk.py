@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosslens.crosscoders.strategy import ONE_PROCESS, OneProcess, Strategy
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 
 SAMPLE = 1 << 14  # entries sampled for the first bound on a batch's threshold
 BLOCK = 1 << 18  # entries of a (tokens, F) block on a CPU: it stays in the cache
@@ -114,7 +114,7 @@ def batch_top_pairs(
         return _keep(pairs, scores, scores > 0)
     kth, n_tied = strategy.kth_largest(scores, count)
     kept = (scores > kth) | strategy.earliest(scores == kth, pairs.tokens, pairs.features, pairs.shape, n_tied)
-    if hidden_pre.is_cuda and isinstance(strategy, OneProcess):
+    if hidden_pre.is_cuda and strategy.alone:
         which = marked(kept | scores.isnan(), count)
         return pairs.select(which), scores.index_select(0, which)
     return _keep(pairs, scores, kept & (scores > 0))
@@ -130,7 +130,7 @@ def token_top_pairs(
     returns its own pairs among the k largest of all.
     """
     here = min(k, hidden_pre.shape[1])
-    if hidden_pre.is_cuda and isinstance(strategy, OneProcess):
+    if hidden_pre.is_cuda and strategy.alone:
         return _top_of_rows(hidden_pre, norms, here)
     found = [torch.empty(0, dtype=torch.long, device=hidden_pre.device)]
     for start, block in _blocks(hidden_pre) if here else ():

@@ -2,12 +2,12 @@
 
 The models and kernels contain no communication code. Two parts of a step need every feature or every token: the
 reconstruction is a sum over features, and the TopK gates rank the scores of all of them. A model asks its strategy for
-both. `OneProcess`, the default, holds everything, so answers are local; `crosslens.distributed.Parallel` communicates.
+both. A plain `Strategy` is that of a process which holds everything; `crosslens.distributed.Parallel` communicates.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,11 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-@runtime_checkable
-class Strategy(Protocol):
-    """How one process takes part in a training step; the methods here are those of a single process."""
+class Strategy:
+    """How a process takes part in a training step: a single one, which holds all features and all tokens."""
 
     @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return True
+
+    @cached_property
     def n_data_ranks(self) -> int:
         """Number of groups that the tokens of a batch are split over."""
         return 1
@@ -93,8 +97,4 @@ class Strategy(Protocol):
         return torch.where(largest.isnan(), torch.inf, largest).amin(-1, keepdim=True), largest.shape[-1]
 
 
-class OneProcess(Strategy):
-    """A process that holds all features and all tokens."""
-
-
-ONE_PROCESS = OneProcess()
+ONE_PROCESS = Strategy()

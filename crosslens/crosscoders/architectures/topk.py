@@ -1,12 +1,9 @@
-"""TopK and BatchTopK crosscoders.
+"""TopK crosscoder: the k features of each token with the largest scores.
 
 1. Score u_i = relu(h_i) * n_i with n_i = sum_s |W_dec[i, s]|.
-2. Select the k largest scores of each token (TopK) or the k * B largest of the batch (BatchTopK, Bussmann et al., arXiv
-   2412.06410); selected features have f_i = relu(h_i). The selection carries no gradient. `keep_top` is the readable
-   form; the training step uses `crosslens.crosscoders.kernels.topk`.
-3. BatchTopK tracks an exponential moving average of the smallest selected score; at inference
-   f_i = relu(h_i) * 1[u_i > threshold].
-4. loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * V * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat
+2. Select the k largest scores of each token; selected features have f_i = relu(h_i). The selection carries no gradient.
+   `keep_top` is the readable form; the training step uses `crosslens.crosscoders.kernels.topk`.
+3. loss = mean_B sum_s |x_hat_s - x_s|^2 + alpha * V * mean_B |r_hat - r|^2 / mean_B |r - mean r|^2, where r = x - x_hat
    is detached and r_hat is rebuilt from the min(D/2, n_dead) dead features with the largest scores (Gao et al., arXiv
    2406.04093, section A.2, with the residual in the direction the decoder must learn). V = mean_B sum_s |x_s - mean
    x_s|^2, detached, puts both terms in units of the data's variance, so that alpha means the same at every S * D.
@@ -15,20 +12,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAEConfig
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.declaration import Architecture
 from crosslens.crosscoders.kernels.sparse import CACHED, Acts, Memory, dense_is_faster, reconstruct, squared_error
 from crosslens.crosscoders.kernels.topk import (
     Pairs,
-    batch_top_pairs,
     first_largest,
     kth_of_rows,
     marked,
@@ -36,7 +32,7 @@ from crosslens.crosscoders.kernels.topk import (
     token_top_pairs,
     top_of_tokens,
 )
-from crosslens.crosscoders.strategy import ONE_PROCESS, Strategy
+from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
 
@@ -84,36 +80,6 @@ class TopKCrosscoder(Crosscoder):
 
 
 @dataclass(kw_only=True)
-class BatchTopKCrosscoderConfig(CrosscoderConfig):
-    """Configuration of a `BatchTopKCrosscoder`; its threshold is a buffer saved with the weights."""
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return "batchtopk_crosscoder"
-
-
-class BatchTopKCrosscoder(Crosscoder):
-    """Inference crosscoder that keeps the features whose score exceeds the threshold learnt in training.
-
-    Attributes:
-        threshold: that score, a scalar.
-    """
-
-    cfg: BatchTopKCrosscoderConfig
-    threshold: Tensor
-
-    @override
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=self.device))
-
-    @override
-    def gate(self, hidden_pre: Tensor) -> Tensor:
-        return _above_threshold(hidden_pre, self.decoder_norms, self.threshold)
-
-
-@dataclass(kw_only=True)
 class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     """Configuration of a `TopKCrosscoderTrainingSAE`.
 
@@ -127,9 +93,10 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
             compete, and fewer die than with the norm that reconstructs a batch best.
 
     Raises:
-        UserError: k or k_start is not in (0, d_sae], or k is not an integer (BatchTopK allows fractions).
+        UserError: k or k_start is not in (0, d_sae], or k is not an integer where every token gets as many features.
     """
 
+    whole_k: ClassVar[bool] = True
     k: int = 64
     k_start: float | None = None
     k_anneal_steps: int = 0
@@ -138,7 +105,7 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_k(self.k, self.d_sae, whole=self.architecture() == "topk_crosscoder")
+        _check_k(self.k, self.d_sae, whole=self.whole_k)
         if self.k_start is not None:
             _check_k(self.k_start, self.d_sae, "k_start")
 
@@ -183,7 +150,10 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
         norms = self.decoder_norms.detach().sum(-1)
-        pairs = self.select_pairs(hidden_pre, norms)
+        if self.training:
+            pairs = self.select_pairs(hidden_pre, norms)
+        else:
+            pairs = pairs_of(hidden_pre, self.gate(hidden_pre) != 0)
         dense = dense_is_faster(len(pairs.values) / hidden_pre.numel(), flat.device)
         acts = pairs.to_dense() if dense else pairs
         dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
@@ -207,11 +177,6 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * auxiliary,
         }
         return sae_out, pairs.to_sparse(), losses
-
-    @override
-    def dense_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
-        return super().dense_forward_pass(step_input)
 
     def select_pairs(self, hidden_pre: Tensor, norms: Float[Tensor, " F"]) -> Pairs:
         """The pairs of `hidden_pre` (B, F) with the largest scores; `norms` are decoder norms summed over snapshots."""
@@ -242,125 +207,12 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         pairs = token_top_pairs(among, norms, count, self.strategy)
         return ids, pairs.to_dense() if dense else pairs
 
-    @override
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        flat = step_input.sae_in
-        share = auxiliary_loss(
-            (flat - sae_out).detach(),
-            hidden_pre,
-            self.W_dec,
-            self.decoder_norms.detach(),
-            step_input.dead_neuron_mask,
-        )
-        loss = self.cfg.aux_loss_coefficient * batch_variance(flat) * share
-        return {"auxiliary_reconstruction_loss": loss}
-
-
-@dataclass(kw_only=True)
-class BatchTopKCrosscoderTrainingConfig(TopKCrosscoderTrainingConfig):
-    """Configuration of a `BatchTopKCrosscoderTrainingSAE`.
-
-    Args:
-        k: features kept per token on average over the batch; fractions are allowed.
-        topk_threshold_lr: weight of the newest batch in the moving average of the threshold.
-    """
-
-    k: float = 64  # type: ignore[assignment]
-    topk_threshold_lr: float = 0.01
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return "batchtopk_crosscoder"
-
-    @override
-    def get_inference_config_class(self) -> type[SAEConfig]:
-        return BatchTopKCrosscoderConfig
-
-
-class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
-    """Training of the BatchTopK crosscoder; in `eval()` mode it gates with the learnt threshold.
-
-    Attributes:
-        threshold: moving average of the smallest score kept, a scalar; 0 before the first batch.
-    """
-
-    cfg: BatchTopKCrosscoderTrainingConfig  # type: ignore[assignment]
-    threshold: Tensor
-
-    @override
-    def initialize_weights(self) -> None:
-        super().initialize_weights()
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32, device=self.device))
-
-    @override
-    def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
-        if not self.training:
-            return _above_threshold(hidden_pre, self.decoder_norms, self.threshold)
-        kept = max(1, round(self.current_k * ranking.shape[:-1].numel()))
-        return keep_top(hidden_pre.flatten(), ranking.flatten(), kept).view_as(hidden_pre)
-
-    @override
-    def select_pairs(self, hidden_pre: Tensor, norms: Tensor) -> Pairs:
-        pairs, kept = self._kept_pairs(hidden_pre, norms)
-        self.update_threshold(kept)
-        return pairs
-
-    @override
-    def training_gate(self, hidden_pre: Tensor) -> Tensor:
-        return self._kept_pairs(hidden_pre, self.decoder_norms.sum(-1))[0].to_dense()
-
-    def _kept_pairs(self, hidden_pre: Tensor, norms: Tensor) -> tuple[Pairs, Tensor]:
-        count = max(1, round(self.current_k * len(hidden_pre) * self.strategy.n_data_ranks))
-        return batch_top_pairs(hidden_pre, norms, count, self.strategy)
-
-    @override
-    def snapshot_metrics(self, flat: Tensor, sae_out: Tensor, feature_acts: Tensor) -> dict[str, Any]:
-        return {**super().snapshot_metrics(flat, sae_out, feature_acts), "threshold": self.threshold.clone()}
-
-    @torch.no_grad()
-    def update_threshold(self, kept: Float[Tensor, " n"]) -> None:
-        """Move the threshold towards the smallest of `kept`, the (positive) scores selected from a batch."""
-        smallest = kept.amin() if len(kept) else kept.new_tensor(torch.inf)
-        smallest = self.strategy.smallest(smallest.to(self.threshold.dtype))
-        moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)
-        first = torch.where(self.threshold > 0, moved, smallest)
-        self.threshold.copy_(torch.where(smallest.isfinite(), first, self.threshold))
-
 
 def annealed_k(cfg: TopKCrosscoderTrainingConfig, step: int) -> float:
     """k at a training step: linear from `k_start` to `k` over `k_anneal_steps`."""
     if cfg.k_start is None or step >= cfg.k_anneal_steps:
         return cfg.k
     return cfg.k_start + (cfg.k - cfg.k_start) * step / cfg.k_anneal_steps
-
-
-def auxiliary_loss(
-    residual: Float[Tensor, "B SD"],
-    hidden_pre: Float[Tensor, "B F"],
-    W_dec: Float[Tensor, "F SD"],
-    decoder_norms: Float[Tensor, "F S"],
-    dead: Tensor | None,
-) -> Tensor:
-    """Fraction of the residual's variance that the strongest dead features leave unexplained; 0 without dead features.
-
-    Args:
-        residual: x - x_hat, detached.
-        hidden_pre: pre-activations h of the batch.
-        W_dec: flat decoder.
-        decoder_norms: detached; they rank the dead features.
-        dead: (F,) boolean mask of features that have not fired for the dead-feature window.
-    """
-    n_dead = 0 if dead is None else int(dead.sum())
-    if n_dead == 0:
-        return residual.new_zeros(())
-    d_model = W_dec.shape[1] // decoder_norms.shape[1]
-    with torch.no_grad():
-        ranking = scores(hidden_pre, decoder_norms).masked_fill(~dead, -torch.inf)  # type: ignore[arg-type]
-    acts = keep_top(hidden_pre, ranking, max(1, min(d_model // 2, n_dead)))
-    return unexplained(residual, acts @ W_dec)
 
 
 def unexplained(
@@ -385,12 +237,24 @@ def batch_variance(x: Float[Tensor, "B SD"], strategy: Strategy = ONE_PROCESS) -
     return strategy.mean_data(torch.stack([torch.dot(block, block) for block in squares]).sum() / len(x))
 
 
-def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:
-    return hidden_pre.relu() * (scores(hidden_pre, decoder_norms) > threshold)
-
-
 def _check_k(k: Any, d_sae: int, name: str = "k", whole: bool = False) -> None:
     if not 0 < k <= d_sae:
         raise UserError(f"{name}={k} is not in (0, d_sae={d_sae}]; choose {name} between 1 and the number of features")
     if whole and not isinstance(k, int):
         raise UserError(f"{name}={k} is not an integer; TopK keeps {name} features of every token, use BatchTopK")
+
+
+ARCHITECTURE = Architecture(
+    title="TopK",
+    active="the k largest scores of every token",
+    penalty="auxiliary loss for dead features",
+    chosen="k, the L0",
+    use="you expect many late births, or far more features than dimensions",
+    card="TopK crosscoder",
+    inference=(TopKCrosscoder, TopKCrosscoderConfig),
+    training=(TopKCrosscoderTrainingSAE, TopKCrosscoderTrainingConfig),
+    batch_tensors=2.0,
+    penalises_decoder=False,
+    revives_dead=True,
+    denser="a larger k",
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.declaration import Architecture
 from crosslens.crosscoders.kernels.sparse import dense_is_faster, reconstruct
 from crosslens.crosscoders.kernels.topk import density, pairs_above
 
@@ -93,9 +94,18 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         }
         return sae_out, acts if isinstance(acts, Tensor) else acts.to_sparse(), losses
 
-    @override
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        penalty = (feature_acts * self.decoder_norms.sum(-1)).sum(-1).mean()
-        return {"l1_loss": step_input.coefficients["l1"] * penalty}
+
+ARCHITECTURE = Architecture(
+    title="Standard",
+    active="all that are positive",
+    penalty="L1, weighted by decoder norms (`cl.recipes.crosscoding_through_time`)",
+    chosen="the L1 coefficient",
+    use="you compare with work that used it",
+    card="ReLU crosscoder (L1 weighted by decoder norms)",
+    inference=(StandardCrosscoder, StandardCrosscoderConfig),
+    training=(StandardCrosscoderTrainingSAE, StandardCrosscoderTrainingConfig),
+    batch_tensors=4.5,  # at the first step, when half of the features are active
+    penalises_decoder=True,
+    revives_dead=False,
+    denser="a smaller l1_coefficient",
+)

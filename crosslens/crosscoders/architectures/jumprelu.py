@@ -13,40 +13,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor, nn
 from typing_extensions import override
 
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.declaration import Architecture
 from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
 from crosslens.errors import UserError
-
-
-class SnapshotJumpReLU(torch.autograd.Function):
-    """`f_is = h_i 1[h_i n_is > t_i]` for every snapshot, (B, F) -> (B, S, F), with the straight-through threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_pre: Tensor, norms: Tensor, threshold: Tensor, window: float) -> Tensor:
-        """`hidden_pre` (B, F), `norms` (F, S), `threshold` (F,)."""
-        scores = hidden_pre[:, None, :] * norms.T
-        ctx.save_for_backward(scores, norms, threshold)
-        ctx.window = window
-        return hidden_pre[:, None, :] * (scores > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
-        """Gradients for `hidden_pre` (B, F) and `threshold` (F,); none for the norms."""
-        scores, norms, threshold = ctx.saved_tensors
-        near = ((scores - threshold).abs() < ctx.window / 2) & (scores > 0)
-        # where n_is is 0 no score is positive, so nothing is divided by it
-        slope = -threshold / (ctx.window * norms.T)
-        grad_threshold = torch.where(near, slope * grad, torch.zeros_like(grad)).sum((0, 1))
-        return (grad * (scores > threshold)).sum(1), None, grad_threshold, None
 
 
 class _JumpReLUGate(Crosscoder):
@@ -149,6 +127,7 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
 
     cfg: JumpReLUCrosscoderTrainingConfig
     backward_reads_hidden_pre = True
+    unclipped = ("log_threshold",)
 
     @override
     def initialize_weights(self) -> None:
@@ -195,22 +174,6 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         return (phi * (1 + phi / self.cfg.frequency_scale)).sum()
 
     @override
-    def training_acts(self, hidden_pre: Float[Tensor, "B F"]) -> Float[Tensor, "B S F"]:
-        acts = SnapshotJumpReLU.apply(hidden_pre, self.decoder_norms.detach(), self.threshold, self.cfg.jumprelu_window)
-        assert isinstance(acts, Tensor)
-        return acts
-
-    @override
-    def shared_acts(self, acts: Float[Tensor, "B S F"]) -> Float[Tensor, "B F"]:
-        # every open gate passes the same positive h_i
-        return acts.amax(1)
-
-    @override
-    def decode_training(self, acts: Float[Tensor, "B S F"]) -> Float[Tensor, "B SD"]:
-        decoded = torch.einsum("bsf,fsd->bsd", acts, self.W_dec_by_snapshot)
-        return rearrange(decoded, "b s d -> b (s d)")
-
-    @override
     def reconstruction_loss(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
         """The mean of `|x_hat_s - x_s|^2` over tokens and snapshots, a scalar.
 
@@ -220,9 +183,19 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         """
         return super().reconstruction_loss(sae_out, sae_in) / self.n_snapshots
 
-    @override
-    def calculate_aux_loss(
-        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
-    ) -> dict[str, Tensor]:
-        phi = (self.cfg.tanh_stretch * feature_acts * self.decoder_norms.T).tanh().mean((0, 1))
-        return {"sparsity_loss": step_input.coefficients["sparsity"] * self.frequency_penalty(phi)}
+
+ARCHITECTURE = Architecture(
+    title="JumpReLU",
+    active="those above the feature's threshold, separately at every snapshot",
+    penalty="tanh-quadratic (`cl.recipes.evolution_of_concepts`)",
+    chosen="the sparsity coefficient",
+    use="features should switch on per snapshot, and you can afford a search for the coefficient",
+    card="JumpReLU crosscoder (one gate per feature and snapshot)",
+    inference=(JumpReLUCrosscoder, JumpReLUCrosscoderConfig),
+    training=(JumpReLUCrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig),
+    batch_tensors=3.0,  # at the first step, when most gates are open
+    extra_columns=8192,
+    penalises_decoder=True,
+    revives_dead=False,
+    denser="a smaller sparsity_coefficient",
+)
