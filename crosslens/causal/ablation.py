@@ -41,6 +41,7 @@ from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.snapshots.lookup import find_snapshot
+from crosslens.stats import interval
 
 CONTROLS = ("random", "size_matched")
 NEIGHBOURS = 10  # a size-matched feature is drawn from this many of the nearest in size
@@ -131,7 +132,7 @@ def ablate(
         for s in where:
             check_k(max(k), ie, s)
     error = (not keep) if error is None else error
-    by, tails = "magnitude" if keep else "signed", [(1 - controls.level) / 2, (1 + controls.level) / 2]
+    by = "magnitude" if keep else "signed"
     # draw all sets before ablating any, so that a set that cannot be drawn is refused at once
     drawn = [draw_sets(runs, ie, s, k, by=by, controls=controls) for s in where]
     rows: list[dict[str, Any]] = []
@@ -149,7 +150,7 @@ def ablate(
         for kind, per_set in zip(kinds, found.split([len(kind.sets) for kind in kinds]), strict=True):
             over_draws = per_set.mean(-1)
             many = len(over_draws) > 1
-            low, high = np.quantile(over_draws, tails) if many else (math.nan, math.nan)
+            low, high = interval(over_draws, controls.level) if many else (math.nan, math.nan)
             rows.append(
                 {
                     **common,

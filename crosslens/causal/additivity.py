@@ -36,6 +36,7 @@ from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
+from crosslens.stats import interval, resample, resample_counts
 
 REPLICATES = 1000
 
@@ -126,7 +127,7 @@ def pair_additivity(
         }
         row = {**place, "baseline": baseline, "k": k, "n_pairs": len(pairs), "n_prompts": len(runs)}
         for (name, estimate), drawn in zip(found.items(), _replicates(effects, pairs, rng), strict=True):
-            low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+            low, high = interval(drawn, level)
             row |= {name: float(estimate[0]), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return Additivity(pd.concat(tables, ignore_index=True), pd.DataFrame(rows))
@@ -148,10 +149,10 @@ def _replicates(
 ) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Share of interacting pairs, and deviation, on prompts and pairs resampled with replacement."""
     P, m = effects.shape[1], len(pairs)
-    weights = rng.multinomial(P, np.full(P, 1 / P), size=REPLICATES) / P
+    weights = resample_counts(P, REPLICATES, rng) / P
     means = weights @ effects.T
     single, joint = means[:, :-m], means[:, -m:]
-    drawn = rng.integers(m, size=(REPLICATES, m))
+    drawn = resample(m, REPLICATES, rng)
     both = np.take_along_axis(single[:, pairs], drawn[..., None], 1)
     joint = np.take_along_axis(joint, drawn, 1)
     return interacting(both, joint).mean(-1), relative_deviation(both.sum(-1), joint)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from crosslens.causal.ablation import Controls, ablate
 from crosslens.causal.additivity import pair_additivity
-from crosslens.causal.attribution import Attribution, attribute, exact_effects, rank_correlation
+from crosslens.causal.attribution import Attribution, attribute, exact_effects
 from crosslens.causal.languages import compare_languages, split_languages
 from crosslens.causal.relative import significant
 from crosslens.causal.timeline import follow_features
@@ -36,6 +36,7 @@ from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.stats import rank_correlation
 from crosslens.tasks.task import Task
 
 METHODS = ("removal", "ig", "gradient")
@@ -87,7 +88,7 @@ class Study:
         if end not in ("removed", "added", "both"):
             raise UserError(f"end={end!r} must be 'removed', 'added' or 'both'")
         ends = ["removed", "added"] if end == "both" else [end]
-        return rank_correlation(self.exact[method].to_numpy(), self.exact[ends].mean(axis=1).to_numpy())
+        return float(rank_correlation(self.exact[method].to_numpy(), self.exact[ends].mean(axis=1).to_numpy()))
 
 
 def study(

@@ -52,7 +52,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -68,6 +67,7 @@ from crosslens.causal.relative import (
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.snapshots.lookup import find_snapshot
+from crosslens.stats import rank_correlation, resample_counts
 from crosslens.tasks.items import Item
 from crosslens.tasks.prompts import logit_difference
 
@@ -668,15 +668,7 @@ def _agreement(runs: PromptRuns, s: int, estimator: Estimator, effects: Float[Te
         return math.nan
     ends = ("clean", "baseline") if estimator.method in ("both_ends", "ig") else ("clean",)
     exact = torch.stack([exact_effects(runs, s, runs.features[top], estimator.baseline, end) for end in ends]).mean(0)
-    return rank_correlation(effects[top].numpy(), exact.numpy())
-
-
-def rank_correlation(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
-    """Spearman correlation; NaN if either is constant."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    found: Any = spearmanr(a, b)
-    return float(found.statistic)
+    return float(rank_correlation(effects[top].numpy(), exact.numpy()))
 
 
 @on_runs
@@ -811,8 +803,7 @@ def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd
 
 def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R N"]:
     """How often each prompt is drawn in each replicate; the same at all snapshots."""
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
-    return torch.from_numpy(counts.astype(np.int16))
+    return torch.from_numpy(resample_counts(n, replicates, seed).astype(np.int16))
 
 
 def baseline_activation(part: BatchAt, estimator: Estimator, mean: Tensor | None) -> Float[Tensor, "B T D"]:

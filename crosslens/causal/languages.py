@@ -41,6 +41,7 @@ from crosslens.causal.ablation import size_matched
 from crosslens.causal.attribution import Attribution
 from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
+from crosslens.stats import interval
 from crosslens.tasks.task import Task
 
 
@@ -207,7 +208,7 @@ def _by_chance(
         for i, (chosen, size) in enumerate(zip(sets, sizes, strict=True))
     )
     overlap = (one & other).sum(-1).double()
-    low, high = np.quantile(overlap, [(1 - level) / 2, (1 + level) / 2])
+    low, high = interval(overlap, level)
     united = (int(a.sum()) + int(b.sum()) - overlap).clamp_min(1)  # 1 where both sets are empty
     return {
         "jaccard": shared / either if either else float("nan"),

@@ -38,9 +38,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import false_discovery_control, norm
+from scipy.stats import norm
 from torch import Tensor
 
+from crosslens import stats
 from crosslens.errors import UserError
 from crosslens.snapshots.lookup import find_snapshot
 
@@ -99,11 +100,7 @@ def q_values(effects: Effects) -> Float[Tensor, "F S"]:
     Args:
         effects: from `attribute`.
     """
-    p = p_values(effects)
-    tested = ~p.isnan()
-    if tested.any():
-        p[tested] = torch.from_numpy(np.asarray(false_discovery_control(p[tested].numpy())))
-    return p
+    return torch.from_numpy(stats.q_values(p_values(effects).numpy()))
 
 
 def significant(effects: Effects, min_effect: float | None = None, *, fdr: float = FDR) -> Bool[Tensor, "F S"]:
@@ -412,9 +409,8 @@ def _quantiles(
 ) -> tuple[Float[Tensor, "F s"], Float[Tensor, "F s"]]:
     """Central interval of replicates, NaN for features without."""
     check_level(level)
-    tail = (1 - level) / 2
     found = np.full((2, len(effects.effects), drawn.shape[-1]), np.nan)
-    found[:, effects.bootstrap.features.numpy()] = np.quantile(drawn.numpy(), [tail, 1 - tail], axis=0)
+    found[:, effects.bootstrap.features.numpy()] = stats.interval(drawn.numpy(), level)
     low, high = torch.from_numpy(found).unbind()
     return low, high
 

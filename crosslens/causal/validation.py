@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,6 +40,7 @@ from crosslens.causal.attribution import Attribution, exact_effects, resolve_bas
 from crosslens.causal.relative import check_level, relie, share_relie, significant
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
+from crosslens.stats import bootstrap, rank_correlation
 
 REPLICATES = 1000
 Correlation = Callable[[np.ndarray, np.ndarray], Any]
@@ -148,27 +148,18 @@ def validate(
 
 def within_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:
     """Spearman correlation over snapshots, mean over the features for which it is defined."""
-    return _mean(_pearson(rankdata(x, axis=-1), rankdata(y, axis=-1)))
+    return _mean(rank_correlation(x, y))
 
 
 def pair_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:
     """Spearman correlation over features of x_b / (x_a + x_b), mean over consecutive snapshots; 1/2 if both are 0."""
-    found = [
-        _pearson(rankdata(_growth(x, a, b), axis=-1), rankdata(_growth(y, a, b), axis=-1))
-        for a, b in pairwise(range(x.shape[-1]))
-    ]
+    found = [rank_correlation(_growth(x, a, b), _growth(y, a, b)) for a, b in pairwise(range(x.shape[-1]))]
     return _mean(np.stack(found, -1))
 
 
 def _growth(x: Float[np.ndarray, "*R n S"], a: int, b: int) -> Float[np.ndarray, "*R n"]:
     total = x[..., a] + x[..., b]
     return np.where(total > 0, x[..., b] / np.where(total > 0, total, 1), 0.5)
-
-
-def _pearson(x: Float[np.ndarray, "*R n"], y: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R"]:
-    x, y = (each - each.mean(-1, keepdims=True) for each in (x, y))
-    size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
-    return np.where(size > 0, (x * y).sum(-1) / np.where(size > 0, size, 1), np.nan)
 
 
 def _mean(values: Float[np.ndarray, "*R n"]) -> Float[np.ndarray, "*R"]:
@@ -186,9 +177,5 @@ def _interval(
     x, y = x[known], y[known]
     if len(x) < 3:
         return np.nan, np.nan, np.nan
-    draws = np.random.default_rng(seed).integers(len(x), size=(REPLICATES, len(x)))
-    # some replicates at a time: all of them hold R n S numbers
-    replicates = np.concatenate([correlate(x[part], y[part]) for part in np.array_split(draws, 20)])
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(replicates, [tail, 1 - tail]) if not np.isnan(replicates).all() else (np.nan, np.nan)
-    return float(correlate(x, y)), float(low), float(high)
+    ends = bootstrap(lambda picks: correlate(x[picks], y[picks]), len(x), draws=REPLICATES, level=level, seed=seed)
+    return (float(correlate(x, y)), *ends)

@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Float64
-from scipy.stats import false_discovery_control, norm
+from scipy.stats import norm
 from scipy.stats import t as student
 from torch import Tensor
 
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import birth_index, check_presence, require_two_snapshots
 from crosslens.evolution.presence import Decodability
+from crosslens.stats import jackknife_error, q_values, resample_counts
 
 MEASURES = ("r2", "within", "norm")  # the first one that was read is the default
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
@@ -99,7 +100,7 @@ def date_births(
     """
     _check(decodability, measure, presence, min_run)
     F, G = len(decodability.r2), decodability.error.shape[1]
-    draws = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n_bootstrap).astype(float)
+    draws = resample_counts(G, n_bootstrap, seed).astype(float)
     leave_one_out = 1.0 - np.eye(G)
     # a bootstrap of G groups has standard errors too small by sqrt((G - 1) / G), and normal tails instead of Student's
     ends = norm.cdf(np.sqrt(G / (G - 1)) * student.ppf([0.025, 0.975], G - 1))
@@ -239,14 +240,6 @@ def describe_unlikely(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
     return lines
 
 
-def q_values(p: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """q-values of Benjamini and Hochberg; missing p-values stay missing and do not count."""
-    q, known = np.full(len(p), np.nan), np.isfinite(p)
-    if known.any():
-        q[known] = false_discovery_control(p[known])
-    return q
-
-
 def _born(values: Float64[np.ndarray, "F S"], presence: float, min_run: int) -> Bool[np.ndarray, " F"]:
     """Which features are emergent."""
     births = birth_index(_relative(values) >= presence, min_run)
@@ -262,12 +255,10 @@ def _p_values(
     values: Float64[np.ndarray, "f S"], without: Float64[np.ndarray, "G f S"], presence: float
 ) -> Float64[np.ndarray, " f"]:
     """p-values that each feature is present at the first snapshot; `without` leaves out one group at a time."""
-    G = len(without)
     margin = presence * values.max(1) - values[:, 0]
-    each = presence * without.max(2) - without[..., 0]
-    error = np.sqrt((G - 1) / G * ((each - each.mean(0)) ** 2).sum(0))
+    error = jackknife_error(presence * without.max(2) - without[..., 0])
     with np.errstate(invalid="ignore", divide="ignore"):
-        return student.sf(np.where(error > 0, margin / error, np.sign(margin) * np.inf), G - 1)
+        return student.sf(np.where(error > 0, margin / error, np.sign(margin) * np.inf), len(without) - 1)
 
 
 def _q_of_births(

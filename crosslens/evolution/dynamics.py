@@ -48,6 +48,7 @@ from crosslens.evolution.lifecycles import Firing, measure_firing, rotation, sna
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.stats import interval, resample_counts
 
 _PAIRS = 1 << 22  # (prediction, follower) pairs in memory at a time
 _SUMS = 1 << 26  # numbers in memory that the averages of all groups may take
@@ -101,9 +102,7 @@ class Dynamics:
         for name in ("kl1", "kl2", "loss"):
             values = getattr(self, name)
             columns[name] = values[0]
-            columns[f"{name}_low"], columns[f"{name}_high"] = np.quantile(
-                values[1:], [(1 - level) / 2, (1 + level) / 2], axis=0
-            )
+            columns[f"{name}_low"], columns[f"{name}_high"] = interval(values[1:], level)
         columns["bigram_progress"] = bigram_progress(self.kl2[:1])[0]
         columns |= {"h1": self.unigram_entropy, "h2": self.bigram_entropy, "n": self.n, "known": self.known}
         return pd.DataFrame(columns)
@@ -160,8 +159,7 @@ def measure_dynamics(
     averages = _Averages(counts, tokens[:, :-1][known].unique().long(), N, settings.device)
     G = averages.n_groups
     group = torch.arange(N) * G // N
-    weights = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), n_bootstrap)
-    draws = torch.from_numpy(np.vstack([np.ones((1, G)), weights]))
+    draws = torch.from_numpy(np.vstack([np.ones((1, G)), resample_counts(G, n_bootstrap, seed)]))
     snapshots.check(weights=False)
     found: dict[str, list[np.ndarray]] = {"kl1": [], "kl2": [], "loss": []}
     step = min(max(1, batch_tokens // T), logit_sequences(len(snapshots.tokenizer), T))

@@ -54,6 +54,7 @@ from crosslens.evolution.dynamics import (
 from crosslens.evolution.geometry import total_dimensionality
 from crosslens.evolution.history import Evolution
 from crosslens.evolution.lifecycles import Firing
+from crosslens.stats import interval
 
 _COLUMNS = [
     *("event", "snapshot", "label", "step", "tokens", "low", "high", "low_step", "high_step", "at_edge"),
@@ -159,11 +160,11 @@ class _Event:
     jump: Any = None
     drawn: bool = True
 
-    def row(self, S: int, tails: tuple[float, float], turning_point: Any) -> dict[str, Any]:
+    def row(self, S: int, level: float, turning_point: Any) -> dict[str, Any]:
         at, draws = int(self.when[0]), self.when[1:]
         row: dict[str, Any] = {"event": self.name, "n": self.n, "at_edge": at in (0, S - 1)}
         if at < S:
-            low, high = np.quantile(draws, tails, method="inverted_cdf").tolist()
+            low, high = interval(draws, level, method="inverted_cdf")
             row |= {"snapshot": at, "low": max(0, int(low) - 1), "high": min(S - 1, int(high) + self.reach)}
             if turning_point is not None and self.name != "turning_point" and not self.jump:
                 row["after_turning_point"] = float((draws > turning_point).mean())
@@ -172,7 +173,7 @@ class _Event:
             row |= self.jump
         if self.lead is not None:
             row["lead"] = float(self.lead[0])
-            row["lead_low"], row["lead_high"] = np.quantile(self.lead[1:], tails).tolist()
+            row["lead_low"], row["lead_high"] = map(float, interval(self.lead[1:], level))
         return row
 
 
@@ -205,8 +206,7 @@ def _shares(when: Any, S: int, n_bootstrap: int, rng: np.random.Generator) -> An
 def _table(events: list[_Event], snapshots: pd.DataFrame, level: float) -> pd.DataFrame:
     """Events with their dates."""
     turning_point = next((e.when[1:] for e in events if e.name == "turning_point" and e.when[0] < len(snapshots)), None)
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    table = pd.DataFrame([event.row(len(snapshots), tails, turning_point) for event in events])
+    table = pd.DataFrame([event.row(len(snapshots), level, turning_point) for event in events])
     table = table.reindex(columns=_COLUMNS)
     for name in ("snapshot", "low", "high", "n"):
         table[name] = table[name].astype("Int64")

@@ -26,14 +26,13 @@ most .005 at up to twice the time; `newton-cholesky` had the same error and was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, Int8
-from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -44,6 +43,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.births import NAMES
 from crosslens.evolution.lifecycles import Firing, batch_tokens, measure_firing, relative_norms, snapshot_columns
+from crosslens.stats import correlation, interval, ranks_in_draws, resample
 
 NEGATIVES = ("any", "same_token")
 _MARGIN = 1.5  # a feature is probed if its expected number of samples exceeds the minimum by this factor
@@ -152,9 +152,9 @@ def probe_correlation(
     Raises:
         UserError: a snapshot that the table does not have, or fewer than two features.
     """
-    kept, members, picks = _prepare(table, without, n_bootstrap, seed)
+    kept, counts, n_features = _prepare(table, without, n_bootstrap, seed)
     pair = kept[["norm", "probe_error"]].to_numpy(dtype=float).T
-    return {**_correlations(pair, members, picks), "n": len(kept), "n_features": len(members)}
+    return {**_correlations(pair, counts), "n": len(kept), "n_features": n_features}
 
 
 def probe_parts(
@@ -192,15 +192,15 @@ def probe_parts(
     columns = ["norm", "probe_error", "first_error", "second_error"]
     rows: list[dict[str, Any]] = []
     for part in ("all", "trained", "within_features", "within_snapshots", "disattenuated"):
-        kept, members, picks = _prepare(table, () if part == "all" else without, n_bootstrap, seed)
+        kept, counts, n_features = _prepare(table, () if part == "all" else without, n_bootstrap, seed)
         values: Any = kept[columns].astype(float)
         if part.startswith("within"):
             values -= values.groupby(kept[part.removeprefix("within_").removesuffix("s")]).transform("mean")
         found = values.to_numpy().T
         correct = part == "disattenuated"
-        row: dict[str, Any] = {"part": part, **_correlations(found if correct else found[:2], members, picks)}
-        row["reliability"] = _reliability(found) if correct else np.nan
-        row |= {"sd_norm": found[0].std(), "sd_error": found[1].std(), "n": len(kept), "n_features": len(members)}
+        row: dict[str, Any] = {"part": part, **_correlations(found if correct else found[:2], counts)}
+        row["reliability"] = float(_reliability(*found[2:])) if correct else np.nan
+        row |= {"sd_norm": found[0].std(), "sd_error": found[1].std(), "n": len(kept), "n_features": n_features}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -240,12 +240,12 @@ def probe_presence(
     for measure, column in (("r2", "r2"), ("within", "within"), ("norm", "strength")):
         points: Any = merged[["feature", "snapshot", column, "probe_error"]].dropna()
         for part, by in (("within_features", "feature"), ("between_features", "snapshot")):
-            kept, members, picks = _prepare(points, without, n_bootstrap, seed)
+            kept, counts, n_features = _prepare(points, without, n_bootstrap, seed)
             values = kept[[column, "probe_error"]].astype(float)
             values -= values.groupby(kept[by]).transform("mean")
-            found = _correlations(values.to_numpy().T, members, picks)
+            found = _correlations(values.to_numpy().T, counts)
             row = {name: value for name, value in found.items() if name.startswith("spearman")}
-            rows.append({"measure": measure, "part": part, **row, "n": len(kept), "n_features": len(members)})
+            rows.append({"measure": measure, "part": part, **row, "n": len(kept), "n_features": n_features})
     return pd.DataFrame(rows)
 
 
@@ -267,41 +267,40 @@ def describe_probes(table: pd.DataFrame) -> list[str]:
 
 def _prepare(
     table: pd.DataFrame, without: Collection[int], n_bootstrap: int, seed: int
-) -> tuple[pd.DataFrame, list[Any], Any]:
-    """The rows to keep, the positions of each feature's rows, and the features in every bootstrap draw."""
+) -> tuple[pd.DataFrame, Int[np.ndarray, "R n"], int]:
+    """The rows to keep, and how often each is in every bootstrap draw of features; and the number of features."""
     known = sorted(set(table["snapshot"].tolist()))
     for s in without:
         if s not in known:
             raise UserError(f"without={s} is not a snapshot of this table, which has {', '.join(map(str, known))}")
     kept: Any = table[~table["snapshot"].isin(list(without))].reset_index(drop=True)
-    members = [np.asarray(rows) for rows in kept.groupby("feature").indices.values()]
-    if len(members) < 2:
-        raise UserError(f"a correlation needs 2 or more features, the table has {len(members)}: probe more features")
-    return kept, members, np.random.default_rng(seed).integers(len(members), size=(n_bootstrap, len(members)))
+    features, owner = np.unique(kept["feature"], return_inverse=True)
+    n = len(features)
+    if n < 2:
+        raise UserError(f"a correlation needs 2 or more features, the table has {n}: probe more features")
+    drawn = np.stack([np.bincount(picks, minlength=n) for picks in resample(n, n_bootstrap, seed)])
+    return kept, np.vstack([np.ones(n, dtype=int), drawn])[:, owner], n
 
 
-def _correlations(values: Any, members: list[Any], picks: Any) -> dict[str, float]:
-    """Both correlations of the first two rows, with intervals; corrected for noise if two more rows are given."""
-    draws = [np.concatenate([members[i] for i in pick]) for pick in picks]
+def _correlations(values: Any, counts: Int[np.ndarray, "R n"]) -> dict[str, float]:
+    """Both correlations of the first two rows, with intervals; corrected for noise if two more rows are given.
+
+    The first row of `counts` is the measurement, the others are draws.
+    """
     result: dict[str, float] = {}
-    measures: dict[str, Callable[[Any], Any]] = {"spearman": lambda rows: rankdata(rows, axis=1), "pearson": np.asarray}
-    for name, transform in measures.items():
-        result[name] = _corrected(transform(values))
-        resampled = [_corrected(transform(values[:, draw])) for draw in draws]
-        low, high = np.nanquantile(resampled, [0.025, 0.975]) if np.isfinite(resampled).any() else (np.nan, np.nan)
-        result |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    for name, rows in (("spearman", [ranks_in_draws(row, counts) for row in values]), ("pearson", values)):
+        found = correlation(rows[0], rows[1], counts)
+        if len(rows) > 2:
+            found = found / np.sqrt(_reliability(rows[2], rows[3], counts))
+        low, high = interval(found[1:])
+        result |= {name: float(found[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     return result
 
 
-def _corrected(rows: Any) -> float:
-    found = _correlation(rows[:2])
-    return found if len(rows) == 2 else found / _reliability(rows) ** 0.5
-
-
-def _reliability(rows: Any) -> float:
-    """Reliability of the mean of two errors (rows 3 and 4); NaN if they are not positively correlated."""
-    between = _correlation(rows[2:])
-    return 2 * between / (1 + between) if between > 0 else float("nan")
+def _reliability(first: Any, second: Any, counts: Any = None) -> Any:
+    """Reliability of the mean of two errors; NaN if they are not positively correlated."""
+    between = correlation(first, second, counts)
+    return np.where(between > 0, 2 * between / (1 + between), np.nan)
 
 
 @torch.no_grad()
@@ -411,9 +410,3 @@ def _probe_error(train: tuple[Any, Any], test: tuple[Any, Any]) -> float:
     scale[scale == 0] = 1  # constant coordinates
     regression = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit((x - mean) / scale, y)
     return float((regression.predict((other - mean) / scale) != truth).mean())
-
-
-def _correlation(pair: Any) -> float:
-    a, b = pair - pair.mean(1, keepdims=True)
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norm if norm > 0 else float("nan")

@@ -32,7 +32,6 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csc_matrix, csr_matrix, vstack
-from scipy.stats import rankdata
 from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
@@ -50,6 +49,7 @@ from crosslens.evolution.lifecycles import (
     snapshot_columns,
 )
 from crosslens.rundir import RunDir
+from crosslens.stats import rank_correlation
 
 _BLOCK = 1024  # features at a time
 ASSIGNED = 4096  # most features for which `match` defaults to the best assignment
@@ -176,7 +176,7 @@ def rotation_of_partners(
     for name, values in (("angle_a", turns[0]), ("angle_b", turns[1]), ("apart", between)):
         table[name] = [np.median(values[use, s]) if use.any() else np.nan for s, use in enumerate(known.T)]
     table["spearman"] = [
-        np.corrcoef(rankdata([turn[use, s] for turn in turns], axis=1))[0, 1] if use.sum() > 2 else np.nan
+        rank_correlation(*(turn[use, s] for turn in turns)) if use.sum() > 2 else np.nan
         for s, use in enumerate(known.T)
     ]
     return table

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from crosslens.features.explainers import Prompt, first_object
-from crosslens.tasks.intervals import wilson_interval
+from crosslens.stats import wilson_interval
 
 SYSTEM = """You are given a description of what one feature of a language model is active on, and numbered passages. \
 A feature is a number that the model computes at every token; it is zero at most of them. The first line is the \

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from scipy.stats import t as student_t
 from tqdm.auto import tqdm
 
+from crosslens import stats
 from crosslens.errors import UserError
 from crosslens.features.detection import (
     BATCH,
@@ -94,7 +95,6 @@ _USUAL = "a description of what feature {} is active on, of a usual length"  # i
 _LABEL = 300  # longest label, in characters
 _EVENTS = ("birth", "peak")
 _UNITS = {"step": "_step", "tokens": "_tokens", "index": ""}
-_ENTRIES = 1 << 22  # counts at a time
 
 
 def label_features(
@@ -244,8 +244,8 @@ def complexity_correlation(
         row: dict[str, Any] = {"event": event, "n": len(pairs)}
         found, drawn = _correlations(pairs, n_bootstrap, rng)
         for name in found:
-            low, high = _percentiles(drawn[name], level)
-            row |= {name: found[name], f"{name}_low": low, f"{name}_high": high}
+            low, high = stats.interval(drawn[name], level)
+            row |= {name: found[name], f"{name}_low": float(low), f"{name}_high": float(high)}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -289,7 +289,7 @@ def summarise_labels(
             for of in (counts[None], drawn)
         )
         for name, value in found.items():
-            rows.append((name, n, float(value[0]), *_percentiles(spread[name], level)))
+            rows.append((name, n, float(value[0]), *map(float, stats.interval(spread[name], level))))
     table = pd.DataFrame(rows, columns=pd.Index(["measure", "n", "value", "low", "high"]))
     return table.loc[table["n"] > 0].reset_index(drop=True)
 
@@ -338,13 +338,6 @@ def _mean(values: Float[np.ndarray, " n"], level: float) -> tuple[int, float, fl
         return n, float(values.mean()) if n else float("nan"), float("nan"), float("nan")
     mean, half = values.mean(), student_t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / n**0.5
     return n, float(mean), float(mean - half), float(mean + half)
-
-
-def _percentiles(drawn: Float[np.ndarray, " R"], level: float) -> tuple[float, float]:
-    """The percentile interval of bootstrap draws, without those that are not defined."""
-    finite, tail = drawn[np.isfinite(drawn)], (1 - level) / 2
-    low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (np.nan, np.nan)
-    return float(low), float(high)
 
 
 def read_label(text: str) -> tuple[str, int] | None:
@@ -640,32 +633,22 @@ def _correlations(
     (x, i), (y, j) = (np.unique(column, return_inverse=True) for column in pairs.T)
     counts = np.zeros((len(x), len(y)), dtype=np.int64)
     np.add.at(counts, (i.reshape(-1), j.reshape(-1)), 1)
-    found = {name: float(values[0]) for name, values in _of_counts(counts[None], x, y).items()}
-    parts: list[dict[str, Any]] = []
-    for begin in range(0, R, size := max(1, _ENTRIES // counts.size)):
-        drawn = rng.multinomial(n, counts.reshape(-1) / n, min(size, R - begin))
-        parts.append(_of_counts(drawn.reshape(-1, *counts.shape), x, y))
-    return found, {name: np.concatenate([part[name] for part in parts]) for name in found}
+    drawn = rng.multinomial(n, counts.reshape(-1) / n, R).reshape(-1, *counts.shape)
+    found = _of_counts(np.concatenate([counts[None], drawn]), x, y)  # the first is the measurement
+    return {name: float(values[0]) for name, values in found.items()}, {n: values[1:] for n, values in found.items()}
 
 
 def _of_counts(
     counts: Int[np.ndarray, "R A B"], x: Float[np.ndarray, " A"], y: Float[np.ndarray, " B"]
 ) -> dict[str, Float[np.ndarray, " R"]]:
     """Spearman's and Pearson's correlation of pairs in tables of counts; NaN if either variable is constant."""
-    margins = [counts.sum(2), counts.sum(1)]
-    n = margins[0].sum(1, keepdims=True)
-    # mean rank of equal values
-    ranks = [margin.cumsum(1) - (margin - 1) / 2 for margin in margins]
-    values = [np.broadcast_to(of, margin.shape) for of, margin in zip((x, y), margins, strict=True)]
-    result: dict[str, Any] = {}
-    for name, of in (("spearman", ranks), ("pearson", values)):
-        a, b = (v - (v * margin).sum(1, keepdims=True) / n for v, margin in zip(of, margins, strict=True))
-        squares = [(v * v * margin).sum(1) for v, margin in zip((a, b), margins, strict=True)]
-        together = np.einsum("ra,rab,rb->r", a, counts, b)
-        constant = np.minimum(*((margin > 0).sum(1) for margin in margins)) < 2
-        with np.errstate(invalid="ignore", divide="ignore"):
-            result[name] = np.where(constant, np.nan, together / np.sqrt(squares[0] * squares[1]))
-    return result
+    first, second = (values.reshape(-1) for values in np.meshgrid(x, y, indexing="ij"))
+    times = counts.reshape(len(counts), -1)
+    ranks = [stats.ranks_in_draws(values, times) for values in (first, second)]
+    return {
+        "spearman": stats.correlation(*ranks, counts=times),
+        "pearson": stats.correlation(first, second, counts=times),
+    }
 
 
 @dataclass(frozen=True)

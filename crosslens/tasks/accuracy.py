@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
-from crosslens.tasks.intervals import wilson_interval
+from crosslens.stats import wilson_interval
 from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, logit_difference, summed_log_probability
 
 CHANCE = 0.5
