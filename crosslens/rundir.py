@@ -3,28 +3,11 @@
 run.json                        what was run: versions, command, data and snapshot fingerprints, timings
 crosscoder/                     cfg.json and sae_weights.safetensors, as SAELens writes them
 checkpoints/                    the last two complete checkpoints of an unfinished training run
-evaluation.parquet              explained variance, L0, CE and KL per snapshot
-evolution.parquet               one row per feature and snapshot: decoder norm, decodability, firing rate
-lifecycles.parquet              one row per measure of presence and feature: birth, peak, fate
-birth_counts.parquet            counts of births with their controls
-examples.parquet                where each feature is most active; the tokens around it: example_tokens.parquet
-example_contexts.parquet        more of the tokens around the examples
-samples.parquet                 random active tokens of each feature; the tokens around them: sample_tokens.parquet
-activations.parquet             histogram of the activations of each feature
-lens.parquet                    tokens that each feature promotes and suppresses at each snapshot
-nearest.parquet                 the nearest other features of each feature
-passages.parquet                what labels are judged on; the tokens: held_out_tokens.parquet
-labels.parquet                  labels, ratings and scores; the requests and their answers are in labels.jsonl
-attribution/<task>.parquet      effects per feature and snapshot
-prompts/<task>.parquet          effects in some prompts, word by word, and their items
-completeness/<task>.parquet     the metric and its parts per snapshot, by integrated gradients
-validation/<task>.parquet       exact effects per feature and snapshot, beside the measures that should predict them
-ablation/<task>.parquet         ablation curves
+<table>.parquet                 the tables, declared in `tables`; those of tasks are in folders, such as attribution/
+own/<name>.parquet              tables that a user of the library has saved
+documents.txt, labels.jsonl     texts of the demo; requests to language models and their answers
 seeds/<seed>/                   run directories of the same training from other seeds
-seeds.parquet                   agreement of every pair of seeds; seeds_rotation.parquet: of their rotation
-consensus.parquet               one row per feature: how many seeds have it
-sweep.parquet                   agreement and explained variance by number of features and k
-sweep/<setting>/                run directories of the trainings behind it
+sweep/<setting>/                run directories of the trainings of a sweep
 report/                         the HTML pages
 
 A run directory may be a link, which is followed. None of its parts may be one: what is written or deleted through it
@@ -50,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from crosslens.errors import UserError, brief, did_you_mean, json_checksum, shortened
+from crosslens.tables import OWN, check_table, maker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -302,11 +286,20 @@ class RunDir:
         return frame
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table completely or not at all, with checksums, its name, and the run that it belongs to."""
+        """Write a table completely or not at all, with checksums, its name, and the run that it belongs to.
+
+        Args:
+            name: of a table that `crosslens.tables` declares, or `own/<name>` for one of your own.
+            table: its rows.
+
+        Raises:
+            UserError: a table or a column that is not declared, or a name outside the run directory.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         path = self._table_path(name)
+        check_table(name, table.columns)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not any(p.name == path.name for p in path.parent.iterdir()):
             raise UserError(
@@ -356,7 +349,7 @@ class RunDir:
             UserError: there is nothing of that task; those that have something are named.
         """
         suffixes = ("", ".snapshots", ".summary")
-        names = [name for name in self.table_names() if "/" in name]
+        names = [name for name in self.table_names() if "/" in name and not name.startswith(OWN)]
         removed = [name for name in names if name.partition("/")[2] in [task + suffix for suffix in suffixes]]
         accuracy = self.table("accuracy")
         rest = None if accuracy is None else accuracy.query("task != @task")
@@ -551,17 +544,6 @@ def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str) -> str:
 
     described = [types.remove_metadata().to_string(), types.metadata[b"pandas"].decode(), n_rows, run, name]
     return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
-
-
-def maker(table: str) -> str:
-    """The command that writes a table; `demo` writes those of the other kinds of study of a task."""
-    kind, slash, _ = table.partition("/")
-    commands = {
-        "evaluation": "train", "seeds": "train", "seeds_rotation": "train", "consensus": "train",
-        "attribution": "attribute", "completeness": "attribute", "prompts": "attribute", "accuracy": "attribute",
-        "ablation": "ablate", "labels": "label", "sweep": "sweep",
-    }  # fmt: skip
-    return commands.get(kind, "demo" if slash else "evolve")
 
 
 def _program(path: str) -> str:

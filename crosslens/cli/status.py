@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from crosslens.cli.display import counted, number, percent, size
 from crosslens.errors import UserError, brief, json_checksum
-from crosslens.rundir import RunDir, complete_checkpoints, inspect_checkpoint, maker
+from crosslens.rundir import RunDir, complete_checkpoints, inspect_checkpoint
+from crosslens.tables import maker
 
 OK, MISSING, DAMAGED, OLD, UNFINISHED = "ok", "missing", "damaged", "out of date", "unfinished"
 OF_EVOLVE = (

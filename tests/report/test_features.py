@@ -110,8 +110,8 @@ def add_activations(run: RunDir, examples: pd.DataFrame, around: pd.DataFrame, r
     partner[feature[0]] = pd.NA
     consensus["partner/1"], consensus["correlation/1"] = partner, np.where(partner.isna(), np.nan, 0.9)
     run.save_table("consensus", consensus)
-    pair = {f"{name}_{end}": 0.5 for name in ("share", "variance", "cosine", "null") for end in "ab"}
-    run.save_table("seeds", pd.DataFrame([{"a": "0", "b": "1", **pair}]))
+    pair = {f"{name}_{end}": 0.5 for name in ("share", "variance", "cosine") for end in "ab"}
+    run.save_table("seeds", pd.DataFrame([{"a": "0", "b": "1", **pair, "null_a": 0.5}]))
 
 
 def script(run: RunDir, name: str) -> Any:

@@ -119,7 +119,8 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
     common = effects.drop_duplicates("snapshot")[["snapshot", "label", "step"]].reset_index(drop=True)
     S = len(common)
     features = effects["feature"].unique()[10:22]
-    followed = effects[effects["feature"].isin(features)].assign(
+    columns = ["feature", "snapshot", "label", "step", "ie", "ie_se", "share_relie", "relie"]
+    followed = effects.loc[effects["feature"].isin(features), columns].assign(
         norm=1.0, strength=rng.uniform(0, 1, 12 * S), rank=1, top=rng.random(12 * S) < 0.3, centre_of_mass=0.5,
         signed_class="emerged", examples=f"the {HOSTILE} [boy]",
     )  # fmt: skip

@@ -1,0 +1,1106 @@
+"""The tables of a run directory: what a row is, what each column means and in which unit, and which command writes it.
+
+`RunDir.save_table` refuses tables and columns that are not declared here. The report takes its "run ..." sentences and
+the meaning of every column from here, and so does the page "Tables of a run" of the documentation. To add a column,
+add it to its table here; to save a table of your own, with any columns, name it `own/<name>`.
+
+Names and columns may hold one placeholder: `attribution/<task>` stands for one table per task, `share/<label>` for one
+column per snapshot label. All tables are parquet files, `<name>.parquet` below the run directory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from crosslens.errors import UserError, did_you_mean
+
+OWN = "own/"
+"""Prefix of the names of tables that are a user's own."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        meaning: one sentence.
+        unit: of its numbers; empty for names, counts, shares and other plain numbers.
+    """
+
+    meaning: str
+    unit: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.meaning} [{self.unit}]" if self.unit else self.meaning
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command that writes tables.
+
+    Attributes:
+        command: the whole of it, as one types it.
+        missing: what is said where none of its tables exists.
+    """
+
+    command: str
+    missing: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a run directory.
+
+    Attributes:
+        name: such as "evolution" or "attribution/<task>".
+        row: what a row is about.
+        verb: the command that writes it, a key of `VERBS`.
+        columns: by name.
+        missing: what is said where the table does not exist; by default that of its command.
+    """
+
+    name: str
+    row: str
+    verb: str
+    columns: Mapping[str, Column]
+    missing: str = ""
+
+    def column(self, name: str) -> Column | None:
+        """The declaration of a column; None if there is none."""
+        return self.columns.get(name) or next(
+            (column for pattern, column in self.columns.items() if _matches(pattern, name)), None
+        )
+
+    def advise(self) -> str:
+        """What to say where the table does not exist."""
+        return self.missing or VERBS[self.verb].missing
+
+
+def find_table(name: str) -> Table | None:
+    """The declaration of a table; None if there is none."""
+    found = [table for table in TABLES if table.name == name or _matches(table.name, name)]
+    return max(found, key=lambda table: len(table.name), default=None)  # x/<task>.snapshots before x/<task>
+
+
+def check_table(name: str, columns: Iterable[str]) -> None:
+    """Check that a table and its columns are declared; those below `own/` may have any columns.
+
+    Raises:
+        UserError: the table, or some of its columns, are not declared; they are named.
+    """
+    if name.startswith(OWN):
+        return
+    table, remedy = find_table(name), f"name a table of your own {OWN}{name.rpartition('/')[2]}, with any columns"
+    if table is None:
+        known = [table.name for table in TABLES]
+        raise UserError(
+            f"{name!r} is not a table of a run (crosslens.tables declares them){did_you_mean(name, known)}; {remedy}"
+        )
+    if unknown := [str(column) for column in columns if table.column(str(column)) is None]:
+        raise UserError(
+            f"the table {name!r} has no column {', '.join(map(repr, unknown))}: declare it in crosslens.tables, or "
+            f"{remedy}"
+        )
+
+
+def maker(name: str) -> str:
+    """The command that writes a table, such as "evolve"; that of an unknown table is "evolve"."""
+    table = find_table(name)
+    return "evolve" if table is None else table.verb.partition(" ")[0]
+
+
+def render_markdown() -> str:
+    """The declarations as Markdown: for each command, its tables and their columns."""
+    lines: list[str] = []
+    for verb, about in VERBS.items():
+        lines += [f"## Written by `crosslens {verb}`", "", f"`{about.command}`", ""]
+        for table in TABLES:
+            if table.verb == verb:
+                lines += [f"### `{table.name}`", "", f"A row per {table.row}.", "", "| column | meaning | unit |"]
+                lines += ["|---|---|---|"]
+                lines += [f"| `{name}` | {_cell(each.meaning)} | {each.unit} |" for name, each in table.columns.items()]
+                lines += [""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    before, placeholder, after = re.fullmatch(r"([^<]*)(<\w+>)?(.*)", pattern).groups()  # type: ignore[union-attr]
+    ends = name.startswith(before) and name.endswith(after) and len(name) > len(before) + len(after)
+    return placeholder is not None and ends
+
+
+_ATTRIBUTE = "crosslens attribute RUN_DIR --task TASK"
+VERBS = {
+    "train": Verb(
+        "crosslens train", "The crosscoder has not been evaluated. crosslens train does this when training ends."
+    ),
+    "train --seeds": Verb(
+        "crosslens train ... --seeds 3",
+        "Only one seed has been trained. To train three, repeat the command of this run, which is under Run details, "
+        "with --seeds 3.",
+    ),
+    "sweep": Verb("crosslens sweep", "No settings have been compared. crosslens sweep compares numbers of features."),
+    "evolve": Verb(
+        "crosslens evolve RUN_DIR",
+        "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR",
+    ),
+    "attribute": Verb(_ATTRIBUTE, f"No effects on tasks have been computed. Run: {_ATTRIBUTE}"),
+    "ablate": Verb(
+        "crosslens ablate RUN_DIR --task TASK",
+        "No features have been ablated. After crosslens attribute, run: crosslens ablate RUN_DIR --task TASK",
+    ),
+    "study": Verb(
+        "crosslens study RUN_DIR --task TASK",
+        "No task has been studied by interventions. Run: crosslens study RUN_DIR --task TASK",
+    ),
+    "label": Verb(
+        "crosslens label RUN_DIR",
+        "No features have been labelled. Run: crosslens label RUN_DIR --client CLIENT --model MODEL",
+    ),
+}
+
+
+def _columns(columns: Mapping[str, str | tuple[str, str]], shared: str = "") -> dict[str, Column]:
+    """Columns by name: those of `_SHARED` that are listed, then those given as a meaning, or a meaning and a unit."""
+    own = {name: Column(*((text,) if isinstance(text, str) else text)) for name, text in columns.items()}
+    return {**{name: _SHARED[name] for name in shared.split()}, **own}
+
+
+_SHARED = {
+    name: Column(*text)
+    for name, text in {
+        "feature": ("Number of the feature, its row of the dictionary.",),
+        "snapshot": ("Number of the snapshot in the order of training, from 0.",),
+        "label": ("Name of the snapshot.",),
+        "step": ("Training step of the snapshot; missing if not recorded.", "steps"),
+        "tokens": ("Tokens that the model had seen by then; missing if not recorded.", "tokens"),
+        "task": ("Name of the task.",),
+        "measure": ("Measure of presence: r2 (R²), within (within-token R²) or norm (decoder norm).",),
+        "other": ("Number of the other snapshot.",),
+        "other_label": ("Name of the other snapshot.",),
+        "other_step": ("Training step of the other snapshot.", "steps"),
+        "rank": ("Place in the order, 0 the strongest.",),
+        "sequence": ("Number of the held-out sequence.",),
+        "position": ("Position in the sequence; the beginning-of-sequence token is 0.",),
+        "activation": ("Activation of the feature there.", "scaled activations"),
+        "token": ("The token as text.",),
+        "n_prompts": ("Prompts that the means are over.",),
+        "baseline": ("What a feature is set to: zero, mean (over the prompts) or patch (as on the paired prompt).",),
+        "level": ("Confidence level of the intervals.",),
+        "split": ("Half of the prompts: selection, where features are chosen, or held-out.",),
+    }.items()
+}  # fmt: skip
+_AT = "snapshot label step"
+_DATED = f"{_AT} tokens"
+
+
+def _interval(name: str, of: str, unit: str = "") -> dict[str, tuple[str, str]]:
+    return {
+        f"{name}_low": (f"Lower end of the 95% interval of {of}.", unit),
+        f"{name}_high": (f"Upper end of the 95% interval of {of}.", unit),
+    }
+
+
+def _effect_columns(keys: str) -> dict[str, Column]:
+    """Columns of the effects of a task by snapshot, of `attribution` and `completeness`."""
+    return _columns(
+        {
+            "metric_clean": ("Mean of logit(correct) − logit(wrong) of the model.", "logits"),
+            "metric_baseline": ("The same with every feature and the error node at its baseline.", "logits"),
+            "features_effect": ("Sum of the effects of all features.", "logits"),
+            "error_effect": ("Effect of the error node, what the crosscoder does not reconstruct.", "logits"),
+            "completeness_error": "Mean |sum of effects − (clean − baseline)| / mean |clean − baseline| over prompts.",
+            "agreement": "Rank correlation of the largest effects with exact ablation.",
+            "n_active": "Features that are active on some prompt.",
+            "n": "Prompts that the means are over.",
+            "method": "How effects are estimated: removal, both_ends, ig, gradient or exact.",
+            "rule": "Quadrature rule of integrated gradients.",
+            "n_nodes": "Nodes of the rule.",
+            "baseline": _SHARED["baseline"].meaning,
+            "error": "How the error node is treated.",
+            "threshold": ("Smallest effect that counts as one.", "logits"),
+            "split": _SHARED["split"].meaning,
+        },
+        keys,
+    )  # fmt: skip
+
+
+_COUNTS = {
+    "kind": "Features counted: all, lexical (most variance lies between token types) or contextual.",
+    "threshold": "Share of its largest value from which a feature is present.",
+    "n": "Features with a reading.",
+    "born": "Features born after the first snapshot.",
+    "born_reversed": "The same with the snapshots in reversed order, a control.",
+    "sure": "Births with a q-value up to the limit; missing by the norm.",
+    "sure_reversed": "The same in reversed order.",
+}
+_EDITED = {
+    "mode": "ablate (the set is edited) or keep (all others are).",
+    "baseline": _SHARED["baseline"].meaning,
+    "error": "Whether the error node is kept.",
+    "clean": ("Metric of the model itself.", "logits"),
+    "reconstruction_only": ("Metric with nothing edited and no error node.", "logits"),
+    "all_edited": ("Metric with every feature edited, error node as in the row.", "logits"),
+    "n_active": "Features that are active on some prompt.",
+}
+
+TABLES: tuple[Table, ...] = (
+    Table(
+        "evaluation",
+        "snapshot",
+        "train",
+        _columns(
+            {
+                "explained_variance": "1 − E‖x̂ − x‖² / E‖x − mean‖² over all held-out tokens.",
+                "explained_variance_per_token": "Mean over tokens of 1 − ‖x̂ − x‖² / ‖x − mean‖².",
+                "l0": ("Mean number of active features per token.", "features"),
+                "dead_fraction": "Share of the features that are active on no held-out token.",
+                "ce_clean": ("Next-token loss of the model.", "nats per token"),
+                "ce_spliced": ("Loss with the reconstruction spliced in at the hook point.", "nats per token"),
+                "ce_zero": ("Loss with zeros at the hook point.", "nats per token"),
+                "ce_recovered": "(ce_zero − ce_spliced) / (ce_zero − ce_clean).",
+                "kl": ("KL divergence of the spliced model's predictions from the model's.", "nats per token"),
+            },
+            _DATED,
+        ),
+    ),
+    Table(
+        "consensus",
+        "feature, in the run directory of each seed",
+        "train --seeds",
+        _columns(
+            {
+                "crosscoder": "Seed of the crosscoder.",
+                "feature": _SHARED["feature"].meaning,
+                "alive": "Whether the feature is active on held-out tokens.",
+                "firing_rate": "Share of held-out tokens on which the feature is active.",
+                "variance": "Share of the variance that the live features write, Var(f) Σ norm².",
+                "n_seeds": "Seeds that have the feature, its own included; 0 if dead.",
+                "of": "Number of seeds.",
+                "consensus": "Whether more than half of the seeds have the feature.",
+                "correlation": "Mean over the other seeds of the correlation with the partner there.",
+                "partner/<seed>": "The feature's partner in that seed, whatever its correlation.",
+                "correlation/<seed>": "Correlation of the activations of the two on held-out tokens.",
+            }
+        ),
+    ),
+    Table(
+        "seeds",
+        "pair of seeds",
+        "train --seeds",
+        _columns(
+            {
+                "a": "One seed.",
+                "b": "The other seed.",
+                **{
+                    f"{name}_{side}": f"{text} {side}{rest}"
+                    for name, text, rest in (
+                        ("live", "Live features of", "."),
+                        ("share", "Share of the live features of", " with a partner, one to one."),
+                        ("variance", "The same weighted by variance, of", "."),
+                        ("nearest", "Share of the features of", " with any such neighbour, not one to one."),
+                        ("cosine", "Share of the features of", " with a partner whose decoder has such a cosine."),
+                    )
+                    for side in "ab"
+                },
+                "null_a": "Share of the features of a with a partner when the tokens of b are permuted.",
+                "median_cosine": "Median cosine of the decoders of partners.",
+            }
+        ),
+    ),
+    Table(
+        "seeds_rotation",
+        "pair of seeds and interval between snapshots",
+        "train --seeds",
+        _columns(
+            {
+                "a": "One seed.",
+                "b": "The other seed.",
+                "before": "Number of the snapshot at the beginning.",
+                "after": "Number of the snapshot at the end.",
+                "from": "Name of the snapshot at the beginning.",
+                "to": "Name of the snapshot at the end.",
+                "n": "Pairs of partners with directions at both ends.",
+                "angle_a": ("Median angle by which the features of a turn.", "degrees"),
+                "angle_b": ("Median angle by which the features of b turn.", "degrees"),
+                "spearman": "Rank correlation of the angles of partners.",
+                "apart": ("Median angle between the decoder vectors of partners at the end.", "degrees"),
+            }
+        ),
+    ),
+    Table(
+        "sweep",
+        "setting of F and k",
+        "sweep",
+        _columns(
+            {
+                "d_sae": "Number of features F.",
+                "k": ("Active features per token in training.", "features"),
+                "seeds": "Seeds trained with this setting.",
+                "explained_variance": "Mean explained variance over snapshots and seeds.",
+                "least_explained": "Explained variance of the least explained snapshot, mean over seeds.",
+                "l0": ("Mean number of active features per token.", "features"),
+                "dead": "Share of dead features.",
+                "live": "Live features, mean over seeds.",
+                "agreement": "Share of live features with a partner in another seed, mean over pairs and directions.",
+                "agreement_low": "The smallest such share.",
+                "agreement_high": "The largest such share.",
+                "agreed": "Number of live features with a partner.",
+                "variance": "agreement weighted by variance.",
+                "cosine": "Share of live features with a partner whose decoder has such a cosine.",
+                "consensus": "Share of live features that most seeds have.",
+                "consensus_variance": "The same weighted by variance.",
+                "proposed": "Whether this setting is proposed.",
+            }
+        ),
+    ),
+    Table(
+        "evolution",
+        "feature and snapshot",
+        "evolve",
+        _columns(
+            {
+                "norm": ("Norm of the feature's decoder vector.", "scaled activations"),
+                "strength": "Decoder norm divided by the feature's largest.",
+                "reldec": "Decoder norm divided by the sum of the feature's norms over snapshots.",
+                "r2": "How well the activations of the snapshot alone predict the feature on held-out tokens, R².",
+                "within": "R² within token types: what the context adds.",
+                "firing_rate": "Share of held-out tokens on which the feature is active.",
+                "mean_activation": ("Mean activation over the tokens on which it is active.", "scaled activations"),
+            },
+            f"feature {_DATED}",
+        ),
+    ),
+    Table(
+        "lifecycles",
+        "measure of presence and feature",
+        "evolve",
+        _columns(
+            {
+                "alive": "Whether the feature is active on held-out tokens and has a decoder.",
+                "kind": "lexical (most of its variance lies between token types) or contextual.",
+                "token_share": "Share of its variance between token types.",
+                "firing_rate": "Share of held-out tokens on which the feature is active.",
+                "origin": "initial (present at the first snapshot), emergent (born later) or never.",
+                "fate": "persistent (present at the last snapshot) or transient.",
+                **{
+                    f"{name}{end}": (f"{text}{of}", unit)
+                    for name, text in (
+                        ("birth", "First snapshot from which the feature stays"),
+                        ("peak", "Snapshot of its largest presence"),
+                        ("death", "First snapshot from which it is gone for good"),
+                        ("lifetime", "Snapshots at which it is present"),
+                    )
+                    for end, of, unit in (
+                        ("", ".", "snapshots"),
+                        ("_step", ", in training steps.", "steps"),
+                        ("_tokens", ", in training tokens.", "tokens"),
+                    )
+                },
+                "birth_low": "Lower end of the 95% interval of birth; the number of snapshots where a draw has none.",
+                "birth_high": "Upper end of that interval.",
+                "effect": "How much presence rises at birth.",
+                **_interval("effect", "that rise"),
+                "p": "p-value of that rise.",
+                "q": "p-value adjusted for the number of features (Benjamini–Hochberg).",
+            },
+            "measure feature",
+        ),
+    ),
+    Table(
+        "birth_counts",
+        "measure of presence, kind of feature and threshold",
+        "evolve",
+        _columns({**_COUNTS, "untrained": "Share of features born in models that never trained."}, "measure"),
+    ),
+    Table(
+        "untrained_births",
+        "measure of presence, kind of feature and threshold, in a crosscoder over untrained models",
+        "evolve",
+        _columns(_COUNTS, "measure"),
+    ),
+    Table(
+        "feature_dimensionality",
+        "feature",
+        "evolve",
+        _columns(
+            {"dimensionality/<label>": "|w|⁴ / Σ (w · w')² there, w the decoder vector × RMS activation."}, "feature"
+        ),
+    ),
+    Table(
+        "directions",
+        "feature",
+        "evolve",
+        _columns(
+            {"cosine/<label>": "Cosine of its decoder vector at the snapshot with that at the last one."}, "feature"
+        ),
+    ),
+    Table(
+        "encoder",
+        "feature",
+        "evolve",
+        _columns(
+            {
+                "share/<label>": "The snapshot's share of the rise of the pre-activation from all tokens to those "
+                "on which the feature is active.",
+            },
+            "feature",
+        ),
+    ),
+    Table(
+        "scaling",
+        "feature; not for TopK and BatchTopK, where it equals the decoder norm",
+        "evolve",
+        _columns(
+            {
+                "own/<label>": (
+                    "Least-squares coefficient of the snapshot's decoder vector on what other features leave "
+                    "unexplained.",
+                    "decoder norms",
+                ),
+                "peak/<label>": ("The same of the decoder vector where its norm is largest.", "decoder norms"),
+            },
+            "feature",
+        ),
+    ),
+    Table(
+        "replacements",
+        "pair of features of which one is born when the other dies",
+        "evolve",
+        _columns(
+            {
+                "predecessor": "The feature that dies.",
+                "successor": "The feature that is born.",
+                "death": "Snapshot at which the predecessor dies.",
+                "death_step": ("The same as a training step.", "steps"),
+                "birth": "Snapshot at which the successor is born.",
+                "birth_step": ("The same as a training step.", "steps"),
+                "cosine": "Cosine of their decoder vectors.",
+                "overlap": "Share of tokens that they have in common.",
+                "successors": "Number of successors of the predecessor.",
+                "predecessors": "Number of predecessors of the successor.",
+                "kind": "replacement, split (several successors), merger (several predecessors), or both.",
+            }
+        ),
+    ),
+    Table(
+        "splits",
+        "pair of features that share a direction at some snapshots",
+        "evolve",
+        _columns(
+            {
+                "partner": "The other feature, the larger number.",
+                "kind": "split (the direction is shared before) or merger (it is shared from then on).",
+                "at": "First snapshot after the change.",
+                "at_step": ("The same as a training step.", "steps"),
+                "at_tokens": ("The same in training tokens.", "tokens"),
+                "cosine_before": "Cosine of the two at the first snapshot where both are present.",
+                "cosine_after": "Cosine of the two at the last such snapshot.",
+            },
+            "feature",
+        ),
+    ),
+    Table(
+        "dimensionality",
+        "snapshot",
+        "evolve",
+        _columns(
+            {
+                "present": "Features that are present by decoder norm.",
+                "total": ("Sum over present features of |w|⁴ / Σ (w · w')², w the decoder vector × RMS.", "dimensions"),
+                "share": "total / d_model.",
+                "random_total": ("The same for as many random directions of the same lengths.", "dimensions"),
+                "random_share": "random_total / d_model.",
+                "elhage_total": ("The same with the decoder vector alone, as Elhage et al. wrote it.", "dimensions"),
+                "elhage_share": "elhage_total / d_model.",
+                "random_elhage_share": "The same for random directions / d_model.",
+                "participation_ratio": ("(Σ variances)² / Σ variances² of the activations.", "dimensions"),
+            },
+            _DATED,
+        ),
+    ),
+    Table(
+        "doubtful",
+        "snapshot",
+        "evolve",
+        _columns(
+            {
+                "participation_ratio": ("Participation ratio of its activations.", "dimensions"),
+                "similarity": "Largest CKA to a snapshot before it or to the last one.",
+                "encoder_share": "Median over features of its encoder share.",
+                "reason": "Why it is doubtful; empty if it is not.",
+            },
+            _AT,
+        ),
+    ),
+    Table(
+        "rotation",
+        "interval between neighbouring snapshots",
+        "evolve",
+        _columns(
+            {
+                "before": "Number of the snapshot at the beginning.",
+                "after": "Number of the snapshot at the end.",
+                "from": "Name of the snapshot at the beginning.",
+                "to": "Name of the snapshot at the end.",
+                "from_step": ("Training step at the beginning.", "steps"),
+                "to_step": ("Training step at the end.", "steps"),
+                "from_tokens": ("Training tokens at the beginning.", "tokens"),
+                "to_tokens": ("Training tokens at the end.", "tokens"),
+                "at_edge": "Whether this is the first or the last interval.",
+                "n": "Features with a direction at both ends.",
+                "median_cosine": "Median cosine of their decoder vectors at both ends.",
+                "angle": ("Median angle between these vectors.", "degrees"),
+                "halves_angle": ("Median angle between estimates at both ends on different halves.", "degrees"),
+                "null_angle": ("The same at one snapshot: what sampling alone makes of no rotation.", "degrees"),
+                "beyond_null": "Share of the features whose halves_angle exceeds their null_angle; half by chance.",
+                "doublings": "Doublings of the training tokens in the interval, of steps where tokens are unknown.",
+                "angle_per_doubling": ("angle divided by doublings.", "degrees per doubling"),
+                "null_per_doubling": ("null_angle divided by doublings.", "degrees per doubling"),
+                "rotated": "Features whose largest rotation is in this interval.",
+                "share": "The same as a share of all features that rotate.",
+                "largest": "Whether this is the interval in which most features rotate most.",
+            }
+        ),
+    ),
+    Table(
+        "cosines",
+        "pair of snapshots",
+        "evolve",
+        _columns(
+            {
+                "n": "Live features with a direction at both.",
+                "mean": "Mean cosine of a feature's decoder vectors at the two.",
+                "low": "Lower quartile of the cosines.",
+                "median": "Median of the cosines.",
+                "high": "Upper quartile of the cosines.",
+            },
+            "snapshot other label other_label step other_step",
+        ),
+    ),
+    Table(
+        "agreement",
+        "feature and pair of neighbouring snapshots",
+        "evolve",
+        _columns(
+            {
+                "norm": "The smaller of the two decoder norms, divided by the feature's largest.",
+                "agreement": "Share of the feature's 20 strongest tokens that the two snapshots have in common.",
+                "active": "Share of the strongest tokens of the first on which the feature is active.",
+                "other_active": "The same of the second.",
+                "chance": "agreement of two random sets of tokens.",
+            },
+            "feature snapshot other label other_label step other_step",
+        ),
+    ),
+    Table(
+        "dynamics",
+        "snapshot",
+        "evolve",
+        _columns(
+            {
+                **{
+                    key: text
+                    for name, of in (
+                        ("kl1", "the KL divergence of the corpus's unigram statistics from the model's predictions"),
+                        ("kl2", "the KL divergence of the corpus's bigram statistics from the model's predictions"),
+                        ("loss", "the next-token loss"),
+                    )
+                    for key, text in {name: (f"Mean of {of}.", "nats"), **_interval(name, of, "nats")}.items()
+                },
+                "bigram_progress": "Share of the fall of kl2 that is completed.",
+                "h1": ("Entropy of the unigram statistics, the lowest loss with them alone.", "nats"),
+                "h2": ("Entropy of the bigram statistics, the lowest loss with them alone.", "nats"),
+                "n": "Predictions that the means are over.",
+                "known": "Share of them in the mean of kl2.",
+                "measure": _SHARED["measure"].meaning,
+                "present": "Features that are present.",
+                "born": "Emergent features whose birth is here.",
+                "settled": "Features that keep their final direction from here on.",
+                "alive": "Features that are active on some held-out token.",
+                "dimensionality": "Total dimensionality / d_model.",
+                "random_dimensionality": "The same for as many random directions.",
+            },
+            _DATED,
+        ),
+    ),
+    Table(
+        "phases",
+        "event of training",
+        "evolve",
+        _columns(
+            {
+                "event": "Name of the event, such as turning_point, settling or births.",
+                "snapshot": "Snapshot of the event; missing if it never happens.",
+                "label": _SHARED["label"].meaning,
+                "step": (_SHARED["step"].meaning, "steps"),
+                "tokens": (_SHARED["tokens"].meaning, "tokens"),
+                "low": "Lower end of the 95% interval, a snapshot.",
+                "high": "Upper end of that interval.",
+                "low_step": ("Lower end as a training step.", "steps"),
+                "high_step": ("Upper end as a training step.", "steps"),
+                "at_edge": "Whether it is at the first or the last snapshot, where it means little.",
+                "agreement": "Share of bootstrap draws with the same snapshot.",
+                "after_turning_point": "Share of draws in which it is later than the turning point.",
+                "n": "Features counted, for births and settling.",
+                "lead": "By how much one phase is ahead of the other, as a share of both curves.",
+                **_interval("lead", "lead"),
+                "resolved": "Whether the snapshots are close enough to tell the order of the phases.",
+                "jump": "Largest part of a curve that lies in one interval.",
+                "jump_of": "Curve of that part: statistics or features.",
+                "jump_from": "Name of the snapshot at its beginning.",
+                "jump_to": "Name of the snapshot at its end.",
+            }
+        ),
+    ),
+    Table(
+        "similarity",
+        "pair of snapshots",
+        "evolve",
+        _columns(
+            {
+                "cosine": "Mean cosine of their activations.",
+                "pearson": "Pearson correlation of their activations.",
+                "cka": "Linear CKA of their activations, 0 to 1.",
+                "n": "Tokens compared.",
+            },
+            "snapshot other label other_label",
+        ),
+    ),
+    Table(
+        "selection",
+        "snapshot",
+        "evolve",
+        _columns(
+            {
+                "chosen": "Whether the snapshot is proposed.",
+                "nearest": "Name of the chosen snapshot that represents it.",
+                "distance": "Distance to that snapshot.",
+                "stands_for": "Names of the snapshots that it represents.",
+                "previous_similarity": "CKA to the snapshot before.",
+                "cost": "By how much the distances would rise in sum without it.",
+                "accuracy/<task>": "Accuracy on the task.",
+                "reason": "Why it is chosen or left out, in words.",
+            },
+            _AT,
+        ),
+    ),
+    Table(
+        "probe",
+        "probed feature and snapshot",
+        "evolve",
+        _columns(
+            {
+                "norm": "Decoder norm divided by the feature's largest.",
+                "probe_error": "Share of held-out tokens on which a linear probe of the snapshot's activations errs.",
+                "n": "Tokens that the probe is judged on.",
+                "first_error": "The error on one half of the tokens.",
+                "second_error": "The error on the other half.",
+            },
+            f"feature {_AT}",
+        ),
+    ),
+    Table(
+        "probe_presence",
+        "measure of presence, within or between features",
+        "evolve",
+        _columns(
+            {
+                "part": "within_features (over snapshots) or between_features (at one snapshot).",
+                "spearman": "Rank correlation of the measure with probe error.",
+                **_interval("spearman", "it, over features"),
+                "n": "Points.",
+                "n_features": "Features.",
+            },
+            "measure",
+        ),
+    ),
+    Table(
+        "probe_parts",
+        "way to compare probe error and decoder norm",
+        "evolve",
+        _columns(
+            {
+                "part": "all, trained (without step 0), within_features, within_snapshots, or disattenuated.",
+                "spearman": "Rank correlation.",
+                **_interval("spearman", "the rank correlation, over features"),
+                "pearson": "Pearson correlation.",
+                **_interval("pearson", "Pearson's correlation, over features"),
+                "reliability": "Reliability of the errors of single probes; in the last row only.",
+                "sd_norm": "Standard deviation of the norms.",
+                "sd_error": "Standard deviation of the errors.",
+                "n": "Points.",
+                "n_features": "Features.",
+            }
+        ),
+    ),
+    Table(
+        "examples",
+        "feature and held-out token on which it is strongest, at most one per sequence",
+        "evolve",
+        _columns(
+            {
+                "threshold": "Active at a snapshot if activation × decoder norm exceeds this; 0 if the gate is shared.",
+                "read/<label>": ("Its part of the pre-activation there, minus its mean.", "scaled activations"),
+            },
+            "feature rank sequence position activation",
+        ),
+    ),
+    Table(
+        "example_tokens", "token around an example", "evolve", _columns({}, "feature rank position token activation")
+    ),
+    Table(
+        "example_contexts",
+        "token further away from an example",
+        "evolve",
+        _columns({}, "feature rank position token activation"),
+    ),
+    Table(
+        "samples",
+        "feature and random token on which it is active, strongest first",
+        "evolve",
+        _columns(
+            {"threshold": "As in `examples`."},
+            "feature rank sequence position activation",
+        ),
+    ),
+    Table("sample_tokens", "token around a sample", "evolve", _columns({}, "feature rank position token activation")),
+    Table(
+        "activations",
+        "feature and bin of activation",
+        "evolve",
+        _columns(
+            {
+                "bin": ("The bin holds activations from 2^(bin/4) to 2^((bin+1)/4).", "quarters of an octave"),
+                "count": ("Held-out tokens in the bin.", "tokens"),
+            },
+            "feature",
+        ),
+    ),
+    Table(
+        "lens",
+        "feature, snapshot and rank",
+        "evolve",
+        _columns(
+            {
+                "promoted": "Token whose logit the decoder vector raises.",
+                "promoted_logit": ("By how much, minus the mean over the vocabulary.", "unscaled logits"),
+                "suppressed": "Token whose logit it lowers.",
+                "suppressed_logit": ("By how much, minus the mean over the vocabulary.", "unscaled logits"),
+            },
+            "feature snapshot rank",
+        ),
+    ),
+    Table(
+        "nearest",
+        "feature and neighbour",
+        "evolve",
+        _columns(
+            {"other": "The other feature.", "cosine": "Cosine of the decoder vectors, concatenated over snapshots."},
+            "feature rank",
+        ),
+    ),
+    Table(
+        "passages",
+        "passage on which the label of a feature is judged",
+        "evolve",
+        _columns(
+            {
+                "active": "Whether the feature is active in it.",
+                "rank": "Place in a random order.",
+                "sequence": _SHARED["sequence"].meaning,
+                "begin": "First position.",
+                "end": "The position after the last.",
+                "activation": ("Largest activation in the passage.", "scaled activations"),
+                "rate": "Share of held-out tokens on which the feature is active.",
+            },
+            "feature",
+        ),
+    ),
+    Table("held_out_tokens", "token of the sequences with passages", "evolve", _columns({}, "sequence position token")),
+    Table(
+        "accuracy",
+        "task and snapshot",
+        "attribute",
+        _columns(
+            {
+                "accuracy": "Share of items whose correct continuation has the higher logit.",
+                "low": "Lower end of its 95% Wilson interval over items.",
+                "high": "Upper end of that interval.",
+                "at_chance": "Whether the interval holds 50%.",
+                "metric": ("Mean of logit(correct) − logit(wrong).", "logits"),
+                "n": "Items.",
+                "few": "Whether there are too few items for means over tasks.",
+                "skipped": "Items left out.",
+                "reasons": "Why they are left out.",
+                "merged": "Items left out because they are the same as others.",
+                "merged_reasons": "What makes them the same.",
+            },
+            f"task {_DATED}",
+        ),
+        f"No task accuracy has been measured. Run: {_ATTRIBUTE}",
+    ),
+    Table(
+        "attribution/<task>",
+        "feature that is active on the task and snapshot",
+        "attribute",
+        _columns(
+            {
+                "ie": ("Indirect effect: mean over prompts of the effect on logit(correct) − logit(wrong).", "logits"),
+                "ie_se": ("Its standard error over prompts.", "logits"),
+                "q": "p-value of the effect, adjusted over features and snapshots (Benjamini–Hochberg).",
+                "significant": "Whether the effect counts as one at a false discovery rate of 5%.",
+                "share_relie": "RelIE after dividing each effect by the sum of |IE| at its snapshot.",
+                "relie": "RelIE: the snapshot's share of the feature's effect, |IE| / sum over snapshots of |IE|.",
+                "reldec": "Decoder norm divided by the sum of the feature's norms over snapshots.",
+                "active": "Whether the feature is active on some prompt.",
+                "size": ("Mean activation × decoder norm on the prompts.", "scaled activations"),
+                **_interval("ie", "IE over prompts", "logits"),
+                **_interval("share_relie", "share RelIE"),
+                **_interval("relie", "RelIE"),
+                "encoder_share": "Share of this snapshot in the feature's encoder input.",
+                "read_later": "Share of later snapshots in it.",
+                "mostly_later": "Whether that is more than half.",
+            },
+            f"feature {_AT}",
+        ),
+    ),
+    Table("attribution/<task>.snapshots", "snapshot", "attribute", _effect_columns(_AT)),
+    Table(
+        "prompts/<task>",
+        "prompt, snapshot and position",
+        "attribute",
+        _columns(
+            {
+                "prompt": "Number of the prompt.",
+                "snapshot": _SHARED["snapshot"].meaning,
+                "label": _SHARED["label"].meaning,
+                "step": (_SHARED["step"].meaning, "steps"),
+                "position": _SHARED["position"].meaning,
+                "token": _SHARED["token"].meaning,
+                "effect": ("Effect of all features active on the token.", "logits"),
+                "feature": "The feature with the largest effect there; −1 if none has one.",
+                "feature_effect": ("Its effect.", "logits"),
+                "prefix": "The prompt.",
+                "correct": "Its correct continuation.",
+                "wrong": "Its wrong continuation.",
+                "paired": "The paired prompt; missing if there is none.",
+            }
+        ),
+        "No effects in single prompts were kept. crosslens attribute keeps some, except with --method exact.",
+    ),
+    Table(
+        "ablation/<task>",
+        "snapshot, set of features and its size",
+        "ablate",
+        _columns(
+            {
+                **_EDITED,
+                "features": "The set: top (by effect), random, or size_matched.",
+                "k": "Size of the set asked for.",
+                "n_features": "Size of the set.",
+                "size": ("Mean activation × decoder norm, summed over the set, mean over draws.", "scaled activations"),
+                "metric": ("Mean of logit(correct) − logit(wrong) over prompts and draws.", "logits"),
+                "metric_se": ("Its standard error over prompts.", "logits"),
+                "change_se": ("Standard error over prompts of metric − clean.", "logits"),
+                "metric_sd": ("Standard deviation over draws.", "logits"),
+                "metric_low": ("Lower end of the interval of the draws.", "logits"),
+                "metric_high": ("Upper end of that interval.", "logits"),
+                "n_draws": "Random draws of the set.",
+                "split": _SHARED["split"].meaning,
+            },
+            _AT,
+        ),
+    ),
+    Table("completeness/<task>", "snapshot, by integrated gradients", "study", _effect_columns(_AT)),
+    Table(
+        "transfer/<task>",
+        "pair of snapshots",
+        "study",
+        _columns(
+            {
+                **{
+                    f"{at}_at{end}": (f"{text} the features are {words}.", unit)
+                    for end, text, unit in (
+                        ("", "Number of the snapshot at which", ""),
+                        ("_label", "Name of the snapshot at which", ""),
+                        ("_step", "Training step at which", "steps"),
+                    )
+                    for at, words in (("selected", "chosen"), ("ablated", "ablated"))
+                },
+                **_EDITED,
+                "k": "Size of the set.",
+                "k_active": "Features of the set that are active at the snapshot of the ablation.",
+                "shared": "Features of the set that are also in that snapshot's own set.",
+                "metric": ("Mean of logit(correct) − logit(wrong) over prompts.", "logits"),
+                "metric_se": ("Its standard error over prompts.", "logits"),
+                "share": "Change as a share of that from ablating all features there.",
+            }
+        ),
+    ),
+    Table(
+        "additivity/<task>",
+        "snapshot and pair of features",
+        "study",
+        _columns(
+            {
+                "feature_a": "One feature.",
+                "feature_b": "The other feature.",
+                "effect_a": ("Effect of ablating the one.", "logits"),
+                "effect_b": ("Effect of ablating the other.", "logits"),
+                "sum": ("Sum of the two effects.", "logits"),
+                "joint": ("Effect of ablating both together.", "logits"),
+                "deviation": ("joint − sum.", "logits"),
+                "interacting": "Whether |joint − sum| is more than half of the smaller effect.",
+            },
+            _AT,
+        ),
+    ),
+    Table(
+        "additivity/<task>.snapshots",
+        "snapshot",
+        "study",
+        _columns(
+            {
+                "k": "Features with the largest |IE| of which pairs are drawn.",
+                "n_pairs": "Pairs.",
+                "n_prompts": _SHARED["n_prompts"].meaning,
+                "interacting": "Share of the pairs that interact.",
+                **_interval("interacting", "that share"),
+                "deviation": "Sum of |joint − sum| / sum of |sum|.",
+                **_interval("deviation", "it"),
+            },
+            f"{_AT} baseline",
+        ),
+    ),
+    Table(
+        "timeline/<task>",
+        "feature with a large effect and snapshot",
+        "study",
+        _columns(
+            {
+                "order": "Place of the feature, 0 the one that matters first.",
+                "feature": _SHARED["feature"].meaning,
+                "snapshot": _SHARED["snapshot"].meaning,
+                "label": _SHARED["label"].meaning,
+                "step": (_SHARED["step"].meaning, "steps"),
+                "norm": ("Norm of the feature's decoder vector.", "scaled activations"),
+                "strength": "Decoder norm divided by the feature's largest.",
+                "ie": ("Indirect effect, mean over prompts.", "logits"),
+                "ie_se": ("Its standard error over prompts.", "logits"),
+                "share_relie": "RelIE after dividing each effect by the sum of |IE| at its snapshot.",
+                "relie": "RelIE: the snapshot's share of the feature's effect.",
+                "rank": "Place of |IE| at this snapshot, 1 the largest.",
+                "top": "Whether the feature is among the snapshot's top ones.",
+                "class": "Class of the feature by share RelIE, such as emerged or discontinued.",
+                "signed_class": "The same by signed effects.",
+                "centre_of_mass": ("Centre of mass of share RelIE over snapshots.", "snapshots"),
+                "examples": "Prompts on which the feature is strongest, with the token in brackets.",
+            }
+        ),
+    ),
+    Table(
+        "validation/<task>",
+        "feature with a significant effect and snapshot",
+        "study",
+        _columns(
+            {
+                "exact": ("Effect of ablating the feature alone on held-out prompts.", "logits"),
+                "ie": ("Indirect effect on the selection half.", "logits"),
+                "relie": "RelIE.",
+                "share_relie": "Share RelIE.",
+                "reldec": "Decoder norm divided by the sum of the feature's norms over snapshots.",
+                "decodability": "R² of the feature from the snapshot's activations.",
+            },
+            f"feature {_AT}",
+        ),
+    ),
+    Table(
+        "validation/<task>.summary",
+        "kind of correlation, target and measure",
+        "study",
+        _columns(
+            {
+                "kind": "within (over the snapshots of a feature) or pairs (over features, of neighbouring snapshots).",
+                "target": "What is predicted: effect, or share of all effects at the snapshot.",
+                "measure": "The measure that predicts: share_relie, relie, decodability or reldec.",
+                "correlation": "Rank correlation with exact effects.",
+                "low": "Lower end of its interval.",
+                "high": "Upper end of its interval.",
+                "level": _SHARED["level"].meaning,
+                "n_features": "Features.",
+                "baseline": _SHARED["baseline"].meaning,
+            }
+        ),
+    ),
+    Table(
+        "languages/<task>",
+        "snapshot and pair of languages",
+        "study",
+        _columns(
+            {
+                "language": "One language.",
+                "other": "The other language.",
+                "k": "Size of the sets: features with the largest |IE|.",
+                "n": "Features in the set of the one.",
+                "n_other": "Features in the set of the other.",
+                "shared": "Features in both sets.",
+                "same_sign": "Of these, those with effects of one sign.",
+                "jaccard": "shared / features in either set.",
+                "candidates": "Features active in both languages.",
+                "in_candidates": "Of these, those in the set of the one.",
+                "other_in_candidates": "Of these, those in the set of the other.",
+                "expected": "Mean overlap of sets of features of the same sizes.",
+                "low": "Lower end of the interval of these overlaps.",
+                "high": "Upper end of it.",
+                "level": _SHARED["level"].meaning,
+                "p": "Probability of an overlap at least as large by chance.",
+                "expected_jaccard": "Mean Jaccard index by chance.",
+                "n_draws": "Random draws of sets.",
+            },
+            _AT,
+        ),
+    ),
+    Table(
+        "labels",
+        "feature",
+        "label",
+        _columns(
+            {
+                "label": "Description by a language model, or the tokens of its examples.",
+                "complexity": "Rating from 1 (a single token) to 5 (diverse contexts with one theme).",
+                "status": "answered, refused, cut, malformed, missing (no answer), or local (tokens of the examples).",
+                "client": "Client that was asked.",
+                "model": "Language model that gave the label.",
+                "complexity_2": "Rating by the second model.",
+                "model_2": "The second model.",
+                "detection": "Balanced accuracy of the label on held-out passages; chance is .5.",
+                **_interval("detection", "it"),
+                "detection_n": "Passages judged.",
+                "specificity": "Share of inactive passages passed over.",
+                **{
+                    f"recall_q{quarter}": f"Share of active passages found, in quarter {quarter} of activation."
+                    for quarter in range(1, 5)
+                },
+                "control": "The same passages judged by the label of another feature.",
+                **_interval("control", "it"),
+                "control_n": "Passages judged by that label.",
+                "control_feature": "The other feature.",
+                "local_label": "The tokens of the examples as a label.",
+                "local_detection": "Balanced accuracy of that label, scored without a language model.",
+                **_interval("local", "it"),
+                "local_n": "Passages scored.",
+                "local_control": "The same by the tokens of another feature.",
+                "local_control_feature": "That feature.",
+            },
+            "feature",
+        ),
+    ),
+)
+"""All tables, in the order in which the commands write them."""
