@@ -753,20 +753,19 @@ def evolve(
     from crosslens.evolution import (
         add_consensus,
         describe_doubtful,
+        measure_dynamics,
+        probe,
         recorded_training,
-        study_dynamics,
-        study_evolution,
-        study_probes,
         untrained_births,
     )
     from crosslens.evolution import evolve as read_evolution
     from crosslens.features import feature_tables
 
     run, crosscoder, acts = open_run(run_dir, device)
-    evolution = read_evolution(crosscoder, acts)
     if untrained:
         run.save_table("untrained_births", untrained_births(acts, *recorded_training(run, acts.settings.device)))
-    history = study_evolution(crosscoder, acts, evolution, untrained=run.table("untrained_births"))
+    evolution = read_evolution(crosscoder, acts, untrained=run.table("untrained_births"))
+    history = evolution.tables()
     seeds = run.table("consensus")
     if seeds is not None:
         history["lifecycles"] = add_consensus(history["lifecycles"], seeds)
@@ -775,8 +774,8 @@ def evolve(
     accuracy, doubtful = run.table("accuracy"), history["doubtful"]
     if accuracy is not None:
         accuracy = accuracy.loc[accuracy["label"].isin(acts.snapshots.labels)]
-    run.save_tables(study_dynamics(crosscoder, acts, evolution=evolution, doubtful=doubtful, accuracy=accuracy))
-    probes = study_probes(crosscoder, acts, evolution)
+    run.save_tables(measure_dynamics(crosscoder, acts, evolution=evolution, accuracy=accuracy))
+    probes = probe(crosscoder, acts, evolution)
     run.save_tables(probes)
     out = Output(as_json)
     show_evolution(out, history, acts.snapshots.labels, probes["probe_presence"])

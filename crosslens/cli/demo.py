@@ -28,8 +28,8 @@ from crosslens.cli.display import to_json
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, Crosscoder
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
-from crosslens.evolution.probes import probe_correlation
-from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
+from crosslens.evolution.phases import measure_dynamics
+from crosslens.evolution.probes import probe, probe_correlation
 from crosslens.features.tables import feature_tables
 from crosslens.report import write_report
 from crosslens.rundir import RunDir, write_text
@@ -121,11 +121,11 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     acts, crosscoder = _crosscoder(run, snaps, seed, config)
     mark = lap("crosscoder", mark)
     evolution = evolve(crosscoder, acts, seed=seed)
-    history = study_evolution(crosscoder, acts, evolution, seed=seed)
+    history = evolution.tables()
     run.save_tables(history)
     run.save_tables(feature_tables(crosscoder, acts))
     mark = lap("evolution", mark)
-    probes = study_probes(crosscoder, acts, evolution, n_features=config.n_probes, seed=seed)
+    probes = probe(crosscoder, acts, evolution, n_features=config.n_probes, seed=seed)
     run.save_tables(probes)
     mark = lap("probes", mark)
     tasks = {name: Task.demo(name, n=2 * config.n_prompts, seed=seed) for name in TASKS}
@@ -136,12 +136,11 @@ def _run(run: RunDir, seed: int, config: DemoConfig, snapshots: Snapshots | None
     # all pretraining data is counted: the crosscoder's tokens are too few for the entropy of bigrams
     batches = islice(demo_batches(seed), PretrainingConfig().n_steps)
     counts = count_ngrams(batches, snaps.tokenizer) if snapshots is None else None
-    dynamics = study_dynamics(
+    dynamics = measure_dynamics(
         crosscoder,
         acts,
         counts,
         evolution=evolution,
-        doubtful=history["doubtful"],
         snapshots=every,
         accuracy=accuracy,
         seed=seed,
