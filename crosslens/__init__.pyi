@@ -27,9 +27,8 @@ from .crosscoders import load as load
 from .crosscoders import register as register
 from .errors import UserError as UserError
 from .evolution import evolve as evolve
-from .evolution import study_dynamics as study_dynamics
-from .evolution import study_evolution as study_evolution
-from .evolution import study_probes as study_probes
+from .evolution import measure_dynamics as measure_dynamics
+from .evolution import probe as probe
 from .intervention import snapshot_view as snapshot_view
 from .report import write_report as write_report
 from .sharing import from_pretrained as from_pretrained

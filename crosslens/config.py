@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from crosslens.errors import UserError
-
-if TYPE_CHECKING:
-    from crosslens.tasks import Task
 
 Baseline: TypeAlias = Literal["patch", "zero", "mean"]
 Method: TypeAlias = Literal["removal", "both_ends", "ig", "gradient", "exact"]
@@ -38,8 +35,8 @@ class EvolveOptions:
 class AttributeOptions:
     """The effect of every feature on tasks at every snapshot, on the selection half (`crosslens attribute`)."""
 
-    task: tuple[str | Task, ...]
-    """Tasks, made or in the spelling of the command line."""
+    task: tuple[Any, ...]
+    """Tasks: `crosslens.tasks.Task`s, or their spelling on the command line."""
     method: Method = "removal"
     """removal (what is lost without a feature), both_ends (the mean of that and of what adding it gains), ig
     (integrated gradients, whose effects add up), gradient (attribution patching) or exact (ablate features one by
@@ -64,8 +61,8 @@ class AttributeOptions:
 class AblateOptions:
     """Ablate the top features, and keep only them, on the held-out half (`crosslens ablate`)."""
 
-    task: tuple[str | Task, ...]
-    """Tasks, made or in the spelling of the command line."""
+    task: tuple[Any, ...]
+    """Tasks: `crosslens.tasks.Task`s, or their spelling on the command line."""
     k: tuple[int, ...] = (1, 5, 15, 50)
     """Sizes of the sets of top features."""
     baseline: Baseline | None = None
@@ -106,8 +103,8 @@ class StudyOptions(StudySizes):
     """Every causal analysis of tasks (`crosslens study`): effects, ablation with controls, transfer, additivity,
     timeline, validation, languages."""
 
-    task: tuple[str | Task, ...]
-    """Tasks, made or in the spelling of the command line."""
+    task: tuple[Any, ...]
+    """Tasks: `crosslens.tasks.Task`s, or their spelling on the command line."""
     baseline: Baseline | None = None
     """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
     patch if half of the prompts or more are paired, otherwise zero."""

@@ -14,16 +14,14 @@
    part of the rise of h_i from all tokens to those where the feature is active. It exposes features that are read from
    later snapshots than those where they are present. This measure is new here.
 
-The sums run over the held-out tokens once, in blocks, and over active (token, feature) pairs only. x is scaled.
+The sums run over active (token, feature) pairs only. x is scaled.
 Symbols: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -32,9 +30,8 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import DECLARATIONS, Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import check_activations, held_out_features
-
-_BLOCK = 4096  # features at a time
+from crosslens.evolution.columns import per_feature
+from crosslens.evolution.held_out import Block, check_activations, read
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,7 @@ class LatentScaling:
         Args:
             labels: S names of the snapshots.
         """
-        columns: dict[str, Any] = {"feature": np.arange(len(self.norms))}
-        for name in ("own", "peak"):
-            values = getattr(self, name).numpy()
-            columns |= {f"{name}/{label}": values[:, s] for s, label in enumerate(labels)}
-        return pd.DataFrame(columns)
+        return per_feature(labels, own=self.own, peak=self.peak)
 
 
 @torch.no_grad()
@@ -81,29 +74,39 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
             "decoder_norms, or a standard or jumprelu crosscoder"
         )
     check_activations(crosscoder, acts)
-    F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-    decoder, norms = crosscoder.W_dec_by_snapshot, crosscoder.decoder_norms
-    peak = norms.argmax(1)
-    # <r, W_own> and <r, W_peak>, weighted by f; divided by the length of W at the end
-    sums = torch.zeros(2, F, S, dtype=torch.float64)
-    squares = torch.zeros(F, dtype=torch.float64)
-    for x, features in held_out_features(crosscoder, acts, "Latent scaling"):
-        scaled = crosscoder.scale(x)
-        error = scaled - crosscoder.decode_flat(features).view_as(scaled)
-        squares += features.double().square().sum(0).cpu()
-        blocks = [(part, features[:, part].to_sparse().t().coalesce()) for part in _active(features).split(_BLOCK)]
-        for s in range(S):
+    sums = ScalingSums(crosscoder)
+    read(crosscoder, acts, sums, purpose="Latent scaling")
+    return sums.result()
+
+
+class ScalingSums:
+    """The accumulator of `latent_scaling`: `sum f_i <r, W>` for both rows, and `sum f_i^2`."""
+
+    def __init__(self, crosscoder: Crosscoder) -> None:
+        F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
+        self.norms = crosscoder.decoder_norms.detach()
+        self.sums = torch.zeros(2, F, S, dtype=torch.float64)
+        self.squares = torch.zeros(F, dtype=torch.float64)
+
+    def add(self, block: Block) -> None:
+        """Take the next tokens."""
+        decoder, values = block.crosscoder.W_dec_by_snapshot, block.pairs.values
+        at_peak = torch.arange(len(decoder), device=decoder.device), self.norms.argmax(1)
+        self.squares += block.count(values.double().square())
+        for s in range(decoder.shape[1]):
             # add the feature's own contribution back: sum f f_is <W_is, d>
-            gated = (features * crosscoder.snapshot_acts(features, s)).sum(0)
-            for part, by_feature in blocks:
-                own, top = decoder[part, s], decoder[part, peak[part]]
-                left = by_feature @ error[:, s] + gated[part, None] * own
-                sums[:, part.cpu(), s] += torch.stack([(left * row).sum(1) for row in (own, top)]).double().cpu()
-    lengths = norms.double().cpu()
-    at_peak = lengths.amax(1, keepdim=True).expand(F, S)
-    found = sums / squares[:, None] / torch.stack([lengths, at_peak])
-    found = torch.where(found.isfinite(), found, torch.nan)
-    return LatentScaling(*found, norms=lengths)
+            own, gated = decoder[:, s], block.count(values * block.gated(s)).to(decoder)
+            left = block.sum_by_feature(block.error[:, s], values) + gated[:, None] * own
+            for which, row in enumerate((own, decoder[at_peak])):
+                self.sums[which, :, s] += (left * row).sum(1).double().cpu()
+
+    def result(self) -> LatentScaling:
+        """Coefficients along unit directions."""
+        lengths = self.norms.double().cpu()
+        at_peak = lengths.amax(1, keepdim=True).expand_as(lengths)
+        found = self.sums / self.squares[:, None] / torch.stack([lengths, at_peak])
+        found = torch.where(found.isfinite(), found, torch.nan)
+        return LatentScaling(*found, norms=lengths)
 
 
 def penalises_decoder(crosscoder: Crosscoder) -> bool:
@@ -130,25 +133,33 @@ def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F
         UserError: no activations held out, or activations of other snapshots.
     """
     check_activations(crosscoder, acts)
-    F, S, D = crosscoder.cfg.d_sae, crosscoder.n_snapshots, crosscoder.d_model
-    encoder = crosscoder.W_enc_by_snapshot
-    sums, counts, n = torch.zeros(F, S, dtype=torch.float64), torch.zeros(F, dtype=torch.float64), 0
-    total = torch.zeros(S, D, dtype=torch.float64)
-    for x, features in held_out_features(crosscoder, acts, "Encoder shares"):
-        n += len(x)
-        scaled, active = crosscoder.scale(x), (features > 0).to(x.dtype)
-        total += scaled.double().sum(0).cpu()
-        counts += active.sum(0).cpu()
-        for part in _active(active).split(_BLOCK):
-            by_feature = active[:, part].to_sparse().t().coalesce()
-            for s in range(S):
-                found = ((by_feature @ scaled[:, s]) * encoder[s, :, part].T).sum(1)
-                sums[part.cpu(), s] += found.double().cpu()
-    rest = torch.stack([total[s] @ encoder[s].double().cpu() for s in range(S)], 1) / n
-    rise = sums / counts[:, None] - rest
-    rise = rise.masked_fill((counts == n)[:, None], torch.nan)
-    return rise / rise.sum(1, keepdim=True)
+    sums = EncoderSums(crosscoder)
+    read(crosscoder, acts, sums, purpose="Encoder shares")
+    return sums.result()
 
 
-def _active(features: Float[Tensor, "B F"]) -> Tensor:
-    return features.any(0).nonzero().flatten()
+class EncoderSums:
+    """The accumulator of `encoder_share`: contributions where the feature is active, and activations everywhere."""
+
+    def __init__(self, crosscoder: Crosscoder) -> None:
+        F, S, D = crosscoder.cfg.d_sae, crosscoder.n_snapshots, crosscoder.d_model
+        self.encoder = crosscoder.W_enc_by_snapshot.detach()
+        self.sums, self.counts, self.n = torch.zeros(F, S, dtype=torch.float64), torch.zeros(F).double(), 0
+        self.total = torch.zeros(S, D, dtype=torch.float64)
+
+    def add(self, block: Block) -> None:
+        """Take the next tokens."""
+        self.n += len(block)
+        active = block.pairs.values > 0
+        self.total += block.scaled.double().sum(0).cpu()
+        self.counts += block.count(active)
+        for s, encoder in enumerate(self.encoder):
+            found = block.sum_by_feature(block.scaled[:, s], active) * encoder.T
+            self.sums[:, s] += found.sum(1).double().cpu()
+
+    def result(self) -> Float[Tensor, "F S"]:
+        """Shares of every snapshot."""
+        everywhere = [total @ encoder.double().cpu() for total, encoder in zip(self.total, self.encoder, strict=True)]
+        rise = self.sums / self.counts[:, None] - torch.stack(everywhere, 1) / self.n
+        rise = rise.masked_fill((self.counts == self.n)[:, None], torch.nan)
+        return rise / rise.sum(1, keepdim=True)

@@ -42,9 +42,10 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.plan import logit_sequences
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.geometry import total_dimensionality
+from crosslens.evolution.columns import snapshot_columns
+from crosslens.evolution.firing import Firing, measure_firing
+from crosslens.evolution.geometry import rotation
 from crosslens.evolution.history import Evolution, evolve
-from crosslens.evolution.lifecycles import Firing, measure_firing, rotation, snapshot_columns
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
@@ -56,7 +57,7 @@ _SUMS = 1 << 26  # numbers in memory that the averages of all groups may take
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Divergences and losses of every snapshot, by `measure_dynamics`: as measured, and in every bootstrap draw.
+    """Divergences and losses of every snapshot, by `measure_predictions`: as measured, and in every bootstrap draw.
 
     Attributes:
         snapshots: label, step and tokens, one row per snapshot.
@@ -109,7 +110,7 @@ class Dynamics:
 
 
 @torch.no_grad()
-def measure_dynamics(
+def measure_predictions(
     snapshots: Snapshots,
     counts: NgramCounts,
     tokens: Int[Tensor, "N T"],
@@ -301,7 +302,7 @@ def dynamics_table(
             are left out.
         presence: without an `Evolution`, a feature is present where its norm is at least this share of its largest.
         min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this.
-        seed: seed for the random directions.
+        seed: without an `Evolution`, seed for the random directions.
 
     Returns:
         The columns of `Dynamics.to_frame`, then measure (of presence), present (number of features), born (emergent
@@ -313,18 +314,17 @@ def dynamics_table(
         UserError: a crosscoder with snapshots that the dynamics lack, or activations of other snapshots.
     """
     places = places_of(dynamics, crosscoder)
-    firing, evolution = read_evolution(crosscoder, acts, presence)
-    dimensionality = total_dimensionality(crosscoder, firing, presence=evolution.presence, seed=seed)
-    births, settling = feature_dates(crosscoder, firing, evolution, min_cosine)
+    evolution = read_evolution(crosscoder, acts, presence, seed)
+    births, settling = feature_dates(evolution, min_cosine)
     S = crosscoder.n_snapshots
     table = dynamics.to_frame().assign(measure=evolution.measures[0])
     columns: dict[str, Any] = {
         "present": evolution.present().sum(0),
         "born": np.bincount(births, minlength=S),
         "settled": np.bincount(settling, minlength=S).cumsum(),
-        "alive": np.full(S, int((firing.rate > 0).sum())),
-        "dimensionality": dimensionality["share"].to_numpy(),
-        "random_dimensionality": dimensionality["random_share"].to_numpy(),
+        "alive": np.full(S, int((evolution.require_firing().rate > 0).sum())),
+        "dimensionality": evolution.dimensionality["share"].to_numpy(),
+        "random_dimensionality": evolution.dimensionality["random_share"].to_numpy(),
     }
     for name, values in columns.items():
         found = np.full(len(table), np.nan)
@@ -334,38 +334,36 @@ def dynamics_table(
 
 
 def read_evolution(
-    crosscoder: Crosscoder, acts: Activations | Firing | Evolution, presence: float
-) -> tuple[Firing, Evolution]:
+    crosscoder: Crosscoder, acts: Activations | Firing | Evolution, presence: float, seed: int = 0
+) -> Evolution:
     """How features fire and when they are present: as given, or by decoder norm.
 
     Raises:
         UserError: an `Evolution` without activations.
     """
     if not isinstance(acts, Evolution):
-        firing = measure_firing(crosscoder, acts)
-        return firing, evolve(crosscoder, firing, presence=presence)
-    if acts.firing is None:
-        raise UserError("this evolution was read without activations: give evolve(crosscoder, acts)")
-    return acts.firing, acts
+        return evolve(crosscoder, measure_firing(crosscoder, acts), presence=presence, seed=seed)
+    acts.require_firing()
+    return acts
 
 
-def feature_dates(crosscoder: Crosscoder, firing: Firing, evolution: Evolution, min_cosine: float) -> tuple[Any, Any]:
+def feature_dates(evolution: Evolution, min_cosine: float) -> tuple[Any, Any]:
     """Births of emergent features, and the snapshots from which features that fire keep their direction.
 
     Returns:
         Two arrays of snapshot indices, each in the order of its features.
 
     Raises:
-        UserError: a threshold out of range.
+        UserError: a threshold out of range, or an evolution without activations.
     """
     if not -1 < min_cosine <= 1:
         raise UserError(f"min_cosine={min_cosine} is not in (-1, 1]: it is a cosine, such as 0.5")
-    alive = (firing.rate > 0)[:, None].to("cpu")
+    alive = (evolution.require_firing().rate > 0)[:, None].to("cpu")
     lifecycles = evolution.lifecycles()
     births = lifecycles.loc[lifecycles["origin"] == "emergent", "birth"].to_numpy(dtype=np.int64)
-    kept = (rotation(crosscoder) >= min_cosine) & alive
+    kept = (rotation(evolution.crosscoder) >= min_cosine) & alive
     settled = first_for_good(kept.numpy())
-    return births, settled[settled < crosscoder.n_snapshots]
+    return births, settled[settled < kept.shape[1]]
 
 
 def places_of(dynamics: Dynamics, crosscoder: Crosscoder) -> list[int]:

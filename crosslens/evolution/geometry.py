@@ -40,22 +40,42 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.evolution.lifecycles import (
-    Firing,
-    check_activations,
-    check_presence,
-    held_out_features,
-    measure_firing,
-    relative_norms,
-    require_two_snapshots,
-    snapshot_columns,
-)
+from crosslens.errors import UserError
+from crosslens.evolution.columns import snapshot_columns, snapshot_pairs
+from crosslens.evolution.firing import Firing, measure_firing
+from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.lifecycles import check_presence, relative_norms, require_two_snapshots
 
 _BLOCK = 4096  # features at a time
+
+
+@torch.no_grad()
+def rotation(crosscoder: Crosscoder, reference: int = -1, *, min_norm: float = 0.05) -> Float[Tensor, "F S"]:
+    """Compare every decoder row with the feature's row at a reference snapshot.
+
+    Args:
+        crosscoder: any.
+        reference: index of the reference snapshot; the last by default.
+        min_norm: rows below this share of the feature's largest norm have no direction. Rows can start equal at all
+            snapshots, so without this limit features that were never used would seem not to have rotated.
+
+    Returns:
+        Cosines in [-1, 1], NaN where the row or the reference row has no direction.
+
+    Raises:
+        UserError: `reference` is out of range.
+    """
+    rows, S = crosscoder.W_dec_by_snapshot, crosscoder.n_snapshots
+    if not -S <= reference < S:
+        raise UserError(f"reference={reference} is out of range: give a snapshot index from {-S} to {S - 1}")
+    directed = relative_norms(crosscoder.decoder_norms) >= min_norm
+    # one snapshot at a time: another (F, S, D) tensor is too much for large crosscoders
+    cosines = [cosine_similarity(rows[:, s].float(), rows[:, reference].float(), dim=-1).cpu() for s in range(S)]
+    return torch.stack(cosines, 1).masked_fill(~(directed & directed[:, [reference]]), torch.nan)
 
 
 @torch.no_grad()
@@ -99,7 +119,7 @@ class HalfCosines(NamedTuple):
 def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
     """Estimate every decoder row on each half of the held-out tokens, and compare the estimates.
 
-    The sums take 2 F S D numbers in float32.
+    The sums take 2 F S D numbers in float32, half of them until the middle of the tokens.
 
     Args:
         crosscoder: any.
@@ -112,35 +132,59 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
         UserError: no activations held out, or those of other snapshots.
     """
     check_activations(crosscoder, acts)
-    F, S, D = crosscoder.cfg.d_sae, crosscoder.n_snapshots, crosscoder.d_model
-    middle = int(acts.keep(acts.held_out_tokens()).sum()) // 2
-    device = crosscoder.W_dec.device
-    rows = torch.zeros(2, F, S, D, device=device)
-    squares = torch.zeros(2, F, S, dtype=torch.float64, device=device)
-    begin = 0
-    for x, features in held_out_features(crosscoder, acts, "Directions"):
-        scaled = crosscoder.scale(x)
-        error = scaled - crosscoder.decode_flat(features).view_as(scaled)
-        cut = min(max(middle - begin, 0), len(x))
-        begin += len(x)
-        for half, part in enumerate((slice(0, cut), slice(cut, None))):
-            for s in range(S):
-                gated = crosscoder.snapshot_acts(features[part], s)
-                rows[half, :, s] += gated.t().to_sparse() @ error[part, s]
-                squares[half, :, s] += gated.double().square().sum(0)
-    for half in range(2):
-        rows[half] /= squares[half, ..., None].float()  # NaN where the feature is silent
-        rows[half] += crosscoder.W_dec_by_snapshot
-    same, following = torch.empty(F, S), torch.empty(F, S - 1)
-    before: Tensor | None = None
-    for s in range(S):  # one snapshot at a time: another (2, F, S, D) tensor is too much for large crosscoders
-        one, other = here = normalize(rows[:, :, s], dim=-1, eps=1e-30)
-        same[:, s] = (one * other).sum(-1).clamp(-1, 1).cpu()
-        if before is not None:
-            both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
-            following[:, s - 1] = (both / 2).clamp(-1, 1).cpu()
-        before = here
-    return HalfCosines(same, following)
+    sums = HalfSums(crosscoder, acts)
+    read(crosscoder, acts, sums, purpose="Directions")
+    return sums.result()
+
+
+class HalfSums:
+    """The accumulator of `half_cosines`: `sum f_is (x_s - x_hat_s)` and `sum f_is^2` over each half."""
+
+    def __init__(self, crosscoder: Crosscoder, acts: Activations) -> None:
+        self.crosscoder = crosscoder
+        self.middle = int(acts.keep(acts.held_out_tokens()).sum()) // 2
+        shape = (crosscoder.cfg.d_sae, crosscoder.n_snapshots)
+        self.squares = torch.zeros(2, *shape, dtype=torch.float64)
+        self.rows: list[Tensor | None] = [None, None]  # (F, S, D) each; the second is made when it is needed
+
+    def add(self, block: Block) -> None:
+        """Take the next tokens."""
+        cut = self.middle - block.first
+        tokens = block.pairs.tokens
+        halves = ((0, tokens < cut), (1, tokens >= cut))
+        for half, inside in halves[int(cut <= 0) : 1 + int(cut < len(block))]:
+            rows = self._of(half)
+            for s in range(self.crosscoder.n_snapshots):
+                gated = block.gated(s) * inside
+                rows[:, s] += block.sum_by_feature(block.error[:, s], gated)
+                self.squares[half, :, s] += block.count(gated.double().square())
+
+    def result(self) -> HalfCosines:
+        """Compare the estimates of the halves; the sums are used up."""
+        F, S = self.squares.shape[1:]
+        decoder = self.crosscoder.W_dec_by_snapshot
+        for half in range(2):
+            rows = self._of(half)
+            rows /= self.squares[half, ..., None].to(rows)  # NaN where the feature is silent
+            rows += decoder
+        same, following = torch.empty(F, S), torch.empty(F, S - 1)
+        before: Tensor | None = None
+        for s in range(S):  # one snapshot at a time: another (2, F, S, D) tensor is too much for large crosscoders
+            one, other = here = normalize(torch.stack([self._of(half)[:, s] for half in range(2)]), dim=-1, eps=1e-30)
+            same[:, s] = (one * other).sum(-1).clamp(-1, 1).cpu()
+            if before is not None:
+                both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
+                following[:, s - 1] = (both / 2).clamp(-1, 1).cpu()
+            before = here
+        self.rows = [None, None]
+        return HalfCosines(same, following)
+
+    def _of(self, half: int) -> Float[Tensor, "F S D"]:
+        found = self.rows[half]
+        if found is None:
+            found = torch.zeros_like(self.crosscoder.W_dec_by_snapshot, dtype=torch.float32)
+            self.rows[half] = found
+        return found
 
 
 def rotation_per_interval(
@@ -182,7 +226,7 @@ def rotation_per_interval(
     if alive is not None:
         directed &= alive[:, None]
     cosines = torch.stack(
-        [torch.nn.functional.cosine_similarity(rows[:, s].float(), rows[:, s + 1].float()) for s in range(S - 1)], 1
+        [cosine_similarity(rows[:, s].float(), rows[:, s + 1].float()) for s in range(S - 1)], 1
     ).cpu()
     cosines = cosines.masked_fill(~(directed[:, 1:] & directed[:, :-1]), torch.nan)
     lowest, where = cosines.nan_to_num(torch.inf).min(1)
@@ -212,6 +256,28 @@ def rotation_per_interval(
     table["rotated"] = rotated.numpy()
     table["share"] = (rotated / rotated.sum()).numpy()
     table["largest"] = (torch.arange(S - 1) == rotated.argmax()).numpy() & bool(rotated.sum())
+    return table
+
+
+def cosines_of_pairs(crosscoder: Crosscoder, alive: Bool[Tensor, " F"]) -> pd.DataFrame:
+    """Summarise the cosines between the decoder rows of live features, for every pair of snapshots.
+
+    Args:
+        crosscoder: any.
+        alive: the features to summarise.
+
+    Returns:
+        A row per pair of snapshots: snapshot, other (indices), label, other_label, step, other_step, n (features with a
+        direction at both), and mean, median, low and high (quartiles) of their cosines.
+    """
+    found = decoder_cosines(crosscoder, alive.nonzero().flatten()).double().numpy()
+    one, other = (index.flatten() for index in np.indices((crosscoder.n_snapshots,) * 2))
+    table = snapshot_pairs(crosscoder, one, other, ("label", "step"))
+    known = [found[~np.isnan(found[:, s, t]), s, t] for s, t in zip(one, other, strict=True)]
+    table["n"] = [len(values) for values in known]
+    table["mean"] = [values.mean() if len(values) else np.nan for values in known]
+    for name, share in (("low", 0.25), ("median", 0.5), ("high", 0.75)):
+        table[name] = [np.quantile(values, share) if len(values) else np.nan for values in known]
     return table
 
 
@@ -256,7 +322,12 @@ def feature_dimensionality(
 
 @torch.no_grad()
 def total_dimensionality(
-    crosscoder: Crosscoder, acts: Activations | Firing, *, presence: float = 0.5, seed: int = 0
+    crosscoder: Crosscoder,
+    acts: Activations | Firing,
+    *,
+    presence: float = 0.5,
+    seed: int = 0,
+    each: Float[Tensor, "F S"] | None = None,
 ) -> pd.DataFrame:
     """Sum the dimensionality of the present features at every snapshot, and that of as many random directions.
 
@@ -265,6 +336,7 @@ def total_dimensionality(
         acts: activations of its snapshots, or the result of `measure_firing`.
         presence: a feature is present where its norm is at least this share of its largest norm.
         seed: seed for the random directions, which have the same number and norms as the present features.
+        each: the result of `feature_dimensionality`, computed here if None.
 
     Returns:
         A row per snapshot: snapshot, label, step, tokens, present (number of features), total (the sum of `D_is`),
@@ -274,20 +346,19 @@ def total_dimensionality(
     Raises:
         UserError: activations that are not the crosscoder's.
     """
-    present, sizes = _present(crosscoder, acts, presence)
+    firing = measure_firing(crosscoder, acts)
+    present, sizes = _present(crosscoder, firing, presence)
     D = crosscoder.d_model
     snapshots = snapshot_columns(crosscoder)
     snapshots.insert(0, "snapshot", np.arange(len(snapshots)))
+    each = feature_dimensionality(crosscoder, firing, presence=presence) if each is None else each
+    plain = torch.ones_like(sizes)
     totals: list[list[float]] = []
     for s in range(crosscoder.n_snapshots):
         ids, rows = present[:, s].nonzero().flatten(), crosscoder.W_dec_by_snapshot[:, s]
-        totals.append(
-            [
-                float(_dimensionality(partial(_weighted, rows, ids, weights, drawn)).sum())
-                for weights in (sizes, torch.ones_like(sizes))
-                for drawn in (None, seed + s)
-            ]
-        )
+        others = ((sizes, seed + s), (plain, None), (plain, seed + s))
+        found = [_dimensionality(partial(_weighted, rows, ids, weights, drawn)) for weights, drawn in others]
+        totals.append([float(values.sum()) for values in (each[ids, s], *found)])
     total, random_total, elhage, random_elhage = np.array(totals).T
     return snapshots.assign(
         present=present.sum(0).numpy(),

@@ -11,34 +11,75 @@ Presence is read in up to three ways, and every lifecycle says by which:
 With activations all three are read, and R2 comes first; without them there are only decoder norms. A feature is present
 where a measure is at least `presence` of the feature's largest value; see `lifecycles.classify_lifecycles`.
 
+`evolve` encodes the held-out activations once, for every analysis that needs them (`held_out.read`); covariances and a
+sample of the activations are read before, without encoding. `Evolution.tables` adds what the decoder alone says.
+
 Symbols: S snapshots, F features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.evolution.agreement import Moments, TopTokens
 from crosslens.evolution.births import NAMES, beside_untrained, count_births, date_births, presence_curves
+from crosslens.evolution.columns import per_feature, snapshot_columns
+from crosslens.evolution.controls import EncoderSums, LatentScaling, ScalingSums, penalises_decoder
+from crosslens.evolution.firing import Firing, FiringSums
+from crosslens.evolution.geometry import (
+    HalfCosines,
+    HalfSums,
+    cosines_of_pairs,
+    feature_dimensionality,
+    rotation,
+    rotation_per_interval,
+    total_dimensionality,
+)
+from crosslens.evolution.held_out import check_activations, read, read_activations
 from crosslens.evolution.lifecycles import (
-    Firing,
     add_dates,
     check_presence,
     classify_lifecycles,
     count_origins,
-    measure_firing,
     relative_norms,
     require_two_snapshots,
-    snapshot_columns,
 )
-from crosslens.evolution.presence import Decodability, measure_decodability
+from crosslens.evolution.presence import Decodability, DecodabilitySums
+from crosslens.evolution.selection import Sample, doubtful_snapshots
+from crosslens.evolution.splitting import JointActivity, splits
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the held-out activations finds, beside firing and decodability.
+
+    Attributes:
+        halves: of `half_cosines`.
+        shares: of `encoder_share`.
+        scaling: of `latent_scaling`; None where it equals the decoder norm.
+        joint: on how many tokens pairs of features that may replace one another are active together.
+        agreement: of `top_agreement`.
+        similarity: of `snapshot_similarity`.
+        doubtful: of `doubtful_snapshots`.
+    """
+
+    halves: HalfCosines
+    shares: Float[Tensor, "F S"]
+    scaling: LatentScaling | None
+    joint: JointActivity
+    agreement: pd.DataFrame
+    similarity: pd.DataFrame
+    doubtful: pd.DataFrame
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +98,10 @@ class Evolution:
         decodability: what r2 and within come from, None without activations.
         presence: share of a feature's largest value from which it is present.
         min_run: snapshots in a row a feature must be present for to count as born.
+        crosscoder: whose features these are.
+        seed: seed for the intervals, and for the random directions that dimensionality is compared with.
+        untrained: the result of `untrained_births`, to stand beside the counts of births.
+        pass_: what else the pass over the held-out activations found, None without activations.
     """
 
     table: pd.DataFrame
@@ -65,6 +110,10 @@ class Evolution:
     decodability: Decodability | None
     presence: float
     min_run: int
+    crosscoder: Crosscoder
+    seed: int = 0
+    untrained: pd.DataFrame | None = None
+    pass_: Pass | None = None
     _lifecycles: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
@@ -125,24 +174,91 @@ class Evolution:
         """Count births by every measure over thresholds, with the snapshots in order and reversed.
 
         Args:
-            untrained: the result of `untrained_births`, to stand beside the counts.
+            untrained: the result of `untrained_births`, to stand beside the counts; that of `evolve` if None.
 
         Returns:
             A row per measure, kind and threshold, as `births.count_births` returns them.
         """
         lexical = None if self.decodability is None else self.decodability.lexical
         counts = count_births(self.curves, lexical, self.decodability, min_run=self.min_run)
+        untrained = self.untrained if untrained is None else untrained
         return counts if untrained is None else beside_untrained(counts, untrained)
 
-    def to_frames(self) -> dict[str, pd.DataFrame]:
-        """The tables of a run directory: evolution (`table`), and lifecycles, those of all measures one after another.
+    @cached_property
+    def alive(self) -> Bool[Tensor, " F"]:
+        """Which features fire on held-out tokens, where this is known, and have a decoder."""
+        return torch.tensor(self.lifecycles("norm")["alive"].to_numpy(dtype=bool))
 
-        In lifecycles, `measure` is the first column.
+    @cached_property
+    def _dimensionality(self) -> tuple[Float[Tensor, "F S"], pd.DataFrame]:
+        firing = self.require_firing()
+        each = feature_dimensionality(self.crosscoder, firing, presence=self.presence)
+        return each, total_dimensionality(
+            self.crosscoder, firing, presence=self.presence, seed=self.seed, each=each
+        )  # fmt: skip
+
+    @property
+    def dimensionality(self) -> pd.DataFrame:
+        """The result of `total_dimensionality`.
+
+        Raises:
+            UserError: an evolution that was read without activations.
         """
+        return self._dimensionality[1]
+
+    def require_firing(self) -> Firing:
+        """How often features fire.
+
+        Raises:
+            UserError: an evolution that was read without activations.
+        """
+        if self.firing is None:
+            raise UserError("this evolution was read without activations: give evolve(crosscoder, acts)")
+        return self.firing
+
+    @torch.no_grad()
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every analysis of features over time that needs no task, as a run directory stores them.
+
+        Returns:
+            Tables by name. Per feature and snapshot: evolution (`table`). Per measure of presence and feature:
+            lifecycles (of `lifecycles`, `measure` first). Births by measure: birth_counts (of `count_births`). Per
+            feature: directions (cosine/<label>, with the row at the last snapshot), feature_dimensionality
+            (dimensionality/<label>), encoder (share/<label>, of `encoder_share`), and scaling (of `latent_scaling`; not
+            for TopK and BatchTopK, where it equals the decoder norm). Per pair of features: replacements, splits. Per
+            snapshot: dimensionality (of `total_dimensionality`, with the participation_ratio of the activations),
+            doubtful (of `doubtful_snapshots`). Per pair of snapshots: rotation (of `rotation_per_interval`), cosines
+            (of `cosines_of_pairs`). Per feature and interval: agreement (of `top_agreement`). Those that need
+            activations are left out where there were none.
+        """
+        crosscoder, labels = self.crosscoder, snapshot_columns(self.crosscoder)["label"].tolist()
         parts = [table.assign(measure=measure) for measure, table in self._lifecycles.items()]
         lifecycles = pd.concat(parts, ignore_index=True)
         columns = ["measure", *(name for name in lifecycles if name != "measure")]
-        return {"evolution": self.table, "lifecycles": pd.DataFrame(lifecycles[columns])}
+        found = self.pass_
+        tables = {
+            "evolution": self.table,
+            "lifecycles": pd.DataFrame(lifecycles[columns]),
+            "birth_counts": self.count_births(),
+            "rotation": rotation_per_interval(crosscoder, self.alive, found and found.halves),
+            "cosines": cosines_of_pairs(crosscoder, self.alive),
+            "directions": per_feature(labels, cosine=rotation(crosscoder)),
+            "splits": splits(crosscoder, self.alive, presence=self.presence),
+        }
+        if found is None:
+            return tables
+        each, total = self._dimensionality
+        tables |= {
+            "dimensionality": total.assign(participation_ratio=found.doubtful["participation_ratio"]),
+            "feature_dimensionality": per_feature(labels, dimensionality=each),
+            "encoder": per_feature(labels, share=found.shares),
+            "doubtful": found.doubtful,
+            "replacements": found.joint.result(self.lifecycles("norm")),
+            "agreement": found.agreement,
+        }
+        if found.scaling is not None:
+            tables["scaling"] = found.scaling.to_frame(labels)
+        return tables
 
     def describe(self) -> list[str]:
         """How many features have which origin by every measure, a line each."""
@@ -168,6 +284,7 @@ class Evolution:
         return "\n".join(self.describe())
 
 
+@torch.no_grad()
 def evolve(
     crosscoder: Crosscoder,
     acts: Activations | Firing | None = None,
@@ -175,9 +292,10 @@ def evolve(
     presence: float = 0.5,
     min_run: int = 2,
     min_firing_rate: float = 0.0,
+    untrained: pd.DataFrame | None = None,
     seed: int = 0,
 ) -> Evolution:
-    """Read the presence of every feature at every snapshot, and its lifecycle by every measure of presence.
+    """Follow every feature over the snapshots: presence, lifecycles, directions, and the controls of each.
 
     Args:
         crosscoder: trained on two snapshots or more.
@@ -186,7 +304,8 @@ def evolve(
         presence: a feature is present where a measure is at least this share of its largest value.
         min_run: snapshots in a row a feature must be present for to count as born.
         min_firing_rate: features active on this share of the held-out tokens or less are dead.
-        seed: seed for the intervals.
+        untrained: the result of `untrained_births`, to stand beside the counts of births.
+        seed: seed for the intervals, and for the random directions that dimensionality is compared with.
 
     Returns:
         An `Evolution`. Its default measure is R2 where activations are given, otherwise the decoder norm.
@@ -201,8 +320,11 @@ def evolve(
     check_presence(presence, min_run)
     norms = crosscoder.decoder_norms.detach().cpu().float()
     relative_norms(norms)  # refuses norms that are not finite before anything is encoded
-    firing = None if acts is None else measure_firing(crosscoder, acts)
-    found = None if acts is None or isinstance(acts, Firing) else measure_decodability(crosscoder, acts)
+    firing, found, rest = acts if isinstance(acts, Firing) else None, None, None
+    if acts is not None and not isinstance(acts, Firing):
+        # pairs that may replace one another are known from the decoder; those that never fire are left out later
+        dated = classify_lifecycles(norms, presence, min_run=min_run)
+        firing, found, rest = _read(crosscoder, acts, dated)
     alive = (norms > 0).any(1).numpy()
     if firing is not None:
         alive &= (firing.rate > min_firing_rate).numpy()
@@ -224,7 +346,40 @@ def evolve(
             table = pd.concat([table, dates], axis=1)
         lifecycles[measure] = table
     table = _table(crosscoder, snapshots, firing, found)
-    return Evolution(table, curves, firing, found, presence, min_run, lifecycles)
+    return Evolution(
+        table, curves, firing, found, presence, min_run, crosscoder, seed, untrained, rest, lifecycles
+    )  # fmt: skip
+
+
+def _read(
+    crosscoder: Crosscoder, acts: Activations, dated: pd.DataFrame
+) -> tuple[Firing, Decodability, Pass]:  # fmt: skip
+    """Read the held-out activations, and then encode them once."""
+    check_activations(crosscoder, acts)
+    moments, sample = Moments(crosscoder), Sample()
+    for x in read_activations(crosscoder, acts):
+        moments.add(x)
+        sample.add(x)
+    comparison = sample.result(acts.snapshots)
+    firing, presence = FiringSums(crosscoder), DecodabilitySums(crosscoder, acts)
+    halves, encoder, top = HalfSums(crosscoder, acts), EncoderSums(crosscoder), TopTokens(crosscoder)
+    joint = JointActivity(crosscoder, dated)
+    scaling = ScalingSums(crosscoder) if penalises_decoder(crosscoder) else None
+    top.start(moments)
+    del moments
+    others = [] if scaling is None else [scaling]
+    read(crosscoder, acts, firing, presence, halves, encoder, top, joint, *others, purpose="Evolution")
+    shares = encoder.result()
+    rest = Pass(
+        halves=halves.result(),
+        shares=shares,
+        scaling=scaling and scaling.result(),
+        joint=joint,
+        agreement=top.result(),
+        similarity=comparison.similarity,
+        doubtful=doubtful_snapshots(acts, shares, comparison),
+    )
+    return firing.result(), presence.result(), rest
 
 
 def _present(values: Float64[np.ndarray, "F S"], presence: float) -> Bool[np.ndarray, "F S"]:

@@ -1,4 +1,4 @@
-"""When features appear, peak and disappear, for any curves of presence; and how their directions rotate.
+"""When features appear, peak and disappear, for any curves of presence.
 
 With a measure of presence `n_is` (F, S), such as decoder norms or R2, and `v_is = n_is / max_s' n_is'`:
 
@@ -11,15 +11,12 @@ With a measure of presence `n_is` (F, S), such as decoder norms or R2, and `v_is
 5. Features without a reading, whose values are all 0, keep their row; all columns are missing. `history.evolve` treats
    dead features (never active on held-out activations, or with a zero decoder at every snapshot) in this way.
 
-The curves `v` and the rotation of decoder rows follow Ge et al. (arXiv 2509.17196), RelDec, `n_is / sum_s' n_is'`,
-follows Bayazit et al. (arXiv 2509.05291); the definitions above are new here.
-Symbols: B tokens, S snapshots, D d_model, F features.
+The curves `v` follow Ge et al. (arXiv 2509.17196), RelDec, `n_is / sum_s' n_is'`, follows Bayazit et al. (arXiv
+2509.05291); the definitions above are new here. Symbols: S snapshots, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,16 +24,8 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
 
-from crosslens.activations.loader import Activations
-from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
-from crosslens.snapshots.checks import check_snapshots
-from crosslens.snapshots.hooks import canonical_hook
-
-_MAX_FEATURE_BYTES = 1 << 28  # of dense feature activations (B, F) in memory at a time
 
 
 def relative_norms(norms: Float[Tensor, "F S"]) -> Float[Tensor, "F S"]:
@@ -125,128 +114,6 @@ def add_dates(table: pd.DataFrame, snapshots: pd.DataFrame, present: Bool[np.nda
         )
 
 
-@dataclass(frozen=True)
-class Firing:
-    """How often and how strongly features are active on held-out tokens.
-
-    Attributes:
-        n_tokens: number of tokens.
-        rate: share of tokens with f_i > 0.
-        rms: root mean square of f_i over all tokens.
-        snapshot_rate: share of tokens with f_is > 0: equal to `rate` if the gate is shared, lower for JumpReLU.
-        mean: mean of f_is over the tokens where it is active, NaN if there are none.
-    """
-
-    n_tokens: int
-    rate: Float[Tensor, " F"]
-    rms: Float[Tensor, " F"]
-    snapshot_rate: Float[Tensor, "F S"]
-    mean: Float[Tensor, "F S"]
-
-
-@torch.no_grad()
-def measure_firing(crosscoder: Crosscoder, acts: Activations | Firing) -> Firing:
-    """Measure how every feature fires on the held-out activations, in one pass and in float64.
-
-    Args:
-        crosscoder: any.
-        acts: activations of its snapshots; an earlier result is returned unchanged.
-
-    Raises:
-        UserError: no activations are held out, or they are not the crosscoder's.
-    """
-    if isinstance(acts, Firing):
-        return acts
-    check_activations(crosscoder, acts)
-    F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-    # a gate shared by all snapshots needs one column only
-    gates = S if crosscoder.gate_per_snapshot else 1
-    counts, sums = torch.zeros(F, gates).double(), torch.zeros(F, gates).double()
-    active, squares, n = torch.zeros(F).double(), torch.zeros(F).double(), 0
-    for _, features in held_out_features(crosscoder, acts, "Firing rates"):
-        n += len(features)
-        active += features.count_nonzero(0).cpu()
-        squares += features.square().sum(0).cpu()
-        for s in range(gates):
-            gated = crosscoder.snapshot_acts(features, s)
-            counts[:, s] += gated.count_nonzero(0).cpu()
-            sums[:, s] += gated.sum(0).cpu()
-    return Firing(n, active / n, (squares / n).sqrt(), (counts / n).expand(F, S), (sums / counts).expand(F, S))
-
-
-@torch.no_grad()
-def held_out_features(
-    crosscoder: Crosscoder, acts: Activations, purpose: str = "Held-out features"
-) -> Iterator[tuple[Float[Tensor, "B S D"], Float[Tensor, "B F"]]]:
-    """Yield held-out activations and their dense features, as many tokens at a time as memory allows.
-
-    Args:
-        crosscoder: trained on the snapshots of `acts`.
-        acts: with held-out tokens.
-        purpose: what they are read for, in a word or two, for the progress bar.
-
-    Raises:
-        UserError: no activations are held out, or they do not fit the crosscoder.
-    """
-    if isinstance(crosscoder, CrosscoderTrainingSAE):
-        crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
-    n = 0
-    with tqdm(desc=purpose, unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
-        for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
-            n += len(x)
-            if len(x):
-                x = x.to(crosscoder.W_dec.device)
-                yield x, crosscoder.encode(x)
-            bar.update(len(x))
-    if not n:
-        raise UserError("no activations are held out: give Dataset(held_out_tokens=...) of 1 or more")
-
-
-def check_activations(crosscoder: Crosscoder, acts: Activations) -> None:
-    """Refuse activations of snapshots or a hook point that the crosscoder was not trained on.
-
-    A crosscoder without recorded fingerprints is not checked.
-
-    Raises:
-        UserError: another number of snapshots, other weights, or another hook point.
-    """
-    metadata = crosscoder.cfg.metadata
-    recorded: list[dict[str, Any]] = metadata.snapshots or []
-    if not any(row.get("fingerprint") for row in recorded):
-        return
-    if metadata.hook_name and canonical_hook(metadata.hook_name) != canonical_hook(acts.hook_name):
-        raise UserError(
-            f"the crosscoder was trained on {metadata.hook_name}, the activations are from {acts.hook_name}: "
-            f"use Activations(..., hook_name={metadata.hook_name!r})"
-        )
-    check_snapshots(crosscoder, acts.snapshots)
-
-
-@torch.no_grad()
-def rotation(crosscoder: Crosscoder, reference: int = -1, *, min_norm: float = 0.05) -> Float[Tensor, "F S"]:
-    """Compare every decoder row with the feature's row at a reference snapshot.
-
-    Args:
-        crosscoder: any.
-        reference: index of the reference snapshot; the last by default.
-        min_norm: rows below this share of the feature's largest norm have no direction. Rows can start equal at all
-            snapshots, so without this limit features that were never used would seem not to have rotated.
-
-    Returns:
-        Cosines in [-1, 1], NaN where the row or the reference row has no direction.
-
-    Raises:
-        UserError: `reference` is out of range.
-    """
-    rows, S = crosscoder.W_dec_by_snapshot, crosscoder.n_snapshots
-    if not -S <= reference < S:
-        raise UserError(f"reference={reference} is out of range: give a snapshot index from {-S} to {S - 1}")
-    directed = relative_norms(crosscoder.decoder_norms) >= min_norm
-    # one snapshot at a time: another (F, S, D) tensor is too much for large crosscoders
-    cosines = [cosine_similarity(rows[:, s].float(), rows[:, reference].float(), dim=-1).cpu() for s in range(S)]
-    return torch.stack(cosines, 1).masked_fill(~(directed & directed[:, [reference]]), torch.nan)
-
-
 def count_origins(lifecycles: pd.DataFrame) -> dict[str, int]:
     """How many live features have each origin, and how many are `unknown`: their values are all 0.
 
@@ -256,22 +123,6 @@ def count_origins(lifecycles: pd.DataFrame) -> dict[str, int]:
     counts = lifecycles.loc[lifecycles["alive"], "origin"].value_counts()
     found = {origin: int(counts.get(origin, 0)) for origin in ("initial", "emergent", "never")}
     return {**found, "unknown": int(lifecycles["alive"].sum()) - sum(found.values())}
-
-
-def snapshot_columns(crosscoder: Crosscoder) -> pd.DataFrame:
-    """label, step and tokens of the crosscoder's snapshots from its metadata; labels default to indices."""
-    recorded: list[dict[str, Any]] = crosscoder.cfg.metadata.snapshots or []
-    if not recorded:
-        recorded = [{"label": str(s)} for s in range(crosscoder.n_snapshots)]
-    columns: dict[str, Any] = {"label": [str(row["label"]) for row in recorded]}
-    for unit in ("step", "tokens"):
-        columns[unit] = pd.array([row.get(unit) for row in recorded], dtype="Int64")
-    return pd.DataFrame(columns)
-
-
-def batch_tokens(d_sae: int) -> int:
-    """Tokens to encode at a time so that the dense activations of `d_sae` features stay small."""
-    return max(1, min(4096, _MAX_FEATURE_BYTES // (4 * d_sae)))
 
 
 def require_two_snapshots(what: str, n_snapshots: int) -> None:

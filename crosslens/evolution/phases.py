@@ -46,16 +46,21 @@ from crosslens.errors import UserError
 from crosslens.evolution.dynamics import (
     Dynamics,
     bigram_progress,
+    dynamics_table,
     feature_dates,
     first_for_good,
+    measure_predictions,
     places_of,
     read_evolution,
 )
-from crosslens.evolution.geometry import total_dimensionality
-from crosslens.evolution.history import Evolution
-from crosslens.evolution.lifecycles import Firing
+from crosslens.evolution.firing import Firing
+from crosslens.evolution.history import Evolution, evolve
+from crosslens.evolution.ngrams import NgramCounts, count_ngrams
+from crosslens.evolution.selection import propose_snapshots
+from crosslens.snapshots.collection import Snapshots
 from crosslens.stats import interval
 
+_PREDICTED = 30_000  # tokens whose predictions `measure_dynamics` measures, at least, where the data has as many
 _COLUMNS = [
     *("event", "snapshot", "label", "step", "tokens", "low", "high", "low_step", "high_step", "at_edge"),
     *("agreement", "after_turning_point", "n", "lead", "lead_low", "lead_high"),
@@ -113,8 +118,8 @@ def find_phases(
     if not 0 < most <= 1:
         raise UserError(f"most={most} is not in (0, 1]: it is a share of a curve, such as 0.9")
     places = np.array(places_of(dynamics, crosscoder))
-    firing, evolution = read_evolution(crosscoder, acts, presence)
-    births, settling = feature_dates(crosscoder, firing, evolution, min_cosine)
+    evolution = read_evolution(crosscoder, acts, presence)
+    births, settling = feature_dates(evolution, min_cosine)
     rng = np.random.default_rng(seed + 1)
     born, settled = (_shares(when, len(places), n_bootstrap, rng) for when in (births, settling))
     progress = bigram_progress(kl2)
@@ -140,12 +145,65 @@ def find_phases(
     for name, shares, n in (("births", born, len(births)), ("settling", settled, len(settling))):
         half = shares >= 0.5
         events.append(_Event(name, np.where(half.any(1), places[half.argmax(1)], S), n=n))
-    total = total_dimensionality(crosscoder, firing, presence=evolution.presence, seed=seed)["share"].to_numpy()
+    total = evolution.dimensionality["share"].to_numpy()
     least = int(total.argmin())
     half = (total >= (total[least] + total[-1]) / 2) & (np.arange(len(total)) > least)
     when = places[half.argmax()] if half.any() else S
     events.append(_Event("dimensionality", np.full(n_bootstrap + 1, when), drawn=False))
     return _table(events, dynamics.snapshots, level)
+
+
+def measure_dynamics(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    counts: NgramCounts | None = None,
+    *,
+    evolution: Evolution | None = None,
+    snapshots: Snapshots | None = None,
+    accuracy: pd.DataFrame | None = None,
+    n_proposed: int = 5,
+    seed: int = 0,
+) -> dict[str, pd.DataFrame]:
+    """Measure how predictions and features change together, and propose snapshots.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots; predictions are measured on the held-out tokens, and where these are
+            fewer than 30,000 on the last of those for training too.
+        counts: unigrams and bigrams of the pretraining corpus, by `count_ngrams`; of the crosscoder's training tokens
+            if None. With few tokens the bigram entropy is too small, the bigram KL too large, and the loss falls below
+            the entropy too late, so count as much text as possible.
+        evolution: the result of `evolve(crosscoder, acts)`, which says when features are present and which snapshots
+            are doubtful and not proposed; read here if None.
+        snapshots: snapshots whose predictions are measured, those of `acts` among them: with the untrained model, which
+            crosscoders do without, the fall of the bigram KL begins at 0. Those of `acts` if None.
+        accuracy: the result of `Task.accuracy`, for the proposal of snapshots; concatenate the tables of several tasks.
+        n_proposed: number of snapshots to propose, at most all.
+        seed: seed for the intervals.
+
+    Returns:
+        The tables dynamics (of `dynamics_table`), phases (of `find_phases`), similarity (of `snapshot_similarity`) and
+        selection (of `propose_snapshots`).
+
+    Raises:
+        UserError: one snapshot only, counts of another tokenizer, activations of other snapshots, an evolution that was
+            read without activations.
+    """
+    evolution = evolve(crosscoder, acts, seed=seed) if evolution is None else evolution
+    if evolution.pass_ is None:
+        raise UserError("this evolution was read without activations: give evolve(crosscoder, acts)")
+    counts = count_ngrams(acts.train_tokens(), acts.snapshots.tokenizer) if counts is None else counts
+    # averages over contexts need many; the crosscoder's training does not touch the models' predictions
+    T = acts.tokens.shape[1]
+    tokens = acts.tokens[-max(len(acts.held_out_tokens()), -(-_PREDICTED // T)) :]
+    measured = measure_predictions(snapshots or acts.snapshots, counts, tokens, seed=seed, settings=acts.settings)
+    similarity, doubtful = evolution.pass_.similarity, evolution.pass_.doubtful
+    return {
+        "dynamics": dynamics_table(measured, crosscoder, evolution, seed=seed),
+        "phases": find_phases(measured, crosscoder, evolution, seed=seed),
+        "similarity": similarity,
+        "selection": propose_snapshots(similarity, n_proposed, accuracy, steps=acts.snapshots.steps, doubtful=doubtful),
+    }
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ with activations x_s scaled as for training:
 
 The sums of squares of B are kept for groups of sequences, so that intervals can be computed by resampling groups
 (`Decodability.resample`) without encoding anything again. Activations are read once. The sums take S D F numbers in
-float64, then two sets of S D F weights in float32. Decodability of this kind is new here; probes (`probes`) ask the
-same of single features, by classification.
+float64, which two sets of S D F weights in float32 take the place of, a snapshot at a time. Decodability of this kind
+is new here; probes (`probes`) ask the same of single features, by classification.
 Symbols: B tokens, S snapshots, D d_model, F features, K token types, G groups of sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,11 +35,12 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import batch_tokens, check_activations, held_out_features
+from crosslens.evolution.held_out import Block, batch_tokens, check_activations, read
 
 RIDGE = 1e-3
 GROUPS = 32
 _ROUNDING = 1e-9
+_JUDGED = 512  # tokens at a time whose features are predicted
 
 
 @dataclass(frozen=True)
@@ -109,49 +109,71 @@ def measure_decodability(
     Raises:
         UserError: no or too few activations held out, activations of other snapshots, a number out of range.
     """
-    if ridge <= 0:
-        raise UserError(f"ridge={ridge} must be positive, such as {RIDGE}: without it the fit may have no solution")
-    if n_groups < 2:
-        raise UserError(f"n_groups={n_groups} must be 2 or more")
     check_activations(crosscoder, acts)
-    types, units = _positions(acts, 4 * n_groups)
-    unit_ids, where = np.unique(units, return_inverse=True)
-    if len(types) < 2 * n_groups:
-        raise UserError(
-            f"{len(types)} tokens are held out, decodability needs {2 * n_groups} or more: give "
-            "Dataset(held_out_tokens=...) of some thousands"
-        )
-    # first half, and n_groups groups of the second, all of the same number of units up to one
-    edges = np.concatenate([[0], np.linspace(len(unit_ids) // 2, len(unit_ids), n_groups + 1).round().astype(int)])
-    bounds = np.searchsorted(where, edges)  # (G + 2,) first tokens
-    split = int(bounds[1])
-    # number the token types of the first half; the others are -1
-    seen, counts = np.unique(types[:split], return_counts=True)
-    numbers = np.full(int(types.max()) + 1, -1)
-    numbers[seen] = np.arange(len(seen))
-    number = numbers[types]
+    sums = DecodabilitySums(crosscoder, acts, ridge=ridge, n_groups=n_groups)
+    read(crosscoder, acts, sums, purpose="Presence")
+    return sums.result()
 
-    G, F, S = n_groups, crosscoder.cfg.d_sae, crosscoder.n_snapshots
-    half = _FirstHalf(crosscoder, counts)
-    fits: list[_Fit] = []
-    error, total, active = np.zeros((2, G, F, S)), np.zeros((2, G, F)), np.zeros((2, F), dtype=np.int64)
-    begin = 0
-    for x, features in held_out_features(crosscoder, acts, "Presence"):
-        x = crosscoder.scale(x)
-        for first, last, group in _pieces(begin, begin + len(x), bounds):
-            xs, fs, own = x[first - begin : last - begin], features[first - begin : last - begin], number[first:last]
-            active[int(group >= 0)] += fs.count_nonzero(0).cpu().numpy()
-            if group < 0:
-                half.add(xs, fs, own)
-                continue
-            fits = fits or half.fit(ridge)
-            for which, fit in enumerate(fits):
-                fit.judge(xs, fs, own, error[which, group], total[which, group])
-        begin += len(x)
-    silent = (active == 0).any(0)
-    error[:, :, silent], total[:, :, silent] = np.nan, np.nan
-    r2, within = (_r2(error[which].sum(0), total[which].sum(0)[:, None]) for which in range(2))
-    return Decodability(r2, within, half.between(), active.sum(0), len(types), error, total)
+
+class DecodabilitySums:
+    """The accumulator of `measure_decodability`: fits on the first half, and judges on the second as it comes."""
+
+    def __init__(
+        self, crosscoder: Crosscoder, acts: Activations, *, ridge: float = RIDGE, n_groups: int = GROUPS
+    ) -> None:
+        if ridge <= 0:
+            raise UserError(f"ridge={ridge} must be positive, such as {RIDGE}: without it the fit may have no solution")
+        if n_groups < 2:
+            raise UserError(f"n_groups={n_groups} must be 2 or more")
+        types, units = _positions(acts, 4 * n_groups)
+        unit_ids, where = np.unique(units, return_inverse=True)
+        if len(types) < 2 * n_groups:
+            raise UserError(
+                f"{len(types)} tokens are held out, decodability needs {2 * n_groups} or more: give "
+                "Dataset(held_out_tokens=...) of some thousands"
+            )
+        # first half, and n_groups groups of the second, all of the same number of units up to one
+        edges = np.linspace(len(unit_ids) // 2, len(unit_ids), n_groups + 1).round().astype(int)
+        bounds = np.searchsorted(where, edges)  # (G + 1,) first tokens
+        self.split, self.n = int(bounds[0]), len(types)
+        self.group = np.searchsorted(bounds, np.arange(self.n), side="right") - 1  # -1 for the first half
+        # number the token types of the first half; the others are -1
+        seen, counts = np.unique(types[: self.split], return_counts=True)
+        numbers = np.full(int(types.max()) + 1, -1)
+        numbers[seen] = np.arange(len(seen))
+        self.number = numbers[types]
+        F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
+        self.ridge, self.fits = ridge, list[_Fit]()
+        self.half = _FirstHalf(crosscoder, counts)
+        self.error, self.total = np.zeros((2, n_groups, F, S)), np.zeros((2, n_groups, F))
+        self.active = np.zeros((2, F), dtype=np.int64)
+
+    def add(self, block: Block) -> None:
+        """Take the next tokens."""
+        first, cut = block.first, min(max(self.split - block.first, 0), len(block))
+        fitted = block.pairs.tokens < cut
+        for half, inside in enumerate((fitted, ~fitted)):
+            self.active[half] += block.count(inside).numpy().astype(np.int64)
+        if cut:
+            self.half.add(block, self.number[first : first + cut])
+        if cut == len(block):
+            return
+        self.fits = self.fits or self.half.fit(self.ridge)
+        for start in range(cut, len(block), _JUDGED):
+            part = slice(start, min(start + _JUDGED, len(block)))
+            tokens = slice(first + part.start, first + part.stop)
+            for which, fit in enumerate(self.fits):
+                fit.judge(
+                    block.scaled[part], block.features[part], self.number[tokens], self.group[tokens],
+                    self.error[which], self.total[which],
+                )  # fmt: skip
+
+    def result(self) -> Decodability:
+        """R2 on the second half."""
+        silent = (self.active == 0).any(0)
+        self.error[:, :, silent], self.total[:, :, silent] = np.nan, np.nan
+        r2, within = (_r2(self.error[i].sum(0), self.total[i].sum(0)[:, None]) for i in range(2))
+        return Decodability(r2, within, self.half.between(), self.active.sum(0), self.n, self.error, self.total)
 
 
 def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens: int) -> tuple[int, float]:
@@ -189,14 +211,6 @@ def _positions(acts: Activations, n_units: int) -> tuple[Int[np.ndarray, " B"], 
     return tokens[kept].numpy(), sequence[kept].numpy()
 
 
-def _pieces(first: int, last: int, bounds: Int[np.ndarray, " n"]) -> Iterator[tuple[int, int, int]]:
-    """Cut tokens `first` to `last` at `bounds`; (first, last, group), with group -1 for the first half."""
-    for i in range(len(bounds) - 1):
-        a, b = max(first, int(bounds[i])), min(last, int(bounds[i + 1]))
-        if a < b:
-            yield a, b, i - 1
-
-
 def _r2(error: Any, total: Any) -> Any:
     with np.errstate(invalid="ignore", divide="ignore"):
         found = 1 - error / total
@@ -210,40 +224,41 @@ class _FirstHalf:
         S, D, F = crosscoder.n_snapshots, crosscoder.d_model, crosscoder.cfg.d_sae
         self.device, self.counts, self.n = crosscoder.W_dec.device, counts, int(counts.sum())
         self.xx = torch.zeros(S, D, D, dtype=torch.float64)
-        self.fx = torch.zeros(F, S, D, dtype=torch.float64)
+        # a matrix per snapshot: each can go once it is used
+        self.fx = [torch.zeros(F, D, dtype=torch.float64) for _ in range(S)]
         self.squares = np.zeros(F)
         self.type_x = torch.zeros(len(counts), S, D, dtype=torch.float64)
         self.type_f: Any = scipy.sparse.csr_array((len(counts), F))
 
-    def add(self, x: Float[Tensor, "B S D"], features: Float[Tensor, "B F"], number: Int[np.ndarray, " B"]) -> None:
-        """Add some tokens, given the number of their types."""
+    def add(self, block: Block, number: Int[np.ndarray, " b"]) -> None:
+        """Add the first tokens of a block, given the number of their types."""
+        x, (tokens, features, values) = block.scaled[: len(number)], block.pairs
+        inside = tokens < len(number)
         # one snapshot at a time, in float64: where the mean is large, little of the sum of squares is variance
         for s in range(x.shape[1]):
             rows = x[:, s].double()
             self.xx[s] += (rows.T @ rows).cpu()
-        by_feature = features.t().to_sparse()
-        self.fx += (by_feature @ x.flatten(1)).view_as(self.fx).cpu()  # the sum is in float64 without a copy
+            self.fx[s] += block.sum_by_feature(block.scaled[:, s], values * inside).cpu()
         self.type_x.index_add_(0, torch.from_numpy(number), x.double().cpu())
-        row, column = features.nonzero(as_tuple=True)
-        values = features[row, column].double().cpu().numpy()
-        where = number[row.cpu().numpy()], column.cpu().numpy()
-        self.squares += np.bincount(where[1], values**2, len(self.squares))
-        self.type_f = self.type_f + scipy.sparse.coo_array((values, where), shape=self.type_f.shape).tocsr()
+        kept = values[inside].double().cpu().numpy()
+        where = number[tokens[inside].cpu().numpy()], features[inside].cpu().numpy()
+        self.squares += np.bincount(where[1], kept**2, len(self.squares))
+        self.type_f = self.type_f + scipy.sparse.coo_array((kept, where), shape=self.type_f.shape).tocsr()
 
     def fit(self, ridge: float) -> list[_Fit]:
         """Fit both regressions; the sums of products are used up."""
         S = len(self.xx)
         x_mean, f_mean = self.type_x.sum(0) / self.n, torch.from_numpy(self.type_f.sum(0)) / self.n
-        raw, within = (torch.empty(S, self.fx.shape[2], len(self.fx)) for _ in range(2))
+        weights: list[list[Tensor]] = [[], []]  # (D, F) each, as the sums go
         for s in range(S):
+            products, self.fx[s] = self.fx[s], torch.empty(0)
             total = self.type_x[:, s].sum(0)
-            xx, fx = self.xx[s] - total.outer(x_mean[s]), self.fx[:, s] - f_mean.outer(total)
-            raw[s] = _ridge(xx, fx, ridge, self.xx[s])
+            xx, fx = self.xx[s] - total.outer(x_mean[s]), products - f_mean.outer(total)
+            weights[0].append(_ridge(xx, fx, ridge, self.xx[s]).to(self.device))
             of_types = self.type_x[:, s] / torch.from_numpy(self.counts)[:, None]  # means
             xx = self.xx[s] - self.type_x[:, s].T @ of_types
-            fx = self.fx[:, s] - torch.from_numpy(self.type_f.T @ of_types.numpy())
-            within[s] = _ridge(xx, fx, ridge, self.xx[s])
-        del self.fx
+            fx = products.sub_(torch.from_numpy(self.type_f.T @ of_types.numpy()))
+            weights[1].append(_ridge(xx, fx, ridge, self.xx[s]).to(self.device))
         # types that occur once say nothing about a mean: they are left out
         again = np.flatnonzero(self.counts > 1)
         place = np.full(len(self.counts) + 1, -1)  # the last is that of types that the first half does not have
@@ -253,8 +268,8 @@ class _FirstHalf:
         shares = scipy.sparse.dia_array((1 / counts[None], 0), shape=(len(counts), len(counts)))
         type_f = (shares @ self.type_f[again]).tocsr().astype(np.float32)
         return [
-            _Fit(raw.to(self.device), x_mean[None].float(), f_mean[None].float().numpy()),
-            _Fit(within.to(self.device), type_x, type_f, place),
+            _Fit(weights[0], x_mean[None].float(), f_mean[None].float().numpy()),
+            _Fit(weights[1], type_x, type_f, place),
         ]
 
     def between(self) -> Float64[np.ndarray, " F"]:
@@ -269,12 +284,12 @@ class _FirstHalf:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Weights (S, D, F), and the means that x and f are compared with: one row, or a row per token type.
+    """Weights (D, F) of every snapshot, and the means that x and f are compared with: one row, or one per token type.
 
     `place` maps the number of a type to its row, or to -1 if it has none.
     """
 
-    weights: Float[Tensor, "S D F"]
+    weights: list[Tensor]
     x_means: Float[Tensor, "K S D"]
     f_means: Any
     place: Int[np.ndarray, " n"] | None = None
@@ -284,8 +299,9 @@ class _Fit:
         x: Float[Tensor, "B S D"],
         features: Float[Tensor, "B F"],
         number: Int[np.ndarray, " B"],
-        error: Float64[np.ndarray, "F S"],
-        total: Float64[np.ndarray, " F"],
+        group: Int[np.ndarray, " B"],
+        error: Float64[np.ndarray, "G F S"],
+        total: Float64[np.ndarray, "G F"],
     ) -> None:
         """Add the squared errors, and the squares that they are compared with, of some tokens of the second half."""
         if self.place is None:
@@ -293,17 +309,21 @@ class _Fit:
         else:
             rows = self.place[number]
             kept = torch.from_numpy(np.flatnonzero(rows >= 0)).to(x.device)
-            x, features, rows = x[kept], features[kept], rows[rows >= 0]
+            x, features, group, rows = x[kept], features[kept], group[rows >= 0], rows[rows >= 0]
         if not len(rows):
             return
         means = self.f_means[rows]
         means = torch.from_numpy(means if isinstance(means, np.ndarray) else means.toarray()).to(features.device)
         around = features - means
-        total += around.square().sum(0).double().cpu().numpy()
+        # groups are of tokens in a row
+        groups, sizes = np.unique(group, return_counts=True)
+        for g, part in zip(groups, around.split(sizes.tolist()), strict=True):
+            total[g] += part.square().sum(0).double().cpu().numpy()
         x = x - self.x_means[rows].to(x.device)
         for s, weights in enumerate(self.weights):
-            left = torch.addmm(around, x[:, s], weights, alpha=-1)
-            error[:, s] += left.square_().sum(0).double().cpu().numpy()
+            left = torch.addmm(around, x[:, s], weights, alpha=-1).square_()
+            for g, part in zip(groups, left.split(sizes.tolist()), strict=True):
+                error[g, :, s] += part.sum(0).double().cpu().numpy()
 
 
 def _ridge(

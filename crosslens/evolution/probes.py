@@ -42,7 +42,11 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.births import NAMES
-from crosslens.evolution.lifecycles import Firing, batch_tokens, measure_firing, relative_norms, snapshot_columns
+from crosslens.evolution.columns import snapshot_columns
+from crosslens.evolution.firing import Firing, measure_firing
+from crosslens.evolution.held_out import batch_tokens
+from crosslens.evolution.history import Evolution, evolve
+from crosslens.evolution.lifecycles import relative_norms
 from crosslens.stats import correlation, interval, ranks_in_draws, resample
 
 NEGATIVES = ("any", "same_token")
@@ -50,6 +54,38 @@ _MARGIN = 1.5  # a feature is probed if its expected number of samples exceeds t
 
 
 def probe(
+    crosscoder: Crosscoder,
+    acts: Activations,
+    evolution: Evolution | None = None,
+    *,
+    n_features: int = 50,
+    seed: int = 0,
+) -> dict[str, pd.DataFrame]:
+    """Probe some features at every snapshot, and compare the errors with every measure of presence.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        acts: activations of the same snapshots.
+        evolution: the result of `evolve(crosscoder, acts)`; computed here if None.
+        n_features: features to probe, drawn from those that are active often enough.
+        seed: seed for the draws.
+
+    Returns:
+        The tables probe (of `probe_errors`), probe_presence and probe_parts (of the functions of these names).
+
+    Raises:
+        UserError: as `probe_errors`.
+    """
+    evolution = evolve(crosscoder, acts, seed=seed) if evolution is None else evolution
+    errors = probe_errors(crosscoder, acts, firing=evolution.firing, n_features=n_features, seed=seed)
+    return {
+        "probe": errors,
+        "probe_presence": probe_presence(errors, evolution.table, seed=seed),
+        "probe_parts": probe_parts(errors, seed=seed),
+    }
+
+
+def probe_errors(
     crosscoder: Crosscoder,
     acts: Activations,
     *,
@@ -140,7 +176,7 @@ def probe_correlation(
     independent.
 
     Args:
-        table: the result of `probe`.
+        table: the result of `probe_errors`.
         without: indices of snapshots to leave out, such as the untrained one.
         n_bootstrap: bootstrap draws.
         seed: seed for the draws.
@@ -174,7 +210,7 @@ def probe_parts(
     A correlation is also small if errors or norms hardly vary: see `sd_error` and `sd_norm`.
 
     Args:
-        table: the result of `probe`.
+        table: the result of `probe_errors`.
         without: indices of snapshots to leave out; those of step 0 if None.
         n_bootstrap: bootstrap draws of whole features, for the 95 % intervals.
         seed: seed for the draws.
@@ -220,7 +256,7 @@ def probe_presence(
     training. Ranks, and 95 % intervals from a bootstrap over whole features.
 
     Args:
-        table: the result of `probe`.
+        table: the result of `probe_errors`.
         evolution: the `table` of `evolve(crosscoder, acts)`.
         without: indices of snapshots to leave out.
         n_bootstrap: bootstrap draws.

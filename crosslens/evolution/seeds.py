@@ -37,17 +37,12 @@ from torch.nn.functional import normalize
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
-from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
+from crosslens.evolution.columns import snapshot_columns
+from crosslens.evolution.firing import Firing
+from crosslens.evolution.geometry import rotation_per_interval
+from crosslens.evolution.held_out import batch_tokens, check_activations
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import (
-    Firing,
-    batch_tokens,
-    check_activations,
-    classify_lifecycles,
-    measure_firing,
-    relative_norms,
-    snapshot_columns,
-)
+from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms
 from crosslens.rundir import RunDir
 from crosslens.stats import rank_correlation
 
@@ -464,11 +459,11 @@ def compare_evolutions(
     rows: list[dict[str, Any]] = []
     for name, (crosscoder, acts) in crosscoders.items():
         found = evolve(crosscoder, acts, presence=presence, min_run=min_run)
-        table, firing = found.lifecycles(), measure_firing(crosscoder, found.firing or acts)
+        table = found.lifecycles()
         live = pd.DataFrame(table[table["origin"].notna()])
         intervals = rotation_per_interval(crosscoder, torch.tensor(table["alive"].to_numpy()))
         most = intervals.loc[intervals["largest"]]
-        share = total_dimensionality(crosscoder, firing, presence=presence)["share"].to_numpy()
+        share = found.dimensionality["share"].to_numpy()
         row: dict[str, Any] = {
             "name": name,
             "snapshots": crosscoder.n_snapshots,

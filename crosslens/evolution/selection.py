@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,7 @@ from torch.nn.functional import cosine_similarity
 
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
 
 MEASURES = ("cosine", "pearson", "cka")
 
@@ -54,15 +55,60 @@ def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.Data
     Raises:
         UserError: one snapshot only, or fewer than two tokens.
     """
-    S = acts.n_snapshots
-    if S < 2:
-        raise UserError(f"similarity needs at least 2 snapshots, but there is only {S}: add more")
+    return _compare(acts, max_tokens).similarity
+
+
+class Comparison(NamedTuple):
+    """What is known of the snapshots' activations on some tokens."""
+
+    similarity: pd.DataFrame
+    """The result of `snapshot_similarity`."""
+    ratios: Float[np.ndarray, " S"]
+    """Participation ratio of every snapshot."""
+
+
+def _compare(acts: Activations, max_tokens: int) -> Comparison:
+    if acts.n_snapshots < 2:
+        raise UserError(f"similarity needs at least 2 snapshots, but there is only {acts.n_snapshots}: add more")
     if max_tokens < 2:
         raise UserError(f"max_tokens={max_tokens} must be 2 or more")
-    x = _first(acts, max_tokens)
-    if len(x) < 2:
-        raise UserError(f"{len(x)} token(s) are held out: give Dataset(held_out_tokens=...) of 2 or more")
-    labels = acts.snapshots.labels
+    sample = Sample(max_tokens)
+    for x in acts.held_out(min(max_tokens, 4096)):
+        sample.add(x)
+        if sample.n >= max_tokens:
+            break
+    return sample.result(acts.snapshots)
+
+
+class Sample:
+    """The first held-out tokens, to compare the snapshots on."""
+
+    def __init__(self, max_tokens: int = 4096) -> None:
+        self.max_tokens, self.n, self.kept = max_tokens, 0, list[Tensor]()
+
+    def add(self, x: Float[Tensor, "B S D"]) -> None:
+        """Take the next tokens."""
+        if self.n < self.max_tokens:
+            self.kept.append(x[: self.max_tokens - self.n].cpu())
+            self.n += len(self.kept[-1])
+
+    def result(self, snapshots: Snapshots) -> Comparison:
+        """Compare the snapshots; the tokens are let go.
+
+        Raises:
+            UserError: fewer than two tokens.
+        """
+        if self.n < 2:
+            raise UserError(f"{self.n} token(s) are held out: give Dataset(held_out_tokens=...) of 2 or more")
+        x = torch.cat(self.kept)
+        self.kept = []
+        ratios = np.array([_participation_ratio(x[:, s]) for s in range(x.shape[1])])
+        return Comparison(_similarity(x, snapshots.labels), ratios)
+
+
+def _similarity(x: Float[Tensor, "B S D"], labels: list[str]) -> pd.DataFrame:
+    """The table of `snapshot_similarity`."""
+    S = x.shape[1]
     around = [x[:, s].double() - x[:, s].double().mean(0) for s in range(S)]
     own = [_overlap(one, one) for one in around]
     rows: list[dict[str, Any]] = []
@@ -89,6 +135,7 @@ def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.Data
 def doubtful_snapshots(
     acts: Activations,
     share: Float[Tensor, "F S"] | None = None,
+    comparison: Comparison | None = None,
     *,
     max_tokens: int = 4096,
     max_ratio: float = 1.5,
@@ -114,6 +161,7 @@ def doubtful_snapshots(
     Args:
         acts: activations of all snapshots; the held-out ones are used.
         share: the result of `encoder_share` for a crosscoder over them; without it the last reason is not examined.
+        comparison: what is known of the activations already; read here if None.
         max_tokens: held-out tokens to compare on; all their activations are in memory at once.
         max_ratio: largest participation ratio, relative to the last snapshot.
         max_similarity: CKA from which on two snapshots are near duplicates.
@@ -127,12 +175,12 @@ def doubtful_snapshots(
     Raises:
         UserError: one snapshot only, or fewer than two tokens.
     """
-    similarity = snapshot_similarity(acts, max_tokens=max_tokens).set_index(["snapshot", "other"])["cka"]
-    x, S = _first(acts, max_tokens), acts.n_snapshots
-    ratios = np.array([_participation_ratio(x[:, s]) for s in range(S)])
+    found = _compare(acts, max_tokens) if comparison is None else comparison
+    similarity, ratios, S = found.similarity.set_index(["snapshot", "other"])["cka"], found.ratios, len(found.ratios)
+    snapshots = acts.snapshots
     medians = np.full(S, np.nan) if share is None else share.nanmedian(0).values.numpy()
     rows: list[dict[str, Any]] = []
-    for s, (label, step) in enumerate(zip(acts.snapshots.labels, acts.snapshots.steps, strict=True)):
+    for s, (label, step) in enumerate(zip(snapshots.labels, snapshots.steps, strict=True)):
         row: dict[str, Any] = {"snapshot": s, "label": label, "step": step, "participation_ratio": ratios[s]}
         others = [*range(s), S - 1] if s < S - 1 else list(range(s))
         near = np.array([similarity[min(t, s), max(t, s)] for t in others])
@@ -148,10 +196,10 @@ def doubtful_snapshots(
             lowest = s + int(ratios[s:].argmin())
             reasons.append(
                 f"before the first training took effect (participation ratio {ratios[s]:.1f}, {ratios[lowest]:.1f} at "
-                f"{acts.snapshots.labels[lowest]})"
+                f"{snapshots.labels[lowest]})"
             )
         if row["similarity"] >= max_similarity and s < S - 1:
-            nearest = acts.snapshots.labels[others[int(near.argmax())]]
+            nearest = snapshots.labels[others[int(near.argmax())]]
             reasons.append(f"nearly equal to {nearest} (CKA {row['similarity']:.3f})")
         if nearest_of_all < min_similarity and S > 2 and s < S - 1:
             reasons.append(f"next to nothing in common with any other (CKA {nearest_of_all:.2f} at most)")
@@ -290,15 +338,6 @@ def propose_snapshots(
         for s in range(S)
     ]
     return table
-
-
-def _first(acts: Activations, n: int) -> Float[Tensor, "B S D"]:
-    kept: list[Tensor] = []
-    for x in acts.held_out(min(n, 4096)):
-        kept.append(x[: n - sum(map(len, kept))].cpu())
-        if sum(map(len, kept)) >= n:
-            break
-    return torch.cat(kept) if kept else torch.zeros(0, acts.n_snapshots, acts.d_model)
 
 
 def _overlap(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> float:

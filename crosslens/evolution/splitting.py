@@ -24,14 +24,10 @@ from torch.nn.functional import cosine_similarity, normalize
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import (
-    held_out_features,
-    measure_firing,
-    relative_norms,
-    require_two_snapshots,
-    snapshot_columns,
-)
+from crosslens.evolution.columns import snapshot_columns
+from crosslens.evolution.firing import measure_firing
+from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms, require_two_snapshots
 
 _BLOCK = 2048  # features at a time
 _PAIRS = 1 << 26  # tokens times pairs of features at a time
@@ -69,32 +65,84 @@ def replacements(
         UserError: one snapshot only, max_gap below 0, lifecycles without firing rates, activations that are not the
             crosscoder's.
     """
-    if max_gap < 0:
-        raise UserError(f"max_gap={max_gap} must be 0 or more snapshots")
     if lifecycles is None:
-        lifecycles = evolve(crosscoder, measure_firing(crosscoder, acts)).lifecycles("norm")
+        firing, norms = measure_firing(crosscoder, acts), crosscoder.decoder_norms.detach().cpu()
+        lifecycles = classify_lifecycles(norms.where(firing.rate[:, None] > 0, 0)).assign(firing_rate=firing.rate)
     rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
     if len(rate) != crosscoder.cfg.d_sae or rate.isnan().any():
         raise UserError(
             "lifecycles lack the firing rates of this crosscoder's features: give those of evolve(crosscoder, acts)"
         )
-    found = _candidates(crosscoder, lifecycles, max_gap, min_cosine)
-    overlap = _overlap(crosscoder, acts, found[0], rate)
-    pairs, cosine = found[0][overlap >= min_overlap], found[1][overlap >= min_overlap]
-    steps = snapshot_columns(crosscoder)["step"]
-    death, birth = (lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth"))
-    table = pd.DataFrame({"predecessor": pairs[:, 0].numpy(), "successor": pairs[:, 1].numpy()})
-    for name, dates, members in (("death", death, "predecessor"), ("birth", birth, "successor")):
-        table[name] = dates[table[members]]
-        table[f"{name}_step"] = steps.take(table[name]).array
-    table["cosine"], table["overlap"] = cosine.numpy(), overlap[overlap >= min_overlap].numpy()
-    table["successors"] = table.groupby("predecessor")["successor"].transform("size")
-    table["predecessors"] = table.groupby("successor")["predecessor"].transform("size")
-    several, joined = table["successors"] > 1, table["predecessors"] > 1
-    table["kind"] = np.select(
-        [several & joined, several, joined], ["split and merger", "split", "merger"], "replacement"
-    )
-    return table.sort_values(["death", "predecessor", "successor"], ignore_index=True)
+    pairs = JointActivity(crosscoder, lifecycles, max_gap=max_gap, min_cosine=min_cosine, min_overlap=min_overlap)
+    if len(pairs.pairs):
+        check_activations(crosscoder, acts)
+        read(crosscoder, acts, pairs, purpose="Splits")
+    return pairs.result(lifecycles)
+
+
+class JointActivity:
+    """The accumulator of `replacements`: on how many tokens both features of a pair are active.
+
+    Pairs are chosen before, by the dates and directions of decoder rows alone.
+
+    Args:
+        crosscoder: trained on two snapshots or more.
+        lifecycles: birth and death by decoder norm of all features, those that never fire too where this is not known.
+        max_gap: as of `replacements`, as are the others.
+        min_cosine: see there.
+        min_overlap: see there.
+    """
+
+    def __init__(
+        self,
+        crosscoder: Crosscoder,
+        lifecycles: pd.DataFrame,
+        *,
+        max_gap: int = 1,
+        min_cosine: float = 0.7,
+        min_overlap: float = 0.5,
+    ) -> None:
+        if max_gap < 0:
+            raise UserError(f"max_gap={max_gap} must be 0 or more snapshots")
+        self.crosscoder, self.min_overlap = crosscoder, min_overlap
+        self.pairs, self.cosine = _candidates(crosscoder, lifecycles, max_gap, min_cosine)
+        self.joint, self.n = torch.zeros(len(self.pairs), dtype=torch.float64), 0
+
+    def add(self, block: Block) -> None:
+        """Take the next tokens."""
+        self.n += len(block)
+        if not len(self.pairs):
+            return
+        active = (block.features > 0).cpu()
+        parts = self.pairs.split(max(1, _PAIRS // len(active)))
+        self.joint += torch.cat([(active[:, part[:, 0]] & active[:, part[:, 1]]).sum(0) for part in parts])
+
+    def result(self, lifecycles: pd.DataFrame) -> pd.DataFrame:
+        """The table of `replacements`.
+
+        Args:
+            lifecycles: by decoder norm, with firing rates; no dates for features that never fire.
+        """
+        dates = {name: lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth")}
+        rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
+        first, second = self.pairs.numpy().T
+        known = torch.from_numpy((dates["death"][first] >= 0) & (dates["birth"][second] >= 0))
+        low, high = rate[self.pairs].aminmax(dim=1)
+        overlap = (self.joint / max(self.n, 1) / low - high) / (1 - high)  # Loevinger's H
+        kept = known & (overlap >= self.min_overlap)
+        steps = snapshot_columns(self.crosscoder)["step"]
+        table = pd.DataFrame({"predecessor": first[kept.numpy()], "successor": second[kept.numpy()]})
+        for name, members in (("death", "predecessor"), ("birth", "successor")):
+            table[name] = dates[name][table[members]]
+            table[f"{name}_step"] = steps.take(table[name]).array
+        table["cosine"], table["overlap"] = self.cosine[kept].numpy(), overlap[kept].numpy()
+        table["successors"] = table.groupby("predecessor")["successor"].transform("size")
+        table["predecessors"] = table.groupby("successor")["predecessor"].transform("size")
+        several, joined = table["successors"] > 1, table["predecessors"] > 1
+        table["kind"] = np.select(
+            [several & joined, several, joined], ["split and merger", "split", "merger"], "replacement"
+        )
+        return table.sort_values(["death", "predecessor", "successor"], ignore_index=True)
 
 
 @torch.no_grad()
@@ -185,23 +233,6 @@ def _candidates(
                 pairs.append(torch.stack([part[fit[:, 0]], born[fit[:, 1]]], 1))
                 cosines.append(cosine[fit[:, 0], fit[:, 1]])
     return torch.cat(pairs), torch.cat(cosines)
-
-
-def _overlap(
-    crosscoder: Crosscoder, acts: Activations, pairs: Int[Tensor, "n 2"], rate: Float[Tensor, " F"]
-) -> Float[Tensor, " n"]:
-    """Loevinger's H of pairs of features on the held-out tokens."""
-    joint, n = torch.zeros(len(pairs), dtype=torch.float64), 0
-    if not len(pairs):
-        return joint
-    for _, features in held_out_features(crosscoder, acts, "Splits"):
-        active = (features > 0).cpu()
-        n += len(active)
-        size = max(1, _PAIRS // len(active))
-        counts = [(active[:, part[:, 0]] & active[:, part[:, 1]]).sum(0) for part in pairs.split(size)]
-        joint += torch.cat(counts)
-    low, high = rate[pairs].aminmax(dim=1)
-    return (joint / n / low - high) / (1 - high)
 
 
 def _neighbours(crosscoder: Crosscoder, present: Bool[Tensor, "F S"], min_cosine: float) -> Int[Tensor, "n 2"]:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
-from crosslens.evolution.lifecycles import batch_tokens
+from crosslens.evolution.held_out import batch_tokens
 from crosslens.features.activations import ActivationSample
 from crosslens.features.passages import PassageSampler
 

@@ -289,7 +289,8 @@ def summarise_labels(
             for of in (counts[None], drawn)
         )
         for name, value in found.items():
-            rows.append((name, n, float(value[0]), *map(float, stats.interval(spread[name], level))))
+            low, high = stats.interval(spread[name], level)
+            rows.append((name, n, float(value[0]), float(low), float(high)))
     table = pd.DataFrame(rows, columns=pd.Index(["measure", "n", "value", "low", "high"]))
     return table.loc[table["n"] > 0].reset_index(drop=True)
 

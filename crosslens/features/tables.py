@@ -43,7 +43,8 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import check_activations, snapshot_columns
+from crosslens.evolution.columns import snapshot_columns
+from crosslens.evolution.held_out import check_activations
 from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import Examples, collect_examples
 from crosslens.features.passages import PassageSampler, passage_tables

@@ -1,6 +1,6 @@
 """`evolve`: everything about the features of a run over time that needs no task.
 
-1. Read the held-out activations and find when features form, rotate, split and fade, with controls
+1. Encode the held-out activations once, and find when features form, rotate, split and fade, with controls
    (`crosslens.evolution`).
 2. Collect examples, contexts, the logit lens and neighbours of every feature (`crosslens.features`).
 3. Measure what the models predict beside the features, and propose snapshots; with the accuracy on tasks where it is
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from crosslens.config import EvolveOptions
-from crosslens.evolution import add_consensus, study_dynamics, study_evolution, study_probes
-from crosslens.evolution import evolve as read_evolution
+from crosslens.evolution import add_consensus, measure_dynamics, probe
+from crosslens.evolution import evolve as evolve_features
 from crosslens.features import feature_tables
 from crosslens.pipeline.opening import read_run
 from crosslens.pipeline.untrained import recorded_training, untrained_births
@@ -56,12 +56,11 @@ def evolve(
     options = options or EvolveOptions()
     with run.writing():
         crosscoder, acts = read_run(run, device)
-        evolution = read_evolution(crosscoder, acts, seed=options.seed)
         if options.untrained:
             found = untrained_births(acts, *recorded_training(run, acts.settings.device))
             run.save_table("untrained_births", found)
-        untrained = run.table("untrained_births")
-        tables = study_evolution(crosscoder, acts, evolution, untrained=untrained, seed=options.seed)
+        evolution = evolve_features(crosscoder, acts, untrained=run.table("untrained_births"), seed=options.seed)
+        tables = evolution.tables()
         consensus = run.table("consensus")
         if consensus is not None:
             tables["lifecycles"] = add_consensus(tables["lifecycles"], consensus)
@@ -70,17 +69,16 @@ def evolve(
         accuracy = run.table("accuracy")
         if accuracy is not None:
             accuracy = pd.DataFrame(accuracy[accuracy["label"].isin(acts.snapshots.labels)])
-        dynamics = study_dynamics(
+        dynamics = measure_dynamics(
             crosscoder,
             acts,
             counts,
             evolution=evolution,
-            doubtful=tables["doubtful"],
             snapshots=snapshots,
             accuracy=accuracy,
             seed=options.seed,
         )
         run.save_tables(dynamics)
-        probes = study_probes(crosscoder, acts, evolution, n_features=options.n_probes, seed=options.seed)
+        probes = probe(crosscoder, acts, evolution, n_features=options.n_probes, seed=options.seed)
         run.save_tables(probes)
     return {**tables, **dynamics, **probes}

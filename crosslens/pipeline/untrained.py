@@ -22,7 +22,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import CrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.evolution.births import THRESHOLDS, count_births, presence_curves
-from crosslens.evolution.lifecycles import measure_firing
+from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.presence import measure_decodability
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots

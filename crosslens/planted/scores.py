@@ -27,7 +27,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import classify_lifecycles, measure_firing
+from crosslens.evolution.firing import measure_firing
+from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.planted.regimes import Planted
 
 NEAR = 0.7  # least cosine of a found feature that is near a planted one

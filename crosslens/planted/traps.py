@@ -35,7 +35,8 @@ from crosslens.activations.tokens import generator
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.births import date_births, presence_curves
-from crosslens.evolution.lifecycles import birth_index, held_out_features
+from crosslens.evolution.held_out import held_out_features
+from crosslens.evolution.lifecycles import birth_index
 from crosslens.evolution.presence import measure_decodability
 from crosslens.planted.drawn import Drawn
 

@@ -18,7 +18,7 @@ from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import batch_tokens
+from crosslens.evolution.held_out import batch_tokens
 from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import collect_examples
 from crosslens.features.tables import direct_logits, export_features, feature_tables, nearest_features, token_texts
