@@ -920,6 +920,21 @@ TABLES: tuple[Table, ...] = (
     ),
     Table("completeness/<task>", "snapshot, by integrated gradients", "study", _effect_columns(_AT)),
     Table(
+        "exact/<task>",
+        "feature with one of the largest effects at the last snapshot",
+        "study",
+        _columns(
+            {
+                "removal": ("Effect at the last snapshot, by removal.", "logits"),
+                "ig": ("The same by integrated gradients.", "logits"),
+                "gradient": ("The same by attribution patching.", "logits"),
+                "removed": ("What the metric loses when the feature alone is set to its baseline.", "logits"),
+                "added": ("What it gains when the feature alone is set to its clean value in the baseline.", "logits"),
+            },
+            "feature",
+        ),
+    ),
+    Table(
         "transfer/<task>",
         "pair of snapshots",
         "study",

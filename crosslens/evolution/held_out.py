@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from tqdm.auto import tqdm
@@ -31,6 +31,7 @@ from crosslens.snapshots.hooks import canonical_hook
 _MAX_FEATURE_BYTES = 1 << 28  # of dense feature activations (B, F) in memory at a time
 
 
+@runtime_checkable
 class Accumulator(Protocol):
     """What one pass over the held-out tokens feeds."""
 
@@ -110,7 +111,7 @@ class Block:
             rebuilt = decoded(crosscoder.W_dec, self.gated(0)).view_as(self.scaled)
         return (self.scaled - crosscoder.b_dec_by_snapshot).sub_(rebuilt)
 
-    def count(self, weights: Float[Tensor, " p"] | None = None) -> Tensor:
+    def count(self, weights: Shaped[Tensor, " p"] | None = None) -> Tensor:
         """Number of pairs of every feature, or the sum in float64 of their weights (F,), on the host."""
         weights = None if weights is None else weights.double()
         return torch.bincount(self.pairs.features, weights, self.features.shape[1]).double().cpu()
