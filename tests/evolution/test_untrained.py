@@ -17,7 +17,6 @@ from crosslens.errors import UserError
 from crosslens.evolution.births import beside_untrained, count_births, table_of_counts
 from crosslens.evolution.history import evolve
 from crosslens.evolution.presence import measure_decodability
-from crosslens.evolution.study import study_evolution
 from crosslens.evolution.untrained import recorded_training, untrained_births, untrained_snapshots
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -62,7 +61,7 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     pd.testing.assert_frame_equal(control, untrained_births(acts, architecture, config))
     assert (control["born"] <= control["n"]).all() and control["n"].max() > 0
 
-    tables = study_evolution(crosscoder, acts, untrained=control, seed=3)
+    tables = evolve(crosscoder, acts, untrained=control, seed=3).tables()
     found = measure_decodability(crosscoder, acts)
     long = tables["evolution"]
     assert len(long) == 24 * 3 and long["step"].tolist()[:3] == [0, 10, 20]
