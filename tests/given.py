@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ class Held(Activations):
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
+        S = x.shape[1]
+        self.snapshots: Any = SimpleNamespace(labels=[str(s) for s in range(S)], steps=[None] * S)
+
+    @property
+    def n_snapshots(self) -> int:
+        return self.x.shape[1]
 
     def held_out(self, batch_size: int = 4096) -> Iterator[torch.Tensor]:
         return iter(self.x.split(min(batch_size, 5)))

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import crosslens.evolution.controls
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
 from crosslens.evolution.controls import encoder_share, latent_scaling
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, of_norms, of_rows
-
-
-@pytest.fixture(params=[4096, 3], autouse=True)
-def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crosslens.evolution.controls, "_BLOCK", request.param)
 
 
 def arrays(cc: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,10 +19,10 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 import crosslens.evolution.dynamics
 import crosslens.evolution.ngrams
 from crosslens.errors import UserError
-from crosslens.evolution.dynamics import Dynamics, bigram_progress, dynamics_table, first_for_good, measure_dynamics
-from crosslens.evolution.geometry import total_dimensionality
+from crosslens.evolution.dynamics import Dynamics, bigram_progress, dynamics_table, first_for_good, measure_predictions
+from crosslens.evolution.firing import Firing, measure_firing
+from crosslens.evolution.geometry import rotation, total_dimensionality
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import Firing, measure_firing, rotation
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams, vocabulary_hash
 from crosslens.evolution.phases import find_phases
 from crosslens.snapshots.collection import Snapshots
@@ -149,11 +149,11 @@ def test_counts_of_another_tokenizer_are_refused(snaps: Snapshots) -> None:
     larger = copy.deepcopy(snaps.tokenizer)
     larger.add_tokens(["ship"])
     with pytest.raises(UserError, match=f"the counts have a vocabulary of {len(larger)}, the snapshots' tokenizer"):
-        measure_dynamics(snaps, count_ngrams(tokens, larger), tokens)
+        measure_predictions(snaps, count_ngrams(tokens, larger), tokens)
     swapped = _swapped(snaps.tokenizer)
     assert vocabulary_hash(swapped) != counts.vocabulary == vocabulary_hash(snaps.tokenizer)
     with pytest.raises(UserError, match="the counts are from another tokenizer of the same size"):
-        measure_dynamics(snaps, count_ngrams(tokens, swapped), tokens)
+        measure_predictions(snaps, count_ngrams(tokens, swapped), tokens)
     for wrong, message in ((torch.tensor([[0, 99]]), "token id 99 is outside"), (torch.tensor([[0], [1]]), "no pair")):
         with pytest.raises(UserError, match=message):
             count_ngrams(wrong, snaps.tokenizer)
@@ -229,7 +229,7 @@ def test_averaged_divergences_and_their_draws_match_plain_loops(
     corpus, tokens = random_tokens(12, 10, V, seed + 10), random_tokens(N, T, V, seed)
     counts = count_ngrams(corpus, snaps.tokenizer)
     seen = pairs_of(corpus, {0})
-    found = measure_dynamics(snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count, n_bootstrap=4, seed=seed)
+    found = measure_predictions(snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count, n_bootstrap=4, seed=seed)
     assert found.unigram_entropy == counts.unigram_entropy and found.bigram_entropy == counts.bigram_entropy
     assert found.snapshots["label"].tolist() == ["step0", "step10", "step20"]
     assert found.n == len(pairs_of(tokens, {0})) and found.kl1.shape == (5, 3) and found.n_bootstrap == 4
@@ -285,7 +285,7 @@ def test_training_reduces_the_divergences(snaps: Snapshots, tiny_text: list[str]
     ids: Any = snaps.tokenizer(tiny_text, add_special_tokens=False)["input_ids"]
     stream = torch.tensor([i for document in ids for i in (0, *document)])
     tokens = stream[: len(stream) // 16 * 16].view(-1, 16)
-    found = measure_dynamics(snaps, count_ngrams(tokens[50:], snaps.tokenizer), tokens[:50], n_bootstrap=200)
+    found = measure_predictions(snaps, count_ngrams(tokens[50:], snaps.tokenizer), tokens[:50], n_bootstrap=200)
     table = found.to_frame()
     for name in ("kl1", "kl2", "loss"):
         assert table[name].is_monotonic_decreasing
@@ -340,7 +340,7 @@ def test_errors(snaps: Snapshots) -> None:
         ((snaps, counts, tokens.repeat(1, 9)), {}, "sequences of 72 tokens exceed the models' context of 32"),
     ):
         with pytest.raises(UserError, match=message):
-            measure_dynamics(*arguments, **options)
+            measure_predictions(*arguments, **options)
 
 
 # ---- phases

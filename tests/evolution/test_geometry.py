@@ -12,15 +12,16 @@ import torch
 
 import crosslens.evolution.geometry
 from crosslens.errors import UserError
+from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.geometry import (
     decoder_cosines,
     feature_dimensionality,
     half_cosines,
+    rotation,
     rotation_per_interval,
     total_dimensionality,
 )
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import Firing, measure_firing, rotation
 from tests.given import Held, Read, of_norms, of_rows, snapshots_at
 
 

@@ -23,14 +23,11 @@ from crosslens.crosscoders import (
 )
 from crosslens.errors import UserError
 from crosslens.evolution.births import date_births
+from crosslens.evolution.firing import measure_firing
+from crosslens.evolution.geometry import rotation
+from crosslens.evolution.held_out import check_activations
 from crosslens.evolution.history import Evolution, evolve
-from crosslens.evolution.lifecycles import (
-    check_activations,
-    classify_lifecycles,
-    measure_firing,
-    relative_norms,
-    rotation,
-)
+from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms
 from crosslens.evolution.presence import measure_decodability
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, Read, of_norms, snapshots_at

@@ -29,8 +29,8 @@ from crosslens.evolution.probes import (
     _samples,
     _with_tokens,
     describe_probes,
-    probe,
     probe_correlation,
+    probe_errors,
     probe_parts,
     probe_presence,
 )
@@ -84,7 +84,7 @@ def planted() -> tuple[StandardCrosscoder, Given]:
 
 
 def test_planted_features_are_decodable_where_they_exist(planted: Any) -> None:
-    table = probe(*planted, min_samples=100)
+    table = probe_errors(*planted, min_samples=100)
     first = ["feature", "snapshot", "label", "step", "norm", "probe_error", "n"]
     assert list(table) == [*first, "first_error", "second_error"]
     assert table["probe_error"].to_numpy() == pytest.approx(
@@ -107,12 +107,12 @@ def test_n_is_limited_by_the_data(planted: Any) -> None:
     crosscoder, acts = planted
     with torch.no_grad():
         active = (crosscoder.encode(acts.train) > 0).sum(0).tolist()
-    table = probe(crosscoder, acts, min_samples=100, n_samples=1000).groupby("feature")["n"].first()
+    table = probe_errors(crosscoder, acts, min_samples=100, n_samples=1000).groupby("feature")["n"].first()
     expected = {i: 4 * (min(1000, 2 * active[i]) // 4) for i in range(4)}
     assert table.to_dict() == expected
     assert expected[0] == 1000 > expected[3] >= 100
-    assert set(probe(crosscoder, acts, min_samples=1000, n_samples=1000)["n"]) == {1000}
-    few = probe(crosscoder, acts, min_samples=100, max_tokens=1000)
+    assert set(probe_errors(crosscoder, acts, min_samples=1000, n_samples=1000)["n"]) == {1000}
+    few = probe_errors(crosscoder, acts, min_samples=100, max_tokens=1000)
     assert few.groupby("feature")["n"].first().to_dict()[0] <= 1000
 
 
@@ -120,21 +120,21 @@ def test_a_feature_that_is_always_active_cannot_be_probed(planted: Any) -> None:
     crosscoder, acts = planted
     always = copy.deepcopy(crosscoder)
     always.b_enc.data[2] = 100.0
-    assert set(probe(always, acts, min_samples=100)["feature"]) == {0, 1, 3}
+    assert set(probe_errors(always, acts, min_samples=100)["feature"]) == {0, 1, 3}
     always.b_enc.data[:] = 100.0
     with pytest.raises(UserError, match="no feature is both active and inactive"):
-        probe(always, acts, min_samples=100)
+        probe_errors(always, acts, min_samples=100)
 
 
 def test_the_seed_decides_features_and_halves(planted: Any) -> None:
     options: dict[str, Any] = {"n_features": 2, "min_samples": 100}
-    one = probe(*planted, seed=1, **options)
-    pd.testing.assert_frame_equal(one, probe(*planted, seed=1, **options))
-    others = [probe(*planted, seed=seed, **options) for seed in range(2, 8)]
+    one = probe_errors(*planted, seed=1, **options)
+    pd.testing.assert_frame_equal(one, probe_errors(*planted, seed=1, **options))
+    others = [probe_errors(*planted, seed=seed, **options) for seed in range(2, 8)]
     assert one["feature"].nunique() == 2
     assert len({tuple(other["feature"].unique()) for other in [one, *others]}) > 1
     assert not all(one["probe_error"].equals(other["probe_error"]) for other in others)
-    norms = probe(*planted, min_samples=100).set_index(["feature", "snapshot"])["norm"]
+    norms = probe_errors(*planted, min_samples=100).set_index(["feature", "snapshot"])["norm"]
     for other in others:
         assert other["norm"].tolist() == norms.loc[list(zip(other["feature"], other["snapshot"], strict=True))].tolist()
 
@@ -208,7 +208,7 @@ def test_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     crosscoder.W_dec.data = torch.randn(12, 48, generator=generator)
     crosscoder.W_enc.data = crosscoder.W_dec.data.T.clone()
-    table = probe(crosscoder, acts, n_features=4, min_samples=100)
+    table = probe_errors(crosscoder, acts, n_features=4, min_samples=100)
     assert len(table) == 12 and table["label"].unique().tolist() == ["0", "1", "2"] and table["step"].isna().all()
     assert table["probe_error"].between(0, 0.5).all() and table.groupby("feature")["norm"].max().eq(1).all()
 
@@ -305,14 +305,14 @@ def test_against_the_same_word_only_the_context_counts() -> None:
     crosscoder.W_dec_by_snapshot.data[0, :, 0] = 1.0
     acts = Words(x, tokens)
     for negatives, at_first in (("any", 0.3), ("same_token", 0.6)):
-        table = probe(crosscoder, acts, min_samples=100, n_samples=800, negatives=negatives)
+        table = probe_errors(crosscoder, acts, min_samples=100, n_samples=800, negatives=negatives)
         errors = table["probe_error"].tolist()
         assert errors[1] < 0.02
         assert (errors[0] < at_first) if negatives == "any" else (0.4 < errors[0] < at_first)
     crosscoder.W_enc_by_snapshot.data[1, 6, 0] = 0.0
     crosscoder.b_enc.data.fill_(-1.5)  # now the word alone decides
     with pytest.raises(UserError, match="none of the 1 features drawn has 100 tokens"):
-        probe(crosscoder, acts, min_samples=100, negatives="same_token")
+        probe_errors(crosscoder, acts, min_samples=100, negatives="same_token")
 
 
 def test_same_token_on_real_activations(tiny_snapshots: Path, tiny_text: list[str]) -> None:
@@ -355,7 +355,7 @@ def test_errors(planted: Any) -> None:
         ({"min_samples": 5000, "n_samples": 5000}, "no feature is both active and inactive on 2500 of 4000 tokens"),
     ):
         with pytest.raises(UserError, match=message):
-            probe(*planted, **options)
+            probe_errors(*planted, **options)
 
 
 # ---- correlation

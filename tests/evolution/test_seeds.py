@@ -14,9 +14,10 @@ import torch
 import crosslens.evolution.seeds
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
+from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.geometry import rotation_per_interval, total_dimensionality
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import classify_lifecycles, measure_firing
+from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.evolution.seeds import (
     add_consensus,
     compare_evolutions,

@@ -18,22 +18,21 @@ from crosslens.crosscoders import BatchTopKCrosscoder, BatchTopKCrosscoderConfig
 from crosslens.errors import UserError
 from crosslens.evolution.agreement import top_agreement
 from crosslens.evolution.controls import encoder_share, latent_scaling
-from crosslens.evolution.dynamics import dynamics_table, measure_dynamics
+from crosslens.evolution.dynamics import dynamics_table, measure_predictions
 from crosslens.evolution.geometry import (
     decoder_cosines,
     feature_dimensionality,
     half_cosines,
+    rotation,
     rotation_per_interval,
     total_dimensionality,
 )
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import rotation
 from crosslens.evolution.ngrams import count_ngrams
-from crosslens.evolution.phases import find_phases
-from crosslens.evolution.probes import probe, probe_parts, probe_presence
+from crosslens.evolution.phases import find_phases, measure_dynamics
+from crosslens.evolution.probes import probe, probe_errors, probe_parts, probe_presence
 from crosslens.evolution.selection import doubtful_snapshots, propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
-from crosslens.evolution.study import study_dynamics, study_evolution, study_probes
 from crosslens.report import evolution_figures
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -46,9 +45,9 @@ LABELS = ["step0", "step8", "step64", "step512"]
 class Dated(Read):
     """Activations of snapshots with labels and steps."""
 
-    snapshots: Any = SimpleNamespace(labels=LABELS, steps=[0, 8, 64, 512])
-    n_snapshots = 4
-    d_model = 5
+    def __init__(self, x: torch.Tensor, tokens: torch.Tensor) -> None:
+        super().__init__(x, tokens)
+        self.snapshots = SimpleNamespace(labels=LABELS, steps=[0, 8, 64, 512])
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,10 @@ def acts() -> Read:
 
 @pytest.fixture(scope="module")
 def found(crosscoder: Any, acts: Read) -> dict[str, pd.DataFrame]:
-    return study_evolution(crosscoder, acts, evolve(crosscoder, acts, presence=0.4, seed=5), seed=5)
+    return evolve(crosscoder, acts, presence=0.4, seed=5).tables()
 
 
-def test_study_evolution_matches_its_parts(crosscoder: Any, acts: Read, found: dict[str, pd.DataFrame]) -> None:
+def test_the_tables_are_those_of_the_analyses_alone(crosscoder: Any, acts: Read, found: dict[str, pd.DataFrame]) -> None:
     tables = found
     evolution = evolve(crosscoder, acts, presence=0.4, seed=5)
     lifecycles = evolution.lifecycles("norm")
@@ -156,13 +155,13 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
-def test_study_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_measure_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     snaps = Snapshots.local(tiny_snapshots)
     acts = Activations(snaps, "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     cc = make_crosscoder(snaps, "standard_crosscoder")
     own = count_ngrams(acts.train_tokens(), snaps.tokenizer)
-    found = study_dynamics(cc, acts, seed=4)
-    measured = measure_dynamics(snaps, own, acts.tokens, seed=4)  # fewer than 30,000
+    found = measure_dynamics(cc, acts, seed=4)
+    measured = measure_predictions(snaps, own, acts.tokens, seed=4)  # fewer than 30,000
     evolution = evolve(cc, acts, seed=4)
     pd.testing.assert_frame_equal(found["dynamics"], dynamics_table(measured, cc, evolution, seed=4))
     assert found["dynamics"]["present"].tolist() == evolution.present("r2").sum(0).tolist()
@@ -172,28 +171,28 @@ def test_study_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[
     pd.testing.assert_frame_equal(
         found["selection"], propose_snapshots(snapshot_similarity(acts), 3, steps=snaps.steps, doubtful=doubtful)
     )
-    again = study_dynamics(cc, acts, evolution=evolution, doubtful=doubtful.assign(reason=""), seed=4)
+    again = measure_dynamics(cc, acts, evolution=evolution, seed=4)
     pd.testing.assert_frame_equal(again["phases"], found["phases"])
-    assert again["selection"]["chosen"].all()
+    pd.testing.assert_frame_equal(again["selection"], found["selection"])
     # a crosscoder of the trained snapshots, beside the predictions of all
     later = Activations(snaps[1:], "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
-    without = study_dynamics(make_crosscoder(later.snapshots, "standard_crosscoder"), later, snapshots=snaps, seed=4)
+    without = measure_dynamics(make_crosscoder(later.snapshots, "standard_crosscoder"), later, snapshots=snaps, seed=4)
     assert without["dynamics"]["kl2"].tolist() == found["dynamics"]["kl2"].tolist()
     assert without["dynamics"]["present"].isna().tolist() == [True, False, False]
     assert len(without["similarity"]) < len(found["similarity"]) and len(without["selection"]) == 2
-    other = study_dynamics(cc, acts, count_ngrams(acts.held_out_tokens(), snaps.tokenizer), seed=4)
+    other = measure_dynamics(cc, acts, count_ngrams(acts.held_out_tokens(), snaps.tokenizer), seed=4)
     assert (other["dynamics"]["kl1"] != found["dynamics"]["kl1"]).all()
     strange = deepcopy(snaps.tokenizer)
     strange.add_tokens(["another"])
     with pytest.raises(UserError, match="tokenizer"):
-        study_dynamics(cc, acts, count_ngrams(acts.train_tokens(), strange))
+        measure_dynamics(cc, acts, count_ngrams(acts.train_tokens(), strange))
 
 
-def test_study_probes_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
+def test_probe_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", tiny_text, 2000, 16)
     cc = make_crosscoder(acts.snapshots, "standard_crosscoder")
-    found = study_probes(cc, acts, n_features=3, seed=2)
-    probes = probe(cc, acts, n_features=3, seed=2)
+    found = probe(cc, acts, n_features=3, seed=2)
+    probes = probe_errors(cc, acts, n_features=3, seed=2)
     pd.testing.assert_frame_equal(found["probe"], probes)
     pd.testing.assert_frame_equal(found["probe_parts"], probe_parts(probes, seed=2))
     evolution = evolve(cc, acts, seed=2)
@@ -229,16 +228,30 @@ def test_topk_crosscoders_have_no_latent_scaling(acts: Read) -> None:
     made = BatchTopKCrosscoder(BatchTopKCrosscoderConfig(d_in=20, d_sae=6, n_snapshots=4))
     made.W_dec.data = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     made.W_enc.data = made.W_dec.data.T.clone()
-    assert "scaling" not in study_evolution(made.requires_grad_(False), acts)
+    assert "scaling" not in evolve(made.requires_grad_(False), acts).tables()
     with pytest.raises(UserError, match="latent_scaling is meaningless for batchtopk_crosscoder"):
         latent_scaling(made, acts)
 
 
 def test_one_snapshot_is_refused() -> None:
     with pytest.raises(UserError, match="snapshot"):
-        study_evolution(of_norms(torch.rand(4, 1), D=5), Held(torch.randn(9, 1, 5)))
+        evolve(of_norms(torch.rand(4, 1), D=5), Held(torch.randn(9, 1, 5)))
 
 
-def test_an_evolution_without_activations_is_refused(crosscoder: Any, acts: Read) -> None:
-    with pytest.raises(UserError, match=r"read without activations: give evolve\(crosscoder, acts\)"):
-        study_evolution(crosscoder, acts, evolve(crosscoder))
+def test_without_activations_there_are_the_tables_of_the_decoder(crosscoder: Any, acts: Read) -> None:
+    evolution = evolve(crosscoder)
+    tables = evolution.tables()
+    assert set(tables) == {"evolution", "lifecycles", "birth_counts", "rotation", "cosines", "directions", "splits"}
+    assert tables["rotation"]["null_angle"].isna().all()
+    with pytest.raises(UserError, match="read without activations"):
+        evolution.dimensionality  # noqa: B018
+    with pytest.raises(UserError, match="read without activations"):
+        measure_dynamics(crosscoder, acts, evolution=evolution)
+
+
+def test_one_pass_encodes_every_block_once(crosscoder: Any, acts: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = type(crosscoder).encode
+    monkeypatch.setattr(type(crosscoder), "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    evolve(crosscoder, acts).tables()
+    assert sum(encoded) == len(acts.x) and len(encoded) == -(-len(acts.x) // 5)
