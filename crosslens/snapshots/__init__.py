@@ -5,7 +5,8 @@ TransformerBridge or a HookedTransformer.
 
 Start with `collection.Snapshots`, a sequence of `snapshot.Snapshot`s. `settings` says how models run. `families` knows
 Pythia, OLMo, BLOOM and others from `families.json`, `hub` downloads and evicts, `folders` finds local snapshots,
-`lookup` finds one by index or label, `checks` rejects snapshots that are not comparable, `hooks` lists supported hook points, `weights` reads weight files.
+`lookup` finds one by index or label, `checks` rejects snapshots that are not comparable, `hooks` lists supported hook
+points, `weights` reads weight files.
 """
 
 import lazy_loader
