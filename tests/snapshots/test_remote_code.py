@@ -82,9 +82,7 @@ def own_model(models: Path) -> None:
 @pytest.mark.parametrize("owned", [own_config, own_tokenizer, own_model])
 def test_code_is_refused_without_a_question(models: Path, marker: Path, owned: Callable[[Path], None]) -> None:
     owned(models)
-    message = (
-        r"snapshot 'step0': .* brings Python code of its own .* --trust-remote-code \(in Python: trust_remote_code"
-    )
+    message = r"snapshot 'step0': .* brings Python code of its own .* --trust-remote-code \(in Python: trust_remote"
     for snapshots in (Snapshots.local(models), Snapshots.of({"step0": models / "step0"})):
         with pytest.raises(UserError, match=message):
             snapshots[0].load("cpu")
