@@ -116,7 +116,7 @@ class Block:
         weights = None if weights is None else weights.double()
         return torch.bincount(self.pairs.features, weights, self.features.shape[1]).double().cpu()
 
-    def sum_by_feature(self, rows: Float[Tensor, "B N"], weights: Float[Tensor, " p"]) -> Float[Tensor, "F N"]:
+    def sum_by_feature(self, rows: Float[Tensor, "B N"], weights: Shaped[Tensor, " p"]) -> Float[Tensor, "F N"]:
         """For every feature the weighted sum of the rows of its tokens."""
         rows, weights = rows.contiguous(), weights.to(rows.dtype)
         return embedding_bag(self.pairs.tokens, rows, self._starts, mode="sum", per_sample_weights=weights)

@@ -360,7 +360,7 @@ def _read(
     for x in read_activations(crosscoder, acts):
         moments.add(x)
         sample.add(x)
-    comparison = sample.result(acts.snapshots)
+    comparison = sample.result(acts.snapshots.labels)
     firing, presence = FiringSums(crosscoder), DecodabilitySums(crosscoder, acts)
     halves, encoder, top = HalfSums(crosscoder, acts), EncoderSums(crosscoder), TopTokens(crosscoder)
     joint = JointActivity(crosscoder, dated)

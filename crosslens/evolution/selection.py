@@ -34,7 +34,6 @@ from torch.nn.functional import cosine_similarity
 
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
-from crosslens.snapshots.collection import Snapshots
 
 MEASURES = ("cosine", "pearson", "cka")
 
@@ -77,7 +76,7 @@ def _compare(acts: Activations, max_tokens: int) -> Comparison:
         sample.add(x)
         if sample.n >= max_tokens:
             break
-    return sample.result(acts.snapshots)
+    return sample.result(acts.snapshots.labels)
 
 
 class Sample:
@@ -92,7 +91,7 @@ class Sample:
             self.kept.append(x[: self.max_tokens - self.n].cpu())
             self.n += len(self.kept[-1])
 
-    def result(self, snapshots: Snapshots) -> Comparison:
+    def result(self, labels: list[str]) -> Comparison:
         """Compare the snapshots; the tokens are let go.
 
         Raises:
@@ -103,7 +102,7 @@ class Sample:
         x = torch.cat(self.kept)
         self.kept = []
         ratios = np.array([_participation_ratio(x[:, s]) for s in range(x.shape[1])])
-        return Comparison(_similarity(x, snapshots.labels), ratios)
+        return Comparison(_similarity(x, labels), ratios)
 
 
 def _similarity(x: Float[Tensor, "B S D"], labels: list[str]) -> pd.DataFrame:

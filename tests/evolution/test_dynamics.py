@@ -229,7 +229,9 @@ def test_averaged_divergences_and_their_draws_match_plain_loops(
     corpus, tokens = random_tokens(12, 10, V, seed + 10), random_tokens(N, T, V, seed)
     counts = count_ngrams(corpus, snaps.tokenizer)
     seen = pairs_of(corpus, {0})
-    found = measure_predictions(snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count, n_bootstrap=4, seed=seed)
+    found = measure_predictions(
+        snaps, counts, tokens, batch_tokens=2 * T, min_count=min_count, n_bootstrap=4, seed=seed
+    )
     assert found.unigram_entropy == counts.unigram_entropy and found.bigram_entropy == counts.bigram_entropy
     assert found.snapshots["label"].tolist() == ["step0", "step10", "step20"]
     assert found.n == len(pairs_of(tokens, {0})) and found.kl1.shape == (5, 3) and found.n_bootstrap == 4
@@ -290,7 +292,7 @@ def test_training_reduces_the_divergences(snaps: Snapshots, tiny_text: list[str]
     for name in ("kl1", "kl2", "loss"):
         assert table[name].is_monotonic_decreasing
         assert (table[f"{name}_low"] < table[f"{name}_high"]).all()
-        low, high = np.quantile(getattr(found, name)[1:], [0.025, 0.975], axis=0)
+        low, high = np.quantile(getattr(found, name)[1:], [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0)
         assert table[f"{name}_low"].tolist() == low.tolist() and table[f"{name}_high"].tolist() == high.tolist()
     assert (table["loss_low"] < table["loss"]).all() and (table["loss"] < table["loss_high"]).all()
     assert table["loss"].iloc[0] == pytest.approx(math.log(len(snaps.tokenizer)), abs=0.3)

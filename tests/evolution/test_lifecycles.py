@@ -372,7 +372,7 @@ def test_every_measure_has_its_own_lifecycles(F: int, S: int, seed: int) -> None
             dates = date_births(read, measure, kept, presence=0.7, min_run=1, seed=3)
             pd.testing.assert_frame_equal(table[list(dates)], dates)
     pd.testing.assert_frame_equal(found.lifecycles(), found.lifecycles("r2"))
-    frames = found.to_frames()
+    frames = found.tables()
     assert frames["lifecycles"]["measure"].tolist() == ["r2"] * F + ["within"] * F + ["norm"] * F
     counts = found.count_births().query("measure == 'r2' and kind == 'all' and threshold == 0.7").iloc[0]
     assert counts["born"] == (found.lifecycles()["origin"] == "emergent").sum()

@@ -69,7 +69,9 @@ def found(crosscoder: Any, acts: Read) -> dict[str, pd.DataFrame]:
     return evolve(crosscoder, acts, presence=0.4, seed=5).tables()
 
 
-def test_the_tables_are_those_of_the_analyses_alone(crosscoder: Any, acts: Read, found: dict[str, pd.DataFrame]) -> None:
+def test_the_tables_are_those_of_the_analyses_alone(
+    crosscoder: Any, acts: Read, found: dict[str, pd.DataFrame]
+) -> None:
     tables = found
     evolution = evolve(crosscoder, acts, presence=0.4, seed=5)
     lifecycles = evolution.lifecycles("norm")
