@@ -303,41 +303,20 @@ def study_seeds(
     return {**tables, "seeds_rotation": pd.concat(turns, ignore_index=True)} if turns else tables
 
 
-def save_seeds(
-    run_dir: str | Path, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7
-) -> str:
-    """Write the tables of `study_seeds` to the run directories of several seeds.
-
-    The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
-    features.
+def describe_seeds(tables: Mapping[str, pd.DataFrame], threshold: float = 0.7) -> str:
+    """What the seeds have in common, in two lines.
 
     Args:
-        run_dir: the run directory of the first seed.
-        crosscoders: the crosscoders by seed, as `train_seeds` returns them.
-        acts: the activations that they were trained on.
-        threshold: correlation from which a partner counts.
-
-    Returns:
-        What the seeds have in common, in a few lines.
-
-    Raises:
-        UserError: as `consensus`.
+        tables: the result of `study_seeds`.
+        threshold: as there.
     """
-    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
-    run, first = RunDir(run_dir), min(crosscoders)
-    run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
-    for seed in crosscoders:
-        place = run if seed == first else run.other_seed(seed)
-        found = tables["consensus"]
-        of_seed = pd.DataFrame(found[found["crosscoder"] == str(seed)])
-        place.save_table("consensus", of_seed.reset_index(drop=True))
     pairs, shares = tables["seeds"], consensus_shares(tables["consensus"])
     return (
         f"a live feature has a partner of correlation {threshold:g} or more in another seed: "
         f"{pairs[['share_a', 'share_b']].to_numpy().mean():.0%} of them, which write "
         f"{pairs[['variance_a', 'variance_b']].to_numpy().mean():.0%} of the variance (by chance "
         f"{pairs['null_a'].mean():.0%}; by decoder cosine {pairs[['cosine_a', 'cosine_b']].to_numpy().mean():.0%})\n"
-        f"found by most of {len(crosscoders)} seeds: {shares['consensus'].mean():.0%} of the live features, "
+        f"found by most of {len(shares)} seeds: {shares['consensus'].mean():.0%} of the live features, "
         f"{shares['consensus_variance'].mean():.0%} of the variance; by all: {shares['unanimous'].mean():.0%}, "
         f"{shares['unanimous_variance'].mean():.0%}"
     )
@@ -722,3 +701,32 @@ def _values(block: Callable[[slice], np.ndarray], i: np.ndarray, j: np.ndarray) 
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
+
+
+def save_seeds(
+    run_dir: str | Path, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7
+) -> str:
+    """Write the tables of `study_seeds` to the run directories of several seeds.
+
+    The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
+    features.
+
+    Args:
+        run_dir: the run directory of the first seed.
+        crosscoders: the crosscoders by seed, as `train_seeds` returns them.
+        acts: the activations that they were trained on.
+        threshold: correlation from which a partner counts.
+
+    Returns:
+        The lines of `describe_seeds`.
+
+    Raises:
+        UserError: as `consensus`.
+    """
+    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
+    run, first, found = RunDir(run_dir), min(crosscoders), tables["consensus"]
+    run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
+    for seed in crosscoders:
+        place = run if seed == first else run.other_seed(seed)
+        place.save_table("consensus", pd.DataFrame(found[found["crosscoder"] == str(seed)]).reset_index(drop=True))
+    return describe_seeds(tables, threshold)

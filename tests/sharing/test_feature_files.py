@@ -81,7 +81,7 @@ def run(crosscoder: Crosscoder, acts: Activations, tmp_path_factory: pytest.Temp
     run = RunDir(tmp_path_factory.mktemp("run"))
     architecture = {"architecture": crosscoder.cfg.architecture(), "d_in": S * D, "d_sae": F}
     run.write_json({"identity": {**acts.metadata(), "architecture": architecture}})
-    run.save_tables(evolve(crosscoder, acts).to_frames())
+    run.save_tables(evolve(crosscoder, acts).tables())
     run.save_tables(feature_tables(crosscoder, acts))
     return run
 
