@@ -314,7 +314,6 @@ TABLES: tuple[Table, ...] = (
                 "median_cosine": "Median cosine of the decoders of partners.",
             }
         ),
-        _COLLECT,
     ),
     Table(
         "seeds_rotation",
