@@ -136,6 +136,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 _ATTRIBUTE = "crosslens attribute RUN_DIR --task TASK"
+_COLLECT = "Not collected yet. Run: crosslens evolve RUN_DIR"
 VERBS = {
     "train": Verb(
         "crosslens train", "The crosscoder has not been evaluated. crosslens train does this when training ends."
@@ -452,6 +453,7 @@ TABLES: tuple[Table, ...] = (
             },
             "feature",
         ),
+        _COLLECT,
     ),
     Table(
         "scaling",
@@ -705,6 +707,7 @@ TABLES: tuple[Table, ...] = (
             },
             f"feature {_AT}",
         ),
+        "No probes have been fitted. Run: crosslens evolve RUN_DIR",
     ),
     Table(
         "probe_presence",
@@ -751,15 +754,21 @@ TABLES: tuple[Table, ...] = (
             },
             "feature rank sequence position activation",
         ),
+        _COLLECT,
     ),
     Table(
-        "example_tokens", "token around an example", "evolve", _columns({}, "feature rank position token activation")
+        "example_tokens",
+        "token around an example",
+        "evolve",
+        _columns({}, "feature rank position token activation"),
+        _COLLECT,
     ),
     Table(
         "example_contexts",
         "token further away from an example",
         "evolve",
         _columns({}, "feature rank position token activation"),
+        _COLLECT,
     ),
     Table(
         "samples",
@@ -769,8 +778,15 @@ TABLES: tuple[Table, ...] = (
             {"threshold": "As in `examples`."},
             "feature rank sequence position activation",
         ),
+        _COLLECT,
     ),
-    Table("sample_tokens", "token around a sample", "evolve", _columns({}, "feature rank position token activation")),
+    Table(
+        "sample_tokens",
+        "token around a sample",
+        "evolve",
+        _columns({}, "feature rank position token activation"),
+        _COLLECT,
+    ),
     Table(
         "activations",
         "feature and bin of activation",
@@ -782,6 +798,7 @@ TABLES: tuple[Table, ...] = (
             },
             "feature",
         ),
+        _COLLECT,
     ),
     Table(
         "lens",
@@ -796,6 +813,7 @@ TABLES: tuple[Table, ...] = (
             },
             "feature snapshot rank",
         ),
+        _COLLECT,
     ),
     Table(
         "nearest",
@@ -805,6 +823,7 @@ TABLES: tuple[Table, ...] = (
             {"other": "The other feature.", "cosine": "Cosine of the decoder vectors, concatenated over snapshots."},
             "feature rank",
         ),
+        _COLLECT,
     ),
     Table(
         "passages",
@@ -822,8 +841,15 @@ TABLES: tuple[Table, ...] = (
             },
             "feature",
         ),
+        _COLLECT,
     ),
-    Table("held_out_tokens", "token of the sequences with passages", "evolve", _columns({}, "sequence position token")),
+    Table(
+        "held_out_tokens",
+        "token of the sequences with passages",
+        "evolve",
+        _columns({}, "sequence position token"),
+        _COLLECT,
+    ),
     Table(
         "accuracy",
         "task and snapshot",

@@ -247,14 +247,17 @@ def nearest_features(crosscoder: Crosscoder, n: int) -> tuple[Int[Tensor, "F n"]
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """Decode tokens one by one for display; use the token's name if it is not a whole character."""
+    """Decode tokens one by one for display; use the token's name if it is not a whole character.
+
+    A token that the tokenizer sets apart from the one before begins with a space, whether the tokenizer writes the space
+    into the token (Ġ, ▁) or between tokens, as those of whole words do.
+    """
     texts: dict[int, str] = {}
     for token in ids:
         name, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
         if not text or "\ufffd" in text:
             text = name
-        # tokenizers that mark the start of a word drop the mark at the start of a text
-        elif name.startswith(("\u2581", "\u0120")) and not text.startswith(" "):
+        elif str(tokenizer.decode([token, token])) == f"{text} {text}":
             text = f" {text}"
         texts[token] = text
     return texts

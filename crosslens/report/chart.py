@@ -39,6 +39,7 @@ SERIES = tuple(light for light, _ in _SERIES)
 # low to high; both start near the page background, so absent features recede
 HEAT = ("#eef1f4", "#b9d3e6", "#6ea8d2", "#2372ad", "#073763")
 _HEAT_DARK = ("#20262d", "#23486a", "#2f74ab", "#69b1e3", "#dff1ff")
+SIGNED = (SERIES[1], HEAT[0], SERIES[0])  # below zero, zero, above
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 _DASHES = ("solid", "dash", "dot")
 _BAND = 0.16
@@ -327,6 +328,17 @@ def new_figure(y_title: str, *, height: int = 380, **layout: object) -> go.Figur
     )
 
 
+def new_panels(y_title: str, n: int, *, height: int) -> go.Figure:
+    """A figure of n panels side by side, whose axes look alike; the first has the title of the y axis."""
+    figure = new_figure(y_title, height=height)
+    layout: Any = figure.layout
+    figure.update_layout(grid={"rows": 1, "columns": n, "pattern": "independent", "xgap": 0.1 if n < 3 else 0.25})
+    for place in range(2, n + 1):
+        y = {**layout.yaxis.to_plotly_json(), "title": {"font": {"size": 13}, "standoff": 10}}
+        figure.update_layout({f"xaxis{place}": layout.xaxis.to_plotly_json(), f"yaxis{place}": y})
+    return figure
+
+
 def _outline(
     x: Sequence[float], low: Sequence[float], high: Sequence[float]
 ) -> list[tuple[float | None, float | None]]:
@@ -512,3 +524,8 @@ def floats(values: pd.Series | np.ndarray) -> list[float]:
 def ints(values: pd.Series | np.ndarray) -> list[int]:
     """Plain integers."""
     return [int(v) for v in values]
+
+
+def pick(table: Frame, *columns: str) -> Frame:
+    """Those of the columns that a table has, with rows numbered anew."""
+    return table[[column for column in columns if column in table]].reset_index(drop=True)

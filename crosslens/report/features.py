@@ -32,15 +32,13 @@ from crosslens.report.chart import (
     new_figure,
     shown,
 )
+from crosslens.report.entries import advise
 from crosslens.report.tables import MEASURES, Tables, by_measure, curves, main_measure, missing_column
 
 SHARD = 64
 MIN_ITEMS = 20  # effects on fewer prompts do not rank features
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of presence in the table's strips
 _LIFECYCLE = ("birth", "peak", "death", "lifetime")
-_EVOLVE = "The evolution of features has not been computed. Run: crosslens evolve RUN_DIR"
-_COLLECT = "Not collected yet. Run: crosslens evolve RUN_DIR"
-_ATTRIBUTE = "No effects on tasks have been computed. Run: crosslens attribute RUN_DIR --task TASK"
 
 
 @dataclass(frozen=True)
@@ -77,9 +75,9 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
     """
     lifecycles, evolution = tables["lifecycles"], tables["evolution"]
     if lifecycles is None or evolution is None:
-        return FeatureSet([], [], [], _EVOLVE)
+        return FeatureSet([], [], [], advise("evolution"))
     if not {"feature", "measure"} <= set(lifecycles) or not {"feature", "snapshot", "label", "norm"} <= set(evolution):
-        return FeatureSet([], [], [], f"The evolution table lists no features or no snapshots. {AGAIN}")
+        return FeatureSet([], [], [], "The evolution table lists no features or no snapshots: repeat crosslens evolve.")
     labels = evolution.drop_duplicates("snapshot").sort_values("snapshot")["label"].astype(str).tolist()
     features = _Features(lifecycles, evolution, labels, tables)
     write("features.js", f"crosslens.index({ascii_json(features.index())});\n")
@@ -186,7 +184,7 @@ class _Features:
         self.norms = curves(evolution, self.ids, "norm")
         # by measure, zero for features without a reading
         self.presence = {"norm": self.norms}
-        for measure in set(lifecycles["measure"]) - {"norm"}:
+        for measure in [name for name in MEASURES if name != "norm" and name in set(lifecycles["measure"])]:
             rows = by_measure(lifecycles, measure)
             read = rows.loc[rows["origin"].notna(), "feature"]
             self.presence[measure] = curves(evolution, self.ids, measure) * np.isin(self.ids, read)[:, None]
@@ -195,7 +193,7 @@ class _Features:
         self.lifecycle = {name: self._integers(name) for name in _LIFECYCLE}
         self.rates = _short(self._floats("firing_rate"))
         self.effects = Effects(tables, self.ids, len(labels))
-        self.missing = {} if self.effects.of_task else {"effects": _ATTRIBUTE}
+        self.missing = {} if self.effects.of_task else {"effects": advise("attribution/<task>")}
         ids, S = self.ids, len(labels)
         self.examples: Examples | None = self._part(
             "examples",
@@ -231,12 +229,12 @@ class _Features:
         self.called = {feature: name or top for feature, name, top in known}
 
     def _part(self, name: str, tables: Tables, wanted: tuple[str, ...], make: Callable[..., Any]) -> Any:
-        found = [tables.once(table) for table in wanted]
-        if any(table is None for table in found):
-            self.missing[name] = _COLLECT
+        found = {table: tables.once(table) for table in wanted}
+        if missing := [table for table, rows in found.items() if rows is None]:
+            self.missing[name] = advise(missing[0])
             return None
         try:
-            return make(*found)
+            return make(*found.values())
         except KeyError as error:
             self.missing[name] = missing_column(error)
             return None

@@ -1,6 +1,6 @@
 """Write the pages of a run.
 
-1. Each entry in `sections` gets its tables and returns a chart, a grid, or a sentence about what is missing.
+1. Each figure (`entries`) gets its tables and returns a chart, a grid, or a sentence about what is missing.
 2. Its numbers go to `data/<entry>.csv`; its figure goes into the page as compact JSON, escaped for a <script> element.
 3. The data of single features go to scripts that a page loads when it shows the feature (`features`); every task has
    a page of its own.
@@ -24,6 +24,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from crosslens.report.chart import THEME, Chart, Frame, Grid, Prompts, short_count, task_link, task_pages
+from crosslens.report.entries import Entry, advise
 from crosslens.report.features import (
     SHARD,
     FeatureSet,
@@ -34,7 +35,7 @@ from crosslens.report.features import (
     write_features,
 )
 from crosslens.report.findings import find, warn
-from crosslens.report.sections import PAGES, TASK, Entry, Page, Section
+from crosslens.report.sections import PAGES, TASK, Page, Section
 from crosslens.report.tables import MEASURES, Tables, by_measure, free_name, main_measure, missing_column
 from crosslens.rundir import RunDir, delete, without_paths, write_text
 
@@ -108,7 +109,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     def add(name: str, page: Page, task: str | None = None, **context: Any) -> None:
         done = set(csv)
         tables.damaged.clear()
-        parts = [_make_part(section, tables, csv, task) for section in page.sections]
+        parts = [_make_part(page, section, tables, csv, task) for section in page.sections]
         if page is PAGES[0]:
             context |= {"facts": overview, "numbers": overview.numbers, "findings": find(tables, set(csv))}
         pages[name] = _render(
@@ -231,6 +232,7 @@ class Block:
         grid: for a table of numbers.
         tinted: whether the grid's cells are numbers tinted by size, rather than words.
         words: for neither: why there is nothing to show.
+        missing: whether that is because a table does not exist.
         note: caption.
         csv: path of the numbers.
     """
@@ -245,6 +247,7 @@ class Block:
     grid: Grid | None = None
     tinted: bool = False
     words: str = ""
+    missing: bool = False
     note: str = ""
     csv: str = ""
 
@@ -258,31 +261,29 @@ class Part:
     words: str = ""
 
 
-def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
-    """Draw the entries of a section, and add their numbers to `csv`, by file name."""
-    blocks = [_block(entry, section, tables, csv, task) for entry in section.entries]
-    if all(block.words == section.empty for block in blocks):
-        return Part(section, [], section.empty)  # once, instead of for every entry
+def _make_part(page: Page, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
+    """Draw the figures of a section, and add their numbers to `csv`, by file name."""
+    blocks = [_block(entry, tables, csv, task) for entry in page.entries(section)]
+    if all(block.missing for block in blocks):
+        first = min(blocks, key=lambda block: block.entry.optional)
+        return Part(section, [], first.words)  # once, instead of for every figure
     kept: list[Block] = []
     for block in blocks:
-        if block.words == section.empty:
-            leave_out = block.entry.optional
-        else:  # the same reason for several figures is given once
-            leave_out = bool(block.words) and block.words in {other.words for other in kept}
-        if not leave_out:
+        said = {other.words for other in kept}  # the same reason for several figures is given once
+        if not (block.missing and block.entry.optional) and not (block.words and block.words in said):
             kept.append(block)
     return Part(section, kept)
 
 
-def _block(entry: Entry, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Block:
+def _block(entry: Entry, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Block:
     id = entry.name
     if task is not None:
         id += Path(task_pages(tables["tasks"])[task]).stem.removeprefix("task")
     id = free_name(id, {Path(name).stem for name in csv})
-    wanted = [tables[name if task is None else name.format(task=task)] for name in entry.tables]
-    found = [table for table in wanted if table is not None]
-    if len(found) < len(wanted):
-        return Block(id, entry, words=section.empty)
+    found = [tables[name if task is None else name.replace("<task>", task)] for name in entry.tables]
+    for name, table in zip(entry.tables, found, strict=True):
+        if table is None:
+            return Block(id, entry, words=advise(name), missing=True)
     try:
         drawn = entry.draw(*found)
     except KeyError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from crosslens.errors import UserError
-from crosslens.report.evolution_figures import evolution_map
+from crosslens.report.figures.lifecycles import evolution_map
 from crosslens.report.tables import Tables, by_measure
 from crosslens.rundir import RunDir
 from crosslens.training.logging import wandb_run

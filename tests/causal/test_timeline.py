@@ -21,8 +21,9 @@ from crosslens.causal.timeline import SEPARATOR, find_examples, follow_features
 from crosslens.errors import UserError
 from crosslens.intervention import prompt_runs
 from crosslens.intervention.prompt_runs import PromptRuns
-from crosslens.report.causal_figures import N_TIMELINE, feature_timeline, language_overlap
 from crosslens.report.chart import THEME
+from crosslens.report.figures.feature_timeline import N_TIMELINE, feature_timeline
+from crosslens.report.figures.languages import language_overlap
 from crosslens.report.page import compact
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task

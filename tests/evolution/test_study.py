@@ -33,7 +33,9 @@ from crosslens.evolution.phases import find_phases, measure_dynamics
 from crosslens.evolution.probes import probe, probe_errors, probe_parts, probe_presence
 from crosslens.evolution.selection import doubtful_snapshots, propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import replacements, splits
-from crosslens.report import evolution_figures
+from crosslens.report.figures import probes as probes_figures
+from crosslens.report.figures import rotation as rotation_figures
+from crosslens.report.figures import structure as structure_figures
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, Read, of_norms, snapshots_at
@@ -120,38 +122,38 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     RunDir(tmp_path).save_tables(found)
     tables: dict[str, Any] = {name: RunDir(tmp_path).table(name) for name in found}
     snapshots = pd.DataFrame({"snapshot": range(4), "label": LABELS, "step": [0, 8, 64, 512]})
-    bars = evolution_figures.rotation(tables["rotation"]).figure.data[0]
+    bars = rotation_figures.rotation(tables["rotation"]).figure.data[0]
     assert list(bars.y) == tables["rotation"]["rotated"].tolist()
-    square = evolution_figures.cosines(tables["cosines"]).figure.data[0]
+    square = rotation_figures.cosines(tables["cosines"]).figure.data[0]
     assert square.z[1][3] == pytest.approx(
         float(tables["cosines"].query("snapshot == 1 and other == 3")["median"].iloc[0])
     )
-    lines = evolution_figures.dimensionality(tables["dimensionality"]).figure.data
+    lines = structure_figures.dimensionality(tables["dimensionality"]).figure.data
     assert list(lines[0].y) == pytest.approx(tables["dimensionality"]["share"].tolist())
     assert list(lines[1].y) == pytest.approx(tables["dimensionality"]["random_share"].tolist())
     assert list(lines[2].y) == pytest.approx(tables["dimensionality"]["elhage_share"].tolist())
     assert list(lines[4].y) == pytest.approx((tables["dimensionality"]["participation_ratio"] / 5).tolist())
-    rates = {(trace.name, trace.yaxis): list(trace.y) for trace in evolution_figures.rotation_rate(
+    rates = {(trace.name, trace.yaxis): list(trace.y) for trace in rotation_figures.rotation_rate(
         tables["rotation"]).figure.data}  # fmt: skip
     for name, column in (("decoder vectors", "angle"), ("null: the same snapshot, different halves", "null")):
         per_interval = "null_angle" if column == "null" else column
         assert rates[(name, "y")] == pytest.approx(tables["rotation"][per_interval].tolist())
         per_doubling = tables["rotation"][f"{column}_per_doubling"].tolist()
         assert np.isnan(per_doubling[0]) and rates[(name, "y2")][1:] == pytest.approx(per_doubling[1:])
-    points = evolution_figures.scaling(tables["scaling"], tables["evolution"], tables["lifecycles"]).data
+    points = structure_figures.scaling(tables["scaling"], tables["evolution"], tables["lifecycles"]).data
     norms = tables["evolution"].pivot(index="feature", columns="snapshot", values="norm").to_numpy()
     for row in points.sample(20, random_state=0).to_dict("records"):
         top = norms[row["feature"]].max()
         assert row["strength"] == pytest.approx(norms[row["feature"], LABELS.index(row["label"])] / top)
         beta = tables["scaling"].loc[row["feature"], f"peak/{row['label']}"]
         assert row["scaling"] == pytest.approx(beta / top)
-    drawn = evolution_figures.encoder(tables["encoder"], tables["lifecycles"])
+    drawn = structure_figures.encoder(tables["encoder"], tables["lifecycles"])
     at = int(tables["lifecycles"].query("measure == 'r2'")["birth"].max())
     born = tables["lifecycles"].query("measure == 'r2' and alive and birth == @at")["feature"]
     shares = tables["encoder"].loc[born, "share/step64"].dropna()
     place = drawn.data["born"].tolist().index(at)
     assert drawn.figure.data[0].z[place][2] == pytest.approx(shares.median())
-    counted = evolution_figures.splits_and_replacements(
+    counted = structure_figures.splits_and_replacements(
         pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), pd.DataFrame({"birth": [1, 1, 3]}), snapshots
     )
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
@@ -199,31 +201,31 @@ def test_probe_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> 
     pd.testing.assert_frame_equal(found["probe_parts"], probe_parts(probes, seed=2))
     evolution = evolve(cc, acts, seed=2)
     pd.testing.assert_frame_equal(found["probe_presence"], probe_presence(probes, evolution.table, seed=2))
-    chart = evolution_figures.probe_presence(found["probe_presence"])
+    chart = probes_figures.probe_presence(found["probe_presence"])
     assert not isinstance(chart, str)
     known = found["probe_presence"].dropna(subset=["spearman"])
     within = known.query("part == 'within_features'")["spearman"].tolist()
     assert list(chart.figure.data[0].x)[: len(within)] == pytest.approx(within)
-    points = evolution_figures.probe(probes, evolution.table)
+    points = probes_figures.probe(probes, evolution.table)
     assert not isinstance(points, str)
     assert [trace.xaxis for trace in points.figure.data] == ["x", "x2"]
     r2 = [evolution.wide("r2").iloc[i, s] for i, s in zip(probes["feature"], probes["snapshot"], strict=True)]
     assert list(points.figure.data[0].x) == pytest.approx([value for value in r2 if value == value])
     assert list(points.figure.data[1].x) == pytest.approx(probes["norm"].tolist())
-    alone = evolution_figures.probe(probes, evolution.table.assign(r2=np.nan))
+    alone = probes_figures.probe(probes, evolution.table.assign(r2=np.nan))
     assert not isinstance(alone, str) and len(alone.figure.data) == 1
 
 
 def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     tables = found
     dead = tables["lifecycles"].assign(alive=False, birth=None)
-    assert "No feature is born" in evolution_figures.encoder(tables["encoder"], dead)
-    assert "No feature fires" in evolution_figures.scaling(tables["scaling"], tables["evolution"], dead)
-    assert "No feature changes" in evolution_figures.rotation(tables["rotation"].assign(rotated=0))
-    assert "No feature has a decoder vector long enough" in evolution_figures.cosines(tables["cosines"].assign(n=0))
+    assert "No feature is born" in structure_figures.encoder(tables["encoder"], dead)
+    assert "No feature fires" in structure_figures.scaling(tables["scaling"], tables["evolution"], dead)
+    assert "No feature changes" in rotation_figures.rotation(tables["rotation"].assign(rotated=0))
+    assert "No feature has a decoder vector long enough" in rotation_figures.cosines(tables["cosines"].assign(n=0))
     none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
     snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
-    assert "No feature splits" in evolution_figures.splits_and_replacements(*none, snapshots)
+    assert "No feature splits" in structure_figures.splits_and_replacements(*none, snapshots)
 
 
 def test_topk_crosscoders_have_no_latent_scaling(acts: Read) -> None:

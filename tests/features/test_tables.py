@@ -12,7 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Olmo2Config, OlmoConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    Olmo2Config,
+    OlmoConfig,
+    PreTrainedTokenizerFast,
+)
 
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
@@ -264,18 +272,22 @@ def test_examples_do_not_depend_on_the_blocks(
     torch.testing.assert_close(highest_, highest)
 
 
-def test_tokens_for_display() -> None:
-    class Bytes:
-        names = ["\u0120the", "the", "\u010a", "\u00e2\u013d", "\u2581chat"]
-        decoded = [" the", "the", "\n", "\ufffd", "chat"]
-
-        def convert_ids_to_tokens(self, token: int) -> str:
-            return self.names[token]
-
-        def decode(self, tokens: list[int]) -> str:
-            return self.decoded[tokens[0]]
-
-    assert list(token_texts(Bytes(), range(5)).values()) == [" the", "the", "\n", "\u00e2\u013d", " chat"]
+@pytest.mark.parametrize(
+    ("decoder", "texts"),
+    [
+        (decoders.ByteLevel(), {"\u0120the": " the", "the": "the", "\u010a": "\n", "\u00e2\u013d": "\u00e2\u013d"}),
+        (decoders.Metaspace(), {"\u2581chat": " chat", "chat": "chat"}),
+        (decoders.WordPiece(), {"the": " the", "##s": "##s"}),
+        (None, {"the": " the", ".": " ."}),
+    ],
+)
+def test_tokens_for_display(decoder: Any, texts: dict[str, str]) -> None:
+    """Spaces stand before tokens whether tokenizers write them into tokens or between words."""
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(texts)}, unk_token="the"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    assert list(token_texts(whole, range(len(texts))).values()) == list(texts.values())
 
 
 def test_a_run_directory_keeps_the_tables(acts: Activations, crosscoder: Crosscoder, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from crosslens.features.labels import complexity_correlation
 from crosslens.report import write_report
-from crosslens.report.evolution_figures import complexity as complexity_figure
 from crosslens.report.features import SHARD, write_features
+from crosslens.report.figures.structure import complexity as complexity_figure
 from crosslens.report.tables import Tables
 from crosslens.rundir import RunDir
 from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, drop, lives, make_run, table, wide

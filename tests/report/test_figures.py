@@ -9,8 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crosslens.report import causal_figures, evolution_figures, overview_figures
 from crosslens.report.chart import MUTED, Chart, Grid, Prompts, Style
+from crosslens.report.figures import effects as effects_figures
+from crosslens.report.figures import lifecycles as lifecycles_figures
+from crosslens.report.figures import phases as phases_figures
+from crosslens.report.figures import probes as probes_figures
+from crosslens.report.figures import prompts as prompts_figures
 
 
 def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
@@ -46,7 +50,7 @@ def traces(chart: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("gap", [False, True])
 def test_dynamics_draws_the_table(gap: bool) -> None:
     table = dynamics_of(gap=gap)
-    chart = overview_figures.dynamics(table.sample(frac=1, random_state=0), turning_point(2))
+    chart = phases_figures.dynamics(table.sample(frac=1, random_state=0), turning_point(2))
     drawn = traces(chart)
     for name, column in (("unigram KL", "kl1"), ("bigram KL", "kl2"), ("loss", "loss")):
         assert list(drawn[name].y) == table[column].tolist() and drawn[name].yaxis is None
@@ -74,7 +78,7 @@ def test_dynamics_draws_the_table(gap: bool) -> None:
 
 def test_dynamics_without_features_or_turning_point() -> None:
     plain = dynamics_of().drop(columns=["present", "settled", "alive", "dimensionality", "bigram_progress"])
-    chart = overview_figures.dynamics(plain)
+    chart = phases_figures.dynamics(plain)
     assert set(traces(chart)) == {"unigram KL", "bigram KL", "loss"} and "yaxis2" not in chart.figure.layout
     for table, words in (
         (turning_point(pd.NA), "There is no turning point: features lead at least as much as statistics. The share"),
@@ -87,7 +91,7 @@ def test_dynamics_without_features_or_turning_point() -> None:
             "Unresolved: 60% of the features' settling lies between the start and step10,",
         ),
     ):
-        chart = overview_figures.dynamics(dynamics_of(), table)
+        chart = phases_figures.dynamics(dynamics_of(), table)
         assert words in chart.note and "turning point" not in traces(chart)
 
 
@@ -106,14 +110,14 @@ def test_probe_parts_draws_the_table() -> None:
     for measure in ("spearman", "pearson"):
         table[measure] = np.linspace(-0.9, -0.1, 5)
         table[f"{measure}_low"], table[f"{measure}_high"] = table[measure] - 0.05, table[measure] + 0.08
-    chart = evolution_figures.probe_parts(table)
+    chart = probes_figures.probe_parts(table)
     for trace, measure in zip(chart.figure.data, ("spearman", "pearson"), strict=True):
         assert list(trace.x) == table[measure].tolist()
         assert list(trace.error_x.array) == pytest.approx([0.08] * 5)
         assert list(trace.error_x.arrayminus) == pytest.approx([0.05] * 5)
     assert "Without step 0, the standard deviation of probe errors is 0.050 and that of relative norms" in chart.note
     assert "reliability of the errors is 0.90" in chart.note
-    without: Any = evolution_figures.probe_parts(table.assign(n=90))  # step 0 is not among the snapshots
+    without: Any = probes_figures.probe_parts(table.assign(n=90))  # step 0 is not among the snapshots
     assert list(without.figure.data[0].x) == table["spearman"].drop(1).tolist()
     assert "step 0" not in without.note and "without step 0" not in without.figure.layout.yaxis.ticktext
 
@@ -127,14 +131,14 @@ def test_agreement_means_are_those_of_the_bands() -> None:
         table[f"{end}label"], table[f"{end}step"] = "step" + table[column].astype(str), table[column] * 10
     table["norm"], table["agreement"] = rng.uniform(size=90), rng.uniform(size=90)
     table.loc[5, "agreement"] = np.nan
-    chart: Any = evolution_figures.agreement(table)
+    chart: Any = probes_figures.agreement(table)
     drawn = traces(chart)
     for low, high in ((0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)):
         band = table[(table["norm"] > low) & (table["norm"] <= high)].dropna()
         expected = [band.loc[band["other"] == s, "agreement"].mean() for s in (1, 2, 3)]
         assert list(drawn[f"norm {low:g} to {high:g}"].y) == pytest.approx([m for m in expected if not math.isnan(m)])
     assert (
-        evolution_figures.agreement(table.assign(agreement=np.nan))
+        probes_figures.agreement(table.assign(agreement=np.nan))
         == "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     )
 
@@ -150,7 +154,7 @@ def test_proposal_lists_the_chosen_snapshots_and_escapes_text() -> None:
             "reason": ["the first snapshot", "", "the last snapshot"],
         }
     )
-    grid = overview_figures.proposal(table)
+    grid = phases_figures.proposal(table)
     assert isinstance(grid, Grid) and [row[0].text for row in grid.rows] == ["a", "&lt;b&gt;c&lt;/b&gt;"]
     assert grid.rows[0][1].text == "a, b" and "2 of 3 snapshots" in grid.note and "0.250" in grid.note
     assert len(grid.data) == 3
@@ -170,7 +174,7 @@ def counted(untrained: bool = True) -> pd.DataFrame:
 @pytest.mark.parametrize("untrained", [False, True])
 def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
     table = counted(untrained)
-    chart = evolution_figures.birth_counts(table)
+    chart = lifecycles_figures.birth_counts(table)
     assert not isinstance(chart, str)
     drawn: list[Any] = list(chart.figure.data)
     assert len(drawn) == 5 * (2 + untrained)
@@ -184,7 +188,7 @@ def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
     assert "by R² 4 forward, 1 reversed; by decoder norm 8 forward, 1 reversed" in chart.note
     assert ("--untrained" in chart.note) == (not untrained)
     pd.testing.assert_frame_equal(chart.data, table)
-    assert isinstance(evolution_figures.birth_counts(table.assign(n=0)), str)
+    assert isinstance(lifecycles_figures.birth_counts(table.assign(n=0)), str)
 
 
 def words(S: int = 4, n_prompts: int = 8) -> pd.DataFrame:
@@ -216,7 +220,7 @@ def test_features_without_a_significant_effect_follow_in_grey(n_significant: int
     """Also where their effects are larger."""
     table = effects(n_significant, n_others)
     snapshots = pd.DataFrame({"snapshot": [4], "label": "step4", "method": "removal"})
-    grid, lines = causal_figures.effect_table(table, snapshots), causal_figures.signed_effects(table)
+    grid, lines = effects_figures.effect_table(table, snapshots), effects_figures.signed_effects(table)
     assert isinstance(grid, Grid) and isinstance(lines, Chart)
     order = [*range(n_significant)[::-1], *range(n_significant, n_significant + n_others)[::-1]]
     for shown, most in (
@@ -239,13 +243,13 @@ def test_features_without_a_significant_effect_follow_in_grey(n_significant: int
 def test_shares_are_not_drawn_where_accuracy_is_at_chance(chance: list[str]) -> None:
     table, labels = effects(3, 2), pd.DataFrame({"label": chance})
     left = len(chance) if len(chance) < 5 else 0
-    for draw, column in ((causal_figures.relative_effects, "share_relie"), (causal_figures.relative_effects, "relie")):
-        chart: Any = draw(table, None, labels, column)
+    for column in ("share_relie", "relie"):
+        chart: Any = effects_figures.relative_effects(table, None, labels, column)
         gaps = [[not np.isfinite(y) for y in trace.y] for trace in chart.figure.data]
         wanted = [column == "share_relie" and bool(left) and f"step{s}" in chance for s in range(5)]
         assert gaps == [wanted] * 3
         assert ("where accuracy is at chance" in chart.note) == any(wanted)
-    points: Any = causal_figures.signed_against_relative(table, None, labels)
+    points: Any = effects_figures.signed_against_relative(table, None, labels)
     assert len(points.figure.data[0].x) == 3 * (5 - left) == len(points.data)
     assert (f"Not drawn at {', '.join(chance)}, where" in points.note) == bool(left)
     assert ("at chance at every snapshot" in points.note) == (len(chance) == 5)
@@ -253,7 +257,7 @@ def test_shares_are_not_drawn_where_accuracy_is_at_chance(chance: list[str]) -> 
 
 def test_words_are_tinted_by_their_effects() -> None:
     names = pd.DataFrame({"feature": [1, 2], "name": ["boy", "\u202e"]})
-    made = causal_figures.prompt_words(words(), names)
+    made = prompts_figures.prompt_words(words(), names)
     assert isinstance(made, Prompts)
     found, source = made.contents, words().set_index(["prompt", "snapshot", "position"])
     assert found["labels"] == [f"step{s}" for s in range(4)] and found["largest"] == pytest.approx(0.3)
@@ -268,7 +272,7 @@ def test_words_are_tinted_by_their_effects() -> None:
                 assert prompt["features"][s][t] == row["feature"]
         assert len(prompt["tokens"]) == 3 + prompt["id"] % 2
     assert "0.30 logits. The 8 prompts" in made.note and len(made.data) == len(words())
-    assert isinstance(causal_figures.prompt_words(words().assign(effect=0.0)), str)
+    assert isinstance(prompts_figures.prompt_words(words().assign(effect=0.0)), str)
 
 
 def test_a_task_has_one_colour() -> None:

@@ -20,7 +20,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.report import write_report
 from crosslens.report.chart import SnapshotAxis, _outline, shown
-from crosslens.report.evolution_figures import MAX_ROWS, evolution_map, ordered_features
+from crosslens.report.figures.lifecycles import MAX_ROWS, evolution_map, ordered_features
 from crosslens.report.page import compact, script_json
 from crosslens.report.tables import missing_column
 from crosslens.rundir import RunDir

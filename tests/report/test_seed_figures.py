@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crosslens.report import seed_figures
 from crosslens.report.chart import Chart
+from crosslens.report.figures import seeds as seeds_figures
 
 
 def consensus_of(n: int = 3, F: int = 40) -> pd.DataFrame:
@@ -29,7 +29,7 @@ PAIRS = pd.DataFrame(
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_seeds_draws_the_table(n: int) -> None:
     table = consensus_of(n)
-    chart = seed_figures.seeds(table, PAIRS)
+    chart = seeds_figures.seeds(table, PAIRS)
     assert isinstance(chart, Chart)
     live = table[table["alive"]]
     number, weight = chart.figure.data
@@ -40,21 +40,21 @@ def test_seeds_draws_the_table(n: int) -> None:
     assert f"Most of {n} seeds have {int(live['consensus'].sum())} of {len(live)} live features" in chart.note
     assert "55% of the live features have a partner (40% to 70% over 2 pairs, both directions)" in chart.note
     assert "weighted by variance 85%; 20% have a partner whose decoder" in chart.note and "0.5% have one" in chart.note
-    assert "is dead" in str(seed_figures.seeds(table.assign(alive=False), PAIRS))
+    assert "is dead" in str(seeds_figures.seeds(table.assign(alive=False), PAIRS))
 
 
 def test_rates_draw_the_table() -> None:
     table = consensus_of()
-    chart = seed_figures.seeds_by_rate(table)
+    chart = seeds_figures.seeds_by_rate(table)
     assert isinstance(chart, Chart)
     live, bar = table[table["alive"]], chart.figure.data[0]
     for row, drawn in zip(chart.data.to_dict("records"), bar.y, strict=True):
         here = live[(live["firing_rate"] >= row["rate_from"]) & (live["firing_rate"] < row["rate_to"])]
         assert len(here) == row["features"] and drawn == pytest.approx(here["consensus"].mean())
     assert sum(map(int, bar.text)) == len(live)
-    always = seed_figures.seeds_by_rate(live.assign(firing_rate=1.0))
+    always = seeds_figures.seeds_by_rate(live.assign(firing_rate=1.0))
     assert isinstance(always, Chart) and always.data["features"].tolist() == [len(live)]
-    assert "is dead" in str(seed_figures.seeds_by_rate(table.assign(alive=False)))
+    assert "is dead" in str(seeds_figures.seeds_by_rate(table.assign(alive=False)))
 
 
 def test_the_sweep_draws_the_table() -> None:
@@ -65,7 +65,7 @@ def test_the_sweep_draws_the_table() -> None:
         table[name] = rng.random(6)
     table["agreement_low"], table["agreement_high"] = table["agreement"] - 0.1, table["agreement"] + 0.2
     table["proposed"] = table.index == 4
-    chart = seed_figures.sweep(table.sample(frac=1, random_state=0))
+    chart = seeds_figures.sweep(table.sample(frac=1, random_state=0))
     ring, *lines = chart.figure.data
     assert (ring.x[0], ring.y[0]) == (table.loc[4, "least_explained"], table.loc[4, "agreement"])
     assert [line.name for line in lines] == ["F=128", "F=256"]

@@ -1,7 +1,4 @@
-"""Figures of seeds: what several trainings have in common, and how F and k were chosen.
-
-Each function turns tables into a chart, or into a sentence that says why there is nothing to draw.
-"""
+"""What several trainings have in common, and how F and k were chosen."""
 
 from __future__ import annotations
 
@@ -9,11 +6,24 @@ import numpy as np
 import pandas as pd
 
 from crosslens.report.chart import GRID, INK, MUTED, SERIES, Chart, Frame, Style, floats, ints, new_figure
+from crosslens.report.entries import figure
 
 _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
-"""Edges of the bands of firing rates; the first band has no lower edge."""
 
 
+@figure(
+    "seeds",
+    page="index",
+    section="seeds",
+    title="Features by number of seeds",
+    tables=("consensus", "seeds"),
+    definition=(
+        "Live features by the number of seeds that have them, this one included, as a share of their number and of the "
+        "variance that they write, Var(f) Σ norm². Features that more than half of the seeds have are consensus "
+        "features."
+    ),
+    optional=True,
+)
 def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     """Live features and the variance they write, by the number of seeds that have them.
 
@@ -60,6 +70,18 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     return Chart(figure, data, note)
 
 
+@figure(
+    "seeds-rate",
+    page="index",
+    section="seeds",
+    title="Consensus by firing rate",
+    tables=("consensus",),
+    definition=(
+        "Share of the live features that more than half of the seeds have, by the share of held-out tokens on which "
+        "the feature is active."
+    ),
+    optional=True,
+)
 def seeds_by_rate(consensus: Frame) -> Chart | str:
     """Share of consensus features by firing rate.
 
@@ -96,6 +118,19 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
     return Chart(figure, data.reset_index(drop=True), "Above the bars: the number of live features.")
 
 
+@figure(
+    "sweep",
+    page="index",
+    section="seeds",
+    title="Choice of F and k",
+    tables=("sweep",),
+    definition=(
+        "Share of live features with a partner in another seed, against the explained variance of the least explained "
+        "snapshot, for several numbers of features F and of active ones k."
+    ),
+    wide=True,
+    optional=True,
+)
 def sweep(table: Frame) -> Chart:
     """Agreement of seeds against explained variance, a line per number of features.
 

@@ -1,0 +1,109 @@
+"""What the report knows of a figure: a decorator beside the function that draws it.
+
+    @figure(
+        "rotation",
+        page="evolution",
+        section="evolution",
+        title="Rotation by interval",
+        tables=("rotation",),
+        definition="Number of features whose decoder vector rotates more between these two snapshots than ...",
+    )
+    def rotation(table: Frame) -> Chart | str: ...
+
+A figure is in the report once its function is in a file of `crosslens.report.figures`; nothing else has to name it.
+What is said where one of its tables is missing, and what its columns mean, is declared in `crosslens.tables`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TypeAlias, TypeVar
+
+from crosslens.report.chart import Chart, Grid, Prompts
+from crosslens.tables import Column, Table, find_table
+
+Draw: TypeAlias = Callable[..., "Chart | Grid | Prompts | str"]
+AnyDraw = TypeVar("AnyDraw", bound=Draw)
+_FIGURES: list[Entry] = []
+# tables that the report makes of others, see `report.tables.Tables`
+_MADE_OF = {"snapshots": ("evolution",), "tasks": ("attribution/<task>", "accuracy")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure, table of numbers or set of prompts on a page.
+
+    Attributes:
+        name: stem of its anchor and CSV file.
+        page: name of its page in `sections`.
+        section: name of its section there.
+        title: heading.
+        definition: one or two sentences: what is shown, in which unit, how it is computed.
+        draw: makes a figure from the tables, or returns a sentence that says why there is nothing to draw.
+        tables: names of the tables that `draw` takes, in order, as in `Tables`; "<task>" is the task of a task's page.
+        wide: full width, even where two figures fit side by side.
+        optional: omitted if a table is missing, instead of saying so.
+        columns: meaning of the columns of its numbers that are not columns of these tables.
+    """
+
+    name: str
+    page: str
+    section: str
+    title: str
+    definition: str
+    draw: Draw
+    tables: tuple[str, ...]
+    wide: bool = False
+    optional: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def describe(self, column: str) -> Column | None:
+        """What a column of its numbers means; None if nothing is known."""
+        own = Table("", "", "", {name: Column(text) for name, text in self.columns.items()}).column(column)
+        declared = (table.column(column) for name in self.tables for table in _declarations(name))
+        return own or next(filter(None, declared), None)
+
+
+def figure(
+    name: str,
+    *,
+    page: str,
+    section: str,
+    title: str,
+    definition: str,
+    tables: tuple[str, ...],
+    wide: bool = False,
+    optional: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Callable[[AnyDraw], AnyDraw]:
+    """Put the figure that a function draws on a page of the report; arguments as the attributes of `Entry`."""
+
+    def add(draw: AnyDraw) -> AnyDraw:
+        _FIGURES.append(Entry(name, page, section, title, definition, draw, tables, wide, optional, columns or {}))
+        return draw
+
+    return add
+
+
+@cache
+def list_figures() -> tuple[Entry, ...]:
+    """All figures, by file and in the order in which each file has them."""
+    package = importlib.import_module("crosslens.report.figures")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return tuple(sorted(_FIGURES, key=lambda entry: entry.draw.__module__))
+
+
+def advise(name: str) -> str:
+    """What to say where a table, by its name in `report.tables.Tables`, does not exist."""
+    return next((table.advise() for table in _declarations(name)), "")
+
+
+def _declarations(name: str) -> list[Table]:
+    """What is declared of a table, or of the tables that the report makes it of."""
+    stored = _MADE_OF.get(name, (name.partition("@")[0].replace("/*", "/<task>"),))
+    return [table for one in stored if (table := find_table(one)) is not None]

@@ -1,0 +1,317 @@
+"""Ablations of sets of features, and how far effects add up and carry over."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import plotly.graph_objects as go
+
+from crosslens.report.chart import (
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    SIGNED,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_level,
+    add_line,
+    add_matrix,
+    apply_colors,
+    feature_names,
+    floats,
+    ints,
+    new_figure,
+    shown,
+)
+from crosslens.report.entries import figure
+
+ABLATE_K, KEEP_K = 15, 100  # set sizes over snapshots; the nearest size that was measured is drawn
+MIN_CLEAN = 0.1  # of the largest |clean metric|: below this, shares divide by noise
+_SETS = {
+    "top": ("top features by effect", Style(SERIES[0], "circle")),
+    "random": ("random active features", Style(MUTED, "square", "dash")),
+    "size_matched": ("size-matched features", Style(SERIES[1], "diamond", "dot")),
+}
+_ABLATED = {
+    "zero": "Ablated features are set to zero.",
+    "mean": "Ablated features are set to their mean over the prompts.",
+    "patch": "Ablated features are set to their value on the paired prompt.",
+}
+
+
+@figure(
+    "ablate-size",
+    page="task",
+    section="ablation",
+    title="Ablating the top k features, last snapshot",
+    tables=("ablation/<task>",),
+    definition=(
+        "Share of the clean metric that remains when k features are ablated and the error node is kept. Top features "
+        "have the largest signed IE."
+    ),
+)
+def ablate_by_size(table: Frame) -> Chart | str:
+    """`ablation_by_size` of the sets that are ablated."""
+    return ablation_by_size(table, "ablate")
+
+
+@figure(
+    "keep-size",
+    page="task",
+    section="ablation",
+    title="Keeping only the top k features, last snapshot",
+    tables=("ablation/<task>",),
+    definition=(
+        "Share of the clean metric when only k features are kept, without the error node. Top features have the "
+        "largest |IE|."
+    ),
+)
+def keep_by_size(table: Frame) -> Chart | str:
+    """`ablation_by_size` of the sets that are kept."""
+    return ablation_by_size(table, "keep")
+
+
+def ablation_by_size(table: Frame, mode: str) -> Chart | str:
+    """Share of the clean metric by set size, at the last snapshot."""
+    rows = _shares(table, mode)
+    if rows.empty:
+        return f"The ablation table has no rows with mode {mode!r}."
+    last = rows["snapshot"].max()
+    clean = float(rows.loc[rows["snapshot"] == last, "clean"].iloc[0])
+    label = str(rows.loc[rows["snapshot"] == last, "label"].iloc[0])
+    rows = rows[(rows["snapshot"] == last) & rows["share"].notna()].sort_values("k")
+    if rows.empty:
+        return f"The clean metric at {label} is {clean:.3f}, too close to zero to divide by."
+    figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
+    _levels(figure, rows, mode)
+    sizes = sorted(set(ints(rows["k"])))
+    # a logarithmic axis has no 0: the empty set is drawn half a decade before the smallest other
+    places = {size: float(size) if size else min((other for other in sizes if other), default=1) / 3 for size in sizes}
+    for name, style, lines in _sets(rows):
+        k = ints(lines["k"])
+        texts = [f"k = {size}" for size in k]
+        x = [places[size] for size in k]
+        add_line(figure, x, floats(lines["share"]), name, style, hover=texts, value="%{y:.1%}", band=_band(lines))
+    figure.update_xaxes(
+        type="log",
+        title_text="number of features k (log scale)",
+        tickmode="array",
+        tickvals=list(places.values()),
+        ticktext=sizes,
+    )
+    draws = int(rows["n_draws"].max())
+    note = f"At {label}, where the clean metric is {clean:.3f} logits."
+    if "baseline" in rows:
+        note += f" {_ABLATED[str(rows['baseline'].iloc[0])]}"
+    note += f" Bands: the interval of up to {draws:,} random draws, 95% by default."
+    return Chart(figure, _ablation_data(rows), note)
+
+
+@figure(
+    "ablate-snapshots",
+    page="task",
+    section="ablation",
+    title="Ablating the top features, all snapshots",
+    tables=("ablation/<task>",),
+    definition="The same at one set size; the top features are selected separately at each snapshot.",
+)
+def ablate_over_snapshots(table: Frame) -> Chart | str:
+    """`ablation_over_snapshots` of the sets that are ablated."""
+    return ablation_over_snapshots(table, "ablate")
+
+
+@figure(
+    "keep-snapshots",
+    page="task",
+    section="ablation",
+    title="Keeping only the top features, all snapshots",
+    tables=("ablation/<task>",),
+    definition="The same at one set size; the top features are selected separately at each snapshot.",
+)
+def keep_over_snapshots(table: Frame) -> Chart | str:
+    """`ablation_over_snapshots` of the sets that are kept."""
+    return ablation_over_snapshots(table, "keep")
+
+
+def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
+    """Share of the clean metric over snapshots, at one set size."""
+    rows = _shares(table, mode)
+    if rows.empty:
+        return f"The ablation table has no rows with mode {mode!r}."
+    coverage = rows.groupby("k")["snapshot"].nunique()
+    if coverage.max() < 2:
+        return "Only one snapshot was ablated."
+    wanted = KEEP_K if mode == "keep" else ABLATE_K
+    k = min(ints(coverage.index[coverage == coverage.max()].to_numpy()), key=lambda size: (abs(size - wanted), size))
+    rows = rows[rows["k"] == k].sort_values("snapshot")
+    small = sorted(set(rows.loc[rows["share"].isna(), "snapshot"]))
+    axis = SnapshotAxis.of(rows)
+    figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
+    add_level(figure, 1, "clean")
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
+    for name, style, lines in _sets(rows):
+        ids = ints(lines["snapshot"])
+        add_line(
+            figure, axis.x(ids), floats(lines["share"]), name, style, hover=axis.hover(ids), value="%{y:.1%}",
+            band=_band(lines),
+        )  # fmt: skip
+    axis.apply(figure)
+    note = f"Sets of k = {k} features. Bands: the interval of the random draws, 95% by default."
+    if small:
+        labels = ", ".join(axis.labels[int(s)] for s in small)
+        note += f" Not shown at {labels}, where |clean metric| is below {MIN_CLEAN:.0%} of its largest value."
+    return Chart(figure, _ablation_data(rows), note)
+
+
+def _shares(table: Frame, mode: str) -> Frame:
+    """Rows of a mode with the metric as a share of the clean one, NaN where the clean one is too close to zero.
+
+    share = 1 + (metric - clean) / |clean|. This is metric / clean where clean > 0, and falls with the metric even
+    where the model still prefers the wrong answer.
+    """
+    rows = table[table["mode"] == mode].copy()
+    size = rows["clean"].abs()
+    size = size.where(size >= MIN_CLEAN * size.max())
+    rows["share"] = 1 + (rows["metric"] - rows["clean"]) / size
+    for edge in ("low", "high"):
+        rows[f"share_{edge}"] = 1 + (rows[f"metric_{edge}"] - rows["clean"]) / size
+    return rows
+
+
+def _sets(rows: Frame) -> list[tuple[str, Style, Frame]]:
+    """Name, style and rows of each series: by kind of set, and by error node if both settings were measured."""
+    both = rows["error"].nunique() > 1
+    series: list[tuple[str, Style, Frame]] = []
+    for kind, (name, style) in _SETS.items():
+        for error, lines in rows[rows["features"] == kind].groupby("error"):
+            suffix = (", error node kept" if error else ", without error node") if both else ""
+            symbol = style.symbol + ("-open" if both and error else "")
+            series.append((name + suffix, Style(style.color, symbol, style.dash), lines))
+    return series
+
+
+def _band(lines: Frame) -> tuple[list[float], list[float]] | None:
+    """The interval over draws; None for a single set."""
+    low, high = floats(lines["share_low"]), floats(lines["share_high"])
+    return (low, high) if np.isfinite(low).any() else None
+
+
+def _levels(figure: go.Figure, rows: Frame, mode: str) -> None:
+    add_level(figure, 1, "clean")
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
+    alone = float((rows["reconstruction_only"] / rows["clean"]).iloc[0])
+    if mode == "keep" and math.isfinite(alone):
+        add_level(figure, alone, "all features (reconstruction)", "dashdot")
+
+
+def _ablation_data(rows: Frame) -> Frame:
+    columns = ("snapshot", "label", "step", "mode", "features", "error", "k", "metric", "metric_sd", "clean",
+               "share", "share_sd", "n_draws")  # fmt: skip
+    return rows[[c for c in columns if c in rows]].reset_index(drop=True)
+
+
+@figure(
+    "additivity",
+    page="task",
+    section="ablation",
+    title="Additivity of effects",
+    tables=("additivity/<task>", "additivity/<task>.snapshots", "names"),
+    definition=(
+        "Effect of ablating two features together, against the sum of their single effects. Where points leave the "
+        "line, the effect of a set is not the sum of the effects of its features."
+    ),
+    optional=True,
+)
+def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Chart:
+    """Joint effects of pairs of features against the sum of their single effects, at the last snapshot measured.
+
+    Args:
+        pairs: `Additivity.pairs`.
+        summary: `Additivity.summary`.
+        names: feature, name.
+    """
+    called = feature_names(names)
+    row = summary.sort_values("snapshot").iloc[-1]
+    points = pairs[pairs["snapshot"] == row["snapshot"]]
+    figure = new_figure("effect of ablating both (logits)", height=420)
+    ends = [float(np.nanmin(points[["sum", "joint"]])), float(np.nanmax(points[["sum", "joint"]]))]
+    figure.add_trace(
+        go.Scatter(x=ends, y=ends, mode="lines", name="effects add up", line={"color": MUTED, "dash": "dot"})
+    )
+    figure.add_scatter(
+        x=floats(points["sum"]),
+        y=floats(points["joint"]),
+        mode="markers",
+        name="a pair of features",
+        marker={"size": 6, "opacity": 0.7, "color": SERIES[0]},
+        customdata=[
+            [shown(called(int(a))), shown(called(int(b))), x, y]
+            for a, b, x, y in points[["feature_a", "feature_b", "effect_a", "effect_b"]].itertuples(index=False)
+        ],
+        hovertemplate="features %{customdata[0]} and %{customdata[1]}<br>single effects %{customdata[2]:.3f} and "
+        "%{customdata[3]:.3f}<br>sum %{x:.3f}, joint %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="sum of single effects (logits)", showgrid=True, gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(zeroline=False, linecolor=INK)
+    note = (
+        f"At {row['label']}: {int(row['n_pairs'])} pairs of the {int(row['k'])} features with the largest |IE|, on "
+        f"{int(row['n_prompts'])} prompts. {row['interacting']:.0%} of them ({row['interacting_low']:.0%} to "
+        f"{row['interacting_high']:.0%}) interact: they miss the sum by more than half of the smaller effect. Sum of "
+        f"|joint − sum| / sum of |sum| "
+        f"{row['deviation']:.1%} ({row['deviation_low']:.1%} to {row['deviation_high']:.1%})."
+    )
+    return Chart(figure, points.reset_index(drop=True), note)
+
+
+@figure(
+    "transfer",
+    page="task",
+    section="ablation",
+    title="Transfer between snapshots",
+    tables=("transfer/<task>",),
+    definition=(
+        "Effect of ablating the top features of one snapshot (row) at another (column), as a share of the effect of "
+        "ablating all features there. Where a row is below the column's diagonal, the model uses other features by "
+        "then."
+    ),
+    wide=True,
+    optional=True,
+)
+def transfer(table: Frame) -> Chart | str:
+    """Effect of ablating the top features of each snapshot (rows) at every snapshot (columns)."""
+    if table["share"].notna().sum() == 0:
+        return "Ablating all features changes the metric too little at every snapshot to divide by."
+    wide = table.pivot(index="selected_at", columns="ablated_at", values="share").to_numpy(dtype=float)
+    rows = table.drop_duplicates("ablated_at")[["ablated_at", "ablated_at_label", "ablated_at_step"]]
+    axis = SnapshotAxis.of(rows.set_axis(["snapshot", "label", "step"], axis=1), even=True)
+    ids = list(axis.labels)
+    hover = axis.hover(ids)
+    shared = table.pivot(index="selected_at", columns="ablated_at", values="shared").to_numpy(dtype=int)
+    figure = new_figure("top features of", height=160 + 30 * len(ids))
+    texts = [
+        [
+            f"top features of {hover[a]}<br>ablated at {hover[b]}<br>{_percent(wide[a, b])}<br>{shared[a, b]} of them "
+            "are also top features there"
+            for b in range(len(ids))
+        ]
+        for a in range(len(ids))
+    ]
+    add_matrix(figure, wide, texts, axis.x(ids), list(axis.names().values()))
+    largest = max(1.0, float(np.nanmax(np.abs(wide))))
+    apply_colors(figure, SIGNED, {-largest: f"−{largest:.0%}", largest: f"{largest:.0%} of the change"})
+    axis.apply(figure)
+    figure.update_xaxes(title_text="ablated at")
+    k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
+    note = f"Sets of k = {k} features. 100% is the change from ablating all features at that snapshot."
+    blank = sorted({str(label) for label in table.loc[table["share"].isna(), "ablated_at_label"]})
+    if blank:
+        note += f" Blank at {', '.join(blank)}, where this change is too small to divide by."
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+def _percent(share: float) -> str:
+    return "unknown" if math.isnan(share) else f"{share:.0%} of the change".replace("-", "−")

@@ -1,0 +1,47 @@
+"""Features that languages share."""
+
+from __future__ import annotations
+
+from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_line, floats, ints, new_figure, shown
+from crosslens.report.entries import figure
+
+
+@figure(
+    "languages",
+    page="task",
+    section="effects",
+    title="Features shared between languages",
+    tables=("languages/<task>",),
+    definition=(
+        "Number of features among those with the largest |IE| in both languages, and the number expected if each "
+        "feature is replaced by one of about its size, of those active in both."
+    ),
+    wide=True,
+    optional=True,
+)
+def language_overlap(table: Frame) -> Chart:
+    """Number of top features that two languages share, and what chance would give.
+
+    Args:
+        table: from `compare_languages`, of one k.
+    """
+    axis = SnapshotAxis.of(table)
+    figure = new_figure("features shared")
+    for i, ((one, other), rows) in enumerate(table.groupby(["language", "other"], sort=False)):
+        rows = rows.sort_values("snapshot")
+        ids = ints(rows["snapshot"])
+        texts = [f"{hover}, p = {p:.2g}" for hover, p in zip(axis.hover(ids), floats(rows["p"]), strict=True)]
+        name = f"{shown(one)}, {shown(other)}"
+        style = Style.of(i)
+        add_line(figure, axis.x(ids), floats(rows["shared"]), name, style, hover=texts, value="%{y:d}")
+        add_line(
+            figure, axis.x(ids), floats(rows["expected"]), f"{name}, by chance",
+            Style(style.color, dash="dot", markers=False), hover=axis.hover(ids), value="%{y:.1f}",
+            band=(floats(rows["low"]), floats(rows["high"])),
+        )  # fmt: skip
+    figure.update_yaxes(rangemode="tozero")
+    axis.apply(figure)
+    k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
+    level = f"{float(table['level'].iloc[0]):.0%}"
+    note = f"Sets of k = {k} features. Bands: {level} of sets of features of the same sizes, active in both languages."
+    return Chart(figure, table.reset_index(drop=True), note)

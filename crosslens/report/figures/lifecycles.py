@@ -1,0 +1,358 @@
+"""When features are present, are born and disappear."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from scipy.cluster.hierarchy import leaves_list, linkage
+
+from crosslens.report.chart import (
+    FEATURES,
+    GRID,
+    HEAT,
+    INK,
+    SERIES,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_bars,
+    apply_colors,
+    evenly_spaced,
+    feature_names,
+    floats,
+    ints,
+    new_figure,
+    new_panels,
+    shown,
+)
+from crosslens.report.entries import figure
+from crosslens.report.tables import MEASURES, by_measure, curves, main_measure
+
+MAX_ROWS = 2000  # of the heat map; more would be thinner than a pixel
+ORIGINS = ("initial", "emergent", "never")
+FATES = ("persistent", "transient")
+_ALL_DEAD = "Every feature is dead: none is active on any held-out token."
+_READINGS = {
+    ("r2", "all"): "R²",
+    ("r2", "lexical"): "R², lexical",
+    ("r2", "contextual"): "R², contextual",
+    ("within", "contextual"): "within-token R², contextual",
+    ("norm", "all"): "decoder norm",
+}
+
+
+@figure(
+    "evolution-map",
+    page="evolution",
+    section="evolution",
+    title="Presence over training",
+    tables=("evolution", "lifecycles", "snapshots", "names"),
+    definition=(
+        "v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, birth and "
+        "peak, then clustered by their curves. Drag to zoom in; a click opens the feature."
+    ),
+    wide=True,
+)
+def evolution_map(
+    evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None, measure: str | None = None
+) -> Chart | str:
+    """Heat map of relative presence, with features ordered by origin, birth and peak, then clustered.
+
+    Args:
+        evolution: a row per feature and snapshot, from `evolve`.
+        lifecycles: a row per measure and feature.
+        snapshots: snapshot, label, step.
+        names: feature, name.
+        measure: "r2", "within" or "norm"; the main one if None.
+    """
+    called = feature_names(names)
+    measure = measure or main_measure(lifecycles)
+    table = by_measure(lifecycles, measure)
+    alive = ordered_features(table)
+    if alive.empty:
+        return _ALL_DEAD
+    drawn = evenly_spaced(alive, MAX_ROWS)
+    values = curves(evolution, drawn["feature"], measure)
+    v = values / values.max(1, keepdims=True)
+    places = _clustered(drawn, v)
+    drawn, v = drawn.iloc[places], v[places]
+    labels = evolution.drop_duplicates("snapshot").sort_values("snapshot")["label"].astype(str).tolist()
+    known = snapshots.drop_duplicates("label").set_index("label")
+    order = pd.DataFrame(
+        {
+            "snapshot": range(len(labels)),
+            "label": labels,
+            "step": [known["step"].get(label) if "step" in known else None for label in labels],
+        }
+    )
+    axis = SnapshotAxis.of(order, even=True)
+    figure = new_figure("features", height=620)
+    figure.add_heatmap(
+        # bytes, which plotly writes as base64: as text, 2000 rows would be most of the page
+        z=np.nan_to_num(v * 100).round().astype(np.uint8),
+        x=list(axis.positions.values()),
+        y=list(range(len(drawn))),
+        coloraxis="coloraxis",
+        meta=FEATURES,
+        hovertemplate="feature %{text}<br>v = %{z}%<extra></extra>",
+    )
+    axis.apply(figure)
+    groups = drawn["origin"].to_numpy()
+    middles = {origin: float(np.flatnonzero(groups == origin).mean()) for origin in ORIGINS if (groups == origin).any()}
+    totals = alive["origin"].value_counts()
+    # a label takes about 5% of the height, so the labels of thin groups would overlap
+    labelled = {origin: y for origin, y in middles.items() if (groups == origin).mean() > 0.06}
+    thin = ", ".join(f"{totals[origin]:,} “{origin}”" for origin in middles if origin not in labelled)
+    figure.update_layout(
+        # the page's script expands these to the tooltips of all cells
+        meta={
+            "axis": "labels",
+            "rows": ints(drawn["feature"]),
+            "names": [shown(called(feature)) for feature in ints(drawn["feature"])],
+            "columns": axis.hover(list(axis.labels)),
+        },
+    )
+    apply_colors(figure, HEAT, {0: "v = 0", 100: "1"})
+    figure.update_yaxes(
+        autorange="reversed",
+        showgrid=False,
+        zeroline=False,
+        tickmode="array",
+        tickvals=list(labelled.values()),
+        ticktext=[f"{origin}<br>({totals[origin]:,})" for origin in labelled],
+    )
+    for origin in middles:
+        first = float(np.flatnonzero(groups == origin)[0])
+        if first > 0:
+            figure.add_hline(y=first - 0.5, line={"color": INK, "width": 1})
+    note = _of_all(table, measure)
+    if len(drawn) < len(alive):
+        note += f" {len(drawn):,} of them are drawn, evenly spaced in this order."
+    if thin:
+        note += f" Groups too thin to be named beside the figure, from top to bottom: {thin}."
+    data = drawn[[c for c in ("feature", "origin", "fate", "birth", "peak") if c in drawn]].reset_index(drop=True)
+    return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
+
+
+def _clustered(lifecycles: Frame, v: np.ndarray) -> np.ndarray:
+    """An order of rows that stay sorted by origin, birth and peak, in which rows of similar curves are neighbours.
+
+    Within each group these are the leaves of Ward's clustering, turned so that early ones come first.
+    """
+    groups = lifecycles.groupby(["origin", "birth", "peak"], sort=False, dropna=False).ngroup().to_numpy()
+    order: list[np.ndarray] = []
+    for group in pd.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        if len(rows) > 2:
+            rows = rows[leaves_list(linkage(v[rows], "ward"))]
+            late = v[rows] @ np.arange(v.shape[1]) / v[rows].sum(1)
+            rows = rows[::-1] if late[: len(rows) // 2].mean() > late[len(rows) // 2 :].mean() else rows
+        order.append(rows)
+    return np.concatenate(order)
+
+
+def _of_all(table: Frame, measure: str) -> str:
+    """How many features a lifecycle is known of, in words."""
+    alive, read = table["alive"].astype(bool), table["origin"].notna()
+    words = f"{read.sum():,} features by {MEASURES[measure]}"
+    why = {
+        "r2": "unknown (R² below 0.05 at every snapshot)",
+        "within": "unknown (within-token R² below 0.05 at every snapshot, or lexical)",
+        "norm": "without a decoder norm",
+    }
+    rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), why[measure])]
+    left = " and ".join(f"{n:,} {what}" for n, what in rest if n)
+    return f"{words}; left out: {left}." if left else f"{words}."
+
+
+def ordered_features(lifecycles: Frame) -> Frame:
+    """Features with a lifecycle by one measure, ordered by origin, then birth, then peak."""
+    alive = lifecycles[lifecycles["origin"].notna()]
+    rank = alive["origin"].map({origin: i for i, origin in enumerate(ORIGINS)}).astype(float)
+    keys = pd.DataFrame({"origin": rank, "birth": floats(alive["birth"]), "peak": floats(alive["peak"])}, alive.index)
+    return alive.loc[keys.sort_values(["origin", "birth", "peak"], kind="stable").index]
+
+
+@figure(
+    "birth-counts",
+    page="evolution",
+    section="evolution",
+    title="Births with their controls",
+    tables=("birth_counts",),
+    definition=(
+        "Share of features that are born after the first snapshot, over the threshold of presence (a share of the "
+        "feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot "
+        "alone predict the feature on held-out tokens; within-token R² is what the context adds. A count is believable "
+        "as far as it exceeds the same count with the snapshots in reversed order, and in a crosscoder over models "
+        "that never trained. Lexical features vary mostly between token types."
+    ),
+    wide=True,
+    optional=True,
+)
+def birth_counts(table: Frame) -> Chart | str:
+    """Births over thresholds of presence by each measure: forward, reversed in time, and in untrained models.
+
+    Args:
+        table: from `count_births`, with or without untrained models.
+    """
+    if not table["n"].sum():
+        return _ALL_DEAD
+    drawn = table[table["n"] > 0]
+    groups = [group for group in _READINGS if group in set(zip(drawn["measure"], drawn["kind"], strict=True))]
+    figure = new_panels("share of features born", len(groups), height=420)
+    highest = 0.0
+    for place, group in enumerate(groups):
+        rows = drawn[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1])].sort_values("threshold")
+        n, x = rows["n"].to_numpy(dtype=float), floats(rows["threshold"])
+        curves = {"forward": rows["born"] / n, "reversed in time": rows["born_reversed"] / n}
+        if "untrained" in rows:
+            curves["models that never trained"] = rows["untrained"]
+        ends = {"xaxis": f"x{place + 1}" if place else "x", "yaxis": f"y{place + 1}" if place else "y"}
+        for i, (name, values) in enumerate(curves.items()):
+            highest = max(highest, float(np.nan_to_num(values.to_numpy(dtype=float)).max()))
+            style = Style.of(i)
+            figure.add_scatter(
+                x=x,
+                y=floats(values),
+                name=name,
+                legendgroup=name,
+                showlegend=place == 0,
+                mode="lines+markers",
+                line={"color": style.color},
+                marker={"color": style.color, "symbol": style.symbol, "size": 8},
+                hovertemplate=f"<b>{name}</b><br>{_READINGS[group]}, threshold %{{x}}<br>%{{y:.1%}}<extra></extra>",
+                **ends,
+            )
+    for place, group in enumerate(groups):
+        n = drawn.loc[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1]), "n"].iloc[0]
+        title = f"{_READINGS[group].replace(', ', '<br>')} ({int(n):,})"
+        end = str(place + 1) if place else ""
+        figure.update_layout(
+            {
+                f"xaxis{end}": {"title": {"text": title}, "tickvals": sorted(set(floats(drawn["threshold"])))},
+                f"yaxis{end}": {"range": [-0.02, 1.05 * highest + 0.02], "tickformat": ".0%"},
+            }
+        )
+    at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
+    parts = [
+        f"{MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
+        for row in at.to_dict("records")
+    ]
+    note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
+    known = table["untrained"] if "untrained" in table else pd.Series(dtype=float)
+    if not known.notna().any():
+        words = "{} Untrained models were not measured; <code>crosslens evolve --untrained</code> measures them."
+        note = Markup(words).format(note)
+    return Chart(figure, table.reset_index(drop=True), note.strip())
+
+
+@figure(
+    "births",
+    page="evolution",
+    section="evolution",
+    title="Births",
+    tables=("lifecycles", "snapshots"),
+    definition=(
+        "Number of emergent features by the snapshot of birth by R², and whether they persist to the last snapshot; "
+        "beside it, the number by decoder norm."
+    ),
+)
+def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
+    """Number of emergent features by snapshot of birth, stacked by fate, with those by decoder norm beside them."""
+    measure = main_measure(lifecycles)
+    alive = by_measure(lifecycles).dropna(subset=["origin"])
+    emergent = alive[alive["origin"] == "emergent"]
+    if emergent.empty:
+        return f"No feature emerged after the first snapshot by {MEASURES[measure]}."
+    axis = SnapshotAxis.of(snapshots, even=True)
+    ids = list(axis.labels)
+    counts = pd.DataFrame(
+        {fate: emergent.loc[emergent["fate"] == fate, "birth"].astype(int).value_counts().reindex(ids, fill_value=0)
+         for fate in FATES}
+    )  # fmt: skip
+    figure = new_figure("features born", barmode="stack", bargap=0.25)
+    add_bars(figure, axis, counts, "features")
+    note = (
+        f"By {MEASURES[measure]} {len(emergent):,} features emerged; {(alive['origin'] == 'initial').sum():,} initial "
+        "ones are not shown."
+    )
+    if measure != "norm":
+        others = by_measure(lifecycles, "norm")
+        others = others[others["origin"] == "emergent"]
+        by_norm = others["birth"].astype(int).value_counts().reindex(ids, fill_value=0)
+        figure.add_scatter(
+            x=axis.x(ids),
+            y=ints(by_norm),
+            mode="markers",
+            name="by decoder norm",
+            marker={"color": INK, "symbol": "line-ew-open", "size": 18, "line": {"width": 2}},
+            customdata=axis.hover(ids),
+            hovertemplate="<b>%{customdata}</b><br>%{y} features by decoder norm<extra></extra>",
+        )
+        counts["by decoder norm"] = by_norm
+        note += f" By decoder norm {len(others):,} emerged (lines)."
+    axis.apply(figure)
+    figure.update_xaxes(title_text="snapshot of birth")
+    data = pd.DataFrame({"snapshot": ids, "label": [axis.labels[i] for i in ids]})
+    data = pd.concat([data, counts.reset_index(drop=True)], axis=1)
+    return Chart(figure, data, note)
+
+
+@figure(
+    "origins",
+    page="evolution",
+    section="evolution",
+    title="Origin and fate",
+    tables=("lifecycles",),
+    definition="Number of features by origin, and whether they persist to the last snapshot, by every measure.",
+)
+def origins(lifecycles: Frame) -> Chart | str:
+    """Number of features by origin, stacked by fate, for every measure of presence."""
+    read = lifecycles.dropna(subset=["origin"])
+    if read.empty:
+        return _ALL_DEAD
+    parts: list[Frame] = []
+    for measure in pd.unique(read["measure"]):
+        rows = read[read["measure"] == measure]
+        counts = pd.crosstab(rows["origin"], rows["fate"]).reindex(index=ORIGINS, columns=FATES, fill_value=0)
+        parts.append(counts.reset_index(names="origin").assign(measure=measure))
+    data = pd.concat(parts, ignore_index=True)
+    names = [MEASURES[str(measure)] for measure in data["measure"]]
+    figure = new_figure("", height=110 + 34 * len(data), barmode="stack", bargap=0.35)
+    for i, fate in enumerate(FATES):
+        figure.add_bar(
+            y=[names, data["origin"].tolist()],
+            x=ints(data[fate]),
+            orientation="h",
+            name=fate,
+            marker={"color": SERIES[i]},
+            hovertemplate="<b>%{y}, %{fullData.name}</b><br>%{x} features<extra></extra>",
+        )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(title_text="features", showgrid=True, gridcolor=GRID)
+    first = by_measure(lifecycles)
+    alive = int(first["alive"].sum())
+    note = f"{alive:,} live features, {len(first) - alive:,} dead."
+    if "within" in set(read["measure"]):
+        note += " By within-token R² only contextual features are read."
+    return Chart(figure, data[["measure", "origin", *FATES]], note)
+
+
+@figure(
+    "norm-map",
+    page="evolution",
+    section="evolution",
+    title="Decoder norms over training",
+    tables=("evolution", "lifecycles", "snapshots", "names"),
+    definition=(
+        "The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles that "
+        "follow from it. Norms do not know the direction of time: see the births with their controls."
+    ),
+    wide=True,
+    optional=True,
+)
+def norm_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
+    """The same by decoder norm."""
+    return evolution_map(evolution, lifecycles, snapshots, names, "norm")

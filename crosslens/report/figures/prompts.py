@@ -1,0 +1,65 @@
+"""Effects in single prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from crosslens.report.chart import Frame, Prompts, feature_names, floats, ints
+from crosslens.report.entries import figure
+
+
+@figure(
+    "words",
+    page="task",
+    section="prompts",
+    title="Effects in single prompts",
+    tables=("prompts/<task>", "names"),
+    definition=(
+        "A word is coloured by the effect of all features active on it at the selected snapshot: blue where they "
+        "support the correct answer, orange where they oppose it. A click opens the feature with the largest effect "
+        "there."
+    ),
+    wide=True,
+    optional=True,
+)
+def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
+    """Prompts with each word tinted by the effect of the features active on it, at any snapshot.
+
+    Args:
+        table: from `Attribution.prompt_frame`.
+        names: feature, name.
+    """
+    if not table["effect"].abs().max() > 0:
+        return "No feature has an effect on these prompts."
+    called = feature_names(names)
+    rows = table.sort_values(["prompt", "position", "snapshot"])
+    written = rows["token"].astype(str)  # with the spaces between words
+    words, text = pd.factorize(written.where(written.str.strip() != "", "␣"))
+    rows = rows.assign(word=words)
+    snapshots = rows.drop_duplicates("snapshot").sort_values("snapshot")
+    prompts: list[dict[str, Any]] = []
+    for prompt, part in rows.groupby("prompt", sort=True):
+        wide = {
+            column: part.pivot(index="snapshot", columns="position", values=column)
+            for column in ("effect", "feature", "word")
+        }
+        effects = [[float(f"{effect:.3g}") for effect in floats(line)] for line in wide["effect"].to_numpy()]
+        features = [ints(line) for line in wide["feature"].to_numpy()]
+        tokens = ints(wide["word"].iloc[0])
+        answers = part.iloc[0][["correct", "wrong"]].tolist() if {"correct", "wrong"} <= set(part) else []
+        prompts.append(
+            {"id": int(str(prompt)), "tokens": tokens, "effects": effects, "features": features, "answers": answers}
+        )
+    largest = float(rows["effect"].abs().max())
+    known = sorted(set(ints(rows.loc[rows["feature"] >= 0, "feature"])))
+    contents = {
+        "labels": [str(label) for label in snapshots["label"]],
+        "words": text.tolist(),
+        "names": {str(feature): called(feature) for feature in known},
+        "largest": largest,
+        "prompts": prompts,
+    }
+    note = f"The deepest colour is an effect of {largest:.2f} logits. The {len(prompts)} prompts that were kept."
+    return Prompts(contents, rows.drop(columns="word").reset_index(drop=True), note)

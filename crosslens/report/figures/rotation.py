@@ -1,0 +1,185 @@
+"""How the directions of features turn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from crosslens.report.chart import (
+    HEAT,
+    SERIES,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_matrix,
+    apply_colors,
+    floats,
+    ints,
+    new_figure,
+    new_panels,
+    shown,
+)
+from crosslens.report.entries import figure
+
+
+@figure(
+    "rotation-rate",
+    page="evolution",
+    section="evolution",
+    title="Rotation",
+    tables=("rotation",),
+    definition=(
+        "Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per doubling of "
+        "the training tokens (of steps where tokens are unknown). The null is the angle between two estimates of the "
+        "same vector on different halves of the held-out tokens: what sampling alone makes of no rotation. Compare it "
+        "with the angle between such estimates at neighbouring snapshots."
+    ),
+    wide=True,
+    optional=True,
+)
+def rotation_rate(table: Frame) -> Chart | str:
+    """Median angle that features turn in every interval, per interval and per doubling of training, with the null."""
+    if not np.isfinite(table["angle"].to_numpy(dtype=float)).any():
+        return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
+    names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
+    per_doubling = np.isfinite(table["angle_per_doubling"].to_numpy(dtype=float)).any()
+    panels = [("degrees per interval", ("angle", "halves_angle", "null_angle"))]
+    if per_doubling:
+        panels.append(("degrees per doubling of training", ("angle_per_doubling", "", "null_per_doubling")))
+    words = ("decoder vectors", "estimates on different halves", "null: the same snapshot, different halves")
+    figure = new_panels("", len(panels), height=420)
+    x = list(range(len(table)))
+    for place, (title, columns) in enumerate(panels):
+        end = str(place + 1) if place else ""
+        for i, (column, name) in enumerate(zip(columns, words, strict=True)):
+            if not column or not np.isfinite(table[column].to_numpy(dtype=float)).any():
+                continue
+            style = Style.of(i)
+            figure.add_scatter(
+                x=x,
+                y=floats(table[column]),
+                name=name,
+                legendgroup=name,
+                showlegend=place == 0,
+                mode="lines+markers",
+                line={"color": style.color, "dash": style.dash},
+                marker={"color": style.color, "symbol": style.symbol, "size": 8},
+                customdata=names,
+                hovertemplate=f"<b>{name}</b><br>%{{customdata}}<br>%{{y:.2f}} {title}<extra></extra>",
+                xaxis=f"x{end}",
+                yaxis=f"y{end}",
+            )
+        figure.update_layout(
+            {
+                f"xaxis{end}": {"tickmode": "array", "tickvals": x, "ticktext": names, "tickangle": -45},
+                f"yaxis{end}": {"title": {"text": title}, "rangemode": "tozero"},
+            }
+        )
+    note = "Medians over live features with a direction at both snapshots."
+    if per_doubling:
+        rates = table["angle_per_doubling"].to_numpy(dtype=float)
+        low, high = (table.iloc[int(find(rates))] for find in (np.nanargmin, np.nanargmax))
+        ends = [
+            f"{row['angle_per_doubling']:.1f}° ({row['from']} to {row['to']}{', an end' * bool(row['at_edge'])})"
+            for row in (low, high)
+        ]
+        note += (
+            f" From {ends[0]} to {ends[1]} per doubling: a rate to compare intervals by, not the angle that a doubling "
+            "reaches, since directions also turn back."
+        )
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+@figure(
+    "rotation",
+    page="evolution",
+    section="evolution",
+    title="Rotation by interval",
+    tables=("rotation",),
+    definition=(
+        "Number of features whose decoder vector rotates more between these two snapshots than in any other interval. "
+        "Intervals that span more of the training leave more room for it: the rate per doubling allows for that. "
+        "Vectors shorter than a twentieth of the feature's largest norm are ignored."
+    ),
+    optional=True,
+)
+def rotation(table: Frame) -> Chart | str:
+    """Number of features by the interval between snapshots in which they rotate most."""
+    if not table["rotated"].sum():
+        return "No feature changes direction between neighbouring snapshots."
+    names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
+    figure = new_figure("features that rotate most here", bargap=0.25)
+    ends = table["at_edge"].to_numpy(dtype=bool)
+    figure.add_bar(
+        x=list(range(len(table))),
+        y=ints(table["rotated"]),
+        marker={"color": [SERIES[1] if point else SERIES[0] for point in table["largest"]]},
+        customdata=[
+            [
+                name,
+                f"{n:,} features with a direction at both snapshots, median cosine {cosine:.3f}"
+                + "<br>at an end of the snapshots" * edge,
+            ]
+            for name, n, cosine, edge in zip(
+                names, ints(table["n"]), floats(table["median_cosine"]), ends.tolist(), strict=True
+            )
+        ],
+        hovertemplate="<b>%{customdata[0]}</b><br>%{y} features<br>%{customdata[1]}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_xaxes(
+        title_text="between snapshots",
+        tickmode="array",
+        tickvals=list(range(len(names))),
+        ticktext=names,
+        tickangle=-45,
+    )
+    row = table.loc[table["largest"]].iloc[0]
+    note = (
+        f"{row['share']:.0%} of the {int(table['rotated'].sum()):,} features that change direction rotate most between "
+        f"{row['from']} and {row['to']} (orange)."
+    )
+    if row["at_edge"]:
+        note += " This is an end of the snapshots: these features may rotate more outside of them."
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+@figure(
+    "cosines",
+    page="evolution",
+    section="evolution",
+    title="Similarity of directions between snapshots",
+    tables=("cosines",),
+    definition=(
+        "Median cosine between a live feature's decoder vectors at two snapshots. 1 is the same direction; random "
+        "directions have about 0."
+    ),
+    optional=True,
+)
+def cosines(table: Frame) -> Chart | str:
+    """Median cosine between a feature's decoder vectors at each pair of snapshots.
+
+    Args:
+        table: "cosines" from `study_evolution`.
+    """
+    if not table["n"].sum():
+        return "No feature has a decoder vector long enough to compare at two snapshots."
+    axis = SnapshotAxis.of(table, even=True)
+    ids = list(axis.labels)
+    median = table.pivot(index="snapshot", columns="other", values="median").to_numpy(dtype=float)
+    low, high, n = (table.pivot(index="snapshot", columns="other", values=c).to_numpy() for c in ("low", "high", "n"))
+    hover = axis.hover(ids)
+    figure = new_figure("", height=180 + 30 * len(ids))
+    texts = [
+        [
+            f"{hover[a]}<br>{hover[b]}<br>median {median[a, b]:.3f}, interquartile range {low[a, b]:.3f} to "
+            f"{high[a, b]:.3f}, {int(n[a, b]):,} features"
+            for b in range(len(ids))
+        ]
+        for a in range(len(ids))
+    ]
+    add_matrix(figure, median, texts, axis.x(ids), list(axis.names().values()))
+    least = min(0.0, float(np.nanmin(median)))
+    apply_colors(figure, HEAT, {least: f"{least:.1f}".replace("-", "−"), 1.0: "1, same direction"})
+    axis.apply(figure)
+    return Chart(figure, table.reset_index(drop=True))

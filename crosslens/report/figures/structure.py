@@ -1,0 +1,286 @@
+"""How features share dimensions, split, write, read and vary in complexity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from crosslens.features.labels import complexity_correlation
+from crosslens.report.chart import (
+    FEATURES,
+    GRID,
+    HEAT,
+    MUTED,
+    SERIES,
+    Chart,
+    Frame,
+    SnapshotAxis,
+    Style,
+    add_bars,
+    add_line,
+    add_matrix,
+    apply_colors,
+    evenly_spaced,
+    feature_names,
+    floats,
+    ints,
+    new_figure,
+    shown,
+)
+from crosslens.report.entries import figure
+from crosslens.report.tables import by_measure, curves
+
+MAX_POINTS = 4000  # of a scatter plot; more make the page slow
+_EVENTS = {"birth": "born here", "peak": "strongest here"}
+
+
+@figure(
+    "dimensionality",
+    page="evolution",
+    section="evolution",
+    title="Total dimensionality",
+    tables=("dimensionality",),
+    definition=(
+        "Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector times the "
+        "feature's RMS activation, or the decoder vector alone, as Elhage et al. wrote it; beside as many random "
+        "directions of the same lengths, and the participation ratio of the activations, (Σ variances)² / Σ variances² "
+        "over principal directions."
+    ),
+    optional=True,
+)
+def dimensionality(table: Frame) -> Chart | str:
+    """Total dimensionality of the present features by two formulas, of random directions, and of the activations."""
+    if not table["total"].any():
+        return "No feature is present at any snapshot."
+    axis = SnapshotAxis.of(table)
+    ids = ints(table["snapshot"])
+    figure = new_figure("dimensions / d_model", height=380)
+    d_model = float((table["total"] / table["share"]).max())
+    drawn = table.assign(participation=table["participation_ratio"] / d_model)
+    lines = {
+        "share": "features, by activation",
+        "random_share": "random directions, by activation",
+        "elhage_share": "features, all alike (Elhage et al.)",
+        "random_elhage_share": "random directions, all alike",
+        "participation": "participation ratio of the activations",
+    }
+    for i, (column, name) in enumerate(lines.items()):
+        add_line(figure, axis.x(ids), floats(drawn[column]), name, Style.of(i), hover=axis.hover(ids))
+    figure.update_yaxes(rangemode="tozero")
+    axis.apply(figure)
+    first, last = table.iloc[0], table.iloc[-1]
+    note = (
+        f"By decoder norm, {int(first['present']):,} features are present at {first['label']}, "
+        f"{int(last['present']):,} at {last['label']}. The participation ratio is {first['participation_ratio']:.1f} "
+        f"and {last['participation_ratio']:.1f} of {d_model:.0f} dimensions."
+    )
+    return Chart(figure, table.reset_index(drop=True), note)
+
+
+@figure(
+    "splits",
+    page="evolution",
+    section="evolution",
+    title="Feature splitting and replacement",
+    tables=("splits", "replacements", "snapshots"),
+    definition=(
+        "Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from "
+        "it on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on "
+        "the same tokens, dies."
+    ),
+    optional=True,
+)
+def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame) -> Chart | str:
+    """Number of splits, mergers and replacements by snapshot.
+
+    Args:
+        splits: from `splits`.
+        replacements: from `replacements`.
+        snapshots: snapshot, label, step.
+    """
+    axis = SnapshotAxis.of(snapshots, even=True)
+    ids = list(axis.labels)
+    kinds = {
+        "replacement": replacements["birth"],
+        "split": splits.loc[splits["kind"] == "split", "at"],
+        "merger": splits.loc[splits["kind"] == "merger", "at"],
+    }
+    counts = pd.DataFrame(
+        {name: pd.Series(dates).astype(int).value_counts().reindex(ids, fill_value=0) for name, dates in kinds.items()}
+    )
+    if not counts.to_numpy().sum():
+        return "No feature splits, merges or is replaced at these thresholds."
+    figure = new_figure("pairs of features", barmode="group", bargap=0.25)
+    add_bars(figure, axis, counts, "pairs")
+    axis.apply(figure)
+    data = counts.rename_axis("snapshot").reset_index()
+    data.insert(1, "label", [axis.labels[i] for i in ids])
+    return Chart(figure, data, f"{int(counts.to_numpy().sum()):,} pairs in total.")
+
+
+@figure(
+    "scaling",
+    page="evolution",
+    section="evolution",
+    title="Latent scaling",
+    tables=("scaling", "evolution", "lifecycles", "names"),
+    definition=(
+        "Least-squares coefficient of the feature's direction at its peak on what the other features leave "
+        "unexplained, against its decoder norm, both divided by its largest norm. Above the line, the direction is "
+        "stronger in the activations than the norm suggests."
+    ),
+    optional=True,
+)
+def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | None = None) -> Chart | str:
+    """Latent scaling against decoder norm, a point per live feature and snapshot.
+
+    Args:
+        table: from `LatentScaling.to_frame`.
+        evolution: a row per feature and snapshot, from `evolve`.
+        lifecycles: a row per measure and feature.
+        names: feature, name.
+    """
+    called = feature_names(names)
+    labels = [str(name).removeprefix("peak/") for name in table.columns if str(name).startswith("peak/")]
+    by_norm = by_measure(lifecycles, "norm")
+    features = by_norm.loc[by_norm["alive"].astype(bool), "feature"]
+    norm = curves(evolution, features, "norm")
+    top = norm.max(1, keepdims=True)
+    found = table.set_index("feature").loc[features, [f"peak/{label}" for label in labels]].to_numpy(dtype=float)
+    v, beta = norm / top, found / top
+    keep = np.isfinite(beta)
+    if not keep.any():
+        return "No feature fires on the held-out tokens."
+    feature, snapshot = np.nonzero(keep)
+    data = pd.DataFrame(
+        {
+            "feature": features.to_numpy()[feature],
+            "label": np.array(labels, dtype=object)[snapshot],
+            "strength": v[keep],
+            "scaling": beta[keep],
+        }
+    )
+    drawn = evenly_spaced(data, MAX_POINTS)
+    figure = new_figure("latent scaling / largest norm", height=440)
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", name="scaling = norm", line={"color": MUTED, "dash": "dot"}
+    )  # fmt: skip
+    figure.add_scattergl(
+        x=floats(drawn["strength"]),
+        y=floats(drawn["scaling"]),
+        mode="markers",
+        name="a feature at a snapshot",
+        marker={"size": 4, "opacity": 0.4, "color": SERIES[0]},
+        customdata=[
+            [f, shown(called(f)), shown(label, 40)]
+            for f, label in zip(ints(drawn["feature"]), drawn["label"], strict=True)
+        ],
+        meta=FEATURES,
+        hovertemplate="feature %{customdata[1]}<br>%{customdata[2]}<br>norm %{x:.3f}, scaling %{y:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, gridcolor=GRID, zeroline=False)
+    absent = v[keep] < 0.5
+    hidden = float((beta[keep][absent] >= 0.5).mean()) if absent.any() else 0.0
+    note = (
+        f"At {int(absent.sum()):,} points the norm says the feature is absent (below half of its largest norm); at "
+        f"{hidden:.1%} of them the scaling says it is present."
+    )
+    if len(drawn) < len(data):
+        note += f" {len(drawn):,} of {len(data):,} points are drawn, evenly spaced."
+    return Chart(figure, data, note)
+
+
+@figure(
+    "encoder",
+    page="evolution",
+    section="evolution",
+    title="Encoder share by snapshot",
+    tables=("encoder", "lifecycles"),
+    definition=(
+        "Share of each snapshot in a feature's encoder input: how much the snapshot's part of the pre-activation rises "
+        "from all tokens to those where the feature is active. Median over the features born at a snapshot."
+    ),
+    optional=True,
+)
+def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
+    """Median encoder share of each snapshot, by the snapshot in which features are born.
+
+    Args:
+        table: from `encoder_share`, a column share/<label> per snapshot.
+        lifecycles: a row per measure and feature; the main measure dates births.
+    """
+    evolution = by_measure(lifecycles)
+    columns = [str(name) for name in table.columns if str(name).startswith("share/")]
+    labels = [name.removeprefix("share/") for name in columns]
+    birth = evolution.set_index("feature")["birth"].reindex(table["feature"]).reset_index(drop=True)
+    known = birth.notna() & table[columns].notna().all(axis=1)
+    if not known.any():
+        return "No feature is born at any snapshot."
+    rows = table.loc[known, columns].groupby(birth[known].astype(int)).median()
+    counts = birth[known].astype(int).value_counts()
+    shares = rows.to_numpy(dtype=float)
+    figure = new_figure("born at", height=180 + 28 * len(rows))
+    names = [f"{shown(labels[int(b)], 14)} ({int(counts[b])})" for b in rows.index]
+    texts = [
+        [f"born at {name}<br>read from {shown(label)}: {value:.1%}" for label, value in zip(labels, row, strict=True)]
+        for name, row in zip(names, shares, strict=True)
+    ]
+    add_matrix(figure, shares, texts, range(len(labels)), names)
+    apply_colors(figure, HEAT, {0.0: "0%", float(shares.max()): f"{shares.max():.0%} of the encoder input"})
+    figure.update_xaxes(
+        title_text="read from", tickmode="array", tickvals=list(range(len(labels))),
+        ticktext=[shown(label, 14) for label in labels], tickangle=-45,
+    )  # fmt: skip
+    before = [line[: int(b)].sum() for b, line in zip(rows.index, shares, strict=True) if b > 0]
+    note = "Number of features in parentheses. Left of the diagonal: read from snapshots before birth."
+    if before:
+        note += f" These shares sum to at most {max(before):.0%}."
+    data = rows.reset_index().rename(columns={"birth": "born"})
+    return Chart(figure, data, note)
+
+
+@figure(
+    "complexity",
+    page="evolution",
+    section="evolution",
+    title="Complexity",
+    tables=("labels", "lifecycles", "snapshots"),
+    definition=(
+        "Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), as rated by a language "
+        "model, of the features born, and of those strongest, at a snapshot. Bands are ± two standard errors; "
+        "correlations have 95% bootstrap intervals over features."
+    ),
+    optional=True,
+)
+def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | str:
+    """Mean complexity of the features that are born, and of those that peak, at each snapshot.
+
+    Args:
+        labels: from `label_features`: feature, complexity.
+        lifecycles: a row per measure and feature; the main measure dates births and peaks.
+        snapshots: snapshot, label, step.
+    """
+    evolution = by_measure(lifecycles)
+    rated = labels[["feature", "complexity"]].dropna()
+    if rated.empty:
+        return "No feature has a complexity rating."
+    rated = rated.merge(evolution[["feature", *_EVENTS]], on="feature").astype({"complexity": float})
+    axis = SnapshotAxis.of(snapshots)
+    figure = new_figure("complexity (1 to 5)", yaxis_range=[0.8, 5.2], yaxis_dtick=1)
+    parts: list[pd.DataFrame] = []
+    for i, (event, name) in enumerate(_EVENTS.items()):
+        grouped = rated.dropna(subset=[event]).astype({event: int}).groupby(event)["complexity"]
+        rows = grouped.agg(mean="mean", se="sem", n="count").reset_index(names="snapshot")
+        ids, mean, se = ints(rows["snapshot"]), floats(rows["mean"]), floats(rows["se"])
+        hover = [f"{text}<br>{n:,} features" for text, n in zip(axis.hover(ids), ints(rows["n"]), strict=True)]
+        low, high = ((np.asarray(mean) + sign * 2 * np.asarray(se)).tolist() for sign in (-1, 1))
+        add_line(figure, axis.x(ids), mean, name, Style.of(i), hover=hover, value="%{y:.2f}", band=(low, high))
+        names = [axis.labels[snapshot] for snapshot in ids]
+        parts.append(rows.assign(event=event, label=names)[["event", "snapshot", "label", "mean", "se", "n"]])
+    axis.apply(figure)
+    note = f"{len(rated):,} features have a complexity rating."
+    for row in complexity_correlation(rated, evolution, unit="index").to_dict("records"):
+        if np.isfinite(row["spearman"]):
+            interval = f"[{row['spearman_low']:+.2f}, {row['spearman_high']:+.2f}]"
+            note += f" Spearman with {row['event']} {row['spearman']:+.2f} {interval}, {row['n']:,} features."
+    return Chart(figure, pd.concat(parts, ignore_index=True), note.replace("-", "−"))

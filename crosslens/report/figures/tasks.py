@@ -1,0 +1,219 @@
+"""Accuracy on tasks, their items, and how complete the measured effects are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from crosslens.report.chart import (
+    Cell,
+    Chart,
+    Frame,
+    Grid,
+    SnapshotAxis,
+    Style,
+    add_level,
+    add_line,
+    evenly_spaced,
+    floats,
+    ints,
+    new_figure,
+    pick,
+    shown,
+    task_link,
+    task_pages,
+)
+from crosslens.report.entries import figure
+
+N_ITEMS = 3  # items shown as examples of a task
+FINE_COMPLETENESS = 1.0  # per cent; below it the figure is small
+
+
+@figure(
+    "accuracy",
+    page="index",
+    section="accuracy",
+    title="Accuracy by task",
+    tables=("accuracy", "tasks"),
+    definition=(
+        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position. "
+        "Bands are 95% Wilson intervals over items."
+    ),
+    wide=True,
+)
+def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) -> Chart:
+    """Accuracy per task over snapshots, with its 95% interval as a band, in the colours of `tasks`.
+
+    Args:
+        table: from `Task.accuracy`, of one task or several.
+        tasks: the run's table of that name.
+        links: link to the pages of the tasks.
+    """
+    axis = SnapshotAxis.of(table)
+    figure = new_figure("accuracy", yaxis_tickformat=".0%", yaxis_range=[-0.03, 1.05])
+    add_level(figure, 0.5, "chance")
+    styles = Style.of_tasks(list(dict.fromkeys(table["task"])), tasks)
+    pages = tasks if links else None
+    for task, style in styles.items():
+        rows = table[table["task"] == task].sort_values("snapshot")
+        ids = ints(rows["snapshot"])
+        add_line(
+            figure,
+            axis.x(ids),
+            floats(rows["accuracy"]),
+            shown(task),
+            style,
+            hover=axis.hover(ids),
+            value="%{y:.1%}",
+            band=(floats(rows["low"]), floats(rows["high"])),
+            meta={"page": task_pages(pages).get(task)},
+        )
+    axis.apply(figure)
+    columns = ("task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "at_chance", "n", "few")
+    columns += ("skipped", "reasons", "merged", "merged_reasons")
+    notes = [
+        Markup("{} {}").format(task_link(str(task), pages), _items(rows))
+        for task, rows in table.groupby("task", sort=False)
+    ]
+    return Chart(figure, pick(table, *columns), Markup("Items: {}.").format(Markup("; ").join(notes)))
+
+
+def _items(rows: Frame) -> str:
+    """How many items a task has, what was left out of it, and where its accuracy is at chance."""
+    first = rows.iloc[0]
+    parts = [f"{int(rows['n'].max()):,}"]
+    if first.get("few", False):
+        parts.append("too few for means over tasks")
+    parts += filter(None, [_left_out(first)])
+    if "at_chance" in rows and rows["at_chance"].any():
+        labels = rows.loc[rows["at_chance"].astype(bool)].sort_values("snapshot")["label"]
+        parts.append("at chance at " + (", ".join(labels) if len(labels) < len(rows) else "every snapshot"))
+    return ", ".join(parts)
+
+
+def _left_out(row: Any) -> str:
+    """How many items of a task were merged or skipped, and why, from a row of the accuracy table."""
+    parts = (("merged", "merged_reasons"), ("skipped", "reasons"))
+    return ", ".join(f"{int(row[name]):,} {name} ({row[reasons]})" for name, reasons in parts if row.get(name, 0))
+
+
+@figure(
+    "tasks",
+    page="causal",
+    section="tasks",
+    title="Accuracy by task, last snapshot",
+    tables=("tasks",),
+    definition=(
+        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position, "
+        "with its 95% Wilson interval over items; chance is 50%."
+    ),
+    wide=True,
+)
+def task_table(tasks: Frame) -> Grid:
+    """Items and accuracy at the last snapshot, a row per task, with a link to its page.
+
+    Args:
+        tasks: the run's table of that name.
+    """
+    rows: list[list[Cell]] = []
+    for row in tasks.to_dict("records"):
+        if pd.isna(row.get("accuracy", math.nan)):
+            texts = ["not measured", "", "", "", ""]
+        else:
+            interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
+            texts = [f"{row['n']:,.0f}", _left_out(row) or "none", row["label"], f"{row['accuracy']:.1%}", interval]
+        rows.append([Cell(row["task"], link=row["page"]), *(Cell(str(text)) for text in texts)])
+    header = ["task", "items", "left out", "snapshot", "accuracy", "95% interval"]
+    return Grid(header, rows, tasks)
+
+
+@figure(
+    "completeness",
+    page="causal",
+    section="tasks",
+    title="Completeness error",
+    tables=("completeness/*", "tasks"),
+    definition=(
+        "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of |clean − "
+        "baseline metric|, of integrated gradients. At 0, the effects account for all of that difference."
+    ),
+    wide=True,
+    optional=True,
+)
+def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
+    """Completeness error over snapshots, a line per task, in the colours of `tasks`."""
+    data = table[["task", "snapshot", "label", "step", "completeness_error"]].sort_values(["task", "snapshot"])
+    values = 100 * data["completeness_error"]
+    if values.dropna().empty:
+        return "The completeness error is undefined at every snapshot."
+    axis = SnapshotAxis.of(data)
+    figure = new_figure("error (%)", height=340)
+    styles = Style.of_tasks(list(dict.fromkeys(data["task"])), tasks)
+    for task, style in styles.items():
+        rows = data[data["task"] == task]
+        ids = ints(rows["snapshot"])
+        percent = floats(100 * rows["completeness_error"])
+        add_line(
+            figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%",
+            meta={"page": task_pages(tasks).get(task)},
+        )  # fmt: skip
+    if (values.dropna() > 0).all():
+        figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
+    axis.apply(figure)
+    worst = data.loc[values.idxmax()]
+    small = bool(values.max() <= FINE_COMPLETENESS)
+    figure.update_layout(height=230 if small else 340)
+    note = Markup("Largest: {}% ({}, {}).").format(
+        f"{values.max():.2g}", task_link(str(worst["task"]), tasks), worst["label"]
+    )
+    return Chart(figure, data.reset_index(drop=True), note, small)
+
+
+@figure(
+    "accuracy",
+    page="task",
+    section="items",
+    title="Accuracy",
+    tables=("accuracy@<task>", "tasks"),
+    definition=(
+        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position. "
+        "The band is the 95% Wilson interval over items."
+    ),
+    wide=True,
+)
+def task_accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
+    """The same without links."""
+    return accuracy(table, tasks, links=False)
+
+
+@figure(
+    "items",
+    page="task",
+    section="items",
+    title="Examples of items",
+    tables=("prompts/<task>",),
+    definition=(
+        "The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the paired "
+        "prompt, if there is one, the wrong answer is the correct one."
+    ),
+    wide=True,
+    optional=True,
+)
+def item_table(table: Frame) -> Grid:
+    """Some items of a task: the prompt, its answers and the paired prompt, where there are pairs.
+
+    Args:
+        table: from `Attribution.prompt_frame`.
+    """
+    titles = {"prefix": "prompt", "correct": "correct", "wrong": "wrong"}
+    if table["paired"].notna().any():
+        titles["paired"] = "paired prompt"
+    items = table.drop_duplicates("prompt").sort_values("prompt")[["prompt", *titles]].reset_index(drop=True)
+    rows = [
+        [Cell(f"prompt {prompt}"), *(Cell("" if text is None else str(text).strip()) for text in texts)]
+        for prompt, *texts in evenly_spaced(items, N_ITEMS).itertuples(index=False)
+    ]
+    return Grid(["", *titles.values()], rows, items)
