@@ -890,6 +890,22 @@ def study(
     out.end(run=run_dir, tasks=results)
 
 
+@app.command("run")
+def run_config(
+    config: Annotated[
+        Path, typer.Argument(help="A .toml file with run_dir and the tables [train], [evolve], [study], [report].")
+    ],
+) -> None:
+    """Go from snapshots to a report in one command. Repeat it after an interruption and it continues.
+
+    The file has run_dir at the top, and a table per command with its options: [train], and where wanted [evolve],
+    [study], [label] and [report].
+    """
+    from crosslens.cli.running import run_commands
+
+    run_commands(config, typer.main.get_command(app))
+
+
 @app.command()
 def status(run_dir: RunArgument, as_json: JsonOption = False) -> None:
     """Say what a run directory holds, what is missing or damaged, and the next command to type."""

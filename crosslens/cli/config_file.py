@@ -55,7 +55,7 @@ def read_config(context: Context, path: Path | None) -> Path | None:
         name, multiple = parameters[option]
         if name in defaults:
             raise UserError(f"--config {path}: {key!r} is given twice, with dashes and with underscores")
-        words = [_word(path, key, part) for part in (value if isinstance(value, list) else [value])]
+        words = [word(path, key, part) for part in (value if isinstance(value, list) else [value])]
         defaults[name] = words if multiple else ",".join(words)
     context.default_map = defaults
     return path
@@ -90,6 +90,15 @@ def _read(path: Path) -> Mapping[str, Any]:
                 "repeat that with another directory"
             )
         return contents["options"]
+    return parse_toml(path)
+
+
+def parse_toml(path: Path) -> Mapping[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        UserError: another type of file, or not TOML.
+    """
     if path.suffix != ".toml":
         raise UserError(f"--config {path} is neither a .toml file nor a run.json")
     try:
@@ -98,7 +107,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UserError(f"--config {path} is not valid TOML ({brief(error)}); correct it") from error
 
 
-def _word(path: Path, key: str, value: Any) -> str:
+def word(path: Path, key: str, value: Any) -> str:
     """A value as it would be typed."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)  # 2e7 tokens

@@ -711,3 +711,56 @@ def test_every_public_name_exists() -> None:
         assert getattr(crosslens, name) is not None
     with pytest.raises(AttributeError, match="attribute '?nothing"):
         _ = crosslens.nothing
+
+
+def test_from_snapshots_to_a_report_in_one_command(
+    command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path
+) -> None:
+    """Repeated, it makes what is missing and nothing else."""
+    run, config = tmp_path / "run", tmp_path / "run.toml"
+    text = f"""
+run_dir = "{run}"
+
+[train]
+snapshots = "{tiny_snapshots}"
+hook = "{HOOK}"
+dataset = "{files / "text.txt"}"
+n_tokens = 2e3
+context_size = 16
+d_sae = 32
+k = 4
+batch-size = 128
+
+[study]
+task = ["sva:{files / "task.json"}"]
+k = 3
+n_exact = 3
+"""
+    config.write_text(text)
+    code, out, err = command("run", config)
+    assert not code, err
+    assert "task: " in out and "without the top 3 features" in out
+    tables = {path.relative_to(run).as_posix(): path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    assert {"probe.parquet", "transfer/task.parquet", "validation/task.parquet", "accuracy.parquet"} <= {
+        *tables, "validation/task.parquet"
+    }  # fmt: skip
+    assert (run / "report" / "index.html").is_file()
+    (run / "timeline" / "task.parquet").unlink()
+    (run / "report" / "index.html").unlink()
+    code, _, err = command("run", config)
+    assert not code, err
+    again = {path.relative_to(run).as_posix(): path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    assert again.keys() == tables.keys() and (run / "report" / "index.html").is_file()
+    assert [name for name in tables if again[name] != tables[name]] == ["timeline/task.parquet"]
+    for wrong, message in (
+        (text.replace("d_sae", "d_sea"), "'d_sea' in [train] is no option of `crosslens train`; did you mean 'd-sae'?"),
+        (text.replace("[study]", "[stduy]"), "'stduy' is no table of a run"),
+        (text.replace("run_dir", "run_dri", 1), "must begin with the run directory"),
+        (text.replace("[study]\ntask", "[study]\n# task"), '[study] needs task = ["..."]'),
+        (text.replace("task.json", "no.json"), "there is no file"),
+        (text.replace("[train]", "[evolve]").replace("[study]", "[report]"), "'snapshots' in [evolve] is no option"),
+        ("run_dir = 'a'", "has no table [train]"),
+    ):
+        config.write_text(wrong)
+        code, _, err = command("run", config)
+        assert code == 2 and message in err, (err, message)
