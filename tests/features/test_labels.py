@@ -411,7 +411,7 @@ def test_labels_are_merged_with_existing_ones(run: RunDir, client: str) -> None:
         label_features(run, explainer(server, client), features=[0], n_examples=1)
     saved = run.table("labels")
     assert saved is not None and len(saved) == 4 and rows(saved)[0] == ("newer", 3, "answered")
-    run.save_table("labels", pd.DataFrame({"name": ["x"]}))
+    pd.DataFrame({"name": ["x"]}).to_parquet(run.path / "labels.parquet")  # of a user
     with label_server.serve(lambda *_: label()) as server:
         with pytest.raises(UserError, match=r"labels.parquet has no columns feature and label; move it away"):
             label_features(run, explainer(server, client))
