@@ -100,7 +100,7 @@ def q_values(p: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
 
 
 def correlation(x: Any, y: Any, counts: Any = None) -> Any:
-    """Pearson correlation over the last axis; NaN where either is constant.
+    """Pearson correlation over the last axis, of two vectors a float; NaN where either is constant.
 
     Args:
         x: (..., n) values.
@@ -116,7 +116,8 @@ def correlation(x: Any, y: Any, counts: Any = None) -> Any:
         total = counts.sum(-1, keepdims=True)
         x, y = (each - (each * counts).sum(-1, keepdims=True) / total for each in (x, y))
         size, shared = np.sqrt((counts * x**2).sum(-1) * (counts * y**2).sum(-1)), (counts * x * y).sum(-1)
-    return np.where(varies & (size > 0), shared / np.where(size > 0, size, 1), np.nan)
+    found = np.where(varies & (size > 0), shared / np.where(size > 0, size, 1), np.nan)
+    return found if found.ndim else float(found)  # a table of arrays without dimensions cannot be written
 
 
 def rank_correlation(x: Any, y: Any) -> Any:

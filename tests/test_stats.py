@@ -92,3 +92,10 @@ def test_wilson_equals_scipy(level: float) -> None:
         known = binomtest(k, n).proportion_ci(level, "wilson")
         assert stats.wilson_interval(float(k), n, level) == pytest.approx((known.low, known.high), abs=1e-12)
         assert stats.wilson_interval(n / 2, n)[0] == pytest.approx(1 - stats.wilson_interval(n / 2, n)[1])
+
+
+def test_the_correlation_of_two_vectors_is_a_float() -> None:
+    """Tables cannot be written with arrays without dimensions in them."""
+    for x, y in (([1, 2, 3], [1, 3, 2]), ([1, 1, 1], [1, 2, 3])):
+        assert isinstance(stats.correlation(x, y), float) and isinstance(stats.rank_correlation(x, y), float)
+    assert stats.rank_correlation([[1, 2, 3]], [[1, 3, 2]]).shape == (1,)

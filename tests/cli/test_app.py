@@ -758,7 +758,6 @@ n_exact = 3
         (text.replace("run_dir", "run_dri", 1), "must begin with the run directory"),
         (text.replace("[study]\ntask", "[study]\n# task"), '[study] needs task = ["..."]'),
         (text.replace("task.json", "no.json"), "there is no file"),
-        (text.replace("[train]", "[evolve]").replace("[study]", "[report]"), "'snapshots' in [evolve] is no option"),
         ("run_dir = 'a'", "has no table [train]"),
     ):
         config.write_text(wrong)
