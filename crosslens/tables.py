@@ -384,6 +384,8 @@ TABLES: tuple[Table, ...] = (
         "evolve",
         _columns(
             {
+                "n_seeds": "Seeds that have the feature, after `train --seeds`.",
+                "consensus": "Whether more than half of the seeds have it.",
                 "alive": "Whether the feature is active on held-out tokens and has a decoder.",
                 "kind": "lexical (most of its variance lies between token types) or contextual.",
                 "token_share": "Share of its variance between token types.",
