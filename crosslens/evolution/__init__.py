@@ -3,10 +3,9 @@
 In: a crosscoder, and held-out activations for most measures. Out: tables with a row per feature, or per feature and
 snapshot.
 
-Start with `history.evolve`; `study.study_evolution` runs all analyses of one crosscoder. Then by question:
-`presence` (what each snapshot knows of a feature), `lifecycles` (origin, birth, fate by any measure of presence),
-`births` and `untrained` (births, their uncertainty and controls),
-`geometry` (rotation and dimensionality), `splitting` (splits, mergers, replacements), `controls` (encoder share, latent
+Start with `history.evolve`, which encodes the held-out activations once (`held_out`) for all analyses. Then by question:
+`firing` (how often features fire), `presence` (what each snapshot knows of a feature), `lifecycles` (origin, birth, fate by any measure of presence),
+`births` (births, their uncertainty and controls), `geometry` (rotation and dimensionality), `splitting` (splits, mergers, replacements), `controls` (encoder share, latent
 scaling), `probes`, `ngrams`, `dynamics` and `phases` (predictions of the models over training), `agreement` and `seeds`
 (is it the same feature?), `selection` (which snapshots to use).
 """
