@@ -145,7 +145,14 @@ def share_relie(
 ) -> Float[Tensor, "F s"]:
     """RelIE of each effect's share of its snapshot's total, `|IE_is| / sum_j |IE_js|`; rows sum to 1 or are NaN.
 
-    Arguments and errors as in `relie`.
+    Args:
+        effects: from `attribute`.
+        min_effect: as in `significant`.
+        fdr: as in `significant`.
+        snapshots: as in `relie`.
+
+    Raises:
+        UserError: as in `relie`.
     """
     return _relative(effects, True, significant(effects, min_effect, fdr=fdr), snapshots)
 
@@ -354,7 +361,14 @@ def classify(
 
     Columns: feature; class, centre_of_mass and peak (the snapshot with the largest value, -1 if undefined), all of
     share RelIE; relie_class (of RelIE), signed_class and, with three snapshots, three_way (of RelIE, as in Bayazit et
-    al.). Arguments as in `relie`, `classes`.
+    al.).
+
+    Args:
+        effects: from `attribute`.
+        min_effect: as in `significant`.
+        fdr: as in `significant`.
+        low: as in `classes`.
+        high: as in `classes`.
 
     Raises:
         UserError: a single snapshot, or low and high that are not shares in order.

@@ -186,7 +186,11 @@ class Evolution:
 
     @cached_property
     def alive(self) -> Bool[Tensor, " F"]:
-        """Which features fire on held-out tokens, where this is known, and have a decoder."""
+        """Which features fire on held-out tokens, where this is known, and have a decoder.
+
+        Raises:
+            UserError: decoder norms were not read.
+        """
         return torch.tensor(self.lifecycles("norm")["alive"].to_numpy(dtype=bool))
 
     @cached_property
@@ -199,7 +203,7 @@ class Evolution:
 
     @property
     def dimensionality(self) -> pd.DataFrame:
-        """The result of `total_dimensionality`.
+        """The result of `total_dimensionality`, a row per snapshot.
 
         Raises:
             UserError: an evolution that was read without activations.
@@ -230,6 +234,9 @@ class Evolution:
             doubtful (of `doubtful_snapshots`). Per pair of snapshots: rotation (of `rotation_per_interval`), cosines
             (of `cosines_of_pairs`). Per feature and interval: agreement (of `top_agreement`). Those that need
             activations are left out where there were none.
+
+        Raises:
+            UserError: as the analyses.
         """
         crosscoder, labels = self.crosscoder, snapshot_columns(self.crosscoder)["label"].tolist()
         parts = [table.assign(measure=measure) for measure, table in self._lifecycles.items()]

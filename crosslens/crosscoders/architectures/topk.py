@@ -84,6 +84,7 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     """Configuration of a `TopKCrosscoderTrainingSAE`.
 
     Args:
+        whole_k: of the class: every token gets as many features, so k is an integer.
         k: features kept per token.
         k_start: k at the first step, annealed linearly to `k`; None keeps `k` throughout.
         k_anneal_steps: steps over which k goes from `k_start` to `k`.
