@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from crosslens.errors import UserError, check_file_name
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
-from crosslens.tasks import corpora
+from crosslens.tasks import corpora, formats
 from crosslens.tasks.accuracy import accuracy_table, list_counts
 from crosslens.tasks.formats import blimp, clams, demo, ioi, multiblimp, plain, sva
 from crosslens.tasks.induction import induction_items
@@ -76,6 +76,15 @@ class Task:
             raise UserError(f"task {name!r} has no items: give at least one")
         kept = tuple(dict.fromkeys(made))
         return cls(name, kept, len(made) - len(kept), answers)
+
+    @classmethod
+    def parse(cls, spec: str) -> Task:
+        """A task as it is written on the command line, such as "sva:FILE"; see `crosslens.tasks.formats`.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return cls.from_source(formats.read(spec))
 
     @classmethod
     def from_source(cls, source: Source) -> Task:

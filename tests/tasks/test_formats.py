@@ -44,14 +44,14 @@ def test_a_file_is_checked_and_read_by_its_spelling(kind: str, files: Path):
     path = files / FILES[kind]
     spec = f"{kind}:{path}" if kind else str(path)
     assert formats.check(spec) == spec
-    task = formats.parse(spec)
+    task = Task.parse(spec)
     assert task == getattr(Task, kind or "local")(path) and len(task) == 1
     assert task.name == path.stem
 
 
 def test_names_are_checked_and_read_by_their_spelling():
     for spec, wanted in {"ioi": Task.ioi(), "demo:pp": Task.demo("pp")}.items():
-        assert formats.check(spec) == spec and formats.parse(spec) == wanted
+        assert formats.check(spec) == spec and Task.parse(spec) == wanted
     for spec in ("blimp:regular_plural", "multiblimp:fra", "multiblimp:fra:SV-#"):
         assert formats.check(spec) == spec  # without looking at the hub
 

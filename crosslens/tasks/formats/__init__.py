@@ -1,20 +1,17 @@
 """The formats of tasks, one module each: what is read, how it is written as an argument, and the check of that.
 
 A module of this folder ends with the declaration `FORMAT` (`crosslens.tasks.declaration`); nothing else needs to name
-it. `check` takes milliseconds for a small file, because nothing here imports torch or pandas; `parse` makes the task.
+it. `check` takes milliseconds for a small file, because nothing here imports torch or pandas.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
 
 from crosslens.tasks.declaration import FORMATS, Format
 from crosslens.tasks.declaration import spellings as spellings
-
-if TYPE_CHECKING:
-    from crosslens.tasks.task import Task
+from crosslens.tasks.items import Source
 
 for _found in pkgutil.iter_modules(__path__):
     _format: Format = importlib.import_module(f"{__name__}.{_found.name}").FORMAT
@@ -36,16 +33,14 @@ def check(spec: str, option: str = "--task") -> str:
     return spec
 
 
-def parse(spec: str) -> Task:
-    """The task that was written as `spec`.
+def read(spec: str) -> Source:
+    """Read the task that is written as `spec`; `Task.parse` makes it a `Task`.
 
     Raises:
         UserError: it cannot be read.
     """
-    from crosslens.tasks.task import Task
-
     form, rest = _divided(spec)
-    return Task.from_source(form.read(rest))
+    return form.read(rest)
 
 
 def _divided(spec: str) -> tuple[Format, str]:
