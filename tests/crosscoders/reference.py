@@ -1,4 +1,4 @@
-"""The loss of every architecture in plain dense autograd: what the training step on active pairs must equal."""
+"""Losses in plain dense autograd: what the training step on active pairs must equal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.architectures.topk import annealed_k, batch_variance, keep_top, unexplained
+
+KNOWN = ["standard_crosscoder", "topk_crosscoder", "batchtopk_crosscoder", "jumprelu_crosscoder"]
+"""The architectures whose loss is here; another one's reference stands in its own test."""
 
 
 class SnapshotJumpReLU(torch.autograd.Function):
