@@ -21,7 +21,7 @@ from crosslens.errors import UserError, check_inside, did_you_mean, read_json
 from crosslens.rundir import RunDir, check_writable
 from crosslens.snapshots.settings import ATTENTIONS, BACKENDS
 from crosslens.snapshots.settings import DTYPES as MODEL_DTYPES
-from crosslens.tasks import corpora
+from crosslens.tasks import formats
 
 __all__ = ["ATTENTIONS", "BACKENDS", "MODEL_DTYPES"]
 
@@ -41,7 +41,6 @@ MAX_SEED = 2**32 - 1
 """The largest seed that every random generator in use accepts."""
 MAX_FEATURES = 2**24
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # on Linux: NVIDIA, Jetson, AMD, WSL
-_TASKS = "demo:simple, sva:FILE, blimp:UID, clams:FILE, multiblimp:LANGUAGE, ioi, or a file"
 
 
 # ---------------------------------------------------------------------- one option
@@ -231,39 +230,7 @@ def check_numbers(option: str, value: str | None) -> str | None:
 
 def check_tasks(option: str, values: list[str]) -> list[str]:
     """Refuse tasks that do not exist, and files of another format."""
-    return [_check_task(option, value) for value in values]
-
-
-def _check_task(option: str, value: str) -> str:
-    kind, _, rest = value.partition(":")
-    if kind == "demo":
-        from crosslens.synthetic.grammar import CONSTRUCTIONS
-
-        if rest not in CONSTRUCTIONS:
-            raise UserError(
-                f"{option} {value!r} is unknown: use demo: and one of {', '.join(CONSTRUCTIONS)}"
-                f"{did_you_mean(rest, CONSTRUCTIONS)}"
-            )
-    elif kind == "sva" or (kind == "ioi" and rest):
-        corpora.read_items(_check_file(option, rest, value), corpora.SVA)
-    elif kind == "blimp" and Path(rest).suffix in corpora.FILES:
-        corpora.blimp_items(corpora.read_rows(_check_file(option, rest, value)), None)
-    elif kind == "clams":
-        corpora.read_clams(_check_file(option, rest, value, (".txt",)), capitalise=False, end="", info={})
-    elif kind in ("blimp", "multiblimp"):
-        if not re.fullmatch(r"\w+" if kind == "blimp" else r"[a-z]{3}(:.+)?", rest):
-            raise UserError(f"{option} {value!r} does not name a paradigm or language: give {_TASKS}")
-    elif kind != "ioi":
-        corpora.read_items(_check_file(option, value, value), corpora.PLAIN)
-    return value
-
-
-def _check_file(option: str, path: str, spec: str, known: Sequence[str] = corpora.FILES) -> Path:
-    if not Path(path).is_file():
-        raise UserError(f"{option} {spec!r}: there is no file {path!r}; give {_TASKS}")
-    if Path(path).suffix not in known:
-        raise UserError(f"{option} {spec!r} has an unsupported file type: give one of {', '.join(known)}")
-    return Path(path)
+    return [formats.check(value, option) for value in values]
 
 
 # ---------------------------------------------------------------------- options together

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,12 +79,12 @@ def make_card(
     cfg, metadata, run = crosscoder.cfg, crosscoder.cfg.metadata, run or {}
     what = DECLARATIONS[cfg.architecture()].card
     model, hook = _text(metadata.model_name or "an unnamed model"), _text(metadata.hook_name or "an unnamed hook point")
-    front = {"library_name": "saelens", "tags": ["crosscoder", "crosslens", "sparse-autoencoder", "training-dynamics"]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
-    lines += [f"license: {json.dumps(licence)}"] if licence else []
-    lines += [
-        "---",
-        "",
+    data = ModelCardData(
+        library_name="saelens",
+        license=" ".join(licence.split()) if licence else None,
+        tags=["crosscoder", "crosslens", "sparse-autoencoder", "training-dynamics"],
+    )
+    lines = [
         f"# {_text(sae_id)}: a crosscoder over {cfg.n_snapshots} pretraining snapshots of {model}",
         "",
         f"A {what} with {cfg.d_sae:,} features, trained on the activations of {cfg.n_snapshots} "
@@ -115,7 +116,7 @@ def make_card(
         ]
     lines += ["## Licence", "", _text(licence) if licence else "Not stated by the uploader.", ""]
     lines += ["## Citation", "", "The method:", "", _CITATION, ""]
-    return "\n".join(lines)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
 
 
 def evolution_picture(decoder_norms: Float[Tensor, "F S"], labels: Sequence[str], n_bands: int = 120) -> str:

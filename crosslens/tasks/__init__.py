@@ -3,8 +3,9 @@
 In: a benchmark by name (BLiMP, CLAMS, MultiBLiMP, SVA, IOI) or a file. Out: tokenised prompts, and how often each
 snapshot prefers the correct answer.
 
-Start with `task.Task`. `corpora` reads the sources, `generated` makes items from templates, `prompts` tokenises items,
-`accuracy` scores models.
+Start with `task.Task`. `formats` has a module for each format: its reader, and its spelling as an argument. `corpora`
+reads files and the hub for them, `induction` makes items of a tokenizer's words, `prompts` tokenises items, `accuracy`
+scores models.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Read minimal pairs from their sources: files with columns, the hub, CLAMS, BLiMP and MultiBLiMP.
+"""Read minimal pairs from files with columns and from the hub; what the formats of tasks have in common.
 
 1. Readers return `Row`s, each with its origin (file and line) for error messages.
 2. Makers turn rows into `Item`s. A pair of sentences becomes an item in one of two ways: for one differing token, the
@@ -20,18 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosslens.errors import UserError, check_regular, did_you_mean, first_line, shortened
-from crosslens.tasks.items import Item
+from crosslens.tasks.declaration import FORMATS
+from crosslens.tasks.items import Item, Source
 
 PLAIN = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
-SVA = {"prefix": "clean_prefix", "correct": "clean_answer", "wrong": "patch_answer"}
-FORMATS = {
-    "plain": (tuple(PLAIN.values()), "--task FILE, or Task.local in Python"),
-    "SVA": (tuple(SVA.values()), "--task sva:FILE, or Task.sva in Python"),
-    "BLiMP": (("sentence_good", "sentence_bad"), "--task blimp:FILE, or Task.blimp in Python"),
-}
-"""The keys that every row of a file has, by format, and what reads it."""
-_KEYS = {key for keys, _ in FORMATS.values() for key in keys}
-_BLIMP = {"prefix": "one_prefix_prefix", "correct": "one_prefix_word_good", "wrong": "one_prefix_word_bad"}
 MAX_BYTES = 64 * 2**20
 """Largest file of a task that is read: some 300,000 minimal pairs."""
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -57,7 +49,7 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path} has the unknown suffix {path.suffix!r}: use one of {', '.join(FILES)}")
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    text = _read_text(path)
+    text = read_text(path)
     rows: list[tuple[str, Any]]
     if path.suffix in _DELIMITERS:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix])
@@ -111,38 +103,12 @@ def read_hub(repository: str, config: str | None, split: str = "train") -> list[
     return [Row(f"{name}, row {i}", row) for i, row in enumerate(rows, start=1)]
 
 
-def read_clams(path: Path, capitalise: bool, end: str, info: Mapping[str, str]) -> list[Row]:
-    """Rows of `good` and `bad` from a raw CLAMS file: lines of `True|False<TAB>sentence`, in pairs.
-
-    Sentences are capitalised on request and get `end` appended; rows also have the columns of `info`.
+def read_text(path: Path) -> str:
+    """The text of a file of a task.
 
     Raises:
-        UserError: the file cannot be read, a line has another format, or both lines of a pair are right or wrong.
+        UserError: it cannot be read, is too large, or is not UTF-8.
     """
-    lines = [(i, line.strip()) for i, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
-    sentences: list[tuple[int, str, str]] = []
-    for number, line in lines:
-        verdict, _, sentence = line.partition("\t")
-        if verdict not in ("True", "False") or not sentence.strip():
-            raise UserError(
-                f"{path}, line {number}: {shortened(repr(line))} is not 'True' or 'False', a tab, and a sentence"
-            )
-        sentence = sentence.strip() + end
-        sentences.append((number, verdict, sentence[0].upper() + sentence[1:] if capitalise else sentence))
-    if len(sentences) % 2:
-        raise UserError(
-            f"{path} has {len(sentences)} sentences, an odd number: give pairs of a correct and a wrong one"
-        )
-    rows: list[Row] = []
-    for (number, verdict, sentence), (other_number, *other) in zip(sentences[::2], sentences[1::2], strict=True):
-        found = {verdict: sentence, other[0]: other[1]}
-        if len(found) == 1:
-            raise UserError(f"{path}, lines {number} and {other_number} are both {verdict}: pairs must be adjacent")
-        rows.append(Row(f"{path}, line {number}", {"good": found["True"], "bad": found["False"], **info}))
-    return rows
-
-
-def _read_text(path: Path) -> str:
     check_regular(path, "file of a task", MAX_BYTES)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -200,6 +166,12 @@ def make_pair(row: Row, good: str, bad: str, answers: str) -> Item:
     return Item(*divide(texts["good"], texts["bad"], answers), info=info)
 
 
+def read_pairs(name: str, rows: Sequence[Row], good: str, bad: str, answers: str) -> Source:
+    """A task from the columns of a correct and a wrong sentence; errors as in `make_pair`."""
+    items = [make_pair(row, good, bad, answers) for row in rows]
+    return Source(name, items, answers, len({(row.values[good], row.values[bad]) for row in rows}))
+
+
 def divide(good: str, bad: str, answers: str) -> tuple[str, str, str]:
     """Divide two non-empty sentences into (prefix, correct, wrong).
 
@@ -222,32 +194,6 @@ def divide(good: str, bad: str, answers: str) -> tuple[str, str, str]:
     return good[: words[0][shared].start()].rstrip(), correct, wrong
 
 
-def blimp_items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], str]:
-    """Items of a BLiMP paradigm, and how to score their answers: "multi" unless it has the one-prefix method.
-
-    Raises:
-        UserError: "single" is requested for a paradigm without the one-prefix method, or a key is missing.
-    """
-    # a csv has the strings True and False
-    elsewhere = next((row for row in rows if str(row.values.get("one_prefix_method")).lower() == "false"), None)
-    if elsewhere is not None and answers == "single":
-        raise UserError(
-            f"{elsewhere.where}: {elsewhere.values.get('UID', 'this paradigm')!r} does not have the one-prefix method: "
-            "what follows the word that differs decides which is right, so only full sentences can be compared, by "
-            "Task.accuracy (leave answers out); for attribution choose a paradigm with one_prefix_method"
-        )
-    answers = answers or ("single" if elsewhere is None else "multi")
-    if answers == "multi":
-        return [make_pair(row, "sentence_good", "sentence_bad", answers) for row in rows], answers
-    # rows on the hub have only the sentences
-    return [
-        make_pair(row, "sentence_good", "sentence_bad", answers)
-        if _BLIMP["prefix"] not in row.values
-        else make_item(row, _BLIMP)
-        for row in rows
-    ], answers
-
-
 def select(rows: Sequence[Row], key: str, wanted: str) -> list[Row]:
     """The rows whose column `key` is `wanted`.
 
@@ -260,59 +206,12 @@ def select(rows: Sequence[Row], key: str, wanted: str) -> list[Row]:
     return [row for row in rows if str(row.values.get(key)) == wanted]
 
 
-def multiblimp_rows(language: str, path: str | Path | None) -> list[Row]:
-    """Rows of one language of MultiBLiMP: from the hub, a folder with `<language>/data.tsv`, or a file.
+def existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
+    """Return `path` if it is a file; `wanted` and `present` are the name that was given and those that there are.
 
     Raises:
-        UserError: no such language, or a file that cannot be read.
+        UserError: it is not.
     """
-    if path is None:
-        rows = read_hub("jumelet/multiblimp", language)
-    elif Path(path).is_dir():
-        file = _existing(Path(path) / language / "data.tsv", language, (each.name for each in Path(path).glob("*")))
-        rows = read_rows(file)
-    else:
-        rows = read_rows(Path(path))
-        column = next((name for name in ("language", "lang") if rows and name in rows[0].values), None)
-        rows = rows if column is None else select(rows, column, language)
-    return [Row(row.where, {"language": language, **row.values}) for row in rows]
-
-
-def clams_file(language: str, case: str | None, folder: str | Path | None) -> Path:
-    """Path of a CLAMS evaluation set: `<folder>/<language>_evalset/<case>.txt`.
-
-    Raises:
-        UserError: it does not exist.
-    """
-    if folder is None or case is None:
-        raise UserError(
-            f"CLAMS {language!r}, {case!r}: the evaluation sets are not on the hub: clone "
-            "github.com/aaronmueller/clams and give a language, a case and the folder, such as "
-            "clams('fr', 'simple_agrmt', 'clams'), or a .txt file"
-        )
-    cases = Path(folder) / f"{language}_evalset"
-    if not cases.is_dir():
-        present = [each.name.removesuffix("_evalset") for each in sorted(Path(folder).glob("*_evalset"))]
-        raise UserError(
-            f"{folder} has no {cases.name}: give one of its languages {present}{did_you_mean(language, present)}"
-        )
-    return _existing(cases / f"{case}.txt", case, (each.stem for each in cases.glob("*.txt")))
-
-
-def blimp_rows(uid_or_path: str | Path, folder: str | Path | None) -> list[Row]:
-    """Rows of a BLiMP paradigm: from a file, from `<uid>.jsonl` in a folder, or from the hub.
-
-    Raises:
-        UserError: no such file or paradigm.
-    """
-    path = Path(uid_or_path)
-    if folder is not None:
-        file = Path(folder) / f"{uid_or_path}.jsonl"
-        path = _existing(file, str(uid_or_path), (each.stem for each in Path(folder).glob("*.jsonl")))
-    return read_rows(path) if path.suffix in FILES else read_hub("nyu-mll/blimp", str(uid_or_path))
-
-
-def _existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give an existing file{did_you_mean(wanted, present)}")
     return path
@@ -321,11 +220,12 @@ def _existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
 def _texts(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
     for key in columns.values():
         if key not in row.values:
-            for name, (keys, reader) in FORMATS.items():
-                if key in _KEYS.difference(keys) and all(each in row.values for each in keys):
+            named = [form for form in FORMATS.values() if form.keys]
+            for form in named if any(key in form.keys for form in named) else ():
+                if key not in form.keys and all(each in row.values for each in form.keys):
                     raise UserError(
-                        f"{row.where}: the key {key!r} is missing; this is the {name} format ({', '.join(keys)}): "
-                        f"use {reader}"
+                        f"{row.where}: the key {key!r} is missing; this is the {form.title} format "
+                        f"({', '.join(form.keys)}): use {form.reader}"
                     )
             present = _named(row.values)
             raise UserError(

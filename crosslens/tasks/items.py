@@ -1,12 +1,20 @@
-"""`Item`: a minimal pair in words, as sources give it and before a tokenizer reads it."""
+"""`Item`, a minimal pair in words, before a tokenizer reads it, and `Source`, the items of a task with its name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from crosslens.errors import UserError, shortened
+from crosslens.errors import UserError, did_you_mean, shortened
+
+ANSWERS = ("single", "multi")
+
+
+def check_answers(answers: str) -> None:
+    """Refuse what is not a way to compare answers."""
+    if answers not in ANSWERS:
+        raise UserError(f"answers={answers!r} is unknown; use 'single' or 'multi'{did_you_mean(answers, ANSWERS)}")
 
 
 @dataclass(frozen=True)
@@ -31,3 +39,16 @@ class Item:
                 raise UserError(
                     f"the {name} answer after {shortened(repr(self.prefix))} is empty: give at least one word"
                 )
+
+
+class Source(NamedTuple):
+    """What a format reads: the parts of a task."""
+
+    name: str
+    """Name of the task."""
+    items: Sequence[Item]
+    """The items, duplicates included."""
+    answers: str = "single"
+    """As in `Task`."""
+    n_sentences: int | None = None
+    """Number of different pairs of sentences, if the items come from sentences."""

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from crosslens.errors import UserError, check_file_name, did_you_mean
+from crosslens.errors import UserError, check_file_name
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
-from crosslens.synthetic import grammar
-from crosslens.tasks import corpora, generated
+from crosslens.tasks import corpora, formats
 from crosslens.tasks.accuracy import accuracy_table, list_counts
-from crosslens.tasks.items import Item
+from crosslens.tasks.formats import blimp, clams, demo, ioi, multiblimp, plain, sva
+from crosslens.tasks.induction import induction_items
+from crosslens.tasks.items import Item, Source, check_answers
 from crosslens.tasks.prompts import Answers, Prompts, encode, encode_answers
-
-ANSWERS = ("single", "multi")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", check_file_name(self.name, "task name"))
-        _check_answers(self.answers)
+        check_answers(self.answers)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -79,11 +78,25 @@ class Task:
         return cls(name, kept, len(made) - len(kept), answers)
 
     @classmethod
-    def _from_pairs(cls, name: str, rows: Sequence[corpora.Row], good: str, bad: str, answers: str) -> Task:
-        """A task from the columns of a correct and a wrong sentence, which counts what merges different sentences."""
-        task = cls.from_items(name, [corpora.make_pair(row, good, bad, answers) for row in rows], answers)
-        sentences = {(row.values[good], row.values[bad]) for row in rows}
-        return replace(task, same_prompt=len(sentences) - len(task))
+    def parse(cls, spec: str) -> Task:
+        """A task as it is written on the command line, such as "sva:FILE"; see `crosslens.tasks.formats`.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return cls.from_source(formats.read(spec))
+
+    @classmethod
+    def from_source(cls, source: Source) -> Task:
+        """A task from what a format has read; counts what merges different sentences.
+
+        Raises:
+            UserError: it has no items.
+        """
+        task = cls.from_items(source.name, source.items, source.answers)
+        if source.n_sentences is None:
+            return task
+        return replace(task, same_prompt=source.n_sentences - len(task))
 
     @property
     def merged(self) -> dict[str, int]:
@@ -115,9 +128,9 @@ class Task:
         Raises:
             UserError: no rows, a row that lacks a key or has an empty sentence, or unknown `answers`.
         """
-        _check_answers(answers)
+        check_answers(answers)
         numbered = [corpora.Row(f"task {name!r}, row {i}", row) for i, row in enumerate(rows)]
-        return cls._from_pairs(name, numbered, good, bad, answers)
+        return cls.from_source(corpora.read_pairs(name, numbered, good, bad, answers))
 
     @classmethod
     def sva(cls, path: str | Path, name: str | None = None, answers: str = "single") -> Task:
@@ -126,7 +139,7 @@ class Task:
 
         The task files of Bayazit et al. (arXiv 2509.05291), such as `clams_data/*.jsonl`, have no `patch_prefix`.
         """
-        return cls.local(path, corpora.SVA, name=name, answers=answers)
+        return cls.from_source(sva.read(path, name, answers))
 
     @classmethod
     def blimp(cls, uid_or_path: str | Path, folder: str | Path | None = None, answers: str | None = None) -> Task:
@@ -143,11 +156,7 @@ class Task:
         Raises:
             UserError: no such file or paradigm, or "single" for a paradigm without the one-prefix method.
         """
-        _check_answers(answers or "single")
-        rows = corpora.blimp_rows(uid_or_path, folder)
-        items, answers = corpora.blimp_items(rows, answers)
-        path = Path(uid_or_path)
-        return cls.from_items(path.stem if path.suffix in corpora.FILES else str(uid_or_path), items, answers)
+        return cls.from_source(blimp.read(uid_or_path, folder, answers))
 
     @classmethod
     def clams(
@@ -175,18 +184,7 @@ class Task:
         Raises:
             UserError: no such file, or lines that do not pair up.
         """
-        _check_answers(answers or "single")
-        path = Path(language_or_path)
-        info: dict[str, str] = {}
-        if path.suffix != ".txt":
-            path = corpora.clams_file(str(language_or_path), case, folder)
-            info = {"language": str(language_or_path), "case": path.stem}
-        rows = corpora.read_clams(path, capitalise, end, info)
-        name = "-".join(("clams", *info.values())) if info else path.stem
-        if answers is None:
-            prefixes = (corpora.make_pair(row, "good", "bad", "single").prefix for row in rows)
-            answers = "single" if all(prefixes) else "multi"
-        return cls._from_pairs(name, rows, "good", "bad", answers)
+        return cls.from_source(clams.read(language_or_path, case, folder, answers, capitalise, end))
 
     @classmethod
     def multiblimp(
@@ -210,12 +208,7 @@ class Task:
         Raises:
             UserError: no such file, language or phenomenon, or a row that lacks a key.
         """
-        _check_answers(answers)
-        rows = corpora.multiblimp_rows(language, path)
-        if phenomenon is not None:
-            rows = corpora.select(rows, "phenomenon", phenomenon)
-        name = "-".join(("multiblimp", language, *([] if phenomenon is None else [phenomenon])))
-        return cls._from_pairs(name, rows, "sen", "wrong_sen", answers)
+        return cls.from_source(multiblimp.read(language, phenomenon, path, answers))
 
     @classmethod
     def ioi(cls, path: str | Path | None = None, n: int = 200, seed: int = 0) -> Task:
@@ -229,7 +222,7 @@ class Task:
         Raises:
             UserError: the file cannot be read, or n exceeds the possible items.
         """
-        return cls.from_items("ioi", generated.ioi_items(n, seed)) if path is None else cls.sva(path)
+        return cls.from_source(ioi.read(path, n, seed))
 
     @classmethod
     def induction(cls, tokenizer: Any, n: int = 200, length: int = 8, seed: int = 0) -> Task:
@@ -244,7 +237,7 @@ class Task:
         Raises:
             UserError: n or length out of range, or a tokenizer with too few single-token words.
         """
-        return cls.from_items("induction", generated.induction_items(tokenizer, n, length, seed))
+        return cls.from_items("induction", induction_items(tokenizer, n, length, seed))
 
     @classmethod
     def local(
@@ -267,8 +260,7 @@ class Task:
         Raises:
             UserError: the file cannot be read, a row lacks a key, or `columns` has an unknown part.
         """
-        items = corpora.read_items(Path(path), _columns(columns))
-        return cls.from_items(name or Path(path).stem, items, answers)
+        return cls.from_source(plain.read(path, columns, name, answers))
 
     @classmethod
     def hub(
@@ -292,7 +284,7 @@ class Task:
         Raises:
             UserError: no such dataset, configuration or split, no connection, or a missing column.
         """
-        columns = _columns(columns)
+        columns = plain.complete_columns(columns)
         rows = corpora.read_hub(repository, config, split)
         items = [corpora.make_item(row, columns) for row in rows]
         return cls.from_items(name or config or repository.rpartition("/")[2], items, answers)
@@ -310,9 +302,7 @@ class Task:
         Raises:
             UserError: an unknown construction or language, or n exceeds the possible items.
         """
-        languages = grammar.LANGUAGES if language is None else (language,)
-        rows = [row for each in languages for row in grammar.pairs(construction, each, n, seed)]
-        return cls.from_items(construction if language is None else f"{construction}-{language}", rows)
+        return cls.from_source(demo.read(construction, language, n, seed))
 
     def prompts(self, tokenizer: Any, prepend_bos: bool = True, max_length: int | None = None) -> Prompts:
         """Tokenise the items by the rule of `crosslens.tasks.prompts`; arguments as in `prompts.encode`.
@@ -402,16 +392,3 @@ class Task:
             for half in halves
         )
         return one, other
-
-
-def _check_answers(answers: str) -> None:
-    if answers not in ANSWERS:
-        raise UserError(f"answers={answers!r} is unknown; use 'single' or 'multi'{did_you_mean(answers, ANSWERS)}")
-
-
-def _columns(columns: Mapping[str, str] | None) -> dict[str, str]:
-    parts = (*corpora.PLAIN, "patch_prefix")
-    for part in columns or ():
-        if part not in parts:
-            raise UserError(f"columns: {part!r} is not an item's field; use any of {parts}{did_you_mean(part, parts)}")
-    return {**corpora.PLAIN, **(columns or {})}

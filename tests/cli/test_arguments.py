@@ -159,7 +159,7 @@ WRONG = [
     (["ablate", RUN, "--task", "sva:{files}/sentences.csv"], "sentences.csv, line 2: .*use --task blimp:FILE"),
     (["attribute", RUN, "--task", "blimp:{files}/sva.jsonl"], "'sentence_good' is missing; this is the SVA format"),
     (["attribute", RUN, "--task", "clams:{files}/text.txt"], "text.txt, line 1: 'a b c' is not 'True' or 'False'"),
-    (["attribute", RUN, "--task", "multiblimp:French"], "does not name a paradigm or language"),
+    (["attribute", RUN, "--task", "multiblimp:French"], "does not name a language, such as fra"),
     (["attribute", RUN, "--task", "{files}/text.txt"], "unsupported file type: give one of .jsonl"),
     (["attribute", RUN, "--task", "demo:simple", "--method", "igg"], "did you mean 'ig'"),
     (["attribute", RUN, "--task", "demo:simple", "--baseline", "median"], "use one of zero, mean, patch"),

@@ -1,4 +1,4 @@
-"""The loss of every architecture in plain dense autograd: what the training step on active pairs must equal."""
+"""Losses in plain dense autograd: what the training step on active pairs must equal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
-from crosslens.crosscoders.architectures.topk import annealed_k, batch_variance, keep_top, scores, unexplained
+from crosslens.crosscoders.architectures.topk import annealed_k, batch_variance, keep_top, unexplained
+
+KNOWN = ["standard_crosscoder", "topk_crosscoder", "batchtopk_crosscoder", "jumprelu_crosscoder"]
+"""The architectures whose loss is here; another one's reference stands in its own test."""
 
 
 class SnapshotJumpReLU(torch.autograd.Function):
@@ -98,6 +101,6 @@ def auxiliary_loss(
         return residual.new_zeros(())
     d_model = W_dec.shape[1] // decoder_norms.shape[1]
     with torch.no_grad():
-        ranking = scores(hidden_pre, decoder_norms).masked_fill(~dead, -torch.inf)
+        ranking = (hidden_pre.relu() * decoder_norms.sum(-1)).masked_fill(~dead, -torch.inf)
     acts = keep_top(hidden_pre, ranking, max(1, min(d_model // 2, n_dead)))
     return unexplained(residual, acts @ W_dec)

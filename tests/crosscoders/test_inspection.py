@@ -62,7 +62,7 @@ def test_valid_files_pass(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "quantum_crosscoder"}, "'quantum_crosscoder'; known are standard_crosscoder"),
+        ({"architecture": "quantum_crosscoder"}, "'quantum_crosscoder'; known are batchtopk_crosscoder"),
         ({"architecture": ["standard_crosscoder"]}, "has an unknown architecture"),
         ({"architecture": None}, "has an unknown architecture"),
         ({"architecture": "jumprelu"}, "is a JumpReLUSAE, not a crosscoder"),

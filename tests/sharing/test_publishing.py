@@ -182,7 +182,7 @@ def test_a_dry_run_contacts_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert list(plan.files) == [*(f"blocks.1.hook_resid_post/{name}" for name in names), "README.md"]
     assert plan.files["README.md"] == len(plan.card.encode())
     assert 'cl.from_pretrained("someone/things", "blocks.1.hook_resid_post")' in plan.card
-    assert '\nlicense: "mit"\n' in plan.card
+    assert "\nlicense: mit\n" in plan.card
 
 
 @pytest.mark.parametrize("name", ["things", "some one/things", "a/b/c", "../things", "https://hub/x"])

@@ -16,12 +16,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from crosslens.crosscoders.architectures.topk import (
+    RankedCrosscoder,
     TopKCrosscoderTrainingConfig,
     TopKCrosscoderTrainingSAE,
     keep_top,
-    scores,
 )
-from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig
+from crosslens.crosscoders.base import CrosscoderConfig
 from crosslens.crosscoders.declaration import Architecture
 from crosslens.crosscoders.kernels.topk import Pairs, batch_top_pairs
 
@@ -36,7 +36,7 @@ class BatchTopKCrosscoderConfig(CrosscoderConfig):
         return "batchtopk_crosscoder"
 
 
-class BatchTopKCrosscoder(Crosscoder):
+class BatchTopKCrosscoder(RankedCrosscoder):
     """Inference crosscoder that keeps the features whose score exceeds the threshold learnt in training.
 
     Attributes:
@@ -53,7 +53,7 @@ class BatchTopKCrosscoder(Crosscoder):
 
     @override
     def gate(self, hidden_pre: Tensor) -> Tensor:
-        return _above_threshold(hidden_pre, self.decoder_norms, self.threshold)
+        return hidden_pre.relu() * (self.scores(hidden_pre) > self.threshold)
 
 
 @dataclass(kw_only=True)
@@ -97,7 +97,7 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
     @override
     def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
         if not self.training:
-            return _above_threshold(hidden_pre, self.decoder_norms, self.threshold)
+            return hidden_pre.relu() * (self.scores(hidden_pre) > self.threshold)
         kept = max(1, round(self.current_k * ranking.shape[:-1].numel()))
         return keep_top(hidden_pre.flatten(), ranking.flatten(), kept).view_as(hidden_pre)
 
@@ -109,7 +109,7 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
 
     @override
     def training_gate(self, hidden_pre: Tensor) -> Tensor:
-        return self._kept_pairs(hidden_pre, self.decoder_norms.sum(-1))[0].to_dense()
+        return self._kept_pairs(hidden_pre, self.score_norms)[0].to_dense()
 
     def _kept_pairs(self, hidden_pre: Tensor, norms: Tensor) -> tuple[Pairs, Tensor]:
         count = max(1, round(self.current_k * len(hidden_pre) * self.strategy.n_data_ranks))
@@ -127,10 +127,6 @@ class BatchTopKCrosscoderTrainingSAE(TopKCrosscoderTrainingSAE):
         moved = self.threshold.lerp(smallest, self.cfg.topk_threshold_lr)
         first = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), first, self.threshold))
-
-
-def _above_threshold(hidden_pre: Tensor, decoder_norms: Tensor, threshold: Tensor) -> Tensor:
-    return hidden_pre.relu() * (scores(hidden_pre, decoder_norms) > threshold)
 
 
 ARCHITECTURE = Architecture(

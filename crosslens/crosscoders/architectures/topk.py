@@ -36,14 +36,22 @@ from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
 
 
-def scores(hidden_pre: Float[Tensor, "... F"], decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "... F"]:
-    """`u_i = relu(h_i) * sum_s n_is`, by which features are ranked."""
-    return hidden_pre.relu() * decoder_norms.sum(-1)
-
-
 def keep_top(hidden_pre: Float[Tensor, "... F"], ranking: Float[Tensor, "... F"], k: int) -> Float[Tensor, "... F"]:
     """`relu(h)` at the k largest positive entries of `ranking` in the last dimension; of equal ones the earlier."""
     return hidden_pre.relu() * (first_largest(ranking, kth_of_rows(ranking, k), k) & ~(ranking <= 0))
+
+
+class RankedCrosscoder(Crosscoder):
+    """What crosscoders share that keep the features with the largest scores, in training and at inference."""
+
+    @property
+    def score_norms(self) -> Float[Tensor, " F"]:
+        """`n_i`, the decoder norms summed over snapshots: the score of a feature is `relu(h_i) * n_i`."""
+        return self.decoder_norms.sum(-1)
+
+    def scores(self, hidden_pre: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+        """`u_i = relu(h_i) * n_i`, by which features are ranked."""
+        return hidden_pre.relu() * self.score_norms
 
 
 @dataclass(kw_only=True)
@@ -69,14 +77,14 @@ class TopKCrosscoderConfig(CrosscoderConfig):
         return "topk_crosscoder"
 
 
-class TopKCrosscoder(Crosscoder):
+class TopKCrosscoder(RankedCrosscoder):
     """Inference crosscoder that keeps the k highest-scoring features of each token."""
 
     cfg: TopKCrosscoderConfig
 
     @override
     def gate(self, hidden_pre: Tensor) -> Tensor:
-        return keep_top(hidden_pre, scores(hidden_pre, self.decoder_norms), self.cfg.k)
+        return keep_top(hidden_pre, self.scores(hidden_pre), self.cfg.k)
 
 
 @dataclass(kw_only=True)
@@ -116,7 +124,7 @@ class TopKCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         return "topk_crosscoder"
 
 
-class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
+class TopKCrosscoderTrainingSAE(RankedCrosscoder, CrosscoderTrainingSAE):
     """Training of the TopK crosscoder."""
 
     cfg: TopKCrosscoderTrainingConfig
@@ -130,7 +138,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
     @override
     def gate(self, hidden_pre: Tensor) -> Tensor:
         with torch.no_grad():
-            ranking = scores(hidden_pre, self.decoder_norms)
+            ranking = self.scores(hidden_pre)
         return self.select(hidden_pre, ranking)
 
     def select(self, hidden_pre: Tensor, ranking: Tensor) -> Tensor:
@@ -138,7 +146,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         k = round(self.current_k) if self.training else self.cfg.k
         if self.n_own == self.cfg.d_sae:
             return keep_top(hidden_pre, ranking, k)
-        norms = self.decoder_norms.sum(-1)
+        norms = self.score_norms
         return token_top_pairs(hidden_pre.flatten(0, -2), norms, k, self.strategy).to_dense().view_as(hidden_pre)
 
     @override
@@ -150,7 +158,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         self.current_k = annealed_k(self.cfg, step_input.n_training_steps)
-        norms = self.decoder_norms.detach().sum(-1)
+        norms = self.score_norms.detach()
         if self.training:
             pairs = self.select_pairs(hidden_pre, norms)
         else:
@@ -185,7 +193,7 @@ class TopKCrosscoderTrainingSAE(CrosscoderTrainingSAE):
 
     @override
     def training_gate(self, hidden_pre: Tensor) -> Tensor:
-        norms = self.decoder_norms.sum(-1)
+        norms = self.score_norms
         return token_top_pairs(hidden_pre, norms, round(self.current_k), self.strategy).to_dense()
 
     @torch.no_grad()
