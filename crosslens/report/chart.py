@@ -94,12 +94,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first cell of each row is its header."""
+    """A table; the first cell of each row is its header. `columns` are the columns of `data` that the header names,
+    whose meanings become its tooltips; empty where there is none."""
 
     header: list[str]
     rows: list[list[Cell]]
     data: Frame
     note: str = ""
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ _ABLATED = {
     "mean": "Ablated features are set to their mean over the prompts.",
     "patch": "Ablated features are set to their value on the paired prompt.",
 }
+_COLUMNS = {
+    "share": "Metric as a share of the clean one, 1 + (metric − clean) / |clean|.",
+    "share_sd": "Standard deviation of that share over draws.",
+}  # of the figures' numbers
 
 
 @figure(
@@ -53,6 +57,7 @@ _ABLATED = {
         "Share of the clean metric that remains when k features are ablated and the error node is kept. Top features "
         "have the largest signed IE."
     ),
+    columns=_COLUMNS,
 )
 def ablate_by_size(table: Frame) -> Chart | str:
     """`ablation_by_size` of the sets that are ablated."""
@@ -69,6 +74,7 @@ def ablate_by_size(table: Frame) -> Chart | str:
         "Share of the clean metric when only k features are kept, without the error node. Top features have the "
         "largest |IE|."
     ),
+    columns=_COLUMNS,
 )
 def keep_by_size(table: Frame) -> Chart | str:
     """`ablation_by_size` of the sets that are kept."""
@@ -118,6 +124,7 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     title="Ablating the top features, all snapshots",
     tables=("ablation/<task>",),
     definition="The same at one set size; the top features are selected separately at each snapshot.",
+    columns=_COLUMNS,
 )
 def ablate_over_snapshots(table: Frame) -> Chart | str:
     """`ablation_over_snapshots` of the sets that are ablated."""
@@ -131,6 +138,7 @@ def ablate_over_snapshots(table: Frame) -> Chart | str:
     title="Keeping only the top features, all snapshots",
     tables=("ablation/<task>",),
     definition="The same at one set size; the top features are selected separately at each snapshot.",
+    columns=_COLUMNS,
 )
 def keep_over_snapshots(table: Frame) -> Chart | str:
     """`ablation_over_snapshots` of the sets that are kept."""

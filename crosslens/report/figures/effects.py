@@ -46,6 +46,11 @@ _MEASURES = {
     "reldec": "RelDec (decoder norm)",
 }
 _SHORT = {"share_relie": "share<br>RelIE", "relie": "RelIE", "decodability": "R²", "reldec": "RelDec"}
+_COLUMNS = {
+    "ie_largest": "The effect of largest size, in logits.",
+    "share_relie/<label>": "Share RelIE at the snapshot.",
+    "relie/<label>": "RelIE at the snapshot.",
+}  # of the figures' numbers
 
 
 @figure(
@@ -134,6 +139,7 @@ def _agreement(snapshots: Frame) -> str:
         "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a "
         "significant effect at some snapshot."
     ),
+    columns=_COLUMNS,
 )
 def share_relie(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
     """`relative_effects` of share RelIE."""
@@ -150,6 +156,7 @@ def share_relie(table: Frame, names: Frame | None = None, chance: Frame | None =
         "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at "
         "some snapshot."
     ),
+    columns=_COLUMNS,
 )
 def relie(table: Frame, names: Frame | None = None) -> Chart | str:
     """`relative_effects` of RelIE."""

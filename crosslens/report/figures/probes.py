@@ -239,6 +239,12 @@ def probe_parts(table: Frame) -> Chart:
         "feature is computed from each snapshot alone."
     ),
     optional=True,
+    columns={
+        "mean": "Mean share of tokens that both snapshots have among the strongest.",
+        "size": "Features in the band.",
+        "norm_from": "Lower edge of the band of norms, relative to the feature's largest.",
+        "norm_to": "Upper edge of the band.",
+    },
 )
 def agreement(table: Frame) -> Chart | str:
     """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm."""

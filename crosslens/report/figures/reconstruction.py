@@ -67,6 +67,9 @@ def l0(table: Frame) -> Chart | str:
         "snapshot has its own gate (JumpReLU)."
     ),
     optional=True,
+    columns={
+        "dead": "Dead features, in per cent.",
+    },
 )
 def dead(table: Frame) -> Chart | str:
     """Percentage of features that are active on no held-out token; in words if all snapshots share a gate."""

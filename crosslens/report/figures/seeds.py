@@ -23,6 +23,11 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
         "features."
     ),
     optional=True,
+    columns={
+        "features": "Live features that so many seeds have.",
+        "share": "The same as a share of the live features.",
+        "variance": "Share of the variance that they write.",
+    },
 )
 def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     """Live features and the variance they write, by the number of seeds that have them.
@@ -81,6 +86,13 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
         "the feature is active."
     ),
     optional=True,
+    columns={
+        "rate_from": "Lower edge of the band of firing rates.",
+        "rate_to": "Upper edge of the band.",
+        "features": "Live features in the band.",
+        "consensus": "Share of them that most seeds have.",
+        "variance": "Share of the variance that they write.",
+    },
 )
 def seeds_by_rate(consensus: Frame) -> Chart | str:
     """Share of consensus features by firing rate.

@@ -89,6 +89,11 @@ def dimensionality(table: Frame) -> Chart | str:
         "the same tokens, dies."
     ),
     optional=True,
+    columns={
+        "replacement": "Features born here in place of one that dies.",
+        "split": "Pairs that share a direction until here.",
+        "merger": "Pairs that share a direction from here on.",
+    },
 )
 def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame) -> Chart | str:
     """Number of splits, mergers and replacements by snapshot.
@@ -130,6 +135,10 @@ def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame
         "stronger in the activations than the norm suggests."
     ),
     optional=True,
+    columns={
+        "strength": "Decoder norm divided by the feature's largest.",
+        "scaling": "Latent scaling divided by the largest decoder norm.",
+    },
 )
 def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | None = None) -> Chart | str:
     """Latent scaling against decoder norm, a point per live feature and snapshot.
@@ -201,6 +210,9 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | No
         "from all tokens to those where the feature is active. Median over the features born at a snapshot."
     ),
     optional=True,
+    columns={
+        "born": "Number of the snapshot at which the features are born.",
+    },
 )
 def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     """Median encoder share of each snapshot, by the snapshot in which features are born.
@@ -251,6 +263,12 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
         "correlations have 95% bootstrap intervals over features."
     ),
     optional=True,
+    columns={
+        "event": "Whether features are born or strongest at the snapshot.",
+        "mean": "Mean complexity.",
+        "se": "Its standard error.",
+        "n": "Features.",
+    },
 )
 def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | str:
     """Mean complexity of the features that are born, and of those that peak, at each snapshot.

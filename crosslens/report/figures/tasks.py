@@ -111,6 +111,9 @@ def _left_out(row: Any) -> str:
         "with its 95% Wilson interval over items; chance is 50%."
     ),
     wide=True,
+    columns={
+        "page": "File of the task's page.",
+    },
 )
 def task_table(tasks: Frame) -> Grid:
     """Items and accuracy at the last snapshot, a row per task, with a link to its page.
@@ -127,7 +130,7 @@ def task_table(tasks: Frame) -> Grid:
             texts = [f"{row['n']:,.0f}", _left_out(row) or "none", row["label"], f"{row['accuracy']:.1%}", interval]
         rows.append([Cell(row["task"], link=row["page"]), *(Cell(str(text)) for text in texts)])
     header = ["task", "items", "left out", "snapshot", "accuracy", "95% interval"]
-    return Grid(header, rows, tasks)
+    return Grid(header, rows, tasks, columns=("task", "n", "", "label", "accuracy", ""))
 
 
 @figure(
@@ -216,4 +219,4 @@ def item_table(table: Frame) -> Grid:
         [Cell(f"prompt {prompt}"), *(Cell("" if text is None else str(text).strip()) for text in texts)]
         for prompt, *texts in evenly_spaced(items, N_ITEMS).itertuples(index=False)
     ]
-    return Grid(["", *titles.values()], rows, items)
+    return Grid(["", *titles.values()], rows, items, columns=("prompt", *titles))
