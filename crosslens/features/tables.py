@@ -248,8 +248,8 @@ def nearest_features(crosscoder: Crosscoder, n: int) -> tuple[Int[Tensor, "F n"]
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     """Decode tokens one by one for display; use the token's name if it is not a whole character.
 
-    A token that the tokenizer sets apart from the one before begins with a space, whether the tokenizer writes the space
-    into the token (Ġ, ▁) or between tokens, as those of whole words do.
+    A token that is set apart from the one before begins with a space, whether the tokenizer writes the space into the
+    token (Ġ, ▁) or between tokens, as tokenizers of whole words do.
     """
     texts: dict[int, str] = {}
     for token in ids:

@@ -20,6 +20,7 @@ from crosslens.report.chart import (
     add_level,
     add_line,
     add_matrix,
+    add_series,
     apply_colors,
     feature_names,
     floats,
@@ -162,11 +163,8 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
     add_level(figure, 1, "clean")
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
     for name, style, lines in _sets(rows):
-        ids = ints(lines["snapshot"])
-        add_line(
-            figure, axis.x(ids), floats(lines["share"]), name, style, hover=axis.hover(ids), value="%{y:.1%}",
-            band=_band(lines),
-        )  # fmt: skip
+        band = ("share_low", "share_high") if _band(lines) else None
+        add_series(figure, axis, lines, "share", name, style, value="%{y:.1%}", band=band)
     axis.apply(figure)
     note = f"Sets of k = {k} features. Bands: the interval of the random draws, 95% by default."
     if small:

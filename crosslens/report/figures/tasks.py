@@ -16,10 +16,8 @@ from crosslens.report.chart import (
     SnapshotAxis,
     Style,
     add_level,
-    add_line,
+    add_series,
     evenly_spaced,
-    floats,
-    ints,
     new_figure,
     pick,
     shown,
@@ -59,18 +57,9 @@ def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) ->
     pages = tasks if links else None
     for task, style in styles.items():
         rows = table[table["task"] == task].sort_values("snapshot")
-        ids = ints(rows["snapshot"])
-        add_line(
-            figure,
-            axis.x(ids),
-            floats(rows["accuracy"]),
-            shown(task),
-            style,
-            hover=axis.hover(ids),
-            value="%{y:.1%}",
-            band=(floats(rows["low"]), floats(rows["high"])),
-            meta={"page": task_pages(pages).get(task)},
-        )
+        page = {"page": task_pages(pages).get(task)}
+        band = ("low", "high")
+        add_series(figure, axis, rows, "accuracy", shown(task), style, band=band, value="%{y:.1%}", meta=page)
     axis.apply(figure)
     columns = ("task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "at_chance", "n", "few")
     columns += ("skipped", "reasons", "merged", "merged_reasons")
@@ -157,12 +146,9 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
     styles = Style.of_tasks(list(dict.fromkeys(data["task"])), tasks)
     for task, style in styles.items():
         rows = data[data["task"] == task]
-        ids = ints(rows["snapshot"])
-        percent = floats(100 * rows["completeness_error"])
-        add_line(
-            figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%",
-            meta={"page": task_pages(tasks).get(task)},
-        )  # fmt: skip
+        page = {"page": task_pages(tasks).get(task)}
+        rows = rows.assign(percent=100 * rows["completeness_error"])
+        add_series(figure, axis, rows, "percent", shown(task), style, value="%{y:.2g}%", meta=page)
     if (values.dropna() > 0).all():
         figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
     axis.apply(figure)
