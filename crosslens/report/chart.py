@@ -464,7 +464,8 @@ def named_ticks(names: Sequence[str], *, slanted: bool = False) -> dict[str, Any
 
 def name_rows(figure: go.Figure, names: Sequence[str], **look: Any) -> None:
     """Name the rows 0, 1, ... along y, from the top."""
-    figure.update_yaxes(**{"autorange": "reversed", "showgrid": False, "zeroline": False, **named_ticks(names), **look})
+    settings: Any = {"autorange": "reversed", "showgrid": False, "zeroline": False, **named_ticks(names), **look}
+    figure.update_yaxes(settings)
 
 
 def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None:

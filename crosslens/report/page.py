@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -343,6 +344,8 @@ def compact(value: Any, digits: int = _DIGITS) -> Any:
             for key, part in value.items()
             if key != "template"
         }
+    if isinstance(value, np.ndarray):  # of objects, such as labels
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [compact(part, digits) for part in value]
     if isinstance(value, float):

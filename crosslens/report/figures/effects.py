@@ -142,7 +142,7 @@ def _agreement(snapshots: Frame) -> str:
     ),
     columns=_COLUMNS,
 )
-def share_relie(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+def share_relie_lines(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
     """`relative_effects` of share RelIE."""
     return relative_effects(table, names, chance, "share_relie")
 
@@ -159,7 +159,7 @@ def share_relie(table: Frame, names: Frame | None = None, chance: Frame | None =
     ),
     columns=_COLUMNS,
 )
-def relie(table: Frame, names: Frame | None = None) -> Chart | str:
+def relie_lines(table: Frame, names: Frame | None = None) -> Chart | str:
     """`relative_effects` of RelIE."""
     return relative_effects(table, names, column="relie")
 
