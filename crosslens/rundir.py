@@ -108,13 +108,24 @@ class RunDir:
         return contents
 
     def write_json(self, contents: dict[str, Any]) -> None:
-        """Replace run.json."""
+        """Replace run.json.
+
+        Args:
+            contents: all of it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(contents, default=str))
         write_text(self.path / "run.json", json.dumps({"checksum": json_checksum(plain), **plain}, indent=1))
 
     def update(self, **entries: Any) -> None:
-        """Add entries to run.json; dictionaries are merged one level deep."""
+        """Add entries to run.json; dictionaries are merged one level deep.
+
+        Args:
+            entries: values by key.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         contents = self.read_json() if self.exists() else {}
         for key, value in entries.items():
             contents[key] = {**contents.get(key, {}), **value} if isinstance(value, dict) else value
@@ -163,7 +174,14 @@ class RunDir:
             release()
 
     def hold(self, part: str = "run") -> Callable[[], None]:
-        """Like `writing`, until the function that is returned is called, or the process ends."""
+        """Like `writing`, until the function that is returned is called, or the process ends.
+
+        Args:
+            part: as in `writing`.
+
+        Raises:
+            UserError: as `writing`.
+        """
         self.check_usable()
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -221,6 +239,10 @@ class RunDir:
     def check_settings(self, settings: dict[str, Any], part: str = "identity") -> None:
         """Check some of the settings that `claim` compares, before the others are known.
 
+        Args:
+            settings: those that are known.
+            part: entry of run.json, as in `claim`.
+
         Raises:
             UserError: the directory cannot be used, or holds a run with other settings.
         """
@@ -243,11 +265,21 @@ class RunDir:
             )
 
     def other_seed(self, seed: int) -> RunDir:
-        """The directory of the same training from another seed."""
+        """The directory of the same training from another seed.
+
+        Args:
+            seed: of the training.
+        """
         return RunDir(self.path / "seeds" / str(seed))
 
     def setting(self, d_sae: int, k: float, seed: int) -> RunDir:
-        """The directory of a training of the sweep."""
+        """The directory of a training of the sweep.
+
+        Args:
+            d_sae: number of features.
+            k: active features per token.
+            seed: of the training.
+        """
         return RunDir(self.path / "sweep" / f"F{d_sae}-k{k:g}-seed{seed}")
 
     def last_checkpoint(self) -> Path | None:
@@ -256,6 +288,12 @@ class RunDir:
 
     def table(self, name: str) -> pd.DataFrame | None:
         """Read a table such as "evolution" or "attribution/simple"; None if there is none.
+
+        Args:
+            name: its name in `crosslens.tables`, or `own/<name>`.
+
+        Returns:
+            Rows and columns as the table is declared in `crosslens.tables`.
 
         Raises:
             UserError: the file is damaged, belongs to another run or table, or is the evolution table of an older
@@ -320,12 +358,19 @@ class RunDir:
         return self.read_json().get("id") if self.exists() else None
 
     def save_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
-        """Write several tables under their names."""
+        """Write several tables, as `save_table` does.
+
+        Args:
+            tables: by name.
+
+        Raises:
+            UserError: as `save_table`.
+        """
         for name, table in tables.items():
             self.save_table(name, table)
 
     def consensus(self) -> pd.DataFrame:
-        """The table "consensus".
+        """The table "consensus", a row per feature.
 
         Raises:
             UserError: there is none, because only one seed was trained.
@@ -338,12 +383,19 @@ class RunDir:
         return found
 
     def tasks(self, kind: str) -> list[str]:
-        """Names of the tasks that have a table under "attribution" or "ablation"."""
+        """Names of the tasks that have a table of a kind.
+
+        Args:
+            kind: such as "attribution" or "ablation".
+        """
         names = (p.name.removesuffix(".parquet") for p in (self.path / kind).glob("*.parquet"))
         return sorted(name for name in names if not name.endswith(".snapshots"))
 
     def remove_task(self, task: str) -> list[str]:
         """Delete the tables of a task, and its rows of the table "accuracy"; returns what was deleted.
+
+        Args:
+            task: its name.
 
         Raises:
             UserError: there is nothing of that task; those that have something are named.

@@ -1,8 +1,8 @@
-"""Hooks of mkdocs: formulas, links of the tutorials, and literal tags.
+"""Hooks of mkdocs: formulas, links of the tutorials, literal tags, and the tables of a run.
 
 Formulas, `$...$` and `$$...$$` on pages and in tutorials, become MathML, which browsers draw without a network.
 Tutorials link to each other and to these pages as files of the repository. Docstrings are written for the terminal and
-hold no HTML: `<label>` in them is text.
+hold no HTML: `<label>` in them is text. The page "Tables of a run" ends with what `crosslens.tables` declares.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 
+from crosslens.tables import render_markdown
+
 FORMULA = r"\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\s](?:[^$\n]*[^$\s])?)\$"
 MARKDOWN_CODE = r"^```.*?^```|`[^`]*`"
+TABLES = "<!-- the declarations in crosslens/tables.py follow -->"
 HTML_CODE = r"<(?P<tag>pre|code|style|script)\b.*?</(?P=tag)>"
 
 
@@ -34,9 +37,10 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Hide formulas from Markdown, which would read `_` and backslashes in them."""
+    """Add the tables of a run, and hide formulas from Markdown, which would read `_` and backslashes in them."""
     if page.file.src_uri.endswith(".ipynb"):
         return markdown
+    markdown = markdown.replace(TABLES, render_markdown())
 
     def hide(found: re.Match[str]) -> str:
         return f"\ue000{found[0].encode().hex()}\ue001" if found["block"] or found["line"] else found[0]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from crosslens.errors import UserError
+from crosslens.report import entries
 from crosslens.rundir import RunDir
-from crosslens.tables import TABLES, VERBS, check_table, find_table, maker
+from crosslens.tables import TABLES, VERBS, check_table, find_table, maker, render_markdown
 
 
 def test_every_column_has_a_sentence():
@@ -73,3 +75,35 @@ def test_own_tables_stay_when_a_task_is_removed(tmp_path: Path):
     run.save_tables({name: pd.DataFrame({"k": [1]}) for name in ("ablation/mine", "own/mine")})
     assert run.remove_task("mine") == ["ablation/mine"]
     assert run.table_names() == ["own/mine"]
+
+
+def test_the_page_of_the_docs_runs_and_lists_every_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).parent.parent / "docs" / "tables.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert entries.list_figures()
+    monkeypatch.setattr(entries, "_FIGURES", dict(entries._FIGURES))
+    names: dict[str, object] = {"__name__": "mine"}
+    for code in re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S):
+        exec(code, names)
+    page = (tmp_path / "my-run" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Norm of the weights" in page and "Explained variance" in page
+    assert "Norm of the weights." in (tmp_path / "my-run" / "report" / "data" / "columns.csv").read_text()
+    (tmp_path / "my-run" / "own" / "weights.parquet").unlink()
+    names["cl"].write_report("my-run")  # type: ignore[attr-defined]
+    page = (tmp_path / "my-run" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "The run has no table own/weights." in page
+    listed = render_markdown()
+    for table in TABLES:
+        section = listed.partition(f"### `{table.name}`\n")[2].partition("\n##")[0]
+        assert re.findall(r"^\| `(.*?)` \|", section, flags=re.M) == list(table.columns)
+
+
+def test_every_figure_stands_on_a_page_and_takes_declared_tables():
+    from crosslens.report.sections import PAGES, TASK
+
+    places = {(page.name, section.name) for page in (*PAGES, TASK) for section in page.sections}
+    figures = entries.list_figures()
+    assert {(entry.page, entry.section) for entry in figures} == places
+    for entry in figures:
+        made = {"names", "chance@<task>"}
+        assert all(name in made or entries._declarations(name) for name in entry.tables), entry.name

@@ -215,8 +215,8 @@ def kept_positions(
 
 
 def split_sequences(
-    counts: Int[Tensor, N], wanted: int | None, held_out: int, seed: int, name: str
-) -> tuple[Int[Tensor, n], int]:
+    counts: Int[Tensor, " N"], wanted: int | None, held_out: int, seed: int, name: str
+) -> tuple[Int[Tensor, " n"], int]:
     """Choose sequences to train on and sequences to hold out, in an order drawn from the seed.
 
     Args:

@@ -94,12 +94,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; the first cell of each row is its header."""
+    """A table; the first cell of each row is its header. `columns` are the columns of `data` that the header names,
+    whose meanings become its tooltips; empty where there is none."""
 
     header: list[str]
     rows: list[list[Cell]]
     data: Frame
     note: str = ""
+    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -408,6 +410,64 @@ def add_line(
     )
 
 
+def add_series(
+    figure: go.Figure,
+    axis: SnapshotAxis,
+    rows: Frame,
+    column: str,
+    name: str,
+    style: Style,
+    *,
+    band: tuple[str, str] | None = None,
+    hover: Sequence[str] | None = None,
+    value: str = "%{y:.3f}",
+    meta: Any = None,
+) -> None:
+    """Add a line over the snapshots of a table, over a band if one is given; other arguments as in `add_line`.
+
+    Args:
+        figure: to draw on.
+        axis: of the snapshots.
+        rows: a row per snapshot, with the columns.
+        column: of the values.
+        name: name of the series, escaped.
+        style: colour, marker and dash.
+        band: columns of the lower and upper bounds.
+        hover: tooltip of each point, escaped; by default its snapshot.
+        value: plotly template of the value in the tooltip.
+        meta: what a click on a point opens.
+    """
+    ids = ints(rows["snapshot"])
+    bounds = None if band is None else (floats(rows[band[0]]), floats(rows[band[1]]))
+    texts = axis.hover(ids) if hover is None else hover
+    add_line(
+        figure, axis.x(ids), floats(rows[column]), name, style, hover=texts, value=value, band=bounds, meta=meta
+    )  # fmt: skip
+
+
+def error_bars(values: Sequence[float], low: Sequence[float], high: Sequence[float], **look: object) -> dict[str, Any]:
+    """Error bars of a trace from its values to the ends of their intervals."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [end - value for value, end in zip(values, high, strict=True)],
+        "arrayminus": [value - end for value, end in zip(values, low, strict=True)],
+        **look,
+    }
+
+
+def named_ticks(names: Sequence[str], *, slanted: bool = False) -> dict[str, Any]:
+    """Settings of an axis with a name at 0, 1, ..."""
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": list(names)}
+    return {**ticks, **({"tickangle": -45} if slanted else {})}
+
+
+def name_rows(figure: go.Figure, names: Sequence[str], **look: Any) -> None:
+    """Name the rows 0, 1, ... along y, from the top."""
+    settings: Any = {"autorange": "reversed", "showgrid": False, "zeroline": False, **named_ticks(names), **look}
+    figure.update_yaxes(settings)
+
+
 def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None:
     """Add a thin horizontal reference line, with its name in the legend."""
     figure.add_hline(y=y, line={"color": MUTED, "dash": dash, "width": 1.5}, name=name, showlegend=True)
@@ -466,11 +526,10 @@ def add_matrix(
     figure: go.Figure, values: np.ndarray, texts: Sequence[Sequence[str]], x: Sequence[float], rows: Sequence[str]
 ) -> None:
     """Add a heat map on the figure's colour axis, blank where a value is missing; `rows` are named from the top."""
-    places = list(range(len(rows)))
     figure.add_heatmap(
         z=[floats(line) for line in values],
         x=list(x),
-        y=places,
+        y=list(range(len(rows))),
         coloraxis="coloraxis",
         text=texts,
         hovertemplate="%{text}<extra></extra>",
@@ -478,34 +537,34 @@ def add_matrix(
         xgap=1,
         ygap=1,
     )
-    figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=places, ticktext=list(rows)
-    )
+    name_rows(figure, rows)
 
 
 def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, str]) -> None:
     """Add a colour axis that runs from the first to the last tick, with its bar at the top left."""
     figure.update_layout(margin_t=60)
-    figure.layout["coloraxis"] = {
+    figure.layout["coloraxis"] = color_axis(colors, ticks, len=0.5, x=0, xpad=20, y=0.99)
+
+
+def color_axis(colors: Sequence[str], ticks: dict[float, str], **place: float) -> dict[str, Any]:
+    """A colour axis that runs from the first to the last tick, with its bar at a place above the figure."""
+    return {
         "cmin": min(ticks),
         "cmax": max(ticks),
         "colorscale": [[i / (len(colors) - 1), color] for i, color in enumerate(colors)],
         "colorbar": {
             "orientation": "h",
             "thickness": 10,
-            "len": 0.5,
-            "x": 0,
             "xanchor": "left",
-            "xpad": 20,
             # relative to the paper, plotly would put the x title over the tick labels
             "yref": "container",
-            "y": 0.99,
             "yanchor": "top",
             "outlinewidth": 0,
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),
             "ticklabelposition": "outside top",
             "ticklabeloverflow": "allow",
+            **place,
         },
     }
 

@@ -10,7 +10,8 @@
     )
     def rotation(table: Frame) -> Chart | str: ...
 
-A figure is in the report once its function is in a file of `crosslens.report.figures`; nothing else has to name it.
+A figure is in the report once its function is in a file of `crosslens.report.figures`; nothing else has to name it. One
+in another program is in the reports that this program writes.
 What is said where one of its tables is missing, and what its columns mean, is declared in `crosslens.tables`.
 """
 
@@ -28,27 +29,14 @@ from crosslens.tables import Column, Table, find_table
 
 Draw: TypeAlias = Callable[..., "Chart | Grid | Prompts | str"]
 AnyDraw = TypeVar("AnyDraw", bound=Draw)
-_FIGURES: list[Entry] = []
+_FIGURES: dict[tuple[str, str], Entry] = {}  # by page and name: a cell of a notebook may run twice
 # tables that the report makes of others, see `report.tables.Tables`
 _MADE_OF = {"snapshots": ("evolution",), "tasks": ("attribution/<task>", "accuracy")}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure, table of numbers or set of prompts on a page.
-
-    Attributes:
-        name: stem of its anchor and CSV file.
-        page: name of its page in `sections`.
-        section: name of its section there.
-        title: heading.
-        definition: one or two sentences: what is shown, in which unit, how it is computed.
-        draw: makes a figure from the tables, or returns a sentence that says why there is nothing to draw.
-        tables: names of the tables that `draw` takes, in order, as in `Tables`; "<task>" is the task of a task's page.
-        wide: full width, even where two figures fit side by side.
-        optional: omitted if a table is missing, instead of saying so.
-        columns: meaning of the columns of its numbers that are not columns of these tables.
-    """
+    """A figure, table of numbers or set of prompts on a page, as given to `figure`, which decorates `draw`."""
 
     name: str
     page: str
@@ -80,27 +68,50 @@ def figure(
     optional: bool = False,
     columns: Mapping[str, str] | None = None,
 ) -> Callable[[AnyDraw], AnyDraw]:
-    """Put the figure that a function draws on a page of the report; arguments as the attributes of `Entry`."""
+    """Put the figure that a function draws on a page of the report.
+
+    Args:
+        name: stem of its anchor and CSV file.
+        page: name of its page: "index", "evolution", "causal" or "task".
+        section: name of its section there, which `sections` lists.
+        title: heading.
+        definition: one or two sentences: what is shown, in which unit, how it is computed.
+        tables: names of the tables that the function takes, in order; "<task>" is the task of a task's page.
+        wide: full width, even where two figures fit side by side.
+        optional: omitted if a table is missing, instead of saying so.
+        columns: meaning of the columns of its numbers that are not columns of these tables.
+
+    Returns:
+        A decorator for a function of the tables that returns a `Chart`, another kind of content, or a sentence that
+        says why there is nothing to draw.
+    """
 
     def add(draw: AnyDraw) -> AnyDraw:
-        _FIGURES.append(Entry(name, page, section, title, definition, draw, tables, wide, optional, columns or {}))
+        _FIGURES[page, name] = Entry(
+            name, page, section, title, definition, draw, tables, wide, optional, columns or {}
+        )
         return draw
 
     return add
 
 
+def list_figures() -> list[Entry]:
+    """All figures, by file and in the order in which each file has them; last those of other programs."""
+    _load()
+    homes = "crosslens.report.figures."
+    return sorted(_FIGURES.values(), key=lambda e: (not e.draw.__module__.startswith(homes), e.draw.__module__))
+
+
 @cache
-def list_figures() -> tuple[Entry, ...]:
-    """All figures, by file and in the order in which each file has them."""
+def _load() -> None:
     package = importlib.import_module("crosslens.report.figures")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    return tuple(sorted(_FIGURES, key=lambda entry: entry.draw.__module__))
 
 
 def advise(name: str) -> str:
     """What to say where a table, by its name in `report.tables.Tables`, does not exist."""
-    return next((table.advise() for table in _declarations(name)), "")
+    return next((table.advise() for table in _declarations(name)), f"The run has no table {name}.")
 
 
 def _declarations(name: str) -> list[Table]:

@@ -1,7 +1,8 @@
 """Write the pages of a run.
 
 1. Each figure (`entries`) gets its tables and returns a chart, a grid, or a sentence about what is missing.
-2. Its numbers go to `data/<entry>.csv`; its figure goes into the page as compact JSON, escaped for a <script> element.
+2. Its numbers go to `data/<entry>.csv`, what their columns mean to `data/columns.csv`; its figure goes into the page as
+   compact JSON, escaped for a <script> element.
 3. The data of single features go to scripts that a page loads when it shows the feature (`features`); every task has
    a page of its own.
 4. Templates turn this into HTML. Plotly's script, copied from the installed package, draws the JSON offline.
@@ -12,12 +13,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -43,6 +46,7 @@ _FEATURES = "features", "Features"
 _ASSETS = ("report.css", "figures.js", "table.js", "feature.js")
 _PLOTLY = "plotly.min.js"
 _FILES = "files.json"
+_MEANINGS = "columns.csv"
 # Chromium then compiles the whole script while it loads, in another thread; it is a comment to other browsers
 _EARLY = "//# allFunctionsCalledOnLoad\n"
 _DIGITS = 5  # significant digits of the numbers in figures; the CSV files have all
@@ -100,11 +104,13 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             page=_FEATURES[0],
             drawn=name == "feature",
             damaged=of_features,
+            meanings=None,
             **_of_features(tables, features),
         )
         for name in ("features", "feature")
     }
-    csv: dict[str, pd.DataFrame] = {}
+    csv: dict[str, pd.DataFrame] = {_MEANINGS: pd.DataFrame()}  # whose name is taken
+    meanings: list[dict[str, str]] = []
 
     def add(name: str, page: Page, task: str | None = None, **context: Any) -> None:
         done = set(csv)
@@ -118,11 +124,14 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             page="causal" if page is TASK else page.name,
             drawn=True,
             damaged=list(tables.damaged.values()),
+            meanings=f"data/{_MEANINGS}" if csv.keys() - done else None,
             intro=page.intro,
             parts=parts,
         )
+        entries = {Path(block.csv).name: block.entry for part in parts for block in part.blocks}
         for name in csv.keys() - done:
             write(name, _without_formulas(csv[name]).to_csv(index=False))
+            meanings.extend(_meanings(name, csv[name], entries.get(name)))
             csv[name] = pd.DataFrame()  # keep the name, free the memory
 
     of_tasks = task_pages(tables["tasks"])
@@ -132,6 +141,8 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
         add(file, TASK, task, title=f"Task: {task}", numbers=_task_numbers(task, tables), pager=pager)
     for page in (*PAGES[1:], PAGES[0]):  # the first one links to figures of the others
         add(f"{page.name}.html", page)
+    if meanings:
+        write(_MEANINGS, pd.DataFrame(meanings).sort_values("file", kind="stable").to_csv(index=False))
     made = sorted({*(f"data/{name}" for name in written), *pages})
     for stale in {*_earlier(run.report)} - {*made}:
         delete(run.report / stale, run.path)
@@ -154,6 +165,18 @@ def _earlier(report: Path) -> list[str]:
         return []
     found = names if isinstance(names, list) else []
     return [name for name in found if isinstance(name, str) and re.fullmatch(r"(data/)?[^/\\]+\.(html|js|csv)", name)]
+
+
+def _meanings(file: str, table: pd.DataFrame, entry: Entry | None) -> Iterator[dict[str, str]]:
+    """What the columns of a CSV file mean, as rows of columns.csv."""
+    for name in map(str, table.columns):
+        about = entry and entry.describe(name)
+        yield {
+            "file": file,
+            "column": name,
+            "meaning": about.meaning if about else "",
+            "unit": about.unit if about else "",
+        }
 
 
 def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
@@ -230,6 +253,7 @@ class Block:
         prompts: JSON for a <script> element, for tinted prompts.
         last: number of their last snapshot.
         grid: for a table of numbers.
+        header: its header: (text, tooltip).
         tinted: whether the grid's cells are numbers tinted by size, rather than words.
         words: for neither: why there is nothing to show.
         missing: whether that is because a table does not exist.
@@ -245,6 +269,7 @@ class Block:
     prompts: Markup | None = None
     last: int = 0
     grid: Grid | None = None
+    header: tuple[tuple[str, str], ...] = ()
     tinted: bool = False
     words: str = ""
     missing: bool = False
@@ -293,7 +318,11 @@ def _block(entry: Entry, tables: Tables, csv: dict[str, pd.DataFrame], task: str
     csv[f"{id}.csv"] = drawn.data
     if isinstance(drawn, Grid):
         tinted = any(cell.weight for row in drawn.rows for cell in row)
-        return Block(id, entry, grid=drawn, tinted=tinted, note=drawn.note, csv=f"data/{id}.csv")
+        columns = drawn.columns or ("",) * len(drawn.header)
+        header = tuple(
+            (text, str(entry.describe(name) or "")) for text, name in zip(drawn.header, columns, strict=True)
+        )
+        return Block(id, entry, grid=drawn, header=header, tinted=tinted, note=drawn.note, csv=f"data/{id}.csv")
     if isinstance(drawn, Prompts):
         prompts, last = script_json(drawn.contents), len(drawn.contents["labels"]) - 1
         return Block(id, entry, prompts=prompts, last=last, note=drawn.note, csv=f"data/{id}.csv")
@@ -328,6 +357,8 @@ def compact(value: Any, digits: int = _DIGITS) -> Any:
             for key, part in value.items()
             if key != "template"
         }
+    if isinstance(value, np.ndarray):  # of objects, such as labels
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [compact(part, digits) for part in value]
     if isinstance(value, float):

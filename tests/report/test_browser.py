@@ -194,6 +194,24 @@ def test_pages_load_and_nothing_overlaps(
 
 
 @pytest.mark.exhaustive
+def test_figures_out_of_view_are_drawn_for_paper_and_for_pictures_of_the_page(browser: Any, run: RunDir) -> None:
+    visitor = Visitor(browser, run.report, dark=True)
+    plots = "[...document.querySelectorAll('.plot')].map((plot) => Boolean(plot.querySelector('.main-svg')))"
+    page = visitor.page
+    page.add_init_script("window.requestIdleCallback = () => {}")  # never idle
+    page.goto((run.report / "evolution.html").as_uri())
+    page.wait_for_selector(DRAWN)
+    assert not all(page.evaluate(plots))
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert all(page.evaluate(plots)), "without waiting"
+    assert page.evaluate("Math.max(...[...document.querySelectorAll('.plot')].map((plot) => plot.layout.width))") <= 680
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    other = Visitor(browser, run.report)
+    other.page.goto((run.report / "evolution.html").as_uri())
+    other.page.wait_for_function(f"{plots}.every(Boolean)")
+    assert other.page.evaluate("window.scrollY") == 0 and not visitor.troubles + other.troubles
+
+
 def test_links_lead_to_every_page_and_back(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")

@@ -275,6 +275,19 @@ def test_words_are_tinted_by_their_effects() -> None:
     assert isinstance(prompts_figures.prompt_words(words().assign(effect=0.0)), str)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "shown"),
+    [
+        (["<bos>", "the", "boy", ".", "the"], "the  boy. the", ["<bos>", "the", "  boy", ".", " the"]),
+        (["the", " boy", "", "s", "?"], "the boys", ["the", " boy", "␣", "s", "?"]),
+    ],
+)
+def test_words_keep_the_spaces_of_the_prompt(tokens: list[str], prefix: str, shown: list[str]) -> None:
+    table = pd.DataFrame({"token": tokens, "position": range(5), "prefix": prefix, "feature": 1, "effect": 0.5})
+    made: Any = prompts_figures.prompt_words(table.assign(prompt=0, snapshot=0, label="a", correct="x", wrong="y"))
+    assert [made.contents["words"][word] for word in made.contents["prompts"][0]["tokens"]] == shown
+
+
 def test_a_task_has_one_colour() -> None:
     tasks = pd.DataFrame({"task": ["b", "a", "c"]})
     assert Style.of_tasks(["a", "c"], tasks) == {"a": Style.of(1), "c": Style.of(2)}

@@ -24,6 +24,7 @@ from crosslens.report.figures.lifecycles import MAX_ROWS, evolution_map, ordered
 from crosslens.report.page import compact, script_json
 from crosslens.report.tables import missing_column
 from crosslens.rundir import RunDir
+from crosslens.tables import find_table
 
 HOSTILE = "<script>alert(1)</script>"
 STEPS = {3: [0, 64, 1000], 8: [0, 16, 48, 64, 96, 128, 192, 367]}
@@ -371,7 +372,7 @@ def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> Non
 def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Page, int]) -> None:
     run, page, _ = written
     specs = page.specs()
-    stems = {path.stem for path in (run.report / "data").glob("*.csv")}
+    stems = {path.stem for path in (run.report / "data").glob("*.csv")} - {"columns"}
     assert set(specs) == {stem for stem in stems if not stem.startswith(("ie-table", "tasks"))}
     assert len(specs) == 11 + 10 * len(TASKS)
     assert "Latent scaling" not in page.text and "Additivity" not in page.text, "optional, and without tables"
@@ -387,6 +388,19 @@ def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Pag
     assert len(definitions) == len(stems) + 1  # as many features are dead at every snapshot, which is not drawn
     for kind in ("png", "svg"):
         assert sum(a.get("data-picture") == kind for _, a in page.elements) == len(specs)
+
+
+def test_every_column_of_the_numbers_has_a_meaning(written: tuple[RunDir, _Page, int]) -> None:
+    run, page, _ = written
+    meanings = pd.read_csv(run.report / "data" / "columns.csv", keep_default_na=False)
+    assert meanings["meaning"].all(), meanings[meanings["meaning"] == ""]
+    for path in (run.report / "data").glob("*.csv"):
+        if path.name != "columns.csv":
+            columns = meanings.loc[meanings["file"] == path.name, "column"].tolist()
+            assert pd.read_csv(path, nrows=1).columns.tolist() == columns
+    titles = {a["title"] for tag, a in page.elements if tag == "th" and "title" in a}
+    declared = find_table("accuracy")
+    assert declared is not None and declared.columns["n"].meaning in titles
 
 
 def test_accuracy_and_bands_equal_the_table(written: tuple[RunDir, _Page, int]) -> None:

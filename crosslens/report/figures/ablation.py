@@ -20,6 +20,7 @@ from crosslens.report.chart import (
     add_level,
     add_line,
     add_matrix,
+    add_series,
     apply_colors,
     feature_names,
     floats,
@@ -41,6 +42,10 @@ _ABLATED = {
     "mean": "Ablated features are set to their mean over the prompts.",
     "patch": "Ablated features are set to their value on the paired prompt.",
 }
+_COLUMNS = {
+    "share": "Metric as a share of the clean one, 1 + (metric − clean) / |clean|.",
+    "share_sd": "Standard deviation of that share over draws.",
+}  # of the figures' numbers
 
 
 @figure(
@@ -53,6 +58,7 @@ _ABLATED = {
         "Share of the clean metric that remains when k features are ablated and the error node is kept. Top features "
         "have the largest signed IE."
     ),
+    columns=_COLUMNS,
 )
 def ablate_by_size(table: Frame) -> Chart | str:
     """`ablation_by_size` of the sets that are ablated."""
@@ -69,6 +75,7 @@ def ablate_by_size(table: Frame) -> Chart | str:
         "Share of the clean metric when only k features are kept, without the error node. Top features have the "
         "largest |IE|."
     ),
+    columns=_COLUMNS,
 )
 def keep_by_size(table: Frame) -> Chart | str:
     """`ablation_by_size` of the sets that are kept."""
@@ -118,6 +125,7 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     title="Ablating the top features, all snapshots",
     tables=("ablation/<task>",),
     definition="The same at one set size; the top features are selected separately at each snapshot.",
+    columns=_COLUMNS,
 )
 def ablate_over_snapshots(table: Frame) -> Chart | str:
     """`ablation_over_snapshots` of the sets that are ablated."""
@@ -131,6 +139,7 @@ def ablate_over_snapshots(table: Frame) -> Chart | str:
     title="Keeping only the top features, all snapshots",
     tables=("ablation/<task>",),
     definition="The same at one set size; the top features are selected separately at each snapshot.",
+    columns=_COLUMNS,
 )
 def keep_over_snapshots(table: Frame) -> Chart | str:
     """`ablation_over_snapshots` of the sets that are kept."""
@@ -154,11 +163,8 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
     add_level(figure, 1, "clean")
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
     for name, style, lines in _sets(rows):
-        ids = ints(lines["snapshot"])
-        add_line(
-            figure, axis.x(ids), floats(lines["share"]), name, style, hover=axis.hover(ids), value="%{y:.1%}",
-            band=_band(lines),
-        )  # fmt: skip
+        band = ("share_low", "share_high") if _band(lines) else None
+        add_series(figure, axis, lines, "share", name, style, value="%{y:.1%}", band=band)
     axis.apply(figure)
     note = f"Sets of k = {k} features. Bands: the interval of the random draws, 95% by default."
     if small:

@@ -21,8 +21,9 @@ from crosslens.report.chart import (
     Grid,
     SnapshotAxis,
     Style,
-    add_line,
     add_points,
+    add_series,
+    error_bars,
     feature_names,
     floats,
     ints,
@@ -46,6 +47,11 @@ _MEASURES = {
     "reldec": "RelDec (decoder norm)",
 }
 _SHORT = {"share_relie": "share<br>RelIE", "relie": "RelIE", "decodability": "R²", "reldec": "RelDec"}
+_COLUMNS = {
+    "ie_largest": "The effect of largest size, in logits.",
+    "share_relie/<label>": "Share RelIE at the snapshot.",
+    "relie/<label>": "RelIE at the snapshot.",
+}  # of the figures' numbers
 
 
 @figure(
@@ -134,8 +140,9 @@ def _agreement(snapshots: Frame) -> str:
         "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a "
         "significant effect at some snapshot."
     ),
+    columns=_COLUMNS,
 )
-def share_relie(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+def share_relie_lines(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
     """`relative_effects` of share RelIE."""
     return relative_effects(table, names, chance, "share_relie")
 
@@ -150,8 +157,9 @@ def share_relie(table: Frame, names: Frame | None = None, chance: Frame | None =
         "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at "
         "some snapshot."
     ),
+    columns=_COLUMNS,
 )
-def relie(table: Frame, names: Frame | None = None) -> Chart | str:
+def relie_lines(table: Frame, names: Frame | None = None) -> Chart | str:
     """`relative_effects` of RelIE."""
     return relative_effects(table, names, column="relie")
 
@@ -288,20 +296,13 @@ def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
         ternary={
             "sum": 1,
             "bgcolor": "rgba(0,0,0,0)",
-            "aaxis": {
-                **corner,
-                "title": {"text": texts[2], "font": {"color": INK, "size": 13}},
-                "tickfont": {"color": MUTED},
-            },
-            "baxis": {
-                **corner,
-                "title": {"text": texts[0], "font": {"color": INK, "size": 13}},
-                "tickfont": {"color": MUTED},
-            },
-            "caxis": {
-                **corner,
-                "title": {"text": texts[1], "font": {"color": INK, "size": 13}},
-                "tickfont": {"color": MUTED},
+            **{
+                f"{side}axis": {
+                    **corner,
+                    "title": {"text": text, "font": {"color": INK, "size": 13}},
+                    "tickfont": {"color": MUTED},
+                }
+                for side, text in zip("bca", texts, strict=True)
             },
         },
         margin={"l": 56, "r": 56, "t": 56, "b": 48},
@@ -349,13 +350,10 @@ def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str,
     parts: list[Frame] = []
     for i, feature in enumerate([*features, *others]):
         rows = table[table["feature"] == feature].sort_values("snapshot")
-        ids = ints(rows["snapshot"])
         name, style = shown(called(feature)), Style.of(i)
         if feature in others:
             name, style = f"{name} (n.s.)", replace(style, color=MUTED)
-        add_line(
-            figure, axis.x(ids), floats(rows[column]), name, style, hover=axis.hover(ids), meta={"feature": feature}
-        )
+        add_series(figure, axis, rows, column, name, style, meta={"feature": feature})
         parts.append(rows)
     figure.update_layout(legend_title_text="feature")
     axis.apply(figure)
@@ -432,11 +430,10 @@ def effect_budget(table: Frame) -> Chart:
         "metric_baseline": "baseline metric",
     }
     axis = SnapshotAxis.of(rows)
-    ids = ints(rows["snapshot"])
     figure = new_figure("logits")
     figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
     for i, (column, name) in enumerate(names.items()):
-        add_line(figure, axis.x(ids), floats(rows[column]), name, Style.of(i), hover=axis.hover(ids))
+        add_series(figure, axis, rows, column, name, Style.of(i))
     axis.apply(figure)
     return Chart(figure, rows[["snapshot", "label", "step", *names]], f"Means over {int(rows['n'].max()):,} prompts.")
 
@@ -471,19 +468,13 @@ def validation(summary: Frame) -> Chart:
     measures = [name for name in _MEASURES if name in set(summary["measure"])]
     for i, ((kind, target), name) in enumerate(names.items()):
         rows = summary[(summary["kind"] == kind) & (summary["target"] == target)].set_index("measure").reindex(measures)
-        value = rows["correlation"]
         figure.add_scatter(
             x=[_MEASURES[measure] for measure in measures],
-            y=floats(value),
+            y=floats(rows["correlation"]),
             mode="markers",
             name=name,
             marker={"color": Style.of(i).color, "symbol": Style.of(i).symbol, "size": 9},
-            error_y={
-                "type": "data",
-                "array": floats(rows["high"] - value),
-                "arrayminus": floats(value - rows["low"]),
-                "thickness": 1,
-            },
+            error_y=error_bars(*(floats(rows[edge]) for edge in ("correlation", "low", "high")), thickness=1),
             hovertemplate="%{x}: %{y:.2f}<extra>" + name + "</extra>",
         )
     figure.update_yaxes(range=[-1.03, 1.03], zeroline=True, zerolinecolor=MUTED)

@@ -16,9 +16,11 @@ from crosslens.report.chart import (
     Chart,
     Frame,
     SnapshotAxis,
+    color_axis,
     feature_names,
     floats,
     ints,
+    name_rows,
     new_figure,
     shown,
 )
@@ -156,43 +158,16 @@ def _panels(table: Frame, panels: tuple[_Panel, ...], names: dict[str, str], tex
         }
         own = float(np.nanmax([*floats(table[panel.column]), 0.0])) or 1.0
         low, high = (-largest, largest) if panel.signed else (0.0, own)
-        colors = SIGNED if panel.signed else HEAT
-        figure.layout[f"coloraxis{suffix}"] = {
-            "cmin": low,
-            "cmax": high,
-            "colorscale": [[i / (len(colors) - 1), color] for i, color in enumerate(colors)],
-            "colorbar": {
-                "orientation": "h",
-                "thickness": 10,
-                "len": width,
-                "x": left,
-                "xanchor": "left",
-                "xpad": 0,
-                "yref": "container",
-                "y": 1 - 30 / height,  # below the toolbar
-                "yanchor": "top",
-                "outlinewidth": 0,
-                "ticklabelposition": "outside top",
-                "ticklabeloverflow": "allow",
-                # only the two ends fit above a third of a phone
-                "tickvals": [low, high],
-                "ticktext": [_written(tick, ".2g") for tick in (low, high)],
-            },
-        }
+        ends_of = {tick: _written(tick, ".2g") for tick in (low, high)}  # no more fit above a third of a phone
+        figure.layout[f"coloraxis{suffix}"] = color_axis(
+            SIGNED if panel.signed else HEAT, ends_of, len=width, x=left, xpad=0, y=1 - 30 / height
+        )  # below the toolbar
         # in a low figure, the colour bar's own title would overlap it
         figure.add_annotation(
             text=panel.title, x=left, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom", yshift=4,
             showarrow=False, font={"color": INK, "size": 13},
         )  # fmt: skip
-    figure.update_yaxes(
-        range=[len(rows) - 0.5, -0.5],
-        showgrid=False,
-        zeroline=False,
-        tickmode="array",
-        tickvals=list(range(len(rows))),
-        ticktext=list(names.values()),
-        tickfont={"size": 11},
-    )
+    name_rows(figure, list(names.values()), autorange=None, range=[len(rows) - 0.5, -0.5], tickfont={"size": 11})
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_line, floats, ints, new_figure, shown
+from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_series, floats, ints, new_figure, shown
 from crosslens.report.entries import figure
 
 
@@ -33,12 +33,10 @@ def language_overlap(table: Frame) -> Chart:
         texts = [f"{hover}, p = {p:.2g}" for hover, p in zip(axis.hover(ids), floats(rows["p"]), strict=True)]
         name = f"{shown(one)}, {shown(other)}"
         style = Style.of(i)
-        add_line(figure, axis.x(ids), floats(rows["shared"]), name, style, hover=texts, value="%{y:d}")
-        add_line(
-            figure, axis.x(ids), floats(rows["expected"]), f"{name}, by chance",
-            Style(style.color, dash="dot", markers=False), hover=axis.hover(ids), value="%{y:.1f}",
-            band=(floats(rows["low"]), floats(rows["high"])),
-        )  # fmt: skip
+        add_series(figure, axis, rows, "shared", name, style, hover=texts, value="%{y:d}")
+        chance = Style(style.color, dash="dot", markers=False)
+        band = ("low", "high")
+        add_series(figure, axis, rows, "expected", f"{name}, by chance", chance, value="%{y:.1f}", band=band)
     figure.update_yaxes(rangemode="tozero")
     axis.apply(figure)
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))

@@ -41,6 +41,9 @@ _READINGS = {
     ("within", "contextual"): "within-token R², contextual",
     ("norm", "all"): "decoder norm",
 }
+_COLUMNS = {
+    "<label>": "Presence at this snapshot, divided by the feature's largest.",
+}  # of the figures' numbers
 
 
 @figure(
@@ -54,6 +57,7 @@ _READINGS = {
         "peak, then clustered by their curves. Drag to zoom in; a click opens the feature."
     ),
     wide=True,
+    columns=_COLUMNS,
 )
 def evolution_map(
     evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None, measure: str | None = None
@@ -258,6 +262,11 @@ def birth_counts(table: Frame) -> Chart | str:
         "Number of emergent features by the snapshot of birth by R², and whether they persist to the last snapshot; "
         "beside it, the number by decoder norm."
     ),
+    columns={
+        "persistent": "Features born here that are present at the last snapshot.",
+        "transient": "Features born here that disappear for good.",
+        "by decoder norm": "Features born here by decoder norm.",
+    },
 )
 def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
     """Number of emergent features by snapshot of birth, stacked by fate, with those by decoder norm beside them."""
@@ -307,6 +316,10 @@ def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
     title="Origin and fate",
     tables=("lifecycles",),
     definition="Number of features by origin, and whether they persist to the last snapshot, by every measure.",
+    columns={
+        "persistent": "Features of this origin that are present at the last snapshot.",
+        "transient": "Features of this origin that disappear for good.",
+    },
 )
 def origins(lifecycles: Frame) -> Chart | str:
     """Number of features by origin, stacked by fate, for every measure of presence."""
@@ -352,6 +365,7 @@ def origins(lifecycles: Frame) -> Chart | str:
     ),
     wide=True,
     optional=True,
+    columns=_COLUMNS,
 )
 def norm_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
     """The same by decoder norm."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from crosslens.report.chart import (
     INK,
@@ -14,11 +15,13 @@ from crosslens.report.chart import (
     SnapshotAxis,
     Style,
     add_level,
-    add_line,
     add_points,
+    add_series,
+    error_bars,
     evenly_spaced,
     floats,
     ints,
+    name_rows,
     new_figure,
     new_panels,
     shown,
@@ -73,14 +76,7 @@ def probe_presence(table: Frame) -> Chart | str:
         mode="markers",
         showlegend=False,
         marker={"color": [SERIES[0] if part == "within_features" else MUTED for part in known["part"]], "size": 9},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [b - a for a, b in zip(values, high, strict=True)],
-            "arrayminus": [a - b for a, b in zip(values, low, strict=True)],
-            "color": MUTED,
-            "thickness": 1.5,
-        },
+        error_x=error_bars(values, low, high, color=MUTED, thickness=1.5),
         customdata=[
             [name, f"{a:.2f} to {b:.2f}, {n:,} points of {features:,} features"]
             for name, a, b, n, features in zip(
@@ -89,11 +85,7 @@ def probe_presence(table: Frame) -> Chart | str:
         ],
         hovertemplate="<b>%{customdata[0]}</b><br>%{x:.3f}<br>%{customdata[1]}<extra></extra>",
     )
-    figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, tickvals=list(range(len(names))), ticktext=names
-    )
-    figure.update_xaxes(title_text="Spearman correlation", range=[-1.03, 0.53], showgrid=True)
-    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    _correlations(figure, names, "Spearman correlation")
     within = known[known["part"] == "within_features"].to_dict("records")
     words = [
         f"{MEASURES[str(row['measure'])]} "
@@ -158,6 +150,13 @@ def probe(table: Frame, evolution: Frame, names: Frame | None = None) -> Chart |
     return Chart(figure, drawn[columns].reset_index(drop=True), note)
 
 
+def _correlations(figure: go.Figure, names: list[str], title: str) -> None:
+    """Axes of a figure with a row per correlation."""
+    name_rows(figure, names)
+    figure.update_xaxes(title_text=title, range=[-1.03, 0.53], showgrid=True)
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+
+
 def _correlation(points: Frame, without: list[int]) -> str:
     """Rank correlation of norm and error with its interval, in words."""
     # imports SAELens, which takes seconds that most reports do not need
@@ -199,25 +198,14 @@ def probe_parts(table: Frame) -> Chart:
             mode="markers",
             name=measure.capitalize(),
             marker={"color": style.color, "symbol": style.symbol, "size": 9},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [b - a for a, b in zip(values, high, strict=True)],
-                "arrayminus": [a - b for a, b in zip(values, low, strict=True)],
-                "color": style.color,
-                "thickness": 1.5,
-            },
+            error_x=error_bars(values, low, high, color=style.color, thickness=1.5),
             customdata=[
                 [name, f"{a:.2f} to {b:.2f}, {n:,} points"]
                 for name, a, b, n in zip(names, low, high, ints(table["n"]), strict=True)
             ],
             hovertemplate="<b>%{fullData.name}</b>, %{customdata[0]}<br>%{x:.3f}<br>%{customdata[1]}<extra></extra>",
         )
-    figure.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, tickvals=list(range(len(names))), ticktext=names
-    )
-    figure.update_xaxes(title_text="correlation", range=[-1.03, 0.53], showgrid=True)
-    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    _correlations(figure, names, "correlation")
     last = table.iloc[-1]
     note = (
         f"{'Without step 0, the' if untrained else 'The'} standard deviation of probe errors is "
@@ -239,6 +227,12 @@ def probe_parts(table: Frame) -> Chart:
         "feature is computed from each snapshot alone."
     ),
     optional=True,
+    columns={
+        "mean": "Mean share of tokens that both snapshots have among the strongest.",
+        "size": "Features in the band.",
+        "norm_from": "Lower edge of the band of norms, relative to the feature's largest.",
+        "norm_to": "Upper edge of the band.",
+    },
 )
 def agreement(table: Frame) -> Chart | str:
     """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm."""
@@ -260,7 +254,7 @@ def agreement(table: Frame) -> Chart | str:
         means = band.groupby("snapshot")["agreement"].agg(["mean", "size"]).reset_index()
         ids = ints(means["snapshot"])
         texts = [f"{text}, {n:,} features" for text, n in zip(axis.hover(ids), ints(means["size"]), strict=True)]
-        add_line(figure, axis.x(ids), floats(means["mean"]), f"norm {low:g} to {high:g}", Style.of(i), hover=texts)
+        add_series(figure, axis, means, "mean", f"norm {low:g} to {high:g}", Style.of(i), hover=texts)
         drawn.append(means.assign(norm_from=low, norm_to=high))
     axis.apply(figure)
     note = (

@@ -35,7 +35,7 @@ def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
         return "No feature has an effect on these prompts."
     called = feature_names(names)
     rows = table.sort_values(["prompt", "position", "snapshot"])
-    written = rows["token"].astype(str)  # with the spaces between words
+    written = _spaced(rows) if "prefix" in rows else rows["token"].astype(str)
     words, text = pd.factorize(written.where(written.str.strip() != "", "␣"))
     rows = rows.assign(word=words)
     snapshots = rows.drop_duplicates("snapshot").sort_values("snapshot")
@@ -63,3 +63,16 @@ def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
     }
     note = f"The deepest colour is an effect of {largest:.2f} logits. The {len(prompts)} prompts that were kept."
     return Prompts(contents, rows.drop(columns="word").reset_index(drop=True), note)
+
+
+def _spaced(rows: Frame) -> pd.Series:
+    """The tokens with the spaces before them in the prompt, which tokenizers of whole words leave out."""
+    texts: dict[tuple[int, int], str] = {}
+    for prompt, part in rows.drop_duplicates(["prompt", "position"]).groupby("prompt"):
+        prefix, at = str(part["prefix"].iloc[0]), 0
+        for position, token in part[["position", "token"]].astype({"token": str}).itertuples(index=False):
+            before, found, _ = prefix[at:].partition(token or " ")
+            inside = bool(token) and bool(found) and not before.strip()
+            texts[int(str(prompt)), position] = before + token if inside else token
+            at += (len(before) + len(token)) * inside
+    return pd.Series([texts[key] for key in zip(rows["prompt"], rows["position"], strict=True)], rows.index)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_line, floats, ints, new_figure, pick
+from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_series, new_figure, pick
 from crosslens.report.entries import figure
 
 FINE_EV, FINE_DEAD, FINE_CE, FINE_KL = 0.9, 0.1, 0.95, 0.1
@@ -67,6 +67,9 @@ def l0(table: Frame) -> Chart | str:
         "snapshot has its own gate (JumpReLU)."
     ),
     optional=True,
+    columns={
+        "dead": "Dead features, in per cent.",
+    },
 )
 def dead(table: Frame) -> Chart | str:
     """Percentage of features that are active on no held-out token; in words if all snapshots share a gate."""
@@ -131,13 +134,10 @@ def _per_snapshot(
     """A line per column of a table with one row per snapshot."""
     rows = table.sort_values("snapshot")
     axis = SnapshotAxis.of(rows)
-    ids = ints(rows["snapshot"])
     figure = new_figure(y_title, height=210 if small else 320)
     present = [column for column in names if column in rows]
     for i, column in enumerate(present):
-        add_line(
-            figure, axis.x(ids), floats(rows[column]), names[column], Style.of(i), hover=axis.hover(ids), value=value
-        )
+        add_series(figure, axis, rows, column, names[column], Style.of(i), value=value)
     figure.update_layout(showlegend=len(present) > 1)
     axis.apply(figure)
     return Chart(figure, pick(rows, "snapshot", "label", "step", "tokens", *present), small=small)

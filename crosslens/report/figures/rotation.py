@@ -15,6 +15,7 @@ from crosslens.report.chart import (
     apply_colors,
     floats,
     ints,
+    named_ticks,
     new_figure,
     new_panels,
     shown,
@@ -41,7 +42,7 @@ def rotation_rate(table: Frame) -> Chart | str:
     """Median angle that features turn in every interval, per interval and per doubling of training, with the null."""
     if not np.isfinite(table["angle"].to_numpy(dtype=float)).any():
         return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
-    names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
+    names = _intervals(table)
     per_doubling = np.isfinite(table["angle_per_doubling"].to_numpy(dtype=float)).any()
     panels = [("degrees per interval", ("angle", "halves_angle", "null_angle"))]
     if per_doubling:
@@ -71,7 +72,7 @@ def rotation_rate(table: Frame) -> Chart | str:
             )
         figure.update_layout(
             {
-                f"xaxis{end}": {"tickmode": "array", "tickvals": x, "ticktext": names, "tickangle": -45},
+                f"xaxis{end}": named_ticks(names, slanted=True),
                 f"yaxis{end}": {"title": {"text": title}, "rangemode": "tozero"},
             }
         )
@@ -107,7 +108,7 @@ def rotation(table: Frame) -> Chart | str:
     """Number of features by the interval between snapshots in which they rotate most."""
     if not table["rotated"].sum():
         return "No feature changes direction between neighbouring snapshots."
-    names = [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]
+    names = _intervals(table)
     figure = new_figure("features that rotate most here", bargap=0.25)
     ends = table["at_edge"].to_numpy(dtype=bool)
     figure.add_bar(
@@ -127,13 +128,7 @@ def rotation(table: Frame) -> Chart | str:
         hovertemplate="<b>%{customdata[0]}</b><br>%{y} features<br>%{customdata[1]}<extra></extra>",
         showlegend=False,
     )
-    figure.update_xaxes(
-        title_text="between snapshots",
-        tickmode="array",
-        tickvals=list(range(len(names))),
-        ticktext=names,
-        tickangle=-45,
-    )
+    figure.update_xaxes(title_text="between snapshots", **named_ticks(names, slanted=True))
     row = table.loc[table["largest"]].iloc[0]
     note = (
         f"{row['share']:.0%} of the {int(table['rotated'].sum()):,} features that change direction rotate most between "
@@ -183,3 +178,8 @@ def cosines(table: Frame) -> Chart | str:
     apply_colors(figure, HEAT, {least: f"{least:.1f}".replace("-", "−"), 1.0: "1, same direction"})
     axis.apply(figure)
     return Chart(figure, table.reset_index(drop=True))
+
+
+def _intervals(table: Frame) -> list[str]:
+    """Names of the intervals in the rows of a table."""
+    return [f"{shown(a, 10)} → {shown(b, 10)}" for a, b in zip(table["from"], table["to"], strict=True)]

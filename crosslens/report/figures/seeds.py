@@ -5,7 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from crosslens.report.chart import GRID, INK, MUTED, SERIES, Chart, Frame, Style, floats, ints, new_figure
+from crosslens.report.chart import (
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    Chart,
+    Frame,
+    Style,
+    error_bars,
+    floats,
+    ints,
+    named_ticks,
+    new_figure,
+)
 from crosslens.report.entries import figure
 
 _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
@@ -23,6 +36,11 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
         "features."
     ),
     optional=True,
+    columns={
+        "features": "Live features that so many seeds have.",
+        "share": "The same as a share of the live features.",
+        "variance": "Share of the variance that they write.",
+    },
 )
 def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     """Live features and the variance they write, by the number of seeds that have them.
@@ -81,6 +99,13 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
         "the feature is active."
     ),
     optional=True,
+    columns={
+        "rate_from": "Lower edge of the band of firing rates.",
+        "rate_to": "Upper edge of the band.",
+        "features": "Live features in the band.",
+        "consensus": "Share of them that most seeds have.",
+        "variance": "Share of the variance that they write.",
+    },
 )
 def seeds_by_rate(consensus: Frame) -> Chart | str:
     """Share of consensus features by firing rate.
@@ -113,7 +138,7 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
         hovertemplate="<b>%{customdata[0]}</b><br>%{y:.1%} in most seeds<br>%{customdata[1]}<extra></extra>",
         showlegend=False,
     )
-    figure.update_xaxes(title_text="firing rate", tickmode="array", tickvals=list(range(len(data))), ticktext=names)
+    figure.update_xaxes(title_text="firing rate", **named_ticks(names))
     figure.update_yaxes(tickformat=".0%", range=[0, 1.12])
     return Chart(figure, data.reset_index(drop=True), "Above the bars: the number of live features.")
 
@@ -145,18 +170,12 @@ def sweep(table: Frame) -> Chart:
         marker={"size": 20, "color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 2}}, hoverinfo="skip",
     )  # fmt: skip
     for i, (F, of_size) in enumerate(rows.groupby("d_sae")):
-        style, agreement = Style.of(i), floats(of_size["agreement"])
+        style = Style.of(i)
+        agreement, low, high = (floats(of_size[f"agreement{end}"]) for end in ("", "_low", "_high"))
         figure.add_scatter(
             x=floats(of_size["least_explained"]),
             y=agreement,
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [h - a for h, a in zip(floats(of_size["agreement_high"]), agreement, strict=True)],
-                "arrayminus": [a - low for low, a in zip(floats(of_size["agreement_low"]), agreement, strict=True)],
-                "color": style.color,
-                "thickness": 1,
-            },
+            error_y=error_bars(agreement, low, high, color=style.color, thickness=1),
             mode="lines+markers+text",
             text=[f"k={k:g}" for k in floats(of_size["k"])],
             textposition="top right",

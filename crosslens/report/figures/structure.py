@@ -17,13 +17,14 @@ from crosslens.report.chart import (
     SnapshotAxis,
     Style,
     add_bars,
-    add_line,
     add_matrix,
+    add_series,
     apply_colors,
     evenly_spaced,
     feature_names,
     floats,
     ints,
+    named_ticks,
     new_figure,
     shown,
 )
@@ -53,7 +54,6 @@ def dimensionality(table: Frame) -> Chart | str:
     if not table["total"].any():
         return "No feature is present at any snapshot."
     axis = SnapshotAxis.of(table)
-    ids = ints(table["snapshot"])
     figure = new_figure("dimensions / d_model", height=380)
     d_model = float((table["total"] / table["share"]).max())
     drawn = table.assign(participation=table["participation_ratio"] / d_model)
@@ -65,7 +65,7 @@ def dimensionality(table: Frame) -> Chart | str:
         "participation": "participation ratio of the activations",
     }
     for i, (column, name) in enumerate(lines.items()):
-        add_line(figure, axis.x(ids), floats(drawn[column]), name, Style.of(i), hover=axis.hover(ids))
+        add_series(figure, axis, drawn, column, name, Style.of(i))
     figure.update_yaxes(rangemode="tozero")
     axis.apply(figure)
     first, last = table.iloc[0], table.iloc[-1]
@@ -89,6 +89,11 @@ def dimensionality(table: Frame) -> Chart | str:
         "the same tokens, dies."
     ),
     optional=True,
+    columns={
+        "replacement": "Features born here in place of one that dies.",
+        "split": "Pairs that share a direction until here.",
+        "merger": "Pairs that share a direction from here on.",
+    },
 )
 def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame) -> Chart | str:
     """Number of splits, mergers and replacements by snapshot.
@@ -130,6 +135,10 @@ def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame
         "stronger in the activations than the norm suggests."
     ),
     optional=True,
+    columns={
+        "strength": "Decoder norm divided by the feature's largest.",
+        "scaling": "Latent scaling divided by the largest decoder norm.",
+    },
 )
 def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | None = None) -> Chart | str:
     """Latent scaling against decoder norm, a point per live feature and snapshot.
@@ -201,6 +210,9 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | No
         "from all tokens to those where the feature is active. Median over the features born at a snapshot."
     ),
     optional=True,
+    columns={
+        "born": "Number of the snapshot at which the features are born.",
+    },
 )
 def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     """Median encoder share of each snapshot, by the snapshot in which features are born.
@@ -227,10 +239,7 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     ]
     add_matrix(figure, shares, texts, range(len(labels)), names)
     apply_colors(figure, HEAT, {0.0: "0%", float(shares.max()): f"{shares.max():.0%} of the encoder input"})
-    figure.update_xaxes(
-        title_text="read from", tickmode="array", tickvals=list(range(len(labels))),
-        ticktext=[shown(label, 14) for label in labels], tickangle=-45,
-    )  # fmt: skip
+    figure.update_xaxes(title_text="read from", **named_ticks([shown(label, 14) for label in labels], slanted=True))
     before = [line[: int(b)].sum() for b, line in zip(rows.index, shares, strict=True) if b > 0]
     note = "Number of features in parentheses. Left of the diagonal: read from snapshots before birth."
     if before:
@@ -251,6 +260,12 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
         "correlations have 95% bootstrap intervals over features."
     ),
     optional=True,
+    columns={
+        "event": "Whether features are born or strongest at the snapshot.",
+        "mean": "Mean complexity.",
+        "se": "Its standard error.",
+        "n": "Features.",
+    },
 )
 def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | str:
     """Mean complexity of the features that are born, and of those that peak, at each snapshot.
@@ -271,10 +286,12 @@ def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | st
     for i, (event, name) in enumerate(_EVENTS.items()):
         grouped = rated.dropna(subset=[event]).astype({event: int}).groupby(event)["complexity"]
         rows = grouped.agg(mean="mean", se="sem", n="count").reset_index(names="snapshot")
-        ids, mean, se = ints(rows["snapshot"]), floats(rows["mean"]), floats(rows["se"])
+        ids = ints(rows["snapshot"])
         hover = [f"{text}<br>{n:,} features" for text, n in zip(axis.hover(ids), ints(rows["n"]), strict=True)]
-        low, high = ((np.asarray(mean) + sign * 2 * np.asarray(se)).tolist() for sign in (-1, 1))
-        add_line(figure, axis.x(ids), mean, name, Style.of(i), hover=hover, value="%{y:.2f}", band=(low, high))
+        band = rows.assign(low=rows["mean"] - 2 * rows["se"], high=rows["mean"] + 2 * rows["se"])
+        add_series(
+            figure, axis, band, "mean", name, Style.of(i), hover=hover, value="%{y:.2f}", band=("low", "high")
+        )  # fmt: skip
         names = [axis.labels[snapshot] for snapshot in ids]
         parts.append(rows.assign(event=event, label=names)[["event", "snapshot", "label", "mean", "se", "n"]])
     axis.apply(figure)

@@ -16,10 +16,8 @@ from crosslens.report.chart import (
     SnapshotAxis,
     Style,
     add_level,
-    add_line,
+    add_series,
     evenly_spaced,
-    floats,
-    ints,
     new_figure,
     pick,
     shown,
@@ -59,18 +57,9 @@ def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) ->
     pages = tasks if links else None
     for task, style in styles.items():
         rows = table[table["task"] == task].sort_values("snapshot")
-        ids = ints(rows["snapshot"])
-        add_line(
-            figure,
-            axis.x(ids),
-            floats(rows["accuracy"]),
-            shown(task),
-            style,
-            hover=axis.hover(ids),
-            value="%{y:.1%}",
-            band=(floats(rows["low"]), floats(rows["high"])),
-            meta={"page": task_pages(pages).get(task)},
-        )
+        page = {"page": task_pages(pages).get(task)}
+        band = ("low", "high")
+        add_series(figure, axis, rows, "accuracy", shown(task), style, band=band, value="%{y:.1%}", meta=page)
     axis.apply(figure)
     columns = ("task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "at_chance", "n", "few")
     columns += ("skipped", "reasons", "merged", "merged_reasons")
@@ -111,6 +100,9 @@ def _left_out(row: Any) -> str:
         "with its 95% Wilson interval over items; chance is 50%."
     ),
     wide=True,
+    columns={
+        "page": "File of the task's page.",
+    },
 )
 def task_table(tasks: Frame) -> Grid:
     """Items and accuracy at the last snapshot, a row per task, with a link to its page.
@@ -127,7 +119,7 @@ def task_table(tasks: Frame) -> Grid:
             texts = [f"{row['n']:,.0f}", _left_out(row) or "none", row["label"], f"{row['accuracy']:.1%}", interval]
         rows.append([Cell(row["task"], link=row["page"]), *(Cell(str(text)) for text in texts)])
     header = ["task", "items", "left out", "snapshot", "accuracy", "95% interval"]
-    return Grid(header, rows, tasks)
+    return Grid(header, rows, tasks, columns=("task", "n", "", "label", "accuracy", ""))
 
 
 @figure(
@@ -154,12 +146,9 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
     styles = Style.of_tasks(list(dict.fromkeys(data["task"])), tasks)
     for task, style in styles.items():
         rows = data[data["task"] == task]
-        ids = ints(rows["snapshot"])
-        percent = floats(100 * rows["completeness_error"])
-        add_line(
-            figure, axis.x(ids), percent, shown(task), style, hover=axis.hover(ids), value="%{y:.2g}%",
-            meta={"page": task_pages(tasks).get(task)},
-        )  # fmt: skip
+        page = {"page": task_pages(tasks).get(task)}
+        rows = rows.assign(percent=100 * rows["completeness_error"])
+        add_series(figure, axis, rows, "percent", shown(task), style, value="%{y:.2g}%", meta=page)
     if (values.dropna() > 0).all():
         figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
     axis.apply(figure)
@@ -216,4 +205,4 @@ def item_table(table: Frame) -> Grid:
         [Cell(f"prompt {prompt}"), *(Cell("" if text is None else str(text).strip()) for text in texts)]
         for prompt, *texts in evenly_spaced(items, N_ITEMS).itertuples(index=False)
     ]
-    return Grid(["", *titles.values()], rows, items)
+    return Grid(["", *titles.values()], rows, items, columns=("prompt", *titles))

@@ -1,5 +1,5 @@
 "use strict";
-// Shared by all pages: figures drawn when they come into view, axis scales, image export, and safe text.
+// Shared by all pages: figures drawn when they come into view or the browser is idle, axis scales, image export, and safe text.
 window.crosslens = (() => {
   const theme = JSON.parse(document.getElementById("theme").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -134,30 +134,35 @@ window.crosslens = (() => {
     figure.data[0].text = meta.names.map((name) => meta.columns.map((column) => `${name}<br>${column}`));
   }
 
+  // the width of a figure; on paper that of a page, on which what is wider would be cut off
+  const wide = (plot) => Math.min(plot.clientWidth, printing ? 670 : Infinity);
+
   // the figure for this window, with axes so many pixels wide
   function prepared(plot, width) {
     const figure = structuredClone(specs.get(plot));
     spread(figure);
     along(figure, width);
     shortened(figure.layout, width);
-    stacked(figure.layout, plot.clientWidth);
+    stacked(figure.layout, wide(plot));
     if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
-    figure.layout.width = plot.clientWidth;
+    figure.layout.width = wide(plot);
     // a ternary plot is about as high as it is wide
-    if (figure.layout.ternary) figure.layout.height = Math.min(figure.layout.height, Math.round(0.87 * plot.clientWidth) + 20);
+    if (figure.layout.ternary) figure.layout.height = Math.min(figure.layout.height, Math.round(0.87 * wide(plot)) + 20);
     return dark.matches && !printing ? { data: figure.data.map((trace) => themed(trace)), layout: themed(figure.layout) } : figure;
   }
 
-  async function draw(plot) {
+  // at once, since a page that is about to be printed waits for nothing: plotly has drawn when `react` returns
+  function draw(plot) {
+    stale.delete(plot);
     try {
-      let figure = prepared(plot, plot.clientWidth - 90);
-      await Plotly.react(plot, figure.data, figure.layout, config);
+      let figure = prepared(plot, wide(plot) - 90);
+      Plotly.react(plot, figure.data, figure.layout, config);
       // with margins and legend laid out: ticks for the remaining width, and height for the legend's rows
       const area = plot.querySelector(".nsewdrag"), legend = plot.querySelector(".legend .bg");
       const [left, right] = figure.layout.xaxis?.domain ?? [0, 1];  // the first of several panels
-      figure = prepared(plot, area ? area.getBBox().width / (right - left) : plot.clientWidth - 90);
+      figure = prepared(plot, area ? area.getBBox().width / (right - left) : wide(plot) - 90);
       figure.layout.height += legend ? Math.ceil(legend.getBBox().height) : 0;
-      await Plotly.react(plot, figure.data, figure.layout, config);
+      Plotly.react(plot, figure.data, figure.layout, config);
       if (!linked.has(plot)) plot.on("plotly_click", openFeature);
       linked.add(plot);
       plot.style.minHeight = `${figure.layout.height}px`;
@@ -175,25 +180,39 @@ window.crosslens = (() => {
     if (page) location.href = page;
   }
 
-  // figures are drawn one at a time, when they are in view or close to it
+  // figures are drawn one at a time: first those in view or close to it, then the others while nothing else is to be done,
+  // so that printing, or a picture of the whole page, finds them drawn
   const stale = new Set(), near = new Set();
-  let running = false;
+  const idle = window.requestIdleCallback ?? ((next) => setTimeout(next, 200));
+  let running = false, resting = false;
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) near[entry.isIntersecting ? "add" : "delete"](entry.target);
     drawNear();
   }, { rootMargin: "600px 0px" });
+  const next = (among) => [...stale].find((plot) => (!among || among.has(plot)) && plot.clientWidth > 0);
 
   async function drawNear() {
     if (running || !window.Plotly) return;
     running = true;
     delete document.documentElement.dataset.figures;
-    for (let plot; (plot = [...stale].find((one) => near.has(one) && one.clientWidth > 0)); ) {
-      stale.delete(plot);
-      await draw(plot);
+    for (let plot; (plot = next(near)); ) {
+      draw(plot);
       await new Promise((done) => setTimeout(done, 0));
     }
     running = false;
     document.documentElement.dataset.figures = "drawn";
+    drawRest();
+  }
+
+  function drawRest() {
+    if (resting || !next()) return;
+    resting = true;
+    idle(() => {
+      resting = false;
+      const plot = next();
+      if (plot && !running) draw(plot);
+      drawRest();
+    });
   }
 
   function redraw() {
@@ -201,8 +220,8 @@ window.crosslens = (() => {
     drawNear();
   }
 
-  async function drawAll() {
-    for (const plot of specs.keys()) await draw(plot);
+  function drawAll() {
+    if (window.Plotly) for (const plot of specs.keys()) if (plot.clientWidth > 0) draw(plot);
   }
 
   // show the switches that have an effect
@@ -234,7 +253,7 @@ window.crosslens = (() => {
 
   async function picture(button) {
     const figure = button.closest("figure"), plot = figure.querySelector(".plot");
-    if (stale.delete(plot)) await draw(plot);
+    if (stale.has(plot)) draw(plot);
     const paper = getComputedStyle(document.body).backgroundColor;
     const layout = { ...plot.layout, paper_bgcolor: paper, plot_bgcolor: paper };
     const format = button.dataset.picture, filename = figure.dataset.file || figure.id.replace(/^figure-/, "");
