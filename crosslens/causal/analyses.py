@@ -68,8 +68,9 @@ class Study:
         """The features with the largest |IE| by removal at the last snapshot, one by one, in logits.
 
         Returns:
-            A row per feature: feature; removal, ig and gradient (the estimates); removed (drop of the metric when the feature alone is set
-            to its baseline) and added (gain when it alone is set to its clean value in the baseline run).
+            A row per feature: feature; removal, ig and gradient (the estimates); removed (drop of the metric when the
+            feature alone is set to its baseline) and added (gain when it alone is set to its clean value in the baseline
+            run).
         """
         return self.tables[f"exact/{self.task}"]
 

@@ -3,11 +3,12 @@
 In: a crosscoder, and held-out activations for most measures. Out: tables with a row per feature, or per feature and
 snapshot.
 
-Start with `history.evolve`, which encodes the held-out activations once (`held_out`) for all analyses. Then by question:
-`firing` (how often features fire), `presence` (what each snapshot knows of a feature), `lifecycles` (origin, birth, fate by any measure of presence),
-`births` (births, their uncertainty and controls), `geometry` (rotation and dimensionality), `splitting` (splits, mergers, replacements), `controls` (encoder share, latent
-scaling), `probes`, `ngrams`, `dynamics` and `phases` (predictions of the models over training), `agreement` and `seeds`
-(is it the same feature?), `selection` (which snapshots to use).
+Start with `history.evolve`, which encodes the held-out activations once (`held_out`) for all analyses. Then by
+question: `firing` (how often features fire), `presence` (what each snapshot knows of a feature), `lifecycles` (origin,
+birth, fate by any measure of presence), `births` (births, their uncertainty and controls), `geometry` (rotation and
+dimensionality), `splitting` (splits, mergers, replacements), `controls` (encoder share, latent scaling), `probes`,
+`ngrams`, `dynamics` and `phases` (predictions of the models over training), `agreement` and `seeds` (is it the same
+feature?), `selection` (which snapshots to use).
 """
 
 import lazy_loader
