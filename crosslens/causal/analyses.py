@@ -69,8 +69,8 @@ class Study:
 
         Returns:
             A row per feature: feature; removal, ig and gradient (the estimates); removed (drop of the metric when the
-            feature alone is set to its baseline) and added (gain when it alone is set to its clean value in the baseline
-            run).
+            feature alone is set to its baseline) and added (gain when it alone is set to its clean value in the
+            baseline run).
         """
         return self.tables[f"exact/{self.task}"]
 
