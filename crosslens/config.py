@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, did_you_mean
 
 Baseline: TypeAlias = Literal["patch", "zero", "mean"]
+Client: TypeAlias = Literal["openai", "anthropic"]
 Method: TypeAlias = Literal["removal", "both_ends", "ig", "gradient", "exact"]
 Rule: TypeAlias = Literal["gauss_legendre", "midpoint", "left"]
 
@@ -116,7 +117,7 @@ class StudyOptions(StudySizes):
 class LabelOptions:
     """Labels of features by a language model or by their tokens, and scores (`crosslens label`)."""
 
-    client: Literal["openai", "anthropic"] | None = None
+    client: Client | None = None
     """API of the server. The key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY."""
     model: str | None = None
     """Name of the language model on the server."""
@@ -149,6 +150,11 @@ class LabelOptions:
     def __post_init__(self) -> None:
         if not self.local and (self.client is None or self.model is None):
             raise UserError("give --client and --model, or --local for labels without a language model")
+        clients = get_args(Client)
+        if self.client not in (None, *clients):
+            raise UserError(
+                f"client {self.client!r} is not one of {', '.join(clients)}{did_you_mean(self.client, clients)}"
+            )
         if not 0 < self.requests_per_minute < math.inf:
             raise UserError(f"--requests-per-minute {self.requests_per_minute} must be a finite number above 0")
 

@@ -560,6 +560,16 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_examples(run: RunDir) -> None:
+    """Refuse to label the features of a run that has none of their examples.
+
+    Raises:
+        UserError: there are none.
+    """
+    if "examples" not in run.table_names():
+        raise UserError(f"{run.path} has no examples of features: run `crosslens evolve {run.path}` first")
+
+
 def check_writable(folder: Path) -> None:
     """Check that files can be written to a folder, which need not exist yet.
 

@@ -71,7 +71,7 @@ from crosslens.pipeline.opening import (
     parse_settings,
     parse_steps,
 )
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, check_examples
 from crosslens.training.recipes import ARCHITECTURES as RECIPES
 
 if TYPE_CHECKING:
@@ -816,6 +816,8 @@ def attribute(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the effect of every feature on tasks at every snapshot, on the selection half of their prompts."""
+    if consensus:
+        RunDir(run_dir).consensus()  # refused before the imports below, which take seconds
     from crosslens.cli.results import explain_baseline, show_effects
     from crosslens.config import AttributeOptions
     from crosslens.pipeline import attribute as attribute_run
@@ -1057,15 +1059,18 @@ def label_run(
 
     The key is read from OPENAI_API_KEY or ANTHROPIC_API_KEY.
     """
+    check_examples(RunDir(run_dir))  # before the imports below, which take seconds
     from crosslens.config import LabelOptions
-    from crosslens.features.labels import Estimate, complexity_correlation, describe_labels, summarise_labels
-    from crosslens.pipeline import label as label_features
 
     asked: dict[str, Any] = {"client": client, "model": model, "local": local, "base_url": base_url}
     asked |= {"features": None if features is None else tuple(parse_numbers(features, "--features"))}
     asked |= {"n_features": n_features, "n_examples": n_examples, "score": score, "second_model": second_model}
     asked |= {"attempts": attempts, "requests_per_minute": requests_per_minute, "workers": workers, "seed": seed}
     asked |= {"prices": None if prices is None else parse_prices(prices)}
+    options = LabelOptions(**asked)
+    from crosslens.features.labels import Estimate, complexity_correlation, describe_labels, summarise_labels
+    from crosslens.pipeline import label as label_features
+
     run, out = RunDir(run_dir), Output(as_json)
 
     def confirm(estimate: Estimate) -> bool:
@@ -1074,7 +1079,7 @@ def label_run(
             typer.confirm("Send them?", abort=True, err=as_json)
         return not dry_run
 
-    labels = label_features(run, LabelOptions(**asked), confirm=confirm)
+    labels = label_features(run, options, confirm=confirm)
     estimate = labels.estimate
     if dry_run:
         out.end(run=run_dir, estimate=estimate)
@@ -1111,6 +1116,8 @@ def report_run(
     as_json: JsonOption = False,
 ) -> None:
     """Write the HTML report of a run."""
+    if consensus:
+        RunDir(run_dir).consensus()  # refused before the imports below, which take seconds
     from crosslens.config import ReportOptions
     from crosslens.pipeline import report as write_report
 

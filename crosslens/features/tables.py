@@ -92,8 +92,8 @@ def export_features(
     index = torch.tensor(ids, dtype=torch.long)
     tokens = acts.held_out_tokens()
     examples, density, highest = collect_examples(crosscoder, acts, index, n_examples, window)
-    words = acts.snapshots.tokenizer.convert_ids_to_tokens
     lens_ids, lens_logits = logit_lens(crosscoder, acts, index, n_logits)
+    texts = token_texts(acts.snapshots.tokenizer, torch.cat([tokens.flatten(), lens_ids.flatten()]).unique().tolist())
     norms = crosscoder.decoder_norms[index.to(crosscoder.device)].cpu()
     table = [
         {
@@ -101,10 +101,12 @@ def export_features(
             "density": _rounded(density[i]),
             "decoder_norm": _rounded(norms[i]),
             "max_activation": round(float(highest[i]), _DIGITS),
-            "examples": _windows(tokens, examples, i, words),
+            "examples": _windows(tokens, examples, i, texts),
             "logit_lens": [
                 {
-                    side: [list(pair) for pair in zip(words(ids.tolist()), _rounded(logits), strict=True)]
+                    side: [
+                        list(pair) for pair in zip(map(texts.__getitem__, ids.tolist()), _rounded(logits), strict=True)
+                    ]
                     for side, ids, logits in zip(
                         ("positive", "negative"), lens_ids[i, s], lens_logits[i, s], strict=True
                     )
@@ -269,7 +271,7 @@ def _check_sizes(**sizes: int) -> None:
             raise UserError(f"{name}={value} must be 0 or more")
 
 
-def _windows(tokens: Int[Tensor, "N T"], examples: Examples, i: int, words: Any) -> list[dict[str, Any]]:
+def _windows(tokens: Int[Tensor, "N T"], examples: Examples, i: int, texts: dict[int, str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for e in range(int((examples.values[i] > 0).sum())):
         sequence, position = int(examples.sequences[i, e]), int(examples.positions[i, e])
@@ -278,7 +280,7 @@ def _windows(tokens: Int[Tensor, "N T"], examples: Examples, i: int, words: Any)
             {
                 "sequence": sequence,
                 "position": position,
-                "tokens": words(tokens[sequence, begin:end].tolist()),
+                "tokens": [texts[token] for token in tokens[sequence, begin:end].tolist()],
                 "activations": _rounded(examples.shown(i, e, tokens.shape[1])),
                 "peak": position - begin,
             }

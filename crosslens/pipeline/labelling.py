@@ -7,10 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from crosslens.config import LabelOptions
-from crosslens.errors import UserError
 from crosslens.features.explainers import Explainer, check_client
 from crosslens.features.labels import Estimate, Labels, label_features
-from crosslens.rundir import RunDir
+from crosslens.rundir import RunDir, check_examples
 
 
 def label(run: RunDir, options: LabelOptions, *, confirm: Callable[[Estimate], bool] = lambda _: True) -> Labels:
@@ -27,8 +26,7 @@ def label(run: RunDir, options: LabelOptions, *, confirm: Callable[[Estimate], b
     Raises:
         UserError: no examples, an unknown feature, no key or package of the client, or another process is writing.
     """
-    if "examples" not in run.table_names():
-        raise UserError(f"{run.path} has no examples of features: run `crosslens evolve {run.path}` first")
+    check_examples(run)
     explainer = second = None
     if not options.local:
         assert options.client is not None and options.model is not None  # LabelOptions has checked it

@@ -62,7 +62,7 @@ def test_real_errors_of_the_libraries_are_recognised(tmp_path: Path):
         "from crosslens.cli.failures import explain\n"
         "from crosslens.rundir import RunDir\n"
         "import pandas as pd\n"
-        "def table(): RunDir('run').save_table('x', pd.DataFrame({'x': torch.rand(9000).numpy()}))\n"
+        "def table(): RunDir('run').save_table('own/x', pd.DataFrame({'x': torch.rand(9000).numpy()}))\n"
         "def weights():\n"
         "    from tests.given import of_norms\n"
         "    of_norms(torch.rand(500, 3) + 1).save('crosscoder')\n"

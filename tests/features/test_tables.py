@@ -64,7 +64,8 @@ def test_densities_and_examples_match_plain_loops(acts: Activations, crosscoder:
     tokens = acts.held_out_tokens()
     first = len(acts.tokens) - len(tokens)
     values = crosscoder.encode(acts.block(first, len(acts.tokens)))
-    names = acts.snapshots.tokenizer.convert_ids_to_tokens
+    tokenizer = acts.snapshots.tokenizer
+    texts = token_texts(tokenizer, range(len(tokenizer)))
     for row in found["features"]:
         i = row["feature"]
         fired, total, best = [0] * S, 0, {}
@@ -88,7 +89,7 @@ def test_densities_and_examples_match_plain_loops(acts: Activations, crosscoder:
                 value, abs=1e-4
             )
             begin, end = max(0, t - 2), min(tokens.shape[1], t + 3)
-            assert example["tokens"] == [names(int(token)) for token in tokens[n, begin:end]]
+            assert example["tokens"] == [texts[int(token)] for token in tokens[n, begin:end]]
             assert len(example["activations"]) == end - begin
     assert any(len(set(row["density"])) > 1 for row in found["features"])
 
@@ -107,13 +108,14 @@ def test_the_logit_lens_matches_the_model(acts: Activations, crosscoder: Crossco
         torch.testing.assert_close(lens, slope - slope.mean(), rtol=1e-2, atol=1e-2)
     path = export_features(crosscoder, acts, tmp_path / "f.json", features=[3], n_logits=4)
     [row] = json.loads(path.read_text(encoding="utf-8"))["features"]
-    names = acts.snapshots.tokenizer.convert_ids_to_tokens
+    tokenizer = acts.snapshots.tokenizer
+    texts = token_texts(tokenizer, range(len(tokenizer)))
     for s, lens in enumerate(row["logit_lens"]):
         raw = crosscoder.W_dec_by_snapshot[3, s] / crosscoder.activation_scale[s]
         logits = direct_logits(acts.snapshots.model(s), raw[None])[0]
         order = logits.argsort(descending=True).tolist()
-        assert [word for word, _ in lens["positive"]] == [names(t) for t in order[:4]]
-        assert [word for word, _ in lens["negative"]] == [names(t) for t in order[::-1][:4]]
+        assert [word for word, _ in lens["positive"]] == [texts[int(t)] for t in order[:4]]
+        assert [word for word, _ in lens["negative"]] == [texts[int(t)] for t in order[::-1][:4]]
         assert [value for _, value in lens["positive"]] == pytest.approx(logits[order[:4]].tolist(), abs=1e-4)
 
 
