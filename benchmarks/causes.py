@@ -101,7 +101,7 @@ def measure_task(
     row["features"] = int(summary["n_features"].iloc[0])
     row["validation"] = {
         f"{each['kind']} {each['target']} {each['measure']}": [
-            round(float(each[name]), 3) for name in ("correlation", "low", "high")
+            round(float(each[name]), 3) for name in ("correlation", "correlation_low", "correlation_high")
         ]
         for each in summary.to_dict("records")
     }

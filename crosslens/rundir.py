@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from crosslens.errors import UserError, brief, did_you_mean, json_checksum, shortened
-from crosslens.tables import OWN, check_table, maker
+from crosslens.tables import OWN, check_table, earlier_names, maker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -321,7 +321,7 @@ class RunDir:
             raise UserError(f"{path} belongs to another run: {again}")
         if name == "evolution" and "snapshot" not in frame:
             raise UserError(f"{path} was written by an older version of crosslens: repeat `crosslens evolve`")
-        return frame
+        return frame.rename(columns=earlier_names(name))
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table completely or not at all, with checksums, its name, and the run that it belongs to.

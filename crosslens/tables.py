@@ -105,6 +105,12 @@ def check_table(name: str, columns: Iterable[str]) -> None:
         )
 
 
+def earlier_names(name: str) -> dict[str, str]:
+    """The columns of a table that version 0.2 called otherwise, each with its name of today."""
+    table = find_table(name)
+    return {} if table is None else _RENAMED.get(table.name, {})
+
+
 def maker(name: str) -> str:
     """The command that writes a table, such as "evolve"; that of an unknown table is "evolve"."""
     table = find_table(name)
@@ -135,6 +141,14 @@ def _matches(pattern: str, name: str) -> bool:
     return placeholder is not None and ends
 
 
+_RENAMED = {
+    "accuracy": {"low": "accuracy_low", "high": "accuracy_high"},
+    "cosines": {"low": "lower_quartile", "high": "upper_quartile"},
+    "labels": {"local_low": "local_detection_low", "local_high": "local_detection_high"},
+    "languages/<task>": {"low": "expected_low", "high": "expected_high"},
+    "phases": {"low": "snapshot_low", "high": "snapshot_high", "low_step": "step_low", "high_step": "step_high"},
+    "validation/<task>.summary": {"low": "correlation_low", "high": "correlation_high"},
+}
 _ATTRIBUTE = "crosslens attribute RUN_DIR --task TASK"
 _COLLECT = "Not collected yet. Run: crosslens evolve RUN_DIR"
 VERBS = {
@@ -581,9 +595,9 @@ TABLES: tuple[Table, ...] = (
             {
                 "n": "Live features with a direction at both.",
                 "mean": "Mean cosine of a feature's decoder vectors at the two.",
-                "low": "Lower quartile of the cosines.",
+                "lower_quartile": "Lower quartile of the cosines.",
                 "median": "Median of the cosines.",
-                "high": "Upper quartile of the cosines.",
+                "upper_quartile": "Upper quartile of the cosines.",
             },
             "snapshot other label other_label step other_step",
         ),
@@ -645,10 +659,8 @@ TABLES: tuple[Table, ...] = (
                 "label": _SHARED["label"].meaning,
                 "step": (_SHARED["step"].meaning, "steps"),
                 "tokens": (_SHARED["tokens"].meaning, "tokens"),
-                "low": "Lower end of the 95% interval, a snapshot.",
-                "high": "Upper end of that interval.",
-                "low_step": ("Lower end as a training step.", "steps"),
-                "high_step": ("Upper end as a training step.", "steps"),
+                **_interval("snapshot", "it, a snapshot"),
+                **_interval("step", "it, as a training step", "steps"),
                 "at_edge": "Whether it is at the first or the last snapshot, where it means little.",
                 "agreement": "Share of bootstrap draws with the same snapshot.",
                 "after_turning_point": "Share of draws in which it is later than the turning point.",
@@ -859,8 +871,8 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "accuracy": "Share of items whose correct continuation has the higher logit.",
-                "low": "Lower end of its 95% Wilson interval over items.",
-                "high": "Upper end of that interval.",
+                "accuracy_low": "Lower end of its 95% Wilson interval over items.",
+                "accuracy_high": "Upper end of that interval.",
                 "at_chance": "Whether the interval holds 50%.",
                 "metric": ("Mean of logit(correct) − logit(wrong).", "logits"),
                 "n": "Items.",
@@ -1074,8 +1086,8 @@ TABLES: tuple[Table, ...] = (
                 "target": "What is predicted: effect, or share of all effects at the snapshot.",
                 "measure": "The measure that predicts: share_relie, relie, decodability or reldec.",
                 "correlation": "Rank correlation with exact effects.",
-                "low": "Lower end of its interval.",
-                "high": "Upper end of its interval.",
+                "correlation_low": "Lower end of its interval.",
+                "correlation_high": "Upper end of its interval.",
                 "level": _SHARED["level"].meaning,
                 "n_features": "Features.",
                 "baseline": _SHARED["baseline"].meaning,
@@ -1100,8 +1112,8 @@ TABLES: tuple[Table, ...] = (
                 "in_candidates": "Of these, those in the set of the one.",
                 "other_in_candidates": "Of these, those in the set of the other.",
                 "expected": "Mean overlap of sets of features of the same sizes.",
-                "low": "Lower end of the interval of these overlaps.",
-                "high": "Upper end of it.",
+                "expected_low": "Lower end of the interval of these overlaps.",
+                "expected_high": "Upper end of it.",
                 "level": _SHARED["level"].meaning,
                 "p": "Probability of an overlap at least as large by chance.",
                 "expected_jaccard": "Mean Jaccard index by chance.",
@@ -1137,7 +1149,7 @@ TABLES: tuple[Table, ...] = (
                 "control_feature": "The other feature.",
                 "local_label": "The tokens of the examples as a label.",
                 "local_detection": "Balanced accuracy of that label, scored without a language model.",
-                **_interval("local", "it"),
+                **_interval("local_detection", "it"),
                 "local_n": "Passages scored.",
                 "local_control": "The same by the tokens of another feature.",
                 "local_control_feature": "That feature.",

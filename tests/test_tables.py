@@ -11,7 +11,7 @@ import pytest
 from crosslens.errors import UserError
 from crosslens.report import entries
 from crosslens.rundir import RunDir
-from crosslens.tables import TABLES, VERBS, check_table, find_table, maker, render_markdown
+from crosslens.tables import TABLES, VERBS, check_table, earlier_names, find_table, maker, render_markdown
 
 
 def test_every_column_has_a_sentence():
@@ -107,3 +107,33 @@ def test_every_figure_stands_on_a_page_and_takes_declared_tables():
     for entry in figures:
         made = {"names", "chance@<task>"}
         assert all(name in made or entries._declarations(name) for name in entry.tables), entry.name
+
+
+def test_columns_follow_one_grammar():
+    """Ends of an interval carry the name of what it is of; steps and tokens are in these units; no bare ends."""
+    bare = {"low", "high", "lower", "upper", "ci_low", "ci_high", "p_value", "q_value", "fdr"}
+    for table in TABLES:
+        columns = table.columns
+        assert not bare & set(columns), table.name
+        for name, column in columns.items():
+            stem, _, end = name.rpartition("_")
+            if end in ("low", "high"):
+                other = f"{stem}_{'high' if end == 'low' else 'low'}"
+                assert stem in columns and other in columns, f"{table.name}: {name}"
+            if end in ("step", "tokens"):
+                assert column.unit == {"step": "steps", "tokens": "tokens"}[end], f"{table.name}: {name}"
+
+
+def test_columns_of_version_0_2_are_read_by_their_names_of_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old = pd.DataFrame({"task": ["a"], "snapshot": [0], "accuracy": [0.5], "low": [0.25], "high": [0.75]})
+    run = RunDir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("crosslens.rundir.check_table", lambda *_: None)  # as that version wrote it
+        run.save_table("accuracy", old)
+    found = run.table("accuracy")
+    assert found is not None and found.columns.tolist() == [
+        "task", "snapshot", "accuracy", "accuracy_low", "accuracy_high",
+    ]  # fmt: skip
+    assert found["accuracy_low"].tolist() == [0.25]
+    for name, renamed in ((table.name, earlier_names(table.name)) for table in TABLES):
+        assert all(find_table(name).column(new) and not find_table(name).column(old) for old, new in renamed.items())  # type: ignore[union-attr]

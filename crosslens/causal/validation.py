@@ -141,7 +141,7 @@ def validate(
             for measure, x in measures.items():
                 estimate, low, high = _interval(correlate, x.double().numpy(), y.double().numpy(), seed, level)
                 found = {"kind": kind, "target": target, "measure": measure, "correlation": estimate}
-                rows.append({**found, "low": low, "high": high})
+                rows.append({**found, "correlation_low": low, "correlation_high": high})
     summary = pd.DataFrame(rows).assign(level=level, n_features=len(features), baseline=baseline)
     return Validation(table, summary)
 

@@ -209,7 +209,9 @@ def _validation_summary(found: Study) -> dict[str, dict[str, list[float]]]:
         return {}
     return {
         str(target): {
-            str(row["measure"]): [round(float(row[name]), 3) for name in ("correlation", "low", "high")]
+            str(row["measure"]): [
+                round(float(row[name]), 3) for name in ("correlation", "correlation_low", "correlation_high")
+            ]
             for row in pd.DataFrame(rows).to_dict("records")
         }
         for target, rows in table[table["kind"] == "within"].groupby("target")
@@ -240,7 +242,12 @@ def _summary(
         },
         "explained_variance": evaluation["explained_variance"].tolist(),
         "phases": {
-            str(row["event"]): {name: row[name] for name in ("label", "low_step", "high_step", "lead")}
+            str(row["event"]): {
+                "label": row["label"],
+                "low_step": row["step_low"],
+                "high_step": row["step_high"],
+                "lead": row["lead"],
+            }
             for row in tables["phases"].to_dict("records")
         },
         "l0": float(evaluation["l0"].mean()),

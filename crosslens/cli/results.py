@@ -169,7 +169,8 @@ def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
         ]
         rows.append(
             (
-                row["label"], percent(right["accuracy"]), _interval(right["low"], right["high"], ".1%"),
+                row["label"], percent(right["accuracy"]),
+                _interval(right["accuracy_low"], right["accuracy_high"], ".1%"),
                 number(row["metric_clean"], sign=True),
                 *[percent(float(ie.completeness[s]), 2)] * complete, *[number(row["agreement"], 2, sign=True)] * exact,
                 f"{active:,}",
@@ -181,8 +182,9 @@ def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
         )  # fmt: skip
         values.append(
             {
-                **row, "completeness": ie.completeness[s], "accuracy": right["accuracy"], "accuracy_low": right["low"],
-                "accuracy_high": right["high"], "accuracy_n": right["n"], "top": top,
+                **row, "completeness": ie.completeness[s],
+                **{name: right[name] for name in ("accuracy", "accuracy_low", "accuracy_high")},
+                "accuracy_n": right["n"], "top": top,
             }
         )  # fmt: skip
     significance = (

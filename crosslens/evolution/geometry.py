@@ -276,7 +276,7 @@ def cosines_of_pairs(crosscoder: Crosscoder, alive: Bool[Tensor, " F"]) -> pd.Da
     known = [found[~np.isnan(found[:, s, t]), s, t] for s, t in zip(one, other, strict=True)]
     table["n"] = [len(values) for values in known]
     table["mean"] = [values.mean() if len(values) else np.nan for values in known]
-    for name, share in (("low", 0.25), ("median", 0.5), ("high", 0.75)):
+    for name, share in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75)):
         table[name] = [np.quantile(values, share) if len(values) else np.nan for values in known]
     return table
 

@@ -62,7 +62,18 @@ from crosslens.stats import interval
 
 _PREDICTED = 30_000  # tokens whose predictions `measure_dynamics` measures, at least, where the data has as many
 _COLUMNS = [
-    *("event", "snapshot", "label", "step", "tokens", "low", "high", "low_step", "high_step", "at_edge"),
+    *(
+        "event",
+        "snapshot",
+        "label",
+        "step",
+        "tokens",
+        "snapshot_low",
+        "snapshot_high",
+        "step_low",
+        "step_high",
+        "at_edge",
+    ),
     *("agreement", "after_turning_point", "n", "lead", "lead_low", "lead_high"),
     *("resolved", "jump", "jump_of", "jump_from", "jump_to"),
 ]
@@ -94,7 +105,7 @@ def find_phases(
 
     Returns:
         A row per event: event, snapshot (index, missing if it never happens), label, step, tokens; low and high
-        (indices), low_step, high_step; at_edge (at the first or last snapshot, where it means little); agreement (share
+        (indices), step_low, step_high; at_edge (at the first or last snapshot, where it means little); agreement (share
         of draws with the same snapshot); after_turning_point (share of draws in which it is later than the turning
         point; NaN without one); n (number of features, for births and settling). The events statistics_lead,
         features_lead and turning_point also have lead, lead_low, lead_high; resolved; and the largest part of a curve
@@ -223,7 +234,11 @@ class _Event:
         row: dict[str, Any] = {"event": self.name, "n": self.n, "at_edge": at in (0, S - 1)}
         if at < S:
             low, high = interval(draws, level, method="inverted_cdf")
-            row |= {"snapshot": at, "low": max(0, int(low) - 1), "high": min(S - 1, int(high) + self.reach)}
+            row |= {
+                "snapshot": at,
+                "snapshot_low": max(0, int(low) - 1),
+                "snapshot_high": min(S - 1, int(high) + self.reach),
+            }
             if turning_point is not None and self.name != "turning_point" and not self.jump:
                 row["after_turning_point"] = float((draws > turning_point).mean())
         row["agreement"] = float((draws == at).mean()) if self.drawn else np.nan
@@ -266,11 +281,10 @@ def _table(events: list[_Event], snapshots: pd.DataFrame, level: float) -> pd.Da
     turning_point = next((e.when[1:] for e in events if e.name == "turning_point" and e.when[0] < len(snapshots)), None)
     table = pd.DataFrame([event.row(len(snapshots), level, turning_point) for event in events])
     table = table.reindex(columns=_COLUMNS)
-    for name in ("snapshot", "low", "high", "n"):
+    for name in ("snapshot", "snapshot_low", "snapshot_high", "n"):
         table[name] = table[name].astype("Int64")
-    for name, units in (("snapshot", ("label", "step", "tokens")), ("low", ("step",)), ("high", ("step",))):
-        where = table[name].fillna(-1).to_numpy(dtype=np.int64)
+    for end, units in (("", ("label", "step", "tokens")), ("_low", ("step",)), ("_high", ("step",))):
+        where = table[f"snapshot{end}"].fillna(-1).to_numpy(dtype=np.int64)
         for unit in units:
-            column = unit if name == "snapshot" else f"{name}_{unit}"
-            table[column] = pd.api.extensions.take(snapshots[unit].array, where, allow_fill=True)
+            table[unit + end] = pd.api.extensions.take(snapshots[unit].array, where, allow_fill=True)
     return table

@@ -82,7 +82,8 @@ _TYPES = {
     "recall_q4": "float64",
     "control": "float64", "control_low": "float64", "control_high": "float64", "control_n": "Int32",
     "control_feature": "Int32",
-    "local_label": "string", "local_detection": "float64", "local_low": "float64", "local_high": "float64",
+    "local_label": "string", "local_detection": "float64", 
+    "local_detection_low": "float64", "local_detection_high": "float64",
     "local_n": "Int32", "local_control": "float64", "local_control_feature": "Int32",
 }  # fmt: skip
 COLUMNS = tuple(_TYPES)
@@ -514,7 +515,8 @@ class _Scoring:
         rows: dict[int, dict[str, Any]] = {}
         for feature, passages in self.passages.items():
             mine, control = score(passages, local_verdicts(local[feature], passages)), controls.get(feature)
-            rows[feature] = {"local_detection": mine["score"], **{f"local_{k}": mine[k] for k in ("low", "high", "n")}}
+            rows[feature] = {"local_detection": mine["score"], "local_n": mine["n"]}
+            rows[feature] |= {f"local_detection_{end}": mine[end] for end in ("low", "high")}
             if control is not None:
                 value = score(passages, local_verdicts(local[control], passages))["score"]
                 rows[feature] |= {"local_control": value, "local_control_feature": control}
@@ -719,8 +721,9 @@ class Labels:
       active passages found, by quarter of activation, the weakest first).
     - control, control_low, control_high, control_n, control_feature: the same passages judged by the label of another
       feature, and which.
-    - local_label, local_detection, local_low, local_high, local_n, local_control, local_control_feature: the tokens of
-      the examples as a label, scored on the same passages without a language model.
+    - local_label, local_detection, local_detection_low, local_detection_high, local_n, local_control,
+      local_control_feature: the tokens of the examples as a label, scored on the same passages without a language
+      model.
 
     Attributes:
         table: a row per feature.

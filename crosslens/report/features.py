@@ -336,7 +336,7 @@ def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
 def _judged(labels: Frame | None, ids: np.ndarray) -> list[str | None]:
     """How well the label of each feature finds the passages that activate it, in words; None where it is not judged."""
     names = ("detection", "detection_low", "detection_high", "detection_n", "control", "control_feature")
-    local = ("local_label", "local_detection", "local_low", "local_high", "local_control")
+    local = ("local_label", "local_detection", "local_detection_low", "local_detection_high", "local_control")
     values = {name: _labelled(labels, ids, name) for name in (*names, *local)}
     found: list[str | None] = []
     for row in range(len(ids)):
@@ -350,8 +350,8 @@ def _judged(labels: Frame | None, ids: np.ndarray) -> list[str | None]:
             parts.append(f"{value['detection']:.2f} {interval} on {value['detection_n']:.0f} held-out passages")
             if value["control"] is not None and value["control_feature"] is not None:
                 parts.append(f"{value['control']:.2f} with the label of feature {value['control_feature']:.0f}")
-        if all(value[name] is not None for name in ("local_detection", "local_low", "local_high")):
-            interval = f"[{value['local_low']:.2f}, {value['local_high']:.2f}]"
+        if all(value[name] is not None for name in ("local_detection", "local_detection_low", "local_detection_high")):
+            interval = f"[{value['local_detection_low']:.2f}, {value['local_detection_high']:.2f}]"
             parts.append(f"{value['local_detection']:.2f} {interval} by its top tokens alone")
             if value["local_control"] is not None:
                 parts.append(f"{value['local_control']:.2f} by those of another feature")

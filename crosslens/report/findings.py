@@ -109,7 +109,7 @@ def find(tables: Tables, drawn: set[str]) -> list[Finding]:
 
 
 def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
-    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "low", "n")
+    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "accuracy_low", "n")
     if accuracy is None:
         return None
     above: list[str] = []
@@ -119,7 +119,7 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
         named.append(str(task))
         rows = rows.sort_values("snapshot")
         n, end = f"n = {int(rows['n'].max()):,}", f"{rows['accuracy'].iloc[-1]:.1%}"
-        since, learnt = _first_kept(rows, rows["low"] > CHANCE), _first_kept(rows, rows["accuracy"] >= LEARNT)
+        since, learnt = _first_kept(rows, rows["accuracy_low"] > CHANCE), _first_kept(rows, rows["accuracy"] >= LEARNT)
         if since is None:
             missed.append(f"{shortened(task, 60)} ({end}, {n})")
         else:

@@ -475,11 +475,11 @@ def _task_numbers(task: str, tables: Tables) -> list[tuple[str, str]]:
     """Key numbers of a task, as far as the tables and their columns exist."""
     numbers: list[tuple[str, str]] = []
     accuracy, snapshots = tables[f"accuracy@{task}"], tables[f"attribution/{task}.snapshots"]
-    if accuracy is not None and {"n", "accuracy", "low", "high"} <= set(accuracy):
+    if accuracy is not None and {"n", "accuracy", "accuracy_low", "accuracy_high"} <= set(accuracy):
         last = accuracy.loc[accuracy["snapshot"].idxmax()]
         left_out = sum(int(last[name]) for name in ("merged", "skipped") if name in last)
         numbers.append((f"{int(last['n']):,}", f"items; {left_out:,} left out"))
-        interval = f"{last['low']:.1%} to {last['high']:.1%}"
+        interval = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
         numbers.append((f"{last['accuracy']:.1%}", f"accuracy at {last['label']} ({interval}; chance 50%)"))
     if snapshots is not None and {"n", "metric_clean"} <= set(snapshots):
         last = snapshots.loc[snapshots["snapshot"].idxmax()]

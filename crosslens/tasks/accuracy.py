@@ -51,8 +51,8 @@ def accuracy_table(
         rows.append(
             {
                 "accuracy": right / n,
-                "low": low,
-                "high": high,
+                "accuracy_low": low,
+                "accuracy_high": high,
                 "at_chance": low <= CHANCE <= high,
                 "metric": float(metric.mean()),
                 "n": n,
@@ -106,9 +106,8 @@ def describe_accuracy(table: pd.DataFrame) -> list[str]:
     lines = [f"{first['task']}: {first['n']}{of} items" + "".join(f", {part}" for part in left_out) + few]
     for row in table.to_dict("records"):
         chance = ", at chance" if row["at_chance"] else ""
-        lines.append(
-            f"{row['label']:>12}  accuracy {row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]{chance}"
-        )
+        interval = f"[{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]"
+        lines.append(f"{row['label']:>12}  accuracy {row['accuracy']:.1%} {interval}{chance}")
     return lines
 
 

@@ -263,7 +263,8 @@ def test_the_picture_of_overlap() -> None:
     table = pd.DataFrame(
         {
             "snapshot": [0, 1], "label": ["a", "b"], "step": [0, 8], "language": "en", "other": "fr", "k": 10,
-            "shared": [1, 7], "expected": [2.0, 2.5], "low": [0, 1], "high": [4, 5], "level": 0.95, "p": [0.9, 1e-4],
+            "shared": [1, 7], "expected": [2.0, 2.5], 
+            "expected_low": [0, 1], "expected_high": [4, 5], "level": 0.95, "p": [0.9, 1e-4],
         }
     )  # fmt: skip
     chart = language_overlap(table)

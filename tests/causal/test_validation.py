@@ -105,7 +105,7 @@ def test_exact_effects_and_measures_equal_plain_splices(
         known = ~np.isnan(x).any(-1)
         expected = {"within": slow_within, "pairs": slow_pairs}[row["kind"]](x[known], y[known])
         assert row["correlation"] == pytest.approx(expected, abs=1e-6)
-        assert row["low"] <= row["high"] and row["n_features"] == 9
+        assert row["correlation_low"] <= row["correlation_high"] and row["n_features"] == 9
 
 
 def test_a_measure_that_knows_the_effects_is_found(runs: PromptRuns, ie: Attribution) -> None:
@@ -116,7 +116,9 @@ def test_a_measure_that_knows_the_effects_is_found(runs: PromptRuns, ie: Attribu
         exact[row["feature"], row["snapshot"]] = abs(row["exact"])
     table = validate(runs, ie, decodability=exact).summary
     told = table[(table["measure"] == "decodability") & (table["target"] == "effect")]
-    assert told["correlation"].tolist() == pytest.approx([1, 1]) and told["low"].tolist() == pytest.approx([1, 1])
+    assert told["correlation"].tolist() == pytest.approx([1, 1]) and told["correlation_low"].tolist() == pytest.approx(
+        [1, 1]
+    )
 
 
 def test_errors_are_one_line(runs: PromptRuns, ie: Attribution) -> None:

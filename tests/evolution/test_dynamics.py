@@ -372,8 +372,8 @@ def test_events_of_predictions() -> None:
     assert list(found.index) == ["unigram", "bigram", "below_bigram"]
     assert found["snapshot"].tolist() == [1, 2, 4] and found["step"].tolist() == [10, 20, 40]
     assert found["label"].tolist() == ["step10", "step20", "step40"] and found["tokens"].tolist() == [70, 140, 280]
-    assert found["low"].tolist() == [0, 1, 3] and found["high"].tolist() == [2, 3, 4]
-    assert found["low_step"].tolist() == [0, 10, 30] and found["high_step"].tolist() == [20, 30, 40]
+    assert found["snapshot_low"].tolist() == [0, 1, 3] and found["snapshot_high"].tolist() == [2, 3, 4]
+    assert found["step_low"].tolist() == [0, 10, 30] and found["step_high"].tolist() == [20, 30, 40]
     assert found["at_edge"].tolist() == [False, False, True] and (found["agreement"] == 1).all()
     assert found["after_turning_point"].isna().all()
     never = find_phases(curves([2, 1], [5, 3], [9, 3])).set_index("event").loc["below_bigram"]
@@ -387,9 +387,9 @@ def test_intervals_cover_the_truth_and_widen_with_uncertainty() -> None:
             find_phases(curves([1] * 5, kl2, [3] * 5, noise=0.3, seed=seed)).iloc[1]
             for kl2 in ([5, 3, 1, 2, 4], [5, 1.02, 1, 1.02, 4])
         )
-        assert sharp["low"] == 1 and sharp["high"] == 3 and sharp["agreement"] == 1
-        sure += flat["low"] <= 2 <= flat["high"]
-        unsure += flat["high"] - flat["low"] > 2
+        assert sharp["snapshot_low"] == 1 and sharp["snapshot_high"] == 3 and sharp["agreement"] == 1
+        sure += flat["snapshot_low"] <= 2 <= flat["snapshot_high"]
+        unsure += flat["snapshot_high"] - flat["snapshot_low"] > 2
     assert sure == 40 and unsure >= 30
 
 
@@ -429,7 +429,7 @@ def test_events_of_features() -> None:
         "dimensionality",
     ]
     settling = found.loc["settling"]
-    assert (settling["snapshot"], settling["n"], settling["low"], settling["high"]) == (3, 5, 1, 3)
+    assert (settling["snapshot"], settling["n"], settling["snapshot_low"], settling["snapshot_high"]) == (3, 5, 1, 3)
     # three of five rotate last: they set the median unless a draw has three or more of the other two
     assert settling["agreement"] == pytest.approx(
         sum(math.comb(5, j) * 0.4**j * 0.6 ** (5 - j) for j in (0, 1, 2)), abs=0.05
@@ -439,7 +439,13 @@ def test_events_of_features() -> None:
     norms = torch.tensor([[0.1, 0.2, 1, 1], [0.1, 0.2, 0.9, 1], [0.1, 0.1, 0.2, 1], [1, 1, 1, 1]])
     crosscoder = of_norms(norms, snapshots_at(0, 10, 20, 30))
     births = find_phases(dynamics, crosscoder, firing_of([0.5] * 4, 4)).set_index("event").loc["births"]
-    assert (births["snapshot"], births["n"], births["low"], births["high"], births["step"]) == (2, 3, 1, 3, 20)
+    assert (births["snapshot"], births["n"], births["snapshot_low"], births["snapshot_high"], births["step"]) == (
+        2,
+        3,
+        1,
+        3,
+        20,
+    )
 
 
 def phases_of(kl2: list[float], rows: Any, rate: Any, **options: Any) -> pd.DataFrame:
@@ -454,7 +460,7 @@ def test_the_turning_point_is_where_statistics_lead_most() -> None:
     # P is 0, .75, 1, 1; Q is 0, 0, .4, 1
     found = phases_of([5, 2, 1, 4], rotating_rows(), rate)
     point = found.loc["turning_point"]
-    assert (point["snapshot"], point["low"], point["high"]) == (1, 0, 3)
+    assert (point["snapshot"], point["snapshot_low"], point["snapshot_high"]) == (1, 0, 3)
     assert point["lead"] == pytest.approx(0.75) and point["lead_low"] == pytest.approx(0.75)
     assert 0.75 < point["lead_high"] <= 1 and 0.5 < point["agreement"] < 1 and not point["at_edge"]
     assert point["resolved"] and point["jump"] == pytest.approx(0.75) and point["jump_of"] == "statistics"

@@ -114,7 +114,7 @@ def test_cosines_are_of_live_features(crosscoder: Any, found: dict[str, pd.DataF
         assert row["n"] == len(values)
         assert row["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
         assert row["median"] == pytest.approx(np.median(values), abs=1e-6)
-        assert row["low"] <= row["median"] <= row["high"]
+        assert row["lower_quartile"] <= row["median"] <= row["upper_quartile"]
         assert row["label"] == LABELS[row["snapshot"]] and row["other_step"] == [0, 8, 64, 512][row["other"]]
 
 

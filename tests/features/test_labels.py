@@ -714,7 +714,7 @@ def test_labels_without_a_model(scored: RunDir, client: str) -> None:
     for f, row in found.items():
         assert (row["label"], row["status"], row["complexity"]) == (f'fires on: "top{f}"', "local", None)
         assert row["local_detection"] == pytest.approx(in_loops(scored, f, f"top{f}")[0]) and row["detection"] is None
-        assert row["local_low"] < row["local_detection"] < row["local_high"]
+        assert row["local_detection_low"] < row["local_detection"] < row["local_detection_high"]
     with label_server.serve(
         lambda user, n: "?" if not is_detection(user) and feature_of(user) == 2 else answer(user, n)
     ) as s:

@@ -344,7 +344,8 @@ def test_scores_of_labels_in_scripts(tmp_path: Path) -> None:
         "detection": [0.8712, np.nan, np.nan], "detection_low": [0.75, np.nan, np.nan],
         "detection_high": [0.94, np.nan, np.nan], "detection_n": pd.array([40, None, None], dtype="Int64"),
         "control": [0.52, np.nan, np.nan], "control_feature": pd.array([ids[1], None, None], dtype="Int64"),
-        "local_detection": [0.61, 0.58, np.nan], "local_low": [0.5, 0.4, np.nan], "local_high": [0.7, 0.7, np.nan],
+        "local_detection": [0.61, 0.58, np.nan], 
+        "local_detection_low": [0.5, 0.4, np.nan], "local_detection_high": [0.7, 0.7, np.nan],
         "local_control": nothing, "local_label": [None, "fires on: x", None], "status": ["answered", "local", "local"],
     }  # fmt: skip
     run.save_table("labels", pd.DataFrame({"feature": ids, "label": "verbs", "complexity": nothing, **scores}))

@@ -35,7 +35,7 @@ def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
 
 
 def turning_point(snapshot: Any, **changed: Any) -> pd.DataFrame:
-    row = {"event": "turning_point", "snapshot": snapshot, "label": "step20", "low": 1, "high": 3}
+    row = {"event": "turning_point", "snapshot": snapshot, "label": "step20", "snapshot_low": 1, "snapshot_high": 3}
     row |= {"lead": 0.81, "lead_low": 0.7, "lead_high": 0.9, "resolved": True, "jump": 0.6, "jump_of": "statistics"}
     row |= {"jump_from": "step0", "jump_to": "step10", **changed}
     features = {"event": "features_lead", "snapshot": pd.NA, "lead": 0.0, "lead_low": 0.0, "lead_high": 0.1}

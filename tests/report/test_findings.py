@@ -84,7 +84,7 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     simple = [0.5, 0.54, 0.8, 0.9, 0.9, 0.91, 0.99, 1.0]
     scores.loc[scores["task"] == TASKS[0], "accuracy"] = simple
     scores.loc[scores["task"] == TASKS[1], "accuracy"] = 0.51
-    scores["low"] = scores["accuracy"] - 0.05
+    scores["accuracy_low"] = scores["accuracy"] - 0.05
     run.save_table("accuracy", scores)
     counts = pd.DataFrame([{"measure": "r2", "kind": "all", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 3}])
     run.save_table("birth_counts", counts)

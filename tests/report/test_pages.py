@@ -129,7 +129,8 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
     run.save_table(f"timeline/{task}", followed.assign(order=followed["feature"].map(order), **{"class": "emerged"}))
     run.save_table(
         f"languages/{task}",
-        common.assign(language="en", other=HOSTILE, k=10, shared=rng.integers(0, 10, S), expected=3.2, low=1, high=6,
+        common.assign(language="en", other=HOSTILE, k=10, shared=rng.integers(0, 10, S), expected=3.2,
+                      expected_low=1, expected_high=6,
                       p=0.2, level=0.95),
     )  # fmt: skip
     grid = common.rename(columns=lambda name: "ablated_at" if name == "snapshot" else f"ablated_at_{name}").merge(
@@ -154,8 +155,8 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
         f"validation/{task}.summary",
         pd.DataFrame(
             [
-                {"kind": kind, "target": target, "measure": measure, "correlation": 0.1 * i, "low": 0.1 * i - 0.2,
-                 "high": 0.1 * i + 0.1, "level": 0.95, "n_features": 31}
+                {"kind": kind, "target": target, "measure": measure, "correlation": 0.1 * i,
+                 "correlation_low": 0.1 * i - 0.2, "correlation_high": 0.1 * i + 0.1, "level": 0.95, "n_features": 31}
                 for kind in ("within", "pairs") for target in ("effect", "share")
                 for i, measure in enumerate(MEASURES)
             ]
@@ -182,7 +183,12 @@ def _accuracy(common: pd.DataFrame, task: str, i: int, rng: np.random.Generator)
     value = 0.5 + 0.5 / (1 + np.exp(-10 * (np.linspace(0, 1, S) - 0.4 - 0.2 * i)))
     value = np.clip(value + rng.normal(0, 0.01, S), 0, 1)
     return common.assign(
-        task=task, accuracy=value, low=value - 0.04, high=np.minimum(value + 0.04, 1), metric=4 * value - 2, n=200
+        task=task,
+        accuracy=value,
+        accuracy_low=value - 0.04,
+        accuracy_high=np.minimum(value + 0.04, 1),
+        metric=4 * value - 2,
+        n=200,
     )
 
 
@@ -411,7 +417,7 @@ def test_accuracy_and_bands_equal_the_table(written: tuple[RunDir, _Page, int]) 
     for task in TASKS:
         rows = source[source["task"] == task].sort_values("snapshot")
         assert close(lines(spec)[task]["y"], rows["accuracy"])
-        assert close(bands[task]["y"], [*rows["high"], *reversed(rows["low"].tolist())])
+        assert close(bands[task]["y"], [*rows["accuracy_high"], *reversed(rows["accuracy_low"].tolist())])
 
 
 @pytest.mark.parametrize(
@@ -574,8 +580,8 @@ def test_validation_shows_every_correlation_with_its_interval(tmp_path: Path) ->
         value = rows.set_index("measure").loc[["share_relie", "relie", "decodability", "reldec"]]
         assert trace["x"] == ["share RelIE", "RelIE", "decodability (R²)", "RelDec (decoder norm)"]
         assert close(trace["y"], value["correlation"])
-        assert close(trace["error_y"]["array"], value["high"] - value["correlation"])
-        assert close(trace["error_y"]["arrayminus"], value["correlation"] - value["low"])
+        assert close(trace["error_y"]["array"], value["correlation_high"] - value["correlation"])
+        assert close(trace["error_y"]["arrayminus"], value["correlation"] - value["correlation_low"])
 
 
 def test_accuracy_says_what_is_left_out_and_where_it_is_at_chance(tmp_path: Path) -> None:
@@ -819,7 +825,7 @@ def test_the_page_of_a_task_says_what_it_asks(written: tuple[RunDir, _Page, int]
         effects, snapshots = table(run, f"attribution/{task}"), table(run, f"attribution/{task}.snapshots")
         for words in (
             f"{row['accuracy']:.1%}",
-            f"accuracy at {row['label']} ({row['low']:.1%} to {row['high']:.1%}; chance 50%)",
+            f"accuracy at {row['label']} ({row['accuracy_low']:.1%} to {row['accuracy_high']:.1%}; chance 50%)",
             "items; 0 left out",
             f"{snapshots['metric_clean'].iloc[-1]:+.2f}",
             "features with a significant effect, of 60 active",
@@ -865,7 +871,11 @@ def test_examples_of_items_and_all_tasks(tmp_path: Path) -> None:
     for task in TASKS:
         row = table(run, "accuracy").query("task == @task and snapshot == 2").iloc[0]
         assert every.loc[task, "accuracy"] == row["accuracy"]
-        for text in (f"{row['accuracy']:.1%}", f"[{row['low']:.1%}, {row['high']:.1%}]", "2 skipped (too long: 2)"):
+        for text in (
+            f"{row['accuracy']:.1%}",
+            f"[{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]",
+            "2 skipped (too long: 2)",
+        ):
             assert text in causal
 
 

@@ -361,7 +361,8 @@ def test_names_that_would_overwrite_other_tables_are_refused() -> None:
 def test_what_is_left_out_is_said() -> None:
     table = pd.DataFrame(
         {
-            "task": "t", "label": ["a", "b"], "accuracy": [0.5, 0.9], "low": [0.3, 0.7], "high": [0.7, 1.0],
+            "task": "t", "label": ["a", "b"], "accuracy": [0.5, 0.9], 
+            "accuracy_low": [0.3, 0.7], "accuracy_high": [0.7, 1.0],
             "at_chance": [True, False], "n": 12, "few": True, "skipped": 3, "reasons": "too long: 2, odd: 1",
             "merged": 1, "merged_reasons": "the same item",
         }
@@ -674,10 +675,12 @@ def test_accuracy_equals_transformers_item_by_item(snapshots: Snapshots, words: 
     items = [item for c in ("simple", "pp", "obj_rel") for item in Task.demo(c, n=10).items]
     task = Task.from_items("mixed", items)
     table = task.accuracy(snapshots, batch_size=7)
-    numbers = ["accuracy", "low", "high", "at_chance", "metric", "n"]
+    numbers = ["accuracy", "accuracy_low", "accuracy_high", "at_chance", "metric", "n"]
     left_out = ["few", "skipped", "reasons", "merged", "merged_reasons"]
     assert list(table) == ["task", "snapshot", "label", "step", "tokens", *numbers, *left_out]
-    assert table["at_chance"].tolist() == [low <= 0.5 <= high for low, high in table[["low", "high"]].to_numpy()]
+    assert table["at_chance"].tolist() == [
+        low <= 0.5 <= high for low, high in table[["accuracy_low", "accuracy_high"]].to_numpy()
+    ]
     assert table["at_chance"][1] and not table["few"].any()
     assert table["label"].tolist() == ["step0", "step10", "step20"] and table["step"].tolist() == [0, 10, 20]
     assert table["tokens"].isna().all() and (table["n"] == 60).all() and (table["task"] == "mixed").all()
@@ -692,7 +695,7 @@ def test_accuracy_equals_transformers_item_by_item(snapshots: Snapshots, words: 
         accuracy = sum((m > 0) + 0.5 * (m == 0) for m in metric) / 60
         assert row["accuracy"] == pytest.approx(accuracy)
         assert row["metric"] == pytest.approx(sum(metric) / 60, abs=1e-5)
-        assert row["low"] < row["accuracy"] < row["high"]
+        assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
     assert table["accuracy"][1] == 0.5 and table["metric"][1] == 0
     assert table["metric"].abs().max() > 0.05 and table["accuracy"].nunique() > 1
 
@@ -738,7 +741,7 @@ def test_accuracy_of_several_tokens_equals_whole_sentences(snapshots: Snapshots,
         assert row["n"] == len(metric)
         assert row["metric"] == pytest.approx(sum(metric) / len(metric), abs=1e-5)
         assert row["accuracy"] == pytest.approx(accuracy)
-        assert (row["low"], row["high"]) == wilson_interval(accuracy * len(metric), len(metric))
+        assert (row["accuracy_low"], row["accuracy_high"]) == wilson_interval(accuracy * len(metric), len(metric))
     # if all words are equally likely, sentences of the same length tie
     assert table["accuracy"][1] == 0.5 and table["metric"].abs().max() > 0.1
 

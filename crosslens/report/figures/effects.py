@@ -474,7 +474,9 @@ def validation(summary: Frame) -> Chart:
             mode="markers",
             name=name,
             marker={"color": Style.of(i).color, "symbol": Style.of(i).symbol, "size": 9},
-            error_y=error_bars(*(floats(rows[edge]) for edge in ("correlation", "low", "high")), thickness=1),
+            error_y=error_bars(
+                *(floats(rows[edge]) for edge in ("correlation", "correlation_low", "correlation_high")), thickness=1
+            ),
             hovertemplate="%{x}: %{y:.2f}<extra>" + name + "</extra>",
         )
     figure.update_yaxes(range=[-1.03, 1.03], zeroline=True, zerolinecolor=MUTED)

@@ -35,7 +35,7 @@ def language_overlap(table: Frame) -> Chart:
         style = Style.of(i)
         add_series(figure, axis, rows, "shared", name, style, hover=texts, value="%{y:d}")
         chance = Style(style.color, dash="dot", markers=False)
-        band = ("low", "high")
+        band = ("expected_low", "expected_high")
         add_series(figure, axis, rows, "expected", f"{name}, by chance", chance, value="%{y:.1f}", band=band)
     figure.update_yaxes(rangemode="tozero")
     axis.apply(figure)

@@ -122,7 +122,7 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
         )
     if pd.isna(point["snapshot"]):
         return f"There is no turning point: features lead at least as much as statistics. {both}"
-    at, low, high = (axis.x([int(point[name])])[0] for name in ("snapshot", "low", "high"))
+    at, low, high = (axis.x([int(point[name])])[0] for name in ("snapshot", "snapshot_low", "snapshot_high"))
     figure.add_scatter(
         x=[low, high, high, low], y=[0, 0, 1, 1], fill="toself", fillcolor=_FAINT, mode="none", hoverinfo="skip",
         showlegend=False, yaxis=y, meta="band",
@@ -131,7 +131,7 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
         x=[at, at], y=[0, 1], mode="lines", line={"color": MUTED, "dash": "dot", "width": 2}, name="turning point",
         hoverinfo="skip", yaxis=y,
     )  # fmt: skip
-    first, last = (shown(axis.labels[int(point[name])]) for name in ("low", "high"))
+    first, last = (shown(axis.labels[int(point[name])]) for name in ("snapshot_low", "snapshot_high"))
     text = (
         f"The turning point, where statistics lead most, is {shown(point['label'])} (95% interval, including the "
         f"spacing of the snapshots: {first} to {last}). {both}"

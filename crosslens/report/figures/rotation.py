@@ -162,7 +162,10 @@ def cosines(table: Frame) -> Chart | str:
     axis = SnapshotAxis.of(table, even=True)
     ids = list(axis.labels)
     median = table.pivot(index="snapshot", columns="other", values="median").to_numpy(dtype=float)
-    low, high, n = (table.pivot(index="snapshot", columns="other", values=c).to_numpy() for c in ("low", "high", "n"))
+    low, high, n = (
+        table.pivot(index="snapshot", columns="other", values=c).to_numpy()
+        for c in ("lower_quartile", "upper_quartile", "n")
+    )
     hover = axis.hover(ids)
     figure = new_figure("", height=180 + 30 * len(ids))
     texts = [

@@ -58,10 +58,22 @@ def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) ->
     for task, style in styles.items():
         rows = table[table["task"] == task].sort_values("snapshot")
         page = {"page": task_pages(pages).get(task)}
-        band = ("low", "high")
+        band = ("accuracy_low", "accuracy_high")
         add_series(figure, axis, rows, "accuracy", shown(task), style, band=band, value="%{y:.1%}", meta=page)
     axis.apply(figure)
-    columns = ("task", "snapshot", "label", "step", "tokens", "accuracy", "low", "high", "at_chance", "n", "few")
+    columns = (
+        "task",
+        "snapshot",
+        "label",
+        "step",
+        "tokens",
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "at_chance",
+        "n",
+        "few",
+    )
     columns += ("skipped", "reasons", "merged", "merged_reasons")
     notes = [
         Markup("{} {}").format(task_link(str(task), pages), _items(rows))
@@ -115,7 +127,7 @@ def task_table(tasks: Frame) -> Grid:
         if pd.isna(row.get("accuracy", math.nan)):
             texts = ["not measured", "", "", "", ""]
         else:
-            interval = f"[{row['low']:.1%}, {row['high']:.1%}]"
+            interval = f"[{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]"
             texts = [f"{row['n']:,.0f}", _left_out(row) or "none", row["label"], f"{row['accuracy']:.1%}", interval]
         rows.append([Cell(row["task"], link=row["page"]), *(Cell(str(text)) for text in texts)])
     header = ["task", "items", "left out", "snapshot", "accuracy", "95% interval"]
