@@ -578,6 +578,14 @@ TABLES: tuple[Table, ...] = (
                 "halves_angle": ("Median angle between estimates at both ends on different halves.", "degrees"),
                 "null_angle": ("The same at one snapshot: what sampling alone makes of no rotation.", "degrees"),
                 "beyond_null": "Share of the features whose halves_angle exceeds their null_angle; half by chance.",
+                "mapped_angle": (
+                    "Median angle left after the linear map from all activations at the beginning to those at the end.",
+                    "degrees",
+                ),
+                "seeds_angle": (
+                    "Median angle at the end between the vectors of a feature in two seeds; missing for one seed.",
+                    "degrees",
+                ),
                 "doublings": "Doublings of the training tokens in the interval, of steps where tokens are unknown.",
                 "angle_per_doubling": ("angle divided by doublings.", "degrees per doubling"),
                 "null_per_doubling": ("null_angle divided by doublings.", "degrees per doubling"),

@@ -16,6 +16,7 @@ from .geometry import cosines_of_pairs as cosines_of_pairs
 from .geometry import decoder_cosines as decoder_cosines
 from .geometry import feature_dimensionality as feature_dimensionality
 from .geometry import half_cosines as half_cosines
+from .geometry import linear_maps as linear_maps
 from .geometry import rotation as rotation
 from .geometry import rotation_per_interval as rotation_per_interval
 from .geometry import total_dimensionality as total_dimensionality

@@ -6,14 +6,18 @@
    per doubling of training: what is learnt goes with the logarithm of the tokens rather than with their number, and
    snapshots are spaced accordingly, so angles per token would rank the intervals by their length.
 2. The null of rotation: how far would a row seem to turn by chance? Each half h of the held-out tokens gives its own
-   estimate of every row, by least squares for one feature with the others held, `half_cosines`:
+   estimate of all rows together, by least squares without the dictionary's decoder (`half_cosines`):
 
-       w_is^h = W_dec[i, s] + E_h[f_is (x_s - x_hat_s)] / E_h[f_is^2]
+       w_s^h = argmin_w E_h |x_s - mean_h x_s - sum_i (f_is - mean_h f_is) w_i|^2
 
    The angle between the two estimates at the *same* snapshot is what sampling alone makes of no rotation; the angle
-   between estimates of different halves at *neighbouring* snapshots is to be compared with it. Held-out tokens are
-   fewer than those for training, so the null overstates the noise of the rows. `seeds.rotation_of_partners` compares
-   the same feature in two seeds.
+   between estimates of different halves at *neighbouring* snapshots is to be compared with it. An estimate of one row
+   with the others as they are in the dictionary would not do: both halves would inherit what the dictionary did not
+   learn of a snapshot, agree too well there, and every feature of two copies of one snapshot would seem to rotate.
+   Held-out tokens are fewer than those for training, so the null overstates the noise of the rows.
+   `seeds.rotation_of_partners` compares the same feature in two seeds.
+   A change of basis that all activations share turns every row. `linear_maps` gives the linear map by which one
+   snapshot best predicts the next; the angle that is left after it is a rotation of the feature among the others.
 3. Dimensionality, with j over the features present at s, including i:
 
        D_is = |w_is|^4 / sum_j (w_is . w_js)^2
@@ -26,31 +30,32 @@
 
 Ge et al. (arXiv 2509.17196) plot rotation and dimensionality without formulas; the rest is new here.
 
-Symbols: S snapshots, D d_model, F features.
+Symbols: S snapshots (S1 their neighbouring pairs), D d_model, F features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, embedding_bag, normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns, snapshot_pairs
 from crosslens.evolution.firing import Firing, measure_firing
-from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.held_out import Block, check_activations, read, read_activations, starts
 from crosslens.evolution.lifecycles import check_presence, relative_norms, require_two_snapshots
 
 _BLOCK = 4096  # features at a time
+_TIE = 1e-5  # cosines that differ by less are equal but for rounding
 
 
 @torch.no_grad()
@@ -117,16 +122,17 @@ class HalfCosines(NamedTuple):
 
 @torch.no_grad()
 def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
-    """Estimate every decoder row on each half of the held-out tokens, and compare the estimates.
+    """Estimate all decoder rows on each half of the held-out tokens, and compare the estimates.
 
-    The sums take 2 F S D numbers in float32, half of them until the middle of the tokens.
+    The sums take 2 F S D numbers in float32, half of them until the middle of the tokens, and the active pairs of
+    tokens and features are kept.
 
     Args:
         crosscoder: any.
         acts: activations of its snapshots.
 
     Returns:
-        Cosines, NaN for features that are silent on either half.
+        Cosines, NaN for features that do not vary on either half.
 
     Raises:
         UserError: no activations held out, or those of other snapshots.
@@ -138,39 +144,50 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
 
 
 class HalfSums:
-    """The accumulator of `half_cosines`: `sum f_is (x_s - x_hat_s)` and `sum f_is^2` over each half."""
+    """The accumulator of `half_cosines`: the active pairs of each half, and `sum f_is x_s` over its tokens."""
 
     def __init__(self, crosscoder: Crosscoder, acts: Activations) -> None:
         self.crosscoder = crosscoder
-        self.middle = int(acts.keep(acts.held_out_tokens()).sum()) // 2
-        shape = (crosscoder.cfg.d_sae, crosscoder.n_snapshots)
-        self.squares = torch.zeros(2, *shape, dtype=torch.float64)
+        self.n = int(acts.keep(acts.held_out_tokens()).sum())
+        self.middle = self.n // 2
+        self.pairs: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]  # tokens, features, values (p, 1 or S)
+        self.totals = torch.zeros(2, crosscoder.n_snapshots, crosscoder.d_model, dtype=torch.float64)
         self.rows: list[Tensor | None] = [None, None]  # (F, S, D) each; the second is made when it is needed
 
     def add(self, block: Block) -> None:
         """Take the next tokens."""
         cut = self.middle - block.first
-        tokens = block.pairs.tokens
-        halves = ((0, tokens < cut), (1, tokens >= cut))
-        for half, inside in halves[int(cut <= 0) : 1 + int(cut < len(block))]:
+        S = self.crosscoder.n_snapshots
+        x = block.scaled - self.crosscoder.b_dec_by_snapshot  # without large means sums in float32 are exact enough
+        tokens, features, _ = block.pairs
+        gates = range(S if self.crosscoder.gate_per_snapshot else 1)
+        halves = ((0, slice(0, max(cut, 0)), tokens < cut), (1, slice(max(cut, 0), None), tokens >= cut))
+        for half, part, inside in halves[int(cut <= 0) : 1 + int(cut < len(block))]:
             rows = self._of(half)
-            for s in range(self.crosscoder.n_snapshots):
-                gated = block.gated(s) * inside
-                rows[:, s] += block.sum_by_feature(block.error[:, s], gated)
-                self.squares[half, :, s] += block.count(gated.double().square())
+            for s in range(S):
+                rows[:, s] += block.sum_by_feature(x[:, s], block.gated(s) * inside)
+            self.totals[half] += x[part].sum(0).double().cpu()
+            values = torch.stack([block.gated(s)[inside] for s in gates], 1)
+            place = (tokens[inside] + block.first - half * self.middle).int()
+            self.pairs[half].append((place, features[inside].int(), values))
 
     def result(self) -> HalfCosines:
         """Compare the estimates of the halves; the sums are used up."""
-        F, S = self.squares.shape[1:]
-        decoder = self.crosscoder.W_dec_by_snapshot
-        for half in range(2):
-            rows = self._of(half)
-            rows /= self.squares[half, ..., None].to(rows)  # NaN where the feature is silent
-            rows += decoder
+        F, S = self.crosscoder.cfg.d_sae, self.crosscoder.n_snapshots
+        halves = [tuple(torch.cat(column) for column in zip(*pairs, strict=True)) for pairs in self.pairs]
+        self.pairs = [[], []]
         same, following = torch.empty(F, S), torch.empty(F, S - 1)
         before: Tensor | None = None
+        products: list[_Products] = []
         for s in range(S):  # one snapshot at a time: another (2, F, S, D) tensor is too much for large crosscoders
-            one, other = here = normalize(torch.stack([self._of(half)[:, s] for half in range(2)]), dim=-1, eps=1e-30)
+            if s == 0 or self.crosscoder.gate_per_snapshot:
+                sizes = (self.middle, self.n - self.middle)
+                products = [
+                    _Products(tokens, features, values[:, s], n, F)
+                    for (tokens, features, values), n in zip(halves, sizes, strict=True)
+                ]
+            found = [_solve(products[h], self._of(h)[:, s], self.totals[h, s].to(products[h].mean)) for h in range(2)]
+            one, other = here = normalize(torch.stack(found), dim=-1, eps=1e-30)
             same[:, s] = (one * other).sum(-1).clamp(-1, 1).cpu()
             if before is not None:
                 both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
@@ -187,10 +204,125 @@ class HalfSums:
         return found
 
 
+class _Products:
+    """Products with the matrix f (n tokens, F features), of which only the active pairs are kept."""
+
+    def __init__(
+        self, tokens: Int[Tensor, " p"], features: Int[Tensor, " p"], values: Float[Tensor, " p"], n: int, F: int
+    ) -> None:
+        self.n, values = n, values.float()
+        self.by_token = _bags(tokens, features, values, n)
+        self.by_feature = _bags(features, tokens, values, F)
+        ids = features.long()
+        self.mean = torch.bincount(ids, values.double(), F).to(values) / max(n, 1)
+        self.variance = torch.bincount(ids, values.double().square(), F).to(values) / max(n, 1) - self.mean.square()
+
+    def covariance(self, v: Float[Tensor, "F D"]) -> Float[Tensor, "F D"]:
+        """The covariance matrix of the features, times v."""
+        return _bag_sums(self.by_feature, _bag_sums(self.by_token, v)) / self.n - self.mean[:, None] * (self.mean @ v)
+
+
+_Bags: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def _bags(of: Int[Tensor, " p"], entries: Int[Tensor, " p"], values: Float[Tensor, " p"], n: int) -> _Bags:
+    order = of.argsort(stable=True)
+    return entries[order], starts(of.long(), n).int(), values[order]
+
+
+def _bag_sums(bags: _Bags, rows: Float[Tensor, "N D"]) -> Float[Tensor, "n D"]:
+    entries, first, values = bags
+    return embedding_bag(entries, rows, first, mode="sum", per_sample_weights=values)
+
+
+def _solve(
+    f: _Products, sums: Float[Tensor, "F D"], total: Float[Tensor, " D"], *, ridge: float = 1e-3, max_steps: int = 50
+) -> Float[Tensor, "F D"]:
+    """Rows of least squares by conjugate gradients from zero, all columns at once; NaN where a feature does not vary.
+
+    Args:
+        f: the features of half of the tokens.
+        sums: `sum f x` over these tokens.
+        total: `sum x` over them.
+        ridge: added to the variance of every feature, as a share of it.
+        max_steps: of which few are needed, as features hardly overlap.
+    """
+    varies = f.variance > 0
+    size = torch.where(varies, f.variance, 1)[:, None]  # the preconditioner
+    left = (sums / max(f.n, 1) - f.mean[:, None] * (total / max(f.n, 1))) * varies[:, None]
+    rows = torch.zeros_like(left)
+    step = scaled = left / size
+    power = (left * scaled).sum(0)
+    enough = 1e-10 * power
+    for _ in range(max_steps):
+        if not (power > enough).any():
+            break
+        moved = (f.covariance(step) + ridge * size * step) * varies[:, None]
+        length = power / (step * moved).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+        rows, left = rows + length * step, left - length * moved
+        scaled = left / size
+        power, last = (left * scaled).sum(0), power
+        step = scaled + (power / last.clamp(min=torch.finfo(torch.float32).tiny)) * step
+    return rows.masked_fill(~varies[:, None], torch.nan)
+
+
+@torch.no_grad()
+def linear_maps(crosscoder: Crosscoder, acts: Activations, *, ridge: float = 1e-3) -> Float[Tensor, "S1 D D"]:
+    """Fit the linear map from the activations of every snapshot to those of the next one.
+
+    Args:
+        crosscoder: any.
+        acts: activations of its snapshots; the held-out ones are used, scaled as for the crosscoder.
+        ridge: added to every variance, as a share of their mean.
+
+    Returns:
+        For every pair of neighbours the matrix M of least squares, `x_after - mean ~ (x_before - mean) M`.
+
+    Raises:
+        UserError: no activations held out, or those of other snapshots.
+    """
+    check_activations(crosscoder, acts)
+    sums = MapSums(crosscoder)
+    for x in read_activations(crosscoder, acts):
+        sums.add(x)
+    return sums.result(ridge)
+
+
+class MapSums:
+    """The sums of `linear_maps`: products of the activations at neighbouring snapshots, in float64."""
+
+    def __init__(self, crosscoder: Crosscoder) -> None:
+        S, D = crosscoder.n_snapshots, crosscoder.d_model
+        self.crosscoder, self.n = crosscoder, 0
+        self.total = torch.zeros(S, D).double()
+        self.own, self.cross = torch.zeros(S - 1, D, D).double(), torch.zeros(S - 1, D, D).double()
+
+    def add(self, x: Float[Tensor, "B S D"]) -> None:
+        """Take the next tokens."""
+        scaled = self.crosscoder.scale(x).double().cpu().transpose(0, 1)
+        self.total += scaled.sum(1)
+        self.own += scaled[:-1].mT @ scaled[:-1]
+        self.cross += scaled[:-1].mT @ scaled[1:]
+        self.n += x.shape[0]
+
+    def result(self, ridge: float = 1e-3) -> Float[Tensor, "S1 D D"]:
+        """The maps."""
+        mean = self.total / max(self.n, 1)
+        own = self.own / max(self.n, 1) - mean[:-1, :, None] * mean[:-1, None]
+        cross = self.cross / max(self.n, 1) - mean[:-1, :, None] * mean[1:, None]
+        size = own.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+        eye = torch.eye(own.shape[1]).double()
+        # one at a time: in PyTorch 2.13 with several threads, batches of matrices of 160 rows or more fail or hang
+        return torch.stack(
+            [torch.linalg.solve(a + ridge * v * eye, b) for a, b, v in zip(own, cross, size, strict=True)]
+        ).float()
+
+
 def rotation_per_interval(
     crosscoder: Crosscoder,
     alive: Bool[Tensor, " F"] | None = None,
     halves: HalfCosines | None = None,
+    maps: Float[Tensor, "S1 D D"] | None = None,
     *,
     min_norm: float = 0.05,
     max_cosine: float = 0.9,
@@ -201,6 +333,7 @@ def rotation_per_interval(
         crosscoder: trained on two snapshots or more.
         alive: features to count, such as `evolve(...).lifecycles()["alive"]`; all with a decoder if None.
         halves: the result of `half_cosines`, for the null.
+        maps: the result of `linear_maps`.
         min_norm: rows below this share of the feature's largest norm have no direction.
         max_cosine: a feature rotates if its cosine between two neighbours is below this at least once.
 
@@ -210,11 +343,12 @@ def rotation_per_interval(
         (features with a direction at both ends); median_cosine (of these); angle (median, in degrees), halves_angle and
         null_angle (medians of the angle between estimates on different halves at neighbouring snapshots, and at the
         same one: the geometric mean of the cosines at both ends); beyond_null (share of the features whose halves_angle
-        exceeds their null_angle; half of them do by chance); doublings (of tokens, or of steps where tokens are
-        unknown), angle_per_doubling, null_per_doubling; rotated (features whose largest rotation is here); share (of
-        all features that rotate); largest (True in the first row with the largest `rotated`, nowhere if no feature
-        rotates). halves_angle, null_angle and beyond_null are NaN without `halves`, and doublings for an interval that
-        begins at 0 or without steps.
+        exceeds their null_angle, equal ones counted half; half of them do by chance); mapped_angle (median angle left
+        after the linear map from all activations at `before` to those at `after`); doublings (of tokens, or of steps
+        where tokens are unknown), angle_per_doubling, null_per_doubling; rotated (features whose largest rotation is
+        here); share (of all features that rotate); largest (True in the first row with the largest `rotated`, nowhere
+        if no feature rotates). halves_angle, null_angle and beyond_null are NaN without `halves`, mapped_angle
+        without `maps`, and doublings for an interval that begins at 0 or without steps.
 
     Raises:
         UserError: one snapshot only.
@@ -245,10 +379,17 @@ def rotation_per_interval(
         between = halves.next.masked_fill(cosines.isnan(), torch.nan)
         null = (halves.same[:, :-1].clamp(min=0) * halves.same[:, 1:].clamp(min=0)).sqrt()
         null = null.masked_fill(between.isnan(), torch.nan)
-    for name, values in (("angle", cosines), ("halves_angle", between), ("null_angle", null)):
+    mapped = nothing
+    if maps is not None:
+        moved = [rows[:, s].float() @ maps[s].to(rows.device) for s in range(S - 1)]
+        left = [cosine_similarity(moved[s], rows[:, s + 1].float()) for s in range(S - 1)]
+        mapped = torch.stack(left, 1).cpu().clamp(-1, 1).masked_fill(cosines.isnan(), torch.nan)
+    of = (("angle", cosines), ("halves_angle", between), ("null_angle", null), ("mapped_angle", mapped))
+    for name, values in of:
         table[name] = np.array([_median(column) for column in values.acos().rad2deg().T])
     compared = (~null.isnan()).sum(0)
-    table["beyond_null"] = ((between < null).sum(0) / compared).numpy()  # NaN where nothing is compared
+    beyond = (between < null - _TIE).sum(0) + ((between - null).abs() <= _TIE).sum(0) / 2
+    table["beyond_null"] = (beyond / compared).numpy()  # NaN where nothing is compared
     table["doublings"] = _doublings(snapshots)
     for name in ("angle", "null"):
         angle = table["angle" if name == "angle" else "null_angle"]

@@ -97,11 +97,11 @@ class Block:
         """What the reconstruction leaves of the scaled activations."""
         crosscoder, (tokens, features, _) = self.crosscoder, self.pairs
         order = tokens.argsort(stable=True)
-        starts = _starts(tokens, len(self))
+        first = starts(tokens, len(self))
 
         def decoded(rows: Tensor, values: Tensor) -> Tensor:
             values = values[order].to(rows.dtype)
-            return embedding_bag(features[order], rows, starts, mode="sum", per_sample_weights=values)
+            return embedding_bag(features[order], rows, first, mode="sum", per_sample_weights=values)
 
         if crosscoder.gate_per_snapshot:
             rows = crosscoder.W_dec_by_snapshot
@@ -123,7 +123,7 @@ class Block:
 
     @cached_property
     def _starts(self) -> Int[Tensor, " F"]:
-        return _starts(self.pairs.features, self.features.shape[1])
+        return starts(self.pairs.features, self.features.shape[1])
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def batch_tokens(d_sae: int) -> int:
     return max(1, min(4096, _MAX_FEATURE_BYTES // (4 * d_sae)))
 
 
-def _starts(ids: Int[Tensor, " p"], n: int) -> Int[Tensor, " n"]:
+def starts(ids: Int[Tensor, " p"], n: int) -> Int[Tensor, " n"]:
     """Where the pairs of each of n tokens or features start, when they are in its order."""
     counts = torch.bincount(ids, minlength=n)
     return counts.cumsum(0) - counts

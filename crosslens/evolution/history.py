@@ -39,6 +39,7 @@ from crosslens.evolution.firing import Firing, FiringSums
 from crosslens.evolution.geometry import (
     HalfCosines,
     HalfSums,
+    MapSums,
     cosines_of_pairs,
     feature_dimensionality,
     rotation,
@@ -65,6 +66,7 @@ class Pass:
 
     Attributes:
         halves: of `half_cosines`.
+        maps: of `linear_maps`.
         shares: of `encoder_share`.
         scaling: of `latent_scaling`; None where it equals the decoder norm.
         joint: on how many tokens pairs of features that may replace one another are active together.
@@ -74,6 +76,7 @@ class Pass:
     """
 
     halves: HalfCosines
+    maps: Float[Tensor, "S1 D D"]
     shares: Float[Tensor, "F S"]
     scaling: LatentScaling | None
     joint: JointActivity
@@ -247,7 +250,7 @@ class Evolution:
             "evolution": self.table,
             "lifecycles": pd.DataFrame(lifecycles[columns]),
             "birth_counts": self.count_births(),
-            "rotation": rotation_per_interval(crosscoder, self.alive, found and found.halves),
+            "rotation": rotation_per_interval(crosscoder, self.alive, *((found.halves, found.maps) if found else ())),
             "cosines": cosines_of_pairs(crosscoder, self.alive),
             "directions": per_feature(labels, cosine=rotation(crosscoder)),
             "splits": splits(crosscoder, self.alive, presence=self.presence),
@@ -363,10 +366,10 @@ def _read(
 ) -> tuple[Firing, Decodability, Pass]:  # fmt: skip
     """Read the held-out activations, and then encode them once."""
     check_activations(crosscoder, acts)
-    moments, sample = Moments(crosscoder), Sample()
+    moments, maps, sample = Moments(crosscoder), MapSums(crosscoder), Sample()
     for x in read_activations(crosscoder, acts):
-        moments.add(x)
-        sample.add(x)
+        for each in (moments, maps, sample):
+            each.add(x)
     comparison = sample.result(acts.snapshots.labels)
     firing, presence = FiringSums(crosscoder), DecodabilitySums(crosscoder, acts)
     halves, encoder, top = HalfSums(crosscoder, acts), EncoderSums(crosscoder), TopTokens(crosscoder)
@@ -379,6 +382,7 @@ def _read(
     shares = encoder.result()
     rest = Pass(
         halves=halves.result(),
+        maps=maps.result(),
         shares=shares,
         scaling=scaling and scaling.result(),
         joint=joint,

@@ -64,6 +64,10 @@ def evolve(
         consensus = run.table("consensus")
         if consensus is not None:
             tables["lifecycles"] = add_consensus(tables["lifecycles"], consensus)
+        seeds = run.table("seeds_rotation")
+        if seeds is not None:
+            angles = seeds.groupby("after")["apart"].median()
+            tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles)
         run.save_tables(tables)
         run.save_tables(feature_tables(crosscoder, acts))
         accuracy = run.table("accuracy")

@@ -17,6 +17,7 @@ from crosslens.evolution.geometry import (
     decoder_cosines,
     feature_dimensionality,
     half_cosines,
+    linear_maps,
     rotation,
     rotation_per_interval,
     total_dimensionality,
@@ -122,7 +123,7 @@ def test_rotation_per_interval_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("jumprelu", "seed"), [(False, 0), (True, 1), (False, 2)])
-def test_halves_are_least_squares_of_one_feature_with_the_others_held(jumprelu: bool, seed: int) -> None:
+def test_halves_are_least_squares_of_all_features(jumprelu: bool, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     F, S, D = 6, 3, 4
     cc = of_norms(torch.rand(F, S, generator=draw) + 0.2, snapshots_at(0, 5, 20), D=D, seed=seed, jumprelu=jumprelu)
@@ -135,15 +136,14 @@ def test_halves_are_least_squares_of_one_feature_with_the_others_held(jumprelu: 
     f, x = cc.encode(held.x).double(), cc.scale(held.x).double()
     rows = np.full((2, F, S, D), np.nan)
     for half, part in enumerate((range(n // 2), range(n // 2, n))):
-        for i in range(F):
-            for s in range(S):
-                gated = cc.snapshot_acts(f.float(), s).double()
-                others = gated @ cc.W_dec_by_snapshot[:, s].double() + cc.b_dec.view(S, D)[s].double()
-                own = cc.W_dec_by_snapshot[i, s].double()
-                target = torch.stack([x[t, s] - others[t] + gated[t, i] * own for t in part])
-                values = gated[list(part), i][:, None]
-                if values.any():
-                    rows[half, i, s] = np.linalg.lstsq(values.numpy(), target.numpy(), rcond=None)[0][0]
+        for s in range(S):
+            gated = cc.snapshot_acts(f.float(), s).double()[list(part)].numpy()
+            target = x[list(part), s].numpy()
+            gated, target = gated - gated.mean(0), target - target.mean(0)
+            varies = gated.any(0)
+            moments = gated.T @ gated + 1e-3 * np.diag((gated**2).sum(0))
+            kept = np.ix_(varies, varies)
+            rows[half, varies, s] = np.linalg.solve(moments[kept], (gated.T @ target)[varies])
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     same = (rows[0] * rows[1]).sum(-1)
     following = ((rows[0, :, :-1] * rows[1, :, 1:]).sum(-1) + (rows[1, :, :-1] * rows[0, :, 1:]).sum(-1)) / 2
@@ -184,6 +184,24 @@ def test_halves_of_what_does_not_turn_agree() -> None:
     assert (table["null_angle"] > 1).all()
     assert table["halves_angle"].tolist() == pytest.approx(table["null_angle"].tolist(), rel=0.25)
     assert table["at_edge"].all() and table["doublings"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_a_snapshot_do_not_rotate_whatever_the_dictionary_wrote(seed: int) -> None:
+    """Snapshots 0 and 1 are the same, 2 is turned; the rows of the dictionary are wrong in another way at each."""
+    draw = torch.Generator().manual_seed(seed)
+    F, D = 40, 24
+    true = torch.nn.functional.normalize(torch.randn(F, 1, D, generator=draw), dim=-1).expand(F, 3, D).clone()
+    true[:, 2] = torch.nn.functional.normalize(true[:, 2] + 0.15 * torch.randn(F, D, generator=draw), dim=-1)
+    cc = of_rows(true + 0.05 * torch.randn(F, 3, D, generator=draw), snapshots_at(1, 2, 4))
+    f = torch.rand(300, 10, F, generator=draw) * (torch.rand(300, 10, F, generator=draw) < 0.15)
+    noise = 0.2 * torch.randn(300, 10, 3, D, generator=draw)
+    noise[:, :, 1] = noise[:, :, 0]
+    x = torch.einsum("ntf,fsd->ntsd", f, true) + noise
+    table = rotation_per_interval(cc, halves=half_cosines(cc, Read(x, torch.ones(300, 10, dtype=torch.long))))
+    assert table["beyond_null"][0] == pytest.approx(0.5, abs=0.05)
+    assert table["halves_angle"][0] == pytest.approx(table["null_angle"][0], rel=0.05)
+    assert table["beyond_null"][1] > 0.9
 
 
 def test_no_interval_is_marked_if_nothing_rotates() -> None:
@@ -315,3 +333,27 @@ def test_without_present_features_dimensionality_is_zero() -> None:
     held = Held(torch.randn(5, 2, 4))
     assert not evolve(cc, measure_firing(cc, held)).lifecycles()["alive"].any()
     assert total_dimensionality(cc, held)["total"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_maps_are_least_squares_and_take_a_common_turn_away(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    F, D, n = 9, 8, 500
+    rows = torch.randn(F, 1, D, generator=draw).expand(F, 3, D).clone()
+    turn = torch.linalg.qr(torch.randn(D, D, generator=draw)).Q
+    rows[:, 1] = rows[:, 0] @ turn  # all together
+    rows[:, 2] = torch.randn(F, D, generator=draw)  # each its own way
+    cc = of_rows(rows, snapshots_at(1, 2, 4))
+    cc.activation_scale.copy_(torch.tensor([1.0, 0.5, 2.0]))
+    x = torch.randn(n, 3, D, generator=draw)
+    x[:, 1] = 2 * x[:, 0] @ turn + 3
+    held = Read(x[None], torch.ones(1, n, dtype=torch.long))
+    maps = linear_maps(cc, held, ridge=1e-6)
+    scaled = cc.scale(x).double().numpy()
+    scaled = scaled - scaled.mean(0)
+    for s in range(2):
+        expected = np.linalg.lstsq(scaled[:, s], scaled[:, s + 1], rcond=None)[0]
+        np.testing.assert_allclose(maps[s], expected, atol=1e-4)
+    table = rotation_per_interval(cc, maps=maps)
+    assert table["angle"].min() > 30 and table["mapped_angle"][0] < 0.1 and table["mapped_angle"][1] > 30
+    assert rotation_per_interval(cc)["mapped_angle"].isna().all()

@@ -23,6 +23,7 @@ from crosslens.evolution.geometry import (
     decoder_cosines,
     feature_dimensionality,
     half_cosines,
+    linear_maps,
     rotation,
     rotation_per_interval,
     total_dimensionality,
@@ -85,7 +86,9 @@ def test_the_tables_are_those_of_the_analyses_alone(
         "lifecycles": pd.concat([evolution.lifecycles(m).assign(measure=m) for m in ("r2", "within", "norm")]),
         "birth_counts": evolution.count_births(),
         "doubtful": doubtful,
-        "rotation": rotation_per_interval(crosscoder, alive, half_cosines(crosscoder, acts)),
+        "rotation": rotation_per_interval(
+            crosscoder, alive, half_cosines(crosscoder, acts), linear_maps(crosscoder, acts)
+        ),
         "dimensionality": dimensionality.assign(participation_ratio=doubtful["participation_ratio"]),
         "scaling": latent_scaling(crosscoder, acts).to_frame(LABELS),
         "replacements": replacements(crosscoder, acts, lifecycles),

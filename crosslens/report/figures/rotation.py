@@ -33,7 +33,9 @@ from crosslens.report.entries import figure
         "Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per doubling of "
         "the training tokens (of steps where tokens are unknown). The null is the angle between two estimates of the "
         "same vector on different halves of the held-out tokens: what sampling alone makes of no rotation. Compare it "
-        "with the angle between such estimates at neighbouring snapshots."
+        "with the angle between such estimates at neighbouring snapshots. A change of basis that all activations share "
+        "turns every vector: the angle after the linear map between the two snapshots leaves it out. How far two seeds "
+        "differ at one snapshot says which angles a dictionary does not determine at all."
     ),
     wide=True,
     optional=True,
@@ -44,10 +46,18 @@ def rotation_rate(table: Frame) -> Chart | str:
         return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     names = _intervals(table)
     per_doubling = np.isfinite(table["angle_per_doubling"].to_numpy(dtype=float)).any()
-    panels = [("degrees per interval", ("angle", "halves_angle", "null_angle"))]
+    both = ("mapped_angle", "seeds_angle")
+    table = table.assign(**{name: np.nan for name in both if name not in table})
+    panels = [("degrees per interval", ("angle", "halves_angle", "null_angle", *both))]
     if per_doubling:
-        panels.append(("degrees per doubling of training", ("angle_per_doubling", "", "null_per_doubling")))
-    words = ("decoder vectors", "estimates on different halves", "null: the same snapshot, different halves")
+        panels.append(("degrees per doubling of training", ("angle_per_doubling", "", "null_per_doubling", "", "")))
+    words = (
+        "decoder vectors",
+        "estimates on different halves",
+        "null: the same snapshot, different halves",
+        "decoder vectors after the common linear map",
+        "two seeds at the later snapshot",
+    )
     figure = new_panels("", len(panels), height=420)
     x = list(range(len(table)))
     for place, (title, columns) in enumerate(panels):
