@@ -6,12 +6,14 @@ The crosscoder is random, with F features, S snapshots and width D (`--shape F,S
 token; the 4,000 held-out activations are planted (`crosslens.planted.PlantedTraps`). Every analysis runs in its own
 process; memory is the kernel's peak minus what the process held before. The last row is everything that `cl.evolve` and
 `Evolution.tables` do, births with their intervals and controls among it, and its whole memory; the line below says how
-often it encoded the held-out tokens, and its time over that of one encoding.
+often it encoded the held-out tokens, what its time goes into, and its time over that of one encoding.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +37,20 @@ from crosslens.planted import PlantedTraps, Trap
 
 N_TOKENS, L0 = 4000, 32
 ENCODING, WHOLE = "encoding (one pass over held-out tokens)", "evolve, whole"
+
+
+PARTS = {
+    "held_out_features": "encoding",
+    "_ridge": "solves of R² (Cholesky of D x D, F right-hand sides, every snapshot, two kinds)",
+    "judge": "predictions of R² (tokens x D x F, every snapshot)",
+    "_solve": "least squares of decoder rows on halves (conjugate gradients)",
+    "_inverse": "inverses of covariances",
+    "_participation_ratio": "eigenvalues of covariances",
+    "_dimensionality": "products of rows with their second moments (F x D x D, every snapshot, four kinds)",
+    "_similarity": "CKA of pairs of snapshots",
+    "_neighbours": "cosines of all pairs of decoder rows",
+}
+"""What most of the time goes into, by function."""
 
 
 def planted(S: int, D: int) -> PlantedTraps:
@@ -76,8 +92,12 @@ def whole(crosscoder: Any, acts: Any) -> None:
         return calls(x)
 
     crosscoder.encode = counted
-    evolve(crosscoder, acts).tables()
+    profile = cProfile.Profile()
+    profile.runcall(lambda: evolve(crosscoder, acts).tables())
     print(f"held-out tokens encoded {encoded / N_TOKENS:g} times", flush=True)
+    times = {name: seconds for (_, _, name), (*_, seconds, _) in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
+    for function, what in PARTS.items():
+        print(f"  {what}: {times[function]:.1f} s", flush=True)
 
 
 # every function takes the crosscoder, and either activations, the result of `measure_firing`, or nothing else

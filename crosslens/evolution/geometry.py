@@ -55,6 +55,8 @@ from crosslens.evolution.held_out import Block, check_activations, read, read_ac
 from crosslens.evolution.lifecycles import check_presence, relative_norms, require_two_snapshots
 
 _BLOCK = 4096  # features at a time
+_MIN_ACTIVE = 10  # tokens of a half, from which an estimate of a row is more than noise
+_TINY = torch.finfo(torch.float32).tiny
 _TIE = 1e-5  # cosines that differ by less are equal but for rounding
 
 
@@ -132,7 +134,7 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
         acts: activations of its snapshots.
 
     Returns:
-        Cosines, NaN for features that do not vary on either half.
+        Cosines, NaN for features that are active on fewer than 10 tokens of either half.
 
     Raises:
         UserError: no activations held out, or those of other snapshots.
@@ -186,12 +188,15 @@ class HalfSums:
                     _Products(tokens, features, values[:, s], n, F)
                     for (tokens, features, values), n in zip(halves, sizes, strict=True)
                 ]
-            found = [_solve(products[h], self._of(h)[:, s], self.totals[h, s].to(products[h].mean)) for h in range(2)]
-            one, other = here = normalize(torch.stack(found), dim=-1, eps=1e-30)
-            same[:, s] = (one * other).sum(-1).clamp(-1, 1).cpu()
+            here = torch.full((2, F, self.crosscoder.d_model), torch.nan)
+            for half, f in enumerate(products):
+                sums, total = self._of(half)[:, s][f.ids], self.totals[half, s].to(f.mean)
+                here[half, f.ids.cpu()] = normalize(_solve(f, sums, total), dim=-1, eps=1e-30).cpu()
+            one, other = here
+            same[:, s] = (one * other).sum(-1).clamp(-1, 1)
             if before is not None:
                 both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
-                following[:, s - 1] = (both / 2).clamp(-1, 1).cpu()
+                following[:, s - 1] = (both / 2).clamp(-1, 1)
             before = here
         self.rows = [None, None]
         return HalfCosines(same, following)
@@ -205,19 +210,30 @@ class HalfSums:
 
 
 class _Products:
-    """Products with the matrix f (n tokens, F features), of which only the active pairs are kept."""
+    """Products with the matrix f (n tokens, features that are active often enough), of which the active pairs are kept.
+
+    Attributes:
+        n: tokens.
+        ids: the features, K of them.
+        mean: (K,) mean activation over the tokens.
+        variance: (K,) its variance.
+    """
 
     def __init__(
         self, tokens: Int[Tensor, " p"], features: Int[Tensor, " p"], values: Float[Tensor, " p"], n: int, F: int
     ) -> None:
-        self.n, values = n, values.float()
+        self.n, features = n, features.long()
+        often = torch.bincount(features[values > 0], minlength=F) >= _MIN_ACTIVE
+        self.ids = often.nonzero().flatten()
+        inside = often[features]
+        tokens, features, values = tokens[inside], (often.cumsum(0) - 1)[features[inside]], values[inside].float()
         self.by_token = _bags(tokens, features, values, n)
-        self.by_feature = _bags(features, tokens, values, F)
-        ids = features.long()
-        self.mean = torch.bincount(ids, values.double(), F).to(values) / max(n, 1)
-        self.variance = torch.bincount(ids, values.double().square(), F).to(values) / max(n, 1) - self.mean.square()
+        self.by_feature = _bags(features, tokens, values, len(self.ids))
+        sums = [torch.bincount(features, values.double() ** power, len(self.ids)) / max(n, 1) for power in (1, 2)]
+        self.mean = sums[0].to(values)
+        self.variance = (sums[1] - sums[0].square()).clamp(min=_TINY).to(values)
 
-    def covariance(self, v: Float[Tensor, "F D"]) -> Float[Tensor, "F D"]:
+    def covariance(self, v: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
         """The covariance matrix of the features, times v."""
         return _bag_sums(self.by_feature, _bag_sums(self.by_token, v)) / self.n - self.mean[:, None] * (self.mean @ v)
 
@@ -227,7 +243,7 @@ _Bags: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 def _bags(of: Int[Tensor, " p"], entries: Int[Tensor, " p"], values: Float[Tensor, " p"], n: int) -> _Bags:
     order = of.argsort(stable=True)
-    return entries[order], starts(of.long(), n).int(), values[order]
+    return entries[order].int(), starts(of.long(), n).int(), values[order]
 
 
 def _bag_sums(bags: _Bags, rows: Float[Tensor, "N D"]) -> Float[Tensor, "n D"]:
@@ -236,34 +252,42 @@ def _bag_sums(bags: _Bags, rows: Float[Tensor, "N D"]) -> Float[Tensor, "n D"]:
 
 
 def _solve(
-    f: _Products, sums: Float[Tensor, "F D"], total: Float[Tensor, " D"], *, ridge: float = 1e-3, max_steps: int = 50
-) -> Float[Tensor, "F D"]:
-    """Rows of least squares by conjugate gradients from zero, all columns at once; NaN where a feature does not vary.
+    f: _Products,
+    sums: Float[Tensor, "K D"],
+    total: Float[Tensor, " D"],
+    *,
+    ridge: float = 1e-2,
+    tolerance: float = 1e-4,
+    max_steps: int = 30,
+) -> Float[Tensor, "K D"]:
+    """Rows of least squares by conjugate gradients from zero, all columns at once.
 
     Args:
         f: the features of half of the tokens.
         sums: `sum f x` over these tokens.
         total: `sum x` over them.
         ridge: added to the variance of every feature, as a share of it.
-        max_steps: of which few are needed, as features hardly overlap.
+        tolerance: size of the residual, as a share of its size at zero, at which to stop.
+        max_steps: at which to stop all the same. Few are needed where there are more tokens than features, because
+            features hardly overlap; with fewer tokens rows are not determined, and stopping early damps their noise.
     """
-    varies = f.variance > 0
-    size = torch.where(varies, f.variance, 1)[:, None]  # the preconditioner
-    left = (sums / max(f.n, 1) - f.mean[:, None] * (total / max(f.n, 1))) * varies[:, None]
+    size = f.variance[:, None]  # the preconditioner
+    left = (sums / max(f.n, 1)).addmm_(f.mean[:, None], total[None] / max(f.n, 1), alpha=-1)
     rows = torch.zeros_like(left)
-    step = scaled = left / size
-    power = (left * scaled).sum(0)
-    enough = 1e-10 * power
+    step = left / size
+    power = (left * step).sum(0)
+    enough = tolerance**2 * power
     for _ in range(max_steps):
         if not (power > enough).any():
             break
-        moved = (f.covariance(step) + ridge * size * step) * varies[:, None]
-        length = power / (step * moved).sum(0).clamp(min=torch.finfo(torch.float32).tiny)
-        rows, left = rows + length * step, left - length * moved
-        scaled = left / size
-        power, last = (left * scaled).sum(0), power
-        step = scaled + (power / last.clamp(min=torch.finfo(torch.float32).tiny)) * step
-    return rows.masked_fill(~varies[:, None], torch.nan)
+        moved = f.covariance(step).addcmul_(step, size, value=ridge)
+        length = power / (step * moved).sum(0).clamp_(min=_TINY)
+        rows.addcmul_(step, length)
+        left.addcmul_(moved, length, value=-1)
+        scaled = torch.div(left, size, out=moved)
+        last, power = power, (left * scaled).sum(0)
+        step.mul_(power / last.clamp(min=_TINY)).add_(scaled)
+    return rows
 
 
 @torch.no_grad()

@@ -250,7 +250,9 @@ class Evolution:
             "evolution": self.table,
             "lifecycles": pd.DataFrame(lifecycles[columns]),
             "birth_counts": self.count_births(),
-            "rotation": rotation_per_interval(crosscoder, self.alive, *((found.halves, found.maps) if found else ())),
+            "rotation": rotation_per_interval(
+                crosscoder, self.alive, found and found.halves, None if found is None else found.maps
+            ),
             "cosines": cosines_of_pairs(crosscoder, self.alive),
             "directions": per_feature(labels, cosine=rotation(crosscoder)),
             "splits": splits(crosscoder, self.alive, presence=self.presence),

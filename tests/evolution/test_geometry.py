@@ -129,21 +129,21 @@ def test_halves_are_least_squares_of_all_features(jumprelu: bool, seed: int) -> 
     cc = of_norms(torch.rand(F, S, generator=draw) + 0.2, snapshots_at(0, 5, 20), D=D, seed=seed, jumprelu=jumprelu)
     cc.b_dec.data = torch.randn(S * D, generator=draw)
     cc.b_enc.data[5] = -1e3  # silent
-    tokens = torch.randint(1, 5, (9, 7), generator=draw)
-    held = Read(torch.randn(9, 7, S, D, generator=draw), tokens)
+    tokens = torch.randint(1, 5, (9, 30), generator=draw)
+    held = Read(torch.randn(9, 30, S, D, generator=draw), tokens)
     found = half_cosines(cc, held)
-    n = 63
+    n = 270
     f, x = cc.encode(held.x).double(), cc.scale(held.x).double()
     rows = np.full((2, F, S, D), np.nan)
     for half, part in enumerate((range(n // 2), range(n // 2, n))):
         for s in range(S):
             gated = cc.snapshot_acts(f.float(), s).double()[list(part)].numpy()
             target = x[list(part), s].numpy()
+            often = (gated > 0).sum(0) >= 10
             gated, target = gated - gated.mean(0), target - target.mean(0)
-            varies = gated.any(0)
-            moments = gated.T @ gated + 1e-3 * np.diag((gated**2).sum(0))
-            kept = np.ix_(varies, varies)
-            rows[half, varies, s] = np.linalg.solve(moments[kept], (gated.T @ target)[varies])
+            moments = gated.T @ gated + 1e-2 * np.diag((gated**2).sum(0))
+            kept = np.ix_(often, often)
+            rows[half, often, s] = np.linalg.solve(moments[kept], (gated.T @ target)[often])
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     same = (rows[0] * rows[1]).sum(-1)
     following = ((rows[0, :, :-1] * rows[1, :, 1:]).sum(-1) + (rows[1, :, :-1] * rows[0, :, 1:]).sum(-1)) / 2
