@@ -26,6 +26,10 @@ class EvolveOptions:
     untrained: bool = False
     """Also train a crosscoder on as many models that never trained, with the run's settings, and count births there:
     the rate of false births. Takes as long as the run's harvest and training."""
+    null: str | None = None
+    """A JSON file that names trained models of one step that differ in their seeds, such as
+    {"seed1": "org/model@step1000", "seed2": "runs/b/step1000"}: count births in a crosscoder over them, where time does
+    not exist."""
     n_probes: int = 50
     """Features that linear probes are fitted to, drawn from those that are active often enough."""
     seed: int = 0

@@ -251,9 +251,12 @@ _COUNTS = {
     "threshold": "Share of its largest value from which a feature is present.",
     "n": "Features with a reading.",
     "born": "Features born after the first snapshot.",
+    "born_low": "Lower end of the 95% interval of that count over groups of sequences; missing by the norm.",
+    "born_high": "Upper end of that interval.",
     "born_reversed": "The same with the snapshots in reversed order, a control.",
     "sure": "Births with a q-value up to the limit; missing by the norm.",
     "sure_reversed": "The same in reversed order.",
+    "beyond_trend": "Births that exceed the median curve of their kind, with a q-value up to the limit.",
 }
 _EDITED = {
     "mode": "ablate (the set is edited) or keep (all others are).",
@@ -434,13 +437,25 @@ TABLES: tuple[Table, ...] = (
         "birth_counts",
         "measure of presence, kind of feature and threshold",
         "evolve",
-        _columns({**_COUNTS, "untrained": "Share of features born in models that never trained."}, "measure"),
+        _columns(
+            {
+                **_COUNTS,
+                "untrained": "Share of features born in models that never trained.",
+                "untrained_n": "Features with a reading there.",
+                "exchangeable": "Share of features born in trained models of one step that differ in their seeds.",
+                "exchangeable_n": "Features with a reading there.",
+            },
+            "measure",
+        ),
     ),
-    Table(
-        "untrained_births",
-        "measure of presence, kind of feature and threshold, in a crosscoder over untrained models",
-        "evolve",
-        _columns(_COUNTS, "measure"),
+    *(
+        Table(
+            f"{name}_births",
+            f"measure of presence, kind of feature and threshold, in a crosscoder over {name} models",
+            "evolve",
+            _columns(_COUNTS, "measure"),
+        )
+        for name in ("untrained", "exchangeable")
     ),
     Table(
         "feature_dimensionality",

@@ -10,7 +10,7 @@ import pandas as pd
 from crosslens.causal import Study
 from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
-from crosslens.evolution.births import NAMES, describe_unlikely
+from crosslens.evolution.births import NAMES, describe_reversed
 from crosslens.evolution.lifecycles import count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.pipeline import Attributed
@@ -121,7 +121,7 @@ def _show_births(out: Output, counts: pd.DataFrame) -> None:
     )  # fmt: skip
     notes = [
         f"births / births with the snapshots reversed, by threshold of presence; {rest}",
-        *describe_unlikely(counts),
+        *describe_reversed(counts),
     ]
     out.table(
         [Column("births by", left=True), Column("features", left=True), Column("n"),

@@ -16,8 +16,15 @@ interpolated point where a curve reaches the threshold is late, by more than its
 `crosslens.planted.traps` 95 % intervals of such points covered 77 to 95 % where those of whole snapshots covered all.
 
 A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
-apart, and beside it the count on the same curves with the snapshots in *reversed* order: noise and drift without a
-direction are born as often backwards. `untrained.untrained_births` makes the other control, models that never trained.
+apart, with an interval over groups of sequences, and next to it
+
+1. the count on the same curves with the snapshots in *reversed* order: noise and drift without a direction are born as
+   often backwards, and so are features that fade, which is a finding and not an error;
+2. how many births exceed the *common trend*: features of one kind may all become easier to predict, and then most of
+   them pass the threshold for no reason of their own. A birth exceeds it if its R2 at the first snapshot is a smaller
+   share of its largest than that of the median curve of its kind, with a q-value as above;
+3. the counts in models without a history (`with_null`): *untrained* ones, which have hardly any contextual features,
+   and *exchangeable* ones, trained models of one step that differ in their seeds. `crosslens.pipeline` makes both.
 
 The definitions are new here. Symbols: S snapshots, F features, G groups of sequences.
 """
@@ -44,7 +51,7 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 _FEATURES = 1024  # at a time when resampling
-_SHARE = 0.25  # births reversed in time per birth, from which on births are not credible
+_SHARE = 0.25  # births reversed in time per birth, from which on the count alone says little
 _FEW = 5  # births reversed in time that say nothing
 
 
@@ -129,6 +136,7 @@ def count_births(
     thresholds: Sequence[float] = THRESHOLDS,
     min_run: int = 2,
     max_q: float = 0.05,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Count births forward and with the snapshots in reversed order.
 
@@ -139,11 +147,14 @@ def count_births(
         thresholds: shares of a feature's largest value from which on it is present.
         min_run: snapshots in a row a feature must be present for to count as born.
         max_q: largest q-value.
+        seed: seed for the draws of the interval.
 
     Returns:
         A row per measure, kind (all, lexical, contextual; by within-token R2 contextual only) and threshold: measure,
-        kind, threshold, n (features with a reading), born, born_reversed, sure and sure_reversed (of these, with a
-        q-value up to `max_q`; missing by the norm).
+        kind, threshold, n (features with a reading), born, born_low, born_high (its 95% interval over groups of
+        sequences), born_reversed, sure and sure_reversed (of these, with a q-value up to `max_q`), beyond_trend (births
+        that exceed the median curve of their kind, with such a q-value). By the norm, intervals, sure and beyond_trend
+        are missing.
 
     Raises:
         UserError: one snapshot only, a threshold out of range.
@@ -159,36 +170,103 @@ def count_births(
             kinds = {"contextual": read}
         for threshold in thresholds:
             check_presence(threshold, min_run)
+        judged = decodability if measure != "norm" else None
+        drawn = None if judged is None else _drawn_counts(judged, measure, kinds, thresholds, min_run, seed)
+        trend = None if judged is None else _q_of_trend(judged, measure, values, kinds)
+        for t, threshold in enumerate(thresholds):
             found = {"": _born(values, threshold, min_run), "_reversed": _born(values[:, ::-1], threshold, min_run)}
             sure: dict[str, Any] = {}
-            if decodability is not None and measure != "norm":
+            if judged is not None:
                 for end in found:
-                    q = _q_of_births(decodability, measure, read, threshold, backwards=bool(end))
+                    q = _q_of_births(judged, measure, read, threshold, backwards=bool(end))
                     sure[end] = found[end] & (q <= max_q)
             for kind, members in kinds.items():
                 row: dict[str, Any] = {"measure": measure, "kind": kind, "threshold": threshold}
                 row["n"] = int(members.sum())
                 row |= {f"born{end}": int((births & members).sum()) for end, births in found.items()}
                 row |= {f"sure{end}": int((births & members).sum()) for end, births in sure.items()}
+                if judged is not None and drawn is not None and trend is not None:
+                    row |= _count_interval(row["born"], row["n"], drawn[kind][:, t], judged.error.shape[1])
+                    row["beyond_trend"] = int((found[""] & members & (trend[kind] <= max_q)).sum())
                 rows.append(row)
-    table = pd.DataFrame(rows)
-    for name in ("sure", "sure_reversed"):
-        table[name] = table[name].astype("Int64") if name in table else pd.array([None] * len(table), dtype="Int64")
+    columns = ["measure", "kind", "threshold", "n", "born", "born_low", "born_high", "born_reversed"]
+    table = pd.DataFrame(rows).reindex(columns=[*columns, "sure", "sure_reversed", "beyond_trend"])
+    for name in ("sure", "sure_reversed", "beyond_trend"):
+        table[name] = table[name].astype("Int64")
     return table
 
 
-def beside_untrained(counts: pd.DataFrame, untrained: pd.DataFrame) -> pd.DataFrame:
-    """Add to a result of `count_births` that of untrained models.
+def _drawn_counts(
+    decodability: Decodability,
+    measure: str,
+    kinds: dict[str, Bool[np.ndarray, " F"]],
+    thresholds: Sequence[float],
+    min_run: int,
+    seed: int,
+    draws: int = 200,
+) -> dict[str, Float64[np.ndarray, "R n"]]:
+    """Births by kind (in draws of groups of sequences, at every threshold)."""
+    G = decodability.error.shape[1]
+    weights = resample_counts(G, draws, seed).astype(float)
+    counts = {kind: np.zeros((draws, len(thresholds))) for kind in kinds}
+    for ids in np.split(np.arange(len(decodability.r2)), range(_FEATURES, len(decodability.r2), _FEATURES)):
+        ids = ids[np.any([members[ids] for members in kinds.values()], axis=0)]
+        drawn = _relative(np.nan_to_num(decodability.resample(measure, weights, ids)).clip(0))
+        for t, threshold in enumerate(thresholds):
+            births = birth_index(drawn >= threshold, min_run)
+            born = (births > 0) & (births < drawn.shape[-1])
+            for kind, members in kinds.items():
+                counts[kind][:, t] += born[:, members[ids]].sum(1)
+    return counts
+
+
+def _count_interval(born: int, n: int, drawn: Float64[np.ndarray, " R"], G: int) -> dict[str, float]:
+    """The 95% interval of a count, which holds both the count and the count less the bias that the draws show.
+
+    Noise in R2 makes the largest of S values too large and so births too many; draws add as much noise again.
+    """
+    # a bootstrap of G groups has standard errors too small by sqrt((G - 1) / G)
+    size = float(student.ppf(0.975, G - 1) * np.sqrt(G / (G - 1)) * drawn.std(ddof=1))
+    corrected = 2 * born - float(drawn.mean())
+    return {"born_low": max(min(born, corrected) - size, 0), "born_high": min(max(born, corrected) + size, n)}
+
+
+def _q_of_trend(
+    decodability: Decodability,
+    measure: str,
+    values: Float64[np.ndarray, "F S"],
+    kinds: dict[str, Bool[np.ndarray, " F"]],
+) -> dict[str, Float64[np.ndarray, " F"]]:
+    """q-values that each feature is as present at the first snapshot as the median curve of its kind."""
+    found: dict[str, Any] = {}
+    G = decodability.error.shape[1]
+    for kind, members in kinds.items():
+        p = np.full(len(values), np.nan)
+        if members.any():
+            common = float(np.median(_relative(values[members]), axis=0)[0])
+            for ids in np.split(np.flatnonzero(members), range(_FEATURES, int(members.sum()), _FEATURES)):
+                without = np.nan_to_num(decodability.resample(measure, 1.0 - np.eye(G), ids))
+                p[ids] = _p_values(np.nan_to_num(decodability.curves(measure)[ids]), without, common)
+        found[kind] = q_values(p)
+    return found
+
+
+def with_null(counts: pd.DataFrame, null: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Add to a result of `count_births` that of models without a history.
+
+    Args:
+        counts: of the snapshots.
+        null: of the other models.
+        name: "untrained" or "exchangeable".
 
     Returns:
-        `counts` with untrained (share of the features that are born in untrained models) and untrained_n (features with
-        a reading there). Untrained models
-        have few contextual features.
+        `counts` with a column of that name (share of the features that are born there) and <name>_n (features with a
+        reading there). Untrained models have few contextual features.
     """
     keys = ["measure", "kind", "threshold"]
-    own = untrained.rename(columns={"n": "untrained_n", "born": "untrained"})[[*keys, "untrained_n", "untrained"]]
+    own = null.rename(columns={"n": f"{name}_n", "born": name})[[*keys, f"{name}_n", name]]
     table = counts.merge(own, on=keys, how="left", validate="one_to_one")
-    table["untrained"] = table["untrained"] / table["untrained_n"]
+    table[name] = table[name] / table[f"{name}_n"]
     return table
 
 
@@ -198,7 +276,7 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     A cell is births forward / reversed, then those in untrained models where they are known.
 
     Args:
-        counts: the result of `count_births` or `beside_untrained`.
+        counts: the result of `count_births` or `with_null`.
     """
     thresholds = sorted(set(counts["threshold"].tolist()))
     known = "untrained" in counts
@@ -218,10 +296,11 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     return [*lines, f"forward / with the snapshots reversed; {rest}"]
 
 
-def describe_unlikely(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
-    """Which births by decodability the control speaks against, a line each; none if all is well.
+def describe_reversed(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
+    """Where many features are born with the snapshots reversed too, a line each; none elsewhere.
 
-    These are kinds of features of which more than a quarter as many are born with the snapshots in reversed order.
+    These are kinds of features of which more than a quarter as many are born with the snapshots in reversed order. That
+    may be noise, or features that fade: the count alone does not tell.
 
     Args:
         counts: the result of `count_births`.
@@ -234,8 +313,9 @@ def describe_unlikely(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
             kind = "features" if row["kind"] == "all" else f"{row['kind']} features"
             measure = NAMES.get(row["measure"], row["measure"])
             lines.append(
-                f"births of {kind} by {measure} are not credible: {row['born']:,} forward, but "
-                f"{row['born_reversed']:,} with the snapshots reversed"
+                f"by {measure}, {row['born']:,} {kind} are born forward and {row['born_reversed']:,} with the "
+                "snapshots reversed: features fade, too, or it is noise; a null of untrained or exchangeable models "
+                "tells which"
             )
     return lines
 

@@ -19,6 +19,7 @@ Symbols: S snapshots, F features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,7 +33,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.agreement import Moments, TopTokens
-from crosslens.evolution.births import NAMES, beside_untrained, count_births, date_births, presence_curves
+from crosslens.evolution.births import NAMES, count_births, date_births, presence_curves, with_null
 from crosslens.evolution.columns import per_feature, snapshot_columns
 from crosslens.evolution.controls import EncoderSums, LatentScaling, ScalingSums, penalises_decoder
 from crosslens.evolution.firing import Firing, FiringSums
@@ -103,7 +104,7 @@ class Evolution:
         min_run: snapshots in a row a feature must be present for to count as born.
         crosscoder: whose features these are.
         seed: seed for the intervals, and for the random directions that dimensionality is compared with.
-        untrained: the result of `untrained_births`, to stand beside the counts of births.
+        nulls: counts of births in models without a history, by "untrained" and "exchangeable", for `count_births`.
         pass_: what else the pass over the held-out activations found, None without activations.
     """
 
@@ -115,7 +116,7 @@ class Evolution:
     min_run: int
     crosscoder: Crosscoder
     seed: int = 0
-    untrained: pd.DataFrame | None = None
+    nulls: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     pass_: Pass | None = None
     _lifecycles: dict[str, pd.DataFrame] = field(default_factory=dict)
 
@@ -173,19 +174,17 @@ class Evolution:
         """
         return _present(self.curves[measure or self.measures[0]], self.presence)
 
-    def count_births(self, untrained: pd.DataFrame | None = None) -> pd.DataFrame:
+    def count_births(self) -> pd.DataFrame:
         """Count births by every measure over thresholds, with the snapshots in order and reversed.
-
-        Args:
-            untrained: the result of `untrained_births`, to stand beside the counts; that of `evolve` if None.
 
         Returns:
             A row per measure, kind and threshold, as `births.count_births` returns them.
         """
         lexical = None if self.decodability is None else self.decodability.lexical
-        counts = count_births(self.curves, lexical, self.decodability, min_run=self.min_run)
-        untrained = self.untrained if untrained is None else untrained
-        return counts if untrained is None else beside_untrained(counts, untrained)
+        counts = count_births(self.curves, lexical, self.decodability, min_run=self.min_run, seed=self.seed)
+        for name, null in self.nulls.items():
+            counts = with_null(counts, null, name)
+        return counts
 
     @cached_property
     def alive(self) -> Bool[Tensor, " F"]:
@@ -304,7 +303,7 @@ def evolve(
     presence: float = 0.5,
     min_run: int = 2,
     min_firing_rate: float = 0.0,
-    untrained: pd.DataFrame | None = None,
+    nulls: Mapping[str, pd.DataFrame] | None = None,
     seed: int = 0,
 ) -> Evolution:
     """Follow every feature over the snapshots: presence, lifecycles, directions, and the controls of each.
@@ -316,7 +315,8 @@ def evolve(
         presence: a feature is present where a measure is at least this share of its largest value.
         min_run: snapshots in a row a feature must be present for to count as born.
         min_firing_rate: features active on this share of the held-out tokens or less are dead.
-        untrained: the result of `untrained_births`, to stand beside the counts of births.
+        nulls: counts of births in models without a history, by "untrained" and "exchangeable" (`births_without_history`
+            of `crosslens.pipeline`).
         seed: seed for the intervals, and for the random directions that dimensionality is compared with.
 
     Returns:
@@ -359,7 +359,7 @@ def evolve(
         lifecycles[measure] = table
     table = _table(crosscoder, snapshots, firing, found)
     return Evolution(
-        table, curves, firing, found, presence, min_run, crosscoder, seed, untrained, rest, lifecycles
+        table, curves, firing, found, presence, min_run, crosscoder, seed, nulls or {}, rest, lifecycles
     )  # fmt: skip
 
 

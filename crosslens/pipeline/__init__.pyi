@@ -1,5 +1,9 @@
 from .evolving import evolve as evolve
 from .labelling import label as label
+from .nulls import null_births as null_births
+from .nulls import read_models as read_models
+from .nulls import recorded_training as recorded_training
+from .nulls import untrained_snapshots as untrained_snapshots
 from .opening import encoder_shares as encoder_shares
 from .opening import open_consensus as open_consensus
 from .opening import open_run as open_run
@@ -14,6 +18,3 @@ from .studying import Attributed as Attributed
 from .studying import ablate as ablate
 from .studying import attribute as attribute
 from .studying import study as study
-from .untrained import recorded_training as recorded_training
-from .untrained import untrained_births as untrained_births
-from .untrained import untrained_snapshots as untrained_snapshots

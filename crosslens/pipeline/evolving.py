@@ -20,8 +20,8 @@ from crosslens.config import EvolveOptions
 from crosslens.evolution import add_consensus, measure_dynamics, probe
 from crosslens.evolution import evolve as evolve_features
 from crosslens.features import feature_tables
+from crosslens.pipeline.nulls import null_births, read_models, recorded_training
 from crosslens.pipeline.opening import read_run
-from crosslens.pipeline.untrained import recorded_training, untrained_births
 from crosslens.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -54,19 +54,25 @@ def evolve(
             is writing in it.
     """
     options = options or EvolveOptions()
+    others = None if options.null is None else read_models(options.null)
     with run.writing():
         crosscoder, acts = read_run(run, device)
         if options.untrained:
-            found = untrained_births(acts, *recorded_training(run, acts.settings.device))
+            found = null_births(acts, *recorded_training(run, acts.settings.device))
             run.save_table("untrained_births", found)
-        evolution = evolve_features(crosscoder, acts, untrained=run.table("untrained_births"), seed=options.seed)
+        if others is not None:
+            found = null_births(acts, *recorded_training(run, acts.settings.device), models=others)
+            run.save_table("exchangeable_births", found)
+        known = {name: run.table(f"{name}_births") for name in ("untrained", "exchangeable")}
+        nulls = {name: table for name, table in known.items() if table is not None}
+        evolution = evolve_features(crosscoder, acts, nulls=nulls, seed=options.seed)
         tables = evolution.tables()
         consensus = run.table("consensus")
         if consensus is not None:
             tables["lifecycles"] = add_consensus(tables["lifecycles"], consensus)
         seeds = run.table("seeds_rotation")
         if seeds is not None:
-            angles = seeds.groupby("after")["apart"].median()
+            angles = seeds.groupby("after")["apart"].median().to_dict()
             tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles)
         run.save_tables(tables)
         run.save_tables(feature_tables(crosscoder, acts))

@@ -183,14 +183,13 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
         text += f", most of them at {label} ({dates.iloc[0]:,})" * (label is not None)
     counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
-        from crosslens.evolution.births import describe_unlikely
+        from crosslens.evolution.births import describe_reversed
 
         at = counts[(counts["measure"] == measure) & (counts["kind"] == "all") & (counts["threshold"] == 0.5)]
         if len(at):
             row = at.iloc[0]
-            text += "; counted from the last snapshot backwards, which no training can explain, "
-            text += f"{row['born_reversed']:,} are"
-        unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_unlikely(counts))
+            text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
+        unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_reversed(counts))
         text += unlikely.replace("R2", MEASURES["r2"])
     links = _links(
         drawn,

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from crosslens.errors import UserError
-from crosslens.evolution.births import count_births, date_births, describe_unlikely, presence_curves
+from crosslens.evolution.births import count_births, date_births, describe_reversed, presence_curves
 from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.evolution.presence import Decodability
 from crosslens.stats import q_values
@@ -138,7 +138,7 @@ def test_refused() -> None:
         count_births({"norm": np.ones((4, 2))}, thresholds=(2,))
 
 
-def test_births_that_the_control_speaks_against_are_named():
+def test_births_with_as_many_reversed_are_named():
     rows = [
         ("r2", "all", 0.5, 388, 90),
         ("r2", "contextual", 0.3, 63, 84),
@@ -148,12 +148,57 @@ def test_births_that_the_control_speaks_against_are_named():
         ("norm", "all", 0.5, 30, 300),
     ]
     counts = pd.DataFrame(rows, columns=["measure", "kind", "threshold", "born", "born_reversed"])
-    rest = "with the snapshots reversed"
-    assert describe_unlikely(counts) == [
-        f"births of contextual features by R2 are not credible: 66 forward, but 87 {rest}",
-        f"births of contextual features by within-token R2 are not credible: 20 forward, but 6 {rest}",
+    rest = (
+        "with the snapshots reversed: features fade, too, or it is noise; a null of untrained or exchangeable models "
+        "tells which"
+    )
+    assert describe_reversed(counts) == [
+        f"by R2, 66 contextual features are born forward and 87 {rest}",
+        f"by within-token R2, 20 contextual features are born forward and 6 {rest}",
     ]
-    assert describe_unlikely(counts, 0.3) == [
-        f"births of contextual features by R2 are not credible: 63 forward, but 84 {rest}"
+    assert describe_reversed(counts, 0.3) == [f"by R2, 63 contextual features are born forward and 84 {rest}"]
+    assert describe_reversed(counts, 0.7) == []
+
+
+def planted_curves(first: np.ndarray, seed: int, S: int = 4, G: int = 32, noise: float = 0.1) -> Decodability:
+    """R2 of features that rise from a share of .8 to .8 itself, with errors that vary between groups."""
+    rng = np.random.default_rng(seed)
+    F = len(first)
+    r2 = np.repeat(0.8 * np.ones((F, 1)), S, 1)
+    r2[:, 0] *= first
+    total = np.ones((2, G, F)) * 50
+    error = total[..., None] * (1 - r2 + noise * rng.standard_normal((2, G, F, S)))
+    found = 1 - error.sum(1) / total.sum(1)[..., None]
+    return Decodability(found[0], found[1], np.zeros(F), np.full(F, 50), 1600, error, total)
+
+
+def test_births_of_a_common_trend_do_not_exceed_it():
+    """All rise alike: many are born, and none stands out; one that starts lower than the others does."""
+    first = np.full(60, 0.4)
+    curves = lambda found: {"r2": found.r2.clip(0)}  # noqa: E731
+    exceeding: list[int] = []
+    for seed in range(10):
+        common = planted_curves(first, seed)
+        row = count_births(curves(common), np.zeros(60, bool), common, thresholds=(0.5,)).query("kind == 'all'").iloc[0]
+        assert row["born"] > 50 and row["sure"] > 40
+        exceeding.append(row["beyond_trend"])
+    assert np.mean(exceeding) <= 0.05 * 60
+    first[:10] = 0.05
+    found = planted_curves(first, 1)
+    assert count_births(curves(found), None, found, thresholds=(0.5,))["beyond_trend"].tolist() == [
+        pytest.approx(10, abs=2)
     ]
-    assert describe_unlikely(counts, 0.7) == []
+
+
+@pytest.mark.parametrize(("noise", "S"), [(0.03, 4), (0.03, 9), (0.1, 4), (0.1, 9)])
+def test_intervals_of_counts_cover_the_count_without_noise(noise: float, S: int):
+    """Of the features, two thirds start at .2 to .8 of their largest; the standard error of R2 is .005 or .02."""
+    rng = np.random.default_rng(0)
+    first = np.concatenate([np.full(30, 0.1), rng.uniform(0.2, 0.8, 60)])
+    truth, covered = int((first < 0.5).sum()), []
+    for seed in range(60):
+        found = planted_curves(first, seed, S=S, noise=noise)
+        row = count_births({"r2": found.r2.clip(0)}, None, found, thresholds=(0.5,)).iloc[0]
+        assert row["born_low"] <= row["born"] <= row["born_high"]
+        covered.append(row["born_low"] <= truth <= row["born_high"])
+    assert np.mean(covered) >= 0.88

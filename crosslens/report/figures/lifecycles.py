@@ -19,6 +19,7 @@ from crosslens.report.chart import (
     Style,
     add_bars,
     apply_colors,
+    error_bars,
     evenly_spaced,
     feature_names,
     floats,
@@ -179,6 +180,9 @@ def ordered_features(lifecycles: Frame) -> Frame:
     return alive.loc[keys.sort_values(["origin", "birth", "peak"], kind="stable").index]
 
 
+_NULLS = {"untrained": "models that never trained", "exchangeable": "models of other seeds, one step"}
+
+
 @figure(
     "birth-counts",
     page="evolution",
@@ -188,9 +192,10 @@ def ordered_features(lifecycles: Frame) -> Frame:
     definition=(
         "Share of features that are born after the first snapshot, over the threshold of presence (a share of the "
         "feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot "
-        "alone predict the feature on held-out tokens; within-token R² is what the context adds. A count is believable "
-        "as far as it exceeds the same count with the snapshots in reversed order, and in a crosscoder over models "
-        "that never trained. Lexical features vary mostly between token types."
+        "alone predict the feature on held-out tokens; within-token R² is what the context adds. Bars: 95 % intervals "
+        "over groups of sequences. A count is believable as far as it exceeds the same count in a crosscoder over "
+        "models without a history: untrained, or trained ones that differ in their seeds. With the snapshots reversed, "
+        "features that fade are counted, and noise. Lexical features vary mostly between token types."
     ),
     wide=True,
     optional=True,
@@ -199,7 +204,7 @@ def birth_counts(table: Frame) -> Chart | str:
     """Births over thresholds of presence by each measure: forward, reversed in time, and in untrained models.
 
     Args:
-        table: from `count_births`, with or without untrained models.
+        table: from `count_births`, with or without nulls.
     """
     if not table["n"].sum():
         return _ALL_DEAD
@@ -211,8 +216,12 @@ def birth_counts(table: Frame) -> Chart | str:
         rows = drawn[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1])].sort_values("threshold")
         n, x = rows["n"].to_numpy(dtype=float), floats(rows["threshold"])
         curves = {"forward": rows["born"] / n, "reversed in time": rows["born_reversed"] / n}
-        if "untrained" in rows:
-            curves["models that never trained"] = rows["untrained"]
+        for column, name in _NULLS.items():
+            if column in rows:
+                curves[name] = rows[column]
+        bars = None
+        if {"born_low", "born_high"} <= set(rows) and rows["born_low"].notna().all():
+            bars = error_bars(*(floats(rows[f"born{end}"] / n) for end in ("", "_low", "_high")), thickness=1)
         ends = {"xaxis": f"x{place + 1}" if place else "x", "yaxis": f"y{place + 1}" if place else "y"}
         for i, (name, values) in enumerate(curves.items()):
             highest = max(highest, float(np.nan_to_num(values.to_numpy(dtype=float)).max()))
@@ -227,6 +236,7 @@ def birth_counts(table: Frame) -> Chart | str:
                 line={"color": style.color},
                 marker={"color": style.color, "symbol": style.symbol, "size": 8},
                 hovertemplate=f"<b>{name}</b><br>{_READINGS[group]}, threshold %{{x}}<br>%{{y:.1%}}<extra></extra>",
+                error_y=bars if name == "forward" else None,
                 **ends,
             )
     for place, group in enumerate(groups):
@@ -245,9 +255,11 @@ def birth_counts(table: Frame) -> Chart | str:
         for row in at.to_dict("records")
     ]
     note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
-    known = table["untrained"] if "untrained" in table else pd.Series(dtype=float)
-    if not known.notna().any():
-        words = "{} Untrained models were not measured; <code>crosslens evolve --untrained</code> measures them."
+    beyond = at["beyond_trend"].dropna() if "beyond_trend" in at else pd.Series(dtype=float)
+    if len(beyond):
+        note += f" Of these births by R², {int(beyond.iloc[0]):,} exceed the common trend of all features."
+    if not any(table[name].notna().any() for name in _NULLS if name in table):
+        words = "{} Models without a history were not measured; <code>crosslens evolve --untrained</code> or --null do."
         note = Markup(words).format(note)
     return Chart(figure, table.reset_index(drop=True), note.strip())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.errors import UserError
-from crosslens.evolution.births import beside_untrained, count_births, table_of_counts
+from crosslens.evolution.births import count_births, table_of_counts, with_null
 from crosslens.evolution.history import evolve
 from crosslens.evolution.presence import measure_decodability
-from crosslens.pipeline.untrained import recorded_training, untrained_births, untrained_snapshots
+from crosslens.pipeline.nulls import null_births, read_models, recorded_training, untrained_snapshots
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from crosslens.training.config import TrainConfig
@@ -57,11 +58,11 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     assert dataclasses.replace(recorded[1], run_dir=config.run_dir, training_tokens=None, evaluate=False) == (
         dataclasses.replace(config, precision="float32")
     )
-    control = untrained_births(acts, *recorded)
-    pd.testing.assert_frame_equal(control, untrained_births(acts, architecture, config))
+    control = null_births(acts, *recorded)
+    pd.testing.assert_frame_equal(control, null_births(acts, architecture, config))
     assert (control["born"] <= control["n"]).all() and control["n"].max() > 0
 
-    tables = evolve(crosscoder, acts, untrained=control, seed=3).tables()
+    tables = evolve(crosscoder, acts, nulls={"untrained": control}, seed=3).tables()
     found = measure_decodability(crosscoder, acts)
     long = tables["evolution"]
     assert len(long) == 24 * 3 and long["step"].tolist()[:3] == [0, 10, 20]
@@ -93,6 +94,25 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
 def test_controls_are_joined_by_measure_kind_and_threshold() -> None:
     curves = {"norm": np.array([[0.1, 1.0, 1.0], [1.0, 1.0, 0.1]])}
     counts, control = count_births(curves), count_births({"norm": np.array([[0.1, 1.0, 1.0]] * 4)})
-    table = beside_untrained(counts, control.sample(frac=1, random_state=0))
+    table = with_null(counts, control.sample(frac=1, random_state=0), "untrained")
     assert table["untrained"].tolist() == [1.0] * 4 and table["untrained_n"].tolist() == [4] * 4
     pd.testing.assert_frame_equal(table[list(counts)], counts)
+
+
+def test_exchangeable_models_come_from_a_file(tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path) -> None:
+    places = {f"seed{i}": one.name for i, one in enumerate(Snapshots.local(tiny_snapshots))}
+    (tmp_path / "models.json").write_text(json.dumps(places))
+    models = read_models(tmp_path / "models.json")
+    assert models.labels == list(places)
+    acts = Activations(models, HOOK, tiny_text, 2000, 16)
+    architecture = BatchTopKCrosscoderTrainingConfig(d_sae=24, k=4)
+    found = null_births(acts, architecture, TrainConfig(batch_size=128, lr=1e-2, device="cpu"), models=models[:2])
+    assert set(found["kind"]) == {"all", "lexical", "contextual"} and (found["born"] <= found["n"]).all()
+    for wrong, message in (
+        ("[]", "contains a list"),
+        ('{"a": "b"}', "two models or more"),
+        ('{"a": 1, "b": 2}', "two models"),
+    ):
+        (tmp_path / "wrong.json").write_text(wrong)
+        with pytest.raises(UserError, match=message):
+            read_models(tmp_path / "wrong.json")

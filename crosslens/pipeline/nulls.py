@@ -1,8 +1,13 @@
-"""The rate of false births: the same pipeline on models that never trained.
+"""The rate of false births: the same pipeline on models between which nothing was learnt.
 
-S models of the family's shape are drawn from S seeds and not trained. Nothing is born in them, but a crosscoder over
-them, trained and read in the same way, has births all the same, by noise and by chance differences between the models.
-Their share of all features is the share of births that a count over real snapshots owes to nothing.
+1. *Untrained* models: S models of the family's shape are drawn from S seeds and not trained. Nothing is born in them,
+   but a crosscoder over them, trained and read in the same way, has births all the same, by noise and by chance
+   differences between the models. It has hardly any contextual features, so it is no null for those.
+2. *Exchangeable* models: trained models of one step that differ in their seeds. Their features are of all kinds, and
+   their order has no meaning.
+
+The share of features that is born in them is the share that a count over real snapshots does not owe to training.
+Models are run live: nothing is cached on disk.
 
 Symbols: S snapshots.
 """
@@ -20,10 +25,12 @@ from transformers import AutoModelForCausalLM
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import CrosscoderTrainingConfig
-from crosslens.errors import UserError
+from crosslens.errors import UserError, read_json
 from crosslens.evolution.births import THRESHOLDS, count_births, presence_curves
-from crosslens.evolution.firing import measure_firing
-from crosslens.evolution.presence import measure_decodability
+from crosslens.evolution.firing import FiringSums
+from crosslens.evolution.held_out import read
+from crosslens.evolution.presence import DecodabilitySums
+from crosslens.pipeline.opening import find_snapshots
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from crosslens.training.config import TrainConfig
@@ -78,22 +85,44 @@ def recorded_training(run: RunDir, device: str) -> tuple[CrosscoderTrainingConfi
     return architecture, TrainConfig(**identity["training"], device=device)
 
 
-def untrained_births(
+def read_models(path: str | Path) -> Snapshots:
+    """Open the models that a JSON file names, such as the seeds of one step.
+
+    Args:
+        path: a file such as {"seed1": "org/model-seed1@step1000", "seed2": "runs/b/step1000"}, where a place is a
+            folder, `org/model` or `org/model@revision`.
+
+    Raises:
+        UserError: not such a file, fewer than two models, or a place that does not exist.
+    """
+    found = read_json(Path(path), "file of models")
+    if not all(isinstance(place, str) for place in found.values()) or len(found) < 2:
+        raise UserError(
+            f"{path} must name two models or more, such as "
+            '{"seed1": "org/model@step1000", "seed2": "runs/b/step1000"}'
+        )
+    return find_snapshots(",".join(f"{label}={place}" for label, place in found.items()), None)()
+
+
+def null_births(
     acts: Activations,
     architecture: CrosscoderTrainingConfig,
     config: TrainConfig | None = None,
     *,
+    models: Snapshots | None = None,
     n_models: int | None = None,
     thresholds: tuple[float, ...] = THRESHOLDS,
     min_run: int = 2,
     min_firing_rate: float = 0.0,
 ) -> pd.DataFrame:
-    """Count the births in a crosscoder over untrained models of the same shape, trained and read in the same way.
+    """Count the births in a crosscoder over models without a history, trained and read in the same way.
 
     Args:
-        acts: activations of the trained snapshots; its models' shape, hook point and tokens are used.
+        acts: activations of the trained snapshots; its hook point and tokens are used, and its models' shape if no
+            others are given.
         architecture: as the crosscoder over the trained snapshots; shapes are filled in anew.
         config: as for that crosscoder; nothing is logged, and no run directory is written.
+        models: exchangeable models of the same tokenizer; untrained ones are drawn if None.
         n_models: untrained models; as many as there are snapshots if None.
         thresholds: as in `count_births`.
         min_run: as in `count_births`.
@@ -110,12 +139,12 @@ def untrained_births(
     )
     architecture = dataclasses.replace(architecture, d_in=0, n_snapshots=1)
     with tempfile.TemporaryDirectory() as folder:
-        snapshots = untrained_snapshots(acts.snapshots, Path(folder) / "models", n_models)
-        models = Activations(snapshots, acts.hook_name, acts.dataset, seed=acts.seed, settings=acts.settings)
-        # harvested once: training and reading may pass over the tokens many times
-        models = models.cache(Path(folder) / "activations")
-        crosscoder = train(models, architecture, config)
-        firing, found = measure_firing(crosscoder, models), measure_decodability(crosscoder, models)
-    alive = (firing.rate > min_firing_rate).numpy()
+        snapshots = models or untrained_snapshots(acts.snapshots, Path(folder) / "models", n_models)
+        live = Activations(snapshots, acts.hook_name, acts.dataset, seed=acts.seed, settings=acts.settings)
+        crosscoder = train(live, architecture, config)
+        firing, sums = FiringSums(crosscoder), DecodabilitySums(crosscoder, live)
+        read(crosscoder, live, firing, sums, purpose="Null")
+    found = sums.result()
+    alive = (firing.result().rate > min_firing_rate).numpy()
     curves = presence_curves(crosscoder.decoder_norms, found, alive)
     return count_births(curves, found.lexical, found, thresholds=thresholds, min_run=min_run)
