@@ -86,7 +86,7 @@ def limited(words: str, holds: Callable[[Any], bool]) -> Callable[[Any, Any], No
 
 def _whole(_: Any, tokens: Sequence[Any]) -> int:
     """A whole number, which may be written as 2e7 or 20_000_000."""
-    text = tokens[0].value
+    text = tokens[-1].value
     try:
         number = float(text)
         exact = int(text) if "e" not in text.lower() and "." not in text else int(number)
@@ -118,6 +118,10 @@ _TWO_PRICES = "must be two numbers, the prices of a million tokens in and out, s
 def _check_prices(_: Any, value: Any) -> None:
     if value is not None and (len(value) != 2 or not all(0 <= price < math.inf for price in value)):
         raise UserError(_TWO_PRICES)
+
+
+def _texts(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(token.value for token in tokens)
 
 
 def _words(_: Any, tokens: Sequence[Any]) -> str:
@@ -496,9 +500,9 @@ class SweepOptions:
     """Numbers of features, such as 256,512,1024."""
     k: Annotated[tuple[int, ...], COUNTS, COMMON]
     """Numbers of active features per token, such as 4,8,16."""
-    seeds: Annotated[int, at_least(2), COMMON] = 2
+    seeds: Annotated[int, at_least(2)] = 2
     """Trainings per setting, from --seed on."""
-    architecture: Annotated[Literal["topk", "batchtopk"], COMMON] = "batchtopk"
+    architecture: Literal["topk", "batchtopk"] = "batchtopk"
     """What keeps the number of active features small."""
 
     def __post_init__(self) -> None:
@@ -539,7 +543,7 @@ class EvolveOptions:
 class TaskOptions:
     """On which tasks."""
 
-    task: Annotated[tuple[Any, ...], COMMON]
+    task: Annotated[tuple[Any, ...], Parameter(converter=_texts), COMMON]
     """A jsonl, csv or parquet file with the columns prefix, correct and wrong; sva:FILE, with clean_prefix,
     patch_prefix, clean_answer and patch_answer; blimp:FILE; clams:FILE; or, without a file, blimp:UID,
     multiblimp:LANGUAGE, ioi or demo:simple. Repeat it for several tasks. (In Python also `crosslens.tasks.Task`s.)"""
@@ -680,7 +684,7 @@ class ReportOptions:
 
     wandb: Annotated[bool, COMMON] = False
     """Add heat map and tables to the run on W&B."""
-    wandb_project: Annotated[str | None, COMMON] = None
+    wandb_project: str | None = None
     """W&B project to add them to, for a run trained without W&B."""
     consensus: Annotated[bool, COMMON] = False
     """Only features that most seeds have, after `train --seeds`."""

@@ -14,14 +14,14 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, Group, Parameter
 
 import crosslens.config
 from crosslens.cli.arguments import check_published, check_tasks, choose_label, open_trained
 from crosslens.cli.config_file import fill
 from crosslens.cli.display import Column, Output, counted, number, percent, size
 from crosslens.cli.failures import explain
-from crosslens.cli.help import Help, describe
+from crosslens.cli.help import Help, parse
 from crosslens.config import (
     AblateOptions,
     AttributeOptions,
@@ -49,14 +49,14 @@ _RUN_GROUP = Group("Run directory and output", sort_key=9)
 app = App(
     name="crosslens",
     help="Watch a language model learn: crosscoders over pretraining snapshots.",
-    help_epilogue="--help lists the options that most runs need, --help-all the others, too; --debug shows the traceback "
-    "of a failure; `crosslens --install-completion` completes commands and options in your shell.",
+    help_epilogue="These are the options that most runs need; --help-all lists the others, too. --debug shows the "
+    "traceback of a failure. `crosslens --install-completion` completes commands and options in your shell.",
     version=f"crosslens {crosslens.__version__}",
     help_flags=["--help", "--help-all"],
     help_format="markdown",
     version_flags=["--version"],
     config=(fill,),
-    default_parameter=Parameter(negative=()),
+    default_parameter=Parameter(negative=(), allow_repeating=True),  # of an option that is repeated the last counts
     group_parameters=_RUN_GROUP,
     result_action="return_value",
 )
@@ -152,7 +152,9 @@ def train(
     from crosslens.pipeline.training import train
 
     out, run = Output(json), RunDir(run_dir)
-    trained = train(run, source, crosscoder, training, models=models, cache=cache, seeds=seeds, tell=out.say)
+    trained = train(
+        run, source, crosscoder or CrosscoderOptions(), training, models=models, cache=cache, seeds=seeds, tell=out.say
+    )
     made, found = next(iter(trained.crosscoders.values())), dict[str, Any]()
     if is_first():
         from crosslens.cli.results import show_training
@@ -242,7 +244,7 @@ def attribute(path: TrainedRun, /, *, options: AttributeOptions, device: Device 
         if options.baseline is None and (why := explain_baseline(name, found.runs)):
             out.say(why)
         results[name] = show_effects(out, name, found)
-    out.say(f"all effects: crosslens report {shlex.quote(str(path))}; tested by: crosslens ablate")
+    out.say(f"all effects, with intervals: crosslens report {shlex.quote(str(path))}")
     out.end(run=path, tasks=results)
 
 
@@ -568,13 +570,13 @@ def main() -> None:
         app.help_formatter = Help(all=everything)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app([each for each in sys.argv[1:] if each != "--debug"], exit_on_error=False, print_error=False)
+            parse(app, [each for each in sys.argv[1:] if each != "--debug"])()
         sys.exit(0)
     except (SystemExit, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # torch.distributed.checkpoint's own does not derive from Exception
         if debug:
             traceback.print_exc()
-        words, code = (describe(error), 2) if isinstance(error, CycloptsError) else explain(error)
+        words, code = explain(error)
         sys.stderr.write(f"crosslens: {' '.join(words.split())}\n")
         sys.exit(code)

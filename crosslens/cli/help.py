@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_type_hints
 
-from cyclopts import CycloptsError, MissingArgumentError
+from cyclopts import App, CycloptsError, MissingArgumentError
 from cyclopts.help import DefaultFormatter, PanelSpec
 from rich.box import SIMPLE
 
@@ -39,19 +41,35 @@ def rare_options() -> frozenset[str]:
     return frozenset(names[False] - names[True])
 
 
-def describe(error: CycloptsError) -> str:
-    """A mistake in one line: the option, the value, what it must be."""
+def parse(app: App, words: Sequence[str]) -> partial[Any]:
+    """The function that does what the words of a command line ask for.
+
+    Raises:
+        UserError: a mistake in them, in one line: the option, the value, what it must be.
+    """
+    try:
+        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UserError(_describe(error)) from error
+    except UserError as error:
+        # the classes speak of fields, and the command line of options
+        spelled = re.sub(r"(?<![\w./-])([a-z]\w+|k)=(\S+)", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", str(error))
+        raise UserError(spelled) from error
+    return partial(command, *bound.args, **bound.kwargs)
+
+
+def _describe(error: CycloptsError) -> str:
     argument, cause = error.argument, error.__cause__
-    if isinstance(cause, UserError) and argument is not None and not argument.children:
-        token = argument.tokens[0]
-        values = ",".join(each.value for each in argument.tokens)
+    if isinstance(cause, UserError) and argument is not None:
+        token, values = argument.tokens[-1], ",".join(each.value for each in argument.tokens)
         where = "" if token.source in ("", "cli") else f"{token.source}: "
         return f"{where}{argument.name} {values} {cause}"
-    if isinstance(cause, UserError):
-        # the classes speak of fields, and the command line of options
-        return re.sub(r"(?<![\w.])([a-z]\w+|k)=(\S+)", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", str(cause))
     if isinstance(error, MissingArgumentError) and argument is not None and not argument.tokens:
-        about = str(argument.parameter.help or "").split(". ")[0].rstrip(".")
-        return f"{argument.name} is missing{f': {about}' if about else ''}"
+        assert error.app is not None
+        known = {
+            each.name: each.parameter.help for each in error.app.assemble_argument_collection(parse_docstring=True)
+        }
+        about = re.split(r"[.;] ", " ".join(str(known[argument.name]).split()))[0].rstrip(".")
+        return f"{argument.name} is missing: {about}"
     error.verbose = False
     return str(error)

@@ -23,11 +23,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App
 
 from crosslens.cli.arguments import check_tasks
 from crosslens.cli.config_file import parse_toml
-from crosslens.cli.help import describe
+from crosslens.cli.help import parse
 from crosslens.config import EvolveOptions
 from crosslens.errors import UserError, did_you_mean, read_json, shortened
 from crosslens.rundir import RunDir
@@ -63,26 +63,24 @@ def run_commands(path: Path, app: App) -> None:
     for verb in (verb for verb in VERBS if verb in contents or verb in ALWAYS):
         config = ["--config", str(path)] if verb in contents else []
         try:
-            commands[verb] = app.parse_args(
-                [verb, *([] if verb == "train" else [run_dir]), *config], exit_on_error=False, print_error=False
-            )[:2]
-        except CycloptsError as error:
-            raise UserError(f"{path}, [{verb}]: {describe(error)}") from error
+            commands[verb] = parse(app, [verb, *([] if verb == "train" else [run_dir]), *config])
+        except UserError as error:
+            raise UserError(f"{path}, [{verb}]: {error}") from error
     if "study" in commands:
-        check_tasks(commands["study"][1].arguments["options"].task)
+        check_tasks(commands["study"].keywords["options"].task)
     run = RunDir(run_dir)
-    for verb, (command, bound) in commands.items():
-        if verb == "evolve" and _is_evolved(run, bound.arguments):
+    for verb, command in commands.items():
+        if verb == "evolve" and _is_evolved(run, command.keywords):
             continue
-        command(*bound.args, **bound.kwargs)
+        command()
         if verb == "evolve":
-            run.update(evolved=_evolved(run, bound.arguments))
+            run.update(evolved=_evolved(run, command.keywords))
 
 
 def _evolved(run: RunDir, arguments: dict[str, Any]) -> dict[str, str]:
     """What decides the tables of `evolve`: its options, and the crosscoder."""
     checksum = read_json(run.crosscoder / "cfg.json", "config of a crosscoder").get("metadata", {}).get("checksums")
-    return {"options": str(arguments.get("options", EvolveOptions())), "crosscoder": str(checksum)}
+    return {"options": str(arguments.get("options") or EvolveOptions()), "crosscoder": str(checksum)}
 
 
 def _is_evolved(run: RunDir, arguments: dict[str, Any]) -> bool:
