@@ -78,8 +78,7 @@ def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -
         run: the run directory.
     """
     counts, labels = tables["birth_counts"], tables["doubtful"]["label"].tolist()
-    chosen = counts[(counts["measure"] == "r2") & (counts["kind"] == "all") & (counts["threshold"] == 0.5)]
-    (row,) = chosen.to_dict("records")
+    (row,) = counts.query("measure == 'r2' and kind == 'all' and threshold == 0.5").to_dict("records")
     false = "false births were not measured: --untrained does"
     if "untrained" in row:
         false = f"in models that never trained {percent(row['untrained'])} of the features are"
@@ -158,14 +157,12 @@ def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
     )  # fmt: skip
     if later:
         significance += "; † more than half of the feature is read from later snapshots"
-    last = values[-1]
-    if last["top"]:
-        top = last["top"][0]
-        sure_words = "significant" if top["significant"] else "not significant"
+    for largest in values[-1]["top"][:1]:
         out.say(
-            f"{name}: the largest effect at {last['label']} is {top['effect']:+.3f} logits, of feature "
-            f"{top['feature']} ({sure_words}), where the metric is {number(last['metric_clean'], sign=True)}: an estimate on "
-            f"{counted(len(runs), 'prompt')} of the selection half, which `crosslens ablate` tests on the other half"
+            f"{name}: the largest effect at {values[-1]['label']} is {largest['effect']:+.3f} logits, of feature "
+            f"{largest['feature']} ({'' if largest['significant'] else 'not '}significant), where the metric is "
+            f"{number(values[-1]['metric_clean'], sign=True)}: an estimate on {counted(len(runs), 'prompt')} of the "
+            "selection half, which `crosslens ablate` tests on the other half"
         )
     out.say(describe_accuracy(accuracy)[0])
     out.table(

@@ -23,7 +23,7 @@ from crosslens.pipeline.training import (
 )
 
 if TYPE_CHECKING:
-    from crosslens.activations.planning import Plan
+    from crosslens.activations.plan import Plan
 
 
 class Planned(NamedTuple):
