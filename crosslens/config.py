@@ -311,7 +311,7 @@ class ModelOptions:
         check(self)
         if self.attention != "eager" and self.backend == "hooked_transformer":
             raise UserError(
-                f"attention={self.attention} needs backend=bridge: a HookedTransformer computes its own attention"
+                f"attention={self.attention!r} needs backend='bridge': a HookedTransformer computes its own attention"
             )
 
 

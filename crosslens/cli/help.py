@@ -53,7 +53,8 @@ def parse(app: App, words: Sequence[str]) -> partial[Any]:
         raise UserError(_describe(error)) from error
     except UserError as error:
         # the classes speak of fields, and the command line of options
-        spelled = re.sub(r"(?<![\w./-])([a-z]\w+|k)=(\S+)", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", str(error))
+        given = r"(?<![\w./-])([a-z]\w+|k)=('?)([^\s']+)\2"
+        spelled = re.sub(given, lambda found: f"--{found[1].replace('_', '-')} {found[3]}", str(error))
         raise UserError(spelled) from error
     return partial(command, *bound.args, **bound.kwargs)
 
