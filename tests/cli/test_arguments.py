@@ -314,6 +314,34 @@ def test_choices_are_those_of_the_library() -> None:
     assert f"Default: {config.DEFAULT_ARCHITECTURE}." in told["--architecture"]
 
 
+TYPICAL = {
+    "--d-sea 32": "Unknown option: --d-sea. Did you mean --d-sae?",
+    "--d-sae many": "--d-sae many must be a whole number",
+    "--d-sae 32 --k 64": "--k 64 must be at most --d-sae 32",
+    "--d-sae 32 --architecture topkk": 'Invalid value "topkk" for --architecture. Choose from: "standard", "topk", '
+    '"batchtopk", "jumprelu". Did you mean "topk"?',
+    "--d-sae 32 --architecture standard --k 4": "--k 4 is no setting of 'standard' crosscoders: leave it out, or use "
+    "--architecture topk or batchtopk",
+    "--d-sae 64 --lr fast": 'Invalid value for --lr: unable to convert "fast" into float.',
+    "--d-sae 64 --lr -1": "--lr -1 must be a finite number above 0",
+    "--d-sae 64 --lr-warm-up 1": "--lr-warm-up 1 must be a fraction of the steps below 1, or a number of steps from 2",
+    "--d-sae 64 --training-tokens 100": "--training-tokens 100 is less than one batch of --batch-size 4096",
+    "--d-sae 64 --dataset gone.txt": "--dataset gone.txt does not exist: give an existing file, or a hub name such as "
+    "user/name",
+    "--d-sae 64 --device tpu": "--device tpu is unknown: use cpu, cuda, or cuda:1 for the second GPU",
+}
+
+
+@pytest.mark.parametrize("typed", TYPICAL)
+def test_a_typical_mistake_in_full(typed: str) -> None:
+    needed = "train --snapshots demo --hook blocks.1.hook_resid_post --dataset user/name --run-dir new"
+    with pytest.raises(UserError) as found:
+        parse(app, [*needed.split(), *typed.split()])
+    assert str(found.value) == TYPICAL[typed]
+    with pytest.raises(UserError, match="^--snapshots is missing: A folder of snapshots$"):
+        parse(app, ["train", "--run-dir", "new"])
+
+
 def test_numbers_as_people_write_them() -> None:
     def read(*words: str) -> Any:
         return parse(app, ["plan", "--snapshots", "a", "--hook", "b", "--dataset", "c", *words]).keywords
