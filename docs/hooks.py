@@ -2,7 +2,8 @@
 
 Formulas, `$...$` and `$$...$$` on pages and in tutorials, become MathML, which browsers draw without a network.
 Tutorials link to each other and to these pages as files of the repository. Docstrings are written for the terminal and
-hold no HTML: `<label>` in them is text. The page "Tables of a run" ends with what `crosslens.tables` declares.
+hold no HTML: `<label>` in them is text. The page "Tables of a run" ends with what `crosslens.tables` declares, and
+tables of options say what `--help` says.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 
+from crosslens.cli.app import app
 from crosslens.tables import render_markdown
 
 FORMULA = r"\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\s](?:[^$\n]*[^$\s])?)\$"
 MARKDOWN_CODE = r"^```.*?^```|`[^`]*`"
 TABLES = "<!-- the declarations in crosslens/tables.py follow -->"
+OPTIONS = r"^\| option \|(?P<rest>.*)\n\|---\|"
 HTML_CODE = r"<(?P<tag>pre|code|style|script)\b.*?</(?P=tag)>"
 
 
@@ -40,12 +43,27 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Add the tables of a run, and hide formulas from Markdown, which would read `_` and backslashes in them."""
     if page.file.src_uri.endswith(".ipynb"):
         return markdown
-    markdown = markdown.replace(TABLES, render_markdown())
+    markdown = explain_options(markdown.replace(TABLES, render_markdown()))
 
     def hide(found: re.Match[str]) -> str:
         return f"\ue000{found[0].encode().hex()}\ue001" if found["block"] or found["line"] else found[0]
 
     return re.sub(f"{MARKDOWN_CODE}|{FORMULA}", hide, markdown, flags=re.M | re.S)
+
+
+def explain_options(markdown: str) -> str:
+    """Add a column to tables of options of `crosslens train`: what they do, from the classes in `crosslens.config`."""
+    if not re.search(OPTIONS, markdown, re.M):
+        return markdown
+    found = app["train"].assemble_argument_collection(parse_docstring=True)
+    told = {name: " ".join(str(each.parameter.help).split()) for each in found for name in each.names}
+
+    def explain(row: re.Match[str]) -> str:
+        about = " ".join(told[name] for name in re.findall(r"`(--[\w-]+)`", row[1]))
+        return f"| {row[1]} | {html.escape(about, quote=False).replace('|', '&#124;')} |"
+
+    markdown = re.sub(OPTIONS, "| option | what it does |\\g<rest>\n|---|---|", markdown, flags=re.M)
+    return re.sub(r"^\| (`--.*?) \|", explain, markdown, flags=re.M)
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:

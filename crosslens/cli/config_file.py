@@ -1,4 +1,4 @@
-"""A file of options for `crosslens train`: TOML, or the run.json of an earlier run.
+"""Files of options: TOML, or the run.json of an earlier run.
 
 Keys are the names of options, with dashes or underscores, and values what follows them on the command line:
 
@@ -7,7 +7,8 @@ Keys are the names of options, with dashes or underscores, and values what follo
     hook = "blocks.6.hook_resid_post"
     k = 64
 
-Paths are relative to the directory that the command is run in. The command line wins over the file.
+A file for `crosslens run` has them in a table per command. Paths are relative to the directory that the command is run
+in. The command line wins over the file, and the file over the recipe.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import typer
+from cyclopts import App
+from cyclopts.config import Dict
 
-from crosslens.cli.display import to_json
+from crosslens.config import RECIPES
 from crosslens.errors import UserError, brief, did_you_mean, read_text, shortened
 from crosslens.rundir import RunDir
 
@@ -28,55 +30,50 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-if TYPE_CHECKING:
-    Context = typer.Context
-else:  # that class is for annotations only: what typer passes is the context of the click in use
-    Context = typer.Context.__base__
-_NOT_IN_FILES = ("help", "config", "json")
 
+def fill(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Take what the command line does not give from the file of --config, and then from the recipe.
 
-def read_config(context: Context, path: Path | None) -> Path | None:
-    """Make the options in a file the defaults of a command; the callback of its --config option.
+    cyclopts calls this between reading the command line and making the options.
 
     Raises:
         UserError: the file cannot be read, or holds something else than options of the command.
     """
-    if path is None:
-        return None
-    parameters = _parameters(context)
-    defaults: dict[str, Any] = {}
-    for key, value in _read(path).items():
+    typed = _typed(arguments, "--config")
+    if typed is not None:
+        path, verb = Path(typed), commands[-1]
+        contents = _check(path, _read(path), verb, arguments)
+        Dict(contents, source=typed, use_commands_as_keys=False)(app, commands, arguments)
+    recipe = _typed(arguments, "--recipe")
+    if recipe in RECIPES:
+        known = {name: value for name, value in RECIPES[recipe].items()}
+        Dict(known, source=f"--recipe {recipe}", use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _typed(arguments: Any, name: str) -> str | None:
+    """What was given for an option so far."""
+    return next((each.tokens[-1].value for each in arguments if name in each.names and each.tokens), None)
+
+
+def _check(path: Path, contents: Mapping[str, Any], verb: str, arguments: Any) -> dict[str, Any]:
+    """The options in a file, or in its table of a command, by their names."""
+    where, table = "", contents.get(verb)
+    if isinstance(table, dict):
+        run_dir = {"run_dir": contents["run_dir"]} if verb == "train" and "run_dir" in contents else {}
+        where, contents = f" in [{verb}]", {**run_dir, **table}
+    known = {name[2:] for each in arguments for name in each.names if name.startswith("--")} - {"config", "json"}
+    found: dict[str, Any] = {}
+    for key, value in contents.items():
         option = key.replace("_", "-")
-        if option not in parameters:
+        if option not in known:
             raise UserError(
-                f"--config {path}: {shortened(key)!r} is no option of `crosslens {context.command.name}`"
-                f"{did_you_mean(option, parameters)}"
+                f"{path}: {shortened(key)!r}{where} is no option of `crosslens {verb}`{did_you_mean(option, known)}"
             )
-        name, multiple = parameters[option]
-        if name in defaults:
-            raise UserError(f"--config {path}: {key!r} is given twice, with dashes and with underscores")
-        words = [word(path, key, part) for part in (value if isinstance(value, list) else [value])]
-        defaults[name] = words if multiple else ",".join(words)
-    context.default_map = defaults
-    return path
-
-
-def given_options(context: Context) -> dict[str, Any]:
-    """The options of a command that were given, on the command line or in a file, as `read_config` reads them."""
-    return {
-        option.replace("-", "_"): to_json(context.params[name])
-        for option, (name, _) in _parameters(context).items()
-        if getattr(context.get_parameter_source(name), "name", "") in ("COMMANDLINE", "DEFAULT_MAP")
-    }
-
-
-def _parameters(context: Context) -> dict[str, tuple[str, bool]]:
-    """Options of a command by name: the parameter, and whether it can be repeated."""
-    found: dict[str, tuple[str, bool]] = {}
-    for parameter in context.command.params:
-        option = parameter.opts[0].removeprefix("--")
-        if option not in _NOT_IN_FILES:
-            found[option] = parameter.name, bool(getattr(parameter, "multiple", False))
+        if option in found:
+            raise UserError(f"{path}: {key!r}{where} is given twice, with dashes and with underscores")
+        if isinstance(value, dict):
+            raise UserError(f"{path}: {key} = {shortened(value)}{where} must be a text, a number or a list of them")
+        found[option] = value
     return found
 
 
@@ -105,15 +102,3 @@ def parse_toml(path: Path) -> Mapping[str, Any]:
         return tomllib.loads(read_text(path, "file of options"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid TOML ({brief(error)}); correct it") from error
-
-
-def word(path: Path, key: str, value: Any) -> str:
-    """A value as it would be typed."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        value = int(value)  # 2e7 tokens
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(
-            f"--config {path}: {key} = {shortened(value)} must be a text, a number or a list of them, at the top level "
-            "of the file"
-        )
-    return str(value)

@@ -19,26 +19,31 @@ from typing import Any
 
 import pandas as pd
 
-from crosslens.activations.loader import Activations
 from crosslens.causal.analyses import Study
 from crosslens.causal.timeline import late_feature, sign_change, top_examples
 from crosslens.cli.display import to_json
-from crosslens.config import EvolveOptions, ReportOptions, StudyOptions
-from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
+from crosslens.config import (
+    CacheOptions,
+    CrosscoderOptions,
+    EvolveOptions,
+    ReportOptions,
+    SourceOptions,
+    StudyOptions,
+    TrainingOptions,
+)
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.probes import probe_correlation
 from crosslens.pipeline.evolving import evolve
 from crosslens.pipeline.opening import read_run
 from crosslens.pipeline.reporting import report
 from crosslens.pipeline.studying import measure_accuracy, study
+from crosslens.pipeline.training import train
 from crosslens.rundir import RunDir, delete, write_text
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig, demo_batches
 from crosslens.tasks.task import Task
-from crosslens.training.config import TrainConfig
-from crosslens.training.run import train
 
 TASKS = ("simple", "pp", "subj_rel")
 ATTRACTORS = ("pp", "subj_rel")  # a noun of the other number stands between head noun and verb
@@ -155,24 +160,17 @@ def _train(run: RunDir, snaps: Snapshots, seed: int, config: DemoConfig) -> None
     text = "\n".join(grammar.documents(config.n_documents, seed + 1_000_003))
     if not corpus.exists():
         write_text(corpus, text)
-    acts = Activations(snaps, config.hook_name, corpus, config.n_tokens, seed=seed, settings=CPU)
-    train(
-        acts.cache(run.path / "activations"),
-        BatchTopKCrosscoderTrainingConfig(
-            d_sae=config.d_sae,
-            k=config.k,
-            topk_threshold_lr=0.02,
-        ),
-        TrainConfig(
-            run_dir=run.path,
-            training_tokens=config.epochs * config.n_tokens,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            dead_tokens=50_000,
-            seed=seed,
-            device="cpu",
-        ),
+    source = SourceOptions(
+        snapshots=snaps, hook=(config.hook_name,), dataset=str(corpus), n_tokens=config.n_tokens, seed=seed
     )
+    training = TrainingOptions(
+        training_tokens=config.epochs * config.n_tokens,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        dead_tokens=50_000,
+    )
+    crosscoder = CrosscoderOptions(d_sae=config.d_sae, k=config.k, topk_threshold_lr=0.02)
+    train(run, source, crosscoder, training, models=CPU, cache=CacheOptions(cache=run.path / "activations"))
 
 
 def _ablation_summary(found: Study) -> dict[str, float]:

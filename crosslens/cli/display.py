@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import typer
+from crosslens.distributed.devices import is_first
 
 MIN_WIDTH = 40
 
@@ -44,7 +43,7 @@ class Output:
     def say(self, words: str) -> None:
         """Print lines of text."""
         if not self.silent:
-            typer.echo(words, err=self.as_json)
+            print(words, file=sys.stderr if self.as_json else sys.stdout)
 
     def table(
         self,
@@ -73,17 +72,12 @@ class Output:
         lines = _aligned(cells if bare else [[column.name for column in columns], *cells], columns)
         for line in lines if bare else [title, *lines, note]:
             if line:
-                typer.echo(line)
+                print(line)  # noqa: T201
 
     def end(self, **values: Any) -> None:
         """Print the object, if one was asked for."""
         if self.as_json and not self.silent:
-            typer.echo(json.dumps(to_json(values), indent=1, allow_nan=False, ensure_ascii=False))
-
-
-def is_first() -> bool:
-    """Whether this is the first of the processes of torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+            print(json.dumps(to_json(values), indent=1, allow_nan=False, ensure_ascii=False))  # noqa: T201
 
 
 def to_json(value: Any) -> Any:

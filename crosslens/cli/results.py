@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,6 +12,7 @@ import pandas as pd
 from crosslens.causal import Study
 from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
+from crosslens.evolution import describe_doubtful
 from crosslens.evolution.births import NAMES, describe_reversed
 from crosslens.evolution.lifecycles import count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
@@ -66,69 +69,30 @@ def count_lifecycles(lifecycles: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def show_evolution(
-    out: Output, history: Mapping[str, pd.DataFrame], labels: Sequence[str], probes: pd.DataFrame
-) -> None:
-    """Print when features form, births with their controls, and how presence agrees with probes.
+def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -> None:
+    """Print how many features are born, what speaks against the number, and where the rest is.
 
     Args:
         out: where to print.
-        history: the tables of `study_evolution`.
-        labels: of the snapshots.
-        probes: the table "probe_presence" of `study_probes`.
+        tables: of `pipeline.evolve`.
+        run: the run directory.
     """
-    counts = count_lifecycles(history["lifecycles"])
-    columns = [
-        Column("presence by", left=True), Column("live"), Column("initial"), Column("emergent"),
-        Column("never"), Column("unknown", drop=1),
-    ]  # fmt: skip
-    names = ("live", "initial", "emergent", "never", "unknown")
-    out.table(
-        columns,
-        [(NAMES[row["measure"]], *(f"{row[name]:,}" for name in names)) for row in counts],
-        title=f"{counts[0]['live']:,} live features of {counts[0]['features']:,} at {len(labels)} snapshots, "
-        f"{labels[0]} to {labels[-1]}",
-        note="initial: present from the first snapshot on; emergent: born later; never: present too briefly; "
-        "unknown: hardly predicted",
+    counts, labels = tables["birth_counts"], tables["doubtful"]["label"].tolist()
+    (row,) = counts.query("measure == 'r2' and kind == 'all' and threshold == 0.5").to_dict("records")
+    nulls = {"untrained": "models that never trained", "exchangeable": "models of other seeds"}
+    known = [f"in {words} {percent(row[name])} of the features are" for name, words in nulls.items() if name in row]
+    false = "; ".join(known) or "false births were not measured: --untrained or --null does"
+    out.say(
+        f"{row['born']:,} (95% interval {row['born_low']:.0f} to {row['born_high']:.0f}) of {row['n']:,} live features "
+        f"are born between {labels[0]} and {labels[-1]}: {NAMES['r2']} reaches 0.5; {row['beyond_trend']:,} of them "
+        f"exceed the common trend; with the snapshots reversed {row['born_reversed']:,} are born ({false})"
     )
-    _show_births(out, history["birth_counts"])
-    out.table(
-        [Column("probe error and", left=True), Column("", left=True), Column("Spearman"), Column("95% interval"),
-         Column("n", drop=1), Column("features", drop=2)],
-        [
-            (
-                NAMES[row["measure"]], str(row["part"]).replace("_", " "), number(row["spearman"], 2, sign=True),
-                _interval(row["spearman_low"], row["spearman_high"], "+.2f"), f"{row['n']:,}", f"{row['n_features']:,}",
-            )
-            for row in probes.to_dict("records")
-        ],
-    )  # fmt: skip
-
-
-def _show_births(out: Output, counts: pd.DataFrame) -> None:
-    thresholds = sorted(set(counts["threshold"].tolist()))
-    known = "untrained" in counts
-    rows: list[tuple[str, ...]] = []
-    for _, part in counts.groupby(["measure", "kind"], sort=False):
-        cells: list[str] = []
-        for row in part.sort_values("threshold").to_dict("records"):
-            cell = f"{row['born']:,} / {row['born_reversed']:,}"
-            cells.append(f"{cell} ({row['untrained']:.1%})" if known else cell)
-        first = part.iloc[0]
-        rows.append((NAMES[first["measure"]], first["kind"], f"{first['n']:,}", *cells))
-    rest = "in brackets: share born in models that never trained" if known else (
-        "false births were not measured: --untrained does"
-    )  # fmt: skip
-    notes = [
-        f"births / births with the snapshots reversed, by threshold of presence; {rest}",
-        *describe_reversed(counts),
-    ]
-    out.table(
-        [Column("births by", left=True), Column("features", left=True), Column("n"),
-         *(Column(f"at {one:g}", drop=int(one != 0.5)) for one in thresholds)],
-        rows,
-        note="\n".join(notes),
-    )  # fmt: skip
+    for line in [*describe_reversed(counts), *describe_doubtful(tables["doubtful"])]:
+        out.say(line)
+    if "scaling" not in tables:
+        out.say("latent scaling is left out: without a penalty on the decoder it equals the decoder norm")
+    place = shlex.quote(str(run))
+    out.say(f"other measures and thresholds, lifecycles, phases, probes: crosslens report {place}, or --json")
 
 
 def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
@@ -194,6 +158,13 @@ def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
     )  # fmt: skip
     if later:
         significance += "; † more than half of the feature is read from later snapshots"
+    for largest in values[-1]["top"][:1]:
+        out.say(
+            f"{name}: the largest effect at {values[-1]['label']} is {largest['effect']:+.3f} logits, of feature "
+            f"{largest['feature']} ({'' if largest['significant'] else 'not '}significant), where the metric is "
+            f"{number(values[-1]['metric_clean'], sign=True)}: an estimate on {counted(len(runs), 'prompt')} of the "
+            "selection half, which `crosslens ablate` tests on the other half"
+        )
     out.say(describe_accuracy(accuracy)[0])
     out.table(
         columns,

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
+from crosslens.config import Precision
 from crosslens.errors import UserError
 
-Precision = Literal["float32", "tf32", "bfloat16"]
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # on Linux: NVIDIA, Jetson, AMD, WSL
+
+
+def find_assumed_device() -> str:
+    """cuda where there may be a GPU: torch, which knows, takes seconds to import."""
+    return "cpu" if sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)) else "cuda"
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a CUDA device that is not in this machine; torch is asked only if there may be a GPU.
+
+    Raises:
+        UserError: there is none, or none of this number.
+    """
+    if device is None or not device.startswith("cuda"):
+        return
+    count = 0
+    if find_assumed_device() != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+    if not count:
+        raise UserError(f"--device {device!r} needs CUDA, which is not available here: use --device cpu")
+    if int(device.partition(":")[2] or 0) >= count:
+        raise UserError(f"--device {device!r} does not exist: there are {count} GPUs, from cuda:0")
 
 
 def find_device() -> str:
@@ -17,6 +43,11 @@ def find_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def own_device(device: str) -> str:

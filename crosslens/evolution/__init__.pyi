@@ -52,5 +52,3 @@ from .selection import snapshot_similarity as snapshot_similarity
 from .selection import untrained_steps as untrained_steps
 from .splitting import replacements as replacements
 from .splitting import splits as splits
-from .sweep import Choice as Choice
-from .sweep import choose as choose

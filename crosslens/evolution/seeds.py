@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,6 @@ from crosslens.evolution.geometry import rotation_per_interval
 from crosslens.evolution.held_out import batch_tokens, check_activations
 from crosslens.evolution.history import evolve
 from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms
-from crosslens.rundir import RunDir
 from crosslens.stats import rank_correlation
 
 _BLOCK = 1024  # features at a time
@@ -701,32 +699,3 @@ def _values(block: Callable[[slice], np.ndarray], i: np.ndarray, j: np.ndarray) 
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
-
-
-def save_seeds(
-    run_dir: str | Path, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7
-) -> str:
-    """Write the tables of `study_seeds` to the run directories of several seeds.
-
-    The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
-    features.
-
-    Args:
-        run_dir: the run directory of the first seed.
-        crosscoders: the crosscoders by seed, as `train_seeds` returns them.
-        acts: the activations that they were trained on.
-        threshold: correlation from which a partner counts.
-
-    Returns:
-        The lines of `describe_seeds`.
-
-    Raises:
-        UserError: as `consensus`.
-    """
-    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
-    run, first, found = RunDir(run_dir), min(crosscoders), tables["consensus"]
-    run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
-    for seed in crosscoders:
-        place = run if seed == first else run.other_seed(seed)
-        place.save_table("consensus", pd.DataFrame(found[found["crosscoder"] == str(seed)]).reset_index(drop=True))
-    return describe_seeds(tables, threshold)

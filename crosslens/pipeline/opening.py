@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from crosslens.config import ModelOptions, SourceOptions
+from crosslens.distributed.devices import check_device
 from crosslens.errors import UserError, did_you_mean, read_json
 from crosslens.rundir import RunDir
 from crosslens.snapshots import families
@@ -28,13 +30,43 @@ if TYPE_CHECKING:
     LoadSnapshots: TypeAlias = Callable[[], Snapshots]
 
 
-def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> LoadSnapshots:
+def find_activations(source: SourceOptions, models: ModelOptions) -> Callable[[], Activations]:
+    """Check which activations are asked for, and return the function that opens them.
+
+    Args:
+        source: snapshots, hook points and text.
+        models: how language models run.
+
+    Raises:
+        UserError: no such device, hook point, snapshot or step.
+    """
+    from crosslens.snapshots.hooks import check_hooks, hook_layer
+
+    check_device(models.device)
+    for hook in source.hook:
+        hook_layer(hook)
+    check_hooks(source.hook, models.backend)
+    load = find_snapshots(source.snapshots, source.steps, source.hook)
+
+    def open_activations() -> Activations:
+        from crosslens.activations import Activations, Dataset
+
+        names = ("column", "sample_by", "drop_positions")
+        more: dict[str, Any] = {name: getattr(source, name) for name in names}
+        data = Dataset(source.dataset, source.n_tokens, source.context_size, split=source.split or "train", **more)
+        snapshots = load().trusting_code(source.trust_remote_code)
+        return Activations(snapshots, source.hook, data, seed=source.seed, settings=parse_settings(**vars(models)))
+
+    return open_activations
+
+
+def find_snapshots(spec: str | Snapshots, steps: str | None, hooks: Sequence[str] = ()) -> LoadSnapshots:
     """Check a --snapshots and a --steps option, and return the function that makes the `Snapshots`.
 
     Args:
         spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
             `org/model@pattern` with {step} in it; `label=place,label=place`, where a place is a folder, `org/model` or
-            `org/model@revision`; a release such as crosslens-demo; or demo.
+            `org/model@revision`; a release such as crosslens-demo; or demo. Or snapshots that are made already.
         steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
         hooks: hook points that a model in a local folder must have.
 
@@ -43,6 +75,8 @@ def find_snapshots(spec: str, steps: str | None, hooks: Sequence[str] = ()) -> L
     """
     from crosslens.sharing.registry import list_releases
 
+    if not isinstance(spec, str):
+        return lambda: spec
     if spec == "demo":
         return lambda: _demo(steps)
     if Path(spec).is_dir():
@@ -207,31 +241,11 @@ def _parse_task(spec: str) -> Task:
     return Task.local(spec)
 
 
-def parse_settings(device: str | None, backend: str = "bridge", **others: Any) -> ModelSettings:
+def parse_settings(device: str | None, **others: Any) -> ModelSettings:
     """How models run; device None is CUDA if available."""
     from crosslens.snapshots import ModelSettings
 
-    given: dict[str, Any] = {} if device is None else {"device": device}
-    return ModelSettings(**given, backend=backend, **others)
-
-
-def parse_activations(
-    load: LoadSnapshots,
-    hook: Sequence[str],
-    dataset: str,
-    n_tokens: int | None,
-    context_size: int | None,
-    *,
-    settings: ModelSettings,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    **others: Any,
-) -> Activations:
-    """The activations that a command asks for; `others` are further fields of `Dataset`."""
-    from crosslens.activations import Activations, Dataset
-
-    data = Dataset(dataset, n_tokens, context_size, **others)
-    return Activations(load().trusting_code(trust_remote_code), hook, data, seed=seed, settings=settings)
+    return ModelSettings(**others) if device is None else ModelSettings(device, **others)
 
 
 def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:

@@ -141,7 +141,8 @@ class LoadedSnapshot(Snapshot):
         if backend == "hooked_transformer" and self._known.kind == BRIDGE:
             raise self._not_hooked()
         where = find_device() if device is None else str(device)
-        settings = ModelSettings(where, str(dtype).removeprefix("torch."))
+        how: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        settings = ModelSettings(where, **how)
         self._check_device(settings.device)
         with quiet():
             model = self._private_copy(getattr(torch, settings.dtype))

@@ -294,8 +294,8 @@ class Snapshot:
                 such a model are right, its logits are meaningless.
             attention: "eager" or "sdpa", as in `ModelSettings`.
         """
-        name = str(dtype).removeprefix("torch.")
-        settings = ModelSettings(find_device() if device is None else str(device), name, backend, attention=attention)
+        how: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "backend": backend, "attention": attention}
+        settings = ModelSettings(find_device() if device is None else str(device), **how)
         device, torch_dtype = settings.device, getattr(torch, settings.dtype)
         self._check_device(device)
         official = self._official() if backend == "hooked_transformer" else self

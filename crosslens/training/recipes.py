@@ -4,33 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from crosslens.config import RECIPES
 from crosslens.errors import UserError
 from crosslens.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
-
-ARCHITECTURES = {"evolution_of_concepts": "jumprelu", "crosscoding_through_time": "standard"}
-"""The architecture of each recipe."""
-TRAINING: dict[str, dict[str, Any]] = {
-    "evolution_of_concepts": {
-        "training_tokens": 800_000_000,
-        "batch_size": 2048,
-        "lr": 5e-5,
-        "lr_warm_up": 0.1,
-        "lr_decay": 0.2,
-        "lr_end_factor": 1 / 32,
-        "max_grad_norm": None,
-    },
-    "crosscoding_through_time": {
-        "training_tokens": 400_000_000,
-        "batch_size": 4096,
-        "lr": 5e-5,
-        "lr_decay": 0.2,
-        "max_grad_norm": 1.0,
-    },
-}
-"""Fields of `TrainConfig` that each recipe sets. The command line checks options with them before it imports torch."""
 
 
 def evolution_of_concepts(d_sae: int = 98_304, **training: Any) -> tuple[JumpReLUCrosscoderTrainingConfig, TrainConfig]:
@@ -95,10 +74,11 @@ def crosscoding_through_time(
 
 def _config(recipe: str, training: dict[str, Any]) -> tuple[TrainConfig, int]:
     """How a recipe trains, and its number of steps."""
-    config = TrainConfig(**{**TRAINING[recipe], **training})
+    of_paper = {name: value for name, value in RECIPES[recipe].items() if name != "architecture"}
+    config = TrainConfig(**{**of_paper, **training})
     if config.training_tokens is None:
         raise UserError(
             "training_tokens=None: the warmup of a recipe depends on the number of activations; give it, or leave it "
-            f"out for the paper's {TRAINING[recipe]['training_tokens']:,}"
+            f"out for the paper's {of_paper['training_tokens']:,}"
         )
     return config, config.training_tokens // config.batch_size

@@ -191,7 +191,7 @@ def test_attention_that_a_family_or_backend_lacks_is_refused(families: Path) -> 
         Snapshots.local(families / "bloom")[0].load("cpu", attention="sdpa")
     with pytest.raises(UserError, match="attention='sdpa' needs backend='bridge'"):
         ModelSettings("cpu", backend="hooked_transformer", attention="sdpa")
-    with pytest.raises(UserError, match="attention='spda' is unknown: use eager or sdpa; did you mean 'sdpa'"):
+    with pytest.raises(UserError, match="attention='spda' is unknown: use one of eager, sdpa; did you mean 'sdpa'"):
         ModelSettings("cpu", attention="spda")
 
 

@@ -115,8 +115,13 @@ def analysed(trained: Path, files: Path) -> tuple[Path, dict[str, str]]:
 def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tiny_snapshots: Path, files: Path) -> None:
     trained, said = analysed
     task, other = (f"sva:{files / name}" for name in ("task.json", "other.json"))
-    assert re.search(r"live features of 32 at 3 snapshots, step0 to step20\n", said["evolve"])
-    assert re.search(r"^births by +features +n +at 0.3", said["evolve"], re.M) and "Spearman" in said["evolve"]
+    births = RunDir.open(trained).table("birth_counts")
+    assert births is not None
+    row = births.query("measure == 'r2' and kind == 'all' and threshold == 0.5").iloc[0]
+    assert said["evolve"].startswith(f"{row['born']} of {row['n']} live features are born between step0 and step20: ")
+    assert f"with the snapshots reversed {row['born_reversed']} are (false births were not measured" in said["evolve"]
+    assert said["evolve"].splitlines()[-1].endswith(f"probes: crosslens report {trained}, or --json")
+    assert re.match(r"task: the largest effect at step20 is [+-]\d\.\d+ logits, of feature \d+ \(", said["attribute"])
     for name in ("task", "other"):
         n = len(Task.sva(files / f"{name}.json"))
         assert f"{name}: {n} items" in said["attribute"] and "fewer than 20, so means over tasks" in said["attribute"]
@@ -311,7 +316,7 @@ def test_status(command: Command, analysed: tuple[Path, dict[str, str]], files: 
 def test_status_needs_no_torch(analysed: tuple[Path, dict[str, str]]) -> None:
     program = (
         "import sys\nfrom crosslens.cli.app import app\n"
-        f"app(['status', {str(analysed[0])!r}], standalone_mode=False)\n"
+        f"app(['status', {str(analysed[0])!r}])\n"
         "assert not {'torch', 'sae_lens', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -334,7 +339,7 @@ def test_exports(command: Command, analysed: tuple[Path, dict[str, str]], tmp_pa
     assert code == 0 and Path(path) == run.path / "exports" / "neuronpedia-step20" / "batch-0.json"
     assert json.loads(Path(path).read_text())["sae_id_suffix"] == "step20"
     for arguments, told in (
-        (("--format", "sea"), "did you mean 'sae'"),
+        (("--format", "sea"), 'Did you mean "sae"'),
         (("--format", "sae", "--snapshot", "step11"), "use one of step0, step10, step20; did you mean 'step10'"),
         (("--format", "json", "--snapshot", "step10"), "holds all snapshots: leave it out"),
     ):
@@ -756,7 +761,7 @@ n_exact = 3
         (text.replace("d_sae", "d_sea"), "'d_sea' in [train] is no option of `crosslens train`; did you mean 'd-sae'?"),
         (text.replace("[study]", "[stduy]"), "'stduy' is no table of a run"),
         (text.replace("run_dir", "run_dri", 1), "must begin with the run directory"),
-        (text.replace("[study]\ntask", "[study]\n# task"), '[study] needs task = ["..."]'),
+        (text.replace("[study]\ntask", "[study]\n# task"), "[study]: --task is missing: A jsonl, csv or parquet file"),
         (text.replace("task.json", "no.json"), "there is no file"),
         ("run_dir = 'a'", "has no table [train]"),
     ):

@@ -16,14 +16,14 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `train` asked of `TrainingOptions`, which is all it does here."""
+    """What the command line asked of `train`, which does nothing here."""
     found: dict[str, Any] = {}
 
-    def stop(options: Any, device: str | None, n_tokens: int | None) -> None:
-        found.update(vars(options), device=device, n_tokens=n_tokens)
+    def stop(run: RunDir, source: Any, crosscoder: Any, training: Any, *, models: Any, **_: Any) -> None:
+        found.update(**vars(source), **vars(crosscoder), **vars(training), **vars(models), run_dir=run.path)
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli, "check_training", stop)
+    monkeypatch.setattr("crosslens.pipeline.training.train", stop)
     return found
 
 
@@ -47,7 +47,8 @@ def test_options_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as
     config = write(tmp_path, text)
     assert run(monkeypatch, "--config", config) == 0
     assert (asked["d_sae"], asked["k"], asked["lr_warm_up"], asked["n_tokens"]) == (32, 4, 0.25, 2000)
-    assert asked["others"]["run_dir"] == tmp_path / "run" and asked["device"] == "cpu"
+    assert (asked["steps"], asked["hook"]) == ("0,512", (HOOK,))
+    assert asked["run_dir"] == tmp_path / "run" and asked["device"] == "cpu"
     assert run(monkeypatch, "--k", 8, "--config", config, "--lr", 0.01) == 0  # in any order
     assert (asked["k"], asked["lr"], asked["d_sae"]) == (8, 0.01, 32)
 
@@ -58,7 +59,6 @@ def test_options_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as
         ("d-sea = 32", "'d-sea' is no option of `crosslens train`; did you mean 'd-sae'?"),
         ("k = 4\n[training]\nlr = 1", "'training' is no option of `crosslens train`"),
         ("d-sae = 32\nd_sae = 64", "'d_sae' is given twice"),
-        ("k = true", "k = True must be a text, a number or a list of them"),
         ("k = {a = 1}", "k = {'a': 1} must be a text"),
         ("k = ", "is not valid TOML"),
         ('config = "other.toml"', "'config' is no option"),
@@ -76,12 +76,14 @@ def test_a_wrong_value_is_refused_as_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needed = f'snapshots="demo"\nhook="{HOOK}"\ndataset="user/name"\nrun-dir="{tmp_path / "run"}"\n'
-    for line, told in (("k = 4.5", "--k"), ("k = 0", "--k 0 must be at least 1"), ('lr = "x"', "--lr"),
-                       ('architecture = "topkk"', "did you mean 'topk'")):  # fmt: skip
+    for line, told in (("k = 4.5", "--k 4.5 must be a whole number"), ("k = 0", "--k 0 must be at least 1"),
+                       ("k = true", "--k True must be a whole number"),
+                       ('lr = "x"', 'unable to convert "x" into float'),
+                       ('architecture = "topkk"', 'Did you mean "topk"')):  # fmt: skip
         assert run(monkeypatch, "--config", write(tmp_path, needed + line)) == 2
         assert told in capsys.readouterr().err
     assert run(monkeypatch, "--config", write(tmp_path, "k = 4")) == 2
-    assert "--snapshots" in capsys.readouterr().err  # is missing
+    assert "--run-dir is missing" in capsys.readouterr().err
     assert run(monkeypatch, "--config", tmp_path / "gone.toml") == 2
     assert run(monkeypatch, "--config", tmp_path / "run.yaml") == 2
     assert "is neither a .toml file nor a run.json" in capsys.readouterr().err

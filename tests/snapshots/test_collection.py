@@ -264,7 +264,7 @@ def test_models_are_kept_if_they_fit(run: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_unavailable_backend_or_device_is_refused(run: Path) -> None:
     snapshot = Snapshots.local(run)[0]
-    with pytest.raises(UserError, match="backend='brigde' is unknown: use bridge or .*; did you mean 'bridge'"):
+    with pytest.raises(UserError, match="backend='brigde' is unknown: use one of bridge, .*; did you mean 'bridge'"):
         snapshot.load(backend="brigde")
     with pytest.raises(UserError, match="HookedTransformer cannot load .*step0.*use backend='bridge'"):
         snapshot.load(backend="hooked_transformer")

@@ -561,12 +561,12 @@ def test_a_silent_snapshot_is_refused(acts: Activations):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 must be positive"),
-        ({"lr": -1.0}, "lr=-1.0 must be positive"),
-        ({"dead_tokens": 0}, "dead_tokens=0 must be positive"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"lr": -1.0}, "lr=-1.0 must be a finite number above 0"),
+        ({"dead_tokens": 0}, "dead_tokens=0 must be at least 1"),
         ({"training_tokens": 63}, "training_tokens=63 is less than one batch of batch_size=64"),
         ({"lr_warm_up": 0.7, "lr_decay": 0.4}, "lr_warm_up=0.7 and lr_decay=0.4 are fractions of the steps"),
-        ({"lr_warm_up": -0.1}, "not negative"),
+        ({"lr_warm_up": -0.1}, "lr_warm_up=-0.1 must be a fraction of the steps below 1"),
         (
             {"lr_warm_up_steps": 15},
             r"lr_warm_up_steps=15 is not in \[0, 14\], the 24 steps of this run less",
@@ -579,7 +579,7 @@ def test_settings_that_cannot_be(options: dict[str, Any], message: str):
         config(**options)
     unknown = config()
     unknown.adam_moments = "float16"  # type: ignore[assignment]
-    with pytest.raises(UserError, match="adam_moments='float16' is unknown; use 'float32' or 'bfloat16'"):
+    with pytest.raises(UserError, match="adam_moments='float16' is unknown: use one of float32, bfloat16"):
         unknown.__post_init__()
 
 

@@ -11,7 +11,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.evolution.seeds import consensus, match, match_shares
-from crosslens.evolution.sweep import choose, propose
+from crosslens.pipeline.sweeping import choose, propose
 from crosslens.rundir import RunDir
 from crosslens.training import TrainConfig, reconstruction_table, train
 

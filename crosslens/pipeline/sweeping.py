@@ -1,4 +1,4 @@
-"""Choose the number of features F and the number of active ones k by what is explained and what another seed finds.
+"""`sweep`: choose the number of features F and of active ones k by what is explained and what another seed finds.
 
 1. Train every F and k of a grid from `n_seeds` seeds on the same activations.
 2. Measure each setting on the held-out tokens: explained variance at the least explained snapshot, the share of dead
@@ -18,18 +18,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
-
-from crosslens.activations.loader import Activations
-from crosslens.crosscoders import CrosscoderTrainingConfig
+from crosslens.config import (
+    CacheOptions,
+    CrosscoderOptions,
+    ModelOptions,
+    SourceOptions,
+    SweepOptions,
+    TrainingOptions,
+)
 from crosslens.errors import UserError
-from crosslens.evolution.seeds import consensus_shares, study_seeds
-from crosslens.rundir import RunDir
+from crosslens.pipeline.opening import find_activations
+from crosslens.pipeline.training import check_one_hook, check_training, make_architecture, make_config
+from crosslens.rundir import RunDir, check_writable
 from crosslens.training.config import TrainConfig
-from crosslens.training.evaluation import reconstruction_table
-from crosslens.training.run import train
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from crosslens.activations import Activations
+    from crosslens.crosscoders import CrosscoderTrainingConfig
 
 _TIE = 0.01  # agreement that two settings may differ by without a reason to prefer one
 
@@ -50,6 +59,48 @@ class Choice(NamedTuple):
     agreed (number: agreement times live), variance (the same share weighted by variance), cosine (share of live
     features whose partner also has this cosine of the decoders), consensus and consensus_variance (of
     `consensus_shares`), proposed."""
+
+
+def sweep(
+    run: RunDir,
+    source: SourceOptions,
+    grid: SweepOptions,
+    training: TrainingOptions | None = None,
+    *,
+    models: ModelOptions | None = None,
+    cache: CacheOptions | None = None,
+) -> Choice:
+    """Train a grid of F and k in a run directory, save the table "sweep", and propose a setting; repeated, it
+    continues.
+
+    Args:
+        run: a new directory, or that of the same sweep.
+        source: the activations, of one hook point.
+        grid: the settings.
+        training: how each is trained.
+        models: how language models run.
+        cache: whether activations are written to disk first.
+
+    Raises:
+        UserError: as `pipeline.train` and `choose`.
+    """
+    training, models, cache = training or TrainingOptions(), models or ModelOptions(), cache or CacheOptions()
+    largest = CrosscoderOptions(architecture=grid.architecture, d_sae=max(grid.d_sae), k=max(grid.k))
+    run.check_usable()
+    check_one_hook(source)
+    check_training(None, source, largest, training, models)
+    if cache.cache is not None:
+        check_writable(cache.cache)
+    acts = find_activations(source, models)()
+    config = make_config(training, acts.settings.device, run.path, source.seed)
+    architecture = make_architecture(largest, config, acts.n_tokens)
+    with run.writing():
+        run.claim({"hook_name": source.hook[0], "dataset": str(source.dataset)}, part="sweep")
+        if cache.cache is not None:
+            acts = acts.cache(cache.cache, cache.cache_dtype)
+        choice = choose(acts, architecture, config, d_sae=grid.d_sae, k=grid.k, n_seeds=grid.seeds)
+        run.save_table("sweep", choice.table)
+    return choice
 
 
 def choose(
@@ -83,6 +134,12 @@ def choose(
     Raises:
         UserError: an architecture without k, an empty or impossible grid, or as `cl.train`.
     """
+    import pandas as pd
+
+    from crosslens.evolution.seeds import consensus_shares, study_seeds
+    from crosslens.training.evaluation import reconstruction_table
+    from crosslens.training.run import train
+
     config = config or TrainConfig()
     settings = _grid(architecture, d_sae, k, n_seeds)
     run = None if config.run_dir is None else RunDir(config.run_dir)
@@ -144,12 +201,12 @@ def propose(table: pd.DataFrame, tolerance: float = 0.01, max_dead: float = 0.1)
         The position of the row, and the reason in a sentence.
     """
     best = table["least_explained"].max()
-    enough = pd.DataFrame(table[table["least_explained"] >= best - tolerance])
-    alive = pd.DataFrame(enough[enough["dead"] <= max_dead])
+    enough = table.loc[table["least_explained"] >= best - tolerance]
+    alive = enough.loc[enough["dead"] <= max_dead]
     if alive.empty:
-        alive = pd.DataFrame(enough[enough["dead"] <= enough["dead"].min()])
+        alive = enough.loc[enough["dead"] <= enough["dead"].min()]
     highest = alive["agreement"].max()
-    tied = pd.DataFrame(alive[alive["agreement"] >= highest - _TIE]).sort_values(["k", "d_sae"], kind="stable")
+    tied = alive.loc[alive["agreement"] >= highest - _TIE].sort_values(["k", "d_sae"], kind="stable")
     at = int(tied.index[0])
     row = table.loc[at]
     reason = (

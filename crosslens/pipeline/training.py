@@ -1,0 +1,249 @@
+"""`train`: a crosscoder, or one per seed, in one process or under torchrun; repeated, it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from crosslens.config import (
+    DEFAULT_K,
+    RECIPES,
+    CacheOptions,
+    CrosscoderOptions,
+    ModelOptions,
+    SeedsOptions,
+    SourceOptions,
+    TrainingOptions,
+)
+from crosslens.distributed.devices import find_assumed_device, is_first
+from crosslens.errors import UserError
+from crosslens.pipeline.opening import find_activations
+from crosslens.rundir import RunDir, check_writable
+from crosslens.training import recipes
+from crosslens.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from crosslens.activations import Activations
+    from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
+
+
+class Trained(NamedTuple):
+    """What was trained."""
+
+    crosscoders: dict[int, Crosscoder]
+    """By seed."""
+    agreement: str
+    """What the seeds have in common, in words; empty for one seed."""
+
+
+def train(
+    run: RunDir,
+    source: SourceOptions,
+    crosscoder: CrosscoderOptions,
+    training: TrainingOptions | None = None,
+    *,
+    models: ModelOptions | None = None,
+    cache: CacheOptions | None = None,
+    seeds: SeedsOptions | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Trained:
+    """Train crosscoders in a run directory.
+
+    Args:
+        run: a new directory, or that of the same training, which continues.
+        source: the activations, of one hook point.
+        crosscoder: what is trained.
+        training: how; None: as the recipe of `crosscoder` says, or the defaults.
+        models: how language models run.
+        cache: whether activations are written to disk first.
+        seeds: how many crosscoders.
+        tell: called with what is known before the training begins: doubtful snapshots, steps, memory.
+
+    Raises:
+        UserError: an option that contradicts another, missing data, or the directory of another run. What can be
+            refused without the data is refused before anything heavy is imported.
+    """
+    models, cache, seeds = models or ModelOptions(), cache or CacheOptions(), seeds or SeedsOptions()
+    training = training or TrainingOptions(**recipe_training(crosscoder.recipe))
+    run.check_usable()
+    check_one_hook(source)
+    check_training(run, source, crosscoder, training, models)
+    if cache.cache is not None:
+        check_writable(cache.cache)
+    load = find_activations(source, models)
+    from crosslens.evolution import describe_doubtful, doubtful_snapshots
+    from crosslens.training.run import claim
+    from crosslens.training.seeds import train_seeds
+
+    acts = load()
+    config = make_config(training, acts.settings.device, run.path, source.seed)
+    architecture = make_architecture(crosscoder, config, acts.n_tokens)
+    if is_first():
+        # refuse the directory of another run before the harvest
+        claim(acts, architecture, config, will_be_cached=cache.cache is not None)
+        if isinstance(source.snapshots, str):
+            run.update(options=given(source, crosscoder, training, models, cache, seeds, run_dir=run.path))
+    if cache.cache is not None:
+        acts = acts.cache(cache.cache, cache.cache_dtype)
+    planned = acts.plan(
+        measure=False,
+        training_tokens=config.training_tokens,
+        architecture=architecture,
+        batch_size=config.batch_size,
+        adam_moments=config.adam_moments,
+        processes=_n_processes(),
+        data_parallel=config.data_parallel,
+    )
+    if is_first() and acts.n_snapshots > 1 and not (run.crosscoder / "cfg.json").is_file():
+        for line in describe_doubtful(doubtful_snapshots(acts)):
+            tell(line)
+    total = (config.training_tokens or acts.n_tokens) // config.batch_size
+    memory = dataclasses.replace(planned, cached=cache.cache is not None).training
+    tell(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
+    trained = train_seeds(acts, architecture, config, seeds.seeds)
+    agreement = save_seeds(run, trained, acts) if is_first() and seeds.seeds > 1 else ""
+    return Trained(trained, agreement)
+
+
+def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7) -> str:
+    """Write the tables of `study_seeds` to the run directories of several seeds.
+
+    The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
+    features.
+
+    Args:
+        run: the run directory of the first seed.
+        crosscoders: the crosscoders by seed, as `train_seeds` returns them.
+        acts: the activations that they were trained on.
+        threshold: correlation from which a partner counts.
+
+    Returns:
+        The lines of `describe_seeds`.
+
+    Raises:
+        UserError: as `consensus`.
+    """
+    from crosslens.evolution.seeds import describe_seeds, study_seeds
+
+    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
+    first, found = min(crosscoders), tables["consensus"]
+    run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
+    for seed in crosscoders:
+        place = run if seed == first else run.other_seed(seed)
+        place.save_table("consensus", found.loc[found["crosscoder"] == str(seed)].reset_index(drop=True))
+    return describe_seeds(tables, threshold)
+
+
+def check_one_hook(source: SourceOptions) -> None:
+    """Refuse several hook points."""
+    if len(source.hook) > 1:
+        raise UserError(
+            f"--hook is given {len(source.hook)} times: a crosscoder reads one hook point, so train once for each (a "
+            "folder that `crosslens harvest` filled for several serves them all)"
+        )
+
+
+def check_training(
+    run: RunDir | None,
+    source: SourceOptions,
+    crosscoder: CrosscoderOptions,
+    training: TrainingOptions,
+    models: ModelOptions,
+    processes: int | None = None,
+) -> None:
+    """Check the options of training against each other, and against the run directory; quick, without torch.
+
+    Args:
+        run: the run directory, if there is one.
+        source: the activations.
+        crosscoder: what is trained.
+        training: how.
+        models: for the device.
+        processes: of torchrun; None: those that there are.
+
+    Raises:
+        UserError: no number of features, numbers that contradict each other, processes that cannot be grouped, or the
+            directory of another run.
+    """
+    if crosscoder.recipe is None and crosscoder.d_sae is None:
+        raise UserError("--d-sae is missing: give the number of features, or a --recipe, which sets it")
+    config = make_config(training, models.device or find_assumed_device(), seed=source.seed)
+    if source.n_tokens is not None and config.batch_size > source.n_tokens:
+        raise UserError(f"--batch-size {config.batch_size} must be at most --n-tokens {source.n_tokens}, one epoch")
+    total = None if config.training_tokens is None else config.training_tokens // config.batch_size
+    settings = crosscoder.settings(total)
+    check_processes(_n_processes() if processes is None else processes, config.data_parallel)
+    if run is not None:
+        details = {"architecture": f"{crosscoder.name}_crosscoder"}
+        details |= {"k": DEFAULT_K} if crosscoder.name.endswith("topk") else {}
+        names = ("batch_size", "lr", "lr_warm_up", "lr_decay", "dead_tokens", "adam_moments", "seed")
+        run.check_settings(
+            {
+                "architecture": {**details, **{name: settings[name] for name in settings if "_steps" not in name}},
+                "training": {name: getattr(config, name) for name in names},
+            }
+        )
+
+
+def check_processes(processes: int, data_parallel: int) -> None:
+    """Refuse groups of processes of unequal size; whether they can split d_sae and the batch is checked with torch."""
+    if processes % data_parallel:
+        raise UserError(
+            f"--data-parallel {data_parallel} does not divide the {processes} process{'es' * (processes > 1)} of this "
+            f"run: start a multiple of {data_parallel} processes with torchrun, or leave it out"
+        )
+
+
+def make_config(
+    training: TrainingOptions, device: str, run_dir: Path | None = None, seed: int = 0, **others: Any
+) -> TrainConfig:
+    """How and where is trained."""
+    how = {each.name: getattr(training, each.name) for each in fields(TrainingOptions)}
+    return TrainConfig(**how, device=device, run_dir=run_dir, seed=seed, **others)
+
+
+def make_architecture(crosscoder: CrosscoderOptions, config: TrainConfig, n_tokens: int) -> CrosscoderTrainingConfig:
+    """What is trained, as the architecture's config.
+
+    Args:
+        crosscoder: the options.
+        config: how it is trained.
+        n_tokens: activations of an epoch, which is trained on if no option or recipe gives another number.
+
+    Raises:
+        UserError: a warmup or annealing is longer than the training.
+    """
+    from crosslens.crosscoders import TRAINING_ARCHITECTURES
+
+    settings = crosscoder.settings((config.training_tokens or n_tokens) // config.batch_size)
+    if crosscoder.recipe is None:
+        return TRAINING_ARCHITECTURES[f"{crosscoder.name}_crosscoder"][1](**settings)
+    of_paper = {name: getattr(config, name) for name in ("training_tokens", "batch_size", "device")}
+    architecture, _ = getattr(recipes, crosscoder.recipe)(**of_paper)
+    return dataclasses.replace(architecture, **settings)
+
+
+def recipe_training(recipe: str | None) -> dict[str, Any]:
+    """The fields of `TrainingOptions` that a recipe sets."""
+    return {name: value for name, value in RECIPES.get(recipe or "", {}).items() if name != "architecture"}
+
+
+def given(*options: Any, **others: Any) -> dict[str, Any]:
+    """The options that differ from their defaults and the recipe, by their names on the command line."""
+    recipe = next((each.recipe for each in options if isinstance(each, CrosscoderOptions)), None)
+    found: dict[str, Any] = dict(others)
+    for each in options:
+        for field in fields(each):
+            value = getattr(each, field.name)
+            if value != RECIPES.get(recipe or "", {}).get(field.name, field.default):
+                found["model_dtype" if field.name == "dtype" else field.name] = value
+    return json.loads(json.dumps(found, default=str))
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
