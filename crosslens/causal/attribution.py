@@ -217,9 +217,8 @@ def attribute(
         raise UserError(f"n_exact={n_exact} must be 0, or at least 3 for a correlation; 100 is usual")
     if n_bootstrap < 0:
         raise UserError(f"n_bootstrap={n_bootstrap} must be at least 0; 200 is usual")
-    n_groups = int(runs.groups.max()) + 1
-    warn_of_few_groups(runs.task.name, n_groups, len(runs))
-    draws = _draws(n_groups, n_bootstrap, seed)
+    warn_of_few_groups(runs.task.name, runs.n_groups, len(runs))
+    draws = _draws(runs.n_groups, n_bootstrap, seed)
     snapshots, task = runs.snapshots, runs.task
     progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
     columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected, n_exact) for s in progress]
@@ -244,7 +243,7 @@ def attribute(
         active=active,
         sizes=torch.stack([feature_sizes(runs, s) for s in range(len(snapshots))], -1),
         n_prompts=len(runs),
-        n_groups=n_groups,
+        n_groups=runs.n_groups,
         bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
         positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
         prompts=_words_of_prompts(runs, words) if positions else None,

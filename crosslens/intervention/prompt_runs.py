@@ -237,6 +237,11 @@ class PromptRuns:
         order = torch.cat([batch.index for batch in self.batches]).tolist()
         return torch.tensor(groups([self.task.items[i] for i in order]))
 
+    @property
+    def n_groups(self) -> int:
+        """Number of `groups`."""
+        return int(self.groups.max()) + 1
+
     @cached_property
     def features(self) -> Int[Tensor, " A"]:
         """Ids of the features that are active on any prompt, or paired prompt, at any snapshot."""
