@@ -5,10 +5,12 @@
    where it is not defined. `resample` gives the units of each draw, `resample_counts` how often each unit is in it:
    sums over units are then a product of matrices. Both draw from numpy's generator of the given seed.
 2. *Jackknife*: the standard error of a statistic from its values without each unit in turn.
-3. *q-values* (Benjamini and Hochberg 1995), over all p-values that are known.
-4. *Rank correlation* (Spearman's), with mean ranks for equal values; over several rows at once, or in draws of a
+3. *p-values* of a sum against 0, by flipping signs (Bentkus and Dzindzalieta 2015).
+4. *q-values* (Benjamini and Hochberg 1995), over all p-values that are known, or over families of them (Benjamini and
+   Bogomolov 2014).
+5. *Rank correlation* (Spearman's), with mean ranks for equal values; over several rows at once, or in draws of a
    bootstrap that are given by how often they have each value.
-5. *Wilson's interval* of a share.
+6. *Wilson's interval* of a share.
 
 Symbols: R draws, n units or values.
 """
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import false_discovery_control, norm, rankdata
+from scipy.stats import false_discovery_control, norm, rankdata, t
 
 _PARTS = 20  # parts that draws are computed in: a vectorised statistic holds all of their units
 
@@ -91,12 +93,56 @@ def jackknife_error(without: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, ..
     return np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
 
 
+def sign_flip_p(total: Float[np.ndarray, ...], squares: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    """Two-sided p-value of a sum against 0, if every term could as well have the opposite sign.
+
+    r = |sum x| / sqrt(sum x^2) has P(r >= t) <= 2 c P(Z >= t) with c = 1 / (4 P(Z >= sqrt(2))) = 3.18 and Z standard
+    normal, for any number of terms and any sizes (Bentkus and Dzindzalieta 2015, Bernoulli 21, 1205).
+
+    Args:
+        total: sum of the terms.
+        squares: sum of their squares; where it is 0 the p-value is 1.
+    """
+    r = np.abs(total) / np.sqrt(np.where(squares > 0, squares, 1))
+    return np.minimum(2 * norm.sf(r) / (4 * norm.sf(2**0.5)), 1.0)
+
+
+def t_quantile(share: float, units: int) -> float:
+    """Quantile of Student's t for a mean over units: `units` - 1 degrees of freedom; NaN with a single one."""
+    return float(t.ppf(share, units - 1)) if units > 1 else float("nan")
+
+
 def q_values(p: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
     """q-values of Benjamini and Hochberg; missing p-values stay missing and do not count."""
     q, known = np.full(np.shape(p), np.nan), np.isfinite(p)
     if known.any():
         q[known] = false_discovery_control(p[known])
     return q
+
+
+def family_q_values(p: Float[np.ndarray, "F n"]) -> Float[np.ndarray, "F n"]:
+    """q-values of the p-values in families, a row each; missing p-values stay missing and do not count.
+
+    A q-value is the smallest level alpha at which this procedure of Benjamini and Bogomolov (2014, JRSS B 76, 297)
+    selects the p-value: of m families select R by Benjamini and Hochberg at alpha, on each family's least q-value (its
+    p-value by Simes); in each of these select by Benjamini and Hochberg at alpha R / m. Then alpha bounds the expected
+    share of the selected families without any effect, and the expected share of false effects, mean over selected
+    families. Benjamini and Hochberg over all p-values at once bound neither: where some families have many effects,
+    single false ones in many others are few among all.
+    """
+    within = np.stack([q_values(row) for row in p]) if len(p) else np.array(p, dtype=float)
+    known = np.isfinite(within)
+    least = np.sort(np.where(known, within, np.inf).min(1, initial=np.inf))
+    least = least[np.isfinite(least)]
+    m = len(least)
+    if not m:
+        return within
+    # with the r families of the least p-values selected, alpha must be at least m / r times the largest of them, and
+    # m / r times the q-value within the family
+    later = np.append(np.minimum.accumulate((m * least / np.arange(1, m + 1))[::-1])[::-1], np.inf)
+    r = np.searchsorted(least, within[known], side="right")
+    within[known] = np.minimum(np.minimum(m * within[known] / np.maximum(r, 1), later[r]), 1.0)
+    return within
 
 
 def correlation(x: Any, y: Any, counts: Any = None) -> Any:

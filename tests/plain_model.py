@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from crosslens import crosscoders
+from crosslens.causal.attribution import Attribution
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.snapshots.collection import Snapshots
+from crosslens.stats import sign_flip_p
 
 F = 24
 ITEMS = [
@@ -138,3 +141,11 @@ def baselines(kind: str, runs: list[Slow], paired: list[Slow], s: int) -> list[t
         f0 = torch.cat([torch.zeros_like(f0[:1]), f0[1:]])
         out.append((f0, other.error(s) if kind == "patch" else torch.zeros_like(run.error(s))))
     return out
+
+
+def as_if_of(found: Attribution, G: int) -> Attribution:
+    """The same effects with a quarter of the errors, as if they were of G groups of one prompt each."""
+    error = found.standard_errors / 4
+    mean = found.effects.double()
+    p = torch.from_numpy(sign_flip_p(mean.numpy(), (mean**2 / G + (G - 1) / G * error.double() ** 2).numpy()))
+    return dataclasses.replace(found, n_prompts=G, n_groups=G, standard_errors=error, p=p)

@@ -99,3 +99,53 @@ def test_the_correlation_of_two_vectors_is_a_float() -> None:
     for x, y in (([1, 2, 3], [1, 3, 2]), ([1, 1, 1], [1, 2, 3])):
         assert isinstance(stats.correlation(x, y), float) and isinstance(stats.rank_correlation(x, y), float)
     assert stats.rank_correlation([[1, 2, 3]], [[1, 3, 2]]).shape == (1,)
+
+
+def slow_bh(p: list[float], alpha: float) -> list[bool]:
+    """Benjamini and Hochberg in steps: all p-values up to the largest that is below its rank's level."""
+    ordered = sorted(p)
+    passing = [value for rank, value in enumerate(ordered, 1) if value <= alpha * rank / len(p)]
+    return [bool(passing) and value <= passing[-1] for value in p]
+
+
+@pytest.mark.parametrize(("F", "S", "seed"), [(1, 1, 0), (6, 3, 1), (40, 9, 2), (15, 32, 3)])
+def test_family_q_values_against_the_procedure_at_every_level(F: int, S: int, seed: int) -> None:
+    """Families by Simes, then within each; a missing p-value does not count, nor does a family without any."""
+    rng = np.random.default_rng(seed)
+    p = rng.random((F, S)) ** rng.choice([1, 6], (F, S))
+    p[rng.random((F, S)) < 0.2] = np.nan
+    q = stats.family_q_values(p)
+    np.testing.assert_array_equal(np.isnan(q), np.isnan(p))
+    families = [[value for value in row if value == value] for row in p.tolist()]
+    known = [row for row in families if row]
+    for alpha in (0.001, 0.01, 0.05, 0.2, 0.5):
+        simes = [min(sorted(row)[k] * len(row) / (k + 1) for k in range(len(row))) for row in known]
+        kept = slow_bh(simes, alpha)
+        level = alpha * sum(kept) / max(1, len(known))
+        expected = [slow_bh(row, level) if keep else [False] * len(row) for row, keep in zip(known, kept, strict=True)]
+        assert (q[np.isfinite(q)] <= alpha).tolist() == [each for row in expected for each in row]
+    np.testing.assert_allclose(stats.family_q_values(p[:, :1]), stats.q_values(p[:, :1]))  # families of one
+
+
+def test_families_without_effects_are_rarely_selected() -> None:
+    """Beside families full of effects, Benjamini and Hochberg over all p-values selects many without any."""
+    rng = np.random.default_rng(0)
+    p = rng.random((400, 32))
+    p[:200] *= 1e-6
+    assert (stats.family_q_values(p)[200:] <= 0.05).any(1).mean() <= 0.05
+    assert (stats.q_values(p)[200:] <= 0.05).any(1).mean() > 0.3
+    assert (stats.family_q_values(p)[:200] <= 0.05).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sign_flip_p_bounds_all_flips(seed: int) -> None:
+    x = np.random.default_rng(seed).exponential(1, 10) - 0.3
+    signs = 1 - 2 * ((np.arange(2**10)[:, None] >> np.arange(10)) & 1)
+    exact = (np.abs(signs @ x) >= abs(x.sum()) - 1e-9).mean()
+    assert exact <= stats.sign_flip_p(x.sum(), (x**2).sum()) <= 1
+    assert stats.sign_flip_p(np.zeros(1), np.zeros(1)).tolist() == [1]
+
+
+def test_t_quantiles() -> None:
+    assert stats.t_quantile(0.975, 5) == pytest.approx(2.77645, abs=1e-4)
+    assert stats.t_quantile(0.975, 10**6) == pytest.approx(1.96, abs=1e-3) and np.isnan(stats.t_quantile(0.975, 1))

@@ -8,9 +8,11 @@ paired prompt) and gates frozen from the clean run, editing moves the activation
 
 1. `set_metrics` runs every (set, prompt) in which anything changes as one edited copy of the prompt. The copies go
    through the model above the hook in full batches, and nothing below it is run again.
-2. `draw_sets` gives, for every size k, the top features by effect and two controls, both from outside the top set.
+2. `draw_sets` gives, for every size k, the top features by effect and three controls, all from outside the top set.
    `random` draws active features. `size_matched` draws, for every feature of the top set, one of about the same size,
    where size is the mean activation times the decoder norm on the prompts that the sets are ablated on.
+   `change_matched` draws as many active features as change the activation at the hook as much as the top set does,
+   ||Delta|| (`set_changes`): features that differ between a prompt and its pair move it more than others of their size.
 3. `ablate` does both at every snapshot: curves over k as in Ge et al. (arXiv 2509.17196), alongside the controls.
 4. `faithfulness` puts a curve between nothing edited and everything edited.
 
@@ -35,7 +37,14 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from tqdm.auto import tqdm
 
-from crosslens.causal.attribution import BATCH_TOKENS, Attribution, feature_sizes, metrics, resolve_baseline
+from crosslens.causal.attribution import (
+    BATCH_TOKENS,
+    Attribution,
+    clustered_error,
+    feature_sizes,
+    metrics,
+    resolve_baseline,
+)
 from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
@@ -43,8 +52,9 @@ from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import interval
 
-CONTROLS = ("random", "size_matched")
+CONTROLS = ("random", "size_matched", "change_matched")
 NEIGHBOURS = 10  # a size-matched feature is drawn from this many of the nearest in size
+GROWTH = 1.15  # of the sizes that are tried for a change-matched set
 _ENTRIES = 1 << 22  # (set, pair) entries looked at together
 
 
@@ -53,7 +63,7 @@ class Controls:
     """Feature sets that the top features are compared with.
 
     Attributes:
-        kinds: any of "random" and "size_matched".
+        kinds: any of "random", "size_matched" and "change_matched".
         n_draws: sets drawn per control, snapshot and k; the first of many draws are those of few.
         level: share of the draws inside the band.
         seed: seed for the draws.
@@ -90,7 +100,7 @@ def ablate(
     controls: Controls | Sequence[str] = Controls(),
     at: Sequence[int] | None = None,
 ) -> pd.DataFrame:
-    """Ablate, or keep only, the top features of each snapshot by effect, beside random and size-matched ones.
+    """Ablate, or keep only, the top features of each snapshot by effect, beside random and matched ones.
 
     Use other prompts than `ie` was measured on: features selected and ablated on the same prompts look better than
     they are. Ablation ranks by signed effect. Keeping ranks by magnitude, because features that oppose the answer are
@@ -113,9 +123,10 @@ def ablate(
         error; clean (metric of the model), reconstruction_only (nothing edited, no error node), all_edited (every
         feature edited, error node as in the row), n_active (features active on the prompts); features ("top" or the
         control), k, n_features (in the set: k unless fewer are allowed), size (mean activation times decoder norm,
-        summed over the set, mean over draws), metric (mean over prompts and draws), metric_se (standard error over
-        prompts), change_se (standard error over prompts of metric - clean, taken prompt by prompt), metric_sd (standard
-        deviation over draws), metric_low and metric_high (the band), n_draws.
+        summed over the set, mean over draws), moved (change of the activation at the hook, see `set_changes`; mean over
+        draws), metric (mean over prompts and draws), metric_se (standard error over groups of prompts), change_se (the
+        same of metric - clean, taken prompt by prompt), metric_sd (standard deviation over draws), metric_low and
+        metric_high (the band), n_draws, n_prompts, n_groups (of prompts).
 
     Raises:
         UserError: an unknown option, effects of another crosscoder, no such snapshot, k larger than the active
@@ -134,7 +145,7 @@ def ablate(
     error = (not keep) if error is None else error
     by = "magnitude" if keep else "signed"
     # draw all sets before ablating any, so that a set that cannot be drawn is refused at once
-    drawn = [draw_sets(runs, ie, s, k, by=by, controls=controls) for s in where]
+    drawn = [draw_sets(runs, ie, s, k, by=by, controls=controls, baseline=baseline) for s in where]
     rows: list[dict[str, Any]] = []
     progress = tqdm(where, desc=f"{'Keeping' if keep else 'Ablating'} {runs.task.name}", unit="snapshot", leave=False)
     for s, kinds in zip(progress, drawn, strict=True):
@@ -158,9 +169,10 @@ def ablate(
                     "k": kind.k,
                     "n_features": len(kind.sets[0]),
                     "size": kind.size,
+                    "moved": kind.moved,
                     "metric": float(over_draws.mean()),
-                    "metric_se": standard_error(per_set.mean(0)),
-                    "change_se": standard_error(per_set.mean(0) - clean),
+                    "metric_se": standard_error(per_set.mean(0), runs.groups),
+                    "change_se": standard_error(per_set.mean(0) - clean, runs.groups),
                     "metric_sd": float(over_draws.std(correction=1)) if many else math.nan,
                     "metric_low": float(low),
                     "metric_high": float(high),
@@ -227,15 +239,18 @@ def set_metrics(
                 f"position {position} is not in [{-shortest}, {shortest - 1}]: the shortest prompt of "
                 f"{runs.task.name!r} has {shortest} tokens"
             )
-    F = runs.crosscoder.cfg.d_sae
-    column = torch.full((F,), -1).index_copy_(0, runs.features, torch.arange(len(runs.features)))
-    columns: list[Tensor] = []
-    for ids in sets:
-        places = column[check_features(ids, F)] if len(ids) else column[:0]
-        columns.append(places[places >= 0])  # a feature that is active nowhere changes nothing
+    columns = _columns(runs, sets)
     mean = runs.mean(s).to(runs.crosscoder.device) if baseline == "mean" else None
     edit = _Edit(keep, baseline, error, mean, positions)
     return torch.cat([_batch_metrics(part, columns, edit) for part in runs.at(s)], -1)
+
+
+def _columns(runs: PromptRuns, sets: Sequence[Tensor] | Tensor) -> list[Int[Tensor, " _"]]:
+    """The columns of `runs.features` of every set; a feature that is active nowhere changes nothing."""
+    F = runs.crosscoder.cfg.d_sae
+    column = torch.full((F,), -1).index_copy_(0, runs.features, torch.arange(len(runs.features)))
+    found = [column[check_features(ids, F)] if len(ids) else column[:0] for ids in sets]
+    return [places[places >= 0] for places in found]
 
 
 class _Edit(NamedTuple):
@@ -269,17 +284,25 @@ def _batch_metrics(part: BatchAt, sets: Sequence[Int[Tensor, " _"]], edit: _Edit
     # versions in which nothing changes keep the metric of the base
     out = metrics(part, base).double().cpu().expand(len(sets), B).clone()
     for pairs in edit.changes(part):
-        per_chunk = max(1, _ENTRIES // max(1, len(pairs.tokens)))
-        for first in range(0, len(sets), per_chunk):
-            chunk = sets[first : first + per_chunk]
-            member = torch.zeros(len(chunk), len(part.directions), dtype=torch.bool)
-            for row, columns in zip(member, chunk, strict=True):
-                row[columns] = True
-            for version, moved in _moved(part, pairs, member.to(pairs.tokens.device)):
+        for first, member in _chunks(part, pairs, sets):
+            for version, moved in _moved(part, pairs, member):
                 rows = version % B
                 found = part.metric(base[rows] + moved if edit.keep else base[rows] - moved, rows)
                 out[first + (version // B).cpu(), rows.cpu()] = found.double().cpu()
     return out
+
+
+def _chunks(
+    part: BatchAt, pairs: Pairs, sets: Sequence[Int[Tensor, " _"]]
+) -> Iterator[tuple[int, Bool[Tensor, "c A"]]]:
+    """Some sets at a time: the number of the first, and which columns are in each."""
+    per_chunk = max(1, _ENTRIES // max(1, len(pairs.tokens)))
+    for first in range(0, len(sets), per_chunk):
+        chunk = sets[first : first + per_chunk]
+        member = torch.zeros(len(chunk), len(part.directions), dtype=torch.bool)
+        for row, columns in zip(member, chunk, strict=True):
+            row[columns] = True
+        yield first, member.to(pairs.tokens.device)
 
 
 def _moved(
@@ -311,12 +334,14 @@ class FeatureSets(NamedTuple):
         k: requested number of features.
         sets: feature ids.
         size: mean activation times decoder norm, summed over a set; mean over the sets.
+        moved: change of the activation at the hook, see `set_changes`; mean over the sets.
     """
 
     kind: str
     k: int
     sets: list[Int[Tensor, " k"]]
     size: float
+    moved: float
 
 
 def draw_sets(
@@ -327,6 +352,7 @@ def draw_sets(
     *,
     by: str = "signed",
     controls: Controls = Controls(),
+    baseline: str | None = None,
 ) -> list[FeatureSets]:
     """For every k, the top features of a snapshot and the draws of each control.
 
@@ -337,16 +363,18 @@ def draw_sets(
         ks: sizes of the sets; 0 gives the empty set alone, without controls.
         by: as in `Attribution.top`.
         controls: what to draw.
+        baseline: what edited features become, as in `ablate`.
 
     Raises:
         UserError: too few active features, unless fewer are allowed.
     """
+    baseline = resolve_baseline(baseline, runs, ie)
     sizes = feature_sizes(runs, snapshot)
     active = runs.active[:, snapshot].nonzero().flatten()
     found: list[FeatureSets] = []
     for k in ks:
         if not k:
-            found.append(FeatureSets("top", 0, [active[:0]], 0.0))
+            found.append(FeatureSets("top", 0, [active[:0]], 0.0, 0.0))
             continue
         top = ie.top(min(k, int(ie.active[:, snapshot].sum())) if controls.allow_fewer else k, snapshot, by=by)
         kinds: dict[str, list[Tensor]] = {"top": [top]}
@@ -359,15 +387,63 @@ def draw_sets(
                     "Controls(allow_fewer=True)"
                 )
             rng = np.random.default_rng((controls.seed, snapshot, k, CONTROLS.index(name)))
-            if name == "random":
-                orders = [rng.permutation(len(pool)) for _ in range(controls.n_draws)]
-                kinds[name] = [pool[torch.from_numpy(order[: len(top)])] for order in orders]
+            if name in ("random", "change_matched"):
+                drawn = max(controls.n_draws, NEIGHBOURS)  # so that few draws are the first of many
+                orders = [pool[torch.from_numpy(rng.permutation(len(pool)))] for _ in range(drawn)]
+                n = len(top) if name == "random" else _matching(runs, snapshot, top, orders[:NEIGHBOURS], baseline)
+                kinds[name] = [order[:n] for order in orders[: controls.n_draws]]
             else:
                 kinds[name] = list(size_matched(top, pool, sizes, controls.n_draws, rng))
         for name, sets in kinds.items():
             size = float(torch.stack([sizes[ids].sum() for ids in sets]).mean())
-            found.append(FeatureSets(name, k, sets, size))
+            moved = float(set_changes(runs, snapshot, sets, baseline).mean())
+            found.append(FeatureSets(name, k, sets, size, moved))
     return found
+
+
+def _matching(
+    runs: PromptRuns, snapshot: int, top: Int[Tensor, " k"], orders: Sequence[Int[Tensor, " m"]], baseline: str
+) -> int:
+    """How many features, in these orders, change the activation most nearly as much as the top ones do."""
+    sizes, m = [0], len(orders[0])
+    while sizes[-1] < m:
+        sizes.append(min(m, max(sizes[-1] + 1, round(sizes[-1] * GROWTH))))
+    moved = set_changes(runs, snapshot, [top, *(order[:n] for n in sizes for order in orders)], baseline)
+    distance = (moved[1:].view(len(sizes), -1).mean(1) - moved[0]).abs()
+    return sizes[int(distance.argmin())]
+
+
+@on_runs
+@torch.no_grad()
+def set_changes(
+    runs: PromptRuns, snapshot: int, sets: Sequence[Int[Tensor, " _"]], baseline: str | None = None
+) -> Float[Tensor, " n"]:
+    """How much setting each feature set to the baseline changes the activation at the hook, in raw units.
+
+    The norm of the change, sum_i (f_is - f0_is) W_dec[i, s] / c_s, over all positions of a prompt together; mean over
+    prompts. The model does not run.
+
+    Args:
+        runs: clean runs of a task; or crosscoder, snapshots and task in its place.
+        snapshot: index of the snapshot.
+        sets: n sets of feature ids; they may be empty, and of different sizes.
+        baseline: as in `set_metrics`.
+
+    Raises:
+        UserError: as in `set_metrics`.
+    """
+    s = find_snapshot(runs.snapshots.labels, snapshot)
+    baseline = resolve_baseline(baseline, runs)
+    columns = _columns(runs, sets)
+    mean = runs.mean(s).to(runs.crosscoder.device) if baseline == "mean" else None
+    total = torch.zeros(len(sets), dtype=torch.float64)
+    for part in runs.at(s):
+        for pairs in part.changes(baseline, mean):
+            for first, chunk in _chunks(part, pairs, columns):
+                for version, moved in _moved(part, pairs, chunk):
+                    norms = moved.flatten(1).norm(dim=1).double().cpu()
+                    total.index_add_(0, first + (version // len(part)).cpu(), norms)
+    return total / len(runs)
 
 
 def size_matched(
@@ -411,12 +487,15 @@ def reference_metrics(runs: PromptRuns, snapshot: int, *, keep: bool, baseline: 
         "reconstruction_only": float(set_metrics(runs, snapshot, [nothing], error=False).mean()),
         "all_edited": float(set_metrics(runs, snapshot, [runs.features], baseline=baseline, error=error).mean()),
         "n_active": int(active_features(runs, snapshot, baseline).sum()),
+        "n_prompts": len(runs),
+        "n_groups": runs.n_groups,
     }
 
 
-def standard_error(values: Float[Tensor, " P"]) -> float:
-    """Standard error of the mean over prompts; NaN with a single one."""
-    return float(values.std(correction=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def standard_error(values: Float[Tensor, " P"], groups: Int[Tensor, " P"]) -> float:
+    """Standard error of the mean over prompts, by their groups; NaN with a single group."""
+    sizes = groups.bincount().double()
+    return float(clustered_error(torch.zeros_like(sizes).index_add_(0, groups, values.double()), sizes))
 
 
 def check_k(k: int, ie: Attribution, snapshot: int) -> None:

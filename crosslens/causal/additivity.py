@@ -12,7 +12,7 @@ All are exact, with the error node kept, and averaged over prompts before they a
     deviation      sum over pairs |joint - sum| / sum over pairs |sum|: 0 if effects add up
 
 A correlation of joint effects and sums says little: it is near 1 as soon as some features have much larger effects than
-others. Intervals are percentiles of bootstrap replicates that resample prompts and pairs, both with replacement; pairs
+others. Intervals are percentiles of bootstrap replicates that resample groups of prompts and pairs, with replacement; pairs
 that share a feature are treated as independent. Both measures are new here.
 
 Symbols: P prompts, n features, m pairs, R replicates.
@@ -48,7 +48,7 @@ class Additivity:
     Attributes:
         pairs: a row per snapshot and pair, effects in logits: snapshot, label, step, feature_a, feature_b, effect_a,
             effect_b, sum (of both), joint, deviation (joint - sum), interacting.
-        summary: a row per snapshot: snapshot, label, step, baseline, k (features that were paired), n_pairs, n_prompts;
+        summary: a row per snapshot: snapshot, label, step, baseline, k (features that were paired), n_pairs, n_prompts, n_groups;
             interacting and deviation (no unit), each with its bootstrap interval, _low and _high. The deviation is
             NaN if no feature has an effect.
     """
@@ -126,7 +126,10 @@ def pair_additivity(
             "deviation": relative_deviation(total[None], joint[None]),
         }
         row = {**place, "baseline": baseline, "k": k, "n_pairs": len(pairs), "n_prompts": len(runs)}
-        for (name, estimate), drawn in zip(found.items(), _replicates(effects, pairs, rng), strict=True):
+        row["n_groups"] = runs.n_groups
+        for (name, estimate), drawn in zip(
+            found.items(), _replicates(effects, pairs, runs.groups.numpy(), rng), strict=True
+        ):
             low, high = interval(drawn, level)
             row |= {name: float(estimate[0]), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
@@ -145,12 +148,15 @@ def relative_deviation(total: Float[np.ndarray, "R m"], joint: Float[np.ndarray,
 
 
 def _replicates(
-    effects: Float[np.ndarray, "n_and_m P"], pairs: Int[np.ndarray, "m 2"], rng: np.random.Generator
+    effects: Float[np.ndarray, "n_and_m P"],
+    pairs: Int[np.ndarray, "m 2"],
+    groups: Int[np.ndarray, " P"],
+    rng: np.random.Generator,
 ) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
-    """Share of interacting pairs, and deviation, on prompts and pairs resampled with replacement."""
-    P, m = effects.shape[1], len(pairs)
-    weights = resample_counts(P, REPLICATES, rng) / P
-    means = weights @ effects.T
+    """Share of interacting pairs, and deviation, on groups of prompts and pairs resampled with replacement."""
+    m = len(pairs)
+    weights = resample_counts(int(groups.max()) + 1, REPLICATES, rng)[:, groups]
+    means = weights @ effects.T / weights.sum(1, keepdims=True)
     single, joint = means[:, :-m], means[:, -m:]
     drawn = resample(m, REPLICATES, rng)
     both = np.take_along_axis(single[:, pairs], drawn[..., None], 1)

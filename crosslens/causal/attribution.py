@@ -37,13 +37,14 @@ m = logit(correct) - logit(wrong) at the last position, so a positive effect sup
 the hook is run again, and effects are computed on (token, feature) pairs, never on dense features. Effects by position
 are new here.
 
-Symbols: N prompts, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, O
+Symbols: N prompts in G groups, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, O
 positions counted from the end of the prompt, R bootstrap replicates.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,7 +68,7 @@ from crosslens.causal.relative import (
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.snapshots.lookup import find_snapshot
-from crosslens.stats import rank_correlation, resample_counts
+from crosslens.stats import rank_correlation, resample_counts, sign_flip_p
 from crosslens.tasks.items import Item
 from crosslens.tasks.prompts import logit_difference
 
@@ -78,6 +79,7 @@ ERRORS = ("joint", "frozen")
 ENDS = ("clean", "baseline")
 END, END_NODES = 0.1, 2  # of the path, near the clean run or the baseline
 BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
+MIN_GROUPS = 20  # of prompts; with fewer `attribute` warns
 PROMPTS = 16  # that `positions=True` keeps word by word, evenly spaced among all
 _ESTIMATOR = ("method", "rule", "n_nodes", "baseline", "error", "threshold")  # columns of `snapshot_frame`
 
@@ -197,7 +199,7 @@ def attribute(
         features: for "exact", ids of the features to ablate; effects of the others are 0, and completeness is NaN.
         n_exact: at every snapshot, ablate this many features with the largest |IE| one by one, for
             `Attribution.agreement`; 0 ablates none.
-        n_bootstrap: replicates over prompts, for intervals; 0 keeps none.
+        n_bootstrap: replicates over groups of prompts, for the intervals of RelIE; 0 keeps none.
         seed: seed for the replicates.
 
     Raises:
@@ -215,7 +217,8 @@ def attribute(
         raise UserError(f"n_exact={n_exact} must be 0, or at least 3 for a correlation; 100 is usual")
     if n_bootstrap < 0:
         raise UserError(f"n_bootstrap={n_bootstrap} must be at least 0; 200 is usual")
-    draws = _draws(len(runs), n_bootstrap, seed)
+    warn_of_few_groups(runs.task.name, runs.n_groups, len(runs))
+    draws = _draws(runs.n_groups, n_bootstrap, seed)
     snapshots, task = runs.snapshots, runs.task
     progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
     columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected, n_exact) for s in progress]
@@ -225,9 +228,11 @@ def attribute(
     active = runs.active | runs.active_paired if estimator.baseline == "patch" else runs.active
     if selected is not None:
         active = active & torch.zeros(len(active), 1, dtype=torch.bool).index_fill_(0, selected, True)
-    for name in ("effects", "standard_errors"):
+    for name, elsewhere in (("effects", 0.0), ("standard_errors", 0.0), ("p", 1.0)):
         of_active = stacked[name]
-        stacked[name] = torch.zeros(active.shape, dtype=of_active.dtype).index_copy_(0, runs.features, of_active)
+        stacked[name] = torch.full(active.shape, elsewhere, dtype=of_active.dtype).index_copy_(
+            0, runs.features, of_active
+        )
     kept = {name: stacked.pop(f"bootstrap_{name}") for name in ("effects", "metric")}
     placed = {field: stacked.pop(f"position_{field}") for field in ("effects", "sizes", "error_effects", "error_sizes")}
     return Attribution(
@@ -238,6 +243,7 @@ def attribute(
         active=active,
         sizes=torch.stack([feature_sizes(runs, s) for s in range(len(snapshots))], -1),
         n_prompts=len(runs),
+        n_groups=runs.n_groups,
         bootstrap=Bootstrap(runs.features, **kept) if n_bootstrap else None,
         positions=Positions(snapshots.labels, runs.features, **placed) if positions else None,
         prompts=_words_of_prompts(runs, words) if positions else None,
@@ -261,7 +267,8 @@ class Attribution:
         steps: S training steps, None where not recorded.
         estimator: how effects were estimated.
         effects: (F, S) mean IE over prompts, in logits.
-        standard_errors: (F, S) of these means; NaN with a single prompt.
+        standard_errors: (F, S) of these means, over groups of prompts; NaN with a single group.
+        p: (F, S) p-value of each effect against 0, see `stats.sign_flip_p`; not adjusted.
         error_effect: (S,) effect of the error node, in logits.
         metric_clean: (S,) mean metric of the clean models.
         metric_baseline: (S,) mean metric at the baseline.
@@ -271,7 +278,8 @@ class Attribution:
         active: (F, S) whether the feature is active on any prompt (for "patch", or on any paired prompt).
         sizes: (F, S) mean activation times decoder norm on the prompts.
         n_prompts: prompts averaged over.
-        bootstrap: replicates over prompts, if requested.
+        n_groups: groups of prompts, the units of standard errors, p-values and replicates.
+        bootstrap: replicates over groups of prompts, if requested.
         positions: effects by position, if requested.
         prompts: with them, the effects in some prompts: columns prompt, snapshot, position (from the start of the
             prompt), token, feature (-1 where none has an effect), effect; see `prompt`.
@@ -284,6 +292,7 @@ class Attribution:
     estimator: Estimator
     effects: Float[Tensor, "F S"]
     standard_errors: Float[Tensor, "F S"]
+    p: Float[Tensor, "F S"]
     error_effect: Float[Tensor, " S"]
     metric_clean: Float[Tensor, " S"]
     metric_baseline: Float[Tensor, " S"]
@@ -292,6 +301,7 @@ class Attribution:
     active: Bool[Tensor, "F S"]
     sizes: Float[Tensor, "F S"]
     n_prompts: int
+    n_groups: int
     bootstrap: Bootstrap | None = None
     positions: Positions | None = None
     prompts: pd.DataFrame | None = None
@@ -400,10 +410,10 @@ class Attribution:
             encoder_share: as from `evolution.encoder_share`.
 
         Returns:
-            feature, snapshot, label, step, ie and ie_se (standard error), both in logits, q (adjusted p-value),
-            significant, share_relie, relie, reldec, active, size (mean activation times decoder norm); with bootstrap
-            replicates also the 95 % intervals ie_low and ie_high, share_relie_low, share_relie_high, relie_low and
-            relie_high (signed, see `relie_interval`); with encoder shares encoder_share, read_later (the sum over later
+            feature, snapshot, label, step, ie and ie_se (standard error over groups of prompts) and their 95 % interval
+            ie_low and ie_high, all in logits, p, q (adjusted p-value), significant, share_relie, relie, reldec, active,
+            size (mean activation times decoder norm); with bootstrap replicates also the 95 % intervals
+            share_relie_low, share_relie_high, relie_low and relie_high (signed, see `relie_interval`); with encoder shares encoder_share, read_later (the sum over later
             snapshots) and mostly_later (whether that is above .5).
         """
         features = self.active.any(-1).nonzero().flatten()
@@ -411,6 +421,7 @@ class Attribution:
         columns: dict[str, Tensor] = {
             "ie": self.effects,
             "ie_se": self.standard_errors,
+            "p": self.p,
             "q": q_values(self),
             "significant": significant(self),
             "share_relie": share_relie(self),
@@ -419,8 +430,8 @@ class Attribution:
             "active": self.active,
             "size": self.sizes,
         }
+        columns["ie_low"], columns["ie_high"] = effect_interval(self)
         if self.bootstrap is not None:
-            columns["ie_low"], columns["ie_high"] = effect_interval(self)
             columns["share_relie_low"], columns["share_relie_high"] = relie_interval(self, share=True)
             columns["relie_low"], columns["relie_high"] = relie_interval(self)
         if encoder_share is not None:
@@ -442,8 +453,8 @@ class Attribution:
 
         Returns:
             snapshot, label, step; metric_clean, metric_baseline, features_effect (sum of effects) and error_effect, in
-            logits; completeness_error, agreement, n_active (features), n (prompts), method, rule, n_nodes, baseline,
-            error, threshold (in logits).
+            logits; completeness_error, agreement, n_active (features), n (prompts), n_groups (of prompts), method, rule,
+            n_nodes, baseline, error, threshold (in logits).
         """
         how = self.estimator
         return pd.DataFrame(
@@ -459,6 +470,7 @@ class Attribution:
                 "agreement": self.agreement.numpy(),
                 "n_active": self.active.sum(0).numpy(),
                 "n": self.n_prompts,
+                "n_groups": self.n_groups,
                 "method": how.method,
                 "rule": how.rule,
                 "n_nodes": how.n_nodes,
@@ -481,8 +493,8 @@ class Attribution:
         Raises:
             UserError: the table lacks a column that says how effects were estimated.
         """
-        missing = [name for name in (*_ESTIMATOR, "agreement") if name not in snapshots]
-        missing += [name for name in ("size",) if name not in frame]
+        missing = [name for name in (*_ESTIMATOR, "agreement", "n_groups") if name not in snapshots]
+        missing += [name for name in ("size", "p") if name not in frame]
         if missing:
             raise UserError(f"the table of task {task!r} lacks {', '.join(missing)}: attribute the task again")
         S = len(snapshots)
@@ -510,6 +522,7 @@ class Attribution:
             ),
             effects=column("ie"),
             standard_errors=column("ie_se"),
+            p=column("p"),
             error_effect=per_snapshot("error_effect"),
             metric_clean=per_snapshot("metric_clean"),
             metric_baseline=per_snapshot("metric_baseline"),
@@ -518,12 +531,13 @@ class Attribution:
             active=column("active"),
             sizes=column("size"),
             n_prompts=int(first["n"]),
+            n_groups=int(first["n_groups"]),
         )
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Effects on prompts resampled with replacement, the same prompts at all snapshots.
+    """Effects on groups of prompts resampled with replacement, the same groups at all snapshots.
 
     Attributes:
         features: (A,) ids.
@@ -636,7 +650,7 @@ def _attribute_snapshot(
     runs: PromptRuns,
     s: int,
     estimator: Estimator,
-    draws: Int[Tensor, "R N"],
+    draws: Int[Tensor, "R G"],
     positions: bool,
     selected: Int[Tensor, " n"] | None,
     n_exact: int,
@@ -705,15 +719,15 @@ def exact_effects(
 
 
 class _Sums:
-    """Sums over the prompts of one snapshot, in float64 on the CPU; their memory does not grow with the prompts."""
+    """Sums over the prompts of one snapshot, in float64 on the CPU; those of effects by group of prompts."""
 
-    def __init__(self, runs: PromptRuns, draws: Int[Tensor, "R N"], positions: bool) -> None:
-        A, R = len(runs.features), len(draws)
+    def __init__(self, runs: PromptRuns, draws: Int[Tensor, "R G"], positions: bool) -> None:
+        A, self.groups = len(runs.features), runs.groups
+        G = draws.shape[1]
         length = max(batch.tokens.shape[1] for batch in runs.batches) if positions else 0
-        self.positions, self.draws = positions, draws
-        self.effects, self.squares = (torch.zeros(A, dtype=torch.float64) for _ in range(2))
-        self.replicates = torch.zeros(R, A, dtype=torch.float64)
-        self.metric_replicates = torch.zeros(R, dtype=torch.float64)
+        self.positions, self.draws = positions, draws.double()
+        self.sizes = self.groups.bincount(minlength=G).double()
+        self.effects, self.metric = (torch.zeros(G, n, dtype=torch.float64) for n in (A, 1))
         self.position_effects, self.position_sizes = (torch.zeros(length, A, dtype=torch.float64) for _ in range(2))
         self.error_effects, self.error_sizes = (torch.zeros(length, dtype=torch.float64) for _ in range(2))
         # error node, clean metric, baseline metric, |residual|, |change|
@@ -723,11 +737,9 @@ class _Sums:
 
     def add_prompts(self, first: int, effects: Tensor, error: Tensor, clean: Tensor, baseline: Tensor) -> None:
         """Add effects (B, A), error node, clean and baseline metric (B,) of a batch that starts at prompt `first`."""
-        self.effects += effects.sum(0)
-        self.squares += effects.square().sum(0)
-        weights = self.draws[:, first : first + len(effects)].double()
-        self.replicates += weights @ effects
-        self.metric_replicates += weights @ clean
+        groups = self.groups[first : first + len(effects)]
+        self.effects.index_add_(0, groups, effects)
+        self.metric.index_add_(0, groups, clean[:, None])
         change = clean - baseline
         residual = effects.sum(-1) + error - change
         self.scalars += torch.stack([error, clean, baseline, residual.abs(), change.abs()]).sum(-1)
@@ -738,7 +750,7 @@ class _Sums:
         shown = torch.isin(prompts, self.shown)
         columns = prompts, pairs.tokens % length, pairs.features, values
         self.words.append(torch.stack([column[shown].double() for column in columns], 1))
-        A = len(self.effects)
+        A = self.effects.shape[1]
         place = (length - 1 - pairs.tokens % length) * A + pairs.features
         self.position_effects.view(-1).index_add_(0, place, values)
         self.position_sizes.view(-1).index_add_(0, place, values.abs())
@@ -752,22 +764,41 @@ class _Sums:
     def result(self, n: int, complete: bool) -> dict[str, Tensor]:
         """Fields of an Attribution, for one snapshot and n prompts."""
         error, clean, baseline, residual, change = (self.scalars / n).unbind()
-        spread = (self.squares - self.effects.square() / n).clamp_min(0)
+        total, drawn = self.effects.sum(0), (self.draws @ self.sizes)[:, None]
+        p = sign_flip_p(total.numpy(), self.effects.square().sum(0).numpy())
         return {
-            "effects": self.effects / n,
-            "standard_errors": (spread / (n - 1) / n).sqrt() if n > 1 else torch.full_like(spread, math.nan),
+            "effects": total / n,
+            "standard_errors": clustered_error(self.effects, self.sizes),
+            "p": torch.from_numpy(p),
             "error_effect": error,
             "metric_clean": clean,
             "metric_baseline": baseline,
             "completeness": residual / change if complete else torch.full_like(change, math.nan),
-            "bootstrap_effects": (self.replicates / n).float(),
-            "bootstrap_metric": self.metric_replicates / n,
+            "bootstrap_effects": (self.draws @ self.effects / drawn).float(),
+            "bootstrap_metric": (self.draws @ self.metric / drawn)[:, 0],
             "position_effects": self.position_effects / n,
             "position_sizes": self.position_sizes / n,
             "position_error_effects": self.error_effects / n,
             "position_error_sizes": self.error_sizes / n,
             "words": torch.cat([*self.words, torch.zeros(0, 4, dtype=torch.float64)]),
         }
+
+
+def clustered_error(sums: Float[Tensor, "G *n"], sizes: Float[Tensor, " G"]) -> Float[Tensor, "*n"]:
+    """Standard error of a mean over prompts, from its sums over groups of them; NaN with a single group.
+
+    sqrt(G / (G - 1) sum_g (X_g - n_g mean)^2) / N, for sums X_g and sizes n_g (Liang and Zeger 1986, Biometrika 73,
+    13); with one prompt per group the usual one.
+
+    Args:
+        sums: of every group.
+        sizes: number of prompts of every group.
+    """
+    G, mean = len(sums), sums.sum(0) / sizes.sum()
+    if G < 2:
+        return torch.full_like(mean, math.nan)
+    spread = (sums - sizes.view(-1, *[1] * mean.ndim) * mean).square().sum(0)
+    return (G / (G - 1) * spread).sqrt() / sizes.sum()
 
 
 def _shown(runs: PromptRuns) -> Int[Tensor, " n"]:
@@ -801,8 +832,19 @@ def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd
     return found[["prompt", "snapshot", "position", "token", "feature", "effect"]]
 
 
-def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R N"]:
-    """How often each prompt is drawn in each replicate; the same at all snapshots."""
+def warn_of_few_groups(task: str, n_groups: int, n_prompts: int) -> None:
+    """Warn where there are too few groups of prompts for what is said of effects to be general."""
+    if n_groups < MIN_GROUPS:
+        warnings.warn(
+            f"the {n_prompts} prompts of {task!r} are of {n_groups} groups, such as head nouns, fewer than {MIN_GROUPS}: "
+            "few effects can be significant, and intervals are wide; give prompts of more groups, or another column "
+            "`group` if the prompts of a group are independent",
+            stacklevel=3,
+        )
+
+
+def _draws(n: int, replicates: int, seed: int) -> Int[Tensor, "R G"]:
+    """How often each group is drawn in each replicate; the same at all snapshots."""
     return torch.from_numpy(resample_counts(n, replicates, seed).astype(np.int16))
 
 

@@ -8,24 +8,30 @@ With x_is >= 0 the size of feature i at snapshot s, a relative size is x_is / su
 
 Logits grow in training, and the effects of most features with them, so that RelIE calls most features "emerged". Share
 RelIE compares what part of its snapshot's total effect a feature has. Pairwise, x_ib / (x_ia + x_ib) is 0 for features
-that act only at snapshot a, 1 only at b. All are NaN if no effect of the feature is significant (Bayazit et al. set .5
-and call the feature shared; `min_effect=0` leaves out only features without any effect, as they do).
+that act only at snapshot a, 1 only at b.
 
-One rule says which effects count, here and in timelines (`significant`). The effect of feature i at s is a mean over N
-prompts of x_n. If it is 0 because each x_n could as well have the opposite sign, as when the answers of a task are
-shuffled, then r = |sum x_n| / sqrt(sum x_n^2) has
+Only significant effects enter: all others count as 0, also in the sums over features and snapshots. Else the noise of
+many snapshots at which a feature does nothing outweighs the one at which it acts. Without a significant effect a
+feature has no relative effects (NaN) and no class. `min_effect=0` lets every effect enter, as Bayazit et al. do, except
+that they set .5 where all are 0, and call the feature shared.
 
-    P(r >= t)  <=  2 c P(Z >= t),   c = 1 / (4 P(Z >= sqrt(2))) = 3.18,   Z standard normal,
+One rule says which effects are significant, here and in timelines. Prompts with a word in common are not independent,
+so the units are *groups* of prompts (`crosslens.tasks.groups`). The effect of feature i at s is a sum over G groups. If
+it is 0 because each group's term could as well have the opposite sign, as when answers are swapped, its p-value is that
+of `stats.sign_flip_p`, for any number of groups; a t-test is wrong for features that are active on a few prompts. These
+are corrected for the number of features, and of snapshots within a feature (`stats.family_q_values`): of the features
+that have a class, 5 % have no effect.
 
-for any number of prompts and any sizes (Bentkus and Dzindzalieta 2015, Bernoulli 21, 1205; a t-test is wrong for
-features that are active on a few prompts). These p-values are corrected for the number of features and snapshots
-(Benjamini and Hochberg 1995). Prompts count as independent.
+Intervals (`relie_interval`) do not depend on which effects happened to be significant. An effect that is not may be 0
+or small, and the data do not say which, so the interval reaches from the lower end of one estimate to the upper end of
+another: in the first, effects that are not significant enter the sum with what exceeds half of their standard error, in
+the second with 0. Each end is t standard errors from its estimate. `benchmarks/calibration.py` has the coverage.
 
 The absolute value is taken after averaging over prompts. It hides the sign: a feature can turn from harmful to helpful.
 `sign_changes` lists those, and `classify` has a signed class too. Bayazit et al. classify features at two and three
-snapshots; centres of mass, signed classes and intervals are new here.
+snapshots; significance, centres of mass, signed classes and intervals are new here.
 
-Symbols: S snapshots, F features, R bootstrap replicates, A features with an effect on any prompt.
+Symbols: S snapshots, F features, R bootstrap replicates, A features with an effect on any prompt, G groups of prompts.
 """
 
 from __future__ import annotations
@@ -38,7 +44,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import norm
 from torch import Tensor
 
 from crosslens import stats
@@ -46,7 +51,8 @@ from crosslens.errors import UserError
 from crosslens.snapshots.lookup import find_snapshot
 
 UNDEFINED = "undefined"
-FDR = 0.05  # expected part of the effects called significant that are 0
+FDR = 0.05  # expected part of the features called significant that have no effect
+EXCESS = 0.5  # standard errors by which an effect that is not significant must exceed 0 to enter an interval
 
 
 @runtime_checkable
@@ -60,7 +66,9 @@ class Effects(Protocol):
     @property
     def standard_errors(self) -> Tensor: ...
     @property
-    def n_prompts(self) -> int: ...
+    def p(self) -> Tensor: ...
+    @property
+    def n_groups(self) -> int: ...
     @property
     def active(self) -> Tensor: ...
     @property
@@ -78,29 +86,25 @@ def pairwise_shares(sizes: Float[Tensor, "F S"]) -> Float[Tensor, "F S S"]:
 
 
 def p_values(effects: Effects) -> Float[Tensor, "F S"]:
-    """Two-sided p-value of every effect against 0, by the bound above; 1 with a single prompt.
+    """Two-sided p-value of every effect against 0, by flipping the signs of groups; 1 with a single group.
 
     NaN where the feature is not active. Not corrected for the number of effects.
 
     Args:
         effects: from `attribute`.
     """
-    N = effects.n_prompts
-    mean, error = effects.effects.double().cpu(), effects.standard_errors.double().cpu()
-    # sum x^2 / N = mean^2 + (N - 1) error^2
-    squares = mean.square() + ((N - 1) * error.square() if N > 1 else 0.0)
-    r = (N**0.5 * mean.abs() / squares.sqrt()).nan_to_num(0.0)
-    bound = 2 * norm.sf(r.numpy()) / (4 * norm.sf(2**0.5))
-    return torch.from_numpy(np.minimum(bound, 1.0)).masked_fill(~effects.active.cpu(), torch.nan)
+    return effects.p.double().cpu().masked_fill(~effects.active.cpu(), torch.nan)
 
 
 def q_values(effects: Effects) -> Float[Tensor, "F S"]:
-    """`p_values` adjusted over all active features and snapshots; NaN where the feature is not active.
+    """`p_values` adjusted for all active features, and the snapshots of each (Benjamini and Bogomolov 2014).
+
+    NaN where the feature is not active.
 
     Args:
         effects: from `attribute`.
     """
-    return torch.from_numpy(stats.q_values(p_values(effects).numpy()))
+    return torch.from_numpy(stats.family_q_values(p_values(effects).numpy()))
 
 
 def significant(effects: Effects, min_effect: float | None = None, *, fdr: float = FDR) -> Bool[Tensor, "F S"]:
@@ -108,8 +112,10 @@ def significant(effects: Effects, min_effect: float | None = None, *, fdr: float
 
     Args:
         effects: from `attribute`.
-        min_effect: None applies the false discovery rate; a number, in logits, takes all |IE| above it instead.
-        fdr: expected part of the significant effects that are 0.
+        min_effect: None applies the false discovery rate; a number, in logits, takes all |IE| above it instead; 0 is
+            the papers' own.
+        fdr: expected part of the features with significant effects that have none, and of the significant effects of a
+            feature that are 0.
 
     Raises:
         UserError: fdr outside (0, 1), or a negative min_effect.
@@ -126,11 +132,12 @@ def significant(effects: Effects, min_effect: float | None = None, *, fdr: float
 def relie(
     effects: Effects, min_effect: float | None = None, *, fdr: float = FDR, snapshots: Sequence[int] | None = None
 ) -> Float[Tensor, "F s"]:
-    """Relative indirect effect `|IE_is| / sum_s' |IE_is'|`; rows sum to 1 or are NaN.
+    """Relative indirect effect `|IE_is| / sum_s' |IE_is'|` of the significant effects; rows sum to 1 or are NaN.
 
     Args:
         effects: from `attribute`.
-        min_effect: a row is NaN if none of its effects counts, as in `significant`.
+        min_effect: effects that do not count, as in `significant`, are 0; a row is NaN if none counts. 0 gives RelIE
+            as in Bayazit et al.
         fdr: as in `significant`.
         snapshots: compare only these, such as the two or three of a plot.
 
@@ -143,7 +150,9 @@ def relie(
 def share_relie(
     effects: Effects, min_effect: float | None = None, *, fdr: float = FDR, snapshots: Sequence[int] | None = None
 ) -> Float[Tensor, "F s"]:
-    """RelIE of each effect's share of its snapshot's total, `|IE_is| / sum_j |IE_js|`; rows sum to 1 or are NaN.
+    """RelIE of each effect's share of its snapshot's total, `|IE_is| / sum_j |IE_js|`, of the significant effects.
+
+    Rows sum to 1 or are NaN.
 
     Args:
         effects: from `attribute`.
@@ -160,9 +169,9 @@ def share_relie(
 def pairwise_relie(
     effects: Effects, min_effect: float | None = None, *, share: bool = False, fdr: float = FDR
 ) -> Float[Tensor, "F S S"]:
-    """`[i, a, b]`: the share of snapshot b in |IE| at a and b; NaN if neither counts.
+    """`[i, a, b]`: the share of snapshot b in |IE| at a and b, 0 or 1 if one of them counts; NaN if neither does.
 
-    This is what Bayazit et al. plot for pairs of snapshots.
+    With `min_effect=0` this is what Bayazit et al. plot for pairs of snapshots.
 
     Args:
         effects: from `attribute`.
@@ -173,9 +182,7 @@ def pairwise_relie(
     Raises:
         UserError: as in `significant`.
     """
-    matters = significant(effects, min_effect, fdr=fdr)
-    sizes = _sizes(effects.effects, share)
-    return torch.where(matters[:, None, :] | matters[:, :, None], pairwise_shares(sizes), torch.nan)
+    return pairwise_shares(_sizes(effects, share, significant(effects, min_effect, fdr=fdr)))
 
 
 def reldec(decoder_norms: Float[Tensor, "F S"]) -> Float[Tensor, "F S"]:
@@ -192,14 +199,18 @@ def relie_interval(
     fdr: float = FDR,
     snapshots: Sequence[int] | None = None,
 ) -> tuple[Float[Tensor, "F s"], Float[Tensor, "F s"]]:
-    """Percentile bootstrap interval of `relie` over prompts, (low, high); NaN where it is.
+    """Interval of `relie`, (low, high), between -1 and 1; NaN where it is.
 
-    Replicates keep the sign of each effect relative to its estimate, `sign(IE_is) IE*_is / sum_s' |IE*_is'|`, so that
-    the interval covers 0 where the sign is uncertain. An interval of the absolute value never does.
+    With y_s = |IE_s|, or the share of its snapshot's total, and w_s the weight of snapshot s in the sum, an estimate is
+    R_s = y_s / sum_s' w_s' y_s'. Its standard error is that of its linear part over bootstrap replicates y*,
+    (y*_s - R_s sum_s' w_s' y*_s') / sum_s' w_s' y_s', where effects keep their sign relative to the estimate, so that
+    the interval covers 0 where the sign is uncertain. An interval of the absolute value never does. The weights are 1
+    for significant effects, and for the others 0 in one estimate and the part of y_s that exceeds half of its standard
+    error in the other; the interval holds those of both, of t quantiles for the number of groups.
 
     Args:
         effects: from `attribute(..., n_bootstrap=200)`.
-        level: share of the replicates inside.
+        level: confidence level.
         min_effect: as in `relie`.
         share: of `share_relie` instead.
         fdr: as in `relie`.
@@ -208,27 +219,52 @@ def relie_interval(
     Raises:
         UserError: effects without replicates, or a level outside (0, 1).
     """
-    where = _indices(effects, snapshots)
-    estimate = _relative(effects, share, significant(effects, min_effect, fdr=fdr), snapshots)
-    drawn = _replicates(effects)
-    sizes = _sizes(drawn.effects, share)[..., where]
-    signs = drawn.effects[..., where].sign() * effects.effects[drawn.features][:, where].sign()
-    low, high = _quantiles(effects, (shares(sizes) * signs).nan_to_num(0.0), level)
-    low, high = (torch.where(estimate.isnan(), torch.nan, bound.to(estimate.dtype)) for bound in (low, high))
+    check_level(level)
+    if effects.bootstrap is None:
+        raise UserError("the effects have no bootstrap replicates: use attribute(..., n_bootstrap=200)")
+    where, G = _indices(effects, snapshots), effects.n_groups
+    counts = significant(effects, min_effect, fdr=fdr)
+    ids, drawn = effects.bootstrap.features, effects.bootstrap.effects.double()
+    drawn = drawn * effects.effects[ids].sign()
+    sizes = effects.effects.abs().double().cpu()
+    if share:
+        total, of_drawn = (sizes * counts).sum(0), (drawn * counts[ids]).sum(1, keepdim=True)
+        sizes, drawn = (sizes / total).masked_fill(total == 0, 0.0), (drawn / of_drawn).masked_fill(total == 0, 0.0)
+    y, drawn, counts = sizes[ids][:, where], drawn[..., where], counts[ids][:, where]
+    # the spread of means of resampled groups lacks the degree of freedom of the mean
+    scale = (G / (G - 1)) ** 0.5 if G > 1 else float("nan")
+    width = stats.t_quantile((1 + level) / 2, G) * scale
+    excess = ((y - EXCESS * scale * drawn.std(0, correction=0)) / y).clamp_min(0).nan_to_num(0.0)
+    ends: list[tuple[Tensor, Tensor]] = []
+    for others in (torch.zeros_like(y), excess):
+        weights = torch.where(counts, 1.0, others)
+        total = (weights * y).sum(-1, keepdim=True)
+        estimate = y / total
+        error = width * ((drawn - estimate * (weights * drawn).sum(-1, keepdim=True)) / total).std(0, correction=0)
+        ends.append((estimate - error, estimate + error))
+    undefined = ~counts.any(-1, keepdim=True)
+    low, high = (torch.full((len(effects.effects), len(where)), torch.nan, dtype=torch.float64) for _ in range(2))
+    low[ids] = torch.minimum(*(least for least, _ in ends)).clamp(-1, 1).masked_fill(undefined, torch.nan)
+    high[ids] = torch.maximum(*(most for _, most in ends)).clamp(-1, 1).masked_fill(undefined, torch.nan)
     return low, high
 
 
 def effect_interval(effects: Effects, level: float = 0.95) -> tuple[Float[Tensor, "F S"], Float[Tensor, "F S"]]:
-    """Percentile bootstrap interval of the signed effects over prompts, in logits; NaN for features without any.
+    """Interval of the effects, in logits: t standard errors on either side, for the number of groups.
+
+    NaN for features that are active at no snapshot, and with a single group.
 
     Args:
-        effects: from `attribute(..., n_bootstrap=200)`.
-        level: share of the replicates inside.
+        effects: from `attribute`.
+        level: confidence level.
 
     Raises:
-        UserError: effects without replicates, or a level outside (0, 1).
+        UserError: a level outside (0, 1).
     """
-    return _quantiles(effects, _replicates(effects).effects, level)
+    check_level(level)
+    width = stats.t_quantile((1 + level) / 2, effects.n_groups) * effects.standard_errors
+    width = width.masked_fill(~effects.active.any(-1, keepdim=True), torch.nan)
+    return effects.effects - width, effects.effects + width
 
 
 def sign_changes(effects: Effects, min_effect: float | None = None, *, fdr: float = FDR) -> pd.DataFrame:
@@ -399,34 +435,16 @@ def check_level(level: float) -> None:
         raise UserError(f"level={level} must be between 0 and 1; 0.95 is usual")
 
 
-def _sizes(values: Float[Tensor, "*R F S"], share: bool) -> Float[Tensor, "*R F S"]:
-    sizes = values.abs()
-    return (sizes / sizes.sum(-2, keepdim=True)).nan_to_num(0.0) if share else sizes
+def _sizes(effects: Effects, share: bool, counts: Bool[Tensor, "F S"]) -> Float[Tensor, "F S"]:
+    """|IE|, or its share of the snapshot's total, where it counts; 0 elsewhere."""
+    sizes = torch.where(counts, effects.effects.abs().cpu(), 0.0)
+    return (sizes / sizes.sum(0)).nan_to_num(0.0) if share else sizes
 
 
 def _relative(
     effects: Effects, share: bool, counts: Bool[Tensor, "F S"], snapshots: Sequence[int] | None
 ) -> Float[Tensor, "F s"]:
-    where = _indices(effects, snapshots)
-    sizes = _sizes(effects.effects, share)[:, where]
-    return torch.where(counts[:, where].any(-1, keepdim=True), shares(sizes), torch.nan)
-
-
-def _replicates(effects: Effects) -> Any:
-    if effects.bootstrap is None:
-        raise UserError("the effects have no bootstrap replicates: use attribute(..., n_bootstrap=200)")
-    return effects.bootstrap
-
-
-def _quantiles(
-    effects: Effects, drawn: Float[Tensor, "R A s"], level: float
-) -> tuple[Float[Tensor, "F s"], Float[Tensor, "F s"]]:
-    """Central interval of replicates, NaN for features without."""
-    check_level(level)
-    found = np.full((2, len(effects.effects), drawn.shape[-1]), np.nan)
-    found[:, effects.bootstrap.features.numpy()] = stats.interval(drawn.numpy(), level)
-    low, high = torch.from_numpy(found).unbind()
-    return low, high
+    return shares(_sizes(effects, share, counts)[:, _indices(effects, snapshots)])
 
 
 def _indices(effects: Effects, snapshots: Sequence[int] | None) -> list[int]:

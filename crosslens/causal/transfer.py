@@ -53,8 +53,8 @@ def transfer_matrix(
 
     Returns:
         A row per pair of snapshots: selected_at, ablated_at (indices), selected_at_label, ablated_at_label,
-        selected_at_step, ablated_at_step; mode, baseline, error, clean, reconstruction_only, all_edited, n_active as in
-        `ablate`, at the snapshot of the ablation; k, k_active (how many of the set are active there), shared (how many
+        selected_at_step, ablated_at_step; mode, baseline, error, clean, reconstruction_only, all_edited, n_active, n_prompts,
+        n_groups as in `ablate`, at the snapshot of the ablation; k, k_active (how many of the set are active there), shared (how many
         are in that snapshot's own set too); metric and metric_se (logits, over prompts); share of the whole change (see
         `faithfulness`). `table.pivot(index="selected_at", columns="ablated_at", values="share")` is the matrix.
 
@@ -91,7 +91,7 @@ def transfer_matrix(
                     "k_active": int(active[ids].sum()),
                     "shared": int(torch.isin(ids, own).sum()),
                     "metric": float(metric.mean()),
-                    "metric_se": standard_error(metric),
+                    "metric_se": standard_error(metric, runs.groups),
                 }
             )
     table = pd.DataFrame(rows).sort_values(["selected_at", "ablated_at"], ignore_index=True)

@@ -8,15 +8,18 @@ it:
     relie           |IE_is|                       share_relie     |IE_is| / sum_j |IE_js|
     reldec          norm of the decoder row       decodability    R2 of the feature, predicted from snapshot s alone
 
-against two targets: the *effect* |D_is|, and its *share* of the snapshot's total, |D_is| / sum_j |D_js|, which does not
-grow with the model's logits. Two correlations, both Spearman's:
+(effects that are not significant count as 0), and the index of the *snapshot* alone: most effects grow in training, and
+so does most else, so that any measure that grows predicts them. They are compared against two targets: the *effect* |D_is|, and its *share* of the snapshot's total, |D_is| / sum_j |D_js|, which does not
+grow with the model's logits. Three correlations, all Spearman's:
 
     within    over the snapshots of one feature, mean over features: when does this feature act?
+    partial   as within, beyond the snapshot: the correlation of what is left of the ranks of both after their linear
+              fit to the index, (r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2))
     pairs     over features, of x_b / (x_a + x_b) at consecutive snapshots a and b, mean over these pairs: which
               features grow here? This is the validation of Bayazit et al. (arXiv 2509.05291), who use x_b / x_a
 
-Intervals are percentiles of bootstrap replicates that resample features. The first correlation, decodability, shares
-and intervals are new here.
+Intervals are percentiles of bootstrap replicates that resample features. The first two correlations, decodability,
+shares and intervals are new here.
 
 Symbols: n features, S snapshots, R replicates.
 """
@@ -53,9 +56,10 @@ class Validation:
     Attributes:
         effects: a row per feature and snapshot: feature, snapshot, label, step, exact (effect on the metric when the
             feature alone is ablated, in logits), ie, relie, share_relie, reldec and, if given, decodability.
-        summary: a row per kind ("within", "pairs"), target ("effect", "share") and measure: correlation with its
-            bootstrap interval low and high, level, n_features, baseline. NaN with fewer than three features, or where
-            a measure does not vary.
+        summary: a row per kind ("within", "pairs"), target ("effect", "share") and measure, "snapshot" among them:
+            correlation with its bootstrap interval correlation_low and correlation_high; of kind "within", partial
+            (beyond the snapshot's index) with partial_low and partial_high; level, n_features, baseline. NaN with fewer
+            than three features, or where a measure does not vary.
     """
 
     effects: pd.DataFrame
@@ -101,7 +105,8 @@ def validate(
             f"decodability has shape {tuple(decodability.shape)}, not (features, snapshots) = "
             f"{tuple(ie.effects.shape)}: measure it for this crosscoder"
         )
-    candidates = significant(ie).any(-1).nonzero().flatten()
+    counts = significant(ie)
+    candidates = counts.any(-1).nonzero().flatten()
     if not len(candidates):
         raise UserError(f"no feature has a significant effect on {ie.task!r}: give more prompts, or another task")
     order = ie.effects[candidates].abs().amax(-1).argsort(descending=True, stable=True)
@@ -117,10 +122,12 @@ def validate(
         "reldec": (norms / norms.sum(-1, keepdim=True))[features],
     }
     # shares within a feature are in the order of the sizes that they are shares of
+    sizes = ie.effects.abs() * counts
     measures = {
-        "relie": ie.effects[features].abs(),
-        "share_relie": (ie.effects.abs() / ie.effects.abs().sum(0))[features].nan_to_num(0.0),
+        "relie": sizes[features],
+        "share_relie": (sizes / sizes.sum(0))[features].nan_to_num(0.0),
         "reldec": norms[features],
+        "snapshot": torch.arange(S).expand(len(features), S),
     }
     if decodability is not None:
         columns["decodability"] = decodability[features]
@@ -135,13 +142,17 @@ def validate(
             **{name: values.double().flatten().numpy() for name, values in columns.items()},
         }
     )
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for kind, correlate in (("within", within_correlation), ("pairs", pair_correlation)):
         for target, y in targets.items():
             for measure, x in measures.items():
                 estimate, low, high = _interval(correlate, x.double().numpy(), y.double().numpy(), seed, level)
-                found = {"kind": kind, "target": target, "measure": measure, "correlation": estimate}
-                rows.append({**found, "correlation_low": low, "correlation_high": high})
+                found: dict[str, Any] = {"kind": kind, "target": target, "measure": measure, "correlation": estimate}
+                found |= {"correlation_low": low, "correlation_high": high}
+                beyond = (np.nan, np.nan, np.nan)
+                if kind == "within" and measure != "snapshot":
+                    beyond = _interval(partial_correlation, x.double().numpy(), y.double().numpy(), seed, level)
+                rows.append(found | dict(zip(("partial", "partial_low", "partial_high"), beyond, strict=True)))
     summary = pd.DataFrame(rows).assign(level=level, n_features=len(features), baseline=baseline)
     return Validation(table, summary)
 
@@ -149,6 +160,15 @@ def validate(
 def within_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:
     """Spearman correlation over snapshots, mean over the features for which it is defined."""
     return _mean(rank_correlation(x, y))
+
+
+def partial_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:
+    """`within_correlation` beyond the snapshot's index; without features whose ranks are all explained by it."""
+    index = np.broadcast_to(np.arange(x.shape[-1]), x.shape)
+    xy, xz, yz = rank_correlation(x, y), rank_correlation(x, index), rank_correlation(y, index)
+    left = np.sqrt(np.clip(1 - xz**2, 0, 1) * np.clip(1 - yz**2, 0, 1))
+    known = left > 1e-6  # else both parts are rounding
+    return _mean(np.where(known, (xy - xz * yz) / np.where(known, left, 1), np.nan))
 
 
 def pair_correlation(x: Float[np.ndarray, "*R n S"], y: Float[np.ndarray, "*R n S"]) -> Float[np.ndarray, "*R"]:

@@ -44,6 +44,7 @@ from crosslens.intervention.upper import Upper, UpperRun
 from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.tasks.items import groups
 from crosslens.tasks.prompts import PromptBatch, logit_difference
 from crosslens.tasks.task import Task
 
@@ -229,6 +230,17 @@ class PromptRuns:
     def __len__(self) -> int:
         """Number of prompts."""
         return sum(len(batch.tokens) for batch in self.batches)
+
+    @cached_property
+    def groups(self) -> Int[Tensor, " N"]:
+        """Group of every prompt, from 0: prompts of a group are not independent (`crosslens.tasks.items.groups`)."""
+        order = torch.cat([batch.index for batch in self.batches]).tolist()
+        return torch.tensor(groups([self.task.items[i] for i in order]))
+
+    @property
+    def n_groups(self) -> int:
+        """Number of `groups`."""
+        return int(self.groups.max()) + 1
 
     @cached_property
     def features(self) -> Int[Tensor, " A"]:

@@ -83,7 +83,8 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
     Returns:
         Dictionaries with `prefix` (words up to the verb), `correct` and `wrong` (the two forms of a verb),
         `patch_prefix` (the prefix with the head noun, and what agrees with it, in the other number; it has as many
-        words and the same attractor), `language`, `construction` and `number` ("sg" or "pl", that of `correct`).
+        words and the same attractor), `language`, `construction`, `number` ("sg" or "pl", that
+        of `correct`) and `group` (language and head noun).
 
     Raises:
         UserError: an unknown construction or language, or more items than there are.
@@ -119,6 +120,7 @@ def pairs(construction: str, language: str, n: int, seed: int) -> list[dict[str,
                     "language": language,
                     "construction": construction,
                     "number": NUMBERS[number],
+                    "group": f"{language} {_head(construction, parts).forms[0]}",
                 }
             )
     rng.shuffle(items)
@@ -173,6 +175,11 @@ def _pair_slots(construction: str, lexicon: _Lexicon) -> list[Sequence[Any]]:
         "within_rc": [determiners, nouns, determiners, animate],
     }
     return slots[construction]
+
+
+def _head(construction: str, parts: Sequence[Any]) -> _Noun:
+    """The noun that the verb agrees with."""
+    return parts[3 if construction == "within_rc" else 1]
 
 
 def _pair_prefix(construction: str, parts: Sequence[Any], number: int, other: int, lexicon: _Lexicon) -> list[str]:

@@ -24,6 +24,8 @@ from crosslens.tasks.declaration import FORMATS
 from crosslens.tasks.items import Item, Source
 
 PLAIN = {"prefix": "prefix", "correct": "correct", "wrong": "wrong"}
+GROUP = "group"
+"""Column that says which rows are not independent."""
 MAX_BYTES = 64 * 2**20
 """Largest file of a task that is read: some 300,000 minimal pairs."""
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -137,7 +139,7 @@ def _parsed(text: str, where: str) -> Any:
 def make_item(row: Row, columns: Mapping[str, str]) -> Item:
     """Make an item from the columns of its parts; the other columns are its `info`.
 
-    The paired prefix is optional unless the columns name one.
+    The paired prefix is optional unless the columns name one. The column `group` is the item's group.
 
     Raises:
         UserError: a column is missing or is not text, or an answer is empty.
@@ -145,15 +147,17 @@ def make_item(row: Row, columns: Mapping[str, str]) -> Item:
     if row.values.get("patch_prefix"):
         columns = {"patch_prefix": "patch_prefix", **columns}
     texts = _texts(row, columns)
-    info = {key: value for key, value in row.values.items() if key not in columns.values()}
+    info = {key: value for key, value in row.values.items() if key not in (*columns.values(), GROUP)}
     try:
-        return Item(**texts, info=info)
+        return Item(**texts, info=info, group=_group(row))
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
 
 
-def make_pair(row: Row, good: str, bad: str, answers: str) -> Item:
+def make_pair(row: Row, good: str, bad: str, answers: str, by_verb: bool = False) -> Item:
     """Make an item from the columns of a correct and a wrong sentence; see `divide`.
+
+    The column `group` is the item's group; where there is none and `by_verb` is set, the words that differ.
 
     Raises:
         UserError: a column is missing, or a sentence is empty.
@@ -162,14 +166,24 @@ def make_pair(row: Row, good: str, bad: str, answers: str) -> Item:
     for key, text in texts.items():
         if not text.strip():
             raise UserError(f"{row.where}: the {key} sentence is empty; give two sentences")
-    info = {key: value for key, value in row.values.items() if key not in (good, bad)}
-    return Item(*divide(texts["good"], texts["bad"], answers), info=info)
+    info = {key: value for key, value in row.values.items() if key not in (good, bad, GROUP)}
+    group = _group(row) or (differing_words(texts["good"], texts["bad"]) if by_verb else None)
+    return Item(*divide(texts["good"], texts["bad"], answers), info=info, group=group)
 
 
-def read_pairs(name: str, rows: Sequence[Row], good: str, bad: str, answers: str) -> Source:
-    """A task from the columns of a correct and a wrong sentence; errors as in `make_pair`."""
-    items = [make_pair(row, good, bad, answers) for row in rows]
+def read_pairs(
+    name: str, rows: Sequence[Row], good: str, bad: str, answers: str, by_verb: bool = False
+) -> Source:
+    """A task from the columns of a correct and a wrong sentence; arguments and errors as in `make_pair`."""
+    items = [make_pair(row, good, bad, answers, by_verb) for row in rows]
     return Source(name, items, answers, len({(row.values[good], row.values[bad]) for row in rows}))
+
+
+def differing_words(one: str, other: str) -> str:
+    """The words that only one of two texts has, in alphabetical order: of a pair that differs in the number of its
+    head noun, that noun in both numbers.
+    """
+    return " ".join(sorted(set(one.split()) ^ set(other.split())))
 
 
 def divide(good: str, bad: str, answers: str) -> tuple[str, str, str]:
@@ -215,6 +229,12 @@ def existing(path: Path, wanted: str, present: Iterable[str]) -> Path:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give an existing file{did_you_mean(wanted, present)}")
     return path
+
+
+def _group(row: Row) -> str | None:
+    """The column `group` of a row as text; None where it is missing or empty."""
+    value = row.values.get(GROUP)
+    return None if value is None or value != value or value == "" else str(value)
 
 
 def _texts(row: Row, columns: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ class Item:
     """The paired prefix, after which `wrong` is the correct answer; None if the source has none."""
     info: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """Other columns of the source, such as case or language."""
+    group: str | None = field(default=None, repr=False, compare=False)
+    """What items that are not independent have in common, such as the head noun; None if it is not known."""
 
     def __post_init__(self) -> None:
         for name in ("correct", "wrong"):
@@ -39,6 +41,19 @@ class Item:
                 raise UserError(
                     f"the {name} answer after {shortened(repr(self.prefix))} is empty: give at least one word"
                 )
+
+
+def groups(items: Sequence[Item]) -> list[int]:
+    """The group of every item, numbered from 0: the units of standard errors, intervals and p-values.
+
+    Items of one `Item.group` are a group; where it is not known, items of one prefix and paired prefix, either way
+    round.
+    """
+    keys: list[Hashable] = [
+        frozenset((item.prefix, item.patch_prefix)) if item.group is None else item.group for item in items
+    ]
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return [number[key] for key in keys]
 
 
 class Source(NamedTuple):

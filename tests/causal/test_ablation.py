@@ -23,6 +23,7 @@ from crosslens.causal.ablation import (
     faithfulness,
     feature_sizes,
     set_metrics,
+    set_changes,
     size_matched,
 )
 from crosslens.causal.attribution import Attribution, Estimator, attribute, exact_effects
@@ -31,7 +32,7 @@ from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.intervention.splice import CleanRun, Edit, Splice
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
-from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
+from tests.plain_model import ITEMS, F, Slow, make_crosscoder, slow_runs
 
 
 # ---------------------------------------------------------------------- metrics of feature sets
@@ -165,6 +166,14 @@ def test_nothing_below_the_hook_runs_and_unchanged_prompts_run_once(snaps: Snaps
 
 
 # ---------------------------------------------------------------------- curves
+def slow_error(values: Any, runs: PromptRuns) -> float:
+    """Standard error of a mean over groups of prompts, group by group."""
+    mean, left = sum(values) / len(values), [0.0] * runs.n_groups
+    for value, group in zip(values, runs.groups.tolist(), strict=True):
+        left[group] += float(value - mean)
+    return math.sqrt(len(left) / (len(left) - 1) * sum(each**2 for each in left)) / len(values)
+
+
 @pytest.mark.parametrize(("architecture", "keep"), [("standard_crosscoder", False), ("jumprelu_crosscoder", True)])
 def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: str, keep: bool) -> None:
     """Every number of the table, one prompt and one feature set at a time."""
@@ -174,8 +183,8 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
     slow, n_draws, level = Spliced(runs), 3, 0.5
     controls = Controls(n_draws=n_draws, level=level, seed=5)
     table = ablate(runs, ie, [1, 3], keep=keep, baseline="patch", controls=controls, at=[2])
-    assert len(table) == 2 * 3
-    assert list(table["features"][:6]) == ["top", "random", "size_matched"] * 2
+    assert len(table) == 2 * 4
+    assert list(table["features"]) == ["top", "random", "size_matched", "change_matched"] * 2
     size = {s: (runs.mean_features(s) * cc.decoder_norms[:, s]).tolist() for s in range(3)}
     for s in (2,):
         both = {
@@ -184,7 +193,7 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
             "all_edited": slow.metrics(s, list(range(F)), False, "patch", not keep),
         }
         active = (runs.active | runs.active_paired)[:, s].sum()
-        kinds = draw_sets(runs, ie, s, [1, 3], by="magnitude" if keep else "signed", controls=controls)
+        kinds = draw_sets(runs, ie, s, [1, 3], by="magnitude" if keep else "signed", controls=controls, baseline="patch")
         for kind in kinds:
             (row,) = table[(table.snapshot == s) & (table.features == kind.kind) & (table.k == kind.k)].to_dict(
                 "records"
@@ -194,13 +203,14 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
             metrics = np.array([slow.metrics(s, ids.tolist(), keep, "patch", not keep) for ids in kind.sets])
             over_draws = np.sort(metrics.mean(1))
             assert row["metric"] == pytest.approx(metrics.mean(), abs=1e-4)
-            assert row["metric_se"] == pytest.approx(metrics.mean(0).std(ddof=1) / 2, abs=1e-4)
+            assert row["metric_se"] == pytest.approx(slow_error(metrics.mean(0), runs), abs=1e-4)
             changes = [np.mean([of_set[i] for of_set in metrics]) - both["clean"][i] for i in range(len(ITEMS))]
-            spread = sum((change - sum(changes) / len(changes)) ** 2 for change in changes)
-            paired = math.sqrt(spread / (len(changes) - 1) / len(changes))
-            assert row["change_se"] == pytest.approx(paired, abs=1e-4)
+            assert row["change_se"] == pytest.approx(slow_error(changes, runs), abs=1e-4)
             assert row["size"] == pytest.approx(np.mean([sum(size[s][i] for i in ids) for ids in kind.sets]), rel=1e-4)
-            assert row["n_features"] == row["k"] and row["n_draws"] == len(kind.sets) and row["n_active"] == active
+            assert row["n_features"] == (len(kind.sets[0]) if kind.kind == "change_matched" else row["k"])
+            assert row["n_prompts"] == 4 and row["n_groups"] == runs.n_groups
+            assert row["moved"] == pytest.approx(float(set_changes(runs, s, kind.sets, "patch").mean()))
+            assert row["n_draws"] == len(kind.sets) and row["n_active"] == active
             assert (row["mode"], row["baseline"], row["error"]) == ("keep" if keep else "ablate", "patch", not keep)
             assert (row["label"], row["step"]) == (snaps.labels[s], snaps.steps[s])
             if kind.kind == "top":
@@ -243,7 +253,7 @@ def test_draws_depend_on_seed_snapshot_and_size_alone(snaps: Snapshots, task: Ta
     table = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1))
     assert table.equals(ablate(cc, snaps, task, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1)))
     alone = ablate(runs, ie, k=[4], at=[2], controls=Controls(["size_matched"], n_draws=3, seed=1))
-    same = table[(table.snapshot == 2) & (table.k == 4) & (table.features != "random")].reset_index(drop=True)
+    same = table[(table.snapshot == 2) & (table.k == 4) & table.features.isin(["top", "size_matched"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone, same)
     other = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=2))
     drawn = table.features != "top"
@@ -275,11 +285,11 @@ def test_controls_are_active_features_outside_the_top_and_reach_all_of_them(snap
     for s in range(3):
         active = set(runs.active[:, s].nonzero().flatten().tolist())
         kinds = draw_sets(runs, ie, s, [3], controls=Controls(n_draws=200))
-        top, random, matched = (torch.stack(kind.sets) for kind in kinds)
+        top, random, matched, changing = (torch.stack(kind.sets) for kind in kinds)
         others = active - set(top.flatten().tolist())
         assert set(random.flatten().tolist()) == others
         assert all(len(set(row)) == 3 for row in random.tolist())
-        assert set(matched.flatten().tolist()) <= others
+        assert set(matched.flatten().tolist()) <= others and set(changing.flatten().tolist()) <= others
 
 
 def test_size_matched_sets_are_of_like_size_and_disjoint() -> None:
@@ -302,6 +312,40 @@ def test_size_matched_sets_are_of_like_size_and_disjoint() -> None:
 _orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
 
 
+@pytest.mark.parametrize(("architecture", "baseline"), [("jumprelu_crosscoder", "patch"), ("topk_crosscoder", "zero")])
+def test_changes_at_the_hook_equal_plain_decoders(
+    snaps: Snapshots, task: Task, architecture: str, baseline: str
+) -> None:
+    cc = make_crosscoder(snaps, architecture)
+    runs = PromptRuns(cc, snaps, task, paired=True, batch_size=3)
+    items = [ITEMS[int(i)] for batch in runs.batches for i in batch.index]
+    sets = [torch.tensor([], dtype=torch.long), torch.tensor([3]), torch.tensor([5, 1, 20]), torch.arange(F)]
+    for s in (0, 2):
+        found = set_changes(runs, s, sets, baseline)
+        for ids, value in zip(sets, found.tolist(), strict=True):
+            norms = []
+            for item in items:
+                clean, pair = (Slow(snaps, cc, {**item, "prefix": item[key]}) for key in ("prefix", "patch_prefix"))
+                edited = clean.f[s].clone()
+                edited[:, ids] = pair.f[s][:, ids] if baseline == "patch" else 0.0
+                change = clean.decode(clean.f[s], s) - clean.decode(edited, s)
+                norms.append(float(change[1:].norm()))  # the BOS is not edited
+            assert value == pytest.approx(np.mean(norms), rel=1e-4, abs=1e-6)
+
+
+def test_change_matched_sets_move_the_activation_as_much(snaps: Snapshots, task: Task) -> None:
+    """The control by size does not: of the same size, features that differ between the pair move it more."""
+    runs = PromptRuns(make_crosscoder(snaps, "standard_crosscoder"), snaps, task, paired=True)
+    ie = attribute(runs, "gradient", baseline="patch")
+    for s in range(3):
+        kinds = {kind.kind: kind for kind in draw_sets(runs, ie, s, [3], controls=Controls(n_draws=20))}
+        top, matched = kinds["top"], kinds["change_matched"]
+        sizes = [kinds["change_matched"].sets[0][:n] for n in range(1, F - 3)]
+        reached = float(set_changes(runs, s, sizes, "patch").max())
+        if reached > 1.1 * top.moved:  # else all other features together do not move it as much
+            assert matched.moved == pytest.approx(top.moved, rel=0.25)
+
+
 def test_sizes_are_mean_activation_times_decoder_norm(snaps: Snapshots, task: Task) -> None:
     cc = make_crosscoder(snaps, "jumprelu_crosscoder")
     runs, slow = PromptRuns(cc, snaps, task, paired=False), slow_runs(snaps, cc)
@@ -322,6 +366,7 @@ def test_smaller_sets_are_allowed_on_request(snaps: Snapshots, task: Task) -> No
         "top": {n - 1: n - 1, n: n, 99: n},
         "random": {n - 1: 1, n: 0, 99: 0},
         "size_matched": {n - 1: 1, n: 0, 99: 0},
+        "change_matched": {n - 1: 1, n: 0, 99: 0},
     }
     empty = table[(table.features == "size_matched") & (table.k == n)].iloc[0]
     assert empty["metric"] == pytest.approx(empty["clean"]) and empty["size"] == 0
@@ -408,7 +453,7 @@ def test_effects_of_another_crosscoder(snaps: Snapshots, task: Task, runs: Promp
     cc = runs.crosscoder
     with pytest.raises(UserError, match="24 features at snapshots a, b, c, but the crosscoder has 24 at step0, step10"):
         ablate(runs, replace(ie, labels=["a", "b", "c"]), [1])
-    fewer = {name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "active", "sizes")}
+    fewer = {name: getattr(ie, name)[1:] for name in ("effects", "standard_errors", "p", "active", "sizes")}
     with pytest.raises(UserError, match="effects cover 23 features at .* has 24 .*: attribute with this"):
         ablate(runs, replace(ie, **fewer), [1])
     with pytest.raises(UserError, match="trained on 3 snapshots, but 2 were given"):

@@ -54,17 +54,16 @@ def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture
 
 
 def test_intervals_equal_a_slow_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One replicate at a time: prompts by multiplicity, then pairs."""
+    """One replicate at a time: groups of prompts by multiplicity, then pairs."""
     monkeypatch.setattr(additivity, "REPLICATES", 50)
     rng = np.random.default_rng(0)
     pairs = np.array([(0, 1), (0, 2), (1, 2), (2, 3)])
-    effects = rng.normal(size=(4 + 4, 7))
-    found = additivity._replicates(effects, pairs, np.random.default_rng(1))
+    effects, groups = rng.normal(size=(4 + 4, 7)), np.array([0, 1, 1, 2, 0, 3, 4])
+    found = additivity._replicates(effects, pairs, groups, np.random.default_rng(1))
     rng = np.random.default_rng(1)
-    counts, draws = rng.multinomial(7, np.full(7, 1 / 7), size=50), rng.integers(4, size=(50, 4))
+    counts, draws = rng.multinomial(5, np.full(5, 1 / 5), size=50), rng.integers(4, size=(50, 4))
     for r in range(50):
-        prompts = np.repeat(np.arange(7), counts[r])
-        assert len(prompts) == 7
+        prompts = [p for g in range(5) for _ in range(counts[r][g]) for p in range(7) if groups[p] == g]
         mean = effects[:, prompts].mean(1)
         total = [mean[pairs[i][0]] + mean[pairs[i][1]] for i in draws[r]]
         joint = [mean[4 + i] for i in draws[r]]

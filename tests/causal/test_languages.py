@@ -37,6 +37,8 @@ def of_effects(effects: Tensor, active: Tensor | None = None) -> Attribution:
         sizes=torch.rand(F, S, generator=torch.Generator().manual_seed(F)) + 0.1,
         active=torch.ones(F, S, dtype=torch.bool) if active is None else active,
         n_prompts=2,
+        n_groups=2,
+        p=torch.ones(effects.shape),
     )
 
 

@@ -32,17 +32,19 @@ from crosslens.causal.relative import (
     three_way_classes,
 )
 from crosslens.errors import UserError
+from crosslens.stats import resample_counts, sign_flip_p, t_quantile
 
 
 @dataclass
 class Given:
-    """Given effects of `n_prompts` prompts; every feature is active, standard errors are `se`."""
+    """Given effects of `n_groups` groups of prompts; every feature is active, standard errors are `se`."""
 
     effects: Tensor
     se: float = 0.5
-    n_prompts: int = 100
+    n_groups: int = 100
     bootstrap: Any = None
     errors: Tensor | None = None
+    given_p: Tensor | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -51,6 +53,15 @@ class Given:
     @property
     def standard_errors(self) -> Tensor:
         return torch.full_like(self.effects, self.se) if self.errors is None else self.errors
+
+    @property
+    def p(self) -> Tensor:
+        """Of groups of one prompt each, of these means and standard errors."""
+        if self.given_p is not None:
+            return self.given_p
+        G = self.n_groups
+        squares = self.effects.double().square() / G + (G - 1) / G * self.standard_errors.double().nan_to_num().square()
+        return torch.from_numpy(sign_flip_p(self.effects.double().numpy(), squares.numpy()))
 
     @property
     def active(self) -> Tensor:
@@ -62,11 +73,15 @@ def drawn(F: int, S: int, seed: int) -> Given:
     return Given(1.5 * torch.randn(F, S, generator=generator, dtype=torch.float64))
 
 
-def of_prompts(x: np.ndarray) -> Given:
-    """Effects of prompts (N, F, S)."""
+def of_prompts(x: np.ndarray, R: int = 0) -> Given:
+    """Effects of prompts (N, F, S), each its own group, with replicates."""
     N = len(x)
     errors = torch.from_numpy(x.std(0, ddof=1) / math.sqrt(N))
-    return Given(torch.from_numpy(x.mean(0)), n_prompts=N, errors=errors)
+    given = Given(torch.from_numpy(x.mean(0)), n_groups=N, errors=errors)
+    if R:
+        drawn = np.tensordot(resample_counts(N, R, 0) / N, x, 1)
+        given.bootstrap = Bootstrap(torch.arange(x.shape[1]), torch.from_numpy(drawn), torch.zeros(R, x.shape[2]))
+    return given
 
 
 # ---------------------------------------------------------------------- significance
@@ -87,6 +102,14 @@ def adjusted(p: list[float]) -> list[float]:
     return q
 
 
+def selected(p: list[list[float]], alpha: float) -> list[list[bool]]:
+    """Benjamini and Bogomolov in steps: features by Simes, then snapshots within each at a stricter level."""
+    simes = [min(sorted(row)[k] * len(row) / (k + 1) for k in range(len(row))) for row in p]
+    kept = [q <= alpha for q in adjusted(simes)]
+    level = alpha * sum(kept) / len(p)
+    return [[keep and q <= level for q in adjusted(row)] for keep, row in zip(kept, p, strict=True)]
+
+
 @pytest.mark.parametrize(("N", "F", "S", "seed"), [(2, 3, 2, 0), (9, 6, 3, 1), (60, 20, 5, 2)])
 def test_significance_against_loops_over_prompts(N: int, F: int, S: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -98,10 +121,9 @@ def test_significance_against_loops_over_prompts(N: int, F: int, S: int, seed: i
             r = abs(sum(x[:, i, s])) / math.sqrt(sum(v * v for v in x[:, i, s]))
             expected.append(min(1.0, 2 * tail(r) / (4 * tail(math.sqrt(2)))))
     assert p_values(given).flatten().tolist() == pytest.approx(expected, rel=1e-6)
-    q = adjusted(expected)
-    assert q_values(given).flatten().tolist() == pytest.approx(q, rel=1e-6)
-    assert significant(given).flatten().tolist() == [value <= 0.05 for value in q]
-    assert significant(given, fdr=0.4).flatten().tolist() == [value <= 0.4 for value in q]
+    for fdr in (0.01, 0.05, 0.4):
+        assert significant(given, fdr=fdr).tolist() == selected(p_values(given).tolist(), fdr)
+        assert (q_values(given) <= fdr).tolist() == significant(given, fdr=fdr).tolist()
     assert significant(given, 0.3).tolist() == (given.effects.abs() > 0.3).tolist()
 
 
@@ -140,7 +162,7 @@ def test_a_feature_on_two_prompts_is_not_significant_and_nor_is_one_prompt() -> 
     x[:3, 0, 0], x[:, 0, 1] = 1.0, 1.0
     given = of_prompts(x)
     assert significant(given).tolist() == [[False, True]]
-    one = Given(torch.tensor([[3.0, 1.0]]), se=math.nan, n_prompts=1)
+    one = Given(torch.tensor([[3.0, 1.0]]), se=math.nan, n_groups=1)
     assert p_values(one).tolist() == [[1, 1]] and relie(one).isnan().all()
     assert relie(one, 0.5).tolist() == [[0.75, 0.25]]
     for wrong, message in (({"fdr": 5}, "fdr=5 must be between 0 and 1"), ({"min_effect": -1}, "min_effect=-1 must")):
@@ -160,11 +182,12 @@ def test_relie_against_loops(F: int, S: int, seed: int, min_effect: float | None
     pairs, share_pairs = (pairwise_relie(given, min_effect, share=share) for share in (False, True))
     counts = significant(given, min_effect).tolist()
     raw = [[abs(float(given.effects[i, s])) for s in range(S)] for i in range(F)]
-    total = [sum(raw[i][s] for i in range(F)) for s in range(S)]
+    total = [sum(raw[i][s] for i in range(F) if counts[i][s]) for s in range(S)]
     for i in range(F):
-        share = [raw[i][s] / total[s] for s in range(S)]
+        share = [raw[i][s] / total[s] if counts[i][s] else 0.0 for s in range(S)]
         for sizes, each, pair in ((raw[i], found, pairs), (share, of_shares, share_pairs)):
             for s in range(S):
+                sizes = [size if counts[i][t] else 0.0 for t, size in enumerate(sizes)]
                 expected = sizes[s] / sum(sizes) if any(counts[i]) else math.nan
                 assert float(each[i, s]) == pytest.approx(expected, nan_ok=True)
                 for t in range(S):
@@ -187,8 +210,8 @@ def test_relie_of_some_snapshots() -> None:
     found, counts = relie(given, snapshots=[5, 1]), significant(given)
     for i in range(30):
         sizes = given.effects[i, [5, 1]].abs()
-        kept = bool(counts[i, [5, 1]].any())
-        expected = sizes / sizes.sum() if kept else torch.full_like(sizes, math.nan)
+        sizes = sizes * counts[i, [5, 1]]
+        expected = sizes / sizes.sum()  # NaN if neither counts
         torch.testing.assert_close(found[i], expected, equal_nan=True)
     for wrong in ([6], [-7], [0, 99]):
         with pytest.raises(UserError, match=r"is not in \[-6, 5\]: there are 6 snapshots"):
@@ -218,44 +241,89 @@ def test_reldec_and_pairwise_of_norms() -> None:
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("level", [0.95, 0.5])
-def test_interval_against_one_relie_per_replicate(level: float, share: bool) -> None:
-    given = drawn(12, 4, 5)
-    rng = np.random.default_rng(0)
-    features = torch.tensor([1, 4, 7, 11])
-    R = 60
-    effects = given.effects[features] + torch.from_numpy(rng.normal(0, 0.4, (R, 4, 4)))
-    given.bootstrap = Bootstrap(features, effects, torch.zeros(R, 4))
-    low, high = relie_interval(given, level, 0.0, share=share)
-    lowest, highest = effect_interval(given, level)
+@pytest.mark.parametrize(("level", "G", "S", "seed"), [(0.95, 100, 4, 0), (0.5, 12, 2, 1), (0.9, 30, 7, 2)])
+def test_interval_against_loops(level: float, G: int, S: int, seed: int, share: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(rng.choice([0, 0.3, -3.0], (12, S)), 1.0, (G, 12, S))
+    given = of_prompts(x, 60)
+    low, high = relie_interval(given, level, share=share)
+    counts, drawn = significant(given).tolist(), given.bootstrap.effects
+    wide = t_quantile((1 + level) / 2, G) * math.sqrt(G / (G - 1))
+
+    def signed(effects: Tensor, i: int, s: int) -> float:
+        """|IE|, negative where the sign is not that of the estimate; as a share of the snapshot's total."""
+        size = float(effects[i, s] * given.effects[i, s].sign())
+        if not share:
+            return size
+        kept = [float(effects[j, s] * given.effects[j, s].sign()) for j in range(12) if counts[j][s]]
+        return size / sum(kept) if kept else 0.0
+
+    assert 0 < sum(map(any, counts)) and any(not all(row) for row in counts if any(row))
     for i in range(12):
-        if i not in features:
-            assert low[i].isnan().all() and high[i].isnan().all() and lowest[i].isnan().all()
+        if not any(counts[i]):
+            assert low[i].isnan().all() and high[i].isnan().all()
             continue
-        a = features.tolist().index(i)
-        each = []
-        for r in range(R):
-            size = effects[r, a].abs() / (effects[r].abs().sum(0) if share else 1)
-            each.append([float(v) for v in size / size.sum() * effects[r, a].sign() * given.effects[i].sign()])
-        for s in range(4):
-            for values, found in (([row[s] for row in each], (low, high)), (effects[:, a, s], (lowest, highest))):
-                expected = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-                assert [float(bound[i, s]) for bound in found] == pytest.approx(expected.tolist())
-    some = relie_interval(given, level, 0.0, snapshots=[3, 1])
-    alone = Given(given.effects[:, [3, 1]])
-    alone.bootstrap = Bootstrap(features, effects[..., [3, 1]], torch.zeros(R, 2))
-    for ours, theirs in zip(some, relie_interval(alone, level, 0.0), strict=True):
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        y = [signed(given.effects, i, s) for s in range(S)]
+        each = [[signed(effects, i, s) for s in range(S)] for effects in drawn]
+        excess = [
+            max(0.0, 1 - 0.5 * float(np.std([row[s] for row in each])) * math.sqrt(G / (G - 1)) / y[s]) if y[s] else 0.0
+            for s in range(S)
+        ]
+        for s in range(S):
+            ends = []
+            for others in ([0.0] * S, excess):
+                weights = [1.0 if counts[i][t] else others[t] for t in range(S)]
+                total = sum(w * v for w, v in zip(weights, y, strict=True))
+                linear = [row[s] - y[s] / total * sum(w * v for w, v in zip(weights, row, strict=True)) for row in each]
+                error = wide * float(np.std(linear)) / total
+                ends += [y[s] / total - error, y[s] / total + error]
+            expected = [max(-1, min(ends)), min(1, max(ends))]
+            assert [float(low[i, s]), float(high[i, s])] == pytest.approx(expected, abs=1e-9)
+    for name, end in zip(("low", "high"), relie_interval(given, level, snapshots=[1, 0]), strict=True):
+        assert end.shape == (12, 2), name
     with pytest.raises(UserError, match="no bootstrap replicates"):
-        relie_interval(drawn(3, 2, 0))
+        relie_interval(drawn_effects := Given(torch.ones(3, 2)))
+    assert effect_interval(drawn_effects)[0].shape == (3, 2)
     with pytest.raises(UserError, match="level=95 must be between 0 and 1"):
         relie_interval(given, 95)
+
+
+@pytest.mark.parametrize("kind", ["last", "transient", "step", "ramp"])
+def test_intervals_cover_and_noise_stays_out(kind: str) -> None:
+    """A feature that acts at few of 32 snapshots, beside null ones; version 0.2 covered 4 % and read .2 for 1."""
+    rng = np.random.default_rng(3)
+    N, F, S = 60, 120, 32
+    course = {
+        "last": np.arange(S) == S - 1,
+        "transient": np.arange(S) == S // 2,
+        "step": np.arange(S) >= S // 2,
+        "ramp": np.linspace(0, 1, S),
+    }[kind] * np.ones(S)
+    mean = np.zeros((F, S))
+    mean[: F // 2] = 6 / math.sqrt(N) * course
+    given = of_prompts(rng.normal(mean, 1, (N, F, S)), 200)
+    truth, found = torch.from_numpy(course / course.sum()), relie(given)
+    kept = ~found.isnan().any(-1)
+    assert kept[: F // 2].double().mean() >= 0.9 and kept[F // 2 :].double().mean() <= 0.05
+    low, high = relie_interval(given)
+    covered = (low <= truth) & (truth <= high)
+    assert covered[: F // 2][kept[: F // 2]].double().mean() >= 0.92
+    if kind != "ramp":
+        expected = {"last": "emerged", "step": "emerged", "transient": "transient"}[kind]
+        assert (classes(found[: F // 2][kept[: F // 2]]) == expected).mean() >= 0.95
+
+
+def test_effect_interval_is_of_t_for_the_number_of_groups() -> None:
+    given = Given(torch.tensor([[2.0, -1.0]], dtype=torch.float64), se=0.5, n_groups=5)
+    low, high = effect_interval(given)
+    assert low[0].tolist() == pytest.approx([2 - 2.7764 * 0.5, -1 - 2.7764 * 0.5], rel=1e-4)
+    assert high[0].tolist() == pytest.approx([2 + 2.7764 * 0.5, -1 + 2.7764 * 0.5], rel=1e-4)
 
 
 def test_interval_covers_zero_where_the_sign_is_uncertain() -> None:
     """No interval of the absolute value does."""
     rng = np.random.default_rng(1)
-    given = Given(torch.tensor([[2.0, 0.1]], dtype=torch.float64))
+    given = Given(torch.tensor([[2.0, 0.1]], dtype=torch.float64), se=0.3)
     replicates = given.effects + torch.from_numpy(rng.normal(0, 0.3, (400, 1, 2)))
     given.bootstrap = Bootstrap(torch.tensor([0]), replicates, torch.zeros(400, 2))
     low, high = relie_interval(given)
@@ -379,12 +447,13 @@ def test_signed_classes() -> None:
 def test_classes_in_one_table() -> None:
     given = Given(torch.tensor([[-3.0, 0.1, 4.0], [0.1, 5.0, 0.1], [0.0, 0.0, 0.0]]))
     table = classify(given)
-    share = given.effects.abs() / given.effects.abs().sum(0)
+    share = given.effects.abs() * significant(given)
+    share = share / share.sum(0)
     assert table["feature"].tolist() == [0, 1, 2]
     assert table["class"].tolist() == classes(share_relie(given)).tolist() == ["maintained", "transient", "undefined"]
     assert table["relie_class"].tolist() == ["maintained", "transient", "undefined"]
     assert table["signed_class"].tolist() == ["turns helpful", "helpful", "undefined"]
-    assert table["peak"].tolist() == [2, 1, -1]
+    assert table["peak"].tolist() == [0, 1, -1]  # the first of equal ones
     assert table["three_way"].tolist() == ["s0-s2 shared", "s1-specific", "undefined"]
     assert table["centre_of_mass"][0] == pytest.approx(float((share[0, 1] / 2 + share[0, 2]) / share[0].sum()))
     assert "three_way" not in classify(drawn(5, 4, 0))

@@ -27,7 +27,7 @@ from crosslens.report.figures.languages import language_overlap
 from crosslens.report.page import compact
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
-from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
+from tests.plain_model import ITEMS, F, as_if_of, make_crosscoder, slow_runs
 
 MORE = [*ITEMS, *({"prefix": f"the {who} near", "correct": "the", "wrong": "a"} for who in ("cat", "dog", "king"))]
 
@@ -46,7 +46,7 @@ def runs(snaps: Snapshots, task: Task) -> PromptRuns:
 def ie(runs: PromptRuns) -> Attribution:
     """Two of the strongest features are inactive at one snapshot each; errors are as if of 400 prompts."""
     found = attribute(runs, "gradient")
-    found = dataclasses.replace(found, n_prompts=400, standard_errors=found.standard_errors / 4)
+    found = as_if_of(found, 400)
     for feature, s in ((19, 1), (4, 0)):
         found.effects[feature, s] = found.standard_errors[feature, s] = 0.0
         found.active[feature, s] = False
@@ -58,7 +58,7 @@ def ie(runs: PromptRuns) -> Attribution:
     [(6, "magnitude", None), (5, "magnitude", 0.25), (3, "signed", 0.0), (4, "negative", 0.02)],
 )
 def test_the_table_equals_loops(runs: PromptRuns, ie: Attribution, k: int, by: str, min_effect: float | None) -> None:
-    cc = runs.crosscoder
+    cc, counts = runs.crosscoder, significant(ie, min_effect)
     table = follow_features(runs, ie, k, by=by, min_effect=min_effect, n_examples=2)
     taken: set[tuple[int, int]] = set()
     for s in range(3):
@@ -75,13 +75,14 @@ def test_the_table_equals_loops(runs: PromptRuns, ie: Attribution, k: int, by: s
         assert rows["snapshot"].tolist() == [0, 1, 2] and rows["step"].tolist() == [0, 10, 20]
         norms = [float(cc.W_dec[i, s * 16 : (s + 1) * 16].detach().norm()) for s in range(3)]
         effects = [float(ie.effects[i, s]) for s in range(3)]
-        total = sum(map(abs, effects))
-        of_total = [abs(e) / float(ie.effects[:, s].abs().sum()) for s, e in enumerate(effects)]
+        kept = [abs(e) if counts[i, s] else 0.0 for s, e in enumerate(effects)]
+        totals = [float(sum(abs(ie.effects[j, s]) for j in range(F) if counts[j, s])) for s in range(3)]
+        of_total = [e / total if total else 0.0 for e, total in zip(kept, totals, strict=True)]
         assert rows["norm"].tolist() == pytest.approx(norms)
         assert rows["strength"].tolist() == pytest.approx([n / max(norms) for n in norms])
         assert rows["ie"].tolist() == effects
         assert rows["ie_se"].tolist() == [float(ie.standard_errors[i, s]) for s in range(3)]
-        assert rows["relie"].tolist() == pytest.approx([abs(e) / total for e in effects])
+        assert rows["relie"].tolist() == pytest.approx([e / sum(kept) for e in kept])
         assert rows["share_relie"].tolist() == pytest.approx([e / sum(of_total) for e in of_total])
         assert rows["top"].tolist() == [(i, s) in taken for s in range(3)]
         for s, rank in enumerate(rows["rank"]):
@@ -161,7 +162,7 @@ def test_no_model_runs_without_examples(
 
 
 def test_nothing_is_followed_without_significant_effects(runs: PromptRuns, ie: Attribution) -> None:
-    unsure = dataclasses.replace(ie, standard_errors=torch.full_like(ie.standard_errors, math.nan))
+    unsure = dataclasses.replace(ie, p=torch.ones_like(ie.p))
     table = follow_features(runs, unsure, 3)
     full = follow_features(runs, ie, 3)
     assert table.empty and list(table) == list(full)

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from crosslens.causal import validation
 from crosslens.causal.attribution import Attribution, attribute
 from crosslens.causal.relative import significant
-from crosslens.causal.validation import pair_correlation, validate, within_correlation
+from crosslens.causal.validation import pair_correlation, partial_correlation, validate, within_correlation
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
-from tests.plain_model import F, make_crosscoder, slow_runs
+from tests.plain_model import F, as_if_of, make_crosscoder, slow_runs
 
 
 def slow_within(x: np.ndarray, y: np.ndarray) -> float:
@@ -63,7 +63,7 @@ def runs(snaps: Snapshots, task: Task) -> PromptRuns:
 def ie(runs: PromptRuns) -> Attribution:
     """Errors as if of 400 prompts."""
     found = attribute(runs, "gradient")
-    return dataclasses.replace(found, n_prompts=400, standard_errors=found.standard_errors / 4)
+    return as_if_of(found, 400)
 
 
 def test_exact_effects_and_measures_equal_plain_splices(
@@ -88,24 +88,61 @@ def test_exact_effects_and_measures_equal_plain_splices(
         name: table.pivot(index="feature", columns="snapshot", values=name).to_numpy() for name in table.columns[4:]
     }
     ids = sorted(largest)
-    totals = ie.effects.abs().sum(0)
+    sizes = ie.effects.abs() * significant(ie)
+    totals = sizes.sum(0)
     norms = cc.decoder_norms.detach()
     np.testing.assert_allclose(wide["reldec"], (norms / norms.sum(-1, keepdim=True))[ids], rtol=1e-5)
     exact = np.abs(wide["exact"])
     targets = {"effect": exact, "share": exact / exact.sum(0)}
     measures = {
-        "relie": ie.effects[ids].abs().numpy(),
-        "share_relie": (ie.effects.abs() / totals)[ids].numpy(),
+        "relie": sizes[ids].numpy(),
+        "share_relie": (sizes / totals)[ids].nan_to_num().numpy(),
         "reldec": wide["reldec"],
         "decodability": np.maximum(wide["decodability"], 0),
     }
-    assert len(found.summary) == 2 * 2 * 4
+    measures["snapshot"] = np.tile(np.arange(3.0), (9, 1))
+    assert len(found.summary) == 2 * 2 * 5
     for row in found.summary.to_dict("records"):
         x, y = measures[row["measure"]], targets[row["target"]]
         known = ~np.isnan(x).any(-1)
         expected = {"within": slow_within, "pairs": slow_pairs}[row["kind"]](x[known], y[known])
+        assert row["n_features"] == 9
+        if (row["kind"], row["measure"]) == ("pairs", "snapshot"):  # the same for all features
+            assert np.isnan(row["correlation"])
+            continue
         assert row["correlation"] == pytest.approx(expected, abs=1e-6)
-        assert row["correlation_low"] <= row["correlation_high"] and row["n_features"] == 9
+        assert row["correlation_low"] <= row["correlation_high"]
+        partial = slow_partial(x[known], y[known]) if row["kind"] == "within" else math.nan
+        assert row["partial"] == pytest.approx(partial, abs=1e-6, nan_ok=True)
+
+
+def slow_partial(x: np.ndarray, y: np.ndarray) -> float:
+    """Over features, the correlation of what ranks of both are not linear in the snapshot's; by least squares."""
+    found = []
+    for row, target in zip(x, y, strict=True):
+        z = np.stack([np.ones(len(row)), np.arange(len(row))], 1)
+        left = [v - z @ np.linalg.lstsq(z, v, rcond=None)[0] for v in (rankdata(row), rankdata(target))]
+        if min(np.abs(each).max() for each in left) > 1e-9:
+            found.append(np.corrcoef(*left)[0, 1])
+    return float(np.mean(found)) if found else math.nan
+
+
+@pytest.mark.parametrize(("n", "S", "seed"), [(5, 4, 0), (20, 9, 1), (3, 32, 2)])
+def test_partial_correlation_against_least_squares(n: int, S: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = (np.round(rng.normal(size=(n, S)) + 0.3 * np.arange(S), 1) for _ in range(2))
+    assert float(partial_correlation(x, y)) == pytest.approx(slow_partial(x, y))
+    index = np.tile(np.arange(float(S)), (n, 1))
+    assert np.isnan(partial_correlation(index, y))
+
+
+def test_what_only_grows_predicts_nothing_beyond_the_snapshot() -> None:
+    """The control: a measure and an effect that both rise over training, and have nothing else in common."""
+    rng = np.random.default_rng(0)
+    x, y = (np.arange(9) + rng.normal(0, 2, (300, 9)) for _ in range(2))
+    assert within_correlation(x, y) > 0.4 and abs(partial_correlation(x, y)) < 0.05
+    own = rng.normal(0, 2, (300, 9))
+    assert partial_correlation(np.arange(9) + own, np.arange(9) + own + rng.normal(0, 1, (300, 9))) > 0.6
 
 
 def test_a_measure_that_knows_the_effects_is_found(runs: PromptRuns, ie: Attribution) -> None:
@@ -122,7 +159,7 @@ def test_a_measure_that_knows_the_effects_is_found(runs: PromptRuns, ie: Attribu
 
 
 def test_errors_are_one_line(runs: PromptRuns, ie: Attribution) -> None:
-    nothing = dataclasses.replace(ie, n_prompts=1)
+    nothing = dataclasses.replace(ie, p=torch.ones_like(ie.p))
     cases: list[tuple[Attribution, dict[str, Any], str]] = [
         (ie, {"level": 2}, "level=2 must be between 0 and 1"),
         (ie, {"max_features": 2}, "max_features=2 must be at least 3"),

@@ -131,7 +131,8 @@ def test_pairs_are_unique_balanced_and_deterministic(construction: str, language
     assert abs(Counter(item["number"] for item in items[:50])["sg"] - 25) < 15  # shuffled
     known = set(vocabulary())
     for item in items:
-        assert set(item) == {"prefix", "correct", "wrong", "patch_prefix", "language", "construction", "number"}
+        names = {"prefix", "correct", "wrong", "patch_prefix", "language", "construction", "number", "group"}
+        assert set(item) == names
         assert item["construction"] == construction and item["language"] == language
         words = [*item["prefix"].split(" "), *item["patch_prefix"].split(" "), item["correct"], item["wrong"]]
         assert set(words) <= known

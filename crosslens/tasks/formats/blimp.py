@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from crosslens.errors import UserError
-from crosslens.tasks.corpora import FILES, Row, existing, make_item, make_pair, read_hub, read_rows
+from crosslens.tasks.corpora import FILES, Row, differing_words, existing, make_item, make_pair, read_hub, read_rows
 from crosslens.tasks.declaration import Format, Spelling, check_file, listed
 from crosslens.tasks.items import Item, Source, check_answers
 
@@ -24,10 +25,10 @@ def read(uid_or_path: str | Path, folder: str | Path | None = None, answers: str
         file = Path(folder) / f"{uid_or_path}.jsonl"
         path = existing(file, str(uid_or_path), (each.stem for each in Path(folder).glob("*.jsonl")))
     rows = read_rows(path) if path.suffix in FILES else read_hub("nyu-mll/blimp", str(uid_or_path))
-    return Source(name, *_items(rows, answers))
+    return Source(name, *_items(rows, answers, by_verb="subject_verb_agreement" in name))
 
 
-def _items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], str]:
+def _items(rows: Sequence[Row], answers: str | None, by_verb: bool) -> tuple[list[Item], str]:
     """Items of a paradigm, and how to score their answers: "multi" unless it has the one-prefix method."""
     # a csv has the strings True and False
     elsewhere = next((row for row in rows if str(row.values.get("one_prefix_method")).lower() == "false"), None)
@@ -39,12 +40,15 @@ def _items(rows: Sequence[Row], answers: str | None) -> tuple[list[Item], str]:
         )
     answers = answers or ("single" if elsewhere is None else "multi")
     if answers == "multi":
-        return [make_pair(row, *_SENTENCES, answers) for row in rows], answers
+        return [make_pair(row, *_SENTENCES, answers, by_verb) for row in rows], answers
     # rows on the hub have only the sentences
-    return [
-        make_pair(row, *_SENTENCES, answers) if _PARTS["prefix"] not in row.values else make_item(row, _PARTS)
+    items = [
+        make_pair(row, *_SENTENCES, answers, by_verb) if _PARTS["prefix"] not in row.values else make_item(row, _PARTS)
         for row in rows
-    ], answers
+    ]
+    if by_verb:
+        items = [replace(item, group=item.group or differing_words(item.correct, item.wrong)) for item in items]
+    return items, answers
 
 
 def _check(rest: str, where: str) -> None:

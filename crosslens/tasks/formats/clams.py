@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from crosslens.errors import UserError, did_you_mean, shortened
-from crosslens.tasks.corpora import Row, existing, make_pair, read_pairs, read_text
+from crosslens.tasks.corpora import GROUP, Row, divide, existing, make_pair, read_pairs, read_text
 from crosslens.tasks.declaration import Format, Spelling, check_file
 from crosslens.tasks.items import Source, check_answers
 
@@ -61,8 +61,15 @@ def _rows(path: Path, capitalise: bool, end: str, info: Mapping[str, str]) -> li
         found = {verdict: sentence, other[0]: other[1]}
         if len(found) == 1:
             raise UserError(f"{path}, lines {number} and {other_number} are both {verdict}: pairs must be adjacent")
-        rows.append(Row(f"{path}, line {number}", {"good": found["True"], "bad": found["False"], **info}))
+        values = {"good": found["True"], "bad": found["False"], GROUP: _head(found["True"], found["False"], path.stem)}
+        rows.append(Row(f"{path}, line {number}", {**values, **info}))
     return rows
+
+
+def _head(good: str, bad: str, case: str) -> str:
+    """The head noun with its determiner: the first two words or, within a relative clause, those before the verb."""
+    words = divide(good, bad, "single")[0].split()[-2:] if "within" in case else good.split()[:2]
+    return " ".join(words).lower()
 
 
 def _file(language: str, case: str | None, folder: str | Path | None) -> Path:

@@ -20,7 +20,7 @@ def read(
     if phenomenon is not None:
         rows = select(rows, "phenomenon", phenomenon)
     name = "-".join(("multiblimp", language, *([] if phenomenon is None else [phenomenon])))
-    return read_pairs(name, rows, "sen", "wrong_sen", answers)
+    return read_pairs(name, rows, "sen", "wrong_sen", answers, by_verb=True)
 
 
 def _rows(language: str, path: str | Path | None) -> list[Row]:

@@ -42,7 +42,7 @@ FORMAT = Format(
         Spelling(
             text="FILE",
             python='Task.local("FILE")',
-            reads="`prefix`, `correct`, `wrong`; optionally `patch_prefix`",
+            reads="`prefix`, `correct`, `wrong`; optionally `patch_prefix`, `group`",
         ),
     ),
     keys=tuple(PLAIN.values()),

@@ -1,0 +1,240 @@
+"""How far relative effects, classes and intervals of features are right, on effects of known size.
+
+Effects on 60 prompts of 400 features, half of which have none. The others act over S snapshots as one profile says: from
+the middle on (step), at the last (last), at all (flat), until the middle (falling), at a middle one (transient), or
+rising linearly to the last one, from a snapshot drawn in the first half (ramp) or from the first (slow ramp). The
+largest effect of a feature is some standard errors (z), its sign is drawn, and noise is normal, alone or shared by the
+snapshots of a prompt. Significance is that of `crosslens.causal.significant`.
+
+1. Per profile, S and z: features that have a class; of all, those with the class of their true profile, by RelIE of
+   significant effects (the package's), by all effects (version 0.2), with the noise's part subtracted, and after
+   empirical-Bayes shrinkage (Stephens 2017, Biostatistics 18, 275: a point mass at 0 and normals of many widths, effects
+   with a posterior probability of 0 above .5 cut); mean |RelIE - truth|; coverage of the 95 % interval, over all
+   snapshots and over those at which the feature acts, and its mean width there; features without effects that have a
+   class, as the package selects and by Benjamini-Hochberg over all features and snapshots at once.
+2. The same of share RelIE, with all profiles in one set of features.
+3. Prompts of G groups with an effect of their own: rate of p <= .05 and of significant features where answers are
+   swapped at random, a prompt or a group at a time, and coverage of the interval of an effect; over groups, and as if
+   prompts were independent.
+
+    python benchmarks/calibration.py [--snapshots 2,3,9,32] [--z 4,6,12] [--draws 3] [--correlation 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from crosslens.causal.attribution import Bootstrap, clustered_error
+from crosslens.causal.relative import classes, effect_interval, relie, relie_interval, share_relie, shares, significant
+from crosslens.stats import q_values, resample_counts, sign_flip_p
+
+PROFILES = ("step", "last", "flat", "falling", "transient", "ramp", "slow ramp")
+F, N = 400, 60
+
+
+@dataclass
+class Effects:
+    """What `crosslens.causal.relative` reads, from effects `x` (N, F, S) of prompts in groups."""
+
+    x: np.ndarray
+    group: np.ndarray
+    replicates: int = 200
+    bootstrap: Any = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        n, features, S = self.x.shape
+        self.n_groups = int(self.group.max()) + 1
+        self.labels = [str(s) for s in range(S)]
+        self.active = torch.ones(features, S, dtype=torch.bool)
+        sums = np.zeros((self.n_groups, features, S))
+        np.add.at(sums, self.group, self.x)
+        sizes = np.bincount(self.group).astype(float)
+        self.effects = torch.from_numpy(sums.sum(0) / n)
+        self.standard_errors = clustered_error(torch.from_numpy(sums), torch.from_numpy(sizes))
+        self.p = torch.from_numpy(sign_flip_p(sums.sum(0), (sums**2).sum(0)))
+        if self.replicates:
+            counts = resample_counts(self.n_groups, self.replicates, 0)
+            drawn = np.tensordot(counts, sums, 1) / (counts @ sizes)[:, None, None]
+            self.bootstrap = Bootstrap(torch.arange(features), torch.from_numpy(drawn), torch.zeros(1, 1))
+
+
+def course(profile: str, S: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Size of the effects (n, S) of n features, at most 1."""
+    s = np.arange(S)
+    start = rng.integers(0, max(1, S // 2), n)[:, None] if profile == "ramp" else np.zeros((n, 1))
+    one = {
+        "step": s >= S - max(1, S // 2),
+        "last": s == S - 1,
+        "flat": s >= 0,
+        "falling": s < max(1, S // 2),
+        "transient": s == S // 2,
+        "ramp": np.clip((s - start) / (S - 1 - start), 0, 1),
+        "slow ramp": s / (S - 1),
+    }[profile]
+    return np.broadcast_to(one, (n, S)).astype(float)
+
+
+def simulate(
+    profiles: list[str], S: int, z: float, correlation: float, rng: np.random.Generator
+) -> tuple[np.ndarray, Effects]:
+    """True effects (F, S), and effects on prompts; the first half of the features have effects."""
+    each = np.concatenate([course(name, S, F // 2 // len(profiles), rng) for name in profiles])
+    mean = np.zeros((F, S))
+    mean[: len(each)] = each * z / N**0.5 * rng.choice([-1, 1], len(each))[:, None]
+    noise = correlation**0.5 * rng.normal(size=(N, F, 1)) + (1 - correlation) ** 0.5 * rng.normal(size=(N, F, S))
+    return mean, Effects(mean + noise, np.arange(N))
+
+
+def shrunk(effects: Effects) -> Tensor:
+    """Sizes of effects after shrinkage to a mixture that all of them share, fitted by expectation-maximisation."""
+    b, se = effects.effects.numpy().ravel(), effects.standard_errors.numpy().ravel()
+    widths = np.concatenate([[0.0], np.median(se) / 4 * 2 ** np.arange(0, np.log2(8 * np.abs(b / se).max()), 0.5)])
+    likelihood = norm.pdf(b[:, None], 0, np.hypot(se[:, None], widths))
+    weights = np.full(len(widths), 1 / len(widths))
+    for _ in range(100):
+        posterior = likelihood * weights
+        posterior /= posterior.sum(1, keepdims=True)
+        weights = posterior.mean(0)
+    kept = widths**2 / (widths**2 + se[:, None] ** 2)
+    mean = np.where(posterior[:, 0] <= 0.5, (posterior * kept).sum(1) * b, 0.0)
+    return torch.from_numpy(np.abs(mean).reshape(effects.effects.shape))
+
+
+def judge(mean: np.ndarray, effects: Effects, share: bool) -> dict[str, np.ndarray]:
+    """Figures of the features that have effects, a value each; NaN where a figure is not defined."""
+    size = np.abs(mean)
+    if share:
+        size = size / np.maximum(size.sum(0), 1e-12)
+    acts = torch.from_numpy(mean).abs().sum(1) > 0
+    truth = shares(torch.from_numpy(size))[acts]
+    expected = classes(truth)
+    found = (share_relie if share else relie)(effects)[acts]
+    low, high = (end[acts] for end in relie_interval(effects, share=share))
+    kept = ~found.isnan().any(-1)
+    right_sign = torch.from_numpy(np.sign(mean))[acts] * effects.effects.sign()[acts]
+    covered = ((low - 1e-9 <= truth * right_sign) & (truth * right_sign <= high + 1e-9)).double()
+    where = (truth > 0).double()
+    figures = {
+        "kept": kept,
+        "right": torch.from_numpy(classes(found) == expected),
+        "error": (found - truth).abs().mean(-1).masked_fill(~kept, torch.nan),
+        "coverage": covered.mean(-1).masked_fill(~kept, torch.nan),
+        "acting": ((covered * where).sum(-1) / where.sum(-1)).masked_fill(~kept, torch.nan),
+        "width": (((high - low) * where).sum(-1) / where.sum(-1)).masked_fill(~kept, torch.nan),
+    }
+    if not share:
+        sizes, error = effects.effects.abs(), effects.standard_errors
+        least = (sizes**2 - error**2).clamp_min(0).sqrt()
+        any_effect = kept[:, None]
+        for name, values in (("all", sizes), ("less noise", least)):
+            figures[name] = torch.from_numpy(classes(shares(values)[acts].where(any_effect, torch.nan)) == expected)
+        figures["shrunk"] = torch.from_numpy(classes(shares(shrunk(effects))[acts]) == expected)
+    return {name: values.double().numpy() for name, values in figures.items()}
+
+
+def false_classes(mean: np.ndarray, effects: Effects) -> tuple[float, float]:
+    """Share of the features without effects that have a class, as the package selects and by one correction."""
+    null = np.abs(mean).sum(1) == 0
+    at_once = q_values(effects.p.numpy()) <= 0.05
+    return float(significant(effects).numpy()[null].any(1).mean()), float(at_once[null].any(1).mean())
+
+
+def print_profiles(arguments: argparse.Namespace) -> None:
+    print("| S | profile | z | classed | right | all | less noise | shrunk | error | coverage | where it acts | width |")
+    print("|" + "---|" * 12)
+    worst: dict[str, list[tuple[float, str]]] = {}
+    rates: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for S in arguments.snapshots:
+        for profile in PROFILES:
+            if profile == "transient" and S < 3 or "ramp" in profile and S < 3:
+                continue
+            for z in arguments.z:
+                found: list[dict[str, np.ndarray]] = []
+                for seed in range(arguments.draws):
+                    rng = np.random.default_rng([S, PROFILES.index(profile), int(z), seed])
+                    mean, effects = simulate([profile], S, z, arguments.correlation, rng)
+                    found.append(judge(mean, effects, False))
+                    rates.setdefault((S, profile), []).append(false_classes(mean, effects))
+                mid = {name: float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in found[0]}
+                columns = ("kept", "right", "all", "less noise", "shrunk", "error", "coverage", "acting", "width")
+                print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{mid[name]:.3f}" for name in columns) + " |")
+                where = f"S = {S}, {profile}, z = {z:g}"
+                kind = "ramp" if profile == "ramp" else "slow ramp" if profile == "slow ramp" else "others"
+                if z >= 6:
+                    worst.setdefault(f"classes right, {kind}, z >= 6", []).append((mid["right"], where))
+                worst.setdefault("coverage", []).append((mid["coverage"], where))
+                worst.setdefault("coverage where it acts", []).append((mid["acting"], where))
+    print()
+    for name, values in worst.items():
+        print(f"least {name}: {min(values)[0]:.3f} ({min(values)[1]})")
+    for i, name in enumerate(("as the package selects", "by one correction for all effects")):
+        means = {key: float(np.mean([each[i] for each in values])) for key, values in rates.items()}
+        key = max(means, key=lambda each: means[each])
+        print(f"most false classes of features without effects, {name}: {means[key]:.3f} (S = {key[0]}, {key[1]})")
+
+
+def print_shares(arguments: argparse.Namespace) -> None:
+    print("\nShare RelIE, all profiles together")
+    print("| S | z | right but for ramps | right, ramp | coverage | where it acts |\n|---|---|---|---|---|---|")
+    for S in arguments.snapshots:
+        profiles = [name for name in PROFILES[:-1] if S > 2 or name not in ("transient", "ramp")]
+        n = F // 2 // len(profiles)
+        for z in arguments.z:
+            found: list[dict[str, np.ndarray]] = []
+            for seed in range(arguments.draws):
+                mean, effects = simulate(profiles, S, z, arguments.correlation, np.random.default_rng([S, int(z), seed]))
+                found.append(judge(mean, effects, True))
+            ramp = [i for i, name in enumerate(profiles) if name == "ramp"]
+            right = np.mean([each["right"].reshape(len(profiles), n).mean(1) for each in found], 0)
+            others = float(np.delete(right, ramp).mean())
+            of_ramp = f"{right[ramp[0]]:.3f}" if ramp else "–"
+            ends = [float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in ("coverage", "acting")]
+            print(f"| {S} | {z:g} | {others:.3f} | {of_ramp} | {ends[0]:.3f} | {ends[1]:.3f} |")
+
+
+def print_groups(arguments: argparse.Namespace) -> None:
+    print("\nPrompts of G groups, 120 prompts, 100 features, 9 snapshots")
+    print("| G | answers swapped | unit | p <= .05 | significant features | coverage of an effect |\n" + "|---" * 6 + "|")
+    for G in (5, 10, 20, 40):
+        for swapped in ("by prompt", "by group"):
+            for unit in ("group", "prompt"):
+                found: list[tuple[float, float, float]] = []
+                for seed in range(5 * arguments.draws):
+                    rng = np.random.default_rng([G, seed])
+                    group = np.arange(120) % G
+                    own = rng.normal(0, 1, (G, 100, 9))
+                    noise = rng.normal(0, 1, (120, 100, 9))
+                    flips = rng.choice([-1, 1], 120) if swapped == "by prompt" else rng.choice([-1, 1], G)[group]
+                    mean = rng.normal(0, 1, (100, 9))
+                    units = group if unit == "group" else np.arange(120)
+                    null = Effects((mean + own[group] + noise) * flips[:, None, None], units, 0)
+                    low, high = effect_interval(Effects(mean + own[group] + noise, units, 0))
+                    true = torch.from_numpy(mean)
+                    found.append((float((null.p <= 0.05).double().mean()),
+                                  float(significant(null).any(-1).double().mean()),
+                                  float(((low <= true) & (true <= high)).double().mean())))  # fmt: skip
+                print(f"| {G} | {swapped} | {unit} | " + " | ".join(f"{v:.3f}" for v in np.mean(found, 0)) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--snapshots", default="2,3,9,32", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--z", default="4,6,12", type=lambda text: [float(part) for part in text.split(",")])
+    parser.add_argument("--draws", default=3, type=int)
+    parser.add_argument("--correlation", default=0.0, type=float)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print_profiles(arguments)
+    print_shares(arguments)
+    print_groups(arguments)
+
+
+if __name__ == "__main__":
+    main()
