@@ -23,11 +23,11 @@ from typing import Any
 
 import measure
 import torch
+from planted.regimes import Planted, Regime
 from sae_lens.saes.sae import TrainStepInput
 
 import crosslens as cl
 from crosslens.cli.demo import DemoConfig
-from crosslens.planted.regimes import Planted, Regime
 from crosslens.synthetic import grammar
 from crosslens.training.evaluation import reconstruction_table
 from crosslens.training.initialisation import initialise

@@ -17,13 +17,13 @@ import measure
 import numpy as np
 import pandas as pd
 import torch
+from planted.traps import PlantedTraps, Trap
 
 from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
 from crosslens.evolution.births import date_births
 from crosslens.evolution.held_out import Block
 from crosslens.evolution.lifecycles import birth_index
 from crosslens.evolution.presence import Decodability, DecodabilitySums
-from crosslens.planted.traps import PlantedTraps, Trap
 
 PER_DIMENSION = (4, 8, 20, 25, 100)
 PRESENCE = 0.5

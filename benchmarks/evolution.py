@@ -3,7 +3,7 @@
     python benchmarks/evolution.py [--shape 16384,8,512]
 
 The crosscoder is random, with F features, S snapshots and width D (`--shape F,S,D`) and about 32 active features per
-token; the 4,000 held-out activations are planted (`crosslens.planted.PlantedTraps`). Every analysis runs in its own
+token; the 4,000 held-out activations are planted (`planted.PlantedTraps`). Every analysis runs in its own
 process; memory is the kernel's peak minus what the process held before. The last row is everything that `cl.evolve` and
 `Evolution.tables` do, births with their intervals and controls among it, and its whole memory; the line below says how
 often it encoded the held-out tokens, what its time goes into, and its time over that of one encoding.
@@ -20,6 +20,7 @@ from typing import Any
 
 import measure
 import torch
+from planted import PlantedTraps, Trap
 
 import crosslens as cl
 from crosslens.evolution.controls import encoder_share, latent_scaling
@@ -33,7 +34,6 @@ from crosslens.evolution.geometry import (
 from crosslens.evolution.held_out import held_out_features
 from crosslens.evolution.history import evolve
 from crosslens.evolution.splitting import replacements, splits
-from crosslens.planted import PlantedTraps, Trap
 
 N_TOKENS, L0 = 4000, 32
 ENCODING, WHOLE = "encoding (one pass over held-out tokens)", "evolve, whole"

@@ -1,7 +1,7 @@
 """Planted ground truth: which features are recovered whose births, rotations, splits, mergers and deaths are known?
 
 Trains the four architectures, and one dictionary per snapshot matched afterwards, on activations with planted features
-(`crosslens.planted`), and scores them against these. All get the same number of features, steps and activations.
+(`planted`), and scores them against these. All get the same number of features, steps and activations.
 Architectures with a k get the true number of active features; each dictionary gets that of its snapshot.
 
     python benchmarks/recovery.py --quick                          # the easy regime, one seed: three CPU minutes
@@ -25,11 +25,11 @@ from typing import Any
 import measure as measuring
 import pandas as pd
 import torch
+from planted.regimes import REGIMES, Planted
+from planted.scores import crosscoder_rows, linked_rows, matched, recovery
 
 import crosslens as cl
 from crosslens.crosscoders import CrosscoderTrainingConfig
-from crosslens.planted.regimes import REGIMES, Planted
-from crosslens.planted.scores import crosscoder_rows, linked_rows, matched, recovery
 
 Row = Mapping[str, Any]
 

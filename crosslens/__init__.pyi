@@ -7,7 +7,6 @@ from . import evolution as evolution
 from . import features as features
 from . import intervention as intervention
 from . import pipeline as pipeline
-from . import planted as planted
 from . import report as report
 from . import sharing as sharing
 from . import snapshots as snapshots

@@ -13,7 +13,7 @@ known for G groups of sequences, `date_births` adds
 
 There are no dates between snapshots. R2 of a regression fitted on n tokens is low by about (1 - R2) D / n, so an
 interpolated point where a curve reaches the threshold is late, by more than its sampling error: in the planted traps of
-`crosslens.planted.traps` 95 % intervals of such points covered 77 to 95 % where those of whole snapshots covered all.
+`planted.traps` 95 % intervals of such points covered 77 to 95 % where those of whole snapshots covered all.
 
 A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
 apart, with an interval over groups of sequences, and next to it

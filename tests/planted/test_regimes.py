@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted.regimes import REGIMES, Planted, Regime
 
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import classify_lifecycles
-from crosslens.planted.regimes import REGIMES, Planted, Regime
 
 SMALL = Regime(n_features=40, d_model=16, n_snapshots=6, splitting=0.2, merging=0.2, rotating=0.2, scales=(0.5, 4.0))
 

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted.regimes import REGIMES, Planted, Regime
+from planted.scores import crosscoder_rows, link, linked_rows, matched, recovery
 from scipy.optimize import linear_sum_assignment
 
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.evolution.lifecycles import classify_lifecycles
-from crosslens.planted.regimes import REGIMES, Planted, Regime
-from crosslens.planted.scores import crosscoder_rows, link, linked_rows, matched, recovery
 from crosslens.training.config import TrainConfig
 from crosslens.training.run import train
 from tests.given import Held, of_rows

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted.traps import KINDS, TRAPS, UNBORN, PlantedTraps, Trap, judge_births, score_births
 
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.errors import UserError
-from crosslens.planted.traps import KINDS, TRAPS, UNBORN, PlantedTraps, Trap, judge_births, score_births
 from crosslens.training.config import TrainConfig
 from crosslens.training.run import train
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import Float
+from planted.regimes import Planted, Regime
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from crosslens.crosscoders import CrosscoderTrainingSAE
-from crosslens.planted.regimes import Planted, Regime
 from crosslens.training import recipes
 from crosslens.training.initialisation import initialise
 from crosslens.training.run import complete

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from planted.regimes import Planted, Regime
 from torch import Tensor
 from typing_extensions import override
 
 import crosslens as cl
 from crosslens.crosscoders import CrosscoderTrainingConfig
-from crosslens.planted.regimes import Planted, Regime
 from crosslens.training.evaluation import reconstruction_table
 
 STEPS, BATCH = 800, 256

@@ -35,7 +35,7 @@ from typing_extensions import override
 
 from crosslens.activations.tokens import generator
 from crosslens.errors import UserError
-from crosslens.planted.drawn import Drawn
+from planted.drawn import Drawn
 
 _TOKENS = 2_000_000  # per training step, for the metadata only
 

@@ -38,7 +38,7 @@ from crosslens.evolution.births import date_births, presence_curves
 from crosslens.evolution.held_out import held_out_features
 from crosslens.evolution.lifecycles import birth_index
 from crosslens.evolution.presence import measure_decodability
-from crosslens.planted.drawn import Drawn
+from planted.drawn import Drawn
 
 KINDS = ("initial", "lexical", "sudden", "lexical_sudden", "slow", "hidden", "faint")
 UNBORN = ("initial", "lexical", "faint")

@@ -29,7 +29,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.lifecycles import classify_lifecycles
-from crosslens.planted.regimes import Planted
+from planted.regimes import Planted
 
 NEAR = 0.7  # least cosine of a found feature that is near a planted one
 LARGE_ANGLE = 0.3  # radians; the snapshot of smaller planted rotations is not scored
