@@ -69,7 +69,7 @@ class AblateOptions:
     baseline: Baseline | None = None
     """What a feature is set to; default: as in attribute."""
     n_draws: int = 20
-    """Sets of random and of size-matched features to compare with."""
+    """Sets of random and of matched features to compare with."""
     seed: int = 0
     """Seed of the split into halves and of the draws."""
 
@@ -86,7 +86,7 @@ class StudySizes:
     """Features of a set in the transfer matrix, features that are paired for additivity, and the size whose controls
     are drawn `n_draws_last` times."""
     n_draws: int = 4
-    """Sets drawn per control, random and size-matched, at all snapshots."""
+    """Sets drawn per control, random, size-matched and change-matched, at all snapshots."""
     n_draws_last: int = 100
     """Sets of size k drawn per control at the last snapshot."""
     n_exact: int = 100

@@ -841,7 +841,7 @@ def ablate(
     ] = "1,5,15,50",
     baseline: BaselineOption = None,
     n_draws: Annotated[
-        int, _option("--n-draws", "Sets of random and of size-matched features to compare with.", in_range(1))
+        int, _option("--n-draws", "Sets of random and of matched features to compare with.", in_range(1))
     ] = 20,
     seed: SeedOption = 0,
     device: DeviceOption = None,
