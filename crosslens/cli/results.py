@@ -219,7 +219,7 @@ def explain_baseline(name: str, runs: PromptRuns) -> str:
 def _count(runs: PromptRuns) -> str:
     few = f" (fewer than {MIN_ITEMS}: standard errors are rough)" if len(runs) < MIN_ITEMS else ""
     without = f"; {sum(runs.left_out.values())} left out ({list_counts(runs.left_out)})" if runs.left_out else ""
-    return f"{len(runs)} prompts{few}{without}"
+    return f"{len(runs)} prompts in {counted(runs.n_groups, 'group')}{few}{without}"
 
 
 def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns) -> dict[str, Any]:
