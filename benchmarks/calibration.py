@@ -1,17 +1,17 @@
 """How far relative effects, classes and intervals of features are right, on effects of known size.
 
-Effects on 60 prompts of 400 features, half of which have none. The others act over S snapshots as one profile says: from
-the middle on (step), at the last (last), at all (flat), until the middle (falling), at a middle one (transient), or
-rising linearly to the last one, from a snapshot drawn in the first half (ramp) or from the first (slow ramp). The
+Effects on 60 prompts of 400 features, half of which have none. The others act over S snapshots as one profile says:
+from the middle on (step), at the last (last), at all (flat), until the middle (falling), at a middle one (transient),
+or rising linearly to the last one, from a snapshot drawn in the first half (ramp) or from the first (slow ramp). The
 largest effect of a feature is some standard errors (z), its sign is drawn, and noise is normal, alone or shared by the
 snapshots of a prompt. Significance is that of `crosslens.causal.significant`.
 
 1. Per profile, S and z: features that have a class; of all, those with the class of their true profile, by RelIE of
    significant effects (the package's), by all effects (version 0.2), with the noise's part subtracted, and after
-   empirical-Bayes shrinkage (Stephens 2017, Biostatistics 18, 275: a point mass at 0 and normals of many widths, effects
-   with a posterior probability of 0 above .5 cut); mean |RelIE - truth|; coverage of the 95 % interval, over all
-   snapshots and over those at which the feature acts, and its mean width there; features without effects that have a
-   class, as the package selects and by Benjamini-Hochberg over all features and snapshots at once.
+   empirical-Bayes shrinkage (Stephens 2017, Biostatistics 18, 275: a point mass at 0 and normals of many widths,
+   effects with a posterior probability of 0 above .5 cut); mean |RelIE - truth|; coverage of the 95 % interval, over
+   all snapshots and over those at which the feature acts, and its mean width there; features without effects that have
+   a class, as the package selects and by Benjamini-Hochberg over all features and snapshots at once.
 2. The same of share RelIE, with all profiles in one set of features.
 3. Prompts of G groups with an effect of their own: rate of p <= .05 and of significant features where answers are
    swapped at random, a prompt or a group at a time, and coverage of the interval of an effect; over groups, and as if
@@ -98,6 +98,7 @@ def shrunk(effects: Effects) -> Tensor:
     widths = np.concatenate([[0.0], np.median(se) / 4 * 2 ** np.arange(0, np.log2(8 * np.abs(b / se).max()), 0.5)])
     likelihood = norm.pdf(b[:, None], 0, np.hypot(se[:, None], widths))
     weights = np.full(len(widths), 1 / len(widths))
+    posterior = likelihood
     for _ in range(100):
         posterior = likelihood * weights
         posterior /= posterior.sum(1, keepdims=True)
@@ -147,7 +148,9 @@ def false_classes(mean: np.ndarray, effects: Effects) -> tuple[float, float]:
 
 
 def print_profiles(arguments: argparse.Namespace) -> None:
-    print("| S | profile | z | classed | right | all | less noise | shrunk | error | coverage | where it acts | width |")
+    print(
+        "| S | profile | z | classed | right | all | less noise | shrunk | error | coverage | where it acts | width |"
+    )
     print("|" + "---|" * 12)
     worst: dict[str, list[tuple[float, str]]] = {}
     rates: dict[tuple[int, str], list[tuple[float, float]]] = {}
@@ -189,19 +192,25 @@ def print_shares(arguments: argparse.Namespace) -> None:
         for z in arguments.z:
             found: list[dict[str, np.ndarray]] = []
             for seed in range(arguments.draws):
-                mean, effects = simulate(profiles, S, z, arguments.correlation, np.random.default_rng([S, int(z), seed]))
+                mean, effects = simulate(
+                    profiles, S, z, arguments.correlation, np.random.default_rng([S, int(z), seed])
+                )
                 found.append(judge(mean, effects, True))
             ramp = [i for i, name in enumerate(profiles) if name == "ramp"]
             right = np.mean([each["right"].reshape(len(profiles), n).mean(1) for each in found], 0)
             others = float(np.delete(right, ramp).mean())
             of_ramp = f"{right[ramp[0]]:.3f}" if ramp else "–"
-            ends = [float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in ("coverage", "acting")]
+            ends = [
+                float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in ("coverage", "acting")
+            ]
             print(f"| {S} | {z:g} | {others:.3f} | {of_ramp} | {ends[0]:.3f} | {ends[1]:.3f} |")
 
 
 def print_groups(arguments: argparse.Namespace) -> None:
     print("\nPrompts of G groups, 120 prompts, 100 features, 9 snapshots")
-    print("| G | answers swapped | unit | p <= .05 | significant features | coverage of an effect |\n" + "|---" * 6 + "|")
+    print(
+        "| G | answers swapped | unit | p <= .05 | significant features | coverage of an effect |\n" + "|---" * 6 + "|"
+    )
     for G in (5, 10, 20, 40):
         for swapped in ("by prompt", "by group"):
             for unit in ("group", "prompt"):

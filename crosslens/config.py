@@ -591,7 +591,7 @@ class AblateOptions(TaskOptions):
     baseline: Annotated[Baseline | None, COMMON] = None
     """What a feature is set to; default: as in attribute."""
     n_draws: Annotated[int, COUNT, COMMON] = 20
-    """Sets of random and of size-matched features to compare with."""
+    """Sets of random and of matched features to compare with."""
     seed: Annotated[int, SEED] = 0
     """Seed of the split into halves and of the draws."""
 
@@ -609,7 +609,7 @@ class StudySizes:
     """Features of a set in the transfer matrix, features that are paired for additivity, and the size whose controls
     are drawn `n_draws_last` times."""
     n_draws: Annotated[int, COUNT] = 4
-    """Sets drawn per control, random and size-matched, at all snapshots."""
+    """Sets drawn per control, random, size-matched and change-matched, at all snapshots."""
     n_draws_last: Annotated[int, COUNT] = 100
     """Sets of size k drawn per control at the last snapshot."""
     n_exact: Annotated[int, at_least(3), COMMON] = 100

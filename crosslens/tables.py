@@ -272,6 +272,30 @@ _EDITED = {
     "n_groups": _SHARED["n_groups"].meaning,
 }
 
+
+def _ablation_columns() -> dict[str, Column]:
+    """Columns of metrics with sets of features edited, of `ablation` and `zeroing`."""
+    return _columns(
+        {
+            **_EDITED,
+            "features": "The set: top (by effect), random, size_matched or change_matched.",
+            "k": "Size of the set asked for.",
+            "n_features": "Size of the set.",
+            "size": ("Mean activation × decoder norm, summed over the set, mean over draws.", "scaled activations"),
+            "moved": ("Norm of the change at the hook, mean over prompts and draws.", "activation"),
+            "metric": ("Mean of logit(correct) − logit(wrong) over prompts and draws.", "logits"),
+            "metric_se": ("Its standard error over groups of prompts.", "logits"),
+            "change_se": ("Standard error over groups of prompts of metric − clean.", "logits"),
+            "metric_sd": ("Standard deviation over draws.", "logits"),
+            "metric_low": ("Lower end of the interval of the draws.", "logits"),
+            "metric_high": ("Upper end of that interval.", "logits"),
+            "n_draws": "Random draws of the set.",
+            "split": _SHARED["split"].meaning,
+        },
+        _AT,
+    )
+
+
 TABLES: tuple[Table, ...] = (
     Table(
         "evaluation",
@@ -963,29 +987,13 @@ TABLES: tuple[Table, ...] = (
         ),
         "No effects in single prompts were kept. crosslens attribute keeps some, except with --method exact.",
     ),
+    Table("ablation/<task>", "snapshot, set of features and its size", "ablate", _ablation_columns()),
     Table(
-        "ablation/<task>",
-        "snapshot, set of features and its size",
-        "ablate",
-        _columns(
-            {
-                **_EDITED,
-                "features": "The set: top (by effect), random, size_matched or change_matched.",
-                "k": "Size of the set asked for.",
-                "n_features": "Size of the set.",
-                "size": ("Mean activation × decoder norm, summed over the set, mean over draws.", "scaled activations"),
-                "moved": ("Norm of the change at the hook, mean over prompts and draws.", "activation"),
-                "metric": ("Mean of logit(correct) − logit(wrong) over prompts and draws.", "logits"),
-                "metric_se": ("Its standard error over groups of prompts.", "logits"),
-                "change_se": ("Standard error over groups of prompts of metric − clean.", "logits"),
-                "metric_sd": ("Standard deviation over draws.", "logits"),
-                "metric_low": ("Lower end of the interval of the draws.", "logits"),
-                "metric_high": ("Upper end of that interval.", "logits"),
-                "n_draws": "Random draws of the set.",
-                "split": _SHARED["split"].meaning,
-            },
-            _AT,
-        ),
+        "zeroing/<task>",
+        "snapshot and set of features that is set to zero",
+        "study",
+        _ablation_columns(),
+        "Features were not exchanged with the paired prompt, so ablation/<task> has what setting them to zero does.",
     ),
     Table("completeness/<task>", "snapshot, by integrated gradients", "study", _effect_columns(_AT)),
     Table(
@@ -1114,7 +1122,7 @@ TABLES: tuple[Table, ...] = (
             {
                 "kind": "within (over the snapshots of a feature) or pairs (over features, of neighbouring snapshots).",
                 "target": "What is predicted: effect, or share of all effects at the snapshot.",
-                "measure": "The measure that predicts: share_relie, relie, decodability, reldec or snapshot (its index).",
+                "measure": "What predicts: share_relie, relie, decodability, reldec or snapshot (its index).",
                 "correlation": "Rank correlation with exact effects.",
                 "correlation_low": "Lower end of its interval.",
                 "correlation_high": "Upper end of its interval.",

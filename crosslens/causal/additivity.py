@@ -12,8 +12,8 @@ All are exact, with the error node kept, and averaged over prompts before they a
     deviation      sum over pairs |joint - sum| / sum over pairs |sum|: 0 if effects add up
 
 A correlation of joint effects and sums says little: it is near 1 as soon as some features have much larger effects than
-others. Intervals are percentiles of bootstrap replicates that resample groups of prompts and pairs, with replacement; pairs
-that share a feature are treated as independent. Both measures are new here.
+others. Intervals are percentiles of bootstrap replicates that resample groups of prompts and pairs, with replacement;
+pairs that share a feature are treated as independent. Both measures are new here.
 
 Symbols: P prompts, n features, m pairs, R replicates.
 """
@@ -48,9 +48,9 @@ class Additivity:
     Attributes:
         pairs: a row per snapshot and pair, effects in logits: snapshot, label, step, feature_a, feature_b, effect_a,
             effect_b, sum (of both), joint, deviation (joint - sum), interacting.
-        summary: a row per snapshot: snapshot, label, step, baseline, k (features that were paired), n_pairs, n_prompts, n_groups;
-            interacting and deviation (no unit), each with its bootstrap interval, _low and _high. The deviation is
-            NaN if no feature has an effect.
+        summary: a row per snapshot: snapshot, label, step, baseline, k (features that were paired), n_pairs, n_prompts,
+            n_groups; interacting and deviation (no unit), each with its bootstrap interval, _low and _high. The
+            deviation is NaN if no feature has an effect.
     """
 
     pairs: pd.DataFrame

@@ -4,7 +4,8 @@
 2. On the selection split, estimate effects (`attribute`), ablate those with the largest effects one by one to see how
    far the estimates agree with exact effects, follow the top features over snapshots (`follow_features`), and compare
    languages (`compare_languages`).
-3. On the held-out split, test the features that step 2 ranks highest: `ablate`, `transfer_matrix`, `pair_additivity`.
+3. On the held-out split, test the features that step 2 ranks highest: `ablate` (exchanged and zeroed),
+   `transfer_matrix`, `pair_additivity`.
    Ablate every significant feature at every snapshot, to see which measure predicts when it acts (`validate`).
 
 The clean runs of each split are made once, when an analysis first needs them, and shared. Every analysis leaves tables,
@@ -22,7 +23,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslens.causal.ablation import Controls, ablate
+from crosslens.causal.ablation import CONTROLS, Controls, ablate
 from crosslens.causal.additivity import pair_additivity
 from crosslens.causal.attribution import Attribution, attribute, exact_effects
 from crosslens.causal.languages import compare_languages, split_languages
@@ -54,7 +55,8 @@ class Study:
         ie: effects on the selection split by removal, which rank the features in all tables.
         tables: by their names in a run directory (`crosslens.tables`): attribution/<task>,
             attribution/<task>.snapshots, prompts/<task>, completeness/<task> (the snapshots of "ig", whose effects add
-            up), exact/<task>, ablation/<task>, transfer/<task>, additivity/<task>, additivity/<task>.snapshots,
+            up), exact/<task>, ablation/<task>, zeroing/<task> if it exchanges features with the paired prompt,
+            transfer/<task>, additivity/<task>, additivity/<task>.snapshots,
             timeline/<task>; validation/<task> and validation/<task>.summary if an effect is significant; and
             languages/<task> if the items are of several languages.
     """
@@ -136,6 +138,8 @@ def study(
     k = min(sizes.k, most)
     work.make(["completeness/{}", "exact/{}"], lambda: _single_effects(work))
     work.make(["ablation/{}"], lambda: {f"ablation/{name}": _curves(work, k, most)})
+    if ie.estimator.baseline == "patch":
+        work.make(["zeroing/{}"], lambda: {f"zeroing/{name}": _zeroing(work, k)})
     work.make(["transfer/{}"], lambda: {f"transfer/{name}": transfer_matrix(work.held_out, ie, k, baseline=baseline)})
     work.make(["additivity/{}", "additivity/{}.snapshots"], lambda: _additivity(work, k, last))
     work.make(["timeline/{}"], lambda: {f"timeline/{name}": follow_features(work.selection, ie, min(5, most))})
@@ -245,7 +249,7 @@ def ablation_table(
         ie: effects, which rank the features.
         ablate_k: sizes of the sets that are ablated.
         keep_k: sizes of the sets that alone are kept.
-        controls: random and size-matched sets.
+        controls: random and matched sets.
         baseline: as in `ablate`.
     """
     tables = [
@@ -278,7 +282,7 @@ def _curves(work: _Work, k: int, most: int) -> pd.DataFrame:
     ablate_k, keep_k = ([size for size in each if size <= most] for each in (sizes.ablate_k, sizes.keep_k))
 
     def curve(keep: bool, ks: Sequence[int], n_draws: int, at: list[int] | None = None) -> pd.DataFrame:
-        kinds = ("random",) if keep else ("random", "size_matched")
+        kinds = ("random",) if keep else CONTROLS
         controls = Controls(kinds, n_draws, seed=work.seed, allow_fewer=True)
         return ablate(work.held_out, work.ie, ks, keep=keep, baseline=work.baseline, controls=controls, at=at)
 
@@ -291,6 +295,16 @@ def _curves(work: _Work, k: int, most: int) -> pd.DataFrame:
         ]
     )
     return curves.drop_duplicates(["snapshot", "mode", "features", "k"], ignore_index=True).assign(split="held-out")
+
+
+def _zeroing(work: _Work, k: int) -> pd.DataFrame:
+    """The top k features of each snapshot set to zero, where the other tables exchange them with the paired prompt.
+
+    An exchange says what the features carry of what the pair differs in, and reverses the metric if they carry it all;
+    zeroing takes them away, and can leave the metric at 0 at most.
+    """
+    controls = Controls(CONTROLS, work.sizes.n_draws, seed=work.seed, allow_fewer=True)
+    return ablate(work.held_out, work.ie, [k], baseline="zero", controls=controls).assign(split="held-out")
 
 
 def _additivity(work: _Work, k: int, last: int) -> Tables:

@@ -37,8 +37,8 @@ m = logit(correct) - logit(wrong) at the last position, so a positive effect sup
 the hook is run again, and effects are computed on (token, feature) pairs, never on dense features. Effects by position
 are new here.
 
-Symbols: N prompts in G groups, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any prompt, O
-positions counted from the end of the prompt, R bootstrap replicates.
+Symbols: N prompts in G groups, B of a batch, T positions, S snapshots, D d_model, F features, A features active on any
+prompt, O positions counted from the end of the prompt, R bootstrap replicates.
 """
 
 from __future__ import annotations
@@ -413,8 +413,8 @@ class Attribution:
             feature, snapshot, label, step, ie and ie_se (standard error over groups of prompts) and their 95 % interval
             ie_low and ie_high, all in logits, p, q (adjusted p-value), significant, share_relie, relie, reldec, active,
             size (mean activation times decoder norm); with bootstrap replicates also the 95 % intervals
-            share_relie_low, share_relie_high, relie_low and relie_high (signed, see `relie_interval`); with encoder shares encoder_share, read_later (the sum over later
-            snapshots) and mostly_later (whether that is above .5).
+            share_relie_low, share_relie_high, relie_low and relie_high (signed, see `relie_interval`); with encoder
+            shares encoder_share, read_later (the sum over later snapshots) and mostly_later (whether that is above .5).
         """
         features = self.active.any(-1).nonzero().flatten()
         S = len(self.labels)
@@ -453,8 +453,8 @@ class Attribution:
 
         Returns:
             snapshot, label, step; metric_clean, metric_baseline, features_effect (sum of effects) and error_effect, in
-            logits; completeness_error, agreement, n_active (features), n (prompts), n_groups (of prompts), method, rule,
-            n_nodes, baseline, error, threshold (in logits).
+            logits; completeness_error, agreement, n_active (features), n (prompts), n_groups (of prompts), method,
+            rule, n_nodes, baseline, error, threshold (in logits).
         """
         how = self.estimator
         return pd.DataFrame(
@@ -784,7 +784,7 @@ class _Sums:
         }
 
 
-def clustered_error(sums: Float[Tensor, "G *n"], sizes: Float[Tensor, " G"]) -> Float[Tensor, "*n"]:
+def clustered_error(sums: Float[Tensor, "G ..."], sizes: Float[Tensor, " G"]) -> Float[Tensor, ...]:
     """Standard error of a mean over prompts, from its sums over groups of them; NaN with a single group.
 
     sqrt(G / (G - 1) sum_g (X_g - n_g mean)^2) / N, for sums X_g and sizes n_g (Liang and Zeger 1986, Biometrika 73,
@@ -836,9 +836,9 @@ def warn_of_few_groups(task: str, n_groups: int, n_prompts: int) -> None:
     """Warn where there are too few groups of prompts for what is said of effects to be general."""
     if n_groups < MIN_GROUPS:
         warnings.warn(
-            f"the {n_prompts} prompts of {task!r} are of {n_groups} groups, such as head nouns, fewer than {MIN_GROUPS}: "
-            "few effects can be significant, and intervals are wide; give prompts of more groups, or another column "
-            "`group` if the prompts of a group are independent",
+            f"the {n_prompts} prompts of {task!r} are of {n_groups} groups, such as head nouns, fewer than "
+            f"{MIN_GROUPS}: few effects can be significant, and intervals are wide; give prompts of more groups, or "
+            "another column `group` if the prompts of a group are independent",
             stacklevel=3,
         )
 

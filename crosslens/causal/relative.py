@@ -24,7 +24,7 @@ that have a class, 5 % have no effect.
 
 Intervals (`relie_interval`) do not depend on which effects happened to be significant. An effect that is not may be 0
 or small, and the data do not say which, so the interval reaches from the lower end of one estimate to the upper end of
-another: in the first, effects that are not significant enter the sum with what exceeds half of their standard error, in
+another: in the first, effects that are not significant enter the sum with what exceeds .4 of their standard error, in
 the second with 0. Each end is t standard errors from its estimate. `benchmarks/calibration.py` has the coverage.
 
 The absolute value is taken after averaging over prompts. It hides the sign: a feature can turn from harmful to helpful.
@@ -52,7 +52,7 @@ from crosslens.snapshots.lookup import find_snapshot
 
 UNDEFINED = "undefined"
 FDR = 0.05  # expected part of the features called significant that have no effect
-EXCESS = 0.5  # standard errors by which an effect that is not significant must exceed 0 to enter an interval
+EXCESS = 0.4  # standard errors by which an effect that is not significant must exceed 0 to enter an interval
 
 
 @runtime_checkable
@@ -205,7 +205,7 @@ def relie_interval(
     R_s = y_s / sum_s' w_s' y_s'. Its standard error is that of its linear part over bootstrap replicates y*,
     (y*_s - R_s sum_s' w_s' y*_s') / sum_s' w_s' y_s', where effects keep their sign relative to the estimate, so that
     the interval covers 0 where the sign is uncertain. An interval of the absolute value never does. The weights are 1
-    for significant effects, and for the others 0 in one estimate and the part of y_s that exceeds half of its standard
+    for significant effects, and for the others 0 in one estimate and the part of y_s that exceeds .4 of its standard
     error in the other; the interval holds those of both, of t quantiles for the number of groups.
 
     Args:

@@ -53,10 +53,11 @@ def transfer_matrix(
 
     Returns:
         A row per pair of snapshots: selected_at, ablated_at (indices), selected_at_label, ablated_at_label,
-        selected_at_step, ablated_at_step; mode, baseline, error, clean, reconstruction_only, all_edited, n_active, n_prompts,
-        n_groups as in `ablate`, at the snapshot of the ablation; k, k_active (how many of the set are active there), shared (how many
-        are in that snapshot's own set too); metric and metric_se (logits, over prompts); share of the whole change (see
-        `faithfulness`). `table.pivot(index="selected_at", columns="ablated_at", values="share")` is the matrix.
+        selected_at_step, ablated_at_step; mode, baseline, error, clean, reconstruction_only, all_edited, n_active,
+        n_prompts, n_groups as in `ablate`, at the snapshot of the ablation; k, k_active (how many of the set are active
+        there), shared (how many are in that snapshot's own set too); metric and metric_se (logits, over groups of
+        prompts); share of the whole change (see `faithfulness`).
+        `table.pivot(index="selected_at", columns="ablated_at", values="share")` is the matrix.
 
     Raises:
         UserError: an unknown option, effects of another crosscoder, no such snapshot, k larger than the active

@@ -9,8 +9,9 @@ it:
     reldec          norm of the decoder row       decodability    R2 of the feature, predicted from snapshot s alone
 
 (effects that are not significant count as 0), and the index of the *snapshot* alone: most effects grow in training, and
-so does most else, so that any measure that grows predicts them. They are compared against two targets: the *effect* |D_is|, and its *share* of the snapshot's total, |D_is| / sum_j |D_js|, which does not
-grow with the model's logits. Three correlations, all Spearman's:
+so does most else, so that any measure that grows predicts them. They are compared against two targets: the *effect*
+|D_is|, and its *share* of the snapshot's total, |D_is| / sum_j |D_js|, which does not grow with the model's logits.
+Three correlations, all Spearman's:
 
     within    over the snapshots of one feature, mean over features: when does this feature act?
     partial   as within, beyond the snapshot: the correlation of what is left of the ranks of both after their linear

@@ -178,6 +178,9 @@ def _ablation_summary(found: Study) -> dict[str, float]:
     at_last = table[table["snapshot"] == table["snapshot"].max()].set_index(["mode", "features", "k"]).sort_index()
     largest = min(100, int(at_last.loc[("keep", "top")].index.max()))  # fewer features may be active on the prompts
 
+    zeroing = found.tables[f"zeroing/{found.task}"]
+    zeroed = zeroing[(zeroing["snapshot"] == zeroing["snapshot"].max()) & (zeroing["features"] == "top")]
+
     def metric(mode: str, features: str, k: int, column: str = "metric") -> float:
         return float(at_last.loc[(mode, features, k), column])
 
@@ -188,6 +191,9 @@ def _ablation_summary(found: Study) -> dict[str, float]:
         "random_k_sd": metric("ablate", "random", 15, "metric_sd"),
         "size_matched_k": metric("ablate", "size_matched", 15),
         "size_matched_k_sd": metric("ablate", "size_matched", 15, "metric_sd"),
+        "change_matched_k": metric("ablate", "change_matched", 15),
+        "change_matched_k_sd": metric("ablate", "change_matched", 15, "metric_sd"),
+        "zeroed_k": float(zeroed["metric"].iloc[0]),
         "keep_k": metric("keep", "top", largest),
         "reconstruction_only": metric("ablate", "top", 15, "reconstruction_only"),
         "n_kept": largest,

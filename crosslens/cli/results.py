@@ -190,7 +190,7 @@ def explain_baseline(name: str, runs: PromptRuns) -> str:
 def _count(runs: PromptRuns) -> str:
     few = f" (fewer than {MIN_ITEMS}: standard errors are rough)" if len(runs) < MIN_ITEMS else ""
     without = f"; {sum(runs.left_out.values())} left out ({list_counts(runs.left_out)})" if runs.left_out else ""
-    return f"{len(runs)} prompts{few}{without}"
+    return f"{len(runs)} prompts in {counted(runs.n_groups, 'group')}{few}{without}"
 
 
 def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns) -> dict[str, Any]:
@@ -219,7 +219,9 @@ def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns)
         rows,
         title=f"{name}, metric on the held-out half: {_count(runs)}; at {first['label']}, where it is "
         f"{number(first['clean'], sign=True)} and {first['n_active']:,} features are active",
-        note="change: from the clean metric, prompt by prompt, ± its standard error; their sd: standard deviation of "
+        note=f"features are set to {BASELINES[str(first['baseline'])]}; change: from the clean metric, prompt by "
+        "prompt, ± its standard error "
+        f"over {counted(int(first['n_groups']), 'group')} of prompts; their sd: standard deviation of "
         "the metric over draws. keep: without the error node",
     )  # fmt: skip
     return {"prompts": len(runs), "left_out": runs.left_out, "curves": table}
@@ -240,12 +242,17 @@ def show_study(out: Output, study: Study, k: int) -> dict[str, Any]:
     found = zip(last["features"], last["k"], last["metric"], strict=True)
     kinds = {str(kind): float(metric) for kind, size, metric in found if size == k}
     to = BASELINES[study.ie.estimator.baseline or "zero"]
-    exact = study.rank_agreement()
+    exact, zeroing = study.rank_agreement(), study.tables.get(f"zeroing/{study.task}")
+    zeroed = ""
+    if zeroing is not None:
+        at_last = (zeroing["snapshot"] == zeroing["snapshot"].max()) & (zeroing["features"] == "top")
+        row = pd.DataFrame(zeroing[at_last]).iloc[0]
+        zeroed = f"; with the top {int(row['k'])} set to zero {number(float(row['metric']), sign=True)}"
     out.say(
         f"{study.task}: {number(float(first['clean']), sign=True)} at {first['label']}, "
         f"{number(kinds['top'], sign=True)} without the top {k} features (set to {to}); without "
         + " or ".join(f"{k} {kind.replace('_', '-')} ones {number(kinds[kind], sign=True)}" for kind in [*kinds][1:])
-        + f". On the held-out half; estimates agree with exact effects by {number(exact, 2)} (Spearman)"
+        + f"{zeroed}. On the held-out half; estimates agree with exact effects by {number(exact, 2)} (Spearman)"
     )
     return {"k": k, "clean": float(first["clean"]), **kinds, "agreement": exact, "tables": sorted(study.tables)}
 

@@ -21,6 +21,12 @@ MIN_RECOVERED = 0.9
 MAX_COMPLETENESS = 0.05
 RECONSTRUCTED = 0.8, 1.2  # of the clean metric
 CHANCE, LEARNT = 0.5, 0.9
+_SET_TO = {
+    "patch": "their values on the paired prompt",
+    "zero": "zero",
+    "mean": "their means over the prompts",
+    "": "another value",  # runs that do not say
+}
 _BOUND = 6  # names in a list
 _TASK_WIDTH = 150  # of a task with its snapshots and its number of items
 
@@ -215,14 +221,25 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
         return None
     clean, task, rows = max(found, key=lambda each: each[0])
     top, random = rows.loc["top"], rows.loc["random"]
+    to = _SET_TO[str(top.get("baseline", ""))]
     text = (
-        f"On {task} at {top['label']}, ablating the {int(top['k'])} features with the largest effects takes the metric "
-        f"from {clean:.2f} to {_signed(top['metric'])} logits, {int(random['k'])} random active ones to "
-        f"{_signed(random['metric'])}"
+        f"On {task} at {top['label']}, setting the {int(top['k'])} features with the largest effects to {to} "
+        f"takes the metric from {clean:.2f} to {_signed(top['metric'])} logits, "
+        f"{int(random['k'])} random active ones to {_signed(random['metric'])}"
     )
     if "size_matched" in rows.index:
         matched = rows.loc["size_matched"]
-        text += f", and {int(matched['k'])} active ones of about their size to {_signed(matched['metric'])}"
+        text += f", {int(matched['k'])} active ones of about their size to {_signed(matched['metric'])}"
+    if "change_matched" in rows.index and {"moved", "n_features"} <= set(rows):
+        matched = rows.loc["change_matched"]
+        text += (
+            f", {int(matched['n_features'])} active ones that together change the activation by "
+            f"{matched['moved'] / top['moved']:.0%} of what those do to {_signed(matched['metric'])}"
+        )
+    zeroing = _with(tables[f"zeroing/{task}"], "snapshot", "features", "k", "metric")
+    if zeroing is not None:
+        zeroed = zeroing[(zeroing["snapshot"] == zeroing["snapshot"].max()) & (zeroing["features"] == "top")].iloc[0]
+        text += f"; setting the top {int(zeroed['k'])} to zero leaves {_signed(zeroed['metric'])}"
     effects = _with(tables[f"attribution/{task}"], "feature", "snapshot", "ie", "relie")
     if effects is not None:
         last = effects[effects["snapshot"] == effects["snapshot"].max()]

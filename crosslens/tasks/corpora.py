@@ -171,9 +171,7 @@ def make_pair(row: Row, good: str, bad: str, answers: str, by_verb: bool = False
     return Item(*divide(texts["good"], texts["bad"], answers), info=info, group=group)
 
 
-def read_pairs(
-    name: str, rows: Sequence[Row], good: str, bad: str, answers: str, by_verb: bool = False
-) -> Source:
+def read_pairs(name: str, rows: Sequence[Row], good: str, bad: str, answers: str, by_verb: bool = False) -> Source:
     """A task from the columns of a correct and a wrong sentence; arguments and errors as in `make_pair`."""
     items = [make_pair(row, good, bad, answers, by_verb) for row in rows]
     return Source(name, items, answers, len({(row.values[good], row.values[bad]) for row in rows}))

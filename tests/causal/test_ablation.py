@@ -22,8 +22,8 @@ from crosslens.causal.ablation import (
     draw_sets,
     faithfulness,
     feature_sizes,
-    set_metrics,
     set_changes,
+    set_metrics,
     size_matched,
 )
 from crosslens.causal.attribution import Attribution, Estimator, attribute, exact_effects
@@ -193,7 +193,9 @@ def test_curves_equal_a_slow_loop(snaps: Snapshots, task: Task, architecture: st
             "all_edited": slow.metrics(s, list(range(F)), False, "patch", not keep),
         }
         active = (runs.active | runs.active_paired)[:, s].sum()
-        kinds = draw_sets(runs, ie, s, [1, 3], by="magnitude" if keep else "signed", controls=controls, baseline="patch")
+        kinds = draw_sets(
+            runs, ie, s, [1, 3], by="magnitude" if keep else "signed", controls=controls, baseline="patch"
+        )
         for kind in kinds:
             (row,) = table[(table.snapshot == s) & (table.features == kind.kind) & (table.k == kind.k)].to_dict(
                 "records"
@@ -253,7 +255,9 @@ def test_draws_depend_on_seed_snapshot_and_size_alone(snaps: Snapshots, task: Ta
     table = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1))
     assert table.equals(ablate(cc, snaps, task, ie, k=[1, 4], controls=Controls(n_draws=3, seed=1)))
     alone = ablate(runs, ie, k=[4], at=[2], controls=Controls(["size_matched"], n_draws=3, seed=1))
-    same = table[(table.snapshot == 2) & (table.k == 4) & table.features.isin(["top", "size_matched"])].reset_index(drop=True)
+    same = table[(table.snapshot == 2) & (table.k == 4) & table.features.isin(["top", "size_matched"])].reset_index(
+        drop=True
+    )
     pd.testing.assert_frame_equal(alone, same)
     other = ablate(runs, ie, k=[1, 4], controls=Controls(n_draws=3, seed=2))
     drawn = table.features != "top"

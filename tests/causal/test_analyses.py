@@ -90,6 +90,9 @@ def test_tables_equal_single_analyses(crosscoder: Crosscoder, snaps: Snapshots, 
         row.reset_index(drop=True), last[last["features"] == "random"].reset_index(drop=True), check_dtype=False
     )
     assert int(row["n_draws"].iloc[0]) == 5
+    zeroed = ablate(runs, ie, [K], baseline="zero", controls=Controls(n_draws=2, seed=3, allow_fewer=True))
+    same(tables["zeroing/tiny"], zeroed.assign(split="held-out"))
+    assert set(zeroed["baseline"]) == {"zero"} and set(got["baseline"]) == {"patch"}
     assert not got.duplicated(["snapshot", "mode", "features", "k"]).any()
     assert set(got.loc[got["mode"] == "ablate", "k"]) == {1, K}, "no size exceeds the active features"
 

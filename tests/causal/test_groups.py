@@ -72,6 +72,7 @@ def test_effects_over_groups_against_loops(snaps: Snapshots) -> None:
         p = sign_flip_p(np.asarray(float(sum(sums[i]))), np.asarray(float(sum(v * v for v in sums[i]))))
         assert float(found.p[i, 2]) == pytest.approx(float(p), rel=1e-3)
     kept = found.bootstrap
+    assert kept is not None
     counts = np.random.default_rng(3).multinomial(4, [1 / 4] * 4, size=50)
     for r in (0, 17, 49):
         drawn = [n for g in range(4) for _ in range(counts[r, g]) for n in range(len(x)) if group[n] == g]
@@ -80,14 +81,14 @@ def test_effects_over_groups_against_loops(snaps: Snapshots) -> None:
 
 
 def test_groups_of_items() -> None:
-    pair = {"correct": "a", "wrong": "b"}
+    pair = "a", "b"
     items = [
-        Item("x", **pair, patch_prefix="y"),
-        Item("y", **pair, patch_prefix="x"),  # the same pair
+        Item("x", *pair, "y"),
+        Item("y", *pair, "x"),  # the same pair
         Item("x", "c", "d", "y"),  # other answers after it
-        Item("z", **pair),
-        Item("u", **pair, group="noun"),
-        Item("v", **pair, group="noun"),
+        Item("z", *pair),
+        Item("u", *pair, group="noun"),
+        Item("v", *pair, group="noun"),
     ]
     assert groups(items) == [0, 0, 0, 1, 2, 2]
 

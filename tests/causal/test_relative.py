@@ -258,7 +258,7 @@ def test_interval_against_loops(level: float, G: int, S: int, seed: int, share: 
         kept = [float(effects[j, s] * given.effects[j, s].sign()) for j in range(12) if counts[j][s]]
         return size / sum(kept) if kept else 0.0
 
-    assert 0 < sum(map(any, counts)) and any(not all(row) for row in counts if any(row))
+    assert sum(map(any, counts)) > 0 and any(not all(row) for row in counts if any(row))
     for i in range(12):
         if not any(counts[i]):
             assert low[i].isnan().all() and high[i].isnan().all()
@@ -266,7 +266,7 @@ def test_interval_against_loops(level: float, G: int, S: int, seed: int, share: 
         y = [signed(given.effects, i, s) for s in range(S)]
         each = [[signed(effects, i, s) for s in range(S)] for effects in drawn]
         excess = [
-            max(0.0, 1 - 0.5 * float(np.std([row[s] for row in each])) * math.sqrt(G / (G - 1)) / y[s]) if y[s] else 0.0
+            max(0.0, 1 - 0.4 * float(np.std([row[s] for row in each])) * math.sqrt(G / (G - 1)) / y[s]) if y[s] else 0.0
             for s in range(S)
         ]
         for s in range(S):
@@ -282,8 +282,7 @@ def test_interval_against_loops(level: float, G: int, S: int, seed: int, share: 
     for name, end in zip(("low", "high"), relie_interval(given, level, snapshots=[1, 0]), strict=True):
         assert end.shape == (12, 2), name
     with pytest.raises(UserError, match="no bootstrap replicates"):
-        relie_interval(drawn_effects := Given(torch.ones(3, 2)))
-    assert effect_interval(drawn_effects)[0].shape == (3, 2)
+        relie_interval(Given(torch.ones(3, 2)))
     with pytest.raises(UserError, match="level=95 must be between 0 and 1"):
         relie_interval(given, 95)
 

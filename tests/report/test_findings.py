@@ -134,7 +134,7 @@ def test_births_with_as_many_reversed_are_named_in_a_sentence(run: RunDir) -> No
 def test_the_name_of_a_feature_is_quoted_and_escaped(run: RunDir) -> None:
     tables = Tables(run, run.read_json())
     tables.names = dict.fromkeys(range(1000), "<b>os")
-    (acts,) = (one.text for one in find(tables, set()) if "ablating" in one.text)
+    (acts,) = (one.text for one in find(tables, set()) if "largest effects" in one.text)
     assert "</a> (“&lt;b&gt;os”)." in acts and "<b>" not in acts
 
 

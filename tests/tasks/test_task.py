@@ -757,3 +757,42 @@ def test_non_finite_logits_name_the_snapshot(snapshots: Snapshots, monkeypatch: 
     monkeypatch.setattr(Snapshots, "model", lambda *_, **__: nothing)
     with pytest.raises(UserError, match="snapshot step0 has non-finite logits on task 'simple'"):
         Task.demo("simple", n=4).accuracy(snapshots)
+
+
+def test_formats_know_what_items_have_in_common(tmp_path: Path) -> None:
+    """The head noun or the verb, in whatever form it stands; a column says otherwise."""
+    sva = [
+        {"clean_prefix": "The friends", "patch_prefix": "The friend", "clean_answer": "have", "patch_answer": "has"},
+        {"clean_prefix": "The friend", "patch_prefix": "The friends", "clean_answer": "is", "patch_answer": "are"},
+        {"clean_prefix": "The aunts", "patch_prefix": "The aunt", "clean_answer": "have", "patch_answer": "has"},
+        {
+            "clean_prefix": "The men",
+            "patch_prefix": "The man",
+            "clean_answer": "go",
+            "patch_answer": "goes",
+            "group": 7,
+        },
+        {"clean_prefix": "The king", "clean_answer": "goes", "patch_answer": "go"},
+    ]
+    (tmp_path / "sva.jsonl").write_text("\n".join(map(json.dumps, sva)))
+    assert [item.group for item in Task.sva(tmp_path / "sva.jsonl").items] == [
+        "friend friends", "friend friends", "aunt aunts", "7", None,
+    ]  # fmt: skip
+    (tmp_path / "plain.csv").write_text("prefix,correct,wrong,group\na,b,c,x\nd,e,f,\n")
+    plain = Task.local(tmp_path / "plain.csv").items
+    assert [item.group for item in plain] == ["x", None] and "group" not in plain[0].info
+    lines = ["True\tthe author that the guards like laughs", "False\tthe author that the guards like laugh"]
+    (tmp_path / "obj_rel_across_anim.txt").write_text("\n".join(lines))
+    lines = ["True\tthe author that the guards like laughs", "False\tthe author that the guards likes laughs"]
+    (tmp_path / "obj_rel_within_anim.txt").write_text("\n".join(lines))
+    for case, group in (("across", "the author"), ("within", "the guards")):
+        assert Task.clams(tmp_path / f"obj_rel_{case}_anim.txt").items[0].group == group
+    blimp = {"sentence_good": "Beth scares Roger.", "sentence_bad": "Beth scare Roger."}
+    for name, group in (("regular_plural_subject_verb_agreement_1", "scare scares"), ("anaphor", None)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(blimp))
+        assert Task.blimp(tmp_path / f"{name}.jsonl").items[0].group == group
+    demo = Task.demo("within_rc", "en", n=40)
+    assert all(item.group is not None and item.group.split()[0] == "en" for item in demo.items)
+    noun = [item.group.split()[1] for item in demo.items if item.group and item.info["number"] == "sg"]
+    singular = [item.prefix.split()[-1] for item in demo.items if item.info["number"] == "sg"]
+    assert noun == singular  # the noun that the inner verb agrees with

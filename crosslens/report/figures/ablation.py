@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from crosslens.report.chart import (
@@ -36,6 +37,7 @@ _SETS = {
     "top": ("top features by effect", Style(SERIES[0], "circle")),
     "random": ("random active features", Style(MUTED, "square", "dash")),
     "size_matched": ("size-matched features", Style(SERIES[1], "diamond", "dot")),
+    "change_matched": ("as many as change the activation as much", Style(SERIES[2], "triangle-up", "dashdot")),
 }
 _ABLATED = {
     "zero": "Ablated features are set to zero.",
@@ -111,10 +113,8 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
         ticktext=sizes,
     )
     draws = int(rows["n_draws"].max())
-    note = f"At {label}, where the clean metric is {clean:.3f} logits."
-    if "baseline" in rows:
-        note += f" {_ABLATED[str(rows['baseline'].iloc[0])]}"
-    note += f" Bands: the interval of up to {draws:,} random draws, 95% by default."
+    note = f"At {label}, where the clean metric is {clean:.3f} logits. {_set_to(rows)}"
+    note += f"Bands: the interval of up to {draws:,} random draws, 95% by default."
     return Chart(figure, _ablation_data(rows), note)
 
 
@@ -166,11 +166,16 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
         band = ("share_low", "share_high") if _band(lines) else None
         add_series(figure, axis, lines, "share", name, style, value="%{y:.1%}", band=band)
     axis.apply(figure)
-    note = f"Sets of k = {k} features. Bands: the interval of the random draws, 95% by default."
+    note = f"Sets of k = {k} features. {_set_to(rows)}Bands: the interval of the random draws, 95% by default."
     if small:
         labels = ", ".join(axis.labels[int(s)] for s in small)
         note += f" Not shown at {labels}, where |clean metric| is below {MIN_CLEAN:.0%} of its largest value."
     return Chart(figure, _ablation_data(rows), note)
+
+
+def _set_to(rows: Frame) -> str:
+    """A sentence on what ablated features become, and the space after it; nothing for tables that do not say."""
+    return f"{_ABLATED[str(rows['baseline'].iloc[0])]} " if "baseline" in rows else ""
 
 
 def _shares(table: Frame, mode: str) -> Frame:
@@ -215,9 +220,45 @@ def _levels(figure: go.Figure, rows: Frame, mode: str) -> None:
 
 
 def _ablation_data(rows: Frame) -> Frame:
-    columns = ("snapshot", "label", "step", "mode", "features", "error", "k", "metric", "metric_sd", "clean",
-               "share", "share_sd", "n_draws")  # fmt: skip
+    columns = ("snapshot", "label", "step", "mode", "baseline", "features", "error", "k", "moved", "metric",
+               "metric_sd", "clean", "share", "share_sd", "n_draws")  # fmt: skip
     return rows[[c for c in columns if c in rows]].reset_index(drop=True)
+
+
+@figure(
+    "zeroing",
+    page="task",
+    section="ablation",
+    title="Exchanging or zeroing the top features, all snapshots",
+    tables=("ablation/<task>", "zeroing/<task>"),
+    definition=(
+        "Share of the clean metric that remains when the top features of a snapshot take their values on the paired "
+        "prompt, and when they are set to zero. An exchange of all that the pair differs in reverses the metric; "
+        "zeroing can only take away."
+    ),
+    columns=_COLUMNS,
+    optional=True,
+)
+def zeroing(table: Frame, zeroed: Frame) -> Chart | str:
+    """Both edits of the top features over snapshots, and those of as many as change the activation as much."""
+    k = int(zeroed["k"].iloc[0])
+    exchanged = table[(table["k"] == k) & (table["mode"] == "ablate")]
+    rows = pd.concat([_shares(exchanged, "ablate"), _shares(zeroed, "ablate")]).sort_values("snapshot")
+    if rows["share"].isna().all() or rows["snapshot"].nunique() < 2:
+        return "Only one snapshot was ablated."
+    axis = SnapshotAxis.of(rows)
+    figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
+    add_level(figure, 1, "clean")
+    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
+    for baseline, words, dash in (("patch", "exchanged", "solid"), ("zero", "set to zero", "dot")):
+        for kind in ("top", "change_matched"):
+            name, style = _SETS[kind]
+            lines = rows[(rows["features"] == kind) & (rows["baseline"] == baseline)]
+            if len(lines):
+                each = Style(style.color, style.symbol, dash)
+                add_series(figure, axis, lines, "share", f"{name}, {words}", each, value="%{y:.1%}")
+    axis.apply(figure)
+    return Chart(figure, _ablation_data(rows), f"Sets of k = {k} features.")
 
 
 @figure(
@@ -264,7 +305,8 @@ def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Char
     figure.update_xaxes(title_text="sum of single effects (logits)", showgrid=True, gridcolor=GRID, zeroline=False)
     figure.update_yaxes(zeroline=False, linecolor=INK)
     note = (
-        f"At {row['label']}: {int(row['n_pairs'])} pairs of the {int(row['k'])} features with the largest |IE|, on "
+        f"At {row['label']}. {_set_to(summary)}{int(row['n_pairs'])} pairs of the {int(row['k'])} features with the "
+        "largest |IE|, on "
         f"{int(row['n_prompts'])} prompts. {row['interacting']:.0%} of them ({row['interacting_low']:.0%} to "
         f"{row['interacting_high']:.0%}) interact: they miss the sum by more than half of the smaller effect. Sum of "
         f"|joint − sum| / sum of |sum| "
@@ -312,7 +354,7 @@ def transfer(table: Frame) -> Chart | str:
     axis.apply(figure)
     figure.update_xaxes(title_text="ablated at")
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
-    note = f"Sets of k = {k} features. 100% is the change from ablating all features at that snapshot."
+    note = f"Sets of k = {k} features. {_set_to(table)}100% is the change from ablating all features at that snapshot."
     blank = sorted({str(label) for label in table.loc[table["share"].isna(), "ablated_at_label"]})
     if blank:
         note += f" Blank at {', '.join(blank)}, where this change is too small to divide by."

@@ -45,8 +45,15 @@ _MEASURES = {
     "relie": "RelIE",
     "decodability": "decodability (R²)",
     "reldec": "RelDec (decoder norm)",
+    "snapshot": "the snapshot's index alone",
 }
-_SHORT = {"share_relie": "share<br>RelIE", "relie": "RelIE", "decodability": "R²", "reldec": "RelDec"}
+_SHORT = {
+    "share_relie": "share<br>RelIE",
+    "relie": "RelIE",
+    "decodability": "R²",
+    "reldec": "RelDec",
+    "snapshot": "snapshot<br>alone",
+}
 _COLUMNS = {
     "ie_largest": "The effect of largest size, in logits.",
     "share_relie/<label>": "Share RelIE at the snapshot.",
@@ -486,6 +493,14 @@ def validation(summary: Frame) -> Chart:
     )
     level = f"{float(summary['level'].iloc[0]):.0%}"
     note = f"{int(summary['n_features'].iloc[0]):,} features with a significant effect, bars are {level} intervals."
+    if "partial" in summary:
+        rows = summary[(summary["kind"] == "within") & summary["partial"].notna()]
+        found = [
+            f"{_MEASURES[str(row['measure'])]} {row['partial']:.2f} ({row['partial_low']:.2f} to "
+            f"{row['partial_high']:.2f})" + " of shares" * (row["target"] == "share")
+            for row in rows.to_dict("records")
+        ]
+        note += f" Most effects grow in training. Beyond the snapshot's index: {', '.join(found)}." * bool(found)
     return Chart(figure, summary.reset_index(drop=True), note)
 
 
