@@ -193,7 +193,7 @@ def _ablation_summary(found: Study) -> dict[str, float]:
         "size_matched_k_sd": metric("ablate", "size_matched", 15, "metric_sd"),
         "change_matched_k": metric("ablate", "change_matched", 15),
         "change_matched_k_sd": metric("ablate", "change_matched", 15, "metric_sd"),
-        "zeroed_k": float(zeroed["metric"].to_numpy()[0]),
+        "zeroed_k": float(zeroed["metric"].mean()),
         "keep_k": metric("keep", "top", largest),
         "reconstruction_only": metric("ablate", "top", 15, "reconstruction_only"),
         "n_kept": largest,
