@@ -599,7 +599,11 @@ class AblateOptions(TaskOptions):
 @_RUN
 @dataclass(frozen=True, kw_only=True)
 class StudySizes:
-    """Numbers of features and draws of a study; those above the features active at some snapshot are reduced."""
+    """Numbers of features and draws of a study; those above the features active at some snapshot are reduced.
+
+    Raises:
+        UserError: a number out of its range.
+    """
 
     ablate_k: Annotated[tuple[int, ...], COUNTS] = (1, 5, 15, 50)
     """Sizes of the sets that are ablated."""

@@ -79,7 +79,10 @@ class Task:
 
     @classmethod
     def parse(cls, spec: str) -> Task:
-        """A task as it is written on the command line, such as "sva:FILE"; see `crosslens.tasks.formats`.
+        """A task as it is written on the command line; see `crosslens.tasks.formats`.
+
+        Args:
+            spec: such as "sva:FILE" or "demo:simple".
 
         Raises:
             UserError: it cannot be read.
@@ -89,6 +92,9 @@ class Task:
     @classmethod
     def from_source(cls, source: Source) -> Task:
         """A task from what a format has read; counts what merges different sentences.
+
+        Args:
+            source: name, items and answers, and the number of sentences that they were made from.
 
         Raises:
             UserError: it has no items.
