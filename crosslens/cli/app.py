@@ -450,7 +450,8 @@ def label(
             sys.stderr.write("Send them? [y/N] ")
             sys.stderr.flush()
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-                raise UserError("nothing was sent: confirm with y, or give --yes")
+                sys.stderr.write("nothing was sent\n")
+                sys.exit(1)
         return not dry_run
 
     labels = label(run, options, confirm=confirm)

@@ -118,8 +118,13 @@ def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tin
     births = RunDir.open(trained).table("birth_counts")
     assert births is not None
     row = births.query("measure == 'r2' and kind == 'all' and threshold == 0.5").iloc[0]
-    assert said["evolve"].startswith(f"{row['born']} of {row['n']} live features are born between step0 and step20: ")
-    assert f"with the snapshots reversed {row['born_reversed']} are (false births were not measured" in said["evolve"]
+    limits = f"{row['born_low']:.0f} to {row['born_high']:.0f}"
+    assert said["evolve"].startswith(
+        f"{row['born']} (95% interval {limits}) of {row['n']} live features are born between step0 and step20: "
+    )
+    assert (
+        f"with the snapshots reversed {row['born_reversed']} are born (false births were not measured" in said["evolve"]
+    )
     assert said["evolve"].splitlines()[-1].endswith(f"probes: crosslens report {trained}, or --json")
     assert re.match(r"task: the largest effect at step20 is [+-]\d\.\d+ logits, of feature \d+ \(", said["attribute"])
     for name in ("task", "other"):

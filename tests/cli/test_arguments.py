@@ -231,7 +231,7 @@ def test_wrong_arguments_are_refused_before_anything_heavy_is_imported(files: Pa
 CLASSES = [each for each in vars(config).values() if dataclasses.is_dataclass(each)]
 UNLIMITED = {
     *("snapshots", "hook", "column", "split", "wandb_project", "wandb_run_name", "cache", "task", "model", "base_url"),
-    *("second_model", "title", "steps"),
+    *("second_model", "title", "steps", "null"),
 }
 
 

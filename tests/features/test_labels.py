@@ -863,7 +863,7 @@ def test_the_command(run: RunDir, client: str, said: Any, monkeypatch: pytest.Mo
         code, _, err = said(run.path, *options, "--n-examples", 1)
         assert code == 2 and err.startswith(f"crosslens: the environment has no {KEYS[client]}")
         code, _, err = said(run.path, *options, "--prices", "3")
-        assert code == 2 and err.startswith("crosslens: --prices '3' must be two numbers")
+        assert code == 2 and err.startswith("crosslens: --prices 3 must be two numbers")
 
 
 @pytest.mark.parametrize("client", ["openai"], indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,10 @@ def test_from_the_command_line(
     monkeypatch.setattr(cl.report, "write_report", lambda path, **_: path / "report" / "index.html")
     monkeypatch.setattr(cl.report, "log_report", lambda path, project: asked.append((path, project)) or "abcd1234")
     for options in ([], ["--wandb"], ["--wandb-project", "evolution"]):
+        monkeypatch.setattr(sys, "argv", ["crosslens", "report", str(run.path), *options])
         with pytest.raises(SystemExit) as stop:
-            cli.app(["report", str(run.path), *options])
-        assert stop.value.code == 0
+            cli.main()
+        assert not stop.value.code
         page, *logged = capsys.readouterr().out.splitlines()
         assert page == str(run.report / "index.html") and logged == ["W&B run abcd1234"] * bool(options)
     assert asked == [(run.path, None), (run.path, "evolution")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,11 @@ import pytest
 import torch
 import yaml
 from transformer_lens.model_bridge import TransformerBridge
-from typer.testing import CliRunner
 
 import crosslens
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
-from crosslens.cli.app import app
+from crosslens.cli.app import main
 from crosslens.errors import UserError
 from crosslens.sharing import registry
 from crosslens.sharing.pretrained import from_pretrained
@@ -180,18 +181,31 @@ def test_snapshots_of_a_release(tmp_path: Path, tiny_snapshots: Path) -> None:
         read_registry(write(tmp_path / "out.yaml", {"out": release(snapshots={"folder": "weights"})}))
 
 
-def test_ls_describes_releases(tmp_path: Path) -> None:
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What a command prints."""
+
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["crosslens", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_ls_describes_releases(tmp_path: Path, said: Callable[..., str]) -> None:
     hub = release(folder=None, repo_id="someone/things", revision="v1", licence="MIT", dataset="prose")
     more = [entry(hook_name=HOOK, variance_explained=0.91234, l0=64.19, config={"d_sae": 8}), entry(id="b")]
     register_release(write(tmp_path / "r.yaml", {"far": {**hub, "saes": more}}))
-    run = CliRunner().invoke
-    listed = run(app, ["ls", "releases"]).output.splitlines()
+    listed = said("ls", "releases").splitlines()
     assert [line.split() for line in listed[:3]] == [
         ["release", "model", "crosscoders", "place"],
         [DEMO, "crosslens-demo-seed0", "1", "in", "this", "package"],
         ["far", "tiny", "2", "someone/things", "at", "v1"],
     ]
-    assert [line.split() for line in run(app, ["ls", "far"]).output.splitlines()] == [
+    assert [line.split() for line in said("ls", "far").splitlines()] == [
         ["far:", "tiny,", "someone/things", "at", "v1"],
         ["id", "hook", "settings", "EV", "L0"],
         ["a", HOOK, "d_sae", "8", "0.912", "64.2"],
@@ -276,9 +290,8 @@ def test_local_folders_load_by_id_and_no_id_leaves_them(tmp_path: Path, saved: P
         from_pretrained("things", "a")
 
 
-def test_the_command_line_lists_releases_and_plans_a_push(saved: Path) -> None:
-    run = CliRunner().invoke
-    assert DEMO in run(app, ["ls", "releases"]).output
-    assert run(app, ["ls", DEMO]).output.startswith(f"{DEMO}: crosslens-demo-seed0, in this package\n")
-    said = run(app, ["push", str(saved), "someone/things", "--id", "x/y", "--dry-run", "--private"]).output
-    assert "someone/things, id x/y: nothing was sent (dry run)" in said and "x/y/sae_weights.safetensors" in said
+def test_the_command_line_lists_releases_and_plans_a_push(saved: Path, said: Callable[..., str]) -> None:
+    assert DEMO in said("ls", "releases")
+    assert said("ls", DEMO).startswith(f"{DEMO}: crosslens-demo-seed0, in this package\n")
+    planned = said("push", str(saved), "someone/things", "--id", "x/y", "--dry-run", "--private")
+    assert "someone/things, id x/y: nothing was sent (dry run)" in planned and "x/y/sae_weights.safetensors" in planned
