@@ -17,6 +17,7 @@ import wandb
 
 import crosslens as cl
 from crosslens.cli import app as cli
+from crosslens.pipeline import reporting
 from crosslens.report.wandb_log import MAX_ROWS
 from crosslens.rundir import RunDir
 from tests.report.test_pages import add_study, lives, make_run, table, wide
@@ -93,8 +94,8 @@ def test_from_the_command_line(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(cl.report, "write_report", lambda path, **_: path / "report" / "index.html")
-    monkeypatch.setattr(cl.report, "log_report", lambda path, project: asked.append((path, project)) or "abcd1234")
+    monkeypatch.setattr(reporting, "write_report", lambda path, **_: path / "report" / "index.html")
+    monkeypatch.setattr(reporting, "log_report", lambda path, project: asked.append((path, project)) or "abcd1234")
     for options in ([], ["--wandb"], ["--wandb-project", "evolution"]):
         monkeypatch.setattr(sys, "argv", ["crosslens", "report", str(run.path), *options])
         with pytest.raises(SystemExit) as stop:
