@@ -3,6 +3,8 @@ from .births import count_births as count_births
 from .births import date_births as date_births
 from .births import presence_curves as presence_curves
 from .births import table_of_counts as table_of_counts
+from .concepts import ConceptBirths as ConceptBirths
+from .concepts import concept_births as concept_births
 from .controls import LatentScaling as LatentScaling
 from .controls import encoder_share as encoder_share
 from .controls import latent_scaling as latent_scaling

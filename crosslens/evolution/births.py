@@ -31,7 +31,8 @@ The definitions are new here. Symbols: S snapshots, F features, G groups of sequ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,26 +107,63 @@ def date_births(
         UserError: one snapshot only, an unknown measure, a threshold out of range.
     """
     _check(decodability, measure, presence, min_run)
-    F, G = len(decodability.r2), decodability.error.shape[1]
+    curves, G = np.nan_to_num(decodability.curves(measure)), decodability.error.shape[1]
+    return date_curves(
+        curves, partial(decodability.resample, measure), G, features,
+        presence=presence, min_run=min_run, n_bootstrap=n_bootstrap, seed=seed,
+    )  # fmt: skip
+
+
+def date_curves(
+    curves: Float64[np.ndarray, "F S"],
+    resample: Callable[[Float64[np.ndarray, "n G"], Any], Float64[np.ndarray, "n f S"]],
+    n_groups: int,
+    features: Bool[np.ndarray, " F"],
+    *,
+    presence: float,
+    min_run: int,
+    n_bootstrap: int,
+    seed: int,
+) -> pd.DataFrame:
+    """`date_births` for curves of any R2 that is known by groups.
+
+    Args:
+        curves: R2.
+        resample: the curves of some features with every group counted as often as the weights say.
+        n_groups: G.
+        features: features to date.
+        presence: as in `date_births`, and so are the others.
+        min_run: as there.
+        n_bootstrap: as there.
+        seed: as there.
+    """
+    F, G = len(curves), n_groups
     draws = resample_counts(G, n_bootstrap, seed).astype(float)
     leave_one_out = 1.0 - np.eye(G)
-    # a bootstrap of G groups has standard errors too small by sqrt((G - 1) / G), and normal tails instead of Student's
-    ends = norm.cdf(np.sqrt(G / (G - 1)) * student.ppf([0.025, 0.975], G - 1))
+    ends = interval_ends(G)
     names = ["birth_low", "birth_high", "effect", "effect_low", "effect_high", "p"]
     found = np.full((F, len(names)), np.nan)
     for ids in np.split(np.flatnonzero(features), range(_FEATURES, int(features.sum()), _FEATURES)):
-        values = np.nan_to_num(decodability.curves(measure)[ids]).clip(0)
+        values = curves[ids].clip(0)
         found[ids, 2] = values.max(1) - values[:, 0]
-        drawn = np.nan_to_num(decodability.resample(measure, draws, ids)).clip(0)
+        drawn = np.nan_to_num(resample(draws, ids)).clip(0)
         births = birth_index(_relative(drawn) >= presence, min_run)
         found[ids, 0], found[ids, 1] = np.quantile(births, ends, axis=0, method="inverted_cdf")
         found[ids, 3], found[ids, 4] = np.quantile(drawn.max(2) - drawn[..., 0], ends, axis=0)
-        found[ids, 5] = _p_values(values, np.nan_to_num(decodability.resample(measure, leave_one_out, ids)), presence)
+        found[ids, 5] = _p_values(values, np.nan_to_num(resample(leave_one_out, ids)), presence)
     table = pd.DataFrame(found, columns=pd.Index(names))
     for name in names[:2]:
         table[name] = table[name].astype("Int64")
     table["q"] = q_values(table["p"].to_numpy())
     return table
+
+
+def interval_ends(n_groups: int) -> Float64[np.ndarray, " 2"]:
+    """Quantiles of draws of groups that make an interval of 95 %.
+
+    A bootstrap of G groups has standard errors too small by sqrt((G - 1) / G), and normal tails instead of Student's.
+    """
+    return norm.cdf(np.sqrt(n_groups / (n_groups - 1)) * student.ppf([0.025, 0.975], n_groups - 1))
 
 
 def count_births(

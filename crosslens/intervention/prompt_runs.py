@@ -156,6 +156,19 @@ class BatchAt:
         return logit_difference(self.upper.logits(x, rows), batch)
 
 
+class Differences(NamedTuple):
+    """A prompt beside its paired prompt, at n positions."""
+
+    prompts: Int[Tensor, " n"]
+    """Number of the prompt."""
+    acts: Float[Tensor, "n S D"]
+    """Raw activation of the prompt less that of the paired one."""
+    features: Float[Tensor, "n A"]
+    """Features of the prompt, in the order of `PromptRuns.features`."""
+    paired_features: Float[Tensor, "n A"]
+    """Those of the paired prompt."""
+
+
 class PromptRuns:
     """Clean activations and features of a task's prompts in all snapshots, computed once, when first needed.
 
@@ -335,6 +348,42 @@ class PromptRuns:
                 upper=upper.on(batch.tokens.to(self.settings.device)),
             )
             first += len(batch.tokens)
+
+    def differences(self, *, everywhere: bool = False) -> Differences:
+        """Differences between each prompt and its paired prompt, of activations and of features.
+
+        Args:
+            everywhere: at all kept positions from the first token in which the two differ; otherwise at the last.
+
+        Raises:
+            UserError: the paired prompts are not run.
+        """
+        if not self.paired:
+            raise UserError(
+                f"task {self.task.name!r} was run without paired prompts, which differences need: PromptRuns(paired=True)"
+            )
+        found: list[Differences] = []
+        n, first = len(self.batches), 0
+        for i, (batch, pairs) in enumerate(zip(self.batches, self._clean.found, strict=True)):
+            B, T = batch.tokens.shape
+            chosen = self._keep(batch.tokens)
+            if everywhere:
+                chosen &= (batch.tokens != _patch(batch)).cummax(1).values
+            else:
+                chosen[:, :-1] = False
+            rows = chosen.flatten().nonzero().flatten()
+            place = torch.full((B * T,), -1)
+            place[rows] = torch.arange(len(rows))
+            inside = place[pairs.tokens] >= 0
+            features = torch.zeros(2, len(rows), len(self.features))
+            for side, values in enumerate((pairs.values, pairs.patch_values)):
+                assert values is not None
+                # gates may differ: a feature has its value at the snapshots whose gate is open, and 0 at the others
+                features[side, place[pairs.tokens[inside]], pairs.features[inside]] = values[inside].amax(-1)
+            acts, other = (each.flatten(1, 2)[:, rows] for each in (self._clean.acts[i], self._clean.acts[n + i]))
+            found.append(Differences(first + rows // T, (acts - other).transpose(0, 1), features[0], features[1]))
+            first += B
+        return Differences(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def mean(self, snapshot: int) -> Float[Tensor, " A"]:
         """Mean of `f_is` of each of `features` over the kept positions of all prompts, at the index `snapshot`."""
