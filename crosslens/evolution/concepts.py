@@ -16,12 +16,16 @@ until the snapshot has the concept itself. With few words of a class it sometime
 groups are refused, fewer than 16 warned about.
 
 Birth: the first snapshot from which R2 is at least half of its largest, for two in a row, as by other measures
-(`births`), with an interval from a bootstrap over groups. Two hypotheses are tested: that the concept is not readable
-at any snapshot (one-sided t test over groups of the sum that R2 saves at the best snapshot, times S for the choice of
-it), and that it is readable from the first on (`births.date_curves`). The q-value of a birth is that of the larger of
-both p-values (Benjamini and Hochberg 1995 over features). With activations whose signs are flipped at random by group,
-and with equal snapshots, nothing may be born. How right the dates are is measured on rules that were put into
-pretraining data at known steps (`benchmarks/planted_rules.py`).
+(`births`), with an interval from a bootstrap over groups. Two hypotheses are tested:
+
+1. the concept is not readable at any snapshot: one-sided t test over groups of what R2 saves at the best snapshot, with
+   a p-value of at least 2^(1 - G), the chance that a direction without meaning has the same sign in all groups; times
+   S, for the choice of the snapshot;
+2. it is readable from the first snapshot on (`births.date_curves`).
+
+The q-value of a birth is that of the larger of both p-values (Benjamini and Hochberg 1995, over features). With
+differences whose signs are flipped at random by group, and with equal snapshots, nothing may be born. How right the
+dates are is measured on rules that enter pretraining data at known steps (`benchmarks/planted_rules.py`).
 
 New here. Symbols: n differences, S snapshots, D d_model, A features that differ, G groups.
 """
@@ -191,7 +195,7 @@ def _births(read: _Sums, presence: float, min_run: int, n_bootstrap: int, seed: 
     saved = read.total - np.take_along_axis(read.error, peak[None, :, None], 2)[..., 0]  # (G, A)
     spread = saved.std(0, ddof=1) / G**0.5
     t = np.divide(saved.mean(0), spread, out=np.zeros(A), where=spread > 0)
-    readable = np.minimum(S * student.sf(t, G - 1), 1.0)
+    readable = np.minimum(S * np.maximum(student.sf(t, G - 1), 0.5 ** (G - 1)), 1.0)
     p = born["p"].to_numpy()
     return pd.DataFrame(
         {
@@ -239,9 +243,7 @@ def _check_groups(runs: PromptRuns) -> None:
             f"{said}: dating concepts needs {LEAST_GROUPS}, and {ENOUGH_GROUPS} to do it well, because what holds for "
             "few words may hold for another by accident; add prompts with other words"
         )
-    warnings.warn(
-        f"{said}: with fewer than {ENOUGH_GROUPS} a concept may seem readable before it is", stacklevel=4
-    )
+    warnings.warn(f"{said}: with fewer than {ENOUGH_GROUPS} a concept may seem readable before it is", stacklevel=4)
 
 
 def _deal(n_groups: int, seed: int) -> Int[np.ndarray, " G"]:

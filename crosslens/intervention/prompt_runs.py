@@ -360,7 +360,8 @@ class PromptRuns:
         """
         if not self.paired:
             raise UserError(
-                f"task {self.task.name!r} was run without paired prompts, which differences need: PromptRuns(paired=True)"
+                f"task {self.task.name!r} was run without paired prompts, which differences need: use "
+                "PromptRuns(paired=True)"
             )
         found: list[Differences] = []
         n, first = len(self.batches), 0

@@ -1,0 +1,185 @@
+"""R2 on paired prompts: every definition in plain loops, and what it must not see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from crosslens.errors import UserError
+from crosslens.evolution.concepts import _births, _by_group, _deal, _Sums, concept_births, predict
+from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.snapshots.collection import Snapshots
+from crosslens.tasks.items import Item
+from crosslens.tasks.task import Task
+from tests.plain_model import ITEMS, Slow, make_crosscoder
+
+
+def slow_predictions(x: np.ndarray, y: np.ndarray, fold: np.ndarray, ridge: float) -> np.ndarray:
+    """Row by row, by the normal equations in full."""
+    found = np.zeros_like(y)
+    for i in range(len(x)):
+        rows = [j for j in range(len(x)) if fold[j] != fold[i]]
+        C = sum(np.outer(x[j], x[j]) for j in rows)
+        c = sum(np.outer(x[j], y[j]) for j in rows)
+        lam = ridge * np.trace(C) / x.shape[1]
+        found[i] = x[i] @ np.linalg.solve(C + lam * np.eye(x.shape[1]), c)
+    return found
+
+
+@pytest.mark.parametrize(("n", "D", "A", "folds", "seed"), [(30, 4, 3, 5, 0), (12, 20, 2, 4, 1), (40, 7, 1, 16, 2)])
+def test_predictions_are_those_of_the_normal_equations(n: int, D: int, A: int, folds: int, seed: int) -> None:
+    """With more rows than dimensions, and with fewer."""
+    rng = np.random.default_rng(seed)
+    x, y, fold = rng.normal(size=(n, D)), rng.normal(size=(n, A)), rng.integers(folds, size=n)
+    np.testing.assert_allclose(predict(x, y, fold, 0.01), slow_predictions(x, y, fold, 0.01), atol=1e-9)
+
+
+def test_swapping_the_prompts_of_pairs_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    x, y, fold = rng.normal(size=(30, 6)), rng.normal(size=(30, 2)), np.arange(30) % 5
+    sign = rng.choice([-1, 1], (30, 1))
+    np.testing.assert_allclose(predict(sign * x, sign * y, fold, 0.01), sign * predict(x, y, fold, 0.01), atol=1e-12)
+
+
+def test_without_a_difference_nothing_is_predicted() -> None:
+    assert not predict(np.zeros((8, 3)), np.ones((8, 2)), np.arange(8) % 4, 0.01).any()
+
+
+def test_every_group_is_in_one_fold() -> None:
+    for G in (8, 16, 50):
+        fold = _deal(G, 3)
+        assert np.bincount(fold).tolist() == np.bincount(np.arange(G) % min(G, 16)).tolist()
+
+
+def sums(r2: np.ndarray, G: int, per_group: int, seed: int, *, flip: bool = False) -> _Sums:
+    """Sums of cross-fitted errors of planted differences.
+
+    Features A have differences of +-1; at snapshot s the activation holds each with variance `r2[a, s]` of its own
+    variance, in D = A + 4 dimensions. `flip` draws the signs of a group's differences anew.
+    """
+    rng = np.random.default_rng(seed)
+    A, S = r2.shape
+    group = np.repeat(np.arange(G), per_group)
+    y = rng.choice([-1.0, 1.0], (len(group), A))
+    fold, errors = _deal(G, seed)[group], []
+    for s in range(S):
+        x = np.concatenate([y * np.sqrt(r2[:, s]), np.zeros((len(y), 4))], 1)
+        x = x + np.sqrt(np.concatenate([1 - r2[:, s], np.ones(4)])) * rng.normal(size=x.shape)
+        seen = y * rng.choice([-1.0, 1.0], (G, A))[group] if flip else y
+        errors.append(_by_group((seen - predict(x, seen, fold, 0.01)) ** 2, group, G))
+    return _Sums(np.stack(errors, -1), _by_group(y**2, group, G))
+
+
+def test_a_planted_concept_is_dated_where_it_begins() -> None:
+    curves = np.zeros((6, 10))
+    for a, start in enumerate((0, 2, 4, 6, 8)):
+        curves[a, start:] = 0.9
+    found = _births(sums(curves, 20, 20, 0), 0.5, 2, 200, 0)
+    assert found["birth"].tolist()[:5] == [0, 2, 4, 6, 8]
+    assert (found["birth_low"][:5] <= found["birth"][:5]).all() and (
+        found["birth_high"][:5] >= found["birth"][:5]
+    ).all()
+    assert (found["q"][1:5] < 0.01).all() and found["q"][0] > 0.5 and found["q"][5] > 0.05
+    assert (found["readable_q"][:5] < 0.01).all() and found["readable_q"][5] > 0.05
+
+
+@pytest.mark.parametrize("G", [8, 20])
+def test_differences_that_are_flipped_by_group_have_no_births(G: int) -> None:
+    """And neither do features that no snapshot holds: at most the 5 % that q-values allow, here none of 40 draws."""
+    curves = np.zeros((12, 8))
+    curves[:6, 3:] = 0.9
+    for seed in range(40):
+        found = _births(sums(curves, G, 15, seed, flip=True), 0.5, 2, 50, seed)
+        assert not ((found["q"] <= 0.05) & (found["birth"] > 0)).any()
+
+
+def test_equal_snapshots_have_no_births() -> None:
+    one = sums(np.full((5, 1), 0.8), 16, 20, 0)
+    found = _births(_Sums(np.repeat(one.error, 6, 2), one.total), 0.5, 2, 100, 0)
+    assert (found["birth"] == 0).all() and (found["q"] > 0.3).all()
+
+
+def pairs(n_groups: int, n: int = 45) -> Task:
+    """Paired prompts of the test model's words; some differ before their last token, and lengths differ."""
+    nouns, ends = ("cat", "dog", "king", "child", "house", "bread"), ("", " sees the", " near the house")
+    places = [(a, b, end) for a in nouns for b in nouns for end in ends if a < b]
+    return Task.from_items(
+        "pairs",
+        [
+            Item(f"the {a}{end}", "sees", "likes", f"the {b}{end}", group=str(i % n_groups))
+            for i, (a, b, end) in enumerate(places[:n])
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "everywhere"),
+    [("standard_crosscoder", False), ("jumprelu_crosscoder", True), ("topk_crosscoder", True)],
+)
+def test_curves_are_those_of_plain_runs(snaps: Snapshots, architecture: str, everywhere: bool) -> None:
+    cc, task = make_crosscoder(snaps, architecture), pairs(8)
+    found = concept_births(cc, snaps, task, everywhere=everywhere, n_bootstrap=20)
+    items: list[Any] = [
+        {"prefix": i.prefix, "correct": "sees", "wrong": "likes", "patch_prefix": i.patch_prefix} for i in task.items
+    ]
+    rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+    deal = _deal(8, 0)
+    for n, item in enumerate(items):
+        clean, patch = Slow(snaps, cc, item), Slow(snaps, cc, {**item, "prefix": item["patch_prefix"]})
+        T = clean.tokens.shape[1]
+        differ = [t for t in range(T) if clean.tokens[0, t] != patch.tokens[0, t]]
+        for t in range(min(differ), T) if everywhere else [T - 1]:
+            f, g = (torch.stack(run.f).amax(0)[t].double().numpy() for run in (clean, patch))
+            rows.append((n % 8, (clean.acts - patch.acts)[t].double().numpy(), f, g))
+    group = np.array([row[0] for row in rows])
+    x, f, g = (np.stack([row[i] for row in rows]) for i in (1, 2, 3))
+    df = f - g
+    kept = [i for i in range(df.shape[1]) if len({h for h, d in zip(group, df[:, i], strict=True) if d != 0}) >= 8]
+    assert sorted(found.births["feature"]) == kept and len(kept) > 2
+    wide = found.curves.pivot(index="feature", columns="snapshot", values="r2")
+    for i in kept:
+        difference = (df[:, i] ** 2).sum() / ((f[:, i] ** 2).sum() + (g[:, i] ** 2).sum())
+        row = found.births.set_index("feature").loc[i]
+        assert row["difference"] == pytest.approx(difference, rel=1e-4)
+        for s in range(len(snaps)):
+            error = (df[:, i] - slow_predictions(x[:, s], df[:, [i]], deal[group], 0.01)[:, 0]) ** 2
+            assert wide.loc[i, s] == pytest.approx(1 - error.sum() / (df[:, i] ** 2).sum(), abs=2e-3)
+        assert row["r2"] == pytest.approx(wide.loc[i].max())
+        assert row["peak"] == int(np.argmax(wide.loc[i]))
+    assert found.births["difference"].is_monotonic_decreasing
+    assert (found.curves["r2_low"] <= found.curves["r2_high"]).all()
+    assert found.curves["label"].tolist()[: len(snaps)] == list(snaps.labels)
+
+
+def test_dates_have_steps_and_tokens(snaps: Snapshots) -> None:
+    found = concept_births(make_crosscoder(snaps, "standard_crosscoder"), snaps, pairs(9), presence=0.1).births
+    born = found[found["birth"].notna() & (found["birth"] < len(snaps))]
+    assert len(born) and born["birth_step"].tolist() == [snaps.steps[int(s)] for s in born["birth"]]
+
+
+def test_too_few_groups_are_refused_or_warned_about(snaps: Snapshots) -> None:
+    cc = make_crosscoder(snaps, "batchtopk_crosscoder")
+    with pytest.raises(UserError, match=r"of 7 groups.*45 prompts.*needs 8, and 16 to do it well"):
+        concept_births(cc, snaps, pairs(7))
+    with pytest.warns(UserWarning, match="fewer than 16"):
+        concept_births(cc, snaps, pairs(15))
+
+
+def test_what_cannot_be_dated_is_refused(snaps: Snapshots) -> None:
+    cc = make_crosscoder(snaps, "batchtopk_crosscoder")
+    single = Task.from_items("single", [{**item, "patch_prefix": None} for item in ITEMS])
+    with pytest.raises(UserError, match="no paired prompts"):
+        concept_births(cc, snaps, single)
+    with pytest.raises(UserError, match="ridge=0"):
+        concept_births(cc, snaps, pairs(16), ridge=0)
+    with pytest.raises(UserError, match=r"presence=2"):
+        concept_births(cc, snaps, pairs(16), presence=2)
+    with pytest.raises(UserError, match="without paired prompts"):
+        PromptRuns(cc, snaps, pairs(16), paired=False).differences()
+    silent = make_crosscoder(snaps, "batchtopk_crosscoder")
+    silent.threshold.fill_(1e9)
+    with pytest.raises(UserError, match="no feature tells the pairs"):
+        concept_births(silent, snaps, pairs(16))
