@@ -201,12 +201,12 @@ class Pretraining:
     """How the model is trained."""
 
     seed: int
-    n_steps: int = 3000
-    every: int = 150
+    n_steps: int = 4000
+    every: int = 200
     n_layers: int = 3
     d_model: int = 64
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 3e-3
 
 
 class Pretrained:
