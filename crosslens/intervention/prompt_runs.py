@@ -302,7 +302,7 @@ class PromptRuns:
         S, F = crosscoder.n_snapshots, crosscoder.cfg.d_sae
         by_token = acts.flatten(1, 2).transpose(0, 1)
         found: list[_Found] = []
-        for block in self._keep(tokens).flatten().nonzero().flatten().split(max(1, _DENSE_ENTRIES // F)):
+        for block in self.keep(tokens).flatten().nonzero().flatten().split(max(1, _DENSE_ENTRIES // F)):
             dense = crosscoder.encode(by_token[block].to(crosscoder.device))
             row, feature = dense.nonzero(as_tuple=True)
             at = [crosscoder.snapshot_acts(dense, s) for s in range(S)]
@@ -319,7 +319,8 @@ class PromptRuns:
         tokens, features, values = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:3])
         return _Found(tokens, features, values, None)
 
-    def _keep(self, tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    def keep(self, tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """Positions whose activations are spliced; BOS and padding keep theirs."""
         return kept_positions(tokens, self.snapshots.tokenizer, *self._kept_options)
 
     @torch.no_grad()
@@ -338,7 +339,7 @@ class PromptRuns:
             yield BatchAt(
                 prompts=batch,
                 first=first,
-                keep=self._keep(batch.tokens).to(device),
+                keep=self.keep(batch.tokens).to(device),
                 clean=self._clean.acts[i][s].to(device),
                 patch=self._clean.acts[n + i][s].to(device) if self.paired else None,
                 pairs=Pairs(found.tokens, found.features, found.values[:, s]).to(device),
@@ -348,6 +349,10 @@ class PromptRuns:
                 upper=upper.on(batch.tokens.to(self.settings.device)),
             )
             first += len(batch.tokens)
+
+    def clean_acts(self, snapshot: int) -> list[Float[Tensor, "B T D"]]:
+        """Raw activations of every batch at the index `snapshot`, on the CPU."""
+        return [acts[snapshot] for acts in self._clean.acts[: len(self.batches)]]
 
     def differences(self, *, everywhere: bool = False) -> Differences:
         """Differences between each prompt and its paired prompt, of activations and of features.
@@ -367,7 +372,7 @@ class PromptRuns:
         n, first = len(self.batches), 0
         for i, (batch, pairs) in enumerate(zip(self.batches, self._clean.found, strict=True)):
             B, T = batch.tokens.shape
-            chosen = self._keep(batch.tokens)
+            chosen = self.keep(batch.tokens)
             if everywhere:
                 chosen &= (batch.tokens != _patch(batch)).cummax(1).values
             else:
@@ -391,7 +396,7 @@ class PromptRuns:
         total = torch.zeros(len(self.features), dtype=torch.float64)
         for found in self._clean.found:
             total.index_add_(0, found.features, found.values[:, snapshot].double())
-        count = sum(int(self._keep(batch.tokens).sum()) for batch in self.batches)
+        count = sum(int(self.keep(batch.tokens).sum()) for batch in self.batches)
         return (total / count).float()
 
     def mean_features(self, snapshot: int) -> Float[Tensor, " F"]:
@@ -420,7 +425,7 @@ class PromptRuns:
             tokens.to(self.settings.device),
             acts.permute(1, 2, 0, 3).to(device),
             features,
-            self._keep(tokens).to(device),
+            self.keep(tokens).to(device),
         )
 
 
