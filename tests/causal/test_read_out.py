@@ -42,19 +42,20 @@ def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture
             assert (row["label"], row["step"]) == (snaps.labels[s], snaps.steps[s])
 
 
-def test_at_the_last_snapshot_a_feature_is_exchanged_exactly(snaps: Snapshots, task: Task) -> None:
+def test_at_the_last_snapshot_a_feature_is_exchanged_exactly(snaps: Snapshots) -> None:
+    """With one prompt in four groups the effect is sure wherever there is one."""
     cc = make_crosscoder(snaps, "batchtopk_crosscoder")
+    task = Task.from_items("one", [{**ITEMS[0], "wrong": wrong, "group": wrong} for wrong in ("likes", "finds", ".")])
     runs = PromptRuns(cc, snaps, task, paired=True)
     last = len(snaps) - 1
     found = read_out(runs, runs.features)
     at_last = found[found["feature"].notna() & (found["snapshot"] == last)]
     exact = exact_effects(runs, last, runs.features, "patch", "clean")
     assert at_last["effect"].to_numpy() == pytest.approx(exact.numpy(), abs=1e-5)
-    known = at_last["share"].notna()
-    assert 0 < known.sum() < len(known)
-    assert at_last.loc[known, "share"].to_numpy() == pytest.approx(1) and at_last.loc[known, "read_out"].any()
-    assert at_last.loc[known, "mapped_share"].to_numpy() == pytest.approx(1, abs=1e-3)
-    assert not found.loc[found["share"].isna(), "read_out"].any()
+    sure = at_last["effect"].abs() > 2 * at_last["effect_se"]
+    assert sure.any() and at_last["share"].notna().tolist() == sure.tolist() and not at_last.loc[~sure, "read_out"].any()
+    assert at_last.loc[sure, ["share", "share_low", "share_high"]].to_numpy() == pytest.approx(1)
+    assert at_last.loc[sure, "mapped_share"].to_numpy() == pytest.approx(1, abs=1e-3)
 
 
 def test_the_rotation_is_found_and_leaves_the_rest(snaps: Snapshots, task: Task) -> None:
