@@ -624,6 +624,10 @@ class StudySizes:
     """Replicates over prompts, for intervals."""
     n_pairs: Annotated[int, NUMBER] = 100
     """Pairs of features ablated together, at the last snapshot."""
+    n_read_out: Annotated[int, COUNT] = 8
+    """Features with the largest effects whose late values are put into every snapshot, and whose dates are compared."""
+    everywhere: bool = False
+    """Date concepts at all positions from the first in which paired prompts differ; otherwise at the last."""
 
     def __post_init__(self) -> None:
         check(self)

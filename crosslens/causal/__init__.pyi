@@ -13,9 +13,12 @@ from .attribution import Estimator as Estimator
 from .attribution import Positions as Positions
 from .attribution import attribute as attribute
 from .attribution import exact_effects as exact_effects
+from .dates import feature_dates as feature_dates
 from .languages import compare_languages as compare_languages
 from .languages import count_languages as count_languages
 from .languages import split_languages as split_languages
+from .read_out import read_by_last as read_by_last
+from .read_out import read_out as read_out
 from .relative import classify as classify
 from .relative import effect_interval as effect_interval
 from .relative import p_values as p_values

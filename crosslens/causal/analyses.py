@@ -5,8 +5,10 @@
    far the estimates agree with exact effects, follow the top features over snapshots (`follow_features`), and compare
    languages (`compare_languages`).
 3. On the held-out split, test the features that step 2 ranks highest: `ablate` (exchanged and zeroed),
-   `transfer_matrix`, `pair_additivity`.
+   `transfer_matrix`, `pair_additivity`, `read_out`.
    Ablate every significant feature at every snapshot, to see which measure predicts when it acts (`validate`).
+4. On all prompts, whose features are not chosen by anything, date when the concept is readable (`concept_births`). The
+   dates of the top features by all of these readings stand side by side (`feature_dates`).
 
 The clean runs of each split are made once, when an analysis first needs them, and shared. Every analysis leaves tables,
 and those that are there already are not made again: a study continues where it was interrupted, and builds on the
@@ -15,6 +17,7 @@ effects and ablations that were computed by themselves. The splits and `Study.ra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +29,9 @@ from torch import Tensor
 from crosslens.causal.ablation import CONTROLS, Controls, ablate
 from crosslens.causal.additivity import pair_additivity
 from crosslens.causal.attribution import Attribution, attribute, exact_effects
+from crosslens.causal.dates import feature_dates
 from crosslens.causal.languages import compare_languages, split_languages
+from crosslens.causal.read_out import read_by_last, read_out
 from crosslens.causal.relative import significant
 from crosslens.causal.timeline import follow_features
 from crosslens.causal.transfer import transfer_matrix
@@ -34,6 +39,7 @@ from crosslens.causal.validation import validate
 from crosslens.config import StudySizes
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.evolution.concepts import concept_births
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
@@ -57,8 +63,10 @@ class Study:
             attribution/<task>.snapshots, prompts/<task>, completeness/<task> (the snapshots of "ig", whose effects add
             up), exact/<task>, ablation/<task>, zeroing/<task> if it exchanges features with the paired prompt,
             transfer/<task>, additivity/<task>, additivity/<task>.snapshots,
-            timeline/<task>; validation/<task> and validation/<task>.summary if an effect is significant; and
-            languages/<task> if the items are of several languages.
+            timeline/<task>; validation/<task> and validation/<task>.summary if an effect is significant;
+            languages/<task> if the items are of several languages; and with paired prompts read_out/<task>,
+            read_out/<task>.last, dates/<task> and, from eight groups of prompts, concepts/<task> and
+            concepts/<task>.curves.
     """
 
     task: str
@@ -105,6 +113,7 @@ def study(
     sizes: StudySizes | None = None,
     seed: int = 0,
     settings: ModelSettings | None = None,
+    accuracy: pd.DataFrame | None = None,
     known: Mapping[str, pd.DataFrame] | None = None,
     save: Callable[[Tables], object] | None = None,
 ) -> Study:
@@ -122,6 +131,7 @@ def study(
         sizes: numbers of features and draws; those of `StudySizes()` if None.
         seed: seed for the split and every draw.
         settings: how the models run; None runs them on the crosscoder's device.
+        accuracy: the result of `Task.accuracy`, to stand beside the dates of features.
         known: tables of the same task, split and baseline that are there already, by name; they are not made again.
         save: called with the tables of every analysis as soon as it ends.
 
@@ -147,7 +157,34 @@ def study(
         work.make(["validation/{}", "validation/{}.summary"], lambda: _validation(work, decodability))
     if len(split_languages(task)) > 1:
         work.make(["languages/{}"], lambda: _languages(work, most))
+    if work.selection.paired:
+        _date(work, decodability, accuracy)
     return Study(name, ie, work.tables)
+
+
+def _date(work: _Work, decodability: Tensor | None, accuracy: pd.DataFrame | None) -> None:
+    """When the concept is readable, when features are read out, and all dates of the top features."""
+    name, ie = work.task.name, work.ie
+    try:
+        work.make(["concepts/{}", "concepts/{}.curves"], lambda: _concepts(work))
+    except UserError as error:  # too few groups of prompts, or no feature of the concept: the rest can be done
+        warnings.warn(f"{name}: concepts are not dated: {error}", stacklevel=3)
+    ids = ie.top(min(work.sizes.n_read_out, int(ie.active[:, -1].sum())), len(ie.labels) - 1, by="magnitude")
+    work.make(["read_out/{}"], lambda: {f"read_out/{name}": read_out(work.held_out, ids, seed=work.seed)})
+    if work.held_out.n_groups > 1:
+        work.make(["read_out/{}.last"], lambda: {f"read_out/{name}.last": read_by_last(work.held_out)})
+    work.make(["dates/{}"], lambda: {
+        f"dates/{name}": feature_dates(
+            ie, decodability=decodability, concepts=work.tables.get(f"concepts/{name}"),
+            read=work.tables[f"read_out/{name}"], accuracy=accuracy,
+        )
+    })  # fmt: skip
+
+
+def _concepts(work: _Work) -> Tables:
+    """Of all prompts: no feature is chosen by them."""
+    found = concept_births(work.runs(work.task), everywhere=work.sizes.everywhere, seed=work.seed)
+    return {f"concepts/{work.task.name}": found.births, f"concepts/{work.task.name}.curves": found.curves}
 
 
 @dataclass

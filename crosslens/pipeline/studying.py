@@ -138,7 +138,7 @@ def ablate(run: RunDir, options: AblateOptions, *, device: str | None = None) ->
 
 def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> Iterator[tuple[str, Study]]:
     """Run every causal analysis of tasks: effects, ablation with controls, transfer, additivity, timeline, validation,
-    and languages where the items are of several.
+    dates, and languages where the items are of several.
 
     A study that was interrupted continues after the analyses that are complete, and one after `attribute` and `ablate`
     takes their tables. One with other sizes begins anew, with the effects that are there.
@@ -172,7 +172,7 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
             _record(run, task, spec, options.seed, {"sizes": sizes, "ablation": True})
             accuracy = run.table("accuracy")
             if accuracy is None or task.name not in set(accuracy["task"]):
-                measure_accuracy(run, task, acts.snapshots, acts.settings)
+                accuracy = measure_accuracy(run, task, acts.snapshots, acts.settings)
             yield (
                 task.name,
                 study_task(
@@ -185,6 +185,7 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
                     sizes=options,
                     seed=options.seed,
                     settings=acts.settings,
+                    accuracy=pd.DataFrame(accuracy[accuracy["task"] == task.name]),
                     known=known,
                     save=run.save_tables,
                 ),
@@ -248,7 +249,7 @@ def _tables(run: RunDir, task: Task) -> dict[str, pd.DataFrame]:
 
 def _task_of(table: str) -> str:
     name = table.partition("/")[2]
-    for suffix in (".snapshots", ".summary"):
+    for suffix in (".snapshots", ".summary", ".curves", ".last"):
         name = name.removesuffix(suffix)
     return name
 

@@ -134,6 +134,15 @@ TASK = Page(
             "significant at a false discovery rate of 5% over features and snapshots.",
         ),
         Section(
+            "dates",
+            "When features begin",
+            "Five questions that “when” can mean, for the features with the largest effects at the last snapshot. "
+            "Context readable: the snapshot's activations predict where the feature fires (R² over text). Concept "
+            "readable: they predict what it says about this task (R² on paired prompts, fitted on some groups of "
+            "prompts and judged on others). Read out: the snapshot acts on the feature's late value once that is put "
+            "in. Matters: its own effect is a tenth of the largest or more. Model succeeds: accuracy is 75% or more.",
+        ),
+        Section(
             "prompts",
             "Prompts",
             "The effects of features in single prompts of the selection half.",

@@ -53,7 +53,9 @@ def test_at_the_last_snapshot_a_feature_is_exchanged_exactly(snaps: Snapshots) -
     exact = exact_effects(runs, last, runs.features, "patch", "clean")
     assert at_last["effect"].to_numpy() == pytest.approx(exact.numpy(), abs=1e-5)
     sure = at_last["effect"].abs() > 2 * at_last["effect_se"]
-    assert sure.any() and at_last["share"].notna().tolist() == sure.tolist() and not at_last.loc[~sure, "read_out"].any()
+    assert (
+        sure.any() and at_last["share"].notna().tolist() == sure.tolist() and not at_last.loc[~sure, "read_out"].any()
+    )
     assert at_last.loc[sure, ["share", "share_low", "share_high"]].to_numpy() == pytest.approx(1)
     assert at_last.loc[sure, "mapped_share"].to_numpy() == pytest.approx(1, abs=1e-3)
 
