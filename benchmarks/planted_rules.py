@@ -36,10 +36,15 @@ from crosslens.evolution.lifecycles import birth_index
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.stats import bootstrap
 
-HOOK = "blocks.1.hook_resid_post"
+HOOK = "blocks.2.hook_resid_post"
 MIN_EXPLAINED, MIN_SHARE = 0.5, 0.05
 N_PAIRS = 400
 THRESHOLDS = (0.3, 0.5, 0.7)
+COLUMNS = {
+    **{name: measure.number(name, "") for name in ("kind", "reading", "carriers", "rules")},
+    **{name: measure.number(name, "") for name in ("early", "within 1", "late", "not dated")},
+    "median error": measure.number("median error", ".1f"),
+}
 
 
 def train(pretrained: Pretrained, snapshots: cl.Snapshots, seed: int, folder: Path, quick: bool) -> tuple[Any, Any]:
@@ -201,7 +206,7 @@ def main() -> None:
     print(f"Machine: {measure.machine('cpu')}, one thread.\n")
     timed = dates[dates["start"] > 0].drop_duplicates(["pretraining", "dictionary", "rule"])
     print(f"{len(timed)} rules that begin, {int((timed['feature'] < 0).sum())} without a carrier\n")
-    print(judge(dates).to_markdown(index=False, floatfmt=".1f"))
+    print(measure.markdown(judge(dates).to_dict("records"), COLUMNS))
     silent = float((placebo["born"] == 0).mean())
     print(f"\nRules that never hold: no concept birth (q <= .05) in {silent:.2f} of {len(placebo)}")
 

@@ -1100,7 +1100,7 @@ TABLES: tuple[Table, ...] = (
     ),
     Table(
         "concepts/<task>",
-        "feature that tells the paired prompts of at least eight groups apart, those that do it best first",
+        "feature that tells the paired prompts of at least eight groups apart, those with most groups first",
         "study",
         _columns(
             {

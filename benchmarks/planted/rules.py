@@ -203,7 +203,7 @@ class Pretraining:
     seed: int
     n_steps: int = 4000
     every: int = 200
-    n_layers: int = 3
+    n_layers: int = 5
     d_model: int = 64
     batch_size: int = 32
     lr: float = 3e-3

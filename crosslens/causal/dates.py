@@ -55,7 +55,7 @@ def feature_dates(
         decodability: R2 of every feature at every snapshot over text.
         concepts: the births of `evolution.concept_births`.
         read: the result of `read_out`, whose features are dated.
-        accuracy: of the task, as from `Task.accuracy`.
+        accuracy: of the task, as from `Task.accuracy`; snapshots without effects are left out.
 
     Returns:
         A row per feature: feature; context, concept, read_out, matters, succeeds (index of the snapshot; missing if
@@ -67,8 +67,8 @@ def feature_dates(
     counted = significant(ie).numpy()
     succeeds = None
     if accuracy is not None:
-        values = accuracy.sort_values("snapshot")["accuracy"].to_numpy(dtype=float)
-        succeeds = _first(values >= SUCCESS)
+        values = accuracy.drop_duplicates("label").set_index("label")["accuracy"].reindex(ie.labels)
+        succeeds = _first(values.to_numpy(dtype=float) >= SUCCESS)
     rows: list[dict[str, Any]] = []
     for feature in ids.tolist():
         row: dict[str, Any] = {"feature": feature}

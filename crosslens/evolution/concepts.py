@@ -63,7 +63,7 @@ class ConceptBirths(NamedTuple):
     """A row per feature: feature; difference (sum of df^2 / sum of f^2 over both prompts: 1 if a feature is active on
     one prompt of each pair, 0 if it does not tell them apart); n_groups (with a difference); r2 (largest over
     snapshots) and peak (where); birth, birth_step, birth_tokens, birth_low, birth_high (missing if R2 stays below .05;
-    S if it never stays above half of its largest); readable_q and q. By difference, largest first."""
+    S if it never stays above half of its largest); readable_q and q. Features with a difference in most groups first."""
     curves: pd.DataFrame
     """A row per feature and snapshot: feature, snapshot, label, step, r2, r2_low, r2_high."""
 
@@ -130,7 +130,7 @@ def concept_births(
     read = _Sums(error, total)
     size = (rows.features.double().square() + rows.paired_features.double().square()).sum(0).numpy()[kept]
     features = runs.features.numpy()[kept]
-    order = np.argsort(-total.sum(0) / size, kind="stable")
+    order = np.lexsort((-total.sum(0) / size, -(total > 0).sum(0)))
     table = pd.DataFrame({"feature": features, "difference": total.sum(0) / size, "n_groups": (total > 0).sum(0)})
     table = pd.concat([table, _births(read, presence, min_run, n_bootstrap, seed)], axis=1).iloc[order]
     where = table["birth"].where(table["birth"] < S).fillna(-1).to_numpy(dtype=np.int64)

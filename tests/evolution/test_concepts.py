@@ -149,7 +149,7 @@ def test_curves_are_those_of_plain_runs(snaps: Snapshots, architecture: str, eve
             assert wide.loc[i, s] == pytest.approx(1 - error.sum() / (df[:, i] ** 2).sum(), abs=2e-3)
         assert row["r2"] == pytest.approx(wide.loc[i].max())
         assert row["peak"] == int(np.argmax(wide.loc[i]))
-    assert found.births["difference"].is_monotonic_decreasing
+    assert found.births["n_groups"].is_monotonic_decreasing
     assert (found.curves["r2_low"] <= found.curves["r2_high"]).all()
     assert found.curves["label"].tolist()[: len(snaps)] == list(snaps.labels)
 

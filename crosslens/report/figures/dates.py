@@ -219,7 +219,7 @@ def represented_and_read(
         for i, row in enumerate(rows)
     ]
     figure = new_figure("", height=170 + 26 * len(rows))
-    states = wide["state"].apply(lambda column: column.map(_STATES.index)).to_numpy(dtype=float)
+    states = wide["state"].apply(lambda column: column.map(_STATES.index)).to_numpy(dtype=float, copy=True)
     states[~wide["share"].notna().any(axis=1).to_numpy()] = np.nan
     add_matrix(figure, states, texts, axis.x(ids), rows)
     apply_colors(figure, (HEAT[0], SERIES[1], HEAT[2], SERIES[0]), dict(enumerate(_STATES)))
