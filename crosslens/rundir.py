@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from crosslens.errors import UserError, brief, did_you_mean, json_checksum, shortened
-from crosslens.tables import OWN, check_table, earlier_names, maker
+from crosslens.tables import check_table, earlier_names, maker, task_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -389,7 +389,7 @@ class RunDir:
             kind: such as "attribution" or "ablation".
         """
         names = (p.name.removesuffix(".parquet") for p in (self.path / kind).glob("*.parquet"))
-        return sorted(name for name in names if not name.endswith(".snapshots"))
+        return sorted(name for name in names if task_of(f"{kind}/{name}") == name)
 
     def remove_task(self, task: str) -> list[str]:
         """Delete the tables of a task, and its rows of the table "accuracy"; returns what was deleted.
@@ -400,9 +400,7 @@ class RunDir:
         Raises:
             UserError: there is nothing of that task; those that have something are named.
         """
-        suffixes = ("", ".snapshots", ".summary")
-        names = [name for name in self.table_names() if "/" in name and not name.startswith(OWN)]
-        removed = [name for name in names if name.partition("/")[2] in [task + suffix for suffix in suffixes]]
+        removed = [name for name in self.table_names() if task_of(name) == task]
         accuracy = self.table("accuracy")
         rest = None if accuracy is None else accuracy.query("task != @task")
         if accuracy is not None and rest is not None and len(rest) < len(accuracy):

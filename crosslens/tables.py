@@ -111,6 +111,13 @@ def earlier_names(name: str) -> dict[str, str]:
     return {} if table is None else _RENAMED.get(table.name, {})
 
 
+def task_of(name: str) -> str | None:
+    """The task in the name of a table; None for tables that are not of a task."""
+    table = find_table(name)
+    before, placeholder, after = ("", "", "") if table is None else table.name.partition("<task>")
+    return name[len(before) : len(name) - len(after)] if placeholder else None
+
+
 def maker(name: str) -> str:
     """The command that writes a table, such as "evolve"; that of an unknown table is "evolve"."""
     table = find_table(name)

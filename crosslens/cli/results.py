@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from crosslens.causal import Study
+from crosslens.causal.dates import DATES
 from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
 from crosslens.evolution import describe_doubtful
@@ -254,7 +255,30 @@ def show_study(out: Output, study: Study, k: int) -> dict[str, Any]:
         + " or ".join(f"{k} {kind.replace('_', '-')} ones {number(kinds[kind], sign=True)}" for kind in [*kinds][1:])
         + f"{zeroed}. On the held-out half; estimates agree with exact effects by {number(exact, 2)} (Spearman)"
     )
+    dates = study.tables.get(f"dates/{study.task}")
+    if dates is not None and len(dates):
+        show_dates(out, dates, study)
     return {"k": k, "clean": float(first["clean"]), **kinds, "agreement": exact, "tables": sorted(study.tables)}
+
+
+def show_dates(out: Output, dates: pd.DataFrame, study: Study) -> None:
+    """Print when the top features of a task begin, by each reading.
+
+    Args:
+        out: where to print.
+        dates: the table dates/<task>.
+        study: the results of the task.
+    """
+    labels, parts = study.ie.labels, list[str]()
+    for name, words in DATES.items():
+        known = dates[name].dropna().sort_values()
+        at = labels[int(known.iloc[(len(known) - 1) // 2])] if len(known) else "never"
+        few = "" if len(known) in (0, len(dates)) or name == "succeeds" else f" ({len(known)} of {len(dates)})"
+        parts.append(f"{words} {at}{few}")
+    out.say(
+        f"{study.task}: when, for the {len(dates)} features with the largest effects (median): {', '.join(parts)}. A "
+        "feature's context is readable before its concept is; that is read on paired prompts"
+    )
 
 
 def _interval(low: float, high: float, spec: str) -> str:

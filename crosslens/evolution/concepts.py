@@ -63,7 +63,7 @@ class ConceptBirths(NamedTuple):
     """A row per feature: feature; difference (sum of df^2 / sum of f^2 over both prompts: 1 if a feature is active on
     one prompt of each pair, 0 if it does not tell them apart); n_groups (with a difference); r2 (largest over
     snapshots) and peak (where); birth, birth_step, birth_tokens, birth_low, birth_high (missing if R2 stays below .05;
-    S if it never stays above half of its largest); readable_q and q. Features with a difference in most groups first."""
+    S if it never stays above half of its largest); readable_q and q. Those with most groups first."""
     curves: pd.DataFrame
     """A row per feature and snapshot: feature, snapshot, label, step, r2, r2_low, r2_high."""
 

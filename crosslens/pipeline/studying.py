@@ -27,6 +27,7 @@ from crosslens.errors import UserError, json_checksum, shortened
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.pipeline.opening import encoder_shares, open_consensus, parse_tasks, read_run
 from crosslens.rundir import RunDir
+from crosslens.tables import task_of
 
 if TYPE_CHECKING:
     from crosslens.snapshots import ModelSettings, Snapshots
@@ -243,15 +244,8 @@ def _studied(run: RunDir, task: Task) -> dict[str, Any]:
 
 def _tables(run: RunDir, task: Task) -> dict[str, pd.DataFrame]:
     """All tables of a task in a run directory."""
-    found = {name: run.table(name) for name in run.table_names() if _task_of(name) == task.name}
+    found = {name: run.table(name) for name in run.table_names() if task_of(name) == task.name}
     return {name: table for name, table in found.items() if table is not None}
-
-
-def _task_of(table: str) -> str:
-    name = table.partition("/")[2]
-    for suffix in (".snapshots", ".summary", ".curves", ".last"):
-        name = name.removesuffix(suffix)
-    return name
 
 
 def _decodability(run: RunDir, d_sae: int, labels: Sequence[str]) -> Tensor | None:

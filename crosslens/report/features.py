@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from crosslens.causal.dates import DATES
 from crosslens.report.chart import (
     MUTED,
     SERIES,
@@ -194,6 +195,9 @@ class _Features:
         self.rates = _short(self._floats("firing_rate"))
         self.effects = Effects(tables, self.ids, len(labels))
         self.missing = {} if self.effects.of_task else {"effects": advise("attribution/<task>")}
+        self.dates = _dates(tables, first)
+        if not self.dates:
+            self.missing["dates"] = advise("dates/<task>")
         ids, S = self.ids, len(labels)
         self.examples: Examples | None = self._part(
             "examples",
@@ -282,6 +286,7 @@ class _Features:
                 "norms": norms[i].tolist(),
                 **{column: values[i].tolist() for column, values in presence.items() if values[i].any()},
                 "effects": self.effects.of(row),
+                "dates": self.dates.get(int(self.ids[row])),
                 "examples": self.examples.of(row, words) if self.examples else None,
                 "samples": self.samples.of(row, words)["list"] if self.samples else None,
                 "rates": None if self.rates_ is None else _histogram(self.rates_, row),
@@ -309,6 +314,23 @@ class _Features:
 
     def _integers(self, name: str) -> list[int | None]:
         return [None if np.isnan(value) else int(value) for value in self._floats(name)]
+
+
+def _dates(tables: Tables, lifecycles: Frame) -> dict[int, list[Any]]:
+    """For every feature with a date on some task: [task, the snapshots of `DATES`] of each such task."""
+    found: dict[int, list[Any]] = {}
+    known = dict(zip(lifecycles["feature"], lifecycles["birth"], strict=True)) if "birth" in lifecycles else {}
+    for task in tables.tasks("dates"):
+        table, concepts = tables[f"dates/{task}"], tables[f"concepts/{task}"]
+        rows = {} if table is None else table.set_index("feature")[list(DATES)].to_dict("index")
+        if concepts is not None:  # most features have no effect: only two of the dates are known of them
+            read = concepts[(concepts["readable_q"] <= 0.05) & ~concepts["feature"].isin(list(rows))]
+            for feature, birth in zip(read["feature"], read["birth"], strict=True):
+                rows[feature] = {"context": known.get(feature), "concept": birth}
+        for feature, row in rows.items():
+            dates = [row.get(name) for name in DATES]
+            found.setdefault(int(feature), []).append([task, [None if pd.isna(at) else int(at) for at in dates]])
+    return found
 
 
 def _classes(lifecycles: Frame) -> list[str]:

@@ -26,6 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from crosslens.causal.dates import DATES
 from crosslens.report.chart import THEME, Chart, Frame, Grid, Prompts, short_count, task_link, task_pages
 from crosslens.report.entries import Entry, advise
 from crosslens.report.features import (
@@ -212,9 +213,13 @@ def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
         "tokens": known["tokens"].tolist(),
         "tasks": features.tasks,
         "pages": task_pages(tables["tasks"]),
+        "dates": list(DATES.values()),
     }
     links = [task_link(task, tables["tasks"]) for task in features.tasks]
-    return {"features": features, "figures": figures, "about": script_json(about), "task_links": links}
+    return {
+        "features": features, "figures": figures, "about": script_json(about), "task_links": links,
+        "dates": about["dates"],
+    }  # fmt: skip
 
 
 def _snapshots(recorded: Frame | None, labels: list[str]) -> Frame:

@@ -61,7 +61,7 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
     axis = SnapshotAxis.of(snapshots, even=True)
     figure = new_figure("", height=170 + 34 * len(table))
     called = feature_names(names, 24)
-    rows = [f"{feature} {shown(called(feature), 18)}" for feature in ints(table["feature"])]
+    rows = [shown(called(feature), 24) for feature in ints(table["feature"])]
     kinds = [kind for kind in DATES if kind != "succeeds"]
     for i, kind in enumerate(kinds):
         known = np.flatnonzero(table[kind].notna())
@@ -156,7 +156,7 @@ def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | No
     for i, feature in enumerate(drawn):
         rows = curves[curves["feature"] == feature].sort_values("snapshot")
         clipped = rows.assign(r2_low=rows["r2_low"].clip(lower=-0.25))
-        name = f"{feature} {shown(called(feature), 18)}"
+        name = shown(called(feature), 22)
         add_series(
             figure, axis, clipped, "r2", name, Style.of(i), band=("r2_low", "r2_high"), meta={"feature": feature}
         )
@@ -165,7 +165,7 @@ def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | No
 
 
 @figure(
-    "read_out",
+    "read-out",
     page="task",
     section="dates",
     title="Represented and read out",
@@ -207,7 +207,7 @@ def represented_and_read(
         for name in ("state", "share", "r2", "random_share")
     }
     called = feature_names(names, 24)
-    rows = [f"{feature} {shown(called(feature), 18)}" for feature in features]
+    rows = [shown(called(feature), 24) for feature in features]
     hover = axis.hover(ids)
     texts = [
         [
@@ -222,7 +222,12 @@ def represented_and_read(
     states = wide["state"].apply(lambda column: column.map(_STATES.index)).to_numpy(dtype=float, copy=True)
     states[~wide["share"].notna().any(axis=1).to_numpy()] = np.nan
     add_matrix(figure, states, texts, axis.x(ids), rows)
-    apply_colors(figure, (HEAT[0], SERIES[1], HEAT[2], SERIES[0]), dict(enumerate(_STATES)))
+    colors = (HEAT[0], SERIES[1], HEAT[2], SERIES[0])
+    apply_colors(figure, colors, dict(enumerate(_STATES)))
+    figure.update_layout(coloraxis_showscale=False, showlegend=True)  # four states are no scale
+    for state, color in zip(_STATES, colors, strict=True):
+        marker = {"symbol": "square", "size": 10, "color": color}
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=state, marker=marker, showlegend=True)
     axis.apply(figure)
     together = read[read["feature"].isna()].sort_values("snapshot")
     begins = together.loc[together["read_out"].astype(bool), "label"]

@@ -55,6 +55,7 @@
     byId("feature").hidden = false;
     document.title = `${byId("name").textContent}${feature.name ? `: ${visible(feature.name)}` : ""} · ${report.replace(/^Feature · /, "")}`;
     describe();
+    begins();
     presence();
     effects();
     bars("read", feature.read && { x: feature.read.map((_, s) => s), y: feature.read }, "It is unknown for this feature.");
@@ -106,6 +107,19 @@
     byId("facts").replaceChildren(...facts.map(([name, value]) => element("div", {}, [element("dt", { text: name }), element("dd", { text: value })])));
     byId("facts").hidden = !facts.length;
     for (const { id } of document.querySelectorAll("#feature figure")) byId(id).dataset.file = `feature-${feature.id}-${id.slice(7)}`;
+  }
+
+  // the dates of the feature: a row per task, a mark per date in the column of its snapshot
+  function begins() {
+    if (!part("dates", feature.dates !== null, "No task dates this feature: it has no large effect, and tells no paired prompts apart.")) return;
+    const cell = (task, dates, s) => element("td", {}, dates.flatMap((at, kind) => at !== s ? [] : [
+      element("i", { class: `date d${kind}`, role: "img", title: `${about.dates[kind]}: ${about.labels[s]}`, "aria-label": about.dates[kind] }),
+    ]));
+    const heads = about.labels.map((label) => element("th", { scope: "col", text: label }));
+    byId("dates").querySelector("thead").replaceChildren(element("tr", {}, [element("th", { scope: "col", text: "task" }), ...heads]));
+    byId("dates").querySelector("tbody").replaceChildren(...feature.dates.map(([task, dates]) => element("tr", {}, [
+      element("th", { scope: "row", text: task }), ...about.labels.map((_, s) => cell(task, dates, s)),
+    ])));
   }
 
   // the measures of presence, in the order of the figure's lines
