@@ -29,6 +29,7 @@ from planted.rules import PER_ROW, Pretrained, Pretraining
 import crosslens as cl
 from crosslens.activations import Dataset
 from crosslens.activations.harvesting import harvest
+from crosslens.causal.read_out import read_out
 from crosslens.causal.relative import share_relie, significant
 from crosslens.errors import UserError
 from crosslens.evolution.concepts import concept_births
@@ -144,6 +145,38 @@ def date(run: Any, pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> t
     return pd.DataFrame(rows), pd.DataFrame(placebo)
 
 
+def put_in(pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> pd.DataFrame:
+    """What the carriers of each rule, all together, do when their late values are put into every snapshot."""
+    parts: list[pd.DataFrame] = []
+    for r, carriers in find_carriers(pretrained, snapshots, crosscoder).items():
+        if not carriers:
+            continue
+        task = cl.Task.from_items(f"rule {r}", pretrained.language.items(r, N_PAIRS // 4, 51))
+        found = read_out(PromptRuns(crosscoder, snapshots, task, paired=True), carriers)
+        rule = pretrained.rules[r]
+        about = {"rule": r, "kind": f"{rule.kind}{rule.classes}", "start": rule.start}
+        parts.append(found[found["feature"].isna()].assign(
+            **about, first=int(pretrained.first[r]), acquired=int(pretrained.acquired[r])
+        ))  # fmt: skip
+    return pd.concat(parts, ignore_index=True).drop(columns="feature")
+
+
+def judge_read_out(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean share of the late effect by kind: before the rule, until it is acquired, then, and later."""
+    found = found[(found["start"] > 0) & (found["acquired"] <= found["snapshot"].max())].copy()
+    since = found["snapshot"] - found["acquired"]
+    found["when"] = np.select(
+        [found["snapshot"] < found["first"], since < 0, since == 0], ["before", "not yet acquired", "acquired"], "later"
+    )
+    rows: list[dict[str, Any]] = []
+    for (kind, when), one in found.groupby([found["kind"].str[0], "when"]):
+        row = {"kind": kind, "when": when, "n": len(one)}
+        for name in ("share", "mapped_share", "random_share"):
+            row |= {name: one[name].mean(), f"most {name}": one[name].abs().max()}
+        rows.append({**row, "read out": one["read_out"].mean()})
+    return pd.DataFrame(rows)
+
+
 def judge(dates: pd.DataFrame) -> pd.DataFrame:
     """Shares of early and right dates by kind and reading, with intervals over rules."""
     rows: list[dict[str, Any]] = []
@@ -186,7 +219,7 @@ def main() -> None:
     seeds = [(100, 0)] if arguments.quick else [
         (p, d) for p in arguments.pretraining for d in arguments.dictionaries
     ]  # fmt: skip
-    tables: list[list[pd.DataFrame]] = [[], []]
+    tables: list[list[pd.DataFrame]] = [[], [], []]
     for p, d in seeds:
         home = arguments.folder / ("quick" if arguments.quick else f"pretraining-{p}")
         config = Pretraining(p, n_steps=2000, every=200) if arguments.quick else Pretraining(p)
@@ -200,14 +233,24 @@ def main() -> None:
                 found = date(cl.evolve(crosscoder, acts), pretrained, snapshots, crosscoder)
             for table, name in zip(found, ("dates", "placebo"), strict=True):
                 table.assign(pretraining=p, dictionary=d).to_parquet(folder / f"{name}.parquet")
-        for i, name in enumerate(("dates", "placebo")):
+        if not (folder / "read_out.parquet").exists():
+            crosscoder, snapshots = cl.load(folder / "crosscoder"), cl.Snapshots.local(home / "models")
+            put_in(pretrained, snapshots, crosscoder).to_parquet(folder / "read_out.parquet")
+        for i, name in enumerate(("dates", "placebo", "read_out")):
             tables[i].append(pd.read_parquet(folder / f"{name}.parquet"))
-    dates, placebo = (pd.concat(each, ignore_index=True) for each in tables)
+    dates, placebo, read = (pd.concat(each, ignore_index=True) for each in tables)
     print(f"Machine: {measure.machine('cpu')}, one thread.\n")
     timed = dates[dates["start"] > 0].drop_duplicates(["pretraining", "dictionary", "rule"])
     print(f"{len(timed)} rules that begin, {int((timed['feature'] < 0).sum())} without a carrier\n")
     print(measure.markdown(judge(dates).to_dict("records"), COLUMNS))
     silent = float((placebo["born"] == 0).mean())
+    print("\nLate values of all carriers of a rule in earlier snapshots, as shares of the late effect:\n")
+    columns = {"kind": "", "when": "", "n": ""} | dict.fromkeys(
+        ["share", "most share", "mapped_share", "most mapped_share", "random_share", "most random_share", "read out"],
+        ".2f",
+    )
+    found = judge_read_out(read).to_dict("records")
+    print(measure.markdown(found, {name: measure.number(name, form) for name, form in columns.items()}))
     print(f"\nRules that never hold: no concept birth (q <= .05) in {silent:.2f} of {len(placebo)}")
 
 

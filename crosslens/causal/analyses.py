@@ -173,12 +173,15 @@ def _date(work: _Work, decodability: Tensor | None, accuracy: pd.DataFrame | Non
     work.make(["read_out/{}"], lambda: {f"read_out/{name}": read_out(work.held_out, ids, seed=work.seed)})
     if work.held_out.n_groups > 1:
         work.make(["read_out/{}.last"], lambda: {f"read_out/{name}.last": read_by_last(work.held_out)})
-    work.make(["dates/{}"], lambda: {
-        f"dates/{name}": feature_dates(
-            ie, decodability=decodability, concepts=work.tables.get(f"concepts/{name}"),
-            read=work.tables[f"read_out/{name}"], accuracy=accuracy,
-        )
-    })  # fmt: skip
+    # in a moment; R2 over text, or accuracies, may have come since
+    dates = feature_dates(
+        ie, decodability=decodability, concepts=work.tables.get(f"concepts/{name}"),
+        read=work.tables[f"read_out/{name}"], accuracy=accuracy,
+    )  # fmt: skip
+    known = work.tables.pop(f"dates/{name}", None)
+    if known is not None and known.equals(dates):
+        work.tables[f"dates/{name}"] = known
+    work.make(["dates/{}"], lambda: {f"dates/{name}": dates})
 
 
 def _concepts(work: _Work) -> Tables:

@@ -63,6 +63,7 @@ def feature_dates(
         snapshot), concept_low and concept_high (95 % interval of that date).
     """
     S, ids = len(ie.labels), read["feature"].dropna().astype(int).unique()
+    single = pd.DataFrame(read.sort_values("snapshot"))
     by_feature: Mapping[int, Any] = {} if concepts is None else concepts.set_index("feature").to_dict("index")
     counted = significant(ie).numpy()
     succeeds = None
@@ -80,8 +81,7 @@ def feature_dates(
             row["concept"] = int(concept["birth"]) if concept["birth"] < S else None
             row |= {f"concept_{end}": concept[f"birth_{end}"] for end in ("low", "high")}
             row["concept_q"] = concept["q"]
-        own = read[read["feature"] == feature].sort_values("snapshot")
-        row["read_out"] = _first(own["read_out"].to_numpy(dtype=bool))
+        row["read_out"] = _first(single.loc[single["feature"] == feature, "read_out"].to_numpy(dtype=bool))
         size = np.abs(ie.effects[feature].numpy())
         row["matters"] = _first(size >= _MATTERS * size.max()) if counted[feature].any() else None
         row["succeeds"] = succeeds

@@ -230,7 +230,7 @@ def _table(
     columns["random_share"] = np.where(known, random / np.abs(late), np.nan)
     columns["read_out"] = _is_read(columns, "share") | _is_read(columns, "mapped_share")
     dates = snapshot_columns(runs.crosscoder)
-    table = pd.DataFrame({"feature": pd.array(np.repeat([*ids.tolist(), pd.NA], S), dtype="Int64")})
+    table = pd.DataFrame({"feature": pd.array([i for i in [*ids.tolist(), None] for _ in range(S)], dtype="Int64")})
     table["snapshot"] = np.tile(np.arange(S), m)
     for unit in ("label", "step"):
         table[unit] = dates[unit].take(table["snapshot"]).array

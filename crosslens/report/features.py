@@ -322,7 +322,7 @@ def _dates(tables: Tables, lifecycles: Frame) -> dict[int, list[Any]]:
     known = dict(zip(lifecycles["feature"], lifecycles["birth"], strict=True)) if "birth" in lifecycles else {}
     for task in tables.tasks("dates"):
         table, concepts = tables[f"dates/{task}"], tables[f"concepts/{task}"]
-        rows = {} if table is None else table.set_index("feature")[list(DATES)].to_dict("index")
+        rows: dict[int, Any] = {} if table is None else {row["feature"]: row for row in table.to_dict("records")}
         if concepts is not None:  # most features have no effect: only two of the dates are known of them
             read = concepts[(concepts["readable_q"] <= 0.05) & ~concepts["feature"].isin(list(rows))]
             for feature, birth in zip(read["feature"], read["birth"], strict=True):

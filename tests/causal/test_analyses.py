@@ -156,6 +156,23 @@ def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Ta
     assert -1 <= plain.rank_agreement(end="added") <= 1
 
 
+def test_dates_follow_what_has_come_since(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
+    """A study before `evolve`, and again after it: only the dates are made again."""
+    sizes = StudySizes(
+        ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20
+    )
+    saved: list[str] = []
+    accuracy = task.accuracy(snaps)
+    again = study(
+        crosscoder, snaps, task, seed=3, sizes=sizes, known=found.tables, save=lambda tables: saved.extend(tables),
+        accuracy=accuracy,
+    )  # fmt: skip
+    assert saved == ["dates/tiny"] and found.tables["dates/tiny"]["context"].notna().any()
+    assert again.tables["dates/tiny"]["context"].isna().all()
+    succeeds = again.tables["dates/tiny"]["succeeds"]
+    assert succeeds.notna().all() == bool((accuracy["accuracy"].iloc[-1] >= 0.75))
+
+
 def test_a_study_continues(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
     """Effects that are there are built on, and tables that are there are not made again."""
     sizes = StudySizes(
@@ -163,7 +180,10 @@ def test_a_study_continues(crosscoder: Crosscoder, snaps: Snapshots, task: Task,
     )
     left = {name: table for name, table in found.tables.items() if not name.startswith(("ablation", "timeline"))}
     saved: list[str] = []
-    again = study(crosscoder, snaps, task, seed=3, sizes=sizes, known=left, save=lambda tables: saved.extend(tables))
+    again = study(
+        crosscoder, snaps, task, seed=3, sizes=sizes, known=left, save=lambda tables: saved.extend(tables),
+        decodability=torch.linspace(0, 1, 3 * F).view(F, 3),
+    )  # fmt: skip
     assert saved == ["ablation/tiny", "timeline/tiny"]
     for name in saved:
         pd.testing.assert_frame_equal(again.tables[name], found.tables[name])

@@ -53,12 +53,14 @@ def test_a_study_leaves_the_tables_of_the_task(run: RunDir, file: Path) -> None:
     [(name, found)] = study(run, options, device="cpu")
     assert name == "tiny"
     crosscoder, acts = read_run(run, "cpu")
-    alone = study_task(crosscoder, acts.snapshots, Task.local(file), sizes=options, seed=1, settings=acts.settings)
+    accuracy = run.table("accuracy")
+    assert accuracy is not None and set(accuracy["task"]) == {"tiny"} and len(accuracy) == len(acts.snapshots)
+    alone = study_task(
+        crosscoder, acts.snapshots, Task.local(file), sizes=options, seed=1, settings=acts.settings, accuracy=accuracy
+    )
     assert found.tables.keys() == alone.tables.keys()
     for each, table in alone.tables.items():
         same(run.table(each), table)
-    accuracy = run.table("accuracy")
-    assert accuracy is not None and set(accuracy["task"]) == {"tiny"} and len(accuracy) == len(acts.snapshots)
     # tables that are there are not made again
     (run.path / "timeline" / "tiny.parquet").unlink()
     before = {path: path.stat().st_mtime_ns for path in run.path.glob("*/tiny*.parquet")}
