@@ -1183,7 +1183,7 @@ TABLES: tuple[Table, ...] = (
             {
                 "context": ("Context readable: R² over text reaches half of its largest.", "snapshot"),
                 "context_step": ("The same in training steps.", "steps"),
-                "concept": ("Concept readable: R² on paired prompts does.", "snapshot"),
+                "concept": ("Concept readable: R² on paired prompts reaches .7 of its largest.", "snapshot"),
                 "concept_step": ("The same in training steps.", "steps"),
                 "read_out": ("Read out: the snapshot acts on the late value once it is put in.", "snapshot"),
                 "read_out_step": ("The same in training steps.", "steps"),

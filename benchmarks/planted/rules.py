@@ -6,7 +6,7 @@ A *rule* has words of its own. Each is a sentence of eight tokens; which token t
 2. D: the class of u decides t, after two to four other words and the rule's query word.
 3. X: the sum of the classes of u and v, modulo their number, decides t (XOR for two), so that no single word says
    anything about t. In a third of its sentences a mark after u and after v names their class, from the first step on:
-   without them XOR is not learnt in so short a training.
+   without them XOR is not learnt in so short a training. Rules that never hold have no marks.
 
 Until its first step t is drawn at random: nothing in the data then refers to the classes (of L and D), or to their sum
 (of X). When the model acquires a rule is measured (`Pretrained.acquired`): the first snapshot from which it prefers the
@@ -131,7 +131,7 @@ class Language:
         latent, position, word, other_latent = (np.full(n, -1) for _ in range(4))
         for r in np.unique(chosen):
             rows, kind, C = np.flatnonzero(chosen == r), self.rules[r].kind, self.rules[r].classes
-            marked = kind == "X" and rule is None
+            marked = kind == "X" and rule is None and self.rules[r].start < NEVER
             self._fill(rng, r, rows, active[r], marked, ids, other, latent, position, word, other_latent, C, kind)
         return Sentences(ids, chosen, latent, position, word, other, other_latent)
 

@@ -2,7 +2,7 @@
 
 1. *context readable*: R2 over text reaches half of its largest (`evolution.presence`). The activations tell where the
    feature fires, which may be long before they tell what it says there.
-2. *concept readable*: R2 on the task's paired prompts does (`evolution.concepts`).
+2. *concept readable*: R2 on the task's paired prompts reaches .7 of its largest (`evolution.concepts`).
 3. *read out*: the snapshot acts on the feature's late value once that is put in (`read_out`).
 4. *matters*: the effect, |IE|, reaches a tenth of its largest (`attribution`), if one of them is significant.
 5. *model succeeds*: accuracy on the task reaches .75, half-way between chance and perfect.

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from crosslens.causal.dates import DATES
+from crosslens.evolution.concepts import PRESENCE
 from crosslens.report.chart import (
     FEATURES,
     GRID,
@@ -171,7 +172,7 @@ def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | No
     title="Represented and read out",
     tables=("read_out/<task>", "concepts/<task>.curves", "concepts/<task>", "names"),
     definition=(
-        "Represented: R² on paired prompts is at least half of its largest. Read out: the feature's values at the last "
+        "Represented: R² on paired prompts is at least .7 of its largest. Read out: the feature's values at the last "
         "snapshot, put into this one, move the metric by a tenth or more of what they do at the last, and by more than "
         "random directions do. On the held-out half of the prompts."
     ),
@@ -197,7 +198,7 @@ def represented_and_read(
     else:
         largest = births.set_index("feature")["r2"].where(births.set_index("feature")["readable_q"] <= _SURE)
         single = single.merge(curves[["feature", "snapshot", "r2"]], on=["feature", "snapshot"], how="left")
-        single["represented"] = single["r2"] >= 0.5 * single["feature"].map(largest)
+        single["represented"] = single["r2"] >= PRESENCE * single["feature"].map(largest)
     single["state"] = [_STATES[a + 2 * b] for a, b in zip(single["represented"], single["read_out"], strict=True)]
     features = list(dict.fromkeys(single["feature"].tolist()))
     axis = SnapshotAxis.of(single, even=True)
