@@ -53,6 +53,8 @@ _INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seed
           "sweep": re.compile(r"F\d.*")}  # fmt: skip
 _PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
 _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
+# settings that earlier versions did not record; what both sides have is compared
+_COMPARED_IF_KNOWN = {"models", "cache_dtype"}
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -221,10 +223,11 @@ class RunDir:
         wanted = json.loads(json.dumps(identity, default=str))
         self.check_usable()
         contents = self.read_json() if self.exists() else {}
-        if part in contents and not self._has_results() and _first_difference(contents[part], wanted):
+        found = _recorded(contents, part)
+        if part in contents and not self._has_results() and _first_difference(found, wanted):
             contents = {}  # of a command that failed before it had written anything
         if part in contents:
-            self._refuse_difference(contents[part], wanted, hints)
+            self._refuse_difference(found, wanted, hints)
             return
         stamp = contents or {
             "id": uuid.uuid4().hex,
@@ -248,7 +251,7 @@ class RunDir:
         """
         self.check_usable()
         if self.exists() and self._has_results():
-            self._refuse_difference(_common(self.read_json().get(part, {}), settings), settings)
+            self._refuse_difference(_common(_recorded(self.read_json(), part), settings), settings)
 
     def _has_results(self) -> bool:
         """Whether anything but run.json has been written."""
@@ -629,6 +632,15 @@ def _headlines(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _recorded(contents: dict[str, Any], part: str) -> dict[str, Any]:
+    """The settings of a run in run.json; those of version 0.2 had a part of them in the entry `source` only."""
+    found, source = contents.get(part, {}), contents.get("source")
+    if part != "identity" or not isinstance(source, dict):
+        return found
+    cache = source.get("cache")
+    return {"models": source.get("settings", {}), **({"cache_dtype": cache[1]} if cache else {}), **found}
+
+
 def _common(found: Any, wanted: Any) -> Any:
     """`wanted`, with the values that `found` has for the same keys."""
     if isinstance(found, dict) and isinstance(wanted, dict):
@@ -638,7 +650,10 @@ def _common(found: Any, wanted: Any) -> Any:
 
 def _first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in sorted({*found, *wanted}):
+        known = {*found, *wanted}
+        if key in _COMPARED_IF_KNOWN:
+            known = {*found} & {*wanted}
+        for name in sorted(known - {each for each in _COMPARED_IF_KNOWN if each not in found or each not in wanted}):
             inner = _first_difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
             if inner is not None:
                 return inner

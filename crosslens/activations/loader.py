@@ -326,6 +326,11 @@ class Activations:
         return self._cache is not None
 
     @property
+    def cache_dtype(self) -> str | None:
+        """The format on disk; None for live activations."""
+        return None if self._cache is None else self._cache.dtype
+
+    @property
     def block_sequences(self) -> int:
         """Number of sequences whose activations, of all snapshots, are at most 1 GiB; in whole forward passes."""
         per_token = self.n_snapshots * self.d_model * 4

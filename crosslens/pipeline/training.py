@@ -19,6 +19,7 @@ from crosslens.config import (
     SeedsOptions,
     SourceOptions,
     TrainingOptions,
+    decisive,
 )
 from crosslens.distributed.devices import find_assumed_device, is_first
 from crosslens.errors import UserError
@@ -85,7 +86,7 @@ def train(
     architecture = make_architecture(crosscoder, config, acts.n_tokens)
     if is_first():
         # refuse the directory of another run before the harvest
-        claim(acts, architecture, config, will_be_cached=cache.cache is not None)
+        claim(acts, architecture, config, cache_dtype=None if cache.cache is None else cache.cache_dtype)
         if isinstance(source.snapshots, str):
             run.update(options=given(source, crosscoder, training, models, cache, seeds, run_dir=run.path))
     if cache.cache is not None:
@@ -186,6 +187,7 @@ def check_training(
             {
                 "architecture": {**details, **{name: settings[name] for name in settings if "_steps" not in name}},
                 "training": {name: getattr(config, name) for name in names},
+                "models": decisive(models, live=False),
             }
         )
 
