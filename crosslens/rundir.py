@@ -54,7 +54,7 @@ _INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seed
 _PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
 _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
 # settings that earlier versions did not record; what both sides have is compared
-_COMPARED_IF_KNOWN = {"models", "cache_dtype"}
+_COMPARED_IF_KNOWN = {"models", "cache_dtype", "config", "tokenizer"}
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -651,7 +651,7 @@ def _common(found: Any, wanted: Any) -> Any:
 def _first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(found, dict) and isinstance(wanted, dict):
         known = {*found, *wanted}
-        if key in _COMPARED_IF_KNOWN:
+        if re.split(r"[.\[]", key)[0] in _COMPARED_IF_KNOWN:
             known = {*found} & {*wanted}
         for name in sorted(known - {each for each in _COMPARED_IF_KNOWN if each not in found or each not in wanted}):
             inner = _first_difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)

@@ -581,6 +581,7 @@ class Activations:
         """Everything that decides the activations: equal fingerprints give equal activations."""
         return {
             "snapshots": [snapshot.origin for snapshot in self.snapshots],
+            "config": self.snapshots.config_entries,
             "hook_name": self.hook_name,
             "context_size": self.dataset.context_size,
             "prepend_bos": self.dataset.prepend_bos,
@@ -609,6 +610,8 @@ class Activations:
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots
             ],
+            "config": self.snapshots.config_entries,
+            "tokenizer": self.snapshots.tokenizer_digest,
             **self._trusted(),
         }
 

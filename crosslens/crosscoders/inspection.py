@@ -148,6 +148,9 @@ def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
                 f"{path}: {shortened(row)} in metadata.snapshots is not a snapshot: give a label (string), and "
                 "optionally step and tokens (integers)"
             )
+    entries = metadata.get("config", [])
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise UserError(f"{path}: metadata.config={shortened(entries)} is not a list of objects; download it again")
     scale = metadata.get("activation_scale")
     if scale is not None and not (isinstance(scale, list) and len(scale) == n_snapshots and all(map(_is_scale, scale))):
         raise UserError(

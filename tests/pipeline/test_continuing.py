@@ -1,4 +1,4 @@
-"""A run is continued with the options that it was begun with: every option of `train` is compared, or decides nothing."""
+"""A run is continued with the options that it was begun with: all of them are compared, or decide nothing."""
 
 from __future__ import annotations
 
