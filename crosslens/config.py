@@ -557,6 +557,9 @@ class EvolveOptions:
     """Features that linear probes are fitted to, drawn from those that are active often enough."""
     seed: Annotated[int, SEED] = 0
     """Seed of the random directions, the intervals, and the draw of the features to probe."""
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
+    it."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -571,6 +574,9 @@ class TaskOptions:
     """A jsonl, csv or parquet file with the columns prefix, correct and wrong; sva:FILE, with clean_prefix,
     patch_prefix, clean_answer and patch_answer; blimp:FILE; clams:FILE; or, without a file, blimp:UID,
     multiblimp:LANGUAGE, ioi or demo:simple. Repeat it for several tasks. (In Python also `crosslens.tasks.Task`s.)"""
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
+    it."""
 
     def __post_init__(self) -> None:
         check(self)

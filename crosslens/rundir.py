@@ -70,6 +70,7 @@ class RunDir:
         self.crosscoder = self.path / "crosscoder"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report"
+        self._made_with: dict[str, Any] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
@@ -313,7 +314,9 @@ class RunDir:
             seal = json.loads(found.schema.metadata.get(b"crosslens", b"null"))
             if b"pandas" not in found.schema.metadata:
                 raise ValueError("its description is missing")
-            if seal is not None and seal["checksum"] != _seal(found.schema, len(found), seal["run"], seal["table"]):
+            if seal is not None and seal["checksum"] != _seal(
+                found.schema, len(found), seal["run"], seal["table"], seal.get("made_with")
+            ):
                 raise ValueError("its description does not have the checksum in it")
             frame = found.to_pandas()
         except Exception as error:  # a damaged file can raise anything
@@ -352,10 +355,40 @@ class RunDir:
         empty = pa.BufferOutputStream()
         pq.write_table(whole.slice(0, 0), empty)  # some types are others when they are read back
         types = pq.read_table(empty.getvalue()).schema
-        seal = {"table": name, "run": run, "checksum": _seal(types, len(whole), run, name)}
+        made_with = json.loads(json.dumps(self._made_with, default=str))
+        seal = {"table": name, "run": run, "checksum": _seal(types, len(whole), run, name, made_with)}
+        seal |= {"made_with": made_with} if made_with else {}
         whole = whole.replace_schema_metadata({**notes, b"crosslens": json.dumps(seal).encode()})
         with replacing(path) as partial:
             pq.write_table(whole, partial, write_page_checksum=True)
+
+    def note(self, **made_with: Any) -> None:
+        """Say what the tables that are saved from now on are made with; every one of them records it.
+
+        Args:
+            made_with: options and digests of inputs that decide the tables, by name; those noted before stay, unless
+                they have the same name. None and empty lists are left out.
+        """
+        self._made_with = {
+            key: value for key, value in {**self._made_with, **made_with}.items() if value not in (None, [])
+        }
+
+    def made_with(self, name: str) -> dict[str, Any]:
+        """What a table was made with, as `note` was told; empty for a table of version 0.2, or where there is none.
+
+        Args:
+            name: of the table.
+        """
+        path = self._table_path(name)
+        if not path.is_file():
+            return {}
+        import pyarrow.parquet as pq
+
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+            return dict(json.loads(metadata.get(b"crosslens", b"null")) or {}).get("made_with", {})
+        except (OSError, ValueError, TypeError):  # `table` says that it is damaged
+            return {}
 
     def _id(self) -> str | None:
         return self.read_json().get("id") if self.exists() else None
@@ -603,11 +636,12 @@ def replacing(path: Path) -> Generator[Path, None, None]:
         partial.unlink(missing_ok=True)
 
 
-def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str) -> str:
-    """The checksum of what the checksums of a parquet file's pages leave out: names, types, sizes, owner."""
+def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str, made_with: Any) -> str:
+    """The checksum of what the checksums of a parquet file's pages leave out: names, types, sizes, owner, inputs."""
     import xxhash
 
     described = [types.remove_metadata().to_string(), types.metadata[b"pandas"].decode(), n_rows, run, name]
+    described += [made_with] if made_with else []  # tables of version 0.2 have none
     return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
 
 

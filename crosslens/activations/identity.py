@@ -31,14 +31,15 @@ def source_identity(dataset: Dataset, tokenizer: Any, seed: int) -> dict[str, An
         tokenizer: a Hugging Face tokenizer.
         seed: seed for the order of the sequences.
     """
-    source, defined = _source(dataset.source), tokenizer_definition(tokenizer)
+    source, defined = data_digest(dataset.source), tokenizer_definition(tokenizer)
     if source is None or defined is None:
         return None
     options = {field.name: getattr(dataset, field.name) for field in fields(dataset) if field.name != "source"}
     return json.loads(json.dumps({"data": source, "tokenizer": defined, "seed": seed, **options}, default=str))
 
 
-def _source(source: Any) -> Any:
+def data_digest(source: Any) -> str | None:
+    """A hash of the documents; of a dataset on the hub its name, and None of what can be read once."""
     digest = xxhash.xxh3_128()
     if isinstance(source, (str, Path)):
         if not Path(source).is_file():

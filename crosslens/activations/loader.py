@@ -19,6 +19,7 @@ say nothing about the text. Symbols: N sequences, B tokens, T positions, S snaps
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 import os
@@ -61,7 +62,7 @@ from crosslens.activations.harvesting import (
     rounding_error,
     run_to_hooks,
 )
-from crosslens.activations.identity import source_identity
+from crosslens.activations.identity import data_digest, source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
 from crosslens.activations.plan import (
@@ -251,6 +252,11 @@ class Activations:
         if self._tokens is None:
             self._tokens, self._n_train = self._read()
         return self._tokens
+
+    @property
+    def tokens_sha256(self) -> str:
+        """sha256 of `tokens`, by which a run knows its data again."""
+        return hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()
 
     def train_tokens(self) -> Int[Tensor, "N T"]:
         """Sequences that training sees."""
@@ -632,6 +638,7 @@ class Activations:
             "snapshots": snapshots,
             "hook_name": self.hook_name,
             "dataset": asdict(replace(self.dataset, source=source)),
+            "data": data_digest(source),
             "seed": self.seed,
             "mixing_tokens": self._mixing_tokens,
             "settings": settings,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import signal
@@ -376,7 +375,7 @@ def training_identity(
         "data_seed": acts.seed,
         "data_order": acts.data_order if cache_dtype is None else SHUFFLED,
         "n_tokens": acts.n_tokens,
-        "tokens_sha256": hashlib.sha256(acts.tokens.contiguous().numpy().tobytes()).hexdigest(),
+        "tokens_sha256": acts.tokens_sha256,
     }
 
 

@@ -133,3 +133,46 @@ def test_records_of_version_0_2_hold_the_weights_alone_and_are_accepted(place: P
     (run.crosscoder / "cfg.json").write_text(json.dumps(config))
     fit(place)
     effects(place)
+
+
+def change_text(folder: Path) -> None:
+    text = folder / "text.txt"
+    text.write_text(text.read_text().replace("king", "child"))
+
+
+def change_tokenizer(folder: Path) -> None:
+    path = folder / "models" / "tokenizer" / "tokenizer.json"
+    contents = json.loads(path.read_text())
+    vocabulary = contents["model"]["vocab"]
+    vocabulary["cat"], vocabulary["dog"] = vocabulary["dog"], vocabulary["cat"]
+    path.write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize(("change", "what"), [(change_text, "dataset"), (change_tokenizer, "tokenizer")])
+def test_changed_data_are_refused_or_recorded(place: Path, change: Callable[[Path], None], what: str):
+    change(place)
+    run = RunDir(place / "run")
+    with pytest.raises(UserError, match=f"the {what} changed since .* was trained: .*--allow-changed-data"):
+        evolve(run, device="cpu")
+    with pytest.raises(UserError, match=f"the {what} changed since .* was trained: .*--allow-changed-data"):
+        effects(place)
+    assert not run.table_names()
+    effects(place, allow_changed_data=True)
+    assert run.made_with("attribution/task")["changed_data"] == [what]
+    assert run.made_with("accuracy")["changed_data"] == [what]
+
+
+def test_text_that_was_not_read_may_change(place: Path):
+    text = place / "text.txt"
+    text.write_text(text.read_text() + "\nthe king sees a fish near the house .")
+    effects(place)
+    assert "changed_data" not in RunDir(place / "run").made_with("attribution/task")
+
+
+def test_a_table_names_what_it_was_made_with(place: Path):
+    effects(place, seed=3)
+    run = RunDir(place / "run")
+    made = run.made_with("attribution/task")
+    assert made["attribute"]["seed"] == 3 and made["attribute"]["method"] == "removal"
+    assert made["split"]["seed"] == 3 and set(made["split"]) == {"seed", "items", "groups"}
+    assert run.made_with("evaluation") == run.made_with("no such table") == {}
