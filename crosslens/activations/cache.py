@@ -178,8 +178,8 @@ class ActivationCache:
         if changed := changed_entry(found.get("config"), self._config or []):
             key, before, now = changed
             raise UserError(
-                f"{self.folder} is a cache for other models: it has {key}={shortened(before)} in their config, they now "
-                f"have {key}={shortened(now)}; choose another folder, or delete this one"
+                f"{self.folder} is a cache for other models: it has {key}={shortened(before)} in their config, they "
+                f"have {key}={shortened(now)} now; choose another folder, or delete this one"
             )
         size = found.get("shard_sequences")
         if not isinstance(size, int) or size < 1:
