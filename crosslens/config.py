@@ -131,11 +131,17 @@ def _words(_: Any, tokens: Sequence[Any]) -> str:
     return ",".join(token.value.removesuffix(".0") for token in tokens)
 
 
+LARGEST = 2**53
+"""The largest number of anything: what a float holds exactly, as JSON and tables have it."""
+
+
 def at_least(low: int, high: int | None = None) -> Parameter:
     """A whole number from `low`, to `high` if that is given."""
     words = f"at least {low}" if high is None else f"between {low} and {high:,}"
     limit = limited(words, lambda value: low <= value and (high is None or value <= high))
-    return Parameter(converter=_whole, validator=limit)
+    return Parameter(
+        converter=_whole, validator=(limit, limited(f"at most {LARGEST:,}", lambda value: value <= LARGEST))
+    )
 
 
 def all_at_least(low: int, high: int | None = None) -> Parameter:

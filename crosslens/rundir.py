@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+_PATIENCE = 0.5  # seconds; `status` looks whether a lock is held by taking it for a moment
 _COUNT = itertools.count()
 _HELD: list[FileLock] = []
 _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
@@ -46,7 +47,7 @@ _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
 _PARTS = re.compile(
     r"checkpoints|crosscoder|crosscoder\.partial|damaged-crosscoder|report|seeds|sweep|activations|attribution|prompts"
     r"|completeness|validation|ablation|timeline|transfer|additivity|languages|.+\.parquet|run\.json|labels\.jsonl"
-    r"|summary\.json|documents\.txt|\.lock|\.report\.lock"
+    r"|exports|summary\.json|documents\.txt|\.lock|\.report\.lock"
 )
 # what is written in folders of it whose contents are not always ours
 _INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seeds": re.compile(r"\d+"),
@@ -189,7 +190,7 @@ class RunDir:
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path.resolve() / (".lock" if part == "run" else f".{part}.lock")
-        lock = FileLock(path, timeout=0, is_singleton=True)
+        lock = FileLock(path, timeout=_PATIENCE, is_singleton=True, mode=0o666)
         try:
             lock.acquire()
         except Timeout as error:
@@ -623,6 +624,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def share(*paths: Path) -> None:
+    """Give files the permissions of the user's umask; safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        path.chmod(0o666 & ~umask)
 
 
 @contextmanager

@@ -249,9 +249,8 @@ def parse_settings(device: str | None, **others: Any) -> ModelSettings:
 
 
 def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:
-    """Open a trained run: its crosscoder, and the activations it was trained on; others may not write in it."""
+    """Open a trained run to read it: its crosscoder, and the activations it was trained on."""
     run = RunDir.open(path)
-    run.hold()
     return (run, *read_run(run, device))
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crosslens.errors import UserError, brief, shortened
+from crosslens.config import LARGEST
+from crosslens.errors import UserError, brief, read_json, shortened
 
 if TYPE_CHECKING:
     from crosslens.snapshots.snapshot import Snapshot
@@ -62,6 +63,8 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
                 raise TypeError("label and path are strings")
             if any(type(row[key]) not in (int, type(None)) for key in ("step", "tokens")):
                 raise TypeError("step and tokens are whole numbers")
+            if any(abs(row[key] or 0) > LARGEST for key in ("step", "tokens")):
+                raise ValueError(f"a step is more than {LARGEST:,}")
             (path.parent / row["path"]).is_dir()  # raises what a path of this length or with these characters raises
         return str(manifest.get("name", path.parent.name)), rows
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -71,9 +74,35 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
         ) from error
 
 
+_LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_labels", "num_attention_heads", "n_head"), 1_000_000),
+    **dict.fromkeys(("intermediate_size", "n_inner", "vocab_size"), 100_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 100_000_000),
+}
+
+
+def check_sizes(path: Path) -> None:
+    """Refuse a config.json with sizes that no model has, before transformers makes lists and matrices of them.
+
+    Raises:
+        UserError: the file is no JSON object, or names the first such size.
+    """
+
+    def check(name: str, value: Any) -> None:
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in inner:
+            check(key if isinstance(value, dict) else name, part)
+        most = _LIMITS.get(name, LARGEST)
+        if type(value) in (int, float) and abs(value) > most and (name in _LIMITS or type(value) is int):
+            raise UserError(f"{path}: {name}={shortened(value)} is more than {most:,}, which no model has: correct it")
+
+    check("", read_json(path, "config of a model"))
+
+
 def _step_folders(root: Path) -> list[dict[str, Any]]:
     """Rows as in a manifest for the sub-folders `stepN`, by N."""
-    matches = [re.fullmatch(r"step(\d+)", path.name) for path in root.iterdir() if path.is_dir()]
+    matches = [re.fullmatch(r"step(\d{1,15})", path.name) for path in root.iterdir() if path.is_dir()]
     found = sorted((int(match[1]), match[0]) for match in matches if match)
     if not found:
         hint = " (it holds a single model)" if (root / "config.json").is_file() else ""

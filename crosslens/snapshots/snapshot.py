@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, brief, check_inside, first_line
+from crosslens.snapshots.folders import check_sizes
 from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
     WEIGHTS,
@@ -163,6 +164,10 @@ class Snapshot:
     def config(self) -> PretrainedConfig:
         """The configuration, from config.json."""
         folder = self.folder()
+        try:
+            check_sizes(folder / "config.json")
+        except UserError as error:
+            raise self._error(str(error)) from error
         try:
             with quiet():
                 return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)

@@ -90,6 +90,7 @@ def test_one_object_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatch: p
     told = capsys.readouterr()
     assert json.loads(told.out) == {"value": 1} and told.err == "an announcement\n"
     monkeypatch.setenv("RANK", "1")  # of torchrun
+    monkeypatch.setenv("WORLD_SIZE", "2")
     other = Output(as_json=True)
     other.say("an announcement")
     other.end(value=1)
