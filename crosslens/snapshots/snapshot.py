@@ -32,7 +32,6 @@ from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, brief, check_inside, first_line
-from crosslens.snapshots.folders import check_sizes
 from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
     WEIGHTS,
@@ -48,6 +47,7 @@ from crosslens.snapshots.hub import (
     weight_etags,
 )
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.snapshots.sizes import check_sizes
 from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
 
 LanguageModel: TypeAlias = Any
