@@ -379,6 +379,9 @@ class RunDir:
 
         Args:
             name: of the table.
+
+        Raises:
+            UserError: a name outside the run directory.
         """
         path = self._table_path(name)
         if not path.is_file():

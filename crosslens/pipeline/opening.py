@@ -273,6 +273,7 @@ def read_run(
 
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
+    crosscoder = load(run.crosscoder, device=settings.device)
     acts = Activations.from_dict(source, settings)
     changed = changed_data(run, acts, reads_text=reads_text)
     if changed and not allow_changed_data:
@@ -281,7 +282,7 @@ def read_run(
             "there was, or go on with --allow-changed-data (in Python allow_changed_data=True), which the tables record"
         )
     run.note(changed_data=changed)
-    return load(run.crosscoder, device=settings.device), acts
+    return crosscoder, acts
 
 
 def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[str]:

@@ -48,6 +48,10 @@ from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 Batches: TypeAlias = Generator[Tensor, None, None]
 
+_ROUNDING = (
+    "a cache rounds activations, so repeat the command with or without --cache and with --cache-dtype as at first "
+    "(live activations are those of a cache in float32)"
+)
 _ORDER = (
     "a cache gives the tokens in another order than live models do, so repeat the command with or without --cache (in "
     "Python Activations.cache) as at first"
@@ -298,7 +302,7 @@ def claim(
     if run is None:
         return architecture, None
     identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens, cache_dtype)
-    run.claim(identity, hints={"data_order": _ORDER})
+    run.claim(identity, hints={"data_order": _ORDER, "cache_dtype": _ROUNDING})
     try:
         run.update(source=acts.to_dict())
     except UserError as error:
