@@ -447,12 +447,11 @@ def _file_rows(dataset: Dataset) -> Iterator[Any]:
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str | None]]:
     """Rows of a csv file, every cell as it is written: "007" and "NA" are texts. None where a row ends early."""
-    csv.field_size_limit(2**31 - 1)  # documents may be longer than the default of 128 KiB
     opened: Any = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(reader, [])
-        for row in reader:
+        header = _next_row(reader) or []
+        while (row := _next_row(reader)) is not None:
             if len(row) > len(header):
                 raise UserError(
                     f"line {reader.line_num} of {path.name} has {len(row)} cells, its header {len(header)}: put texts "
@@ -460,6 +459,15 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str | None]]:
                 )
             if row:
                 yield dict(zip_longest(header, row))
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next row; documents may be longer than 128 KiB, the limit that other files of the process keep."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _rows(table: Iterable[Any], name: str) -> Iterator[Any]:
