@@ -191,63 +191,58 @@ def digest(folder: Path, own: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def recorded(folder: Path, stage: str) -> dict[str, Any]:
-    """What the results of a stage say that they were made with."""
+    """What the results of a stage say that they were made with, by table; all others under an empty name."""
     if stage == "harvest":
-        found = json.loads((folder / "cache" / "manifest.json").read_text())
-        return {key: value for key, value in found.items() if key != "checksum"}
+        return {"": json.loads((folder / "cache" / "manifest.json").read_text())}
     run = RunDir(folder / "run")
     made_with = getattr(run, "made_with", lambda _: {})
-    return {
-        "identity": run.read_json().get("identity") if stage == "train" else None,
-        **{name: made_with(name) for name in run.table_names()},
-    }
+    return {"": run.read_json().get("identity"), **{name: made_with(name) for name in run.table_names()}}
 
 
 def outcome(case: Case, states: Path, expected: dict[str, dict[str, str]], rng: random.Random) -> tuple[str, str]:
     """Run a case; its outcome, and what was said."""
-    with tempfile.TemporaryDirectory(dir=states) as temporary:
-        place = Path(temporary)
-        folder = place / "work"
-        shutil.copytree(states / (case.state or AFTER.get(case.stage, case.stage)), folder, symlinks=True)
-        victim = place / "outside"
-        (victim / "tokens-5").mkdir(parents=True)
-        (victim / "assets").mkdir()
-        for name in ("index.html", "cfg.json", "tokens-5/state.json", "precious.txt", "task.parquet", "sae_weights"):
-            (victim / name).write_text("precious")
-        before_all = None
-        if case.stage in STAGES:
-            before_all = recorded(states / "work", case.stage)
-        case.prepare(folder)
-        if case.user is not None:
-            for path in (place, *place.rglob("*")):
-                path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o444))
-            states.chmod(0o755)
-        own = ("run", "cache", "out", "work2")
-        before = digest(victim), digest(folder, own)
-        command = case.command or (*COMMANDS[case.stage].split(), *case.more.split())
-        ended = _run(case, command, folder, rng)
-        if digest(victim) != before[0] or digest(folder, own) != before[1]:
-            return "outside", ended.said
-        if ended.status is None:
-            return "hang", ended.said
-        if case.stop or case.beside:
-            if is_raw(ended) and ended.status != -signal.SIGKILL:
-                return "raw", ended.said
-            ended = wait(start(command, folder))
-            if ended.status:
-                return ("raw" if is_raw(ended) else "silent" if not case.beside else "told"), ended.said
-        if is_raw(ended) or (ended.status or 0) < 0:
+    place = states / "case"  # always the same: runs record absolute paths
+    shutil.rmtree(place, ignore_errors=True)
+    folder = place / "work"
+    shutil.copytree(states / (case.state or AFTER.get(case.stage, case.stage)), folder, symlinks=True)
+    victim = place / "outside"
+    (victim / "tokens-5").mkdir(parents=True)
+    (victim / "assets").mkdir()
+    for name in ("index.html", "cfg.json", "tokens-5/state.json", "precious.txt", "task.parquet", "sae_weights"):
+        (victim / name).write_text("precious")
+    before_all = recorded(states / f"after {case.stage}", case.stage) if case.stage in STAGES else {}
+    case.prepare(folder)
+    if case.user is not None:
+        for path in (place, *place.rglob("*")):
+            path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o444))
+        states.chmod(0o755)
+    own = ("run", "cache", "out", "work2")
+    before = digest(victim), digest(folder, own)
+    command = case.command or (*COMMANDS[case.stage].split(), *case.more.split())
+    ended = _run(case, command, folder, rng)
+    if digest(victim) != before[0] or digest(folder, own) != before[1]:
+        return "outside", ended.said
+    if ended.status is None:
+        return "hang", ended.said
+    if case.stop or case.beside:
+        if is_raw(ended) and ended.status != -signal.SIGKILL:
             return "raw", ended.said
+        ended = wait(start(command, folder))
         if ended.status:
-            return "told", ended.said
-        if case.stage not in STAGES:
-            return ("silent" if case.told else "same"), ended.said
-        found = results(_stage(case.stage), folder)
-        if expected[case.stage].items() <= found.items():  # later commands may have left more
-            return ("silent" if case.told else "same"), ended.said
-        if recorded(folder, case.stage) != before_all:
-            return "recorded", ended.said
-        return "silent", ended.said
+            return ("raw" if is_raw(ended) else "silent" if not case.beside else "told"), ended.said
+    if is_raw(ended) or (ended.status or 0) < 0:
+        return "raw", ended.said
+    if ended.status:
+        return "told", ended.said
+    if case.stage not in STAGES:
+        return ("silent" if case.told else "same"), ended.said
+    found = results(_stage(case.stage), folder)
+    if expected[case.stage].items() <= found.items():  # later commands may have left more
+        return ("silent" if case.told else "same"), ended.said
+    differ = [name for name, value in expected[case.stage].items() if found.get(name) != value]
+    now = recorded(folder, case.stage)
+    named = all(now.get(name, now[""]) != before_all.get(name, before_all[""]) for name in differ if name in found)
+    return "recorded" if named and differ == [name for name in differ if name in found] else "silent", ended.said
 
 
 def _stage(stage: str) -> str:
@@ -497,9 +492,17 @@ def cases() -> Iterator[Case]:
     for part in ("run/evolution.parquet", "run/accuracy.parquet", "run/run.json", "run/report/index.html"):
         for stage in ("evolve", "attribute", "report"):
             moved = every(_moved(part), link(part, "../outside/moved"))
-            yield Case("links", f"{part} is a link", stage, moved, state="report")
-    yield Case("links", "a cache inside the run is a link", "harvest", link("run/activations"),
-               command=(*COMMANDS["harvest"].replace("--cache cache", "--cache run/activations").split(),), state="evolve")  # fmt: skip
+            # evolve reads the accuracy that attribute leaves, so it runs before that
+            yield Case("links", f"{part} is a link", stage, moved, state="attribute" if stage == "evolve" else "report")
+    inside = COMMANDS["harvest"].replace("--cache cache", "--cache run/activations")
+    yield Case(
+        "links",
+        "a cache in the run is a link",
+        "harvest",
+        link("run/activations"),
+        command=(*inside.split(),),
+        state="evolve",
+    )
     # changed inputs
     for _, second, state in PAIRS:
         for what, prepare in CHANGES.items():
@@ -548,8 +551,8 @@ def cases() -> Iterator[Case]:
     # options on a continued training
     for more in OPTIONS:
         for state in ("interrupted", "evolve"):
-            yield Case("options", f"{more}, {'interrupted' if state == 'interrupted' else 'finished'}", "train", more=more,
-                       state=state, told=True)  # fmt: skip
+            what = "interrupted" if state == "interrupted" else "finished"
+            yield Case("options", f"{more}, {what}", "train", more=more, state=state, told=True)
     yield from _names()
     yield from _environment()
     # signals
@@ -559,8 +562,10 @@ def cases() -> Iterator[Case]:
     # stray files
     for name in (".DS_Store", "README", "tokens-abc/", "tokens-12", "partial/", ".nfs0001", "lost+found/"):
         yield Case("stray", f"{name} in checkpoints", "train", stray("run/checkpoints", name), state="interrupted")
-        for part, stage in (("run", "evolve"), ("run/attribution", "ablate"), ("cache", "train"), ("models", "harvest"),
-                            ("run/crosscoder", "evolve"), ("run/report", "report"), ("models/tokenizer", "attribute")):  # fmt: skip
+        for part, stage in (
+            ("run", "evolve"), ("run/attribution", "ablate"), ("cache", "train"), ("models", "harvest"),
+            ("run/crosscoder", "evolve"), ("run/report", "report"), ("models/tokenizer", "attribute"),
+        ):  # fmt: skip
             yield Case("stray", f"{name} in {part}", stage, stray(part, name))
     # lost inputs
     for name, parts in {
@@ -593,7 +598,8 @@ def cases() -> Iterator[Case]:
         "ablate": COMMANDS["ablate"], "evolve": "evolve run", "export": COMMANDS["export"],
     }.items():  # fmt: skip
         for stage in ("train", "evolve", "attribute", "report"):
-            yield Case("beside", name, stage, beside=tuple(beside.split()), state="report")
+            yield Case("beside", name, stage, beside=tuple(beside.split()),
+                       state="attribute" if stage == "evolve" else "report")  # fmt: skip
     for state in ("harvest", "train"):
         yield Case("beside", "another training in the same new folder", "train", beside=tuple(other), state=state)
 
@@ -635,8 +641,11 @@ def _names() -> Iterator[Case]:
 
         return prepare
 
-    for name, decoy in (("data[1].txt", "data1.txt"), ("a*b.txt", "axb.txt"), ("w?y.txt", "way.txt"),
-                        ("[abc].txt", "a.txt"), ("{x}.txt", "x.txt"), ("a::b.txt", "a"), ("**.txt", "all.txt")):  # fmt: skip
+    decoys = {
+        "data[1].txt": "data1.txt", "a*b.txt": "axb.txt", "w?y.txt": "way.txt", "[abc].txt": "a.txt",
+        "{x}.txt": "x.txt", "a::b.txt": "a", "**.txt": "all.txt",
+    }  # fmt: skip
+    for name, decoy in decoys.items():
         for stage in ("harvest", "plan"):
             words = COMMANDS[stage].split()
             words[words.index("text.txt")] = name
@@ -707,8 +716,8 @@ def _environment() -> Iterator[Case]:
 # ---------------------------------------------------------------------- all of them
 def undisturbed(states: Path) -> dict[str, dict[str, str]]:
     """Run every command once, and keep what it starts from in `states/<stage>`; returns its results."""
-    work = states / "work"
-    work.mkdir()
+    work = states / "case" / "work"
+    work.mkdir(parents=True)
     pretrain_demo(work / "models", 0, config=MODEL, progress=False)
     (work / "text.txt").write_text("\n".join(grammar.documents(300, 1)))
     items = [{"prefix": item.prefix, "correct": item.correct, "wrong": item.wrong, "patch_prefix": item.patch_prefix}
@@ -723,13 +732,13 @@ def undisturbed(states: Path) -> dict[str, dict[str, str]]:
         if ended.status:
             raise SystemExit(f"{stage} does not run undisturbed: {ended.said}")
         expected[stage] = results(_stage(stage), work)
+        shutil.copytree(work, states / f"after {stage}", symlinks=True)
     return expected
 
 
 def _interrupted(states: Path) -> None:
     """A training that was killed after its first checkpoint."""
-    folder = states / "interrupted"
-    shutil.copytree(states / "train", folder, symlinks=True)
+    folder, aside = states / "case" / "work", states / "interrupted"
     started = start(tuple(COMMANDS["train"].split()), folder)
     while not any((folder / "run" / "checkpoints").glob("tokens-*")):
         time.sleep(0.001)
@@ -737,6 +746,8 @@ def _interrupted(states: Path) -> None:
     wait(started)
     if (folder / "run" / "crosscoder").exists():
         raise SystemExit("the training was not interrupted in time")
+    shutil.copytree(folder, aside, symlinks=True)
+    shutil.rmtree(folder / "run")
 
 
 def matrix(states: Path, expected: dict[str, dict[str, str]]) -> str:
