@@ -87,15 +87,15 @@ def inspect_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {name}={shortened(repr(value))} is not an integer from 1 to {MAX_SIZE:,}")
     if config.get("dtype", "float32") not in DTYPES:
         raise UserError(f"{path}: dtype={shortened(repr(config['dtype']))} is not one of {', '.join(DTYPES)}")
+    k = config.get("k", 1)
+    if type(k) not in (int, float) or not 0 < k <= config["d_sae"]:
+        raise UserError(f"{path}: k={shortened(repr(k))} is not a number from 1 to d_sae={config['d_sae']}")
     known = {field.name for field in fields(ARCHITECTURES[architecture][1])} | {"architecture", "training"}
     if unknown := sorted(config.keys() - known - {"sae_lens_version"}):
         raise UserError(
             f"{path} has an unknown entry {shortened(repr(unknown[0]))}; it was written by another program or a newer "
             "version: remove the entry, or update crosslens"
         )
-    k = config.get("k", 1)
-    if type(k) not in (int, float) or not 0 < k <= config["d_sae"]:
-        raise UserError(f"{path}: k={shortened(repr(k))} is not a number from 1 to d_sae={config['d_sae']}")
     _check_metadata(path, config.get("metadata", {}), config["n_snapshots"])
     return config
 

@@ -104,6 +104,7 @@ def model_memory(device: str) -> int:
 
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory // 2
+    rank_and_world()  # refuses what are no numbers
     total = _host_memory()
     return total // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -27,6 +27,7 @@ from crosslens.pipeline.opening import find_activations
 from crosslens.rundir import RunDir, check_writable
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig
+from crosslens.training.logging import check_wandb
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
@@ -180,6 +181,8 @@ def check_training(
     total = None if config.training_tokens is None else config.training_tokens // config.batch_size
     settings = crosscoder.settings(total)
     check_launcher()
+    if training.wandb_project is not None:
+        check_wandb()
     check_processes(_n_processes() if processes is None else processes, config.data_parallel)
     if run is not None:
         details = {"architecture": f"{crosscoder.name}_crosscoder"}
