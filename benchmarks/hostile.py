@@ -14,7 +14,7 @@ command finds, and runs one command on it:
     signals        SIGINT, SIGTERM, SIGHUP, or a reader that goes away
     stray          files of others in every folder
     lost           inputs are gone
-    permissions    folders that may be read only, by another user
+    permissions    folders that may only be read
     crosscoders    crosscoders with wrong numbers, and no checksums
     beside         two commands at once
 
@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -95,7 +96,7 @@ COMMANDS = {
 STAGES = ("harvest", "train", "evolve", "attribute", "ablate", "study", "report")
 """In this order; the others need all of them, and leave nothing that is compared."""
 AFTER = {"label": "report", "export": "report", "status": "report", "diff": "report", "remove": "report"}
-OTHER_USER = 65534
+_CAPSET = 126  # of x86-64
 Prepare = Callable[[Path], None]
 
 
@@ -119,7 +120,8 @@ class Case:
     """A signal, at a random moment; the command is repeated afterwards."""
     beside: tuple[str, ...] | None = None
     """A command that runs at the same time."""
-    user: int | None = None
+    read_only: bool = False
+    """Nothing but the folder out may be written."""
     own: str = ""
     """A folder that the command is to write, besides those that all write."""
     told: bool = False
@@ -128,7 +130,7 @@ class Case:
 
 # ---------------------------------------------------------------------- running commands
 def start(
-    command: tuple[str, ...], folder: Path, environment: dict[str, str] | None = None, user: int | None = None
+    command: tuple[str, ...], folder: Path, environment: dict[str, str] | None = None, read_only: bool = False
 ) -> Started:
     """Start a command in a fork, with a terminal that says yes to everything."""
     reader, writer = os.pipe()
@@ -149,9 +151,8 @@ def start(
         os.dup2(writer, 2)
         os.chdir(folder)
         os.environ.update(environment or {})
-        if user is not None:
-            os.setgid(user)
-            os.setuid(user)
+        if read_only:  # root may write everywhere, unless it gives its capabilities up
+            ctypes.CDLL(None).syscall(_CAPSET, (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
         sys.argv = ["crosslens", *command]
         command_line()
         status = 0
@@ -214,10 +215,10 @@ def outcome(case: Case, states: Path, expected: dict[str, dict[str, str]], rng: 
         (victim / name).write_text("precious")
     before_all = recorded(states / f"after {case.stage}", case.stage) if case.stage in STAGES else {}
     case.prepare(folder)
-    if case.user is not None:
-        for path in (place, *place.rglob("*")):
-            path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o444))
-        states.chmod(0o755)
+    if case.read_only:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        (folder / "out").chmod(0o777)
     own = ("run", "cache", "out", case.own)
     before = digest(victim), digest(folder, own)
     command = case.command or (*COMMANDS[case.stage].split(), *case.more.split())
@@ -256,7 +257,7 @@ def _run(case: Case, command: tuple[str, ...], folder: Path, rng: random.Random)
         first, second = start(command, folder), start(case.beside, folder)
         both = [wait(first), wait(second)]
         return next((each for each in both if each.status is None or is_raw(each)), both[0])
-    started = start(command, folder, case.environment, case.user)
+    started = start(command, folder, case.environment, case.read_only)
     if case.stop == "reader":
         os.close(started.pipe)
         return wait(Started(started.process, os.open(os.devnull, os.O_RDONLY)))
@@ -579,7 +580,7 @@ def cases() -> Iterator[Case]:
             yield Case("lost", f"{name}", stage, lose(*parts))
     # permissions
     for stage in ("evolve", "attribute", "report", "status", "export", "diff", "train", "remove", "harvest"):
-        yield Case("permissions", "read only", stage, user=OTHER_USER, prepare=_writable("out"))
+        yield Case("permissions", "read only", stage, read_only=True, prepare=_writable("out"))
     # crosscoders
     changes: dict[str, Prepare] = {
         "NaN": broken_weights(float("nan")), "infinity": broken_weights(float("inf")),

@@ -184,7 +184,7 @@ def check_file_name(name: str, what: str) -> str:
         UserError: it is empty, too long, reserved, or has characters that file names cannot have.
     """
     name = unicodedata.normalize("NFC", name)
-    wrong = sorted({c for c in name if c in '/\\<>:"|?*' or ord(c) < 32 or ord(c) == 127})
+    wrong = sorted({c for c in name if c in '/\\<>:"|?*' or ord(c) < 32 or visible(c) != c})
     if wrong:
         raise UserError(f"{what} {shortened(repr(name))} is used in file names: remove {' '.join(map(repr, wrong))}")
     if not name or name.strip(" .") != name:
