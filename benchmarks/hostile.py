@@ -601,8 +601,12 @@ def cases() -> Iterator[Case]:
         "ablate": COMMANDS["ablate"], "evolve": "evolve run", "export": COMMANDS["export"],
     }.items():  # fmt: skip
         for stage in ("train", "evolve", "attribute", "report"):
-            yield Case("beside", name, stage, beside=tuple(beside.split()),
-                       state="attribute" if stage == "evolve" else "report")  # fmt: skip
+            # what is removed is not there to be compared afterwards
+            compared, words = ("status" if name == "remove" else stage), tuple(COMMANDS[stage].split())
+            state = "attribute" if stage == "evolve" else "report"
+            yield Case(
+                "beside", f"{name} beside {stage}", compared, beside=tuple(beside.split()), state=state, command=words
+            )
     for state in ("harvest", "train"):
         yield Case("beside", "another training in the same new folder", "train", beside=tuple(other), state=state)
 

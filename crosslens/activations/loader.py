@@ -660,7 +660,10 @@ class Activations:
             mixing_tokens=recorded.get("mixing_tokens"),
         )
         folder, dtype = recorded.get("cache") or (None, "")
-        if folder is None or not (Path(folder) / "manifest.json").is_file():
+        if folder is None:
+            return acts
+        if not (Path(folder) / "manifest.json").is_file():
+            tqdm.write(f"the cache {folder} is gone, and the models run instead, without its rounding", file=sys.stderr)
             return acts
         try:
             return acts.cache(folder, dtype)

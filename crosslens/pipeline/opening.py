@@ -281,7 +281,7 @@ def read_run(
             f"the {' and the '.join(changed)} changed since the crosscoder in {run.path} was trained: restore what "
             "there was, or go on with --allow-changed-data (in Python allow_changed_data=True), which the tables record"
         )
-    run.note(changed_data=changed)
+    run.note(changed_data=changed, activations=acts.cache_dtype or "live")
     return crosscoder, acts
 
 

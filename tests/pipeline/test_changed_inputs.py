@@ -169,6 +169,16 @@ def test_text_that_was_not_read_may_change(place: Path):
     assert "changed_data" not in RunDir(place / "run").made_with("attribution/task")
 
 
+def test_a_cache_that_is_gone_is_told_and_recorded(place: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunDir(place / "run")
+    cached = (place / "cache").exists()
+    if cached:
+        (place / "cache" / "manifest.json").unlink()
+    effects(place)
+    assert ("is gone, and the models run instead" in capsys.readouterr().err) == cached
+    assert run.made_with("attribution/task")["activations"] == "live"
+
+
 def test_a_table_names_what_it_was_made_with(place: Path):
     effects(place, seed=3)
     run = RunDir(place / "run")
