@@ -601,8 +601,8 @@ def cases() -> Iterator[Case]:
         "ablate": COMMANDS["ablate"], "evolve": "evolve run", "export": COMMANDS["export"],
     }.items():  # fmt: skip
         for stage in ("train", "evolve", "attribute", "report"):
-            # what is removed is not there to be compared afterwards
-            compared, words = ("status" if name == "remove" else stage), tuple(COMMANDS[stage].split())
+            # what is removed is not there to be compared afterwards, and evolve reads the accuracy, if it is there
+            compared, words = ("status" if name in ("remove", "evolve") else stage), tuple(COMMANDS[stage].split())
             state = "attribute" if stage == "evolve" else "report"
             yield Case(
                 "beside", f"{name} beside {stage}", compared, beside=tuple(beside.split()), state=state, command=words

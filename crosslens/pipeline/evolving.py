@@ -79,6 +79,7 @@ def evolve(
         run.save_tables(feature_tables(crosscoder, acts))
         accuracy = run.table("accuracy")
         if accuracy is not None:
+            run.note(accuracy=sorted({*accuracy["task"].astype(str)}))
             accuracy = pd.DataFrame(accuracy[accuracy["label"].isin(acts.snapshots.labels)])
         dynamics = measure_dynamics(
             crosscoder,
