@@ -8,6 +8,8 @@ refused at once.
 2. A value is that of the command line, else of the file of `--config`, else of the recipe (`RECIPES`), else the
    default.
 3. `COMMON` marks the options that most runs need: `--help` lists them, `--help-all` the others, too.
+4. Every option decides the result unless it is marked `FREE`; `ORDER` marks those that decide the order of live data
+   only. `decisive` gives those that count, which a run records, and compares when it is continued.
 """
 
 from __future__ import annotations
@@ -129,11 +131,17 @@ def _words(_: Any, tokens: Sequence[Any]) -> str:
     return ",".join(token.value.removesuffix(".0") for token in tokens)
 
 
+LARGEST = 2**53
+"""The largest number of anything: what a float holds exactly, as JSON and tables have it."""
+
+
 def at_least(low: int, high: int | None = None) -> Parameter:
     """A whole number from `low`, to `high` if that is given."""
     words = f"at least {low}" if high is None else f"between {low} and {high:,}"
     limit = limited(words, lambda value: low <= value and (high is None or value <= high))
-    return Parameter(converter=_whole, validator=limit)
+    return Parameter(
+        converter=_whole, validator=(limit, limited(f"at most {LARGEST:,}", lambda value: value <= LARGEST))
+    )
 
 
 def all_at_least(low: int, high: int | None = None) -> Parameter:
@@ -158,6 +166,10 @@ def _check_dataset(_: Any, value: Any) -> None:
 
 
 COMMON = "in --help"
+FREE = "decides no result"
+"""Marks options with which a run may be continued whatever they were before."""
+ORDER = "decides the order of live data"
+"""Marks options that decide nothing once activations are on disk."""
 COUNT, NUMBER, SEED = at_least(1), at_least(0), at_least(0, MAX_SEED)
 COUNTS, NUMBERS = all_at_least(1), all_at_least(0)
 FEATURES = at_least(1, MAX_FEATURES)
@@ -195,6 +207,20 @@ def check(options: Any) -> None:
                 validate(None, value)
             except UserError as error:
                 raise UserError(f"{name}={value} {error}") from error
+
+
+def decisive(options: Any, *, live: bool = True) -> dict[str, Any]:
+    """The options of an object that decide the result, by name: all but those marked `FREE`.
+
+    Args:
+        options: of one of the classes here, or of a class derived from one.
+        live: models run in training; otherwise those marked `ORDER` are left out, too.
+    """
+    hints = get_type_hints(type(options), include_extras=True)
+    left_out = {FREE} if live else {FREE, ORDER}
+    marks = {each.name: {mark for mark in getattr(hints[each.name], "__metadata__", ()) if isinstance(mark, str)}
+             for each in fields(options)}  # fmt: skip
+    return {name: getattr(options, name) for name, found in marks.items() if not found & left_out}
 
 
 @cache
@@ -261,7 +287,7 @@ class SourceOptions:
 class CacheOptions:
     """Activations on disk."""
 
-    cache: Path | None = None
+    cache: Annotated[Path | None, FREE] = None
     """Write the activations to this folder first, or read them from it; created if missing."""
     cache_dtype: CacheDtype = "bfloat16"
     """Format on disk."""
@@ -275,7 +301,7 @@ class CacheOptions:
 class HarvestOptions(CacheOptions):
     """How activations are written (`crosslens harvest`)."""
 
-    cache: Path = field()
+    cache: Annotated[Path, FREE] = field()
     """Folder for the activations; created if missing."""
     evict: Annotated[bool, COMMON] = False
     """Delete the weights that this command downloads, those of each snapshot as soon as it is done."""
@@ -293,13 +319,13 @@ def _check_device(_: Any, value: str | None) -> None:
 class ModelOptions:
     """How language models are loaded and run."""
 
-    device: Annotated[str | None, Parameter(validator=_check_device)] = None
+    device: Annotated[str | None, Parameter(validator=_check_device), FREE] = None
     """cpu, cuda or cuda:N. Default: cuda if available."""
     dtype: Annotated[ModelDtype, Parameter(name="--model-dtype")] = "float32"
     """Of the models' parameters. Activations are always float32; the error that another dtype causes is printed."""
     backend: Backend = "bridge"
     """TransformerLens class: a TransformerBridge, or a HookedTransformer without weight processing."""
-    batch_tokens: Annotated[int, COUNT] = 16_384
+    batch_tokens: Annotated[int, COUNT, ORDER] = 16_384
     """Tokens per forward pass; in harvests fewer where scores of eager attention would take more than 1 GiB, and on a
     CPU at most 4,096."""
     attention: Attention = "eager"
@@ -453,19 +479,19 @@ class TrainingOptions:
     """Second-moment decay of Adam."""
     scale_tokens: Annotated[int, COUNT] = 100_000
     """Tokens used to estimate the scale of each snapshot."""
-    n_checkpoints: Annotated[int, NUMBER] = 4
+    n_checkpoints: Annotated[int, NUMBER, FREE] = 4
     """Checkpoints to resume from, evenly spaced, besides the final one."""
-    data_parallel: Annotated[int, COUNT] = 1
+    data_parallel: Annotated[int, COUNT, FREE] = 1
     """Groups of processes that split the tokens of a batch; the processes in a group split the features."""
-    evaluate: Annotated[bool, Parameter(negative="--no-evaluate")] = True
+    evaluate: Annotated[bool, Parameter(negative="--no-evaluate"), FREE] = True
     """Measure EV, L0, CE and KL per snapshot on held-out tokens at the end."""
-    wandb_project: str | None = None
+    wandb_project: Annotated[str | None, FREE] = None
     """Log to this W&B project. WANDB_MODE=offline works."""
-    wandb_run_name: str | None = None
+    wandb_run_name: Annotated[str | None, FREE] = None
     """Name of the W&B run."""
-    wandb_log_frequency: Annotated[int, COUNT] = 10
+    wandb_log_frequency: Annotated[int, COUNT, FREE] = 10
     """Steps between logged losses and metrics."""
-    wandb_eval_frequency: Annotated[int, COUNT] = 100
+    wandb_eval_frequency: Annotated[int, COUNT, FREE] = 100
     """Logged steps between held-out evaluations."""
 
     def __post_init__(self) -> None:
@@ -486,7 +512,7 @@ class TrainingOptions:
 class SeedsOptions:
     """How often it is trained."""
 
-    seeds: Annotated[int, COUNT] = 1
+    seeds: Annotated[int, COUNT, FREE] = 1
     """Crosscoders to train, from --seed on: the first in the run directory, the others in its folder seeds. Then says
     which features they have in common."""
 
@@ -537,6 +563,9 @@ class EvolveOptions:
     """Features that linear probes are fitted to, drawn from those that are active often enough."""
     seed: Annotated[int, SEED] = 0
     """Seed of the random directions, the intervals, and the draw of the features to probe."""
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
+    it."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -551,6 +580,9 @@ class TaskOptions:
     """A jsonl, csv or parquet file with the columns prefix, correct and wrong; sva:FILE, with clean_prefix,
     patch_prefix, clean_answer and patch_answer; blimp:FILE; clams:FILE; or, without a file, blimp:UID,
     multiblimp:LANGUAGE, ioi or demo:simple. Repeat it for several tasks. (In Python also `crosslens.tasks.Task`s.)"""
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
+    it."""
 
     def __post_init__(self) -> None:
         check(self)

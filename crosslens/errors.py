@@ -20,6 +20,7 @@ MAX_TEXT = 16 * 2**20
 MAX_NAME = 100
 """Bytes of the longest name that becomes part of a file name."""
 _DEPTH = 12
+_DIRECTIONS = {*"\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 _SUFFIXES = (".snapshots", ".summary")  # of the tables beside that of a task
 
@@ -47,6 +48,18 @@ def shortened(value: object) -> str:
     """A value as text of at most 60 characters, for messages."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def visible(text: str) -> str:
+    """Text in which control characters, and those that change the direction of writing, are written as their codes.
+
+    A label or token could otherwise move the cursor of a terminal, rename its window, or show words in another order.
+    Tabs and line breaks stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(f"\\u{ord(c):04x}" if c in _DIRECTIONS or (ord(c) < 32 and c not in "\t\n") or 127 <= ord(c) < 160
+                   else c for c in text)  # fmt: skip
 
 
 def read_text(path: Path, what: str) -> str:
@@ -171,7 +184,7 @@ def check_file_name(name: str, what: str) -> str:
         UserError: it is empty, too long, reserved, or has characters that file names cannot have.
     """
     name = unicodedata.normalize("NFC", name)
-    wrong = sorted({c for c in name if c in '/\\<>:"|?*' or ord(c) < 32 or ord(c) == 127})
+    wrong = sorted({c for c in name if c in '/\\<>:"|?*' or ord(c) < 32 or visible(c) != c})
     if wrong:
         raise UserError(f"{what} {shortened(repr(name))} is used in file names: remove {' '.join(map(repr, wrong))}")
     if not name or name.strip(" .") != name:

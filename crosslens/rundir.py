@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+_PATIENCE = 0.5  # seconds; `status` looks whether a lock is held by taking it for a moment
 _COUNT = itertools.count()
 _HELD: list[FileLock] = []
 _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
@@ -46,13 +47,15 @@ _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
 _PARTS = re.compile(
     r"checkpoints|crosscoder|crosscoder\.partial|damaged-crosscoder|report|seeds|sweep|activations|attribution|prompts"
     r"|completeness|validation|ablation|timeline|transfer|additivity|languages|.+\.parquet|run\.json|labels\.jsonl"
-    r"|summary\.json|documents\.txt|\.lock|\.report\.lock"
+    r"|exports|summary\.json|documents\.txt|\.lock|\.report\.lock"
 )
 # what is written in folders of it whose contents are not always ours
 _INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seeds": re.compile(r"\d+"),
           "sweep": re.compile(r"F\d.*")}  # fmt: skip
 _PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
 _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
+# settings that earlier versions did not record; what both sides have is compared
+_COMPARED_IF_KNOWN = {"models", "cache_dtype", "config", "tokenizer"}
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -68,6 +71,7 @@ class RunDir:
         self.crosscoder = self.path / "crosscoder"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report"
+        self._made_with: dict[str, Any] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
@@ -186,7 +190,7 @@ class RunDir:
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path.resolve() / (".lock" if part == "run" else f".{part}.lock")
-        lock = FileLock(path, timeout=0, is_singleton=True)
+        lock = FileLock(path, timeout=_PATIENCE, is_singleton=True, mode=0o666)
         try:
             lock.acquire()
         except Timeout as error:
@@ -221,10 +225,11 @@ class RunDir:
         wanted = json.loads(json.dumps(identity, default=str))
         self.check_usable()
         contents = self.read_json() if self.exists() else {}
-        if part in contents and not self._has_results() and _first_difference(contents[part], wanted):
+        found = _recorded(contents, part)
+        if part in contents and not self._has_results() and _first_difference(found, wanted):
             contents = {}  # of a command that failed before it had written anything
         if part in contents:
-            self._refuse_difference(contents[part], wanted, hints)
+            self._refuse_difference(found, wanted, hints)
             return
         stamp = contents or {
             "id": uuid.uuid4().hex,
@@ -248,7 +253,7 @@ class RunDir:
         """
         self.check_usable()
         if self.exists() and self._has_results():
-            self._refuse_difference(_common(self.read_json().get(part, {}), settings), settings)
+            self._refuse_difference(_common(_recorded(self.read_json(), part), settings), settings)
 
     def _has_results(self) -> bool:
         """Whether anything but run.json has been written."""
@@ -310,7 +315,9 @@ class RunDir:
             seal = json.loads(found.schema.metadata.get(b"crosslens", b"null"))
             if b"pandas" not in found.schema.metadata:
                 raise ValueError("its description is missing")
-            if seal is not None and seal["checksum"] != _seal(found.schema, len(found), seal["run"], seal["table"]):
+            if seal is not None and seal["checksum"] != _seal(
+                found.schema, len(found), seal["run"], seal["table"], seal.get("made_with")
+            ):
                 raise ValueError("its description does not have the checksum in it")
             frame = found.to_pandas()
         except Exception as error:  # a damaged file can raise anything
@@ -349,10 +356,43 @@ class RunDir:
         empty = pa.BufferOutputStream()
         pq.write_table(whole.slice(0, 0), empty)  # some types are others when they are read back
         types = pq.read_table(empty.getvalue()).schema
-        seal = {"table": name, "run": run, "checksum": _seal(types, len(whole), run, name)}
+        made_with = json.loads(json.dumps(self._made_with, default=str))
+        seal = {"table": name, "run": run, "checksum": _seal(types, len(whole), run, name, made_with)}
+        seal |= {"made_with": made_with} if made_with else {}
         whole = whole.replace_schema_metadata({**notes, b"crosslens": json.dumps(seal).encode()})
         with replacing(path) as partial:
             pq.write_table(whole, partial, write_page_checksum=True)
+
+    def note(self, **made_with: Any) -> None:
+        """Say what the tables that are saved from now on are made with; every one of them records it.
+
+        Args:
+            made_with: options and digests of inputs that decide the tables, by name; those noted before stay, unless
+                they have the same name. None and empty lists are left out.
+        """
+        self._made_with = {
+            key: value for key, value in {**self._made_with, **made_with}.items() if value not in (None, [])
+        }
+
+    def made_with(self, name: str) -> dict[str, Any]:
+        """What a table was made with, as `note` was told; empty for a table of version 0.2, or where there is none.
+
+        Args:
+            name: of the table.
+
+        Raises:
+            UserError: a name outside the run directory.
+        """
+        path = self._table_path(name)
+        if not path.is_file():
+            return {}
+        import pyarrow.parquet as pq
+
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+            return dict(json.loads(metadata.get(b"crosslens", b"null")) or {}).get("made_with", {})
+        except (OSError, ValueError, TypeError):  # `table` says that it is damaged
+            return {}
 
     def _id(self) -> str | None:
         return self.read_json().get("id") if self.exists() else None
@@ -587,6 +627,14 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def share(*paths: Path) -> None:
+    """Give files the permissions of the user's umask; safetensors writes them for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def replacing(path: Path) -> Generator[Path, None, None]:
     """A new file of this process beside `path`, which takes its place at the end, or is deleted after an error."""
@@ -598,11 +646,12 @@ def replacing(path: Path) -> Generator[Path, None, None]:
         partial.unlink(missing_ok=True)
 
 
-def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str) -> str:
-    """The checksum of what the checksums of a parquet file's pages leave out: names, types, sizes, owner."""
+def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str, made_with: Any) -> str:
+    """The checksum of what the checksums of a parquet file's pages leave out: names, types, sizes, owner, inputs."""
     import xxhash
 
     described = [types.remove_metadata().to_string(), types.metadata[b"pandas"].decode(), n_rows, run, name]
+    described += [made_with] if made_with else []  # tables of version 0.2 have none
     return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
 
 
@@ -627,6 +676,15 @@ def _headlines(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _recorded(contents: dict[str, Any], part: str) -> dict[str, Any]:
+    """The settings of a run in run.json; those of version 0.2 had a part of them in the entry `source` only."""
+    found, source = contents.get(part, {}), contents.get("source")
+    if part != "identity" or not isinstance(source, dict):
+        return found
+    cache = source.get("cache")
+    return {"models": source.get("settings", {}), **({"cache_dtype": cache[1]} if cache else {}), **found}
+
+
 def _common(found: Any, wanted: Any) -> Any:
     """`wanted`, with the values that `found` has for the same keys."""
     if isinstance(found, dict) and isinstance(wanted, dict):
@@ -636,7 +694,10 @@ def _common(found: Any, wanted: Any) -> Any:
 
 def _first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in sorted({*found, *wanted}):
+        known = {*found, *wanted}
+        if re.split(r"[.\[]", key)[0] in _COMPARED_IF_KNOWN:
+            known = {*found} & {*wanted}
+        for name in sorted(known - {each for each in _COMPARED_IF_KNOWN if each not in found or each not in wanted}):
             inner = _first_difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
             if inner is not None:
                 return inner

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 Fault = Callable[[str, str, str, int], str | None]
 """Fault of a request, given method, repository, file and the number of earlier requests like it: None, "drop" (half of
 the file, then the connection is reset), "cut" (reset before the file), "short" (half of the file, declared as all of
-it), or a status code."""
+it), "etag X" (X as its checksum), or a status code."""
 
 
 def commit_of(revision: str) -> str:
@@ -99,7 +99,8 @@ class serve:
                 self.send_header("Content-Length", str(told))
                 if span:
                     self.send_header("Content-Range", f"bytes {begin}-{len(whole) - 1}/{len(whole)}")
-                self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()}"')
+                etag = (found or "").removeprefix("etag ") if (found or "").startswith("etag ") else ""
+                self.send_header("ETag", f'"{etag or hashlib.sha256(whole).hexdigest()}"')
                 self.send_header("X-Repo-Commit", commit)
                 self.end_headers()
                 if self.command == "GET":

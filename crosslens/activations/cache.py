@@ -49,6 +49,7 @@ from torch import Tensor
 
 from crosslens.activations.order import RUN, Indices, stored_order
 from crosslens.errors import UserError, brief, did_you_mean, first_line, json_checksum, shortened
+from crosslens.snapshots.hashes import changed_entry
 
 try:
     import fcntl
@@ -113,9 +114,11 @@ class ActivationCache:
         self._files: dict[tuple[int, int], _File] = {}
         self._orders: dict[int, str] = {}  # a digest of each shard's order
         self._rows = lru_cache(maxsize=4)(self._read_rows)
+        # not part of the request, whose digest is in every file: earlier versions did not record it
+        self._config = fingerprint.get("config")
         request = {
             "format": FORMAT,
-            **fingerprint,
+            **{key: value for key, value in fingerprint.items() if key != "config"},
             "dtype": dtype,
             "tokens": _sha256(tokens),
             "n_sequences": len(tokens),
@@ -154,7 +157,7 @@ class ActivationCache:
                     "put it back, or delete the folder and harvest again"
                 )
             _remove(self.folder.glob("*.tmp"))
-            recorded = {**request, "shard_sequences": shard_sequences, "source": source}
+            recorded = {**request, "config": self._config, "shard_sequences": shard_sequences, "source": source}
             partial = manifest.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
             partial.write_text(json.dumps({"checksum": json_checksum(recorded), **recorded}, indent=1))
             os.replace(partial, manifest)
@@ -172,6 +175,12 @@ class ActivationCache:
                     f"{self.folder} is a cache for a different request: it has {key}={shortened(found.get(key))}, this "
                     f"request has {key}={shortened(value)}; choose another folder, or delete this one"
                 )
+        if changed := changed_entry(found.get("config"), self._config or []):
+            key, before, now = changed
+            raise UserError(
+                f"{self.folder} is a cache for other models: it has {key}={shortened(before)} in their config, they "
+                f"have {key}={shortened(now)} now; choose another folder, or delete this one"
+            )
         size = found.get("shard_sequences")
         if not isinstance(size, int) or size < 1:
             raise _damaged_manifest(self.folder / "manifest.json", f"shard_sequences={shortened(size)}")

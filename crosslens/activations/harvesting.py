@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from crosslens.activations.cache import ActivationCache
+from crosslens.distributed.devices import rank_and_world
 from crosslens.distributed.parallel import TIMEOUT, Parallel
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
@@ -340,7 +341,7 @@ def fill(
         UserError: an activation is not finite (the message names snapshot, hook and shard), equal snapshots, or the
             disk is full.
     """
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = rank_and_world()
     pairs = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
     first, *others = caches.values()
     freed = 0

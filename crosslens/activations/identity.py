@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from crosslens.activations.tokens import Dataset
+from crosslens.snapshots.hashes import tokenizer_definition
 
 _BYTES = 1 << 24  # of a file at a time
 
@@ -30,14 +31,15 @@ def source_identity(dataset: Dataset, tokenizer: Any, seed: int) -> dict[str, An
         tokenizer: a Hugging Face tokenizer.
         seed: seed for the order of the sequences.
     """
-    source, defined = _source(dataset.source), _tokenizer(tokenizer)
+    source, defined = data_digest(dataset.source), tokenizer_definition(tokenizer)
     if source is None or defined is None:
         return None
     options = {field.name: getattr(dataset, field.name) for field in fields(dataset) if field.name != "source"}
     return json.loads(json.dumps({"data": source, "tokenizer": defined, "seed": seed, **options}, default=str))
 
 
-def _source(source: Any) -> Any:
+def data_digest(source: Any) -> str | None:
+    """A hash of the documents; of a dataset on the hub its name, and None of what can be read once."""
     digest = xxhash.xxh3_128()
     if isinstance(source, (str, Path)):
         if not Path(source).is_file():
@@ -57,13 +59,3 @@ def _source(source: Any) -> Any:
     else:
         return None
     return digest.hexdigest()
-
-
-def _tokenizer(tokenizer: Any) -> str | None:
-    """A hash of a tokenizer's definition, without the state that a call leaves in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    defined = json.loads(backend.to_str())
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return xxhash.xxh3_128_hexdigest(json.dumps([{**defined, "truncation": None, "padding": None}, special]).encode())

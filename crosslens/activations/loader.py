@@ -19,6 +19,7 @@ say nothing about the text. Symbols: N sequences, B tokens, T positions, S snaps
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 import os
@@ -61,7 +62,7 @@ from crosslens.activations.harvesting import (
     rounding_error,
     run_to_hooks,
 )
-from crosslens.activations.identity import source_identity
+from crosslens.activations.identity import data_digest, source_identity
 from crosslens.activations.mixing import Held, Mixed, Schedule
 from crosslens.activations.order import Indices, Order, stored_order
 from crosslens.activations.plan import (
@@ -252,6 +253,11 @@ class Activations:
             self._tokens, self._n_train = self._read()
         return self._tokens
 
+    @property
+    def tokens_sha256(self) -> str:
+        """sha256 of `tokens`, by which a run knows its data again."""
+        return hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()
+
     def train_tokens(self) -> Int[Tensor, "N T"]:
         """Sequences that training sees."""
         return self.tokens[: self._n_train]
@@ -324,6 +330,11 @@ class Activations:
     def is_cached(self) -> bool:
         """Whether activations are read from a cache; otherwise the models run."""
         return self._cache is not None
+
+    @property
+    def cache_dtype(self) -> str | None:
+        """The format on disk; None for live activations."""
+        return None if self._cache is None else self._cache.dtype
 
     @property
     def block_sequences(self) -> int:
@@ -576,6 +587,7 @@ class Activations:
         """Everything that decides the activations: equal fingerprints give equal activations."""
         return {
             "snapshots": [snapshot.origin for snapshot in self.snapshots],
+            "config": self.snapshots.config_entries,
             "hook_name": self.hook_name,
             "context_size": self.dataset.context_size,
             "prepend_bos": self.dataset.prepend_bos,
@@ -604,6 +616,8 @@ class Activations:
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots
             ],
+            "config": self.snapshots.config_entries,
+            "tokenizer": self.snapshots.tokenizer_digest,
             **self._trusted(),
         }
 
@@ -624,6 +638,7 @@ class Activations:
             "snapshots": snapshots,
             "hook_name": self.hook_name,
             "dataset": asdict(replace(self.dataset, source=source)),
+            "data": data_digest(source),
             "seed": self.seed,
             "mixing_tokens": self._mixing_tokens,
             "settings": settings,
@@ -645,7 +660,10 @@ class Activations:
             mixing_tokens=recorded.get("mixing_tokens"),
         )
         folder, dtype = recorded.get("cache") or (None, "")
-        if folder is None or not (Path(folder) / "manifest.json").is_file():
+        if folder is None:
+            return acts
+        if not (Path(folder) / "manifest.json").is_file():
+            tqdm.write(f"the cache {folder} is gone, and the models run instead, without its rounding", file=sys.stderr)
             return acts
         try:
             return acts.cache(folder, dtype)

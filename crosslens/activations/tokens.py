@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -118,7 +121,7 @@ class Dataset:
         return kept_positions(tokens, tokenizer, self.keep_special, self.separator, self.drop_positions)
 
 
-def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
+def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
     """Read sequences of equal length, enough for the tokens to train on and those to hold out.
 
     `(N, T)` tokens, and rows of `context_size` ids, are taken as they are, everything else is packed into sequences of
@@ -143,7 +146,7 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
                 "numbers, (N, T) sequences or (N,) one long stream"
             )
         if tokens.ndim == 2:
-            return _until(tokens.to(torch.int32), _needed(dataset, tokens.shape[1]), dataset, tokenizer)
+            return _until(_as_int32(tokens, dataset.name), _needed(dataset, tokens.shape[1]), dataset, tokenizer)
         items: Iterator[str | Tensor] = iter([tokens.long()])
     else:
         items = _items(dataset)
@@ -168,7 +171,7 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Int[Tensor, "N T"]:
         chunk = list(islice(packed, _PORTION if left is None else min(_PORTION, -(-left // T))))
         if not chunk:
             break
-        stacked = _until(torch.stack(chunk).to(torch.int32), left, dataset, tokenizer)
+        stacked = _until(_as_int32(torch.stack(chunk), dataset.name), left, dataset, tokenizer)
         counted += int(dataset.keep(stacked, tokenizer).sum())
         rows.append(stacked)
     if not rows:
@@ -278,6 +281,19 @@ def _until(sequences: Tensor, n_tokens: int | None, dataset: Dataset, tokenizer:
     return sequences[: int((counts.cumsum(0) < n_tokens).sum()) + 1]
 
 
+def _as_int32(tokens: Tensor, name: str) -> Tensor:
+    """Token ids as int32; those that would wrap around are refused."""
+    wide = tokens.to(torch.int64)
+    if wide.numel():
+        lowest, highest = int(wide.min()), int(wide.max())
+        if lowest < 0 or highest >= 2**31:
+            raise UserError(
+                f"token id {lowest if lowest < 0 else highest} in {name} is not in [0, {2**31 - 1}]: was it tokenised "
+                "with another tokenizer?"
+            )
+    return wide.to(torch.int32)
+
+
 def _tokenised(items: Iterator[str | Tensor], tokenizer: Any) -> Iterator[Tensor]:
     """Token ids of each document. Texts are tokenised in portions that grow, so that little is read in vain."""
     size = 8
@@ -326,7 +342,7 @@ def _no_column(column: str, name: str, names: Iterable[Any]) -> UserError:
 
 
 def _items(dataset: Dataset) -> Iterator[str | Tensor]:
-    """Documents of a source, as texts or token ids; empty ones too, missing ones not."""
+    """Documents of a source, as texts or token ids; empty ones too. Missing ones are left out, with a warning."""
     source: Any = dataset.source
     from_file = isinstance(source, (str, Path))
     rows = _file_rows(dataset) if from_file else _rows(_memory_rows(source, dataset.column), dataset.name)
@@ -335,18 +351,29 @@ def _items(dataset: Dataset) -> Iterator[str | Tensor]:
         raise UserError(f"the {dataset.name} has nothing left: an iterator can be read once; give a new one, or a list")
     if not begun and from_file:
         raise UserError(f"dataset {dataset.name} is empty; give a file with documents")
-    for i, row in enumerate(chain(begun, rows)):
-        if isinstance(row, Mapping):
-            if dataset.column not in row:
-                raise _no_column(dataset.column, dataset.name, row)
-            row = row[dataset.column]
-        if row is None or (isinstance(row, float) and math.isnan(row)):  # what is missing in a DataFrame
-            continue
-        yield _item(row, i, dataset.name, from_file)
+    missing = read = 0
+    try:
+        for i, row in enumerate(chain(begun, rows)):
+            read = i + 1
+            if isinstance(row, Mapping):
+                if dataset.column not in row:
+                    raise _no_column(dataset.column, dataset.name, row)
+                row = row[dataset.column]
+            if row is None or (isinstance(row, float) and math.isnan(row)):  # what is missing in a DataFrame
+                missing += 1
+                continue
+            yield _item(row, i, dataset.name, from_file)
+    finally:
+        if missing:
+            warnings.warn(
+                f"{missing:,} of the {read:,} rows that were read of {dataset.name} have nothing in the column "
+                f"{dataset.column!r}: they are left out",
+                stacklevel=2,
+            )
 
 
 def _item(row: Any, i: int, name: str, from_file: bool) -> str | Tensor:
-    """A text or token ids; numbers in files are texts, because csv has no types."""
+    """A text or token ids; numbers in files are texts."""
     if isinstance(row, str):
         return row
     if from_file and isinstance(row, (bool, int, float)):
@@ -378,20 +405,29 @@ def _memory_rows(source: Any, column: str) -> Iterable[Any]:
 def _file_rows(dataset: Dataset) -> Iterator[Any]:
     from datasets import Dataset as Table
     from datasets import load_dataset
+    from datasets.data_files import DataFilesDict, DataFilesList
 
     source: Any = dataset.source
     name = str(source)
     if _is_file(source):
-        suffix = next((s for s in Path(name).suffixes if s in _BUILDERS), None)
+        path = Path(source).absolute()
+        suffix = next((s for s in reversed(path.suffixes) if s in _BUILDERS), None)
         if suffix is None:
             raise UserError(f"{name} has an unsupported file type: use {', '.join(_BUILDERS)}, each also with .gz")
+        if _BUILDERS[suffix] == "csv":
+            return _rows(_csv_rows(path, "\t" if suffix == ".tsv" else ","), name)
+        if "::" in str(path) or (path.suffix not in _BUILDERS and {"[", "]"} & {*str(path)}):
+            raise UserError(
+                f"{name} has '::' or, in the path of a compressed file, brackets, which the library that reads it "
+                "takes for parts of an address: rename it"
+            )
         options: dict[str, Any] = {"sample_by": dataset.sample_by} if _BUILDERS[suffix] == "text" else {}
-        if suffix == ".tsv":
-            options["sep"] = "\t"
+        # a list that is resolved already: a name would be a pattern, in which [ ] * ? have a meaning
+        files = DataFilesDict({"train": DataFilesList([str(path)], [(str(path),)])})
         # not load_dataset: it reports to the hub that a file was read
         read: Any = getattr(Table, f"from_{_BUILDERS[suffix]}")
         try:
-            table = read(name, split="train", streaming=True, **options)
+            table = read(files, split="train", streaming=True, **options)
         except Exception as error:
             # parquet files are opened here already, and pyarrow raises exceptions of its own
             raise UserError(f"dataset {name} cannot be read: {first_line(error)}") from error
@@ -407,6 +443,31 @@ def _file_rows(dataset: Dataset) -> Iterator[Any]:
                 "check the name and the connection, or give a local file"
             ) from error
     return _rows(table, name)
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str | None]]:
+    """Rows of a csv file, every cell as it is written: "007" and "NA" are texts. None where a row ends early."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header = _next_row(reader) or []
+        while (row := _next_row(reader)) is not None:
+            if len(row) > len(header):
+                raise UserError(
+                    f"line {reader.line_num} of {path.name} has {len(row)} cells, its header {len(header)}: put texts "
+                    f"with {'tabs' if delimiter != ',' else 'commas'} or line breaks in double quotes"
+                )
+            if row:
+                yield dict(zip_longest(header, row))
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next row; documents may be longer than 128 KiB, the limit that other files of the process keep."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _rows(table: Iterable[Any], name: str) -> Iterator[Any]:

@@ -41,9 +41,9 @@ from crosslens.config import (
     TrainingOptions,
 )
 from crosslens.distributed.devices import check_device, is_first
-from crosslens.errors import UserError, check_inside
+from crosslens.errors import UserError, check_file_name, check_inside, visible
 from crosslens.pipeline.opening import list_labels, open_run
-from crosslens.rundir import RunDir, check_examples, check_writable
+from crosslens.rundir import RunDir, check_examples, check_no_link, check_writable, share
 
 _RUN_GROUP = Group("Run directory and output", sort_key=9)
 app = App(
@@ -341,15 +341,16 @@ def export(
     """
     open_trained(run_dir)
     check_device(device)
-    if to is not None:
-        check_writable(to.parent)
+    check_writable(run_dir if to is None else to.parent)
 
     if format == "json" and snapshot is not None:
         raise UserError(f"--snapshot {snapshot} is not for --format json, which holds all snapshots: leave it out")
     out, labels = Output(json), list_labels(run_dir)
     chosen = labels[-1] if snapshot is None else choose_label(labels, snapshot)
     name = "features.json" if format == "json" else f"{format}-{chosen}"
-    place = to or run_dir / "exports" / name
+    place = to or run_dir / "exports" / check_file_name(name, "without --to the export")
+    if to is None:
+        check_no_link(place, run_dir)
 
     if format == "json":
         from crosslens.sharing.feature_files import write_features
@@ -371,7 +372,8 @@ def export(
     from crosslens.sharing import export_sae
 
     sae = export_sae(crosscoder, acts, chosen)
-    sae.save_model(place)
+    for path in sae.save_model(place):
+        share(Path(path))
     metadata = sae.cfg.metadata
     names = ("explained_variance", "crosscoder_explained_variance", "l0", "crosscoder_l0", "feature_agreement")
     measured_values = {name: getattr(metadata, name) for name in names}
@@ -411,9 +413,10 @@ def remove(path: TrainedRun, /, *, task: tuple[str, ...], json: Json = False) ->
         task: Name of a task, as the report shows it. Repeat it for several.
     """
     run, out, removed = RunDir.open(path), Output(json), dict[str, list[str]]()
-    for name in task:
-        removed[name] = run.remove_task(name)
-        out.say(f"{name}: {', '.join(removed[name])}")
+    with run.writing():
+        for name in task:
+            removed[name] = run.remove_task(name)
+            out.say(f"{name}: {', '.join(removed[name])}")
     out.end(run=path, removed=removed)
 
 
@@ -557,7 +560,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any) 
     if issubclass(category, UserWarning):
         from tqdm import tqdm
 
-        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # keeps a progress bar whole
+        tqdm.write(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)  # keeps a progress bar whole
     else:
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
@@ -579,5 +582,5 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         words, code = explain(error)
-        sys.stderr.write(f"crosslens: {' '.join(words.split())}\n")
+        sys.stderr.write(f"crosslens: {visible(' '.join(words.split()))}\n")
         sys.exit(code)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosslens.distributed.devices import is_first
+from crosslens.errors import visible
 
 MIN_WIDTH = 40
 
@@ -43,7 +44,7 @@ class Output:
     def say(self, words: str) -> None:
         """Print lines of text."""
         if not self.silent:
-            print(words, file=sys.stderr if self.as_json else sys.stdout)
+            print(visible(words), file=sys.stderr if self.as_json else sys.stdout)
 
     def table(
         self,
@@ -65,7 +66,8 @@ class Output:
         """
         if self.silent or self.as_json:
             return
-        cells = [list(row) for row in rows]
+        cells = [[visible(cell) for cell in row] for row in rows]
+        title, note = visible(title), visible(note)
         if sys.stdout.isatty():
             _draw(columns, cells, title, note)
             return

@@ -36,7 +36,9 @@ _MACHINE = {
     errno.ENOMEM: "see `crosslens plan` for the memory that it takes",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
-_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|failed to|unable to) allocate|bad_alloc|mmap.*failed", re.IGNORECASE
+)
 _DEVICE = re.compile(r"\b(CUDA|cuBLAS|cuDNN|NCCL|MPS)\b.*(error|failure)|no CUDA", re.IGNORECASE | re.DOTALL)
 
 

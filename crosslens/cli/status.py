@@ -69,8 +69,8 @@ def inspect_run(path: Path) -> Status:
     parts = [_crosscoder(run, info)]
     parts += _checkpoints(run, info, trained=parts[0].state == OK)
     if parts[0].state == OK or tables or damaged:
-        parts += [_evaluation(info, tables, damaged), _evolution(name, tables, damaged)]
-        parts += _tasks(name, info, tables, damaged)
+        parts += [_evaluation(run, info, tables, damaged), _evolution(name, tables, damaged)]
+        parts += _tasks(run, name, info, tables, damaged)
         parts += _others(run, info, tables, damaged)
         parts.append(_labels(tables, damaged))
         parts.append(_report(run, name))
@@ -92,14 +92,18 @@ def _describe(info: dict[str, Any]) -> str:
     )
 
 
-def _repeat(info: dict[str, Any]) -> str:
-    """The command that made the run."""
-    command = info.get("command") or []
+def _repeat(run: RunDir, info: dict[str, Any]) -> str:
+    """The command that made the run, with the place where the run is now."""
+    command = [str(part) for part in info.get("command") or []]
+    for option in ("--run-dir", "--out"):
+        command = [f"{option}={run.path}" if part.startswith(f"{option}=") else part for part in command]
+        if option in command[:-1]:
+            command[command.index(option) + 1] = str(run.path)
     return shlex.join(command) if command and command[0] == "crosslens" else ""
 
 
 def _crosscoder(run: RunDir, info: dict[str, Any]) -> Part:
-    again = _repeat(info)
+    again = _repeat(run, info)
     config, weights = run.crosscoder / "cfg.json", run.crosscoder / "sae_weights.safetensors"
     if not config.is_file() or not weights.is_file():
         return Part("crosscoder", MISSING, "no training has been completed", again)
@@ -159,9 +163,9 @@ def _checkpoints(run: RunDir, info: dict[str, Any], trained: bool) -> Iterator[P
         _, damage = inspect_checkpoint(found[-1])
         if damage:
             earlier = "the one before is used" if len(found) > 1 else "training starts again from the first token"
-            yield Part("checkpoints", DAMAGED, f"at {done:,} tokens: {damage}; {earlier}", _repeat(info))
+            yield Part("checkpoints", DAMAGED, f"at {done:,} tokens: {damage}; {earlier}", _repeat(run, info))
         else:
-            yield Part("checkpoints", UNFINISHED, f"to resume from, at {done:,}{of} tokens", _repeat(info))
+            yield Part("checkpoints", UNFINISHED, f"to resume from, at {done:,}{of} tokens", _repeat(run, info))
     if aside := [*run.checkpoints.glob("damaged-*"), *run.path.glob("damaged-crosscoder")]:
         names = ", ".join(str(path.relative_to(run.path)) for path in aside)
         yield Part("set aside", DAMAGED, f"{names}: replaced since, and may be deleted")
@@ -179,12 +183,14 @@ def _read_tables(run: RunDir) -> tuple[dict[str, Any], dict[str, str]]:
     return tables, damaged
 
 
-def _evaluation(info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]) -> Part:
+def _evaluation(run: RunDir, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]) -> Part:
     if "evaluation" in damaged:
-        return Part("evaluation", DAMAGED, damaged["evaluation"], _repeat(info))
+        return Part("evaluation", DAMAGED, damaged["evaluation"], _repeat(run, info))
     table = tables.get("evaluation")
     if table is None:
-        return Part("evaluation", MISSING, "explained variance, L0 and dead features on held-out tokens", _repeat(info))
+        return Part(
+            "evaluation", MISSING, "explained variance, L0 and dead features on held-out tokens", _repeat(run, info)
+        )
     explained = table["explained_variance"]
     least = table.loc[explained.idxmin(), "label"] if explained.notna().any() else "-"
     return Part(
@@ -216,7 +222,9 @@ def _evolution(name: str, tables: dict[str, Any], damaged: dict[str, str]) -> Pa
     )
 
 
-def _tasks(name: str, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]) -> Iterator[Part]:
+def _tasks(
+    run: RunDir, name: str, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]
+) -> Iterator[Part]:
     parts = [table.partition("/") for table in [*tables, *damaged] if "/" in table]
     names = sorted({task.removesuffix(".snapshots").removesuffix(".summary") for _, _, task in parts})
     if not names:
@@ -230,7 +238,7 @@ def _tasks(name: str, info: dict[str, Any], tables: dict[str, Any], damaged: dic
         n = tables.get(f"attribution/{task}.snapshots")
         prompts = "" if n is None else f"effects on {int(n['n'].iloc[0]):,} prompts by {n['method'].iloc[0]}; "
         if broken:
-            command = commands.get(maker(broken[0]), _repeat(info))
+            command = commands.get(maker(broken[0]), _repeat(run, info))
             yield Part(f"task {task}", DAMAGED, _first_damage(damaged, broken), command)
         elif f"attribution/{task}" not in tables:
             yield Part(f"task {task}", UNFINISHED, "without effects of features", commands["attribute"])
@@ -248,11 +256,11 @@ def _others(run: RunDir, info: dict[str, Any], tables: dict[str, Any], damaged: 
         yield Part("accuracy", DAMAGED, damaged["accuracy"])
     others = [table for table in damaged if "/" not in table and maker(table) == "train" and table != "evaluation"]
     if others:
-        yield Part("seeds", DAMAGED, _first_damage(damaged, others), _repeat(info))
+        yield Part("seeds", DAMAGED, _first_damage(damaged, others), _repeat(run, info))
     unfinished = [seed for seed in sorted(run.path.glob("seeds/*")) if not (seed / "crosscoder" / "cfg.json").is_file()]
     if unfinished:
         names = ", ".join(seed.name for seed in unfinished)
-        yield Part("seeds", UNFINISHED, f"without a crosscoder from seed {names}", _repeat(info))
+        yield Part("seeds", UNFINISHED, f"without a crosscoder from seed {names}", _repeat(run, info))
 
 
 def _labels(tables: dict[str, Any], damaged: dict[str, str]) -> Part:

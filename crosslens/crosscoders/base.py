@@ -31,12 +31,13 @@ from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
-from crosslens.crosscoders.checksums import CONFIG, config_checksum, tensor_checksum
+from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, config_checksum, tensor_checksum
 from crosslens.crosscoders.kernels.products import encoder_product
 from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in, squared_error
 from crosslens.distributed.devices import Precision
 from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
+from crosslens.rundir import share
 
 DRAWN = 1 << 22  # random numbers drawn at a time; a multiple of 16 rows, because torch draws in groups of 16
 
@@ -323,6 +324,7 @@ class Crosscoder(SAE[Any], ABC):
             The folder. `crosslens.load(path)` and SAELens's `SAE.load_from_disk(path)` read it.
         """
         self.save_model(path)
+        share(Path(path) / WEIGHTS)
         return Path(path)
 
     @override
@@ -573,6 +575,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
     @override
     def save(self, path: str | Path) -> Path:
         self.save_inference_model(path)
+        share(Path(path) / WEIGHTS)
         return Path(path)
 
     def to_inference(self) -> Crosscoder:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,15 @@ def inspect_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {name}={shortened(repr(value))} is not an integer from 1 to {MAX_SIZE:,}")
     if config.get("dtype", "float32") not in DTYPES:
         raise UserError(f"{path}: dtype={shortened(repr(config['dtype']))} is not one of {', '.join(DTYPES)}")
+    k = config.get("k", 1)
+    if type(k) not in (int, float) or not 0 < k <= config["d_sae"]:
+        raise UserError(f"{path}: k={shortened(repr(k))} is not a number from 1 to d_sae={config['d_sae']}")
+    known = {field.name for field in fields(ARCHITECTURES[architecture][1])} | {"architecture", "training"}
+    if unknown := sorted(config.keys() - known - {"sae_lens_version"}):
+        raise UserError(
+            f"{path} has an unknown entry {shortened(repr(unknown[0]))}; it was written by another program or a newer "
+            "version: remove the entry, or update crosslens"
+        )
     _check_metadata(path, config.get("metadata", {}), config["n_snapshots"])
     return config
 
@@ -148,6 +158,9 @@ def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
                 f"{path}: {shortened(row)} in metadata.snapshots is not a snapshot: give a label (string), and "
                 "optionally step and tokens (integers)"
             )
+    entries = metadata.get("config", [])
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise UserError(f"{path}: metadata.config={shortened(entries)} is not a list of objects; download it again")
     scale = metadata.get("activation_scale")
     if scale is not None and not (isinstance(scale, list) and len(scale) == n_snapshots and all(map(_is_scale, scale))):
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from crosslens.config import Precision
-from crosslens.errors import UserError
+from crosslens.errors import UserError, shortened
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # on Linux: NVIDIA, Jetson, AMD, WSL
 
@@ -45,9 +45,48 @@ def find_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+_NUMBERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank of this process, and number of processes, as torchrun sets them; 0 and 1 for a single one.
+
+    Raises:
+        UserError: they are no such numbers.
+    """
+    found: dict[str, int] = {}
+    for name, least in _NUMBERS.items():
+        text = os.environ.get(name, str(least))
+        if not text.isdecimal() or not least <= int(text) < 2**20:
+            raise UserError(
+                f"{name}={shortened(repr(text))} is in the environment, and is no number from {least}: unset it"
+            )
+        found[name] = int(text)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise UserError(
+            f"RANK={found['RANK']} in the environment does not fit WORLD_SIZE={found['WORLD_SIZE']}: unset both, or "
+            "start the processes with torchrun, which sets them"
+        )
+    return found["RANK"], found["WORLD_SIZE"]
+
+
+def check_launcher() -> None:
+    """Refuse processes that would wait for others that nobody has started.
+
+    Raises:
+        UserError: WORLD_SIZE is set, and not what torchrun sets beside it.
+    """
+    world = rank_and_world()[1]
+    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        raise UserError(
+            f"WORLD_SIZE={world} is in the environment, but nothing has started {world} processes (RANK, MASTER_ADDR "
+            "or MASTER_PORT is missing): use torchrun, or unset WORLD_SIZE and RANK"
+        )
+
+
 def is_first() -> bool:
     """Whether this is the only process, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank_and_world()[0] == 0
 
 
 def own_device(device: str) -> str:
@@ -65,6 +104,7 @@ def model_memory(device: str) -> int:
 
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory // 2
+    rank_and_world()  # refuses what are no numbers
     total = _host_memory()
     return total // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -17,7 +17,6 @@ as in data-parallel training. `ALONE` is a single process that holds everything;
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import override
 
-from crosslens.distributed.devices import own_device
+from crosslens.distributed.devices import check_launcher, own_device, rank_and_world
 from crosslens.distributed.strategy import Strategy
 from crosslens.errors import UserError
 
@@ -264,7 +263,7 @@ ALONE = Parallel()
 
 def n_processes() -> int:
     """Number of processes that torchrun started, or that torch.distributed was initialised with."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else rank_and_world()[1]
 
 
 def check_split(world: int, data_parallel: int, d_sae: int | None = None, batch_size: int | None = None) -> None:
@@ -311,6 +310,8 @@ def join(device: str, data_parallel: int = 1) -> tuple[Parallel, str]:
     """
     world = n_processes()
     check_split(world, data_parallel)
+    if not dist.is_initialized():
+        check_launcher()
     if world == 1:
         return ALONE, device
     device = own_device(device)

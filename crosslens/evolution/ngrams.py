@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from crosslens.errors import UserError, brief
+from crosslens.rundir import share
 
 _FORMAT = "crosslens ngrams 1"
 _TENSORS = ("unigrams", "starts", "followers", "counts")
@@ -111,6 +112,7 @@ class NgramCounts:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         about = {"vocabulary": self.vocabulary, "checksum": self._checksum()}
         save_file(tensors, path, {"format": _FORMAT, "about": json.dumps(about)})
+        share(Path(path))
         return Path(path)
 
     def _checksum(self) -> str:

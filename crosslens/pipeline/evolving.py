@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from crosslens.config import EvolveOptions
+from crosslens.config import EvolveOptions, decisive
 from crosslens.evolution import add_consensus, measure_dynamics, probe
 from crosslens.evolution import evolve as evolve_features
 from crosslens.features import feature_tables
@@ -50,13 +50,14 @@ def evolve(
         The tables by name, as in the run directory (`crosslens.tables`).
 
     Raises:
-        UserError: the run has no trained crosscoder, one snapshot only, or too few held-out tokens; or another process
-            is writing in it.
+        UserError: the run has no trained crosscoder, one snapshot only, or too few held-out tokens; its dataset or
+            tokenizer changed; or another process is writing in it.
     """
     options = options or EvolveOptions()
     others = None if options.null is None else read_models(options.null)
     with run.writing():
-        crosscoder, acts = read_run(run, device)
+        run.note(evolve=decisive(options))
+        crosscoder, acts = read_run(run, device, allow_changed_data=options.allow_changed_data)
         if options.untrained:
             found = null_births(acts, *recorded_training(run, acts.settings.device))
             run.save_table("untrained_births", found)
@@ -78,6 +79,7 @@ def evolve(
         run.save_tables(feature_tables(crosscoder, acts))
         accuracy = run.table("accuracy")
         if accuracy is not None:
+            run.note(accuracy=sorted({*accuracy["task"].astype(str)}))
             accuracy = pd.DataFrame(accuracy[accuracy["label"].isin(acts.snapshots.labels)])
         dynamics = measure_dynamics(
             crosscoder,

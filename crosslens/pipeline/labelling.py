@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from crosslens.config import LabelOptions
+from crosslens.config import LabelOptions, decisive
 from crosslens.features.explainers import Explainer, check_client
 from crosslens.features.labels import Estimate, Labels, label_features
 from crosslens.rundir import RunDir, check_examples
@@ -57,4 +57,5 @@ def label(run: RunDir, options: LabelOptions, *, confirm: Callable[[Estimate], b
     if not confirm(planned.estimate):
         return planned
     with run.writing():
+        run.note(label=decisive(options))
         return ask()

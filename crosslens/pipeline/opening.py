@@ -249,20 +249,61 @@ def parse_settings(device: str | None, **others: Any) -> ModelSettings:
 
 
 def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activations]:
-    """Open a trained run: its crosscoder, and the activations it was trained on; others may not write in it."""
+    """Open a trained run to read it: its crosscoder, and the activations it was trained on."""
     run = RunDir.open(path)
-    run.hold()
     return (run, *read_run(run, device))
 
 
-def read_run(run: RunDir, device: str | None) -> tuple[Crosscoder, Activations]:
-    """The crosscoder of a trained run, and the activations it was trained on."""
+def read_run(
+    run: RunDir, device: str | None, *, reads_text: bool = True, allow_changed_data: bool = False
+) -> tuple[Crosscoder, Activations]:
+    """The crosscoder of a trained run, and the activations it was trained on.
+
+    Args:
+        run: with a trained crosscoder.
+        device: of models and crosscoder; None is CUDA if available.
+        reads_text: whether the activations will be read; what only runs prompts does without the tokens of the dataset.
+        allow_changed_data: go on with another dataset or tokenizer; `RunDir.made_with` says so of tables saved later.
+
+    Raises:
+        UserError: the dataset or the tokenizer is not that of the training.
+    """
     from crosslens.activations import Activations
     from crosslens.crosscoders import load
 
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
-    return load(run.crosscoder, device=settings.device), Activations.from_dict(source, settings)
+    crosscoder = load(run.crosscoder, device=settings.device)
+    acts = Activations.from_dict(source, settings)
+    changed = changed_data(run, acts, reads_text=reads_text)
+    if changed and not allow_changed_data:
+        raise UserError(
+            f"the {' and the '.join(changed)} changed since the crosscoder in {run.path} was trained: restore what "
+            "there was, or go on with --allow-changed-data (in Python allow_changed_data=True), which the tables record"
+        )
+    run.note(changed_data=changed, activations=acts.cache_dtype or "live")
+    return crosscoder, acts
+
+
+def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[str]:
+    """What changed since a run was trained: "dataset", "tokenizer". What the run did not record is not compared.
+
+    Args:
+        run: the run.
+        acts: its activations, opened again.
+        reads_text: compare the tokens, which are read for it; otherwise the digest of the file, if it is there.
+    """
+    from crosslens.activations.identity import data_digest
+    from crosslens.snapshots.hashes import changed_tokenizer
+
+    recorded = run.read_json()
+    trained, source = recorded.get("identity", {}), recorded["source"]
+    tokenizer = changed_tokenizer(trained.get("tokenizer"), acts.snapshots.tokenizer_digest)
+    before, place = source.get("data"), Path(source["dataset"]["source"])
+    dataset = before is not None and place.is_file() and data_digest(place) != before
+    if reads_text and not tokenizer or dataset:  # a file may have changed where it was not read
+        dataset = trained.get("tokens_sha256") not in (None, acts.tokens_sha256)
+    return ["dataset"] * dataset + ["tokenizer"] * tokenizer
 
 
 def encoder_shares(run: RunDir, d_sae: int, labels: Sequence[str]) -> Tensor | None:

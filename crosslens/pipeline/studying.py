@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -22,7 +21,7 @@ from crosslens.causal.analyses import Study, ablation_table, effect_tables, know
 from crosslens.causal.analyses import study as study_task
 from crosslens.causal.attribution import Attribution, Estimator
 from crosslens.causal.attribution import attribute as attribute_effects
-from crosslens.config import AblateOptions, AttributeOptions, StudyOptions
+from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, TaskOptions, decisive
 from crosslens.errors import UserError, json_checksum, shortened
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.pipeline.opening import encoder_shares, open_consensus, parse_tasks, read_run
@@ -72,7 +71,7 @@ def attribute(run: RunDir, options: AttributeOptions, *, device: str | None = No
 
     Raises:
         UserError: an unknown task or option, no consensus of seeds where it is asked for, a task without
-            usable prompts.
+            usable prompts, or a dataset or tokenizer that changed since training.
     """
     kept = open_consensus(run.path) if options.consensus else None
     ig, by_word = options.method == "ig", options.method != "exact"  # which edits a feature at all positions at once
@@ -80,8 +79,9 @@ def attribute(run: RunDir, options: AttributeOptions, *, device: str | None = No
         options.method, options.rule if ig else None, options.n_nodes if ig else None, options.baseline
     )
     with run.writing():
-        crosscoder, acts = read_run(run, device)
+        crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
         for spec, task in zip(options.task, parse_tasks(options.task), strict=True):
+            _note(run, "attribute", task, options)
             selection, _ = task.split(options.seed)
             runs = PromptRuns(
                 crosscoder, acts.snapshots, selection, paired=needs_pairs(options.baseline), settings=acts.settings
@@ -122,11 +122,12 @@ def ablate(run: RunDir, options: AblateOptions, *, device: str | None = None) ->
                     "first"
                 )
             check_split(run, task, options.seed)
-        crosscoder, acts = read_run(run, device)
+        crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
         effects = {task.name: known_effects(task.name, _tables(run, task), crosscoder) for task in tasks}
         for task in tasks:
             ie = effects[task.name]
             assert ie is not None
+            _note(run, "ablate", task, options)
             _, held_out = task.split(options.seed)
             paired = needs_pairs(options.baseline or ie.estimator.baseline)
             runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=paired, settings=acts.settings)
@@ -156,21 +157,20 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
     Raises:
         UserError: as `crosslens.causal.study`; or another split than that of the effects that are there.
     """
-    sizes = json.loads(
-        json.dumps({each.name: getattr(options, each.name) for each in fields(options) if each.name not in _OTHERS})
-    )
+    sizes = json.loads(json.dumps({name: value for name, value in decisive(options).items() if name not in _OTHERS}))
     with run.writing():
         tasks = parse_tasks(options.task)
         for task in tasks:
             if run.table(f"attribution/{task.name}.snapshots") is not None:
                 check_split(run, task, options.seed)
-        crosscoder, acts = read_run(run, device)
+        crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
         for spec, task in zip(options.task, tasks, strict=True):
             known, studied = _tables(run, task), _studied(run, task)
             if studied.get("sizes") != sizes:
                 kinds = ("attribution/", "prompts/", *["ablation/"] * bool(studied.get("ablation")))
                 known = {name: table for name, table in known.items() if name.startswith(kinds)}
             _record(run, task, spec, options.seed, {"sizes": sizes, "ablation": True})
+            _note(run, "study", task, options)
             accuracy = run.table("accuracy")
             if accuracy is None or task.name not in set(accuracy["task"]):
                 accuracy = measure_accuracy(run, task, acts.snapshots, acts.settings)
@@ -209,10 +209,11 @@ def check_split(run: RunDir, task: Task, seed: int) -> None:
     Raises:
         UserError: the seed or the items differ; runs of before version 0.3 do not record them.
     """
-    recorded, wanted = run.read_json().get("splits", {}).get(task.name), _split(task, seed)
-    if recorded is None or recorded == wanted:
+    of_table = run.made_with(f"attribution/{task.name}").get("split")
+    recorded, wanted = of_table or run.read_json().get("splits", {}).get(task.name), _split(task, seed)
+    if recorded is None or all(recorded[key] == wanted[key] for key in recorded.keys() & wanted.keys()):
         return
-    if recorded["items"] != wanted["items"]:
+    if recorded["seed"] == wanted["seed"] or recorded["items"] != wanted["items"]:
         raise UserError(
             f"the task {task.name!r} has other items than when its effects in {run.path} were estimated, so features "
             f"would be tested on prompts that they were chosen on: restore the file, or `crosslens remove {run.path} "
@@ -228,7 +229,14 @@ def check_split(run: RunDir, task: Task, seed: int) -> None:
 def _split(task: Task, seed: int) -> dict[str, object]:
     """What decides the halves of a task's prompts."""
     items = [[item.prefix, item.correct, item.wrong, item.patch_prefix] for item in task.items]
-    return {"seed": seed, "items": json_checksum(items)}
+    groups = [task.answers, *(item.group for item in task.items)]
+    return {"seed": seed, "items": json_checksum(items), "groups": json_checksum(groups)}
+
+
+def _note(run: RunDir, verb: str, task: Task, options: TaskOptions) -> None:
+    """What the tables of a task are made with: the options of the command, and the split of the prompts."""
+    made = {key: value for key, value in decisive(options).items() if key != "task"}
+    run.note(**{"attribute": None, "ablate": None, "study": None, verb: made}, split=_split(task, options.seed))
 
 
 def _record(run: RunDir, task: Task, spec: str | Task, seed: int, studied: dict[str, Any]) -> None:

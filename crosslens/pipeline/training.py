@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,13 +19,15 @@ from crosslens.config import (
     SeedsOptions,
     SourceOptions,
     TrainingOptions,
+    decisive,
 )
-from crosslens.distributed.devices import find_assumed_device, is_first
+from crosslens.distributed.devices import check_launcher, find_assumed_device, is_first, rank_and_world
 from crosslens.errors import UserError
 from crosslens.pipeline.opening import find_activations
 from crosslens.rundir import RunDir, check_writable
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig
+from crosslens.training.logging import check_wandb
 
 if TYPE_CHECKING:
     from crosslens.activations import Activations
@@ -83,31 +85,32 @@ def train(
     acts = load()
     config = make_config(training, acts.settings.device, run.path, source.seed)
     architecture = make_architecture(crosscoder, config, acts.n_tokens)
-    if is_first():
-        # refuse the directory of another run before the harvest
-        claim(acts, architecture, config, will_be_cached=cache.cache is not None)
-        if isinstance(source.snapshots, str):
-            run.update(options=given(source, crosscoder, training, models, cache, seeds, run_dir=run.path))
-    if cache.cache is not None:
-        acts = acts.cache(cache.cache, cache.cache_dtype)
-    planned = acts.plan(
-        measure=False,
-        training_tokens=config.training_tokens,
-        architecture=architecture,
-        batch_size=config.batch_size,
-        adam_moments=config.adam_moments,
-        processes=_n_processes(),
-        data_parallel=config.data_parallel,
-    )
-    if is_first() and acts.n_snapshots > 1 and not (run.crosscoder / "cfg.json").is_file():
-        for line in describe_doubtful(doubtful_snapshots(acts)):
-            tell(line)
-    total = (config.training_tokens or acts.n_tokens) // config.batch_size
-    memory = dataclasses.replace(planned, cached=cache.cache is not None).training
-    tell(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
-    trained = train_seeds(acts, architecture, config, seeds.seeds)
-    agreement = save_seeds(run, trained, acts) if is_first() and seeds.seeds > 1 else ""
-    return Trained(trained, agreement)
+    with run.writing() if is_first() else nullcontext():
+        if is_first():
+            # refuse the directory of another run before the harvest, during which it is not to be given to another
+            claim(acts, architecture, config, cache_dtype=None if cache.cache is None else cache.cache_dtype)
+            if isinstance(source.snapshots, str):
+                run.update(options=given(source, crosscoder, training, models, cache, seeds, run_dir=run.path))
+        if cache.cache is not None:
+            acts = acts.cache(cache.cache, cache.cache_dtype)
+        planned = acts.plan(
+            measure=False,
+            training_tokens=config.training_tokens,
+            architecture=architecture,
+            batch_size=config.batch_size,
+            adam_moments=config.adam_moments,
+            processes=_n_processes(),
+            data_parallel=config.data_parallel,
+        )
+        if is_first() and acts.n_snapshots > 1 and not (run.crosscoder / "cfg.json").is_file():
+            for line in describe_doubtful(doubtful_snapshots(acts)):
+                tell(line)
+        total = (config.training_tokens or acts.n_tokens) // config.batch_size
+        memory = dataclasses.replace(planned, cached=cache.cache is not None).training
+        tell(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
+        trained = train_seeds(acts, architecture, config, seeds.seeds)
+        agreement = save_seeds(run, trained, acts) if is_first() and seeds.seeds > 1 else ""
+        return Trained(trained, agreement)
 
 
 def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7) -> str:
@@ -177,6 +180,9 @@ def check_training(
         raise UserError(f"--batch-size {config.batch_size} must be at most --n-tokens {source.n_tokens}, one epoch")
     total = None if config.training_tokens is None else config.training_tokens // config.batch_size
     settings = crosscoder.settings(total)
+    check_launcher()
+    if training.wandb_project is not None:
+        check_wandb()
     check_processes(_n_processes() if processes is None else processes, config.data_parallel)
     if run is not None:
         details = {"architecture": f"{crosscoder.name}_crosscoder"}
@@ -186,6 +192,7 @@ def check_training(
             {
                 "architecture": {**details, **{name: settings[name] for name in settings if "_steps" not in name}},
                 "training": {name: getattr(config, name) for name in names},
+                "models": decisive(models, live=False),
             }
         )
 
@@ -246,4 +253,4 @@ def given(*options: Any, **others: Any) -> dict[str, Any]:
 
 
 def _n_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return rank_and_world()[1]

@@ -27,6 +27,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from crosslens.causal.dates import DATES
+from crosslens.errors import visible
 from crosslens.report.chart import THEME, Chart, Frame, Grid, Prompts, short_count, task_link, task_pages
 from crosslens.report.entries import Entry, advise
 from crosslens.report.features import (
@@ -76,8 +77,17 @@ def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bo
         return _write(run, title, consensus)
 
 
+def _shown(value: Any) -> Any:
+    """Nested values with control characters written as their codes, as `Tables` does."""
+    if isinstance(value, dict):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    return visible(value) if isinstance(value, str) else value
+
+
 def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
-    info = without_paths(run.read_json())
+    info = _shown(without_paths(run.read_json()))
     tables = Tables(run, info, consensus=consensus)
     overview = _overview(info, tables)
     warnings = warn(tables)
@@ -92,7 +102,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     tables.names = features.names
     of_features = list(tables.damaged.values())
     common = {
-        "report": title or overview.title,
+        "report": visible(title or overview.title),
         "nav": [*((page.name, page.title) for page in PAGES), _FEATURES],
         "theme": script_json(THEME),
         "plotly": _PLOTLY,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, visible
 from crosslens.report.chart import Frame
 from crosslens.rundir import RunDir
 
@@ -25,6 +25,15 @@ def missing_column(error: KeyError) -> str:
         f"A table of this run has no column {' or '.join(names)}. It was written by another version of crosslens; "
         "rerun the command that writes it."
     )
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with control characters of its texts written as their codes, in a page as on a terminal."""
+    for name in [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]:
+        hostile = {text for text in table[name] if isinstance(text, str) and visible(text) != text}
+        if hostile:
+            table[name] = table[name].map(lambda text, hostile=hostile: visible(text) if text in hostile else text)
+    return table
 
 
 class Tables:
@@ -98,6 +107,7 @@ class Tables:
             except UserError as error:
                 self._defects[name] = str(error).replace(f"{self._run.path}{os.sep}", "")
                 return None
+            table = None if table is None else _shown(table)
             if table is not None and self._kept is not None and "feature" in table and name != "consensus":
                 table = pd.DataFrame(table[table["feature"].isin(self._kept)]).reset_index(drop=True)
             if table is not None and name == "accuracy" and {"snapshot", "label", "step"} <= set(table):

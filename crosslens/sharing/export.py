@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
+from crosslens.evolution.held_out import check_activations
 from crosslens.snapshots.lookup import find_snapshot
 
 
@@ -62,6 +63,7 @@ def export_sae(
         UserError: no such snapshot, activations of other snapshots, n_tokens or ridge out of range.
     """
     s = find_snapshot(crosscoder.cfg.snapshot_labels, snapshot)
+    check_activations(crosscoder, acts)
     if acts.n_snapshots != crosscoder.n_snapshots or acts.d_model != crosscoder.d_model:
         raise UserError(
             f"activations of {acts.n_snapshots} snapshots of width {acts.d_model} do not fit this crosscoder, which "

@@ -16,7 +16,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from crosslens.errors import UserError, first_line, shortened
-from crosslens.snapshots.hub import HTTP_ERROR
+from crosslens.snapshots.hub import HTTP_ERROR, check_answer
 
 _REVISION = re.compile(r"\w[\w./+-]*")
 _TOKEN = re.compile(r"hf_\w{6,}")
@@ -57,6 +57,7 @@ def fetch(repo: str, filename: str, revision: str | None = None) -> Path:
         UserError: no such repository, revision or file, or the hub cannot be reached.
     """
     with explained(check_repository(repo), revision):
+        check_answer(repo, filename, check_revision(revision) or "main")
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=check_revision(revision)))
 
 

@@ -13,20 +13,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from crosslens.errors import UserError, shortened
+from crosslens.snapshots.hashes import changed_entry, config_entries
 from crosslens.snapshots.hooks import canonical_hook, check_hook
 from crosslens.snapshots.memory import LoadedSnapshot
 from crosslens.snapshots.snapshot import Snapshot, hash_files, tokenizer_files
 
 # entries with a readable name for messages; they are compared first
 _NAMED = {"hidden_size": "width", "num_hidden_layers": "depth", "model_type": "architecture"}
-# entries that depend on the release of transformers, on training or on generation: the computation is the same
-_IRRELEVANT = {
-    *("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "return_dict"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp", "is_decoder"),
-    *("attention_dropout", "hidden_dropout", "classifier_dropout", "slow_but_exact", "output_attentions"),
-    *("output_hidden_states", "chunk_size_feed_forward", "problem_type", "id2label", "label2id"),
-}
-
 _ONE_RUN = "take snapshots of one pretraining run"
 _MODELS = "take models of one width"
 
@@ -43,7 +36,7 @@ def check_configs(snapshots: Sequence[Snapshot]) -> None:
         theirs = snapshot.config()
         for key, what in _NAMED.items():
             _compare(first, snapshot, what, getattr(ours, key), getattr(theirs, key))
-        one, other = _entries(ours), _entries(theirs)
+        one, other = config_entries(ours), config_entries(theirs)
         for key in sorted(one.keys() | other.keys()):
             _compare(first, snapshot, f"{key} of their configuration", one.get(key), other.get(key))
 
@@ -92,12 +85,6 @@ def _check_places(snapshots: Sequence[Snapshot]) -> None:
     check_distinct([s.label for s in snapshots], places)
 
 
-def _entries(config: Any) -> dict[str, Any]:
-    # entries unknown to transformers come from older releases and have no effect
-    known = type(config)().to_dict().keys() - _IRRELEVANT
-    return {key: value for key, value in config.to_dict().items() if key in known}
-
-
 def _compare(
     first: Snapshot, second: Snapshot, what: str, ours: object, theirs: object, remedy: str = _ONE_RUN
 ) -> None:
@@ -116,7 +103,7 @@ def check_snapshots(crosscoder: Any, snapshots: Sequence[Snapshot]) -> None:
         snapshots: the models.
 
     Raises:
-        UserError: a different number of snapshots, or a snapshot with different weights.
+        UserError: a different number of snapshots, or a snapshot with different weights or another configuration.
     """
     if len(snapshots) != crosscoder.n_snapshots:
         raise UserError(
@@ -129,6 +116,13 @@ def check_snapshots(crosscoder: Any, snapshots: Sequence[Snapshot]) -> None:
                 f"the crosscoder was trained on other weights: its snapshot {trained.get('label')} does not match the "
                 f"given {given.label}: use the snapshots it was trained on"
             )
+    recorded = getattr(crosscoder.cfg.metadata, "config", None)
+    if recorded and (changed := changed_entry(recorded, [config_entries(given.config()) for given in snapshots])):
+        key, before, now = changed
+        raise UserError(
+            f"the crosscoder was trained on models with {key}={shortened(before)} in their config, and these have "
+            f"{key}={shortened(now)}: use the models it was trained on"
+        )
 
 
 def check_tokenizers(snapshots: Sequence[Snapshot], tokenizer: PreTrainedTokenizerBase, n_embedded: int) -> None:

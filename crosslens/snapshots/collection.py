@@ -31,7 +31,7 @@ from crosslens.snapshots.checks import (
     check_tokenizers,
 )
 from crosslens.snapshots.folders import read_places, read_run
-from crosslens.snapshots.hashes import cache_folder
+from crosslens.snapshots.hashes import cache_folder, config_entries, tokenizer_digest
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer, hook_width
 from crosslens.snapshots.hub import list_revisions
 from crosslens.snapshots.lookup import find_snapshot
@@ -469,6 +469,17 @@ class Snapshots(Sequence[Snapshot]):
         """sha256 of each snapshot's weights."""
         bar = tqdm(self._snapshots, desc="fingerprints", unit="snapshot", leave=False, delay=2)
         return [s.fingerprint for s in bar]
+
+    @property
+    def config_entries(self) -> list[dict[str, Any]]:
+        """What their configurations say of what they compute: of one for all, or of each if they differ."""
+        every = [config_entries(config) for config in self._configs]
+        return every[:1] if all(one == every[0] for one in every) else every
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """What the tokenizer does with text, see `crosslens.snapshots.hashes`."""
+        return tokenizer_digest(self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

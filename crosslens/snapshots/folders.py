@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crosslens.config import LARGEST
 from crosslens.errors import UserError, brief, shortened
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
                 raise TypeError("label and path are strings")
             if any(type(row[key]) not in (int, type(None)) for key in ("step", "tokens")):
                 raise TypeError("step and tokens are whole numbers")
+            if any(abs(row[key] or 0) > LARGEST for key in ("step", "tokens")):
+                raise ValueError(f"a step is more than {LARGEST:,}")
             (path.parent / row["path"]).is_dir()  # raises what a path of this length or with these characters raises
         return str(manifest.get("name", path.parent.name)), rows
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -73,7 +76,7 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
 
 def _step_folders(root: Path) -> list[dict[str, Any]]:
     """Rows as in a manifest for the sub-folders `stepN`, by N."""
-    matches = [re.fullmatch(r"step(\d+)", path.name) for path in root.iterdir() if path.is_dir()]
+    matches = [re.fullmatch(r"step(\d{1,15})", path.name) for path in root.iterdir() if path.is_dir()]
     found = sorted((int(match[1]), match[0]) for match in matches if match)
     if not found:
         hint = " (it holds a single model)" if (root / "config.json").is_file() else ""

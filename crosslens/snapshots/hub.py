@@ -23,7 +23,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from crosslens.errors import UserError, first_line
+from crosslens.errors import UserError, first_line, shortened
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in the order of preference; each may be split, with an index beside it."""
@@ -125,7 +125,10 @@ def _fetch(repo: str, filename: str, revision: str) -> Path:
     """`hf_hub_download` with retries; an answer from the hub, such as "not found", is raised at once."""
     for pause in (*PAUSES, None):
         try:
+            check_answer(repo, filename, revision)
             return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
+        except UserError:
+            raise
         except (
             hub_errors.HFValidationError,
             hub_errors.RepositoryNotFoundError,
@@ -145,6 +148,28 @@ def _fetch(repo: str, filename: str, revision: str) -> Path:
                 ) from error
             time.sleep(pause)
     raise AssertionError("not reached")
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_answer(repo: str, filename: str, revision: str) -> None:
+    """Refuse a hub whose answers would lead out of its cache: the client makes folders and files of their names.
+
+    Raises:
+        UserError: the checksum of the file, or the commit, has characters that they cannot have.
+    """
+    url = huggingface_hub.hf_hub_url(repo, filename, revision=revision)
+    try:
+        found = huggingface_hub.get_hf_file_metadata(url)
+    except Exception:  # the download that follows says what is wrong
+        return
+    for what, name in (("checksum", found.etag), ("commit", found.commit_hash)):
+        if name is not None and not _NAME.fullmatch(name):
+            raise UserError(
+                f"{repo}@{revision}: the hub at {huggingface_hub.constants.ENDPOINT} gives {shortened(repr(name))} as "
+                f"the {what} of {filename}, which is none: nothing was downloaded; check HF_ENDPOINT"
+            )
 
 
 def unreachable(repo: str, revision: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from crosslens.config import ModelOptions
+from crosslens.config import FREE, ModelOptions
 from crosslens.distributed.devices import find_device
 
 
@@ -17,5 +18,5 @@ class ModelSettings(ModelOptions):
             tokens.
     """
 
-    device: str = field(default_factory=find_device)
+    device: Annotated[str, FREE] = field(default_factory=find_device)
     """A torch device; CUDA where it is available."""

@@ -47,6 +47,7 @@ from crosslens.snapshots.hub import (
     weight_etags,
 )
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.snapshots.sizes import check_sizes
 from crosslens.snapshots.weights import DamagedFileError, hash_tensors, open_weights, stored_dtypes
 
 LanguageModel: TypeAlias = Any
@@ -163,6 +164,10 @@ class Snapshot:
     def config(self) -> PretrainedConfig:
         """The configuration, from config.json."""
         folder = self.folder()
+        try:
+            check_sizes(folder / "config.json")
+        except UserError as error:
+            raise self._error(str(error)) from error
         try:
             with quiet():
                 return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)

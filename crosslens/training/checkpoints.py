@@ -212,7 +212,7 @@ def save_whole(sae: CrosscoderTrainingSAE, folder: Path, parallel: Parallel) -> 
     sae.cfg.metadata.activation_scale = sae.activation_scale.tolist()
     if parallel.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / WEIGHTS, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        file = os.open(folder / WEIGHTS, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             sae.cfg.metadata.checksums = _write_all(sae, file, parallel.n_feature_ranks)
             os.fsync(file)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from crosslens.config import TrainingOptions
+from crosslens.config import FREE, TrainingOptions
 from crosslens.distributed.devices import choose_precision, find_device
 from crosslens.errors import UserError
 
@@ -20,15 +21,15 @@ class TrainConfig(TrainingOptions):
             device cannot compute in `precision`.
     """
 
-    run_dir: str | Path | None = None
+    run_dir: Annotated[str | Path | None, FREE] = None
     """Folder for run.json, checkpoints and the crosscoder; None writes nothing to disk."""
     lr_warm_up_steps: int | None = None
     """Number of steps of the warmup; a whole number as `lr_warm_up` sets it, too."""
-    resume: bool = True
+    resume: Annotated[bool, FREE] = True
     """Continue from the last checkpoint in `run_dir`."""
     seed: int = 0
     """Seed for the initial weights; the order of the data has its own seed in `Activations`."""
-    device: str = field(default_factory=find_device)
+    device: Annotated[str, FREE] = field(default_factory=find_device)
     """Device of the crosscoder; CUDA if available."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,24 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from crosslens.errors import UserError, brief, did_you_mean, shortened
 from crosslens.rundir import RunDir
+
+_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+
+
+def check_wandb() -> None:
+    """Refuse a mode that W&B does not know; without importing it.
+
+    Raises:
+        UserError: WANDB_MODE in the environment is none.
+    """
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode and mode not in _MODES:
+        raise UserError(
+            f"WANDB_MODE={shortened(repr(mode))} in the environment is unknown: use online, offline or disabled"
+            f"{did_you_mean(mode, _MODES)}"
+        )
 
 
 @contextmanager
@@ -33,6 +50,9 @@ def wandb_run(
         name: name of a new run.
         config: recorded with the run.
         disabled: log nothing.
+
+    Raises:
+        UserError: the environment has settings that W&B does not know.
     """
     import wandb
 
@@ -52,7 +72,11 @@ def wandb_run(
     patience = float(os.environ.get("WANDB_INIT_TIMEOUT", 60))
     # paths, arguments, user and host stay here
     wanted = {"init_timeout": patience, "finish_timeout": 5 * patience, "x_disable_meta": True, "host": "crosslens"}
-    blank: Any = wandb.Settings()  # the oldest supported release has not all of them
+    check_wandb()
+    try:
+        blank: Any = wandb.Settings()  # the oldest supported release has not all of them
+    except ValueError as error:
+        raise UserError(f"W&B refuses its settings ({brief(error)}): check the variables WANDB_*") from error
     settings: Any = {name: value for name, value in wanted.items() if hasattr(blank, name)}
     try:
         started = wandb.init(**options, settings=wandb.Settings(**settings))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import signal
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import FIRST_BYTES, SHUFFLED, Activations
 from crosslens.activations.plan import peak_memory
+from crosslens.config import decisive
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
 from crosslens.crosscoders.base import check_trainable
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, check_files
@@ -48,6 +48,10 @@ from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 Batches: TypeAlias = Generator[Tensor, None, None]
 
+_ROUNDING = (
+    "a cache rounds activations, so repeat the command with or without --cache and with --cache-dtype as at first "
+    "(live activations are those of a cache in float32)"
+)
 _ORDER = (
     "a cache gives the tokens in another order than live models do, so repeat the command with or without --cache (in "
     "Python Activations.cache) as at first"
@@ -277,7 +281,7 @@ def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, 
 
 
 def claim(
-    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, *, will_be_cached: bool = False
+    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, *, cache_dtype: str | None = None
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
     """Complete the architecture and make `config.run_dir`, if given, the directory of this training.
 
@@ -285,7 +289,8 @@ def claim(
         acts: activations to train on.
         architecture: one of the four training configs.
         config: how to train.
-        will_be_cached: they are live still, and will be read from a cache, whose order is not that of a live buffer.
+        cache_dtype: of the cache that they will be read from, if they are live still: its order and rounding are not
+            those of live activations.
 
     Returns:
         The completed architecture, and the run directory or None.
@@ -296,10 +301,8 @@ def claim(
     architecture, run = _claimed(acts, architecture, config)
     if run is None:
         return architecture, None
-    identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens)
-    if will_be_cached:
-        identity["data_order"] = SHUFFLED
-    run.claim(identity, hints={"data_order": _ORDER})
+    identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens, cache_dtype)
+    run.claim(identity, hints={"data_order": _ORDER, "cache_dtype": _ROUNDING})
     try:
         run.update(source=acts.to_dict())
     except UserError as error:
@@ -346,26 +349,37 @@ def complete(
 
 
 def training_identity(
-    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, total: int
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig,
+    total: int,
+    cache_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that must be equal for two training runs to share a run directory."""
+    """Everything that must be equal for two training runs to share a run directory.
+
+    Args:
+        acts: activations to train on.
+        architecture: complete, see `complete`.
+        config: how to train.
+        total: activations to train on.
+        cache_dtype: of the cache that they are or will be read from; None: they are live.
+    """
+    cache_dtype = cache_dtype or acts.cache_dtype
     details = {key: value for key, value in architecture.to_dict().items() if key not in ("metadata", "device")}
-    kept = (
-        *("batch_size", "lr", "lr_warm_up", "lr_warm_up_steps", "lr_decay", "lr_end_factor", "max_grad_norm"),
-        *("adam_beta1", "adam_beta2", "adam_moments", "dead_tokens", "scale_tokens", "seed"),
-    )
     return {
         **acts.metadata(),
         "architecture": details,
         "training": {
-            **{name: getattr(config, name) for name in kept},
+            **decisive(config),
             "precision": choose_precision(config.precision, config.device),
             "training_tokens": total,
         },
+        "models": decisive(acts.settings, live=cache_dtype is None),
+        "cache_dtype": cache_dtype or "float32",  # live activations are those of a cache in float32
         "data_seed": acts.seed,
-        "data_order": acts.data_order,
+        "data_order": acts.data_order if cache_dtype is None else SHUFFLED,
         "n_tokens": acts.n_tokens,
-        "tokens_sha256": hashlib.sha256(acts.tokens.contiguous().numpy().tobytes()).hexdigest(),
+        "tokens_sha256": acts.tokens_sha256,
     }
 
 

@@ -118,6 +118,64 @@ def test_paragraphs_other_columns_and_missing_documents(tmp_path: Path, tokenize
     assert read(tmp_path / "rows.jsonl", tokenizer, column="body").tolist() == expected
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".txt.gz"])
+def test_names_of_files_are_taken_literally(suffix: str, tmp_path: Path, tokenizer: Any, documents: list[str]):
+    for name in ("data[1]", "a*b", "w?y", "{x}", "~", "a#b", "a b", "data.json"):
+        if suffix.endswith(".gz") and "[" in name:
+            continue
+        others = documents[10:]
+        for other in ("data1", "axb", "wxy", "x"):  # what a pattern would find
+            WRITERS[f"data{suffix}"](tmp_path / f"{other}{suffix}", documents[:10])
+        WRITERS[f"data{suffix}"](tmp_path / f"{name}{suffix}", others)
+        assert read(tmp_path / f"{name}{suffix}", tokenizer).tolist() == packed(ids(others, tokenizer), 0), name
+    for name in ["a::b"] * (suffix != ".csv") + ["data[1]"] * suffix.endswith(".gz"):
+        WRITERS[f"data{suffix}"](tmp_path / f"{name}{suffix}", documents)
+        with pytest.raises(UserError, match="has '::' or, .* brackets, .*: rename it"):
+            read(tmp_path / f"{name}{suffix}", tokenizer)
+
+
+class Spelled:
+    """A tokenizer with a token per character."""
+
+    bos_token_id = pad_token_id = 0
+    eos_token_id = 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[*map(ord, text)] for text in texts]}
+
+
+def test_cells_of_a_csv_file_are_texts_as_they_are_written(tmp_path: Path):
+    cells = ["007", "NA", "null", "1.50", "nan", "True", "a,b", 'say "no"', "x" * 200_000]
+    for name, delimiter in (("data.csv", ","), ("data.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows(
+                [["n", "text"], *((i, cell) for i, cell in enumerate(cells))]
+            )
+        found = read(tmp_path / name, Spelled(), context_size=2, prepend_bos=False)
+        assert "".join(map(chr, found.flatten().tolist())) == "".join(cells)[: found.numel()]
+        assert found.numel() >= len("".join(cells)) - 1
+    (tmp_path / "commas.csv").write_text("n,text\n1,the cat, a dog\n")
+    with pytest.raises(UserError, match="line 2 of commas.csv has 3 cells, its header 2: put texts with commas"):
+        read(tmp_path / "commas.csv", Spelled())
+
+
+def test_rows_without_the_column_are_counted(tmp_path: Path, tokenizer: Any, documents: list[str]):
+    rows = [{"text": d} for d in documents]
+    rows[3:3] = [{"id": 1}, {"text": None}]  # type: ignore[list-item]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="2 of the 42 rows that were read of rows.jsonl have nothing in .*'text'"):
+        read(tmp_path / "rows.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array, list, lambda v: [v, v]])
+def test_token_ids_that_would_wrap_around_are_refused(make: Any, tokenizer: Any):
+    for wrong in (2**32 + 5, 2**31, -1):
+        tokens = [3, wrong, *[4] * 30]
+        source = make([tokens, tokens] if make is list else tokens)
+        with pytest.raises(UserError, match=rf"token id {wrong} in .* is not in \[0, 2147483647\]"):
+            read(source, tokenizer)
+
+
 @pytest.mark.parametrize("as_array", [torch.tensor, np.array, lambda v: np.array(v, dtype=np.uint16)])
 def test_token_arrays(tokenizer: Any, as_array: Any):
     stream = [2 + i % 11 for i in range(100)]

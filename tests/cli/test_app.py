@@ -407,6 +407,11 @@ def test_a_training_from_a_cache_is_repeated(
         assert (code, err) == (0, ""), number
     assert run.read_json()["identity"]["data_order"] == "shuffled"
     code, _, err = command(*train_arguments(tiny_snapshots, files, run.path))
+    assert code == 2 and "it has cache_dtype=bfloat16, this run has cache_dtype=float32" in err
+    assert "repeat the command with or without --cache" in err
+    recorded = run.read_json()
+    run.write_json({**recorded, "identity": {**recorded["identity"], "cache_dtype": "float32"}})
+    code, _, err = command(*train_arguments(tiny_snapshots, files, run.path))
     assert code == 2 and "it has data_order=shuffled, this run has data_order=a live buffer of 500 tokens" in err
     assert "repeat the command with or without --cache" in err
 
@@ -416,7 +421,8 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     assert command(*train_arguments(tiny_snapshots, files, run.path))[0] == 0
     code, out, err = command("attribute", run.path, "--task", task, "--consensus")
     assert code == 2 and "has no consensus of several seeds; repeat its `crosslens train` command with --seeds 3" in err
-    code, out, err = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, "--cache", tmp_path / "c"))
+    cache = ("--cache", tmp_path / "c", "--cache-dtype", "float32")  # what live activations are
+    code, out, err = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, *cache))
     assert (code, err) == (0, "") and "found by most of 2 seeds: " in out
     pairs = run.table("seeds")
     assert pairs is not None and pairs[["a", "b"]].to_numpy().tolist() == [["0", "1"]]

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from crosslens.cli.display import Output, counted, measured, number, percent, size, to_json
+from crosslens.cli.display import Column, Output, counted, measured, number, percent, size, to_json
 from crosslens.snapshots.families import Revision
 
 PROGRAM = """
@@ -90,10 +90,21 @@ def test_one_object_on_stdout(capsys: pytest.CaptureFixture[str], monkeypatch: p
     told = capsys.readouterr()
     assert json.loads(told.out) == {"value": 1} and told.err == "an announcement\n"
     monkeypatch.setenv("RANK", "1")  # of torchrun
+    monkeypatch.setenv("WORLD_SIZE", "2")
     other = Output(as_json=True)
     other.say("an announcement")
     other.end(value=1)
     assert capsys.readouterr() == ("", "")
+
+
+def test_control_characters_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A label or token could otherwise rename the window, clear the screen, or turn text around."""
+    out = Output()
+    out.say("a\x1b]0;owned\x07b\u202egnp.exe\x9b31m c\td\n")
+    out.table([Column("label\x1b[2J")], [["\x1b[2J"]], title="\u2067t")
+    said = capsys.readouterr().out
+    assert r"a\u001b]0;owned\u0007b\u202egnp.exe\u009b31m c" in said and "\td\n" in said
+    assert said.count(r"\u001b[2J") == 1 and r"\u2067t" in said  # names of columns are ours
 
 
 def test_values_as_json() -> None:

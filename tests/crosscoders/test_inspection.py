@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
 from pathlib import Path
@@ -75,6 +76,10 @@ def test_valid_files_pass(architecture: str, tmp_path: Path) -> None:
         ({"d_sae": 1_000_000}, r"W_dec has shape \(6, 12\), the config says \(1000000, 12\)"),
         ({"n_snapshots": 5}, "d_in=12 is not a multiple of n_snapshots=5|does not list the 5 snapshots"),
         ({"n_snapshots": 4}, "does not list the 4 snapshots"),
+        ({"k": -1}, "k=-1 is not a number from 1 to d_sae=6"),
+        ({"k": 7}, "k=7 is not a number from 1 to d_sae=6"),
+        ({"k": "four"}, "k='four' is not a number from 1 to"),
+        ({"gate": "odd"}, "has an unknown entry 'gate'; it was written by another program or a newer version"),
         ({"dtype": "float8"}, "dtype='float8' is not one of float16"),
         ({"dtype": 7}, "dtype=7 is not one of"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not available"),
@@ -100,6 +105,29 @@ def test_wrong_configs(folder: Path, changes: dict[str, Any], message: str) -> N
     with pytest.raises(UserError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_without_checksums_too(folder: Path, value: float) -> None:
+    change(folder, metadata__checksums=None)
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["W_dec"][0, 0] = value
+    save_file(tensors, folder / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="W_dec has values that are not finite; train or download it again"):
+        load(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no umask")
+def test_files_have_the_permissions_of_the_users_umask(folder: Path, tmp_path: Path) -> None:
+    crosscoder = load(folder)
+    for umask in (0o022, 0o077, 0o002):
+        before = os.umask(umask)
+        try:
+            crosscoder.save(tmp_path / f"{umask}")
+        finally:
+            os.umask(before)
+        for path in (tmp_path / f"{umask}").iterdir():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
 def test_long_messages_of_other_libraries_are_cut() -> None:

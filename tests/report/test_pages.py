@@ -709,6 +709,22 @@ def test_labels_are_text_everywhere(written: tuple[RunDir, _Page, int]) -> None:
     assert shown("a" * 50, 11) == "aaaaa…aaaaa"
 
 
+def test_control_characters_are_shown_in_pages(tmp_path: Path) -> None:
+    """They would turn the text around them."""
+    run = make_run(tmp_path, 3)
+    accuracy = run.table("accuracy")
+    if accuracy is None:
+        run = add_study(run, "mine")
+        accuracy = run.table("accuracy")
+    assert accuracy is not None
+    run.save_table("accuracy", accuracy.assign(label="step\u202e\x1b[2J"))
+    page = write_report(run.path, title="a\u202eb")
+    texts = [path.read_text(errors="replace") for path in page.parent.rglob("*") if path.suffix in (".html", ".csv")]
+    assert not any("\u202e" in text or "\x1b" in text for text in texts)
+    assert any(r"a\u202eb" in text for text in texts)
+    assert any("step\\u202e\\u001b[2J" in text for text in texts)
+
+
 def test_script_json_cannot_end_its_element() -> None:
     hostile = {"a": "</script><!-- & \u2028", "b": [1.5, None]}
     text = str(script_json(hostile))

@@ -108,6 +108,30 @@ def test_a_hub_that_fails_eviction_and_revisions(origin: Path, tmp_path: Path) -
     assert not any("pytorch_model" in line and commit in line for line in everything)
 
 
+HOSTILE = """
+from crosslens.errors import UserError
+from crosslens.snapshots import hub
+
+try:
+    hub.hub_folder("some/model", "main")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_hub_whose_checksums_are_paths_is_refused(tmp_path: Path) -> None:
+    """The client writes a file of that name."""
+    folder = revision_folder(tmp_path / "hub", "some/model", "main")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    home = tmp_path / "home"
+    home.mkdir()
+    with serve(tmp_path / "hub", lambda *_: "etag ../../../../../escaped") as (address, _):
+        done = run_program(["-c", HOSTILE], home, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+    assert "gives '../../../../../escaped' as the checksum of config.json, which is none" in done.stdout, done
+    assert not [*tmp_path.rglob("escaped*")]
+
+
 OUT_OF_REACH = f"""
 import huggingface_hub
 from crosslens.snapshots import hub

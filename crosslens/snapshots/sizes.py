@@ -1,0 +1,34 @@
+"""Limits of the numbers in a config.json: larger ones are mistakes or traps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crosslens.config import LARGEST
+from crosslens.errors import UserError, read_json, shortened
+
+_LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_labels", "num_attention_heads", "n_head"), 1_000_000),
+    **dict.fromkeys(("intermediate_size", "n_inner", "vocab_size"), 100_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 100_000_000),
+}
+
+
+def check_sizes(path: Path) -> None:
+    """Refuse a config.json with sizes that no model has, before transformers makes lists and matrices of them.
+
+    Raises:
+        UserError: the file is no JSON object, or names the first such size.
+    """
+
+    def check(name: str, value: Any) -> None:
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, part in inner:
+            check(key if isinstance(value, dict) else name, part)
+        most = _LIMITS.get(name, LARGEST)
+        if type(value) in (int, float) and abs(value) > most and (name in _LIMITS or type(value) is int):
+            raise UserError(f"{path}: {name}={shortened(value)} is more than {most:,}, which no model has: correct it")
+
+    check("", read_json(path, "config of a model"))
