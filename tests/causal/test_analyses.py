@@ -170,7 +170,7 @@ def test_dates_follow_what_has_come_since(crosscoder: Crosscoder, snaps: Snapsho
     assert saved == ["dates/tiny"] and found.tables["dates/tiny"]["context"].notna().any()
     assert again.tables["dates/tiny"]["context"].isna().all()
     succeeds = again.tables["dates/tiny"]["succeeds"]
-    assert succeeds.notna().all() == bool((accuracy["accuracy"].iloc[-1] >= 0.75))
+    assert succeeds.notna().all() == bool(accuracy["accuracy"].iloc[-1] >= 0.75)
 
 
 def test_a_study_continues(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from crosslens.errors import visible
 from crosslens.features.labels import complexity_correlation
 from crosslens.report import write_report
 from crosslens.report.features import SHARD, write_features
@@ -201,7 +202,7 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
             part = pd.concat([around, far])
             part = part[(part["feature"] == number) & (part["rank"] == row["rank"])].sort_values("position")
             assert (sequence, position, first) == (row["sequence"], row["position"], part["position"].iloc[0])
-            assert [words[token] for token in tokens] == part["token"].tolist()
+            assert [words[token] for token in tokens] == [visible(token) for token in part["token"]]
             assert near(activations, part["activation"], 2) and near(read, row[reads], 2)
         for s, (up, ups, down, downs) in enumerate(feature["lens"]):
             part = lens[(lens["feature"] == number) & (lens["snapshot"] == s)].sort_values("rank")
@@ -248,7 +249,7 @@ def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
     names = {"token": tops, "kind": {f: feature["kind"] for f, (feature, _) in found.items()}}
     for name, expected in names.items():
         codes, words = index[name]
-        assert [words[code] for code in codes] == [expected.get(f, "") for f in index["id"]]
+        assert [words[code] for code in codes] == [visible(expected.get(f, "")) for f in index["id"]]
     r2 = wide(written, "r2").to_numpy().clip(0) * source["origin"].notna().to_numpy()[:, None]
     lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
     codes, words = index["promoted"]
