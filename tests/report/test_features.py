@@ -206,8 +206,8 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
             assert near(activations, part["activation"], 2) and near(read, row[reads], 2)
         for s, (up, ups, down, downs) in enumerate(feature["lens"]):
             part = lens[(lens["feature"] == number) & (lens["snapshot"] == s)].sort_values("rank")
-            assert [words[token] for token in up] == part["promoted"].tolist()
-            assert [words[token] for token in down] == part["suppressed"].tolist()
+            assert [words[token] for token in up] == [visible(token) for token in part["promoted"]]
+            assert [words[token] for token in down] == [visible(token) for token in part["suppressed"]]
             assert near(ups, part["promoted_logit"], 2) and near(downs, part["suppressed_logit"], 2)
         own = bins[bins["feature"] == number]
         if len(own):
@@ -251,7 +251,7 @@ def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
         codes, words = index[name]
         assert [words[code] for code in codes] == [visible(expected.get(f, "")) for f in index["id"]]
     r2 = wide(written, "r2").to_numpy().clip(0) * source["origin"].notna().to_numpy()[:, None]
-    lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
+    lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"].map(visible)
     codes, words = index["promoted"]
     assert [words[code] for code in codes] == [lens[f, S - 1] for f in range(F)], "the last snapshot"
     sizes = np.full((F, S), -1.0)
