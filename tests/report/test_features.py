@@ -227,7 +227,7 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
         assert [other for other, _, _ in feature["nearest"]] == part["other"].tolist()
         assert near([cosine for _, cosine, _ in feature["nearest"]], part["cosine"], 2)
         for other, _, name in feature["nearest"]:
-            assert name == (found[other][0]["name"] or tops.get(other, ""))
+            assert name == (found[other][0]["name"] or visible(tops.get(other, "")))
 
 
 def top_tokens(run: RunDir) -> dict[int, str]:
