@@ -175,7 +175,7 @@ def is_raw(ended: Ended) -> bool:
     lines = [line for line in ended.said.splitlines() if line.startswith("crosslens: ")]
     control = re.search("[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", ended.said.replace("\r", ""))
     unexpected = "Traceback" in ended.said or "failed unexpectedly" in ended.said
-    said = len(lines) == 1 or "No such option" in ended.said  # of an earlier version
+    said = len(lines) == 1 or "Error: No such" in ended.said  # of an earlier version
     return unexpected or control is not None or (ended.status not in (0, 1, 130) and not said)
 
 
@@ -741,7 +741,7 @@ def undisturbed(states: Path) -> dict[str, dict[str, str]]:
             _interrupted(COMMANDS["train"], states, "interrupted")
             _interrupted(LIVE, states, "interrupted live")
         ended = wait(start(tuple(COMMANDS[stage].split()), work))
-        if ended.status and "No such option" in ended.said:  # an earlier version, which has no such command
+        if ended.status and "No such" in ended.said:  # an earlier version, which has no such command
             print(f"without {stage}: {' '.join(ended.said.split())}", flush=True)
             continue
         if ended.status:

@@ -21,7 +21,7 @@ from crosslens.causal.analyses import Study, ablation_table, effect_tables, know
 from crosslens.causal.analyses import study as study_task
 from crosslens.causal.attribution import Attribution, Estimator
 from crosslens.causal.attribution import attribute as attribute_effects
-from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, TaskOptions, decisive
+from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, decisive
 from crosslens.errors import UserError, json_checksum, shortened
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
 from crosslens.pipeline.opening import encoder_shares, open_consensus, parse_tasks, read_run
@@ -233,7 +233,7 @@ def _split(task: Task, seed: int) -> dict[str, object]:
     return {"seed": seed, "items": json_checksum(items), "groups": json_checksum(groups)}
 
 
-def _note(run: RunDir, verb: str, task: Task, options: TaskOptions) -> None:
+def _note(run: RunDir, verb: str, task: Task, options: AttributeOptions | AblateOptions | StudyOptions) -> None:
     """What the tables of a task are made with: the options of the command, and the split of the prompts."""
     made = {key: value for key, value in decisive(options).items() if key != "task"}
     run.note(**{"attribute": None, "ablate": None, "study": None, verb: made}, split=_split(task, options.seed))

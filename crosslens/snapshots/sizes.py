@@ -24,11 +24,17 @@ def check_sizes(path: Path) -> None:
     """
 
     def check(name: str, value: Any) -> None:
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, part in inner:
-            check(key if isinstance(value, dict) else name, part)
-        most = _LIMITS.get(name, LARGEST)
-        if type(value) in (int, float) and abs(value) > most and (name in _LIMITS or type(value) is int):
-            raise UserError(f"{path}: {name}={shortened(value)} is more than {most:,}, which no model has: correct it")
+        if isinstance(value, dict):
+            for key, part in value.items():
+                check(str(key), part)
+        elif isinstance(value, list):
+            for part in value:
+                check(name, part)
+        elif type(value) is int or (type(value) is float and name in _LIMITS):
+            most = _LIMITS.get(name, LARGEST)
+            if abs(value) > most:
+                raise UserError(
+                    f"{path}: {name}={shortened(value)} is more than {most:,}, which no model has: correct it"
+                )
 
     check("", read_json(path, "config of a model"))

@@ -33,9 +33,13 @@ MENDED: dict[str, Callable[[dict[str, Any]], None]] = {
     "hidden_act": lambda config: config.update(hidden_act="relu"),
     "layer_norm_eps": lambda config: config.update(layer_norm_eps=0.1),
     "use_parallel_residual": lambda config: config.update(use_parallel_residual=False),
-    "rope": lambda config: (
-        config.update(rotary_pct=1.0),
-        config.get("rope_parameters", {}).update(partial_rotary_factor=1.0, rope_theta=100.0),
+    "rope": lambda config: config.update(
+        rotary_pct=1.0,
+        **(
+            {"rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 1.0, "rope_theta": 100.0}}
+            if "rope_parameters" in config
+            else {}
+        ),
     ),
 }
 
