@@ -32,6 +32,8 @@ FIGURES = {  # picture: page and anchor
     "words": "task-pp.html#figure-words-pp",
     "validation": "task-pp.html#figure-validation-pp",
     "timeline": "task-pp.html#figure-timeline-pp",
+    "dates": "task-simple.html#figure-dates-simple",
+    "read-out": "task-simple.html#figure-read-out-simple",
     "ablation": "task-pp.html#figure-ablate-size-pp",
     "keeping": "task-pp.html#figure-keep-size-pp",
     "transfer": "task-pp.html#figure-transfer-pp",
