@@ -27,6 +27,10 @@ def missing_column(error: KeyError) -> str:
     )
 
 
+# the pages of features show every character of a token, as ␀ or ⟨U+202E⟩
+_TOKENS = ("lens", "examples", "example_tokens", "example_contexts", "samples", "sample_tokens")
+
+
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
     """The table with control characters of its texts written as their codes, in a page as on a terminal."""
     for name in [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]:
@@ -107,7 +111,8 @@ class Tables:
             except UserError as error:
                 self._defects[name] = str(error).replace(f"{self._run.path}{os.sep}", "")
                 return None
-            table = None if table is None else _shown(table)
+            if table is not None and name not in _TOKENS:
+                table = _shown(table)
             if table is not None and self._kept is not None and "feature" in table and name != "consensus":
                 table = pd.DataFrame(table[table["feature"].isin(self._kept)]).reset_index(drop=True)
             if table is not None and name == "accuracy" and {"snapshot", "label", "step"} <= set(table):

@@ -556,8 +556,8 @@ def test_training_never_lacks_a_sequence(snapshots: Snapshots, tiny_text: list[s
 def test_other_mistakes_of_the_data(snapshots: Snapshots, tiny_text: list[str]):
     with pytest.raises(UserError, match="context_size=40 is not in"):
         make(snapshots, torch.ones(9, 40, dtype=torch.long))
-    for bad in (99, -1):
-        with pytest.raises(UserError, match=f"token id {bad} in token array of 400 is outside the tokenizer's vocab"):
+    for bad, said in ((99, "outside the tokenizer's vocab"), (-1, "not in ")):
+        with pytest.raises(UserError, match=f"token id {bad} in token array of 400 is {said}"):
             _ = make(snapshots, torch.full((400, T), bad)).tokens
     acts = make(snapshots, tiny_text)
     with pytest.raises(UserError, match=rf"batch_size=5000 is not in \[1, {acts.n_tokens}\]"):

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crosslens.errors import visible
 from crosslens.features.labels import complexity_correlation
 from crosslens.report import write_report
 from crosslens.report.features import SHARD, write_features
@@ -202,12 +201,12 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
             part = pd.concat([around, far])
             part = part[(part["feature"] == number) & (part["rank"] == row["rank"])].sort_values("position")
             assert (sequence, position, first) == (row["sequence"], row["position"], part["position"].iloc[0])
-            assert [words[token] for token in tokens] == [visible(token) for token in part["token"]]
+            assert [words[token] for token in tokens] == part["token"].tolist()
             assert near(activations, part["activation"], 2) and near(read, row[reads], 2)
         for s, (up, ups, down, downs) in enumerate(feature["lens"]):
             part = lens[(lens["feature"] == number) & (lens["snapshot"] == s)].sort_values("rank")
-            assert [words[token] for token in up] == [visible(token) for token in part["promoted"]]
-            assert [words[token] for token in down] == [visible(token) for token in part["suppressed"]]
+            assert [words[token] for token in up] == part["promoted"].tolist()
+            assert [words[token] for token in down] == part["suppressed"].tolist()
             assert near(ups, part["promoted_logit"], 2) and near(downs, part["suppressed_logit"], 2)
         own = bins[bins["feature"] == number]
         if len(own):
@@ -227,7 +226,7 @@ def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> N
         assert [other for other, _, _ in feature["nearest"]] == part["other"].tolist()
         assert near([cosine for _, cosine, _ in feature["nearest"]], part["cosine"], 2)
         for other, _, name in feature["nearest"]:
-            assert name == (found[other][0]["name"] or visible(tops.get(other, "")))
+            assert name == (found[other][0]["name"] or tops.get(other, ""))
 
 
 def top_tokens(run: RunDir) -> dict[int, str]:
@@ -249,9 +248,9 @@ def test_the_index_has_a_row_per_feature(written: RunDir) -> None:
     names = {"token": tops, "kind": {f: feature["kind"] for f, (feature, _) in found.items()}}
     for name, expected in names.items():
         codes, words = index[name]
-        assert [words[code] for code in codes] == [visible(expected.get(f, "")) for f in index["id"]]
+        assert [words[code] for code in codes] == [expected.get(f, "") for f in index["id"]]
     r2 = wide(written, "r2").to_numpy().clip(0) * source["origin"].notna().to_numpy()[:, None]
-    lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"].map(visible)
+    lens = table(written, "lens").query("rank == 0").set_index(["feature", "snapshot"])["promoted"]
     codes, words = index["promoted"]
     assert [words[code] for code in codes] == [lens[f, S - 1] for f in range(F)], "the last snapshot"
     sizes = np.full((F, S), -1.0)
