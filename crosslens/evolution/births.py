@@ -50,6 +50,8 @@ from crosslens.stats import jackknife_error, q_values, resample_counts
 MEASURES = ("r2", "within", "norm")  # the first one that was read is the default
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
+MIN_WITHIN = 0.05
+"""Least share of a feature's variance within token types from which within-token R2 is read."""
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 _FEATURES = 1024  # at a time when resampling
 _SHARE = 0.25  # births reversed in time per birth, from which on the count alone says little
@@ -62,7 +64,7 @@ def presence_curves(
     """Curves of presence by measure, in the order of `MEASURES`; all zero for features without a reading.
 
     R2 below 0 counts as 0. Features whose R2 stays below .05 at every snapshot cannot be dated by it. Within-token R2
-    is read for contextual features only: too little of the variance of the others is left within token types.
+    is read for features with a twentieth of their variance or more within token types: of the others too little is left.
 
     Args:
         norms: decoder norms.
@@ -71,8 +73,8 @@ def presence_curves(
     """
     curves: dict[str, Any] = {}
     if decodability is not None:
-        contextual = decodability.between <= 0.5
-        for measure, kept in (("r2", alive), ("within", alive & contextual)):
+        varies = decodability.between <= 1 - MIN_WITHIN
+        for measure, kept in (("r2", alive), ("within", alive & varies)):
             values = np.nan_to_num(decodability.curves(measure)).clip(0)
             curves[measure] = np.where((kept & (values.max(1) >= MIN_R2))[:, None], values, 0.0)
     return {**curves, "norm": np.where(alive[:, None], norms.detach().cpu().double().numpy(), 0.0)}
@@ -188,7 +190,7 @@ def count_births(
         seed: seed for the draws of the interval.
 
     Returns:
-        A row per measure, kind (all, lexical, contextual; by within-token R2 contextual only) and threshold: measure,
+        A row per measure, kind (all, lexical, contextual) and threshold: measure,
         kind, threshold, n (features with a reading), born, born_low, born_high (its 95% interval over groups of
         sequences), born_reversed, sure and sure_reversed (of these, with a q-value up to `max_q`), beyond_trend (births
         that exceed the median curve of their kind, with such a q-value). By the norm, intervals, sure and beyond_trend
@@ -204,8 +206,6 @@ def count_births(
         kinds = {"all": read}
         if lexical is not None:
             kinds |= {"lexical": read & lexical, "contextual": read & ~lexical}
-        if measure == "within":
-            kinds = {"contextual": read}
         for threshold in thresholds:
             check_presence(threshold, min_run)
         judged = decodability if measure != "norm" else None

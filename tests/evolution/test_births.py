@@ -101,7 +101,10 @@ def test_counts_forward_and_reversed() -> None:
     alive = np.array([True, True, True, True, True])
     curves = presence_curves(norms, found, alive)
     assert not curves["r2"][3].any(), "nothing predicts this feature"
-    assert not curves["within"][1].any(), "lexical features have no within-token reading"
+    assert curves["within"][1].any(), "a lexical feature with a tenth of its variance within token types"
+    found.between[1] = 0.96
+    assert not presence_curves(norms, found, alive)["within"][1].any(), "and one with a twenty-fifth"
+    found.between[1] = 0.9
     table = count_births(curves, found.lexical, found, thresholds=(0.3, 0.5)).set_index(
         ["measure", "kind", "threshold"]
     )
@@ -110,9 +113,10 @@ def test_counts_forward_and_reversed() -> None:
     assert table.loc[("r2", "contextual", 0.5), columns].tolist() == [3, 2, 0, 2, 0]
     assert table.loc[("r2", "lexical", 0.3), columns].tolist() == [1, 0, 1, 0, 1]
     assert table.loc[("within", "contextual", 0.5), columns].tolist() == [3, 2, 0, 2, 0]
+    assert table.loc[("within", "lexical", 0.5), columns].tolist() == [1, 0, 1, 0, 1]
     assert table.loc[("norm", "all", 0.5), columns].tolist()[:3] == [4, 2, 1]
     assert table.loc["norm"][["sure", "sure_reversed"]].isna().all(axis=None)
-    assert set(table.loc["within"].index.get_level_values("kind")) == {"contextual"}
+    assert set(table.loc["within"].index.get_level_values("kind")) == {"all", "lexical", "contextual"}
     alone = count_births({"norm": curves["norm"]})
     assert alone["kind"].unique().tolist() == ["all"] and alone["threshold"].tolist() == [0.3, 0.5, 0.7, 0.9]
     dead = presence_curves(norms, found, np.zeros(5, dtype=bool))

@@ -164,7 +164,7 @@ def _of_all(table: Frame, measure: str) -> str:
     words = f"{read.sum():,} features by {MEASURES[measure]}"
     why = {
         "r2": "unknown (R² below 0.05 at every snapshot)",
-        "within": "unknown (within-token R² below 0.05 at every snapshot, or lexical)",
+        "within": "unknown (within-token R² below 0.05 at every snapshot, or less than 5% of the variance within token types)",
         "norm": "without a decoder norm",
     }
     rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), why[measure])]
@@ -361,7 +361,7 @@ def origins(lifecycles: Frame) -> Chart | str:
     alive = int(first["alive"].sum())
     note = f"{alive:,} live features, {len(first) - alive:,} dead."
     if "within" in set(read["measure"]):
-        note += " By within-token R² only contextual features are read."
+        note += " By within-token R², features with 5% of their variance within token types or more are read."
     return Chart(figure, data[["measure", "origin", *FATES]], note)
 
 
