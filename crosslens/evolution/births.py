@@ -64,7 +64,7 @@ def presence_curves(
     """Curves of presence by measure, in the order of `MEASURES`; all zero for features without a reading.
 
     R2 below 0 counts as 0. Features whose R2 stays below .05 at every snapshot cannot be dated by it. Within-token R2
-    is read for features with a twentieth of their variance or more within token types: of the others too little is left.
+    is read for features with a twentieth of their variance or more within token types; others have too little left.
 
     Args:
         norms: decoder norms.
@@ -325,7 +325,8 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
         for row in rows.sort_values("threshold").to_dict("records"):
             cell = f"{row['born']} / {row['born_reversed']}"
             if known:
-                cell += f" ({row['untrained'] * row['untrained_n']:.0f} of {row['untrained_n']})"
+                born = round(row["untrained"] * row["untrained_n"]) if row["untrained_n"] else 0
+                cell += f" ({born} of {row['untrained_n']})"
             cells.append(f"{cell:>22}")
         lines.append(f"{NAMES[measure]}, {kind} ({rows['n'].iloc[0]})".ljust(34) + "".join(cells))
     rest = "in brackets: in models that never trained" if known else (

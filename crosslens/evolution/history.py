@@ -284,7 +284,11 @@ class Evolution:
             unknown = counts.pop("unknown")
             words = [f"{count:,} {origin}" for origin, count in counts.items() if count]
             if unknown:
-                why = "hardly any of its variance is within token types, or it is hardly predicted" if measure == "within" else "hardly predicted"
+                why = (
+                    "hardly varying within token types, or hardly predicted"
+                    if measure == "within"
+                    else "hardly predicted"
+                )
                 words.append(f"{unknown:,} unknown ({why})")
             lines.append(f"by {NAMES[measure]}: {', '.join(words)}")
         if self.decodability is None:

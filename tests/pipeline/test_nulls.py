@@ -68,7 +68,8 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     assert len(long) == 24 * 3 and long["step"].tolist()[:3] == [0, 10, 20]
     for name, values in (("r2", found.r2), ("within", found.within), ("norm", crosscoder.decoder_norms.numpy())):
         np.testing.assert_allclose(long.pivot(index="feature", columns="snapshot", values=name), values, rtol=1e-6)
-    births = tables["lifecycles"].dropna(subset=["origin"]).set_index(["measure", "feature"])
+    lifecycles = tables["lifecycles"].set_index(["measure", "feature"])
+    births = lifecycles.dropna(subset=["origin"])
     for i in births.loc["r2"].index:
         row, curve = births.loc[("r2", i)], found.r2[i].clip(0)
         assert row["peak"] == curve.argmax() and curve.max() >= 0.05
@@ -77,7 +78,8 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
         assert row["kind"] == ("lexical" if found.between[i] > 0.5 else "contextual")
         if not pd.isna(row["birth"]):
             assert row["birth_step"] == [0, 10, 20][row["birth"]]
-    assert (births.loc["within"]["kind"] == "contextual").all() if "within" in births.index else True
+    dated = lifecycles.loc["within"].dropna(subset=["origin"]).index
+    assert (found.between[dated] <= 0.95).all() and not lifecycles.loc["within"]["origin"].isna().all()
     assert births.loc["norm"]["q"].isna().all() and births.loc["r2"]["q"].notna().all()
     counts = tables["birth_counts"]
     assert (counts["untrained"] * counts["untrained_n"]).fillna(0).round().astype(int).tolist() == (
@@ -86,8 +88,9 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     row = counts.query("measure == 'r2' and kind == 'all' and threshold == 0.5").iloc[0]
     assert row["born"] == (births.loc["r2"]["origin"] == "emergent").sum()
     lines = table_of_counts(counts)
-    assert len(lines) == 9 and max(map(len, lines)) <= 130
+    assert len(lines) == 11 and max(map(len, lines)) <= 130
     assert f"{row['born']} / {row['born_reversed']} ({row['untrained'] * row['untrained_n']:.0f} of" in lines[1]
+    assert "nan" not in "".join(lines)
     assert "--untrained" in table_of_counts(evolve(crosscoder, acts).count_births())[-1]
 
 

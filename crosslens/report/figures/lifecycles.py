@@ -164,7 +164,7 @@ def _of_all(table: Frame, measure: str) -> str:
     words = f"{read.sum():,} features by {MEASURES[measure]}"
     why = {
         "r2": "unknown (R² below 0.05 at every snapshot)",
-        "within": "unknown (within-token R² below 0.05 at every snapshot, or less than 5% of the variance within token types)",
+        "within": "unknown (within-token R² below 0.05 at every snapshot, or hardly any variance within token types)",
         "norm": "without a decoder norm",
     }
     rest = [(int((~alive).sum()), "dead"), (int((alive & ~read).sum()), why[measure])]
