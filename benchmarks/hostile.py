@@ -23,6 +23,7 @@ Afterwards:
     same        status 0, and the results are those of the undisturbed analysis (also after repeating what was stopped)
     recorded    status 0, other results, and the tables, the run or the cache name what differs
     told        one line, and a status of 2, 3 or 4
+    refused     what needs nothing that is hostile was refused
     silent      status 0, and other results
     raw         a traceback, several lines of error, "failed unexpectedly", or a control sequence on the terminal
     hang        it did not end within two minutes
@@ -70,8 +71,10 @@ from crosslens.rundir import RunDir
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import pretrain_demo
 
-OUTCOMES = ("same", "recorded", "told", "silent", "raw", "hang", "outside")
+OUTCOMES = ("same", "recorded", "told", "refused", "silent", "raw", "hang", "outside")
 GOOD = ("same", "recorded", "told")
+READING = ("status", "export", "diff")
+"""Commands that only read a run."""
 TASK = "--task task.jsonl"
 COMMANDS = {
     "harvest": f"harvest {DATA} --cache cache",
@@ -125,6 +128,8 @@ class Case:
     """Nothing but the folder out may be written."""
     own: str = ""
     """A folder that the command is to write, besides those that all write."""
+    works: bool = False
+    """Only success is right, because nothing that the command needs is missing."""
     told: bool = False
     """Only a refusal is right, because what is asked for is not what there was."""
 
@@ -238,7 +243,7 @@ def outcome(case: Case, states: Path, expected: dict[str, dict[str, str]], rng: 
     if is_raw(ended) or (ended.status or 0) < 0:
         return "raw", ended.said
     if ended.status:
-        return "told", ended.said
+        return ("refused" if case.works else "told"), ended.said
     if case.stage not in STAGES:
         return ("silent" if case.told else "same"), ended.said
     found = results(_stage(case.stage), folder)
@@ -584,7 +589,7 @@ def cases() -> Iterator[Case]:
             yield Case("lost", f"{name}", stage, lose(*parts))
     # permissions
     for stage in ("evolve", "attribute", "report", "status", "export", "diff", "train", "remove", "harvest"):
-        yield Case("permissions", "read only", stage, read_only=True, prepare=_writable("out"))
+        yield Case("permissions", "read only", stage, read_only=True, prepare=_writable("out"), works=stage in READING)
     # crosscoders
     changes: dict[str, Prepare] = {
         "NaN": broken_weights(float("nan")), "infinity": broken_weights(float("inf")),

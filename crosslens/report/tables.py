@@ -32,11 +32,9 @@ _TOKENS = ("lens", "examples", "example_tokens", "example_contexts", "samples", 
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with control characters of its texts written as their codes, in a page as on a terminal."""
-    for name in [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]:
-        hostile = {text for text in table[name] if isinstance(text, str) and visible(text) != text}
-        if hostile:
-            table[name] = table[name].map(lambda text, hostile=hostile: visible(text) if text in hostile else text)
+    """The table with control characters in its labels written as their codes; tokens have their own."""
+    if "label" in table and any(isinstance(text, str) and visible(text) != text for text in table["label"]):
+        table["label"] = table["label"].map(lambda text: visible(text) if isinstance(text, str) else text)
     return table
 
 
