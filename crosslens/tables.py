@@ -267,6 +267,13 @@ _COUNTS = {
     "sure_reversed": "The same in reversed order.",
     "beyond_trend": "Births that exceed the median curve of their kind, with a q-value up to the limit.",
 }
+_SHARES = {
+    "kind": "Features counted: all, lexical (most variance lies between token types) or contextual.",
+    "live": "Live features of that kind.",
+    "shared": "Share of them with a partner, one to one.",
+    "shared_by_chance": "The same with the tokens of the other crosscoder permuted.",
+    "shared_variance": "Share of the variance they write that features with a partner write.",
+}
 _EDITED = {
     "mode": "ablate (the set is edited) or keep (all others are).",
     "baseline": _SHARED["baseline"].meaning,
@@ -367,6 +374,27 @@ TABLES: tuple[Table, ...] = (
             }
         ),
     ),
+    Table(
+        "seeds_births",
+        "pair of seeds and kind of feature",
+        "train --seeds",
+        _columns(
+            {
+                "a": "One seed.",
+                "b": "The other seed.",
+                **_SHARES,
+                "pairs": "Partners that both have a reading of R².",
+                "born": "Of these, features of a that are born after the first snapshot.",
+                "born_too": "Share of these whose partner is born after the first snapshot, too.",
+                "born_too_by_chance": "Share of all partners that are.",
+                "same_birth": "Where both are born, share that is born at the same snapshot.",
+                "same_birth_by_chance": "The same with the dates of the partners permuted.",
+                "within_1": "Share that is born at most one snapshot apart.",
+                "within_1_by_chance": "The same with the dates of the partners permuted.",
+            }
+        ),
+    ),
+    Table("unrelated", "kind of feature; partners in a crosscoder over other models", "evolve", _columns(_SHARES)),
     Table(
         "seeds_rotation",
         "pair of seeds and interval between snapshots",

@@ -27,6 +27,9 @@ from .history import evolve as evolve
 from .lifecycles import classify_lifecycles as classify_lifecycles
 from .ngrams import NgramCounts as NgramCounts
 from .ngrams import count_ngrams as count_ngrams
+from .partners import births_of_partners as births_of_partners
+from .partners import date_features as date_features
+from .partners import shares_by_kind as shares_by_kind
 from .phases import find_phases as find_phases
 from .phases import measure_dynamics as measure_dynamics
 from .presence import Decodability as Decodability

@@ -21,6 +21,7 @@ Symbols: N tokens, S snapshots, D d_model, F and G features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -41,7 +42,8 @@ from crosslens.evolution.firing import Firing
 from crosslens.evolution.geometry import rotation_per_interval
 from crosslens.evolution.held_out import batch_tokens, check_activations
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms
+from crosslens.evolution.lifecycles import relative_norms
+from crosslens.evolution.partners import births_of_partners, date_features, describe_partners
 from crosslens.stats import rank_correlation
 
 _BLOCK = 1024  # features at a time
@@ -281,7 +283,8 @@ def study_seeds(
     Returns:
         The tables consensus (of `consensus`); seeds: a row per pair of crosscoders with a, b (their names) and the
         columns of `match_shares`; and, for two snapshots or more, seeds_rotation: a row per pair and interval with a, b
-        and the columns of `rotation_of_partners`.
+        and the columns of `rotation_of_partners`; and seeds_births: a row per pair and kind of feature with a, b and
+        the columns of `births_of_partners`, where the held-out tokens are enough to date births by R2.
 
     Raises:
         UserError: as `consensus`.
@@ -289,26 +292,38 @@ def study_seeds(
     _check_options("activation", None, min_rate)
     _check_several(len(crosscoders), threshold)
     read = dict(zip(crosscoders, read_features(list(crosscoders.values()), acts, min_rate=min_rate), strict=True))
+    several = next(iter(crosscoders.values())).n_snapshots > 1
+    dates: dict[str, pd.DataFrame] = {}
+    if several:
+        try:
+            dates = {name: date_features(crosscoder, acts) for name, crosscoder in crosscoders.items()}
+        except UserError as error:
+            warnings.warn(f"births are not compared between seeds: {error}", stacklevel=2)
     rows: list[dict[str, Any]] = []
     turns: list[pd.DataFrame] = []
+    births: list[pd.DataFrame] = []
     for a, b in combinations(read, 2):
         pairs = _matched(read[a], read[b], "activation", None, 0)
         rows.append({"a": a, "b": b, **match_shares(pairs, threshold)})
-        if crosscoders[a].n_snapshots > 1:
-            turned = rotation_of_partners(crosscoders[a], crosscoders[b], pairs, threshold)
-            turns.append(turned.assign(a=a, b=b))
+        if several:
+            turns.append(rotation_of_partners(crosscoders[a], crosscoders[b], pairs, threshold).assign(a=a, b=b))
+        if dates:
+            births.append(births_of_partners(pairs, dates[a], dates[b], threshold).assign(a=a, b=b))
     tables = {"consensus": _consensus(read, threshold, None), "seeds": pd.DataFrame(rows)}
-    return {**tables, "seeds_rotation": pd.concat(turns, ignore_index=True)} if turns else tables
+    more = {"seeds_rotation": turns, "seeds_births": births}
+    return tables | {name: pd.concat(parts, ignore_index=True) for name, parts in more.items() if parts}
 
 
 def describe_seeds(tables: Mapping[str, pd.DataFrame], threshold: float = 0.7) -> str:
-    """What the seeds have in common, in two lines.
+    """What the seeds have in common, in two lines, and a third about births where they were compared.
 
     Args:
         tables: the result of `study_seeds`.
         threshold: as there.
     """
     pairs, shares = tables["seeds"], consensus_shares(tables["consensus"])
+    births = tables.get("seeds_births")
+    more = "" if births is None else f"\n{describe_partners(births)}"
     return (
         f"a live feature has a partner of correlation {threshold:g} or more in another seed: "
         f"{pairs[['share_a', 'share_b']].to_numpy().mean():.0%} of them, which write "
@@ -316,7 +331,7 @@ def describe_seeds(tables: Mapping[str, pd.DataFrame], threshold: float = 0.7) -
         f"{pairs['null_a'].mean():.0%}; by decoder cosine {pairs[['cosine_a', 'cosine_b']].to_numpy().mean():.0%})\n"
         f"found by most of {len(shares)} seeds: {shares['consensus'].mean():.0%} of the live features, "
         f"{shares['consensus_variance'].mean():.0%} of the variance; by all: {shares['unanimous'].mean():.0%}, "
-        f"{shares['unanimous_variance'].mean():.0%}"
+        f"{shares['unanimous_variance'].mean():.0%}{more}"
     )
 
 
@@ -356,12 +371,13 @@ def compare_features(
     threshold: float = 0.7,
     min_rate: float = 0.0,
     method: str | None = None,
+    by: str = "r2",
     presence: float = 0.5,
     min_run: int = 2,
 ) -> dict[str, float]:
     """Compare the features of two crosscoders: how much is found by both, and whether the lifecycles agree.
 
-    Lifecycles are classified by decoder norm on the snapshots that both crosscoders have.
+    Lifecycles are classified on the snapshots that both crosscoders have.
 
     Args:
         a: a crosscoder.
@@ -371,7 +387,8 @@ def compare_features(
         threshold: two features with this correlation or more are the same.
         min_rate: as in `match`.
         method: as in `match`.
-        presence: a feature is present where its norm is at least this share of its largest norm.
+        by: what dates lifecycles: "r2", or "norm" for the decoder norm.
+        presence: a feature is present where it has at least this share of its largest value.
         min_run: snapshots in a row a feature must be present for to count as born.
 
     Returns:
@@ -386,14 +403,18 @@ def compare_features(
     S = len(shared[0])
     if S < 2:
         raise UserError(f"the crosscoders have {S} snapshot in common: comparing lifecycles needs at least 2")
+    if by not in ("r2", "norm"):
+        raise UserError(f"by={by!r} is unknown: use 'r2' or 'norm'")
     pairs = match(a, b, acts, acts_b=acts_b, min_rate=min_rate, method=method)
     kept = pairs.loc[pairs["correlation"] >= threshold]
     left, right = (
-        classify_lifecycles(crosscoder.decoder_norms.detach().cpu()[:, at], presence, min_run=min_run)
+        date_features(crosscoder, its, by=by, at=at, presence=presence, min_run=min_run)
         .iloc[kept[name].to_numpy(dtype=int)]
         .reset_index(drop=True)
-        for crosscoder, at, name in ((a, shared[0], "feature"), (b, shared[1], "partner"))
+        for crosscoder, its, at, name in ((a, acts, shared[0], "feature"), (b, acts_b or acts, shared[1], "partner"))
     )
+    known = left["origin"].notna() & right["origin"].notna()
+    left, right = left[known].reset_index(drop=True), right[known].reset_index(drop=True)
     births = np.stack([table["birth"].to_numpy(dtype=float, na_value=np.nan) for table in (left, right)])
     births = births[:, np.isfinite(births).all(0)].astype(int)
     apart = np.abs(births[0] - births[1])

@@ -17,10 +17,16 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from crosslens.config import EvolveOptions, decisive
-from crosslens.evolution import add_consensus, measure_dynamics, probe
+from crosslens.evolution import add_consensus, match, measure_dynamics, probe, shares_by_kind
 from crosslens.evolution import evolve as evolve_features
 from crosslens.features import feature_tables
-from crosslens.pipeline.nulls import null_births, read_models, recorded_training
+from crosslens.pipeline.nulls import (
+    births_without_history,
+    null_births,
+    null_crosscoder,
+    read_models,
+    recorded_training,
+)
 from crosslens.pipeline.opening import read_run
 from crosslens.rundir import RunDir
 
@@ -61,9 +67,11 @@ def evolve(
         if options.untrained:
             found = null_births(acts, *recorded_training(run, acts.settings.device))
             run.save_table("untrained_births", found)
+        unrelated = None
         if others is not None:
-            found = null_births(acts, *recorded_training(run, acts.settings.device), models=others)
-            run.save_table("exchangeable_births", found)
+            with null_crosscoder(acts, *recorded_training(run, acts.settings.device), models=others) as (other, live):
+                run.save_table("exchangeable_births", births_without_history(other, live))
+                unrelated = match(crosscoder, other, acts, acts_b=live)
         known = {name: run.table(f"{name}_births") for name in ("untrained", "exchangeable")}
         nulls = {name: table for name, table in known.items() if table is not None}
         evolution = evolve_features(crosscoder, acts, nulls=nulls, seed=options.seed)
@@ -75,6 +83,9 @@ def evolve(
         if seeds is not None:
             angles = seeds.groupby("after")["apart"].median().to_dict()
             tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles)
+        if unrelated is not None and evolution.decodability is not None:
+            kinds = evolution.decodability.lexical
+            tables["unrelated"] = shares_by_kind(unrelated, ["lexical" if one else "contextual" for one in kinds])
         run.save_tables(tables)
         run.save_tables(feature_tables(crosscoder, acts))
         accuracy = run.table("accuracy")

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +26,7 @@ from sae_lens.registry import get_sae_training_class
 from transformers import AutoModelForCausalLM
 
 from crosslens.activations.loader import Activations
-from crosslens.crosscoders import CrosscoderTrainingConfig
+from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
 from crosslens.errors import UserError, read_json
 from crosslens.evolution.births import THRESHOLDS, count_births, presence_curves
 from crosslens.evolution.firing import FiringSums
@@ -118,18 +120,76 @@ def null_births(
     """Count the births in a crosscoder over models without a history, trained and read in the same way.
 
     Args:
-        acts: activations of the trained snapshots; its hook point and tokens are used, and its models' shape if no
-            others are given.
-        architecture: as the crosscoder over the trained snapshots; shapes are filled in anew.
-        config: as for that crosscoder; nothing is logged, and no run directory is written.
-        models: exchangeable models of the same tokenizer; untrained ones are drawn if None.
-        n_models: untrained models; as many as there are snapshots if None.
+        acts: as of `null_crosscoder`, as are the others.
+        architecture: see there.
+        config: see there.
+        models: see there.
+        n_models: see there.
         thresholds: as in `count_births`.
         min_run: as in `count_births`.
         min_firing_rate: features active on this share of the held-out tokens or less are dead.
 
     Returns:
         The result of `count_births`, a row per measure, kind and threshold.
+
+    Raises:
+        UserError: fewer than two models, or as `train`.
+    """
+    with null_crosscoder(acts, architecture, config, models=models, n_models=n_models) as (crosscoder, live):
+        return births_without_history(
+            crosscoder, live, thresholds=thresholds, min_run=min_run, min_firing_rate=min_firing_rate
+        )
+
+
+def births_without_history(
+    crosscoder: Crosscoder,
+    live: Activations,
+    *,
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    min_run: int = 2,
+    min_firing_rate: float = 0.0,
+) -> pd.DataFrame:
+    """Count the births in the crosscoder of `null_crosscoder`, as `null_births` does.
+
+    Args:
+        crosscoder: over models without a history.
+        live: activations of these models.
+        thresholds: as in `count_births`.
+        min_run: as in `count_births`.
+        min_firing_rate: features active on this share of the held-out tokens or less are dead.
+
+    Returns:
+        The result of `count_births`.
+    """
+    firing, sums = FiringSums(crosscoder), DecodabilitySums(crosscoder, live)
+    read(crosscoder, live, firing, sums, purpose="Null")
+    found = sums.result()
+    alive = (firing.result().rate > min_firing_rate).numpy()
+    curves = presence_curves(crosscoder.decoder_norms, found, alive)
+    return count_births(curves, found.lexical, found, thresholds=thresholds, min_run=min_run)
+
+
+@contextmanager
+def null_crosscoder(
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig | None = None,
+    *,
+    models: Snapshots | None = None,
+    n_models: int | None = None,
+) -> Generator[tuple[Crosscoder, Activations]]:
+    """Train a crosscoder over models without a history, which exist while it is used.
+
+    Args:
+        acts: activations of the trained snapshots; its hook point and tokens are used, and its models' shape if no
+            others are given.
+        architecture: as the crosscoder over the trained snapshots; shapes are filled in anew.
+        config: as for that crosscoder; nothing is logged, and no run directory is written.
+        models: exchangeable models of the same tokenizer; untrained ones are drawn if None.
+        n_models: untrained models; as many as there are snapshots if None.
+
+    Yields:
+        The crosscoder, and the activations of its models on the same tokens.
 
     Raises:
         UserError: fewer than two models, or as `train`.
@@ -141,10 +201,4 @@ def null_births(
     with tempfile.TemporaryDirectory() as folder:
         snapshots = models or untrained_snapshots(acts.snapshots, Path(folder) / "models", n_models)
         live = Activations(snapshots, acts.hook_name, acts.dataset, seed=acts.seed, settings=acts.settings)
-        crosscoder = train(live, architecture, config)
-        firing, sums = FiringSums(crosscoder), DecodabilitySums(crosscoder, live)
-        read(crosscoder, live, firing, sums, purpose="Null")
-    found = sums.result()
-    alive = (firing.result().rate > min_firing_rate).numpy()
-    curves = presence_curves(crosscoder.decoder_norms, found, alive)
-    return count_births(curves, found.lexical, found, thresholds=thresholds, min_run=min_run)
+        yield train(live, architecture, config), live

@@ -424,6 +424,7 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     cache = ("--cache", tmp_path / "c", "--cache-dtype", "float32")  # what live activations are
     code, out, err = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, *cache))
     assert (code, err) == (0, "") and "found by most of 2 seeds: " in out
+    out_of_two = out
     pairs = run.table("seeds")
     assert pairs is not None and pairs[["a", "b"]].to_numpy().tolist() == [["0", "1"]]
     for seed, place in ((0, run), (1, run.other_seed(1))):
@@ -435,7 +436,16 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     run.save_table("consensus", marked.assign(consensus=kept))
     kept = set(marked.loc[kept, "feature"])
     assert command("attribute", run.path, "--task", task, "--n-exact", 0, "--consensus")[0] == 0
-    code, out, _ = command("evolve", run.path, "--json")
+    compared = run.table("seeds_births")
+    assert compared is not None and compared["kind"].tolist() == ["all", "lexical", "contextual"]
+    assert compared["shared"][0] == pytest.approx(pairs["share_a"][0]) and "are born there too (by chance" in out_of_two
+    # models whose order means nothing: what their dictionary shares with this one is what the text alone decides
+    models = {f"seed{i}": one.name for i, one in enumerate(Snapshots.local(tiny_snapshots))}
+    (files / "models.json").write_text(json.dumps(models))
+    code, out, _ = command("evolve", run.path, "--json", "--null", files / "models.json")
+    unrelated = run.table("unrelated")
+    assert unrelated is not None and unrelated["live"].tolist() == compared["live"].tolist()
+    assert 0 < unrelated["shared"][0] <= 1
     found, births = json.loads(out, parse_constant=pytest.fail), run.table("birth_counts")
     assert births is not None and [row["born"] for row in found["birth_counts"]] == births["born"].tolist()
     assert code == 0 and found["snapshots"] == ["step0", "step10", "step20"]

@@ -24,10 +24,12 @@ from crosslens.evolution.seeds import (
     compare_features,
     consensus,
     consensus_shares,
+    describe_seeds,
     match,
     match_shares,
     rotation_of_partners,
     shared_snapshots,
+    study_seeds,
 )
 from tests.given import Held, Read, of_norms, of_rows, snapshots_at
 
@@ -388,19 +390,19 @@ def test_agreement_of_lifecycles_by_hand() -> None:
     b = of_rows(torch.cat([rows, torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(8))]))
     b.W_enc.data[:, :5] = a.W_enc  # fire on the same tokens
     b.W_enc.data[:, 0] *= -1  # but for one
-    found = compare_features(a, b, acts)
+    found = compare_features(a, b, acts, by="norm")
     assert found["snapshots"] == 4 and found["matched"] == 4
     assert found["share_a"] == pytest.approx(4 / 5) and found["share_b"] == pytest.approx(4 / 7)
     assert found["same_origin"] == 1.0 and found["same_fate"] == 1.0
     # births 1, 2, (never), 0 against 2, 2, (never), 0
     assert found["same_birth"] == pytest.approx(2 / 3) and found["birth_within_1"] == 1.0
     assert found["same_birth_by_chance"] == pytest.approx((1 * 0 + 1 * 2 + 1 * 1) / 9)
-    assert compare_features(a, b, acts, min_run=1)["same_birth"] == pytest.approx(3 / 4)
+    assert compare_features(a, b, acts, by="norm", min_run=1)["same_birth"] == pytest.approx(3 / 4)
     b.W_enc.data *= -1
-    nothing = compare_features(a, b, acts, threshold=0.9)
+    nothing = compare_features(a, b, acts, by="norm", threshold=0.9)
     assert nothing["matched"] == 1 and nothing["same_birth"] == 1  # the one that was turned before
     b.W_enc.data[:, 0] *= -1
-    nothing = compare_features(a, b, acts, threshold=0.9)
+    nothing = compare_features(a, b, acts, by="norm", threshold=0.9)
     assert nothing["matched"] == 0 and math.isnan(nothing["same_birth"]) and math.isnan(nothing["median_cosine"])
 
 
@@ -410,7 +412,7 @@ def test_agreement_of_lifecycles_matches_plain_loops(seed: int) -> None:
     a, acts = of_norms(torch.rand(25, 5, generator=generator), D=16, seed=seed), held(80, S=5, D=16, seed=seed)
     noise = torch.randn(25, 5, 16, generator=generator) * 0.12
     b = of_rows(a.W_dec_by_snapshot + noise * torch.linspace(0, 3, 25)[:, None, None])
-    found = compare_features(a, b, acts, threshold=0.6, presence=0.4, min_run=1)
+    found = compare_features(a, b, acts, by="norm", threshold=0.6, presence=0.4, min_run=1)
     tables = [classify_lifecycles(cc.decoder_norms, 0.4, min_run=1) for cc in (a, b)]
     kept = [row for row in match(a, b, acts).to_dict("records") if row["correlation"] >= 0.6]
     assert 5 < len(kept) < 25 and found["matched"] == len(kept)
@@ -423,6 +425,24 @@ def test_agreement_of_lifecycles_matches_plain_loops(seed: int) -> None:
     chance = np.mean([x == y for x, _ in births for _, y in births])
     assert found["same_birth_by_chance"] == pytest.approx(chance)
     assert 0 < found["same_birth"] < 1
+
+
+def test_lifecycles_of_pairs_are_by_r2_unless_asked_otherwise() -> None:
+    x = torch.randn(40, 20, 4, 6, generator=torch.Generator().manual_seed(3))
+    acts = Read(x, torch.ones(40, 20, dtype=torch.long))
+    a = of_norms(torch.rand(12, 4, generator=torch.Generator().manual_seed(4)), D=6, seed=4)
+    b = of_rows(a.W_dec_by_snapshot.flip(1))  # norms backwards
+    b.W_enc.data[:] = a.W_enc  # fires on the same tokens
+    found = compare_features(a, b, acts)
+    assert found["share_a"] == 1 and found["same_origin"] == found["same_fate"] == found["same_birth"] == 1
+    assert compare_features(a, b, acts, by="norm")["same_origin"] < 1
+    with pytest.raises(UserError, match="by='rank' is unknown"):
+        compare_features(a, b, acts, by="rank")
+    tables = study_seeds({"0": a, "1": b}, acts)
+    assert tables["seeds_births"]["same_birth"].dropna().eq(1).all() and "born there too" in describe_seeds(tables)
+    with pytest.warns(UserWarning, match="births are not compared between seeds: 20 tokens are held out"):
+        few = study_seeds({"0": a, "1": b}, Read(x[:1], torch.ones(1, 20, dtype=torch.long)))
+    assert "seeds_births" not in few and "born there too" not in describe_seeds(few)
 
 
 # ---- several crosscoders

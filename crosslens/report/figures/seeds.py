@@ -89,6 +89,83 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
 
 
 @figure(
+    "seeds-births",
+    page="index",
+    section="seeds",
+    title="Partners in other seeds, by kind",
+    tables=("seeds_births",),
+    definition=(
+        "Live features with a partner in another seed; of those that are born (R²), how many have a partner that is "
+        "born too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted "
+        "tokens, of all partners, and with permuted dates. Means over pairs of seeds."
+    ),
+    optional=True,
+    columns={
+        "share": "Mean of the share over pairs of seeds.",
+        "by_chance": "Mean of the share by chance.",
+        "question": "What the share is of.",
+    },
+)
+def births_of_partners(births: Frame) -> Chart:
+    """Shares of features with a partner, born too and at the same snapshot, beside chance.
+
+    Args:
+        births: rows of `births_of_partners` about pairs of seeds.
+    """
+    means = births.groupby("kind", sort=False).mean(numeric_only=True).reset_index()
+    questions = {
+        "have a partner": "shared",
+        "born in both": "born_too",
+        "at the same snapshot": "same_birth",
+        "at most one apart": "within_1",
+    }
+    data = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "kind": means["kind"],
+                    "question": words,
+                    "share": means[column],
+                    "by_chance": means[f"{column}_by_chance"],
+                }
+            )
+            for words, column in questions.items()
+        ],
+        ignore_index=True,
+    )
+    figure = new_figure("share", barmode="group", bargap=0.25)
+    for i, (kind, rows) in enumerate(data.groupby("kind", sort=False)):
+        figure.add_bar(
+            x=rows["question"].tolist(),
+            y=floats(rows["share"]),
+            name=f"{kind} features",
+            marker={"color": SERIES[i]},
+            customdata=floats(rows["by_chance"]),
+            hovertemplate="<b>%{x}</b><br>%{y:.0%}, by chance %{customdata:.0%}<extra>%{fullData.name}</extra>",
+            offsetgroup=str(i),
+        )
+        figure.add_bar(
+            x=rows["question"].tolist(),
+            y=floats(rows["by_chance"]),
+            name="by chance",
+            legendgroup="chance",
+            showlegend=i == 0,
+            marker={"color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 1.5}},
+            hoverinfo="skip",
+            offsetgroup=str(i),
+        )
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
+    pairs = len(births[["a", "b"]].drop_duplicates())
+    row = means.set_index("kind").loc["all"]
+    note = (
+        f"{pairs} pair{'s' * (pairs > 1)} of seeds. Of the features that are born in one, {row['born_too']:.0%} have a "
+        f"partner that is born too (by chance {row['born_too_by_chance']:.0%}); {row['same_birth']:.0%} of these at "
+        f"the same snapshot (by chance {row['same_birth_by_chance']:.0%})."
+    )
+    return Chart(figure, data, note)
+
+
+@figure(
     "seeds-rate",
     page="index",
     section="seeds",
