@@ -603,6 +603,19 @@ TABLES: tuple[Table, ...] = (
         ),
     ),
     Table(
+        "split_counts",
+        "kind of pair: split, merger or replacement",
+        "evolve",
+        _columns(
+            {
+                "kind": "split, merger or replacement.",
+                "n": "Pairs found.",
+                "by_chance": "Mean number with the snapshots in random orders; of replacements, with births permuted.",
+                "most_by_chance": "No more than this in 95% of the orders.",
+            }
+        ),
+    ),
+    Table(
         "dimensionality",
         "snapshot",
         "evolve",

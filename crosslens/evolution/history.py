@@ -58,7 +58,7 @@ from crosslens.evolution.lifecycles import (
 )
 from crosslens.evolution.presence import Decodability, DecodabilitySums
 from crosslens.evolution.selection import Sample, doubtful_snapshots
-from crosslens.evolution.splitting import JointActivity, splits
+from crosslens.evolution.splitting import JointActivity, split_counts
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,11 @@ class Evolution:
             lifecycles (of `lifecycles`, `measure` first). Births by measure: birth_counts (of `count_births`). Per
             feature: directions (cosine/<label>, with the row at the last snapshot), feature_dimensionality
             (dimensionality/<label>), encoder (share/<label>, of `encoder_share`), and scaling (of `latent_scaling`; not
-            for TopK and BatchTopK, where it equals the decoder norm). Per pair of features: replacements, splits. Per
-            snapshot: dimensionality (of `total_dimensionality`, with the participation_ratio of the activations),
-            doubtful (of `doubtful_snapshots`). Per pair of snapshots: rotation (of `rotation_per_interval`), cosines
-            (of `cosines_of_pairs`). Per feature and interval: agreement (of `top_agreement`). Those that need
+            for TopK and BatchTopK, where it equals the decoder norm). Per pair of features: replacements, splits, and
+            in split_counts their number beside that by chance. Per snapshot: dimensionality (of
+            `total_dimensionality`, with the participation_ratio of the activations), doubtful (of
+            `doubtful_snapshots`). Per pair of snapshots: rotation (of `rotation_per_interval`), cosines (of
+            `cosines_of_pairs`). Per feature and interval: agreement (of `top_agreement`). Those that need
             activations are left out where there were none.
 
         Raises:
@@ -245,6 +246,7 @@ class Evolution:
         lifecycles = pd.concat(parts, ignore_index=True)
         columns = ["measure", *(name for name in lifecycles if name != "measure")]
         found = self.pass_
+        splits, counts = split_counts(crosscoder, self.alive, presence=self.presence, seed=self.seed)
         tables = {
             "evolution": self.table,
             "lifecycles": pd.DataFrame(lifecycles[columns]),
@@ -254,10 +256,13 @@ class Evolution:
             ),
             "cosines": cosines_of_pairs(crosscoder, self.alive),
             "directions": per_feature(labels, cosine=rotation(crosscoder)),
-            "splits": splits(crosscoder, self.alive, presence=self.presence),
+            "splits": splits,
+            "split_counts": pd.DataFrame(counts),
         }
         if found is None:
             return tables
+        counts.append(found.joint.counts(self.lifecycles("norm"), self.seed))
+        tables["split_counts"] = pd.DataFrame(counts)
         each, total = self._dimensionality
         tables |= {
             "dimensionality": total.assign(participation_ratio=found.doubtful["participation_ratio"]),

@@ -8,11 +8,16 @@ A crosscoder can represent a split in two ways, and each has its own function:
    the same direction, and both are active on the same tokens. A feature with several successors has split; several
    features with one successor have merged. This takes two active features per token.
 
+No count of either stands without what chance gives (`split_counts`): for splits and mergers the same pairs with the
+snapshots in random orders, for replacements the pairs that agree in all but their dates with these dates permuted.
+
 Both look for pairs in blocks and never keep an F x F matrix. Both definitions are new here.
 Symbols: B tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +36,8 @@ from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms, 
 
 _BLOCK = 2048  # features at a time
 _PAIRS = 1 << 26  # tokens times pairs of features at a time
+_DRAWS = 200
+"""Random orders of the snapshots, or permutations of dates, for what chance gives."""
 
 
 @torch.no_grad()
@@ -104,8 +111,9 @@ class JointActivity:
     ) -> None:
         if max_gap < 0:
             raise UserError(f"max_gap={max_gap} must be 0 or more snapshots")
-        self.crosscoder, self.min_overlap = crosscoder, min_overlap
-        self.pairs, self.cosine = _candidates(crosscoder, lifecycles, max_gap, min_cosine)
+        self.crosscoder, self.min_overlap, self.max_gap = crosscoder, min_overlap, max_gap
+        # of any gap: those that agree in all but their dates say what chance gives
+        self.pairs, self.cosine = _candidates(crosscoder, lifecycles, crosscoder.n_snapshots, min_cosine)
         self.joint, self.n = torch.zeros(len(self.pairs), dtype=torch.float64), 0
 
     def add(self, block: Block) -> None:
@@ -117,25 +125,50 @@ class JointActivity:
         parts = self.pairs.split(max(1, _PAIRS // len(active)))
         self.joint += torch.cat([(active[:, part[:, 0]] & active[:, part[:, 1]]).sum(0) for part in parts])
 
+    def counts(self, lifecycles: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+        """How many replacements there are, and how many with the births permuted among the features that are born.
+
+        Args:
+            lifecycles: as of `result`.
+            seed: seed for the permutations.
+        """
+        dates, kept, _ = self._kept(lifecycles)
+        death, birth = dates["death"], dates["birth"]
+        first, second = self.pairs.numpy()[kept].T
+        born = np.flatnonzero(birth > 0)
+        rng, drawn = np.random.default_rng(seed), birth.copy()
+        by_chance: list[int] = []
+        for _ in range(_DRAWS):
+            drawn[born] = rng.permutation(birth[born])
+            by_chance.append(int((np.abs(death[first] - drawn[second]) <= self.max_gap).sum()))
+        n = int((np.abs(death[first] - birth[second]) <= self.max_gap).sum())
+        return {"kind": "replacement", "n": n, **_chance(by_chance)}
+
+    def _kept(self, lifecycles: pd.DataFrame) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Dates of all features, which pairs are active together often enough, and how often they are."""
+        dates = {name: lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth")}
+        rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
+        first, second = self.pairs.numpy().T
+        known = (dates["death"][first] >= 0) & (dates["birth"][second] >= 0)
+        low, high = rate[self.pairs].aminmax(dim=1)
+        overlap = ((self.joint / max(self.n, 1) / low - high) / (1 - high)).numpy()  # Loevinger's H
+        return dates, known & (overlap >= self.min_overlap), overlap
+
     def result(self, lifecycles: pd.DataFrame) -> pd.DataFrame:
         """The table of `replacements`.
 
         Args:
             lifecycles: by decoder norm, with firing rates; no dates for features that never fire.
         """
-        dates = {name: lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth")}
-        rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
+        dates, kept, overlap = self._kept(lifecycles)
         first, second = self.pairs.numpy().T
-        known = torch.from_numpy((dates["death"][first] >= 0) & (dates["birth"][second] >= 0))
-        low, high = rate[self.pairs].aminmax(dim=1)
-        overlap = (self.joint / max(self.n, 1) / low - high) / (1 - high)  # Loevinger's H
-        kept = known & (overlap >= self.min_overlap)
+        kept = kept & (np.abs(dates["death"][first] - dates["birth"][second]) <= self.max_gap)
         steps = snapshot_columns(self.crosscoder)["step"]
-        table = pd.DataFrame({"predecessor": first[kept.numpy()], "successor": second[kept.numpy()]})
+        table = pd.DataFrame({"predecessor": first[kept], "successor": second[kept]})
         for name, members in (("death", "predecessor"), ("birth", "successor")):
             table[name] = dates[name][table[members]]
             table[f"{name}_step"] = steps.take(table[name]).array
-        table["cosine"], table["overlap"] = self.cosine[kept].numpy(), overlap[kept].numpy()
+        table["cosine"], table["overlap"] = self.cosine.numpy()[kept], overlap[kept]
         table["successors"] = table.groupby("predecessor")["successor"].transform("size")
         table["predecessors"] = table.groupby("successor")["predecessor"].transform("size")
         several, joined = table["successors"] > 1, table["predecessors"] > 1
@@ -175,41 +208,133 @@ def splits(
     Raises:
         UserError: one snapshot only, or thresholds out of order.
     """
-    S = crosscoder.n_snapshots
-    require_two_snapshots("splitting", S)
-    if not -1 <= apart <= together <= 1:
-        raise UserError(f"apart={apart} and together={together} must satisfy -1 <= apart <= together <= 1")
-    present = relative_norms(crosscoder.decoder_norms) >= presence
-    if alive is not None:
-        present &= alive[:, None]
-    pairs = _neighbours(crosscoder, present, together)
-    rows = crosscoder.W_dec_by_snapshot
-    both = present[pairs[:, 0]] & present[pairs[:, 1]]
-    columns = [
-        cosine_similarity(rows[pairs[:, 0].to(rows.device), s].float(), rows[pairs[:, 1].to(rows.device), s].float())
-        for s in range(S)
+    return _PairsOverTime.of(crosscoder, alive, presence, together, apart).table(crosscoder)
+
+
+def split_counts(
+    crosscoder: Crosscoder,
+    alive: Bool[Tensor, " F"] | None = None,
+    *,
+    presence: float = 0.5,
+    together: float = 0.9,
+    apart: float = 0.7,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """The pairs of `splits`, and how many there are by chance: in random orders of the snapshots.
+
+    Args:
+        crosscoder: as of `splits`, as are the others.
+        alive: see there.
+        presence: see there.
+        together: see there.
+        apart: see there.
+        seed: seed for the orders.
+
+    Returns:
+        The table of `splits`; and for splits and mergers kind, n, by_chance (mean over 200 orders) and most_by_chance
+        (95 % of the orders have no more).
+
+    Raises:
+        UserError: as `splits`.
+    """
+    pairs = _PairsOverTime.of(crosscoder, alive, presence, together, apart)
+    found = pairs.changes()
+    rng = np.random.default_rng(seed)
+    drawn = [pairs.permuted(rng.permutation(crosscoder.n_snapshots)).changes() for _ in range(_DRAWS)]
+    rows = [
+        {
+            "kind": kind,
+            "n": int(getattr(found, kind).sum()),
+            **_chance([int(getattr(one, kind).sum()) for one in drawn]),
+        }
+        for kind in ("split", "merger")
     ]
-    cosines = torch.stack(columns, 1).cpu()
-    first, last = both.int().argmax(1), S - 1 - both.flip(1).int().argmax(1)
-    here = torch.arange(len(pairs))
-    before, after = cosines[here, first], cosines[here, last]
-    # where only one of the two is present, keep the state of the snapshot before, so that it does not count as a change
-    close = cosines >= (together + apart) / 2
-    for s in range(1, S):
-        close[:, s] = torch.where(both[:, s] | (s <= first), close[:, s], close[:, s - 1])
-    inside = torch.arange(1, S) > first[:, None]
-    changes = (close[:, 1:] != close[:, :-1]) & inside
-    split, merger = (before >= together) & (after < apart), (before < apart) & (after >= together)
-    kept = (changes.sum(1) == 1) & (split | merger)
-    at = (changes[kept].int().argmax(1) + 1).numpy()
-    table = pd.DataFrame({"feature": pairs[kept, 0].numpy(), "partner": pairs[kept, 1].numpy()})
-    table["kind"] = np.where(split[kept].numpy(), "split", "merger")
-    table["at"] = at
-    snapshots = snapshot_columns(crosscoder)
-    for unit in ("step", "tokens"):
-        table[f"at_{unit}"] = snapshots[unit].take(at).array
-    table["cosine_before"], table["cosine_after"] = before[kept].numpy(), after[kept].numpy()
-    return table
+    return pairs.table(crosscoder), rows
+
+
+class _Changes(NamedTuple):
+    """Which pairs split and which merge, at which snapshot, and their cosines before and after."""
+
+    split: Bool[np.ndarray, " n"]
+    merger: Bool[np.ndarray, " n"]
+    at: Int[np.ndarray, " n"]
+    before: Float[np.ndarray, " n"]
+    after: Float[np.ndarray, " n"]
+
+
+class _PairsOverTime(NamedTuple):
+    """Pairs of features that have the same direction at some snapshot.
+
+    Attributes:
+        pairs: the two features, the smaller number first.
+        cosines: of their rows at every snapshot.
+        both: where both are present.
+        together: least cosine of rows of the same direction.
+        apart: rows with a lower cosine have different directions.
+    """
+
+    pairs: Int[np.ndarray, "n 2"]
+    cosines: Float[np.ndarray, "n S"]
+    both: Bool[np.ndarray, "n S"]
+    together: float
+    apart: float
+
+    @classmethod
+    def of(
+        cls, crosscoder: Crosscoder, alive: Bool[Tensor, " F"] | None, presence: float, together: float, apart: float
+    ) -> _PairsOverTime:
+        """Compare all pairs of rows."""
+        S = crosscoder.n_snapshots
+        require_two_snapshots("splitting", S)
+        if not -1 <= apart <= together <= 1:
+            raise UserError(f"apart={apart} and together={together} must satisfy -1 <= apart <= together <= 1")
+        present = relative_norms(crosscoder.decoder_norms) >= presence
+        if alive is not None:
+            present &= alive[:, None]
+        pairs = _neighbours(crosscoder, present, together)
+        rows = crosscoder.W_dec_by_snapshot
+        first, second = (pairs[:, i].to(rows.device) for i in (0, 1))
+        columns = [cosine_similarity(rows[first, s].float(), rows[second, s].float()) for s in range(S)]
+        both = present[pairs[:, 0]] & present[pairs[:, 1]]
+        return cls(pairs.numpy(), torch.stack(columns, 1).cpu().numpy(), both.numpy(), together, apart)
+
+    def permuted(self, order: Int[np.ndarray, " S"]) -> _PairsOverTime:
+        """The same pairs with the snapshots in another order."""
+        return self._replace(cosines=self.cosines[:, order], both=self.both[:, order])
+
+    def changes(self) -> _Changes:
+        """Which pairs cross from together to apart, or back, exactly once."""
+        both, cosines = self.both, self.cosines
+        S = both.shape[1]
+        first, last = both.argmax(1), S - 1 - both[:, ::-1].argmax(1)
+        here = np.arange(len(both))
+        before, after = cosines[here, first], cosines[here, last]
+        # where only one of the two is present, keep the state of the snapshot before, so that it is no change
+        close = cosines >= (self.together + self.apart) / 2
+        for s in range(1, S):
+            close[:, s] = np.where(both[:, s] | (s <= first), close[:, s], close[:, s - 1])
+        turns = (close[:, 1:] != close[:, :-1]) & (np.arange(1, S) > first[:, None])
+        once = turns.sum(1) == 1
+        split = once & (before >= self.together) & (after < self.apart)
+        merger = once & (before < self.apart) & (after >= self.together)
+        return _Changes(split, merger, turns.argmax(1) + 1, before, after)
+
+    def table(self, crosscoder: Crosscoder) -> pd.DataFrame:
+        """The table of `splits`."""
+        found = self.changes()
+        kept = found.split | found.merger
+        table = pd.DataFrame({"feature": self.pairs[kept, 0], "partner": self.pairs[kept, 1]})
+        table["kind"] = np.where(found.split[kept], "split", "merger")
+        table["at"] = found.at[kept]
+        snapshots = snapshot_columns(crosscoder)
+        for unit in ("step", "tokens"):
+            table[f"at_{unit}"] = snapshots[unit].take(table["at"]).array
+        table["cosine_before"], table["cosine_after"] = found.before[kept], found.after[kept]
+        return table
+
+
+def _chance(counts: list[int]) -> dict[str, float]:
+    return {"by_chance": float(np.mean(counts)), "most_by_chance": float(np.quantile(counts, 0.95))}
 
 
 def _candidates(

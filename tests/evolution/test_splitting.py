@@ -13,9 +13,11 @@ import torch
 import crosslens.evolution.splitting
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
+from crosslens.evolution.firing import measure_firing
+from crosslens.evolution.held_out import read
 from crosslens.evolution.history import evolve
 from crosslens.evolution.lifecycles import classify_lifecycles
-from crosslens.evolution.splitting import replacements, splits
+from crosslens.evolution.splitting import JointActivity, replacements, split_counts, splits
 from crosslens.snapshots.collection import Snapshots
 from tests.given import Held, of_norms, of_rows, snapshots_at
 
@@ -203,3 +205,77 @@ def test_a_split_and_a_merger_by_hand() -> None:
         splits(of_rows(torch.ones(2, 1, 3)))
     with pytest.raises(UserError, match="apart=0.9 and together=0.8 must satisfy"):
         splits(cc, together=0.8, apart=0.9)
+
+
+# ---- by chance
+
+
+def pairs_of_rows(cosines: np.ndarray) -> Any:
+    """Pairs 2i, 2i + 1 of features whose rows have these cosines (n, S), and nothing in common with other pairs."""
+    n, S = cosines.shape
+    rows = torch.zeros(2 * n, S, 2 * n)
+    for i in range(n):
+        rows[2 * i, :, 2 * i] = 1
+        rows[2 * i + 1, :, 2 * i] = torch.from_numpy(cosines[i]).float()
+        rows[2 * i + 1, :, 2 * i + 1] = torch.from_numpy(np.sqrt(1 - cosines[i] ** 2)).float()
+    return of_rows(rows, snapshots_at(*range(S)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_chance_is_that_of_the_same_pairs_in_other_orders(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crosslens.evolution.splitting, "_DRAWS", 12)
+    rng = np.random.default_rng(seed)
+    cc = pairs_of_rows(np.clip(rng.normal(0.8, 0.15, (25, 5)), -1, 1))
+    cc.W_dec.data *= torch.from_numpy(rng.choice([0.2, 1.0, 1.0], (50, 5))).float().repeat_interleave(50, 1)
+    table, rows = split_counts(cc, seed=seed)
+    pd.testing.assert_frame_equal(table, splits(cc))
+    drawn = np.random.default_rng(seed)
+    found: dict[str, list[int]] = {"split": [], "merger": []}
+    for _ in range(12):
+        order = drawn.permutation(5)
+        kinds = splits(of_rows(cc.W_dec_by_snapshot[:, torch.from_numpy(order)], snapshots_at(*range(5))))["kind"]
+        for kind, counts in found.items():
+            counts.append(int((kinds == kind).sum()))
+    for row in rows:
+        assert row["n"] == (table["kind"] == row["kind"]).sum()
+        assert row["by_chance"] == pytest.approx(np.mean(found[row["kind"]]))
+        assert row["most_by_chance"] == pytest.approx(np.quantile(found[row["kind"]], 0.95))
+
+
+def test_pairs_without_order_do_not_exceed_chance_and_planted_splits_do() -> None:
+    rng, exceed = np.random.default_rng(0), 0
+    for seed in range(20):
+        cc = pairs_of_rows(np.clip(rng.normal(0.8, 0.2, (30, 6)), -1, 1))
+        exceed += sum(row["n"] > row["most_by_chance"] for row in split_counts(cc, seed=seed)[1])
+    assert exceed <= 4  # of 40, at 5 %
+    planted = np.where(np.arange(8) < rng.integers(1, 8, (15, 1)), 0.97, 0.3)
+    rows = {row["kind"]: row for row in split_counts(pairs_of_rows(planted))[1]}
+    assert rows["split"]["n"] == 15 > 2 * rows["split"]["most_by_chance"] and rows["merger"]["n"] == 0
+
+
+@torch.no_grad()
+def test_replacements_by_chance_have_their_births_permuted() -> None:
+    generator = torch.Generator().manual_seed(1)
+    F, S = 40, 6
+    rows = torch.nn.functional.normalize(torch.randn(F, 1, 3, generator=generator).expand(F, S, 3), dim=-1).clone()
+    births = torch.randint(0, S, (F,), generator=generator)
+    rows *= ((torch.arange(S) >= births[:, None]) & (torch.arange(S) < births[:, None] + 3))[..., None]
+    cc, acts = of_rows(rows, snapshots_at(*range(S))), Held(torch.randn(400, S, 3, generator=generator))
+    firing = measure_firing(cc, acts)
+    life = classify_lifecycles(cc.decoder_norms).assign(firing_rate=firing.rate)
+    joint = JointActivity(cc, life, min_overlap=0.2)
+    read(cc, acts, joint)
+    found, table = joint.counts(life, seed=3), joint.result(life)
+    pd.testing.assert_frame_equal(table, replacements(cc, acts, life, min_overlap=0.2))
+    assert found["n"] == len(table) > 0
+    every = replacements(cc, acts, life, min_overlap=0.2, max_gap=S)
+    birth = life["birth"].to_numpy(dtype=float, na_value=-1).astype(int)
+    born, rng = np.flatnonzero(birth > 0), np.random.default_rng(3)
+    counts = []
+    for _ in range(200):
+        drawn = birth.copy()
+        drawn[born] = rng.permutation(birth[born])
+        counts.append(sum(abs(row["death"] - drawn[row["successor"]]) <= 1 for row in every.to_dict("records")))
+    assert found["by_chance"] == pytest.approx(np.mean(counts))
+    assert found["most_by_chance"] == pytest.approx(np.quantile(counts, 0.95))

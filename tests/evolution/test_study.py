@@ -28,12 +28,13 @@ from crosslens.evolution.geometry import (
     rotation_per_interval,
     total_dimensionality,
 )
+from crosslens.evolution.held_out import read
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.phases import find_phases, measure_dynamics
 from crosslens.evolution.probes import probe, probe_errors, probe_parts, probe_presence
 from crosslens.evolution.selection import doubtful_snapshots, propose_snapshots, snapshot_similarity
-from crosslens.evolution.splitting import replacements, splits
+from crosslens.evolution.splitting import JointActivity, replacements, split_counts, splits
 from crosslens.report.figures import probes as probes_figures
 from crosslens.report.figures import rotation as rotation_figures
 from crosslens.report.figures import structure as structure_figures
@@ -81,6 +82,9 @@ def test_the_tables_are_those_of_the_analyses_alone(
     alive = torch.tensor(lifecycles["alive"].to_numpy())
     doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
     dimensionality = total_dimensionality(crosscoder, acts, presence=0.4, seed=5)
+    joint = JointActivity(crosscoder, lifecycles)
+    read(crosscoder, acts, joint)
+    counts = [*split_counts(crosscoder, alive, presence=0.4, seed=5)[1], joint.counts(lifecycles, 5)]
     expected = {
         "evolution": evolution.table,
         "lifecycles": pd.concat([evolution.lifecycles(m).assign(measure=m) for m in ("r2", "within", "norm")]),
@@ -93,6 +97,7 @@ def test_the_tables_are_those_of_the_analyses_alone(
         "scaling": latent_scaling(crosscoder, acts).to_frame(LABELS),
         "replacements": replacements(crosscoder, acts, lifecycles),
         "splits": splits(crosscoder, alive, presence=0.4),
+        "split_counts": pd.DataFrame(counts),
         "agreement": top_agreement(crosscoder, acts),
     }
     for name, table in expected.items():
@@ -157,7 +162,13 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     place = drawn.data["born"].tolist().index(at)
     assert drawn.figure.data[0].z[place][2] == pytest.approx(shares.median())
     counted = structure_figures.splits_and_replacements(
-        pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}), pd.DataFrame({"birth": [1, 1, 3]}), snapshots
+        pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}),
+        pd.DataFrame({"birth": [1, 1, 3]}),
+        pd.DataFrame({"kind": ["split", "merger"], "n": [1, 1], "by_chance": [0.25, 0], "most_by_chance": [2.0, 0]}),
+        snapshots,
+    )
+    assert counted.note == (
+        "1 split (by chance 0.2, in 95% of draws at most 2); 1 merger (by chance 0.0, in 95% of draws at most 0)."
     )
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
 
@@ -228,7 +239,7 @@ def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     assert "No feature has a decoder vector long enough" in rotation_figures.cosines(tables["cosines"].assign(n=0))
     none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
     snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
-    assert "No feature splits" in structure_figures.splits_and_replacements(*none, snapshots)
+    assert "No feature splits" in structure_figures.splits_and_replacements(*none, tables["split_counts"], snapshots)
 
 
 def test_topk_crosscoders_have_no_latent_scaling(acts: Read) -> None:
@@ -248,7 +259,16 @@ def test_one_snapshot_is_refused() -> None:
 def test_without_activations_there_are_the_tables_of_the_decoder(crosscoder: Any, acts: Read) -> None:
     evolution = evolve(crosscoder)
     tables = evolution.tables()
-    assert set(tables) == {"evolution", "lifecycles", "birth_counts", "rotation", "cosines", "directions", "splits"}
+    assert set(tables) == {
+        "evolution",
+        "lifecycles",
+        "birth_counts",
+        "rotation",
+        "cosines",
+        "directions",
+        "splits",
+        "split_counts",
+    }
     assert tables["rotation"]["null_angle"].isna().all()
     with pytest.raises(UserError, match="read without activations"):
         evolution.dimensionality  # noqa: B018

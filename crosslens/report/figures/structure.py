@@ -82,11 +82,11 @@ def dimensionality(table: Frame) -> Chart | str:
     page="evolution",
     section="evolution",
     title="Feature splitting and replacement",
-    tables=("splits", "replacements", "snapshots"),
+    tables=("splits", "replacements", "split_counts", "snapshots"),
     definition=(
         "Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from "
         "it on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on "
-        "the same tokens, dies."
+        "the same tokens, dies. By chance: with the snapshots in random orders, or with the dates of births permuted."
     ),
     optional=True,
     columns={
@@ -95,12 +95,13 @@ def dimensionality(table: Frame) -> Chart | str:
         "merger": "Pairs that share a direction from here on.",
     },
 )
-def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame) -> Chart | str:
+def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, snapshots: Frame) -> Chart | str:
     """Number of splits, mergers and replacements by snapshot.
 
     Args:
         splits: from `splits`.
         replacements: from `replacements`.
+        found: from `split_counts`.
         snapshots: snapshot, label, step.
     """
     axis = SnapshotAxis.of(snapshots, even=True)
@@ -120,7 +121,12 @@ def splits_and_replacements(splits: Frame, replacements: Frame, snapshots: Frame
     axis.apply(figure)
     data = counts.rename_axis("snapshot").reset_index()
     data.insert(1, "label", [axis.labels[i] for i in ids])
-    return Chart(figure, data, f"{int(counts.to_numpy().sum()):,} pairs in total.")
+    words = [
+        f"{row['n']:,} {row['kind']}{'s' * (row['n'] != 1)} (by chance {row['by_chance']:.1f}, in 95% of draws at most "
+        f"{row['most_by_chance']:.0f})"
+        for row in found.to_dict("records")
+    ]
+    return Chart(figure, data, f"{'; '.join(words)}.")
 
 
 @figure(
