@@ -6,6 +6,7 @@ cyclopts reads the options from the classes in `crosslens.config`. What is not i
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -106,6 +107,7 @@ def plan(
     found, out = plan(source, crosscoder, training, models=models, cache=cache, options=options), Output(json)
     out.say(str(found.plan))
     evolving: dict[str, float] | None = None
+    null: dict[str, float] | None = None
     if found.evolve is not None:
         held, seconds = found.evolve
         evolving = {"bytes": held, "cpu_seconds": seconds}
@@ -113,9 +115,21 @@ def plan(
             f"evolve: {held / 2**30:.2f} GiB of memory and {seconds / 60:.1f} min of one CPU core to read presence; "
             "it also runs whole models"
         )
+        passes = max(found.plan.passes, 1)
+        null = {
+            "forward_tokens": found.plan.forwards * passes,
+            "seconds": found.plan.seconds * passes,
+            "bytes": found.plan.live_bytes,
+        }
+        time = f", about {null['seconds']:,.0f} s" if math.isfinite(null["seconds"]) else ""
+        out.say(
+            f"evolve --untrained or --null: another training each, live and with nothing on disk: "
+            f"{null['forward_tokens']:,.0f} tokens through models{time}, {null['bytes'] / 2**30:.2f} GiB of memory for "
+            "models and activations, and the training steps"
+        )
     for line in found.untrained:
         out.say(line)
-    out.end(plan=found.plan, evolve=evolving, warnings=found.untrained)
+    out.end(plan=found.plan, evolve=evolving, null=null, warnings=found.untrained)
 
 
 @app.command

@@ -515,6 +515,8 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
     assert "evolve: 0." in out and "min of one CPU core to read presence" in out
+    (forwards,) = re.findall(r"forwards +([\d,]+) tokens for one pass", out)
+    assert f"evolve --untrained or --null: another training each, live and with nothing on disk: {forwards} tok" in out
     assert "step0: untrained (step 0)\nto leave these out: --steps 10,20" in out
 
 
