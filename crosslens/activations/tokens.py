@@ -33,9 +33,6 @@ Source: TypeAlias = str | Path | Tensor | NDArray[Any] | Iterable[Any]
 _PORTION = 1024
 """Sequences or documents that are read together, at most."""
 
-HELD_OUT_STRETCHES = 64
-"""Stretches of text that the held-out sequences are cut into: every second is in their first half."""
-
 _BUILDERS = {
     ".txt": "text",
     ".text": "text",
@@ -233,8 +230,7 @@ def split_sequences(
         name: name of the dataset, for messages.
 
     Returns:
-        Indices of the training sequences followed by those held out, and the number of training sequences. The two
-        halves of those held out are of different documents (`_alternate`).
+        Indices of the training sequences followed by those held out, and the number of training sequences.
 
     Raises:
         UserError: the dataset has too few tokens.
@@ -261,17 +257,7 @@ def split_sequences(
         if spare == len(counts):
             raise too_many
         training, spare = torch.cat([training, torch.tensor([spare])]), spare + 1
-    return torch.cat([training, _alternate(order[enough - n_held_out :])]), len(training)
-
-
-def _alternate(held_out: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Order held-out sequences so that their halves are stretches of text in turn.
-
-    What is fitted on one half and judged on the other is then judged on other documents, but for those at the ends of
-    stretches, and both halves are of the whole text.
-    """
-    stretches = held_out.sort().values.tensor_split(HELD_OUT_STRETCHES)
-    return torch.cat([*stretches[::2], *stretches[1::2]])
+    return torch.cat([training, order[enough - n_held_out :]]), len(training)
 
 
 def generator(*numbers: int) -> torch.Generator:

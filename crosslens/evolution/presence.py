@@ -3,8 +3,7 @@
 The decoder norm says what the dictionary writes; decodability says what the model holds. For feature i and snapshot s,
 with activations x_s scaled as for training:
 
-1. The held-out sequences are cut into two halves, the first A and the second B, which are of different documents
-   (`activations.tokens.split_sequences`).
+1. The held-out sequences are cut into two halves, the first A and the second B.
 2. On A, ridge regression of f_i on x_s: `w_is = (C_s + lambda_s I)^-1 c_is`, where C_s = Cov_A(x_s),
    c_is = Cov_A(x_s, f_i) and lambda_s = ridge tr(C_s) / D.
 3. On B, `R2_is = 1 - sum (f_i - fhat_is)^2 / sum (f_i - mean_A f_i)^2`: 1 if the snapshot predicts the feature exactly,
@@ -151,7 +150,7 @@ class DecodabilitySums:
                 stacklevel=4,
             )
         # first half, and n_groups groups of the second, all of the same number of units up to one
-        edges = np.linspace(-(-len(unit_ids) // 2), len(unit_ids), n_groups + 1).round().astype(int)
+        edges = np.linspace(len(unit_ids) // 2, len(unit_ids), n_groups + 1).round().astype(int)
         bounds = np.searchsorted(where, edges)  # (G + 1,) first tokens
         self.split, self.n = int(bounds[0]), len(types)
         self.group = np.searchsorted(bounds, np.arange(self.n), side="right") - 1  # -1 for the first half

@@ -25,7 +25,7 @@ from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
 from crosslens.activations.mixing import Mixed
 from crosslens.activations.plan import training_bytes
-from crosslens.activations.tokens import Dataset, special_positions, split_sequences
+from crosslens.activations.tokens import Dataset, special_positions
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshot, Snapshots
@@ -249,22 +249,6 @@ def test_held_out_sequences_are_not_in_training(snapshots: Snapshots):
         stream = torch.cat(list(acts.held_out(50)))
         expected = harvest(snapshots, acts.held_out_tokens(), HOOK)[acts.held_out_tokens() != 0]
         torch.testing.assert_close(stream, expected)  # in reading order
-
-
-@pytest.mark.parametrize("n", [10, 127, 640, 1000])
-def test_halves_of_what_is_held_out_are_of_other_documents_and_of_the_whole_text(n: int):
-    # sequence i is of document i // 40: at 1,000 of 10,000 sequences, four of a document are held out
-    order, n_train = split_sequences(torch.full((10 * n,), 7), 7 * 9 * n, 7 * n, seed=n, name="text")
-    held = order[n_train:]
-    assert len(held) == n and len(set(order.tolist())) == len(order)
-    halves = [set((half // 40).tolist()) for half in (held[: -(-n // 2)], held[-(-n // 2) :])]
-    assert len(halves[0] & halves[1]) <= 64  # documents at the ends of stretches
-    if n == 1000:
-        random = [set((half // 40).tolist()) for half in held[torch.randperm(n)].split(n // 2)]
-        assert len(random[0] & random[1]) > 150
-    for half in held[: -(-n // 2)], held[-(-n // 2) :]:
-        quarters = torch.bincount(half // (10 * n // 4 + 1), minlength=4)
-        assert bool((quarters > len(half) / 8).all())
 
 
 @pytest.mark.usefixtures("small_blocks")
