@@ -114,17 +114,17 @@ def births_of_partners(births: Frame) -> Chart:
     """
     means = births.groupby("kind", sort=False).mean(numeric_only=True).reset_index()
     questions = {
-        "have a partner": "shared",
-        "born in both": "born_too",
-        "at the same snapshot": "same_birth",
-        "at most one apart": "within_1",
+        "have a<br>partner": "shared",
+        "born<br>in both": "born_too",
+        "at the same<br>snapshot": "same_birth",
+        "at most<br>one apart": "within_1",
     }
     data = pd.concat(
         [
             pd.DataFrame(
                 {
                     "kind": means["kind"],
-                    "question": words,
+                    "question": words.replace("<br>", " "),
                     "share": means[column],
                     "by_chance": means[f"{column}_by_chance"],
                 }
@@ -136,7 +136,7 @@ def births_of_partners(births: Frame) -> Chart:
     figure = new_figure("share", barmode="group", bargap=0.25)
     for i, (kind, rows) in enumerate(data.groupby("kind", sort=False)):
         figure.add_bar(
-            x=rows["question"].tolist(),
+            x=list(questions),
             y=floats(rows["share"]),
             name=f"{kind} features",
             marker={"color": SERIES[i]},
@@ -145,7 +145,7 @@ def births_of_partners(births: Frame) -> Chart:
             offsetgroup=str(i),
         )
         figure.add_bar(
-            x=rows["question"].tolist(),
+            x=list(questions),
             y=floats(rows["by_chance"]),
             name="by chance",
             legendgroup="chance",
