@@ -462,6 +462,7 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     assert set(listed) == set(by_r2["feature"]) & kept
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_before_training(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     sweep = [

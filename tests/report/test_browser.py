@@ -156,10 +156,10 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.mark.parametrize(
     ("which", "width", "dark"),
     [
-        ("run", 1280, True),
+        ("three", 1280, False),
         *(
             pytest.param(*each, marks=pytest.mark.exhaustive)
-            for each in (("run", 375, False), ("three", 375, True), ("three", 1280, False))
+            for each in (("run", 375, False), ("three", 375, True), ("run", 1280, True))
         ),
     ],
 )
@@ -477,6 +477,7 @@ def test_features_open_from_figures_words_and_keys(browser: Any, run: RunDir) ->
     assert not visitor.troubles
 
 
+@pytest.mark.exhaustive
 def test_tasks_open_from_figures_search_and_keys(browser: Any, run: RunDir) -> None:
     visitor = Visitor(browser, run.report)
     page = visitor.open("index")
