@@ -2,10 +2,10 @@ from .cards import evolution_picture as evolution_picture
 from .cards import make_card as make_card
 from .export import export_sae as export_sae
 from .importers import import_crosscoder as import_crosscoder
+from .layouts import LAYOUTS as LAYOUTS
 from .pretrained import from_pretrained as from_pretrained
 from .publishing import Push as Push
 from .publishing import push_to_hub as push_to_hub
-from .registry import LAYOUTS as LAYOUTS
 from .registry import Entry as Entry
 from .registry import Release as Release
 from .registry import find_release as find_release

@@ -13,7 +13,8 @@ from crosslens.crosscoders.checksums import CONFIG, WEIGHTS
 from crosslens.crosscoders.inspection import inspect_config
 from crosslens.crosscoders.loading import as_dtype, load
 from crosslens.errors import UserError, check_inside, inside, shortened
-from crosslens.sharing.importers import import_crosscoder, layout_files
+from crosslens.sharing.importers import import_crosscoder
+from crosslens.sharing.layouts import LAYOUTS
 from crosslens.sharing.registry import Entry, Release, find_release, list_releases
 from crosslens.sharing.repositories import check_repository, fetch
 
@@ -50,7 +51,7 @@ def _from_release(release: Release, entry: Entry, device: str, dtype: str, revis
         assert release.folder is not None
         if revision is not None:
             raise UserError(f"release {release.name!r} is a folder and has no revision {revision!r}: leave it out")
-        place = inside(release.folder, entry.path, "path")
+        place = release.folder if entry.path == "." else inside(release.folder, entry.path, "path")
     else:
         place = _download(release.repo_id, entry.path, revision or release.revision, release.layout)
     if release.layout is None:
@@ -69,7 +70,7 @@ def _from_release(release: Release, entry: Entry, device: str, dtype: str, revis
 
 def _download(repo: str, path: str, revision: str | None, layout: str | None = None) -> Path:
     """Download a crosscoder and return its folder; its config is checked before the weights are downloaded."""
-    names = [f"{path}/{CONFIG}", f"{path}/{WEIGHTS}"] if layout is None else layout_files(layout, path)
+    names = [f"{path}/{CONFIG}", f"{path}/{WEIGHTS}"] if layout is None else LAYOUTS[layout].files(path)
     config = fetch(repo, names[0], revision)
     if layout is None:
         inspect_config(config)

@@ -7,7 +7,7 @@ files in the environment variable CROSSLENS_REGISTRY (separated as in PATH), the
       model: pythia-160m                  # name used in tables
       repo_id: someone/repository         # on the hub; or folder: a path relative to the registry
       revision: v1                        # of the repository; default: the main branch
-      conversion_func: openmoss           # a layout of crosslens.sharing.importers; default: crosslens's own
+      conversion_func: openmoss           # one of crosslens.sharing.layouts; default: crosslens's own
       licence: MIT
       dataset: what it was trained on
       snapshots:                          # folder: path; or
@@ -16,7 +16,7 @@ files in the environment variable CROSSLENS_REGISTRY (separated as in PATH), the
         trained: [step1000]               # labels of those that the crosscoders were trained on; default: all
       saes:
       - id: blocks.6.hook_resid_post      # the id to pass to from_pretrained
-        path: blocks.6.hook_resid_post    # folder in the repository
+        path: blocks.6.hook_resid_post    # folder in the repository, . for the repository itself
         hook_name: blocks.6.hook_resid_post
         variance_explained: 0.91          # expected on held-out tokens, like l0
         l0: 64.2
@@ -34,13 +34,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosslens.errors import UserError, check_inside, did_you_mean, inside, read_yaml, shortened
+from crosslens.sharing.layouts import LAYOUTS
 from crosslens.sharing.repositories import check_repository, check_revision
 
 if TYPE_CHECKING:
     from crosslens.snapshots.collection import Snapshots
 
-LAYOUTS = ("crosscoding_through_time", "ckkissane", "openmoss")
-"""Layouts of other projects that `crosslens.sharing.importers` reads."""
 EMBEDDED = Path(__file__).parent / "pretrained.yaml"
 VARIABLE = "CROSSLENS_REGISTRY"
 
@@ -274,7 +273,8 @@ def _release(path: Path, name: Any, value: Any) -> Release:
 def _entry(where: str, value: Any) -> Entry:
     where = f"{where}, saes"
     _check_keys(where, value, _ENTRY_KEYS, ("id", "path"))
-    check_inside(value["path"], f"{where}: path")
+    if value["path"] != ".":  # the repository itself
+        check_inside(value["path"], f"{where}: path")
     if not all(isinstance(key, str) for key in value.get("config", {})):
         raise UserError(f"{where}: the keys of config must be field names such as d_sae")
     for key in ("variance_explained", "l0"):
