@@ -26,12 +26,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
-from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders import TRAINING_ARCHITECTURES, Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.distributed.strategy import ONE_PROCESS
 from crosslens.errors import UserError
+from crosslens.training.continuation import start_from
 from crosslens.training.progress import tell
 
+NEW_NORM = 0.1
+"""Of the decoder rows of features that a continued crosscoder gets, where the norm would be searched."""
 LITTLE = 0.25  # share of variance in the mean squared norm below which `train` warns
 CONSTANT = 1e-10  # share below which activations are constant: float32 rounds at 1e-14 of the square
 
@@ -45,6 +48,7 @@ def initialise(
     seed: int,
     parallel: Parallel = ALONE,
     first: Sequence[Float[Tensor, "B S D"]] | None = None,
+    source: Crosscoder | None = None,
 ) -> CrosscoderTrainingSAE:
     """A crosscoder ready to train.
 
@@ -56,13 +60,14 @@ def initialise(
         seed: seed for the weights.
         parallel: the processes that train it; together they start from the weights that one process would start from.
         first: the batches that `first_batches` counts, if they have been read already.
+        source: whose weights it starts from, checked by `crosslens.training.continuation.check_source`.
 
     Raises:
         UserError: the activations of a snapshot are constant, all zero, or not finite.
     """
-    searched = architecture.decoder_init_norm is None
-    if searched:
-        architecture = dataclasses.replace(architecture, decoder_init_norm=1.0)
+    searched = architecture.decoder_init_norm is None and source is None
+    if architecture.decoder_init_norm is None:
+        architecture = dataclasses.replace(architecture, decoder_init_norm=1.0 if searched else NEW_NORM)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae = _made(architecture, parallel)
@@ -72,6 +77,9 @@ def initialise(
     scale = snapshot_scales(moments, architecture.scale, acts)
     if parallel.rank == 0:
         name_constant(moments, architecture.scale, acts)
+    if source is not None:
+        start_from(sae, source, moments.means, scale)
+        return sae
     sae.activation_scale.copy_(scale)
     with torch.no_grad():
         if architecture.bias_init == "mean":

@@ -21,6 +21,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -40,6 +41,7 @@ from crosslens.errors import UserError
 from crosslens.rundir import RunDir, all_checkpoints, delete, without_paths
 from crosslens.training.checkpoints import save_whole
 from crosslens.training.config import TrainConfig, check_warm_up
+from crosslens.training.continuation import check_source, open_source, source_digest
 from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import first_batches, initialise, uninitialised
 from crosslens.training.logging import wandb_run
@@ -58,21 +60,29 @@ _ORDER = (
 )
 
 
-def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig | None = None) -> Crosscoder:
+def train(
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig | None = None,
+    *,
+    init_from: Crosscoder | str | Path | None = None,
+) -> Crosscoder:
     """Train a crosscoder on the activations of all snapshots.
 
     Args:
         acts: live or cached activations.
         architecture: one of the four training configs; shapes and metadata are filled in from `acts`.
         config: how to train.
+        init_from: start from the weights of this crosscoder, or the one in this folder or run directory, which may have
+            fewer features and fewer snapshots (`crosslens.training.continuation`).
 
     Returns:
         The inference crosscoder, in eval mode, without gradients. With several processes (torchrun), rank 0 returns it
         on the CPU; the others return it on the meta device, without weights.
 
     Raises:
-        UserError: shapes that contradict the data, a snapshot whose activations are zero or not finite, or the run
-            directory of another run.
+        UserError: shapes that contradict the data, a snapshot whose activations are zero or not finite, an `init_from`
+            that cannot be continued, or the run directory of another run.
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
     """
     config = config or TrainConfig()
@@ -81,12 +91,13 @@ def train(acts: Activations, architecture: CrosscoderTrainingConfig, config: Tra
             f"run_dir=None, but {n_processes()} processes train this crosscoder and none of them holds all of it; "
             "give a run_dir that all of them can access"
         )
+    source = None if init_from is None else open_source(init_from)
     parallel, device = join(config.device, config.data_parallel)
     with ExitStack() as logging:
         with parallel.first() as first:
             if first and config.run_dir is not None:
                 logging.enter_context(RunDir(config.run_dir).writing())
-        trained = _fit(acts, architecture, dataclasses.replace(config, device=device), parallel, logging)
+        trained = _fit(acts, architecture, dataclasses.replace(config, device=device), parallel, logging, source)
         if not isinstance(trained, RunDir):
             crosscoder = trained
         elif parallel.alone:
@@ -104,24 +115,25 @@ def _fit(
     config: TrainConfig,
     parallel: Parallel,
     logging: ExitStack,
+    source: Crosscoder | None,
 ) -> Crosscoder | RunDir:
     """Train; return the run directory that the crosscoder was saved in, or without one the crosscoder."""
     check_split(n_processes(), config.data_parallel, architecture.d_sae, config.batch_size)
     finished = False
     with parallel.first() as first:
         if first:
-            architecture, run = claim(acts, architecture, config)
+            architecture, run = claim(acts, architecture, config, source=source)
             if run is not None and not config.resume:
                 _delete_checkpoints(run)
             finished = run is not None and config.resume and _is_whole(run)
         else:
-            architecture, run = _claimed(acts, architecture, config)
+            architecture, run = _claimed(acts, architecture, config, source)
     if run is not None and parallel.count(int(finished)):  # rank 0 decides; on a network others may not see it yet
         if parallel.rank == 0:
             tell(f"{run.path} holds this crosscoder: it is loaded, not trained again")
         return run
     began = time.perf_counter()
-    trainer, batches = _trainer(acts, architecture, config, run, parallel)
+    trainer, batches = _trainer(acts, architecture, config, run, parallel, source)
     sae, trainer.data_provider = trainer.sae, batches
     trainer.cfg.logger.log_to_wandb = _start_wandb(config, sae, run, parallel, logging)
     resumed, started = trainer.n_training_samples, time.perf_counter()
@@ -198,6 +210,7 @@ def _trainer(
     config: TrainConfig,
     run: RunDir | None,
     parallel: Parallel,
+    source: Crosscoder | None,
 ) -> tuple[CrosscoderTrainer, Batches]:
     """A trainer that continues from the last checkpoint, or else one at the start, and its batches from there on."""
 
@@ -223,6 +236,7 @@ def _trainer(
         seed=config.seed,
         parallel=parallel,
         first=first,
+        source=source,
     )
     return made(sae), batches
 
@@ -281,7 +295,12 @@ def _checkpoint_at_sigterm(trainer: CrosscoderTrainer) -> Generator[None, None, 
 
 
 def claim(
-    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, *, cache_dtype: str | None = None
+    acts: Activations,
+    architecture: CrosscoderTrainingConfig,
+    config: TrainConfig,
+    *,
+    cache_dtype: str | None = None,
+    source: Crosscoder | None = None,
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
     """Complete the architecture and make `config.run_dir`, if given, the directory of this training.
 
@@ -291,17 +310,21 @@ def claim(
         config: how to train.
         cache_dtype: of the cache that they will be read from, if they are live still: its order and rounding are not
             those of live activations.
+        source: whose weights the training starts from.
 
     Returns:
         The completed architecture, and the run directory or None.
 
     Raises:
-        UserError: shapes that contradict the data, or the run directory of another run.
+        UserError: shapes that contradict the data, a source that cannot be continued, or the run directory of another
+            run.
     """
-    architecture, run = _claimed(acts, architecture, config)
+    architecture, run = _claimed(acts, architecture, config, source)
     if run is None:
         return architecture, None
     identity = training_identity(acts, architecture, config, config.training_tokens or acts.n_tokens, cache_dtype)
+    if source is not None:
+        identity["init_from"] = source_digest(source)
     run.claim(identity, hints={"data_order": _ORDER, "cache_dtype": _ROUNDING})
     try:
         run.update(source=acts.to_dict())
@@ -311,13 +334,16 @@ def claim(
 
 
 def _claimed(
-    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig
+    acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig, source: Crosscoder | None
 ) -> tuple[CrosscoderTrainingConfig, RunDir | None]:
     """The result of `claim`, without claiming: for processes other than the one that claimed."""
     acts.check_batch(config.batch_size)
     check_warm_up(config, (config.training_tokens or acts.n_tokens) // config.batch_size)
     run = None if config.run_dir is None else RunDir(config.run_dir)
-    return complete(architecture, acts, config.device), run
+    architecture = complete(architecture, acts, config.device)
+    if source is not None:
+        check_source(source, architecture)
+    return architecture, run
 
 
 def complete(
