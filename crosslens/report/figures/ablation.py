@@ -56,14 +56,11 @@ _COLUMNS = {
     section="ablation",
     title="Ablating the top k features, last snapshot",
     tables=("ablation/<task>",),
-    definition=(
-        "Share of the clean metric that remains when k features are ablated and the error node is kept. Top features "
-        "have the largest signed IE."
-    ),
     columns=_COLUMNS,
 )
 def ablate_by_size(table: Frame) -> Chart | str:
-    """`ablation_by_size` of the sets that are ablated."""
+    """Share of the clean metric that remains when k features are ablated and the error node is kept. Top features have
+    the largest signed IE."""
     return ablation_by_size(table, "ablate")
 
 
@@ -73,14 +70,11 @@ def ablate_by_size(table: Frame) -> Chart | str:
     section="ablation",
     title="Keeping only the top k features, last snapshot",
     tables=("ablation/<task>",),
-    definition=(
-        "Share of the clean metric when only k features are kept, without the error node. Top features have the "
-        "largest |IE|."
-    ),
     columns=_COLUMNS,
 )
 def keep_by_size(table: Frame) -> Chart | str:
-    """`ablation_by_size` of the sets that are kept."""
+    """Share of the clean metric when only k features are kept, without the error node. Top features have the largest
+    |IE|."""
     return ablation_by_size(table, "keep")
 
 
@@ -124,11 +118,10 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     section="ablation",
     title="Ablating the top features, all snapshots",
     tables=("ablation/<task>",),
-    definition="The same at one set size; the top features are selected separately at each snapshot.",
     columns=_COLUMNS,
 )
 def ablate_over_snapshots(table: Frame) -> Chart | str:
-    """`ablation_over_snapshots` of the sets that are ablated."""
+    """The same at one set size; the top features are selected separately at each snapshot."""
     return ablation_over_snapshots(table, "ablate")
 
 
@@ -138,11 +131,10 @@ def ablate_over_snapshots(table: Frame) -> Chart | str:
     section="ablation",
     title="Keeping only the top features, all snapshots",
     tables=("ablation/<task>",),
-    definition="The same at one set size; the top features are selected separately at each snapshot.",
     columns=_COLUMNS,
 )
 def keep_over_snapshots(table: Frame) -> Chart | str:
-    """`ablation_over_snapshots` of the sets that are kept."""
+    """The same at one set size; the top features are selected separately at each snapshot."""
     return ablation_over_snapshots(table, "keep")
 
 
@@ -231,16 +223,13 @@ def _ablation_data(rows: Frame) -> Frame:
     section="ablation",
     title="Exchanging or zeroing the top features, all snapshots",
     tables=("ablation/<task>", "zeroing/<task>"),
-    definition=(
-        "Share of the clean metric that remains when the top features of a snapshot take their values on the paired "
-        "prompt, and when they are set to zero. An exchange of all that the pair differs in reverses the metric; "
-        "zeroing can only take away."
-    ),
     columns=_COLUMNS,
     optional=True,
 )
 def zeroing(table: Frame, zeroed: Frame) -> Chart | str:
-    """Both edits of the top features over snapshots, and those of as many as change the activation as much."""
+    """Share of the clean metric that remains when the top features of a snapshot take their values on the paired
+    prompt, and when they are set to zero. An exchange of all that the pair differs in reverses the metric; zeroing can
+    only take away."""
     k = int(zeroed["k"].iloc[0])
     exchanged = table[(table["k"] == k) & (table["mode"] == "ablate")]
     rows = pd.concat([_shares(exchanged, "ablate"), _shares(zeroed, "ablate")]).sort_values("snapshot")
@@ -267,14 +256,11 @@ def zeroing(table: Frame, zeroed: Frame) -> Chart | str:
     section="ablation",
     title="Additivity of effects",
     tables=("additivity/<task>", "additivity/<task>.snapshots", "names"),
-    definition=(
-        "Effect of ablating two features together, against the sum of their single effects. Where points leave the "
-        "line, the effect of a set is not the sum of the effects of its features."
-    ),
     optional=True,
 )
 def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Chart:
-    """Joint effects of pairs of features against the sum of their single effects, at the last snapshot measured.
+    """Effect of ablating two features together, against the sum of their single effects. Where points leave the line,
+    the effect of a set is not the sum of the effects of its features.
 
     Args:
         pairs: `Additivity.pairs`.
@@ -321,16 +307,12 @@ def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Char
     section="ablation",
     title="Transfer between snapshots",
     tables=("transfer/<task>",),
-    definition=(
-        "Effect of ablating the top features of one snapshot (row) at another (column), as a share of the effect of "
-        "ablating all features there. Where a row is below the column's diagonal, the model uses other features by "
-        "then."
-    ),
     wide=True,
     optional=True,
 )
 def transfer(table: Frame) -> Chart | str:
-    """Effect of ablating the top features of each snapshot (rows) at every snapshot (columns)."""
+    """Effect of ablating the top features of one snapshot (row) at another (column), as a share of the effect of
+    ablating all features there. Where a row is below the column's diagonal, the model uses other features by then."""
     if table["share"].notna().sum() == 0:
         return "Ablating all features changes the metric too little at every snapshot to divide by."
     wide = table.pivot(index="selected_at", columns="ablated_at", values="share").to_numpy(dtype=float)

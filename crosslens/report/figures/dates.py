@@ -41,16 +41,13 @@ _STATES = ("neither", "represented", "read out", "both")
     section="dates",
     title="Dates of the top features",
     tables=("dates/<task>", "snapshots", "names"),
-    definition=(
-        "A row per feature with the largest |IE| at the last snapshot; a mark where each of the readings above first "
-        "holds for two snapshots in a row. The bar is the 95% interval of “concept readable” over groups of prompts; "
-        "the vertical line is where the model succeeds at the task."
-    ),
     wide=True,
     optional=True,
 )
 def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
-    """Marks of all dates, a row per feature.
+    """A row per feature with the largest |IE| at the last snapshot; a mark where each of the readings above first holds
+    for two snapshots in a row. The bar is the 95% interval of “concept readable” over groups of prompts; the vertical
+    line is where the model succeeds at the task.
 
     Args:
         table: from `feature_dates`.
@@ -126,15 +123,11 @@ def _middle(dates: pd.Series, axis: SnapshotAxis) -> str:
     section="dates",
     title="Concept readable: R² on paired prompts",
     tables=("concepts/<task>.curves", "concepts/<task>", "dates/<task>", "names"),
-    definition=(
-        "How well the difference between a snapshot's activations on two paired prompts predicts the difference of the "
-        "feature, by ridge regression fitted on the pairs of other groups of prompts. Bands are 95% intervals over "
-        "groups."
-    ),
     optional=True,
 )
 def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | None = None) -> Chart | str:
-    """R2 on paired prompts over snapshots, of the features with the largest effects.
+    """How well the difference between a snapshot's activations on two paired prompts predicts the difference of the
+    feature, by ridge regression fitted on the pairs of other groups of prompts. Bands are 95% intervals over groups.
 
     Args:
         curves: from `concept_births`.
@@ -171,18 +164,15 @@ def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | No
     section="dates",
     title="Represented and read out",
     tables=("read_out/<task>", "concepts/<task>.curves", "concepts/<task>", "names"),
-    definition=(
-        "Represented: R² on paired prompts is at least .7 of its largest. Read out: the feature's values at the last "
-        "snapshot, put into this one, move the metric by a tenth or more of what they do at the last, and by more than "
-        "random directions do. On the held-out half of the prompts."
-    ),
     optional=True,
     columns={"state": "neither, represented, read out or both."},
 )
 def represented_and_read(
     read: Frame, curves: Frame | None = None, births: Frame | None = None, names: Frame | None = None
 ) -> Chart | str:
-    """Which of two things hold for each feature at each snapshot.
+    """Represented: R² on paired prompts is at least .7 of its largest. Read out: the feature's values at the last
+    snapshot, put into this one, move the metric by a tenth or more of what they do at the last, and by more than random
+    directions do. On the held-out half of the prompts.
 
     Args:
         read: from `read_out`.

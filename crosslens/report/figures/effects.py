@@ -67,16 +67,12 @@ _COLUMNS = {
     section="effects",
     title="Features with the largest effects",
     tables=("attribution/<task>", "attribution/<task>.snapshots", "names"),
-    definition=(
-        "IE ± standard error over prompts, in logits, by snapshot, the last one first: features with a significant "
-        "effect at some snapshot, largest |IE| first, then, in grey, the largest others. Blue supports the correct "
-        "answer, orange opposes it."
-    ),
     wide=True,
 )
 def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> Grid | str:
-    """IE and its standard error by snapshot, the last first, for the features with the largest effects, tinted by sign
-    and size; below those with a significant effect, the largest others in grey.
+    """IE ± standard error over prompts, in logits, by snapshot, the last one first: features with a significant effect
+    at some snapshot, largest |IE| first, then, in grey, the largest others. Blue supports the correct answer, orange
+    opposes it.
 
     Args:
         table: from `Attribution.to_frame`.
@@ -143,14 +139,11 @@ def _agreement(snapshots: Frame) -> str:
     section="effects",
     title="Relative effect, of shares (share RelIE)",
     tables=("attribution/<task>", "names", "chance@<task>"),
-    definition=(
-        "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a "
-        "significant effect at some snapshot."
-    ),
     columns=_COLUMNS,
 )
 def share_relie_lines(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
-    """`relative_effects` of share RelIE."""
+    """Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a
+    significant effect at some snapshot."""
     return relative_effects(table, names, chance, "share_relie")
 
 
@@ -160,14 +153,11 @@ def share_relie_lines(table: Frame, names: Frame | None = None, chance: Frame | 
     section="effects",
     title="Relative effect (RelIE)",
     tables=("attribution/<task>", "names"),
-    definition=(
-        "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at "
-        "some snapshot."
-    ),
     columns=_COLUMNS,
 )
 def relie_lines(table: Frame, names: Frame | None = None) -> Chart | str:
-    """`relative_effects` of RelIE."""
+    """Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at some
+    snapshot."""
     return relative_effects(table, names, column="relie")
 
 
@@ -328,18 +318,9 @@ def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
     return Chart(figure, data, note)
 
 
-@figure(
-    "ie",
-    page="task",
-    section="effects",
-    title="Signed effect (IE)",
-    tables=("attribution/<task>", "names"),
-    definition=(
-        "Mean effect over prompts, in logits. Positive values support the correct answer, negative ones oppose it."
-    ),
-)
+@figure("ie", page="task", section="effects", title="Signed effect (IE)", tables=("attribution/<task>", "names"))
 def signed_effects(table: Frame, names: Frame | None = None) -> Chart | str:
-    """Signed IE of the features that `relative_effects` draws as lines, and of the largest others in grey."""
+    """Mean effect over prompts, in logits. Positive values support the correct answer, negative ones oppose it."""
     if table["ie"].notna().sum() == 0:
         return NOTHING
     chart = _feature_lines(table, names, "ie", "IE (logits)", fill=True)
@@ -388,14 +369,11 @@ def _which(table: Frame, drawn: int, others: int = 0) -> str:
     section="effects",
     title="Signed and relative effects",
     tables=("attribution/<task>", "names", "chance@<task>"),
-    definition=(
-        "A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that act "
-        "mostly at that snapshot, points on the left to features that act mostly at others."
-    ),
     wide=True,
 )
 def signed_against_relative(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
-    """Signed IE against share RelIE, a point per feature and snapshot, for the features with the largest effects.
+    """A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that act mostly at
+    that snapshot, points on the left to features that act mostly at others.
 
     Arguments as in `relative_effects`.
     """
@@ -420,15 +398,12 @@ def signed_against_relative(table: Frame, names: Frame | None = None, chance: Fr
     section="effects",
     title="Decomposition of the metric",
     tables=("completeness/<task>",),
-    definition=(
-        "Clean metric, baseline metric, and the summed effects of all features and of the error node by integrated "
-        "gradients, in logits. Features + error node + baseline add up to the clean metric."
-    ),
     wide=True,
     optional=True,
 )
 def effect_budget(table: Frame) -> Chart:
-    """The clean and baseline metrics, and the contributions of the features and the error node."""
+    """Clean metric, baseline metric, and the summed effects of all features and of the error node by integrated
+    gradients, in logits. Features + error node + baseline add up to the clean metric."""
     rows = table.sort_values("snapshot").reset_index(drop=True)
     names = {
         "metric_clean": "clean metric",
@@ -451,16 +426,13 @@ def effect_budget(table: Frame) -> Chart:
     section="effects",
     title="Which measure says when a feature acts",
     tables=("validation/<task>.summary",),
-    definition=(
-        "Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. Correlation "
-        "of each measure with these exact effects: over the snapshots of a feature (when it acts), and over features, "
-        "of the ratio between neighbouring snapshots (which features grow)."
-    ),
     wide=True,
     optional=True,
 )
 def validation(summary: Frame) -> Chart:
-    """How well each measure predicts exact effects over snapshots, with intervals.
+    """Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. Correlation of
+    each measure with these exact effects: over the snapshots of a feature (when it acts), and over features, of the
+    ratio between neighbouring snapshots (which features grow).
 
     Args:
         summary: `Validation.summary`.

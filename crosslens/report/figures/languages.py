@@ -12,15 +12,12 @@ from crosslens.report.entries import figure
     section="effects",
     title="Features shared between languages",
     tables=("languages/<task>",),
-    definition=(
-        "Number of features among those with the largest |IE| in both languages, and the number expected if each "
-        "feature is replaced by one of about its size, of those active in both."
-    ),
     wide=True,
     optional=True,
 )
 def language_overlap(table: Frame) -> Chart:
-    """Number of top features that two languages share, and what chance would give.
+    """Number of features among those with the largest |IE| in both languages, and the number expected if each feature
+    is replaced by one of about its size, of those active in both.
 
     Args:
         table: from `compare_languages`, of one k.

@@ -53,17 +53,14 @@ _COLUMNS = {
     section="evolution",
     title="Presence over training",
     tables=("evolution", "lifecycles", "snapshots", "names"),
-    definition=(
-        "v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, birth and "
-        "peak, then clustered by their curves. Drag to zoom in; a click opens the feature."
-    ),
     wide=True,
     columns=_COLUMNS,
 )
 def evolution_map(
     evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None, measure: str | None = None
 ) -> Chart | str:
-    """Heat map of relative presence, with features ordered by origin, birth and peak, then clustered.
+    """v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, birth and peak,
+    then clustered by their curves. Drag to zoom in; a click opens the feature.
 
     Args:
         evolution: a row per feature and snapshot, from `evolve`.
@@ -189,19 +186,16 @@ _NULLS = {"untrained": "models that never trained", "exchangeable": "models of o
     section="evolution",
     title="Births with their controls",
     tables=("birth_counts",),
-    definition=(
-        "Share of features that are born after the first snapshot, over the threshold of presence (a share of the "
-        "feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot "
-        "alone predict the feature on held-out tokens; within-token R² is what the context adds. Bars: 95 % intervals "
-        "over groups of sequences. A count is believable as far as it exceeds the same count in a crosscoder over "
-        "models without a history: untrained, or trained ones that differ in their seeds. With the snapshots reversed, "
-        "features that fade are counted, and noise. Lexical features vary mostly between token types."
-    ),
     wide=True,
     optional=True,
 )
 def birth_counts(table: Frame) -> Chart | str:
-    """Births over thresholds of presence by each measure: forward, reversed in time, and in untrained models.
+    """Share of features that are born after the first snapshot, over the threshold of presence (a share of the
+    feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot alone
+    predict the feature on held-out tokens; within-token R² is what the context adds. Bars: 95 % intervals over groups
+    of sequences. A count is believable as far as it exceeds the same count in a crosscoder over models without a
+    history: untrained, or trained ones that differ in their seeds. With the snapshots reversed, features that fade are
+    counted, and noise. Lexical features vary mostly between token types.
 
     Args:
         table: from `count_births`, with or without nulls.
@@ -270,10 +264,6 @@ def birth_counts(table: Frame) -> Chart | str:
     section="evolution",
     title="Births",
     tables=("lifecycles", "snapshots"),
-    definition=(
-        "Number of emergent features by the snapshot of birth by R², and whether they persist to the last snapshot; "
-        "beside it, the number by decoder norm."
-    ),
     columns={
         "persistent": "Features born here that are present at the last snapshot.",
         "transient": "Features born here that disappear for good.",
@@ -281,7 +271,8 @@ def birth_counts(table: Frame) -> Chart | str:
     },
 )
 def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
-    """Number of emergent features by snapshot of birth, stacked by fate, with those by decoder norm beside them."""
+    """Number of emergent features by the snapshot of birth by R², and whether they persist to the last snapshot; beside
+    it, the number by decoder norm."""
     measure = main_measure(lifecycles)
     alive = by_measure(lifecycles).dropna(subset=["origin"])
     emergent = alive[alive["origin"] == "emergent"]
@@ -327,14 +318,13 @@ def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
     section="evolution",
     title="Origin and fate",
     tables=("lifecycles",),
-    definition="Number of features by origin, and whether they persist to the last snapshot, by every measure.",
     columns={
         "persistent": "Features of this origin that are present at the last snapshot.",
         "transient": "Features of this origin that disappear for good.",
     },
 )
 def origins(lifecycles: Frame) -> Chart | str:
-    """Number of features by origin, stacked by fate, for every measure of presence."""
+    """Number of features by origin, and whether they persist to the last snapshot, by every measure."""
     read = lifecycles.dropna(subset=["origin"])
     if read.empty:
         return _ALL_DEAD
@@ -371,14 +361,11 @@ def origins(lifecycles: Frame) -> Chart | str:
     section="evolution",
     title="Decoder norms over training",
     tables=("evolution", "lifecycles", "snapshots", "names"),
-    definition=(
-        "The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles that "
-        "follow from it. Norms do not know the direction of time: see the births with their controls."
-    ),
     wide=True,
     optional=True,
     columns=_COLUMNS,
 )
 def norm_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
-    """The same by decoder norm."""
+    """The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles that follow
+    from it. Norms do not know the direction of time: see the births with their controls."""
     return evolution_map(evolution, lifecycles, snapshots, names, "norm")

@@ -40,17 +40,14 @@ _SHARES = {
     section="phases",
     title="N-gram statistics and features",
     tables=("dynamics", "phases"),
-    definition=(
-        "Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, averaged over "
-        "contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed; "
-        "features that have settled (cosine to their final direction at least 0.5 from here on); features present, by "
-        "R²; total dimensionality / d_model."
-    ),
     wide=True,
     optional=True,
 )
 def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
-    """KL from n-gram predictions and loss in the upper panel, shares of features in the lower one.
+    """Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, averaged over
+    contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed;
+    features that have settled (cosine to their final direction at least 0.5 from here on); features present, by R²;
+    total dimensionality / d_model.
 
     Args:
         table: from `dynamics_table` or `Dynamics.to_frame`.
@@ -147,15 +144,12 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
     section="phases",
     title="Suggested snapshots",
     tables=("selection",),
-    definition=(
-        "A subset of snapshots chosen so that all others are close to one of them in accuracy and activation "
-        "similarity."
-    ),
     wide=True,
     optional=True,
 )
 def proposal(table: Frame) -> Grid:
-    """The proposed snapshots, with reasons."""
+    """A subset of snapshots chosen so that all others are close to one of them in accuracy and activation
+    similarity."""
     chosen = table[table["chosen"].astype(bool)]
     rows = [
         [Cell(shown(row["label"])), Cell(shown(row["stands_for"], 60)), Cell(shown(row["reason"], 240))]

@@ -46,16 +46,13 @@ _NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
     section="probes",
     title="Probe error and presence, within features",
     tables=("probe_presence",),
-    definition=(
-        "Rank correlation of probe error with each measure of presence, with 95% intervals over features: within "
-        "features over snapshots (is a feature easier to decode where the measure is higher?), and between features at "
-        "one snapshot, which says nothing about training."
-    ),
     wide=True,
     optional=True,
 )
 def probe_presence(table: Frame) -> Chart | str:
-    """Rank correlation of probe error and every measure of presence, within and between features, with intervals.
+    """Rank correlation of probe error with each measure of presence, with 95% intervals over features: within features
+    over snapshots (is a feature easier to decode where the measure is higher?), and between features at one snapshot,
+    which says nothing about training.
 
     Args:
         table: from `probe_presence`.
@@ -102,14 +99,11 @@ def probe_presence(table: Frame) -> Chart | str:
     section="probes",
     title="Probe error by feature and snapshot",
     tables=("probe", "evolution", "names"),
-    definition=(
-        "Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether the "
-        "feature is active, against the feature's R² there, and its decoder norm divided by its largest."
-    ),
     wide=True,
 )
 def probe(table: Frame, evolution: Frame, names: Frame | None = None) -> Chart | str:
-    """Held-out error of linear probes against R² and against decoder norm, a point per feature and snapshot."""
+    """Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether the feature
+    is active, against the feature's R² there, and its decoder norm divided by its largest."""
     points = table.dropna(subset=["norm", "probe_error"])
     if len(points) < 3:
         return f"Only {len(points)} probes could be fitted, too few to draw."
@@ -176,14 +170,11 @@ def _correlation(points: Frame, without: list[int]) -> str:
     section="probes",
     title="Correlation of probe error and decoder norm by part",
     tables=("probe_parts",),
-    definition=(
-        "With 95% intervals over features: over all points, without step 0 if it is a snapshot, after subtracting each "
-        "feature's means, after subtracting each snapshot's means, and corrected for the noise of single probes."
-    ),
     optional=True,
 )
 def probe_parts(table: Frame) -> Chart:
-    """Correlation of probe error and decoder norm, in total and by part, with intervals."""
+    """With 95% intervals over features: over all points, without step 0 if it is a snapshot, after subtracting each
+    feature's means, after subtracting each snapshot's means, and corrected for the noise of single probes."""
     n = table.set_index("part")["n"]
     untrained = n.get("trained") != n.get("all")  # whether step 0 is a snapshot
     table = table if untrained else table[table["part"] != "trained"].reset_index(drop=True)
@@ -222,10 +213,6 @@ def probe_parts(table: Frame) -> Chart:
     section="probes",
     title="Agreement of neighbouring snapshots",
     tables=("agreement",),
-    definition=(
-        "Share of a feature's 20 strongest held-out tokens that two neighbouring snapshots have in common, when the "
-        "feature is computed from each snapshot alone."
-    ),
     optional=True,
     columns={
         "mean": "Mean share of tokens that both snapshots have among the strongest.",
@@ -235,7 +222,8 @@ def probe_parts(table: Frame) -> Chart:
     },
 )
 def agreement(table: Frame) -> Chart | str:
-    """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm."""
+    """Share of a feature's 20 strongest held-out tokens that two neighbouring snapshots have in common, when the
+    feature is computed from each snapshot alone."""
     known = table.dropna(subset=["agreement"])
     if known.empty:
         return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."

@@ -13,18 +13,11 @@ FINE_EV, FINE_DEAD, FINE_CE, FINE_KL = 0.9, 0.1, 0.95, 0.1
 
 
 @figure(
-    "explained-variance",
-    page="index",
-    section="reconstruction",
-    title="Explained variance",
-    tables=("evaluation",),
-    definition=(
-        "1 − E‖x̂ − x‖² / E‖x − mean‖² over all tokens, and the mean over tokens of 1 − ‖x̂ − x‖² / ‖x − mean‖². A "
-        "perfect reconstruction has 1."
-    ),
+    "explained-variance", page="index", section="reconstruction", title="Explained variance", tables=("evaluation",)
 )
 def explained_variance(table: Frame) -> Chart:
-    """Explained variance of the reconstruction, by both definitions."""
+    """1 − E‖x̂ − x‖² / E‖x − mean‖² over all tokens, and the mean over tokens of 1 − ‖x̂ − x‖² / ‖x − mean‖². A perfect
+    reconstruction has 1."""
     names = {"explained_variance": "over all tokens", "explained_variance_per_token": "mean over tokens"}
     small = bool(table["explained_variance"].min() >= FINE_EV)
     chart = _per_snapshot(table, names, "explained variance", value="%{y:.4f}", small=small)
@@ -33,19 +26,10 @@ def explained_variance(table: Frame) -> Chart:
     return Chart(chart.figure, chart.data, f"Over all tokens: mean {mean:.3f}, lowest {worst:.3f} at {label}.", small)
 
 
-@figure(
-    "l0",
-    page="index",
-    section="reconstruction",
-    title="L0",
-    tables=("evaluation",),
-    definition=(
-        "Mean number of active features per token. It differs between snapshots only if each snapshot has its own gate "
-        "(JumpReLU)."
-    ),
-)
+@figure("l0", page="index", section="reconstruction", title="L0", tables=("evaluation",))
 def l0(table: Frame) -> Chart | str:
-    """Active features per token; in words if all snapshots share a gate."""
+    """Mean number of active features per token. It differs between snapshots only if each snapshot has its own gate
+    (JumpReLU)."""
     if table["l0"].nunique() == 1:
         return f"{table['l0'].iloc[0]:.2f} at every snapshot."
     chart = _per_snapshot(table, {"l0": "L0"}, "L0", value="%{y:.2f}", small=True)
@@ -62,17 +46,14 @@ def l0(table: Frame) -> Chart | str:
     section="reconstruction",
     title="Dead features",
     tables=("evaluation",),
-    definition=(
-        "Percentage of features that are active on no held-out token. It differs between snapshots only if each "
-        "snapshot has its own gate (JumpReLU)."
-    ),
     optional=True,
     columns={
         "dead": "Dead features, in per cent.",
     },
 )
 def dead(table: Frame) -> Chart | str:
-    """Percentage of features that are active on no held-out token; in words if all snapshots share a gate."""
+    """Percentage of features that are active on no held-out token. It differs between snapshots only if each snapshot
+    has its own gate (JumpReLU)."""
     percent = table.assign(dead=100 * table["dead_fraction"])
     if percent["dead"].nunique() == 1:
         return f"{percent['dead'].iloc[0]:.1f}% at every snapshot."
@@ -82,19 +63,10 @@ def dead(table: Frame) -> Chart | str:
     return Chart(chart.figure, chart.data, small=small)
 
 
-@figure(
-    "cross-entropy",
-    page="index",
-    section="reconstruction",
-    title="Cross-entropy loss",
-    tables=("evaluation",),
-    definition=(
-        "Next-token loss in nats per token: of the clean model, with the reconstruction spliced in at the hook point, "
-        "and with zeros there (zero ablation)."
-    ),
-)
+@figure("cross-entropy", page="index", section="reconstruction", title="Cross-entropy loss", tables=("evaluation",))
 def cross_entropy(table: Frame) -> Chart:
-    """Cross-entropy of the clean, spliced and zero-ablated models."""
+    """Next-token loss in nats per token: of the clean model, with the reconstruction spliced in at the hook point, and
+    with zeros there (zero ablation)."""
     names = {"ce_clean": "clean", "ce_spliced": "spliced", "ce_zero": "zero-ablated"}
     recovered: Any = pd.to_numeric(table["ce_recovered"], errors="coerce") if "ce_recovered" in table else pd.Series()
     known = recovered.dropna()
@@ -110,18 +82,11 @@ def cross_entropy(table: Frame) -> Chart:
 
 
 @figure(
-    "kl",
-    page="index",
-    section="reconstruction",
-    title="KL divergence from the clean model",
-    tables=("evaluation",),
-    definition=(
-        "Mean KL divergence from the clean model's next-token distribution to that of the model with the "
-        "reconstruction spliced in, in nats per token."
-    ),
+    "kl", page="index", section="reconstruction", title="KL divergence from the clean model", tables=("evaluation",)
 )
 def kl(table: Frame) -> Chart:
-    """KL divergence of the spliced model from the clean one."""
+    """Mean KL divergence from the clean model's next-token distribution to that of the model with the reconstruction
+    spliced in, in nats per token."""
     small = bool(table["kl"].max() <= FINE_KL)
     chart = _per_snapshot(table, {"kl": "KL"}, "nats per token", value="%{y:.4f}", small=small)
     chart.figure.update_yaxes(rangemode="tozero")

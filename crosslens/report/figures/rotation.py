@@ -29,19 +29,16 @@ from crosslens.report.entries import figure
     section="evolution",
     title="Rotation",
     tables=("rotation",),
-    definition=(
-        "Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per doubling of "
-        "the training tokens (of steps where tokens are unknown). The null is the angle between two estimates of the "
-        "same vector on different halves of the held-out tokens: what sampling alone makes of no rotation. Compare it "
-        "with the angle between such estimates at neighbouring snapshots. A change of basis that all activations share "
-        "turns every vector: the angle after the linear map between the two snapshots leaves it out. How far two seeds "
-        "differ at one snapshot says which angles a dictionary does not determine at all."
-    ),
     wide=True,
     optional=True,
 )
 def rotation_rate(table: Frame) -> Chart | str:
-    """Median angle that features turn in every interval, per interval and per doubling of training, with the null."""
+    """Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per doubling of the
+    training tokens (of steps where tokens are unknown). The null is the angle between two estimates of the same vector
+    on different halves of the held-out tokens: what sampling alone makes of no rotation. Compare it with the angle
+    between such estimates at neighbouring snapshots. A change of basis that all activations share turns every vector:
+    the angle after the linear map between the two snapshots leaves it out. How far two seeds differ at one snapshot
+    says which angles a dictionary does not determine at all."""
     if not np.isfinite(table["angle"].to_numpy(dtype=float)).any():
         return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     names = _intervals(table)
@@ -104,20 +101,12 @@ def rotation_rate(table: Frame) -> Chart | str:
 
 
 @figure(
-    "rotation",
-    page="evolution",
-    section="evolution",
-    title="Rotation by interval",
-    tables=("rotation",),
-    definition=(
-        "Number of features whose decoder vector rotates more between these two snapshots than in any other interval. "
-        "Intervals that span more of the training leave more room for it: the rate per doubling allows for that. "
-        "Vectors shorter than a twentieth of the feature's largest norm are ignored."
-    ),
-    optional=True,
+    "rotation", page="evolution", section="evolution", title="Rotation by interval", tables=("rotation",), optional=True
 )
 def rotation(table: Frame) -> Chart | str:
-    """Number of features by the interval between snapshots in which they rotate most."""
+    """Number of features whose decoder vector rotates more between these two snapshots than in any other interval.
+    Intervals that span more of the training leave more room for it: the rate per doubling allows for that. Vectors
+    shorter than a twentieth of the feature's largest norm are ignored."""
     if not table["rotated"].sum():
         return "No feature changes direction between neighbouring snapshots."
     names = _intervals(table)
@@ -157,14 +146,11 @@ def rotation(table: Frame) -> Chart | str:
     section="evolution",
     title="Similarity of directions between snapshots",
     tables=("cosines",),
-    definition=(
-        "Median cosine between a live feature's decoder vectors at two snapshots. 1 is the same direction; random "
-        "directions have about 0."
-    ),
     optional=True,
 )
 def cosines(table: Frame) -> Chart | str:
-    """Median cosine between a feature's decoder vectors at each pair of snapshots.
+    """Median cosine between a live feature's decoder vectors at two snapshots. 1 is the same direction; random
+    directions have about 0.
 
     Args:
         table: "cosines" from `study_evolution`.

@@ -30,11 +30,6 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
     section="seeds",
     title="Features by number of seeds",
     tables=("consensus", "seeds"),
-    definition=(
-        "Live features by the number of seeds that have them, this one included, as a share of their number and of the "
-        "variance that they write, Var(f) Σ norm². Features that more than half of the seeds have are consensus "
-        "features."
-    ),
     optional=True,
     columns={
         "features": "Live features that so many seeds have.",
@@ -43,7 +38,8 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
     },
 )
 def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
-    """Live features and the variance they write, by the number of seeds that have them.
+    """Live features by the number of seeds that have them, this one included, as a share of their number and of the
+    variance that they write, Var(f) Σ norm². Features that more than half of the seeds have are consensus features.
 
     Args:
         consensus: rows of `consensus` about this run.
@@ -94,11 +90,6 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     section="seeds",
     title="Partners in other seeds, by kind",
     tables=("seeds_births",),
-    definition=(
-        "Live features with a partner in another seed; of those that are born (R²), how many have a partner that is "
-        "born too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted "
-        "tokens, of all partners, and with permuted dates. Means over pairs of seeds."
-    ),
     optional=True,
     columns={
         "share": "Mean of the share over pairs of seeds.",
@@ -107,7 +98,9 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     },
 )
 def births_of_partners(births: Frame) -> Chart:
-    """Shares of features with a partner, born too and at the same snapshot, beside chance.
+    """Live features with a partner in another seed; of those that are born (R²), how many have a partner that is born
+    too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted tokens, of all
+    partners, and with permuted dates. Means over pairs of seeds.
 
     Args:
         births: rows of `births_of_partners` about pairs of seeds.
@@ -171,10 +164,6 @@ def births_of_partners(births: Frame) -> Chart:
     section="seeds",
     title="Consensus by firing rate",
     tables=("consensus",),
-    definition=(
-        "Share of the live features that more than half of the seeds have, by the share of held-out tokens on which "
-        "the feature is active."
-    ),
     optional=True,
     columns={
         "rate_from": "Lower edge of the band of firing rates.",
@@ -185,7 +174,8 @@ def births_of_partners(births: Frame) -> Chart:
     },
 )
 def seeds_by_rate(consensus: Frame) -> Chart | str:
-    """Share of consensus features by firing rate.
+    """Share of the live features that more than half of the seeds have, by the share of held-out tokens on which the
+    feature is active.
 
     Args:
         consensus: rows of `consensus` about this run.
@@ -220,21 +210,10 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
     return Chart(figure, data.reset_index(drop=True), "Above the bars: the number of live features.")
 
 
-@figure(
-    "sweep",
-    page="index",
-    section="seeds",
-    title="Choice of F and k",
-    tables=("sweep",),
-    definition=(
-        "Share of live features with a partner in another seed, against the explained variance of the least explained "
-        "snapshot, for several numbers of features F and of active ones k."
-    ),
-    wide=True,
-    optional=True,
-)
+@figure("sweep", page="index", section="seeds", title="Choice of F and k", tables=("sweep",), wide=True, optional=True)
 def sweep(table: Frame) -> Chart:
-    """Agreement of seeds against explained variance, a line per number of features.
+    """Share of live features with a partner in another seed, against the explained variance of the least explained
+    snapshot, for several numbers of features F and of active ones k.
 
     Args:
         table: from `choose`.

@@ -41,16 +41,13 @@ _EVENTS = {"birth": "born here", "peak": "strongest here"}
     section="evolution",
     title="Total dimensionality",
     tables=("dimensionality",),
-    definition=(
-        "Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector times the "
-        "feature's RMS activation, or the decoder vector alone, as Elhage et al. wrote it; beside as many random "
-        "directions of the same lengths, and the participation ratio of the activations, (Σ variances)² / Σ variances² "
-        "over principal directions."
-    ),
     optional=True,
 )
 def dimensionality(table: Frame) -> Chart | str:
-    """Total dimensionality of the present features by two formulas, of random directions, and of the activations."""
+    """Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector times the
+    feature's RMS activation, or the decoder vector alone, as Elhage et al. wrote it; beside as many random directions
+    of the same lengths, and the participation ratio of the activations, (Σ variances)² / Σ variances² over principal
+    directions."""
     if not table["total"].any():
         return "No feature is present at any snapshot."
     axis = SnapshotAxis.of(table)
@@ -83,11 +80,6 @@ def dimensionality(table: Frame) -> Chart | str:
     section="evolution",
     title="Feature splitting and replacement",
     tables=("splits", "replacements", "split_counts", "snapshots"),
-    definition=(
-        "Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from "
-        "it on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on "
-        "the same tokens, dies. By chance: with the snapshots in random orders, or with the dates of births permuted."
-    ),
     optional=True,
     columns={
         "replacement": "Features born here in place of one that dies.",
@@ -96,7 +88,9 @@ def dimensionality(table: Frame) -> Chart | str:
     },
 )
 def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, snapshots: Frame) -> Chart | str:
-    """Number of splits, mergers and replacements by snapshot.
+    """Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from it
+    on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on the same
+    tokens, dies. By chance: with the snapshots in random orders, or with the dates of births permuted.
 
     Args:
         splits: from `splits`.
@@ -135,11 +129,6 @@ def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, sn
     section="evolution",
     title="Latent scaling",
     tables=("scaling", "evolution", "lifecycles", "names"),
-    definition=(
-        "Least-squares coefficient of the feature's direction at its peak on what the other features leave "
-        "unexplained, against its decoder norm, both divided by its largest norm. Above the line, the direction is "
-        "stronger in the activations than the norm suggests."
-    ),
     optional=True,
     columns={
         "strength": "Decoder norm divided by the feature's largest.",
@@ -147,7 +136,9 @@ def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, sn
     },
 )
 def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | None = None) -> Chart | str:
-    """Latent scaling against decoder norm, a point per live feature and snapshot.
+    """Least-squares coefficient of the feature's direction at its peak on what the other features leave unexplained,
+    against its decoder norm, both divided by its largest norm. Above the line, the direction is stronger in the
+    activations than the norm suggests.
 
     Args:
         table: from `LatentScaling.to_frame`.
@@ -211,17 +202,14 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | No
     section="evolution",
     title="Encoder share by snapshot",
     tables=("encoder", "lifecycles"),
-    definition=(
-        "Share of each snapshot in a feature's encoder input: how much the snapshot's part of the pre-activation rises "
-        "from all tokens to those where the feature is active. Median over the features born at a snapshot."
-    ),
     optional=True,
     columns={
         "born": "Number of the snapshot at which the features are born.",
     },
 )
 def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
-    """Median encoder share of each snapshot, by the snapshot in which features are born.
+    """Share of each snapshot in a feature's encoder input: how much the snapshot's part of the pre-activation rises
+    from all tokens to those where the feature is active. Median over the features born at a snapshot.
 
     Args:
         table: from `encoder_share`, a column share/<label> per snapshot.
@@ -260,11 +248,6 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     section="evolution",
     title="Complexity",
     tables=("labels", "lifecycles", "snapshots"),
-    definition=(
-        "Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), as rated by a language "
-        "model, of the features born, and of those strongest, at a snapshot. Bands are ± two standard errors; "
-        "correlations have 95% bootstrap intervals over features."
-    ),
     optional=True,
     columns={
         "event": "Whether features are born or strongest at the snapshot.",
@@ -274,7 +257,9 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     },
 )
 def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | str:
-    """Mean complexity of the features that are born, and of those that peak, at each snapshot.
+    """Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), as rated by a language model, of
+    the features born, and of those strongest, at a snapshot. Bands are ± two standard errors; correlations have 95%
+    bootstrap intervals over features.
 
     Args:
         labels: from `label_features`: feature, complexity.

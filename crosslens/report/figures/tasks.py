@@ -30,20 +30,10 @@ N_ITEMS = 3  # items shown as examples of a task
 FINE_COMPLETENESS = 1.0  # per cent; below it the figure is small
 
 
-@figure(
-    "accuracy",
-    page="index",
-    section="accuracy",
-    title="Accuracy by task",
-    tables=("accuracy", "tasks"),
-    definition=(
-        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position. "
-        "Bands are 95% Wilson intervals over items."
-    ),
-    wide=True,
-)
+@figure("accuracy", page="index", section="accuracy", title="Accuracy by task", tables=("accuracy", "tasks"), wide=True)
 def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) -> Chart:
-    """Accuracy per task over snapshots, with its 95% interval as a band, in the colours of `tasks`.
+    """Share of items for which the correct continuation has a higher logit than the wrong one at the last position.
+    Bands are 95% Wilson intervals over items.
 
     Args:
         table: from `Task.accuracy`, of one task or several.
@@ -107,17 +97,14 @@ def _left_out(row: Any) -> str:
     section="tasks",
     title="Accuracy by task, last snapshot",
     tables=("tasks",),
-    definition=(
-        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position, "
-        "with its 95% Wilson interval over items; chance is 50%."
-    ),
     wide=True,
     columns={
         "page": "File of the task's page.",
     },
 )
 def task_table(tasks: Frame) -> Grid:
-    """Items and accuracy at the last snapshot, a row per task, with a link to its page.
+    """Share of items for which the correct continuation has a higher logit than the wrong one at the last position,
+    with its 95% Wilson interval over items; chance is 50%.
 
     Args:
         tasks: the run's table of that name.
@@ -140,15 +127,12 @@ def task_table(tasks: Frame) -> Grid:
     section="tasks",
     title="Completeness error",
     tables=("completeness/*", "tasks"),
-    definition=(
-        "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of |clean − "
-        "baseline metric|, of integrated gradients. At 0, the effects account for all of that difference."
-    ),
     wide=True,
     optional=True,
 )
 def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
-    """Completeness error over snapshots, a line per task, in the colours of `tasks`."""
+    """Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of |clean −
+    baseline metric|, of integrated gradients. At 0, the effects account for all of that difference."""
     data = table[["task", "snapshot", "label", "step", "completeness_error"]].sort_values(["task", "snapshot"])
     values = 100 * data["completeness_error"]
     if values.dropna().empty:
@@ -173,20 +157,10 @@ def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
     return Chart(figure, data.reset_index(drop=True), note, small)
 
 
-@figure(
-    "accuracy",
-    page="task",
-    section="items",
-    title="Accuracy",
-    tables=("accuracy@<task>", "tasks"),
-    definition=(
-        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position. "
-        "The band is the 95% Wilson interval over items."
-    ),
-    wide=True,
-)
+@figure("accuracy", page="task", section="items", title="Accuracy", tables=("accuracy@<task>", "tasks"), wide=True)
 def task_accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
-    """The same without links."""
+    """Share of items for which the correct continuation has a higher logit than the wrong one at the last position. The
+    band is the 95% Wilson interval over items."""
     return accuracy(table, tasks, links=False)
 
 
@@ -196,15 +170,12 @@ def task_accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
     section="items",
     title="Examples of items",
     tables=("prompts/<task>",),
-    definition=(
-        "The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the paired "
-        "prompt, if there is one, the wrong answer is the correct one."
-    ),
     wide=True,
     optional=True,
 )
 def item_table(table: Frame) -> Grid:
-    """Some items of a task: the prompt, its answers and the paired prompt, where there are pairs.
+    """The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the paired
+    prompt, if there is one, the wrong answer is the correct one.
 
     Args:
         table: from `Attribution.prompt_frame`.
