@@ -1,6 +1,6 @@
 """What the report knows of a figure: a decorator beside the function that draws it.
 
-    @figure("rotation", page="evolution", section="evolution", title="Rotation by interval", tables=("rotation",))
+    @figure("rotation", section="evolution", title="Rotation by interval", tables=("rotation",))
     def rotation(table: Frame) -> Chart | str: ...
 
 The first paragraph of the function's docstring stands below its title on the page: one or two sentences on what is
@@ -26,7 +26,7 @@ from crosslens.tables import Column, Table, find_table
 
 Draw: TypeAlias = Callable[..., "Chart | Grid | Prompts | str"]
 AnyDraw = TypeVar("AnyDraw", bound=Draw)
-_FIGURES: dict[tuple[str, str], Entry] = {}  # by page and name: a cell of a notebook may run twice
+_FIGURES: dict[tuple[str, str], Entry] = {}  # by section and name: a cell of a notebook may run twice
 # tables that the report makes of others, see `report.tables.Tables`
 _MADE_OF = {"snapshots": ("evolution",), "tasks": ("attribution/<task>", "accuracy")}
 
@@ -36,7 +36,6 @@ class Entry:
     """A figure, table of numbers or set of prompts on a page, as given to `figure`, which decorates `draw`."""
 
     name: str
-    page: str
     section: str
     title: str
     definition: str
@@ -56,7 +55,6 @@ class Entry:
 def figure(
     name: str,
     *,
-    page: str,
     section: str,
     title: str,
     tables: tuple[str, ...],
@@ -69,8 +67,7 @@ def figure(
 
     Args:
         name: stem of its anchor and CSV file.
-        page: name of its page: "index", "evolution", "causal" or "task".
-        section: name of its section there, which `sections` lists.
+        section: name of its section, which `sections` lists.
         title: heading.
         tables: names of the tables that the function takes, in order; "<task>" is the task of a task's page.
         definition: what stands below the heading; by default the first paragraph of the function's docstring.
@@ -85,7 +82,7 @@ def figure(
 
     def add(draw: AnyDraw) -> AnyDraw:
         said = definition or " ".join((inspect.getdoc(draw) or "").partition("\n\n")[0].split())
-        _FIGURES[page, name] = Entry(name, page, section, title, said, draw, tables, wide, optional, columns or {})
+        _FIGURES[section, name] = Entry(name, section, title, said, draw, tables, wide, optional, columns or {})
         return draw
 
     return add

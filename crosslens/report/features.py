@@ -26,11 +26,11 @@ from crosslens.report.chart import (
     SERIES,
     Chart,
     Frame,
-    SnapshotAxis,
     Style,
     add_level,
-    add_line,
+    add_series,
     new_figure,
+    over_snapshots,
     shown,
 )
 from crosslens.report.entries import advise
@@ -106,29 +106,25 @@ def presence_figure(snapshots: Frame) -> Chart:
     Args:
         snapshots: snapshot, label, step, tokens.
     """
-    axis = SnapshotAxis.of(snapshots)
-    ids = list(axis.labels)
-    figure = new_figure("share of its largest value", height=320)
+    figure, axis = over_snapshots(
+        snapshots, "share of its largest value", height=320, yaxis_range=[-0.03, 1.05], showlegend=True
+    )
     add_level(figure, 0.5, "half of the largest")
     for i, name in enumerate(MEASURES.values()):
-        add_line(figure, axis.x(ids), [0.0] * len(ids), name, Style.of(i), hover=axis.hover(ids))
-    figure.update_yaxes(range=[-0.03, 1.05])
-    figure.update_layout(showlegend=True)
-    axis.apply(figure)
+        add_series(figure, axis, snapshots.assign(value=0.0), "value", name, Style.of(i))
     return Chart(figure, snapshots)
 
 
 def read_figure(snapshots: Frame) -> Chart:
     """The encoder share of every snapshot as bars, without numbers: the page's script fills them in."""
-    axis = SnapshotAxis.of(snapshots, even=True)
+    figure, axis = over_snapshots(
+        snapshots, "encoder share", even=True, height=240, bargap=0.3, yaxis_tickformat=".0%", yaxis_zerolinecolor=MUTED
+    )
     ids = list(axis.labels)
-    figure = new_figure("encoder share", height=240, bargap=0.3, yaxis_tickformat=".0%")
     figure.add_bar(
         x=axis.x(ids), y=[0.0] * len(ids), marker={"color": SERIES[0]}, showlegend=False, customdata=axis.hover(ids),
         hovertemplate="%{customdata}<br>%{y:.1%} of the encoder input<extra></extra>",
     )  # fmt: skip
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    axis.apply(figure)
     return Chart(figure, snapshots)
 
 
@@ -154,18 +150,10 @@ def effect_figure(snapshots: Frame, tasks: list[str], order: Frame | None = None
         tasks: with effects.
         order: the table `tasks`, which gives every task its colour.
     """
-    axis = SnapshotAxis.of(snapshots)
-    ids = list(axis.labels)
-    zeros = [0.0] * len(ids)
-    figure = new_figure("IE (logits)", height=320)
+    figure, axis = over_snapshots(snapshots, "IE (logits)", height=320, showlegend=True, yaxis_zerolinecolor=MUTED)
+    zeros = snapshots.assign(ie=0.0, ie_low=0.0, ie_high=0.0)
     for task, style in Style.of_tasks(tasks, order).items():
-        add_line(
-            figure, axis.x(ids), zeros, shown(task), style, hover=axis.hover(ids), value="%{y:+.3f}",
-            band=(zeros, zeros),
-        )  # fmt: skip
-    figure.update_layout(showlegend=True)
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    axis.apply(figure)
+        add_series(figure, axis, zeros, "ie", shown(task), style, value="%{y:+.3f}", band=True)
     return Chart(figure, snapshots)
 
 

@@ -126,7 +126,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     def add(name: str, page: Page, task: str | None = None, **context: Any) -> None:
         done = set(csv)
         tables.damaged.clear()
-        parts = [_make_part(page, section, tables, csv, task) for section in page.sections]
+        parts = [_make_part(section, tables, csv, task) for section in page.sections]
         if page is PAGES[0]:
             context |= {"facts": overview, "numbers": overview.numbers, "findings": find(tables, set(csv))}
         pages[name] = _render(
@@ -301,9 +301,9 @@ class Part:
     words: str = ""
 
 
-def _make_part(page: Page, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
+def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
     """Draw the figures of a section, and add their numbers to `csv`, by file name."""
-    blocks = [_block(entry, tables, csv, task) for entry in page.entries(section)]
+    blocks = [_block(entry, tables, csv, task) for entry in section.entries]
     if all(block.missing for block in blocks):
         first = min(blocks, key=lambda block: block.entry.optional)
         return Part(section, [], first.words)  # once, instead of for every figure

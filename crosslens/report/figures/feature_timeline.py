@@ -33,7 +33,6 @@ _GAP = 0.1  # between panels, as a fraction of the width
 
 @figure(
     "timeline",
-    page="task",
     section="effects",
     title="Features over training",
     tables=("timeline/<task>", "names", "chance@<task>"),

@@ -12,7 +12,6 @@ from crosslens.report.entries import figure
 
 @figure(
     "words",
-    page="task",
     section="prompts",
     title="Effects in single prompts",
     tables=("prompts/<task>", "names"),

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 
 from crosslens.report.chart import (
-    GRID,
     INK,
     MUTED,
     SERIES,
     Chart,
     Frame,
     Style,
+    add_line,
     error_bars,
     floats,
     ints,
@@ -26,7 +26,6 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
 
 @figure(
     "seeds",
-    page="index",
     section="seeds",
     title="Features by number of seeds",
     tables=("consensus", "seeds"),
@@ -56,7 +55,7 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     data["share"] = data["features"] / len(live)
     data["variance"] = by["variance"].sum().reindex(counts, fill_value=0).to_numpy()
     figure = new_figure("share", barmode="group", bargap=0.3)
-    for i, (column, name) in enumerate((("share", "of live features"), ("variance", "of their variance"))):
+    for i, (column, name) in enumerate({"share": "of live features", "variance": "of their variance"}.items()):
         figure.add_bar(
             x=ints(data["n_seeds"]),
             y=floats(data[column]),
@@ -86,7 +85,6 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
 
 @figure(
     "seeds-births",
-    page="index",
     section="seeds",
     title="Partners in other seeds, by kind",
     tables=("seeds_births",),
@@ -112,19 +110,13 @@ def births_of_partners(births: Frame) -> Chart:
         "at the same<br>snapshot": "same_birth",
         "at most<br>one apart": "within_1",
     }
-    data = pd.concat(
+    data = pd.DataFrame(
         [
-            pd.DataFrame(
-                {
-                    "kind": means["kind"],
-                    "question": words.replace("<br>", " "),
-                    "share": means[column],
-                    "by_chance": means[f"{column}_by_chance"],
-                }
-            )
+            (row["kind"], words.replace("<br>", " "), row[column], row[f"{column}_by_chance"])
             for words, column in questions.items()
+            for row in means.to_dict("records")
         ],
-        ignore_index=True,
+        columns=["kind", "question", "share", "by_chance"],
     )
     figure = new_figure("share", barmode="group", bargap=0.25)
     for i, (kind, rows) in enumerate(data.groupby("kind", sort=False)):
@@ -160,7 +152,6 @@ def births_of_partners(births: Frame) -> Chart:
 
 @figure(
     "seeds-rate",
-    page="index",
     section="seeds",
     title="Consensus by firing rate",
     tables=("consensus",),
@@ -197,8 +188,8 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
         y=floats(data["consensus"]),
         marker={"color": SERIES[0]},
         customdata=[
-            [name, f"{n:,} live features, {share:.1%} of the variance"]
-            for name, n, share in zip(names, ints(data["features"]), floats(data["variance"]), strict=True)
+            [name, f"{row.features:,} live features, {row.variance:.1%} of the variance"]
+            for name, row in zip(names, data.itertuples(), strict=True)
         ],
         text=[f"{n:,}" for n in ints(data["features"])],
         textposition="outside",
@@ -207,10 +198,10 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
     )
     figure.update_xaxes(title_text="firing rate", **named_ticks(names))
     figure.update_yaxes(tickformat=".0%", range=[0, 1.12])
-    return Chart(figure, data.reset_index(drop=True), "Above the bars: the number of live features.")
+    return Chart(figure, data, "Above the bars: the number of live features.")
 
 
-@figure("sweep", page="index", section="seeds", title="Choice of F and k", tables=("sweep",), wide=True, optional=True)
+@figure("sweep", section="seeds", title="Choice of F and k", tables=("sweep",), wide=True, optional=True)
 def sweep(table: Frame) -> Chart:
     """Share of live features with a partner in another seed, against the explained variance of the least explained
     snapshot, for several numbers of features F and of active ones k.
@@ -227,34 +218,23 @@ def sweep(table: Frame) -> Chart:
     )  # fmt: skip
     for i, (F, of_size) in enumerate(rows.groupby("d_sae")):
         style = Style.of(i)
-        agreement, low, high = (floats(of_size[f"agreement{end}"]) for end in ("", "_low", "_high"))
-        figure.add_scatter(
-            x=floats(of_size["least_explained"]),
-            y=agreement,
-            error_y=error_bars(agreement, low, high, color=style.color, thickness=1),
-            mode="lines+markers+text",
-            text=[f"k={k:g}" for k in floats(of_size["k"])],
-            textposition="top right",
+        texts = [
+            f"F={row.d_sae:.0f}, k={row.k:g}<br>{row.agreement:.1%} of {row.live:.0f} live features, "
+            f"{row.variance:.1%} of the variance<br>least EV {row.least_explained:.3f}, mean "
+            f"{row.explained_variance:.3f}, dead {row.dead:.1%}"
+            for row in of_size.itertuples()
+        ]
+        add_line(
+            figure, floats(of_size["least_explained"]), of_size, "agreement", f"F={F:,.0f}", style, hover=texts,
+            hovertemplate="%{customdata}<extra></extra>", error_y=error_bars(of_size, "agreement", color=style.color),
+            mode="lines+markers+text", text=[f"k={k:g}" for k in of_size["k"]], textposition="top right",
             textfont={"color": MUTED, "size": 11},
-            name=f"F={ints(pd.Series([F]))[0]:,}",
-            line={"color": style.color, "dash": style.dash},
-            marker={"symbol": style.symbol, "size": 8},
-            customdata=[
-                [
-                    f"F={row['d_sae']:.0f}, k={row['k']:g}",
-                    f"{row['agreement']:.1%} of {row['live']:.0f} live features, {row['variance']:.1%} of the variance",
-                    f"least EV {row['least_explained']:.3f}, mean {row['explained_variance']:.3f}, "
-                    f"dead {row['dead']:.1%}",
-                ]
-                for row in of_size.to_dict("records")
-            ],
-            hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<extra></extra>",
-        )
-    figure.update_xaxes(title_text="explained variance, least explained snapshot", showgrid=True, gridcolor=GRID)
+        )  # fmt: skip
+    figure.update_xaxes(title_text="explained variance, least explained snapshot", showgrid=True)
     figure.update_yaxes(tickformat=".0%")
     note = (
         f"Proposed: F={proposed['d_sae']:.0f}, k={proposed['k']:g}, the largest agreement among the settings that "
         "explain nearly as much as the best and have few dead features. Error bars: smallest and largest share over "
         f"pairs of {int(proposed['seeds'])} seeds, in both directions."
     )
-    return Chart(figure, rows.reset_index(drop=True), note)
+    return Chart(figure, rows, note)
