@@ -47,7 +47,7 @@ def warn(tables: Tables) -> list[Finding]:
     def add(text: str, task: str | None = None) -> None:
         found.append(Finding(text, [] if task is None else [(f"Task {task}", pages[task])]))
 
-    evaluation = _with(tables["evaluation"], "explained_variance", "dead_fraction", "label")
+    evaluation = tables.get("evaluation", "explained_variance", "dead_fraction", "label")
     if evaluation is not None:
         poor = evaluation[~(evaluation["explained_variance"] >= MIN_EV)]
         if len(poor):
@@ -70,7 +70,7 @@ def warn(tables: Tables) -> list[Finding]:
                 f"{dead:.0%} of the features are dead: the dictionary is larger than the training could use, and "
                 f"counts of features depend on its size. Acceptable: {MAX_DEAD:.0%} or less."
             )
-    accuracy = _with(tables["accuracy"], "task", "n")
+    accuracy = tables.get("accuracy", "task", "n")
     if accuracy is not None:
         sizes = accuracy.groupby("task", sort=False)["n"].max()
         for task, n in sizes[sizes < MIN_ITEMS].items():
@@ -79,7 +79,7 @@ def warn(tables: Tables) -> list[Finding]:
                 f"{MIN_ITEMS} or more.",
                 str(task),
             )
-    errors = _with(tables["completeness/*"], "completeness_error", "task", "label")
+    errors = tables.get("completeness/*", "completeness_error", "task", "label")
     if errors is not None and errors["completeness_error"].max() > MAX_COMPLETENESS:
         worst = errors.loc[errors["completeness_error"].idxmax()]
         add(
@@ -88,7 +88,7 @@ def warn(tables: Tables) -> list[Finding]:
             str(worst["task"]),
         )
     for task in tables.tasks("ablation"):
-        rows = _with(tables[f"ablation/{task}"], "clean", "reconstruction_only", "snapshot", "label")
+        rows = tables.get(f"ablation/{task}", "clean", "reconstruction_only", "snapshot", "label")
         if rows is None:
             continue
         last = rows.loc[rows["snapshot"].idxmax()]
@@ -115,7 +115,7 @@ def find(tables: Tables, drawn: set[str]) -> list[Finding]:
 
 
 def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
-    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "accuracy_low", "n")
+    accuracy = tables.get("accuracy", "task", "snapshot", "label", "accuracy", "accuracy_low", "n")
     if accuracy is None:
         return None
     above: list[str] = []
@@ -152,7 +152,7 @@ def _first_kept(rows: Frame, holds: Any) -> str | None:
 
 
 def _described(tables: Tables, drawn: set[str]) -> Finding | None:
-    evaluation = _with(tables["evaluation"], "explained_variance", "label")
+    evaluation = tables.get("evaluation", "explained_variance", "label")
     if evaluation is None:
         return None
     ev = evaluation["explained_variance"]
@@ -174,7 +174,7 @@ def _described(tables: Tables, drawn: set[str]) -> Finding | None:
 
 
 def _born(tables: Tables, drawn: set[str]) -> Finding | None:
-    lifecycles = _with(tables["lifecycles"], "measure", "origin")
+    lifecycles = tables.get("lifecycles", "measure", "origin")
     if lifecycles is None:
         return None
     read = by_measure(lifecycles).dropna(subset=["origin"])
@@ -182,12 +182,12 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
         return None
     measure, born = main_measure(lifecycles), int((read["origin"] == "emergent").sum())
     text = f"By {MEASURES[measure]}, {born:,} of {len(read):,} features are born after the first snapshot"
-    evolution = _with(tables["evolution"], "snapshot", "label")
+    evolution = tables.get("evolution", "snapshot", "label")
     if born and "birth" in read and evolution is not None:
         dates = read.loc[read["origin"] == "emergent", "birth"].astype(int).value_counts()
         label = dict(zip(evolution["snapshot"], evolution["label"], strict=True)).get(dates.index[0])
         text += f", most of them at {label} ({dates.iloc[0]:,})" * (label is not None)
-    counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
+    counts = tables.get("birth_counts", "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
         from crosslens.evolution.births import describe_reversed
 
@@ -208,7 +208,7 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
 def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
     found: list[tuple[float, str, Frame]] = []
     for task in tables.tasks("ablation"):
-        rows = _with(tables[f"ablation/{task}"], "snapshot", "mode", "features", "k", "metric", "clean")
+        rows = tables.get(f"ablation/{task}", "snapshot", "mode", "features", "k", "metric", "clean")
         if rows is None:
             continue
         rows = rows[(rows["snapshot"] == rows["snapshot"].max()) & (rows["mode"] == "ablate")]
@@ -236,11 +236,11 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
             f", {int(matched['n_features'])} active ones that together change the activation by "
             f"{matched['moved'] / top['moved']:.0%} of what those do to {_signed(matched['metric'])}"
         )
-    zeroing = _with(tables[f"zeroing/{task}"], "snapshot", "features", "k", "metric")
+    zeroing = tables.get(f"zeroing/{task}", "snapshot", "features", "k", "metric")
     if zeroing is not None:
         zeroed = zeroing[(zeroing["snapshot"] == zeroing["snapshot"].max()) & (zeroing["features"] == "top")].iloc[0]
         text += f"; setting the top {int(zeroed['k'])} to zero leaves {_signed(zeroed['metric'])}"
-    effects = _with(tables[f"attribution/{task}"], "feature", "snapshot", "ie", "relie")
+    effects = tables.get(f"attribution/{task}", "feature", "snapshot", "ie", "relie")
     if effects is not None:
         last = effects[effects["snapshot"] == effects["snapshot"].max()]
         best = last.loc[last["ie"].idxmax()]
@@ -287,10 +287,6 @@ def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
 def _links(drawn: set[str], *figures: tuple[str, str, str, str]) -> list[tuple[str, str]]:
     """(name, link) of the figures that were drawn, given as (CSV file, page, id, name)."""
     return [(name, f"{page}.html#figure-{id}") for csv, page, id, name in figures if f"{csv}.csv" in drawn]
-
-
-def _with(table: Frame | None, *columns: str) -> Any:
-    return None if table is None or not set(columns) <= set(table) else table
 
 
 def _signed(value: float) -> str:

@@ -219,7 +219,7 @@ def sweep(table: Frame) -> Chart:
     for i, (F, of_size) in enumerate(rows.groupby("d_sae")):
         style = Style.of(i)
         texts = [
-            f"F={row.d_sae:.0f}, k={row.k:g}<br>{row.agreement:.1%} of {row.live:.0f} live features, "
+            f"<b>F={row.d_sae:.0f}, k={row.k:g}</b><br>{row.agreement:.1%} of {row.live:.0f} live features, "
             f"{row.variance:.1%} of the variance<br>least EV {row.least_explained:.3f}, mean "
             f"{row.explained_variance:.3f}, dead {row.dead:.1%}"
             for row in of_size.itertuples()
