@@ -104,6 +104,11 @@ class Grid:
     note: str = ""
     columns: tuple[str, ...] = ()
 
+    @property
+    def tinted(self) -> bool:
+        """Whether the cells are numbers tinted by size, rather than words."""
+        return any(cell.weight for row in self.rows for cell in row)
+
 
 @dataclass(frozen=True)
 class Prompts:

@@ -50,20 +50,18 @@ def warn(tables: Tables) -> list[Finding]:
     evaluation = tables.get("evaluation", "explained_variance", "dead_fraction", "label")
     if evaluation is not None:
         poor = evaluation[~(evaluation["explained_variance"] >= MIN_EV)]
-        if len(poor):
-            values = _listed(f"{row['label']} ({row['explained_variance']:.2f})" for row in poor.to_dict("records"))
+        if values := _listed(f"{row.label} ({row.explained_variance:.2f})" for row in poor.itertuples()):
             add(
                 f"Explained variance is too low at {values}: what is said of features there is about a part of the "
                 f"activations. Acceptable: {MIN_EV:g} or more."
             )
-        if "ce_recovered" in evaluation:
-            lost = evaluation[evaluation["ce_recovered"] < MIN_RECOVERED]
-            if len(lost):
-                values = _listed(f"{row['label']} ({row['ce_recovered']:.1%})" for row in lost.to_dict("records"))
-                add(
-                    f"The reconstruction recovers too little of the loss that zeros would cost at {values}: it misses "
-                    f"directions that the model uses. Acceptable: {MIN_RECOVERED:.0%} or more."
-                )
+        recovered = evaluation.reindex(columns=["label", "ce_recovered"])
+        lost = recovered[recovered["ce_recovered"] < MIN_RECOVERED]
+        if values := _listed(f"{row.label} ({row.ce_recovered:.1%})" for row in lost.itertuples()):
+            add(
+                f"The reconstruction recovers too little of the loss that zeros would cost at {values}: it misses "
+                f"directions that the model uses. Acceptable: {MIN_RECOVERED:.0%} or more."
+            )
         dead = float(evaluation["dead_fraction"].max())
         if dead > MAX_DEAD:
             add(
@@ -139,7 +137,7 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
     if missed:
         which = "it" if above else "the model"
         sentences.append(f"At the end, {which} is not above chance on {_listed(missed, _TASK_WIDTH)}.")
-    links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
+    links = _links(drawn, "index", {"accuracy": "Figure, with chance and intervals"})
     pages = task_pages(tables["tasks"])
     links += [(task, pages[task]) for task in named[:_BOUND]]
     return Finding(" ".join(sentences), links)
@@ -165,12 +163,8 @@ def _described(tables: Tables, drawn: set[str]) -> Finding | None:
             f"; spliced into the model, its reconstruction recovers at least {evaluation['ce_recovered'].min():.1%} of "
             "the loss that zeros would cost"
         )
-    links = _links(
-        drawn,
-        ("explained-variance", "index", "explained-variance", "Figure"),
-        ("cross-entropy", "index", "cross-entropy", "Control: loss with zeros instead"),
-    )
-    return Finding(f"{text}.", links)
+    names = {"explained-variance": "Figure", "cross-entropy": "Control: loss with zeros instead"}
+    return Finding(f"{text}.", _links(drawn, "index", names))
 
 
 def _born(tables: Tables, drawn: set[str]) -> Finding | None:
@@ -197,12 +191,8 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
         unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_reversed(counts))
         text += unlikely.replace("R2", MEASURES["r2"])
-    links = _links(
-        drawn,
-        ("evolution-map", "evolution", "evolution-map", "Figure"),
-        ("birth-counts", "evolution", "birth-counts", "Control: births reversed in time"),
-    )
-    return Finding(f"{text}.", links)
+    names = {"evolution-map": "Figure", "birth-counts": "Control: births reversed in time"}
+    return Finding(f"{text}.", _links(drawn, "evolution", names))
 
 
 def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
@@ -249,11 +239,7 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
             text += ", but no single effect is significant (false discovery rate 5%)"
     page = task_pages(tables["tasks"])[task].removesuffix(".html")
     name = page.removeprefix("task-")
-    links = _links(
-        drawn,
-        (f"ie-{name}", page, f"ie-{name}", "Figure"),
-        (f"ablate-size-{name}", page, f"ablate-size-{name}", "Control: random features"),
-    )
+    links = _links(drawn, page, {f"ie-{name}": "Figure", f"ablate-size-{name}": "Control: random features"})
     return Finding(text + ".", links)  # an f-string would make text of the link
 
 
@@ -278,15 +264,12 @@ def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
         f"{kept['variance'].sum():.0%} of the variance; with permuted tokens "
         f"{pairs['null_a'].mean():.1%} have a partner."
     )
-    links = _links(
-        drawn, ("seeds", "index", "seeds", "Figure"), ("seeds-rate", "index", "seeds-rate", "Control: by firing rate")
-    )
-    return Finding(text, links)
+    return Finding(text, _links(drawn, "index", {"seeds": "Figure", "seeds-rate": "Control: by firing rate"}))
 
 
-def _links(drawn: set[str], *figures: tuple[str, str, str, str]) -> list[tuple[str, str]]:
-    """(name, link) of the figures that were drawn, given as (CSV file, page, id, name)."""
-    return [(name, f"{page}.html#figure-{id}") for csv, page, id, name in figures if f"{csv}.csv" in drawn]
+def _links(drawn: set[str], page: str, names: dict[str, str]) -> list[tuple[str, str]]:
+    """(name, link) of those figures of a page that were drawn."""
+    return [(name, f"{page}.html#figure-{id}") for id, name in names.items() if f"{id}.csv" in drawn]
 
 
 def _signed(value: float) -> str:
