@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -200,7 +200,7 @@ class SnapshotAxis:
         zero = low - max(0.15, 0.1 * (high - low))
         return {s: round(math.log10(step) if step > 0 else zero, 6) for s, step in self.steps.items()}
 
-    def x(self, snapshots: Sequence[int]) -> list[float]:
+    def x(self, snapshots: Iterable[Any]) -> list[float]:
         """Positions of these snapshots."""
         positions = self.positions
         return [positions[int(s)] for s in snapshots]
@@ -209,7 +209,7 @@ class SnapshotAxis:
         """How often each snapshot of the axis is among these."""
         return pd.Series(snapshots).astype(int).value_counts().reindex(list(self.labels), fill_value=0)
 
-    def hover(self, snapshots: Sequence[int]) -> list[str]:
+    def hover(self, snapshots: Iterable[Any]) -> list[str]:
         """Tooltips of these snapshots: label, step and tokens, escaped."""
         return [self._hover(int(s)) for s in snapshots]
 
@@ -374,7 +374,7 @@ def _outline(
 
 def add_line(
     figure: go.Figure,
-    x: Sequence[float],
+    x: Any,
     rows: Frame,
     column: str,
     name: str,
@@ -389,7 +389,7 @@ def add_line(
 
     Args:
         figure: to draw on.
-        x: position of each row.
+        x: position of each row, a number or a name.
         rows: a row per point.
         column: of the values.
         name: name of the series, escaped.
@@ -444,14 +444,14 @@ def add_series(
         style: colour, marker and dash.
         line: further arguments of `add_line`.
     """
-    ids = ints(rows["snapshot"])
-    add_line(figure, axis.x(ids), rows, column, name, style, **{"hover": axis.hover(ids), **line})
+    about: dict[str, Any] = {"hover": axis.hover(rows["snapshot"]), **line}
+    add_line(figure, axis.x(rows["snapshot"]), rows, column, name, style, **about)
 
 
 def error_bars(rows: Frame, column: str, **look: object) -> dict[str, Any]:
     """Error bars of a trace from its values, a column of a table, to `<column>_low` and `<column>_high`."""
-    value, low, high = (pd.to_numeric(rows[f"{column}{end}"], errors="coerce") for end in ("", "_low", "_high"))
-    ends = {"array": floats(high - value), "arrayminus": floats(value - low)}
+    value, low, high = (np.array(floats(rows[f"{column}{end}"])) for end in ("", "_low", "_high"))
+    ends = {"array": (high - value).tolist(), "arrayminus": (value - low).tolist()}
     return {"type": "data", "symmetric": False, "thickness": 1, **ends, **look}
 
 

@@ -105,7 +105,7 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     for name, style, lines in _sets(rows):
         x, texts = [places[size] for size in ints(lines["k"])], [f"k = {size}" for size in ints(lines["k"])]
         add_line(figure, x, lines, "share", name, style, hover=texts, value="%{y:.1%}", band=True)
-    ticks = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": sizes}
+    ticks: dict[str, Any] = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": sizes}
     figure.update_xaxes(type="log", title_text="number of features k (log scale)", **ticks)
     draws = int(rows["n_draws"].max())
     note = f"At {label}, where the clean metric is {clean:.3f} logits. {_set_to(rows)}"

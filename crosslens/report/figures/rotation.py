@@ -37,7 +37,7 @@ def rotation_rate(table: Frame) -> Chart | str:
     per_doubling = np.isfinite(table["angle_per_doubling"].to_numpy(dtype=float)).any()
     both = ("mapped_angle", "seeds_angle")
     table = table.assign(**{name: np.nan for name in both if name not in table})
-    panels = {"degrees per interval": ("angle", "halves_angle", "null_angle", *both)}
+    panels: dict[str, tuple[str, ...]] = {"degrees per interval": ("angle", "halves_angle", "null_angle", *both)}
     if per_doubling:
         panels["degrees per doubling of training"] = ("angle_per_doubling", "", "null_per_doubling", "", "")
     words = (

@@ -188,8 +188,8 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
         y=floats(data["consensus"]),
         marker={"color": SERIES[0]},
         customdata=[
-            [name, f"{row.features:,} live features, {row.variance:.1%} of the variance"]
-            for name, row in zip(names, data.itertuples(), strict=True)
+            [name, f"{row['features']:,} live features, {row['variance']:.1%} of the variance"]
+            for name, row in zip(names, data.to_dict("records"), strict=True)
         ],
         text=[f"{n:,}" for n in ints(data["features"])],
         textposition="outside",

@@ -203,7 +203,7 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     counts = birth[known].astype(int).value_counts()
     shares = rows.to_numpy(dtype=float)
     figure = new_figure("born at", height=180 + 28 * len(rows))
-    names = {b: f"{shown(labels[b], 14)} ({counts[b]})" for b in ints(rows.index)}
+    names = {b: f"{shown(labels[b], 14)} ({counts[b]})" for b in rows.index.tolist()}
     cells = rows.set_axis(labels, axis=1).stack().rename_axis(["born", "label"]).rename("share").reset_index()
     cells["text"] = [
         f"born at {names[row.born]}<br>read from {shown(row.label)}: {row.share:.1%}" for row in cells.itertuples()
