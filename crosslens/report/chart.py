@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -43,6 +43,7 @@ SIGNED = (SERIES[1], HEAT[0], SERIES[0])  # below zero, zero, above
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 _DASHES = ("solid", "dash", "dot")
 _BAND = 0.16
+AT = ("snapshot", "label", "step")
 FEATURES = "features"  # the meta of traces in which a click on a point opens the feature first in its customdata
 _LABEL_WIDTH = 14  # characters that fit below an axis, or at a corner of a ternary plot on a phone
 
@@ -102,6 +103,11 @@ class Grid:
     data: Frame
     note: str = ""
     columns: tuple[str, ...] = ()
+
+    @property
+    def tinted(self) -> bool:
+        """Whether the cells are numbers tinted by size, rather than words."""
+        return any(cell.weight for row in self.rows for cell in row)
 
 
 @dataclass(frozen=True)
@@ -194,12 +200,16 @@ class SnapshotAxis:
         zero = low - max(0.15, 0.1 * (high - low))
         return {s: round(math.log10(step) if step > 0 else zero, 6) for s, step in self.steps.items()}
 
-    def x(self, snapshots: Sequence[int]) -> list[float]:
+    def x(self, snapshots: Iterable[Any]) -> list[float]:
         """Positions of these snapshots."""
         positions = self.positions
         return [positions[int(s)] for s in snapshots]
 
-    def hover(self, snapshots: Sequence[int]) -> list[str]:
+    def count(self, snapshots: Any) -> pd.Series:
+        """How often each snapshot of the axis is among these."""
+        return pd.Series(snapshots).astype(int).value_counts().reindex(list(self.labels), fill_value=0)
+
+    def hover(self, snapshots: Iterable[Any]) -> list[str]:
         """Tooltips of these snapshots: label, step and tokens, escaped."""
         return [self._hover(int(s)) for s in snapshots]
 
@@ -330,15 +340,20 @@ def new_figure(y_title: str, *, height: int = 380, **layout: object) -> go.Figur
     )
 
 
-def new_panels(y_title: str, n: int, *, height: int) -> go.Figure:
-    """A figure of n panels side by side, whose axes look alike; the first has the title of the y axis."""
-    figure = new_figure(y_title, height=height)
-    layout: Any = figure.layout
-    figure.update_layout(grid={"rows": 1, "columns": n, "pattern": "independent", "xgap": 0.1 if n < 3 else 0.25})
-    for place in range(2, n + 1):
-        y = {**layout.yaxis.to_plotly_json(), "title": {"font": {"size": 13}, "standoff": 10}}
-        figure.update_layout({f"xaxis{place}": layout.xaxis.to_plotly_json(), f"yaxis{place}": y})
-    return figure
+def over_snapshots(table: Frame, y_title: str, *, even: bool = False, **layout: Any) -> tuple[go.Figure, SnapshotAxis]:
+    """An empty figure over the snapshots of a table, and its axis; see `SnapshotAxis.of` and `new_figure`."""
+    figure, axis = new_figure(y_title, **layout), SnapshotAxis.of(table, even=even)
+    axis.apply(figure)
+    return figure, axis
+
+
+def new_panels(n: int, *, height: int) -> go.Figure:
+    """A figure of n panels side by side, columns 1 to n of row 1, whose axes look alike."""
+    figure = new_figure("", height=height)
+    x, y = (figure.layout[axis].to_plotly_json() for axis in ("xaxis", "yaxis"))
+    figure.set_subplots(rows=1, cols=n, horizontal_spacing=0.0526)
+    figure.update_layout(grid={"rows": 1, "columns": n, "pattern": "independent"})  # how narrow screens stack them
+    return figure.update_xaxes(x).update_yaxes(y)
 
 
 def _outline(
@@ -359,31 +374,34 @@ def _outline(
 
 def add_line(
     figure: go.Figure,
-    x: Sequence[float],
-    y: Sequence[float],
+    x: Any,
+    rows: Frame,
+    column: str,
     name: str,
     style: Style,
     *,
     hover: Sequence[str],
     value: str = "%{y:.3f}",
-    band: tuple[Sequence[float], Sequence[float]] | None = None,
-    meta: Any = None,
+    band: bool = False,
+    **trace: Any,
 ) -> None:
-    """Add a line, over a band if one is given.
+    """Add a line, over a band if there is one.
 
     Args:
         figure: to draw on.
-        x: positions.
-        y: values.
+        x: position of each row, a number or a name.
+        rows: a row per point.
+        column: of the values.
         name: name of the series, escaped.
         style: colour, marker and dash.
         hover: tooltip of each point, escaped.
         value: plotly template of the value in the tooltip.
-        band: lower and upper bounds.
-        meta: what a click on a point opens: {"feature": its number} or {"page": its file}.
+        band: draw the band between the columns `<column>_low` and `<column>_high`, where they hold numbers.
+        trace: further options of the trace, such as its panel; its meta says what a click on a point opens:
+            {"feature": its number} or {"page": its file}.
     """
-    if band is not None:
-        outline = _outline(x, *band)
+    outline = _outline(x, *(floats(rows[f"{column}_{end}"]) for end in ("low", "high"))) if band else []
+    if outline:
         figure.add_scatter(
             x=[a for a, _ in outline],
             y=[b for _, b in outline],
@@ -396,18 +414,14 @@ def add_line(
             name=name,
             meta="band",
         )
-    figure.add_scatter(
-        x=list(x),
-        y=list(y),
-        mode="lines+markers" if style.markers else "lines",
-        name=name,
-        legendgroup=name,
-        line={"color": style.color, "dash": style.dash, "width": 2},
-        marker={"color": style.color, "symbol": style.symbol, "size": 7},
-        customdata=list(hover),
-        hovertemplate=f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>{value}<extra></extra>",
-        meta=meta,
-    )
+    looks = {
+        "mode": "lines+markers" if style.markers else "lines",
+        "line": {"color": style.color, "dash": style.dash, "width": 2},
+        "marker": {"color": style.color, "symbol": style.symbol, "size": 7},
+        "hovertemplate": f"<b>%{{fullData.name}}</b><br>%{{customdata}}<br>{value}<extra></extra>",
+    }
+    about = {"name": name, "legendgroup": name, "customdata": list(hover)}
+    figure.add_scatter(x=list(x), y=floats(rows[column]), **about, **{**looks, **trace})
 
 
 def add_series(
@@ -417,43 +431,28 @@ def add_series(
     column: str,
     name: str,
     style: Style,
-    *,
-    band: tuple[str, str] | None = None,
-    hover: Sequence[str] | None = None,
-    value: str = "%{y:.3f}",
-    meta: Any = None,
+    **line: Any,
 ) -> None:
-    """Add a line over the snapshots of a table, over a band if one is given; other arguments as in `add_line`.
+    """Add a line over the snapshots of a table, with them as tooltips if no others are given.
 
     Args:
         figure: to draw on.
         axis: of the snapshots.
-        rows: a row per snapshot, with the columns.
+        rows: a row per snapshot.
         column: of the values.
         name: name of the series, escaped.
         style: colour, marker and dash.
-        band: columns of the lower and upper bounds.
-        hover: tooltip of each point, escaped; by default its snapshot.
-        value: plotly template of the value in the tooltip.
-        meta: what a click on a point opens.
+        line: further arguments of `add_line`.
     """
-    ids = ints(rows["snapshot"])
-    bounds = None if band is None else (floats(rows[band[0]]), floats(rows[band[1]]))
-    texts = axis.hover(ids) if hover is None else hover
-    add_line(
-        figure, axis.x(ids), floats(rows[column]), name, style, hover=texts, value=value, band=bounds, meta=meta
-    )  # fmt: skip
+    about: dict[str, Any] = {"hover": axis.hover(rows["snapshot"]), **line}
+    add_line(figure, axis.x(rows["snapshot"]), rows, column, name, style, **about)
 
 
-def error_bars(values: Sequence[float], low: Sequence[float], high: Sequence[float], **look: object) -> dict[str, Any]:
-    """Error bars of a trace from its values to the ends of their intervals."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [end - value for value, end in zip(values, high, strict=True)],
-        "arrayminus": [value - end for value, end in zip(values, low, strict=True)],
-        **look,
-    }
+def error_bars(rows: Frame, column: str, **look: object) -> dict[str, Any]:
+    """Error bars of a trace from its values, a column of a table, to `<column>_low` and `<column>_high`."""
+    value, low, high = (np.array(floats(rows[f"{column}{end}"])) for end in ("", "_low", "_high"))
+    ends = {"array": (high - value).tolist(), "arrayminus": (value - low).tolist()}
+    return {"type": "data", "symmetric": False, "thickness": 1, **ends, **look}
 
 
 def named_ticks(names: Sequence[str], *, slanted: bool = False) -> dict[str, Any]:
@@ -473,6 +472,11 @@ def add_level(figure: go.Figure, y: float, name: str, dash: str = "dot") -> None
     figure.add_hline(y=y, line={"color": MUTED, "dash": dash, "width": 1.5}, name=name, showlegend=True)
 
 
+def add_diagonal(figure: go.Figure, ends: Sequence[float], name: str) -> None:
+    """Add the line on which x and y are equal."""
+    figure.add_scatter(x=ends, y=ends, mode="lines", name=name, line={"color": MUTED, "dash": "dot"})
+
+
 def add_bars(figure: go.Figure, axis: SnapshotAxis, counts: Frame, unit: str) -> None:
     """Add bars over the snapshots: `counts` has a row per snapshot of the axis and a column per series."""
     ids = list(axis.labels)
@@ -488,7 +492,14 @@ def add_bars(figure: go.Figure, axis: SnapshotAxis, counts: Frame, unit: str) ->
 
 
 def add_points(
-    figure: go.Figure, axis: SnapshotAxis, table: Frame, x: str, y: str, value: str, names: Frame | None = None
+    figure: go.Figure,
+    axis: SnapshotAxis,
+    table: Frame,
+    x: str,
+    y: str,
+    value: str,
+    names: Frame | None = None,
+    **trace: Any,
 ) -> None:
     """Add a point per row of a table with columns feature and snapshot, coloured by snapshot.
 
@@ -500,6 +511,7 @@ def add_points(
         y: column along y.
         value: plotly template of the values in the tooltip.
         names: feature, name.
+        trace: further options of the trace, such as its panel.
     """
     called = feature_names(names)
     order = {snapshot: i for i, snapshot in enumerate(axis.labels)}
@@ -517,27 +529,48 @@ def add_points(
         ],
         hovertemplate=f"feature %{{customdata[1]}}<br>%{{customdata[2]}}<br>{value}<extra></extra>",
         meta=FEATURES,
+        **trace,
     )
     # no light shades: a point needs more contrast than an area
     apply_colors(figure, HEAT[2:], {0: ends[0], max(1, len(ends) - 1): ends[-1]})
 
 
 def add_matrix(
-    figure: go.Figure, values: np.ndarray, texts: Sequence[Sequence[str]], x: Sequence[float], rows: Sequence[str]
+    figure: go.Figure,
+    table: Frame,
+    value: str,
+    rows: tuple[str, Mapping[Any, str]],
+    columns: tuple[str, Mapping[Any, float]],
+    **trace: Any,
 ) -> None:
-    """Add a heat map on the figure's colour axis, blank where a value is missing; `rows` are named from the top."""
+    """Add a heat map on the figure's colour axis, blank where a value is missing, with its rows named from the top.
+
+    Args:
+        figure: to draw on.
+        table: a row per cell, with its tooltip in the column text, escaped.
+        value: column of the values.
+        rows: column that says which row of the map it is, and the names of the rows, in order.
+        columns: column that says where along x it is, and the positions.
+        trace: further options of the trace.
+    """
+    index, names = rows
+    across, places = columns
+    cells = (
+        table.pivot(index=index, columns=across, values=name).reindex(index=list(names), columns=list(places))
+        for name in (value, "text")
+    )
+    values, texts = (wide.to_numpy() for wide in cells)
+    looks: dict[str, Any] = {"coloraxis": "coloraxis", "xgap": 1, "ygap": 1}
     figure.add_heatmap(
         z=[floats(line) for line in values],
-        x=list(x),
-        y=list(range(len(rows))),
-        coloraxis="coloraxis",
-        text=texts,
+        x=list(places.values()),
+        y=list(range(len(names))),
+        text=texts.tolist(),
         hovertemplate="%{text}<extra></extra>",
         hoverongaps=False,
-        xgap=1,
-        ygap=1,
+        **{**looks, **trace},
     )
-    name_rows(figure, rows)
+    name_rows(figure, list(names.values()))
 
 
 def apply_colors(figure: go.Figure, colors: Sequence[str], ticks: dict[float, str]) -> None:

@@ -1,14 +1,10 @@
 """What the report knows of a figure: a decorator beside the function that draws it.
 
-    @figure(
-        "rotation",
-        page="evolution",
-        section="evolution",
-        title="Rotation by interval",
-        tables=("rotation",),
-        definition="Number of features whose decoder vector rotates more between these two snapshots than ...",
-    )
+    @figure("rotation", section="evolution", title="Rotation by interval", tables=("rotation",))
     def rotation(table: Frame) -> Chart | str: ...
+
+The first paragraph of the function's docstring stands below its title on the page: one or two sentences on what is
+shown, in which unit, and how it is computed.
 
 A figure is in the report once its function is in a file of `crosslens.report.figures`; nothing else has to name it. One
 in another program is in the reports that this program writes.
@@ -18,6 +14,7 @@ What is said where one of its tables is missing, and what its columns mean, is d
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +26,7 @@ from crosslens.tables import Column, Table, find_table
 
 Draw: TypeAlias = Callable[..., "Chart | Grid | Prompts | str"]
 AnyDraw = TypeVar("AnyDraw", bound=Draw)
-_FIGURES: dict[tuple[str, str], Entry] = {}  # by page and name: a cell of a notebook may run twice
+_FIGURES: dict[tuple[str, str], Entry] = {}  # by section and name: a cell of a notebook may run twice
 # tables that the report makes of others, see `report.tables.Tables`
 _MADE_OF = {"snapshots": ("evolution",), "tasks": ("attribution/<task>", "accuracy")}
 
@@ -39,7 +36,6 @@ class Entry:
     """A figure, table of numbers or set of prompts on a page, as given to `figure`, which decorates `draw`."""
 
     name: str
-    page: str
     section: str
     title: str
     definition: str
@@ -59,11 +55,10 @@ class Entry:
 def figure(
     name: str,
     *,
-    page: str,
     section: str,
     title: str,
-    definition: str,
     tables: tuple[str, ...],
+    definition: str | None = None,
     wide: bool = False,
     optional: bool = False,
     columns: Mapping[str, str] | None = None,
@@ -72,11 +67,10 @@ def figure(
 
     Args:
         name: stem of its anchor and CSV file.
-        page: name of its page: "index", "evolution", "causal" or "task".
-        section: name of its section there, which `sections` lists.
+        section: name of its section, which `sections` lists.
         title: heading.
-        definition: one or two sentences: what is shown, in which unit, how it is computed.
         tables: names of the tables that the function takes, in order; "<task>" is the task of a task's page.
+        definition: what stands below the heading; by default the first paragraph of the function's docstring.
         wide: full width, even where two figures fit side by side.
         optional: omitted if a table is missing, instead of saying so.
         columns: meaning of the columns of its numbers that are not columns of these tables.
@@ -87,9 +81,8 @@ def figure(
     """
 
     def add(draw: AnyDraw) -> AnyDraw:
-        _FIGURES[page, name] = Entry(
-            name, page, section, title, definition, draw, tables, wide, optional, columns or {}
-        )
+        said = definition or " ".join((inspect.getdoc(draw) or "").partition("\n\n")[0].split())
+        _FIGURES[section, name] = Entry(name, section, title, said, draw, tables, wide, optional, columns or {})
         return draw
 
     return add

@@ -5,9 +5,9 @@
 2. `data/features-00012.js` calls `crosslens.load(12, ...)` with everything about features 12 * SHARD to
    13 * SHARD - 1. The page Feature loads only the script of the feature that it shows.
 
-`Effects`, `Examples`, `Lens` and `Nearest` each cut the rows of one feature from their tables; `of(row, ...)` returns
-the data of the feature in that row of the evolution table. Tokens are indices into a list of words per script. The JSON
-is ASCII, so that no token can end its string. Symbols: F features, S snapshots.
+Each part of a feature's data (examples, logit lens, ...) is cut from its tables by a function of the feature's row in
+the table of lifecycles and of the words of its script, into which tokens are indices. The JSON is ASCII, so that no
+token can end its string. Symbols: F features, S snapshots.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -26,11 +26,11 @@ from crosslens.report.chart import (
     SERIES,
     Chart,
     Frame,
-    SnapshotAxis,
     Style,
     add_level,
-    add_line,
+    add_series,
     new_figure,
+    over_snapshots,
     shown,
 )
 from crosslens.report.entries import advise
@@ -39,6 +39,7 @@ from crosslens.report.tables import MEASURES, Tables, by_measure, curves, main_m
 SHARD = 64
 MIN_ITEMS = 20  # effects on fewer prompts do not rank features
 _LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of presence in the table's strips
+Of: TypeAlias = "Callable[[int, Words], Any]"
 _LIFECYCLE = ("birth", "peak", "death", "lifetime")
 
 
@@ -74,10 +75,11 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
         tables: tables of the run.
         write: writes a file in data/, given its name and text.
     """
-    lifecycles, evolution = tables["lifecycles"], tables["evolution"]
-    if lifecycles is None or evolution is None:
+    if tables["lifecycles"] is None or tables["evolution"] is None:
         return FeatureSet([], [], [], advise("evolution"))
-    if not {"feature", "measure"} <= set(lifecycles) or not {"feature", "snapshot", "label", "norm"} <= set(evolution):
+    lifecycles = tables.get("lifecycles", "feature", "measure")
+    evolution = tables.get("evolution", "feature", "snapshot", "label", "norm")
+    if lifecycles is None or evolution is None:
         return FeatureSet([], [], [], "The evolution table lists no features or no snapshots: repeat crosslens evolve.")
     labels = evolution.drop_duplicates("snapshot").sort_values("snapshot")["label"].astype(str).tolist()
     features = _Features(lifecycles, evolution, labels, tables)
@@ -91,12 +93,12 @@ def write_features(tables: Tables, write: Callable[[str, str], None]) -> Feature
     return FeatureSet(
         features.ids.tolist(),
         labels,
-        list(features.effects.of_task),
+        list(features.effects),
         "",
         MEASURES[features.measure],
         features.missing,
         features.called,
-        features.lens is not None,
+        bool(features.promoted),
     )
 
 
@@ -106,29 +108,25 @@ def presence_figure(snapshots: Frame) -> Chart:
     Args:
         snapshots: snapshot, label, step, tokens.
     """
-    axis = SnapshotAxis.of(snapshots)
-    ids = list(axis.labels)
-    figure = new_figure("share of its largest value", height=320)
+    figure, axis = over_snapshots(
+        snapshots, "share of its largest value", height=320, yaxis_range=[-0.03, 1.05], showlegend=True
+    )
     add_level(figure, 0.5, "half of the largest")
     for i, name in enumerate(MEASURES.values()):
-        add_line(figure, axis.x(ids), [0.0] * len(ids), name, Style.of(i), hover=axis.hover(ids))
-    figure.update_yaxes(range=[-0.03, 1.05])
-    figure.update_layout(showlegend=True)
-    axis.apply(figure)
+        add_series(figure, axis, snapshots.assign(value=0.0), "value", name, Style.of(i))
     return Chart(figure, snapshots)
 
 
 def read_figure(snapshots: Frame) -> Chart:
     """The encoder share of every snapshot as bars, without numbers: the page's script fills them in."""
-    axis = SnapshotAxis.of(snapshots, even=True)
+    figure, axis = over_snapshots(
+        snapshots, "encoder share", even=True, height=240, bargap=0.3, yaxis_tickformat=".0%", yaxis_zerolinecolor=MUTED
+    )
     ids = list(axis.labels)
-    figure = new_figure("encoder share", height=240, bargap=0.3, yaxis_tickformat=".0%")
     figure.add_bar(
         x=axis.x(ids), y=[0.0] * len(ids), marker={"color": SERIES[0]}, showlegend=False, customdata=axis.hover(ids),
         hovertemplate="%{customdata}<br>%{y:.1%} of the encoder input<extra></extra>",
     )  # fmt: skip
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    axis.apply(figure)
     return Chart(figure, snapshots)
 
 
@@ -154,18 +152,10 @@ def effect_figure(snapshots: Frame, tasks: list[str], order: Frame | None = None
         tasks: with effects.
         order: the table `tasks`, which gives every task its colour.
     """
-    axis = SnapshotAxis.of(snapshots)
-    ids = list(axis.labels)
-    zeros = [0.0] * len(ids)
-    figure = new_figure("IE (logits)", height=320)
+    figure, axis = over_snapshots(snapshots, "IE (logits)", height=320, showlegend=True, yaxis_zerolinecolor=MUTED)
+    zeros = snapshots.assign(ie=0.0, ie_low=0.0, ie_high=0.0)
     for task, style in Style.of_tasks(tasks, order).items():
-        add_line(
-            figure, axis.x(ids), zeros, shown(task), style, hover=axis.hover(ids), value="%{y:+.3f}",
-            band=(zeros, zeros),
-        )  # fmt: skip
-    figure.update_layout(showlegend=True)
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    axis.apply(figure)
+        add_series(figure, axis, zeros, "ie", shown(task), style, value="%{y:+.3f}", band=True)
     return Chart(figure, snapshots)
 
 
@@ -178,101 +168,90 @@ class _Features:
     """Columns over all features, and the data of single ones."""
 
     def __init__(self, lifecycles: Frame, evolution: Frame, labels: list[str], tables: Tables) -> None:
-        self.measure = main_measure(lifecycles)
+        self.measure, self.labels = main_measure(lifecycles), labels
         first = by_measure(lifecycles).sort_values("feature", ignore_index=True)
-        self.lifecycles, self.labels = first, labels
         self.ids = first["feature"].to_numpy(dtype=np.int64)
-        self.norms = curves(evolution, self.ids, "norm")
         # by measure, zero for features without a reading
-        self.presence = {"norm": self.norms}
+        self.presence = {"norm": curves(evolution, self.ids, "norm")}
         for measure in [name for name in MEASURES if name != "norm" and name in set(lifecycles["measure"])]:
             rows = by_measure(lifecycles, measure)
             read = rows.loc[rows["origin"].notna(), "feature"]
             self.presence[measure] = curves(evolution, self.ids, measure) * np.isin(self.ids, read)[:, None]
-        lifecycles = first
-        self.classes = _classes(lifecycles)
-        self.lifecycle = {name: self._integers(name) for name in _LIFECYCLE}
-        self.rates = _short(self._floats("firing_rate"))
-        self.effects = Effects(tables, self.ids, len(labels))
-        self.missing = {} if self.effects.of_task else {"effects": advise("attribution/<task>")}
-        self.dates = _dates(tables, first)
+        self.classes = _classes(first)
+        numbers: Frame = first.reindex(columns=[*_LIFECYCLE, "firing_rate"]).apply(pd.to_numeric, errors="coerce")
+        numbers = numbers.astype(float)
+        self.lifecycle = {name: [None if np.isnan(at) else int(at) for at in numbers[name]] for name in _LIFECYCLE}
+        self.rates = _short(numbers["firing_rate"].to_numpy())
+        self.effects, self.largest = _effects(tables, self.ids, len(labels))
+        self.dates, self.seeds = _dates(tables, first), _seeds(tables["consensus"], self.ids)
+        self.missing = {} if self.effects else {"effects": advise("attribution/<task>")}
         if not self.dates:
             self.missing["dates"] = advise("dates/<task>")
-        ids, S = self.ids, len(labels)
-        self.examples: Examples | None = self._part(
-            "examples",
-            tables,
-            ("examples", "example_tokens"),
-            lambda table, around: Examples(table, _with_contexts(around, tables), ids, labels),
-        )
-        self.samples: Examples | None = self._part(
-            "samples", tables, ("samples", "sample_tokens"), lambda table, around: Examples(table, around, ids, [])
-        )
-        self.rates_: Cut | None = self._part(
-            "rates", tables, ("activations",), lambda table: Cut(table, ["feature", "bin"], ids)
-        )
-        self.seeds = _seeds(tables["consensus"], ids)
-        self.lens: Lens | None = self._part("lens", tables, ("lens",), lambda table: Lens(table, ids, S))
-        alive = set(ids.tolist()) if "alive" not in first else set(first.loc[first["alive"].astype(bool), "feature"])
-        self.nearest: Nearest | None = self._part(
-            "nearest", tables, ("nearest",), lambda table: Nearest(table, ids, alive)
-        )
-        self.read: np.ndarray | None = self._part("read", tables, ("encoder",), lambda table: _read(table, ids, labels))
-        nothing = [""] * len(ids)
-        statuses = _labelled(tables["labels"], ids, "status")
-        self.names = [  # labels of top tokens say no more than these, at greater length
-            "" if status == "local" else _text(name)
-            for name, status in zip(_labelled(tables["labels"], ids, "label"), statuses, strict=True)
-        ]
-        rated = _labelled(tables["labels"], ids, "complexity")
-        self.complexities = [None if complexity is None else int(complexity) for complexity in rated]
-        self.judged = _judged(tables["labels"], ids)
-        self.top = self.examples.tops() if self.examples else nothing
-        self.promoted = self.lens.tops(np.full(len(ids), S - 1)) if self.lens else nothing
-        known = zip(ids.tolist(), self.names, self.top, strict=True)
+        about = _labels(tables["labels"], self.ids)
+        # labels of top tokens say no more than these, at greater length
+        self.names = ["" if row["status"] == "local" else _text(row["label"]) for row in about]
+        self.complexities = [None if row["complexity"] is None else int(row["complexity"]) for row in about]
+        self.judged = [_judged(row) for row in about]
+        self.top = [""] * len(self.ids)
+        self.promoted: list[list[str]] = []
+        """By snapshot, the token that each feature promotes most; none without a logit lens."""
+        alive: Any = first["alive"].astype(bool) if "alive" in first else slice(None)
+        self.alive = set(first.loc[alive, "feature"])
+        self.parts = {
+            "examples": self._part("examples", tables, self._examples, "examples", "example_tokens"),
+            "samples": self._part("samples", tables, self._samples, "samples", "sample_tokens"),
+            "rates": self._part("rates", tables, self._histogram, "activations"),
+            "lens": self._part("lens", tables, self._lens, "lens"),
+            "nearest": self._part("nearest", tables, self._nearest, "nearest"),
+            "read": self._part("read", tables, self._read, "encoder"),
+        }
+        known = zip(self.ids.tolist(), self.names, self.top, strict=True)
         self.called = {feature: name or top for feature, name, top in known}
 
-    def _part(self, name: str, tables: Tables, wanted: tuple[str, ...], make: Callable[..., Any]) -> Any:
+    def _part(self, name: str, tables: Tables, make: Callable[..., Of], *wanted: str) -> Of:
+        """What cuts one part of a feature's data from its tables, or nothing if a table or a column is missing."""
         found = {table: tables.once(table) for table in wanted}
         if missing := [table for table, rows in found.items() if rows is None]:
             self.missing[name] = advise(missing[0])
-            return None
-        try:
-            return make(*found.values())
-        except KeyError as error:
-            self.missing[name] = missing_column(error)
-            return None
+        else:
+            if name == "examples" and (far := tables.once("example_contexts")) is not None:
+                found["example_tokens"] = _joined(found["example_tokens"], far)
+            try:
+                return make(*found.values())
+            except KeyError as error:
+                self.missing[name] = missing_column(error)
+        return lambda _row, _words: None
 
     def promotes(self) -> Iterator[tuple[str, list[Any] | None]]:
         """The token that each feature promotes most at every snapshot, and at that of its largest effect, by name."""
-        if self.lens is None:
-            return
-        for s, _ in enumerate(self.labels):
-            yield f"{s:05d}", _coded(self.lens.tops(np.full(len(self.ids), s)))
-        if self.effects.of_task:
-            yield "effect", _coded(self.lens.tops(self.effects.peak()))
+        for s, tokens in enumerate(self.promoted):
+            yield f"{s:05d}", _coded(tokens)
+        if self.promoted and self.effects:
+            at = np.where(self.largest.max(1) < 0, len(self.labels) - 1, self.largest.argmax(1)).tolist()
+            yield "effect", _coded([self.promoted[s][row] for row, s in enumerate(at)])
 
     def index(self) -> dict[str, Any]:
         """Columns of the table of all features."""
+        largest = self.largest.max(1)
         return {
             "snapshots": self.labels,
             "id": self.ids.tolist(),
             "label": self.names if any(self.names) else None,
             "complexity": self.complexities if any(self.complexities) else None,
             "token": _coded(self.top),
-            "promoted": _coded(self.promoted),
+            "promoted": _coded(self.promoted[-1]) if self.promoted else None,
             "kind": _coded(self.classes),
             **{name: self.lifecycle[name] for name in ("birth", "peak", "lifetime")},
             "rate": self.rates,
-            "ie": _short(self.effects.largest()),
+            "ie": _short(np.where(largest < 0, np.nan, largest)),
             "heat": self._heat(),
         }
 
     def shard(self, rows: list[int]) -> dict[str, Any]:
         """Everything about the features in these rows."""
         words = Words()
-        norms = rounded(self.norms[rows], 5)
-        presence = {column: rounded(values[rows], 4) for column, values in self.presence.items() if column != "norm"}
+        norms, *presence = (rounded(values[rows], 4 + (name == "norm")) for name, values in self.presence.items())
+        others = list(self.presence)[1:]
         features = [
             {
                 "id": int(self.ids[row]),
@@ -284,16 +263,15 @@ class _Features:
                 "rate": self.rates[row],
                 **{name: values[row] for name, values in self.lifecycle.items()},
                 "norms": norms[i].tolist(),
-                **{column: values[i].tolist() for column, values in presence.items() if values[i].any()},
-                "effects": self.effects.of(row),
+                **{name: values[i].tolist() for name, values in zip(others, presence, strict=True) if values[i].any()},
+                "effects": [
+                    [number, *optional(rounded(both[:, row])).tolist()]
+                    for number, both in enumerate(self.effects.values())
+                    if np.isfinite(both[0, row]).any()
+                ],
                 "dates": self.dates.get(int(self.ids[row])),
-                "examples": self.examples.of(row, words) if self.examples else None,
-                "samples": self.samples.of(row, words)["list"] if self.samples else None,
-                "rates": None if self.rates_ is None else _histogram(self.rates_, row),
                 "seeds": self.seeds.get(int(self.ids[row])),
-                "lens": self.lens.of(row, words) if self.lens else None,
-                "nearest": self.nearest.of(row, self.called) if self.nearest else None,
-                "read": None if self.read is None else optional(rounded(self.read[row], 3)).tolist(),
+                **{name: of(row, words) for name, of in self.parts.items()},
             }
             for i, row in enumerate(rows)
         ]
@@ -306,14 +284,110 @@ class _Features:
         levels = (shares * (len(_LEVELS) - 1)).round().astype(np.uint8).flatten()
         return np.frombuffer(_LEVELS.encode(), np.uint8)[levels].tobytes().decode()
 
-    def _floats(self, name: str) -> np.ndarray:
-        if name not in self.lifecycles:
-            return np.full(len(self.lifecycles), np.nan)
-        numbers: Frame = pd.to_numeric(self.lifecycles[name], errors="coerce")
-        return numbers.to_numpy(dtype=float, na_value=np.nan)
+    def _examples(self, examples: Frame, around: Frame) -> Of:
+        """The gate's threshold, and the examples as in `_texts`."""
+        best = examples.sort_values(["feature", "rank"]).drop_duplicates("feature")[["feature", "rank", "position"]]
+        top = best.merge(around[["feature", "rank", "position", "token"]]).set_index("feature")["token"].astype(str)
+        self.top = top.reindex(self.ids).fillna("").tolist()
+        found, texts = self._texts(examples, around, self.labels)
 
-    def _integers(self, name: str) -> list[int | None]:
-        return [None if np.isnan(value) else int(value) for value in self._floats(name)]
+        def of(row: int, words: Words) -> dict[str, Any]:
+            threshold = found.rows(row)["threshold"]
+            return {"threshold": float(threshold[0]) if len(threshold) else 0.0, "list": texts(row, words)}
+
+        return of
+
+    def _samples(self, samples: Frame, around: Frame) -> Of:
+        return self._texts(samples, around, [])[1]
+
+    def _texts(self, examples: Frame, around: Frame, labels: list[str]) -> tuple[Cut, Of]:
+        """The rows of each feature, and a list of [sequence, position, first position shown, words, activations, what
+        the encoder reads from each snapshot]."""
+        reads = {"read": [f"read/{label}" for label in labels]}
+        columns = ("rank", "sequence", "position", "threshold")
+        found = Cut(examples, self.ids, ["feature", "rank"], *columns, **reads)
+        near = Cut(around, self.ids, ["feature", "rank", "position"], "rank", "position", "activation", "token")
+
+        def of(row: int, words: Words) -> list[list[Any]]:
+            own, text = found.rows(row), near.rows(row)
+            begins, ends = (np.searchsorted(text["rank"], own["rank"], side).tolist() for side in ("left", "right"))
+            position, read = text["position"].tolist(), rounded(own["read"], 3).tolist()
+            tokens, activation = words.numbers(near.names["token"], text["token"]), rounded(text["activation"]).tolist()
+            where = zip(own["sequence"].tolist(), own["position"].tolist(), begins, ends, read, strict=True)
+            return [
+                [sequence, at, position[a] if a < b else 0, tokens[a:b], activation[a:b], reads]
+                for sequence, at, a, b, reads in where
+            ]
+
+        return found, of
+
+    def _histogram(self, counts: Frame) -> Of:
+        """The first bin of a feature and the counts from there on; None if it is active nowhere."""
+        found = Cut(counts, self.ids, ["feature", "bin"], "bin", "count")
+
+        def of(row: int, _: Words) -> list[Any] | None:
+            bins, n = (found.rows(row)[name].astype(int) for name in ("bin", "count"))
+            return [int(bins[0]), np.bincount(bins - bins[0], n).astype(int).tolist()] if len(bins) else None
+
+        return of
+
+    def _lens(self, lens: Frame) -> Of:
+        """By snapshot: promoted words, their logits, suppressed words, their logits."""
+        S, sides = len(self.labels), ("promoted", "suppressed")
+        columns = ("snapshot", *sides, *(f"{side}_logit" for side in sides))
+        found = Cut(lens, self.ids, ["feature", "snapshot", "rank"], *columns)
+        first = lens.sort_values("rank", kind="stable").drop_duplicates(["feature", "snapshot"])
+        wide = first.assign(promoted=first["promoted"].astype(object)).pivot(
+            index="feature", columns="snapshot", values="promoted"
+        )
+        wide = wide.reindex(index=self.ids, columns=range(S)).astype(object)
+        self.promoted = [wide[s].where(wide[s].notna(), "").astype(str).tolist() for s in range(S)]
+
+        def of(row: int, words: Words) -> list[list[Any]]:
+            own = found.rows(row)
+            cuts = np.searchsorted(own["snapshot"], np.arange(S + 1)).tolist()
+            lists: list[list[Any]] = []
+            for side in sides:
+                lists += [words.numbers(found.names[side], own[side]), rounded(own[f"{side}_logit"]).tolist()]
+            return [[values[a:b] for values in lists] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+        return of
+
+    def _nearest(self, nearest: Frame) -> Of:
+        """[feature, cosine, name] of each neighbour that is alive."""
+        found = Cut(nearest[nearest["other"].isin(self.alive)], self.ids, ["feature", "rank"], "other", "cosine")
+
+        def of(row: int, _: Words) -> list[list[Any]]:
+            others, cosines = found.rows(row)["other"].tolist(), rounded(found.rows(row)["cosine"], 3).tolist()
+            return [[other, cosine, self.called.get(other, "")] for other, cosine in zip(others, cosines, strict=True)]
+
+        return of
+
+    def _read(self, encoder: Frame) -> Of:
+        """Encoder share of each snapshot, None where unknown."""
+        shares = encoder.set_index("feature")[[f"share/{label}" for label in self.labels]]
+        found = optional(rounded(shares.reindex(self.ids).to_numpy(dtype=float), 3)).tolist()
+        return lambda row, _: found[row]
+
+
+def _effects(tables: Tables, ids: np.ndarray, S: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """IE and its standard error, (2, F, S), for every attributed task, and the largest |IE|, (F, S), over the tasks
+    that are not small, -1 without any."""
+    effects: dict[str, np.ndarray] = {}
+    large: list[str] = []
+    for task in tables.tasks("attribution"):
+        table = tables.get(f"attribution/{task}", "feature", "snapshot", "ie", "ie_se")
+        if table is not None:
+            wide = table.pivot(index="feature", columns="snapshot", values=["ie", "ie_se"]).reindex(ids)
+            both = [wide[name].reindex(columns=range(S)).to_numpy(np.float32) for name in ("ie", "ie_se")]
+            effects[task] = np.stack(both)
+            about = tables.get(f"attribution/{task}.snapshots", "n")
+            if about is None or about["n"].max() >= MIN_ITEMS:
+                large.append(task)
+    largest = np.full((len(ids), S), -1.0)
+    for task in large or effects:
+        largest = np.fmax(largest, np.abs(effects[task][0]))
+    return effects, largest
 
 
 def _dates(tables: Tables, lifecycles: Frame) -> dict[int, list[Any]]:
@@ -346,64 +420,46 @@ def _classes(lifecycles: Frame) -> list[str]:
     ]
 
 
-def _labelled(labels: Frame | None, ids: np.ndarray, column: str) -> list[Any]:
-    """A column of the labels table for each feature, None where missing."""
-    if labels is None or not {"feature", column} <= set(labels):
-        return [None] * len(ids)
-    known = labels.dropna(subset=[column])
-    found = dict(zip(known["feature"], known[column], strict=True))
-    return [found.get(feature) for feature in ids.tolist()]
+def _labels(labels: Frame | None, ids: np.ndarray) -> list[dict[str, Any]]:
+    """The row of each feature in the table of labels, with all columns that are read, None where missing."""
+    scores = [f"{name}{end}" for name in ("detection", "local_detection") for end in ("", "_low", "_high")]
+    columns = ["feature", "label", "status", "complexity", "control", "control_feature", "detection_n", "local_label",
+               "local_control", *scores]  # fmt: skip
+    known = pd.DataFrame() if labels is None else labels
+    found: Frame = known.reindex(columns=columns).drop_duplicates("feature", keep="last").set_index("feature")
+    found = found.reindex(ids).astype(object)
+    return found.where(found.notna(), None).to_dict("records")
 
 
-def _judged(labels: Frame | None, ids: np.ndarray) -> list[str | None]:
-    """How well the label of each feature finds the passages that activate it, in words; None where it is not judged."""
-    names = ("detection", "detection_low", "detection_high", "detection_n", "control", "control_feature")
-    local = ("local_label", "local_detection", "local_detection_low", "local_detection_high", "local_control")
-    values = {name: _labelled(labels, ids, name) for name in (*names, *local)}
-    found: list[str | None] = []
-    for row in range(len(ids)):
-        value = {name: column[row] for name, column in values.items()}
-        parts: list[str] = []
-        judged = all(
-            value[name] is not None for name in ("detection", "detection_low", "detection_high", "detection_n")
-        )
-        if judged:
-            interval = f"[{value['detection_low']:.2f}, {value['detection_high']:.2f}]"
-            parts.append(f"{value['detection']:.2f} {interval} on {value['detection_n']:.0f} held-out passages")
-            if value["control"] is not None and value["control_feature"] is not None:
-                parts.append(f"{value['control']:.2f} with the label of feature {value['control_feature']:.0f}")
-        if all(value[name] is not None for name in ("local_detection", "local_detection_low", "local_detection_high")):
-            interval = f"[{value['local_detection_low']:.2f}, {value['local_detection_high']:.2f}]"
-            parts.append(f"{value['local_detection']:.2f} {interval} by its top tokens alone")
-            if value["local_control"] is not None:
-                parts.append(f"{value['local_control']:.2f} by those of another feature")
-        what = "Label" if judged else "Top tokens as a label"
-        if not judged and value["local_label"] is not None:
-            what += f" ({value['local_label']})"
-        words = f"{what}, judged by balanced accuracy (chance 0.5): {'; '.join(parts)}."
-        found.append(words if parts else None)
-    return found
+def _judged(row: dict[str, Any]) -> str | None:
+    """How well a label finds the passages that activate its feature, in words; None where it is not judged."""
+
+    def scored(name: str) -> str | None:
+        values = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
+        return None if None in values else "{:.2f} [{:.2f}, {:.2f}]".format(*values)
+
+    own, local = scored("detection"), scored("local_detection")
+    judged = own is not None and row["detection_n"] is not None
+    parts: list[str] = []
+    if judged:
+        parts.append(f"{own} on {row['detection_n']:.0f} held-out passages")
+        if row["control"] is not None and row["control_feature"] is not None:
+            parts.append(f"{row['control']:.2f} with the label of feature {row['control_feature']:.0f}")
+    if local is not None:
+        parts.append(f"{local} by its top tokens alone")
+        if row["local_control"] is not None:
+            parts.append(f"{row['local_control']:.2f} by those of another feature")
+    what = "Label" if judged else "Top tokens as a label"
+    if not judged and row["local_label"] is not None:
+        what += f" ({row['local_label']})"
+    return f"{what}, judged by balanced accuracy (chance 0.5): {'; '.join(parts)}." if parts else None
 
 
-def _with_contexts(around: Frame, tables: Tables) -> Frame:
-    """Tokens around examples, with those further away if the run has them."""
-    far = tables.once("example_contexts")
-    if far is None:
-        return around
+def _joined(around: Frame, far: Frame) -> Frame:
+    """Tokens around examples, with those further away."""
     words = pd.api.types.union_categoricals([part["token"].astype("category") for part in (around, far)])
     both = pd.concat([around.drop(columns="token"), far.drop(columns="token")], ignore_index=True)
     return both.assign(token=words)
-
-
-def _histogram(counts: Cut, row: int) -> list[Any] | None:
-    """The first bin of a feature and the counts from there on."""
-    part = counts.parts[row]
-    if part.start == part.stop:
-        return None
-    bins = counts["bin"][part].astype(int)
-    found = np.zeros(bins[-1] - bins[0] + 1, dtype=int)
-    found[bins - bins[0]] = counts["count"][part]
-    return [int(bins[0]), found.tolist()]
 
 
 def _seeds(consensus: Frame | None, ids: np.ndarray) -> dict[int, dict[str, Any]]:
@@ -421,12 +477,6 @@ def _seeds(consensus: Frame | None, ids: np.ndarray) -> dict[int, dict[str, Any]
         ]  # fmt: skip
         found[int(row["feature"])] = {"n": int(row["n_seeds"]), "of": int(row["of"]), "partners": pairs}
     return found
-
-
-def _read(encoder: Frame, ids: np.ndarray, labels: list[str]) -> np.ndarray:
-    """Encoder share of each feature and snapshot, (F, S), NaN where unknown."""
-    found = encoder.set_index("feature")[[f"share/{label}" for label in labels]]
-    return found.reindex(ids).to_numpy(dtype=float)
 
 
 def _short(values: np.ndarray) -> list[float | None]:
@@ -451,203 +501,46 @@ class Words:
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
-    def numbers(self, tokens: Tokens, part: slice) -> list[int]:
-        """Indices of some tokens."""
-        names = (tokens.names[code] for code in tokens.codes[part].tolist())
-        return [self._numbers.setdefault(name, len(self._numbers)) for name in names]
+    def numbers(self, names: list[str], codes: np.ndarray) -> list[int]:
+        """Indices of some tokens, given as codes of names."""
+        return [self._numbers.setdefault(names[code], len(self._numbers)) for code in codes.tolist()]
 
     def list(self) -> list[str]:
         """The strings by index."""
         return list(self._numbers)
 
 
-class Tokens:
-    """A column of tokens."""
-
-    def __init__(self, table: Frame, name: str) -> None:
-        found = table[name].astype("category").cat
-        self.codes = np.asarray(found.codes)
-        self.names = [str(name) for name in found.categories]
-
-    def __getitem__(self, row: int) -> str:
-        return self.names[self.codes[row]]
-
-
 class Cut:
-    """A sorted table in which the rows of each feature are a slice.
+    """Columns of a table by feature.
 
     Args:
         table: with a column feature.
+        ids: features, in order.
         order: columns to sort by, the feature first.
-        ids: features, in order.
+        columns: to keep; tokens become codes.
+        blocks: several columns side by side, by name.
+
+    Attributes:
+        names: what the codes of a column of tokens stand for, by column.
     """
 
-    def __init__(self, table: Frame, order: list[str], ids: np.ndarray) -> None:
-        self.table: Frame = table.sort_values(order, kind="stable", ignore_index=True)
-        feature = self.table["feature"].to_numpy()
-        begin, end = np.searchsorted(feature, ids), np.searchsorted(feature, ids, side="right")
-        self.parts = [slice(a, b) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+    def __init__(self, table: Frame, ids: np.ndarray, order: list[str], *columns: str, **blocks: list[str]) -> None:
+        table = table.sort_values(order, kind="stable", ignore_index=True)
+        ends = [np.searchsorted(table["feature"].to_numpy(), ids, side).tolist() for side in ("left", "right")]
+        self._parts = [slice(begin, end) for begin, end in zip(*ends, strict=True)]
+        self._columns = {name: table[parts].to_numpy(dtype=np.float32) for name, parts in blocks.items()}
+        self.names: dict[str, list[str]] = {}
+        for name in columns:
+            column = table[name]
+            if not pd.api.types.is_numeric_dtype(column):
+                column = column.astype("category").cat
+                self.names[name] = [str(text) for text in column.categories]
+                column = column.codes
+            self._columns[name] = column.to_numpy()
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.table[name].to_numpy()
-
-
-class Effects:
-    """IE and its standard error, (F, S), for every attributed task."""
-
-    def __init__(self, tables: Tables, ids: np.ndarray, S: int) -> None:
-        self._place = pd.Series(np.arange(len(ids)), ids)
-        self._shape = (2, len(ids), S)
-        self.of_task: dict[str, np.ndarray] = {}
-        self._large: list[str] = []
-        for task in tables.tasks("attribution"):
-            table = tables[f"attribution/{task}"]
-            if table is not None and {"feature", "snapshot", "ie", "ie_se"} <= set(table):
-                self.of_task[task] = self._wide(table)
-                about = tables[f"attribution/{task}.snapshots"]
-                if about is None or "n" not in about or about["n"].max() >= MIN_ITEMS:
-                    self._large.append(task)
-
-    def _wide(self, table: Frame) -> np.ndarray:
-        row, snapshot = table["feature"].map(self._place), table["snapshot"].to_numpy(dtype=int)
-        known = row.notna().to_numpy() & (snapshot < self._shape[2])
-        at = row[known].to_numpy(dtype=int), snapshot[known]
-        both = np.full(self._shape, np.nan, np.float32)
-        for values, name in zip(both, ("ie", "ie_se"), strict=True):
-            values[at] = table[name].to_numpy(dtype=float)[known]
-        return both
-
-    def _sizes(self) -> np.ndarray:
-        """Largest |IE| over tasks, (F, S), -1 without any."""
-        largest = np.full(self._shape[1:], -1.0)
-        for task in self._large or self.of_task:
-            effects = self.of_task[task][0]
-            largest = np.maximum(largest, np.where(np.isfinite(effects), np.abs(effects), -1))
-        return largest
-
-    def largest(self) -> np.ndarray:
-        """Largest |IE| of each feature over snapshots and tasks, small ones left out, NaN without any."""
-        largest = self._sizes().max(1)
-        return np.where(largest < 0, np.nan, largest)
-
-    def peak(self) -> np.ndarray:
-        """The snapshot of the largest |IE| of each feature, the last one without any."""
-        largest = self._sizes()
-        return np.where(largest.max(1) < 0, self._shape[2] - 1, largest.argmax(1))
-
-    def of(self, row: int) -> list[Any]:
-        """[number of the task, IE, standard error] of the tasks in which the feature has an effect."""
-        return [
-            [number, *optional(rounded(both[:, row])).tolist()]
-            for number, both in enumerate(self.of_task.values())
-            if np.isfinite(both[0, row]).any()
-        ]
-
-
-class Examples:
-    """Top activating examples, with their context.
-
-    Args:
-        examples: table of that name.
-        tokens: table example_tokens.
-        ids: features, in order.
-        labels: snapshot labels.
-    """
-
-    def __init__(self, examples: Frame, tokens: Frame, ids: np.ndarray, labels: list[str]) -> None:
-        self._examples = Cut(examples, ["feature", "rank"], ids)
-        self._around = Cut(tokens, ["feature", "rank", "position"], ids)
-        self._columns = {name: self._examples[name] for name in ("rank", "sequence", "position", "threshold")}
-        reads: Frame = self._examples.table[[f"read/{label}" for label in labels]]
-        self._reads = reads.to_numpy(dtype=np.float32)
-        self._tokens = Tokens(self._around.table, "token")
-        self._rank, self._position = self._around["rank"], self._around["position"]
-        self._activation = self._around["activation"]
-
-    def tops(self) -> list[str]:
-        """The token at which each feature is most active, or an empty string."""
-        found: list[str] = []
-        for examples, around in zip(self._examples.parts, self._around.parts, strict=True):
-            at = np.zeros(0, dtype=int)
-            if examples.start < examples.stop:
-                rank, position = (self._columns[name][examples.start] for name in ("rank", "position"))
-                at = np.flatnonzero((self._rank[around] == rank) & (self._position[around] == position))
-            found.append(self._tokens[around.start + int(at[0])] if len(at) else "")
-        return found
-
-    def of(self, row: int, words: Words) -> dict[str, Any]:
-        """The gate's threshold, and a list of [sequence, position, first position shown, words, activations, what the
-        encoder reads from each snapshot]."""
-        part, around = self._examples.parts[row], self._around.parts[row]
-        rank, position = self._rank[around], self._position[around].tolist()
-        tokens, activation = words.numbers(self._tokens, around), rounded(self._activation[around]).tolist()
-        found: list[list[Any]] = []
-        for e in range(part.start, part.stop):
-            a, b = (int(np.searchsorted(rank, self._columns["rank"][e], side)) for side in ("left", "right"))
-            where = [int(self._columns[name][e]) for name in ("sequence", "position")]
-            read = rounded(self._reads[e], 3).tolist()
-            found.append([*where, position[a] if a < b else 0, tokens[a:b], activation[a:b], read])
-        threshold = float(self._columns["threshold"][part.start]) if found else 0.0
-        return {"threshold": threshold, "list": found}
-
-
-class Lens:
-    """Logit lens: tokens that features promote and suppress at each snapshot.
-
-    Args:
-        lens: table of that name.
-        ids: features, in order.
-        S: snapshots.
-    """
-
-    def __init__(self, lens: Frame, ids: np.ndarray, S: int) -> None:
-        self._lens, self._S = Cut(lens, ["feature", "snapshot", "rank"], ids), S
-        self._snapshot = self._lens["snapshot"]
-        place = np.repeat(np.arange(len(ids)), [part.stop - part.start for part in self._lens.parts])
-        rows = np.concatenate([np.arange(part.start, part.stop) for part in self._lens.parts]) if len(ids) else place
-        at = np.stack([place, self._snapshot[rows]])
-        first = np.ones(len(rows), bool)
-        first[1:] = (at[:, 1:] != at[:, :-1]).any(0)
-        self._first = np.full((len(ids), S), -1)
-        kept = first & (at[1] < S)
-        self._first[at[0, kept], at[1, kept]] = rows[kept]
-        self._sides = [
-            (Tokens(self._lens.table, name), self._lens[f"{name}_logit"]) for name in ("promoted", "suppressed")
-        ]
-
-    def tops(self, snapshots: np.ndarray) -> list[str]:
-        """The token that each feature promotes most at the snapshot given for it, or an empty string."""
-        rows = self._first[np.arange(len(snapshots)), snapshots].tolist()
-        return [self._sides[0][0][row] if row >= 0 else "" for row in rows]
-
-    def of(self, row: int, words: Words) -> list[list[Any]]:
-        """By snapshot: promoted words, their logits, suppressed words, their logits."""
-        part = self._lens.parts[row]
-        cuts = np.searchsorted(self._snapshot[part], np.arange(self._S + 1)).tolist()
-        columns: list[list[Any]] = []
-        for tokens, logits in self._sides:
-            columns += [words.numbers(tokens, part), rounded(logits[part]).tolist()]
-        return [[column[a:b] for column in columns] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-
-
-class Nearest:
-    """Nearest features of each feature.
-
-    Args:
-        nearest: table of that name.
-        ids: features, in order.
-        alive: features that are shown as neighbours.
-    """
-
-    def __init__(self, nearest: Frame, ids: np.ndarray, alive: set[int]) -> None:
-        self._nearest = Cut(nearest[nearest["other"].isin(alive)], ["feature", "rank"], ids)
-        self._other, self._cosine = self._nearest["other"], self._nearest["cosine"]
-
-    def of(self, row: int, names: dict[int, str]) -> list[list[Any]]:
-        """[feature, cosine, name] of each neighbour."""
-        part = self._nearest.parts[row]
-        others, cosines = self._other[part].tolist(), rounded(self._cosine[part], 3).tolist()
-        return [[other, cosine, names.get(other, "")] for other, cosine in zip(others, cosines, strict=True)]
+    def rows(self, row: int) -> dict[str, np.ndarray]:
+        """The columns of the feature in this row of `ids`."""
+        return {name: column[self._parts[row]] for name, column in self._columns.items()}
 
 
 def rounded(values: np.ndarray, digits: int = 4) -> np.ndarray:

@@ -47,30 +47,28 @@ def warn(tables: Tables) -> list[Finding]:
     def add(text: str, task: str | None = None) -> None:
         found.append(Finding(text, [] if task is None else [(f"Task {task}", pages[task])]))
 
-    evaluation = _with(tables["evaluation"], "explained_variance", "dead_fraction", "label")
+    evaluation = tables.get("evaluation", "explained_variance", "dead_fraction", "label")
     if evaluation is not None:
         poor = evaluation[~(evaluation["explained_variance"] >= MIN_EV)]
-        if len(poor):
-            values = _listed(f"{row['label']} ({row['explained_variance']:.2f})" for row in poor.to_dict("records"))
+        if values := _listed(f"{row.label} ({row.explained_variance:.2f})" for row in poor.itertuples()):
             add(
                 f"Explained variance is too low at {values}: what is said of features there is about a part of the "
                 f"activations. Acceptable: {MIN_EV:g} or more."
             )
-        if "ce_recovered" in evaluation:
-            lost = evaluation[evaluation["ce_recovered"] < MIN_RECOVERED]
-            if len(lost):
-                values = _listed(f"{row['label']} ({row['ce_recovered']:.1%})" for row in lost.to_dict("records"))
-                add(
-                    f"The reconstruction recovers too little of the loss that zeros would cost at {values}: it misses "
-                    f"directions that the model uses. Acceptable: {MIN_RECOVERED:.0%} or more."
-                )
+        recovered = evaluation.reindex(columns=["label", "ce_recovered"])
+        lost = recovered[recovered["ce_recovered"] < MIN_RECOVERED]
+        if values := _listed(f"{row.label} ({row.ce_recovered:.1%})" for row in lost.itertuples()):
+            add(
+                f"The reconstruction recovers too little of the loss that zeros would cost at {values}: it misses "
+                f"directions that the model uses. Acceptable: {MIN_RECOVERED:.0%} or more."
+            )
         dead = float(evaluation["dead_fraction"].max())
         if dead > MAX_DEAD:
             add(
                 f"{dead:.0%} of the features are dead: the dictionary is larger than the training could use, and "
                 f"counts of features depend on its size. Acceptable: {MAX_DEAD:.0%} or less."
             )
-    accuracy = _with(tables["accuracy"], "task", "n")
+    accuracy = tables.get("accuracy", "task", "n")
     if accuracy is not None:
         sizes = accuracy.groupby("task", sort=False)["n"].max()
         for task, n in sizes[sizes < MIN_ITEMS].items():
@@ -79,7 +77,7 @@ def warn(tables: Tables) -> list[Finding]:
                 f"{MIN_ITEMS} or more.",
                 str(task),
             )
-    errors = _with(tables["completeness/*"], "completeness_error", "task", "label")
+    errors = tables.get("completeness/*", "completeness_error", "task", "label")
     if errors is not None and errors["completeness_error"].max() > MAX_COMPLETENESS:
         worst = errors.loc[errors["completeness_error"].idxmax()]
         add(
@@ -88,7 +86,7 @@ def warn(tables: Tables) -> list[Finding]:
             str(worst["task"]),
         )
     for task in tables.tasks("ablation"):
-        rows = _with(tables[f"ablation/{task}"], "clean", "reconstruction_only", "snapshot", "label")
+        rows = tables.get(f"ablation/{task}", "clean", "reconstruction_only", "snapshot", "label")
         if rows is None:
             continue
         last = rows.loc[rows["snapshot"].idxmax()]
@@ -115,7 +113,7 @@ def find(tables: Tables, drawn: set[str]) -> list[Finding]:
 
 
 def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
-    accuracy = _with(tables["accuracy"], "task", "snapshot", "label", "accuracy", "accuracy_low", "n")
+    accuracy = tables.get("accuracy", "task", "snapshot", "label", "accuracy", "accuracy_low", "n")
     if accuracy is None:
         return None
     above: list[str] = []
@@ -139,7 +137,7 @@ def _learnt(tables: Tables, drawn: set[str]) -> Finding | None:
     if missed:
         which = "it" if above else "the model"
         sentences.append(f"At the end, {which} is not above chance on {_listed(missed, _TASK_WIDTH)}.")
-    links = _links(drawn, ("accuracy", "index", "accuracy", "Figure, with chance and intervals"))
+    links = _links(drawn, "index", {"accuracy": "Figure, with chance and intervals"})
     pages = task_pages(tables["tasks"])
     links += [(task, pages[task]) for task in named[:_BOUND]]
     return Finding(" ".join(sentences), links)
@@ -152,7 +150,7 @@ def _first_kept(rows: Frame, holds: Any) -> str | None:
 
 
 def _described(tables: Tables, drawn: set[str]) -> Finding | None:
-    evaluation = _with(tables["evaluation"], "explained_variance", "label")
+    evaluation = tables.get("evaluation", "explained_variance", "label")
     if evaluation is None:
         return None
     ev = evaluation["explained_variance"]
@@ -165,16 +163,12 @@ def _described(tables: Tables, drawn: set[str]) -> Finding | None:
             f"; spliced into the model, its reconstruction recovers at least {evaluation['ce_recovered'].min():.1%} of "
             "the loss that zeros would cost"
         )
-    links = _links(
-        drawn,
-        ("explained-variance", "index", "explained-variance", "Figure"),
-        ("cross-entropy", "index", "cross-entropy", "Control: loss with zeros instead"),
-    )
-    return Finding(f"{text}.", links)
+    names = {"explained-variance": "Figure", "cross-entropy": "Control: loss with zeros instead"}
+    return Finding(f"{text}.", _links(drawn, "index", names))
 
 
 def _born(tables: Tables, drawn: set[str]) -> Finding | None:
-    lifecycles = _with(tables["lifecycles"], "measure", "origin")
+    lifecycles = tables.get("lifecycles", "measure", "origin")
     if lifecycles is None:
         return None
     read = by_measure(lifecycles).dropna(subset=["origin"])
@@ -182,12 +176,12 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
         return None
     measure, born = main_measure(lifecycles), int((read["origin"] == "emergent").sum())
     text = f"By {MEASURES[measure]}, {born:,} of {len(read):,} features are born after the first snapshot"
-    evolution = _with(tables["evolution"], "snapshot", "label")
+    evolution = tables.get("evolution", "snapshot", "label")
     if born and "birth" in read and evolution is not None:
         dates = read.loc[read["origin"] == "emergent", "birth"].astype(int).value_counts()
         label = dict(zip(evolution["snapshot"], evolution["label"], strict=True)).get(dates.index[0])
         text += f", most of them at {label} ({dates.iloc[0]:,})" * (label is not None)
-    counts = _with(tables["birth_counts"], "measure", "kind", "threshold", "born", "born_reversed")
+    counts = tables.get("birth_counts", "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
         from crosslens.evolution.births import describe_reversed
 
@@ -197,18 +191,14 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
         unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_reversed(counts))
         text += unlikely.replace("R2", MEASURES["r2"])
-    links = _links(
-        drawn,
-        ("evolution-map", "evolution", "evolution-map", "Figure"),
-        ("birth-counts", "evolution", "birth-counts", "Control: births reversed in time"),
-    )
-    return Finding(f"{text}.", links)
+    names = {"evolution-map": "Figure", "birth-counts": "Control: births reversed in time"}
+    return Finding(f"{text}.", _links(drawn, "evolution", names))
 
 
 def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
     found: list[tuple[float, str, Frame]] = []
     for task in tables.tasks("ablation"):
-        rows = _with(tables[f"ablation/{task}"], "snapshot", "mode", "features", "k", "metric", "clean")
+        rows = tables.get(f"ablation/{task}", "snapshot", "mode", "features", "k", "metric", "clean")
         if rows is None:
             continue
         rows = rows[(rows["snapshot"] == rows["snapshot"].max()) & (rows["mode"] == "ablate")]
@@ -236,11 +226,11 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
             f", {int(matched['n_features'])} active ones that together change the activation by "
             f"{matched['moved'] / top['moved']:.0%} of what those do to {_signed(matched['metric'])}"
         )
-    zeroing = _with(tables[f"zeroing/{task}"], "snapshot", "features", "k", "metric")
+    zeroing = tables.get(f"zeroing/{task}", "snapshot", "features", "k", "metric")
     if zeroing is not None:
         zeroed = zeroing[(zeroing["snapshot"] == zeroing["snapshot"].max()) & (zeroing["features"] == "top")].iloc[0]
         text += f"; setting the top {int(zeroed['k'])} to zero leaves {_signed(zeroed['metric'])}"
-    effects = _with(tables[f"attribution/{task}"], "feature", "snapshot", "ie", "relie")
+    effects = tables.get(f"attribution/{task}", "feature", "snapshot", "ie", "relie")
     if effects is not None:
         last = effects[effects["snapshot"] == effects["snapshot"].max()]
         best = last.loc[last["ie"].idxmax()]
@@ -249,11 +239,7 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
             text += ", but no single effect is significant (false discovery rate 5%)"
     page = task_pages(tables["tasks"])[task].removesuffix(".html")
     name = page.removeprefix("task-")
-    links = _links(
-        drawn,
-        (f"ie-{name}", page, f"ie-{name}", "Figure"),
-        (f"ablate-size-{name}", page, f"ablate-size-{name}", "Control: random features"),
-    )
+    links = _links(drawn, page, {f"ie-{name}": "Figure", f"ablate-size-{name}": "Control: random features"})
     return Finding(text + ".", links)  # an f-string would make text of the link
 
 
@@ -278,19 +264,12 @@ def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
         f"{kept['variance'].sum():.0%} of the variance; with permuted tokens "
         f"{pairs['null_a'].mean():.1%} have a partner."
     )
-    links = _links(
-        drawn, ("seeds", "index", "seeds", "Figure"), ("seeds-rate", "index", "seeds-rate", "Control: by firing rate")
-    )
-    return Finding(text, links)
+    return Finding(text, _links(drawn, "index", {"seeds": "Figure", "seeds-rate": "Control: by firing rate"}))
 
 
-def _links(drawn: set[str], *figures: tuple[str, str, str, str]) -> list[tuple[str, str]]:
-    """(name, link) of the figures that were drawn, given as (CSV file, page, id, name)."""
-    return [(name, f"{page}.html#figure-{id}") for csv, page, id, name in figures if f"{csv}.csv" in drawn]
-
-
-def _with(table: Frame | None, *columns: str) -> Any:
-    return None if table is None or not set(columns) <= set(table) else table
+def _links(drawn: set[str], page: str, names: dict[str, str]) -> list[tuple[str, str]]:
+    """(name, link) of those figures of a page that were drawn."""
+    return [(name, f"{page}.html#figure-{id}") for id, name in names.items() if f"{id}.csv" in drawn]
 
 
 def _signed(value: float) -> str:

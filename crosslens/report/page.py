@@ -54,6 +54,7 @@ _EARLY = "//# allFunctionsCalledOnLoad\n"
 _DIGITS = 5  # significant digits of the numbers in figures; the CSV files have all
 _POSITION_DIGITS = 7  # of those along x, so that close steps stay apart
 _UNKNOWN = "not recorded"
+_NAME = "crosslens run"  # of a report whose run names no model
 
 
 def write_report(run_dir: str | Path, *, title: str | None = None, consensus: bool = False) -> Path:
@@ -89,7 +90,6 @@ def _shown(value: Any) -> Any:
 def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     info = _shown(without_paths(run.read_json()))
     tables = Tables(run, info, consensus=consensus)
-    overview = _overview(info, tables)
     warnings = warn(tables)
     data, written = run.report / "data", set[str]()
     data.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,9 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     tables.names = features.names
     of_features = list(tables.damaged.values())
     common = {
-        "report": visible(title or overview.title),
+        "report": visible(
+            title or (f"{info['model']}, {_text(info.get('hook_name'))}" if info.get("model") else _NAME)
+        ),
         "nav": [*((page.name, page.title) for page in PAGES), _FEATURES],
         "theme": script_json(THEME),
         "plotly": _PLOTLY,
@@ -126,12 +128,17 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
     def add(name: str, page: Page, task: str | None = None, **context: Any) -> None:
         done = set(csv)
         tables.damaged.clear()
-        parts = [_make_part(page, section, tables, csv, task) for section in page.sections]
+        parts = [_make_part(section, tables, csv, task) for section in page.sections]
         if page is PAGES[0]:
-            context |= {"facts": overview, "numbers": overview.numbers, "findings": find(tables, set(csv))}
+            context |= {
+                "facts": _facts(info, tables),
+                "numbers": _numbers(info, tables),
+                "findings": find(tables, set(csv)),
+            }
         pages[name] = _render(
             "page.html.j2",
-            **{**common, "title": page.title, "facts": None, "numbers": [], "findings": [], "pager": None, **context},
+            **{**common, "title": page.title, "facts": [], "numbers": [], "findings": [], "pager": None, **context},
+            snapshots=_snapshot_facts(info) if page is PAGES[0] else [],
             page="causal" if page is TASK else page.name,
             drawn=True,
             damaged=list(tables.damaged.values()),
@@ -139,7 +146,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             intro=page.intro,
             parts=parts,
         )
-        entries = {Path(block.csv).name: block.entry for part in parts for block in part.blocks}
+        entries = {f"{block.id}.csv": block.entry for part in parts for block in part.blocks}
         for name in csv.keys() - done:
             write(name, _without_formulas(csv[name]).to_csv(index=False))
             meanings.extend(_meanings(name, csv[name], entries.get(name)))
@@ -203,15 +210,16 @@ def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
     """Context of the templates of the pages Features and Feature."""
     snapshots = _snapshots(tables["snapshots"], features.labels)
-    figures: dict[str, Any] = {"presence": None, "effects": None, "read": None, "rates": None}
-    if features.ids and "read" not in features.missing:
-        figures["read"] = script_json(figure_spec(read_figure(snapshots)))
-    if features.ids and "rates" not in features.missing:
-        figures["rates"] = script_json(figure_spec(rate_figure()))
-    if features.ids:
-        figures["presence"] = script_json(figure_spec(presence_figure(snapshots)))
-    if features.ids and features.tasks:
-        figures["effects"] = script_json(figure_spec(effect_figure(snapshots, features.tasks, tables["tasks"])))
+    charts = {
+        "presence": presence_figure(snapshots),
+        "effects": effect_figure(snapshots, features.tasks, tables["tasks"]),
+        "read": read_figure(snapshots),
+        "rates": rate_figure(),
+    }
+    figures = {
+        name: script_json(figure_spec(chart)) if features.ids and name not in features.missing else None
+        for name, chart in charts.items()
+    }
     known = snapshots.astype(object).where(snapshots.notna(), None)
     about = {
         "shard": SHARD,
@@ -260,36 +268,25 @@ class Block:
     """An entry, ready for the template.
 
     Attributes:
-        id: id of its anchor and files; ends in the name of the task on a task's page.
+        id: id of its anchor and of its CSV file; ends in the name of the task on a task's page.
         entry: what is shown.
-        figure: JSON for a <script> element, for a figure.
-        height: pixels of the figure.
-        small: whether the figure may be small.
-        prompts: JSON for a <script> element, for tinted prompts.
-        last: number of their last snapshot.
-        grid: for a table of numbers.
-        header: its header: (text, tooltip).
-        tinted: whether the grid's cells are numbers tinted by size, rather than words.
-        words: for neither: why there is nothing to show.
+        content: the figure, the table of numbers or the tinted prompts.
+        data: JSON for a <script> element, of a figure or of prompts.
+        words: without any of these: why there is nothing to show.
         missing: whether that is because a table does not exist.
-        note: caption.
-        csv: path of the numbers.
     """
 
     id: str
     entry: Entry
-    figure: Markup | None = None
-    height: int = 0
-    small: bool = False
-    prompts: Markup | None = None
-    last: int = 0
-    grid: Grid | None = None
-    header: tuple[tuple[str, str], ...] = ()
-    tinted: bool = False
+    content: Chart | Grid | Prompts | None = None
+    data: Markup = Markup()
     words: str = ""
     missing: bool = False
-    note: str = ""
-    csv: str = ""
+
+    @property
+    def kind(self) -> str:
+        """chart, grid or prompts; "nonetype" without content."""
+        return type(self.content).__name__.lower()
 
 
 @dataclass(frozen=True)
@@ -301,9 +298,9 @@ class Part:
     words: str = ""
 
 
-def _make_part(page: Page, section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
+def _make_part(section: Section, tables: Tables, csv: dict[str, pd.DataFrame], task: str | None) -> Part:
     """Draw the figures of a section, and add their numbers to `csv`, by file name."""
-    blocks = [_block(entry, tables, csv, task) for entry in page.entries(section)]
+    blocks = [_block(entry, tables, csv, task) for entry in section.entries]
     if all(block.missing for block in blocks):
         first = min(blocks, key=lambda block: block.entry.optional)
         return Part(section, [], first.words)  # once, instead of for every figure
@@ -331,20 +328,11 @@ def _block(entry: Entry, tables: Tables, csv: dict[str, pd.DataFrame], task: str
     if isinstance(drawn, str):
         return Block(id, entry, words=drawn)
     csv[f"{id}.csv"] = drawn.data
-    if isinstance(drawn, Grid):
-        tinted = any(cell.weight for row in drawn.rows for cell in row)
-        columns = drawn.columns or ("",) * len(drawn.header)
-        header = tuple(
-            (text, str(entry.describe(name) or "")) for text, name in zip(drawn.header, columns, strict=True)
-        )
-        return Block(id, entry, grid=drawn, header=header, tinted=tinted, note=drawn.note, csv=f"data/{id}.csv")
-    if isinstance(drawn, Prompts):
-        prompts, last = script_json(drawn.contents), len(drawn.contents["labels"]) - 1
-        return Block(id, entry, prompts=prompts, last=last, note=drawn.note, csv=f"data/{id}.csv")
-    spec = figure_spec(drawn)
-    _add_tokens(spec["layout"].get("meta"), tables["snapshots"])
-    height = spec["layout"]["height"]
-    return Block(id, entry, script_json(spec), height, drawn.small, note=drawn.note, csv=f"data/{id}.csv")
+    if isinstance(drawn, Chart):
+        spec = figure_spec(drawn)
+        _add_tokens(spec["layout"].get("meta"), tables["snapshots"])
+        return Block(id, entry, drawn, script_json(spec))
+    return Block(id, entry, drawn, script_json(drawn.contents) if isinstance(drawn, Prompts) else Markup())
 
 
 def _add_tokens(meta: Any, snapshots: Frame | None) -> None:
@@ -392,36 +380,16 @@ def script_json(value: Any) -> Markup:
     return Markup(text)
 
 
-@dataclass(frozen=True)
-class Overview:
-    """Facts from run.json and the tables, as text.
-
-    Attributes:
-        title: model and hook point.
-        numbers: key numbers as (value, name).
-        facts: (name, value).
-        snapshots: (label, step, tokens, fingerprint).
-        timings: (stage, duration).
-    """
-
-    title: str
-    numbers: list[tuple[str, str]]
-    facts: list[tuple[str, str]]
-    snapshots: list[tuple[str, str, str, str]]
-    timings: list[tuple[str, str]]
-
-
-def _overview(info: dict[str, Any], tables: Tables) -> Overview:
-    model, hook = _text(info.get("model")), _text(info.get("hook_name"))
-    tasks = tables["tasks"]
-    architecture = info.get("architecture")
+def _facts(info: dict[str, Any], tables: Tables) -> list[tuple[str, str]]:
+    """(name, value) of what run.json says of the run."""
+    tasks, architecture, command = tables["tasks"], info.get("architecture"), info.get("command")
     if isinstance(architecture, dict):
         architecture = architecture.get("architecture")
     versions: dict[str, Any] = info.get("versions") or {"crosslens": info.get("crosslens")}
-    command = info.get("command")
+    timings: dict[str, Any] = info.get("timings") or {}
     facts = [
-        ("Model", model),
-        ("Hook point", hook),
+        ("Model", _text(info.get("model"))),
+        ("Hook point", _text(info.get("hook_name"))),
         ("Dataset", _text(info.get("dataset"))),
         ("Training tokens per epoch", _count(info.get("n_tokens"))),
         ("Architecture", _text(architecture)),
@@ -431,77 +399,65 @@ def _overview(info: dict[str, Any], tables: Tables) -> Overview:
         ("Created", _text(info.get("created"))),
         ("Command", " ".join(map(str, command)) if isinstance(command, list) else _text(command)),
         ("Versions", ", ".join(f"{name} {_text(version)}" for name, version in versions.items())),
+        ("Timings", ", ".join(f"{stage} {_seconds(value)}" for stage, value in timings.items())),
     ]
-    snapshots: list[dict[str, Any]] = info.get("snapshots") or []
-    timings: dict[str, Any] = info.get("timings") or {}
-    return Overview(
-        title=f"{model}, {hook}" if info.get("model") else "crosslens run",
-        numbers=_numbers(snapshots, tables),
-        facts=facts,
-        snapshots=[
-            (
-                _text(s.get("label")),
-                _count(s.get("step")),
-                _count(s.get("tokens")),
-                str(s.get("fingerprint") or "")[:12],
-            )
-            for s in snapshots
-        ],
-        timings=[(str(stage), _seconds(value)) for stage, value in timings.items()],
-    )
+    return [(name, value) for name, value in facts if value]
 
 
-def _numbers(snapshots: list[dict[str, Any]], tables: Tables) -> list[tuple[str, str]]:
+def _snapshot_facts(info: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(label, step, tokens, fingerprint) of each snapshot in run.json."""
+    return [
+        (_text(s.get("label")), _count(s.get("step")), _count(s.get("tokens")), str(s.get("fingerprint") or "")[:12])
+        for s in info.get("snapshots") or []
+    ]
+
+
+def _numbers(info: dict[str, Any], tables: Tables) -> list[tuple[str, str]]:
     """Key numbers, as far as the tables and their columns exist."""
+    snapshots = info.get("snapshots")
     numbers = [(str(len(snapshots)), "snapshots")] if snapshots else []
-
-    def column(name: str, column: str) -> Any:
-        found = tables[name]
-        return None if found is None or column not in found else found[column]
-
-    lifecycles = tables["lifecycles"]
-    if lifecycles is not None and {"measure", "alive", "origin"} <= set(lifecycles):
+    lifecycles = tables.get("lifecycles", "measure", "alive", "origin")
+    if lifecycles is not None:
         first = by_measure(lifecycles)
         alive, origin = first["alive"].astype(bool), first["origin"].dropna()
         numbers.append((f"{alive.sum():,}", f"live features of {len(alive):,}"))
         if len(origin):
             words = f"of {len(origin):,} are emergent by {MEASURES[main_measure(lifecycles)]}"
             numbers.append((f"{(origin == 'emergent').mean():.0%}", words))
-    if (ev := column("evaluation", "explained_variance")) is not None:
+    if (table := tables.get("evaluation", "explained_variance")) is not None:
+        ev = table["explained_variance"]
         numbers.append((f"{ev.mean():.3f}", f"mean explained variance (lowest {ev.min():.3f})"))
-    if (l0 := column("evaluation", "l0")) is not None:
-        numbers.append((f"{l0.mean():.1f}", "features per token (L0)"))
-    if (accuracy := column("accuracy", "accuracy")) is not None:
-        snapshot = column("accuracy", "snapshot")
-        counted = snapshot == snapshot.max()
-        if (few := column("accuracy", "few")) is not None:
-            counted &= ~few.astype(bool)  # too few items for a mean
-        if counted.any() and (n := column("accuracy", "n")) is not None:
-            items, tasks = int(n[counted].sum()), int(counted.sum())
-            mean = (accuracy[counted] * n[counted]).sum() / items
-            word = "task" if tasks == 1 else "tasks"
-            numbers.append((f"{mean:.0%}", f"accuracy over the {items:,} items of {tasks} {word}, last snapshot"))
-    if (error := column("completeness/*", "completeness_error")) is not None:
-        numbers.append((f"{100 * error.max():.2g}%", "largest completeness error"))
+    if (table := tables.get("evaluation", "l0")) is not None:
+        numbers.append((f"{table['l0'].mean():.1f}", "features per token (L0)"))
+    if (table := tables.get("accuracy", "snapshot", "accuracy", "n")) is not None:
+        counted = table[table["snapshot"] == table["snapshot"].max()]
+        if "few" in counted:
+            counted = counted[~counted["few"].astype(bool)]  # too few items for a mean
+        if len(counted):
+            items, word = int(counted["n"].sum()), "task" if len(counted) == 1 else "tasks"
+            mean = (counted["accuracy"] * counted["n"]).sum() / items
+            about = f"accuracy over the {items:,} items of {len(counted)} {word}, last snapshot"
+            numbers.append((f"{mean:.0%}", about))
+    if (table := tables.get("completeness/*", "completeness_error")) is not None:
+        numbers.append((f"{100 * table['completeness_error'].max():.2g}%", "largest completeness error"))
     return numbers
 
 
 def _task_numbers(task: str, tables: Tables) -> list[tuple[str, str]]:
     """Key numbers of a task, as far as the tables and their columns exist."""
     numbers: list[tuple[str, str]] = []
-    accuracy, snapshots = tables[f"accuracy@{task}"], tables[f"attribution/{task}.snapshots"]
-    if accuracy is not None and {"n", "accuracy", "accuracy_low", "accuracy_high"} <= set(accuracy):
+    accuracy = tables.get(f"accuracy@{task}", "n", "accuracy", "accuracy_low", "accuracy_high")
+    if accuracy is not None:
         last = accuracy.loc[accuracy["snapshot"].idxmax()]
         left_out = sum(int(last[name]) for name in ("merged", "skipped") if name in last)
         numbers.append((f"{int(last['n']):,}", f"items; {left_out:,} left out"))
         interval = f"{last['accuracy_low']:.1%} to {last['accuracy_high']:.1%}"
         numbers.append((f"{last['accuracy']:.1%}", f"accuracy at {last['label']} ({interval}; chance 50%)"))
-    if snapshots is not None and {"n", "metric_clean"} <= set(snapshots):
+    if (snapshots := tables.get(f"attribution/{task}.snapshots", "n", "metric_clean")) is not None:
         last = snapshots.loc[snapshots["snapshot"].idxmax()]
         numbers.append((f"{last['metric_clean']:+.2f}".replace("-", "−"), f"mean metric in logits at {last['label']}"))
         numbers.append((f"{int(last['n']):,}", "prompts in each mean effect"))
-    effects = tables[f"attribution/{task}"]
-    if effects is not None and {"feature", "relie"} <= set(effects):
+    if (effects := tables.get(f"attribution/{task}", "feature", "relie")) is not None:
         known, active = effects.loc[effects["relie"].notna(), "feature"].nunique(), effects["feature"].nunique()
         numbers.append((f"{known:,}", f"features with a significant effect, of {active:,} active"))
     return numbers

@@ -15,7 +15,7 @@ class Section:
     """Figures under one heading.
 
     Attributes:
-        name: its anchor.
+        name: its anchor, which no other section has.
         title: its heading.
         intro: a sentence or two before the figures.
     """
@@ -23,6 +23,11 @@ class Section:
     name: str
     title: str
     intro: str
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Its figures, in order."""
+        return [entry for entry in list_figures() if entry.section == self.name]
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,6 @@ class Page:
     title: str
     intro: str
     sections: tuple[Section, ...]
-
-    def entries(self, section: Section) -> list[Entry]:
-        """The figures of a section, in order."""
-        return [entry for entry in list_figures() if (entry.page, entry.section) == (self.name, section.name)]
 
 
 PAGES = (

@@ -75,6 +75,11 @@ class Tables:
         self.damaged |= {t: said for t, said in self._defects.items() if t == name or (star and t.startswith(kind))}
         return found
 
+    def get(self, name: str, *columns: str) -> Frame | None:
+        """A table that has these columns; None if it has not, or does not exist."""
+        found = self[name]
+        return None if found is None or not set(columns) <= set(found) else found
+
     def tasks(self, kind: str) -> list[str]:
         """Names of the tasks that have a table of this kind."""
         return self._run.tasks(kind)

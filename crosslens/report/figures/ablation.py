@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from crosslens.report.chart import (
-    GRID,
+    AT,
     INK,
     MUTED,
     SERIES,
     SIGNED,
     Chart,
     Frame,
-    SnapshotAxis,
     Style,
+    add_diagonal,
     add_level,
     add_line,
     add_matrix,
@@ -27,6 +28,8 @@ from crosslens.report.chart import (
     floats,
     ints,
     new_figure,
+    over_snapshots,
+    pick,
     shown,
 )
 from crosslens.report.entries import figure
@@ -48,39 +51,35 @@ _COLUMNS = {
     "share": "Metric as a share of the clean one, 1 + (metric − clean) / |clean|.",
     "share_sd": "Standard deviation of that share over draws.",
 }  # of the figures' numbers
+_SHARE: dict[str, Any] = {
+    "y_title": "share of the clean metric", "yaxis_tickformat": ".0%", "yaxis_zerolinecolor": MUTED,
+    "yaxis_rangemode": "tozero",
+}  # fmt: skip
 
 
 @figure(
     "ablate-size",
-    page="task",
     section="ablation",
     title="Ablating the top k features, last snapshot",
     tables=("ablation/<task>",),
-    definition=(
-        "Share of the clean metric that remains when k features are ablated and the error node is kept. Top features "
-        "have the largest signed IE."
-    ),
     columns=_COLUMNS,
 )
 def ablate_by_size(table: Frame) -> Chart | str:
-    """`ablation_by_size` of the sets that are ablated."""
+    """Share of the clean metric that remains when k features are ablated and the error node is kept. Top features have
+    the largest signed IE."""
     return ablation_by_size(table, "ablate")
 
 
 @figure(
     "keep-size",
-    page="task",
     section="ablation",
     title="Keeping only the top k features, last snapshot",
     tables=("ablation/<task>",),
-    definition=(
-        "Share of the clean metric when only k features are kept, without the error node. Top features have the "
-        "largest |IE|."
-    ),
     columns=_COLUMNS,
 )
 def keep_by_size(table: Frame) -> Chart | str:
-    """`ablation_by_size` of the sets that are kept."""
+    """Share of the clean metric when only k features are kept, without the error node. Top features have the largest
+    |IE|."""
     return ablation_by_size(table, "keep")
 
 
@@ -95,23 +94,19 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     rows = rows[(rows["snapshot"] == last) & rows["share"].notna()].sort_values("k")
     if rows.empty:
         return f"The clean metric at {label} is {clean:.3f}, too close to zero to divide by."
-    figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
-    _levels(figure, rows, mode)
+    figure = new_figure(**_SHARE)
+    add_level(figure, 1, "clean")
+    alone = float((rows["reconstruction_only"] / rows["clean"]).iloc[0])
+    if mode == "keep" and math.isfinite(alone):
+        add_level(figure, alone, "all features (reconstruction)", "dashdot")
     sizes = sorted(set(ints(rows["k"])))
     # a logarithmic axis has no 0: the empty set is drawn half a decade before the smallest other
     places = {size: float(size) if size else min((other for other in sizes if other), default=1) / 3 for size in sizes}
     for name, style, lines in _sets(rows):
-        k = ints(lines["k"])
-        texts = [f"k = {size}" for size in k]
-        x = [places[size] for size in k]
-        add_line(figure, x, floats(lines["share"]), name, style, hover=texts, value="%{y:.1%}", band=_band(lines))
-    figure.update_xaxes(
-        type="log",
-        title_text="number of features k (log scale)",
-        tickmode="array",
-        tickvals=list(places.values()),
-        ticktext=sizes,
-    )
+        x, texts = [places[size] for size in ints(lines["k"])], [f"k = {size}" for size in ints(lines["k"])]
+        add_line(figure, x, lines, "share", name, style, hover=texts, value="%{y:.1%}", band=True)
+    ticks: dict[str, Any] = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": sizes}
+    figure.update_xaxes(type="log", title_text="number of features k (log scale)", **ticks)
     draws = int(rows["n_draws"].max())
     note = f"At {label}, where the clean metric is {clean:.3f} logits. {_set_to(rows)}"
     note += f"Bands: the interval of up to {draws:,} random draws, 95% by default."
@@ -120,29 +115,25 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
 
 @figure(
     "ablate-snapshots",
-    page="task",
     section="ablation",
     title="Ablating the top features, all snapshots",
     tables=("ablation/<task>",),
-    definition="The same at one set size; the top features are selected separately at each snapshot.",
     columns=_COLUMNS,
 )
 def ablate_over_snapshots(table: Frame) -> Chart | str:
-    """`ablation_over_snapshots` of the sets that are ablated."""
+    """The same at one set size; the top features are selected separately at each snapshot."""
     return ablation_over_snapshots(table, "ablate")
 
 
 @figure(
     "keep-snapshots",
-    page="task",
     section="ablation",
     title="Keeping only the top features, all snapshots",
     tables=("ablation/<task>",),
-    definition="The same at one set size; the top features are selected separately at each snapshot.",
     columns=_COLUMNS,
 )
 def keep_over_snapshots(table: Frame) -> Chart | str:
-    """`ablation_over_snapshots` of the sets that are kept."""
+    """The same at one set size; the top features are selected separately at each snapshot."""
     return ablation_over_snapshots(table, "keep")
 
 
@@ -158,14 +149,10 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
     k = min(ints(coverage.index[coverage == coverage.max()].to_numpy()), key=lambda size: (abs(size - wanted), size))
     rows = rows[rows["k"] == k].sort_values("snapshot")
     small = sorted(set(rows.loc[rows["share"].isna(), "snapshot"]))
-    axis = SnapshotAxis.of(rows)
-    figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
+    figure, axis = over_snapshots(rows, **_SHARE)
     add_level(figure, 1, "clean")
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
     for name, style, lines in _sets(rows):
-        band = ("share_low", "share_high") if _band(lines) else None
-        add_series(figure, axis, lines, "share", name, style, value="%{y:.1%}", band=band)
-    axis.apply(figure)
+        add_series(figure, axis, lines, "share", name, style, value="%{y:.1%}", band=True)
     note = f"Sets of k = {k} features. {_set_to(rows)}Bands: the interval of the random draws, 95% by default."
     if small:
         labels = ", ".join(axis.labels[int(s)] for s in small)
@@ -201,80 +188,54 @@ def _sets(rows: Frame) -> list[tuple[str, Style, Frame]]:
         for error, lines in rows[rows["features"] == kind].groupby("error"):
             suffix = (", error node kept" if error else ", without error node") if both else ""
             symbol = style.symbol + ("-open" if both and error else "")
-            series.append((name + suffix, Style(style.color, symbol, style.dash), lines))
+            series.append((name + suffix, replace(style, symbol=symbol), lines))
     return series
 
 
-def _band(lines: Frame) -> tuple[list[float], list[float]] | None:
-    """The interval over draws; None for a single set."""
-    low, high = floats(lines["share_low"]), floats(lines["share_high"])
-    return (low, high) if np.isfinite(low).any() else None
-
-
-def _levels(figure: go.Figure, rows: Frame, mode: str) -> None:
-    add_level(figure, 1, "clean")
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
-    alone = float((rows["reconstruction_only"] / rows["clean"]).iloc[0])
-    if mode == "keep" and math.isfinite(alone):
-        add_level(figure, alone, "all features (reconstruction)", "dashdot")
-
-
 def _ablation_data(rows: Frame) -> Frame:
-    columns = ("snapshot", "label", "step", "mode", "baseline", "features", "error", "k", "moved", "metric",
-               "metric_sd", "clean", "share", "share_sd", "n_draws")  # fmt: skip
-    return rows[[c for c in columns if c in rows]].reset_index(drop=True)
+    return pick(rows, *AT, "mode", "baseline", "features", "error", "k", "moved", "metric", "metric_sd", "clean",
+                "share", "share_sd", "n_draws")  # fmt: skip
 
 
 @figure(
     "zeroing",
-    page="task",
     section="ablation",
     title="Exchanging or zeroing the top features, all snapshots",
     tables=("ablation/<task>", "zeroing/<task>"),
-    definition=(
-        "Share of the clean metric that remains when the top features of a snapshot take their values on the paired "
-        "prompt, and when they are set to zero. An exchange of all that the pair differs in reverses the metric; "
-        "zeroing can only take away."
-    ),
     columns=_COLUMNS,
     optional=True,
 )
 def zeroing(table: Frame, zeroed: Frame) -> Chart | str:
-    """Both edits of the top features over snapshots, and those of as many as change the activation as much."""
+    """Share of the clean metric that remains when the top features of a snapshot take their values on the paired
+    prompt, and when they are set to zero. An exchange of all that the pair differs in reverses the metric; zeroing can
+    only take away."""
     k = int(zeroed["k"].iloc[0])
     exchanged = table[(table["k"] == k) & (table["mode"] == "ablate")]
     rows = pd.concat([_shares(exchanged, "ablate"), _shares(zeroed, "ablate")]).sort_values("snapshot")
     if rows["share"].isna().all() or rows["snapshot"].nunique() < 2:
         return "Only one snapshot was ablated."
-    axis = SnapshotAxis.of(rows)
-    figure = new_figure("share of the clean metric", yaxis_tickformat=".0%")
+    figure, axis = over_snapshots(rows, **_SHARE)
     add_level(figure, 1, "clean")
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED, rangemode="tozero")
     for baseline, words, dash in (("patch", "exchanged", "solid"), ("zero", "set to zero", "dot")):
         for kind in ("top", "change_matched"):
             name, style = _SETS[kind]
             lines = rows[(rows["features"] == kind) & (rows["baseline"] == baseline)]
             if len(lines):
-                each = Style(style.color, style.symbol, dash)
+                each = replace(style, dash=dash)
                 add_series(figure, axis, lines, "share", f"{name}, {words}", each, value="%{y:.1%}")
-    axis.apply(figure)
     return Chart(figure, _ablation_data(rows), f"Sets of k = {k} features.")
 
 
 @figure(
     "additivity",
-    page="task",
     section="ablation",
     title="Additivity of effects",
     tables=("additivity/<task>", "additivity/<task>.snapshots", "names"),
-    definition=(
-        "Effect of ablating two features together, against the sum of their single effects. Where points leave the "
-        "line, the effect of a set is not the sum of the effects of its features."
-    ),
     optional=True,
 )
 def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Chart:
-    """Joint effects of pairs of features against the sum of their single effects, at the last snapshot measured.
+    """Effect of ablating two features together, against the sum of their single effects. Where points leave the line,
+    the effect of a set is not the sum of the effects of its features.
 
     Args:
         pairs: `Additivity.pairs`.
@@ -286,9 +247,7 @@ def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Char
     points = pairs[pairs["snapshot"] == row["snapshot"]]
     figure = new_figure("effect of ablating both (logits)", height=420)
     ends = [float(np.nanmin(points[["sum", "joint"]])), float(np.nanmax(points[["sum", "joint"]]))]
-    figure.add_trace(
-        go.Scatter(x=ends, y=ends, mode="lines", name="effects add up", line={"color": MUTED, "dash": "dot"})
-    )
+    add_diagonal(figure, ends, "effects add up")
     figure.add_scatter(
         x=floats(points["sum"]),
         y=floats(points["joint"]),
@@ -302,7 +261,7 @@ def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Char
         hovertemplate="features %{customdata[0]} and %{customdata[1]}<br>single effects %{customdata[2]:.3f} and "
         "%{customdata[3]:.3f}<br>sum %{x:.3f}, joint %{y:.3f}<extra></extra>",
     )
-    figure.update_xaxes(title_text="sum of single effects (logits)", showgrid=True, gridcolor=GRID, zeroline=False)
+    figure.update_xaxes(title_text="sum of single effects (logits)", showgrid=True, zeroline=False)
     figure.update_yaxes(zeroline=False, linecolor=INK)
     note = (
         f"At {row['label']}. {_set_to(summary)}{int(row['n_pairs'])} pairs of the {int(row['k'])} features with the "
@@ -312,53 +271,43 @@ def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Char
         f"|joint − sum| / sum of |sum| "
         f"{row['deviation']:.1%} ({row['deviation_low']:.1%} to {row['deviation_high']:.1%})."
     )
-    return Chart(figure, points.reset_index(drop=True), note)
+    return Chart(figure, points, note)
 
 
 @figure(
     "transfer",
-    page="task",
     section="ablation",
     title="Transfer between snapshots",
     tables=("transfer/<task>",),
-    definition=(
-        "Effect of ablating the top features of one snapshot (row) at another (column), as a share of the effect of "
-        "ablating all features there. Where a row is below the column's diagonal, the model uses other features by "
-        "then."
-    ),
     wide=True,
     optional=True,
 )
 def transfer(table: Frame) -> Chart | str:
-    """Effect of ablating the top features of each snapshot (rows) at every snapshot (columns)."""
+    """Effect of ablating the top features of one snapshot (row) at another (column), as a share of the effect of
+    ablating all features there. Where a row is below the column's diagonal, the model uses other features by then."""
     if table["share"].notna().sum() == 0:
         return "Ablating all features changes the metric too little at every snapshot to divide by."
-    wide = table.pivot(index="selected_at", columns="ablated_at", values="share").to_numpy(dtype=float)
-    rows = table.drop_duplicates("ablated_at")[["ablated_at", "ablated_at_label", "ablated_at_step"]]
-    axis = SnapshotAxis.of(rows.set_axis(["snapshot", "label", "step"], axis=1), even=True)
-    ids = list(axis.labels)
-    hover = axis.hover(ids)
-    shared = table.pivot(index="selected_at", columns="ablated_at", values="shared").to_numpy(dtype=int)
-    figure = new_figure("top features of", height=160 + 30 * len(ids))
+    at = table.drop_duplicates("ablated_at")[["ablated_at", "ablated_at_label", "ablated_at_step"]]
+    at = at.set_axis(["snapshot", "label", "step"], axis=1)
+    figure, axis = over_snapshots(at, "top features of", even=True, height=160 + 30 * len(at))
     texts = [
-        [
-            f"top features of {hover[a]}<br>ablated at {hover[b]}<br>{_percent(wide[a, b])}<br>{shared[a, b]} of them "
-            "are also top features there"
-            for b in range(len(ids))
-        ]
-        for a in range(len(ids))
+        f"top features of {one}<br>ablated at {other}<br>{_percent(row.share)}<br>{row.shared} of them are also top "
+        "features there"
+        for one, other, row in zip(
+            axis.hover(table["selected_at"]), axis.hover(table["ablated_at"]), table.itertuples(), strict=True
+        )
     ]
-    add_matrix(figure, wide, texts, axis.x(ids), list(axis.names().values()))
-    largest = max(1.0, float(np.nanmax(np.abs(wide))))
+    cells = table.assign(text=texts)
+    add_matrix(figure, cells, "share", ("selected_at", axis.names()), ("ablated_at", axis.positions))
+    largest = max(1.0, float(table["share"].abs().max()))
     apply_colors(figure, SIGNED, {-largest: f"−{largest:.0%}", largest: f"{largest:.0%} of the change"})
-    axis.apply(figure)
     figure.update_xaxes(title_text="ablated at")
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
     note = f"Sets of k = {k} features. {_set_to(table)}100% is the change from ablating all features at that snapshot."
     blank = sorted({str(label) for label in table.loc[table["share"].isna(), "ablated_at_label"]})
     if blank:
         note += f" Blank at {', '.join(blank)}, where this change is too small to divide by."
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
 def _percent(share: float) -> str:

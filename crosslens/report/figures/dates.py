@@ -8,6 +8,7 @@ import pandas as pd
 from crosslens.causal.dates import DATES
 from crosslens.evolution.concepts import PRESENCE
 from crosslens.report.chart import (
+    AT,
     FEATURES,
     GRID,
     HEAT,
@@ -21,11 +22,12 @@ from crosslens.report.chart import (
     add_matrix,
     add_series,
     apply_colors,
+    error_bars,
     feature_names,
     floats,
     ints,
     name_rows,
-    new_figure,
+    over_snapshots,
     shown,
 )
 from crosslens.report.entries import figure
@@ -37,20 +39,16 @@ _STATES = ("neither", "represented", "read out", "both")
 
 @figure(
     "dates",
-    page="task",
     section="dates",
     title="Dates of the top features",
     tables=("dates/<task>", "snapshots", "names"),
-    definition=(
-        "A row per feature with the largest |IE| at the last snapshot; a mark where each of the readings above first "
-        "holds for two snapshots in a row. The bar is the 95% interval of “concept readable” over groups of prompts; "
-        "the vertical line is where the model succeeds at the task."
-    ),
     wide=True,
     optional=True,
 )
 def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
-    """Marks of all dates, a row per feature.
+    """A row per feature with the largest |IE| at the last snapshot; a mark where each of the readings above first holds
+    for two snapshots in a row. The bar is the 95% interval of “concept readable” over groups of prompts; the vertical
+    line is where the model succeeds at the task.
 
     Args:
         table: from `feature_dates`.
@@ -59,36 +57,31 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
     """
     if table.empty:
         return "No feature is dated."
-    axis = SnapshotAxis.of(snapshots, even=True)
-    figure = new_figure("", height=170 + 34 * len(table))
+    figure, axis = over_snapshots(snapshots, "", even=True, height=170 + 34 * len(table))
     called = feature_names(names, 24)
     rows = [shown(called(feature), 24) for feature in ints(table["feature"])]
     kinds = [kind for kind in DATES if kind != "succeeds"]
     for i, kind in enumerate(kinds):
-        known = np.flatnonzero(table[kind].notna())
-        places = ints(table[kind].iloc[known])
+        known = np.flatnonzero(table[kind].notna()).tolist()
+        dated = table.iloc[known].reset_index(drop=True)
         bars = None
-        if kind == "concept" and len(known):
-            low, high = (
-                table[f"concept_{end}"].iloc[known].clip(upper=len(axis.labels) - 1) for end in ("low", "high")
-            )
-            bars = {
-                "type": "data", "symmetric": False, "thickness": 1.5, "width": 0,
-                "array": [max(b - a, 0) for a, b in zip(places, ints(high), strict=True)],
-                "arrayminus": [max(a - b, 0) for a, b in zip(places, ints(low), strict=True)],
-            }  # fmt: skip
+        if kind == "concept" and known:
+            last, at = len(axis.labels) - 1, dated["concept"]
+            ends = {"concept_low": at.clip(upper=dated["concept_low"].clip(upper=last)),
+                    "concept_high": at.clip(lower=dated["concept_high"].clip(upper=last))}  # fmt: skip
+            bars = error_bars(dated.assign(**ends), "concept", thickness=1.5, width=0)
         style = Style.of(i)
         figure.add_scatter(
-            x=axis.x(places),
+            x=axis.x(dated[kind]),
             # dates at the same snapshot would hide each other
-            y=[row + 0.16 * (i - (len(kinds) - 1) / 2) for row in known.tolist()],
+            y=[row + 0.16 * (i - (len(kinds) - 1) / 2) for row in known],
             mode="markers",
             name=DATES[kind],
             marker={"color": style.color, "symbol": style.symbol, "size": 9},
             error_x=bars,
             customdata=[
-                [ints(table["feature"])[row], rows[row], text]
-                for row, text in zip(known.tolist(), axis.hover(places), strict=True)
+                [feature, rows[row], text]
+                for feature, row, text in zip(ints(dated["feature"]), known, axis.hover(dated[kind]), strict=True)
             ],
             hovertemplate="%{customdata[1]}<br>%{fullData.name}: %{customdata[2]}<extra></extra>",
             meta=FEATURES,
@@ -105,14 +98,13 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
     name_rows(figure, rows, autorange=None, range=[len(rows) - 0.5, -0.5])
     for edge in range(1, len(rows)):
         figure.add_hline(y=edge - 0.5, line={"color": GRID, "width": 1})
-    axis.apply(figure)
     figure.update_xaxes(range=[-0.5, len(axis.labels) - 0.5])
     parts = [f"{words} {_middle(table[kind], axis)}" for kind, words in DATES.items()]
     missing = int(table["concept"].isna().sum())
     note = f"Median dates: {'; '.join(parts)}."
     if missing:
         note += f" For {missing} of {len(table)} features no concept is readable on the paired prompts (q ≤ {_SURE:g})."
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
 def _middle(dates: pd.Series, axis: SnapshotAxis) -> str:
@@ -122,19 +114,14 @@ def _middle(dates: pd.Series, axis: SnapshotAxis) -> str:
 
 @figure(
     "concepts",
-    page="task",
     section="dates",
     title="Concept readable: R² on paired prompts",
     tables=("concepts/<task>.curves", "concepts/<task>", "dates/<task>", "names"),
-    definition=(
-        "How well the difference between a snapshot's activations on two paired prompts predicts the difference of the "
-        "feature, by ridge regression fitted on the pairs of other groups of prompts. Bands are 95% intervals over "
-        "groups."
-    ),
     optional=True,
 )
 def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | None = None) -> Chart | str:
-    """R2 on paired prompts over snapshots, of the features with the largest effects.
+    """How well the difference between a snapshot's activations on two paired prompts predicts the difference of the
+    feature, by ridge regression fitted on the pairs of other groups of prompts. Bands are 95% intervals over groups.
 
     Args:
         curves: from `concept_births`.
@@ -150,39 +137,31 @@ def concept_curves(curves: Frame, births: Frame, dated: Frame, names: Frame | No
     )
     if not drawn:
         return f"None of the features with the largest effects tells the pairs apart at this position. {note}"
-    axis = SnapshotAxis.of(curves)
-    figure = new_figure("R² on paired prompts", yaxis_range=[-0.25, 1.05])
+    figure, axis = over_snapshots(curves, "R² on paired prompts", yaxis_range=[-0.25, 1.05])
     add_level(figure, 0, "no better than 0")
     called = feature_names(names, 18)
     for i, feature in enumerate(drawn):
         rows = curves[curves["feature"] == feature].sort_values("snapshot")
         clipped = rows.assign(r2_low=rows["r2_low"].clip(lower=-0.25))
         name = shown(called(feature), 22)
-        add_series(
-            figure, axis, clipped, "r2", name, Style.of(i), band=("r2_low", "r2_high"), meta={"feature": feature}
-        )
-    axis.apply(figure)
-    return Chart(figure, curves[curves["feature"].isin(drawn)].reset_index(drop=True), note)
+        add_series(figure, axis, clipped, "r2", name, Style.of(i), band=True, meta={"feature": feature})
+    return Chart(figure, curves[curves["feature"].isin(drawn)], note)
 
 
 @figure(
     "read-out",
-    page="task",
     section="dates",
     title="Represented and read out",
     tables=("read_out/<task>", "concepts/<task>.curves", "concepts/<task>", "names"),
-    definition=(
-        "Represented: R² on paired prompts is at least .7 of its largest. Read out: the feature's values at the last "
-        "snapshot, put into this one, move the metric by a tenth or more of what they do at the last, and by more than "
-        "random directions do. On the held-out half of the prompts."
-    ),
     optional=True,
     columns={"state": "neither, represented, read out or both."},
 )
 def represented_and_read(
     read: Frame, curves: Frame | None = None, births: Frame | None = None, names: Frame | None = None
 ) -> Chart | str:
-    """Which of two things hold for each feature at each snapshot.
+    """Represented: R² on paired prompts is at least .7 of its largest. Read out: the feature's values at the last
+    snapshot, put into this one, move the metric by a tenth or more of what they do at the last, and by more than random
+    directions do. On the held-out half of the prompts.
 
     Args:
         read: from `read_out`.
@@ -201,43 +180,30 @@ def represented_and_read(
         single["represented"] = single["r2"] >= PRESENCE * single["feature"].map(largest)
     single["state"] = [_STATES[a + 2 * b] for a, b in zip(single["represented"], single["read_out"], strict=True)]
     features = list(dict.fromkeys(single["feature"].tolist()))
-    axis = SnapshotAxis.of(single, even=True)
-    ids = list(axis.labels)
-    wide = {
-        name: single.pivot(index="feature", columns="snapshot", values=name).reindex(index=features, columns=ids)
-        for name in ("state", "share", "r2", "random_share")
-    }
     called = feature_names(names, 24)
-    rows = [shown(called(feature), 24) for feature in features]
-    hover = axis.hover(ids)
-    texts = [
-        [
-            f"{row}<br>{hover[s]}<br>{wide['state'].iloc[i, s]}<br>share of the late effect "
-            f"{wide['share'].iloc[i, s]:.2f}, random {wide['random_share'].iloc[i, s]:.2f}<br>R² on pairs "
-            f"{wide['r2'].iloc[i, s]:.2f}".replace("nan", "unknown")
-            for s in range(len(ids))
-        ]
-        for i, row in enumerate(rows)
+    rows = {feature: shown(called(feature), 24) for feature in features}
+    figure, axis = over_snapshots(single, "", even=True, height=170 + 26 * len(rows))
+    single["text"] = [
+        f"{rows[row.feature]}<br>{hover}<br>{row.state}<br>share of the late effect {row.share:.2f}, random "
+        f"{row.random_share:.2f}<br>R² on pairs {row.r2:.2f}".replace("nan", "unknown")
+        for row, hover in zip(single.itertuples(), axis.hover(single["snapshot"]), strict=True)
     ]
-    figure = new_figure("", height=170 + 26 * len(rows))
-    states = wide["state"].apply(lambda column: column.map(_STATES.index)).to_numpy(dtype=float, copy=True)
-    states[~wide["share"].notna().any(axis=1).to_numpy()] = np.nan
-    add_matrix(figure, states, texts, axis.x(ids), rows)
+    sure = single.groupby("feature")["share"].transform("count") > 0
+    cells = single.assign(state=single["state"].map(_STATES.index).where(sure))
+    add_matrix(figure, cells, "state", ("feature", rows), ("snapshot", axis.positions))
     colors = (HEAT[0], SERIES[1], HEAT[2], SERIES[0])
     apply_colors(figure, colors, dict(enumerate(_STATES)))
     figure.update_layout(coloraxis_showscale=False, showlegend=True)  # four states are no scale
     for state, color in zip(_STATES, colors, strict=True):
         marker = {"symbol": "square", "size": 10, "color": color}
         figure.add_scatter(x=[None], y=[None], mode="markers", name=state, marker=marker, showlegend=True)
-    axis.apply(figure)
     together = read[read["feature"].isna()].sort_values("snapshot")
     begins = together.loc[together["read_out"].astype(bool), "label"]
     random = floats(together["random_share"])
     note = "All of them together are read out " + (f"from {begins.iloc[0]} on." if len(begins) else "nowhere.")
     if np.isfinite(random).any():
         note += f" Random directions of their size reach {np.nanmax(random):.2f} of the late effect at most."
-    blank = int(np.isnan(states).all(axis=1).sum())
-    if blank:
+    if blank := single.loc[~sure, "feature"].nunique():
         note += f" Rows without colour, {blank}, have no sure effect at the last snapshot."
-    columns = ["feature", "snapshot", "label", "step", "state", "share", "mapped_share", "random_share", "r2"]
+    columns = ["feature", *AT, "state", "share", "mapped_share", "random_share", "r2"]
     return Chart(figure, single[columns], note)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from crosslens.report.chart import (
+    AT,
     FEATURES,
     GRID,
     INK,
@@ -21,6 +22,7 @@ from crosslens.report.chart import (
     Grid,
     SnapshotAxis,
     Style,
+    add_line,
     add_points,
     add_series,
     error_bars,
@@ -28,6 +30,8 @@ from crosslens.report.chart import (
     floats,
     ints,
     new_figure,
+    over_snapshots,
+    pick,
     shown,
 )
 from crosslens.report.entries import figure
@@ -63,20 +67,15 @@ _COLUMNS = {
 
 @figure(
     "ie-table",
-    page="task",
     section="effects",
     title="Features with the largest effects",
     tables=("attribution/<task>", "attribution/<task>.snapshots", "names"),
-    definition=(
-        "IE ± standard error over prompts, in logits, by snapshot, the last one first: features with a significant "
-        "effect at some snapshot, largest |IE| first, then, in grey, the largest others. Blue supports the correct "
-        "answer, orange opposes it."
-    ),
     wide=True,
 )
 def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> Grid | str:
-    """IE and its standard error by snapshot, the last first, for the features with the largest effects, tinted by sign
-    and size; below those with a significant effect, the largest others in grey.
+    """IE ± standard error over prompts, in logits, by snapshot, the last one first: features with a significant effect
+    at some snapshot, largest |IE| first, then, in grey, the largest others. Blue supports the correct answer, orange
+    opposes it.
 
     Args:
         table: from `Attribution.to_frame`.
@@ -95,32 +94,28 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
     ie = rows.pivot(index="feature", columns="snapshot", values="ie").reindex(index=features, columns=late)
     se = rows.pivot(index="feature", columns="snapshot", values="ie_se").reindex_like(ie)
     largest = float(np.nanmax(np.abs(ie.to_numpy())))
-    if "mostly_later" in rows:
-        flags = rows.pivot(index="feature", columns="snapshot", values="mostly_later").reindex_like(ie)
-        later = {feature: flags.loc[feature].astype(bool).tolist() for feature in features}
-    else:
-        later = {feature: [False] * ie.shape[1] for feature in features}
+    flagged = rows if "mostly_later" in rows else rows.assign(mostly_later=False)
+    later = flagged.pivot(index="feature", columns="snapshot", values="mostly_later").reindex_like(ie).astype(bool)
     grid = [
         [Cell(called(feature) + (" (n.s.)" if feature in others else ""), link=f"feature.html#{feature}")]
         + [
             Cell(
-                f"{value:+.3f} ±\N{NO-BREAK SPACE}{error:.3f}".replace("-", "−") + ("†" if late else ""),
+                f"{value:+.3f} ±\N{NO-BREAK SPACE}{error:.3f}".replace("-", "−") + "†" * flag,
                 0.0 if feature in others else math.copysign(math.sqrt(abs(value) / largest), value),
                 muted=feature in others,
             )
-            for value, error, late in zip(floats(ie.loc[feature]), floats(se.loc[feature]), later[feature], strict=True)
+            for value, error, flag in zip(ie.loc[feature], se.loc[feature], later.loc[feature], strict=True)
         ]
         for feature in features
     ]
     order = {feature: i for i, feature in enumerate(features)}
     data = rows.sort_values(["feature", "snapshot"], key=lambda column: column.replace(order), kind="stable")
-    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "q", "share_relie", "relie",
-               "reldec", "encoder_share", "read_later") if c in data]  # fmt: skip
+    columns = ("ie", "ie_se", "q", "share_relie", "relie", "reldec", "encoder_share", "read_later")
     note = _which(table, len(top), len(others))
-    if any(any(flags) for flags in later.values()):
+    if later.to_numpy().any():
         note += " † More than half of what activates the feature is read from later snapshots."
     note += f" {_agreement(snapshots)}"
-    return Grid(["feature", *(axis.labels[s] for s in late)], grid, data[columns].reset_index(drop=True), note)
+    return Grid(["feature", *(axis.labels[s] for s in late)], grid, pick(data, "feature", *AT, *columns), note)
 
 
 def _agreement(snapshots: Frame) -> str:
@@ -139,35 +134,27 @@ def _agreement(snapshots: Frame) -> str:
 
 @figure(
     "share-relie",
-    page="task",
     section="effects",
     title="Relative effect, of shares (share RelIE)",
     tables=("attribution/<task>", "names", "chance@<task>"),
-    definition=(
-        "Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a "
-        "significant effect at some snapshot."
-    ),
     columns=_COLUMNS,
 )
 def share_relie_lines(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
-    """`relative_effects` of share RelIE."""
+    """Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a
+    significant effect at some snapshot."""
     return relative_effects(table, names, chance, "share_relie")
 
 
 @figure(
     "relie",
-    page="task",
     section="effects",
     title="Relative effect (RelIE)",
     tables=("attribution/<task>", "names"),
-    definition=(
-        "Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at "
-        "some snapshot."
-    ),
     columns=_COLUMNS,
 )
 def relie_lines(table: Frame, names: Frame | None = None) -> Chart | str:
-    """`relative_effects` of RelIE."""
+    """Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at some
+    snapshot."""
     return relative_effects(table, names, column="relie")
 
 
@@ -193,9 +180,7 @@ def relative_effects(
     said = ""
     if column == "share_relie":
         table, said = without_chance(table, chance)
-    chart = _feature_lines(table, names, column, title)
-    chart.figure.update_yaxes(rangemode="tozero")
-    return Chart(chart.figure, chart.data, f"{chart.note}{said}")
+    return _feature_lines(table, names, column, title, said, yaxis_rangemode="tozero")
 
 
 def without_chance(table: Frame, chance: Frame | None, not_drawn: str = "Not drawn") -> tuple[Frame, str]:
@@ -217,25 +202,17 @@ def without_chance(table: Frame, chance: Frame | None, not_drawn: str = "Not dra
 def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
     """A point per feature at the share of the second of two snapshots, over its largest signed effect."""
     axis = SnapshotAxis.of(table)
-    _, second = axis.labels
-    called, ends = feature_names(names), list(axis.names().values())
-    defined = table.dropna(subset=[column])
-    size = largest_effects(defined)
-    features = size.index[:MAX_POINTS]
-    share = defined[defined["snapshot"] == second].set_index("feature")[column].reindex(features)
-    strongest: Frame = _strongest(defined, features)
-    figure = new_figure("IE (logits)", height=360)
-    for name, inside, style in (
-        ("supports the correct answer", strongest > 0, Style(SERIES[0], "circle")),
-        ("opposes it", strongest <= 0, Style(SERIES[1], "diamond")),
-    ):
+    ends = list(axis.names().values())
+    points = _points(table, names, column)
+    figure = new_figure("IE (logits)", height=360, yaxis_zerolinecolor=MUTED)
+    for name, part, marker in _by_sign(points):
         figure.add_scatter(
-            x=floats(share[inside]),
-            y=floats(strongest[inside]),
+            x=floats(part.iloc[:, 1]),
+            y=floats(part["ie_largest"]),
             mode="markers",
             name=name,
-            marker={"color": style.color, "symbol": style.symbol, "opacity": 0.75, "size": 8},
-            customdata=[[f, shown(called(f))] for f in ints(strongest[inside].index.to_numpy())],
+            marker={**marker, "size": 8},
+            customdata=part[["feature", "called"]].to_numpy(dtype=object).tolist(),
             hovertemplate=f"feature %{{customdata[1]}}<br>IE %{{y:+.3f}} logits<br>{ends[1]} %{{x:.2f}}<extra></extra>",
             meta=FEATURES,
         )
@@ -245,52 +222,54 @@ def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
         title_text=f"{title} of {ends[1]}<br>(0: only {ends[0]}, 1: only {ends[1]})",
         range=[-0.03, 1.03],
         showgrid=True,
-        gridcolor=GRID,
         zeroline=False,
     )
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    data = pd.DataFrame({"feature": features, "ie_largest": strongest.to_numpy(), column: share.to_numpy()})
+    data = points[["feature", "ie_largest"]].assign(**{column: points.iloc[:, 1]})
     note = (
-        f"{len(features):,} features with a significant effect. Below 0.3 a feature is discontinued, above 0.7 it has "
+        f"{len(points):,} features with a significant effect. Below 0.3 a feature is discontinued, above 0.7 it has "
         "emerged."
     )
     return Chart(figure, data, note)
 
 
-def _strongest(table: Frame, features: pd.Index) -> pd.Series:
-    """The effect of largest |IE| of each feature."""
-    order = table["ie"].abs().sort_values(ascending=False, kind="stable").index
-    return table.loc[order].drop_duplicates("feature").set_index("feature")["ie"].reindex(features)
+def _points(table: Frame, names: Frame | None, column: str) -> Frame:
+    """A row per feature with a significant effect, largest |IE| first: the column at every snapshot by its number, and
+    feature, ie_largest (the effect of largest size) and called (its name, escaped)."""
+    defined, called = table.dropna(subset=[column]), feature_names(names)
+    order = defined["ie"].abs().sort_values(ascending=False, kind="stable").index
+    largest = defined.loc[order].drop_duplicates("feature").set_index("feature")["ie"]
+    features = largest_effects(defined).index[:MAX_POINTS]
+    points = defined.pivot(index="feature", columns="snapshot", values=column).reindex(features)
+    return points.assign(
+        feature=features, ie_largest=largest.reindex(features), called=[shown(called(feature)) for feature in features]
+    )
+
+
+def _by_sign(points: Frame) -> list[tuple[str, Frame, dict[str, Any]]]:
+    """Name, rows and marker of the features that support the correct answer, and of those that oppose it."""
+    supports = points["ie_largest"] > 0
+    return [
+        ("supports the correct answer", points[supports], {"color": SERIES[0], "symbol": "circle", "opacity": 0.75}),
+        ("opposes it", points[~supports], {"color": SERIES[1], "symbol": "diamond", "opacity": 0.75}),
+    ]
 
 
 def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
-    axis, called = SnapshotAxis.of(table), feature_names(names)
-    corners = list(axis.labels)
-    defined = table.dropna(subset=[column])
-    size = largest_effects(defined)
-    features = size.index[:MAX_POINTS]
-    shares = defined.pivot(index="feature", columns="snapshot", values=column).reindex(features)[corners].fillna(0.0)
-    strongest: Any = _strongest(defined, features)
-    texts = list(axis.names().values())
+    axis, points = SnapshotAxis.of(table), _points(table, names, column)
+    corners, texts = list(axis.labels), list(axis.names().values())
+    points[corners] = points[corners].fillna(0.0)
     figure = new_figure("", height=520)
-    signs = "supports the correct answer", "opposes it"
-    for i, (name, inside) in enumerate(zip(signs, (strongest > 0, strongest <= 0), strict=True)):
-        part = shares[inside]
+    largest = points["ie_largest"].abs().max()
+    for name, part, marker in _by_sign(points):
         figure.add_scatterternary(
             a=floats(part[corners[2]]),
             b=floats(part[corners[0]]),
             c=floats(part[corners[1]]),
             mode="markers",
             name=name,
-            marker={
-                "color": SERIES[i],
-                "symbol": ("circle", "diamond")[i],
-                "opacity": 0.75,
-                # the area grows with |IE|
-                "size": [5 + 17 * math.sqrt(v / size.iloc[0]) for v in size[part.index]],
-                "line": {"width": 0},
-            },
-            customdata=[[f, float(strongest[f]), shown(called(f))] for f in ints(part.index.to_numpy())],
+            # the area grows with |IE|
+            marker={**marker, "size": floats(5 + 17 * np.sqrt(part["ie_largest"].abs() / largest)), "line_width": 0},
+            customdata=part[["feature", "ie_largest", "called"]].to_numpy(dtype=object).tolist(),
             meta=FEATURES,
             hovertemplate=(
                 f"feature %{{customdata[2]}}<br>IE %{{customdata[1]:+.3f}} logits<br>{texts[0]} %{{b:.2f}}<br>"
@@ -298,62 +277,45 @@ def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
             ),
         )
     corner = {"gridcolor": GRID, "linecolor": MUTED, "tickvals": [0.2, 0.4, 0.6, 0.8], "ticks": "", "min": 0}
+    axes = {
+        f"{side}axis": {**corner, "title": {"text": text, "font": {"color": INK, "size": 13}}, "tickfont_color": MUTED}
+        for side, text in zip("bca", texts, strict=True)
+    }
     figure.update_layout(
         meta={"axis": "triangle"},
-        ternary={
-            "sum": 1,
-            "bgcolor": "rgba(0,0,0,0)",
-            **{
-                f"{side}axis": {
-                    **corner,
-                    "title": {"text": text, "font": {"color": INK, "size": 13}},
-                    "tickfont": {"color": MUTED},
-                }
-                for side, text in zip("bca", texts, strict=True)
-            },
-        },
+        ternary={"sum": 1, "bgcolor": "rgba(0,0,0,0)", **axes},
         margin={"l": 56, "r": 56, "t": 56, "b": 48},
     )
-    data = pd.DataFrame({"feature": features, "ie_largest": strongest.to_numpy()})
-    for corner_snapshot in corners:
-        data[f"{column}/{axis.labels[corner_snapshot]}"] = shares[corner_snapshot].to_numpy()
+    data = points[["feature", "ie_largest", *corners]]
+    data = data.rename(columns={snapshot: f"{column}/{label}" for snapshot, label in axis.labels.items()})
+    size = largest_effects(table.dropna(subset=[column]))
     hidden = table["feature"].nunique() - len(size)
     note = (
         "Each point is a feature, near the corner of the snapshot where it matters most; its area grows with its "
-        f"largest |IE|, whose sign gives the colour. {len(features):,} features; {hidden:,} without a significant "
+        f"largest |IE|, whose sign gives the colour. {len(points):,} features; {hidden:,} without a significant "
         "effect are omitted."
     )
-    if len(features) < len(size):
-        note += f" {len(size) - len(features):,} with smaller effects are not drawn."
+    if len(points) < len(size):
+        note += f" {len(size) - len(points):,} with smaller effects are not drawn."
     return Chart(figure, data, note)
 
 
-@figure(
-    "ie",
-    page="task",
-    section="effects",
-    title="Signed effect (IE)",
-    tables=("attribution/<task>", "names"),
-    definition=(
-        "Mean effect over prompts, in logits. Positive values support the correct answer, negative ones oppose it."
-    ),
-)
+@figure("ie", section="effects", title="Signed effect (IE)", tables=("attribution/<task>", "names"))
 def signed_effects(table: Frame, names: Frame | None = None) -> Chart | str:
-    """Signed IE of the features that `relative_effects` draws as lines, and of the largest others in grey."""
+    """Mean effect over prompts, in logits. Positive values support the correct answer, negative ones oppose it."""
     if table["ie"].notna().sum() == 0:
         return NOTHING
-    chart = _feature_lines(table, names, "ie", "IE (logits)", fill=True)
-    chart.figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    return chart
+    return _feature_lines(table, names, "ie", "IE (logits)", fill=True, yaxis_zerolinecolor=MUTED)
 
 
-def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str, *, fill: bool = False) -> Chart:
+def _feature_lines(
+    table: Frame, names: Frame | None, column: str, y_title: str, said: str = "", *, fill: bool = False, **layout: Any
+) -> Chart:
     """A column over snapshots, a line per feature, for the features with the largest significant effects; up to the
     same number, `fill` adds the largest others in grey."""
     features, called = top_features(table, N_LINES), feature_names(names, 10)
     others = _others(table, N_LINES - len(features)) if fill else []
-    axis = SnapshotAxis.of(table)
-    figure = new_figure(y_title, height=400)
+    figure, axis = over_snapshots(table, y_title, height=400, legend_title_text="feature", **layout)
     parts: list[Frame] = []
     for i, feature in enumerate([*features, *others]):
         rows = table[table["feature"] == feature].sort_values("snapshot")
@@ -362,12 +324,9 @@ def _feature_lines(table: Frame, names: Frame | None, column: str, y_title: str,
             name, style = f"{name} (n.s.)", replace(style, color=MUTED)
         add_series(figure, axis, rows, column, name, style, meta={"feature": feature})
         parts.append(rows)
-    figure.update_layout(legend_title_text="feature")
-    axis.apply(figure)
-    data = pd.concat(parts, ignore_index=True)
     extra = ("ie_se", "ie_low", "ie_high", "q") if column == "ie" else (f"{column}_low", f"{column}_high")
-    columns = [c for c in ("feature", "snapshot", "label", "step", column, *extra) if c in data]
-    return Chart(figure, data[columns], _which(table, len(features), len(others)))
+    data = pick(pd.concat(parts), "feature", *AT, column, *extra)
+    return Chart(figure, data, _which(table, len(features), len(others)) + said)
 
 
 def _which(table: Frame, drawn: int, others: int = 0) -> str:
@@ -384,18 +343,14 @@ def _which(table: Frame, drawn: int, others: int = 0) -> str:
 
 @figure(
     "ie-relie",
-    page="task",
     section="effects",
     title="Signed and relative effects",
     tables=("attribution/<task>", "names", "chance@<task>"),
-    definition=(
-        "A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that act "
-        "mostly at that snapshot, points on the left to features that act mostly at others."
-    ),
     wide=True,
 )
 def signed_against_relative(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
-    """Signed IE against share RelIE, a point per feature and snapshot, for the features with the largest effects.
+    """A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that act mostly at
+    that snapshot, points on the left to features that act mostly at others.
 
     Arguments as in `relative_effects`.
     """
@@ -405,30 +360,24 @@ def signed_against_relative(table: Frame, names: Frame | None = None, chance: Fr
         return NOTHING
     rows, said = without_chance(table[table["feature"].isin(features)], chance)
     rows = rows.dropna(subset=["share_relie"])
-    figure = new_figure("IE (logits)", height=440)
+    figure = new_figure("IE (logits)", height=440, yaxis_zerolinecolor=MUTED)
     add_points(figure, axis, rows, "share_relie", "ie", "share RelIE %{x:.3f}, IE %{y:+.3f}", names)
-    figure.update_xaxes(title_text="share RelIE", showgrid=True, gridcolor=GRID, zeroline=False)
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
-    note = f"{_which(table, len(features))}{said}"
-    columns = [c for c in ("feature", "snapshot", "label", "step", "ie", "ie_se", "share_relie", "relie") if c in rows]
-    return Chart(figure, rows[columns].reset_index(drop=True), note)
+    figure.update_xaxes(title_text="share RelIE", showgrid=True, zeroline=False)
+    data = pick(rows, "feature", *AT, "ie", "ie_se", "share_relie", "relie")
+    return Chart(figure, data, _which(table, len(features)) + said)
 
 
 @figure(
     "budget",
-    page="task",
     section="effects",
     title="Decomposition of the metric",
     tables=("completeness/<task>",),
-    definition=(
-        "Clean metric, baseline metric, and the summed effects of all features and of the error node by integrated "
-        "gradients, in logits. Features + error node + baseline add up to the clean metric."
-    ),
     wide=True,
     optional=True,
 )
 def effect_budget(table: Frame) -> Chart:
-    """The clean and baseline metrics, and the contributions of the features and the error node."""
+    """Clean metric, baseline metric, and the summed effects of all features and of the error node by integrated
+    gradients, in logits. Features + error node + baseline add up to the clean metric."""
     rows = table.sort_values("snapshot").reset_index(drop=True)
     names = {
         "metric_clean": "clean metric",
@@ -436,31 +385,24 @@ def effect_budget(table: Frame) -> Chart:
         "error_effect": "error node",
         "metric_baseline": "baseline metric",
     }
-    axis = SnapshotAxis.of(rows)
-    figure = new_figure("logits")
-    figure.update_yaxes(zeroline=True, zerolinecolor=MUTED)
+    figure, axis = over_snapshots(rows, "logits", yaxis_zerolinecolor=MUTED)
     for i, (column, name) in enumerate(names.items()):
         add_series(figure, axis, rows, column, name, Style.of(i))
-    axis.apply(figure)
-    return Chart(figure, rows[["snapshot", "label", "step", *names]], f"Means over {int(rows['n'].max()):,} prompts.")
+    return Chart(figure, rows[[*AT, *names]], f"Means over {int(rows['n'].max()):,} prompts.")
 
 
 @figure(
     "validation",
-    page="task",
     section="effects",
     title="Which measure says when a feature acts",
     tables=("validation/<task>.summary",),
-    definition=(
-        "Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. Correlation "
-        "of each measure with these exact effects: over the snapshots of a feature (when it acts), and over features, "
-        "of the ratio between neighbouring snapshots (which features grow)."
-    ),
     wide=True,
     optional=True,
 )
 def validation(summary: Frame) -> Chart:
-    """How well each measure predicts exact effects over snapshots, with intervals.
+    """Every feature with a significant effect is ablated alone at every snapshot, on held-out prompts. Correlation of
+    each measure with these exact effects: over the snapshots of a feature (when it acts), and over features, of the
+    ratio between neighbouring snapshots (which features grow).
 
     Args:
         summary: `Validation.summary`.
@@ -471,26 +413,19 @@ def validation(summary: Frame) -> Chart:
         ("pairs", "effect"): "which features grow",
         ("pairs", "share"): "which features grow, as a share of all",
     }
-    figure = new_figure("Spearman correlation with exact effects", height=380)
+    figure = new_figure(
+        "Spearman correlation with exact effects", yaxis_range=[-1.03, 1.03], yaxis_zerolinecolor=MUTED,
+        scattermode="group",
+    )  # fmt: skip
     measures = [name for name in _MEASURES if name in set(summary["measure"])]
+    drawn = [_MEASURES[measure] for measure in measures]
     for i, ((kind, target), name) in enumerate(names.items()):
         rows = summary[(summary["kind"] == kind) & (summary["target"] == target)].set_index("measure").reindex(measures)
-        figure.add_scatter(
-            x=[_MEASURES[measure] for measure in measures],
-            y=floats(rows["correlation"]),
-            mode="markers",
-            name=name,
-            marker={"color": Style.of(i).color, "symbol": Style.of(i).symbol, "size": 9},
-            error_y=error_bars(
-                *(floats(rows[edge]) for edge in ("correlation", "correlation_low", "correlation_high")), thickness=1
-            ),
-            hovertemplate="%{x}: %{y:.2f}<extra>" + name + "</extra>",
-        )
-    figure.update_yaxes(range=[-1.03, 1.03], zeroline=True, zerolinecolor=MUTED)
-    figure.update_layout(scattermode="group")
-    figure.update_xaxes(
-        tickvals=[_MEASURES[measure] for measure in measures], ticktext=[_SHORT[measure] for measure in measures]
-    )
+        add_line(
+            figure, drawn, rows, "correlation", name, Style.of(i), hover=drawn, value="%{y:.2f}", mode="markers",
+            error_y=error_bars(rows, "correlation"),
+        )  # fmt: skip
+    figure.update_xaxes(tickvals=drawn, ticktext=[_SHORT[measure] for measure in measures])
     level = f"{float(summary['level'].iloc[0]):.0%}"
     note = f"{int(summary['n_features'].iloc[0]):,} features with a significant effect, bars are {level} intervals."
     if "partial" in summary:
@@ -501,7 +436,7 @@ def validation(summary: Frame) -> Chart:
             for row in rows.to_dict("records")
         ]
         note += f" Most effects grow in training. Beyond the snapshot's index: {', '.join(found)}." * bool(found)
-    return Chart(figure, summary.reset_index(drop=True), note)
+    return Chart(figure, summary, note)
 
 
 def top_features(table: Frame, n: int) -> list[int]:

@@ -33,20 +33,16 @@ _GAP = 0.1  # between panels, as a fraction of the width
 
 @figure(
     "timeline",
-    page="task",
     section="effects",
     title="Features over training",
     tables=("timeline/<task>", "names", "chance@<task>"),
-    definition=(
-        "Decoder norm, signed effect (IE) and relative effect (share RelIE) by snapshot, a row per feature, for the "
-        "features with the largest |IE|. Rows are labelled with the feature's number and the word in the prompts at "
-        "which it is most active."
-    ),
     wide=True,
     optional=True,
 )
 def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | None = None) -> Chart | str:
-    """Decoder norm, signed IE and share RelIE of a task's features, a row each, ordered by when they matter.
+    """Decoder norm, signed effect (IE) and relative effect (share RelIE) by snapshot, a row per feature, for the
+    features with the largest |IE|. Rows are labelled with the feature's number and the word in the prompts at which it
+    is most active.
 
     Args:
         table: from `follow_features`.

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from crosslens.report.chart import Chart, Frame, SnapshotAxis, Style, add_series, floats, ints, new_figure, shown
+from crosslens.report.chart import Chart, Frame, Style, add_series, floats, ints, over_snapshots, shown
 from crosslens.report.entries import figure
 
 
 @figure(
     "languages",
-    page="task",
     section="effects",
     title="Features shared between languages",
     tables=("languages/<task>",),
-    definition=(
-        "Number of features among those with the largest |IE| in both languages, and the number expected if each "
-        "feature is replaced by one of about its size, of those active in both."
-    ),
     wide=True,
     optional=True,
 )
 def language_overlap(table: Frame) -> Chart:
-    """Number of top features that two languages share, and what chance would give.
+    """Number of features among those with the largest |IE| in both languages, and the number expected if each feature
+    is replaced by one of about its size, of those active in both.
 
     Args:
         table: from `compare_languages`, of one k.
     """
-    axis = SnapshotAxis.of(table)
-    figure = new_figure("features shared")
+    figure, axis = over_snapshots(table, "features shared", yaxis_rangemode="tozero")
     for i, ((one, other), rows) in enumerate(table.groupby(["language", "other"], sort=False)):
         rows = rows.sort_values("snapshot")
         ids = ints(rows["snapshot"])
@@ -35,11 +30,8 @@ def language_overlap(table: Frame) -> Chart:
         style = Style.of(i)
         add_series(figure, axis, rows, "shared", name, style, hover=texts, value="%{y:d}")
         chance = Style(style.color, dash="dot", markers=False)
-        band = ("expected_low", "expected_high")
-        add_series(figure, axis, rows, "expected", f"{name}, by chance", chance, value="%{y:.1f}", band=band)
-    figure.update_yaxes(rangemode="tozero")
-    axis.apply(figure)
+        add_series(figure, axis, rows, "expected", f"{name}, by chance", chance, value="%{y:.1f}", band=True)
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
     level = f"{float(table['level'].iloc[0]):.0%}"
     note = f"Sets of k = {k} features. Bands: {level} of sets of features of the same sizes, active in both languages."
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)

@@ -9,15 +9,14 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 
 from crosslens.report.chart import (
     FEATURES,
-    GRID,
     HEAT,
     INK,
     SERIES,
     Chart,
     Frame,
-    SnapshotAxis,
     Style,
     add_bars,
+    add_line,
     apply_colors,
     error_bars,
     evenly_spaced,
@@ -26,6 +25,8 @@ from crosslens.report.chart import (
     ints,
     new_figure,
     new_panels,
+    over_snapshots,
+    pick,
     shown,
 )
 from crosslens.report.entries import figure
@@ -34,6 +35,7 @@ from crosslens.report.tables import MEASURES, by_measure, curves, main_measure
 MAX_ROWS = 2000  # of the heat map; more would be thinner than a pixel
 ORIGINS = ("initial", "emergent", "never")
 FATES = ("persistent", "transient")
+_ENDS = ("born_low", "born_high")
 _ALL_DEAD = "Every feature is dead: none is active on any held-out token."
 _READINGS = {
     ("r2", "all"): "R²",
@@ -49,21 +51,17 @@ _COLUMNS = {
 
 @figure(
     "evolution-map",
-    page="evolution",
     section="evolution",
     title="Presence over training",
     tables=("evolution", "lifecycles", "snapshots", "names"),
-    definition=(
-        "v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, birth and "
-        "peak, then clustered by their curves. Drag to zoom in; a click opens the feature."
-    ),
     wide=True,
     columns=_COLUMNS,
 )
 def evolution_map(
     evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None, measure: str | None = None
 ) -> Chart | str:
-    """Heat map of relative presence, with features ordered by origin, birth and peak, then clustered.
+    """v = R² / largest R² over snapshots (0 to 1). Each row is a feature; rows are ordered by origin, birth and peak,
+    then clustered by their curves. Drag to zoom in; a click opens the feature.
 
     Args:
         evolution: a row per feature and snapshot, from `evolve`.
@@ -92,8 +90,7 @@ def evolution_map(
             "step": [known["step"].get(label) if "step" in known else None for label in labels],
         }
     )
-    axis = SnapshotAxis.of(order, even=True)
-    figure = new_figure("features", height=620)
+    figure, axis = over_snapshots(order, "features", even=True, height=620)
     figure.add_heatmap(
         # bytes, which plotly writes as base64: as text, 2000 rows would be most of the page
         z=np.nan_to_num(v * 100).round().astype(np.uint8),
@@ -103,7 +100,6 @@ def evolution_map(
         meta=FEATURES,
         hovertemplate="feature %{text}<br>v = %{z}%<extra></extra>",
     )
-    axis.apply(figure)
     groups = drawn["origin"].to_numpy()
     middles = {origin: float(np.flatnonzero(groups == origin).mean()) for origin in ORIGINS if (groups == origin).any()}
     totals = alive["origin"].value_counts()
@@ -137,7 +133,7 @@ def evolution_map(
         note += f" {len(drawn):,} of them are drawn, evenly spaced in this order."
     if thin:
         note += f" Groups too thin to be named beside the figure, from top to bottom: {thin}."
-    data = drawn[[c for c in ("feature", "origin", "fate", "birth", "peak") if c in drawn]].reset_index(drop=True)
+    data = pick(drawn, "feature", "origin", "fate", "birth", "peak")
     return Chart(figure, pd.concat([data, pd.DataFrame(v, columns=pd.Index(labels))], axis=1), note)
 
 
@@ -181,27 +177,24 @@ def ordered_features(lifecycles: Frame) -> Frame:
 
 
 _NULLS = {"untrained": "models that never trained", "exchangeable": "models of other seeds, one step"}
+_CURVES = {"born": "forward", "born_reversed": "reversed in time", **_NULLS}
 
 
 @figure(
     "birth-counts",
-    page="evolution",
     section="evolution",
     title="Births with their controls",
     tables=("birth_counts",),
-    definition=(
-        "Share of features that are born after the first snapshot, over the threshold of presence (a share of the "
-        "feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot "
-        "alone predict the feature on held-out tokens; within-token R² is what the context adds. Bars: 95 % intervals "
-        "over groups of sequences. A count is believable as far as it exceeds the same count in a crosscoder over "
-        "models without a history: untrained, or trained ones that differ in their seeds. With the snapshots reversed, "
-        "features that fade are counted, and noise. Lexical features vary mostly between token types."
-    ),
     wide=True,
     optional=True,
 )
 def birth_counts(table: Frame) -> Chart | str:
-    """Births over thresholds of presence by each measure: forward, reversed in time, and in untrained models.
+    """Share of features that are born after the first snapshot, over the threshold of presence (a share of the
+    feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot alone
+    predict the feature on held-out tokens; within-token R² is what the context adds. Bars: 95 % intervals over groups
+    of sequences. A count is believable as far as it exceeds the same count in a crosscoder over models without a
+    history: untrained, or trained ones that differ in their seeds. With the snapshots reversed, features that fade are
+    counted, and noise. Lexical features vary mostly between token types.
 
     Args:
         table: from `count_births`, with or without nulls.
@@ -210,45 +203,24 @@ def birth_counts(table: Frame) -> Chart | str:
         return _ALL_DEAD
     drawn = table[table["n"] > 0]
     groups = [group for group in _READINGS if group in set(zip(drawn["measure"], drawn["kind"], strict=True))]
-    figure = new_panels("share of features born", len(groups), height=420)
-    highest = 0.0
-    for place, group in enumerate(groups):
+    figure = new_panels(len(groups), height=420)
+    for col, group in enumerate(groups, 1):
         rows = drawn[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1])].sort_values("threshold")
-        n, x = rows["n"].to_numpy(dtype=float), floats(rows["threshold"])
-        curves = {"forward": rows["born"] / n, "reversed in time": rows["born_reversed"] / n}
-        for column, name in _NULLS.items():
+        shares = {name: rows[name] / rows["n"] for name in ("born", "born_reversed", *_ENDS) if name in rows}
+        rows = rows.assign(**shares)
+        bars = error_bars(rows, "born") if set(_ENDS) <= set(rows.dropna(axis=1)) else None
+        texts = [f"{_READINGS[group]}, threshold {threshold}" for threshold in rows["threshold"]]
+        for i, (column, name) in enumerate(_CURVES.items()):
             if column in rows:
-                curves[name] = rows[column]
-        bars = None
-        if {"born_low", "born_high"} <= set(rows) and rows["born_low"].notna().all():
-            bars = error_bars(*(floats(rows[f"born{end}"] / n) for end in ("", "_low", "_high")), thickness=1)
-        ends = {"xaxis": f"x{place + 1}" if place else "x", "yaxis": f"y{place + 1}" if place else "y"}
-        for i, (name, values) in enumerate(curves.items()):
-            highest = max(highest, float(np.nan_to_num(values.to_numpy(dtype=float)).max()))
-            style = Style.of(i)
-            figure.add_scatter(
-                x=x,
-                y=floats(values),
-                name=name,
-                legendgroup=name,
-                showlegend=place == 0,
-                mode="lines+markers",
-                line={"color": style.color},
-                marker={"color": style.color, "symbol": style.symbol, "size": 8},
-                hovertemplate=f"<b>{name}</b><br>{_READINGS[group]}, threshold %{{x}}<br>%{{y:.1%}}<extra></extra>",
-                error_y=bars if name == "forward" else None,
-                **ends,
-            )
-    for place, group in enumerate(groups):
-        n = drawn.loc[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1]), "n"].iloc[0]
-        title = f"{_READINGS[group].replace(', ', '<br>')} ({int(n):,})"
-        end = str(place + 1) if place else ""
-        figure.update_layout(
-            {
-                f"xaxis{end}": {"title": {"text": title}, "tickvals": sorted(set(floats(drawn["threshold"])))},
-                f"yaxis{end}": {"range": [-0.02, 1.05 * highest + 0.02], "tickformat": ".0%"},
-            }
-        )
+                add_line(
+                    figure, floats(rows["threshold"]), rows, column, name, Style.of(i), hover=texts, value="%{y:.1%}",
+                    error_y=bars if column == "born" else None, showlegend=col == 1, row=1, col=col,
+                )  # fmt: skip
+        title = f"{_READINGS[group].replace(', ', '<br>')} ({rows['n'].iloc[0]:,})"
+        figure.update_xaxes(title_text=title, tickvals=sorted(set(floats(drawn["threshold"]))), row=1, col=col)
+    highest = max(y for trace in figure.data for y in trace.y if np.isfinite(y))
+    figure.update_yaxes(range=[-0.02, 1.05 * highest + 0.02], tickformat=".0%")
+    figure.update_layout(yaxis_title_text="share of features born")
     at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
     parts = [
         f"{MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
@@ -261,19 +233,14 @@ def birth_counts(table: Frame) -> Chart | str:
     if not any(table[name].notna().any() for name in _NULLS if name in table):
         words = "{} Models without a history were not measured; <code>crosslens evolve --untrained</code> or --null do."
         note = Markup(words).format(note)
-    return Chart(figure, table.reset_index(drop=True), note.strip())
+    return Chart(figure, table, note.strip())
 
 
 @figure(
     "births",
-    page="evolution",
     section="evolution",
     title="Births",
     tables=("lifecycles", "snapshots"),
-    definition=(
-        "Number of emergent features by the snapshot of birth by R², and whether they persist to the last snapshot; "
-        "beside it, the number by decoder norm."
-    ),
     columns={
         "persistent": "Features born here that are present at the last snapshot.",
         "transient": "Features born here that disappear for good.",
@@ -281,19 +248,16 @@ def birth_counts(table: Frame) -> Chart | str:
     },
 )
 def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
-    """Number of emergent features by snapshot of birth, stacked by fate, with those by decoder norm beside them."""
+    """Number of emergent features by the snapshot of birth by R², and whether they persist to the last snapshot; beside
+    it, the number by decoder norm."""
     measure = main_measure(lifecycles)
     alive = by_measure(lifecycles).dropna(subset=["origin"])
     emergent = alive[alive["origin"] == "emergent"]
     if emergent.empty:
         return f"No feature emerged after the first snapshot by {MEASURES[measure]}."
-    axis = SnapshotAxis.of(snapshots, even=True)
+    figure, axis = over_snapshots(snapshots, "features born", even=True, barmode="stack", bargap=0.25)
     ids = list(axis.labels)
-    counts = pd.DataFrame(
-        {fate: emergent.loc[emergent["fate"] == fate, "birth"].astype(int).value_counts().reindex(ids, fill_value=0)
-         for fate in FATES}
-    )  # fmt: skip
-    figure = new_figure("features born", barmode="stack", bargap=0.25)
+    counts = pd.DataFrame({fate: axis.count(emergent.loc[emergent["fate"] == fate, "birth"]) for fate in FATES})
     add_bars(figure, axis, counts, "features")
     note = (
         f"By {MEASURES[measure]} {len(emergent):,} features emerged; {(alive['origin'] == 'initial').sum():,} initial "
@@ -302,7 +266,7 @@ def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
     if measure != "norm":
         others = by_measure(lifecycles, "norm")
         others = others[others["origin"] == "emergent"]
-        by_norm = others["birth"].astype(int).value_counts().reindex(ids, fill_value=0)
+        by_norm = axis.count(others["birth"])
         figure.add_scatter(
             x=axis.x(ids),
             y=ints(by_norm),
@@ -314,7 +278,6 @@ def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
         )
         counts["by decoder norm"] = by_norm
         note += f" By decoder norm {len(others):,} emerged (lines)."
-    axis.apply(figure)
     figure.update_xaxes(title_text="snapshot of birth")
     data = pd.DataFrame({"snapshot": ids, "label": [axis.labels[i] for i in ids]})
     data = pd.concat([data, counts.reset_index(drop=True)], axis=1)
@@ -323,18 +286,16 @@ def births(lifecycles: Frame, snapshots: Frame) -> Chart | str:
 
 @figure(
     "origins",
-    page="evolution",
     section="evolution",
     title="Origin and fate",
     tables=("lifecycles",),
-    definition="Number of features by origin, and whether they persist to the last snapshot, by every measure.",
     columns={
         "persistent": "Features of this origin that are present at the last snapshot.",
         "transient": "Features of this origin that disappear for good.",
     },
 )
 def origins(lifecycles: Frame) -> Chart | str:
-    """Number of features by origin, stacked by fate, for every measure of presence."""
+    """Number of features by origin, and whether they persist to the last snapshot, by every measure."""
     read = lifecycles.dropna(subset=["origin"])
     if read.empty:
         return _ALL_DEAD
@@ -356,7 +317,7 @@ def origins(lifecycles: Frame) -> Chart | str:
             hovertemplate="<b>%{y}, %{fullData.name}</b><br>%{x} features<extra></extra>",
         )
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(title_text="features", showgrid=True, gridcolor=GRID)
+    figure.update_xaxes(title_text="features", showgrid=True)
     first = by_measure(lifecycles)
     alive = int(first["alive"].sum())
     note = f"{alive:,} live features, {len(first) - alive:,} dead."
@@ -367,18 +328,14 @@ def origins(lifecycles: Frame) -> Chart | str:
 
 @figure(
     "norm-map",
-    page="evolution",
     section="evolution",
     title="Decoder norms over training",
     tables=("evolution", "lifecycles", "snapshots", "names"),
-    definition=(
-        "The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles that "
-        "follow from it. Norms do not know the direction of time: see the births with their controls."
-    ),
     wide=True,
     optional=True,
     columns=_COLUMNS,
 )
 def norm_map(evolution: Frame, lifecycles: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
-    """The same by decoder norm."""
+    """The same for decoder norms, the papers' reading: v = norm / largest norm, ordered by the lifecycles that follow
+    from it. Norms do not know the direction of time: see the births with their controls."""
     return evolution_map(evolution, lifecycles, snapshots, names, "norm")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -16,10 +14,8 @@ from crosslens.report.chart import (
     SnapshotAxis,
     Style,
     add_level,
-    add_line,
-    floats,
-    ints,
-    new_figure,
+    add_series,
+    over_snapshots,
     shown,
 )
 from crosslens.report.entries import figure
@@ -36,57 +32,38 @@ _SHARES = {
 
 @figure(
     "dynamics",
-    page="index",
     section="phases",
     title="N-gram statistics and features",
     tables=("dynamics", "phases"),
-    definition=(
-        "Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, averaged over "
-        "contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed; "
-        "features that have settled (cosine to their final direction at least 0.5 from here on); features present, by "
-        "R²; total dimensionality / d_model."
-    ),
     wide=True,
     optional=True,
 )
 def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
-    """KL from n-gram predictions and loss in the upper panel, shares of features in the lower one.
+    """Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, averaged over
+    contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed;
+    features that have settled (cosine to their final direction at least 0.5 from here on); features present, by R²;
+    total dimensionality / d_model.
 
     Args:
         table: from `dynamics_table` or `Dynamics.to_frame`.
         phases: from `find_phases`; its turning point is marked.
     """
     rows = table.sort_values("snapshot")
-    axis = SnapshotAxis.of(rows)
-    ids = ints(rows["snapshot"])
-    x, hover = axis.x(ids), axis.hover(ids)
     shares = [name for name in _SHARES if name in rows]
-    figure = new_figure("nats per token", height=320 + 240 * bool(shares))
+    figure, axis = over_snapshots(rows, "nats per token", height=320 + 240 * bool(shares))
     for i, (name, title) in enumerate(_NATS.items()):
-        band = floats(rows[f"{name}_low"]), floats(rows[f"{name}_high"])
-        add_line(
-            figure, x, floats(rows[name]), title, Style.of(i), hover=hover, value="%{y:.3f} nats", band=band
-        )  # fmt: skip
+        add_series(figure, axis, rows, name, title, Style.of(i), value="%{y:.3f} nats", band=True)
     add_level(figure, float(rows["h1"].iloc[0]), "unigram entropy (H1)", "dash")
     add_level(figure, float(rows["h2"].iloc[0]), "bigram entropy (H2)")
     for i, name in enumerate(shares, start=len(_NATS)):
-        values = floats(rows[name])
+        # a crosscoder trained on fewer snapshots leaves gaps
+        known = rows.dropna(subset=[name])
         if name in ("settled", "present"):
-            # a crosscoder trained on fewer snapshots leaves gaps
-            values = [value / total for value, total in zip(values, floats(rows["alive"]), strict=True)]
-        known = [j for j, value in enumerate(values) if math.isfinite(value)]
-        add_line(
-            figure, [x[j] for j in known], [values[j] for j in known], _SHARES[name], Style.of(i),
-            hover=[hover[j] for j in known],
-        )  # fmt: skip
-        figure.data[-1].yaxis = "y2"
+            known = known.assign(**{name: known[name] / known["alive"]})
+        add_series(figure, axis, known, name, _SHARES[name], Style.of(i), yaxis="y2")
     if shares:
-        quiet = {
-            name: figure.layout["yaxis"][name] for name in ("gridcolor", "linecolor", "zerolinecolor", "automargin")
-        }
-        quiet |= {"title_standoff": 10, "title_font_size": 13, "tickfont_size": 12}
-        lower = {**quiet, "anchor": "x", "domain": [0, 0.44], "range": [-0.03, 1.05], "title_text": "share"}
-        figure.update_layout(yaxis_domain=[0.56, 1], yaxis2=lower, xaxis_anchor="y2")
+        lower = {**figure.layout["yaxis"].to_plotly_json(), "anchor": "x", "domain": [0, 0.44], "range": [-0.03, 1.05]}
+        figure.update_layout(yaxis_domain=[0.56, 1], yaxis2=lower, yaxis2_title_text="share", xaxis_anchor="y2")
     figure.update_layout(yaxis_rangemode="tozero")
     note = (
         f"{int(rows['n'].iloc[0]):,} predictions per snapshot. H1 is the lowest loss possible with unigram counts "
@@ -94,8 +71,7 @@ def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
     )
     if phases is not None:
         note += " " + _mark(figure, axis, phases, "y2" if shares else "y")
-    axis.apply(figure)
-    return Chart(figure, rows.reset_index(drop=True), note)
+    return Chart(figure, rows, note)
 
 
 def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
@@ -141,21 +117,10 @@ def _mark(figure: go.Figure, axis: SnapshotAxis, phases: Frame, y: str) -> str:
     return text
 
 
-@figure(
-    "selection",
-    page="index",
-    section="phases",
-    title="Suggested snapshots",
-    tables=("selection",),
-    definition=(
-        "A subset of snapshots chosen so that all others are close to one of them in accuracy and activation "
-        "similarity."
-    ),
-    wide=True,
-    optional=True,
-)
+@figure("selection", section="phases", title="Suggested snapshots", tables=("selection",), wide=True, optional=True)
 def proposal(table: Frame) -> Grid:
-    """The proposed snapshots, with reasons."""
+    """A subset of snapshots chosen so that all others are close to one of them in accuracy and activation
+    similarity."""
     chosen = table[table["chosen"].astype(bool)]
     rows = [
         [Cell(shown(row["label"])), Cell(shown(row["stands_for"], 60)), Cell(shown(row["reason"], 240))]
@@ -167,4 +132,4 @@ def proposal(table: Frame) -> Grid:
     if len(left):
         reasons = (f"{row['label']} {str(row['reason']).removeprefix('left out: ')}" for row in left.to_dict("records"))
         note += f" Left out: {'; '.join(shown(text, 240) for text in reasons)}."
-    return Grid(["snapshot", "represents", "reason"], rows, table.reset_index(drop=True), note)
+    return Grid(["snapshot", "represents", "reason"], rows, table, note)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from crosslens.report.chart import (
+    AT,
     INK,
     MUTED,
     SERIES,
@@ -24,6 +27,8 @@ from crosslens.report.chart import (
     name_rows,
     new_figure,
     new_panels,
+    over_snapshots,
+    pick,
     shown,
 )
 from crosslens.report.entries import figure
@@ -42,20 +47,16 @@ _NORM_BANDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @figure(
     "probe-presence",
-    page="evolution",
     section="probes",
     title="Probe error and presence, within features",
     tables=("probe_presence",),
-    definition=(
-        "Rank correlation of probe error with each measure of presence, with 95% intervals over features: within "
-        "features over snapshots (is a feature easier to decode where the measure is higher?), and between features at "
-        "one snapshot, which says nothing about training."
-    ),
     wide=True,
     optional=True,
 )
 def probe_presence(table: Frame) -> Chart | str:
-    """Rank correlation of probe error and every measure of presence, within and between features, with intervals.
+    """Rank correlation of probe error with each measure of presence, with 95% intervals over features: within features
+    over snapshots (is a feature easier to decode where the measure is higher?), and between features at one snapshot,
+    which says nothing about training.
 
     Args:
         table: from `probe_presence`.
@@ -63,29 +64,17 @@ def probe_presence(table: Frame) -> Chart | str:
     known = table.dropna(subset=["spearman"]).reset_index(drop=True)
     if known.empty:
         return "No feature that was probed has a reading of presence."
-    names = [
-        f"{MEASURES[str(row['measure'])]}, {str(row['part']).replace('_', ' ')}" for row in known.to_dict("records")
-    ]
-    order = np.argsort(known["part"] == "between_features", kind="stable")
-    known, names = known.iloc[order].reset_index(drop=True), [names[i] for i in order]
+    known = known.iloc[np.argsort(known["part"] == "between_features", kind="stable")].reset_index(drop=True)
+    names = [f"{MEASURES[row.measure]}, {row.part.replace('_', ' ')}" for row in known.itertuples()]
     figure = new_figure("", height=140 + 36 * len(names))
-    values, low, high = (floats(known[f"spearman{end}"]) for end in ("", "_low", "_high"))
-    figure.add_scatter(
-        x=values,
-        y=list(range(len(names))),
-        mode="markers",
-        showlegend=False,
-        marker={"color": [SERIES[0] if part == "within_features" else MUTED for part in known["part"]], "size": 9},
-        error_x=error_bars(values, low, high, color=MUTED, thickness=1.5),
-        customdata=[
-            [name, f"{a:.2f} to {b:.2f}, {n:,} points of {features:,} features"]
-            for name, a, b, n, features in zip(
-                names, low, high, ints(known["n"]), ints(known["n_features"]), strict=True
-            )
-        ],
-        hovertemplate="<b>%{customdata[0]}</b><br>%{x:.3f}<br>%{customdata[1]}<extra></extra>",
+    colors = [SERIES[0] if part == "within_features" else MUTED for part in known["part"]]
+    texts = [
+        f"{n:,} points of {features:,} features" for n, features in zip(known["n"], known["n_features"], strict=True)
+    ]
+    _add_correlations(
+        figure, known, "spearman", names, texts, marker_color=colors, error_x_color=MUTED, showlegend=False
     )
-    _correlations(figure, names, "Spearman correlation")
+    _set_axes(figure, names, "Spearman correlation")
     within = known[known["part"] == "within_features"].to_dict("records")
     words = [
         f"{MEASURES[str(row['measure'])]} "
@@ -93,23 +82,19 @@ def probe_presence(table: Frame) -> Chart | str:
         for row in within
     ]
     note = f"Within features: {', '.join(words)}. Correlations between features have nothing to do with training."
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
 @figure(
     "probe",
-    page="evolution",
     section="probes",
     title="Probe error by feature and snapshot",
     tables=("probe", "evolution", "names"),
-    definition=(
-        "Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether the "
-        "feature is active, against the feature's R² there, and its decoder norm divided by its largest."
-    ),
     wide=True,
 )
 def probe(table: Frame, evolution: Frame, names: Frame | None = None) -> Chart | str:
-    """Held-out error of linear probes against R² and against decoder norm, a point per feature and snapshot."""
+    """Share of held-out tokens on which a linear probe of one snapshot's activations misclassifies whether the feature
+    is active, against the feature's R² there, and its decoder norm divided by its largest."""
     points = table.dropna(subset=["norm", "probe_error"])
     if len(points) < 3:
         return f"Only {len(points)} probes could be fitted, too few to draw."
@@ -119,38 +104,45 @@ def probe(table: Frame, evolution: Frame, names: Frame | None = None) -> Chart |
     panels = [("norm", "decoder norm / largest norm", "norm")]
     if points["r2"].notna().any():
         panels.insert(0, ("r2", "R²", "R²"))
-    figure = new_panels("probe error (share of tokens)", len(panels), height=480)
-    top = 1.05 * max(0.5, float(points["probe_error"].max()))
-    for place, (column, title, name) in enumerate(panels):
-        end = str(place + 1) if place else ""
+    figure = new_panels(len(panels), height=480)
+    for col, (column, title, name) in enumerate(panels, 1):
+        at: dict[str, Any] = {"row": 1, "col": col}
         known: Frame = drawn.dropna(subset=[column])
-        add_points(figure, axis, known, column, "probe_error", f"{name} %{{x:.3f}}, error %{{y:.3f}}", names)
-        figure.data[-1].update(xaxis=f"x{end}", yaxis=f"y{end}")
-        figure.add_shape(
-            type="line", xref=f"x{end} domain", yref=f"y{end}", x0=0, x1=1, y0=0.5, y1=0.5,
-            line={"color": MUTED, "dash": "dot"},
-        )  # fmt: skip
-        figure.add_annotation(
-            text="chance", xref=f"x{end} domain", yref=f"y{end}", x=1, y=0.5, xanchor="right", yanchor="bottom",
-            showarrow=False, font={"color": MUTED},
-        )  # fmt: skip
-        figure.update_layout(
-            {
-                f"xaxis{end}": {"title": {"text": title}, "showgrid": True, "zeroline": False},
-                f"yaxis{end}": {"range": [0, top]},
-            }
+        add_points(figure, axis, known, column, "probe_error", f"{name} %{{x:.3f}}, error %{{y:.3f}}", names, **at)
+        figure.add_hline(
+            y=0.5, line={"color": MUTED, "dash": "dot"}, annotation={"text": "chance", "font_color": MUTED}, **at
         )
+        figure.update_xaxes(title_text=title, showgrid=True, zeroline=False, **at)
+    figure.update_yaxes(range=[0, 1.05 * max(0.5, float(points["probe_error"].max()))])
+    figure.update_layout(yaxis_title_text="probe error (share of tokens)")
     note = f"All points, by decoder norm: {_correlation(points, [])}."
     untrained = sorted(set(ints(points.loc[pd.to_numeric(points["step"], errors="coerce") == 0, "snapshot"])))
     if untrained and len(axis.labels) > 1:
         note += f" Without step 0: {_correlation(points, untrained)}."
     if len(drawn) < len(points):
         note += f" {len(drawn):,} of {len(points):,} points are drawn, evenly spaced in the table."
-    columns = [c for c in ("feature", "snapshot", "label", "step", "r2", "norm", "probe_error", "n") if c in drawn]
-    return Chart(figure, drawn[columns].reset_index(drop=True), note)
+    return Chart(figure, pick(drawn, "feature", *AT, "r2", "norm", "probe_error", "n"), note)
 
 
-def _correlations(figure: go.Figure, names: list[str], title: str) -> None:
+def _add_correlations(
+    figure: go.Figure, rows: Frame, column: str, names: list[str], texts: list[str], above: float = 0, **trace: Any
+) -> None:
+    """Add a point per correlation with its interval; `texts` are added to the tooltips."""
+    ends = zip(names, rows[f"{column}_low"], rows[f"{column}_high"], texts, strict=True)
+    figure.add_scatter(
+        x=floats(rows[column]),
+        y=[row - above for row in range(len(names))],
+        mode="markers",
+        name=column.capitalize(),
+        marker_size=9,
+        error_x=error_bars(rows, column, thickness=1.5),
+        customdata=[[name, f"{low:.2f} to {high:.2f}, {text}"] for name, low, high, text in ends],
+        hovertemplate=("<b>%{fullData.name}</b>, %{customdata[0]}<br>%{x:.3f}<br>%{customdata[1]}<extra></extra>"),
+        **trace,
+    )
+
+
+def _set_axes(figure: go.Figure, names: list[str], title: str) -> None:
     """Axes of a figure with a row per correlation."""
     name_rows(figure, names)
     figure.update_xaxes(title_text=title, range=[-1.03, 0.53], showgrid=True)
@@ -172,40 +164,25 @@ def _correlation(points: Frame, without: list[int]) -> str:
 
 @figure(
     "probe-parts",
-    page="evolution",
     section="probes",
     title="Correlation of probe error and decoder norm by part",
     tables=("probe_parts",),
-    definition=(
-        "With 95% intervals over features: over all points, without step 0 if it is a snapshot, after subtracting each "
-        "feature's means, after subtracting each snapshot's means, and corrected for the noise of single probes."
-    ),
     optional=True,
 )
 def probe_parts(table: Frame) -> Chart:
-    """Correlation of probe error and decoder norm, in total and by part, with intervals."""
+    """With 95% intervals over features: over all points, without step 0 if it is a snapshot, after subtracting each
+    feature's means, after subtracting each snapshot's means, and corrected for the noise of single probes."""
     n = table.set_index("part")["n"]
     untrained = n.get("trained") != n.get("all")  # whether step 0 is a snapshot
     table = table if untrained else table[table["part"] != "trained"].reset_index(drop=True)
     names = [_PARTS.get(str(part), shown(part)) for part in table["part"]]
     figure = new_figure("", height=140 + 40 * len(names))
+    texts = [f"{n:,} points" for n in ints(table["n"])]
     for i, measure in enumerate(("spearman", "pearson")):
-        values, low, high = (floats(table[f"{measure}{end}"]) for end in ("", "_low", "_high"))
         style = Style.of(i)
-        figure.add_scatter(
-            x=values,
-            y=[row + (0.12 if i else -0.12) for row in range(len(names))],
-            mode="markers",
-            name=measure.capitalize(),
-            marker={"color": style.color, "symbol": style.symbol, "size": 9},
-            error_x=error_bars(values, low, high, color=style.color, thickness=1.5),
-            customdata=[
-                [name, f"{a:.2f} to {b:.2f}, {n:,} points"]
-                for name, a, b, n in zip(names, low, high, ints(table["n"]), strict=True)
-            ],
-            hovertemplate="<b>%{fullData.name}</b>, %{customdata[0]}<br>%{x:.3f}<br>%{customdata[1]}<extra></extra>",
-        )
-    _correlations(figure, names, "correlation")
+        look = {"marker_color": style.color, "marker_symbol": style.symbol, "error_x_color": style.color}
+        _add_correlations(figure, table, measure, names, texts, above=-0.12 if i else 0.12, **look)
+    _set_axes(figure, names, "correlation")
     last = table.iloc[-1]
     note = (
         f"{'Without step 0, the' if untrained else 'The'} standard deviation of probe errors is "
@@ -213,19 +190,14 @@ def probe_parts(table: Frame) -> Chart:
         f"{last['reliability']:.2f}. If a feature can be decoded from every snapshot, there is little variation for "
         "its norm to explain."
     )
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
 @figure(
     "agreement",
-    page="evolution",
     section="probes",
     title="Agreement of neighbouring snapshots",
     tables=("agreement",),
-    definition=(
-        "Share of a feature's 20 strongest held-out tokens that two neighbouring snapshots have in common, when the "
-        "feature is computed from each snapshot alone."
-    ),
     optional=True,
     columns={
         "mean": "Mean share of tokens that both snapshots have among the strongest.",
@@ -235,15 +207,15 @@ def probe_parts(table: Frame) -> Chart:
     },
 )
 def agreement(table: Frame) -> Chart | str:
-    """Mean overlap of a feature's top tokens between neighbouring snapshots, by decoder norm."""
+    """Share of a feature's 20 strongest held-out tokens that two neighbouring snapshots have in common, when the
+    feature is computed from each snapshot alone."""
     known = table.dropna(subset=["agreement"])
     if known.empty:
         return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     pairs = known.rename(columns={"snapshot": "before"}).assign(
         snapshot=known["other"], label=known["other_label"], step=known["other_step"]
     )
-    axis = SnapshotAxis.of(pairs)
-    figure = new_figure("shared tokens (share)", yaxis_range=[-0.03, 1.05])
+    figure, axis = over_snapshots(pairs, "shared tokens (share)", yaxis_range=[-0.03, 1.05])
     chance = float(known["chance"].iloc[0])
     add_level(figure, chance, "chance")
     drawn: list[Frame] = []
@@ -256,7 +228,6 @@ def agreement(table: Frame) -> Chart | str:
         texts = [f"{text}, {n:,} features" for text, n in zip(axis.hover(ids), ints(means["size"]), strict=True)]
         add_series(figure, axis, means, "mean", f"norm {low:g} to {high:g}", Style.of(i), hover=texts)
         drawn.append(means.assign(norm_from=low, norm_to=high))
-    axis.apply(figure)
     note = (
         "Each point compares a snapshot with the one before it. Norms are the smaller of the two, relative to the "
         f"feature's largest. Chance is {chance:.4f}."

@@ -12,20 +12,15 @@ from crosslens.report.entries import figure
 
 @figure(
     "words",
-    page="task",
     section="prompts",
     title="Effects in single prompts",
     tables=("prompts/<task>", "names"),
-    definition=(
-        "A word is coloured by the effect of all features active on it at the selected snapshot: blue where they "
-        "support the correct answer, orange where they oppose it. A click opens the feature with the largest effect "
-        "there."
-    ),
     wide=True,
     optional=True,
 )
 def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
-    """Prompts with each word tinted by the effect of the features active on it, at any snapshot.
+    """A word is coloured by the effect of all features active on it at the selected snapshot: blue where they support
+    the correct answer, orange where they oppose it. A click opens the feature with the largest effect there.
 
     Args:
         table: from `Attribution.prompt_frame`.

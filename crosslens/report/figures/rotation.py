@@ -9,50 +9,37 @@ from crosslens.report.chart import (
     SERIES,
     Chart,
     Frame,
-    SnapshotAxis,
     Style,
+    add_line,
     add_matrix,
     apply_colors,
-    floats,
     ints,
     named_ticks,
     new_figure,
     new_panels,
+    over_snapshots,
     shown,
 )
 from crosslens.report.entries import figure
 
 
-@figure(
-    "rotation-rate",
-    page="evolution",
-    section="evolution",
-    title="Rotation",
-    tables=("rotation",),
-    definition=(
-        "Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per doubling of "
-        "the training tokens (of steps where tokens are unknown). The null is the angle between two estimates of the "
-        "same vector on different halves of the held-out tokens: what sampling alone makes of no rotation. Compare it "
-        "with the angle between such estimates at neighbouring snapshots. A change of basis that all activations share "
-        "turns every vector: the angle after the linear map between the two snapshots leaves it out. How far two seeds "
-        "differ at one snapshot says which angles a dictionary does not determine at all."
-    ),
-    wide=True,
-    optional=True,
-)
+@figure("rotation-rate", section="evolution", title="Rotation", tables=("rotation",), wide=True, optional=True)
 def rotation_rate(table: Frame) -> Chart | str:
-    """Median angle that features turn in every interval, per interval and per doubling of training, with the null."""
+    """Median angle between a feature's decoder vectors at neighbouring snapshots, per interval and per doubling of the
+    training tokens (of steps where tokens are unknown). The null is the angle between two estimates of the same vector
+    on different halves of the held-out tokens: what sampling alone makes of no rotation. Compare it with the angle
+    between such estimates at neighbouring snapshots. A change of basis that all activations share turns every vector:
+    the angle after the linear map between the two snapshots leaves it out. How far two seeds differ at one snapshot
+    says which angles a dictionary does not determine at all."""
     if not np.isfinite(table["angle"].to_numpy(dtype=float)).any():
         return "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     names = _intervals(table)
     per_doubling = np.isfinite(table["angle_per_doubling"].to_numpy(dtype=float)).any()
     both = ("mapped_angle", "seeds_angle")
     table = table.assign(**{name: np.nan for name in both if name not in table})
-    panels: list[tuple[str, tuple[str, ...]]] = [
-        ("degrees per interval", ("angle", "halves_angle", "null_angle", *both))
-    ]
+    panels: dict[str, tuple[str, ...]] = {"degrees per interval": ("angle", "halves_angle", "null_angle", *both)}
     if per_doubling:
-        panels.append(("degrees per doubling of training", ("angle_per_doubling", "", "null_per_doubling", "", "")))
+        panels["degrees per doubling of training"] = ("angle_per_doubling", "", "null_per_doubling", "", "")
     words = (
         "decoder vectors",
         "estimates on different halves",
@@ -60,34 +47,16 @@ def rotation_rate(table: Frame) -> Chart | str:
         "decoder vectors after the common linear map",
         "two seeds at the later snapshot",
     )
-    figure = new_panels("", len(panels), height=420)
-    x = list(range(len(table)))
-    for place, (title, columns) in enumerate(panels):
-        end = str(place + 1) if place else ""
+    figure = new_panels(len(panels), height=420)
+    for col, (title, columns) in enumerate(panels.items(), 1):
         for i, (column, name) in enumerate(zip(columns, words, strict=True)):
-            if not column or not np.isfinite(table[column].to_numpy(dtype=float)).any():
-                continue
-            style = Style.of(i)
-            figure.add_scatter(
-                x=x,
-                y=floats(table[column]),
-                name=name,
-                legendgroup=name,
-                showlegend=place == 0,
-                mode="lines+markers",
-                line={"color": style.color, "dash": style.dash},
-                marker={"color": style.color, "symbol": style.symbol, "size": 8},
-                customdata=names,
-                hovertemplate=f"<b>{name}</b><br>%{{customdata}}<br>%{{y:.2f}} {title}<extra></extra>",
-                xaxis=f"x{end}",
-                yaxis=f"y{end}",
-            )
-        figure.update_layout(
-            {
-                f"xaxis{end}": named_ticks(names, slanted=True),
-                f"yaxis{end}": {"title": {"text": title}, "rangemode": "tozero"},
-            }
-        )
+            if column and np.isfinite(table[column].to_numpy(dtype=float)).any():
+                add_line(
+                    figure, range(len(table)), table, column, name, Style.of(i), hover=names,
+                    value=f"%{{y:.2f}} {title}", showlegend=col == 1, row=1, col=col,
+                )  # fmt: skip
+        figure.update_yaxes(title_text=title, row=1, col=col)
+    figure.update_xaxes(named_ticks(names, slanted=True)).update_yaxes(rangemode="tozero")
     note = "Medians over live features with a direction at both snapshots."
     if per_doubling:
         rates = table["angle_per_doubling"].to_numpy(dtype=float)
@@ -100,44 +69,28 @@ def rotation_rate(table: Frame) -> Chart | str:
             f" From {ends[0]} to {ends[1]} per doubling: a rate to compare intervals by, not the angle that a doubling "
             "reaches, since directions also turn back."
         )
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
-@figure(
-    "rotation",
-    page="evolution",
-    section="evolution",
-    title="Rotation by interval",
-    tables=("rotation",),
-    definition=(
-        "Number of features whose decoder vector rotates more between these two snapshots than in any other interval. "
-        "Intervals that span more of the training leave more room for it: the rate per doubling allows for that. "
-        "Vectors shorter than a twentieth of the feature's largest norm are ignored."
-    ),
-    optional=True,
-)
+@figure("rotation", section="evolution", title="Rotation by interval", tables=("rotation",), optional=True)
 def rotation(table: Frame) -> Chart | str:
-    """Number of features by the interval between snapshots in which they rotate most."""
+    """Number of features whose decoder vector rotates more between these two snapshots than in any other interval.
+    Intervals that span more of the training leave more room for it: the rate per doubling allows for that. Vectors
+    shorter than a twentieth of the feature's largest norm are ignored."""
     if not table["rotated"].sum():
         return "No feature changes direction between neighbouring snapshots."
     names = _intervals(table)
     figure = new_figure("features that rotate most here", bargap=0.25)
-    ends = table["at_edge"].to_numpy(dtype=bool)
     figure.add_bar(
         x=list(range(len(table))),
         y=ints(table["rotated"]),
         marker={"color": [SERIES[1] if point else SERIES[0] for point in table["largest"]]},
-        customdata=[
-            [
-                name,
-                f"{n:,} features with a direction at both snapshots, median cosine {cosine:.3f}"
-                + "<br>at an end of the snapshots" * edge,
-            ]
-            for name, n, cosine, edge in zip(
-                names, ints(table["n"]), floats(table["median_cosine"]), ends.tolist(), strict=True
-            )
+        hovertext=[
+            f"<b>{name}</b><br>{row.rotated} features<br>{row.n:,} features with a direction at both snapshots, median "
+            f"cosine {row.median_cosine:.3f}" + "<br>at an end of the snapshots" * bool(row.at_edge)
+            for name, row in zip(names, table.itertuples(), strict=True)
         ],
-        hovertemplate="<b>%{customdata[0]}</b><br>%{y} features<br>%{customdata[1]}<extra></extra>",
+        hovertemplate="%{hovertext}<extra></extra>",
         showlegend=False,
     )
     figure.update_xaxes(title_text="between snapshots", **named_ticks(names, slanted=True))
@@ -148,51 +101,38 @@ def rotation(table: Frame) -> Chart | str:
     )
     if row["at_edge"]:
         note += " This is an end of the snapshots: these features may rotate more outside of them."
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
 @figure(
     "cosines",
-    page="evolution",
     section="evolution",
     title="Similarity of directions between snapshots",
     tables=("cosines",),
-    definition=(
-        "Median cosine between a live feature's decoder vectors at two snapshots. 1 is the same direction; random "
-        "directions have about 0."
-    ),
     optional=True,
 )
 def cosines(table: Frame) -> Chart | str:
-    """Median cosine between a feature's decoder vectors at each pair of snapshots.
+    """Median cosine between a live feature's decoder vectors at two snapshots. 1 is the same direction; random
+    directions have about 0.
 
     Args:
         table: "cosines" from `study_evolution`.
     """
     if not table["n"].sum():
         return "No feature has a decoder vector long enough to compare at two snapshots."
-    axis = SnapshotAxis.of(table, even=True)
-    ids = list(axis.labels)
-    median = table.pivot(index="snapshot", columns="other", values="median").to_numpy(dtype=float)
-    low, high, n = (
-        table.pivot(index="snapshot", columns="other", values=c).to_numpy()
-        for c in ("lower_quartile", "upper_quartile", "n")
-    )
-    hover = axis.hover(ids)
-    figure = new_figure("", height=180 + 30 * len(ids))
+    figure, axis = over_snapshots(table, "", even=True, height=180 + 30 * table["snapshot"].nunique())
     texts = [
-        [
-            f"{hover[a]}<br>{hover[b]}<br>median {median[a, b]:.3f}, interquartile range {low[a, b]:.3f} to "
-            f"{high[a, b]:.3f}, {int(n[a, b]):,} features"
-            for b in range(len(ids))
-        ]
-        for a in range(len(ids))
+        f"{one}<br>{other}<br>median {row.median:.3f}, interquartile range {row.lower_quartile:.3f} to "
+        f"{row.upper_quartile:.3f}, {row.n:,} features"
+        for one, other, row in zip(
+            axis.hover(table["snapshot"]), axis.hover(table["other"]), table.itertuples(), strict=True
+        )
     ]
-    add_matrix(figure, median, texts, axis.x(ids), list(axis.names().values()))
-    least = min(0.0, float(np.nanmin(median)))
+    cells = table.assign(text=texts)
+    add_matrix(figure, cells, "median", ("snapshot", axis.names()), ("other", axis.positions))
+    least = min(0.0, float(table["median"].min()))
     apply_colors(figure, HEAT, {least: f"{least:.1f}".replace("-", "−"), 1.0: "1, same direction"})
-    axis.apply(figure)
-    return Chart(figure, table.reset_index(drop=True))
+    return Chart(figure, table)
 
 
 def _intervals(table: Frame) -> list[str]:

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 
 from crosslens.report.chart import (
-    GRID,
     INK,
     MUTED,
     SERIES,
     Chart,
     Frame,
     Style,
+    add_line,
     error_bars,
     floats,
     ints,
@@ -26,15 +26,9 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
 
 @figure(
     "seeds",
-    page="index",
     section="seeds",
     title="Features by number of seeds",
     tables=("consensus", "seeds"),
-    definition=(
-        "Live features by the number of seeds that have them, this one included, as a share of their number and of the "
-        "variance that they write, Var(f) Σ norm². Features that more than half of the seeds have are consensus "
-        "features."
-    ),
     optional=True,
     columns={
         "features": "Live features that so many seeds have.",
@@ -43,7 +37,8 @@ _BANDS = 10.0 ** np.arange(-5, 0.5, 0.5)
     },
 )
 def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
-    """Live features and the variance they write, by the number of seeds that have them.
+    """Live features by the number of seeds that have them, this one included, as a share of their number and of the
+    variance that they write, Var(f) Σ norm². Features that more than half of the seeds have are consensus features.
 
     Args:
         consensus: rows of `consensus` about this run.
@@ -60,7 +55,7 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     data["share"] = data["features"] / len(live)
     data["variance"] = by["variance"].sum().reindex(counts, fill_value=0).to_numpy()
     figure = new_figure("share", barmode="group", bargap=0.3)
-    for i, (column, name) in enumerate((("share", "of live features"), ("variance", "of their variance"))):
+    for i, (column, name) in enumerate({"share": "of live features", "variance": "of their variance"}.items()):
         figure.add_bar(
             x=ints(data["n_seeds"]),
             y=floats(data[column]),
@@ -90,15 +85,9 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
 
 @figure(
     "seeds-births",
-    page="index",
     section="seeds",
     title="Partners in other seeds, by kind",
     tables=("seeds_births",),
-    definition=(
-        "Live features with a partner in another seed; of those that are born (R²), how many have a partner that is "
-        "born too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted "
-        "tokens, of all partners, and with permuted dates. Means over pairs of seeds."
-    ),
     optional=True,
     columns={
         "share": "Mean of the share over pairs of seeds.",
@@ -107,7 +96,9 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     },
 )
 def births_of_partners(births: Frame) -> Chart:
-    """Shares of features with a partner, born too and at the same snapshot, beside chance.
+    """Live features with a partner in another seed; of those that are born (R²), how many have a partner that is born
+    too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted tokens, of all
+    partners, and with permuted dates. Means over pairs of seeds.
 
     Args:
         births: rows of `births_of_partners` about pairs of seeds.
@@ -119,19 +110,13 @@ def births_of_partners(births: Frame) -> Chart:
         "at the same<br>snapshot": "same_birth",
         "at most<br>one apart": "within_1",
     }
-    data = pd.concat(
+    data = pd.DataFrame(
         [
-            pd.DataFrame(
-                {
-                    "kind": means["kind"],
-                    "question": words.replace("<br>", " "),
-                    "share": means[column],
-                    "by_chance": means[f"{column}_by_chance"],
-                }
-            )
+            (row["kind"], words.replace("<br>", " "), row[column], row[f"{column}_by_chance"])
             for words, column in questions.items()
+            for row in means.to_dict("records")
         ],
-        ignore_index=True,
+        columns=["kind", "question", "share", "by_chance"],
     )
     figure = new_figure("share", barmode="group", bargap=0.25)
     for i, (kind, rows) in enumerate(data.groupby("kind", sort=False)):
@@ -167,14 +152,9 @@ def births_of_partners(births: Frame) -> Chart:
 
 @figure(
     "seeds-rate",
-    page="index",
     section="seeds",
     title="Consensus by firing rate",
     tables=("consensus",),
-    definition=(
-        "Share of the live features that more than half of the seeds have, by the share of held-out tokens on which "
-        "the feature is active."
-    ),
     optional=True,
     columns={
         "rate_from": "Lower edge of the band of firing rates.",
@@ -185,7 +165,8 @@ def births_of_partners(births: Frame) -> Chart:
     },
 )
 def seeds_by_rate(consensus: Frame) -> Chart | str:
-    """Share of consensus features by firing rate.
+    """Share of the live features that more than half of the seeds have, by the share of held-out tokens on which the
+    feature is active.
 
     Args:
         consensus: rows of `consensus` about this run.
@@ -207,8 +188,8 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
         y=floats(data["consensus"]),
         marker={"color": SERIES[0]},
         customdata=[
-            [name, f"{n:,} live features, {share:.1%} of the variance"]
-            for name, n, share in zip(names, ints(data["features"]), floats(data["variance"]), strict=True)
+            [name, f"{row['features']:,} live features, {row['variance']:.1%} of the variance"]
+            for name, row in zip(names, data.to_dict("records"), strict=True)
         ],
         text=[f"{n:,}" for n in ints(data["features"])],
         textposition="outside",
@@ -217,24 +198,13 @@ def seeds_by_rate(consensus: Frame) -> Chart | str:
     )
     figure.update_xaxes(title_text="firing rate", **named_ticks(names))
     figure.update_yaxes(tickformat=".0%", range=[0, 1.12])
-    return Chart(figure, data.reset_index(drop=True), "Above the bars: the number of live features.")
+    return Chart(figure, data, "Above the bars: the number of live features.")
 
 
-@figure(
-    "sweep",
-    page="index",
-    section="seeds",
-    title="Choice of F and k",
-    tables=("sweep",),
-    definition=(
-        "Share of live features with a partner in another seed, against the explained variance of the least explained "
-        "snapshot, for several numbers of features F and of active ones k."
-    ),
-    wide=True,
-    optional=True,
-)
+@figure("sweep", section="seeds", title="Choice of F and k", tables=("sweep",), wide=True, optional=True)
 def sweep(table: Frame) -> Chart:
-    """Agreement of seeds against explained variance, a line per number of features.
+    """Share of live features with a partner in another seed, against the explained variance of the least explained
+    snapshot, for several numbers of features F and of active ones k.
 
     Args:
         table: from `choose`.
@@ -248,34 +218,23 @@ def sweep(table: Frame) -> Chart:
     )  # fmt: skip
     for i, (F, of_size) in enumerate(rows.groupby("d_sae")):
         style = Style.of(i)
-        agreement, low, high = (floats(of_size[f"agreement{end}"]) for end in ("", "_low", "_high"))
-        figure.add_scatter(
-            x=floats(of_size["least_explained"]),
-            y=agreement,
-            error_y=error_bars(agreement, low, high, color=style.color, thickness=1),
-            mode="lines+markers+text",
-            text=[f"k={k:g}" for k in floats(of_size["k"])],
-            textposition="top right",
+        texts = [
+            f"<b>F={row.d_sae:.0f}, k={row.k:g}</b><br>{row.agreement:.1%} of {row.live:.0f} live features, "
+            f"{row.variance:.1%} of the variance<br>least EV {row.least_explained:.3f}, mean "
+            f"{row.explained_variance:.3f}, dead {row.dead:.1%}"
+            for row in of_size.itertuples()
+        ]
+        add_line(
+            figure, floats(of_size["least_explained"]), of_size, "agreement", f"F={F:,.0f}", style, hover=texts,
+            hovertemplate="%{customdata}<extra></extra>", error_y=error_bars(of_size, "agreement", color=style.color),
+            mode="lines+markers+text", text=[f"k={k:g}" for k in of_size["k"]], textposition="top right",
             textfont={"color": MUTED, "size": 11},
-            name=f"F={ints(pd.Series([F]))[0]:,}",
-            line={"color": style.color, "dash": style.dash},
-            marker={"symbol": style.symbol, "size": 8},
-            customdata=[
-                [
-                    f"F={row['d_sae']:.0f}, k={row['k']:g}",
-                    f"{row['agreement']:.1%} of {row['live']:.0f} live features, {row['variance']:.1%} of the variance",
-                    f"least EV {row['least_explained']:.3f}, mean {row['explained_variance']:.3f}, "
-                    f"dead {row['dead']:.1%}",
-                ]
-                for row in of_size.to_dict("records")
-            ],
-            hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<extra></extra>",
-        )
-    figure.update_xaxes(title_text="explained variance, least explained snapshot", showgrid=True, gridcolor=GRID)
+        )  # fmt: skip
+    figure.update_xaxes(title_text="explained variance, least explained snapshot", showgrid=True)
     figure.update_yaxes(tickformat=".0%")
     note = (
         f"Proposed: F={proposed['d_sae']:.0f}, k={proposed['k']:g}, the largest agreement among the settings that "
         "explain nearly as much as the best and have few dead features. Error bars: smallest and largest share over "
         f"pairs of {int(proposed['seeds'])} seeds, in both directions."
     )
-    return Chart(figure, rows.reset_index(drop=True), note)
+    return Chart(figure, rows, note)

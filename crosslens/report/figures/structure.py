@@ -8,15 +8,13 @@ import pandas as pd
 from crosslens.features.labels import complexity_correlation
 from crosslens.report.chart import (
     FEATURES,
-    GRID,
     HEAT,
-    MUTED,
     SERIES,
     Chart,
     Frame,
-    SnapshotAxis,
     Style,
     add_bars,
+    add_diagonal,
     add_matrix,
     add_series,
     apply_colors,
@@ -26,6 +24,7 @@ from crosslens.report.chart import (
     ints,
     named_ticks,
     new_figure,
+    over_snapshots,
     shown,
 )
 from crosslens.report.entries import figure
@@ -35,26 +34,15 @@ MAX_POINTS = 4000  # of a scatter plot; more make the page slow
 _EVENTS = {"birth": "born here", "peak": "strongest here"}
 
 
-@figure(
-    "dimensionality",
-    page="evolution",
-    section="evolution",
-    title="Total dimensionality",
-    tables=("dimensionality",),
-    definition=(
-        "Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector times the "
-        "feature's RMS activation, or the decoder vector alone, as Elhage et al. wrote it; beside as many random "
-        "directions of the same lengths, and the participation ratio of the activations, (Σ variances)² / Σ variances² "
-        "over principal directions."
-    ),
-    optional=True,
-)
+@figure("dimensionality", section="evolution", title="Total dimensionality", tables=("dimensionality",), optional=True)
 def dimensionality(table: Frame) -> Chart | str:
-    """Total dimensionality of the present features by two formulas, of random directions, and of the activations."""
+    """Sum over present features of |w|⁴ / Σ (w · w')², divided by d_model, where w is the decoder vector times the
+    feature's RMS activation, or the decoder vector alone, as Elhage et al. wrote it; beside as many random directions
+    of the same lengths, and the participation ratio of the activations, (Σ variances)² / Σ variances² over principal
+    directions."""
     if not table["total"].any():
         return "No feature is present at any snapshot."
-    axis = SnapshotAxis.of(table)
-    figure = new_figure("dimensions / d_model", height=380)
+    figure, axis = over_snapshots(table, "dimensions / d_model", yaxis_rangemode="tozero")
     d_model = float((table["total"] / table["share"]).max())
     drawn = table.assign(participation=table["participation_ratio"] / d_model)
     lines = {
@@ -66,28 +54,20 @@ def dimensionality(table: Frame) -> Chart | str:
     }
     for i, (column, name) in enumerate(lines.items()):
         add_series(figure, axis, drawn, column, name, Style.of(i))
-    figure.update_yaxes(rangemode="tozero")
-    axis.apply(figure)
     first, last = table.iloc[0], table.iloc[-1]
     note = (
         f"By decoder norm, {int(first['present']):,} features are present at {first['label']}, "
         f"{int(last['present']):,} at {last['label']}. The participation ratio is {first['participation_ratio']:.1f} "
         f"and {last['participation_ratio']:.1f} of {d_model:.0f} dimensions."
     )
-    return Chart(figure, table.reset_index(drop=True), note)
+    return Chart(figure, table, note)
 
 
 @figure(
     "splits",
-    page="evolution",
     section="evolution",
     title="Feature splitting and replacement",
     tables=("splits", "replacements", "split_counts", "snapshots"),
-    definition=(
-        "Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from "
-        "it on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on "
-        "the same tokens, dies. By chance: with the snapshots in random orders, or with the dates of births permuted."
-    ),
     optional=True,
     columns={
         "replacement": "Features born here in place of one that dies.",
@@ -96,7 +76,9 @@ def dimensionality(table: Frame) -> Chart | str:
     },
 )
 def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, snapshots: Frame) -> Chart | str:
-    """Number of splits, mergers and replacements by snapshot.
+    """Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from it
+    on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on the same
+    tokens, dies. By chance: with the snapshots in random orders, or with the dates of births permuted.
 
     Args:
         splits: from `splits`.
@@ -104,23 +86,18 @@ def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, sn
         found: from `split_counts`.
         snapshots: snapshot, label, step.
     """
-    axis = SnapshotAxis.of(snapshots, even=True)
-    ids = list(axis.labels)
+    figure, axis = over_snapshots(snapshots, "pairs of features", even=True, barmode="group", bargap=0.25)
     kinds = {
         "replacement": replacements["birth"],
         "split": splits.loc[splits["kind"] == "split", "at"],
         "merger": splits.loc[splits["kind"] == "merger", "at"],
     }
-    counts = pd.DataFrame(
-        {name: pd.Series(dates).astype(int).value_counts().reindex(ids, fill_value=0) for name, dates in kinds.items()}
-    )
+    counts = pd.DataFrame({name: axis.count(dates) for name, dates in kinds.items()})
     if not counts.to_numpy().sum():
         return "No feature splits, merges or is replaced at these thresholds."
-    figure = new_figure("pairs of features", barmode="group", bargap=0.25)
     add_bars(figure, axis, counts, "pairs")
-    axis.apply(figure)
     data = counts.rename_axis("snapshot").reset_index()
-    data.insert(1, "label", [axis.labels[i] for i in ids])
+    data.insert(1, "label", list(axis.labels.values()))
     words = [
         f"{row['n']:,} {row['kind']}{'s' * (row['n'] != 1)} (by chance {row['by_chance']:.1f}, in 95% of draws at most "
         f"{row['most_by_chance']:.0f})"
@@ -131,15 +108,9 @@ def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, sn
 
 @figure(
     "scaling",
-    page="evolution",
     section="evolution",
     title="Latent scaling",
     tables=("scaling", "evolution", "lifecycles", "names"),
-    definition=(
-        "Least-squares coefficient of the feature's direction at its peak on what the other features leave "
-        "unexplained, against its decoder norm, both divided by its largest norm. Above the line, the direction is "
-        "stronger in the activations than the norm suggests."
-    ),
     optional=True,
     columns={
         "strength": "Decoder norm divided by the feature's largest.",
@@ -147,7 +118,9 @@ def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, sn
     },
 )
 def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | None = None) -> Chart | str:
-    """Latent scaling against decoder norm, a point per live feature and snapshot.
+    """Least-squares coefficient of the feature's direction at its peak on what the other features leave unexplained,
+    against its decoder norm, both divided by its largest norm. Above the line, the direction is stronger in the
+    activations than the norm suggests.
 
     Args:
         table: from `LatentScaling.to_frame`.
@@ -177,9 +150,7 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | No
     )
     drawn = evenly_spaced(data, MAX_POINTS)
     figure = new_figure("latent scaling / largest norm", height=440)
-    figure.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", name="scaling = norm", line={"color": MUTED, "dash": "dot"}
-    )  # fmt: skip
+    add_diagonal(figure, [0, 1], "scaling = norm")
     figure.add_scattergl(
         x=floats(drawn["strength"]),
         y=floats(drawn["scaling"]),
@@ -193,7 +164,7 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | No
         meta=FEATURES,
         hovertemplate="feature %{customdata[1]}<br>%{customdata[2]}<br>norm %{x:.3f}, scaling %{y:.3f}<extra></extra>",
     )
-    figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, gridcolor=GRID, zeroline=False)
+    figure.update_xaxes(title_text="decoder norm / largest norm", showgrid=True, zeroline=False)
     absent = v[keep] < 0.5
     hidden = float((beta[keep][absent] >= 0.5).mean()) if absent.any() else 0.0
     note = (
@@ -207,21 +178,15 @@ def scaling(table: Frame, evolution: Frame, lifecycles: Frame, names: Frame | No
 
 @figure(
     "encoder",
-    page="evolution",
     section="evolution",
     title="Encoder share by snapshot",
     tables=("encoder", "lifecycles"),
-    definition=(
-        "Share of each snapshot in a feature's encoder input: how much the snapshot's part of the pre-activation rises "
-        "from all tokens to those where the feature is active. Median over the features born at a snapshot."
-    ),
     optional=True,
-    columns={
-        "born": "Number of the snapshot at which the features are born.",
-    },
+    columns={"born": "Number of the snapshot at which the features are born."},
 )
 def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
-    """Median encoder share of each snapshot, by the snapshot in which features are born.
+    """Share of each snapshot in a feature's encoder input: how much the snapshot's part of the pre-activation rises
+    from all tokens to those where the feature is active. Median over the features born at a snapshot.
 
     Args:
         table: from `encoder_share`, a column share/<label> per snapshot.
@@ -238,12 +203,13 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     counts = birth[known].astype(int).value_counts()
     shares = rows.to_numpy(dtype=float)
     figure = new_figure("born at", height=180 + 28 * len(rows))
-    names = [f"{shown(labels[int(b)], 14)} ({int(counts[b])})" for b in rows.index]
-    texts = [
-        [f"born at {name}<br>read from {shown(label)}: {value:.1%}" for label, value in zip(labels, row, strict=True)]
-        for name, row in zip(names, shares, strict=True)
+    names = {b: f"{shown(labels[b], 14)} ({counts[b]})" for b in rows.index.tolist()}
+    cells = rows.set_axis(labels, axis=1).stack().rename_axis(["born", "label"]).rename("share").reset_index()
+    cells["text"] = [
+        f"born at {names[row.born]}<br>read from {shown(row.label)}: {row.share:.1%}" for row in cells.itertuples()
     ]
-    add_matrix(figure, shares, texts, range(len(labels)), names)
+    places = {label: i for i, label in enumerate(labels)}
+    add_matrix(figure, cells, "share", ("born", names), ("label", places))
     apply_colors(figure, HEAT, {0.0: "0%", float(shares.max()): f"{shares.max():.0%} of the encoder input"})
     figure.update_xaxes(title_text="read from", **named_ticks([shown(label, 14) for label in labels], slanted=True))
     before = [line[: int(b)].sum() for b, line in zip(rows.index, shares, strict=True) if b > 0]
@@ -256,15 +222,9 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
 
 @figure(
     "complexity",
-    page="evolution",
     section="evolution",
     title="Complexity",
     tables=("labels", "lifecycles", "snapshots"),
-    definition=(
-        "Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), as rated by a language "
-        "model, of the features born, and of those strongest, at a snapshot. Bands are ± two standard errors; "
-        "correlations have 95% bootstrap intervals over features."
-    ),
     optional=True,
     columns={
         "event": "Whether features are born or strongest at the snapshot.",
@@ -274,7 +234,9 @@ def encoder(table: Frame, lifecycles: Frame) -> Chart | str:
     },
 )
 def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | str:
-    """Mean complexity of the features that are born, and of those that peak, at each snapshot.
+    """Mean complexity, from 1 (a single token) to 5 (diverse contexts with one theme), as rated by a language model, of
+    the features born, and of those strongest, at a snapshot. Bands are ± two standard errors; correlations have 95%
+    bootstrap intervals over features.
 
     Args:
         labels: from `label_features`: feature, complexity.
@@ -286,21 +248,17 @@ def complexity(labels: Frame, lifecycles: Frame, snapshots: Frame) -> Chart | st
     if rated.empty:
         return "No feature has a complexity rating."
     rated = rated.merge(evolution[["feature", *_EVENTS]], on="feature").astype({"complexity": float})
-    axis = SnapshotAxis.of(snapshots)
-    figure = new_figure("complexity (1 to 5)", yaxis_range=[0.8, 5.2], yaxis_dtick=1)
+    figure, axis = over_snapshots(snapshots, "complexity (1 to 5)", yaxis_range=[0.8, 5.2], yaxis_dtick=1)
     parts: list[pd.DataFrame] = []
     for i, (event, name) in enumerate(_EVENTS.items()):
         grouped = rated.dropna(subset=[event]).astype({event: int}).groupby(event)["complexity"]
         rows = grouped.agg(mean="mean", se="sem", n="count").reset_index(names="snapshot")
         ids = ints(rows["snapshot"])
         hover = [f"{text}<br>{n:,} features" for text, n in zip(axis.hover(ids), ints(rows["n"]), strict=True)]
-        band = rows.assign(low=rows["mean"] - 2 * rows["se"], high=rows["mean"] + 2 * rows["se"])
-        add_series(
-            figure, axis, band, "mean", name, Style.of(i), hover=hover, value="%{y:.2f}", band=("low", "high")
-        )  # fmt: skip
+        band = rows.assign(mean_low=rows["mean"] - 2 * rows["se"], mean_high=rows["mean"] + 2 * rows["se"])
+        add_series(figure, axis, band, "mean", name, Style.of(i), hover=hover, value="%{y:.2f}", band=True)
         names = [axis.labels[snapshot] for snapshot in ids]
         parts.append(rows.assign(event=event, label=names)[["event", "snapshot", "label", "mean", "se", "n"]])
-    axis.apply(figure)
     note = f"{len(rated):,} features have a complexity rating."
     for row in complexity_correlation(rated, evolution, unit="index").to_dict("records"):
         if np.isfinite(row["spearman"]):

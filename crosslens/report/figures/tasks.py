@@ -9,16 +9,16 @@ import pandas as pd
 from markupsafe import Markup
 
 from crosslens.report.chart import (
+    AT,
     Cell,
     Chart,
     Frame,
     Grid,
-    SnapshotAxis,
     Style,
     add_level,
     add_series,
     evenly_spaced,
-    new_figure,
+    over_snapshots,
     pick,
     shown,
     task_link,
@@ -30,51 +30,26 @@ N_ITEMS = 3  # items shown as examples of a task
 FINE_COMPLETENESS = 1.0  # per cent; below it the figure is small
 
 
-@figure(
-    "accuracy",
-    page="index",
-    section="accuracy",
-    title="Accuracy by task",
-    tables=("accuracy", "tasks"),
-    definition=(
-        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position. "
-        "Bands are 95% Wilson intervals over items."
-    ),
-    wide=True,
-)
+@figure("accuracy", section="accuracy", title="Accuracy by task", tables=("accuracy", "tasks"), wide=True)
 def accuracy(table: Frame, tasks: Frame | None = None, *, links: bool = True) -> Chart:
-    """Accuracy per task over snapshots, with its 95% interval as a band, in the colours of `tasks`.
+    """Share of items for which the correct continuation has a higher logit than the wrong one at the last position.
+    Bands are 95% Wilson intervals over items.
 
     Args:
         table: from `Task.accuracy`, of one task or several.
         tasks: the run's table of that name.
         links: link to the pages of the tasks.
     """
-    axis = SnapshotAxis.of(table)
-    figure = new_figure("accuracy", yaxis_tickformat=".0%", yaxis_range=[-0.03, 1.05])
+    figure, axis = over_snapshots(table, "accuracy", yaxis_tickformat=".0%", yaxis_range=[-0.03, 1.05])
     add_level(figure, 0.5, "chance")
     styles = Style.of_tasks(list(dict.fromkeys(table["task"])), tasks)
     pages = tasks if links else None
     for task, style in styles.items():
         rows = table[table["task"] == task].sort_values("snapshot")
         page = {"page": task_pages(pages).get(task)}
-        band = ("accuracy_low", "accuracy_high")
-        add_series(figure, axis, rows, "accuracy", shown(task), style, band=band, value="%{y:.1%}", meta=page)
-    axis.apply(figure)
-    columns = (
-        "task",
-        "snapshot",
-        "label",
-        "step",
-        "tokens",
-        "accuracy",
-        "accuracy_low",
-        "accuracy_high",
-        "at_chance",
-        "n",
-        "few",
-    )
-    columns += ("skipped", "reasons", "merged", "merged_reasons")
+        add_series(figure, axis, rows, "accuracy", shown(task), style, band=True, value="%{y:.1%}", meta=page)
+    columns = ("task", *AT, "tokens", "accuracy", "accuracy_low", "accuracy_high", "at_chance", "n", "few", "skipped",
+               "reasons", "merged", "merged_reasons")  # fmt: skip
     notes = [
         Markup("{} {}").format(task_link(str(task), pages), _items(rows))
         for task, rows in table.groupby("task", sort=False)
@@ -103,21 +78,15 @@ def _left_out(row: Any) -> str:
 
 @figure(
     "tasks",
-    page="causal",
     section="tasks",
     title="Accuracy by task, last snapshot",
     tables=("tasks",),
-    definition=(
-        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position, "
-        "with its 95% Wilson interval over items; chance is 50%."
-    ),
     wide=True,
-    columns={
-        "page": "File of the task's page.",
-    },
+    columns={"page": "File of the task's page."},
 )
 def task_table(tasks: Frame) -> Grid:
-    """Items and accuracy at the last snapshot, a row per task, with a link to its page.
+    """Share of items for which the correct continuation has a higher logit than the wrong one at the last position,
+    with its 95% Wilson interval over items; chance is 50%.
 
     Args:
         tasks: the run's table of that name.
@@ -136,75 +105,46 @@ def task_table(tasks: Frame) -> Grid:
 
 @figure(
     "completeness",
-    page="causal",
     section="tasks",
     title="Completeness error",
     tables=("completeness/*", "tasks"),
-    definition=(
-        "Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of |clean − "
-        "baseline metric|, of integrated gradients. At 0, the effects account for all of that difference."
-    ),
     wide=True,
     optional=True,
 )
 def completeness(table: Frame, tasks: Frame | None = None) -> Chart | str:
-    """Completeness error over snapshots, a line per task, in the colours of `tasks`."""
-    data = table[["task", "snapshot", "label", "step", "completeness_error"]].sort_values(["task", "snapshot"])
+    """Mean over prompts of |sum of effects − (clean − baseline metric)|, as a percentage of the mean of |clean −
+    baseline metric|, of integrated gradients. At 0, the effects account for all of that difference."""
+    data = table[["task", *AT, "completeness_error"]].sort_values(["task", "snapshot"])
     values = 100 * data["completeness_error"]
     if values.dropna().empty:
         return "The completeness error is undefined at every snapshot."
-    axis = SnapshotAxis.of(data)
-    figure = new_figure("error (%)", height=340)
+    small = bool(values.max() <= FINE_COMPLETENESS)
+    figure, axis = over_snapshots(data, "error (%)", height=230 if small else 340)
     styles = Style.of_tasks(list(dict.fromkeys(data["task"])), tasks)
     for task, style in styles.items():
-        rows = data[data["task"] == task]
+        rows = data.assign(percent=values)[data["task"] == task]
         page = {"page": task_pages(tasks).get(task)}
-        rows = rows.assign(percent=100 * rows["completeness_error"])
         add_series(figure, axis, rows, "percent", shown(task), style, value="%{y:.2g}%", meta=page)
     if (values.dropna() > 0).all():
         figure.update_yaxes(type="log", dtick=1, exponentformat="power", title_text="error (%, log scale)")
-    axis.apply(figure)
     worst = data.loc[values.idxmax()]
-    small = bool(values.max() <= FINE_COMPLETENESS)
-    figure.update_layout(height=230 if small else 340)
     note = Markup("Largest: {}% ({}, {}).").format(
         f"{values.max():.2g}", task_link(str(worst["task"]), tasks), worst["label"]
     )
-    return Chart(figure, data.reset_index(drop=True), note, small)
+    return Chart(figure, data, note, small)
 
 
-@figure(
-    "accuracy",
-    page="task",
-    section="items",
-    title="Accuracy",
-    tables=("accuracy@<task>", "tasks"),
-    definition=(
-        "Share of items for which the correct continuation has a higher logit than the wrong one at the last position. "
-        "The band is the 95% Wilson interval over items."
-    ),
-    wide=True,
-)
+@figure("accuracy", section="items", title="Accuracy", tables=("accuracy@<task>", "tasks"), wide=True)
 def task_accuracy(table: Frame, tasks: Frame | None = None) -> Chart:
-    """The same without links."""
+    """Share of items for which the correct continuation has a higher logit than the wrong one at the last position. The
+    band is the 95% Wilson interval over items."""
     return accuracy(table, tasks, links=False)
 
 
-@figure(
-    "items",
-    page="task",
-    section="items",
-    title="Examples of items",
-    tables=("prompts/<task>",),
-    definition=(
-        "The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the paired "
-        "prompt, if there is one, the wrong answer is the correct one."
-    ),
-    wide=True,
-    optional=True,
-)
+@figure("items", section="items", title="Examples of items", tables=("prompts/<task>",), wide=True, optional=True)
 def item_table(table: Frame) -> Grid:
-    """Some items of a task: the prompt, its answers and the paired prompt, where there are pairs.
+    """The model reads the prompt; the metric is logit(correct) − logit(wrong) after its last word. On the paired
+    prompt, if there is one, the wrong answer is the correct one.
 
     Args:
         table: from `Attribution.prompt_frame`.

@@ -141,9 +141,9 @@ window.crosslens = (() => {
   function prepared(plot, width) {
     const figure = structuredClone(specs.get(plot));
     spread(figure);
+    stacked(figure.layout, wide(plot));
     along(figure, width);
     shortened(figure.layout, width);
-    stacked(figure.layout, wide(plot));
     if (coarse) figure.layout.dragmode = false;  // a finger on a figure scrolls the page
     figure.layout.width = wide(plot);
     // a ternary plot is about as high as it is wide
