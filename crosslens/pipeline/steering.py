@@ -92,7 +92,7 @@ def _tokens(text: str, snapshots: Any, with_bos: bool, length: int) -> Tensor:
 def _held_out(acts: Any, n: int) -> Tensor:
     """Held-out sequences with at least n tokens, where there are so many."""
     tokens = acts.held_out_tokens()
-    return tokens[: max(1, -(-n // tokens.shape[1]))]
+    return tokens[: max(1, -(-n // tokens.shape[1]))].long()
 
 
 @torch.no_grad()

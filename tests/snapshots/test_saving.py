@@ -134,7 +134,7 @@ model = make_model()
 for step in range(40):
     cl.snapshots.save(model, step, sys.argv[1], tokens=64 * step, tokenizer=AutoTokenizer.from_pretrained(sys.argv[2]))
     with torch.no_grad():
-        model.embed_out.weight.add_(1.0)
+        model.get_output_embeddings().weight.add_(1.0)
     print(step, flush=True)
 """
 
@@ -190,7 +190,7 @@ def test_a_loop_of_ones_own(snaps: cl.Snapshots, tmp_path: Path) -> None:
     model = make_model()
     for step in (3, 0, 10):
         with torch.no_grad():
-            model.embed_out.weight.add_(1.0)
+            model.get_output_embeddings().weight.add_(1.0)
         assert save(model, step, tmp_path / "a", tokens=step * 100, tokenizer=snaps.tokenizer).name == f"step{step}"
     again = save(make_model(), 3, tmp_path / "a")
     assert (again / "config.json").is_file() and check(tmp_path / "a", [0, 3, 10]).tokens == [0, 300, 1000]
