@@ -18,6 +18,7 @@ from .causal import ablate as ablate
 from .causal import attribute as attribute
 from .causal import relie as relie
 from .causal import study as study
+from .causal import trace as trace
 from .crosscoders import BatchTopKCrosscoderTrainingConfig as BatchTopKCrosscoderTrainingConfig
 from .crosscoders import JumpReLUCrosscoderTrainingConfig as JumpReLUCrosscoderTrainingConfig
 from .crosscoders import StandardCrosscoderTrainingConfig as StandardCrosscoderTrainingConfig
@@ -29,6 +30,7 @@ from .evolution import evolve as evolve
 from .evolution import measure_dynamics as measure_dynamics
 from .evolution import probe as probe
 from .intervention import snapshot_view as snapshot_view
+from .intervention import steer as steer
 from .report import write_report as write_report
 from .sharing import from_pretrained as from_pretrained
 from .sharing import push_to_hub as push_to_hub

@@ -680,6 +680,65 @@ class StudyOptions(StudySizes, TaskOptions):
 
 @_RUN
 @dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """Prompts through all snapshots (`crosslens trace`)."""
+
+    answers: Annotated[str | None, COMMON] = None
+    """The correct and the wrong continuation, such as are,is. Default: the two next tokens that the last snapshot finds
+    most probable; with --pair, the most probable one after each of the two prompts."""
+    pair: Annotated[str | None, COMMON] = None
+    """Another prompt of as many tokens: effects are then those of the difference between the two."""
+    file: Annotated[Path | None, COMMON] = None
+    """More prompts: a .txt file with one in each line, or a file of a task, such as sva:FILE, with answers."""
+    fresh: Annotated[bool, COMMON] = False
+    """Forget the prompts that were traced before, which the report keeps otherwise."""
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the tokenizer changed since training, which is refused otherwise; the tables record it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        parts = [] if self.answers is None else self.answers.split(",")
+        if self.answers is not None and (len(parts) != 2 or not all(part.strip() for part in parts)):
+            raise UserError(f"answers={self.answers!r} must be the correct and the wrong one, such as are,is")
+
+
+@_RUN
+@dataclass(frozen=True, kw_only=True)
+class SteerOptions:
+    """Continuations of prompts with features turned up or down (`crosslens steer`)."""
+
+    feature: Annotated[tuple[int, ...], NUMBERS, COMMON]
+    """Numbers of the features, such as 217."""
+    factor: Annotated[float | None, COMMON] = None
+    """What their activations are multiplied by: 0 removes them, 1 changes nothing."""
+    add: Annotated[float | None, COMMON] = None
+    """What is added to their activations at every position, instead of --factor."""
+    at: Annotated[str | None, Parameter(converter=_words, n_tokens=-1), COMMON] = None
+    """Snapshots, such as step640,step128. Default: the last one."""
+    length: Annotated[int, COUNT, COMMON] = 20
+    """Tokens to write."""
+    temperature: Annotated[float, COEFFICIENT, COMMON] = 0.0
+    """Of sampling; 0 takes the most probable token."""
+    loss_tokens: Annotated[int, NUMBER] = 2_048
+    """Held-out tokens on which the change of the loss is measured. 0: none."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of sampling."""
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the table records
+    it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if (self.factor is None) == (self.add is None):
+            raise UserError("give either --factor, such as 3, or --add, such as 4.0")
+        for name in ("factor", "add"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{name}={value} must be a finite number")
+
+
+@_RUN
+@dataclass(frozen=True, kw_only=True)
 class LabelOptions:
     """Labels of features by a language model or by their tokens, and scores (`crosslens label`)."""
 

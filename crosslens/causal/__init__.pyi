@@ -34,6 +34,8 @@ from .timeline import find_examples as find_examples
 from .timeline import follow_features as follow_features
 from .timeline import late_feature as late_feature
 from .timeline import sign_change as sign_change
+from .tracing import Trace as Trace
+from .tracing import trace as trace
 from .transfer import transfer_matrix as transfer_matrix
 from .validation import Validation as Validation
 from .validation import validate as validate

@@ -35,8 +35,10 @@ DATES = {
 }
 """Name of each date in tables, and in words."""
 SUCCESS = 0.75
-_MATTERS = 0.1
-_RUN = 2
+MATTERS = 0.1
+"""Share of a feature's largest effect from which it matters."""
+RUN = 2
+"""Snapshots in a row for which something holds to have begun."""
 _SURE = 0.05
 
 
@@ -83,7 +85,7 @@ def feature_dates(
             row["concept_q"] = concept["q"]
         row["read_out"] = _first(single.loc[single["feature"] == feature, "read_out"].to_numpy(dtype=bool))
         size = np.abs(ie.effects[feature].numpy())
-        row["matters"] = _first(size >= _MATTERS * size.max()) if counted[feature].any() else None
+        row["matters"] = _first(size >= MATTERS * size.max()) if counted[feature].any() else None
         row["succeeds"] = succeeds
         rows.append(row)
     columns = [*DATES, "concept_low", "concept_high"]
@@ -100,5 +102,5 @@ def feature_dates(
 
 def _first(holds: Any) -> int | None:
     """The first snapshot from which something holds; None if there is none."""
-    found = int(birth_index(np.asarray(holds), _RUN))
+    found = int(birth_index(np.asarray(holds), RUN))
     return found if found < len(holds) else None

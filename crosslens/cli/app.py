@@ -37,8 +37,10 @@ from crosslens.config import (
     ReportOptions,
     SeedsOptions,
     SourceOptions,
+    SteerOptions,
     StudyOptions,
     SweepOptions,
+    TraceOptions,
     TrainingOptions,
 )
 from crosslens.distributed.devices import check_device, is_first
@@ -303,6 +305,46 @@ def study(
         results[name] = show_study(out, found, options.k)
     out.say(f"transfer, additivity, timeline, validation: crosslens report {shlex.quote(str(path))}")
     out.end(run=path, tasks=results)
+
+
+@app.command
+def trace(
+    path: TrainedRun, /, *prompts: str, options: TraceOptions | None = None, device: Device = None, json: Json = False
+) -> None:
+    """Trace prompts through all snapshots: next tokens, which features fire, which matter and since when.
+
+    One prompt has no error bars: its effects are sizes. `crosslens report` draws them on the page Prompts.
+
+    Args:
+        prompts: Texts, each in quotes.
+    """
+    run = open_trained(path)
+    check_device(device)
+    from crosslens.cli.prompts import show_trace
+    from crosslens.pipeline.tracing import trace
+
+    found, out = trace(run, prompts, options, device=device), Output(json)
+    show_trace(out, found, run)
+    out.say(f"word by word: crosslens report {shlex.quote(str(path))} (page Prompts)")
+    frames = {name: getattr(found, name) for name in ("prompts", "predictions", "features", "tokens")}
+    out.end(run=path, snapshots=found.labels, error_bars=None, **frames)
+
+
+@app.command
+def steer(path: TrainedRun, /, *prompts: str, options: SteerOptions, device: Device = None, json: Json = False) -> None:
+    """Continue prompts with features turned up or down, beside what the model writes otherwise.
+
+    Args:
+        prompts: Texts, each in quotes.
+    """
+    run = open_trained(path)
+    check_device(device)
+    from crosslens.cli.prompts import show_steered
+    from crosslens.pipeline.steering import steer
+
+    out, rows = Output(json), [*steer(run, prompts, options, device=device)]
+    show_steered(out, rows, run)
+    out.end(run=path, steered=rows)
 
 
 @app.command

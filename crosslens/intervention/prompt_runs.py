@@ -220,8 +220,7 @@ class PromptRuns:
         self.crosscoder, self.snapshots, self.task = crosscoder, snapshots, task
         self.hook_name: str = metadata.hook_name
         self._kept_options = metadata.keep_special, metadata.separator, metadata.drop_positions
-        if prepend_bos is None:
-            prepend_bos = True if metadata.prepend_bos is None else bool(metadata.prepend_bos)
+        prepend_bos = begins_with_bos(crosscoder) if prepend_bos is None else prepend_bos
         prompts = task.prompts(snapshots.tokenizer, prepend_bos=prepend_bos, max_length=snapshots.n_ctx)
         self.left_out = Counter(prompts.skipped)
         self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
@@ -443,6 +442,12 @@ class OnRuns(Protocol[P, R_co]):
     def __call__(
         self, crosscoder: Crosscoder, snapshots: Snapshots, task: Task, /, *args: P.args, **kwargs: P.kwargs
     ) -> R_co: ...
+
+
+def begins_with_bos(crosscoder: Crosscoder) -> bool:
+    """Whether prompts begin with the BOS token, as the sequences of the crosscoder's training did."""
+    recorded = crosscoder.cfg.metadata.prepend_bos
+    return True if recorded is None else bool(recorded)
 
 
 def needs_pairs(baseline: str | None) -> bool | None:

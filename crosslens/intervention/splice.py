@@ -165,7 +165,7 @@ class Splice:
         clean = run.snapshot_acts(crosscoder, s)
         self.run, self.features = run, clean
         for edit in edits:
-            edited = _edited(self.features, edit, crosscoder, s) if isinstance(edit, Edit) else edit(self.features)
+            edited = apply_edit(self.features, edit, crosscoder, s) if isinstance(edit, Edit) else edit(self.features)
             if edited.shape != clean.shape:
                 raise UserError(
                     f"an edit returned shape {tuple(edited.shape)}: return {tuple(clean.shape)}, the shape it received"
@@ -201,9 +201,20 @@ class Splice:
         return spliced_logits(model, self.run.tokens, self.hook_name, self.replacement, self.run.keep)
 
 
-def _edited(
+def apply_edit(
     features: Float[Tensor, "B T F"], edit: Edit, crosscoder: Crosscoder, snapshot: int
 ) -> Float[Tensor, "B T F"]:
+    """The features of a snapshot after an edit.
+
+    Args:
+        features: f_s.
+        edit: what is set.
+        crosscoder: the crosscoder.
+        snapshot: index of the snapshot.
+
+    Raises:
+        UserError: a feature or position out of range, or values of the wrong shape.
+    """
     B, T, F = features.shape
     value = edit.value
     if isinstance(value, CleanRun):

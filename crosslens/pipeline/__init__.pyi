@@ -16,6 +16,7 @@ from .opening import read_run as read_run
 from .planning import Planned as Planned
 from .planning import plan as plan
 from .reporting import report as report
+from .steering import steer as steer
 from .studying import Ablated as Ablated
 from .studying import Attributed as Attributed
 from .studying import ablate as ablate
@@ -24,6 +25,7 @@ from .studying import study as study
 from .sweeping import Choice as Choice
 from .sweeping import choose as choose
 from .sweeping import sweep as sweep
+from .tracing import trace as trace
 from .training import Trained as Trained
 from .training import save_seeds as save_seeds
 from .training import train as train

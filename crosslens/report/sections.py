@@ -113,6 +113,23 @@ PAGES = (
             ),
         ),
     ),
+    Page(
+        "prompts",
+        "Prompts",
+        "Single prompts at every snapshot: what the model says next, and which features are behind it.",
+        (
+            Section(
+                "traced",
+                "Traced prompts",
+                "What holds for a kind of prompt is a question for a task, whose effects have errors.",
+            ),
+            Section(
+                "steered",
+                "Steering",
+                "Activations of features are multiplied or added to while a snapshot writes.",
+            ),
+        ),
+    ),
 )
 TASK = Page(
     "task",

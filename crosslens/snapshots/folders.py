@@ -75,14 +75,17 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _step_folders(root: Path) -> list[dict[str, Any]]:
-    """Rows as in a manifest for the sub-folders `stepN`, by N."""
-    matches = [re.fullmatch(r"step(\d{1,15})", path.name) for path in root.iterdir() if path.is_dir()]
-    found = sorted((int(match[1]), match[0]) for match in matches if match)
+    """Rows as in a manifest for the sub-folders `stepN`, or else `checkpoint-N` (of a transformers.Trainer), by N."""
+    names, found = [path.name for path in root.iterdir() if path.is_dir()], list[tuple[int, str]]()
+    for pattern in (r"step(\d{1,15})", r"checkpoint-(\d{1,15})"):
+        matches = [re.fullmatch(pattern, name) for name in names]
+        found = found or sorted((int(match[1]), match[0]) for match in matches if match)
     if not found:
         hint = " (it holds a single model)" if (root / "config.json").is_file() else ""
         raise UserError(
             f"{root} has no sub-folders step0, step1000, ... and no snapshots.json{hint}: name the folders of the "
-            'snapshots after their steps, or list them in {"snapshots": [{"label": ..., "path": ...}, ...]}'
+            "snapshots after their steps, as step1000 or checkpoint-1000, or list them in "
+            '{"snapshots": [{"label": ..., "path": ...}, ...]}'
         )
     return [{"label": name, "path": name, "step": step, "tokens": None} for step, name in found]
 

@@ -61,7 +61,7 @@ def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_
         prepend_bos: begin prompts with the BOS token, if the tokenizer has one.
         max_length: context length of the model in tokens, BOS included; longer prompts are skipped.
     """
-    bos = _bos(tokenizer, prepend_bos)
+    bos = bos_tokens(tokenizer, prepend_bos)
     clean = _divided(tokenizer, [(item.prefix, item) for item in items])
     paired = [(item.patch_prefix, item) for item in items if item.patch_prefix is not None]
     patched = iter(_divided(tokenizer, paired))
@@ -79,7 +79,7 @@ def encode(tokenizer: Any, items: Sequence[Item], prepend_bos: bool = True, max_
         if isinstance(pair, str):
             prompts.unpaired[pair] += 1
         patch = bos + pair.prompt if isinstance(pair, _Divided) else None
-        prompts.usable.append(_Prompt(index, bos + found.prompt, found.correct, found.wrong, patch))
+        prompts.usable.append(Prompt(index, bos + found.prompt, found.correct, found.wrong, patch))
     return prompts
 
 
@@ -95,7 +95,7 @@ def encode_answers(
         max_length: context length of the model in tokens, BOS included; the last token is only predicted and does not
             count.
     """
-    bos = _bos(tokenizer, prepend_bos)
+    bos = bos_tokens(tokenizer, prepend_bos)
     answers = Answers(items)
     texts = _tokenised(tokenizer, [(item.prefix, item) for item in items])
     for index, (correct, wrong) in enumerate(texts):
@@ -150,7 +150,7 @@ class Prompts:
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.unpaired: Counter[str] = Counter()
-        self.usable: list[_Prompt] = []
+        self.usable: list[Prompt] = []
 
     def __len__(self) -> int:
         return len(self.usable)
@@ -162,7 +162,7 @@ class Prompts:
     def batches(self, max_size: int) -> Iterator[PromptBatch]:
         """Batches of at most `max_size` prompts: by length, those with a pair first, then in the items' order."""
         _check_size(max_size)
-        groups: dict[tuple[int, bool], list[_Prompt]] = {}
+        groups: dict[tuple[int, bool], list[Prompt]] = {}
         for prompt in self.usable:
             groups.setdefault((len(prompt.tokens), prompt.patch is None), []).append(prompt)
         for _, group in sorted(groups.items(), key=lambda entry: entry[0]):
@@ -225,12 +225,19 @@ class Answers:
                 yield _stack_answers(group[start : start + max_size])
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
+    """A prompt and its answers in tokens."""
+
     item: int
+    """Index of its item."""
     tokens: list[int]
+    """With the BOS token, if there is one."""
     correct: int
+    """The token of the correct answer."""
     wrong: int
+    """That of the wrong one."""
     patch: list[int] | None
+    """The paired prompt, of as many tokens; None if it has none."""
 
 
 class _Pair(NamedTuple):
@@ -246,7 +253,8 @@ class _Divided(NamedTuple):
     wrong: int
 
 
-def _bos(tokenizer: Any, prepend: bool) -> list[int]:
+def bos_tokens(tokenizer: Any, prepend: bool = True) -> list[int]:
+    """The BOS token, if the tokenizer has one and it is wanted."""
     return [tokenizer.bos_token_id] if prepend and tokenizer.bos_token_id is not None else []
 
 
@@ -309,7 +317,7 @@ def _mismatch(clean: _Divided, pair: _Divided) -> str | None:
     return None if clean[1:] == pair[1:] else "the answers are different tokens after the paired prompt"
 
 
-def _stack(prompts: Sequence[_Prompt]) -> PromptBatch:
+def _stack(prompts: Sequence[Prompt]) -> PromptBatch:
     patches = [prompt.patch for prompt in prompts if prompt.patch is not None]
     return PromptBatch(
         tokens=torch.tensor([prompt.tokens for prompt in prompts]),

@@ -354,6 +354,32 @@ window.crosslens = (() => {
     return element("bdi", { class: `token ${weight < 0 ? "down" : "up"}`, style: { "--w": Math.abs(weight).toFixed(3) }, text: visible(text), title });
   }
 
+  // next tokens with their probabilities
+  function following(heading, words, tokens) {
+    return element("span", { class: "answers next" }, [heading, ...tokens.map(([token, p]) => element("span", {}, [
+      element("bdi", { class: "chip up", style: { "--w": p.toFixed(3) }, text: visible(words[token]) }), ` ${(100 * p).toFixed(p < .1 ? 1 : 0)}%`]))]);
+  }
+
+  // effects of features at every snapshot, by the snapshot from which they matter
+  function through(rows, labels, names, s, text) {
+    const head = element("thead", {}, [element("tr", {}, ["matters from", "feature", "effect by snapshot", "strongest on", "readable", `at ${labels[s]}`].map((name) => element("th", { scope: "col", text: name })))]);
+    const body = element("tbody", {}, rows.map(({ feature, on, matters, readable, effects, later }, i) => {
+      const most = Math.max(...effects.map(Math.abs));
+      const strip = element("span", { class: "strip", style: { "--n": labels.length } }, effects.map((effect, at) => element("i", {
+        class: [effect < 0 ? "below" : "", at === s ? "now" : ""].join(" "), style: { "--w": (Math.abs(effect) / most).toFixed(3) },
+        title: `${effect > 0 ? "+" : ""}${effect}${later[at] ? "†" : ""} logits at ${labels[at]}` })));
+      return element("tr", {}, [
+        element("td", { text: i && rows[i - 1].matters === matters ? "" : matters ?? "–" }),
+        element("th", { scope: "row" }, [element("a", { href: `feature.html#${feature}`, text: visible(names[feature] ?? String(feature)) })]),
+        element("td", {}, [strip]),
+        element("td", {}, [element("bdi", { class: "chip", text: visible(on) })]),
+        element("td", { text: readable ?? "–" }),
+        element("td", { class: "number", text: `${effects[s] > 0 ? "+" : ""}${effects[s]}${later[s] ? "†" : ""}` }),
+      ]);
+    }));
+    return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Effects in ${visible(text)}` }, [element("table", { class: "through" }, [head, body])]);
+  }
+
   // prompts, whose words are tinted by their effects at the selected snapshot
   for (const place of document.querySelectorAll(".prompts")) {
     const { labels, words, names, largest, prompts } = JSON.parse(document.getElementById(place.dataset.spec).textContent);
@@ -362,16 +388,25 @@ window.crosslens = (() => {
       const s = Number(slider.value);
       place.querySelector("output").textContent = labels[s];
       slider.setAttribute("aria-valuetext", labels[s]);
-      place.querySelector("ol").replaceChildren(...prompts.map(({ id, tokens, effects, features, answers: [correct, wrong] }) => element("li", {}, [
+      place.querySelector("ol").replaceChildren(...prompts.map(({ id, tokens, effects, features, answers: [correct, wrong], ...traced }) => element("li", {}, [
         element("span", { class: "where", text: `prompt ${id}` }),
         element("span", { class: "text", dir: "auto" }, tokens.map((token, t) => {
           const effect = effects[s][t], feature = features[s][t];
           const told = feature < 0 ? "no feature" : `feature ${visible(names[feature] ?? String(feature))}`;
-          const made = word(words[token], Math.sign(effect) * Math.sqrt(Math.abs(effect) / largest), `${effect > 0 ? "+" : ""}${effect} logits, most by ${told}`);
+          const made = word(words[token], Math.sign(effect) * Math.sqrt(Math.abs(effect) / largest), `${effect > 0 ? "+" : ""}${effect} logits, most by ${told}${traced.fires?.[t].length ? `; fires: ${traced.fires[t].map(([f, value]) => `${visible(names[f] ?? String(f))} (${value})`).join(", ")}` : ""}`);
           return feature < 0 ? made : element("a", { href: `feature.html#${feature}` }, [made]);
         })),
         ...(correct === undefined ? [] : [element("span", { class: "answers" }, [["correct", correct], ["wrong", wrong]].map(([kind, text]) =>
           element("span", {}, [`${kind}: `, element("bdi", { class: "chip", text: visible(text) })])))]),
+        ...(traced.next === undefined ? [] : [
+          element("span", { class: "answers", text: `logit difference ${traced.metric[s]}${traced.pairedMetric ? `; after the other prompt ${traced.pairedMetric[s]}` : ""}${traced.chosen ? " (answers of the last snapshot)" : ""}` }),
+          following("next: ", words, traced.next[s]),
+          ...(traced.paired === undefined ? [] : [
+            element("span", { class: "answers" }, ["against: ", element("bdi", { text: visible(traced.paired) })]),
+            following("next there: ", words, traced.pairedNext[s]),
+          ]),
+          through(traced.map, labels, names, s, traced.text),
+        ]),
       ])));
     };
     slider.oninput = show;
