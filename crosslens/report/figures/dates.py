@@ -43,8 +43,8 @@ _STATES = ("neither", "represented", "read out", "both")
     tables=("dates/<task>", "snapshots", "names"),
     definition=(
         "A row per feature with the largest |IE| at the last snapshot; a mark where each of the readings above first "
-        "holds for two snapshots in a row. The bar is the 95% interval of “concept readable” over groups of prompts; "
-        "the vertical line is where the model succeeds at the task."
+        "holds for two snapshots in a row. Bars are 95% intervals of these dates. The vertical line is where the model "
+        "succeeds at the task."
     ),
     wide=True,
     optional=True,
@@ -66,17 +66,13 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
     kinds = [kind for kind in DATES if kind != "succeeds"]
     for i, kind in enumerate(kinds):
         known = np.flatnonzero(table[kind].notna())
-        places = ints(table[kind].iloc[known])
-        bars = None
-        if kind == "concept" and len(known):
-            low, high = (
-                table[f"concept_{end}"].iloc[known].clip(upper=len(axis.labels) - 1) for end in ("low", "high")
-            )
-            bars = {
-                "type": "data", "symmetric": False, "thickness": 1.5, "width": 0,
-                "array": [max(b - a, 0) for a, b in zip(places, ints(high), strict=True)],
-                "arrayminus": [max(a - b, 0) for a, b in zip(places, ints(low), strict=True)],
-            }  # fmt: skip
+        ends = table[[kind, f"{kind}_low", f"{kind}_high"]].iloc[known].ffill(axis=1)  # some have no interval
+        # never is drawn as the last snapshot
+        places, low, high = ends.clip(upper=len(axis.labels) - 1).to_numpy(dtype=int).T.tolist()
+        texts = [
+            text if a == b else f"{text}<br>95% interval {axis.labels[a]} to {axis.labels[b]}"
+            for text, a, b in zip(axis.hover(places), low, high, strict=True)
+        ]
         style = Style.of(i)
         figure.add_scatter(
             x=axis.x(places),
@@ -85,10 +81,13 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
             mode="markers",
             name=DATES[kind],
             marker={"color": style.color, "symbol": style.symbol, "size": 9},
-            error_x=bars,
+            error_x={
+                "type": "data", "symmetric": False, "thickness": 1.5, "width": 0,
+                "array": np.subtract(high, places).clip(0).tolist(),
+                "arrayminus": np.subtract(places, low).clip(0).tolist(),
+            },
             customdata=[
-                [ints(table["feature"])[row], rows[row], text]
-                for row, text in zip(known.tolist(), axis.hover(places), strict=True)
+                [ints(table["feature"])[row], rows[row], text] for row, text in zip(known.tolist(), texts, strict=True)
             ],
             hovertemplate="%{customdata[1]}<br>%{fullData.name}: %{customdata[2]}<extra></extra>",
             meta=FEATURES,
@@ -108,6 +107,9 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
     axis.apply(figure)
     figure.update_xaxes(range=[-0.5, len(axis.labels) - 0.5])
     parts = [f"{words} {_middle(table[kind], axis)}" for kind, words in DATES.items()]
+    if len(at):
+        low, high = ints(table.loc[at.index[0], ["succeeds_low", "succeeds_high"]].clip(upper=len(axis.labels) - 1))
+        parts[-1] += f" (95% interval {axis.labels[low]} to {axis.labels[high]})" * (low < high)
     missing = int(table["concept"].isna().sum())
     note = f"Median dates: {'; '.join(parts)}."
     if missing:
