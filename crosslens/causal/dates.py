@@ -10,11 +10,11 @@
 Each is the first snapshot from which this holds for two in a row, or until the end. They are dates of different
 readings with different errors, so that their order is not given by definition: it is what there is to look at.
 
-Each has an interval of about 95 %. Of the first two it is that of a bootstrap (`births`, `concepts`). The others compare
-a value with a threshold at every snapshot: their dates are no earlier than where the upper end of the value's interval
-reaches it, and no later than where the lower end does. Values and their intervals are those of `read_out` (over groups
-of prompts), of `attribution` (the same, where the threshold has the error of the largest effect) and of `Task.accuracy`
-(over items).
+Each has an interval of about 95 %. Of the first two it is that of a bootstrap (`births`, `concepts`). The others
+compare a value with a threshold at every snapshot: their dates are no earlier than where the upper end of the value's
+95 % interval reaches it, and no later than where the lower end does. Values and intervals are those of `read_out` (over
+groups of prompts), of `attribution` (the same; the threshold has the error of the largest effect) and of
+`Task.accuracy` (over items).
 """
 
 from __future__ import annotations
@@ -95,10 +95,8 @@ def _births(births: pd.DataFrame | None, ids: Int[np.ndarray, " m"]) -> pd.DataF
     return known.set_axis(list(_ENDS), axis=1).reset_index(drop=True).astype("Int64")
 
 
-def _dates(
-    holds: Bool[np.ndarray, "m S"], may: Bool[np.ndarray, "m S"], must: Bool[np.ndarray, "m S"]
-) -> pd.DataFrame:
-    """Where something begins to hold, where it may at the earliest, and where it surely does; missing if it never may."""
+def _dates(holds: Bool[np.ndarray, "m S"], may: Bool[np.ndarray, "m S"], must: Bool[np.ndarray, "m S"]) -> pd.DataFrame:
+    """Where something begins to hold, may hold, and surely holds; all missing if it never may."""
     dates = [birth_index(each, _RUN) for each in (holds, may | holds, must & holds)]
     table = pd.DataFrame(dict(zip(_ENDS, dates, strict=True)), dtype="Int64")
     return table.where(pd.Series((may | holds).any(1)))
@@ -109,9 +107,7 @@ def _read_out(read: pd.DataFrame, ids: Int[np.ndarray, " m"]) -> tuple[Any, Any,
     wide = read.dropna(subset="feature").pivot(index="feature", columns="snapshot", values=columns).loc[ids]
     value = {name: wide[name].to_numpy(dtype=float) for name in columns}
     least = np.fmax(READ_OUT, value["random_share"])
-    may, must = (
-        (value[f"share{end}"] >= least) | (value[f"mapped_share{end}"] >= least) for end in ("_high", "_low")
-    )
+    may, must = ((value[f"share{end}"] >= least) | (value[f"mapped_share{end}"] >= least) for end in ("_high", "_low"))
     return value["read_out"].astype(bool), may, must
 
 

@@ -82,7 +82,10 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
             name=DATES[kind],
             marker={"color": style.color, "symbol": style.symbol, "size": 9},
             error_x={
-                "type": "data", "symmetric": False, "thickness": 1.5, "width": 0,
+                "type": "data",
+                "symmetric": False,
+                "thickness": 1.5,
+                "width": 0,
                 "array": np.subtract(high, places).clip(0).tolist(),
                 "arrayminus": np.subtract(places, low).clip(0).tolist(),
             },
