@@ -12,13 +12,22 @@ and so was, on seeds 100 and 0, the threshold of R2 on pairs: at half of the lar
 soon as both classes were known, because any nonlinearity of their sum holds some of it. Judged are seeds 1, 2 and 3.
 
 *Early* is a date before any snapshot was trained on the rule. Printed with shares are 95 % intervals over rules: all
-carriers of a rule, in all dictionaries, are drawn together. Every step that is there already in FOLDER is not repeated.
+carriers of a rule, in all dictionaries, are drawn together; the main readings are given by pretraining seed, too. Every
+step that is there already in FOLDER is not repeated.
+
+Controls that must stay silent: rules that never hold; pairs whose differences of features belong to other pairs
+(*shuffled*); and every snapshot replaced by the last (*identical*). How far do random directions of the size of a
+rule's carriers move the metric, relative to these? The answer is compared with what a linear read-out gives: in D
+dimensions a random direction has a cosine of root mean square 1 / sqrt(D) with any other.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +44,18 @@ from crosslens.causal.read_out import read_out
 from crosslens.causal.relative import share_relie, significant
 from crosslens.errors import UserError
 from crosslens.evolution.concepts import concept_births
+from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.lifecycles import birth_index
-from crosslens.intervention.prompt_runs import PromptRuns
+from crosslens.evolution.probes import probe_errors
+from crosslens.intervention.prompt_runs import Differences, PromptRuns
 from crosslens.stats import bootstrap
 
 HOOK = "blocks.2.hook_resid_post"
 MIN_EXPLAINED, MIN_SHARE = 0.5, 0.05
 N_PAIRS = 400
 THRESHOLDS = (0.3, 0.5, 0.7)
-COLUMNS = {
-    **{name: measure.number(name, "") for name in ("kind", "reading", "carriers", "rules")},
-    **{name: measure.number(name, "") for name in ("early", "within 1", "late", "not dated")},
-    "median error": measure.number("median error", ".1f"),
-}
+MAIN = ("R², 0.5", "decoder norm, 0.5", "R² on pairs, 0.7", "effect, 0.1")
+TABLES = ("dates", "probes", "placebo", "read_out", "controls", "random")
 
 
 def train(pretrained: Pretrained, snapshots: cl.Snapshots, seed: int, folder: Path, quick: bool) -> tuple[Any, Any]:
@@ -95,6 +103,15 @@ def find_carriers(pretrained: Pretrained, snapshots: cl.Snapshots, crosscoder: A
     return found
 
 
+def about(pretrained: Pretrained, r: int) -> dict[str, Any]:
+    """The rule and its truth."""
+    rule = pretrained.rules[r]
+    return {
+        "rule": r, "kind": f"{rule.kind}{rule.classes}", "start": rule.start, "first": int(pretrained.first[r]),
+        "acquired": int(pretrained.acquired[r]),
+    }  # fmt: skip
+
+
 def first(present: np.ndarray) -> int:
     """Birth of one feature from where it is present."""
     return int(birth_index(present, 2))
@@ -107,16 +124,15 @@ def relative_dates(name: str, curve: np.ndarray, thresholds: tuple[float, ...] =
     return {f"{name}, {t:g}": first(curve >= t * curve.max()) if read else np.nan for t in thresholds}
 
 
-def date(run: Any, pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Dates of every carrier by every reading, and what rules that never hold seem to have."""
+def date(pretrained: Pretrained, snapshots: Any, crosscoder: Any, acts: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Dates of every carrier by every reading but probes, and what rules that never hold seem to have."""
+    run = cl.evolve(crosscoder, acts)
     carriers = find_carriers(pretrained, snapshots, crosscoder)
     rows: list[dict[str, Any]] = []
     placebo: list[dict[str, Any]] = []
-    for r, rule in enumerate(pretrained.rules):
+    for r in range(len(pretrained.rules)):
         task = cl.Task.from_items(f"rule {r}", pretrained.language.items(r, N_PAIRS, 50))
         runs = PromptRuns(crosscoder, snapshots, task, paired=True)
-        about = {"rule": r, "kind": f"{rule.kind}{rule.classes}", "start": rule.start,
-                 "first": int(pretrained.first[r]), "acquired": int(pretrained.acquired[r])}  # fmt: skip
         try:
             concept = concept_births(runs)
         except UserError as error:
@@ -124,11 +140,11 @@ def date(run: Any, pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> t
             concept = None
         if r not in carriers:
             births = pd.DataFrame() if concept is None else concept.births.query("birth > 0 and q <= 0.05")
-            placebo.append({**about, "born": len(births)})
+            placebo.append({**about(pretrained, r), "born": len(births)})
             continue
-        print(about, "carriers", carriers[r], flush=True)
+        print(about(pretrained, r), "carriers", carriers[r], flush=True)
         if not carriers[r]:
-            rows.append({**about, "feature": -1})
+            rows.append({**about(pretrained, r), "feature": -1})
             continue
         curves = {} if concept is None else dict(iter(concept.curves.groupby("feature")["r2"]))
         ie = cl.attribute(runs, baseline="patch")
@@ -143,8 +159,102 @@ def date(run: Any, pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> t
             dates |= relative_dates("effect", size * counted[feature].any(), (0.1, 0.5))
             dates |= relative_dates("share RelIE", share[feature], (0.5,))
             dates["effect, significant"] = first(counted[feature]) if counted[feature].any() else np.nan
-            rows += [{**about, "feature": feature, "reading": name, "birth": birth} for name, birth in dates.items()]
+            rows += [
+                {**about(pretrained, r), "feature": feature, "reading": name, "birth": birth}
+                for name, birth in dates.items()
+            ]
     return pd.DataFrame(rows), pd.DataFrame(placebo)
+
+
+def probe(pretrained: Pretrained, snapshots: Any, crosscoder: Any, acts: Any) -> pd.DataFrame:
+    """Dates of every carrier by linear probes, of accuracy above chance: against any tokens, and the same token."""
+    carriers = find_carriers(pretrained, snapshots, crosscoder)
+    features = sorted({feature for each in carriers.values() for feature in each})
+    firing = measure_firing(crosscoder, acts)
+    only = torch.zeros_like(firing.rate).index_copy(0, torch.tensor(features), firing.rate[features])
+    rows: list[dict[str, Any]] = []
+    for name, negatives in (("probe", "any"), ("probe, same token", "same_token")):
+        try:
+            errors = probe_errors(
+                crosscoder, acts, firing=replace(firing, rate=only), n_features=len(features), n_samples=1000,
+                min_samples=200, max_tokens=acts.n_tokens, negatives=negatives,
+            )  # fmt: skip
+        except UserError as error:
+            print(f"{name}: {error}")
+            continue
+        curves = {feature: 1 - 2 * one["probe_error"].to_numpy() for feature, one in errors.groupby("feature")}
+        for r, found in carriers.items():
+            rows += [
+                {**about(pretrained, r), "feature": feature, "reading": reading, "birth": birth}
+                for feature in found
+                for reading, birth in relative_dates(name, curves.get(feature, np.zeros(1))).items()
+            ]
+    return pd.DataFrame(rows)
+
+
+class Shuffled(PromptRuns):
+    """Pairs with the differences of features of other pairs."""
+
+    def differences(self, *, everywhere: bool = False) -> Differences:
+        rows = super().differences(everywhere=everywhere)
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows.prompts)))
+        return rows._replace(features=rows.features[order], paired_features=rows.paired_features[order])
+
+
+class Identical(PromptRuns):
+    """The last snapshot in place of all."""
+
+    def differences(self, *, everywhere: bool = False) -> Differences:
+        rows = super().differences(everywhere=everywhere)
+        return rows._replace(acts=rows.acts[:, -1:].expand_as(rows.acts))
+
+
+def control(pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> pd.DataFrame:
+    """How many concepts are born, with q up to .05, where there are none to be born."""
+    rows: list[dict[str, Any]] = []
+    for r in np.flatnonzero(pretrained.in_force):
+        task = cl.Task.from_items(f"rule {r}", pretrained.language.items(r, N_PAIRS, 50))
+        for name, kind in (("shuffled", Shuffled), ("identical", Identical)):
+            try:
+                births = concept_births(kind(crosscoder, snapshots, task, paired=True), n_bootstrap=50).births
+            except UserError as error:
+                print(f"rule {r}: {error}")
+                continue
+            born = births.query("birth > 0 and q <= 0.05")
+            rows.append({**about(pretrained, r), "control": name, "features": len(births), "born": len(born)})
+    return pd.DataFrame(rows)
+
+
+def random_directions(pretrained: Pretrained, snapshots: Any, crosscoder: Any, draws: int = 32) -> pd.DataFrame:
+    """The share of the late effect that random directions have at the last snapshot, and that a linear one would give.
+
+    With a_ni the change of feature i in prompt n and g_n the gradient of the metric, the effect is `sum_i <v_i, h_i>`,
+    h_i the mean over prompts of a_ni g_n, summed over positions; that of random directions of norms |v_i| has the root
+    mean square `sqrt(sum_i |v_i|^2 |h_i|^2 / D)`.
+    """
+    rows: list[dict[str, Any]] = []
+    last = len(snapshots) - 1
+    for r, carriers in find_carriers(pretrained, snapshots, crosscoder).items():
+        if not carriers:
+            continue
+        task = cl.Task.from_items(f"rule {r}", pretrained.language.items(r, N_PAIRS // 4, 51))
+        runs = PromptRuns(crosscoder, snapshots, task, paired=True)
+        found = read_out(runs, carriers, n_random=draws)
+        at_last = found[found["feature"].isna() & (found["snapshot"] == last)].iloc[0]
+        h, v = torch.zeros(2, len(carriers), crosscoder.d_model, dtype=torch.float64)
+        columns = torch.searchsorted(runs.features, torch.tensor(carriers))
+        for batch in runs.at(last):
+            with torch.enable_grad():
+                x = batch.clean.clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(batch.metric(x).sum(), x)
+            (pairs,) = batch.changes("patch")
+            change = torch.zeros(batch.keep.numel(), len(runs.features))
+            change[pairs.tokens, pairs.features] = pairs.values
+            h += torch.einsum("nc,nd->cd", change[:, columns], gradient.flatten(0, 1)).double()
+            v = batch.directions[columns].double()
+        linear = (v.square().sum(1) * h.square().sum(1)).sum().sqrt() / crosscoder.d_model**0.5 / (v * h).sum().abs()
+        rows.append({**about(pretrained, r), "measured": at_last["random_share"], "linear": float(linear)})
+    return pd.DataFrame(rows)
 
 
 def put_in(pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> pd.DataFrame:
@@ -155,18 +265,13 @@ def put_in(pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> pd.DataFr
             continue
         task = cl.Task.from_items(f"rule {r}", pretrained.language.items(r, N_PAIRS // 4, 51))
         found = read_out(PromptRuns(crosscoder, snapshots, task, paired=True), carriers)
-        rule = pretrained.rules[r]
-        about = {"rule": r, "kind": f"{rule.kind}{rule.classes}", "start": rule.start}
-        parts.append(found[found["feature"].isna()].assign(
-            **about, first=int(pretrained.first[r]), acquired=int(pretrained.acquired[r])
-        ))  # fmt: skip
+        parts.append(found[found["feature"].isna()].assign(**about(pretrained, r)))
     return pd.concat(parts, ignore_index=True).drop(columns="feature")
 
 
 def judge_read_out(found: pd.DataFrame) -> pd.DataFrame:
     """Mean share of the late effect by kind: before the rule, until it is acquired, then, and later."""
-    found = found[(found["start"] > 0) & (found["acquired"] <= found["snapshot"].max())].copy()
-    since = found["snapshot"] - found["acquired"]
+    found, since = found.copy(), found["snapshot"] - found["acquired"]
     found["when"] = np.select(
         [found["snapshot"] < found["first"], since < 0, since == 0], ["before", "not yet acquired", "acquired"], "later"
     )
@@ -182,23 +287,61 @@ def judge_read_out(found: pd.DataFrame) -> pd.DataFrame:
 def judge(dates: pd.DataFrame) -> pd.DataFrame:
     """Shares of early and right dates by kind and reading, with intervals over rules."""
     rows: list[dict[str, Any]] = []
-    n_snapshots = int(dates["acquired"].max()) + 1
-    judged = dates.loc[(dates["start"] > 0) & (dates["feature"] >= 0) & (dates["acquired"] < n_snapshots)]
-    kinds = {"X": ("X2",), "D": ("D2", "D4"), "L": ("L2",), "all": ("X2", "D2", "D4", "L2")}
-    for kind, members in kinds.items():
-        for reading, one in judged[judged["kind"].isin(members)].groupby("reading", sort=False):
-            error = one["birth"] - one["acquired"]
-            values = {
-                "early": one["birth"] < one["first"], "within 1": error.abs() <= 1, "late": error > 1,
-                "not dated": one["birth"].isna(),
-            }  # fmt: skip
-            row: dict[str, Any] = {"kind": kind, "reading": reading, "carriers": len(one)}
+    for kind in ("X", "D", "L", "all"):
+        one_kind = dates if kind == "all" else dates[dates["kind"].str[0] == kind]
+        for reading, one in one_kind.groupby("reading", sort=False):
             rules = one.groupby(["pretraining", "rule"]).ngroup().to_numpy()
-            row["rules"] = int(rules.max()) + 1
-            for name, right in values.items():
-                row[name] = show(right.to_numpy(dtype=float), rules)
-            row["median error"] = error.median()
-            rows.append(row)
+            rows.append({"kind": kind, "reading": reading, "carriers": len(one), "rules": int(rules.max()) + 1})
+            for name, right in verdicts(one).items():
+                rows[-1][name] = show(right.to_numpy(dtype=float), rules)
+            rows[-1]["median error"] = (one["birth"] - one["acquired"]).median()
+    return pd.DataFrame(rows)
+
+
+def verdicts(dates: pd.DataFrame) -> dict[str, pd.Series]:
+    error = dates["birth"] - dates["acquired"]
+    return {
+        "early": dates["birth"] < dates["first"], "within 1": error.abs() <= 1, "late": error > 1,
+        "not dated": dates["birth"].isna(),
+    }  # fmt: skip
+
+
+def judge_seeds(dates: pd.DataFrame) -> pd.DataFrame:
+    """The main readings by pretraining seed, all kinds: early / within one snapshot."""
+    rows: list[dict[str, Any]] = []
+    for reading in MAIN:
+        row: dict[str, Any] = {"reading": reading}
+        for seed, one in dates[dates["reading"] == reading].groupby("pretraining"):
+            early, right, *_ = (values.mean() for values in verdicts(one).values())
+            row[f"seed {seed}"] = f"{early:.2f} / {right:.2f} of {len(one)}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def judge_bars(dates: pd.DataFrame, placebo: pd.DataFrame, read: pd.DataFrame) -> pd.DataFrame:
+    """What was asked for before it was measured, and what was measured."""
+    rows: list[dict[str, Any]] = []
+
+    def bar(what: str, measured: float, least: float = -np.inf, most: float = np.inf) -> None:
+        asked = f"at least {least:g}" if np.isfinite(least) else f"at most {most:g}"
+        asked = f"{least:g}" if least == most else asked
+        met = "yes" if least <= measured <= most else "no"
+        rows.append({"bar": what, "asked": asked, "measured": f"{measured:.3f}", "met": met})
+
+    for kinds, reading, early, right in (
+        ("X", "R² on pairs, 0.7", 0.02, 0.95), ("DL", "R² on pairs, 0.7", 0.05, 0.9), ("XDL", "effect, 0.1", 0.05, 0.7)
+    ):  # fmt: skip
+        one = dates[dates["kind"].str[0].isin(list(kinds)) & (dates["reading"] == reading)]
+        found = verdicts(one)
+        words = f"{reading}, {' and '.join(kinds)}"
+        bar(f"{words}: early", found["early"].mean(), most=early)
+        bar(f"{words}: within 1", found["within 1"].mean(), least=right)
+        if kinds == "X":
+            bar(f"{words}: median error", (one["birth"] - one["acquired"]).median(), 0, 0)
+    bar("rules that never hold without a concept birth", float((placebo["born"] == 0).mean()), least=0.95)
+    before = read[(read["kind"].str[0] == "X") & (read["snapshot"] < read["acquired"])]
+    bar("read out, X before acquisition: largest share", before["share"].abs().max(), most=0.05)
+    bar("read out: largest share of random directions", read["random_share"].max(), most=0.1)
     return pd.DataFrame(rows)
 
 
@@ -221,39 +364,71 @@ def main() -> None:
     seeds = [(100, 0)] if arguments.quick else [
         (p, d) for p in arguments.pretraining for d in arguments.dictionaries
     ]  # fmt: skip
-    tables: list[list[pd.DataFrame]] = [[], [], []]
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    n_snapshots = 0
     for p, d in seeds:
         home = arguments.folder / ("quick" if arguments.quick else f"pretraining-{p}")
         config = Pretraining(p, n_steps=2000, every=200) if arguments.quick else Pretraining(p)
         pretrained = Pretrained(home / "models", config)
-        folder = home / f"dictionary-{d}"
-        if not (folder / "placebo.parquet").exists():
-            snapshots = cl.Snapshots.local(home / "models")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                crosscoder, acts = train(pretrained, snapshots, d, folder, arguments.quick)
-                found = date(cl.evolve(crosscoder, acts), pretrained, snapshots, crosscoder)
-            for table, name in zip(found, ("dates", "placebo"), strict=True):
-                table.assign(pretraining=p, dictionary=d).to_parquet(folder / f"{name}.parquet")
-        if not (folder / "read_out.parquet").exists():
-            crosscoder, snapshots = cl.load(folder / "crosscoder"), cl.Snapshots.local(home / "models")
-            put_in(pretrained, snapshots, crosscoder).to_parquet(folder / "read_out.parquet")
-        for i, name in enumerate(("dates", "placebo", "read_out")):
-            tables[i].append(pd.read_parquet(folder / f"{name}.parquet"))
-    dates, placebo, read = (pd.concat(each, ignore_index=True) for each in tables)
+        n_snapshots = len(pretrained.steps)
+        folder, snapshots = home / f"dictionary-{d}", cl.Snapshots.local(home / "models")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            crosscoder, acts = train(pretrained, snapshots, d, folder, arguments.quick)
+            stages: dict[tuple[str, ...], Callable[[], Any]] = {
+                ("dates", "placebo"): partial(date, pretrained, snapshots, crosscoder, acts),
+                ("probes",): partial(probe, pretrained, snapshots, crosscoder, acts),
+                ("read_out",): partial(put_in, pretrained, snapshots, crosscoder),
+                ("controls",): partial(control, pretrained, snapshots, crosscoder),
+                ("random",): partial(random_directions, pretrained, snapshots, crosscoder),
+            }
+            for names, make in stages.items():
+                if all((folder / f"{name}.parquet").exists() for name in names):
+                    continue
+                made = make()
+                for name, table in zip(names, made if len(names) > 1 else [made], strict=True):
+                    table.to_parquet(folder / f"{name}.parquet")
+        for name in TABLES:
+            tables[name].append(pd.read_parquet(folder / f"{name}.parquet").assign(pretraining=p, dictionary=d))
+    dates, probes, placebo, read, controls, random = (pd.concat(tables[name], ignore_index=True) for name in TABLES)
+    report(pd.concat([dates, probes], ignore_index=True), placebo, read, controls, random, n_snapshots)
+
+
+def report(
+    dates: pd.DataFrame, placebo: pd.DataFrame, read: pd.DataFrame, controls: pd.DataFrame, random: pd.DataFrame,
+    n_snapshots: int,
+) -> None:  # fmt: skip
+    """Print all tables."""
+
+    def table(rows: pd.DataFrame, **forms: str) -> None:
+        columns = {name: measure.number(name, forms.get(name, "")) for name in rows}
+        print(measure.markdown(rows.to_dict("records"), columns) + "\n")
+
     print(f"Machine: {measure.machine('cpu')}, one thread.\n")
-    timed = dates[dates["start"] > 0].drop_duplicates(["pretraining", "dictionary", "rule"])
-    print(f"{len(timed)} rules that begin, {int((timed['feature'] < 0).sum())} without a carrier\n")
-    print(measure.markdown(judge(dates).to_dict("records"), COLUMNS))
-    silent = float((placebo["born"] == 0).mean())
-    print("\nLate values of all carriers of a rule in earlier snapshots, as shares of the late effect:\n")
-    columns = {"kind": "", "when": "", "n": ""} | dict.fromkeys(
-        ["share", "most share", "mapped_share", "most mapped_share", "random_share", "most random_share", "read out"],
-        ".2f",
+    dates = dates[dates["start"] > 0]
+    rules = dates.drop_duplicates(["pretraining", "dictionary", "rule"])
+    missed, unheld = int((rules["acquired"] == n_snapshots).sum()), int((rules["feature"] < 0).sum())
+    print(
+        f"{len(rules)} pairs of a dictionary and a rule that begins. Left out below: {missed} whose rule is not acquired, "
+        f"{unheld} without a carrier\n"
     )
-    found = judge_read_out(read).to_dict("records")
-    print(measure.markdown(found, {name: measure.number(name, form) for name, form in columns.items()}))
-    print(f"\nRules that never hold: no concept birth (q <= .05) in {silent:.2f} of {len(placebo)}")
+    known = dates[(dates["feature"] >= 0) & (dates["acquired"] < n_snapshots)]
+    read = read[(read["start"] > 0) & (read["acquired"] < n_snapshots)]
+    table(judge_bars(known, placebo, read))
+    table(judge(known), **{"median error": ".1f"})
+    print("By pretraining seed, early / within one snapshot:\n")
+    table(judge_seeds(known))
+    print("Late values of all carriers of a rule in earlier snapshots, as shares of the late effect:\n")
+    found = judge_read_out(read)
+    table(found, **dict.fromkeys(set(found) - {"kind", "when", "n"}, ".2f"))
+    print("Random directions at the last snapshot, and what they would do in a linear read-out:\n")
+    found = random.groupby("kind", as_index=False).agg(
+        rules=("rule", "size"), measured=("measured", "mean"), most=("measured", "max"), linear=("linear", "mean")
+    )
+    table(found, measured=".2f", most=".2f", linear=".2f")
+    print(f"Rules that never hold: no concept birth (q <= .05) in {(placebo['born'] == 0).sum()} of {len(placebo)}\n")
+    silent = controls.assign(silent=controls["born"] == 0).groupby("control")[["silent", "features", "born"]]
+    table(silent.agg({"silent": "sum", "features": "sum", "born": "sum"}).assign(of=silent.size()).reset_index())
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def study(
     baseline: str | None = None,
     decodability: Float[Tensor, "F S"] | None = None,
     encoder_share: Float[Tensor, "F S"] | None = None,
+    births: pd.DataFrame | None = None,
     sizes: StudySizes | None = None,
     seed: int = 0,
     settings: ModelSettings | None = None,
@@ -128,10 +129,11 @@ def study(
         decodability: of every feature at every snapshot, as from `evolution.measure_decodability(...).r2`, to be
             validated beside the effects.
         encoder_share: as from `evolution.encoder_share`, to mark effects of features that later snapshots activate.
+        births: lifecycles by R2, as from `Evolution.lifecycles("r2")`, to stand beside the other dates of features.
         sizes: numbers of features and draws; those of `StudySizes()` if None.
         seed: seed for the split and every draw.
         settings: how the models run; None runs them on the crosscoder's device.
-        accuracy: the result of `Task.accuracy`, to stand beside the dates of features.
+        accuracy: the result of `Task.accuracy`, to stand there, too.
         known: tables of the same task, split and baseline that are there already, by name; they are not made again.
         save: called with the tables of every analysis as soon as it ends.
 
@@ -158,11 +160,11 @@ def study(
     if len(split_languages(task)) > 1:
         work.make(["languages/{}"], lambda: _languages(work, most))
     if work.selection.paired:
-        _date(work, decodability, accuracy)
+        _date(work, births, accuracy)
     return Study(name, ie, work.tables)
 
 
-def _date(work: _Work, decodability: Tensor | None, accuracy: pd.DataFrame | None) -> None:
+def _date(work: _Work, births: pd.DataFrame | None, accuracy: pd.DataFrame | None) -> None:
     """When the concept is readable, when features are read out, and all dates of the top features."""
     name, ie = work.task.name, work.ie
     try:
@@ -173,9 +175,9 @@ def _date(work: _Work, decodability: Tensor | None, accuracy: pd.DataFrame | Non
     work.make(["read_out/{}"], lambda: {f"read_out/{name}": read_out(work.held_out, ids, seed=work.seed)})
     if work.held_out.n_groups > 1:
         work.make(["read_out/{}.last"], lambda: {f"read_out/{name}.last": read_by_last(work.held_out)})
-    # in a moment; R2 over text, or accuracies, may have come since
+    # in a moment; births by R2 over text, or accuracies, may have come since
     dates = feature_dates(
-        ie, decodability=decodability, concepts=work.tables.get(f"concepts/{name}"),
+        ie, births=births, concepts=work.tables.get(f"concepts/{name}"),
         read=work.tables[f"read_out/{name}"], accuracy=accuracy,
     )  # fmt: skip
     known = work.tables.pop(f"dates/{name}", None)

@@ -164,6 +164,7 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
             if run.table(f"attribution/{task.name}.snapshots") is not None:
                 check_split(run, task, options.seed)
         crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
+        lifecycles = run.table("lifecycles")
         for spec, task in zip(options.task, tasks, strict=True):
             known, studied = _tables(run, task), _studied(run, task)
             if studied.get("sizes") != sizes:
@@ -183,6 +184,7 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
                     baseline=options.baseline,
                     decodability=_decodability(run, crosscoder.cfg.d_sae, acts.snapshots.labels),
                     encoder_share=encoder_shares(run, crosscoder.cfg.d_sae, acts.snapshots.labels),
+                    births=None if lifecycles is None else pd.DataFrame(lifecycles[lifecycles["measure"] == "r2"]),
                     sizes=options,
                     seed=options.seed,
                     settings=acts.settings,

@@ -391,20 +391,31 @@ def _effects(tables: Tables, ids: np.ndarray, S: int) -> tuple[dict[str, np.ndar
 
 
 def _dates(tables: Tables, lifecycles: Frame) -> dict[int, list[Any]]:
-    """For every feature with a date on some task: [task, the snapshots of `DATES`] of each such task."""
+    """For every feature with a date on some task: [task, `DATES`] of each such task; a date is [snapshot, low, high]."""
     found: dict[int, list[Any]] = {}
-    known = dict(zip(lifecycles["feature"], lifecycles["birth"], strict=True)) if "birth" in lifecycles else {}
+    known = _dated(lifecycles, "birth")
     for task in tables.tasks("dates"):
         table, concepts = tables[f"dates/{task}"], tables[f"concepts/{task}"]
-        rows: dict[int, Any] = {} if table is None else {row["feature"]: row for row in table.to_dict("records")}
+        rows: dict[int, dict[str, Any]] = {}
         if concepts is not None:  # most features have no effect: only two of the dates are known of them
-            read = concepts[(concepts["readable_q"] <= 0.05) & ~concepts["feature"].isin(list(rows))]
-            for feature, birth in zip(read["feature"], read["birth"], strict=True):
-                rows[feature] = {"context": known.get(feature), "concept": birth}
+            read = _dated(concepts[concepts["readable_q"] <= 0.05], "birth")
+            rows = {feature: {"context": known.get(feature), "concept": birth} for feature, birth in read.items()}
+        if table is not None:
+            dates = {name: _dated(table, name) for name in DATES}
+            rows |= {feature: {name: dates[name].get(feature) for name in DATES} for feature in table["feature"]}
         for feature, row in rows.items():
-            dates = [row.get(name) for name in DATES]
-            found.setdefault(int(feature), []).append([task, [None if pd.isna(at) else int(at) for at in dates]])
+            found.setdefault(int(feature), []).append([task, [row.get(name) for name in DATES]])
     return found
+
+
+def _dated(table: Frame, name: str) -> dict[int, list[int]]:
+    """A date of features and the ends of its interval; the date itself where there is none."""
+    if name not in table:
+        return {}
+    at = table[name]
+    columns = [at, *(table[f"{name}_{end}"].fillna(at) if f"{name}_{end}" in table else at for end in ("low", "high"))]
+    dated = pd.concat(columns, axis=1)[at.notna()].astype(int)
+    return dict(zip(table.loc[at.notna(), "feature"].astype(int), dated.to_numpy().tolist(), strict=True))
 
 
 def _classes(lifecycles: Frame) -> list[str]:

@@ -163,12 +163,13 @@ def test_dates_follow_what_has_come_since(crosscoder: Crosscoder, snaps: Snapsho
     )
     saved: list[str] = []
     accuracy = task.accuracy(snaps)
+    births = pd.DataFrame({"feature": range(F), "birth": 1, "birth_low": 0, "birth_high": 2})
     again = study(
         crosscoder, snaps, task, seed=3, sizes=sizes, known=found.tables, save=lambda tables: saved.extend(tables),
-        accuracy=accuracy,
+        accuracy=accuracy, births=births,
     )  # fmt: skip
-    assert saved == ["dates/tiny"] and found.tables["dates/tiny"]["context"].notna().any()
-    assert again.tables["dates/tiny"]["context"].isna().all()
+    assert saved == ["dates/tiny"] and found.tables["dates/tiny"]["context"].isna().all()
+    assert (again.tables["dates/tiny"]["context"] == 1).all()
     succeeds = again.tables["dates/tiny"]["succeeds"]
     assert succeeds.notna().all() == bool(accuracy["accuracy"].iloc[-1] >= 0.75)
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from crosslens.errors import UserError
-from crosslens.evolution.concepts import _births, _by_group, _deal, _Sums, concept_births, predict
+from crosslens.evolution.births import interval_ends
+from crosslens.evolution.concepts import _births, _by_group, _curves, _deal, _Sums, concept_births, predict
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.snapshots.collection import Snapshots
+from crosslens.stats import resample_counts
 from crosslens.tasks.items import Item
 from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, Slow, make_crosscoder
@@ -73,6 +78,69 @@ def sums(r2: np.ndarray, G: int, per_group: int, seed: int, *, flip: bool = Fals
     return _Sums(np.stack(errors, -1), _by_group(y**2, group, G))
 
 
+def slow_r2(read: _Sums, a: int, s: int, counts: Any) -> float:
+    """Of the groups, each as often as counted."""
+    total = sum(n * read.total[g, a] for g, n in enumerate(counts))
+    return 1 - sum(n * read.error[g, a, s] for g, n in enumerate(counts)) / total if total > 0 else 0.0
+
+
+def slow_birth(curve: list[float], presence: float, min_run: int) -> int:
+    S, highest = len(curve), max(curve)
+    present = [highest > 0 and value >= presence * highest for value in curve]
+    return next((s for s in range(S) if all(present[s : s + min_run]) or (s == 0 and present[0])), S)
+
+
+def slow_q(p: list[float]) -> list[float]:
+    """Benjamini and Hochberg: the least level at which a hypothesis is rejected."""
+    order = sorted(p)
+    return [min(order[k] * len(p) / (k + 1) for k in range(len(p)) if order[k] >= each) for each in p]
+
+
+@pytest.mark.parametrize(
+    ("G", "A", "S", "presence", "min_run", "seed"), [(8, 5, 6, 0.7, 2, 0), (19, 7, 4, 0.5, 1, 1), (12, 4, 9, 0.9, 3, 2)]
+)
+def test_births_are_those_of_plain_loops(G: int, A: int, S: int, presence: float, min_run: int, seed: int) -> None:
+    """Every column, on curves that rise, fall and stay at 0."""
+    rng = np.random.default_rng(seed)
+    curves = rng.uniform(-0.3, 0.9, (A, S)) * (rng.random((A, S)) < 0.7)
+    curves[0], curves[1] = -0.02, np.linspace(0, 0.9, S)
+    total = rng.exponential(size=(G, A))
+    total[:2, 2] = 0
+    read = _Sums(total[..., None] * (1 - curves + 0.3 * rng.normal(size=(G, A, S))), total)
+    draws = resample_counts(G, 60, seed)
+    found, everything = _births(read, presence, min_run, 60, seed), [1] * G
+    p: list[float] = []
+    readable: list[float] = []
+    for a in range(A):
+        curve = [slow_r2(read, a, s, everything) for s in range(S)]
+        row, peak = found.iloc[a], int(np.argmax(curve))
+        assert row["r2"] == pytest.approx(max(curve)) and row["peak"] == peak
+        saved = [read.total[g, a] - read.error[g, a, peak] for g in range(G)]
+        readable.append(min(1.0, S * max(ttest_1samp(saved, 0, alternative="greater").pvalue, 2.0 ** (1 - G))))
+        if max(curve) < 0.05:
+            assert row[["birth", "birth_low", "birth_high"]].isna().all()
+            p.append(1.0)
+            continue
+        assert row["birth"] == slow_birth(curve, presence, min_run)
+        drawn = [[max(0.0, slow_r2(read, a, s, counts)) for s in range(S)] for counts in draws]
+        births = sorted(slow_birth(one, presence, min_run) for one in drawn)
+        for end, share in zip(("low", "high"), interval_ends(G), strict=True):
+            assert row[f"birth_{end}"] == births[max(0, int(np.ceil(share * 60 - 1e-9)) - 1)]
+        kept = [[slow_r2(read, a, s, [g != out for g in range(G)]) for s in range(S)] for out in range(G)]
+        margins = [presence * max(one) - one[0] for one in kept]
+        error = ((G - 1) / G * sum((m - np.mean(margins)) ** 2 for m in margins)) ** 0.5
+        p.append(float(student.sf((presence * max(curve) - max(0, curve[0])) / error, G - 1)))
+    assert found["readable_q"].tolist() == pytest.approx(slow_q(readable))
+    assert found["q"].tolist() == pytest.approx(slow_q([max(pair) for pair in zip(p, readable, strict=True)]))
+    ids = np.arange(A)
+    dates = pd.DataFrame({"label": [str(s) for s in range(S)], "step": range(S)})
+    table = _curves(read, ids, ids[::-1], dates, 60, seed).set_index(["feature", "snapshot"])
+    for a, s in ((0, 0), (1, S - 1), (2, 1)):
+        drawn = [slow_r2(read, a, s, counts) for counts in draws]
+        expected = [slow_r2(read, a, s, everything), *np.quantile(drawn, interval_ends(G))]
+        assert table.loc[(a, s), ["r2", "r2_low", "r2_high"]].tolist() == pytest.approx(expected)
+
+
 def test_a_planted_concept_is_dated_where_it_begins() -> None:
     curves = np.zeros((6, 10))
     for a, start in enumerate((0, 2, 4, 6, 8)):
@@ -100,6 +168,21 @@ def test_equal_snapshots_have_no_births() -> None:
     one = sums(np.full((5, 1), 0.8), 16, 20, 0)
     found = _births(_Sums(np.repeat(one.error, 6, 2), one.total), 0.5, 2, 100, 0)
     assert (found["birth"] == 0).all() and (found["q"] > 0.3).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_differences_of_other_pairs_are_not_read(seed: int) -> None:
+    """Each pair's features beside the activations of another pair: nothing is readable, let alone born."""
+    rng = np.random.default_rng(seed)
+    G, per_group, A, S, D = 16, 12, 10, 6, 12
+    group = np.repeat(np.arange(G), per_group)
+    y = rng.normal(size=(len(group), A))
+    x = rng.normal(size=(S, len(group), D))
+    x[3:, :, :A] += 3 * y
+    y, fold = rng.permutation(y), _deal(G, seed)[group]
+    error = np.stack([_by_group((y - predict(one, y, fold, 0.01)) ** 2, group, G) for one in x], -1)
+    found = _births(_Sums(error, _by_group(y**2, group, G)), 0.7, 2, 50, seed)
+    assert (found["readable_q"] > 0.05).all() and not ((found["birth"] > 0) & (found["q"] <= 0.05)).any()
 
 
 def pairs(n_groups: int, n: int = 45) -> Task:
@@ -152,6 +235,18 @@ def test_curves_are_those_of_plain_runs(snaps: Snapshots, architecture: str, eve
     assert found.births["n_groups"].is_monotonic_decreasing
     assert (found.curves["r2_low"] <= found.curves["r2_high"]).all()
     assert found.curves["label"].tolist()[: len(snaps)] == list(snaps.labels)
+
+
+def test_equal_models_have_no_births(snaps: Snapshots) -> None:
+    """The last snapshot's activations in place of all; what is readable is so from the first on."""
+    runs = PromptRuns(make_crosscoder(snaps, "batchtopk_crosscoder"), snaps, pairs(16), paired=True)
+    for part in runs._clean.acts:
+        part[:] = part[-1:].clone()
+    found = concept_births(runs)
+    wide = found.curves.pivot(index="feature", columns="snapshot", values="r2").to_numpy()
+    np.testing.assert_allclose(wide, wide[:, :1].repeat(len(snaps), 1), atol=1e-9)
+    known = found.births["birth"].dropna()
+    assert len(known) and (known == 0).all()
 
 
 def test_dates_have_steps_and_tokens(snaps: Snapshots) -> None:

@@ -22,7 +22,6 @@ from crosslens.report.chart import (
     add_matrix,
     add_series,
     apply_colors,
-    error_bars,
     feature_names,
     floats,
     ints,
@@ -47,8 +46,8 @@ _STATES = ("neither", "represented", "read out", "both")
 )
 def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart | str:
     """A row per feature with the largest |IE| at the last snapshot; a mark where each of the readings above first holds
-    for two snapshots in a row. The bar is the 95% interval of “concept readable” over groups of prompts; the vertical
-    line is where the model succeeds at the task.
+    for two snapshots in a row. Bars are 95% intervals of these dates. The vertical line is where the model succeeds at
+    the task.
 
     Args:
         table: from `feature_dates`.
@@ -62,26 +61,32 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
     rows = [shown(called(feature), 24) for feature in ints(table["feature"])]
     kinds = [kind for kind in DATES if kind != "succeeds"]
     for i, kind in enumerate(kinds):
-        known = np.flatnonzero(table[kind].notna()).tolist()
-        dated = table.iloc[known].reset_index(drop=True)
-        bars = None
-        if kind == "concept" and known:
-            last, at = len(axis.labels) - 1, dated["concept"]
-            ends = {"concept_low": at.clip(upper=dated["concept_low"].clip(upper=last)),
-                    "concept_high": at.clip(lower=dated["concept_high"].clip(upper=last))}  # fmt: skip
-            bars = error_bars(dated.assign(**ends), "concept", thickness=1.5, width=0)
+        known = np.flatnonzero(table[kind].notna())
+        ends = table[[kind, f"{kind}_low", f"{kind}_high"]].iloc[known].ffill(axis=1)  # some have no interval
+        # never is drawn as the last snapshot
+        places, low, high = ends.clip(upper=len(axis.labels) - 1).to_numpy(dtype=int).T.tolist()
+        texts = [
+            text if a == b else f"{text}<br>95% interval {axis.labels[a]} to {axis.labels[b]}"
+            for text, a, b in zip(axis.hover(places), low, high, strict=True)
+        ]
         style = Style.of(i)
         figure.add_scatter(
-            x=axis.x(dated[kind]),
+            x=axis.x(places),
             # dates at the same snapshot would hide each other
-            y=[row + 0.16 * (i - (len(kinds) - 1) / 2) for row in known],
+            y=[row + 0.16 * (i - (len(kinds) - 1) / 2) for row in known.tolist()],
             mode="markers",
             name=DATES[kind],
             marker={"color": style.color, "symbol": style.symbol, "size": 9},
-            error_x=bars,
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "thickness": 1.5,
+                "width": 0,
+                "array": np.subtract(high, places).clip(0).tolist(),
+                "arrayminus": np.subtract(places, low).clip(0).tolist(),
+            },
             customdata=[
-                [feature, rows[row], text]
-                for feature, row, text in zip(ints(dated["feature"]), known, axis.hover(dated[kind]), strict=True)
+                [ints(table["feature"])[row], rows[row], text] for row, text in zip(known.tolist(), texts, strict=True)
             ],
             hovertemplate="%{customdata[1]}<br>%{fullData.name}: %{customdata[2]}<extra></extra>",
             meta=FEATURES,
@@ -100,6 +105,9 @@ def dates(table: Frame, snapshots: Frame, names: Frame | None = None) -> Chart |
         figure.add_hline(y=edge - 0.5, line={"color": GRID, "width": 1})
     figure.update_xaxes(range=[-0.5, len(axis.labels) - 0.5])
     parts = [f"{words} {_middle(table[kind], axis)}" for kind, words in DATES.items()]
+    if len(at):
+        low, high = ints(table.loc[at.index[0], ["succeeds_low", "succeeds_high"]].clip(upper=len(axis.labels) - 1))
+        parts[-1] += f" (95% interval {axis.labels[low]} to {axis.labels[high]})" * (low < high)
     missing = int(table["concept"].isna().sum())
     note = f"Median dates: {'; '.join(parts)}."
     if missing:

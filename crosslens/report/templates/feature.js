@@ -112,8 +112,10 @@
   // the dates of the feature: a row per task, a mark per date in the column of its snapshot
   function begins() {
     if (!part("dates", feature.dates !== null, "No task dates this feature: it has no large effect, and tells no paired prompts apart.")) return;
-    const cell = (task, dates, s) => element("td", {}, dates.flatMap((at, kind) => at !== s ? [] : [
-      element("i", { class: `date d${kind}`, role: "img", title: `${about.dates[kind]}: ${about.labels[s]}`, "aria-label": about.dates[kind] }),
+    const end = (s) => about.labels[s] ?? "never";
+    const said = (kind, [at, low, high]) => `${about.dates[kind]}: ${about.labels[at]}${low === high ? "" : ` (95% interval ${end(low)} to ${end(high)})`}`;
+    const cell = (task, dates, s) => element("td", {}, dates.flatMap((date, kind) => date?.[0] !== s ? [] : [
+      element("i", { class: `date d${kind}`, role: "img", title: said(kind, date), "aria-label": said(kind, date) }),
     ]));
     const heads = about.labels.map((label) => element("th", { scope: "col", text: label }));
     byId("dates").querySelector("thead").replaceChildren(element("tr", {}, [element("th", { scope: "col", text: "task" }), ...heads]));
