@@ -7,13 +7,16 @@ largest effect of a feature is some standard errors (z), its sign is drawn, and 
 snapshots of a prompt. Significance is that of `crosslens.causal.significant`.
 
 1. Per profile, S and z: features that have a class; of all, those with the class of their true profile, by RelIE of
-   significant effects (the package's), by all effects (version 0.2), with the noise's part subtracted, and after
+   significant effects (the package's), by all effects (version 0.2), with the noise's part subtracted, after
    empirical-Bayes shrinkage (Stephens 2017, Biostatistics 18, 275: a point mass at 0 and normals of many widths,
-   effects with a posterior probability of 0 above .5 cut); mean |RelIE - truth|; coverage of the 95 % interval, over
+   effects with a posterior probability of 0 above .5 cut), and with neighbours of significant effects let in one by
+   one (`extended`) or pooled (`pooled`); mean |RelIE - truth|; coverage of the 95 % interval, over
    all snapshots and over those at which the feature acts, and its mean width there; features without effects that have
    a class, as the package selects and by Benjamini-Hochberg over all features and snapshots at once.
-2. The same of share RelIE, with all profiles in one set of features.
-3. Prompts of G groups with an effect of their own: rate of p <= .05 and of significant features where answers are
+2. For ramps, whose centre of mass lies near the boundary of two classes: the share that readings get right which know
+   more than any reading of data can, and the error of centres of mass.
+3. The same as 1 of share RelIE, with all profiles in one set of features.
+4. Prompts of G groups with an effect of their own: rate of p <= .05 and of significant features where answers are
    swapped at random, a prompt or a group at a time, and coverage of the interval of an effect; over groups, and as if
    prompts were independent.
 
@@ -32,7 +35,16 @@ from scipy.stats import norm
 from torch import Tensor
 
 from crosslens.causal.attribution import Bootstrap, clustered_error
-from crosslens.causal.relative import classes, effect_interval, relie, relie_interval, share_relie, shares, significant
+from crosslens.causal.relative import (
+    centre_of_mass,
+    classes,
+    effect_interval,
+    relie,
+    relie_interval,
+    share_relie,
+    shares,
+    significant,
+)
 from crosslens.stats import q_values, resample_counts, sign_flip_p
 
 PROFILES = ("step", "last", "flat", "falling", "transient", "ramp", "slow ramp")
@@ -108,6 +120,53 @@ def shrunk(effects: Effects) -> Tensor:
     return torch.from_numpy(np.abs(mean).reshape(effects.effects.shape))
 
 
+def extended(effects: Effects, least: float = 1.64, run: int = 3) -> Tensor:
+    """Sizes where runs of three significant effects or more go on at neighbours of their sign above 1.64 standard errors."""
+    z, counts = (effects.effects / effects.standard_errors).numpy(), significant(effects).numpy()
+    kept = counts.copy()
+    for order in (slice(None), slice(None, None, -1)):
+        now, there, length, goes_on = kept[:, order], z[:, order], np.zeros(len(z)), np.zeros(len(z), dtype=bool)
+        for s in range(1, z.shape[1]):
+            length = np.where(counts[:, order][:, s - 1], length + 1, 0)
+            goes_on = (goes_on | (length >= run)) & (there[:, s] * there[:, s - 1] > 0) & (np.abs(there[:, s]) > least)
+            now[:, s] |= goes_on  # a view: `kept` changes
+    return torch.where(torch.from_numpy(kept), effects.effects.abs(), 0.0)
+
+
+def pooled(effects: Effects, level: float = 0.01) -> Tensor:
+    """Sizes where runs of effects that are not significant, next to one that is, enter with their mean.
+
+    Of windows of 2, 4, 8, 16 effects and the whole run, the one with the largest sum relative to its error is tested,
+    corrected for their number and that of runs.
+    """
+    y, counts = effects.effects.numpy(), significant(effects).numpy()
+    sizes, S = np.where(counts, np.abs(y), 0.0), y.shape[1]
+    for i in np.flatnonzero(counts.any(1)):
+        ends = np.flatnonzero(np.diff(np.concatenate([[1], counts[i], [1]])) != 0).reshape(-1, 2)
+        runs = [list(range(a, b))[::-1] for a, b in ends if b < S] + [list(range(a, b)) for a, b in ends if a > 0]
+        for run in runs:
+            sign = np.sign(y[i, run[0] - 1 if run[0] and counts[i, run[0] - 1] else run[0] + 1])
+            windows = [run[:n] for n in {2, 4, 8, 16, len(run)} if n <= len(run)]
+            found = [(sign_flip_p(v.sum(), (v**2).sum()), w) for w in windows if (v := effects.x[:, i, w].sum(1)).sum() * sign > 0]
+            if found:
+                p, window = min(found, key=lambda each: float(each[0]))
+                if p * len(windows) * len(runs) <= level:
+                    sizes[i, window] = np.maximum(sizes[i, window], abs(y[i, window].mean()))
+    return torch.from_numpy(sizes)
+
+
+def knows_ramps(effects: Effects, S: int, z: float, correlation: float) -> np.ndarray:
+    """Most probable class of every feature, given that it is a ramp of this size from a start drawn in the first half."""
+    s, starts = np.arange(S), np.arange(max(1, S // 2))[:, None]
+    ramps = np.clip((s - starts) / (S - 1 - starts), 0, 1)
+    precision = np.linalg.inv((correlation + (1 - correlation) * np.eye(S)) / N)
+    y = effects.effects.numpy()
+    fit = np.stack([((d := y[:, None] - sign * ramps * z / N**0.5) @ precision * d).sum(-1) for sign in (-1, 1)]).min(0)
+    weight, names = np.exp(-(fit - fit.min(1, keepdims=True)) / 2), classes(shares(torch.from_numpy(ramps)))
+    kinds = sorted(set(names))
+    return np.array(kinds, dtype=object)[np.stack([weight[:, names == kind].sum(1) for kind in kinds]).argmax(0)]
+
+
 def judge(mean: np.ndarray, effects: Effects, share: bool) -> dict[str, np.ndarray]:
     """Figures of the features that have effects, a value each; NaN where a figure is not defined."""
     size = np.abs(mean)
@@ -136,7 +195,8 @@ def judge(mean: np.ndarray, effects: Effects, share: bool) -> dict[str, np.ndarr
         any_effect = kept[:, None]
         for name, values in (("all", sizes), ("less noise", least)):
             figures[name] = torch.from_numpy(classes(shares(values)[acts].where(any_effect, torch.nan)) == expected)
-        figures["shrunk"] = torch.from_numpy(classes(shares(shrunk(effects))[acts]) == expected)
+        for name, rule in (("shrunk", shrunk), ("extended", extended), ("pooled", pooled)):
+            figures[name] = torch.from_numpy(classes(shares(rule(effects))[acts]) == expected)
     return {name: values.double().numpy() for name, values in figures.items()}
 
 
@@ -149,9 +209,10 @@ def false_classes(mean: np.ndarray, effects: Effects) -> tuple[float, float]:
 
 def print_profiles(arguments: argparse.Namespace) -> None:
     print(
-        "| S | profile | z | classed | right | all | less noise | shrunk | error | coverage | where it acts | width |"
+        "| S | profile | z | classed | right | all | less noise | shrunk | extended | pooled | error | coverage | where it acts "
+        "| width |"
     )
-    print("|" + "---|" * 12)
+    print("|" + "---|" * 14)
     worst: dict[str, list[tuple[float, str]]] = {}
     rates: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for S in arguments.snapshots:
@@ -166,7 +227,7 @@ def print_profiles(arguments: argparse.Namespace) -> None:
                     found.append(judge(mean, effects, False))
                     rates.setdefault((S, profile), []).append(false_classes(mean, effects))
                 mid = {name: float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in found[0]}
-                columns = ("kept", "right", "all", "less noise", "shrunk", "error", "coverage", "acting", "width")
+                columns = ("kept", "right", "all", "less noise", "shrunk", "extended", "pooled", "error", "coverage", "acting", "width")
                 print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{mid[name]:.3f}" for name in columns) + " |")
                 where = f"S = {S}, {profile}, z = {z:g}"
                 kind = "ramp" if profile == "ramp" else "slow ramp" if profile == "slow ramp" else "others"
@@ -181,6 +242,49 @@ def print_profiles(arguments: argparse.Namespace) -> None:
         means = {key: float(np.mean([each[i] for each in values])) for key, values in rates.items()}
         key = max(means, key=lambda each: means[each])
         print(f"most false classes of features without effects, {name}: {means[key]:.3f} (S = {key[0]}, {key[1]})")
+
+
+def print_limits(arguments: argparse.Namespace) -> None:
+    """Ramps, read by what no data tell."""
+    print(
+        "\nRamps: classes right by significant effects; where their centre is .03 from a boundary or more; where it is "
+        "known which effects are 0; by all effects with their known sign; where profile and size are known. "
+        "Then the mean error of the centre of mass, and its mean absolute error, by significant effects and the rules."
+    )
+    columns = (
+        "right | away | known zeros | known sign | known ramps | bias | error | extended, bias | error | pooled, bias | error"
+    )
+    print(f"| S | profile | z | {columns} |\n{'|---' * 14}|")
+    for S in (each for each in arguments.snapshots if each > 2):
+        for profile in ("ramp", "slow ramp"):
+            for z in arguments.z:
+                found: list[list[float]] = []
+                for seed in range(arguments.draws):
+                    rng = np.random.default_rng([S, PROFILES.index(profile), int(z), seed])
+                    mean, effects = simulate([profile], S, z, arguments.correlation, rng)
+                    found.append(limits(mean, effects, z, arguments.correlation, profile == "ramp"))
+                print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{v:.3f}" for v in np.nanmean(found, 0)) + " |")
+
+
+def limits(mean: np.ndarray, effects: Effects, z: float, correlation: float, drawn: bool) -> list[float]:
+    """The figures of `print_limits`."""
+    true = torch.from_numpy(mean)
+    acts = true.abs().sum(1) > 0
+    truth = shares(true.abs())[acts]
+    centre, expected, S = centre_of_mass(truth), classes(truth), true.shape[1]
+    package = torch.where(significant(effects), effects.effects.abs(), 0.0)
+    right = classes(shares(package)[acts]) == expected
+    away = ((centre - 0.7).abs() >= 0.03).numpy()
+    zeros = torch.where(true != 0, effects.effects.abs(), 0.0)
+    signed = effects.effects[acts] * true[acts].sum(1, keepdim=True).sign()
+    low_high = np.digitize(centre_of_mass(shares(signed)), (0.3, 0.7)) == np.digitize(centre, (0.3, 0.7))
+    known = knows_ramps(effects, S, z, correlation)[acts.numpy()] == expected if drawn else np.nan
+    row = [right.mean(), right[away].mean() if away.any() else np.nan]
+    row += [(classes(shares(zeros)[acts]) == expected).mean(), low_high.mean(), np.mean(known)]
+    for sizes in (package, extended(effects), pooled(effects)):
+        off = centre_of_mass(shares(sizes)[acts]) - centre
+        row += [float(off.nanmean()), float(off.abs().nanmean())]
+    return [float(value) for value in row]
 
 
 def print_shares(arguments: argparse.Namespace) -> None:
@@ -241,6 +345,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print_profiles(arguments)
+    print_limits(arguments)
     print_shares(arguments)
     print_groups(arguments)
 
