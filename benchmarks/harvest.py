@@ -96,7 +96,7 @@ def speed(snapshots: Snapshots, folder: Path, args: argparse.Namespace) -> list[
     def read(dtype: str) -> Callable[[], None]:
         def run() -> None:
             cached = kept[dtype]
-            cached._cache._files.clear()  # pyright: ignore[reportPrivateUsage] (checksums are part of it)
+            cached.store._files.clear()  # pyright: ignore[reportPrivateUsage] (checksums are part of it)
             cached.block(0, len(acts.tokens))
 
         return run

@@ -33,10 +33,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosslens.activations.cache import HEADER, ActivationCache, row_bytes, shard_sequences
-from crosslens.activations.feed import CachedRows, feed
+from crosslens.activations.cache import ActivationCache, shard_sequences
+from crosslens.activations.feed import feed
+from crosslens.activations.files import HEADER, row_bytes
 from crosslens.activations.order import Order, stored_order
 from crosslens.activations.plan import distinct_sequences
+from crosslens.activations.rows import CachedRows
 from crosslens.distributed.parallel import ALONE, join
 
 PACKAGES = ("crosslens", "torch", "numpy", "safetensors", "xxhash")
@@ -100,7 +102,7 @@ def consume(rank: int, way: str, folder: Path, args: argparse.Namespace) -> dict
     else:
         cache = open_cache(folder / "new", args)
         parallel = ALONE if args.world == 1 else join("cpu", args.world if way == "own tokens" else 1)[0]
-        rows = CachedRows(cache, Order(cache.training_counts(), 0), lambda *_: None)
+        rows = CachedRows(cache, Order(cache.training_counts(), 0))
         spans = ((i * args.batch_size, (i + 1) * args.batch_size) for i in range(10**9))
         shape = (args.batch_size, args.snapshots, args.d_model)
         stream = feed(

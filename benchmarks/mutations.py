@@ -66,7 +66,7 @@ from torch import Tensor
 
 import crosslens as cl
 from crosslens import rundir
-from crosslens.activations import Dataset, cache, token_sequences
+from crosslens.activations import Dataset, cache, files, token_sequences
 from crosslens.crosscoders import JumpReLUCrosscoder, JumpReLUCrosscoderConfig
 from crosslens.crosscoders import checksums as crosscoder_checksums
 from crosslens.evolution import NgramCounts, count_ngrams
@@ -654,7 +654,7 @@ def timed_checksums() -> Generator[Counter[str], None, None]:
         (crosscoder_checksums, "tensor_checksum"), (crosscoder_checksums, "config_checksum"),
         (checkpoints, "file_checksum"), (checkpoints, "json_checksum"), (rundir, "json_checksum"), (rundir, "_seal"),
         (rundir, "file_checksum"),
-        (cache._File, "_verify"), (cache, "_digest"), (cache, "json_checksum"),
+        (files.ShardFile, "_verify"), (files, "digest"), (files, "json_checksum"), (cache, "digest"), (cache, "json_checksum"),
     ]  # fmt: skip
     seconds: Counter[str] = Counter()
     before = [getattr(owner, name) for owner, name in places]
@@ -720,8 +720,8 @@ def cost(work: Path, steps: int, S: int, rounds: int) -> None:
         with timed_checksums() as seconds:
             first, second = epoch(acts), epoch(acts)
         unchecked = opened()
-        for pair in [(shard, s) for shard in range(unchecked._cache.n_shards) for s in range(S)]:
-            file = unchecked._cache._open(pair)
+        for pair in [(shard, s) for shard in range(unchecked.store.n_shards) for s in range(S)]:
+            file = unchecked.store._open(pair)
             file.verified[:], file.n_unknown = True, 0
         third = epoch(unchecked)
         if i:  # the first round warms up

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from crosslens.activations.loader import SHUFFLED, Activations
+from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.snapshots.collection import Snapshots
@@ -58,11 +58,6 @@ class Drawn(Activations):
     @override
     def n_tokens(self) -> int:
         return self._n_tokens
-
-    @property
-    @override
-    def data_order(self) -> str:
-        return SHUFFLED
 
     @override
     def metadata(self) -> dict[str, Any]:

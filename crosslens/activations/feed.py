@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,62 +30,12 @@ from numpy.typing import NDArray
 from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 
-from crosslens.activations.cache import ActivationCache, DamagedShardError, decode
-from crosslens.activations.cache import Rows as ShardRows
+from crosslens.activations.files import Stored, decode
 from crosslens.activations.harvesting import AbandonedError
-from crosslens.activations.mixing import Held, Mixed, cut
-from crosslens.activations.order import Order
+from crosslens.activations.rows import Rows
 from crosslens.distributed.parallel import Parallel
 
-Stored: TypeAlias = dict[str, Tensor]
-"""Rows as a cache stores them: `data` (n, S, D), and for int8 `scale` (n, S, 1)."""
-Repair: TypeAlias = Callable[[int, int, DamagedShardError], None]
-
 SHARED_MEMORY = Path("/dev/shm")
-
-
-class CachedRows:
-    """Rows of a cache, in the order of `Order`.
-
-    Args:
-        cache: complete.
-        order: of its training shards.
-        repair: harvests a damaged file again.
-    """
-
-    together = False
-
-    def __init__(self, cache: ActivationCache, order: Order, repair: Repair) -> None:
-        self.cache, self.order, self.repair = cache, order, repair
-
-    def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
-        """As `Mixed.read`, from any position at once."""
-        for piece, place in cut(self.order.pieces(first, last), rows):
-            chosen = ShardRows(piece.rows)
-            for s, here in enumerate(out[place].unbind(1)):
-                stored = self.cache.gather(piece.shard, s, chosen, self.repair)
-                if "scale" in stored:
-                    torch.mul(stored["data"], stored["scale"], out=here)
-                else:
-                    here.copy_(stored["data"])  # widens in the same pass
-
-    def stored(self, n: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and types of n rows as they are stored."""
-        S, D = self.cache.n_snapshots, self.cache.d_model
-        shapes = {"data": ((n, S, D), getattr(torch, self.cache.dtype))}
-        return {**shapes, "scale": ((n, S, 1), torch.float32)} if self.cache.dtype == "int8" else shapes
-
-    def read_stored(self, first: int, last: int, rows: slice, out: Stored) -> None:
-        """As `read`, without widening."""
-        for piece, place in cut(self.order.pieces(first, last), rows):
-            chosen = ShardRows(piece.rows)
-            for s in range(self.cache.n_snapshots):
-                for name, values in self.cache.gather(piece.shard, s, chosen, self.repair).items():
-                    out[name][place, s] = values
-
-
-Rows: TypeAlias = CachedRows | Held | Mixed
-"""Where the rows of batches come from."""
 
 
 def feed(
@@ -113,11 +63,11 @@ def feed(
     own = slice(0, shape[0]) if whole else parallel.tokens(shape[0])
     n, width = own.stop - own.start, shape[1:]
     team = _Team(parallel, whole)
-    team.share &= isinstance(rows, CachedRows)
-    source: _Widened | _Pinned
+    team.share &= rows.divisible
+    buffers: list[Tensor] | None = None
     if device.type == "cuda":
         part = team.part(n)
-        source = _Pinned(rows, part, -(-n // team.n) if team.share else n, n, width)
+        source: _Widened | _Pinned = _Pinned(rows, -(-n // team.n) if team.share else n, n, width[0])
     else:
         buffers = _shared(team, (n, *width)) if team.share else None
         team.share = buffers is not None
@@ -143,7 +93,7 @@ def feed(
             item = next(ahead, None)
             if item is None:
                 return
-            if isinstance(source, _Widened):
+            if buffers is not None:
                 team.meet()  # before any process goes on to the buffer that another may still use
             n_wanted += 1
             wanted.release()
@@ -267,7 +217,7 @@ class _Widened:
         batch = self._buffer() if self.shared is None else self.shared[self.made % len(self.shared)]
         self.made += 1
         if mine.stop > mine.start:
-            self.rows.read(first, last, mine, batch[self.part])
+            self.rows.read(first, last, mine, {"data": batch[self.part]})
         return batch
 
     def _buffer(self) -> Tensor:
@@ -291,32 +241,27 @@ class _Pinned:
 
     Args:
         rows: where they come from.
-        part: the rows that this process reads.
         n: rows of its buffers, the same in all processes.
         needed: rows that it needs.
-        width: (S, D).
+        n_snapshots: S.
     """
 
-    def __init__(self, rows: Rows, part: slice, n: int, needed: int, width: tuple[int, int]) -> None:
-        self.rows, self.part, self.n, self.needed, self.width = rows, part, n, needed, width
+    def __init__(self, rows: Rows, n: int, needed: int, n_snapshots: int) -> None:
+        self.rows, self.n, self.needed, self.n_snapshots = rows, n, needed, n_snapshots
         self.free: list[Stored] = []
 
     def make(self, first: int, last: int, mine: slice) -> Stored:
-        """This process's rows of the next batch, as they are stored."""
+        """This process's rows of the next batch, as they are stored; the rest of a buffer is not needed."""
         buffer = self.free.pop() if self.free else self._new()
-        if isinstance(self.rows, CachedRows):
-            self.rows.read_stored(first, last, mine, buffer)  # the rest of a buffer is not needed
-        else:
-            self.rows.read(first, last, mine, buffer["data"])
+        self.rows.read(first, last, mine, buffer)
         return buffer
 
     def _new(self) -> Stored:
-        if isinstance(self.rows, CachedRows):
-            shapes = self.rows.stored(self.n)
-        else:
-            shapes = {"data": ((self.n, *self.width), torch.float32)}
         pin = torch.cuda.is_available()
-        return {name: torch.empty(shape, dtype=dtype, pin_memory=pin) for name, (shape, dtype) in shapes.items()}
+        return {
+            name: torch.empty(self.n, self.n_snapshots, width, dtype=dtype, pin_memory=pin)
+            for name, (width, dtype) in self.rows.types.items()
+        }
 
     def deliver(self, batches: Iterator[Stored], device: torch.device, team: _Team) -> Iterator[Tensor]:
         """Float32 batches on the device; the next one travels while one is in use."""

@@ -18,7 +18,7 @@ import platform
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from crosslens.activations.cache import ActivationCache
+from crosslens.activations.cache import ActivationCache, turns
 from crosslens.distributed.devices import rank_and_world
 from crosslens.distributed.parallel import TIMEOUT, Parallel
 from crosslens.errors import UserError
@@ -343,16 +344,17 @@ def fill(
     """
     rank, world = rank_and_world()
     pairs = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
-    first, *others = caches.values()
+    start = len(pairs) * rank // world
+    first = next(iter(caches.values()))
     freed = 0
     if evict:  # what an interrupted harvest left
         freed = sum(snapshots[s].evict() for s in set(range(len(snapshots))) - {s for _, s in pairs})
 
-    def write(shard: int, s: int, outs: Mapping[str, Tensor]) -> None:
+    def write(shard: int, s: int, outs: Mapping[str, Tensor], lock: FileLock) -> None:
         for name, acts in outs.items():
             check_finite(acts, snapshots.labels[s], name, f"shard {shard}", first.span(shard)[0])
             caches[name].write(shard, s, acts)
-        first.release(shard, s)
+        lock.release()
 
     def leave(s: int) -> int:
         complete = evict and all(c.has(shard, s) for c in caches.values() for shard in range(c.n_shards))
@@ -362,11 +364,12 @@ def fill(
     written: Future[None] | None = None  # one shard is written while the next is harvested, so two are in memory
     with (
         large_blocks_mapped(),
-        first.harvesting(pairs, len(pairs) * rank // world, others) as turns,
+        ExitStack() as locks,
         ThreadPoolExecutor(1, "crosslens-writer") as writer,
         tqdm(total=len(pairs), desc="Harvesting", unit="shard", leave=False) as progress,
     ):
-        for shard, s in turns:
+        for (shard, s), lock in turns([*caches.values()], pairs[start:] + pairs[:start]):
+            locks.callback(lock.release)  # after an error, too
             if loaded != s:
                 if written is not None:
                     written.result()
@@ -386,17 +389,18 @@ def fill(
                 for name, cache in caches.items()
                 if not cache.has(shard, s)
             }
-            if outs:  # without locks, another process may have been faster
-                run_to_hooks(model, tokens, outs, settings)
+            run_to_hooks(model, tokens, outs, settings)
             if written is not None:
                 written.result()
-            written = writer.submit(write, shard, s, outs)
+            written = writer.submit(write, shard, s, outs, lock)
             del outs
             progress.update()
         if written is not None:
             written.result()
         if loaded is not None:
             freed += leave(loaded)
+    for cache in caches.values():
+        cache.remove_locks()
     return freed
 
 

@@ -1,7 +1,8 @@
 """Shuffled batches (B, S, D) of activations: the same tokens in every snapshot, computed live or read from a cache.
 
-Activations at several hook points share tokens, and one pass of the models fills the caches of all: `acts[name]` has
-the batches of one of them.
+`Activations` is what training and analyses read. The models compute `LiveActivations`; `CachedActivations` come from a
+cache; others, such as those drawn from a known truth, subclass it. Activations at several hook points share tokens,
+and one pass of the models fills the caches of all: `acts[name]` has the batches of one of them.
 
 1. Documents become sequences of `context_size` tokens (SAELens's packing: BOS first, documents separated by BOS).
 2. Sequences are permuted once by `seed`; the last ones are held out.
@@ -18,7 +19,6 @@ say nothing about the text. Symbols: N sequences, B tokens, T positions, S snaps
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import math
@@ -28,8 +28,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,19 +38,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Self, override
 
 from crosslens.activations.cache import (
     ActivationCache,
-    DamagedShardError,
-    check_dtype,
     check_space,
     describe_rounding,
     free_bytes,
     recorded_tokens,
-    row_bytes,
     shard_sequences,
 )
-from crosslens.activations.feed import CachedRows, Rows, feed
+from crosslens.activations.feed import feed
+from crosslens.activations.files import DamagedShardError, check_dtype, row_bytes
 from crosslens.activations.harvesting import (
     Together,
     describe_error,
@@ -63,8 +62,8 @@ from crosslens.activations.harvesting import (
     run_to_hooks,
 )
 from crosslens.activations.identity import data_digest, source_identity
-from crosslens.activations.mixing import Held, Mixed, Schedule
-from crosslens.activations.order import Indices, Order, stored_order
+from crosslens.activations.mixing import MixedRows, Schedule
+from crosslens.activations.order import Order, stored_order
 from crosslens.activations.plan import (
     EVALUATED_TOKENS,
     Plan,
@@ -80,7 +79,8 @@ from crosslens.activations.plan import (
     peak_memory,
     training_bytes,
 )
-from crosslens.activations.tokens import Dataset, Source, split_sequences, token_sequences
+from crosslens.activations.rows import CachedRows, HeldRows, Rows
+from crosslens.activations.tokens import Dataset, Sequences, Source
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError, did_you_mean
@@ -112,10 +112,14 @@ SHUFFLED = "shuffled"
 
 
 class Activations:
-    """Activations of one dataset in all snapshots at one or several hook points.
+    """Activations of the same tokens in all snapshots: what training and analyses read.
 
-    With several, `acts["blocks.6.hook_resid_post"]` gives the activations at one, to train on; `cache` and `plan` are
-    for all of them together.
+    `Activations(...)` gives those of one dataset at one or several hook points, computed live; see `LiveActivations`
+    for its arguments. With several, `acts["blocks.6.hook_resid_post"]` gives the activations at one, to train on;
+    `cache` and `plan` are for all of them together.
+
+    This class has no state and no constructor. Other activations subclass it and provide what is read of them: training
+    reads `batches`, `n_tokens` and `metadata`, most analyses `held_out` and `snapshots`.
 
     Args:
         snapshots: the models, checked at once against each other and the hook points.
@@ -140,65 +144,26 @@ class Activations:
             or not finite.
     """
 
+    snapshots: Snapshots
+    dataset: Dataset
+    settings: ModelSettings
+    seed: int
+    hook_names: tuple[str, ...]
+    cache_dtype: str | None = None
+    """The format on disk; None if they are not read from a cache."""
+    data_order: str = SHUFFLED
+    """What decides the order of the tokens besides seed and data."""
     waited = 0.0
     """Seconds for which the last stream of batches waited for data."""
     waited_first = 0.0
     """The part of them before its first batch, when nothing else could be done."""
 
-    def __init__(
-        self,
-        snapshots: Snapshots,
-        hook_name: str | Sequence[str],
-        dataset: Dataset | Source,
-        n_tokens: int | None = None,
-        context_size: int | None = None,
-        *,
-        seed: int = 0,
-        settings: ModelSettings | None = None,
-        mixing_tokens: int | None = None,
-    ) -> None:
-        if not isinstance(dataset, Dataset):
-            dataset = Dataset(dataset, n_tokens, context_size)
-        else:
-            for name, value in (("n_tokens", n_tokens), ("context_size", context_size)):
-                if value is None:
-                    continue
-                if (set_already := getattr(dataset, name)) is not None:
-                    raise UserError(f"{name}={value} conflicts with {name}={set_already} of the Dataset: set it once")
-                dataset = replace(dataset, **{name: value})
-        source, length, longest = dataset.source, dataset.context_size, snapshots.n_ctx
-        if isinstance(source, (Tensor, np.ndarray)) and source.ndim == 2:
-            length = int(source.shape[1])
-        elif length is None:
-            length = min(longest, 1024)
-        if not 2 <= length <= longest:
-            raise UserError(f"context_size={length} is not in [2, {longest}], the models' context")
-        if mixing_tokens is not None and mixing_tokens < length:
-            raise UserError(f"mixing_tokens={mixing_tokens} must be at least {length}, the tokens of a sequence")
-        # the weights are compared before the first harvest; until then nothing is downloaded
-        names = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name)
-        settings = settings or ModelSettings()
-        check_hooks(names, settings.backend)
-        for name in names:
-            snapshots.check(name, weights=False)
-        self.snapshots = snapshots
-        self.hook_names = names
-        separator = dataset.separator or snapshots.separator
-        self.dataset = replace(dataset, context_size=length, separator=separator)
-        self.seed = seed
-        self.settings = replace(settings, device=own_device(settings.device))
-        self._mixing_tokens = mixing_tokens
-        self._compared = False
-        self._parts: dict[str, Activations] = {}
-        self._whole: Activations | None = None
-        self._cache: ActivationCache | None = None
-        self._cached_rows: CachedRows | None = None
-        self._held: Held | None = None
-        self._kept: dict[int, Tensor] = {}
-        self._tokens: Tensor | None = None
-        self._n_train = 0
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """As `pathlib.Path` does, the class itself makes one of its implementations."""
+        del args, options
+        made: Any = LiveActivations if cls is Activations else cls
+        return object.__new__(made)
 
-    # ------------------------------------------------------------------ hook points
     @property
     def hook_name(self) -> str:
         """The hook point.
@@ -214,26 +179,6 @@ class Activations:
             )
         return first
 
-    def __getitem__(self, hook_name: str) -> Activations:
-        """The activations at one of the hook points; they share the tokens.
-
-        Raises:
-            UserError: not one of them.
-        """
-        if hook_name not in self.hook_names:
-            raise UserError(
-                f"these activations have no hook point {hook_name!r}: choose {' or '.join(map(repr, self.hook_names))}"
-                f"{did_you_mean(hook_name, self.hook_names)}"
-            )
-        if len(self.hook_names) == 1:
-            return self
-        if hook_name not in self._parts:
-            part = copy.copy(self)
-            part.hook_names, part._parts, part._whole, part._kept = (hook_name,), {}, self, {}
-            self._parts[hook_name] = part
-        return self._parts[hook_name]
-
-    # ------------------------------------------------------------------ tokens
     @property
     def n_snapshots(self) -> int:
         """S, the number of snapshots."""
@@ -245,13 +190,14 @@ class Activations:
         return self.snapshots.hook_width(self.hook_name)
 
     @property
+    def n_tokens(self) -> int:
+        """Activations per epoch of training: positions of the training sequences that are kept."""
+        raise NotImplementedError
+
+    @property
     def tokens(self) -> Int[Tensor, "N T"]:
         """Sequences for training, then those held out; read and tokenised at the first use."""
-        if self._tokens is None and self._whole is not None:
-            self._tokens, self._n_train = self._whole.tokens, self._whole._n_train
-        if self._tokens is None:
-            self._tokens, self._n_train = self._read()
-        return self._tokens
+        raise NotImplementedError
 
     @property
     def tokens_sha256(self) -> str:
@@ -260,100 +206,38 @@ class Activations:
 
     def train_tokens(self) -> Int[Tensor, "N T"]:
         """Sequences that training sees."""
-        return self.tokens[: self._n_train]
+        raise NotImplementedError
 
     def held_out_tokens(self) -> Int[Tensor, "N T"]:
         """Sequences that training never sees."""
-        return self.tokens[self._n_train :]
-
-    @property
-    def n_tokens(self) -> int:
-        """Activations per epoch of training: positions of the training sequences that are kept."""
-        return int(self._counts.sum())
-
-    @cached_property
-    def _counts(self) -> Indices:
-        """Positions of each training sequence that are kept."""
-        return self.keep(self.train_tokens()).sum(-1).numpy()
+        raise NotImplementedError
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
         """Which positions of `tokens` training uses, as `Dataset.keep` says."""
-        return self.dataset.keep(tokens, self.snapshots.tokenizer)
+        raise NotImplementedError
 
-    def _read(self) -> tuple[Tensor, int]:
-        sequences = token_sequences(self.dataset, self.snapshots.tokenizer)
-        lowest, highest = (int(sequences.min()), int(sequences.max())) if sequences.numel() else (0, 0)
-        if lowest < 0 or highest >= len(self.snapshots.tokenizer):
-            raise UserError(
-                f"token id {lowest if lowest < 0 else highest} in {self.dataset.name} is outside the tokenizer's "
-                f"vocabulary of {len(self.snapshots.tokenizer)}: was it tokenised with another tokenizer?"
-            )
-        counts = self.keep(sequences).sum(-1)
-        wanted, held_out = self.dataset.n_tokens, self.dataset.n_held_out
-        order, n_train = split_sequences(counts, wanted, held_out, self.seed, self.dataset.name)
-        return sequences[order], n_train
+    @property
+    def is_cached(self) -> bool:
+        """Whether activations are read from a cache."""
+        return self.cache_dtype is not None
 
-    # ------------------------------------------------------------------ activations
-    def block(self, first: int, last: int, abandoned: Callable[[], bool] | None = None) -> Float[Tensor, "n T S D"]:
+    @property
+    def block_sequences(self) -> int:
+        """Number of sequences whose activations, of all snapshots, are at most 1 GiB; in whole forward passes."""
+        raise NotImplementedError
+
+    def block(self, first: int, last: int) -> Float[Tensor, "n T S D"]:
         """Activations of the sequences `first` to `last` of `tokens`.
 
         Args:
             first: first sequence.
             last: the one after the last.
-            abandoned: returns True once the result is no longer needed.
         """
-        if self._cache is not None:
-            return self._cache.read(first, last, self._repair)
-        self._compare()
-        tokens = self.tokens[first:last]
-        return harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
+        raise NotImplementedError
 
-    def _compare(self) -> None:
-        """Compare the weights of the snapshots, once."""
-        if not self._compared:
-            self.snapshots.check(self.hook_name)
-            self._say_error(0)
-            self._compared = True
-
-    def _say_error(self, s: int) -> None:
-        """Print what the models' dtype and attention do to the activations of a snapshot, unless they are exact."""
-        ours = self.settings
-        if (ours.dtype, ours.attention) == ("float32", "eager") or os.environ.get("RANK", "0") != "0":
-            return
-        self.snapshots.check_arrival(s)
-        widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
-        tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
-        errors = rounding_error(self.snapshots[s], tokens, widths, ours)
-        tqdm.write(describe_error(ours, self.snapshots.labels[s], tokens.numel(), errors), file=sys.stderr)
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether activations are read from a cache; otherwise the models run."""
-        return self._cache is not None
-
-    @property
-    def cache_dtype(self) -> str | None:
-        """The format on disk; None for live activations."""
-        return None if self._cache is None else self._cache.dtype
-
-    @property
-    def block_sequences(self) -> int:
-        """Number of sequences whose activations, of all snapshots, are at most 1 GiB; in whole forward passes."""
-        per_token = self.n_snapshots * self.d_model * 4
-        most = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
-        return most // self._pass_sequences * self._pass_sequences or most
-
-    @property
-    def mixing_tokens(self) -> int:
-        """Tokens in the buffer that live batches are drawn from; all of an epoch if there are no more."""
-        default = max(MIXING_BYTES // (4 * self.n_snapshots * self.d_model), self.tokens.shape[1])
-        return min(self._mixing_tokens or default, self.n_tokens)
-
-    @property
-    def data_order(self) -> str:
-        """What decides the order of the tokens besides seed and data."""
-        mixed = self._cache is None and self.mixing_tokens < self.n_tokens
-        return f"a live buffer of {self.mixing_tokens} tokens" if mixed else SHUFFLED
+    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
+        """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer."""
+        raise NotImplementedError
 
     def batches(
         self,
@@ -379,6 +263,168 @@ class Activations:
             parallel: the processes that read together.
             whole: all tokens of a batch; False: those that `Parallel.tokens` gives this process.
         """
+        raise NotImplementedError
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a `batch_size` that is larger than an epoch."""
+        if not 0 < batch_size <= self.n_tokens:
+            raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
+
+    def metadata(self) -> dict[str, Any]:
+        """What a crosscoder trained on these activations records about them."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """A record for `from_dict`, in types of JSON; of the settings all but the device.
+
+        Raises:
+            UserError: the models or the dataset are in memory.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, hook_name: str) -> Activations:
+        """The activations at one of the hook points; they share the tokens.
+
+        Raises:
+            UserError: not one of them.
+        """
+        raise NotImplementedError
+
+    def cache(
+        self, folder: str | Path, dtype: str = "bfloat16", *, evict: bool = False, verify: bool = False
+    ) -> Activations:
+        """Harvest the activations into a folder, and return the same activations read from there.
+
+        A cache that is complete needs neither the dataset nor the models. An interrupted harvest continues where it
+        stopped. Several processes, started by torchrun or by hand, may fill one folder together; each returns when it
+        is complete. A damaged file is harvested again when it is read. With several hook points, each has its own
+        folder of its name inside this one, and one pass of the models fills all; activations at one of them are read
+        from there, too.
+
+        Args:
+            folder: created if needed; a cache for a different request is rejected.
+            dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
+            evict: delete the weights that crosslens downloaded to the hub's cache, those of each snapshot as soon as it
+                is harvested: the disk then holds one at a time, or one for each process.
+            verify: compare the checksums of all files now.
+
+        Raises:
+            UserError: a cache for a different request, a link within a run directory, a full disk, or activations that
+                are not finite.
+        """
+        raise NotImplementedError
+
+    def plan(self, measure: bool = True, **options: Any) -> Plan:
+        """The cost of training on them; see `DatasetActivations.plan`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_dict(recorded: dict[str, Any], settings: ModelSettings | None = None) -> Activations:
+        """The activations that `to_dict` recorded; `settings` replace the recorded ones.
+
+        If they were read from a cache that is still there, they are again, and neither dataset nor models are needed.
+        """
+        acts = LiveActivations(
+            Snapshots.from_dict(recorded["snapshots"]),
+            recorded["hook_name"],
+            Dataset(**recorded["dataset"]),
+            seed=recorded["seed"],
+            settings=settings or ModelSettings(**recorded["settings"]),
+            mixing_tokens=recorded.get("mixing_tokens"),
+        )
+        folder, dtype = recorded.get("cache") or (None, "")
+        if folder is None:
+            return acts
+        if not (Path(folder) / "manifest.json").is_file():
+            tqdm.write(f"the cache {folder} is gone, and the models run instead, without its rounding", file=sys.stderr)
+            return acts
+        try:
+            return acts.cache(folder, dtype)
+        except UserError as error:
+            tqdm.write(f"the cache {folder} is not used, and the models run instead: {error}", file=sys.stderr)
+            return acts
+
+
+class DatasetActivations(Activations):
+    """What live and cached activations share: the dataset, what they are, a cache and a plan of them.
+
+    Args: as `LiveActivations`; `sequences` are those of the dataset.
+    """
+
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        hook_names: tuple[str, ...],
+        sequences: Sequences,
+        settings: ModelSettings,
+        mixing_tokens: int | None,
+    ) -> None:
+        self.snapshots, self.hook_names, self.settings = snapshots, hook_names, settings
+        self.sequences, self.dataset, self.seed = sequences, sequences.dataset, sequences.seed
+        self._mixing_tokens = mixing_tokens
+        self._parts: dict[str, Activations] = {}
+
+    def _options(self) -> dict[str, Any]:
+        return {"seed": self.seed, "settings": self.settings, "mixing_tokens": self._mixing_tokens}
+
+    @override
+    def __getitem__(self, hook_name: str) -> Activations:
+        if hook_name not in self.hook_names:
+            raise UserError(
+                f"these activations have no hook point {hook_name!r}: choose {' or '.join(map(repr, self.hook_names))}"
+                f"{did_you_mean(hook_name, self.hook_names)}"
+            )
+        if len(self.hook_names) == 1:
+            return self
+        if hook_name not in self._parts:
+            self._parts[hook_name] = self._live(hook_name)
+        return self._parts[hook_name]
+
+    def _live(self, hook_name: str) -> LiveActivations:
+        """Live activations at one of the hook points, of the same sequences."""
+        part = LiveActivations(self.snapshots, hook_name, self.dataset, **self._options())
+        part.sequences = self.sequences
+        return part
+
+    # ------------------------------------------------------------------ tokens
+    @property
+    @override
+    def tokens(self) -> Int[Tensor, "N T"]:
+        return self.sequences.tokens
+
+    @override
+    def train_tokens(self) -> Int[Tensor, "N T"]:
+        return self.tokens[: self.sequences.n_train]
+
+    @override
+    def held_out_tokens(self) -> Int[Tensor, "N T"]:
+        return self.tokens[self.sequences.n_train :]
+
+    @property
+    @override
+    def n_tokens(self) -> int:
+        return int(self.sequences.counts.sum())
+
+    @override
+    def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
+        return self.sequences.keep(tokens)
+
+    # ------------------------------------------------------------------ activations
+    def _rows(self, closed: threading.Event, parallel: Parallel) -> AbstractContextManager[Rows]:
+        """Where batches come from; `closed` is set when the consumer has enough."""
+        raise NotImplementedError
+
+    @override
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        start: int = 0,
+        epochs: int | None = None,
+        device: str | torch.device = "cpu",
+        parallel: Parallel = ALONE,
+        whole: bool = True,
+    ) -> Generator[Float[Tensor, "B S D"], None, None]:
         self.check_batch(batch_size)
         closed = threading.Event()
         self.waited = self.waited_first = 0.0
@@ -391,58 +437,31 @@ class Activations:
         steps = itertools.count(start) if last is None else range(start, last)
         spans = ((step * batch_size, (step + 1) * batch_size) for step in steps)
         shape = (batch_size, self.n_snapshots, self.d_model)
-        with Together.of(ALONE if self._cache is not None else parallel) as together:
-            rows = self._rows(closed.is_set, together)
+        with self._rows(closed, parallel) as rows:
             yield from feed(rows, spans, shape, torch.device(device), parallel, whole, closed, waited)
 
-    def check_batch(self, batch_size: int) -> None:
-        """Refuse a `batch_size` that is larger than an epoch."""
-        if not 0 < batch_size <= self.n_tokens:
-            raise UserError(f"batch_size={batch_size} is not in [1, {self.n_tokens}], the activations of one epoch")
+    @override
+    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
+        for first in range(self.sequences.n_train, len(self.tokens), self.block_sequences):
+            yield from self._held_out(first).split(batch_size)
 
-    def _rows(self, abandoned: Callable[[], bool], together: Together | None) -> Rows:
-        """Where batches come from."""
-        width = (self.n_snapshots, self.d_model)
-        if self._cached_rows is not None:
-            return self._cached_rows
+    def _held_out(self, first: int) -> Float[Tensor, "B S D"]:
+        """Activations of a block of held-out sequences."""
+        last = min(first + self.block_sequences, len(self.tokens))
+        return self.block(first, last)[self.keep(self.tokens[first:last])]
 
-        def run(sequences: Int[Tensor, " n"]) -> Float[Tensor, "K S D"]:
-            """Activations of the kept positions of some sequences."""
-            self._compare()
-            tokens = self.tokens[sequences]
-            if together is None:
-                acts = harvest(self.snapshots, tokens, self.hook_name, self.settings, cut=True, abandoned=abandoned)
-            else:
-                acts = harvest_together(self.snapshots, tokens, self.hook_name, self.settings, together, abandoned)
-            return acts[self.keep(tokens)]
+    @property
+    @override
+    def block_sequences(self) -> int:
+        per_token = self.n_snapshots * self.d_model * 4
+        most = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // per_token) // self.tokens.shape[1])
+        return most // self._pass_sequences * self._pass_sequences or most
 
-        if self.mixing_tokens < self.n_tokens:
-            schedule = Schedule(self._counts, self.mixing_tokens, self.seed, self.block_sequences)
-            return Mixed(schedule, lambda sequences: run(torch.from_numpy(sequences)), width, together is not None)
-        if self._held is None:
-            counts = [int(self._counts[first:last].sum()) for first, last in self._shards()]
-            self._held = Held(Order(counts, self.seed), width)
-        if together is not None and together.any(self._held.buffer is None):
-            self._held.buffer = None  # some have filled it by themselves
-        self._held.fill, self._held.together = (lambda out: self._hold(out, run)), together is not None
-        return self._held
-
-    def _hold(self, out: Float[Tensor, "K S D"], run: Callable[[Tensor], Tensor]) -> None:
-        """Harvest all training sequences, in the forward passes and in the order of a cache."""
-        block, at = self.block_sequences, 0
-        with tqdm(
-            total=len(out), desc="Running the models", unit=" tokens", unit_scale=True, leave=False, delay=2
-        ) as bar:
-            for shard, (first, last) in enumerate(self._shards()):
-                n = int(self._counts[first:last].sum())
-                places = np.empty(n, dtype=np.int64)
-                places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
-                at, done = at + n, 0
-                for begin in range(first, last, block):
-                    kept = run(torch.arange(begin, min(begin + block, last)))
-                    out[torch.from_numpy(places[done : done + len(kept)])] = kept
-                    done += len(kept)
-                    bar.update(len(kept))
+    @property
+    def mixing_tokens(self) -> int:
+        """Tokens in the buffer that live batches are drawn from; all of an epoch if there are no more."""
+        default = max(MIXING_BYTES // (4 * self.n_snapshots * self.d_model), self.tokens.shape[1])
+        return min(self._mixing_tokens or default, self.n_tokens)
 
     @property
     def _pass_sequences(self) -> int:
@@ -456,35 +475,18 @@ class Activations:
 
     @property
     def _shard_sequences(self) -> int:
-        return shard_sequences(len(self.train_tokens()), self.tokens.shape[1], self.d_model, self._pass_sequences)
+        return shard_sequences(self.sequences.n_train, self.tokens.shape[1], self.d_model, self._pass_sequences)
 
     def _shards(self) -> list[tuple[int, int]]:
         """First and last sequence of the shards that a new cache has."""
-        n, size = len(self.train_tokens()), self._shard_sequences
+        n, size = self.sequences.n_train, self._shard_sequences
         return [(first, min(first + size, n)) for first in range(0, n, size)]
-
-    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
-        """Activations of the held-out sequences in reading order, in batches of `batch_size` tokens or fewer.
-
-        An analysis reads them many times. If they take no more than `HELD_OUT_BYTES` they are kept in memory, and the
-        models run once.
-        """
-        small = self._cache is None and self._held_out_bytes() <= HELD_OUT_BYTES
-        for first in range(self._n_train or len(self.train_tokens()), len(self.tokens), self.block_sequences):
-            last = min(first + self.block_sequences, len(self.tokens))
-            if first not in self._kept:
-                x = self.block(first, last)[self.keep(self.tokens[first:last])]
-                if not small:
-                    yield from x.split(batch_size)
-                    continue
-                self._kept[first] = x
-            for part in self._kept[first].split(batch_size):
-                yield part.clone()  # what is kept must not change
 
     def _held_out_bytes(self) -> int:
         return int(self.keep(self.held_out_tokens()).sum()) * self.n_snapshots * self.d_model * 4
 
     # ------------------------------------------------------------------ cache
+    @override
     def cache(
         self, folder: str | Path, dtype: str = "bfloat16", *, evict: bool = False, verify: bool = False
     ) -> Activations:
@@ -515,14 +517,14 @@ class Activations:
             check_cache(place)
         source = source_identity(self.dataset, self.snapshots.tokenizer, self.seed)
         for place in places.values():
-            if self._tokens is None and (found := recorded_tokens(place, source)):
-                self._tokens, self._n_train = found
+            if self.sequences.found is None:
+                self.sequences.found = recorded_tokens(place, source)
         if not any(place.exists() for place in places.values()):  # an existing cache is checked once it is read
             widths = map(self.snapshots.hook_width, places)
             row = sum(row_bytes(width, check_dtype(dtype)) for width in widths)
             check_space(path, self.tokens.numel() * self.n_snapshots * row)  # before any download
-        size = min(self[name]._shard_sequences for name in places)  # one pass of a shard fills all
-        caches = {name: self[name]._open(place, size, dtype, source) for name, place in places.items()}
+        size = min(self._live(name)._shard_sequences for name in places)  # one pass of a shard fills all
+        caches = {name: self._live(name)._open(place, size, dtype, source) for name, place in places.items()}
         if len({cache.size for cache in caches.values()}) > 1:
             raise UserError(
                 f"the caches in {path} have shards of different lengths, so one pass cannot fill them: give another "
@@ -547,12 +549,12 @@ class Activations:
         if evict:
             freed += sum(snapshot.evict() for snapshot in self.snapshots)
             tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
-        parts = {name: self[name]._reading(cache) for name, cache in caches.items()}
+        parts = {name: CachedActivations(self._live(name), cache) for name, cache in caches.items()}
         if len(parts) == 1:
             return parts[self.hook_name]
-        cached = copy.copy(self)
-        cached._parts = parts
-        return cached
+        several = LiveActivations(self.snapshots, self.hook_names, self.dataset, **self._options())
+        several.sequences, several._parts = self.sequences, {**parts}
+        return several
 
     def _open(self, path: Path, size: int, dtype: str, source: dict[str, Any] | None) -> ActivationCache:
         """The cache of this hook point, as far as it is filled."""
@@ -564,23 +566,22 @@ class Activations:
             self.d_model,
             dtype,
             self.fingerprint(),
-            n_train=len(self.train_tokens()),
+            n_train=self.sequences.n_train,
             kept=self.keep(self.tokens),
             seed=self.seed,
             source=source,
         )
 
-    def _reading(self, cache: ActivationCache) -> Activations:
-        """The same activations, read from a cache."""
-        cached = copy.copy(self)
-        cached._cache, cached._held, cached._kept = cache, None, {}
-        cached._cached_rows = CachedRows(cache, Order(cache.training_counts(), self.seed), cached._repair)
-        return cached
-
-    def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
-        assert self._cache is not None
-        warnings.warn(f"{error.path} {error.what}: harvesting it again", stacklevel=2)
-        fill({self.hook_name: self._cache}, self.snapshots, [(shard, snapshot)], self.settings)
+    def _say_error(self, s: int) -> None:
+        """Print what the models' dtype and attention do to the activations of a snapshot, unless they are exact."""
+        ours = self.settings
+        if (ours.dtype, ours.attention) == ("float32", "eager") or os.environ.get("RANK", "0") != "0":
+            return
+        self.snapshots.check_arrival(s)
+        widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
+        tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
+        errors = rounding_error(self.snapshots[s], tokens, widths, ours)
+        tqdm.write(describe_error(ours, self.snapshots.labels[s], tokens.numel(), errors), file=sys.stderr)
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:
@@ -601,8 +602,8 @@ class Activations:
         """That code of the snapshots may run; nothing if not, as in caches and runs of earlier versions."""
         return {"trust_remote_code": True} if self.snapshots.trust_remote_code else {}
 
+    @override
     def metadata(self) -> dict[str, Any]:
-        """What a crosscoder trained on these activations records about them."""
         return {
             "model_name": self.snapshots.name,
             "hook_name": self.hook_name,
@@ -621,13 +622,9 @@ class Activations:
             **self._trusted(),
         }
 
+    @override
     def to_dict(self) -> dict[str, Any]:
-        """A record for `from_dict`, in types of JSON; of the settings all but the device.
 
-        Raises:
-            UserError: the models or the dataset are in memory.
-        """
-        cache = None if self._cache is None else [str(self._cache.folder.resolve()), self._cache.dtype]
         snapshots, source = self.snapshots.to_dict(), self.dataset.source
         if not isinstance(source, (str, Path)):
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
@@ -642,35 +639,10 @@ class Activations:
             "seed": self.seed,
             "mixing_tokens": self._mixing_tokens,
             "settings": settings,
-            "cache": cache,
+            "cache": None,
         }
 
-    @classmethod
-    def from_dict(cls, recorded: dict[str, Any], settings: ModelSettings | None = None) -> Activations:
-        """The activations that `to_dict` recorded; `settings` replace the recorded ones.
-
-        If they were read from a cache that is still there, they are again, and neither dataset nor models are needed.
-        """
-        acts = cls(
-            Snapshots.from_dict(recorded["snapshots"]),
-            recorded["hook_name"],
-            Dataset(**recorded["dataset"]),
-            seed=recorded["seed"],
-            settings=settings or ModelSettings(**recorded["settings"]),
-            mixing_tokens=recorded.get("mixing_tokens"),
-        )
-        folder, dtype = recorded.get("cache") or (None, "")
-        if folder is None:
-            return acts
-        if not (Path(folder) / "manifest.json").is_file():
-            tqdm.write(f"the cache {folder} is gone, and the models run instead, without its rounding", file=sys.stderr)
-            return acts
-        try:
-            return acts.cache(folder, dtype)
-        except UserError as error:
-            tqdm.write(f"the cache {folder} is not used, and the models run instead: {error}", file=sys.stderr)
-            return acts
-
+    @override
     def plan(
         self,
         measure: bool = True,
@@ -704,7 +676,7 @@ class Activations:
             options |= {"architecture": architecture, "batch_size": batch_size, "processes": processes}
             options |= {"data_parallel": data_parallel, "adam_moments": adam_moments}
             deepest = max(self.hook_names, key=hook_layer)
-            plans = [self[name].plan(measure and name == deepest, **options) for name in self.hook_names]
+            plans = [self._live(name).plan(measure and name == deepest, **options) for name in self.hook_names]
             return join_plans(self.hook_names, plans, self.hook_names.index(deepest))
         process = peak_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
@@ -758,8 +730,8 @@ class Activations:
             harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
             n_files=1 + files,
             batch_sequences=(
-                distinct_sequences(self._counts, batch_size),
-                buffered_sequences(self._counts, self.mixing_tokens, batch_size),
+                distinct_sequences(self.sequences.counts, batch_size),
+                buffered_sequences(self.sequences.counts, self.mixing_tokens, batch_size),
             ),
             cache_bytes=cache_bytes(self.tokens.numel(), files, S, D, dtype),
             cache_dtype=dtype,
@@ -795,3 +767,172 @@ class Activations:
             run_to_hooks(model, probe, {self.hook_name: out}, ours)
             seconds.append(time.perf_counter() - began)
         return sorted(seconds)[1] / probe.numel()
+
+
+class LiveActivations(DatasetActivations):
+    """Activations that the models compute when they are needed. Their arguments are those of `Activations`."""
+
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        hook_name: str | Sequence[str],
+        dataset: Dataset | Source,
+        n_tokens: int | None = None,
+        context_size: int | None = None,
+        *,
+        seed: int = 0,
+        settings: ModelSettings | None = None,
+        mixing_tokens: int | None = None,
+    ) -> None:
+        if not isinstance(dataset, Dataset):
+            dataset = Dataset(dataset, n_tokens, context_size)
+        else:
+            for name, value in (("n_tokens", n_tokens), ("context_size", context_size)):
+                if value is None:
+                    continue
+                if (set_already := getattr(dataset, name)) is not None:
+                    raise UserError(f"{name}={value} conflicts with {name}={set_already} of the Dataset: set it once")
+                dataset = replace(dataset, **{name: value})
+        source, length, longest = dataset.source, dataset.context_size, snapshots.n_ctx
+        if isinstance(source, (Tensor, np.ndarray)) and source.ndim == 2:
+            length = int(source.shape[1])
+        elif length is None:
+            length = min(longest, 1024)
+        if not 2 <= length <= longest:
+            raise UserError(f"context_size={length} is not in [2, {longest}], the models' context")
+        if mixing_tokens is not None and mixing_tokens < length:
+            raise UserError(f"mixing_tokens={mixing_tokens} must be at least {length}, the tokens of a sequence")
+        # the weights are compared before the first harvest; until then nothing is downloaded
+        names = (hook_name,) if isinstance(hook_name, str) else tuple(hook_name)
+        settings = settings or ModelSettings()
+        check_hooks(names, settings.backend)
+        for name in names:
+            snapshots.check(name, weights=False)
+        dataset = replace(dataset, context_size=length, separator=dataset.separator or snapshots.separator)
+        settings = replace(settings, device=own_device(settings.device))
+        super().__init__(snapshots, names, Sequences(dataset, snapshots, seed), settings, mixing_tokens)
+        self._compared = False
+        self._held: Tensor | None = None
+        self._kept: dict[int, Tensor] = {}
+
+    @property
+    @override
+    def data_order(self) -> str:
+        return f"a live buffer of {self.mixing_tokens} tokens" if self._is_mixed else SHUFFLED
+
+    @property
+    def _is_mixed(self) -> bool:
+        """Whether the buffer holds a part of an epoch only."""
+        return self.mixing_tokens < self.n_tokens
+
+    @override
+    def block(self, first: int, last: int) -> Float[Tensor, "n T S D"]:
+        self._compare()
+        return harvest(self.snapshots, self.tokens[first:last], self.hook_name, self.settings, cut=True)
+
+    def _compare(self) -> None:
+        """Compare the weights of the snapshots, once."""
+        if not self._compared:
+            self.snapshots.check(self.hook_name)
+            self._say_error(0)
+            self._compared = True
+
+    @override
+    def held_out(self, batch_size: int = 4096) -> Iterator[Float[Tensor, "B S D"]]:
+        """As `Activations.held_out`.
+
+        An analysis reads them many times. If they take no more than `HELD_OUT_BYTES` they are kept in memory, and the
+        models run once.
+        """
+        for x in super().held_out(batch_size):
+            yield x.clone() if self._kept else x  # what is kept must not change
+
+    @override
+    def _held_out(self, first: int) -> Float[Tensor, "B S D"]:
+        if first in self._kept:
+            return self._kept[first]
+        x = super()._held_out(first)
+        if self._held_out_bytes() <= HELD_OUT_BYTES:
+            self._kept[first] = x
+        return x
+
+    @override
+    @contextmanager
+    def _rows(self, closed: threading.Event, parallel: Parallel) -> Generator[Rows, None, None]:
+        with Together.of(parallel) as together:
+
+            def run(sequences: Int[Tensor, " n"]) -> Float[Tensor, "K S D"]:
+                """Activations of the kept positions of some sequences."""
+                self._compare()
+                tokens, ours = self.tokens[sequences], self.settings
+                if together is None:
+                    acts = harvest(self.snapshots, tokens, self.hook_name, ours, cut=True, abandoned=closed.is_set)
+                else:
+                    acts = harvest_together(self.snapshots, tokens, self.hook_name, ours, together, closed.is_set)
+                return acts[self.keep(tokens)]
+
+            def hold() -> Float[Tensor, "N S D"]:
+                """Activations of all training sequences; those that an earlier stream has filled are used again."""
+                lacking = self._held is None
+                if lacking if together is None else together.any(lacking):  # some may have filled theirs by themselves
+                    self._held = self._harvest_all(run)
+                assert self._held is not None
+                return self._held
+
+            if self._is_mixed:
+                schedule = Schedule(self.sequences.counts, self.mixing_tokens, self.seed, self.block_sequences)
+                width = (self.n_snapshots, self.d_model)
+                yield MixedRows(schedule, lambda n: run(torch.from_numpy(n)), width, together is not None)
+            else:
+                counts = [int(self.sequences.counts[first:last].sum()) for first, last in self._shards()]
+                yield HeldRows(Order(counts, self.seed), hold, self.d_model, together is not None)
+
+    def _harvest_all(self, run: Callable[[Tensor], Tensor]) -> Float[Tensor, "N S D"]:
+        """Activations of all training sequences, in the forward passes and in the order of a cache."""
+        out = torch.empty(self.n_tokens, self.n_snapshots, self.d_model)
+        block, at = self.block_sequences, 0
+        with tqdm(
+            total=len(out), desc="Running the models", unit=" tokens", unit_scale=True, leave=False, delay=2
+        ) as bar:
+            for shard, (first, last) in enumerate(self._shards()):
+                n = int(self.sequences.counts[first:last].sum())
+                places = np.empty(n, dtype=np.int64)
+                places[stored_order(n, self.seed, shard)] = np.arange(at, at + n)
+                at, done = at + n, 0
+                for begin in range(first, last, block):
+                    kept = run(torch.arange(begin, min(begin + block, last)))
+                    out[torch.from_numpy(places[done : done + len(kept)])] = kept
+                    done += len(kept)
+                    bar.update(len(kept))
+        return out
+
+
+class CachedActivations(DatasetActivations):
+    """Activations that are read from a cache.
+
+    Args:
+        live: the same, computed live.
+        cache: complete; a file that turns out to be damaged is harvested again.
+    """
+
+    def __init__(self, live: LiveActivations, cache: ActivationCache) -> None:
+        super().__init__(live.snapshots, live.hook_names, live.sequences, live.settings, live._mixing_tokens)
+        self.store, self.cache_dtype = cache, cache.dtype
+        cache.repair = self._repair
+        self._cached_rows = CachedRows(cache, Order(cache.training_counts(), self.seed))
+
+    @override
+    def block(self, first: int, last: int) -> Float[Tensor, "n T S D"]:
+        return self.store.read(first, last)
+
+    @override
+    def _rows(self, closed: threading.Event, parallel: Parallel) -> AbstractContextManager[Rows]:
+        return nullcontext(self._cached_rows)
+
+    def _repair(self, shard: int, snapshot: int, error: DamagedShardError) -> None:
+        warnings.warn(f"{error.path} {error.what}: harvesting it again", stacklevel=2)
+        fill({self.hook_name: self.store}, self.snapshots, [(shard, snapshot)], self.settings)
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "cache": [str(self.store.folder.resolve()), self.store.dtype]}

@@ -9,7 +9,7 @@
    are harvested again. The last tokens of a chunk of n are drawn after some ln(n) times the buffer's size, so that
    takes the forward passes of up to 10 buffers.
 
-A buffer that holds all training tokens needs no schedule: `Held` harvests once, and gives the order of a cache.
+A buffer that holds all training tokens needs no schedule: `rows.HeldRows` gives the order of a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from crosslens.activations.order import Indices, Order, Piece, random
+from crosslens.activations.files import Stored
+from crosslens.activations.order import Indices, random
 
 UNIT = 1024
 """Tokens that are drawn at once."""
@@ -91,7 +92,7 @@ class Schedule:
             n_free, n_used = n_free + n, n_used - n
 
 
-class Mixed:
+class MixedRows:
     """Batches drawn from a buffer that holds a part of the data.
 
     Args:
@@ -101,8 +102,11 @@ class Mixed:
         together: whether it does so with other processes, which all have to read the same batches.
     """
 
+    divisible = False
+
     def __init__(self, schedule: Schedule, harvest: Harvest, width: tuple[int, int], together: bool = False) -> None:
         self.schedule, self.harvest, self.together = schedule, harvest, together
+        self.types = {"data": (width[1], torch.float32)}
         self.buffer = torch.empty(schedule.capacity, *width)
         self.n_tokens = int(schedule.counts.sum())
         self._at = -1  # the position of the next token
@@ -110,15 +114,8 @@ class Mixed:
         self._events: Iterator[Fill | Draw] = iter(())
         self._bar = _bar(disable=True)
 
-    def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
-        """Write some rows of the batch of positions `first` to `last` into `out`.
-
-        Args:
-            first: position in the endless stream; at best the one where the batch before ended.
-            last: the position after the last.
-            rows: which rows.
-            out: for these rows.
-        """
+    def read(self, first: int, last: int, rows: slice, out: Stored) -> None:
+        """As `Rows.read`."""
         if first != self._at:
             self._seek(first)
         while self._at < last:
@@ -131,7 +128,7 @@ class Mixed:
             low, high = max(rows.start, begin), min(rows.stop, begin + n)
             if low < high:
                 own = torch.from_numpy(slots[low - begin : high - begin])
-                torch.index_select(self.buffer, 0, own, out=out[low - rows.start : high - rows.start])
+                torch.index_select(self.buffer, 0, own, out=out["data"][low - rows.start : high - rows.start])
             self._at += n
 
     def _advance(self) -> None:
@@ -170,46 +167,3 @@ class Mixed:
             here = np.flatnonzero(owner[filled[i].slots] == i)
             rows = self.harvest(filled[i].sequences)[torch.from_numpy(here)]
             self.buffer[torch.from_numpy(filled[i].slots[here])] = rows
-
-
-class Held:
-    """Batches of activations that are all in memory, in the order of a cache.
-
-    Args:
-        order: the order of a cache of these tokens.
-        width: (S, D).
-
-    Attributes:
-        fill: called with the buffer before the first batch that needs it.
-        together: as in `Mixed`.
-    """
-
-    fill: Callable[[Float[Tensor, "N S D"]], None]
-    together = False
-
-    def __init__(self, order: Order, width: tuple[int, int]) -> None:
-        self.order = order
-        self.width = width
-        self.starts = np.cumsum([0, *order.counts])
-        self.buffer: Tensor | None = None
-
-    def read(self, first: int, last: int, rows: slice, out: Float[Tensor, "n S D"]) -> None:
-        """As `Mixed.read`, from any position at once."""
-        if self.buffer is None:
-            buffer = torch.empty(self.order.n_tokens, *self.width)
-            self.fill(buffer)
-            self.buffer = buffer
-        pieces = self.order.pieces(first, last)
-        places = np.concatenate([self.starts[piece.shard] + piece.rows for piece in pieces])[rows]
-        torch.index_select(self.buffer, 0, torch.from_numpy(places), out=out)
-
-
-def cut(pieces: list[Piece], rows: slice) -> Iterator[tuple[Piece, slice]]:
-    """The parts of pieces that some rows of a batch come from, and where they go among these rows."""
-    at = -rows.start
-    for piece in pieces:
-        n = len(piece.rows)
-        low, high = max(0, -at), min(n, rows.stop - rows.start - at)
-        if low < high:
-            yield Piece(piece.shard, piece.rows[low:high]), slice(at + low, at + high)
-        at += n

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 from transformers import AutoModelForCausalLM
 
-from crosslens.activations.cache import BLOCK, HEADER, row_bytes
+from crosslens.activations.files import BLOCK, HEADER, row_bytes
 from crosslens.activations.mixing import CHUNKS
 from crosslens.activations.order import WINDOW
 from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig

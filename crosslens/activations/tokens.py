@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
 from crosslens.errors import UserError, did_you_mean, first_line, shortened
+from crosslens.snapshots.collection import Snapshots
 
 Source: TypeAlias = str | Path | Tensor | NDArray[Any] | Iterable[Any]
 """A hub name, a path, token ids, a table, or documents one after the other."""
@@ -119,6 +121,55 @@ class Dataset:
         """Which positions of `tokens` are used: all but BOS, padding and separators of `tokenizer`, unless
         `keep_special`, and but the first `drop_positions` of every sequence and document."""
         return kept_positions(tokens, tokenizer, self.keep_special, self.separator, self.drop_positions)
+
+
+class Sequences:
+    """The sequences of a dataset in the order of a seed, those to train on first; read when they are first needed.
+
+    Args:
+        dataset: with a `context_size`.
+        snapshots: whose tokenizer is used.
+        seed: seed for the order.
+    """
+
+    def __init__(self, dataset: Dataset, snapshots: Snapshots, seed: int) -> None:
+        self.dataset, self.snapshots, self.seed = dataset, snapshots, seed
+        self.found: tuple[Tensor, int] | None = None
+        """The tokens and the number of training sequences, once they are read, or were found in a cache."""
+
+    @property
+    def tokens(self) -> Int[Tensor, "N T"]:
+        """Sequences for training, then those held out."""
+        return self._read()[0]
+
+    @property
+    def n_train(self) -> int:
+        """Number of sequences for training."""
+        return self._read()[1]
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Positions of each training sequence that are kept."""
+        return self.keep(self.tokens[: self.n_train]).sum(-1).numpy()
+
+    def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
+        """Which positions of `tokens` training uses, as `Dataset.keep` says."""
+        return self.dataset.keep(tokens, self.snapshots.tokenizer)
+
+    def _read(self) -> tuple[Tensor, int]:
+        if self.found is None:
+            dataset, n_words = self.dataset, len(self.snapshots.tokenizer)
+            tokens = token_sequences(dataset, self.snapshots.tokenizer)
+            lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+            if lowest < 0 or highest >= n_words:
+                raise UserError(
+                    f"token id {lowest if lowest < 0 else highest} in {dataset.name} is outside the tokenizer's "
+                    f"vocabulary of {n_words}: was it tokenised with another tokenizer?"
+                )
+            counts = self.keep(tokens).sum(-1)
+            order, n_train = split_sequences(counts, dataset.n_tokens, dataset.n_held_out, self.seed, dataset.name)
+            self.found = tokens[order], n_train
+        return self.found
 
 
 def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:

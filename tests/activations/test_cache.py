@@ -18,8 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from crosslens.activations import cache as cache_module
-from crosslens.activations.cache import ActivationCache, Rows, decode, runs_of
+from crosslens.activations import files as files_module
+from crosslens.activations.cache import ActivationCache
+from crosslens.activations.files import Rows, decode, runs_of
 from crosslens.activations.harvesting import run_to_hooks
 from crosslens.activations.identity import source_identity
 from crosslens.activations.loader import Activations
@@ -162,7 +163,7 @@ def test_an_interrupted_harvest_continues_at_the_first_missing_pair(
     assert calls[0] == first[4]  # beginning with the pair that was cut short
     assert [s for s, _ in [*first[:4], *calls]] == sorted([0, 10, 20] * shards)  # one snapshot after the other
     after = state(tmp_path / "cache")
-    assert all(after[name] == before[name] for name in before if name != "harvest.lock") and not left.exists()
+    assert all(after[name] == before[name] for name in before if not name.endswith(".lock")) and not left.exists()
     monkeypatch.undo()
     monkeypatch.setattr("crosslens.activations.cache.FILE_BYTES", 30 * T * 32)
     fresh = make().cache(tmp_path / "fresh", "float32")
@@ -473,14 +474,14 @@ def test_only_what_is_read_is_verified_and_only_once(tmp_path: Path, monkeypatch
     values = torch.randn(100, 3, 1, 4, generator=torch.Generator().manual_seed(0))
     cache.write(0, 0, values[:, :, 0])
     checked: list[int] = []
-    check = cache_module._check  # pyright: ignore[reportPrivateUsage]
+    check = files_module._check  # pyright: ignore[reportPrivateUsage]
 
     def watched(raw: Sequence[tuple[memoryview, int]], i: int) -> int:
         data, size = raw[0]
         checked.append(len(data[i * size : (i + 1) * size]) // 16)  # rows of four float32
         return check(raw, i)
 
-    monkeypatch.setattr(cache_module, "_check", watched)
+    monkeypatch.setattr(files_module, "_check", watched)
     assert torch.equal(cache.read(10, 12), values[10:12]) and checked == [32, 32]  # rows 30 to 35
     assert torch.equal(cache.read(11, 13), values[11:13]) and len(checked) == 2
     assert torch.equal(cache.read(0, 100), values) and checked[2:] == [32] * 7 + [12]
@@ -562,8 +563,8 @@ def test_what_is_there_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.Mon
     for shard, s in cache.missing():
         cache.write(shard, s, torch.zeros(2, 3, 4))
     opened: list[str] = []
-    read = cache_module.read_header
-    monkeypatch.setattr(cache_module, "read_header", lambda path: opened.append(path.name) or read(path))
+    read = files_module.read_header
+    monkeypatch.setattr(files_module, "read_header", lambda path: opened.append(path.name) or read(path))
     listed = [0]
     scan = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.__setitem__(0, listed[0] + 1) or scan(path))

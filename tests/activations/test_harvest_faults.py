@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crosslens.activations import cache
+from crosslens.activations import cache, files
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import Dataset
 from crosslens.errors import UserError
@@ -161,9 +161,9 @@ def check_kill(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
         lambda: killing(os, "replace", 1),  # between the manifest's temporary file and the manifest
         lambda: killing(os, "replace", 1, after=True),
         lambda: killing(os, "replace", 3),  # while the tokens are written
-        lambda: setattr(cache, "write_file", torn),  # in one of the tokens
+        lambda: setattr(files, "write_file", torn),  # in one of the tokens
         lambda: killing(os, "replace", N_SHARDS - 2, after=True),
-        lambda: setattr(cache, "write_file", torn),  # in one of the activations
+        lambda: setattr(files, "write_file", torn),  # in one of the activations
         lambda: killing(os, "replace", 4, after=True),
         lambda: killing(cache, "write_shard", 5),
     ]
@@ -228,16 +228,6 @@ def check_share(acts: Activations, whole: dict[str, bytes], root: Path) -> None:
     os.kill(first, signal.SIGKILL)
     assert (died_of(first), died_of(second)) == (-signal.SIGKILL, 0)
     equal(root / "dies" / "cache", whole)
-    # on a system without locks, two processes write the same files
-
-    def without_locks() -> None:
-        cache.fcntl = None
-        acts.cache(root / "no locks")
-
-    pids = [fork(without_locks) for _ in range(2)]
-    assert [died_of(pid) for pid in pids] == [0, 0]
-    (root / "no locks" / "harvest.lock").unlink()
-    equal(root / "no locks", whole)
 
 
 def check_limit(acts: Activations, whole: dict[str, bytes], root: Path) -> None:

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from crosslens.activations import mixing
 from crosslens.activations.harvesting import harvest
-from crosslens.activations.loader import Activations
-from crosslens.activations.mixing import Mixed
+from crosslens.activations.loader import Activations, LiveActivations
+from crosslens.activations.mixing import MixedRows
 from crosslens.activations.plan import training_bytes
 from crosslens.activations.tokens import Dataset, special_positions
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
@@ -321,7 +321,7 @@ def test_one_batch_is_made_ahead_and_errors_reach_the_consumer(
 ):
     acts = make(snapshots, tiny_text, mixing_tokens=60)
     made, asked = [0], threading.Semaphore(0)
-    read = Mixed.read
+    read = MixedRows.read
 
     def watched(*args: Any) -> None:
         asked.release()
@@ -330,7 +330,7 @@ def test_one_batch_is_made_ahead_and_errors_reach_the_consumer(
             raise RuntimeError("the third batch")
         read(*args)
 
-    monkeypatch.setattr(Mixed, "read", watched)
+    monkeypatch.setattr(MixedRows, "read", watched)
     stream = acts.batches(40)
     next(stream)
     assert asked.acquire(timeout=60) and asked.acquire(timeout=60)  # the second is made while the first is in use
@@ -449,13 +449,13 @@ def test_held_out_activations_are_kept_if_they_are_few(
 ):
     acts = make(snapshots, tiny_text)
     blocks: list[tuple[int, int]] = []
-    block = Activations.block
+    block = LiveActivations.block
 
     def counted(acts: Activations, first: int, last: int) -> Tensor:
         blocks.append((first, last))
         return block(acts, first, last)
 
-    monkeypatch.setattr(Activations, "block", counted)
+    monkeypatch.setattr(LiveActivations, "block", counted)
     first = torch.cat(list(acts.held_out(50)))
     n = len(blocks)
     assert n > 0

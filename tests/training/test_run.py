@@ -30,7 +30,7 @@ import crosslens.training.checkpoints
 import crosslens.training.run
 from crosslens.activations import loader
 from crosslens.activations.loader import Activations
-from crosslens.activations.mixing import Mixed
+from crosslens.activations.mixing import MixedRows
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import (
     ARCHITECTURES,
@@ -98,7 +98,7 @@ def breaking(acts: Activations, after: int, error: type[BaseException] = Interru
     broken = copy.copy(acts)
 
     def batches(batch_size: int, *, epochs: int | None = None, **options: Any) -> Iterator[Tensor]:
-        for i, batch in enumerate(Activations.batches(acts, batch_size, epochs=epochs, **options)):
+        for i, batch in enumerate(type(acts).batches(acts, batch_size, epochs=epochs, **options)):
             if epochs is None and i == after:
                 raise error
             yield batch
@@ -550,7 +550,7 @@ def test_a_silent_snapshot_is_refused(acts: Activations):
     silent = copy.copy(acts)
 
     def batches(batch_size: int, **options: Any) -> Iterator[Tensor]:
-        for batch in Activations.batches(acts, batch_size, **options):
+        for batch in type(acts).batches(acts, batch_size, **options):
             yield batch * torch.tensor([1.0, 0.0, 1.0])[:, None]
 
     silent.batches = batches  # type: ignore[method-assign]
@@ -601,7 +601,7 @@ def test_a_non_finite_loss_stops_before_the_parameters_change(
 
     def batches(batch_size: int, **options: Any) -> Iterator[Tensor]:
         start = options.get("start", 0)
-        for i, batch in enumerate(Activations.batches(acts, batch_size, **options), start):
+        for i, batch in enumerate(type(acts).batches(acts, batch_size, **options), start):
             if options.get("epochs") is None and i == 15:
                 batch = batch.clone()
                 batch[3, 1, 2] = value
@@ -769,8 +769,8 @@ def test_the_buffer_that_scales_are_measured_on_is_the_one_of_the_training(
     few, buffers = config(training_tokens=live.n_tokens // B * B), []
     assert TrainConfig(device="cpu").scale_tokens == loader.SCALE_TOKENS
 
-    def filled(*args: Any) -> Mixed:
-        buffers.append(Mixed(*args))
+    def filled(*args: Any) -> MixedRows:
+        buffers.append(MixedRows(*args))
         return buffers[-1]
 
     def trained() -> tuple[dict[str, Tensor], int]:
@@ -778,7 +778,7 @@ def test_the_buffer_that_scales_are_measured_on_is_the_one_of_the_training(
         acts = Activations(live.snapshots, live.hook_name, live.dataset, seed=live.seed, mixing_tokens=n)
         return weights(train(acts, ALL["topk_crosscoder"](), few)), len(buffers)
 
-    monkeypatch.setattr(loader, "Mixed", filled)
+    monkeypatch.setattr(loader, "MixedRows", filled)
     once, n_once = trained()
     monkeypatch.setattr("crosslens.training.run.FIRST_BYTES", 0)
     twice, n_twice = trained()
