@@ -186,7 +186,7 @@ def check_training(
     check_processes(_n_processes() if processes is None else processes, config.data_parallel)
     if run is not None:
         details = {"architecture": f"{crosscoder.name}_crosscoder"}
-        details |= {"k": DEFAULT_K} if crosscoder.name.endswith("topk") else {}
+        details |= {"k": DEFAULT_K} if crosscoder.has("k") else {}
         names = ("batch_size", "lr", "lr_warm_up", "lr_decay", "dead_tokens", "adam_moments", "seed")
         run.check_settings(
             {
