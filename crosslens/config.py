@@ -415,8 +415,8 @@ class CrosscoderOptions:
     k_anneal: Annotated[float | None, DURATION] = None
     """Annealing of k. Below 1: a fraction of the steps; from 2: a number of steps."""
     aux: Annotated[float | None, COEFFICIENT] = None
-    """Coefficient of the auxiliary loss that revives dead features, as a share of the data's variance. Default:
-    1/32 = 0.03125."""
+    """Coefficient of the auxiliary loss that revives dead features, as a share of the data's
+    variance. Default: 1/32 = 0.03125."""
     topk_threshold_lr: Annotated[float | None, POSITIVE] = None
     """Weight of the newest batch in the moving average of the threshold. Default: 0.01."""
     sparsity: Annotated[float | None, COEFFICIENT] = None

@@ -16,7 +16,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import pandas as pd
 
@@ -26,6 +26,7 @@ from crosslens.evolution.held_out import Block
 from crosslens.tables import Table, declare
 
 
+@runtime_checkable
 class Measuring(Protocol):
     """An accumulator of `held_out.read` that ends with a table."""
 
@@ -38,7 +39,7 @@ class Measuring(Protocol):
         ...
 
 
-Start: TypeAlias = Callable[[Crosscoder, Activations], "Measuring | None"]
+Start: TypeAlias = Callable[[Crosscoder, Activations], Measuring | None]
 AnyStart = TypeVar("AnyStart", bound=Start)
 _STARTS: dict[str, Start] = {}
 
