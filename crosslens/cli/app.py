@@ -167,7 +167,7 @@ def train(
 
     out, run = Output(json), RunDir(run_dir)
     trained = train(
-        run, source, crosscoder or CrosscoderOptions(), training, models=models, cache=cache, seeds=seeds, tell=out.say
+        run, source, crosscoder or CrosscoderOptions(), training, models=models, cache=cache, seeds=seeds, say=out.say
     )
     made, found = next(iter(trained.crosscoders.values())), dict[str, Any]()
     if is_first():

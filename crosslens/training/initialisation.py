@@ -30,7 +30,7 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES, CrosscoderTrainingConf
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.distributed.strategy import ONE_PROCESS
 from crosslens.errors import UserError
-from crosslens.training.progress import tell
+from crosslens.training.progress import say
 
 LITTLE = 0.25  # share of variance in the mean squared norm below which `train` warns
 CONSTANT = 1e-10  # share below which activations are constant: float32 rounds at 1e-14 of the square
@@ -170,7 +170,7 @@ def name_constant(moments: Moments, scale: Literal["std", "norm"], acts: Activat
         "variance as a share of the mean squared norm): "
     )
     if scale == "std":
-        tell(found + "each snapshot is scaled to the same variance, so they count like the others")
+        say(found + "each snapshot is scaled to the same variance, so they count like the others")
     else:
         remedy = "with scale='norm' they count little in the loss; use scale='std', or leave them out"
         warnings.warn(found + remedy, stacklevel=2)
