@@ -588,7 +588,20 @@ class PlanOptions:
 # ---------------------------------------------------------------------- analyses
 @_RUN
 @dataclass(frozen=True, kw_only=True)
-class EvolveOptions:
+class AnalysisOptions:
+    """What every analysis of a run accepts."""
+
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
+    it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@_RUN
+@dataclass(frozen=True, kw_only=True)
+class EvolveOptions(AnalysisOptions):
     """When features form, rotate, split and fade (`crosslens evolve`)."""
 
     untrained: Annotated[bool, Parameter(negative="--no-untrained"), COMMON] = False
@@ -602,28 +615,19 @@ class EvolveOptions:
     """Features that linear probes are fitted to, drawn from those that are active often enough."""
     seed: Annotated[int, SEED] = 0
     """Seed of the random directions, the intervals, and the draw of the features to probe."""
-    allow_changed_data: Annotated[bool, FREE] = False
-    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
-    it."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @_RUN
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """On which tasks."""
+class TaskOptions(AnalysisOptions):
+    """On which tasks, and what features are set to."""
 
     task: Annotated[tuple[Any, ...], Parameter(converter=_texts), COMMON]
     """A file with the columns prefix, correct and wrong; or a task in another format, such as sva:FILE or ioi, which
     `crosslens ls tasks` lists. Repeat it for several tasks. (In Python also `crosslens.tasks.Task`s.)"""
-    allow_changed_data: Annotated[bool, FREE] = False
-    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
-    it."""
-
-    def __post_init__(self) -> None:
-        check(self)
+    baseline: Annotated[Baseline | None, COMMON] = None
+    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
+    patch if half of the prompts or more are paired, otherwise zero; in ablate as in attribute."""
 
 
 @_RUN
@@ -639,9 +643,6 @@ class AttributeOptions(TaskOptions):
     """Quadrature rule of ig."""
     n_nodes: Annotated[int, COUNT] = 20
     """Nodes of the rule, each a backward pass."""
-    baseline: Annotated[Baseline | None, COMMON] = None
-    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
-    patch if half of the prompts or more are paired, otherwise zero."""
     n_exact: Annotated[int, NUMBER, COMMON] = 20
     """Ablate this many of the largest effects one by one at every snapshot, to see how far the estimates agree. 0:
     none."""
@@ -658,8 +659,6 @@ class AblateOptions(TaskOptions):
 
     k: Annotated[tuple[int, ...], COUNTS, COMMON] = (1, 5, 15, 50)
     """Sizes of the sets of top features."""
-    baseline: Annotated[Baseline | None, COMMON] = None
-    """What a feature is set to; default: as in attribute."""
     n_draws: Annotated[int, COUNT, COMMON] = 20
     """Sets of random and of matched features to compare with."""
     seed: Annotated[int, SEED] = 0
@@ -709,9 +708,6 @@ class StudyOptions(StudySizes, TaskOptions):
     """Every causal analysis of tasks (`crosslens study`): effects, ablation with controls, transfer, additivity,
     timeline, validation, languages."""
 
-    baseline: Annotated[Baseline | None, COMMON] = None
-    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
-    patch if half of the prompts or more are paired, otherwise zero."""
     seed: Annotated[int, SEED] = 0
     """Seed of the split into halves and of every draw."""
 
@@ -746,9 +742,7 @@ class LabelOptions:
     """Rate limit."""
     workers: Annotated[int, COUNT] = 4
     """Concurrent requests."""
-    prices: Annotated[tuple[float, float] | None, Parameter(converter=_prices, validator=_check_prices, n_tokens=1)] = (
-        None
-    )
+    prices: Annotated[tuple[float, float] | None, PRICES] = None
     """Prices of a million tokens in and out."""
     seed: Annotated[int, SEED] = 0
     """Seed of the draws."""
