@@ -147,7 +147,11 @@ def pooled(effects: Effects, level: float = 0.01) -> Tensor:
         for run in runs:
             sign = np.sign(y[i, run[0] - 1 if run[0] and counts[i, run[0] - 1] else run[0] + 1])
             windows = [run[:n] for n in {2, 4, 8, 16, len(run)} if n <= len(run)]
-            found = [(sign_flip_p(v.sum(), (v**2).sum()), w) for w in windows if (v := effects.x[:, i, w].sum(1)).sum() * sign > 0]
+            found = [
+                (sign_flip_p(v.sum(), (v**2).sum()), w)
+                for w in windows
+                if (v := effects.x[:, i, w].sum(1)).sum() * sign > 0
+            ]
             if found:
                 p, window = min(found, key=lambda each: float(each[0]))
                 if p * len(windows) * len(runs) <= level:
@@ -227,7 +231,19 @@ def print_profiles(arguments: argparse.Namespace) -> None:
                     found.append(judge(mean, effects, False))
                     rates.setdefault((S, profile), []).append(false_classes(mean, effects))
                 mid = {name: float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in found[0]}
-                columns = ("kept", "right", "all", "less noise", "shrunk", "extended", "pooled", "error", "coverage", "acting", "width")
+                columns = (
+                    "kept",
+                    "right",
+                    "all",
+                    "less noise",
+                    "shrunk",
+                    "extended",
+                    "pooled",
+                    "error",
+                    "coverage",
+                    "acting",
+                    "width",
+                )
                 print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{mid[name]:.3f}" for name in columns) + " |")
                 where = f"S = {S}, {profile}, z = {z:g}"
                 kind = "ramp" if profile == "ramp" else "slow ramp" if profile == "slow ramp" else "others"
@@ -251,9 +267,7 @@ def print_limits(arguments: argparse.Namespace) -> None:
         "known which effects are 0; by all effects with their known sign; where profile and size are known. "
         "Then the mean error of the centre of mass, and its mean absolute error, by significant effects and the rules."
     )
-    columns = (
-        "right | away | known zeros | known sign | known ramps | bias | error | extended, bias | error | pooled, bias | error"
-    )
+    columns = "right | away | known zeros | known sign | known ramps | bias | error | extended, bias | error | pooled, bias | error"
     print(f"| S | profile | z | {columns} |\n{'|---' * 14}|")
     for S in (each for each in arguments.snapshots if each > 2):
         for profile in ("ramp", "slow ramp"):

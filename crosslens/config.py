@@ -10,10 +10,12 @@ refused at once.
 3. `COMMON` marks the options that most runs need: `--help` lists them, `--help-all` the others, too.
 4. Every option decides the result unless it is marked `FREE`; `ORDER` marks those that decide the order of live data
    only. `decisive` gives those that count, which a run records, and compares when it is continued.
+5. The file of an architecture declares which options it has (`ARCHITECTURES`); nothing here names one but recipes.
 """
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import re
@@ -21,13 +23,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from crosslens.errors import UserError, did_you_mean
 
-Architecture: TypeAlias = Literal["standard", "topk", "batchtopk", "jumprelu"]
+
+def _declared(keyword: str) -> dict[str, Any]:
+    """What the file of every architecture says by a keyword of its declaration `ARCHITECTURE`; by name.
+
+    Files are parsed and not imported, because they import torch. The name of a file is that of its architecture.
+    """
+    files = sorted((Path(__file__).parent / "crosscoders" / "architectures").glob("[!_]*.py"))
+    return {
+        path.stem: ast.literal_eval(each.value)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Architecture"
+        for each in node.keywords
+        if each.arg == keyword
+    }
+
+
+ARCHITECTURES: dict[str, tuple[str, ...]] = _declared("options")
+"""All architectures, and the options of `CrosscoderOptions` that each has and others do not."""
+DEFAULT_ARCHITECTURE: str = next(iter(_declared("default")))
+
+if TYPE_CHECKING:
+    Architecture: TypeAlias = str
+    WithK: TypeAlias = str
+else:
+    Architecture = Literal[tuple(ARCHITECTURES)]
+    WithK = Literal[tuple(name for name, options in ARCHITECTURES.items() if "k" in options)]
 Attention: TypeAlias = Literal["eager", "sdpa"]
 Backend: TypeAlias = Literal["bridge", "hooked_transformer"]
 Baseline: TypeAlias = Literal["zero", "mean", "patch"]
@@ -46,7 +74,6 @@ Scale: TypeAlias = Literal["std", "norm"]
 MAX_SEED = 2**32 - 1
 """The largest seed that every random generator in use accepts."""
 MAX_FEATURES = 2**24
-DEFAULT_ARCHITECTURE = "batchtopk"
 DEFAULT_K = 64
 """That of the architecture's config, which is in a module that imports torch; a test compares them."""
 TEXT_FILES = (".txt", ".text", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -342,21 +369,30 @@ class ModelOptions:
 
 
 # ---------------------------------------------------------------------- what is trained
-_TOPK, _JUMPRELU, _STANDARD = ("topk", "batchtopk"), ("jumprelu",), ("standard",)
-ONLY = {
-    "k": (_TOPK, "k"),
-    "k_start": (_TOPK, "k_start"),
-    "k_anneal": (_TOPK, "k_anneal_steps"),
-    "aux": (_TOPK, "aux_loss_coefficient"),
-    "topk_threshold_lr": (("batchtopk",), "topk_threshold_lr"),
-    "sparsity": (_JUMPRELU, "sparsity_coefficient"),
-    "sparsity_warm_up": (_JUMPRELU, "sparsity_warm_up_steps"),
-    "l1": (_STANDARD, "l1_coefficient"),
-    "l1_warm_up": (_STANDARD, "l1_warm_up_steps"),
+FIELDS = {
+    "k": "k",
+    "k_start": "k_start",
+    "k_anneal": "k_anneal_steps",
+    "aux": "aux_loss_coefficient",
+    "topk_threshold_lr": "topk_threshold_lr",
+    "sparsity": "sparsity_coefficient",
+    "sparsity_warm_up": "sparsity_warm_up_steps",
+    "l1": "l1_coefficient",
+    "l1_warm_up": "l1_warm_up_steps",
 }
-"""Options of some architectures: which, and the field of their config."""
-DURATIONS = ("k_anneal", "sparsity_warm_up", "l1_warm_up")
-"""Those of them that are a fraction of the steps below 1, and a number of steps above it."""
+"""Options that some architectures have, and the fields of their configs. Those that count steps are given as a fraction
+of them below 1, and as a number from 2."""
+
+
+def architectures_with(option: str) -> tuple[str, ...]:
+    """The architectures that have an option of `FIELDS`."""
+    return tuple(name for name, options in ARCHITECTURES.items() if option in options)
+
+
+_HAS = (f"{name} has --{', --'.join(options).replace('_', '-')}" for name, options in ARCHITECTURES.items())
+_WHICH = Parameter(
+    help=f"What keeps the number of active features small. Default: {DEFAULT_ARCHITECTURE}. {'; '.join(_HAS)}."
+)
 
 
 @_CROSSCODER
@@ -367,9 +403,8 @@ class CrosscoderOptions:
     d_sae: Annotated[int | None, FEATURES, COMMON] = None
     """Number of features. train needs it or --recipe; in plan it adds the memory of training."""
     k: Annotated[int | None, COUNT, COMMON] = None
-    """Active features per token (topk and batchtopk). Default: 64."""
-    architecture: Architecture | None = None
-    """What keeps the number of active features small. Default: batchtopk."""
+    """Active features per token. Default: 64."""
+    architecture: Annotated[Architecture | None, _WHICH] = None
     recipe: Annotated[Recipe | None, COMMON] = None
     """All training settings of a paper. Other options override it; for a small run give at least --d-sae and
     --training-tokens. (In Python `crosslens.training.recipes`.)"""
@@ -380,16 +415,16 @@ class CrosscoderOptions:
     k_anneal: Annotated[float | None, DURATION] = None
     """Annealing of k. Below 1: a fraction of the steps; from 2: a number of steps."""
     aux: Annotated[float | None, COEFFICIENT] = None
-    """Coefficient of the auxiliary loss that revives dead features (topk and batchtopk), as a share of the data's
+    """Coefficient of the auxiliary loss that revives dead features, as a share of the data's
     variance. Default: 1/32 = 0.03125."""
     topk_threshold_lr: Annotated[float | None, POSITIVE] = None
-    """Weight of the newest batch in the moving average of the threshold (batchtopk). Default: 0.01."""
+    """Weight of the newest batch in the moving average of the threshold. Default: 0.01."""
     sparsity: Annotated[float | None, COEFFICIENT] = None
-    """Sparsity coefficient of jumprelu. Default: 0.3."""
+    """Coefficient of the penalty on the frequencies of features. Default: 0.3."""
     sparsity_warm_up: Annotated[float | None, DURATION] = None
     """Warmup of --sparsity from 0. Below 1: a fraction of the steps; from 2: a number of steps. Default: none."""
     l1: Annotated[float | None, COEFFICIENT] = None
-    """Coefficient of the L1 penalty of standard. Default: 2."""
+    """Coefficient of the L1 penalty. Default: 2."""
     l1_warm_up: Annotated[float | None, DURATION] = None
     """Warmup of --l1 from 0. Below 1: a fraction of the steps; from 2: a number of steps. Default: none."""
 
@@ -400,15 +435,15 @@ class CrosscoderOptions:
             raise UserError(
                 f"architecture={name!r} contradicts recipe={self.recipe}, which is {of_recipe!r}: leave one of them out"
             )
-        for option, (architectures, _) in ONLY.items():
+        for option in FIELDS:
             value = getattr(self, option)
-            if value is not None and name not in architectures:
-                other = "" if of_recipe else f", or use --architecture {' or '.join(architectures)}"
+            if value is not None and not self.has(option):
+                other = "" if of_recipe else f", or use --architecture {' or '.join(architectures_with(option))}"
                 of_recipe_ = f" (recipe={self.recipe})" if of_recipe else ""
                 raise UserError(
                     f"{option}={value:g} is no setting of {name!r} crosscoders{of_recipe_}: leave it out{other}"
                 )
-        for option, k in (("k", self.k or DEFAULT_K), ("k_start", self.k_start or 0)) if name in _TOPK else ():
+        for option, k in (("k", self.k or DEFAULT_K), ("k_start", self.k_start or 0)) if self.has("k") else ():
             if self.d_sae is not None and k > self.d_sae:
                 raise UserError(f"{option}={k:g} must be at most d_sae={self.d_sae}")
         if (self.k_start is None) != (self.k_anneal is None):
@@ -423,6 +458,10 @@ class CrosscoderOptions:
         """The architecture: that of the option, the recipe, or the default."""
         return self.architecture or RECIPES.get(self.recipe or "", {}).get("architecture", DEFAULT_ARCHITECTURE)
 
+    def has(self, option: str) -> bool:
+        """Whether the architecture has an option of `FIELDS`."""
+        return option in ARCHITECTURES[self.name]
+
     def settings(self, total: int | None) -> dict[str, Any]:
         """The fields of the architecture's config that are given; without `total`, its steps, without durations.
 
@@ -430,9 +469,9 @@ class CrosscoderOptions:
             UserError: a warmup or annealing is longer than the training.
         """
         found = {name: value for name in ("d_sae", "scale") if (value := getattr(self, name)) is not None}
-        for option, (_, name) in ONLY.items():
+        for option, name in FIELDS.items():
             value = getattr(self, option)
-            if value is not None and option not in DURATIONS:
+            if value is not None and not name.endswith("_steps"):
                 found[name] = value
             elif value is not None and total is not None:
                 found[name] = round(value * total) if value < 1 else int(value)
@@ -528,7 +567,7 @@ class SweepOptions:
     """Numbers of active features per token, such as 4,8,16."""
     seeds: Annotated[int, at_least(2)] = 2
     """Trainings per setting, from --seed on."""
-    architecture: Literal["topk", "batchtopk"] = "batchtopk"
+    architecture: WithK = DEFAULT_ARCHITECTURE
     """What keeps the number of active features small."""
 
     def __post_init__(self) -> None:
@@ -549,7 +588,20 @@ class PlanOptions:
 # ---------------------------------------------------------------------- analyses
 @_RUN
 @dataclass(frozen=True, kw_only=True)
-class EvolveOptions:
+class AnalysisOptions:
+    """What every analysis of a run accepts."""
+
+    allow_changed_data: Annotated[bool, FREE] = False
+    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
+    it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@_RUN
+@dataclass(frozen=True, kw_only=True)
+class EvolveOptions(AnalysisOptions):
     """When features form, rotate, split and fade (`crosslens evolve`)."""
 
     untrained: Annotated[bool, Parameter(negative="--no-untrained"), COMMON] = False
@@ -563,29 +615,19 @@ class EvolveOptions:
     """Features that linear probes are fitted to, drawn from those that are active often enough."""
     seed: Annotated[int, SEED] = 0
     """Seed of the random directions, the intervals, and the draw of the features to probe."""
-    allow_changed_data: Annotated[bool, FREE] = False
-    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
-    it."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @_RUN
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions:
-    """On which tasks."""
+class TaskOptions(AnalysisOptions):
+    """On which tasks, and what features are set to."""
 
     task: Annotated[tuple[Any, ...], Parameter(converter=_texts), COMMON]
-    """A jsonl, csv or parquet file with the columns prefix, correct and wrong; sva:FILE, with clean_prefix,
-    patch_prefix, clean_answer and patch_answer; blimp:FILE; clams:FILE; or, without a file, blimp:UID,
-    multiblimp:LANGUAGE, ioi or demo:simple. Repeat it for several tasks. (In Python also `crosslens.tasks.Task`s.)"""
-    allow_changed_data: Annotated[bool, FREE] = False
-    """Go on although the dataset or the tokenizer changed since training, which is refused otherwise; the tables record
-    it."""
-
-    def __post_init__(self) -> None:
-        check(self)
+    """A file with the columns prefix, correct and wrong; or a task in another format, such as sva:FILE or ioi, which
+    `crosslens ls tasks` lists. Repeat it for several tasks. (In Python also `crosslens.tasks.Task`s.)"""
+    baseline: Annotated[Baseline | None, COMMON] = None
+    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
+    patch if half of the prompts or more are paired, otherwise zero; in ablate as in attribute."""
 
 
 @_RUN
@@ -601,9 +643,6 @@ class AttributeOptions(TaskOptions):
     """Quadrature rule of ig."""
     n_nodes: Annotated[int, COUNT] = 20
     """Nodes of the rule, each a backward pass."""
-    baseline: Annotated[Baseline | None, COMMON] = None
-    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
-    patch if half of the prompts or more are paired, otherwise zero."""
     n_exact: Annotated[int, NUMBER, COMMON] = 20
     """Ablate this many of the largest effects one by one at every snapshot, to see how far the estimates agree. 0:
     none."""
@@ -620,8 +659,6 @@ class AblateOptions(TaskOptions):
 
     k: Annotated[tuple[int, ...], COUNTS, COMMON] = (1, 5, 15, 50)
     """Sizes of the sets of top features."""
-    baseline: Annotated[Baseline | None, COMMON] = None
-    """What a feature is set to; default: as in attribute."""
     n_draws: Annotated[int, COUNT, COMMON] = 20
     """Sets of random and of matched features to compare with."""
     seed: Annotated[int, SEED] = 0
@@ -671,9 +708,6 @@ class StudyOptions(StudySizes, TaskOptions):
     """Every causal analysis of tasks (`crosslens study`): effects, ablation with controls, transfer, additivity,
     timeline, validation, languages."""
 
-    baseline: Annotated[Baseline | None, COMMON] = None
-    """What a feature is set to: zero, its mean over the prompts, or patch, its value on the paired prompt. Default:
-    patch if half of the prompts or more are paired, otherwise zero."""
     seed: Annotated[int, SEED] = 0
     """Seed of the split into halves and of every draw."""
 
@@ -767,9 +801,7 @@ class LabelOptions:
     """Rate limit."""
     workers: Annotated[int, COUNT] = 4
     """Concurrent requests."""
-    prices: Annotated[tuple[float, float] | None, Parameter(converter=_prices, validator=_check_prices, n_tokens=1)] = (
-        None
-    )
+    prices: Annotated[tuple[float, float] | None, PRICES] = None
     """Prices of a million tokens in and out."""
     seed: Annotated[int, SEED] = 0
     """Seed of the draws."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 0.5  # seconds; `status` looks whether a lock is held by taking it for a moment
 _COUNT = itertools.count()
-_HELD: list[FileLock] = []
+_LOCKS: list[FileLock] = []
 _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
 # what is written directly in a run directory; `check_cache` looks at caches, which can have any name
 _PARTS = re.compile(
@@ -49,7 +49,7 @@ _PARTS = re.compile(
     r"|completeness|validation|ablation|timeline|transfer|additivity|languages|.+\.parquet|run\.json|labels\.jsonl"
     r"|exports|summary\.json|documents\.txt|\.lock|\.report\.lock"
 )
-# what is written in folders of it whose contents are not always ours
+# what is written in those of its folders that may hold other files, too
 _INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seeds": re.compile(r"\d+"),
           "sweep": re.compile(r"F\d.*")}  # fmt: skip
 _PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
@@ -156,10 +156,10 @@ class RunDir:
         Raises:
             UserError: a part is a link. It is named, with its target and the remedy.
         """
-        for folder, ours in ((".", _PARTS), *_INNER.items()):
+        for folder, parts in ((".", _PARTS), *_INNER.items()):
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / folder) as found:
                 for entry in found:
-                    if ours.fullmatch(entry.name):
+                    if parts.fullmatch(entry.name):
                         check_no_link(Path(entry.path), self.path)
 
     @contextmanager
@@ -199,10 +199,10 @@ class RunDir:
                 f"another process is writing the {part} in {self.path}: wait until it has ended, or choose another "
                 "directory"
             ) from error
-        _HELD.append(lock)  # it is released when nothing refers to it any more
+        _LOCKS.append(lock)  # it is released when nothing refers to it any more
 
         def release() -> None:
-            _HELD.remove(lock)
+            _LOCKS.remove(lock)
             lock.release()
             if new and not self.exists() and not lock.is_locked:  # refused: leave nothing behind
                 path.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 `RunDir.save_table` refuses tables and columns that are not declared here. The report takes its "run ..." sentences and
 the meaning of every column from here, and so does the page "Tables of a run" of the documentation. To add a column,
-add it to its table here; to save a table of your own, with any columns, name it `own/<name>`.
+add it to its table here; a table may also be declared in the file that makes it (`declare`). To save a table of your
+own, with any columns, name it `own/<name>`.
 
 Names and columns may hold one placeholder: `attribution/<task>` stands for one table per task, `share/<label>` for one
 column per snapshot label. All tables are parquet files, `<name>.parquet` below the run directory.
@@ -76,6 +77,19 @@ class Table:
     def advise(self) -> str:
         """What to say where the table does not exist."""
         return self.missing or VERBS[self.verb].missing
+
+
+def declare(table: Table) -> Table:
+    """Add a table to those of a run; one of the same name is replaced.
+
+    Args:
+        table: such as that of a measure, which stands in the file of its measure.
+
+    Returns:
+        The table.
+    """
+    TABLES[:] = [each for each in TABLES if each.name != table.name] + [table]
+    return table
 
 
 def find_table(name: str) -> Table | None:
@@ -196,10 +210,35 @@ VERBS = {
 }
 
 
-def _columns(columns: Mapping[str, str | tuple[str, str]], shared: str = "") -> dict[str, Column]:
-    """Columns by name: those of `_SHARED` that are listed, then those given as a meaning, or a meaning and a unit."""
-    own = {name: Column(*((text,) if isinstance(text, str) else text)) for name, text in columns.items()}
-    return {**{name: _SHARED[name] for name in shared.split()}, **own}
+def _columns(
+    columns: Mapping[str, str | tuple[str, str]],
+    shared: str = "",
+    *,
+    interval: str = "",
+    step: str = "",
+    tokens: str = "",
+) -> dict[str, Column]:
+    """Columns by name, in the order in which the docs list them.
+
+    Args:
+        columns: meaning, or meaning and unit, of each.
+        shared: names of those of `_SHARED` that come first.
+        interval: names of columns that are followed by the ends of their intervals, 95% where no column says the level.
+        step: names of columns that are dates, as numbers of snapshots, followed by the same in training steps.
+        tokens: names of those that are followed by the same in training tokens.
+    """
+    found = {name: _SHARED[name] for name in shared.split()}
+    level = "" if "level" in {*columns, *found} else "95% "
+    for name, text in columns.items():
+        column = found[name] = Column(*((text,) if isinstance(text, str) else text))
+        for unit, dated in (("steps", step), ("tokens", tokens)):
+            if name in dated.split():
+                end = "step" if unit == "steps" else unit
+                found[f"{name}_{end}"] = Column(f"The same in training {unit}.", unit)
+        if name in interval.split():
+            for end, which in (("low", "Lower"), ("high", "Upper")):
+                found[f"{name}_{end}"] = Column(f"{which} end of the {level}interval of {name}.", column.unit)
+    return found
 
 
 _SHARED = {
@@ -225,20 +264,14 @@ _SHARED = {
         "baseline": ("What a feature is set to: zero, mean (over the prompts) or patch (as on the paired prompt).",),
         "level": ("Confidence level of the intervals.",),
         "split": ("Half of the prompts: selection, where features are chosen, or held-out.",),
+        "kind": ("Features counted: all, lexical (most variance lies between token types) or contextual.",),
     }.items()
 }  # fmt: skip
 _AT = "snapshot label step"
 _DATED = f"{_AT} tokens"
 
 
-def _interval(name: str, of: str, unit: str = "") -> dict[str, tuple[str, str]]:
-    return {
-        f"{name}_low": (f"Lower end of the 95% interval of {of}.", unit),
-        f"{name}_high": (f"Upper end of the 95% interval of {of}.", unit),
-    }
-
-
-def _effect_columns(keys: str) -> dict[str, Column]:
+def _effect_columns() -> dict[str, Column]:
     """Columns of the effects of a task by snapshot, of `attribution` and `completeness`."""
     return _columns(
         {
@@ -250,33 +283,26 @@ def _effect_columns(keys: str) -> dict[str, Column]:
             "agreement": "Rank correlation of the largest effects with exact ablation.",
             "n_active": "Features that are active on some prompt.",
             "n": "Prompts that the means are over.",
-            "n_groups": _SHARED["n_groups"].meaning,
             "method": "How effects are estimated: removal, both_ends, ig, gradient or exact.",
             "rule": "Quadrature rule of integrated gradients.",
             "n_nodes": "Nodes of the rule.",
-            "baseline": _SHARED["baseline"].meaning,
             "error": "How the error node is treated.",
             "threshold": ("Smallest effect that counts as one.", "logits"),
-            "split": _SHARED["split"].meaning,
         },
-        keys,
-    )  # fmt: skip
+        f"{_AT} n_groups baseline split",
+    )
 
 
 _COUNTS = {
-    "kind": "Features counted: all, lexical (most variance lies between token types) or contextual.",
     "threshold": "Share of its largest value from which a feature is present.",
     "n": "Features with a reading.",
-    "born": "Features born after the first snapshot.",
-    "born_low": "Lower end of the 95% interval of that count over groups of sequences; missing by the norm.",
-    "born_high": "Upper end of that interval.",
+    "born": "Features born after the first snapshot; its interval, over groups of sequences, is missing by the norm.",
     "born_reversed": "The same with the snapshots in reversed order, a control.",
     "sure": "Births with a q-value up to the limit; missing by the norm.",
     "sure_reversed": "The same in reversed order.",
     "beyond_trend": "Births that exceed the median curve of their kind, with a q-value up to the limit.",
 }
 _SHARES = {
-    "kind": "Features counted: all, lexical (most variance lies between token types) or contextual.",
     "live": "Live features of that kind.",
     "shared": "Share of them with a partner, one to one.",
     "shared_by_chance": "The same with the tokens of the other crosscoder permuted.",
@@ -284,15 +310,13 @@ _SHARES = {
 }
 _EDITED = {
     "mode": "ablate (the set is edited) or keep (all others are).",
-    "baseline": _SHARED["baseline"].meaning,
     "error": "Whether the error node is kept.",
     "clean": ("Metric of the model itself.", "logits"),
     "reconstruction_only": ("Metric with nothing edited and no error node.", "logits"),
     "all_edited": ("Metric with every feature edited, error node as in the row.", "logits"),
     "n_active": "Features that are active on some prompt.",
-    "n_prompts": _SHARED["n_prompts"].meaning,
-    "n_groups": _SHARED["n_groups"].meaning,
 }
+_TESTED = "baseline n_prompts n_groups"
 
 
 def _ablation_columns() -> dict[str, Column]:
@@ -312,13 +336,12 @@ def _ablation_columns() -> dict[str, Column]:
             "metric_low": ("Lower end of the interval of the draws.", "logits"),
             "metric_high": ("Upper end of that interval.", "logits"),
             "n_draws": "Random draws of the set.",
-            "split": _SHARED["split"].meaning,
         },
-        _AT,
+        f"{_AT} {_TESTED} split",
     )
 
 
-TABLES: tuple[Table, ...] = (
+TABLES: list[Table] = [
     Table(
         "evaluation",
         "snapshot",
@@ -345,7 +368,6 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "crosscoder": "Seed of the crosscoder.",
-                "feature": _SHARED["feature"].meaning,
                 "alive": "Whether the feature is active on held-out tokens.",
                 "firing_rate": "Share of held-out tokens on which the feature is active.",
                 "variance": "Share of the variance that the live features write, Var(f) Σ norm².",
@@ -355,7 +377,8 @@ TABLES: tuple[Table, ...] = (
                 "correlation": "Mean over the other seeds of the correlation with the partner there.",
                 "partner/<seed>": "The feature's partner in that seed, whatever its correlation.",
                 "correlation/<seed>": "Correlation of the activations of the two on held-out tokens.",
-            }
+            },
+            "feature",
         ),
     ),
     Table(
@@ -399,10 +422,13 @@ TABLES: tuple[Table, ...] = (
                 "same_birth_by_chance": "The same with the dates of the partners permuted.",
                 "within_1": "Share that is born at most one snapshot apart.",
                 "within_1_by_chance": "The same with the dates of the partners permuted.",
-            }
+            },
+            "kind",
         ),
     ),
-    Table("unrelated", "kind of feature; partners in a crosscoder over other models", "evolve", _columns(_SHARES)),
+    Table(
+        "unrelated", "kind of feature; partners in a crosscoder over other models", "evolve", _columns(_SHARES, "kind")
+    ),
     Table(
         "seeds_rotation",
         "pair of seeds and interval between snapshots",
@@ -480,28 +506,21 @@ TABLES: tuple[Table, ...] = (
                 "firing_rate": "Share of held-out tokens on which the feature is active.",
                 "origin": "initial (present at the first snapshot), emergent (born later) or never.",
                 "fate": "persistent (present at the last snapshot) or transient.",
-                **{
-                    f"{name}{end}": (f"{text}{of}", unit)
-                    for name, text in (
-                        ("birth", "First snapshot from which the feature stays"),
-                        ("peak", "Snapshot of its largest presence"),
-                        ("death", "First snapshot from which it is gone for good"),
-                        ("lifetime", "Snapshots at which it is present"),
-                    )
-                    for end, of, unit in (
-                        ("", ".", "snapshots"),
-                        ("_step", ", in training steps.", "steps"),
-                        ("_tokens", ", in training tokens.", "tokens"),
-                    )
-                },
-                "birth_low": "Lower end of the 95% interval of birth; the number of snapshots where a draw has none.",
-                "birth_high": "Upper end of that interval.",
+                "birth": (
+                    "First snapshot from which the feature stays; an end of its interval is S where a draw has none.",
+                    "snapshots",
+                ),
+                "peak": ("Snapshot of its largest presence.", "snapshots"),
+                "death": ("First snapshot from which it is gone for good.", "snapshots"),
+                "lifetime": ("Snapshots at which it is present.", "snapshots"),
                 "effect": "How much presence rises at birth.",
-                **_interval("effect", "that rise"),
                 "p": "p-value of that rise.",
                 "q": "p-value adjusted for the number of features (Benjamini–Hochberg).",
             },
             "measure feature",
+            step="birth peak death lifetime",
+            tokens="birth peak death lifetime",
+            interval="birth effect",
         ),
     ),
     Table(
@@ -516,7 +535,8 @@ TABLES: tuple[Table, ...] = (
                 "exchangeable": "Share of features born in trained models of one step that differ in their seeds.",
                 "exchangeable_n": "Features with a reading there.",
             },
-            "measure",
+            "measure kind",
+            interval="born",
         ),
     ),
     *(
@@ -524,7 +544,7 @@ TABLES: tuple[Table, ...] = (
             f"{name}_births",
             f"measure of presence, kind of feature and threshold, in a crosscoder over {name} models",
             "evolve",
-            _columns(_COUNTS, "measure"),
+            _columns(_COUNTS, "measure kind", interval="born"),
         )
         for name in ("untrained", "exchangeable")
     ),
@@ -559,7 +579,7 @@ TABLES: tuple[Table, ...] = (
     ),
     Table(
         "scaling",
-        "feature; not for TopK and BatchTopK, where it equals the decoder norm",
+        "feature; left out where decoder norms are not penalised and equal it",
         "evolve",
         _columns(
             {
@@ -582,15 +602,14 @@ TABLES: tuple[Table, ...] = (
                 "predecessor": "The feature that dies.",
                 "successor": "The feature that is born.",
                 "death": "Snapshot at which the predecessor dies.",
-                "death_step": ("The same as a training step.", "steps"),
                 "birth": "Snapshot at which the successor is born.",
-                "birth_step": ("The same as a training step.", "steps"),
                 "cosine": "Cosine of their decoder vectors.",
                 "overlap": "Share of tokens that they have in common.",
                 "successors": "Number of successors of the predecessor.",
                 "predecessors": "Number of predecessors of the successor.",
                 "kind": "replacement, split (several successors), merger (several predecessors), or both.",
-            }
+            },
+            step="death birth",
         ),
     ),
     Table(
@@ -602,12 +621,12 @@ TABLES: tuple[Table, ...] = (
                 "partner": "The other feature, the larger number.",
                 "kind": "split (the direction is shared before) or merger (it is shared from then on).",
                 "at": "First snapshot after the change.",
-                "at_step": ("The same as a training step.", "steps"),
-                "at_tokens": ("The same in training tokens.", "tokens"),
                 "cosine_before": "Cosine of the two at the first snapshot where both are present.",
                 "cosine_after": "Cosine of the two at the last such snapshot.",
             },
             "feature",
+            step="at",
+            tokens="at",
         ),
     ),
     Table(
@@ -730,21 +749,14 @@ TABLES: tuple[Table, ...] = (
         "evolve",
         _columns(
             {
-                **{
-                    key: text
-                    for name, of in (
-                        ("kl1", "the KL divergence of the corpus's unigram statistics from the model's predictions"),
-                        ("kl2", "the KL divergence of the corpus's bigram statistics from the model's predictions"),
-                        ("loss", "the next-token loss"),
-                    )
-                    for key, text in {name: (f"Mean of {of}.", "nats"), **_interval(name, of, "nats")}.items()
-                },
+                "kl1": ("Mean KL divergence of the corpus's unigram statistics from the model's predictions.", "nats"),
+                "kl2": ("Mean KL divergence of the corpus's bigram statistics from the model's predictions.", "nats"),
+                "loss": ("Mean next-token loss.", "nats"),
                 "bigram_progress": "Share of the fall of kl2 that is completed.",
                 "h1": ("Entropy of the unigram statistics, the lowest loss with them alone.", "nats"),
                 "h2": ("Entropy of the bigram statistics, the lowest loss with them alone.", "nats"),
                 "n": "Predictions that the means are over.",
                 "known": "Share of them in the mean of kl2.",
-                "measure": _SHARED["measure"].meaning,
                 "present": "Features that are present.",
                 "born": "Emergent features whose birth is here.",
                 "settled": "Features that keep their final direction from here on.",
@@ -752,7 +764,8 @@ TABLES: tuple[Table, ...] = (
                 "dimensionality": "Total dimensionality / d_model.",
                 "random_dimensionality": "The same for as many random directions.",
             },
-            _DATED,
+            f"{_DATED} measure",
+            interval="kl1 kl2 loss",
         ),
     ),
     Table(
@@ -763,23 +776,20 @@ TABLES: tuple[Table, ...] = (
             {
                 "event": "Name of the event, such as turning_point, settling or births.",
                 "snapshot": "Snapshot of the event; missing if it never happens.",
-                "label": _SHARED["label"].meaning,
-                "step": (_SHARED["step"].meaning, "steps"),
-                "tokens": (_SHARED["tokens"].meaning, "tokens"),
-                **_interval("snapshot", "it, a snapshot"),
-                **_interval("step", "it, as a training step", "steps"),
+                "step": ("Training step of that snapshot; missing if not recorded.", "steps"),
                 "at_edge": "Whether it is at the first or the last snapshot, where it means little.",
                 "agreement": "Share of bootstrap draws with the same snapshot.",
                 "after_turning_point": "Share of draws in which it is later than the turning point.",
                 "n": "Features counted, for births and settling.",
                 "lead": "By how much one phase is ahead of the other, as a share of both curves.",
-                **_interval("lead", "lead"),
                 "resolved": "Whether the snapshots are close enough to tell the order of the phases.",
                 "jump": "Largest part of a curve that lies in one interval.",
                 "jump_of": "Curve of that part: statistics or features.",
                 "jump_from": "Name of the snapshot at its beginning.",
                 "jump_to": "Name of the snapshot at its end.",
-            }
+            },
+            "label tokens",
+            interval="snapshot step lead",
         ),
     ),
     Table(
@@ -837,12 +847,12 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "part": "within_features (over snapshots) or between_features (at one snapshot).",
-                "spearman": "Rank correlation of the measure with probe error.",
-                **_interval("spearman", "it, over features"),
+                "spearman": "Rank correlation of the measure with probe error; its interval is over features.",
                 "n": "Points.",
                 "n_features": "Features.",
             },
             "measure",
+            interval="spearman",
         ),
     ),
     Table(
@@ -852,16 +862,15 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "part": "all, trained (without step 0), within_features, within_snapshots, or disattenuated.",
-                "spearman": "Rank correlation.",
-                **_interval("spearman", "the rank correlation, over features"),
-                "pearson": "Pearson correlation.",
-                **_interval("pearson", "Pearson's correlation, over features"),
+                "spearman": "Rank correlation; its interval is over features.",
+                "pearson": "Pearson correlation; its interval is over features.",
                 "reliability": "Reliability of the errors of single probes; in the last row only.",
                 "sd_norm": "Standard deviation of the norms.",
                 "sd_error": "Standard deviation of the errors.",
                 "n": "Points.",
                 "n_features": "Features.",
-            }
+            },
+            interval="spearman pearson",
         ),
     ),
     Table(
@@ -954,13 +963,12 @@ TABLES: tuple[Table, ...] = (
             {
                 "active": "Whether the feature is active in it.",
                 "rank": "Place in a random order.",
-                "sequence": _SHARED["sequence"].meaning,
                 "begin": "First position.",
                 "end": "The position after the last.",
                 "activation": ("Largest activation in the passage.", "scaled activations"),
                 "rate": "Share of held-out tokens on which the feature is active.",
             },
-            "feature",
+            "feature sequence",
         ),
         _COLLECT,
     ),
@@ -977,9 +985,7 @@ TABLES: tuple[Table, ...] = (
         "attribute",
         _columns(
             {
-                "accuracy": "Share of items whose correct continuation has the higher logit.",
-                "accuracy_low": "Lower end of its 95% Wilson interval over items.",
-                "accuracy_high": "Upper end of that interval.",
+                "accuracy": "Share of items whose correct continuation has the higher logit, with Wilson's interval.",
                 "at_chance": "Whether the interval holds 50%.",
                 "metric": ("Mean of logit(correct) − logit(wrong).", "logits"),
                 "n": "Items.",
@@ -990,6 +996,7 @@ TABLES: tuple[Table, ...] = (
                 "merged_reasons": "What makes them the same.",
             },
             f"task {_DATED}",
+            interval="accuracy",
         ),
         f"No task accuracy has been measured. Run: {_ATTRIBUTE}",
     ),
@@ -1009,17 +1016,15 @@ TABLES: tuple[Table, ...] = (
                 "reldec": "Decoder norm divided by the sum of the feature's norms over snapshots.",
                 "active": "Whether the feature is active on some prompt.",
                 "size": ("Mean activation × decoder norm on the prompts.", "scaled activations"),
-                **_interval("ie", "IE over groups of prompts", "logits"),
-                **_interval("share_relie", "share RelIE"),
-                **_interval("relie", "RelIE"),
                 "encoder_share": "Share of this snapshot in the feature's encoder input.",
                 "read_later": "Share of later snapshots in it.",
                 "mostly_later": "Whether that is more than half.",
             },
             f"feature {_AT}",
+            interval="ie share_relie relie",
         ),
     ),
-    Table("attribution/<task>.snapshots", "snapshot", "attribute", _effect_columns(_AT)),
+    Table("attribution/<task>.snapshots", "snapshot", "attribute", _effect_columns()),
     Table(
         "prompts/<task>",
         "prompt, snapshot and position",
@@ -1027,11 +1032,6 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "prompt": "Number of the prompt.",
-                "snapshot": _SHARED["snapshot"].meaning,
-                "label": _SHARED["label"].meaning,
-                "step": (_SHARED["step"].meaning, "steps"),
-                "position": _SHARED["position"].meaning,
-                "token": _SHARED["token"].meaning,
                 "effect": ("Effect of all features active on the token.", "logits"),
                 "feature": "The feature with the largest effect there; −1 if none has one.",
                 "feature_effect": ("Its effect.", "logits"),
@@ -1039,7 +1039,8 @@ TABLES: tuple[Table, ...] = (
                 "correct": "Its correct continuation.",
                 "wrong": "Its wrong continuation.",
                 "paired": "The paired prompt; missing if there is none.",
-            }
+            },
+            f"{_AT} position token",
         ),
         "No effects in single prompts were kept. crosslens attribute keeps some, except with --method exact.",
     ),
@@ -1139,7 +1140,7 @@ TABLES: tuple[Table, ...] = (
         _ablation_columns(),
         "Features were not exchanged with the paired prompt, so ablation/<task> has what setting them to zero does.",
     ),
-    Table("completeness/<task>", "snapshot, by integrated gradients", "study", _effect_columns(_AT)),
+    Table("completeness/<task>", "snapshot, by integrated gradients", "study", _effect_columns()),
     Table(
         "exact/<task>",
         "feature with one of the largest effects at the last snapshot",
@@ -1177,7 +1178,8 @@ TABLES: tuple[Table, ...] = (
                 "metric": ("Mean of logit(correct) − logit(wrong) over prompts.", "logits"),
                 "metric_se": ("Its standard error over groups of prompts.", "logits"),
                 "share": "Change as a share of that from ablating all features there.",
-            }
+            },
+            _TESTED,
         ),
     ),
     Table(
@@ -1206,14 +1208,11 @@ TABLES: tuple[Table, ...] = (
             {
                 "k": "Features with the largest |IE| of which pairs are drawn.",
                 "n_pairs": "Pairs.",
-                "n_prompts": _SHARED["n_prompts"].meaning,
-                "n_groups": _SHARED["n_groups"].meaning,
                 "interacting": "Share of the pairs that interact.",
-                **_interval("interacting", "that share"),
                 "deviation": "Sum of |joint − sum| / sum of |sum|.",
-                **_interval("deviation", "it"),
             },
-            f"{_AT} baseline",
+            f"{_AT} {_TESTED}",
+            interval="interacting deviation",
         ),
     ),
     Table(
@@ -1223,10 +1222,6 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "order": "Place of the feature, 0 the one that matters first.",
-                "feature": _SHARED["feature"].meaning,
-                "snapshot": _SHARED["snapshot"].meaning,
-                "label": _SHARED["label"].meaning,
-                "step": (_SHARED["step"].meaning, "steps"),
                 "norm": ("Norm of the feature's decoder vector.", "scaled activations"),
                 "strength": "Decoder norm divided by the feature's largest.",
                 "ie": ("Indirect effect, mean over prompts.", "logits"),
@@ -1239,7 +1234,8 @@ TABLES: tuple[Table, ...] = (
                 "signed_class": "The same by signed effects.",
                 "centre_of_mass": ("Centre of mass of share RelIE over snapshots.", "snapshots"),
                 "examples": "Prompts on which the feature is strongest, with the token in brackets.",
-            }
+            },
+            f"feature {_AT}",
         ),
     ),
     Table(
@@ -1253,13 +1249,13 @@ TABLES: tuple[Table, ...] = (
                 "r2": "Largest R² on paired prompts over snapshots.",
                 "peak": ("Where that is.", "snapshot"),
                 "birth": ("First snapshot from which the concept is readable; missing below R² = .05.", "snapshot"),
-                "birth_step": ("The same in training steps.", "steps"),
-                "birth_tokens": ("The same in tokens.", "tokens"),
-                **_interval("birth", "the birth, over groups of prompts", "snapshot"),
                 "readable_q": "q-value that the concept is readable at no snapshot.",
                 "q": "q-value that the concept is not born after the first snapshot.",
             },
             "feature",
+            step="birth",
+            tokens="birth",
+            interval="birth",
         ),
         missing="No concept is dated: crosslens study does it for tasks with paired prompts of 8 groups or more.",
     ),
@@ -1269,10 +1265,10 @@ TABLES: tuple[Table, ...] = (
         "study",
         _columns(
             {
-                "r2": "R² of the feature's difference on paired prompts.",
-                **_interval("r2", "it, over groups of prompts"),
+                "r2": "R² of the feature's difference on paired prompts; its interval is over groups of prompts.",
             },
             f"feature {_AT}",
+            interval="r2",
         ),
     ),
     Table(
@@ -1284,15 +1280,12 @@ TABLES: tuple[Table, ...] = (
                 "effect": ("Drop of the metric when the late value of the paired prompt is put in.", "logits"),
                 "effect_se": ("Its standard error over groups of prompts.", "logits"),
                 "share": "Effect divided by that at the last snapshot; missing where that is not sure.",
-                **_interval("share", "it"),
                 "mapped_share": "The same in the late direction, turned by the map between both snapshots.",
-                **_interval("mapped_share", "it"),
                 "random_share": "The same in random directions of equal size, root of the mean square.",
                 "read_out": "Whether a share is a tenth or more, above the random one, and surely above 0.",
-                "n_prompts": _SHARED["n_prompts"].meaning,
-                "n_groups": _SHARED["n_groups"].meaning,
             },
-            f"feature {_AT}",
+            f"feature {_AT} n_prompts n_groups",
+            interval="share mapped_share",
         ),
         missing="Nothing is put into earlier snapshots: crosslens study does it for tasks with paired prompts.",
     ),
@@ -1306,10 +1299,8 @@ TABLES: tuple[Table, ...] = (
                 "metric_se": ("Its standard error over groups of prompts.", "logits"),
                 "share": "Metric divided by that with its own activations, mapped likewise.",
                 "accuracy": "Share of prompts with a positive metric.",
-                "n_prompts": _SHARED["n_prompts"].meaning,
-                "n_groups": _SHARED["n_groups"].meaning,
             },
-            _AT,
+            f"{_AT} n_prompts n_groups",
         ),
     ),
     Table(
@@ -1319,23 +1310,15 @@ TABLES: tuple[Table, ...] = (
         _columns(
             {
                 "context": ("Context readable: R² over text reaches half of its largest.", "snapshot"),
-                "context_step": ("The same in training steps.", "steps"),
-                **_interval("context", "it, over groups of sequences", "snapshot"),
                 "concept": ("Concept readable: R² on paired prompts reaches .7 of its largest.", "snapshot"),
-                "concept_step": ("The same in training steps.", "steps"),
-                **_interval("concept", "it, over groups of prompts", "snapshot"),
                 "read_out": ("Read out: the snapshot acts on the late value once it is put in.", "snapshot"),
-                "read_out_step": ("The same in training steps.", "steps"),
-                **_interval("read_out", "it, over groups of prompts", "snapshot"),
                 "matters": ("Matters: |IE| reaches a tenth of its largest.", "snapshot"),
-                "matters_step": ("The same in training steps.", "steps"),
-                **_interval("matters", "it, over groups of prompts", "snapshot"),
                 "succeeds": ("Model succeeds: accuracy on the task reaches 75%.", "snapshot"),
-                "succeeds_step": ("The same in training steps.", "steps"),
-                **_interval("succeeds", "it, over items", "snapshot"),
                 "concept_q": "q-value that the concept is not born after the first snapshot.",
             },
             "feature",
+            step="context concept read_out matters succeeds",
+            interval="concept",
         ),
     ),
     Table(
@@ -1364,15 +1347,11 @@ TABLES: tuple[Table, ...] = (
                 "target": "What is predicted: effect, or share of all effects at the snapshot.",
                 "measure": "What predicts: share_relie, relie, decodability, reldec or snapshot (its index).",
                 "correlation": "Rank correlation with exact effects.",
-                "correlation_low": "Lower end of its interval.",
-                "correlation_high": "Upper end of its interval.",
                 "partial": "The same beyond the snapshot's index; missing for pairs.",
-                "partial_low": "Lower end of its interval.",
-                "partial_high": "Upper end of its interval.",
-                "level": _SHARED["level"].meaning,
                 "n_features": "Features.",
-                "baseline": _SHARED["baseline"].meaning,
-            }
+            },
+            "level baseline",
+            interval="correlation partial",
         ),
     ),
     Table(
@@ -1392,15 +1371,13 @@ TABLES: tuple[Table, ...] = (
                 "candidates": "Features active in both languages.",
                 "in_candidates": "Of these, those in the set of the one.",
                 "other_in_candidates": "Of these, those in the set of the other.",
-                "expected": "Mean overlap of sets of features of the same sizes.",
-                "expected_low": "Lower end of the interval of these overlaps.",
-                "expected_high": "Upper end of it.",
-                "level": _SHARED["level"].meaning,
+                "expected": "Mean overlap of random sets of these sizes, with the interval of the overlaps.",
                 "p": "Probability of an overlap at least as large by chance.",
                 "expected_jaccard": "Mean Jaccard index by chance.",
                 "n_draws": "Random draws of sets.",
             },
-            _AT,
+            f"{_AT} level",
+            interval="expected",
         ),
     ),
     Table(
@@ -1417,7 +1394,6 @@ TABLES: tuple[Table, ...] = (
                 "complexity_2": "Rating by the second model.",
                 "model_2": "The second model.",
                 "detection": "Balanced accuracy of the label on held-out passages; chance is .5.",
-                **_interval("detection", "it"),
                 "detection_n": "Passages judged.",
                 "specificity": "Share of inactive passages passed over.",
                 **{
@@ -1425,18 +1401,17 @@ TABLES: tuple[Table, ...] = (
                     for quarter in range(1, 5)
                 },
                 "control": "The same passages judged by the label of another feature.",
-                **_interval("control", "it"),
                 "control_n": "Passages judged by that label.",
                 "control_feature": "The other feature.",
                 "local_label": "The tokens of the examples as a label.",
                 "local_detection": "Balanced accuracy of that label, scored without a language model.",
-                **_interval("local_detection", "it"),
                 "local_n": "Passages scored.",
                 "local_control": "The same by the tokens of another feature.",
                 "local_control_feature": "That feature.",
             },
             "feature",
+            interval="detection control local_detection",
         ),
     ),
-)
+]
 """All tables, in the order in which the commands write them."""

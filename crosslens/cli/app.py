@@ -81,10 +81,10 @@ Config = Annotated[
 # ---------------------------------------------------------------------- before and with training
 @app.command(name="ls")
 def list_(what: str = "", /, *, steps: str | None = None, json: Json = False) -> None:
-    """List model families, the snapshots of a model, or releases of crosscoders.
+    """List model families, the snapshots of a model, releases of crosscoders, or formats of tasks.
 
     Args:
-        what: A model such as pythia-160m, a folder of snapshots, `releases`, or a release.
+        what: A model such as pythia-160m, a folder of snapshots, `releases`, a release, or `tasks`.
         steps: Training steps such as 0,512,143000, revisions, or a named set: all, paper, triplet, log:12, linear:12.
     """
     from crosslens.cli.listing import list_snapshots
@@ -169,7 +169,7 @@ def train(
 
     out, run = Output(json), RunDir(run_dir)
     trained = train(
-        run, source, crosscoder or CrosscoderOptions(), training, models=models, cache=cache, seeds=seeds, tell=out.say
+        run, source, crosscoder or CrosscoderOptions(), training, models=models, cache=cache, seeds=seeds, say=out.say
     )
     made, found = next(iter(trained.crosscoders.values())), dict[str, Any]()
     if is_first():

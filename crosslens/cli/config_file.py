@@ -46,8 +46,7 @@ def fill(app: App, commands: tuple[str, ...], arguments: Any) -> None:
         Dict(contents, source=typed, use_commands_as_keys=False)(app, commands, arguments)
     recipe = _typed(arguments, "--recipe")
     if recipe in RECIPES:
-        known = {name: value for name, value in RECIPES[recipe].items()}
-        Dict(known, source=f"--recipe {recipe}", use_commands_as_keys=False)(app, commands, arguments)
+        Dict(dict(RECIPES[recipe]), source=f"--recipe {recipe}", use_commands_as_keys=False)(app, commands, arguments)
 
 
 def _typed(arguments: Any, name: str) -> str | None:

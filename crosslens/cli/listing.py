@@ -1,4 +1,4 @@
-"""`crosslens ls`: model families, the snapshots of a model, and releases of crosscoders."""
+"""`crosslens ls`: model families, the snapshots of a model, releases of crosscoders, and formats of tasks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from crosslens.cli.display import Column, Output, counted, number
 from crosslens.pipeline.opening import find_snapshots, parse_steps
+from crosslens.tasks.formats import spellings
 
 if TYPE_CHECKING:
     from crosslens.sharing.registry import Release
 
 
 def list_snapshots(out: Output, what: str, steps: str | None) -> None:
-    """Print families, releases, a release, or the snapshots of a model."""
+    """Print families, releases, a release, formats of tasks, or the snapshots of a model."""
     from crosslens.sharing.registry import find_release, list_releases
     from crosslens.snapshots import families
     from crosslens.snapshots.hub import is_on_disk, list_revisions
@@ -23,7 +24,12 @@ def list_snapshots(out: Output, what: str, steps: str | None) -> None:
         columns = [Column("family", left=True), Column("sizes", left=True), Column("snapshots", left=True)]
         # the rest of `about`, on how documents end, would fill the terminal
         rows = [(name, _sizes([*entry["sizes"]]), entry["about"].split(". ")[0]) for name, entry in known.items()]
-        out.table(columns, rows, note="crosslens ls FAMILY-SIZE lists snapshots, crosslens ls releases crosscoders")
+        out.table(
+            columns,
+            rows,
+            note="crosslens ls FAMILY-SIZE lists snapshots, crosslens ls releases crosscoders, crosslens ls tasks how "
+            "tasks are written",
+        )
         out.end(families={name: {"sizes": [*entry["sizes"]], "about": entry["about"]} for name, entry in known.items()})
         return
     is_folder = Path(what).is_dir()
@@ -32,6 +38,11 @@ def list_snapshots(out: Output, what: str, steps: str | None) -> None:
         found = [find_release(chosen)] if chosen else [*list_releases().values()]
         (_show_release if chosen else _show_releases)(out, *found)
         out.end(releases=found)
+        return
+    if not is_folder and what == "tasks":
+        columns = [Column("--task", left=True), Column("reads", left=True)]
+        out.table(columns, [(each.text, each.reads.replace("`", "")) for each in spellings()])
+        out.end(tasks=spellings())
         return
     repository, _, pattern = what.partition("@")
     model = None if is_folder else families.match_model(what)

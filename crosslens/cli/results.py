@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from crosslens.causal import Study
+from crosslens.causal.ablation import CONTROLS
 from crosslens.causal.dates import DATES
 from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
@@ -17,7 +18,7 @@ from crosslens.evolution import describe_doubtful
 from crosslens.evolution.births import NAMES, describe_reversed
 from crosslens.evolution.lifecycles import count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
-from crosslens.pipeline import Attributed
+from crosslens.pipeline import Attributed, summarise_study
 from crosslens.rundir import RunDir
 from crosslens.tasks import MIN_ITEMS, describe_accuracy, list_counts
 
@@ -229,36 +230,27 @@ def show_ablation(out: Output, name: str, table: pd.DataFrame, runs: PromptRuns)
 
 
 def show_study(out: Output, study: Study, k: int) -> dict[str, Any]:
-    """Print what a task loses without its top features, beside the controls; return the values.
+    """Print what a task loses without its top features, beside the controls; return the summary.
 
     Args:
         out: where to print.
         study: the results of a task.
         k: number of features; fewer where fewer are active.
     """
-    curves = study.tables[f"ablation/{study.task}"]
-    last = pd.DataFrame(curves[(curves["snapshot"] == curves["snapshot"].max()) & (curves["mode"] == "ablate")])
-    k = max(size for size in last["k"] if size <= k)
-    first = last.iloc[0]
-    found = zip(last["features"], last["k"], last["metric"], strict=True)
-    kinds = {str(kind): float(metric) for kind, size, metric in found if size == k}
-    to = BASELINES[study.ie.estimator.baseline or "zero"]
-    exact, zeroing = study.rank_agreement(), study.tables.get(f"zeroing/{study.task}")
-    zeroed = ""
-    if zeroing is not None:
-        at_last = (zeroing["snapshot"] == zeroing["snapshot"].max()) & (zeroing["features"] == "top")
-        row = pd.DataFrame(zeroing[at_last]).iloc[0]
-        zeroed = f"; with the top {int(row['k'])} set to zero {number(float(row['metric']), sign=True)}"
+    summary = summarise_study(study, k)
+    k, metrics = summary["k"], {name: number(value, sign=True) for name, value in summary["ablation"].items()}
+    controls = [f"{k} {kind.replace('_', '-')} ones {metrics[f'{kind}_k']}" for kind in CONTROLS]
+    zeroed = f"; with the top {k} set to zero {metrics['zeroed_k']}" if "zeroed_k" in metrics else ""
     out.say(
-        f"{study.task}: {number(float(first['clean']), sign=True)} at {first['label']}, "
-        f"{number(kinds['top'], sign=True)} without the top {k} features (set to {to}); without "
-        + " or ".join(f"{k} {kind.replace('_', '-')} ones {number(kinds[kind], sign=True)}" for kind in [*kinds][1:])
-        + f"{zeroed}. On the held-out half; estimates agree with exact effects by {number(exact, 2)} (Spearman)"
+        f"{study.task}: {metrics['clean']} at {study.ie.labels[-1]}, {metrics['top_k']} without the top {k} features "
+        f"(set to {BASELINES[study.ie.estimator.baseline or 'zero']}); without {' or '.join(controls)}{zeroed}. On the "
+        f"held-out half; estimates agree with exact effects by {number(summary['spearman_ie_exact']['removal'], 2)} "
+        "(Spearman)"
     )
     dates = study.tables.get(f"dates/{study.task}")
     if dates is not None and len(dates):
         show_dates(out, dates, study)
-    return {"k": k, "clean": float(first["clean"]), **kinds, "agreement": exact, "tables": sorted(study.tables)}
+    return {**summary, "tables": sorted(study.tables)}
 
 
 def show_dates(out: Output, dates: pd.DataFrame, study: Study) -> None:

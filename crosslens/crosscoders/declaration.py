@@ -1,8 +1,9 @@
 """What an architecture declares about itself.
 
 The module of an architecture ends with one `ARCHITECTURE = Architecture(...)`. Whatever else depends on it reads that:
-SAELens's registries, the memory that `plan` forecasts, the remedies in warnings, model cards, the analyses
-that ask whether decoder norms are penalised, and the table in the docs.
+the command line, SAELens's registries, the memory that `plan` forecasts, the remedies in warnings, model cards, the
+analyses that ask whether decoder norms are penalised, and the table in the docs. Its name on the command line is that
+of the module.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ class Architecture:
     """What the user chooses."""
     use: str
     """When to use it."""
+    options: tuple[str, ...]
+    """Those of `crosslens.config.FIELDS` that it has, written out: the file is read there without being imported."""
+    default: bool = False
+    """Whether it is taken where none is asked for; written out, too. One architecture has it."""
     card: str
     """What a model card calls such a crosscoder."""
     inference: tuple[type[Crosscoder], type[CrosscoderConfig]]

@@ -8,8 +8,8 @@
        beta_is = E[f_i <r, d>] / E[f_i^2]
 
    is how much of d there is per unit of f_i that no other feature explains. It equals the decoder norm if the
-   reconstruction is right. d is the decoder row at s (`own`) or at the feature's peak (`peak`). TopK and BatchTopK
-   have no penalty: once they are trained, E[f_i (x_s - x_hat_s)] = 0, and beta is the decoder norm.
+   reconstruction is right. d is the decoder row at s (`own`) or at the feature's peak (`peak`). Without
+   a penalty, once a crosscoder is trained, E[f_i (x_s - x_hat_s)] = 0, and beta is the decoder norm.
 2. Encoder share: the pre-activation is a sum over snapshots, h_i = sum_s x_s W_enc[s, i] + b_i. The share of s is its
    part of the rise of h_i from all tokens to those where the feature is active. It exposes features that are read from
    later snapshots than those where they are present. This measure is new here.
@@ -30,8 +30,9 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import DECLARATIONS, Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.columns import per_feature
+from crosslens.evolution.columns import per_feature, snapshot_columns
 from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.measures import measure
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,22 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
     """Measure how much of each feature's direction is in the activations of every snapshot.
 
     Args:
-        crosscoder: a crosscoder with an architecture that penalises decoder norms (Standard or JumpReLU).
+        crosscoder: of an architecture that penalises decoder norms.
         acts: activations of its snapshots; the held-out ones are used.
 
     Raises:
-        UserError: a TopK or BatchTopK crosscoder, no activations held out, or activations of other snapshots.
+        UserError: an architecture without such a penalty, no activations held out, or activations of other snapshots.
     """
     if not penalises_decoder(crosscoder):
+        others = " or ".join(name for name, each in DECLARATIONS.items() if each.penalises_decoder)
         raise UserError(
             f"latent_scaling is meaningless for {crosscoder.cfg.architecture()}, where it equals the decoder norm: use "
-            "decoder_norms, or a standard or jumprelu crosscoder"
+            f"decoder_norms, or a {others}"
         )
     check_activations(crosscoder, acts)
     sums = ScalingSums(crosscoder)
     read(crosscoder, acts, sums, purpose="Latent scaling")
-    return sums.result()
+    return sums.scaling()
 
 
 class ScalingSums:
@@ -84,7 +86,7 @@ class ScalingSums:
 
     def __init__(self, crosscoder: Crosscoder) -> None:
         F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-        self.norms = crosscoder.decoder_norms.detach()
+        self.norms, self.labels = crosscoder.decoder_norms.detach(), snapshot_columns(crosscoder)["label"].tolist()
         self.sums = torch.zeros(2, F, S, dtype=torch.float64)
         self.squares = torch.zeros(F, dtype=torch.float64)
 
@@ -100,13 +102,23 @@ class ScalingSums:
             for which, row in enumerate((own, decoder[at_peak])):
                 self.sums[which, :, s] += (left * row).sum(1).double().cpu()
 
-    def result(self) -> LatentScaling:
+    def scaling(self) -> LatentScaling:
         """Coefficients along unit directions."""
         lengths = self.norms.double().cpu()
         at_peak = lengths.amax(1, keepdim=True).expand_as(lengths)
         found = self.sums / self.squares[:, None] / torch.stack([lengths, at_peak])
         found = torch.where(found.isfinite(), found, torch.nan)
         return LatentScaling(*found, norms=lengths)
+
+    def result(self) -> pd.DataFrame:
+        """The table "scaling"."""
+        return self.scaling().to_frame(self.labels)
+
+
+@measure("scaling")
+def _scaling(crosscoder: Crosscoder, acts: Activations) -> ScalingSums | None:
+    del acts
+    return ScalingSums(crosscoder) if penalises_decoder(crosscoder) else None
 
 
 def penalises_decoder(crosscoder: Crosscoder) -> bool:

@@ -35,7 +35,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.agreement import Moments, TopTokens
 from crosslens.evolution.births import NAMES, count_births, date_births, presence_curves, with_null
 from crosslens.evolution.columns import per_feature, snapshot_columns
-from crosslens.evolution.controls import EncoderSums, LatentScaling, ScalingSums, penalises_decoder
+from crosslens.evolution.controls import EncoderSums
 from crosslens.evolution.firing import Firing, FiringSums
 from crosslens.evolution.geometry import (
     HalfCosines,
@@ -56,6 +56,7 @@ from crosslens.evolution.lifecycles import (
     relative_norms,
     require_two_snapshots,
 )
+from crosslens.evolution.measures import start_measures
 from crosslens.evolution.presence import Decodability, DecodabilitySums
 from crosslens.evolution.selection import Sample, doubtful_snapshots
 from crosslens.evolution.splitting import JointActivity, split_counts
@@ -69,21 +70,21 @@ class Pass:
         halves: of `half_cosines`.
         maps: of `linear_maps`.
         shares: of `encoder_share`.
-        scaling: of `latent_scaling`; None where it equals the decoder norm.
         joint: on how many tokens pairs of features that may replace one another are active together.
         agreement: of `top_agreement`.
         similarity: of `snapshot_similarity`.
         doubtful: of `doubtful_snapshots`.
+        measured: the tables of all `measures`, by name.
     """
 
     halves: HalfCosines
     maps: Float[Tensor, "S1 D D"]
     shares: Float[Tensor, "F S"]
-    scaling: LatentScaling | None
     joint: JointActivity
     agreement: pd.DataFrame
     similarity: pd.DataFrame
     doubtful: pd.DataFrame
+    measured: Mapping[str, pd.DataFrame]
 
 
 @dataclass(frozen=True, repr=False)
@@ -264,17 +265,15 @@ class Evolution:
         counts.append(found.joint.counts(self.lifecycles("norm"), self.seed))
         tables["split_counts"] = pd.DataFrame(counts)
         each, total = self._dimensionality
-        tables |= {
+        return tables | {
             "dimensionality": total.assign(participation_ratio=found.doubtful["participation_ratio"]),
             "feature_dimensionality": per_feature(labels, dimensionality=each),
             "encoder": per_feature(labels, share=found.shares),
             "doubtful": found.doubtful,
             "replacements": found.joint.result(self.lifecycles("norm")),
             "agreement": found.agreement,
+            **found.measured,
         }
-        if found.scaling is not None:
-            tables["scaling"] = found.scaling.to_frame(labels)
-        return tables
 
     def describe(self) -> list[str]:
         """How many features have which origin by every measure, a line each."""
@@ -385,21 +384,20 @@ def _read(
     firing, presence = FiringSums(crosscoder), DecodabilitySums(crosscoder, acts)
     halves, encoder, top = HalfSums(crosscoder, acts), EncoderSums(crosscoder), TopTokens(crosscoder)
     joint = JointActivity(crosscoder, dated)
-    scaling = ScalingSums(crosscoder) if penalises_decoder(crosscoder) else None
+    measures = start_measures(crosscoder, acts)
     top.start(moments)
     del moments
-    others = [] if scaling is None else [scaling]
-    read(crosscoder, acts, firing, presence, halves, encoder, top, joint, *others, purpose="Evolution")
+    read(crosscoder, acts, firing, presence, halves, encoder, top, joint, *measures.values(), purpose="Evolution")
     shares = encoder.result()
     rest = Pass(
         halves=halves.result(),
         maps=maps.result(),
         shares=shares,
-        scaling=scaling and scaling.result(),
         joint=joint,
         agreement=top.result(),
         similarity=comparison.similarity,
         doubtful=doubtful_snapshots(acts, shares, comparison),
+        measured={name: each.result() for name, each in measures.items()},
     )
     return firing.result(), presence.result(), rest
 

@@ -22,6 +22,7 @@ from .studying import Attributed as Attributed
 from .studying import ablate as ablate
 from .studying import attribute as attribute
 from .studying import study as study
+from .summary import summarise_study as summarise_study
 from .sweeping import Choice as Choice
 from .sweeping import choose as choose
 from .sweeping import sweep as sweep

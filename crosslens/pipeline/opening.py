@@ -219,26 +219,14 @@ def _is_number(text: str) -> bool:
 def parse_tasks(specs: Sequence[str | Task]) -> list[Task]:
     """Make the tasks that `check_tasks` has accepted, unless they are made already; two of one name are refused,
     because names are file names."""
-    tasks = [_parse_task(spec) if isinstance(spec, str) else spec for spec in specs]
+    from crosslens.tasks import Task
+
+    tasks = [Task.parse(spec) if isinstance(spec, str) else spec for spec in specs]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--task names {name!r} twice: give each task once")
     return tasks
-
-
-def _parse_task(spec: str) -> Task:
-    from crosslens.tasks import Task
-
-    kind, _, rest = spec.partition(":")
-    if kind == "multiblimp":
-        language, _, phenomenon = rest.partition(":")
-        return Task.multiblimp(language, phenomenon or None)
-    if kind == "ioi":
-        return Task.ioi(rest or None)
-    if kind in ("demo", "sva", "blimp", "clams"):
-        return getattr(Task, kind)(rest)
-    return Task.local(spec)
 
 
 def parse_settings(device: str | None, **others: Any) -> ModelSettings:

@@ -27,6 +27,7 @@ from crosslens.config import (
     SourceOptions,
     SweepOptions,
     TrainingOptions,
+    architectures_with,
 )
 from crosslens.errors import UserError
 from crosslens.pipeline.opening import find_activations
@@ -120,7 +121,7 @@ def choose(
 
     Args:
         acts: activations to train on; cached ones are read instead of computed again for every training.
-        architecture: a TopK or BatchTopK training config; its `d_sae` and `k` are replaced.
+        architecture: a training config with `k`; its `d_sae` and `k` are replaced.
         config: how to train. With a `run_dir` every training has a run directory inside it, and what is finished is not
             trained again.
         d_sae: numbers of features.
@@ -231,8 +232,9 @@ def _grid(
     """
     if not hasattr(architecture, "k"):
         raise UserError(
-            f"{type(architecture).__name__} has no k: choose compares TopK and BatchTopK crosscoders, for others train "
-            "seeds with several coefficients and compare them by study_seeds"
+            f"{type(architecture).__name__} has no k, which `choose` compares: use one of "
+            f"{', '.join(architectures_with('k'))}, or train seeds with several coefficients and compare them by "
+            "study_seeds"
         )
     if n_seeds < 2:
         raise UserError(f"n_seeds={n_seeds} must be 2 or more: agreement is between seeds")

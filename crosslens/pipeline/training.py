@@ -52,7 +52,7 @@ def train(
     models: ModelOptions | None = None,
     cache: CacheOptions | None = None,
     seeds: SeedsOptions | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Trained:
     """Train crosscoders in a run directory.
 
@@ -64,7 +64,7 @@ def train(
         models: how language models run.
         cache: whether activations are written to disk first.
         seeds: how many crosscoders.
-        tell: called with what is known before the training begins: doubtful snapshots, steps, memory.
+        say: called with what is known before the training begins: doubtful snapshots, steps, memory.
 
     Raises:
         UserError: an option that contradicts another, missing data, or the directory of another run. What can be
@@ -104,10 +104,10 @@ def train(
         )
         if is_first() and acts.n_snapshots > 1 and not (run.crosscoder / "cfg.json").is_file():
             for line in describe_doubtful(doubtful_snapshots(acts)):
-                tell(line)
+                say(line)
         total = (config.training_tokens or acts.n_tokens) // config.batch_size
         memory = dataclasses.replace(planned, cached=cache.cache is not None).training
-        tell(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
+        say(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
         trained = train_seeds(acts, architecture, config, seeds.seeds)
         agreement = save_seeds(run, trained, acts) if is_first() and seeds.seeds > 1 else ""
         return Trained(trained, agreement)
@@ -186,7 +186,7 @@ def check_training(
     check_processes(_n_processes() if processes is None else processes, config.data_parallel)
     if run is not None:
         details = {"architecture": f"{crosscoder.name}_crosscoder"}
-        details |= {"k": DEFAULT_K} if crosscoder.name.endswith("topk") else {}
+        details |= {"k": DEFAULT_K} if crosscoder.has("k") else {}
         names = ("batch_size", "lr", "lr_warm_up", "lr_decay", "dead_tokens", "adam_moments", "seed")
         run.check_settings(
             {

@@ -391,7 +391,7 @@ def _effects(tables: Tables, ids: np.ndarray, S: int) -> tuple[dict[str, np.ndar
 
 
 def _dates(tables: Tables, lifecycles: Frame) -> dict[int, list[Any]]:
-    """For every feature with a date on some task: [task, `DATES`] of each such task; a date is [snapshot, low, high]."""
+    """For every feature with a date on some task: [task, `DATES`] of each; a date is [snapshot, low, high]."""
     found: dict[int, list[Any]] = {}
     known = _dated(lifecycles, "birth")
     for task in tables.tasks("dates"):

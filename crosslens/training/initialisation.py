@@ -31,7 +31,7 @@ from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.distributed.strategy import ONE_PROCESS
 from crosslens.errors import UserError
 from crosslens.training.continuation import start_from
-from crosslens.training.progress import tell
+from crosslens.training.progress import say
 
 NEW_NORM = 0.1
 """Of the decoder rows of features that a continued crosscoder gets, where the norm would be searched."""
@@ -178,7 +178,7 @@ def name_constant(moments: Moments, scale: Literal["std", "norm"], acts: Activat
         "variance as a share of the mean squared norm): "
     )
     if scale == "std":
-        tell(found + "each snapshot is scaled to the same variance, so they count like the others")
+        say(found + "each snapshot is scaled to the same variance, so they count like the others")
     else:
         remedy = "with scale='norm' they count little in the loss; use scale='std', or leave them out"
         warnings.warn(found + remedy, stacklevel=2)

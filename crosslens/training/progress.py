@@ -81,7 +81,7 @@ class Bar:
         self._bar.close()
 
 
-def tell(words: str) -> None:
+def say(words: str) -> None:
     """Write a line to the terminal without breaking a progress bar."""
     tqdm.write(words, file=sys.stderr)
 

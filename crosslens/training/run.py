@@ -45,7 +45,7 @@ from crosslens.training.continuation import check_source, open_source, source_di
 from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import first_batches, initialise, uninitialised
 from crosslens.training.logging import wandb_run
-from crosslens.training.progress import Measured, quality_table, tell, warn_if_poor
+from crosslens.training.progress import Measured, quality_table, say, warn_if_poor
 from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 Batches: TypeAlias = Generator[Tensor, None, None]
@@ -130,7 +130,7 @@ def _fit(
             architecture, run = _claimed(acts, architecture, config, source)
     if run is not None and parallel.count(int(finished)):  # rank 0 decides; on a network others may not see it yet
         if parallel.rank == 0:
-            tell(f"{run.path} holds this crosscoder: it is loaded, not trained again")
+            say(f"{run.path} holds this crosscoder: it is loaded, not trained again")
         return run
     began = time.perf_counter()
     trainer, batches = _trainer(acts, architecture, config, run, parallel, source)
@@ -199,7 +199,7 @@ def _is_whole(run: RunDir) -> bool:
         aside = run.crosscoder.with_name("damaged-crosscoder")
         delete(aside, run.path)
         os.replace(run.crosscoder, aside)
-        tell(f"{error}; it is now in {aside}, and is trained again")
+        say(f"{error}; it is now in {aside}, and is trained again")
         return False
     return True
 
@@ -226,7 +226,7 @@ def _trainer(
             return trainer, _batches(acts, config, parallel, start=trainer.n_training_steps)
         del trainer
         if parallel.rank == 0:
-            tell("no checkpoint can be read: training starts again from the first token")
+            say("no checkpoint can be read: training starts again from the first token")
     first, batches = _first(acts, config, parallel)
     sae = initialise(
         architecture,
@@ -329,7 +329,7 @@ def claim(
     try:
         run.update(source=acts.to_dict())
     except UserError as error:
-        tell(f"the command line cannot read {run.path}: {error}")
+        say(f"the command line cannot read {run.path}: {error}")
     return architecture, run
 
 
@@ -437,7 +437,7 @@ def _evaluate(
             run.save_table("evaluation", table)
     _log_final(config, table)
     n_tokens = int(acts.keep(acts.held_out_tokens()).sum())
-    tell(quality_table(table, crosscoder.cfg.d_sae, n_tokens))
+    say(quality_table(table, crosscoder.cfg.d_sae, n_tokens))
     measured = Measured(
         table["explained_variance"].tolist(), float(table["l0"].mean()), float(table["dead_fraction"].iloc[0])
     )

@@ -35,7 +35,7 @@ from crosslens.rundir import RunDir
 from crosslens.training.adam import MOMENTS, BFloat16Adam, moment_dtype
 from crosslens.training.checkpoints import DamagedCheckpointError, read_state, save_checkpoint, set_aside
 from crosslens.training.config import TrainConfig, lr_factor
-from crosslens.training.progress import Bar, Measured, tell
+from crosslens.training.progress import Bar, Measured, say
 
 
 class CrosscoderTrainer(SAETrainer[Any, Any]):
@@ -440,7 +440,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             for _ in range(self.n_training_steps):
                 scheduler.step()
         if self.parallel.rank == 0:
-            tell(f"resuming from the checkpoint at {samples:,} of {self.cfg.total_training_samples:,} tokens")
+            say(f"resuming from the checkpoint at {samples:,} of {self.cfg.total_training_samples:,} tokens")
         return True
 
     def _last_checkpoint(self) -> int:

@@ -785,7 +785,7 @@ n_exact = 3
         (text.replace("d_sae", "d_sea"), "'d_sea' in [train] is no option of `crosslens train`; did you mean 'd-sae'?"),
         (text.replace("[study]", "[stduy]"), "'stduy' is no table of a run"),
         (text.replace("run_dir", "run_dri", 1), "must begin with the run directory"),
-        (text.replace("[study]\ntask", "[study]\n# task"), "[study]: --task is missing: A jsonl, csv or parquet file"),
+        (text.replace("[study]\ntask", "[study]\n# task"), "[study]: --task is missing: A file with the columns"),
         (text.replace("task.json", "no.json"), "there is no file"),
         ("run_dir = 'a'", "has no table [train]"),
     ):

@@ -20,7 +20,7 @@ from crosslens.causal import attribution
 from crosslens.cli.app import app
 from crosslens.cli.help import parse
 from crosslens.config import CrosscoderOptions, ModelOptions, SourceOptions, TrainingOptions
-from crosslens.crosscoders import TRAINING_ARCHITECTURES
+from crosslens.crosscoders import DECLARATIONS
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig as BATCHTOPK
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig as JUMPRELU
 from crosslens.crosscoders import StandardCrosscoderTrainingConfig as STANDARD
@@ -124,7 +124,7 @@ WRONG = [
     ([*SMALL, "--architecture", "jumprelu", "--l1-warm-up", "9"], "--l1-warm-up 9 is no setting of 'jumprelu'"),
     (
         [*SMALL, "--architecture", "standard", "--aux", "1"],
-        "--aux 1 .*--architecture topk or batchtopk",
+        "--aux 1 is no setting of 'standard'.*or use --architecture batchtopk",
     ),
     ([*SMALL, "--architecture", "jumprelu", "--sparsity", "-1"], "--sparsity -1 must be a finite number, 0 or above"),
     ([*SMALL, "--architecture", "standard", "--l1", "nan"], "--l1 nan must be a finite number, 0 or above"),
@@ -291,7 +291,12 @@ def test_completion_knows_commands_options_and_choices() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert {f"{name}_crosscoder" for name in get_args(config.Architecture)} == {*TRAINING_ARCHITECTURES}
+    assert get_args(config.Architecture) == tuple(config.ARCHITECTURES)
+    for name, options in config.ARCHITECTURES.items():
+        declared = DECLARATIONS[f"{name}_crosscoder"]
+        assert declared.options == options and declared.default == (name == config.DEFAULT_ARCHITECTURE)
+        fields = {each.name for each in dataclasses.fields(declared.training[1])}
+        assert {option for option, field in config.FIELDS.items() if field in fields} == {*options}
     assert {*get_args(config.CacheDtype)} == {*cache.DTYPES}
     assert get_args(config.Method) == attribution.METHODS
     assert get_args(config.Rule) == attribution.RULES
@@ -318,10 +323,11 @@ TYPICAL = {
     "--d-sea 32": "Unknown option: --d-sea. Did you mean --d-sae?",
     "--d-sae many": "--d-sae many must be a whole number",
     "--d-sae 32 --k 64": "--k 64 must be at most --d-sae 32",
-    "--d-sae 32 --architecture topkk": 'Invalid value "topkk" for --architecture. Choose from: "standard", "topk", '
-    '"batchtopk", "jumprelu". Did you mean "topk"?',
+    "--d-sae 32 --architecture topkk": 'Invalid value "topkk" for --architecture. Choose from: '
+    + ", ".join(f'"{name}"' for name in config.ARCHITECTURES)
+    + '. Did you mean "topk"?',
     "--d-sae 32 --architecture standard --k 4": "--k 4 is no setting of 'standard' crosscoders: leave it out, or use "
-    "--architecture topk or batchtopk",
+    f"--architecture {' or '.join(config.architectures_with('k'))}",
     "--d-sae 64 --lr fast": 'Invalid value for --lr: unable to convert "fast" into float.',
     "--d-sae 64 --lr -1": "--lr -1 must be a finite number above 0",
     "--d-sae 64 --lr-warm-up 1": "--lr-warm-up 1 must be a fraction of the steps below 1, or a number of steps from 2",

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from crosslens import tables
 from crosslens.config import EvolveOptions, LabelOptions, ReportOptions
 from crosslens.errors import UserError
+from crosslens.evolution import measures
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.features.labels import Estimate
 from crosslens.pipeline.evolving import evolve
 from crosslens.pipeline.labelling import label
 from crosslens.pipeline.opening import encoder_shares, read_run
 from crosslens.pipeline.reporting import report
+from crosslens.report import entries
 from crosslens.rundir import RunDir
 
 
-def test_evolve_leaves_its_tables(run: RunDir) -> None:
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the page "Add a measure" defines, with its measure and figure, for one test."""
+    assert entries.list_figures() and measures._STARTS
+    monkeypatch.setattr(entries, "_FIGURES", dict(entries._FIGURES))
+    monkeypatch.setattr(measures, "_STARTS", dict(measures._STARTS))
+    monkeypatch.setattr(tables, "TABLES", [*tables.TABLES])
+    names: dict[str, Any] = {"__name__": "mine"}
+    page = (Path(__file__).parents[2] / "docs" / "measure.md").read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S):
+        exec(code, names)
+    return names
+
+
+def test_evolve_leaves_its_tables(run: RunDir, example: dict[str, Any]) -> None:
+    example["test_dominance_counts_the_largest_of_every_token"]()
     found = evolve(run, EvolveOptions(n_probes=3, seed=2), device="cpu")
     crosscoder, acts = read_run(run, "cpu")
     assert found["lifecycles"]["feature"].nunique() == crosscoder.cfg.d_sae
+    # the measure of the page is taken, saved and drawn like any other
+    firing = found["evolution"].drop_duplicates("feature")["firing_rate"].to_numpy()
+    assert np.allclose(found["dominance"]["active"] / found["dominance"]["active"].sum(), firing / firing.sum())
+    assert "Strongest features" in (report(run).page.parent / "evolution.html").read_text(encoding="utf-8")
+    assert "### `dominance`" in tables.render_markdown()
     for name in (*found, "examples", "lens", "nearest"):
         assert run.table(name) is not None, name
     assert found["probe"]["feature"].nunique() == 3

@@ -57,7 +57,7 @@ def test_a_row_is_label_revision_step_tokens() -> None:
 
 def test_every_named_set_of_every_model_exists() -> None:
     table = read_table()
-    assert list(table) == ["pythia", "olmo", "olmo2", "bloom"]
+    assert {"pythia", "olmo", "olmo2", "bloom"} <= set(table)
     assert len(table["pythia"]["sizes"]) == 20
     for family, entry in table.items():
         for size in entry["sizes"]:

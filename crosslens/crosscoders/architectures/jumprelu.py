@@ -190,6 +190,7 @@ ARCHITECTURE = Architecture(
     penalty="tanh-quadratic (`cl.recipes.evolution_of_concepts`)",
     chosen="the sparsity coefficient",
     use="features should switch on per snapshot, and you can afford a search for the coefficient",
+    options=("sparsity", "sparsity_warm_up"),
     card="JumpReLU crosscoder (one gate per feature and snapshot)",
     inference=(JumpReLUCrosscoder, JumpReLUCrosscoderConfig),
     training=(JumpReLUCrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig),

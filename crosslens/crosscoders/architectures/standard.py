@@ -101,6 +101,7 @@ ARCHITECTURE = Architecture(
     penalty="L1, weighted by decoder norms (`cl.recipes.crosscoding_through_time`)",
     chosen="the L1 coefficient",
     use="you compare with work that used it",
+    options=("l1", "l1_warm_up"),
     card="ReLU crosscoder (L1 weighted by decoder norms)",
     inference=(StandardCrosscoder, StandardCrosscoderConfig),
     training=(StandardCrosscoderTrainingSAE, StandardCrosscoderTrainingConfig),

@@ -259,6 +259,7 @@ ARCHITECTURE = Architecture(
     penalty="auxiliary loss for dead features",
     chosen="k, the L0",
     use="you expect many late births, or far more features than dimensions",
+    options=("k", "k_start", "k_anneal", "aux"),
     card="TopK crosscoder",
     inference=(TopKCrosscoder, TopKCrosscoderConfig),
     training=(TopKCrosscoderTrainingSAE, TopKCrosscoderTrainingConfig),

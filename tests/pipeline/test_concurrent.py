@@ -1,4 +1,4 @@
-"""Commands beside each other, read-only runs, and processes without a launcher."""
+"""Commands at the same time, read-only runs, and processes without a launcher."""
 
 from __future__ import annotations
 
