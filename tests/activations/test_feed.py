@@ -161,9 +161,7 @@ def test_each_process_reads_its_part_of_a_batch(cached: dict[str, Any], tmp_path
         del rank
         read: list[int] = []
         gather = acts.store.gather
-        acts.store.gather = lambda shard, s, rows: (
-            read.append(len(rows.rows)) or gather(shard, s, rows)
-        )
+        acts.store.gather = lambda shard, s, rows: read.append(len(rows.rows)) or gather(shard, s, rows)
         first_batches(acts, 4, parallel=join("cpu")[0], epochs=1)
         return torch.tensor(sum(read))
 
