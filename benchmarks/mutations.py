@@ -654,7 +654,8 @@ def timed_checksums() -> Generator[Counter[str], None, None]:
         (crosscoder_checksums, "tensor_checksum"), (crosscoder_checksums, "config_checksum"),
         (checkpoints, "file_checksum"), (checkpoints, "json_checksum"), (rundir, "json_checksum"), (rundir, "_seal"),
         (rundir, "file_checksum"),
-        (files.ShardFile, "_verify"), (files, "digest"), (files, "json_checksum"), (cache, "digest"), (cache, "json_checksum"),
+        (files.ShardFile, "_verify"), (files, "digest"), (files, "json_checksum"), (cache, "digest"),
+        (cache, "json_checksum"),
     ]  # fmt: skip
     seconds: Counter[str] = Counter()
     before = [getattr(owner, name) for owner, name in places]

@@ -4,7 +4,8 @@ In: snapshots, a hook point, a dataset. Out: batches of activations `(B, S, D)` 
 seed, computed live or read from a cache on disk.
 
 Start with `loader.Activations`. `tokens` turns a `Dataset` into sequences, `harvesting` runs the models up to the
-hook, `cache` is the format on disk, and `plan` estimates the cost before anything runs.
+hook, `cache` and `files` are the format on disk, `rows` and `feed` make batches, and `plan` estimates the cost before
+anything runs.
 """
 
 import lazy_loader

@@ -31,14 +31,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from crosslens.activations.cache import (
     ActivationCache,
@@ -111,6 +111,9 @@ SHUFFLED = "shuffled"
 """The order of data of which every batch may hold every token."""
 
 
+_Made = TypeVar("_Made")
+
+
 class Activations:
     """Activations of the same tokens in all snapshots: what training and analyses read.
 
@@ -153,12 +156,14 @@ class Activations:
     """The format on disk; None if they are not read from a cache."""
     data_order: str = SHUFFLED
     """What decides the order of the tokens besides seed and data."""
+    plan: Callable[..., Plan]
+    """The cost of training on them: `DatasetActivations.plan`."""
     waited = 0.0
     """Seconds for which the last stream of batches waited for data."""
     waited_first = 0.0
     """The part of them before its first batch, when nothing else could be done."""
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
+    def __new__(cls: type[_Made], *args: Any, **options: Any) -> _Made:
         """As `pathlib.Path` does, the class itself makes one of its implementations."""
         del args, options
         made: Any = LiveActivations if cls is Activations else cls
@@ -314,10 +319,6 @@ class Activations:
         """
         raise NotImplementedError
 
-    def plan(self, measure: bool = True, **options: Any) -> Plan:
-        """The cost of training on them; see `DatasetActivations.plan`."""
-        raise NotImplementedError
-
     @staticmethod
     def from_dict(recorded: dict[str, Any], settings: ModelSettings | None = None) -> Activations:
         """The activations that `to_dict` recorded; `settings` replace the recorded ones.
@@ -364,9 +365,6 @@ class DatasetActivations(Activations):
         self._mixing_tokens = mixing_tokens
         self._parts: dict[str, Activations] = {}
 
-    def _options(self) -> dict[str, Any]:
-        return {"seed": self.seed, "settings": self.settings, "mixing_tokens": self._mixing_tokens}
-
     @override
     def __getitem__(self, hook_name: str) -> Activations:
         if hook_name not in self.hook_names:
@@ -380,11 +378,12 @@ class DatasetActivations(Activations):
             self._parts[hook_name] = self._live(hook_name)
         return self._parts[hook_name]
 
-    def _live(self, hook_name: str) -> LiveActivations:
-        """Live activations at one of the hook points, of the same sequences."""
-        part = LiveActivations(self.snapshots, hook_name, self.dataset, **self._options())
-        part.sequences = self.sequences
-        return part
+    def _live(self, hook_name: str | Sequence[str]) -> LiveActivations:
+        """Live activations at some of the hook points, of the same sequences."""
+        options: dict[str, Any] = {"settings": self.settings, "mixing_tokens": self._mixing_tokens}
+        live = LiveActivations(self.snapshots, hook_name, self.dataset, seed=self.seed, **options)
+        live.sequences = self.sequences
+        return live
 
     # ------------------------------------------------------------------ tokens
     @property
@@ -490,25 +489,6 @@ class DatasetActivations(Activations):
     def cache(
         self, folder: str | Path, dtype: str = "bfloat16", *, evict: bool = False, verify: bool = False
     ) -> Activations:
-        """Harvest the activations into a folder, and return the same activations read from there.
-
-        A cache that is complete needs neither the dataset nor the models. An interrupted harvest continues where it
-        stopped. Several processes, started by torchrun or by hand, may fill one folder together; each returns when it
-        is complete. A damaged file is harvested again when it is read. With several hook points, each has its own
-        folder of its name inside this one, and one pass of the models fills all; activations at one of them are read
-        from there, too.
-
-        Args:
-            folder: created if needed; a cache for a different request is rejected.
-            dtype: "bfloat16", "float32" or "int8" on disk; batches are float32 in any case.
-            evict: delete the weights that crosslens downloaded to the hub's cache, those of each snapshot as soon as it
-                is harvested: the disk then holds one at a time, or one for each process.
-            verify: compare the checksums of all files now.
-
-        Raises:
-            UserError: a cache for a different request, a link within a run directory, a full disk, or activations that
-                are not finite.
-        """
         path = Path(folder)
         places = {name: path / name for name in self.hook_names}
         if len(places) == 1 and not (path / self.hook_name / "manifest.json").is_file():
@@ -552,8 +532,8 @@ class DatasetActivations(Activations):
         parts = {name: CachedActivations(self._live(name), cache) for name, cache in caches.items()}
         if len(parts) == 1:
             return parts[self.hook_name]
-        several = LiveActivations(self.snapshots, self.hook_names, self.dataset, **self._options())
-        several.sequences, several._parts = self.sequences, {**parts}
+        several = self._live(self.hook_names)
+        several._parts.update(parts)
         return several
 
     def _open(self, path: Path, size: int, dtype: str, source: dict[str, Any] | None) -> ActivationCache:
