@@ -99,7 +99,7 @@ def whole(crosscoder: Any, acts: Any) -> None:
     print(f"held-out tokens encoded {encoded / N_TOKENS:g} times", flush=True)
     times: dict[str, float] = {}
     for (_, _, name), (*_, seconds, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        short = name.removesuffix("}>").removesuffix("}").rpartition(".")[2].removeprefix("linalg_").split(" ")[-1]
+        short = name.strip("<>").split(" ")[-1].rpartition(".")[2].removeprefix("linalg_")
         times[short] = max(times.get(short, 0), seconds)
     for function, what in PARTS.items():
         print(f"  {what}: {times.get(function, 0):.1f} s", flush=True)
