@@ -21,9 +21,9 @@ from planted.traps import PlantedTraps, Trap
 
 from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
 from crosslens.evolution.births import date_births
-from crosslens.evolution.held_out import Block
+from crosslens.evolution.held_out import hold
 from crosslens.evolution.lifecycles import birth_index
-from crosslens.evolution.presence import Decodability, DecodabilitySums
+from crosslens.evolution.presence import Decodability, measure_decodability
 
 PER_DIMENSION = (4, 8, 20, 25, 100)
 PRESENCE = 0.5
@@ -35,11 +35,8 @@ def read(traps: PlantedTraps) -> Decodability:
     S, D = traps.n_snapshots, traps.d_model
     crosscoder = StandardCrosscoder(StandardCrosscoderConfig(d_in=S * D, d_sae=values.shape[1], n_snapshots=S))
     crosscoder.requires_grad_(False)
-    sums, first = DecodabilitySums(crosscoder, traps), 0
-    for x in traps.held_out():
-        sums.add(Block(crosscoder, x, values[first : first + len(x)], first))
-        first += len(x)
-    return sums.result()
+    blocks = values.split([len(x) for x in traps.held_out()])
+    return measure_decodability(crosscoder, hold(crosscoder, traps, zip(traps.held_out(), blocks, strict=True)))
 
 
 def judge(seed: int, per_dimension: int, truth: np.ndarray) -> dict[str, Any]:

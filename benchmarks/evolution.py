@@ -41,13 +41,15 @@ ENCODING, WHOLE = "encoding (one pass over held-out tokens)", "evolve, whole"
 
 PARTS = {
     "held_out_features": "encoding",
-    "_ridge": "solves of R² (Cholesky of D x D, F right-hand sides, every snapshot, two kinds)",
-    "judge": "predictions of R² (tokens x D x F, every snapshot)",
-    "_solve": "least squares of decoder rows on halves (conjugate gradients)",
-    "_inverse": "inverses of covariances",
-    "_participation_ratio": "eigenvalues of covariances",
+    "cholesky": "solves: Cholesky factors of D x D for R²",
+    "cholesky_solve": "solves: their right-hand sides, of tokens or of features",
+    "_solve": "solves: least squares of decoder rows on halves (conjugate gradients)",
+    "_inverse": "solves: inverses of covariances",
+    "solve": "solves: maps between snapshots",
+    "_top": "products of tokens with all decoder rows for the agreement (F x D x tokens, as many as the encoding has)",
+    "measure_decodability": "R², its solves included",
     "_dimensionality": "products of rows with their second moments (F x D x D, every snapshot, four kinds)",
-    "_similarity": "CKA of pairs of snapshots",
+    "compare": "CKA of pairs of snapshots",
     "_neighbours": "cosines of all pairs of decoder rows",
 }
 """What most of the time goes into, by function."""
@@ -95,9 +97,20 @@ def whole(crosscoder: Any, acts: Any) -> None:
     profile = cProfile.Profile()
     profile.runcall(lambda: evolve(crosscoder, acts).tables())
     print(f"held-out tokens encoded {encoded / N_TOKENS:g} times", flush=True)
-    times = {name: seconds for (_, _, name), (*_, seconds, _) in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
+    times: dict[str, float] = {}
+    for (_, _, name), (*_, seconds, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        short = name.strip("<>").split(" ")[-1].rpartition(".")[2].removeprefix("linalg_")
+        times[short] = max(times.get(short, 0), seconds)
     for function, what in PARTS.items():
-        print(f"  {what}: {times[function]:.1f} s", flush=True)
+        print(f"  {what}: {times.get(function, 0):.1f} s", flush=True)
+    solves = sum(times.get(function, 0) for function, what in PARTS.items() if what.startswith("solves"))
+    encoding = times["held_out_features"]
+    whole = pstats.Stats(profile).total_tt  # type: ignore[attr-defined]
+    print(
+        f"encoding {encoding:.1f} s, solves {solves:.1f} s, the rest {whole - encoding - solves:.1f} s; "
+        f"without solves {(whole - solves) / encoding:.1f} times the encoding",
+        flush=True,
+    )
 
 
 # every function takes the crosscoder, and either activations, the result of `measure_firing`, or nothing else

@@ -22,7 +22,7 @@ from .geometry import linear_maps as linear_maps
 from .geometry import rotation as rotation
 from .geometry import rotation_per_interval as rotation_per_interval
 from .geometry import total_dimensionality as total_dimensionality
-from .held_out import Block as Block
+from .held_out import HeldOut as HeldOut
 from .history import Evolution as Evolution
 from .history import evolve as evolve
 from .lifecycles import classify_lifecycles as classify_lifecycles

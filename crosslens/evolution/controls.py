@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import DECLARATIONS, Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.columns import per_feature, snapshot_columns
-from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.held_out import HeldOut, read, sums_by_column
 from crosslens.evolution.measures import measure
 
 
@@ -59,7 +60,7 @@ class LatentScaling:
 
 
 @torch.no_grad()
-def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
+def latent_scaling(crosscoder: Crosscoder, acts: Activations | HeldOut) -> LatentScaling:
     """Measure how much of each feature's direction is in the activations of every snapshot.
 
     Args:
@@ -75,50 +76,32 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations) -> LatentScaling:
             f"latent_scaling is meaningless for {crosscoder.cfg.architecture()}, where it equals the decoder norm: use "
             f"decoder_norms, or a {others}"
         )
-    check_activations(crosscoder, acts)
-    sums = ScalingSums(crosscoder)
-    read(crosscoder, acts, sums, purpose="Latent scaling")
-    return sums.scaling()
-
-
-class ScalingSums:
-    """The accumulator of `latent_scaling`: `sum f_i <r, W>` for both rows, and `sum f_i^2`."""
-
-    def __init__(self, crosscoder: Crosscoder) -> None:
-        F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-        self.norms, self.labels = crosscoder.decoder_norms.detach(), snapshot_columns(crosscoder)["label"].tolist()
-        self.sums = torch.zeros(2, F, S, dtype=torch.float64)
-        self.squares = torch.zeros(F, dtype=torch.float64)
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        decoder, values = block.crosscoder.W_dec_by_snapshot, block.pairs.values
-        at_peak = torch.arange(len(decoder), device=decoder.device), self.norms.argmax(1)
-        self.squares += block.count(values.double().square())
-        for s in range(decoder.shape[1]):
-            # add the feature's own contribution back: sum f f_is <W_is, d>
-            own, gated = decoder[:, s], block.count(values * block.gated(s)).to(decoder)
-            left = block.sum_by_feature(block.error[:, s], values) + gated[:, None] * own
-            for which, row in enumerate((own, decoder[at_peak])):
-                self.sums[which, :, s] += (left * row).sum(1).double().cpu()
-
-    def scaling(self) -> LatentScaling:
-        """Coefficients along unit directions."""
-        lengths = self.norms.double().cpu()
-        at_peak = lengths.amax(1, keepdim=True).expand_as(lengths)
-        found = self.sums / self.squares[:, None] / torch.stack([lengths, at_peak])
-        found = torch.where(found.isfinite(), found, torch.nan)
-        return LatentScaling(*found, norms=lengths)
-
-    def result(self) -> pd.DataFrame:
-        """The table "scaling"."""
-        return self.scaling().to_frame(self.labels)
+    held = read(crosscoder, acts, purpose="Latent scaling")
+    decoder, norms = crosscoder.W_dec_by_snapshot, crosscoder.decoder_norms.detach()
+    at_peak = decoder[torch.arange(len(decoder), device=decoder.device), norms.argmax(1)]
+    columns = held.f.tocsc()
+    squares = torch.from_numpy(columns.astype(np.float64).power(2).sum(0))
+    sums = torch.zeros(2, *norms.shape, dtype=torch.float64)
+    for s in range(crosscoder.n_snapshots):
+        own, gated = decoder[:, s].contiguous(), held.gated(s)
+        left = held.x[s].to(held.device) - crosscoder.b_dec_by_snapshot[s]
+        left -= sums_by_column(gated.T.tocsc(), own)  # the transpose: by token
+        # add the feature's own contribution back: sum f f_is <W_is, d>
+        twice = torch.from_numpy(columns.multiply(gated.tocsc()).sum(0)).to(own)
+        found = sums_by_column(columns, left).addcmul_(twice[:, None], own)
+        sums[:, :, s] = torch.stack([(found * row).sum(1).double().cpu() for row in (own, at_peak)])
+    lengths = norms.double().cpu()
+    found = sums / squares[:, None] / torch.stack([lengths, lengths.amax(1, keepdim=True).expand_as(lengths)])
+    found = torch.where(found.isfinite(), found, torch.nan)
+    return LatentScaling(*found, norms=lengths)
 
 
 @measure("scaling")
-def _scaling(crosscoder: Crosscoder, acts: Activations) -> ScalingSums | None:
-    del acts
-    return ScalingSums(crosscoder) if penalises_decoder(crosscoder) else None
+def _scaling(held: HeldOut) -> pd.DataFrame | None:
+    if not penalises_decoder(held.crosscoder):
+        return None
+    labels = snapshot_columns(held.crosscoder)["label"].tolist()
+    return latent_scaling(held.crosscoder, held).to_frame(labels)
 
 
 def penalises_decoder(crosscoder: Crosscoder) -> bool:
@@ -127,7 +110,7 @@ def penalises_decoder(crosscoder: Crosscoder) -> bool:
 
 
 @torch.no_grad()
-def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F S"]:
+def encoder_share(crosscoder: Crosscoder, acts: Activations | HeldOut) -> Float[Tensor, "F S"]:
     """Compute the share of every snapshot in what makes a feature active; rows sum to 1.
 
     With p_is = x_s W_enc[s, i], the contribution of snapshot s, and expectations over all tokens and over those where
@@ -144,34 +127,13 @@ def encoder_share(crosscoder: Crosscoder, acts: Activations) -> Float[Tensor, "F
     Raises:
         UserError: no activations held out, or activations of other snapshots.
     """
-    check_activations(crosscoder, acts)
-    sums = EncoderSums(crosscoder)
-    read(crosscoder, acts, sums, purpose="Encoder shares")
-    return sums.result()
-
-
-class EncoderSums:
-    """The accumulator of `encoder_share`: contributions where the feature is active, and activations everywhere."""
-
-    def __init__(self, crosscoder: Crosscoder) -> None:
-        F, S, D = crosscoder.cfg.d_sae, crosscoder.n_snapshots, crosscoder.d_model
-        self.encoder = crosscoder.W_enc_by_snapshot.detach()
-        self.sums, self.counts, self.n = torch.zeros(F, S, dtype=torch.float64), torch.zeros(F).double(), 0
-        self.total = torch.zeros(S, D, dtype=torch.float64)
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        self.n += len(block)
-        active = block.pairs.values > 0
-        self.total += block.scaled.double().sum(0).cpu()
-        self.counts += block.count(active)
-        for s, encoder in enumerate(self.encoder):
-            found = block.sum_by_feature(block.scaled[:, s], active) * encoder.T
-            self.sums[:, s] += found.sum(1).double().cpu()
-
-    def result(self) -> Float[Tensor, "F S"]:
-        """Shares of every snapshot."""
-        everywhere = [total @ encoder.double().cpu() for total, encoder in zip(self.total, self.encoder, strict=True)]
-        rise = self.sums / self.counts[:, None] - torch.stack(everywhere, 1) / self.n
-        rise = rise.masked_fill((self.counts == self.n)[:, None], torch.nan)
-        return rise / rise.sum(1, keepdim=True)
+    held = read(crosscoder, acts, purpose="Encoder shares")
+    active = (held.f > 0).astype(np.float32).tocsc()
+    counts = torch.from_numpy(active.sum(0)).double()
+    found: list[Tensor] = []
+    for x, mean, encoder in zip(held.x, held.means, crosscoder.W_enc_by_snapshot.detach(), strict=True):
+        sums = sums_by_column(active, (x - mean.float()).to(held.device))
+        found.append((sums * encoder.T).sum(1).double().cpu())
+    rise = torch.stack(found, 1) / counts[:, None]
+    rise = rise.masked_fill((counts == len(held))[:, None], torch.nan)
+    return rise / rise.sum(1, keepdim=True)

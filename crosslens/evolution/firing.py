@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.held_out import HeldOut, read
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Firing:
     mean: Float[Tensor, "F S"]
 
 
-def measure_firing(crosscoder: Crosscoder, acts: Activations | Firing) -> Firing:
-    """Measure how every feature fires on the held-out activations, in one pass and in float64.
+def measure_firing(crosscoder: Crosscoder, acts: Activations | HeldOut | Firing) -> Firing:
+    """Measure how every feature fires on the held-out activations, with sums in float64.
 
     Args:
         crosscoder: any.
@@ -44,37 +46,15 @@ def measure_firing(crosscoder: Crosscoder, acts: Activations | Firing) -> Firing
     """
     if isinstance(acts, Firing):
         return acts
-    check_activations(crosscoder, acts)
-    sums = FiringSums(crosscoder)
-    read(crosscoder, acts, sums, purpose="Firing rates")
-    return sums.result()
+    held = read(crosscoder, acts, purpose="Firing rates")
+    (n, F), S = held.f.shape, crosscoder.n_snapshots
+    # a gate shared by all snapshots needs one column only
+    gates = [held.gated(s) for s in range(S if crosscoder.gate_per_snapshot else 1)]
+    counts, sums = (torch.stack([_by_feature(f, power) for f in gates], 1) for power in (0, 1))
+    rms = (_by_feature(held.f, 2) / n).sqrt()
+    return Firing(n, _by_feature(held.f, 0) / n, rms, (counts / n).expand(F, S), (sums / counts).expand(F, S))
 
 
-class FiringSums:
-    """The accumulator of `measure_firing`."""
-
-    def __init__(self, crosscoder: Crosscoder) -> None:
-        self.F, self.S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-        # a gate shared by all snapshots needs one column only
-        self.gates = self.S if crosscoder.gate_per_snapshot else 1
-        self.counts, self.sums = torch.zeros(2, self.F, self.gates).double()
-        self.active, self.squares = torch.zeros(2, self.F).double()
-        self.n = 0
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        self.n += len(block)
-        self.active += block.count()
-        self.squares += block.count(block.pairs.values.double().square())
-        for s in range(self.gates):
-            gated = block.gated(s)
-            self.counts[:, s] += block.count(gated != 0)
-            self.sums[:, s] += block.count(gated)
-
-    def result(self) -> Firing:
-        """Rates and means."""
-        F, S, n = self.F, self.S, self.n
-        rms = (self.squares / n).sqrt()
-        return Firing(
-            n, self.active / n, rms, (self.counts / n).expand(F, S), (self.sums / self.counts).expand(F, S)
-        )  # fmt: skip
+def _by_feature(f: Any, power: int) -> Float[Tensor, " F"]:
+    """Sums of a power of the active values of every feature."""
+    return torch.from_numpy(np.bincount(f.indices, f.data.astype(np.float64) ** power, f.shape[1])).double()

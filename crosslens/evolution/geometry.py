@@ -35,27 +35,27 @@ Symbols: S snapshots (S1 their neighbouring pairs), D d_model, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, embedding_bag, normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns, snapshot_pairs
 from crosslens.evolution.firing import Firing, measure_firing
-from crosslens.evolution.held_out import Block, check_activations, read, read_activations, starts
+from crosslens.evolution.held_out import HeldOut, read, sums_by_column
 from crosslens.evolution.lifecycles import check_presence, relative_norms, require_two_snapshots
 
 _BLOCK = 4096  # features at a time
 _MIN_ACTIVE = 10  # tokens of a half, from which an estimate of a row is more than noise
+_COLUMNS = 64  # of activations at a time
 _TINY = torch.finfo(torch.float32).tiny
 _TIE = 1e-5  # cosines that differ by less are equal but for rounding
 
@@ -123,11 +123,8 @@ class HalfCosines(NamedTuple):
 
 
 @torch.no_grad()
-def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
+def half_cosines(crosscoder: Crosscoder, acts: Activations | HeldOut) -> HalfCosines:
     """Estimate all decoder rows on each half of the held-out tokens, and compare the estimates.
-
-    The sums take 2 F S D numbers in float32, half of them until the middle of the tokens, and the active pairs of
-    tokens and features are kept.
 
     Args:
         crosscoder: any.
@@ -139,159 +136,78 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations) -> HalfCosines:
     Raises:
         UserError: no activations held out, or those of other snapshots.
     """
-    check_activations(crosscoder, acts)
-    sums = HalfSums(crosscoder, acts)
-    read(crosscoder, acts, sums, purpose="Directions")
-    return sums.result()
+    held = read(crosscoder, acts, purpose="Directions")
+    (n, F), S, D = held.f.shape, crosscoder.n_snapshots, crosscoder.d_model
+    parts = slice(n // 2), slice(n // 2, n)
+    same, following = torch.empty(F, S), torch.empty(F, S - 1)
+    before: Tensor | None = None
+    halves: list[tuple[Tensor, Any]] = []
+    for s in range(S):  # one snapshot at a time: a (2, F, S, D) tensor is too much for large crosscoders
+        if s == 0 or crosscoder.gate_per_snapshot:
+            f = held.gated(s)
+            halves = [_standardised(f[part]) for part in parts]
+        here = torch.full((2, F, D), torch.nan)
+        for half, (part, (ids, f)) in enumerate(zip(parts, halves, strict=True)):
+            x = held.x[s][part].to(held.device)
+            here[half, ids] = normalize(_solve(f, x - x.mean(0)), dim=-1, eps=1e-30).cpu()
+        one, other = here
+        same[:, s] = (one * other).sum(-1).clamp(-1, 1)
+        if before is not None:
+            both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
+            following[:, s - 1] = (both / 2).clamp(-1, 1)
+        before = here
+    return HalfCosines(same, following)
 
 
-class HalfSums:
-    """The accumulator of `half_cosines`: the active pairs of each half, and `sum f_is x_s` over its tokens."""
-
-    def __init__(self, crosscoder: Crosscoder, acts: Activations) -> None:
-        self.crosscoder = crosscoder
-        self.n = int(acts.keep(acts.held_out_tokens()).sum())
-        self.middle = self.n // 2
-        self.pairs: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]  # tokens, features, values (p, 1 or S)
-        self.totals = torch.zeros(2, crosscoder.n_snapshots, crosscoder.d_model, dtype=torch.float64)
-        self.rows: list[Tensor | None] = [None, None]  # (F, S, D) each; the second is made when it is needed
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        cut = self.middle - block.first
-        S = self.crosscoder.n_snapshots
-        x = block.scaled - self.crosscoder.b_dec_by_snapshot  # without large means sums in float32 are exact enough
-        tokens, features, _ = block.pairs
-        gates = range(S if self.crosscoder.gate_per_snapshot else 1)
-        halves = ((0, slice(0, max(cut, 0)), tokens < cut), (1, slice(max(cut, 0), None), tokens >= cut))
-        for half, part, inside in halves[int(cut <= 0) : 1 + int(cut < len(block))]:
-            rows = self._of(half)
-            for s in range(S):
-                rows[:, s] += block.sum_by_feature(x[:, s], block.gated(s) * inside)
-            self.totals[half] += x[part].sum(0).double().cpu()
-            values = torch.stack([block.gated(s)[inside] for s in gates], 1)
-            place = (tokens[inside] + block.first - half * self.middle).int()
-            self.pairs[half].append((place, features[inside].int(), values))
-
-    def result(self) -> HalfCosines:
-        """Compare the estimates of the halves; the sums are used up."""
-        F, S = self.crosscoder.cfg.d_sae, self.crosscoder.n_snapshots
-        halves = [tuple(torch.cat(column) for column in zip(*pairs, strict=True)) for pairs in self.pairs]
-        self.pairs = [[], []]
-        same, following = torch.empty(F, S), torch.empty(F, S - 1)
-        before: Tensor | None = None
-        products: list[_Products] = []
-        for s in range(S):  # one snapshot at a time: another (2, F, S, D) tensor is too much for large crosscoders
-            if s == 0 or self.crosscoder.gate_per_snapshot:
-                sizes = (self.middle, self.n - self.middle)
-                products = [
-                    _Products(tokens, features, values[:, s], n, F)
-                    for (tokens, features, values), n in zip(halves, sizes, strict=True)
-                ]
-            here = torch.full((2, F, self.crosscoder.d_model), torch.nan)
-            for half, f in enumerate(products):
-                sums, total = self._of(half)[:, s][f.ids], self.totals[half, s].to(f.mean)
-                here[half, f.ids.cpu()] = normalize(_solve(f, sums, total), dim=-1, eps=1e-30).cpu()
-            one, other = here
-            same[:, s] = (one * other).sum(-1).clamp(-1, 1)
-            if before is not None:
-                both = (before[0] * other).sum(-1) + (before[1] * one).sum(-1)
-                following[:, s - 1] = (both / 2).clamp(-1, 1)
-            before = here
-        self.rows = [None, None]
-        return HalfCosines(same, following)
-
-    def _of(self, half: int) -> Float[Tensor, "F S D"]:
-        found = self.rows[half]
-        if found is None:
-            found = torch.zeros_like(self.crosscoder.W_dec_by_snapshot, dtype=torch.float32)
-            self.rows[half] = found
-        return found
-
-
-class _Products:
-    """Products with the matrix f (n tokens, features that are active often enough), of which the active pairs are kept.
-
-    Attributes:
-        n: tokens.
-        ids: the features, K of them.
-        mean: (K,) mean activation over the tokens.
-        variance: (K,) its variance.
-    """
-
-    def __init__(
-        self, tokens: Int[Tensor, " p"], features: Int[Tensor, " p"], values: Float[Tensor, " p"], n: int, F: int
-    ) -> None:
-        self.n, features = n, features.long()
-        often = torch.bincount(features[values > 0], minlength=F) >= _MIN_ACTIVE
-        self.ids = often.nonzero().flatten()
-        inside = often[features]
-        tokens, features, values = tokens[inside], (often.cumsum(0) - 1)[features[inside]], values[inside].float()
-        self.by_token = _bags(tokens, features, values, n)
-        self.by_feature = _bags(features, tokens, values, len(self.ids))
-        sums = [torch.bincount(features, values.double() ** power, len(self.ids)) / max(n, 1) for power in (1, 2)]
-        self.mean = sums[0].to(values)
-        self.variance = (sums[1] - sums[0].square()).clamp(min=_TINY).to(values)
-
-    def covariance(self, v: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
-        """The covariance matrix of the features, times v."""
-        return _bag_sums(self.by_feature, _bag_sums(self.by_token, v)) / self.n - self.mean[:, None] * (self.mean @ v)
-
-
-_Bags: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-def _bags(of: Int[Tensor, " p"], entries: Int[Tensor, " p"], values: Float[Tensor, " p"], n: int) -> _Bags:
-    order = of.argsort(stable=True)
-    return entries[order].int(), starts(of.long(), n).int(), values[order]
-
-
-def _bag_sums(bags: _Bags, rows: Float[Tensor, "N D"]) -> Float[Tensor, "n D"]:
-    entries, first, values = bags
-    return embedding_bag(entries, rows, first, mode="sum", per_sample_weights=values)
+def _standardised(f: Any) -> tuple[Int[Tensor, " K"], Any]:
+    """The features (n, F) that are active often enough, and f of them over its standard deviation and sqrt(n)."""
+    n = f.shape[0]
+    ids = np.flatnonzero((f > 0).sum(0) >= _MIN_ACTIVE)
+    f = f[:, ids].astype(np.float64)
+    variance = f.power(2).sum(0) / max(n, 1) - (f.sum(0) / max(n, 1)) ** 2
+    scales = 1 / np.sqrt(variance.clip(min=_TINY) * max(n, 1))
+    return torch.from_numpy(ids), (f @ scipy.sparse.dia_array((scales[None], 0), shape=(len(ids),) * 2)).astype(
+        np.float32
+    )
 
 
 def _solve(
-    f: _Products,
-    sums: Float[Tensor, "K D"],
-    total: Float[Tensor, " D"],
-    *,
-    ridge: float = 1e-2,
-    tolerance: float = 1e-4,
-    max_steps: int = 30,
+    f: Any, x: Float[Tensor, "n D"], *, ridge: float = 1e-2, tolerance: float = 1e-4, max_steps: int = 30
 ) -> Float[Tensor, "K D"]:
-    """Rows of least squares by conjugate gradients from zero, all columns at once.
+    """Rows of least squares, up to a factor for each, by conjugate gradients from zero.
 
     Args:
-        f: the features of half of the tokens.
-        sums: `sum f x` over these tokens.
-        total: `sum x` over them.
+        f: of the features on half of the tokens, with a variance of 1 / n.
+        x: activations around their mean.
         ridge: added to the variance of every feature, as a share of it.
         tolerance: size of the residual, as a share of its size at zero, at which to stop.
         max_steps: at which to stop all the same. Few are needed where there are more tokens than features, because
             features hardly overlap; with fewer tokens rows are not determined, and stopping early damps their noise.
     """
-    size = f.variance[:, None]  # the preconditioner
-    left = (sums / max(f.n, 1)).addmm_(f.mean[:, None], total[None] / max(f.n, 1), alpha=-1)
-    rows = torch.zeros_like(left)
-    step = left / size
-    power = (left * step).sum(0)
-    enough = tolerance**2 * power
+    by_token, by_feature = f.T.tocsc(), f.tocsc()
+    columns: list[tuple[Tensor, ...]] = []
+    for part in x.split(_COLUMNS, 1):  # what a step reads and writes of some columns stays in the processor's cache
+        left = sums_by_column(by_feature, part.contiguous())
+        power = left.square().sum(0)
+        columns.append((torch.zeros_like(left), left, left.clone(), power, tolerance**2 * power))
     for _ in range(max_steps):
-        if not (power > enough).any():
+        if not any((power > enough).any() for *_, power, enough in columns):
             break
-        moved = f.covariance(step).addcmul_(step, size, value=ridge)
-        length = power / (step * moved).sum(0).clamp_(min=_TINY)
-        rows.addcmul_(step, length)
-        left.addcmul_(moved, length, value=-1)
-        scaled = torch.div(left, size, out=moved)
-        last, power = power, (left * scaled).sum(0)
-        step.mul_(power / last.clamp(min=_TINY)).add_(scaled)
-    return rows
+        for rows, left, step, power, _ in columns:
+            seen = sums_by_column(by_token, step)
+            seen -= seen.mean(0)  # f has a mean, and its products are to be covariances
+            moved = sums_by_column(by_feature, seen).add_(step, alpha=ridge)
+            length = power / (step * moved).sum(0).clamp_(min=_TINY)
+            rows.addcmul_(step, length)
+            left.addcmul_(moved, length, value=-1)
+            last = power.clone()
+            power.copy_(left.square().sum(0))
+            step.mul_(power / last.clamp(min=_TINY)).add_(left)
+    return torch.cat([rows for rows, *_ in columns], 1)
 
 
 @torch.no_grad()
-def linear_maps(crosscoder: Crosscoder, acts: Activations, *, ridge: float = 1e-3) -> Float[Tensor, "S1 D D"]:
+def linear_maps(crosscoder: Crosscoder, acts: Activations | HeldOut, *, ridge: float = 1e-3) -> Float[Tensor, "S1 D D"]:
     """Fit the linear map from the activations of every snapshot to those of the next one.
 
     Args:
@@ -305,41 +221,13 @@ def linear_maps(crosscoder: Crosscoder, acts: Activations, *, ridge: float = 1e-
     Raises:
         UserError: no activations held out, or those of other snapshots.
     """
-    check_activations(crosscoder, acts)
-    sums = MapSums(crosscoder)
-    for x in read_activations(crosscoder, acts):
-        sums.add(x)
-    return sums.result(ridge)
-
-
-class MapSums:
-    """The sums of `linear_maps`: products of the activations at neighbouring snapshots, in float64."""
-
-    def __init__(self, crosscoder: Crosscoder) -> None:
-        S, D = crosscoder.n_snapshots, crosscoder.d_model
-        self.crosscoder, self.n = crosscoder, 0
-        self.total = torch.zeros(S, D).double()
-        self.own, self.cross = torch.zeros(S - 1, D, D).double(), torch.zeros(S - 1, D, D).double()
-
-    def add(self, x: Float[Tensor, "B S D"]) -> None:
-        """Take the next tokens."""
-        scaled = self.crosscoder.scale(x).double().cpu().transpose(0, 1)
-        self.total += scaled.sum(1)
-        self.own += scaled[:-1].mT @ scaled[:-1]
-        self.cross += scaled[:-1].mT @ scaled[1:]
-        self.n += x.shape[0]
-
-    def result(self, ridge: float = 1e-3) -> Float[Tensor, "S1 D D"]:
-        """The maps."""
-        mean = self.total / max(self.n, 1)
-        own = self.own / max(self.n, 1) - mean[:-1, :, None] * mean[:-1, None]
-        cross = self.cross / max(self.n, 1) - mean[:-1, :, None] * mean[1:, None]
-        size = own.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-        eye = torch.eye(own.shape[1]).double()
-        # one at a time: in PyTorch 2.13 with several threads, batches of matrices of 160 rows or more fail or hang
-        return torch.stack(
-            [torch.linalg.solve(a + ridge * v * eye, b) for a, b, v in zip(own, cross, size, strict=True)]
-        ).float()
+    held = read(crosscoder, acts, purpose="Linear maps")
+    maps: list[Tensor] = []
+    for s in range(crosscoder.n_snapshots - 1):
+        own = held.covariances[s]
+        size = own.diagonal().mean().clamp(min=_TINY)
+        maps.append(torch.linalg.solve(own + ridge * size * torch.eye(len(own)), held.covariance(s, s + 1)))
+    return torch.stack(maps).float()
 
 
 def rotation_per_interval(
@@ -464,7 +352,7 @@ def _median(values: Tensor) -> float:
 def feature_dimensionality(
     crosscoder: Crosscoder, acts: Activations | Firing, *, presence: float = 0.5
 ) -> Float[Tensor, "F S"]:
-    """Compute `D_is`, the dimensions each feature takes up at every snapshot, exactly and in float64.
+    """Compute `D_is`, the dimensions each feature takes up at every snapshot.
 
     Args:
         crosscoder: any.
@@ -480,8 +368,8 @@ def feature_dimensionality(
     present, sizes = _present(crosscoder, acts, presence)
     out = torch.full(present.shape, torch.nan, dtype=torch.float64)
     for s in range(crosscoder.n_snapshots):
-        ids, rows = present[:, s].nonzero().flatten(), crosscoder.W_dec_by_snapshot[:, s]
-        out[ids, s] = _dimensionality(partial(_weighted, rows, ids, sizes))
+        ids = present[:, s].nonzero().flatten()
+        out[ids, s] = _dimensionality(_rows(crosscoder, ids, s), sizes[ids])
     return out
 
 
@@ -517,13 +405,17 @@ def total_dimensionality(
     snapshots = snapshot_columns(crosscoder)
     snapshots.insert(0, "snapshot", np.arange(len(snapshots)))
     each = feature_dimensionality(crosscoder, firing, presence=presence) if each is None else each
-    plain = torch.ones_like(sizes)
     totals: list[list[float]] = []
     for s in range(crosscoder.n_snapshots):
-        ids, rows = present[:, s].nonzero().flatten(), crosscoder.W_dec_by_snapshot[:, s]
-        others = ((sizes, seed + s), (plain, None), (plain, seed + s))
-        found = [_dimensionality(partial(_weighted, rows, ids, weights, drawn)) for weights, drawn in others]
-        totals.append([float(values.sum()) for values in (each[ids, s], *found)])
+        ids = present[:, s].nonzero().flatten()
+        rows, plain = _rows(crosscoder, ids, s), torch.ones(len(ids), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed + s)
+        drawn = torch.cat(
+            [torch.randn(len(part), D, generator=generator, dtype=torch.float64).float() for part in ids.split(_BLOCK)]
+        ).to(rows.device)
+        drawn = normalize(drawn, dim=1) * rows.norm(dim=1, keepdim=True)
+        others = (_dimensionality(drawn, sizes[ids]), _dimensionality(rows, plain), _dimensionality(drawn, plain))
+        totals.append([float(values.sum()) for values in (each[ids, s], *others)])
     total, random_total, elhage, random_elhage = np.array(totals).T
     return snapshots.assign(
         present=present.sum(0).numpy(),
@@ -545,23 +437,24 @@ def _present(crosscoder: Crosscoder, acts: Activations | Firing, presence: float
     return present, firing.rms
 
 
-def _weighted(
-    rows: Float[Tensor, "F D"], ids: Int[Tensor, " n"], sizes: Float[Tensor, " F"], seed: int | None = None
-) -> Iterator[Float[Tensor, "b D"]]:
-    """Yield blocks of `rms(f_i) W_dec[i, s]` in float64; with a seed, random vectors of the same norms."""
-    generator = torch.Generator().manual_seed(seed or 0)
-    for part in ids.split(_BLOCK):
-        block = rows[part.to(rows.device)].cpu().double() * sizes[part, None]
-        if seed is not None:
-            drawn = torch.randn(block.shape, generator=generator, dtype=block.dtype)
-            block = normalize(drawn, dim=1) * block.norm(dim=1, keepdim=True)
-        yield block
+def _rows(crosscoder: Crosscoder, ids: Int[Tensor, " n"], s: int) -> Float[Tensor, "n D"]:
+    """Decoder rows of some features at snapshot s."""
+    rows = crosscoder.W_dec_by_snapshot
+    return rows[ids.to(rows.device), s].float()
 
 
-def _dimensionality(blocks: Callable[[], Iterator[Float[Tensor, "b D"]]]) -> Float[Tensor, " n"]:
-    """`|w_i|^4 / sum_j (w_i . w_j)^2` of all rows, which `blocks` yields twice so that they are never all in memory."""
-    second_moment: Tensor | float = 0.0
-    for block in blocks():
-        second_moment = second_moment + block.mT @ block
-    found = [block.square().sum(1).square() / ((block @ second_moment) * block).sum(1) for block in blocks()]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
+def _dimensionality(rows: Float[Tensor, "n D"], sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """`|w_i|^4 / sum_j (w_i . w_j)^2` of `w_i = sizes_i rows_i`, in float64 but for the products of matrices.
+
+    The largest norm is made 1, so that no fourth power of a norm in float32 is too large or too small.
+    """
+    lengths = rows.norm(dim=1).double().cpu() * sizes
+    directions, weights = normalize(rows, dim=1), lengths / lengths.max() if len(lengths) else lengths
+    second_moment = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    weighted = directions * weights.to(rows)[:, None]
+    for block in weighted.split(_BLOCK):
+        second_moment += (block.T @ block).double().cpu()
+    moment = second_moment.to(rows)
+    # of unit rows; both sides of the quotient have |w_i|^2
+    found = [((block @ moment) * block).sum(1).double().cpu() for block in directions.split(_BLOCK)]
+    return weights.square() / torch.cat(found) if found else weights

@@ -1,23 +1,24 @@
-"""One pass over the held-out activations, for all analyses together.
+"""The held-out activations and their features, read and encoded once for all analyses.
 
-1. Each block of tokens is read and encoded once (`held_out_features`); `Block` has what analyses make of it: scaled
-   activations, active pairs of a token and a feature, and the reconstruction error. Sums run over active pairs only.
-2. An analysis of the tokens is an accumulator: its constructor starts it, `add` takes a block, and `result` ends it. It
-   is in the file of its analysis, with the table it makes. `read` feeds any number of them in one pass.
-3. What is wanted before the pass, covariances of the activations and a sample of them, comes from a reading without
-   encoding: `read_activations`.
+1. `read` encodes every block of tokens and keeps what analyses are made of (`HeldOut`): the scaled activations, and the
+   few active pairs of a token and a feature. Dense features are gone with their block.
+2. An analysis takes a crosscoder and either activations, which it reads, or a `HeldOut` that was read before.
+3. Analyses go through the snapshots one after the other. What they hold at a time has the size of one snapshot's
+   decoder or activations; sums over tokens run over active pairs (`sums_by_column`).
 
-Symbols: B tokens, S snapshots, D d_model, F features, p active pairs.
+Symbols: B tokens of a block, n held-out tokens, S snapshots, D d_model, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
+import numpy as np
+import scipy.sparse
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from tqdm.auto import tqdm
@@ -31,123 +32,110 @@ from crosslens.snapshots.hooks import canonical_hook
 _MAX_FEATURE_BYTES = 1 << 28  # of dense feature activations (B, F) in memory at a time
 
 
-@runtime_checkable
-class Accumulator(Protocol):
-    """What one pass over the held-out tokens feeds."""
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        ...
-
-
-class Pairs(NamedTuple):
-    """The active pairs of a token and a feature, by feature and then by token."""
-
-    tokens: Int[Tensor, " p"]
-    """Token of each pair, counted from the first of the block."""
-    features: Int[Tensor, " p"]
-    """Feature of each pair."""
-    values: Float[Tensor, " p"]
-    """f_i of each pair."""
-
-
-class Block:
-    """Some held-out tokens and their features.
+class HeldOut:
+    """Held-out activations and their features, by `read`.
 
     Attributes:
-        crosscoder: whose features these are.
-        x: (B, S, D) raw activations.
-        features: (B, F) dense features f_i.
-        first: index of the first token among all held-out ones.
+        crosscoder: whose features these are, with its gate of inference.
+        acts: where the activations are from.
+        x: S tensors (n, D) in float32 on the host: activations in the space the crosscoder is trained in.
+        f: (n, F) sparse matrix (scipy's csr) of the features f_i.
     """
 
     def __init__(
-        self, crosscoder: Crosscoder, x: Float[Tensor, "B S D"], features: Float[Tensor, "B F"], first: int
+        self, crosscoder: Crosscoder, acts: Activations, x: list[Tensor], pairs: list[tuple[Any, ...]]
     ) -> None:
-        self.crosscoder, self.x, self.features, self.first = crosscoder, x, features, first
-        self._gated: dict[int, Tensor] = {}
+        self.crosscoder, self.acts, self.x = crosscoder, acts, x
+        counts, features, values, gated = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        shape = len(counts), crosscoder.cfg.d_sae
+        self.f: Any = scipy.sparse.csr_array((values, features, np.append(0, counts.cumsum())), shape=shape)
+        self._gated = gated
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self.f.shape[0]
 
-    @cached_property
-    def scaled(self) -> Float[Tensor, "B S D"]:
-        """Activations in the space the crosscoder is trained in."""
-        return self.crosscoder.scale(self.x)
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        return self.crosscoder.W_dec.device
 
-    @cached_property
-    def pairs(self) -> Pairs:
-        """The active pairs."""
-        tokens, features = self.features.nonzero(as_tuple=True)
-        order = features.argsort(stable=True)
-        tokens, features = tokens[order], features[order]
-        return Pairs(tokens, features, self.features[tokens, features])
-
-    def gated(self, s: int) -> Float[Tensor, " p"]:
-        """f_is of the pairs at snapshot s: f_i where the gate is shared."""
+    def gated(self, s: int) -> Any:
+        """The features f_is as a sparse matrix: those of `f` where the gate is shared by all snapshots."""
         if not self.crosscoder.gate_per_snapshot:
-            return self.pairs.values
-        if s not in self._gated:
-            here = self.crosscoder.snapshot_acts(self.features, s)
-            self._gated[s] = here[self.pairs.tokens, self.pairs.features]
-        return self._gated[s]
+            return self.f
+        found: Any = self.f.copy()
+        found.data[:] = self._gated[:, s]
+        found.eliminate_zeros()
+        return found
 
     @cached_property
-    def error(self) -> Float[Tensor, "B S D"]:
-        """What the reconstruction leaves of the scaled activations."""
-        crosscoder, (tokens, features, _) = self.crosscoder, self.pairs
-        order = tokens.argsort(stable=True)
-        first = starts(tokens, len(self))
-
-        def decoded(rows: Tensor, values: Tensor) -> Tensor:
-            values = values[order].to(rows.dtype)
-            return embedding_bag(features[order], rows, first, mode="sum", per_sample_weights=values)
-
-        if crosscoder.gate_per_snapshot:
-            rows = crosscoder.W_dec_by_snapshot
-            parts = [decoded(rows[:, s].contiguous(), self.gated(s)) for s in range(crosscoder.n_snapshots)]
-            rebuilt = torch.stack(parts, 1)
-        else:
-            rebuilt = decoded(crosscoder.W_dec, self.gated(0)).view_as(self.scaled)
-        return (self.scaled - crosscoder.b_dec_by_snapshot).sub_(rebuilt)
-
-    def count(self, weights: Shaped[Tensor, " p"] | None = None) -> Tensor:
-        """Number of pairs of every feature, or the sum in float64 of their weights (F,), on the host."""
-        weights = None if weights is None else weights.double()
-        return torch.bincount(self.pairs.features, weights, self.features.shape[1]).double().cpu()
-
-    def sum_by_feature(self, rows: Float[Tensor, "B N"], weights: Shaped[Tensor, " p"]) -> Float[Tensor, "F N"]:
-        """For every feature the weighted sum of the rows of its tokens."""
-        rows, weights = rows.contiguous(), weights.to(rows.dtype)
-        return embedding_bag(self.pairs.tokens, rows, self._starts, mode="sum", per_sample_weights=weights)
+    def means(self) -> Float64[Tensor, "S D"]:
+        """Mean activations."""
+        return torch.stack([x.double().mean(0) for x in self.x])
 
     @cached_property
-    def _starts(self) -> Int[Tensor, " F"]:
-        return starts(self.pairs.features, self.features.shape[1])
+    def covariances(self) -> Float64[Tensor, "S D D"]:
+        """Covariances of the activations of every snapshot."""
+        return torch.stack([self.covariance(s, s) for s in range(len(self.x))])
+
+    def covariance(self, s: int, t: int) -> Float64[Tensor, "D D"]:
+        """Covariances of the activations of snapshot s with those of t."""
+        one, other = (self.x[i].double() - self.means[i] for i in (s, t))
+        return one.T @ other / len(self)
 
 
-@torch.no_grad()
-def read(
-    crosscoder: Crosscoder, acts: Activations, *accumulators: Accumulator, purpose: str = "Held-out features"
-) -> None:
-    """Encode the held-out activations once, and give every block to all accumulators.
+def read(crosscoder: Crosscoder, acts: Activations | HeldOut, purpose: str = "Held-out features") -> HeldOut:
+    """Encode the held-out activations once; what was read before is returned as it is.
 
     Args:
         crosscoder: trained on the snapshots of `acts`.
         acts: with held-out tokens.
-        accumulators: what is fed.
         purpose: what is read, in a word or two, for the progress bar.
 
     Raises:
         UserError: no activations are held out, or they do not fit the crosscoder.
     """
-    first = 0
-    for x, features in held_out_features(crosscoder, acts, purpose):
-        block = Block(crosscoder, x, features, first)
-        first += len(x)
-        del x, features
-        for each in accumulators:
-            each.add(block)
+    if isinstance(acts, HeldOut):
+        return acts
+    check_activations(crosscoder, acts)
+    return hold(_with_gate_of_inference(crosscoder), acts, held_out_features(crosscoder, acts, purpose))
+
+
+@torch.no_grad()
+def hold(
+    crosscoder: Crosscoder, acts: Activations, blocks: Iterable[tuple[Float[Tensor, "B S D"], Float[Tensor, "B F"]]]
+) -> HeldOut:
+    """Keep activations and the active ones of their features.
+
+    Args:
+        crosscoder: whose features these are.
+        acts: where the activations are from.
+        blocks: raw activations and dense features of some tokens at a time.
+    """
+    S = crosscoder.n_snapshots
+    kept: list[list[Tensor]] = [[] for _ in range(S)]
+    pairs: list[tuple[Any, ...]] = []
+    for x, features in blocks:
+        scaled = crosscoder.scale(x).float().cpu()
+        for s in range(S):
+            kept[s].append(scaled[:, s].contiguous())
+        tokens, ids = features.nonzero(as_tuple=True)
+        values, gated = features[tokens, ids], torch.empty(len(ids), 0)
+        if crosscoder.gate_per_snapshot:
+            gated = torch.stack([crosscoder.snapshot_acts(features, s)[tokens, ids] for s in range(S)], 1)
+        found = torch.bincount(tokens, minlength=len(x)), ids.int(), values.float(), gated.float()
+        pairs.append(tuple(part.cpu().numpy() for part in found))
+    joined: list[Tensor] = []
+    for parts in kept:  # a snapshot at a time, so that little is held twice
+        joined.append(torch.cat(parts))
+        parts.clear()
+    return HeldOut(crosscoder, acts, joined, pairs)
+
+
+def sums_by_column(f: Any, rows: Float[Tensor, "n N"]) -> Float[Tensor, "F N"]:
+    """`f^T rows` for a sparse matrix f (n, F) by columns (scipy's csc)."""
+    entries, first, values = (torch.from_numpy(part).to(rows.device) for part in (f.indices, f.indptr[:-1], f.data))
+    return embedding_bag(entries, rows, first, mode="sum", per_sample_weights=values)
 
 
 @torch.no_grad()
@@ -164,27 +152,22 @@ def held_out_features(
     Raises:
         UserError: no activations are held out, or they do not fit the crosscoder.
     """
-    if isinstance(crosscoder, CrosscoderTrainingSAE):
-        crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
-    with tqdm(desc=purpose, unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
-        for x in read_activations(crosscoder, acts):
-            yield x, crosscoder.encode(x)
-            bar.update(len(x))
-
-
-def read_activations(crosscoder: Crosscoder, acts: Activations) -> Iterator[Float[Tensor, "B S D"]]:
-    """Yield the held-out activations in the same blocks, on the crosscoder's device, without encoding them.
-
-    Raises:
-        UserError: no activations are held out.
-    """
+    crosscoder = _with_gate_of_inference(crosscoder)
     n = 0
-    for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
-        n += len(x)
-        if len(x):
-            yield x.to(crosscoder.W_dec.device)
+    with tqdm(desc=purpose, unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
+        for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
+            if len(x):
+                x = x.to(crosscoder.W_dec.device)
+                yield x, crosscoder.encode(x)
+                bar.update(len(x))
+                n += len(x)
     if not n:
         raise UserError("no activations are held out: give Dataset(held_out_tokens=...) of 1 or more")
+
+
+def _with_gate_of_inference(crosscoder: Crosscoder) -> Crosscoder:
+    """The gate used in training may depend on the batch."""
+    return crosscoder.to_inference() if isinstance(crosscoder, CrosscoderTrainingSAE) else crosscoder
 
 
 def check_activations(crosscoder: Crosscoder, acts: Activations) -> None:
@@ -210,9 +193,3 @@ def check_activations(crosscoder: Crosscoder, acts: Activations) -> None:
 def batch_tokens(d_sae: int) -> int:
     """Tokens to encode at a time so that the dense activations of `d_sae` features stay small."""
     return max(1, min(4096, _MAX_FEATURE_BYTES // (4 * d_sae)))
-
-
-def starts(ids: Int[Tensor, " p"], n: int) -> Int[Tensor, " n"]:
-    """Where the pairs of each of n tokens or features start, when they are in its order."""
-    counts = torch.bincount(ids, minlength=n)
-    return counts.cumsum(0) - counts

@@ -11,8 +11,8 @@ Presence is read in up to three ways, and every lifecycle says by which:
 With activations all three are read, and R2 comes first; without them there are only decoder norms. A feature is present
 where a measure is at least `presence` of the feature's largest value; see `lifecycles.classify_lifecycles`.
 
-`evolve` encodes the held-out activations once, for every analysis that needs them (`held_out.read`); covariances and a
-sample of the activations are read before, without encoding. `Evolution.tables` adds what the decoder alone says.
+`evolve` reads and encodes the held-out activations once, for every analysis that needs them (`held_out.read`).
+`Evolution.tables` adds what the decoder alone says.
 
 Symbols: S snapshots, F features.
 """
@@ -32,22 +32,22 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.agreement import Moments, TopTokens
+from crosslens.evolution.agreement import top_agreement
 from crosslens.evolution.births import NAMES, count_births, date_births, presence_curves, with_null
 from crosslens.evolution.columns import per_feature, snapshot_columns
-from crosslens.evolution.controls import EncoderSums
-from crosslens.evolution.firing import Firing, FiringSums
+from crosslens.evolution.controls import encoder_share
+from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.geometry import (
     HalfCosines,
-    HalfSums,
-    MapSums,
     cosines_of_pairs,
     feature_dimensionality,
+    half_cosines,
+    linear_maps,
     rotation,
     rotation_per_interval,
     total_dimensionality,
 )
-from crosslens.evolution.held_out import check_activations, read, read_activations
+from crosslens.evolution.held_out import HeldOut, read
 from crosslens.evolution.lifecycles import (
     add_dates,
     check_presence,
@@ -56,9 +56,9 @@ from crosslens.evolution.lifecycles import (
     relative_norms,
     require_two_snapshots,
 )
-from crosslens.evolution.measures import start_measures
-from crosslens.evolution.presence import Decodability, DecodabilitySums
-from crosslens.evolution.selection import Sample, doubtful_snapshots
+from crosslens.evolution.measures import take_measures
+from crosslens.evolution.presence import Decodability, check_tokens, measure_decodability
+from crosslens.evolution.selection import SAMPLE, compare, doubtful_snapshots
 from crosslens.evolution.splitting import JointActivity, split_counts
 
 
@@ -70,7 +70,7 @@ class Pass:
         halves: of `half_cosines`.
         maps: of `linear_maps`.
         shares: of `encoder_share`.
-        joint: on how many tokens pairs of features that may replace one another are active together.
+        joint: pairs of features that may replace one another.
         agreement: of `top_agreement`.
         similarity: of `snapshot_similarity`.
         doubtful: of `doubtful_snapshots`.
@@ -262,7 +262,7 @@ class Evolution:
         }
         if found is None:
             return tables
-        counts.append(found.joint.counts(self.lifecycles("norm"), self.seed))
+        counts.append(found.joint.counts(self.seed))
         tables["split_counts"] = pd.DataFrame(counts)
         each, total = self._dimensionality
         return tables | {
@@ -270,7 +270,7 @@ class Evolution:
             "feature_dimensionality": per_feature(labels, dimensionality=each),
             "encoder": per_feature(labels, share=found.shares),
             "doubtful": found.doubtful,
-            "replacements": found.joint.result(self.lifecycles("norm")),
+            "replacements": found.joint.table(),
             "agreement": found.agreement,
             **found.measured,
         }
@@ -340,11 +340,11 @@ def evolve(
     check_presence(presence, min_run)
     norms = crosscoder.decoder_norms.detach().cpu().float()
     relative_norms(norms)  # refuses norms that are not finite before anything is encoded
-    firing, found, rest = acts if isinstance(acts, Firing) else None, None, None
+    firing, found, held = acts if isinstance(acts, Firing) else None, None, None
     if acts is not None and not isinstance(acts, Firing):
-        # pairs that may replace one another are known from the decoder; those that never fire are left out later
-        dated = classify_lifecycles(norms, presence, min_run=min_run)
-        firing, found, rest = _read(crosscoder, acts, dated)
+        check_tokens(crosscoder, acts)  # before anything is encoded
+        held = read(crosscoder, acts, purpose="Evolution")
+        firing, found = measure_firing(crosscoder, held), measure_decodability(crosscoder, held)
     alive = (norms > 0).any(1).numpy()
     if firing is not None:
         alive &= (firing.rate > min_firing_rate).numpy()
@@ -366,40 +366,27 @@ def evolve(
             table = pd.concat([table, dates], axis=1)
         lifecycles[measure] = table
     table = _table(crosscoder, snapshots, firing, found)
+    rest = None if held is None else _rest(held, lifecycles["norm"])
     return Evolution(
         table, curves, firing, found, presence, min_run, crosscoder, seed, nulls or {}, rest, lifecycles
     )  # fmt: skip
 
 
-def _read(
-    crosscoder: Crosscoder, acts: Activations, dated: pd.DataFrame
-) -> tuple[Firing, Decodability, Pass]:  # fmt: skip
-    """Read the held-out activations, and then encode them once."""
-    check_activations(crosscoder, acts)
-    moments, maps, sample = Moments(crosscoder), MapSums(crosscoder), Sample()
-    for x in read_activations(crosscoder, acts):
-        for each in (moments, maps, sample):
-            each.add(x)
-    comparison = sample.result(acts.snapshots.labels)
-    firing, presence = FiringSums(crosscoder), DecodabilitySums(crosscoder, acts)
-    halves, encoder, top = HalfSums(crosscoder, acts), EncoderSums(crosscoder), TopTokens(crosscoder)
-    joint = JointActivity(crosscoder, dated)
-    measures = start_measures(crosscoder, acts)
-    top.start(moments)
-    del moments
-    read(crosscoder, acts, firing, presence, halves, encoder, top, joint, *measures.values(), purpose="Evolution")
-    shares = encoder.result()
-    rest = Pass(
-        halves=halves.result(),
-        maps=maps.result(),
+def _rest(held: HeldOut, lifecycles: pd.DataFrame) -> Pass:
+    """What else the held-out activations say."""
+    crosscoder, acts = held.crosscoder, held.acts
+    shares = encoder_share(crosscoder, held)
+    comparison = compare([x[:SAMPLE] for x in held.x], acts.snapshots.labels)
+    return Pass(
+        halves=half_cosines(crosscoder, held),
+        maps=linear_maps(crosscoder, held),
         shares=shares,
-        joint=joint,
-        agreement=top.result(),
+        joint=JointActivity(crosscoder, held, lifecycles),
+        agreement=top_agreement(crosscoder, held),
         similarity=comparison.similarity,
         doubtful=doubtful_snapshots(acts, shares, comparison),
-        measured={name: each.result() for name, each in measures.items()},
+        measured=take_measures(held),
     )
-    return firing.result(), presence.result(), rest
 
 
 def _present(values: Float64[np.ndarray, "F S"], presence: float) -> Bool[np.ndarray, "F S"]:

@@ -1,12 +1,9 @@
-"""Measures that `evolve` takes in its pass over the held-out tokens, each with one table.
+"""Measures that `evolve` takes of the held-out activations, each with one table.
 
     @measure(Table("longest", "feature", "evolve", {"feature": Column("Number of the feature."), ...}))
-    class LongestRuns:
-        def __init__(self, crosscoder: Crosscoder, acts: Activations) -> None: ...
-        def add(self, block: Block) -> None: ...
-        def result(self) -> pd.DataFrame: ...
+    def longest_runs(held: HeldOut) -> pd.DataFrame: ...
 
-A measure is taken once its class is in a file of `crosslens.evolution`; nothing else has to name it. One in another
+A measure is taken once its function is in a file of `crosslens.evolution`; nothing else has to name it. One in another
 program is taken in the evolutions that this program runs.
 """
 
@@ -16,58 +13,42 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TypeAlias, TypeVar
 
 import pandas as pd
 
-from crosslens.activations.loader import Activations
-from crosslens.crosscoders import Crosscoder
-from crosslens.evolution.held_out import Block
+from crosslens.evolution.held_out import HeldOut
 from crosslens.tables import Table, declare
 
-
-@runtime_checkable
-class Measuring(Protocol):
-    """An accumulator of `held_out.read` that ends with a table."""
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        ...
-
-    def result(self) -> pd.DataFrame:
-        """The table."""
-        ...
+Measure: TypeAlias = Callable[[HeldOut], pd.DataFrame | None]
+AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
+_MEASURES: dict[str, Measure] = {}
 
 
-Start: TypeAlias = Callable[[Crosscoder, Activations], Measuring | None]
-AnyStart = TypeVar("AnyStart", bound=Start)
-_STARTS: dict[str, Start] = {}
-
-
-def measure(table: Table | str) -> Callable[[AnyStart], AnyStart]:
+def measure(table: Table | str) -> Callable[[AnyMeasure], AnyMeasure]:
     """Take a measure in every `evolve`.
 
     Args:
         table: its table; the name if `crosslens.tables` declares it.
 
     Returns:
-        A decorator for a class with `add` and `result`, or for a function that makes one, of a crosscoder and
-        activations of its snapshots; None where the measure means nothing.
+        A decorator for a function of held-out activations and their features that returns the table; None where the
+        measure means nothing for a crosscoder.
     """
     name = table if isinstance(table, str) else declare(table).name
 
-    def add(start: AnyStart) -> AnyStart:
-        _STARTS[name] = start
-        return start
+    def add(function: AnyMeasure) -> AnyMeasure:
+        _MEASURES[name] = function
+        return function
 
     return add
 
 
-def start_measures(crosscoder: Crosscoder, acts: Activations) -> dict[str, Measuring]:
-    """The accumulators of all measures that mean something for a crosscoder, by the names of their tables."""
+def take_measures(held: HeldOut) -> dict[str, pd.DataFrame]:
+    """The tables of all measures that mean something for a crosscoder, by name."""
     _load()
-    started = {name: start(crosscoder, acts) for name, start in _STARTS.items()}
-    return {name: each for name, each in started.items() if each is not None}
+    found = {name: function(held) for name, function in _MEASURES.items()}
+    return {name: table for name, table in found.items() if table is not None}
 
 
 @cache

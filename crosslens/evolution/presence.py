@@ -15,28 +15,30 @@ with activations x_s scaled as for training:
    feature that does not depend on the token.
 
 The sums of squares of B are kept for groups of sequences, so that intervals can be computed by resampling groups
-(`Decodability.resample`) without encoding anything again. Activations are read once. The sums take S D F numbers in
-float64, which two sets of S D F weights in float32 take the place of, a snapshot at a time. Decodability of this kind
-is new here; probes (`probes`) ask the same of single features, by classification.
-Symbols: B tokens, S snapshots, D d_model, F features, K token types, G groups of sequences.
+(`Decodability.resample`) without encoding anything again. With many features and few tokens weights of D numbers for
+every feature would be most of the work: predictions on B are then made from the tokens of A on which a feature is
+active, `fhat_b = sum_a (x_b (C + lambda I)^-1 x_a) f_a`, which is the same. Decodability of this kind is new here;
+probes (`probes`) ask the same of single features, by classification.
+Symbols: n held-out tokens, b some of them, S snapshots, D d_model, F features, K token types, G groups of sequences.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
-from crosslens.evolution.held_out import Block, batch_tokens, check_activations, read
+from crosslens.evolution.held_out import HeldOut, batch_tokens, check_activations, read, sums_by_column
 
 RIDGE = 1e-3
 GROUPS = 32
@@ -44,7 +46,8 @@ _LEAST, _ENOUGH = 4, 20
 """Held-out tokens per dimension: with fewer R2 is not measured, or its births are marked. Intervals of
 planted births at 4, 8 and 20 tokens per dimension covered 85, 95 and 99 % (`benchmarks/birth_intervals.py`)."""
 _ROUNDING = 1e-9
-_JUDGED = 512  # tokens at a time whose features are predicted
+_PREDICTED = 1 << 22  # features of tokens at a time that are predicted
+_GATHERED = 4  # time of a product over active pairs, relative to one of a dense matrix
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Decodability:
 
 @torch.no_grad()
 def measure_decodability(
-    crosscoder: Crosscoder, acts: Activations, *, ridge: float = RIDGE, n_groups: int = GROUPS
+    crosscoder: Crosscoder, acts: Activations | HeldOut, *, ridge: float = RIDGE, n_groups: int = GROUPS
 ) -> Decodability:
     """Measure how well every snapshot alone predicts every feature on held-out tokens.
 
@@ -113,84 +116,72 @@ def measure_decodability(
     Raises:
         UserError: no or too few activations held out, activations of other snapshots, a number out of range.
     """
+    if ridge <= 0:
+        raise UserError(f"ridge={ridge} must be positive, such as {RIDGE}: without it the fit may have no solution")
+    if n_groups < 2:
+        raise UserError(f"n_groups={n_groups} must be 2 or more")
+    if not isinstance(acts, HeldOut):
+        check_tokens(crosscoder, acts, n_groups)
+    held = read(crosscoder, acts, purpose="Presence")
+    types, groups = _groups(held.acts, n_groups)
+    f, fitted, device = held.f, groups < 0, held.device
+    (n, F), S = f.shape, len(held.x)
+    # around the means of all tokens together, and around those of each type
+    regressions = [_Regression(f, of, fitted, device) for of in (np.zeros_like(types), types)]
+    error, total = np.zeros((2, n_groups, F, S)), np.zeros((2, n_groups, F))
+    step = max(1, _PREDICTED // F)
+    for which, regression in enumerate(regressions):
+        judged = [np.flatnonzero((groups == g) & regression.known) for g in range(n_groups)]
+        parts = [(g, part) for g, own in enumerate(judged) for part in np.split(own, range(step, len(own), step))]
+        parts = [(g, tokens) for g, tokens in parts if len(tokens)]
+        for g, tokens in parts:
+            total[which, g] += regression.squares(tokens, regression.around(tokens))
+        for s in range(S):
+            predict = regression.fit(held.x[s], ridge)
+            for g, tokens in parts:
+                error[which, g, :, s] += regression.squares(tokens, predict(tokens))
+    active = np.stack([(f[half] > 0).sum(0) for half in (fitted, ~fitted)])
+    silent = (active == 0).any(0)
+    error[:, :, silent], total[:, :, silent] = np.nan, np.nan
+    r2, within = (_r2(error[i].sum(0), total[i].sum(0)[:, None]) for i in range(2))
+    return Decodability(r2, within, regressions[1].between, active.sum(0), n, error, total)
+
+
+def check_tokens(crosscoder: Crosscoder, acts: Activations, n_groups: int = GROUPS) -> None:
+    """Refuse activations that `measure_decodability` cannot use, before they are encoded; warn where they are few.
+
+    Raises:
+        UserError: too few held-out tokens, or activations of other snapshots.
+    """
     check_activations(crosscoder, acts)
-    sums = DecodabilitySums(crosscoder, acts, ridge=ridge, n_groups=n_groups)
-    read(crosscoder, acts, sums, purpose="Presence")
-    return sums.result()
+    types, _ = _positions(acts, 4 * n_groups)
+    if len(types) < 2 * n_groups:
+        raise UserError(
+            f"{len(types)} tokens are held out, decodability needs {2 * n_groups} or more: give "
+            "Dataset(held_out_tokens=...) of some thousands"
+        )
+    D = crosscoder.d_model
+    if len(types) < _LEAST * D:
+        raise UserError(
+            f"{len(types):,} tokens are held out, {len(types) / D:.1f} per dimension: births by R2 need {_LEAST} "
+            f"({_LEAST * D:,}), and {_ENOUGH} to be dated well; give Dataset(held_out_tokens={_ENOUGH * D})"
+        )
+    if len(types) < _ENOUGH * D:
+        warnings.warn(
+            f"{len(types):,} tokens are held out, {len(types) / D:.1f} per dimension: with fewer than {_ENOUGH} "
+            f"({_ENOUGH * D:,} tokens) births by R2 are dated early or late more often than their intervals say; "
+            f"give Dataset(held_out_tokens={_ENOUGH * D})",
+            stacklevel=4,
+        )
 
 
-class DecodabilitySums:
-    """The accumulator of `measure_decodability`: fits on the first half, and judges on the second as it comes."""
-
-    def __init__(
-        self, crosscoder: Crosscoder, acts: Activations, *, ridge: float = RIDGE, n_groups: int = GROUPS
-    ) -> None:
-        if ridge <= 0:
-            raise UserError(f"ridge={ridge} must be positive, such as {RIDGE}: without it the fit may have no solution")
-        if n_groups < 2:
-            raise UserError(f"n_groups={n_groups} must be 2 or more")
-        types, units = _positions(acts, 4 * n_groups)
-        unit_ids, where = np.unique(units, return_inverse=True)
-        if len(types) < 2 * n_groups:
-            raise UserError(
-                f"{len(types)} tokens are held out, decodability needs {2 * n_groups} or more: give "
-                "Dataset(held_out_tokens=...) of some thousands"
-            )
-        D = crosscoder.d_model
-        if len(types) < _LEAST * D:
-            raise UserError(
-                f"{len(types):,} tokens are held out, {len(types) / D:.1f} per dimension: births by R2 need {_LEAST} "
-                f"({_LEAST * D:,}), and {_ENOUGH} to be dated well; give Dataset(held_out_tokens={_ENOUGH * D})"
-            )
-        if len(types) < _ENOUGH * D:
-            warnings.warn(
-                f"{len(types):,} tokens are held out, {len(types) / D:.1f} per dimension: with fewer than {_ENOUGH} "
-                f"({_ENOUGH * D:,} tokens) births by R2 are dated early or late more often than their intervals say; "
-                f"give Dataset(held_out_tokens={_ENOUGH * D})",
-                stacklevel=4,
-            )
-        # first half, and n_groups groups of the second, all of the same number of units up to one
-        edges = np.linspace(len(unit_ids) // 2, len(unit_ids), n_groups + 1).round().astype(int)
-        bounds = np.searchsorted(where, edges)  # (G + 1,) first tokens
-        self.split, self.n = int(bounds[0]), len(types)
-        self.group = np.searchsorted(bounds, np.arange(self.n), side="right") - 1  # -1 for the first half
-        # number the token types of the first half; the others are -1
-        seen, counts = np.unique(types[: self.split], return_counts=True)
-        numbers = np.full(int(types.max()) + 1, -1)
-        numbers[seen] = np.arange(len(seen))
-        self.number = numbers[types]
-        F, S = crosscoder.cfg.d_sae, crosscoder.n_snapshots
-        self.ridge, self.fits = ridge, list[_Fit]()
-        self.half = _FirstHalf(crosscoder, counts)
-        self.error, self.total = np.zeros((2, n_groups, F, S)), np.zeros((2, n_groups, F))
-        self.active = np.zeros((2, F), dtype=np.int64)
-
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        first, cut = block.first, min(max(self.split - block.first, 0), len(block))
-        fitted = block.pairs.tokens < cut
-        for half, inside in enumerate((fitted, ~fitted)):
-            self.active[half] += block.count(inside).numpy().astype(np.int64)
-        if cut:
-            self.half.add(block, self.number[first : first + cut])
-        if cut == len(block):
-            return
-        self.fits = self.fits or self.half.fit(self.ridge)
-        for start in range(cut, len(block), _JUDGED):
-            part = slice(start, min(start + _JUDGED, len(block)))
-            tokens = slice(first + part.start, first + part.stop)
-            for which, fit in enumerate(self.fits):
-                fit.judge(
-                    block.scaled[part], block.features[part], self.number[tokens], self.group[tokens],
-                    self.error[which], self.total[which],
-                )  # fmt: skip
-
-    def result(self) -> Decodability:
-        """R2 on the second half."""
-        silent = (self.active == 0).any(0)
-        self.error[:, :, silent], self.total[:, :, silent] = np.nan, np.nan
-        r2, within = (_r2(self.error[i].sum(0), self.total[i].sum(0)[:, None]) for i in range(2))
-        return Decodability(r2, within, self.half.between(), self.active.sum(0), self.n, self.error, self.total)
+def _groups(acts: Activations, n_groups: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Type of every held-out token, and its group in the second half of the sequences; -1 in the first half."""
+    types, units = _positions(acts, 4 * n_groups)
+    unit_ids, where = np.unique(units, return_inverse=True)
+    # groups are all of the same number of units up to one
+    edges = np.linspace(len(unit_ids) // 2, len(unit_ids), n_groups + 1).round().astype(int)
+    return types, np.searchsorted(edges, where, side="right") - 1
 
 
 def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens: int) -> tuple[int, float]:
@@ -205,12 +196,14 @@ def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens:
     Returns:
         Bytes of memory, with the crosscoder and without the process itself; and seconds of one core at 50 GFLOP/s.
     """
-    matrix = n_features * n_snapshots * d_model
-    block = batch_tokens(n_features)
-    # encoder and decoder, sums in float64, two sets of weights; features of a block with what is computed from them;
-    # activations of a block, and means of token types, of which there are fewer than half as many as tokens
-    held = 24 * matrix + 16 * block * n_features + 12 * (block + n_tokens // 5) * n_snapshots * d_model
-    return held, 4 * matrix * n_tokens / 50e9
+    matrix, decoder = n_features * n_snapshots * d_model, n_features * d_model
+    activations = n_tokens * n_snapshots * d_model
+    # encoder and decoder, activations, and squared errors in float64; dense features of a block with what is computed
+    # from them; and what analyses hold of one snapshot
+    held = 8 * matrix + 4 * activations + 16 * GROUPS * n_features * n_snapshots
+    held += 16 * batch_tokens(n_features) * n_features + 36 * decoder + 24 * n_tokens * d_model
+    # predictions from weights, or from the tokens fitted on, whichever is less
+    return held, 4 * activations * min(n_features, n_tokens // 2) / 50e9
 
 
 def _positions(acts: Activations, n_units: int) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
@@ -234,120 +227,75 @@ def _r2(error: Any, total: Any) -> Any:
     return np.where(np.isfinite(found), found, np.nan)
 
 
-class _FirstHalf:
-    """Sums over the first half, in float64: of x, f and their products, and of x and f for every token type."""
+class _Regression:
+    """Ridge regressions of all features on one snapshot, around the means of token types: fitted on some tokens, and
+    judged on others.
 
-    def __init__(self, crosscoder: Crosscoder, counts: Int[np.ndarray, " K"]) -> None:
-        S, D, F = crosscoder.n_snapshots, crosscoder.d_model, crosscoder.cfg.d_sae
-        self.device, self.counts, self.n = crosscoder.W_dec.device, counts, int(counts.sum())
-        self.xx = torch.zeros(S, D, D, dtype=torch.float64)
-        # a matrix per snapshot: each can go once it is used
-        self.fx = [torch.zeros(F, D, dtype=torch.float64) for _ in range(S)]
-        self.squares = np.zeros(F)
-        self.type_x = torch.zeros(len(counts), S, D, dtype=torch.float64)
-        self.type_f: Any = scipy.sparse.csr_array((len(counts), F))
+    Args:
+        f: (n, F) features.
+        types: type of every token.
+        fitted: tokens that are fitted on; the means are theirs.
+        device: where products are computed.
 
-    def add(self, block: Block, number: Int[np.ndarray, " b"]) -> None:
-        """Add the first tokens of a block, given the number of their types."""
-        x, (tokens, features, values) = block.scaled[: len(number)], block.pairs
-        inside = tokens < len(number)
-        # one snapshot at a time, in float64: where the mean is large, little of the sum of squares is variance
-        for s in range(x.shape[1]):
-            rows = x[:, s].double()
-            self.xx[s] += (rows.T @ rows).cpu()
-            self.fx[s] += block.sum_by_feature(block.scaled[:, s], values * inside).cpu()
-        self.type_x.index_add_(0, torch.from_numpy(number), x.double().cpu())
-        kept = values[inside].double().cpu().numpy()
-        where = number[tokens[inside].cpu().numpy()], features[inside].cpu().numpy()
-        self.squares += np.bincount(where[1], kept**2, len(self.squares))
-        self.type_f = self.type_f + scipy.sparse.coo_array((kept, where), shape=self.type_f.shape).tocsr()
-
-    def fit(self, ridge: float) -> list[_Fit]:
-        """Fit both regressions; the sums of products are used up."""
-        S = len(self.xx)
-        x_mean, f_mean = self.type_x.sum(0) / self.n, torch.from_numpy(self.type_f.sum(0)) / self.n
-        weights: list[list[Tensor]] = [[], []]  # (D, F) each, as the sums go
-        for s in range(S):
-            products, self.fx[s] = self.fx[s], torch.empty(0)
-            total = self.type_x[:, s].sum(0)
-            xx, fx = self.xx[s] - total.outer(x_mean[s]), products - f_mean.outer(total)
-            weights[0].append(_ridge(xx, fx, ridge, self.xx[s]).to(self.device))
-            of_types = self.type_x[:, s] / torch.from_numpy(self.counts)[:, None]  # means
-            xx = self.xx[s] - self.type_x[:, s].T @ of_types
-            fx = products.sub_(torch.from_numpy(self.type_f.T @ of_types.numpy()))
-            weights[1].append(_ridge(xx, fx, ridge, self.xx[s]).to(self.device))
-        # types that occur once say nothing about a mean: they are left out
-        again = np.flatnonzero(self.counts > 1)
-        place = np.full(len(self.counts) + 1, -1)  # the last is that of types that the first half does not have
-        place[again] = np.arange(len(again))
-        counts = self.counts[again]
-        type_x = (self.type_x[again] / torch.from_numpy(counts)[:, None, None]).float()
-        shares = scipy.sparse.dia_array((1 / counts[None], 0), shape=(len(counts), len(counts)))
-        type_f = (shares @ self.type_f[again]).tocsr().astype(np.float32)
-        return [
-            _Fit(weights[0], x_mean[None].float(), f_mean[None].float().numpy()),
-            _Fit(weights[1], type_x, type_f, place),
-        ]
-
-    def between(self) -> Float64[np.ndarray, " F"]:
-        """Share of every feature's variance between token types (epsilon squared)."""
-        K, squares = len(self.counts), self.squares
-        within = squares - (self.type_f**2).T @ (1 / self.counts)
-        total = squares - self.type_f.sum(0) ** 2 / self.n
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found = 1 - (within / (self.n - K)) / (total / (self.n - 1))
-        return np.where(np.isfinite(found) & (total > 0), found, np.nan)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Weights (D, F) of every snapshot, and the means that x and f are compared with: one row, or one per token type.
-
-    `place` maps the number of a type to its row, or to -1 if it has none.
+    Attributes:
+        known: (n,) tokens whose type occurs at least twice among those that are fitted on, so that it has a mean.
+        between: (F,) share of every feature's variance between types (epsilon squared), on the tokens fitted on.
     """
 
-    weights: list[Tensor]
-    x_means: Float[Tensor, "K S D"]
-    f_means: Any
-    place: Int[np.ndarray, " n"] | None = None
+    def __init__(self, f: Any, types: Int[np.ndarray, " n"], fitted: Bool[np.ndarray, " n"], device: Any) -> None:
+        self.f, self.fitted, self.device = f, np.flatnonzero(fitted), device
+        seen, self.counts = np.unique(types[fitted], return_counts=True)
+        self.number = np.searchsorted(seen, types).clip(max=len(seen) - 1)
+        self.known = (seen[self.number] == types) & (self.counts[self.number] > 1)
+        self.columns = f[self.fitted].tocsc()
+        n, K = len(self.fitted), len(seen)
+        where = self.number[self.fitted], np.arange(n)
+        means = ((scipy.sparse.csr_array((1 / self.counts[where[0]], where), shape=(K, n)) @ self.columns).T).tocsc()
+        self.means: Any = means.astype(np.float32) if K > 1 else means.toarray().astype(np.float32)  # (F, K)
+        squares = self.columns.astype(np.float64).power(2).sum(0)
+        within, total = squares - means.power(2) @ self.counts, squares - (means @ self.counts) ** 2 / n
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = 1 - (within / (n - K)) / (total / (n - 1))
+        self.between = np.where(np.isfinite(found) & (total > 0), found, np.nan)
 
-    def judge(
-        self,
-        x: Float[Tensor, "B S D"],
-        features: Float[Tensor, "B F"],
-        number: Int[np.ndarray, " B"],
-        group: Int[np.ndarray, " B"],
-        error: Float64[np.ndarray, "G F S"],
-        total: Float64[np.ndarray, "G F"],
-    ) -> None:
-        """Add the squared errors, and the squares that they are compared with, of some tokens of the second half."""
-        if self.place is None:
-            rows = np.zeros(len(x), dtype=int)
-        else:
-            rows = self.place[number]
-            kept = torch.from_numpy(np.flatnonzero(rows >= 0)).to(x.device)
-            x, features, group, rows = x[kept], features[kept], group[rows >= 0], rows[rows >= 0]
-        if not len(rows):
-            return
-        means = self.f_means[rows]
-        means = torch.from_numpy(means if isinstance(means, np.ndarray) else means.toarray()).to(features.device)
-        around = features - means
-        # groups are of tokens in a row
-        groups, sizes = np.unique(group, return_counts=True)
-        for g, part in zip(groups, around.split(sizes.tolist()), strict=True):
-            total[g] += part.square().sum(0).double().cpu().numpy()
-        x = x - self.x_means[rows].to(x.device)
-        for s, weights in enumerate(self.weights):
-            left = torch.addmm(around, x[:, s], weights, alpha=-1).square_()
-            for g, part in zip(groups, left.split(sizes.tolist()), strict=True):
-                error[g, :, s] += part.sum(0).double().cpu().numpy()
+    def around(self, tokens: Int[np.ndarray, " b"]) -> Float[Tensor, "F b"]:
+        """Means of the features over the types of some tokens."""
+        means = self.means[:, self.number[tokens]]
+        return torch.from_numpy(means if isinstance(means, np.ndarray) else means.toarray()).to(self.device)
 
+    def squares(self, tokens: Int[np.ndarray, " b"], predicted: Float[Tensor, "F b"]) -> Float64[np.ndarray, " F"]:
+        """Sums of squares of what predictions, which are overwritten, leave of the features of some tokens."""
+        f = self.f[tokens].tocoo()
+        place = tuple(torch.from_numpy(where).long().to(self.device) for where in f.coords[::-1])
+        predicted[place] -= torch.from_numpy(f.data).to(self.device)
+        return predicted.square_().sum(1).double().cpu().numpy()
 
-def _ridge(
-    xx: Float64[Tensor, "D D"], fx: Float64[Tensor, "F D"], ridge: float, uncentred: Float64[Tensor, "D D"]
-) -> Float[Tensor, "D F"]:
-    """`(xx + ridge tr(xx) / D)^-1 fx^T` in float32; zero where xx is nothing but the rounding of `uncentred`."""
-    if xx.trace() <= _ROUNDING * uncentred.trace():
-        return torch.zeros(fx.shape[::-1])
-    factor = torch.linalg.cholesky(xx + ridge * xx.trace() / len(xx) * torch.eye(len(xx), dtype=xx.dtype))
-    return torch.cholesky_solve(fx.T, factor).float()
+    def fit(self, x: Float[Tensor, "n D"], ridge: float) -> Callable[[Any], Float[Tensor, "F b"]]:
+        """Fit the regressions, and return what predicts the features of some tokens."""
+        number, own = torch.from_numpy(self.number), torch.from_numpy(self.fitted)
+        design = x[own].double()  # where the mean is large, little of the sum of squares is variance
+        size = design.square().sum()
+        counts = torch.from_numpy(self.counts).double()
+        means = torch.zeros(len(counts), x.shape[1], dtype=torch.float64).index_add_(0, number[own], design)
+        means /= counts[:, None]
+        design -= means[number[own]]
+        xx = design.T @ design
+        if xx.trace() <= _ROUNDING * size:
+            return self.around
+        penalty = ridge * xx.trace() / len(xx)
+        factor = torch.linalg.cholesky(xx + penalty * torch.eye(len(xx), dtype=torch.float64))
+        x = (x - means.float()[number]).to(self.device)
+        (n, D), F = design.shape, self.f.shape[1]
+        if n * D + _GATHERED * self.columns.nnz >= D * F:
+            sums = sums_by_column(self.columns.astype(np.float64), design)
+            weights = torch.cholesky_solve(sums.T, factor).T.float().to(self.device)
+            return lambda tokens: torch.addmm(self.around(tokens), weights, x[tokens].T)
+        # of few tokens predict from sum_a (x_b (xx + penalty)^-1 x_a) f_a, over the tokens where a feature is active
+        design = torch.cholesky_solve(design.T, factor).T.float().to(self.device)
+        number, shares = number.to(self.device), (1 / counts).float().to(self.device)
+
+        def predict(tokens: Any) -> Float[Tensor, "F b"]:
+            same = number[own][:, None] == number[tokens]
+            return sums_by_column(self.columns, torch.addmm(same * shares[number[tokens]], design, x[tokens].T))
+
+        return predict

@@ -30,16 +30,19 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
 
+SAMPLE = 4096
+"""Held-out tokens that snapshots are compared on."""
+_TOKENS = 512  # at a time
 MEASURES = ("cosine", "pearson", "cka")
 
 
 @torch.no_grad()
-def snapshot_similarity(acts: Activations, *, max_tokens: int = 4096) -> pd.DataFrame:
+def snapshot_similarity(acts: Activations, *, max_tokens: int = SAMPLE) -> pd.DataFrame:
     """Compare the activations of every pair of snapshots on the same held-out tokens.
 
     Args:
@@ -71,63 +74,55 @@ def _compare(acts: Activations, max_tokens: int) -> Comparison:
         raise UserError(f"similarity needs at least 2 snapshots, but there is only {acts.n_snapshots}: add more")
     if max_tokens < 2:
         raise UserError(f"max_tokens={max_tokens} must be 2 or more")
-    sample = Sample(max_tokens)
-    for x in acts.held_out(min(max_tokens, 4096)):
-        sample.add(x)
-        if sample.n >= max_tokens:
+    kept, n = list[Tensor](), 0
+    for x in acts.held_out(min(max_tokens, SAMPLE)):
+        kept.append(x[: max_tokens - n].cpu())
+        n += len(kept[-1])
+        if n >= max_tokens:
             break
-    return sample.result(acts.snapshots.labels)
+    return compare([torch.cat(kept)[:, s] for s in range(acts.n_snapshots)] if n else [], acts.snapshots.labels)
 
 
-class Sample:
-    """The first held-out tokens, to compare the snapshots on."""
+@torch.no_grad()
+def compare(x: list[Float[Tensor, "n D"]], labels: list[str]) -> Comparison:
+    """Compare the activations of S snapshots, whose scale does not matter.
 
-    def __init__(self, max_tokens: int = 4096) -> None:
-        self.max_tokens, self.n, self.kept = max_tokens, 0, list[Tensor]()
-
-    def add(self, x: Float[Tensor, "B S D"]) -> None:
-        """Take the next tokens."""
-        if self.n < self.max_tokens:
-            self.kept.append(x[: self.max_tokens - self.n].cpu())
-            self.n += len(self.kept[-1])
-
-    def result(self, labels: list[str]) -> Comparison:
-        """Compare the snapshots; the tokens are let go.
-
-        Raises:
-            UserError: fewer than two tokens.
-        """
-        if self.n < 2:
-            raise UserError(f"{self.n} token(s) are held out: give Dataset(held_out_tokens=...) of 2 or more")
-        x = torch.cat(self.kept)
-        self.kept = []
-        ratios = np.array([_participation_ratio(x[:, s]) for s in range(x.shape[1])])
-        return Comparison(_similarity(x, labels), ratios)
-
-
-def _similarity(x: Float[Tensor, "B S D"], labels: list[str]) -> pd.DataFrame:
-    """The table of `snapshot_similarity`."""
-    S = x.shape[1]
-    around = [x[:, s].double() - x[:, s].double().mean(0) for s in range(S)]
-    own = [_overlap(one, one) for one in around]
-    rows: list[dict[str, Any]] = []
+    Raises:
+        UserError: fewer than two tokens.
+    """
+    n, S = len(x[0]) if x else 0, len(x)
+    if n < 2:
+        raise UserError(f"{n} token(s) are held out: give Dataset(held_out_tokens=...) of 2 or more")
+    cosine, pearson = torch.zeros(2, S, S, dtype=torch.float64)
+    for part in range(0, n, _TOKENS):
+        rows = torch.stack([one[part : part + _TOKENS] for one in x]).double()
+        around = rows - rows.mean(-1, keepdim=True)
+        rows, around = normalize(rows, dim=-1, eps=1e-8), around / around.norm(dim=-1, keepdim=True)
+        cosine += rows.flatten(1) @ rows.flatten(1).T
+        pearson += around.flatten(1) @ around.flatten(1).T
+    around = [(one.double() - one.double().mean(0)).float() for one in x]
+    shared = torch.zeros(S, S, dtype=torch.float64)
     for s, t in combinations_with_replacement(range(S), 2):
-        a, b = x[:, s].double(), x[:, t].double()
-        shared = _overlap(around[s], around[t])
-        scale = (own[s] * own[t]) ** 0.5
-        rows.append(
-            {
-                "snapshot": s,
-                "other": t,
-                "label": labels[s],
-                "other_label": labels[t],
-                "cosine": float(cosine_similarity(a, b).mean()),
-                "pearson": float(_pearson(a, b).mean()),
-                "cka": shared / scale if scale > 0 else float("nan"),
-                "n": len(x),
-            }
-        )
-    return pd.DataFrame(rows)
+        shared[s, t] = (around[s].T @ around[t]).double().square().sum()
+    own = shared.diagonal()
+    cka = (shared / (own[:, None] * own).sqrt()).masked_fill(own[:, None] * own == 0, torch.nan)
+    one, other = (index.numpy() for index in torch.triu_indices(S, S))
+    names = np.array(labels)
+    similarity = pd.DataFrame(
+        {
+            "snapshot": one,
+            "other": other,
+            "label": names[one],
+            "other_label": names[other],
+            "cosine": (cosine / n).numpy()[one, other],
+            "pearson": (pearson / n).numpy()[one, other],
+            "cka": cka.numpy()[one, other],
+            "n": n,
+        }
+    )
+    # tr(C)^2 / tr(C^2) of the covariances
+    ratios = torch.stack([one.double().square().sum() ** 2 for one in around]) / own
+    return Comparison(similarity, ratios.numpy())
 
 
 @torch.no_grad()
@@ -136,7 +131,7 @@ def doubtful_snapshots(
     share: Float[Tensor, "F S"] | None = None,
     comparison: Comparison | None = None,
     *,
-    max_tokens: int = 4096,
+    max_tokens: int = SAMPLE,
     max_ratio: float = 1.5,
     max_similarity: float = 0.99,
     min_similarity: float = 0.2,
@@ -237,12 +232,6 @@ def describe_doubtful(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _participation_ratio(x: Float[Tensor, "B D"]) -> float:
-    """`tr(C)^2 / tr(C^2)` of the covariance of x."""
-    covariance = torch.cov(x.double().T)
-    return float(covariance.trace() ** 2 / covariance.square().sum())
-
-
 def propose_snapshots(
     similarity: pd.DataFrame,
     k: int,
@@ -337,16 +326,6 @@ def propose_snapshots(
         for s in range(S)
     ]
     return table
-
-
-def _overlap(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> float:
-    return float((a.mT @ b).square().sum())
-
-
-def _pearson(a: Float[Tensor, "B D"], b: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-    """Correlation over coordinates, NaN for constant vectors."""
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
 def _scaled(distance: Any) -> Any:

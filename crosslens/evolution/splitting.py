@@ -31,11 +31,12 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.firing import measure_firing
-from crosslens.evolution.held_out import Block, check_activations, read
+from crosslens.evolution.held_out import HeldOut, read
 from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms, require_two_snapshots
 
 _BLOCK = 2048  # features at a time
-_PAIRS = 1 << 26  # tokens times pairs of features at a time
+_PAIRS = 1 << 14  # pairs of features at a time
+_ROUNDING = 1e-5  # of a cosine
 _DRAWS = 200
 """Random orders of the snapshots, or permutations of dates, for what chance gives."""
 
@@ -43,7 +44,7 @@ _DRAWS = 200
 @torch.no_grad()
 def replacements(
     crosscoder: Crosscoder,
-    acts: Activations,
+    acts: Activations | HeldOut,
     lifecycles: pd.DataFrame | None = None,
     *,
     max_gap: int = 1,
@@ -80,21 +81,18 @@ def replacements(
         raise UserError(
             "lifecycles lack the firing rates of this crosscoder's features: give those of evolve(crosscoder, acts)"
         )
-    pairs = JointActivity(crosscoder, lifecycles, max_gap=max_gap, min_cosine=min_cosine, min_overlap=min_overlap)
-    if len(pairs.pairs):
-        check_activations(crosscoder, acts)
-        read(crosscoder, acts, pairs, purpose="Splits")
-    return pairs.result(lifecycles)
+    return JointActivity(
+        crosscoder, acts, lifecycles, max_gap=max_gap, min_cosine=min_cosine, min_overlap=min_overlap
+    ).table()
 
 
 class JointActivity:
-    """The accumulator of `replacements`: on how many tokens both features of a pair are active.
-
-    Pairs are chosen before, by the dates and directions of decoder rows alone.
+    """Pairs of features of which one may replace the other, and which are active on the same tokens.
 
     Args:
         crosscoder: trained on two snapshots or more.
-        lifecycles: birth and death by decoder norm of all features, those that never fire too where this is not known.
+        acts: activations of its snapshots.
+        lifecycles: by decoder norm, with firing rates; no dates for features that never fire.
         max_gap: as of `replacements`, as are the others.
         min_cosine: see there.
         min_overlap: see there.
@@ -103,6 +101,7 @@ class JointActivity:
     def __init__(
         self,
         crosscoder: Crosscoder,
+        acts: Activations | HeldOut,
         lifecycles: pd.DataFrame,
         *,
         max_gap: int = 1,
@@ -111,64 +110,50 @@ class JointActivity:
     ) -> None:
         if max_gap < 0:
             raise UserError(f"max_gap={max_gap} must be 0 or more snapshots")
-        self.crosscoder, self.min_overlap, self.max_gap = crosscoder, min_overlap, max_gap
+        self.max_gap, self.steps = max_gap, snapshot_columns(crosscoder)["step"]
+        self.death, self.birth = (
+            lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth")
+        )
         # of any gap: those that agree in all but their dates say what chance gives
-        self.pairs, self.cosine = _candidates(crosscoder, lifecycles, crosscoder.n_snapshots, min_cosine)
-        self.joint, self.n = torch.zeros(len(self.pairs), dtype=torch.float64), 0
+        pairs, cosine = _candidates(crosscoder, lifecycles, crosscoder.n_snapshots, min_cosine)
+        overlap = np.empty(0)
+        if len(pairs):
+            held = read(crosscoder, acts, purpose="Splits")
+            active = (held.f > 0).astype(np.float32).tocsc()
+            parts = [part.numpy() for part in pairs.split(_PAIRS)]
+            joint = [active[:, part[:, 0]].multiply(active[:, part[:, 1]]).sum(0) for part in parts]
+            rate = lifecycles["firing_rate"].to_numpy(dtype=float)[pairs]
+            low, high = rate.min(1), rate.max(1)
+            overlap = (np.concatenate(joint) / len(held) / low - high) / (1 - high)  # Loevinger's H
+        kept = overlap >= min_overlap
+        self.pairs, self.cosine, self.overlap = pairs.numpy()[kept], cosine.numpy()[kept], overlap[kept]
 
-    def add(self, block: Block) -> None:
-        """Take the next tokens."""
-        self.n += len(block)
-        if not len(self.pairs):
-            return
-        active = (block.features > 0).cpu()
-        parts = self.pairs.split(max(1, _PAIRS // len(active)))
-        self.joint += torch.cat([(active[:, part[:, 0]] & active[:, part[:, 1]]).sum(0) for part in parts])
+    def _near(self, birth: Int[np.ndarray, " F"]) -> Bool[np.ndarray, " n"]:
+        """Pairs whose death and birth are near each other, given the births of all features."""
+        return np.abs(self.death[self.pairs[:, 0]] - birth[self.pairs[:, 1]]) <= self.max_gap
 
-    def counts(self, lifecycles: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
+    def counts(self, seed: int = 0) -> dict[str, Any]:
         """How many replacements there are, and how many with the births permuted among the features that are born.
 
         Args:
-            lifecycles: as of `result`.
             seed: seed for the permutations.
         """
-        dates, kept, _ = self._kept(lifecycles)
-        death, birth = dates["death"], dates["birth"]
-        first, second = self.pairs.numpy()[kept].T
-        born = np.flatnonzero(birth > 0)
-        rng, drawn = np.random.default_rng(seed), birth.copy()
+        born = np.flatnonzero(self.birth > 0)
+        rng, drawn = np.random.default_rng(seed), self.birth.copy()
         by_chance: list[int] = []
         for _ in range(_DRAWS):
-            drawn[born] = rng.permutation(birth[born])
-            by_chance.append(int((np.abs(death[first] - drawn[second]) <= self.max_gap).sum()))
-        n = int((np.abs(death[first] - birth[second]) <= self.max_gap).sum())
-        return {"kind": "replacement", "n": n, **_chance(by_chance)}
+            drawn[born] = rng.permutation(self.birth[born])
+            by_chance.append(int(self._near(drawn).sum()))
+        return {"kind": "replacement", "n": int(self._near(self.birth).sum()), **_chance(by_chance)}
 
-    def _kept(self, lifecycles: pd.DataFrame) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Dates of all features, which pairs are active together often enough, and how often they are."""
-        dates = {name: lifecycles[name].to_numpy(dtype=float, na_value=-1).astype(int) for name in ("death", "birth")}
-        rate = torch.tensor(lifecycles["firing_rate"].to_numpy(dtype=float))
-        first, second = self.pairs.numpy().T
-        known = (dates["death"][first] >= 0) & (dates["birth"][second] >= 0)
-        low, high = rate[self.pairs].aminmax(dim=1)
-        overlap = ((self.joint / max(self.n, 1) / low - high) / (1 - high)).numpy()  # Loevinger's H
-        return dates, known & (overlap >= self.min_overlap), overlap
-
-    def result(self, lifecycles: pd.DataFrame) -> pd.DataFrame:
-        """The table of `replacements`.
-
-        Args:
-            lifecycles: by decoder norm, with firing rates; no dates for features that never fire.
-        """
-        dates, kept, overlap = self._kept(lifecycles)
-        first, second = self.pairs.numpy().T
-        kept = kept & (np.abs(dates["death"][first] - dates["birth"][second]) <= self.max_gap)
-        steps = snapshot_columns(self.crosscoder)["step"]
-        table = pd.DataFrame({"predecessor": first[kept], "successor": second[kept]})
-        for name, members in (("death", "predecessor"), ("birth", "successor")):
-            table[name] = dates[name][table[members]]
-            table[f"{name}_step"] = steps.take(table[name]).array
-        table["cosine"], table["overlap"] = self.cosine.numpy()[kept], overlap[kept]
+    def table(self) -> pd.DataFrame:
+        """The table of `replacements`."""
+        kept = self._near(self.birth)
+        table = pd.DataFrame(self.pairs[kept], columns=pd.Index(["predecessor", "successor"]))
+        for name, dates, members in (("death", self.death, "predecessor"), ("birth", self.birth, "successor")):
+            table[name] = dates[table[members]]
+            table[f"{name}_step"] = self.steps.take(table[name]).array
+        table["cosine"], table["overlap"] = self.cosine[kept], self.overlap[kept]
         table["successors"] = table.groupby("predecessor")["successor"].transform("size")
         table["predecessors"] = table.groupby("successor")["predecessor"].transform("size")
         several, joined = table["successors"] > 1, table["predecessors"] > 1
@@ -361,16 +346,33 @@ def _candidates(
 
 
 def _neighbours(crosscoder: Crosscoder, present: Bool[Tensor, "F S"], min_cosine: float) -> Int[Tensor, "n 2"]:
-    """Pairs of features that are present with the same direction at some snapshot, the smaller index first."""
+    """Pairs of features that are present with the same direction at some snapshot, the smaller index first.
+
+    Most pairs are ruled out by the first coordinates along the principal directions of the rows: by the inequality of
+    Cauchy and Schwarz, what the other coordinates add to a cosine is at most the product of their lengths.
+    """
     found: list[Tensor] = [torch.empty(0, 2, dtype=torch.int64)]
+    D = crosscoder.d_model
+    # so many that a cosine of random rows reaches the bound by 5 standard deviations only
+    n_first = min(D, int(((5 + (25 + 4 * (1 - min_cosine) * D) ** 0.5) / 2) ** 2) + 1)
     for s in range(crosscoder.n_snapshots):
         ids = present[:, s].nonzero().flatten()
+        rows = _directions(crosscoder, ids, s)
+        if n_first < D:
+            rotated = rows @ torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)
+            rest = rotated[:, n_first:].norm(dim=1, keepdim=True)
+            bound = torch.cat([rotated[:, :n_first], rest], 1)
+        else:
+            bound = rows
         for start in range(0, len(ids), _BLOCK):
-            part, others = ids[start : start + _BLOCK], ids[start:]
-            left, right = (_directions(crosscoder, i, s) for i in (part, others))
-            fit = (left @ right.T >= min_cosine).cpu().nonzero()
-            fit = fit[fit[:, 1] > fit[:, 0]]
-            found.append(torch.stack([part[fit[:, 0]], others[fit[:, 1]]], 1))
+            part = bound[start : start + _BLOCK]
+            for other in range(start, len(ids), _BLOCK):
+                near = part @ bound[other : other + _BLOCK].T >= min_cosine - _ROUNDING
+                pairs = near.nonzero() + torch.tensor([start, other], device=near.device)
+                pairs = pairs[pairs[:, 1] > pairs[:, 0]]
+                for some in pairs.split(_PAIRS):
+                    cosine = (rows[some[:, 0]] * rows[some[:, 1]]).sum(1)
+                    found.append(ids[some[cosine >= min_cosine].cpu()])
     return torch.unique(torch.cat(found), dim=0)
 
 

@@ -29,9 +29,9 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
 from crosslens.errors import UserError, read_json
 from crosslens.evolution.births import THRESHOLDS, count_births, presence_curves
-from crosslens.evolution.firing import FiringSums
+from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.held_out import read
-from crosslens.evolution.presence import DecodabilitySums
+from crosslens.evolution.presence import check_tokens, measure_decodability
 from crosslens.pipeline.opening import find_snapshots
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -161,10 +161,10 @@ def births_without_history(
     Returns:
         The result of `count_births`.
     """
-    firing, sums = FiringSums(crosscoder), DecodabilitySums(crosscoder, live)
-    read(crosscoder, live, firing, sums, purpose="Null")
-    found = sums.result()
-    alive = (firing.result().rate > min_firing_rate).numpy()
+    check_tokens(crosscoder, live)  # before anything is encoded
+    held = read(crosscoder, live, purpose="Null")
+    found = measure_decodability(crosscoder, held)
+    alive = (measure_firing(crosscoder, held).rate > min_firing_rate).numpy()
     curves = presence_curves(crosscoder.decoder_norms, found, alive)
     return count_births(curves, found.lexical, found, thresholds=thresholds, min_run=min_run)
 

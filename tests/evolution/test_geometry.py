@@ -240,12 +240,12 @@ def test_dimensionality_matches_the_double_sum(F: int, S: int, D: int, seed: int
     for presence in (0.5, 0.9):
         slow = slow_dimensionality(cc, rms.numpy(), presence)
         found = feature_dimensionality(cc, firing_of(rms, S), presence=presence)
-        assert found.numpy() == pytest.approx(slow, rel=1e-9, nan_ok=True)
+        assert found.numpy() == pytest.approx(slow, rel=1e-6, nan_ok=True)  # products are in float32
         table = total_dimensionality(cc, firing_of(rms, S), presence=presence)
         assert table["present"].tolist() == (~np.isnan(slow)).sum(0).tolist()
         assert table["total"].tolist() == pytest.approx(np.nansum(slow, 0).tolist())
         assert (table["share"] * D).tolist() == pytest.approx(table["total"].tolist())
-        assert (table["total"] <= D + 1e-9).all() and (table["random_total"] <= D + 1e-9).all()
+        assert (table["total"] <= D * (1 + 1e-6)).all() and (table["random_total"] <= D * (1 + 1e-6)).all()
 
 
 def test_dimensionality_of_known_arrangements() -> None:

@@ -224,7 +224,9 @@ def test_features_that_never_fire_are_dead() -> None:
     few = evolve(cc, measure_firing(cc, held), min_firing_rate=0.3)
     assert few.lifecycles()["alive"].tolist() == [rate > 0.3 for rate in fired]
     with pytest.raises(UserError, match="no activations are held out"):
-        evolve(cc, Held(x[:0]))
+        measure_firing(cc, Held(x[:0]))
+    with pytest.raises(UserError, match="0 tokens are held out"):
+        evolve(cc, Read(x[:0, None], torch.ones(0, 1, dtype=torch.long)))
 
 
 def test_a_jumprelu_feature_is_alive_if_any_gate_opens() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from crosslens.errors import UserError
+from crosslens.evolution import presence
 from crosslens.evolution.presence import measure_decodability, plan_decodability
 from tests.given import Held, Read, of_norms
 
@@ -59,9 +60,11 @@ def slow(x: np.ndarray, f: np.ndarray, types: np.ndarray, units: np.ndarray, rid
     ("N", "T", "S", "D", "F", "G", "ridge", "seed"),
     [(64, 6, 3, 4, 7, 4, 1e-3, 0), (40, 9, 2, 6, 5, 5, 0.3, 1), (3, 200, 2, 3, 6, 3, 1e-2, 2)],
 )
+@pytest.mark.parametrize("gathered", [1e9, -1e9])  # predictions from weights, and from the tokens fitted on
 def test_decodability_is_that_of_explicit_regressions(
-    N: int, T: int, S: int, D: int, F: int, G: int, ridge: float, seed: int
+    N: int, T: int, S: int, D: int, F: int, G: int, ridge: float, seed: int, gathered: float, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(presence, "_GATHERED", gathered)
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 7, (N, T), generator=draw)
     tokens[-1, -1] = 9  # a type that the first half does not have
@@ -135,6 +138,11 @@ def test_the_plan_counts_what_is_held() -> None:
     assert 3 < held / 1e9 < 4 and 200 < seconds < 300
     more, longer = plan_decodability(32_768, 8, 512, 100_000)
     assert 1.5 * held < more < 4 * held and longer == 4 * seconds
+    # few tokens predict without a weight for every feature and dimension
+    few, sooner = plan_decodability(16_384, 8, 512, 4_000)
+    assert few < 0.8 * held and sooner < seconds / 50
+    papers, _ = plan_decodability(98_304, 32, 768, 20 * 768)
+    assert papers - 8 * 98_304 * 32 * 768 < 16 * 2**30
 
 
 def test_refused() -> None:

@@ -14,7 +14,6 @@ import crosslens.evolution.splitting
 from crosslens.activations.loader import Activations
 from crosslens.errors import UserError
 from crosslens.evolution.firing import measure_firing
-from crosslens.evolution.held_out import read
 from crosslens.evolution.history import evolve
 from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.evolution.splitting import JointActivity, replacements, split_counts, splits
@@ -264,9 +263,8 @@ def test_replacements_by_chance_have_their_births_permuted() -> None:
     cc, acts = of_rows(rows, snapshots_at(*range(S))), Held(torch.randn(400, S, 3, generator=generator))
     firing = measure_firing(cc, acts)
     life = classify_lifecycles(cc.decoder_norms).assign(firing_rate=firing.rate)
-    joint = JointActivity(cc, life, min_overlap=0.2)
-    read(cc, acts, joint)
-    found, table = joint.counts(life, seed=3), joint.result(life)
+    joint = JointActivity(cc, acts, life, min_overlap=0.2)
+    found, table = joint.counts(seed=3), joint.table()
     pd.testing.assert_frame_equal(table, replacements(cc, acts, life, min_overlap=0.2))
     assert found["n"] == len(table) > 0
     every = replacements(cc, acts, life, min_overlap=0.2, max_gap=S)

@@ -28,7 +28,6 @@ from crosslens.evolution.geometry import (
     rotation_per_interval,
     total_dimensionality,
 )
-from crosslens.evolution.held_out import read
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.phases import find_phases, measure_dynamics
@@ -82,9 +81,8 @@ def test_the_tables_are_those_of_the_analyses_alone(
     alive = torch.tensor(lifecycles["alive"].to_numpy())
     doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
     dimensionality = total_dimensionality(crosscoder, acts, presence=0.4, seed=5)
-    joint = JointActivity(crosscoder, lifecycles)
-    read(crosscoder, acts, joint)
-    counts = [*split_counts(crosscoder, alive, presence=0.4, seed=5)[1], joint.counts(lifecycles, 5)]
+    joint = JointActivity(crosscoder, acts, lifecycles)
+    counts = [*split_counts(crosscoder, alive, presence=0.4, seed=5)[1], joint.counts(5)]
     expected = {
         "evolution": evolution.table,
         "lifecycles": pd.concat([evolution.lifecycles(m).assign(measure=m) for m in ("r2", "within", "norm")]),
