@@ -52,8 +52,8 @@ def make_run(folder: Path, F: int, S: int, n_tasks: int, seed: int = 0) -> RunDi
     tasks = [f"task_{i}" for i in range(n_tasks)]
     run.save_table(
         "accuracy",
-        pd.concat([common.assign(task=task, accuracy=0.5 + grown / 2, low=0.45 + grown / 2, high=0.55 + grown / 2,
-                                 metric=grown, n=200) for task in tasks]),
+        pd.concat([common.assign(task=task, accuracy=0.5 + grown / 2, accuracy_low=0.45 + grown / 2,
+                                 accuracy_high=0.55 + grown / 2, metric=grown, n=200) for task in tasks]),
     )  # fmt: skip
     run.save_table(
         "evaluation",

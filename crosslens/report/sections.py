@@ -172,7 +172,8 @@ TASK = Page(
             "passes; on the held-out half of the prompts. Ablated features are set to zero at all positions unless a "
             "mean or paired-prompt baseline was chosen. Shares of the clean metric are 1 + (metric − clean) / |clean|, "
             "which is metric / clean if the clean metric is positive. Random sets hold as many other active features; "
-            "size-matched sets also match activation × decoder norm.",
+            "size-matched sets also match activation × decoder norm, and change-matched ones hold as many features as "
+            "change the activation as much.",
         ),
     ),
 )

@@ -40,7 +40,7 @@ _SETS = {
     "top": ("top features by effect", Style(SERIES[0], "circle")),
     "random": ("random active features", Style(MUTED, "square", "dash")),
     "size_matched": ("size-matched features", Style(SERIES[1], "diamond", "dot")),
-    "change_matched": ("as many as change the activation as much", Style(SERIES[2], "triangle-up", "dashdot")),
+    "change_matched": ("change-matched features", Style(SERIES[2], "triangle-up", "dashdot")),
 }
 _ABLATED = {
     "zero": "Ablated features are set to zero.",

@@ -203,11 +203,12 @@ def birth_counts(table: Frame) -> Chart | str:
         return _ALL_DEAD
     drawn = table[table["n"] > 0]
     groups = [group for group in _READINGS if group in set(zip(drawn["measure"], drawn["kind"], strict=True))]
-    figure = new_panels(len(groups), height=420)
+    figure, highest = new_panels(len(groups), height=420), 0.0
     for col, group in enumerate(groups, 1):
         rows = drawn[(drawn["measure"] == group[0]) & (drawn["kind"] == group[1])].sort_values("threshold")
         shares = {name: rows[name] / rows["n"] for name in ("born", "born_reversed", *_ENDS) if name in rows}
         rows = rows.assign(**shares)
+        highest = max(highest, float(rows.reindex(columns=[*_CURVES, *_ENDS]).max().max()))
         bars = error_bars(rows, "born") if set(_ENDS) <= set(rows.dropna(axis=1)) else None
         texts = [f"{_READINGS[group]}, threshold {threshold}" for threshold in rows["threshold"]]
         for i, (column, name) in enumerate(_CURVES.items()):
@@ -218,7 +219,6 @@ def birth_counts(table: Frame) -> Chart | str:
                 )  # fmt: skip
         title = f"{_READINGS[group].replace(', ', '<br>')} ({rows['n'].iloc[0]:,})"
         figure.update_xaxes(title_text=title, tickvals=sorted(set(floats(drawn["threshold"]))), row=1, col=col)
-    highest = max(y for trace in figure.data for y in trace.y if np.isfinite(y))
     figure.update_yaxes(range=[-0.02, 1.05 * highest + 0.02], tickformat=".0%")
     figure.update_layout(yaxis_title_text="share of features born")
     at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
@@ -231,8 +231,8 @@ def birth_counts(table: Frame) -> Chart | str:
     if len(beyond):
         note += f" Of these births by R², {int(beyond.iloc[0]):,} exceed the common trend of all features."
     if not any(table[name].notna().any() for name in _NULLS if name in table):
-        words = "{} Models without a history were not measured; <code>crosslens evolve --untrained</code> or --null do."
-        note = Markup(words).format(note)
+        command = Markup("<code>crosslens evolve --untrained</code> or <code>--null</code>")
+        note = Markup("{} Models without a history were not measured; {} do.").format(note, command)
     return Chart(figure, table, note.strip())
 
 
