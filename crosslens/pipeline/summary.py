@@ -42,7 +42,7 @@ def summarise_study(study: Study, k: int = 15) -> dict[str, Any]:
 
 
 def _at_last(table: pd.DataFrame, column: str = "snapshot") -> pd.DataFrame:
-    return table[table[column] == table[column].max()]
+    return pd.DataFrame(table[table[column] == table[column].max()])
 
 
 def _ablation(study: Study, curves: pd.DataFrame, k: int) -> dict[str, float]:

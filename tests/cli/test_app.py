@@ -207,6 +207,9 @@ def test_one_object_for_programs(
     assert [row["label"] for row in ask("ls", tiny_snapshots)["snapshots"]] == labels
     assert ask("ls")["families"]["olmo2"]["sizes"] == ["1b", "7b", "13b"]
     assert ask("ls", "crosslens-demo")["releases"][0]["name"] == "crosslens-demo"
+    assert {"text": "ioi", "python": "Task.ioi()", "reads": "indirect objects, generated"} in ask("ls", "tasks")[
+        "tasks"
+    ]
     found = ask(*train_arguments(tiny_snapshots, files, run.path))  # it is finished
     assert [row["label"] for row in found["evaluation"]] == labels and found["features"] == 32
     task = f"sva:{files / 'task.json'}"

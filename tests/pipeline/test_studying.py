@@ -14,6 +14,7 @@ from crosslens.config import AblateOptions, AttributeOptions, StudyOptions
 from crosslens.errors import UserError
 from crosslens.pipeline.opening import read_run
 from crosslens.pipeline.studying import ablate, attribute, study
+from crosslens.pipeline.summary import summarise_study
 from crosslens.rundir import RunDir
 from crosslens.tasks.task import Task
 
@@ -52,6 +53,11 @@ def test_a_study_leaves_the_tables_of_the_task(run: RunDir, file: Path) -> None:
     options = StudyOptions(task=(str(file),), **SIZES, seed=1)  # type: ignore[arg-type]
     [(name, found)] = study(run, options, device="cpu")
     assert name == "tiny"
+    curves, summary = found.tables["ablation/tiny"], summarise_study(found, 15)
+    assert summary["k"] == 3 and summary["ablation"]["n_kept"] == 3
+    last = curves[(curves["snapshot"] == curves["snapshot"].max()) & (curves["mode"] == "ablate") & (curves["k"] == 3)]
+    for kind, metric in zip(last["features"], last["metric"], strict=True):
+        assert summary["ablation"][f"{kind}_k"] == metric
     crosscoder, acts = read_run(run, "cpu")
     accuracy = run.table("accuracy")
     assert accuracy is not None and set(accuracy["task"]) == {"tiny"} and len(accuracy) == len(acts.snapshots)
