@@ -156,7 +156,7 @@ class ActivationCache:
                     f"{self.folder} has activations ({orphan.name}) without a manifest.json that says what they are: "
                     "put it back, or delete the folder and harvest again"
                 )
-            _remove(self.folder.glob("*.tmp"))
+            _remove(self.folder.glob(f"manifest.{'[0-9a-f]' * 32}.tmp"))  # other files may be the user's
             recorded = {**request, "config": self._config, "shard_sequences": shard_sequences, "source": source}
             partial = manifest.with_name(f"manifest.{uuid.uuid4().hex}.tmp")
             partial.write_text(json.dumps({"checksum": json_checksum(recorded), **recorded}, indent=1))
