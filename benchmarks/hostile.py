@@ -550,6 +550,7 @@ def cases() -> Iterator[Case]:
     for name, value in (
         ("hidden_act", "no-such-activation"), ("model_type", "no-such-type"), ("rope_scaling", {"rope_type": "odd"}),
         ("rope_parameters", {"rope_type": "odd"}), ("_attn_implementation", "odd"), ("attn_implementation", "odd"),
+        ("_attn_implementation", "someone/kernel"),
         ("torch_dtype", "odd"), ("hidden_size", "wide"), ("num_attention_heads", 0), ("num_hidden_layers", -1),
         ("layer_norm_eps", "small"), ("architectures", "odd"), ("quantization_config", {"quant_method": "odd"}),
         ("vocab_size", 1.5),
@@ -558,6 +559,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "words", f"{name}={value}", stage, entry(name, value), state="harvest" if stage == "plan" else None
             )
+        yield Case("words", f"{name}={value}, live", "train", entry(name, value), command=(*LIVE.split(),))
     # options on a continued training
     for more in OPTIONS:
         yield Case("options", f"{more}, finished", "train", more=more, state="evolve", told=True)
@@ -667,16 +669,19 @@ def _names() -> Iterator[Case]:
             words[words.index("text.txt")] = name
             yield Case("names", f"--dataset {name}", stage, data(name, decoy), command=tuple(words), state="harvest")
 
-    def relabelled(label: str) -> Prepare:
+    def relabelled(label: str, trained: bool = True) -> Prepare:
         def prepare(folder: Path) -> None:
             rows = [{"label": f"step{n}", "path": f"step{n}", "step": n} for n in (2, 4)]
             rows.append({"label": label, "path": "step6", "step": 6})
             (folder / "models" / "snapshots.json").write_text(json.dumps({"snapshots": rows}))
-            wait(start(tuple(COMMANDS["train"].replace("--cache cache", "").split()), folder))
+            if trained:
+                wait(start(tuple(LIVE.split()), folder))
 
         return prepare
 
     for label in ("x/../../../outside/X", "/abs", "..", *_HOSTILE, "a" * 300, "CON", "ümlaut"):
+        yield Case("names", f"label {label[:30]!r}", "status", relabelled(label, trained=False),
+                   command=(*LIVE.split(),), state="train")  # fmt: skip
         for stage in ("export", "status", "report"):
             command = ("export", "run", "--format", "sae") if stage == "export" else None
             yield Case("names", f"label {label[:30]!r}", "status" if stage == "report" else stage, relabelled(label),

@@ -83,7 +83,7 @@ from crosslens.activations.rows import CachedRows, HeldRows, Rows
 from crosslens.activations.tokens import Dataset, Sequences, Source
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
-from crosslens.errors import UserError, did_you_mean
+from crosslens.errors import UserError, did_you_mean, visible
 from crosslens.rundir import check_cache
 from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots
@@ -525,7 +525,7 @@ class DatasetActivations(Activations):
             for name, cache in caches.items() if dtype != "float32" else ():
                 where = f"{name}: " if len(caches) > 1 else ""
                 line = describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors())
-                tqdm.write(f"{where}{line}", file=sys.stderr)
+                tqdm.write(visible(f"{where}{line}"), file=sys.stderr)
         if evict:
             freed += sum(snapshot.evict() for snapshot in self.snapshots)
             tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
@@ -561,7 +561,8 @@ class DatasetActivations(Activations):
         widths = {name: self.snapshots.hook_width(name) for name in self.hook_names}
         tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
         errors = rounding_error(self.snapshots[s], tokens, widths, ours)
-        tqdm.write(describe_error(ours, self.snapshots.labels[s], tokens.numel(), errors), file=sys.stderr)
+        label = self.snapshots.labels[s]
+        tqdm.write(visible(describe_error(ours, label, tokens.numel(), errors)), file=sys.stderr)
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from crosslens.activations.files import BLOCK, HEADER, row_bytes
 from crosslens.activations.mixing import CHUNKS
 from crosslens.activations.order import WINDOW
 from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig
+from crosslens.errors import UserError, brief
 from crosslens.snapshots.snapshot import cut_config
 
 READ_BYTES_PER_SECOND = 200e6
@@ -32,12 +33,22 @@ _BATCHES = 3
 
 
 def model_bytes(config: Any, n_blocks: int, dtype: str = "float32", trust_remote_code: bool = False) -> int:
-    """Memory in bytes of a bridge with the first blocks of this transformers configuration."""
+    """Memory in bytes of a bridge with the first blocks of this transformers configuration.
+
+    Raises:
+        UserError: transformers cannot make a model of it.
+    """
     if (in_memory := getattr(config, "parameter_bytes", None)) is not None:  # of a HookedTransformer
         return in_memory
     cut_config(config, n_blocks)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # words and values that transformers does not know raise anything
+        raise UserError(
+            f"transformers cannot make the model that its config.json describes ({type(error).__name__}: "
+            f"{brief(error)}): correct the file"
+        ) from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # TransformerLens splits a joint query-key-value matrix into three and keeps both
     return getattr(torch, dtype).itemsize * (

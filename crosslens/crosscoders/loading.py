@@ -47,7 +47,7 @@ def load(path: str | Path, device: str | None = None, dtype: str | None = None, 
     assert isinstance(loaded, Crosscoder)  # its architecture was inspected
     check_scale(str(path), loaded.activation_scale)
     if config.get("metadata", {}).get("checksums") is None:  # what crosslens saves was finite
-        for name, values in loaded.named_parameters():
+        for name, values in loaded.state_dict().items():  # thresholds are buffers
             if not torch.isfinite(values).all():
                 raise UserError(f"{path}: {name} has values that are not finite; train or download it again")
     return loaded.eval().requires_grad_(False)

@@ -32,9 +32,13 @@ _TOKENS = ("lens", "examples", "example_tokens", "example_contexts", "samples", 
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with control characters in its labels written as their codes; tokens have their own."""
-    if "label" in table and any(isinstance(text, str) and visible(text) != text for text in table["label"]):
-        table["label"] = table["label"].map(lambda text: visible(text) if isinstance(text, str) else text)
+    """The table with control characters in its texts, such as labels, written as their codes; tokens have their own."""
+    table.columns = [visible(str(column)) for column in table.columns]  # some are named after snapshots
+    for column in table.columns:
+        texts = {text for text in table[column] if isinstance(text, str)} if table[column].dtype.kind == "O" else ()
+        codes = {text: visible(text) for text in texts if visible(text) != text}
+        if codes:
+            table[column] = [codes.get(text, text) if isinstance(text, str) else text for text in table[column]]
     return table
 
 

@@ -9,7 +9,7 @@ from crosslens.config import LARGEST
 from crosslens.errors import UserError, read_json, shortened
 
 _LIMITS = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1_000),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_labels", "num_attention_heads", "n_head"), 1_000_000),
     **dict.fromkeys(("intermediate_size", "n_inner", "vocab_size"), 100_000_000),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 100_000_000),

@@ -5,7 +5,8 @@
    (Libraries silently ignore `revision=` for folders: every snapshot would then have the same weights.)
 2. Its fingerprint is a checksum of the tensors, not of the files.
 3. Python code that a repository brings (`auto_map` in its files) is run only with `trust_remote_code`: every load says
-   so, because transformers would ask on the terminal otherwise.
+   so, because transformers would ask on the terminal otherwise. Kernels from the hub, which a config can name as its
+   attention, are never run.
 4. Loading gives a raw TransformerBridge (no compatibility mode, which would centre the weights), or a HookedTransformer
    without weight processing. Both compute what the model computes in transformers.
 """
@@ -162,15 +163,24 @@ class Snapshot:
         return folder
 
     def config(self) -> PretrainedConfig:
-        """The configuration, from config.json."""
+        """The configuration, from config.json, with eager attention whatever it says there."""
         folder = self.folder()
+        if (folder / "adapter_config.json").is_file():  # applied to the weights, if the library peft is installed
+            raise self._error(
+                f"{folder} has an adapter (adapter_config.json), which is no part of the weights that are compared: "
+                "merge it with merge_and_unload() and save the model, or delete the file"
+            )
         try:
             check_sizes(folder / "config.json")
         except UserError as error:
             raise self._error(str(error)) from error
         try:
             with quiet():
-                return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+                config._attn_implementation = (
+                    "eager"  # `org/kernel` would be downloaded and run; no argument replaces it
+                )
+                return config
         except Exception as error:  # values of a wrong type or size can raise anything
             self._refuse_code(error, folder)
             raise self._error(f"transformers cannot read {folder / 'config.json'}: {brief(error)}") from error

@@ -13,6 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig
+from crosslens.errors import visible
 
 MIN_EXPLAINED_VARIANCE = 0.7
 MAX_DEAD_FRACTION = 0.2
@@ -82,8 +83,8 @@ class Bar:
 
 
 def say(words: str) -> None:
-    """Write a line to the terminal without breaking a progress bar."""
-    tqdm.write(words, file=sys.stderr)
+    """Write a line to the terminal without breaking a progress bar; control characters as their codes."""
+    tqdm.write(visible(words), file=sys.stderr)
 
 
 def quality_table(table: pd.DataFrame, n_features: int, n_tokens: int) -> str:

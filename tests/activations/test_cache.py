@@ -318,6 +318,16 @@ def test_the_error_of_rounding_is_printed(make: Any, tmp_path: Path, capsys: pyt
             assert mean == pytest.approx(error, rel=0.5)
 
 
+def test_files_of_others_stay(make: Any, tmp_path: Path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    ours = folder / "manifest.0123456789abcdef0123456789abcdef.tmp"  # of a process that was killed
+    for path in (ours, folder / "thesis.tmp", folder / "manifest.old.tmp"):
+        path.write_text("text")
+    make().cache(folder, "float32")
+    assert sorted(path.name for path in folder.glob("*.tmp")) == ["manifest.old.tmp", "thesis.tmp"]
+
+
 def test_unknown_dtype(make: Any, tmp_path: Path):
     with pytest.raises(UserError, match="dtype='float8' is unknown for a cache; use one of 'bfloat16', 'float32', 'in"):
         make().cache(tmp_path / "cache", "float8")

@@ -413,6 +413,19 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
         acts.plan(dtype="int4")
 
 
+def test_the_plan_refuses_words_that_transformers_does_not_know(
+    tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path
+):
+    shutil.copytree(tiny_snapshots, tmp_path / "models")
+    for path in (tmp_path / "models").glob("step*/config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "odd"}))
+    acts = Activations(Snapshots.local(tmp_path / "models"), HOOK, Dataset(tiny_text, 1000, T))
+    with pytest.raises(
+        UserError, match=r"cannot make the model that its config.json describes \(KeyError: 'odd'\): corr"
+    ):
+        acts.plan(measure=False)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("passes", [1, 3])
 def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots, tiny_text: list[str], passes: int):

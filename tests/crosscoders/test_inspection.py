@@ -14,7 +14,7 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
-from crosslens.crosscoders import ARCHITECTURES, load
+from crosslens.crosscoders import ARCHITECTURES, BatchTopKCrosscoder, BatchTopKCrosscoderConfig, load
 from crosslens.crosscoders.inspection import MAX_HEADER, expected_shapes, inspect_crosscoder, read_header
 from crosslens.errors import MAX_TEXT, UserError, brief, inside
 from tests.given import of_norms
@@ -115,6 +115,15 @@ def test_weights_that_are_not_finite_are_refused_without_checksums_too(folder: P
     save_file(tensors, folder / "sae_weights.safetensors")
     with pytest.raises(UserError, match="W_dec has values that are not finite; train or download it again"):
         load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_threshold_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    crosscoder = BatchTopKCrosscoder(BatchTopKCrosscoderConfig(d_in=12, d_sae=6, n_snapshots=3))
+    crosscoder.threshold.fill_(value)
+    change(crosscoder.save(tmp_path / "crosscoder"), metadata__checksums=None)
+    with pytest.raises(UserError, match="threshold has values that are not finite; train or download it again"):
+        load(tmp_path / "crosscoder")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no umask")

@@ -28,7 +28,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that the page "Add a measure" defines, with its measure and figure, for one test."""
     assert entries.list_figures() and measures._MEASURES
     monkeypatch.setattr(entries, "_FIGURES", dict(entries._FIGURES))
-    monkeypatch.setattr(measures, "_STARTS", dict(measures._MEASURES))
+    monkeypatch.setattr(measures, "_MEASURES", dict(measures._MEASURES))
     monkeypatch.setattr(tables, "TABLES", [*tables.TABLES])
     names: dict[str, Any] = {"__name__": "mine"}
     page = (Path(__file__).parents[2] / "docs" / "measure.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from crosslens.report import write_report
 from crosslens.report.chart import SnapshotAxis, _outline, shown
 from crosslens.report.figures.lifecycles import MAX_ROWS, evolution_map, ordered_features
 from crosslens.report.page import compact, script_json
-from crosslens.report.tables import missing_column
+from crosslens.report.tables import Tables, missing_column
 from crosslens.rundir import RunDir
 from crosslens.tables import find_table
 
@@ -717,12 +717,16 @@ def test_control_characters_are_shown_in_pages(tmp_path: Path) -> None:
         run = add_study(run, "mine")
         accuracy = run.table("accuracy")
     assert accuracy is not None
-    run.save_table("accuracy", accuracy.assign(label="step\u202e\x1b[2J"))
+    hostile = "step\u202e\x1b[2J"
+    run.save_table("accuracy", accuracy.assign(label=hostile))
     page = write_report(run.path, title="a\u202eb")
     texts = [path.read_text(errors="replace") for path in page.parent.rglob("*") if path.suffix in (".html", ".csv")]
     assert not any("\u202e" in text or "\x1b" in text for text in texts)
     assert any(r"a\u202eb" in text for text in texts)
     assert any("step\\u202e\\u001b[2J" in text for text in texts)
+    run.save_table("rotation", pd.DataFrame({"from": ["step1"], "to": [hostile]}))
+    rotation = Tables(run, run.read_json())["rotation"]
+    assert rotation is not None and rotation["to"].tolist() == ["step\\u202e\\u001b[2J"]
 
 
 def test_script_json_cannot_end_its_element() -> None:

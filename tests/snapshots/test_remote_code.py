@@ -100,6 +100,22 @@ def test_what_transformers_knows_is_loaded_without_the_code(models: Path, marker
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_a_kernel_that_a_config_names_is_not_fetched(models: Path, tiny_text: list[str], name: str) -> None:
+    for path in models.glob("step*"):  # transformers would download the repository and run it
+        change(path / "config.json", **{name: "someone/kernel"})
+    for trust in (False, True):
+        snapshots = Snapshots.local(models, trust_remote_code=trust)
+        assert Activations(snapshots, HOOK, tiny_text, 500, 16).plan(measure=False).model_bytes
+        snapshots[0].load("cpu", attention="sdpa")
+
+
+def test_an_adapter_beside_the_weights_is_refused(models: Path) -> None:
+    (models / "step10" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    with pytest.raises(UserError, match=r"snapshot 'step10': .* has an adapter \(adapter_config.json\), .* merge it"):
+        Snapshots.local(models).check(HOOK)
+
+
 def test_trust_is_recorded_and_part_of_the_identity(models: Path, tiny_text: list[str]) -> None:
     plain, trusting = Snapshots.local(models), Snapshots.local(models, trust_remote_code=True)
     assert trusting == plain.trusting_code() != plain and trusting.trusting_code(False) == plain

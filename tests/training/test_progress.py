@@ -21,7 +21,7 @@ import crosslens.training.run
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import CrosscoderTrainingConfig
 from crosslens.rundir import RunDir, complete_checkpoints
-from crosslens.training.progress import Measured, quality_table, warn_if_poor
+from crosslens.training.progress import Measured, quality_table, tell, warn_if_poor
 from crosslens.training.run import train
 from crosslens.training.trainer import CrosscoderTrainer
 from tests.training.test_run import (
@@ -183,6 +183,11 @@ def test_warnings_name_the_snapshots_and_a_remedy():
         architecture.scale = scale  # type: ignore[assignment]
         assert ('try scale="std"' in said([0.1], 0.0, architecture, 500)[0]) == (scale == "norm")
     assert len(said([0.1], 0.9, topk, 500)) == 2
+
+
+def test_labels_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]):
+    tell("a\x1b]0;owned\x07 and \u202egnp.exe\n  x\x9b2J 0.528")
+    assert capsys.readouterr().err == "a\\u001b]0;owned\\u0007 and \\u202egnp.exe\n  x\\u009b2J 0.528\n"
 
 
 def test_the_last_lines_of_a_training(acts: Activations, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
