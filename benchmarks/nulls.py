@@ -54,7 +54,7 @@ class Chosen(cl.Activations):
 
 
 def at(cc: Crosscoder, places: list[int], error: float = 0.0) -> Crosscoder:
-    """The crosscoder of given snapshots, with the same features: a snapshot that occurs n times is read n times weaker."""
+    """The crosscoder of given snapshots, with the same features: one that occurs n times is read n times weaker."""
     S, D, F = len(places), cc.d_model, cc.cfg.d_sae
     times = torch.tensor([places.count(s) for s in places])
     config = type(cc.cfg).from_dict({**cc.cfg.to_dict(), "d_in": S * D, "n_snapshots": S, "metadata": {}})

@@ -198,9 +198,7 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
                 text += f" (95% interval of the count: {row['born_low']:,.0f} to {row['born_high']:,.0f})"
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
             text += "".join(
-                f", in {models} {row[name]:.1%}"
-                for name, models in NULLS.items()
-                if np.isfinite(row.get(name, np.nan))
+                f", in {models} {row[name]:.1%}" for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))
             )
         unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_reversed(counts))
         text += unlikely.replace("R2", MEASURES["r2"])

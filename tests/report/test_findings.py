@@ -139,7 +139,7 @@ def test_births_and_partners_stand_beside_what_models_without_a_history_give(run
     run.save_table("unrelated", pd.DataFrame([{"kind": "all", "shared": 0.44}, {"kind": "contextual", "shared": 0.16}]))
     texts = [one.text for one in find(Tables(run, run.read_json()), set())]
     born = next(text for text in texts if "are born" in text)
-    assert "(95% interval of the count: 35 to 44); counted from the last snapshot backwards, 3 are, in models of" in born
+    assert "(95% interval of the count: 35 to 44); counted from the last snapshot backwards, 3 are, in models" in born
     assert born.endswith("in models of other seeds at one step 8.1%.") and "never trained" not in born
     assert any(text.endswith("in a crosscoder over unrelated models 44%.") for text in texts)
 
