@@ -78,7 +78,9 @@ def main() -> None:
     table = pd.DataFrame(rows).groupby("tokens per dimension").mean().drop(columns="seed")
     print(table.round(3).to_string())
     if arguments.report:
-        body = f"{arguments.seeds} seeds.\n\n{table.round(3).reset_index().to_markdown(index=False)}"
+        columns = {str(name): measure.number(str(name), ".3f") for name in table.columns}
+        columns = {table.index.name: measure.number(table.index.name, ".0f"), **columns}
+        body = f"{arguments.seeds} seeds.\n\n{measure.markdown(table.reset_index().to_dict('records'), columns)}"
         threads = torch.get_num_threads()
         print(
             measure.write_report("birth-intervals", "Intervals of births", body, "cpu", threads, ("crosslens", "torch"))

@@ -121,7 +121,7 @@ def shrunk(effects: Effects) -> Tensor:
 
 
 def extended(effects: Effects, least: float = 1.64, run: int = 3) -> Tensor:
-    """Sizes where runs of three significant effects or more go on at neighbours of their sign above 1.64 standard errors."""
+    """Sizes where runs of three significant effects go on at neighbours of their sign above 1.64 standard errors."""
     z, counts = (effects.effects / effects.standard_errors).numpy(), significant(effects).numpy()
     kept = counts.copy()
     for order in (slice(None), slice(None, None, -1)):
@@ -160,7 +160,7 @@ def pooled(effects: Effects, level: float = 0.01) -> Tensor:
 
 
 def knows_ramps(effects: Effects, S: int, z: float, correlation: float) -> np.ndarray:
-    """Most probable class of every feature, given that it is a ramp of this size from a start drawn in the first half."""
+    """Most probable class of every feature, given that it is a ramp of this size that starts in the first half."""
     s, starts = np.arange(S), np.arange(max(1, S // 2))[:, None]
     ramps = np.clip((s - starts) / (S - 1 - starts), 0, 1)
     precision = np.linalg.inv((correlation + (1 - correlation) * np.eye(S)) / N)
@@ -213,8 +213,8 @@ def false_classes(mean: np.ndarray, effects: Effects) -> tuple[float, float]:
 
 def print_profiles(arguments: argparse.Namespace) -> None:
     print(
-        "| S | profile | z | classed | right | all | less noise | shrunk | extended | pooled | error | coverage | where it acts "
-        "| width |"
+        "| S | profile | z | classed | right | all | less noise | shrunk | extended | pooled | error | coverage "
+        "| where it acts | width |"
     )
     print("|" + "---|" * 14)
     worst: dict[str, list[tuple[float, str]]] = {}
@@ -267,7 +267,8 @@ def print_limits(arguments: argparse.Namespace) -> None:
         "known which effects are 0; by all effects with their known sign; where profile and size are known. "
         "Then the mean error of the centre of mass, and its mean absolute error, by significant effects and the rules."
     )
-    columns = "right | away | known zeros | known sign | known ramps | bias | error | extended, bias | error | pooled, bias | error"
+    columns = "right | away | known zeros | known sign | known ramps"
+    columns += " | bias | error | extended, bias | error | pooled, bias | error"
     print(f"| S | profile | z | {columns} |\n{'|---' * 14}|")
     for S in (each for each in arguments.snapshots if each > 2):
         for profile in ("ramp", "slow ramp"):

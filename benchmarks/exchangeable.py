@@ -7,8 +7,10 @@ demo's is, has features of all kinds, and no model comes before another: each bi
 2. Births by each reading, kind of feature and threshold: in the order of the seeds, and the mean over random orders,
    which are all equally good. The spread is that over draws.
 3. The threshold up to which births of contextual features stay below 5 %, in the mean over draws.
+4. With --runs: which share of the features of a demo's crosscoder have a partner in these, whose models are unrelated.
 
-    python benchmarks/exchangeable.py [--draws 3] [--models 9] [--steps 640] [--folder FOLDER] [--report]
+    python benchmarks/exchangeable.py [--draws 3] [--models 9] [--steps 640] [--folder FOLDER]
+        [--runs RUN ...] [--report]
 
 A model takes about a minute on one core and a crosscoder two; with --folder, what is there is not trained again.
 """
@@ -30,7 +32,10 @@ from crosslens.evolution.births import NAMES, presence_curves
 from crosslens.evolution.firing import FiringSums
 from crosslens.evolution.held_out import read
 from crosslens.evolution.lifecycles import birth_index
+from crosslens.evolution.partners import shares_by_kind
 from crosslens.evolution.presence import DecodabilitySums
+from crosslens.pipeline.opening import read_run
+from crosslens.rundir import RunDir
 from crosslens.synthetic import grammar
 from crosslens.synthetic.pretraining import PretrainingConfig
 from crosslens.training.evaluation import reconstruction_table
@@ -99,6 +104,19 @@ def births(cc: cl.crosscoders.Crosscoder, acts: cl.Activations, draw: int) -> pd
     return pd.DataFrame(rows)
 
 
+def unrelated(run: Path, draw: int, cc: cl.crosscoders.Crosscoder, snaps: cl.Snapshots) -> list[dict]:
+    """Shares of the features of a run with a partner in a crosscoder over other models, a row per kind."""
+    own, acts = read_run(RunDir(run), "cpu")
+    other = cl.Activations(snaps, acts.hook_name, acts.dataset, seed=acts.seed, settings=acts.settings)
+    table = RunDir(run).table("lifecycles")
+    assert table is not None
+    kinds = (
+        table[table["measure"] == "r2"].set_index("feature")["kind"].reindex(range(own.cfg.d_sae)).fillna("").tolist()
+    )
+    pairs = cl.evolution.match(own, cc, acts, acts_b=other)
+    return [{"run": run.name, "draw": draw, **row} for row in shares_by_kind(pairs, kinds).to_dict("records")]
+
+
 def _emergent(present: np.ndarray) -> np.ndarray:
     """Which features are born after the first model."""
     first = birth_index(present, 2)
@@ -135,12 +153,14 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=9, help="S, as many as the demo has snapshots")
     parser.add_argument("--steps", type=int, default=PretrainingConfig().n_steps, help="of pretraining")
     parser.add_argument("--folder", type=Path, help="folder for models and crosscoders; a temporary one by default")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories of the demo")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-exchangeable-…")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: list[pd.DataFrame] = []
     explained: list[str] = []
     accurate: list[str] = []
+    partners: list[dict] = []
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
         for draw in range(arguments.draws):
@@ -152,6 +172,7 @@ def main() -> None:
             right = cl.Task.demo("pp").accuracy(snaps)["accuracy"]
             accurate.append(f"{right.mean():.2f} ({right.min():.2f})")
             found.append(births(cc, acts, draw))
+            partners += [row for run in arguments.runs for row in unrelated(run, draw, cc, snaps)]
             print(f"draw {draw}: explained variance {explained[-1]}, accuracy {accurate[-1]}", flush=True)
     body = (
         f"{arguments.draws} draws of {arguments.models} models of {arguments.steps} steps, seeds 0 to "
@@ -159,6 +180,11 @@ def main() -> None:
         f"accuracy across a phrase (least) {', '.join(accurate)}. "
         f"Share of the features with a reading that are born; mean over draws (range).\n\n{describe(pd.concat(found))}"
     )
+    if partners:
+        columns = {name: measure.number(name, ".3f") for name in ("shared", "shared_by_chance", "shared_variance")}
+        first = {name: lambda row, name=name: str(row[name]) for name in ("run", "draw", "kind", "live")}
+        body += "\n\n## Partners of the demo's features in these crosscoders\n\n"
+        body += measure.markdown(partners, {**first, **columns})
     print(body)
     if arguments.report:
         print(measure.write_report("exchangeable", "Births in exchangeable models", body, "cpu", 1, PACKAGES))

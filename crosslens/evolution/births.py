@@ -53,6 +53,7 @@ MIN_R2 = 0.05
 MIN_WITHIN = 0.05
 """Least share of a feature's variance within token types from which within-token R2 is read."""
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
+NULLS = {"untrained": "models that never trained", "exchangeable": "models of other seeds at one step"}
 _FEATURES = 1024  # at a time when resampling
 _SHARE = 0.25  # births reversed in time per birth, from which on the count alone says little
 _FEW = 5  # births reversed in time that say nothing
@@ -311,27 +312,30 @@ def with_null(counts: pd.DataFrame, null: pd.DataFrame, name: str) -> pd.DataFra
 def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
 
-    A cell is births forward / reversed, then those in untrained models where they are known.
+    A cell is births forward / reversed, then those in untrained and in exchangeable models where they are known.
 
     Args:
         counts: the result of `count_births` or `with_null`.
     """
     thresholds = sorted(set(counts["threshold"].tolist()))
-    known = "untrained" in counts
-    lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>22}" for one in thresholds)]
+    known = [name for name in NULLS if name in counts]
+    width = 34 if len(known) > 1 else 22
+    lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>{width}}" for one in thresholds)]
     for _, rows in counts.groupby(["measure", "kind"], sort=False):
         measure, kind = str(rows["measure"].iloc[0]), str(rows["kind"].iloc[0])
         cells: list[str] = []
         for row in rows.sort_values("threshold").to_dict("records"):
             cell = f"{row['born']} / {row['born_reversed']}"
-            if known:
-                born = round(row["untrained"] * row["untrained_n"]) if row["untrained_n"] else 0
-                cell += f" ({born} of {row['untrained_n']})"
-            cells.append(f"{cell:>22}")
+            for name in known:
+                born = round(row[name] * row[f"{name}_n"]) if row[f"{name}_n"] else 0
+                cell += f" ({born} of {row[f'{name}_n']})"
+            cells.append(f"{cell:>{width}}")
         lines.append(f"{NAMES[measure]}, {kind} ({rows['n'].iloc[0]})".ljust(34) + "".join(cells))
-    rest = "in brackets: in models that never trained" if known else (
-        "false births not measured: use --untrained"
-    )  # fmt: skip
+    rest = (
+        f"in brackets: in {', then in '.join(NULLS[name] for name in known)}"
+        if known
+        else "false births not measured: use --untrained or --null"
+    )
     return [*lines, f"forward / with the snapshots reversed; {rest}"]
 
 

@@ -183,12 +183,17 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
         text += f", most of them at {label} ({dates.iloc[0]:,})" * (label is not None)
     counts = tables.get("birth_counts", "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
-        from crosslens.evolution.births import describe_reversed
+        from crosslens.evolution.births import NULLS, describe_reversed
 
         at = counts[(counts["measure"] == measure) & (counts["kind"] == "all") & (counts["threshold"] == 0.5)]
         if len(at):
             row = at.iloc[0]
+            if np.isfinite(row.get("born_low", np.nan)):
+                text += f" (95% interval of the count: {row['born_low']:,.0f} to {row['born_high']:,.0f})"
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
+            text += "".join(
+                f", in {models} {row[name]:.1%}" for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))
+            )
         unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_reversed(counts))
         text += unlikely.replace("R2", MEASURES["r2"])
     names = {"evolution-map": "Figure", "birth-counts": "Control: births reversed in time"}
@@ -262,9 +267,13 @@ def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
     text = (
         f"Most of {int(consensus['of'].max())} seeds have {len(kept):,} of {len(live):,} live features, which write "
         f"{kept['variance'].sum():.0%} of the variance; with permuted tokens "
-        f"{pairs['null_a'].mean():.1%} have a partner."
+        f"{pairs['null_a'].mean():.1%} have a partner"
     )
-    return Finding(text, _links(drawn, "index", {"seeds": "Figure", "seeds-rate": "Control: by firing rate"}))
+    unrelated = tables.get("unrelated", "kind", "shared")
+    if unrelated is not None:
+        text += f", in a crosscoder over unrelated models {unrelated.set_index('kind')['shared']['all']:.0%}"
+    names = {"seeds": "Figure", "seeds-rate": "Control: by firing rate"}
+    return Finding(f"{text}.", _links(drawn, "index", names))
 
 
 def _links(drawn: set[str], page: str, names: dict[str, str]) -> list[tuple[str, str]]:

@@ -100,6 +100,9 @@ def test_controls_are_joined_by_measure_kind_and_threshold() -> None:
     table = with_null(counts, control.sample(frac=1, random_state=0), "untrained")
     assert table["untrained"].tolist() == [1.0] * 4 and table["untrained_n"].tolist() == [4] * 4
     pd.testing.assert_frame_equal(table[list(counts)], counts)
+    lines = table_of_counts(with_null(table, control, "exchangeable"))
+    assert "1 / 1 (4 of 4) (4 of 4)" in lines[1]
+    assert lines[-1].endswith("in models that never trained, then in models of other seeds at one step")
 
 
 def test_exchangeable_models_come_from_a_file(tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path) -> None:

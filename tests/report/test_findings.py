@@ -131,6 +131,19 @@ def test_births_with_as_many_reversed_are_named_in_a_sentence(run: RunDir) -> No
     assert ". By R², 40 contextual features are born forward and 30 with the snapshots reversed: features fade" in born
 
 
+def test_births_and_partners_stand_beside_what_models_without_a_history_give(run: RunDir) -> None:
+    add_features(run)
+    row = {"measure": "r2", "kind": "all", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 3}
+    nulls = {"born_low": 35.4, "born_high": 44.0, "untrained": float("nan"), "exchangeable": 0.081}
+    run.save_table("birth_counts", pd.DataFrame([{**row, **nulls}]))
+    run.save_table("unrelated", pd.DataFrame([{"kind": "all", "shared": 0.44}, {"kind": "contextual", "shared": 0.16}]))
+    texts = [one.text for one in find(Tables(run, run.read_json()), set())]
+    born = next(text for text in texts if "are born" in text)
+    assert "(95% interval of the count: 35 to 44); counted from the last snapshot backwards, 3 are, in models" in born
+    assert born.endswith("in models of other seeds at one step 8.1%.") and "never trained" not in born
+    assert any(text.endswith("in a crosscoder over unrelated models 44%.") for text in texts)
+
+
 def test_the_name_of_a_feature_is_quoted_and_escaped(run: RunDir) -> None:
     tables = Tables(run, run.read_json())
     tables.names = dict.fromkeys(range(1000), "<b>os")

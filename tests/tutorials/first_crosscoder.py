@@ -5,7 +5,7 @@ assert table["pp"].min() < 0.4, "the wrong rule comes first"
 # %% Training
 assert quality["explained_variance"].min() > 0.9 and 10 < quality["l0"].iloc[0] < 25 and quality["kl"].max() < 0.1
 
-# %% When does a feature exist?
+# %% When can a feature be read?
 assert counts.loc["r2", "born"] > 2 * counts.loc["r2", "born_reversed"]
 
 # %% When does it matter?
