@@ -71,8 +71,9 @@ class Trace:
             other prompt of the pair), rank, token, probability.
         features: a row per prompt, feature that fires on it or on the other of the pair, and snapshot: prompt, feature,
             snapshot, label, step, effect (logits), activation and paired_activation (the largest over positions),
-            position and token (where that is), matters and readable (index of a snapshot, or missing); with encoder
-            shares read_later (the part of the activation that is read from later snapshots) and mostly_later.
+            position and token (where that is, of a pair on either prompt), matters and readable (index of a snapshot,
+            or missing); with encoder shares read_later (the part of the activation that is read from later snapshots)
+            and mostly_later.
         tokens: a row per prompt, position, feature that fires there, and snapshot: prompt, position, token, feature,
             snapshot, activation, paired_activation, effect.
         texts: the tokens of every prompt as text.
@@ -363,13 +364,18 @@ def _assemble(
     tokens: Any = pd.concat(found.tokens).sort_values(keys, ignore_index=True)
     tokens.insert(2, "token", [texts[p][t] for p, t in zip(tokens["prompt"], tokens["position"], strict=True)])
     tokens = tokens[["prompt", "position", "token", "feature", "snapshot", "activation", "paired_activation", "effect"]]
-    features = _of_features(tokens, lifecycles, encoder_share)
+    others = [tokenizer.batch_decode([[token] for token in prompt.patch or ()]) for prompt in encoded]
+    features = _of_features(tokens, others, lifecycles, encoder_share)
     return Trace(snapshots.labels, dated(prompts), dated(following), dated(features), tokens, texts)
 
 
 def _of_features(
-    tokens: Any, lifecycles: pd.DataFrame | None, encoder_share: Float[Tensor, "F S"] | None
+    tokens: Any,
+    others: Sequence[Sequence[str]],
+    lifecycles: pd.DataFrame | None,
+    encoder_share: Float[Tensor, "F S"] | None,
 ) -> pd.DataFrame:
+    """`Trace.features`; `others` are the tokens of the other prompts of pairs, as text."""
     keys = ["prompt", "feature", "snapshot"]
     groups = tokens.groupby(keys, sort=True)
     features: Any = (
@@ -377,6 +383,10 @@ def _of_features(
     )
     largest = tokens.assign(size=tokens[["activation", "paired_activation"]].max(axis=1))
     where = largest.sort_values("size", kind="stable").drop_duplicates(["prompt", "feature"], keep="last")
+    of_other = where["paired_activation"] > where["activation"]
+    there = [others[p][t] if other else token for p, t, token, other in
+             zip(where["prompt"], where["position"], where["token"], of_other, strict=True)]  # fmt: skip
+    where = where.assign(token=there)
     features = features.merge(where[["prompt", "feature", "position", "token"]], on=["prompt", "feature"], how="left")
     S = features["snapshot"].max() + 1 if len(features) else 0
     size = features["effect"].abs().to_numpy().reshape(-1, max(S, 1))
