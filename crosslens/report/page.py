@@ -133,7 +133,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             "page.html.j2",
             **{**common, "title": page.title, "facts": None, "numbers": [], "findings": [], "pager": None, **context},
             page="causal" if page is TASK else page.name,
-            drawn=True,
+            drawn=any(block.figure for part in parts for block in part.blocks),
             damaged=list(tables.damaged.values()),
             meanings=f"data/{_MEANINGS}" if csv.keys() - done else None,
             intro=page.intro,

@@ -34,7 +34,7 @@ def run(tiny_snapshots: Path, tiny_text: list[str], tmp_path_factory: pytest.Tem
         "--d-sae 32 --k 4 --device cpu"
     )
     app(words.split())
-    app(["evolve", str(folder / "run"), "--device", "cpu", "--n-probes", "1"])
+    app(["evolve", str(folder / "run"), "--device", "cpu", "--n-probes", "8"])
     return RunDir.open(folder / "run")
 
 
