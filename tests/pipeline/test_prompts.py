@@ -151,3 +151,23 @@ def test_mistakes_are_refused(run: RunDir, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             [*steer(run, prompts, SteerOptions(**{"feature": (1,), "factor": 2.0, **options}), device="cpu")]
+
+
+def test_accuracy_needs_no_training(tiny_snapshots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prefix": "the cat", "correct": "sees", "wrong": "likes"},
+        {"prefix": "a dog", "correct": "x", "wrong": "y"},
+    ]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["accuracy", "--snapshots", str(tiny_snapshots), "--steps", "0,20", "--task", str(tmp_path / "task.jsonl")]
+    capsys.readouterr()
+    app(words)
+    shown = capsys.readouterr().out
+    assert (
+        "task: 1 of 2 items, 1 skipped (a word is unknown to the tokenizer)" in shown and shown.count("accuracy") == 2
+    )
+    app([*words, "--json"])
+    table = json.loads(capsys.readouterr().out)["tasks"]["task"]
+    snapshots = Snapshots.local(tiny_snapshots)[[0, 2]]
+    expected = cl.Task.local(tmp_path / "task.jsonl").accuracy(snapshots)
+    assert [row["metric"] for row in table] == pytest.approx(expected["metric"].tolist(), abs=1e-6)
