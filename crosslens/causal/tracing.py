@@ -102,11 +102,11 @@ class Trace:
         """
         if not 0 <= prompt < len(self):
             raise UserError(f"prompt {prompt} is not in [0, {len(self) - 1}]: give the number of a traced prompt")
-        return top_features(self.features[self.features["prompt"] == prompt], n)
+        return top_features(pd.DataFrame(self.features[self.features["prompt"] == prompt]), n)
 
     def _repr_html_(self) -> str:
         """The metric and the most probable token at every snapshot."""
-        first = self.predictions[(self.predictions["rank"] == 0) & ~self.predictions["paired"]]
+        first: Any = self.predictions[(self.predictions["rank"] == 0) & ~self.predictions["paired"]]
         shown = self.prompts.merge(first[["prompt", "snapshot", "token", "probability"]], on=["prompt", "snapshot"])
         columns = ["text", "label", "token", "probability", "correct", "wrong", "metric"]
         return f"{shown[columns].to_html(index=False, float_format='{:.3f}'.format)}<p>{NO_ERROR_BARS}</p>"
@@ -125,7 +125,9 @@ def top_features(features: pd.DataFrame, n: int) -> pd.DataFrame:
     """
     rows = features.sort_values(["feature", "snapshot"])
     effects = rows.pivot(index="feature", columns="snapshot", values="effect")
-    found = rows.drop_duplicates("feature").drop(columns=["snapshot", "label", "step", "effect"]).set_index("feature")
+    found: Any = (
+        rows.drop_duplicates("feature").drop(columns=["snapshot", "label", "step", "effect"]).set_index("feature")
+    )
     found["effects"] = list(effects.to_numpy())
     found["size"] = effects.abs().max(axis=1)
     largest = found[found["size"] > 0].nlargest(n, "size")
@@ -288,7 +290,7 @@ class _Found:
         clean, baseline = (m.double().cpu() for m in metrics(part, part.clean, start).chunk(2))
         table = _effects(part, runs, mean_gradient(part, start, *estimator.nodes()))
         self.tokens.append(table.assign(snapshot=s))
-        total = table.groupby("prompt")["effect"].sum()
+        total: Any = table.groupby("prompt")["effect"].sum()
         device = next(model.parameters()).device
         sides = [batch.tokens] if batch.patch is None or not runs.paired else [batch.tokens, batch.patch]
         logits = [model(side.to(device), return_type="logits")[:, -1].double().cpu() for side in sides]
