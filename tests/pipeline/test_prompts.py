@@ -151,7 +151,8 @@ def test_mistakes_are_refused(run: RunDir, tmp_path: Path) -> None:
         ({}, [], "no prompts are given"),
     ):
         with pytest.raises(UserError, match=words):
-            next(steer(run, prompts, SteerOptions(**{"feature": (1,), "factor": 2.0, **options}), device="cpu"))
+            options = {"feature": (1,), "factor": 2.0, **options}
+            next(steer(run, prompts, SteerOptions(**options), device="cpu"))
 
 
 def test_accuracy_needs_no_training(tiny_snapshots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
