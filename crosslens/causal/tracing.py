@@ -91,11 +91,15 @@ class Trace:
         return len(self.texts)
 
     def top(self, prompt: int = 0, n: int = 20) -> pd.DataFrame:
-        """The features with the largest effects on a prompt, by the first snapshot of effect: see `top_features`.
+        """The features with the largest effects on a prompt, by the first snapshot of effect.
 
         Args:
             prompt: number of the prompt.
             n: number of features.
+
+        Returns:
+            A row per feature: the columns of `features` that do not depend on the snapshot, and `effects`, an array by
+            snapshot.
 
         Raises:
             UserError: no such prompt.
