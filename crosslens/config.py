@@ -632,6 +632,24 @@ class TaskOptions(AnalysisOptions):
 
 @_RUN
 @dataclass(frozen=True, kw_only=True)
+class AccuracyOptions:
+    """How often models prefer the correct answers of tasks (`crosslens accuracy`)."""
+
+    snapshots: Annotated[Any, COMMON]
+    """As in train: a folder, a model such as pythia-160m, a repository, base=place,chat=place, a release, or demo."""
+    steps: Annotated[str | None, Parameter(converter=_words, n_tokens=-1), COMMON] = None
+    """Training steps, labels, or a named set such as log:12."""
+    task: Annotated[tuple[Any, ...], Parameter(converter=_texts), COMMON]
+    """As in attribute: a file with prefix, correct and wrong; sva:FILE, blimp:FILE, ... Repeat it for several tasks."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model or tokenizer brings with it."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@_RUN
+@dataclass(frozen=True, kw_only=True)
 class AttributeOptions(TaskOptions):
     """The effect of every feature on tasks at every snapshot, on the selection half (`crosslens attribute`)."""
 

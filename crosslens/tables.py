@@ -1128,7 +1128,7 @@ TABLES: list[Table] = [
                 "prompt_loss_change": ("Its change while steered.", "nats per token"),
                 "text_loss": ("Next-token loss on held-out text of the run.", "nats per token"),
                 "text_loss_change": ("Its change while steered.", "nats per token"),
-                "n_tokens": "Held-out tokens that it is measured on.",
+                "n_tokens": ("Held-out tokens that it is measured on.", "tokens"),
             },
             _AT,
         ),

@@ -71,8 +71,9 @@ class Trace:
             other prompt of the pair), rank, token, probability.
         features: a row per prompt, feature that fires on it or on the other of the pair, and snapshot: prompt, feature,
             snapshot, label, step, effect (logits), activation and paired_activation (the largest over positions),
-            position and token (where that is), matters and readable (index of a snapshot, or missing); with encoder
-            shares read_later (the part of the activation that is read from later snapshots) and mostly_later.
+            position and token (where that is, of a pair on either prompt), matters and readable (index of a snapshot,
+            or missing); with encoder shares read_later (the part of the activation that is read from later snapshots)
+            and mostly_later.
         tokens: a row per prompt, position, feature that fires there, and snapshot: prompt, position, token, feature,
             snapshot, activation, paired_activation, effect.
         texts: the tokens of every prompt as text.
@@ -90,22 +91,26 @@ class Trace:
         return len(self.texts)
 
     def top(self, prompt: int = 0, n: int = 20) -> pd.DataFrame:
-        """The features with the largest effects on a prompt, by the first snapshot of effect: see `top_features`.
+        """The features with the largest effects on a prompt, by the first snapshot of effect.
 
         Args:
             prompt: number of the prompt.
             n: number of features.
+
+        Returns:
+            A row per feature: the columns of `features` that do not depend on the snapshot, and `effects`, an array by
+            snapshot.
 
         Raises:
             UserError: no such prompt.
         """
         if not 0 <= prompt < len(self):
             raise UserError(f"prompt {prompt} is not in [0, {len(self) - 1}]: give the number of a traced prompt")
-        return top_features(self.features[self.features["prompt"] == prompt], n)
+        return top_features(pd.DataFrame(self.features[self.features["prompt"] == prompt]), n)
 
     def _repr_html_(self) -> str:
         """The metric and the most probable token at every snapshot."""
-        first = self.predictions[(self.predictions["rank"] == 0) & ~self.predictions["paired"]]
+        first: Any = self.predictions[(self.predictions["rank"] == 0) & ~self.predictions["paired"]]
         shown = self.prompts.merge(first[["prompt", "snapshot", "token", "probability"]], on=["prompt", "snapshot"])
         columns = ["text", "label", "token", "probability", "correct", "wrong", "metric"]
         return f"{shown[columns].to_html(index=False, float_format='{:.3f}'.format)}<p>{NO_ERROR_BARS}</p>"
@@ -124,7 +129,9 @@ def top_features(features: pd.DataFrame, n: int) -> pd.DataFrame:
     """
     rows = features.sort_values(["feature", "snapshot"])
     effects = rows.pivot(index="feature", columns="snapshot", values="effect")
-    found = rows.drop_duplicates("feature").drop(columns=["snapshot", "label", "step", "effect"]).set_index("feature")
+    found: Any = (
+        rows.drop_duplicates("feature").drop(columns=["snapshot", "label", "step", "effect"]).set_index("feature")
+    )
     found["effects"] = list(effects.to_numpy())
     found["size"] = effects.abs().max(axis=1)
     largest = found[found["size"] > 0].nlargest(n, "size")
@@ -287,7 +294,7 @@ class _Found:
         clean, baseline = (m.double().cpu() for m in metrics(part, part.clean, start).chunk(2))
         table = _effects(part, runs, mean_gradient(part, start, *estimator.nodes()))
         self.tokens.append(table.assign(snapshot=s))
-        total = table.groupby("prompt")["effect"].sum()
+        total: Any = table.groupby("prompt")["effect"].sum()
         device = next(model.parameters()).device
         sides = [batch.tokens] if batch.patch is None or not runs.paired else [batch.tokens, batch.patch]
         logits = [model(side.to(device), return_type="logits")[:, -1].double().cpu() for side in sides]
@@ -363,13 +370,18 @@ def _assemble(
     tokens: Any = pd.concat(found.tokens).sort_values(keys, ignore_index=True)
     tokens.insert(2, "token", [texts[p][t] for p, t in zip(tokens["prompt"], tokens["position"], strict=True)])
     tokens = tokens[["prompt", "position", "token", "feature", "snapshot", "activation", "paired_activation", "effect"]]
-    features = _of_features(tokens, lifecycles, encoder_share)
+    others = [tokenizer.batch_decode([[token] for token in prompt.patch or ()]) for prompt in encoded]
+    features = _of_features(tokens, others, lifecycles, encoder_share)
     return Trace(snapshots.labels, dated(prompts), dated(following), dated(features), tokens, texts)
 
 
 def _of_features(
-    tokens: Any, lifecycles: pd.DataFrame | None, encoder_share: Float[Tensor, "F S"] | None
+    tokens: Any,
+    others: Sequence[Sequence[str]],
+    lifecycles: pd.DataFrame | None,
+    encoder_share: Float[Tensor, "F S"] | None,
 ) -> pd.DataFrame:
+    """`Trace.features`; `others` are the tokens of the other prompts of pairs, as text."""
     keys = ["prompt", "feature", "snapshot"]
     groups = tokens.groupby(keys, sort=True)
     features: Any = (
@@ -377,6 +389,10 @@ def _of_features(
     )
     largest = tokens.assign(size=tokens[["activation", "paired_activation"]].max(axis=1))
     where = largest.sort_values("size", kind="stable").drop_duplicates(["prompt", "feature"], keep="last")
+    of_other = where["paired_activation"] > where["activation"]
+    there = [others[p][t] if other else token for p, t, token, other in
+             zip(where["prompt"], where["position"], where["token"], of_other, strict=True)]  # fmt: skip
+    where = where.assign(token=there)
     features = features.merge(where[["prompt", "feature", "position", "token"]], on=["prompt", "feature"], how="left")
     S = features["snapshot"].max() + 1 if len(features) else 0
     size = features["effect"].abs().to_numpy().reshape(-1, max(S, 1))

@@ -25,6 +25,7 @@ from crosslens.cli.failures import explain
 from crosslens.cli.help import Help, parse
 from crosslens.config import (
     AblateOptions,
+    AccuracyOptions,
     AttributeOptions,
     CacheOptions,
     CrosscoderOptions,
@@ -90,6 +91,21 @@ def list_(what: str = "", /, *, steps: str | None = None, json: Json = False) ->
     from crosslens.cli.listing import list_snapshots
 
     list_snapshots(Output(json), what, steps)
+
+
+@app.command
+def accuracy(*, options: AccuracyOptions, models: ModelOptions | None = None, json: Json = False) -> None:
+    """Measure how often snapshots prefer the correct answers of tasks, before anything is trained."""
+    check_tasks(options.task)
+    from crosslens.pipeline.accuracy import accuracy
+    from crosslens.tasks import describe_accuracy
+
+    out, results = Output(json), dict[str, Any]()
+    for name, table in accuracy(options, models):
+        for line in describe_accuracy(table):
+            out.say(line)
+        results[name] = table
+    out.end(tasks=results)
 
 
 @app.command

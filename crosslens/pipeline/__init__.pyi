@@ -1,3 +1,4 @@
+from .accuracy import accuracy as accuracy
 from .evolving import evolve as evolve
 from .harvesting import harvest as harvest
 from .labelling import label as label

@@ -138,5 +138,6 @@ def _together(earlier: Any, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     if earlier is None:
         return made
     keys = ["text", "features", "label", "factor", "add"]
-    again = earlier[keys].fillna("").apply(tuple, axis=1).isin(set(made[keys].fillna("").apply(tuple, axis=1)))
+    new, old = (table[keys].astype(str).apply(tuple, axis=1) for table in (made, earlier))
+    again = old.isin(set(new))
     return pd.concat([earlier[~again], made], ignore_index=True)

@@ -90,8 +90,8 @@ def _together(earlier: dict[str, Any], found: Trace) -> dict[str, pd.DataFrame]:
     if not earlier:
         return new
     keys = ["text", "paired", "correct", "wrong"]
-    asked = new["traces"][keys].fillna("").apply(tuple, axis=1)
-    again = earlier["traces"][keys].fillna("").apply(tuple, axis=1).isin(set(asked))
+    asked, before = (table["traces"][keys].fillna("").apply(tuple, axis=1) for table in (new, earlier))
+    again = before.isin(set(asked))
     kept = earlier["traces"].loc[~again, "prompt"].unique().tolist()
     number = {prompt: i for i, prompt in enumerate(kept)}
     tables: dict[str, pd.DataFrame] = {}

@@ -113,8 +113,7 @@ def save(
 class SaveSnapshots(TrainerCallback):
     """Save snapshots while a `transformers.Trainer` trains.
 
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[SaveSnapshots("runs/my-model", steps="log:32")])
-        trainer.train()                      # or trainer.train(resume_from_checkpoint=True)
+        Trainer(model, args, train_dataset=data, callbacks=[SaveSnapshots("runs/my-model", steps="log:32")]).train()
         cl.Snapshots.local("runs/my-model")
 
     Snapshots are no checkpoints to resume from: those are the Trainer's own. A run that resumes saves the steps that
@@ -148,7 +147,14 @@ class SaveSnapshots(TrainerCallback):
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose the steps, and save the first."""
+        """Choose the steps, and save the first.
+
+        Args:
+            args: the Trainer's arguments.
+            state: its state, with the numbers of steps.
+            control: not used.
+            kwargs: with the model and the tokenizer.
+        """
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise UserError(
                 "SaveSnapshots saves whole models, and FSDP and DeepSpeed split them over processes: save checkpoints "
@@ -165,7 +171,14 @@ class SaveSnapshots(TrainerCallback):
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save this step, if it is one of those."""
+        """Save this step, if it is one of those.
+
+        Args:
+            args: the Trainer's arguments.
+            state: its state, with the number of the step.
+            control: not used.
+            kwargs: with the model.
+        """
         self._save(args, state, kwargs["model"])
 
     def _save(self, args: Any, state: Any, model: Any) -> None:

@@ -37,7 +37,9 @@ def effects(found: Trace, prompt: int) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:the 1 prompts of")
 def test_effects_and_metrics_are_those_of_attribute(crosscoder: Crosscoder, snaps: Snapshots) -> None:
     single = [Item(item["prefix"], item["correct"], item["wrong"]) for item in ITEMS]
-    paired = [Item(**item) for item in ITEMS]
+    paired = [
+        Item(one.prefix, one.correct, one.wrong, item["patch_prefix"]) for one, item in zip(single, ITEMS, strict=True)
+    ]
     found = trace(crosscoder, snaps, [*single, *paired])  # of several lengths, with and without a pair
     for i, item in enumerate([*single, *paired]):
         expected = cl.attribute(crosscoder, snaps, Task.from_items("one", [item]), positions=True)

@@ -284,7 +284,7 @@ def _ablation(common: pd.DataFrame, clean: list[float], rng: np.random.Generator
 
 
 MEASURES = ("relie", "share_relie", "reldec", "decodability")
-PAGES = ("index", "evolution", "causal", "task-simple", "task-subj_rel")
+PAGES = ("index", "evolution", "causal", "prompts", "task-simple", "task-subj_rel")
 
 
 class _Page(HTMLParser):
