@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from crosslens.activations.loader import Activations
+from crosslens.activations.loader import Activations, LiveActivations
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
 from crosslens.errors import UserError
@@ -333,13 +333,13 @@ def test_live_probes_harvest_no_more_than_they_read(
     acts = Activations(Snapshots.local(tiny_snapshots), "blocks.1.hook_resid_post", Dataset(tiny_text, 2000, 16, 300))
     assert not acts.is_cached
     harvested: list[int] = []
-    block = Activations.block
+    block = LiveActivations.block
 
     def counted(self: Activations, first: int, last: int, *options: Any) -> torch.Tensor:
         harvested.append(last - first)
         return block(self, first, last, *options)
 
-    monkeypatch.setattr(Activations, "block", counted)
+    monkeypatch.setattr(LiveActivations, "block", counted)
     S, D = acts.n_snapshots, acts.d_model
     crosscoder = StandardCrosscoder(StandardCrosscoderConfig(d_in=S * D, d_sae=4, n_snapshots=S))
     x, labels, _ = _samples(crosscoder, acts, torch.tensor([0, 1]), 20, 150)

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from crosslens.activations.loader import Activations
+from crosslens.activations.loader import Activations, DatasetActivations
 from crosslens.activations.tokens import Dataset
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
@@ -264,7 +264,7 @@ def test_examples_do_not_depend_on_the_blocks(
 ) -> None:
     index = torch.tensor([5, 0, 17, 9])
     whole, density, highest = collect_examples(crosscoder, acts, index, 4, 2)
-    monkeypatch.setattr(Activations, "block_sequences", 3)
+    monkeypatch.setattr(DatasetActivations, "block_sequences", 3)
     monkeypatch.setattr("crosslens.features.examples.batch_tokens", lambda d_sae: batch_tokens(d_sae) and 33)
     monkeypatch.setattr("crosslens.features.examples._ENTRIES", 100)
     parts, density_, highest_ = collect_examples(crosscoder, acts, index, 4, 2)

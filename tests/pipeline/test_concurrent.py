@@ -29,16 +29,16 @@ def test_a_training_holds_its_directory_from_its_claim_on(
         n_tokens=1000, context_size=16,
     )  # fmt: skip
     run, training = RunDir(tmp_path / "run"), TrainingOptions(batch_size=128, evaluate=False)
-    from crosslens.activations.loader import Activations
+    from crosslens.activations.loader import Activations, LiveActivations
 
-    harvest, refused = Activations.cache, []
+    harvest, refused = LiveActivations.cache, []
 
     def cache(self: Activations, *arguments: Any, **options: Any) -> Activations:
         program = [sys.executable, "-c", HOLD, str(run.path)]
         refused.append(subprocess.run(program, capture_output=True, text=True, input="\n").stderr)
         return harvest(self, *arguments, **options)
 
-    monkeypatch.setattr(Activations, "cache", cache)
+    monkeypatch.setattr(LiveActivations, "cache", cache)
     train(
         run, source, CrosscoderOptions(d_sae=32, k=4), training,
         models=ModelOptions(device="cpu"), cache=CacheOptions(cache=tmp_path / "cache"),
