@@ -409,8 +409,8 @@ def report(
     rules = dates.drop_duplicates(["pretraining", "dictionary", "rule"])
     missed, unheld = int((rules["acquired"] == n_snapshots).sum()), int((rules["feature"] < 0).sum())
     print(
-        f"{len(rules)} pairs of a dictionary and a rule that begins. Left out below: {missed} whose rule is not acquired, "
-        f"{unheld} without a carrier\n"
+        f"{len(rules)} pairs of a dictionary and a rule that begins. Left out below: {missed} whose rule is not "
+        f"acquired, {unheld} without a carrier\n"
     )
     known = dates[(dates["feature"] >= 0) & (dates["acquired"] < n_snapshots)]
     read = read[(read["start"] > 0) & (read["acquired"] < n_snapshots)]

@@ -140,7 +140,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
             **{**common, "title": page.title, "facts": [], "numbers": [], "findings": [], "pager": None, **context},
             snapshots=_snapshot_facts(info) if page is PAGES[0] else [],
             page="causal" if page is TASK else page.name,
-            drawn=any(block.figure for part in parts for block in part.blocks),
+            drawn=any(block.kind == "chart" for part in parts for block in part.blocks),
             damaged=list(tables.damaged.values()),
             meanings=f"data/{_MEANINGS}" if csv.keys() - done else None,
             intro=page.intro,

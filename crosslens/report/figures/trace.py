@@ -17,7 +17,6 @@ _FIRES = 5  # features that a word names
 
 @figure(
     "traced",
-    page="prompts",
     section="traced",
     title="Prompts through training",
     tables=("traces", "trace_predictions", "trace_features", "trace_tokens", "names"),
@@ -139,7 +138,6 @@ def _heat(features: Frame, labels: list[str]) -> list[dict[str, Any]]:
 
 @figure(
     "steered",
-    page="prompts",
     section="steered",
     title="What steered models write",
     tables=("steered", "names"),
