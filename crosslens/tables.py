@@ -1318,7 +1318,7 @@ TABLES: list[Table] = [
             },
             "feature",
             step="context concept read_out matters succeeds",
-            interval="concept",
+            interval="context concept read_out matters succeeds",
         ),
     ),
     Table(

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosslens.errors import UserError, check_inside, did_you_mean, inside, read_yaml, shortened
-from crosslens.sharing.layouts import LAYOUTS
 from crosslens.sharing.repositories import check_repository, check_revision
 
 if TYPE_CHECKING:
@@ -250,8 +249,11 @@ def _release(path: Path, name: Any, value: Any) -> Release:
     _check_keys(where, value, _RELEASE_KEYS, ("model", "saes"))
     if ("repo_id" in value) == ("folder" in value):
         raise UserError(f"{where} must have either a repo_id, on the hub, or a folder, relative to the file")
-    if value.get("conversion_func") not in (None, *LAYOUTS):
-        raise UserError(f"{where}: conversion_func {value['conversion_func']!r} is not one of {', '.join(LAYOUTS)}")
+    if (layout := value.get("conversion_func")) is not None:
+        from crosslens.sharing.layouts import LAYOUTS  # which need torch
+
+        if layout not in LAYOUTS:
+            raise UserError(f"{where}: conversion_func {layout!r} is not one of {', '.join(LAYOUTS)}")
     entries = [_entry(where, sae) for sae in value["saes"]]
     ids = [entry.id for entry in entries]
     if not ids or len(set(ids)) < len(ids):
@@ -262,7 +264,7 @@ def _release(path: Path, name: Any, value: Any) -> Release:
         repo_id=check_repository(value["repo_id"]) if "repo_id" in value else None,
         folder=inside(path.parent, value["folder"], f"{where}: folder") if "folder" in value else None,
         revision=check_revision(value.get("revision")),
-        layout=value.get("conversion_func"),
+        layout=layout,
         licence=value.get("licence"),
         dataset=value.get("dataset"),
         snapshots=_snapshots(path, where, value.get("snapshots")),

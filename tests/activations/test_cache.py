@@ -321,11 +321,11 @@ def test_the_error_of_rounding_is_printed(make: Any, tmp_path: Path, capsys: pyt
 def test_files_of_others_stay(make: Any, tmp_path: Path):
     folder = tmp_path / "cache"
     folder.mkdir()
-    ours = folder / "manifest.0123456789abcdef0123456789abcdef.tmp"  # of a process that was killed
-    for path in (ours, folder / "thesis.tmp", folder / "manifest.old.tmp"):
-        path.write_text("text")
+    names = ["manifest.old.tmp", "thesis.tmp"]
+    for name in (*names, "manifest.tmp"):  # the last of a process that was killed
+        (folder / name).write_text("text")
     make().cache(folder, "float32")
-    assert sorted(path.name for path in folder.glob("*.tmp")) == ["manifest.old.tmp", "thesis.tmp"]
+    assert sorted(path.name for path in folder.glob("*.tmp")) == names
 
 
 def test_unknown_dtype(make: Any, tmp_path: Path):

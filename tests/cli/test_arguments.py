@@ -15,7 +15,8 @@ import pytest
 from cyclopts import App
 
 from crosslens import config
-from crosslens.activations import cache, tokens
+from crosslens.activations import files as cache_files
+from crosslens.activations import tokens
 from crosslens.causal import attribution
 from crosslens.cli.app import app
 from crosslens.cli.help import parse
@@ -231,7 +232,8 @@ def test_wrong_arguments_are_refused_before_anything_heavy_is_imported(files: Pa
 CLASSES = [each for each in vars(config).values() if dataclasses.is_dataclass(each)]
 UNLIMITED = {
     *("snapshots", "hook", "column", "split", "wandb_project", "wandb_run_name", "cache", "task", "model", "base_url"),
-    *("second_model", "title", "steps", "null"),
+    *("second_model", "title", "steps", "null", "pair", "file"),
+    *("answers", "factor", "add", "at"),  # checked together, in their classes
 }
 
 
@@ -297,7 +299,7 @@ def test_choices_are_those_of_the_library() -> None:
         assert declared.options == options and declared.default == (name == config.DEFAULT_ARCHITECTURE)
         fields = {each.name for each in dataclasses.fields(declared.training[1])}
         assert {option for option, field in config.FIELDS.items() if field in fields} == {*options}
-    assert {*get_args(config.CacheDtype)} == {*cache.DTYPES}
+    assert {*get_args(config.CacheDtype)} == {*cache_files.DTYPES}
     assert get_args(config.Method) == attribution.METHODS
     assert get_args(config.Rule) == attribution.RULES
     assert get_args(config.Baseline) == attribution.BASELINES

@@ -91,7 +91,11 @@ def test_impossible_grids(acts: Activations) -> None:
         (architecture, {"d_sae": [], "k": [1]}, r"d_sae=\[\] and k=\[1\] are an empty grid"),
         (architecture, {"d_sae": [8, 16], "k": [9]}, r"k=9 is not in \(0, 8\], the d_sae of this setting"),
         (architecture, {"d_sae": [8], "k": [1], "n_seeds": 1}, "n_seeds=1 must be 2 or more"),
-        (StandardCrosscoderTrainingConfig(d_sae=8), {"d_sae": [8], "k": [1]}, "has no k: choose compares TopK"),
+        (
+            StandardCrosscoderTrainingConfig(d_sae=8),
+            {"d_sae": [8], "k": [1]},
+            "has no k, which `choose` compares",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             choose(acts, given, TrainConfig(device="cpu"), **options)

@@ -21,7 +21,7 @@ import crosslens.training.run
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import CrosscoderTrainingConfig
 from crosslens.rundir import RunDir, complete_checkpoints
-from crosslens.training.progress import Measured, quality_table, tell, warn_if_poor
+from crosslens.training.progress import Measured, quality_table, say, warn_if_poor
 from crosslens.training.run import train
 from crosslens.training.trainer import CrosscoderTrainer
 from tests.training.test_run import (
@@ -186,7 +186,7 @@ def test_warnings_name_the_snapshots_and_a_remedy():
 
 
 def test_labels_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]):
-    tell("a\x1b]0;owned\x07 and \u202egnp.exe\n  x\x9b2J 0.528")
+    say("a\x1b]0;owned\x07 and \u202egnp.exe\n  x\x9b2J 0.528")
     assert capsys.readouterr().err == "a\\u001b]0;owned\\u0007 and \\u202egnp.exe\n  x\\u009b2J 0.528\n"
 
 
