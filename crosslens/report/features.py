@@ -317,7 +317,7 @@ class _Features:
 
 
 def _dates(tables: Tables, lifecycles: Frame) -> dict[int, list[Any]]:
-    """For every feature with a date on some task: [task, `DATES`] of each such task; a date is [snapshot, low, high]."""
+    """For every feature with a date on some task: [task, `DATES`] of each such task, as [snapshot, low, high]."""
     found: dict[int, list[Any]] = {}
     known = _dated(lifecycles, "birth")
     for task in tables.tasks("dates"):
