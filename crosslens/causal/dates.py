@@ -69,7 +69,7 @@ def feature_dates(
         S for never); concept_q (that the concept is born after the first snapshot).
     """
     S, ids = len(ie.labels), read["feature"].dropna().astype(int).unique()
-    readable = None if concepts is None else concepts[concepts["readable_q"] <= _SURE]
+    readable = None if concepts is None else pd.DataFrame(concepts[concepts["readable_q"] <= _SURE])
     found: dict[str, pd.DataFrame] = {
         "context": _births(births, ids),
         "concept": _births(readable, ids),
