@@ -40,7 +40,7 @@ from planted.rules import PER_ROW, Pretrained, Pretraining
 import crosslens as cl
 from crosslens.activations import Dataset
 from crosslens.activations.harvesting import harvest
-from crosslens.causal.read_out import read_out
+from crosslens.causal.read_out import _effects, _late_changes, read_out
 from crosslens.causal.relative import share_relie, significant
 from crosslens.errors import UserError
 from crosslens.evolution.concepts import concept_births
@@ -239,8 +239,6 @@ def random_directions(pretrained: Pretrained, snapshots: Any, crosscoder: Any, d
             continue
         task = cl.Task.from_items(f"rule {r}", pretrained.language.items(r, N_PAIRS // 4, 51))
         runs = PromptRuns(crosscoder, snapshots, task, paired=True)
-        found = read_out(runs, carriers, n_random=draws)
-        at_last = found[found["feature"].isna() & (found["snapshot"] == last)].iloc[0]
         h, v = torch.zeros(2, len(carriers), crosscoder.d_model, dtype=torch.float64)
         columns = torch.searchsorted(runs.features, torch.tensor(carriers))
         for batch in runs.at(last):
@@ -252,8 +250,14 @@ def random_directions(pretrained: Pretrained, snapshots: Any, crosscoder: Any, d
             change[pairs.tokens, pairs.features] = pairs.values
             h += torch.einsum("nc,nd->cd", change[:, columns], gradient.flatten(0, 1)).double()
             v = batch.directions[columns].double()
+        unit = torch.nn.functional.normalize(
+            torch.randn(draws, *v.shape, generator=torch.Generator().manual_seed(0)), dim=-1
+        )
+        ways = torch.cat([v[None].float(), v.norm(dim=-1, keepdim=True).float() * unit])
+        own, *drawn = _effects(runs, last, _late_changes(runs, torch.tensor(carriers)), ways)[:, -1].mean(-1)
+        measured = np.sqrt(np.mean(np.square(drawn))) / abs(own)
         linear = (v.square().sum(1) * h.square().sum(1)).sum().sqrt() / crosscoder.d_model**0.5 / (v * h).sum().abs()
-        rows.append({**about(pretrained, r), "measured": at_last["random_share"], "linear": float(linear)})
+        rows.append({**about(pretrained, r), "measured": measured, "linear": float(linear)})
     return pd.DataFrame(rows)
 
 

@@ -220,14 +220,14 @@ def _table(
     counts = resample_counts(runs.n_groups, _DRAWS, 0).T  # (G, draws)
     errors = np.array([[standard_error(torch.from_numpy(own[i, s]), runs.groups) for s in range(S)] for i in range(m)])
     mean = own.mean(-1)
-    late, drawn_late = mean[:, -1:], (own[:, -1] @ members @ counts)[:, None]  # (m, 1), (m, 1, draws)
-    known = np.abs(late) > 2 * errors[:, -1:]
+    known = np.abs(mean[:, -1:]) > 2 * errors[:, -1:]
+    late = np.where(known, mean[:, -1:], np.nan)  # (m, 1)
+    drawn_late = np.where(known, own[:, -1] @ members @ counts, np.nan)[:, None]  # (m, 1, draws)
     columns: dict[str, Any] = {}
     for name, values in (("share", own), ("mapped_share", mapped)):
-        ratios = np.where(known[..., None], (values @ members @ counts) / drawn_late, np.nan)
-        low, high = interval(np.moveaxis(ratios, -1, 0))
-        columns |= {name: np.where(known, values.mean(-1) / late, np.nan), f"{name}_low": low, f"{name}_high": high}
-    columns["random_share"] = np.where(known, random / np.abs(late), np.nan)
+        low, high = interval(np.moveaxis(values @ members @ counts / drawn_late, -1, 0))
+        columns |= {name: values.mean(-1) / late, f"{name}_low": low, f"{name}_high": high}
+    columns["random_share"] = random / np.abs(late)
     columns["read_out"] = _is_read(columns, "share") | _is_read(columns, "mapped_share")
     dates = snapshot_columns(runs.crosscoder)
     table = pd.DataFrame({"feature": pd.array([i for i in [*ids.tolist(), None] for _ in range(S)], dtype="Int64")})

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import polar
 
 from crosslens.causal.attribution import exact_effects
-from crosslens.causal.read_out import _least_squares, _rotation, read_by_last, read_out
+from crosslens.causal.read_out import _least_squares, _rotation, _table, read_by_last, read_out
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.snapshots.collection import Snapshots
+from crosslens.stats import resample_counts
 from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, make_crosscoder, slow_runs
 
@@ -117,3 +119,85 @@ def test_what_cannot_be_exchanged_is_refused(snaps: Snapshots, task: Task) -> No
     one = Task.from_items("one", [{**ITEMS[0], "group": "x"}, {**ITEMS[1], "group": "x"}])
     with pytest.raises(UserError, match="one group"):
         read_by_last(PromptRuns(cc, snaps, one, paired=False))
+
+
+@pytest.mark.parametrize(("m", "seed"), [(1, 0), (4, 1), (7, 2)])
+def test_shares_are_those_of_plain_loops(snaps: Snapshots, m: int, seed: int) -> None:
+    """Shares, their intervals over groups, and what is read out, from effects that are drawn."""
+    cc, rng, S = make_crosscoder(snaps, "batchtopk_crosscoder"), np.random.default_rng(seed), len(snaps)
+    nouns = ["cat", "dog", "king", "child", "house", "bread"]
+    items = [
+        {"prefix": f"the {a}{end}", "correct": "sees", "wrong": "likes", "group": a}
+        for a in nouns
+        for end in ("", " near the house", " sees a")[: 1 + len(a) % 3]
+    ]
+    runs = PromptRuns(cc, snaps, Task.from_items("many", items), paired=False)
+    group, N, ids = runs.groups.tolist(), len(runs), torch.arange(m)
+    own, mapped = (rng.normal(size=(m + 1, S, N)) + rng.uniform(-1, 3, (m + 1, S, 1)) for _ in range(2))
+    random = rng.uniform(0, 0.6, (m + 1, S))
+    found = _table(runs, ids, own, mapped, random)
+    draws = resample_counts(runs.n_groups, 500, 0)
+    sizes = np.bincount(group)
+    for i in range(m + 1):
+        rows = found[found["feature"].isna()] if i == m else found[found["feature"] == i]
+        sums = np.bincount(group, own[i, -1])
+        spread = sum((sums[g] - sizes[g] * own[i, -1].mean()) ** 2 for g in range(len(sizes)))
+        se = (len(sizes) / (len(sizes) - 1) * spread) ** 0.5 / N
+        assert rows["effect_se"].iloc[-1] == pytest.approx(se)
+        for s in range(S):
+            row = rows.iloc[s]
+            if abs(own[i, -1].mean()) <= 2 * se:
+                assert np.isnan(row["share"]) and np.isnan(row["share_low"]) and not row["read_out"]
+                continue
+            read = False
+            for name, values in (("share", own[i, s]), ("mapped_share", mapped[i, s])):
+                share = values.mean() / own[i, -1].mean()
+                drawn = [
+                    sum(values[n] * one[group[n]] for n in range(N))
+                    / sum(own[i, -1, n] * one[group[n]] for n in range(N))
+                    for one in draws
+                ]
+                low, high = np.quantile(drawn, [0.025, 0.975])
+                assert row[[name, f"{name}_low", f"{name}_high"]].tolist() == pytest.approx([share, low, high])
+                read |= share >= max(0.1, row["random_share"]) and low > 0
+            assert row["random_share"] == pytest.approx(random[i, s] / abs(own[i, -1].mean()))
+            assert row["read_out"] == read
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk_crosscoder", "jumprelu_crosscoder"])
+def test_mapped_and_random_directions_equal_plain_splices(snaps: Snapshots, architecture: str) -> None:
+    """The rotation from a polar decomposition, the same draws, and one prompt at a time."""
+    cc, L = make_crosscoder(snaps, architecture), len(snaps) - 1
+    items = [{**ITEMS[0], "wrong": wrong, "group": wrong} for wrong in ("likes", "finds", ".")]
+    runs = PromptRuns(cc, snaps, Task.from_items("one", items), paired=True)
+    ids = [int(i) for i in runs.features]
+    found = read_out(runs, ids, n_random=3, seed=4)
+    slow = slow_runs(snaps, cc, items=items)
+    paired = slow_runs(snaps, cc, "patch_prefix", items=items)
+    unit = torch.randn(3, len(ids), cc.d_model, generator=torch.Generator().manual_seed(4))
+    unit /= unit.norm(dim=-1, keepdim=True)
+    W, c = cc.W_dec_by_snapshot, cc.activation_scale
+    compared = 0
+    for s in range(len(snaps)):
+        late, here = (np.concatenate([run.acts[1:, at].double().numpy() for run in slow]) for at in (L, s))
+        shared = (late - late.mean(0)).T @ (here - here.mean(0))
+        turn = torch.from_numpy(polar(shared + 1e-3 * np.linalg.norm(shared, 2) * np.eye(len(shared)))[0]).float()
+
+        def drop(i: int, row: torch.Tensor, s: int = s) -> float:
+            drops: list[float] = []
+            for run, other in zip(slow, paired, strict=True):
+                change = (other.f[L][:, i] - run.f[L][:, i])[:, None] * row * W[i, L].norm() / c[s]
+                drops.append(float(run.metric(s) - run.metric(s, run.acts[:, s] + change)))
+            return float(np.mean(drops))
+
+        for place, i in enumerate(ids):
+            rows = found[found["feature"] == i]
+            if rows["share"].isna().any() or abs(rows["effect"].iloc[-1]) < 1e-3 or compared >= 9:
+                continue
+            row, full = rows.iloc[s], rows["effect"].iloc[-1]
+            turned = W[i, L] @ turn
+            assert row["mapped_share"] * full == pytest.approx(drop(i, turned / turned.norm()), abs=2e-4)
+            control = np.sqrt(np.mean([drop(i, one[place]) ** 2 for one in unit]))
+            assert row["random_share"] * abs(full) == pytest.approx(control, abs=2e-4)
+            compared += 1
+    assert compared >= 3
