@@ -261,6 +261,20 @@ def random_directions(pretrained: Pretrained, snapshots: Any, crosscoder: Any, d
     return pd.DataFrame(rows)
 
 
+def cost(pretrained: Pretrained, snapshots: Any, crosscoder: Any, rounds: int = 3) -> None:
+    """Print the CPU seconds of dating the concept of a task, and of its effects, on the same clean runs."""
+    task = cl.Task.from_items("rule", pretrained.language.items(9, N_PAIRS, 50))
+    runs = PromptRuns(crosscoder, snapshots, task, paired=True)
+    births = concept_births(runs).births
+    calls = {"births": partial(concept_births, runs), "effects": partial(cl.attribute, runs, baseline="patch")}
+    found = measure.alternate(calls, rounds, 1, "cpu")
+    seconds = {name: float(np.median([each.cpu for each in times])) for name, times in found.items()}
+    print(
+        f"{len(runs)} pairs, {len(snapshots)} snapshots, {len(births)} features: concept_births "
+        f"{seconds['births']:.2f}, attribute {seconds['effects']:.2f} CPU s"
+    )
+
+
 def put_in(pretrained: Pretrained, snapshots: Any, crosscoder: Any) -> pd.DataFrame:
     """What the carriers of each rule, all together, do when their late values are put into every snapshot."""
     parts: list[pd.DataFrame] = []
@@ -363,6 +377,7 @@ def main() -> None:
     numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
     parser.add_argument("--pretraining", default="1,2,3", **numbers, help="seeds of the models")
     parser.add_argument("--dictionaries", default="0,1,2", **numbers, help="seeds of the crosscoders of each")
+    parser.add_argument("--cost", action="store_true", help="time the first dictionary that is there, and nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds = [(100, 0)] if arguments.quick else [
@@ -376,6 +391,9 @@ def main() -> None:
         pretrained = Pretrained(home / "models", config)
         n_snapshots = len(pretrained.steps)
         folder, snapshots = home / f"dictionary-{d}", cl.Snapshots.local(home / "models")
+        if arguments.cost:
+            cost(pretrained, snapshots, cl.load(folder / "crosscoder"))
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             crosscoder, acts = train(pretrained, snapshots, d, folder, arguments.quick)
