@@ -1,7 +1,7 @@
 """What makes more features agree between seeds? And which snapshots resolve the first phase of training?
 
     agreement  the demo's middle block, nine trained snapshots: F, k, length, learning rate, initialisation, data order,
-               auxiliary loss, each trained from several seeds and compared by `cl.evolution.study_seeds`
+               auxiliary loss, each trained from several seeds and compared by `cl.evolution.compare_seeds`
     floors     the same for features above a firing rate
     phases     KL of unigrams and bigrams at early snapshots of the demo's model, and the largest part of the fall of
                the bigram KL in one interval
@@ -113,7 +113,7 @@ def crosscoders(folder: Path, acts: cl.Activations, setting: Setting) -> list[cl
 def agreement(acts: cl.Activations, setting: Setting, ccs: list[cl.crosscoders.Crosscoder], floor: float) -> dict:
     """A row of the table: means over pairs of seeds in both directions, with the range where it is given."""
     evaluated = [reconstruction_table(cc, acts) for cc in ccs]
-    found = cl.evolution.study_seeds({str(i): cc for i, cc in enumerate(ccs)}, acts, min_rate=floor)
+    found = cl.evolution.compare_seeds({str(i): cc for i, cc in enumerate(ccs)}, acts, min_rate=floor)
     pairs, shares = found["seeds"], consensus_shares(found["consensus"])
     by_cosine = [
         match_shares(match(a, b, acts, by="decoder", min_rate=floor))["cosine_a"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import shlex
 import sys
 import traceback
@@ -117,9 +118,11 @@ def plan(
     models: ModelOptions | None = None,
     cache: CacheOptions | None = None,
     options: PlanOptions | None = None,
+    config: Config = None,
     json: Json = False,
 ) -> None:
     """Estimate disk, memory and time of a harvest and of training, without downloading weights."""
+    del config
     from crosslens.pipeline.planning import plan
 
     found, out = plan(source, crosscoder, training, models=models, cache=cache, options=options), Output(json)
@@ -647,12 +650,25 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             parse(app, [each for each in sys.argv[1:] if each != "--debug"])()
+        sys.stdout.flush()
         sys.exit(0)
     except (SystemExit, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # torch.distributed.checkpoint's own does not derive from Exception
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on exit
+            sys.exit(1)  # quietly, as rich does with a page of help
         if debug:
             traceback.print_exc()
         words, code = explain(error)
         sys.stderr.write(f"crosslens: {visible(' '.join(words.split()))}\n")
         sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether what read the output has ended, as `head` does."""
+    if not hasattr(select, "poll"):  # on Windows, where a pipe fails in another way
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are always told
+    return bool(output.poll(0))

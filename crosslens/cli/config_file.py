@@ -42,7 +42,14 @@ def fill(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     typed = _typed(arguments, "--config")
     if typed is not None:
         path, verb = Path(typed), commands[-1]
-        contents = _check(path, _read(path), verb, arguments)
+        contents = _read(path)
+        if verb == "plan" and verb not in contents:  # a file for `train` has options that a plan does not depend on
+            from crosslens.cli.app import app as root  # which calls this
+
+            of_train = _check(path, contents, "train", root["train"].assemble_argument_collection())
+            known = {name for each in arguments for name in each.names}
+            contents = {option: value for option, value in of_train.items() if f"--{option}" in known}
+        contents = _check(path, contents, verb, arguments)
         Dict(contents, source=typed, use_commands_as_keys=False)(app, commands, arguments)
     recipe = _typed(arguments, "--recipe")
     if recipe in RECIPES:

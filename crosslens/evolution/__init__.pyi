@@ -51,7 +51,7 @@ from .seeds import consensus_shares as consensus_shares
 from .seeds import match as match
 from .seeds import match_shares as match_shares
 from .seeds import rotation_of_partners as rotation_of_partners
-from .seeds import study_seeds as study_seeds
+from .seeds import compare_seeds as compare_seeds
 from .selection import describe_doubtful as describe_doubtful
 from .selection import doubtful_snapshots as doubtful_snapshots
 from .selection import propose_snapshots as propose_snapshots

@@ -269,7 +269,7 @@ def consensus_shares(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def study_seeds(
+def compare_seeds(
     crosscoders: Mapping[str, Crosscoder], acts: Activations, threshold: float = 0.7, *, min_rate: float = 0.0
 ) -> dict[str, pd.DataFrame]:
     """Compare several seeds: every pair of them, and the features that most have.
@@ -318,7 +318,7 @@ def describe_seeds(tables: Mapping[str, pd.DataFrame], threshold: float = 0.7) -
     """What the seeds have in common, in two lines, and a third about births where they were compared.
 
     Args:
-        tables: the result of `study_seeds`.
+        tables: the result of `compare_seeds`.
         threshold: as there.
     """
     pairs, shares = tables["seeds"], consensus_shares(tables["consensus"])

@@ -137,7 +137,7 @@ def choose(
     """
     import pandas as pd
 
-    from crosslens.evolution.seeds import consensus_shares, study_seeds
+    from crosslens.evolution.seeds import consensus_shares, compare_seeds
     from crosslens.training.evaluation import reconstruction_table
     from crosslens.training.run import train
 
@@ -160,7 +160,7 @@ def choose(
             for seed in range(config.seed, config.seed + n_seeds)
         }
         evaluated = [reconstruction_table(crosscoder, acts) for crosscoder in trained.values()]
-        found = study_seeds(trained, acts, threshold, min_rate=min_rate)
+        found = compare_seeds(trained, acts, threshold, min_rate=min_rate)
         pairs, shares = found["seeds"], consensus_shares(found["consensus"])
         agreed = pd.concat([pairs["share_a"], pairs["share_b"]])
         live = float(shares["alive"].mean())
@@ -234,7 +234,7 @@ def _grid(
         raise UserError(
             f"{type(architecture).__name__} has no k, which `choose` compares: use one of "
             f"{', '.join(architectures_with('k'))}, or train seeds with several coefficients and compare them by "
-            "study_seeds"
+            "compare_seeds"
         )
     if n_seeds < 2:
         raise UserError(f"n_seeds={n_seeds} must be 2 or more: agreement is between seeds")

@@ -114,7 +114,7 @@ def train(
 
 
 def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activations, threshold: float = 0.7) -> str:
-    """Write the tables of `study_seeds` to the run directories of several seeds.
+    """Write the tables of `compare_seeds` to the run directories of several seeds.
 
     The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
     features.
@@ -131,9 +131,9 @@ def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activat
     Raises:
         UserError: as `consensus`.
     """
-    from crosslens.evolution.seeds import describe_seeds, study_seeds
+    from crosslens.evolution.seeds import describe_seeds, compare_seeds
 
-    tables = study_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
+    tables = compare_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
     first, found = min(crosscoders), tables["consensus"]
     run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
     for seed in crosscoders:

@@ -45,6 +45,11 @@ class Entry:
     optional: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def needed(self) -> int:
+        """How many of its tables, from the first on, it cannot do without: those without a default in `draw`."""
+        return sum(each.default is each.empty for each in inspect.signature(self.draw).parameters.values())
+
     def describe(self, column: str) -> Column | None:
         """What a column of its numbers means; None if nothing is known."""
         own = Table("", "", "", {name: Column(text) for name, text in self.columns.items()}).column(column)
@@ -69,7 +74,8 @@ def figure(
         name: stem of its anchor and CSV file.
         section: name of its section, which `sections` lists.
         title: heading.
-        tables: names of the tables that the function takes, in order; "<task>" is the task of a task's page.
+        tables: names of the tables that the function takes, in order; "<task>" is the task of a task's page. One whose
+            parameter has a default of None may be missing or have no rows.
         definition: what stands below the heading; by default the first paragraph of the function's docstring.
         wide: full width, even where two figures fit side by side.
         optional: omitted if a table is missing, instead of saying so.

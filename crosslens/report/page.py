@@ -318,7 +318,7 @@ def _block(entry: Entry, tables: Tables, csv: dict[str, pd.DataFrame], task: str
         id += Path(task_pages(tables["tasks"])[task]).stem.removeprefix("task")
     id = free_name(id, {Path(name).stem for name in csv})
     found = [tables[name if task is None else name.replace("<task>", task)] for name in entry.tables]
-    for name, table in zip(entry.tables, found, strict=True):
+    for name, table in list(zip(entry.tables, found, strict=True))[: entry.needed]:
         if table is None:
             return Block(id, entry, words=advise(name), missing=True)
     try:

@@ -95,3 +95,24 @@ def test_a_run_of_another_kind(
     RunDir(tmp_path).write_json({"command": ["crosslens", "demo"]})
     assert run(monkeypatch, "--config", tmp_path / "run.json") == 2
     assert "records no options of `crosslens train`: the run was made by 'crosslens demo'" in capsys.readouterr().err
+
+
+def test_plan_takes_the_file_of_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def stop(source: Any, crosscoder: Any, *_: Any, **__: Any) -> None:
+        asked.update(**vars(source), **vars(crosscoder))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("crosslens.pipeline.planning.plan", stop)
+    text = f'run_dir = "runs/one"\n[train]\nsnapshots="demo"\nhook="{HOOK}"\ndataset="user/name"\nd_sae=32\nseeds=3\n'
+    for content, code in ((text, 0), (text.replace("[train]\n", ""), 0), (text + "kk = 4", 2)):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["crosslens", "plan", "--config", str(write(tmp_path, content)), "--k", "8"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == code
+        assert (asked.get("d_sae"), asked.get("k")) == ((32, 8) if code == 0 else (None, None))
+    assert "'kk' in [train] is no option of `crosslens train`; did you mean 'k'?" in capsys.readouterr().err

@@ -95,3 +95,11 @@ def test_a_traceback_is_shown_only_on_request(tmp_path: Path):
     debug = command("evolve", tmp_path, "--debug")
     assert debug.returncode == 2 and "Traceback" in debug.stderr
     assert debug.stderr.splitlines()[-1] == plain.stderr.strip()
+
+
+def test_a_reader_that_has_ended_is_no_failure() -> None:
+    command = [sys.executable, "-m", "crosslens", "ls", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before a byte is written
+        assert process.stderr.read() == b"" and process.wait() == 1

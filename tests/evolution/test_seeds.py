@@ -29,7 +29,7 @@ from crosslens.evolution.seeds import (
     match_shares,
     rotation_of_partners,
     shared_snapshots,
-    study_seeds,
+    compare_seeds,
 )
 from tests.given import Held, Read, of_norms, of_rows, snapshots_at
 
@@ -438,10 +438,10 @@ def test_lifecycles_of_pairs_are_by_r2_unless_asked_otherwise() -> None:
     assert compare_features(a, b, acts, by="norm")["same_origin"] < 1
     with pytest.raises(UserError, match="by='rank' is unknown"):
         compare_features(a, b, acts, by="rank")
-    tables = study_seeds({"0": a, "1": b}, acts)
+    tables = compare_seeds({"0": a, "1": b}, acts)
     assert tables["seeds_births"]["same_birth"].dropna().eq(1).all() and "born there too" in describe_seeds(tables)
     with pytest.warns(UserWarning, match="births are not compared between seeds: 20 tokens are held out"):
-        few = study_seeds({"0": a, "1": b}, Read(x[:1], torch.ones(1, 20, dtype=torch.long)))
+        few = compare_seeds({"0": a, "1": b}, Read(x[:1], torch.ones(1, 20, dtype=torch.long)))
     assert "seeds_births" not in few and "born there too" not in describe_seeds(few)
 
 

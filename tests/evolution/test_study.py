@@ -159,16 +159,15 @@ def test_figures_show_the_tables(found: dict[str, pd.DataFrame], tmp_path: Path)
     shares = tables["encoder"].loc[born, "share/step64"].dropna()
     place = drawn.data["born"].tolist().index(at)
     assert drawn.figure.data[0].z[place][2] == pytest.approx(shares.median())
-    counted = structure_figures.splits_and_replacements(
-        pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]}),
-        pd.DataFrame({"birth": [1, 1, 3]}),
-        pd.DataFrame({"kind": ["split", "merger"], "n": [1, 1], "by_chance": [0.25, 0], "most_by_chance": [2.0, 0]}),
-        snapshots,
-    )
+    counts = pd.DataFrame({"kind": ["split", "merger"], "n": [1, 1], "by_chance": [0.25, 0], "most_by_chance": [2, 0]})
+    changes = pd.DataFrame({"kind": ["split", "merger"], "at": [2, 3]})
+    counted = structure_figures.splits_and_replacements(counts, snapshots, changes, pd.DataFrame({"birth": [1, 1, 3]}))
     assert counted.note == (
         "1 split (by chance 0.2, in 95% of draws at most 2); 1 merger (by chance 0.0, in 95% of draws at most 0)."
     )
     assert [list(bar.y) for bar in counted.figure.data] == [[0, 2, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]]
+    no_replacement = structure_figures.splits_and_replacements(counts, snapshots, changes)
+    assert [list(bar.y) for bar in no_replacement.figure.data] == [[0] * 4, [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_measure_dynamics_matches_its_parts(tiny_snapshots: Path, tiny_text: list[str]) -> None:
@@ -235,9 +234,8 @@ def test_figures_without_data(found: dict[str, pd.DataFrame]) -> None:
     assert "No feature fires" in structure_figures.scaling(tables["scaling"], tables["evolution"], dead)
     assert "No feature changes" in rotation_figures.rotation(tables["rotation"].assign(rotated=0))
     assert "No feature has a decoder vector long enough" in rotation_figures.cosines(tables["cosines"].assign(n=0))
-    none = pd.DataFrame({"kind": [], "at": []}), pd.DataFrame({"birth": []})
     snapshots = pd.DataFrame({"snapshot": [0, 1], "label": ["a", "b"], "step": [0, 1]})
-    assert "No feature splits" in structure_figures.splits_and_replacements(*none, tables["split_counts"], snapshots)
+    assert "No feature splits" in structure_figures.splits_and_replacements(tables["split_counts"], snapshots)
 
 
 def test_topk_crosscoders_have_no_latent_scaling(acts: Read) -> None:

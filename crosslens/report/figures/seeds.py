@@ -42,7 +42,7 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
 
     Args:
         consensus: rows of `consensus` about this run.
-        pairs: from `study_seeds`.
+        pairs: from `compare_seeds`.
     """
     live = consensus[consensus["alive"].astype(bool)]
     if live.empty:

@@ -67,7 +67,7 @@ def dimensionality(table: Frame) -> Chart | str:
     "splits",
     section="evolution",
     title="Feature splitting and replacement",
-    tables=("splits", "replacements", "split_counts", "snapshots"),
+    tables=("split_counts", "snapshots", "splits", "replacements"),
     optional=True,
     columns={
         "replacement": "Features born here in place of one that dies.",
@@ -75,23 +75,23 @@ def dimensionality(table: Frame) -> Chart | str:
         "merger": "Pairs that share a direction from here on.",
     },
 )
-def splits_and_replacements(splits: Frame, replacements: Frame, found: Frame, snapshots: Frame) -> Chart | str:
+def splits_and_replacements(
+    found: Frame, snapshots: Frame, splits: Frame | None = None, replacements: Frame | None = None
+) -> Chart | str:
     """Number of feature pairs by snapshot. Split: two features share a direction before this snapshot but not from it
     on. Merger: the reverse. Replacement: a feature is born when another with the same direction, active on the same
     tokens, dies. By chance: with the snapshots in random orders, or with the dates of births permuted.
 
     Args:
-        splits: from `splits`.
-        replacements: from `replacements`.
         found: from `split_counts`.
         snapshots: snapshot, label, step.
+        splits: from `splits`; None if no feature splits or merges.
+        replacements: from `replacements`; None if no feature is replaced.
     """
     figure, axis = over_snapshots(snapshots, "pairs of features", even=True, barmode="group", bargap=0.25)
-    kinds = {
-        "replacement": replacements["birth"],
-        "split": splits.loc[splits["kind"] == "split", "at"],
-        "merger": splits.loc[splits["kind"] == "merger", "at"],
-    }
+    kinds: dict[str, pd.Series] = {"replacement": pd.Series() if replacements is None else replacements["birth"]}
+    for kind in ("split", "merger"):
+        kinds[kind] = pd.Series() if splits is None else splits.loc[splits["kind"] == kind, "at"]
     counts = pd.DataFrame({name: axis.count(dates) for name, dates in kinds.items()})
     if not counts.to_numpy().sum():
         return "No feature splits, merges or is replaced at these thresholds."
