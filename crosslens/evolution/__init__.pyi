@@ -46,12 +46,12 @@ from .probes import probe_presence as probe_presence
 from .seeds import add_consensus as add_consensus
 from .seeds import compare_evolutions as compare_evolutions
 from .seeds import compare_features as compare_features
+from .seeds import compare_seeds as compare_seeds
 from .seeds import consensus as consensus
 from .seeds import consensus_shares as consensus_shares
 from .seeds import match as match
 from .seeds import match_shares as match_shares
 from .seeds import rotation_of_partners as rotation_of_partners
-from .seeds import compare_seeds as compare_seeds
 from .selection import describe_doubtful as describe_doubtful
 from .selection import doubtful_snapshots as doubtful_snapshots
 from .selection import propose_snapshots as propose_snapshots

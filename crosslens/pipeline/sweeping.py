@@ -137,7 +137,7 @@ def choose(
     """
     import pandas as pd
 
-    from crosslens.evolution.seeds import consensus_shares, compare_seeds
+    from crosslens.evolution.seeds import compare_seeds, consensus_shares
     from crosslens.training.evaluation import reconstruction_table
     from crosslens.training.run import train
 

@@ -131,7 +131,7 @@ def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activat
     Raises:
         UserError: as `consensus`.
     """
-    from crosslens.evolution.seeds import describe_seeds, compare_seeds
+    from crosslens.evolution.seeds import compare_seeds, describe_seeds
 
     tables = compare_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
     first, found = min(crosscoders), tables["consensus"]

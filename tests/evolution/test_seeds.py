@@ -22,6 +22,7 @@ from crosslens.evolution.seeds import (
     add_consensus,
     compare_evolutions,
     compare_features,
+    compare_seeds,
     consensus,
     consensus_shares,
     describe_seeds,
@@ -29,7 +30,6 @@ from crosslens.evolution.seeds import (
     match_shares,
     rotation_of_partners,
     shared_snapshots,
-    compare_seeds,
 )
 from tests.given import Held, Read, of_norms, of_rows, snapshots_at
 
