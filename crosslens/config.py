@@ -377,6 +377,7 @@ FIELDS = {
     "topk_threshold_lr": "topk_threshold_lr",
     "sparsity": "sparsity_coefficient",
     "sparsity_warm_up": "sparsity_warm_up_steps",
+    "target_l0": "target_l0",
     "l1": "l1_coefficient",
     "l1_warm_up": "l1_warm_up_steps",
 }
@@ -423,6 +424,8 @@ class CrosscoderOptions:
     """Coefficient of the penalty on the frequencies of features. Default: 0.3."""
     sparsity_warm_up: Annotated[float | None, DURATION] = None
     """Warmup of --sparsity from 0. Below 1: a fraction of the steps; from 2: a number of steps. Default: none."""
+    target_l0: Annotated[float | None, POSITIVE] = None
+    """Steer --sparsity until this many features are active per token, as a mean over snapshots. Default: off."""
     l1: Annotated[float | None, COEFFICIENT] = None
     """Coefficient of the L1 penalty. Default: 2."""
     l1_warm_up: Annotated[float | None, DURATION] = None
@@ -446,6 +449,8 @@ class CrosscoderOptions:
         for option, k in (("k", self.k or DEFAULT_K), ("k_start", self.k_start or 0)) if self.has("k") else ():
             if self.d_sae is not None and k > self.d_sae:
                 raise UserError(f"{option}={k:g} must be at most d_sae={self.d_sae}")
+        if self.d_sae is not None and (self.target_l0 or 0) > self.d_sae:
+            raise UserError(f"target_l0={self.target_l0:g} must be at most d_sae={self.d_sae}")
         if (self.k_start is None) != (self.k_anneal is None):
             given, missing = ("k_start", "--k-anneal") if self.k_anneal is None else ("k_anneal", "--k-start")
             raise UserError(

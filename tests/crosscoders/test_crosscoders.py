@@ -981,3 +981,46 @@ def test_train_step_output_has_saelens_fields_and_metrics_when_logged(architectu
         per_snapshot = sae.snapshot_acts(output.feature_acts.detach().to_dense(), s)
         fired = sum(int(v != 0) for row in per_snapshot.tolist() for v in row)
         assert float(output.metrics[f"l0/{label}"]) == pytest.approx(fired / B)
+
+
+def test_the_coefficient_is_steered_to_an_l0() -> None:
+    """Against plain loops, with dense sums and on pairs; the first batches are too dense, then too sparse."""
+    target, rate, smooth = 3.0, 0.25, 0.1
+    for dense in (2.0, 0.0):
+        cfg = JumpReLUCrosscoderTrainingConfig(
+            d_in=3 * 4, d_sae=8, n_snapshots=3, target_l0=target, target_l0_lr=rate, jumprelu_init_threshold=0.05
+        )
+        sae: Any = TrainingSAE.from_dict(cfg.to_dict())
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in (sae.W_enc, sae.W_dec):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        integral = smoothed = 0.0
+        for step in range(6):
+            sae.b_enc.data.fill_(3.0 - 2 * step)
+            x = torch.randn(10, 3, 4, generator=generator)
+            h, norms, threshold = sae.hidden_pre(sae.process_sae_in(x)), sae.decoder_norms, sae.threshold
+            l0 = (
+                sum(float(h[b, i] * norms[i, s] > threshold[i]) for b in range(10) for i in range(8) for s in range(3))
+                / 30
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(sparse.DENSE_ABOVE, "cpu", dense)
+                output = sae.training_forward_pass(TrainStepInput(x, {"sparsity": 0.3}, None, step, False))
+            phi = (
+                (cfg.tanh_stretch * torch.relu(h)[:, None] * norms.T * (h[:, None] * norms.T > threshold))
+                .tanh()
+                .mean((0, 1))
+            )
+            penalty = 0.3 * math.exp(integral) * float((phi * (1 + phi / cfg.frequency_scale)).sum())
+            assert float(output.losses["sparsity_loss"]) == pytest.approx(penalty, rel=1e-4)
+            smoothed += smooth * (math.log(max(l0, 1e-3) / target) - smoothed)
+            integral += rate * smoothed
+            assert sae.steered.tolist() == pytest.approx([integral, smoothed], abs=1e-5)
+        assert "steered" not in sae.to_inference().state_dict()
+        sae.eval()
+        sae.training_forward_pass(TrainStepInput(x, {"sparsity": 0.3}, None, 6, False))
+        assert sae.steered.tolist() == pytest.approx([integral, smoothed], abs=1e-5)
+    for wrong in (0.0, 9.0):
+        with pytest.raises(UserError, match="target_l0"):
+            JumpReLUCrosscoderTrainingConfig(d_in=12, d_sae=8, n_snapshots=3, target_l0=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -111,6 +112,7 @@ def first_gradients(acts: Activations, architecture: Any, parallel: Parallel) ->
 GRIDS = [
     *((name, 2, 1, "library") for name in ALL),
     *((name, 4, 2, "pairs") for name in ("batchtopk_crosscoder", "jumprelu_crosscoder")),
+    ("steered", 4, 2, "pairs"),
     *(pytest.param(name, *grid, "pairs", marks=EXHAUSTIVE) for name in ALL for grid in ((2, 1), (4, 1), (2, 2))),
     *(pytest.param(name, 4, 2, "pairs", marks=EXHAUSTIVE) for name in ("standard_crosscoder", "topk_crosscoder")),
 ]
@@ -127,8 +129,11 @@ def test_several_processes_are_one(
         monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", 2.0)
 
     def trajectory(parallel: Parallel) -> Any:
-        gradients = first_gradients(acts, ALL[architecture](), parallel)
-        trainer = trainer_of(acts, ALL[architecture](), parallel)
+        made = {**ALL, "steered": lambda: dataclasses.replace(ALL["jumprelu_crosscoder"](), target_l0=5.0)}[
+            architecture
+        ]
+        gradients = first_gradients(acts, made(), parallel)
+        trainer = trainer_of(acts, made(), parallel)
         silent = (torch.arange(40) % 4 == 0)[parallel.features(40)]
         with torch.no_grad():
             trainer.sae.b_enc[silent] = -1e3

@@ -48,7 +48,8 @@ ELSEWHERE = {
     "split": "of datasets on the hub",
     "trust_remote_code": "test_remote_code",
     "recipe": "sets the options above",
-    **dict.fromkeys(("architecture", "k_start", "k_anneal", "sparsity", "sparsity_warm_up", "l1", "l1_warm_up"),
+    **dict.fromkeys(("architecture", "k_start", "k_anneal", "sparsity", "sparsity_warm_up", "target_l0", "l1",
+                     "l1_warm_up"),
                     "fields of the architecture's config, all of which are compared"),
 }  # fmt: skip
 

@@ -47,6 +47,7 @@ from crosslens.errors import UserError
 from crosslens.rundir import RunDir, complete_checkpoints
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig, lr_factor
+from crosslens.training.evaluation import reconstruction_table
 from crosslens.training.initialisation import (
     Moments,
     initialise,
@@ -172,6 +173,18 @@ def test_resumed_with_moments_in_bfloat16(
     assert halved == {f"{name}.{moment}" for name in ("W_enc", "W_dec") for moment in ("exp_avg", "exp_avg_sq")}
     assert same(weights(train(acts, architecture(), settings)), whole)
     assert not same(whole, reference("jumprelu_crosscoder"))
+
+
+def test_a_steered_coefficient_is_resumed_and_meets_its_target(acts: Activations, tmp_path: Path):
+    architecture = dataclasses.replace(ALL["jumprelu_crosscoder"](), target_l0=2.0)
+    whole = weights(train(acts, dataclasses.replace(architecture), config()))
+    settings = config(run_dir=tmp_path / "run", n_checkpoints=5)
+    with pytest.raises(Interrupted):
+        train(breaking(acts, 9), dataclasses.replace(architecture), settings)
+    assert same(weights(train(acts, dataclasses.replace(architecture), settings)), whole)
+    longer = train(acts, dataclasses.replace(architecture), config(training_tokens=500 * B))
+    # 24 steps leave L0 far away; so few tokens and features do not allow more than about 4
+    assert float(reconstruction_table(longer, acts)["l0"].mean()) == pytest.approx(2, rel=0.15)
 
 
 def test_the_state_of_the_trainer_comes_back(acts: Activations, tmp_path: Path):

@@ -7,6 +7,9 @@ Straight-through gradients (a rectangle of width w around the threshold replaces
 
 loss = mean_{B,S} |x_hat_s - x_s|^2 + lambda * sum_i phi_i (1 + phi_i / frequency_scale),
 phi_i = mean_{B,S} tanh(stretch * f_is n_is). The norms have gradients from this penalty and the decoder only.
+
+With `target_l0`, lambda is steered: after every step log lambda grows by `target_l0_lr` log(L0 / target_l0), smoothed
+over steps, with L0 the mean over tokens and snapshots of the number of features with f_is > 0, as `evaluate` gives it.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from typing_extensions import override
 from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
 from crosslens.crosscoders.declaration import Architecture
 from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
+from crosslens.crosscoders.kernels.topk import Pairs
 from crosslens.errors import UserError
+
+_SMOOTHING, _LEAST_L0 = 0.1, 1e-3  # weight of the newest batch; a batch may have no active feature at all
 
 
 class _JumpReLUGate(Crosscoder):
@@ -90,13 +96,17 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         b_enc_per_snapshot: b_enc learns as the sum of one encoder bias per snapshot, as in the released code of Ge et
             al. All of them get the same gradient, and Adam ignores its scale, so the sum moves S times as far: the
             learning rate of b_enc is S times that of the other parameters.
-        sparsity_coefficient: lambda, the weight of the penalty.
+        sparsity_coefficient: lambda, the weight of the penalty; with `target_l0` only where it starts.
         sparsity_warm_up_steps: steps over which lambda grows linearly from 0.
         tanh_stretch: stretch of the tanh in the penalty.
         frequency_scale: value of phi_i at which the quadratic part of the penalty equals the linear part.
+        target_l0: number of active features, as a mean over tokens and snapshots, that lambda is steered to; None keeps
+            lambda.
+        target_l0_lr: how fast log lambda follows log(L0 / target_l0), per step.
 
     Raises:
-        UserError: jumprelu_init_threshold, jumprelu_window or frequency_scale is not positive.
+        UserError: jumprelu_init_threshold, jumprelu_window, frequency_scale or target_l0_lr is not positive, or
+            target_l0 is not in (0, d_sae].
     """
 
     jumprelu_init_threshold: float = 0.1
@@ -107,14 +117,18 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     sparsity_warm_up_steps: int = 0
     tanh_stretch: float = 4.0
     frequency_scale: float = 0.01
+    target_l0: float | None = None
+    target_l0_lr: float = 0.03
     decoder_init_norm: float | None = None
     decoder_init: Literal["independent", "shared"] = "shared"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("jumprelu_init_threshold", "jumprelu_window", "frequency_scale"):
+        for name in ("jumprelu_init_threshold", "jumprelu_window", "frequency_scale", "target_l0_lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)} must be positive")
+        if self.target_l0 is not None and not 0 < self.target_l0 <= self.d_sae:
+            raise UserError(f"target_l0={self.target_l0} is not in (0, d_sae={self.d_sae}]: it is a number of features")
 
     @override
     @classmethod
@@ -123,9 +137,14 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
 
 
 class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
-    """Training of the JumpReLU crosscoder."""
+    """Training of the JumpReLU crosscoder.
+
+    Attributes:
+        steered: what `target_l0` adds to log lambda, and the smoothed log(L0 / target_l0), (2,).
+    """
 
     cfg: JumpReLUCrosscoderTrainingConfig
+    steered: Tensor
     backward_reads_hidden_pre = True
     unclipped = ("log_threshold",)
 
@@ -134,6 +153,8 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         super().initialize_weights()
         with torch.no_grad():
             self.log_threshold.fill_(math.log(self.cfg.jumprelu_init_threshold))
+        # of training alone: in checkpoints, and not among the weights of a crosscoder
+        self.register_buffer("steered", torch.zeros(2, dtype=torch.float32, device=self.device), persistent=False)
 
     @property
     @override
@@ -163,11 +184,23 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         sae_out, phi = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy, memory)
         sae_out = self.hook_sae_recons(sae_out)
         penalty = self.strategy.total_features(self.frequency_penalty(self.strategy.mean_data(phi)))
-        losses = {
-            "mse_loss": self.reconstruction_loss(sae_out, flat),
-            "sparsity_loss": step_input.coefficients["sparsity"] * penalty,
-        }
-        return sae_out, self.gate(hidden_pre).detach() if pairs is None else pairs.to_sparse(), losses
+        acts = self.gate(hidden_pre).detach() if pairs is None else pairs.to_sparse()
+        coefficient = step_input.coefficients["sparsity"]
+        if self.cfg.target_l0 is not None:
+            coefficient = coefficient * self.steered[0].exp()  # a copy: the penalty's gradient needs it
+            if self.training:
+                self.steer(gates, pairs)
+        losses = {"mse_loss": self.reconstruction_loss(sae_out, flat), "sparsity_loss": coefficient * penalty}
+        return sae_out, acts, losses
+
+    @torch.no_grad()
+    def steer(self, gates: Gates, pairs: Pairs | None) -> None:
+        """Raise or lower lambda by the L0 of a batch."""
+        assert self.cfg.target_l0 is not None
+        own = gates.n_open(pairs) / (len(gates.hidden_pre) * self.n_snapshots)
+        l0 = self.strategy.total_features(self.strategy.mean_data(own)).clamp_min(_LEAST_L0)
+        self.steered[1].lerp_((l0 / self.cfg.target_l0).log(), _SMOOTHING)
+        self.steered[0].add_(self.steered[1], alpha=self.cfg.target_l0_lr)
 
     def frequency_penalty(self, phi: Float[Tensor, " F"]) -> Tensor:
         """`sum_i phi_i (1 + phi_i / frequency_scale)` of mean activities `phi`, a scalar."""
@@ -188,9 +221,9 @@ ARCHITECTURE = Architecture(
     title="JumpReLU",
     active="those above the feature's threshold, separately at every snapshot",
     penalty="tanh-quadratic (`cl.recipes.evolution_of_concepts`)",
-    chosen="the sparsity coefficient",
-    use="features should switch on per snapshot, and you can afford a search for the coefficient",
-    options=("sparsity", "sparsity_warm_up"),
+    chosen="the sparsity coefficient, or the L0 that it is steered to",
+    use="features should switch on per snapshot",
+    options=("sparsity", "sparsity_warm_up", "target_l0"),
     card="JumpReLU crosscoder (one gate per feature and snapshot)",
     inference=(JumpReLUCrosscoder, JumpReLUCrosscoderConfig),
     training=(JumpReLUCrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig),
@@ -198,5 +231,5 @@ ARCHITECTURE = Architecture(
     extra_columns=8192,
     penalises_decoder=True,
     revives_dead=False,
-    denser="a smaller sparsity_coefficient",
+    denser="a smaller sparsity_coefficient (or a larger target_l0)",
 )

@@ -87,6 +87,14 @@ class Gates:
             return replace(pairs, values=torch.where(closed, 0.0, pairs.values))
         return pairs.select(closed.logical_not_().nonzero().flatten())
 
+    def n_open(self, pairs: Pairs | None) -> Tensor:
+        """Number of open gates over tokens, features and snapshots, a scalar; `pairs` is `open_pairs()`."""
+        if pairs is not None:
+            scores = pairs.values[:, None] * self.norms[pairs.features]
+            return (scores > self.threshold[pairs.features, None]).sum().float()
+        blocks = [self.block(columns) for columns in _columns(len(self.threshold))]
+        return sum((_dense_acts(block, s) != 0).sum() for block in blocks for s in range(self.norms.shape[1])).float()
+
 
 def reconstruct_gated(
     x: Float[Tensor, "B N"],
