@@ -409,6 +409,9 @@ class CrosscoderOptions:
     recipe: Annotated[Recipe | None, COMMON] = None
     """All training settings of a paper. Other options override it; for a small run give at least --d-sae and
     --training-tokens. (In Python `crosslens.training.recipes`.)"""
+    init_from: Path | None = None
+    """Start from the weights of this crosscoder, in a folder or run directory: of the same snapshots or fewer, with as
+    many features or fewer."""
     scale: Scale | None = None
     """Bring snapshots to the same variance (std) or the same mean norm (norm). Default: std."""
     k_start: Annotated[float | None, POSITIVE] = None

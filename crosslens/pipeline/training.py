@@ -74,21 +74,30 @@ def train(
     training = training or TrainingOptions(**recipe_training(crosscoder.recipe))
     run.check_usable()
     check_one_hook(source)
+    if crosscoder.init_from is not None and seeds.seeds > 1:
+        raise UserError(
+            f"--seeds {seeds.seeds} differ in their first weights, which --init-from gives all of them: leave one of "
+            "them out"
+        )
     check_training(run, source, crosscoder, training, models)
     if cache.cache is not None:
         check_writable(cache.cache)
     load = find_activations(source, models)
     from crosslens.evolution import describe_doubtful, doubtful_snapshots
+    from crosslens.training.continuation import open_source
     from crosslens.training.run import claim
+    from crosslens.training.run import train as train_one
     from crosslens.training.seeds import train_seeds
 
+    start = None if crosscoder.init_from is None else open_source(crosscoder.init_from)
     acts = load()
     config = make_config(training, acts.settings.device, run.path, source.seed)
     architecture = make_architecture(crosscoder, config, acts.n_tokens)
     with run.writing() if is_first() else nullcontext():
         if is_first():
             # refuse the directory of another run before the harvest, during which it is not to be given to another
-            claim(acts, architecture, config, cache_dtype=None if cache.cache is None else cache.cache_dtype)
+            rounding = None if cache.cache is None else cache.cache_dtype
+            claim(acts, architecture, config, cache_dtype=rounding, source=start)
             if isinstance(source.snapshots, str):
                 run.update(options=given(source, crosscoder, training, models, cache, seeds, run_dir=run.path))
         if cache.cache is not None:
@@ -108,6 +117,8 @@ def train(
         total = (config.training_tokens or acts.n_tokens) // config.batch_size
         memory = dataclasses.replace(planned, cached=cache.cache is not None).training
         say(f"{total:,} steps of {config.batch_size:,} tokens\n{memory}")
+        if start is not None:
+            return Trained({source.seed: train_one(acts, architecture, config, init_from=start)}, "")
         trained = train_seeds(acts, architecture, config, seeds.seeds)
         agreement = save_seeds(run, trained, acts) if is_first() and seeds.seeds > 1 else ""
         return Trained(trained, agreement)
@@ -173,6 +184,9 @@ def check_training(
         UserError: no number of features, numbers that contradict each other, processes that cannot be grouped, or the
             directory of another run.
     """
+    start = crosscoder.init_from
+    if start is not None and not any((place / "cfg.json").is_file() for place in (start, start / "crosscoder")):
+        raise UserError(f"--init-from {start} holds no crosscoder: give a folder with cfg.json, or a run directory")
     if crosscoder.recipe is None and crosscoder.d_sae is None:
         raise UserError("--d-sae is missing: give the number of features, or a --recipe, which sets it")
     config = make_config(training, models.device or find_assumed_device(), seed=source.seed)

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "sample_by": "changes the tokens where it changes anything",
     "split": "of datasets on the hub",
     "trust_remote_code": "test_remote_code",
+    "init_from": "test_another_start_is_refused",
     "recipe": "sets the options above",
     **dict.fromkeys(("architecture", "k_start", "k_anneal", "sparsity", "sparsity_warm_up", "target_l0", "l1",
                      "l1_warm_up"),
@@ -131,3 +132,21 @@ def test_a_run_of_version_0_2_is_continued_and_compared(begun: tuple[RunDir, Opt
     with pytest.raises(UserError, match="it has models.dtype=float32, this run has models.dtype=bfloat16"):
         train(run, **made({**options, "dtype": "bfloat16"}))
     run.write_json(recorded)
+
+
+def test_another_start_is_refused(begun: tuple[RunDir, Options], tmp_path: Path) -> None:
+    run, options = begun
+    started = {**options, "init_from": run.path, "d_sae": 40}
+    found = train(RunDir(tmp_path / "run"), **made(started)).crosscoders[0]
+    assert found.cfg.d_sae == 40
+    assert str(RunDir(tmp_path / "run").read_json()["options"]["init_from"]) == str(run.path)
+    train(RunDir(tmp_path / "run"), **made(started))  # is loaded
+    with pytest.raises(UserError, match="belongs to another run: it has init_from="):
+        train(RunDir(tmp_path / "run"), **made({**started, "init_from": None}))
+    for wrong, told in (
+        ({"seeds": 2}, "--seeds 2 differ in their first weights"),
+        ({"init_from": tmp_path / "gone"}, "gone holds no crosscoder"),
+        ({"d_sae": 8, "k": 4}, "d_sae=8 is less than the 32 features of init_from"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train(RunDir(tmp_path / "other"), **made({**started, **wrong}))
