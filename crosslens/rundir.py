@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from crosslens.errors import UserError, brief, did_you_mean, json_checksum, shortened
-from crosslens.tables import check_table, earlier_names, maker, task_of
+from crosslens.tables import check_table, earlier_names, folders, maker, task_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,11 +43,11 @@ _PATIENCE = 0.5  # seconds; `status` looks whether a lock is held by taking it f
 _COUNT = itertools.count()
 _LOCKS: list[FileLock] = []
 _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
-# what is written directly in a run directory; `check_cache` looks at caches, which can have any name
+# what is written directly in a run directory besides the folders of tables; `check_cache` looks at caches, which can
+# have any name
 _PARTS = re.compile(
-    r"checkpoints|crosscoder|crosscoder\.partial|damaged-crosscoder|report|seeds|sweep|activations|attribution|prompts"
-    r"|completeness|validation|ablation|timeline|transfer|additivity|languages|.+\.parquet|run\.json|labels\.jsonl"
-    r"|exports|summary\.json|documents\.txt|\.lock|\.report\.lock"
+    r"checkpoints|crosscoder|crosscoder\.partial|damaged-crosscoder|report|seeds|sweep|activations|exports"
+    r"|.+\.parquet|run\.json|labels\.jsonl|summary\.json|documents\.txt|\.lock|\.report\.lock"
 )
 # what is written in those of its folders that may hold other files, too
 _INNER = {"checkpoints": _CHECKPOINT, "report": re.compile("assets|data"), "seeds": re.compile(r"\d+"),
@@ -156,10 +156,11 @@ class RunDir:
         Raises:
             UserError: a part is a link. It is named, with its target and the remedy.
         """
+        tables = folders()
         for folder, parts in ((".", _PARTS), *_INNER.items()):
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / folder) as found:
                 for entry in found:
-                    if parts.fullmatch(entry.name):
+                    if parts.fullmatch(entry.name) or (folder == "." and entry.name in tables):
                         check_no_link(Path(entry.path), self.path)
 
     @contextmanager

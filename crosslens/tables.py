@@ -98,6 +98,11 @@ def find_table(name: str) -> Table | None:
     return max(found, key=lambda table: len(table.name), default=None)  # x/<task>.snapshots before x/<task>
 
 
+def folders() -> set[str]:
+    """Folders of a run directory that hold tables, a user's own among them."""
+    return {name.partition("/")[0] for name in (OWN, *(table.name for table in TABLES)) if "/" in name}
+
+
 def check_table(name: str, columns: Iterable[str]) -> None:
     """Check that a table and its columns are declared; those below `own/` may have any columns.
 

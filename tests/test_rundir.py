@@ -14,6 +14,7 @@ import pytest
 
 from crosslens.errors import UserError
 from crosslens.rundir import RunDir, all_checkpoints, check_cache, delete
+from crosslens.tables import TABLES
 
 IDENTITY: dict[str, Any] = {
     "model_name": "tiny",
@@ -293,8 +294,8 @@ def claimed(folder: Path) -> RunDir:
 
 
 PARTS = ("checkpoints", "crosscoder", "crosscoder.partial", "report", "report/data", "seeds", "seeds/1", "sweep",
-         "checkpoints/tokens-64", "checkpoints/partial-64", "attribution", "evolution.parquet", "labels.jsonl", ".lock",
-         "activations")  # fmt: skip
+         "checkpoints/tokens-64", "checkpoints/partial-64", "evolution.parquet", "labels.jsonl", ".lock", "activations",
+         "own", *sorted({table.name.split("/")[0] for table in TABLES if "/" in table.name}))  # fmt: skip
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -190,15 +190,15 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
     """
     source, T = dataset.source, dataset.context_size
     if isinstance(source, (Tensor, np.ndarray)):
-        tokens = torch.as_tensor(source)
-        if tokens.ndim not in (1, 2) or tokens.is_floating_point():
+        tokens = _as_tensor(source)
+        if tokens is None or tokens.ndim not in (1, 2) or not _is_whole(tokens):
             raise UserError(
-                f"a token array of shape {tuple(tokens.shape)} and dtype {tokens.dtype} cannot be used; give whole "
+                f"a token array of shape {tuple(source.shape)} and dtype {source.dtype} cannot be used; give whole "
                 "numbers, (N, T) sequences or (N,) one long stream"
             )
         if tokens.ndim == 2:
             return _until(_as_int32(tokens, dataset.name), _needed(dataset, tokens.shape[1]), dataset, tokenizer)
-        items: Iterator[str | Tensor] = iter([tokens.long()])
+        items: Iterator[str | Tensor] = iter([_as_int64(tokens, dataset.name)])
     else:
         items = _items(dataset)
     if T is None:
@@ -334,15 +334,24 @@ def _until(sequences: Tensor, n_tokens: int | None, dataset: Dataset, tokenizer:
 
 def _as_int32(tokens: Tensor, name: str) -> Tensor:
     """Token ids as int32; those that would wrap around are refused."""
-    wide = tokens.to(torch.int64)
+    wide = _as_int64(tokens, name)
     if wide.numel():
         lowest, highest = int(wide.min()), int(wide.max())
         if lowest < 0 or highest >= 2**31:
-            raise UserError(
-                f"token id {lowest if lowest < 0 else highest} in {name} is not in [0, {2**31 - 1}]: was it tokenised "
-                "with another tokenizer?"
-            )
+            raise _no_token_id(lowest if lowest < 0 else highest, name)
     return wide.to(torch.int32)
+
+
+def _as_int64(tokens: Tensor, name: str) -> Tensor:
+    """Token ids as int64, where those of uint64 that would become negative are refused."""
+    wide = tokens.long()
+    if tokens.dtype == torch.uint64 and wide.numel() and (lowest := int(wide.min())) < 0:
+        raise _no_token_id(lowest + 2**64, name)
+    return wide
+
+
+def _no_token_id(value: int, name: str) -> UserError:
+    return UserError(f"token id {value} in {name} is not in [0, {2**31 - 1}]: was it tokenised with another tokenizer?")
 
 
 def _tokenised(items: Iterator[str | Tensor], tokenizer: Any) -> Iterator[Tensor]:
@@ -430,16 +439,21 @@ def _item(row: Any, i: int, name: str, from_file: bool) -> str | Tensor:
     if from_file and isinstance(row, (bool, int, float)):
         return str(row)
     if isinstance(row, (Sequence, np.ndarray, Tensor)) and not isinstance(row, bytes):
-        try:
-            ids = torch.as_tensor(np.asarray(row) if not isinstance(row, Tensor) else row)
-        except (TypeError, ValueError, RuntimeError):
-            ids = None
+        ids = _as_tensor(row)
         if ids is not None and ids.ndim == 1 and (not len(ids) or _is_whole(ids)):
-            return ids.long()
+            return _as_int64(ids, name)
     raise UserError(
         f"document {i} of {name} is {shortened(repr(row))}, a {type(row).__name__}: give texts, or rows of token ids "
         "(whole numbers)"
     )
+
+
+def _as_tensor(values: Any) -> Tensor | None:
+    """Numbers as a tensor; None if they are something else."""
+    try:
+        return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _is_whole(ids: Tensor) -> bool:

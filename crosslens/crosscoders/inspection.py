@@ -15,7 +15,7 @@ import re
 import struct
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY
@@ -23,6 +23,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError, safe_open
 
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS
+from crosslens.crosscoders.metadata import Metadata, SnapshotEntry, fits, in_words
 from crosslens.crosscoders.registration import ARCHITECTURES
 from crosslens.errors import UserError, brief, check_regular, did_you_mean, read_json, shortened
 
@@ -90,12 +91,14 @@ def inspect_config(path: Path) -> dict[str, Any]:
     k = config.get("k", 1)
     if type(k) not in (int, float) or not 0 < k <= config["d_sae"]:
         raise UserError(f"{path}: k={shortened(repr(k))} is not a number from 1 to d_sae={config['d_sae']}")
-    known = {field.name for field in fields(ARCHITECTURES[architecture][1])} | {"architecture", "training"}
+    config_class = ARCHITECTURES[architecture][1]
+    known = {field.name for field in fields(config_class)} | {"architecture", "training"}
     if unknown := sorted(config.keys() - known - {"sae_lens_version"}):
         raise UserError(
             f"{path} has an unknown entry {shortened(repr(unknown[0]))}; it was written by another program or a newer "
             "version: remove the entry, or update crosslens"
         )
+    _check_types(path, config, config_class)
     _check_metadata(path, config.get("metadata", {}), config["n_snapshots"])
     return config
 
@@ -137,6 +140,16 @@ def check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
             raise UserError(f"{path} cannot be loaded: {name} has dtype {dtype}, allowed are {', '.join(_FLOATS)}")
 
 
+def _check_types(path: Path, values: dict[str, Any], declared: type, where: str = "") -> None:
+    """Refuse a value of another type than a class declares for the field of its name."""
+    for name, kind in get_type_hints(declared).items():
+        if name in values and not fits(values[name], kind):
+            raise UserError(
+                f"{path}: {where}{name}={shortened(repr(values[name]))} is not of type {in_words(kind)}; download it "
+                "again"
+            )
+
+
 def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: metadata is a {type(metadata).__name__}, not an object")
@@ -152,17 +165,14 @@ def _check_metadata(path: Path, metadata: Any, n_snapshots: int) -> None:
     if recorded and not (isinstance(recorded, list) and len(recorded) == n_snapshots):
         raise UserError(f"{path}: metadata.snapshots does not list the {n_snapshots} snapshots; download it again")
     for row in recorded or []:
-        numbers = [row.get(key) for key in ("step", "tokens")] if isinstance(row, dict) else [""]
-        if any(type(number) not in (int, type(None)) for number in numbers) or not isinstance(row.get("label"), str):
+        if not fits(row, SnapshotEntry):
             raise UserError(
                 f"{path}: {shortened(row)} in metadata.snapshots is not a snapshot: give a label (string), and "
                 "optionally step and tokens (integers)"
             )
-    entries = metadata.get("config", [])
-    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
-        raise UserError(f"{path}: metadata.config={shortened(entries)} is not a list of objects; download it again")
+    _check_types(path, metadata, Metadata, "metadata.")
     scale = metadata.get("activation_scale")
-    if scale is not None and not (isinstance(scale, list) and len(scale) == n_snapshots and all(map(_is_scale, scale))):
+    if scale is not None and not (len(scale) == n_snapshots and all(map(_is_scale, scale))):
         raise UserError(
             f"{path}: metadata.activation_scale={shortened(scale)} is not a list of {n_snapshots} positive numbers"
         )

@@ -176,6 +176,26 @@ def test_token_ids_that_would_wrap_around_are_refused(make: Any, tokenizer: Any)
             read(source, tokenizer)
 
 
+@pytest.mark.parametrize("wrong", [2**63, 2**64 - 1])
+def test_token_ids_beyond_int64_are_shown_as_they_are(wrong: int, tokenizer: Any):
+    tokens = [3, wrong, *[4] * 30]
+    array = np.array(tokens, dtype=np.uint64)
+    tensor = torch.from_numpy(array)
+    for source in (array, np.stack([array, array]), tensor, tensor[None], [array], [tensor]):
+        with pytest.raises(UserError, match=rf"token id {wrong} in .* is not in \[0, 2147483647\]"):
+            read(source, tokenizer)
+    small = np.array([3, *[4] * 30], dtype=np.uint64)
+    assert torch.equal(read(small, tokenizer), read(small.astype(np.int64), tokenizer))
+
+
+@pytest.mark.parametrize("wrong", [np.array([3, None]), np.array(["3"]), np.array([True]), np.array([1j])])
+def test_arrays_of_something_else_are_refused(wrong: Any, tokenizer: Any):
+    with pytest.raises(
+        UserError, match=r"a token array of shape \(\d,\) and dtype .* cannot be used; give whole numbers"
+    ):
+        read(wrong, tokenizer)
+
+
 @pytest.mark.parametrize("as_array", [torch.tensor, np.array, lambda v: np.array(v, dtype=np.uint16)])
 def test_token_arrays(tokenizer: Any, as_array: Any):
     stream = [2 + i % 11 for i in range(100)]
