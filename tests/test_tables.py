@@ -120,6 +120,7 @@ def test_columns_follow_one_grammar():
             if end in ("low", "high"):
                 other = f"{stem}_{'high' if end == 'low' else 'low'}"
                 assert stem in columns and other in columns, f"{table.name}: {name}"
+                assert column.unit == columns[stem].unit, f"{table.name}: {name}"
             if end in ("step", "tokens"):
                 assert column.unit == {"step": "steps", "tokens": "tokens"}[end], f"{table.name}: {name}"
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     BloomConfig,
@@ -44,6 +45,7 @@ from crosslens.intervention.upper import Upper
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.snapshots.snapshot import Snapshot
 from tests.snapshots.test_collection import write_tokenizer
 
 TOKENS = torch.randint(2, 16, (7, 9), generator=torch.Generator().manual_seed(0))
@@ -343,6 +345,26 @@ def test_one_pass_fills_a_folder_for_each_hook_point(
     removed.unlink()
     several(snaps, NAMES).cache(tmp_path / "cache", "float32")
     assert passes == [[NAMES[1]]] and removed.read_bytes() == data
+
+
+def test_weights_are_deleted_once_all_shards_of_the_snapshot_are_there(
+    snaps: Snapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process works on a shard of the first snapshot until this one has harvested the second."""
+    other = FileLock(tmp_path / "cache" / "harvest-00001-s00.lock")
+    evicted: list[tuple[str, int]] = []
+
+    def evict(snapshot: Snapshot) -> int:
+        s = snaps.labels.index(snapshot.label)
+        evicted.append((snapshot.label, len(list((tmp_path / "cache").glob(f"acts-*-s{s:02d}.safetensors")))))
+        other.release()
+        return 0
+
+    monkeypatch.setattr(Snapshot, "evict", evict)
+    (tmp_path / "cache").mkdir()
+    with other:
+        several(snaps, NAMES[1]).cache(tmp_path / "cache", "float32", evict=True)
+    assert evicted[:3] == [("step10", 2), ("step20", 2), ("step0", 2)]
 
 
 def test_several_hook_points_live(snaps: Snapshots) -> None:

@@ -489,7 +489,9 @@ def test_a_sweep_before_training(command: Command, tiny_snapshots: Path, files: 
     assert "Choice of F and k" in (run.report / "index.html").read_text()
 
 
-def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) -> None:
+def test_lists_and_plans(
+    command: Command, tiny_snapshots: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = command("ls", "pythia-14m", "--steps", "0,512,143000")
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines()] == [[f"step{n}"] * 2 for n in (0, 512, 143000)]
@@ -502,6 +504,10 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path) ->
     assert len(command("ls", "pythia-160m", "--steps", "log:9")[1].splitlines()) == 9
     assert all(line.endswith(" on this disk") for line in command("ls", tiny_snapshots)[1].splitlines())
     assert [line.split()[0] for line in command("ls", tiny_snapshots)[1].splitlines()] == ["step0", "step10", "step20"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert "2 snapshots, 0 on this disk" in command("ls", "pythia-14m", "--steps", "0,512")[1]
+    assert "3 snapshots, 3 on this disk" in command("ls", tiny_snapshots)[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     families = command("ls")[1]
     assert re.search(r"^pythia +14m.*^olmo2 +1b, 7b.*^bloom +560m", families, re.M | re.S)
     assert "1b, 1.4b, 2.8b, 6.9b, 12b; each also as SIZE-deduped" in families and "70m-deduped" not in families

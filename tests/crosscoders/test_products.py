@@ -101,7 +101,7 @@ def test_pre_activations_of_any_leading_shape(precision: str):
     torch.testing.assert_close(h, x @ W + bias, rtol=0.02, atol=0.1 if precision == "bfloat16" else 1e-5)
 
 
-def test_the_device_decides_the_precision():
+def test_the_device_and_triton_decide_the_precision(monkeypatch: pytest.MonkeyPatch):
     assert choose_precision(None, "cpu") == "float32"
     assert choose_precision(None, "cuda:1") == "tf32"  # Triton is installed with the test dependencies
     assert choose_precision("bfloat16", "cpu") == "bfloat16"
@@ -110,3 +110,7 @@ def test_the_device_decides_the_precision():
             ask()
     with pytest.raises(UserError, match="precision='float8' is unknown; use 'float32', 'tf32', 'bfloat16', or None"):
         choose_precision("float8", "cpu")
+    monkeypatch.setattr("crosslens.distributed.devices.find_spec", lambda _: None)
+    assert choose_precision(None, "cuda:1") == "float32"
+    with pytest.raises(UserError, match=r"precision='tf32' needs Triton \(pip install triton\); use 'float32'"):
+        choose_precision("tf32", "cuda")

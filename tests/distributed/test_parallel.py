@@ -281,18 +281,19 @@ def test_the_bar_counts_the_features_of_all_processes(acts: Activations, tmp_pat
             trainer.sae.b_enc[: trainer.sae.n_own // 4] = -1e3
         batch = next(acts.batches(B))
         for _ in range(4):  # the same tokens, so that the same features fire
+            silent = int((trainer.n_forward_passes_since_fired > 1).sum())  # of this process, before the last step
             output = trainer.step(batch)
             trainer.n_training_steps += 1
         found = trainer.measure(output)
-        return [found.l0, found.dead_fraction, *found.explained_variance]
+        return [found.l0, found.dead_fraction, *found.explained_variance], silent
 
     def body(rank: int) -> Any:
         del rank
         return measured(join("cpu", 2)[0])
 
-    together = run_ranks(4, tmp_path, body)
+    together, silent = zip(*run_ranks(4, tmp_path, body), strict=True)
     assert {rank[0] for rank in together} == {3.5} and len({rank[1] for rank in together}) == 1
-    assert 0.25 <= together[0][1] < 1
+    assert together[0][1] == pytest.approx((silent[0] + silent[1]) / 40) and together[0][1] >= 0.25
     assert together[0] == together[1] and together[2] == together[3] and together[0][2:] != together[2][2:]
 
 

@@ -102,6 +102,7 @@ def test_passages_of_a_crosscoder(tiny_snapshots: Path, tiny_text: list[str], ar
     for (_, active), part in passages.groupby(["feature", "active"]):
         assert part["rank"].tolist() == list(range(len(part))) and part["sequence"].is_unique
         assert active or (part["activation"] == 0).all()
+        assert len(part) == n, "others stand in for those that hold an example"
     again = feature_tables(crosscoder, acts, n_examples=2, n_passages=n, seed=3)["passages"]
     pd.testing.assert_frame_equal(again, passages)
     assert not feature_tables(crosscoder, acts, n_examples=2, n_passages=n, seed=4)["passages"].equals(passages)

@@ -54,7 +54,7 @@ def test_a_study_leaves_the_tables_of_the_task(run: RunDir, file: Path) -> None:
     [(name, found)] = study(run, options, device="cpu")
     assert name == "tiny"
     curves, summary = found.tables["ablation/tiny"], summarise_study(found, 15)
-    assert summary["k"] == 3 and summary["ablation"]["n_kept"] == 3
+    assert summary["k"] == 3 == summarise_study(found, 3)["k"] and summary["ablation"]["n_kept"] == 3
     last = curves[(curves["snapshot"] == curves["snapshot"].max()) & (curves["mode"] == "ablate") & (curves["k"] == 3)]
     for kind, metric in zip(last["features"], last["metric"], strict=True):
         assert summary["ablation"][f"{kind}_k"] == metric

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from crosslens.activations.loader import Activations
+from crosslens.config import CacheOptions, ModelOptions, SourceOptions, SweepOptions, TrainingOptions
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig, StandardCrosscoderTrainingConfig
 from crosslens.errors import UserError
 from crosslens.evolution.seeds import consensus, match, match_shares
-from crosslens.pipeline.sweeping import choose, propose
+from crosslens.pipeline.sweeping import choose, propose, sweep
 from crosslens.rundir import RunDir
 from crosslens.training import TrainConfig, reconstruction_table, train
 
@@ -99,3 +100,18 @@ def test_impossible_grids(acts: Activations) -> None:
     ):
         with pytest.raises(UserError, match=message):
             choose(acts, given, TrainConfig(device="cpu"), **options)
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_the_sweep(tiny_snapshots: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sees a fish .\n" * 400)
+    source = SourceOptions(
+        snapshots=str(tiny_snapshots), hook=("blocks.0.hook_resid_post",), dataset=str(text), n_tokens=1000,
+        context_size=16,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="text.txt/acts cannot be a folder: .*text.txt is a file; choose another path"):
+        sweep(
+            RunDir(tmp_path / "run"), source, SweepOptions(d_sae=(8, 16), k=(2,)), TrainingOptions(batch_size=100),
+            models=ModelOptions(device="cpu"), cache=CacheOptions(cache=text / "acts"),
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from crosslens.report.figures import lifecycles as lifecycles_figures
 from crosslens.report.figures import phases as phases_figures
 from crosslens.report.figures import probes as probes_figures
 from crosslens.report.figures import prompts as prompts_figures
+from crosslens.report.figures import rotation as rotation_figures
 
 
 def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
@@ -141,6 +142,28 @@ def test_agreement_means_are_those_of_the_bands() -> None:
         probes_figures.agreement(table.assign(agreement=np.nan))
         == "No feature has a decoder vector long enough to compare at two neighbouring snapshots."
     )
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_rotation_rate_draws_the_table_and_names_its_ends(tokens: bool) -> None:
+    table = pd.DataFrame(
+        {"from": ["a", "b", "c"], "to": ["b", "c", "d"], "at_edge": [True, False, True], "angle": [30.0, 20.0, 25.0],
+         "halves_angle": [32.0, 23.0, 28.0], "null_angle": [3.0, 4.0, 5.0], "mapped_angle": [9.0, 8.0, 7.0],
+         "angle_per_doubling": [15.0, 40.0, 5.0] if tokens else np.nan, "null_per_doubling": [1.0, 2.0, 3.0]}
+    )  # fmt: skip
+    chart: Any = rotation_figures.rotation_rate(table)
+    columns = ["angle", "halves_angle", "null_angle", "mapped_angle"]
+    columns += ["angle_per_doubling", "null_per_doubling"] if tokens else []
+    drawn = list(chart.figure.data)
+    assert [list(trace.y) for trace in drawn] == [table[column].tolist() for column in columns]
+    words = ["decoder vectors", "estimates on different halves", "null: the same snapshot, different halves"]
+    words += ["decoder vectors after the common linear map", words[0], words[2]]
+    assert [trace.name for trace in drawn] == words[: len(drawn)]
+    assert list(chart.figure.layout.xaxis.ticktext) == ["a → b", "b → c", "c → d"]
+    assert chart.figure.layout.yaxis.title.text == "degrees per interval"
+    ends = "From 5.0° (c to d, an end) to 40.0° (b to c) per doubling"
+    assert (ends in chart.note) == tokens
+    assert isinstance(rotation_figures.rotation_rate(table.assign(angle=np.nan)), str)
 
 
 def test_proposal_lists_the_chosen_snapshots_and_escapes_text() -> None:

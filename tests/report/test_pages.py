@@ -142,14 +142,13 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
         grid.assign(share=np.where(grid["ablated_at"] == 0, np.nan, share), k=15, shared=7)
         .sort_values(["selected_at", "ablated_at"], ignore_index=True),
     )  # fmt: skip
-    last, n = common.iloc[-1], 30
-    total = rng.normal(size=n)
+    n = 30
+    total = rng.normal(size=S * n)
+    pairs = common.loc[common.index.repeat(n)].reset_index(drop=True)
     run.save_table(
         f"additivity/{task}",
-        pd.DataFrame(
-            {**{name: [last[name]] * n for name in common}, "feature_a": range(n), "feature_b": range(1, n + 1),
-             "effect_a": total / 2, "effect_b": total / 2, "sum": total, "joint": total * 0.9}
-        ),
+        pairs.assign(feature_a=[*range(n)] * S, feature_b=[*range(1, n + 1)] * S, effect_a=total / 2,
+                     effect_b=total / 2, sum=total, joint=total * 0.9),
     )  # fmt: skip
     run.save_table(
         f"validation/{task}.summary",
@@ -165,7 +164,7 @@ def add_study(run: RunDir, task: str, seed: int = 0) -> RunDir:
     figures = {f"{name}{edge}": 0.9 for name in ("interacting", "deviation") for edge in ("", "_low", "_high")}
     run.save_table(
         f"additivity/{task}.snapshots",
-        pd.DataFrame([{**last.to_dict(), "n_pairs": n, "k": 15, "n_prompts": 60, **figures}]),
+        common.assign(n_pairs=n, k=15, n_prompts=60, **figures),
     )
     return run
 
@@ -502,6 +501,8 @@ def test_births_and_origins_are_counted(written: tuple[RunDir, _Page, int]) -> N
         ]
         assert trace["x"] == counts == csv(run, "origins")[trace["name"]].tolist()
     assert sum(map(sum, (trace["x"] for trace in origins["data"]))) == table(run, "lifecycles")["origin"].notna().sum()
+    alive = sum(r["alive"] for r in source)
+    assert f"{alive} live features, {len(source) - alive} dead." in page.text
 
 
 @pytest.mark.parametrize("column", ["share_relie", "relie"])
@@ -669,9 +670,10 @@ def test_timeline_languages_transfer_and_additivity(tmp_path: Path) -> None:
     top = page.specs()["transfer-simple"]["layout"]["coloraxis"]
     assert top["cmax"] == pytest.approx(shares["share"].max(), rel=1e-4) and top["cmin"] == -top["cmax"]
     assert "features of step1000" not in matrix["text"][0][0] and "ablated at step0" in matrix["text"][0][0]
-    pairs = table(run, "additivity/simple")
+    pairs = table(run, "additivity/simple").query("snapshot == 7")
     points = page.specs()["additivity-simple"]["data"][1]
     assert close(points["x"], pairs["sum"]) and close(points["y"], pairs["joint"])
+    assert "At step367." in page.text
 
 
 def test_bands_do_not_cross_gaps() -> None:

@@ -17,7 +17,7 @@ from crosslens.snapshots.collection import Snapshots
     ("name", "value"),
     [
         ("num_hidden_layers", 10**9), ("num_hidden_layers", 9_999), ("num_labels", 10**9), ("hidden_size", 10**12),
-        ("vocab_size", 10**30),
+        ("vocab_size", 10**30), ("hidden_size", -(10**12)),
         ("max_position_embeddings", 10**15), ("some_new_entry", 10**30), ("nested", {"factor": [1, 10**40]}),
     ],
 )  # fmt: skip
