@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from crosslens.activations.cache import (
@@ -84,6 +83,7 @@ from crosslens.activations.tokens import Dataset, Sequences, Source
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError, did_you_mean, visible
+from crosslens.progress import tqdm
 from crosslens.rundir import check_cache
 from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots

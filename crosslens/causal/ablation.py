@@ -35,7 +35,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from tqdm.auto import tqdm
 
 from crosslens.causal.attribution import (
     BATCH_TOKENS,
@@ -49,6 +48,7 @@ from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
+from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import interval
 

@@ -54,7 +54,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.causal.relative import (
     effect_interval,
@@ -67,6 +66,7 @@ from crosslens.causal.relative import (
 )
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
+from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import rank_correlation, resample_counts, sign_flip_p
 from crosslens.tasks.items import Item

@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.causal.attribution import Estimator, baseline_activation, mean_gradient, metrics
 from crosslens.causal.dates import MATTERS, RUN
@@ -35,6 +34,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError, shortened
 from crosslens.evolution.lifecycles import birth_index
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, begins_with_bos
+from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.items import Item

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from crosslens.distributed.devices import model_memory
 from crosslens.errors import UserError
+from crosslens.progress import tqdm
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import (
     check_arrival,

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
+from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.stats import wilson_interval

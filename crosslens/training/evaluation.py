@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from tqdm.auto import tqdm
 
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
@@ -30,6 +29,7 @@ from crosslens.activations.plan import EVALUATED_TOKENS, logit_sequences
 from crosslens.crosscoders import Crosscoder
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.intervention.splice import spliced_logits
+from crosslens.progress import tqdm
 
 MIN_ZERO_COST = 0.1  # nats; below this, ce_recovered would divide by noise
 
