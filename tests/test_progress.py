@@ -1,10 +1,13 @@
 """Progress bars in a terminal and in a log file."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 NESTED = """
 import sys, time
@@ -37,6 +40,7 @@ def test_a_short_command_writes_no_line() -> None:
 
 def test_a_terminal_has_a_bar_that_redraws_itself() -> None:
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", NESTED, "30"], stderr=theirs, stdin=subprocess.DEVNULL)
     os.close(theirs)
     told = b""
