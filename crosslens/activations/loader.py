@@ -83,6 +83,7 @@ from crosslens.activations.tokens import Dataset, Sequences, Source
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError, did_you_mean, visible
+from crosslens.printing import as_html
 from crosslens.progress import tqdm
 from crosslens.rundir import check_cache
 from crosslens.snapshots.checks import check_known
@@ -183,6 +184,16 @@ class Activations:
                 f"for instance acts[{first!r}]"
             )
         return first
+
+    def _repr_html_(self) -> str:
+        labels = self.snapshots.labels
+        about = {
+            "snapshots": f"{len(labels)} of {self.snapshots.name}, {labels[0]} to {labels[-1]}",
+            "hook points": ", ".join(self.hook_names),
+            "read from": "a cache on disk" if self.is_cached else "the models, as they run",
+            "seed": self.seed,
+        }
+        return as_html(f"activations of {self.snapshots.name}", about)
 
     @property
     def n_snapshots(self) -> int:
