@@ -168,7 +168,8 @@ def show_effects(out: Output, name: str, found: Attributed, run: RunDir) -> dict
         word = names.get(largest["feature"], "")
         out.say(
             f"{name}: the largest effect at {values[-1]['label']} is {largest['effect']:+.3f} logits, of feature "
-            f"{largest['feature']}{f' {word}' * bool(word)} ({'' if largest['significant'] else 'not '}significant), where the metric is "
+            f"{largest['feature']}{f' {word}' * bool(word)} ({'' if largest['significant'] else 'not '}significant), "
+            f"where the metric is "
             f"{number(values[-1]['metric_clean'], sign=True)}: an estimate on {counted(len(runs), 'prompt')} of the "
             "selection half, which `crosslens ablate` tests on the other half"
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import crosslens as cl
 from crosslens.pipeline.tracing import TABLES as TRACES
 from crosslens.report import write_report
+from crosslens.report.inline import Inline
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
 from tests.plain_model import F, make_crosscoder
@@ -707,3 +710,24 @@ def test_prompts_at_every_snapshot(browser: Any, prompts: RunDir, width: int, da
     assert page.locator("main img").count() == 0 and not visitor.troubles
     link = strips.locator("a").first.get_attribute("href")
     assert link is not None and link.startswith("feature.html#")
+
+
+def test_a_trace_is_the_page_in_a_frame(browser: Any, snaps: Snapshots, tmp_path: Path) -> None:
+    crosscoder = make_crosscoder(snaps, "batchtopk_crosscoder")
+    shown = cl.trace(crosscoder, snaps, ["the cat", "the king"], ("sees", "likes")).plot()
+    assert isinstance(shown, Inline)
+    (document,) = re.findall('srcdoc="([^"]*)"', shown._repr_html_())
+    assert html.unescape(document) == shown.html
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><title>n</title>{shown._repr_html_()}")
+    page, said = browser.new_context(offline=True).new_page(), list[str]()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((tmp_path / "notebook.html").as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator(DRAWN).wait_for(state="attached")
+    assert frame.locator(".prompts li .text").count() == 2
+    before = frame.locator(".prompts li .next").first.inner_text()
+    frame.locator(".prompts input").fill("0")
+    assert frame.locator(".prompts li .next").first.inner_text() != before
+    frame.locator(".through a").first.click()  # leads nowhere: its page is not here
+    assert frame.locator(".prompts li .text").count() == 2 and not said

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -19,7 +16,6 @@ from crosslens.report.inline import Inline
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
 from tests.plain_model import make_crosscoder
-from tests.report.test_browser import _CHROMIUM, DRAWN, browser, chromium, shared  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +48,3 @@ def test_evolutions_are_the_figures_of_the_report(crosscoder: Crosscoder, acts: 
         found.plot("originz")
     with pytest.raises(UserError, match="the figure 'ie' needs more than is here"):
         found.plot("ie")
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-@pytest.mark.skipif(_CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome in PATH")
-def test_a_trace_is_the_page_in_a_frame(
-    browser: Any,
-    crosscoder: Crosscoder,
-    snaps: Snapshots,
-    tmp_path: Path,  # noqa: F811
-) -> None:
-    shown = cl.trace(crosscoder, snaps, ["the cat", "the king"], ("sees", "likes")).plot()
-    assert isinstance(shown, Inline)
-    (document,) = re.findall('srcdoc="([^"]*)"', shown._repr_html_())
-    assert html.unescape(document) == shown.html
-    (tmp_path / "notebook.html").write_text(f"<!doctype html><title>n</title>{shown._repr_html_()}")
-    page, said = browser.new_context(offline=True).new_page(), list[str]()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto((tmp_path / "notebook.html").as_uri())
-    frame = page.frame_locator("iframe")
-    frame.locator(DRAWN).wait_for(state="attached")
-    assert frame.locator(".prompts li .text").count() == 2
-    before = frame.locator(".prompts li .next").first.inner_text()
-    frame.locator(".prompts input").fill("0")
-    assert frame.locator(".prompts li .next").first.inner_text() != before
-    frame.locator(".through a").first.click()  # leads nowhere: its page is not here
-    assert frame.locator(".prompts li .text").count() == 2 and not said
