@@ -65,7 +65,7 @@ def test_what_decides_is_printed_first(
     accuracy = Task.from_items("t", [*task.items, task.items[0], {"prefix": "x", "correct": "a", "wrong": "a b"}])
     first, header, *_ = str(accuracy.accuracy(snaps)).splitlines()
     assert first.startswith("t: 4 of 6 items, 1 merged (the same item), 1 skipped (")
-    assert "To keep more: nothing is lost with duplicates" in first and header.split()[:2] == ["label", "accuracy"]
+    assert "To keep more: use words that the tokenizer knows" in first and header.split()[:2] == ["label", "accuracy"]
     ablated = cl.ablate(crosscoder, snaps, task, effects, k=[1, 2], controls=cl.causal.Controls(n_draws=2))
     first, header, *_ = str(ablated).splitlines()
     assert first == "tiny, features ablated: metric in logits on 4 prompts in 4 groups"

@@ -21,7 +21,6 @@ from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, 
 CHANCE = 0.5
 # what would keep items that are left out, by a part of the reason
 _KEEPS = {
-    "same item": "nothing is lost with duplicates",
     "same prompt": "give sentences that differ before their answers",
     "exactly one token": "give answers of one token, or answers='multi', which only accuracy reads",
     "longer than": "shorten their prompts",
