@@ -44,7 +44,7 @@ class Result(pd.DataFrame):
         if shown is None or not set(shown[1]) <= set(self.columns):
             return None
         title, columns, note = shown
-        return title, pd.DataFrame(self)[columns], note
+        return title, pd.DataFrame(pd.DataFrame(self)[columns]), note
 
     def __repr__(self) -> str:
         parts = self._parts()

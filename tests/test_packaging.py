@@ -105,6 +105,6 @@ def test_a_clone_beside_a_script_does_not_hide_an_editable_install(tmp_path: Pat
     (tmp_path / "work" / "crosslens").mkdir(parents=True)  # a clone: the package is a level further down
     script = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import crosslens; print(crosslens.found)"
     done = subprocess.run(
-        [sys.executable, "-S", "-c", script], cwd=tmp_path / "work", capture_output=True, text=True, check=False
+        [sys.executable, "-E", "-S", "-c", script], cwd=tmp_path / "work", capture_output=True, text=True, check=False
     )
     assert done.stdout == "True\n", done.stderr

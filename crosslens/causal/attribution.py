@@ -896,7 +896,7 @@ def check_statistics(task: str, n_prompts: int) -> None:
     """
     if n_prompts < MIN_PROMPTS:
         raise UserError(
-            f"the usable prompts of task {task!r} in this half are {n_prompts}; with fewer than {MIN_PROMPTS} no effect "
+            f"usable prompts of task {task!r} in this half are {n_prompts}; with fewer than {MIN_PROMPTS} no effect "
             "can be significant, whatever its size: give more items (`crosslens trace` follows single prompts)"
         )
 

@@ -239,7 +239,7 @@ MODELS: list[tuple[str, Callable[[Any], Any], str]] = [
     (
         "twice",
         lambda t: Snapshots.from_models({"a": make()}, ["a"], tokenizer=t),
-        "beside a dictionary, whose keys are",
+        "beside a dictionary, whose keys",
     ),
     ("no labels", lambda t: Snapshots.from_models([make(), make()], tokenizer=t), "labels=None must be a list of 2"),
     ("text", lambda t: Snapshots.from_models([make()], "a", tokenizer=t), "labels='a' must be a list of 1 names"),
