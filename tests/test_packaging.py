@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,25 @@ def test_the_source_distribution_leaves_no_file_out() -> None:
     files = {name for command, *given in commands if command == "include" for name in given} | always
     assert [path for path in listed if path.partition("/")[0] not in folders and path not in files] == []
     assert all((ROOT / name).exists() for name in folders | files)
+
+
+def test_a_clone_beside_a_script_does_not_hide_an_editable_install(tmp_path: Path) -> None:
+    """A folder called crosslens is a namespace to Python, which the finder of setuptools' default would come after."""
+    pytest.importorskip("setuptools", minversion="77")
+    source, wheel = tmp_path / "source", tmp_path / "wheel"
+    wheel.mkdir()
+    (source / "crosslens").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    (source / "crosslens" / "__init__.py").write_text("found = True\n")
+    build = f"import setuptools.build_meta as build; build.build_editable({str(wheel)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    (packed,) = wheel.iterdir()
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "work" / "crosslens").mkdir(parents=True)  # a clone: the package is a level further down
+    script = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import crosslens; print(crosslens.found)"
+    done = subprocess.run(
+        [sys.executable, "-E", "-S", "-c", script], cwd=tmp_path / "work", capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr

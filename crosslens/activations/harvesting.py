@@ -30,12 +30,12 @@ from einops import rearrange
 from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.cache import ActivationCache, turns
 from crosslens.distributed.devices import rank_and_world
 from crosslens.distributed.parallel import TIMEOUT, Parallel
 from crosslens.errors import UserError
+from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 from crosslens.snapshots.settings import ModelSettings

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from crosslens.activations.cache import (
@@ -84,6 +83,8 @@ from crosslens.activations.tokens import Dataset, Sequences, Source
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
 from crosslens.errors import UserError, did_you_mean, visible
+from crosslens.printing import as_html
+from crosslens.progress import tqdm
 from crosslens.rundir import check_cache
 from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots
@@ -183,6 +184,16 @@ class Activations:
                 f"for instance acts[{first!r}]"
             )
         return first
+
+    def _repr_html_(self) -> str:
+        labels = self.snapshots.labels
+        about = {
+            "snapshots": f"{len(labels)} of {self.snapshots.name}, {labels[0]} to {labels[-1]}",
+            "hook points": ", ".join(self.hook_names),
+            "read from": "a cache on disk" if self.is_cached else "the models, as they run",
+            "seed": self.seed,
+        }
+        return as_html(f"activations of {self.snapshots.name}", about)
 
     @property
     def n_snapshots(self) -> int:

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.files import Stored
 from crosslens.activations.order import Indices, random
+from crosslens.progress import tqdm
 
 UNIT = 1024
 """Tokens that are drawn at once."""

@@ -35,7 +35,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from tqdm.auto import tqdm
 
 from crosslens.causal.attribution import (
     BATCH_TOKENS,
@@ -49,6 +48,8 @@ from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
+from crosslens.printing import Result
+from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import interval
 
@@ -179,7 +180,14 @@ def ablate(
                     "n_draws": len(over_draws),
                 }
             )
-    return pd.DataFrame(rows)
+    return Result.of(
+        pd.DataFrame(rows),
+        f"{runs.task.name}, features {'kept' if keep else 'ablated'}: metric in logits on {len(runs)} prompts in "
+        f"{runs.n_groups} groups",
+        ["label", "features", "k", "metric", "clean", "change_se"],
+        f"edited features are set to their {baseline} value; change_se: standard error of metric - clean, over groups "
+        f"of prompts; controls: means over {controls.n_draws} draws",
+    )
 
 
 def faithfulness(table: pd.DataFrame, floor: float = 0.05) -> Float[np.ndarray, " rows"]:

@@ -29,13 +29,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from tqdm.auto import tqdm
 
 from crosslens.causal.ablation import check_effects, check_k, set_metrics
 from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
+from crosslens.progress import tqdm
 from crosslens.stats import interval, resample, resample_counts
 
 REPLICATES = 1000

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from crosslens.causal.ablation import CONTROLS, Controls, ablate
 from crosslens.causal.additivity import pair_additivity
-from crosslens.causal.attribution import Attribution, attribute, exact_effects
+from crosslens.causal.attribution import Attribution, attribute, check_statistics, exact_effects
 from crosslens.causal.dates import feature_dates
 from crosslens.causal.languages import compare_languages, split_languages
 from crosslens.causal.read_out import read_by_last, read_out
@@ -143,6 +143,8 @@ def study(
     """
     sizes = sizes or StudySizes()
     work = _Work(crosscoder, snapshots, task, baseline, encoder_share, sizes, seed, settings, dict(known or {}), save)
+    for half in (work.selection, work.held_out):
+        check_statistics(task.name, len(half))
     ie, name, last = work.ie, task.name, len(snapshots) - 1
     most = int(ie.active.sum(0).min())
     if most < 3:

@@ -54,7 +54,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.causal.relative import (
     effect_interval,
@@ -67,6 +66,8 @@ from crosslens.causal.relative import (
 )
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
+from crosslens.printing import as_html, as_text, plot
+from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import rank_correlation, resample_counts, sign_flip_p
 from crosslens.tasks.items import Item
@@ -79,6 +80,7 @@ ERRORS = ("joint", "frozen")
 ENDS = ("clean", "baseline")
 END, END_NODES = 0.1, 2  # of the path, near the clean run or the baseline
 BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
+MIN_PROMPTS = 6  # for statistics; with 5 the smallest p-value is .08
 MIN_GROUPS = 20  # of prompts; with fewer `attribute` warns
 PROMPTS = 16  # that `positions=True` keeps word by word, evenly spaced among all
 _ESTIMATOR = ("method", "rule", "n_nodes", "baseline", "error", "threshold")  # columns of `snapshot_frame`
@@ -257,7 +259,7 @@ def feature_sizes(runs: PromptRuns, snapshot: int) -> Float[Tensor, " F"]:
     return runs.mean_features(snapshot).cpu() * runs.crosscoder.decoder_norms[:, snapshot].detach().cpu()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """Effects of features on a task, per snapshot.
 
@@ -306,6 +308,60 @@ class Attribution:
     positions: Positions | None = None
     prompts: pd.DataFrame | None = None
     items: dict[int, Item] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._summary())
+
+    def _summary(self) -> tuple[str, pd.DataFrame, str]:
+        """What is printed: the metric and the largest effects at every snapshot."""
+        sure, rows = significant(self), list[dict[str, Any]]()
+        for s, label in enumerate(self.labels):
+            n = int(self.active[:, s].sum())
+            top = self.top(min(3, n), s, by="magnitude").tolist() if n else []
+            rows.append(
+                {
+                    "snapshot": label,
+                    "metric": float(self.metric_clean[s]),
+                    "active": n,
+                    "significant": int(sure[:, s].sum()),
+                    "largest effects": ", ".join(
+                        f"feature {i} {float(self.effects[i, s]):+.3f}{'*' * bool(sure[i, s])}" for i in top
+                    ),
+                }
+            )
+        n = int(self.active.any(-1).sum())
+        title = (
+            f"{self.task}: effects of {n:,} active features of {len(self.effects):,}, by {self.estimator}; "
+            f"{self.n_prompts:,} prompts in {self.n_groups:,} groups"
+        )
+        note = (
+            "metric and effects in logits; * significant (false discovery rate 5%). A feature's activation is read "
+            "from all snapshots: which effects are mostly read from later ones, evolution.encoder_share says, in "
+            "to_frame(decoder_norms, encoder_share)"
+        )
+        return title, pd.DataFrame(rows), note
+
+    def plot(self, figure: str = "ie") -> Any:
+        """A figure of the report, in a notebook.
+
+        Args:
+            figure: "ie" (effects of the largest features), "relie", "share-relie", "ie-relie", "ie-table", or with
+                `positions=True` "words".
+
+        Raises:
+            UserError: no such figure.
+        """
+        norms = torch.full(self.effects.shape, math.nan)
+        tables = {
+            f"attribution/{self.task}": self.to_frame(norms),
+            f"attribution/{self.task}.snapshots": self.snapshot_frame(),
+        }
+        if self.prompts is not None:
+            tables[f"prompts/{self.task}"] = self.prompt_frame()
+        return plot(tables, figure, self.task)
 
     def prompt(self, prompt: int) -> pd.DataFrame:
         """Effects in one prompt, a row per snapshot, position and feature.
@@ -830,6 +886,19 @@ def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd
         tables.append(table.fillna({"feature": -1, "effect": 0.0}).assign(snapshot=s))
     found: Any = pd.concat(tables, ignore_index=True).astype({"feature": "int64"})
     return found[["prompt", "snapshot", "position", "token", "feature", "effect"]]
+
+
+def check_statistics(task: str, n_prompts: int) -> None:
+    """Refuse a task with too few prompts for anything to be significant.
+
+    Raises:
+        UserError: fewer than `MIN_PROMPTS`: no effect on so few has p below .05, see `stats.sign_flip_p`.
+    """
+    if n_prompts < MIN_PROMPTS:
+        raise UserError(
+            f"usable prompts of task {task!r} in this half are {n_prompts}; with fewer than {MIN_PROMPTS} no effect "
+            "can be significant, whatever its size: give more items (`crosslens trace` follows single prompts)"
+        )
 
 
 def warn_of_few_groups(task: str, n_groups: int, n_prompts: int) -> None:

@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.causal.attribution import Estimator, baseline_activation, mean_gradient, metrics
 from crosslens.causal.dates import MATTERS, RUN
@@ -35,6 +34,8 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError, shortened
 from crosslens.evolution.lifecycles import birth_index
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, begins_with_bos
+from crosslens.printing import as_html, as_text, plot
+from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks.items import Item
@@ -57,7 +58,7 @@ class Asked(NamedTuple):
     """The correct and the wrong continuation; None takes those that the last snapshot finds most probable."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """Prompts through time. Prompts are numbered in the order given, positions from 0, the BOS token included.
 
@@ -84,7 +85,7 @@ class Trace:
     predictions: pd.DataFrame
     features: pd.DataFrame
     tokens: pd.DataFrame
-    texts: list[list[str]] = field(repr=False)
+    texts: list[list[str]]
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -108,12 +109,27 @@ class Trace:
             raise UserError(f"prompt {prompt} is not in [0, {len(self) - 1}]: give the number of a traced prompt")
         return top_features(pd.DataFrame(self.features[self.features["prompt"] == prompt]), n)
 
+    def __repr__(self) -> str:
+        return as_text(*self._summary())
+
     def _repr_html_(self) -> str:
-        """The metric and the most probable token at every snapshot."""
+        return as_html(*self._summary())
+
+    def plot(self) -> Any:
+        """The prompts as on the report's page Prompts, in a notebook: words, next tokens and effects, with a slider."""
+        names = ("traces", "trace_predictions", "trace_features", "trace_tokens")
+        return plot(
+            dict(zip(names, (self.prompts, self.predictions, self.features, self.tokens), strict=True)), "traced"
+        )
+
+    def _summary(self) -> tuple[str, pd.DataFrame, str]:
+        """What is printed: the metric and the most probable token at every snapshot."""
         first: Any = self.predictions[(self.predictions["rank"] == 0) & ~self.predictions["paired"]]
         shown = self.prompts.merge(first[["prompt", "snapshot", "token", "probability"]], on=["prompt", "snapshot"])
         columns = ["text", "label", "token", "probability", "correct", "wrong", "metric"]
-        return f"{shown[columns].to_html(index=False, float_format='{:.3f}'.format)}<p>{NO_ERROR_BARS}</p>"
+        n = self.features["feature"].nunique()
+        title = f"{len(self)} traced prompt{'s' * (len(self) != 1)}; {n:,} features fire on them"
+        return title, pd.DataFrame(shown[columns]), f"metric: logit of correct minus that of wrong; {NO_ERROR_BARS}"
 
 
 def top_features(features: pd.DataFrame, n: int) -> pd.DataFrame:

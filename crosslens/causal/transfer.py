@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from crosslens.causal.ablation import (
     active_features,
@@ -26,6 +25,7 @@ from crosslens.causal.ablation import (
 from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
+from crosslens.progress import tqdm
 
 
 @on_runs

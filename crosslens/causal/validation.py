@@ -37,13 +37,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.causal.ablation import check_effects
 from crosslens.causal.attribution import Attribution, exact_effects, resolve_baseline
 from crosslens.causal.relative import check_level, relie, share_relie, significant
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
+from crosslens.progress import tqdm
 from crosslens.stats import bootstrap, rank_correlation
 
 REPLICATES = 1000

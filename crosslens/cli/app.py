@@ -217,7 +217,12 @@ def sweep(
     cache: CacheOptions | None = None,
     json: Json = False,
 ) -> None:
-    """Train several numbers of features and k, each from several seeds, and propose one; before `train`."""
+    """Train several numbers of features and k, each from several seeds, and propose one; before `train`.
+
+    It runs d_sae × k × seeds trainings, one after the other in one process, on one hook point. The architecture must
+    have a k (not jumprelu or standard), and lr and the other options are the same for all. Nothing outside the grid is
+    looked at. With two seeds, the range of the agreement is most of its uncertainty: settings within it are equal.
+    """
     from crosslens.pipeline.sweeping import sweep
 
     choice, out = sweep(RunDir(run_dir), source, grid, training, models=models, cache=cache), Output(json)
@@ -278,7 +283,7 @@ def attribute(path: TrainedRun, /, *, options: AttributeOptions, device: Device 
     for name, found in attribute(run, options, device=device):
         if options.baseline is None and (why := explain_baseline(name, found.runs)):
             out.say(why)
-        results[name] = show_effects(out, name, found)
+        results[name] = show_effects(out, name, found, run)
     out.say(f"all effects, with intervals: crosslens report {shlex.quote(str(path))}")
     out.end(run=path, tasks=results)
 
@@ -633,7 +638,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: Annotated[int, crosslens.config
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Write a warning to stderr in one line, without the line of code that raised it."""
     if issubclass(category, UserWarning):
-        from tqdm import tqdm
+        from crosslens.progress import tqdm
 
         tqdm.write(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)  # keeps a progress bar whole
     else:

@@ -82,7 +82,7 @@ def _show_features(
     note = NO_ERROR_BARS + "; effects in logits: the drop of the difference when the feature is set to "
     note += "its value on the other prompt" if paired else "zero"
     note += "; matters from: |effect| is a tenth of its largest"
-    note += "" if evolved else "; readable: after crosslens evolve"
+    note += "" if evolved else "; readable, and which effects are read from later snapshots (†): after crosslens evolve"
     note += "\n† more than half of its activation is read from later snapshots" * marked
     n = features["feature"].nunique()
     out.table(
@@ -103,7 +103,7 @@ def show_steered(out: Output, rows: Sequence[Mapping[str, Any]], run: RunDir) ->
         rows: of the table "steered".
         run: for the names of features.
     """
-    first, names = rows[0], feature_names(run)
+    first, names = rows[0], _traced_words(run) | feature_names(run)
     called = ", ".join(" ".join(filter(None, [one, names.get(int(one), "")])) for one in first["features"].split(","))
     what = f"× {first['factor']:g}" if first["add"] is None else f"+ {first['add']:g}"
     for text in dict.fromkeys(row["text"] for row in rows):
@@ -119,9 +119,30 @@ def show_steered(out: Output, rows: Sequence[Mapping[str, Any]], run: RunDir) ->
                 for row in rows if row["text"] == text
             ],
             title=f"“{text}” with feature {called} {what}",
-            note="loss: nats per token, and its change by steering; held-out text: "
-            f"{counted(first['n_tokens'], 'token')} of the run",
+            note="loss: nats per token, and its change by steering"
+            + f"; held-out text: {counted(first['n_tokens'], 'token')} of the run" * bool(first["n_tokens"])
+            + f"{_without_effect(text, rows)}",
         )  # fmt: skip
+
+
+def _without_effect(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where multiplying changed no word after a prompt, and what would."""
+    same = [row["label"] for row in rows if row["text"] == text and row["plain"] == row["steered"]]
+    if not same or rows[0]["add"] is not None or rows[0]["factor"] == 1:
+        return ""
+    return (
+        f"\nno word changed at {', '.join(same)}: a feature is multiplied only where it fires; try a larger --factor, "
+        "or --add N, which adds at every position"
+    )
+
+
+def _traced_words(run: RunDir) -> dict[int, str]:
+    """The token of a traced prompt on which a feature was strongest, for want of examples."""
+    found = run.table("trace_features")
+    if found is None:
+        return {}
+    strongest = found.sort_values("activation").drop_duplicates("feature", keep="last")
+    return {int(f): f"“{str(on).strip()}”" for f, on in zip(strongest["feature"], strongest["token"], strict=True)}
 
 
 def _changed(loss: float | None, change: float | None) -> str:

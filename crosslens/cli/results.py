@@ -14,6 +14,7 @@ from crosslens.causal.ablation import CONTROLS
 from crosslens.causal.dates import DATES
 from crosslens.causal.relative import significant
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size
+from crosslens.cli.prompts import feature_names
 from crosslens.evolution import describe_doubtful
 from crosslens.evolution.births import NAMES, describe_reversed
 from crosslens.evolution.lifecycles import count_origins
@@ -97,14 +98,16 @@ def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -
     out.say(f"other measures and thresholds, lifecycles, phases, probes: crosslens report {place}, or --json")
 
 
-def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
+def show_effects(out: Output, name: str, found: Attributed, run: RunDir) -> dict[str, Any]:
     """Print effects on a task at every snapshot, and the accuracy on it; return the values.
 
     Args:
         out: where to print.
         name: of the task.
         found: the results of `attribute`.
+        run: for the names of features.
     """
+    names = feature_names(run)
     ie, accuracy, runs = found.effects, found.accuracy, found.runs
     snapshots, table = (found.tables[f"attribution/{name}{part}"] for part in (".snapshots", ""))
     later = set[tuple[int, int]]()
@@ -116,7 +119,7 @@ def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
     columns = [
         Column("snapshot"), Column("accuracy"), Column("95% interval", drop=3), Column("metric"),
         *[Column("completeness", drop=2)] * complete, *[Column("agreement with exact", drop=1)] * exact,
-        Column("active"), Column("largest effects", left=True),
+        Column("active"), Column("largest effects of features", left=True),
     ]  # fmt: skip
     rows: list[tuple[str, ...]] = []
     values: list[dict[str, Any]] = []
@@ -160,14 +163,16 @@ def show_effects(out: Output, name: str, found: Attributed) -> dict[str, Any]:
     )  # fmt: skip
     if later:
         significance += "; † more than half of the feature is read from later snapshots"
+    out.say(describe_accuracy(accuracy)[0])
     for largest in values[-1]["top"][:1]:
+        word = names.get(largest["feature"], "")
         out.say(
             f"{name}: the largest effect at {values[-1]['label']} is {largest['effect']:+.3f} logits, of feature "
-            f"{largest['feature']} ({'' if largest['significant'] else 'not '}significant), where the metric is "
+            f"{largest['feature']}{f' {word}' * bool(word)} ({'' if largest['significant'] else 'not '}significant), "
+            f"where the metric is "
             f"{number(values[-1]['metric_clean'], sign=True)}: an estimate on {counted(len(runs), 'prompt')} of the "
             "selection half, which `crosslens ablate` tests on the other half"
         )
-    out.say(describe_accuracy(accuracy)[0])
     out.table(
         columns,
         rows,

@@ -124,7 +124,8 @@ def _compare_tensors(config: Path, weights: Path) -> int:
         Number of tensors; 0 without checksums.
     """
     import xxhash
-    from tqdm.auto import tqdm
+
+    from crosslens.progress import tqdm
 
     contents = json.loads(config.read_text(encoding="utf-8"))
     expected = contents["metadata"].pop("checksums", None)

@@ -37,6 +37,7 @@ from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in,
 from crosslens.distributed.devices import Precision
 from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
+from crosslens.printing import as_html
 from crosslens.rundir import share
 
 DRAWN = 1 << 22  # random numbers drawn at a time; a multiple of 16 rows, because torch draws in groups of 16
@@ -130,6 +131,18 @@ class Crosscoder(SAE[Any], ABC):
         of = f"snapshots {labels[0]} ... {labels[-1]} ({len(labels)})"
         sizes = f"{self.cfg.d_sae} features, {of}, d_model {self.d_model}"
         return f"{sizes}, {self.cfg.metadata.hook_name}" if self.cfg.metadata.hook_name else sizes
+
+    def _repr_html_(self) -> str:
+        scale = ", ".join(f"{value:.3g}" for value in self.activation_scale.tolist())
+        about = {
+            "features": f"{self.cfg.d_sae:,}",
+            "snapshots": ", ".join(self.cfg.snapshot_labels),
+            "width of one": f"{self.d_model:,}",
+            "hook point": self.cfg.metadata.hook_name or "not recorded",
+            "activation scale": scale,
+            "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
+        }
+        return as_html(type(self).__name__, about)
 
     # ------------------------------------------------------------------ shapes and views
     @property

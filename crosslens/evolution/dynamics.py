@@ -36,7 +36,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_matrix
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import logit_sequences
@@ -47,6 +46,7 @@ from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.geometry import rotation
 from crosslens.evolution.history import Evolution, evolve
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
+from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.stats import interval, resample_counts

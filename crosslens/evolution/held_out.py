@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
+from crosslens.progress import tqdm
 from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.hooks import canonical_hook
 

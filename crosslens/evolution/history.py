@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,7 @@ from crosslens.evolution.measures import take_measures
 from crosslens.evolution.presence import Decodability, check_tokens, measure_decodability
 from crosslens.evolution.selection import SAMPLE, compare, doubtful_snapshots
 from crosslens.evolution.splitting import JointActivity, split_counts
+from crosslens.printing import as_html, plot
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,23 @@ class Evolution:
 
     def __repr__(self) -> str:
         return "\n".join(self.describe())
+
+    def _repr_html_(self) -> str:
+        first, *notes = self.describe()
+        rows = [{"by": NAMES[name], **count_origins(table)} for name, table in self._lifecycles.items()]
+        return as_html(first, pd.DataFrame(rows), "\n".join(["features by origin", *notes[len(rows) :]]))
+
+    def plot(self, figure: str = "evolution-map") -> Any:
+        """A figure of the report, in a notebook.
+
+        Args:
+            figure: "evolution-map" (presence over training), "births", "birth-counts", "origins", "rotation",
+                "cosines", "splits", ...
+
+        Raises:
+            UserError: no such figure.
+        """
+        return plot(self.tables(), figure)
 
 
 @torch.no_grad()

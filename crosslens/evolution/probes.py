@@ -36,7 +36,6 @@ from jaxtyping import Bool, Float, Int, Int8
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
@@ -47,6 +46,7 @@ from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.held_out import batch_tokens
 from crosslens.evolution.history import Evolution, evolve
 from crosslens.evolution.lifecycles import relative_norms
+from crosslens.progress import tqdm
 from crosslens.stats import correlation, interval, ranks_in_draws, resample
 
 NEGATIVES = ("any", "same_token")

@@ -20,13 +20,13 @@ from dataclasses import dataclass, fields
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.evolution.held_out import batch_tokens
 from crosslens.features.activations import ActivationSample
 from crosslens.features.passages import PassageSampler
+from crosslens.progress import tqdm
 
 _ENTRIES = 1 << 24  # numbers to gather at a time
 

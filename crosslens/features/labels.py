@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from scipy.stats import t as student_t
-from tqdm.auto import tqdm
 
 from crosslens import stats
 from crosslens.errors import UserError
@@ -56,6 +55,7 @@ from crosslens.features.explainers import (
     estimate_tokens,
     first_object,
 )
+from crosslens.progress import tqdm
 from crosslens.rundir import RunDir
 
 SYSTEM = """You are shown what one feature of a language model is active on. A feature is a number that the model \

@@ -38,7 +38,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
@@ -48,6 +47,7 @@ from crosslens.evolution.held_out import check_activations
 from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import Examples, collect_examples
 from crosslens.features.passages import PassageSampler, passage_tables
+from crosslens.progress import tqdm
 from crosslens.rundir import write_text
 from crosslens.snapshots.checks import check_snapshots
 

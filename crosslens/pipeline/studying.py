@@ -19,7 +19,7 @@ from torch import Tensor
 from crosslens.causal.ablation import Controls
 from crosslens.causal.analyses import Study, ablation_table, effect_tables, known_effects
 from crosslens.causal.analyses import study as study_task
-from crosslens.causal.attribution import Attribution, Estimator
+from crosslens.causal.attribution import Attribution, Estimator, check_statistics
 from crosslens.causal.attribution import attribute as attribute_effects
 from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, decisive
 from crosslens.errors import UserError, json_checksum, shortened
@@ -86,6 +86,7 @@ def attribute(run: RunDir, options: AttributeOptions, *, device: str | None = No
             runs = PromptRuns(
                 crosscoder, acts.snapshots, selection, paired=needs_pairs(options.baseline), settings=acts.settings
             )
+            check_statistics(task.name, len(runs))
             ie = attribute_effects(runs, estimator, positions=by_word, n_exact=options.n_exact, n_bootstrap=200)
             if kept is not None:
                 ie = ie.among(kept)
@@ -131,6 +132,7 @@ def ablate(run: RunDir, options: AblateOptions, *, device: str | None = None) ->
             _, held_out = task.split(options.seed)
             paired = needs_pairs(options.baseline or ie.estimator.baseline)
             runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=paired, settings=acts.settings)
+            check_statistics(task.name, len(runs))
             controls = Controls(n_draws=options.n_draws, seed=options.seed)
             curves = ablation_table(runs, ie, options.k, [0, *options.k], controls, options.baseline)
             run.save_table(f"ablation/{task.name}", curves)

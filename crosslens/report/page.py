@@ -111,7 +111,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
         "warnings": warnings,
     }
     pages = {
-        f"{name}.html": _render(
+        f"{name}.html": render(
             f"{name}.html.j2",
             **common,
             page=_FEATURES[0],
@@ -135,7 +135,7 @@ def _write(run: RunDir, title: str | None, consensus: bool) -> Path:
                 "numbers": _numbers(info, tables),
                 "findings": find(tables, set(csv)),
             }
-        pages[name] = _render(
+        pages[name] = render(
             "page.html.j2",
             **{**common, "title": page.title, "facts": [], "numbers": [], "findings": [], "pager": None, **context},
             snapshots=_snapshot_facts(info) if page is PAGES[0] else [],
@@ -259,7 +259,7 @@ def _templates() -> Environment:
     )
 
 
-def _render(template: str, **context: Any) -> str:
+def render(template: str, **context: Any) -> str:
     return _templates().get_template(template).render(**context)
 
 

@@ -24,12 +24,12 @@ from jaxtyping import Float
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.held_out import check_activations
+from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 
 

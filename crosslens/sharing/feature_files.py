@@ -32,10 +32,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
 from crosslens.features.tables import FORMAT
+from crosslens.progress import tqdm
 from crosslens.rundir import RunDir, delete, write_text
 from crosslens.snapshots.lookup import find_snapshot
 

@@ -15,12 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
+import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from crosslens.distributed.devices import model_memory
 from crosslens.errors import UserError
+from crosslens.printing import as_html
+from crosslens.progress import tqdm
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import (
     check_arrival,
@@ -232,7 +234,7 @@ class Snapshots(Sequence[Snapshot]):
     @classmethod
     def from_models(
         cls,
-        models: Sequence[Any],
+        models: Sequence[Any] | Mapping[str, Any],
         labels: Sequence[str] | None = None,
         steps: Sequence[int | None] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -244,9 +246,11 @@ class Snapshots(Sequence[Snapshot]):
 
         Args:
             models: TransformerBridges, HookedTransformers, causal language models of transformers, or functions without
-                arguments that return one. All have one width and the hook point.
-            labels: names of the models, one for each.
-            steps: optimiser steps of each, if they are snapshots of one run.
+                arguments that return one; a list of them, or a dictionary by label. All have one width and the hook
+                point.
+            labels: names of the models in a list, one for each.
+            steps: optimiser steps of each, if they are snapshots of one run. None reads them from labels such as
+                step128, if all are such.
             tokenizer: the tokenizer of all; by default that of the bridges or HookedTransformers.
 
         Raises:
@@ -254,6 +258,10 @@ class Snapshots(Sequence[Snapshot]):
                 function, one model twice, different widths or tokenizers, or no tokenizer. What a function returns is
                 checked when it is first needed.
         """
+        if isinstance(models, Mapping):
+            if labels is not None:
+                raise UserError(f"labels={labels!r} are given beside a dictionary, whose keys are the labels")
+            labels, models = [str(label) for label in models], list(models.values())
         snapshots = loaded_snapshots(models, labels, steps, tokenizer)
         made = cls(snapshots, ", ".join(labels or ()), one_run=False)
         if not any(snapshot.is_function for snapshot in snapshots):
@@ -372,6 +380,11 @@ class Snapshots(Sequence[Snapshot]):
     def __repr__(self) -> str:
         labels = self.labels[:1] if len(self) == 1 else [self.labels[0], self.labels[-1]]
         return f"Snapshots({self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}, {' ... '.join(labels)})"
+
+    def _repr_html_(self) -> str:
+        rows = [[s.label, s.step, s.tokens, s.revision or s.name] for s in self]
+        table = pd.DataFrame(rows, columns=["label", "step", "tokens seen", "from"], dtype=object)
+        return as_html(f"{self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}", table.fillna(""))
 
     @property
     def labels(self) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,12 @@ def _read_manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
             f"{path} is not a manifest of snapshots ({type(error).__name__}: {brief(error)}): write "
             '{"snapshots": [{"label": "start", "path": "folder", "step": 0, "tokens": 0}, ...]}'
         ) from error
+
+
+def steps_of(labels: Sequence[str]) -> list[int | None]:
+    """The steps that labels such as step128 or checkpoint-500 name; of none if not of all."""
+    found = [re.fullmatch(r"(?:step|checkpoint)[-_ ]?(\d{1,15})", label) for label in labels]
+    return [int(each[1]) if each and all(found) else None for each in found]
 
 
 def _step_folders(root: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
+from crosslens.snapshots.folders import steps_of
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot, quiet
 from crosslens.snapshots.weights import hash_named
@@ -293,7 +294,7 @@ def loaded_snapshots(
             raise UserError(f"{len(values)} {name} for {n} models: give one for each")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer of transformers")
-    rows = list(zip(labels, steps or [None] * n, models, strict=True))
+    rows = list(zip(labels, steps or steps_of(labels), models, strict=True))
     for label, _, model in rows:
         if not isinstance(model, nn.Module) and (isinstance(model, type) or not callable(model)):
             raise UserError(

@@ -28,11 +28,11 @@ import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from crosslens.errors import UserError
+from crosslens.progress import tqdm
 from crosslens.synthetic import grammar
 
 END_OF_TEXT = "<|endoftext|>"

@@ -9,15 +9,24 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from crosslens.errors import UserError
+from crosslens.printing import Result
+from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.stats import wilson_interval
 from crosslens.tasks.prompts import AnswerBatch, Answers, PromptBatch, Prompts, logit_difference, summed_log_probability
 
 CHANCE = 0.5
+# what would keep items that are left out, by a part of the reason
+_KEEPS = {
+    "same prompt": "give sentences that differ before their answers",
+    "exactly one token": "give answers of one token, or answers='multi', which only accuracy reads",
+    "longer than": "shorten their prompts",
+    "unknown to the tokenizer": "use words that the tokenizer knows",
+    "beginning of the other": "add what follows the answers, such as a full stop",
+}
 MIN_ITEMS = 20  # a task with fewer usable items is marked, and left out of means over tasks
 
 
@@ -67,13 +76,16 @@ def accuracy_table(
     }
     table = pd.concat([pd.DataFrame(where), pd.DataFrame(rows)], axis=1)
     merged = merged or {}
-    return table.assign(
+    table = table.assign(
         few=n < MIN_ITEMS,
         skipped=sum(prompts.skipped.values()),
         reasons=list_counts(prompts.skipped, prompts.examples),
         merged=sum(merged.values()),
         merged_reasons=list_counts(merged),
     )
+    columns = ["label", "accuracy", "accuracy_low", "accuracy_high", "metric", "at_chance"]
+    note = f"95% intervals; of the {n} items used; metric: mean logit difference"
+    return Result.of(table, describe_items(table), columns, note)
 
 
 def list_counts(counts: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
@@ -88,8 +100,8 @@ def list_counts(counts: Mapping[str, int], examples: Mapping[str, str] | None = 
     return ", ".join(told.get(reason, reason) + f": {n}" * (len(counts) > 1) for reason, n in ordered)
 
 
-def describe_accuracy(table: pd.DataFrame) -> list[str]:
-    """Lines for a terminal: what was left out of a task, and its accuracy at every snapshot.
+def describe_items(table: pd.DataFrame) -> str:
+    """How many items of a task are used, why others are left out, and what would keep them.
 
     Args:
         table: from `Task.accuracy`, of one task.
@@ -100,10 +112,22 @@ def describe_accuracy(table: pd.DataFrame) -> list[str]:
         for name, reasons in (("merged", "merged_reasons"), ("skipped", "reasons"))
         if first[name]
     ]
+    why = f"{first['merged_reasons']} {first['reasons']}"
+    keeps = [words for reason, words in _KEEPS.items() if reason in why]
     few = f"; fewer than {MIN_ITEMS}, so means over tasks leave it out" if first["few"] else ""
     total = first["n"] + first["merged"] + first["skipped"]
     of = f" of {total}" if left_out else ""
-    lines = [f"{first['task']}: {first['n']}{of} items" + "".join(f", {part}" for part in left_out) + few]
+    used = f"{first['task']}: {first['n']}{of} items" + "".join(f", {part}" for part in left_out) + few
+    return f"{used}. To keep more: {'; '.join(keeps)}" if keeps else used
+
+
+def describe_accuracy(table: pd.DataFrame) -> list[str]:
+    """Lines for a terminal: what was left out of a task, and its accuracy at every snapshot.
+
+    Args:
+        table: from `Task.accuracy`, of one task.
+    """
+    lines = [describe_items(table)]
     for row in table.to_dict("records"):
         chance = ", at chance" if row["at_chance"] else ""
         interval = f"[{row['accuracy_low']:.1%}, {row['accuracy_high']:.1%}]"

@@ -22,6 +22,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from crosslens.errors import UserError, check_file_name
+from crosslens.printing import as_html
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.tasks import corpora, formats
@@ -57,6 +58,14 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def _repr_html_(self) -> str:
+        n = sum(self.merged.values())
+        merged = f"; {n} duplicates were merged ({list_counts(self.merged)})" if n else ""
+        rows = [[item.prefix, item.correct, item.wrong, item.patch_prefix or ""] for item in self.items[:3]]
+        title = f"task {self.name}: {len(self):,} items, {self.answers} answers{merged}"
+        table = pd.DataFrame(rows, columns=["prompt", "correct", "wrong", "paired prompt"])
+        return as_html(title, table, f"the first {len(rows)} of {len(self):,}")
 
     @classmethod
     def from_items(cls, name: str, items: Iterable[Item | Mapping[str, Any]], answers: str = "single") -> Task:

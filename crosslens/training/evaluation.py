@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from tqdm.auto import tqdm
 
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations
@@ -30,6 +29,8 @@ from crosslens.activations.plan import EVALUATED_TOKENS, logit_sequences
 from crosslens.crosscoders import Crosscoder
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.intervention.splice import spliced_logits
+from crosslens.printing import Result
+from crosslens.progress import tqdm
 
 MIN_ZERO_COST = 0.1  # nats; below this, ce_recovered would divide by noise
 
@@ -114,7 +115,15 @@ def evaluate(
     held_out = acts.held_out_tokens()
     tokens = held_out[: max(1, n_tokens // held_out.shape[1])].long()
     spliced = pd.DataFrame(splice_losses(crosscoder, acts, tokens, parallel=parallel))
-    return pd.concat([table, spliced], axis=1)
+    whole, F = pd.concat([table, spliced], axis=1), crosscoder.cfg.d_sae
+    dead = round(float(table["dead_fraction"].iloc[0]) * F)
+    return Result.of(
+        whole,
+        f"held-out tokens: {dead:,} of {F:,} features never fire on them",
+        ["label", "explained_variance", "l0", "ce_recovered", "ce_clean", "ce_spliced"],
+        f"l0: features per token; ce: nats per token, on {tokens.numel():,} tokens; ce_recovered is missing where the "
+        "model predicts no better than with zeros",
+    )
 
 
 _ROWS = 256  # predictions whose divergence is computed at a time

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig
 from crosslens.errors import visible
+from crosslens.progress import tqdm
 
 MIN_EXPLAINED_VARIANCE = 0.7
 MAX_DEAD_FRACTION = 0.2

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from crosslens.causal.ablation import Controls, ablate
 from crosslens.causal.analyses import METHODS, Study, study
-from crosslens.causal.attribution import attribute
+from crosslens.causal.attribution import MIN_PROMPTS, attribute
 from crosslens.causal.languages import split_languages
 from crosslens.causal.relative import significant
 from crosslens.causal.timeline import follow_features
@@ -25,6 +25,7 @@ from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
+from crosslens.stats import sign_flip_p
 from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 
@@ -143,6 +144,14 @@ def test_languages(task: Task, found: Study, tmp_path: Path) -> None:
         read = RunDir(tmp_path).table(name)
         assert read is not None
         pd.testing.assert_frame_equal(read, table, check_dtype=False)
+
+
+def test_a_task_of_two_prompts_is_refused(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:
+    two = Task.from_items("two", task.items[:2])
+    with pytest.raises(UserError, match="task 'two' in this half are 1; with fewer than 6 no effect"):
+        study(crosscoder, snaps, two)
+    fewer, enough = (sign_flip_p(*np.array([[n], [n]], dtype=float)) for n in (MIN_PROMPTS - 1, MIN_PROMPTS))
+    assert fewer > 0.05 > enough
 
 
 def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:

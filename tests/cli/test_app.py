@@ -126,7 +126,9 @@ def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tin
         f"with the snapshots reversed {row['born_reversed']} are born (false births were not measured" in said["evolve"]
     )
     assert said["evolve"].splitlines()[-1].endswith(f"probes: crosslens report {trained}, or --json")
-    assert re.match(r"task: the largest effect at step20 is [+-]\d\.\d+ logits, of feature \d+ \(", said["attribute"])
+    first, second = said["attribute"].splitlines()[:2]
+    assert first.startswith(f"task: {len(Task.sva(files / 'task.json'))} items")
+    assert re.match(r"task: the largest effect at step20 is [+-]\d\.\d+ logits, of feature \d+ (“.*” )?\(", second)
     for name in ("task", "other"):
         n = len(Task.sva(files / f"{name}.json"))
         assert f"{name}: {n} items" in said["attribute"] and "fewer than 20, so means over tasks" in said["attribute"]
@@ -372,7 +374,7 @@ def test_attribute_and_ablate_say_what_they_show(command: Command, trained: Path
     assert (code, err) == (0, "")
     example = "such as ' sees the dog' / ' likes'"
     items = "mine: 13 of 15 items, 1 merged (the same item), 1 skipped (the answers do not differ in exactly one token"
-    assert f"{items}, {example})" in out
+    assert f"{items}, {example}). To keep more: give answers of one token, or answers='multi', which only" in out
     reason = "the paired prompt has a different number of tokens"
     assert re.search(
         rf"^mine: baseline zero, because only [01] of \d+ prompts .* paired prompt \({reason}\)", out, re.M

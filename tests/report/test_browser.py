@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+import crosslens as cl
+from crosslens.pipeline.tracing import TABLES as TRACES
 from crosslens.report import write_report
+from crosslens.report.inline import Inline
 from crosslens.rundir import RunDir
+from crosslens.snapshots.collection import Snapshots
+from tests.plain_model import F, make_crosscoder
 from tests.report.test_features import TOKENS, add_features
 from tests.report.test_pages import HOSTILE, PAGES, TASKS, _Page, add_study, lives, make_run, table, wide
 
@@ -655,3 +663,71 @@ def test_tokens_that_are_characters_only_together_are_joined(browser: Any, run: 
     for whole in (["é", "c", "u", "y", "er"], ["Ã"], [" dit", " à", " «"], ["\ufeff", "<0xZZ>", "", "Ð"]):
         pieces = page.evaluate("tokens => crosslens.joined(tokens)", whole)
         assert pieces == [[i, 1, token] for i, token in enumerate(whole)], "nothing to join"
+
+
+@pytest.fixture(scope="module")
+def prompts(snaps: Snapshots, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Ten traced prompts, one of them a pair with hostile tokens, and a steered one."""
+    crosscoder = make_crosscoder(snaps, "batchtopk_crosscoder")
+    words = ["the cat", "the king sees a", "a child near the house", "the dog likes", "the bread", "a fish near the"]
+    asked = [*words, *(f"{text} the dog" for text in words[:3]), ("the cat", "the dog")]
+    share = torch.rand(F, len(snaps), generator=torch.Generator().manual_seed(0))
+    found = cl.trace(crosscoder, snaps, asked, ("sees", "likes"), encoder_share=share)
+    made = add_features(make_run(tmp_path_factory.mktemp("run") / "r", 3))
+    tables = {name: getattr(found, attribute) for name, attribute in TRACES.items()}
+    last = tables["trace_tokens"]["prompt"] == 9
+    tables["trace_tokens"].loc[last, "token"] = [TOKENS[i % len(TOKENS)] for i in range(last.sum())]
+    row = {
+        "snapshot": 2, "label": "step20", "step": 20, "text": HOSTILE, "features": "3", "factor": 2.0, "add": math.nan,
+        "plain": HOSTILE, "steered": "</script>", "prompt_loss": 2.0, "prompt_loss_change": -0.1, "text_loss": 2.0,
+        "text_loss_change": 0.05, "n_tokens": 64,
+    }  # fmt: skip
+    made.save_tables({**tables, "steered": pd.DataFrame([row])})
+    write_report(made.path)
+    return made
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_prompts_at_every_snapshot(browser: Any, prompts: RunDir, width: int, dark: bool) -> None:
+    phone = {"is_mobile": True, "has_touch": True} if width < 500 else {}
+    visitor = Visitor(browser, prompts.report, width, dark, **phone)
+    page = visitor.open("prompts")
+    assert page.locator(".prompts li .text").count() == 10
+    for s, label in enumerate(["step0", "step10", "step20"]):
+        page.locator(".prompts input").fill(str(s))
+        assert page.inner_text(".prompts output") == label
+        shown = page.eval_on_selector_all(".prompts li", "items => items.map((item) => item.textContent)")
+        traced: Any = prompts.table("traces")
+        metric = traced[(traced["snapshot"] == s) & (traced["prompt"] == 8)]["metric"].item()
+        assert f"logit difference {float(f'{metric:.3g}'):g}" in shown[1]  # the newest first
+        assert "next there: " in shown[0] and "next there: " not in shown[1]
+    strips = page.locator(".through").first
+    assert strips.locator("tbody tr").count() > 0
+    title = page.locator(".prompts .text .token").first.get_attribute("title")
+    assert "logits" in title
+    assert "†" in page.inner_text("main")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("main img").count() == 0 and not visitor.troubles
+    link = strips.locator("a").first.get_attribute("href")
+    assert link is not None and link.startswith("feature.html#")
+
+
+def test_a_trace_is_the_page_in_a_frame(browser: Any, snaps: Snapshots, tmp_path: Path) -> None:
+    crosscoder = make_crosscoder(snaps, "batchtopk_crosscoder")
+    shown = cl.trace(crosscoder, snaps, ["the cat", "the king"], ("sees", "likes")).plot()
+    assert isinstance(shown, Inline)
+    (document,) = re.findall('srcdoc="([^"]*)"', shown._repr_html_())
+    assert html.unescape(document) == shown.html
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><title>n</title>{shown._repr_html_()}")
+    page, said = browser.new_context(offline=True).new_page(), list[str]()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((tmp_path / "notebook.html").as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator(DRAWN).wait_for(state="attached")
+    assert frame.locator(".prompts li .text").count() == 2
+    before = frame.locator(".prompts li .next").first.inner_text()
+    frame.locator(".prompts input").fill("0")
+    assert frame.locator(".prompts li .next").first.inner_text() != before
+    frame.locator(".through a").first.click()  # leads nowhere: its page is not here
+    assert frame.locator(".prompts li .text").count() == 2 and not said

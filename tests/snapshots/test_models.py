@@ -223,9 +223,24 @@ def fail() -> Any:
     raise RuntimeError("no such file\nand more")
 
 
+def test_models_come_by_label_and_labels_name_steps(tokenizer: Any) -> None:
+    kept = [make(seed=seed) for seed in range(3)]
+    snaps = Snapshots.from_models(
+        dict(zip(["step0", "step128", "checkpoint-500"], kept, strict=True)), tokenizer=tokenizer
+    )
+    assert snaps.labels == ["step0", "step128", "checkpoint-500"] and snaps.steps == [0, 128, 500]
+    assert Snapshots.from_models(kept, ["step0", "step128", "last"], tokenizer=tokenizer).steps == [None, None, None]
+    assert Snapshots.from_models(kept, ["step0", "step1", "step2"], [5, 6, 7], tokenizer).steps == [5, 6, 7]
+
+
 MODELS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("no list", lambda t: Snapshots.from_models(make(), ["a"], tokenizer=t), "models is a GPTNeoXFor.*give a list"),  # type: ignore[arg-type]
     ("empty", lambda t: Snapshots.from_models([], [], tokenizer=t), "models is an empty list: give a list of models"),
+    (
+        "twice",
+        lambda t: Snapshots.from_models({"a": make()}, ["a"], tokenizer=t),
+        "beside a dictionary, whose keys",
+    ),
     ("no labels", lambda t: Snapshots.from_models([make(), make()], tokenizer=t), "labels=None must be a list of 2"),
     ("text", lambda t: Snapshots.from_models([make()], "a", tokenizer=t), "labels='a' must be a list of 1 names"),
     ("labels", lambda t: Snapshots.from_models([make()] * 2, ["a"], tokenizer=t), "1 labels for 2 models: give one"),

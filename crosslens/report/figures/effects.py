@@ -58,6 +58,7 @@ _SHORT = {
     "reldec": "RelDec",
     "snapshot": "snapshot<br>alone",
 }
+_LATER = " † More than half of what activates the feature is read from later snapshots."
 _COLUMNS = {
     "ie_largest": "The effect of largest size, in logits.",
     "share_relie/<label>": "Share RelIE at the snapshot.",
@@ -113,7 +114,7 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
     columns = ("ie", "ie_se", "q", "share_relie", "relie", "reldec", "encoder_share", "read_later")
     note = _which(table, len(top), len(others))
     if later.to_numpy().any():
-        note += " † More than half of what activates the feature is read from later snapshots."
+        note += _LATER
     note += f" {_agreement(snapshots)}"
     return Grid(["feature", *(axis.labels[s] for s in late)], grid, pick(data, "feature", *AT, *columns), note)
 
@@ -317,16 +318,27 @@ def _feature_lines(
     others = _others(table, N_LINES - len(features)) if fill else []
     figure, axis = over_snapshots(table, y_title, height=400, legend_title_text="feature", **layout)
     parts: list[Frame] = []
+    marked = False
     for i, feature in enumerate([*features, *others]):
         rows = table[table["feature"] == feature].sort_values("snapshot")
         name, style = shown(called(feature)), Style.of(i)
         if feature in others:
             name, style = f"{name} (n.s.)", replace(style, color=MUTED)
-        add_series(figure, axis, rows, column, name, style, meta={"feature": feature})
+        hover = [
+            f"{at} †" if later else at
+            for at, later in zip(axis.hover(rows["snapshot"]), _mostly_later(rows), strict=True)
+        ]
+        marked |= any(_mostly_later(rows))
+        add_series(figure, axis, rows, column, name, style, hover=hover, meta={"feature": feature})
         parts.append(rows)
     extra = ("ie_se", "ie_low", "ie_high", "q") if column == "ie" else (f"{column}_low", f"{column}_high")
     data = pick(pd.concat(parts), "feature", *AT, column, *extra)
-    return Chart(figure, data, _which(table, len(features), len(others)) + said)
+    return Chart(figure, data, _which(table, len(features), len(others)) + said + _LATER * marked)
+
+
+def _mostly_later(rows: Frame) -> list[bool]:
+    """At which rows most of what activates the feature is read from later snapshots, as far as that is known."""
+    return rows["mostly_later"].astype(bool).tolist() if "mostly_later" in rows else [False] * len(rows)
 
 
 def _which(table: Frame, drawn: int, others: int = 0) -> str:
