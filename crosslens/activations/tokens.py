@@ -161,14 +161,15 @@ class Sequences:
         """Number of the document at every position of the held-out sequences.
 
         A document begins at a token that separates documents, anywhere but at the first position of a sequence, where
-        BOS stands; other sequences go on with the last document of the one before them in the data. Where nothing
-        separates documents every sequence is one.
+        BOS stands; other sequences go on with the last document of the one before them in the data. Every sequence is a
+        document where nothing separates them, or the order in the data is not known.
         """
         tokens, n_train = self._read()
         begins = special_positions(tokens, self.snapshots.tokenizer, self.dataset.separator)
         begins[:, 0] = False
         place = places_in_data(self.keep(tokens).sum(-1), n_train, self.dataset, self.seed)
-        begins[:, 0] = not begins.any()
+        if place is None or not begins.any():
+            place, begins[:, 0] = torch.arange(len(tokens)), True
         in_data = torch.empty(len(tokens), dtype=torch.long)
         in_data[place] = begins.sum(1)
         before = (in_data.cumsum(0) - in_data)[place]
@@ -329,7 +330,7 @@ def split_sequences(
     return torch.cat([training, order[enough - n_held_out :]]), len(training)
 
 
-def places_in_data(counts: Int[Tensor, " N"], n_train: int, dataset: Dataset, seed: int) -> Int[Tensor, " N"]:
+def places_in_data(counts: Int[Tensor, " N"], n_train: int, dataset: Dataset, seed: int) -> Int[Tensor, " N"] | None:
     """Place in the data of the sequences that `split_sequences` chose, from what it chose them by.
 
     Args:
@@ -337,18 +338,23 @@ def places_in_data(counts: Int[Tensor, " N"], n_train: int, dataset: Dataset, se
         n_train: the number of training sequences.
         dataset: whose sequences they are.
         seed: seed for the order.
+
+    Returns:
+        The places; None where several would have led to this choice, which is rare.
     """
-    N = len(counts)
+    N, wanted, held_out = len(counts), dataset.n_tokens, dataset.n_held_out
+    found: list[Tensor] = []
     for spare in range(n_train):  # training sequences that were added in the end
         order = torch.randperm(N - spare, generator=generator(seed))
         place = torch.cat([order[: n_train - spare], torch.arange(N - spare, N), order[n_train - spare :]])
         in_data = torch.empty_like(counts)
         in_data[place] = counts
+        if spare and (wanted is None or int(in_data[: N - spare].sum()) < wanted + held_out):
+            break
         with suppress(UserError):
-            split = split_sequences(in_data, dataset.n_tokens, dataset.n_held_out, seed, dataset.name)
-            if torch.equal(split[0], place):
-                return place
-    raise AssertionError("the sequences are not those of this seed")
+            if torch.equal(split_sequences(in_data, wanted, held_out, seed, dataset.name)[0], place):
+                found.append(place)
+    return found[0] if len(found) == 1 else None
 
 
 def generator(*numbers: int) -> torch.Generator:
