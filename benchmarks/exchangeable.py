@@ -29,11 +29,11 @@ import torch
 import crosslens as cl
 from crosslens.cli.demo import DemoConfig
 from crosslens.evolution.births import NAMES, presence_curves
-from crosslens.evolution.firing import FiringSums
+from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.held_out import read
 from crosslens.evolution.lifecycles import birth_index
 from crosslens.evolution.partners import shares_by_kind
-from crosslens.evolution.presence import DecodabilitySums
+from crosslens.evolution.presence import measure_decodability
 from crosslens.pipeline.opening import read_run
 from crosslens.rundir import RunDir
 from crosslens.synthetic import grammar
@@ -75,10 +75,9 @@ def crosscoder(folder: Path, snaps: cl.Snapshots, draw: int) -> tuple[cl.crossco
 
 def births(cc: cl.crosscoders.Crosscoder, acts: cl.Activations, draw: int) -> pd.DataFrame:
     """A row per reading, kind and threshold: features with the reading, shares of them that are born."""
-    firing, sums = FiringSums(cc), DecodabilitySums(cc, acts)
-    read(cc, acts, firing, sums)
-    found, rng = sums.result(), np.random.default_rng(draw)
-    curves = presence_curves(cc.decoder_norms, found, (firing.result().rate > 0).numpy())
+    held, rng = read(cc, acts), np.random.default_rng(draw)
+    found = measure_decodability(cc, held)
+    curves = presence_curves(cc.decoder_norms, found, (measure_firing(cc, held).rate > 0).numpy())
     orders = np.argsort(rng.random((ORDERS, cc.n_snapshots)), axis=1)
     rows: list[dict] = []
     for measure_name, values in curves.items():

@@ -765,6 +765,10 @@ TABLES: list[Table] = [
                 "present": "Features that are present.",
                 "born": "Emergent features whose birth is here.",
                 "settled": "Features that keep their final direction from here on.",
+                "settled_angle": (
+                    "Angle to it up to which they keep it: the median angle between seeds, or 60 without other seeds.",
+                    "degrees",
+                ),
                 "alive": "Features that are active on some held-out token.",
                 "dimensionality": "Total dimensionality / d_model.",
                 "random_dimensionality": "The same for as many random directions.",

@@ -232,6 +232,10 @@ class Activations:
         """Which positions of `tokens` training uses, as `Dataset.keep` says."""
         raise NotImplementedError
 
+    def held_out_documents(self) -> Int[Tensor, " n"]:
+        """Number of the document of every held-out token, in reading order; of its sequence where that is not known."""
+        return self.keep(self.held_out_tokens()).nonzero()[:, 0]
+
     @property
     def is_cached(self) -> bool:
         """Whether activations are read from a cache."""
@@ -418,6 +422,10 @@ class DatasetActivations(Activations):
     @override
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
         return self.sequences.keep(tokens)
+
+    @override
+    def held_out_documents(self) -> Int[Tensor, " n"]:
+        return self.sequences.held_out_documents()[self.keep(self.held_out_tokens())]
 
     # ------------------------------------------------------------------ activations
     def _rows(self, closed: threading.Event, parallel: Parallel) -> AbstractContextManager[Rows]:

@@ -13,6 +13,7 @@ import gzip
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, zip_longest
@@ -155,6 +156,24 @@ class Sequences:
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
         """Which positions of `tokens` training uses, as `Dataset.keep` says."""
         return self.dataset.keep(tokens, self.snapshots.tokenizer)
+
+    def held_out_documents(self) -> Int[Tensor, "n T"]:
+        """Number of the document at every position of the held-out sequences.
+
+        A document begins at a token that separates documents, anywhere but at the first position of a sequence, where
+        BOS stands; other sequences go on with the last document of the one before them in the data. Every sequence is a
+        document where nothing separates them, or the order in the data is not known.
+        """
+        tokens, n_train = self._read()
+        begins = special_positions(tokens, self.snapshots.tokenizer, self.dataset.separator)
+        begins[:, 0] = False
+        place = places_in_data(self.keep(tokens).sum(-1), n_train, self.dataset, self.seed)
+        if place is None or not begins.any():
+            place, begins[:, 0] = torch.arange(len(tokens)), True
+        in_data = torch.empty(len(tokens), dtype=torch.long)
+        in_data[place] = begins.sum(1)
+        before = (in_data.cumsum(0) - in_data)[place]
+        return before[n_train:, None] + begins[n_train:].cumsum(1)
 
     def _read(self) -> tuple[Tensor, int]:
         if self.found is None:
@@ -309,6 +328,33 @@ def split_sequences(
             raise too_many
         training, spare = torch.cat([training, torch.tensor([spare])]), spare + 1
     return torch.cat([training, order[enough - n_held_out :]]), len(training)
+
+
+def places_in_data(counts: Int[Tensor, " N"], n_train: int, dataset: Dataset, seed: int) -> Int[Tensor, " N"] | None:
+    """Place in the data of the sequences that `split_sequences` chose, from what it chose them by.
+
+    Args:
+        counts: kept tokens of each sequence, in the order chosen.
+        n_train: the number of training sequences.
+        dataset: whose sequences they are.
+        seed: seed for the order.
+
+    Returns:
+        The places; None where several would have led to this choice, which is rare.
+    """
+    N, wanted, held_out = len(counts), dataset.n_tokens, dataset.n_held_out
+    found: list[Tensor] = []
+    for spare in range(n_train):  # training sequences that were added in the end
+        order = torch.randperm(N - spare, generator=generator(seed))
+        place = torch.cat([order[: n_train - spare], torch.arange(N - spare, N), order[n_train - spare :]])
+        in_data = torch.empty_like(counts)
+        in_data[place] = counts
+        if spare and (wanted is None or int(in_data[: N - spare].sum()) < wanted + held_out):
+            break
+        with suppress(UserError):
+            if torch.equal(split_sequences(in_data, wanted, held_out, seed, dataset.name)[0], place):
+                found.append(place)
+    return found[0] if len(found) == 1 else None
 
 
 def generator(*numbers: int) -> torch.Generator:

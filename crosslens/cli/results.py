@@ -17,7 +17,7 @@ from crosslens.cli.display import Column, Output, counted, measured, number, per
 from crosslens.cli.prompts import feature_names
 from crosslens.evolution import describe_doubtful
 from crosslens.evolution.births import NAMES, describe_reversed
-from crosslens.evolution.lifecycles import count_origins
+from crosslens.evolution.lifecycles import PRESENCE, count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.pipeline import Attributed, summarise_study
 from crosslens.rundir import RunDir
@@ -81,14 +81,14 @@ def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -
         run: the run directory.
     """
     counts, labels = tables["birth_counts"], tables["doubtful"]["label"].tolist()
-    (row,) = counts.query("measure == 'r2' and kind == 'all' and threshold == 0.5").to_dict("records")
+    (row,) = counts.query("measure == 'r2' and kind == 'all' and threshold == @PRESENCE").to_dict("records")
     nulls = {"untrained": "models that never trained", "exchangeable": "models of other seeds"}
     known = [f"in {words} {percent(row[name])} of the features are" for name, words in nulls.items() if name in row]
     false = "; ".join(known) or "false births were not measured: --untrained or --null does"
     out.say(
         f"{row['born']:,} (95% interval {row['born_low']:.0f} to {row['born_high']:.0f}) of {row['n']:,} live features "
-        f"are born between {labels[0]} and {labels[-1]}: {NAMES['r2']} reaches 0.5; {row['beyond_trend']:,} of them "
-        f"exceed the common trend; with the snapshots reversed {row['born_reversed']:,} are born ({false})"
+        f"are born between {labels[0]} and {labels[-1]}: {NAMES['r2']} reaches {PRESENCE}; {row['beyond_trend']:,} of "
+        f"them exceed the common trend; with the snapshots reversed {row['born_reversed']:,} are born ({false})"
     )
     for line in [*describe_reversed(counts), *describe_doubtful(tables["doubtful"])]:
         out.say(line)

@@ -43,12 +43,12 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from crosslens.errors import UserError
-from crosslens.evolution.lifecycles import birth_index, check_presence, require_two_snapshots
+from crosslens.evolution.lifecycles import PRESENCE, birth_index, check_presence, require_two_snapshots
 from crosslens.evolution.presence import Decodability
 from crosslens.stats import jackknife_error, q_values, resample_counts
 
 MEASURES = ("r2", "within", "norm")  # the first one that was read is the default
-THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.3, PRESENCE, 0.5, 0.7, 0.9)
 MIN_R2 = 0.05
 MIN_WITHIN = 0.05
 """Least share of a feature's variance within token types from which within-token R2 is read."""
@@ -86,7 +86,7 @@ def date_births(
     measure: str,
     features: Bool[np.ndarray, " F"],
     *,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     min_run: int = 2,
     n_bootstrap: int = 500,
     seed: int = 0,
@@ -319,7 +319,7 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """
     thresholds = sorted(set(counts["threshold"].tolist()))
     known = [name for name in NULLS if name in counts]
-    width = 34 if len(known) > 1 else 22
+    width = 12 + 11 * len(known)
     lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>{width}}" for one in thresholds)]
     for _, rows in counts.groupby(["measure", "kind"], sort=False):
         measure, kind = str(rows["measure"].iloc[0]), str(rows["kind"].iloc[0])
@@ -339,7 +339,7 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     return [*lines, f"forward / with the snapshots reversed; {rest}"]
 
 
-def describe_reversed(counts: pd.DataFrame, presence: float = 0.5) -> list[str]:
+def describe_reversed(counts: pd.DataFrame, presence: float = PRESENCE) -> list[str]:
     """Where many features are born with the snapshots reversed too, a line each; none elsewhere.
 
     These are kinds of features of which more than a quarter as many are born with the snapshots in reversed order. That

@@ -45,6 +45,7 @@ from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.geometry import rotation
 from crosslens.evolution.history import Evolution, evolve
+from crosslens.evolution.lifecycles import PRESENCE
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
 from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
@@ -53,6 +54,9 @@ from crosslens.stats import interval, resample_counts
 
 _PAIRS = 1 << 22  # (prediction, follower) pairs in memory at a time
 _SUMS = 1 << 26  # numbers in memory that the averages of all groups may take
+
+MIN_COSINE = 0.5
+"""Cosine with its final direction from which a feature is settled, where no other seeds say how far a seed fixes it."""
 
 
 @dataclass(frozen=True)
@@ -288,8 +292,8 @@ def dynamics_table(
     crosscoder: Crosscoder,
     acts: Activations | Firing | Evolution,
     *,
-    presence: float = 0.5,
-    min_cosine: float = 0.5,
+    presence: float = PRESENCE,
+    min_cosine: float = MIN_COSINE,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Tabulate predictions and features side by side, a row per snapshot.
@@ -307,8 +311,8 @@ def dynamics_table(
     Returns:
         The columns of `Dynamics.to_frame`, then measure (of presence), present (number of features), born (emergent
         features whose birth is here), settled (features that keep their final direction from here on), alive (features
-        that ever fire), dimensionality (total / D) and random_dimensionality (of as many random directions). They are
-        missing at snapshots that the crosscoder does not have.
+        that ever fire), dimensionality (total / D) and random_dimensionality (of as many random directions), which are
+        missing at snapshots that the crosscoder does not have; and settled_angle (of `min_cosine`, in degrees).
 
     Raises:
         UserError: a crosscoder with snapshots that the dynamics lack, or activations of other snapshots.
@@ -326,6 +330,7 @@ def dynamics_table(
         "dimensionality": evolution.dimensionality["share"].to_numpy(),
         "random_dimensionality": evolution.dimensionality["random_share"].to_numpy(),
     }
+    table["settled_angle"] = np.rad2deg(np.arccos(min_cosine))
     for name, values in columns.items():
         found = np.full(len(table), np.nan)
         found[places] = values

@@ -51,7 +51,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns, snapshot_pairs
 from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.held_out import HeldOut, read, sums_by_column
-from crosslens.evolution.lifecycles import check_presence, relative_norms, require_two_snapshots
+from crosslens.evolution.lifecycles import PRESENCE, check_presence, relative_norms, require_two_snapshots
 
 _BLOCK = 4096  # features at a time
 _MIN_ACTIVE = 10  # tokens of a half, from which an estimate of a row is more than noise
@@ -350,7 +350,7 @@ def _median(values: Tensor) -> float:
 
 @torch.no_grad()
 def feature_dimensionality(
-    crosscoder: Crosscoder, acts: Activations | Firing, *, presence: float = 0.5
+    crosscoder: Crosscoder, acts: Activations | Firing, *, presence: float = PRESENCE
 ) -> Float[Tensor, "F S"]:
     """Compute `D_is`, the dimensions each feature takes up at every snapshot.
 
@@ -378,7 +378,7 @@ def total_dimensionality(
     crosscoder: Crosscoder,
     acts: Activations | Firing,
     *,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     seed: int = 0,
     each: Float[Tensor, "F S"] | None = None,
 ) -> pd.DataFrame:

@@ -50,6 +50,7 @@ from crosslens.evolution.geometry import (
 )
 from crosslens.evolution.held_out import HeldOut, read
 from crosslens.evolution.lifecycles import (
+    PRESENCE,
     add_dates,
     check_presence,
     classify_lifecycles,
@@ -327,7 +328,7 @@ def evolve(
     crosscoder: Crosscoder,
     acts: Activations | Firing | None = None,
     *,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     min_run: int = 2,
     min_firing_rate: float = 0.0,
     nulls: Mapping[str, pd.DataFrame] | None = None,

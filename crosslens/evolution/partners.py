@@ -26,7 +26,7 @@ import torch
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.evolution.births import presence_curves
-from crosslens.evolution.lifecycles import classify_lifecycles
+from crosslens.evolution.lifecycles import PRESENCE, classify_lifecycles
 from crosslens.evolution.presence import measure_decodability
 
 KINDS = ("all", "lexical", "contextual")
@@ -38,7 +38,7 @@ def date_features(
     *,
     by: str = "r2",
     at: Sequence[int] | None = None,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     min_run: int = 2,
 ) -> pd.DataFrame:
     """Origin, fate and birth of every feature, and its kind.

@@ -3,7 +3,9 @@
 1. *Statistical progress* P(s): KL2 (see `dynamics`) falls while the model learns bigram statistics. P is the share of
    its total fall reached by s: 0 at the first snapshot, 1 from the minimum on.
 2. *Feature progress* Q(s): the share of features that have settled by s: from s on, the cosine of their decoder row
-   with the one at the last snapshot is >= `min_cosine`. Q is 1 at the last snapshot. Births do not measure this:
+   with the one at the last snapshot is >= `min_cosine`. Q is 1 at the last snapshot. Where other seeds were trained,
+   `evolve` of a run takes the cosine of the median angle between partners in two seeds at the last snapshot: a seed
+   determines no direction more closely than that. Otherwise it is .5, or 60 degrees. Births do not measure this:
    features that are strong in the untrained model are not born later, but their directions still change.
 3. *Two leads*: that of statistics is the largest P - Q, that of features the largest Q - P, each at its snapshot and 0
    or more. The largest of P - Q alone is positive for almost any two curves that end at 1, so one lead says nothing
@@ -44,6 +46,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.dynamics import (
+    MIN_COSINE,
     Dynamics,
     bigram_progress,
     dynamics_table,
@@ -55,6 +58,7 @@ from crosslens.evolution.dynamics import (
 )
 from crosslens.evolution.firing import Firing
 from crosslens.evolution.history import Evolution, evolve
+from crosslens.evolution.lifecycles import PRESENCE
 from crosslens.evolution.ngrams import NgramCounts, count_ngrams
 from crosslens.evolution.selection import propose_snapshots
 from crosslens.snapshots.collection import Snapshots
@@ -84,8 +88,8 @@ def find_phases(
     crosscoder: Crosscoder | None = None,
     acts: Activations | Firing | Evolution | None = None,
     *,
-    presence: float = 0.5,
-    min_cosine: float = 0.5,
+    presence: float = PRESENCE,
+    min_cosine: float = MIN_COSINE,
     level: float = 0.95,
     most: float = 0.9,
     seed: int = 0,
@@ -172,6 +176,7 @@ def measure_dynamics(
     evolution: Evolution | None = None,
     snapshots: Snapshots | None = None,
     accuracy: pd.DataFrame | None = None,
+    min_cosine: float = MIN_COSINE,
     n_proposed: int = 5,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
@@ -189,6 +194,8 @@ def measure_dynamics(
         snapshots: snapshots whose predictions are measured, those of `acts` among them: with the untrained model, which
             crosscoders do without, the fall of the bigram KL begins at 0. Those of `acts` if None.
         accuracy: the result of `Task.accuracy`, for the proposal of snapshots; concatenate the tables of several tasks.
+        min_cosine: a feature is settled while its cosine with its row at the last snapshot is at least this; where
+            other seeds were trained, that of partners in two seeds.
         n_proposed: number of snapshots to propose, at most all.
         seed: seed for the intervals.
 
@@ -210,8 +217,8 @@ def measure_dynamics(
     measured = measure_predictions(snapshots or acts.snapshots, counts, tokens, seed=seed, settings=acts.settings)
     similarity, doubtful = evolution.pass_.similarity, evolution.pass_.doubtful
     return {
-        "dynamics": dynamics_table(measured, crosscoder, evolution, seed=seed),
-        "phases": find_phases(measured, crosscoder, evolution, seed=seed),
+        "dynamics": dynamics_table(measured, crosscoder, evolution, min_cosine=min_cosine, seed=seed),
+        "phases": find_phases(measured, crosscoder, evolution, min_cosine=min_cosine, seed=seed),
         "similarity": similarity,
         "selection": propose_snapshots(similarity, n_proposed, accuracy, steps=acts.snapshots.steps, doubtful=doubtful),
     }

@@ -3,23 +3,26 @@
 The decoder norm says what the dictionary writes; decodability says what the model holds. For feature i and snapshot s,
 with activations x_s scaled as for training:
 
-1. The held-out sequences are cut into two halves, the first A and the second B.
+1. The documents of the held-out tokens (`Activations.held_out_documents`) are dealt into G groups of about as many
+   tokens each, in the order in which they are read, which is random; every other group is in fold A, the rest in B.
+   Where documents are not known a sequence counts as one, and where these make fewer than 8 groups a stretch of tokens.
 2. On A, ridge regression of f_i on x_s: `w_is = (C_s + lambda_s I)^-1 c_is`, where C_s = Cov_A(x_s),
-   c_is = Cov_A(x_s, f_i) and lambda_s = ridge tr(C_s) / D.
-3. On B, `R2_is = 1 - sum (f_i - fhat_is)^2 / sum (f_i - mean_A f_i)^2`: 1 if the snapshot predicts the feature exactly,
-   0 if no better than the mean of A, below 0 if worse.
-4. *Within-token* R2 asks what the context adds: the means of each token type in A are taken off x and f first, on both
-   halves. Only tokens whose type occurs twice or more in A take part.
+   c_is = Cov_A(x_s, f_i) and lambda_s = ridge tr(C_s) / D. It predicts the tokens of B, and one fitted on B those of A,
+   so that no document is predicted from itself (cross-fitting).
+3. `R2_is = 1 - sum (f_i - fhat_is)^2 / sum (f_i - mean f_i)^2` over all tokens, with the mean of the other fold: 1 if
+   the snapshot predicts the feature exactly, 0 if no better than the mean, below 0 if worse.
+4. *Within-token* R2 asks what the context adds: the means of each token type in the fold that is fitted on are taken
+   off x and f first, on both folds. Only tokens whose type occurs there twice or more take part.
 5. A feature is *lexical* if most of its variance lies between token types, else *contextual*. The share is
-   epsilon^2 = 1 - (SS_within / (N - K)) / (SS_total / (N - 1)) over N tokens of K types, which is 0 on average for a
+   epsilon^2 = 1 - (SS_within / (n - K)) / (SS_total / (n - 1)) over n tokens of K types, which is 0 on average for a
    feature that does not depend on the token.
 
-The sums of squares of B are kept for groups of sequences, so that intervals can be computed by resampling groups
-(`Decodability.resample`) without encoding anything again. With many features and few tokens weights of D numbers for
-every feature would be most of the work: predictions on B are then made from the tokens of A on which a feature is
-active, `fhat_b = sum_a (x_b (C + lambda I)^-1 x_a) f_a`, which is the same. Decodability of this kind is new here;
+The sums of squares are kept by group, so that intervals can be computed by resampling groups (`Decodability.resample`)
+without encoding anything again. With many features and few tokens weights of D numbers for every feature would be most
+of the work: predictions on B are then made from the tokens of A on which a feature is active,
+`fhat_b = sum_a (x_b (C + lambda I)^-1 x_a) f_a`, which is the same. Decodability of this kind is new here;
 probes (`probes`) ask the same of single features, by classification.
-Symbols: n held-out tokens, b some of them, S snapshots, D d_model, F features, K token types, G groups of sequences.
+Symbols: n held-out tokens, b some of them, S snapshots, D d_model, F features, K token types, G groups of documents.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from crosslens.evolution.held_out import HeldOut, batch_tokens, check_activation
 
 RIDGE = 1e-3
 GROUPS = 32
+_LEAST_GROUPS = 8
 _LEAST, _ENOUGH = 4, 20
 """Held-out tokens per dimension: with fewer R2 is not measured, or its births are marked. Intervals of
 planted births at 4, 8 and 20 tokens per dimension covered 85, 95 and 99 % (`benchmarks/birth_intervals.py`)."""
@@ -52,15 +56,15 @@ _GATHERED = 4  # time of a product over active pairs, relative to one of a dense
 
 @dataclass(frozen=True)
 class Decodability:
-    """Decodability of every feature at every snapshot. NaN for features that are silent on either half.
+    """Decodability of every feature at every snapshot. NaN for features that are silent on either fold.
 
     Attributes:
-        r2: R2 on the second half, at most 1.
-        within: within-token R2; NaN also if no token type occurs twice in the first half.
+        r2: R2 of tokens in documents that were not fitted on, at most 1.
+        within: within-token R2; NaN also if no token type occurs twice.
         between: share of each feature's variance that lies between token types, at most 1; NaN if no type occurs twice.
         n_active: held-out tokens on which each feature is active.
         n_tokens: held-out tokens.
-        error: sums of squared errors per group of the second half, for r2 (index 0) and within (1).
+        error: sums of squared errors per group, for r2 (index 0) and within (1).
         total: sums of squares that they are divided by.
     """
 
@@ -88,7 +92,7 @@ class Decodability:
     def resample(
         self, measure: str, weights: Float64[np.ndarray, "n G"], features: Any = slice(None)
     ) -> Float64[np.ndarray, "n f S"]:
-        """R2 with every group of sequences counted as often as `weights` says, such as draws of a bootstrap.
+        """R2 with every group of documents counted as often as `weights` says, such as draws of a bootstrap.
 
         Args:
             measure: "r2" or "within".
@@ -108,10 +112,9 @@ def measure_decodability(
 
     Args:
         crosscoder: any.
-        acts: activations of its snapshots; the held-out ones are used, half to fit and half to judge.
+        acts: activations of its snapshots; the held-out ones are used.
         ridge: penalty on the weights, in units of the mean variance of a coordinate.
-        n_groups: G, groups of sequences to resample. With fewer than 4 G sequences, stretches of tokens count as
-            sequences.
+        n_groups: most groups of documents to resample; there are fewer with few documents.
 
     Raises:
         UserError: no or too few activations held out, activations of other snapshots, a number out of range.
@@ -124,27 +127,28 @@ def measure_decodability(
         check_tokens(crosscoder, acts, n_groups)
     held = read(crosscoder, acts, purpose="Presence")
     types, groups = _groups(held.acts, n_groups)
-    f, fitted, device = held.f, groups < 0, held.device
-    (n, F), S = f.shape, len(held.x)
-    # around the means of all tokens together, and around those of each type
-    regressions = [_Regression(f, of, fitted, device) for of in (np.zeros_like(types), types)]
-    error, total = np.zeros((2, n_groups, F, S)), np.zeros((2, n_groups, F))
+    f, fold = held.f, groups % 2
+    (n, F), S, G = f.shape, len(held.x), int(groups.max()) + 1
+    error, total = np.zeros((2, G, F, S)), np.zeros((2, G, F))
     step = max(1, _PREDICTED // F)
-    for which, regression in enumerate(regressions):
-        judged = [np.flatnonzero((groups == g) & regression.known) for g in range(n_groups)]
-        parts = [(g, part) for g, own in enumerate(judged) for part in np.split(own, range(step, len(own), step))]
-        parts = [(g, tokens) for g, tokens in parts if len(tokens)]
-        for g, tokens in parts:
-            total[which, g] += regression.squares(tokens, regression.around(tokens))
-        for s in range(S):
-            predict = regression.fit(held.x[s], ridge)
-            for g, tokens in parts:
-                error[which, g, :, s] += regression.squares(tokens, predict(tokens))
-    active = np.stack([(f[half] > 0).sum(0) for half in (fitted, ~fitted)])
+    # around the means of all tokens together, and around those of each type
+    for which, of in enumerate((np.zeros_like(types), types)):
+        for judged in (0, 1):
+            regression = _Regression(f, of, fold != judged, held.device)
+            tokens = np.flatnonzero((fold == judged) & regression.known)
+            tokens = tokens[np.argsort(groups[tokens], kind="stable")]
+            parts = np.split(tokens, range(step, len(tokens), step)) if len(tokens) else []
+            for part in parts:
+                regression.add_squares(total[which], groups, part, regression.around(part))
+            for s in range(S):
+                predict = regression.fit(held.x[s], ridge)
+                for part in parts:
+                    regression.add_squares(error[which, :, :, s], groups, part, predict(part))
+    active = np.stack([(f[fold == one] > 0).sum(0) for one in (0, 1)])
     silent = (active == 0).any(0)
     error[:, :, silent], total[:, :, silent] = np.nan, np.nan
     r2, within = (_r2(error[i].sum(0), total[i].sum(0)[:, None]) for i in range(2))
-    return Decodability(r2, within, regressions[1].between, active.sum(0), n, error, total)
+    return Decodability(r2, within, _between(f, types), active.sum(0), n, error, total)
 
 
 def check_tokens(crosscoder: Crosscoder, acts: Activations, n_groups: int = GROUPS) -> None:
@@ -154,21 +158,21 @@ def check_tokens(crosscoder: Crosscoder, acts: Activations, n_groups: int = GROU
         UserError: too few held-out tokens, or activations of other snapshots.
     """
     check_activations(crosscoder, acts)
-    types, _ = _positions(acts, 4 * n_groups)
-    if len(types) < 2 * n_groups:
+    n = int(acts.keep(acts.held_out_tokens()).sum())
+    if n < 2 * n_groups:
         raise UserError(
-            f"{len(types)} tokens are held out, decodability needs {2 * n_groups} or more: give "
+            f"{n} tokens are held out, decodability needs {2 * n_groups} or more: give "
             "Dataset(held_out_tokens=...) of some thousands"
         )
     D = crosscoder.d_model
-    if len(types) < _LEAST * D:
+    if n < _LEAST * D:
         raise UserError(
-            f"{len(types):,} tokens are held out, {len(types) / D:.1f} per dimension: births by R2 need {_LEAST} "
+            f"{n:,} tokens are held out, {n / D:.1f} per dimension: births by R2 need {_LEAST} "
             f"({_LEAST * D:,}), and {_ENOUGH} to be dated well; give Dataset(held_out_tokens={_ENOUGH * D})"
         )
-    if len(types) < _ENOUGH * D:
+    if n < _ENOUGH * D:
         warnings.warn(
-            f"{len(types):,} tokens are held out, {len(types) / D:.1f} per dimension: with fewer than {_ENOUGH} "
+            f"{n:,} tokens are held out, {n / D:.1f} per dimension: with fewer than {_ENOUGH} "
             f"({_ENOUGH * D:,} tokens) births by R2 are dated early or late more often than their intervals say; "
             f"give Dataset(held_out_tokens={_ENOUGH * D})",
             stacklevel=4,
@@ -176,12 +180,19 @@ def check_tokens(crosscoder: Crosscoder, acts: Activations, n_groups: int = GROU
 
 
 def _groups(acts: Activations, n_groups: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Type of every held-out token, and its group in the second half of the sequences; -1 in the first half."""
-    types, units = _positions(acts, 4 * n_groups)
-    unit_ids, where = np.unique(units, return_inverse=True)
-    # groups are all of the same number of units up to one
-    edges = np.linspace(len(unit_ids) // 2, len(unit_ids), n_groups + 1).round().astype(int)
-    return types, np.searchsorted(edges, where, side="right") - 1
+    """Type of every held-out token, and its group of documents."""
+    tokens = acts.held_out_tokens()
+    types = tokens[acts.keep(tokens)].numpy()
+    n = len(types)
+    _, first, document, sizes = np.unique(
+        acts.held_out_documents().numpy(), return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(first)
+    middle = np.empty(len(sizes))
+    middle[order] = sizes[order].cumsum() - sizes[order] / 2
+    # a document larger than a group leaves gaps
+    found, group = np.unique(middle * n_groups // n, return_inverse=True)
+    return types, group[document] if len(found) >= min(n_groups, _LEAST_GROUPS) else np.arange(n) * n_groups // n
 
 
 def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens: int) -> tuple[int, float]:
@@ -206,19 +217,22 @@ def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens:
     return held, 4 * activations * min(n_features, n_tokens // 2) / 50e9
 
 
-def _positions(acts: Activations, n_units: int) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
-    """Token id and sequence of every held-out activation, in reading order.
+def _between(f: Any, types: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " F"]:
+    """Share of the variance of every feature (n, F) between types of tokens, epsilon squared."""
+    _, number, counts = np.unique(types, return_inverse=True, return_counts=True)
+    n, K = len(types), len(counts)
+    means = _means_of_types(f, number, counts)
+    squares = f.astype(np.float64).power(2).sum(0)
+    within, total = squares - means.power(2) @ counts, squares - (means @ counts) ** 2 / n
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = 1 - (within / (n - K)) / (total / (n - 1))
+    return np.where(np.isfinite(found) & (total > 0), found, np.nan)
 
-    Fewer than `n_units` sequences are cut into stretches of equal length.
-    """
-    tokens = acts.held_out_tokens()
-    kept = acts.keep(tokens)
-    N, T = tokens.shape
-    sequence = torch.arange(N)[:, None].expand(N, T)
-    if n_units > N:
-        length = max(1, N * T // n_units)
-        sequence = torch.arange(N)[:, None] * T + torch.arange(T) // length
-    return tokens[kept].numpy(), sequence[kept].numpy()
+
+def _means_of_types(f: Any, number: Int[np.ndarray, " n"], counts: Int[np.ndarray, " K"]) -> Any:
+    """Means of features (n, F) over the tokens of each type, a sparse matrix (F, K)."""
+    of_type = scipy.sparse.csr_array((1 / counts[number], (number, np.arange(len(number)))), (len(counts), len(number)))
+    return (of_type @ f).T.tocsc()
 
 
 def _r2(error: Any, total: Any) -> Any:
@@ -239,7 +253,6 @@ class _Regression:
 
     Attributes:
         known: (n,) tokens whose type occurs at least twice among those that are fitted on, so that it has a mean.
-        between: (F,) share of every feature's variance between types (epsilon squared), on the tokens fitted on.
     """
 
     def __init__(self, f: Any, types: Int[np.ndarray, " n"], fitted: Bool[np.ndarray, " n"], device: Any) -> None:
@@ -248,27 +261,35 @@ class _Regression:
         self.number = np.searchsorted(seen, types).clip(max=len(seen) - 1)
         self.known = (seen[self.number] == types) & (self.counts[self.number] > 1)
         self.columns = f[self.fitted].tocsc()
-        n, K = len(self.fitted), len(seen)
-        where = self.number[self.fitted], np.arange(n)
-        means = ((scipy.sparse.csr_array((1 / self.counts[where[0]], where), shape=(K, n)) @ self.columns).T).tocsc()
-        self.means: Any = means.astype(np.float32) if K > 1 else means.toarray().astype(np.float32)  # (F, K)
-        squares = self.columns.astype(np.float64).power(2).sum(0)
-        within, total = squares - means.power(2) @ self.counts, squares - (means @ self.counts) ** 2 / n
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found = 1 - (within / (n - K)) / (total / (n - 1))
-        self.between = np.where(np.isfinite(found) & (total > 0), found, np.nan)
+        means = _means_of_types(self.columns, self.number[self.fitted], self.counts).astype(np.float32)
+        self.means: Any = means if len(seen) > 1 else means.toarray()  # (F, K)
 
     def around(self, tokens: Int[np.ndarray, " b"]) -> Float[Tensor, "F b"]:
         """Means of the features over the types of some tokens."""
         means = self.means[:, self.number[tokens]]
         return torch.from_numpy(means if isinstance(means, np.ndarray) else means.toarray()).to(self.device)
 
-    def squares(self, tokens: Int[np.ndarray, " b"], predicted: Float[Tensor, "F b"]) -> Float64[np.ndarray, " F"]:
-        """Sums of squares of what predictions, which are overwritten, leave of the features of some tokens."""
+    def add_squares(
+        self,
+        into: Float64[np.ndarray, "G F"],
+        groups: Int[np.ndarray, " n"],
+        tokens: Int[np.ndarray, " b"],
+        predicted: Float[Tensor, "F b"],
+    ) -> None:
+        """Add up by group what predictions, which are overwritten, leave of the features of some tokens, squared.
+
+        Args:
+            into: the sums.
+            groups: of every token.
+            tokens: in the order of their groups.
+            predicted: their features.
+        """
         f = self.f[tokens].tocoo()
         place = tuple(torch.from_numpy(where).long().to(self.device) for where in f.coords[::-1])
         predicted[place] -= torch.from_numpy(f.data).to(self.device)
-        return predicted.square_().sum(1).double().cpu().numpy()
+        own, sizes = np.unique(groups[tokens], return_counts=True)
+        for g, squares in zip(own, predicted.square_().split(sizes.tolist(), 1), strict=True):
+            into[g] += squares.sum(1).double().cpu().numpy()
 
     def fit(self, x: Float[Tensor, "n D"], ridge: float) -> Callable[[Any], Float[Tensor, "F b"]]:
         """Fit the regressions, and return what predicts the features of some tokens."""

@@ -42,7 +42,7 @@ from crosslens.evolution.firing import Firing
 from crosslens.evolution.geometry import rotation_per_interval
 from crosslens.evolution.held_out import batch_tokens, check_activations
 from crosslens.evolution.history import evolve
-from crosslens.evolution.lifecycles import relative_norms
+from crosslens.evolution.lifecycles import PRESENCE, relative_norms
 from crosslens.evolution.partners import births_of_partners, date_features, describe_partners
 from crosslens.stats import rank_correlation
 
@@ -372,7 +372,7 @@ def compare_features(
     min_rate: float = 0.0,
     method: str | None = None,
     by: str = "r2",
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     min_run: int = 2,
 ) -> dict[str, float]:
     """Compare the features of two crosscoders: how much is found by both, and whether the lifecycles agree.
@@ -432,7 +432,7 @@ def compare_features(
 
 
 def compare_evolutions(
-    crosscoders: Mapping[str, tuple[Crosscoder, Activations | Firing]], *, presence: float = 0.5, min_run: int = 2
+    crosscoders: Mapping[str, tuple[Crosscoder, Activations | Firing]], *, presence: float = PRESENCE, min_run: int = 2
 ) -> pd.DataFrame:
     """Tabulate summary statistics of several crosscoders, to see whether they depend on size, snapshots, or seed.
 

@@ -32,7 +32,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.held_out import HeldOut, read
-from crosslens.evolution.lifecycles import classify_lifecycles, relative_norms, require_two_snapshots
+from crosslens.evolution.lifecycles import PRESENCE, classify_lifecycles, relative_norms, require_two_snapshots
 
 _BLOCK = 2048  # features at a time
 _PAIRS = 1 << 14  # pairs of features at a time
@@ -168,7 +168,7 @@ def splits(
     crosscoder: Crosscoder,
     alive: Bool[Tensor, " F"] | None = None,
     *,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     together: float = 0.9,
     apart: float = 0.7,
 ) -> pd.DataFrame:
@@ -200,7 +200,7 @@ def split_counts(
     crosscoder: Crosscoder,
     alive: Bool[Tensor, " F"] | None = None,
     *,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     together: float = 0.9,
     apart: float = 0.7,
     seed: int = 0,

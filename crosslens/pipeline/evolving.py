@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from crosslens.config import EvolveOptions, decisive
 from crosslens.evolution import add_consensus, match, measure_dynamics, probe, shares_by_kind
 from crosslens.evolution import evolve as evolve_features
+from crosslens.evolution.dynamics import MIN_COSINE
 from crosslens.features import feature_tables
 from crosslens.pipeline.nulls import (
     births_without_history,
@@ -79,10 +81,12 @@ def evolve(
         consensus = run.table("consensus")
         if consensus is not None:
             tables["lifecycles"] = add_consensus(tables["lifecycles"], consensus)
-        seeds = run.table("seeds_rotation")
+        seeds, min_cosine = run.table("seeds_rotation"), MIN_COSINE
         if seeds is not None:
-            angles = seeds.groupby("after")["apart"].median().to_dict()
-            tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles)
+            angles = seeds.groupby("after")["apart"].median()
+            tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles.to_dict())
+            if np.isfinite(last := angles.get(crosscoder.n_snapshots - 1, np.nan)):
+                min_cosine = float(np.cos(np.deg2rad(last)))
         if unrelated is not None and evolution.decodability is not None:
             kinds = evolution.decodability.lexical
             tables["unrelated"] = shares_by_kind(unrelated, ["lexical" if one else "contextual" for one in kinds])
@@ -99,6 +103,7 @@ def evolve(
             evolution=evolution,
             snapshots=snapshots,
             accuracy=accuracy,
+            min_cosine=min_cosine,
             seed=options.seed,
         )
         run.save_tables(dynamics)

@@ -184,8 +184,9 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
     counts = tables.get("birth_counts", "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
         from crosslens.evolution.births import NULLS, describe_reversed
+        from crosslens.evolution.lifecycles import PRESENCE
 
-        at = counts[(counts["measure"] == measure) & (counts["kind"] == "all") & (counts["threshold"] == 0.5)]
+        at = counts[(counts["measure"] == measure) & (counts["kind"] == "all") & (counts["threshold"] == PRESENCE)]
         if len(at):
             row = at.iloc[0]
             if np.isfinite(row.get("born_low", np.nan)):

@@ -5,12 +5,20 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from crosslens.activations.loader import Activations
-from crosslens.activations.tokens import Dataset, kept_positions, token_sequences
+from crosslens.activations.tokens import (
+    Dataset,
+    Sequences,
+    kept_positions,
+    places_in_data,
+    split_sequences,
+    token_sequences,
+)
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.families import find_separator
@@ -63,6 +71,9 @@ class Words:
 
     bos_token_id, eos_token_id, pad_token_id = BOS, EOS, None
 
+    def __len__(self) -> int:
+        return 10_000
+
     def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
@@ -108,3 +119,66 @@ def test_wrong_options_are_refused() -> None:
         Dataset("x", separator="</s>")
     with pytest.raises(UserError, match="drop_positions=-1 must be at least 0"):
         Dataset("x", drop_positions=-1)
+
+
+class OfWords(Snapshots):
+    """No models; their tokenizer only."""
+
+    tokenizer: Any = Words()
+    _snapshots = ()
+
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("separator", "drop", "n_tokens"), [("bos", 0, None), ("bos", 2, 400), ("eos", 1, 900)])
+@pytest.mark.parametrize("longest", [5, 60])  # shorter and longer than a sequence
+def test_documents_of_held_out_tokens(separator: str, drop: int, n_tokens: int | None, longest: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (8000 // longest,), generator=draw).tolist()
+    # every word occurs in one document
+    words, texts, document_of = iter(range(3, 10_000)), [], {}
+    for number, length in enumerate(lengths):
+        chosen = list(itertools.islice(words, length))
+        texts.append(" ".join(map(str, chosen)))
+        document_of |= dict.fromkeys(chosen, number)
+    data = Dataset(texts, n_tokens, context_size=17, held_out_tokens=200, separator=separator, drop_positions=drop)
+    sequences = Sequences(data, OfWords(), seed)
+    held_out, found = sequences.tokens[sequences.n_train :], sequences.held_out_documents()
+    kept = sequences.keep(held_out)
+    documents: list[Any] = [document_of[word] for word in held_out[kept].tolist()]
+    if places_in_data(sequences.keep(sequences.tokens).sum(-1), sequences.n_train, data, seed) is None:
+        assert drop  # where sequences keep about as many tokens the order in the data is known
+        documents = list(zip(kept.nonzero()[:, 0].tolist(), documents, strict=True))
+    numbers: dict[Any, set[int]] = {}
+    for document, number in zip(documents, found[kept].tolist(), strict=True):
+        numbers.setdefault(document, set()).add(number)
+    assert len(numbers) > 3 and all(len(given) == 1 for given in numbers.values())
+    # two that meet at the beginning of a sequence cannot be told apart, and no others share a number
+    given = [number.pop() for number in numbers.values()]
+    assert len(set(given)) >= 0.8 * len(given)
+    # tokens that were found in a cache say the same
+    cached = Sequences(data, OfWords(), seed)
+    cached.found = sequences.tokens, sequences.n_train
+    assert torch.equal(cached.held_out_documents(), found)
+
+
+def test_sequences_are_documents_where_nothing_separates_them() -> None:
+    rows = torch.arange(3, 603).view(60, 10)
+    rows[::2, 0] = BOS
+    sequences = Sequences(Dataset(rows, held_out_tokens=50, context_size=10), OfWords(), 0)
+    found = sequences.held_out_documents()
+    assert (found == found[:, :1]).all() and len(found[:, 0].unique()) == len(found) > 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_places_in_the_data_are_those_that_sequences_were_drawn_from(seed: int) -> None:
+    draw, places = torch.Generator().manual_seed(seed), []
+    for wanted, held_out in ((None, 40), (200, 40), (170, 7), (301, 60)):
+        counts = torch.randint(20, 30, (60,), generator=draw)
+        data = Dataset(["a"], wanted, held_out_tokens=held_out)
+        place, n_train = split_sequences(counts, wanted, data.n_held_out, seed, "data")
+        found = places_in_data(counts[place], n_train, data, seed)
+        assert found is None or torch.equal(found, place)
+        places.append(found)
+    assert places.count(None) < 2

@@ -25,65 +25,107 @@ def explicit(x: np.ndarray, f: np.ndarray, fitted: np.ndarray, judged: np.ndarra
     return float(((f[judged] - x[judged] @ w[0]) ** 2).sum()), float((f[judged] ** 2).sum())
 
 
-def slow(x: np.ndarray, f: np.ndarray, types: np.ndarray, units: np.ndarray, ridge: float, G: int) -> dict[str, Any]:
+def groups_of(documents: list[int], G: int) -> list[int]:
+    """The group of every token: documents in the order in which they come, each where its middle token falls."""
+    n, before, of = len(documents), 0, {}
+    for document in dict.fromkeys(documents):
+        size = documents.count(document)
+        of[document] = int((before + size / 2) * G // n)
+        before += size
+    numbers = sorted(set(of.values()))
+    if len(numbers) < min(G, 8):
+        return [i * G // n for i in range(n)]
+    return [numbers.index(of[document]) for document in documents]
+
+
+def slow(
+    x: np.ndarray, f: np.ndarray, types: np.ndarray, documents: np.ndarray, ridge: float, G: int
+) -> dict[str, Any]:
     """All of `Decodability` for x (n, S, D) and f (n, F), in loops."""
-    names = sorted(set(units.tolist()))
-    edges = [round(value) for value in np.linspace(len(names) // 2, len(names), G + 1)]
-    a = np.isin(units, names[: edges[0]])
-    groups = [np.isin(units, names[one:other]) for one, other in zip(edges, edges[1:], strict=False)]
-    counts = Counter(types[a].tolist())
-    often = np.array([counts[t] > 1 for t in types.tolist()])
-    (_, S, _), F = x.shape, f.shape[1]
+    group = np.array(groups_of(documents.tolist(), G))
+    n, S, F, G = len(x), x.shape[1], f.shape[1], group.max() + 1
     error, total = np.full((2, G, F, S), np.nan), np.full((2, G, F), np.nan)
-    around_x, around_f = x.copy(), f.copy()
-    for t in set(types[often].tolist()):
-        around_x[types == t] -= x[a & (types == t)].mean(0)
-        around_f[types == t] -= f[a & (types == t)].mean(0)
     between = np.full(F, np.nan)
     for i in range(F):
-        if f[a, i].any() and f[~a, i].any():
-            for s in range(S):
-                for g, group in enumerate(groups):
-                    centred = x[:, s] - x[a, s].mean(0), f[:, i] - f[a, i].mean()
-                    error[0, g, i, s], total[0, g, i] = explicit(*centred, a, group, ridge)
-                    inner = around_x[:, s], around_f[:, i]
-                    error[1, g, i, s], total[1, g, i] = explicit(*inner, a & often, group & often, ridge)
-        within = sum(((f[a & (types == t), i] - f[a & (types == t), i].mean()) ** 2).sum() for t in counts)
-        everything = ((f[a, i] - f[a, i].mean()) ** 2).sum()
+        within = sum(((f[types == t, i] - f[types == t, i].mean()) ** 2).sum() for t in set(types.tolist()))
+        everything = ((f[:, i] - f[:, i].mean()) ** 2).sum()
         if everything > 0:
-            between[i] = 1 - (within / (a.sum() - len(counts))) / (everything / (a.sum() - 1))
+            between[i] = 1 - (within / (n - len(set(types.tolist())))) / (everything / (n - 1))
+    for g in range(G):
+        own, a = group == g, group % 2 != g % 2
+        counts = Counter(types[a].tolist())
+        often = np.array([counts[t] > 1 for t in types.tolist()])
+        around_x, around_f = x.copy(), f.copy()
+        for t in set(types[often].tolist()):
+            around_x[types == t] -= x[a & (types == t)].mean(0)
+            around_f[types == t] -= f[a & (types == t)].mean(0)
+        for i in range(F):
+            if f[a, i].any() and f[~a, i].any():
+                for s in range(S):
+                    centred = x[:, s] - x[a, s].mean(0), f[:, i] - f[a, i].mean()
+                    error[0, g, i, s], total[0, g, i] = explicit(*centred, a, own, ridge)
+                    inner = around_x[:, s], around_f[:, i]
+                    error[1, g, i, s], total[1, g, i] = explicit(*inner, a & often, own & often, ridge)
     r2 = 1 - error.sum(1) / total.sum(1)[..., None]
     return {"r2": r2[0], "within": r2[1], "between": between, "error": error, "total": total}
 
 
+class OfDocuments(Read):
+    """Held-out tokens of given documents, numbers (N, T)."""
+
+    def __init__(self, x: torch.Tensor, tokens: torch.Tensor, documents: torch.Tensor) -> None:
+        super().__init__(x, tokens)
+        self.documents = documents
+
+    def held_out_documents(self) -> torch.Tensor:
+        return self.documents[self.keep(self.read)]
+
+
 @pytest.mark.parametrize(
     ("N", "T", "S", "D", "F", "G", "ridge", "seed"),
-    [(64, 6, 3, 4, 7, 4, 1e-3, 0), (40, 9, 2, 6, 5, 5, 0.3, 1), (3, 200, 2, 3, 6, 3, 1e-2, 2)],
+    [
+        (64, 6, 3, 4, 7, 4, 1e-3, 0),
+        (40, 9, 2, 6, 5, 5, 0.3, 1),
+        (3, 200, 2, 3, 6, 3, 1e-2, 2),
+        (20, 30, 2, 3, 4, 10, 1e-3, 3),
+    ],
 )
+@pytest.mark.parametrize("length", [0, 20, 170, 400])  # of documents, at most; 0: a sequence each
 @pytest.mark.parametrize("gathered", [1e9, -1e9])  # predictions from weights, and from the tokens fitted on
 def test_decodability_is_that_of_explicit_regressions(
-    N: int, T: int, S: int, D: int, F: int, G: int, ridge: float, seed: int, gathered: float, monkeypatch: Any
+    N: int,
+    T: int,
+    S: int,
+    D: int,
+    F: int,
+    G: int,
+    ridge: float,
+    seed: int,
+    length: int,
+    gathered: float,
+    monkeypatch: Any,
 ) -> None:
     monkeypatch.setattr(presence, "_GATHERED", gathered)
+    monkeypatch.setattr(presence, "_PREDICTED", 50 * F)
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 7, (N, T), generator=draw)
-    tokens[-1, -1] = 9  # a type that the first half does not have
-    tokens[0, 0] = 8  # and one that it has once
+    tokens[-1, -1] = 9  # a type that occurs once
+    documents = torch.arange(N)[:, None].expand(N, T)
+    if length:  # documents of several sequences, which are read in any order
+        documents = (torch.rand(N * T, generator=draw) < 2 / length).cumsum(0).view(N, T)
+        documents = documents[torch.randperm(N, generator=draw)]
     # activations depend on the token, on hidden variables, and have a large mean
     x = torch.randn(10, S, D, generator=draw)[tokens] + torch.randn(N, T, S, D, generator=draw) + 5
     crosscoder = of_norms(torch.rand(F, S, generator=draw) + 0.2, D=D, seed=seed)
     # half of the tokens are active, and none so little that rounding decides
     crosscoder.b_enc.data = 0.01 - (x.flatten(0, 1).flatten(1) @ crosscoder.W_enc.data).median(0).values
     crosscoder.b_enc.data[2] = -1e3  # silent
-    held = Read(x, tokens)
+    held = OfDocuments(x, tokens, documents)
     found = measure_decodability(crosscoder, held, ridge=ridge, n_groups=G)
     kept = (tokens != 0).numpy()
-    units = np.arange(N)[:, None] + np.zeros((1, T), dtype=int)
-    if N < 4 * G:
-        units = units * T + np.arange(T) // (N * T // (4 * G))
     f = crosscoder.encode(held.x).double().numpy()
     assert not f[:, 2].any()
-    expected = slow(held.x.double().numpy(), f, tokens.numpy()[kept], units[kept], ridge, G)
+    expected = slow(held.x.double().numpy(), f, tokens.numpy()[kept], documents.numpy()[kept], ridge, G)
     for name, values in expected.items():
         np.testing.assert_allclose(getattr(found, name), values, rtol=2e-4, atol=2e-5, err_msg=name)
     assert np.isnan(found.r2[2]).all() and np.isnan(found.within[2]).all() and np.isnan(found.between[2])

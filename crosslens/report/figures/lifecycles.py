@@ -7,6 +7,7 @@ import pandas as pd
 from markupsafe import Markup
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from crosslens.evolution.lifecycles import PRESENCE
 from crosslens.report.chart import (
     FEATURES,
     HEAT,
@@ -221,12 +222,12 @@ def birth_counts(table: Frame) -> Chart | str:
         figure.update_xaxes(title_text=title, tickvals=sorted(set(floats(drawn["threshold"]))), row=1, col=col)
     figure.update_yaxes(range=[-0.02, 1.05 * highest + 0.02], tickformat=".0%")
     figure.update_layout(yaxis_title_text="share of features born")
-    at = drawn[(drawn["threshold"] == 0.5) & (drawn["kind"] == "all")]
+    at = drawn[(drawn["threshold"] == PRESENCE) & (drawn["kind"] == "all")]
     parts = [
         f"{MEASURES[str(row['measure'])]} {row['born']:,} forward, {row['born_reversed']:,} reversed"
         for row in at.to_dict("records")
     ]
-    note = f"At threshold 0.5, by {'; by '.join(parts)}." if parts else ""
+    note = f"At threshold {PRESENCE}, by {'; by '.join(parts)}." if parts else ""
     beyond = at["beyond_trend"].dropna() if "beyond_trend" in at else pd.Series(dtype=float)
     if len(beyond):
         note += f" Of these births by R², {int(beyond.iloc[0]):,} exceed the common trend of all features."

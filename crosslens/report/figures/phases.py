@@ -41,8 +41,8 @@ _SHARES = {
 def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
     """Top: KL divergence of the corpus's unigram and bigram statistics from the model's predictions, averaged over
     contexts, and the loss, in nats per token. Bottom, as shares: how much of the bigram KL's fall is completed;
-    features that have settled (cosine to their final direction at least 0.5 from here on); features present, by R²;
-    total dimensionality / d_model.
+    features that have settled, which stay close to their final direction from here on; features present, by R²; total
+    dimensionality / d_model.
 
     Args:
         table: from `dynamics_table` or `Dynamics.to_frame`.
@@ -69,6 +69,10 @@ def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
         f"{int(rows['n'].iloc[0]):,} predictions per snapshot. H1 is the lowest loss possible with unigram counts "
         "alone, H2 with bigram counts."
     )
+    if "settled_angle" in rows and rows["settled"].notna().any():
+        angle = float(rows["settled_angle"].iloc[0])
+        why = "a fixed level, because no other seeds were trained" if round(angle) == 60 else "the angle between seeds"
+        note += f" A feature is settled within {angle:.0f}° of its final direction, {why}."
     if phases is not None:
         note += " " + _mark(figure, axis, phases, "y2" if shares else "y")
     return Chart(figure, rows, note)
