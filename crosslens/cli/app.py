@@ -60,7 +60,7 @@ app = App(
     help_flags=["--help", "--help-all"],
     help_format="markdown",
     version_flags=["--version"],
-    config=(fill,),
+    config=(lambda *of_command: fill(app, *of_command),),
     default_parameter=Parameter(negative=(), allow_repeating=True),  # of an option that is repeated the last counts
     group_parameters=_RUN_GROUP,
     result_action="return_value",

@@ -31,10 +31,11 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
-def fill(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+def fill(root: App, app: App, commands: tuple[str, ...], arguments: Any) -> None:
     """Take what the command line does not give from the file of --config, and then from the recipe.
 
-    cyclopts calls this between reading the command line and making the options.
+    Between reading the command line and making the options cyclopts calls this with all but `root`, the app of all
+    commands.
 
     Raises:
         UserError: the file cannot be read, or holds something else than options of the command.
@@ -44,8 +45,6 @@ def fill(app: App, commands: tuple[str, ...], arguments: Any) -> None:
         path, verb = Path(typed), commands[-1]
         contents = _read(path)
         if verb == "plan" and verb not in contents:  # a file for `train` has options that a plan does not depend on
-            from crosslens.cli.app import app as root  # which calls this
-
             of_train = _check(path, contents, "train", root["train"].assemble_argument_collection())
             known = {name for each in arguments for name in each.names}
             contents = {option: value for option, value in of_train.items() if f"--{option}" in known}

@@ -491,9 +491,7 @@ def test_a_sweep_before_training(command: Command, tiny_snapshots: Path, files: 
     assert "Choice of F and k" in (run.report / "index.html").read_text()
 
 
-def test_lists_and_plans(
-    command: Command, tiny_snapshots: Path, files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = command("ls", "pythia-14m", "--steps", "0,512,143000")
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines()] == [[f"step{n}"] * 2 for n in (0, 512, 143000)]
