@@ -88,7 +88,9 @@ COMMANDS = {
     "study": f"study run {TASK} --ablate-k 1,4 --keep-k 0,4 --k 3 --n-draws 1 --n-draws-last 2 --n-exact 4 "
     "--n-validated 3 --n-bootstrap 5 --n-pairs 3",
     "label": "label run --local",
+    "trace": "trace run --file prompts.txt",
     "report": "report run",
+    "steer": "steer run farmers --feature 3 --length 4 --loss-tokens 64",
     "export": "export run --format sae --to out/sae",
     "status": "status run",
     "diff": "diff run run",
@@ -96,11 +98,13 @@ COMMANDS = {
     "remove": "remove run --task task",
     "ls": "ls models",
 }
-LIVE = COMMANDS["train"].replace("--cache cache ", "")
-STAGES = ("harvest", "train", "evolve", "attribute", "ablate", "study", "report")
-"""In this order; the others need all of them, and leave nothing that is compared."""
-AFTER = {"label": "report", "export": "report", "status": "report", "diff": "report", "remove": "report"}
+LIVE = COMMANDS["live"] = COMMANDS["train"].replace("--cache cache ", "")
+STAGES = ("harvest", "live", "train", "evolve", "attribute", "ablate", "study", "label", "trace", "steer", "report")
+"""In this order, but that a live training leaves nothing to the others; those that are not here need all of them, and
+leave nothing that is compared."""
+AFTER = {"export": "report", "status": "report", "diff": "report", "remove": "report"}
 _CAPSET = 126  # of x86-64
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Prepare = Callable[[Path], None]
 
 
@@ -178,10 +182,15 @@ def start(
 def is_raw(ended: Ended) -> bool:
     """Whether a user would see more than a line of error, or a terminal more than text."""
     lines = [line for line in ended.said.splitlines() if line.startswith("crosslens: ")]
-    control = re.search("[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", ended.said.replace("\r", ""))
+    control = _CONTROL.search(ended.said.replace("\r", ""))
     unexpected = "Traceback" in ended.said or "failed unexpectedly" in ended.said
     said = len(lines) == 1 or "Error: No such" in ended.said  # of an earlier version
     return unexpected or control is not None or (ended.status not in (0, 1, 130) and not said)
+
+
+def shows_control(report: Path) -> bool:
+    """Whether a page has characters that would move a cursor, or change the direction of writing."""
+    return any(_CONTROL.search(path.read_text().replace("\r", "")) for path in report.glob("*.html"))
 
 
 def digest(folder: Path, own: tuple[str, ...] = ()) -> dict[str, str]:
@@ -240,7 +249,7 @@ def outcome(case: Case, states: Path, expected: dict[str, dict[str, str]], rng: 
         ended = wait(start(command, folder))
         if ended.status:
             return ("raw" if is_raw(ended) else "silent" if not case.beside else "told"), ended.said
-    if is_raw(ended) or (ended.status or 0) < 0:
+    if is_raw(ended) or (ended.status or 0) < 0 or shows_control(folder / "run" / "report"):
         return "raw", ended.said
     if ended.status:
         return ("refused" if case.works else "told"), ended.said
@@ -256,7 +265,7 @@ def outcome(case: Case, states: Path, expected: dict[str, dict[str, str]], rng: 
 
 
 def _stage(stage: str) -> str:
-    return stage if stage in ("harvest", "train", "report") else "tables"
+    return {"harvest": "harvest", "live": "train", "train": "train", "report": "report"}.get(stage, "tables")
 
 
 def _run(case: Case, command: tuple[str, ...], folder: Path, rng: random.Random) -> Ended:
@@ -457,19 +466,22 @@ CHANGES: dict[str, Prepare] = {
     "text": text,
     "task": task,
     "weights": weights,
+    "dtype in config": entry("torch_dtype", "bfloat16"),
+    "attention in config": entry("_attn_implementation", "sdpa"),
 }
-READS = {  # which command finds what; a table of nothing would be no test
-    **dict.fromkeys(("heads", "activation", "eps", "residual", "rope", "tokenizer", "weights"),
-                    ("harvest", "train", "evolve", "attribute", "ablate", "study", "report", "label", "export")),
-    "text": ("harvest", "train", "evolve", "attribute", "ablate", "study", "report", "label", "export"),
-    "task": ("attribute", "ablate", "study", "report"),
+_ALL = ("harvest", "train", "evolve", "attribute", "ablate", "study", "label", "trace", "report", "export", "steer")
+READS = {  # which command finds what
+    **dict.fromkeys(CHANGES, _ALL), "text": _ALL, "task": ("attribute", "ablate", "study", "label", "report"),
 }  # fmt: skip
 PAIRS = (  # what was made before, by which the changed input is found
     ("harvest", "harvest", "train"), ("harvest", "train", "evolve"), ("train", "train", "evolve"),
     ("train", "evolve", "evolve"), ("train", "attribute", "attribute"), ("evolve", "evolve", "attribute"),
-    ("attribute", "attribute", "ablate"), ("attribute", "ablate", "ablate"), ("attribute", "study", "ablate"),
-    ("ablate", "study", "study"), ("evolve", "label", "report"), ("evolve", "report", "report"),
-    ("train", "export", "report"),
+    ("evolve", "attribute", "attribute"), ("attribute", "attribute", "ablate"), ("attribute", "ablate", "ablate"),
+    ("attribute", "study", "ablate"), ("ablate", "ablate", "study"), ("ablate", "study", "study"),
+    ("study", "study", "label"), ("evolve", "label", "report"), ("label", "label", "trace"),
+    ("study", "trace", "trace"), ("trace", "trace", "steer"), ("trace", "steer", "steer"),
+    ("steer", "steer", "report"), ("steer", "report", "report"), ("report", "report", "after report"),
+    ("report", "export", "after report"),
 )  # fmt: skip
 """After which command, before which command, and the state that the second runs on."""
 SETTINGS = {
@@ -477,7 +489,7 @@ SETTINGS = {
     "attention": {"harvest": "--attention sdpa", "train": "--attention sdpa"},
     "seed": {
         "harvest": "--seed 3", "train": "--seed 3", "evolve": "--seed 3", "attribute": "--seed 3",
-        "ablate": "--seed 3", "study": "--seed 3", "label": "--seed 3",
+        "ablate": "--seed 3", "study": "--seed 3", "label": "--seed 3", "steer": "--seed 3",
     },
 }  # fmt: skip
 OPTIONS = (
@@ -491,6 +503,12 @@ OPTIONS = (
 _HOSTILE = ("\x1b]0;owned\x07", "\x1b[2J", "\u202egnp.exe", "a\rb", "tab\there", "x\x00y"[:1] + "\x9b31m")
 
 
+def changed(what: str, second: str, state: str) -> Case:
+    """An input that changed before a command; those that leave no table have to refuse it, if it decides anything."""
+    told = second == "export" and not what.endswith("in config")
+    return Case("changed", what, second, CHANGES[what], state=state, told=told)
+
+
 def cases() -> Iterator[Case]:
     """All cases."""
     # links
@@ -499,6 +517,8 @@ def cases() -> Iterator[Case]:
         for stage in ("train", "evolve", "attribute", "ablate", "report"):
             state = "interrupted" if stage == "train" and part != "run/crosscoder.partial" else None
             yield Case("links", f"{part} is a link", stage, link(part), state=state)
+    for part in ("concepts", "read_out", "dates", "exact", "zeroing", "prompts", "completeness", "own"):
+        yield Case("links", f"run/{part} is a link", "study", link(f"run/{part}"))
     for part in ("run/evolution.parquet", "run/accuracy.parquet", "run/run.json", "run/report/index.html"):
         for stage in ("evolve", "attribute", "report"):
             moved = every(_moved(part), link(part, "../outside/moved"))
@@ -515,9 +535,9 @@ def cases() -> Iterator[Case]:
     )
     # changed inputs
     for _, second, state in PAIRS:
-        for what, prepare in CHANGES.items():
+        for what in CHANGES:
             if second in READS[what]:
-                yield Case("changed", what, second, prepare, state=state)
+                yield changed(what, second, state)
     # code
     for what in ("config", "model type", "model", "tokenizer", "tokenizer class", "pickle"):
         for stage in ("harvest", "train", "evolve", "attribute", "plan"):
@@ -559,7 +579,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "words", f"{name}={value}", stage, entry(name, value), state="harvest" if stage == "plan" else None
             )
-        yield Case("words", f"{name}={value}, live", "train", entry(name, value), command=(*LIVE.split(),))
+        yield Case("words", f"{name}={value}", "live", entry(name, value))
     # options on a continued training
     for more in OPTIONS:
         yield Case("options", f"{more}, finished", "train", more=more, state="evolve", told=True)
@@ -600,6 +620,13 @@ def cases() -> Iterator[Case]:
         "an unknown entry": crosscoder(lambda c: c.update(gate="odd")),
         "n_snapshots=4": crosscoder(lambda c: c.update(n_snapshots=4)),
         "scale": crosscoder(lambda c: c["metadata"].update(activation_scale=[1.0, -1.0, 1.0])),
+        "apply_b_dec_to_input='no'": crosscoder(lambda c: c.update(apply_b_dec_to_input="no")),
+        "device=5": crosscoder(lambda c: c.update(device=5)),
+        "hook_name=5": crosscoder(lambda c: c["metadata"].update(hook_name=5)),
+        "hook_name='odd'": crosscoder(lambda c: c["metadata"].update(hook_name="odd")),
+        "prepend_bos='no'": crosscoder(lambda c: c["metadata"].update(prepend_bos="no")),
+        "snapshots without labels": crosscoder(lambda c: c["metadata"].update(snapshots=[{"step": 1}] * 3)),
+        "metadata is a list": crosscoder(lambda c: c.update(metadata=[])),
     }  # fmt: skip
     for name, prepare in changes.items():
         for stage in ("evolve", "attribute", "export"):
@@ -649,6 +676,30 @@ def _writable(name: str) -> Prepare:
     return prepare
 
 
+def _hostile_tokens(before: tuple[str, ...]) -> Prepare:
+    """Every word begins by renaming the terminal and ends by writing from right to left; then some commands run."""
+
+    def renamed(word: str) -> str:
+        return f"\x1b]0;{word}\u202e" if word.isalpha() else word
+
+    def prepare(folder: Path) -> None:
+        for path in (folder / "models").rglob("tokenizer.json"):
+            contents = json.loads(path.read_text())
+            contents["model"]["vocab"] = {renamed(word): n for word, n in contents["model"]["vocab"].items()}
+            path.write_text(json.dumps(contents))
+        for name in ("text.txt", "prompts.txt"):
+            lines = (folder / name).read_text().splitlines()
+            (folder / name).write_text("\n".join(" ".join(map(renamed, line.split())) for line in lines))
+        items = [json.loads(line) for line in (folder / "task.jsonl").read_text().splitlines()]
+        items = [{key: " ".join(map(renamed, text.split())) for key, text in item.items()} for item in items]
+        (folder / "task.jsonl").write_text("\n".join(map(json.dumps, items)))
+        for stage in before:
+            if stage not in ("live", "study"):
+                wait(start(tuple(COMMANDS[stage].split()), folder))
+
+    return prepare
+
+
 def _names() -> Iterator[Case]:
     harvest = COMMANDS["harvest"]
 
@@ -693,6 +744,10 @@ def _names() -> Iterator[Case]:
 
         return prepare
 
+    for stage in ("evolve", "attribute", "label", "trace", "steer", "report", "export"):
+        before = STAGES[: STAGES.index(stage)] if stage in STAGES else STAGES
+        yield Case("names", "tokens with control characters", "status", _hostile_tokens(before), state="harvest",
+                   command=(*COMMANDS[stage].split(),))  # fmt: skip
     for name in ("\x1b[2J", "\u202etxt", "a b", "-x", "[1]", "con"):
         yield Case("names", f"task {name!r}", "remove", task_named(name), state="attribute",
                    command=("attribute", "run", "--task", f"./{name}.jsonl"))  # fmt: skip
@@ -744,6 +799,7 @@ def undisturbed(states: Path) -> dict[str, dict[str, str]]:
     items = [{"prefix": item.prefix, "correct": item.correct, "wrong": item.wrong, "patch_prefix": item.patch_prefix}
              for item in cl.tasks.Task.demo("simple").items[:40]]  # fmt: skip
     (work / "task.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (work / "prompts.txt").write_text("\n".join(item["prefix"] for item in items[:2]))
     expected: dict[str, dict[str, str]] = {}
     for stage in STAGES:
         shutil.copytree(work, states / stage, symlinks=True)
@@ -758,6 +814,8 @@ def undisturbed(states: Path) -> dict[str, dict[str, str]]:
             raise SystemExit(f"{stage} does not run undisturbed: {ended.said}")
         expected[stage] = results(_stage(stage), work)
         shutil.copytree(work, states / f"after {stage}", symlinks=True)
+        if stage == "live":
+            shutil.rmtree(work / "run")
     return expected
 
 
@@ -780,8 +838,8 @@ def matrix(states: Path, expected: dict[str, dict[str, str]]) -> str:
     rows: list[dict[str, str]] = []
     for first, second, state in PAIRS:
         row = {"between": f"{first} and {second}"}
-        for what, prepare in CHANGES.items():
-            case = Case("changed", what, second, prepare, state=state)
+        for what in CHANGES:
+            case = changed(what, second, state)
             row[what] = outcome(case, states, expected, random.Random(0))[0] if second in READS[what] else "-"
         for what, options in SETTINGS.items():
             case = Case("changed", what, second, more=options.get(second, ""), state=state)
@@ -823,11 +881,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         states = Path(temporary)
         expected = undisturbed(states)
+        known = {*expected, *COMMANDS.keys() - {*STAGES}}
         if arguments.matrix:
             body = matrix(states, expected)
         else:
             for i, case in enumerate(chosen):
-                if case.stage in STAGES and case.stage not in expected:
+                if case.stage not in known:
                     continue
                 found, said = outcome(case, states, expected, random.Random(f"{arguments.seed} {i}"))
                 counts[case.kind, found] += 1

@@ -62,6 +62,30 @@ def visible(text: str) -> str:
                    else c for c in text)  # fmt: skip
 
 
+def check_characters(text: str, what: str) -> str:
+    """Return a text, if all of it is characters.
+
+    Args:
+        text: the text.
+        what: what it is, for the message.
+
+    Raises:
+        UserError: a surrogate has no partner. JSON and the command line may hold half of a character, which no file and
+            no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} {half(error)}") from error
+    return text
+
+
+def half(error: UnicodeEncodeError) -> str:
+    """The end of a message that a text has half of a character; what is around it is shown."""
+    around = ascii(error.object[max(0, error.start - 25) : error.start + 25])
+    return f"{around} has half of a character, {ascii(error.object[error.start])}, which is no text: remove it"
+
+
 def read_text(path: Path, what: str) -> str:
     """Read a small UTF-8 text file; `what` says in messages what it should have been.
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
-from crosslens.errors import UserError, did_you_mean, first_line, shortened
+from crosslens.errors import UserError, check_characters, did_you_mean, first_line, shortened
 from crosslens.snapshots.collection import Snapshots
 
 Source: TypeAlias = str | Path | Tensor | NDArray[Any] | Iterable[Any]
@@ -481,7 +481,7 @@ def _items(dataset: Dataset) -> Iterator[str | Tensor]:
 def _item(row: Any, i: int, name: str, from_file: bool) -> str | Tensor:
     """A text or token ids; numbers in files are texts."""
     if isinstance(row, str):
-        return row
+        return check_characters(row, f"document {i} of {name},")
     if from_file and isinstance(row, (bool, int, float)):
         return str(row)
     if isinstance(row, (Sequence, np.ndarray, Tensor)) and not isinstance(row, bytes):

@@ -31,7 +31,7 @@ from torch import Tensor
 from crosslens.causal.attribution import Estimator, baseline_activation, mean_gradient, metrics
 from crosslens.causal.dates import MATTERS, RUN
 from crosslens.crosscoders import Crosscoder
-from crosslens.errors import UserError, shortened
+from crosslens.errors import UserError, check_characters, shortened
 from crosslens.evolution.lifecycles import birth_index
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, begins_with_bos
 from crosslens.printing import as_html, as_text, plot
@@ -245,6 +245,8 @@ def _encode(
     found: list[Prompt] = []
     for i, (text, paired, answers) in enumerate(asked):
         name = shortened(repr(text))
+        for one in (text, paired or ""):
+            check_characters(one, "the prompt")
         if answers is not None:
             item = Item(text, *answers, patch_prefix=paired)
             prompts = encode(tokenizer, [item], with_bos, longest)

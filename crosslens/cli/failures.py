@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from crosslens.errors import UserError, brief
+from crosslens.errors import UserError, brief, half
 
 USER, FAILED, MACHINE = 2, 3, 4
 _MISTAKES = {
@@ -50,6 +50,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return str(cause), USER
+        if isinstance(cause, UnicodeEncodeError) and "surrogates" in cause.reason:  # of an argument or a file
+            return half(cause), USER
         if isinstance(cause, FloatingPointError):
             return str(cause), FAILED
         if isinstance(cause, MemoryError) or _NO_MEMORY.search(str(cause)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crosslens.config import SteerOptions, decisive
-from crosslens.errors import UserError, shortened
+from crosslens.errors import UserError, check_characters, shortened
 from crosslens.intervention.prompt_runs import begins_with_bos
 from crosslens.intervention.splice import Edit
 from crosslens.intervention.steering import steer as steer_model
@@ -77,7 +77,7 @@ def steer(
 
 def _tokens(text: str, snapshots: Any, with_bos: bool, length: int) -> Tensor:
     bos = bos_tokens(snapshots.tokenizer, with_bos)
-    ids = bos + snapshots.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = bos + snapshots.tokenizer(check_characters(text, "the prompt"), add_special_tokens=False)["input_ids"]
     name, longest = shortened(repr(text)), snapshots.n_ctx
     if len(ids) == len(bos):
         raise UserError(f"the prompt {name} is empty: give at least one word")

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
-from crosslens.errors import UserError, brief, check_inside, first_line
+from crosslens.errors import UserError, brief, check_characters, check_inside, first_line
 from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
     WEIGHTS,
@@ -142,6 +142,7 @@ class Snapshot:
     """Run the Python code that the repository or folder brings for its model or tokenizer, if it brings any."""
 
     def __post_init__(self) -> None:
+        check_characters(self.label, "the label")
         if self.revision is not None and Path(self.name).is_dir():
             raise self._error(
                 f"{self.name!r} is a local folder, which has no revision {self.revision!r}: use Snapshots.local, or "

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from crosslens.errors import UserError, did_you_mean, shortened
+from crosslens.errors import UserError, check_characters, did_you_mean, shortened
 
 ANSWERS = ("single", "multi")
 
@@ -22,7 +22,7 @@ class Item:
     """A minimal pair in words.
 
     Raises:
-        UserError: an answer is empty.
+        UserError: an answer is empty, or a text has half of a character.
     """
 
     prefix: str
@@ -41,6 +41,8 @@ class Item:
                 raise UserError(
                     f"the {name} answer after {shortened(repr(self.prefix))} is empty: give at least one word"
                 )
+        for text in (self.prefix, self.correct, self.wrong, self.patch_prefix or ""):
+            check_characters(text, "the text")
 
 
 def groups(items: Sequence[Item]) -> list[int]:

@@ -188,6 +188,13 @@ def test_token_ids_beyond_int64_are_shown_as_they_are(wrong: int, tokenizer: Any
     assert torch.equal(read(small, tokenizer), read(small.astype(np.int64), tokenizer))
 
 
+def test_half_of_a_character_is_refused(tokenizer: Any):
+    with pytest.raises(
+        UserError, match=r"document 1 of list of documents of 2, 'a \\ud800 b' has half of a character, "
+    ):
+        read(["a b", "a \ud800 b"], tokenizer)
+
+
 @pytest.mark.parametrize("wrong", [np.array([3, None]), np.array(["3"]), np.array([True]), np.array([1j])])
 def test_arrays_of_something_else_are_refused(wrong: Any, tokenizer: Any):
     with pytest.raises(

@@ -43,6 +43,11 @@ def caught(cause: BaseException) -> BaseException:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "out of memory", 4),
         (RuntimeError("CUDA error: an illegal memory access"), "the device failed", 4),
         (CheckpointException("write", {0: (OSError(errno.ENOSPC, "x"), [])}), "No space left on device; free", 4),  # type: ignore[dict-item]
+        (
+            UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates not allowed"),
+            r"^'a\\udcff' has half of a character, '\\udcff', which is no text: remove it$",
+            2,
+        ),
         (KeyError("some key"), r"failed unexpectedly \(KeyError: 'some key'\); .* --debug", 3),
     ],
 )
