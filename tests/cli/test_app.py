@@ -292,6 +292,13 @@ def test_status(command: Command, analysed: tuple[Path, dict[str, str]], files: 
     assert (found["evolution"], following) == ("damaged", f"crosslens evolve {run.path}")
     lens.unlink()
     assert states()[0]["evolution"] == "unfinished"
+    evaluation = run.path / "evaluation.parquet"
+    whole = evaluation.read_bytes()
+    evaluation.write_bytes(whole[:-100])
+    found, following = states()
+    assert found["evaluation"] == "damaged" and "seeds" not in found
+    assert following.startswith("crosslens train --snapshots ")
+    evaluation.write_bytes(whole)
     (run.report / "index.html").unlink()
     assert states()[0]["report"] == "missing"
     with RunDir(run.path).writing():

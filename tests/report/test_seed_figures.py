@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from crosslens.report.chart import Chart
 from crosslens.report.figures import seeds as seeds_figures
+from crosslens.report.tables import Tables
+from tests.report.test_pages import make_run
 
 
 def consensus_of(n: int = 3, F: int = 40) -> pd.DataFrame:
@@ -75,3 +79,14 @@ def test_the_sweep_draws_the_table() -> None:
         assert list(line.error_y.array) == pytest.approx([0.2] * 3)
         assert list(line.error_y.arrayminus) == pytest.approx([0.1] * 3)
     assert "Proposed: F=256, k=8" in chart.note
+
+
+def test_a_report_of_consensus_features_counts_the_others_among_the_seeds(tmp_path: Path) -> None:
+    run, table = make_run(tmp_path, 3), consensus_of(F=120)
+    run.save_table("consensus", table)
+    tables, kept = Tables(run, run.read_json(), consensus=True), set(table.loc[table["consensus"], "feature"])
+    for name in ("lifecycles", "evolution", "attribution/simple"):
+        found, whole = tables[name], run.table(name)
+        assert found is not None and whole is not None
+        assert set(found["feature"]) == set(whole["feature"]) & kept < set(whole["feature"])
+    pd.testing.assert_frame_equal(tables["consensus"], table)
