@@ -46,7 +46,7 @@ _CHECKPOINT = re.compile(r"tokens-\d+|partial-\d+|damaged-tokens-\d+")
 # what is written directly in a run directory; `check_cache` looks at caches, which can have any name
 _PARTS = re.compile(
     r"checkpoints|crosscoder|crosscoder\.partial|damaged-crosscoder|report|seeds|sweep|activations|attribution|prompts"
-    r"|completeness|validation|ablation|timeline|transfer|additivity|languages|.+\.parquet|run\.json|labels\.jsonl"
+    r"|completeness|validation|ablation|timeline|transfer|additivity|languages|edges|.+\.parquet|run\.json|labels\.jsonl"
     r"|exports|summary\.json|documents\.txt|\.lock|\.report\.lock"
 )
 # what is written in those of its folders that may hold other files, too

@@ -62,10 +62,10 @@ def connect_features(
         settings: how the models run; None runs them on the lower crosscoder's device.
 
     Returns:
-        A row per upper feature, lower feature and snapshot: snapshot, label, step, lower, upper, edge (mean over
-        prompts, in units of the upper pre-activation), edge_se (standard error over groups of prompts; missing with a
-        single group), part (mean of what the upper feature reads from this snapshot where it fires), n_prompts,
-        n_groups. `table.to_json(path, orient="records")` writes it for other programs.
+        A row per upper feature, lower feature and snapshot: snapshot, label, step, feature, from_feature, edge (mean
+        over prompts, in units of the upper pre-activation), edge_se (standard error over groups of prompts; missing
+        with a single group), part (mean of what the upper feature reads from this snapshot where it fires), n_prompts,
+        n_groups, from_hook. `table.to_json(path, orient="records")` writes it for other programs.
 
     Raises:
         UserError: hook points in the wrong order, crosscoders of other snapshots or with other positions, no such
@@ -158,18 +158,30 @@ def _table(
                 break
             rows += [
                 {
-                    "snapshot": s, "label": label, "step": step, "lower": int(runs.features[a]), "upper": upper,
+                    "snapshot": s, "label": label, "step": step,
+                    "feature": upper, "from_feature": int(runs.features[a]),
                     "edge": float(edges[j, a, s]), "edge_se": float(errors[j, a, s]), "part": float(parts[j, s]),
                     "n_prompts": len(runs), "n_groups": runs.n_groups,
                 }
                 for s, (label, step) in enumerate(zip(snapshots.labels, snapshots.steps, strict=True))
             ]  # fmt: skip
-    columns = ["snapshot", "label", "step", "lower", "upper", "edge", "edge_se", "part", "n_prompts", "n_groups"]
-    table = pd.DataFrame(rows, columns=columns).astype({"step": "Int64"})
+    columns = [
+        "snapshot",
+        "label",
+        "step",
+        "feature",
+        "from_feature",
+        "edge",
+        "edge_se",
+        "part",
+        "n_prompts",
+        "n_groups",
+    ]
+    table = pd.DataFrame(rows, columns=columns).astype({"step": "Int64"}).assign(from_hook=runs.hook_name)
     return Result.of(
         table,
         f"{runs.task.name}: the {n} largest edges into each of {len(ids)} upper features, on {len(runs)} prompts in "
         f"{runs.n_groups} groups",
-        ["label", "lower", "upper", "edge", "edge_se", "part"],
+        ["label", "feature", "from_feature", "edge", "edge_se", "part"],
         "what the upper feature reads less when the lower one is set to zero, to first order; part: what it reads",
     )

@@ -62,8 +62,8 @@ def test_edges_are_the_slopes_of_plain_transformers(snaps: Snapshots, task: Task
     assert expected.abs().max() > 1e-3 and len(table) >= 2 * len(snaps)
     found = torch.zeros_like(expected)
     for row in table.to_dict("records"):
-        found[row["lower"], [3, 7].index(row["upper"]), row["snapshot"]] = row["edge"]
-        assert row["part"] == pytest.approx(float(parts[[3, 7].index(row["upper"]), row["snapshot"]]), abs=1e-5)
+        found[row["from_feature"], [3, 7].index(row["feature"]), row["snapshot"]] = row["edge"]
+        assert row["part"] == pytest.approx(float(parts[[3, 7].index(row["feature"]), row["snapshot"]]), abs=1e-5)
     assert (found - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
@@ -71,12 +71,12 @@ def test_the_largest_edges_are_kept_and_go_to_json(snaps: Snapshots, task: Task,
     lower, upper = (make_crosscoder(snaps, "topk_crosscoder", layer=layer) for layer in (0, 1))
     every, few = (connect_features(lower, upper, snaps, task, [1, 2], n=n) for n in (F, 3))
     for j in (1, 2):
-        size = every[every["upper"] == j].groupby("lower")["edge"].apply(lambda edge: edge.abs().max())
-        assert set(few.loc[few["upper"] == j, "lower"]) == set(size.nlargest(3).index)
+        size = every[every["feature"] == j].groupby("from_feature")["edge"].apply(lambda edge: edge.abs().max())
+        assert set(few.loc[few["feature"] == j, "from_feature"]) == set(size.nlargest(3).index)
     assert set(few["n_prompts"]) == {len(ITEMS)} and few["edge_se"].notna().all()
     assert str(few).startswith("tiny: the 3 largest edges into each of 2 upper features, on 4 prompts in 4 groups")
     few.to_json(tmp_path / "edges.json", orient="records")
-    assert json.loads((tmp_path / "edges.json").read_text())[0]["lower"] == few["lower"].iloc[0]
+    assert json.loads((tmp_path / "edges.json").read_text())[0]["from_feature"] == few["from_feature"].iloc[0]
 
 
 def test_mistakes_are_refused(snaps: Snapshots, task: Task) -> None:
