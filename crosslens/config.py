@@ -799,6 +799,21 @@ class SteerOptions:
 
 @_RUN
 @dataclass(frozen=True, kw_only=True)
+class ConnectOptions(AnalysisOptions):
+    """Edges into the features of a run from those of a run at an earlier hook point (`crosslens connect`)."""
+
+    lower: Annotated[Path, COMMON]
+    """Run directory of the crosscoder at the earlier hook point, of the same snapshots."""
+    task: Annotated[tuple[Any, ...], Parameter(converter=_texts), COMMON]
+    """The prompts, as in `crosslens attribute`. Repeat it for several tasks."""
+    feature: Annotated[tuple[int, ...] | None, NUMBERS, COMMON] = None
+    """Features that edges lead to. Default: the ten with the largest effects on the task at the last snapshot."""
+    n_edges: Annotated[int, COUNT, COMMON] = 10
+    """Edges into each of them, from the lower features with the largest."""
+
+
+@_RUN
+@dataclass(frozen=True, kw_only=True)
 class LabelOptions:
     """Labels of features by a language model or by their tokens, and scores (`crosslens label`)."""
 

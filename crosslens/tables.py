@@ -208,6 +208,10 @@ VERBS = {
         'crosslens steer RUN_DIR --feature 217 --factor 3 "The keys"',
         'No model has been steered. Run: crosslens steer RUN_DIR --feature 217 --factor 3 "The keys"',
     ),
+    "connect": Verb(
+        "crosslens connect RUN_DIR --lower LOWER_RUN_DIR --task TASK",
+        "No features have been connected. Run: crosslens connect RUN_DIR --lower LOWER_RUN_DIR --task TASK",
+    ),
     "label": Verb(
         "crosslens label RUN_DIR",
         "No features have been labelled. Run: crosslens label RUN_DIR --client CLIENT --model MODEL",
@@ -1329,6 +1333,29 @@ TABLES: list[Table] = [
             step="context concept read_out matters succeeds",
             interval="context concept read_out matters succeeds",
         ),
+    ),
+    Table(
+        "edges/<task>",
+        "edge from a feature of an earlier hook point, and snapshot",
+        "connect",
+        _columns(
+            {
+                "from_feature": "Number of the feature at the earlier hook point, in the lower run.",
+                "edge": (
+                    "What the upper feature reads less when the lower one is zero, to first order; mean over prompts.",
+                    "scaled activations",
+                ),
+                "edge_se": ("Standard error of the edge over groups of prompts.", "scaled activations"),
+                "part": (
+                    "What the upper feature reads from the snapshot where it fires; mean over prompts.",
+                    "scaled activations",
+                ),
+                "n_prompts": "Prompts.",
+                "n_groups": "Groups of prompts.",
+                "from_hook": "The earlier hook point.",
+            },
+            "feature snapshot label step",
+        ),  # fmt: skip
     ),
     Table(
         "validation/<task>",

@@ -13,6 +13,7 @@ from .attribution import Estimator as Estimator
 from .attribution import Positions as Positions
 from .attribution import attribute as attribute
 from .attribution import exact_effects as exact_effects
+from .circuits import connect_features as connect_features
 from .dates import feature_dates as feature_dates
 from .languages import compare_languages as compare_languages
 from .languages import count_languages as count_languages

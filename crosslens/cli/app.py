@@ -29,6 +29,7 @@ from crosslens.config import (
     AccuracyOptions,
     AttributeOptions,
     CacheOptions,
+    ConnectOptions,
     CrosscoderOptions,
     EvolveOptions,
     Format,
@@ -369,6 +370,24 @@ def steer(path: TrainedRun, /, *prompts: str, options: SteerOptions, device: Dev
     out, rows = Output(json), [*steer(run, prompts, options, device=device)]
     show_steered(out, rows, run)
     out.end(run=path, steered=rows)
+
+
+@app.command
+def connect(path: TrainedRun, /, *, options: ConnectOptions, device: Device = None, json: Json = False) -> None:
+    """Find which features of an earlier hook point make the features of a run fire, on the prompts of tasks."""
+    run = open_trained(path)
+    open_trained(options.lower)
+    check_tasks(options.task)
+    check_device(device)
+    from crosslens.cli.results import show_edges
+    from crosslens.pipeline.connecting import connect
+
+    out, results = Output(json), dict[str, Any]()
+    for name, table in connect(run, options, device=device):
+        show_edges(out, name, table, run, RunDir(options.lower))
+        results[name] = table
+    out.say(f"at every snapshot: crosslens report {shlex.quote(str(path))} (pages of tasks), or --json")
+    out.end(run=path, edges=results)
 
 
 @app.command

@@ -278,5 +278,39 @@ def show_dates(out: Output, dates: pd.DataFrame, study: Study) -> None:
     )
 
 
+def show_edges(out: Output, name: str, table: pd.DataFrame, run: RunDir, lower: RunDir) -> None:
+    """Print the edges into features at the last snapshot.
+
+    Args:
+        out: where to print.
+        name: of the task.
+        table: of `causal.connect_features`.
+        run: for the names of features.
+        lower: for those of the features of the earlier hook point.
+    """
+    if table.empty:
+        out.say(f"{name}: none of these features fires on the prompts, so nothing leads to them")
+        return
+    names, below = feature_names(run), feature_names(lower)
+    last = table[table["snapshot"] == table["snapshot"].max()]
+    first = last.iloc[0]
+    out.table(
+        [Column("feature", left=True), Column("reads"), Column("from", left=True), Column("edge")],
+        [
+            (
+                f"{row['feature']} {names.get(row['feature'], '')}".rstrip(), number(row["part"], 2, sign=True),
+                f"{row['from_feature']} {below.get(row['from_feature'], '')}".rstrip(),
+                measured(row["edge"], row["edge_se"], sign=True),
+            )
+            for row in last.to_dict("records")
+        ],
+        title=f"{name}, edges from {first['from_hook']} at {first['label']}: "
+        f"{counted(int(first['n_prompts']), 'prompt')} in {counted(int(first['n_groups']), 'group')}",
+        note="reads: what the feature reads from this snapshot where it fires; edge: how much of it goes when the "
+        "lower feature is set to zero, to first order, ± its standard error over groups of prompts; those shown are "
+        "the largest at any snapshot",
+    )  # fmt: skip
+
+
 def _interval(low: float, high: float, spec: str) -> str:
     return f"[{low:{spec}}, {high:{spec}}]"

@@ -1,4 +1,5 @@
 from .accuracy import accuracy as accuracy
+from .connecting import connect as connect
 from .evolving import evolve as evolve
 from .harvesting import harvest as harvest
 from .labelling import label as label

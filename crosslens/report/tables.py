@@ -134,7 +134,7 @@ class Tables:
         found, pages = self["accuracy"], dict[str, str]()
         accuracy = found if found is not None and {"task", "snapshot"} <= set(found) else None
         first = [] if accuracy is None else accuracy["task"].astype(str).tolist()
-        for task in (*first, *self.tasks("attribution"), *self.tasks("ablation")):
+        for task in (*first, *self.tasks("attribution"), *self.tasks("ablation"), *self.tasks("edges")):
             if task not in pages:
                 pages[task] = free_name(f"task-{slug(task)}", pages.values())
         tasks = pd.DataFrame({"task": list(pages), "page": [f"{page}.html" for page in pages.values()]})
