@@ -22,11 +22,10 @@ from planted.traps import PlantedTraps, Trap
 from crosslens.crosscoders import StandardCrosscoder, StandardCrosscoderConfig
 from crosslens.evolution.births import date_births
 from crosslens.evolution.held_out import hold
-from crosslens.evolution.lifecycles import birth_index
+from crosslens.evolution.lifecycles import PRESENCE, birth_index
 from crosslens.evolution.presence import Decodability, measure_decodability
 
 PER_DIMENSION = (4, 8, 20, 25, 100)
-PRESENCE = 0.5
 
 
 def read(traps: PlantedTraps) -> Decodability:

@@ -3,7 +3,8 @@
     for seed in 0 1 2 3 4; do crosslens demo --seed $seed --out runs/demo-$seed; done
     python benchmarks/demo_seeds.py runs/demo-0 runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4 [--report]
 
-A run takes about six minutes on one core. Shares of a metric are of the clean one at the last snapshot.
+A run takes about six minutes on one core. Shares of a metric are of the clean one at the last snapshot. With --births
+the births are counted anew, by the version at hand, from the crosscoders of the runs; nothing else is read.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import json
 from pathlib import Path
 
 import measure
+import pandas as pd
 
+from crosslens.evolution.lifecycles import PRESENCE
+from crosslens.pipeline.nulls import births_without_history
+from crosslens.pipeline.opening import read_run
 from crosslens.rundir import RunDir
 
 PACKAGES = ("crosslens", "torch", "sae-lens", "transformers")
 TASKS = ("simple", "pp", "subj_rel")
 TOP = 15
+SHOWN = (0.3, PRESENCE, 0.5, 0.7)
 
 
 def rows(folder: Path) -> dict[str, str]:
@@ -31,18 +37,7 @@ def rows(folder: Path) -> dict[str, str]:
     }
     counts = run.table("birth_counts")
     assert counts is not None
-    for measure_name, name in (("r2", "R²"), ("norm", "decoder norm")):
-        here = counts[(counts["measure"] == measure_name) & (counts["kind"] == "all")].set_index("threshold")
-        cells = [f"{int(here['born'][t])}/{int(here['born_reversed'][t])}" for t in (0.3, 0.5, 0.7)]
-        found[f"born / born with the snapshots reversed, by {name} at .3, .5, .7"] = ", ".join(cells)
-    at = counts[(counts["measure"] == "r2") & (counts["threshold"] == 0.5)].set_index("kind")
-    found["born by R² at .5, 95 % interval"] = (
-        f"{at['born_low']['all']:.0f} to {at['born_high']['all']:.0f} of {int(at['n']['all'])}"
-    )
-    found["of them beyond the common trend; lexical, contextual"] = (
-        f"{int(at['beyond_trend']['all'])}; {int(at['born']['lexical'])} of {int(at['n']['lexical'])}, "
-        f"{int(at['born']['contextual'])} of {int(at['n']['contextual'])}"
-    )
+    found |= births(counts)
     probes = run.table("probe_presence")
     assert probes is not None
     probes = probes[probes["part"] == "within_features"].set_index("measure")
@@ -94,6 +89,31 @@ def rows(folder: Path) -> dict[str, str]:
     return found
 
 
+def births(counts: pd.DataFrame) -> dict[str, str]:
+    """The cells about births of one run, by row."""
+    found: dict[str, str] = {}
+    shown = ", ".join(f"{threshold:g}"[1:] for threshold in SHOWN)
+    for measure_name, name in (("r2", "R²"), ("norm", "decoder norm")):
+        here = counts[(counts["measure"] == measure_name) & (counts["kind"] == "all")].set_index("threshold")
+        cells = [f"{int(here['born'][t])}/{int(here['born_reversed'][t])}" for t in SHOWN]
+        found[f"born / born with the snapshots reversed, by {name} at {shown}"] = ", ".join(cells)
+    at = counts[(counts["measure"] == "r2") & (counts["threshold"] == PRESENCE)].set_index("kind")
+    found[f"born by R² at {PRESENCE}, 95 % interval"] = (
+        f"{at['born_low']['all']:.0f} to {at['born_high']['all']:.0f} of {int(at['n']['all'])}"
+    )
+    found["of them beyond the common trend; lexical, contextual"] = (
+        f"{int(at['beyond_trend']['all'])}; {int(at['born']['lexical'])} of {int(at['n']['lexical'])}, "
+        f"{int(at['born']['contextual'])} of {int(at['n']['contextual'])}"
+    )
+    return found
+
+
+def births_anew(folder: Path) -> dict[str, str]:
+    """The same, counted from the crosscoder."""
+    crosscoder, acts = read_run(RunDir(folder), "cpu")
+    return births(births_without_history(crosscoder, acts))
+
+
 def _base_rate(run: RunDir) -> str:
     """How many of the features with the largest effects at the end are initial, beside all."""
     lifecycles, effects = run.table("lifecycles"), run.table("attribution/pp")
@@ -108,9 +128,10 @@ def _base_rate(run: RunDir) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run directories of the demo")
+    parser.add_argument("--births", action="store_true", help="only births, counted anew")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-demo-…")
     arguments = parser.parse_args()
-    found = {folder.name: rows(folder) for folder in arguments.runs}
+    found = {str(folder): (births_anew if arguments.births else rows)(folder) for folder in arguments.runs}
     names = list(next(iter(found.values())))
     table = [{"": name, **{run: cells[name] for run, cells in found.items()}} for name in names]
     body = measure.markdown(table, {key: lambda row, key=key: row[key] for key in table[0]})

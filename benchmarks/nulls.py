@@ -23,7 +23,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.evolution.births import presence_curves
 from crosslens.evolution.firing import measure_firing
 from crosslens.evolution.geometry import half_cosines, rotation_per_interval
-from crosslens.evolution.lifecycles import birth_index
+from crosslens.evolution.lifecycles import PRESENCE, birth_index
 from crosslens.evolution.presence import measure_decodability
 from crosslens.evolution.splitting import split_counts
 from crosslens.synthetic import grammar
@@ -80,7 +80,7 @@ def print_copies(cc: Crosscoder, acts: cl.Activations) -> None:
     share = rotation["beyond_null"].iloc[::2]
     for name in ("r2", "within"):
         values = curves[name]
-        first = birth_index(values / np.maximum(values.max(1, keepdims=True), 1e-9) >= 0.5, 2)
+        first = birth_index(values / np.maximum(values.max(1, keepdims=True), 1e-9) >= PRESENCE, 2)
         read = values.max(1) > 0
         born = (first % 2 == 1) & (first < len(places)) & read
         print(f"{name}: {share.mean():.3f} ({share.min():.3f}, {share.max():.3f}), {born.sum()} of {read.sum()}")

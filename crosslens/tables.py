@@ -1322,7 +1322,7 @@ TABLES: list[Table] = [
         "study",
         _columns(
             {
-                "context": ("Context readable: R² over text reaches half of its largest.", "snapshot"),
+                "context": ("Context readable: R² over text reaches .4 of its largest.", "snapshot"),
                 "concept": ("Concept readable: R² on paired prompts reaches .7 of its largest.", "snapshot"),
                 "read_out": ("Read out: the snapshot acts on the late value once it is put in.", "snapshot"),
                 "matters": ("Matters: |IE| reaches a tenth of its largest.", "snapshot"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.stats import binomtest, pearsonr, spearmanr
+from scipy.stats import t as student
 
 from crosslens import stats
 
@@ -144,6 +145,19 @@ def test_sign_flip_p_bounds_all_flips(seed: int) -> None:
     exact = (np.abs(signs @ x) >= abs(x.sum()) - 1e-9).mean()
     assert exact <= stats.sign_flip_p(x.sum(), (x**2).sum()) <= 1
     assert stats.sign_flip_p(np.zeros(1), np.zeros(1)).tolist() == [1]
+
+
+def test_sign_flip_p_holds_where_one_group_has_many_prompts_and_a_t_test_does_not() -> None:
+    rng, sizes = np.random.default_rng(0), np.append(np.ones(58), 58)
+    x = sizes * rng.standard_normal((1000, 59))
+    mean = x.sum(1, keepdims=True) / sizes.sum()
+    error = np.sqrt(59 / 58 * ((x - mean * sizes) ** 2).sum(1)) / sizes.sum()
+    t = 2 * student.sf(np.abs(mean[:, 0]) / error, 58)
+    assert (t <= 0.05).mean() > 0.25
+    assert (stats.sign_flip_p(x.sum(1), (x**2).sum(1)) <= 0.05).mean() <= 0.05
+    # k groups with an effect have one sign by chance
+    for k in range(1, 12):
+        assert stats.sign_flip_p(np.float64(k), np.float64(k)) >= 0.5 ** (k - 1)
 
 
 def test_t_quantiles() -> None:

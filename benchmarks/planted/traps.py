@@ -36,7 +36,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.errors import UserError
 from crosslens.evolution.births import date_births, presence_curves
 from crosslens.evolution.held_out import held_out_features
-from crosslens.evolution.lifecycles import birth_index
+from crosslens.evolution.lifecycles import PRESENCE, birth_index
 from crosslens.evolution.presence import measure_decodability
 from planted.drawn import Drawn
 
@@ -221,7 +221,7 @@ def judge_births(
     crosscoder: Crosscoder,
     traps: PlantedTraps,
     *,
-    presence: float = 0.5,
+    presence: float = PRESENCE,
     min_run: int = 2,
     min_correlation: float = 0.9,
 ) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """The dates of a feature, in the order in which they come: five different questions that "when" can mean.
 
-1. *context readable*: R2 over text reaches half of its largest (`evolution.presence`). The activations tell where the
+1. *context readable*: R2 over text reaches .4 of its largest (`evolution.presence`). The activations tell where the
    feature fires, which may be long before they tell what it says there.
 2. *concept readable*: R2 on the task's paired prompts reaches .7 of its largest (`evolution.concepts`).
 3. *read out*: the snapshot acts on the feature's late value once that is put in (`read_out`).

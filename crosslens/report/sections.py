@@ -85,7 +85,7 @@ PAGES = (
             Section(
                 "evolution",
                 "Lifecycles",
-                "A feature is present at a snapshot if its R² there is at least half of its largest: how well the "
+                "A feature is present at a snapshot if its R² there is at least 0.4 of its largest: how well the "
                 "activations of the snapshot alone predict the feature on held-out tokens. The decoder norm stands "
                 "beside it: it says what the dictionary writes, not what the model holds. “Initial” features are "
                 "present at the first snapshot; “emergent” ones are born later, at the first snapshot from which they "

@@ -117,7 +117,7 @@ def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tin
     task, other = (f"sva:{files / name}" for name in ("task.json", "other.json"))
     births = RunDir.open(trained).table("birth_counts")
     assert births is not None
-    row = births.query("measure == 'r2' and kind == 'all' and threshold == 0.5").iloc[0]
+    row = births.query("measure == 'r2' and kind == 'all' and threshold == 0.4").iloc[0]
     limits = f"{row['born_low']:.0f} to {row['born_high']:.0f}"
     assert said["evolve"].startswith(
         f"{row['born']} (95% interval {limits}) of {row['n']} live features are born between step0 and step20: "

@@ -118,7 +118,7 @@ def test_counts_forward_and_reversed() -> None:
     assert table.loc["norm"][["sure", "sure_reversed"]].isna().all(axis=None)
     assert set(table.loc["within"].index.get_level_values("kind")) == {"all", "lexical", "contextual"}
     alone = count_births({"norm": curves["norm"]})
-    assert alone["kind"].unique().tolist() == ["all"] and alone["threshold"].tolist() == [0.3, 0.5, 0.7, 0.9]
+    assert alone["kind"].unique().tolist() == ["all"] and alone["threshold"].tolist() == [0.3, 0.4, 0.5, 0.7, 0.9]
     dead = presence_curves(norms, found, np.zeros(5, dtype=bool))
     assert (count_births(dead, found.lexical, found)[["n", "born"]] == 0).all(axis=None)
     assert date_births(found, "r2", np.zeros(5, dtype=bool)).isna().all(axis=None)
@@ -156,12 +156,12 @@ def test_births_with_as_many_reversed_are_named():
         "with the snapshots reversed: features fade, too, or it is noise; a null of untrained or exchangeable models "
         "tells which"
     )
-    assert describe_reversed(counts) == [
+    assert describe_reversed(counts, 0.5) == [
         f"by R2, 66 contextual features are born forward and 87 {rest}",
         f"by within-token R2, 20 contextual features are born forward and 6 {rest}",
     ]
     assert describe_reversed(counts, 0.3) == [f"by R2, 63 contextual features are born forward and 84 {rest}"]
-    assert describe_reversed(counts, 0.7) == []
+    assert describe_reversed(counts) == []  # at the default, of which there are none
 
 
 def planted_curves(first: np.ndarray, seed: int, S: int = 4, G: int = 32, noise: float = 0.1) -> Decodability:

@@ -93,7 +93,7 @@ def test_lifecycles_match_the_definition_in_loops(norms: list[list[float]], pres
 
 
 def test_lifecycles_by_hand() -> None:
-    norms = [[8, 8, 8, 8], [1, 9, 9, 1], [1, 1, 9, 4.5], [1, 1, 9, 4], [9, 1, 1, 9], [1, 9, 1, 1]]
+    norms = [[8, 8, 8, 8], [1, 9, 9, 1], [1, 1, 10, 4], [1, 1, 10, 3.9], [9, 1, 1, 9], [1, 9, 1, 1]]
     table = classify_lifecycles(torch.tensor(norms))
     assert table["origin"].tolist() == ["initial", "emergent", "emergent", "never", "initial", "never"]
     assert table["fate"].tolist() == ["persistent", "transient", "persistent", "transient", "persistent", "transient"]

@@ -188,7 +188,7 @@ def counted(untrained: bool = True) -> pd.DataFrame:
     rows = [
         {"measure": measure, "kind": kind, "threshold": threshold, "n": 20 + i, "born": 3 + i + j, "born_reversed": j}
         for i, (measure, kind) in enumerate(groups)
-        for j, threshold in enumerate((0.3, 0.5))
+        for j, threshold in enumerate((0.3, 0.4))
     ]
     table = pd.DataFrame(rows)
     return table.assign(untrained=0.04, untrained_n=50) if untrained else table
@@ -204,7 +204,7 @@ def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
     for place, (_, rows) in enumerate(table.groupby(["measure", "kind"], sort=False)):
         axis = f"x{place + 1}" if place else "x"
         own = {trace.name: trace for trace in drawn if trace.xaxis == axis}
-        assert list(own["forward"].x) == [0.3, 0.5]
+        assert list(own["forward"].x) == [0.3, 0.4]
         assert list(own["forward"].y) == (rows["born"] / rows["n"]).tolist()
         assert list(own["reversed in time"].y) == (rows["born_reversed"] / rows["n"]).tolist()
         assert ("models that never trained" in own) == untrained

@@ -86,7 +86,7 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     scores.loc[scores["task"] == TASKS[1], "accuracy"] = 0.51
     scores["accuracy_low"] = scores["accuracy"] - 0.05
     run.save_table("accuracy", scores)
-    counts = pd.DataFrame([{"measure": "r2", "kind": "all", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 3}])
+    counts = pd.DataFrame([{"measure": "r2", "kind": "all", "threshold": 0.4, "n": 90, "born": 40, "born_reversed": 3}])
     run.save_table("birth_counts", counts)
     write_report(run.path)
     page = _Page(run.report / "index.html", ("index",))
@@ -125,7 +125,7 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
 
 
 def test_births_with_as_many_reversed_are_named_in_a_sentence(run: RunDir) -> None:
-    row = {"measure": "r2", "kind": "contextual", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 30}
+    row = {"measure": "r2", "kind": "contextual", "threshold": 0.4, "n": 90, "born": 40, "born_reversed": 30}
     run.save_table("birth_counts", pd.DataFrame([row]))
     born = next(one.text for one in find(Tables(run, run.read_json()), set()) if "are born" in one.text)
     assert ". By R², 40 contextual features are born forward and 30 with the snapshots reversed: features fade" in born
@@ -133,7 +133,7 @@ def test_births_with_as_many_reversed_are_named_in_a_sentence(run: RunDir) -> No
 
 def test_births_and_partners_stand_beside_what_models_without_a_history_give(run: RunDir) -> None:
     add_features(run)
-    row = {"measure": "r2", "kind": "all", "threshold": 0.5, "n": 90, "born": 40, "born_reversed": 3}
+    row = {"measure": "r2", "kind": "all", "threshold": 0.4, "n": 90, "born": 40, "born_reversed": 3}
     nulls = {"born_low": 35.4, "born_high": 44.0, "untrained": float("nan"), "exchangeable": 0.081}
     run.save_table("birth_counts", pd.DataFrame([{**row, **nulls}]))
     run.save_table("unrelated", pd.DataFrame([{"kind": "all", "shared": 0.44}, {"kind": "contextual", "shared": 0.16}]))
