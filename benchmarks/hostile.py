@@ -609,6 +609,10 @@ def cases() -> Iterator[Case]:
     }.items():  # fmt: skip
         for stage in ("train", "evolve", "attribute", "report", "export", "status"):
             yield Case("lost", f"{name}", stage, lose(*parts))
+    for name in ("encoder", "lifecycles"):
+        for stage in ("attribute", "study", "trace"):
+            if (name, stage) != ("lifecycles", "attribute"):
+                yield Case("lost", f"the table {name}", stage, lose(f"run/{name}.parquet"), told=True)
     # permissions
     for stage in ("evolve", "attribute", "report", "status", "export", "diff", "train", "remove", "harvest"):
         yield Case("permissions", "read only", stage, read_only=True, prepare=_writable("out"), works=stage in READING)
