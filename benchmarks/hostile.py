@@ -353,6 +353,27 @@ def crosscoder(change: Callable[[dict[str, Any]], Any]) -> Prepare:
     return prepare
 
 
+def run_json(change: dict[str, Any]) -> Prepare:
+    """Change entries of run.json, with a checksum that is right."""
+
+    def prepare(folder: Path) -> None:
+        run = RunDir(folder / "run")
+        run.write_json({**run.read_json(), **change})
+
+    return prepare
+
+
+def items(prefix: str) -> Prepare:
+    """Change the first item of the tasks."""
+
+    def prepare(folder: Path) -> None:
+        first, *others = (folder / "task.jsonl").read_text().splitlines()
+        first = json.dumps({**json.loads(first), "prefix": prefix})
+        (folder / "task.jsonl").write_text("\n".join([first, *others]))
+
+    return prepare
+
+
 def broken_weights(value: float) -> Prepare:
     def prepare(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -580,6 +601,18 @@ def cases() -> Iterator[Case]:
                 "words", f"{name}={value}", stage, entry(name, value), state="harvest" if stage == "plan" else None
             )
         yield Case("words", f"{name}={value}", "live", entry(name, value))
+    for name, change in {
+        "of a newer version": {"crosslens": "99.0.0"}, "with a list": {"identity": [1]}, "with a number": {"source": 5},
+        "with times in a list": {"timings": []},
+    }.items():  # fmt: skip
+        for stage in ("status", "train", "evolve", "attribute", "report", "export"):
+            yield Case("words", f"run.json {name}", stage, run_json(change), told=True)
+    half = "the \ud800 cat"
+    yield Case("words", "half of a character in a task", "attribute", items(half), told=True)
+    for command in (("trace", "run", half), ("steer", "run", half, "--feature", "3"),
+                    ("report", "run", "--title", half), ("remove", "run", "--task", half), ("ls", half),
+                    ("evolve", "run", "--null", half)):  # fmt: skip
+        yield Case("words", f"half of a character: {command[0]}", "status", command=command, told=True)
     # options on a continued training
     for more in OPTIONS:
         yield Case("options", f"{more}, finished", "train", more=more, state="evolve", told=True)
@@ -609,6 +642,10 @@ def cases() -> Iterator[Case]:
     }.items():  # fmt: skip
         for stage in ("train", "evolve", "attribute", "report", "export", "status"):
             yield Case("lost", f"{name}", stage, lose(*parts))
+    for name in ("encoder", "lifecycles"):
+        for stage in ("attribute", "study", "trace"):
+            if (name, stage) != ("lifecycles", "attribute"):
+                yield Case("lost", f"the table {name}", stage, lose(f"run/{name}.parquet"), told=True)
     # permissions
     for stage in ("evolve", "attribute", "report", "status", "export", "diff", "train", "remove", "harvest"):
         yield Case("permissions", "read only", stage, read_only=True, prepare=_writable("out"), works=stage in READING)

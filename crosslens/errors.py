@@ -22,7 +22,7 @@ MAX_NAME = 100
 _DEPTH = 12
 _DIRECTIONS = {*"\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
-_SUFFIXES = (".snapshots", ".summary")  # of the tables beside that of a task
+_SUFFIXES = (".curves", ".last", ".snapshots", ".summary")  # of the tables beside that of a task
 
 
 class UserError(ValueError):

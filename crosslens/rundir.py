@@ -56,6 +56,9 @@ _PATH = re.compile(r"(?:file:/{2,}|~/|/|[A-Za-z]:[\\/]|\\\\).+")
 _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\/](?=\w)|\\\\(?=\w))[^\s\"'<>|,;)]+")
 # settings that earlier versions did not record; what both sides have is compared
 _COMPARED_IF_KNOWN = {"models", "cache_dtype", "config", "tokenizer"}
+# what is read of run.json in more than one place
+_ENTRIES = {"identity": dict, "source": dict, "timings": dict, "tasks": dict, "splits": dict, "studied": dict,
+            "demo": dict, "command": list}  # fmt: skip
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 
@@ -110,6 +113,18 @@ class RunDir:
                 f"{path} is damaged, or was edited: its contents do not have the checksum in it; restore it, or write "
                 '"checksum": null if the edit was meant'
             )
+        made_by = contents.get("crosslens")
+        if isinstance(made_by, str) and _release(made_by) > _release(version("crosslens")):
+            raise UserError(
+                f"{path} was written by crosslens {shortened(made_by)}, and this is {version('crosslens')}: update "
+                "crosslens to use this run"
+            )
+        for key, kind in _ENTRIES.items():
+            if not isinstance(contents.get(key, kind()), kind):
+                raise UserError(
+                    f"{path} is not that of a run: {key}={shortened(contents[key])} is not of type {kind.__name__}; "
+                    "restore or delete it"
+                )
         return contents
 
     def write_json(self, contents: dict[str, Any]) -> None:
@@ -655,6 +670,12 @@ def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str, made_with: 
     described = [types.remove_metadata().to_string(), types.metadata[b"pandas"].decode(), n_rows, run, name]
     described += [made_with] if made_with else []  # tables of version 0.2 have none
     return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
+
+
+def _release(name: str) -> tuple[int, ...]:
+    """The first two numbers of a version: a run of a newer one may hold what this one does not know."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", name)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _program(path: str) -> str:

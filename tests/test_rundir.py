@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from crosslens.errors import UserError
+from crosslens.errors import UserError, check_file_name
 from crosslens.rundir import RunDir, all_checkpoints, check_cache, delete
 from crosslens.tables import TABLES
 
@@ -284,6 +284,30 @@ def test_a_claim_without_results_is_replaced(tmp_path: Path):
     run.save_table("evolution", table())
     with pytest.raises(UserError, match="it has n_tokens=5, this run has n_tokens=1234"):
         run.claim(IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"crosslens": "99.0.1"}, "was written by crosslens 99.0.1, and this is .*: update crosslens to use this run"),
+        ({"identity": [1]}, r"identity=\[1\] is not of type dict; restore or delete it"),
+        ({"source": 5}, "source=5 is not of type dict"),
+        ({"timings": []}, "timings=.* is not of type dict"),
+        ({"command": "crosslens train"}, "command=crosslens train is not of type list"),
+    ],
+)
+def test_a_run_json_of_another_kind_is_refused(tmp_path: Path, entries: dict[str, Any], message: str):
+    run = claimed(tmp_path)
+    run.write_json({**run.read_json(), **entries})
+    with pytest.raises(UserError, match=message):
+        RunDir.open(run.path).read_json()
+
+
+def test_names_of_tasks_cannot_be_those_of_the_tables_beside_them():
+    suffixes = {table.name.rpartition("<task>")[2] for table in TABLES if "<task>" in table.name and "/" in table.name}
+    for suffix in suffixes - {""}:
+        with pytest.raises(UserError, match="is reserved in file names"):
+            check_file_name(f"simple{suffix}", "task")
 
 
 # ---------------------------------------------------------------------- links, and files of others

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from crosslens.cli.display import counted, number, percent, size
 from crosslens.errors import UserError, brief, json_checksum
 from crosslens.rundir import RunDir, complete_checkpoints, inspect_checkpoint
-from crosslens.tables import maker
+from crosslens.tables import maker, task_of
 
 OK, MISSING, DAMAGED, OLD, UNFINISHED = "ok", "missing", "damaged", "out of date", "unfinished"
 OF_EVOLVE = (
@@ -226,14 +226,12 @@ def _evolution(name: str, tables: dict[str, Any], damaged: dict[str, str]) -> Pa
 def _tasks(
     run: RunDir, name: str, info: dict[str, Any], tables: dict[str, Any], damaged: dict[str, str]
 ) -> Iterator[Part]:
-    parts = [table.partition("/") for table in [*tables, *damaged] if "/" in table]
-    names = sorted({task.removesuffix(".snapshots").removesuffix(".summary") for _, _, task in parts})
+    names = sorted({task_of(table) or "" for table in [*tables, *damaged]} - {""})
     if not names:
         yield Part("tasks", MISSING, "effects of features on tasks", f"crosslens attribute {name} --task TASK")
     for task in names:
-        own = ["/".join((kind, task + suffix)) for kind, _, _ in parts for suffix in ("", ".snapshots", ".summary")]
-        broken = [table for table in damaged if table in own]
-        there = [table for table in tables if table in own]
+        broken = [table for table in damaged if task_of(table) == task]
+        there = [table for table in tables if task_of(table) == task]
         option = info.get("tasks", {}).get(task) or (f"demo:{task}" if "demo" in info else "TASK")
         commands = {verb: f"crosslens {verb} {name} --task {shlex.quote(option)}" for verb in ("attribute", "ablate")}
         n = tables.get(f"attribution/{task}.snapshots")

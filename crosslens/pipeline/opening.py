@@ -20,6 +20,7 @@ from crosslens.rundir import RunDir
 from crosslens.snapshots import families
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from crosslens.activations import Activations
@@ -294,9 +295,28 @@ def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[st
     return ["dataset"] * dataset + ["tokenizer"] * tokenizer
 
 
+def evolved_table(run: RunDir, name: str) -> pd.DataFrame | None:
+    """A table of `evolve` that other commands read; None before `evolve`.
+
+    Raises:
+        UserError: `evolve` has left others, but not this one: results would be silently without it.
+    """
+    table = run.table(name)
+    if table is None and (run.path / "evolution.parquet").is_file():
+        raise UserError(
+            f"{run.path} has lost the table {name!r}, which its other tables of `crosslens evolve` belong to: repeat "
+            f"`crosslens evolve {run.path}`"
+        )
+    return table
+
+
 def encoder_shares(run: RunDir, d_sae: int, labels: Sequence[str]) -> Tensor | None:
-    """Encoder shares (F, S) that `evolve` has saved, if they are of these features and snapshots."""
-    table = run.table("encoder")
+    """Encoder shares (F, S) that `evolve` has saved, if they are of these features and snapshots.
+
+    Raises:
+        UserError: as `evolved_table`.
+    """
+    table = evolved_table(run, "encoder")
     columns = [f"share/{label}" for label in labels]
     if table is None or len(table) != d_sae or not set(columns) <= set(table):
         return None

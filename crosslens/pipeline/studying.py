@@ -24,7 +24,7 @@ from crosslens.causal.attribution import attribute as attribute_effects
 from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, decisive
 from crosslens.errors import UserError, json_checksum, shortened
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
-from crosslens.pipeline.opening import encoder_shares, open_consensus, parse_tasks, read_run
+from crosslens.pipeline.opening import encoder_shares, evolved_table, open_consensus, parse_tasks, read_run
 from crosslens.rundir import RunDir
 from crosslens.tables import task_of
 
@@ -80,6 +80,7 @@ def attribute(run: RunDir, options: AttributeOptions, *, device: str | None = No
     )
     with run.writing():
         crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
+        shares = encoder_shares(run, crosscoder.cfg.d_sae, acts.snapshots.labels)
         for spec, task in zip(options.task, parse_tasks(options.task), strict=True):
             _note(run, "attribute", task, options)
             selection, _ = task.split(options.seed)
@@ -90,7 +91,7 @@ def attribute(run: RunDir, options: AttributeOptions, *, device: str | None = No
             ie = attribute_effects(runs, estimator, positions=by_word, n_exact=options.n_exact, n_bootstrap=200)
             if kept is not None:
                 ie = ie.among(kept)
-            tables = effect_tables(ie, crosscoder, encoder_shares(run, crosscoder.cfg.d_sae, ie.labels))
+            tables = effect_tables(ie, crosscoder, shares)
             if ig:
                 tables[f"completeness/{task.name}"] = tables[f"attribution/{task.name}.snapshots"]
             run.save_tables(tables)
@@ -166,7 +167,7 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
             if run.table(f"attribution/{task.name}.snapshots") is not None:
                 check_split(run, task, options.seed)
         crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
-        lifecycles = run.table("lifecycles")
+        lifecycles = evolved_table(run, "lifecycles")
         for spec, task in zip(options.task, tasks, strict=True):
             known, studied = _tables(run, task), _studied(run, task)
             if studied.get("sizes") != sizes:

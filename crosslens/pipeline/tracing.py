@@ -12,7 +12,7 @@ from crosslens.causal.tracing import Asked, Trace
 from crosslens.causal.tracing import trace as trace_prompts
 from crosslens.config import TraceOptions, decisive
 from crosslens.errors import UserError, read_text
-from crosslens.pipeline.opening import encoder_shares, parse_tasks, read_run
+from crosslens.pipeline.opening import encoder_shares, evolved_table, parse_tasks, read_run
 from crosslens.rundir import RunDir
 
 TABLES = {"traces": "prompts", "trace_predictions": "predictions", "trace_features": "features",
@@ -47,7 +47,7 @@ def trace(
             crosscoder,
             acts.snapshots,
             asked,
-            lifecycles=run.table("lifecycles"),
+            lifecycles=evolved_table(run, "lifecycles"),
             encoder_share=encoder_shares(run, crosscoder.cfg.d_sae, labels),
             settings=acts.settings,
         )

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from typing_extensions import override
 
 from crosslens.errors import UserError
-from crosslens.rundir import check_writable, write_text
+from crosslens.rundir import check_writable, share, write_text
 from crosslens.snapshots.families import read_spaced
 
 _MANIFEST = "snapshots.json"
@@ -212,6 +212,7 @@ def _whole(place: Path, write: Any) -> None:
     partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
     try:
         write(partial)
+        share(*partial.glob("*.safetensors"))
         partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from crosslens.errors import UserError
 from crosslens.progress import tqdm
+from crosslens.rundir import share
 from crosslens.synthetic import grammar
 
 END_OF_TEXT = "<|endoftext|>"
@@ -239,6 +240,7 @@ def _save(model: GPTNeoXForCausalLM, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     try:
         model.save_pretrained(folder)
+        share(*folder.glob("*.safetensors"))
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

@@ -199,6 +199,17 @@ def test_a_loop_of_ones_own(snaps: cl.Snapshots, tmp_path: Path) -> None:
     assert cl.Snapshots.local(tmp_path / "a").steps == [0, 3, 10, 20]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there is no umask")
+def test_files_have_the_permissions_of_the_users_umask(snaps: cl.Snapshots, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        place = save(make_model(), 0, tmp_path / "a", tokenizer=snaps.tokenizer)
+    finally:
+        os.umask(before)
+    for path in place.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path
+
+
 def test_steps_are_evenly_spaced() -> None:
     assert choose_steps("log:6", 12) == STEPS
     assert choose_steps("linear:5", 100) == [0, 25, 50, 75, 100]
