@@ -89,10 +89,14 @@ WRONG = [
     (["harvest", *DATA], "--cache is missing: Folder for the activations"),
     ([*TRAIN, "--cache", "{files}/c", "--cache-dtype", "int7"], 'int7.*Did you mean "int8"'),
     ([*TRAIN, "--dataset", "{files}/none.txt"], "none.txt does not exist"),
+<<<<<<< HEAD
     (
         [*TRAIN, "--dataset", "user/name/part"],
         "--dataset user/name/part does not exist: give an existing file, or a hub",
     ),
+=======
+    ([*TRAIN, "--dataset", "user/name/part"], "user/name/part does not exist: give an existing file, or a hub name"),
+>>>>>>> x-mut
     ([*TRAIN, "--dataset", "{files}/task.ini"], "unsupported file type: use .txt"),
     ([*TRAIN, "--dataset", "{files}"], "is not a regular file"),
     ([*TRAIN, "--sample-by", "page"], 'Choose from: "line", "paragraph"'),
@@ -158,7 +162,7 @@ WRONG = [
     (["sweep", *DATA, "--run-dir", "{files}/new", "--d-sae", "8,x", "--k", "2"], "--d-sae 8,x must be whole numbers"),
     (["sweep", *DATA, "--run-dir", "{files}/new", "--d-sae", "8", "--k", "16"], "--k 16 must be at most --d-sae 8"),
     (["sweep", *DATA, "--run-dir", "{files}/new", "--d-sae", "8", "--k", "2", "--seeds", "1"], "must be at least 2"),
-    (["attribute", RUN, "--task", "demo:simple", "--consensus"], "has no consensus of several seeds"),
+    (["attribute", RUN, "--task", "demo:simple", "--consensus"], "no consensus of several seeds; .* with --seeds 3"),
     (["report", RUN, "--consensus"], "has no consensus of several seeds"),
     (["evolve", "{files}"], "is not a run directory"),
     (["evolve", "{files}/untrained"], "has no trained crosscoder"),

@@ -84,5 +84,3 @@ def test_labels_ask_before_they_are_made(run: RunDir) -> None:
 def test_a_report_of_what_is_there(run: RunDir) -> None:
     written = report(run, ReportOptions(title="A title of one's own"))
     assert written.wandb is None and "A title of one&#39;s own" in written.page.read_text()
-    with pytest.raises(UserError, match="has no consensus of several seeds"):
-        report(run, ReportOptions(consensus=True))

@@ -10,12 +10,16 @@ import pandas as pd
 import pytest
 
 from crosslens.report.chart import MUTED, Chart, Grid, Prompts, Style
+from crosslens.report.figures import ablation as ablation_figures
+from crosslens.report.figures import dates as dates_figures
 from crosslens.report.figures import effects as effects_figures
 from crosslens.report.figures import lifecycles as lifecycles_figures
 from crosslens.report.figures import phases as phases_figures
 from crosslens.report.figures import probes as probes_figures
 from crosslens.report.figures import prompts as prompts_figures
 from crosslens.report.figures import rotation as rotation_figures
+from crosslens.report.figures import structure as structure_figures
+from crosslens.report.figures import trace as trace_figures
 
 
 def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
@@ -164,6 +168,133 @@ def test_rotation_rate_draws_the_table_and_names_its_ends(tokens: bool) -> None:
     ends = "From 5.0° (c to d, an end) to 40.0° (b to c) per doubling"
     assert (ends in chart.note) == tokens
     assert isinstance(rotation_figures.rotation_rate(table.assign(angle=np.nan)), str)
+
+
+def test_the_interval_of_most_rotation_stands_out() -> None:
+    table = pd.DataFrame(
+        {"from": ["a", "b"], "to": ["b", "c"], "rotated": [3, 1], "n": [7, 8], "share": [0.75, 0.25],
+         "median_cosine": [0.5, 0.9], "largest": [True, False], "at_edge": [True, True]}
+    )  # fmt: skip
+    chart: Any = rotation_figures.rotation(table)
+    (bars,) = chart.figure.data
+    assert list(bars.y) == [3, 1] and bars.marker.color[0] != bars.marker.color[1]
+    assert "3 features" in bars.hovertext[0] and "cosine 0.500" in bars.hovertext[0]
+    assert chart.note.startswith(
+        "75% of the 4 features that change direction rotate most between a and b (orange). This"
+    )
+    inner: Any = rotation_figures.rotation(table.assign(at_edge=False))
+    assert inner.note.endswith("(orange).")
+    assert isinstance(rotation_figures.rotation(table.assign(rotated=0)), str)
+
+
+def test_median_cosines_fill_the_matrix() -> None:
+    table = pd.DataFrame([(a, b) for a in range(3) for b in range(3)], columns=["snapshot", "other"])
+    table["label"], table["step"] = "step" + table["snapshot"].astype(str), table["snapshot"]
+    table["median"] = [1, -0.25, 0.5, -0.25, 1, 0.75, 0.5, 0.75, 1]
+    table = table.assign(lower_quartile=table["median"] - 0.1, upper_quartile=table["median"] + 0.2, n=9)
+    chart: Any = rotation_figures.cosines(table)
+    (cells,) = chart.figure.data
+    assert np.array_equal(np.array(cells.z, dtype=float), table["median"].to_numpy().reshape(3, 3))
+    assert "interquartile range -0.350 to -0.050, 9 features" in cells.text[0][1]
+    assert (chart.figure.layout.coloraxis.cmin, chart.figure.layout.coloraxis.cmax) == (-0.25, 1)
+    assert isinstance(rotation_figures.cosines(table.assign(n=0)), str)
+
+
+def test_sets_are_exchanged_or_zeroed_at_every_snapshot() -> None:
+    rows = [
+        {"snapshot": s, "label": f"step{s}", "step": s, "features": kind, "k": k, "mode": "ablate", "clean": 2.0,
+         "metric": k * (s + 1) / 10 + (kind == "top"), "metric_low": 0.0, "metric_high": 1.0, "error": True}
+        for s in range(3) for kind in ("top", "change_matched", "random") for k in (1, 5)
+    ]  # fmt: skip
+    exchanged = pd.DataFrame(rows).assign(baseline="patch")
+    zeroed = exchanged[(exchanged["k"] == 5) & (exchanged["features"] != "random")].assign(baseline="zero")
+    zeroed = zeroed.assign(metric=zeroed["metric"] / 2)
+    chart: Any = ablation_figures.zeroing(exchanged, zeroed)
+    drawn = traces(chart)
+    for kind, name in (("top", "top features by effect"), ("change_matched", "change-matched features")):
+        share = exchanged[(exchanged["features"] == kind) & (exchanged["k"] == 5)]["metric"].to_numpy() / 2
+        assert list(drawn[f"{name}, exchanged"].y) == pytest.approx(share.tolist())
+        assert list(drawn[f"{name}, set to zero"].y) == pytest.approx((share / 2).tolist())
+    assert len(drawn) == 4 and chart.note == "Sets of k = 5 features."
+    one = (table.query("snapshot == 2") for table in (exchanged, zeroed))
+    assert ablation_figures.zeroing(*one) == "Only one snapshot was ablated."
+
+
+def concepts() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """R2 of three features at three snapshots, and their births, of which two are sure."""
+    curves = pd.DataFrame([(f, s) for f in (4, 7, 9) for s in range(3)], columns=["feature", "snapshot"])
+    curves["label"], curves["step"] = "step" + curves["snapshot"].astype(str), curves["snapshot"]
+    curves["r2"] = [0.1, 0.8, 1.0, 0.0, 0.1, 0.9, 0.5, 0.5, 0.5]
+    curves["r2_low"], curves["r2_high"] = curves["r2"] - 0.4, curves["r2"] + 0.1
+    births = pd.DataFrame({"feature": [4, 7, 9], "birth": [1, 2, 0], "r2": [1.0, 0.9, 0.5], "q": [0.01, 0.2, 0.9]})
+    return curves, births.assign(readable_q=[0.01, 0.02, 0.5])
+
+
+def test_curves_of_concepts_are_those_of_the_dated_features() -> None:
+    curves, births = concepts()
+    dated, names = pd.DataFrame({"feature": [7, 3, 4]}), pd.DataFrame({"feature": [7], "name": ["<i>"]})
+    chart: Any = dates_figures.concept_curves(curves, births, dated, names)
+    drawn = traces(chart)
+    assert list(drawn)[-2:] == ["7 &lt;i&gt;", "4"] and "9" not in drawn
+    assert list(drawn["4"].y) == [0.1, 0.8, 1.0]
+    bands = [trace for trace in chart.figure.data if trace.meta == "band"]
+    assert min(y for band in bands for y in band.y) == -0.25, "cut where the axis ends"
+    assert chart.note.startswith("1 of 3 features that tell the pairs apart have a concept that is born after")
+    nothing = dates_figures.concept_curves(curves, births, dated.iloc[1:2])
+    assert isinstance(nothing, str) and nothing.endswith(chart.note)
+
+
+def test_a_feature_is_represented_and_read_out_or_not() -> None:
+    curves, births = concepts()
+    read = curves[["feature", "snapshot", "label", "step"]].assign(
+        share=[0.0, 0.05, 1.0, 0.0, 0.5, 1.0, np.nan, np.nan, np.nan], mapped_share=np.nan, random_share=0.02
+    )
+    read["read_out"] = read["share"] > 0.1
+    together = read[read["feature"] == 7].assign(feature=np.nan)
+    chart: Any = dates_figures.represented_and_read(pd.concat([read, together]), curves, births)
+    states = chart.data.set_index(["feature", "snapshot"])["state"]
+    assert states[4].tolist() == ["neither", "represented", "both"]
+    assert states[7].tolist() == ["neither", "read out", "both"]
+    assert states[9].tolist() == ["neither"] * 3, "it is not sure that its concept is readable"
+    cells = next(trace for trace in chart.figure.data if trace.type == "heatmap")
+    assert np.array_equal(np.array(cells.z, dtype=float), [[0, 1, 3], [0, 2, 3], [np.nan] * 3], equal_nan=True)
+    assert chart.note == (
+        "All of them together are read out from step1 on. Random directions of their size reach 0.02 of the late "
+        "effect at most. Rows without colour, 1, have no sure effect at the last snapshot."
+    )
+
+
+def test_pairs_are_counted_where_they_split_merge_or_follow() -> None:
+    snapshots = pd.DataFrame({"snapshot": range(3), "label": list("abc"), "step": range(3)})
+    splits = pd.DataFrame({"kind": ["split", "split", "merger"], "at": [1, 2, 2]})
+    found = pd.DataFrame(
+        {
+            "kind": ["split", "merger", "replacement"],
+            "n": [2, 1, 2],
+            "by_chance": [0.25, 1.5, 0],
+            "most_by_chance": [1, 3, 0],
+        }
+    )
+    chart: Any = structure_figures.splits_and_replacements(found, snapshots, splits, pd.DataFrame({"birth": [1, 1]}))
+    drawn = {name: list(trace.y) for name, trace in traces(chart).items()}
+    assert drawn == {"replacement": [0, 2, 0], "split": [0, 1, 1], "merger": [0, 0, 1]}
+    assert chart.data["label"].tolist() == ["a", "b", "c"]
+    assert "2 splits (by chance 0.2, in 95% of draws at most 1); 1 merger (by chance 1.5," in chart.note
+    assert isinstance(structure_figures.splits_and_replacements(found, snapshots), str)
+
+
+def test_steered_texts_stand_side_by_side_with_the_newest_first() -> None:
+    table = pd.DataFrame(
+        {"features": ["3,5", "5"], "add": [4.0, np.nan], "factor": [np.nan, 2.5], "label": ["a", "b"],
+         "text": ["the", "<b>"], "plain": [" cat", " dog"], "steered": [" king", " fish"],
+         "text_loss_change": [-0.125, np.nan]}
+    )  # fmt: skip
+    grid = trace_figures.steered_models(table, pd.DataFrame({"feature": [5], "name": ["nouns"]}))
+    assert [[cell.text for cell in row] for row in grid.rows] == [
+        ["5 nouns", "× 2.5", "b", "<b>", " dog", " fish", ""],
+        ["3, 5 nouns", "+ 4", "a", "the", " cat", " king", "−0.125"],
+    ]
+    assert [row[0].link for row in grid.rows] == ["feature.html#5", "feature.html#3"]
 
 
 def test_proposal_lists_the_chosen_snapshots_and_escapes_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,28 @@ def test_seeds_draws_the_table(n: int) -> None:
     assert "55% of the live features have a partner (40% to 70% over 2 pairs, both directions)" in chart.note
     assert "weighted by variance 85%; 20% have a partner whose decoder" in chart.note and "0.5% have one" in chart.note
     assert "is dead" in str(seeds_figures.seeds(table.assign(alive=False), PAIRS))
+
+
+def test_partners_by_kind_are_means_over_pairs() -> None:
+    asked = ("shared", "born_too", "same_birth", "within_1")
+    kinds = [(b, kind) for b in ("1", "2") for kind in ("all", "lexical", "contextual")]
+    table = pd.DataFrame(kinds, columns=["b", "kind"]).assign(a="0")
+    rng = np.random.default_rng(0)
+    for name in asked:
+        table[name], table[f"{name}_by_chance"] = rng.random(6), rng.random(6) / 9
+    chart: Any = seeds_figures.births_of_partners(table)
+    means = table.groupby("kind")[[*table.columns[3:]]].mean()
+    shares, chances = chart.figure.data[::2], chart.figure.data[1::2]
+    for share, chance, kind in zip(shares, chances, ("all", "lexical", "contextual"), strict=True):
+        assert (share.name, chance.name) == (f"{kind} features", "by chance")
+        assert list(share.y) == pytest.approx([means.loc[kind, name] for name in asked])
+        assert list(chance.y) == pytest.approx([means.loc[kind, f"{name}_by_chance"] for name in asked])
+    row = means.loc["all"]
+    assert chart.note == (
+        f"2 pairs of seeds. Of the features that are born in one, {row['born_too']:.0%} have a partner that is born "
+        f"too (by chance {row['born_too_by_chance']:.0%}); {row['same_birth']:.0%} of these at the same snapshot (by "
+        f"chance {row['same_birth_by_chance']:.0%})."
+    )
 
 
 def test_rates_draw_the_table() -> None:
