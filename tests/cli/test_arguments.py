@@ -89,14 +89,7 @@ WRONG = [
     (["harvest", *DATA], "--cache is missing: Folder for the activations"),
     ([*TRAIN, "--cache", "{files}/c", "--cache-dtype", "int7"], 'int7.*Did you mean "int8"'),
     ([*TRAIN, "--dataset", "{files}/none.txt"], "none.txt does not exist"),
-<<<<<<< HEAD
-    (
-        [*TRAIN, "--dataset", "user/name/part"],
-        "--dataset user/name/part does not exist: give an existing file, or a hub",
-    ),
-=======
     ([*TRAIN, "--dataset", "user/name/part"], "user/name/part does not exist: give an existing file, or a hub name"),
->>>>>>> x-mut
     ([*TRAIN, "--dataset", "{files}/task.ini"], "unsupported file type: use .txt"),
     ([*TRAIN, "--dataset", "{files}"], "is not a regular file"),
     ([*TRAIN, "--sample-by", "page"], 'Choose from: "line", "paragraph"'),
