@@ -152,9 +152,8 @@ def test_a_task_of_two_prompts_is_refused(crosscoder: Crosscoder, snaps: Snapsho
         study(crosscoder, snaps, two)
     with pytest.warns(UserWarning, match="no effect, whatever its size, can be significant"):
         attribute(crosscoder, snaps, two)
-    fewer, enough = (
-        sign_flip_p(*np.array([[n], [n]], dtype=float)) for n in (SIGNIFICANT_GROUPS - 1, SIGNIFICANT_GROUPS)
-    )
+    n = SIGNIFICANT_GROUPS
+    fewer, enough = (sign_flip_p(*np.array([[groups], [groups]], dtype=float)) for groups in (n - 1, n))
     assert fewer > 0.05 > enough
 
 
