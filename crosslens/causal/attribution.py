@@ -80,7 +80,7 @@ ERRORS = ("joint", "frozen")
 ENDS = ("clean", "baseline")
 END, END_NODES = 0.1, 2  # of the path, near the clean run or the baseline
 BATCH_TOKENS = 4096  # tokens in one pass through the model above the hook
-MIN_PROMPTS = 6  # for statistics; with 5 the smallest p-value is .08
+SIGNIFICANT_GROUPS = 6  # with 5 groups of prompts the smallest p-value of `stats.sign_flip_p` is .08
 MIN_GROUPS = 20  # of prompts; with fewer `attribute` warns
 PROMPTS = 16  # that `positions=True` keeps word by word, evenly spaced among all
 _ESTIMATOR = ("method", "rule", "n_nodes", "baseline", "error", "threshold")  # columns of `snapshot_frame`
@@ -889,24 +889,25 @@ def _words_of_prompts(runs: PromptRuns, words: list[Float[Tensor, "_ 4"]]) -> pd
 
 
 def check_statistics(task: str, n_prompts: int) -> None:
-    """Refuse a task with too few prompts for anything to be significant.
+    """Refuse a half of a task that is a single prompt.
 
     Raises:
-        UserError: fewer than `MIN_PROMPTS`: no effect on so few has p below .05, see `stats.sign_flip_p`.
+        UserError: one prompt, whose effects have no standard errors.
     """
-    if n_prompts < MIN_PROMPTS:
+    if n_prompts < 2:
         raise UserError(
-            f"usable prompts of task {task!r} in this half are {n_prompts}; with fewer than {MIN_PROMPTS} no effect "
-            "can be significant, whatever its size: give more items (`crosslens trace` follows single prompts)"
+            f"one prompt of task {task!r} is usable in this half, and effects on one prompt have no standard errors: "
+            "give more items, 40 or more; `crosslens trace` follows single prompts"
         )
 
 
 def warn_of_few_groups(task: str, n_groups: int, n_prompts: int) -> None:
     """Warn where there are too few groups of prompts for what is said of effects to be general."""
     if n_groups < MIN_GROUPS:
+        few = "few effects" if n_groups >= SIGNIFICANT_GROUPS else "no effect, whatever its size,"
         warnings.warn(
             f"the {n_prompts} prompts of {task!r} are of {n_groups} groups, such as head nouns, fewer than "
-            f"{MIN_GROUPS}: few effects can be significant, and intervals are wide; give prompts of more groups, or "
+            f"{MIN_GROUPS}: {few} can be significant, and intervals are wide; give prompts of more groups, or "
             "another column `group` if the prompts of a group are independent",
             stacklevel=3,
         )

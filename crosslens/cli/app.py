@@ -282,9 +282,8 @@ def attribute(path: TrainedRun, /, *, options: AttributeOptions, device: Device 
 
     out, results = Output(json), dict[str, Any]()
     for name, found in attribute(run, options, device=device):
-        if options.baseline is None and (why := explain_baseline(name, found.runs)):
-            out.say(why)
-        results[name] = show_effects(out, name, found, run)
+        why = explain_baseline(name, found.runs) if options.baseline is None else ""
+        results[name] = show_effects(out, name, found, run, why)
     out.say(f"all effects, with intervals: crosslens report {shlex.quote(str(path))}")
     out.end(run=path, tasks=results)
 

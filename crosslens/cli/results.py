@@ -21,7 +21,7 @@ from crosslens.evolution.lifecycles import PRESENCE, count_origins
 from crosslens.intervention.prompt_runs import PromptRuns
 from crosslens.pipeline import Attributed, summarise_study
 from crosslens.rundir import RunDir
-from crosslens.tasks import MIN_ITEMS, describe_accuracy, list_counts
+from crosslens.tasks import MIN_ITEMS, describe_items, list_counts
 
 _TOP = 5
 BASELINES = {"zero": "zero", "mean": "their mean", "patch": "their values on the paired prompts"}
@@ -98,7 +98,7 @@ def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -
     out.say(f"other measures and thresholds, lifecycles, phases, probes: crosslens report {place}, or --json")
 
 
-def show_effects(out: Output, name: str, found: Attributed, run: RunDir) -> dict[str, Any]:
+def show_effects(out: Output, name: str, found: Attributed, run: RunDir, why: str = "") -> dict[str, Any]:
     """Print effects on a task at every snapshot, and the accuracy on it; return the values.
 
     Args:
@@ -106,6 +106,7 @@ def show_effects(out: Output, name: str, found: Attributed, run: RunDir) -> dict
         name: of the task.
         found: the results of `attribute`.
         run: for the names of features.
+        why: of the baseline, from `explain_baseline`.
     """
     names = feature_names(run)
     ie, accuracy, runs = found.effects, found.accuracy, found.runs
@@ -163,7 +164,9 @@ def show_effects(out: Output, name: str, found: Attributed, run: RunDir) -> dict
     )  # fmt: skip
     if later:
         significance += "; † more than half of the feature is read from later snapshots"
-    out.say(describe_accuracy(accuracy)[0])
+    out.say(describe_items(accuracy))
+    if why:
+        out.say(why)
     for largest in values[-1]["top"][:1]:
         word = names.get(largest["feature"], "")
         out.say(

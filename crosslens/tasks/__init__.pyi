@@ -1,6 +1,7 @@
 from .accuracy import MIN_ITEMS as MIN_ITEMS
 from .accuracy import accuracy_table as accuracy_table
 from .accuracy import describe_accuracy as describe_accuracy
+from .accuracy import describe_items as describe_items
 from .accuracy import list_counts as list_counts
 from .items import Item as Item
 from .prompts import AnswerBatch as AnswerBatch

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 from crosslens.causal.ablation import Controls, ablate
 from crosslens.causal.analyses import METHODS, Study, study
-from crosslens.causal.attribution import MIN_PROMPTS, attribute
+from crosslens.causal.attribution import SIGNIFICANT_GROUPS, attribute
 from crosslens.causal.languages import split_languages
 from crosslens.causal.relative import significant
 from crosslens.causal.timeline import follow_features
@@ -148,9 +148,12 @@ def test_languages(task: Task, found: Study, tmp_path: Path) -> None:
 
 def test_a_task_of_two_prompts_is_refused(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> None:
     two = Task.from_items("two", task.items[:2])
-    with pytest.raises(UserError, match="task 'two' in this half are 1; with fewer than 6 no effect"):
+    with pytest.raises(UserError, match="one prompt of task 'two' is usable in this half, and"):
         study(crosscoder, snaps, two)
-    fewer, enough = (sign_flip_p(*np.array([[n], [n]], dtype=float)) for n in (MIN_PROMPTS - 1, MIN_PROMPTS))
+    with pytest.warns(UserWarning, match="no effect, whatever its size, can be significant"):
+        attribute(crosscoder, snaps, two)
+    n = SIGNIFICANT_GROUPS
+    fewer, enough = (sign_flip_p(*np.array([[groups], [groups]], dtype=float)) for groups in (n - 1, n))
     assert fewer > 0.05 > enough
 
 

@@ -381,7 +381,8 @@ def test_attribute_and_ablate_say_what_they_show(command: Command, trained: Path
     assert (code, err) == (0, "")
     example = "such as ' sees the dog' / ' likes'"
     items = "mine: 13 of 15 items, 1 merged (the same item), 1 skipped (the answers do not differ in exactly one token"
-    assert f"{items}, {example}). To keep more: give answers of one token, or answers='multi', which only" in out
+    assert out.startswith(f"{items}, {example})")
+    assert "To keep more: give answers of one token, or answers='multi', which only accuracy reads\n" in out
     reason = "the paired prompt has a different number of tokens"
     assert re.search(
         rf"^mine: baseline zero, because only [01] of \d+ prompts .* paired prompt \({reason}\)", out, re.M
