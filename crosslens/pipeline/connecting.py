@@ -56,5 +56,5 @@ def _largest(run: RunDir, task: str) -> Sequence[int]:
             f"{run.path} has no effects on {task!r}, which would choose the features: give --feature, or run "
             "`crosslens attribute` first"
         )
-    last = effects[effects["snapshot"] == effects["snapshot"].max()]
-    return last.assign(size=last["ie"].abs()).nlargest(TARGETS, "size")["feature"].tolist()
+    last: pd.DataFrame = effects.loc[effects["snapshot"] == effects["snapshot"].max()]
+    return last.assign(size=lambda table: table["ie"].abs()).nlargest(TARGETS, "size")["feature"].tolist()

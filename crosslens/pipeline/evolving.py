@@ -85,7 +85,8 @@ def evolve(
         if seeds is not None:
             angles = seeds.groupby("after")["apart"].median()
             tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles.to_dict())
-            if np.isfinite(last := angles.get(crosscoder.n_snapshots - 1, np.nan)):
+            last = float(angles.to_dict().get(crosscoder.n_snapshots - 1, np.nan))
+            if np.isfinite(last):
                 min_cosine = float(np.cos(np.deg2rad(last)))
         if unrelated is not None and evolution.decodability is not None:
             kinds = evolution.decodability.lexical

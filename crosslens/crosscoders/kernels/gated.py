@@ -93,7 +93,8 @@ class Gates:
             scores = pairs.values[:, None] * self.norms[pairs.features]
             return (scores > self.threshold[pairs.features, None]).sum().float()
         blocks = [self.block(columns) for columns in _columns(len(self.threshold))]
-        return sum((_dense_acts(block, s) != 0).sum() for block in blocks for s in range(self.norms.shape[1])).float()
+        counts = [(_dense_acts(block, s) != 0).sum() for block in blocks for s in range(self.norms.shape[1])]
+        return torch.stack(counts).sum().float()
 
 
 def reconstruct_gated(
