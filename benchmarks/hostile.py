@@ -90,7 +90,7 @@ COMMANDS = {
     "label": "label run --local",
     "trace": "trace run --file prompts.txt",
     "report": "report run",
-    "steer": "steer run farmers --feature 3 --length 4 --loss-tokens 64",
+    "steer": "steer run farmers --feature 3 --factor 3 --length 4 --loss-tokens 64",
     "export": "export run --format sae --to out/sae",
     "status": "status run",
     "diff": "diff run run",
@@ -609,7 +609,7 @@ def cases() -> Iterator[Case]:
             yield Case("words", f"run.json {name}", stage, run_json(change), told=True)
     half = "the \ud800 cat"
     yield Case("words", "half of a character in a task", "attribute", items(half), told=True)
-    for command in (("trace", "run", half), ("steer", "run", half, "--feature", "3"),
+    for command in (("trace", "run", half), ("steer", "run", half, "--feature", "3", "--factor", "3"),
                     ("report", "run", "--title", half), ("remove", "run", "--task", half), ("ls", half),
                     ("evolve", "run", "--null", half)):  # fmt: skip
         yield Case("words", f"half of a character: {command[0]}", "status", command=command, told=True)
