@@ -94,7 +94,7 @@ COMMANDS = {
     "export": "export run --format sae --to out/sae",
     "status": "status run",
     "diff": "diff run run",
-    "plan": f"plan {DATA} --d-sae 24",
+    "plan": f"plan {DATA} --d-sae 24 --k 4 --batch-size 100",
     "remove": "remove run --task task",
     "ls": "ls models",
 }
@@ -853,6 +853,10 @@ def undisturbed(states: Path) -> dict[str, dict[str, str]]:
         shutil.copytree(work, states / f"after {stage}", symlinks=True)
         if stage == "live":
             shutil.rmtree(work / "run")
+    for name in COMMANDS.keys() - {*STAGES}:  # a case of a command that is refused as it is would say nothing
+        ended = wait(start(tuple(COMMANDS[name].split()), work))
+        if ended.status:
+            raise SystemExit(f"{name} does not run undisturbed: {ended.said}")
     return expected
 
 
