@@ -90,11 +90,11 @@ COMMANDS = {
     "label": "label run --local",
     "trace": "trace run --file prompts.txt",
     "report": "report run",
-    "steer": "steer run farmers --feature 3 --length 4 --loss-tokens 64",
+    "steer": "steer run farmers --feature 3 --factor 3 --length 4 --loss-tokens 64",
     "export": "export run --format sae --to out/sae",
     "status": "status run",
     "diff": "diff run run",
-    "plan": f"plan {DATA} --d-sae 24",
+    "plan": f"plan {DATA} --d-sae 24 --k 4 --batch-size 100",
     "remove": "remove run --task task",
     "ls": "ls models",
 }
@@ -609,7 +609,7 @@ def cases() -> Iterator[Case]:
             yield Case("words", f"run.json {name}", stage, run_json(change), told=True)
     half = "the \ud800 cat"
     yield Case("words", "half of a character in a task", "attribute", items(half), told=True)
-    for command in (("trace", "run", half), ("steer", "run", half, "--feature", "3"),
+    for command in (("trace", "run", half), ("steer", "run", half, "--feature", "3", "--factor", "3"),
                     ("report", "run", "--title", half), ("remove", "run", "--task", half), ("ls", half),
                     ("evolve", "run", "--null", half)):  # fmt: skip
         yield Case("words", f"half of a character: {command[0]}", "status", command=command, told=True)
@@ -853,6 +853,10 @@ def undisturbed(states: Path) -> dict[str, dict[str, str]]:
         shutil.copytree(work, states / f"after {stage}", symlinks=True)
         if stage == "live":
             shutil.rmtree(work / "run")
+    for name in COMMANDS.keys() - {*STAGES}:  # a case of a command that is refused as it is would say nothing
+        ended = wait(start(tuple(COMMANDS[name].split()), work))
+        if ended.status:
+            raise SystemExit(f"{name} does not run undisturbed: {ended.said}")
     return expected
 
 
