@@ -99,11 +99,11 @@ def sign_flip_p(total: Float[np.ndarray, ...], squares: Float[np.ndarray, ...]) 
     r = |sum x| / sqrt(sum x^2) has P(r >= t) <= 2 c P(Z >= t) with c = 1 / (4 P(Z >= sqrt(2))) = 3.18 and Z standard
     normal, for any number of terms and any sizes (Bentkus and Dzindzalieta 2015, Bernoulli 21, 1205).
 
-    This is not the p-value of a mean over its standard error, and may be much larger. With k terms that are not 0 it
-    is at least 2^(1 - k), the chance that all have one sign; and the terms are weighed by their size. Where one group
-    has a seventh of all prompts, a mean of 2.5 clustered standard errors has p = .15 or so: the standard error hardly
-    knows that group's own variance, and a t test that trusts it rejects too often. The bound is also some 3 times the
-    share of all flips that reach the sum, 6 times in that example.
+    This is not the p-value of a mean over its standard error, and may be much larger. With k terms that are not 0 it is
+    at least 2^(1 - k), the chance that all have one sign; and the terms are weighed by their size. Where one group has
+    a seventh of all prompts, a mean of 2.5 clustered standard errors has p = .15 or so: the standard error hardly knows
+    that group's own variance, and a t test that trusts it rejects too often. The bound is also some 3 times the share
+    of all flips that reach the sum, 6 times in that example.
 
     Args:
         total: sum of the terms.

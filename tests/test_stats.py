@@ -157,7 +157,7 @@ def test_sign_flip_p_holds_where_one_group_has_many_prompts_and_a_t_test_does_no
     assert (stats.sign_flip_p(x.sum(1), (x**2).sum(1)) <= 0.05).mean() <= 0.05
     # k groups with an effect have one sign by chance
     for k in range(1, 12):
-        assert stats.sign_flip_p(np.float64(k), np.float64(k)) >= 0.5 ** (k - 1)
+        assert stats.sign_flip_p(np.array(float(k)), np.array(float(k))) >= 0.5 ** (k - 1)
 
 
 def test_t_quantiles() -> None:

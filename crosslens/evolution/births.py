@@ -48,7 +48,7 @@ from crosslens.evolution.presence import Decodability
 from crosslens.stats import jackknife_error, q_values, resample_counts
 
 MEASURES = ("r2", "within", "norm")  # the first one that was read is the default
-THRESHOLDS = (0.3, PRESENCE, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.3, PRESENCE, 0.5, 0.7)
 MIN_R2 = 0.05
 MIN_WITHIN = 0.05
 """Least share of a feature's variance within token types from which within-token R2 is read."""
@@ -319,7 +319,7 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """
     thresholds = sorted(set(counts["threshold"].tolist()))
     known = [name for name in NULLS if name in counts]
-    width = 12 + 11 * len(known)
+    width = 34 if len(known) > 1 else 22
     lines = ["births".ljust(34) + "".join(f"{f'at {one:g}':>{width}}" for one in thresholds)]
     for _, rows in counts.groupby(["measure", "kind"], sort=False):
         measure, kind = str(rows["measure"].iloc[0]), str(rows["kind"].iloc[0])

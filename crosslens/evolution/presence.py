@@ -48,7 +48,7 @@ GROUPS = 32
 _LEAST_GROUPS = 8
 _LEAST, _ENOUGH = 4, 20
 """Held-out tokens per dimension: with fewer R2 is not measured, or its births are marked. Intervals of
-planted births at 4, 8 and 20 tokens per dimension covered 85, 95 and 99 % (`benchmarks/birth_intervals.py`)."""
+planted births at 4, 8 and 20 tokens per dimension covered 80, 88 and 92 % (`benchmarks/birth_intervals.py`)."""
 _ROUNDING = 1e-9
 _PREDICTED = 1 << 22  # features of tokens at a time that are predicted
 _GATHERED = 4  # time of a product over active pairs, relative to one of a dense matrix
@@ -137,13 +137,14 @@ def measure_decodability(
             regression = _Regression(f, of, fold != judged, held.device)
             tokens = np.flatnonzero((fold == judged) & regression.known)
             tokens = tokens[np.argsort(groups[tokens], kind="stable")]
-            parts = np.split(tokens, range(step, len(tokens), step)) if len(tokens) else []
+            starts = range(0, len(tokens), step)
+            parts = [_Part(f, tokens[at : at + step], groups, held.device) for at in starts]
             for part in parts:
-                regression.add_squares(total[which], groups, part, regression.around(part))
+                part.add_squares(total[which], regression.around(part.tokens))
             for s in range(S):
                 predict = regression.fit(held.x[s], ridge)
                 for part in parts:
-                    regression.add_squares(error[which, :, :, s], groups, part, predict(part))
+                    part.add_squares(error[which, :, :, s], predict(part.tokens))
     active = np.stack([(f[fold == one] > 0).sum(0) for one in (0, 1)])
     silent = (active == 0).any(0)
     error[:, :, silent], total[:, :, silent] = np.nan, np.nan
@@ -241,6 +242,24 @@ def _r2(error: Any, total: Any) -> Any:
     return np.where(np.isfinite(found), found, np.nan)
 
 
+class _Part:
+    """Features (n, F) of some tokens, which are given in the order of their groups."""
+
+    def __init__(self, f: Any, tokens: Int[np.ndarray, " b"], groups: Int[np.ndarray, " n"], device: Any) -> None:
+        active = f[tokens].tocoo()
+        self.tokens = tokens
+        self.place = tuple(torch.from_numpy(where).long().to(device) for where in active.coords[::-1])
+        self.values = torch.from_numpy(active.data).to(device)
+        self.groups, sizes = np.unique(groups[tokens], return_counts=True)
+        self.sizes = sizes.tolist()
+
+    def add_squares(self, into: Float64[np.ndarray, "G F"], predicted: Float[Tensor, "F b"]) -> None:
+        """Add up by group what predictions, which are overwritten, leave of the features, squared."""
+        predicted[self.place] -= self.values
+        for g, squares in zip(self.groups, predicted.square_().split(self.sizes, 1), strict=True):
+            into[g] += squares.sum(1).double().cpu().numpy()
+
+
 class _Regression:
     """Ridge regressions of all features on one snapshot, around the means of token types: fitted on some tokens, and
     judged on others.
@@ -269,28 +288,6 @@ class _Regression:
         means = self.means[:, self.number[tokens]]
         return torch.from_numpy(means if isinstance(means, np.ndarray) else means.toarray()).to(self.device)
 
-    def add_squares(
-        self,
-        into: Float64[np.ndarray, "G F"],
-        groups: Int[np.ndarray, " n"],
-        tokens: Int[np.ndarray, " b"],
-        predicted: Float[Tensor, "F b"],
-    ) -> None:
-        """Add up by group what predictions, which are overwritten, leave of the features of some tokens, squared.
-
-        Args:
-            into: the sums.
-            groups: of every token.
-            tokens: in the order of their groups.
-            predicted: their features.
-        """
-        f = self.f[tokens].tocoo()
-        place = tuple(torch.from_numpy(where).long().to(self.device) for where in f.coords[::-1])
-        predicted[place] -= torch.from_numpy(f.data).to(self.device)
-        own, sizes = np.unique(groups[tokens], return_counts=True)
-        for g, squares in zip(own, predicted.square_().split(sizes.tolist(), 1), strict=True):
-            into[g] += squares.sum(1).double().cpu().numpy()
-
     def fit(self, x: Float[Tensor, "n D"], ridge: float) -> Callable[[Any], Float[Tensor, "F b"]]:
         """Fit the regressions, and return what predicts the features of some tokens."""
         number, own = torch.from_numpy(self.number), torch.from_numpy(self.fitted)
@@ -316,7 +313,9 @@ class _Regression:
         number, shares = number.to(self.device), (1 / counts).float().to(self.device)
 
         def predict(tokens: Any) -> Float[Tensor, "F b"]:
-            same = number[own][:, None] == number[tokens]
-            return sums_by_column(self.columns, torch.addmm(same * shares[number[tokens]], design, x[tokens].T))
+            of = number[tokens]
+            # the mean of a type is a sum over its tokens, too
+            means = shares if len(shares) == 1 else (number[own][:, None] == of) * shares[of]
+            return sums_by_column(self.columns, torch.addmm(means, design, x[tokens].T))
 
         return predict

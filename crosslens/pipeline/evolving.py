@@ -12,9 +12,9 @@ Every part leaves its tables as soon as it ends.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from crosslens.config import EvolveOptions, decisive
@@ -85,9 +85,8 @@ def evolve(
         if seeds is not None:
             angles = seeds.groupby("after")["apart"].median()
             tables["rotation"]["seeds_angle"] = tables["rotation"]["after"].map(angles.to_dict())
-            last = float(angles.to_dict().get(crosscoder.n_snapshots - 1, np.nan))
-            if np.isfinite(last):
-                min_cosine = float(np.cos(np.deg2rad(last)))
+            last = float(angles.reindex([crosscoder.n_snapshots - 1]).iloc[0])
+            min_cosine = math.cos(math.radians(last)) if math.isfinite(last) else min_cosine
         if unrelated is not None and evolution.decodability is not None:
             kinds = evolution.decodability.lexical
             tables["unrelated"] = shares_by_kind(unrelated, ["lexical" if one else "contextual" for one in kinds])

@@ -118,7 +118,7 @@ def test_counts_forward_and_reversed() -> None:
     assert table.loc["norm"][["sure", "sure_reversed"]].isna().all(axis=None)
     assert set(table.loc["within"].index.get_level_values("kind")) == {"all", "lexical", "contextual"}
     alone = count_births({"norm": curves["norm"]})
-    assert alone["kind"].unique().tolist() == ["all"] and alone["threshold"].tolist() == [0.3, 0.4, 0.5, 0.7, 0.9]
+    assert alone["kind"].unique().tolist() == ["all"] and alone["threshold"].tolist() == [0.3, 0.4, 0.5, 0.7]
     dead = presence_curves(norms, found, np.zeros(5, dtype=bool))
     assert (count_births(dead, found.lexical, found)[["n", "born"]] == 0).all(axis=None)
     assert date_births(found, "r2", np.zeros(5, dtype=bool)).isna().all(axis=None)
