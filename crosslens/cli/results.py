@@ -295,7 +295,7 @@ def show_edges(out: Output, name: str, table: pd.DataFrame, run: RunDir, lower: 
         out.say(f"{name}: none of these features fires on the prompts, so nothing leads to them")
         return
     names, below = feature_names(run), feature_names(lower)
-    last = table[table["snapshot"] == table["snapshot"].max()]
+    last = pd.DataFrame(table[table["snapshot"] == table["snapshot"].max()])
     first = last.iloc[0]
     out.table(
         [Column("feature", left=True), Column("reads"), Column("from", left=True), Column("edge")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crosslens.causal.circuits import connect_features
 from crosslens.config import ConnectOptions, decisive
@@ -56,5 +56,5 @@ def _largest(run: RunDir, task: str) -> Sequence[int]:
             f"{run.path} has no effects on {task!r}, which would choose the features: give --feature, or run "
             "`crosslens attribute` first"
         )
-    last = effects[effects["snapshot"] == effects["snapshot"].max()]
+    last: Any = effects[effects["snapshot"] == effects["snapshot"].max()]
     return last.assign(size=last["ie"].abs()).nlargest(TARGETS, "size")["feature"].tolist()
