@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
@@ -71,7 +71,7 @@ class Study:
 
     task: str
     ie: Attribution
-    tables: Tables
+    tables: Tables = field(repr=False)
 
     @property
     def exact(self) -> pd.DataFrame:
