@@ -60,7 +60,7 @@ def plot(tables: Mapping[str, pd.DataFrame], name: str, task: str | None = None)
         for entry in list_figures():
             names = [each.replace("<task>", task or "<task>") for each in entry.tables]
             read = [found[each] for each in names]
-            if all(table is not None for table in read):
+            if all(table is not None for table in read[: entry.needed]):
                 drawable.setdefault(entry.name, (entry, read))
         if name not in drawable:
             known = next((entry for entry in list_figures() if entry.name == name), None)
