@@ -120,7 +120,7 @@ class RunDir:
                 "crosslens to use this run"
             )
         for key, kind in _ENTRIES.items():
-            if not isinstance(contents.get(key, kind()), kind):
+            if contents.get(key) is not None and not isinstance(contents[key], kind):
                 raise UserError(
                     f"{path} is not that of a run: {key}={shortened(contents[key])} is not of type {kind.__name__}; "
                     "restore or delete it"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import crosslens.progress
 from crosslens.activations import mixing
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations, LiveActivations
@@ -210,6 +211,7 @@ def test_a_bar_while_the_buffer_is_filled(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """At the beginning and where a training is resumed; it goes before the first batch comes."""
+    monkeypatch.setattr(crosslens.progress, "EVERY", -math.inf)  # a line for each, although this is no terminal
     monkeypatch.setattr(mixing, "_bar", partial(mixing._bar, delay=0, mininterval=0))
     stream = make(snapshots, tiny_text, n_tokens=400, mixing_tokens=100).batches(10, start=start)
     next(stream)

@@ -76,7 +76,7 @@ def whole(states: list[dict[str, Tensor]], n_feature_ranks: int) -> dict[str, Te
     """The states of all ranks joined along features; what they hold alike must be equal to the bit."""
     joint: dict[str, Tensor] = {}
     for name, first in states[0].items():
-        if name in ("b_dec", "activation_scale", "threshold"):
+        if name in ("b_dec", "activation_scale", "threshold", "steered"):
             assert all(torch.equal(first, state[name]) for state in states), name
             joint[name] = first
         else:

@@ -16,6 +16,7 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+import crosslens.progress
 import crosslens.training.progress
 import crosslens.training.run
 from crosslens.activations.loader import Activations
@@ -110,6 +111,7 @@ def test_the_bar_is_drawn_once_a_second(
     monkeypatch.setattr(crosslens.training.progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(CrosscoderTrainer, "step", stepping)
     monkeypatch.setattr(CrosscoderTrainer, "measure", measuring)
+    monkeypatch.setattr(crosslens.progress, "EVERY", -math.inf)  # a line for each, although this is no terminal
     trainer = trainer_of(acts, ALL["topk_crosscoder"](), config(training_tokens=12 * B))
     trainer.fit()
     assert at == {0.0: [12], 0.3: [4, 8, 12, 12], 7.0: [*range(1, 13), 12]}[seconds]
@@ -190,7 +192,10 @@ def test_labels_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "a\\u001b]0;owned\\u0007 and \\u202egnp.exe\n  x\\u009b2J 0.528\n"
 
 
-def test_the_last_lines_of_a_training(acts: Activations, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_last_lines_of_a_training(
+    acts: Activations, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(crosslens.progress, "EVERY", -math.inf)
     settings = config(run_dir=tmp_path / "run", evaluate=True, training_tokens=4 * B)  # far too short
     with pytest.warns(UserWarning, match=r"less than 70% of the variance of step0 \("):
         train(acts, ALL["batchtopk_crosscoder"](), settings)

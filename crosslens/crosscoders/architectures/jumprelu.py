@@ -153,8 +153,10 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
         super().initialize_weights()
         with torch.no_grad():
             self.log_threshold.fill_(math.log(self.cfg.jumprelu_init_threshold))
-        # of training alone: in checkpoints, and not among the weights of a crosscoder
-        self.register_buffer("steered", torch.zeros(2, dtype=torch.float32, device=self.device), persistent=False)
+        # of training alone: in checkpoints, and not among the weights of a crosscoder, which are assigned to a module
+        # on the meta device
+        place = "cpu" if self.device.type == "meta" else self.device
+        self.register_buffer("steered", torch.zeros(2, dtype=torch.float32, device=place), persistent=False)
 
     @property
     @override
@@ -195,7 +197,12 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
 
     @torch.no_grad()
     def steer(self, gates: Gates, pairs: Pairs | None) -> None:
-        """Raise or lower lambda by the L0 of a batch."""
+        """Raise or lower lambda by the L0 of a batch.
+
+        Args:
+            gates: of the batch, for the features of this process.
+            pairs: `gates.open_pairs()`.
+        """
         assert self.cfg.target_l0 is not None
         own = gates.n_open(pairs) / (len(gates.hidden_pre) * self.n_snapshots)
         l0 = self.strategy.total_features(self.strategy.mean_data(own)).clamp_min(_LEAST_L0)
@@ -231,5 +238,5 @@ ARCHITECTURE = Architecture(
     extra_columns=8192,
     penalises_decoder=True,
     revives_dead=False,
-    denser="a smaller sparsity_coefficient (or a larger target_l0)",
+    denser="a smaller sparsity_coefficient",
 )
