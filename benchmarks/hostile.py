@@ -190,7 +190,7 @@ def is_raw(ended: Ended) -> bool:
 
 def shows_control(report: Path) -> bool:
     """Whether a page has characters that would move a cursor, or change the direction of writing."""
-    return any(_CONTROL.search(path.read_text().replace("\r", "")) for path in report.glob("*.html"))
+    return any(_CONTROL.search(path.read_text().replace("\r", "")) for path in report.glob("*.html") if path.is_file())
 
 
 def digest(folder: Path, own: tuple[str, ...] = ()) -> dict[str, str]:
