@@ -605,7 +605,7 @@ def cases() -> Iterator[Case]:
         "of a newer version": {"crosslens": "99.0.0"}, "with a list": {"identity": [1]}, "with a number": {"source": 5},
         "with times in a list": {"timings": []},
     }.items():  # fmt: skip
-        for stage in ("status", "train", "evolve", "attribute", "report", "export"):
+        for stage in ("status", "evolve", "attribute", "report", "export"):
             yield Case("words", f"run.json {name}", stage, run_json(change), told=True)
     half = "the \ud800 cat"
     yield Case("words", "half of a character in a task", "attribute", items(half), told=True)

@@ -116,7 +116,11 @@ def test_births_by_decodability_survive_the_traps(name: str) -> None:
         training_tokens=1_000_000, batch_size=512, lr=2e-3, dead_tokens=50_000, device="cpu", evaluate=False
     )
     crosscoder = train(traps, BatchTopKCrosscoderTrainingConfig(d_sae=80, k=4), config)
-    scores = score_births(judge_births(crosscoder, traps))
+    # the default of .4 trades some exact dates for fewer births in models without an order
+    default = score_births(judge_births(crosscoder, traps))
+    assert default["false_sure"] <= 0.05 and (name == "no_births" or default["covered"] >= 0.92)
+    assert name == "no_births" or default["exact/r2"] >= 0.85
+    scores = score_births(judge_births(crosscoder, traps, presence=0.5))
     unborn = scores["found"] - scores["born"]
     assert scores["found"] >= 30 and scores["false_sure"] <= 0.05
     # with an untrained first snapshot nearly every feature is born after it
