@@ -263,9 +263,10 @@ def _as_vectors(name: str, activation: Tensor, outs: Sequence[Tensor]) -> Float[
 
 
 def _not_reached(model: Any, name: str) -> UserError:
+    block = "".join(name.split(".")[1:2]) or "0"  # a crosscoder's config may name anything
     return UserError(
         f"{type(model).__name__} never reached hook point {name}: choose another, such as "
-        f"'blocks.{name.split('.')[1]}.hook_resid_post', or attention='eager', which has all that are inside attention"
+        f"'blocks.{block}.hook_resid_post', or attention='eager', which has all that are inside attention"
     )
 
 

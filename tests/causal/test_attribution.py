@@ -855,6 +855,11 @@ def test_errors_are_one_line(snaps: Snapshots, task: Task) -> None:
     with pytest.raises(UserError, match="no paired prompts"):
         attribute(cc, snaps, unpaired, baseline="patch")
 
+    odd = make_crosscoder(snaps, "standard_crosscoder")
+    odd.cfg.metadata.hook_name = "odd"  # of another program
+    with pytest.raises(UserError, match=r"never reached hook point odd: choose another, such as 'blocks\.0\."):
+        attribute(odd, snaps, task)
+
 
 def test_errors_of_top(snaps: Snapshots, task: Task) -> None:
     ie = attribute(
