@@ -672,6 +672,11 @@ def _seal(types: pa.Schema, n_rows: int, run: str | None, name: str, made_with: 
     return xxhash.xxh3_64_hexdigest(json.dumps(described).encode())
 
 
+def crosscoder_folder(place: Path) -> Path | None:
+    """The folder of the crosscoder in a run directory, or the one that `save` wrote; None if there is none."""
+    return next((each for each in (RunDir(place).crosscoder, place) if (each / "cfg.json").is_file()), None)
+
+
 def _release(name: str) -> tuple[int, ...]:
     """The first two numbers of a version: a run of a newer one may hold what this one does not know."""
     found = re.match(r"(\d{1,9})\.(\d{1,9})", name)

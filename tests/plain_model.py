@@ -6,15 +6,17 @@ import dataclasses
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from crosslens import crosscoders
-from crosslens.causal.attribution import Attribution
+from crosslens.causal.attribution import Attribution, attribute
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.snapshots.collection import Snapshots
 from crosslens.stats import sign_flip_p
+from crosslens.tasks.task import Task
 
 F = 24
 ITEMS = [
@@ -149,3 +151,9 @@ def as_if_of(found: Attribution, G: int) -> Attribution:
     mean = found.effects.double()
     p = torch.from_numpy(sign_flip_p(mean.numpy(), (mean**2 / G + (G - 1) / G * error.double() ** 2).numpy()))
     return dataclasses.replace(found, n_prompts=G, n_groups=G, standard_errors=error, p=p)
+
+
+def few_effects(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> Attribution:
+    """Effects on the few prompts of the tests, word by word."""
+    with pytest.warns(UserWarning, match="the 4 prompts of"):
+        return attribute(crosscoder, snaps, task, positions=True)

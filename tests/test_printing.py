@@ -16,7 +16,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.printing import Result, as_html
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
-from tests.plain_model import F, make_crosscoder
+from tests.plain_model import F, few_effects, make_crosscoder
 
 HOSTILE = '<img src=x onerror="alert(1)"> & co'
 
@@ -28,8 +28,7 @@ def crosscoder(snaps: Snapshots) -> Crosscoder:
 
 @pytest.fixture(scope="module")
 def effects(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> cl.causal.Attribution:
-    with pytest.warns(UserWarning, match="the 4 prompts of"):
-        return cl.attribute(crosscoder, snaps, task, positions=True)
+    return few_effects(crosscoder, snaps, task)
 
 
 def test_a_result_prints_the_columns_that_matter_and_names_the_others() -> None:

@@ -24,7 +24,7 @@ from crosslens.config import (
 from crosslens.distributed.devices import check_launcher, find_assumed_device, is_first, rank_and_world
 from crosslens.errors import UserError
 from crosslens.pipeline.opening import find_activations
-from crosslens.rundir import RunDir, check_writable
+from crosslens.rundir import RunDir, check_writable, crosscoder_folder
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig
 from crosslens.training.logging import check_wandb
@@ -185,7 +185,7 @@ def check_training(
             directory of another run.
     """
     start = crosscoder.init_from
-    if start is not None and not any((place / "cfg.json").is_file() for place in (start, start / "crosscoder")):
+    if start is not None and crosscoder_folder(start.expanduser()) is None:
         raise UserError(f"--init-from {start} holds no crosscoder: give a folder with cfg.json, or a run directory")
     if crosscoder.recipe is None and crosscoder.d_sae is None:
         raise UserError("--d-sae is missing: give the number of features, or a --recipe, which sets it")

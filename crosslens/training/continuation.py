@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig, CrosscoderTrainingSAE, load
-from crosslens.crosscoders.checksums import CONFIG, tensor_checksum
+from crosslens.crosscoders.checksums import tensor_checksum
 from crosslens.errors import UserError, json_checksum
+from crosslens.rundir import crosscoder_folder
 from crosslens.snapshots.hooks import canonical_hook
 
 _SHARED = ("W_enc", "b_enc", "W_dec", "b_dec", "activation_scale")
@@ -44,8 +45,7 @@ def open_source(source: Crosscoder | str | Path) -> Crosscoder:
     if isinstance(source, Crosscoder):
         return source
     folder = Path(source).expanduser()
-    inside = folder / "crosscoder"
-    return load(inside if (inside / CONFIG).is_file() else folder, device="cpu")
+    return load(crosscoder_folder(folder) or folder, device="cpu")
 
 
 def source_digest(source: Crosscoder) -> str:

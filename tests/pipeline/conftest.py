@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from crosslens.activations.loader import Activations
+from crosslens.cli.app import app
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.rundir import RunDir
 from crosslens.snapshots.collection import Snapshots
@@ -37,3 +39,23 @@ def run(trained: Path, tmp_path: Path) -> RunDir:
     """A copy of the trained run, to write in."""
     shutil.copytree(trained, tmp_path / "run")
     return RunDir(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def train_upper(
+    tiny_snapshots: Path, tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], RunDir]:
+    """Trains a crosscoder of 32 features, k of a token active, from the command line, one block above `trained`."""
+
+    def train_one(k: int) -> RunDir:
+        folder = tmp_path_factory.mktemp("upper")
+        (folder / "text.txt").write_text("\n".join(tiny_text))
+        words = (
+            f"train --run-dir {folder / 'run'} --snapshots {tiny_snapshots} --hook blocks.1.hook_resid_post "
+            f"--dataset {folder / 'text.txt'} --context-size 16 --n-tokens 2000 --training-tokens 4096 "
+            f"--batch-size 256 --d-sae 32 --k {k} --device cpu"
+        )
+        app(words.split())
+        return RunDir.open(folder / "run")
+
+    return train_one

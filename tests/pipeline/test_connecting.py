@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,8 @@ from tests.plain_model import ITEMS
 
 
 @pytest.fixture(scope="module")
-def upper(tiny_snapshots: Path, tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run one block above `run`."""
-    folder = tmp_path_factory.mktemp("upper")
-    (folder / "text.txt").write_text("\n".join(tiny_text))
-    words = (
-        f"train --run-dir {folder / 'run'} --snapshots {tiny_snapshots} --hook blocks.1.hook_resid_post "
-        f"--dataset {folder / 'text.txt'} --context-size 16 --n-tokens 2000 --training-tokens 4096 --batch-size 256 "
-        "--d-sae 32 --k 6 --device cpu"
-    )
-    app(words.split())
-    return RunDir.open(folder / "run")
+def upper(train_upper: Callable[[int], RunDir]) -> RunDir:
+    return train_upper(6)
 
 
 def test_edges_are_kept_printed_and_shown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,11 @@ from crosslens.snapshots import Snapshots
 
 
 @pytest.fixture(scope="module")
-def run(tiny_snapshots: Path, tiny_text: list[str], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def run(train_upper: Callable[[int], RunDir]) -> RunDir:
     """A run of 32 features, trained from the command line and evolved."""
-    folder = tmp_path_factory.mktemp("traced")
-    (folder / "text.txt").write_text("\n".join(tiny_text))
-    words = (
-        f"train --run-dir {folder / 'run'} --snapshots {tiny_snapshots} --hook blocks.1.hook_resid_post "
-        f"--dataset {folder / 'text.txt'} --context-size 16 --n-tokens 2000 --training-tokens 4096 --batch-size 256 "
-        "--d-sae 32 --k 4 --device cpu"
-    )
-    app(words.split())
-    app(["evolve", str(folder / "run"), "--device", "cpu", "--n-probes", "8"])
-    return RunDir.open(folder / "run")
+    made = train_upper(4)
+    app(["evolve", str(made.path), "--device", "cpu", "--n-probes", "8"])
+    return made
 
 
 def test_prompts_are_traced_and_kept(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

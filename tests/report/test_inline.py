@@ -15,7 +15,7 @@ from crosslens.report.entries import list_figures
 from crosslens.report.inline import Inline
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
-from tests.plain_model import make_crosscoder
+from tests.plain_model import few_effects, make_crosscoder
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def crosscoder(snaps: Snapshots) -> Crosscoder:
 
 @pytest.fixture(scope="module")
 def effects(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> cl.causal.Attribution:
-    with pytest.warns(UserWarning, match="the 4 prompts of"):
-        return cl.attribute(crosscoder, snaps, task, positions=True)
+    return few_effects(crosscoder, snaps, task)
 
 
 def test_effects_are_the_figure_of_the_report(effects: cl.causal.Attribution) -> None:

@@ -15,7 +15,7 @@ assert 0.6 < frequent["consensus"] < 0.9 and frequent["consensus"] > all_tokens[
 
 # %% Do partners do the same?
 found = alike(both)
-assert found["born at the same snapshot"] > 0.75 and chance["born at the same snapshot"].mean() < 0.8
+assert found["born at the same snapshot"] > 0.85 and chance["born at the same snapshot"].mean() < 0.75
 assert chance["born at the same snapshot"].max() < found["born at the same snapshot"]
 assert found["correlation of effects"] > chance["correlation of effects"].quantile(0.975)
 matter = both.query("`seed 0` > 0.2")

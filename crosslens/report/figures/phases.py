@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from crosslens.evolution.dynamics import MIN_COSINE
 from crosslens.report.chart import (
     MUTED,
     Cell,
@@ -71,7 +74,8 @@ def dynamics(table: Frame, phases: Frame | None = None) -> Chart:
     )
     if "settled_angle" in rows and rows["settled"].notna().any():
         angle = float(rows["settled_angle"].iloc[0])
-        why = "a fixed level, because no other seeds were trained" if round(angle) == 60 else "the angle between seeds"
+        fixed = math.isclose(math.cos(math.radians(angle)), MIN_COSINE)
+        why = "a fixed level, because no other seeds were trained" if fixed else "the angle between seeds"
         note += f" A feature is settled within {angle:.0f}° of its final direction, {why}."
     if phases is not None:
         note += " " + _mark(figure, axis, phases, "y2" if shares else "y")
