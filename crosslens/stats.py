@@ -1,6 +1,6 @@
 """Intervals, q-values and rank correlations: each is written here once.
 
-1. *Bootstrap*: units (features, prompts, groups of sequences) are drawn with replacement, as often as there are, and
+1. *Bootstrap*: units (features, prompts, groups of documents) are drawn with replacement, as often as there are, and
    the statistic is computed anew for each draw. Its interval is that of the percentiles of the draws, without those
    where it is not defined. `resample` gives the units of each draw, `resample_counts` how often each unit is in it:
    sums over units are then a product of matrices. Both draw from numpy's generator of the given seed.

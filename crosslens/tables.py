@@ -305,7 +305,7 @@ def _effect_columns() -> dict[str, Column]:
 _COUNTS = {
     "threshold": "Share of its largest value from which a feature is present.",
     "n": "Features with a reading.",
-    "born": "Features born after the first snapshot; its interval, over groups of sequences, is missing by the norm.",
+    "born": "Features born after the first snapshot; its interval, over groups of documents, is missing by the norm.",
     "born_reversed": "The same with the snapshots in reversed order, a control.",
     "sure": "Births with a q-value up to the limit; missing by the norm.",
     "sure_reversed": "The same in reversed order.",

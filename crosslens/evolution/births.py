@@ -2,9 +2,9 @@
 
 For a curve of presence of each feature over snapshots (decoder norm, R2 or within-token R2, see `presence`), relative
 to the feature's largest value, lifecycles are those of `lifecycles.classify_lifecycles`. For both R2, whose errors are
-known for G groups of sequences, `date_births` adds
+known for G groups of documents, `date_births` adds
 
-1. an interval of at least 95 % of the birth, in snapshots, from a bootstrap over groups of sequences: percentiles,
+1. an interval of at least 95 % of the birth, in snapshots, from a bootstrap over groups of documents: percentiles,
    expanded for the small number of groups (Hesterberg 2015, 10.1080/00031305.2015.1089789, section 5.3);
 2. the *effect*, largest R2 minus R2 at the first snapshot, with its interval;
 3. a p-value of the hypothesis that the feature is present at the first snapshot,
@@ -16,7 +16,7 @@ interpolated point where a curve reaches the threshold is late, by more than its
 `planted.traps` 95 % intervals of such points covered 77 to 95 % where those of whole snapshots covered all.
 
 A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
-apart, with an interval over groups of sequences, and next to it
+apart, with an interval over groups of documents, and next to it
 
 1. the count on the same curves with the snapshots in *reversed* order: noise and drift without a direction are born as
    often backwards, and so are features that fade, which is a finding and not an error;
@@ -26,7 +26,7 @@ apart, with an interval over groups of sequences, and next to it
 3. the counts in models without a history (`with_null`): *untrained* ones, which have hardly any contextual features,
    and *exchangeable* ones, trained models of one step that differ in their seeds. `crosslens.pipeline` makes both.
 
-The definitions are new here. Symbols: S snapshots, F features, G groups of sequences.
+The definitions are new here. Symbols: S snapshots, F features, G groups of documents.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def date_births(
         features: features to date, such as those where `presence_curves` are not zero; the others get missing values.
         presence: a feature is present where its R2 is at least this share of its largest.
         min_run: snapshots in a row a feature must be present for to count as born.
-        n_bootstrap: draws of groups of sequences.
+        n_bootstrap: draws of groups of documents.
         seed: seed for the draws.
 
     Returns:
@@ -244,7 +244,7 @@ def _drawn_counts(
     seed: int,
     draws: int = 200,
 ) -> dict[str, Float64[np.ndarray, "R n"]]:
-    """Births by kind (in draws of groups of sequences, at every threshold)."""
+    """Births by kind (in draws of groups of documents, at every threshold)."""
     G = decodability.error.shape[1]
     weights = resample_counts(G, draws, seed).astype(float)
     counts = {kind: np.zeros((draws, len(thresholds))) for kind in kinds}

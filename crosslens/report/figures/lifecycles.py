@@ -193,7 +193,7 @@ def birth_counts(table: Frame) -> Chart | str:
     """Share of features that are born after the first snapshot, over the threshold of presence (a share of the
     feature's largest value), by decoder norm and by decodability (R²): how well the activations of a snapshot alone
     predict the feature on held-out tokens; within-token R² is what the context adds. Bars: 95 % intervals over groups
-    of sequences. A count is believable as far as it exceeds the same count in a crosscoder over models without a
+    of documents. A count is believable as far as it exceeds the same count in a crosscoder over models without a
     history: untrained, or trained ones that differ in their seeds. With the snapshots reversed, features that fade are
     counted, and noise. Lexical features vary mostly between token types.
 
