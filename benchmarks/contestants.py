@@ -235,6 +235,25 @@ class CrosslensBfloat16(Crosslens):
     precision = "bfloat16"
 
 
+class CrosslensPartition(Crosslens):
+    """Half of the features shared, an eighth dedicated to the last snapshot."""
+
+    name = "crosslens, shared and dedicated"
+
+    def __init__(self, setting: Setting) -> None:
+        part = {"n_shared": setting.F // 2, "shared_penalty": 1.5, "dedicated": {str(setting.S - 1): setting.F // 8}}
+        super().__init__(setting, fresh(setting, **part))
+
+
+class CrosslensDelta(Crosslens):
+    """With the loss of the changes between snapshots."""
+
+    name = "crosslens, delta"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, fresh(setting, delta_coefficient=1.0))
+
+
 class CrosslensTF32(Crosslens):
     """With large products in tf32, on CUDA."""
 
@@ -271,14 +290,15 @@ class DenseTF32(Dense):
         return measure.with_tf32(super().step, x)
 
 
-def fresh(setting: Setting) -> CrosscoderTrainingSAE:
-    """A crosscoder initialised as by `train` on activations with mean zero and scale one."""
+def fresh(setting: Setting, **options: Any) -> CrosscoderTrainingSAE:
+    """A crosscoder initialised as by `train` on activations with mean zero and scale one; `options` of its config."""
     shape: dict[str, Any] = {
         "d_sae": setting.F,
         "n_snapshots": setting.S,
         "d_in": setting.S * setting.D,
         "device": setting.device,
         "decoder_init": "shared",  # at the paper's shape, drawing independent rows takes a minute
+        **options,
     }
     architectures: dict[str, CrosscoderTrainingConfig] = {
         "batchtopk": BatchTopKCrosscoderTrainingConfig(k=setting.k, topk_threshold_lr=THRESHOLD_PACE, **shape),

@@ -26,7 +26,18 @@ from typing import Any
 import measure
 import peers
 import torch
-from contestants import Contestant, Crosslens, CrosslensBfloat16, CrosslensTF32, Dense, DenseTF32, Setting, mean_l0
+from contestants import (
+    Contestant,
+    Crosslens,
+    CrosslensBfloat16,
+    CrosslensDelta,
+    CrosslensPartition,
+    CrosslensTF32,
+    Dense,
+    DenseTF32,
+    Setting,
+    mean_l0,
+)
 from torch import Tensor
 
 from crosslens.distributed.devices import Precision
@@ -44,6 +55,7 @@ TOPK = (Crosslens, Dense, peers.SAELens, peers.SAELensSparse, *FROM_PYPI)
 KINDS: dict[str, tuple[str, tuple[type[Contestant], ...]]] = {
     "batchtopk": ("batchtopk", (Crosslens, Dense, peers.SAELens, *FROM_PYPI)),
     "batchtopk-aux": ("batchtopk", (Crosslens, Dense, peers.SAELens, *FROM_PYPI)),
+    "batchtopk-partition": ("batchtopk", (Crosslens, CrosslensPartition, CrosslensDelta)),
     "topk": ("topk", TOPK),
     "topk-aux": ("topk", TOPK),
     "jumprelu": ("jumprelu", (Crosslens, Dense, peers.SAELens, peers.DictionaryLearning)),
@@ -67,6 +79,8 @@ does not change.
   they are never selected, and their counters are set before every step. Half of their pre-activations stay positive,
   so the auxiliary loss has its full number of pairs. crosslens reconstructs the residual from min(D/2, dead) features
   of a token; SAELens, dictionary-learning and sparsify from min(S·D/2, dead).
+- *-partition*: half of the features shared, an eighth dedicated to the last snapshot; and the loss of the changes
+  between snapshots.
 - *jumprelu*: as after training, set to L0 = k. On the demo's activations, 300 steps from the start, thresholds had
   their initial value (.10), pre-activations mostly negative, norms .8 to 1.6 times the initial ones, and 5 % of the
   (token, feature, snapshot) triples in the window of the straight-through gradient; so thresholds stay at .1, norms

@@ -153,6 +153,28 @@ def _texts(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
     return tuple(token.value for token in tokens)
 
 
+def _counted(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(part for token in tokens for part in token.value.split(","))
+
+
+def counted(text: str) -> tuple[str, int]:
+    """Label and number of an option such as step512=64.
+
+    Raises:
+        UserError: it has another form.
+    """
+    label, _, number = text.rpartition("=")
+    if not label or not number.isdecimal() or not 0 < int(number) <= MAX_FEATURES:
+        raise UserError("must be label=number, such as step512=64 or step0+step1=32")
+    return label, int(number)
+
+
+def _check_counted(_: Any, value: Any) -> None:
+    labels = [counted(each)[0] for each in value or ()]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"names {twice[0]} twice: give one number")
+
+
 def _words(_: Any, tokens: Sequence[Any]) -> str:
     """A list of a TOML file as it would be typed."""
     return ",".join(token.value.removesuffix(".0") for token in tokens)
@@ -203,6 +225,7 @@ FEATURES = at_least(1, MAX_FEATURES)
 POSITIVE = Parameter(validator=limited("a finite number above 0", lambda value: 0 < value < math.inf))
 COEFFICIENT = Parameter(validator=limited("a finite number, 0 or above", lambda value: 0 <= value < math.inf))
 FRACTION = Parameter(validator=limited("a fraction of the steps, between 0 and 1", lambda value: 0 <= value <= 1))
+DEDICATED = Parameter(converter=_counted, validator=_check_counted, n_tokens=1)
 PRICES = Parameter(converter=_prices, validator=_check_prices, n_tokens=1)
 # 1 is refused, because it could mean one step or all of them
 DURATION = Parameter(
@@ -378,6 +401,9 @@ FIELDS = {
     "sparsity": "sparsity_coefficient",
     "sparsity_warm_up": "sparsity_warm_up_steps",
     "target_l0": "target_l0",
+    "l0": "l0_coefficient",
+    "pre_act": "pre_act_loss_coefficient",
+    "direct_thresholds": "direct_thresholds",
     "l1": "l1_coefficient",
     "l1_warm_up": "l1_warm_up_steps",
 }
@@ -429,10 +455,28 @@ class CrosscoderOptions:
     """Warmup of --sparsity from 0. Below 1: a fraction of the steps; from 2: a number of steps. Default: none."""
     target_l0: Annotated[float | None, POSITIVE] = None
     """Steer --sparsity until this many features are active per token, as a mean over snapshots. Default: off."""
+    l0: Annotated[float | None, POSITIVE] = None
+    """Aim at --target-l0 by a loss with this coefficient, (L0 / target - 1)^2, that moves the thresholds, and leave
+    --sparsity as it is (0 for this loss alone). Default: off."""
+    pre_act: Annotated[float | None, POSITIVE] = None
+    """Coefficient of the loss that brings dead features back, by how far they are below their thresholds. Default:
+    off."""
+    direct_thresholds: Annotated[bool | None, Parameter(negative="")] = None
+    """Train thresholds themselves, not their logarithms, which move little under Adam."""
     l1: Annotated[float | None, COEFFICIENT] = None
     """Coefficient of the L1 penalty. Default: 2."""
     l1_warm_up: Annotated[float | None, DURATION] = None
     """Warmup of --l1 from 0. Below 1: a fraction of the steps; from 2: a number of steps. Default: none."""
+    n_shared: Annotated[int | None, COUNT] = None
+    """Features with one decoder row for all snapshots. Default: none."""
+    shared_penalty: Annotated[float | None, POSITIVE] = None
+    """What sparsity costs a shared feature, relative to others: below 1, shared features take what snapshots have in
+    common. Default: 1."""
+    dedicated: Annotated[tuple[str, ...] | None, DEDICATED] = None
+    """Features of one snapshot, or of several joined by +, which are zero at all others: label=number, such as
+    step512=64 or step0+step1=32. Repeat it, or separate by commas. Default: none."""
+    delta: Annotated[float | None, COEFFICIENT] = None
+    """Weight of the squared error of the change from each snapshot to the next. Default: 0."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -452,6 +496,9 @@ class CrosscoderOptions:
         for option, k in (("k", self.k or DEFAULT_K), ("k_start", self.k_start or 0)) if self.has("k") else ():
             if self.d_sae is not None and k > self.d_sae:
                 raise UserError(f"{option}={k:g} must be at most d_sae={self.d_sae}")
+        for needs, other in (("l0", "target_l0"), ("shared_penalty", "n_shared")):
+            if getattr(self, needs) is not None and getattr(self, other) is None:
+                raise UserError(f"--{needs.replace('_', '-')} needs --{other.replace('_', '-')}")
         if self.d_sae is not None and (self.target_l0 or 0) > self.d_sae:
             raise UserError(f"target_l0={self.target_l0:g} must be at most d_sae={self.d_sae}")
         if (self.k_start is None) != (self.k_anneal is None):
@@ -476,7 +523,11 @@ class CrosscoderOptions:
         Raises:
             UserError: a warmup or annealing is longer than the training.
         """
-        found = {name: value for name in ("d_sae", "scale") if (value := getattr(self, name)) is not None}
+        of_all = {"d_sae": "d_sae", "scale": "scale", "n_shared": "n_shared", "shared_penalty": "shared_penalty",
+                  "delta": "delta_coefficient"}  # fmt: skip
+        found = {name: value for option, name in of_all.items() if (value := getattr(self, option)) is not None}
+        if self.dedicated:
+            found["dedicated"] = dict(counted(each) for each in self.dedicated)
         for option, name in FIELDS.items():
             value = getattr(self, option)
             if value is not None and not name.endswith("_steps"):

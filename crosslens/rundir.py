@@ -725,6 +725,8 @@ def _first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any,
         known = {*found, *wanted}
         if re.split(r"[.\[]", key)[0] in _COMPARED_IF_KNOWN:
             known = {*found} & {*wanted}
+        # a setting that did not exist when the run was made is off
+        known = {name for name in known if name in found or wanted[name]}
         for name in sorted(known - {each for each in _COMPARED_IF_KNOWN if each not in found or each not in wanted}):
             inner = _first_difference(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
             if inner is not None:

@@ -34,6 +34,7 @@ PAPERS = {
     "Marks et al.": "2403.19647",
     "Minder et al.": "2504.02922",
     "Mueller et al.": None,
+    "Rajamanoharan et al.": "2407.14435",
     "Sundararajan et al.": "1703.01365",
     "Wang et al.": "2211.00593",
     "Warstadt et al.": None,

@@ -17,7 +17,7 @@ A crosscoder is a SAELens SAE over the concatenated activations of S snapshots o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ from typing_extensions import override
 
 from crosslens.crosscoders.checksums import CONFIG, WEIGHTS, config_checksum, tensor_checksum
 from crosslens.crosscoders.kernels.products import encoder_product
-from crosslens.crosscoders.kernels.sparse import Memory, Weights, hidden_pre_in, squared_error
+from crosslens.crosscoders.kernels.sparse import Memory, Weights, change_error, hidden_pre_in, squared_error
+from crosslens.crosscoders.partition import Partition, check_partition, penalty_factors
 from crosslens.distributed.devices import Precision
 from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 from crosslens.errors import UserError
@@ -55,15 +56,23 @@ class CrosscoderConfig(SAEConfig, ABC):
         device: device of the parameters.
         metadata: where the activations came from; `metadata.snapshots` lists label, step and tokens of each snapshot.
         apply_b_dec_to_input: the encoder reads the deviation of scaled activations from b_dec, as in SAELens.
+        n_shared: number of features with one decoder row for all snapshots (`crosslens.crosscoders.partition`).
+        shared_penalty: what sparsity costs a shared feature, relative to others: the factor of its penalty; where
+            features are ranked, its score is divided by it. None: 1.
+        dedicated: number of features whose rows are zero but at one snapshot, by its label, or at several, by labels
+            joined with "+".
 
     Raises:
-        UserError: d_sae or n_snapshots is not positive, d_in is not a multiple of n_snapshots, or an option of SAELens
-            that crosscoders do not support.
+        UserError: d_sae or n_snapshots is not positive, d_in is not a multiple of n_snapshots, shared and dedicated
+            features that do not fit, or an option of SAELens that crosscoders do not support.
     """
 
     d_in: int = 0
     n_snapshots: int = 1
     apply_b_dec_to_input: bool = False
+    n_shared: int = 0
+    shared_penalty: float | None = None
+    dedicated: dict[str, int] = field(default_factory=dict)
     # an SAEMetadata; a dictionary while SAELens loads a config
     metadata: Any = field(default_factory=SAEMetadata)
 
@@ -76,6 +85,12 @@ class CrosscoderConfig(SAEConfig, ABC):
                 f"d_in={self.d_in} is not a multiple of n_snapshots={self.n_snapshots}; "
                 "d_in is n_snapshots * d_model; leave both out and train() sets them"
             )
+        known = bool(self.d_in) and isinstance(self.metadata, SAEMetadata)
+        check_partition(self.n_shared, self.dedicated, self.d_sae, self.snapshot_labels if known else None)
+        if self.shared_penalty is not None:
+            positive("shared_penalty", self.shared_penalty)
+            if not self.n_shared:
+                raise UserError(f"shared_penalty={self.shared_penalty:g} needs n_shared, the number of shared features")
         for name, only in (
             ("normalize_activations", "none"),
             ("reshape_activations", "none"),
@@ -148,7 +163,18 @@ class Crosscoder(SAE[Any], ABC):
     @property
     def n_own(self) -> int:
         """Number of features whose weights are here: all F, unless several processes train them."""
-        return self.cfg.d_sae
+        return self.own.stop - self.own.start
+
+    @property
+    def own(self) -> slice:
+        """The features whose weights are here, among all F."""
+        return slice(0, self.cfg.d_sae)
+
+    @property
+    def penalty_factors(self) -> Float[Tensor, " F"] | float:
+        """What sparsity costs each feature: 1, unless shared features have a penalty of their own."""
+        factor = self.cfg.shared_penalty
+        return 1.0 if factor is None else penalty_factors(self.cfg.n_shared, factor, self.own, self.b_enc)
 
     @property
     def gate_per_snapshot(self) -> bool:
@@ -390,9 +416,11 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
         scale: how `train` chooses the scale c_s of each snapshot's activations a_s. "std": sqrt(D / E|a_s - mean|^2),
             so that all snapshots have the same variance. "norm": sqrt(D) / E|a_s|, as in both papers; a snapshot whose
             norm is mostly its mean then counts little in the loss, and its decoder rows come out small.
+        delta_coefficient: weight of the squared error of the change from each snapshot to the next, beside that of the
+            activations; after Delta-Crosscoder (arXiv 2603.04426), for a narrow change between two snapshots.
 
     Raises:
-        UserError: an unknown option, or a decoder_init_norm that is not positive.
+        UserError: an unknown option, a decoder_init_norm that is not positive, or a delta_coefficient below 0.
     """
 
     decoder_init_norm: float | None = 0.1
@@ -400,9 +428,12 @@ class CrosscoderTrainingConfig(CrosscoderConfig, TrainingSAEConfig, ABC):
     bias_init: Literal["mean", "zero"] = "mean"
     decoder_init: Literal["independent", "shared"] = "independent"
     scale: Literal["std", "norm"] = "std"
+    delta_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.delta_coefficient < 0:
+            raise UserError(f"delta_coefficient={self.delta_coefficient:g} must be 0 or more")
         for name, options in (
             ("bias_init", ("mean", "zero")),
             ("decoder_init", ("independent", "shared")),
@@ -449,9 +480,32 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
 
     @property
     @override
-    def n_own(self) -> int:
-        own = self.strategy.features(self.cfg.d_sae)
-        return own.stop - own.start
+    def own(self) -> slice:
+        return self.strategy.features(self.cfg.d_sae)
+
+    @property
+    def partition(self) -> Partition:
+        """Which of the features here are constrained."""
+        return Partition.of(self.cfg.n_shared, self.cfg.dedicated, self.cfg.snapshot_labels, self.own)
+
+    def constrain_gradients_(self) -> None:
+        """Project the gradients of a step on what shared and dedicated features allow; call it after `backward`."""
+        assert self.W_dec.grad is not None
+        assert self.W_enc.grad is not None
+        S, partition = self.n_snapshots, self.partition
+        partition.project_(self.W_dec.grad.unflatten(1, (S, -1)), tie=True)
+        partition.project_(self.W_enc.grad.T.unflatten(1, (S, -1)), tie=False)
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Make the rows of shared features equal, and those of dedicated ones zero; call it after a change of weights.
+
+        After a step of the optimiser on constrained gradients this changes rounding at most.
+        """
+        S, partition = self.n_snapshots, self.partition
+        partition.tie_(self.W_dec.unflatten(1, (S, -1)))
+        for rows in (self.W_dec, self.W_enc.T):
+            partition.project_(rows.unflatten(1, (S, -1)), tie=False)
 
     @property
     def lr_factors(self) -> dict[str, float]:
@@ -480,11 +534,12 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         super().initialize_weights()
         S, D = self.cfg.n_snapshots, self.cfg.d_model
         drawn = 1 if self.cfg.decoder_init == "shared" else S
-        rows = drawn_rows(self.cfg.d_sae, drawn * D, self.strategy.features(self.cfg.d_sae), self.dtype)
+        rows = drawn_rows(self.cfg.d_sae, drawn * D, self.own, self.dtype)
         rows = rearrange(rows.to(self.device), "f (s d) -> f s d", d=D)
         rows = rows / rows.norm(dim=-1, keepdim=True) * (self.cfg.decoder_init_norm or 1.0)
         with torch.no_grad():
             self.W_dec.copy_(rearrange(rows.expand(-1, S, D), "f s d -> f (s d)"))
+            self.constrain_()
             self.W_enc.copy_(self.W_dec.T)
 
     @override
@@ -513,9 +568,18 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         """The features that the gate keeps in training, among those of all processes."""
         return self.gate(hidden_pre)
 
+    @property
+    def snapshots_averaged(self) -> int:
+        """What the sums over snapshots in the reconstruction losses are divided by."""
+        return 1
+
     def reconstruction_loss(self, sae_out: Float[Tensor, "B SD"], sae_in: Float[Tensor, "B SD"]) -> Tensor:
-        """`mean_B sum_s |x_hat_s - x_s|^2` in the scaled space."""
-        return squared_error(sae_out, sae_in, self.free_gradient_memory)
+        """`mean_B sum_s |x_hat_s - x_s|^2` in the scaled space, over `snapshots_averaged`."""
+        return squared_error(sae_out, sae_in, self.free_gradient_memory) / self.snapshots_averaged
+
+    def delta_loss(self, sae_out: Float[Tensor, "B SD"], sae_in: Float[Tensor, "B SD"]) -> Tensor:
+        """`mean_B sum_s |(x_hat_s+1 - x_hat_s) - (x_s+1 - x_s)|^2` in the scaled space, over `snapshots_averaged`."""
+        return change_error(sae_out, sae_in, self.n_snapshots) / self.snapshots_averaged
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -536,6 +600,8 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
             product = encoder_product(flat, self.W_enc, self.b_enc, self.precision, reused)
             hidden_pre = self.hook_sae_acts_pre(product)
         sae_out, feature_acts, losses = self.losses_on_pairs(flat, hidden_pre, step_input)  # relative to b_dec
+        if self.cfg.delta_coefficient:
+            losses["delta_loss"] = self.cfg.delta_coefficient * self.delta_loss(sae_out, flat)
         if reused is not None:
             hidden_pre = hidden_pre.new_empty(0, self.cfg.d_sae)
         # computed now, not passed as callables: the optimiser's step changes the gates
@@ -580,8 +646,19 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
             **{f"l0/{label}": l0[s] for s, label in enumerate(labels)},
         }
 
+    def saved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of this training by name, as those of a trained crosscoder."""
+        return dict(tensors)
+
+    def trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a trained crosscoder by name, as those of this training."""
+        return dict(tensors)
+
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        as_trained = self.saved(state_dict)
+        state_dict.clear()
+        state_dict.update(as_trained)
         super().process_state_dict_for_saving_inference(state_dict)
         self.cfg.metadata.checksums[CONFIG] = config_checksum(self.cfg.get_inference_sae_cfg_dict())
 
@@ -595,7 +672,7 @@ class CrosscoderTrainingSAE(Crosscoder, TrainingSAE[Any], ABC):
         """The inference crosscoder over the same parameters (shared, not copied)."""
         config = self.cfg.get_inference_sae_cfg_dict()
         config["metadata"]["activation_scale"] = self.activation_scale.tolist()
-        state_dict = {**self.state_dict(), "W_enc": self.W_enc.detach()}
+        state_dict = self.saved({**self.state_dict(), "W_enc": self.W_enc.detach()})
         crosscoder = SAE.from_dict({**config, "device": "meta"})
         crosscoder.load_state_dict(state_dict, assign=True)
         crosscoder.requires_grad_(False)

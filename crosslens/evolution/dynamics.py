@@ -363,7 +363,7 @@ def feature_dates(evolution: Evolution, min_cosine: float) -> tuple[Any, Any]:
     """
     if not -1 < min_cosine <= 1:
         raise UserError(f"min_cosine={min_cosine} is not in (-1, 1]: it is a cosine, such as 0.5")
-    alive = (evolution.require_firing().rate > 0)[:, None].to("cpu")
+    alive = ((evolution.require_firing().rate > 0).to("cpu") & evolution.turning)[:, None]
     lifecycles = evolution.lifecycles()
     births = lifecycles.loc[lifecycles["origin"] == "emergent", "birth"].to_numpy(dtype=np.int64)
     kept = (rotation(evolution.crosscoder) >= min_cosine) & alive

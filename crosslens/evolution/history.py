@@ -32,6 +32,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.crosscoders.partition import feature_parts
 from crosslens.errors import UserError
 from crosslens.evolution.agreement import top_agreement
 from crosslens.evolution.births import NAMES, count_births, date_births, presence_curves, with_null
@@ -200,6 +201,12 @@ class Evolution:
         return torch.tensor(self.lifecycles("norm")["alive"].to_numpy(dtype=bool))
 
     @cached_property
+    def turning(self) -> Bool[Tensor, " F"]:
+        """The live features whose direction may change: those that are not shared or dedicated by construction."""
+        part = _parts(self.crosscoder)
+        return self.alive if part is None else self.alive & torch.from_numpy(part == "free")
+
+    @cached_property
     def _dimensionality(self) -> tuple[Float[Tensor, "F S"], pd.DataFrame]:
         firing = self.require_firing()
         each = feature_dimensionality(self.crosscoder, firing, presence=self.presence)
@@ -256,9 +263,9 @@ class Evolution:
             "lifecycles": pd.DataFrame(lifecycles[columns]),
             "birth_counts": self.count_births(),
             "rotation": rotation_per_interval(
-                crosscoder, self.alive, found and found.halves, None if found is None else found.maps
+                crosscoder, self.turning, found and found.halves, None if found is None else found.maps
             ),
-            "cosines": cosines_of_pairs(crosscoder, self.alive),
+            "cosines": cosines_of_pairs(crosscoder, self.turning),
             "directions": per_feature(labels, cosine=rotation(crosscoder)),
             "splits": splits,
             "split_counts": pd.DataFrame(counts),
@@ -371,6 +378,9 @@ def evolve(
     curves = presence_curves(norms, found, alive)
     snapshots, F = snapshot_columns(crosscoder), len(norms)
     about = pd.DataFrame({"feature": np.arange(F), "alive": alive})
+    if (part := _parts(crosscoder)) is not None:
+        about["part"] = part
+        curves["norm"][part != "free"] = 0  # set by training, and no finding: no reading
     kind = np.full(F, None, dtype=object)
     if found is not None:
         kind[found.between > 0.5], kind[found.between <= 0.5] = "lexical", "contextual"
@@ -390,6 +400,14 @@ def evolve(
     return Evolution(
         table, curves, firing, found, presence, min_run, crosscoder, seed, nulls or {}, rest, lifecycles
     )  # fmt: skip
+
+
+def _parts(crosscoder: Crosscoder) -> np.ndarray | None:
+    """For every feature "free", "shared", or the snapshots that it is dedicated to; None if all are free."""
+    cfg = crosscoder.cfg
+    if not (cfg.n_shared or cfg.dedicated):
+        return None
+    return np.array(feature_parts(cfg.n_shared, cfg.dedicated, cfg.d_sae), dtype=object)
 
 
 def _rest(held: HeldOut, lifecycles: pd.DataFrame) -> Pass:

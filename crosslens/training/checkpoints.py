@@ -229,13 +229,13 @@ def save_whole(sae: CrosscoderTrainingSAE, folder: Path, parallel: Parallel) -> 
 def _feature_rows(sae: CrosscoderTrainingSAE) -> dict[str, Tensor]:
     """The tensors with a row per feature of this process; `W_enc` is transposed."""
     rows = {name: p.detach() for name, p in sae.named_parameters() if name != "b_dec"}
-    return {**rows, "W_enc": sae.W_enc.detach().T}
+    return sae.saved({**rows, "W_enc": sae.W_enc.detach().T})
 
 
 def _write_all(sae: CrosscoderTrainingSAE, file: int, n_ranks: int) -> dict[str, str]:
     """Write all tensors; returns their checksums."""
     rows = _feature_rows(sae)
-    tensors = {**sae.state_dict(), **rows}
+    tensors = {**sae.saved(sae.state_dict()), **rows}
     shapes = {name: [sae.cfg.d_sae, *t.shape[1:]] if name in rows else list(t.shape) for name, t in tensors.items()}
     shapes["W_enc"].reverse()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

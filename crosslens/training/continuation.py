@@ -75,6 +75,10 @@ def check_source(source: Crosscoder, architecture: CrosscoderTrainingConfig) -> 
         raise UserError(
             f"d_sae={architecture.d_sae} is less than the {source.cfg.d_sae} features of init_from: give that or more"
         )
+    for name in ("n_shared", "dedicated"):
+        has, wanted = getattr(source.cfg, name), getattr(architecture, name)
+        if has != wanted:
+            raise UserError(f"init_from has {name}={has}, this training {name}={wanted}: give the same")
     origins(source, architecture)
 
 
@@ -128,7 +132,7 @@ def start_from(
         means: raw mean activation of every snapshot.
         scale: c_s that the data give every snapshot.
     """
-    S, own = sae.n_snapshots, sae.strategy.features(sae.cfg.d_sae)
+    S, own = sae.n_snapshots, sae.own
     mine = slice(own.start, min(own.stop, source.cfg.d_sae))
     n = max(0, mine.stop - mine.start)
     origin = origins(source, sae.cfg)
@@ -152,9 +156,10 @@ def start_from(
     sae.W_enc[:, :n].copy_(W_enc.flatten(0, 1))
     sae.W_dec.unflatten(1, (S, -1))[:n].copy_(source.W_dec_by_snapshot[mine][:, origin])
     sae.b_enc[:n].copy_(b_enc)
+    sae.constrain_()  # a new snapshot starts from one that features may be dedicated to
     if not sae.cfg.apply_b_dec_to_input:
         sae.b_enc[n:].copy_(-(sae.b_dec @ sae.W_enc[:, n:]))
-    mine_now, theirs = dict(sae.named_parameters()) | dict(sae.named_buffers()), source.state_dict()
+    mine_now, theirs = dict(sae.named_parameters()) | dict(sae.named_buffers()), sae.trained(source.state_dict())
     for name in sorted((mine_now.keys() & theirs.keys()) - set(_SHARED)):  # of the gate
         if theirs[name].dim():
             mine_now[name][:n].copy_(theirs[name][mine])

@@ -260,6 +260,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
         # without the graph, which holds what the backward pass needed
         output.loss, output.sae_out = output.loss.detach(), output.sae_out.detach()
         output.losses = {name: value.detach() for name, value in output.losses.items()}
+        self.sae.constrain_gradients_()
         assert self.sae.W_enc.grad is not None
         self.encoder_rows.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
         self._mean_gradients(output)
@@ -278,6 +279,7 @@ class CrosscoderTrainer(SAETrainer[Any, Any]):
             not_finite, self._stop_of_any = flags[:2] > 0
             self._counts = flags[2:]
         guarded_step(self.optimizer, divisor, not_finite)
+        self.sae.constrain_()  # rounding may differ between copies of a row
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():

@@ -39,6 +39,24 @@ class SnapshotJumpReLU(torch.autograd.Function):
         return (grad * (scores > threshold)).sum(1), None, grad_threshold, None
 
 
+class Step(torch.autograd.Function):
+    """`1[score > t]` of scores (B, S, F), whose derivative by the threshold (F,) is a rectangle of the given width."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, threshold: Tensor, window: float) -> Tensor:
+        """`scores` (B, S, F), `threshold` (F,)."""
+        ctx.save_for_backward(scores, threshold)
+        ctx.window = window
+        return (scores > threshold).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        """Gradient for `threshold` (F,)."""
+        scores, threshold = ctx.saved_tensors
+        near = ((scores - threshold).abs() < ctx.window / 2) & (scores > 0)
+        return None, -(near * grad).sum((0, 1)) / ctx.window, None
+
+
 def dense_forward_pass(crosscoder: CrosscoderTrainingSAE, step_input: TrainStepInput) -> TrainStepOutput:
     """The training step of a crosscoder that holds all features, on raw activations (B, S, D) or (B, S D)."""
     sae: Any = crosscoder
@@ -50,7 +68,7 @@ def dense_forward_pass(crosscoder: CrosscoderTrainingSAE, step_input: TrainStepI
     acts = by_snapshot = sae.gate(hidden_pre)
     if name == "jumprelu_crosscoder":
         by_snapshot = SnapshotJumpReLU.apply(
-            hidden_pre, sae.decoder_norms.detach(), sae.log_threshold.exp(), cfg.jumprelu_window
+            hidden_pre, sae.decoder_norms.detach(), sae.threshold, cfg.jumprelu_window
         )
         acts = by_snapshot.amax(1)  # every open gate passes the same positive h_i
         decoded = torch.einsum("bsf,fsd->bsd", by_snapshot, sae.W_dec_by_snapshot)
@@ -60,16 +78,32 @@ def dense_forward_pass(crosscoder: CrosscoderTrainingSAE, step_input: TrainStepI
     sae_out = sae.relative(decoded)
     losses = {"mse_loss": sae.reconstruction_loss(sae_out, flat)}
     coefficients = step_input.coefficients
+    factors = [(cfg.shared_penalty or 1.0) if i < cfg.n_shared else 1.0 for i in range(cfg.d_sae)]
+    factors = torch.tensor(factors, dtype=flat.dtype, device=flat.device)
     if name == "standard_crosscoder":
-        losses["l1_loss"] = coefficients["l1"] * (acts * sae.decoder_norms.sum(-1)).sum(-1).mean()
+        losses["l1_loss"] = coefficients["l1"] * (acts * factors * sae.decoder_norms.sum(-1)).sum(-1).mean()
     elif name == "jumprelu_crosscoder":
         phi = (cfg.tanh_stretch * by_snapshot * sae.decoder_norms.T).tanh().mean((0, 1))
-        losses["sparsity_loss"] = coefficients["sparsity"] * (phi * (1 + phi / cfg.frequency_scale)).sum()
+        losses["sparsity_loss"] = coefficients["sparsity"] * (factors * phi * (1 + phi / cfg.frequency_scale)).sum()
+        scores = hidden_pre[:, None] * sae.decoder_norms.detach().T
+        if cfg.l0_coefficient is not None:
+            l0 = Step.apply(scores.detach(), sae.threshold, cfg.jumprelu_window).sum(-1).mean()
+            losses["l0_loss"] = cfg.l0_coefficient * (l0 / cfg.target_l0 - 1) ** 2
+        if cfg.pre_act_loss_coefficient is not None:
+            dead = torch.zeros(cfg.d_sae) if step_input.dead_neuron_mask is None else step_input.dead_neuron_mask
+            short = (sae.threshold - hidden_pre * sae.decoder_norms.detach().amax(1)).relu() * dead
+            losses["pre_act_loss"] = cfg.pre_act_loss_coefficient * short.sum(-1).mean()
     else:
         share = auxiliary_loss(
             (flat - sae_out).detach(), hidden_pre, sae.W_dec, sae.decoder_norms.detach(), step_input.dead_neuron_mask
         )
         losses["auxiliary_reconstruction_loss"] = cfg.aux_loss_coefficient * batch_variance(flat) * share
+    if cfg.delta_coefficient:
+        x, x_hat = (each.unflatten(-1, (cfg.n_snapshots, -1)) for each in (flat, sae_out))
+        changes = [(x_hat[:, s + 1] - x_hat[:, s]) - (x[:, s + 1] - x[:, s]) for s in range(cfg.n_snapshots - 1)]
+        delta = sum(((change**2).sum(-1).mean() for change in changes), flat.new_zeros(()))
+        over = cfg.n_snapshots if name == "jumprelu_crosscoder" else 1
+        losses["delta_loss"] = cfg.delta_coefficient * delta / over
     return TrainStepOutput(
         sae_in=flat,
         sae_out=sae_out,

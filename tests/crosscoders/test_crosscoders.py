@@ -31,6 +31,7 @@ from crosslens.crosscoders import (
     TopKCrosscoderTrainingConfig,
     register,
 )
+from crosslens.crosscoders.architectures import jumprelu
 from crosslens.crosscoders.kernels import sparse
 from crosslens.crosscoders.kernels.topk import batch_top_pairs, token_top_pairs
 from crosslens.errors import UserError
@@ -55,8 +56,8 @@ def make(architecture: str, S: int, seed: int = 0, dtype: str = "float64", **opt
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            spread = {"W_enc": 0.4, "b_enc": 0.3, "W_dec": 0.5, "b_dec": 0.5, "log_threshold": 0.5}[name]
-            centre = math.log(0.6) if name == "log_threshold" else 0.0
+            spread = {"W_enc": 0.4, "b_enc": 0.3, "W_dec": 0.5, "b_dec": 0.5, "direct_threshold": 0.1}.get(name, 0.5)
+            centre = {"log_threshold": math.log(0.6), "direct_threshold": 0.6}.get(name, 0.0)
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
         sae.activation_scale.copy_(0.5 + torch.rand(S, generator=draw))
     return sae
@@ -983,12 +984,13 @@ def test_train_step_output_has_saelens_fields_and_metrics_when_logged(architectu
         assert float(output.metrics[f"l0/{label}"]) == pytest.approx(fired / B)
 
 
-def test_the_coefficient_is_steered_to_an_l0() -> None:
+def test_the_coefficient_is_steered_to_an_l0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against plain loops, with dense sums and on pairs; the first batches are too dense, then too sparse."""
-    target, rate, smooth = 3.0, 0.25, 0.1
+    target, smooth, rate = 3.0, 0.1, 0.25
+    monkeypatch.setattr(jumprelu, "_STEERING", rate)
     for dense in (2.0, 0.0):
         cfg = JumpReLUCrosscoderTrainingConfig(
-            d_in=3 * 4, d_sae=8, n_snapshots=3, target_l0=target, target_l0_lr=rate, jumprelu_init_threshold=0.05
+            d_in=3 * 4, d_sae=8, n_snapshots=3, target_l0=target, jumprelu_init_threshold=0.05
         )
         sae: Any = TrainingSAE.from_dict(cfg.to_dict())
         generator = torch.Generator().manual_seed(0)
@@ -1024,3 +1026,66 @@ def test_the_coefficient_is_steered_to_an_l0() -> None:
     for wrong in (0.0, 9.0):
         with pytest.raises(UserError, match="target_l0"):
             JumpReLUCrosscoderTrainingConfig(d_in=12, d_sae=8, n_snapshots=3, target_l0=wrong)
+
+
+NEW_TERMS: dict[str, dict[str, Any]] = {
+    "l0": {"target_l0": 2.0, "l0_coefficient": 0.8, "jumprelu_window": 1.5},
+    "pre_act": {"pre_act_loss_coefficient": 0.6},
+    "direct": {"direct_thresholds": True},
+    "all": {
+        "target_l0": 2.0, "l0_coefficient": 0.8, "pre_act_loss_coefficient": 0.6, "direct_thresholds": True,
+        "n_shared": 3, "shared_penalty": 0.3, "delta_coefficient": 0.7,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("terms", NEW_TERMS)
+@pytest.mark.parametrize("way", ["pairs", "dense products"])
+@pytest.mark.parametrize("S", [1, 3])
+def test_further_terms_of_jumprelu(S: int, way: str, terms: str):
+    """Loss and every gradient against plain autograd, with three features dead; seeds differ in what is open."""
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[[0, 5, 7]] = True
+    for seed in range(3):
+        sae, x = make("jumprelu_crosscoder", S, seed, **NEW_TERMS[terms]), raw(S, seed)
+        inputs = step_input(x, dead)
+        output, wanted = forward(sae, way, inputs), dense_forward_pass(sae, inputs)
+        assert set(output.losses) == set(wanted.losses)
+        for name, value in wanted.losses.items():
+            assert value.item() > 0 or name == "delta_loss"
+            close(output.losses[name], value, name)
+        found, expected = gradients(sae, output.loss), gradients(sae, wanted.loss)
+        for name, gradient in expected.items():
+            assert gradient.any() and gradient.isfinite().all(), name
+            close(found[name], gradient, f"gradient of {name}")
+
+
+def test_dead_features_come_back_by_the_pre_activation_loss():
+    """Descending this loss alone opens the gates of the features that it is of, and of no other."""
+    sae: Any = make("jumprelu_crosscoder", 2, pre_act_loss_coefficient=1.0)
+    x, dead = raw(2), torch.zeros(F, dtype=torch.bool)
+    dead[[2, 9]] = True
+    with torch.no_grad():
+        sae.b_enc[[2, 3, 9]] = -8.0
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        sae.training_forward_pass(step_input(x, dead, coefficient=0.0)).losses["pre_act_loss"].backward()
+        optimizer.step()
+    fired = (sae.encode(x) > 0).any(0)
+    assert fired[2] and fired[9] and not fired[3]
+
+
+def test_thresholds_trained_directly_stay_positive_and_are_saved_as_logarithms(tmp_path: Path):
+    sae: Any = make("jumprelu_crosscoder", 2, direct_thresholds=True)
+    assert "log_threshold" not in dict(sae.named_parameters())
+    with torch.no_grad():
+        sae.direct_threshold[0] = -1.0
+    sae.constrain_()
+    assert bool((sae.direct_threshold > 0).all())
+    with torch.no_grad():
+        sae.direct_threshold[0] = 0.4
+    x = raw(2)
+    for way in (sae.to_inference(), crosslens.load(sae.save(tmp_path))):
+        close(way.log_threshold.exp(), sae.threshold, "threshold")  # type: ignore[operator]
+        close(way.encode(x), sae.eval().encode(x), "features")

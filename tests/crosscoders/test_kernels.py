@@ -259,7 +259,7 @@ def test_reconstruct_gated_by_finite_differences(S: int, D: int, F: int, B: int,
             patch.setitem(sparse.DENSE_ABOVE, "cpu", -1.0 if dense else 2.0)
             pairs = gates.open_pairs()
         assert (pairs is None) == dense
-        return reconstruct_gated(x, gates, pairs, Weights(W_enc, b_enc, W_dec, b_dec), threshold)
+        return reconstruct_gated(x, gates, pairs, Weights(W_enc, b_enc, W_dec, b_dec), threshold)[:2]
 
     h, norms = (x @ parameters[0] + parameters[1]).detach(), norms_of(parameters[2], S)
     z = h[:, None] * norms.T
@@ -310,7 +310,7 @@ def test_the_straight_through_gradient_of_thresholds(
         monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", -1.0 if dense else 2.0)
         monkeypatch.setattr("crosslens.crosscoders.kernels.gated.COLUMNS", columns)
         weights = Weights(W_enc, b_enc, W_dec, b_dec)
-        x_hat, phi = reconstruct_gated(x, gates, gates.open_pairs(), weights, threshold)
+        x_hat, phi, _ = reconstruct_gated(x, gates, gates.open_pairs(), weights, threshold)
         e, dphi = torch.randn_like(x_hat), torch.randn_like(phi)
         both: tuple[tuple[Tensor | None, Tensor | None], ...] = ((e, dphi), (e, None), (None, dphi))
         for upstream in both:

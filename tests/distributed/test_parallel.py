@@ -109,10 +109,20 @@ def first_gradients(acts: Activations, architecture: Any, parallel: Parallel) ->
     return {name: parallel.sum_data_(grad.contiguous()) / parallel.n_data_ranks for name, grad in named.items()}
 
 
+PARTITION: dict[str, Any] = {"n_shared": 15, "shared_penalty": 0.5, "delta_coefficient": 0.4, "dedicated": {"step10": 7}}
+"""The first group of dedicated features lies in two halves of the dictionary."""
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "steered": lambda: dataclasses.replace(ALL["jumprelu_crosscoder"](), target_l0=5.0),
+    "aimed": lambda: dataclasses.replace(
+        ALL["jumprelu_crosscoder"](), target_l0=5.0, l0_coefficient=0.5, pre_act_loss_coefficient=0.3,
+        direct_thresholds=True,
+    ),
+    "partitioned": lambda: dataclasses.replace(ALL["batchtopk_crosscoder"](), **PARTITION),
+}  # fmt: skip
 GRIDS = [
     *((name, 2, 1, "library") for name in ALL),
     *((name, 4, 2, "pairs") for name in ("batchtopk_crosscoder", "jumprelu_crosscoder")),
-    ("steered", 4, 2, "pairs"),
+    *((name, 4, 2, "pairs") for name in ("steered", "aimed", "partitioned")),
     *(pytest.param(name, *grid, "pairs", marks=EXHAUSTIVE) for name in ALL for grid in ((2, 1), (4, 1), (2, 2))),
     *(pytest.param(name, 4, 2, "pairs", marks=EXHAUSTIVE) for name in ("standard_crosscoder", "topk_crosscoder")),
 ]
@@ -129,9 +139,7 @@ def test_several_processes_are_one(
         monkeypatch.setitem(sparse.DENSE_ABOVE, "cpu", 2.0)
 
     def trajectory(parallel: Parallel) -> Any:
-        made = {**ALL, "steered": lambda: dataclasses.replace(ALL["jumprelu_crosscoder"](), target_l0=5.0)}[
-            architecture
-        ]
+        made = {**ALL, **VARIANTS}[architecture]
         gradients = first_gradients(acts, made(), parallel)
         trainer = trainer_of(acts, made(), parallel)
         silent = (torch.arange(40) % 4 == 0)[parallel.features(40)]

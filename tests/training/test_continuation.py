@@ -83,6 +83,14 @@ def test_it_starts_as_the_function_that_it_continues(
     torch.testing.assert_close(again.decode(again.encode(x)), source.decode(source.encode(x)), rtol=1e-4, atol=1e-5)
 
 
+def test_thresholds_go_on_directly(pair: Activations, trained: dict[str, Crosscoder]) -> None:
+    source, x = trained["jumprelu"], held_out(pair)
+    again = started(source, pair, ALL["jumprelu"](direct_thresholds=True))
+    torch.testing.assert_close(again.encode(x), source.encode(x), rtol=1e-4, atol=1e-5)
+    done = train(pair, ALL["jumprelu"](direct_thresholds=True), config(training_tokens=64 * 5), init_from=source)
+    assert not torch.equal(done.state_dict()["log_threshold"], source.state_dict()["log_threshold"])
+
+
 def test_a_crosscoder_without_the_deviation_is_continued_with_it(pair: Activations) -> None:
     source = train(pair, ALL["batchtopk"](apply_b_dec_to_input=False), config())
     x = held_out(pair)

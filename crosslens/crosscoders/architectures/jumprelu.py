@@ -8,13 +8,19 @@ Straight-through gradients (a rectangle of width w around the threshold replaces
 loss = mean_{B,S} |x_hat_s - x_s|^2 + lambda * sum_i phi_i (1 + phi_i / frequency_scale),
 phi_i = mean_{B,S} tanh(stretch * f_is n_is). The norms have gradients from this penalty and the decoder only.
 
-With `target_l0`, lambda is steered: after every step log lambda grows by `target_l0_lr` log(L0 / target_l0), smoothed
-over steps, with L0 the mean over tokens and snapshots of the number of features with f_is > 0, as `evaluate` gives it.
+With `target_l0`, lambda is steered: after every step log lambda grows by .1 log(L0 / target_l0), smoothed over steps,
+with L0 the mean over tokens and snapshots of the number of features with f_is > 0, as `evaluate` gives it. With
+`l0_coefficient`, c, nothing is steered, and the loss has a term c (L0 / target_l0 - 1)^2 whose gradient moves the
+thresholds (Rajamanoharan et al., arXiv 2407.14435): dL0/dt_i = -1/w mean_{B,S} 1[|h_i n_is - t_i| < w/2 and h_i n_is > 0].
+
+With `pre_act_loss_coefficient`, p, dead features have a term p mean_B sum_i max(0, t_i - h_i max_s n_is), which raises
+h_i and lowers t_i until a gate opens (Anthropic, *Circuits Updates*, January 2025); norms have no gradient from it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,12 +30,20 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor, nn
 from typing_extensions import override
 
-from crosslens.crosscoders.base import Crosscoder, CrosscoderConfig, CrosscoderTrainingConfig, CrosscoderTrainingSAE
+from crosslens.crosscoders.base import (
+    Crosscoder,
+    CrosscoderConfig,
+    CrosscoderTrainingConfig,
+    CrosscoderTrainingSAE,
+    positive,
+)
 from crosslens.crosscoders.declaration import Architecture
-from crosslens.crosscoders.kernels.gated import Gates, reconstruct_gated
-from crosslens.crosscoders.kernels.topk import Pairs
+from crosslens.crosscoders.kernels.gated import Gates, open_gates, reconstruct_gated
+from crosslens.crosscoders.kernels.topk import marked
 from crosslens.errors import UserError
 
+_LOG, _DIRECT = "log_threshold", "direct_threshold"
+_STEERING = 0.1  # how fast log lambda follows log(L0 / target_l0), per step
 _SMOOTHING, _LEAST_L0 = 0.1, 1e-3  # weight of the newest batch; a batch may have no active feature at all
 
 
@@ -102,11 +116,15 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
         frequency_scale: value of phi_i at which the quadratic part of the penalty equals the linear part.
         target_l0: number of active features, as a mean over tokens and snapshots, that lambda is steered to; None keeps
             lambda.
-        target_l0_lr: how fast log lambda follows log(L0 / target_l0), per step.
+        l0_coefficient: c, the weight of (L0 / target_l0 - 1)^2, which then aims at `target_l0` in the place of lambda;
+            set sparsity_coefficient=0 to train with this term alone. None: no such term.
+        pre_act_loss_coefficient: p, the weight of the loss that brings dead features back; None: no such loss.
+        direct_thresholds: t_i itself is trained, not its logarithm, of which a step of Adam changes t_i by a share of
+            its value only. It stays positive.
 
     Raises:
-        UserError: jumprelu_init_threshold, jumprelu_window, frequency_scale or target_l0_lr is not positive, or
-            target_l0 is not in (0, d_sae].
+        UserError: jumprelu_init_threshold, jumprelu_window, frequency_scale, l0_coefficient or
+            pre_act_loss_coefficient is not positive, target_l0 is not in (0, d_sae], or l0_coefficient without it.
     """
 
     jumprelu_init_threshold: float = 0.1
@@ -118,15 +136,21 @@ class JumpReLUCrosscoderTrainingConfig(CrosscoderTrainingConfig):
     tanh_stretch: float = 4.0
     frequency_scale: float = 0.01
     target_l0: float | None = None
-    target_l0_lr: float = 0.03
+    l0_coefficient: float | None = None
+    pre_act_loss_coefficient: float | None = None
+    direct_thresholds: bool = False
     decoder_init_norm: float | None = None
     decoder_init: Literal["independent", "shared"] = "shared"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("jumprelu_init_threshold", "jumprelu_window", "frequency_scale", "target_l0_lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("jumprelu_init_threshold", "jumprelu_window", "frequency_scale"):
+            positive(name, getattr(self, name))
+        for name in ("l0_coefficient", "pre_act_loss_coefficient"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if self.l0_coefficient is not None and self.target_l0 is None:
+            raise UserError(f"l0_coefficient={self.l0_coefficient:g} needs target_l0, the L0 that its loss aims at")
         if self.target_l0 is not None and not 0 < self.target_l0 <= self.d_sae:
             raise UserError(f"target_l0={self.target_l0} is not in (0, d_sae={self.d_sae}]: it is a number of features")
 
@@ -140,19 +164,26 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
     """Training of the JumpReLU crosscoder.
 
     Attributes:
+        direct_threshold: (F,) t_i, with `direct_thresholds` the parameter in the place of `log_threshold`.
         steered: what `target_l0` adds to log lambda, and the smoothed log(L0 / target_l0), (2,).
     """
 
     cfg: JumpReLUCrosscoderTrainingConfig
+    direct_threshold: nn.Parameter
     steered: Tensor
     backward_reads_hidden_pre = True
-    unclipped = ("log_threshold",)
+    unclipped = (_LOG, _DIRECT)
 
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
         with torch.no_grad():
             self.log_threshold.fill_(math.log(self.cfg.jumprelu_init_threshold))
+        if self.cfg.direct_thresholds:
+            self.direct_threshold = nn.Parameter(
+                torch.full_like(self.log_threshold, self.cfg.jumprelu_init_threshold, requires_grad=False)
+            )
+            del self.log_threshold
         # of training alone: in checkpoints, and not among the weights of a crosscoder, which are assigned to a module
         # on the meta device
         place = "cpu" if self.device.type == "meta" else self.device
@@ -161,8 +192,34 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
     @property
     @override
     def lr_factors(self) -> dict[str, float]:
-        factors = {"log_threshold": self.cfg.jumprelu_threshold_lr_factor}
+        factors = dict.fromkeys(self.unclipped, self.cfg.jumprelu_threshold_lr_factor)
         return {**factors, "b_enc": float(self.n_snapshots)} if self.cfg.b_enc_per_snapshot else factors
+
+    @property
+    @override
+    def threshold(self) -> Float[Tensor, " F"]:
+        return self.direct_threshold if self.cfg.direct_thresholds else super().threshold
+
+    @override
+    def constrain_(self) -> None:
+        super().constrain_()
+        if (threshold := dict(self.named_parameters()).get(_DIRECT)) is not None:
+            threshold.data.clamp_(min=torch.finfo(threshold.dtype).tiny)
+
+    @override
+    def saved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            _LOG if name == _DIRECT else name: each.detach().log() if name == _DIRECT else each
+            for name, each in tensors.items()
+        }
+
+    @override
+    def trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.cfg.direct_thresholds:
+            return dict(tensors)
+        return {
+            _DIRECT if name == _LOG else name: each.exp() if name == _LOG else each for name, each in tensors.items()
+        }
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -182,46 +239,44 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
             self.precision,
         )
         pairs = gates.open_pairs()
-        memory = self.free_gradient_memory
-        sae_out, phi = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy, memory)
+        cfg, memory, dead = self.cfg, self.free_gradient_memory, None
+        if cfg.pre_act_loss_coefficient is not None and step_input.dead_neuron_mask is not None:
+            dead = marked(step_input.dead_neuron_mask, self.n_dead)
+        sae_out, phi, low = reconstruct_gated(flat, gates, pairs, self.weights, threshold, self.strategy, memory, dead)
         sae_out = self.hook_sae_recons(sae_out)
         penalty = self.strategy.total_features(self.frequency_penalty(self.strategy.mean_data(phi)))
         acts = self.gate(hidden_pre).detach() if pairs is None else pairs.to_sparse()
         coefficient = step_input.coefficients["sparsity"]
-        if self.cfg.target_l0 is not None:
-            coefficient = coefficient * self.steered[0].exp()  # a copy: the penalty's gradient needs it
-            if self.training:
-                self.steer(gates, pairs)
-        losses = {"mse_loss": self.reconstruction_loss(sae_out, flat), "sparsity_loss": coefficient * penalty}
+        losses = {"mse_loss": self.reconstruction_loss(sae_out, flat)}
+        if cfg.target_l0 is not None:
+            n_open = open_gates(gates, pairs, threshold) / (len(flat) * self.n_snapshots)
+            l0 = self.strategy.total_features(self.strategy.mean_data(n_open))
+            if cfg.l0_coefficient is not None:
+                losses["l0_loss"] = cfg.l0_coefficient * (l0 / cfg.target_l0 - 1).square()
+            else:
+                coefficient = coefficient * self.steered[0].exp()  # a copy: the penalty's gradient needs it
+                if self.training:
+                    self.steer(l0.detach() / cfg.target_l0)
+        losses["sparsity_loss"] = coefficient * penalty
+        if cfg.pre_act_loss_coefficient is not None:
+            low = self.strategy.total_features(self.strategy.mean_data(low))
+            losses["pre_act_loss"] = cfg.pre_act_loss_coefficient * low
         return sae_out, acts, losses
 
     @torch.no_grad()
-    def steer(self, gates: Gates, pairs: Pairs | None) -> None:
-        """Raise or lower lambda by the L0 of a batch.
-
-        Args:
-            gates: of the batch, for the features of this process.
-            pairs: `gates.open_pairs()`.
-        """
-        assert self.cfg.target_l0 is not None
-        own = gates.n_open(pairs) / (len(gates.hidden_pre) * self.n_snapshots)
-        l0 = self.strategy.total_features(self.strategy.mean_data(own)).clamp_min(_LEAST_L0)
-        self.steered[1].lerp_((l0 / self.cfg.target_l0).log(), _SMOOTHING)
-        self.steered[0].add_(self.steered[1], alpha=self.cfg.target_l0_lr)
+    def steer(self, ratio: Float[Tensor, ""]) -> None:
+        """Raise or lower lambda by the ratio of the L0 of a batch to `target_l0`."""
+        self.steered[1].lerp_(ratio.clamp_min(_LEAST_L0).log(), _SMOOTHING)
+        self.steered[0].add_(self.steered[1], alpha=_STEERING)
 
     def frequency_penalty(self, phi: Float[Tensor, " F"]) -> Tensor:
         """`sum_i phi_i (1 + phi_i / frequency_scale)` of mean activities `phi`, a scalar."""
-        return (phi * (1 + phi / self.cfg.frequency_scale)).sum()
+        return (phi * (1 + phi / self.cfg.frequency_scale) * self.penalty_factors).sum()
 
+    @property
     @override
-    def reconstruction_loss(self, sae_out: Tensor, sae_in: Tensor) -> Tensor:
-        """The mean of `|x_hat_s - x_s|^2` over tokens and snapshots, a scalar.
-
-        Args:
-            sae_out: (B, S * D) reconstruction.
-            sae_in: (B, S * D) target; both in the scaled space.
-        """
-        return super().reconstruction_loss(sae_out, sae_in) / self.n_snapshots
+    def snapshots_averaged(self) -> int:
+        return self.n_snapshots
 
 
 ARCHITECTURE = Architecture(
@@ -230,7 +285,7 @@ ARCHITECTURE = Architecture(
     penalty="tanh-quadratic (`cl.recipes.evolution_of_concepts`)",
     chosen="the sparsity coefficient, or the L0 that it is steered to",
     use="features should switch on per snapshot",
-    options=("sparsity", "sparsity_warm_up", "target_l0"),
+    options=("sparsity", "sparsity_warm_up", "target_l0", "l0", "pre_act", "direct_thresholds"),
     card="JumpReLU crosscoder (one gate per feature and snapshot)",
     inference=(JumpReLUCrosscoder, JumpReLUCrosscoderConfig),
     training=(JumpReLUCrosscoderTrainingSAE, JumpReLUCrosscoderTrainingConfig),

@@ -90,7 +90,7 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         sae_out = self.hook_sae_recons(sae_out)
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
-            "l1_loss": step_input.coefficients["l1"] * self.strategy.total_features(weighted.sum()),
+            "l1_loss": step_input.coefficients["l1"] * self.strategy.total_features((weighted * self.penalty_factors).sum()),
         }
         return sae_out, acts if isinstance(acts, Tensor) else acts.to_sparse(), losses
 

@@ -46,8 +46,11 @@ class RankedCrosscoder(Crosscoder):
 
     @property
     def score_norms(self) -> Float[Tensor, " F"]:
-        """`n_i`, the decoder norms summed over snapshots: the score of a feature is `relu(h_i) * n_i`."""
-        return self.decoder_norms.sum(-1)
+        """`n_i`, the decoder norms summed over snapshots: the score of a feature is `relu(h_i) * n_i`.
+
+        That of a shared feature is divided by its penalty.
+        """
+        return self.decoder_norms.sum(-1) / self.penalty_factors
 
     def scores(self, hidden_pre: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
         """`u_i = relu(h_i) * n_i`, by which features are ranked."""

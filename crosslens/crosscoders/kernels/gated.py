@@ -11,7 +11,11 @@ Gradients, with p_bis = d phi-penalty / d f_bis:
     dW_dec     = sum_b f_bis e_bs, and what reaches n_is through phi
     dt_i       = -t_i / w * sum_{b,s: |h n - t| < w/2, h n > 0} (G_bis + p_bis) / n_is
 
-The last sum runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
+`low`, mean_b sum_i max(0, t_i - h_bi max_s n_is) over dead features, adds -max_s n_is 1[h n < t] / B to dh_bi and
+1[h n < t] / B to dt_i. The number of open gates (`open_gates`) has a gradient for t_i only, -1 / w for every pair in its
+window.
+
+The last sum of the first group runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
 of the encoder's, computed once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over all
 b with h_bi > 0 is <M_is, W_dec[i, s]>. The open pairs are known one by one, and those above the window are subtracted.
 Two kinds of features are summed densely over their closed pairs instead: those with pairs below the window
@@ -91,10 +95,10 @@ class Gates:
         """Number of open gates over tokens, features and snapshots, a scalar; `pairs` is `open_pairs()`."""
         if pairs is not None:
             scores = pairs.values[:, None] * self.norms[pairs.features]
-            return (scores > self.threshold[pairs.features, None]).sum().float()
+            return (scores > self.threshold[pairs.features, None]).sum().to(scores.dtype)
         blocks = [self.block(columns) for columns in _columns(len(self.threshold))]
         counts = [(_dense_acts(block, s) != 0).sum() for block in blocks for s in range(self.norms.shape[1])]
-        return torch.stack(counts).sum().float()
+        return torch.stack(counts).sum().to(self.hidden_pre.dtype)
 
 
 def reconstruct_gated(
@@ -105,8 +109,9 @@ def reconstruct_gated(
     threshold: Float[Tensor, " F"],
     strategy: Strategy = ONE_PROCESS,
     memory: Memory | None = None,
-) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"]]:
-    """Reconstruction and phi, with the gradients of the module's docstring for all parameters.
+    dead: Int[Tensor, " m"] | None = None,
+) -> tuple[Float[Tensor, "B N"], Float[Tensor, " F"], Float[Tensor, ""]]:
+    """Reconstruction, phi and low, with the gradients of the module's docstring for all parameters.
 
     Args:
         x: encoder input.
@@ -116,8 +121,41 @@ def reconstruct_gated(
         threshold: t_i, which receives the straight-through gradient.
         strategy: sums the reconstruction over the features of all processes.
         memory: where the gradients of W_dec and W_enc may be written; None allocates them.
+        dead: ids of the features that low is of; None: it is 0.
     """
-    return _ReconstructGated.apply(x, gates, pairs, *weights, threshold, strategy, memory)  # type: ignore[return-value]
+    return _ReconstructGated.apply(  # type: ignore[return-value]
+        x, gates, pairs, *weights, threshold, strategy, memory, dead
+    )
+
+
+def open_gates(gates: Gates, pairs: Pairs | None, threshold: Float[Tensor, " F"]) -> Float[Tensor, ""]:
+    """Number of open gates over tokens, features and snapshots, with the gradient of the module's docstring.
+
+    Args:
+        gates: pre-activations, norms and thresholds, all detached.
+        pairs: `gates.open_pairs()`.
+        threshold: t_i, which receives the straight-through gradient.
+    """
+    return _OpenGates.apply(gates, pairs, threshold)  # type: ignore[return-value]
+
+
+class _OpenGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Gates, pairs: Pairs | None, threshold: Tensor) -> Tensor:
+        del threshold
+        ctx.gates = gates
+        return gates.n_open(pairs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
+        gates: Gates = ctx.gates
+        F, S = gates.norms.shape
+        near = torch.zeros_like(gates.threshold)
+        for columns in _columns(F):
+            block = gates.block(columns)
+            for s in range(S):
+                near[columns] += _in_window(block.hidden_pre * block.norms[:, s], block).sum(0)
+        return None, None, -g / gates.window * near
 
 
 class _ReconstructGated(torch.autograd.Function):
@@ -134,10 +172,15 @@ class _ReconstructGated(torch.autograd.Function):
         threshold: Tensor,
         strategy: Strategy,
         memory: Memory | None,
-    ) -> tuple[Tensor, Tensor]:
+        dead: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         del W_enc, b_enc, threshold
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_dec)
+        ctx.dead, low = dead, x.new_zeros(())
+        if dead is not None:
+            short = gates.threshold[dead] - gates.hidden_pre[:, dead] * gates.norms[dead].amax(-1)
+            ctx.below, low = short > 0, short.relu_().sum() / len(x)
         ctx.gates, ctx.pairs, ctx.memory = gates, pairs, memory
         F, S = gates.norms.shape
         decoder = W_dec.view(F, S, -1)
@@ -155,11 +198,11 @@ class _ReconstructGated(torch.autograd.Function):
                 opened = _open(gates, pairs, s, by_feature=False)
                 sum_rows(decoder[:, s], opened.features, opened.starts, opened.values, into)
                 phi.index_add_(0, opened.features, (gates.stretch * opened.scores).tanh())
-        return strategy.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S)
+        return strategy.sum_features_(x_hat).add_(b_dec), phi / (len(x) * S), low
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, e: Tensor | None, dphi: Tensor | None
+        ctx: Any, e: Tensor | None, dphi: Tensor | None, dlow: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, W_dec = ctx.saved_tensors
         gates: Gates = ctx.gates
@@ -178,7 +221,13 @@ class _ReconstructGated(torch.autograd.Function):
             add_norm_gradient(dW_dec, W_dec, gates.norms, dnorms)
         scaled = torch.where(gates.norms > 0, in_window / gates.norms, 0.0)
         dthreshold = -gates.threshold / gates.window * scaled.sum(-1)
-        return None, None, None, dW_enc.T, db_enc, dW_dec.detach(), db_dec, dthreshold, None, None
+        if ctx.dead is not None and dlow is not None:
+            below = ctx.below.to(x.dtype).mul_(dlow / len(x))
+            dthreshold.index_add_(0, ctx.dead, below.sum(0))
+            dh = below.mul_(-gates.norms[ctx.dead].amax(-1))
+            dW_enc.index_add_(0, ctx.dead, product(dh.T, x, gates.precision))
+            db_enc.index_add_(0, ctx.dead, dh.sum(0))
+        return None, None, None, dW_enc.T, db_enc, dW_dec.detach(), db_dec, dthreshold, None, None, None
 
 
 def _dense_acts(gates: Gates, s: int) -> Float[Tensor, "B F"]:

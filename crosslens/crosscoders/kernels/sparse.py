@@ -282,6 +282,32 @@ class _SquaredError(torch.autograd.Function):
         return ctx.e.mul_(2 * g / len(ctx.e)), None, None
 
 
+def change_error(x_hat: Float[Tensor, "B N"], x: Float[Tensor, "B N"], n_snapshots: int) -> Float[Tensor, ""]:
+    """`mean_B sum_s |(x_hat_s+1 - x_hat_s) - (x_s+1 - x_s)|^2` over neighbouring snapshots; N = S D."""
+    return _ChangeError.apply(x_hat, x, n_snapshots)  # type: ignore[return-value]
+
+
+class _ChangeError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, x: Tensor, n_snapshots: int) -> Tensor:
+        ctx.slope = torch.empty_like(x_hat)
+        squares: list[Tensor] = []
+        # blocks of tokens stay in the cache: one pass over memory for the loss and its gradient
+        rows = max(1, CACHED // x.shape[1])
+        for slope, *of in zip(ctx.slope.split(rows), x_hat.split(rows), x.split(rows), strict=True):
+            error = torch.sub(*of).view(len(slope), n_snapshots, -1)
+            change = error.diff(dim=1)
+            squares.append(torch.dot(change.flatten(), change.flatten()))
+            slope = slope.zero_().view_as(error)
+            slope[:, 1:] += change
+            slope[:, :-1] -= change
+        return torch.stack(squares).sum() / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.slope.mul_(2 * g / len(ctx.slope)), None, None
+
+
 def _mean(acts: Acts) -> Float[Tensor, " F"]:
     if isinstance(acts, Tensor):
         return acts.mean(0)
