@@ -1,7 +1,8 @@
 """Which kind of crosscoder finds a narrow change between two snapshots, and which calls what is shared new?
 
 Trains BatchTopK crosscoders on activations where a handful of features is new at the second snapshot, on 1 % of the
-tokens (`planted.narrow`): plain; with shared features; with dedicated ones; with both; with the delta term; with all.
+tokens (`planted.narrow`): plain; with shared features; with dedicated ones; with the delta term; with several of these.
+Also the L1 crosscoder, plain and with shared features at a lower penalty.
 
     python benchmarks/narrow_change.py --quick              # one seed: two CPU minutes
     python benchmarks/narrow_change.py --out narrow.jsonl --report
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +37,33 @@ D_SAE, STEPS, BATCH = 256, 3000, 512
 EXCLUSIVE, SAME = 0.9, 0.7
 """Settings chosen on seed 10, of penalties .5, 1, 1.5, 2 and 3, 8, 16, 24 and 48 dedicated features, and delta
 coefficients .3, 1, 2 and 10."""
-PARTITION: dict[str, Any] = {"n_shared": 160, "shared_penalty": 1.5}
+SHARED: dict[str, Any] = {"n_shared": 160}
+PARTITION: dict[str, Any] = {**SHARED, "shared_penalty": 1.5}
 DEDICATED: dict[str, Any] = {"dedicated": {"step1000": 16}}
+L1: dict[str, Any] = {"l1_coefficient": 0.4, "l1_warm_up_steps": STEPS // 20}
 DELTA: dict[str, Any] = {"delta_coefficient": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "shared, penalty 1": {"n_shared": 160},
-    "shared, penalty .5": {"n_shared": 160, "shared_penalty": 0.5},
+    "shared, penalty 1": SHARED,
+    "shared, penalty .5": {**SHARED, "shared_penalty": 0.5},
     "shared": PARTITION,
     "dedicated": DEDICATED,
     "shared and dedicated": PARTITION | DEDICATED,
     "delta": DELTA,
     "shared and delta": PARTITION | DELTA,
     "shared, dedicated and delta": PARTITION | DEDICATED | DELTA,
+    "L1": L1,
+    "L1, shared, penalty .2": {**L1, **SHARED, "shared_penalty": 0.2},
 }
 SHARES = {"found_norm": "found", "false_norm": "false", "found_r2": "found by R2", "false_r2": "false by R2",
           "any": "has the direction"}  # fmt: skip
 NOTES = f"""
-Mean over seeds, worst seed in brackets; settings were chosen on seed 10. A feature is *called new* if at least {EXCLUSIVE:.0%} of its decoder norm is at
-the second snapshot, or, in the columns "by R2", if `evolve` has it born there. *Found*: share of the {NarrowChange.n_new} planted
-features with a feature called new whose direction has a cosine of {SAME} or more with theirs. *False*: share of the live
-features that are called new and are near none of them. *Has the direction*: found, called new or not. EV: of held-out activations, mean of both snapshots.
+Mean over seeds, worst seed in brackets; settings were chosen on seed 10. A feature is *called new* if at least
+{EXCLUSIVE:.0%} of its decoder norm is at the second snapshot, or, in the columns "by R2", if `evolve` has it born
+there. *Found*: share of the {NarrowChange.n_new} planted features with a feature called new whose direction has a
+cosine of {SAME} or more with theirs. *False*: share of the live features that are called new and are near none of
+them. *Has the direction*: found, called new or not. *More than plain*: found, less that of the plain BatchTopK
+crosscoder of the same seed, mean and standard error over seeds. EV: of held-out activations, mean of both snapshots.
 """
 
 
@@ -91,26 +99,34 @@ def run(variant: str, seed: int, change: NarrowChange, steps: int) -> dict[str, 
     """Train and score."""
     began = time.process_time()
     acts = NarrowPair(change, seed)
-    architecture = cl.BatchTopKCrosscoderTrainingConfig(d_sae=D_SAE, k=acts.l0, **VARIANTS[variant])
+    kind: Any = cl.StandardCrosscoderTrainingConfig
+    if not variant.startswith("L1"):
+        kind = partial(cl.BatchTopKCrosscoderTrainingConfig, k=acts.l0)
     config = cl.TrainConfig(
         training_tokens=steps * BATCH, batch_size=BATCH, lr=2e-3, dead_tokens=50_000, scale_tokens=20_000, seed=seed
     )
-    crosscoder = cl.train(acts, architecture, config)
-    return {"variant": variant, "seed": seed, "steps": steps, **scores(crosscoder, acts), "cpu": time.process_time() - began}
+    crosscoder = cl.train(acts, kind(d_sae=D_SAE, **VARIANTS[variant]), config)
+    found = scores(crosscoder, acts)
+    return {"variant": variant, "seed": seed, "steps": steps, **found, "cpu": time.process_time() - began}
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """A row per variant."""
     rows: list[dict[str, Any]] = []
-    for variant, group in pd.DataFrame(results).groupby("variant", sort=False):
+    frame = pd.DataFrame(results)
+    plain = frame[frame["variant"] == "plain"].set_index("seed")["found_norm"]
+    for variant, group in frame.groupby("variant", sort=False):
+        more = (group.set_index("seed")["found_norm"] - plain).dropna()
         worst = {name: (group[name].max if name.startswith("false") else group[name].min)() for name in SHARES}
-        rows.append({"variant": variant, "seeds": len(group), **{f"worst_{name}": each for name, each in worst.items()},
-                     **group.mean(numeric_only=True)})  # fmt: skip
+        error = more.std() / len(more) ** 0.5 if len(more) > 1 else float("nan")
+        row = {f"worst_{name}": each for name, each in worst.items()} | {"variant": variant, "seeds": len(group)}
+        rows.append(row | {"more": f"{more.mean():+.3f} ± {error:.3f}", **group.mean(numeric_only=True)})
 
     def share(name: str) -> Any:
         return lambda row: f"{row[name]:.3f} [{row[f'worst_{name}']:.3f}]"
 
     columns = {"crosscoder": lambda row: row["variant"], **{title: share(name) for name, title in SHARES.items()}}
+    columns["more than plain"] = lambda row: row["more"]
     columns |= {"EV": measuring.number("explained_variance", ".4f"), "live": measuring.number("live", ".0f"),
                 "seeds": measuring.number("seeds", "d"), "CPU s": measuring.number("cpu", ".0f")}  # fmt: skip
     return measuring.markdown(rows, columns)

@@ -93,8 +93,13 @@ def main() -> None:
     columns = {"crosscoder": lambda row: row["kind"]} | {
         title: measure.number(name, form)
         for title, name, form in (
-            ("target", "target", "g"), ("L0", "l0", ".2f"), ("furthest off", "off", ".1%"), ("EV", "ev", ".4f"),
-            ("least EV", "least", ".4f"), ("dead", "dead", ".1%"), ("CPU s", "cpu", ".0f"),
+            ("target", "target", "g"),
+            ("L0", "l0", ".2f"),
+            ("furthest off", "off", ".1%"),
+            ("EV", "ev", ".4f"),
+            ("least EV", "least", ".4f"),
+            ("dead", "dead", ".1%"),
+            ("CPU s", "cpu", ".0f"),
         )  # fmt: skip
     }
     table = measure.markdown(means, columns)

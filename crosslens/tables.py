@@ -510,7 +510,7 @@ TABLES: list[Table] = [
                 "n_seeds": "Seeds that have the feature, after `train --seeds`.",
                 "consensus": "Whether more than half of the seeds have it.",
                 "alive": "Whether the feature is active on held-out tokens and has a decoder.",
-                "part": "free, shared, or the snapshots that the feature is dedicated to, where training set some apart.",
+                "part": "free, shared, or the snapshots that the feature is dedicated to, after `train --n-shared`.",
                 "kind": "lexical (most of its variance lies between token types) or contextual.",
                 "token_share": "Share of its variance between token types.",
                 "firing_rate": "Share of held-out tokens on which the feature is active.",

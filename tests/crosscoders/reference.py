@@ -67,9 +67,7 @@ def dense_forward_pass(crosscoder: CrosscoderTrainingSAE, step_input: TrainStepI
         sae.current_k = annealed_k(cfg, step_input.n_training_steps)
     acts = by_snapshot = sae.gate(hidden_pre)
     if name == "jumprelu_crosscoder":
-        by_snapshot = SnapshotJumpReLU.apply(
-            hidden_pre, sae.decoder_norms.detach(), sae.threshold, cfg.jumprelu_window
-        )
+        by_snapshot = SnapshotJumpReLU.apply(hidden_pre, sae.decoder_norms.detach(), sae.threshold, cfg.jumprelu_window)
         acts = by_snapshot.amax(1)  # every open gate passes the same positive h_i
         decoded = torch.einsum("bsf,fsd->bsd", by_snapshot, sae.W_dec_by_snapshot)
         decoded = rearrange(decoded, "b s d -> b (s d)")

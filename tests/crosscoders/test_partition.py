@@ -18,8 +18,7 @@ from crosslens.crosscoders.partition import feature_parts
 from crosslens.errors import UserError
 from crosslens.training.trainer import CrosscoderTrainer
 from tests.crosscoders.reference import KNOWN, dense_forward_pass
-from tests.crosscoders.test_crosscoders import CONFIGS, EXTRAS, close, raw, step_input
-from tests.crosscoders.test_crosscoders import D, F
+from tests.crosscoders.test_crosscoders import CONFIGS, EXTRAS, D, F, close, raw, step_input
 
 SHARED = 3
 DEDICATED = {"1": 2, "0+2": 1}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def first_gradients(acts: Activations, architecture: Any, parallel: Parallel) ->
     return {name: parallel.sum_data_(grad.contiguous()) / parallel.n_data_ranks for name, grad in named.items()}
 
 
-PARTITION: dict[str, Any] = {"n_shared": 15, "shared_penalty": 0.5, "delta_coefficient": 0.4, "dedicated": {"step10": 7}}
+PARTITION: dict[str, Any] = {
+    "n_shared": 15, "shared_penalty": 0.5, "delta_coefficient": 0.4, "dedicated": {"step10": 7}
+}  # fmt: skip
 """The first group of dedicated features lies in two halves of the dictionary."""
 VARIANTS: dict[str, Callable[[], Any]] = {
     "steered": lambda: dataclasses.replace(ALL["jumprelu_crosscoder"](), target_l0=5.0),

@@ -49,9 +49,11 @@ ELSEWHERE = {
     "trust_remote_code": "test_remote_code",
     "init_from": "test_another_start_is_refused",
     "recipe": "sets the options above",
-    **dict.fromkeys(("architecture", "k_start", "k_anneal", "sparsity", "sparsity_warm_up", "target_l0", "l0", "pre_act",
-                     "direct_thresholds", "l1", "l1_warm_up", "n_shared", "shared_penalty", "dedicated", "delta"),
-                    "fields of the architecture's config, all of which are compared"),
+    **dict.fromkeys(
+        ("architecture", "k_start", "k_anneal", "sparsity", "sparsity_warm_up", "target_l0", "l0", "pre_act",
+         "direct_thresholds", "l1", "l1_warm_up", "n_shared", "shared_penalty", "dedicated", "delta"),
+        "fields of the architecture's config, all of which are compared",
+    ),
 }  # fmt: skip
 
 

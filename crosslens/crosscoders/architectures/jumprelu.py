@@ -11,7 +11,7 @@ phi_i = mean_{B,S} tanh(stretch * f_is n_is). The norms have gradients from this
 With `target_l0`, lambda is steered: after every step log lambda grows by .1 log(L0 / target_l0), smoothed over steps,
 with L0 the mean over tokens and snapshots of the number of features with f_is > 0, as `evaluate` gives it. With
 `l0_coefficient`, c, nothing is steered, and the loss has a term c (L0 / target_l0 - 1)^2 whose gradient moves the
-thresholds (Rajamanoharan et al., arXiv 2407.14435): dL0/dt_i = -1/w mean_{B,S} 1[|h_i n_is - t_i| < w/2 and h_i n_is > 0].
+thresholds (Rajamanoharan et al., arXiv 2407.14435): dL0/dt_i = -1/w mean_{B,S} 1[...], of the window above.
 
 With `pre_act_loss_coefficient`, p, dead features have a term p mean_B sum_i max(0, t_i - h_i max_s n_is), which raises
 h_i and lowers t_i until a gate opens (Anthropic, *Circuits Updates*, January 2025); norms have no gradient from it.

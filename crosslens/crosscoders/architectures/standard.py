@@ -88,9 +88,10 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         )
         assert weighted is not None
         sae_out = self.hook_sae_recons(sae_out)
+        penalty = (weighted * self.penalty_factors).sum()
         losses = {
             "mse_loss": self.reconstruction_loss(sae_out, flat),
-            "l1_loss": step_input.coefficients["l1"] * self.strategy.total_features((weighted * self.penalty_factors).sum()),
+            "l1_loss": step_input.coefficients["l1"] * self.strategy.total_features(penalty),
         }
         return sae_out, acts if isinstance(acts, Tensor) else acts.to_sparse(), losses
 

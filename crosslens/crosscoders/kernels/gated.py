@@ -11,14 +11,14 @@ Gradients, with p_bis = d phi-penalty / d f_bis:
     dW_dec     = sum_b f_bis e_bs, and what reaches n_is through phi
     dt_i       = -t_i / w * sum_{b,s: |h n - t| < w/2, h n > 0} (G_bis + p_bis) / n_is
 
-`low`, mean_b sum_i max(0, t_i - h_bi max_s n_is) over dead features, adds -max_s n_is 1[h n < t] / B to dh_bi and
-1[h n < t] / B to dt_i. The number of open gates (`open_gates`) has a gradient for t_i only, -1 / w for every pair in its
-window.
+`low`, mean_b sum_i max(0, t_i - h_bi max_s n_is) over dead features, adds -max_s n_is 1[h n < t] / B to dh_bi, and
+1[h n < t] / B to dt_i. The number of open gates (`open_gates`) has a gradient for t_i only: -1 / w for every pair in
+its window.
 
-The last sum of the first group runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the size
-of the encoder's, computed once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over all
-b with h_bi > 0 is <M_is, W_dec[i, s]>. The open pairs are known one by one, and those above the window are subtracted.
-Two kinds of features are summed densely over their closed pairs instead: those with pairs below the window
+The sum in dt_i runs over a window that holds most pairs with h > 0, open or not, so it needs one more product of the
+size of the encoder's, computed once for all snapshots: with M_i = sum_b 1[h_bi > 0] e_b (a dense product), the sum over
+all b with h_bi > 0 is <M_is, W_dec[i, s]>. The open pairs are known one by one, and those above the window are
+subtracted. Two kinds of features are summed densely over their closed pairs instead: those with pairs below the window
 (t_i >= w/2), and those that are nearly always open, where the difference of two large sums would be mostly rounding.
 Where more than `DENSE_ABOVE` of the pairs are open (the first steps), every sum is dense, `COLUMNS` features at a time.
 """
