@@ -41,6 +41,7 @@ SHARED: dict[str, Any] = {"n_shared": 160}
 PARTITION: dict[str, Any] = {**SHARED, "shared_penalty": 1.5}
 DEDICATED: dict[str, Any] = {"dedicated": {"step1000": 16}}
 L1: dict[str, Any] = {"l1_coefficient": 0.4, "l1_warm_up_steps": STEPS // 20}
+WEAK: dict[str, Any] = {**L1, "l1_coefficient": 0.1}
 DELTA: dict[str, Any] = {"delta_coefficient": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,7 +53,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "delta": DELTA,
     "shared and delta": PARTITION | DELTA,
     "shared, dedicated and delta": PARTITION | DEDICATED | DELTA,
+    "plain, k times 4": {},
+    "shared, penalty 1, k times 4": SHARED,
     "L1": L1,
+    "L1, a quarter": WEAK,
+    "L1, shared, penalty 1": {**L1, **SHARED},
+    "L1, a quarter, shared, penalty 1": {**WEAK, **SHARED},
     "L1, shared, penalty .2": {**L1, **SHARED, "shared_penalty": 0.2},
 }
 SHARES = {"found_norm": "found", "false_norm": "false", "found_r2": "found by R2", "false_r2": "false by R2",
@@ -63,7 +69,8 @@ Mean over seeds, worst seed in brackets; settings were chosen on seed 10. A feat
 there. *Found*: share of the {NarrowChange.n_new} planted features with a feature called new whose direction has a
 cosine of {SAME} or more with theirs. *False*: share of the live features that are called new and are near none of
 them. *Has the direction*: found, called new or not. *More than plain*: found, less that of the plain BatchTopK
-crosscoder of the same seed, mean and standard error over seeds. EV: of held-out activations, mean of both snapshots.
+crosscoder of the same seed, mean and standard error over seeds. EV: of held-out activations, mean of both snapshots;
+3.7 to 4.1 features are planted per token.
 """
 
 
@@ -101,7 +108,7 @@ def run(variant: str, seed: int, change: NarrowChange, steps: int) -> dict[str, 
     acts = NarrowPair(change, seed)
     kind: Any = cl.StandardCrosscoderTrainingConfig
     if not variant.startswith("L1"):
-        kind = partial(cl.BatchTopKCrosscoderTrainingConfig, k=acts.l0)
+        kind = partial(cl.BatchTopKCrosscoderTrainingConfig, k=acts.l0 * (4 if variant.endswith("times 4") else 1))
     config = cl.TrainConfig(
         training_tokens=steps * BATCH, batch_size=BATCH, lr=2e-3, dead_tokens=50_000, scale_tokens=20_000, seed=seed
     )
@@ -127,8 +134,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
     columns = {"crosscoder": lambda row: row["variant"], **{title: share(name) for name, title in SHARES.items()}}
     columns["more than plain"] = lambda row: row["more"]
-    columns |= {"EV": measuring.number("explained_variance", ".4f"), "live": measuring.number("live", ".0f"),
-                "seeds": measuring.number("seeds", "d"), "CPU s": measuring.number("cpu", ".0f")}  # fmt: skip
+    for title, name, form in (("EV", "explained_variance", ".4f"), ("L0", "l0", ".1f"), ("live", "live", ".0f"),
+                              ("seeds", "seeds", "d"), ("CPU s", "cpu", ".0f")):  # fmt: skip
+        columns[title] = measuring.number(name, form)
     return measuring.markdown(rows, columns)
 
 
