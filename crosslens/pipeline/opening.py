@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from crosslens.config import ModelOptions, SourceOptions
+from crosslens.config import ModelOptions, SourceOptions, read_mix
 from crosslens.distributed.devices import check_device
 from crosslens.errors import UserError, did_you_mean, read_json
 from crosslens.rundir import RunDir
@@ -56,9 +56,12 @@ def find_activations(source: SourceOptions, models: ModelOptions) -> Callable[[]
     def open_activations() -> Activations:
         from crosslens.activations import Activations, Dataset
 
-        names = ("column", "sample_by", "drop_positions")
+        names = ("column", "sample_by", "drop_positions", "keep_roles", "drop_roles")
         more: dict[str, Any] = {name: getattr(source, name) for name in names}
-        data = Dataset(source.dataset, source.n_tokens, source.context_size, split=source.split or "train", **more)
+        mix = read_mix(source.dataset) if isinstance(source.dataset, str) else None
+        data = Dataset(
+            mix or source.dataset, source.n_tokens, source.context_size, split=source.split or "train", **more
+        )
         snapshots = load().trusting_code(source.trust_remote_code)
         return Activations(snapshots, source.hook, data, seed=source.seed, settings=parse_settings(**vars(models)))
 
@@ -292,8 +295,9 @@ def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[st
     recorded = run.read_json()
     trained, source = recorded.get("identity", {}), recorded["source"]
     tokenizer = changed_tokenizer(trained.get("tokenizer"), acts.snapshots.tokenizer_digest)
-    before, place = source.get("data"), Path(source["dataset"]["source"])
-    dataset = before is not None and place.is_file() and data_digest(place) != before
+    before, place = source.get("data"), source["dataset"]["source"]
+    files = [Path(name) for name in (place if isinstance(place, dict) else [place])]
+    dataset = before is not None and all(map(Path.is_file, files)) and data_digest(place) != before
     if reads_text and not tokenizer or dataset:  # a file may have changed where it was not read
         dataset = trained.get("tokens_sha256") not in (None, acts.tokens_sha256)
     return ["dataset"] * dataset + ["tokenizer"] * tokenizer

@@ -13,11 +13,12 @@ import torch
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import (
     Dataset,
+    Found,
     Sequences,
     kept_positions,
     places_in_data,
+    read_sequences,
     split_sequences,
-    token_sequences,
 )
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
@@ -92,7 +93,7 @@ class Words:
 def test_what_stands_between_documents(separator: str | None, bos: bool, expected: list[list[int]]) -> None:
     documents = ["5 6", "7 8 9"] * 2
     options = {"context_size": 5, "held_out_tokens": 0, "prepend_bos": bos, "separator": separator}
-    assert token_sequences(Dataset(documents, **options), Words()).tolist()[:2] == expected
+    assert read_sequences(Dataset(documents, **options), Words())[0].tolist()[:2] == expected
 
 
 def test_activations_leave_them_out_everywhere(tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_documents_of_held_out_tokens(separator: str, drop: int, n_tokens: int |
     assert len(set(given)) >= 0.8 * len(given)
     # tokens that were found in a cache say the same
     cached = Sequences(data, OfWords(), seed)
-    cached.found = sequences.tokens, sequences.n_train
+    cached.found = Found(sequences.tokens, sequences.n_train, None)
     assert torch.equal(cached.held_out_documents(), found)
 
 
