@@ -217,6 +217,27 @@ class Snapshots(Sequence[Snapshot]):
         return cls(found, model.name if model.tokenizer is None else model.repository.rsplit("/", 1)[-1])
 
     @classmethod
+    def series(cls, name: str, steps: str | Sequence[int | str] = "all") -> Snapshots:
+        """Snapshots of a model in the table of families, or of a series of places.
+
+        Args:
+            name: such as `olmo3-7b` (`crosslens ls` lists them); or a place, as in `of`, with `{step}` anywhere in it:
+                `org/model@step{step}`, `org/model/checkpoints/step{step}`, `org/model-step-{step}`,
+                `org/model+runs/lora/checkpoint-{step}`. What there is comes from the hub's own list, or the disk.
+            steps: as in `from_model`.
+
+        Raises:
+            UserError: no such model or step; the message names the nearest.
+        """
+        model = families.pattern_model(name) if "{" in name else families.match_model(name)
+        if model is None:
+            raise UserError(
+                f"{name!r} is neither a model of {', '.join(families.read_table())}, such as pythia-160m, nor a place "
+                "with {step} in it, such as org/model@step{step}"
+            )
+        return cls.from_model(model, steps)
+
+    @classmethod
     def of(cls, models: Mapping[str, str | Path], *, trust_remote_code: bool = False) -> Snapshots:
         """Any models of one width and tokenizer, such as a base model and its chat version, or two seeds of one run.
 

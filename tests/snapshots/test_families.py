@@ -221,6 +221,15 @@ def test_checkpoints_that_are_numbered_without_steps() -> None:
         amber.revisions([359])
 
 
+def test_series_by_name_and_by_place() -> None:
+    assert Snapshots.series("stanford-gpt2-small-21", [0, 400_000]).labels == ["step0", "step400000"]
+    assert Snapshots.series("pythia-14m", "paper") == Snapshots.pythia("14m")
+    assert Snapshots.series("me/model@s{step}", [1, 2]).steps == [1, 2]
+    for wrong in ("gpt2", "me/model"):
+        with pytest.raises(UserError, match="is neither a model of pythia, .*, such as pythia-160m, nor a place with"):
+            Snapshots.series(wrong)
+
+
 def test_pythia_and_polypythias_are_told_apart() -> None:
     places = {"a": "EleutherAI/pythia-70m@step1000", "b": "EleutherAI/pythia-70m-seed1@step1000"}
     with pytest.warns(UserWarning, match="Pythia and PolyPythias differ in lineage: .*issues 142 and 203"):
