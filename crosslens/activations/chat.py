@@ -39,7 +39,7 @@ def read_messages(item: Any) -> list[Message] | None:
     """
     if isinstance(item, Mapping) and item and all(isinstance(value, Sequence) for value in item.values()):
         item = [dict(zip(item, row, strict=False)) for row in zip(*item.values(), strict=False)]
-    if isinstance(item, np.ndarray):
+    if isinstance(item, np.ndarray) and item.dtype == object:  # of a parquet file
         item = item.tolist()
     if not isinstance(item, Sequence) or not item or not all(isinstance(message, Mapping) for message in item):
         return None

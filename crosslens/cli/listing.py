@@ -73,11 +73,15 @@ def list_snapshots(out: Output, what: str, steps: str | None) -> None:
 
 
 def _sizes(sizes: list[str]) -> str:
-    """Sizes of a family; those that all exist deduplicated as well are listed once."""
+    """Sizes of a family; those that all exist deduplicated as well, and seeds, are listed once."""
     plain = [one for one in sizes if not one.endswith("-deduped")]
     if len(plain) < len(sizes) and all(f"{one}-deduped" in sizes for one in plain):
         return f"{', '.join(plain)}; each also as SIZE-deduped"
-    return ", ".join(sizes)
+    numbers: dict[str, list[str]] = {}
+    for one in sizes:
+        before, seed, number = one.rpartition("seed")
+        numbers.setdefault(before + seed or one, []).append(number if seed else "")
+    return ", ".join(f"{name}{found[0]}{f' to {found[-1]}' * (len(found) > 1)}" for name, found in numbers.items())
 
 
 def _show_releases(out: Output, *releases: Release) -> None:

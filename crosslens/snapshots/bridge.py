@@ -89,13 +89,15 @@ def official_name(repository: str) -> tuple[str, bool] | None:
 
 def kind_of(model: Any) -> str | None:
     """`BRIDGE` or `HOOKED`; None if it is of neither class."""
-    import transformer_lens
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(model, TransformerBridge):
         return BRIDGE
-    hooked = getattr(transformer_lens, HOOKED, None)  # TransformerLens 4 has none
-    return HOOKED if hooked is not None and isinstance(model, hooked) else None
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 has none
+        return None
+    return HOOKED if isinstance(model, HookedTransformer) else None
 
 
 def transformers_model(model: Any) -> Any | None:

@@ -71,6 +71,8 @@ def hub_folder(repo: str, revision: str, config: str = CONFIG) -> Path:
     """
     where = f"{repo}@{revision}"
     repository, folder = split_name(repo)
+    if folder and not all(part.strip(".") for part in folder.split("/")):  # would lead out of the cache
+        raise UserError(f"{repo!r} is not the name of a folder in a repository: give one such as org/model/checkpoints")
     try:
         return _fetch(repo, config, revision).parent
     except hub_errors.HFValidationError as error:

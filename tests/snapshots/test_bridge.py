@@ -129,8 +129,16 @@ def test_what_else_is_read_of_a_bridge(run: tuple[Any, Any, Path]) -> None:
     torch.testing.assert_close(short["blocks.0.hook_resid_post"], cache["blocks.0.hook_resid_post"])
     made = bridge.generate(TOKENS[:1], max_new_tokens=3, do_sample=False, verbose=False, return_type="tokens")
     assert made.shape == (1, 9)
+
+
+def test_bfloat16_is_near_float32(run: tuple[Any, Any, Path]) -> None:
+    bridge, plain, folder = run
+    if int(version("transformer-lens").split(".")[0]) >= 4 and plain.config.model_type in ("olmo", "olmo2", "olmo3"):
+        pytest.xfail("TransformerLens 4.3.0's bridges of OLMo mix float32 and bfloat16")
+    _, cache = bridge.run_with_cache(TOKENS)
     _, halved = Snapshots.of({"a": folder})[0].load("cpu", "bfloat16").run_with_cache(TOKENS)
-    assert halved["blocks.1.hook_resid_post"].dtype == torch.bfloat16
+    found, exact = (each["blocks.1.hook_resid_post"] for each in (halved, cache))
+    assert found.dtype == torch.bfloat16 and (found.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_fused_attention_gives_the_same(run: tuple[Any, Any, Path]) -> None:
@@ -165,6 +173,6 @@ def conflict() -> str | None:
 
 @pytest.mark.skipif(conflict() is not None, reason=str(conflict()))
 def test_transformer_lens_4_is_what_this_file_ran_with() -> None:
-    import transformer_lens
-
-    assert not hasattr(transformer_lens, "HookedTransformer") and kind_of(torch.nn.Linear(1, 1)) is None
+    with pytest.raises(ImportError):
+        from transformer_lens import HookedTransformer  # noqa: F401
+    assert kind_of(torch.nn.Linear(1, 1)) is None

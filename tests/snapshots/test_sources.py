@@ -251,6 +251,17 @@ def test_local_series_and_what_they_record(tmp_path: Path, monkeypatch: pytest.M
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["org/model/../x", "org/model//x", "org/model/.", "org/model/a/../../.."])
+def test_a_folder_that_leads_out_of_the_cache_is_refused(name: str) -> None:
+    """Such as a record could name that others wrote."""
+    snaps = Snapshots.from_hub(name, ["main"])
+    for attempt in (snaps[0].folder, snaps[0].evict, snaps.check):
+        with pytest.raises(UserError, match="snapshot 'main': .* is not the name of a folder in a repository"):
+            attempt()
+    with pytest.raises(UserError, match="it is no name of a repository"):
+        Snapshots.of({"a": name})
+
+
 def test_an_architecture_without_a_bridge_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     config = {"model_type": "xlnet", "architectures": ["XLNetLMHeadModel"], "d_model": 16, "n_layer": 2, "n_head": 2}
     (tmp_path / "a").mkdir()
