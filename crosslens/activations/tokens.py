@@ -244,7 +244,7 @@ class Found(NamedTuple):
     """Positions of the roles that were asked for; None if none were."""
 
 
-def read_sequences(dataset: Dataset, tokenizer: Any, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+def token_sequences(dataset: Dataset, tokenizer: Any, seed: int = 0) -> Tensor:
     """Read sequences of equal length, enough for the tokens to train on and those to hold out.
 
     `(N, T)` tokens, and rows of `context_size` ids, are taken as they are, everything else is packed into sequences of
@@ -256,11 +256,21 @@ def read_sequences(dataset: Dataset, tokenizer: Any, seed: int = 0) -> tuple[Ten
         seed: of the order in which sources are mixed.
 
     Returns:
-        int32 tokens, in the order of the dataset; and the positions of the roles that are asked for, None if none are.
-        Where two sequences have the same tokens, a position is of these roles if it is in both.
+        int32 tokens, in the order of the dataset.
 
     Raises:
         UserError: the data cannot be read, or are shorter than one sequence.
+    """
+    return read_sequences(dataset, tokenizer, seed)[0]
+
+
+def read_sequences(dataset: Dataset, tokenizer: Any, seed: int) -> tuple[Tensor, Tensor | None]:
+    """As `token_sequences`; and which positions are of the roles that are asked for, None if none are.
+
+    Where two sequences have the same tokens, a position is of these roles if it is in both.
+
+    Raises:
+        UserError: as `token_sequences`, or a role that nobody has.
     """
     source, T = dataset.source, dataset.context_size
     if isinstance(source, (Tensor, np.ndarray)):

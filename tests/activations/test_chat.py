@@ -172,7 +172,7 @@ def test_sequences_of_conversations_are_those_packed_by_hand(
     data = options(str(chat_file), n_tokens=None, **roles)
     pairs = [encode(conversation(i), snapshots.tokenizer, whose=True) for i in range(150)]
     rows, spoken = flat(pairs, 16)
-    tokens, found = read_sequences(data, snapshots.tokenizer)
+    tokens, found = read_sequences(data, snapshots.tokenizer, 0)
     assert tokens.tolist() == rows[: len(tokens)] and len(tokens) >= len(rows) - 1
     if not roles:
         assert found is None
@@ -224,7 +224,7 @@ def test_two_sequences_of_equal_tokens_are_kept_alike(snapshots: Snapshots) -> N
     ids, _ = encode(said, snapshots.tokenizer, whose=True)
     ahead = [{"role": role, "content": "cat"} for role in ("assistant", "user")]
     data = options([said, ahead] * 40, context_size=6, n_tokens=None, keep_roles=["assistant"], prepend_bos=False)
-    tokens, found = read_sequences(data, snapshots.tokenizer)
+    tokens, found = read_sequences(data, snapshots.tokenizer, 0)
     assert found is not None and len(ids) > 6
     masks: dict[tuple[int, ...], set[tuple[bool, ...]]] = {}
     for row, mask in zip(tokens.tolist(), found.tolist(), strict=True):
@@ -246,7 +246,7 @@ def test_a_mix_is_in_the_order_of_interleave_datasets(files: dict[str, float], s
     mixed: Any = datasets.interleave_datasets(parts, probabilities=[*files.values()], seed=seed)
     documents = [row["text"] for row in mixed]
     assert {text[0] for text in documents} == {"a", "b", "c"} and len(documents) > 200
-    expected, _ = read_sequences(options(documents, n_tokens=None), snapshots.tokenizer)
+    expected, _ = read_sequences(options(documents, n_tokens=None), snapshots.tokenizer, 0)
     data = options(files, n_tokens=None)
     found, _ = read_sequences(data, snapshots.tokenizer, seed)
     assert torch.equal(found, expected)
@@ -324,6 +324,6 @@ def test_mistakes_are_found_before_models_run(
             _ = Activations(without, HOOK, options(str(chat_file), **changes)).tokens
     raising = make_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="the conversation .* is refused by the tokenizer's chat template: roles must"):
-        read_sequences(options([conversation(0)]), raising)
+        read_sequences(options([conversation(0)]), raising, 0)
     with pytest.raises(UserError, match="document 0 of list of documents of 1 has the message"):
-        read_sequences(options([[{"role": "user"}]]), raising)
+        read_sequences(options([[{"role": "user"}]]), raising, 0)

@@ -17,8 +17,8 @@ from crosslens.activations.tokens import (
     Sequences,
     kept_positions,
     places_in_data,
-    read_sequences,
     split_sequences,
+    token_sequences,
 )
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
@@ -93,7 +93,7 @@ class Words:
 def test_what_stands_between_documents(separator: str | None, bos: bool, expected: list[list[int]]) -> None:
     documents = ["5 6", "7 8 9"] * 2
     options = {"context_size": 5, "held_out_tokens": 0, "prepend_bos": bos, "separator": separator}
-    assert read_sequences(Dataset(documents, **options), Words())[0].tolist()[:2] == expected
+    assert token_sequences(Dataset(documents, **options), Words()).tolist()[:2] == expected
 
 
 def test_activations_leave_them_out_everywhere(tiny_snapshots: Path, tiny_text: list[str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
-from crosslens.activations.tokens import Dataset, read_sequences
+from crosslens.activations.tokens import Dataset, token_sequences
 from crosslens.errors import UserError
 from crosslens.snapshots.collection import Snapshots
 
@@ -37,7 +37,7 @@ def documents(tiny_text: list[str]) -> list[str]:
 
 def read(source: Any, tokenizer: Any, **options: Any) -> Tensor:
     given: dict[str, Any] = {"context_size": T, "held_out_tokens": 0, **options}
-    return read_sequences(Dataset(source, **given), tokenizer)[0]
+    return token_sequences(Dataset(source, **given), tokenizer)
 
 
 def packed(documents: list[list[int]], bos: int | None, size: int = T) -> list[list[int]]:
@@ -365,9 +365,9 @@ def test_a_stream_is_read_no_further_than_needed(tokenizer: Any, documents: list
 
 def test_an_iterator_is_read_once(tokenizer: Any, documents: list[str]):
     dataset = Dataset((d for d in documents), context_size=T)
-    assert len(read_sequences(dataset, tokenizer)[0])
+    assert len(token_sequences(dataset, tokenizer))
     with pytest.raises(UserError, match="the generator has nothing left: an iterator can be read once; give a new one"):
-        read_sequences(dataset, tokenizer)
+        token_sequences(dataset, tokenizer)
 
 
 def test_what_is_missing_in_a_table_is_left_out(tokenizer: Any, documents: list[str]):
