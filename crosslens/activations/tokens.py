@@ -100,7 +100,8 @@ class Dataset:
     def __post_init__(self) -> None:
         for name in ("keep_roles", "drop_roles"):
             roles = getattr(self, name)
-            if isinstance(roles, str) or (roles is not None and not all(isinstance(role, str) for role in roles)):
+            listed = isinstance(roles, Sequence) and not isinstance(roles, str)
+            if roles is not None and not (listed and all(isinstance(role, str) for role in roles)):
                 raise UserError(f"{name}={roles!r} must be a list of roles, such as ['assistant']")
         if self.n_tokens is not None and self.n_tokens <= 0:
             raise UserError(f"n_tokens={self.n_tokens} must be positive, or None for the whole dataset")

@@ -338,7 +338,7 @@ class Snapshots(Sequence[Snapshot]):
             rows, demo, name = [Snapshot(**row) for row in recipe["snapshots"]], recipe.get("demo"), recipe["name"]
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a record of snapshots ({error}): give what Snapshots.to_dict returned") from error
         if demo is None:
             return cls(rows, name, one_run=recipe.get("one_run", True))

@@ -149,6 +149,8 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         check_characters(self.label, "the label")
+        if self.adapter is not None:
+            check_characters(self.adapter, "the adapter")
         if self.revision is not None and Path(self.name).is_dir():
             raise self._error(
                 f"{self.name!r} is a local folder, which has no revision {self.revision!r}: use Snapshots.local, or "
