@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,11 +78,16 @@ def _sizes(sizes: list[str]) -> str:
     plain = [one for one in sizes if not one.endswith("-deduped")]
     if len(plain) < len(sizes) and all(f"{one}-deduped" in sizes for one in plain):
         return f"{', '.join(plain)}; each also as SIZE-deduped"
-    numbers: dict[str, list[str]] = {}
+    seeds: dict[str, list[str]] = {}
     for one in sizes:
-        before, seed, number = one.rpartition("seed")
-        numbers.setdefault(before + seed or one, []).append(number if seed else "")
-    return ", ".join(f"{name}{found[0]}{f' to {found[-1]}' * (len(found) > 1)}" for name, found in numbers.items())
+        found = re.fullmatch(r"(.*(?:gpt2-\w+-|seed))(\d+)", one)
+        seeds.setdefault(found[1] if found else one, []).append(found[2] if found else "")
+    alike: dict[str, list[str]] = {}  # the same seeds of several sizes
+    for name, numbers in seeds.items():
+        run = numbers == [str(i + 1) for i in range(len(numbers))]
+        size, dash, rest = name.partition("-") if numbers != [""] else (name, "", "")
+        alike.setdefault(f"{dash}{rest}{f'1-{len(numbers)}' if run else '/'.join(numbers)}", []).append(size)
+    return ", ".join(f"{'/'.join(names)}{rest}" if rest else ", ".join(names) for rest, names in alike.items())
 
 
 def _show_releases(out: Output, *releases: Release) -> None:
