@@ -7,7 +7,7 @@ DOCS   := $(VENV)/.docs-installed
 OUT    ?= runs/demo
 SEED   ?= 0
 
-.PHONY: demo test test-exhaustive test-all test-fast test-lowest lint types layers docs dist check clean
+.PHONY: demo test test-exhaustive test-all test-fast test-lowest test-bridge lint types layers docs dist check clean
 
 demo: $(STAMP)
 	$(BIN)/crosslens demo --out $(OUT) --seed $(SEED)
@@ -30,6 +30,19 @@ test-lowest:
 	uv venv --quiet --clear --python 3.10 build/lowest
 	uv pip install --quiet --python build/lowest --resolution lowest-direct -e ".[dev]"
 	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto -m "not slow and not exhaustive"
+
+# what this package uses of TransformerLens, with release 4, in an environment without SAELens, which needs a release below
+BRIDGE := build/transformer-lens-4
+test-bridge:
+	$(PYTHON) -m venv --clear $(BRIDGE)
+	grep -v '^transformer-lens' constraints.txt > $(BRIDGE)/constraints.txt
+	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check -c $(BRIDGE)/constraints.txt torch
+	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BRIDGE)/bin/python -c "from importlib.metadata import requires; \
+	    print(*(r for r in requires('crosslens') if 'extra' not in r and 'lens' not in r), sep='\n')" > $(BRIDGE)/needed.txt
+	$(BRIDGE)/bin/pip install --quiet --disable-pip-version-check -c $(BRIDGE)/constraints.txt -r $(BRIDGE)/needed.txt \
+	    "transformer-lens>=4,<5" pytest
+	OMP_NUM_THREADS=1 $(BRIDGE)/bin/python -m pytest --noconftest tests/snapshots/test_bridge.py
 
 # wheel and sdist, in dist
 dist: $(STAMP)

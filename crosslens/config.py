@@ -19,7 +19,7 @@ import ast
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -153,8 +153,9 @@ def _texts(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
     return tuple(token.value for token in tokens)
 
 
-def _counted(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(part for token in tokens for part in token.value.split(","))
+def _listed(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    """Words separated by commas or given one by one."""
+    return tuple(part.strip() for token in tokens for part in token.value.split(",") if part.strip())
 
 
 def counted(text: str) -> tuple[str, int]:
@@ -198,11 +199,53 @@ def all_at_least(low: int, high: int | None = None) -> Parameter:
     return Parameter(converter=_wholes, validator=at_least(low, high).validator, n_tokens=1)
 
 
+def read_mix(text: str) -> dict[str, float] | None:
+    """Datasets and weights as in `a.jsonl=0.7,user/name=0.3`; None if it is one dataset."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    if Path(text).is_file() or not all(name and _NUMBER.fullmatch(weight) for name, _, weight in parts):
+        return None
+    return {name: float(weight) for name, _, weight in parts}
+
+
+_NUMBER = re.compile(r"\d*\.?\d+(e-?\d+)?")
+
+
+def check_weights(weights: Mapping[Any, Any]) -> None:
+    """Refuse a mix of fewer than two datasets, and weights that are not above 0 or do not sum to 1.
+
+    Raises:
+        UserError: names the dataset or the sum.
+    """
+    shown = ",".join(f"{name}={weight}" for name, weight in weights.items())
+    if len(weights) < 2:
+        raise UserError(f"the mix {shown or '{}'} has fewer than two datasets: give the one as it is")
+    for name, weight in weights.items():
+        if not isinstance(name, (str, Path)) or type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise UserError(
+                f"the mix gives {name!r} the weight {weight!r}: give hub names or paths, with numbers above 0 that sum "
+                "to 1"
+            )
+    total = math.fsum(weights.values())
+    if abs(total - 1) > 1e-6:
+        shares = ",".join(f"{name}={weight / total:.4g}" for name, weight in weights.items())
+        raise UserError(f"the weights of the mix {shown} sum to {total:g}, not 1: give {shares}")
+
+
 def _check_dataset(_: Any, value: Any) -> None:
     """Refuse a file that does not exist or has an unsupported type; other names are datasets on the hub."""
     if not isinstance(value, str):
         return
-    path, known = Path(value), ", ".join(TEXT_FILES)
+    if mix := read_mix(value):
+        check_weights(mix)
+    for name in mix or (value,):
+        try:
+            _check_place(Path(name), name)
+        except UserError as error:
+            raise UserError(f"{error}" if mix is None else f"has {name}, which {error}") from error
+
+
+def _check_place(path: Path, name: str) -> None:
+    known = ", ".join(TEXT_FILES)
     if path.is_file():
         if not {*path.suffixes} & {*TEXT_FILES}:
             raise UserError(f"has an unsupported file type: use {known}, each also with .gz")
@@ -210,7 +253,7 @@ def _check_dataset(_: Any, value: Any) -> None:
             raise UserError("cannot be read: no permission")
     elif path.exists():
         raise UserError(f"is not a regular file: give a file ({known}) or a hub name")
-    elif path.suffix in {*TEXT_FILES, ".gz"} or value.count("/") > 1 or value.startswith((".", "/", "~")):
+    elif path.suffix in {*TEXT_FILES, ".gz"} or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError("does not exist: give an existing file, or a hub name such as user/name")
 
 
@@ -225,7 +268,7 @@ FEATURES = at_least(1, MAX_FEATURES)
 POSITIVE = Parameter(validator=limited("a finite number above 0", lambda value: 0 < value < math.inf))
 COEFFICIENT = Parameter(validator=limited("a finite number, 0 or above", lambda value: 0 <= value < math.inf))
 FRACTION = Parameter(validator=limited("a fraction of the steps, between 0 and 1", lambda value: 0 <= value <= 1))
-DEDICATED = Parameter(converter=_counted, validator=_check_counted, n_tokens=1)
+DEDICATED = Parameter(converter=_listed, validator=_check_counted, n_tokens=1)
 PRICES = Parameter(converter=_prices, validator=_check_prices, n_tokens=1)
 # 1 is refused, because it could mean one step or all of them
 DURATION = Parameter(
@@ -294,17 +337,20 @@ class SourceOptions:
     """Which activations: of which snapshots, at which hook points, on which text."""
 
     snapshots: Annotated[Any, COMMON]
-    """A folder of snapshots; a model such as pythia-160m, olmo-1b-0724, olmo2-1b or bloom-1b1 (choose with --steps); a
-    hub repository with revisions such as org/model@step0,step1000, or with a pattern such as org/model@step{step}; any
-    models of one width, as base=place,chat=place, where a place is a folder, org/model or org/model@revision; a release
-    such as crosslens-demo; or demo."""
+    """A folder of snapshots; a model such as pythia-160m, olmo2-1b, amber-7b or stanford-gpt2-small-21 (choose with
+    --steps; crosslens ls lists them); a hub repository with revisions such as org/model@step0,step1000; a series with
+    {step} in it, such as org/model@step{step}, org/model/checkpoints/step{step}, org/model-step-{step} or
+    model+runs/lora/checkpoint-{step}; any models of one width, as base=place,chat=place, where a place is a folder,
+    org/model[/folder][@revision], or model+adapter with a LoRA adapter in such a place; a release such as
+    crosslens-demo; or demo."""
     steps: Annotated[str | None, Parameter(converter=_words, n_tokens=-1), COMMON] = None
     """Training steps such as 0,512,143000, revisions, or a named set: all, paper, triplet, log:12, linear:12. Default:
     paper for Pythia, otherwise all or log:8."""
     hook: Annotated[tuple[str, ...], COMMON]
     """Hook point, such as blocks.6.hook_resid_post. plan and harvest take several from one pass: repeat it."""
     dataset: Annotated[Any, Parameter(validator=_check_dataset), COMMON]
-    """A dataset on the hub, or a text, jsonl, csv or parquet file."""
+    """A dataset on the hub, or a text, jsonl, csv or parquet file; or a mix, as a.jsonl=0.7,user/name=0.3, of which
+    every document is drawn by weight."""
     n_tokens: Annotated[int | None, COUNT, COMMON] = None
     """Tokens per epoch of training. Default: the whole dataset."""
     context_size: Annotated[int | None, at_least(2)] = None
@@ -313,7 +359,12 @@ class SourceOptions:
     """Leave out this many tokens at the start of every sequence and document. 1 for models trained without BOS: the
     norm of the first token is then many times that of others (the FAQ shows how to see it)."""
     column: str = "text"
-    """Column of the dataset that holds the text, or token ids."""
+    """Column of the dataset that holds the text, conversations, or token ids. A dataset without text is read from
+    messages or conversations, which go through the tokenizer's chat template."""
+    keep_roles: Annotated[tuple[str, ...] | None, Parameter(converter=_listed, n_tokens=1)] = None
+    """Of conversations, keep only what these roles say, such as assistant, or user,assistant."""
+    drop_roles: Annotated[tuple[str, ...] | None, Parameter(converter=_listed, n_tokens=1)] = None
+    """Of conversations, leave out what these roles say, such as system."""
     sample_by: SampleBy = "line"
     """What is a document in a text file."""
     split: str | None = None

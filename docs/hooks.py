@@ -2,8 +2,8 @@
 
 Formulas, `$...$` and `$$...$$` on pages and in tutorials, become MathML, which browsers draw without a network.
 Tutorials link to each other and to these pages as files of the repository. Docstrings are written for the terminal and
-hold no HTML: `<label>` in them is text. The page "Tables of a run" ends with what `crosslens.tables` declares, and
-tables of options say what `--help` says.
+hold no HTML: `<label>` in them is text. The page "Tables of a run" ends with what `crosslens.tables` declares, the page
+"Snapshots and data" with the families of models, and tables of options say what `--help` says.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 
 from crosslens.cli.app import app
+from crosslens.snapshots.families import read_table
 from crosslens.tables import render_markdown
 
 FORMULA = r"\$\$(?P<block>.+?)\$\$|\$(?P<line>[^$\s](?:[^$\n]*[^$\s])?)\$"
 MARKDOWN_CODE = r"^```.*?^```|`[^`]*`"
 TABLES = "<!-- the declarations in crosslens/tables.py follow -->"
+FAMILIES = "<!-- the table in crosslens/snapshots/families.json follows -->"
 OPTIONS = r"^\| option \|(?P<rest>.*)\n\|---\|"
 HTML_CODE = r"<(?P<tag>pre|code|style|script)\b.*?</(?P=tag)>"
 
@@ -43,12 +45,21 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Add the tables of a run, and hide formulas from Markdown, which would read `_` and backslashes in them."""
     if page.file.src_uri.endswith(".ipynb"):
         return markdown
-    markdown = explain_options(markdown.replace(TABLES, render_markdown()))
+    markdown = explain_options(markdown.replace(TABLES, render_markdown()).replace(FAMILIES, list_families()))
 
     def hide(found: re.Match[str]) -> str:
         return f"\ue000{found[0].encode().hex()}\ue001" if found["block"] or found["line"] else found[0]
 
     return re.sub(f"{MARKDOWN_CODE}|{FORMULA}", hide, markdown, flags=re.M | re.S)
+
+
+def list_families() -> str:
+    """A table of the families that are known by name."""
+    rows = [
+        f"| `{name}` | {', '.join(f'`{size}`' for size in entry['sizes'])} | {entry['about']} |"
+        for name, entry in read_table().items()
+    ]
+    return "\n".join(["| family | sizes | snapshots, and where that is from |", "|---|---|---|", *rows])
 
 
 def explain_options(markdown: str) -> str:

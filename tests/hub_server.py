@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Fault = Callable[[str, str, str, int], str | None]
 """Fault of a request, given method, repository, file and the number of earlier requests like it: None, "drop" (half of
@@ -60,7 +60,9 @@ class serve:
                 asked.append(f"{self.command} {self.path}")
                 parts = self.path.strip("/").split("/")
                 if parts[:2] == ["api", "models"]:
-                    self.answer_api(parts[2:])
+                    self.answer_api([unquote(part) for part in parts[2:]])
+                elif parts[1].startswith("models?"):
+                    self.answer_models(parse_qs(urlsplit(self.path).query))
                 else:
                     self.answer_file(*parts[:2], parts[3], "/".join(parts[4:]))
 
@@ -113,12 +115,31 @@ class serve:
                         self.connection.close()
 
             def answer_api(self, parts: list[str]) -> None:
-                refs = hub / f"models--{'--'.join(parts[:2])}" / "refs"
-                if parts[2:] != ["refs"] or not refs.is_dir():
+                base = hub / f"models--{'--'.join(parts[:2])}"
+                refs = base / "refs"
+                revision = parts[3].split("?")[0] if parts[2:3] == ["tree"] else ""
+                ref = refs / revision
+                if not refs.is_dir() or parts[2] not in ("refs", "tree"):
                     self.refuse(404, "RepoNotFound")
-                    return
-                branches = [{"name": r.name, "ref": r.name, "targetCommit": r.read_text()} for r in refs.iterdir()]
-                data = json.dumps({"branches": branches, "converts": [], "tags": []}).encode()
+                elif revision:
+                    root = base / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+                    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+                    rows = [
+                        {"type": "file", "path": f.relative_to(root).as_posix(), "size": 1, "oid": "0"} for f in files
+                    ]
+                    self.answer(rows)
+                else:
+                    branches = [{"name": r.name, "ref": r.name, "targetCommit": r.read_text()} for r in refs.iterdir()]
+                    self.answer({"branches": branches, "converts": [], "tags": []})
+
+            def answer_models(self, query: dict[str, list[str]]) -> None:
+                names = [path.name.removeprefix("models--").replace("--", "/", 1) for path in hub.glob("models--*")]
+                (owner,), (search,) = query["author"], query.get("search", [""])
+                found = [name for name in sorted(names) if name.startswith(f"{owner}/") and search in name]
+                self.answer([{"id": name, "modelId": name, "tags": []} for name in found])
+
+            def answer(self, contents: Any) -> None:
+                data = json.dumps(contents).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

@@ -51,6 +51,7 @@ from crosslens.activations.files import (
     write_tokens,
 )
 from crosslens.activations.order import Indices, stored_order
+from crosslens.activations.tokens import Found
 from crosslens.errors import UserError, brief, json_checksum, shortened
 from crosslens.snapshots.hashes import changed_entry
 
@@ -74,6 +75,7 @@ class ActivationCache:
         kept: positions that training uses; None: all.
         seed: seed for the order of rows.
         source: what the tokens were made from, for `recorded_tokens`.
+        chosen: positions of the roles that were asked for, for `recorded_tokens`; None if none were.
 
     Attributes:
         repair: harvests a damaged (shard, snapshot) again; without it damage is an error.
@@ -98,10 +100,11 @@ class ActivationCache:
         kept: Bool[Tensor, "N T"] | None = None,
         seed: int = 0,
         source: Mapping[str, Any] | None = None,
+        chosen: Bool[Tensor, "N T"] | None = None,
     ) -> None:
         check_dtype(dtype)
         self.folder, self.tokens, self.dtype, self.seed = folder, tokens, dtype, seed
-        self.n_snapshots, self.d_model = n_snapshots, d_model
+        self.n_snapshots, self.d_model, self._chosen = n_snapshots, d_model, chosen
         self.n_train = len(tokens) if n_train is None else n_train
         self.kept = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept
         self._files: dict[tuple[int, int], ShardFile] = {}
@@ -187,7 +190,9 @@ class ActivationCache:
                     if path.exists():
                         warnings.warn(f"{path} is damaged: writing it again", stacklevel=4)
                     order = self._order(shard)
-                    write_tokens(path, self.tokens[first:last], order)
+                    write_tokens(
+                        path, self.tokens[first:last], order, None if self._chosen is None else self._chosen[first:last]
+                    )
                     self._orders[shard] = digest(order)
 
     def _missing_tokens(self) -> list[int]:
@@ -195,7 +200,7 @@ class ActivationCache:
         for shard in range(self.n_shards):
             first, last = self.span(shard)
             try:
-                _, rows = read_tokens(_tokens_path(self.folder, shard), (last - first, self.tokens.shape[1]))
+                _, rows, _ = read_tokens(_tokens_path(self.folder, shard), (last - first, self.tokens.shape[1]))
                 self._orders[shard] = digest(rows)
             except DamagedShardError:
                 missing.append(shard)
@@ -481,8 +486,8 @@ def _damaged_manifest(path: Path, what: str) -> UserError:
     return UserError(f"{path} is damaged ({what}); delete the folder {path.parent} and harvest again")
 
 
-def recorded_tokens(folder: Path, source: Mapping[str, Any] | None) -> tuple[Int[Tensor, "N T"], int] | None:
-    """The tokens of a cache that were made from `source`, and how many sequences are for training.
+def recorded_tokens(folder: Path, source: Mapping[str, Any] | None) -> Found | None:
+    """The sequences of a cache that were made from `source`.
 
     None if there is no such cache, it does not say what they were made from, or a file is missing or damaged.
     """
@@ -490,15 +495,24 @@ def recorded_tokens(folder: Path, source: Mapping[str, Any] | None) -> tuple[Int
     if source is None or not manifest.exists():
         return None
     found = read_manifest(manifest)
-    if found.get("format") != FORMAT or found.get("source") != json.loads(json.dumps(source)):
+    recorded = found.get("source")
+    if found.get("format") != FORMAT or not isinstance(recorded, dict):
+        return None
+    # what earlier versions cached had no conversations, so no template either
+    ours = {key: value for key, value in source.items() if key != "chat_template" or key in recorded}
+    if recorded != json.loads(json.dumps(ours)):
         return None
     try:
         n, size, n_train = (found[key] for key in ("n_sequences", "shard_sequences", "n_training_sequences"))
         n_shards = -(-n_train // size) + -(-(n - n_train) // size)
-        tokens = torch.cat([read_tokens(_tokens_path(folder, shard))[0] for shard in range(n_shards)])
+        parts = [read_tokens(_tokens_path(folder, shard)) for shard in range(n_shards)]
+        tokens = torch.cat([part[0] for part in parts])
     except (DamagedShardError, KeyError, TypeError, ZeroDivisionError, RuntimeError):
         return None
-    return (tokens, n_train) if len(tokens) == n and _sha256(tokens) == found["tokens"] else None
+    chosen = [part[2] for part in parts if part[2] is not None]
+    if len(tokens) != n or _sha256(tokens) != found["tokens"]:
+        return None
+    return Found(tokens, n_train, torch.cat(chosen) if chosen else None)
 
 
 def _tokens_path(folder: Path, shard: int) -> Path:

@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import xxhash
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -139,9 +139,13 @@ def write_shard(path: Path, acts: Float[Tensor, "n D"], rows: Indices, dtype: st
     write_file(path, {"checks": torch.from_numpy(checks), **stored}, notes)
 
 
-def write_tokens(path: Path, tokens: Int[Tensor, "n T"], rows: Indices) -> None:
-    """Store the tokens of a shard, and the order of its rows."""
+def write_tokens(
+    path: Path, tokens: Int[Tensor, "n T"], rows: Indices, chosen: Bool[Tensor, "n T"] | None = None
+) -> None:
+    """Store the tokens of a shard, the order of its rows, and which positions are of chosen roles, if any are."""
     tensors = {"tokens": tokens.to(torch.int32), "rows": torch.from_numpy(rows).to(torch.int32)}
+    if chosen is not None:
+        tensors["chosen"] = chosen.to(torch.int8)
     write_file(path, tensors, {"digest": digest(*(tensor.numpy() for tensor in tensors.values()))})
 
 
@@ -219,8 +223,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise DamagedShardError(path, f"cannot be read ({brief(error)})") from error
 
 
-def read_tokens(path: Path, shape: tuple[int, int] | None = None) -> tuple[Int[Tensor, "n T"], Indices]:
-    """The tokens of a shard, and the order of its rows.
+def read_tokens(
+    path: Path, shape: tuple[int, int] | None = None
+) -> tuple[Int[Tensor, "n T"], Indices, Bool[Tensor, "n T"] | None]:
+    """What `write_tokens` stored.
 
     Raises:
         DamagedShardError: the file is missing, damaged, or of another shape.
@@ -229,14 +235,14 @@ def read_tokens(path: Path, shape: tuple[int, int] | None = None) -> tuple[Int[T
     try:
         raw = path.read_bytes()
         tensors = safetensors.torch.load(raw)
-        tokens, rows = tensors["tokens"], tensors["rows"].long().numpy()
+        tokens, rows, chosen = tensors["tokens"], tensors["rows"].long().numpy(), tensors.get("chosen")
     except (OSError, KeyError, SafetensorError) as error:
         raise DamagedShardError(path, f"cannot be read ({first_line(error)})") from error
     if notes.get("digest") != xxhash.xxh3_64_hexdigest(memoryview(raw)[HEADER:]) or tokens.shape != (
         shape or tokens.shape
     ):
         raise DamagedShardError(path, "does not match its checksum")
-    return tokens, rows
+    return tokens, rows, None if chosen is None else chosen.bool()
 
 
 class ShardFile:

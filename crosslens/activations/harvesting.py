@@ -349,7 +349,7 @@ def fill(
     first = next(iter(caches.values()))
     freed = 0
     if evict:  # what an interrupted harvest left
-        freed = sum(snapshots[s].evict() for s in set(range(len(snapshots))) - {s for _, s in pairs})
+        freed = sum(snapshots.evict(s) for s in set(range(len(snapshots))) - {s for _, s in pairs})
 
     def write(shard: int, s: int, outs: Mapping[str, Tensor], lock: FileLock) -> None:
         for name, acts in outs.items():
@@ -359,7 +359,7 @@ def fill(
 
     def leave(s: int) -> int:
         complete = evict and all(c.has(shard, s) for c in caches.values() for shard in range(c.n_shards))
-        return snapshots[s].evict() if complete else 0
+        return snapshots.evict(s) if complete else 0
 
     loaded, model = None, None
     written: Future[None] | None = None  # one shard is written while the next is harvested, so two are in memory

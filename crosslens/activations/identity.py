@@ -8,7 +8,7 @@ compared instead.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,26 @@ def source_identity(dataset: Dataset, tokenizer: Any, seed: int) -> dict[str, An
     source, defined = data_digest(dataset.source), tokenizer_definition(tokenizer)
     if source is None or defined is None:
         return None
-    options = {field.name: getattr(dataset, field.name) for field in fields(dataset) if field.name != "source"}
+    left = ("source", "keep_roles", "drop_roles")
+    options = {field.name: getattr(dataset, field.name) for field in fields(dataset) if field.name not in left}
+    options |= chosen_roles(dataset)
+    if template := getattr(tokenizer, "chat_template", None):
+        options["chat_template"] = xxhash.xxh3_128_hexdigest(json.dumps(template).encode())
     return json.loads(json.dumps({"data": source, "tokenizer": defined, "seed": seed, **options}, default=str))
 
 
+def chosen_roles(dataset: Dataset) -> dict[str, list[str]]:
+    """The roles that are kept or left out, if any are; nothing otherwise, as in caches and runs of earlier versions."""
+    both = {"keep_roles": dataset.keep_roles, "drop_roles": dataset.drop_roles}
+    return {name: [*roles] for name, roles in both.items() if roles is not None}
+
+
 def data_digest(source: Any) -> str | None:
-    """A hash of the documents; of a dataset on the hub its name, and None of what can be read once."""
+    """A hash of the documents; of a dataset on the hub its name, of a mix those of its parts, and None of what can be
+    read once."""
     digest = xxhash.xxh3_128()
+    if isinstance(source, Mapping):
+        return ", ".join(f"{data_digest(name)}={weight!r}" for name, weight in source.items())
     if isinstance(source, (str, Path)):
         if not Path(source).is_file():
             return str(source)

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,7 +60,7 @@ from crosslens.activations.harvesting import (
     rounding_error,
     run_to_hooks,
 )
-from crosslens.activations.identity import data_digest, source_identity
+from crosslens.activations.identity import chosen_roles, data_digest, source_identity
 from crosslens.activations.mixing import MixedRows, Schedule
 from crosslens.activations.order import Order, stored_order
 from crosslens.activations.plan import (
@@ -569,6 +569,7 @@ class DatasetActivations(Activations):
             kept=self.keep(self.tokens),
             seed=self.seed,
             source=source,
+            chosen=self.sequences.chosen,
         )
 
     def _say_error(self, s: int) -> None:
@@ -613,6 +614,7 @@ class DatasetActivations(Activations):
             "keep_special": self.dataset.keep_special,
             "separator": self.dataset.separator,
             "drop_positions": self.dataset.drop_positions,
+            **chosen_roles(self.dataset),
             "snapshots": [
                 {"label": s.label, "step": s.step, "tokens": s.tokens, "fingerprint": s.fingerprint}
                 for s in self.snapshots
@@ -626,9 +628,12 @@ class DatasetActivations(Activations):
     def to_dict(self) -> dict[str, Any]:
 
         snapshots, source = self.snapshots.to_dict(), self.dataset.source
-        if not isinstance(source, (str, Path)):
+        if isinstance(source, Mapping):
+            source = {_place(name): weight for name, weight in source.items()}
+        elif isinstance(source, (str, Path)):
+            source = _place(source)
+        else:
             raise UserError("a dataset in memory cannot be recorded; write it to a file to use it in a run directory")
-        source = str(Path(source).resolve()) if Path(source).is_file() else str(source)
         settings = asdict(self.settings)
         del settings["device"]
         return {
@@ -767,6 +772,11 @@ class DatasetActivations(Activations):
             run_to_hooks(model, probe, {self.hook_name: out}, ours)
             seconds.append(time.perf_counter() - began)
         return sorted(seconds)[1] / probe.numel()
+
+
+def _place(source: str | Path) -> str:
+    """A file as an absolute path; the name of a dataset on the hub as it is."""
+    return str(Path(source).resolve()) if Path(source).is_file() else str(source)
 
 
 class LiveActivations(DatasetActivations):

@@ -1,8 +1,10 @@
 """Sequences of tokens from a dataset: on the hub, in a file, or in memory.
 
-1. A source is read as items, one after the other and no further than needed: texts, or rows of token ids.
-2. Texts are tokenised. Rows of exactly `context_size` ids are sequences as they are; everything else is packed into
-   sequences, documents separated by BOS (SAELens's packing).
+1. A source is read as items, one after the other and no further than needed: texts, conversations, or rows of token
+   ids. Of several sources that are mixed, each item is drawn by their weights.
+2. Texts are tokenised, conversations by the tokenizer's chat template (`crosslens.activations.chat`). Rows of exactly
+   `context_size` ids are sequences as they are; everything else is packed into sequences, documents separated by BOS
+   (SAELens's packing).
 3. Reading stops as soon as enough positions are kept, so an endless stream will do.
 """
 
@@ -14,24 +16,27 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from torch import Tensor
 
+from crosslens.activations.chat import COLUMNS, Message, check_template, chosen, encode, read_messages
+from crosslens.config import check_weights
 from crosslens.errors import UserError, check_characters, did_you_mean, first_line, shortened
 from crosslens.snapshots.collection import Snapshots
 
-Source: TypeAlias = str | Path | Tensor | NDArray[Any] | Iterable[Any]
-"""A hub name, a path, token ids, a table, or documents one after the other."""
+Source: TypeAlias = str | Path | Tensor | NDArray[Any] | Iterable[Any] | Mapping[str, float]
+"""A hub name, a path, token ids, a table, or documents one after the other; or hub names and paths with weights."""
 
 _PORTION = 1024
 """Sequences or documents that are read together, at most."""
@@ -58,7 +63,9 @@ class Dataset:
     source: Source
     """Hub name; path to text / jsonl / csv / parquet (may be gzipped); tokens, `(N, T)` sequences or `(N,)` one long
     stream; a `datasets.Dataset` or `IterableDataset`, a DataFrame or Series; or a list, generator or other iterable of
-    documents, each a text, a row of token ids, or a dictionary with `column`. An iterator can be read once."""
+    documents, each a text, a conversation (a list of {"role", "content"}), a row of token ids, or a dictionary with
+    `column`. An iterator can be read once. Or a dictionary of hub names and paths with weights that sum to 1: every
+    document is drawn from one of them, as `datasets.interleave_datasets` does, until the first is exhausted."""
     n_tokens: int | None = None
     """Tokens to train on, without the positions that are left out; None takes the whole dataset."""
     context_size: int | None = None
@@ -66,8 +73,8 @@ class Dataset:
     held_out_tokens: int | None = None
     """Tokens kept for evaluation; None takes n_tokens / 20, between 2,000 and 100,000."""
     column: str = "text"
-    """Column that holds the documents, as texts or as token ids. Where all rows have `context_size` ids, they are
-    sequences as they are."""
+    """Column that holds the documents, as texts, conversations or token ids; `messages` or `conversations` where a
+    table has no `text`. Where all rows have `context_size` ids, they are sequences as they are."""
     split: str = "train"
     """Split of a hub dataset."""
     sample_by: str = "line"
@@ -84,8 +91,18 @@ class Dataset:
     """Leave out this many of the first tokens of every sequence and document, not counting BOS and separators. 1 leaves
     out the token on which models that were trained without BOS rest their attention (its norm can be 100 times that of
     others). Documents inside a sequence are recognised by the separator."""
+    keep_roles: Sequence[str] | None = None
+    """Of conversations, keep only what these roles say, such as `("assistant",)`; the template's own tokens and plain
+    texts are then left out."""
+    drop_roles: Sequence[str] | None = None
+    """Of conversations, leave out what these roles say."""
 
     def __post_init__(self) -> None:
+        for name in ("keep_roles", "drop_roles"):
+            roles = getattr(self, name)
+            listed = isinstance(roles, Sequence) and not isinstance(roles, str)
+            if roles is not None and not (listed and all(isinstance(role, str) for role in roles)):
+                raise UserError(f"{name}={roles!r} must be a list of roles, such as ['assistant']")
         if self.n_tokens is not None and self.n_tokens <= 0:
             raise UserError(f"n_tokens={self.n_tokens} must be positive, or None for the whole dataset")
         if self.sample_by not in ("line", "paragraph"):
@@ -97,13 +114,18 @@ class Dataset:
             )
         if self.drop_positions < 0:
             raise UserError(f"drop_positions={self.drop_positions} must be at least 0")
-        _check_source(self.source, self.column)
+        if _is_mix(self.source):
+            check_weights(self.source)
+        else:
+            _check_source(self.source, self.column)
 
     @property
     def name(self) -> str:
         """A short name for messages and metadata; never a folder of the user's machine."""
         if isinstance(self.source, (str, Path)):
             return Path(self.source).name if _is_file(self.source) else str(self.source)
+        if isinstance(self.source, Mapping):
+            return ", ".join(f"{replace(self, source=name).name} {weight:g}" for name, weight in self.source.items())
         kind = type(self.source).__name__
         if isinstance(self.source, list):
             kind = "list of documents"
@@ -135,18 +157,25 @@ class Sequences:
 
     def __init__(self, dataset: Dataset, snapshots: Snapshots, seed: int) -> None:
         self.dataset, self.snapshots, self.seed = dataset, snapshots, seed
-        self.found: tuple[Tensor, int] | None = None
-        """The tokens and the number of training sequences, once they are read, or were found in a cache."""
+        self.found: Found | None = None
+        """What was read, or found in a cache."""
+        if self.dataset.keep_roles is not None or self.dataset.drop_roles is not None:
+            check_template(snapshots.tokenizer)
 
     @property
     def tokens(self) -> Int[Tensor, "N T"]:
         """Sequences for training, then those held out."""
-        return self._read()[0]
+        return self._read().tokens
 
     @property
     def n_train(self) -> int:
         """Number of sequences for training."""
-        return self._read()[1]
+        return self._read().n_train
+
+    @property
+    def chosen(self) -> Bool[Tensor, "N T"] | None:
+        """Positions of `tokens` that are of the roles asked for; None if none are."""
+        return self._read().chosen
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -154,8 +183,17 @@ class Sequences:
         return self.keep(self.tokens[: self.n_train]).sum(-1).numpy()
 
     def keep(self, tokens: Int[Tensor, "... T"]) -> Bool[Tensor, "... T"]:
-        """Which positions of `tokens` training uses, as `Dataset.keep` says."""
-        return self.dataset.keep(tokens, self.snapshots.tokenizer)
+        """Which positions of `tokens`, some of the sequences, training uses: as `Dataset.keep` and the roles say."""
+        keep = self.dataset.keep(tokens, self.snapshots.tokenizer)
+        if (chosen := self.chosen) is None:
+            return keep
+        rows = [self._places[_digest(row)] for row in tokens.reshape(-1, tokens.shape[-1])]
+        return keep & chosen[rows].view_as(keep)
+
+    @cached_property
+    def _places(self) -> dict[bytes, int]:
+        """The number of a sequence by its contents."""
+        return {_digest(row): i for i, row in enumerate(self.tokens)}
 
     def held_out_documents(self) -> Int[Tensor, "n T"]:
         """Number of the document at every position of the held-out sequences.
@@ -164,7 +202,7 @@ class Sequences:
         BOS stands; other sequences go on with the last document of the one before them in the data. Every sequence is a
         document where nothing separates them, or the order in the data is not known.
         """
-        tokens, n_train = self._read()
+        tokens, n_train, _ = self._read()
         begins = special_positions(tokens, self.snapshots.tokenizer, self.dataset.separator)
         begins[:, 0] = False
         place = places_in_data(self.keep(tokens).sum(-1), n_train, self.dataset, self.seed)
@@ -175,23 +213,39 @@ class Sequences:
         before = (in_data.cumsum(0) - in_data)[place]
         return before[n_train:, None] + begins[n_train:].cumsum(1)
 
-    def _read(self) -> tuple[Tensor, int]:
+    def _read(self) -> Found:
         if self.found is None:
             dataset, n_words = self.dataset, len(self.snapshots.tokenizer)
-            tokens = token_sequences(dataset, self.snapshots.tokenizer)
+            tokens, chosen = read_sequences(dataset, self.snapshots.tokenizer, self.seed)
             lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
             if lowest < 0 or highest >= n_words:
                 raise UserError(
                     f"token id {lowest if lowest < 0 else highest} in {dataset.name} is outside the tokenizer's "
                     f"vocabulary of {n_words}: was it tokenised with another tokenizer?"
                 )
-            counts = self.keep(tokens).sum(-1)
+            keep = dataset.keep(tokens, self.snapshots.tokenizer)
+            counts = (keep if chosen is None else keep & chosen).sum(-1)
             order, n_train = split_sequences(counts, dataset.n_tokens, dataset.n_held_out, self.seed, dataset.name)
-            self.found = tokens[order], n_train
+            self.found = Found(tokens[order], n_train, None if chosen is None else chosen[order])
         return self.found
 
 
-def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
+def _digest(tokens: Int[Tensor, " T"]) -> bytes:
+    return xxhash.xxh3_128_digest(tokens.to(torch.int32).contiguous().numpy().tobytes())
+
+
+class Found(NamedTuple):
+    """The sequences of a dataset."""
+
+    tokens: Int[Tensor, "N T"]
+    """Those for training, then those held out."""
+    n_train: int
+    """How many are for training."""
+    chosen: Bool[Tensor, "N T"] | None
+    """Positions of the roles that were asked for; None if none were."""
+
+
+def token_sequences(dataset: Dataset, tokenizer: Any, seed: int = 0) -> Tensor:
     """Read sequences of equal length, enough for the tokens to train on and those to hold out.
 
     `(N, T)` tokens, and rows of `context_size` ids, are taken as they are, everything else is packed into sequences of
@@ -200,12 +254,24 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
     Args:
         dataset: with a `context_size`, unless it holds `(N, T)` tokens.
         tokenizer: a Hugging Face tokenizer.
+        seed: of the order in which sources are mixed.
 
     Returns:
         int32 tokens, in the order of the dataset.
 
     Raises:
         UserError: the data cannot be read, or are shorter than one sequence.
+    """
+    return read_sequences(dataset, tokenizer, seed)[0]
+
+
+def read_sequences(dataset: Dataset, tokenizer: Any, seed: int) -> tuple[Tensor, Tensor | None]:
+    """As `token_sequences`; and which positions are of the roles that are asked for, None if none are.
+
+    Where two sequences have the same tokens, a position is of these roles if it is in both.
+
+    Raises:
+        UserError: as `token_sequences`, or a role that nobody has.
     """
     source, T = dataset.source, dataset.context_size
     if isinstance(source, (Tensor, np.ndarray)):
@@ -216,14 +282,17 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
                 "numbers, (N, T) sequences or (N,) one long stream"
             )
         if tokens.ndim == 2:
-            return _until(_as_int32(tokens, dataset.name), _needed(dataset, tokens.shape[1]), dataset, tokenizer)
-        items: Iterator[str | Tensor] = iter([_as_int64(tokens, dataset.name)])
+            return _until(_as_int32(tokens, dataset.name), _needed(dataset, tokens.shape[1]), dataset, tokenizer), None
+        items: Iterator[Item] = iter([_as_int64(tokens, dataset.name)])
+    elif isinstance(source, Mapping):
+        items = _mixed(dataset, source, seed)
     else:
         items = _items(dataset)
     if T is None:
         raise UserError("context_size=None: give the number of tokens per sequence")
     bos = tokenizer.bos_token_id if dataset.prepend_bos else None
     between = bos if dataset.separator is None else separator_id(dataset.separator, tokenizer)
+    seen: set[str] = set()
     begun = list(islice(items, 1))
     if begun and isinstance(begun[0], Tensor):  # of documents, some among so many are shorter or longer
         begun += islice(items, 63)
@@ -231,7 +300,7 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
     if begun and all(isinstance(item, Tensor) and len(item) == T for item in begun):
         packed = _whole_rows(items, T, dataset.name)
     else:
-        streams = _tokenised(items, tokenizer)
+        streams = _tokenised(items, tokenizer, dataset, seen)
         packed = concat_and_batch_sequences(streams, T, begin_batch_token_id=bos, sequence_separator_token_id=between)
     wanted = _needed(dataset, T)
     rows: list[Tensor] = []
@@ -241,15 +310,43 @@ def token_sequences(dataset: Dataset, tokenizer: Any) -> Tensor:
         chunk = list(islice(packed, _PORTION if left is None else min(_PORTION, -(-left // T))))
         if not chunk:
             break
-        stacked = _until(_as_int32(torch.stack(chunk), dataset.name), left, dataset, tokenizer)
-        counted += int(dataset.keep(stacked, tokenizer).sum())
+        stacked = _until(torch.stack(chunk), left, dataset, tokenizer)
+        counted += int(_kept(stacked, dataset, tokenizer).sum())
         rows.append(stacked)
     if not rows:
         raise UserError(
             f"{dataset.name} is shorter than one sequence of context_size={T} tokens; use more text or a smaller "
             "context_size"
         )
-    return torch.cat(rows)
+    coded = torch.cat(rows)
+    left_out = coded >= _LEFT_OUT
+    sequences = _as_int32(coded - left_out * _LEFT_OUT, dataset.name)
+    if dataset.keep_roles is None and dataset.drop_roles is None:
+        return sequences, None
+    _check_roles(dataset, seen)
+    _, same, counts = torch.unique(sequences, dim=0, return_inverse=True, return_counts=True)
+    agreed = torch.zeros(len(counts), sequences.shape[1]).index_add(0, same, (~left_out).float())
+    return sequences, (agreed == counts[:, None])[same]
+
+
+_LEFT_OUT = 1 << 40
+"""Added to the ids of tokens of other roles, while documents are packed."""
+
+
+def _kept(coded: Int[Tensor, "n T"], dataset: Dataset, tokenizer: Any) -> Bool[Tensor, "n T"]:
+    """Positions that training uses, of token ids with `_LEFT_OUT`."""
+    left_out = coded.long() >= _LEFT_OUT  # whole arrays may be int32, which would wrap around
+    return dataset.keep(coded - left_out * _LEFT_OUT, tokenizer) & ~left_out
+
+
+def _check_roles(dataset: Dataset, seen: Set[str]) -> None:
+    for name in ("keep_roles", "drop_roles"):
+        for role in getattr(dataset, name) or ():
+            if role not in seen:
+                raise UserError(
+                    f"{name}: no conversation that was read of {dataset.name} has the role {role!r}, they have "
+                    f"{', '.join(sorted(seen)) or 'none'}{did_you_mean(role, seen)}"
+                )
 
 
 SEPARATORS = ("bos", "eos", "none")
@@ -374,7 +471,7 @@ def _until(sequences: Tensor, n_tokens: int | None, dataset: Dataset, tokenizer:
     """The first sequences that together keep at least `n_tokens` tokens, or all."""
     if n_tokens is None:
         return sequences
-    counts = dataset.keep(sequences, tokenizer).sum(-1)
+    counts = _kept(sequences, dataset, tokenizer).sum(-1)
     return sequences[: int((counts.cumsum(0) < n_tokens).sum()) + 1]
 
 
@@ -400,29 +497,79 @@ def _no_token_id(value: int, name: str) -> UserError:
     return UserError(f"token id {value} in {name} is not in [0, {2**31 - 1}]: was it tokenised with another tokenizer?")
 
 
-def _tokenised(items: Iterator[str | Tensor], tokenizer: Any) -> Iterator[Tensor]:
-    """Token ids of each document. Texts are tokenised in portions that grow, so that little is read in vain."""
+def _tokenised(items: Iterator[Item], tokenizer: Any, dataset: Dataset, seen: set[str]) -> Iterator[Tensor]:
+    """Token ids of each document, plus `_LEFT_OUT` where they are of roles that are left out; the roles go to `seen`.
+
+    Texts are tokenised in portions that grow, so that little is read in vain.
+    """
     size = 8
+    whose = dataset.keep_roles is not None or dataset.drop_roles is not None
+    special = {tokenizer.bos_token_id, tokenizer.pad_token_id}  # `keep_special` decides about these
     while portion := list(islice(items, size)):
         texts = [item for item in portion if isinstance(item, str)]
         ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
         for item in portion:
-            tokens = torch.tensor(next(ids)) if isinstance(item, str) else item
-            if len(tokens):
-                yield tokens
+            roles: Sequence[str | None] = ()
+            if isinstance(item, list):
+                check_template(tokenizer)
+                seen.update(message["role"] for message in item)
+                try:
+                    found, roles = encode(item, tokenizer, whose=whose)
+                except UserError as error:
+                    raise UserError(f"the conversation {shortened(repr(item))} of {dataset.name} {error}") from error
+                tokens = torch.tensor(found)
+            else:
+                tokens = torch.tensor(next(ids)) if isinstance(item, str) else item
+            if not len(tokens):
+                continue
+            if whose:
+                used = chosen(roles or [None] * len(tokens), dataset.keep_roles, dataset.drop_roles)
+                used |= torch.isin(
+                    tokens, torch.tensor([each for each in special if each is not None], dtype=torch.long)
+                )
+                tokens = tokens + ~used * _LEFT_OUT
+            yield tokens
         size = min(2 * size, _PORTION)
 
 
-def _whole_rows(items: Iterator[str | Tensor], T: int, name: str) -> Iterator[Tensor]:
+def _mixed(dataset: Dataset, weights: Mapping[str, float], seed: int) -> Iterator[Item]:
+    """Documents of several sources, each drawn by weight, until one source has no more.
+
+    In the order of `datasets.interleave_datasets`, which would need one type for all: texts, conversations or ids.
+    """
+    parts = [_items(replace(dataset, source=name)) for name in weights]
+    ahead = [next(part, None) for part in parts]
+    draws, probabilities = np.random.default_rng(seed), list(weights.values())
+    while True:
+        for i in draws.choice(len(parts), size=1000, p=probabilities):
+            item, ahead[i] = ahead[i], next(parts[i], None)
+            if item is not None:
+                yield item
+            if ahead[i] is None:
+                return
+
+
+def _whole_rows(items: Iterator[Item], T: int, name: str) -> Iterator[Tensor]:
     """Rows of T token ids as they are."""
     for i, item in enumerate(items):
-        if isinstance(item, str) or len(item) != T:
-            what = "text" if isinstance(item, str) else f"{len(item)} token ids"
+        if not isinstance(item, Tensor) or len(item) != T:
+            what = f"{len(item)} token ids" if isinstance(item, Tensor) else "text"
             raise UserError(
                 f"row {i} of {name} has {what}, the rows before it context_size={T} ids: leave such rows out, or "
                 "choose another context_size, and all are packed into sequences"
             )
         yield item
+
+
+def _is_mix(source: Any) -> TypeGuard[Mapping[str, float]]:
+    """Whether it gives datasets and weights; other dictionaries hold no documents."""
+    return isinstance(source, Mapping) and any(isinstance(weight, (int, float)) for weight in source.values())
+
+
+def _column(there: Iterable[Any], wanted: str) -> str:
+    """The column to read: `wanted`, or that of conversations where a table has no column of texts."""
+    there = [*there]
+    return next((each for each in COLUMNS if each in there), wanted) if wanted == "text" not in there else wanted
 
 
 def _check_source(source: Any, column: str) -> None:
@@ -438,7 +585,7 @@ def _check_source(source: Any, column: str) -> None:
             "documents as a list or generator"
         )
     names = getattr(source, "column_names", None) or list(getattr(source, "columns", ()))
-    if names and column not in names:
+    if names and _column(names, column) not in names:
         raise _no_column(column, f"the {kind}", names)
 
 
@@ -447,8 +594,12 @@ def _no_column(column: str, name: str, names: Iterable[Any]) -> UserError:
     return UserError(f"column={column!r} is not in {name}: its columns are {there}{did_you_mean(column, names)}")
 
 
-def _items(dataset: Dataset) -> Iterator[str | Tensor]:
-    """Documents of a source, as texts or token ids; empty ones too. Missing ones are left out, with a warning."""
+Item: TypeAlias = str | list[Message] | Tensor
+
+
+def _items(dataset: Dataset) -> Iterator[Item]:
+    """Documents of a source, as texts, conversations or token ids; empty ones too. Missing ones are left out, with a
+    warning."""
     source: Any = dataset.source
     from_file = isinstance(source, (str, Path))
     rows = _file_rows(dataset) if from_file else _rows(_memory_rows(source, dataset.column), dataset.name)
@@ -462,9 +613,10 @@ def _items(dataset: Dataset) -> Iterator[str | Tensor]:
         for i, row in enumerate(chain(begun, rows)):
             read = i + 1
             if isinstance(row, Mapping):
-                if dataset.column not in row:
+                column = _column(row, dataset.column)
+                if column not in row:
                     raise _no_column(dataset.column, dataset.name, row)
-                row = row[dataset.column]
+                row = row[column]
             if row is None or (isinstance(row, float) and math.isnan(row)):  # what is missing in a DataFrame
                 missing += 1
                 continue
@@ -478,19 +630,27 @@ def _items(dataset: Dataset) -> Iterator[str | Tensor]:
             )
 
 
-def _item(row: Any, i: int, name: str, from_file: bool) -> str | Tensor:
-    """A text or token ids; numbers in files are texts."""
+def _item(row: Any, i: int, name: str, from_file: bool) -> Item:
+    """A text, a conversation or token ids; numbers in files are texts."""
     if isinstance(row, str):
         return check_characters(row, f"document {i} of {name},")
     if from_file and isinstance(row, (bool, int, float)):
         return str(row)
+    try:
+        messages = read_messages(row)
+    except UserError as error:
+        raise UserError(f"document {i} of {name} {error}") from error
+    if messages is not None:
+        for message in messages:
+            check_characters(message["content"], f"document {i} of {name},")
+        return messages
     if isinstance(row, (Sequence, np.ndarray, Tensor)) and not isinstance(row, bytes):
         ids = _as_tensor(row)
         if ids is not None and ids.ndim == 1 and (not len(ids) or _is_whole(ids)):
             return _as_int64(ids, name)
     raise UserError(
         f"document {i} of {name} is {shortened(repr(row))}, a {type(row).__name__}: give texts, or rows of token ids "
-        "(whole numbers)"
+        "(whole numbers), or conversations"
     )
 
 
@@ -509,8 +669,9 @@ def _is_whole(ids: Tensor) -> bool:
 def _memory_rows(source: Any, column: str) -> Iterable[Any]:
     """The column of a table, everything else as it is."""
     if hasattr(source, "select_columns"):  # of the `datasets` library: the other columns need not be decoded
-        return source if source.column_names is None else source.select_columns([column])
-    return source[column] if hasattr(source, "columns") else source
+        names = source.column_names
+        return source if names is None else source.select_columns([_column(names, column)])
+    return source[_column(source.columns, column)] if hasattr(source, "columns") else source
 
 
 def _file_rows(dataset: Dataset) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ def list_snapshots(out: Output, what: str, steps: str | None) -> None:
     """Print families, releases, a release, formats of tasks, or the snapshots of a model."""
     from crosslens.sharing.registry import find_release, list_releases
     from crosslens.snapshots import families
-    from crosslens.snapshots.hub import is_on_disk, list_revisions
+    from crosslens.snapshots.folders import list_model, parse_place
 
     if not what:
         known = families.read_table()
@@ -44,18 +45,17 @@ def list_snapshots(out: Output, what: str, steps: str | None) -> None:
         out.table(columns, [(each.text, each.reads.replace("`", "")) for each in spellings()])
         out.end(tasks=spellings())
         return
-    repository, _, pattern = what.partition("@")
-    model = None if is_folder else families.match_model(what)
-    if "{step}" in pattern and not is_folder:
-        model = families.pattern_model(repository, pattern)
+    model = None
+    if not is_folder:
+        model = families.pattern_model(what) if "{step" in what else families.match_model(what)
     if model is None:
         rows = [
             (families.Revision(each.label, each.revision or "", each.step, each.tokens), each.is_on_disk())
             for each in find_snapshots(what, steps)()
         ]
     else:
-        revisions = model.revisions(parse_steps(steps or "all"), lambda: list_revisions(model.repository))
-        rows = [(row, is_on_disk(model.repository, row.revision)) for row in revisions]
+        revisions = model.revisions(parse_steps(steps or "all"), lambda: list_model(model))
+        rows = [(row, parse_place(model.where.format(row.revision)).is_on_disk()) for row in revisions]
     revised = any(row.revision for row, _ in rows)
     columns = [Column("snapshot"), *[Column("revision", drop=2)] * revised, Column("trained on")]
     columns.append(Column("on this disk", left=True, drop=1))
@@ -74,11 +74,20 @@ def list_snapshots(out: Output, what: str, steps: str | None) -> None:
 
 
 def _sizes(sizes: list[str]) -> str:
-    """Sizes of a family; those that all exist deduplicated as well are listed once."""
+    """Sizes of a family; those that all exist deduplicated as well, and seeds, are listed once."""
     plain = [one for one in sizes if not one.endswith("-deduped")]
     if len(plain) < len(sizes) and all(f"{one}-deduped" in sizes for one in plain):
         return f"{', '.join(plain)}; each also as SIZE-deduped"
-    return ", ".join(sizes)
+    seeds: dict[str, list[str]] = {}
+    for one in sizes:
+        found = re.fullmatch(r"(.*(?:gpt2-\w+-|seed))(\d+)", one)
+        seeds.setdefault(found[1] if found else one, []).append(found[2] if found else "")
+    alike: dict[str, list[str]] = {}  # the same seeds of several sizes
+    for name, numbers in seeds.items():
+        run = numbers == [str(i + 1) for i in range(len(numbers))]
+        size, dash, rest = name.partition("-") if numbers != [""] else (name, "", "")
+        alike.setdefault(f"{dash}{rest}{f'1-{len(numbers)}' if run else '/'.join(numbers)}", []).append(size)
+    return ", ".join(f"{'/'.join(names)}{rest}" if rest else ", ".join(names) for rest, names in alike.items())
 
 
 def _show_releases(out: Output, *releases: Release) -> None:

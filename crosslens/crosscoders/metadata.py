@@ -34,6 +34,8 @@ class Metadata(TypedDict, total=False):
     keep_special: bool | None
     separator: str | None
     drop_positions: int | None
+    keep_roles: list[str] | None
+    drop_roles: list[str] | None
     snapshots: list[SnapshotEntry] | None
     config: list[dict[str, Any]] | None
     tokenizer: str | None

@@ -36,6 +36,7 @@ from crosslens.activations.tokens import kept_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.errors import UserError
 from crosslens.intervention.splice import Edit, apply_edit, clean_run
+from crosslens.snapshots.bridge import transformers_model
 from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.hooks import canonical_hook
@@ -136,8 +137,8 @@ class _Steering:
     @contextmanager
     def following(self, model: Any) -> Generator[None, None, None]:
         """Record the tokens of every forward pass of `model`."""
-        if hasattr(model, "original_model"):
-            handles = [model.original_model.register_forward_pre_hook(self._bridge_begins, with_kwargs=True)]
+        if (inside := transformers_model(model)) is not None:
+            handles = [inside.register_forward_pre_hook(self._bridge_begins, with_kwargs=True)]
         else:  # its `generate` embeds tokens itself, one at a time, and passes on their embeddings
             handles = [
                 model.embed.register_forward_pre_hook(self._embeds),

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from crosslens.snapshots.bridge import transformers_model
 from crosslens.snapshots.hooks import canonical_hook, hook_layer
 
 
@@ -42,8 +43,9 @@ class Upper:
         self, model: Any, hook_name: str, tokens: Int[Tensor, "B T"], widths: Sequence[int | None] | None = None
     ) -> None:
         self.model, self.point = model, canonical_hook(hook_name)
-        self._starts_anywhere = not hasattr(model, "original_model")
-        accepted = {} if self._starts_anywhere else inspect.signature(model.original_model.forward).parameters
+        inside = transformers_model(model)
+        self._starts_anywhere = inside is None
+        accepted = {} if inside is None else inspect.signature(inside.forward).parameters
         self._options = {
             name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in accepted
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from crosslens.config import ModelOptions, SourceOptions
+from crosslens.config import ModelOptions, SourceOptions, read_mix
 from crosslens.distributed.devices import check_device
 from crosslens.errors import UserError, did_you_mean, read_json
 from crosslens.rundir import RunDir
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from crosslens.tasks import Task
 
     LoadSnapshots: TypeAlias = Callable[[], Snapshots]
+
+
+_FEW = 32
+"""Snapshots of a model that are all taken by default."""
 
 
 def find_activations(source: SourceOptions, models: ModelOptions) -> Callable[[], Activations]:
@@ -52,9 +56,12 @@ def find_activations(source: SourceOptions, models: ModelOptions) -> Callable[[]
     def open_activations() -> Activations:
         from crosslens.activations import Activations, Dataset
 
-        names = ("column", "sample_by", "drop_positions")
+        names = ("column", "sample_by", "drop_positions", "keep_roles", "drop_roles")
         more: dict[str, Any] = {name: getattr(source, name) for name in names}
-        data = Dataset(source.dataset, source.n_tokens, source.context_size, split=source.split or "train", **more)
+        mix = read_mix(source.dataset) if isinstance(source.dataset, str) else None
+        data = Dataset(
+            mix or source.dataset, source.n_tokens, source.context_size, split=source.split or "train", **more
+        )
         snapshots = load().trusting_code(source.trust_remote_code)
         return Activations(snapshots, source.hook, data, seed=source.seed, settings=parse_settings(**vars(models)))
 
@@ -66,8 +73,8 @@ def find_snapshots(spec: str | Snapshots, steps: str | None, hooks: Sequence[str
 
     Args:
         spec: a folder; a model in the table of families, such as `pythia-160m`; `org/model@revision,revision`;
-            `org/model@pattern` with {step} in it; `label=place,label=place`, where a place is a folder, `org/model` or
-            `org/model@revision`; a release such as crosslens-demo; or demo. Or snapshots that are made already.
+            a series of places, with {step} in it; `label=place,label=place`, where a place is as in `Snapshots.of`; a
+            release such as crosslens-demo; or demo. Or snapshots that are made already.
         steps: steps, labels or revisions, or the name of a set; None for all snapshots of a folder or release.
         hooks: hook points that a model in a local folder must have.
 
@@ -94,11 +101,11 @@ def find_snapshots(spec: str | Snapshots, steps: str | None, hooks: Sequence[str
         return lambda: _released(spec)  # raises
     if re.match(r"[^/@=,]+=", spec):
         return _models(spec, steps, hooks)
+    if "{step" in spec:
+        return _of_model(families.pattern_model(spec), steps or "all")
     repository, at, revisions = spec.partition("@")
-    if at and "{step}" in revisions:
-        return _of_model(families.pattern_model(repository, revisions), steps or "all")
     if model := families.match_model(spec):
-        default = "paper" if "paper" in model.sets else "log:8" if model.steps is None else "all"
+        default = "paper" if "paper" in model.sets else "all" if 0 < len(model.steps or ()) <= _FEW else "log:8"
         return _of_model(model, steps or default)
     if at and revisions:
         from crosslens.sharing.repositories import check_repository
@@ -114,10 +121,10 @@ def find_snapshots(spec: str | Snapshots, steps: str | None, hooks: Sequence[str
 
 
 def _of_model(model: families.Model, steps: str) -> LoadSnapshots:
-    from crosslens.snapshots.hub import list_revisions
+    from crosslens.snapshots.folders import list_model
 
     wanted = parse_steps(steps)
-    model.revisions(wanted, lambda: list_revisions(model.repository))
+    model.revisions(wanted, lambda: list_model(model))
     return lambda: _snapshots().from_model(model, wanted)
 
 
@@ -132,7 +139,7 @@ def _local(folder: Path, steps: str | None, hooks: Sequence[str]) -> LoadSnapsho
 
 
 def _models(spec: str, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots:
-    from crosslens.snapshots.folders import check_places
+    from crosslens.snapshots.folders import check_places, steps_of
 
     pairs = [(label, place) for label, _, place in (part.partition("=") for part in spec.split(","))]
     if not all(label and place for label, place in pairs):
@@ -140,10 +147,10 @@ def _models(spec: str, steps: str | None, hooks: Sequence[str]) -> LoadSnapshots
     labels = [label for label, _ in pairs]
     if len(set(labels)) < len(labels):
         raise UserError(f"--snapshots {spec!r} has a label twice: give each model its own")
-    for name, revision in check_places(dict[str, str | Path](pairs)).values():
-        if revision is None:
-            _check_hooks_in(Path(name), hooks)
-    chosen = _choose(spec, labels, [None] * len(labels), steps)
+    for place in check_places(dict[str, str | Path](pairs)).values():
+        if place.revision is None:
+            _check_hooks_in(Path(place.name), hooks)
+    chosen = _choose(spec, labels, steps_of(labels), steps)
     return lambda: _snapshots().of(dict[str, str | Path](pairs))[chosen]
 
 
@@ -288,8 +295,9 @@ def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[st
     recorded = run.read_json()
     trained, source = recorded.get("identity", {}), recorded["source"]
     tokenizer = changed_tokenizer(trained.get("tokenizer"), acts.snapshots.tokenizer_digest)
-    before, place = source.get("data"), Path(source["dataset"]["source"])
-    dataset = before is not None and place.is_file() and data_digest(place) != before
+    before, place = source.get("data"), source["dataset"]["source"]
+    files = [Path(name) for name in (place if isinstance(place, dict) else [place])]
+    dataset = before is not None and all(map(Path.is_file, files)) and data_digest(place) != before
     if reads_text and not tokenizer or dataset:  # a file may have changed where it was not read
         dataset = trained.get("tokens_sha256") not in (None, acts.tokens_sha256)
     return ["dataset"] * dataset + ["tokenizer"] * tokenizer

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from crosslens.errors import UserError, shortened
+from crosslens.snapshots.bridge import check_architecture
 from crosslens.snapshots.hashes import changed_entry, config_entries
 from crosslens.snapshots.hooks import canonical_hook, check_hook
 from crosslens.snapshots.memory import LoadedSnapshot
@@ -61,6 +62,22 @@ def check_models(snapshots: Sequence[Snapshot], hook_name: str | None) -> None:
             _check_hook(snapshot, theirs, hook_name)
 
 
+def check_architectures(snapshots: Sequence[Snapshot]) -> None:
+    """Refuse models that TransformerLens cannot run, before their weights are downloaded.
+
+    Raises:
+        UserError: names the snapshot and the architecture.
+    """
+    configs = {
+        type(config): (s, config) for s in snapshots if not isinstance(s, LoadedSnapshot) for config in [s.config()]
+    }
+    for snapshot, config in configs.values():
+        try:
+            check_architecture(config)
+        except UserError as error:
+            raise UserError(f"snapshot {snapshot.label!r}: {error}") from error
+
+
 def _kind(snapshot: Snapshot) -> str:
     return snapshot.kind if isinstance(snapshot, LoadedSnapshot) else "folder"
 
@@ -81,7 +98,10 @@ def _check_hook(snapshot: Snapshot, config: Any, hook_name: str) -> None:
 
 def _check_places(snapshots: Sequence[Snapshot]) -> None:
     """Refuse two snapshots in one folder, or of one object in memory."""
-    places = [s.identity if isinstance(s, LoadedSnapshot) else str(s.folder().resolve()) for s in snapshots]
+    places = [
+        s.identity if isinstance(s, LoadedSnapshot) else "+".join(str(p.folder().resolve()) for p in s.parts())
+        for s in snapshots
+    ]
     check_distinct([s.label for s in snapshots], places)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from crosslens.printing import as_html
 from crosslens.progress import tqdm
 from crosslens.snapshots import families
 from crosslens.snapshots.checks import (
+    check_architectures,
     check_arrival,
     check_configs,
     check_distinct,
@@ -32,10 +34,9 @@ from crosslens.snapshots.checks import (
     check_models,
     check_tokenizers,
 )
-from crosslens.snapshots.folders import read_places, read_run
+from crosslens.snapshots.folders import list_model, make_snapshot, parse_place, read_places, read_run
 from crosslens.snapshots.hashes import cache_folder, config_entries, tokenizer_digest
 from crosslens.snapshots.hooks import canonical_hook, check_hook, hook_layer, hook_width
-from crosslens.snapshots.hub import list_revisions
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.snapshots.memory import LoadedSnapshot, loaded_snapshots
 from crosslens.snapshots.settings import ModelSettings
@@ -193,7 +194,7 @@ class Snapshots(Sequence[Snapshot]):
 
     @classmethod
     def from_model(cls, model: families.Model, steps: str | Sequence[int | str] = "all") -> Snapshots:
-        """Snapshots of a model of a known family, or of any repository.
+        """Snapshots of a model of a known family, or of any series of places.
 
         Args:
             model: from `families.find_model` or `families.pattern_model`.
@@ -202,14 +203,39 @@ class Snapshots(Sequence[Snapshot]):
         Raises:
             UserError: a step or set that does not exist; the message names the nearest.
         """
-        rows = model.revisions(steps, lambda: list_revisions(model.repository))
-        return cls(
-            [
-                Snapshot(row.label, row.step, row.tokens, model.repository, row.revision, None, model.tokenizer)
-                for row in rows
-            ],
-            model.repository.rsplit("/", 1)[-1],
-        )
+        rows = model.revisions(steps, lambda: list_model(model))
+        found = [
+            make_snapshot(
+                row.label,
+                row.step if model.counts_steps else None,
+                row.tokens,
+                parse_place(model.where.format(row.revision)),
+                model.tokenizer,
+            )
+            for row in rows
+        ]
+        return cls(found, model.name if model.tokenizer is None else model.repository.rsplit("/", 1)[-1])
+
+    @classmethod
+    def series(cls, name: str, steps: str | Sequence[int | str] = "all") -> Snapshots:
+        """Snapshots of a model in the table of families, or of a series of places.
+
+        Args:
+            name: such as `olmo3-7b` (`crosslens ls` lists them); or a place, as in `of`, with `{step}` anywhere in it:
+                `org/model@step{step}`, `org/model/checkpoints/step{step}`, `org/model-step-{step}`,
+                `org/model+runs/lora/checkpoint-{step}`. What there is comes from the hub's own list, or the disk.
+            steps: as in `from_model`.
+
+        Raises:
+            UserError: no such model or step; the message names the nearest.
+        """
+        model = families.pattern_model(name) if "{" in name else families.match_model(name)
+        if model is None:
+            raise UserError(
+                f"{name!r} is neither a model of {', '.join(families.read_table())}, such as pythia-160m, nor a place "
+                "with {step} in it, such as org/model@step{step}"
+            )
+        return cls.from_model(model, steps)
 
     @classmethod
     def of(cls, models: Mapping[str, str | Path], *, trust_remote_code: bool = False) -> Snapshots:
@@ -219,8 +245,9 @@ class Snapshots(Sequence[Snapshot]):
 
         Args:
             models: a place for each label, in the order that figures and tables will have: a folder in the layout of
-                transformers, a repository, or `repository@revision`. A folder's tokenizer is in it, or beside it (in
-                the folder above, or in `tokenizer` there).
+                transformers, or `owner/name`, `owner/name@revision`, `owner/name/folder@revision` on the hub; and with
+                an adapter that is merged into it `model+adapter`, where both are such places. A folder's tokenizer is
+                in it, or beside it (in the folder above, or in `tokenizer` there). Labels such as step128 give steps.
             trust_remote_code: as in `trusting_code`.
 
         Raises:
@@ -228,6 +255,8 @@ class Snapshots(Sequence[Snapshot]):
                 repository can have.
         """
         snapshots = read_places(models)
+        if unlike := families.find_unlike([snapshot.name for snapshot in snapshots]):
+            warnings.warn(unlike, stacklevel=2)
         names = dict.fromkeys(Path(snapshot.name).name for snapshot in snapshots)
         return cls(snapshots, ", ".join(names), one_run=False).trusting_code(trust_remote_code)
 
@@ -309,7 +338,7 @@ class Snapshots(Sequence[Snapshot]):
             rows, demo, name = [Snapshot(**row) for row in recipe["snapshots"]], recipe.get("demo"), recipe["name"]
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a record of snapshots ({error}): give what Snapshots.to_dict returned") from error
         if demo is None:
             return cls(rows, name, one_run=recipe.get("one_run", True))
@@ -329,8 +358,9 @@ class Snapshots(Sequence[Snapshot]):
             )
         rows = [asdict(s) for s in self]
         for row in rows:
-            if not row["trust_remote_code"]:
-                del row["trust_remote_code"]  # the rule, and unknown to earlier versions
+            for key in ("trust_remote_code", "adapter"):
+                if not row[key]:
+                    del row[key]  # the rule, and unknown to earlier versions
         recipe: dict[str, Any] = {"format": _FORMAT, "name": self.name, "snapshots": rows}
         if not self._one_run:
             recipe["one_run"] = False
@@ -382,7 +412,7 @@ class Snapshots(Sequence[Snapshot]):
         return f"Snapshots({self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}, {' ... '.join(labels)})"
 
     def _repr_html_(self) -> str:
-        rows = [[s.label, s.step, s.tokens, s.revision or s.name] for s in self]
+        rows = [[s.label, s.step, s.tokens, s.place] for s in self]
         table = pd.DataFrame(rows, columns=["label", "step", "tokens seen", "from"], dtype=object)
         return as_html(f"{self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}", table.fillna(""))
 
@@ -461,10 +491,23 @@ class Snapshots(Sequence[Snapshot]):
             check_configs(self)
         else:
             check_models(self, hook_name)
+        check_architectures(self)
         check_tokenizers(self, self.tokenizer, min(int(config.vocab_size) for config in self._configs))
         if weights:
             check_distinct(self.labels, self.fingerprints)
             check_dtypes(self, self._one_run)
+
+    def evict(self, s: int) -> int:
+        """Delete the weights of a snapshot that crosslens downloaded, and return the number of bytes freed.
+
+        A model that other snapshots need too, with adapters of their own, stays.
+
+        Args:
+            s: index of the snapshot.
+        """
+        own = self[s]
+        shared = any(i != s and (o.name, o.revision) == (own.name, own.revision) for i, o in enumerate(self))
+        return sum(part.evict() for part in own.parts()[shared:])
 
     def check_arrival(self, s: int) -> None:
         """Download the weights of a snapshot, and refuse them if they equal others that were known before.

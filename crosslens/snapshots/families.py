@@ -3,14 +3,18 @@
 Each entry of the table is a family: its repositories, sizes, spelling of a step as a revision, and tokens per step. A
 size may override any of these. To add a family, add an entry.
 
+    about                   what a user should know, and the source of every fact
     repository, tokenizer   names on the hub, with {size} in them; the tokenizer only if it is in another repository
-    patterns                revisions with {step} in them, keyed by the name of their set; the first covers training
-                            from its start, later ones begin at `stage1_steps`
+    patterns                revisions with {step} in them ({step:03} with zeros before it), keyed by the name of their
+                            set; the first covers training from its start, later ones begin at `stage1_steps`
+    tokens_per_step         absent if no source says so; {billions} in a pattern then gives the tokens
+    counts                  "checkpoints" if {step} numbers those, and the steps are not known
     steps                   the steps of the first pattern; absent if only the hub lists them (OLMo's revisions contain
                             rounded token counts, which do not follow from the step)
     separator               what stood between documents in pretraining: bos, eos or none; absent if it is not known
     sets                    named choices of steps or revisions: `paper` is from Ge et al. (arXiv 2509.17196),
                             `triplet` from Bayazit et al. (arXiv 2509.05291)
+    unlike                  families that are no control of this one, though they look like it, and why
 
 Every model has the sets `all`, `log:N` and `linear:N`: N steps, evenly spaced in log(1 + step) or in the step.
 """
@@ -49,25 +53,39 @@ def find_model(family: str, size: str) -> Model:
     steps = entry.get("steps")
     return Model(
         name=f"{family}-{size}",
-        repository=entry["repository"].format(size=size),
+        where=entry["repository"].format(size=size) + "@{}",
         tokenizer=entry["tokenizer"].format(size=size) if "tokenizer" in entry else None,
         patterns=entry["patterns"],
-        tokens_per_step=entry["tokens_per_step"],
+        tokens_per_step=entry.get("tokens_per_step"),
         steps=None if steps is None else tuple(_unroll(steps)),
         sets={name: tuple(_unroll(chosen)) for name, chosen in entry.get("sets", {}).items()},
         begins=entry.get("stage1_steps", 0),
         main_tokens=entry.get("main_tokens"),
+        counts_steps=entry.get("counts") != "checkpoints",
     )
 
 
 def find_separator(repository: str) -> str | None:
     """What separated documents when the models of a repository were pretrained; None if the table does not say."""
-    for family in read_table().values():
+    return _entry(repository).get("separator")
+
+
+def find_unlike(repositories: Sequence[str]) -> str | None:
+    """Why models of these repositories are no control of each other, if the table says so."""
+    entries = {entry["family"]: entry for name in repositories if (entry := _entry(name))}
+    reasons = [entry.get("unlike", {}).get(other) for entry in entries.values() for other in entries]
+    return next(filter(None, reasons), None)
+
+
+@functools.cache
+def _entry(repository: str) -> dict[str, Any]:
+    """The row of the table that a repository or its tokenizer is in, with the name of its family."""
+    for name, family in read_table().items():
         for size, changes in family["sizes"].items():
-            entry = {**family, **changes}
+            entry = {**family, **changes, "family": name}
             if repository in (entry["repository"].format(size=size), entry.get("tokenizer", "").format(size=size)):
-                return entry.get("separator")
-    return None
+                return entry
+    return {}
 
 
 def match_model(name: str) -> Model | None:
@@ -80,23 +98,38 @@ def match_model(name: str) -> Model | None:
     return find_model(family, size) if dash and family in read_table() else None
 
 
-def pattern_model(repository: str, pattern: str, tokens_per_step: int | None = None) -> Model:
-    """A repository outside the table, whose revisions follow a pattern such as `checkpoint-{step}`.
+def pattern_model(place: str, tokens_per_step: int | None = None) -> Model:
+    """A series of places outside the table: `{step}` stands anywhere in one.
 
     Args:
-        repository: on the hub.
-        pattern: contains `{step}`, and perhaps `{billions}` for tokens in billions.
+        place: such as `org/model@step{step}`, `org/model/checkpoints/step{step}`, `org/model-step-{step}`,
+            `org/model+runs/lora/checkpoint-{step}`.
         tokens_per_step: tokens per training batch, if known.
 
     Raises:
-        UserError: a pattern without `{step}`, or with anything else in braces.
+        UserError: a place without `{step}`, or with anything else in braces.
     """
-    if "{step}" not in pattern or re.search(r"\{(?!(step|billions)\})", pattern):
+    if place.count("{step") != 1 or re.search(r"\{(?!(step(:0\d)?|billions)\})", place):
         raise UserError(
-            f"pattern={pattern!r} must contain {{step}}, may contain {{billions}}, and nothing else in braces: give "
-            "one such as 'step{step}' or 'step{step}-tokens{billions}B'"
+            f"pattern={place!r} must contain {{step}} once, may contain {{billions}}, and nothing else in braces: give "
+            "one such as 'org/model@step{step}' or 'org/model/checkpoints/step{step}'"
         )
-    return Model(repository.rsplit("/", 1)[-1], repository, None, {"all": pattern}, tokens_per_step, None, {}, 0, None)
+    model, plus, adapter = place.partition("+")
+    base, part = (f"{model}+", adapter) if "{" in adapter else ("", model)
+    name, at, revision = part.partition("@")
+    parts = name.split("/")
+    first = next((i for i, each in enumerate(parts) if "{" in each), len(parts))
+    fixed = "/".join(parts[:first])
+    if "{" in revision:
+        where, pattern = f"{name}@{{}}", revision
+    elif first >= 2 or (fixed and Path(fixed).expanduser().is_dir()):
+        where, pattern = f"{fixed}/{{}}{at}{revision}", "/".join(parts[first:])
+    else:  # of repositories, perhaps each with a folder in it
+        where, pattern = "/".join(["{}", *parts[2:]]) + at + revision, "/".join(parts[:2])
+        fixed = pattern.partition("{")[0].rstrip("-_")
+    title = (base or fixed).split("@")[0].rstrip("+/").rsplit("/", 1)[-1]
+    rest = "" if base else plus + adapter
+    return Model(title, base + where + rest, None, {"all": pattern}, tokens_per_step, None, {}, 0, None)
 
 
 def spaced(steps: Sequence[int], n: int, scale: str) -> list[int]:
@@ -149,8 +182,8 @@ def _neighbours(steps: Sequence[int], step: int) -> list[int]:
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    escaped = re.escape(pattern).replace(r"\{step\}", r"(?P<step>\d+)").replace(r"\{billions\}", r"(?P<billions>\d+)")
-    return re.compile(escaped)
+    escaped = re.sub(r"\\\{step(:0\d)?\\\}", r"(?P<step>\\d+)", re.escape(pattern))
+    return re.compile(escaped.replace(r"\{billions\}", r"(?P<billions>\d+)"))
 
 
 class Revision(NamedTuple):
@@ -168,19 +201,19 @@ class Revision(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One model: an entry of the table at one size, or a repository with the user's pattern.
+    """One model: an entry of the table at one size, or a series of places with the user's pattern.
 
-    `listing` arguments name the repository's revisions; `tuple` names none.
+    `listing` arguments name what the hub or the disk has in the place of `{}`; `tuple` names none.
     """
 
     name: str
     """Such as `pythia-160m`."""
-    repository: str
-    """On the hub."""
+    where: str
+    """Place of a snapshot, with `{}` for what `patterns` spell: a revision, a folder, or a repository."""
     tokenizer: str | None
     """Repository of the tokenizer, if it is another one."""
     patterns: Mapping[str, str]
-    """Spelling of a revision, keyed by the name of the set; numbers of steps refer to the first."""
+    """Spelling of what stands in `{}`, keyed by the name of the set; numbers of steps refer to the first."""
     tokens_per_step: int | None
     """Tokens per training batch, if known."""
     steps: tuple[int, ...] | None
@@ -191,6 +224,13 @@ class Model:
     """Step at which the second and later patterns begin."""
     main_tokens: int | None
     """Tokens seen by the branch `main`, if known."""
+    counts_steps: bool = True
+    """Whether the numbers in revisions are steps; otherwise those of checkpoints, whose steps are not known."""
+
+    @property
+    def repository(self) -> str:
+        """The part of `where` that all snapshots share: a repository or a folder, with what comes before it."""
+        return self.where.partition("{}")[0].rstrip("@/") or next(iter(self.patterns.values()))
 
     def revisions(self, steps: str | Sequence[int | str] = "all", listing: Listing = tuple) -> list[Revision]:
         """Revisions in the order of training.
@@ -221,7 +261,7 @@ class Model:
         Raises:
             UserError: it matches none of the model's patterns.
         """
-        if revision == "main":
+        if revision == "main" and self._has_branches:
             return Revision("main", "main", None, self.main_tokens)
         for i, (name, pattern) in enumerate(self.patterns.items()):
             if match := _expression(pattern).fullmatch(revision):
@@ -229,11 +269,16 @@ class Model:
                 tokens = None if self.tokens_per_step is None else step * self.tokens_per_step
                 if tokens is None and "billions" in match.groupdict():
                     tokens = int(match["billions"]) * 10**9
-                label = f"{name}-step{match['step']}" if i else f"step{step}"
+                label = f"{name}-step{match['step']}" if i else f"step{step}" if self.counts_steps else revision
                 return Revision(label, revision, step, tokens)
+        main = ", or main" if self._has_branches else ""
         raise UserError(
-            f"{self.name} has no revision {revision!r}: they are spelt {' or '.join(self.patterns.values())}, or main"
+            f"{self.name} has no revision {revision!r}: they are spelt {' or '.join(self.patterns.values())}{main}"
         )
+
+    @property
+    def _has_branches(self) -> bool:
+        return self.where.endswith("@{}")
 
     def listed(self, listing: Listing, name: str = "all") -> list[Revision]:
         """The revisions of one pattern, ascending; from the table if it lists them, else from `listing`."""

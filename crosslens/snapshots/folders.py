@@ -1,6 +1,9 @@
-"""Where snapshots are: a folder whose sub-folders are snapshots, or a folder or repository for each of them.
+"""Where snapshots are: a folder whose sub-folders are snapshots, or a place for each of them.
 
-The sub-folders are found by name, or listed in a `snapshots.json`.
+The sub-folders are found by name, or listed in a `snapshots.json`. A place is a model, or a model and an adapter that
+is merged into it (`model+adapter`); each of the two is a folder in the layout of transformers or peft, or
+`owner/name[/folder][@revision]` on the hub. Whatever is read here becomes `Snapshot`s, and nothing else in the package
+knows of how places are written.
 """
 
 from __future__ import annotations
@@ -9,12 +12,24 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosslens.config import LARGEST
-from crosslens.errors import UserError, brief, shortened
+from crosslens.errors import UserError, brief, read_json, shortened
+from crosslens.snapshots.hub import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    is_on_disk,
+    list_folders,
+    list_repositories,
+    list_revisions,
+    nearest_names,
+    split_name,
+)
 
 if TYPE_CHECKING:
+    from crosslens.snapshots.families import Model
     from crosslens.snapshots.snapshot import Snapshot
 
 
@@ -107,24 +122,36 @@ def _local_tokenizer(folder: Path, root: Path) -> str:
 
 
 def read_places(places: Mapping[str, str | Path]) -> list[Snapshot]:
-    """A snapshot for each label and place: a folder, or a repository with an optional `@revision` (else `@main`).
+    """A snapshot for each label and place; steps are those that labels such as step128 name, if all do.
 
     Raises:
-        UserError: no places, a revision of a folder, a folder that does not exist or holds no model, no tokenizer, or
-            a name that no repository can have.
+        UserError: no places, a revision of a folder, a folder that does not exist or holds no model or adapter, no
+            tokenizer, or a name that no repository can have.
+    """
+    rows = check_places(places)
+    return [
+        make_snapshot(label, step, None, place)
+        for (label, place), step in zip(rows.items(), steps_of([*rows]), strict=True)
+    ]
+
+
+def make_snapshot(
+    label: str, step: int | None, tokens: int | None, place: Place, repository: str | None = None
+) -> Snapshot:
+    """The snapshot in a place; its tokenizer is there, in a folder above it, or in another `repository`.
+
+    Raises:
+        UserError: a folder without a tokenizer.
     """
     from crosslens.snapshots.snapshot import Snapshot
 
-    rows = check_places(places)
-    snapshots: list[Snapshot] = []
-    for label, (name, revision) in rows.items():
-        tokenizer = _local_tokenizer(Path(name), Path(name).parent) if revision is None else None
-        snapshots.append(Snapshot(label, None, None, name, revision, tokenizer))
-    return snapshots
+    folder = Path(place.name)
+    tokenizer = _local_tokenizer(folder, folder.parent) if place.revision is None else None
+    return Snapshot(label, step, tokens, place.name, place.revision, tokenizer, repository, adapter=place.adapter)
 
 
-def check_places(places: Mapping[str, str | Path]) -> dict[str, tuple[str, str | None]]:
-    """For each label a folder and None, or a repository and a revision; nothing is looked up on the hub.
+def check_places(places: Mapping[str, str | Path]) -> dict[str, Place]:
+    """The place of each label; nothing is looked up on the hub.
 
     Raises:
         UserError: as in `read_places`, except that a tokenizer is not looked for.
@@ -134,33 +161,114 @@ def check_places(places: Mapping[str, str | Path]) -> dict[str, tuple[str, str |
             f"{shortened(places)!r} gives no models: give labels and places, such as "
             '{"base": "google/gemma-2-2b", "chat": "folder"}'
         )
-    found: dict[str, tuple[str, str | None]] = {}
+    found: dict[str, Place] = {}
     for label, place in places.items():
         if not isinstance(label, str) or not isinstance(place, str | Path):
             raise UserError(f"{label!r}: {shortened(place)!r} is not a place: give labels and places as strings")
-        repository, at, revision = str(place).partition("@")
-        folder = Path(place).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                hint = "; for all snapshots in its sub-folders use Snapshots.local" if _has_runs(folder) else ""
-                raise UserError(
-                    f"snapshot {label!r}: {place} has no config.json: give a model in the layout of transformers{hint}"
-                )
-            found[label] = str(folder.resolve()), None
-        elif at and Path(repository).expanduser().is_dir():
-            raise UserError(
-                f"snapshot {label!r}: {repository!r} is a local folder, which has no revision {revision!r}: give the "
-                "folder of that snapshot, or work in a directory without a folder of that name"
-            )
-        elif isinstance(place, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@.+)?", place):
-            raise UserError(
-                f"snapshot {label!r}: there is no folder {str(place)!r}, and it is no name of a repository: give a "
-                "folder, 'org/model' or 'org/model@revision'"
-            )
-        else:
-            found[label] = repository, revision or "main"
+        try:
+            found[label] = parse_place(place)
+        except UserError as error:
+            raise UserError(f"snapshot {label!r}: {error}") from error
     return found
+
+
+class Place(NamedTuple):
+    """Where a model is."""
+
+    name: str
+    """A folder, or `owner/name` on the hub, perhaps with a folder in the repository."""
+    revision: str | None
+    """Of a repository; None for a folder."""
+    adapter: str | None = None
+    """An absolute folder, or `owner/name[/folder]@revision` on the hub; None without one."""
+
+    def is_on_disk(self) -> bool:
+        """Whether the weights are on this disk; needs no connection."""
+        name, _, revision = (self.adapter or "").rpartition("@")
+        whole = self.revision is None or is_on_disk(self.name, self.revision)
+        return whole and (not name or is_on_disk(name, revision, ADAPTER_WEIGHTS))
+
+
+def parse_place(place: str | Path) -> Place:
+    """Read `model` or `model+adapter`, where each is a folder or `owner/name[/folder][@revision]`.
+
+    Raises:
+        UserError: a folder without a model or adapter, a revision of a folder, or what is neither a folder nor the name
+            of a repository.
+    """
+    model, plus, adapter = str(place).partition("+")
+    if not plus or Path(place).expanduser().is_dir():
+        return Place(*_parse_part(place, CONFIG))
+    name, revision = _parse_part(adapter, ADAPTER_CONFIG)
+    return Place(*_parse_part(model, CONFIG), name if revision is None else f"{name}@{revision}")
+
+
+def _parse_part(place: str | Path, config: str) -> tuple[str, str | None]:
+    """A folder and None, or the name of a repository, perhaps with a folder in it, and a revision."""
+    repository, at, revision = str(place).partition("@")
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        if not (folder / config).is_file():
+            raise UserError(f"{place} has no {config}: {_hint(folder, config)}")
+        return str(folder.resolve()), None
+    if at and Path(repository).expanduser().is_dir():
+        raise UserError(
+            f"{repository!r} is a local folder, which has no revision {revision!r}: give the folder of that snapshot, "
+            "or work in a directory without a folder of that name"
+        )
+    first = repository.split("/")[0]
+    if (
+        isinstance(place, Path)
+        or not _REPOSITORY.fullmatch(str(place))
+        or (repository.count("/") > 1 and Path(first).is_dir())
+    ):
+        listed = (
+            [path.as_posix() for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        )
+        near = nearest_names(str(place), listed)
+        hint = f"the nearest are {' and '.join(near)}" if near else "give a folder, 'org/model' or 'org/model@revision'"
+        raise UserError(f"there is no folder {str(place)!r}, and it is no name of a repository: {hint}")
+    return repository, revision or "main"
+
+
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*(@.+)?")
+
+
+def _hint(folder: Path, config: str) -> str:
+    """What a folder holds instead of a model or an adapter, and what to do."""
+    if config == ADAPTER_CONFIG:
+        return "give the folder of an adapter as peft saves it"
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG, "config of an adapter").get("base_model_name_or_path")
+        return f"it holds an adapter, so give its model, too: {base or 'model'}+{folder}"
+    hint = "; for all snapshots in its sub-folders use Snapshots.local" if _has_runs(folder) else ""
+    return f"give a model in the layout of transformers{hint}"
 
 
 def _has_runs(folder: Path) -> bool:
     return (folder / "snapshots.json").is_file() or any(folder.glob("step*/config.json"))
+
+
+def list_model(model: Model) -> tuple[str, ...]:
+    """What there is to stand in the place of `{}`: revisions of a repository, folders in it, repositories of an owner,
+    or local folders.
+
+    Args:
+        model: whose `where` and first pattern say what is looked for.
+    """
+    pattern = next(iter(model.patterns.values()))
+    before, _, after = model.where.partition("{}")
+    part = before.rsplit("+", 1)[-1]
+    config = ADAPTER_CONFIG if "+" in before else CONFIG
+    if part.endswith("@"):
+        return list_revisions(part[:-1])
+    root = Path(part).expanduser()
+    if part and root.is_dir():
+        found = root.glob(re.sub(r"\{.*?\}", "*", pattern))
+        return tuple(sorted(path.relative_to(root).as_posix() for path in found if (path / config).is_file()))
+    if part:
+        inside = split_name(part)[1]
+        folders = list_folders(part, after.partition("+")[0].removeprefix("@") or "main", config)
+        return tuple(name.removeprefix(inside) for name in folders)
+    owner, _, name = pattern.partition("/")
+    return list_repositories(owner, name.partition("{")[0])

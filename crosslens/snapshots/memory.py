@@ -25,12 +25,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, first_line
+from crosslens.snapshots.bridge import BRIDGE, HOOKED, kind_of, transformers_model
 from crosslens.snapshots.folders import steps_of
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.snapshots.snapshot import LanguageModel, Snapshot, quiet
 from crosslens.snapshots.weights import hash_named
 
-BRIDGE, HOOKED, PLAIN = "TransformerBridge", "HookedTransformer", "transformers model"
+PLAIN = "transformers model"
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class LoadedSnapshot(Snapshot):
             sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
         return _Known(
             kind,
-            _as_transformers(model) if kind == HOOKED else (model.original_model if kind == BRIDGE else model).config,
+            _as_transformers(model) if kind == HOOKED else (transformers_model(model) or model).config,
             max(sizes, key=lambda dtype: sizes[dtype]),
             _hash(model, kind) if self.is_function else None,
             None if kind == PLAIN else frozenset(model.hook_dict),
@@ -237,14 +238,8 @@ class LoadedSnapshot(Snapshot):
         Raises:
             UserError: it is neither, or has no language-model head.
         """
-        # slow imports
-        from transformer_lens import HookedTransformer
-        from transformer_lens.model_bridge import TransformerBridge
-
-        if isinstance(model, TransformerBridge):
-            return BRIDGE
-        if isinstance(model, HookedTransformer):
-            return HOOKED
+        if kind := kind_of(model):
+            return kind
         if isinstance(model, PreTrainedModel):
             if model.get_output_embeddings() is None:
                 raise self._error(

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
@@ -33,9 +33,15 @@ from transformers.utils import logging as transformers_logging
 
 from crosslens.distributed.devices import find_device
 from crosslens.errors import UserError, brief, check_characters, check_inside, first_line
+from crosslens.snapshots.adapters import merge, read_settings
+from crosslens.snapshots.bridge import boot, boot_hooked, official_name
 from crosslens.snapshots.hashes import remember_hash, remembered_hash
 from crosslens.snapshots.hub import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
     WEIGHTS,
+    commit_of,
     evict,
     hub_file,
     hub_folder,
@@ -44,6 +50,7 @@ from crosslens.snapshots.hub import (
     record_fingerprint,
     recorded_dtype,
     recorded_fingerprint,
+    split_name,
     unreachable,
     weight_etags,
 )
@@ -105,12 +112,6 @@ def quiet() -> Generator[None, None, None]:
             logging.disable(logged)
 
 
-def _drop_pattern(attention: Any, *_: Any) -> None:
-    """Bridges of some families keep (B, heads, T, T) of every block after the forward pass, and read it nowhere."""
-    if getattr(attention, "_pattern", None) is not None:
-        attention._pattern = None
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -140,28 +141,58 @@ class Snapshot:
     """Repository of the tokenizer; None if it is with the weights."""
     trust_remote_code: bool = False
     """Run the Python code that the repository or folder brings for its model or tokenizer, if it brings any."""
+    adapter: str | None = None
+    """A LoRA adapter that is merged into the weights: a folder, or `owner/name[/folder]@revision` on the hub."""
+
+    _CONFIG: ClassVar[str] = CONFIG
+    _WEIGHTS: ClassVar[tuple[str, ...]] = WEIGHTS
 
     def __post_init__(self) -> None:
         check_characters(self.label, "the label")
+        if self.adapter is not None:
+            check_characters(self.adapter, "the adapter")
         if self.revision is not None and Path(self.name).is_dir():
             raise self._error(
                 f"{self.name!r} is a local folder, which has no revision {self.revision!r}: use Snapshots.local, or "
                 "work in a directory without a folder of that name"
             )
 
+    def parts(self) -> list[Snapshot]:
+        """The model, and its adapter if it has one: what has files of its own."""
+        adapter = self._adapter()
+        return [self] if adapter is None else [replace(self, adapter=None), adapter]
+
+    def _adapter(self) -> _Adapter | None:
+        if self.adapter is None:
+            return None
+        name, at, revision = self.adapter.rpartition("@")
+        where = (name, revision) if at and not Path(self.adapter).is_absolute() else (self.adapter, None)
+        return _Adapter(self.label, self.step, self.tokens, *where)
+
+    @property
+    def place(self) -> str:
+        """Where it is, for tables: the revision or the folder, with that of an adapter."""
+        last = self.parts()[-1]
+        return (last.revision if last.revision not in (None, "main") else last.name) or ""
+
     def folder(self) -> Path:
         """The local folder with config.json; for a repository, that of the commit in the hub's cache."""
         if self.revision is not None:
             try:
-                return hub_folder(self.name, self.revision)
+                return hub_folder(self.name, self.revision, self._CONFIG)
             except UserError as error:
                 raise self._error(str(error)) from error
         folder = Path(self.name)
         if not folder.is_dir():
             raise self._error(f"there is no folder {folder}: check its path (a repository needs a revision: 'main')")
-        if not (folder / "config.json").is_file():
-            raise self._error(f"{folder} has no config.json: give a model in the layout of transformers")
+        if not (folder / self._CONFIG).is_file():
+            raise self._error(f"{folder} has no {self._CONFIG}: give a model in the layout of transformers")
         return folder
+
+    @property
+    def _commit(self) -> str:
+        """Of a repository."""
+        return commit_of(self.name, self.folder())
 
     def config(self) -> PretrainedConfig:
         """The configuration, from config.json, with eager attention whatever it says there."""
@@ -169,8 +200,11 @@ class Snapshot:
         if (folder / "adapter_config.json").is_file():  # applied to the weights, if the library peft is installed
             raise self._error(
                 f"{folder} has an adapter (adapter_config.json), which is no part of the weights that are compared: "
-                "merge it with merge_and_unload() and save the model, or delete the file"
+                "give the model and the folder as model+adapter, merge it with merge_and_unload() and save the model, "
+                "or delete the file"
             )
+        if adapter := self._adapter():
+            adapter.settings()
         try:
             check_sizes(folder / "config.json")
         except UserError as error:
@@ -205,8 +239,11 @@ class Snapshot:
         For a commit on the hub whose weights were evicted, the recorded one. Weights that are not on this disk and have
         no record are downloaded.
         """
+        return _join([part._own_fingerprint() for part in self.parts()])
+
+    def _own_fingerprint(self) -> str:
         if self.revision is not None and not self.is_on_disk():
-            known = recorded_fingerprint(self.name, self.folder().name)
+            known = recorded_fingerprint(self.name, self._commit)
             if known is not None:
                 return known
         weights = self._weights()
@@ -218,8 +255,8 @@ class Snapshot:
             except DamagedFileError as error:
                 raise self._damaged(error.path) from error
             remember_hash(weights, found)
-        if self.revision is not None and recorded_fingerprint(self.name, self.folder().name) != found:
-            record_fingerprint(self.name, self.folder().name, found, _name(self.stored_dtype))
+        if self.revision is not None and recorded_fingerprint(self.name, self._commit) != found:
+            record_fingerprint(self.name, self._commit, found, _name(self.stored_dtype))
         return found
 
     @property
@@ -227,13 +264,18 @@ class Snapshot:
         """The fingerprint, unless the weights have to be downloaded for it."""
         if self.is_on_disk():
             return self.fingerprint
-        return recorded_fingerprint(self.name, self.folder().name)
+        known = [
+            part.fingerprint if part.is_on_disk() else recorded_fingerprint(part.name, part._commit)
+            for part in self.parts()
+        ]
+        return None if None in known else _join([each for each in known if each])
 
     @property
     def known_dtype(self) -> str | None:
         """The name of `stored_dtype`, unless the weights have to be downloaded for it."""
-        if self.revision is not None and not self.is_on_disk():
-            return recorded_dtype(self.name, self.folder().name)
+        model = self.parts()[0]
+        if not model.is_on_disk():
+            return recorded_dtype(self.name, self._commit)
         return _name(self.stored_dtype)
 
     @property
@@ -242,11 +284,17 @@ class Snapshot:
 
         The contents of a commit never change.
         """
-        return self.fingerprint if self.revision is None else f"{self.name}@{self.folder().name}"
+        return "+".join(p.fingerprint if p.revision is None else f"{p.name}@{p._commit}" for p in self.parts())
 
     def weight_etags(self) -> tuple[str, ...] | None:
         """The hub's checksums of the files of weights; None for a folder, or if the hub does not answer."""
-        return None if self.revision is None else weight_etags(self.name, self.folder().name)
+        found: list[str] = []
+        for part in self.parts():
+            own = None if part.revision is None else weight_etags(part.name, part._commit, part._WEIGHTS)
+            if own is None:
+                return None
+            found += own
+        return tuple(found)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -263,28 +311,32 @@ class Snapshot:
 
     def is_on_disk(self) -> bool:
         """Whether the weights are on this disk; downloads nothing."""
-        return self.revision is None or is_on_disk(self.name, self.revision)
+        return all(p.revision is None or is_on_disk(p.name, p.revision, p._WEIGHTS) for p in self.parts())
 
     def evict(self) -> int:
         """Delete the weights from the hub's cache, and return the number of bytes freed.
 
         Local folders are kept, and so are weights that crosslens did not download.
         """
-        return 0 if self.revision is None else evict(self.name, self.folder().name)
+        return sum(evict(part.name, part._commit) for part in self.parts() if part.revision is not None)
 
     def tokenizer_source(self) -> Path:
-        """The folder of the tokenizer; that of the main branch if the revision has none."""
+        """The folder of the tokenizer; that of the main branch if the revision has none, or of the repository above a
+        folder in it."""
         if self.tokenizer_folder is not None:
             return Path(self.tokenizer_folder)
         if self.tokenizer_repository is not None:
             return self._final().tokenizer_source()
-        if self._fetch_tokenizer():
-            return self.folder()
-        if self.revision not in (None, "main"):
-            with contextlib.suppress(UserError):  # the message below is about the revision that was asked for
-                main = replace(self, revision="main")
-                if main._fetch_tokenizer():
-                    return main.folder()
+        if found := self._fetch_tokenizer(self.name):
+            return found
+        if self.revision is not None:
+            # the message below is about the place that was asked for
+            with contextlib.suppress(UserError):
+                if found := self._fetch_tokenizer(split_name(self.name)[0]):
+                    return found
+            with contextlib.suppress(UserError):
+                if found := replace(self, revision="main")._fetch_tokenizer(self.name):
+                    return found
         remedy = "save one there with save_pretrained"
         if self.revision is not None:
             remedy = f"the repository has none, or {unreachable(self.name, self.revision)}"
@@ -319,45 +371,16 @@ class Snapshot:
             self._check_attention(attention)
         tokenizer = self.read_tokenizer()
         original = self._load_transformers(torch_dtype, n_blocks)
-        # a slow import
-        from transformer_lens import HookedTransformer
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformer_lens.model_bridge.generalized_components import AttentionBridge
-
+        trust = self.trust_remote_code
         if backend == "bridge":
             with quiet():
-                model: Any = TransformerBridge.boot_transformers(
-                    self.name,
-                    hf_model=original.to(device),
-                    tokenizer=tokenizer,
-                    device=device,
-                    dtype=torch_dtype,
-                    trust_remote_code=self.trust_remote_code,
-                )
-            if attention != "eager":
-                original.set_attn_implementation(attention)  # booting sets some families to eager
-                # the bridges of most families compute scores themselves, so that hooks see them; their base class
-                # calls the attention of transformers, in which hooks at its input, output and heads (z) remain
-                for block in model.blocks:
-                    block.attn.__dict__["forward"] = functools.partial(AttentionBridge.forward, block.attn)
-            for block in model.blocks:
-                block.attn.register_forward_hook(_drop_pattern)
+                model = boot(original.to(device), self.name, tokenizer, device, torch_dtype, attention, trust)
             return model.requires_grad_(False).eval()
         try:
             with quiet():
-                # checkpoint_value= would download weights of its own; revision= only selects the config
-                model = HookedTransformer.from_pretrained_no_processing(
-                    official.name,
-                    hf_model=original,
-                    tokenizer=tokenizer,
-                    device=device,
-                    dtype=torch_dtype,
-                    revision=official.folder().name,
-                    first_n_layers=n_blocks,
-                    trust_remote_code=self.trust_remote_code,
-                )
+                commit = official._commit
+                model = boot_hooked(original, official.name, commit, tokenizer, device, torch_dtype, n_blocks, trust)
         except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
-            # TransformerLens has its own list of sizes for some families
             raise self._error(
                 f"HookedTransformer cannot load {self.name} as {official.name} ({first_line(error)}): use "
                 "backend='bridge'"
@@ -409,6 +432,8 @@ class Snapshot:
                 f"{self.folder()} is missing {len(missing)} tensors, such as {missing[0]}, which would be initialised "
                 "at random: copy or convert the weights again"
             )
+        if adapter := self._adapter():
+            adapter.merge_into(model, n_blocks)
         return model
 
     def _check_device(self, device: str) -> None:
@@ -418,27 +443,23 @@ class Snapshot:
     def _final(self) -> Snapshot:
         """The main branch of the tokenizer's repository."""
         assert self.tokenizer_repository is not None
-        return replace(self, name=self.tokenizer_repository, revision="main", tokenizer_repository=None)
+        return replace(self, name=self.tokenizer_repository, revision="main", tokenizer_repository=None, adapter=None)
 
     def _official(self) -> Snapshot:
         """The snapshot whose name TransformerLens knows: this one, or the tokenizer's repository."""
-        from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS, get_official_model_name
-
         candidates: list[Snapshot] = [] if self.revision is None else [self]
         if self.tokenizer_repository is not None:
             candidates.append(self._final())
-        for candidate in candidates:
-            with contextlib.suppress(ValueError):
-                known = get_official_model_name(candidate.name)
-                break
-        else:
+        candidate, known = next(((c, k) for c in candidates if (k := official_name(c.name))), (self, None))
+        if known is None:
             raise self._error(
                 f"HookedTransformer cannot load {self.name}, only hub repositories that TransformerLens knows by name: "
                 "use backend='bridge'"
             )
-        if known.startswith(NEED_REMOTE_CODE_MODELS) and not self.trust_remote_code:
+        name, needs_code = known
+        if needs_code and not self.trust_remote_code:
             raise self._error(
-                f"for {known}, TransformerLens's HookedTransformer runs Python code from the hub: use "
+                f"for {name}, TransformerLens's HookedTransformer runs Python code from the hub: use "
                 f"backend='bridge', or {_TRUST}"
             )
         return candidate
@@ -446,23 +467,23 @@ class Snapshot:
     def _file(self, filename: str) -> Path | None:
         """A file next to the config, downloaded if needed; None if it does not exist."""
         if self.revision is not None:
-            return hub_file(self.name, self.folder().name, filename)
+            return hub_file(self.name, self._commit, filename)
         path = self.folder() / filename
         return path if path.is_file() else None
 
-    def _fetch_tokenizer(self) -> bool:
-        """Whether the snapshot has a tokenizer; downloads its files."""
-        if not any(self._file(name) for name in _TOKENIZERS):
-            return False
-        for name in _TOKENIZER_EXTRAS:
-            self._file(name)
-        return True
+    def _fetch_tokenizer(self, name: str) -> Path | None:
+        """The folder with the tokenizer's files, downloaded: that of the snapshot, or its whole repository `name`."""
+        there = self._file if name == self.name else functools.partial(hub_file, name, self._commit)
+        found = next(filter(None, map(there, _TOKENIZERS)), None)
+        for extra in _TOKENIZER_EXTRAS if found else ():
+            there(extra)
+        return None if found is None else found.parent
 
     def _weights(self) -> list[Path]:
         """The weight files that transformers would load."""
-        if not self.is_on_disk():
-            mark_download(self.name, self.folder().name)
-        for filename in WEIGHTS:
+        if self.revision is not None and not is_on_disk(self.name, self.revision, self._WEIGHTS):
+            mark_download(self.name, self._commit)
+        for filename in self._WEIGHTS:
             if single := self._file(filename):
                 return [single]
             if index := self._file(f"{filename}.index.json"):
@@ -476,7 +497,7 @@ class Snapshot:
                 if None in shards:
                     raise self._absent(names[shards.index(None)])
                 return [shard for shard in shards if shard]
-        raise self._absent("model.safetensors or pytorch_model.bin")
+        raise self._absent(" or ".join(self._WEIGHTS))
 
     def _absent(self, what: str) -> UserError:
         remedy = "copy the weights there"
@@ -500,3 +521,43 @@ class Snapshot:
 
     def _error(self, message: str) -> UserError:
         return UserError(f"snapshot {self.label!r}: {message}")
+
+
+class _Adapter(Snapshot):
+    """An adapter of peft, which has its own files."""
+
+    _CONFIG: ClassVar[str] = ADAPTER_CONFIG
+    _WEIGHTS: ClassVar[tuple[str, ...]] = ADAPTER_WEIGHTS
+
+    def settings(self) -> dict[str, Any]:
+        """What its config says.
+
+        Raises:
+            UserError: it is damaged, or not merged here.
+        """
+        try:
+            return read_settings(self.folder() / ADAPTER_CONFIG)
+        except UserError as error:
+            raise self._error(str(error)) from error
+
+    def merge_into(self, model: Any, n_blocks: int | None) -> None:
+        """Merge it into a model of transformers on the CPU, of which the first `n_blocks` are there (None: all).
+
+        Raises:
+            UserError: it is damaged, or was trained on another model.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                readers: dict[str, Any] = {}
+                for path in self._weights():
+                    readers.update(open_weights(path, stack))
+                merge(model, self.settings(), readers, n_blocks)
+        except DamagedFileError as error:
+            raise self._damaged(error.path) from error
+        except UserError as error:
+            raise self._error(f"the adapter in {self.folder()} cannot be merged: {error}") from error
+
+
+def _join(fingerprints: list[str]) -> str:
+    """One checksum for several; of one the same."""
+    return fingerprints[0] if len(fingerprints) == 1 else hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()

@@ -517,7 +517,7 @@ def test_a_complete_cache_needs_neither_dataset_nor_network(
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("crosslens.activations.tokens.token_sequences", never)
+        patch.setattr("crosslens.activations.tokens.read_sequences", never)
         again = given().cache(tmp_path / "cache")
         assert torch.equal(next(again.batches(100)), expected)
         assert torch.equal(again.tokens, first.tokens) and torch.equal(again.held_out_tokens(), first.held_out_tokens())

@@ -13,6 +13,7 @@ import torch
 from crosslens.activations.loader import Activations
 from crosslens.activations.tokens import (
     Dataset,
+    Found,
     Sequences,
     kept_positions,
     places_in_data,
@@ -159,7 +160,7 @@ def test_documents_of_held_out_tokens(separator: str, drop: int, n_tokens: int |
     assert len(set(given)) >= 0.8 * len(given)
     # tokens that were found in a cache say the same
     cached = Sequences(data, OfWords(), seed)
-    cached.found = sequences.tokens, sequences.n_train
+    cached.found = Found(sequences.tokens, sequences.n_train, None)
     assert torch.equal(cached.held_out_documents(), found)
 
 

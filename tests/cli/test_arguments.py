@@ -232,7 +232,20 @@ def test_wrong_arguments_are_refused_before_anything_heavy_is_imported(files: Pa
 
 CLASSES = [each for each in vars(config).values() if dataclasses.is_dataclass(each)]
 UNLIMITED = {
-    *("snapshots", "hook", "column", "split", "wandb_project", "wandb_run_name", "cache", "task", "model", "base_url"),
+    *(
+        "snapshots",
+        "hook",
+        "column",
+        "split",
+        "wandb_project",
+        "wandb_run_name",
+        "cache",
+        "task",
+        "model",
+        "drop_roles",
+        "keep_roles",
+        "base_url",
+    ),
     *("second_model", "title", "steps", "null", "pair", "file", "init_from", "lower"),
     *("answers", "factor", "add", "at"),  # checked together, in their classes
 }

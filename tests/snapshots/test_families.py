@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import warnings
 from typing import Any
 
 import pytest
 
 from crosslens.errors import UserError
+from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.families import (
     Model,
     Revision,
@@ -130,7 +133,7 @@ def test_revisions_outside_the_table_come_from_the_hubs_list() -> None:
 
 
 def test_a_users_pattern() -> None:
-    model = pattern_model("me/model", "checkpoint-{step}", tokens_per_step=10)
+    model = pattern_model("me/model@checkpoint-{step}", tokens_per_step=10)
     assert model.revisions([200, 100]) == [
         Revision("step100", "checkpoint-100", 100, 1000),
         Revision("step200", "checkpoint-200", 200, 2000),
@@ -139,11 +142,102 @@ def test_a_users_pattern() -> None:
     assert [row.step for row in model.revisions("all", lambda: listed)] == [5, 50]
     with pytest.raises(UserError, match="step 6: the nearest are 5 and 50"):
         model.revisions([6], lambda: listed)
-    assert pattern_model("me/model", "s{step}-{billions}B").parse("s5-12B").tokens == 12 * 10**9
-    assert pattern_model("me/model", "s{step}").parse("s5").tokens is None
-    for wrong in ("checkpoint", "a{step}-{size}"):
-        with pytest.raises(UserError, match="must contain {step}, may contain {billions}, and nothing else"):
-            pattern_model("me/model", wrong)
+    assert pattern_model("me/model@s{step}-{billions}B").parse("s5-12B").tokens == 12 * 10**9
+    assert pattern_model("me/model@s{step}").parse("s5").tokens is None
+    for wrong in ("me/model@checkpoint", "me/model@a{step}-{size}", "me/model-{step}@s{step}"):
+        with pytest.raises(UserError, match="must contain {step} once, may contain {billions}, and nothing else"):
+            pattern_model(wrong)
+
+
+@pytest.mark.parametrize(
+    ("place", "where", "pattern", "name"),
+    [
+        ("me/model@s{step}", "me/model@{}", "s{step}", "model"),
+        ("me/model/ckpt/step{step}", "me/model/ckpt/{}", "step{step}", "ckpt"),
+        ("me/model/ckpt/step{step}/hf@v2", "me/model/ckpt/{}@v2", "step{step}/hf", "ckpt"),
+        ("me/model/ckpt@s{step}", "me/model/ckpt@{}", "s{step}", "ckpt"),
+        ("me/model-{step}-{billions}b", "{}", "me/model-{step}-{billions}b", "model"),
+        ("me/model-{step}/hf@v2", "{}/hf@v2", "me/model-{step}", "model"),
+        ("me/base@v1+me/lora/checkpoint-{step}", "me/base@v1+me/lora/{}", "checkpoint-{step}", "base"),
+        ("me/base+me/lora@s{step}", "me/base+me/lora@{}", "s{step}", "base"),
+        ("me/base+me/lora-{step}", "me/base+{}", "me/lora-{step}", "base"),
+        ("me/model@s{step}+me/lora", "me/model@{}+me/lora", "s{step}", "model"),
+    ],
+)
+def test_the_step_may_stand_anywhere_in_a_place(place: str, where: str, pattern: str, name: str) -> None:
+    model = pattern_model(place)
+    assert (model.where, [*model.patterns.values()]) == (where, [pattern])
+    spelt = pattern.format(step=70, billions=3)
+    assert model.parse(spelt)[:3] == ("step70", spelt, 70)
+    assert model.where.format(spelt) == place.format(step=70, billions=3)
+    assert model.name == name
+
+
+def test_every_family_says_where_its_facts_are_from() -> None:
+    """And a size beyond those of the table is refused with the nearest."""
+    for family, entry in read_table().items():
+        assert re.search(r"arXiv \d{4}\.\d{5}|github\.com/|huggingface\.co/", entry["about"]), family
+        assert entry.get("tokens_per_step") or "tokens" in entry["about"] or any(
+            "tokens_per_step" in size for size in entry["sizes"].values()
+        ) or entry.get("counts") == "checkpoints", family  # fmt: skip
+    with pytest.raises(UserError, match="stanford has no size 'gpt2-small-22'.*did you mean 'gpt2-small-21'"):
+        find_model("stanford", "gpt2-small-22")
+
+
+def test_the_newer_families() -> None:
+    from transformer_lens.loading_from_pretrained import STANFORD_CRFM_CHECKPOINTS
+    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+    gpt2 = find_model("stanford", "gpt2-medium-343")
+    assert [row.step for row in gpt2.revisions("all")] == STANFORD_CRFM_CHECKPOINTS
+    for size in read_table()["stanford"]["sizes"]:
+        assert find_model("stanford", size).repository in OFFICIAL_MODEL_NAMES
+    assert gpt2.parse("checkpoint-400000").tokens == 400_000 * 512 * 1024
+    assert len(read_table()["polypythias"]["sizes"]) == 51
+    assert find_model("polypythias", "160m-data-seed2").repository == "EleutherAI/pythia-160m-data-seed2"
+    assert find_model("polypythias", "14m-seed9").steps == find_model("pythia", "14m").steps
+    smollm = find_model("smollm3", "3b")
+    listed = ["main", "stage1-step-80000", "stage2-step-3480000", "stage1-step-40000", "lc-4k-to-32k-step-4000"]
+    assert smollm.revisions("all", lambda: listed) == [
+        ("step40000", "stage1-step-40000", 40_000, 94_371_840_000),  # the card says 94.4B
+        ("step80000", "stage1-step-80000", 80_000, 188_743_680_000),
+    ]
+    assert smollm.revisions("stage2", lambda: listed)[0][:3] == ("stage2-step3480000", "stage2-step-3480000", 3_480_000)
+    olmoe = find_model("olmoe", "1b-7b")
+    assert olmoe.parse("step1220000-tokens5117B").tokens == 5117 * 10**9
+    seven = find_model("olmo3", "7b").parse("stage1-step1413814")
+    assert seven.tokens == pytest.approx(5.93e12, rel=1e-3)  # the model card
+    assert find_model("olmo3", "32b").parse("stage1-step656000").tokens == pytest.approx(5.50e12, rel=1e-3)
+
+
+def test_checkpoints_that_are_numbered_without_steps() -> None:
+    amber = find_model("amber", "7b")
+    rows = amber.revisions([358, 7])
+    assert [row[:2] for row in rows] == [("ckpt_007", "ckpt_007"), ("ckpt_358", "ckpt_358")]
+    assert [row.tokens for row in rows] == [None, None] and len(amber.revisions("all")) == 359
+    snaps = Snapshots.from_model(amber, [7, 358, "main"])
+    assert (snaps.labels, snaps.steps) == (["ckpt_007", "ckpt_358", "main"], [None, None, None])
+    with pytest.raises(UserError, match="no snapshot at step 359: the nearest are 358"):
+        amber.revisions([359])
+
+
+def test_series_by_name_and_by_place() -> None:
+    assert Snapshots.series("stanford-gpt2-small-21", [0, 400_000]).labels == ["step0", "step400000"]
+    assert Snapshots.series("pythia-14m", "paper") == Snapshots.pythia("14m")
+    assert Snapshots.series("me/model@s{step}", [1, 2]).steps == [1, 2]
+    for wrong in ("gpt2", "me/model"):
+        with pytest.raises(UserError, match="is neither a model of pythia, .*, such as pythia-160m, nor a place with"):
+            Snapshots.series(wrong)
+
+
+def test_pythia_and_polypythias_are_told_apart() -> None:
+    places = {"a": "EleutherAI/pythia-70m@step1000", "b": "EleutherAI/pythia-70m-seed1@step1000"}
+    with pytest.warns(UserWarning, match="Pythia and PolyPythias differ in lineage: .*issues 142 and 203"):
+        Snapshots.of(places)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Snapshots.of({**places, "a": "EleutherAI/pythia-70m-seed2@step1000"})
+        Snapshots.of({"a": places["a"], "c": "someone/else"})
 
 
 def test_even_spacing() -> None:

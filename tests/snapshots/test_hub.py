@@ -182,13 +182,13 @@ def test_a_list_that_cannot_be_downloaded_is_no_error_but_a_bug_is(
         ("mian", ["main"]),
     ],
 )
-def test_the_nearest_revisions(revision: str, expected: list[str]) -> None:
+def test_the_nearest_names(revision: str, expected: list[str]) -> None:
     listed = ["main", "step0", "step1000", "step3000"]
     if revision.startswith("stage"):
         listed = ["stage2-ingredient1-step900", "stage1-step1000-tokens3B", "main"]
-        assert hub.nearest_revisions(revision, listed)[0] in listed
+        assert hub.nearest_names(revision, listed)[0] in listed
         return
-    assert hub.nearest_revisions(revision, listed)[: len(expected)] == expected
+    assert hub.nearest_names(revision, listed)[: len(expected)] == expected
 
 
 def weights(home: Path, revision: str) -> Path:
@@ -280,7 +280,7 @@ def check_one_at_a_time() -> None:
 
 
 def check_resolve() -> None:
-    model = pattern_model(REPO, "step{step}", 10)
+    model = pattern_model(f"{REPO}@step{{step}}", 10)
     snaps = Snapshots.from_model(model)
     assert snaps.labels == list(STEPS) and snaps.tokens == [0, 10_000, 30_000]
     assert Snapshots.from_model(model, "linear:2").labels == ["step0", "step3000"]
