@@ -47,6 +47,7 @@ ELSEWHERE = {
     "sample_by": "changes the tokens where it changes anything",
     "split": "of datasets on the hub",
     "trust_remote_code": "test_remote_code",
+    **dict.fromkeys(("keep_roles", "drop_roles"), "of conversations, test_chat"),
     "init_from": "test_another_start_is_refused",
     "recipe": "sets the options above",
     **dict.fromkeys(
