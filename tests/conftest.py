@@ -39,6 +39,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind reports what is left at exit
+
+
 BOS = "<|endoftext|>"
 SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "king", "child"), ("sees", "likes", "finds"), ("fish", "bread", "house")
 WORDS = ("the", "a", "near", ".", *SUBJECTS, *VERBS, *OBJECTS)
