@@ -251,7 +251,11 @@ def test_equal_models_have_no_births(snaps: Snapshots) -> None:
 
 
 def test_dates_have_steps_and_tokens(snaps: Snapshots) -> None:
-    found = concept_births(make_crosscoder(snaps, "standard_crosscoder"), snaps, pairs(9), presence=0.1).births
+    found = concept_births(make_crosscoder(snaps, "topk_crosscoder"), snaps, pairs(12), presence=0.1).births
+    order = found[["n_groups", "difference"]]
+    assert (
+        order.equals(order.sort_values(["n_groups", "difference"], ascending=False)) and order["n_groups"].nunique() > 1
+    )
     born = found[found["birth"].notna() & (found["birth"] < len(snaps))]
     assert len(born) and born["birth_step"].tolist() == [snaps.steps[int(s)] for s in born["birth"]]
 
