@@ -14,11 +14,11 @@ demo: $(STAMP)
 
 # a process a core, one thread each
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not exhaustive"
 
 # what is worth running before a release: many shapes, seeds and processes, browsers, notebooks
 test-exhaustive: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m exhaustive
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
 
 test-all: test test-exhaustive
 
@@ -29,7 +29,7 @@ test-fast: $(STAMP)
 test-lowest:
 	uv venv --quiet --clear --python 3.10 build/lowest
 	uv pip install --quiet --python build/lowest --resolution lowest-direct -e ".[dev]"
-	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto -m "not slow and not exhaustive"
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -n auto --dist worksteal -m "not slow and not exhaustive"
 
 # what this package uses of TransformerLens, with release 4, in an environment without SAELens, which needs a release below
 BRIDGE := build/transformer-lens-4

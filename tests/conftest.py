@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+import tests.checking  # noqa: F401 -- jaxtyping imports `tests` alone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +31,17 @@ torch.set_warn_always(True)
 ROOT = Path(__file__).parent.parent
 # programs that tests start import from `tests`, too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is looked through again by the collections of garbage that the package asks for."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind reports what is left at exit
+
 
 BOS = "<|endoftext|>"
 SUBJECTS, VERBS, OBJECTS = ("cat", "dog", "king", "child"), ("sees", "likes", "finds"), ("fish", "bread", "house")

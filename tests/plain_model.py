@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def make_crosscoder(snaps: Snapshots, architecture: str, seed: int = 0, layer: i
 
 @functools.cache
 def plain_model(folder: str) -> Any:
-    return GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return GPTNeoXForCausalLM.from_pretrained(folder, attn_implementation="eager").eval().requires_grad_(False)
 
 
 class Slow:
@@ -73,6 +74,7 @@ class Slow:
         f = cc.encode(self.acts)
         f[0] = 0  # training leaves out the BOS
         self.f = [cc.snapshot_acts(f, s) for s in range(len(snaps))]
+        self.clean = [self.metrics(s, self.acts[None, :, s])[0] for s in range(len(snaps))]
 
     def run(self, model: Any, replacement: Tensor | None = None, n: int = 1) -> tuple[Tensor, Tensor]:
         """Logits at the last position and the activation at the hook, of n versions of the prompt."""
@@ -97,7 +99,7 @@ class Slow:
         return logits[:, self.answers[0]] - logits[:, self.answers[1]]
 
     def metric(self, s: int, replacement: Tensor | None = None) -> Tensor:
-        return self.metrics(s, self.acts[None, :, s] if replacement is None else replacement[None])[0]
+        return self.clean[s] if replacement is None else self.metrics(s, replacement[None])[0]
 
     def decode(self, f: Tensor, s: int) -> Tensor:
         D = self.cc.d_model
@@ -121,11 +123,17 @@ class Slow:
             gradients = [total + weight * part for total, part in zip(gradients, found, strict=True)]
         return (f - f0) * gradients[0], torch.cat([torch.zeros(1), ((e - e0) * gradients[1]).sum(-1)[1:]])
 
+    def without_each(self, s: int, features: Iterable[int], f0: Tensor) -> Tensor:
+        """Metrics with one feature each at its baseline at all positions and the error node kept."""
+        versions: list[Tensor] = []
+        for feature in features:
+            edited = self.f[s].clone()
+            edited[:, feature] = f0[:, feature]
+            versions.append(self.decode(edited, s) + self.error(s))
+        return self.metrics(s, torch.stack(versions))
+
     def without(self, s: int, feature: int, f0: Tensor) -> Tensor:
-        """Metric with one feature at its baseline at all positions and the error node kept."""
-        edited = self.f[s].clone()
-        edited[:, feature] = f0[:, feature]
-        return self.metric(s, self.decode(edited, s) + self.error(s))
+        return self.without_each(s, [feature], f0)[0]
 
 
 def slow_runs(

@@ -172,6 +172,14 @@ def test_sequences_are_documents_where_nothing_separates_them() -> None:
     assert (found == found[:, :1]).all() and len(found[:, 0].unique()) == len(found) > 4
 
 
+def test_all_tokens_of_a_dataset_can_be_asked_for() -> None:
+    counts = torch.full((10,), 8)
+    order, n_train = split_sequences(counts, 72, 8, 0, "data")
+    assert sorted(order.tolist()) == list(range(10)) and n_train == 9
+    with pytest.raises(UserError, match="data has only 80 usable tokens, too few for n_tokens=73 plus 8 held out; ask"):
+        split_sequences(counts, 73, 8, 0, "data")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_places_in_the_data_are_those_that_sequences_were_drawn_from(seed: int) -> None:
     draw, places = torch.Generator().manual_seed(seed), []

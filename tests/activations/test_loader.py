@@ -25,7 +25,7 @@ from crosslens.activations import mixing
 from crosslens.activations.harvesting import harvest
 from crosslens.activations.loader import Activations, LiveActivations
 from crosslens.activations.mixing import MixedRows
-from crosslens.activations.plan import training_bytes
+from crosslens.activations.plan import evaluation_bytes, training_bytes
 from crosslens.activations.tokens import Dataset, special_positions
 from crosslens.crosscoders import JumpReLUCrosscoderTrainingConfig
 from crosslens.errors import UserError
@@ -407,6 +407,8 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
             acts.plan(measure=False, architecture=architecture, processes=n).evaluation_bytes >> 30 for n in (1, 4)
         )
         assert (evaluated_alone, evaluated_by_four) == (3, 1)
+    for positions, chunk in ((16, 4096), (5000, 5000)):  # features and two in float64, of the tokens encoded at a time
+        assert evaluation_bytes(100, 10, positions, 0) == 8192 * 4 * 10 + chunk * (8 * 100 + 24 * 10)
     light = acts.plan(measure=False, architecture=architecture, adam_moments="bfloat16")
     assert alone.training_bytes - light.training_bytes == 2 * 2 * 2 * 48 * 4096  # 2 bytes, 2 moments, 2 matrices
     measured = acts.plan()

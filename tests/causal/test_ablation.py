@@ -429,6 +429,7 @@ def ie(runs: PromptRuns) -> Attribution:
         ({"baseline": "patch"}, r"baseline='patch' needs the paired prompts: make the runs with PromptRuns\("),
         ({"k": [0]}, r"k=\[0\] must be one or more numbers"),
         ({"k": []}, r"k=\[\] must be one or more numbers"),
+        ({"k": [0, 2]}, r"k=\[0, 2\] must be one or more numbers, each at least 1"),
         ({"at": [3]}, r"snapshot 3 is not in \[-3, 2\]"),
         ({"k": [1, 25]}, "k=25 is more than the [0-9]+ features that are active on 'tiny' at step0: use k up to"),
         ({"k": [20], "controls": ["size_matched"]},

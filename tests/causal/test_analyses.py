@@ -30,6 +30,10 @@ from crosslens.tasks.task import Task
 from tests.plain_model import ITEMS, F, make_crosscoder, slow_runs
 
 K = 4
+SIZES = StudySizes(
+    ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20,
+    n_read_out=2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,7 @@ def crosscoder(snaps: Snapshots) -> Crosscoder:
 @pytest.fixture(scope="module")
 def found(crosscoder: Crosscoder, snaps: Snapshots, task: Task) -> Study:
     return study(
-        crosscoder, snaps, task, seed=3,
-        sizes=StudySizes(
-            ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20
-        ),
+        crosscoder, snaps, task, seed=3, sizes=SIZES,
         encoder_share=torch.full((F, 3), 1 / 3), decodability=torch.linspace(0, 1, 3 * F).view(F, 3),
     )  # fmt: skip
 
@@ -161,7 +162,7 @@ def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Ta
     unpaired = replace(task, items=tuple(replace(item, patch_prefix=None, info={}) for item in task.items))
     with pytest.raises(UserError, match="patch"):
         study(crosscoder, snaps, unpaired, baseline="patch")
-    sizes = StudySizes(ablate_k=(1,), keep_k=(1,), k=3, n_draws=2, n_draws_last=2, n_exact=3, n_pairs=3)
+    sizes = StudySizes(ablate_k=(1,), keep_k=(1,), k=3, n_draws=2, n_draws_last=2, n_exact=3, n_pairs=3, n_read_out=1)
     plain = study(crosscoder, snaps, unpaired, sizes=sizes)
     assert plain.ie.estimator.baseline == "zero"
     assert "languages/tiny" not in plain.tables
@@ -170,14 +171,11 @@ def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Ta
 
 def test_dates_follow_what_has_come_since(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
     """A study before `evolve`, and again after it: only the dates are made again."""
-    sizes = StudySizes(
-        ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20
-    )
     saved: list[str] = []
     accuracy = task.accuracy(snaps)
     births = pd.DataFrame({"feature": range(F), "birth": 1, "birth_low": 0, "birth_high": 2})
     again = study(
-        crosscoder, snaps, task, seed=3, sizes=sizes, known=found.tables, save=lambda tables: saved.extend(tables),
+        crosscoder, snaps, task, seed=3, sizes=SIZES, known=found.tables, save=lambda tables: saved.extend(tables),
         accuracy=accuracy, births=births,
     )  # fmt: skip
     assert saved == ["dates/tiny"] and found.tables["dates/tiny"]["context"].isna().all()
@@ -188,13 +186,10 @@ def test_dates_follow_what_has_come_since(crosscoder: Crosscoder, snaps: Snapsho
 
 def test_a_study_continues(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
     """Effects that are there are built on, and tables that are there are not made again."""
-    sizes = StudySizes(
-        ablate_k=(1, K, 10_000), keep_k=(K,), k=K, n_draws=2, n_draws_last=5, n_exact=6, n_pairs=5, n_bootstrap=20
-    )
     left = {name: table for name, table in found.tables.items() if not name.startswith(("ablation", "timeline"))}
     saved: list[str] = []
     again = study(
-        crosscoder, snaps, task, seed=3, sizes=sizes, known=left, save=lambda tables: saved.extend(tables),
+        crosscoder, snaps, task, seed=3, sizes=SIZES, known=left, save=lambda tables: saved.extend(tables),
         decodability=torch.linspace(0, 1, 3 * F).view(F, 3),
     )  # fmt: skip
     assert saved == ["ablation/tiny", "timeline/tiny"]
@@ -207,6 +202,6 @@ def test_a_study_continues(crosscoder: Crosscoder, snaps: Snapshots, task: Task,
         method="ig", rule="gauss_legendre", n_nodes=20
     )
     with pytest.raises(UserError, match="ranks features by removal"):
-        study(crosscoder, snaps, task, seed=3, sizes=sizes, known=of_ig)
+        study(crosscoder, snaps, task, seed=3, sizes=SIZES, known=of_ig)
     with pytest.raises(UserError, match="baseline zero: remove"):
-        study(crosscoder, snaps, task, seed=3, sizes=sizes, known=left, baseline="zero")
+        study(crosscoder, snaps, task, seed=3, sizes=SIZES, known=left, baseline="zero")

@@ -162,13 +162,13 @@ def test_exact_equals_one_run_per_feature(
     runs = PromptRuns(cc, snaps, task, batch_size=3, paired=True)
     found = attribute(runs, Estimator("exact", error=error), baseline=baseline)
     for s in (2,):
-        rows: list[list[float]] = []
+        rows: list[Tensor] = []
         errors: list[float] = []
         for run, (f0, e0) in zip(slow, baselines(baseline, slow, paired, s), strict=True):
             clean = run.metric(s)
-            rows.append([float((clean - run.without(s, i, f0)).detach()) for i in range(F)])
-            errors.append(float((clean - run.metric(s, run.decode(run.f[s], s) + e0)).detach()))
-        effects = torch.tensor(rows, dtype=torch.float64)
+            rows.append((clean - run.without_each(s, range(F), f0)).double())
+            errors.append(float(clean - run.metric(s, run.decode(run.f[s], s) + e0)))
+        effects = torch.stack(rows)
         same(found.effects[:, s], effects.mean(0))
         same(found.standard_errors[:, s], effects.std(0) / 2)
         same(found.error_effect[s], torch.tensor(errors).mean() if error == "joint" else torch.zeros(()))
@@ -335,12 +335,12 @@ def test_features_added_to_the_baseline_equal_single_splices(snaps: Snapshots, t
     s = 2
     removed, added = torch.zeros(F), torch.zeros(F)
     for run, (f0, e0) in zip(slow, baselines(baseline, slow, paired, s), strict=True):
-        start = run.decode(f0, s) + e0
+        alone = f0.repeat(F, 1, 1)
         for i in range(F):
-            f, g = run.f[s].clone(), f0.clone()
-            f[:, i], g[:, i] = f0[:, i], run.f[s][:, i]
-            removed[i] += float(run.metric(s) - run.metric(s, run.decode(f, s) + run.error(s))) / 4
-            added[i] += float(run.metric(s, run.decode(g, s) + e0) - run.metric(s, start)) / 4
+            alone[i, :, i] = run.f[s][:, i]
+        start = run.metric(s, run.decode(f0, s) + e0)
+        removed += (run.metric(s) - run.without_each(s, range(F), f0)) / 4
+        added += (run.metrics(s, run.decode(alone, s) + e0) - start) / 4
     every = torch.arange(F)
     same(exact_effects(runs, s, every, baseline), removed, atol=1e-4)
     same(exact_effects(runs, s, every, baseline, "baseline"), added, atol=1e-4)

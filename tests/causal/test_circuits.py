@@ -39,9 +39,11 @@ def upper_acts(model: Any, tokens: Tensor, layer: int, replacement: Tensor, abov
 
 @pytest.mark.parametrize("architecture", ["batchtopk_crosscoder", "jumprelu_crosscoder"])
 @torch.no_grad()
-def test_edges_are_the_slopes_of_plain_transformers(snaps: Snapshots, task: Task, architecture: str) -> None:
+def test_edges_are_the_slopes_of_plain_transformers(snaps: Snapshots, architecture: str) -> None:
     lower, upper = (make_crosscoder(snaps, architecture, seed=layer, layer=layer) for layer in (0, 1))
-    table = connect_features(lower, upper, snaps, task, [3, 7], n=F)
+    # means are over prompts, of which two are of one group
+    grouped = Task.from_items("grouped", [{**item, "group": group} for item, group in zip(ITEMS, "aabc", strict=True)])
+    table = connect_features(lower, upper, snaps, grouped, [3, 7], n=F)
     expected = torch.zeros(F, 2, len(snaps), dtype=torch.float64)
     parts = torch.zeros(2, len(snaps), dtype=torch.float64)
     for item in ITEMS:

@@ -83,10 +83,12 @@ def test_predictions_and_activations_are_those_of_plain_transformers(crosscoder:
 
 @torch.no_grad()
 def test_answers_that_are_not_given_are_what_the_last_model_says(crosscoder: Crosscoder, snaps: Snapshots) -> None:
-    found = trace(crosscoder, snaps, [*(text for text, _ in PAIRS), *PAIRS])
-    for i, (text, other) in enumerate(PAIRS):
+    pairs = [*PAIRS, ("cat sees", "fish near")]  # which the last model continues differently
+    differ: list[bool] = []
+    found = trace(crosscoder, snaps, [*(text for text, _ in pairs), *pairs])
+    for i, (text, other) in enumerate(pairs):
         logits = [
-            Slow(snaps, crosscoder, {**ITEMS[i], "prefix": one})
+            Slow(snaps, crosscoder, {**ITEMS[0], "prefix": one})
             .models[-1](torch.tensor([[0, *snaps.tokenizer(one)["input_ids"]]]))
             .logits[0, -1]
             for one in (text, other)
@@ -98,10 +100,12 @@ def test_answers_that_are_not_given_are_what_the_last_model_says(crosscoder: Cro
             False,
         ]
         then = int(logits[1].argmax())
-        row = found.prompts[found.prompts["prompt"] == i + len(PAIRS)].iloc[0]
+        row = found.prompts[found.prompts["prompt"] == i + len(pairs)].iloc[0]
+        differ.append(then != first)
         expected = [first, second if then == first else then]
         assert [row["correct"], row["wrong"]] == [snaps.tokenizer.decode([token]) for token in expected]
         assert row["paired"] == other and pd.isna(found.prompts["paired"].iloc[0])
+    assert any(differ) and not all(differ)
 
 
 def test_a_feature_matters_from_a_tenth_of_its_largest_effect(crosscoder: Crosscoder, snaps: Snapshots) -> None:

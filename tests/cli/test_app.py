@@ -777,8 +777,16 @@ batch-size = 128
 
 [study]
 task = ["sva:{files / "task.json"}"]
+ablate_k = [3]
+keep_k = [0]
 k = 3
+n_draws = 1
+n_draws_last = 2
 n_exact = 3
+n_validated = 3
+n_bootstrap = 20
+n_pairs = 3
+n_read_out = 2
 """
     config.write_text(text)
     code, out, err = command("run", config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from crosslens import config
 from crosslens.activations import files as cache_files
 from crosslens.activations import tokens
 from crosslens.causal import attribution
-from crosslens.cli.app import app
+from crosslens.cli.app import app, main
 from crosslens.cli.help import parse
 from crosslens.config import CrosscoderOptions, ModelOptions, SourceOptions, TrainingOptions
 from crosslens.crosscoders import DECLARATIONS
@@ -272,14 +273,13 @@ def arguments_of(options: Any) -> list[Any]:
 
 
 def shown(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "crosslens", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "1000"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told), pytest.raises(SystemExit) as stop:
+        patch.setenv("COLUMNS", "1000")
+        patch.setattr(sys, "argv", ["crosslens", *words])
+        main()
+    assert not stop.value.code
+    return told.getvalue()
 
 
 def test_help_shows_what_most_runs_need_and_help_all_the_rest() -> None:

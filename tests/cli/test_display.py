@@ -136,4 +136,5 @@ def test_numbers_have_the_digits_that_they_deserve() -> None:
     assert (number(math.nan), number(None), number(pd.NA), percent(math.nan)) == ("-",) * 4
     assert (percent(0.1234), number(-0.5, 2, sign=True)) == ("12.3%", "-0.50")
     assert [size(n) for n in (7, 2048, 1_500_000, 3 * 2**30)] == ["7 B", "2 KiB", "1.43 MiB", "3 GiB"]
+    assert size(1_023_600) == "1000 KiB"
     assert [counted(n, "table") for n in (0, 1, 1234)] == ["0 tables", "1 table", "1,234 tables"]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
-import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from crosslens.cli.app import main
 from crosslens.cli.failures import explain
 from crosslens.errors import UserError
+from crosslens.rundir import RunDir
+from tests.given import of_norms
 
 
 def caught(cause: BaseException) -> BaseException:
@@ -58,48 +61,40 @@ def test_failures_are_explained(error: BaseException, words: str, code: int):
     assert re.search(words, found[0]) and found[1] == code
 
 
-def test_real_errors_of_the_libraries_are_recognised(tmp_path: Path):
+def test_real_errors_of_the_libraries_are_recognised(tmp_path: Path) -> None:
     """Writing beyond a limit on the size of files fails as a full disk does."""
-    program = (
-        "import resource, signal, sys, torch\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "from crosslens.cli.failures import explain\n"
-        "from crosslens.rundir import RunDir\n"
-        "import pandas as pd\n"
-        "def table(): RunDir('run').save_table('own/x', pd.DataFrame({'x': torch.rand(9000).numpy()}))\n"
-        "def weights():\n"
-        "    from tests.given import of_norms\n"
-        "    of_norms(torch.rand(500, 3) + 1).save('crosscoder')\n"
-        "for write in (table, weights):\n"
-        "    try: write()\n"
-        "    except BaseException as error: print(*explain(error), sep=' | ')\n"
-        "    else: print('written')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all("File too large" in line and line.endswith("| 4") for line in lines), done
+    run, crosscoder = RunDir(tmp_path / "run"), of_norms(torch.rand(500, 3) + 1)
+    table = pd.DataFrame({"x": torch.rand(9000).numpy()})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    found: list[tuple[str, int]] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        for write in (lambda: run.save_table("own/x", table), lambda: crosscoder.save(tmp_path / "crosscoder")):
+            with pytest.raises(Exception) as failed:
+                write()
+            found.append(explain(failed.value))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all("File too large" in told and code == 4 for told, code in found) and len(found) == 2, found
 
 
-def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "crosslens", *map(str, arguments)], capture_output=True, text=True, **options
-    )
-
-
-def test_a_traceback_is_shown_only_on_request(tmp_path: Path):
+def test_a_traceback_is_shown_only_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.json").write_text('{"source": {"settings": {}}}')
     (tmp_path / "crosscoder").mkdir()
     (tmp_path / "crosscoder" / "cfg.json").write_text("{}")
     (tmp_path / "crosscoder" / "sae_weights.safetensors").write_bytes(b"x")
-    plain = command("evolve", tmp_path)
-    assert plain.returncode == 2 and plain.stderr.count("\n") == 1 and plain.stderr.startswith("crosslens: ")
-    debug = command("evolve", tmp_path, "--debug")
-    assert debug.returncode == 2 and "Traceback" in debug.stderr
-    assert debug.stderr.splitlines()[-1] == plain.stderr.strip()
+    told: list[str] = []
+    for options in ([], ["--debug"]):
+        monkeypatch.setattr(sys, "argv", ["crosslens", "evolve", str(tmp_path), *options])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        told.append(capsys.readouterr().err)
+    plain, debug = told
+    assert plain.count("\n") == 1 and plain.startswith("crosslens: ")
+    assert "Traceback" in debug and debug.splitlines()[-1] == plain.strip()
 
 
 def test_a_reader_that_has_ended_is_no_failure() -> None:

@@ -223,12 +223,13 @@ def test_curves_are_those_of_plain_runs(snaps: Snapshots, architecture: str, eve
     kept = [i for i in range(df.shape[1]) if len({h for h, d in zip(group, df[:, i], strict=True) if d != 0}) >= 8]
     assert sorted(found.births["feature"]) == kept and len(kept) > 2
     wide = found.curves.pivot(index="feature", columns="snapshot", values="r2")
-    for i in kept:
+    predicted = [slow_predictions(x[:, s], df[:, kept], deal[group], 0.01) for s in range(len(snaps))]
+    for at, i in enumerate(kept):
         difference = (df[:, i] ** 2).sum() / ((f[:, i] ** 2).sum() + (g[:, i] ** 2).sum())
         row = found.births.set_index("feature").loc[i]
         assert row["difference"] == pytest.approx(difference, rel=1e-4)
         for s in range(len(snaps)):
-            error = (df[:, i] - slow_predictions(x[:, s], df[:, [i]], deal[group], 0.01)[:, 0]) ** 2
+            error = (df[:, i] - predicted[s][:, at]) ** 2
             assert wide.loc[i, s] == pytest.approx(1 - error.sum() / (df[:, i] ** 2).sum(), abs=2e-3)
         assert row["r2"] == pytest.approx(wide.loc[i].max())
         assert row["peak"] == int(np.argmax(wide.loc[i]))
@@ -250,7 +251,11 @@ def test_equal_models_have_no_births(snaps: Snapshots) -> None:
 
 
 def test_dates_have_steps_and_tokens(snaps: Snapshots) -> None:
-    found = concept_births(make_crosscoder(snaps, "standard_crosscoder"), snaps, pairs(9), presence=0.1).births
+    found = concept_births(make_crosscoder(snaps, "topk_crosscoder"), snaps, pairs(12), presence=0.1).births
+    order = found[["n_groups", "difference"]]
+    assert (
+        order.equals(order.sort_values(["n_groups", "difference"], ascending=False)) and order["n_groups"].nunique() > 1
+    )
     born = found[found["birth"].notna() & (found["birth"] < len(snaps))]
     assert len(born) and born["birth_step"].tolist() == [snaps.steps[int(s)] for s in born["birth"]]
 

@@ -122,6 +122,13 @@ def test_rotation_per_interval_by_hand() -> None:
     assert last["from_step"].isna().all()
 
 
+def test_training_is_counted_in_steps_where_tokens_are_not_known_of_all() -> None:
+    recorded = snapshots_at(1, 2, 8)
+    recorded[1]["tokens"] = None
+    found = rotation_per_interval(of_rows([angles(0, 0, 60)] * 2, recorded))
+    assert found["doublings"].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(("jumprelu", "seed"), [(False, 0), (True, 1), (False, 2)])
 def test_halves_are_least_squares_of_all_features(jumprelu: bool, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

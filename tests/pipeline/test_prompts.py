@@ -13,6 +13,7 @@ import torch
 
 import crosslens as cl
 from crosslens.cli.app import app
+from crosslens.cli.prompts import _traced_words
 from crosslens.config import SteerOptions, TraceOptions
 from crosslens.errors import UserError
 from crosslens.pipeline import open_run
@@ -103,6 +104,14 @@ def test_models_are_steered(run: RunDir, capsys: pytest.CaptureFixture[str]) -> 
     table: Any = run.table("steered")
     assert len(table) == 4 and (table.loc[table["factor"] == 1, "text_loss_change"] == 0).all()
     assert (table.loc[table["factor"] == 1, "plain"] == table.loc[table["factor"] == 1, "steered"]).all()
+
+
+def test_features_without_examples_are_called_by_the_word_on_which_they_were_strongest(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert _traced_words(run) == {}
+    rows = {"feature": [3, 3, 5, 3], "token": [" cat", " dog", " a", " the"], "activation": [1.0, 2.5, 0.1, 2.0]}
+    run.save_table("trace_features", pd.DataFrame(rows))
+    assert _traced_words(run) == {3: "“dog”", 5: "“a”"}
 
 
 def test_the_page_shows_them(run: RunDir) -> None:

@@ -20,7 +20,7 @@ from crosslens.tasks.task import Task
 
 SIZES = {
     "ablate_k": (1, 3), "keep_k": (0, 3), "k": 3, "n_draws": 2, "n_draws_last": 3, "n_exact": 4, "n_validated": 3,
-    "n_bootstrap": 20, "n_pairs": 4,
+    "n_bootstrap": 20, "n_pairs": 4, "n_read_out": 2,
 }  # fmt: skip
 
 
@@ -87,6 +87,8 @@ def test_a_study_builds_on_its_first_parts(run: RunDir, file: Path) -> None:
     left = {name: run.table(name) for name in ("attribution/tiny", "prompts/tiny", "ablation/tiny")}
     same(left["attribution/tiny"], first.tables["attribution/tiny"])
     same(left["ablation/tiny"], second.curves)
+    sizes = second.curves.groupby("mode")["k"].unique()
+    assert sizes["ablate"].tolist() == [1, 2] and sizes["keep"].tolist() == [0, 1, 2]
     options = StudyOptions(task=spec, **SIZES, seed=1)  # type: ignore[arg-type]
     [(_, found)] = study(run, options, device="cpu")
     for name, table in left.items():

@@ -183,6 +183,23 @@ def test_every_feature_is_what_the_tables_say(written: RunDir) -> None:
                 assert near(drawn[task][0], rows["ie"]) and near(drawn[task][1], rows["ie_se"])
 
 
+def test_dates_are_those_of_readable_concepts_and_of_features_with_effects(tmp_path: Path) -> None:
+    run = add_features(make_run(tmp_path / "r", 3))
+    concepts = {"feature": [4, 5, 6], "birth": [1, 2, 1], "birth_low": [0, 1, 1], "birth_high": [2, 2, 2]}
+    run.save_table("concepts/simple", pd.DataFrame({**concepts, "readable_q": [0.01, 0.2, 0.05]}))
+    dated = {"feature": [6, 7], "matters": [2.0, np.nan], "matters_low": [1.0, np.nan], "succeeds": [1, 1]}
+    run.save_table("dates/simple", pd.DataFrame(dated))
+    write_scripts(run)
+    found = {number: feature["dates"] for number, (feature, _) in shards(run).items() if feature.get("dates")}
+    born = {row["feature"]: int(row["birth"]) for row in lives(run).dropna(subset=["birth"]).to_dict("records")}
+    context = [born[4]] * 3 if 4 in born else None
+    assert found == {
+        4: [["simple", [context, [1, 0, 2], None, None, None]]],
+        6: [["simple", [None, None, None, [2, 1, 2], [1, 1, 1]]]],
+        7: [["simple", [None, None, None, None, [1, 1, 1]]]],
+    }
+
+
 def test_examples_lens_and_nearest_are_those_of_the_tables(written: RunDir) -> None:
     found = shards(written)
     examples, around = table(written, "examples"), table(written, "example_tokens")

@@ -68,6 +68,8 @@ def test_features_are_as_frequent_and_as_large_as_the_crosscoders(crosscoder: Cr
         assert threshold[i] >= 0
         if threshold[i] > 0:  # between two estimates, or equal to some that are equal
             assert found <= wanted <= int((guess[:, i] >= threshold[i]).sum())
+            around = guess[:, i].sort(descending=True).values[max(wanted - 1, 0) : wanted + 1]
+            assert not 0 < wanted < len(x) or float(threshold[i]) == pytest.approx(float(around.mean()), rel=1e-5)
         else:  # an estimate that is not positive cannot be active
             assert found <= wanted
         if found:

@@ -228,6 +228,7 @@ def test_a_faster_process_is_no_error(demo: Path, tmp_path: Path, monkeypatch: p
         ({"n_layers": 0}, "n_layers=0 is too small"),
         ({"context_size": 1}, "context_size=1 is too small"),
         ({"d_model": 18, "n_heads": 4}, "d_model=18 does not split into 4 heads .* multiple of 8"),
+        ({"d_model": 12, "n_heads": 4}, "d_model=12 does not split into 4 heads of even width"),
         ({"warmup_steps": 7}, "warmup_steps=7 is outside 0 to n_steps=6"),
         ({"lr": 0.0}, "lr=0.0 is too small"),
         ({"snapshot_steps": ()}, r"snapshot_steps=\(\) must rise"),
