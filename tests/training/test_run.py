@@ -622,16 +622,16 @@ def test_a_non_finite_loss_stops_before_the_parameters_change(
             yield batch
 
     trainers: list[CrosscoderTrainer] = []
+    made = CrosscoderTrainer.__init__
 
-    class Watched(CrosscoderTrainer):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            trainers.append(self)
+    def watched(self: CrosscoderTrainer, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        trainers.append(self)
 
     poisoned.batches = batches  # type: ignore[method-assign]
     settings = config(run_dir=tmp_path / "run", n_checkpoints=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crosslens.training.run, "CrosscoderTrainer", Watched)
+        patch.setattr(CrosscoderTrainer, "__init__", watched)
         with pytest.raises(
             FloatingPointError, match=r"not finite at step 15 \(.*non-finite activations of step10\)"
         ) as error:
