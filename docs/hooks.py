@@ -56,10 +56,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def list_families() -> str:
     """A table of the families that are known by name."""
     rows = [
-        f"| `{name}` | {', '.join(f'`{size}`' for size in entry['sizes'])} | {entry['about']} |"
+        f"| `{name}` | {', '.join(f'`{size}`' for size in entry['sizes'])} | {_cell(entry['about'])} |"
         for name, entry in read_table().items()
     ]
     return "\n".join(["| family | sizes | snapshots, and where that is from |", "|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    """Text such as `<|endoftext|>` in a table, where a bar would end the cell."""
+    return html.escape(text).replace("|", "&#124;")
 
 
 def explain_options(markdown: str) -> str:
