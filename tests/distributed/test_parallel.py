@@ -297,6 +297,19 @@ def test_the_bar_counts_the_features_of_all_processes(acts: Activations, tmp_pat
     assert together[0] == together[1] and together[2] == together[3] and together[0][2:] != together[2][2:]
 
 
+def test_the_largest_of_a_token_over_processes_rank_nan_first(tmp_path: Path) -> None:
+    nan = math.nan
+    scores = torch.tensor([[nan, 1, 2, 5, 3, 4], [nan, 1, 2, 0, nan, 3], [1, 6, 2, 5, 3, 4]])
+
+    def body(rank: int) -> list[list[float]]:
+        own = scores[:, 3 * rank : 3 * rank + 3].topk(2, dim=-1).values
+        kth, allowed = join("cpu", 1)[0].kth_per_token(own)
+        kept = torch.minimum(torch.as_tensor(allowed).flatten(), ((own >= kth) | own.isnan()).sum(-1))
+        return [kth.flatten().tolist(), kept.tolist()]
+
+    assert run_ranks(2, tmp_path, body) == [[[5, math.inf, 5], [1, 1, 1]], [[5, math.inf, 5], [1, 1, 1]]]
+
+
 @pytest.mark.slow
 def test_held_out_metrics_are_logged_by_two_processes(
     acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
