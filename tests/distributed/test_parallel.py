@@ -504,6 +504,20 @@ def test_copies_of_a_feature_round_its_moments_alike(acts: Activations, tmp_path
     assert ranks[0]["loss"] == pytest.approx(expected, rel=0.05)
 
 
+def test_a_resumed_run_makes_the_checkpoints_of_one_that_was_never_stopped(acts: Activations, tmp_path: Path) -> None:
+    """Also that after the very token at which it was stopped, which comes a step later."""
+    run = RunDir(tmp_path / "run")
+    run.write_json({})
+    begun = trainer_of(acts, ALL["topk_crosscoder"](), ALONE, run, n_checkpoints=3)
+    planned = list(begun.checkpoint_thresholds)
+    train_until(begun, acts, 1)
+    begun.n_training_samples = planned[1]
+    begun.save_checkpoint("stopped")
+    resumed = trainer_of(acts, ALL["topk_crosscoder"](), ALONE, run, n_checkpoints=3)
+    assert resumed.resume() and resumed.n_training_samples == planned[1]
+    assert len(planned) == 3 and resumed.checkpoint_thresholds == planned[1:]
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "bit"])
 def test_no_process_resumes_from_a_damaged_checkpoint(acts: Activations, tmp_path: Path, damage: str):
     run = RunDir(tmp_path / "run")
