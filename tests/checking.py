@@ -19,8 +19,10 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if "<locals>" not in function.__qualname__ or function.__defaults__ or function.__kwdefaults__:
         return _checked(function)
-    names = function.__code__.co_varnames
-    key = function.__module__, function.__qualname__, names, repr(function.__annotations__)
+    # two classes may have one name; jaxtyping makes a class for each mention of a shape
+    hints = (hint if isinstance(hint, type) and not hasattr(hint, "dim_str") else repr(hint)
+             for hint in function.__annotations__.values())  # fmt: skip
+    key = function.__module__, function.__qualname__, function.__code__.co_varnames, *hints
     if key not in _inner:
         _inner[key] = _checked(function)
     return _inner[key]

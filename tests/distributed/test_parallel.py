@@ -308,6 +308,19 @@ def test_the_bar_counts_the_features_of_all_processes(acts: Activations, tmp_pat
     assert together[0] == together[1] and together[2] == together[3] and together[0][2:] != together[2][2:]
 
 
+def test_the_largest_of_a_token_over_processes_rank_nan_first(tmp_path: Path) -> None:
+    nan = math.nan
+    scores = torch.tensor([[nan, 1, 2, 5, 3, 4], [nan, 1, 2, 0, nan, 3], [1, 6, 2, 5, 3, 4]])
+
+    def body(rank: int) -> list[list[float]]:
+        own = scores[:, 3 * rank : 3 * rank + 3].topk(2, dim=-1).values
+        kth, allowed = join("cpu", 1)[0].kth_per_token(own)
+        kept = torch.minimum(torch.as_tensor(allowed).flatten(), ((own >= kth) | own.isnan()).sum(-1))
+        return [kth.flatten().tolist(), kept.tolist()]
+
+    assert run_ranks(2, tmp_path, body) == [[[5, math.inf, 5], [1, 1, 1]], [[5, math.inf, 5], [1, 1, 1]]]
+
+
 @pytest.mark.slow
 def test_held_out_metrics_are_logged_by_two_processes(
     acts: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -500,6 +513,20 @@ def test_copies_of_a_feature_round_its_moments_alike(acts: Activations, tmp_path
     joint = whole([rank["state"] for rank in ranks], 2)  # asserts that copies are equal to the bit
     assert joint["W_dec.exp_avg"].dtype == torch.bfloat16 and joint["W_dec.exp_avg"].shape == (40, 48)
     assert ranks[0]["loss"] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_resumed_run_makes_the_checkpoints_of_one_that_was_never_stopped(acts: Activations, tmp_path: Path) -> None:
+    """Also that after the very token at which it was stopped, which comes a step later."""
+    run = RunDir(tmp_path / "run")
+    run.write_json({})
+    begun = trainer_of(acts, ALL["topk_crosscoder"](), ALONE, run, n_checkpoints=3)
+    planned = list(begun.checkpoint_thresholds)
+    train_until(begun, acts, 1)
+    begun.n_training_samples = planned[1]
+    begun.save_checkpoint("stopped")
+    resumed = trainer_of(acts, ALL["topk_crosscoder"](), ALONE, run, n_checkpoints=3)
+    assert resumed.resume() and resumed.n_training_samples == planned[1]
+    assert len(planned) == 3 and resumed.checkpoint_thresholds == planned[1:]
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "bit"])

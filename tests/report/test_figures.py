@@ -20,6 +20,7 @@ from crosslens.report.figures import prompts as prompts_figures
 from crosslens.report.figures import rotation as rotation_figures
 from crosslens.report.figures import structure as structure_figures
 from crosslens.report.figures import trace as trace_figures
+from crosslens.report.tables import free_name
 
 
 def dynamics_of(S: int = 5, gap: bool = False) -> pd.DataFrame:
@@ -218,6 +219,45 @@ def test_sets_are_exchanged_or_zeroed_at_every_snapshot() -> None:
     assert len(drawn) == 4 and chart.note == "Sets of k = 5 features."
     one = (table.query("snapshot == 2") for table in (exchanged, zeroed))
     assert ablation_figures.zeroing(*one) == "Only one snapshot was ablated."
+
+
+def test_the_colours_of_transfer_reach_the_largest_share_of_either_sign() -> None:
+    rows = [
+        {"selected_at": a, "selected_at_label": f"step{a}", "selected_at_step": a, "ablated_at": b,
+         "ablated_at_label": f"step{b}", "ablated_at_step": b, "share": -2.0 if a < b else 0.5, "shared": 1, "k": 3,
+         "baseline": "zero"}
+        for a in range(3) for b in range(3)
+    ]  # fmt: skip
+    chart: Any = ablation_figures.transfer(pd.DataFrame(rows))
+    assert (chart.figure.layout.coloraxis.cmin, chart.figure.layout.coloraxis.cmax) == (-2, 2)
+
+
+def test_what_never_comes_is_drawn_at_the_last_snapshot() -> None:
+    table = pd.DataFrame({"feature": [4, 7]})
+    for kind in dates_figures.DATES:
+        table[kind], table[f"{kind}_low"], table[f"{kind}_high"] = [1, 3], [0, 2], [2, 3]
+    snapshots = pd.DataFrame({"snapshot": range(3), "label": ["step0", "step1", "step2"], "step": range(3)})
+    chart: Any = dates_figures.dates(table, snapshots)
+    first, ticks = chart.figure.data[0], chart.figure.layout.xaxis.tickvals
+    assert list(first.x) == [ticks[1], ticks[2]]
+    assert list(first.error_x.array) == [1, 0] and list(first.error_x.arrayminus) == [1, 0]
+
+
+def test_features_without_any_effect_are_not_drawn_as_others() -> None:
+    table = pd.DataFrame({"feature": [1, 2, 3], "ie": [0.1, 0.0, -0.2], "relie": np.nan})
+    assert effects_figures._others(table, 5) == [3, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_a_group_begin_with_the_early_ones(seed: int) -> None:
+    v = np.random.default_rng(seed).uniform(0.1, 1, (6, 5))
+    order = lifecycles_figures._clustered(pd.DataFrame({"origin": ["a"] * 6, "birth": 0, "peak": 0}), v)
+    late = v[order] @ np.arange(5) / v[order].sum(1)
+    assert sorted(order) == list(range(6)) and late[:3].mean() <= late[3:].mean()
+
+
+def test_names_differ_where_file_systems_do_not_know_case() -> None:
+    assert [free_name("A", taken) for taken in ([], ["b"], ["a"], ["a", "A-2"])] == ["A", "A", "A-2", "A-3"]
 
 
 def concepts() -> tuple[pd.DataFrame, pd.DataFrame]:

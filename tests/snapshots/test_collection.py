@@ -111,6 +111,12 @@ def test_a_manifest_gives_any_names_and_order(copy: Path) -> None:
     assert snaps[0].name == str(copy / "first")
 
 
+def test_a_configuration_without_a_vocabulary_is_no_tokenizer(copy: Path) -> None:
+    for step in copy.glob("step*"):
+        (step / "tokenizer_config.json").write_text("{}")
+    assert Snapshots.local(copy).tokenizer("c a p zebra")["input_ids"] == [4, 2, 17, 1]
+
+
 @pytest.mark.parametrize("place", ["step{}", "tokenizer", "."])
 def test_the_tokenizer_is_found_in_each_place(copy: Path, place: str) -> None:
     shutil.rmtree(copy / "tokenizer")
