@@ -31,6 +31,7 @@ from torch.nn.functional import normalize
 import crosslens as cl
 from crosslens.crosscoders import Crosscoder
 from crosslens.evolution import evolve
+from crosslens.training.evaluation import reconstruction_table
 
 SEEDS = (0, 1, 2, 3, 4)
 D_SAE, STEPS, BATCH = 256, 3000, 512
@@ -77,16 +78,13 @@ crosscoder of the same seed, mean and standard error over seeds. EV: of held-out
 @torch.no_grad()
 def scores(crosscoder: Crosscoder, acts: NarrowPair) -> dict[str, float]:
     """What a crosscoder found of the change, and what it calls new that is not."""
-    x = torch.cat(list(acts.held_out()))
-    features = crosscoder.encode(x)
-    error = (crosscoder.decode(features) - x).square().sum((0, 2))
-    alive = (features != 0).any(0)
+    quality, evolution = reconstruction_table(crosscoder, acts), evolve(crosscoder, acts)
+    alive, norms = evolution.alive, crosscoder.decoder_norms
     cosines = normalize(crosscoder.W_dec_by_snapshot[:, 1], dim=-1) @ acts.new.T
-    norms = crosscoder.decoder_norms
-    by_r2 = torch.from_numpy((evolve(crosscoder, acts).lifecycles("r2")["birth"] == 1).fillna(False).to_numpy(bool))
+    by_r2 = torch.from_numpy((evolution.lifecycles("r2")["birth"] == 1).fillna(False).to_numpy(bool))
     found: dict[str, float] = {
-        "explained_variance": float((1 - error / (x - x.mean(0)).square().sum((0, 2))).mean()),
-        "l0": float(features.count_nonzero() / len(x)),
+        "explained_variance": float(quality["explained_variance"].mean()),
+        "l0": float(quality["l0"].mean()),
         "live": int(alive.sum()),
         "any": _found(alive, cosines),
     }

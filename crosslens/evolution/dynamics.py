@@ -363,10 +363,10 @@ def feature_dates(evolution: Evolution, min_cosine: float) -> tuple[Any, Any]:
     """
     if not -1 < min_cosine <= 1:
         raise UserError(f"min_cosine={min_cosine} is not in (-1, 1]: it is a cosine, such as 0.5")
-    alive = ((evolution.require_firing().rate > 0).to("cpu") & evolution.turning)[:, None]
+    evolution.require_firing()  # otherwise features that never fire count, too
     lifecycles = evolution.lifecycles()
     births = lifecycles.loc[lifecycles["origin"] == "emergent", "birth"].to_numpy(dtype=np.int64)
-    kept = (rotation(evolution.crosscoder) >= min_cosine) & alive
+    kept = (rotation(evolution.crosscoder) >= min_cosine) & evolution.turning[:, None]
     settled = first_for_good(kept.numpy())
     return births, settled[settled < kept.shape[1]]
 

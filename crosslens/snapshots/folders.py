@@ -20,12 +20,14 @@ from crosslens.snapshots.hub import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
+    WEIGHTS,
     is_on_disk,
     list_folders,
     list_repositories,
     list_revisions,
     nearest_names,
     split_name,
+    split_place,
 )
 
 if TYPE_CHECKING:
@@ -184,9 +186,10 @@ class Place(NamedTuple):
 
     def is_on_disk(self) -> bool:
         """Whether the weights are on this disk; needs no connection."""
-        name, _, revision = (self.adapter or "").rpartition("@")
-        whole = self.revision is None or is_on_disk(self.name, self.revision)
-        return whole and (not name or is_on_disk(name, revision, ADAPTER_WEIGHTS))
+        parts = [(self.name, self.revision, WEIGHTS)]
+        if self.adapter is not None:
+            parts.append((*split_place(self.adapter), ADAPTER_WEIGHTS))
+        return all(revision is None or is_on_disk(name, revision, weights) for name, revision, weights in parts)
 
 
 def parse_place(place: str | Path) -> Place:

@@ -55,6 +55,12 @@ def split_name(repo: str) -> tuple[str, str]:
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
+def split_place(place: str) -> tuple[str, str | None]:
+    """An absolute folder and None; or a repository, perhaps with a folder in it, and its revision."""
+    name, at, revision = place.rpartition("@")
+    return (name, revision) if at and not Path(place).is_absolute() else (place, None)
+
+
 def _within(repo: str, filename: str) -> tuple[str, str]:
     """A repository, and the name that a file has in it."""
     repository, folder = split_name(repo)
@@ -102,7 +108,7 @@ def hub_folder(repo: str, revision: str, config: str = CONFIG) -> Path:
 
 def commit_of(repo: str, folder: Path) -> str:
     """The commit that `hub_folder` found."""
-    depth = split_name(repo)[1].count("/") + 1 if split_name(repo)[1] else 0
+    depth = len(Path(split_name(repo)[1]).parts)
     return [folder, *folder.parents][depth].name
 
 

@@ -51,6 +51,7 @@ from crosslens.snapshots.hub import (
     recorded_dtype,
     recorded_fingerprint,
     split_name,
+    split_place,
     unreachable,
     weight_etags,
 )
@@ -165,9 +166,7 @@ class Snapshot:
     def _adapter(self) -> _Adapter | None:
         if self.adapter is None:
             return None
-        name, at, revision = self.adapter.rpartition("@")
-        where = (name, revision) if at and not Path(self.adapter).is_absolute() else (self.adapter, None)
-        return _Adapter(self.label, self.step, self.tokens, *where)
+        return _Adapter(self.label, self.step, self.tokens, *split_place(self.adapter))
 
     @property
     def place(self) -> str:

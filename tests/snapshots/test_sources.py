@@ -31,6 +31,7 @@ from crosslens.errors import UserError
 from crosslens.pipeline.opening import parse_snapshots
 from crosslens.snapshots import ModelSettings, Snapshots
 from crosslens.snapshots.families import pattern_model
+from crosslens.snapshots.folders import parse_place
 from crosslens.snapshots.hub import hub_folder, list_folders, list_repositories, list_revisions
 from tests.hub_server import revision_folder, run_program, serve
 from tests.snapshots.test_collection import TOKENS, write_model, write_tokenizer
@@ -126,6 +127,13 @@ def test_an_adapter_is_merged_as_by_hand(
         assert (snaps[0].load("cpu")(TOKENS) - expected.logits).abs().max() > 0.01
     _, cache = merged.run_with_cache(TOKENS)
     torch.testing.assert_close(cache[HOOK], expected.hidden_states[2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_of_an_adapter_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    model = make("neox", tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    place = f"{tmp_path / 'base'}+{write_adapter(tmp_path / 'me@home' / 'lora', model, 1, ('dense',))}"
+    assert parse_place(place).is_on_disk() and Snapshots.of({"tuned": place})[0].is_on_disk()
 
 
 @pytest.mark.parametrize(("family", "targets", "settings"), CASES)

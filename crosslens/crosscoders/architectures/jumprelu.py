@@ -208,18 +208,17 @@ class JumpReLUCrosscoderTrainingSAE(_JumpReLUGate, CrosscoderTrainingSAE):
 
     @override
     def saved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            _LOG if name == _DIRECT else name: each.detach().log() if name == _DIRECT else each
-            for name, each in tensors.items()
-        }
+        found = super().saved(tensors)
+        if _DIRECT in found:
+            found[_LOG] = found.pop(_DIRECT).detach().log()
+        return found
 
     @override
     def trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.cfg.direct_thresholds:
-            return dict(tensors)
-        return {
-            _DIRECT if name == _LOG else name: each.exp() if name == _LOG else each for name, each in tensors.items()
-        }
+        found = super().trained(tensors)
+        if self.cfg.direct_thresholds:
+            found[_DIRECT] = found.pop(_LOG).exp()
+        return found
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
