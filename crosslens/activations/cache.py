@@ -252,7 +252,9 @@ class ActivationCache:
         Raises:
             UserError: a file belongs to another cache, shard or snapshot.
         """
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        # activations alone: another process may remove a lock or rename a partial file between its listing and its stat
+        entries = (entry for entry in os.scandir(self.folder) if entry.name.endswith(".safetensors"))
+        sizes = {entry.name: entry.stat().st_size for entry in entries}
         pairs = ((shard, s) for s in range(self.n_snapshots) for shard in range(self.n_shards))
         missing = [pair for pair in pairs if not self._is_good(pair, sizes.get(self.path(*pair).name), verify)]
         for path in (self.path(*pair) for pair in missing):

@@ -580,3 +580,10 @@ def test_what_is_there_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "scandir", lambda path: listed.__setitem__(0, listed[0] + 1) or scan(path))
     assert cache.missing() == cache.missing() == [] and listed == [2]
     assert sorted(opened) == sorted(path.name for path in tmp_path.glob("acts-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_a_lock_that_goes_while_the_folder_is_listed_is_no_fault(tmp_path: Path):
+    cache = ActivationCache(tmp_path, torch.zeros(4, 3, dtype=torch.int32), 2, 1, 4, "float32", {"x": 1})
+    (tmp_path / "harvest-00000-s00.lock").symlink_to("gone")  # it is listed, and there is nothing to stat
+    assert cache.missing() == [(shard, s) for s in range(cache.n_snapshots) for shard in range(cache.n_shards)]
