@@ -67,6 +67,9 @@ class RunDir:
 
     Args:
         path: the directory; it is created when something is saved.
+
+    Attributes:
+        writes: whether anything is written; of several processes that work together only the first writes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,6 +77,7 @@ class RunDir:
         self.crosscoder = self.path / "crosscoder"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report"
+        self.writes = True
         self._made_with: dict[str, Any] = {}
 
     @classmethod
@@ -133,6 +137,8 @@ class RunDir:
         Args:
             contents: all of it.
         """
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(contents, default=str))
         write_text(self.path / "run.json", json.dumps({"checksum": json_checksum(plain), **plain}, indent=1))
@@ -188,6 +194,9 @@ class RunDir:
         Raises:
             UserError: another process is writing; or the directory cannot be used.
         """
+        if not self.writes:
+            yield
+            return
         release = self.hold(part)
         try:
             yield
@@ -362,6 +371,8 @@ class RunDir:
 
         path = self._table_path(name)
         check_table(name, table.columns)
+        if not self.writes:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not any(p.name == path.name for p in path.parent.iterdir()):
             raise UserError(

@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 import crosslens.distributed.parallel
+import crosslens.distributed.together
 
 
 def run_ranks(world: int, folder: Path, body: Callable[[int], Any]) -> list[Any]:
@@ -35,7 +36,8 @@ def _enter(rank: int, world: int, port: int, folder: Path, body: Callable[[int],
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    crosslens.distributed.parallel.TIMEOUT = timedelta(minutes=5)  # so that a failing test ends
+    # so that a failing test ends
+    crosslens.distributed.parallel.TIMEOUT = crosslens.distributed.together.TIMEOUT = timedelta(minutes=5)
     torch.set_num_threads(1)  # a forked process does not have its parent's threads
     try:
         torch.save(body(rank), folder / f"rank-{rank}.pt")

@@ -34,6 +34,7 @@ from torch import Tensor
 from crosslens.activations.cache import ActivationCache, turns
 from crosslens.distributed.devices import rank_and_world
 from crosslens.distributed.parallel import TIMEOUT, Parallel
+from crosslens.distributed.together import in_rounds
 from crosslens.errors import UserError
 from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
@@ -110,11 +111,17 @@ def harvest(
     chosen = range(len(snapshots)) if only is None else [only]
     out = torch.empty(*tokens.shape, len(chosen), snapshots.hook_width(hook_name))
     n_blocks = hook_layer(hook_name) if cut else None
-    for column, s in enumerate(chosen):
+
+    def harvest_one(s: int) -> Float[Tensor, "N T D"]:
+        acts = torch.empty(*tokens.shape, out.shape[-1])
         with _CUT_MODELS:
             model = snapshots.model(s, settings, n_blocks)
-            run_to_hooks(model, tokens, {hook_name: out[:, :, column]}, settings, abandoned)
-        check_finite(out[:, :, column], snapshots.labels[s], hook_name)
+            run_to_hooks(model, tokens, {hook_name: acts}, settings, abandoned)
+        check_finite(acts, snapshots.labels[s], hook_name)
+        return acts
+
+    for column, acts in enumerate(in_rounds(harvest_one, chosen)):
+        out[:, :, column] = acts
     return out
 
 

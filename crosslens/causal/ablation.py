@@ -46,10 +46,10 @@ from crosslens.causal.attribution import (
 )
 from crosslens.causal.relative import check_level
 from crosslens.crosscoders.kernels.topk import row_pointers
+from crosslens.distributed.together import each, shares
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.printing import Result
-from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import interval
 
@@ -146,10 +146,11 @@ def ablate(
     error = (not keep) if error is None else error
     by = "magnitude" if keep else "signed"
     # draw all sets before ablating any, so that a set that cannot be drawn is refused at once
-    drawn = [draw_sets(runs, ie, s, k, by=by, controls=controls, baseline=baseline) for s in where]
-    rows: list[dict[str, Any]] = []
-    progress = tqdm(where, desc=f"{'Keeping' if keep else 'Ablating'} {runs.task.name}", unit="snapshot", leave=False)
-    for s, kinds in zip(progress, drawn, strict=True):
+    found = runs.each_snapshot(lambda s: draw_sets(runs, ie, s, k, by=by, controls=controls, baseline=baseline), where)
+    drawn = dict(zip(where, found, strict=True))
+
+    def ablate_at(s: int) -> list[dict[str, Any]]:
+        kinds = drawn[s]
         common = {
             "snapshot": s,
             "label": runs.snapshots.labels[s],
@@ -159,6 +160,7 @@ def ablate(
         clean = set_metrics(runs, s, [runs.features[:0]])[0]
         sets = [ids for kind in kinds for ids in kind.sets]
         found = set_metrics(runs, s, sets, keep=keep, baseline=baseline, error=error)
+        rows: list[dict[str, Any]] = []
         for kind, per_set in zip(kinds, found.split([len(kind.sets) for kind in kinds]), strict=True):
             over_draws = per_set.mean(-1)
             many = len(over_draws) > 1
@@ -180,8 +182,11 @@ def ablate(
                     "n_draws": len(over_draws),
                 }
             )
+        return rows
+
+    rows = runs.each_snapshot(ablate_at, where, desc="Keeping" if keep else "Ablating")
     return Result.of(
-        pd.DataFrame(rows),
+        pd.DataFrame([row for of_snapshot in rows for row in of_snapshot]),
         f"{runs.task.name}, features {'kept' if keep else 'ablated'}: metric in logits on {len(runs)} prompts in "
         f"{runs.n_groups} groups",
         ["label", "features", "k", "metric", "clean", "change_se"],
@@ -250,7 +255,11 @@ def set_metrics(
     columns = _columns(runs, sets)
     mean = runs.mean(s).to(runs.crosscoder.device) if baseline == "mean" else None
     edit = _Edit(keep, baseline, error, mean, positions)
-    return torch.cat([_batch_metrics(part, columns, edit) for part in runs.at(s)], -1)
+    parts = each(
+        lambda some: torch.cat([_batch_metrics(part, [columns[i] for i in some], edit) for part in runs.at(s)], -1),
+        shares(range(len(columns))),
+    )
+    return torch.cat(parts)
 
 
 def _columns(runs: PromptRuns, sets: Sequence[Tensor] | Tensor) -> list[Int[Tensor, " _"]]:

@@ -35,7 +35,6 @@ from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.causal.relative import check_level
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
-from crosslens.progress import tqdm
 from crosslens.stats import interval, resample, resample_counts
 
 REPLICATES = 1000
@@ -93,9 +92,8 @@ def pair_additivity(
     where = check_effects(runs, ie, at)
     for s in where:
         check_k(k, ie, s)
-    tables: list[pd.DataFrame] = []
-    rows: list[dict[str, Any]] = []
-    for s in tqdm(where, desc=f"Pairs of {runs.task.name}", unit="snapshot", leave=False):
+
+    def ablate_at(s: int) -> tuple[pd.DataFrame, dict[str, Any]]:
         rng = np.random.default_rng((seed, s))
         features = ie.top(k, s, by="magnitude")
         every = np.array(list(combinations(range(k), 2)))
@@ -106,20 +104,18 @@ def pair_additivity(
         single, joint = effects[:k].mean(-1), effects[k:].mean(-1)
         place = {"snapshot": s, "label": runs.snapshots.labels[s], "step": runs.snapshots.steps[s]}
         total = single[pairs].sum(-1)
-        tables.append(
-            pd.DataFrame(
-                {
-                    **{name: [entry] * len(pairs) for name, entry in place.items()},
-                    "feature_a": features.numpy()[pairs[:, 0]],
-                    "feature_b": features.numpy()[pairs[:, 1]],
-                    "effect_a": single[pairs[:, 0]],
-                    "effect_b": single[pairs[:, 1]],
-                    "sum": total,
-                    "joint": joint,
-                    "deviation": joint - total,
-                    "interacting": interacting(single[pairs], joint),
-                }
-            )
+        table = pd.DataFrame(
+            {
+                **{name: [entry] * len(pairs) for name, entry in place.items()},
+                "feature_a": features.numpy()[pairs[:, 0]],
+                "feature_b": features.numpy()[pairs[:, 1]],
+                "effect_a": single[pairs[:, 0]],
+                "effect_b": single[pairs[:, 1]],
+                "sum": total,
+                "joint": joint,
+                "deviation": joint - total,
+                "interacting": interacting(single[pairs], joint),
+            }
         )
         found = {
             "interacting": interacting(single[pairs], joint).mean(keepdims=True),
@@ -132,7 +128,9 @@ def pair_additivity(
         ):
             low, high = interval(drawn, level)
             row |= {name: float(estimate[0]), f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
+        return table, row
+
+    tables, rows = zip(*runs.each_snapshot(ablate_at, where, desc="Pairs"), strict=True)
     return Additivity(pd.concat(tables, ignore_index=True), pd.DataFrame(rows))
 
 

@@ -232,7 +232,9 @@ class _Work:
         """Make the tables of an analysis, unless all are there."""
         if all(pattern.format(self.task.name) in self.tables for pattern in patterns):
             return
-        made = analyse()
+        self._keep(analyse())
+
+    def _keep(self, made: Tables) -> None:
         self.tables |= made
         if self.save is not None:
             self.save(made)
@@ -247,7 +249,7 @@ class _Work:
                 self.selection, baseline=self.baseline, positions=True, n_exact=sizes.n_exact,
                 n_bootstrap=sizes.n_bootstrap,
             )  # fmt: skip
-            self.make(["attribution/{}"], lambda: effect_tables(found, self.crosscoder, self.encoder_share))
+            self._keep(effect_tables(found, self.crosscoder, self.encoder_share))
             return found
         how = known.estimator
         if how.method != METHODS[0] or self.baseline not in (None, how.baseline):
@@ -268,14 +270,13 @@ def known_effects(task: str, tables: Mapping[str, pd.DataFrame], crosscoder: Cro
 
 
 def effect_tables(ie: Attribution, crosscoder: Crosscoder, encoder_share: Float[Tensor, "F S"] | None = None) -> Tables:
-    """Tables of effects on the selection split, by their names in a run directory."""
-    tables = {
-        f"attribution/{ie.task}": ie.to_frame(crosscoder.decoder_norms, encoder_share),
-        f"attribution/{ie.task}.snapshots": ie.snapshot_frame().assign(split="selection"),
-    }
-    if ie.prompts is not None:
-        tables[f"prompts/{ie.task}"] = ie.prompt_frame()
-    return tables
+    """Tables of effects on the selection split, by their names in a run directory.
+
+    They are saved in this order. That of the effects is the last: where it is there, the others are.
+    """
+    tables = {} if ie.prompts is None else {f"prompts/{ie.task}": ie.prompt_frame()}
+    tables[f"attribution/{ie.task}.snapshots"] = ie.snapshot_frame().assign(split="selection")
+    return {**tables, f"attribution/{ie.task}": ie.to_frame(crosscoder.decoder_norms, encoder_share)}
 
 
 def ablation_table(

@@ -64,10 +64,10 @@ from crosslens.causal.relative import (
     share_relie,
     significant,
 )
+from crosslens.distributed.together import each, shares
 from crosslens.errors import UserError, did_you_mean
 from crosslens.intervention.prompt_runs import BatchAt, Pairs, PromptRuns, check_features, on_runs
 from crosslens.printing import as_html, as_text, plot
-from crosslens.progress import tqdm
 from crosslens.snapshots.lookup import find_snapshot
 from crosslens.stats import rank_correlation, resample_counts, sign_flip_p
 from crosslens.tasks.items import Item
@@ -222,8 +222,9 @@ def attribute(
     warn_of_few_groups(runs.task.name, runs.n_groups, len(runs))
     draws = _draws(runs.n_groups, n_bootstrap, seed)
     snapshots, task = runs.snapshots, runs.task
-    progress = tqdm(range(len(snapshots)), desc=f"Attributing {task.name}", unit="snapshot", leave=False)
-    columns = [_attribute_snapshot(runs, s, estimator, draws, positions, selected, n_exact) for s in progress]
+    columns = runs.each_snapshot(
+        lambda s: _attribute_snapshot(runs, s, estimator, draws, positions, selected, n_exact), desc="Attributing"
+    )
     # snapshots last, as everywhere in an Attribution
     words = [column.pop("words") for column in columns]
     stacked = {name: torch.stack([column[name] for column in columns], -1) for name in columns[0]}
@@ -765,12 +766,14 @@ def exact_effects(
         raise UserError(f"end={end!r} is unknown; use one of {ENDS}{did_you_mean(end, ENDS)}")
     ids = check_features(features, runs.crosscoder.cfg.d_sae)
     mean = runs.mean(s).to(runs.crosscoder.device) if baseline == "mean" else None
-    wanted = torch.isin(runs.features, ids)
     total = torch.zeros(len(runs.features), dtype=torch.float64)
-    for part in runs.at(s):
-        total += single_effects(part, baseline, mean, wanted, end).sum(0)
+
+    def add_up(some: Tensor) -> Tensor:
+        wanted = torch.isin(runs.features, some)
+        return sum((single_effects(part, baseline, mean, wanted, end).sum(0) for part in runs.at(s)), total)
+
     found = torch.zeros(runs.crosscoder.cfg.d_sae, dtype=torch.float64)
-    found[runs.features] = total / len(runs)
+    found[runs.features] = sum(each(add_up, shares(ids)), total) / len(runs)
     return found[ids]
 
 

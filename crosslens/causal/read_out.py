@@ -87,15 +87,15 @@ def read_out(
     changes = _late_changes(runs, ids)
     rows = crosscoder.W_dec_by_snapshot[ids.to(crosscoder.device)].float()  # (n, S, D)
     norms = rows[:, -1].norm(dim=-1, keepdim=True)
-    own, mapped, control = (np.empty((len(ids) + 1, S, len(runs))) for _ in range(3))
-    control = control[..., 0]
-    for s in range(S):
+
+    def effects_at(s: int) -> tuple[Any, ...]:
         turned = rows[:, -1] @ _rotation(runs, s).to(rows)
         directions = torch.stack([normalize(rows[:, s], dim=-1), normalize(turned, dim=-1), *random.to(rows)])
         effects = _effects(runs, s, changes, norms * directions / crosscoder.activation_scale[s])
-        own[:, s], mapped[:, s] = effects[:2]
-        control[:, s] = np.sqrt((effects[2:].mean(-1) ** 2).mean(0))
-    return _table(runs, ids, own, mapped, control)
+        return *effects[:2], np.sqrt((effects[2:].mean(-1) ** 2).mean(0))
+
+    found = runs.each_snapshot(effects_at, desc="Reading out")
+    return _table(runs, ids, *(np.stack(parts, 1) for parts in zip(*found, strict=True)))
 
 
 @on_runs
@@ -125,9 +125,9 @@ def read_by_last(runs: PromptRuns, *, ridge: float = 1e-2) -> pd.DataFrame:
     late = list(runs.at(S - 1))
     even = (runs.groups % 2 == 0).split([len(batch) for batch in late])
     targets = [batch.clean.cpu() for batch in late]
-    found: list[dict[str, Any]] = []
     dates = snapshot_columns(runs.crosscoder)
-    for s in range(S):
+
+    def read_at(s: int) -> dict[str, Any]:
         acts = runs.clean_acts(s)
         metrics = [torch.empty(len(batch)) for batch in late]
         for half in (False, True):
@@ -139,14 +139,13 @@ def read_by_last(runs: PromptRuns, *, ridge: float = 1e-2) -> pd.DataFrame:
                 put = torch.where(batch.keep[..., None], put, batch.clean)
                 metric[part == half] = batch.metric(put).cpu()[part == half]
         metric = torch.cat(metrics)
-        found.append(
-            {
-                "snapshot": s, "label": dates["label"][s], "step": dates["step"][s], "metric": float(metric.mean()),
-                "metric_se": standard_error(metric, runs.groups), "accuracy": float((metric > 0).double().mean()),
-                "n_prompts": len(runs), "n_groups": runs.n_groups,
-            }
-        )  # fmt: skip
-    table = pd.DataFrame(found)
+        return {
+            "snapshot": s, "label": dates["label"][s], "step": dates["step"][s], "metric": float(metric.mean()),
+            "metric_se": standard_error(metric, runs.groups), "accuracy": float((metric > 0).double().mean()),
+            "n_prompts": len(runs), "n_groups": runs.n_groups,
+        }  # fmt: skip
+
+    table = pd.DataFrame(runs.each_snapshot(read_at, desc="Reading by the last snapshot"))
     table.insert(list(table).index("accuracy"), "share", table["metric"] / table["metric"].iloc[-1])
     return table
 

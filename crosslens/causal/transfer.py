@@ -25,7 +25,6 @@ from crosslens.causal.ablation import (
 from crosslens.causal.attribution import Attribution, resolve_baseline
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
-from crosslens.progress import tqdm
 
 
 @on_runs
@@ -72,9 +71,9 @@ def transfer_matrix(
     error = (not keep) if error is None else error
     snapshots = runs.snapshots
     sets = [ie.top(k, s, by="magnitude" if keep else "signed") for s in where]
-    rows: list[dict[str, Any]] = []
-    progress = tqdm(where, desc=f"Transfer on {runs.task.name}", unit="snapshot", leave=False)
-    for s, own in zip(progress, sets, strict=True):
+
+    def ablate_at(s: int) -> list[dict[str, Any]]:
+        own, rows = sets[where.index(s)], list[dict[str, Any]]()
         common = reference_metrics(runs, s, keep=keep, baseline=baseline, error=error)
         active = active_features(runs, s, baseline)
         found = set_metrics(runs, s, sets, keep=keep, baseline=baseline, error=error)
@@ -95,5 +94,10 @@ def transfer_matrix(
                     "metric_se": standard_error(metric, runs.groups),
                 }
             )
-    table = pd.DataFrame(rows).sort_values(["selected_at", "ablated_at"], ignore_index=True)
+        return rows
+
+    rows = runs.each_snapshot(ablate_at, where, desc="Transfer")
+    table = pd.DataFrame([row for of_snapshot in rows for row in of_snapshot]).sort_values(
+        ["selected_at", "ablated_at"], ignore_index=True
+    )
     return table.assign(share=faithfulness(table))

@@ -43,7 +43,6 @@ from crosslens.causal.attribution import Attribution, exact_effects, resolve_bas
 from crosslens.causal.relative import check_level, relie, share_relie, significant
 from crosslens.errors import UserError
 from crosslens.intervention.prompt_runs import PromptRuns, on_runs
-from crosslens.progress import tqdm
 from crosslens.stats import bootstrap, rank_correlation
 
 REPLICATES = 1000
@@ -112,8 +111,8 @@ def validate(
         raise UserError(f"no feature has a significant effect on {ie.task!r}: give more prompts, or another task")
     order = ie.effects[candidates].abs().amax(-1).argsort(descending=True, stable=True)
     features = candidates[order[:max_features]].sort().values
-    progress = tqdm(range(S), desc=f"Validating {runs.task.name}", unit="snapshot", leave=False)
-    exact = torch.stack([exact_effects(runs, s, features, baseline) for s in progress], -1)
+    by_snapshot = runs.each_snapshot(lambda s: exact_effects(runs, s, features, baseline), desc="Validating")
+    exact = torch.stack(by_snapshot, -1)
     norms = runs.crosscoder.decoder_norms.detach().cpu().double()
     columns = {
         "exact": exact,

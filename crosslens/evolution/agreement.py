@@ -25,14 +25,17 @@ Symbols: n tokens, S snapshots, D d_model, F features.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_pairs
 from crosslens.evolution.held_out import HeldOut, read
@@ -88,18 +91,19 @@ def top_agreement(
     active = (held.f > 0).astype(bool)
     ids = torch.from_numpy(np.flatnonzero(active.sum(0))) if features is None else features
     active = active.tocsc()[:, ids.numpy()]
-    agreement, share = (torch.empty(len(ids), size, dtype=torch.float64) for size in (S - 1, S))
-    before = torch.empty(0)
-    for s in range(S):
+    filters = held.covariances if by == "filter" else None  # by all processes, before they part
+
+    def strongest(s: int) -> tuple[Int[Tensor, "n k"], Float64[Tensor, " n"]]:
         centred = (held.x[s] - held.means[s].float()).to(held.device)
-        if by == "filter":  # it is symmetric: applied to the tokens, which are fewer than the features
-            centred = centred @ _inverse(held.covariances[s], ridge).to(centred)
+        if filters is not None:  # they are symmetric: applied to the tokens, which are fewer than the features
+            centred = centred @ _inverse(filters[s], ridge).to(centred)
         top = torch.cat([_top(_directions(crosscoder, part, s, by), centred, n_top) for part in ids.split(_BLOCK)])
         rows = active[top.numpy().flatten(), np.arange(len(ids)).repeat(n_top)]
-        share[:, s] = torch.from_numpy(np.reshape(rows, (-1, n_top)).mean(1))
-        if s:
-            agreement[:, s - 1] = _shared(before, top)
-        before = top
+        return top, torch.from_numpy(np.reshape(rows, (-1, n_top)).mean(1))
+
+    tops, parts = zip(*each(strongest, range(S)), strict=True)
+    share = torch.stack(parts, 1)
+    agreement = torch.stack([_shared(before, after) for before, after in pairwise(tops)], 1)
     v = relative_norms(crosscoder.decoder_norms)[ids]
     smaller = torch.minimum(v[:, 1:], v[:, :-1])
     if by != "encoder":

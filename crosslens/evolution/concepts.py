@@ -123,14 +123,12 @@ def concept_births(
     df, total = df[:, kept], total[:, kept]
     fold = _deal(runs.n_groups, seed)[group]
     S = crosscoder.n_snapshots
-    error = np.stack(
-        [
-            _by_group((df - predict(rows.acts[:, s].double().numpy(), df, fold, ridge)) ** 2, group, runs.n_groups)
-            for s in range(S)
-        ],
-        -1,
-    )
-    read = _Sums(error, total)
+
+    def error_at(s: int) -> Any:
+        left = df - predict(rows.acts[:, s].double().numpy(), df, fold, ridge)
+        return _by_group(left**2, group, runs.n_groups)
+
+    read = _Sums(np.stack(runs.each_snapshot(error_at), -1), total)
     size = (rows.features.double().square() + rows.paired_features.double().square()).sum(0).numpy()[kept]
     features = runs.features.numpy()[kept]
     order = np.lexsort((-total.sum(0) / size, -(total > 0).sum(0)))

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import DECLARATIONS, Crosscoder
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.evolution.columns import per_feature, snapshot_columns
 from crosslens.evolution.held_out import HeldOut, read, sums_by_column
@@ -81,15 +82,17 @@ def latent_scaling(crosscoder: Crosscoder, acts: Activations | HeldOut) -> Laten
     at_peak = decoder[torch.arange(len(decoder), device=decoder.device), norms.argmax(1)]
     columns = held.f.tocsc()
     squares = torch.from_numpy(columns.astype(np.float64).power(2).sum(0))
-    sums = torch.zeros(2, *norms.shape, dtype=torch.float64)
-    for s in range(crosscoder.n_snapshots):
+
+    def sums_at(s: int) -> Float64[Tensor, "2 F"]:
         own, gated = decoder[:, s].contiguous(), held.gated(s)
         left = held.x[s].to(held.device) - crosscoder.b_dec_by_snapshot[s]
         left -= sums_by_column(gated.T.tocsc(), own)  # the transpose: by token
         # add the feature's own contribution back: sum f f_is <W_is, d>
         twice = torch.from_numpy(columns.multiply(gated.tocsc()).sum(0)).to(own)
         found = sums_by_column(columns, left).addcmul_(twice[:, None], own)
-        sums[:, :, s] = torch.stack([(found * row).sum(1).double().cpu() for row in (own, at_peak)])
+        return torch.stack([(found * row).sum(1).double().cpu() for row in (own, at_peak)])
+
+    sums = torch.stack(each(sums_at, range(crosscoder.n_snapshots)), -1)
     lengths = norms.double().cpu()
     found = sums / squares[:, None] / torch.stack([lengths, lengths.amax(1, keepdim=True).expand_as(lengths)])
     found = torch.where(found.isfinite(), found, torch.nan)

@@ -40,6 +40,7 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.activations.plan import logit_sequences
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.firing import Firing, measure_firing
@@ -47,7 +48,6 @@ from crosslens.evolution.geometry import rotation
 from crosslens.evolution.history import Evolution, evolve
 from crosslens.evolution.lifecycles import PRESENCE
 from crosslens.evolution.ngrams import NgramCounts, is_predicted
-from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.stats import interval, resample_counts
@@ -166,9 +166,9 @@ def measure_predictions(
     group = torch.arange(N) * G // N
     draws = torch.from_numpy(np.vstack([np.ones((1, G)), resample_counts(G, n_bootstrap, seed)]))
     snapshots.check(weights=False)
-    found: dict[str, list[np.ndarray]] = {"kl1": [], "kl2": [], "loss": []}
     step = min(max(1, batch_tokens // T), logit_sequences(len(snapshots.tokenizer), T))
-    for s in tqdm(range(len(snapshots)), desc="Dynamics", unit="snapshot", leave=False):
+
+    def measure_at(s: int) -> list[np.ndarray]:
         model: Any = snapshots.model(s, settings)
         averages.clear()
         for batch, use, sure, of in zip(
@@ -181,15 +181,17 @@ def measure_predictions(
                     f"snapshot {snapshots.labels[s]} has non-finite logits: check its weights or leave it out"
                 )
             averages.add(log_p, batch, use, sure, of)
-        for name, values in zip(found, averages.divergences(draws), strict=True):
-            found[name].append(values if name == "loss" else _without_bias(values))
+        kl1, kl2, loss = averages.divergences(draws)
+        return [_without_bias(kl1), _without_bias(kl2), loss]
+
+    found = each(measure_at, range(len(snapshots)), "Dynamics")
     table = pd.DataFrame({"label": snapshots.labels})
     for unit, values in (("step", snapshots.steps), ("tokens", snapshots.tokens)):
         table[unit] = pd.array(values, dtype="Int64")
-    stacked = {name: np.stack(values, 1) for name, values in found.items()}
+    kl1, kl2, loss = (np.stack(values, 1) for values in zip(*found, strict=True))
     n = int(predicted.sum())
     return Dynamics(
-        table, **stacked, n=n, known=int(known.sum()) / n, n_groups=G,
+        table, kl1=kl1, kl2=kl2, loss=loss, n=n, known=int(known.sum()) / n, n_groups=G,
         unigram_entropy=counts.unigram_entropy, bigram_entropy=counts.bigram_entropy,
     )  # fmt: skip
 

@@ -47,6 +47,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import each, in_rounds
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns, snapshot_pairs
 from crosslens.evolution.firing import Firing, measure_firing
@@ -141,15 +142,18 @@ def half_cosines(crosscoder: Crosscoder, acts: Activations | HeldOut) -> HalfCos
     parts = slice(n // 2), slice(n // 2, n)
     same, following = torch.empty(F, S), torch.empty(F, S - 1)
     before: Tensor | None = None
-    halves: list[tuple[Tensor, Any]] = []
-    for s in range(S):  # one snapshot at a time: a (2, F, S, D) tensor is too much for large crosscoders
-        if s == 0 or crosscoder.gate_per_snapshot:
-            f = held.gated(s)
-            halves = [_standardised(f[part]) for part in parts]
+    shared = None if crosscoder.gate_per_snapshot else [_standardised(held.f[part]) for part in parts]
+
+    def rows_at(s: int) -> Float[Tensor, "2 F D"]:
         here = torch.full((2, F, D), torch.nan)
+        halves = shared or [_standardised(held.gated(s)[part]) for part in parts]
         for half, (part, (ids, f)) in enumerate(zip(parts, halves, strict=True)):
             x = held.x[s][part].to(held.device)
             here[half, ids] = normalize(_solve(f, x - x.mean(0)), dim=-1, eps=1e-30).cpu()
+        return here
+
+    # one snapshot at a time: a (2, F, S, D) tensor is too much for large crosscoders
+    for s, here in enumerate(in_rounds(rows_at, range(S))):
         one, other = here
         same[:, s] = (one * other).sum(-1).clamp(-1, 1)
         if before is not None:
@@ -222,12 +226,14 @@ def linear_maps(crosscoder: Crosscoder, acts: Activations | HeldOut, *, ridge: f
         UserError: no activations held out, or those of other snapshots.
     """
     held = read(crosscoder, acts, purpose="Linear maps")
-    maps: list[Tensor] = []
-    for s in range(crosscoder.n_snapshots - 1):
-        own = held.covariances[s]
+    covariances = held.covariances
+
+    def map_from(s: int) -> Float[Tensor, "D D"]:
+        own = covariances[s]
         size = own.diagonal().mean().clamp(min=_TINY)
-        maps.append(torch.linalg.solve(own + ridge * size * torch.eye(len(own)), held.covariance(s, s + 1)))
-    return torch.stack(maps).float()
+        return torch.linalg.solve(own + ridge * size * torch.eye(len(own)), held.covariance(s, s + 1)).float()
+
+    return torch.stack(each(map_from, range(crosscoder.n_snapshots - 1)))
 
 
 def rotation_per_interval(
@@ -366,11 +372,13 @@ def feature_dimensionality(
         UserError: activations that are not the crosscoder's.
     """
     present, sizes = _present(crosscoder, acts, presence)
-    out = torch.full(present.shape, torch.nan, dtype=torch.float64)
-    for s in range(crosscoder.n_snapshots):
-        ids = present[:, s].nonzero().flatten()
-        out[ids, s] = _dimensionality(_rows(crosscoder, ids, s), sizes[ids])
-    return out
+
+    def at(s: int) -> Float[Tensor, " F"]:
+        out, ids = torch.full((len(present),), torch.nan, dtype=torch.float64), present[:, s].nonzero().flatten()
+        out[ids] = _dimensionality(_rows(crosscoder, ids, s), sizes[ids])
+        return out
+
+    return torch.stack(each(at, range(crosscoder.n_snapshots)), 1)
 
 
 @torch.no_grad()
@@ -380,7 +388,7 @@ def total_dimensionality(
     *,
     presence: float = PRESENCE,
     seed: int = 0,
-    each: Float[Tensor, "F S"] | None = None,
+    dimensionality: Float[Tensor, "F S"] | None = None,
 ) -> pd.DataFrame:
     """Sum the dimensionality of the present features at every snapshot, and that of as many random directions.
 
@@ -389,7 +397,7 @@ def total_dimensionality(
         acts: activations of its snapshots, or the result of `measure_firing`.
         presence: a feature is present where its norm is at least this share of its largest norm.
         seed: seed for the random directions, which have the same number and norms as the present features.
-        each: the result of `feature_dimensionality`, computed here if None.
+        dimensionality: the result of `feature_dimensionality`, computed here if None.
 
     Returns:
         A row per snapshot: snapshot, label, step, tokens, present (number of features), total (the sum of `D_is`),
@@ -404,9 +412,9 @@ def total_dimensionality(
     D = crosscoder.d_model
     snapshots = snapshot_columns(crosscoder)
     snapshots.insert(0, "snapshot", np.arange(len(snapshots)))
-    each = feature_dimensionality(crosscoder, firing, presence=presence) if each is None else each
-    totals: list[list[float]] = []
-    for s in range(crosscoder.n_snapshots):
+    own = feature_dimensionality(crosscoder, firing, presence=presence) if dimensionality is None else dimensionality
+
+    def totals_at(s: int) -> list[float]:
         ids = present[:, s].nonzero().flatten()
         rows, plain = _rows(crosscoder, ids, s), torch.ones(len(ids), dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed + s)
@@ -415,7 +423,9 @@ def total_dimensionality(
         ).to(rows.device)
         drawn = normalize(drawn, dim=1) * rows.norm(dim=1, keepdim=True)
         others = (_dimensionality(drawn, sizes[ids]), _dimensionality(rows, plain), _dimensionality(drawn, plain))
-        totals.append([float(values.sum()) for values in (each[ids, s], *others)])
+        return [float(values.sum()) for values in (own[ids, s], *others)]
+
+    totals = each(totals_at, range(crosscoder.n_snapshots))
     total, random_total, elhage, random_elhage = np.array(totals).T
     return snapshots.assign(
         present=present.sum(0).numpy(),

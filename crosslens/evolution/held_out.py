@@ -24,6 +24,7 @@ from torch.nn.functional import embedding_bag
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
+from crosslens.distributed.together import each, gathered, rank_and_size
 from crosslens.errors import UserError
 from crosslens.progress import tqdm
 from crosslens.snapshots.checks import check_snapshots
@@ -76,7 +77,7 @@ class HeldOut:
     @cached_property
     def covariances(self) -> Float64[Tensor, "S D D"]:
         """Covariances of the activations of every snapshot."""
-        return torch.stack([self.covariance(s, s) for s in range(len(self.x))])
+        return torch.stack(each(lambda s: self.covariance(s, s), range(len(self.x))))
 
     def covariance(self, s: int, t: int) -> Float64[Tensor, "D D"]:
         """Covariances of the activations of snapshot s with those of t."""
@@ -98,38 +99,45 @@ def read(crosscoder: Crosscoder, acts: Activations | HeldOut, purpose: str = "He
     if isinstance(acts, HeldOut):
         return acts
     check_activations(crosscoder, acts)
-    return hold(_with_gate_of_inference(crosscoder), acts, held_out_features(crosscoder, acts, purpose))
+    crosscoder, (rank, size) = _with_gate_of_inference(crosscoder), rank_and_size()
+    blocks = enumerate(_blocks(crosscoder, acts, purpose))
+    return hold(crosscoder, acts, ((x, crosscoder.encode(x) if i % size == rank else None) for i, x in blocks))
 
 
 @torch.no_grad()
 def hold(
-    crosscoder: Crosscoder, acts: Activations, blocks: Iterable[tuple[Float[Tensor, "B S D"], Float[Tensor, "B F"]]]
+    crosscoder: Crosscoder,
+    acts: Activations,
+    blocks: Iterable[tuple[Float[Tensor, "B S D"], Float[Tensor, "B F"] | None]],
 ) -> HeldOut:
     """Keep activations and the active ones of their features.
 
     Args:
         crosscoder: whose features these are.
         acts: where the activations are from.
-        blocks: raw activations and dense features of some tokens at a time.
+        blocks: raw activations and dense features of some tokens at a time; None where another process has them.
     """
     S = crosscoder.n_snapshots
     kept: list[list[Tensor]] = [[] for _ in range(S)]
-    pairs: list[tuple[Any, ...]] = []
-    for x, features in blocks:
+    pairs: dict[int, tuple[Any, ...]] = {}
+    for i, (x, features) in enumerate(blocks):
         scaled = crosscoder.scale(x).float().cpu()
         for s in range(S):
             kept[s].append(scaled[:, s].contiguous())
+        if features is None:
+            continue
         tokens, ids = features.nonzero(as_tuple=True)
         values, gated = features[tokens, ids], torch.empty(len(ids), 0)
         if crosscoder.gate_per_snapshot:
             gated = torch.stack([crosscoder.snapshot_acts(features, s)[tokens, ids] for s in range(S)], 1)
         found = torch.bincount(tokens, minlength=len(x)), ids.int(), values.float(), gated.float()
-        pairs.append(tuple(part.cpu().numpy() for part in found))
+        pairs[i] = tuple(part.cpu().numpy() for part in found)
+    pairs = {i: found for theirs in gathered(pairs) for i, found in theirs.items()}
     joined: list[Tensor] = []
     for parts in kept:  # a snapshot at a time, so that little is held twice
         joined.append(torch.cat(parts))
         parts.clear()
-    return HeldOut(crosscoder, acts, joined, pairs)
+    return HeldOut(crosscoder, acts, joined, [pairs[i] for i in sorted(pairs)])
 
 
 def sums_by_column(f: Any, rows: Float[Tensor, "n N"]) -> Float[Tensor, "F N"]:
@@ -153,12 +161,16 @@ def held_out_features(
         UserError: no activations are held out, or they do not fit the crosscoder.
     """
     crosscoder = _with_gate_of_inference(crosscoder)
+    for x in _blocks(crosscoder, acts, purpose):
+        yield x, crosscoder.encode(x)
+
+
+def _blocks(crosscoder: Crosscoder, acts: Activations, purpose: str) -> Iterator[Float[Tensor, "B S D"]]:
     n = 0
     with tqdm(desc=purpose, unit=" tokens", unit_scale=True, leave=False, delay=2) as bar:
         for x in acts.held_out(batch_tokens(crosscoder.cfg.d_sae)):
             if len(x):
-                x = x.to(crosscoder.W_dec.device)
-                yield x, crosscoder.encode(x)
+                yield x.to(crosscoder.W_dec.device)
                 bar.update(len(x))
                 n += len(x)
     if not n:

@@ -211,7 +211,7 @@ class Evolution:
         firing = self.require_firing()
         each = feature_dimensionality(self.crosscoder, firing, presence=self.presence)
         return each, total_dimensionality(
-            self.crosscoder, firing, presence=self.presence, seed=self.seed, each=each
+            self.crosscoder, firing, presence=self.presence, seed=self.seed, dimensionality=each
         )  # fmt: skip
 
     @property

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import in_rounds
 from crosslens.errors import UserError
 from crosslens.evolution.held_out import HeldOut, batch_tokens, check_activations, read, sums_by_column
 
@@ -141,10 +142,15 @@ def measure_decodability(
             parts = [_Part(f, tokens[at : at + step], groups, held.device) for at in starts]
             for part in parts:
                 part.add_squares(total[which], regression.around(part.tokens))
-            for s in range(S):
-                predict = regression.fit(held.x[s], ridge)
+
+            def left_at(s: int, regression: Any = regression, parts: Any = parts) -> Float64[np.ndarray, "G F"]:
+                predict, left = regression.fit(held.x[s], ridge), np.zeros((G, F))
                 for part in parts:
-                    part.add_squares(error[which, :, :, s], predict(part.tokens))
+                    part.add_squares(left, predict(part.tokens))
+                return left
+
+            for s, left in enumerate(in_rounds(left_at, range(S))):
+                error[which, :, :, s] += left
     active = np.stack([(f[fold == one] > 0).sum(0) for one in (0, 1)])
     silent = (active == 0).any(0)
     error[:, :, silent], total[:, :, silent] = np.nan, np.nan

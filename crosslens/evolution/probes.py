@@ -39,6 +39,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.evolution.births import NAMES
 from crosslens.evolution.columns import snapshot_columns
@@ -46,7 +47,6 @@ from crosslens.evolution.firing import Firing, measure_firing
 from crosslens.evolution.held_out import batch_tokens
 from crosslens.evolution.history import Evolution, evolve
 from crosslens.evolution.lifecycles import relative_norms
-from crosslens.progress import tqdm
 from crosslens.stats import correlation, interval, ranks_in_draws, resample
 
 NEGATIVES = ("any", "same_token")
@@ -139,16 +139,18 @@ def probe_errors(
     chosen = np.sort(rng.choice(eligible, min(n_features, len(eligible)), replace=False))
     x, labels, tokens = _samples(crosscoder, acts, torch.from_numpy(chosen), n_samples // 2, available, negatives)
     v, snapshots = relative_norms(crosscoder.decoder_norms), snapshot_columns(crosscoder)
-    rows: list[dict[str, Any]] = []
-    for column, feature in enumerate(tqdm(chosen.tolist(), desc="Probing", unit="feature", leave=False)):
+    drawn: list[tuple[int, Any]] = []
+    for column, feature in enumerate(chosen.tolist()):
         label = labels[:, column].numpy()
         if tokens is not None:
             halves = _paired_halves(label, tokens.numpy(), n_samples // 4, rng)
         else:
             halves = _halves(label, n_samples // 4, rng)
-        n = sum(len(indices) for indices, _ in halves)
-        if n < min_samples:
-            continue
+        if sum(len(indices) for indices, _ in halves) >= min_samples:
+            drawn.append((feature, halves))
+
+    def fit(feature: int, halves: Any) -> list[dict[str, Any]]:
+        n, rows = sum(len(indices) for indices, _ in halves), list[dict[str, Any]]()
         # the matrices are small: several threads would cost more than they save
         with threadpool_limits(1):
             for s in range(crosscoder.n_snapshots):
@@ -156,6 +158,10 @@ def probe_errors(
                 errors = _probe_error(one, other), _probe_error(other, one)
                 row = {"feature": feature, "snapshot": s, "norm": float(v[feature, s]), "probe_error": sum(errors) / 2}
                 rows.append({**row, "n": n, "first_error": errors[0], "second_error": errors[1]})
+        return rows
+
+    found = each(lambda one: fit(*one), drawn, "Probing", "feature")
+    rows = [row for of_feature in found for row in of_feature]
     if not rows:
         raise UserError(
             f"none of the {len(chosen)} features drawn has {min_samples} tokens: lower min_samples={min_samples}, or "

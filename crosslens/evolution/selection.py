@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from crosslens.activations.loader import Activations
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 
 SAMPLE = 4096
@@ -102,8 +103,10 @@ def compare(x: list[Float[Tensor, "n D"]], labels: list[str]) -> Comparison:
         pearson += around.flatten(1) @ around.flatten(1).T
     around = [(one.double() - one.double().mean(0)).float() for one in x]
     shared = torch.zeros(S, S, dtype=torch.float64)
-    for s, t in combinations_with_replacement(range(S), 2):
-        shared[s, t] = (around[s].T @ around[t]).double().square().sum()
+    pairs = list(combinations_with_replacement(range(S), 2))
+    products = each(lambda pair: (around[pair[0]].T @ around[pair[1]]).double().square().sum(), pairs)
+    for (s, t), product in zip(pairs, products, strict=True):
+        shared[s, t] = product
     own = shared.diagonal()
     cka = (shared / (own[:, None] * own).sqrt()).masked_fill(own[:, None] * own == 0, torch.nan)
     one, other = (index.numpy() for index in torch.triu_indices(S, S))

@@ -28,6 +28,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.firing import measure_firing
@@ -351,11 +352,12 @@ def _neighbours(crosscoder: Crosscoder, present: Bool[Tensor, "F S"], min_cosine
     Most pairs are ruled out by the first coordinates along the principal directions of the rows: by the inequality of
     Cauchy and Schwarz, what the other coordinates add to a cosine is at most the product of their lengths.
     """
-    found: list[Tensor] = [torch.empty(0, 2, dtype=torch.int64)]
     D = crosscoder.d_model
     # so many that a cosine of random rows reaches the bound by 5 standard deviations only
     n_first = min(D, int(((5 + (25 + 4 * (1 - min_cosine) * D) ** 0.5) / 2) ** 2) + 1)
-    for s in range(crosscoder.n_snapshots):
+
+    def near_at(s: int) -> Int[Tensor, "n 2"]:
+        found: list[Tensor] = [torch.empty(0, 2, dtype=torch.int64)]
         ids = present[:, s].nonzero().flatten()
         rows = _directions(crosscoder, ids, s)
         if n_first < D:
@@ -373,7 +375,9 @@ def _neighbours(crosscoder: Crosscoder, present: Bool[Tensor, "F S"], min_cosine
                 for some in pairs.split(_PAIRS):
                     cosine = (rows[some[:, 0]] * rows[some[:, 1]]).sum(1)
                     found.append(ids[some[cosine >= min_cosine].cpu()])
-    return torch.unique(torch.cat(found), dim=0)
+        return torch.cat(found)
+
+    return torch.unique(torch.cat(each(near_at, range(crosscoder.n_snapshots))), dim=0)
 
 
 def _directions(crosscoder: Crosscoder, ids: Int[Tensor, " n"], s: int) -> Float[Tensor, "n D"]:

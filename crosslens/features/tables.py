@@ -41,13 +41,13 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.held_out import check_activations
 from crosslens.features.activations import ActivationSample
 from crosslens.features.examples import Examples, collect_examples
 from crosslens.features.passages import PassageSampler, passage_tables
-from crosslens.progress import tqdm
 from crosslens.rundir import write_text
 from crosslens.snapshots.checks import check_snapshots
 
@@ -211,8 +211,9 @@ def logit_lens(
     # rows of the unembedding beyond the tokenizer's vocabulary are padding
     S, vocabulary = crosscoder.n_snapshots, len(acts.snapshots.tokenizer)
     k = min(k, vocabulary)
-    ids, values = torch.zeros(len(index), S, 2, k, dtype=torch.long), torch.zeros(len(index), S, 2, k)
-    for s in tqdm(range(S), desc="Logit lens", unit="snapshot", leave=False):
+
+    def read_at(s: int) -> tuple[Int[Tensor, "n 2 k"], Float[Tensor, "n 2 k"]]:
+        ids, values = torch.zeros(len(index), 2, k, dtype=torch.long), torch.zeros(len(index), 2, k)
         model = acts.snapshots.model(s, acts.settings)
         for part in torch.arange(len(index)).split(max(1, _ENTRIES // vocabulary)):
             rows = crosscoder.W_dec_by_snapshot[index[part].to(crosscoder.device), s]
@@ -220,8 +221,11 @@ def logit_lens(
             logits = direct_logits(model, rows)[:, :vocabulary].cpu()
             for side, sign in enumerate((1, -1)):
                 found = (sign * logits).topk(k)
-                ids[part, s, side], values[part, s, side] = found.indices, sign * found.values
-    return ids, values
+                ids[part, side], values[part, side] = found.indices, sign * found.values
+        return ids, values
+
+    ids, values = zip(*each(read_at, range(S), "Logit lens"), strict=True)
+    return torch.stack(ids, 1), torch.stack(values, 1)
 
 
 def direct_logits(model: Any, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:

@@ -38,6 +38,7 @@ from crosslens.activations.tokens import kept_positions
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
 from crosslens.crosscoders.kernels.sparse import sampled_product
 from crosslens.crosscoders.kernels.topk import row_pointers
+from crosslens.distributed.together import each, in_rounds
 from crosslens.errors import UserError
 from crosslens.intervention.splice import CleanRun
 from crosslens.intervention.upper import Upper, UpperRun
@@ -50,6 +51,8 @@ from crosslens.tasks.task import Task
 
 _DENSE_ENTRIES = 1 << 24  # entries of a dense (token, feature) matrix held at a time
 _MEAN_ENTRIES = 1 << 22  # pairs made at a time for the mean baseline
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,7 @@ class PromptRuns:
     def _clean(self) -> _Clean:
         tokens = [batch.tokens for batch in self.batches] + [_patch(batch) for batch in self.batches if self.paired]
         acts = self._harvest(tokens)
-        found = [self._encode(ids, x) for ids, x in zip(tokens, acts, strict=True)]
+        found = each(lambda i: self._encode(tokens[i], acts[i]), range(len(tokens)))
         features = torch.cat([part.features for part in found]).unique()
         n, S, F = len(self.batches), len(self.snapshots), self.crosscoder.cfg.d_sae
         merged = [_merged(found[i], found[n + i] if self.paired else None, features) for i in range(n)]
@@ -289,10 +292,26 @@ class PromptRuns:
         else:
             whole = torch.empty(sum(sizes))
         acts = [part.view(S, *ids.shape, D) for part, ids in zip(whole.split(sizes), tokens, strict=True)]
-        for s in range(S):
-            for ids, place in zip(tokens, acts, strict=True):
-                place[s] = harvest(self.snapshots, ids, self.hook_name, self.settings, only=s)[:, :, 0]
+
+        def harvest_at(s: int) -> list[Tensor]:
+            return [harvest(self.snapshots, ids, self.hook_name, self.settings, only=s)[:, :, 0] for ids in tokens]
+
+        for s, found in enumerate(in_rounds(harvest_at, range(S))):
+            for place, one in zip(acts, found, strict=True):
+                place[s] = one
         return acts
+
+    def each_snapshot(self, analyse: Callable[[int], R], at: Sequence[int] | None = None, *, desc: str = "") -> list[R]:
+        """Results of an analysis at several snapshots, divided among the processes that work together.
+
+        Args:
+            analyse: takes the index of a snapshot.
+            at: indices; all when None.
+            desc: what is done, for a progress bar.
+        """
+        _ = self._clean  # by all processes, before they part
+        where = range(len(self.snapshots)) if at is None else at
+        return each(analyse, where, desc and f"{desc} {self.task.name}")
 
     @torch.no_grad()
     def _encode(self, tokens: Int[Tensor, "B T"], acts: Float[Tensor, "S B T D"]) -> _Found:

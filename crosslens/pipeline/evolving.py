@@ -13,11 +13,15 @@ Every part leaves its tables as soon as it ends.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from crosslens.config import EvolveOptions, decisive
+from crosslens.distributed import n_processes
+from crosslens.distributed.together import together
+from crosslens.errors import UserError
 from crosslens.evolution import add_consensus, match, measure_dynamics, probe, shares_by_kind
 from crosslens.evolution import evolve as evolve_features
 from crosslens.evolution.dynamics import MIN_COSINE
@@ -29,7 +33,7 @@ from crosslens.pipeline.nulls import (
     read_models,
     recorded_training,
 )
-from crosslens.pipeline.opening import read_run
+from crosslens.pipeline.opening import read_run, working
 from crosslens.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -63,9 +67,16 @@ def evolve(
     """
     options = options or EvolveOptions()
     others = None if options.null is None else read_models(options.null)
-    with run.writing():
+    if n_processes() > 1 and (options.untrained or others is not None):
+        raise UserError(
+            f"--untrained and --null train another crosscoder, in one process: `crosslens evolve {run.path}` with "
+            "them but without torchrun; later calls use what they found"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(working(run))
         run.note(evolve=decisive(options))
         crosscoder, acts = read_run(run, device, allow_changed_data=options.allow_changed_data)
+        stack.enter_context(together(acts.settings.device))
         if options.untrained:
             found = null_births(acts, *recorded_training(run, acts.settings.device))
             run.save_table("untrained_births", found)

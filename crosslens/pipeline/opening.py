@@ -8,13 +8,14 @@ reported at once; the other functions make the objects.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from crosslens.config import ModelOptions, SourceOptions, read_mix
-from crosslens.distributed.devices import check_device
+from crosslens.distributed.devices import check_device, check_launcher, is_first, own_device
 from crosslens.errors import UserError, did_you_mean, read_json
 from crosslens.rundir import RunDir
 from crosslens.snapshots import families
@@ -250,6 +251,15 @@ def open_run(path: Path, device: str | None) -> tuple[RunDir, Crosscoder, Activa
     return (run, *read_run(run, device))
 
 
+@contextmanager
+def working(run: RunDir) -> Generator[None, None, None]:
+    """Keep other commands from writing in a run. Of the processes that torchrun started, only the first writes."""
+    check_launcher()
+    run.writes = is_first()
+    with run.writing():
+        yield
+
+
 def read_run(
     run: RunDir, device: str | None, *, reads_text: bool = True, allow_changed_data: bool = False
 ) -> tuple[Crosscoder, Activations]:
@@ -269,7 +279,7 @@ def read_run(
 
     source = run.read_json()["source"]
     settings = parse_settings(device, **source["settings"])
-    crosscoder = load(run.crosscoder, device=settings.device)
+    crosscoder = load(run.crosscoder, device=own_device(settings.device))
     acts = Activations.from_dict(source, settings)
     changed = changed_data(run, acts, reads_text=reads_text)
     if changed and not allow_changed_data:

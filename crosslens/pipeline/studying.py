@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -22,9 +23,10 @@ from crosslens.causal.analyses import study as study_task
 from crosslens.causal.attribution import Attribution, Estimator, check_statistics
 from crosslens.causal.attribution import attribute as attribute_effects
 from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, decisive
+from crosslens.distributed.together import from_first, together
 from crosslens.errors import UserError, json_checksum, shortened
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
-from crosslens.pipeline.opening import encoder_shares, evolved_table, open_consensus, parse_tasks, read_run
+from crosslens.pipeline.opening import encoder_shares, evolved_table, open_consensus, parse_tasks, read_run, working
 from crosslens.rundir import RunDir
 from crosslens.tables import task_of
 
@@ -78,8 +80,10 @@ def attribute(run: RunDir, options: AttributeOptions, *, device: str | None = No
     estimator = Estimator(
         options.method, options.rule if ig else None, options.n_nodes if ig else None, options.baseline
     )
-    with run.writing():
+    with ExitStack() as stack:
+        stack.enter_context(working(run))
         crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
+        stack.enter_context(together(acts.settings.device))
         shares = encoder_shares(run, crosscoder.cfg.d_sae, acts.snapshots.labels)
         for spec, task in zip(options.task, parse_tasks(options.task), strict=True):
             _note(run, "attribute", task, options)
@@ -115,7 +119,8 @@ def ablate(run: RunDir, options: AblateOptions, *, device: str | None = None) ->
         UserError: a task without effects, or with another split than that of its effects; sets larger than the
             features that are active.
     """
-    with run.writing():
+    with ExitStack() as stack:
+        stack.enter_context(working(run))
         tasks = parse_tasks(options.task)
         for spec, task in zip(options.task, tasks, strict=True):
             if run.table(f"attribution/{task.name}") is None:
@@ -125,6 +130,7 @@ def ablate(run: RunDir, options: AblateOptions, *, device: str | None = None) ->
                 )
             check_split(run, task, options.seed)
         crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
+        stack.enter_context(together(acts.settings.device))
         effects = {task.name: known_effects(task.name, _tables(run, task), crosscoder) for task in tasks}
         for task in tasks:
             ie = effects[task.name]
@@ -161,21 +167,23 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
         UserError: as `crosslens.causal.study`; or another split than that of the effects that are there.
     """
     sizes = json.loads(json.dumps({name: value for name, value in decisive(options).items() if name not in _OTHERS}))
-    with run.writing():
+    with ExitStack() as stack:
+        stack.enter_context(working(run))
         tasks = parse_tasks(options.task)
         for task in tasks:
             if run.table(f"attribution/{task.name}.snapshots") is not None:
                 check_split(run, task, options.seed)
         crosscoder, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
+        stack.enter_context(together(acts.settings.device))
         lifecycles = evolved_table(run, "lifecycles")
         for spec, task in zip(options.task, tasks, strict=True):
-            known, studied = _tables(run, task), _studied(run, task)
+            known, studied = from_first(lambda task=task: (_tables(run, task), _studied(run, task)))
             if studied.get("sizes") != sizes:
                 kinds = ("attribution/", "prompts/", *["ablation/"] * bool(studied.get("ablation")))
                 known = {name: table for name, table in known.items() if name.startswith(kinds)}
             _record(run, task, spec, options.seed, {"sizes": sizes, "ablation": True})
             _note(run, "study", task, options)
-            accuracy = run.table("accuracy")
+            accuracy = from_first(lambda: run.table("accuracy"))
             if accuracy is None or task.name not in set(accuracy["task"]):
                 accuracy = measure_accuracy(run, task, acts.snapshots, acts.settings)
             yield (

@@ -186,7 +186,7 @@ class Place(NamedTuple):
 
     def is_on_disk(self) -> bool:
         """Whether the weights are on this disk; needs no connection."""
-        parts = [(self.name, self.revision, WEIGHTS)]
+        parts: list[tuple[str, str | None, tuple[str, ...]]] = [(self.name, self.revision, WEIGHTS)]
         if self.adapter is not None:
             parts.append((*split_place(self.adapter), ADAPTER_WEIGHTS))
         return all(revision is None or is_on_disk(name, revision, weights) for name, revision, weights in parts)

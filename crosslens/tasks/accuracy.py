@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosslens.distributed.together import each
 from crosslens.errors import UserError
 from crosslens.printing import Result
-from crosslens.progress import tqdm
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
 from crosslens.stats import wilson_interval
@@ -46,8 +46,8 @@ def accuracy_table(
     """
     batches: Sequence[PromptBatch | AnswerBatch] = list(prompts.batches(batch_size))
     n = len(prompts)
-    rows: list[dict[str, float]] = []
-    for s in tqdm(range(len(snapshots)), desc=f"Accuracy on {name}", unit="snapshot", leave=False):
+
+    def measure_at(s: int) -> dict[str, float]:
         model = snapshots.model(s, settings)
         metric = _metric(model, batches, len(prompts.items), settings.device)[[each.item for each in prompts.usable]]
         if not torch.isfinite(metric).all():
@@ -57,16 +57,16 @@ def accuracy_table(
             )
         right = float((metric > 0).sum() + 0.5 * (metric == 0).sum())
         low, high = wilson_interval(right, n)
-        rows.append(
-            {
-                "accuracy": right / n,
-                "accuracy_low": low,
-                "accuracy_high": high,
-                "at_chance": low <= CHANCE <= high,
-                "metric": float(metric.mean()),
-                "n": n,
-            }
-        )
+        return {
+            "accuracy": right / n,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "at_chance": low <= CHANCE <= high,
+            "metric": float(metric.mean()),
+            "n": n,
+        }
+
+    rows = each(measure_at, range(len(snapshots)), f"Accuracy on {name}")
     where = {
         "task": [name] * len(snapshots),
         "snapshot": range(len(snapshots)),

@@ -80,6 +80,30 @@ def test_a_study_leaves_the_tables_of_the_task(run: RunDir, file: Path) -> None:
     assert before[effects] == effects.stat().st_mtime_ns
 
 
+@pytest.mark.parametrize("n_saved", [2, 3, 4])
+def test_a_study_that_is_killed_between_two_tables_continues(
+    run: RunDir, file: Path, n_saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accuracy is saved first, then the tables of the effects."""
+    options = StudyOptions(task=(str(file),), **SIZES, seed=1)  # type: ignore[arg-type]
+    save, saved = RunDir.save_table, list[str]()
+
+    def killed(self: RunDir, name: str, table: pd.DataFrame) -> None:
+        if len(saved) == n_saved:
+            raise KeyboardInterrupt
+        saved.append(name)
+        save(self, name, table)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunDir, "save_table", killed)
+        list(study(run, options, device="cpu"))
+    effects = ["accuracy", "prompts/tiny", "attribution/tiny.snapshots", "attribution/tiny"]
+    assert saved == effects[:n_saved]
+    [(_, found)] = study(run, options, device="cpu")
+    assert {"prompts/tiny", "attribution/tiny", "attribution/tiny.snapshots"} <= found.tables.keys()
+    assert {*run.table_names()} == {"accuracy", "evaluation", *found.tables}
+
+
 def test_a_study_builds_on_its_first_parts(run: RunDir, file: Path) -> None:
     spec = (str(file),)
     [(_, first)] = attribute(run, AttributeOptions(task=spec, n_exact=3, seed=1), device="cpu")
