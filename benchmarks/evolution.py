@@ -1,12 +1,13 @@
 """Time and memory (beyond its weights) of the analyses of a large crosscoder.
 
-    python benchmarks/evolution.py [--shape 16384,8,512]
+    python benchmarks/evolution.py [--shape 16384,8,512] [--tokens 4000]
 
 The crosscoder is random, with F features, S snapshots and width D (`--shape F,S,D`) and about 32 active features per
-token; the 4,000 held-out activations are planted (`planted.PlantedTraps`). Every analysis runs in its own
+token; the held-out activations are planted (`planted.PlantedTraps`). Every analysis runs in its own
 process; memory is the kernel's peak minus what the process held before. The last row is everything that `cl.evolve` and
 `Evolution.tables` do, births with their intervals and controls among it, and its whole memory; the line below says how
-often it encoded the held-out tokens, what its time goes into, and its time over that of one encoding.
+often it encoded the held-out tokens, what its time goes into, and its time over that of one encoding; and its memory
+beside what `crosslens plan` forecasts for this shape. `--only` measures some of the rows.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from crosslens.evolution.geometry import (
 )
 from crosslens.evolution.held_out import held_out_features
 from crosslens.evolution.history import evolve
+from crosslens.evolution.presence import plan_decodability
 from crosslens.evolution.splitting import replacements, splits
 
-N_TOKENS, L0 = 4000, 32
+L0 = 32
 ENCODING, WHOLE = "encoding (one pass over held-out tokens)", "evolve, whole"
 
 
 PARTS = {
-    "held_out_features": "encoding",
+    "counted": "encoding",
     "cholesky": "solves: Cholesky factors of D x D for R²",
     "cholesky_solve": "solves: their right-hand sides, of tokens or of features",
     "_solve": "solves: least squares of decoder rows on halves (conjugate gradients)",
@@ -55,9 +57,9 @@ PARTS = {
 """What most of the time goes into, by function."""
 
 
-def planted(S: int, D: int) -> PlantedTraps:
-    """Held-out activations, the same on every call."""
-    return PlantedTraps(Trap(n_each=(D - 16) // 7, d_model=D, n_snapshots=S), n_held_out=N_TOKENS)
+def planted(S: int, D: int, n: int) -> PlantedTraps:
+    """n held-out activations, the same on every call."""
+    return PlantedTraps(Trap(n_each=(D - 16) // 7, d_model=D, n_snapshots=S), n_held_out=n)
 
 
 def make(acts: PlantedTraps, F: int) -> cl.crosscoders.Crosscoder:
@@ -71,7 +73,7 @@ def make(acts: PlantedTraps, F: int) -> cl.crosscoders.Crosscoder:
         rows = torch.nn.functional.normalize(first * (1 - way) + last * way, dim=-1)
         cc.W_dec.copy_((rows * torch.rand(F, S, 1, generator=generator)).flatten(1))
         cc.W_enc.copy_(cc.W_dec.T)
-        cc.activation_scale.copy_(D**0.5 / next(acts.held_out(N_TOKENS)).norm(dim=-1).mean(0))
+        cc.activation_scale.copy_(D**0.5 / next(acts.held_out(4000)).norm(dim=-1).mean(0))
         sample = cc.scale(next(acts.held_out(1024))).flatten(1)
         h = sample @ cc.W_enc
         cc.b_enc.copy_(-h.quantile(1 - L0 / F, dim=0) if len(sample) * L0 >= F else -h.amax(0) * 0.9)
@@ -96,7 +98,7 @@ def whole(crosscoder: Any, acts: Any) -> None:
     crosscoder.encode = counted
     profile = cProfile.Profile()
     profile.runcall(lambda: evolve(crosscoder, acts).tables())
-    print(f"held-out tokens encoded {encoded / N_TOKENS:g} times", flush=True)
+    print(f"held-out tokens encoded {encoded / len(acts.held_out_tokens().flatten()):g} times", flush=True)
     times: dict[str, float] = {}
     for (_, _, name), (*_, seconds, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
         short = name.strip("<>").split(" ")[-1].rpartition(".")[2].removeprefix("linalg_")
@@ -104,7 +106,7 @@ def whole(crosscoder: Any, acts: Any) -> None:
     for function, what in PARTS.items():
         print(f"  {what}: {times.get(function, 0):.1f} s", flush=True)
     solves = sum(times.get(function, 0) for function, what in PARTS.items() if what.startswith("solves"))
-    encoding = times["held_out_features"]
+    encoding = times["counted"]
     whole = pstats.Stats(profile).total_tt  # type: ignore[attr-defined]
     print(
         f"encoding {encoding:.1f} s, solves {solves:.1f} s, the rest {whole - encoding - solves:.1f} s; "
@@ -130,12 +132,12 @@ ANALYSES: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def measure_one(name: str, shape: tuple[int, int, int], threads: int) -> dict[str, Any]:
+def measure_one(name: str, shape: tuple[int, int, int], threads: int, n_tokens: int) -> dict[str, Any]:
     """Seconds of one analysis, and the kernel's peak minus the memory held before (None if the kernel has neither)."""
     torch.set_num_threads(threads)
     measure.return_freed_memory()
     F, S, D = shape
-    acts = planted(S, D)
+    acts = planted(S, D, n_tokens)
     cc = make(acts, F)
     function, wanted = ANALYSES[name]
     given = {"acts": lambda: [acts], "firing": lambda: [measure_firing(cc, acts)], "": list}[wanted]()
@@ -150,16 +152,23 @@ def measure_one(name: str, shape: tuple[int, int, int], threads: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="16384,8,512", help="F,S,D; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--only", nargs="*", choices=ANALYSES, default=list(ANALYSES), help="rows; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-evolution-…")
     arguments = parser.parse_args()
     F, S, D = (int(size) for size in arguments.shape.split(","))
     rows: list[dict[str, Any]] = []
-    for name in ANALYSES:
-        rows.append(measure.in_child(measure_one, name, (F, S, D), arguments.threads))
+    for name in arguments.only:
+        rows.append(measure.in_child(measure_one, name, (F, S, D), arguments.threads, arguments.tokens))
         print(rows[-1], flush=True)
-    seconds = {row["analysis"]: row["seconds"] for row in rows}
-    print(f"whole over one encoding: {seconds[WHOLE] / seconds[ENCODING]:.1f}")
+    found = {row["analysis"]: row for row in rows}
+    if {WHOLE, ENCODING} <= found.keys():
+        print(f"whole over one encoding: {found[WHOLE]['seconds'] / found[ENCODING]['seconds']:.1f}")
+    if WHOLE in found:
+        forecast, _ = plan_decodability(F, S, D, arguments.tokens)
+        took = found[WHOLE]["memory"]
+        print(f"memory of the whole {took:,.0f} MB, forecast {forecast / 1e6:,.0f} MB and the process")
     table = measure.markdown(
         rows,
         {

@@ -11,7 +11,8 @@ Symbols: B tokens of a block, n held-out tokens, S snapshots, D d_model, F featu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +31,7 @@ from crosslens.progress import tqdm
 from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.hooks import canonical_hook
 
+HELD_BYTES = 1 << 32  # of held-out activations in memory
 _MAX_FEATURE_BYTES = 1 << 28  # of dense feature activations (B, F) in memory at a time
 
 
@@ -39,12 +41,13 @@ class HeldOut:
     Attributes:
         crosscoder: whose features these are, with its gate of inference.
         acts: where the activations are from.
-        x: S tensors (n, D) in float32 on the host: activations in the space the crosscoder is trained in.
+        x: S tensors (n, D) in float32 on the host: activations in the space the crosscoder is trained in. Where they
+            take more than `HELD_BYTES` together each is read from a temporary file whenever it is asked for.
         f: (n, F) sparse matrix (scipy's csr) of the features f_i.
     """
 
     def __init__(
-        self, crosscoder: Crosscoder, acts: Activations, x: list[Tensor], pairs: list[tuple[Any, ...]]
+        self, crosscoder: Crosscoder, acts: Activations, x: Sequence[Tensor], pairs: list[tuple[Any, ...]]
     ) -> None:
         self.crosscoder, self.acts, self.x = crosscoder, acts, x
         counts, features, values, gated = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
@@ -118,12 +121,11 @@ def hold(
         blocks: raw activations and dense features of some tokens at a time; None where another process has them.
     """
     S = crosscoder.n_snapshots
-    kept: list[list[Tensor]] = [[] for _ in range(S)]
+    n = int(acts.keep(acts.held_out_tokens()).sum())
+    kept: Any = (_InMemory if 4 * n * S * crosscoder.d_model <= HELD_BYTES else _OnDisk)(n, S, crosscoder.d_model)
     pairs: dict[int, tuple[Any, ...]] = {}
     for i, (x, features) in enumerate(blocks):
-        scaled = crosscoder.scale(x).float().cpu()
-        for s in range(S):
-            kept[s].append(scaled[:, s].contiguous())
+        kept.append(crosscoder.scale(x).float().cpu())
         if features is None:
             continue
         tokens, ids = features.nonzero(as_tuple=True)
@@ -133,11 +135,51 @@ def hold(
         found = torch.bincount(tokens, minlength=len(x)), ids.int(), values.float(), gated.float()
         pairs[i] = tuple(part.cpu().numpy() for part in found)
     pairs = {i: found for theirs in gathered(pairs) for i, found in theirs.items()}
-    joined: list[Tensor] = []
-    for parts in kept:  # a snapshot at a time, so that little is held twice
-        joined.append(torch.cat(parts))
-        parts.clear()
-    return HeldOut(crosscoder, acts, joined, [pairs[i] for i in sorted(pairs)])
+    return HeldOut(crosscoder, acts, kept, [pairs[i] for i in sorted(pairs)])
+
+
+class _InMemory(Sequence[Float[Tensor, "n D"]]):
+    """Activations of n tokens, by snapshot."""
+
+    def __init__(self, n: int, S: int, D: int) -> None:
+        self.x, self.n = torch.empty(S, n, D), 0
+
+    def append(self, x: Float[Tensor, "B S D"]) -> None:
+        """Add those of the next tokens."""
+        self.x[:, self.n : self.n + len(x)] = x.transpose(0, 1)
+        self.n += len(x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, s: int) -> Float[Tensor, "n D"]:
+        return self.x[s]
+
+
+class _OnDisk(_InMemory):
+    """The same in a temporary file: not mapped, since pages of a file that is mapped count as memory of the process."""
+
+    def __init__(self, n: int, S: int, D: int) -> None:
+        self.file, self.shape, self.n = tempfile.TemporaryFile(), (S, n, D), 0  # noqa: SIM115 (it goes with this object)
+
+    def append(self, x: Float[Tensor, "B S D"]) -> None:
+        _, n, D = self.shape
+        for s, part in enumerate(x.transpose(0, 1)):
+            self.file.seek(4 * (s * n + self.n) * D)
+            self.file.write(part.contiguous().numpy())
+        self.n += len(x)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, s: int) -> Float[Tensor, "n D"]:
+        S, n, D = self.shape
+        if not 0 <= s < S:
+            raise IndexError(s)  # ends a loop over the snapshots
+        out = np.empty((n, D), np.float32)
+        self.file.seek(4 * s * n * D)
+        self.file.readinto(out)
+        return torch.from_numpy(out)
 
 
 def sums_by_column(f: Any, rows: Float[Tensor, "n N"]) -> Float[Tensor, "F N"]:

@@ -414,7 +414,7 @@ def _rest(held: HeldOut, lifecycles: pd.DataFrame) -> Pass:
     """What else the held-out activations say."""
     crosscoder, acts = held.crosscoder, held.acts
     shares = encoder_share(crosscoder, held)
-    comparison = compare([x[:SAMPLE] for x in held.x], acts.snapshots.labels)
+    comparison = compare([x[:SAMPLE].clone() for x in held.x], acts.snapshots.labels)
     return Pass(
         halves=half_cosines(crosscoder, held),
         maps=linear_maps(crosscoder, held),

@@ -42,7 +42,7 @@ from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.distributed.together import in_rounds
 from crosslens.errors import UserError
-from crosslens.evolution.held_out import HeldOut, batch_tokens, check_activations, read, sums_by_column
+from crosslens.evolution.held_out import HELD_BYTES, HeldOut, batch_tokens, check_activations, read, sums_by_column
 
 RIDGE = 1e-3
 GROUPS = 32
@@ -218,7 +218,7 @@ def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens:
     activations = n_tokens * n_snapshots * d_model
     # encoder and decoder, activations, and squared errors in float64; dense features of a block with what is computed
     # from them; and what analyses hold of one snapshot
-    held = 8 * matrix + 4 * activations + 16 * GROUPS * n_features * n_snapshots
+    held = 8 * matrix + min(4 * activations, HELD_BYTES) + 16 * GROUPS * n_features * n_snapshots
     held += 16 * batch_tokens(n_features) * n_features + 36 * decoder + 24 * n_tokens * d_model
     # predictions from weights, or from the tokens fitted on, whichever is less
     return held, 4 * activations * min(n_features, n_tokens // 2) / 50e9
