@@ -4,14 +4,19 @@
     python benchmarks/attribution.py --snapshots english-2l --task nounpp_train.json --crosscoder runs/a/crosscoder
     python benchmarks/attribution.py --snapshots english-2l --task simple_train.json --text s.txt --json out.json
 
-SNAPSHOTS is a folder of snapshots, TASK has minimal pairs in the format of feature-circuits, and TEXT is the text to
-train a small crosscoder on (about 40 CPU seconds) if none is given. It measures, over all snapshots:
+SNAPSHOTS is a folder of snapshots, TASK has minimal pairs in the format of feature-circuits (or is written as for
+`crosslens attribute`, such as `demo:pp`), and TEXT is the text to train a small crosscoder on (about 40 CPU seconds) if
+none is given. It measures, over all snapshots of the crosscoder:
 
 - *floor*: `nodes` forward and backward passes through the model above the hook, with as many rows at a time, and
   nothing else; and the same through the modules of transformers, without TransformerLens's hooks (GPT-NeoX only);
 - *ig*: `attribute` from crosscoder, snapshots and task, clean runs included; and with clean runs given, as for the
   second method on a task;
 - *gradient*: the same with a single node, at the clean run;
+- *unavoidable*: what the effects of `crosslens attribute` need and nothing else: the models up to the hook on the
+  prompts and their paired prompts, encoded; above it the metric of both, and two forward and backward passes for every
+  prompt;
+- *removal*: these effects, with standard errors, p-values and 200 replicates; and with effects by position;
 - *naive loop*: one prompt, one feature, one node at a time through the whole model, measured on a sample and
   extrapolated to all active features.
 
@@ -41,10 +46,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import crosslens as cl
-from crosslens.causal.attribution import BATCH_TOKENS, Estimator, attribute, quadrature
+from crosslens.causal.attribution import BATCH_TOKENS, END_NODES, Estimator, attribute, quadrature
 from crosslens.crosscoders import Crosscoder
 from crosslens.intervention.prompt_runs import BatchAt, PromptRuns
 from crosslens.intervention.splice import spliced_logits
+from crosslens.pipeline.opening import parse_tasks
 from crosslens.snapshots.hooks import hook_layer
 from crosslens.snapshots.settings import ModelSettings
 
@@ -72,7 +78,9 @@ def main() -> None:
     snaps = cl.Snapshots.local(arguments.snapshots)
     crosscoder = cl.load(arguments.crosscoder) if arguments.crosscoder else small_crosscoder(snaps, arguments)
     crosscoder.to(arguments.device)
-    task = first_prompts(cl.Task.sva(arguments.task), snaps, arguments.prompts)
+    snaps = snaps[[snaps.labels.index(label) for label in crosscoder.cfg.snapshot_labels]]
+    (task,) = parse_tasks([arguments.task if ":" in arguments.task else f"sva:{arguments.task}"])
+    task = first_prompts(task, snaps, arguments.prompts)
     for s in range(len(snaps)):
         snaps.model(s, ModelSettings(arguments.device))
     setting = {
@@ -132,6 +140,9 @@ def measured_cost(
         "ig, clean runs given": lambda: attribute(runs, ig),
         "gradient, clean runs given": lambda: attribute(runs, "gradient"),
         "clean runs": lambda: PromptRuns(crosscoder, snaps, task).features,  # the models run at first use
+        "unavoidable": lambda: unavoidable(crosscoder, snaps, task),
+        "removal": lambda: attribute(crosscoder, snaps, task, n_bootstrap=200),
+        "removal, by position": lambda: attribute(crosscoder, snaps, task, n_bootstrap=200, positions=True),
     }
     if snaps[0].config().model_type == "gpt_neox" and runs.hook_name.endswith("hook_resid_post") and device == "cpu":
         calls["floor of transformers"] = lambda: floor(runs, nodes, transformers_logits)
@@ -142,6 +153,7 @@ def measured_cost(
         name: {
             "seconds": statistics.median(each),
             "of_floor": statistics.median(a / b for a, b in zip(each, seconds["floor"], strict=True)),
+            "of_unavoidable": statistics.median(a / b for a, b in zip(each, seconds["unavoidable"], strict=True)),
             "prompts_per_second": len(runs) * len(snaps) / statistics.median(each),
             "peak_mb": peak_mb(calls[name], device) if name in ("ig", "clean runs") else None,
         }
@@ -170,6 +182,18 @@ def floor(runs: PromptRuns, nodes: int, logits: Logits) -> None:
             for chunk in rows.split(max(1, BATCH_TOKENS // part.clean.shape[1])):
                 x = part.clean[chunk].requires_grad_()
                 torch.autograd.grad(logits(runs, s, part, x, chunk)[:, :2].sum(), x)
+
+
+def unavoidable(crosscoder: Crosscoder, snaps: cl.Snapshots, task: cl.Task) -> None:
+    """The passes of effects by removal."""
+    runs = PromptRuns(crosscoder, snaps, task)
+    for s in range(len(snaps)):
+        for part in runs.at(s):
+            for x in (part.clean, part.clean if part.patch is None else part.patch):
+                for rows in torch.arange(len(part), device=x.device).split(max(1, BATCH_TOKENS // x.shape[1])):
+                    with torch.no_grad():
+                        part.metric(x[rows], rows)
+    floor(runs, END_NODES, bridge_logits)
 
 
 def bridge_logits(runs: PromptRuns, s: int, part: BatchAt, x: Tensor, rows: Tensor) -> Tensor:
@@ -259,6 +283,9 @@ def cost_table(cost: dict[str, Any]) -> str:
             "": lambda row: row["name"],
             "seconds": lambda row: f"{row['seconds']:,.1f}",
             "of the floor": lambda row: f"{row['of_floor']:,.2f}",
+            "of the unavoidable passes": lambda row: (
+                f"{row['of_unavoidable']:,.2f}" if "removal" in row["name"] else ""
+            ),
             "prompts × snapshots per second": lambda row: f"{row['prompts_per_second']:,.1f}",
             "peak memory, MB": lambda row: "" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}",
         },

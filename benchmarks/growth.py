@@ -43,7 +43,7 @@ from crosslens.snapshots import ModelSettings
 BASE = {"S": 8, "D": 128, "F": 2048, "tokens": 4096, "prompts": 64}
 SIZES = {
     "S": (8, 12, 16, 24, 32),
-    "D": (64, 128, 256, 512, 1024),
+    "D": (64, 128, 256, 384, 512),
     "F": (1024, 2048, 4096, 8192, 16_384),
     "tokens": (2048, 4096, 8192, 16_384, 32_768),
     "prompts": (32, 64, 128, 256, 512),
@@ -243,14 +243,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=VERBS, default=list(VERBS), help="verbs; all by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="the smallest three sizes, once")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures; those that it has are not measured again")
     parser.add_argument("--picture", type=Path, help="file for the picture, a PNG")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-growth-…")
     arguments = parser.parse_args()
+    there = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    known = {(row["verb"], row["dimension"], tuple(row["sizes"])): row for row in there}
     rows: list[dict[str, Any]] = []
     for verb in arguments.only:
         for dimension in VERBS[verb].dimensions:
             sizes = SIZES[dimension][:3] if arguments.quick else SIZES[dimension]
+            if found := known.get((verb, dimension, sizes)):
+                rows.append(found)
+                continue
             rows.append(grow(verb, dimension, sizes, 1 if arguments.quick else arguments.rounds))
             print(json.dumps(rows[-1]), flush=True)
             if arguments.json:

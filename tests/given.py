@@ -32,6 +32,12 @@ class Held(Activations):
     def held_out(self, batch_size: int = 4096) -> Iterator[torch.Tensor]:
         return iter(self.x.split(min(batch_size, 5)))
 
+    def held_out_tokens(self) -> torch.Tensor:
+        return torch.ones(len(self.x), 1, dtype=torch.long)
+
+    def keep(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens != 0
+
 
 def snapshots_at(*steps: int) -> list[dict[str, Any]]:
     """Metadata of snapshots, with seven tokens per step."""
@@ -71,6 +77,3 @@ class Read(Held):
 
     def held_out_tokens(self) -> torch.Tensor:
         return self.read
-
-    def keep(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens != 0

@@ -25,8 +25,6 @@ Symbols: n tokens, S snapshots, D d_model, F features.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pandas as pd
 import torch
@@ -35,7 +33,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.distributed.together import each
+from crosslens.distributed.together import in_rounds
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_pairs
 from crosslens.evolution.held_out import HeldOut, read
@@ -101,9 +99,12 @@ def top_agreement(
         rows = active[top.numpy().flatten(), np.arange(len(ids)).repeat(n_top)]
         return top, torch.from_numpy(np.reshape(rows, (-1, n_top)).mean(1))
 
-    tops, parts = zip(*each(strongest, range(S)), strict=True)
-    share = torch.stack(parts, 1)
-    agreement = torch.stack([_shared(before, after) for before, after in pairwise(tops)], 1)
+    agreement, share = (torch.empty(len(ids), size, dtype=torch.float64) for size in (S - 1, S))
+    before = torch.empty(0)
+    for s, (top, share[:, s]) in enumerate(in_rounds(strongest, range(S))):
+        if s:
+            agreement[:, s - 1] = _shared(before, top)
+        before = top
     v = relative_norms(crosscoder.decoder_norms)[ids]
     smaller = torch.minimum(v[:, 1:], v[:, :-1])
     if by != "encoder":

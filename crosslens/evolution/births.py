@@ -54,7 +54,7 @@ MIN_WITHIN = 0.05
 """Least share of a feature's variance within token types from which within-token R2 is read."""
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 NULLS = {"untrained": "models that never trained", "exchangeable": "models of other seeds at one step"}
-_FEATURES = 1024  # at a time when resampling
+_FEATURES = 256  # at a time when resampling: the draws of each take 4 kB a snapshot, three times over
 _SHARE = 0.25  # births reversed in time per birth, from which on the count alone says little
 _FEW = 5  # births reversed in time that say nothing
 
