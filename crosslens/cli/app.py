@@ -46,10 +46,13 @@ from crosslens.config import (
     TraceOptions,
     TrainingOptions,
 )
-from crosslens.distributed.devices import check_device, is_first
+from crosslens.distributed.devices import check_device, is_first, rank_and_world
 from crosslens.errors import UserError, check_file_name, check_inside, visible
 from crosslens.pipeline.opening import list_labels, open_run
 from crosslens.rundir import RunDir, check_examples, check_no_link, check_writable, share
+
+DIVIDED = {"harvest", "train", "evolve", "attribute", "ablate", "study"}
+"""Commands that several processes of torchrun do together."""
 
 _RUN_GROUP = Group("Run directory and output", sort_key=9)
 app = App(
@@ -672,7 +675,14 @@ def main() -> None:
         app.help_formatter = Help(all=everything)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            parse(app, [each for each in sys.argv[1:] if each != "--debug"])()
+            words = [each for each in sys.argv[1:] if each != "--debug"]
+            command = parse(app, words)
+            if "TORCHELASTIC_RUN_ID" in os.environ and not {*words[:1]} & DIVIDED and rank_and_world()[1] > 1:
+                raise UserError(
+                    f"crosslens {' '.join(words[:1])} runs in one process: start it without torchrun, which is for "
+                    f"{', '.join(sorted(DIVIDED))}"
+                )
+            command()
         sys.stdout.flush()
         sys.exit(0)
     except (SystemExit, KeyboardInterrupt, GeneratorExit):

@@ -132,3 +132,13 @@ def test_a_process_that_dies_ends_the_others_and_the_next_call_completes(
     options = StudyOptions(task=(task,), **{k: v for k, v in SIZES.items() if isinstance(v, int)})  # type: ignore[arg-type]
     list(study(run, options, device="cpu"))
     compare(run, several)
+
+
+def test_other_commands_run_in_one_process(run: RunDir) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_RUN_ID": "a"}
+    for verb in ("report", "status"):
+        command = [sys.executable, "-m", "crosslens", verb, str(run.path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"crosslens {verb} runs in one process: start it without torchrun, which is for ablate" in done.stderr
+    assert not run.report.exists()
