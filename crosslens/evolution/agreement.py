@@ -39,7 +39,7 @@ from crosslens.evolution.columns import snapshot_pairs
 from crosslens.evolution.held_out import HeldOut, read
 from crosslens.evolution.lifecycles import relative_norms, require_two_snapshots
 
-_BLOCK = 1024  # features at a time
+_ENTRIES = 1 << 23  # strengths of features on tokens at a time
 
 _STRENGTHS = ("filter", "projection", "encoder")
 
@@ -89,13 +89,14 @@ def top_agreement(
     active = (held.f > 0).astype(bool)
     ids = torch.from_numpy(np.flatnonzero(active.sum(0))) if features is None else features
     active = active.tocsc()[:, ids.numpy()]
+    block = max(1, _ENTRIES // n)  # of features
     filters = held.covariances if by == "filter" else None  # by all processes, before they part
 
     def strongest(s: int) -> tuple[Int[Tensor, "n k"], Float64[Tensor, " n"]]:
         centred = (held.x[s] - held.means[s].float()).to(held.device)
         if filters is not None:  # they are symmetric: applied to the tokens, which are fewer than the features
             centred = centred @ _inverse(filters[s], ridge).to(centred)
-        top = torch.cat([_top(_directions(crosscoder, part, s, by), centred, n_top) for part in ids.split(_BLOCK)])
+        top = torch.cat([_top(_directions(crosscoder, part, s, by), centred, n_top) for part in ids.split(block)])
         rows = active[top.numpy().flatten(), np.arange(len(ids)).repeat(n_top)]
         return top, torch.from_numpy(np.reshape(rows, (-1, n_top)).mean(1))
 

@@ -14,9 +14,9 @@ from crosslens.evolution.agreement import top_agreement
 from tests.given import Held, of_norms, snapshots_at
 
 
-@pytest.fixture(params=[1024, 3])
+@pytest.fixture(params=[1 << 23, 3 * 40])
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crosslens.evolution.agreement, "_BLOCK", request.param)
+    monkeypatch.setattr(crosslens.evolution.agreement, "_ENTRIES", request.param)
 
 
 def made(F: int, S: int, D: int, seed: int) -> tuple[Any, torch.Tensor]:
