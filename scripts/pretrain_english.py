@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python scripts/pretrain_english.py --text english_prose.txt.gz --out runs/english/seed0
 
 1. Read documents, separated by blank lines; every tenth is held out, whatever the seed.
-2. Train a byte-level BPE on the others. Pack the documents as `crosslens` does: each row begins with `<|endoftext|>`,
-   which also separates documents.
+2. Train a byte-level BPE on the others, and pack them as for a crosscoder: each row begins with `<|endoftext|>`, which
+   also separates documents.
 3. Train with a plain `transformers.Trainer`; `SaveSnapshots` writes the snapshots, evenly spaced in log(1 + step). At
    each of them the loss on some rows of both parts goes to `pretraining.json`, beside the options.
 
@@ -29,7 +29,6 @@ import argparse
 import gzip
 import json
 import os
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ from transformers import (
 import crosslens as cl
 from crosslens.errors import UserError
 from crosslens.rundir import write_text
-from crosslens.snapshots.saving import choose_steps
 
 END_OF_TEXT = "<|endoftext|>"
 RECORD = "pretraining.json"
@@ -84,13 +82,9 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast, context_size: int) -> torch.Tensor:
-    """Rows (n, context_size) of token ids, as `crosslens.activations` packs documents."""
-    ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    begin = tokenizer.bos_token_id
-    stream = torch.tensor([*chain.from_iterable([*document, begin] for document in ids)])
-    n = len(stream) // (context_size - 1)
-    rows = stream[: n * (context_size - 1)].view(n, context_size - 1)
-    return torch.cat([torch.full((n, 1), begin), rows], 1)
+    """Rows (n, context_size) of token ids, as crosscoders read them."""
+    dataset = cl.activations.Dataset(documents, context_size=context_size)
+    return cl.activations.token_sequences(dataset, tokenizer).long()
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -188,24 +182,31 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(training, args.vocab_size)
     rows = {part: pack(texts, tokenizer, args.context_size) for part, texts in (("t", training), ("h", held_out))}
-    counts = {"train": rows["t"].numel(), "held_out": rows["h"].numel(), "per_step": args.batch_size * args.context_size}
+    counts = {
+        "train": rows["t"].numel(),
+        "held_out": rows["h"].numel(),
+        "per_step": args.batch_size * args.context_size,
+    }
     write_record(folder / RECORD, tokens=counts)
 
-    set_seed(args.seed)
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.d_model,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            intermediate_size=4 * args.d_model,
-            max_position_embeddings=args.context_size,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation="eager",  # faster than sdpa at this size
-        )
-    )
     last = last_checkpoint(checkpoints)
+    set_seed(args.seed)
+    if last is None:
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=args.d_model,
+                num_hidden_layers=args.layers,
+                num_attention_heads=args.heads,
+                intermediate_size=4 * args.d_model,
+                max_position_embeddings=args.context_size,
+                bos_token_id=0,
+                eos_token_id=0,
+                attn_implementation="eager",  # faster than sdpa at this size
+            )
+        )
+    else:  # the Trainer alone would leave the unembedding at random: files have another name for it than the model
+        model = GPTNeoXForCausalLM.from_pretrained(last, attn_implementation="eager")
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -234,7 +235,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[
             cl.snapshots.SaveSnapshots(folder, args.snapshots, context_size=args.context_size),
-            RecordLosses(folder / RECORD, choose_steps(args.snapshots, args.steps)),
+            RecordLosses(folder / RECORD, cl.snapshots.choose_steps(args.snapshots, args.steps)),
         ],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
