@@ -43,6 +43,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from typing_extensions import override
 
 import crosslens as cl
 from crosslens.errors import UserError
@@ -106,10 +107,12 @@ class RecordLosses(TrainerCallback):
     def __init__(self, path: Path, steps: list[int]) -> None:
         self.path, self.steps = path, steps
 
+    @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for the losses at the step of a snapshot."""
         control.should_evaluate = state.global_step in self.steps
 
+    @override
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write all losses so far: the Trainer's history comes back with a checkpoint."""
         curve: dict[int, dict[str, Any]] = {}

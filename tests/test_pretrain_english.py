@@ -1,4 +1,4 @@
-"""`scripts/pretrain_english.py` at toy size: what it writes, and that a killed training goes on as if nothing happened."""
+"""`scripts/pretrain_english.py` at toy size: what it writes, and that a killed training goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import crosslens as cl
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "pretrain_english.py"
-TOY = "--layers 2 --d-model 32 --heads 2 --vocab-size 400 --context-size 32 --batch-size 8 --eval-rows 16".split()
+TOY = shlex.split("--layers 2 --d-model 32 --heads 2 --vocab-size 400 --context-size 32 --batch-size 8 --eval-rows 16")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of several lines, separated by blank lines."""
-    rng, words = random.Random(0), "the a dog dogs cat cats sees see that near house and runs run .".split()
+    rng, words = random.Random(0), shlex.split("the a dog dogs cat cats sees see that near house and runs run .")
     documents = ["\n".join(" ".join(rng.choices(words, k=12)) for _ in range(4)) for _ in range(300)]
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(documents) + "\n")
@@ -74,7 +75,7 @@ def test_rows_begin_with_the_token_that_separates_documents(script: ModuleType, 
 
 @pytest.mark.exhaustive
 def test_a_killed_training_goes_on(text: Path, tmp_path: Path) -> None:
-    options = "--steps 300 --snapshots log:8 --checkpoint-every 20".split()
+    options = shlex.split("--steps 300 --snapshots log:8 --checkpoint-every 20")
     assert run(text, tmp_path / "whole", *options).returncode == 0
     process = subprocess.Popen(
         command(text, tmp_path / "killed", *options),
