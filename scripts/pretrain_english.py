@@ -205,11 +205,11 @@ def main() -> None:
                 max_position_embeddings=args.context_size,
                 bos_token_id=0,
                 eos_token_id=0,
-                attn_implementation="eager",  # faster than sdpa at this size
             )
         )
     else:  # the Trainer alone would leave the unembedding at random: files have another name for it than the model
-        model = GPTNeoXForCausalLM.from_pretrained(last, attn_implementation="eager")
+        model = GPTNeoXForCausalLM.from_pretrained(last)
+    model.set_attn_implementation("eager")  # faster than sdpa at this size
     trainer = Trainer(
         model,
         TrainingArguments(
