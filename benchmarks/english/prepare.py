@@ -71,7 +71,7 @@ def write_induction(snapshots: Path, path: Path, n: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--text", type=Path, required=True, help="documents, separated by blank lines; .txt.gz")
+    parser.add_argument("--text", type=Path, required=True, help="documents, separated by blank lines; .txt or .txt.gz")
     parser.add_argument("--blimp", type=Path, required=True, help="archive, or folder of .jsonl files")
     parser.add_argument("--simple", type=Path, required=True, help="agreement, as sva:FILE reads it")
     parser.add_argument("--nounpp", type=Path, required=True, help="the same across a phrase with another noun")
@@ -82,7 +82,8 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(args.text, args.out / "prose.txt.gz")
+    suffix = ".txt.gz" if args.text.suffix == ".gz" else ".txt"
+    shutil.copyfile(args.text, args.out / f"prose{suffix}")
     for name in ("simple", "nounpp", "ioi"):
         shutil.copyfile(getattr(args, name), args.out / f"{name}.json")
     copy_paradigms(args.blimp, args.out)
