@@ -14,11 +14,11 @@ the same, bit by bit, with the same number of threads. Read the snapshots with `
 What was chosen, for four hours of one core (AMD EPYC, 2 cores, November 2026) and 35.7 MB of text:
 
 - The model is Pythia-31m (six layers, d = 256, eight heads) with a vocabulary of 4,096: 6.8 million parameters.
-- bfloat16 for products, float32 for weights: 5,500 tokens per second and core instead of 2,400. Processors without
+- bfloat16 for products, float32 for weights: 5,000 tokens per second of one core instead of 2,400. Processors without
   AVX-512 BF16 are faster with `--precision fp32`.
-- Rows of 128 tokens: 5,500 tokens per second, and 3,100 with rows of 256. Sentences of agreement tasks have about ten.
-- 4,096 tokens per step, since larger batches are no faster here. 16,000 steps are 66 million tokens, or eight passes
-  over the text, in about 200 minutes of one core; the rest goes to losses and snapshots.
+- Rows of 128 tokens: with 256, a second has only 56 % as many tokens, and sentences of agreement tasks have about ten.
+- 4,096 tokens per step, since larger batches are no faster here. 16,000 steps are 66 million tokens, or seven passes
+  over the text, in about 220 minutes of one core; losses and snapshots take a few more.
 - AdamW with betas .9 and .95, weight decay .1 and clipping at 1 are Pythia's; the learning rate rises to 2e-3 in 2 % of
   the steps, and falls to 0 by a cosine.
 """

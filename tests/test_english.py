@@ -127,8 +127,9 @@ def test_the_study_runs_as_its_page_says(tmp_path: Path) -> None:
     )  # fmt: skip
     found = json.loads((tmp_path / "summary.json").read_text())
     claims = found["run"]["claims"]
+    without = {"complexity", "dates_of_births"}  # a language model rates the one, and nothing is born here
     assert {name for name, claim in claims.items() if "missing" in claim} == {"complexity"}
-    assert len(claims) >= 15 and all(claim["readings"] for name, claim in claims.items() if name != "complexity")
+    assert len(claims) >= 15 and all(claim["readings"] for name, claim in claims.items() if name not in without)
     for claim in claims.values():
         for reading in claim.get("readings", ()):
             assert None in (reading["low"], reading["high"]) or reading["low"] <= reading["high"], reading
