@@ -15,11 +15,13 @@ The file has the run directory at the top, and a table per command with its opti
 
 `train`, `evolve` and `report` always run, `study` and `label` where they have a table. All options are checked before
 the first command. Repeated after an interruption it continues: `train` resumes, `evolve` is skipped where it was
-complete with the same options, `study` makes what is missing, and answers of a language model are kept.
+complete with the same options, `study` makes what is missing, and answers of a language model are kept. `run.json` has
+the seconds of each command, summed over repetitions.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,13 @@ def run_commands(path: Path, app: App) -> None:
     for verb, command in commands.items():
         if verb == "evolve" and _is_evolved(run, command.keywords):
             continue
+        began = time.perf_counter()
         command()
         if verb == "evolve":
             run.update(evolved=_evolved(run, command.keywords))
+        if verb != "train":  # which records its own
+            before = run.read_json().get("timings", {}).get(verb, 0)
+            run.update(timings={verb: round(before + time.perf_counter() - began, 1)})
 
 
 def _evolved(run: RunDir, arguments: dict[str, Any]) -> dict[str, str]:

@@ -399,7 +399,7 @@ def _facts(info: dict[str, Any], tables: Tables) -> list[tuple[str, str]]:
         ("Created", _text(info.get("created"))),
         ("Command", " ".join(map(str, command)) if isinstance(command, list) else _text(command)),
         ("Versions", ", ".join(f"{name} {_text(version)}" for name, version in versions.items())),
-        ("Timings", ", ".join(f"{stage} {_seconds(value)}" for stage, value in timings.items())),
+        ("Timings", ", ".join(_timing(stage, value) for stage, value in timings.items())),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -471,6 +471,15 @@ def _count(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) < 1e6 else short_count(value)
     return _text(value)
+
+
+def _timing(stage: str, value: object) -> str:
+    """An entry of `timings`: seconds of a stage, or what training measured beside them."""
+    if stage == "tokens_per_second" and isinstance(value, int | float):
+        return f"{value:,.0f} tokens per second"
+    if stage == "peak_memory" and isinstance(value, int | float):
+        return f"{value / 2**30:.2f} GiB of memory"
+    return f"{stage.replace('_', ' ')} {_seconds(value)}"
 
 
 def _seconds(value: object) -> str:

@@ -19,12 +19,14 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from typing_extensions import override
 
@@ -90,8 +92,7 @@ def save(
     """
     if step < 0:
         raise UserError(f"step={step} must be 0 or more: give the number of optimiser steps so far")
-    while not hasattr(model, "save_pretrained") and hasattr(model, "module"):
-        model = model.module
+    model = _whole_model(model)
     if not hasattr(model, "save_pretrained"):
         raise UserError(
             f"a {type(model).__name__} has no save_pretrained: give a causal language model of transformers"
@@ -117,7 +118,9 @@ class SaveSnapshots(TrainerCallback):
         cl.Snapshots.local("runs/my-model")
 
     Snapshots are no checkpoints to resume from: those are the Trainer's own. A run that resumes saves the steps that
-    come again only where they are missing.
+    come again only where they are missing. The Trainer looks for parameters by their names in memory. For some models
+    (the unembedding of GPT-NeoX) files have other names, and what it does not find it leaves as it was made. Make the
+    model of a resumed run with `from_pretrained(checkpoint)`; otherwise a warning names what is lost.
 
     Args:
         folder: of the snapshots; created if missing.
@@ -160,6 +163,13 @@ class SaveSnapshots(TrainerCallback):
                 "SaveSnapshots saves whole models, and FSDP and DeepSpeed split them over processes: save checkpoints "
                 "with the Trainer, and read the folder of its checkpoint-N with Snapshots.local"
             )
+        if lost := _not_loaded(kwargs["model"], Path(args.output_dir) / f"checkpoint-{state.global_step}"):
+            warnings.warn(
+                f"the Trainer has not loaded {', '.join(lost)} from checkpoint-{state.global_step}, which has other "
+                "names: training goes on from what the model had. Make it with from_pretrained(checkpoint) before "
+                "resuming",
+                stacklevel=2,
+            )
         self._chosen = choose_steps(self.steps, state.max_steps)
         self.tokenizer = self.tokenizer or kwargs.get("processing_class")
         if self.tokenizer is None and not (self.folder / "tokenizer").is_dir():
@@ -196,6 +206,29 @@ class SaveSnapshots(TrainerCallback):
             return None
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return step * sequences * self.context_size
+
+
+def _not_loaded(model: Any, checkpoint: Path) -> list[str]:
+    """Names of parameters of which a checkpoint has neither the name nor, under another one, the values."""
+    path = checkpoint / "model.safetensors"
+    if not path.is_file():
+        return []
+    with safe_open(path, "pt") as file:
+        names = {*file.keys()}
+        missing = {name: each for name, each in _whole_model(model).named_parameters() if name not in names}
+        others = [file.get_tensor(name) for name in names] if missing else []
+    return [
+        name
+        for name, each in missing.items()
+        if not any(other.shape == each.shape and torch.equal(other, each.detach().cpu()) for other in others)
+    ]
+
+
+def _whole_model(model: Any) -> Any:
+    """The model inside DistributedDataParallel and other wrappers."""
+    while not hasattr(model, "save_pretrained") and hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def _writes() -> bool:

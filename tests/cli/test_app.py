@@ -797,6 +797,7 @@ n_read_out = 2
         *tables, "validation/task.parquet"
     }  # fmt: skip
     assert (run / "report" / "index.html").is_file()
+    assert {"train", "evolve", "study", "report"} <= RunDir.open(run).read_json()["timings"].keys()
     (run / "timeline" / "task.parquet").unlink()
     (run / "report" / "index.html").unlink()
     code, _, err = command("run", config)

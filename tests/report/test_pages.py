@@ -54,7 +54,7 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
             "snapshots": [{**row, "fingerprint": f"{i:064x}"} for i, row in enumerate(common.to_dict("records"))],
             "architecture": "batchtopk_crosscoder",
             "d_sae": n_features,
-            "timings": {"train": 61.5, "evolution": 2.25},
+            "timings": {"train": 61.5, "tokens_per_second": 1234.5, "peak_memory": 3 * 2**29, "study": 150},
         }
     )
     grown = np.linspace(0, 1, S)
@@ -372,6 +372,11 @@ def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> Non
     assert {path.name for path in run.report.iterdir()} == {
         *(f"{name}.html" for name in (*PAGES, "features", "feature")), "assets", "data", "files.json",
     }  # fmt: skip
+
+
+def test_timings_have_units(written: tuple[RunDir, _Page, int]) -> None:
+    text = _Page(written[0].report / "index.html", ("index",)).text
+    assert "train 61.5 s, 1,234 tokens per second, 1.50 GiB of memory, study 2.5 min" in text
 
 
 def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Page, int]) -> None:

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArguments
 
 import crosslens as cl
@@ -117,6 +119,22 @@ def test_a_trainer_that_is_killed_and_resumed(tiny_snapshots: Path, tmp_path: Pa
     last = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-12").state_dict()
     saved = GPTNeoXForCausalLM.from_pretrained(folder / "step12").state_dict()
     assert all(torch.equal(last[name], saved[name]) for name in last)
+
+
+def test_what_a_resumed_trainer_has_not_loaded_is_named(snaps: cl.Snapshots, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "snapshots", snaps.tokenizer, tmp_path / "out").train()
+    checkpoint = tmp_path / "out" / "checkpoint-10"
+    with pytest.warns(UserWarning, match=r"not loaded lm_head.weight from checkpoint-10.*from_pretrained"):
+        make_trainer(tmp_path / "again", snaps.tokenizer, tmp_path / "out").train(str(checkpoint))
+
+    whole = make_trainer(tmp_path / "whole", snaps.tokenizer, tmp_path / "out")
+    whole.model = whole.model_wrapped = GPTNeoXForCausalLM.from_pretrained(checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not loaded")
+        whole.train(str(checkpoint))
+    ends = [load_file(tmp_path / name / "step12" / "model.safetensors") for name in ("snapshots", "whole", "again")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not torch.equal(ends[0]["embed_out.weight"], ends[2]["embed_out.weight"])
 
 
 LOOP = """
