@@ -219,8 +219,8 @@ def plan_decodability(n_features: int, n_snapshots: int, d_model: int, n_tokens:
     # encoder and decoder, activations, and squared errors in float64; dense features of a block with what is computed
     # from them; and what analyses hold of one snapshot
     held = 8 * matrix + min(4 * activations, HELD_BYTES) + 16 * GROUPS * n_features * n_snapshots
-    held += 16 * batch_tokens(n_features) * n_features + 36 * decoder + 24 * n_tokens * d_model
-    held += 24 * 500 * 256 * n_snapshots  # draws of births
+    held += 8 * batch_tokens(n_features) * n_features + 36 * decoder + 24 * n_tokens * d_model
+    held += 24 * 500 * 256 * n_snapshots + (1 << 25)  # draws of births; what the sums themselves need
     # predictions from weights, or from the tokens fitted on, whichever is less
     return held, 4 * activations * min(n_features, n_tokens // 2) / 50e9
 

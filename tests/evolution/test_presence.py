@@ -177,7 +177,7 @@ def test_types_that_occur_once_leave_no_within_token_reading() -> None:
 
 def test_the_plan_counts_what_is_held() -> None:
     held, seconds = plan_decodability(16_384, 8, 512, 50_000)
-    assert 3 < held / 1e9 < 4 and 200 < seconds < 300
+    assert 2.5 < held / 1e9 < 3.5 and 200 < seconds < 300
     more, longer = plan_decodability(32_768, 8, 512, 100_000)
     assert 1.5 * held < more < 4 * held and longer == 4 * seconds
     # few tokens predict without a weight for every feature and dimension
