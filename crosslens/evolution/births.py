@@ -4,7 +4,7 @@ For a curve of presence of each feature over snapshots (decoder norm, R2 or with
 to the feature's largest value, lifecycles are those of `lifecycles.classify_lifecycles`. For both R2, whose errors are
 known for G groups of documents, `date_births` adds
 
-1. an interval of at least 95 % of the birth, in snapshots, from a bootstrap over groups of documents: percentiles,
+1. a 95 % interval of the birth, in snapshots, from a bootstrap over groups of documents: percentiles,
    expanded for the small number of groups (Hesterberg 2015, 10.1080/00031305.2015.1089789, section 5.3);
 2. the *effect*, largest R2 minus R2 at the first snapshot, with its interval;
 3. a p-value of the hypothesis that the feature is present at the first snapshot,
@@ -12,8 +12,8 @@ known for G groups of documents, `date_births` adds
    freedom; and a q-value (Benjamini and Hochberg 1995) over all features that have one.
 
 There are no dates between snapshots. R2 of a regression fitted on n tokens is low by about (1 - R2) D / n, so an
-interpolated point where a curve reaches the threshold is late, by more than its sampling error: in the planted traps of
-`planted.traps` 95 % intervals of such points covered 77 to 95 % where those of whole snapshots covered all.
+interpolated point where a curve reaches the threshold is late, by more than its sampling error. What the intervals in
+snapshots cover, by the number of tokens, is in `benchmarks/birth_intervals.py`.
 
 A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
 apart, with an interval over groups of documents, and next to it
