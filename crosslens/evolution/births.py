@@ -312,7 +312,8 @@ def with_null(counts: pd.DataFrame, null: pd.DataFrame, name: str) -> pd.DataFra
 def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
 
-    A cell is births forward / reversed, then those in untrained and in exchangeable models where they are known.
+    A cell is births forward / reversed, then those in untrained and in exchangeable models where they are known. Below
+    stand, at the default threshold, the births by R2 that exceed the common trend of their kind.
 
     Args:
         counts: the result of `count_births` or `with_null`.
@@ -336,6 +337,10 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
         if known
         else "false births not measured: use --untrained or --null"
     )
+    beyond = counts[counts["threshold"] == PRESENCE].reindex(columns=["measure", "kind", "born", "beyond_trend"])
+    for measure, rows in beyond.dropna(subset=["beyond_trend"]).groupby("measure", sort=False):
+        parts = [f"{row['kind']} {row['beyond_trend']} of {row['born']}" for row in rows.to_dict("records")]
+        lines.append(f"{NAMES[str(measure)]}, births beyond the common trend at {PRESENCE:g}: {', '.join(parts)}")
     return [*lines, f"forward / with the snapshots reversed; {rest}"]
 
 
