@@ -2,19 +2,23 @@
 
 Effects on 60 prompts of 400 features, half of which have none. The others act over S snapshots as one profile says:
 from the middle on (step), at the last (last), at all (flat), until the middle (falling), at a middle one (transient),
-or rising linearly to the last one, from a snapshot drawn in the first half (ramp) or from the first (slow ramp). The
-largest effect of a feature is some standard errors (z), its sign is drawn, and noise is normal, alone or shared by the
-snapshots of a prompt. Significance is that of `crosslens.causal.significant`.
+or rising linearly to the last one, from 0 at a snapshot drawn in the first half (ramp) or at the first (slow ramp), or
+from up to .6 of the largest effect at the first (raised ramp). The largest effect of a feature is some standard errors
+(z), its sign is drawn, and noise is normal, alone or shared by the snapshots of a prompt. Significance is that of
+`crosslens.causal.significant`.
 
 1. Per profile, S and z: features that have a class; of all, those with the class of their true profile, by RelIE of
    significant effects (the package's), by all effects (version 0.2), with the noise's part subtracted, after
    empirical-Bayes shrinkage (Stephens 2017, Biostatistics 18, 275: a point mass at 0 and normals of many widths,
-   effects with a posterior probability of 0 above .5 cut), and with neighbours of significant effects let in one by
-   one (`extended`) or pooled (`pooled`); mean |RelIE - truth|; coverage of the 95 % interval, over
-   all snapshots and over those at which the feature acts, and its mean width there; features without effects that have
-   a class, as the package selects and by Benjamini-Hochberg over all features and snapshots at once.
+   effects with a posterior probability of 0 above .5 cut), with neighbours of significant effects let in one by
+   one (`extended`) or pooled (`pooled`), and with the share of nulls estimated (Storey, Taylor and Siegmund 2004, JRSS
+   B 66, 187) among features, among features and the snapshots of each, and so with lambda by their bootstrap instead
+   of .5; mean |RelIE - truth|; coverage of the 95 % interval, over all snapshots and over those at which the feature
+   acts, and its mean width there; features without effects that have a class, as the package selects, with these
+   estimates, and by Benjamini-Hochberg over all features and snapshots at once.
 2. For ramps, whose centre of mass lies near the boundary of two classes: the share that readings get right which know
-   more than any reading of data can, and the error of centres of mass.
+   more than any reading of data can, and the error of centres of mass; the share right by distance of the true centre
+   of mass from the boundary, and by the class that was read.
 3. The same as 1 of share RelIE, with all profiles in one set of features.
 4. Prompts of G groups with an effect of their own: rate of p <= .05 and of significant features where answers are
    swapped at random, a prompt or a group at a time, and coverage of the interval of an effect; over groups, and as if
@@ -26,7 +30,10 @@ snapshots of a prompt. Significance is that of `crosslens.causal.significant`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,6 +43,7 @@ from torch import Tensor
 
 from crosslens.causal.attribution import Bootstrap, clustered_error
 from crosslens.causal.relative import (
+    FDR,
     centre_of_mass,
     classes,
     effect_interval,
@@ -47,8 +55,11 @@ from crosslens.causal.relative import (
 )
 from crosslens.stats import q_values, resample_counts, sign_flip_p
 
-PROFILES = ("step", "last", "flat", "falling", "transient", "ramp", "slow ramp")
+PROFILES = ("step", "last", "flat", "falling", "transient", "ramp", "slow ramp", "raised ramp")
+RAMPS = PROFILES[5:]
 F, N = 400, 60
+# of the centre of mass from .7, the boundary of `classes` between maintained and emerged
+DISTANCES = (-np.inf, -0.1, -0.03, 0.0, 0.03, np.inf)
 
 
 @dataclass
@@ -81,6 +92,7 @@ def course(profile: str, S: int, n: int, rng: np.random.Generator) -> np.ndarray
     """Size of the effects (n, S) of n features, at most 1."""
     s = np.arange(S)
     start = rng.integers(0, max(1, S // 2), n)[:, None] if profile == "ramp" else np.zeros((n, 1))
+    floor = rng.uniform(0, 0.6, n)[:, None] if profile == "raised ramp" else np.zeros((n, 1))
     one = {
         "step": s >= S - max(1, S // 2),
         "last": s == S - 1,
@@ -89,6 +101,7 @@ def course(profile: str, S: int, n: int, rng: np.random.Generator) -> np.ndarray
         "transient": s == S // 2,
         "ramp": np.clip((s - start) / (S - 1 - start), 0, 1),
         "slow ramp": s / (S - 1),
+        "raised ramp": floor + (1 - floor) * s / (S - 1),
     }[profile]
     return np.broadcast_to(one, (n, S)).astype(float)
 
@@ -159,6 +172,37 @@ def pooled(effects: Effects, level: float = 0.01) -> Tensor:
     return torch.from_numpy(sizes)
 
 
+def share_of_nulls(p: np.ndarray, bootstrap: bool) -> float:
+    """Storey's estimate, for lambda = .5 or that with the least mean squared error by the bootstrap, in closed form."""
+    levels = np.arange(0.05, 0.96, 0.05) if bootstrap else np.array([0.5])
+    above = (p[:, None] > levels).sum(0)
+    found = (1 + above) / (len(p) * (1 - levels))
+    if bootstrap:
+        variance = above / (len(p) * (1 - levels)) ** 2 * (1 - above / len(p))
+        found = found[(variance + (found - np.quantile(found, 0.1)) ** 2).argmin()]
+    return float(np.minimum(found, 1.0).squeeze())
+
+
+def storey(effects: Effects, snapshots: bool = False, bootstrap: bool = False) -> Tensor:
+    """Which effects count if the share of nulls is estimated among features, and among the snapshots of each."""
+    p = effects.p.numpy()
+    q = np.stack([q_values(row) for row in p])
+    simes = q.min(1)
+    nulls = share_of_nulls(simes, bootstrap)
+    selected = q_values(simes) * nulls <= FDR
+    within = min(FDR, FDR * selected.mean() / nulls)
+    if snapshots:
+        q = q * np.array([share_of_nulls(row, bootstrap) for row in p])[:, None]
+    return torch.from_numpy(selected[:, None] & (q <= within))
+
+
+STOREY: dict[str, Callable[[Effects], Tensor]] = {
+    "Storey, features": storey,
+    "Storey, both": partial(storey, snapshots=True),
+    "Storey, bootstrap": partial(storey, snapshots=True, bootstrap=True),
+}
+
+
 def knows_ramps(effects: Effects, S: int, z: float, correlation: float) -> np.ndarray:
     """Most probable class of every feature, given that it is a ramp of this size that starts in the first half."""
     s, starts = np.arange(S), np.arange(max(1, S // 2))[:, None]
@@ -199,86 +243,79 @@ def judge(mean: np.ndarray, effects: Effects, share: bool) -> dict[str, np.ndarr
         any_effect = kept[:, None]
         for name, values in (("all", sizes), ("less noise", least)):
             figures[name] = torch.from_numpy(classes(shares(values)[acts].where(any_effect, torch.nan)) == expected)
-        for name, rule in (("shrunk", shrunk), ("extended", extended), ("pooled", pooled)):
-            figures[name] = torch.from_numpy(classes(shares(rule(effects))[acts]) == expected)
+        tried = {"shrunk": shrunk(effects), "extended": extended(effects), "pooled": pooled(effects)}
+        tried |= {name: torch.where(rule(effects), sizes, 0.0) for name, rule in STOREY.items()}
+        for name, found in tried.items():
+            figures[name] = torch.from_numpy(classes(shares(found)[acts]) == expected)
     return {name: values.double().numpy() for name, values in figures.items()}
 
 
-def false_classes(mean: np.ndarray, effects: Effects) -> tuple[float, float]:
-    """Share of the features without effects that have a class, as the package selects and by one correction."""
-    null = np.abs(mean).sum(1) == 0
-    at_once = q_values(effects.p.numpy()) <= 0.05
-    return float(significant(effects).numpy()[null].any(1).mean()), float(at_once[null].any(1).mean())
+def false_classes(mean: np.ndarray, effects: Effects) -> dict[str, float]:
+    """Share of the features without effects that have a class, by way of selecting effects."""
+    null = torch.from_numpy(np.abs(mean).sum(1) == 0)
+    counts = {"as the package selects": significant(effects)} | {name: rule(effects) for name, rule in STOREY.items()}
+    counts["by one correction for all effects"] = torch.from_numpy(q_values(effects.p.numpy()) <= FDR)
+    return {name: float(each[null].any(1).double().mean()) for name, each in counts.items()}
 
 
 def print_profiles(arguments: argparse.Namespace) -> None:
-    print(
-        "| S | profile | z | classed | right | all | less noise | shrunk | extended | pooled | error | coverage "
-        "| where it acts | width |"
-    )
-    print("|" + "---|" * 14)
+    rules = ("all", "less noise", "shrunk", "extended", "pooled", *STOREY)
+    print(f"| S | profile | z | classed | right | {' | '.join(rules)} | error | coverage | where it acts | width |")
+    print("|" + "---|" * (9 + len(rules)))
     worst: dict[str, list[tuple[float, str]]] = {}
-    rates: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    rates: dict[tuple[int, str], list[dict[str, float]]] = {}
     for S in arguments.snapshots:
         for profile in PROFILES:
-            if profile == "transient" and S < 3 or "ramp" in profile and S < 3:
+            if S < 3 and profile in ("transient", *RAMPS):
                 continue
             for z in arguments.z:
                 found: list[dict[str, np.ndarray]] = []
-                for seed in range(arguments.draws):
-                    rng = np.random.default_rng([S, PROFILES.index(profile), int(z), seed])
-                    mean, effects = simulate([profile], S, z, arguments.correlation, rng)
+                for mean, effects in draws(arguments, S, profile, z):
                     found.append(judge(mean, effects, False))
                     rates.setdefault((S, profile), []).append(false_classes(mean, effects))
                 mid = {name: float(np.nanmean(np.concatenate([each[name] for each in found]))) for name in found[0]}
-                columns = (
-                    "kept",
-                    "right",
-                    "all",
-                    "less noise",
-                    "shrunk",
-                    "extended",
-                    "pooled",
-                    "error",
-                    "coverage",
-                    "acting",
-                    "width",
-                )
+                columns = ("kept", "right", *rules, "error", "coverage", "acting", "width")
                 print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{mid[name]:.3f}" for name in columns) + " |")
                 where = f"S = {S}, {profile}, z = {z:g}"
-                kind = "ramp" if profile == "ramp" else "slow ramp" if profile == "slow ramp" else "others"
                 if z >= 6:
+                    kind = profile if profile in RAMPS else "others"
                     worst.setdefault(f"classes right, {kind}, z >= 6", []).append((mid["right"], where))
                 worst.setdefault("coverage", []).append((mid["coverage"], where))
                 worst.setdefault("coverage where it acts", []).append((mid["acting"], where))
     print()
     for name, values in worst.items():
         print(f"least {name}: {min(values)[0]:.3f} ({min(values)[1]})")
-    for i, name in enumerate(("as the package selects", "by one correction for all effects")):
-        means = {key: float(np.mean([each[i] for each in values])) for key, values in rates.items()}
+    for name in next(iter(rates.values()))[0]:
+        means = {key: float(np.mean([each[name] for each in values])) for key, values in rates.items()}
         key = max(means, key=lambda each: means[each])
         print(f"most false classes of features without effects, {name}: {means[key]:.3f} (S = {key[0]}, {key[1]})")
+
+
+def draws(arguments: argparse.Namespace, S: int, profile: str, z: float) -> Iterator[tuple[np.ndarray, Effects]]:
+    """The effects of one profile, draw by draw."""
+    for seed in range(arguments.draws):
+        rng = np.random.default_rng([S, PROFILES.index(profile), int(z), seed])
+        yield simulate([profile], S, z, arguments.correlation, rng)
 
 
 def print_limits(arguments: argparse.Namespace) -> None:
     """Ramps, read by what no data tell."""
     print(
-        "\nRamps: classes right by significant effects; where their centre is .03 from a boundary or more; where it is "
-        "known which effects are 0; by all effects with their known sign; where profile and size are known. "
+        "\nRamps: classes right by significant effects; where it is known which effects are 0; by all effects with "
+        "their known sign; where profile and size are known. "
         "Then the mean error of the centre of mass, and its mean absolute error, by significant effects and the rules."
     )
-    columns = "right | away | known zeros | known sign | known ramps"
+    columns = "right | known zeros | known sign | known ramps"
     columns += " | bias | error | extended, bias | error | pooled, bias | error"
-    print(f"| S | profile | z | {columns} |\n{'|---' * 14}|")
+    print(f"| S | profile | z | {columns} |\n{'|---' * 13}|")
     for S in (each for each in arguments.snapshots if each > 2):
-        for profile in ("ramp", "slow ramp"):
+        for profile in RAMPS:
             for z in arguments.z:
-                found: list[list[float]] = []
-                for seed in range(arguments.draws):
-                    rng = np.random.default_rng([S, PROFILES.index(profile), int(z), seed])
-                    mean, effects = simulate([profile], S, z, arguments.correlation, rng)
-                    found.append(limits(mean, effects, z, arguments.correlation, profile == "ramp"))
-                print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{v:.3f}" for v in np.nanmean(found, 0)) + " |")
+                found = [
+                    limits(mean, effects, z, arguments.correlation, profile == "ramp")
+                    for mean, effects in draws(arguments, S, profile, z)
+                ]
+                print(f"| {S} | {profile} | {z:g} | " + " | ".join(f"{v:.3f}" for v in np.mean(found, 0)) + " |")
 
 
 def limits(mean: np.ndarray, effects: Effects, z: float, correlation: float, drawn: bool) -> list[float]:
@@ -288,25 +325,50 @@ def limits(mean: np.ndarray, effects: Effects, z: float, correlation: float, dra
     truth = shares(true.abs())[acts]
     centre, expected, S = centre_of_mass(truth), classes(truth), true.shape[1]
     package = torch.where(significant(effects), effects.effects.abs(), 0.0)
-    right = classes(shares(package)[acts]) == expected
-    away = ((centre - 0.7).abs() >= 0.03).numpy()
     zeros = torch.where(true != 0, effects.effects.abs(), 0.0)
     signed = effects.effects[acts] * true[acts].sum(1, keepdim=True).sign()
     low_high = np.digitize(centre_of_mass(shares(signed)), (0.3, 0.7)) == np.digitize(centre, (0.3, 0.7))
     known = knows_ramps(effects, S, z, correlation)[acts.numpy()] == expected if drawn else np.nan
-    row = [right.mean(), right[away].mean() if away.any() else np.nan]
-    row += [(classes(shares(zeros)[acts]) == expected).mean(), low_high.mean(), np.mean(known)]
+    row = [(classes(shares(sizes)[acts]) == expected).mean() for sizes in (package, zeros)]
+    row += [low_high.mean(), np.mean(known)]
     for sizes in (package, extended(effects), pooled(effects)):
         off = centre_of_mass(shares(sizes)[acts]) - centre
         row += [float(off.nanmean()), float(off.abs().nanmean())]
     return [float(value) for value in row]
 
 
+def print_distances(arguments: argparse.Namespace) -> None:
+    """How far a class of a ramp can be trusted, by significant effects."""
+    print(
+        "\nRamps: share of classes right, by distance of the true centre of mass from .7, the boundary of maintained "
+        "and emerged (features); of those read as each class; how late the centre is read, where 95 % are."
+    )
+    ends = [f"{low:g} to {high:g}" for low, high in pairwise(DISTANCES[1:-1])]
+    bins = " | ".join([f"below {DISTANCES[1]:g}", *ends, f"above {DISTANCES[-2]:g}"])
+    print(f"| S | profile | z | {bins} | read maintained | read emerged | late by |\n{'|---' * (5 + len(DISTANCES))}|")
+    for S in (each for each in arguments.snapshots if each > 2):
+        for profile in RAMPS:
+            for z in arguments.z:
+                parts: list[tuple[np.ndarray, ...]] = []
+                for mean, effects in draws(arguments, S, profile, z):
+                    acts = torch.from_numpy(np.abs(mean).sum(1) > 0)
+                    truth, read = shares(torch.from_numpy(np.abs(mean)))[acts], relie(effects)[acts]
+                    late = centre_of_mass(read) - centre_of_mass(truth)
+                    parts.append((centre_of_mass(truth).numpy() - 0.7, classes(truth), classes(read), late.numpy()))
+                distance, expected, found, late = (np.concatenate(each) for each in zip(*parts, strict=True))
+                right = found == expected
+                place = np.digitize(distance, DISTANCES) - 1
+                where = [place == i for i in range(len(DISTANCES) - 1)] + [found == "maintained", found == "emerged"]
+                cells = [f"{right[each].mean():.3f} ({each.sum()})" if each.any() else "–" for each in where]
+                low, high = np.nanquantile(late, [0.025, 0.975])
+                print(f"| {S} | {profile} | {z:g} | {' | '.join(cells)} | {low:.2f} to {high:.2f} |")
+
+
 def print_shares(arguments: argparse.Namespace) -> None:
     print("\nShare RelIE, all profiles together")
     print("| S | z | right but for ramps | right, ramp | coverage | where it acts |\n|---|---|---|---|---|---|")
     for S in arguments.snapshots:
-        profiles = [name for name in PROFILES[:-1] if S > 2 or name not in ("transient", "ramp")]
+        profiles = [name for name in PROFILES[:6] if S > 2 or name not in ("transient", "ramp")]
         n = F // 2 // len(profiles)
         for z in arguments.z:
             found: list[dict[str, np.ndarray]] = []
@@ -361,6 +423,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print_profiles(arguments)
     print_limits(arguments)
+    print_distances(arguments)
     print_shares(arguments)
     print_groups(arguments)
 

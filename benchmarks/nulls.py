@@ -1,6 +1,7 @@
 """What readings of evolution give where what they claim is false, on the demo's crosscoder that comes with the package.
 
-    copies   every snapshot twice: between copies nothing turns, nothing is born, and effects are equal
+    copies   every snapshot twice: between copies nothing turns, nothing is born, and effects are equal; and the same
+             with noise in every copy, a tenth of the variance, without which both angles would be equal
     orders   the snapshots in random orders: no more splits and mergers than chance gives
 
     python benchmarks/nulls.py [--orders 40]
@@ -29,22 +30,26 @@ from crosslens.evolution.splitting import split_counts
 from crosslens.synthetic import grammar
 
 HOOK = "blocks.1.hook_resid_post"
-ERROR = 0.05
+ERROR, NOISE = 0.05, 0.1
 
 
 class Chosen(cl.Activations):
-    """The held-out activations of another object at given snapshots, any number of times each."""
+    """The held-out activations of another object at given snapshots, any number of times each, with noise."""
 
-    def __init__(self, acts: cl.Activations, places: list[int]) -> None:
+    def __init__(self, acts: cl.Activations, places: list[int], noise: float) -> None:
         self.acts, self.places = acts, places
+        deviation = torch.cat(list(acts.held_out())).std(0)[places]
+        self.size = noise**0.5 * deviation
 
     @property
     def n_snapshots(self) -> int:
         return len(self.places)
 
     def held_out(self, batch_size: int = 4096) -> Iterator[Tensor]:
+        drawn = torch.Generator().manual_seed(0)  # the same noise in every pass
         for x in self.acts.held_out(batch_size):
-            yield x[:, self.places]
+            copies = x[:, self.places]
+            yield copies + self.size * torch.randn(copies.shape, generator=drawn)
 
     def held_out_tokens(self) -> Tensor:
         return self.acts.held_out_tokens()
@@ -70,13 +75,14 @@ def at(cc: Crosscoder, places: list[int], error: float = 0.0) -> Crosscoder:
     return found.requires_grad_(False)
 
 
-def print_copies(cc: Crosscoder, acts: cl.Activations) -> None:
+def print_copies(cc: Crosscoder, acts: cl.Activations, noise: float) -> None:
     places = [s for s in range(cc.n_snapshots) for _ in range(2)]
-    twice, given = at(cc, places, ERROR), Chosen(acts, places)
+    twice, given = at(cc, places, ERROR), Chosen(acts, places, noise)
     rotation = rotation_per_interval(twice, halves=half_cosines(twice, given))
     found = measure_decodability(twice, given)
     curves = presence_curves(twice.decoder_norms, found, (measure_firing(twice, given).rate > 0).numpy())
-    print("Copies of one snapshot: beyond_null (least, most), births at a second copy, live features")
+    kind = f"with noise of {noise:g} of the variance" if noise else "as they are"
+    print(f"Copies of one snapshot, {kind}: beyond_null (least, most), births at a second copy, live features")
     share = rotation["beyond_null"].iloc[::2]
     for name in ("r2", "within"):
         values = curves[name]
@@ -115,7 +121,8 @@ def main() -> None:
     documents = list(grammar.documents(3_000, 1))
     data = cl.activations.Dataset(documents, n_tokens=20_000, held_out_tokens=8_000)
     acts = cl.Activations(cl.sharing.load_snapshots("crosslens-demo"), HOOK, data)
-    print_copies(cc, acts)
+    for noise in (0.0, NOISE):
+        print_copies(cc, acts, noise)
     print_orders(cc, acts, arguments.orders)
 
 

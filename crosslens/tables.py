@@ -1244,7 +1244,7 @@ TABLES: list[Table] = [
                 "relie": "RelIE: the snapshot's share of the feature's significant effects.",
                 "rank": "Place of |IE| at this snapshot, 1 the largest.",
                 "top": "Whether the feature is among the snapshot's top ones.",
-                "class": "Class of the feature by share RelIE, such as emerged or discontinued.",
+                "class": "Class by share RelIE, such as emerged or discontinued; small early effects are not seen.",
                 "signed_class": "The same by signed effects.",
                 "centre_of_mass": ("Centre of mass of share RelIE over snapshots.", "snapshots"),
                 "examples": "Prompts on which the feature is strongest, with the token in brackets.",

@@ -11,7 +11,8 @@ RelIE compares what part of its snapshot's total effect a feature has. Pairwise,
 that act only at snapshot a, 1 only at b.
 
 Only significant effects enter: all others count as 0, also in the sums over features and snapshots. Else the noise of
-many snapshots at which a feature does nothing outweighs the one at which it acts. Without a significant effect a
+many snapshots at which a feature does nothing outweighs the one at which it acts. The price is that small effects are
+missed, so that the centre of mass of a feature that grows slowly is read too late. Without a significant effect a
 feature has no relative effects (NaN) and no class. `min_effect=0` lets every effect enter, as Bayazit et al. do, except
 that they set .5 where all are 0, and call the feature shared.
 

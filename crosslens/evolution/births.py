@@ -4,7 +4,7 @@ For a curve of presence of each feature over snapshots (decoder norm, R2 or with
 to the feature's largest value, lifecycles are those of `lifecycles.classify_lifecycles`. For both R2, whose errors are
 known for G groups of documents, `date_births` adds
 
-1. an interval of at least 95 % of the birth, in snapshots, from a bootstrap over groups of documents: percentiles,
+1. a 95 % interval of the birth, in snapshots, from a bootstrap over groups of documents: percentiles,
    expanded for the small number of groups (Hesterberg 2015, 10.1080/00031305.2015.1089789, section 5.3);
 2. the *effect*, largest R2 minus R2 at the first snapshot, with its interval;
 3. a p-value of the hypothesis that the feature is present at the first snapshot,
@@ -12,8 +12,8 @@ known for G groups of documents, `date_births` adds
    freedom; and a q-value (Benjamini and Hochberg 1995) over all features that have one.
 
 There are no dates between snapshots. R2 of a regression fitted on n tokens is low by about (1 - R2) D / n, so an
-interpolated point where a curve reaches the threshold is late, by more than its sampling error: in the planted traps of
-`planted.traps` 95 % intervals of such points covered 77 to 95 % where those of whole snapshots covered all.
+interpolated point where a curve reaches the threshold is late, by more than its sampling error. What the intervals in
+snapshots cover, by the number of tokens, is in `benchmarks/birth_intervals.py`.
 
 A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
 apart, with an interval over groups of documents, and next to it
@@ -312,7 +312,8 @@ def with_null(counts: pd.DataFrame, null: pd.DataFrame, name: str) -> pd.DataFra
 def table_of_counts(counts: pd.DataFrame) -> list[str]:
     """`count_births` as a table of one screen: a line per measure and kind, a column per threshold.
 
-    A cell is births forward / reversed, then those in untrained and in exchangeable models where they are known.
+    A cell is births forward / reversed, then those in untrained and in exchangeable models where they are known. Below
+    stand, at the default threshold, the births by R2 that exceed the common trend of their kind.
 
     Args:
         counts: the result of `count_births` or `with_null`.
@@ -336,6 +337,10 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
         if known
         else "false births not measured: use --untrained or --null"
     )
+    beyond = counts[counts["threshold"] == PRESENCE].reindex(columns=["measure", "kind", "born", "beyond_trend"])
+    for measure, rows in beyond.dropna(subset=["beyond_trend"]).groupby("measure", sort=False):
+        parts = [f"{row['kind']} {row['beyond_trend']} of {row['born']}" for row in rows.to_dict("records")]
+        lines.append(f"{NAMES[str(measure)]}, births beyond the common trend at {PRESENCE:g}: {', '.join(parts)}")
     return [*lines, f"forward / with the snapshots reversed; {rest}"]
 
 

@@ -49,7 +49,7 @@ GROUPS = 32
 _LEAST_GROUPS = 8
 _LEAST, _ENOUGH = 4, 20
 """Held-out tokens per dimension: with fewer R2 is not measured, or its births are marked. Intervals of
-planted births at 4, 8 and 20 tokens per dimension covered 80, 88 and 92 % (`benchmarks/birth_intervals.py`)."""
+planted births at 4, 8 and 20 tokens per dimension covered 80, 87 and 93 % (`benchmarks/birth_intervals.py`)."""
 _ROUNDING = 1e-9
 _PREDICTED = 1 << 22  # features of tokens at a time that are predicted
 _GATHERED = 4  # time of a product over active pairs, relative to one of a dense matrix

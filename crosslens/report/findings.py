@@ -180,7 +180,7 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
     if born and "birth" in read and evolution is not None:
         dates = read.loc[read["origin"] == "emergent", "birth"].astype(int).value_counts()
         label = dict(zip(evolution["snapshot"], evolution["label"], strict=True)).get(dates.index[0])
-        text += f", most of them at {label} ({dates.iloc[0]:,})" * (label is not None)
+        text += f", with the most at {label} ({dates.iloc[0]:,})" * (label is not None)
     counts = tables.get("birth_counts", "measure", "kind", "threshold", "born", "born_reversed")
     if counts is not None:
         from crosslens.evolution.births import NULLS, describe_reversed
@@ -192,9 +192,9 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             if np.isfinite(row.get("born_low", np.nan)):
                 text += f" (95% interval of the count: {row['born_low']:,.0f} to {row['born_high']:,.0f})"
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
-            text += "".join(
-                f", in {models} {row[name]:.1%}" for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))
-            )
+            false = [(row[name], models) for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))]
+            text += "".join(f", in {models} {share:.1%}" for share, models in false)
+            text += "; false births were not measured" * (not false)
         unlikely = "".join(f". {line[0].upper()}{line[1:]}" for line in describe_reversed(counts))
         text += unlikely.replace("R2", MEASURES["r2"])
     names = {"evolution-map": "Figure", "birth-counts": "Control: births reversed in time"}

@@ -88,7 +88,9 @@ def test_births_and_their_controls_in_a_run(tiny_snapshots: Path, tiny_text: lis
     row = counts.query("measure == 'r2' and kind == 'all' and threshold == 0.4").iloc[0]
     assert row["born"] == (births.loc["r2"]["origin"] == "emergent").sum()
     lines = table_of_counts(counts)
-    assert len(lines) == 11 and max(map(len, lines)) <= 130
+    assert len(lines) == 13 and max(map(len, lines)) <= 130
+    beyond = f"all {row['beyond_trend']} of {row['born']}, lexical"
+    assert f"R2, births beyond the common trend at 0.4: {beyond}" in lines[-3]
     assert f"{row['born']} / {row['born_reversed']} ({row['untrained'] * row['untrained_n']:.0f} of" in lines[1]
     assert "nan" not in "".join(lines)
     assert "--untrained" in table_of_counts(evolve(crosscoder, acts).count_births())[-1]
