@@ -216,7 +216,7 @@ class RunDir:
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path.resolve() / (".lock" if part == "run" else f".{part}.lock")
-        lock = FileLock(path, timeout=_PATIENCE, is_singleton=True, mode=0o666)
+        lock = FileLock(path, timeout=_PATIENCE, is_singleton=True)
         try:
             lock.acquire()
         except Timeout as error:

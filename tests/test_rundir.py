@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from crosslens.activations.cache import ActivationCache
 from crosslens.errors import UserError, check_file_name
 from crosslens.rundir import RunDir, all_checkpoints, check_cache, delete
 from crosslens.tables import TABLES
@@ -264,6 +267,20 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path: Path, part: s
     with run.writing(part), run.writing(part):  # a command may call another
         pass
     assert run.read_json()["identity"] == IDENTITY
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no umask")
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002], ids=oct)
+def test_locks_have_the_permissions_of_the_users_umask(tmp_path: Path, umask: int):
+    """A group can share a run or a cache if the umask of its members says so, and nobody else can write its locks."""
+    before = os.umask(umask)
+    try:
+        cache = ActivationCache(tmp_path / "cache", torch.zeros(4, 3, dtype=torch.int32), 2, 1, 4, "float32", {})
+        with RunDir(tmp_path / "run").writing(), RunDir(tmp_path / "run").writing("report"), cache.lock():
+            modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*.lock")}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys((".lock", ".report.lock", "harvest.lock"), 0o666 & ~umask)
 
 
 def test_a_refused_command_leaves_no_directory(tmp_path: Path):

@@ -234,7 +234,7 @@ class ActivationCache:
 
     def lock(self, part: str = "") -> FileLock:
         """The lock for writing manifest and tokens, or a part of the activations; any thread may release it."""
-        return FileLock(self.folder / f"harvest{part}.lock", mode=0o666, thread_local=False)
+        return FileLock(self.folder / f"harvest{part}.lock", thread_local=False)
 
     def remove_locks(self) -> None:
         """Delete the files of locks once nothing is missing; who waits for one finds its pair complete."""
