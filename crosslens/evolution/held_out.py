@@ -11,6 +11,7 @@ Symbols: B tokens of a block, n held-out tokens, S snapshots, D d_model, F featu
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -121,11 +122,16 @@ def hold(
         blocks: raw activations and dense features of some tokens at a time; None where another process has them.
     """
     S = crosscoder.n_snapshots
-    n = int(acts.keep(acts.held_out_tokens()).sum())
-    kept: Any = (_InMemory if 4 * n * S * crosscoder.d_model <= HELD_BYTES else _OnDisk)(n, S, crosscoder.d_model)
+    kept: list[list[Tensor]] = [[] for _ in range(S)]
+    on_disk: _OnDisk | None = None
     pairs: dict[int, tuple[Any, ...]] = {}
     for i, (x, features) in enumerate(blocks):
-        kept.append(crosscoder.scale(x).float().cpu())
+        for parts, part in zip(kept, crosscoder.scale(x).float().cpu().unbind(1), strict=True):
+            parts.append(part.contiguous())
+        if on_disk is None and S * sum(part.nbytes for part in kept[0]) > HELD_BYTES:
+            on_disk = _OnDisk(S, crosscoder.d_model)
+        if on_disk is not None:
+            on_disk.append(kept)
         if features is None:
             continue
         tokens, ids = features.nonzero(as_tuple=True)
@@ -135,50 +141,34 @@ def hold(
         found = torch.bincount(tokens, minlength=len(x)), ids.int(), values.float(), gated.float()
         pairs[i] = tuple(part.cpu().numpy() for part in found)
     pairs = {i: found for theirs in gathered(pairs) for i, found in theirs.items()}
-    return HeldOut(crosscoder, acts, kept, [pairs[i] for i in sorted(pairs)])
+    joined: list[Tensor] = []
+    for parts in kept if on_disk is None else ():  # a snapshot at a time, so that little is held twice
+        joined.append(torch.cat(parts))
+        parts.clear()
+    return HeldOut(crosscoder, acts, joined if on_disk is None else on_disk, [pairs[i] for i in sorted(pairs)])
 
 
-class _InMemory(Sequence[Float[Tensor, "n D"]]):
-    """Activations of n tokens, by snapshot."""
+class _OnDisk(Sequence[Float[Tensor, "n D"]]):
+    """Activations by snapshot, each in a temporary file: not mapped, since pages that are mapped count as memory."""
 
-    def __init__(self, n: int, S: int, D: int) -> None:
-        self.x, self.n = torch.empty(S, n, D), 0
+    def __init__(self, S: int, D: int) -> None:
+        self.files, self.D = [tempfile.TemporaryFile() for _ in range(S)], D  # noqa: SIM115 (they go with this object)
 
-    def append(self, x: Float[Tensor, "B S D"]) -> None:
-        """Add those of the next tokens."""
-        self.x[:, self.n : self.n + len(x)] = x.transpose(0, 1)
-        self.n += len(x)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, s: int) -> Float[Tensor, "n D"]:
-        return self.x[s]
-
-
-class _OnDisk(_InMemory):
-    """The same in a temporary file: not mapped, since pages of a file that is mapped count as memory of the process."""
-
-    def __init__(self, n: int, S: int, D: int) -> None:
-        self.file, self.shape, self.n = tempfile.TemporaryFile(), (S, n, D), 0  # noqa: SIM115 (it goes with this object)
-
-    def append(self, x: Float[Tensor, "B S D"]) -> None:
-        _, n, D = self.shape
-        for s, part in enumerate(x.transpose(0, 1)):
-            self.file.seek(4 * (s * n + self.n) * D)
-            self.file.write(part.contiguous().numpy())
-        self.n += len(x)
+    def append(self, parts: list[list[Tensor]]) -> None:
+        """Move parts of every snapshot to its file."""
+        for file, waiting in zip(self.files, parts, strict=True):
+            for part in waiting:
+                file.write(part.numpy())
+            waiting.clear()
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self.files)
 
     def __getitem__(self, s: int) -> Float[Tensor, "n D"]:
-        S, n, D = self.shape
-        if not 0 <= s < S:
-            raise IndexError(s)  # ends a loop over the snapshots
-        out = np.empty((n, D), np.float32)
-        self.file.seek(4 * s * n * D)
-        self.file.readinto(out)
+        file = self.files[s]
+        out = np.empty((file.seek(0, os.SEEK_END) // (4 * self.D), self.D), np.float32)
+        file.seek(0)
+        file.readinto(out)
         return torch.from_numpy(out)
 
 
