@@ -337,7 +337,8 @@ def table_of_counts(counts: pd.DataFrame) -> list[str]:
         if known
         else "false births not measured: use --untrained or --null"
     )
-    beyond = counts[counts["threshold"] == PRESENCE].reindex(columns=["measure", "kind", "born", "beyond_trend"])
+    columns = ["measure", "kind", "born", "beyond_trend"]
+    beyond = pd.DataFrame(counts[counts["threshold"] == PRESENCE]).reindex(columns=columns)
     for measure, rows in beyond.dropna(subset=["beyond_trend"]).groupby("measure", sort=False):
         parts = [f"{row['kind']} {row['beyond_trend']} of {row['born']}" for row in rows.to_dict("records")]
         lines.append(f"{NAMES[str(measure)]}, births beyond the common trend at {PRESENCE:g}: {', '.join(parts)}")

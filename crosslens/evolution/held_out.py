@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -48,7 +48,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, crosscoder: Crosscoder, acts: Activations, x: Sequence[Tensor], pairs: list[tuple[Any, ...]]
+        self, crosscoder: Crosscoder, acts: Activations, x: list[Tensor] | _OnDisk, pairs: list[tuple[Any, ...]]
     ) -> None:
         self.crosscoder, self.acts, self.x = crosscoder, acts, x
         counts, features, values, gated = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
@@ -148,7 +148,7 @@ def hold(
     return HeldOut(crosscoder, acts, joined if on_disk is None else on_disk, [pairs[i] for i in sorted(pairs)])
 
 
-class _OnDisk(Sequence[Float[Tensor, "n D"]]):
+class _OnDisk:
     """Activations by snapshot, each in a temporary file: not mapped, since pages that are mapped count as memory."""
 
     def __init__(self, S: int, D: int) -> None:
@@ -158,17 +158,20 @@ class _OnDisk(Sequence[Float[Tensor, "n D"]]):
         """Move parts of every snapshot to its file."""
         for file, waiting in zip(self.files, parts, strict=True):
             for part in waiting:
-                file.write(part.numpy())
+                file.write(part.numpy().data)
             waiting.clear()
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def __iter__(self) -> Iterator[Float[Tensor, "n D"]]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, s: int) -> Float[Tensor, "n D"]:
         file = self.files[s]
         out = np.empty((file.seek(0, os.SEEK_END) // (4 * self.D), self.D), np.float32)
         file.seek(0)
-        file.readinto(out)
+        file.readinto(out.data)
         return torch.from_numpy(out)
 
 
