@@ -110,16 +110,20 @@ def test_a_hub_that_fails_eviction_and_revisions(origin: Path, tmp_path: Path) -
 
 HOSTILE = """
 from crosslens.errors import UserError
+from crosslens.sharing.repositories import fetch
 from crosslens.snapshots import hub
 
 try:
-    hub.hub_folder("some/model", "main")
+    {call}
 except UserError as error:
     print(error)
 """
 
 
-def test_a_hub_whose_checksums_are_paths_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "call", ["hub.hub_folder('some/model', 'main')", "fetch('some/model', 'config.json')"], ids=["snapshots", "sharing"]
+)
+def test_a_hub_whose_checksums_are_paths_is_refused(tmp_path: Path, call: str) -> None:
     """The client writes a file of that name."""
     folder = revision_folder(tmp_path / "hub", "some/model", "main")
     folder.mkdir(parents=True)
@@ -127,7 +131,9 @@ def test_a_hub_whose_checksums_are_paths_is_refused(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     with serve(tmp_path / "hub", lambda *_: "etag ../../../../../escaped") as (address, _):
-        done = run_program(["-c", HOSTILE], home, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+        done = run_program(
+            ["-c", HOSTILE.format(call=call)], home, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"
+        )
     assert "gives '../../../../../escaped' as the checksum of config.json, which is none" in done.stdout, done
     assert not [*tmp_path.rglob("escaped*")]
 
