@@ -723,6 +723,10 @@ class EvolveOptions(AnalysisOptions):
     not exist."""
     n_probes: Annotated[int, COUNT, COMMON] = 50
     """Features that linear probes are fitted to, drawn from those that are active often enough."""
+    dynamics_steps: Annotated[str | None, Parameter(converter=_words, n_tokens=-1)] = None
+    """Steps of the models whose predictions are measured for the phases of training, as in --steps of train; those of
+    the run are always among them. With all the fall of the bigram KL begins at its beginning. Default: those of the
+    run."""
     seed: Annotated[int, SEED] = 0
     """Seed of the random directions, the intervals, and the draw of the features to probe."""
 

@@ -57,8 +57,8 @@ _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\
 # settings that earlier versions did not record; what both sides have is compared
 _COMPARED_IF_KNOWN = {"models", "cache_dtype", "config", "tokenizer"}
 # what is read of run.json in more than one place
-_ENTRIES = {"identity": dict, "source": dict, "timings": dict, "tasks": dict, "splits": dict, "studied": dict,
-            "demo": dict, "command": list}  # fmt: skip
+_ENTRIES = {"identity": dict, "source": dict, "timings": dict, "memory": dict, "tasks": dict, "splits": dict,
+            "studied": dict, "demo": dict, "command": list}  # fmt: skip
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 

@@ -5,13 +5,15 @@
 
 The text is that of `scripts/pretrain_english.py`. BLiMP is the authors' archive, or a folder of its files; agreement
 with and without another noun in between are files of feature-circuits. Items of induction are generated from the words
-that are one token of the snapshots' tokenizer.
+that are one token of the snapshots' tokenizer. The folder `study` in it has some different items of each task, drawn
+at random: accuracy is measured on all, effects on these.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import tarfile
 from pathlib import Path
@@ -69,6 +71,13 @@ def write_induction(snapshots: Path, path: Path, n: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def draw_items(source: Path, target: Path, n: int) -> None:
+    """Copy n different lines of a file, in its order; all where it has fewer."""
+    lines = [*dict.fromkeys(line for line in source.read_text(encoding="utf-8").splitlines() if line.strip())]
+    chosen = sorted(random.Random(source.name).sample(range(len(lines)), min(n, len(lines))))
+    target.write_text("".join(f"{lines[i]}\n" for i in chosen), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="documents, separated by blank lines; .txt or .txt.gz")
@@ -78,16 +87,21 @@ def main() -> None:
     parser.add_argument("--ioi", type=Path, required=True, help="indirect objects, in the same columns")
     parser.add_argument("--snapshots", type=Path, required=True, help="of the pretraining, for their tokenizer")
     parser.add_argument("--n-induction", type=int, default=400, help="items of induction")
+    parser.add_argument("--n-items", type=int, default=200, help="items of each task in the folder study")
     parser.add_argument("--out", type=Path, default=Path("runs/english/data"))
     args = parser.parse_args()
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    study = args.out / "study"
+    study.mkdir(parents=True, exist_ok=True)
     suffix = ".txt.gz" if args.text.suffix == ".gz" else ".txt"
     shutil.copyfile(args.text, args.out / f"prose{suffix}")
     for name in ("simple", "nounpp", "ioi"):
         shutil.copyfile(getattr(args, name), args.out / f"{name}.json")
     copy_paradigms(args.blimp, args.out)
     write_induction(args.snapshots, args.out / "induction.jsonl", args.n_induction)
+    names = *(f"{name}.json" for name in ("simple", "nounpp", "ioi")), *(f"{name}.jsonl" for name in PARADIGMS)
+    for name in (*names, "induction.jsonl"):
+        draw_items(args.out / name, study / name, args.n_items)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def buffered_sequences(counts: NDArray[np.int64], capacity: int, n_tokens: int) 
 
 
 def peak_memory() -> int:
-    """Peak memory of this process so far, in bytes; 0 if the system does not report it."""
+    """Peak memory of this process so far, or since `reset_peak_memory`, in bytes; 0 if it is not reported."""
     status = Path("/proc/self/status")
     if status.exists():  # `ru_maxrss` is inherited from the parent process
         lines = status.read_text().splitlines()
@@ -208,6 +209,12 @@ def peak_memory() -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> None:
+    """Begin to measure `peak_memory` anew, where the system allows it; otherwise it stays that of the whole process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @dataclass(frozen=True)
@@ -370,7 +377,6 @@ class Plan:
     def __str__(self) -> str:
         unknown = "not measured" if not self.n_downloads else "not measured: no weights are downloaded yet"
         estimate = unknown if math.isnan(self.seconds) else f"about {self.seconds:,.0f} s"
-        estimate += ", not counting the training steps" * bool(self.training_bytes)
         reading = self.cache_bytes / READ_BYTES_PER_SECOND
         way, reason = self.recommendation
         live = f"{_mib(self.live_bytes)} of memory"

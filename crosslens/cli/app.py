@@ -133,6 +133,11 @@ def plan(
     out.say(str(found.plan))
     evolving: dict[str, float] | None = None
     null: dict[str, float] | None = None
+    if (steps := found.steps) is not None:
+        out.say(
+            f"train: {steps.n:,} steps of {steps.tokens:,} tokens, about {steps.seconds / 60:.1f} min in one process "
+            "here, as some steps took that were timed; as much for every further seed"
+        )
     if found.evolve is not None:
         held, seconds = found.evolve
         evolving = {"bytes": held, "cpu_seconds": seconds}
@@ -154,7 +159,13 @@ def plan(
         )
     for line in found.untrained:
         out.say(line)
-    out.end(plan=found.plan, evolve=evolving, null=null, warnings=found.untrained)
+    out.end(
+        plan=found.plan,
+        steps=None if steps is None else steps._asdict(),
+        evolve=evolving,
+        null=null,
+        warnings=found.untrained,
+    )
 
 
 @app.command

@@ -16,7 +16,7 @@ The file has the run directory at the top, and a table per command with its opti
 `train`, `evolve` and `report` always run, `study` and `label` where they have a table. All options are checked before
 the first command. Repeated after an interruption it continues: `train` resumes, `evolve` is skipped where it was
 complete with the same options, `study` makes what is missing, and answers of a language model are kept. `run.json` has
-the seconds of each command, summed over repetitions.
+the seconds of each command, summed over repetitions, and the bytes of memory that it took at most.
 """
 
 from __future__ import annotations
@@ -70,16 +70,22 @@ def run_commands(path: Path, app: App) -> None:
             raise UserError(f"{path}, [{verb}]: {error}") from error
     if "study" in commands:
         check_tasks(commands["study"].keywords["options"].task)
+    from crosslens.activations.plan import peak_memory, reset_peak_memory
+
     run = RunDir(run_dir)
     for verb, command in commands.items():
         if verb == "evolve" and _is_evolved(run, command.keywords):
             continue
         began = time.perf_counter()
+        reset_peak_memory()
         command()
+        known = run.read_json()
+        taken = {verb: max(peak_memory(), known.get("memory", {}).get(verb, 0))}
+        run.update(memory=taken)
         if verb == "evolve":
             run.update(evolved=_evolved(run, command.keywords))
         if verb != "train":  # which records its own
-            before = run.read_json().get("timings", {}).get(verb, 0)
+            before = known.get("timings", {}).get(verb, 0)
             run.update(timings={verb: round(before + time.perf_counter() - began, 1)})
 
 

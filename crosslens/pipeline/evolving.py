@@ -33,7 +33,7 @@ from crosslens.pipeline.nulls import (
     read_models,
     recorded_training,
 )
-from crosslens.pipeline.opening import read_run, working
+from crosslens.pipeline.opening import more_snapshots, read_run, working
 from crosslens.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evolve(
 
     Raises:
         UserError: the run has no trained crosscoder, one snapshot only, or too few held-out tokens; its dataset or
-            tokenizer changed; or another process is writing in it.
+            tokenizer changed; its source has no such `dynamics_steps`; or another process is writing in it.
     """
     options = options or EvolveOptions()
     others = None if options.null is None else read_models(options.null)
@@ -76,6 +76,8 @@ def evolve(
         stack.enter_context(working(run))
         run.note(evolve=decisive(options))
         crosscoder, acts = read_run(run, device, allow_changed_data=options.allow_changed_data)
+        if options.dynamics_steps is not None and snapshots is None:
+            snapshots = more_snapshots(run, acts.snapshots, options.dynamics_steps)
         stack.enter_context(together(acts.settings.device))
         if options.untrained:
             found = null_births(acts, *recorded_training(run, acts.settings.device))

@@ -291,6 +291,37 @@ def read_run(
     return crosscoder, acts
 
 
+def more_snapshots(run: RunDir, snapshots: Snapshots, steps: str) -> Snapshots:
+    """Snapshots of a run and others from the place that they came from, in the order of training.
+
+    Args:
+        run: made by the command line, which records the place.
+        snapshots: those of the run.
+        steps: of the others, as in a --steps option; such as all.
+
+    Raises:
+        UserError: the run was made in Python, its place has no such steps, or its snapshots are not from there.
+    """
+    spec = run.read_json().get("options", {}).get("snapshots")
+    if spec is None:
+        raise UserError(
+            f"dynamics_steps={steps!r}: {run.path} was made in Python and does not record the place of its snapshots: "
+            "call crosslens.pipeline.evolve with snapshots="
+        )
+    every = find_snapshots(spec, "all")()
+    try:
+        wanted = {*find_snapshots(spec, steps)().labels, *snapshots.labels}
+    except UserError as error:
+        raise UserError(str(error).replace("--steps", "--dynamics-steps")) from None
+    if missing := {*snapshots.labels} - {*every.labels}:
+        raise UserError(
+            f"dynamics_steps={steps!r}: {spec} no longer has the snapshot {sorted(missing)[0]} of the run: restore it, "
+            "or leave dynamics_steps out"
+        )
+    trusted = snapshots[0].trust_remote_code
+    return every[[i for i, label in enumerate(every.labels) if label in wanted]].trusting_code(trusted)
+
+
 def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[str]:
     """What changed since a run was trained: "dataset", "tokenizer". What the run did not record is not compared.
 

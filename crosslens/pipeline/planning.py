@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from crosslens.activations.plan import Plan
 
 
+class Steps(NamedTuple):
+    """The steps of a training."""
+
+    n: int
+    tokens: int
+    """Of a step."""
+    seconds: float
+    """Of all steps in one process on this machine, by some that were timed; data, logs and checkpoints come to it."""
+
+
 class Planned(NamedTuple):
     """What a harvest, a training and its analysis take."""
 
@@ -33,6 +43,8 @@ class Planned(NamedTuple):
     """Of the harvest and the training."""
     evolve: tuple[int, float] | None
     """Bytes of memory and seconds of one CPU core to read presence; None without a crosscoder."""
+    steps: Steps | None
+    """None without a crosscoder."""
     untrained: list[str]
     """Which snapshots have not been trained, in words."""
 
@@ -68,11 +80,12 @@ def plan(
         check_training(None, source, crosscoder, training, models, processes)
     load = find_activations(source, models)
     from crosslens.evolution import plan_decodability, untrained_steps
+    from crosslens.training.timing import seconds_per_step
 
     acts = load()
-    architecture = None
+    architecture, config = None, make_config(training, acts.settings.device)
     if trained:
-        architecture = make_architecture(crosscoder, make_config(training, acts.settings.device), acts.n_tokens)
+        architecture = make_architecture(crosscoder, config, acts.n_tokens)
     planned = acts.plan(
         training_tokens=training.training_tokens,
         folder=cache.cache or Path("."),
@@ -83,8 +96,10 @@ def plan(
         processes=processes,
         data_parallel=training.data_parallel,
     )
-    evolving = None
+    evolving, steps = None, None
     if architecture is not None:
-        shape = architecture.d_sae, acts.n_snapshots, acts[source.hook[0]].d_model
-        evolving = plan_decodability(*shape, acts.dataset.n_held_out)
-    return Planned(planned, evolving, untrained_steps(acts.snapshots.labels, acts.snapshots.steps))
+        S, D = acts.n_snapshots, acts[source.hook[0]].d_model
+        evolving = plan_decodability(architecture.d_sae, S, D, acts.dataset.n_held_out)
+        n = (config.training_tokens or acts.n_tokens) // config.batch_size
+        steps = Steps(n, config.batch_size, n * seconds_per_step(architecture, S, D, config))
+    return Planned(planned, evolving, steps, untrained_steps(acts.snapshots.labels, acts.snapshots.steps))

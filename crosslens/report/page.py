@@ -400,6 +400,7 @@ def _facts(info: dict[str, Any], tables: Tables) -> list[tuple[str, str]]:
         ("Command", " ".join(map(str, command)) if isinstance(command, list) else _text(command)),
         ("Versions", ", ".join(f"{name} {_text(version)}" for name, version in versions.items())),
         ("Timings", ", ".join(_timing(stage, value) for stage, value in timings.items())),
+        ("Peak memory", ", ".join(f"{verb} {_gib(value)}" for verb, value in (info.get("memory") or {}).items())),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -478,8 +479,12 @@ def _timing(stage: str, value: object) -> str:
     if stage == "tokens_per_second" and isinstance(value, int | float):
         return f"{value:,.0f} tokens per second"
     if stage == "peak_memory" and isinstance(value, int | float):
-        return f"{value / 2**30:.2f} GiB of memory"
+        return f"{_gib(value)} of memory"
     return f"{stage.replace('_', ' ')} {_seconds(value)}"
+
+
+def _gib(value: object) -> str:
+    return f"{value / 2**30:.2f} GiB" if isinstance(value, int | float) else _text(value)
 
 
 def _seconds(value: object) -> str:

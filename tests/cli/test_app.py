@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from sae_lens import SAE
@@ -531,9 +532,27 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path, mo
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
     assert "evolve: 0." in out and "min of one CPU core to read presence" in out
+    assert re.search(r"^train: [\d,]+ steps of 4,096 tokens, about [\d,.]+ min in one process here", out, re.M)
     (forwards,) = re.findall(r"forwards +([\d,]+) tokens for one pass", out)
     assert f"evolve --untrained or --null: another training each, live and with nothing on disk: {forwards} tok" in out
     assert "step0: untrained (step 0)\nto leave these out: --steps 10,20" in out
+
+
+def test_predictions_of_more_snapshots(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
+    """The phases of training see snapshots that the crosscoder does without."""
+    run = tmp_path / "run"
+    assert command(*train_arguments(tiny_snapshots, files, run), "--steps", "10,20")[0] == 0
+    code, _, err = command("evolve", run, "--dynamics-steps", "7")
+    assert code == 2 and "--dynamics-steps '7': tiny-neox has no snapshot 7; it has step0, step10, step20" in err, err
+    assert command("evolve", run)[0] == 0
+    before = RunDir.open(run).table("dynamics")
+    assert command("evolve", run, "--dynamics-steps", "all")[0] == 0
+    after = RunDir.open(run).table("dynamics")
+    assert before is not None and before["label"].unique().tolist() == ["step10", "step20"]
+    assert after is not None and after["label"].unique().tolist() == ["step0", "step10", "step20"]
+    assert after.loc[after["label"] == "step0", "present"].isna().all(), "the crosscoder does not know it"
+    known = after[after["label"] != "step0"].reset_index(drop=True)
+    assert np.allclose(known["loss"], before["loss"]) and known["present"].tolist() == before["present"].tolist()
 
 
 def test_two_models_of_any_kind(command: Command, tiny_snapshots: Path, files: Path, tmp_path: Path) -> None:
@@ -797,7 +816,10 @@ n_read_out = 2
         *tables, "validation/task.parquet"
     }  # fmt: skip
     assert (run / "report" / "index.html").is_file()
-    assert {"train", "evolve", "study", "report"} <= RunDir.open(run).read_json()["timings"].keys()
+    recorded = RunDir.open(run).read_json()
+    assert {"train", "evolve", "study", "report"} <= recorded["timings"].keys()
+    assert {"train", "evolve", "study", "report"} == recorded["memory"].keys()
+    assert all(2**27 < size < 2**34 for size in recorded["memory"].values()), "bytes, of Python with torch at least"
     (run / "timeline" / "task.parquet").unlink()
     (run / "report" / "index.html").unlink()
     code, _, err = command("run", config)

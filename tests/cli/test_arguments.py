@@ -239,6 +239,7 @@ UNLIMITED = {
         "column",
         "split",
         "wandb_project",
+        "dynamics_steps",
         "wandb_run_name",
         "cache",
         "task",

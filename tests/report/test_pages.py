@@ -55,6 +55,7 @@ def make_run(folder: Path, n_snapshots: int = 8, *, n_features: int = 120, seed:
             "architecture": "batchtopk_crosscoder",
             "d_sae": n_features,
             "timings": {"train": 61.5, "tokens_per_second": 1234.5, "peak_memory": 3 * 2**29, "study": 150},
+            "memory": {"evolve": 2**29},
         }
     )
     grown = np.linspace(0, 1, S)
@@ -377,6 +378,7 @@ def test_files_are_complete_and_local(written: tuple[RunDir, _Page, int]) -> Non
 def test_timings_have_units(written: tuple[RunDir, _Page, int]) -> None:
     text = _Page(written[0].report / "index.html", ("index",)).text
     assert "train 61.5 s, 1,234 tokens per second, 1.50 GiB of memory, study 2.5 min" in text
+    assert "evolve 0.50 GiB" in text
 
 
 def test_every_figure_is_defined_and_has_its_numbers(written: tuple[RunDir, _Page, int]) -> None:
