@@ -1167,7 +1167,7 @@ TABLES: list[Table] = [
                 "removed": ("What the metric loses when the feature alone is set to its baseline.", "logits"),
                 "added": ("What it gains when the feature alone is set to its clean value in the baseline.", "logits"),
             },
-            "feature",
+            "feature baseline",
         ),
     ),
     Table(
@@ -1211,7 +1211,7 @@ TABLES: list[Table] = [
                 "deviation": ("joint − sum.", "logits"),
                 "interacting": "Whether |joint − sum| is more than half of the smaller effect.",
             },
-            _AT,
+            f"{_AT} baseline",
         ),
     ),
     Table(
@@ -1371,7 +1371,7 @@ TABLES: list[Table] = [
                 "reldec": "Decoder norm divided by the sum of the feature's norms over snapshots.",
                 "decodability": "R² of the feature from the snapshot's activations.",
             },
-            f"feature {_AT}",
+            f"feature {_AT} baseline",
         ),
     ),
     Table(

@@ -23,6 +23,17 @@ def test_every_column_has_a_sentence():
     assert len(set(names)) == len(names)
 
 
+def test_what_features_are_set_to_stands_in_every_table_of_their_ablations():
+    known = {table.name: set(table.columns) for table in TABLES}
+    for kind in ("ablation", "zeroing", "transfer", "additivity", "exact", "validation", "completeness"):
+        found = [name for name in known if name.startswith(f"{kind}/")]
+        assert found and all("baseline" in known[name] for name in found), kind
+    for name in known:
+        errors = [column for column in known[name] if column.endswith("_se")]
+        groups = known[name] | known.get(f"{name}.snapshots", set())  # effects say it by snapshot
+        assert not errors or "n_groups" in groups or name.startswith("timeline/"), name
+
+
 @pytest.mark.parametrize(
     ("name", "declared", "verb"),
     [

@@ -46,7 +46,7 @@ class Additivity:
 
     Attributes:
         pairs: a row per snapshot and pair, effects in logits: snapshot, label, step, feature_a, feature_b, effect_a,
-            effect_b, sum (of both), joint, deviation (joint - sum), interacting.
+            effect_b, sum (of both), joint, deviation (joint - sum), interacting, baseline.
         summary: a row per snapshot: snapshot, label, step, baseline, k (features that were paired), n_pairs, n_prompts,
             n_groups; interacting and deviation (no unit), each with its bootstrap interval, _low and _high. The
             deviation is NaN if no feature has an effect.
@@ -115,6 +115,7 @@ def pair_additivity(
                 "joint": joint,
                 "deviation": joint - total,
                 "interacting": interacting(single[pairs], joint),
+                "baseline": baseline,
             }
         )
         found = {

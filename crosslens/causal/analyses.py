@@ -80,7 +80,7 @@ class Study:
         Returns:
             A row per feature: feature; removal, ig and gradient (the estimates); removed (drop of the metric when the
             feature alone is set to its baseline) and added (gain when it alone is set to its clean value in the
-            baseline run).
+            baseline run); baseline (what that is).
         """
         return self.tables[f"exact/{self.task}"]
 
@@ -316,7 +316,11 @@ def _single_effects(work: _Work) -> Tables:
     return {
         f"completeness/{name}": estimates["ig"].snapshot_frame().assign(split="selection"),
         f"exact/{name}": pd.DataFrame(
-            {"feature": largest.numpy(), **{column: values.numpy() for column, values in columns.items()}}
+            {
+                "feature": largest.numpy(),
+                **{column: values.numpy() for column, values in columns.items()},
+                "baseline": ie.estimator.baseline,
+            }
         ),
     }
 

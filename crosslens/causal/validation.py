@@ -55,7 +55,8 @@ class Validation:
 
     Attributes:
         effects: a row per feature and snapshot: feature, snapshot, label, step, exact (effect on the metric when the
-            feature alone is ablated, in logits), ie, relie, share_relie, reldec and, if given, decodability.
+            feature alone is ablated, in logits), ie, relie, share_relie, reldec and, if given, decodability; baseline
+            (what the ablated feature becomes).
         summary: a row per kind ("within", "pairs"), target ("effect", "share") and measure, "snapshot" among them:
             correlation with its bootstrap interval correlation_low and correlation_high; of kind "within", partial
             (beyond the snapshot's index) with partial_low and partial_high; level, n_features, baseline. NaN with fewer
@@ -140,6 +141,7 @@ def validate(
             "label": list(ie.labels) * len(features),
             "step": pd.array(list(ie.steps) * len(features), dtype="Int64"),
             **{name: values.double().flatten().numpy() for name, values in columns.items()},
+            "baseline": baseline,
         }
     )
     rows: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ def test_effects_equal_a_plain_splice(snaps: Snapshots, task: Task, architecture
     cc = make_crosscoder(snaps, architecture)
     ie = attribute(cc, snaps, task, Estimator("ig", n_nodes=2), baseline="zero")
     found = pair_additivity(cc, snaps, task, ie, 5, 6, at=[2], seed=3, baseline=baseline)
-    assert found.summary["snapshot"].tolist() == [2]
+    assert found.summary["snapshot"].tolist() == [2] and set(found.pairs["baseline"]) == {baseline}
     slow, paired = slow_runs(snaps, cc), slow_runs(snaps, cc, "patch_prefix")
     for s in (2,):
         best = sorted(range(F), key=lambda i: -abs(float(ie.effects[i, s])))[:5]

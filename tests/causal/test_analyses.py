@@ -105,6 +105,7 @@ def test_single_features(crosscoder: Crosscoder, snaps: Snapshots, task: Task, f
     largest = found.exact["feature"].tolist()
     assert largest == found.ie.top(6, 2, by="magnitude").tolist()
     singles = attribute(crosscoder, snaps, selection, "exact", baseline="patch", features=largest)
+    assert set(found.exact["baseline"]) == {"patch"}
     assert found.exact["removed"].to_numpy() == pytest.approx(singles.effects[largest, 2].numpy(), abs=1e-5)
     items = [{"prefix": i.prefix, "correct": i.correct, "wrong": i.wrong} for i in selection.items]
     clean = slow_runs(snaps, crosscoder, items=items)

@@ -85,8 +85,11 @@ def test_exact_effects_and_measures_equal_plain_splices(
         assert row.exact == pytest.approx(float(torch.stack(drops).mean()), abs=1e-4)
         assert row.ie == float(ie.effects[row.feature, 2])
     wide: dict[str, Any] = {
-        name: table.pivot(index="feature", columns="snapshot", values=name).to_numpy() for name in table.columns[4:]
+        name: table.pivot(index="feature", columns="snapshot", values=name).to_numpy()
+        for name in table.columns[4:]
+        if name != "baseline"
     }
+    assert set(table["baseline"]) == {"zero"}
     ids = sorted(largest)
     sizes = ie.effects.abs() * significant(ie)
     totals = sizes.sum(0)

@@ -42,11 +42,7 @@ _SETS = {
     "size_matched": ("size-matched features", Style(SERIES[1], "diamond", "dot")),
     "change_matched": ("change-matched features", Style(SERIES[2], "triangle-up", "dashdot")),
 }
-_ABLATED = {
-    "zero": "Ablated features are set to zero.",
-    "mean": "Ablated features are set to their mean over the prompts.",
-    "patch": "Ablated features are set to their value on the paired prompt.",
-}
+_SET_TO = {"zero": "zero", "mean": "their mean over the prompts", "patch": "their value on the paired prompt"}
 _COLUMNS = {
     "share": "Metric as a share of the clean one, 1 + (metric − clean) / |clean|.",
     "share_sd": "Standard deviation of that share over draws.",
@@ -108,7 +104,7 @@ def ablation_by_size(table: Frame, mode: str) -> Chart | str:
     ticks: dict[str, Any] = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": sizes}
     figure.update_xaxes(type="log", title_text="number of features k (log scale)", **ticks)
     draws = int(rows["n_draws"].max())
-    note = f"At {label}, where the clean metric is {clean:.3f} logits. {_set_to(rows)}"
+    note = f"At {label}, where the clean metric is {clean:.3f} logits. {set_to(rows)}"
     note += f"Bands: the interval of up to {draws:,} random draws, 95% by default."
     return Chart(figure, _ablation_data(rows), note)
 
@@ -153,16 +149,31 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
     add_level(figure, 1, "clean")
     for name, style, lines in _sets(rows):
         add_series(figure, axis, lines, "share", name, style, value="%{y:.1%}", band=True)
-    note = f"Sets of k = {k} features. {_set_to(rows)}Bands: the interval of the random draws, 95% by default."
+    note = f"Sets of k = {k} features. {set_to(rows)}Bands: the interval of the random draws, 95% by default."
     if small:
         labels = ", ".join(axis.labels[int(s)] for s in small)
         note += f" Not shown at {labels}, where |clean metric| is below {MIN_CLEAN:.0%} of its largest value."
     return Chart(figure, _ablation_data(rows), note)
 
 
-def _set_to(rows: Frame) -> str:
+def set_to(rows: Frame) -> str:
     """A sentence on what ablated features become, and the space after it; nothing for tables that do not say."""
-    return f"{_ABLATED[str(rows['baseline'].iloc[0])]} " if "baseline" in rows else ""
+    return f"Ablated features are set to {_SET_TO[str(rows['baseline'].iloc[0])]}. " if "baseline" in rows else ""
+
+
+def effects_of(snapshots: Frame | None, *, counted: bool = True) -> str:
+    """A sentence on what features are set to in effects, and on how many prompts, with the space before it.
+
+    Args:
+        snapshots: from `Attribution.snapshot_frame`; nothing is said without it, or where it does not say.
+        counted: say the number of prompts; otherwise effects are those in single ones.
+    """
+    if snapshots is None or "baseline" not in snapshots:
+        return ""
+    row = snapshots.iloc[0]
+    groups = f" in {int(row['n_groups']):,} groups" if "n_groups" in snapshots else ""
+    on = f", on {int(row['n']):,} prompts{groups}" if counted else ""
+    return f" Effects are those of features set to {_SET_TO[str(row['baseline'])]}{on}."
 
 
 def _shares(table: Frame, mode: str) -> Frame:
@@ -223,7 +234,8 @@ def zeroing(table: Frame, zeroed: Frame) -> Chart | str:
             if len(lines):
                 each = replace(style, dash=dash)
                 add_series(figure, axis, lines, "share", f"{name}, {words}", each, value="%{y:.1%}")
-    return Chart(figure, _ablation_data(rows), f"Sets of k = {k} features.")
+    note = f"Sets of k = {k} features, exchanged with the paired prompt or set to zero."
+    return Chart(figure, _ablation_data(rows), note)
 
 
 @figure(
@@ -264,7 +276,7 @@ def additivity(pairs: Frame, summary: Frame, names: Frame | None = None) -> Char
     figure.update_xaxes(title_text="sum of single effects (logits)", showgrid=True, zeroline=False)
     figure.update_yaxes(zeroline=False, linecolor=INK)
     note = (
-        f"At {row['label']}. {_set_to(summary)}{int(row['n_pairs'])} pairs of the {int(row['k'])} features with the "
+        f"At {row['label']}. {set_to(summary)}{int(row['n_pairs'])} pairs of the {int(row['k'])} features with the "
         "largest |IE|, on "
         f"{int(row['n_prompts'])} prompts. {row['interacting']:.0%} of them ({row['interacting_low']:.0%} to "
         f"{row['interacting_high']:.0%}) interact: they miss the sum by more than half of the smaller effect. Sum of "
@@ -303,7 +315,7 @@ def transfer(table: Frame) -> Chart | str:
     apply_colors(figure, SIGNED, {-largest: f"−{largest:.0%}", largest: f"{largest:.0%} of the change"})
     figure.update_xaxes(title_text="ablated at")
     k = ", ".join(str(size) for size in sorted(set(ints(table["k"]))))
-    note = f"Sets of k = {k} features. {_set_to(table)}100% is the change from ablating all features at that snapshot."
+    note = f"Sets of k = {k} features. {set_to(table)}100% is the change from ablating all features at that snapshot."
     blank = sorted({str(label) for label in table.loc[table["share"].isna(), "ablated_at_label"]})
     if blank:
         note += f" Blank at {', '.join(blank)}, where this change is too small to divide by."

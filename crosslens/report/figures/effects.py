@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from crosslens.causal.relative import FDR
 from crosslens.report.chart import (
     AT,
     FEATURES,
@@ -35,6 +36,7 @@ from crosslens.report.chart import (
     shown,
 )
 from crosslens.report.entries import figure
+from crosslens.report.figures.ablation import effects_of, set_to
 
 N_LINES = 12  # features drawn as lines
 N_ROWS = 20  # features in the table
@@ -115,7 +117,7 @@ def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> 
     note = _which(table, len(top), len(others))
     if later.to_numpy().any():
         note += _LATER
-    note += f" {_agreement(snapshots)}"
+    note += f"{effects_of(snapshots)} {_agreement(snapshots)}"
     return Grid(["feature", *(axis.labels[s] for s in late)], grid, pick(data, "feature", *AT, *columns), note)
 
 
@@ -137,30 +139,36 @@ def _agreement(snapshots: Frame) -> str:
     "share-relie",
     section="effects",
     title="Relative effect, of shares (share RelIE)",
-    tables=("attribution/<task>", "names", "chance@<task>"),
+    tables=("attribution/<task>", "names", "chance@<task>", "attribution/<task>.snapshots"),
     columns=_COLUMNS,
 )
-def share_relie_lines(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+def share_relie_lines(
+    table: Frame, names: Frame | None = None, chance: Frame | None = None, snapshots: Frame | None = None
+) -> Chart | str:
     """Each snapshot's share of a feature's effect after dividing by the snapshot's total |IE|, for features with a
     significant effect at some snapshot."""
-    return relative_effects(table, names, chance, "share_relie")
+    return relative_effects(table, names, chance, "share_relie", snapshots)
 
 
 @figure(
     "relie",
     section="effects",
     title="Relative effect (RelIE)",
-    tables=("attribution/<task>", "names"),
+    tables=("attribution/<task>", "names", "attribution/<task>.snapshots"),
     columns=_COLUMNS,
 )
-def relie_lines(table: Frame, names: Frame | None = None) -> Chart | str:
+def relie_lines(table: Frame, names: Frame | None = None, snapshots: Frame | None = None) -> Chart | str:
     """Each snapshot's share of a feature's effect, |IE| / sum of |IE|, for features with a significant effect at some
     snapshot."""
-    return relative_effects(table, names, column="relie")
+    return relative_effects(table, names, column="relie", snapshots=snapshots)
 
 
 def relative_effects(
-    table: Frame, names: Frame | None = None, chance: Frame | None = None, column: str = "share_relie"
+    table: Frame,
+    names: Frame | None = None,
+    chance: Frame | None = None,
+    column: str = "share_relie",
+    snapshots: Frame | None = None,
 ) -> Chart | str:
     """Share RelIE or RelIE: a strip for two snapshots, a triangle for three, otherwise lines of the largest effects.
 
@@ -169,18 +177,19 @@ def relative_effects(
         names: feature, name.
         chance: label of each snapshot at which accuracy is at chance; lines of share RelIE leave these out.
         column: "share_relie" or "relie".
+        snapshots: from `Attribution.snapshot_frame`.
     """
     if table["relie"].notna().sum() == 0:
         return NOTHING
-    title = _MEASURES[column]
+    title, said = _MEASURES[column], effects_of(snapshots)
     n = table["snapshot"].nunique()
     if n == 2:
-        return _strip(table, names, column, title)
+        return _strip(table, names, column, title, said)
     if n == 3:
-        return _ternary(table, names, column)
-    said = ""
+        return _ternary(table, names, column, said)
     if column == "share_relie":
-        table, said = without_chance(table, chance)
+        table, left_out = without_chance(table, chance)
+        said += left_out
     return _feature_lines(table, names, column, title, said, yaxis_rangemode="tozero")
 
 
@@ -200,7 +209,7 @@ def without_chance(table: Frame, chance: Frame | None, not_drawn: str = "Not dra
     )
 
 
-def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
+def _strip(table: Frame, names: Frame | None, column: str, title: str, said: str) -> Chart:
     """A point per feature at the share of the second of two snapshots, over its largest signed effect."""
     axis = SnapshotAxis.of(table)
     ends = list(axis.names().values())
@@ -226,10 +235,7 @@ def _strip(table: Frame, names: Frame | None, column: str, title: str) -> Chart:
         zeroline=False,
     )
     data = points[["feature", "ie_largest"]].assign(**{column: points.iloc[:, 1]})
-    note = (
-        f"{len(points):,} features with a significant effect. Below 0.3 a feature is discontinued, above 0.7 it has "
-        "emerged."
-    )
+    note = f"{_which(table, len(points))} Below 0.3 a feature is discontinued, above 0.7 it has emerged.{said}"
     return Chart(figure, data, note)
 
 
@@ -255,7 +261,7 @@ def _by_sign(points: Frame) -> list[tuple[str, Frame, dict[str, Any]]]:
     ]
 
 
-def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
+def _ternary(table: Frame, names: Frame | None, column: str, said: str) -> Chart:
     axis, points = SnapshotAxis.of(table), _points(table, names, column)
     corners, texts = list(axis.labels), list(axis.names().values())
     points[corners] = points[corners].fillna(0.0)
@@ -289,24 +295,25 @@ def _ternary(table: Frame, names: Frame | None, column: str) -> Chart:
     )
     data = points[["feature", "ie_largest", *corners]]
     data = data.rename(columns={snapshot: f"{column}/{label}" for snapshot, label in axis.labels.items()})
-    size = largest_effects(table.dropna(subset=[column]))
-    hidden = table["feature"].nunique() - len(size)
     note = (
         "Each point is a feature, near the corner of the snapshot where it matters most; its area grows with its "
-        f"largest |IE|, whose sign gives the colour. {len(points):,} features; {hidden:,} without a significant "
-        "effect are omitted."
+        f"largest |IE|, whose sign gives the colour. {_which(table, len(points))}{said}"
     )
-    if len(points) < len(size):
-        note += f" {len(size) - len(points):,} with smaller effects are not drawn."
     return Chart(figure, data, note)
 
 
-@figure("ie", section="effects", title="Signed effect (IE)", tables=("attribution/<task>", "names"))
-def signed_effects(table: Frame, names: Frame | None = None) -> Chart | str:
+@figure(
+    "ie",
+    section="effects",
+    title="Signed effect (IE)",
+    tables=("attribution/<task>", "names", "attribution/<task>.snapshots"),
+)
+def signed_effects(table: Frame, names: Frame | None = None, snapshots: Frame | None = None) -> Chart | str:
     """Mean effect over prompts, in logits. Positive values support the correct answer, negative ones oppose it."""
     if table["ie"].notna().sum() == 0:
         return NOTHING
-    return _feature_lines(table, names, "ie", "IE (logits)", fill=True, yaxis_zerolinecolor=MUTED)
+    said = effects_of(snapshots)
+    return _feature_lines(table, names, "ie", "IE (logits)", said, fill=True, yaxis_zerolinecolor=MUTED)
 
 
 def _feature_lines(
@@ -342,9 +349,11 @@ def _mostly_later(rows: Frame) -> list[bool]:
 
 
 def _which(table: Frame, drawn: int, others: int = 0) -> str:
-    """Which features are shown: those with a significant effect, and the largest others."""
+    """Which features are shown: those with a significant effect, with how many of them have none, and the largest
+    others."""
     n, total = table.loc[table["relie"].notna(), "feature"].nunique(), table["feature"].nunique()
-    note = f"{n:,} of {total:,} features have a significant effect (FDR 5%) at some snapshot"
+    note = f"{n:,} of {total:,} features have a significant effect at some snapshot (FDR {FDR:.0%}"
+    note += f": on average at most {FDR * n:,.1f} of these by chance)"
     if drawn < n:
         note += f"; the {drawn:,} with the largest |IE| are shown"
     if others:
@@ -357,10 +366,12 @@ def _which(table: Frame, drawn: int, others: int = 0) -> str:
     "ie-relie",
     section="effects",
     title="Signed and relative effects",
-    tables=("attribution/<task>", "names", "chance@<task>"),
+    tables=("attribution/<task>", "names", "chance@<task>", "attribution/<task>.snapshots"),
     wide=True,
 )
-def signed_against_relative(table: Frame, names: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+def signed_against_relative(
+    table: Frame, names: Frame | None = None, chance: Frame | None = None, snapshots: Frame | None = None
+) -> Chart | str:
     """A point per feature and snapshot, coloured by snapshot. Points on the right belong to features that act mostly at
     that snapshot, points on the left to features that act mostly at others.
 
@@ -376,7 +387,7 @@ def signed_against_relative(table: Frame, names: Frame | None = None, chance: Fr
     add_points(figure, axis, rows, "share_relie", "ie", "share RelIE %{x:.3f}, IE %{y:+.3f}", names)
     figure.update_xaxes(title_text="share RelIE", showgrid=True, zeroline=False)
     data = pick(rows, "feature", *AT, "ie", "ie_se", "share_relie", "relie")
-    return Chart(figure, data, _which(table, len(features)) + said)
+    return Chart(figure, data, _which(table, len(features)) + effects_of(snapshots) + said)
 
 
 @figure(
@@ -400,7 +411,8 @@ def effect_budget(table: Frame) -> Chart:
     figure, axis = over_snapshots(rows, "logits", yaxis_zerolinecolor=MUTED)
     for i, (column, name) in enumerate(names.items()):
         add_series(figure, axis, rows, column, name, Style.of(i))
-    return Chart(figure, rows[[*AT, *names]], f"Means over {int(rows['n'].max()):,} prompts.")
+    note = effects_of(rows).strip() or f"Means over {int(rows['n'].max()):,} prompts."
+    return Chart(figure, rows[[*AT, *names]], note)
 
 
 @figure(
@@ -439,7 +451,8 @@ def validation(summary: Frame) -> Chart:
         )  # fmt: skip
     figure.update_xaxes(tickvals=drawn, ticktext=[_SHORT[measure] for measure in measures])
     level = f"{float(summary['level'].iloc[0]):.0%}"
-    note = f"{int(summary['n_features'].iloc[0]):,} features with a significant effect, bars are {level} intervals."
+    note = f"{set_to(summary)}{int(summary['n_features'].iloc[0]):,} features with a significant effect, bars are "
+    note += f"{level} intervals."
     if "partial" in summary:
         rows = summary[(summary["kind"] == "within") & summary["partial"].notna()]
         found = [

@@ -25,6 +25,7 @@ from crosslens.report.chart import (
     shown,
 )
 from crosslens.report.entries import figure
+from crosslens.report.figures.ablation import effects_of
 from crosslens.report.figures.effects import NOTHING, largest_effects, without_chance
 
 N_TIMELINE = 40  # features in the timeline
@@ -35,11 +36,13 @@ _GAP = 0.1  # between panels, as a fraction of the width
     "timeline",
     section="effects",
     title="Features over training",
-    tables=("timeline/<task>", "names", "chance@<task>"),
+    tables=("timeline/<task>", "names", "chance@<task>", "attribution/<task>.snapshots"),
     wide=True,
     optional=True,
 )
-def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | None = None) -> Chart | str:
+def feature_timeline(
+    table: Frame, known: Frame | None = None, chance: Frame | None = None, snapshots: Frame | None = None
+) -> Chart | str:
     """Decoder norm, signed effect (IE) and relative effect (share RelIE) by snapshot, a row per feature, for the
     features with the largest |IE|. Rows are labelled with the feature's number and the word in the prompts at which it
     is most active.
@@ -48,6 +51,7 @@ def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | N
         table: from `follow_features`.
         known: feature, name.
         chance: as in `relative_effects`.
+        snapshots: as there.
     """
     if table.empty:
         return NOTHING
@@ -87,7 +91,7 @@ def feature_timeline(table: Frame, known: Frame | None = None, chance: Frame | N
     )
     if total > N_TIMELINE:
         note += f" The {N_TIMELINE} features with the largest |IE| are drawn, of {total:,}."
-    note += said
+    note += effects_of(snapshots) + said
     columns = [name for name in table if name != "order"]
     return Chart(figure, kept[columns].reset_index(drop=True), note)
 

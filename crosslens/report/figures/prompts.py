@@ -8,23 +8,25 @@ import pandas as pd
 
 from crosslens.report.chart import Frame, Prompts, feature_names, floats, ints
 from crosslens.report.entries import figure
+from crosslens.report.figures.ablation import effects_of
 
 
 @figure(
     "words",
     section="prompts",
     title="Effects in single prompts",
-    tables=("prompts/<task>", "names"),
+    tables=("prompts/<task>", "names", "attribution/<task>.snapshots"),
     wide=True,
     optional=True,
 )
-def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
+def prompt_words(table: Frame, names: Frame | None = None, effects: Frame | None = None) -> Prompts | str:
     """A word is coloured by the effect of all features active on it at the selected snapshot: blue where they support
     the correct answer, orange where they oppose it. A click opens the feature with the largest effect there.
 
     Args:
         table: from `Attribution.prompt_frame`.
         names: feature, name.
+        effects: from `Attribution.snapshot_frame`.
     """
     if not table["effect"].abs().max() > 0:
         return "No feature has an effect on these prompts."
@@ -40,12 +42,12 @@ def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
             column: part.pivot(index="snapshot", columns="position", values=column)
             for column in ("effect", "feature", "word")
         }
-        effects = [[float(f"{effect:.3g}") for effect in floats(line)] for line in wide["effect"].to_numpy()]
+        acting = [[float(f"{effect:.3g}") for effect in floats(line)] for line in wide["effect"].to_numpy()]
         features = [ints(line) for line in wide["feature"].to_numpy()]
         tokens = ints(wide["word"].iloc[0])
         answers = part.iloc[0][["correct", "wrong"]].tolist() if {"correct", "wrong"} <= set(part) else []
         prompts.append(
-            {"id": int(str(prompt)), "tokens": tokens, "effects": effects, "features": features, "answers": answers}
+            {"id": int(str(prompt)), "tokens": tokens, "effects": acting, "features": features, "answers": answers}
         )
     largest = float(rows["effect"].abs().max())
     known = sorted(set(ints(rows.loc[rows["feature"] >= 0, "feature"])))
@@ -57,6 +59,7 @@ def prompt_words(table: Frame, names: Frame | None = None) -> Prompts | str:
         "prompts": prompts,
     }
     note = f"The deepest colour is an effect of {largest:.2f} logits. The {len(prompts)} prompts that were kept."
+    note += effects_of(effects, counted=False)
     return Prompts(contents, rows.drop(columns="word").reset_index(drop=True), note)
 
 

@@ -23,7 +23,8 @@ _FIRES = 5  # features that a word names
     definition=(
         "At the selected snapshot: the next tokens of the model with their probabilities, logit(correct) − "
         "logit(wrong), and words coloured by the effect of the features that fire there, blue where they support the "
-        "correct answer. Below, the effect of each feature at every snapshot, by the snapshot from which it matters. "
+        "correct answer. An effect is that of setting features to their values on the paired prompt, or to zero where "
+        "there is none. Below, the effect of each feature at every snapshot, by the snapshot from which it matters. "
         "These are sizes of effects in one prompt, without error bars."
     ),
     wide=True,
