@@ -193,7 +193,7 @@ def count_births(
     Returns:
         A row per measure, kind (all, lexical, contextual) and threshold: measure,
         kind, threshold, n (features with a reading), born, born_low, born_high (its 95% interval over groups of
-        sequences), born_reversed, sure and sure_reversed (of these, with a q-value up to `max_q`), beyond_trend (births
+        documents), born_reversed, sure and sure_reversed (of these, with a q-value up to `max_q`), beyond_trend (births
         that exceed the median curve of their kind, with such a q-value). By the norm, intervals, sure and beyond_trend
         are missing.
 

@@ -154,9 +154,9 @@ def describe_partners(births: pd.DataFrame) -> str:
     kinds = ", ".join(f"{means['shared'][kind]:.0%} of {kind} features" for kind in KINDS[1:] if kind in means.index)
     row = means.loc["all"]
     return (
-        f"a partner in another seed have {kinds}; of features that are born {row['born_too']:.0%} are born there too "
-        f"(by chance {row['born_too_by_chance']:.0%}), and {row['same_birth']:.0%} of these at the same snapshot (by "
-        f"chance {row['same_birth_by_chance']:.0%})"
+        f"a partner in another seed have {kinds}; of features with one that are born {row['born_too']:.0%} are born "
+        f"there too (by chance {row['born_too_by_chance']:.0%}), and {row['same_birth']:.0%} of these at the same "
+        f"snapshot (by chance {row['same_birth_by_chance']:.0%})"
     )
 
 

@@ -27,6 +27,7 @@ _SET_TO = {
     "mean": "their means over the prompts",
     "": "another value",  # runs that do not say
 }
+_BIRTHS = ("shared", "born_too", "born_too_by_chance", "same_birth", "same_birth_by_chance")
 _BOUND = 6  # names in a list
 _TASK_WIDTH = 150  # of a task with its snapshots and its number of items
 
@@ -192,6 +193,7 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             if np.isfinite(row.get("born_low", np.nan)):
                 text += f" (95% interval of the count: {row['born_low']:,.0f} to {row['born_high']:,.0f})"
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
+            text += " (features that fade, or noise)"
             false = [(row[name], models) for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))]
             text += "".join(f", in {models} {share:.1%}" for share, models in false)
             text += "; false births were not measured" * (not false)
@@ -271,9 +273,30 @@ def _recurs(tables: Tables, drawn: set[str]) -> Finding | None:
         f"{pairs['null_a'].mean():.1%} have a partner"
     )
     unrelated = tables.get("unrelated", "kind", "shared")
-    if unrelated is not None:
-        text += f", in a crosscoder over unrelated models {unrelated.set_index('kind')['shared']['all']:.0%}"
-    names = {"seeds": "Figure", "seeds-rate": "Control: by firing rate"}
+    other = {} if unrelated is None else unrelated.set_index("kind")["shared"].to_dict()
+    if other:
+        text += f", in a crosscoder over unrelated models {other['all']:.0%}"
+    births = tables.get("seeds_births", "kind", *_BIRTHS)
+    if births is None:
+        if "contextual" in other:
+            text += f" (contextual ones: {other['contextual']:.0%})"
+    else:
+        means = births.groupby("kind")[list(_BIRTHS)].mean()
+        if "contextual" in means.index:
+            text += f". Of contextual features {means['shared']['contextual']:.0%} have a partner in another seed"
+            if "contextual" in other:
+                text += f", in a crosscoder over unrelated models {other['contextual']:.0%}"
+        row = means.loc["all"]
+        if np.isfinite(row["born_too"]):
+            text += (
+                f". Of features that are born and have a partner {row['born_too']:.0%} are born there too (by chance "
+                f"{row['born_too_by_chance']:.0%})"
+            )
+        if np.isfinite(row["same_birth"]):
+            text += (
+                f", {row['same_birth']:.0%} of these at the same snapshot (by chance {row['same_birth_by_chance']:.0%})"
+            )
+    names = {"seeds": "Figure", "seeds-births": "Births in other seeds", "seeds-rate": "Control: by firing rate"}
     return Finding(f"{text}.", _links(drawn, "index", names))
 
 

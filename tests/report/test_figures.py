@@ -13,6 +13,7 @@ from crosslens.report.chart import MUTED, Chart, Grid, Prompts, Style
 from crosslens.report.figures import ablation as ablation_figures
 from crosslens.report.figures import dates as dates_figures
 from crosslens.report.figures import effects as effects_figures
+from crosslens.report.figures import feature_timeline as timeline_figures
 from crosslens.report.figures import lifecycles as lifecycles_figures
 from crosslens.report.figures import phases as phases_figures
 from crosslens.report.figures import probes as probes_figures
@@ -168,6 +169,10 @@ def test_rotation_rate_draws_the_table_and_names_its_ends(tokens: bool) -> None:
     assert chart.figure.layout.yaxis.title.text == "degrees per interval"
     ends = "From 5.0° (c to d, an end) to 40.0° (b to c) per doubling"
     assert (ends in chart.note) == tokens
+    assert "One seed was trained, so how far two seeds differ is not known" in chart.note
+    several: Any = rotation_figures.rotation_rate(table.assign(seeds_angle=[50.0, 55.0, 60.0]))
+    assert [trace.name for trace in several.figure.data][4] == "two seeds at the later snapshot"
+    assert "One seed was trained" not in several.note
     assert isinstance(rotation_figures.rotation_rate(table.assign(angle=np.nan)), str)
 
 
@@ -216,7 +221,8 @@ def test_sets_are_exchanged_or_zeroed_at_every_snapshot() -> None:
         share = exchanged[(exchanged["features"] == kind) & (exchanged["k"] == 5)]["metric"].to_numpy() / 2
         assert list(drawn[f"{name}, exchanged"].y) == pytest.approx(share.tolist())
         assert list(drawn[f"{name}, set to zero"].y) == pytest.approx((share / 2).tolist())
-    assert len(drawn) == 4 and chart.note == "Sets of k = 5 features."
+    assert len(drawn) == 4
+    assert chart.note == "Sets of k = 5 features, exchanged with the paired prompt or set to zero."
     one = (table.query("snapshot == 2") for table in (exchanged, zeroed))
     assert ablation_figures.zeroing(*one) == "Only one snapshot was ablated."
 
@@ -385,7 +391,7 @@ def test_birth_counts_stand_beside_their_controls(untrained: bool) -> None:
     assert isinstance(lifecycles_figures.birth_counts(table.assign(n=0)), str)
 
 
-def words(S: int = 4, n_prompts: int = 8) -> pd.DataFrame:
+def prompt_table(S: int = 4, n_prompts: int = 8) -> pd.DataFrame:
     """The words of prompts of different lengths; nothing acts on the first, and position 1 opposes the answer."""
     rows = [
         {"prompt": prompt, "snapshot": s, "label": f"step{s}", "step": s, "position": t, "token": " <b>"[: t + 1],
@@ -427,10 +433,58 @@ def test_features_without_a_significant_effect_follow_in_grey(n_significant: int
                   for f in features]  # fmt: skip
         assert shown == wanted
     total, drawn = n_significant + n_others, min(n_significant, 12)
-    assert f"{n_significant} of {total} features have a significant effect (FDR 5%)" in lines.note
+    by_chance = f"(FDR 5%: on average at most {0.05 * n_significant:.1f} of these by chance)"
+    assert f"{n_significant} of {total} features have a significant effect at some snapshot {by_chance}" in lines.note
     assert (f"the {drawn} with the largest |IE| are shown" in lines.note) == (n_significant > 12)
     assert ("Grey, n.s.: " in lines.note) == (n_significant < 12)
     assert "Grey, n.s.: the 9 with the largest |IE| of the others" in lines.note or (n_significant, n_others) != (3, 40)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [("patch", "their value on the paired prompt"), ("zero", "zero"), ("mean", "their mean over the prompts")],
+)
+def test_figures_of_effects_say_what_features_are_set_to_and_on_how_many_groups(baseline: str, words: str) -> None:
+    table = effects(3, 2)
+    snapshots = pd.DataFrame(
+        {"snapshot": range(5), "label": [f"step{s}" for s in range(5)], "step": range(5), "method": "removal",
+         "metric_clean": 1.0, "features_effect": 0.5, "error_effect": 0.1, "metric_baseline": 0.4, "n": 60,
+         "n_groups": 44, "baseline": baseline}
+    )  # fmt: skip
+    followed = table.assign(order=table["feature"], strength=0.5, top=True, examples="the [boy]")
+    charts: list[Any] = [
+        effects_figures.effect_table(table, snapshots),
+        effects_figures.signed_effects(table, None, snapshots),
+        effects_figures.share_relie_lines(table, None, None, snapshots),
+        effects_figures.relie_lines(table, None, snapshots),
+        effects_figures.signed_against_relative(table, None, None, snapshots),
+        effects_figures.effect_budget(snapshots),
+        timeline_figures.feature_timeline(followed, None, None, snapshots),
+    ]
+    summary = pd.DataFrame(
+        [{"kind": "within", "target": "effect", "measure": "relie", "correlation": 0.5, "correlation_low": 0.4,
+          "correlation_high": 0.6, "level": 0.95, "n_features": 9, "baseline": baseline}]
+    )  # fmt: skip
+    for chart in charts:
+        assert f"Effects are those of features set to {words}, on 60 prompts in 44 groups." in chart.note
+    for few in (table[table["snapshot"] >= 3], table[table["snapshot"] >= 2]):  # a strip, a triangle
+        two: Any = effects_figures.share_relie_lines(few, None, None, snapshots)
+        assert f"set to {words}" in two.note
+    single: Any = prompts_figures.prompt_words(prompt_table(), None, snapshots)
+    assert single.note.endswith(f" Effects are those of features set to {words}.")
+    validated: Any = effects_figures.validation(summary)
+    assert f"Ablated features are set to {words}." in validated.note
+    earlier: Any = effects_figures.signed_effects(table)  # a run that does not say
+    assert "set to" not in earlier.note
+
+
+@pytest.mark.parametrize(("n_snapshots", "words"), [(2, "Below 0.3"), (3, "Each point"), (5, "the 12 with")])
+def test_classes_stand_beside_the_number_that_has_one_by_chance(n_snapshots: int, words: str) -> None:
+    table = effects(40, 10)
+    chart: Any = effects_figures.relie_lines(table[table["snapshot"] < n_snapshots])
+    by_chance = "(FDR 5%: on average at most 2.0 of these by chance)"
+    assert words in chart.note
+    assert f"40 of 50 features have a significant effect at some snapshot {by_chance}" in chart.note
 
 
 @pytest.mark.parametrize("chance", [[], ["step0", "step1"], ["step3"], [f"step{s}" for s in range(5)]])
@@ -451,9 +505,9 @@ def test_shares_are_not_drawn_where_accuracy_is_at_chance(chance: list[str]) -> 
 
 def test_words_are_tinted_by_their_effects() -> None:
     names = pd.DataFrame({"feature": [1, 2], "name": ["boy", "\u202e"]})
-    made = prompts_figures.prompt_words(words(), names)
+    made = prompts_figures.prompt_words(prompt_table(), names)
     assert isinstance(made, Prompts)
-    found, source = made.contents, words().set_index(["prompt", "snapshot", "position"])
+    found, source = made.contents, prompt_table().set_index(["prompt", "snapshot", "position"])
     assert found["labels"] == [f"step{s}" for s in range(4)] and found["largest"] == pytest.approx(0.3)
     assert found["names"]["1"] == "1 boy" and found["names"]["2"] == "2", "what cannot be seen is left out"
     assert [prompt["id"] for prompt in found["prompts"]] == list(range(8))
@@ -465,8 +519,8 @@ def test_words_are_tinted_by_their_effects() -> None:
                 assert prompt["effects"][s][t] == pytest.approx(row["effect"])
                 assert prompt["features"][s][t] == row["feature"]
         assert len(prompt["tokens"]) == 3 + prompt["id"] % 2
-    assert "0.30 logits. The 8 prompts" in made.note and len(made.data) == len(words())
-    assert isinstance(prompts_figures.prompt_words(words().assign(effect=0.0)), str)
+    assert "0.30 logits. The 8 prompts" in made.note and len(made.data) == len(prompt_table())
+    assert isinstance(prompts_figures.prompt_words(prompt_table().assign(effect=0.0)), str)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     assert f"{ev.mean():.1%}" in described and f"{ev.min():.1%} at {steps[0]}" in described
     read = lives(run)["origin"].dropna()
     assert f"{(read == 'emergent').sum()} of {len(read)} features are born" in born
-    assert born.endswith("3 are; false births were not measured.")
+    assert born.endswith("3 are (features that fade, or noise); false births were not measured.")
     births = table(run, "lifecycles").query("measure == 'r2' and origin == 'emergent'")["birth"].astype(int)
     snapshot, most = births.value_counts().index[0], births.value_counts().iloc[0]
     assert f"after the first snapshot, with the most at {steps[snapshot]} ({most}); counted" in born
@@ -140,9 +140,20 @@ def test_births_and_partners_stand_beside_what_models_without_a_history_give(run
     run.save_table("unrelated", pd.DataFrame([{"kind": "all", "shared": 0.44}, {"kind": "contextual", "shared": 0.16}]))
     texts = [one.text for one in find(Tables(run, run.read_json()), set())]
     born = next(text for text in texts if "are born" in text)
-    assert "(95% interval of the count: 35 to 44); counted from the last snapshot backwards, 3 are, in models" in born
+    assert "(95% interval of the count: 35 to 44); counted from the last snapshot backwards, 3 are" in born
+    assert "(features that fade, or noise), in models" in born
     assert born.endswith("in models of other seeds at one step 8.1%.") and "never trained" not in born
-    assert any(text.endswith("in a crosscoder over unrelated models 44%.") for text in texts)
+    assert any(text.endswith("in a crosscoder over unrelated models 44% (contextual ones: 16%).") for text in texts)
+    shares = {"shared": 0.6, "born_too": 0.5, "born_too_by_chance": 0.1, "same_birth": 0.7, "same_birth_by_chance": 0.2}
+    pairs = [{"a": "0", "b": b, "kind": "all", **shares} for b in ("1", "2")]
+    pairs += [{"a": "0", "b": b, "kind": "contextual", **shares, "shared": 0.3} for b in ("1", "2")]
+    run.save_table("seeds_births", pd.DataFrame(pairs))
+    recurs = find(Tables(run, run.read_json()), set())[-1].text
+    assert recurs.endswith(
+        "Of contextual features 30% have a partner in another seed, in a crosscoder over unrelated models 16%. Of "
+        "features that are born and have a partner 50% are born there too (by chance 10%), 70% of these at the same "
+        "snapshot (by chance 20%)."
+    )
 
 
 def test_the_name_of_a_feature_is_quoted_and_escaped(run: RunDir) -> None:

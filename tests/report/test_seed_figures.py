@@ -64,9 +64,9 @@ def test_partners_by_kind_are_means_over_pairs() -> None:
         assert list(chance.y) == pytest.approx([means.loc[kind, f"{name}_by_chance"] for name in asked])
     row = means.loc["all"]
     assert chart.note == (
-        f"2 pairs of seeds. Of the features that are born in one, {row['born_too']:.0%} have a partner that is born "
-        f"too (by chance {row['born_too_by_chance']:.0%}); {row['same_birth']:.0%} of these at the same snapshot (by "
-        f"chance {row['same_birth_by_chance']:.0%})."
+        f"2 pairs of seeds. Of the features that are born in one and have a partner, {row['born_too']:.0%} are born in "
+        f"the other too (by chance {row['born_too_by_chance']:.0%}); {row['same_birth']:.0%} of these at the same "
+        f"snapshot (by chance {row['same_birth_by_chance']:.0%})."
     )
 
 

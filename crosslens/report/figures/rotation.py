@@ -58,6 +58,8 @@ def rotation_rate(table: Frame) -> Chart | str:
         figure.update_yaxes(title_text=title, row=1, col=col)
     figure.update_xaxes(named_ticks(names, slanted=True)).update_yaxes(rangemode="tozero")
     note = "Medians over live features with a direction at both snapshots."
+    if not np.isfinite(table["seeds_angle"].to_numpy(dtype=float)).any():
+        note += " One seed was trained, so how far two seeds differ is not known."
     if per_doubling:
         rates = table["angle_per_doubling"].to_numpy(dtype=float)
         low, high = (table.iloc[int(find(rates))] for find in (np.nanargmin, np.nanargmax))

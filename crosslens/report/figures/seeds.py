@@ -96,9 +96,9 @@ def seeds(consensus: Frame, pairs: Frame) -> Chart | str:
     },
 )
 def births_of_partners(births: Frame) -> Chart:
-    """Live features with a partner in another seed; of those that are born (R²), how many have a partner that is born
-    too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted tokens, of all
-    partners, and with permuted dates. Means over pairs of seeds.
+    """Live features with a partner in another seed; of those with a partner that are born (R²), how many partners are
+    born too; and of these, at the same snapshot. Beside each bar what it would be by chance: with permuted tokens, of
+    all partners, and with permuted dates. Means over pairs of seeds.
 
     Args:
         births: rows of `births_of_partners` about pairs of seeds.
@@ -143,9 +143,9 @@ def births_of_partners(births: Frame) -> Chart:
     pairs = len(births[["a", "b"]].drop_duplicates())
     row = means.set_index("kind").loc["all"]
     note = (
-        f"{pairs} pair{'s' * (pairs > 1)} of seeds. Of the features that are born in one, {row['born_too']:.0%} have a "
-        f"partner that is born too (by chance {row['born_too_by_chance']:.0%}); {row['same_birth']:.0%} of these at "
-        f"the same snapshot (by chance {row['same_birth_by_chance']:.0%})."
+        f"{pairs} pair{'s' * (pairs > 1)} of seeds. Of the features that are born in one and have a partner, "
+        f"{row['born_too']:.0%} are born in the other too (by chance {row['born_too_by_chance']:.0%}); "
+        f"{row['same_birth']:.0%} of these at the same snapshot (by chance {row['same_birth_by_chance']:.0%})."
     )
     return Chart(figure, data, note)
 
