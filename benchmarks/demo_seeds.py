@@ -64,7 +64,7 @@ def rows(folder: Path) -> dict[str, str]:
             f"{one['change_matched_k'] / clean:.0%}"
         )
     one = summary["ablation"]["pp"]
-    found["pp: metric with the top 100 of all active features alone"] = (
+    found["pp: metric with the top 100 of all active features alone, the others exchanged"] = (
         f"{one['keep_k'] / one['clean']:.0%} of {one['n_active']}"
     )
     found["reconstruction only, of the clean metric: simple, pp, subj_rel"] = ", ".join(
@@ -72,20 +72,33 @@ def rows(folder: Path) -> dict[str, str]:
     )
     share = summary["transfer_to_last"]["pp"]
     steps = [int(label.removeprefix("step")) for label in summary["snapshots"]]
-    found["pp: top 15 chosen at steps 128, 336, 640, ablated at the last: share of the effect of all"] = ", ".join(
+    found["pp: top 15 chosen at steps 128, 336, 640, exchanged at the last: share of the effect of all"] = ", ".join(
         f"{share[steps.index(step)]:.2f}" for step in (128, 336, 640)
     )
-    found["pp: joint ablations of two, deviation from the sum"] = f"{summary['additivity']['pp']['deviation']:.0%}"
+    found["pp: two exchanged together, deviation from the sum"] = f"{summary['additivity']['pp']['deviation']:.0%}"
     for name in ("removal", "ig"):
-        found[f"rank agreement of effects by {name} with single ablations: simple, pp, subj_rel"] = ", ".join(
-            f"{summary['spearman_ie_exact'][task][name]:.2f}" for task in TASKS
+        found[f"rank agreement of effects by {name} with exchanges of single features: simple, pp, subj_rel"] = (
+            ", ".join(f"{summary['spearman_ie_exact'][task][name]:.2f}" for task in TASKS)
         )
     found["completeness error of ig, most"] = f"{max(summary['completeness_error']):.2%}"
     for target in ("effect", "share"):
         for name in ("relie", "share_relie", "decodability", "snapshot", "reldec"):
             values = [summary["validation"][task][target][name][0] for task in TASKS if summary["validation"][task]]
             found[f"exact {target} and {name}: simple, pp, subj_rel"] = ", ".join(f"{v:.2f}" for v in values)
+    found |= _beyond_the_index(run)
     found["readable at the first snapshot: of the top 15 of pp, of all"] = _base_rate(run)
+    return found
+
+
+def _beyond_the_index(run: RunDir) -> dict[str, str]:
+    """What each measure says of exact effects beyond the snapshot's index, by row."""
+    tables = [table for task in TASKS if (table := run.table(f"validation/{task}.summary")) is not None]
+    found: dict[str, str] = {}
+    for target in ("effect", "share"):
+        for name in ("relie", "share_relie", "decodability", "reldec"):
+            wanted = f"kind == 'within' and target == '{target}' and measure == '{name}'"
+            cells = [f"{value:.2f}" for table in tables for value in table.query(wanted)["partial"]]
+            found[f"exact {target} and {name}, beyond the index: simple, pp, subj_rel"] = ", ".join(cells)
     return found
 
 
