@@ -205,6 +205,18 @@ def test_shares_undo_the_growth_of_logits() -> None:
     assert share_relie(silent).tolist() == [[0, 1], [0, 1]]  # no feature has an effect at the first
 
 
+@pytest.mark.parametrize("S", [2, 3, 9, 32])
+def test_copies_of_a_snapshot_have_no_class_but_maintained(S: int) -> None:
+    """Effects at copies are equal; so are those of features without an effect, which have no class."""
+    rng = np.random.default_rng(S)
+    sizes = np.where(np.arange(200) < 100, rng.choice([-1, 1], 200) * rng.uniform(0.8, 1.2, 200), 0)
+    x = rng.normal(sizes, 1.0, (60, 200))
+    given = of_prompts(np.repeat(x[:, :, None], S, 2))
+    found = classes(share_relie(given))
+    assert set(found) == {"maintained", "undefined"} and (found == "maintained").sum() >= 90
+    assert set(classify(given)["relie_class"]) == {"maintained", "undefined"}
+
+
 def test_relie_of_some_snapshots() -> None:
     given = drawn(30, 6, 4)
     found, counts = relie(given, snapshots=[5, 1]), significant(given)

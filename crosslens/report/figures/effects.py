@@ -77,8 +77,8 @@ _COLUMNS = {
 )
 def effect_table(table: Frame, snapshots: Frame, names: Frame | None = None) -> Grid | str:
     """IE ± standard error over groups of prompts, in logits, by snapshot, the last one first: features with a
-    significant effect at some snapshot, largest |IE| first, then, in grey, the largest others. Blue supports the correct
-    answer, orange opposes it.
+    significant effect at some snapshot, largest |IE| first, then, in grey, the largest others. Blue supports the
+    correct answer, orange opposes it.
 
     Args:
         table: from `Attribution.to_frame`.
