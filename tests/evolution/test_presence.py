@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from crosslens.errors import UserError
 from crosslens.evolution import presence
-from crosslens.evolution.presence import measure_decodability, plan_decodability
+from crosslens.evolution.presence import check_tokens, measure_decodability, plan_decodability
 from tests.given import Held, Read, of_norms
 
 
@@ -198,6 +199,23 @@ def test_refused() -> None:
             measure_decodability(crosscoder, Read(x, tokens), **options)
     with pytest.raises(UserError, match="0 tokens are held out"):
         measure_decodability(crosscoder, Read(x, 0 * tokens))
+
+
+def test_few_tokens_per_dimension_are_warned_of_and_very_few_refused() -> None:
+    """Both say the number to give."""
+
+    def check(D: int) -> None:
+        read = Read(torch.randn(9, 6, 2, D), torch.ones(9, 6, dtype=torch.long))
+        check_tokens(of_norms(torch.ones(4, 2), D=D), read, n_groups=9)
+
+    with pytest.raises(UserError, match=r"54 tokens .*, 3\.9 per dimension: .* need 4 \(56\).*held_out_tokens=280\)"):
+        check(14)
+    for D, message in ((13, r"54 tokens .*, 4\.2 per dimension: .*held_out_tokens=260\)"), (3, r"18\.0 per dimension")):
+        with pytest.warns(UserWarning, match=message):
+            check(D)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(2)
 
 
 def test_constant_activations_predict_nothing() -> None:
