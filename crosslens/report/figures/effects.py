@@ -295,9 +295,11 @@ def _ternary(table: Frame, names: Frame | None, column: str, said: str) -> Chart
     )
     data = points[["feature", "ie_largest", *corners]]
     data = data.rename(columns={snapshot: f"{column}/{label}" for snapshot, label in axis.labels.items()})
+    hidden = table["feature"].nunique() - table.dropna(subset=[column])["feature"].nunique()
     note = (
         "Each point is a feature, near the corner of the snapshot where it matters most; its area grows with its "
-        f"largest |IE|, whose sign gives the colour. {_which(table, len(points))}{said}"
+        f"largest |IE|, whose sign gives the colour. {_which(table, len(points))} {hidden:,} without a significant "
+        f"effect are omitted.{said}"
     )
     return Chart(figure, data, note)
 
