@@ -16,6 +16,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.printing import Result, as_html
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
+from tests.given import CONTROL, controls
 from tests.plain_model import F, few_effects, make_crosscoder
 
 HOSTILE = '<img src=x onerror="alert(1)"> & co'
@@ -46,6 +47,15 @@ def test_a_result_prints_the_columns_that_matter_and_names_the_others() -> None:
     for plain in (result[["label"]], result[result["x"] > 0], result.assign(z=1), pd.concat([result, result])):
         assert type(plain) is pd.DataFrame
     assert "further columns" not in str(result.rename(columns={"x": "z"}))
+
+
+@pytest.mark.parametrize("text", CONTROL.values(), ids=CONTROL)
+def test_control_characters_are_shown_as_their_codes(text: str) -> None:
+    table = pd.DataFrame({"token": [text], text: [1.0]})
+    result = Result.of(table, text, ["token", text], text)
+    made = result._repr_html_()
+    assert made is not None and not controls(made) and not controls(repr(result)) and not controls(str(result))
+    assert made.count("u00") + made.count("u20") >= 4
 
 
 def test_long_texts_are_whole_and_many_rows_are_cut() -> None:
