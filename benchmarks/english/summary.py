@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from crosslens.cli.display import to_json
 from crosslens.evolution.lifecycles import PRESENCE
 from crosslens.features import complexity_correlation
 from crosslens.rundir import RunDir, write_text
-from crosslens.stats import bootstrap
+from crosslens.stats import bootstrap, rank_correlation
 from crosslens.tables import find_table
 
 GE, BAYAZIT = "Ge et al., 2509.17196", "Bayazit et al., 2509.05291"
@@ -221,6 +222,20 @@ def _(run: RunDir) -> Iterator[Reading]:
     for row in complexity_correlation(labels, lifecycles[lifecycles["measure"] == "r2"]).to_dict("records"):
         what = f"rank correlation of complexity and {row['event']}, of {row['n']}"
         yield Reading(what, *ends(row, "spearman"), 0)
+
+
+@claim("context", "Features that are born later are more complex", f"{GE}, complexity; here, what context adds")
+def _(run: RunDir) -> Iterator[Reading]:
+    lifecycles = table(run, "lifecycles")
+    born = lifecycles[(lifecycles["measure"] == "r2") & (lifecycles["origin"] == "emergent")]
+    born = born.dropna(subset=["token_share"])
+    births, within = born["birth"].to_numpy(dtype=float), 1 - born["token_share"].to_numpy(dtype=float)
+    rng = np.random.default_rng(0)
+    shuffled = rank_correlation(rng.permuted(np.tile(births, (1000, 1)), axis=1), within)
+    what = f"rank correlation of birth and the share of variance within token types, of {len(born)}"
+    low, high = bootstrap(lambda picks: rank_correlation(births[picks], within[picks]), len(born))
+    value = rank_correlation(births, within)
+    yield Reading(f"{what} (null: 97.5 % of random orders have less)", value, low, high, np.quantile(shuffled, 0.975))
 
 
 @claim("labels", "Features can be told by a label", f"{GE}, complexity; labels by the tokens of examples")

@@ -1,0 +1,81 @@
+"""Write the table of claims into the page, from the summary and from what was made of it.
+
+    python benchmarks/english/page.py
+
+`summary.json` has the numbers, `verdicts.toml` for each claim the readings that are shown and the verdict. The table
+stands between two comments of `docs/english.md`; a test holds that nobody changed it by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from crosslens.cli.config_file import parse_toml
+from crosslens.errors import UserError
+from crosslens.rundir import write_text
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER.parents[1] / "docs" / "english.md"
+BEGIN, END = "<!-- claims, by benchmarks/english/page.py -->", "<!-- end of claims -->"
+VERDICTS = ("replicated", "in part", "not at this scale", "contradicted", "not measured")
+
+
+def number(value: Any) -> str:
+    """A number with as many digits as are read."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if float(value).is_integer() and abs(value) >= 1 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def describe(reading: dict[str, Any]) -> str:
+    """A reading with its interval and its null."""
+    text = f"{reading['what']}: **{number(reading['value'])}**"
+    if reading["low"] is not None:
+        text += f" [{number(reading['low'])}, {number(reading['high'])}]"
+    return text if reading["null"] is None else f"{text}, null {number(reading['null'])}"
+
+
+def render(claims: dict[str, Any], verdicts: dict[str, Any]) -> str:
+    """The table, a row per claim.
+
+    Raises:
+        UserError: a verdict of no claim, or none of a claim, or a reading that the summary does not have.
+    """
+    if other := claims.keys() ^ verdicts.keys():
+        raise UserError(f"{sorted(other)[0]!r} is in one of summary.json and verdicts.toml only: run summary.py again")
+    lines = ["| claim | where from | seen here | verdict |", "|---|---|---|---|"]
+    for name, chosen in verdicts.items():
+        if chosen["verdict"] not in VERDICTS:
+            raise UserError(f"{name}: {chosen['verdict']!r} is none of {', '.join(VERDICTS)}")
+        readings = {reading["what"]: reading for reading in claims[name].get("readings", [])}
+        if unknown := [what for what in chosen["show"] if what not in readings]:
+            raise UserError(f"{name} has no reading {unknown[0]!r}; it has {'; '.join(readings)}")
+        seen = "; ".join(describe(readings[what]) for what in chosen["show"])
+        note = chosen.get("note", "")
+        text = ". ".join(part for part in (seen, note) if part)
+        lines.append(f"| {claims[name]['claim']} | {claims[name]['source']} | {text} | **{chosen['verdict']}** |")
+    return "\n".join(lines)
+
+
+def put(page: str, rows: str) -> str:
+    """The page with the table between its comments."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}"
+
+
+def main() -> None:
+    claims = json.loads((FOLDER / "summary.json").read_text(encoding="utf-8"))["study"]["claims"]
+    rows = render(claims, dict(parse_toml(FOLDER / "verdicts.toml")))
+    write_text(PAGE, put(PAGE.read_text(encoding="utf-8"), rows))
+
+
+if __name__ == "__main__":
+    main()
