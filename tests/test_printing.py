@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from typing import Any
@@ -56,6 +57,12 @@ def test_control_characters_are_shown_as_their_codes(text: str) -> None:
     made = result._repr_html_()
     assert made is not None and not controls(made) and not controls(repr(result)) and not controls(str(result))
     assert made.count("u00") + made.count("u20") >= 4
+
+
+@pytest.mark.parametrize("text", CONTROL.values(), ids=CONTROL)
+def test_labels_of_snapshots_are_shown_as_their_codes(text: str, snaps: Snapshots) -> None:
+    named = Snapshots([dataclasses.replace(one, label=f"{i}{text}") for i, one in enumerate(snaps)], text)
+    assert not controls(repr(named)) and not controls(named._repr_html_())
 
 
 def test_long_texts_are_whole_and_many_rows_are_cut() -> None:
