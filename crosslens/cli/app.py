@@ -170,9 +170,15 @@ def plan(
 
 @app.command
 def harvest(
-    *, source: SourceOptions, options: HarvestOptions, models: ModelOptions | None = None, json: Json = False
+    *,
+    source: SourceOptions,
+    options: HarvestOptions,
+    models: ModelOptions | None = None,
+    config: Config = None,
+    json: Json = False,
 ) -> None:
     """Write activations to disk. Run the same command again to resume; several may run at once."""
+    del config
     from crosslens.pipeline.harvesting import harvest
 
     acts, out, folder = harvest(source, options, models), Output(json), options.cache
@@ -230,6 +236,7 @@ def sweep(
     training: TrainingOptions | None = None,
     models: ModelOptions | None = None,
     cache: CacheOptions | None = None,
+    config: Config = None,
     json: Json = False,
 ) -> None:
     """Train several numbers of features and k, each from several seeds, and propose one; before `train`.
@@ -238,6 +245,7 @@ def sweep(
     have a k (not jumprelu or standard), and lr and the other options are the same for all. Nothing outside the grid is
     looked at. With two seeds, the range of the agreement is most of its uncertainty: settings within it are equal.
     """
+    del config
     from crosslens.pipeline.sweeping import sweep
 
     choice, out = sweep(RunDir(run_dir), source, grid, training, models=models, cache=cache), Output(json)

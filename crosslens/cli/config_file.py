@@ -44,7 +44,7 @@ def fill(root: App, app: App, commands: tuple[str, ...], arguments: Any) -> None
     if typed is not None:
         path, verb = Path(typed), commands[-1]
         contents = _read(path)
-        if verb == "plan" and verb not in contents:  # a file for `train` has options that a plan does not depend on
+        if verb in ("plan", "harvest") and verb not in contents:  # a file for `train` has options that these do without
             of_train = _check(path, contents, "train", root["train"].assemble_argument_collection())
             known = {name for each in arguments for name in each.names}
             contents = {option: value for option, value in of_train.items() if f"--{option}" in known}

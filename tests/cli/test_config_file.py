@@ -53,6 +53,41 @@ def test_options_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as
     assert (asked["k"], asked["lr"], asked["d_sae"]) == (8, 0.01, 32)
 
 
+def test_sweep_and_harvest_read_files_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A harvest reads the file of the training that follows: what it does without is left out."""
+    found: dict[str, Any] = {}
+
+    def swept(run: RunDir, source: Any, grid: Any, *_: Any, **__: Any) -> None:
+        found.update(run_dir=run.path, hook=source.hook, d_sae=grid.d_sae, k=grid.k)
+        raise SystemExit(0)
+
+    def harvested(source: Any, options: Any, *_: Any) -> None:
+        found.update(hook=source.hook, cache=options.cache)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("crosslens.pipeline.sweeping.sweep", swept)
+    monkeypatch.setattr("crosslens.pipeline.harvesting.harvest", harvested)
+
+    def called(verb: str, config: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["crosslens", verb, "--config", str(config)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0)
+
+    data = f'snapshots = "demo"\nhook = "{HOOK}"\ndataset = "user/name"\n'
+    config = write(tmp_path, f'run_dir = "{tmp_path / "s"}"\n{data}d_sae = [32]\nk = [2, 4]\n')
+    assert called("sweep", config) == 0
+    assert found == {"run_dir": tmp_path / "s", "hook": (HOOK,), "d_sae": (32,), "k": (2, 4)}
+    config = write(tmp_path, f'run_dir = "{tmp_path / "s"}"\n[train]\n{data}d_sae = 32\ncache = "kept"\n')
+    assert called("harvest", config) == 0
+    assert found["cache"] == Path("kept")
+    capsys.readouterr()
+    config = write(tmp_path, f"{data}d_sea = 32\ncache = 'kept'\n")
+    assert called("harvest", config) == 2 and "'d_sea' is no option of `crosslens train`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
