@@ -90,7 +90,7 @@ COMMANDS = {
     "label": "label run --local",
     "trace": "trace run --file prompts.txt",
     "report": "report run",
-    "steer": "steer run farmers --feature 3 --factor 3 --length 4 --loss-tokens 64",
+    "steer": "steer run farmers --feature 3 --factor 3 --length 4 --temperature 2 --loss-tokens 64",
     "export": "export run --format sae --to out/sae",
     "status": "status run",
     "diff": "diff run run",

@@ -665,6 +665,9 @@ class SeedsOptions:
     """Crosscoders to train, from --seed on: the first in the run directory, the others in its folder seeds. Then says
     which features they have in common."""
 
+    def __post_init__(self) -> None:
+        check(self)
+
 
 @_CROSSCODER
 @dataclass(frozen=True, kw_only=True)
@@ -693,6 +696,9 @@ class PlanOptions:
 
     processes: Annotated[int, COUNT, COMMON] = 1
     """Processes that torchrun will start."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 # ---------------------------------------------------------------------- analyses

@@ -20,7 +20,7 @@ MAX_TEXT = 16 * 2**20
 MAX_NAME = 100
 """Bytes of the longest name that becomes part of a file name."""
 _DEPTH = 12
-_DIRECTIONS = {*"\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+_DIRECTIONS = {*"\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 _SUFFIXES = (".curves", ".last", ".snapshots", ".summary")  # of the tables beside that of a task
 
@@ -53,8 +53,8 @@ def shortened(value: object) -> str:
 def visible(text: str) -> str:
     """Text in which control characters, and those that change the direction of writing, are written as their codes.
 
-    A label or token could otherwise move the cursor of a terminal, rename its window, or show words in another order.
-    Tabs and line breaks stay.
+    A label or token could otherwise move the cursor of a terminal, rename its window, begin another line, or show words
+    in another order. Tabs and line breaks of ASCII stay. JSON stays JSON, and of the same values.
     """
     if text.isprintable():
         return text

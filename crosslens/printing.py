@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
+from crosslens.errors import visible
+
 _MOST = 40  # rows shown
 
 
@@ -58,7 +60,7 @@ class Result(pd.DataFrame):
 def as_text(title: str, table: pd.DataFrame, note: str = "") -> str:
     """A result for a terminal; numbers with three decimals, and of many rows the first and last."""
     rows = table.to_string(index=False, max_rows=_MOST, float_format="{:.3f}".format, na_rep="-")
-    return "\n".join(filter(None, [title, rows if len(table) else "", note]))
+    return visible("\n".join(filter(None, [title, rows if len(table) else "", note])))
 
 
 def as_html(title: str, table: pd.DataFrame | Mapping[str, object], note: str = "") -> str:
@@ -72,7 +74,7 @@ def as_html(title: str, table: pd.DataFrame | Mapping[str, object], note: str = 
             parts.append(table.to_html(index=False, max_rows=_MOST, border=0, float_format="{:.3f}".format, na_rep="-"))
     if note:
         parts.append(f"<p><small>{'<br>'.join(map(html.escape, note.splitlines()))}</small></p>")
-    return "".join(parts)
+    return visible("".join(parts))
 
 
 def plot(tables: Mapping[str, pd.DataFrame], figure: str, task: str | None = None) -> Any:

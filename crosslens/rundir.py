@@ -194,14 +194,15 @@ class RunDir:
         Raises:
             UserError: another process is writing; or the directory cannot be used.
         """
-        if not self.writes:
-            yield
-            return
-        release = self.hold(part)
+        # what is noted within is of one command, where a program calls several
+        noted, self._made_with = self._made_with, {}
+        release = self.hold(part) if self.writes else None
         try:
             yield
         finally:
-            release()
+            self._made_with = noted
+            if release is not None:
+                release()
 
     def hold(self, part: str = "run") -> Callable[[], None]:
         """Like `writing`, until the function that is returned is called, or the process ends.
@@ -356,12 +357,13 @@ class RunDir:
             raise UserError(f"{path} was written by an older version of crosslens: repeat `crosslens evolve`")
         return frame.rename(columns=earlier_names(name))
 
-    def save_table(self, name: str, table: pd.DataFrame) -> None:
+    def save_table(self, name: str, table: pd.DataFrame, *, keeps: bool = False) -> None:
         """Write a table completely or not at all, with checksums, its name, and the run that it belongs to.
 
         Args:
             name: of a table that `crosslens.tables` declares, or `own/<name>` for one of your own.
             table: its rows.
+            keeps: some of its rows are those that the run had; what they were made with stays in the record.
 
         Raises:
             UserError: a table or a column that is not declared, or a name outside the run directory.
@@ -385,6 +387,7 @@ class RunDir:
         pq.write_table(whole.slice(0, 0), empty)  # some types are others when they are read back
         types = pq.read_table(empty.getvalue()).schema
         made_with = json.loads(json.dumps(self._made_with, default=str))
+        made_with |= {"earlier": earlier} if keeps and (earlier := self._earlier(name, made_with)) else {}
         seal = {"table": name, "run": run, "checksum": _seal(types, len(whole), run, name, made_with)}
         seal |= {"made_with": made_with} if made_with else {}
         whole = whole.replace_schema_metadata({**notes, b"crosslens": json.dumps(seal).encode()})
@@ -394,6 +397,8 @@ class RunDir:
     def note(self, **made_with: Any) -> None:
         """Say what the tables that are saved from now on are made with; every one of them records it.
 
+        What is noted within `writing` is forgotten at its end.
+
         Args:
             made_with: options and digests of inputs that decide the tables, by name; those noted before stay, unless
                 they have the same name. None and empty lists are left out.
@@ -402,11 +407,20 @@ class RunDir:
             key: value for key, value in {**self._made_with, **made_with}.items() if value not in (None, [])
         }
 
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What `note` was told."""
+        return dict(self._made_with)
+
     def made_with(self, name: str) -> dict[str, Any]:
         """What a table was made with, as `note` was told; empty for a table of version 0.2, or where there is none.
 
         Args:
             name: of the table.
+
+        Returns:
+            Options and digests by name. A table that gathers the rows of several calls has what the others were made
+            with under "earlier", the oldest first.
 
         Raises:
             UserError: a name outside the run directory.
@@ -422,20 +436,30 @@ class RunDir:
         except (OSError, ValueError, TypeError):  # `table` says that it is damaged
             return {}
 
+    def _earlier(self, name: str, made_with: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the rows that a table has were made with, each once, but for what others are made with now."""
+        last = self.made_with(name)
+        found: list[dict[str, Any]] = []
+        for one in [*last.pop("earlier", []), last]:
+            if one and one != made_with and one not in found:
+                found.append(one)
+        return found
+
     def _id(self) -> str | None:
         return self.read_json().get("id") if self.exists() else None
 
-    def save_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
+    def save_tables(self, tables: Mapping[str, pd.DataFrame], *, keeps: bool = False) -> None:
         """Write several tables, as `save_table` does.
 
         Args:
             tables: by name.
+            keeps: as in `save_table`.
 
         Raises:
             UserError: as `save_table`.
         """
         for name, table in tables.items():
-            self.save_table(name, table)
+            self.save_table(name, table, keeps=keeps)
 
     def consensus(self) -> pd.DataFrame:
         """The table "consensus", a row per feature.
@@ -476,7 +500,7 @@ class RunDir:
             if rest.empty:
                 delete(self._table_path("accuracy"), self.path)
             else:
-                self.save_table("accuracy", rest.reset_index(drop=True))
+                self.save_table("accuracy", rest.reset_index(drop=True), keeps=True)
         if not removed:
             known = sorted({*self.tasks("attribution"), *(() if accuracy is None else accuracy["task"])})
             raise UserError(

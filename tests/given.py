@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -77,3 +78,18 @@ class Read(Held):
 
     def held_out_tokens(self) -> torch.Tensor:
         return self.read
+
+
+CONTROL = {
+    "ESC": "\x1b[2J", "OSC": "\x1b]0;owned\x07", "BEL": "a\x07b", "NUL": "a\x00b", "C1": "\x9b31m", "DEL": "a\x7fb",
+    "RTL override": "\u202egnp.exe", "line separator": "a\u2028b",
+}  # fmt: skip
+"""Texts that would move the cursor of a terminal, rename its window, or begin another line; not line breaks."""
+
+
+def controls(text: str) -> list[str]:
+    """The characters of a text that no terminal and no page should get."""
+    kinds = {"Cc", "Zl", "Zp"}
+    directions = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return [c for c in text if c not in "\n\t"
+            and (unicodedata.category(c) in kinds or unicodedata.bidirectional(c) in directions)]  # fmt: skip

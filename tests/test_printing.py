@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from typing import Any
@@ -16,6 +17,7 @@ from crosslens.crosscoders import Crosscoder
 from crosslens.printing import Result, as_html
 from crosslens.snapshots.collection import Snapshots
 from crosslens.tasks.task import Task
+from tests.given import CONTROL, controls
 from tests.plain_model import F, few_effects, make_crosscoder
 
 HOSTILE = '<img src=x onerror="alert(1)"> & co'
@@ -46,6 +48,21 @@ def test_a_result_prints_the_columns_that_matter_and_names_the_others() -> None:
     for plain in (result[["label"]], result[result["x"] > 0], result.assign(z=1), pd.concat([result, result])):
         assert type(plain) is pd.DataFrame
     assert "further columns" not in str(result.rename(columns={"x": "z"}))
+
+
+@pytest.mark.parametrize("text", CONTROL.values(), ids=CONTROL)
+def test_control_characters_are_shown_as_their_codes(text: str) -> None:
+    table = pd.DataFrame({"token": [text], text: [1.0]})
+    result = Result.of(table, text, ["token", text], text)
+    made = result._repr_html_()
+    assert made is not None and not controls(made) and not controls(repr(result)) and not controls(str(result))
+    assert made.count("\\u00") + made.count("\\u20") >= 3
+
+
+@pytest.mark.parametrize("text", CONTROL.values(), ids=CONTROL)
+def test_labels_of_snapshots_are_shown_as_their_codes(text: str, snaps: Snapshots) -> None:
+    named = Snapshots([dataclasses.replace(one, label=f"{i}{text}") for i, one in enumerate(snaps)], text)
+    assert not controls(repr(named)) and not controls(named._repr_html_())
 
 
 def test_long_texts_are_whole_and_many_rows_are_cut() -> None:

@@ -352,12 +352,15 @@ class Activations:
         if folder is None:
             return acts
         if not (Path(folder) / "manifest.json").is_file():
-            tqdm.write(f"the cache {folder} is gone, and the models run instead, without its rounding", file=sys.stderr)
+            tqdm.write(
+                visible(f"the cache {folder} is gone, and the models run instead, without its rounding"),
+                file=sys.stderr,
+            )
             return acts
         try:
             return acts.cache(folder, dtype)
         except UserError as error:
-            tqdm.write(f"the cache {folder} is not used, and the models run instead: {error}", file=sys.stderr)
+            tqdm.write(visible(f"the cache {folder} is not used, and the models run instead: {error}"), file=sys.stderr)
             return acts
 
 
@@ -535,7 +538,9 @@ class DatasetActivations(Activations):
         every = next(iter(caches.values())).n_shards * self.n_snapshots
         if len(pairs) < every and os.environ.get("RANK", "0") == "0":
             rest = "resuming" if pairs else "nothing is harvested"
-            tqdm.write(f"{path} holds {every - len(pairs):,} of {every:,} shards already: {rest}", file=sys.stderr)
+            tqdm.write(
+                visible(f"{path} holds {every - len(pairs):,} of {every:,} shards already: {rest}"), file=sys.stderr
+            )
         if pairs:
             check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
             check_known(self.snapshots)

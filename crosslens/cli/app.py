@@ -682,7 +682,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any) 
 
         tqdm.write(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)  # keeps a progress bar whole
     else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+        sys.stderr.write(visible(warnings.formatwarning(message, category, *where[:2])))
 
 
 def main() -> None:
@@ -711,7 +711,7 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more on exit
             sys.exit(1)  # quietly, as rich does with a page of help
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(visible(traceback.format_exc()))
         words, code = explain(error)
         sys.stderr.write(f"crosslens: {visible(' '.join(words.split()))}\n")
         sys.exit(code)

@@ -66,7 +66,9 @@ class Output:
         """
         if self.silent or self.as_json:
             return
-        cells = [[visible(cell) for cell in row] for row in rows]
+        # of a label or token with a line break the rest would look like another row
+        cells = [[visible(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
+        columns = [column._replace(name=visible(column.name)) for column in columns]  # some are named after snapshots
         title, note = visible(title), visible(note)
         if sys.stdout.isatty():
             _draw(columns, cells, title, note)
@@ -79,7 +81,7 @@ class Output:
     def end(self, **values: Any) -> None:
         """Print the object, if one was asked for."""
         if self.as_json and not self.silent:
-            print(json.dumps(to_json(values), indent=1, allow_nan=False, ensure_ascii=False))  # noqa: T201
+            print(visible(json.dumps(to_json(values), indent=1, allow_nan=False, ensure_ascii=False)))  # noqa: T201
 
 
 def to_json(value: Any) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
 from crosslens.crosscoders.partition import feature_parts
-from crosslens.errors import UserError
+from crosslens.errors import UserError, visible
 from crosslens.evolution.agreement import top_agreement
 from crosslens.evolution.births import NAMES, count_births, date_births, presence_curves, with_null
 from crosslens.evolution.columns import per_feature, snapshot_columns
@@ -310,7 +310,7 @@ class Evolution:
         return lines
 
     def __repr__(self) -> str:
-        return "\n".join(self.describe())
+        return visible("\n".join(self.describe()))
 
     def _repr_html_(self) -> str:
         first, *notes = self.describe()

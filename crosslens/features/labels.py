@@ -608,7 +608,7 @@ def _save(run: RunDir, before: pd.DataFrame | None, table: pd.DataFrame) -> None
         rest = old.loc[old.index.difference(new.index)]
         merged = pd.concat([part for part in (rest, new) if len(part)] or [new]).sort_index()
         table = _typed(merged.reset_index())
-    run.save_table("labels", table)
+    run.save_table("labels", table, keeps=before is not None)
 
 
 def _record(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from crosslens.causal.circuits import connect_features
 from crosslens.config import ConnectOptions, decisive
-from crosslens.errors import UserError
-from crosslens.pipeline.opening import parse_tasks, read_run
+from crosslens.errors import UserError, json_checksum
+from crosslens.pipeline.opening import items_digest, parse_tasks, read_run
 from crosslens.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -35,15 +35,18 @@ def connect(run: RunDir, options: ConnectOptions, *, device: str | None = None) 
     chosen = {task.name: options.feature or _largest(run, task.name) for task in tasks}
     with run.writing():
         upper, acts = read_run(run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
-        lower, _ = read_run(
-            RunDir.open(options.lower), device, reads_text=False, allow_changed_data=options.allow_changed_data
-        )
+        lower_run = RunDir.open(options.lower)
+        lower, _ = read_run(lower_run, device, reads_text=False, allow_changed_data=options.allow_changed_data)
+        # a path may be that of another run tomorrow
+        below = {"id": lower_run.read_json().get("id"), "weights": json_checksum(lower.cfg.metadata.checksums)}
+        below |= lower_run.noted
         for task in tasks:
             features = chosen[task.name]
             table = connect_features(
                 lower, upper, acts.snapshots, task, features, n=options.n_edges, settings=acts.settings
             )
-            run.note(connect={key: value for key, value in decisive(options).items() if key != "task"})
+            made = {key: value for key, value in decisive(options).items() if key != "task"}
+            run.note(connect=made, lower=below, items=items_digest(task))
             run.save_table(f"edges/{task.name}", table)
             yield task.name, table
 

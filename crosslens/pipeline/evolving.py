@@ -12,6 +12,7 @@ Every part leaves its tables as soon as it ends.
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -74,7 +75,8 @@ def evolve(
         )
     with ExitStack() as stack:
         stack.enter_context(working(run))
-        run.note(evolve=decisive(options))
+        decided = json.loads(json.dumps(decisive(options)))
+        run.note(evolve=decided)
         crosscoder, acts = read_run(run, device, allow_changed_data=options.allow_changed_data)
         if options.dynamics_steps is not None and snapshots is None:
             snapshots = more_snapshots(run, acts.snapshots, options.dynamics_steps)
@@ -89,6 +91,8 @@ def evolve(
                 unrelated = match(crosscoder, other, acts, acts_b=live)
         known = {name: run.table(f"{name}_births") for name in ("untrained", "exchangeable")}
         nulls = {name: table for name, table in known.items() if table is not None}
+        before = {name: run.made_with(f"{name}_births") for name in nulls}  # maybe by another call, of another seed
+        run.note(nulls={name: made for name, made in before.items() if made and made.get("evolve") != decided} or None)
         evolution = evolve_features(crosscoder, acts, nulls=nulls, seed=options.seed)
         tables = evolution.tables()
         consensus = run.table("consensus")

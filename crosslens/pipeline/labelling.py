@@ -57,5 +57,5 @@ def label(run: RunDir, options: LabelOptions, *, confirm: Callable[[Estimate], b
     if not confirm(planned.estimate):
         return planned
     with run.writing():
-        run.note(label=decisive(options))
+        run.note(label=decisive(options), evolved=run.made_with("examples") or None)
         return ask()

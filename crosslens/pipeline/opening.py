@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from crosslens.config import ModelOptions, SourceOptions, read_mix
 from crosslens.distributed.devices import check_device, check_launcher, is_first, own_device
-from crosslens.errors import UserError, did_you_mean, read_json
+from crosslens.errors import UserError, did_you_mean, json_checksum, read_json
 from crosslens.rundir import RunDir
 from crosslens.snapshots import families
 
@@ -238,6 +238,11 @@ def parse_tasks(specs: Sequence[str | Task]) -> list[Task]:
     return tasks
 
 
+def items_digest(task: Task) -> str:
+    """The XXH3 of a task's items, which a table records."""
+    return json_checksum([[item.prefix, item.correct, item.wrong, item.patch_prefix] for item in task.items])
+
+
 def parse_settings(device: str | None, **others: Any) -> ModelSettings:
     """How models run; device None is CUDA if available."""
     from crosslens.snapshots import ModelSettings
@@ -345,7 +350,8 @@ def changed_data(run: RunDir, acts: Activations, *, reads_text: bool) -> list[st
 
 
 def evolved_table(run: RunDir, name: str) -> pd.DataFrame | None:
-    """A table of `evolve` that other commands read; None before `evolve`.
+    """A table of `evolve` that other commands read; None before `evolve`. Tables that are saved later record what it
+    was made with.
 
     Raises:
         UserError: `evolve` has left others, but not this one: results would be silently without it.
@@ -356,6 +362,7 @@ def evolved_table(run: RunDir, name: str) -> pd.DataFrame | None:
             f"{run.path} has lost the table {name!r}, which its other tables of `crosslens evolve` belong to: repeat "
             f"`crosslens evolve {run.path}`"
         )
+    run.note(evolved=run.made_with(name) or None)
     return table
 
 

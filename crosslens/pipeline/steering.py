@@ -33,7 +33,7 @@ def steer(
 
     Yields:
         A row of the table "steered" for every snapshot and prompt. The table is saved at the end, after the rows that
-        it had; those of the same prompts, features and snapshots are replaced.
+        it had; those of the same prompts, features and snapshots are replaced. A row names what was drawn and how.
 
     Raises:
         UserError: no prompts, an empty one or one that leaves no space for the continuation, no such feature or
@@ -68,11 +68,13 @@ def steer(
                     "prompt_loss_change": None if before is None or after is None else after - before,
                     "text_loss": found[0][2], "text_loss_change": _less(found[1][2], found[0][2]),
                     "n_tokens": 0 if held_out is None else held_out.numel(),
+                    "length": options.length, "temperature": options.temperature, "seed": options.seed,
                 }  # fmt: skip
                 rows.append(row)
                 yield row
         run.note(steer=decisive(options))
-        run.save_table("steered", _together(run.table("steered"), rows))
+        table, kept = _together(run.table("steered"), rows)
+        run.save_table("steered", table, keeps=kept > 0)
 
 
 def _tokens(text: str, snapshots: Any, with_bos: bool, length: int) -> Tensor:
@@ -130,14 +132,18 @@ def _less(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _together(earlier: Any, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _together(earlier: Any, rows: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, int]:
+    """The rows of before that are not made again and the new ones, and how many the former are."""
     made: Any = pd.DataFrame(rows)
-    made["step"] = made["step"].astype("Int64")
+    made = made.astype({"step": "Int64", "length": "Int64", "seed": "Int64"})
     numbers = ["factor", "add", "prompt_loss", "prompt_loss_change", "text_loss", "text_loss_change"]
     made[numbers] = made[numbers].astype(float)
     if earlier is None:
-        return made
+        return made, 0
+    # a table of before these were recorded
+    earlier = earlier.reindex(columns=made.columns)
     keys = ["text", "features", "label", "factor", "add"]
     new, old = (table[keys].astype(str).apply(tuple, axis=1) for table in (made, earlier))
     again = old.isin(set(new))
-    return pd.concat([earlier[~again], made], ignore_index=True)
+    kept = earlier[~again].astype({"length": "Int64", "seed": "Int64", "temperature": "float64"})
+    return pd.concat([kept, made], ignore_index=True) if len(kept) else made, len(kept)

@@ -26,7 +26,15 @@ from crosslens.config import AblateOptions, AttributeOptions, StudyOptions, deci
 from crosslens.distributed.together import from_first, together
 from crosslens.errors import UserError, json_checksum, shortened
 from crosslens.intervention.prompt_runs import PromptRuns, needs_pairs
-from crosslens.pipeline.opening import encoder_shares, evolved_table, open_consensus, parse_tasks, read_run, working
+from crosslens.pipeline.opening import (
+    encoder_shares,
+    evolved_table,
+    items_digest,
+    open_consensus,
+    parse_tasks,
+    read_run,
+    working,
+)
 from crosslens.rundir import RunDir
 from crosslens.tables import task_of
 
@@ -135,7 +143,7 @@ def ablate(run: RunDir, options: AblateOptions, *, device: str | None = None) ->
         for task in tasks:
             ie = effects[task.name]
             assert ie is not None
-            _note(run, "ablate", task, options)
+            _note(run, "ablate", task, options, effects=_effects_made_with(run, task))
             _, held_out = task.split(options.seed)
             paired = needs_pairs(options.baseline or ie.estimator.baseline)
             runs = PromptRuns(crosscoder, acts.snapshots, held_out, paired=paired, settings=acts.settings)
@@ -182,7 +190,8 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
                 kinds = ("attribution/", "prompts/", *["ablation/"] * bool(studied.get("ablation")))
                 known = {name: table for name, table in known.items() if name.startswith(kinds)}
             _record(run, task, spec, options.seed, {"sizes": sizes, "ablation": True})
-            _note(run, "study", task, options)
+            of_others = from_first(lambda task=task: _effects_made_with(run, task, by=("attribute",)))
+            _note(run, "study", task, options, effects=of_others if f"attribution/{task.name}" in known else None)
             accuracy = from_first(lambda: run.table("accuracy"))
             if accuracy is None or task.name not in set(accuracy["task"]):
                 accuracy = measure_accuracy(run, task, acts.snapshots, acts.settings)
@@ -209,10 +218,9 @@ def study(run: RunDir, options: StudyOptions, *, device: str | None = None) -> I
 def measure_accuracy(run: RunDir, task: Task, snapshots: Snapshots, settings: ModelSettings) -> pd.DataFrame:
     """Measure the accuracy on a task, and replace its rows in the table "accuracy"; returns the new rows."""
     measured, before = task.accuracy(snapshots, settings=settings), run.table("accuracy")
-    together = measured
-    if before is not None:
-        together = pd.concat([pd.DataFrame(before[before["task"] != task.name]), measured], ignore_index=True)
-    run.save_table("accuracy", together)
+    others = None if before is None else pd.DataFrame(before[before["task"] != task.name])
+    together = measured if others is None else pd.concat([others, measured], ignore_index=True)
+    run.save_table("accuracy", together, keeps=others is not None and len(others) > 0)
     return measured
 
 
@@ -241,15 +249,27 @@ def check_split(run: RunDir, task: Task, seed: int) -> None:
 
 def _split(task: Task, seed: int) -> dict[str, object]:
     """What decides the halves of a task's prompts."""
-    items = [[item.prefix, item.correct, item.wrong, item.patch_prefix] for item in task.items]
     groups = [task.answers, *(item.group for item in task.items)]
-    return {"seed": seed, "items": json_checksum(items), "groups": json_checksum(groups)}
+    return {"seed": seed, "items": items_digest(task), "groups": json_checksum(groups)}
 
 
-def _note(run: RunDir, verb: str, task: Task, options: AttributeOptions | AblateOptions | StudyOptions) -> None:
-    """What the tables of a task are made with: the options of the command, and the split of the prompts."""
+def _note(
+    run: RunDir,
+    verb: str,
+    task: Task,
+    options: AttributeOptions | AblateOptions | StudyOptions,
+    effects: dict[str, Any] | None = None,
+) -> None:
+    """What the tables of a task are made with: the options of the command, the split of the prompts, and the options of
+    the command that has left the effects they are made of."""
     made = {key: value for key, value in decisive(options).items() if key != "task"}
-    run.note(**{"attribute": None, "ablate": None, "study": None, verb: made}, split=_split(task, options.seed))
+    run.note(**{verb: made}, split=_split(task, options.seed), effects=effects)
+
+
+def _effects_made_with(run: RunDir, task: Task, by: Sequence[str] = ("attribute", "study")) -> dict[str, Any] | None:
+    """The options of the command that has left the effects on a task, if it is one of these."""
+    made = run.made_with(f"attribution/{task.name}")
+    return next((made[verb] for verb in by if verb in made), None)
 
 
 def _record(run: RunDir, task: Task, spec: str | Task, seed: int, studied: dict[str, Any]) -> None:

@@ -52,7 +52,8 @@ def trace(
             settings=acts.settings,
         )
         run.note(trace=decisive(options))
-        run.save_tables(_together({} if options.fresh else _earlier(run), found))
+        tables, kept = _together({} if options.fresh else _earlier(run), found)
+        run.save_tables(tables, keeps=kept > 0)
     return found
 
 
@@ -84,11 +85,12 @@ def _earlier(run: RunDir) -> dict[str, pd.DataFrame]:
     return {} if any(table is None for table in found.values()) else {n: t for n, t in found.items() if t is not None}
 
 
-def _together(earlier: dict[str, Any], found: Trace) -> dict[str, pd.DataFrame]:
-    """The tables with the new prompts after those of before, without those that are traced again."""
+def _together(earlier: dict[str, Any], found: Trace) -> tuple[dict[str, pd.DataFrame], int]:
+    """The tables with the new prompts after those of before, without those that are traced again; how many of those of
+    before there are."""
     new: dict[str, Any] = {name: getattr(found, attribute) for name, attribute in TABLES.items()}
     if not earlier:
-        return new
+        return new, 0
     keys = ["text", "paired", "correct", "wrong"]
     asked, before = (table["traces"][keys].fillna("").apply(tuple, axis=1) for table in (new, earlier))
     again = before.isin(set(asked))
@@ -100,4 +102,4 @@ def _together(earlier: dict[str, Any], found: Trace) -> dict[str, pd.DataFrame]:
         before = before.assign(prompt=before["prompt"].map(number))
         after = table.assign(prompt=table["prompt"] + len(kept))
         tables[name] = pd.concat([each for each in (before, after) if len(each)], ignore_index=True)
-    return tables
+    return tables, len(kept)

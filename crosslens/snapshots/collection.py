@@ -21,7 +21,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from crosslens.distributed.devices import model_memory
-from crosslens.errors import UserError
+from crosslens.errors import UserError, visible
 from crosslens.printing import as_html
 from crosslens.progress import tqdm
 from crosslens.snapshots import families
@@ -409,7 +409,7 @@ class Snapshots(Sequence[Snapshot]):
 
     def __repr__(self) -> str:
         labels = self.labels[:1] if len(self) == 1 else [self.labels[0], self.labels[-1]]
-        return f"Snapshots({self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}, {' ... '.join(labels)})"
+        return visible(f"Snapshots({self.name}: {len(self)} snapshot{'s' * (len(self) > 1)}, {' ... '.join(labels)})")
 
     def _repr_html_(self) -> str:
         rows = [[s.label, s.step, s.tokens, s.place] for s in self]

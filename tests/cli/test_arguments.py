@@ -31,6 +31,7 @@ from crosslens.distributed import devices
 from crosslens.errors import UserError
 from crosslens.pipeline.opening import find_snapshots, parse_snapshots
 from crosslens.pipeline.training import check_training, make_architecture, make_config, recipe_training
+from crosslens.rundir import RunDir
 from crosslens.training import recipes
 from crosslens.training.config import TrainConfig
 
@@ -538,3 +539,44 @@ def test_any_models(tiny_snapshots: Path) -> None:
     find_snapshots(spec, None, ["blocks.2.hook_resid_post"])
     with pytest.raises(UserError, match="hook_name='blocks.3.hook_resid_post' does not exist: the model has 3 blocks"):
         find_snapshots(spec, None, ["blocks.3.hook_resid_post"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SourceOptions(snapshots="a", hook=("blocks.0.hook_resid_post",), dataset="user/name"), TrainingOptions(),
+        CrosscoderOptions(d_sae=8, k=2), ModelOptions(), config.SeedsOptions(), config.PlanOptions(),
+        config.SweepOptions(d_sae=(8,), k=(2,)), config.EvolveOptions(), config.LabelOptions(local=True),
+        config.AttributeOptions(task=("a",)), config.AblateOptions(task=("a",)), config.StudyOptions(task=("a",)),
+        config.SteerOptions(feature=(1,), factor=1.0), config.ConnectOptions(lower=Path("a"), task=("a",)),
+    ],
+    ids=lambda options: type(options).__name__,
+)  # fmt: skip
+def test_numbers_that_nothing_has_are_refused(options: Any) -> None:
+    numbers = {
+        each.name: str(each.type) for each in dataclasses.fields(options) if re.search(r"\bint\b", str(each.type))
+    }
+    assert numbers
+    for name, kind in numbers.items():
+        several = "tuple" in kind
+        for value in (10**30, -(10**30)):
+            with pytest.raises(UserError, match=r"must be|seed") as caught:
+                dataclasses.replace(options, **{name: (value,) if several else value})
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["sae", "neuronpedia"])
+@pytest.mark.parametrize(
+    "label",
+    ["x/../../../X", "/X", "..\\X", "\x1b[2J", "\x1b]0;owned\x07", "\u202egnp.exe", "a\nb", "a\u2028b", "a" * 300],
+)
+def test_an_export_is_named_after_no_path_and_no_control_sequence(label: str, format: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "above" / "run")
+    run.write_json({"source": {"snapshots": {"snapshots": [{"label": label}]}}})
+    run.crosscoder.mkdir()
+    (run.crosscoder / "cfg.json").write_text("{}")
+    (run.crosscoder / "sae_weights.safetensors").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"without --to the export '.*(remove|at most 100)") as caught:
+        parse(app, ["export", str(run.path), "--format", format])()
+    assert str(caught.value).isprintable() and sorted(tmp_path.rglob("*")) == before

@@ -21,6 +21,7 @@ import torch
 
 from crosslens.cli.display import Column, Output, counted, measured, number, percent, size, to_json
 from crosslens.snapshots.families import Revision
+from tests.given import CONTROL, controls
 
 PROGRAM = """
 from crosslens.cli.display import Column, Output
@@ -104,7 +105,7 @@ def test_control_characters_are_shown(capsys: pytest.CaptureFixture[str]) -> Non
     out.table([Column("label\x1b[2J")], [["\x1b[2J"]], title="\u2067t")
     said = capsys.readouterr().out
     assert r"a\u001b]0;owned\u0007b\u202egnp.exe\u009b31m c" in said and "\td\n" in said
-    assert said.count(r"\u001b[2J") == 1 and r"\u2067t" in said  # names of columns are ours
+    assert said.count(r"\u001b[2J") == 2 and r"\u2067t" in said  # some columns are named after snapshots
 
 
 def test_values_as_json() -> None:
@@ -138,3 +139,21 @@ def test_numbers_have_the_digits_that_they_deserve() -> None:
     assert [size(n) for n in (7, 2048, 1_500_000, 3 * 2**30)] == ["7 B", "2 KiB", "1.43 MiB", "3 GiB"]
     assert size(1_023_600) == "1000 KiB"
     assert [counted(n, "table") for n in (0, 1, 1234)] == ["0 tables", "1 table", "1,234 tables"]
+
+
+@pytest.mark.parametrize("text", CONTROL.values(), ids=CONTROL)
+def test_control_characters_are_shown_as_their_codes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output()
+    out.say(f"said {text}")
+    out.table([Column(f"at {text}"), Column("token", left=True)], [(text, repr(text))], title=text, note=text)
+    shown = capsys.readouterr().out
+    assert not controls(shown) and shown.count("\\u") >= 5
+    Output(as_json=True).end(label=text, **{text: [text, {"token": "ü 👩\u200d💻"}]})
+    shown = capsys.readouterr().out
+    assert not controls(shown) and "ü 👩\u200d💻" in shown
+    assert json.loads(shown) == {"label": text, text: [text, {"token": "ü 👩\u200d💻"}]}
+
+
+def test_a_line_break_in_a_cell_begins_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().table([Column("feature", left=True), Column("n")], [("3 plural\ncrosslens: deleted\tall", "1")])
+    assert capsys.readouterr().out.splitlines()[1:] == ["3 plural\\ncrosslens: deleted\\tall  1"]

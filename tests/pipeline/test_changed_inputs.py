@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 
 from crosslens.config import (
+    AblateOptions,
     AttributeOptions,
     CrosscoderOptions,
+    EvolveOptions,
     HarvestOptions,
     ModelOptions,
     SourceOptions,
+    SteerOptions,
+    TraceOptions,
     TrainingOptions,
 )
 from crosslens.errors import UserError
 from crosslens.pipeline.evolving import evolve
 from crosslens.pipeline.harvesting import harvest
-from crosslens.pipeline.studying import attribute
+from crosslens.pipeline.steering import steer
+from crosslens.pipeline.studying import ablate, attribute
+from crosslens.pipeline.tracing import trace
 from crosslens.pipeline.training import train
 from crosslens.rundir import RunDir
 from tests.plain_model import ITEMS
@@ -190,3 +196,85 @@ def test_a_table_names_what_it_was_made_with(place: Path):
     assert made["attribute"]["seed"] == 3 and made["attribute"]["method"] == "removal"
     assert made["split"]["seed"] == 3 and set(made["split"]) == {"seed", "items", "groups"}
     assert run.made_with("evaluation") == run.made_with("no such table") == {}
+
+
+def steered(folder: Path, text: str, **others: Any) -> list[dict[str, Any]]:
+    options = SteerOptions(feature=(1,), factor=2.0, length=6, loss_tokens=0, **others)
+    return list(steer(RunDir(folder / "run"), [text], options, device="cpu"))
+
+
+def test_what_steered_models_write_is_a_function_of_what_its_rows_name(place: Path):
+    written = {}
+    for seed in (0, 1, 2):
+        (row,) = steered(place, "the cat", temperature=3.0, seed=seed)
+        (again,) = steered(place, "the cat", temperature=3.0, seed=seed)
+        assert again == row and (row["seed"], row["temperature"], row["length"]) == (seed, 3.0, 6)
+        written[seed] = row["plain"]
+    assert len(set(written.values())) > 1
+    steered(place, "the dog")
+    run = RunDir(place / "run")
+    table: Any = run.table("steered")
+    # the prompt of the earlier call was drawn with another seed than the table's last call
+    assert table["text"].tolist() == ["the cat", "the dog"]
+    assert table["seed"].tolist() == [2, 0] and table["temperature"].tolist() == [3.0, 0.0]
+    assert [run.made_with("steered")["steer"]["seed"], *(
+        made["steer"]["seed"] for made in run.made_with("steered")["earlier"])] == [0, 2]  # fmt: skip
+
+
+def test_steered_rows_of_before_their_seeds_were_recorded_are_kept(place: Path):
+    steered(place, "the cat")
+    run = RunDir(place / "run")
+    table: Any = run.table("steered")
+    run.save_table("steered", table.drop(columns=["seed", "temperature", "length"]))
+    steered(place, "the dog", seed=4)
+    table = run.table("steered")
+    assert table["text"].tolist() == ["the cat", "the dog"]
+    assert table["seed"].isna().tolist() == [True, False] and table["seed"].iloc[1] == 4
+
+
+@pytest.mark.parametrize("verb", ["trace", "steer", "accuracy"])
+def test_rows_of_a_call_on_changed_data_keep_their_mark(place: Path, verb: str):
+    kept = (place / "models" / "tokenizer" / "tokenizer.json").read_bytes()
+    other = place / "other.jsonl"
+    shutil.copy(place / "task.jsonl", other)
+    run = RunDir(place / "run")
+
+    def call(name: str, allow: bool) -> str:
+        if verb == "trace":
+            trace(run, [f"the {name}"], TraceOptions(answers="sees,likes", allow_changed_data=allow), device="cpu")
+            return "trace_features"
+        if verb == "steer":
+            steered(place, f"the {name}", allow_changed_data=allow)
+            return "steered"
+        path = place / ("task.jsonl" if name == "cat" else "other.jsonl")
+        options = AttributeOptions(task=(str(path),), n_exact=0, allow_changed_data=allow)
+        list(attribute(run, options, device="cpu"))
+        return "accuracy"
+
+    change_tokenizer(place)
+    table = call("cat", allow=True)
+    assert run.made_with(table)["changed_data"] == ["tokenizer"] and "earlier" not in run.made_with(table)
+    (place / "models" / "tokenizer" / "tokenizer.json").write_bytes(kept)
+    for _ in range(2):  # a repetition adds nothing
+        call("king", allow=False)
+        made = run.made_with(table)
+        assert "changed_data" not in made
+        assert [one.get("changed_data") for one in made["earlier"]] == [["tokenizer"]]
+    if verb == "accuracy":
+        run.remove_task("other")
+        assert ["tokenizer"] in [one.get("changed_data") for one in run.made_with(table)["earlier"]]
+        effects(place)  # no row of before is left
+        assert "earlier" not in run.made_with(table)
+
+
+def test_tables_name_the_options_of_the_commands_that_they_rest_on(place: Path):
+    run = RunDir(place / "run")
+    evolve(run, EvolveOptions(seed=3, n_probes=2), device="cpu")
+    trace(run, ["the cat"], device="cpu")
+    assert run.made_with("trace_features")["evolved"]["evolve"]["seed"] == 3
+    assert "trace" not in run.made_with("lifecycles")
+    effects(place, seed=5, baseline="zero")
+    assert run.made_with("attribution/task")["evolved"]["evolve"]["seed"] == 3
+    list(ablate(run, AblateOptions(task=(str(place / "task.jsonl"),), k=(1,), n_draws=1, seed=5), device="cpu"))
+    made = run.made_with("ablation/task")
+    assert made["effects"]["baseline"] == "zero" and "attribute" not in made and "trace" not in made

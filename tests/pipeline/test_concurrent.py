@@ -15,6 +15,7 @@ from crosslens.errors import UserError
 from crosslens.pipeline.opening import open_run
 from crosslens.pipeline.training import train
 from crosslens.rundir import RunDir
+from crosslens.training.logging import check_wandb
 
 HOLD = "import sys; from crosslens.rundir import RunDir; RunDir(sys.argv[1]).hold(); print('held', flush=True); input()"
 
@@ -62,6 +63,12 @@ def test_a_run_is_read_without_writing(run: RunDir) -> None:
     _, crosscoder, acts = open_run(run.path, "cpu")
     assert crosscoder.n_snapshots == acts.n_snapshots
     assert sorted(run.path.rglob("*")) == before
+
+
+def test_a_mode_that_wandb_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="WANDB_MODE='ofline' in the environment is unknown: use online, .*'offline'"):
+        check_wandb()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ def test_edges_are_kept_printed_and_shown(
     app([*words, "--feature", ",".join(map(str, alive)), "--n-edges", "4"])
     shown = capsys.readouterr().out
     assert "pairs, edges from blocks.0.hook_resid_post at step20: 4 prompts in 4 groups" in shown
+    made = upper.made_with("edges/pairs")
+    assert made["lower"]["id"] == run.read_json()["id"] and made["lower"]["activations"] == "float32"
+    assert made["connect"]["n_edges"] == 4 and set(made["lower"]) == {"id", "weights", "activations"}
     table: Any = upper.table("edges/pairs")
     assert table is not None and set(table["feature"]) <= set(alive)
     assert table.groupby("feature")["from_feature"].nunique().max() <= 4
@@ -44,6 +47,9 @@ def test_edges_are_kept_printed_and_shown(
     rows = json.loads(capsys.readouterr().out)["edges"]["pairs"]
     assert {row["from_hook"] for row in rows} == {"blocks.0.hook_resid_post"}
     assert {row["feature"] for row in rows} == {table["feature"].iloc[0]}
+    task.write_text(task.read_text().replace(ITEMS[0]["prefix"], ITEMS[1]["prefix"]))
+    app([*words, "--feature", str(table["feature"].iloc[0])])
+    assert upper.made_with("edges/pairs")["items"] != made["items"]
     write_report(upper.path)
     page = (upper.report / "task-pairs.html").read_text()
     assert "Edges from an earlier hook point" in page and f"lower feature {rows[0]['from_feature']}" in page

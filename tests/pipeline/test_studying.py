@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -88,11 +89,11 @@ def test_a_study_that_is_killed_between_two_tables_continues(
     options = StudyOptions(task=(str(file),), **SIZES, seed=1)  # type: ignore[arg-type]
     save, saved = RunDir.save_table, list[str]()
 
-    def killed(self: RunDir, name: str, table: pd.DataFrame) -> None:
+    def killed(self: RunDir, name: str, table: pd.DataFrame, **others: Any) -> None:
         if len(saved) == n_saved:
             raise KeyboardInterrupt
         saved.append(name)
-        save(self, name, table)
+        save(self, name, table, **others)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(RunDir, "save_table", killed)

@@ -17,6 +17,8 @@ from crosslens.report.features import SHARD, write_features
 from crosslens.report.figures.structure import complexity as complexity_figure
 from crosslens.report.tables import Tables
 from crosslens.rundir import RunDir
+from tests.given import CONTROL, controls
+from tests.report import test_pages
 from tests.report.test_pages import HOSTILE, PAGES, STEPS, TASKS, _Page, drop, lives, make_run, table, wide
 
 TOKENS = [
@@ -304,6 +306,27 @@ def test_shuffled_tables_give_the_same_scripts(tmp_path: Path) -> None:
     write_scripts(run)
     for name, before in first.items():
         assert (run.report / "data" / name).read_bytes() == before, name
+
+
+def test_no_page_has_a_control_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # in labels, names, commands, tokens, examples, prompts and what steered models write
+    monkeypatch.setattr(test_pages, "HOSTILE", " ".join(CONTROL.values()))
+    monkeypatch.setitem(globals(), "HOSTILE", " ".join(CONTROL.values()))
+    monkeypatch.setitem(globals(), "TOKENS", [*CONTROL.values(), *TOKENS])
+    run = add_features(make_run(tmp_path, 3))
+    text = test_pages.HOSTILE
+    common = {"snapshot": 2, "label": "step1000", "step": 1000, "text": text}
+    run.save_table("steered", pd.DataFrame([{**common, "features": "3", "factor": 2.0, "add": np.nan, "plain": text,
+        "steered": text, "prompt_loss": 2.0, "prompt_loss_change": -0.1, "text_loss": 2.0, "text_loss_change": 0.1,
+        "n_tokens": 64}]))  # fmt: skip
+    index = write_report(run.path, title=text)
+    names = {path.name for path in index.parent.glob("*.html")}
+    assert {"index.html", "feature.html", "features.html", "prompts.html", "task-simple.html"} <= names
+    for name in names:
+        assert not controls(index.with_name(name).read_text(encoding="utf-8")), name
+    assert "\\u001b]0;owned\\u0007" in index.read_text(encoding="utf-8")
+    for path in sorted((run.report / "data").glob("*.js")):  # whose tokens the page's own script shows by name
+        assert not controls(path.read_text(encoding="utf-8")), path.name
 
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:
