@@ -154,13 +154,23 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def read_steps(text: str) -> str | list[int]:
+    """Steps as they are, or the name of a set."""
+    return [int(step) for step in text.split(",")] if text[0].isdecimal() else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="documents, separated by blank lines; also .gz")
     parser.add_argument("--out", type=Path, required=True, help="folder of the snapshots")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the rows")
     parser.add_argument("--steps", type=int, default=16_000)
-    parser.add_argument("--snapshots", default="log:40", help="steps of the snapshots, such as log:40 or linear:20")
+    parser.add_argument(
+        "--snapshots",
+        default="log:40",
+        type=read_steps,
+        help="steps of the snapshots, such as log:40, linear:20 or 60,700",
+    )
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)

@@ -3,11 +3,13 @@
     python benchmarks/english/page.py
 
 `summary.json` has the numbers, `verdicts.toml` for each claim the readings that are shown and the verdict. The table
-stands between two comments of `docs/english.md`; a test holds that nobody changed it by hand.
+stands between two comments of `docs/english.md`; a test holds that nobody changed it by hand. With `--draw` the picture
+of the loss and of the accuracy is made again, too; it needs matplotlib.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -71,10 +73,38 @@ def put(page: str, rows: str) -> str:
     return f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}"
 
 
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """The loss and the accuracy over pretraining, side by side."""
+    import matplotlib.pyplot as plt
+
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, 4))
+    curve = summary["pretraining"]["curve"]
+    for part, words in (("train", "training text"), ("held_out", "held-out documents")):
+        loss.plot([1 + row["step"] for row in curve], [row[part] for row in curve], label=words)
+    loss.set(xlabel="1 + step", ylabel="loss (nats per token)", xscale="log")
+    loss.legend(frameon=False)
+    for name, rows in summary["accuracy"]["tasks"].items():
+        rows = sorted(rows, key=lambda row: row["step"])
+        steps = [1 + row["step"] for row in rows]
+        (line,) = accuracy.plot(steps, [row["accuracy"] for row in rows], label=name.replace("_", " "))
+        ends = ([row[f"accuracy_{end}"] for row in rows] for end in ("low", "high"))
+        accuracy.fill_between(steps, *ends, color=line.get_color(), alpha=0.12, linewidth=0)
+    accuracy.axhline(0.5, color="grey", linestyle=":")
+    accuracy.set(xlabel="1 + step", ylabel="accuracy (dotted: chance)", xscale="log", ylim=(0, 1))
+    accuracy.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
-    claims = json.loads((FOLDER / "summary.json").read_text(encoding="utf-8"))["study"]["claims"]
-    rows = render(claims, dict(parse_toml(FOLDER / "verdicts.toml")))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--draw", action="store_true", help="make docs/pictures/english.png, too")
+    args = parser.parse_args()
+    summary = json.loads((FOLDER / "summary.json").read_text(encoding="utf-8"))
+    rows = render(summary["study"]["claims"], dict(parse_toml(FOLDER / "verdicts.toml")))
     write_text(PAGE, put(PAGE.read_text(encoding="utf-8"), rows))
+    if args.draw:
+        draw(summary, PAGE.parent / "pictures" / "english.png")
 
 
 if __name__ == "__main__":

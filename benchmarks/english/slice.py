@@ -17,15 +17,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = (60, 700)
+STEPS = (40, 400)
 """After single words, and at the end."""
 PRETRAINING = shlex.split(
     "--layers 3 --d-model 96 --heads 4 --vocab-size 2048 --context-size 64 --batch-size 32 --eval-rows 64 "
     f"--steps {STEPS[-1]} --snapshots {','.join(map(str, STEPS))} --precision fp32"
 )
 TRAINING = shlex.split(
-    "--hook blocks.1.hook_resid_post --sample-by paragraph --context-size 64 --n-tokens 120_000 --d-sae 384 --k 16 "
-    "--training-tokens 700_000 --batch-size 1024 --lr 1.5e-3 --dead-tokens 40_000 --seeds 2"
+    "--hook blocks.1.hook_resid_post --sample-by paragraph --context-size 64 --n-tokens 100_000 --d-sae 384 --k 16 "
+    "--training-tokens 500_000 --batch-size 1024 --lr 1.5e-3 --dead-tokens 25_000 --seeds 2"
 )
 
 
