@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from crosslens.errors import UserError, brief, did_you_mean, json_checksum, shortened
+from crosslens.errors import UserError, brief, did_you_mean, json_checksum, read_json, shortened
 from crosslens.tables import check_table, earlier_names, folders, maker, task_of
 
 if TYPE_CHECKING:
@@ -156,6 +156,11 @@ class RunDir:
         for key, value in entries.items():
             contents[key] = {**contents.get(key, {}), **value} if isinstance(value, dict) else value
         self.write_json(contents)
+
+    def crosscoder_checksums(self) -> str:
+        """The checksums of the crosscoder in its `cfg.json`, as one text: by them what depends on it is compared."""
+        config = read_json(self.crosscoder / "cfg.json", "config of a crosscoder")
+        return str(config.get("metadata", {}).get("checksums"))
 
     def check_usable(self) -> None:
         """Check that a run can be written here, or continued.

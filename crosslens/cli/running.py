@@ -31,7 +31,7 @@ from crosslens.cli.arguments import check_tasks
 from crosslens.cli.config_file import parse_toml
 from crosslens.cli.help import parse
 from crosslens.config import EvolveOptions
-from crosslens.errors import UserError, did_you_mean, read_json, shortened
+from crosslens.errors import UserError, did_you_mean, shortened
 from crosslens.rundir import RunDir
 
 VERBS = ("train", "evolve", "study", "label", "report")
@@ -91,8 +91,7 @@ def run_commands(path: Path, app: App) -> None:
 
 def _evolved(run: RunDir, arguments: dict[str, Any]) -> dict[str, str]:
     """What decides the tables of `evolve`: its options, and the crosscoder."""
-    checksum = read_json(run.crosscoder / "cfg.json", "config of a crosscoder").get("metadata", {}).get("checksums")
-    return {"options": str(arguments.get("options") or EvolveOptions()), "crosscoder": str(checksum)}
+    return {"options": str(arguments.get("options") or EvolveOptions()), "crosscoder": run.crosscoder_checksums()}
 
 
 def _is_evolved(run: RunDir, arguments: dict[str, Any]) -> bool:

@@ -30,6 +30,8 @@ from crosslens.training.config import TrainConfig
 from crosslens.training.logging import check_wandb
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from crosslens.activations import Activations
     from crosslens.crosscoders import Crosscoder, CrosscoderTrainingConfig
 
@@ -128,7 +130,7 @@ def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activat
     """Write the tables of `compare_seeds` to the run directories of several seeds.
 
     The directory of the first seed gets `seeds` and `seeds_rotation`; each directory gets `consensus`, about its own
-    features.
+    features. Tables of the same crosscoders are not made again.
 
     Args:
         run: the run directory of the first seed.
@@ -144,13 +146,31 @@ def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activat
     """
     from crosslens.evolution.seeds import compare_seeds, describe_seeds
 
+    first = min(crosscoders)
+    places = {seed: run if seed == first else run.other_seed(seed) for seed in crosscoders}
+    compared = {"threshold": threshold, **{str(seed): place.crosscoder_checksums() for seed, place in places.items()}}
+    if run.read_json().get("seeds_compared") == compared and (known := _saved_seeds(run, places)):
+        return describe_seeds(known, threshold)
     tables = compare_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
-    first, found = min(crosscoders), tables["consensus"]
+    found = tables["consensus"]
     run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
-    for seed in crosscoders:
-        place = run if seed == first else run.other_seed(seed)
+    for seed, place in places.items():
         place.save_table("consensus", found.loc[found["crosscoder"] == str(seed)].reset_index(drop=True))
+    run.update(seeds_compared=compared)
     return describe_seeds(tables, threshold)
+
+
+def _saved_seeds(run: RunDir, places: Mapping[int, RunDir]) -> dict[str, pd.DataFrame] | None:
+    """The tables of `save_seeds` as they are; None if one that all seeds have is missing."""
+    import pandas as pd
+
+    own = [place.table("consensus") for place in places.values()]
+    tables = {name: run.table(name) for name in ("seeds", "seeds_rotation", "seeds_births")}
+    known = [table for table in own if table is not None]
+    if len(known) < len(own) or tables["seeds"] is None:
+        return None
+    found = {name: table for name, table in tables.items() if table is not None}
+    return {**found, "consensus": pd.concat(known, ignore_index=True)}
 
 
 def check_one_hook(source: SourceOptions) -> None:

@@ -793,6 +793,7 @@ context_size = 16
 d_sae = 32
 k = 4
 batch-size = 128
+seeds = 2
 
 [study]
 task = ["sva:{files / "task.json"}"]
