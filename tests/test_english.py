@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from crosslens.cli.config_file import parse_toml
+from crosslens.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 NOUNS = shlex.split("dog cat bird king boy girl car boat doctor friend queen horse")
@@ -56,6 +57,25 @@ def paradigm() -> list[dict[str, Any]]:
         {"sentence_good": f"the {noun}s {many} .", "sentence_bad": f"the {noun}s {one} .", "one_prefix_method": True}
         for noun in NOUNS for one, many in VERBS
     ]  # fmt: skip
+
+
+def test_the_page_says_what_the_summary_has() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks" / "english"))
+    import page  # pyright: ignore[reportMissingImports]
+    from summary import CLAIMS  # pyright: ignore[reportMissingImports]
+
+    summary = json.loads((page.FOLDER / "summary.json").read_text())
+    claims, verdicts = summary["study"]["claims"], dict(parse_toml(page.FOLDER / "verdicts.toml"))
+    rows = page.render(claims, verdicts)
+    assert rows in page.PAGE.read_text(), "run benchmarks/english/page.py"
+    assert claims.keys() == CLAIMS.keys() and len(verdicts) >= 15
+    borne_out = [name for name, each in verdicts.items() if each["verdict"] in ("replicated", "in part")]
+    for name in borne_out:
+        shown = [reading for reading in claims[name]["readings"] if reading["what"] in verdicts[name]["show"]]
+        assert any(reading["null"] is not None or reading["low"] is not None for reading in shown), name
+    wrong = {**verdicts, "births": {"verdict": "replicated", "show": ["births of unicorns"]}}
+    with pytest.raises(UserError, match="births has no reading 'births of unicorns'"):
+        page.render(claims, wrong)
 
 
 @pytest.mark.exhaustive

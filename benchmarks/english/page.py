@@ -33,6 +33,8 @@ def number(value: Any) -> str:
         return str(value)
     if float(value).is_integer() and abs(value) >= 1 or value == 0:
         return f"{value:,.0f}"
+    if abs(value) < 0.1:
+        return f"{value:.2g}" if abs(value) >= 0.0005 else "0.000"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -83,10 +85,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         loss.plot([1 + row["step"] for row in curve], [row[part] for row in curve], label=words)
     loss.set(xlabel="1 + step", ylabel="loss (nats per token)", xscale="log")
     loss.legend(frameon=False)
-    for name, rows in summary["accuracy"]["tasks"].items():
+    for i, (name, rows) in enumerate(summary["accuracy"]["tasks"].items()):
         rows = sorted(rows, key=lambda row: row["step"])
         steps = [1 + row["step"] for row in rows]
-        (line,) = accuracy.plot(steps, [row["accuracy"] for row in rows], label=name.replace("_", " "))
+        style, words = "-" if i < 10 else "--", name.replace("_", " ")  # there are ten colours
+        (line,) = accuracy.plot(steps, [row["accuracy"] for row in rows], style, label=words)
         ends = ([row[f"accuracy_{end}"] for row in rows] for end in ("low", "high"))
         accuracy.fill_between(steps, *ends, color=line.get_color(), alpha=0.12, linewidth=0)
     accuracy.axhline(0.5, color="grey", linestyle=":")
