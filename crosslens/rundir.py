@@ -158,7 +158,11 @@ class RunDir:
         self.write_json(contents)
 
     def crosscoder_checksums(self) -> str:
-        """The checksums of the crosscoder in its `cfg.json`, as one text: by them what depends on it is compared."""
+        """The checksums of the crosscoder in its `cfg.json`, as one text: by them what depends on it is compared.
+
+        Raises:
+            UserError: there is no crosscoder, or its config is damaged.
+        """
         config = read_json(self.crosscoder / "cfg.json", "config of a crosscoder")
         return str(config.get("metadata", {}).get("checksums"))
 
