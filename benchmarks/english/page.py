@@ -2,9 +2,9 @@
 
     python benchmarks/english/page.py
 
-`summary.json` has the numbers, `verdicts.toml` for each claim the readings that are shown and the verdict. The table
-stands between two comments of `docs/english.md`; a test holds that nobody changed it by hand. With `--draw` the picture
-of the loss and of the accuracy is made again, too; it needs matplotlib.
+`summary.json` has the numbers, `verdicts.toml` for each claim the readings that are shown and the verdict; a test holds
+that nobody changed the table in `docs/english.md` by hand. With `--draw` the picture of the loss and of the accuracy is
+made again, too; it needs matplotlib.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crosslens.rundir import write_text
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "english.md"
-BEGIN, END = "<!-- claims, by benchmarks/english/page.py -->", "<!-- end of claims -->"
+HEAD = "| claim | where from | seen here | verdict |"
 VERDICTS = ("replicated", "in part", "not at this scale", "contradicted", "not measured")
 
 
@@ -54,7 +54,7 @@ def render(claims: dict[str, Any], verdicts: dict[str, Any]) -> str:
     """
     if other := claims.keys() ^ verdicts.keys():
         raise UserError(f"{sorted(other)[0]!r} is in one of summary.json and verdicts.toml only: run summary.py again")
-    lines = ["| claim | where from | seen here | verdict |", "|---|---|---|---|"]
+    lines = [HEAD, "|---|---|---|---|"]
     for name, chosen in verdicts.items():
         if chosen["verdict"] not in VERDICTS:
             raise UserError(f"{name}: {chosen['verdict']!r} is none of {', '.join(VERDICTS)}")
@@ -69,21 +69,21 @@ def render(claims: dict[str, Any], verdicts: dict[str, Any]) -> str:
 
 
 def put(page: str, rows: str) -> str:
-    """The page with the table between its comments."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{rows}\n\n{END}{after}"
+    """The page with these rows in the place of its table."""
+    before, _, rest = page.partition(HEAD)
+    after = rest.partition("\n\n")[2]
+    return f"{before}{rows}\n\n{after}"
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """The loss and the accuracy over pretraining, side by side."""
+    """The loss and the accuracy over pretraining, one above the other."""
     import matplotlib.pyplot as plt
 
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (loss, accuracy) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
     curve = summary["pretraining"]["curve"]
     for part, words in (("train", "training text"), ("held_out", "held-out documents")):
         loss.plot([1 + row["step"] for row in curve], [row[part] for row in curve], label=words)
-    loss.set(xlabel="1 + step", ylabel="loss (nats per token)", xscale="log")
+    loss.set(ylabel="loss (nats per token)", xscale="log")
     loss.legend(frameon=False)
     for i, (name, rows) in enumerate(summary["accuracy"]["tasks"].items()):
         rows = sorted(rows, key=lambda row: row["step"])
@@ -94,7 +94,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         accuracy.fill_between(steps, *ends, color=line.get_color(), alpha=0.12, linewidth=0)
     accuracy.axhline(0.5, color="grey", linestyle=":")
     accuracy.set(xlabel="1 + step", ylabel="accuracy (dotted: chance)", xscale="log", ylim=(0, 1))
-    accuracy.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    accuracy.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
