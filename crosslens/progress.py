@@ -14,6 +14,8 @@ from typing import Any
 from tqdm.asyncio import tqdm as plain
 from tqdm.auto import tqdm as automatic
 
+from crosslens.errors import visible
+
 EVERY = 30.0  # seconds between two lines, over all bars of the process
 _IN_NOTEBOOK = automatic is not plain
 
@@ -40,3 +42,8 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def say(words: str) -> None:
+    """Write a line to the terminal without breaking a progress bar; control characters as their codes."""
+    tqdm.write(visible(words), file=sys.stderr)

@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 import threading
 import time
 import warnings
@@ -82,9 +81,9 @@ from crosslens.activations.rows import CachedRows, HeldRows, Rows
 from crosslens.activations.tokens import Dataset, Sequences, Source
 from crosslens.distributed.devices import model_memory, own_device
 from crosslens.distributed.parallel import ALONE, Parallel, check_split
-from crosslens.errors import UserError, did_you_mean, visible
+from crosslens.errors import UserError, did_you_mean
 from crosslens.printing import as_html
-from crosslens.progress import tqdm
+from crosslens.progress import say, tqdm
 from crosslens.rundir import check_cache
 from crosslens.snapshots.checks import check_known
 from crosslens.snapshots.collection import Snapshots
@@ -352,15 +351,12 @@ class Activations:
         if folder is None:
             return acts
         if not (Path(folder) / "manifest.json").is_file():
-            tqdm.write(
-                visible(f"the cache {folder} is gone, and the models run instead, without its rounding"),
-                file=sys.stderr,
-            )
+            say(f"the cache {folder} is gone, and the models run instead, without its rounding")
             return acts
         try:
             return acts.cache(folder, dtype)
         except UserError as error:
-            tqdm.write(visible(f"the cache {folder} is not used, and the models run instead: {error}"), file=sys.stderr)
+            say(f"the cache {folder} is not used, and the models run instead: {error}")
             return acts
 
 
@@ -538,9 +534,7 @@ class DatasetActivations(Activations):
         every = next(iter(caches.values())).n_shards * self.n_snapshots
         if len(pairs) < every and os.environ.get("RANK", "0") == "0":
             rest = "resuming" if pairs else "nothing is harvested"
-            tqdm.write(
-                visible(f"{path} holds {every - len(pairs):,} of {every:,} shards already: {rest}"), file=sys.stderr
-            )
+            say(f"{path} holds {every - len(pairs):,} of {every:,} shards already: {rest}")
         if pairs:
             check_space(path, sum(caches[name].needed_bytes(found) for name, found in missing.items()))
             check_known(self.snapshots)
@@ -549,10 +543,10 @@ class DatasetActivations(Activations):
             for name, cache in caches.items() if dtype != "float32" else ():
                 where = f"{name}: " if len(caches) > 1 else ""
                 line = describe_rounding(dtype, self.snapshots.labels, cache.rounding_errors())
-                tqdm.write(visible(f"{where}{line}"), file=sys.stderr)
+                say(f"{where}{line}")
         if evict:
             freed += sum(snapshot.evict() for snapshot in self.snapshots)
-            tqdm.write(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights", file=sys.stderr)
+            say(f"evicted {freed / 2**20:,.0f} MiB of downloaded weights")
         parts = {name: CachedActivations(self._live(name), cache) for name, cache in caches.items()}
         if len(parts) == 1:
             return parts[self.hook_name]
@@ -587,7 +581,7 @@ class DatasetActivations(Activations):
         tokens = self.tokens[: max(1, min(_JUDGED_TOKENS, ours.batch_tokens) // self.tokens.shape[1])]
         errors = rounding_error(self.snapshots[s], tokens, widths, ours)
         label = self.snapshots.labels[s]
-        tqdm.write(visible(describe_error(ours, label, tokens.numel(), errors)), file=sys.stderr)
+        say(describe_error(ours, label, tokens.numel(), errors))
 
     # ------------------------------------------------------------------ description
     def fingerprint(self) -> dict[str, Any]:

@@ -678,9 +678,9 @@ def demo(*, out: Path = Path("runs/demo"), seed: Annotated[int, crosslens.config
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Write a warning to stderr in one line, without the line of code that raised it."""
     if issubclass(category, UserWarning):
-        from crosslens.progress import tqdm
+        from crosslens.progress import say
 
-        tqdm.write(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)  # keeps a progress bar whole
+        say(f"warning: {' '.join(str(message).split())}")
     else:
         sys.stderr.write(visible(warnings.formatwarning(message, category, *where[:2])))
 

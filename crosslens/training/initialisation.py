@@ -30,8 +30,8 @@ from crosslens.crosscoders import TRAINING_ARCHITECTURES, Crosscoder, Crosscoder
 from crosslens.distributed.parallel import ALONE, Parallel
 from crosslens.distributed.strategy import ONE_PROCESS
 from crosslens.errors import UserError
+from crosslens.progress import say
 from crosslens.training.continuation import start_from
-from crosslens.training.progress import say
 
 NEW_NORM = 0.1
 """Of the decoder rows of features that a continued crosscoder gets, where the norm would be searched."""

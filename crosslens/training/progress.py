@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from crosslens.crosscoders import DECLARATIONS, CrosscoderTrainingConfig
-from crosslens.errors import visible
 from crosslens.progress import tqdm
 
 MIN_EXPLAINED_VARIANCE = 0.7
@@ -80,11 +78,6 @@ class Bar:
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
-
-
-def say(words: str) -> None:
-    """Write a line to the terminal without breaking a progress bar; control characters as their codes."""
-    tqdm.write(visible(words), file=sys.stderr)
 
 
 def quality_table(table: pd.DataFrame, n_features: int, n_tokens: int) -> str:

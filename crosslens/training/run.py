@@ -38,6 +38,7 @@ from crosslens.crosscoders.inspection import inspect_crosscoder
 from crosslens.distributed.devices import choose_precision, find_device
 from crosslens.distributed.parallel import Parallel, check_split, join, n_processes
 from crosslens.errors import UserError
+from crosslens.progress import say
 from crosslens.rundir import RunDir, all_checkpoints, delete, without_paths
 from crosslens.training.checkpoints import save_whole
 from crosslens.training.config import TrainConfig, check_warm_up
@@ -45,7 +46,7 @@ from crosslens.training.continuation import check_source, open_source, source_di
 from crosslens.training.evaluation import evaluate, quick_metrics
 from crosslens.training.initialisation import first_batches, initialise, uninitialised
 from crosslens.training.logging import wandb_run
-from crosslens.training.progress import Measured, quality_table, say, warn_if_poor
+from crosslens.training.progress import Measured, quality_table, warn_if_poor
 from crosslens.training.trainer import CrosscoderTrainer, StoppedError
 
 Batches: TypeAlias = Generator[Tensor, None, None]

@@ -31,11 +31,12 @@ from crosslens.crosscoders import CrosscoderTrainingSAE
 from crosslens.crosscoders.base import explained_variance, n_active
 from crosslens.distributed.devices import choose_precision
 from crosslens.distributed.parallel import ALONE, Parallel
+from crosslens.progress import say
 from crosslens.rundir import RunDir
 from crosslens.training.adam import MOMENTS, BFloat16Adam, moment_dtype
 from crosslens.training.checkpoints import DamagedCheckpointError, read_state, save_checkpoint, set_aside
 from crosslens.training.config import TrainConfig, lr_factor
-from crosslens.training.progress import Bar, Measured, say
+from crosslens.training.progress import Bar, Measured
 
 
 class CrosscoderTrainer(SAETrainer[Any, Any]):

@@ -21,8 +21,9 @@ import crosslens.training.progress
 import crosslens.training.run
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import CrosscoderTrainingConfig
+from crosslens.progress import say
 from crosslens.rundir import RunDir, complete_checkpoints
-from crosslens.training.progress import Measured, quality_table, say, warn_if_poor
+from crosslens.training.progress import Measured, quality_table, warn_if_poor
 from crosslens.training.run import train
 from crosslens.training.trainer import CrosscoderTrainer
 from tests.training.test_run import (
