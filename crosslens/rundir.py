@@ -58,7 +58,7 @@ _INSIDE = re.compile(r"(?<![\w:/.\])])(?:file:/{2,}|~/|/(?=[\w.]+/)|[A-Za-z]:[\\
 _COMPARED_IF_KNOWN = {"models", "cache_dtype", "config", "tokenizer"}
 # what is read of run.json in more than one place
 _ENTRIES = {"identity": dict, "source": dict, "timings": dict, "memory": dict, "tasks": dict, "splits": dict,
-            "studied": dict, "demo": dict, "command": list}  # fmt: skip
+            "studied": dict, "demo": dict, "seeds_compared": dict, "command": list}  # fmt: skip
 _PACKAGES = ("crosslens", "sae-lens", "transformer-lens", "torch", "transformers")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +22,7 @@ from crosslens.config import (
     decisive,
 )
 from crosslens.distributed.devices import check_launcher, find_assumed_device, is_first, rank_and_world
-from crosslens.errors import UserError
+from crosslens.errors import UserError, json_checksum
 from crosslens.pipeline.opening import find_activations
 from crosslens.rundir import RunDir, check_writable, crosscoder_folder
 from crosslens.training import recipes
@@ -148,29 +148,29 @@ def save_seeds(run: RunDir, crosscoders: Mapping[int, Crosscoder], acts: Activat
 
     first = min(crosscoders)
     places = {seed: run if seed == first else run.other_seed(seed) for seed in crosscoders}
-    compared = {"threshold": threshold, **{str(seed): place.crosscoder_checksums() for seed, place in places.items()}}
-    if run.read_json().get("seeds_compared") == compared and (known := _saved_seeds(run, places)):
+    of = json_checksum([threshold, {str(seed): place.crosscoder_checksums() for seed, place in places.items()}])
+    compared = run.read_json().get("seeds_compared", {})
+    if compared.get("of") == of and (known := _saved_seeds(run, places, compared["tables"])):
         return describe_seeds(known, threshold)
     tables = compare_seeds({str(seed): each for seed, each in crosscoders.items()}, acts, threshold)
     found = tables["consensus"]
     run.save_tables({name: table for name, table in tables.items() if name != "consensus"})
     for seed, place in places.items():
         place.save_table("consensus", found.loc[found["crosscoder"] == str(seed)].reset_index(drop=True))
-    run.update(seeds_compared=compared)
+    run.update(seeds_compared={"of": of, "tables": [*tables]})
     return describe_seeds(tables, threshold)
 
 
-def _saved_seeds(run: RunDir, places: Mapping[int, RunDir]) -> dict[str, pd.DataFrame] | None:
-    """The tables of `save_seeds` as they are; None if one that all seeds have is missing."""
+def _saved_seeds(run: RunDir, places: Mapping[int, RunDir], names: Sequence[str]) -> dict[str, pd.DataFrame] | None:
+    """These tables of `save_seeds` as they are; None if one is missing."""
     import pandas as pd
 
-    own = [place.table("consensus") for place in places.values()]
-    tables = {name: run.table(name) for name in ("seeds", "seeds_rotation", "seeds_births")}
-    known = [table for table in own if table is not None]
-    if len(known) < len(own) or tables["seeds"] is None:
+    saved = {name: run.table(name) for name in names if name != "consensus"}
+    found = {name: table for name, table in saved.items() if table is not None}
+    own = [table for place in places.values() if (table := place.table("consensus")) is not None]
+    if len(found) < len(saved) or len(own) < len(places):
         return None
-    found = {name: table for name, table in tables.items() if table is not None}
-    return {**found, "consensus": pd.concat(known, ignore_index=True)}
+    return {**found, "consensus": pd.concat(own, ignore_index=True)}
 
 
 def check_one_hook(source: SourceOptions) -> None:

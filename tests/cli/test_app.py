@@ -437,6 +437,15 @@ def test_several_seeds(command: Command, tiny_snapshots: Path, files: Path, tmp_
     code, out, err = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, *cache))
     assert (code, err) == (0, "") and "found by most of 2 seeds: " in out
     out_of_two = out
+    # repeated, it reads what it has found, unless a table is lost
+    rotation, made = run.path / "seeds_rotation.parquet", (run.path / "seeds.parquet").stat().st_mtime_ns
+    code, out, _ = command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, *cache))
+    assert code == 0 and out.count("found by most of 2 seeds: ") == 1
+    assert out.partition("found by most")[2].splitlines()[0] == out_of_two.partition("found by most")[2].splitlines()[0]
+    assert (run.path / "seeds.parquet").stat().st_mtime_ns == made
+    rotation.unlink()
+    assert command(*train_arguments(tiny_snapshots, files, run.path, "--seeds", 2, *cache))[0] == 0
+    assert rotation.is_file()
     pairs = run.table("seeds")
     assert pairs is not None and pairs[["a", "b"]].to_numpy().tolist() == [["0", "1"]]
     for seed, place in ((0, run), (1, run.other_seed(1))):
