@@ -47,6 +47,7 @@ from typing_extensions import override
 
 import crosslens as cl
 from crosslens.errors import UserError
+from crosslens.pipeline.opening import parse_steps
 from crosslens.rundir import write_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -154,11 +155,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_steps(text: str) -> str | list[int]:
-    """Steps as they are, or the name of a set."""
-    return [int(step) for step in text.split(",")] if text[0].isdecimal() else text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="documents, separated by blank lines; also .gz")
@@ -168,7 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--snapshots",
         default="log:40",
-        type=read_steps,
+        type=parse_steps,
         help="steps of the snapshots, such as log:40, linear:20 or 60,700",
     )
     parser.add_argument("--layers", type=int, default=6)
