@@ -136,8 +136,12 @@ def family_q_values(p: Float[np.ndarray, "F n"]) -> Float[np.ndarray, "F n"]:
     families. Benjamini and Hochberg over all p-values at once bound neither: where some families have many effects,
     single false ones in many others are few among all.
     """
-    within = np.stack([q_values(row) for row in p]) if len(p) else np.array(p, dtype=float)
-    known = np.isfinite(within)
+    known, order = np.isfinite(p), np.argsort(p, axis=1)  # what is missing comes last
+    within = np.full(p.shape, np.nan)
+    for n in set(known.sum(1).tolist()) - {0}:  # families of one size at a time
+        rows = (known.sum(1) == n).nonzero()[0][:, None]
+        places = rows, order[rows[:, 0], :n]
+        within[places] = false_discovery_control(p[places], axis=1)
     least = np.sort(np.where(known, within, np.inf).min(1, initial=np.inf))
     least = least[np.isfinite(least)]
     m = len(least)

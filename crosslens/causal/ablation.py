@@ -418,16 +418,34 @@ def draw_sets(
     return found
 
 
+@torch.no_grad()
 def _matching(
     runs: PromptRuns, snapshot: int, top: Int[Tensor, " k"], orders: Sequence[Int[Tensor, " m"]], baseline: str
 ) -> int:
-    """How many features, in these orders, change the activation most nearly as much as the top ones do."""
-    sizes, m = [0], len(orders[0])
-    while sizes[-1] < m:
-        sizes.append(min(m, max(sizes[-1] + 1, round(sizes[-1] * GROWTH))))
-    moved = set_changes(runs, snapshot, [top, *(order[:n] for n in sizes for order in orders)], baseline)
-    distance = (moved[1:].view(len(sizes), -1).mean(1) - moved[0]).abs()
-    return sizes[int(distance.argmin())]
+    """How many features, in these orders, change the activation most nearly as much as the top ones do.
+
+    Sizes are tried in rising order, up to the first that changes it twice as much: no feature at all is nearer. What a
+    set changes is that of the one before it in its order, and that of the features that it has more.
+    """
+    columns = torch.stack(_columns(runs, orders))
+    mean = runs.mean(snapshot).to(runs.crosscoder.device) if baseline == "mean" else None
+    parts = [(part, pairs) for part in runs.at(snapshot) for pairs in part.changes(baseline, mean)]
+    sums = [part.clean.new_zeros(len(orders) * len(part), *part.clean.shape[1:]) for part, _ in parts]
+    norms = [part.clean.new_zeros(len(each), dtype=torch.float64) for (part, _), each in zip(parts, sums, strict=True)]
+    target = float(set_changes(runs, snapshot, [top], baseline))
+    sizes, distances, moved = [0], [target], 0.0
+    while moved < 2 * target and sizes[-1] < columns.shape[1]:
+        sizes.append(min(columns.shape[1], max(sizes[-1] + 1, round(sizes[-1] * GROWTH))))
+        added = columns[:, sizes[-2] : sizes[-1]]
+        for (part, pairs), total, norm in zip(parts, sums, norms, strict=True):
+            for first, member in _chunks(part, pairs, list(added)):
+                for version, change in _moved(part, pairs, member):
+                    rows = first * len(part) + version
+                    total[rows] += change
+                    norm[rows] = total[rows].flatten(1).norm(dim=1).double()
+        moved = float(sum(norm.sum() for norm in norms)) / len(orders) / len(runs)
+        distances.append(abs(moved - target))
+    return sizes[int(np.argmin(distances))]
 
 
 @on_runs
