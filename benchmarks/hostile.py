@@ -98,10 +98,17 @@ COMMANDS = {
     "remove": "remove run --task task",
     "ls": "ls models",
 }
+COMMANDS["lower"] = (
+    COMMANDS["train"].replace("resid_post", "resid_pre").replace("--cache cache --run-dir run", "--run-dir lower")
+)
+COMMANDS["connect"] = f"connect run --lower lower {TASK} --n-edges 3"
 LIVE = COMMANDS["live"] = COMMANDS["train"].replace("--cache cache ", "")
-STAGES = ("harvest", "live", "train", "evolve", "attribute", "ablate", "study", "label", "trace", "steer", "report")
+STAGES = (
+    "harvest", "live", "train", "evolve", "attribute", "ablate", "study", "label", "trace", "steer", "lower", "connect",
+    "report",
+)  # fmt: skip
 """In this order, but that a live training leaves nothing to the others; those that are not here need all of them, and
-leave nothing that is compared."""
+leave nothing that is compared. `lower` is a training at an earlier hook point."""
 AFTER = {"export": "report", "status": "report", "diff": "report", "remove": "report"}
 _CAPSET = 126  # of x86-64
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -490,9 +497,13 @@ CHANGES: dict[str, Prepare] = {
     "dtype in config": entry("torch_dtype", "bfloat16"),
     "attention in config": entry("_attn_implementation", "sdpa"),
 }
-_ALL = ("harvest", "train", "evolve", "attribute", "ablate", "study", "label", "trace", "report", "export", "steer")
+_ALL = (
+    "harvest", "train", "evolve", "attribute", "ablate", "study", "label", "trace", "connect", "report", "export",
+    "steer",
+)  # fmt: skip
 READS = {  # which command finds what
-    **dict.fromkeys(CHANGES, _ALL), "text": _ALL, "task": ("attribute", "ablate", "study", "label", "report"),
+    **dict.fromkeys(CHANGES, _ALL), "text": _ALL,
+    "task": ("attribute", "ablate", "study", "label", "connect", "report"),
 }  # fmt: skip
 PAIRS = (  # what was made before, by which the changed input is found
     ("harvest", "harvest", "train"), ("harvest", "train", "evolve"), ("train", "train", "evolve"),
@@ -501,7 +512,8 @@ PAIRS = (  # what was made before, by which the changed input is found
     ("attribute", "study", "ablate"), ("ablate", "ablate", "study"), ("ablate", "study", "study"),
     ("study", "study", "label"), ("evolve", "label", "report"), ("label", "label", "trace"),
     ("study", "trace", "trace"), ("trace", "trace", "steer"), ("trace", "steer", "steer"),
-    ("steer", "steer", "report"), ("steer", "report", "report"), ("report", "report", "after report"),
+    ("steer", "steer", "lower"), ("lower", "connect", "connect"),
+    ("connect", "connect", "report"), ("connect", "report", "report"), ("report", "report", "after report"),
     ("report", "export", "after report"),
 )  # fmt: skip
 """After which command, before which command, and the state that the second runs on."""
