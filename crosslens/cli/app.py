@@ -299,13 +299,12 @@ def attribute(path: TrainedRun, /, *, options: AttributeOptions, device: Device 
     check_device(device)
     if options.consensus:
         run.consensus()  # refused before the imports below, which take seconds
-    from crosslens.cli.results import explain_baseline, show_effects
+    from crosslens.cli.results import show_effects
     from crosslens.pipeline.studying import attribute
 
     out, results = Output(json), dict[str, Any]()
     for name, found in attribute(run, options, device=device):
-        why = explain_baseline(name, found.runs) if options.baseline is None else ""
-        results[name] = show_effects(out, name, found, run, why)
+        results[name] = show_effects(out, name, found, run)
     out.say(f"all effects, with intervals: crosslens report {shlex.quote(str(path))}")
     out.end(run=path, tasks=results)
 

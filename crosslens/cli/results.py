@@ -98,7 +98,7 @@ def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -
     out.say(f"other measures and thresholds, lifecycles, phases, probes: crosslens report {place}, or --json")
 
 
-def show_effects(out: Output, name: str, found: Attributed, run: RunDir, why: str = "") -> dict[str, Any]:
+def show_effects(out: Output, name: str, found: Attributed, run: RunDir) -> dict[str, Any]:
     """Print effects on a task at every snapshot, and the accuracy on it; return the values.
 
     Args:
@@ -106,7 +106,6 @@ def show_effects(out: Output, name: str, found: Attributed, run: RunDir, why: st
         name: of the task.
         found: the results of `attribute`.
         run: for the names of features.
-        why: of the baseline, from `explain_baseline`.
     """
     names = feature_names(run)
     ie, accuracy, runs = found.effects, found.accuracy, found.runs
@@ -165,8 +164,6 @@ def show_effects(out: Output, name: str, found: Attributed, run: RunDir, why: st
     if later:
         significance += "; † more than half of the feature is read from later snapshots"
     out.say(describe_items(accuracy))
-    if why:
-        out.say(why)
     for largest in values[-1]["top"][:1]:
         word = names.get(largest["feature"], "")
         out.say(
@@ -184,17 +181,6 @@ def show_effects(out: Output, name: str, found: Attributed, run: RunDir, why: st
         f"logits, positive for what supports the correct answer, {significance}",
     )
     return {"items": accuracy["n"].iloc[0], "prompts": len(runs), "left_out": runs.left_out, "snapshots": values}
-
-
-def explain_baseline(name: str, runs: PromptRuns) -> str:
-    """Why the baseline of a task with paired prompts is not `patch` although none was asked for; or nothing."""
-    if runs.paired or not runs.unpaired:
-        return ""
-    return (
-        f"{name}: baseline zero, because only {runs.n_paired} of {len(runs)} prompts on the selection half have a "
-        f"usable paired prompt ({list_counts(runs.unpaired)})"
-        + (f"; --baseline patch uses these {runs.n_paired} alone" if runs.n_paired else "")
-    )
 
 
 def _count(runs: PromptRuns) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from crosslens.intervention.upper import Upper, UpperRun
 from crosslens.snapshots.checks import check_snapshots
 from crosslens.snapshots.collection import Snapshots
 from crosslens.snapshots.settings import ModelSettings
+from crosslens.tasks.accuracy import list_counts
 from crosslens.tasks.items import groups
 from crosslens.tasks.prompts import PromptBatch, logit_difference
 from crosslens.tasks.task import Task
@@ -229,7 +231,17 @@ class PromptRuns:
         self.batches: list[PromptBatch] = list(prompts.batches(batch_size))
         self.n_paired = sum(len(batch) for batch in self.batches if batch.patch is not None)
         self.unpaired = prompts.unpaired
-        self.paired = paired = 0 < len(prompts) <= 2 * self.n_paired if paired is None else paired
+        if paired is None:
+            paired = 0 < len(prompts) <= 2 * self.n_paired
+            if prompts.unpaired and not paired:
+                warnings.warn(
+                    f"{task.name}: baseline zero, because only {self.n_paired} of {len(prompts)} prompts have a usable "
+                    f"paired prompt ({list_counts(prompts.unpaired)})"
+                    + f"; baseline patch would use these {self.n_paired} alone"
+                    * bool(self.n_paired),
+                    stacklevel=3,
+                )
+        self.paired = paired
         if paired:
             self.left_out += prompts.unpaired
             alone = len(prompts) - self.n_paired - sum(prompts.unpaired.values())

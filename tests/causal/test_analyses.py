@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_items_without_a_pair(crosscoder: Crosscoder, snaps: Snapshots, task: Ta
     assert plain.ie.estimator.baseline == "zero"
     assert "languages/tiny" not in plain.tables
     assert -1 <= plain.rank_agreement(end="added") <= 1
+    longer = replace(task, items=tuple(replace(item, patch_prefix=f"the {item.prefix}") for item in task.items))
+    why = r"tiny: baseline zero, because only 0 of .* paired prompt \(the paired prompt has a different number of tokens\)"
+    with pytest.warns(UserWarning, match=why):
+        assert study(crosscoder, snaps, longer, sizes=sizes).ie.estimator.baseline == "zero"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "tiny: baseline zero")
+        attribute(crosscoder, snaps, longer, baseline="zero")  # it was asked for
 
 
 def test_dates_follow_what_has_come_since(crosscoder: Crosscoder, snaps: Snapshots, task: Task, found: Study) -> None:
