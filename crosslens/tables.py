@@ -302,14 +302,17 @@ def _effect_columns() -> dict[str, Column]:
     )
 
 
-_COUNTS = {
-    "threshold": "Share of its largest value from which a feature is present.",
-    "n": "Features with a reading.",
-    "born": "Features born after the first snapshot; its interval, over groups of documents, is missing by the norm.",
+_BIRTHS = {
+    "born": "Features born after the first snapshot; intervals, over groups of documents, are missing by the norm.",
     "born_reversed": "The same with the snapshots in reversed order, a control.",
     "sure": "Births with a q-value up to the limit; missing by the norm.",
     "sure_reversed": "The same in reversed order.",
     "beyond_trend": "Births that exceed the median curve of their kind, with a q-value up to the limit.",
+}
+_COUNTS = {
+    "threshold": "Share of its largest value from which a feature is present.",
+    "n": "Features with a reading.",
+    **_BIRTHS,
 }
 _SHARES = {
     "live": "Live features of that kind.",
@@ -546,7 +549,7 @@ TABLES: list[Table] = [
                 "exchangeable_n": "Features with a reading there.",
             },
             "measure kind",
-            interval="born",
+            interval=" ".join(_BIRTHS),
         ),
     ),
     *(
@@ -554,7 +557,7 @@ TABLES: list[Table] = [
             f"{name}_births",
             f"measure of presence, kind of feature and threshold, in a crosscoder over {name} models",
             "evolve",
-            _columns(_COUNTS, "measure kind", interval="born"),
+            _columns(_COUNTS, "measure kind", interval=" ".join(_BIRTHS)),
         )
         for name in ("untrained", "exchangeable")
     ),

@@ -85,10 +85,12 @@ def show_evolution(out: Output, tables: Mapping[str, pd.DataFrame], run: Path) -
     nulls = {"untrained": "models that never trained", "exchangeable": "models of other seeds"}
     known = [f"in {words} {percent(row[name])} of the features are" for name, words in nulls.items() if name in row]
     false = "; ".join(known) or "false births were not measured: --untrained or --null does"
+    between = lambda name: f"{row[f'{name}_low']:.0f} to {row[f'{name}_high']:.0f}"  # noqa: E731
     out.say(
-        f"{row['born']:,} (95% interval {row['born_low']:.0f} to {row['born_high']:.0f}) of {row['n']:,} live features "
-        f"are born between {labels[0]} and {labels[-1]}: {NAMES['r2']} reaches {PRESENCE}; {row['beyond_trend']:,} of "
-        f"them exceed the common trend; with the snapshots reversed {row['born_reversed']:,} are born ({false})"
+        f"{row['born']:,} (95% interval {between('born')}) of {row['n']:,} live features are born between {labels[0]} "
+        f"and {labels[-1]}: {NAMES['r2']} reaches {PRESENCE}; {row['beyond_trend']:,} ({between('beyond_trend')}) of "
+        f"them exceed the common trend; with the snapshots reversed {row['born_reversed']:,} "
+        f"({between('born_reversed')}) are born ({false})"
     )
     for line in [*describe_reversed(counts), *describe_doubtful(tables["doubtful"])]:
         out.say(line)

@@ -16,7 +16,7 @@ interpolated point where a curve reaches the threshold is late, by more than its
 snapshots cover, by the number of tokens, is in `benchmarks/birth_intervals.py`.
 
 A count of births means little alone. `count_births` gives it at several thresholds, for lexical and contextual features
-apart, with an interval over groups of documents, and next to it
+apart, with an interval over groups of documents, as all counts have, and next to it
 
 1. the count on the same curves with the snapshots in *reversed* order: noise and drift without a direction are born as
    often backwards, and so are features that fade, which is a finding and not an error;
@@ -31,9 +31,10 @@ The definitions are new here. Symbols: S snapshots, F features, G groups of docu
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,12 +50,14 @@ from crosslens.stats import jackknife_error, q_values, resample_counts
 
 MEASURES = ("r2", "within", "norm")  # the first one that was read is the default
 THRESHOLDS = (0.3, PRESENCE, 0.5, 0.7)
+COUNTS = ("born", "born_reversed", "sure", "sure_reversed", "beyond_trend")
 MIN_R2 = 0.05
 MIN_WITHIN = 0.05
 """Least share of a feature's variance within token types from which within-token R2 is read."""
 NAMES = {"norm": "decoder norm", "r2": "R2", "within": "within-token R2"}
 NULLS = {"untrained": "models that never trained", "exchangeable": "models of other seeds at one step"}
 _FEATURES = 256  # at a time when resampling: the draws of each take 4 kB a snapshot, three times over
+_ENDS = ("", "_reversed")  # of the history that comes first
 _SHARE = 0.25  # births reversed in time per birth, from which on the count alone says little
 _FEW = 5  # births reversed in time that say nothing
 
@@ -153,7 +156,8 @@ def date_curves(
         births = birth_index(_relative(drawn) >= presence, min_run)
         found[ids, 0], found[ids, 1] = np.quantile(births, ends, axis=0, method="inverted_cdf")
         found[ids, 3], found[ids, 4] = np.quantile(drawn.max(2) - drawn[..., 0], ends, axis=0)
-        found[ids, 5] = _p_values(values, np.nan_to_num(resample(leave_one_out, ids)), presence)
+        error = jackknife_error(_margin(np.nan_to_num(resample(leave_one_out, ids)), presence))
+        found[ids, 5] = student.sf(_t(_margin(values, presence), error), G - 1)
     table = pd.DataFrame(found, columns=pd.Index(names))
     for name in names[:2]:
         table[name] = table[name].astype("Int64")
@@ -191,11 +195,10 @@ def count_births(
         seed: seed for the draws of the interval.
 
     Returns:
-        A row per measure, kind (all, lexical, contextual) and threshold: measure,
-        kind, threshold, n (features with a reading), born, born_low, born_high (its 95% interval over groups of
-        documents), born_reversed, sure and sure_reversed (of these, with a q-value up to `max_q`), beyond_trend (births
-        that exceed the median curve of their kind, with such a q-value). By the norm, intervals, sure and beyond_trend
-        are missing.
+        A row per measure, kind (all, lexical, contextual) and threshold: measure, kind, threshold, n (features with a
+        reading), born, born_reversed, sure and sure_reversed (of these, with a q-value up to `max_q`), beyond_trend
+        (births that exceed the median curve of their kind, with such a q-value); and <count>_low and <count>_high of
+        each, its 95% interval over groups of documents. By the norm, intervals, sure and beyond_trend are missing.
 
     Raises:
         UserError: one snapshot only, a threshold out of range.
@@ -210,84 +213,137 @@ def count_births(
         for threshold in thresholds:
             check_presence(threshold, min_run)
         judged = decodability if measure != "norm" else None
-        drawn = None if judged is None else _drawn_counts(judged, measure, kinds, thresholds, min_run, seed)
-        trend = None if judged is None else _q_of_trend(judged, measure, values, kinds)
-        for t, threshold in enumerate(thresholds):
-            found = {"": _born(values, threshold, min_run), "_reversed": _born(values[:, ::-1], threshold, min_run)}
-            sure: dict[str, Any] = {}
-            if judged is not None:
-                for end in found:
-                    q = _q_of_births(judged, measure, read, threshold, backwards=bool(end))
-                    sure[end] = found[end] & (q <= max_q)
+        tests: dict[tuple[float, str], _Test] = {}
+        trend: dict[str, _Test] = {}
+        drawn: dict[tuple[str, float, str], Any] = {}
+        if judged is not None:
+            for at in [(threshold, end) for threshold in thresholds for end in _ENDS]:
+                tests[at] = _test(judged, measure, read, at[0], max_q, end=at[1])
+            trend = _trends(judged, measure, values, kinds, max_q)
+            drawn = _drawn_counts(judged, measure, kinds, min_run, seed, tests, trend)
+        for threshold in thresholds:
+            found: dict[str, Any] = {}
+            for end in _ENDS:
+                found[f"born{end}"] = _born(_turned(values, end), threshold, min_run)
+                if tests:
+                    found[f"sure{end}"] = found[f"born{end}"] & tests[threshold, end].passed
             for kind, members in kinds.items():
                 row: dict[str, Any] = {"measure": measure, "kind": kind, "threshold": threshold}
                 row["n"] = int(members.sum())
-                row |= {f"born{end}": int((births & members).sum()) for end, births in found.items()}
-                row |= {f"sure{end}": int((births & members).sum()) for end, births in sure.items()}
-                if judged is not None and drawn is not None and trend is not None:
-                    row |= _count_interval(row["born"], row["n"], drawn[kind][:, t], judged.error.shape[1])
-                    row["beyond_trend"] = int((found[""] & members & (trend[kind] <= max_q)).sum())
+                row |= {name: int((births & members).sum()) for name, births in found.items()}
+                if judged is not None:
+                    row["beyond_trend"] = int((found["born"] & trend[kind].passed).sum())
+                    for name in COUNTS:
+                        counts = drawn[kind, threshold, name]
+                        low, high = _count_interval(row[name], row["n"], counts, judged.error.shape[1])
+                        row |= {f"{name}_low": low, f"{name}_high": high}
                 rows.append(row)
-    columns = ["measure", "kind", "threshold", "n", "born", "born_low", "born_high", "born_reversed"]
-    table = pd.DataFrame(rows).reindex(columns=[*columns, "sure", "sure_reversed", "beyond_trend"])
-    for name in ("sure", "sure_reversed", "beyond_trend"):
-        table[name] = table[name].astype("Int64")
-    return table
+    names = [each for name in COUNTS for each in (name, f"{name}_low", f"{name}_high")]
+    table = pd.DataFrame(rows).reindex(columns=["measure", "kind", "threshold", "n", *names])
+    return table.astype(dict.fromkeys(COUNTS[2:], "Int64"))
 
 
 def _drawn_counts(
     decodability: Decodability,
     measure: str,
     kinds: dict[str, Bool[np.ndarray, " F"]],
-    thresholds: Sequence[float],
     min_run: int,
     seed: int,
+    tests: dict[tuple[float, str], _Test],
+    trend: dict[str, _Test],
     draws: int = 200,
-) -> dict[str, Float64[np.ndarray, "R n"]]:
-    """Births by kind (in draws of groups of documents, at every threshold)."""
-    G = decodability.error.shape[1]
-    weights = resample_counts(G, draws, seed).astype(float)
-    counts = {kind: np.zeros((draws, len(thresholds))) for kind in kinds}
+) -> dict[tuple[str, float, str], Float64[np.ndarray, " R"]]:
+    """All counts, by kind, threshold and name, in draws of groups of documents; standard errors are those of the data.
+
+    Args:
+        decodability: as the others, of `count_births`.
+        measure: of presence.
+        kinds: features of each kind.
+        min_run: snapshots in a row.
+        seed: of the draws.
+        tests: of births, by threshold and end.
+        trend: of births beyond the common trend, by kind.
+        draws: R.
+    """
+    weights = resample_counts(decodability.error.shape[1], draws, seed).astype(float)
+    counts: defaultdict[tuple[str, float, str], Any] = defaultdict(lambda: np.zeros(draws))
     for ids in np.split(np.arange(len(decodability.r2)), range(_FEATURES, len(decodability.r2), _FEATURES)):
         ids = ids[np.any([members[ids] for members in kinds.values()], axis=0)]
-        drawn = _relative(np.nan_to_num(decodability.resample(measure, weights, ids)).clip(0))
-        for t, threshold in enumerate(thresholds):
-            births = birth_index(drawn >= threshold, min_run)
-            born = (births > 0) & (births < drawn.shape[-1])
+        drawn = np.nan_to_num(decodability.resample(measure, weights, ids)).clip(0)
+        exceeds = {kind: test.passes(drawn, ids) for kind, test in trend.items()}
+        for (threshold, end), test in tests.items():
+            born = _born(_turned(drawn, end), threshold, min_run)
+            found = {f"born{end}": born, f"sure{end}": born & test.passes(drawn, ids)}
             for kind, members in kinds.items():
-                counts[kind][:, t] += born[:, members[ids]].sum(1)
+                beyond = {} if end else {"beyond_trend": born & exceeds[kind]}
+                for name, births in (found | beyond).items():
+                    counts[kind, threshold, name] += births[:, members[ids]].sum(1)
     return counts
 
 
-def _count_interval(born: int, n: int, drawn: Float64[np.ndarray, " R"], G: int) -> dict[str, float]:
+def _count_interval(count: int, n: int, drawn: Float64[np.ndarray, " R"], G: int) -> tuple[float, float]:
     """The 95% interval of a count, which holds both the count and the count less the bias that the draws show.
 
     Noise in R2 makes the largest of S values too large and so births too many; draws add as much noise again.
     """
     # a bootstrap of G groups has standard errors too small by sqrt((G - 1) / G)
     size = float(student.ppf(0.975, G - 1) * np.sqrt(G / (G - 1)) * drawn.std(ddof=1))
-    corrected = 2 * born - float(drawn.mean())
-    return {"born_low": max(min(born, corrected) - size, 0), "born_high": min(max(born, corrected) + size, n)}
+    corrected = 2 * count - float(drawn.mean())
+    return max(min(count, corrected) - size, 0), min(max(count, corrected) + size, n)
 
 
-def _q_of_trend(
+class _Test(NamedTuple):
+    """t tests of the hypothesis that features are present at the first snapshot, at the last one with `end`."""
+
+    share: float
+    """Of the largest R2, from which on a feature is present."""
+    end: str
+    error: Float64[np.ndarray, " F"]
+    """Jackknife standard error of the margin, `share * max_s R2_is - R2_i0`."""
+    passed: Bool[np.ndarray, " F"]
+    """Where the q-value is at most the limit."""
+    least: float
+    """Smallest t there; infinite if there is none."""
+
+    def passes(self, drawn: Float64[np.ndarray, "R f S"], ids: Any) -> Bool[np.ndarray, "R f"]:
+        """Where other curves of some features have a t as large."""
+        return _t(_margin(_turned(drawn, self.end), self.share), self.error[ids]) >= self.least
+
+
+def _test(
+    decodability: Decodability,
+    measure: str,
+    features: Bool[np.ndarray, " F"],
+    share: float,
+    max_q: float,
+    *,
+    end: str = "",
+) -> _Test:
+    """Test some features; the others do not pass."""
+    G = decodability.error.shape[1]
+    t, error = (np.full(len(features), np.nan) for _ in range(2))
+    for ids in np.split(np.flatnonzero(features), range(_FEATURES, int(features.sum()), _FEATURES)):
+        without = np.nan_to_num(decodability.resample(measure, 1.0 - np.eye(G), ids))
+        error[ids] = jackknife_error(_margin(_turned(without, end), share))
+        curves = _turned(np.nan_to_num(decodability.curves(measure)[ids]), end)
+        t[ids] = _t(_margin(curves, share), error[ids])
+    passed = q_values(student.sf(t, G - 1)) <= max_q
+    return _Test(share, end, error, passed, float(t[passed].min(initial=np.inf)))
+
+
+def _trends(
     decodability: Decodability,
     measure: str,
     values: Float64[np.ndarray, "F S"],
     kinds: dict[str, Bool[np.ndarray, " F"]],
-) -> dict[str, Float64[np.ndarray, " F"]]:
-    """q-values that each feature is as present at the first snapshot as the median curve of its kind."""
-    found: dict[str, Any] = {}
-    G = decodability.error.shape[1]
-    for kind, members in kinds.items():
-        p = np.full(len(values), np.nan)
-        if members.any():
-            common = float(np.median(_relative(values[members]), axis=0)[0])
-            for ids in np.split(np.flatnonzero(members), range(_FEATURES, int(members.sum()), _FEATURES)):
-                without = np.nan_to_num(decodability.resample(measure, 1.0 - np.eye(G), ids))
-                p[ids] = _p_values(np.nan_to_num(decodability.curves(measure)[ids]), without, common)
-        found[kind] = q_values(p)
-    return found
+    max_q: float,
+) -> dict[str, _Test]:
+    """Tests of the features of each kind, that each is as present at the first snapshot as the median curve."""
+    common = {kind: _relative(values[members]) for kind, members in kinds.items()}
+    return {
+        kind: _test(decodability, measure, kinds[kind], float(np.median(curves[:, 0])) if len(curves) else 0.0, max_q)
+        for kind, curves in common.items()
+    }
 
 
 def with_null(counts: pd.DataFrame, null: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -369,10 +425,14 @@ def describe_reversed(counts: pd.DataFrame, presence: float = PRESENCE) -> list[
     return lines
 
 
-def _born(values: Float64[np.ndarray, "F S"], presence: float, min_run: int) -> Bool[np.ndarray, " F"]:
+def _born(values: Float64[np.ndarray, "... S"], presence: float, min_run: int) -> Bool[np.ndarray, ...]:
     """Which features are emergent."""
     births = birth_index(_relative(values) >= presence, min_run)
-    return (births > 0) & (births < values.shape[1])
+    return (births > 0) & (births < values.shape[-1])
+
+
+def _turned(values: Float64[np.ndarray, "... S"], end: str) -> Float64[np.ndarray, "... S"]:
+    return values[..., ::-1] if end else values
 
 
 def _relative(values: Float64[np.ndarray, "... S"]) -> Float64[np.ndarray, "... S"]:
@@ -380,27 +440,13 @@ def _relative(values: Float64[np.ndarray, "... S"]) -> Float64[np.ndarray, "... 
     return np.divide(values, highest, out=np.zeros_like(values), where=highest > 0)
 
 
-def _p_values(
-    values: Float64[np.ndarray, "f S"], without: Float64[np.ndarray, "G f S"], presence: float
-) -> Float64[np.ndarray, " f"]:
-    """p-values that each feature is present at the first snapshot; `without` leaves out one group at a time."""
-    margin = presence * values.max(1) - values[:, 0]
-    error = jackknife_error(presence * without.max(2) - without[..., 0])
+def _margin(values: Float64[np.ndarray, "... S"], share: float) -> Float64[np.ndarray, ...]:
+    return share * values.max(-1) - values[..., 0]
+
+
+def _t(margin: Float64[np.ndarray, "... f"], error: Float64[np.ndarray, " f"]) -> Float64[np.ndarray, "... f"]:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return student.sf(np.where(error > 0, margin / error, np.sign(margin) * np.inf), len(without) - 1)
-
-
-def _q_of_births(
-    decodability: Decodability, measure: str, read: Bool[np.ndarray, " F"], presence: float, *, backwards: bool
-) -> Float64[np.ndarray, " F"]:
-    """q-values that each feature is present at the first snapshot, or at the last one if `backwards`."""
-    order = slice(None, None, -1 if backwards else 1)
-    p = np.full(len(read), np.nan)
-    G = decodability.error.shape[1]
-    for ids in np.split(np.flatnonzero(read), range(_FEATURES, int(read.sum()), _FEATURES)):
-        without = np.nan_to_num(decodability.resample(measure, 1.0 - np.eye(G), ids))[..., order]
-        p[ids] = _p_values(np.nan_to_num(decodability.curves(measure)[ids])[:, order], without, presence)
-    return q_values(p)
+        return np.where(error > 0, margin / error, np.sign(margin) * np.inf)
 
 
 def _check(decodability: Decodability, measure: str, presence: float, min_run: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from crosslens.report.chart import Frame, feature_names, shortened, task_pages
+from crosslens.report.figures.ablation import SET_TO
 from crosslens.report.tables import MEASURES, Tables, by_measure, main_measure
 
 # the same as where training, tasks and the sweep warn
@@ -21,12 +22,6 @@ MIN_RECOVERED = 0.9
 MAX_COMPLETENESS = 0.05
 RECONSTRUCTED = 0.8, 1.2  # of the clean metric
 CHANCE, LEARNT = 0.5, 0.9
-_SET_TO = {
-    "patch": "their values on the paired prompt",
-    "zero": "zero",
-    "mean": "their means over the prompts",
-    "": "another value",  # runs that do not say
-}
 _BIRTHS = ("shared", "born_too", "born_too_by_chance", "same_birth", "same_birth_by_chance")
 _BOUND = 6  # names in a list
 _TASK_WIDTH = 150  # of a task with its snapshots and its number of items
@@ -193,6 +188,8 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             if np.isfinite(row.get("born_low", np.nan)):
                 text += f" (95% interval of the count: {row['born_low']:,.0f} to {row['born_high']:,.0f})"
             text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
+            if np.isfinite(row.get("born_reversed_low", np.nan)):
+                text += f", {row['born_reversed_low']:,.0f} to {row['born_reversed_high']:,.0f},"
             text += " (features that fade, or noise)"
             false = [(row[name], models) for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))]
             text += "".join(f", in {models} {share:.1%}" for share, models in false)
@@ -219,7 +216,7 @@ def _acts(tables: Tables, drawn: set[str]) -> Finding | None:
         return None
     clean, task, rows = max(found, key=lambda each: each[0])
     top, random = rows.loc["top"], rows.loc["random"]
-    to = _SET_TO[str(top.get("baseline", ""))]
+    to = SET_TO[str(top.get("baseline", ""))]
     text = (
         f"On {task} at {top['label']}, setting the {int(top['k'])} features with the largest effects to {to} "
         f"takes the metric from {clean:.2f} to {_signed(top['metric'])} logits, "

@@ -39,6 +39,7 @@ from crosslens.report.features import (
     read_figure,
     write_features,
 )
+from crosslens.report.figures.ablation import SET_TO
 from crosslens.report.findings import find, warn
 from crosslens.report.sections import PAGES, TASK, Page, Section
 from crosslens.report.tables import MEASURES, Tables, by_measure, free_name, main_measure, missing_column
@@ -207,6 +208,14 @@ def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{str(name): table[name].map(quoted) for name in texts})
 
 
+def _with_baseline(task: str, tables: Tables) -> Markup:
+    """A link to a task, and what features were set to in its effects."""
+    link, snapshots = task_link(task, tables["tasks"]), tables[f"attribution/{task}.snapshots"]
+    if snapshots is None or "baseline" not in snapshots:
+        return link
+    return Markup("{} (features set to {})").format(link, SET_TO[str(snapshots["baseline"].iloc[0])])
+
+
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
     """Context of the templates of the pages Features and Feature."""
     snapshots = _snapshots(tables["snapshots"], features.labels)
@@ -233,7 +242,7 @@ def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
         "pages": task_pages(tables["tasks"]),
         "dates": list(DATES.values()),
     }
-    links = [task_link(task, tables["tasks"]) for task in features.tasks]
+    links = [_with_baseline(task, tables) for task in features.tasks]
     return {
         "features": features, "figures": figures, "about": script_json(about), "task_links": links,
         "dates": about["dates"],

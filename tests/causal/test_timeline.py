@@ -267,7 +267,8 @@ def test_the_picture_of_overlap() -> None:
             "expected_low": [0, 1], "expected_high": [4, 5], "level": 0.95, "p": [0.9, 1e-4],
         }
     )  # fmt: skip
-    chart = language_overlap(table)
+    chart = language_overlap(table, pd.DataFrame([{"baseline": "patch", "n": 8, "n_groups": 4}]))
+    assert chart.note.endswith(" Effects are those of features set to their values on the paired prompt.")
     shared, band, expected = chart.figure.data
     assert (shared.name, expected.name) == ("en, fr", "en, fr, by chance") and band.meta == "band"
     assert list(shared.y) == [1, 7] and list(expected.y) == [2, 2.5] and set(band.y) == {0, 1, 4, 5}

@@ -119,12 +119,13 @@ def test_every_verb(command: Command, analysed: tuple[Path, dict[str, str]], tin
     births = RunDir.open(trained).table("birth_counts")
     assert births is not None
     row = births.query("measure == 'r2' and kind == 'all' and threshold == 0.4").iloc[0]
-    limits = f"{row['born_low']:.0f} to {row['born_high']:.0f}"
+    limits, reversed_limits = (f"{row[f'{it}_low']:.0f} to {row[f'{it}_high']:.0f}" for it in ("born", "born_reversed"))
     assert said["evolve"].startswith(
         f"{row['born']} (95% interval {limits}) of {row['n']} live features are born between step0 and step20: "
     )
     assert (
-        f"with the snapshots reversed {row['born_reversed']} are born (false births were not measured" in said["evolve"]
+        f"with the snapshots reversed {row['born_reversed']} ({reversed_limits}) are born (false births were not "
+        "measured" in said["evolve"]
     )
     assert said["evolve"].splitlines()[-1].endswith(f"probes: crosslens report {trained}, or --json")
     first, second = said["attribute"].splitlines()[:2]

@@ -15,7 +15,7 @@ from crosslens.errors import UserError
 from crosslens.evolution.births import count_births, date_births, describe_reversed, presence_curves
 from crosslens.evolution.lifecycles import classify_lifecycles
 from crosslens.evolution.presence import Decodability
-from crosslens.stats import q_values
+from crosslens.stats import q_values, resample_counts
 
 
 def made(r2: np.ndarray, *, n: int = 40, G: int = 32, noise: float = 0.3, seed: int = 0) -> Decodability:
@@ -196,13 +196,53 @@ def test_births_of_a_common_trend_do_not_exceed_it():
 
 @pytest.mark.parametrize(("noise", "S"), [(0.03, 4), (0.03, 9), (0.1, 4), (0.1, 9)])
 def test_intervals_of_counts_cover_the_count_without_noise(noise: float, S: int):
-    """Of the features, two thirds start at .2 to .8 of their largest; the standard error of R2 is .005 or .02."""
+    """Of the features, two thirds start at .2 to .8 of their largest; the standard error of R2 is .005 or .02.
+
+    What a test finds has no count without noise: its intervals cover the mean over data.
+    """
     rng = np.random.default_rng(0)
     first = np.concatenate([np.full(30, 0.1), rng.uniform(0.2, 0.8, 60)])
-    truth, covered = int((first < 0.5).sum()), []
+    rows: list[dict[str, float]] = []
     for seed in range(60):
         found = planted_curves(first, seed, S=S, noise=noise)
-        row = count_births({"r2": found.r2.clip(0)}, None, found, thresholds=(0.5,)).iloc[0]
-        assert row["born_low"] <= row["born"] <= row["born_high"]
-        covered.append(row["born_low"] <= truth <= row["born_high"])
-    assert np.mean(covered) >= 0.88
+        rows.append(count_births({"r2": found.r2.clip(0)}, None, found, thresholds=(0.5,)).iloc[0].to_dict())
+    table = pd.DataFrame(rows)
+    for name in ("born", "sure", "beyond_trend"):
+        low, high, count = table[f"{name}_low"], table[f"{name}_high"], table[name].astype(float)
+        assert ((low <= count) & (count <= high)).all() and high.max() <= 90 and low.min() >= 0
+        truth = (first < 0.5).sum() if name == "born" else count.mean()
+        assert ((low <= truth) & (truth <= high)).mean() >= 0.88, name
+    assert (table["sure"] <= table["born"]).all() and table["sure"].mean() > 20 and table["beyond_trend"].mean() > 20
+
+
+def test_counts_of_a_history_read_backwards_are_those_of_the_reversed_one():
+    """Also their intervals; and drawn counts are those of a slow count of drawn curves."""
+    rng = np.random.default_rng(5)
+    first = np.concatenate([np.full(5, 0.1), rng.uniform(0.2, 0.8, 11)])
+    found = planted_curves(first, 2, noise=0.1)
+    turned = Decodability(
+        *(found.r2[:, ::-1], found.within[:, ::-1], found.between, found.n_active, found.n_tokens),
+        *(found.error[..., ::-1], found.total),
+    )
+    forward = count_births({"r2": found.r2.clip(0)}, None, found, thresholds=(0.5,)).iloc[0]
+    backward = count_births({"r2": turned.r2.clip(0)}, None, turned, thresholds=(0.5,)).iloc[0]
+    for name in ("born", "sure"):
+        for end in ("", "_low", "_high"):
+            assert forward[f"{name}{end}"] == backward[f"{name}_reversed{end}"]
+            assert backward[f"{name}{end}"] == forward[f"{name}_reversed{end}"]
+    G, max_q = found.error.shape[1], 0.05
+    margin = lambda curve: 0.5 * max(curve) - curve[0]  # noqa: E731
+    without = found.resample("r2", 1.0 - np.eye(G), np.arange(16))
+    errors = [np.sqrt((G - 1) * np.var([margin(without[g, i]) for g in range(G)])) for i in range(16)]
+    t = np.array([margin(curve) / error for curve, error in zip(found.r2, errors, strict=True)])
+    least = t[q_values(student.sf(t, G - 1)) <= max_q].min()
+    drawn = found.resample("r2", resample_counts(G, 200, 0).astype(float), np.arange(16)).clip(0)
+    counts = [
+        sum(slow_birth(c, 0.5, 2) not in (0, 4) and margin(c) / e >= least for c, e in zip(curves, errors, strict=True))
+        for curves in drawn
+    ]
+    size = student.ppf(0.975, G - 1) * np.sqrt(G / (G - 1)) * np.std(counts, ddof=1)
+    ends = forward["sure"], 2 * forward["sure"] - np.mean(counts)
+    assert forward["sure_low"] == pytest.approx(min(ends) - size) and forward["sure_high"] == pytest.approx(
+        max(ends) + size
+    )

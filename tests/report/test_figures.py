@@ -442,7 +442,7 @@ def test_features_without_a_significant_effect_follow_in_grey(n_significant: int
 
 @pytest.mark.parametrize(
     ("baseline", "words"),
-    [("patch", "their value on the paired prompt"), ("zero", "zero"), ("mean", "their mean over the prompts")],
+    [("patch", "their values on the paired prompt"), ("zero", "zero"), ("mean", "their means over the prompts")],
 )
 def test_figures_of_effects_say_what_features_are_set_to_and_on_how_many_groups(baseline: str, words: str) -> None:
     table = effects(3, 2)

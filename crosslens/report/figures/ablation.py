@@ -42,7 +42,12 @@ _SETS = {
     "size_matched": ("size-matched features", Style(SERIES[1], "diamond", "dot")),
     "change_matched": ("change-matched features", Style(SERIES[2], "triangle-up", "dashdot")),
 }
-_SET_TO = {"zero": "zero", "mean": "their mean over the prompts", "patch": "their value on the paired prompt"}
+SET_TO = {
+    "patch": "their values on the paired prompt",
+    "zero": "zero",
+    "mean": "their means over the prompts",
+    "": "another value",  # runs that do not say
+}
 _COLUMNS = {
     "share": "Metric as a share of the clean one, 1 + (metric − clean) / |clean|.",
     "share_sd": "Standard deviation of that share over draws.",
@@ -158,7 +163,7 @@ def ablation_over_snapshots(table: Frame, mode: str) -> Chart | str:
 
 def set_to(rows: Frame) -> str:
     """A sentence on what ablated features become, and the space after it; nothing for tables that do not say."""
-    return f"Ablated features are set to {_SET_TO[str(rows['baseline'].iloc[0])]}. " if "baseline" in rows else ""
+    return f"Ablated features are set to {SET_TO[str(rows['baseline'].iloc[0])]}. " if "baseline" in rows else ""
 
 
 def effects_of(snapshots: Frame | None, *, counted: bool = True) -> str:
@@ -173,7 +178,7 @@ def effects_of(snapshots: Frame | None, *, counted: bool = True) -> str:
     row = snapshots.iloc[0]
     groups = f" in {int(row['n_groups']):,} groups" if "n_groups" in snapshots else ""
     on = f", on {int(row['n']):,} prompts{groups}" if counted else ""
-    return f" Effects are those of features set to {_SET_TO[str(row['baseline'])]}{on}."
+    return f" Effects are those of features set to {SET_TO[str(row['baseline'])]}{on}."
 
 
 def _shares(table: Frame, mode: str) -> Frame:

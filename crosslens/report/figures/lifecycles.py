@@ -36,7 +36,7 @@ from crosslens.report.tables import MEASURES, by_measure, curves, main_measure
 MAX_ROWS = 2000  # of the heat map; more would be thinner than a pixel
 ORIGINS = ("initial", "emergent", "never")
 FATES = ("persistent", "transient")
-_ENDS = ("born_low", "born_high")
+_ENDS = tuple(f"{name}_{end}" for name in ("born", "born_reversed") for end in ("low", "high"))
 _ALL_DEAD = "Every feature is dead: none is active on any held-out token."
 _READINGS = {
     ("r2", "all"): "R²",
@@ -210,13 +210,14 @@ def birth_counts(table: Frame) -> Chart | str:
         shares = {name: rows[name] / rows["n"] for name in ("born", "born_reversed", *_ENDS) if name in rows}
         rows = rows.assign(**shares)
         highest = max(highest, float(rows.reindex(columns=[*_CURVES, *_ENDS]).max().max()))
-        bars = error_bars(rows, "born") if set(_ENDS) <= set(rows.dropna(axis=1)) else None
+        known = set(_ENDS) <= set(rows.dropna(axis=1))
         texts = [f"{_READINGS[group]}, threshold {threshold}" for threshold in rows["threshold"]]
         for i, (column, name) in enumerate(_CURVES.items()):
             if column in rows:
                 add_line(
                     figure, floats(rows["threshold"]), rows, column, name, Style.of(i), hover=texts, value="%{y:.1%}",
-                    error_y=bars if column == "born" else None, showlegend=col == 1, row=1, col=col,
+                    error_y=error_bars(rows, column) if known and f"{column}_low" in rows else None,
+                    showlegend=col == 1, row=1, col=col,
                 )  # fmt: skip
         title = f"{_READINGS[group].replace(', ', '<br>')} ({rows['n'].iloc[0]:,})"
         figure.update_xaxes(title_text=title, tickvals=sorted(set(floats(drawn["threshold"]))), row=1, col=col)
@@ -230,7 +231,9 @@ def birth_counts(table: Frame) -> Chart | str:
     note = f"At threshold {PRESENCE}, by {'; by '.join(parts)}." if parts else ""
     beyond = at["beyond_trend"].dropna() if "beyond_trend" in at else pd.Series(dtype=float)
     if len(beyond):
-        note += f" Of these births by R², {int(beyond.iloc[0]):,} exceed the common trend of all features."
+        row = at.loc[beyond.index[0]]
+        interval = f" ({row['beyond_trend_low']:,.0f} to {row['beyond_trend_high']:,.0f})" * ("beyond_trend_low" in at)
+        note += f" Of these births by R², {int(beyond.iloc[0]):,}{interval} exceed the common trend of all features."
     if not any(table[name].notna().any() for name in _NULLS if name in table):
         command = Markup("<code>crosslens evolve --untrained</code> or <code>--null</code>")
         note = Markup("{} Models without a history were not measured; {} do.").format(note, command)
