@@ -54,7 +54,7 @@ def rows(folder: Path) -> dict[str, str]:
     splits = run.table("split_counts")
     assert splits is not None
     found["splits, mergers, replacements (mean by chance)"] = ", ".join(
-        f"{row['n']} ({row['by_chance']:.1f})" for row in splits.to_dict("records")
+        f"{row['n']} ({row['by_chance']:.1f})" for row in splits[splits["features"] == "all"].to_dict("records")
     )
     for task in TASKS:
         one = summary["ablation"][task]

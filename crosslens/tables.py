@@ -644,11 +644,12 @@ TABLES: list[Table] = [
     ),
     Table(
         "split_counts",
-        "kind of pair: split, merger or replacement",
+        "kind of pair (split, merger or replacement) and of its features",
         "evolve",
         _columns(
             {
                 "kind": "split, merger or replacement.",
+                "features": "Those of the pair: all, or lexical, contextual, or mixed (one of each).",
                 "n": "Pairs found.",
                 "by_chance": "Mean number with the snapshots in random orders; of replacements, with births permuted.",
                 "most_by_chance": "No more than this in 95% of the orders.",

@@ -204,7 +204,9 @@ def _(run: RunDir) -> Iterator[Reading]:
 @claim("splitting", "Features split", f"{GE}, feature splitting")
 def _(run: RunDir) -> Iterator[Reading]:
     for row in table(run, "split_counts").itertuples():
-        yield Reading(f"{row.kind}s (null: 95 % of the orders have no more)", row.n, null=row.most_by_chance)
+        of = "" if row.features == "all" else f" of {row.features} features"
+        what = f"{row.kind}s{of} (null: 95 % of the orders have no more)"
+        yield Reading(what, row.n, null=row.most_by_chance)
 
 
 @claim("probes", "Decoder norms follow what linear probes read (reported: -.87)", f"{GE}, linear probes")

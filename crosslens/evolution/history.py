@@ -257,7 +257,8 @@ class Evolution:
         lifecycles = pd.concat(parts, ignore_index=True)
         columns = ["measure", *(name for name in lifecycles if name != "measure")]
         found = self.pass_
-        splits, counts = split_counts(crosscoder, self.alive, presence=self.presence, seed=self.seed)
+        lexical = None if self.decodability is None else self.decodability.lexical
+        splits, counts = split_counts(crosscoder, self.alive, presence=self.presence, lexical=lexical, seed=self.seed)
         tables = {
             "evolution": self.table,
             "lifecycles": pd.DataFrame(lifecycles[columns]),
@@ -272,8 +273,7 @@ class Evolution:
         }
         if found is None:
             return tables
-        counts.append(found.joint.counts(self.seed))
-        tables["split_counts"] = pd.DataFrame(counts)
+        tables["split_counts"] = pd.DataFrame([*counts, *found.joint.counts(lexical, self.seed)])
         each, total = self._dimensionality
         return tables | {
             "dimensionality": total.assign(participation_ratio=found.doubtful["participation_ratio"]),

@@ -133,19 +133,23 @@ class JointActivity:
         """Pairs whose death and birth are near each other, given the births of all features."""
         return np.abs(self.death[self.pairs[:, 0]] - birth[self.pairs[:, 1]]) <= self.max_gap
 
-    def counts(self, seed: int = 0) -> dict[str, Any]:
+    def counts(self, lexical: Bool[np.ndarray, " F"] | None = None, seed: int = 0) -> list[dict[str, Any]]:
         """How many replacements there are, and how many with the births permuted among the features that are born.
 
         Args:
+            lexical: as of `split_counts`.
             seed: seed for the permutations.
+
+        Returns:
+            Rows as those of `split_counts`.
         """
         born = np.flatnonzero(self.birth > 0)
         rng, drawn = np.random.default_rng(seed), self.birth.copy()
-        by_chance: list[int] = []
+        near = [self._near(self.birth)]
         for _ in range(_DRAWS):
             drawn[born] = rng.permutation(self.birth[born])
-            by_chance.append(int(self._near(drawn).sum()))
-        return {"kind": "replacement", "n": int(self._near(self.birth).sum()), **_chance(by_chance)}
+            near.append(self._near(drawn))
+        return _counts("replacement", near, self.pairs, lexical)
 
     def table(self) -> pd.DataFrame:
         """The table of `replacements`."""
@@ -204,6 +208,7 @@ def split_counts(
     presence: float = PRESENCE,
     together: float = 0.9,
     apart: float = 0.7,
+    lexical: Bool[np.ndarray, " F"] | None = None,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """The pairs of `splits`, and how many there are by chance: in random orders of the snapshots.
@@ -214,11 +219,12 @@ def split_counts(
         presence: see there.
         together: see there.
         apart: see there.
+        lexical: which features are lexical; without it pairs are counted together only.
         seed: seed for the orders.
 
     Returns:
-        The table of `splits`; and for splits and mergers kind, n, by_chance (mean over 200 orders) and most_by_chance
-        (95 % of the orders have no more).
+        The table of `splits`; and for splits and mergers kind, features (those of the pair: all, or lexical,
+        contextual, mixed), n, by_chance (mean over 200 orders) and most_by_chance (95 % of the orders have no more).
 
     Raises:
         UserError: as `splits`.
@@ -227,14 +233,9 @@ def split_counts(
     found = pairs.changes()
     rng = np.random.default_rng(seed)
     drawn = [pairs.permuted(rng.permutation(crosscoder.n_snapshots)).changes() for _ in range(_DRAWS)]
-    rows = [
-        {
-            "kind": kind,
-            "n": int(getattr(found, kind).sum()),
-            **_chance([int(getattr(one, kind).sum()) for one in drawn]),
-        }
-        for kind in ("split", "merger")
-    ]
+    rows: list[dict[str, Any]] = []
+    for kind in ("split", "merger"):
+        rows += _counts(kind, [getattr(one, kind) for one in (found, *drawn)], pairs.pairs, lexical)
     return pairs.table(crosscoder), rows
 
 
@@ -319,8 +320,23 @@ class _PairsOverTime(NamedTuple):
         return table
 
 
-def _chance(counts: list[int]) -> dict[str, float]:
-    return {"by_chance": float(np.mean(counts)), "most_by_chance": float(np.quantile(counts, 0.95))}
+def _counts(
+    kind: str,
+    kept: list[Bool[np.ndarray, " n"]],
+    pairs: Int[np.ndarray, "n 2"],
+    lexical: Bool[np.ndarray, " F"] | None,
+) -> list[dict[str, Any]]:
+    """How many pairs are kept first, and how many by chance, as in all others; all of them, and by kind of feature."""
+    which = {"all": np.ones(len(pairs), dtype=bool)}
+    if lexical is not None:
+        n = lexical[pairs].sum(1)
+        which |= {"lexical": n == 2, "contextual": n == 0, "mixed": n == 1}
+    rows: list[dict[str, Any]] = []
+    for features, mask in which.items():
+        found, *drawn = (int((each & mask).sum()) for each in kept)
+        chance = {"by_chance": float(np.mean(drawn)), "most_by_chance": float(np.quantile(drawn, 0.95))}
+        rows.append({"kind": kind, "features": features, "n": found, **chance})
+    return rows
 
 
 def _candidates(

@@ -227,19 +227,32 @@ def test_chance_is_that_of_the_same_pairs_in_other_orders(seed: int, monkeypatch
     rng = np.random.default_rng(seed)
     cc = pairs_of_rows(np.clip(rng.normal(0.8, 0.15, (25, 5)), -1, 1))
     cc.W_dec.data *= torch.from_numpy(rng.choice([0.2, 1.0, 1.0], (50, 5))).float().repeat_interleave(50, 1)
-    table, rows = split_counts(cc, seed=seed)
+    lexical = rng.random(50) < 0.6
+    table, rows = split_counts(cc, lexical=lexical, seed=seed)
     pd.testing.assert_frame_equal(table, splits(cc))
+    words = {0: "contextual", 1: "mixed", 2: "lexical"}
+
+    def kinds_of(table: pd.DataFrame) -> list[str]:
+        return [words[int(lexical[i]) + int(lexical[j])] for i, j in table[["feature", "partner"]].to_numpy()]
+
     drawn = np.random.default_rng(seed)
-    found: dict[str, list[int]] = {"split": [], "merger": []}
+    shuffled: list[pd.DataFrame] = []
     for _ in range(12):
         order = drawn.permutation(5)
-        kinds = splits(of_rows(cc.W_dec_by_snapshot[:, torch.from_numpy(order)], snapshots_at(*range(5))))["kind"]
-        for kind, counts in found.items():
-            counts.append(int((kinds == kind).sum()))
+        shuffled.append(splits(of_rows(cc.W_dec_by_snapshot[:, torch.from_numpy(order)], snapshots_at(*range(5)))))
+    assert [(row["kind"], row["features"]) for row in rows] == [
+        (kind, features) for kind in ("split", "merger") for features in ("all", "lexical", "contextual", "mixed")
+    ]
     for row in rows:
-        assert row["n"] == (table["kind"] == row["kind"]).sum()
-        assert row["by_chance"] == pytest.approx(np.mean(found[row["kind"]]))
-        assert row["most_by_chance"] == pytest.approx(np.quantile(found[row["kind"]], 0.95))
+        count = lambda table, row=row: sum(  # noqa: E731
+            kind == row["kind"] and row["features"] in ("all", features)
+            for kind, features in zip(table["kind"], kinds_of(table), strict=True)
+        )
+        assert row["n"] == count(table)
+        by_chance = [count(one) for one in shuffled]
+        assert row["by_chance"] == pytest.approx(np.mean(by_chance))
+        assert row["most_by_chance"] == pytest.approx(np.quantile(by_chance, 0.95))
+    assert split_counts(cc, seed=seed)[1] == [row for row in rows if row["features"] == "all"]
 
 
 def test_pairs_without_order_do_not_exceed_chance_and_planted_splits_do() -> None:
@@ -264,7 +277,7 @@ def test_replacements_by_chance_have_their_births_permuted() -> None:
     firing = measure_firing(cc, acts)
     life = classify_lifecycles(cc.decoder_norms).assign(firing_rate=firing.rate)
     joint = JointActivity(cc, acts, life, min_overlap=0.2)
-    found, table = joint.counts(seed=3), joint.table()
+    (found,), table = joint.counts(seed=3), joint.table()
     pd.testing.assert_frame_equal(table, replacements(cc, acts, life, min_overlap=0.2))
     assert found["n"] == len(table) > 0
     every = replacements(cc, acts, life, min_overlap=0.2, max_gap=S)

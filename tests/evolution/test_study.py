@@ -31,6 +31,7 @@ from crosslens.evolution.geometry import (
 from crosslens.evolution.history import evolve
 from crosslens.evolution.ngrams import count_ngrams
 from crosslens.evolution.phases import find_phases, measure_dynamics
+from crosslens.evolution.presence import measure_decodability
 from crosslens.evolution.probes import probe, probe_errors, probe_parts, probe_presence
 from crosslens.evolution.selection import doubtful_snapshots, propose_snapshots, snapshot_similarity
 from crosslens.evolution.splitting import JointActivity, replacements, split_counts, splits
@@ -82,7 +83,8 @@ def test_the_tables_are_those_of_the_analyses_alone(
     doubtful = doubtful_snapshots(acts, encoder_share(crosscoder, acts))
     dimensionality = total_dimensionality(crosscoder, acts, presence=0.4, seed=5)
     joint = JointActivity(crosscoder, acts, lifecycles)
-    counts = [*split_counts(crosscoder, alive, presence=0.4, seed=5)[1], joint.counts(5)]
+    lexical = measure_decodability(crosscoder, acts).lexical
+    counts = [*split_counts(crosscoder, alive, presence=0.4, lexical=lexical, seed=5)[1], *joint.counts(lexical, 5)]
     expected = {
         "evolution": evolution.table,
         "lifecycles": pd.concat([evolution.lifecycles(m).assign(measure=m) for m in ("r2", "within", "norm")]),

@@ -98,12 +98,21 @@ def splits_and_replacements(
     add_bars(figure, axis, counts, "pairs")
     data = counts.rename_axis("snapshot").reset_index()
     data.insert(1, "label", list(axis.labels.values()))
+    of_all = found[found["features"] == "all"] if "features" in found else found
     words = [
         f"{row['n']:,} {row['kind']}{'s' * (row['n'] != 1)} (by chance {row['by_chance']:.1f}, in 95% of draws at most "
         f"{row['most_by_chance']:.0f})"
-        for row in found.to_dict("records")
+        for row in of_all.to_dict("records")
     ]
-    return Chart(figure, data, f"{'; '.join(words)}.")
+    note = f"{'; '.join(words)}."
+    if "features" in found:
+        surely = found[(found["features"] != "all") & (found["n"] > found["most_by_chance"])]
+        parts = [
+            f"{row['features']} {row['kind']}s {row['n']:,} ({row['by_chance']:.1f})"
+            for row in surely.to_dict("records")
+        ]
+        note += f" By kind of features, more than chance gives: {', '.join(parts) or 'none'}."
+    return Chart(figure, data, note)
 
 
 @figure(
