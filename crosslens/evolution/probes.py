@@ -26,7 +26,8 @@ most .005 at up to twice the time; `newton-cholesky` had the same error and was 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.distributed.together import each
+from crosslens.distributed.together import each, rank_and_size
 from crosslens.errors import UserError
 from crosslens.evolution.births import NAMES
 from crosslens.evolution.columns import snapshot_columns
@@ -369,8 +370,7 @@ def _samples(
     in_sequences = matched or not acts.is_cached
     stream = _with_tokens(acts, size, max_tokens) if in_sequences else ((x, None) for x in acts.batches(size, epochs=1))
     seen = 0
-    for x, tokens in stream:
-        active = (crosscoder.encode(x.to(crosscoder.W_dec.device))[:, features.to(crosscoder.W_dec.device)] != 0).cpu()
+    for x, tokens, active in _with_activity(crosscoder, stream, features):
         both = _same_tokens(active, tokens) if matched and tokens is not None else torch.stack([~active, active])
         wanted = both & (have[:, None] + both.cumsum(1) <= per_class)
         have += both.sum(1)
@@ -384,6 +384,21 @@ def _samples(
         if seen >= max_tokens or (have >= per_class).all():
             break
     return torch.cat(kept), torch.cat(labels), torch.cat(ids) if matched else None
+
+
+def _with_activity(
+    crosscoder: Crosscoder, stream: Iterable[tuple[Tensor, Tensor | None]], features: Int[Tensor, " n"]
+) -> Iterator[tuple[Float[Tensor, "B S D"], Int[Tensor, " B"] | None, Bool[Tensor, "B n"]]]:
+    """Add which features are active; where several processes work together, each encodes one of as many batches."""
+    device = crosscoder.W_dec.device
+
+    def active(x: Tensor) -> Tensor:
+        return (crosscoder.encode(x.to(device))[:, features.to(device)] != 0).cpu()
+
+    batches = iter(stream)
+    while some := list(islice(batches, rank_and_size()[1])):
+        found = each(active, [x for x, _ in some])
+        yield from ((x, tokens, one) for (x, tokens), one in zip(some, found, strict=True))
 
 
 def _with_tokens(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
+from crosslens.distributed.together import rank_and_size
 from crosslens.evolution.held_out import batch_tokens
 from crosslens.features.activations import ActivationSample
 from crosslens.features.passages import PassageSampler
@@ -73,6 +74,8 @@ def collect_examples(
 ) -> tuple[Examples, Float[Tensor, "n S"], Float[Tensor, " n"]]:
     """Collect examples of features.
 
+    Where several processes work together, all read the activations, and the first one alone collects.
+
     Args:
         crosscoder: any.
         acts: activations of its snapshots; the held-out ones are used.
@@ -99,7 +102,7 @@ def collect_examples(
     size = max(1, batch_tokens(crosscoder.cfg.d_sae) // T)
     for begin in tqdm(range(first, len(acts.tokens), acts.block_sequences), desc="Examples", unit="block", leave=False):
         block = acts.block(begin, min(begin + acts.block_sequences, len(acts.tokens)))
-        for start in range(0, len(block), size):
+        for start in range(0, 0 if rank_and_size()[0] else len(block), size):
             x = block[start : start + size].to(device)
             at = begin - first + start
             keep = acts.keep(tokens[at : at + len(x)])

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
-from crosslens.distributed.together import each
+from crosslens.distributed.together import each, rank_and_size
 from crosslens.errors import UserError
 from crosslens.evolution.columns import snapshot_columns
 from crosslens.evolution.held_out import check_activations
@@ -155,6 +155,8 @@ def feature_tables(
 ) -> dict[str, pd.DataFrame]:
     """Tabulate examples, passages, activations, logit lens and nearest features of all features.
 
+    Where several processes work together, the first one has all tables, and the others "lens" alone.
+
     Args:
         crosscoder: any.
         acts: activations of the snapshots it was trained on; the held-out tokens are used.
@@ -193,12 +195,15 @@ def feature_tables(
     # as many again, in place of those that are dropped
     sampler = PassageSampler(len(index), 2 * n_passages + n_examples if n_passages else 0, seed)
     examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, max(window, context), sampler, sample)
+    lens = {"lens": _lens_table(acts, *logit_lens(crosscoder, acts, index, n_logits))}
+    if rank_and_size()[0]:
+        return lens
     used, texts = examples.sequences.where(examples.values > 0, -1), partial(_categories, acts.snapshots.tokenizer)
     return {
         **_example_tables(crosscoder, acts, examples, window),
         **_sample_tables(crosscoder, acts, sample),
         **passage_tables(sampler, acts.held_out_tokens(), texts, used, examples.positions, n_passages),
-        "lens": _lens_table(acts, *logit_lens(crosscoder, acts, index, n_logits)),
+        **lens,
         "nearest": _nearest_table(*nearest_features(crosscoder, n_nearest)),
     }
 
