@@ -67,6 +67,7 @@ from crosslens.activations.plan import (
     Plan,
     buffered_sequences,
     cache_bytes,
+    clock,
     distinct_sequences,
     evaluation_bytes,
     join_plans,
@@ -74,7 +75,7 @@ from crosslens.activations.plan import (
     model_bytes,
     order_bytes,
     pass_bytes,
-    peak_memory,
+    resident_memory,
     training_bytes,
 )
 from crosslens.activations.rows import CachedRows, HeldRows, Rows
@@ -682,7 +683,7 @@ class DatasetActivations(Activations):
             deepest = max(self.hook_names, key=hook_layer)
             plans = [self._live(name).plan(measure and name == deepest, **options) for name in self.hook_names]
             return join_plans(self.hook_names, plans, self.hook_names.index(deepest))
-        process = peak_memory()
+        seconds, process = time.process_time(), resident_memory()
         S, D, T = self.n_snapshots, self.d_model, self.tokens.shape[1]
         downloads = sum(not snapshot.is_on_disk() for snapshot in self.snapshots)
         config, ours = self.snapshots[0].config(), self.settings
@@ -698,15 +699,16 @@ class DatasetActivations(Activations):
         own = batch_size // data_parallel
         filled_once = processes == 1 and self.mixing_tokens < self.n_tokens
         first = min(SCALE_TOKENS, self.n_tokens) * S * D * 4 if filled_once else 0
-        bounded = (self._held_out_bytes(), HELD_OUT_BYTES), (first, FIRST_BYTES)
-        kept = sum(taken for taken, most in bounded if taken <= most)
+        kept_out = self._held_out_bytes() if self._held_out_bytes() <= HELD_OUT_BYTES else 0
+        kept = kept_out + (first if first <= FIRST_BYTES else 0)
         loaded = one_model * (S if fit else 1)
-        matrix, evaluation = 0, 0
+        matrix, models, evaluation, whole_share = 0, 0, 0, math.nan
         if architecture is not None:
             share = data_parallel / processes
             matrix = int(4 * S * D * architecture.d_sae * share)
             whole_config = self.snapshots[0].config()  # the other one was cut
             whole = model_bytes(whole_config, whole_config.num_hidden_layers, ours.dtype, trusted)
+            whole_share = _share(config, whole, one_model, getattr(torch, ours.dtype).itemsize)
             # every process runs the models of some snapshots
             models = whole * (-(-S // processes) if whole * S <= allowed else 1)
             weights = matrix * (2 if processes == 1 else 8)  # of two matrices: values, gradients and two moments
@@ -717,6 +719,7 @@ class DatasetActivations(Activations):
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),
+            n_held_out=int(self.keep(self.held_out_tokens()).sum()),
             n_snapshots=S,
             d_model=D,
             forwards=self.tokens.numel() * S,
@@ -730,6 +733,7 @@ class DatasetActivations(Activations):
             order_bytes=order_bytes(self.n_tokens, S, size * T),
             mixing_tokens=self.mixing_tokens,
             mixing_bytes=self.mixing_tokens * S * D * 4 + chunk + kept,
+            held_out_bytes=kept_out,
             # one shard is written while the next is harvested
             harvest_bytes=min(size, max(n, held)) * T * (8 * D + row_bytes(D, dtype)),
             n_files=1 + files,
@@ -742,6 +746,7 @@ class DatasetActivations(Activations):
             free_bytes=free_bytes(folder),
             n_downloads=downloads,
             seconds=self._seconds_per_token() * self.tokens.numel() * S if measure else math.nan,
+            process_seconds=seconds,
             process_bytes=process,
             training_bytes=0
             if architecture is None
@@ -749,6 +754,8 @@ class DatasetActivations(Activations):
                 architecture, S, D, batch_size // data_parallel, processes // data_parallel, adam_moments
             ),
             matrix_bytes=matrix,
+            whole_share=whole_share,
+            whole_bytes=models,
             evaluation_bytes=evaluation,
             processes=processes,
             device=torch.device(self.settings.device).type,
@@ -767,10 +774,18 @@ class DatasetActivations(Activations):
         for _ in range(3):
             # a new array each time, as in training, where its pages are not in memory yet either
             out = torch.empty(*probe.shape, self.d_model)
-            began = time.perf_counter()
+            began = clock(ours.device)
             run_to_hooks(model, probe, {self.hook_name: out}, ours)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock(ours.device) - began)
         return sorted(seconds)[1] / probe.numel()
+
+
+def _share(config: Any, whole: int, cut: int, itemsize: int) -> float:
+    """Weights that a whole model multiplies a token with over those of one that is cut, from their bytes; NaN if the
+    cut one has no block."""
+    unembedding = itemsize * config.vocab_size * config.hidden_size
+    embeddings = unembedding * (1 if config.tie_word_embeddings else 2)  # cut models have both, too
+    return (whole - embeddings + unembedding) / (cut - embeddings) if cut > embeddings else math.nan
 
 
 def _place(source: str | Path) -> str:

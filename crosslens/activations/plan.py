@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -198,12 +199,55 @@ def buffered_sequences(counts: NDArray[np.int64], capacity: int, n_tokens: int) 
     return min(expected, distinct_sequences(counts, n_tokens))
 
 
+def clock(device: str) -> float:
+    """Now, in seconds, for durations: CPU seconds where one thread of a CPU computes, which other programs do not
+    stretch."""
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def product_rate(device: str) -> float:
+    """Operations per second of a product of two matrices of 1,024 rows, in float32: the best of three."""
+    x, seconds = torch.randn(1024, 1024, device=device), list[float]()
+    for _ in range(4):
+        began = clock(device)
+        float((x @ x)[0, 0])  # waits for a GPU
+        seconds.append(clock(device) - began)
+    return 2 * 1024**3 / min(seconds[1:])
+
+
+NANOSECOND = 100
+"""Operations of a product while one thread of a CPU passes over memory for a nanosecond, as measured on an AMD EPYC."""
+
+
+def encoding_operations(d_sae: int, wide: int) -> float:
+    """Operations for encoding a token of width S D = `wide`: a product, and the gate's passes over its result."""
+    return d_sae * (2 * wide + 25 * NANOSECOND)
+
+
+def evaluation_operations(n_held_out: int, d_sae: int, n_snapshots: int, d_model: int, n_vocabulary: int) -> float:
+    """Operations for evaluating a crosscoder after training, besides passes of models: held-out tokens are encoded and
+    decoded, and predictions compared."""
+    wide = n_snapshots * d_model
+    reconstruct = n_held_out * (encoding_operations(d_sae, wide) + 2 * d_sae * wide)
+    return reconstruct + 12 * NANOSECOND * n_snapshots * EVALUATED_TOKENS * n_vocabulary
+
+
+def resident_memory() -> int:
+    """Memory of this process now, in bytes; where that is not reported its peak."""
+    return _status("VmRSS") or peak_memory()
+
+
+def _status(name: str) -> int:
+    """Bytes by their name in Linux's status of this process; 0 if there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
+
+
 def peak_memory() -> int:
     """Peak memory of this process so far, or since `reset_peak_memory`, in bytes; 0 if it is not reported."""
-    status = Path("/proc/self/status")
-    if status.exists():  # `ru_maxrss` is inherited from the parent process
-        lines = status.read_text().splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+    if found := _status("VmHWM"):  # `ru_maxrss` is inherited from the parent process
+        return found
     try:
         import resource
     except ImportError:
@@ -238,6 +282,7 @@ class Plan:
         mixing_tokens: tokens in the buffer that live batches are drawn from.
         mixing_bytes: this buffer in float32, a chunk of sequences on its way into it, and held-out activations and
             first batches that are kept.
+        held_out_bytes: of these, the held-out activations, which every analysis keeps in memory.
         harvest_bytes: host memory for filling a cache, besides model and forward pass: a shard of one snapshot.
         n_files: files of the cache.
         batch_sequences: expected number of sequences in a batch, cached and live.
@@ -246,9 +291,14 @@ class Plan:
         free_bytes: free disk space.
         n_downloads: snapshots whose weights are not on this disk yet.
         seconds: estimate for one pass of all models, from a timed forward pass of one; NaN when not measured.
-        process_bytes: memory of the process so far: libraries, and the tokens it has read.
+        process_seconds: CPU seconds of the process so far: importing libraries, and reading the tokens.
+        process_bytes: memory of the process: libraries, and the tokens it has read.
         training_bytes: further memory for training on the device, per process; 0 without an architecture.
         matrix_bytes: encoder or decoder of one process; 0 without an architecture.
+        n_held_out: tokens that are held out.
+        whole_share: time of a pass of a whole model over that of one up to the hook point, by the numbers of weights
+            that a token is multiplied with.
+        whole_bytes: the whole models that analyses keep in memory, on the device; 0 without an architecture.
         evaluation_bytes: further memory for evaluating the crosscoder after training, per process; 0 without an
             architecture. A single process has let go of gradients and Adam by then. Models up to the hook point, which
             stay if training was live, are not counted.
@@ -261,6 +311,7 @@ class Plan:
 
     n_tokens: int
     n_sequences: int
+    n_held_out: int
     n_snapshots: int
     d_model: int
     forwards: int
@@ -274,6 +325,7 @@ class Plan:
     order_bytes: int
     mixing_tokens: int
     mixing_bytes: int
+    held_out_bytes: int
     harvest_bytes: int
     n_files: int
     batch_sequences: tuple[float, float]
@@ -282,9 +334,12 @@ class Plan:
     free_bytes: int
     n_downloads: int
     seconds: float
+    process_seconds: float
     process_bytes: int
     training_bytes: int
     matrix_bytes: int
+    whole_share: float
+    whole_bytes: int
     evaluation_bytes: int
     processes: int
     device: str = "cpu"
@@ -335,6 +390,18 @@ class Plan:
         return total + (self._checkpoint if self._has_gpu else self._models + self.training_bytes)
 
     @property
+    def harvest_memory(self) -> int:
+        """Peak memory of a process that fills a cache, host and device together, in bytes."""
+        return self.process_bytes + self.model_bytes + self.pass_bytes + self.harvest_bytes
+
+    @property
+    def train_memory(self) -> int:
+        """Peak memory of each process that trains and then evaluates, host and device together, in bytes."""
+        evaluation = self.process_bytes + self.held_out_bytes + self.evaluation_bytes
+        # models up to the hook point stay beside whole ones
+        return max(self.host_memory + self.device_memory, evaluation + (self.loaded_bytes if self._live else 0))
+
+    @property
     def device_memory(self) -> int:
         """Peak GPU memory of each process while it trains, in bytes; 0 on CPUs."""
         return self._models + self.training_bytes + 2 * self.batch_bytes if self._has_gpu else 0
@@ -351,7 +418,7 @@ class Plan:
     @property
     def _activations(self) -> int:
         """Host memory for activations while training."""
-        return self._live_host if self._live else self.cached_bytes
+        return self._live_host if self._live else self.cached_bytes + self.held_out_bytes
 
     @property
     def _models(self) -> int:
@@ -402,7 +469,7 @@ class Plan:
             f"recommended {way}: {reason}",
         ]
         if self.training_bytes:
-            total = self.evaluation_bytes + self.process_bytes
+            total = self.evaluation_bytes + self.process_bytes + self.held_out_bytes
             if self._live:
                 total += self.loaded_bytes  # models up to the hook point stay beside whole ones
             memory = "memory of host and GPU" if self._has_gpu else "memory"

@@ -131,19 +131,15 @@ def plan(
 
     found, out = plan(source, crosscoder, training, models=models, cache=cache, options=options), Output(json)
     out.say(str(found.plan))
-    evolving: dict[str, float] | None = None
     null: dict[str, float] | None = None
+    for verb, forecast in found.forecasts.items():
+        time = "time not measured" if math.isnan(forecast.seconds) else f"about {forecast.seconds / 60:.1f} min"
+        out.say(f"{verb}: {time} in one process here, {forecast.memory / 2**30:.2f} GiB of memory")
     if (steps := found.steps) is not None:
         out.say(
-            f"train: {steps.n:,} steps of {steps.tokens:,} tokens, about {steps.seconds / 60:.1f} min in one process "
-            "here, as some steps took that were timed; as much for every further seed"
-        )
-    if found.evolve is not None:
-        held, seconds = found.evolve
-        evolving = {"bytes": held, "cpu_seconds": seconds}
-        out.say(
-            f"evolve: {held / 2**30:.2f} GiB of memory and {seconds / 60:.1f} min of one CPU core to read presence; "
-            "it also runs whole models"
+            f"train: {steps.n:,} steps of {steps.tokens:,} tokens take {steps.low / 60:.1f} min if no feature dies and "
+            f"{steps.high / 60:.1f} if a third do, since their auxiliary loss takes time; the forecast is half-way, as "
+            "how many will die is not known; as much for every further seed"
         )
         passes = max(found.plan.passes, 1)
         null = {
@@ -161,8 +157,8 @@ def plan(
         out.say(line)
     out.end(
         plan=found.plan,
+        forecasts={verb: forecast._asdict() for verb, forecast in found.forecasts.items()},
         steps=None if steps is None else steps._asdict(),
-        evolve=evolving,
         null=null,
         warnings=found.untrained,
     )

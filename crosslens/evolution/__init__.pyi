@@ -13,6 +13,7 @@ from .dynamics import dynamics_table as dynamics_table
 from .dynamics import measure_predictions as measure_predictions
 from .firing import Firing as Firing
 from .firing import measure_firing as measure_firing
+from .forecast import plan_evolution as plan_evolution
 from .geometry import HalfCosines as HalfCosines
 from .geometry import cosines_of_pairs as cosines_of_pairs
 from .geometry import decoder_cosines as decoder_cosines

@@ -38,7 +38,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from crosslens.activations.loader import Activations
-from crosslens.activations.plan import logit_sequences
+from crosslens.activations.plan import NANOSECOND, logit_bytes, logit_sequences
 from crosslens.crosscoders import Crosscoder
 from crosslens.distributed.together import each
 from crosslens.errors import UserError
@@ -202,6 +202,37 @@ def _without_bias(values: Float[np.ndarray, " draws"]) -> Float[np.ndarray, " dr
     return np.concatenate([values[:1] - bias, values[1:] - 2 * bias])
 
 
+def plan_predictions(
+    counts: NgramCounts, tokens: Int[Tensor, "N T"], tokenizer: Any, n_bootstrap: int = 1000
+) -> tuple[int, float]:
+    """Count what `measure_predictions` needs besides the models and their passes.
+
+    Args:
+        counts: as there.
+        tokens: as there.
+        tokenizer: of the models.
+        n_bootstrap: as there.
+
+    Returns:
+        Bytes of memory; and operations of a snapshot, as in `forecast`.
+    """
+    V, (N, T) = len(counts.unigrams), tokens.shape
+    known = is_predicted(tokens, tokenizer) & (counts.contexts[tokens[:, :-1].long()] > 0)
+    contexts = tokens[:, :-1][known].unique().long()
+    pairs = int(counts.starts.diff()[contexts].sum())
+    size = V + pairs + len(contexts)
+    groups = _n_groups(N, size)
+    # sums and draws in float64, five arrays of as many pairs as are summed at a time
+    held = 8 * groups * size + 5 * 8 * _PAIRS + logit_bytes(V, T)
+    # a product in float64, at half the speed, and logarithms; softmax and sums of the predictions
+    return held, n_bootstrap * size * (4 * groups + 14 * NANOSECOND) + 12 * NANOSECOND * V * tokens.numel()
+
+
+def _n_groups(n_sequences: int, size: int) -> int:
+    """Groups of sequences whose sums, of `size` numbers each, fit into memory."""
+    return max(1, min(n_sequences, max(2, _SUMS // size)))
+
+
 class _Averages:
     """Sums of the predictions of one snapshot over the contexts of every group of sequences.
 
@@ -226,17 +257,17 @@ class _Averages:
         self.p2 = csr_matrix((p2.numpy(), np.arange(len(kept)), self.starts.numpy()), shape)
         self.place = torch.full((V,), -1).index_copy(0, contexts, torch.arange(len(contexts)))
         size = V + len(self.owner) + len(contexts)
-        self.n_groups = max(1, min(n_sequences, max(2, _SUMS // size)))
+        self.n_groups = G = _n_groups(n_sequences, size)
         self.device = device
-        self.clear()
+        self.sums = torch.zeros(G, V, dtype=torch.float64)
+        self.pairs = torch.zeros(G * len(self.owner), dtype=torch.float64)
+        self.seen = torch.zeros(G * len(contexts), dtype=torch.float64)
+        self.loss, self.n = torch.zeros(G, dtype=torch.float64), torch.zeros(G, dtype=torch.float64)
 
     def clear(self) -> None:
-        """Start with another snapshot."""
-        G, V, n, X = self.n_groups, len(self.p1), len(self.owner), len(self.h2)
-        self.sums = torch.zeros(G, V, dtype=torch.float64)
-        self.pairs = torch.zeros(G * n, dtype=torch.float64)
-        self.seen = torch.zeros(G * X, dtype=torch.float64)
-        self.loss, self.n = torch.zeros(G, dtype=torch.float64), torch.zeros(G, dtype=torch.float64)
+        """Start with another snapshot, in the same memory."""
+        for values in (self.sums, self.pairs, self.seen, self.loss, self.n):
+            values.zero_()
 
     def add(
         self,

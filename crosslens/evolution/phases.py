@@ -41,6 +41,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder
@@ -211,9 +213,7 @@ def measure_dynamics(
     if evolution.pass_ is None:
         raise UserError("this evolution was read without activations: give evolve(crosscoder, acts)")
     counts = count_ngrams(acts.train_tokens(), acts.snapshots.tokenizer) if counts is None else counts
-    # averages over contexts need many; the crosscoder's training does not touch the models' predictions
-    T = acts.tokens.shape[1]
-    tokens = acts.tokens[-max(len(acts.held_out_tokens()), -(-_PREDICTED // T)) :]
+    tokens = predicted_tokens(acts)
     measured = measure_predictions(snapshots or acts.snapshots, counts, tokens, seed=seed, settings=acts.settings)
     similarity, doubtful = evolution.pass_.similarity, evolution.pass_.doubtful
     return {
@@ -222,6 +222,14 @@ def measure_dynamics(
         "similarity": similarity,
         "selection": propose_snapshots(similarity, n_proposed, accuracy, steps=acts.snapshots.steps, doubtful=doubtful),
     }
+
+
+def predicted_tokens(acts: Activations) -> Int[Tensor, "N T"]:
+    """The sequences whose predictions `measure_dynamics` measures.
+
+    Averages over contexts need many; the crosscoder's training does not touch the models' predictions.
+    """
+    return acts.tokens[-max(len(acts.held_out_tokens()), -(-_PREDICTED // acts.tokens.shape[1])) :]
 
 
 @dataclass(frozen=True)

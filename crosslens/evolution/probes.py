@@ -51,6 +51,7 @@ from crosslens.evolution.lifecycles import relative_norms
 from crosslens.stats import correlation, interval, ranks_in_draws, resample
 
 NEGATIVES = ("any", "same_token")
+N_SAMPLES, MAX_TOKENS = 2000, 50_000
 _MARGIN = 1.5  # a feature is probed if its expected number of samples exceeds the minimum by this factor
 
 
@@ -92,10 +93,10 @@ def probe_errors(
     *,
     firing: Firing | None = None,
     n_features: int = 50,
-    n_samples: int = 2000,
+    n_samples: int = N_SAMPLES,
     seed: int = 0,
     min_samples: int = 400,
-    max_tokens: int = 50_000,
+    max_tokens: int = MAX_TOKENS,
     negatives: str = "any",
 ) -> pd.DataFrame:
     """Measure the held-out error of a linear probe for some live features at every snapshot.

@@ -1,7 +1,8 @@
-"""`plan`: disk, memory and time of a harvest and of training, before any of it."""
+"""`plan`: disk, memory and time of a harvest, of training and of `evolve`, before any of it."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,17 +24,31 @@ from crosslens.pipeline.training import (
 )
 
 if TYPE_CHECKING:
+    from crosslens.activations import Activations
     from crosslens.activations.plan import Plan
+    from crosslens.crosscoders import CrosscoderTrainingConfig
+    from crosslens.training import TrainConfig
+
+
+class Forecast(NamedTuple):
+    """What a command takes in one process on this machine."""
+
+    seconds: float
+    """NaN where no weights are on this disk, so that no forward pass can be timed."""
+    memory: int
+    """Bytes at the peak, host and device together."""
 
 
 class Steps(NamedTuple):
-    """The steps of a training."""
+    """The steps of a training, and the seconds that all of them take by some that were timed."""
 
     n: int
     tokens: int
     """Of a step."""
-    seconds: float
-    """Of all steps in one process on this machine, by some that were timed; data, logs and checkpoints come to it."""
+    low: float
+    """If no feature dies."""
+    high: float
+    """If a third of the features are dead as soon as features can be: the auxiliary loss takes time."""
 
 
 class Planned(NamedTuple):
@@ -41,8 +56,8 @@ class Planned(NamedTuple):
 
     plan: Plan
     """Of the harvest and the training."""
-    evolve: tuple[int, float] | None
-    """Bytes of memory and seconds of one CPU core to read presence; None without a crosscoder."""
+    forecasts: dict[str, Forecast]
+    """By command: harvest; with a crosscoder also train, from a cache or live as the plan recommends, and evolve."""
     steps: Steps | None
     """None without a crosscoder."""
     untrained: list[str]
@@ -79,9 +94,10 @@ def plan(
     if trained:
         check_training(None, source, crosscoder, training, models, processes)
     load = find_activations(source, models)
-    from crosslens.evolution import plan_decodability, untrained_steps
-    from crosslens.training.timing import seconds_per_step
+    from crosslens.activations.plan import EVALUATED_TOKENS, READ_BYTES_PER_SECOND, evaluation_operations, product_rate
+    from crosslens.evolution import plan_evolution, untrained_steps
 
+    imported = time.process_time()
     acts = load()
     architecture, config = None, make_config(training, acts.settings.device)
     if trained:
@@ -96,10 +112,32 @@ def plan(
         processes=processes,
         data_parallel=training.data_parallel,
     )
-    evolving, steps = None, None
+    steps = None
+    written = planned.cache_bytes / READ_BYTES_PER_SECOND
+    harvest = Forecast(planned.process_seconds + planned.seconds + written, planned.harvest_memory)
+    forecasts = {"harvest": harvest}
     if architecture is not None:
-        S, D = acts.n_snapshots, acts[source.hook[0]].d_model
-        evolving = plan_decodability(architecture.d_sae, S, D, acts.dataset.n_held_out)
-        n = (config.training_tokens or acts.n_tokens) // config.batch_size
-        steps = Steps(n, config.batch_size, n * seconds_per_step(architecture, S, D, config))
-    return Planned(planned, evolving, steps, untrained_steps(acts.snapshots.labels, acts.snapshots.steps))
+        acts = acts[source.hook[0]]
+        steps, rate = _time_steps(acts, architecture, config), product_rate(config.device)
+        token = planned.seconds / planned.forwards  # up to the hook point
+        whole = token * planned.whole_share
+        V = len(acts.snapshots.tokenizer)
+        evaluation = evaluation_operations(planned.n_held_out, architecture.d_sae, acts.n_snapshots, acts.d_model, V)
+        # activations are harvested again, and whole models run clean, spliced and zeroed
+        passes = acts.n_snapshots * EVALUATED_TOKENS * (token + 3 * whole)
+        # how many features will die is not known: half-way between none and many, a step is off by a fifth at most
+        took = imported + (steps.low + steps.high) / 2 + evaluation / rate + passes
+        forecasts["train"] = Forecast(took, planned.train_memory)
+        memory, operations, tokens = plan_evolution(acts, architecture, planned)
+        seconds = imported + sum(operations.values()) / rate + tokens * whole
+        forecasts["evolve"] = Forecast(seconds, memory)
+    return Planned(planned, forecasts, steps, untrained_steps(acts.snapshots.labels, acts.snapshots.steps))
+
+
+def _time_steps(acts: Activations, architecture: CrosscoderTrainingConfig, config: TrainConfig) -> Steps:
+    from crosslens.training.timing import seconds_per_step
+
+    n = (config.training_tokens or acts.n_tokens) // config.batch_size
+    before = min(n, config.dead_tokens // config.batch_size)  # steps in which no feature can be dead
+    alive, dead = seconds_per_step(architecture, acts.n_snapshots, acts.d_model, config)
+    return Steps(n, config.batch_size, n * alive, before * alive + (n - before) * dead)

@@ -371,6 +371,7 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
     assert plan.model_bytes == pytest.approx(4 * size, rel=0.01) and plan.models_fit
     token, n, held = 3 * 16 * 4, acts.n_tokens, int(acts.keep(acts.held_out_tokens()).sum())
     assert plan.batch_bytes == n * token and plan.mixing_bytes == (n + 13 * T + held) * token
+    assert plan.held_out_bytes == held * token and plan.n_held_out == held
     assert plan.order_bytes == int(n * (5 + 3 * 5 / 32))
     assert plan.cached_bytes == 3 * plan.batch_bytes + plan.order_bytes
     assert plan.live_bytes == 3 * plan.model_bytes + plan.pass_bytes + plan.mixing_bytes + 3 * plan.batch_bytes
@@ -409,6 +410,18 @@ def test_plan(snapshots: Snapshots, tiny_text: list[str], monkeypatch: pytest.Mo
         assert (evaluated_alone, evaluated_by_four) == (3, 1)
     for positions, chunk in ((16, 4096), (5000, 5000)):  # features and two in float64, of the tokens encoded at a time
         assert evaluation_bytes(100, 10, positions, 0) == 8192 * 4 * 10 + chunk * (8 * 100 + 24 * 10)
+    kept = alone.process_bytes + alone.held_out_bytes
+    assert alone.train_memory == max(alone.host_memory, kept + alone.evaluation_bytes + alone.loaded_bytes)
+    stored = dataclasses.replace(alone, cached=True)
+    assert stored.host_memory == kept + alone.cached_bytes + alone.training_bytes
+    assert stored.harvest_memory == sum((alone.process_bytes, plan.model_bytes, plan.pass_bytes, plan.harvest_bytes))
+    # weights that a token is multiplied with: not those of the embedding, and not those of the unembedding where cut
+    blocks, of_cut = (
+        sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        for model in (snapshots[0].load().original_model, cut)
+    )
+    unembedding = snapshots[0].config().vocab_size * 16
+    assert alone.whole_share == pytest.approx((blocks + unembedding) / of_cut, rel=0.02)
     light = acts.plan(measure=False, architecture=architecture, adam_moments="bfloat16")
     assert alone.training_bytes - light.training_bytes == 2 * 2 * 2 * 48 * 4096  # 2 bytes, 2 moments, 2 matrices
     measured = acts.plan()
@@ -444,7 +457,8 @@ def test_the_plan_for_a_gpu_tells_its_memory_from_the_hosts(snapshots: Snapshots
     batches = 2 * plan.batch_bytes  # in use, and on its way
     assert plan.device_memory == plan.training_bytes + models + batches > 0
     checkpoint = 3 * 4 * 3 * 16 * 4096 // 2
-    host = plan.cached_bytes if passes == 3 else plan.mixing_bytes + 3 * plan.batch_bytes
+    cached = plan.cached_bytes + plan.held_out_bytes
+    host = cached if passes == 3 else plan.mixing_bytes + 3 * plan.batch_bytes
     assert plan.host_memory == plan.process_bytes + host + checkpoint
     apart = plan.device_memory + plan.host_memory - plan.process_bytes - checkpoint - batches
     assert apart == on_cpu.host_memory - on_cpu.process_bytes

@@ -535,8 +535,11 @@ def test_lists_and_plans(command: Command, tiny_snapshots: Path, files: Path, mo
         *("--context-size", 16, "--d-sae", 4096, "--architecture", "standard", "--processes", 2),
     )
     assert code == 0 and "MiB of memory in each of 2 processes" in out
-    assert "evolve: 0." in out and "min of one CPU core to read presence" in out
-    assert re.search(r"^train: [\d,]+ steps of 4,096 tokens, about [\d,.]+ min in one process here", out, re.M)
+    for verb in ("harvest", "train", "evolve"):
+        assert re.search(rf"^{verb}: about [\d,.]+ min in one process here, [\d.]+ GiB of memory$", out, re.M)
+    assert re.search(
+        r"^train: [\d,]+ steps of 4,096 tokens take [\d,.]+ min if no feature dies and [\d,.]+ if", out, re.M
+    )
     (forwards,) = re.findall(r"forwards +([\d,]+) tokens for one pass", out)
     assert f"evolve --untrained or --null: another training each, live and with nothing on disk: {forwards} tok" in out
     assert "step0: untrained (step 0)\nto leave these out: --steps 10,20" in out
