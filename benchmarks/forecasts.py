@@ -38,24 +38,29 @@ def call(*arguments: str | Path) -> tuple[str, float, int]:
     return out, used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compare(path: Path) -> list[dict[str, Any]]:
-    """A row per command."""
+def compare(path: Path) -> tuple[str, list[Any]]:
+    """The sizes of the run in words, and a row per command."""
     contents = dict(parse_toml(path))
     train = contents.get("train", contents)
     run_dir = train.get("run_dir", contents.get("run_dir"))
     planned = json.loads(call("plan", "--config", path, "--json")[0])
     commands = {"evolve": ("evolve", run_dir)}
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     for verb in VERBS:
         _, seconds, memory = call(*commands.get(verb, (verb, "--config", path)))
         forecast = planned["forecasts"][verb]
         rows.append({"verb": verb, "time": (forecast["seconds"], seconds), "memory": (forecast["memory"], memory)})
     files = (file for file in Path(train["cache"]).rglob("*") if file.is_file())
     rows[0]["disk"] = planned["plan"]["cache_bytes"], sum(file.stat().st_size for file in files)
-    return rows
+    plan, steps = planned["plan"], planned["steps"]
+    sizes = (
+        f"S = {plan['n_snapshots']}, D = {plan['d_model']}, F = {train['d_sae']:,}, k = {train.get('k', '-')}; "
+        f"{plan['n_tokens']:,} tokens and {plan['n_held_out']:,} held out; {steps['n']:,} steps of {steps['tokens']:,}."
+    )
+    return sizes, rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Any]) -> str:
     """Forecast, measured, and the ratio of the two."""
 
     def pair(key: str, unit: float, form: str) -> Any:
@@ -83,7 +88,8 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="options of a run, a .toml")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-forecasts-…")
     arguments = parser.parse_args()
-    body = table(compare(arguments.config))
+    sizes, rows = compare(arguments.config)
+    body = f"{sizes}\n\n{table(rows)}"
     print(body)
     if arguments.report:
         packages = ("crosslens", "torch", "transformer-lens", "scipy", "scikit-learn")

@@ -55,6 +55,7 @@ PACKAGES = ("crosslens", "torch", "transformer-lens", "transformers", "sae-lens"
 # the forecast in numbers; `crosslens plan` prints the same plan in words
 FORECAST = """
 import json, sys
+from dataclasses import replace
 from crosslens.activations import Activations, Dataset
 from crosslens.crosscoders import BatchTopKCrosscoderTrainingConfig
 from crosslens.snapshots import ModelSettings, Snapshots
@@ -70,9 +71,9 @@ train = acts[given["hooks"][0]].plan(False, architecture=architecture, **options
 both = acts[given["hooks"][0]].plan(False, architecture=architecture, processes=2, **options)
 print(json.dumps({
     "cache": plan.cache_bytes, "files": plan.n_files, "seconds": plan.seconds, "model": plan.model_bytes,
-    "harvest": plan.process_bytes + plan.model_bytes + plan.pass_bytes + plan.harvest_bytes,
-    "train": train.process_bytes + max(train.cached_bytes + train.training_bytes, train.evaluation_bytes),
-    "train2": both.process_bytes + max(both.cached_bytes + both.training_bytes, both.evaluation_bytes),
+    "harvest": plan.harvest_memory,
+    "train": replace(train, cached=True).train_memory,
+    "train2": replace(both, cached=True).train_memory,
 }))
 """
 

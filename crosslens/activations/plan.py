@@ -31,6 +31,8 @@ from crosslens.snapshots.snapshot import cut_config
 
 READ_BYTES_PER_SECOND = 200e6
 """A slow disk, for the estimate of a pass over the cache."""
+STORING_SECONDS, READING_SECONDS = 25e-9, 8e-9
+"""Of one number of a cache, on one core: rounded, checked and written; read, checked and widened."""
 _BATCHES = 3
 
 
@@ -58,7 +60,7 @@ def model_bytes(config: Any, n_blocks: int, dtype: str = "float32", trust_remote
     )
 
 
-_WORKSPACE = 48 << 20
+WORKSPACE = 48 << 20  # what the sums themselves need, and what the allocator keeps for blocks of other sizes
 # copies of one weight matrix on the host while a checkpoint is written from a GPU: the matrix, and two of it as the
 # bytes of a file (measured on a CPU, where they take the place of the gradients)
 _CHECKPOINT_COPIES = 3
@@ -89,7 +91,7 @@ def training_bytes(
     held = (3 if adam_moments == "bfloat16" else 4) * 2 * wide * F + 4 * 2 * F
     declared = DECLARATIONS[architecture.architecture()]
     step = batch_size * (declared.batch_tensors * F + declared.extra_columns + 6 * wide) + wide * F
-    return int(4 * (held + step)) + _WORKSPACE
+    return int(4 * (held + step)) + WORKSPACE
 
 
 # of a forward pass by a bridge: bytes of each of the B H T^2 attention scores, in float32 and in half precision (most
@@ -149,7 +151,7 @@ def evaluation_bytes(d_sae: float, wide: int, n_positions: int, running_bytes: i
     """
     # pre-activations and features; decoded, in float64 the error and its square
     reconstruct = max(_CHUNK, n_positions) * (2 * 4 * d_sae + (2 * 4 + 2 * 8) * wide)
-    return int(max(EVALUATED_TOKENS, n_positions) * 4 * wide + max(reconstruct, running_bytes))
+    return int(max(EVALUATED_TOKENS, n_positions) * 4 * wide + max(reconstruct, running_bytes)) + WORKSPACE
 
 
 def cache_bytes(n_positions: int, n_files: int, n_snapshots: int, d_model: int, dtype: str) -> int:

@@ -10,7 +10,7 @@ Symbols: n held-out tokens, S snapshots, D d_model, F features, k of them active
 from __future__ import annotations
 
 from crosslens.activations.loader import Activations
-from crosslens.activations.plan import NANOSECOND, Plan, encoding_operations
+from crosslens.activations.plan import NANOSECOND, WORKSPACE, Plan, encoding_operations
 from crosslens.config import EvolveOptions
 from crosslens.crosscoders import CrosscoderTrainingConfig
 from crosslens.evolution.dynamics import plan_predictions
@@ -59,6 +59,8 @@ def plan_evolution(
         "probes": 40 * NANOSECOND * n_probes * S * N_SAMPLES * D,
         "predictions": S * compared,
     }
-    held = max(presence - 8 * wide * F, _ENTRY_BYTES * batch_tokens(F) * F, predictions, 8 * wide * probed)
+    # few features are as rare as to need more than half as many tokens again as the mean one
+    gathered = min(probed, int(1.5 * N_SAMPLES / 2 * F / k))
+    held = max(presence - 8 * wide * F, _ENTRY_BYTES * batch_tokens(F) * F, predictions, 8 * wide * gathered)
     kept = 8 * wide * F + planned.held_out_bytes + planned.whole_bytes
-    return planned.process_bytes + kept + held, operations, S * tokens.numel()
+    return planned.process_bytes + kept + held + WORKSPACE, operations, S * tokens.numel()

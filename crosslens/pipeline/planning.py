@@ -94,7 +94,13 @@ def plan(
     if trained:
         check_training(None, source, crosscoder, training, models, processes)
     load = find_activations(source, models)
-    from crosslens.activations.plan import EVALUATED_TOKENS, READ_BYTES_PER_SECOND, evaluation_operations, product_rate
+    from crosslens.activations.plan import (
+        EVALUATED_TOKENS,
+        READING_SECONDS,
+        STORING_SECONDS,
+        evaluation_operations,
+        product_rate,
+    )
     from crosslens.evolution import plan_evolution, untrained_steps
 
     imported = time.process_time()
@@ -113,11 +119,12 @@ def plan(
         data_parallel=training.data_parallel,
     )
     steps = None
-    written = planned.cache_bytes / READ_BYTES_PER_SECOND
-    harvest = Forecast(planned.process_seconds + planned.seconds + written, planned.harvest_memory)
+    hooks = [acts[name] for name in source.hook]
+    stored = STORING_SECONDS * planned.forwards * sum(each.d_model for each in hooks)
+    harvest = Forecast(planned.process_seconds + planned.seconds + stored, planned.harvest_memory)
     forecasts = {"harvest": harvest}
     if architecture is not None:
-        acts = acts[source.hook[0]]
+        acts = hooks[0]
         steps, rate = _time_steps(acts, architecture, config), product_rate(config.device)
         token = planned.seconds / planned.forwards  # up to the hook point
         whole = token * planned.whole_share
@@ -126,7 +133,10 @@ def plan(
         # activations are harvested again, and whole models run clean, spliced and zeroed
         passes = acts.n_snapshots * EVALUATED_TOKENS * (token + 3 * whole)
         # how many features will die is not known: half-way between none and many, a step is off by a fifth at most
-        took = imported + (steps.low + steps.high) / 2 + evaluation / rate + passes
+        data = READING_SECONDS * steps.n * steps.tokens * acts.n_snapshots * acts.d_model
+        if planned.recommendation[0] == "live":
+            data = planned.passes * planned.seconds
+        took = imported + (steps.low + steps.high) / 2 + data + evaluation / rate + passes
         forecasts["train"] = Forecast(took, planned.train_memory)
         memory, operations, tokens = plan_evolution(acts, architecture, planned)
         seconds = imported + sum(operations.values()) / rate + tokens * whole
