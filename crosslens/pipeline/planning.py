@@ -132,7 +132,7 @@ def plan(
         evaluation = evaluation_operations(planned.n_held_out, architecture.d_sae, acts.n_snapshots, acts.d_model, V)
         # activations are harvested again, and whole models run clean, spliced and zeroed
         passes = acts.n_snapshots * EVALUATED_TOKENS * (token + 3 * whole)
-        # how many features will die is not known: half-way between none and many, a step is off by a fifth at most
+        # how many features will die is not known: half-way between none and many, steps are a quarter off at most
         data = READING_SECONDS * steps.n * steps.tokens * acts.n_snapshots * acts.d_model
         if planned.recommendation[0] == "live":
             data = planned.passes * planned.seconds
