@@ -129,15 +129,15 @@ def read_by_last(runs: PromptRuns, *, ridge: float = 1e-2) -> pd.DataFrame:
 
     def read_at(s: int) -> dict[str, Any]:
         acts = runs.clean_acts(s)
-        metrics = [torch.empty(len(batch)) for batch in late]
+        puts = [batch.clean.cpu().double() for batch in late]
         for half in (False, True):
             fitted = [batch.keep.cpu() & (part != half)[:, None] for batch, part in zip(late, even, strict=True)]
             x, y = (torch.cat([a[k] for a, k in zip(each, fitted, strict=True)]).double() for each in (acts, targets))
             change = _least_squares(x - x.mean(0), y - y.mean(0), ridge)
-            for batch, part, a, metric in zip(late, even, acts, metrics, strict=True):
-                put = ((a.double() - x.mean(0)) @ change + y.mean(0)).to(batch.clean)
-                put = torch.where(batch.keep[..., None], put, batch.clean)
-                metric[part == half] = batch.metric(put).cpu()[part == half]
+            for batch, part, a, put in zip(late, even, acts, puts, strict=True):
+                used = batch.keep.cpu() & (part == half)[:, None]
+                put[used] = (a[used].double() - x.mean(0)) @ change + y.mean(0)
+        metrics = [batch.metric(put.to(batch.clean)).cpu() for batch, put in zip(late, puts, strict=True)]
         metric = torch.cat(metrics)
         return {
             "snapshot": s, "label": dates["label"][s], "step": dates["step"][s], "metric": float(metric.mean()),
@@ -185,18 +185,21 @@ def _effects(
     """Drop of the metric of every prompt, for each draw of directions: by single features, then all together."""
     found: list[Tensor] = []
     for batch, pairs in zip(runs.at(snapshot), changes, strict=True):
-        clean, rows = batch.metric(batch.clean), []
-        for vectors in directions:
-            total = torch.zeros_like(batch.clean)
-            for i, vector in enumerate(vectors):
-                one = pairs.features == i
-                values = torch.zeros(batch.keep.numel(), device=total.device)
-                values[pairs.tokens[one]] = pairs.values[one]
-                moved = values.view(*batch.keep.shape, 1) * vector
-                total += moved
-                rows.append(clean - batch.metric(batch.clean + moved))
-            rows.append(clean - batch.metric(batch.clean + total))
-        found.append(torch.stack(rows).view(len(directions), -1, len(batch)).cpu())
+        (B, T), clean = batch.keep.shape, batch.metric(batch.clean)
+        # a feature that does not change on a prompt has no effect there, and takes no run
+        edits, place = (pairs.features * B + pairs.tokens // T).unique(return_inverse=True)
+        effects = clean.new_zeros(len(directions), directions.shape[1] + 1, B)
+        for vectors, effect in zip(directions, effects, strict=True):
+            changed = pairs.values[:, None] * vectors[pairs.features]
+            for first, edit in zip(range(0, len(edits), B), edits.split(B), strict=False):
+                feature, prompt = edit // B, edit % B
+                inside = (place >= first) & (place < first + B)
+                x = batch.clean[prompt]
+                x[place[inside] - first, pairs.tokens[inside] % T] += changed[inside]
+                effect[feature, prompt] = clean[prompt] - batch.metric(x, prompt)
+            together = batch.clean.flatten(0, 1).index_add(0, pairs.tokens, changed).view_as(batch.clean)
+            effect[-1] = clean - batch.metric(together)
+        found.append(effects.cpu())
     return torch.cat(found, -1).double().numpy()
 
 
