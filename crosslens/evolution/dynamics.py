@@ -304,7 +304,8 @@ class _Averages:
         X, n = len(self.h2), len(self.owner)
         smallest = torch.finfo(torch.float32).tiny  # predictions are in float32, and may be 0 there
         heard = self.p1 > 0
-        seen, pairs = self.seen.view(-1, X), self.pairs.view(-1, n)
+        # of the many pairs float32 is enough: each rounds by 1e-7 on its own, and they are averaged
+        seen, pairs, rounded = self.seen.view(-1, X), self.pairs.view(-1, n).float(), draws.float()
         kl1, kl2 = torch.empty(len(draws), dtype=torch.float64), torch.empty(len(draws), dtype=torch.float64)
         step = max(1, _PAIRS // max(n, len(self.p1)))
         for start in range(0, len(draws), step):
@@ -313,8 +314,8 @@ class _Averages:
             kl1[part] = -self.h1 - mean.clamp(min=smallest).log() @ self.p1[heard]
             often = draws[part] @ seen
             # log of a mean is log of the sum less log of how often, and p2 sums to 1 over the followers of a context
-            summed = (draws[part] @ pairs).clamp(min=smallest).log()
-            cross = torch.from_numpy(self.p2 @ summed.T.numpy()).T - often.clamp(min=1).log()
+            summed = (pairs.T @ rounded[part].T).clamp_(min=smallest).log_().double()
+            cross = torch.from_numpy(self.p2 @ summed.numpy()).T - often.clamp(min=1).log()
             kl2[part] = (often * (-self.h2 - cross)).sum(1) / often.sum(1)
         loss = (draws @ self.loss) / (draws @ self.n)
         return kl1.numpy(), kl2.numpy(), loss.numpy()
