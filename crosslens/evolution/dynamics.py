@@ -222,10 +222,10 @@ def plan_predictions(
     pairs = int(counts.starts.diff()[contexts].sum())
     size = V + pairs + len(contexts)
     groups = _n_groups(N, size)
-    # sums and draws in float64, five arrays of as many pairs as are summed at a time
-    held = 8 * groups * size + 5 * 8 * _PAIRS + logit_bytes(V, T)
-    # a product in float64, at half the speed, and logarithms; softmax and sums of the predictions
-    return held, n_bootstrap * size * (4 * groups + 14 * NANOSECOND) + 12 * NANOSECOND * V * tokens.numel()
+    # sums in float64, those of pairs once more in float32; five arrays of as many pairs as are summed at a time
+    held = 8 * groups * size + 4 * groups * pairs + 5 * 8 * _PAIRS + logit_bytes(V, T)
+    # a product and logarithms; softmax and sums of the predictions
+    return held, n_bootstrap * size * (2 * groups + 8 * NANOSECOND) + 12 * NANOSECOND * V * tokens.numel()
 
 
 def _n_groups(n_sequences: int, size: int) -> int:

@@ -79,5 +79,5 @@ def test_sums_of_predictions_are_counted(live: Activations, monkeypatch: pytest.
     held, operations = plan_predictions(counts, tokens, tokenizer, n_bootstrap=3)
     (one,) = made
     size, V = sum(each.numel() for each in (one.sums, one.pairs, one.seen)), len(tokenizer)
-    assert held == 8 * size + 40 * dynamics._PAIRS + logit_bytes(V, tokens.shape[1])
-    assert operations >= 3 * 4 * size + tokens.numel() * V
+    assert held == 8 * size + 4 * one.pairs.numel() + 40 * dynamics._PAIRS + logit_bytes(V, tokens.shape[1])
+    assert operations >= 3 * 2 * size + tokens.numel() * V
