@@ -2,7 +2,9 @@
 
 Every process runs the same program on the same inputs. Within `together` the items of an `each` are divided among them,
 and all of them get all results; `from_first` is for what may differ between them, such as what a run directory holds
-while the first one writes to it. Outside of it, and in a single process, nothing is divided.
+while the first one writes to it. Work that is not made of items is divided by `share`, and what is found exchanged by
+`gathered`, or by `to_first` where it is large and only written. Outside of it, and in a single process, nothing is
+divided.
 
 Results are exchanged as pickles in host memory, whatever the device.
 """
@@ -24,7 +26,7 @@ from crosslens.progress import tqdm
 
 T = TypeVar("T")
 U = TypeVar("U")
-Slices = TypeVar("Slices", Tensor, Sequence[int])
+Slices = TypeVar("Slices", Tensor, Sequence[int], range)
 
 TIMEOUT = timedelta(days=1)
 """For the slowest process. The others need not guess whether it has died: torchrun ends them."""
@@ -92,6 +94,29 @@ def gathered(found: T) -> list[T]:
     """What every process has found, by `rank_and_size`."""
     group = _GROUP.get()
     return [found] if group is None else _exchanged(found, group)
+
+
+def to_first(found: T) -> list[T]:
+    """What every process has found, by `rank_and_size`, for the first one; the others get their own."""
+    group = _GROUP.get()
+    if group is None:
+        return [found]
+    everything: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(found, everything, group=group)
+    return everything or [found]
+
+
+@contextmanager
+def alone() -> Generator[None, None, None]:
+    """Divide nothing within the block: what each process does there is its own."""
+    with _using(None):
+        yield
+
+
+def share(items: Slices) -> Slices:
+    """The part of the items that is this process's own: contiguous, in the order of the processes."""
+    rank, n = rank_and_size()
+    return items[len(items) * rank // n : len(items) * (rank + 1) // n]
 
 
 def shares(items: Slices) -> list[Slices]:

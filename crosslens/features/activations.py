@@ -10,6 +10,8 @@ does not grow with the number of tokens. Symbols: b sequences, T positions, n fe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -47,21 +49,32 @@ class ActivationSample:
         key = np.concatenate([*drawn, np.zeros(0)])
         enters = key > self._weakest[feature]
         key, row, t, feature = key[enters], row[enters], t[enters], feature[enters]
-        keys = np.concatenate([self._key, key])
-        where = np.concatenate([self._where, np.stack([feature, at + row, t], 1)])
+
+        def around(new: np.ndarray) -> np.ndarray:
+            places = t[new, None] + np.arange(-self._window, self._window + 1)
+            inside = (places >= 0) & (places < values.shape[1])
+            index = row[new, None], places.clip(0, values.shape[1] - 1), feature[new, None]
+            return values[index].float().cpu().numpy() * inside
+
+        self._keep(key, np.stack([feature, at + row, t], 1), around)
+
+    def merge(self, other: ActivationSample) -> None:
+        """Add what another one has counted and drawn from other sequences, with the same seed."""
+        self._counts += other._counts
+        self._keep(other._key, other._where, other._around.__getitem__)
+
+    def _keep(self, key: np.ndarray, where: np.ndarray, around: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Keep the largest numbers of each feature; `around` gives the activations around some of the new tokens."""
+        keys, where = np.concatenate([self._key, key]), np.concatenate([self._where, where])
         order = np.lexsort((-keys, where[:, 0]))
         owner = where[order, 0]
         rank = np.arange(len(order)) - np.searchsorted(owner, owner)
         kept = order[rank < self._size]
         self._weakest[owner[rank == self._size - 1]] = keys[order[rank == self._size - 1]]
-        new = kept[kept >= len(self._key)] - len(self._key)
-        around = np.zeros((len(kept), self._around.shape[1]), dtype=np.float32)
-        around[kept < len(self._key)] = self._around[kept[kept < len(self._key)]]
-        places = t[new, None] + np.arange(-self._window, self._window + 1)
-        inside = (places >= 0) & (places < values.shape[1])
-        index = row[new, None], places.clip(0, values.shape[1] - 1), feature[new, None]
-        around[kept >= len(self._key)] = values[index].float().cpu().numpy() * inside
-        self._key, self._where, self._around = keys[kept], where[kept], around
+        old = kept < len(self._key)
+        held = np.zeros((len(kept), self._around.shape[1]), dtype=np.float32)
+        held[old], held[~old] = self._around[kept[old]], around(kept[~old] - len(self._key))
+        self._key, self._where, self._around = keys[kept], where[kept], held
 
     def histogram(self) -> pd.DataFrame:
         """A row per feature and bin that is not empty: feature, bin, count.

@@ -9,6 +9,8 @@
 All snapshots share one list of examples: what a feature writes at a snapshot, `f_i n_is`, is proportional to `f_i`, so
 the order is the same at every snapshot where its gate is open.
 
+Processes that work together each read their share of the sequences, and the first merges what they found.
+
 Memory does not grow with the number of tokens. Symbols: N sequences, T positions, S snapshots, D d_model, F features,
 n requested features, E examples, W = 2 window + 1 positions around one.
 """
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from crosslens.activations.loader import Activations
 from crosslens.crosscoders import Crosscoder, CrosscoderTrainingSAE
-from crosslens.distributed.together import rank_and_size
+from crosslens.distributed.together import alone, share, to_first
 from crosslens.evolution.held_out import batch_tokens
 from crosslens.features.activations import ActivationSample
 from crosslens.features.passages import PassageSampler
@@ -74,8 +76,6 @@ def collect_examples(
 ) -> tuple[Examples, Float[Tensor, "n S"], Float[Tensor, " n"]]:
     """Collect examples of features.
 
-    Where several processes work together, all read the activations, and the first one alone collects.
-
     Args:
         crosscoder: any.
         acts: activations of its snapshots; the held-out ones are used.
@@ -87,6 +87,7 @@ def collect_examples(
 
     Returns:
         The examples, the share of tokens on which each feature is active at each snapshot, and its largest activation.
+        Of several processes, the first has those of all sequences, and the others those of their share.
     """
     if isinstance(crosscoder, CrosscoderTrainingSAE):
         crosscoder = crosscoder.to_inference()  # the gate used in training may depend on the batch
@@ -100,27 +101,38 @@ def collect_examples(
     fired, highest = torch.zeros(n, gates), torch.zeros(n)
     total, count = torch.zeros(S, crosscoder.d_model).double(), 0
     size = max(1, batch_tokens(crosscoder.cfg.d_sae) // T)
-    for begin in tqdm(range(first, len(acts.tokens), acts.block_sequences), desc="Examples", unit="block", leave=False):
-        block = acts.block(begin, min(begin + acts.block_sequences, len(acts.tokens)))
-        for start in range(0, 0 if rank_and_size()[0] else len(block), size):
-            x = block[start : start + size].to(device)
-            at = begin - first + start
-            keep = acts.keep(tokens[at : at + len(x)])
-            encoded = crosscoder.encode(x)
-            values = encoded[..., chosen] * keep[..., None].to(device)
-            if sampler is not None:
-                sampler.add(values, keep, at)
-            if sample is not None:
-                sample.add(values, at)
-            for s in range(gates):
-                active = crosscoder.snapshot_acts(encoded, s)[..., chosen] != 0
-                fired[:, s] += (active & keep[..., None].to(device)).sum((0, 1)).cpu()
-            scaled = crosscoder.scale(x)
-            total += scaled[keep.to(device)].double().sum(0).cpu()
-            count += int(keep.sum())
-            highest = torch.maximum(highest, values.amax((0, 1)).float().cpu())
-            if E:
-                _merge(best, _candidates(crosscoder, scaled, values, chosen, best, at, window))
+    own = share(range(first, len(acts.tokens)))
+    with alone():  # reading, too: the others read other sequences
+        for begin in tqdm(own[:: acts.block_sequences], desc="Examples", unit="block", leave=False):
+            block = acts.block(begin, min(begin + acts.block_sequences, own.stop))
+            for start in range(0, len(block), size):
+                x = block[start : start + size].to(device)
+                at = begin - first + start
+                keep = acts.keep(tokens[at : at + len(x)])
+                encoded = crosscoder.encode(x)
+                values = encoded[..., chosen] * keep[..., None].to(device)
+                if sampler is not None:
+                    sampler.add(values, keep, at)
+                if sample is not None:
+                    sample.add(values, at)
+                for s in range(gates):
+                    active = crosscoder.snapshot_acts(encoded, s)[..., chosen] != 0
+                    fired[:, s] += (active & keep[..., None].to(device)).sum((0, 1)).cpu()
+                scaled = crosscoder.scale(x)
+                total += scaled[keep.to(device)].double().sum(0).cpu()
+                count += int(keep.sum())
+                highest = torch.maximum(highest, values.amax((0, 1)).float().cpu())
+                if E:
+                    _merge(best, _candidates(crosscoder, scaled, values, chosen, best, at, window))
+    found = best, sampler, sample, fired, highest, total, count
+    for other, passages, samples, n_fired, most, sums, n_tokens in to_first(found)[1:]:  # of later sequences
+        _merge(best, other)
+        if sampler is not None and passages is not None:
+            sampler.merge(passages)
+        if sample is not None and samples is not None:
+            sample.merge(samples)
+        highest = torch.maximum(highest, most)
+        fired, total, count = fired + n_fired, total + sums, count + n_tokens
     mean = (total / max(1, count)).to(device).float()
     usual = torch.stack([mean[s] @ crosscoder.W_enc_by_snapshot[s][:, chosen].float() for s in range(S)], 1).cpu()
     best.read = (best.read - usual[:, None]) * (best.values > 0)[..., None]

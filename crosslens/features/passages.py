@@ -76,6 +76,14 @@ class PassageSampler:
             sequences = torch.arange(at, at + b)[:, None].expand(b, n)
             self._merge(kind, keys, sequences, position.cpu(), highest)
 
+    def merge(self, other: PassageSampler) -> None:
+        """Add what another one has drawn from later sequences, with the same seed."""
+        self.n_active += other.n_active
+        self.n_tokens += other.n_tokens
+        for kind in range(2):
+            found = (each[kind].T for each in (other.keys, other.sequences, other.positions, other.values))
+            self._merge(kind, *found)
+
     def _merge(self, kind: int, keys: Tensor, *found: Tensor) -> None:
         merged = torch.cat([self.keys[kind], keys.T], 1)
         self.keys[kind], order = (

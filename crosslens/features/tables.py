@@ -155,8 +155,6 @@ def feature_tables(
 ) -> dict[str, pd.DataFrame]:
     """Tabulate examples, passages, activations, logit lens and nearest features of all features.
 
-    Where several processes work together, the first one has all tables, and the others "lens" alone.
-
     Args:
         crosscoder: any.
         acts: activations of the snapshots it was trained on; the held-out tokens are used.
@@ -180,6 +178,7 @@ def feature_tables(
         activations: feature, bin, count; the histogram of `activations.ActivationSample`.
         lens: feature, snapshot, rank, promoted, promoted_logit, suppressed, suppressed_logit.
         nearest: feature, rank, other, cosine (of the concatenated decoder rows of all snapshots).
+        Of several processes that work together the first gets the tables, and the others none.
 
     Raises:
         UserError: activations of other snapshots or another hook point, or a number below 0.
@@ -195,15 +194,15 @@ def feature_tables(
     # as many again, in place of those that are dropped
     sampler = PassageSampler(len(index), 2 * n_passages + n_examples if n_passages else 0, seed)
     examples, _, _ = collect_examples(crosscoder, acts, index, n_examples, max(window, context), sampler, sample)
-    lens = {"lens": _lens_table(acts, *logit_lens(crosscoder, acts, index, n_logits))}
+    lens = logit_lens(crosscoder, acts, index, n_logits)
     if rank_and_size()[0]:
-        return lens
+        return {}
     used, texts = examples.sequences.where(examples.values > 0, -1), partial(_categories, acts.snapshots.tokenizer)
     return {
         **_example_tables(crosscoder, acts, examples, window),
         **_sample_tables(crosscoder, acts, sample),
         **passage_tables(sampler, acts.held_out_tokens(), texts, used, examples.positions, n_passages),
-        **lens,
+        "lens": _lens_table(acts, *lens),
         "nearest": _nearest_table(*nearest_features(crosscoder, n_nearest)),
     }
 

@@ -37,9 +37,14 @@ def test_candidates_in_loops(N: int, T: int, n: int, window: int, R: int, seed: 
     sampler.add(values, keep, 0)
     for begin in range(0, N, 2):
         parts.add(values[begin : begin + 2], keep[begin : begin + 2], begin)
-    for name in ("keys", "sequences", "positions", "values", "n_active"):
-        torch.testing.assert_close(getattr(parts, name), getattr(sampler, name), rtol=0, atol=0)
-    assert sampler.n_tokens == int(keep.sum())
+    merged, rest = PassageSampler(n, R, seed, window), PassageSampler(n, R, seed, window)
+    merged.add(values[:3], keep[:3], 0)
+    rest.add(values[3:], keep[3:], 3)
+    merged.merge(rest)
+    for other in (parts, merged):
+        for name in ("keys", "sequences", "positions", "values", "n_active"):
+            torch.testing.assert_close(getattr(other, name), getattr(sampler, name), rtol=0, atol=0)
+    assert sampler.n_tokens == merged.n_tokens == int(keep.sum())
     for i in range(n):
         assert int(sampler.n_active[i]) == sum(float(values[m, t, i]) > 0 for m in range(N) for t in range(T))
         for kind in (0, 1):

@@ -216,6 +216,13 @@ def test_samples_and_histograms_match_plain_loops(size: int) -> None:
     whole.add(values, 0)
     table, around = found.sample()
     pd.testing.assert_frame_equal(table, whole.sample()[0])
+    merged, rest = (ActivationSample(6, size, window=2, seed=1) for _ in range(2))
+    merged.add(values[:4], 0)
+    rest.add(values[4:], 4)
+    merged.merge(rest)
+    pd.testing.assert_frame_equal(merged.sample()[0], table)
+    pd.testing.assert_frame_equal(merged.histogram(), whole.histogram())
+    np.testing.assert_array_equal(merged.sample()[1], around)
     histogram = found.histogram()
     pd.testing.assert_frame_equal(histogram, whole.histogram())
     drawn: dict[int, list[tuple[float, float, int, int]]] = {i: [] for i in range(6)}
