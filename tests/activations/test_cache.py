@@ -360,6 +360,16 @@ def test_sequences_and_rows_across_shards(tmp_path: Path, size: int, dtype: str)
         assert sorted(rows) == sorted(expected) and (rows != expected or size == 1)
 
 
+def test_other_training_positions_of_the_same_tokens_are_another_request(tmp_path: Path):
+    """As many, so that no count differs."""
+    tokens = torch.arange(12, dtype=torch.int32).view(4, 3)
+    kept = tokens != 4
+    for _ in range(2):
+        ActivationCache(tmp_path, tokens, 2, 1, 5, "float32", {}, kept=kept)
+    with pytest.raises(UserError, match="is a cache for a different request: it has training_positions="):
+        ActivationCache(tmp_path, tokens, 2, 1, 5, "float32", {}, kept=tokens != 5)
+
+
 def test_runs_of_rows():
     for rows in ([3], [3, 4, 5, 9, 10, 2, 3, 7], [5, 4, 3], list(range(40))):
         runs = runs_of(np.array(rows))
