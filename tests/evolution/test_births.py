@@ -194,6 +194,22 @@ def test_births_of_a_common_trend_do_not_exceed_it():
     ]
 
 
+def test_a_kind_is_counted_as_if_it_were_all_there_is():
+    """Both kinds rise alike, but one from less: within its own kind no feature exceeds the trend."""
+    lexical = np.arange(48) % 2 == 0
+    found = planted_curves(np.where(lexical, 0.2, 0.45), 3)
+    rows = count_births({"r2": found.r2.clip(0)}, lexical, found, thresholds=(0.5,)).set_index("kind")
+    for kind, members in (("lexical", lexical), ("contextual", ~lexical)):
+        alone = Decodability(
+            *(each[members] for each in (found.r2, found.within, found.between, found.n_active)),
+            *(found.n_tokens, found.error[:, :, members], found.total[:, :, members]),
+        )
+        expected = count_births({"r2": alone.r2.clip(0)}, None, alone, thresholds=(0.5,)).iloc[0]
+        for name in ("n", "born", "born_low", "born_high", "born_reversed", "beyond_trend", "beyond_trend_high"):
+            assert rows.loc[kind, name] == expected[name], (kind, name)
+    assert rows["beyond_trend"]["lexical"] < 12 < rows["beyond_trend"]["all"]
+
+
 @pytest.mark.parametrize(("noise", "S"), [(0.03, 4), (0.03, 9), (0.1, 4), (0.1, 9)])
 def test_intervals_of_counts_cover_the_count_without_noise(noise: float, S: int):
     """Of the features, two thirds start at .2 to .8 of their largest; the standard error of R2 is .005 or .02.
