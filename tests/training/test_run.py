@@ -447,11 +447,14 @@ def test_dead_features_are_those_silent_for_dead_tokens(acts: Activations):
 # ---------------------------------------------------------------------- before the first step
 
 
-@pytest.mark.parametrize("scale", ["std", "norm"])
-def test_scales_of_snapshots(acts: Activations, scale: str):
-    settings = config(scale_tokens=5 * B + 3)
+@pytest.mark.parametrize(
+    ("scale", "scale_tokens"),
+    [("std", 5 * B + 3), ("norm", 5 * B + 3), ("std", 10**9)],  # the last asks for more than there are
+)
+def test_scales_of_snapshots(acts: Activations, scale: str, scale_tokens: int):
+    settings = config(scale_tokens=scale_tokens)
     sae = fresh(acts, dataclasses.replace(ALL["topk_crosscoder"](), scale=scale), settings)
-    rows = torch.cat(list(itertools.islice(acts.batches(B), 5))).double()
+    rows = torch.cat(list(itertools.islice(acts.batches(B), min(scale_tokens, acts.n_tokens) // B))).double()
     for s in range(3):
         mean = [sum(column) / len(rows) for column in rows[:, s].T.tolist()]
         if scale == "norm":
