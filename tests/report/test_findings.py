@@ -81,7 +81,7 @@ def test_the_five_sentences_are_those_of_the_tables(run: RunDir) -> None:
     add_features(run)
     steps = table(run, "evaluation")["label"].tolist()
     scores = table(run, "accuracy").sort_values(["task", "snapshot"])
-    simple = [0.5, 0.54, 0.8, 0.9, 0.9, 0.91, 0.99, 1.0]
+    simple = [0.92, 0.54, 0.8, 0.9, 0.9, 0.91, 0.99, 1.0]
     scores.loc[scores["task"] == TASKS[0], "accuracy"] = simple
     scores.loc[scores["task"] == TASKS[1], "accuracy"] = 0.51
     scores["accuracy_low"] = scores["accuracy"] - 0.05
