@@ -122,6 +122,8 @@ def test_a_study_builds_on_its_first_parts(run: RunDir, file: Path) -> None:
         same(found.tables[name], table)
     # effects that are estimated anew leave no table of the study that was based on the old ones
     next(attribute(run, AttributeOptions(task=spec, n_exact=0, seed=1), device="cpu"))
+    accuracy = run.table("accuracy")
+    assert accuracy is not None and accuracy["snapshot"].is_unique  # measured anew, in place of the old rows
     transfer = run.path / "transfer" / "tiny.parquet"
     before = transfer.stat().st_mtime_ns
     [_] = study(run, options, device="cpu")
