@@ -100,6 +100,11 @@ def test_models_are_steered(run: RunDir, capsys: pytest.CaptureFixture[str]) -> 
         text = plain.generate(
             torch.tensor([ids]), max_new_tokens=5, do_sample=False, return_type="tokens", verbose=False
         )  # fmt: skip
+        held_out = acts.held_out_tokens()[: -(-64 // acts.tokens.shape[1])].long()
+        change = float(plain(held_out, return_type="loss"))
+    unsteered: Any = snapshots.model("step20")
+    change -= float(unsteered(held_out, return_type="loss"))
+    assert rows[0]["text_loss_change"] == pytest.approx(change, abs=1e-5)
     assert snapshots.tokenizer.decode(text[0, len(ids) :].tolist()) == rows[0]["steered"]
     table: Any = run.table("steered")
     assert len(table) == 4 and (table.loc[table["factor"] == 1, "text_loss_change"] == 0).all()
