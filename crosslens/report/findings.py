@@ -187,10 +187,10 @@ def _born(tables: Tables, drawn: set[str]) -> Finding | None:
             row = at.iloc[0]
             if np.isfinite(row.get("born_low", np.nan)):
                 text += f" (95% interval of the count: {row['born_low']:,.0f} to {row['born_high']:,.0f})"
-            text += f"; counted from the last snapshot backwards, {row['born_reversed']:,} are"
+            text += f"; counted from the last snapshot backwards, {row['born_reversed']:,}"
             if np.isfinite(row.get("born_reversed_low", np.nan)):
-                text += f", {row['born_reversed_low']:,.0f} to {row['born_reversed_high']:,.0f},"
-            text += " (features that fade, or noise)"
+                text += f" ({row['born_reversed_low']:,.0f} to {row['born_reversed_high']:,.0f})"
+            text += " are (features that fade, or noise)"
             false = [(row[name], models) for name, models in NULLS.items() if np.isfinite(row.get(name, np.nan))]
             text += "".join(f", in {models} {share:.1%}" for share, models in false)
             text += "; false births were not measured" * (not false)

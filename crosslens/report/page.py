@@ -208,12 +208,15 @@ def _without_formulas(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{str(name): table[name].map(quoted) for name in texts})
 
 
-def _with_baseline(task: str, tables: Tables) -> Markup:
-    """A link to a task, and what features were set to in its effects."""
-    link, snapshots = task_link(task, tables["tasks"]), tables[f"attribution/{task}.snapshots"]
-    if snapshots is None or "baseline" not in snapshots:
-        return link
-    return Markup("{} (features set to {})").format(link, SET_TO[str(snapshots["baseline"].iloc[0])])
+def _links_by_baseline(tasks: list[str], tables: Tables) -> list[Markup]:
+    """Links to tasks, those together whose effects are of features set to the same."""
+    found: dict[str, list[Markup]] = {}
+    for task in tasks:
+        snapshots, words = tables[f"attribution/{task}.snapshots"], ""
+        if snapshots is not None and "baseline" in snapshots:
+            words = f" (features set to {SET_TO[str(snapshots['baseline'].iloc[0])]})"
+        found.setdefault(words, []).append(task_link(task, tables["tasks"]))
+    return [Markup("{}{}").format(Markup(", ").join(links), words) for words, links in found.items()]
 
 
 def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
@@ -242,7 +245,7 @@ def _of_features(tables: Tables, features: FeatureSet) -> dict[str, Any]:
         "pages": task_pages(tables["tasks"]),
         "dates": list(DATES.values()),
     }
-    links = [_with_baseline(task, tables) for task in features.tasks]
+    links = _links_by_baseline(features.tasks, tables)
     return {
         "features": features, "figures": figures, "about": script_json(about), "task_links": links,
         "dates": about["dates"],

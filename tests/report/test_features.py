@@ -331,8 +331,13 @@ def test_no_page_has_a_control_character(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:
     run = drop(make_run(tmp_path, 3), "accuracy", "evaluation", "probe", "ablation")
+    for task, baseline in zip(TASKS, ["zero", *["patch"] * len(TASKS)], strict=False):
+        name = f"attribution/{task}.snapshots"
+        run.save_table(name, table(run, name).assign(baseline=baseline))
     index = write_report(run.path)
     text = index.with_name("feature.html").read_text(encoding="utf-8")
+    for words in ("(features set to zero)", "(features set to their values on the paired prompt)"):
+        assert text.count(words) == 1, "of all tasks together"
     assert text.count("Not collected yet. Run: crosslens evolve RUN_DIR") == 3
     assert "No effects on tasks" not in text
     contents = script(run, "features-00000.js")
