@@ -72,7 +72,7 @@ def compare(expected: RunDir, found: RunDir) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=EXHAUSTIVE)])
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [pytest.param(True, marks=EXHAUSTIVE), False])
 def test_several_processes_leave_the_tables_of_one(run: RunDir, task: str, tmp_path: Path, world: int, cached: bool):
     if not cached:
         contents = run.read_json()

@@ -83,7 +83,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_hub_that_fails_eviction_and_revisions(origin: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -139,20 +139,22 @@ def test_models_whose_code_transformer_lens_would_run(tiny_snapshots: Path, monk
         snapshots[0].load("cpu", backend="hooked_transformer")
 
 
-def test_on_the_command_line(models: Path, marker: Path, tmp_path: Path, tiny_text: list[str]) -> None:
+@pytest.mark.parametrize("verb", ["train", pytest.param("plan", marks=pytest.mark.exhaustive)])
+def test_on_the_command_line(models: Path, marker: Path, tmp_path: Path, tiny_text: list[str], verb: str) -> None:
     own_config(models)
     own_tokenizer(models)
     (tmp_path / "text.txt").write_text("\n".join(tiny_text))
     options = ["--snapshots", models, "--hook", HOOK, "--dataset", tmp_path / "text.txt", "--context-size", 16]
     options += ["--n-tokens", 1000, "--device", "cpu"]
     train = ["train", *options, "--d-sae", 20, "--k", 3, "--batch-size", 64, "--run-dir", tmp_path / "run"]
-    for arguments in (["plan", *options], train):
-        words = [sys.executable, "-m", "crosslens", *map(str, arguments)]
-        with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as yes:
-            done = subprocess.run(words, stdin=yes.stdout, capture_output=True, text=True, check=False, timeout=120)
-            yes.kill()
-        assert done.returncode == 2 and "brings Python code of its own" in done.stderr, done.stderr
-        assert "[y/N]" not in done.stdout + done.stderr and not marker.exists()
+    words = [sys.executable, "-m", "crosslens", *map(str, train if verb == "train" else ["plan", *options])]
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as yes:
+        done = subprocess.run(words, stdin=yes.stdout, capture_output=True, text=True, check=False, timeout=120)
+        yes.kill()
+    assert done.returncode == 2 and "brings Python code of its own" in done.stderr, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr and not marker.exists()
+    if verb == "plan":
+        return
     done = run_program(["-m", "crosslens", *map(str, train), "--trust-remote-code"], tmp_path)
     assert marker.exists() and done.returncode == 0, done.stderr
     recorded = RunDir.open(tmp_path / "run").read_json()

@@ -104,6 +104,7 @@ trainer.train(resume_from_checkpoint=resume == "yes")
 """
 
 
+@pytest.mark.exhaustive
 def test_a_trainer_that_is_killed_and_resumed(tiny_snapshots: Path, tmp_path: Path) -> None:
     folder = tmp_path / "snapshots"
     place = [str(folder), str(tiny_snapshots / "tokenizer"), str(tmp_path / "out")]
@@ -190,6 +191,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_write_once(tiny_snapshots: Path, tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)

@@ -303,7 +303,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_source_through_the_hubs_client(hub: Path, tmp_path: Path) -> None:
     with serve(hub) as (address, asked):
         environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
