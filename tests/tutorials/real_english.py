@@ -3,7 +3,7 @@ assert losses["held_out"].is_monotonic_decreasing and losses["held_out"].iloc[-1
 assert quality["explained_variance"].min() > 0.85 and quality["dead_fraction"].max() < 0.1
 
 # %% What is new?
-assert births["born"].iloc[0] > max(2 * births["born_reversed"].iloc[0], 7) and len(new) >= 3
+assert births["born"].iloc[0] > 3 * births["born_reversed"].iloc[0] and len(new) >= 3
 
 # %% What agreement needs
 accuracy = task.accuracy(snaps)["accuracy"].tolist()
