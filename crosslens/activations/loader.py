@@ -699,7 +699,8 @@ class DatasetActivations(Activations):
         own = batch_size // data_parallel
         filled_once = processes == 1 and self.mixing_tokens < self.n_tokens
         first = min(SCALE_TOKENS, self.n_tokens) * S * D * 4 if filled_once else 0
-        kept_out = self._held_out_bytes() if self._held_out_bytes() <= HELD_OUT_BYTES else 0
+        held_out = self._held_out_bytes()
+        kept_out = held_out if held_out <= HELD_OUT_BYTES else 0
         kept = kept_out + (first if first <= FIRST_BYTES else 0)
         loaded = one_model * (S if fit else 1)
         matrix, models, evaluation, whole_share = 0, 0, 0, math.nan
@@ -719,7 +720,7 @@ class DatasetActivations(Activations):
         return Plan(
             n_tokens=self.n_tokens,
             n_sequences=len(self.tokens),
-            n_held_out=int(self.keep(self.held_out_tokens()).sum()),
+            n_held_out=held_out // (4 * S * D),
             n_snapshots=S,
             d_model=D,
             forwards=self.tokens.numel() * S,

@@ -217,8 +217,7 @@ def count_births(
         trend: dict[str, _Test] = {}
         drawn: dict[tuple[str, float, str], Any] = {}
         if judged is not None:
-            for at in [(threshold, end) for threshold in thresholds for end in _ENDS]:
-                tests[at] = _test(judged, measure, read, at[0], max_q, end=at[1])
+            tests = {(at, end): _test(judged, measure, read, at, max_q, end=end) for at in thresholds for end in _ENDS}
             trend = _trends(judged, measure, values, kinds, max_q)
             drawn = _drawn_counts(judged, measure, kinds, min_run, seed, tests, trend)
         for threshold in thresholds:

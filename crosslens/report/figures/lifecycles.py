@@ -210,13 +210,13 @@ def birth_counts(table: Frame) -> Chart | str:
         shares = {name: rows[name] / rows["n"] for name in ("born", "born_reversed", *_ENDS) if name in rows}
         rows = rows.assign(**shares)
         highest = max(highest, float(rows.reindex(columns=[*_CURVES, *_ENDS]).max().max()))
-        known = set(_ENDS) <= set(rows.dropna(axis=1))
+        known = set(rows.dropna(axis=1))
         texts = [f"{_READINGS[group]}, threshold {threshold}" for threshold in rows["threshold"]]
         for i, (column, name) in enumerate(_CURVES.items()):
             if column in rows:
                 add_line(
                     figure, floats(rows["threshold"]), rows, column, name, Style.of(i), hover=texts, value="%{y:.1%}",
-                    error_y=error_bars(rows, column) if known and f"{column}_low" in rows else None,
+                    error_y=error_bars(rows, column) if f"{column}_low" in known else None,
                     showlegend=col == 1, row=1, col=col,
                 )  # fmt: skip
         title = f"{_READINGS[group].replace(', ', '<br>')} ({rows['n'].iloc[0]:,})"
