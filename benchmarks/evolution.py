@@ -1,10 +1,12 @@
 """Time and memory (beyond its weights) of the analyses of a large crosscoder.
 
     python benchmarks/evolution.py [--shape 16384,8,512] [--tokens 4000]
+    python benchmarks/evolution.py --device cuda --shape 98304,32,768 --only "evolve, whole"    # the papers' scale
 
 The crosscoder is random, with F features, S snapshots and width D (`--shape F,S,D`) and about 32 active features per
 token; the held-out activations are planted (`planted.PlantedTraps`). Every analysis runs in its own
-process; memory is the kernel's peak minus what the process held before. The last row is everything that `cl.evolve` and
+process; memory is the kernel's peak minus what the process held before, and on a CUDA device the peak of what is
+allocated there minus what was. The last row is everything that `cl.evolve` and
 `Evolution.tables` do, births with their intervals and controls among it, and its whole memory; the line below says how
 often it encoded the held-out tokens, what its time goes into, and its time over that of one encoding; and its memory
 beside what `crosslens plan` forecasts for this shape. `--only` measures some of the rows.
@@ -132,19 +134,26 @@ ANALYSES: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def measure_one(name: str, shape: tuple[int, int, int], threads: int, n_tokens: int) -> dict[str, Any]:
-    """Seconds of one analysis, and the kernel's peak minus the memory held before (None if the kernel has neither)."""
+def measure_one(name: str, shape: tuple[int, int, int], threads: int, n_tokens: int, device: str) -> dict[str, Any]:
+    """Seconds of one analysis, and the peak minus the memory held before (None if the kernel has neither)."""
     torch.set_num_threads(threads)
     measure.return_freed_memory()
     F, S, D = shape
     acts = planted(S, D, n_tokens)
-    cc = make(acts, F)
+    cc = make(acts, F).to(device)
     function, wanted = ANALYSES[name]
     given = {"acts": lambda: [acts], "firing": lambda: [measure_firing(cc, acts)], "": list}[wanted]()
-    before = measure.reset_resident_peak() if name != WHOLE else 0
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = measure.reset_resident_peak() if name != WHOLE else 0
     began = time.perf_counter()
     function(cc, *given)
-    seconds, after = time.perf_counter() - began, measure.resident("VmHWM")
+    measure.synchronise(device)
+    seconds = time.perf_counter() - began
+    after = torch.cuda.max_memory_allocated() if on_gpu else measure.resident("VmHWM")
     memory = None if before is None or after is None else (after - before) / 1e6
     return {"analysis": name, "seconds": seconds, "memory": memory}
 
@@ -155,12 +164,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--only", nargs="*", choices=ANALYSES, default=list(ANALYSES), help="rows; all by default")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--report", action="store_true", help="write benchmarks/reports/<date>-evolution-…")
     arguments = parser.parse_args()
     F, S, D = (int(size) for size in arguments.shape.split(","))
     rows: list[dict[str, Any]] = []
     for name in arguments.only:
-        rows.append(measure.in_child(measure_one, name, (F, S, D), arguments.threads, arguments.tokens))
+        rows.append(measure.in_child(measure_one, name, (F, S, D), arguments.threads, arguments.tokens, arguments.device))
         print(rows[-1], flush=True)
     found = {row["analysis"]: row for row in rows}
     if {WHOLE, ENCODING} <= found.keys():
@@ -168,7 +178,10 @@ def main() -> None:
     if WHOLE in found:
         forecast, _ = plan_decodability(F, S, D, arguments.tokens)
         took = found[WHOLE]["memory"]
-        print(f"memory of the whole {took:,.0f} MB, forecast {forecast / 1e6:,.0f} MB and the process")
+        # on the device weights are held before, and the process is elsewhere
+        beside = 8e-6 * F * S * D if arguments.device.startswith("cuda") else 0
+        more = "" if beside else " and the process"
+        print(f"memory of the whole {took + beside:,.0f} MB, forecast {forecast / 1e6:,.0f} MB{more}")
     table = measure.markdown(
         rows,
         {
@@ -180,7 +193,7 @@ def main() -> None:
     body = f"F = {F:,}, S = {S}, D = {D}; the two weight matrices take {8 * F * S * D / 1e6:,.0f} MB.\n\n{table}"
     if arguments.report:
         title = "Analyses of a large crosscoder"
-        print(measure.write_report("evolution", title, body, "cpu", arguments.threads, ("crosslens", "torch")))
+        print(measure.write_report("evolution", title, body, arguments.device, arguments.threads, ("crosslens", "torch")))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ part() { # title, seconds, command: its output becomes a section of the report
     fi
 }
 
-selected=(-m gpu) steps=(--rounds 5) paper=(--rounds 3) density=() size=()
+selected=(-m gpu -n 4) steps=(--rounds 5) paper=(--rounds 3) density=() size=()
 if [[ $tiny ]]; then
     selected=(-k "pretended and selection")
     steps=(--shape 2,8,128,32 --k 4 --l1-l0 20 --rounds 1)
@@ -47,7 +47,7 @@ if [[ $tiny ]]; then
 fi
 step=("$python" benchmarks/training_step.py --device "$device" --precision bfloat16)
 [[ $device == cuda* ]] && step+=(--precision tf32)
-part "Tests" 120 "$python" -m pytest --disable-warnings -p no:cacheprovider tests/crosscoders/test_gpu.py tests/crosscoders/test_exactness.py tests/activations/test_feed.py "${selected[@]}"
+part "Tests" 180 "$python" -m pytest --disable-warnings -p no:cacheprovider tests/crosscoders/test_gpu.py tests/crosscoders/test_exactness.py tests/activations/test_feed.py tests/pipeline/test_gpu.py "${selected[@]}"
 part "Large products" 40 "$python" benchmarks/gpu.py products --device "$device" "${size[@]}"
 part "Training step" 120 "${step[@]}" --kinds batchtopk,batchtopk-aux,topk,jumprelu,standard "${steps[@]}"
 part "Training step, paper's shape" 150 "${step[@]}" --paper --kinds batchtopk "${paper[@]}"
