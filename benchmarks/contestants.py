@@ -261,6 +261,13 @@ class CrosslensTF32(Crosslens):
     precision = "tf32"
 
 
+class CrosslensTF32Moments(CrosslensTF32):
+    """The same, with Adam's moments in bfloat16."""
+
+    name = "crosslens, tf32, bfloat16 moments"
+    adam_moments = "bfloat16"
+
+
 class CrosslensMoments(Crosslens):
     """With Adam's moments in bfloat16."""
 

@@ -81,21 +81,25 @@ def main() -> None:
 
 # ---------------------------------------------------------------------- products
 def products_table(shapes: list[tuple[int, int, int]], device: str) -> str:
-    """Time of `x @ W_enc` in every precision; `W_enc` has its usual layout, a row per feature."""
+    """Time of the three kinds of dense products of a step, in every precision; weights have a row per feature."""
     rows: list[dict[str, Any]] = []
     for B, N, F in shapes:
-        x, W = torch.randn(B, N, device=device), torch.randn(F, N, device=device).T
-        calls: dict[str, Callable[[], Any]] = {
-            precision: partial(product, x, W, precision)  # type: ignore[arg-type]
-            for precision in (["float32", "tf32", "bfloat16"] if x.is_cuda else ["float32", "bfloat16"])
-        }
-        if x.is_cuda:
-            calls["tf32 of the library"] = partial(measure.with_tf32, torch.mm, x, W)
-        for name, seconds in measure.alternate(calls, 5, 2, device).items():
-            wall = statistics.median(s.wall for s in seconds)
-            rows.append({"shape": f"{B},{N},{F}", "name": name, "ms": 1e3 * wall, "tflops": 2e-12 * B * N * F / wall})
-        del x, W, calls
-    columns = {"B, S D, F": lambda r: r["shape"], "product": lambda r: r["name"]}
+        x, W, f = (torch.randn(*size, device=device) for size in ((B, N), (F, N), (B, F)))
+        for name, a, b in (("x W_enc", x, W.T), ("f W_dec", f, W), ("f' e", f.T, x)):
+            calls: dict[str, Callable[[], Any]] = {
+                precision: partial(product, a, b, precision)  # type: ignore[arg-type]
+                for precision in (["float32", "tf32", "bfloat16"] if x.is_cuda else ["float32", "bfloat16"])
+            }
+            if x.is_cuda:
+                calls["tf32 of the library"] = partial(measure.with_tf32, torch.mm, a, b)
+            for precision, seconds in measure.alternate(calls, 3, 1, device).items():
+                wall = statistics.median(s.wall for s in seconds)
+                rows.append(
+                    {"shape": f"{B},{N},{F}", "product": name, "precision": precision, "ms": 1e3 * wall,
+                     "tflops": 2e-12 * B * N * F / wall}
+                )  # fmt: skip
+        del x, W, f, a, b, calls
+    columns = {"B, S D, F": lambda r: r["shape"], "product": lambda r: r["product"], "in": lambda r: r["precision"]}
     return measure.markdown(
         rows, {**columns, "ms": measure.number("ms", ".2f"), "TFLOP/s": measure.number("tflops", ".1f")}
     )

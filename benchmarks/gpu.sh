@@ -37,7 +37,7 @@ part() { # title, seconds, command: its output becomes a section of the report
     fi
 }
 
-selected=(-m gpu -n 4) steps=(--rounds 5) paper=(--rounds 3) density=() size=()
+selected=(-m gpu -n 6) steps=(--rounds 3) paper=(--rounds 3 --precision "tf32, bfloat16 moments") density=(--precision float32 --precision tf32 --precision bfloat16) size=()
 if [[ $tiny ]]; then
     selected=(-k "pretended and selection")
     steps=(--shape 2,8,128,32 --k 4 --l1-l0 20 --rounds 1)
@@ -49,11 +49,11 @@ step=("$python" benchmarks/training_step.py --device "$device" --precision bfloa
 [[ $device == cuda* ]] && step+=(--precision tf32)
 part "Tests" 180 "$python" -m pytest --disable-warnings -p no:cacheprovider tests/crosscoders/test_gpu.py tests/crosscoders/test_exactness.py tests/activations/test_feed.py tests/pipeline/test_gpu.py "${selected[@]}"
 part "Large products" 40 "$python" benchmarks/gpu.py products --device "$device" "${size[@]}"
-part "Training step" 120 "${step[@]}" --kinds batchtopk,batchtopk-aux,topk,jumprelu,standard "${steps[@]}"
+part "Training step" 120 "${step[@]}" --kinds batchtopk,batchtopk-aux,topk,jumprelu "${steps[@]}"
 part "Training step, paper's shape" 150 "${step[@]}" --paper --kinds batchtopk "${paper[@]}"
 part "Profile of training steps" 60 "$python" benchmarks/gpu.py profile --device "$device" "${size[@]}"
 part "From the cache to the device, and whole runs" 120 "$python" benchmarks/gpu.py runs --device "$device" "${size[@]}"
-part "Density from which dense products are faster" 60 "$python" benchmarks/density.py --device "$device" "${density[@]}"
+part "Density from which dense products are faster" 60 "$python" benchmarks/density.py --device "$device" --rounds 3 "${density[@]}"
 "$python" benchmarks/gpu.py report --device "$device" --parts "$parts" --folder "${REPORTS:-benchmarks/reports}" \
     --command "bash benchmarks/gpu.sh --device $device${tiny:+ --tiny}" || failed+=(Report)
 if ((${#failed[@]})); then

@@ -17,6 +17,7 @@ import os
 import warnings
 from typing import Any
 
+import measure
 import torch
 from contestants import LOOK_TOKENS, THRESHOLD_PACE, Contestant, Setting, exceeded_by
 from sae_lens import (
@@ -122,6 +123,16 @@ class SAELensSparse(SAELens):
 
     name = "saelens, sparse activations"
     sparse_activations = True
+
+
+class SAELensTF32(SAELens):
+    """The same with the library's products in tf32, on CUDA, which is a setting of the user's process."""
+
+    name = "saelens, tf32"
+    precision = "tf32"
+
+    def step(self, x: Tensor) -> Any:
+        return measure.with_tf32(super().step, x)
 
 
 class DictionaryLearning(Contestant):

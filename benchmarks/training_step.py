@@ -33,6 +33,7 @@ from contestants import (
     CrosslensDelta,
     CrosslensPartition,
     CrosslensTF32,
+    CrosslensTF32Moments,
     Dense,
     DenseTF32,
     Setting,
@@ -43,7 +44,9 @@ from torch import Tensor
 from crosslens.distributed.devices import Precision
 
 SHAPES = ((3, 256, 4096, 1024), (8, 128, 4096, 2048), (32, 64, 4096, 1024))
-# parameters, gradients and moments take 77 GB at the paper's F; dense steps need more than cards of 80 GB have
+GPU_SHAPES = ((3, 768, 16_384, 4096), (8, 768, 32_768, 4096))  # at those above a GPU mostly waits for its next kernel
+# parameters, gradients and moments take 77 GB at the paper's F, or 58 with moments in bfloat16; dense steps need more
+# than cards of 80 GB have
 PAPER = ((32, 768, 98_304, 4096), (32, 768, 49_152, 4096))
 PACKAGES = ("crosslens", "torch", "sae-lens", "eai-sparsify", "dictionary-learning")
 DATA_SEED = 1_000_003  # differs from the seed of the weights, which would equal the data
@@ -64,7 +67,8 @@ KINDS: dict[str, tuple[str, tuple[type[Contestant], ...]]] = {
 }
 PRECISIONS: dict[str, tuple[type[Contestant], ...]] = {
     "bfloat16": (CrosslensBfloat16,),
-    "tf32": (CrosslensTF32, DenseTF32),
+    "tf32": (CrosslensTF32, DenseTF32, peers.SAELensTF32),
+    "tf32, bfloat16 moments": (CrosslensTF32Moments,),
 }
 PRODUCT = "encoder product, "  # and its precision
 
@@ -155,7 +159,7 @@ def arguments() -> argparse.Namespace:
     args.device = args.device or ("cuda" if args.paper else "cpu")
     if args.paper:
         args.kinds = [kind for kind in args.kinds if kind in ("batchtopk", "jumprelu", "jumprelu-first")]
-    args.shape = args.shape or list(PAPER if args.paper else SHAPES)
+    args.shape = args.shape or list(PAPER if args.paper else GPU_SHAPES if args.device != "cpu" else SHAPES)
     for shape in args.shape:
         if "jumprelu" in args.kinds and args.window <= args.k / shape[2]:
             parser.error(f"--window {args.window} must be above k / F = {args.k / shape[2]:.3f}: open pairs lie in it")

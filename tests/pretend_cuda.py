@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,8 +52,18 @@ class PretendCuda(TorchFunctionMode):
         self.waits: list[str] = []
         self._operations = _Operations(self)
         self._grouped = Optimizer._group_tensors_by_device_and_dtype
+        self._apply = BackwardCFunction.apply
 
     def __enter__(self) -> PretendCuda:
+        def apply(ctx: Any, *args: Any) -> Any:
+            """A backward function in this mode, which the engine's caller had left."""
+            TorchFunctionMode.__enter__(self)
+            try:
+                return self._apply(ctx, *args)
+            finally:
+                TorchFunctionMode.__exit__(self, None, None, None)
+
+        BackwardCFunction.apply = apply  # type: ignore[method-assign]
         Optimizer._group_tensors_by_device_and_dtype = staticmethod(self._groups)  # type: ignore[method-assign]
         self._operations.__enter__()
         return super().__enter__()
@@ -60,6 +71,7 @@ class PretendCuda(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._operations.__exit__(*error)
+        BackwardCFunction.apply = self._apply  # type: ignore[method-assign]
         Optimizer._group_tensors_by_device_and_dtype = staticmethod(self._grouped)  # type: ignore[method-assign]
 
     def _groups(self, tensors: Any, with_indices: bool = False) -> Any:
@@ -172,7 +184,7 @@ class Real:
                 call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        return [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -121,6 +122,14 @@ def _host_memory() -> int:
         if text.isdecimal():
             return min(total, int(text))
     return total
+
+
+@cache
+def has_triton() -> bool:
+    """Whether there is a CUDA device, and Triton to compile kernels for it: not on Windows, for example."""
+    import torch
+
+    return find_spec("triton") is not None and torch.cuda.is_available()
 
 
 def choose_precision(precision: str | None, device: str) -> Precision:

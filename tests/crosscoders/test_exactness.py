@@ -102,14 +102,19 @@ def agree(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
     assert error <= tolerance * size + FLOOR, f"{what}: off by {error:.3g} where the largest is {size:.3g}"
 
 
+def choose(patch: pytest.MonkeyPatch, way: str) -> None:
+    """Take one of the two ways everywhere."""
+    for key in sparse.DENSE_ABOVE if DENSE_ABOVE[way] is not None else ():
+        patch.setitem(sparse.DENSE_ABOVE, key, DENSE_ABOVE[way])
+
+
 def same_step(
     sae: CrosscoderTrainingSAE, inputs: TrainStepInput, way: str = "pairs", tolerance: float | None = None
 ) -> TrainStepOutput:
     """The output of the fast step, compared with the dense one: features, reconstruction, each loss, each gradient."""
     tolerance = tolerance or TOLERANCE[sae.cfg.dtype]
     with pytest.MonkeyPatch.context() as patch:
-        if DENSE_ABOVE[way] is not None:
-            patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
+        choose(patch, way)
         fast = sae.train().training_forward_pass(inputs)
         found = gradients(sae, fast.loss)
     dense = dense_forward_pass(sae, inputs)
@@ -280,8 +285,7 @@ def test_a_threshold_far_below_all_scores_gets_no_gradient(way: str):
         with torch.no_grad():
             sae.b_enc[:20] += 100
         with pytest.MonkeyPatch.context() as patch:
-            if DENSE_ABOVE[way] is not None:
-                patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
+            choose(patch, way)
             output = sae.training_forward_pass(step_input(raw(3, seed).float()))
             found = gradients(sae, output.loss)["log_threshold"]
         assert bool(output.feature_acts.to_dense()[:, :20].all()) and bool(found[20:].any())
@@ -576,8 +580,7 @@ def test_parameters_after_twenty_steps(architecture: str, way: str, clip: str | 
     assert clip != "never" or max(norms) < 1e4
     trainer = CrosscoderTrainer(config, sae, iter(()), total=STEPS * B)
     with pytest.MonkeyPatch.context() as patch:
-        if DENSE_ABOVE[way] is not None:
-            patch.setitem(sparse.DENSE_ABOVE, "cpu", DENSE_ABOVE[way])
+        choose(patch, way)
         for x in batches:
             trainer.step(x)
             trainer.n_training_steps += 1

@@ -54,26 +54,39 @@ def test_products_of_any_layout(shape: tuple[int, int, int], of_a: str, of_b: st
 
 @pytest.mark.exhaustive
 @kernels_are_left_alone
-def test_the_tf32_kernel_in_the_interpreter():
-    """Triton's interpreter runs the kernel on a CPU, without rounding; it must be chosen before Triton is imported."""
+def test_the_kernels_in_the_interpreter():
+    """Triton's interpreter runs kernels on a CPU, without rounding; it must be chosen before Triton is imported."""
     pytest.importorskip("triton")
     program = f"""
 import itertools, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from jaxtyping import install_import_hook
-install_import_hook("crosslens", "beartype.beartype")  # as in pytest: it must leave the kernel alone
+install_import_hook("crosslens", "beartype.beartype")  # as in pytest: it must leave the kernels alone
 from crosscoders.test_products import LAYOUTS, SHAPES, operands
 import torch
 from crosslens.crosscoders.kernels.products import product
+from crosslens.crosscoders.kernels.sparse import sum_rows
+from crosslens.crosscoders.kernels.gathered import gathered_sums
 for shape, of_a, of_b in itertools.product(SHAPES, LAYOUTS, LAYOUTS):
     a, b = operands(*shape, of_a, of_b)
     torch.testing.assert_close(product(a, b, "tf32"), a @ b, rtol=1e-5, atol=1e-5)
     print(*shape)
+for n, m, p, columns in [(5, 7, 40, 3), (3, 9, 0, 70), (1, 1, 1, 300), (6, 4, 33, 600)]:
+    draw = torch.Generator().manual_seed(n)
+    starts = torch.cat([torch.tensor([0]), torch.randint(p + 1, (n - 1,), generator=draw).sort().values, torch.tensor([p])])
+    ids, weights = torch.randint(m, (p,), generator=draw), torch.randn(p, generator=draw)
+    table, out = torch.randn(m, columns, generator=draw), torch.full((n, 2, columns), torch.nan)
+    expected = torch.stack([weights[a:b] @ table[ids[a:b]] for a, b in zip(starts[:-1], starts[1:])])
+    for found in (gathered_sums(table, ids, starts, weights), gathered_sums(table, ids, starts, weights, out[:, 1])):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sum_rows(table, ids, starts, weights), found, rtol=1e-5, atol=1e-5)
+    assert out[:, 0].isnan().all()
+    print("sums", n)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4 * len(SHAPES)
+    assert len(done.stdout.splitlines()) == 4 * len(SHAPES) + 4
 
 
 @kernels_are_left_alone
@@ -90,6 +103,24 @@ def test_the_tf32_kernel_compiles_without_a_gpu(capability: int, columns: int):
     compiled = triton.compile(source, target=target, options=options)
     assert "tf32.tf32" in compiled.asm["ptx"] and compiled.asm["cubin"]
     assert compiled.metadata.shared <= 4 * kernels.STAGES * kernels.DEPTH.value * (128 + columns)
+
+
+@kernels_are_left_alone
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_sums_of_rows_compile_without_a_gpu(capability: int):
+    """To loads of four numbers at a time, and sums within a thread: no shared memory."""
+    triton = pytest.importorskip("triton")
+    kernels = pytest.importorskip("crosslens.crosscoders.kernels.gathered")
+    kinds = dict.fromkeys(("table", "weights", "out"), "*fp32") | dict.fromkeys(("ids", "starts"), "*i64")
+    kinds |= dict.fromkeys(("PAIRS", "COLUMNS"), "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in kernels._sum.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if not name.isupper()}
+    constants = {"PAIRS": kernels.PAIRS, "COLUMNS": kernels.COLUMNS}
+    source = triton.compiler.ASTSource(kernels._sum, signature, constants, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": kernels.WARPS})
+    assert compiled.asm["cubin"] and "ld.global.v4" in compiled.asm["ptx"]
+    assert compiled.metadata.shared == 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -68,6 +68,17 @@ def analyse(run: RunDir, upper: RunDir, task: str, device: str) -> None:
     list(connect(upper, edges, device=device))
 
 
+def same(found: pd.DataFrame | None, expected: pd.DataFrame | None, gpu: Pretended | Real) -> None:
+    """Equal to rounding: a real GPU's sums have another order, and angles of weak rows amplify that."""
+    assert found is not None and expected is not None
+    pd.testing.assert_index_equal(found.columns, expected.columns)
+    for name in expected.columns:
+        rounding = {"rtol": 1e-6, "atol": 1e-8}
+        if gpu.real and expected[name].dtype.kind == "f":
+            rounding = {"rtol": 0, "atol": 1e-3 * float(expected[name].abs().max())}
+        pd.testing.assert_series_equal(found[name], expected[name], **rounding)  # type: ignore[call-overload]
+
+
 @pytest.mark.slow
 def test_analyses_leave_the_tables_of_a_cpu(
     run: RunDir, upper: RunDir, task: str, tmp_path: Path, gpu: Pretended | Real, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +96,7 @@ def test_analyses_leave_the_tables_of_a_cpu(
         assert found.table_names() == names and (len(names) > 30 or expected is upper)
         for name in names:
             try:
-                pd.testing.assert_frame_equal(found.table(name), expected.table(name), rtol=1e-6, atol=1e-8)
+                same(found.table(name), expected.table(name), gpu)
             except AssertionError as error:
                 different[f"{expected.path.name} {name}"] = str(error)
     assert not different, "\n\n".join(f"{name}: {error}" for name, error in different.items())

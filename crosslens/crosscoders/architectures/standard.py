@@ -74,7 +74,7 @@ class StandardCrosscoderTrainingSAE(CrosscoderTrainingSAE):
         self, flat: Tensor, hidden_pre: Tensor, step_input: TrainStepInput
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         zero = torch.zeros_like(hidden_pre[0])
-        dense = dense_is_faster(density(hidden_pre, zero), hidden_pre.device)
+        dense = dense_is_faster(density(hidden_pre, zero), hidden_pre.device, self.precision)
         acts = hidden_pre.relu() if dense else pairs_above(hidden_pre, zero)
         norms = self.decoder_norms.detach()
         sae_out, weighted, _ = reconstruct(

@@ -166,7 +166,7 @@ class TopKCrosscoderTrainingSAE(RankedCrosscoder, CrosscoderTrainingSAE):
             pairs = self.select_pairs(hidden_pre, norms)
         else:
             pairs = pairs_of(hidden_pre, self.gate(hidden_pre) != 0)
-        dense = dense_is_faster(len(pairs.values) / hidden_pre.numel(), flat.device)
+        dense = dense_is_faster(len(pairs.values) / hidden_pre.numel(), flat.device, self.precision)
         acts = pairs.to_dense() if dense else pairs
         dead = self._dead_acts(hidden_pre, norms, step_input.dead_neuron_mask)
         sae_out, _, rebuilt = reconstruct(
@@ -212,7 +212,7 @@ class TopKCrosscoderTrainingSAE(RankedCrosscoder, CrosscoderTrainingSAE):
         count = max(1, min(self.d_model // 2, n_dead))
         if count == n_dead:
             return ids, among.relu_().mul_(norms > 0)
-        dense = dense_is_faster(count / n_dead, hidden_pre.device)
+        dense = dense_is_faster(count / n_dead, hidden_pre.device, self.precision)
         if self.n_own == self.cfg.d_sae and (dense or not hidden_pre.is_cuda):
             kept = top_of_tokens(among.relu() * norms, count)
             return ids, among.mul_(kept) if dense else pairs_of(among, kept)

@@ -80,11 +80,11 @@ class Gates:
         # slightly lower, because the division rounds; the gates themselves decide
         bounds = 0.999 * self.threshold / largest
         device = bounds.device
-        if device.type == "cpu" and dense_is_faster(density(self.hidden_pre, bounds), device):
+        if device.type == "cpu" and dense_is_faster(density(self.hidden_pre, bounds), device, self.precision):
             return None
         pairs = pairs_above(self.hidden_pre, bounds)
         # the number of pairs says the same, and the host waits once
-        if device.type != "cpu" and dense_is_faster(len(pairs.values) / self.hidden_pre.numel(), device):
+        if device.type != "cpu" and dense_is_faster(len(pairs.values) / self.hidden_pre.numel(), device, "float32"):
             return None
         closed = pairs.values * largest[pairs.features] <= self.threshold[pairs.features]
         if device.type != "cpu":
@@ -316,7 +316,7 @@ def _pair_sums(
         left_out = apart.index_select(0, opened.features) | (opened.values == 0)
         held = torch.where(left_out, 0.0, at_open + at_zero)
         in_window[:, s].index_add_(0, opened.features, torch.where(near, df_open, 0.0) - held)
-        dW_dec.view(F, S, -1)[:, s] = sum_rows(errors, opened.tokens, opened.starts, opened.values)
+        sum_rows(errors, opened.tokens, opened.starts, opened.values, dW_dec.view(F, S, -1)[:, s])
     dW_enc = sum_rows(x, pairs.tokens, starts, df, dW_enc)
     return dW_dec, dnorms, dW_enc, torch.zeros_like(slope).index_add_(0, pairs.features, df), in_window
 

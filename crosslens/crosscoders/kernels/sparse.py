@@ -30,15 +30,15 @@ from torch.nn.functional import embedding_bag, mse_loss
 
 from crosslens.crosscoders.kernels.products import product
 from crosslens.crosscoders.kernels.topk import Pairs
-from crosslens.distributed.devices import Precision
+from crosslens.distributed.devices import Precision, has_triton
 from crosslens.distributed.strategy import ONE_PROCESS, Strategy
 
 # torch warns once per process; only the sampled product uses CSR
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta|Sparse invariant checks are implicitly")
 
-# Fraction of active pairs above which dense products win, by type of device, as benchmarks/density.py measures it: .25
-# on a CPU with AVX2, less where dense products are faster. That of "cuda" is a guess: no card was there to measure it.
-DENSE_ABOVE = {"cpu": 0.2, "cuda": 0.075}
+# Fraction of active pairs above which dense products win, as benchmarks/density.py measures it: on a CPU .25 with AVX2,
+# less where dense products are faster; on other devices by the precision of those products, on an H100.
+DENSE_ABOVE = {"cpu": 0.2, "float32": 0.08, "tf32": 0.011, "bfloat16": 0.008}
 
 CACHED = 1 << 16  # entries of a block on a CPU that stays in the cache
 TILE = 64  # columns of a table that rows are gathered from at a time on a CPU
@@ -59,9 +59,9 @@ class Weights(NamedTuple):
     b_dec: Float[Tensor, " N"]
 
 
-def dense_is_faster(active: float, device: torch.device) -> bool:
-    """Whether dense products are faster on a device if this fraction of the pairs is active."""
-    return active > DENSE_ABOVE.get(device.type, DENSE_ABOVE["cuda"])
+def dense_is_faster(active: float, device: torch.device, precision: Precision) -> bool:
+    """Whether dense products in a precision are faster on a device if this fraction of the pairs is active."""
+    return active > DENSE_ABOVE["cpu" if device.type == "cpu" else precision]
 
 
 def decode(acts: Acts, W_dec: Float[Tensor, "F N"], precision: Precision = "float32") -> Float[Tensor, "B N"]:
@@ -130,7 +130,12 @@ def sum_rows(
         weights: the factor of each pair.
         out: where the sums are written; None allocates them.
     """
-    table, starts = table.detach(), starts[:-1]
+    table = table.detach()
+    if table.is_cuda and has_triton():
+        from crosslens.crosscoders.kernels.gathered import gathered_sums  # Triton is optional
+
+        return gathered_sums(table.contiguous(), ids, starts, weights, out)
+    starts = starts[:-1]
     if table.device.type != "cpu":
         sums = embedding_bag(ids, table.contiguous(), starts, mode="sum", per_sample_weights=weights)
         return sums if out is None else out.copy_(sums)

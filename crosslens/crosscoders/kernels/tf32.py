@@ -20,8 +20,13 @@ DEPTH, GROUP = tl.constexpr(32), tl.constexpr(8)
 
 
 def tf32_product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """`a @ b` for float32 operands with any strides, rounded to TF32 and summed in float32."""
+    """`a @ b` for float32 operands with any strides, rounded to TF32 and summed in float32.
+
+    Tensor cores read 32-bit operands along the inner dimension. An operand that lies the other way is copied, which
+    takes a tenth of the time that the product then saves.
+    """
     (m, k), n = a.shape, b.shape[1]
+    a, b = a if a.stride(1) == 1 else a.contiguous(), b if b.stride(0) == 1 else b.T.contiguous().T
     out = torch.empty(m, n, dtype=torch.float32, device=a.device)
     if out.numel():
         rows, columns = _block(a.device)
